@@ -1,0 +1,312 @@
+"""Blocks: consecutive steps of one shape, all ranks of them joined.
+
+A run is read block by block, so that memory does not grow with its length. Here the ranks' rows
+become one truth per step (which session of a rank counts, whether the step is complete), and loads
+are summed over ranks. What the sums mean is for :mod:`eplb_analyze.metrics`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.dump import Session
+from eplb_analyze.segments import Segment
+from eplb_dump.format import Scope, Status
+from eplb_dump.journal import Int64, Shape, StepRows
+
+#: At most this many steps are joined at once (segments of one run normally end at common steps).
+MAX_BLOCK_STEPS = 4096
+ABSENT = 255
+
+Status8 = npt.NDArray[np.uint8]
+
+
+class StepState(enum.IntEnum):
+    """What a step is for the whole run, all ranks taken together."""
+
+    RECORDED = Status.RECORDED
+    DUMMY = Status.DUMMY
+    NOT_SAMPLED = Status.NOT_SAMPLED
+    DROPPED = Status.DROPPED
+    REJECTED = Status.REJECTED
+    #: Some rank recorded it and another that should have did not: never summed as if whole.
+    INCOMPLETE = 5
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One segment of one session of one rank, among those a block is made of."""
+
+    rank: int
+    session: int
+    segment: Segment
+    #: False where its loads turned out to be unreadable: its recorded steps count as absent.
+    readable: bool
+
+
+class Block:
+    """Consecutive seen steps of one shape.
+
+    Attributes:
+        step: int64 [S], ascending.
+        state: uint8 [S], a :class:`StepState` each.
+        shape: the shape of the loads, None where no rank recorded any.
+        ranks: the writer ranks [R] that ``status`` has a row for.
+        status: uint8 [R, S], a :class:`~eplb_dump.format.Status` each, or ABSENT.
+        time_ns, num_tokens, phase: int64 [S]; -1 where not known; phase is an index into ``phases``.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        rows: _JoinedRows,
+        low: int,
+        high: int,
+        shape: Shape | None,
+        scope: Scope,
+    ) -> None:
+        self._sources = sources
+        self._owner = rows.owner[:, low:high]
+        self._scope = scope
+        self.step = rows.step[low:high]
+        self.state = rows.state[low:high]
+        self.status = rows.status[:, low:high]
+        self.ranks = rows.ranks
+        self.shape = shape
+        self.time_ns = rows.time_ns[low:high]
+        self.num_tokens = rows.num_tokens[low:high]
+        self.phase = rows.phase[low:high]
+        self.phases = rows.phases
+
+    @property
+    def recorded(self) -> Int64:
+        """The steps that are complete and recorded: those that figures are made of."""
+        recorded: Int64 = self.step[self.state == StepState.RECORDED]
+        return recorded
+
+    def missing_ranks(self, step: int) -> list[int]:
+        """The ranks whose part of a step is not there."""
+        column = int(np.searchsorted(self.step, step))
+        have = {
+            rank
+            for rank, status in zip(self.ranks, self.status[:, column], strict=True)
+            if status in (Status.RECORDED, Status.DUMMY)
+        }
+        return [rank for rank in self.expected_ranks if rank not in have]
+
+    @property
+    def expected_ranks(self) -> Sequence[int]:
+        """The writers that a step needs: all EP ranks, or the one that holds the sums."""
+        return range(self._shape().ep_size) if self._scope is Scope.LOCAL else self.ranks[:1]
+
+    def rank_load(self, steps: Int64 | None = None) -> Int64:
+        """Tokens per EP rank, summed over the writers: int64 ``[len(steps), layers, ep_size]``.
+
+        ``steps``: ascending steps of this block; default the complete ones.
+        """
+        steps = self.recorded if steps is None else steps
+        shape = self._shape()
+        out = np.zeros((shape.num_moe_layers, len(steps), shape.ep_size), np.int64)
+        for segment, here, there in self._matches(steps):
+            out[:, here] += segment.rank_load()[:, there]
+        return out.transpose(1, 0, 2)
+
+    def loads(self, first: int, last: int, steps: Int64 | None = None) -> Int64:
+        """Tokens per physical expert of layers ``first`` to ``last - 1``, summed over the writers.
+
+        int64 ``[len(steps), last - first, num_physical_experts]``.
+        """
+        steps = self.recorded if steps is None else steps
+        out = np.zeros((last - first, len(steps), self._shape().num_physical_experts), np.int64)
+        for segment, here, there in self._matches(steps):
+            out[:, here] += segment.loads(first, last)[:, there]
+        return out.transpose(1, 0, 2)
+
+    def _shape(self) -> Shape:
+        if self.shape is None:
+            raise ValueError("no rank recorded a load in these steps")
+        return self.shape
+
+    def _matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
+        """``(segment, index into steps, index into the segment's steps)`` of what counts."""
+        if not len(steps):
+            return
+        columns = np.searchsorted(self.step, steps)
+        writers = set(self.expected_ranks)
+        for source in self._sources:
+            segment = source.segment
+            if source.rank not in writers:
+                continue
+            apart = segment.first_step > steps[-1] or segment.last_step < steps[0]
+            if not source.readable or segment.shape != self.shape or apart:
+                continue
+            row = self.ranks.index(source.rank)
+            counts = (self._owner[row, columns] == source.session) & (
+                self.status[row, columns] == Status.RECORDED
+            )
+            _, here, there = np.intersect1d(
+                np.where(counts, steps, -1), segment.load_steps(), return_indices=True
+            )
+            if len(here):
+                yield segment, here, there
+
+
+@dataclass
+class _JoinedRows:
+    """The step rows of all ranks, joined: one column a seen step."""
+
+    step: Int64
+    ranks: list[int]
+    status: Status8
+    #: Which session of the rank a status is from, -1 where it is ABSENT.
+    owner: npt.NDArray[np.int32]
+    state: Status8
+    shape: npt.NDArray[np.int32]
+    shapes: list[Shape]
+    time_ns: Int64
+    num_tokens: Int64
+    phase: npt.NDArray[np.int64]
+    phases: list[str]
+
+
+def iter_blocks(
+    sessions: Sequence[Session],
+    scope: Scope,
+    steps: tuple[int, int] | None = None,
+    unreadable: frozenset[int] = frozenset(),
+) -> Iterator[Block]:
+    """The blocks of a run, in order of steps.
+
+    Args:
+        sessions: all sessions of the run, the older ones first.
+        steps: half-open range to stay in.
+        unreadable: ``id`` of segments whose loads cannot be read.
+    """
+    low, high = steps if steps is not None else (-1, 2**62)
+    sources = [
+        Source(session.info.ep_rank, number, segment, id(segment) not in unreadable)
+        for number, session in enumerate(sessions)
+        for segment in session.segments
+        if segment.first_step < high and segment.last_step >= low
+    ]
+    ranks = sorted({session.info.ep_rank for session in sessions})
+    for group in _overlapping(sources):
+        rows = _join([(s, s.segment.steps()) for s in group], ranks, scope, low, high)
+        for start, stop in _stretches(rows):
+            shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
+            yield Block(group, rows, start, stop, shape, scope)
+
+
+def _overlapping(sources: Iterable[Source]) -> Iterator[list[Source]]:
+    """Groups of segments whose ranges of steps overlap: those of one block, and of no other."""
+    group: list[Source] = []
+    end = -1
+    for source in sorted(sources, key=lambda s: (s.segment.first_step, s.session)):
+        if group and source.segment.first_step > end:
+            yield group
+            group = []
+        group.append(source)
+        end = max(end, source.segment.last_step)
+    if group:
+        yield group
+
+
+def _stretches(rows: _JoinedRows) -> Iterator[tuple[int, int]]:
+    """Ranges of columns of one shape and bounded length."""
+    edges = np.flatnonzero(np.diff(rows.shape)) + 1
+    for start, stop in zip([0, *edges], [*edges, len(rows.step)], strict=True):
+        for low in range(start, stop, MAX_BLOCK_STEPS):
+            yield low, min(low + MAX_BLOCK_STEPS, stop)
+
+
+def _join(
+    parts: list[tuple[Source, StepRows]], ranks: list[int], scope: Scope, low: int, high: int
+) -> _JoinedRows:
+    step = np.unique(np.concatenate([rows.step for _, rows in parts]))
+    step = step[(step >= low) & (step < high)]
+    n = len(step)
+    status = np.full((len(ranks), n), ABSENT, np.uint8)
+    owner = np.full((len(ranks), n), -1, np.int32)
+    time_ns = np.zeros(n, np.int64)
+    num_tokens = np.full((len(ranks), n), -1, np.int64)
+    phase = np.full(n, -1, np.int64)
+    phases: list[str] = []
+    shape_of = np.full((len(ranks), n), -1, np.int32)
+    shapes: list[Shape] = []
+    row_of = {rank: i for i, rank in enumerate(ranks)}
+    for source, all_rows in sorted(parts, key=lambda part: part[0].session):
+        rows = all_rows.select((all_rows.step >= low) & (all_rows.step < high))
+        row = row_of[source.rank]
+        phases += [name for name in rows.phases if name not in phases]
+        phase_code = np.array([*map(phases.index, rows.phases), -1], np.int64)
+        # Of several rows of one rank for a step a recorded one counts, of several such the newest
+        # session's: so the others come first, and later assignments win.
+        recorded = (rows.status == Status.RECORDED) & source.readable
+        for chosen in (np.flatnonzero(~recorded), np.flatnonzero(recorded)):
+            at = np.searchsorted(step, rows.step[chosen])
+            if len(chosen) and not recorded[chosen[0]]:
+                free = status[row, at] != Status.RECORDED
+                chosen, at = chosen[free], at[free]  # noqa: PLW2901
+            value = rows.status[chosen]
+            if not source.readable:
+                value = np.where(value == Status.RECORDED, np.uint8(ABSENT), value)
+            status[row, at] = value
+            owner[row, at] = source.session
+            num_tokens[row, at] = rows.num_tokens[chosen]
+            time_ns[at] = rows.time_ns[chosen]
+            phase[at] = np.where(rows.phase[chosen] >= 0, phase_code[rows.phase[chosen]], phase[at])
+        shape = source.segment.shape
+        if shape is not None:
+            if shape not in shapes:
+                shapes.append(shape)
+            at = np.searchsorted(step, rows.step[recorded])
+            shape_of[row, at] = shapes.index(shape)
+    state, shape_row = _states(ranks, status, shape_of, shapes, scope)
+    tokens = np.where(status == Status.RECORDED, num_tokens, -1)
+    known = (tokens >= 0).any(axis=0)
+    total = np.where(known, np.where(tokens >= 0, tokens, 0).sum(axis=0), -1)
+    return _JoinedRows(step, ranks, status, owner, state, shape_row, shapes, time_ns, total, phase, phases)
+
+
+def _states(
+    ranks: list[int], status: Status8, shape_of: npt.NDArray[np.int32], shapes: list[Shape], scope: Scope
+) -> tuple[Status8, npt.NDArray[np.int32]]:
+    """Each step's :class:`StepState` and shape index, from the ranks' statuses."""
+    n = status.shape[1]
+    shape = shape_of.max(axis=0, initial=-1)
+    at_odds = ((shape_of >= 0) & (shape_of != shape)).any(axis=0)
+    # A step that no rank recorded belongs to the shape before it (or, at first, after it).
+    known = np.flatnonzero(shape >= 0)
+    if len(known):
+        before = np.searchsorted(known, np.arange(n), side="right") - 1
+        shape = shape[known[np.maximum(before, 0)]]
+    state = np.full(n, StepState.INCOMPLETE, np.uint8)
+    for index in np.unique(shape):
+        columns = np.flatnonzero(shape == index)
+        size = shapes[index].ep_size if index >= 0 else max(ranks) + 1
+        expected = [i for i, rank in enumerate(ranks) if rank < size]
+        here = status[expected][:, columns]
+        whole = len(expected) == size
+        if scope is Scope.GLOBAL:  # the sums are in one rank's hands: the lowest that wrote
+            here, whole = here[:1], True
+        recorded = (here == Status.RECORDED).any(axis=0)
+        present = whole & (here != ABSENT).all(axis=0)
+        had = whole & ((here == Status.RECORDED) | (here == Status.DUMMY)).all(axis=0)
+        # Where nobody recorded, the gravest reason of any rank is the step's.
+        gravest = np.where(here == ABSENT, 0, here).max(axis=0, initial=0)
+        state[columns] = np.where(
+            recorded,
+            np.where(had, StepState.RECORDED, StepState.INCOMPLETE),
+            np.where(present, gravest, StepState.INCOMPLETE),
+        )
+    state[at_odds] = StepState.INCOMPLETE
+    return state, shape

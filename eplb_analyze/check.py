@@ -1,0 +1,214 @@
+"""Is a dump complete and intact: everything is read once, verified, and judged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb_analyze.blocks import Block, StepState
+from eplb_analyze.completeness import Completeness
+from eplb_analyze.errors import Finding
+from eplb_analyze.placements import replicas
+from eplb_analyze.run import Run
+from eplb_dump.format import EMPTY_SLOT
+
+#: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
+#: stretch of incomplete steps at the end means that a rank stopped and the others went on.
+KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    steps: Completeness
+    findings: list[Finding]
+
+    @property
+    def ok(self) -> bool:
+        """No finding is an error."""
+        return all(f.severity != "error" for f in self.findings)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "ok": self.ok,
+            "steps": self.steps.to_json(),
+            "findings": [{"severity": f.severity, "code": f.code, "text": f.text} for f in self.findings],
+        }
+
+
+def check_run(run: Run) -> CheckReport:
+    """Read every byte of a run, verified, and report all that is odd, the gravest first."""
+    steps, found = run.reading(lambda: _check_blocks(run))
+    found += _check_ranks(run)
+    found += _check_steps(run, steps)
+    found += _check_placements(run)
+    found += _check_sessions(run)
+    order = {"error": 0, "warning": 1, "info": 2}
+    findings = list(dict.fromkeys([*run.findings, *found]))
+    return CheckReport(steps, sorted(findings, key=lambda f: order[f.severity]))
+
+
+def standing_findings(run: Run) -> list[Finding]:
+    """What any command must say of a run it has read: faults met on the way, missing ranks, sessions
+    that were not closed. Unlike :func:`check_run` it reads nothing more."""
+    found = [*run.findings, *_check_ranks(run), *_check_sessions(run)]
+    return list(dict.fromkeys(found))
+
+
+def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
+    """Read all loads: checksums, sums per rank, conservation, loads in empty slots."""
+    steps = Completeness()
+    bad_sums: list[int] = []
+    unequal: list[int] = []
+    on_empty: list[tuple[int, int]] = []
+    for block in run.blocks():
+        steps.add(block)
+        if block.shape is None:
+            continue
+        numbers = block.recorded
+        # Incomplete steps are read, too: their bytes are evidence, and must be intact.
+        partial = block.step[
+            (block.state == StepState.INCOMPLETE) & (block.status == StepState.RECORDED).any(axis=0)
+        ]
+        for chosen in (numbers, partial):
+            if not len(chosen):
+                continue
+            rank_load = block.rank_load(chosen)
+            for layer in range(block.shape.num_moe_layers):
+                load = block.loads(layer, layer + 1, chosen)[:, 0]
+                sums = load.reshape(len(chosen), block.shape.ep_size, -1).sum(axis=2)
+                bad_sums += chosen[(sums != rank_load[:, layer]).any(axis=1)].tolist()
+                on_empty += [(layer, s) for s in _loads_on_empty(run, block, layer, chosen, load)]
+            if chosen is numbers:
+                totals = rank_load.sum(axis=2)
+                active = np.where(totals > 0, totals, -1)
+                lowest = np.where(totals > 0, totals, 2**62).min(axis=1)
+                unequal += chosen[(active.max(axis=1) != lowest) & (active.max(axis=1) > 0)].tolist()
+    return steps, list(_load_findings(run, bad_sums, unequal, on_empty))
+
+
+def _loads_on_empty(run: Run, block: Block, layer: int, steps: np.ndarray, load: np.ndarray) -> list[int]:
+    found: list[int] = []
+    for stretch, slots in run.history.layer(layer).stretches(steps):
+        if slots is not None and len(slots) == load.shape[1] and (slots == EMPTY_SLOT).any():
+            odd = load[stretch][:, slots == EMPTY_SLOT].any(axis=1)
+            found += steps[stretch][odd].tolist()
+    return found
+
+
+def _load_findings(
+    run: Run, bad_sums: list[int], unequal: list[int], on_empty: list[tuple[int, int]]
+) -> Iterator[Finding]:
+    if bad_sums:
+        text = f"rank_load is not the sum of load in {_steps_text(bad_sums)}"
+        yield Finding("error", "rank_load_mismatch", text)
+    if unequal:
+        text = f"layers got different numbers of tokens in {_steps_text(unequal)}; each step's sum over slots"
+        text += " is tokens × top-k and the same for all layers of a model"
+        yield Finding("error", "conservation", text)
+    if on_empty:
+        layer, step = on_empty[0]
+        text = f"tokens on empty slots, in {len(on_empty)} layer-steps, the first in layer "
+        text += f"{run.info.layers[layer]} at step {step}"
+        yield Finding("error", "load_on_empty_slot", text)
+
+
+def _check_ranks(run: Run) -> Iterator[Finding]:
+    missing = sorted(set(run.expected_ranks) - set(run.present_ranks))
+    if missing:
+        text = f"{len(missing)} of {len(run.expected_ranks)} ranks have no session: {_numbers(missing)}"
+        yield Finding("error", "missing_ranks", text)
+    if run.scope.value == "global" and len(run.present_ranks) > 1:
+        text = (
+            f"ranks {_numbers(run.present_ranks)} all wrote global sums; rank {run.present_ranks[0]}'s count"
+        )
+        yield Finding("warning", "several_global_writers", text)
+
+
+def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
+    if not steps.seen:
+        yield Finding("error", "no_steps", "no step was recorded")
+        return
+    incomplete = steps.count(StepState.INCOMPLETE)
+    inside, tail = steps.incomplete_inside, incomplete - steps.incomplete_inside
+    if inside:
+        text = f"{inside} steps lack a rank and are left out of all figures: {steps.why_incomplete()}"
+        yield Finding("error", "incomplete_steps", text)
+    if tail and steps.tail_seconds > KILL_SECONDS:
+        text = f"the last {tail} steps ({steps.tail_seconds:.0f} s) lack a rank: {steps.why_incomplete()}"
+        yield Finding("error", "rank_stopped", text)
+    elif tail:
+        text = f"the last {tail} steps lack a rank, as ranks are not killed at one step: "
+        yield Finding("warning", "incomplete_end", text + steps.why_incomplete())
+    if steps.missing:
+        gaps = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in steps.gaps[:5])
+        more = " …" if len(steps.gaps) > 5 else ""
+        yield Finding("error", "missing_steps", f"no rank saw {steps.missing} steps: {gaps}{more}")
+    for state, remedy in (
+        (StepState.DROPPED, "the queue was full or recording was off; see the writer's stats"),
+        (StepState.REJECTED, "the engine handed over what cannot be a load"),
+    ):
+        if steps.count(state):
+            text = f"{steps.count(state)} steps were {state.label}: {remedy}"
+            yield Finding("warning", f"{state.label}_steps", text)
+    if not steps.count(StepState.RECORDED):
+        yield Finding("error", "no_complete_step", "no step is complete, so there are no figures")
+
+
+def _check_placements(run: Run) -> Iterator[Finding]:
+    known = 0
+    for index, number in enumerate(run.info.layers):
+        history = run.history.layer(index)
+        known += bool(history.steps)
+        for step, ep_size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True):
+            absent = np.flatnonzero(replicas(slots, run.info.num_logical_experts) == 0)
+            if len(absent):
+                text = f"layer {number} at step {step}: no slot holds expert {_numbers(absent.tolist())}"
+                yield Finding("error", "expert_without_slot", text)
+            if len(slots) % ep_size:
+                text = f"layer {number} at step {step}: {len(slots)} slots on {ep_size} ranks"
+                yield Finding("error", "uneven_slots", text)
+                continue
+            ranks = np.sort(slots.reshape(ep_size, -1), axis=1)
+            twice = (np.diff(ranks, axis=1) == 0) & (ranks[:, 1:] != EMPTY_SLOT)
+            if twice.any():
+                rank = int(np.flatnonzero(twice.any(axis=1))[0])
+                text = f"layer {number} at step {step}: rank {rank} holds an expert twice"
+                yield Finding("warning", "replica_on_same_rank", text)
+    if known < len(run.info.layers) and run.info.layers:
+        unknown, all_layers = len(run.info.layers) - known, len(run.info.layers)
+        text = f"{unknown} of {all_layers} layers have no placement: the engine gave none"
+        yield Finding("warning", "no_placement", text)
+
+
+def _check_sessions(run: Run) -> Iterator[Finding]:
+    unclosed = [s for s in run.sessions if s.closed is None]
+    if unclosed:
+        ranks = sorted({s.info.ep_rank for s in unclosed})
+        text = f"{len(unclosed)} of {len(run.sessions)} sessions were not closed (killed, or still being "
+        text += f"written): rank {_numbers(ranks)}"
+        yield Finding("warning", "not_closed", text)
+    journals = sum(s.journals for s in run.sessions)
+    if journals:
+        text = f"{journals} journals are not sealed; they are read, but not by other programs"
+        yield Finding("info", "unsealed_journal", text)
+    for rank in run.present_ranks:
+        own = [s for s in run.sessions if s.info.ep_rank == rank and s.segments]
+        for older, newer in itertools.pairwise(own):
+            start = min(s.first_step for s in newer.segments)
+            if start <= older.last_step:
+                text = f"rank {rank} has two sessions with steps {start} to {older.last_step}; where both "
+                text += f"recorded a step, the newer one counts ({newer.info.session_id})"
+                yield Finding("warning", "overlapping_sessions", text)
+
+
+def _steps_text(steps: list[int]) -> str:
+    unique = sorted(set(steps))
+    return f"{len(unique)} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
+
+
+def _numbers(numbers: list[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown

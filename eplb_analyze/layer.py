@@ -1,0 +1,231 @@
+"""The figures of `layer`: what each rank, slot and expert of one layer got in a step or range."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze import metrics
+from eplb_analyze.blocks import Block, StepState
+from eplb_analyze.errors import DumpError, NotInDumpError
+from eplb_analyze.placements import fold, replicas
+from eplb_analyze.run import Run, Steps
+from eplb_dump.format import STATUS_LABELS
+from eplb_dump.journal import Int32
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    rank: int
+    load: float
+
+
+@dataclass(frozen=True)
+class SlotLoad:
+    """A physical expert. ``logical`` is -1 in an empty slot, None where no placement is known."""
+
+    physical: int
+    rank: int
+    logical: int | None
+    load: float
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    logical: int
+    load: float
+    share: float
+    replicas: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    layer: int
+    first_step: int
+    last_step: int
+    #: How many steps the loads are summed over.
+    steps: int
+    #: False: of a single step that lacks ranks; what is there is a part of it.
+    complete: bool
+    missing_ranks: list[int]
+    balancedness: float | None
+    imbalance: float | None
+    idle_fraction: float | None
+    ranks: list[RankLoad]
+    slots: list[SlotLoad]
+    experts: list[ExpertLoad]
+    #: Steps in the range at which the layer's placement changed; slots show the last placement.
+    placement_changes: list[int]
+    phase: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_report(run: Run, layer: int, step: int | None = None, steps: Steps | None = None) -> LayerReport:
+    """Loads of one layer, by the model's layer number.
+
+    Args:
+        step: one step; an incomplete one is shown as far as it is there, and marked.
+        steps: a half-open range; its complete steps are summed. Neither: all steps.
+
+    Raises:
+        NotInDumpError: the dump has no such layer or step.
+        DumpError: no complete step is in the range.
+    """
+    index = run.layer_index(layer)
+    if step is not None:
+        return run.reading(lambda: _one_step(run, layer, index, step))
+    return run.reading(lambda: _range(run, layer, index, steps))
+
+
+def _one_step(run: Run, layer: int, index: int, step: int) -> LayerReport:
+    for block in run.blocks((step, step + 1)):
+        state = int(block.state[0])
+        there = (block.status == StepState.RECORDED).any()
+        if block.shape is not None and there:
+            return _report(run, layer, index, [(block, block.step)], complete=state == StepState.RECORDED)
+        raise NotInDumpError(_no_loads(run, step, state))
+    raise NotInDumpError(f"{run.path}: no step {step}; {_known_steps(run)}")
+
+
+def _no_loads(run: Run, step: int, state: int) -> str:
+    label = STATUS_LABELS[state] if state < len(STATUS_LABELS) else "incomplete"
+    text = f"{run.path}: step {step} has no loads: it is {label.replace('_', ' ')}"
+    if state == StepState.NOT_SAMPLED:
+        every = run.info.interval
+        text += f"; every {every}th step was recorded, the one before is {step - step % every}"
+    return text
+
+
+def _known_steps(run: Run) -> str:
+    """The range of steps as of the segments, for an error's text."""
+    segments = [s for session in run.sessions for s in session.segments if s.last_step >= 0]
+    if not segments:
+        return "the run has none yet"
+    return f"the run has steps {min(s.first_step for s in segments)} to {max(s.last_step for s in segments)}"
+
+
+def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport:
+    blocks = [
+        (block, block.recorded)
+        for block in run.blocks(steps)
+        if block.shape is not None and len(block.recorded)
+    ]
+    if not blocks:
+        where = "in the run" if steps is None else f"in {steps[0]}:{steps[1]}"
+        raise DumpError(f"{run.path}: no complete step {where}; {_known_steps(run)}")
+    shape = blocks[-1][0].shape
+    kept = [(block, numbers) for block, numbers in blocks if block.shape == shape]
+    # A shape may come back; only its last uninterrupted stretch is one configuration.
+    for i in range(len(blocks) - 1, -1, -1):
+        if blocks[i][0].shape != shape:
+            kept = blocks[i + 1 :]
+            break
+    report = _report(run, layer, index, kept, complete=True)
+    if len(kept) < len(blocks):
+        first, last = int(blocks[0][1][0]), int(blocks[len(blocks) - len(kept) - 1][1][-1])
+        report.notes.append(
+            f"ep_size or the number of slots changed: steps {first} to {last} are left out, as loads of "
+            f"two shapes are not added (see them with --steps {first}:{last + 1})"
+        )
+    return report
+
+
+def _report(
+    run: Run, layer: int, index: int, parts: list[tuple[Block, Any]], *, complete: bool
+) -> LayerReport:
+    shape = parts[0][0].shape
+    assert shape is not None
+    experts = run.info.num_logical_experts
+    slot_load = np.zeros(shape.num_physical_experts, np.int64)
+    logical_load = np.zeros(experts, np.int64)
+    folded = 0
+    ratios: dict[str, list[metrics.Float64]] = {"balancedness": [], "imbalance": []}
+    mean_tokens = max_tokens = 0.0
+    history = run.history.layer(index)
+    for block, steps in parts:
+        load = block.loads(index, index + 1, steps)[:, 0]
+        slot_load += load.sum(axis=0)
+        for stretch, slots in history.stretches(steps):
+            if slots is not None and len(slots) == load.shape[1]:
+                part = load[stretch].sum(axis=0)
+                logical_load += fold(part, slots, experts)
+                folded += int(part.sum())
+        tokens = run.tokens(load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3))
+        for name, values in ratios.items():
+            values.append(metrics.FORMULAS[name].per_step(tokens))
+        mean, maximum = metrics.idle_terms(tokens)
+        mean_tokens, max_tokens = mean_tokens + mean, max_tokens + maximum
+    first, last = int(parts[0][1][0]), int(parts[-1][1][-1])
+    slots = history.at(last)
+    slots = slots if slots is not None and len(slots) == shape.num_physical_experts else None
+    changes = [s for s in history.steps if first < s <= last]
+    report = LayerReport(
+        layer=layer,
+        first_step=first,
+        last_step=last,
+        steps=sum(len(steps) for _, steps in parts),
+        complete=complete,
+        missing_ranks=[] if complete else parts[0][0].missing_ranks(first),
+        balancedness=_mean(ratios["balancedness"]),
+        imbalance=_mean(ratios["imbalance"]),
+        idle_fraction=1 - mean_tokens / max_tokens if max_tokens else None,
+        ranks=[
+            RankLoad(rank, _count(run, value))
+            for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))
+        ],
+        slots=[
+            SlotLoad(
+                physical,
+                physical // shape.slots_per_rank,
+                None if slots is None else int(slots[physical]),
+                _count(run, value),
+            )
+            for physical, value in enumerate(slot_load)
+        ],
+        experts=[] if slots is None else _experts(run, slots, logical_load),
+        placement_changes=changes,
+        phase=_phase(parts[0][0]) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
+    )
+    if slots is None:
+        report.notes.append(
+            "no placement is known for these steps, so there are no figures per logical expert"
+        )
+    elif folded < slot_load.sum():
+        report.notes.append(
+            f"{slot_load.sum() - folded} of {slot_load.sum()} tokens came before the first known placement"
+        )
+    if changes:
+        report.notes.append(
+            f"the placement changed {len(changes)} times in the range (last at step {changes[-1]}); "
+            "slots are named by the last one, experts are counted by the one in force"
+        )
+    return report
+
+
+def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
+    total = int(load.sum())
+    copies = replicas(slots, len(load))
+    return [
+        ExpertLoad(logical, _count(run, value), float(value / total) if total else 0.0, int(copies[logical]))
+        for logical, value in enumerate(load)
+    ]
+
+
+def _count(run: Run, value: Any) -> float:
+    """A count of tokens: an exact int, unless token replication has to be divided out."""
+    return int(value) if run.info.token_replication == 1 else float(value) / run.info.token_replication
+
+
+def _mean(parts: list[metrics.Float64]) -> float | None:
+    values = np.concatenate(parts)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _phase(block: Block) -> str | None:
+    return block.phases[int(block.phase[0])] if block.phase[0] >= 0 else None

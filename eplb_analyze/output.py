@@ -1,0 +1,167 @@
+"""Where results go: rich tables on a terminal, plain text in a pipe, one JSON document on request.
+
+What comes out of a dump may come from a stranger, so every text passes :func:`clean`, and rich's
+markup is never interpreted in it.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from eplb_analyze.errors import Finding
+
+PROGRAM = "eplb-analyze"
+
+
+class OutputFormat(str, enum.Enum):
+    text = "text"
+    json = "json"
+
+
+def clean(text: object) -> str:
+    """A text that cannot steer a terminal: control and other unprintable characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say(kind: str, text: object) -> None:
+    """One line on stderr."""
+    print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
+
+
+class Output:
+    """The one way out of a command: a document, and how to show it to a person."""
+
+    def __init__(self, output_format: OutputFormat) -> None:
+        self.format = output_format
+
+    def notes(self, notes: list[str]) -> None:
+        for note in notes:
+            say("note", note)
+
+    def findings(self, findings: list[Finding]) -> None:
+        """Say errors and warnings, at most ten of a kind, so that the result stays in sight."""
+        shown: dict[str, int] = {}
+        for finding in findings:
+            if finding.severity == "info":
+                continue
+            shown[finding.code] = shown.get(finding.code, 0) + 1
+            if shown[finding.code] <= 10:
+                say(finding.severity, finding.text)
+        for code, count in shown.items():
+            if count > 10:
+                say("warning", f"{count - 10} more of {code}; `{PROGRAM} check` lists all")
+
+    def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
+        if self.format is OutputFormat.json:
+            print(json.dumps(_plain(document), indent=2))
+        else:
+            render(console())
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def console() -> Console:
+    """A console on stdout; in a pipe it is 80 columns wide unless COLUMNS says otherwise."""
+    from rich.console import Console
+
+    columns = os.environ.get("COLUMNS", "")
+    width = None
+    if not sys.stdout.isatty():
+        width = int(columns) if columns.isdigit() and int(columns) > 0 else 80
+    return Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def table(console: Console, *columns: str, title: str | None = None) -> Table:
+    """A table without frame; a column that begins with ``<`` is a text, the others are numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(
+        box=box.SIMPLE_HEAD if console.is_terminal else box.SIMPLE,
+        title=None if title is None else Text(clean(title), style="bold"),
+        title_justify="left",
+        header_style="bold",
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1),
+    )
+    for name in columns:
+        justify: Any = "left" if name.startswith("<") else "right"
+        result.add_column(Text(clean(name.lstrip("<"))), justify=justify)
+    return result
+
+
+def heading(console: Console, name: str, rest: str = "") -> None:
+    from rich.text import Text
+
+    console.print(Text.assemble((clean(name), "bold"), clean(rest)))
+
+
+# ---- figures as text
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def count(value: float | None) -> str:
+    """A count with thousands separated, in at most 6 characters or so where it is large."""
+    if value is None:
+        return "–"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.4g}{unit}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+# ---- heat
+
+_COLD, _NEUTRAL, _HOT = (58, 110, 190), (236, 236, 226), (214, 48, 39)
+
+
+def heat_style(times_mean: float) -> str:
+    """A cell's style by its load over the mean: blue below, pale at 1, red from 2 on."""
+    if times_mean <= 1:
+        low, high, t = _COLD, _NEUTRAL, max(0.0, times_mean)
+    else:
+        low, high, t = _NEUTRAL, _HOT, min(1.0, times_mean - 1)
+    r, g, b = (round(a + (c - a) * t) for a, c in zip(low, high, strict=True))
+    ink = "black" if 0.3 * r + 0.59 * g + 0.11 * b > 120 else "white"
+    return f"{ink} on #{r:02x}{g:02x}{b:02x}"
+
+
+def heat(text: str, times_mean: float) -> Text:
+    from rich.text import Text
+
+    return Text(text, style=heat_style(times_mean))
+
+
+def bar(share: float, width: int = 12) -> str:
+    """A bar of eighths of blocks, ``share`` in 0 … 1."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")

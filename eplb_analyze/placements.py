@@ -1,0 +1,164 @@
+"""Which logical expert was in which slot, at any step: the placements of a run as a history."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.dump import Session
+from eplb_analyze.errors import Finding
+from eplb_dump.format import EMPTY_SLOT
+from eplb_dump.journal import Int32
+
+#: Layers changed no more steps apart than this belong to one rearrangement: asynchronous engines
+#: move one layer at a time, between two of which transfers can take many steps.
+REARRANGEMENT_GAP = 64
+
+
+@dataclass
+class LayerHistory:
+    """The placements of one layer, by the step from which each was in force."""
+
+    steps: list[int] = field(default_factory=list)
+    ep_sizes: list[int] = field(default_factory=list)
+    slots: list[Int32] = field(default_factory=list)
+
+    def index_at(self, step: int) -> int:
+        """Index of the placement in force at a step, -1 before the first."""
+        return bisect.bisect_right(self.steps, step) - 1
+
+    def at(self, step: int) -> Int32 | None:
+        """int32 ``[num_physical_experts]``, or None where no placement is known yet."""
+        i = self.index_at(step)
+        return self.slots[i] if i >= 0 else None
+
+    def stretches(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
+        """Ascending steps cut where the placement changes: ``(slice of steps, placement)``."""
+        if len(steps):
+            changes = [s for s in self.steps if steps[0] < s <= steps[-1]]
+            edges = [0, *np.searchsorted(steps, changes).tolist(), len(steps)]
+            for low, high in itertools.pairwise(edges):
+                if high > low:
+                    yield slice(low, high), self.at(int(steps[low]))
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """A change of placement: the first and last step at which a layer changed, and the layers."""
+
+    first_step: int
+    last_step: int
+    #: Indices of the layers that changed, ascending.
+    layers: tuple[int, ...]
+    slots_changed: int
+
+
+class PlacementHistory:
+    """The placements of a run, one :class:`LayerHistory` for each layer index."""
+
+    def __init__(self, layers: dict[int, LayerHistory], findings: list[Finding]) -> None:
+        self.layers = layers
+        self.findings = findings
+
+    def layer(self, index: int) -> LayerHistory:
+        return self.layers.get(index, LayerHistory())
+
+    def rearrangements(self) -> list[Rearrangement]:
+        """Changes after the first placement, those of one rearrangement put together."""
+        changes: list[tuple[int, int, int]] = []
+        for index, history in self.layers.items():
+            for i in range(1, len(history.steps)):
+                before, now = history.slots[i - 1], history.slots[i]
+                same_shape = before.shape == now.shape
+                moved = int((before != now).sum()) if same_shape else len(now)
+                changes.append((history.steps[i], index, moved))
+        groups: list[list[tuple[int, int, int]]] = []
+        for change in sorted(changes):
+            if groups:
+                current = groups[-1]
+                near = change[0] - current[-1][0] <= REARRANGEMENT_GAP
+                # A layer that changes once more begins the next one.
+                if near and all(change[1] != other[1] for other in current):
+                    current.append(change)
+                    continue
+            groups.append([change])
+        return [
+            Rearrangement(
+                group[0][0],
+                group[-1][0],
+                tuple(sorted(layer for _, layer, _ in group)),
+                sum(moved for _, _, moved in group),
+            )
+            for group in groups
+        ]
+
+
+def fold(load: npt.NDArray[np.int64], slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
+    """Sum the physical experts ``[num_physical]`` of each logical one: ``[num_logical_experts]``."""
+    out = np.zeros(num_logical_experts, np.int64)
+    filled = slots != EMPTY_SLOT
+    np.add.at(out, slots[filled], load[filled])
+    return out
+
+
+def replicas(slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
+    """How many slots hold each logical expert: ``[num_logical_experts]``."""
+    return np.bincount(slots[slots != EMPTY_SLOT], minlength=num_logical_experts)
+
+
+def read_history(sessions: Sequence[Session]) -> PlacementHistory:
+    """Join the placements of all ranks: each is the same statement, made by every rank.
+
+    A rank that missed the step of a change states it later, so the earliest statement counts. Two
+    ranks that state different placements for one step and layer are a fault to report; the lower
+    rank's is kept. Raises SegmentFault.
+    """
+    findings: list[Finding] = []
+    stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
+    for rank, step, layer, ep_size, slots in _statements(sessions):
+        known = stated.get((step, layer))
+        if known is None:
+            stated[step, layer] = (rank, ep_size, slots)
+        elif known[1] != ep_size or not np.array_equal(known[2], slots):
+            text = (
+                f"ranks {known[0]} and {rank} state different placements at step {step} (layer index {layer})"
+            )
+            findings.append(Finding("error", "placement_conflict", text))
+    layers: dict[int, LayerHistory] = {}
+    for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
+        history = layers.setdefault(layer, LayerHistory())
+        if history.slots and history.ep_sizes[-1] == ep_size and np.array_equal(history.slots[-1], slots):
+            continue
+        history.steps.append(step)
+        history.ep_sizes.append(ep_size)
+        history.slots.append(slots)
+    return PlacementHistory(layers, findings)
+
+
+def _statements(sessions: Sequence[Session]) -> Iterable[tuple[int, int, int, int, Int32]]:
+    """``(rank, step, layer, ep_size, slots)`` of every row that counts, the lower ranks first."""
+    for number, session in sorted(enumerate(sessions), key=lambda s: (s[1].info.ep_rank, s[0])):
+        # Where a rank was restarted and repeats steps, the newer session's word counts for them.
+        newer = [s for s in sessions[number + 1 :] if s.info.ep_rank == session.info.ep_rank]
+        taken_over = [_first_step(s) for s in newer if s.segments]
+        end = min(taken_over, default=2**62)
+        for segment in session.segments:
+            rows = segment.placements()
+            for i in range(len(rows.step)):
+                if rows.step[i] < end:
+                    yield (
+                        session.info.ep_rank,
+                        int(rows.step[i]),
+                        int(rows.layer[i]),
+                        int(rows.ep_size[i]),
+                        rows.physical_to_logical[i],
+                    )
+
+
+def _first_step(session: Session) -> int:
+    return min(s.first_step for s in session.segments)

@@ -1,0 +1,441 @@
+"""Run: one run of one model, opened for reading; its methods return polars frames.
+
+The arrays under the frames come from :mod:`eplb_analyze.blocks`. Nothing here writes into a dump.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from eplb_analyze import metrics
+from eplb_analyze.blocks import Block, StepState, iter_blocks
+from eplb_analyze.dump import Session, discover, open_session
+from eplb_analyze.errors import DumpError, Finding, NotInDumpError
+from eplb_analyze.placements import PlacementHistory, read_history
+from eplb_analyze.segments import Segment, SegmentFault
+from eplb_dump.format import STATUS_LABELS, Scope, SessionInfo, model_slug
+from eplb_dump.journal import Shape
+
+T = TypeVar("T")
+Steps = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run is: from its sessions' metadata, and from the shapes that were really recorded."""
+
+    run_id: str
+    model: str
+    engine: str | None
+    engine_version: str | None
+    scope: str
+    ep_size: int
+    num_layers: int
+    num_logical_experts: int
+    num_physical_experts: int
+    layers: tuple[int, ...]
+    ranks_per_node: int | None
+    token_replication: int
+    interval: int
+    created_unix_ns: int
+
+
+def open_run(path: str | os.PathLike[str], run: str | None = None, model: str | None = None) -> Run:
+    """Open one run of one model in a dump; by default the newest run and its largest model.
+
+    Args:
+        path: the dump's folder, or the folder of one run, model, rank or session in it.
+        run: the run's id.
+        model: the model's name, or its folder's name.
+
+    Raises:
+        DumpError: there is no dump, or nothing readable in it.
+        NotInDumpError: the dump has no such run or model.
+    """
+    found = discover(Path(path))
+    notes: list[str] = []
+    run_ids = found.newest_first()
+    if run is None:
+        run = run_ids[0]
+        if len(run_ids) > 1:
+            notes.append(f"{len(run_ids)} runs in {path}; this is the newest, {run} (choose with --run)")
+    elif run not in found.runs:
+        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
+    models = {slug: infos for slug, infos in found.runs[run].items() if infos}
+    findings = [f for (r, slug), fs in found.findings.items() if r == run for f in fs if slug not in models]
+    if not models:
+        first = findings[0].text if findings else "it has no session"
+        raise DumpError(f"{path}: nothing readable in run {run}: {first}")
+    names = {slug: infos[0][1].model for slug, infos in models.items()}
+    if model is None:
+        slug = max(models, key=lambda s: (_size(models[s][0][1]), s))
+        if len(models) > 1:
+            others = ", ".join(name for s, name in names.items() if s != slug)
+            notes.append(
+                f"the run has other models, too: {others}; this is {names[slug]} (choose with --model)"
+            )
+    else:
+        matches = [s for s, name in names.items() if model in (name, s, model_slug(name))]
+        if not matches:
+            raise NotInDumpError(
+                f"{path}: run {run} has no model {model!r}; there are: {', '.join(names.values())}"
+            )
+        slug = matches[0]
+    findings += found.findings.get((run, slug), [])
+    infos = sorted(models[slug], key=lambda item: (item[1].created_unix_ns, item[1].session_id))
+    sessions = [open_session(folder, info, findings) for folder, info in infos]
+    return Run(Path(path), sessions, findings, notes)
+
+
+def _size(info: SessionInfo) -> int:
+    return (info.num_moe_layers or 0) * (info.num_physical_experts or info.num_logical_experts)
+
+
+class Run:
+    """One run of one model. Figures are made of complete steps only: those all ranks recorded.
+
+    Attributes:
+        info: what the run is.
+        findings: faults found so far; reading can add to them.
+        notes: what a user should be told about what was chosen.
+    """
+
+    def __init__(
+        self, path: Path, sessions: list[Session], findings: list[Finding], notes: list[str]
+    ) -> None:
+        self.path = path
+        self.sessions = sessions
+        self.findings = findings
+        self.notes = notes
+        self._unreadable: dict[int, Segment] = {}
+        self._history: PlacementHistory | None = None
+        first = sessions[0].info
+        self.scope = first.scope
+        self._check_agreement()
+        # The newest shape stands for the run; summary lists all, where there are several.
+        shape = self._newest_shape()
+        self._leave_out_other_layers(shape.num_moe_layers)
+        self.info = RunInfo(
+            run_id=first.run_id,
+            model=first.model,
+            engine=first.engine,
+            engine_version=first.engine_version,
+            scope=first.scope.value,
+            ep_size=shape.ep_size,
+            num_layers=shape.num_moe_layers,
+            num_logical_experts=first.num_logical_experts,
+            num_physical_experts=shape.num_physical_experts,
+            layers=tuple(first.layer_numbers(shape.num_moe_layers)),
+            ranks_per_node=first.ranks_per_node,
+            token_replication=first.token_replication,
+            interval=first.interval,
+            created_unix_ns=min(s.info.created_unix_ns for s in sessions),
+        )
+
+    def _check_agreement(self) -> None:
+        first = self.sessions[0].info
+        fields = ("model", "scope", "num_logical_experts", "moe_layers", "token_replication", "interval")
+        for session in self.sessions[1:]:
+            odd = [n for n in fields if getattr(session.info, n) != getattr(first, n)]
+            if odd:
+                raise DumpError(
+                    f"{session.folder}: its {', '.join(odd)} differ from the run's other sessions; "
+                    "writers of two kinds were given one run_id"
+                )
+
+    def _leave_out_other_layers(self, num_moe_layers: int) -> None:
+        """A model's number of layers does not change; what says otherwise is of something else."""
+        for session in self.sessions:
+            odd = [s for s in session.segments if s.shape and s.shape.num_moe_layers != num_moe_layers]
+            for segment in odd:
+                assert segment.shape is not None
+                text = f"{segment.path}: segment {segment.seq} has {segment.shape.num_moe_layers} MoE layers"
+                text += f" where the run has {num_moe_layers}; skipped"
+                self.findings.append(Finding("error", "layers_differ", text))
+            session.segments = [s for s in session.segments if s not in odd]
+
+    def _newest_shape(self) -> Shape:
+        segments = [s for session in self.sessions for s in session.segments if s.shape is not None]
+        if segments:
+            newest = max(segments, key=lambda s: s.last_step).shape
+            assert newest is not None
+            return newest
+        info = self.sessions[0].info
+        return Shape(info.ep_size, info.num_moe_layers or 0, info.num_physical_experts or 0)
+
+    # ---- what was seen
+
+    @property
+    def present_ranks(self) -> list[int]:
+        return sorted({session.info.ep_rank for session in self.sessions})
+
+    @property
+    def expected_ranks(self) -> list[int]:
+        """The ranks that should have written: every EP rank, or the one that holds the sums."""
+        if self.scope is Scope.GLOBAL:
+            return self.present_ranks[:1]
+        sizes = [s.shape.ep_size for session in self.sessions for s in session.segments if s.shape]
+        return list(range(max(sizes, default=self.sessions[0].info.ep_size)))
+
+    def blocks(self, steps: Steps | None = None) -> Iterator[Block]:
+        """The run's blocks in order of steps; see :class:`~eplb_analyze.blocks.Block`."""
+        return iter_blocks(self.sessions, self.scope, steps, frozenset(self._unreadable))
+
+    def reading(self, analysis: Callable[[], T]) -> T:
+        """Run an analysis; where a segment turns out unreadable, leave it out and start again.
+
+        So one damaged file neither ends an analysis nor leaves half of itself in a figure. Its
+        steps become incomplete, and ``findings`` names it.
+        """
+        while True:
+            try:
+                return analysis()
+            except SegmentFault as fault:
+                self._exclude(fault)
+
+    def _exclude(self, fault: SegmentFault) -> None:
+        if id(fault.segment) in self._unreadable:
+            # Not its loads: its steps or placements cannot be read, so nothing of it can be used.
+            for session in self.sessions:
+                session.segments = [s for s in session.segments if s is not fault.segment]
+        self._unreadable[id(fault.segment)] = fault.segment
+        self._history = None
+        finding = Finding("error", "damaged_file", f"{fault}; skipped")
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    @property
+    def history(self) -> PlacementHistory:
+        """The placements of the run, by layer index."""
+        if self._history is None:
+            self._history = self.reading(lambda: read_history(self.sessions))
+            self.findings += [f for f in self._history.findings if f not in self.findings]
+        return self._history
+
+    def layer_index(self, layer: int) -> int:
+        """The index of a layer by its number in the model. Raises NotInDumpError."""
+        if layer not in self.info.layers:
+            numbers = self.info.layers
+            known = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+            raise NotInDumpError(f"{self.path}: no MoE layer {layer}; recorded layers: {known}")
+        return self.info.layers.index(layer)
+
+    def tokens(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Recorded counts as tokens: float64, token replication divided out."""
+        return values / float(self.info.token_replication)
+
+    # ---- frames
+
+    def steps(self, steps: Steps | None = None) -> pl.DataFrame:
+        """One row a seen step: step, state, ranks_recorded, time, num_tokens, phase.
+
+        ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
+        incomplete. ``num_tokens`` is the sum over the ranks that said it.
+        """
+
+        def read() -> pl.DataFrame:
+            frames = [_steps_frame(block) for block in self.blocks(steps)]
+            return pl.concat(frames) if frames else pl.DataFrame(schema=_STEPS_SCHEMA)
+
+        return self.reading(read)
+
+    def loads(
+        self,
+        steps: Steps | None = None,
+        layers: list[int] | None = None,
+        *,
+        experts: bool = True,
+    ) -> pl.DataFrame:
+        """Loads of the complete steps, summed over all ranks.
+
+        Args:
+            steps: half-open range of steps.
+            layers: the model's layer numbers; default all.
+            experts: False leaves out ``load``, which is much faster.
+
+        Returns:
+            One row a step and layer, ordered so: step Int64, layer Int32, ep_size Int32, rank_load
+            List [ep_size], load List [num_physical_experts]. Token replication is divided out;
+            without replication the values are exact integers (Int64), else Float64.
+        """
+        chosen = (
+            list(range(self.info.num_layers)) if layers is None else [self.layer_index(n) for n in layers]
+        )
+
+        def read() -> pl.DataFrame:
+            frames = [
+                self._loads_frame(block, chosen, experts)
+                for block in self.blocks(steps)
+                if block.shape is not None and len(block.recorded)
+            ]
+            empty = pl.DataFrame(schema=self._loads_schema(experts))
+            return pl.concat(frames) if frames else empty
+
+        return self.reading(read)
+
+    def _loads_schema(self, experts: bool) -> dict[str, Any]:
+        value = pl.Float64 if self.info.token_replication > 1 else pl.Int64
+        schema: dict[str, Any] = {"step": pl.Int64, "layer": pl.Int32, "ep_size": pl.Int32}
+        schema["rank_load"] = pl.List(value)
+        if experts:
+            schema["load"] = pl.List(value)
+        return schema
+
+    def _loads_frame(self, block: Block, layers: list[int], experts: bool) -> pl.DataFrame:
+        assert block.shape is not None
+        steps = block.recorded
+        numbers = np.array(self.info.layers, np.int32)[layers]
+        columns: dict[str, Any] = {
+            "step": np.repeat(steps, len(layers)),
+            "layer": np.tile(numbers, len(steps)),
+            "ep_size": np.full(len(steps) * len(layers), block.shape.ep_size, np.int32),
+            "rank_load": self._lists(block.rank_load()[:, layers]),
+        }
+        if experts:
+            parts = [block.loads(layer, layer + 1) for layer in layers]
+            columns["load"] = self._lists(np.concatenate(parts, axis=1))
+        return pl.DataFrame(columns, schema=self._loads_schema(experts))
+
+    def _lists(self, values: npt.NDArray[np.int64]) -> pl.Series:
+        rows = values.reshape(-1, values.shape[-1])
+        scaled: npt.NDArray[Any] = rows if self.info.token_replication == 1 else self.tokens(rows)
+        return pl.Series(scaled).arr.to_list()
+
+    def placement(self, step: int | None = None) -> pl.DataFrame:
+        """Who was where at a step (default: the last): layer, physical, rank, logical.
+
+        ``logical`` is -1 in an empty slot. Layers whose placement is not known yet are left out.
+        """
+        at = 2**62 if step is None else step
+        frames = []
+        for index, number in enumerate(self.info.layers):
+            history = self.history.layer(index)
+            i = history.index_at(at)
+            if i >= 0:
+                slots = history.slots[i]
+                per_rank = len(slots) // history.ep_sizes[i]
+                frames.append(
+                    pl.DataFrame(
+                        {
+                            "layer": np.full(len(slots), number, np.int32),
+                            "physical": np.arange(len(slots), dtype=np.int32),
+                            "rank": np.arange(len(slots), dtype=np.int32) // np.int32(per_rank),
+                            "logical": slots.astype(np.int32),
+                        }
+                    )
+                )
+        schema = dict.fromkeys(("layer", "physical", "rank", "logical"), pl.Int32)
+        return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+    def placements(self) -> pl.DataFrame:
+        """Every change: step from which it holds, layer, ep_size, physical_to_logical (a list)."""
+        rows = [
+            (step, number, ep_size, slots.tolist())
+            for index, number in enumerate(self.info.layers)
+            for history in [self.history.layer(index)]
+            for step, ep_size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True)
+        ]
+        schema: dict[str, Any] = {
+            "step": pl.Int64,
+            "layer": pl.Int32,
+            "ep_size": pl.Int32,
+            "physical_to_logical": pl.List(pl.Int32),
+        }
+        return pl.DataFrame(rows, schema=schema, orient="row").sort("step", "layer")
+
+    def balancedness(
+        self, formula: str = "balancedness", by: str = "step", steps: Steps | None = None
+    ) -> pl.DataFrame:
+        """A formula of :data:`eplb_analyze.metrics.FORMULAS`, over the complete steps.
+
+        Args:
+            formula: its name.
+            by: ``"step"``: step, value (null without an active layer); ``"layer"``: layer, value, the
+                mean over steps of the formula for that layer alone; ``"run"``: value, p5, p50, p95,
+                min, min_step, max, max_step over the steps, and their number.
+        """
+        if formula not in metrics.FORMULAS:
+            raise ValueError(f"no formula {formula!r}; there are: {', '.join(metrics.FORMULAS)}")
+        if by not in ("step", "layer", "run"):
+            raise ValueError(f'by must be "step", "layer" or "run", not {by!r}')
+        chosen = metrics.FORMULAS[formula]
+        if by == "layer":
+            return self.reading(lambda: self._by_layer(chosen, steps))
+        step, value = self.reading(lambda: self._by_step(chosen, steps))
+        if by == "step":
+            return pl.DataFrame({"step": step, "value": pl.Series(value, nan_to_null=True)})
+        spread = metrics.Spread.of(value, step)
+        names = {"mean": "value"}
+        row = {names.get(name, name): figure for name, figure in vars(spread).items()}
+        return pl.DataFrame([{**row, "steps": int((~np.isnan(value)).sum())}], schema=_RUN_SCHEMA)
+
+    def rank_tokens(self, steps: Steps | None = None) -> Iterator[tuple[Block, npt.NDArray[np.float64]]]:
+        """Blocks that have complete steps, each with T: float64 ``[steps, layers, ep_ranks]``."""
+        for block in self.blocks(steps):
+            if block.shape is not None and len(block.recorded):
+                yield block, self.tokens(block.rank_load())
+
+    def _by_step(
+        self, formula: metrics.Formula, steps: Steps | None
+    ) -> tuple[npt.NDArray[np.int64], metrics.Float64]:
+        numbers = [np.empty(0, np.int64)]
+        values = [np.empty(0)]
+        for block, tokens in self.rank_tokens(steps):
+            numbers.append(block.recorded)
+            values.append(formula.per_step(tokens))
+        return np.concatenate(numbers), np.concatenate(values)
+
+    def _by_layer(self, formula: metrics.Formula, steps: Steps | None) -> pl.DataFrame:
+        total, count = np.zeros(self.info.num_layers), np.zeros(self.info.num_layers)
+        for _, tokens in self.rank_tokens(steps):
+            values = metrics.per_layer(formula, tokens)
+            total += np.nansum(values, axis=0)
+            count += (~np.isnan(values)).sum(axis=0)
+        mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+        layers = np.array(self.info.layers, np.int32)
+        return pl.DataFrame({"layer": layers, "value": pl.Series(mean, nan_to_null=True)})
+
+
+_STEPS_SCHEMA: dict[str, Any] = {
+    "step": pl.Int64,
+    "state": pl.String,
+    "ranks_recorded": pl.Int32,
+    "time": pl.Datetime("ns", "UTC"),
+    "num_tokens": pl.Int64,
+    "phase": pl.String,
+}
+_RUN_SCHEMA: dict[str, Any] = {
+    "value": pl.Float64,
+    "p5": pl.Float64,
+    "p50": pl.Float64,
+    "p95": pl.Float64,
+    "min": pl.Float64,
+    "min_step": pl.Int64,
+    "max": pl.Float64,
+    "max_step": pl.Int64,
+    "steps": pl.Int64,
+}
+
+
+def _steps_frame(block: Block) -> pl.DataFrame:
+    labels = np.array([*STATUS_LABELS, StepState.INCOMPLETE.label], object)
+    phases = np.array([*block.phases, None], object)
+    return pl.DataFrame(
+        {
+            "step": block.step,
+            "state": labels[block.state].tolist(),
+            "ranks_recorded": (block.status == StepState.RECORDED).sum(axis=0).astype(np.int32),
+            "time": pl.Series(block.time_ns).cast(pl.Datetime("ns", "UTC")),
+            "num_tokens": np.where(block.num_tokens >= 0, block.num_tokens, -1),
+            "phase": phases[block.phase].tolist(),
+        },
+        schema=_STEPS_SCHEMA,
+    ).with_columns(pl.col("num_tokens").replace(-1, None))

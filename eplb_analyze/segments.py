@@ -1,0 +1,343 @@
+"""Verified reading of one session's segments, sealed and open, as arrays of one interface.
+
+Every byte that becomes a figure was checked: sealed files by page checksums and the footer checksum
+in the manifest, journals and manifests by their frames' own. A fault is a :class:`SegmentFault`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eplb_dump import frames
+from eplb_dump.format import (
+    EMPTY_SLOT,
+    MANIFEST_FILE,
+    METADATA_KEY,
+    SCHEMAS,
+    STATUS_LABELS,
+    FormatError,
+    SessionInfo,
+)
+from eplb_dump.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
+from eplb_dump.sealing import SealedSegment, footer_crc32
+
+#: More values than this in one row group are a hostile claim, not a segment of ours.
+MAX_GROUP_BYTES = 4 << 30
+
+
+class SegmentFault(Exception):
+    """A segment cannot be read; the text names the file and what is wrong with it."""
+
+    def __init__(self, segment: Segment, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.segment = segment
+
+
+class Segment(Protocol):
+    """One segment of one session. Layers are indices from 0, steps ascend within a segment."""
+
+    seq: int
+    first_step: int
+    last_step: int
+    shape: Shape | None
+    path: Path
+
+    def steps(self) -> StepRows: ...
+    def load_steps(self) -> Int64: ...
+    def rank_load(self) -> Int64:
+        """int64 ``[num_moe_layers, n, ep_size]``."""
+        ...
+
+    def loads(self, first: int, last: int) -> Int32:
+        """int32 ``[last - first, n, num_physical_experts]``."""
+        ...
+
+    def placements(self) -> PlacementRows: ...
+
+
+class OpenSegment:
+    """The journal of a segment that is not sealed: of a live writer, or of a dead one."""
+
+    def __init__(self, journal: JournalSegment) -> None:
+        self._journal = journal
+        self.path = journal.path
+        self.seq = journal.seq
+        self.shape = journal.shape
+        steps = journal.steps.step
+        self.first_step, self.last_step = int(steps.min(initial=2**62)), int(steps.max(initial=-1))
+
+    def steps(self) -> StepRows:
+        return self._journal.steps
+
+    def load_steps(self) -> Int64:
+        return self._journal.load_steps
+
+    def loads(self, first: int, last: int) -> Int32:
+        with _faults(self, self.path):
+            return self._journal.read_layers(first, last)
+
+    def rank_load(self) -> Int64:
+        shape = self.shape
+        assert shape is not None
+        n = len(self.load_steps())
+        out = np.empty((shape.num_moe_layers, n, shape.ep_size), np.int64)
+        for layer in range(shape.num_moe_layers):
+            load = self.loads(layer, layer + 1)[0]
+            load.reshape(n, shape.ep_size, -1).sum(axis=2, dtype=np.int64, out=out[layer])
+        return out
+
+    def placements(self) -> PlacementRows:
+        return self._journal.placements
+
+
+class ParquetSegment:
+    """A sealed segment, as the session's manifest lists it. Files are opened when first read."""
+
+    def __init__(self, folder: Path, info: SessionInfo, entry: SealedSegment) -> None:
+        self.path = folder
+        self._info = info
+        self._entry = entry
+        self.seq = entry.seq
+        self.first_step, self.last_step = entry.first_step, entry.last_step
+        self.shape = entry.shape
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._load_steps: Int64 | None = None
+
+    def file_path(self, table: str) -> Path:
+        entry = self._entry.files.get(table)
+        return self.path if entry is None else self.path / entry.name
+
+    def _open(self, table: str) -> pq.ParquetFile | None:
+        if table not in self._entry.files:
+            return None
+        if table not in self._files:
+            path = self.file_path(table)
+            with _faults(self, path):
+                self._files[table] = self._verified(path, table)
+        return self._files[table]
+
+    def _verified(self, path: Path, table: str) -> pq.ParquetFile:
+        entry = self._entry.files[table]
+        if path.is_symlink():
+            raise FormatError("it is a symbolic link, which is not followed")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise FormatError(f"it has {size} bytes where the manifest says {entry.bytes}")
+        if footer_crc32(path) != entry.footer_crc32:
+            raise FormatError("its footer does not match the manifest's checksum")
+        file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False)
+        metadata = file.metadata
+        own = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"null"))
+        if not isinstance(own, dict) or own.get("seq") != self.seq or own.get("table") != table:
+            raise FormatError("it is not the file that the manifest lists")
+        SessionInfo.from_dict(own["session"])
+        if not file.schema_arrow.remove_metadata().equals(SCHEMAS[table]) or metadata.num_rows != entry.rows:
+            raise FormatError("its columns or rows are not what the format says")
+        for group in range(metadata.num_row_groups):
+            if metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
+                raise FormatError("it claims a row group of more than 4 GiB")
+        return file
+
+    def _read(self, table: str, columns: list[str], groups: list[int] | None = None) -> pa.Table | None:
+        file = self._open(table)
+        if file is None:
+            return None
+        with _faults(self, self.file_path(table)):
+            wanted = list(range(file.metadata.num_row_groups)) if groups is None else groups
+            return file.read_row_groups(wanted, columns=columns, use_threads=False).combine_chunks()
+
+    def steps(self) -> StepRows:
+        names = ["step", "time", "monotonic_ns", "status", "num_tokens", "phase"]
+        table = self._read("steps", names)
+        if table is None:
+            return StepRows.concat([])
+        with _faults(self, self.file_path("steps")):
+            column = {name: table.column(name).combine_chunks() for name in names}
+            status, statuses = _codes(column["status"])
+            if not set(statuses) <= set(STATUS_LABELS):
+                raise FormatError("it holds an unknown status")
+            number = np.array([*map(STATUS_LABELS.index, statuses)], np.uint8)
+            phase, phases = _codes(column["phase"])
+            return StepRows(
+                step=_numpy(column["step"]),
+                time_ns=_numpy(column["time"].cast(pa.int64())),
+                monotonic_ns=_numpy(column["monotonic_ns"]),
+                status=number[status],
+                num_tokens=_numpy(column["num_tokens"].fill_null(-1)),
+                phase=phase.astype(np.int8),
+                phases=tuple(phases),
+            )
+
+    def load_steps(self) -> Int64:
+        if self._load_steps is None:
+            file = self._open("loads")
+            if file is None or self.shape is None:
+                self._load_steps = np.empty(0, np.int64)
+            else:
+                # Every layer has the same steps, so those of the first row group tell them all.
+                table = self._read("loads", ["step", "layer"], [0])
+                assert table is not None
+                with _faults(self, self.file_path("loads")):
+                    n = file.metadata.num_rows // self.shape.num_moe_layers
+                    steps = _numpy(table.column("step").combine_chunks())[:n]
+                    self._check_order(table, 0, steps, n)
+                    self._load_steps = steps
+        return self._load_steps
+
+    def _check_order(self, table: pa.Table, layer: int, steps: Int64, n: int) -> int:
+        """Check that a row group is layer by layer, step by step; how many layers it holds."""
+        assert self.shape is not None
+        count, rest = divmod(table.num_rows, n) if n else (0, table.num_rows)
+        numbers = self._info.layer_numbers(self.shape.num_moe_layers)[layer : layer + count]
+        if (
+            rest
+            or not np.array_equal(_numpy(table.column("step").combine_chunks()), np.tile(steps, count))
+            or not np.array_equal(_numpy(table.column("layer").combine_chunks()), np.repeat(numbers, n))
+        ):
+            raise FormatError("its rows are not ordered by layer and step")
+        return count
+
+    def _by_layers(self, column: str, width: int, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
+        file = self._open("loads")
+        assert file is not None
+        assert self.shape is not None
+        n = len(self.load_steps())
+        layer = 0
+        for group in range(file.metadata.num_row_groups):
+            count = file.metadata.row_group(group).num_rows // max(1, n)
+            if layer < last and layer + count > first:
+                table = self._read("loads", ["step", "layer", column], [group])
+                assert table is not None
+                with _faults(self, self.file_path("loads")):
+                    self._check_order(table, layer, self.load_steps(), n)
+                    values = _list_values(table.column(column).combine_chunks(), width)
+                yield layer, values.reshape(count, n, width)
+            layer += count
+
+    def rank_load(self) -> Int64:
+        shape = self.shape
+        assert shape is not None
+        out = np.empty((shape.num_moe_layers, len(self.load_steps()), shape.ep_size), np.int64)
+        for layer, values in self._by_layers("rank_load", shape.ep_size, 0, shape.num_moe_layers):
+            out[layer : layer + len(values)] = values
+        return out
+
+    def loads(self, first: int, last: int) -> Int32:
+        shape = self.shape
+        assert shape is not None
+        out = np.empty((last - first, len(self.load_steps()), shape.num_physical_experts), np.int32)
+        for layer, values in self._by_layers("load", shape.num_physical_experts, first, last):
+            low, high = max(layer, first), min(layer + len(values), last)
+            out[low - first : high - first] = values[low - layer : high - layer]
+        return out
+
+    def placements(self) -> PlacementRows:
+        table = self._read("placements", ["step", "layer", "ep_size", "physical_to_logical"])
+        if table is None:
+            empty = np.empty(0, np.int32)
+            return PlacementRows(np.empty(0, np.int64), empty, empty, [])
+        with _faults(self, self.file_path("placements")):
+            lists = table.column("physical_to_logical").combine_chunks()
+            flat, offsets = _numpy(lists.values), _numpy(lists.offsets)
+            if flat.min(initial=0) < EMPTY_SLOT or flat.max(initial=0) >= self._info.num_logical_experts:
+                raise FormatError("it holds a placement that is out of range")
+            slots = [flat[a:b] for a, b in itertools.pairwise(offsets)]
+            numbers = _numpy(table.column("layer").combine_chunks())
+            index = {number: i for i, number in enumerate(self._info.moe_layers or ())}
+            layers = np.array([index.get(n, -1) for n in numbers], np.int32) if index else numbers
+            if layers.min(initial=0) < 0:
+                raise FormatError("it names a layer that the session does not have")
+            ep_size = _numpy(table.column("ep_size").combine_chunks())
+            return PlacementRows(_numpy(table.column("step").combine_chunks()), layers, ep_size, slots)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+@contextmanager
+def _faults(segment: Any, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise SegmentFault(segment, path, "it is missing, although the manifest lists it") from None
+    except (OSError, pa.ArrowException, FormatError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SegmentFault(segment, path, reason) from None
+
+
+def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    values = array.to_numpy(zero_copy_only=False)
+    return np.asarray(values)
+
+
+def _codes(array: pa.Array) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """A text column as codes into its distinct texts; -1 for null."""
+    encoded = array.dictionary_encode()
+    codes = _numpy(encoded.indices.fill_null(-1)).astype(np.int64)
+    return codes, [str(text) for text in encoded.dictionary.to_pylist()]
+
+
+def _list_values(lists: Any, width: int) -> npt.NDArray[Any]:
+    """The values of a list column whose every list must have ``width`` items."""
+    offsets = _numpy(lists.offsets)
+    if len(offsets) > 1 and not (np.diff(offsets) == width).all():
+        raise FormatError("it holds a list of the wrong length")
+    values: npt.NDArray[Any] = _numpy(lists.values)[offsets[0] : offsets[-1]]
+    if values.min(initial=0) < 0:
+        raise FormatError("it holds negative loads")
+    return values.reshape(-1, width)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a session's manifest lists, as far as it can be read."""
+
+    entries: dict[int, SealedSegment]
+    #: The final accounting, where the writer was closed.
+    closed: dict[str, Any] | None
+    fault: str | None
+
+
+def read_manifest(folder: Path, info: SessionInfo) -> Manifest:
+    """Read ``manifest.frames``; a session that has sealed nothing yet has none. Raises OSError."""
+    entries: dict[int, SealedSegment] = {}
+    closed = None
+    path = folder / MANIFEST_FILE
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return Manifest(entries, None, None)
+    with file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        for item in frames.scan(file, size):
+            if isinstance(item, frames.Tail):
+                # A torn end belongs to a segment whose journal is still there.
+                fault = f"damaged from byte {item.end} on" if item.fault == "damaged" else None
+                return Manifest(entries, closed, fault)
+            try:
+                if item.kind == "session":
+                    if SessionInfo.from_dict(item.header["session"]).session_id != info.session_id:
+                        return Manifest(entries, closed, "of another session")
+                elif item.kind == "sealed":
+                    entry = SealedSegment.from_header(item.header)
+                    entries[entry.seq] = entry
+                elif item.kind == "closed":
+                    closed = item.header
+            except (FormatError, KeyError) as error:
+                return Manifest(entries, closed, str(error))
+    return Manifest(entries, closed, None)

@@ -1,0 +1,391 @@
+"""The background side of the writer: queue to journal, journal to sealed segments.
+
+Two daemon threads: one drains the queue into the journal at least every flush interval, the other
+seals finished journals, so that a slow disk's fsync never delays the journal. Work is done in few
+large numpy calls, which release the interpreter lock, so that the engine's own Python is not slowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_dump import frames, journal, sealing
+from eplb_dump.format import EMPTY_SLOT, MAX_LOAD, SESSION_FILE, SessionInfo, Status, dump_json
+from eplb_dump.journal import Int32, JournalAppender, Shape, StepRows
+from eplb_dump.staging import Slot
+
+logger = logging.getLogger("eplb_dump")
+
+#: A frame holds at most this many steps and about this many bytes.
+BATCH_STEPS = 64
+BATCH_BYTES = 8 << 20
+
+
+class Entry(NamedTuple):
+    """One step on its way from the engine's thread to the journal."""
+
+    step: int
+    time_ns: int
+    monotonic_ns: int
+    status: Status
+    num_tokens: int
+    phase: str | None
+    ep_size: int
+    load: Slot | None
+    placement: Slot | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a segment is sealed, and how long data may wait for the journal."""
+
+    flush_interval: float
+    segment_bytes: int
+    segment_seconds: float
+
+
+class Background:
+    """Owns the files of one session. Everything but :meth:`wake` runs on its own threads."""
+
+    def __init__(
+        self,
+        folder: Path,
+        info: SessionInfo,
+        entries: deque[Entry],
+        limits: Limits,
+        final_stats: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._folder = folder
+        self._info = info
+        self._entries = entries
+        self._limits = limits
+        self._final_stats = final_stats
+        self._segment_window = info.segment_steps * info.interval
+        self._appender: JournalAppender | None = None
+        self._opened_at = 0.0
+        self._seq = 0
+        self._window: int | None = None
+        self._shape: Shape | None = None
+        self._placement: Int32 | None = None
+        self._placement_ep_size = 0
+        #: Why the last placement that came cannot be used; loads under it are rejected.
+        self._placement_fault: str | None = None
+        self._wake = threading.Event()
+        self._closing = False
+        self.notices: deque[str] = deque(maxlen=64)
+        self._noticed: set[str] = set()
+        self._written = threading.Condition()
+        # Counters: written by the background thread only, read by anyone.
+        self.consumed = 0
+        self.rejected: Counter[str] = Counter()
+        self.lost = 0
+        self.bytes_written = 0
+        self.segments_sealed = 0
+        self.segments_left_open = 0
+        #: Why recording stopped, once it did.
+        self.off: str | None = None
+        self._to_seal: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        name = f"eplb-dump-rank{info.ep_rank}"
+        self._sealer = threading.Thread(target=self._seal_loop, name=f"{name}-seal", daemon=True)
+        self._drainer = threading.Thread(target=self._drain_loop, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._sealer.start()
+        self._drainer.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def wait_consumed(self, count: int, timeout: float) -> bool:
+        """Wait until ``count`` entries are in the journal (True), or time or luck runs out."""
+        self._wake.set()
+        with self._written:
+            self._written.wait_for(lambda: self.consumed >= count or self.off is not None, timeout)
+        return self.consumed >= count and self.off is None
+
+    def close(self, timeout: float) -> bool:
+        """Drain, seal and write the final accounting, within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        self._closing = True
+        self._wake.set()
+        self._drainer.join(timeout)
+        self._sealer.join(max(0.0, deadline - time.monotonic()))
+        return not self._drainer.is_alive() and not self._sealer.is_alive()
+
+    def abandon_in_child(self) -> None:
+        """After a fork, in the child: the files are the parent's; let go of them."""
+        self.off = "the process was forked; make a writer in the child"
+        if self._appender is not None:
+            with contextlib.suppress(OSError):
+                self._appender.close()
+
+    # ---- the drainer's thread
+
+    def _drain_loop(self) -> None:
+        # Half of the interval, so that a step waits no longer than one interval, writing included.
+        period = self._limits.flush_interval / 2
+        while True:
+            self._wake.wait(period)
+            self._wake.clear()
+            closing = self._closing
+            self._say_notices()
+            try:
+                self._drain()
+                self._rotate_if_due()
+                if closing:
+                    self._rotate()
+                    self._to_seal.put(None)
+            except Exception as error:  # whatever happens here must not reach the engine
+                self._give_up(error)
+                closing = closing or self._closing
+            if closing:
+                if self.off is not None:
+                    self._to_seal.put(None)
+                return
+
+    def _say_notices(self) -> None:
+        while self.notices:
+            text = self.notices.popleft()
+            if text not in self._noticed:
+                self._noticed.add(text)
+                logger.warning("%s", text)
+
+    def _give_up(self, error: Exception) -> None:
+        if self.off is None:
+            reason = error.strerror or str(error) if isinstance(error, OSError) else repr(error)
+            self.off = f"{type(error).__name__}: {reason}"
+            logger.warning("expert-load recording is off, the engine goes on: %s: %s", self._folder, self.off)
+        if self._appender is not None:
+            with contextlib.suppress(OSError):
+                self._appender.close()
+            self._appender = None
+        self._discard()
+        with self._written:
+            self._written.notify_all()
+
+    def _discard(self) -> None:
+        """Give back the buffers of what can no longer be written."""
+        while self._entries:
+            entry = self._entries.popleft()
+            for slot in (entry.load, entry.placement):
+                if slot is not None:
+                    slot.release()
+            self.consumed += 1
+            self.lost += entry.status is Status.RECORDED
+
+    def _drain(self) -> None:
+        if self.off is not None:
+            self._discard()
+            return
+        batch: list[Entry] = []
+        size = 0
+        while self._entries:
+            entry = self._entries[0]
+            slot_bytes = 0 if entry.load is None else entry.load.host.nbytes
+            full = len(batch) >= BATCH_STEPS or size + slot_bytes > BATCH_BYTES
+            if batch and (full or self._begins_segment(entry)):
+                self._write(batch)
+                batch, size = [], 0
+            if self._begins_segment(entry):
+                self._rotate()
+            self._set_segment(entry)
+            batch.append(self._entries.popleft())
+            size += slot_bytes
+        if batch:
+            self._write(batch)
+
+    def _shape_of(self, entry: Entry) -> Shape | None:
+        return None if entry.load is None else Shape(entry.ep_size, *entry.load.host.shape)
+
+    def _begins_segment(self, entry: Entry) -> bool:
+        if entry.status is Status.REJECTED:  # its step may be a wrong one
+            return False
+        shape = self._shape_of(entry)
+        return (self._window is not None and entry.step // self._segment_window != self._window) or (
+            self._shape is not None and shape is not None and shape != self._shape
+        )
+
+    def _set_segment(self, entry: Entry) -> None:
+        if entry.status is not Status.REJECTED:
+            self._window = entry.step // self._segment_window
+        shape = self._shape_of(entry)
+        if shape is not None and self._shape is None:
+            self._shape = shape
+            self._note_shape(shape)
+
+    def _note_shape(self, shape: Shape) -> None:
+        """Complete session.json by the shapes, which are first known now."""
+        if self._info.num_moe_layers is not None:
+            return
+        self._info = dataclasses.replace(
+            self._info,
+            num_moe_layers=shape.num_moe_layers,
+            num_physical_experts=shape.num_physical_experts,
+        )
+        write_session_file(self._folder, self._info)
+
+    def _write(self, batch: Sequence[Entry]) -> None:
+        """Append one batch: placements, then loads, then the steps frame that commits them."""
+        status = [int(entry.status) for entry in batch]
+        parts: list[bytes] = []
+        good: list[int] = []
+        largest = 0
+        for i, entry in enumerate(batch):
+            for slot in (entry.load, entry.placement):
+                if slot is not None:
+                    slot.wait()
+            if entry.placement is not None:
+                parts += self._take_placement(entry)
+            if entry.load is not None:
+                fault, peak = self._fault_of(entry.load.host)
+                if fault is None:
+                    parts += self._restate_placement(entry)
+                    good.append(i)
+                    largest = max(largest, peak)
+                else:
+                    status[i] = Status.REJECTED
+                    self.rejected[fault] += 1
+                    self.notices.append(f"a step was rejected and is counted: {fault}")
+        if good:
+            parts.append(self._loads_frame([batch[i] for i in good], largest))
+        for entry in batch:
+            if entry.load is not None:
+                entry.load.release()
+        phases = tuple(dict.fromkeys(e.phase for e in batch if e.phase is not None))
+        code = {name: i for i, name in enumerate(phases)}
+        rows = StepRows(
+            step=np.array([e.step for e in batch], np.int64),
+            time_ns=np.array([e.time_ns for e in batch], np.int64),
+            monotonic_ns=np.array([e.monotonic_ns for e in batch], np.int64),
+            status=np.array(status, np.uint8),
+            num_tokens=np.array([e.num_tokens for e in batch], np.int64),
+            phase=np.array([-1 if e.phase is None else code[e.phase] for e in batch], np.int8),
+            phases=phases,
+        )
+        parts.append(journal.steps_frame(rows))
+        data = b"".join(parts)
+        try:
+            self._open_journal().append(data)
+        except OSError:
+            self.lost += len(good)
+            self.consumed += len(batch)
+            raise
+        self.bytes_written += len(data)
+        with self._written:
+            self.consumed += len(batch)
+            self._written.notify_all()
+
+    def _fault_of(self, load: npt.NDArray[Any]) -> tuple[str | None, int]:
+        """Why a load cannot be recorded (None: it can), and its largest count."""
+        if self._placement_fault is not None:
+            return self._placement_fault, 0
+        # Seen as unsigned, a negative count is a huge one: one pass finds both faults.
+        peak = int(load.view(f"u{load.dtype.itemsize}").max())
+        if peak <= MAX_LOAD and (load.dtype.kind == "u" or peak <= np.iinfo(load.dtype).max):
+            return None, peak
+        negative = load.dtype.kind == "i" and int(load.min()) < 0
+        return ("negative counts" if negative else f"counts above {MAX_LOAD}"), 0
+
+    def _take_placement(self, entry: Entry) -> list[bytes]:
+        """Frames for the layers whose placement changed; a copy is kept to compare the next with."""
+        assert entry.placement is not None
+        raw = entry.placement.host
+        try:
+            if entry.load is not None and raw.shape != entry.load.host.shape:
+                self._placement_fault = "physical_to_logical_map is not of expert_load's shape"
+                return []
+            low, high = int(raw.min()), int(raw.max())
+            if low < EMPTY_SLOT or high >= self._info.num_logical_experts:
+                self._placement_fault = "physical_to_logical_map names an expert that does not exist"
+                return []
+            self._placement_fault = None
+            before, now = self._placement, raw.astype(np.int32)
+        finally:
+            entry.placement.release()
+        self._placement = now
+        if before is None or before.shape != now.shape or self._placement_ep_size != entry.ep_size:
+            return self._placement_frame(entry, np.arange(len(now)))
+        changed = np.flatnonzero((before != now).any(axis=1))
+        return self._placement_frame(entry, changed) if len(changed) else []
+
+    def _restate_placement(self, entry: Entry) -> list[bytes]:
+        """Where only ep_size changed, the same map means other ranks: state it anew."""
+        if self._placement is None or self._placement_ep_size == entry.ep_size:
+            return []
+        return self._placement_frame(entry, np.arange(len(self._placement)))
+
+    def _placement_frame(self, entry: Entry, layers: npt.NDArray[np.intp]) -> list[bytes]:
+        assert self._placement is not None
+        self._placement_ep_size = entry.ep_size
+        step = np.full(len(layers), entry.step, np.int64)
+        rows = self._placement[layers]
+        return [journal.placements_frame(step, layers.astype(np.int32), rows, entry.ep_size)]
+
+    def _loads_frame(self, entries: Sequence[Entry], largest: int) -> bytes:
+        dtype = np.uint8 if largest < 1 << 8 else np.uint16 if largest < 1 << 16 else np.int32
+        assert self._shape is not None
+        shape = (self._shape.num_moe_layers, len(entries), self._shape.num_physical_experts)
+        load = np.empty(shape, dtype)
+        for i, entry in enumerate(entries):
+            assert entry.load is not None
+            np.copyto(load[:, i], entry.load.host, casting="unsafe")
+        step = np.array([e.step for e in entries], np.int64)
+        return journal.loads_frame(step, load, self._shape.ep_size)
+
+    def _open_journal(self) -> JournalAppender:
+        if self._appender is None:
+            self._appender = JournalAppender(self._folder, self._info, self._seq)
+            self._opened_at = time.monotonic()
+            self._seq += 1
+        return self._appender
+
+    def _rotate_if_due(self) -> None:
+        if self._appender is not None and (
+            self._appender.size >= self._limits.segment_bytes
+            or time.monotonic() - self._opened_at >= self._limits.segment_seconds
+        ):
+            self._rotate()
+
+    def _rotate(self) -> None:
+        """Hand the open journal to the sealer; the next batch opens a new one."""
+        self._window = self._shape = None
+        if self._appender is not None:
+            self._appender.close()
+            self._to_seal.put(self._appender.path)
+            self._appender = None
+
+    # ---- the sealer's thread
+
+    def _seal_loop(self) -> None:
+        while (path := self._to_seal.get()) is not None:
+            try:
+                sealing.seal(path)
+                self.segments_sealed += 1
+            except Exception as error:  # the journal stays, is read as well, and can be sealed later
+                self.segments_left_open += 1
+                self.notices.append(f"{path.name} could not be sealed and stays as it is: {error}")
+        if self.off is None and not self.segments_left_open:
+            closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": self._final_stats()})
+            with contextlib.suppress(OSError):
+                sealing.append_manifest(self._folder, self._info, closed)
+
+
+def write_session_file(folder: Path, info: SessionInfo) -> None:
+    """Write ``session.json`` at once and whole. Raises OSError."""
+    tmp = folder / f"{SESSION_FILE}.tmp"
+    tmp.write_bytes(dump_json(info.to_dict()))
+    os.replace(tmp, folder / SESSION_FILE)

@@ -1,0 +1,265 @@
+"""The dump format, version 1: folders, file names, table schemas and session metadata.
+
+This is the one module that the writer and the reader share; it holds no I/O beyond turning the
+metadata into text and back. docs/format.md describes every field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT_NAME = "eplb-dump"
+#: (major, minor). A reader refuses a newer major and reads every older one; a newer minor only adds.
+FORMAT_VERSION = (1, 0)
+
+SESSION_FILE = "session.json"
+MANIFEST_FILE = "manifest.frames"
+METADATA_KEY = b"eplb_dump"
+TABLES = ("placements", "loads", "steps")
+EMPTY_SLOT = -1
+#: Counts are stored as int32; a larger one is a fault of the engine and is rejected.
+MAX_LOAD = 2**31 - 1
+
+RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX = "run=", "model=", "rank=", "session="
+RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+JOURNAL_PATTERN = re.compile(r"journal-(\d{6,})\.frames")
+SEGMENT_PATTERN = re.compile(r"(steps|loads|placements)-(\d{6,})\.parquet")
+
+
+class FormatError(ValueError):
+    """Bytes that are not what the format promises; the text says what is wrong and where."""
+
+
+class Status(enum.IntEnum):
+    """What became of a step a writer saw. The numbers stand in journals, the names in Parquet."""
+
+    RECORDED = 0
+    DUMMY = 1
+    NOT_SAMPLED = 2
+    DROPPED = 3
+    REJECTED = 4
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+STATUS_LABELS = tuple(status.label for status in Status)
+
+
+class Scope(str, enum.Enum):
+    """Whether the load of a rank is its own contribution, or already the sum over ranks."""
+
+    LOCAL = "local"
+    GLOBAL = "global"
+
+
+def _list_of(value_type: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", value_type, nullable=False))
+
+
+#: One row for every step the writer saw.
+STEPS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("time", pa.timestamp("ns", tz="UTC"), nullable=False),
+        pa.field("monotonic_ns", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int64()),
+        pa.field("phase", pa.string()),
+    ]
+)
+#: One row for every recorded step and MoE layer, ordered by layer, then by step.
+LOADS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("ep_size", pa.int32(), nullable=False),
+        pa.field("rank_load", _list_of(pa.int64()), nullable=False),
+        pa.field("load", _list_of(pa.int32()), nullable=False),
+    ]
+)
+#: One row for every layer whose placement changed, from the step at which it was first in force.
+PLACEMENTS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("ep_size", pa.int32(), nullable=False),
+        pa.field("physical_to_logical", _list_of(pa.int32()), nullable=False),
+    ]
+)
+SCHEMAS = {"steps": STEPS_SCHEMA, "loads": LOADS_SCHEMA, "placements": PLACEMENTS_SCHEMA}
+
+
+def journal_name(seq: int) -> str:
+    return f"journal-{seq:06d}.frames"
+
+
+def segment_name(table: str, seq: int) -> str:
+    return f"{table}-{seq:06d}.parquet"
+
+
+def rank_folder(rank: int) -> str:
+    return f"{RANK_PREFIX}{rank:05d}"
+
+
+def model_slug(model: str) -> str:
+    """A folder name for a model: ``deepseek-ai/DeepSeek-R1`` becomes ``deepseek-ai--DeepSeek-R1``.
+
+    Where other characters had to go, a checksum of the name keeps two models apart.
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]", "-", model.replace("/", "--"))[:100].lstrip(".") or "model"
+    lossless = slug == model.replace("/", "--")
+    return slug if lossless else f"{slug}-{zlib.crc32(model.encode()):08x}"
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What one writer says of itself: the content of ``session.json``, repeated in every file.
+
+    A session is one life of one writer. Shapes are those of the first recorded step (``None``
+    before it); where they change later, each segment's own metadata and rows say so.
+    """
+
+    run_id: str
+    model: str
+    session_id: str
+    ep_rank: int
+    scope: Scope
+    num_logical_experts: int
+    ep_size: int
+    created_unix_ns: int
+    created_monotonic_ns: int
+    host: str
+    pid: int
+    num_moe_layers: int | None = None
+    num_physical_experts: int | None = None
+    #: The model's own number of each MoE layer, ascending; ``None``: they are counted from 0.
+    moe_layers: tuple[int, ...] | None = None
+    ranks_per_node: int | None = None
+    engine: str | None = None
+    engine_version: str | None = None
+    engine_config: dict[str, Any] = field(default_factory=dict)
+    #: The launcher's variables that all ranks of one engine start share.
+    launch: dict[str, str] = field(default_factory=dict)
+    #: By how much the engine over-counts tokens; loads are divided by it on reading.
+    token_replication: int = 1
+    #: Every how many steps one is recorded.
+    interval: int = 1
+    #: A segment never spans a multiple of this many steps, so that ranks seal at the same steps.
+    segment_steps: int = 2048
+    writer_version: str = ""
+    format_version: tuple[int, int] = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        fields["scope"] = self.scope.value
+        fields["format_version"] = f"{self.format_version[0]}.{self.format_version[1]}"
+        fields["moe_layers"] = None if self.moe_layers is None else list(self.moe_layers)
+        return {"format": FORMAT_NAME, **fields}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SessionInfo:
+        """Check and build. Raises FormatError for a foreign, damaged or newer-major document."""
+        if fields.get("format") != FORMAT_NAME:
+            raise FormatError("it is not the metadata of an eplb-dump session")
+        version = parse_version(fields.get("format_version"))
+        known = {f.name for f in dataclasses.fields(cls)}
+        try:
+            values = {k: v for k, v in fields.items() if k in known}
+            values["format_version"] = version
+            values["scope"] = Scope(values["scope"])
+            layers = values.get("moe_layers")
+            values["moe_layers"] = None if layers is None else tuple(int(n) for n in layers)
+            info = cls(**values)
+            info._validate()
+        except FormatError:
+            raise
+        except (TypeError, ValueError, KeyError) as error:
+            raise FormatError(f"its session metadata is damaged ({error})") from None
+        return info
+
+    def _validate(self) -> None:
+        text = ("run_id", "model", "session_id", "host")
+        positive = ("num_logical_experts", "ep_size", "token_replication", "interval", "segment_steps")
+        for name in text:
+            if not isinstance(getattr(self, name), str):
+                raise FormatError(f"its session metadata has no text under {name!r}")
+        for name in positive:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_LOAD:
+                raise FormatError(f"its session metadata says {name} = {value!r}")
+        for name in ("ep_rank", "created_unix_ns", "created_monotonic_ns"):
+            if not isinstance(getattr(self, name), int):
+                raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")
+        for name in ("engine", "engine_version"):
+            if not isinstance(getattr(self, name), str | None):
+                raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")
+        for name in ("engine_config", "launch"):
+            if not isinstance(getattr(self, name), dict):
+                raise FormatError(f"its session metadata has no mapping under {name!r}")
+
+    def layer_numbers(self, num_moe_layers: int) -> list[int]:
+        """The model's layer number of each MoE layer, as the ``layer`` column has it."""
+        return list(range(num_moe_layers)) if self.moe_layers is None else list(self.moe_layers)
+
+
+def parse_version(text: object) -> tuple[int, int]:
+    """``"1.0"`` to ``(1, 0)``. Raises FormatError for a newer major version or no version."""
+    match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", text) if isinstance(text, str) else None
+    if match is None:
+        raise FormatError(f"it has no readable format version ({text!r})")
+    major, minor = int(match[1]), int(match[2])
+    if major > FORMAT_VERSION[0]:
+        raise FormatError(
+            f"it is in format {major}.{minor}, newer than this program reads "
+            f"({FORMAT_VERSION[0]}.x); upgrade eplb-dump"
+        )
+    return major, minor
+
+
+def canonical_json(document: object) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def dump_json(document: dict[str, Any]) -> bytes:
+    """A JSON object for a file, with its own checksum in it (member ``crc32``)."""
+    crc = zlib.crc32(canonical_json(document).encode())
+    return (json.dumps({**document, "crc32": f"{crc:08x}"}, indent=1) + "\n").encode()
+
+
+def load_json(data: bytes) -> dict[str, Any]:
+    """Undo :func:`dump_json`. Raises FormatError where the text or its checksum is not right."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        raise FormatError("it is not JSON") from None
+    if not isinstance(document, dict):
+        raise FormatError("it is not a JSON object")
+    crc = document.pop("crc32", None)
+    # The version comes first: a newer format may check itself in another way.
+    if document.get("format") == FORMAT_NAME:
+        parse_version(document.get("format_version"))
+    if crc != f"{zlib.crc32(canonical_json(document).encode()):08x}":
+        raise FormatError("its checksum does not match its content")
+    return document
+
+
+def session_path(root: Path, info: SessionInfo) -> Path:
+    """``<root>/run=<run_id>/model=<slug>/rank=<5 digits>/session=<id>``."""
+    return (
+        root
+        / f"{RUN_PREFIX}{info.run_id}"
+        / f"{MODEL_PREFIX}{model_slug(info.model)}"
+        / rank_folder(info.ep_rank)
+        / f"{SESSION_PREFIX}{info.session_id}"
+    )

@@ -1,0 +1,341 @@
+"""The journal: the open segment of a session, an append-only file of frames.
+
+Here stand both sides of it, so that they cannot drift apart: the frames that the writer appends,
+and :class:`JournalSegment`, which reads a journal's valid prefix, live or after a crash. Sealing
+and the reader both go through :class:`JournalSegment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_dump import frames
+from eplb_dump.format import EMPTY_SLOT, JOURNAL_PATTERN, FormatError, SessionInfo, Status, journal_name
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of every load in one segment; a change of it begins a new segment."""
+
+    ep_size: int
+    num_moe_layers: int
+    num_physical_experts: int
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.num_physical_experts // self.ep_size
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the slots do not divide among the ranks."""
+        return self.num_physical_experts % self.ep_size != 0
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of the ``steps`` table as arrays of one length n.
+
+    ``num_tokens`` and ``phase`` (an index into ``phases``) are -1 where they are not known.
+    """
+
+    step: Int64
+    time_ns: Int64
+    monotonic_ns: Int64
+    status: npt.NDArray[np.uint8]
+    num_tokens: Int64
+    phase: npt.NDArray[np.int8]
+    phases: tuple[str, ...] = ()
+
+    @classmethod
+    def concat(cls, parts: Sequence[StepRows]) -> StepRows:
+        phases = tuple(dict.fromkeys(name for part in parts for name in part.phases))
+        index = {name: i for i, name in enumerate(phases)}
+        codes = []
+        for part in parts:
+            translate = np.array([index[name] for name in part.phases] + [-1], np.int8)
+            codes.append(translate[part.phase])
+        return cls(
+            step=_joined([part.step for part in parts], np.int64),
+            time_ns=_joined([part.time_ns for part in parts], np.int64),
+            monotonic_ns=_joined([part.monotonic_ns for part in parts], np.int64),
+            status=_joined([part.status for part in parts], np.uint8),
+            num_tokens=_joined([part.num_tokens for part in parts], np.int64),
+            phase=_joined(codes, np.int8),
+            phases=phases,
+        )
+
+    def select(self, mask: npt.NDArray[Any]) -> StepRows:
+        return StepRows(
+            self.step[mask],
+            self.time_ns[mask],
+            self.monotonic_ns[mask],
+            self.status[mask],
+            self.num_tokens[mask],
+            self.phase[mask],
+            self.phases,
+        )
+
+
+@dataclass(frozen=True)
+class PlacementRows:
+    """Rows of the ``placements`` table: n changed layers (as indices), each with its slots' experts."""
+
+    step: Int64
+    #: Index of the MoE layer, from 0.
+    layer: Int32
+    ep_size: Int32
+    #: One int32 [num_physical_experts] a row.
+    physical_to_logical: list[Int32]
+
+
+def session_frame(info: SessionInfo, seq: int) -> bytes:
+    return frames.encode("session", {"session": info.to_dict(), "seq": seq})
+
+
+def steps_frame(rows: StepRows) -> bytes:
+    return frames.encode(
+        "steps",
+        {"phases": list(rows.phases)},
+        {
+            "step": rows.step,
+            "time_ns": rows.time_ns,
+            "monotonic_ns": rows.monotonic_ns,
+            "status": rows.status,
+            "num_tokens": rows.num_tokens,
+            "phase": rows.phase,
+        },
+    )
+
+
+def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> bytes:
+    """``load``: uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]`` of n steps."""
+    return frames.encode("loads", {"ep_size": ep_size}, {"step": step, "load": load})
+
+
+def placements_frame(step: Int64, layer: Int32, physical_to_logical: Int32, ep_size: int) -> bytes:
+    """``physical_to_logical``: int32 ``[n, num_physical_experts]``, a row a changed layer."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "step": step,
+        "layer": layer,
+        "physical_to_logical": physical_to_logical,
+    }
+    return frames.encode("placements", {"ep_size": ep_size}, arrays)
+
+
+@dataclass(frozen=True)
+class _LoadFrame:
+    step: Int64
+    offset: int
+    dtype: np.dtype[Any]
+    #: Which of the frame's steps are committed, and where they go among the segment's steps.
+    keep: npt.NDArray[np.intp]
+
+
+class JournalAppender:
+    """The writing side: an open journal that only ever holds whole batches of frames."""
+
+    def __init__(self, folder: Path, info: SessionInfo, seq: int) -> None:
+        """Create the journal. Raises OSError, also where a file of that name exists."""
+        self.path = folder / journal_name(seq)
+        self.size = 0
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        try:
+            self.append(session_frame(info, seq))
+        except OSError:
+            self.close()
+            raise
+
+    def append(self, data: bytes) -> None:
+        """Write all of ``data`` or none of it. Raises OSError, also where the file was deleted.
+
+        What is written here survives the death of the process; nothing is synced to the disk, as
+        that would protect only against the death of the machine, at a price for every batch.
+        """
+        if os.fstat(self._fd).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "the journal was deleted while it was written")
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.size)
+            raise
+        self.size += len(data)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class JournalSegment:
+    """The valid prefix of a journal, as of the moment it was opened.
+
+    The whole prefix is checksummed once on opening; loads stay in the file and are read again a
+    few layers at a time, so that memory does not grow with the segment.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open and verify. Raises OSError, or FormatError if no session frame can be read."""
+        match = JOURNAL_PATTERN.fullmatch(path.name)
+        if match is None:
+            raise FormatError("it is not named like a journal")
+        self.path = path
+        self.seq = int(match[1])
+        self._file: BinaryIO = path.open("rb")
+        try:
+            self._index()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _index(self) -> None:
+        size = self._file.seek(0, 2)
+        self._file.seek(0)
+        info: SessionInfo | None = None
+        step_parts: list[StepRows] = []
+        load_frames: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]] = []
+        placements = PlacementRows(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), [])
+        placement_parts: list[tuple[frames.Frame, int]] = []
+        self.tail = frames.Tail(0, size)
+        for item in frames.scan(self._file, size):
+            if isinstance(item, frames.Tail):
+                self.tail = item
+                break
+            try:
+                if info is None:
+                    if item.kind != "session" or item.header["seq"] != self.seq:
+                        raise FormatError("its first frame does not introduce this journal")
+                    info = SessionInfo.from_dict(item.header["session"])
+                elif item.kind == "steps":
+                    step_parts.append(_step_rows(item))
+                elif item.kind == "loads":
+                    load_frames.append(_load_entry(item))
+                elif item.kind == "placements":
+                    placement_parts.append((item, _ep_size(item)))
+                # Other kinds come from a newer minor version, which only adds.
+            except (KeyError, TypeError, IndexError) as error:
+                raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
+        if info is None:
+            raise FormatError("its first frame cannot be read")
+        self.info = info
+        self.steps = StepRows.concat(step_parts)
+        self._set_loads(load_frames)
+        if placement_parts:
+            placements = _placement_rows(placement_parts)
+        # The steps frame of a batch comes last: without it, the batch was torn and does not count.
+        last = int(self.steps.step.max()) if len(self.steps.step) else -1
+        committed = np.flatnonzero(placements.step <= last)
+        self.placements = PlacementRows(
+            placements.step[committed],
+            placements.layer[committed],
+            placements.ep_size[committed],
+            [placements.physical_to_logical[i] for i in committed],
+        )
+        self._check_placements()
+
+    def _check_placements(self) -> None:
+        limit = self.info.num_logical_experts
+        for layer, slots in zip(self.placements.layer, self.placements.physical_to_logical, strict=True):
+            if layer < 0 or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
+                raise FormatError("it holds a placement that is out of range")
+
+    def _set_loads(self, entries: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]]) -> None:
+        recorded = self.steps.step[self.steps.status == Status.RECORDED]
+        self.shape: Shape | None = None
+        self._loads: list[_LoadFrame] = []
+        kept_steps: list[Int64] = [np.empty(0, np.int64)]
+        for step, offset, dtype, (ep_size, layers, physical) in entries:
+            shape = Shape(ep_size, layers, physical)
+            if self.shape not in (None, shape):
+                raise FormatError("it holds loads of two shapes")
+            self.shape = shape
+            keep = np.flatnonzero(np.isin(step, recorded))
+            self._loads.append(_LoadFrame(step, offset, dtype, keep))
+            kept_steps.append(step[keep])
+        self.load_steps: Int64 = np.concatenate(kept_steps)
+        if not np.array_equal(self.load_steps, recorded):
+            raise FormatError("its steps and its loads do not agree")
+
+    def read_layers(self, first: int, last: int) -> Int32:
+        """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
+        assert self.shape is not None
+        physical = self.shape.num_physical_experts
+        out = np.empty((last - first, len(self.load_steps), physical), np.int32)
+        at = 0
+        for entry in self._loads:
+            row_bytes = len(entry.step) * physical * entry.dtype.itemsize
+            self._file.seek(entry.offset + first * row_bytes)
+            data = self._file.read((last - first) * row_bytes)
+            if len(data) < (last - first) * row_bytes:
+                raise FormatError("it became shorter while it was read")
+            load = np.frombuffer(data, entry.dtype).reshape(last - first, len(entry.step), physical)
+            out[:, at : at + len(entry.keep)] = load[:, entry.keep]
+            at += len(entry.keep)
+        return out
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JournalSegment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _ep_size(frame: frames.Frame) -> int:
+    ep_size = frame.header["ep_size"]
+    if not isinstance(ep_size, int) or ep_size < 1:
+        raise FormatError(f"the frame at byte {frame.start} says ep_size = {ep_size!r}")
+    return ep_size
+
+
+def _step_rows(frame: frames.Frame) -> StepRows:
+    a = frame.arrays
+    phases = tuple(str(name) for name in frame.header["phases"])
+    rows = StepRows(
+        a["step"], a["time_ns"], a["monotonic_ns"], a["status"], a["num_tokens"], a["phase"], phases
+    )
+    lengths = {array.shape for array in a.values()}
+    known = rows.status.max(initial=0) < len(Status) and rows.phase.max(initial=-1) < len(phases)
+    if len(lengths) != 1 or rows.step.ndim != 1 or not known:
+        raise FormatError(f"the steps frame at byte {frame.start} contradicts itself")
+    return rows
+
+
+def _load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]:
+    step, load, ep_size = frame.arrays["step"], frame.arrays["load"], _ep_size(frame)
+    if load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size or load.min(initial=0) < 0:
+        raise FormatError(f"the loads frame at byte {frame.start} contradicts itself")
+    return step, frame.offsets["load"], load.dtype, (ep_size, load.shape[0], load.shape[2])
+
+
+def _placement_rows(parts: list[tuple[frames.Frame, int]]) -> PlacementRows:
+    slots: list[Int32] = []
+    for frame, _ in parts:
+        maps = frame.arrays["physical_to_logical"]
+        if maps.ndim != 2 or not len(maps) == len(frame.arrays["step"]) == len(frame.arrays["layer"]):
+            raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
+        slots.extend(maps.astype(np.int32))
+    return PlacementRows(
+        np.concatenate([frame.arrays["step"] for frame, _ in parts]),
+        np.concatenate([frame.arrays["layer"] for frame, _ in parts]),
+        np.concatenate([np.full(len(frame.arrays["step"]), ep, np.int32) for frame, ep in parts]),
+        slots,
+    )

@@ -1,0 +1,95 @@
+"""How the ranks of one engine start agree on a run without talking to each other.
+
+The sure way is one ``run_id`` given to all of them, or EXPERT_LOAD_DUMP_RUN_ID in their environment.
+Without it they meet in the dump folder: a rank joins the newest run if that is young, of the same
+shape and launch, and has no such rank yet; else it makes the next one. Both claims are single
+``mkdir`` calls, which are atomic on local and network file systems alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from eplb_dump.format import (
+    MODEL_PREFIX,
+    RANK_PREFIX,
+    RUN_PREFIX,
+    SESSION_FILE,
+    SESSION_PREFIX,
+    FormatError,
+    Scope,
+    SessionInfo,
+    load_json,
+    model_slug,
+    rank_folder,
+)
+
+RUN_ID_VARIABLE = "EXPERT_LOAD_DUMP_RUN_ID"
+#: Ranks that start later than this after the first one begin a run of their own.
+JOIN_WINDOW_SECONDS = 600.0
+#: What launchers set alike for all ranks of one start; a run of another launch is not joined.
+_LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RAY_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launch_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """The launcher's variables that identify an engine start, for the session's metadata."""
+    return {name: environment[name] for name in _LAUNCH_VARIABLES if name in environment}
+
+
+def claim_run(
+    root: Path,
+    model: str,
+    *,
+    ep_rank: int,
+    ep_size: int,
+    scope: Scope,
+    num_logical_experts: int,
+    launch: dict[str, str],
+) -> str:
+    """Claim this rank's place in the newest joinable run, or in a new one. Raises OSError."""
+    root.mkdir(parents=True, exist_ok=True)
+    slug = f"{MODEL_PREFIX}{model_slug(model)}"
+    wanted = (ep_size, scope, num_logical_experts, launch)
+    for _ in range(1000):
+        runs = root.glob(f"{RUN_PREFIX}[0-9]*")
+        numbers = [int(p.name[len(RUN_PREFIX) :]) for p in runs if _is_numbered(p)]
+        newest = max(numbers, default=0)
+        if newest and _joinable(root / f"{RUN_PREFIX}{newest:06d}", slug, wanted):
+            folder = root / f"{RUN_PREFIX}{newest:06d}" / slug
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(exist_ok=True)
+                (folder / rank_folder(ep_rank)).mkdir()
+                return f"{newest:06d}"
+        # Another rank may make it first: then the next round finds it.
+        with contextlib.suppress(FileExistsError):
+            (root / f"{RUN_PREFIX}{newest + 1:06d}").mkdir()
+    raise FileExistsError(f"no run could be claimed in {root}")
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.name[len(RUN_PREFIX) :].isdigit() and path.is_dir()
+
+
+def _joinable(run: Path, slug: str, wanted: tuple[int, Scope, int, dict[str, str]]) -> bool:
+    """Whether a run is young and, where the same model is in it, of the same shape and launch."""
+    oldest = time.time_ns()
+    for info, folder in _sessions(run):
+        oldest = min(oldest, info.created_unix_ns)
+        shape = (info.ep_size, info.scope, info.num_logical_experts)
+        if info.launch != wanted[3] or (folder == slug and shape != wanted[:3]):
+            return False
+    return time.time_ns() - oldest <= JOIN_WINDOW_SECONDS * 1e9
+
+
+def _sessions(run: Path) -> Iterator[tuple[SessionInfo, str]]:
+    for path in run.glob(f"{MODEL_PREFIX}*/{RANK_PREFIX}*/{SESSION_PREFIX}*/{SESSION_FILE}"):
+        with contextlib.suppress(OSError, FormatError):
+            yield SessionInfo.from_dict(load_json(path.read_bytes())), path.parents[2].name
+
+
+def environment_run_id() -> str | None:
+    return os.environ.get(RUN_ID_VARIABLE) or None

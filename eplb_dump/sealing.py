@@ -1,0 +1,274 @@
+"""Sealing: a finished journal becomes Parquet segments, listed in the session's manifest.
+
+The order makes every moment safe to be killed in: the segments are written as ``.tmp`` and synced,
+the manifest names them, they are renamed, the journal goes last. While a journal exists it is the
+truth for its segment, and the Parquet files beside it are not read.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eplb_dump import frames
+from eplb_dump.format import (
+    MANIFEST_FILE,
+    METADATA_KEY,
+    SCHEMAS,
+    STATUS_LABELS,
+    FormatError,
+    SessionInfo,
+    canonical_json,
+    segment_name,
+)
+from eplb_dump.journal import Int32, Int64, JournalSegment, Shape, StepRows
+
+#: A row group holds about this many slot counts of few layers: one step of one layer is found by
+#: reading one group, and one layer of a long run by reading only its own.
+ROW_GROUP_VALUES = 1 << 19
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """One table's file of a sealed segment. The Parquet footer has no checksum of its own."""
+
+    name: str
+    bytes: int
+    rows: int
+    footer_crc32: int
+
+
+@dataclass(frozen=True)
+class SealedSegment:
+    """What the manifest says of one sealed segment."""
+
+    seq: int
+    first_step: int
+    last_step: int
+    shape: Shape | None
+    files: dict[str, SealedFile]
+
+    def to_header(self) -> dict[str, Any]:
+        shape = None if self.shape is None else dict(vars(self.shape))
+        files = {table: dict(vars(f)) for table, f in self.files.items()}
+        return {
+            "seq": self.seq,
+            "first_step": self.first_step,
+            "last_step": self.last_step,
+            "shape": shape,
+            "files": files,
+        }
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any]) -> SealedSegment:
+        try:
+            shape = None if header["shape"] is None else Shape(**header["shape"])
+            files = {table: SealedFile(**f) for table, f in header["files"].items()}
+            segment = cls(header["seq"], header["first_step"], header["last_step"], shape, files)
+            segment._validate()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"its entry of a sealed segment is malformed ({error})") from None
+        return segment
+
+    def _validate(self) -> None:
+        numbers = [self.seq, self.first_step, self.last_step]
+        numbers += [n for f in self.files.values() for n in (f.bytes, f.rows, f.footer_crc32)]
+        if self.shape is not None:
+            numbers += vars(self.shape).values()
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise FormatError("its entry of a sealed segment has a number that is none")
+        if self.shape is not None and (0 in vars(self.shape).values() or self.shape.uneven):
+            raise FormatError("its entry of a sealed segment has an impossible shape")
+        if any(f.name != segment_name(t, self.seq) for t, f in self.files.items() if t in SCHEMAS):
+            raise FormatError("its entry of a sealed segment names a foreign file")
+
+
+def footer_crc32(path: Path) -> int:
+    """CRC-32 of a Parquet file's footer, its length and the closing magic."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = struct.unpack("<I", tail[:4])[0] if len(tail) == 8 else 0
+        if tail[4:] != b"PAR1" or length + 12 > size:
+            raise FormatError("it is not a whole Parquet file")
+        file.seek(size - 8 - length)
+        return zlib.crc32(file.read(length + 8))
+
+
+def list_column(values: np.ndarray[Any, Any], schema: pa.Schema, name: str) -> pa.Array:
+    """A list column of ``values`` [rows, n] as the schema has it."""
+    rows, n = values.shape
+    if rows * n > 2**31 - 1:
+        raise FormatError("a segment with more than 2^31 values cannot be sealed in one row group")
+    offsets = np.arange(rows + 1, dtype=np.int32) * np.int32(n)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=schema.field(name).type)
+
+
+def loads_table(
+    layers: list[int], step: Int64, load: Int32, ep_size: int, metadata: dict[bytes, bytes] | None = None
+) -> pa.Table:
+    """Rows of the ``loads`` table: ``load`` int32 ``[len(layers), len(step), num_physical]``."""
+    schema = SCHEMAS["loads"].with_metadata(metadata)
+    count, n, physical = load.shape
+    flat = load.reshape(count * n, physical)
+    rank_load = flat.reshape(count * n, ep_size, physical // ep_size).sum(axis=2, dtype=np.int64)
+    return pa.Table.from_arrays(
+        [
+            pa.array(np.tile(step, count)),
+            pa.array(np.repeat(np.array(layers, np.int32), n)),
+            pa.array(np.full(count * n, ep_size, np.int32)),
+            list_column(rank_load, schema, "rank_load"),
+            list_column(flat, schema, "load"),
+        ],
+        schema=schema,
+    )
+
+
+def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> pa.Table:
+    labels = np.array(STATUS_LABELS, object)
+    phases = np.array([*rows.phases, None], object)
+    return pa.Table.from_arrays(
+        [
+            pa.array(rows.step),
+            pa.array(rows.time_ns).cast(SCHEMAS["steps"].field("time").type),
+            pa.array(rows.monotonic_ns),
+            pa.array(labels[rows.status], pa.string()),
+            pa.array(rows.num_tokens, mask=rows.num_tokens < 0),
+            pa.array(phases[rows.phase], pa.string()),
+        ],
+        schema=SCHEMAS["steps"].with_metadata(metadata),
+    )
+
+
+def _placements_table(journal: JournalSegment, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
+    schema = SCHEMAS["placements"].with_metadata(metadata)
+    rows = journal.placements
+    return pa.Table.from_arrays(
+        [
+            pa.array(rows.step),
+            pa.array(np.array(layers, np.int32)[rows.layer]),
+            pa.array(rows.ep_size),
+            pa.array(rows.physical_to_logical, schema.field("physical_to_logical").type),
+        ],
+        schema=schema,
+    )
+
+
+def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    plain = {"step": "DELTA_BINARY_PACKED", "layer": "DELTA_BINARY_PACKED"}
+    split = {f"{f.name}.list.element": "BYTE_STREAM_SPLIT" for f in schema if pa.types.is_list(f.type)}
+    times = {n: "DELTA_BINARY_PACKED" for n in ("time", "monotonic_ns", "num_tokens") if n in schema.names}
+    encoding = {n: e for n, e in {**plain, **split, **times}.items() if n.split(".")[0] in schema.names}
+    return pq.ParquetWriter(
+        str(path),
+        schema,
+        compression="zstd",
+        compression_level=1,  # higher levels spend CPU and gain nothing on counts
+        use_dictionary=[n for n in ("ep_size", "status", "phase") if n in schema.names],
+        column_encoding=encoding,
+        write_statistics=["step", "layer", "ep_size"],
+        write_page_checksum=True,
+        write_batch_size=1 << 12,
+    )
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable enough
+        _fsync(path)
+
+
+def append_manifest(folder: Path, info: SessionInfo, frame: bytes, *, durable: bool = True) -> None:
+    """Append a frame to the session's manifest, which begins with a session frame."""
+    path = folder / MANIFEST_FILE
+    with path.open("ab") as file:
+        if file.tell() == 0:
+            frame = frames.encode("session", {"session": info.to_dict()}) + frame
+        file.write(frame)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def seal(journal_path: Path) -> SealedSegment | None:
+    """Turn a journal into sealed segments and remove it. Returns None where it held no step.
+
+    Raises OSError (the journal stays and still counts) and FormatError (it is damaged).
+    """
+    folder = journal_path.parent
+    with JournalSegment(journal_path) as journal:
+        if journal.tail.fault == "damaged":
+            raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
+        entry = _write_segment(folder, journal) if len(journal.steps.step) else None
+        info = journal.info
+    if entry is not None:
+        append_manifest(folder, info, frames.encode("sealed", entry.to_header()))
+        for file in entry.files.values():
+            os.replace(folder / f"{file.name}.tmp", folder / file.name)
+        fsync_folder(folder)
+    journal_path.unlink()
+    return entry
+
+
+def _write_segment(folder: Path, journal: JournalSegment) -> SealedSegment:
+    shape, seq = journal.shape, journal.seq
+    layers = [] if shape is None else journal.info.layer_numbers(shape.num_moe_layers)
+    base = {
+        "session": journal.info.to_dict(),
+        "seq": seq,
+        "shape": None if shape is None else dict(vars(shape)),
+    }
+    files: dict[str, SealedFile] = {}
+
+    def write(table: str, parts: Any, rows: int) -> None:
+        metadata = {METADATA_KEY: canonical_json({**base, "table": table}).encode()}
+        name = segment_name(table, seq)
+        tmp = folder / f"{name}.tmp"
+        writer = _open_parquet(tmp, SCHEMAS[table].with_metadata(metadata))
+        try:
+            for part in parts(metadata):
+                writer.write_table(part, row_group_size=max(1, part.num_rows))
+        finally:
+            writer.close()
+        _fsync(tmp)
+        files[table] = SealedFile(name, tmp.stat().st_size, rows, footer_crc32(tmp))
+
+    if len(journal.placements.step):
+        num_layers = max(len(layers), int(journal.placements.layer.max()) + 1)
+        numbers = layers or journal.info.layer_numbers(num_layers)
+        write(
+            "placements",
+            lambda metadata: [_placements_table(journal, numbers, metadata)],
+            len(journal.placements.step),
+        )
+    n = len(journal.load_steps)
+    if shape is not None and n:
+        group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
+
+        def load_parts(metadata: dict[bytes, bytes]) -> Any:
+            for first in range(0, shape.num_moe_layers, group):
+                last = min(first + group, shape.num_moe_layers)
+                load = journal.read_layers(first, last)
+                yield loads_table(layers[first:last], journal.load_steps, load, shape.ep_size, metadata)
+
+        write("loads", load_parts, n * shape.num_moe_layers)
+    write("steps", lambda metadata: [steps_table(journal.steps, metadata)], len(journal.steps.step))
+    step = journal.steps.step
+    return SealedSegment(seq, int(step.min()), int(step.max()), shape, files)

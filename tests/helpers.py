@@ -1,0 +1,189 @@
+"""What several test files share: small writers, truths to compare with, plain readers, child processes.
+
+The readers here use pyarrow and :class:`JournalSegment` only, never ``eplb_analyze``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eplb_dump import ExpertLoadWriter, WriterStats, frames
+from eplb_dump.format import MANIFEST_FILE, SCHEMAS, STATUS_LABELS, Scope, SessionInfo
+from eplb_dump.journal import JournalSegment
+
+Array = npt.NDArray[np.int64]
+LAYERS, SLOTS, LOGICAL, EP_SIZE = 3, 8, 6, 2
+
+
+def load_of(step: int, rank: int = 0, layers: int = LAYERS, slots: int = SLOTS) -> Array:
+    """A load that names its step and rank: no two are alike within some hundred steps."""
+    cells = np.arange(layers * slots, dtype=np.int64).reshape(layers, slots)
+    return (cells * 31 + step * 17 + rank * 5) % 1009
+
+
+def map_of(generation: int = 0, layers: int = LAYERS, slots: int = SLOTS) -> Array:
+    """A placement in which every layer differs from that of another generation (modulo LOGICAL)."""
+    return (np.arange(slots, dtype=np.int64) + np.arange(layers)[:, None] + generation) % LOGICAL
+
+
+def open_writer(root: Path | str, **options: Any) -> ExpertLoadWriter:
+    defaults: dict[str, Any] = {
+        "model": "m",
+        "num_logical_experts": LOGICAL,
+        "ep_size": EP_SIZE,
+        "run_id": "r",
+    }
+    return ExpertLoadWriter(root, **{**defaults, **options})
+
+
+def session_info(**values: Any) -> SessionInfo:
+    defaults: dict[str, Any] = {
+        "run_id": "r",
+        "model": "m",
+        "session_id": "s",
+        "ep_rank": 0,
+        "scope": Scope.LOCAL,
+        "num_logical_experts": LOGICAL,
+        "ep_size": EP_SIZE,
+        "created_unix_ns": 1,
+        "created_monotonic_ns": 2,
+        "host": "h",
+        "pid": 3,
+    }
+    return SessionInfo(**{**defaults, **values})
+
+
+def assert_accounted(stats: WriterStats) -> None:
+    parts = (stats.recorded, stats.dummy, stats.not_sampled, stats.dropped, stats.rejected)
+    assert min(parts) >= 0, stats
+    assert sum(parts) == stats.seen, stats
+    assert sum(stats.drop_reasons.values()) == stats.dropped
+    assert sum(stats.reject_reasons.values()) == stats.rejected
+
+
+# ---- reading
+
+
+def read_table(folder: Path, table: str) -> pa.Table:
+    """All sealed segments of a session, in order, with page checksums verified."""
+    files = sorted(folder.glob(f"{table}-*.parquet"))
+    parts = [pq.ParquetFile(f, page_checksum_verification=True).read() for f in files]
+    return pa.concat_tables(parts) if parts else SCHEMAS[table].empty_table()
+
+
+def loads_of_rows(rows: list[dict[str, Any]]) -> dict[int, Array]:
+    """step -> load ``[layers, slots]`` of rows of the ``loads`` table."""
+    layers: dict[int, dict[int, list[int]]] = {}
+    for row in rows:
+        assert layers.setdefault(row["step"], {}).setdefault(row["layer"], row["load"]) is row["load"]
+    return {step: np.array([by[n] for n in sorted(by)]) for step, by in layers.items()}
+
+
+def sealed_loads(folder: Path) -> dict[int, Array]:
+    return loads_of_rows(read_table(folder, "loads").to_pylist())
+
+
+def journal_loads(journal: JournalSegment) -> dict[int, Array]:
+    if journal.shape is None:
+        return {}
+    load = journal.read_layers(0, journal.shape.num_moe_layers)
+    return {int(step): load[:, i].astype(np.int64) for i, step in enumerate(journal.load_steps)}
+
+
+def open_journals(folder: Path) -> Iterator[JournalSegment]:
+    for path in sorted(folder.glob("journal-*.frames")):
+        with JournalSegment(path) as journal:
+            assert journal.tail.fault != "damaged"
+            yield journal
+
+
+def survived_loads(folder: Path) -> dict[int, Array]:
+    """step -> load of everything readable: where a journal exists, it is the truth for its segment."""
+    found: dict[int, Array] = {}
+    open_seqs = set()
+    for journal in open_journals(folder):
+        open_seqs.add(journal.seq)
+        found |= journal_loads(journal)
+    for path in folder.glob("loads-*.parquet"):
+        if int(path.stem.split("-")[1]) not in open_seqs:
+            rows = pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist()
+            found |= loads_of_rows(rows)
+    return dict(sorted(found.items()))
+
+
+def step_status(folder: Path) -> list[tuple[int, str]]:
+    """(step, status) of all readable rows: sealed ones first, then those of open journals."""
+    table = read_table(folder, "steps")
+    rows = list(zip(table["step"].to_pylist(), table["status"].to_pylist(), strict=True))
+    for journal in open_journals(folder):
+        steps, codes = journal.steps.step.tolist(), journal.steps.status.tolist()
+        rows += [(step, STATUS_LABELS[code]) for step, code in zip(steps, codes, strict=True)]
+    return rows
+
+
+def placement_rows(folder: Path) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """(step, layer, ep_size, slots) of the sealed ``placements`` rows."""
+    rows = read_table(folder, "placements").to_pylist()
+    return [(r["step"], r["layer"], r["ep_size"], tuple(r["physical_to_logical"])) for r in rows]
+
+
+def manifest(folder: Path) -> list[frames.Frame]:
+    """The frames of a session's manifest, which must be whole."""
+    path = folder / MANIFEST_FILE
+    with path.open("rb") as file:
+        *whole, tail = frames.scan(file, path.stat().st_size)
+    assert isinstance(tail, frames.Tail)
+    assert tail.fault is None
+    return [frame for frame in whole if isinstance(frame, frames.Frame)]
+
+
+def assert_equal_loads(found: dict[int, Array], truth: dict[int, Array]) -> None:
+    assert list(found) == list(truth)
+    for step, load in truth.items():
+        assert np.array_equal(found[step], load), f"step {step}"
+
+
+def assert_rows_agree(folder: Path, stats: WriterStats) -> None:
+    """The rows of ``steps`` are the writer's accounting, less what it says is unlisted."""
+    rows = Counter(status for _, status in step_status(folder))
+    assert rows["recorded"] == stats.recorded
+    assert rows["dummy"] == stats.dummy
+    assert rows["not_sampled"] == stats.not_sampled
+    assert rows["dropped"] + rows["rejected"] == stats.dropped + stats.rejected - stats.unlisted
+
+
+# ---- child processes
+
+
+def start_child(script: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """Run a script in a fresh interpreter that can import this module; its output is piped."""
+    here = str(Path(__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": here},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run_child(script: str, *arguments: str | Path, code: int = 0) -> str:
+    """The output of a child that must end with exit status ``code``, nothing on its stderr."""
+    with start_child(script, *arguments) as child:
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (code, "")
+    return out

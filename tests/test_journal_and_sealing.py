@@ -1,0 +1,547 @@
+"""From journal to Parquet: equal content, verified pages, and no moment at which a kill loses a row."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import (
+    LAYERS,
+    LOGICAL,
+    SLOTS,
+    Array,
+    assert_equal_loads,
+    journal_loads,
+    load_of,
+    manifest,
+    map_of,
+    open_writer,
+    placement_rows,
+    read_table,
+    sealed_loads,
+    session_info,
+    step_status,
+)
+
+from eplb_dump import frames, journal, sealing
+from eplb_dump.format import (
+    EMPTY_SLOT,
+    MANIFEST_FILE,
+    METADATA_KEY,
+    SCHEMAS,
+    STATUS_LABELS,
+    FormatError,
+    SessionInfo,
+    Status,
+    journal_name,
+)
+from eplb_dump.journal import JournalAppender, JournalSegment, StepRows
+from eplb_dump.sealing import SealedSegment, footer_crc32, seal
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Steps that one steps frame commits: some recorded, one other, and some changed placements."""
+
+    first: int
+    recorded: int
+    dtype: type[np.integer[Any]] = np.uint16
+    #: (step, layer, slots)
+    placements: tuple[tuple[int, int, Array], ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        return list(range(self.first, self.first + self.recorded))
+
+    def encode(self, ep_size: int = 2) -> list[bytes]:
+        parts = [
+            journal.placements_frame(
+                np.array([step]), np.array([layer], np.int32), slots[None].astype(np.int32), ep_size
+            )
+            for step, layer, slots in self.placements
+        ]
+        steps = np.array(self.steps, np.int64)
+        if self.recorded:
+            load = np.stack([load_of(n) for n in self.steps], axis=1).astype(self.dtype)
+            parts.append(journal.loads_frame(steps, load, ep_size))
+        n = self.recorded + 1
+        all_steps = np.arange(self.first, self.first + n)
+        rows = StepRows(
+            step=all_steps,
+            time_ns=all_steps + 1_700_000_000_000_000_000,
+            monotonic_ns=all_steps * 1000,
+            status=np.array([Status.RECORDED] * self.recorded + [Status.DUMMY], np.uint8),
+            num_tokens=np.where(all_steps % 2, all_steps * 10, -1),
+            phase=np.array([step % 3 - 1 for step in all_steps], np.int8),
+            phases=("prefill", f"phase-{self.first}"),
+        )
+        return [*parts, journal.steps_frame(rows)]
+
+
+BATCHES = (
+    Batch(0, 3, placements=tuple((0, layer, map_of(0)[layer]) for layer in range(LAYERS))),
+    Batch(4, 2, np.int32, placements=((5, 1, map_of(1)[1]),)),
+    Batch(7, 0),
+    Batch(8, 4, np.uint16, placements=((8, 0, map_of(2)[0]), (9, 2, np.full(SLOTS, EMPTY_SLOT)))),
+)
+MOE_LAYERS = (3, 5, 61)
+INFO = session_info(moe_layers=MOE_LAYERS)
+
+
+def write_journal(
+    folder: Path, batches: tuple[Batch, ...] = BATCHES, info: SessionInfo = INFO
+) -> tuple[Path, list[int]]:
+    """Returns the journal and the sizes it had after the session frame and after each batch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    appender = JournalAppender(folder, info, 0)
+    sizes = [appender.size]
+    for batch in batches:
+        appender.append(b"".join(batch.encode()))
+        sizes.append(appender.size)
+    appender.close()
+    return appender.path, sizes
+
+
+def truth_loads(batches: tuple[Batch, ...] = BATCHES) -> dict[int, Array]:
+    return {step: load_of(step) for batch in batches for step in batch.steps}
+
+
+def truth_placements(
+    batches: tuple[Batch, ...] = BATCHES,
+) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    return [
+        (step, MOE_LAYERS[layer], 2, tuple(slots.tolist()))
+        for batch in batches
+        for step, layer, slots in batch.placements
+    ]
+
+
+def truth_status(batches: tuple[Batch, ...] = BATCHES) -> list[tuple[int, str]]:
+    rows = []
+    for batch in batches:
+        rows += [(step, "recorded") for step in batch.steps] + [(batch.first + batch.recorded, "dummy")]
+    return rows
+
+
+def assert_sealed(folder: Path, batches: tuple[Batch, ...] = BATCHES) -> None:
+    """Exactly the truth is sealed, nothing else is left, and the manifest describes the files."""
+    assert sealed_loads(folder).keys() == truth_loads(batches).keys()
+    assert_equal_loads(sealed_loads(folder), truth_loads(batches))
+    assert placement_rows(folder) == truth_placements(batches)
+    assert step_status(folder) == truth_status(batches)
+    files = {path.name for path in folder.iterdir()}
+    assert {f for f in files if f.endswith((".tmp", ".frames"))} == {MANIFEST_FILE}
+    session, *sealed = manifest(folder)
+    assert session.kind == "session"
+    assert SessionInfo.from_dict(session.header["session"]) == INFO
+    assert sealed
+    entry = SealedSegment.from_header(sealed[-1].header)
+    assert entry.to_header() == sealed[-1].header
+    assert (entry.seq, entry.first_step, entry.last_step) == (0, 0, truth_status(batches)[-1][0])
+    assert {file.name for file in entry.files.values()} == files - {MANIFEST_FILE}
+    for table, file in entry.files.items():
+        assert file.bytes == (folder / file.name).stat().st_size
+        assert file.footer_crc32 == footer_crc32(folder / file.name)
+        assert file.rows == len(read_table(folder, table))
+
+
+# ---- the journal
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_a_journal_reads_back(tmp_path: Path, dtype: type[np.integer[Any]]) -> None:
+    batches = tuple(Batch(b.first, b.recorded, dtype, b.placements) for b in BATCHES)
+    path, sizes = write_journal(tmp_path, batches)
+    with JournalSegment(path) as found:
+        assert found.info == INFO
+        assert (found.seq, found.tail) == (0, frames.Tail(sizes[-1], sizes[-1], None))
+        assert_equal_loads(journal_loads(found), truth_loads())
+        assert np.array_equal(found.read_layers(1, 2), np.stack([x[1:2] for x in truth_loads().values()], 1))
+        steps = found.steps.step
+        codes = [Status[label.upper()] for _, label in truth_status()]
+        assert steps.tolist() == [step for step, _ in truth_status()]
+        assert found.steps.status.tolist() == codes
+        names = [(*found.steps.phases, None)[code] for code in found.steps.phase]
+        firsts = [batch.first for batch in BATCHES for _ in range(batch.recorded + 1)]
+        third = [(None, "prefill", f"phase-{first}") for first in firsts]
+        assert names == [choice[step % 3] for choice, step in zip(third, steps, strict=True)]
+        assert [p.tolist() for p in found.placements.physical_to_logical] == [
+            slots.tolist() for batch in BATCHES for _, _, slots in batch.placements
+        ]
+
+
+@pytest.mark.parametrize(
+    ("largest", "width"),
+    [(0, "|u1"), (255, "|u1"), (256, "<u2"), (65535, "<u2"), (65536, "<i4"), (2**31 - 1, "<i4")],
+)
+def test_counts_take_the_least_width_that_holds_them(tmp_path: Path, largest: int, width: str) -> None:
+    load = np.zeros((LAYERS, SLOTS), np.int64)
+    load[1, 3] = largest
+    with open_writer(tmp_path) as writer:
+        writer.record(None, load, None)
+        assert writer.flush()
+        (path,) = writer.folder.glob("journal-*")
+        with path.open("rb") as file:
+            found = [f for f in frames.scan(file, path.stat().st_size) if isinstance(f, frames.Frame)]
+        (frame,) = (f for f in found if f.kind == "loads")
+        assert frame.arrays["load"].dtype.str == width
+    assert_equal_loads(sealed_loads(writer.folder), {0: load})
+
+
+def test_wherever_it_is_cut_a_journal_holds_the_whole_batches_before(tmp_path: Path) -> None:
+    """Also their placements: those of a torn batch were never in force for a recorded step."""
+    path, sizes = write_journal(tmp_path)
+    with path.open("rb") as file:
+        ends = [item.end for item in frames.scan(file, sizes[-1])]
+    cuts = {*range(0, sizes[-1], 11), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-2])}
+    for cut in sorted(cuts, reverse=True):
+        os.truncate(path, cut)
+        if cut < sizes[0]:
+            with pytest.raises(FormatError, match="first frame"):
+                JournalSegment(path)
+            continue
+        batches = BATCHES[: sum(size <= cut for size in sizes[1:])]
+        with JournalSegment(path) as found:
+            assert found.steps.step.tolist() == [step for step, _ in truth_status(batches)]
+            assert found.load_steps.tolist() == list(truth_loads(batches))
+            assert found.placements.step.tolist() == [step for step, *_ in truth_placements(batches)]
+            assert found.tail.fault == (None if cut in ends else "torn")
+            assert_equal_loads(journal_loads(found), truth_loads(batches))
+
+
+def test_every_flipped_byte_of_a_journal_is_found(tmp_path: Path) -> None:
+    path, sizes = write_journal(tmp_path)
+    data = path.read_bytes()
+    for position in range(sizes[0], len(data), 3):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :])
+        batches = BATCHES[: sum(size <= position for size in sizes[1:])]
+        with JournalSegment(path) as found:
+            assert found.tail.fault == "damaged"
+            assert_equal_loads(journal_loads(found), truth_loads(batches))
+
+
+def test_the_journal_only_ever_holds_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails half-way is taken back, and the next one is readable."""
+    appender = JournalAppender(tmp_path, INFO, 0)
+    first, second = (b"".join(batch.encode()) for batch in BATCHES[:2])
+    real = os.write
+
+    def half(fd: int, data: Any) -> int:
+        if len(data) < len(first):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data[: len(data) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space"):
+            appender.append(first)
+    assert appender.path.stat().st_size == appender.size
+    appender.append(second)
+    appender.close()
+    with JournalSegment(appender.path) as found:
+        assert found.tail.fault is None
+        assert_equal_loads(journal_loads(found), truth_loads(BATCHES[1:2]))
+
+
+def _steps(n: int, **arrays: Any) -> bytes:
+    rows: dict[str, Any] = {
+        "step": np.arange(n),
+        "time_ns": np.arange(n),
+        "monotonic_ns": np.arange(n),
+        "status": np.zeros(n, np.uint8),
+        "num_tokens": np.arange(n),
+        "phase": np.full(n, -1, np.int8),
+    }
+    return frames.encode("steps", {"phases": []}, {**rows, **arrays})
+
+
+def _loads(steps: Any, load: Any, ep_size: Any = 2) -> bytes:
+    return frames.encode("loads", {"ep_size": ep_size}, {"step": np.array(steps), "load": load})
+
+
+_LOAD = load_of(0)[:, None].astype(np.int32)
+_SESSION = journal.session_frame(INFO, 0)
+
+
+_RECORDED = _loads([0], _LOAD) + _steps(1)
+
+
+def _session(session: Any, **header: Any) -> bytes:
+    return frames.encode("session", {"session": session, **header})
+
+
+def _map(slots: Any, layer: int = 0) -> bytes:
+    """A placements frame of step 0."""
+    arrays = {"step": np.array([0]), "layer": np.array([layer]), "physical_to_logical": slots}
+    return frames.encode("placements", {"ep_size": 2}, arrays)
+
+
+CONTRADICTIONS = {
+    "of another number": _session(INFO.to_dict(), seq=1),
+    "without a number": _session(INFO.to_dict()),
+    "session is null": _session(None, seq=0),
+    "session is a list": _session(["x"], seq=0),
+    "of a foreign format": _session({**INFO.to_dict(), "format": "other"}, seq=0),
+    "ep_size is a text": _session({**INFO.to_dict(), "ep_size": "2"}, seq=0),
+    "moe_layers is a number": _session({**INFO.to_dict(), "moe_layers": 7}, seq=0),
+    "no session": _steps(1),
+    "columns of two lengths": _SESSION + _steps(2, status=np.zeros(3, np.uint8)),
+    "an unknown status": _SESSION + _steps(1, status=np.array([5], np.uint8)),
+    "a negative status": _SESSION + _steps(1, status=np.array([-1], np.int8)),
+    "an unknown phase": _SESSION + _steps(1, phase=np.array([0], np.int8)),
+    "a negative phase": _SESSION + _steps(1, phase=np.array([-2], np.int8)),
+    "steps without columns": _SESSION + frames.encode("steps", {"phases": []}, {"step": np.arange(1)}),
+    "phases are null": _SESSION + frames.encode("steps", {"phases": None}),
+    "recorded without a load": _SESSION + _steps(1),
+    "a load of another step": _SESSION + _loads([1], _LOAD) + _steps(1),
+    "two loads of a step": _SESSION + _loads([0], _LOAD) + _RECORDED,
+    "negative counts": _SESSION + _loads([0], -_LOAD) + _steps(1),
+    "a load of two dimensions": _SESSION + _loads([0], _LOAD[:, 0]) + _steps(1),
+    "fewer loads than steps": _SESSION + _loads([0, 1], _LOAD) + _steps(1),
+    "slots that do not divide": _SESSION + _loads([0], _LOAD, ep_size=3) + _steps(1),
+    "no ranks": _SESSION + _loads([0], _LOAD, ep_size=0) + _steps(1),
+    "ranks are a text": _SESSION + _loads([0], _LOAD, ep_size="2") + _steps(1),
+    "a load without steps": _SESSION + frames.encode("loads", {"ep_size": 2}, {"load": _LOAD}),
+    "two shapes": _SESSION + _loads([0], _LOAD) + _loads([1], np.repeat(_LOAD, 2, 2)) + _steps(2),
+    "a placement without slots": _SESSION
+    + frames.encode("placements", {"ep_size": 2}, {"step": np.array([0]), "layer": np.array([0])})
+    + _RECORDED,
+    "two placements of one step": _SESSION + _map(np.zeros((2, SLOTS), np.int32)) + _RECORDED,
+    "a placement of one dimension": _SESSION + _map(np.zeros(SLOTS, np.int32)) + _RECORDED,
+    "an expert too many": _SESSION + _map(np.full((1, SLOTS), LOGICAL)) + _RECORDED,
+    "an expert below -1": _SESSION + _map(np.full((1, SLOTS), -2)) + _RECORDED,
+    "a negative layer": _SESSION + _map(np.zeros((1, SLOTS), np.int32), layer=-1) + _RECORDED,
+}
+
+
+@pytest.mark.parametrize("content", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictory_journals_are_refused(tmp_path: Path, content: bytes) -> None:
+    """Whole frames with right checksums whose content cannot be true."""
+    path = tmp_path / journal_name(0)
+    path.write_bytes(content)
+    with pytest.raises(FormatError):
+        JournalSegment(path)
+    with pytest.raises(FormatError):
+        seal(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == content
+
+
+def test_frames_of_a_newer_minor_version_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / journal_name(0)
+    path.write_bytes(_SESSION + frames.encode("novelty", {}) + _loads([0], _LOAD) + _steps(1))
+    with JournalSegment(path) as found:
+        assert_equal_loads(journal_loads(found), {0: load_of(0)})
+
+
+def test_more_phases_than_a_byte_counts(tmp_path: Path) -> None:
+    """A frame numbers its own phases; a segment of many frames may name any number of them."""
+    with open_writer(tmp_path) as writer:
+        for step in range(300):
+            writer.record(step, load_of(step), None, phase=f"phase {step}")
+            assert step % 50 or writer.flush()
+        assert writer.flush()
+        (path,) = writer.folder.glob("journal-*")
+        with JournalSegment(path) as found:
+            assert [found.steps.phases[code] for code in found.steps.phase] == [
+                f"phase {step}" for step in range(300)
+            ]
+    assert read_table(writer.folder, "steps")["phase"].to_pylist() == [f"phase {step}" for step in range(300)]
+
+
+# ---- sealing
+
+
+def test_sealed_tables_are_what_was_written(tmp_path: Path) -> None:
+    path, _ = write_journal(tmp_path)
+    entry = seal(path)
+    assert entry is not None
+    assert_sealed(tmp_path)
+    for table, schema in SCHEMAS.items():
+        found = pq.read_schema(tmp_path / f"{table}-000000.parquet")
+        assert found.remove_metadata() == schema
+        metadata = json.loads(found.metadata[METADATA_KEY])
+        assert SessionInfo.from_dict(metadata["session"]) == INFO
+        assert (metadata["table"], metadata["seq"]) == (table, 0)
+        assert metadata["shape"] == {"ep_size": 2, "num_moe_layers": LAYERS, "num_physical_experts": SLOTS}
+    steps = read_table(tmp_path, "steps")
+    rows = steps.drop_columns("time").to_pylist()
+    assert steps["time"].cast(pa.int64()).to_pylist() == [
+        1_700_000_000_000_000_000 + row["step"] for row in rows
+    ]
+    assert [row["monotonic_ns"] for row in rows] == [row["step"] * 1000 for row in rows]
+    assert [row["num_tokens"] for row in rows] == [r["step"] * 10 if r["step"] % 2 else None for r in rows]
+    first = {step: batch.first for batch in BATCHES for step in range(batch.first, batch.first + 9)}
+    assert [row["phase"] for row in rows] == [
+        (None, "prefill", f"phase-{first[row['step']]}")[row["step"] % 3] for row in rows
+    ]
+
+
+@pytest.mark.parametrize("layers_a_group", [1, 2, 3, 9])
+def test_loads_are_in_order_of_layer_then_step_in_groups_of_whole_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers_a_group: int
+) -> None:
+    truth = truth_loads()
+    monkeypatch.setattr(sealing, "ROW_GROUP_VALUES", layers_a_group * len(truth) * SLOTS)
+    seal(write_journal(tmp_path)[0])
+    rows = read_table(tmp_path, "loads").to_pylist()
+    assert [(row["layer"], row["step"]) for row in rows] == [(n, step) for n in MOE_LAYERS for step in truth]
+    for row in rows:
+        load = truth[row["step"]][MOE_LAYERS.index(row["layer"])]
+        assert (row["ep_size"], row["load"]) == (2, load.tolist())
+        assert row["rank_load"] == load.reshape(2, -1).sum(axis=1).tolist()
+    metadata = pq.read_metadata(tmp_path / "loads-000000.parquet")
+    layer = SCHEMAS["loads"].get_field_index("layer")
+    groups = [metadata.row_group(i).column(layer).statistics for i in range(metadata.num_row_groups)]
+    first = range(0, LAYERS, layers_a_group)
+    assert [g.min for g in groups] == [MOE_LAYERS[i] for i in first]
+    assert [g.max for g in groups] == [MOE_LAYERS[min(i + layers_a_group, LAYERS) - 1] for i in first]
+
+
+@pytest.mark.parametrize("table", list(SCHEMAS))
+def test_a_flipped_bit_in_any_page_is_found_by_pyarrow(tmp_path: Path, table: str) -> None:
+    """The last byte of a column chunk lies in its last page's data."""
+    seal(write_journal(tmp_path)[0])
+    path = tmp_path / f"{table}-000000.parquet"
+    data = path.read_bytes()
+    metadata = pq.ParquetFile(path).metadata
+    for index in range(metadata.num_columns):
+        chunk = metadata.row_group(0).column(index)
+        start = (
+            chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+        )
+        flipped = bytearray(data)
+        flipped[start + chunk.total_compressed_size - 1] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(OSError, match="CRC checksum verification failed"):
+            pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing handles it."""
+
+
+def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Die at the ``count``-th call that changes what is on the disk, before it does."""
+    calls = iter(range(count))
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls, None) is None:
+                raise Killed
+            return real(*args, **options)
+
+        return call
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (frames, "encode")):
+        patch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+def test_killed_at_any_step_of_sealing_the_journal_stays_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = 0
+    for count in range(100):
+        folder = tmp_path / str(count)
+        path, _ = write_journal(folder)
+        try:
+            with monkeypatch.context() as patch:
+                kill_before(patch, count)
+                seal(path)
+            break
+        except Killed:
+            kills += 1
+        with JournalSegment(path) as found:
+            assert_equal_loads(journal_loads(found), truth_loads())
+        seal(path)
+        assert_sealed(folder)
+    assert_sealed(folder)
+    assert kills >= 10  # 3 files, the manifest, 3 renames, the folder, the journal, and more
+
+
+@pytest.mark.parametrize("cut", [0, 1, 50, -1])
+def test_killed_in_the_middle_of_a_write_sealing_can_be_repeated(tmp_path: Path, cut: int) -> None:
+    """Torn segments are written anew; a torn manifest must not hide what is appended after it."""
+    path, _ = write_journal(tmp_path)
+    content = path.read_bytes()
+    seal(path)
+    whole = (tmp_path / MANIFEST_FILE).read_bytes()
+    (tmp_path / MANIFEST_FILE).write_bytes(whole[: len(whole) - cut if cut >= 0 else 40])
+    for file in tmp_path.glob("*.parquet"):
+        file.with_name(f"{file.name}.tmp").write_bytes(file.read_bytes()[:100])
+        file.unlink()
+    path.write_bytes(content)
+    seal(path)
+    assert_sealed(tmp_path)
+
+
+def test_a_torn_batch_is_not_sealed(tmp_path: Path) -> None:
+    path, sizes = write_journal(tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(sizes[-1] - 1)
+    seal(path)
+    assert_sealed(tmp_path, BATCHES[:-1])
+
+
+def test_a_damaged_journal_is_left_as_evidence(tmp_path: Path) -> None:
+    path, sizes = write_journal(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[sizes[2] + 40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=f"damaged from byte {sizes[2]} on"):
+        seal(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("batches", [(), (Batch(0, 0),)])
+def test_a_journal_without_loads(tmp_path: Path, batches: tuple[Batch, ...]) -> None:
+    path, _ = write_journal(tmp_path, batches)
+    entry = seal(path)
+    files = {p.name for p in tmp_path.iterdir()}
+    if batches:
+        assert entry is not None
+        assert set(entry.files) == {"steps"}
+        assert files == {"steps-000000.parquet", MANIFEST_FILE}
+        assert step_status(tmp_path) == [(0, STATUS_LABELS[Status.DUMMY])]
+    else:
+        assert entry is None
+        assert files == set()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"x" * 30, b"PAR1\xff\xff\0\0PAR1"])
+def test_a_footer_is_only_taken_of_a_whole_parquet_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(FormatError, match="not a whole Parquet file"):
+        footer_crc32(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": {"ep_size": 1}},
+        {"shape": 5},
+        {"files": {"steps": {"name": "steps-000000.parquet"}}},
+        {"files": []},
+        {"files": {"steps": {"name": "../steps-000000.parquet", "bytes": 1, "rows": 1, "footer_crc32": 1}}},
+        {"seq": 1},
+        {"seq": "x"},
+        {"first_step": None},
+    ],
+)
+def test_a_malformed_manifest_entry_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    entry = seal(write_journal(tmp_path)[0])
+    assert entry is not None
+    header = entry.to_header()
+    assert SealedSegment.from_header(header) == entry
+    with pytest.raises(FormatError):
+        SealedSegment.from_header({**header, **change})
