@@ -159,28 +159,39 @@ def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
 
 def _check_placements(run: Run) -> Iterator[Finding]:
     known = 0
+    absent: list[str] = []
+    uneven: list[str] = []
+    doubled: list[str] = []
     for index, number in enumerate(run.info.layers):
         history = run.history.layer(index)
         known += bool(history.steps)
         for step, ep_size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True):
-            absent = np.flatnonzero(replicas(slots, run.info.num_logical_experts) == 0)
-            if len(absent):
-                text = f"layer {number} at step {step}: no slot holds expert {_numbers(absent.tolist())}"
-                yield Finding("error", "expert_without_slot", text)
+            where = f"layer {number} from step {step} on"
+            without = np.flatnonzero(replicas(slots, run.info.num_logical_experts) == 0)
+            if len(without):
+                absent.append(f"{where}: expert {_numbers(without.tolist())}")
             if len(slots) % ep_size:
-                text = f"layer {number} at step {step}: {len(slots)} slots on {ep_size} ranks"
-                yield Finding("error", "uneven_slots", text)
+                uneven.append(f"{where}: {len(slots)} slots on {ep_size} ranks")
                 continue
             ranks = np.sort(slots.reshape(ep_size, -1), axis=1)
             twice = (np.diff(ranks, axis=1) == 0) & (ranks[:, 1:] != EMPTY_SLOT)
             if twice.any():
-                rank = int(np.flatnonzero(twice.any(axis=1))[0])
-                text = f"layer {number} at step {step}: rank {rank} holds an expert twice"
-                yield Finding("warning", "replica_on_same_rank", text)
+                doubled.append(f"{where}: rank {int(np.flatnonzero(twice.any(axis=1))[0])}")
+    if absent:
+        yield Finding("error", "expert_without_slot", f"no slot holds an expert, {_first_of(absent)}")
+    if uneven:
+        yield Finding("error", "uneven_slots", f"slots do not divide among the ranks, {_first_of(uneven)}")
+    if doubled:
+        text = f"a rank holds an expert twice, which balances nothing, {_first_of(doubled)}"
+        yield Finding("warning", "replica_on_same_rank", text)
     if known < len(run.info.layers) and run.info.layers:
         unknown, all_layers = len(run.info.layers) - known, len(run.info.layers)
         text = f"{unknown} of {all_layers} layers have no placement: the engine gave none"
         yield Finding("warning", "no_placement", text)
+
+
+def _first_of(places: list[str]) -> str:
+    return places[0] if len(places) == 1 else f"in {len(places)} placements, the first in {places[0]}"
 
 
 def _check_sessions(run: Run) -> Iterator[Finding]:

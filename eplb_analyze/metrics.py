@@ -37,12 +37,15 @@ def _mean_over_active(values: Float64, active: npt.NDArray[np.bool_]) -> Float64
 
 
 def _mean_max(T: Float64) -> tuple[Float64, Float64, npt.NDArray[np.bool_]]:
-    maximum = T.max(axis=2)
-    return T.mean(axis=2), maximum, maximum > 0
+    mean: Float64 = T.mean(axis=2)
+    maximum: Float64 = T.max(axis=2)
+    return mean, maximum, maximum > 0
 
 
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+    out: Float64 = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=out, where=denominator > 0)
+    return out
 
 
 def balancedness(T: Float64) -> Float64:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,8 @@ class JournalSegment:
         self.path = path
         self.seq = int(match[1])
         self._file: BinaryIO = path.open("rb")
+        # Readers keep journals open for as long as a run is looked at, without a `with` around it.
+        weakref.finalize(self, self._file.close)
         try:
             self._index()
         except BaseException:

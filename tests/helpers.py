@@ -5,6 +5,7 @@ The readers here use pyarrow and :class:`JournalSegment` only, never ``eplb_anal
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -102,11 +103,32 @@ def journal_loads(journal: JournalSegment) -> dict[int, Array]:
     return {int(step): load[:, i].astype(np.int64) for i, step in enumerate(journal.load_steps)}
 
 
+def is_unborn(path: Path) -> bool:
+    """Whether the writer was killed before the first frame of this journal was whole."""
+    with path.open("rb") as file:
+        first = next(frames.scan(file, path.stat().st_size))
+    return isinstance(first, frames.Tail) and first.fault != "damaged"
+
+
 def open_journals(folder: Path) -> Iterator[JournalSegment]:
+    """Those that are there; one that vanishes meanwhile is sealed, and its files are there then."""
     for path in sorted(folder.glob("journal-*.frames")):
-        with JournalSegment(path) as journal:
-            assert journal.tail.fault != "damaged"
-            yield journal
+        with contextlib.suppress(FileNotFoundError):
+            if is_unborn(path):
+                continue
+            with JournalSegment(path) as journal:
+                assert journal.tail.fault != "damaged"
+                yield journal
+
+
+def _sealed_files(folder: Path, table: str, open_seqs: set[int]) -> list[dict[str, Any]]:
+    """Rows of the sealed segments that have no journal any more."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob(f"{table}-*.parquet")):
+        if int(path.stem.split("-")[1]) not in open_seqs:
+            columns = [name for name in SCHEMAS[table].names if name != "time"]
+            rows += pq.ParquetFile(path, page_checksum_verification=True).read(columns).to_pylist()
+    return rows
 
 
 def survived_loads(folder: Path) -> dict[int, Array]:
@@ -116,21 +138,19 @@ def survived_loads(folder: Path) -> dict[int, Array]:
     for journal in open_journals(folder):
         open_seqs.add(journal.seq)
         found |= journal_loads(journal)
-    for path in folder.glob("loads-*.parquet"):
-        if int(path.stem.split("-")[1]) not in open_seqs:
-            rows = pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist()
-            found |= loads_of_rows(rows)
+    found |= loads_of_rows(_sealed_files(folder, "loads", open_seqs))
     return dict(sorted(found.items()))
 
 
 def step_status(folder: Path) -> list[tuple[int, str]]:
     """(step, status) of all readable rows: sealed ones first, then those of open journals."""
-    table = read_table(folder, "steps")
-    rows = list(zip(table["step"].to_pylist(), table["status"].to_pylist(), strict=True))
+    rows: list[tuple[int, str]] = []
+    open_seqs = set()
     for journal in open_journals(folder):
+        open_seqs.add(journal.seq)
         steps, codes = journal.steps.step.tolist(), journal.steps.status.tolist()
         rows += [(step, STATUS_LABELS[code]) for step, code in zip(steps, codes, strict=True)]
-    return rows
+    return [(row["step"], row["status"]) for row in _sealed_files(folder, "steps", open_seqs)] + rows
 
 
 def placement_rows(folder: Path) -> list[tuple[int, int, int, tuple[int, ...]]]:
@@ -169,10 +189,10 @@ def assert_rows_agree(folder: Path, stats: WriterStats) -> None:
 
 def start_child(script: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """Run a script in a fresh interpreter that can import this module; its output is piped."""
-    here = str(Path(__file__).parent)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": here},
+        env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

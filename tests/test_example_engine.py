@@ -20,8 +20,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # examples are not installed
 
-# one run serves many tests: keep them in one process where tests are spread over several
-pytestmark = pytest.mark.xdist_group("moe_engine")
 
 RANKS, STEPS, REARRANGE_EVERY, TOP_K, EXPERTS = 4, 100, 25, 2, 16
 MOE_LAYERS = [1, 2, 3, 4]

@@ -319,6 +319,8 @@ CONTRADICTIONS = {
     "a placement of one dimension": _SESSION + _map(np.zeros(SLOTS, np.int32)) + _RECORDED,
     "an expert too many": _SESSION + _map(np.full((1, SLOTS), LOGICAL)) + _RECORDED,
     "an expert below -1": _SESSION + _map(np.full((1, SLOTS), -2)) + _RECORDED,
+    "a layer too many": _SESSION + _map(np.zeros((1, SLOTS), np.int32), layer=LAYERS) + _RECORDED,
+    "a layer without a number": journal.session_frame(session_info(moe_layers=(7,)), 0) + _RECORDED,
     "a negative layer": _SESSION + _map(np.zeros((1, SLOTS), np.int32), layer=-1) + _RECORDED,
 }
 
@@ -462,6 +464,8 @@ def test_killed_at_any_step_of_sealing_the_journal_stays_the_truth(
             kills += 1
         with JournalSegment(path) as found:
             assert_equal_loads(journal_loads(found), truth_loads())
+        if list(folder.glob("*.parquet")):  # never there before the manifest says what they are
+            assert manifest(folder)[-1].kind == "sealed"
         seal(path)
         assert_sealed(folder)
     assert_sealed(folder)

@@ -87,7 +87,7 @@ class Rank:
             difference = self._verify()
             self._say(
                 f"serving {config.steps} steps on {config.ep_size} ranks of {self.experts.slots_per_rank} "
-                f"expert slots a layer; outputs are those of one process (logits to within {difference:.1g})"
+                f"expert slots a layer; outputs as of one process ({_equal(difference)})"
             )
             start = time.monotonic()
             for step in range(config.steps):
@@ -142,7 +142,7 @@ class Rank:
         self._say(
             f"step {step}: rearranged {moved.layers} layers, moved {moved.slots} slots, {moved.transfers} of "
             f"them between ranks; balancedness of the last {len(self.window)} steps "
-            f"{before:.2f} -> {after:.2f}; outputs unchanged (logits to within {difference:.1g})"
+            f"{before:.2f} -> {after:.2f}; outputs unchanged ({_equal(difference)})"
         )
 
     def _verify(self) -> float:
@@ -170,3 +170,7 @@ class Rank:
     def _say(self, text: str) -> None:
         if self.ep_rank == 0:
             print(text, flush=True)
+
+
+def _equal(difference: float) -> str:
+    return f"logits equal to within {difference:.1g}" if difference else "logits equal"

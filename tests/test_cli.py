@@ -1,0 +1,383 @@
+"""The command line through the real program: every command, both forms, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import start_child
+
+from eplb_dump import ExpertLoadWriter, frames
+from eplb_dump.format import MANIFEST_FILE, SESSION_FILE, dump_json
+
+COMMANDS = {"summary": ["summary"], "layer": ["layer", "1"], "check": ["check"]}
+
+
+def cli(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("eplb-analyze")
+    variables = {k: v for k, v in os.environ.items() if k not in ("EXPERT_LOAD_DUMP_DIR", "COLUMNS")}
+    return subprocess.run(
+        [str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**variables, "PYTHONWARNINGS": "error", **(env or {})},
+    )
+
+
+def write(root: Path, *, ranks: int = 2, steps: int = 40, **options: Any) -> None:
+    """A conserving dump of scope local: 2 layers, 4 experts + 2 redundant on two ranks."""
+    rng = np.random.default_rng(7)
+    placements = [np.array([[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]]), np.array([[0, 1, 2, 3, 2, 1]] * 2)]
+    defaults: dict[str, Any] = {"model": "org/moe", "num_logical_experts": 4, "ep_size": 2, "run_id": "r"}
+    for rank in range(ranks):
+        with ExpertLoadWriter(root, ep_rank=rank, segment_steps=16, **{**defaults, **options}) as writer:
+            for step in range(steps):
+                load = rng.multinomial(600, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], size=2)
+                writer.record(step, load, placements[step >= 20], num_tokens=600, phase="decode")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("good")
+    write(root)
+    return root
+
+
+def one_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    lines = [line for line in result.stderr.splitlines() if line.startswith("eplb-analyze: error:")]
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def session(root: Path, rank: int = 0) -> Path:
+    return next(root.glob(f"run=*/model=*/rank=*{rank}/session=*"))
+
+
+# ---- what is printed
+
+
+def test_summary_json_has_the_stable_keys(good: Path) -> None:
+    result = cli("summary", "--output", "json", good)
+    assert (result.returncode, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    run_keys = {"run_id", "model", "engine", "ep_size", "num_layers", "num_logical_experts"}
+    assert run_keys | {"num_physical_experts", "scope"} <= set(document["run"])
+    assert set(document["steps"]) == {
+        "first", "last", "seen", "recorded", "dummy", "not_sampled", "dropped", "rejected", "incomplete",
+        "missing",
+    }  # fmt: skip
+    assert set(document["ranks"]) == {"expected", "present", "missing"}
+    assert {"mean", "p50", "p5", "min", "min_step"} <= set(document["balancedness"])
+    assert {"mean", "p50", "p5", "min", "min_step"} <= set(document["imbalance"])
+    assert set(document["metrics"]) == {"vllm", "vllm-legacy", "sglang", "trtllm"}
+    assert {"layer", "balancedness", "imbalance"} <= set(document["layers"][0])
+    assert {"layer", "logical", "share", "times_mean", "replicas"} <= set(document["hot_experts"][0])
+    assert document["rearrangements"] == [20]
+    assert isinstance(document["idle_fraction"], float)
+
+
+def test_layer_json_has_the_stable_keys(good: Path) -> None:
+    result = cli("layer", "1", "--step", "30", "-o", "json", good)
+    assert (result.returncode, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    assert (document["layer"], document["first_step"], document["last_step"]) == (1, 30, 30)
+    assert {"balancedness", "imbalance"} <= set(document)
+    assert [set(r) for r in document["ranks"]] == [{"rank", "load"}] * 2
+    assert set(document["slots"][0]) == {"physical", "rank", "logical", "load"}
+    assert set(document["experts"][0]) == {"logical", "load", "share", "replicas"}
+    assert sum(s["load"] for s in document["slots"]) == 1200
+    assert [s["logical"] for s in document["slots"]] == [0, 1, 2, 3, 2, 1]
+
+
+def test_check_json_has_the_stable_keys(good: Path) -> None:
+    result = cli("check", "-o", "json", good)
+    document = json.loads(result.stdout)
+    assert (result.returncode, document["ok"], document["findings"]) == (0, True, [])
+
+
+def test_metrics_both_forms() -> None:
+    names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm"]
+    document = json.loads(cli("metrics", "--output", "json").stdout)
+    assert [m["name"] for m in document["metrics"]] == names
+    text = cli("metrics").stdout
+    assert all(name in text for name in names)
+
+
+@pytest.mark.parametrize("command", [["summary"], ["layer", "1", "--step", "3"], ["layer", "0"], ["check"]])
+def test_text_fits_80_columns_and_has_no_colour_in_a_pipe(good: Path, command: list[str]) -> None:
+    result = cli(*command, good)
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("ep_size", [4, 64])
+def test_layer_is_readable_with_few_and_many_ranks(tmp_path: Path, ep_size: int) -> None:
+    load = np.arange(ep_size * 4).reshape(1, -1) * 1000
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=ep_size * 4, ep_size=ep_size, scope="global"
+    ) as writer:
+        writer.record(None, load, np.arange(ep_size * 4).reshape(1, -1))
+    result = cli("layer", "0", tmp_path)
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert f"hottest: rank {ep_size - 1} " in result.stdout
+
+
+def test_dump_from_the_environment_and_the_current_folder(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_argument = cli("summary", good).stdout
+    assert cli("summary", env={"EXPERT_LOAD_DUMP_DIR": str(good)}).stdout == by_argument
+    monkeypatch.chdir(good)
+    assert cli("summary").stdout == by_argument
+
+
+def test_range_of_steps(good: Path) -> None:
+    document = json.loads(cli("summary", "--steps", "10:15", "-o", "json", good).stdout)
+    assert (document["steps"]["first"], document["steps"]["last"], document["steps"]["seen"]) == (10, 14, 5)
+    assert document["rearrangements"] == []
+    document = json.loads(cli("layer", "1", "--steps", "35:", "-o", "json", good).stdout)
+    assert (document["first_step"], document["last_step"], document["steps"]) == (35, 39, 5)
+
+
+def test_the_newest_run_is_picked_and_said(tmp_path: Path) -> None:
+    write(tmp_path, run_id="old", steps=3)
+    write(tmp_path, run_id="new", steps=4)
+    result = cli("summary", "-o", "json", tmp_path)
+    assert json.loads(result.stdout)["run"]["run_id"] == "new"
+    assert "2 runs" in result.stderr
+    assert json.loads(cli("summary", "--run", "old", "-o", "json", tmp_path).stdout)["steps"]["seen"] == 3
+
+
+def test_the_larger_model_is_picked_and_said(tmp_path: Path) -> None:
+    write(tmp_path)
+    with ExpertLoadWriter(tmp_path, model="draft", num_logical_experts=4, ep_size=2, run_id="r") as writer:
+        writer.record(None, np.ones((1, 4), int), np.arange(4).reshape(1, 4))
+    result = cli("summary", "-o", "json", tmp_path)
+    assert json.loads(result.stdout)["run"]["model"] == "org/moe"
+    assert "draft" in result.stderr
+    other = cli("check", "--model", "draft", "-o", "json", tmp_path)
+    assert "missing_ranks" in other.stdout
+    assert (
+        json.loads(cli("summary", "--model", "org/moe", "-o", "json", tmp_path).stdout)["steps"]["seen"] == 40
+    )
+
+
+# ---- bad input: one clear line and an exit code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+class TestBadInput:
+    def test_no_such_folder(self, command: str, tmp_path: Path) -> None:
+        one_error(cli(*COMMANDS[command], tmp_path / "nowhere"), 3, "nowhere", "no such folder")
+
+    def test_empty_folder(self, command: str, tmp_path: Path) -> None:
+        one_error(cli(*COMMANDS[command], tmp_path), 3, str(tmp_path), "no run in it")
+
+    def test_a_file(self, command: str, tmp_path: Path) -> None:
+        (tmp_path / "f").write_text("x")
+        one_error(cli(*COMMANDS[command], tmp_path / "f"), 3, "it is a file")
+
+    def test_no_such_run(self, command: str, good: Path) -> None:
+        one_error(cli(*COMMANDS[command], "--run", "zz", good), 2, "no run 'zz'", "there are: r")
+
+    def test_no_such_model(self, command: str, good: Path) -> None:
+        one_error(cli(*COMMANDS[command], "--model", "zz", good), 2, "no model 'zz'", "org/moe")
+
+    def test_future_major_version(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        for rank in (0, 1):
+            path = session(root, rank) / SESSION_FILE
+            document = json.loads(path.read_text())
+            del document["crc32"]
+            path.write_bytes(dump_json({**document, "format_version": "2.0"}))
+        one_error(cli(*COMMANDS[command], root), 3, "format 2.0, newer than this program reads", "upgrade")
+
+    def test_garbage_beside_the_files(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        (session(root) / "notes.bin").write_bytes(os.urandom(100))
+        result = cli(*COMMANDS[command], root)
+        assert result.returncode == 0
+        said = result.stderr + result.stdout if command == "check" else result.stderr
+        assert "notes.bin" in said
+
+    def test_garbage_segment(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        (session(root) / "loads-000099.parquet").write_bytes(os.urandom(5000))
+        self.faulty(command, root, "loads-000099.parquet", still_recorded=40)
+
+    def test_garbage_journal(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        (session(root) / "journal-000099.frames").write_bytes(os.urandom(5000))
+        self.faulty(command, root, "journal-000099.frames", still_recorded=40)
+
+    def test_truncated_segment(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        path = session(root) / "loads-000001.parquet"
+        path.write_bytes(path.read_bytes()[:-100])
+        self.faulty(command, root, "loads-000001.parquet", still_recorded=24)
+
+    def test_missing_segment(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        (session(root) / "loads-000001.parquet").unlink()
+        self.faulty(command, root, "loads-000001.parquet", still_recorded=24)
+
+    def test_missing_steps_file(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        (session(root) / "steps-000001.parquet").unlink()
+        self.faulty(command, root, "steps-000001.parquet", still_recorded=24)
+
+    def test_a_flipped_bit_in_a_page(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        path = session(root) / "loads-000001.parquet"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 4] ^= 4
+        path.write_bytes(data)
+        # `summary` reads the sums per rank first; whichever page is hit, the segment is left out.
+        result = cli(*COMMANDS[command], root)
+        assert result.returncode == (1 if command == "check" else 3)
+        assert "Traceback" not in result.stderr
+
+    def test_damaged_manifest(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        path = session(root) / MANIFEST_FILE
+        data = bytearray(path.read_bytes())
+        data[-20] ^= 1
+        path.write_bytes(data)
+        result = cli(*COMMANDS[command], root)
+        assert result.returncode == (1 if command == "check" else 3)
+        assert MANIFEST_FILE in result.stderr + result.stdout
+
+    def test_damaged_session_file(self, command: str, good: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(good, tmp_path / "dump")
+        (session(root) / SESSION_FILE).write_text('{"format": "eplb-dump"}')
+        result = cli(*COMMANDS[command], root)
+        # `layer` has no complete step left to show.
+        assert result.returncode == (1 if command == "check" else 3)
+        assert SESSION_FILE in (result.stderr + result.stdout).replace("\n    ", "") or command == "layer"
+
+    def test_names_cannot_steer_the_terminal(self, command: str, tmp_path: Path) -> None:
+        write(tmp_path, model="evil\x1b[31m[bold]x[/bold]\n\u202e", engine="[red]e\x07", steps=3)
+        result = cli(*COMMANDS[command], tmp_path)
+        assert result.returncode == 0
+        assert "\x1b" not in result.stdout
+        assert "\x07" not in result.stdout
+        assert "\u202e" not in result.stdout
+        assert "[bold]x[/bold]" in result.stdout.replace("\n", "")
+
+    def test_still_being_written(self, command: str, tmp_path: Path) -> None:
+        script = """
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        import numpy as np
+        from eplb_dump import ExpertLoadWriter
+        writer = ExpertLoadWriter(sys.argv[1], model="m", num_logical_experts=4, ep_size=2, scope="global")
+        for _ in range(10):
+            writer.record(None, np.full((2, 4), 5), np.arange(4) + np.zeros((2, 1), int))
+        assert writer.flush()
+        print("ready", flush=True)
+        sys.stdin.read()
+        """
+        with start_child(script, tmp_path, Path(__file__).parents[1]) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            result = cli(*COMMANDS[command], tmp_path)
+            child.communicate("", timeout=30)
+        assert result.returncode == 0
+        said = (result.stdout if command == "check" else result.stderr).replace("\n    ", " ")
+        assert "not closed (killed, or still being written): rank 0" in said
+        assert "10" in result.stdout
+
+    @staticmethod
+    def faulty(command: str, root: Path, name: str, *, still_recorded: int) -> None:
+        """The fault is named once, the rest is used, and the exit code tells."""
+        result = cli(*COMMANDS[command], "-o", "json", root)
+        assert "Traceback" not in result.stderr
+        document = json.loads(result.stdout)
+        if command == "check":
+            assert result.returncode == 1
+            assert [name in f["text"] for f in document["findings"] if f["severity"] == "error"].count(
+                True
+            ) == 1
+        else:
+            one_error(result, 3, name)
+        if command != "layer":
+            assert document["steps"]["recorded"] == still_recorded
+        else:
+            assert document["steps"] == still_recorded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["layer", "7"], ["no MoE layer 7", "0 to 1"]),
+        (["layer", "1", "--step", "999"], ["no step 999", "steps 0 to 39"]),
+    ],
+)
+def test_what_the_dump_does_not_have(good: Path, arguments: list[str], words: list[str]) -> None:
+    one_error(cli(*arguments, good), 2, *words)
+
+
+def test_a_range_without_a_complete_step(good: Path) -> None:
+    one_error(cli("layer", "1", "--steps", "500:600", good), 3, "no complete step in 500:600")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["layer", "x"],
+        ["layer"],
+        ["layer", "1", "--step", "-4"],
+        ["layer", "1", "--step", "4", "--steps", "1:2"],
+        ["summary", "--steps", "9"],
+        ["summary", "--steps", "9:3"],
+        ["summary", "--output", "xml"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage(good: Path, arguments: list[str]) -> None:
+    result = cli(*arguments, *([good] if arguments != ["layer"] else []))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_skipped_step_says_why_it_has_no_loads(tmp_path: Path) -> None:
+    write(tmp_path, interval=10)
+    one_error(
+        cli("layer", "1", "--step", "15", tmp_path), 2, "step 15", "not sampled", "the one before is 10"
+    )
+
+
+def test_a_symbolic_link_is_not_followed(good: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(good, tmp_path / "dump")
+    outside = tmp_path / "outside.parquet"
+    victim = session(root) / "loads-000001.parquet"
+    victim.rename(outside)
+    victim.symlink_to(outside)
+    result = cli("summary", root)
+    assert result.returncode == 3
+    assert "symbolic link" in result.stderr
+
+
+def test_a_claim_of_absurd_size_is_refused(good: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(good, tmp_path / "dump")
+    folder = session(root)
+    head = frames.HEAD.pack(frames.MAGIC, 0xFFFFFFF0, 0, 0)[:12]
+    (folder / "journal-000099.frames").write_bytes(head + b"\0\0\0\0")
+    result = cli("summary", root)
+    assert result.returncode == 3
+    assert "journal-000099.frames" in result.stderr

@@ -1,0 +1,105 @@
+"""README and docs are true: their examples run, every command is documented and has help."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from eplb_analyze.check import check_run
+from eplb_analyze.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+#: Run as a whole by CI (tests) and by hand (the demo trains a model for a minute).
+NOT_RUN_HERE = ("sh scripts/", "pip install")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    return sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the README's own dump in it."""
+    where = tmp_path_factory.mktemp("docs")
+    code = next(b for b in blocks(ROOT / "README.md", "python") if "ExpertLoadWriter" in b)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=where, check=True)
+    return where
+
+
+def run(folder: Path, *arguments: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k != "EXPERT_LOAD_DUMP_DIR"}
+    result = subprocess.run(
+        arguments, cwd=folder, capture_output=True, text=True, check=False, timeout=120,
+        env={**environment, "PATH": path, "PYTHONWARNINGS": "error"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def python_examples() -> list[tuple[str, str]]:
+    return [(p.name, code) for p in PAGES for code in blocks(p, "python")]
+
+
+@pytest.mark.parametrize(("page", "code"), python_examples())
+def test_python_example_runs(folder: Path, tmp_path: Path, page: str, code: str) -> None:
+    writes = "ExpertLoadWriter(" in code
+    out = run(tmp_path if writes else folder, sys.executable, "-W", "error", "-c", code)
+    assert out.strip() or page == "README.md"
+
+
+def shell_lines() -> list[tuple[str, str]]:
+    lines = [(p.name, line) for p in PAGES for b in blocks(p, "sh") for line in b.splitlines()]
+    return [(page, line) for page, line in lines if not line.startswith(NOT_RUN_HERE)]
+
+
+@pytest.mark.parametrize(("page", "line"), shell_lines())
+def test_shell_example_runs(folder: Path, page: str, line: str) -> None:
+    out = run(folder, *shlex.split(line))
+    if "json" in line:
+        json.loads(out)
+    assert out
+
+
+def test_scripts_that_the_readme_names_are_there() -> None:
+    named = [line for b in blocks(ROOT / "README.md", "sh") for line in b.splitlines()]
+    scripts = [line.split()[1] for line in named if line.startswith("sh ")]
+    assert len(scripts) == 2
+    for script in scripts:
+        subprocess.run(["sh", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_is_documented_and_has_help(command: str) -> None:
+    assert f"\n## {command}\n" in (ROOT / "docs/cli.md").read_text()
+    help_text = run(ROOT, "eplb-analyze", command, "--help")
+    assert len(help_text.split("\n\n")[1].strip()) > 20
+    assert "--output" in help_text
+
+
+def test_every_finding_is_documented() -> None:
+    source = "".join(p.read_text() for p in (ROOT / "eplb_analyze").rglob("*.py"))
+    codes = set(re.findall(r'Finding\(\s*"\w+",\s*f?"(\w+)"', source)) | {"dropped_steps", "rejected_steps"}
+    assert len(codes) > 15
+    documented = (ROOT / "docs/cli.md").read_text()
+    assert [c for c in sorted(codes) if f"`{c}`" not in documented] == []
+    assert check_run.__doc__

@@ -1,0 +1,124 @@
+"""The map of CONTRIBUTING.md is kept: what each module imports, and what a user's machine must have."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENGINE = ["format", "frames", "journal", "sealing", "staging", "rendezvous", "background", "writer"]
+OFFLINE = [
+    "errors",
+    "segments",
+    "dump",
+    "blocks",
+    "placements",
+    "metrics",
+    "run",
+    "completeness",
+    "summary",
+    "layer",
+    "check",
+]
+
+
+def engine(*names: str) -> set[str]:
+    return {f"eplb_dump.{name}" for name in names}
+
+
+def offline(*names: str) -> set[str]:
+    return {f"eplb_analyze.{name}" for name in names}
+
+
+SHARED = engine("format", "frames", "journal", "sealing")
+LIBRARY = offline(*OFFLINE)
+#: Module to the modules of ours that it may import, anywhere in it.
+ALLOWED: dict[str, set[str]] = {
+    "eplb_dump.format": set(),
+    "eplb_dump.frames": engine("format"),
+    "eplb_dump.journal": engine("format", "frames"),
+    "eplb_dump.sealing": engine("format", "frames", "journal"),
+    "eplb_dump.staging": set(),
+    "eplb_dump.rendezvous": engine("format"),
+    "eplb_dump.background": engine("format", "frames", "journal", "sealing", "staging"),
+    "eplb_dump.writer": engine(*ENGINE) | {"eplb_dump"},
+    "eplb_dump": engine("format", "writer"),
+    "eplb_analyze": offline("errors", "run"),
+    "eplb_analyze.errors": set(),
+    "eplb_analyze.segments": SHARED,
+    "eplb_analyze.dump": SHARED | offline("segments", "errors"),
+    "eplb_analyze.blocks": SHARED | offline("dump", "segments"),
+    "eplb_analyze.placements": SHARED | offline("dump", "errors"),
+    "eplb_analyze.metrics": set(),
+    "eplb_analyze.run": SHARED | offline("blocks", "dump", "errors", "metrics", "placements", "segments"),
+    "eplb_analyze.completeness": SHARED | offline("blocks"),
+    "eplb_analyze.output": offline("errors"),
+    "eplb_analyze.cli": offline("errors", "output")
+    | {f"eplb_analyze.commands.{path.stem}" for path in (ROOT / "eplb_analyze/commands").glob("*.py")},
+    "eplb_analyze.commands": set(),
+}
+for _name in ("summary", "layer", "check"):
+    ALLOWED[f"eplb_analyze.{_name}"] = SHARED | LIBRARY - offline("summary", "layer", "check")
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for package in ("eplb_dump", "eplb_analyze"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
+
+
+def imports(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                submodule = ROOT / Path(*node.module.split("."), f"{alias.name}.py")
+                names.add(f"{node.module}.{alias.name}" if submodule.exists() else node.module)
+    return names
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=[name for name, _ in modules()])
+def test_imports_keep_to_the_map(name: str, path: Path) -> None:
+    found = imports(ast.parse(path.read_text()))
+    ours = {n for n in found if n.split(".")[0] in ("eplb_dump", "eplb_analyze")}
+    if name.startswith("eplb_analyze.commands."):
+        assert ours <= LIBRARY | offline("output", "commands.options") | SHARED
+    else:
+        assert ours <= ALLOWED[name], f"{name} may not import {ours - ALLOWED[name]}"
+    top = {n.split(".")[0] for n in found}
+    third_party = top - set(sys.stdlib_module_names) - {"eplb_dump", "eplb_analyze"}
+    allowed = (
+        {"numpy", "pyarrow"}
+        if name.startswith("eplb_dump")
+        else {"numpy", "pyarrow", "polars", "rich", "typer"}
+    )
+    assert third_party <= allowed
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=[name for name, _ in modules()])
+def test_every_module_says_what_lives_there(name: str, path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text, name
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        ("import eplb_dump", ["torch", "polars", "typer", "rich"]),
+        ("import eplb_analyze.cli", ["torch", "polars", "pyarrow", "numpy"]),
+        ("import eplb_analyze; eplb_analyze.open_run", ["torch", "typer"]),
+    ],
+)
+def test_what_is_not_imported(statement: str, forbidden: list[str]) -> None:
+    code = f"import sys; {statement}; print([m for m in {forbidden!r} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

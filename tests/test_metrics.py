@@ -1,0 +1,68 @@
+"""The formulas against plain loops, over random loads; and the numbers that design and docs quote."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from eplb_analyze import metrics
+from eplb_analyze.metrics import FORMULAS, Spread
+
+loads = hnp.arrays(
+    np.float64,
+    hnp.array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=6),
+    elements=st.one_of(st.just(0.0), st.integers(0, 10**6).map(float)),
+)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(T=loads)
+@settings(max_examples=200, deadline=None)
+def test_formula_equals_plain_loops(name: str, T: np.ndarray) -> None:
+    expected = reference.per_step(name, T)
+    np.testing.assert_allclose(FORMULAS[name].per_step(T), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(T=loads)
+@settings(max_examples=50, deadline=None)
+def test_per_layer_is_the_formula_of_a_model_of_one_layer(name: str, T: np.ndarray) -> None:
+    found = metrics.per_layer(FORMULAS[name], T)
+    for layer in range(T.shape[1]):
+        expected = reference.per_step(name, T[:, layer : layer + 1])
+        np.testing.assert_allclose(found[:, layer], expected, rtol=1e-12, atol=1e-12)
+
+
+@given(T=loads)
+@settings(max_examples=100, deadline=None)
+def test_bounds(T: np.ndarray) -> None:
+    balance, imbalance = metrics.balancedness(T), metrics.imbalance(T)
+    known = ~np.isnan(balance)
+    assert (balance[known] <= 1 + 1e-12).all()
+    assert (balance[known] > 0).all()
+    assert (imbalance[known] >= 1 - 1e-12).all()
+    assert (np.isnan(imbalance) == ~known).all()
+
+
+def test_the_case_that_vllm_legacy_gets_wrong() -> None:
+    T = np.array([[[100.0, 200.0], [100.0, 200.0]]])
+    assert metrics.balancedness(T)[0] == 0.75
+    assert metrics.vllm_legacy(T)[0] == 1.0
+    assert metrics.vllm(T)[0] == 0.75
+    assert metrics.trtllm(T)[0] == pytest.approx(1 / 3)
+
+
+def test_spread_leaves_out_steps_without_an_active_layer() -> None:
+    spread = Spread.of(np.array([0.5, np.nan, 0.25, 1.0]), np.array([10, 11, 12, 13]))
+    assert (spread.min, spread.min_step) == (0.25, 12)
+    assert (spread.max, spread.max_step) == (1.0, 13)
+    assert spread.mean == pytest.approx((0.5 + 0.25 + 1.0) / 3)
+    assert spread.p50 == 0.5
+
+
+def test_spread_of_nothing_is_nothing() -> None:
+    assert set(vars(Spread.of(np.array([np.nan]), np.array([1]))).values()) == {None}

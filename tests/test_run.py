@@ -1,0 +1,428 @@
+"""Recorded through the writer, read back through the library: equal to the truth, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import reference
+from helpers import start_child
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eplb_analyze import open_run
+from eplb_analyze.check import check_run
+from eplb_analyze.layer import layer_report
+from eplb_analyze.metrics import FORMULAS
+from eplb_analyze.summary import summarize
+from eplb_dump import ExpertLoadWriter
+
+LAYERS, LOGICAL = 5, 12
+ROUTING = Path(__file__).parents[2] / "shared/data/gpt_oss_20b_mmlu_decode_counts_bs48.npz"
+
+
+def conserving_loads(rng: np.random.Generator, steps: int, layers: int, slots: int) -> Any:
+    """int64 [steps, layers, slots]; within a step every layer has the same number of tokens."""
+    weights = rng.dirichlet(np.full(slots, 0.5), size=layers)
+    tokens = rng.integers(1, 400, size=steps)
+    return np.stack([[rng.multinomial(n, w) for w in weights] for n in tokens])
+
+
+def placement_of(rng: np.random.Generator, layers: int, slots: int) -> Any:
+    extra = slots - LOGICAL
+    rows = [
+        rng.permutation(np.r_[np.arange(LOGICAL), rng.choice(LOGICAL, extra, replace=False)])
+        for _ in range(layers)
+    ]
+    return np.stack(rows)
+
+
+CHILD = """
+import sys
+import numpy as np
+from eplb_dump import ExpertLoadWriter
+root, truth, rank = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
+writer = ExpertLoadWriter(root, model="org/m", num_logical_experts=12, ep_size=4, ep_rank=rank, run_id="r1",
+                          scope="local", segment_steps=32, engine="test", engine_config={"a": 1})
+for step, load in enumerate(truth["local"][:, rank]):
+    if truth["dummy"][step, rank]:
+        writer.skip(reason="dummy")
+    else:
+        placement = truth["placement"][truth["placement_at"][step]]
+        writer.record(step, load, placement, num_tokens=int(load[0].sum()))
+# Elastic: from here on two ranks and fewer slots.
+if rank < 2:
+    for step, load in enumerate(truth["later"][:, rank]):
+        writer.record(None, load, truth["later_placement"], ep_size=2)
+assert writer.close(30.0), writer.stats()
+"""
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """100 steps of 4 processes, scope local, then 20 steps of 2 of them after an elastic change."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("recorded")
+    steps, slots = 100, 16
+    local = np.stack([conserving_loads(rng, steps, LAYERS, slots) for _ in range(4)], axis=1)
+    dummy = rng.random((steps, 4)) < 0.1
+    dummy[3] = True  # a step in which nobody had work
+    local[dummy] = 0
+    truth = {
+        "local": local.astype(np.int32),
+        "dummy": dummy,
+        "placement": np.stack([placement_of(rng, LAYERS, slots) for _ in range(3)]),
+        "placement_at": np.repeat([0, 1, 2], [40, 20, 40]),
+        "later": np.stack([conserving_loads(rng, 20, LAYERS, 14) for _ in range(2)], axis=1),
+        "later_placement": placement_of(rng, LAYERS, 14),
+    }
+    np.savez(folder / "truth.npz", **truth)
+    children = [start_child(CHILD, folder / "dump", folder / "truth.npz", str(rank)) for rank in range(4)]
+    for child in children:
+        assert (child.communicate(timeout=120), child.returncode) == (("", ""), 0)
+    return folder / "dump", truth
+
+
+def per_rank(load: Any, ep_size: int) -> Any:
+    return load.reshape(*load.shape[:-1], ep_size, -1).sum(axis=-1)
+
+
+def whole(truth: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Steps with real tokens, their sums over ranks, and whether some rank recorded."""
+    total = truth["local"].sum(axis=1)
+    return np.flatnonzero(~truth["dummy"].all(axis=1)), total, truth["dummy"].all(axis=1)
+
+
+def test_loads_come_back_bit_for_bit(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    run = open_run(path)
+    steps, total, _ = whole(truth)
+    frame = run.loads(steps=(0, 100))
+    assert frame["step"].unique(maintain_order=True).to_list() == steps.tolist()
+    found = np.array(frame["load"].to_list()).reshape(len(steps), LAYERS, 16)
+    np.testing.assert_array_equal(found, total[steps])
+    ranks = np.array(frame["rank_load"].to_list()).reshape(len(steps), LAYERS, 4)
+    np.testing.assert_array_equal(ranks, per_rank(total[steps], 4))
+    later = run.loads(steps=(100, 120))
+    assert later["ep_size"].unique().to_list() == [2]
+    found = np.array(later["load"].to_list()).reshape(20, LAYERS, 14)
+    np.testing.assert_array_equal(found, truth["later"].sum(axis=1))
+    assert run.findings == []
+
+
+def test_layers_and_columns_can_be_chosen(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    steps, total, _ = whole(truth)
+    frame = open_run(path).loads(steps=(0, 100), layers=[3], experts=False)
+    assert frame.columns == ["step", "layer", "ep_size", "rank_load"]
+    np.testing.assert_array_equal(np.array(frame["rank_load"].to_list()), per_rank(total[steps, 3], 4))
+
+
+def test_step_states(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    frame = open_run(path).steps()
+    _, _, nobody = whole(truth)
+    expected = ["dummy" if n else "recorded" for n in nobody] + ["recorded"] * 20
+    assert frame["state"].to_list() == expected
+    tokens = truth["local"][:, :, 0].sum(axis=(1, 2))
+    assert frame["num_tokens"][:100].to_list() == [
+        None if n else t for n, t in zip(nobody, tokens, strict=True)
+    ]
+
+
+def test_placement_as_of_a_step(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    run = open_run(path)
+    # Step 40 is the first under the second placement, unless all ranks idled then.
+    for step in (0, 39, 40, 59, 60, 99):
+        frame = run.placement(step)
+        found = frame["logical"].to_numpy().reshape(LAYERS, 16)
+        np.testing.assert_array_equal(found, truth["placement"][truth["placement_at"][step]])
+        assert frame["rank"].to_list() == (np.arange(16) // 4).tolist() * LAYERS
+    np.testing.assert_array_equal(
+        run.placement()["logical"].to_numpy().reshape(LAYERS, 14), truth["later_placement"]
+    )
+    assert [r.first_step for r in run.history.rearrangements()] == [40, 60, 100]
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_every_formula_by_step_layer_and_run(recorded: tuple[Path, dict[str, Any]], name: str) -> None:
+    path, truth = recorded
+    run = open_run(path)
+    steps, total, _ = whole(truth)
+    first = per_rank(total[steps], 4)
+    later = per_rank(truth["later"].sum(axis=1), 2)
+    expected = reference.per_step(name, first) + reference.per_step(name, later)
+    frame = run.balancedness(name)
+    assert frame["step"].to_list() == steps.tolist() + list(range(100, 120))
+    np.testing.assert_allclose(frame["value"].to_numpy(), expected, rtol=1e-12)
+    by_run = run.balancedness(name, by="run").row(0, named=True)
+    assert by_run["value"] == pytest.approx(np.mean(expected), rel=1e-12)
+    assert by_run["min"] == pytest.approx(min(expected), rel=1e-12)
+    by_layer = run.balancedness(name, by="layer")
+    for layer in range(LAYERS):
+        alone = reference.per_step(name, first[:, [layer]]) + reference.per_step(name, later[:, [layer]])
+        assert by_layer["value"][layer] == pytest.approx(np.nanmean(alone), rel=1e-12)
+
+
+def test_summary_equals_the_truth(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    document = summarize(open_run(path)).to_json()
+    steps, total, nobody = whole(truth)
+    first, later = per_rank(total[steps], 4), per_rank(truth["later"].sum(axis=1), 2)
+    assert document["steps"] == {
+        "first": 0,
+        "last": 119,
+        "seen": 120,
+        "recorded": len(steps) + 20,
+        "dummy": int(nobody.sum()),
+        "not_sampled": 0,
+        "dropped": 0,
+        "rejected": 0,
+        "incomplete": 0,
+        "missing": 0,
+    }
+    assert document["ranks"] == {"expected": 4, "present": 4, "missing": []}
+    assert document["run"]["engine"] == "test"
+    assert document["run"]["ep_size"] == 2
+    assert document["rearrangements"] == [40, 60, 100]
+    expected = reference.per_step("balancedness", first) + reference.per_step("balancedness", later)
+    assert document["balancedness"]["mean"] == pytest.approx(np.mean(expected))
+    assert document["balancedness"]["p5"] == pytest.approx(np.percentile(expected, 5))
+    everything = [*first, *later]
+    assert document["idle_fraction"] == pytest.approx(reference.idle_fraction(everything))
+    assert [c["recorded"] for c in document["configurations"]] == [len(steps), 20]
+    # Hot experts are of the last configuration: loads of two shapes are not added.
+    logical = np.zeros((LAYERS, LOGICAL))
+    for layer in range(LAYERS):
+        np.add.at(logical[layer], truth["later_placement"][layer], truth["later"].sum(axis=(0, 1))[layer])
+    share = logical / logical.sum(axis=1, keepdims=True)
+    top = document["hot_experts"][0]
+    assert top["share"] == pytest.approx(share.max())
+    assert share[top["layer"], top["logical"]] == share.max()
+    assert top["times_mean"] == pytest.approx(share.max() * LOGICAL)
+    assert top["replicas"] == (truth["later_placement"][top["layer"]] == top["logical"]).sum()
+
+
+def test_layer_over_a_change_of_placement(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    report = layer_report(open_run(path), 2, steps=(30, 50))
+    _, total, _ = whole(truth)
+    part = total[30:50, 2]
+    assert [s.load for s in report.slots] == part.sum(axis=0).tolist()
+    assert [r.load for r in report.ranks] == per_rank(part.sum(axis=0), 4).tolist()
+    logical = np.zeros(LOGICAL, int)
+    for step in range(30, 50):
+        np.add.at(logical, truth["placement"][truth["placement_at"][step], 2], total[step, 2])
+    assert [e.load for e in report.experts] == logical.tolist()
+    assert report.placement_changes == [40]
+    assert [s.logical for s in report.slots] == truth["placement"][1, 2].tolist()
+
+
+def test_layer_without_range_takes_the_last_configuration(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, truth = recorded
+    report = layer_report(open_run(path), 0)
+    assert (report.first_step, report.last_step, report.steps) == (100, 119, 20)
+    assert [s.load for s in report.slots] == truth["later"].sum(axis=(0, 1))[0].tolist()
+    assert "steps 0 to 99 are left out" in report.notes[0]
+
+
+def test_check_is_content(recorded: tuple[Path, dict[str, Any]]) -> None:
+    report = check_run(open_run(recorded[0]))
+    assert report.ok
+    # Random placements put two replicas on one rank now and then; nothing else is odd.
+    assert {f.code for f in report.findings} == {"replica_on_same_rank"}
+
+
+def test_analysing_writes_nothing(recorded: tuple[Path, dict[str, Any]]) -> None:
+    def state() -> list[tuple[str, int, int]]:
+        files = sorted(p for p in recorded[0].rglob("*"))
+        return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+    before = state()
+    run = open_run(recorded[0])
+    summarize(run)
+    check_run(run)
+    assert state() == before
+
+
+# ---- scope global, replication, layer numbers, completeness
+
+
+def write(root: Path, loads: Any, placement: Any, **options: Any) -> None:
+    defaults = {"model": "m", "num_logical_experts": LOGICAL, "ep_size": 4, "scope": "global", "run_id": "r"}
+    with ExpertLoadWriter(root, **{**defaults, **options}) as writer:
+        for load in loads:
+            if load is None:
+                writer.skip()
+            else:
+                writer.record(None, load, placement)
+
+
+def test_global_scope_needs_one_rank(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    loads = conserving_loads(rng, 30, LAYERS, 16)
+    write(tmp_path, loads, placement_of(rng, LAYERS, 16), ep_rank=2)
+    run = open_run(tmp_path)
+    assert run.expected_ranks == [2]
+    found = np.array(run.loads()["load"].to_list()).reshape(30, LAYERS, 16)
+    np.testing.assert_array_equal(found, loads)
+    assert check_run(run).ok
+
+
+def test_token_replication_is_divided_out(tmp_path: Path) -> None:
+    loads = np.full((3, 1, 4), 8) * np.arange(1, 5)
+    write(tmp_path, loads, np.array([[0, 1, 2, 3]]), num_logical_experts=4, ep_size=2, token_replication=4)
+    run = open_run(tmp_path)
+    assert run.loads()["load"].to_list() == [[2.0, 4.0, 6.0, 8.0]] * 3
+    report = layer_report(run, 0)
+    assert [r.load for r in report.ranks] == [18.0, 42.0]
+    assert run.balancedness(by="run")["value"][0] == pytest.approx((6 + 14) / 2 / 14)
+
+
+def test_layers_go_by_the_models_numbers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    loads = conserving_loads(rng, 5, 3, 16)
+    write(tmp_path, loads, placement_of(rng, 3, 16), moe_layers=[3, 5, 9])
+    run = open_run(tmp_path)
+    assert run.info.layers == (3, 5, 9)
+    assert run.loads(layers=[5])["layer"].unique().to_list() == [5]
+    assert run.placement(0)["layer"].unique(maintain_order=True).to_list() == [3, 5, 9]
+    assert [s.load for s in layer_report(run, 9, step=4).slots] == loads[4, 2].tolist()
+
+
+def test_a_step_that_lacks_a_rank_is_in_no_figure(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    placement = placement_of(rng, LAYERS, 16)
+    local = np.stack([conserving_loads(rng, 20, LAYERS, 16) for _ in range(2)], axis=1)
+    for rank in range(2):
+        options = {"scope": "local", "ep_size": 2, "ep_rank": rank}
+        write(tmp_path, local[: 20 if rank == 0 else 15, rank], placement, **options)
+    run = open_run(tmp_path)
+    document = summarize(run).to_json()
+    assert (document["steps"]["recorded"], document["steps"]["incomplete"]) == (15, 5)
+    expected = reference.per_step("balancedness", per_rank(local[:15].sum(axis=1), 2))
+    assert document["balancedness"]["mean"] == pytest.approx(np.mean(expected))
+    report = layer_report(run, 1, step=17)
+    assert not report.complete
+    assert report.missing_ranks == [1]
+    assert [s.load for s in report.slots] == local[17, 0, 1].tolist()
+    assert layer_report(run, 1).last_step == 14
+
+
+def test_a_missing_rank_leaves_no_figures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    loads = conserving_loads(rng, 5, LAYERS, 16)
+    write(tmp_path, loads, placement_of(rng, LAYERS, 16), scope="local", ep_size=2, ep_rank=1)
+    document = summarize(open_run(tmp_path)).to_json()
+    assert document["ranks"] == {"expected": 2, "present": 1, "missing": [0]}
+    assert document["steps"]["incomplete"] == 5
+    assert document["balancedness"]["mean"] is None
+    codes = {f.code for f in check_run(open_run(tmp_path)).findings}
+    assert {"missing_ranks", "no_complete_step"} <= codes
+
+
+def test_a_restarted_rank_repeats_steps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    placement = placement_of(rng, LAYERS, 16)
+    old, new = conserving_loads(rng, 20, LAYERS, 16), conserving_loads(rng, 20, LAYERS, 16)
+    write(tmp_path, old, placement, scope="global")
+    write(tmp_path, [None] * 5, placement, scope="global")  # 5 idle steps do not undo what was recorded
+    options: dict[str, Any] = {"model": "m", "num_logical_experts": LOGICAL, "ep_size": 4, "run_id": "r"}
+    with ExpertLoadWriter(tmp_path, scope="global", **options) as writer:
+        for step in range(12, 30):
+            writer.record(step, new[step % 20], placement)
+    run = open_run(tmp_path)
+    found = np.array(run.loads()["load"].to_list()).reshape(30, LAYERS, 16)
+    np.testing.assert_array_equal(found[:12], old[:12])
+    np.testing.assert_array_equal(found[12:], new[np.arange(12, 30) % 20])
+    assert "overlapping_sessions" in {f.code for f in check_run(run).findings}
+
+
+def test_gaps_and_sampling_are_counted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    placement = placement_of(rng, 1, 16)
+    options: dict[str, Any] = {"model": "m", "num_logical_experts": LOGICAL, "ep_size": 4, "run_id": "r"}
+    with ExpertLoadWriter(tmp_path, scope="global", interval=4, **options) as writer:
+        for step in [*range(10), *range(50, 60)]:
+            writer.record(step, np.ones((1, 16), int), placement)
+    steps = summarize(open_run(tmp_path)).to_json()["steps"]
+    assert steps["recorded"] == 5
+    assert steps["not_sampled"] == 15
+    assert steps["missing"] == 40
+    assert (steps["seen"], steps["first"], steps["last"]) == (20, 0, 59)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_round_trip_of_anything(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Random shapes, gaps, dummies and segment sizes: loads and states come back."""
+    root = tmp_path_factory.mktemp("any")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    ranks, layers = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    slots = ranks * data.draw(st.integers(1, 4))
+    steps = data.draw(st.integers(1, 30))
+    high = data.draw(st.sampled_from([3, 300, 70000, 2**31 - 1]))
+    local = rng.integers(0, high, size=(steps, ranks, layers, slots), dtype=np.int64)
+    dummy = rng.random((steps, ranks)) < 0.2
+    local[dummy] = 0
+    numbers = np.cumsum(rng.integers(1, 4, size=steps))
+    placement = rng.integers(-1, 5, size=(layers, slots))
+    for rank in range(ranks):
+        with ExpertLoadWriter(
+            root,
+            model="m",
+            num_logical_experts=5,
+            ep_size=ranks,
+            ep_rank=rank,
+            run_id="r",
+            segment_steps=data.draw(st.integers(1, 40)),
+        ) as writer:
+            for i, step in enumerate(numbers.tolist()):
+                if dummy[i, rank]:
+                    writer.skip(step=step)
+                else:
+                    writer.record(step, local[i, rank], placement)
+    run = open_run(root)
+    kept = np.flatnonzero(~dummy.all(axis=1))
+    frame = run.loads()
+    assert run.findings == []
+    assert frame["step"].unique(maintain_order=True).to_list() == numbers[kept].tolist()
+    if len(kept):
+        found = np.array(frame["load"].to_list()).reshape(len(kept), layers, slots)
+        np.testing.assert_array_equal(found, local[kept].sum(axis=1))
+
+
+@pytest.mark.skipif(not ROUTING.exists(), reason="the recorded routing is not beside this checkout")
+def test_real_routing(tmp_path: Path) -> None:
+    """GPT-OSS-20B's own routing, 256 decode steps: figures equal numpy's."""
+    counts = np.load(ROUTING)["counts"]
+    placement = np.tile(np.arange(32), (24, 1))
+    write(tmp_path, counts, placement, num_logical_experts=32, ep_size=8)
+    run = open_run(tmp_path)
+    T = counts.reshape(256, 24, 8, 4).sum(axis=3).astype(float)
+    document = summarize(run).to_json()
+    assert document["balancedness"]["mean"] == pytest.approx((T.mean(2) / T.max(2)).mean())
+    assert document["imbalance"]["mean"] == pytest.approx((T.max(2) / T.mean(2)).mean())
+    assert document["metrics"]["vllm"] == pytest.approx((T.mean(2).sum(1) / T.max(2).sum(1)).mean())
+    assert document["idle_fraction"] == pytest.approx(1 - T.mean(2).sum() / T.max(2).sum())
+    share = counts.sum(axis=0) / counts.sum(axis=(0, 2))[:, None]
+    assert document["hot_experts"][0]["share"] == pytest.approx(share.max())
+    assert check_run(run).ok
+
+
+def test_open_a_part_of_the_dump(recorded: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = recorded
+    assert open_run(path / "run=r1").info.run_id == "r1"
+    one_rank = open_run(path / "run=r1" / "model=org--m" / "rank=00001")
+    assert one_rank.present_ranks == [1]
+    here = Path.cwd()
+    try:
+        os.chdir(path)
+        assert isinstance(open_run(".").steps(), pl.DataFrame)
+    finally:
+        os.chdir(here)
