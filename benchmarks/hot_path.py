@@ -1,0 +1,158 @@
+"""What `record` costs the engine's thread, next to a bare copy and to a synchronous one.
+
+    python -m benchmarks.hot_path [--device cuda] [--steps 3000]
+
+The engine is paced at one step every few milliseconds, as the background thread is part of the
+cost. With CUDA, "busy" has a kernel of about 2 ms on the stream in front of every call, and all
+calls of `record` run with torch.cuda.set_sync_debug_mode("error").
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import workload
+from eplb_dump import ExpertLoadWriter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--pace-ms", type=float, default=2.0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.device == "cpu":
+            cpu(folder, args.steps, args.pace_ms)
+        else:
+            cuda(folder, args.device, args.steps, args.pace_ms)
+
+
+def open_writer(folder: str, **options: Any) -> ExpertLoadWriter:
+    return ExpertLoadWriter(
+        folder, model="m", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE, scope="global",
+        **options,
+    )  # fmt: skip
+
+
+def spin(seconds: float) -> None:
+    """Busy Python, as an engine's own: it holds the interpreter lock most of the time."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
+    """Microseconds of each call, the first tenth left out."""
+    took = np.empty(steps)
+    for i in range(steps):
+        before()
+        start = time.perf_counter_ns()
+        call(i)
+        took[i] = time.perf_counter_ns() - start
+    return took[steps // 10 :] / 1e3
+
+
+def line(name: str, took: Any, base: Any | None = None) -> None:
+    p50, p99, worst = np.percentile(took, [50, 99, 100])
+    ratio = "" if base is None else f"   {p50 / np.percentile(base, 50):5.2f} × bare"
+    print(f"{name:46s} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}")
+
+
+def cpu(folder: str, steps: int, pace_ms: float) -> None:
+    batch = [torch.from_numpy(load) for load in workload.loads(64)]
+    placement = torch.from_numpy(workload.placement())
+    targets = [torch.empty_like(batch[0]) for _ in range(64)]
+    shape = f"{workload.LAYERS} × {workload.SLOTS} int32"
+    print(f"CPU tensors, {shape}, a step every {pace_ms:g} ms of busy Python")
+
+    def pace() -> None:
+        spin(pace_ms / 1e3)
+
+    bare = measure(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, pace)
+    line("bare copy_ into a host buffer", bare)
+    for name, tensors, maps in (
+        ("record, torch tensors", batch, placement),
+        ("record, numpy arrays", [t.numpy() for t in batch], placement.numpy()),
+    ):
+        with open_writer(folder) as writer:
+            took = measure(lambda i, w=writer, t=tensors, m=maps: w.record(None, t[i % 64], m), steps, pace)
+            line(name, took, bare)
+            writer.flush()
+            print(f"{'':46s} {writer.stats().recorded} recorded, {writer.stats().dropped} dropped")
+
+
+def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
+    shape = f"{workload.LAYERS} × {workload.SLOTS} int32"
+    print(f"{torch.cuda.get_device_name(device)}, {shape}, a step every {pace_ms:g} ms")
+    batch = [torch.from_numpy(load).to(device) for load in workload.loads(64)]
+    placement = torch.from_numpy(workload.placement()).to(device)
+    pinned = [torch.empty_like(batch[0], device="cpu").pin_memory() for _ in range(64)]
+    events = [torch.cuda.Event(blocking=True) for _ in range(64)]
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    for _ in range(3):
+        torch.matmul(a, a, out=out)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        torch.matmul(a, a, out=out)
+    torch.cuda.synchronize()
+    per_2_ms = max(1, round(2e-3 / ((time.perf_counter() - start) / 50)))
+
+    def idle() -> None:
+        spin(pace_ms / 1e3)
+
+    def busy() -> None:
+        torch.cuda.synchronize()
+        for _ in range(per_2_ms):
+            torch.matmul(a, a, out=out)
+
+    def bare_call(i: int) -> None:
+        pinned[i % 64].copy_(batch[i % 64], non_blocking=True)
+        events[i % 64].record()
+
+    for state, before in (("idle", idle), ("busy", busy)):
+        bare = measure(bare_call, steps, before)
+        line(f"{state}: bare copy_(non_blocking) + event.record()", bare)
+        with open_writer(folder) as writer:
+            writer.record(None, batch[0], placement)
+            torch.cuda.synchronize()
+
+            def record(i: int, w: ExpertLoadWriter = writer) -> None:
+                w.record(None, batch[i % 64], placement)
+
+            def strict(i: int, w: ExpertLoadWriter = writer) -> None:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    w.record(None, batch[i % 64], placement)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+            line(f"{state}: record", measure(record, steps, before), bare)
+            measure(strict, 200, before)
+            with torch.inference_mode():
+                uncounted = placement.clone()
+
+                def record_both(i: int, w: ExpertLoadWriter = writer, m: Any = uncounted) -> None:
+                    w.record(None, batch[i % 64], m)
+
+                took = measure(record_both, steps, before)
+            line(f"{state}: record, map an inference tensor", took, bare)
+            writer.flush()
+            stats = writer.stats()
+            counts = f"{stats.recorded} recorded, {stats.dropped} dropped, {stats.rejected} rejected"
+            print(f"{'':46s} {counts} (200 of them with sync_debug_mode error)")
+        synchronous = measure(lambda i: batch[i % 64].cpu(), min(steps, 500), before)
+        line(f"{state}: .cpu(), as SGLang's per-pass recorder", synchronous, bare)
+
+
+if __name__ == "__main__":
+    main()
