@@ -49,6 +49,8 @@ class Source:
     rank: int
     session: int
     segment: Segment
+    #: Adding it to a monotonic time gives ns since 1970, as of the session's start.
+    clock_offset_ns: int
     #: False where its loads turned out to be unreadable: its recorded steps count as absent.
     readable: bool
 
@@ -62,7 +64,9 @@ class Block:
         shape: the shape of the loads, None where no rank recorded any.
         ranks: the writer ranks [R] that ``status`` has a row for.
         status: uint8 [R, S], a :class:`~eplb_dump.format.Status` each, or ABSENT.
-        time_ns, num_tokens, phase: int64 [S]; -1 where not known; phase is an index into ``phases``.
+        time_ns: int64 [S], the wall clock, which can jump.
+        clock_ns: int64 [S], ns since 1970 by the session's monotonic clock, which cannot.
+        num_tokens, phase: int64 [S]; -1 where not known; phase is an index into ``phases``.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Block:
         self.ranks = rows.ranks
         self.shape = shape
         self.time_ns = rows.time_ns[low:high]
+        self.clock_ns = rows.clock_ns[low:high]
         self.num_tokens = rows.num_tokens[low:high]
         self.phase = rows.phase[low:high]
         self.phases = rows.phases
@@ -173,6 +178,7 @@ class _JoinedRows:
     shape: npt.NDArray[np.int32]
     shapes: list[Shape]
     time_ns: Int64
+    clock_ns: Int64
     num_tokens: Int64
     phase: npt.NDArray[np.int64]
     phases: list[str]
@@ -193,7 +199,13 @@ def iter_blocks(
     """
     low, high = steps if steps is not None else (-1, 2**62)
     sources = [
-        Source(session.info.ep_rank, number, segment, id(segment) not in unreadable)
+        Source(
+            session.info.ep_rank,
+            number,
+            segment,
+            session.info.created_unix_ns - session.info.created_monotonic_ns,
+            id(segment) not in unreadable,
+        )
         for number, session in enumerate(sessions)
         for segment in session.segments
         if segment.first_step < high and segment.last_step >= low
@@ -236,7 +248,7 @@ def _join(
     n = len(step)
     status = np.full((len(ranks), n), ABSENT, np.uint8)
     owner = np.full((len(ranks), n), -1, np.int32)
-    time_ns = np.zeros(n, np.int64)
+    time_ns, clock_ns = np.zeros(n, np.int64), np.zeros(n, np.int64)
     num_tokens = np.full((len(ranks), n), -1, np.int64)
     phase = np.full(n, -1, np.int64)
     phases: list[str] = []
@@ -263,6 +275,7 @@ def _join(
             owner[row, at] = source.session
             num_tokens[row, at] = rows.num_tokens[chosen]
             time_ns[at] = rows.time_ns[chosen]
+            clock_ns[at] = rows.monotonic_ns[chosen] + source.clock_offset_ns
             phase[at] = np.where(rows.phase[chosen] >= 0, phase_code[rows.phase[chosen]], phase[at])
         shape = source.segment.shape
         if shape is not None:
@@ -274,7 +287,9 @@ def _join(
     tokens = np.where(status == Status.RECORDED, num_tokens, -1)
     known = (tokens >= 0).any(axis=0)
     total = np.where(known, np.where(tokens >= 0, tokens, 0).sum(axis=0), -1)
-    return _JoinedRows(step, ranks, status, owner, state, shape_row, shapes, time_ns, total, phase, phases)
+    return _JoinedRows(
+        step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total, phase, phases
+    )
 
 
 def _states(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.commands import check, layer, metrics, summary
+from eplb_analyze.commands import check, layer, metrics, seal, summary
 from eplb_analyze.errors import EXIT_UNUSABLE, AnalyzeError
 from eplb_analyze.output import PROGRAM, clean, say
 
@@ -27,6 +27,7 @@ app.command("summary")(summary.summary)
 app.command("layer")(layer.layer)
 app.command("check")(check.check)
 app.command("metrics")(metrics.metrics)
+app.command("seal")(seal.seal)
 
 
 def _version(show: bool) -> None:

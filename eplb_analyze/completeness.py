@@ -62,12 +62,12 @@ class Completeness:
             self.incomplete_inside += self._incomplete_since_whole + inside
             self._incomplete_since_whole = int(bad[whole[-1] :].sum())
             self.last_whole = int(block.step[whole[-1]])
-            self._whole_time_ns = int(block.time_ns[whole[-1]])
+            self._whole_time_ns = int(block.clock_ns[whole[-1]])
         else:
             self._incomplete_since_whole += int(bad.sum())
         if self._whole_time_ns is None:
-            self._whole_time_ns = int(block.time_ns[0])
-        self.tail_seconds = (int(block.time_ns[-1]) - self._whole_time_ns) / 1e9
+            self._whole_time_ns = int(block.clock_ns[0])
+        self.tail_seconds = (int(block.clock_ns[-1]) - self._whole_time_ns) / 1e9
         if not bad.any() or block.shape is None:
             return
         rows = {rank: i for i, rank in enumerate(block.ranks)}

@@ -186,8 +186,8 @@ def _summarize(run: Run, steps: Steps | None) -> Summary:
     first_time, last_time = 2**62, -1
     for block in run.blocks(steps):
         whole.add(block)
-        first_time = min(first_time, int(block.time_ns.min()))
-        last_time = max(last_time, int(block.time_ns.max()))
+        first_time = min(first_time, int(block.clock_ns.min()))
+        last_time = max(last_time, int(block.clock_ns.max()))
         if block.shape is None or not len(block.recorded):
             continue
         tokens = run.tokens(block.rank_load())

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_dump import frames, journal, sealing
-from eplb_dump.format import EMPTY_SLOT, MAX_LOAD, SESSION_FILE, SessionInfo, Status, dump_json
-from eplb_dump.journal import Int32, JournalAppender, Shape, StepRows
-from eplb_dump.staging import Slot
+from eplb_dump.format import EMPTY_SLOT, MAX_LOAD, SESSION_FILE, FormatError, SessionInfo, Status, dump_json
+from eplb_dump.journal import Int32, Int64, JournalAppender, Shape, StepRows
+from eplb_dump.staging import Ring
 
 logger = logging.getLogger("eplb_dump")
 
-#: A frame holds at most this many steps and about this many bytes.
-BATCH_STEPS = 64
-BATCH_BYTES = 8 << 20
+#: A batch, and so a frame, holds at most this many steps and about this many bytes. The larger it
+#: is, the fewer calls: after each the thread must win the interpreter lock back from the engine's.
+BATCH_STEPS = 256
+BATCH_BYTES = 16 << 20
 
 
 class Entry(NamedTuple):
@@ -45,8 +46,9 @@ class Entry(NamedTuple):
     num_tokens: int
     phase: str | None
     ep_size: int
-    load: Slot | None
-    placement: Slot | None
+    #: The buffers that hold the load and the placement, where there is one.
+    load: tuple[Ring, int] | None
+    placement: tuple[Ring, int] | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Background:
         self._placement_ep_size = 0
         #: Why the last placement that came cannot be used; loads under it are rejected.
         self._placement_fault: str | None = None
+        self._largest = 0
         self._wake = threading.Event()
         self._closing = False
         self.notices: deque[str] = deque(maxlen=64)
@@ -98,7 +101,8 @@ class Background:
         self.segments_left_open = 0
         #: Why recording stopped, once it did.
         self.off: str | None = None
-        self._to_seal: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._gave_up = False
+        self._to_seal: queue.SimpleQueue[JournalAppender | None] = queue.SimpleQueue()
         name = f"eplb-dump-rank{info.ep_rank}"
         self._sealer = threading.Thread(target=self._seal_loop, name=f"{name}-seal", daemon=True)
         self._drainer = threading.Thread(target=self._drain_loop, name=name, daemon=True)
@@ -108,13 +112,14 @@ class Background:
         self._drainer.start()
 
     def wake(self) -> None:
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def wait_consumed(self, count: int, timeout: float) -> bool:
         """Wait until ``count`` entries are in the journal (True), or time or luck runs out."""
         self._wake.set()
         with self._written:
-            self._written.wait_for(lambda: self.consumed >= count or self.off is not None, timeout)
+            self._written.wait_for(lambda: self.consumed >= count or self._gave_up, timeout)
         return self.consumed >= count and self.off is None
 
     def close(self, timeout: float) -> bool:
@@ -159,15 +164,17 @@ class Background:
 
     def _say_notices(self) -> None:
         while self.notices:
-            text = self.notices.popleft()
-            if text not in self._noticed:
-                self._noticed.add(text)
-                logger.warning("%s", text)
+            self._notice(self.notices.popleft())
+
+    def _notice(self, text: str) -> None:
+        """Log a warning, once."""
+        if text not in self._noticed:
+            self._noticed.add(text)
+            logger.warning("%s", text)
 
     def _give_up(self, error: Exception) -> None:
         if self.off is None:
-            reason = error.strerror or str(error) if isinstance(error, OSError) else repr(error)
-            self.off = f"{type(error).__name__}: {reason}"
+            self.off = _reason(error)
             logger.warning("expert-load recording is off, the engine goes on: %s: %s", self._folder, self.off)
         if self._appender is not None:
             with contextlib.suppress(OSError):
@@ -175,15 +182,14 @@ class Background:
             self._appender = None
         self._discard()
         with self._written:
+            self._gave_up = True
             self._written.notify_all()
 
     def _discard(self) -> None:
         """Give back the buffers of what can no longer be written."""
         while self._entries:
             entry = self._entries.popleft()
-            for slot in (entry.load, entry.placement):
-                if slot is not None:
-                    slot.release()
+            _release([entry.load, entry.placement])
             self.consumed += 1
             self.lost += entry.status is Status.RECORDED
 
@@ -193,23 +199,29 @@ class Background:
             return
         batch: list[Entry] = []
         size = 0
+        last: tuple[Ring, int] | None = None
         while self._entries:
             entry = self._entries[0]
-            slot_bytes = 0 if entry.load is None else entry.load.host.nbytes
-            full = len(batch) >= BATCH_STEPS or size + slot_bytes > BATCH_BYTES
-            if batch and (full or self._begins_segment(entry)):
+            if batch and (
+                len(batch) >= BATCH_STEPS
+                or size >= BATCH_BYTES
+                or not _follows(entry.load, last)
+                or self._begins_segment(entry)
+            ):
                 self._write(batch)
-                batch, size = [], 0
+                batch, size, last = [], 0, None
             if self._begins_segment(entry):
                 self._rotate()
             self._set_segment(entry)
             batch.append(self._entries.popleft())
-            size += slot_bytes
+            if entry.load is not None:
+                last = entry.load
+                size += last[0].host[0].nbytes
         if batch:
             self._write(batch)
 
     def _shape_of(self, entry: Entry) -> Shape | None:
-        return None if entry.load is None else Shape(entry.ep_size, *entry.load.host.shape)
+        return None if entry.load is None else Shape(entry.ep_size, *entry.load[0].shape)
 
     def _begins_segment(self, entry: Entry) -> bool:
         if entry.status is Status.REJECTED:  # its step may be a wrong one
@@ -239,83 +251,110 @@ class Background:
         write_session_file(self._folder, self._info)
 
     def _write(self, batch: Sequence[Entry]) -> None:
-        """Append one batch: placements, then loads, then the steps frame that commits them."""
-        status = [int(entry.status) for entry in batch]
-        parts: list[bytes] = []
-        good: list[int] = []
-        largest = 0
-        for i, entry in enumerate(batch):
-            for slot in (entry.load, entry.placement):
-                if slot is not None:
-                    slot.wait()
-            if entry.placement is not None:
-                parts += self._take_placement(entry)
-            if entry.load is not None:
-                fault, peak = self._fault_of(entry.load.host)
-                if fault is None:
-                    parts += self._restate_placement(entry)
-                    good.append(i)
-                    largest = max(largest, peak)
-                else:
-                    status[i] = Status.REJECTED
+        """Append one batch: placements, then loads, then the steps frame that commits them.
+
+        The loads of a batch lie in consecutive buffers of one ring.
+        """
+        status = np.array([entry.status for entry in batch], np.uint8)
+        parts, faults = self._take_placements(batch)
+        staged = [i for i, entry in enumerate(batch) if entry.load is not None]
+        recorded = 0
+        if staged:
+            first, last = batch[staged[0]].load, batch[staged[-1]].load
+            assert first is not None
+            assert last is not None
+            ring, low, high = first[0], first[1], last[1]
+            ring.wait(low, high)
+            load = ring.host[low : high + 1]
+            faults = self._judge(load, [faults[i] for i in staged])
+            good = [i for i, fault in enumerate(faults) if fault is None]
+            for i, fault in enumerate(faults):
+                if fault is not None:
+                    status[staged[i]] = Status.REJECTED
                     self.rejected[fault] += 1
                     self.notices.append(f"a step was rejected and is counted: {fault}")
-        if good:
-            parts.append(self._loads_frame([batch[i] for i in good], largest))
-        for entry in batch:
-            if entry.load is not None:
-                entry.load.release()
+            if good:
+                parts += self._restate_placement(batch[staged[good[0]]])
+                chosen = load if len(good) == len(load) else load[good]
+                step = np.array([batch[staged[i]].step for i in good], np.int64)
+                parts.append(self._loads_frame(step, chosen))
+            recorded = len(good)
+            ring.release(len(staged))
         phases = tuple(dict.fromkeys(e.phase for e in batch if e.phase is not None))
-        code = {name: i for i, name in enumerate(phases)}
+        code: dict[str | None, int] = {name: i for i, name in enumerate(phases)}
         rows = StepRows(
             step=np.array([e.step for e in batch], np.int64),
             time_ns=np.array([e.time_ns for e in batch], np.int64),
             monotonic_ns=np.array([e.monotonic_ns for e in batch], np.int64),
-            status=np.array(status, np.uint8),
+            status=status,
             num_tokens=np.array([e.num_tokens for e in batch], np.int64),
-            phase=np.array([-1 if e.phase is None else code[e.phase] for e in batch], np.int8),
+            phase=np.array([code.get(e.phase, -1) for e in batch], np.int8),
             phases=phases,
         )
         parts.append(journal.steps_frame(rows))
-        data = b"".join(parts)
         try:
-            self._open_journal().append(data)
+            self._open_journal().append(*parts)
         except OSError:
-            self.lost += len(good)
+            self.lost += recorded
             self.consumed += len(batch)
             raise
-        self.bytes_written += len(data)
+        self.bytes_written += sum(map(len, parts))
         with self._written:
             self.consumed += len(batch)
             self._written.notify_all()
 
-    def _fault_of(self, load: npt.NDArray[Any]) -> tuple[str | None, int]:
-        """Why a load cannot be recorded (None: it can), and its largest count."""
-        if self._placement_fault is not None:
-            return self._placement_fault, 0
+    def _judge(self, load: npt.NDArray[Any], faults: list[str | None]) -> list[str | None]:
+        """Why each load ``[n, layers, physical]`` cannot be recorded; None: it can."""
         # Seen as unsigned, a negative count is a huge one: one pass finds both faults.
-        peak = int(load.view(f"u{load.dtype.itemsize}").max())
-        if peak <= MAX_LOAD and (load.dtype.kind == "u" or peak <= np.iinfo(load.dtype).max):
-            return None, peak
-        negative = load.dtype.kind == "i" and int(load.min()) < 0
-        return ("negative counts" if negative else f"counts above {MAX_LOAD}"), 0
+        limit = min(MAX_LOAD, int(np.iinfo(load.dtype).max))
+        self._largest = int(load.view(f"u{load.dtype.itemsize}").max())
+        if self._largest <= limit:
+            return faults
+        self._largest = MAX_LOAD
+        for i, one in enumerate(load):
+            if faults[i] is None and int(one.view(f"u{one.dtype.itemsize}").max()) > limit:
+                negative = one.dtype.kind == "i" and int(one.min()) < 0
+                faults[i] = "negative counts" if negative else f"counts above {MAX_LOAD}"
+        return faults
 
-    def _take_placement(self, entry: Entry) -> list[bytes]:
+    def _take_placements(self, batch: Sequence[Entry]) -> tuple[list[bytes], list[str | None]]:
+        """Frames for placements that changed, and each entry's fault where its placement is none."""
+        given = [entry.placement for entry in batch if entry.placement is not None]
+        parts: list[bytes] = []
+        faults: list[str | None] = [self._placement_fault] * len(batch)
+        if not given:
+            return parts, faults
+        for ring, index in given:
+            ring.wait(index, index)
+        if not self._all_unchanged(batch, given):
+            for i, entry in enumerate(batch):
+                if entry.placement is not None:
+                    ring, index = entry.placement
+                    parts += self._take_placement(entry, ring.host[index])
+                faults[i] = self._placement_fault
+        _release(given)
+        return parts, faults
+
+    def _all_unchanged(self, batch: Sequence[Entry], given: Sequence[tuple[Ring, int]]) -> bool:
+        """Whether all placements of a batch are the one already known: the usual case, in one pass."""
+        ring, low = given[0]
+        last = given[-1][1]
+        together = given[-1][0] is ring and last - low + 1 == len(given)
+        if not together or self._placement_fault is not None or self._placement is None:
+            return False
+        same = self._placement.shape == ring.shape and self._placement_ep_size == batch[-1].ep_size
+        return same and bool((ring.host[low : last + 1] == self._placement).all())
+
+    def _take_placement(self, entry: Entry, raw: npt.NDArray[Any]) -> list[bytes]:
         """Frames for the layers whose placement changed; a copy is kept to compare the next with."""
-        assert entry.placement is not None
-        raw = entry.placement.host
-        try:
-            if entry.load is not None and raw.shape != entry.load.host.shape:
-                self._placement_fault = "physical_to_logical_map is not of expert_load's shape"
-                return []
-            low, high = int(raw.min()), int(raw.max())
-            if low < EMPTY_SLOT or high >= self._info.num_logical_experts:
-                self._placement_fault = "physical_to_logical_map names an expert that does not exist"
-                return []
-            self._placement_fault = None
-            before, now = self._placement, raw.astype(np.int32)
-        finally:
-            entry.placement.release()
+        if entry.load is not None and raw.shape != tuple(entry.load[0].shape):
+            self._placement_fault = "physical_to_logical_map is not of expert_load's shape"
+            return []
+        if int(raw.min()) < EMPTY_SLOT or int(raw.max()) >= self._info.num_logical_experts:
+            self._placement_fault = "physical_to_logical_map names an expert that does not exist"
+            return []
+        self._placement_fault = None
+        before, now = self._placement, raw.astype(np.int32)
         self._placement = now
         if before is None or before.shape != now.shape or self._placement_ep_size != entry.ep_size:
             return self._placement_frame(entry, np.arange(len(now)))
@@ -335,16 +374,14 @@ class Background:
         rows = self._placement[layers]
         return [journal.placements_frame(step, layers.astype(np.int32), rows, entry.ep_size)]
 
-    def _loads_frame(self, entries: Sequence[Entry], largest: int) -> bytes:
-        dtype = np.uint8 if largest < 1 << 8 else np.uint16 if largest < 1 << 16 else np.int32
+    def _loads_frame(self, step: Int64, load: npt.NDArray[Any]) -> bytes:
+        """``load`` [n, layers, physical], in the narrowest type that holds the batch's largest count."""
+        dtype = np.uint8 if self._largest < 1 << 8 else np.uint16 if self._largest < 1 << 16 else np.int32
         assert self._shape is not None
-        shape = (self._shape.num_moe_layers, len(entries), self._shape.num_physical_experts)
-        load = np.empty(shape, dtype)
-        for i, entry in enumerate(entries):
-            assert entry.load is not None
-            np.copyto(load[:, i], entry.load.host, casting="unsafe")
-        step = np.array([e.step for e in entries], np.int64)
-        return journal.loads_frame(step, load, self._shape.ep_size)
+        n, layers, physical = load.shape
+        narrow = np.empty((layers, n, physical), dtype)
+        np.copyto(narrow, load.transpose(1, 0, 2), casting="unsafe")
+        return journal.loads_frame(step, narrow, self._shape.ep_size)
 
     def _open_journal(self) -> JournalAppender:
         if self._appender is None:
@@ -364,24 +401,44 @@ class Background:
         """Hand the open journal to the sealer; the next batch opens a new one."""
         self._window = self._shape = None
         if self._appender is not None:
-            self._appender.close()
-            self._to_seal.put(self._appender.path)
+            self._to_seal.put(self._appender)
             self._appender = None
 
     # ---- the sealer's thread
 
     def _seal_loop(self) -> None:
-        while (path := self._to_seal.get()) is not None:
+        while (journal := self._to_seal.get()) is not None:
             try:
-                sealing.seal(path)
+                sealing.seal(journal.path)
                 self.segments_sealed += 1
             except Exception as error:  # the journal stays, is read as well, and can be sealed later
                 self.segments_left_open += 1
-                self.notices.append(f"{path.name} could not be sealed and stays as it is: {error}")
+                name = journal.path.name
+                self._notice(f"{name} could not be sealed and stays as it is: {_reason(error)}")
+            finally:
+                journal.close()
         if self.off is None and not self.segments_left_open:
             closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": self._final_stats()})
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, FormatError):
                 sealing.append_manifest(self._folder, self._info, closed)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a few words; the path, if any, is said elsewhere."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"
+    return f"{type(error).__name__}: {error}" if str(error) else repr(error)
+
+
+def _follows(load: tuple[Ring, int] | None, last: tuple[Ring, int] | None) -> bool:
+    """Whether a load lies in the buffer after the last one's, so that both go into one batch."""
+    return load is None or last is None or (load[0] is last[0] and load[1] == last[1] + 1)
+
+
+def _release(buffers: Iterable[tuple[Ring, int] | None]) -> None:
+    for buffer in buffers:
+        if buffer is not None:
+            buffer[0].release(1)
 
 
 def write_session_file(folder: Path, info: SessionInfo) -> None:

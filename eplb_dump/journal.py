@@ -26,6 +26,21 @@ Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 
+def lock(fd: int) -> bool | None:
+    """Take a file's lock: True; False where another process has it; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where no engine writes
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
 def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.concatenate(parts) if parts else np.empty(0, dtype)
 
@@ -156,29 +171,34 @@ class JournalAppender:
         self.path = folder / journal_name(seq)
         self.size = 0
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        # Held until the journal is sealed, or the process is dead: so others can tell the two apart.
+        lock(self._fd)
         try:
             self.append(session_frame(info, seq))
         except OSError:
             self.close()
             raise
 
-    def append(self, data: bytes) -> None:
-        """Write all of ``data`` or none of it. Raises OSError, also where the file was deleted.
+    def append(self, *parts: bytes) -> None:
+        """Write all parts or none of them. Raises OSError, also where the file was deleted.
 
         What is written here survives the death of the process; nothing is synced to the disk, as
         that would protect only against the death of the machine, at a price for every batch.
         """
         if os.fstat(self._fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "the journal was deleted while it was written")
-        view = memoryview(data)
+        total = sum(map(len, parts))
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
+            # One call, so that a batch is torn only by a kill in the middle of it.
+            done = os.writev(self._fd, parts)
+            rest = memoryview(b"".join(parts))[done:] if done < total else memoryview(b"")
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             raise
-        self.size += len(data)
+        self.size += total
 
     def close(self) -> None:
         os.close(self._fd)

@@ -33,7 +33,7 @@ from eplb_dump.journal import Int32, Int64, JournalSegment, Shape, StepRows
 
 #: A row group holds about this many slot counts of few layers: one step of one layer is found by
 #: reading one group, and one layer of a long run by reading only its own.
-ROW_GROUP_VALUES = 1 << 19
+ROW_GROUP_VALUES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -195,16 +195,28 @@ def fsync_folder(path: Path) -> None:
         _fsync(path)
 
 
-def append_manifest(folder: Path, info: SessionInfo, frame: bytes, *, durable: bool = True) -> None:
-    """Append a frame to the session's manifest, which begins with a session frame."""
+def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
+    """Append a frame to the session's manifest, which begins with a session frame; synced.
+
+    Raises OSError, and FormatError where the manifest is damaged.
+    """
     path = folder / MANIFEST_FILE
-    with path.open("ab") as file:
-        if file.tell() == 0:
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        end = 0
+        for item in frames.scan(file, size):
+            if isinstance(item, frames.Tail):
+                if item.fault == "damaged":
+                    raise FormatError(f"{MANIFEST_FILE} is damaged from byte {item.end} on")
+                end = item.end
+        # What a kill tore off was of a segment whose journal is still there: it is written anew.
+        file.truncate(end)
+        if end == 0:
             frame = frames.encode("session", {"session": info.to_dict()}) + frame
         file.write(frame)
         file.flush()
-        if durable:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
 
 
 def seal(journal_path: Path) -> SealedSegment | None:

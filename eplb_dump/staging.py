@@ -1,6 +1,7 @@
 """Staging: preallocated host buffers that a tensor is copied into on the engine's thread.
 
-A :class:`Ring` holds buffers of one shape and type. Taking, filling and giving back a buffer
+A :class:`Ring` holds buffers of one shape and type, one after another in memory, so that the
+background thread can work on many steps in one call. Taking, filling and giving back a buffer
 allocates nothing; a CUDA tensor is copied asynchronously on the engine's current stream, and an
 event tells the background thread when the copy is done. torch is never imported here: it is used
 only where the engine already has.
@@ -9,56 +10,39 @@ only where the engine already has.
 from __future__ import annotations
 
 import sys
-from collections import deque
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 
 class StagingError(ValueError):
     """A tensor that cannot be staged; the text is the reason that the step is rejected for."""
 
 
-class Slot:
-    """One host buffer: ``host`` is its numpy view, valid once :meth:`wait` returned."""
-
-    __slots__ = ("_event", "_ring", "_target", "host")
-
-    def __init__(self, ring: Ring, host: npt.NDArray[Any], target: Any, event: Any) -> None:
-        self._ring = ring
-        self.host = host
-        self._target = target
-        self._event = event
-
-    def fill(self, tensor: Any) -> None:
-        """Begin to copy a tensor that fits the ring. Never waits for a device."""
-        if self._target is None:
-            np.copyto(self.host, tensor)
-        else:
-            self._target.copy_(tensor, non_blocking=True)
-
-    def mark(self) -> None:
-        """Note on the stream that everything copied so far is done (CUDA only)."""
-        if self._event is not None:
-            self._event.record(self._ring.current_stream(self._ring.device))
-
-    def wait(self) -> None:
-        """On the background thread: wait for :meth:`mark`'s event, without the interpreter lock."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def release(self) -> None:
-        self._ring.free.append(self)
-
-
 class Ring:
-    """``count`` buffers for tensors like ``example``.
+    """``count`` buffers for tensors like ``example``, used and released in order.
 
-    The most recently released buffer is taken first: it is the one still in the processor's cache.
+    One thread takes (the engine's) and one releases (the background thread); neither waits for the
+    other, as each writes counters of its own.
+
+    Attributes:
+        host: numpy array ``[count, layers, physical]``, all buffers.
     """
 
-    __slots__ = ("current_stream", "device", "dtype", "free", "is_torch", "shape")
+    __slots__ = (
+        "_base",
+        "_current_stream",
+        "_device",
+        "_dtype",
+        "_events",
+        "_released",
+        "_taken",
+        "_targets",
+        "count",
+        "host",
+        "is_torch",
+        "shape",
+    )
 
     def __init__(self, example: Any, count: int) -> None:
         """Raises StagingError where the example is not an integer tensor of two dimensions."""
@@ -68,47 +52,89 @@ class Ring:
             raise StagingError(f"neither a torch tensor nor a numpy array but {type(example).__name__}")
         if example.ndim != 2 or 0 in example.shape:
             raise StagingError(f"of shape {tuple(example.shape)}, not [layers, physical experts]")
+        self.count = count
         self.shape = example.shape
-        self.dtype = example.dtype
-        self.device: Any = None
-        self.current_stream: Any = None
-        self.free: deque[Slot] = deque()
+        self._dtype = example.dtype
+        self._device: Any = None
+        self._current_stream: Any = None
+        self._events: list[Any] = []
+        self._taken = self._released = self._base = 0
         if self.is_torch:
-            self._allocate_torch(torch, example, count)
+            self._allocate_torch(torch, example)
         else:
-            if self.dtype.kind not in "iu" or not self.dtype.isnative:
-                raise StagingError(f"of type {self.dtype}, not an integer type")
-            block = np.empty((count, *self.shape), self.dtype)
-            self.free.extend(Slot(self, host, None, None) for host in block)
+            if self._dtype.kind not in "iu" or not self._dtype.isnative:
+                raise StagingError(f"of type {self._dtype}, not an integer type")
+            self.host = np.empty((count, *self.shape), self._dtype)
+            self._targets = list(self.host)
 
-    def _allocate_torch(self, torch: Any, example: Any, count: int) -> None:
+    def _allocate_torch(self, torch: Any, example: Any) -> None:
         if example.dtype.is_floating_point or example.dtype.is_complex or example.dtype == torch.bool:
             raise StagingError(f"of type {example.dtype}, not an integer type")
         if example.layout != torch.strided or example.device.type == "meta":
             raise StagingError(f"of layout {example.layout} on {example.device}")
-        self.device = example.device
-        on_gpu = self.device.type == "cuda"
+        self._device = example.device
+        on_gpu = self._device.type == "cuda"
         # Buffers made under inference_mode could not be written outside of it.
         with torch.inference_mode(False):
-            block = torch.empty((count, *self.shape), dtype=self.dtype, pin_memory=on_gpu)
-            hosts = block.numpy()
-            for target, host in zip(block, hosts, strict=True):
-                # blocking: the background thread sleeps until the event instead of spinning.
-                event = torch.cuda.Event(blocking=True) if on_gpu else None
-                self.free.append(Slot(self, host, target, event))
-        self.current_stream = torch.cuda.current_stream if on_gpu else None
+            block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=on_gpu)
+            self.host = block.numpy()
+            self._targets = list(block)
+        if on_gpu:
+            # blocking: the background thread sleeps until the event instead of spinning.
+            self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
+            self._current_stream = torch.cuda.current_stream
+
+    # ---- the engine's thread
 
     def fits(self, tensor: Any) -> bool:
-        if tensor.shape != self.shape or tensor.dtype != self.dtype:
+        if tensor.shape != self.shape or tensor.dtype != self._dtype:
             return False
-        return not self.is_torch or tensor.device == self.device
+        return not self.is_torch or tensor.device == self._device
 
-    def take(self) -> Slot | None:
-        """A free buffer, or None where all are in use."""
-        try:
-            return self.free.pop()
-        except IndexError:
-            return None
+    @property
+    def used(self) -> int:
+        return self._taken - self._released
+
+    def take(self) -> int:
+        """The index of a free buffer, or -1 where all are in use."""
+        used = self._taken - self._released
+        if used >= self.count:
+            return -1
+        if not used:  # begin anew, with the buffers that are still in the processor's cache
+            self._base = self._taken
+        index = (self._taken - self._base) % self.count
+        self._taken += 1
+        return index
+
+    def untake(self) -> None:
+        """Give back the buffer taken last, unused."""
+        self._taken -= 1
+
+    def fill(self, index: int, tensor: Any) -> None:
+        """Begin to copy a tensor that fits. Never waits for a device."""
+        if self.is_torch:
+            self._targets[index].copy_(tensor, non_blocking=True)
+        else:
+            np.copyto(self._targets[index], tensor)
+
+    def mark(self, index: int) -> None:
+        """Note on the stream that the copy is done by then (CUDA only)."""
+        if self._events:
+            self._events[index].record(self._current_stream(self._device))
+
+    # ---- the background thread
+
+    def wait(self, first: int, last: int) -> None:
+        """Wait until buffers ``first`` to ``last`` are filled, without the interpreter lock."""
+        if self._events:
+            # The last one first: on one stream the others are then done without another wait.
+            for index in range(last, first - 1, -1):
+                if not self._events[index].query():
+                    self._events[index].synchronize()
+
+    def release(self, count: int) -> None:
+        """Give back the ``count`` buffers taken longest ago."""
+        self._released += count
 
 
 def slot_bytes(example: Any) -> int:

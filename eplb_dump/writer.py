@@ -28,7 +28,7 @@ import numpy as np
 from eplb_dump import rendezvous
 from eplb_dump.background import Background, Entry, Limits, write_session_file
 from eplb_dump.format import RUN_ID_PATTERN, Scope, SessionInfo, Status, canonical_json, session_path
-from eplb_dump.staging import ChangeDetector, Ring, Slot, StagingError, slot_bytes
+from eplb_dump.staging import ChangeDetector, Ring, StagingError, slot_bytes
 
 logger = logging.getLogger("eplb_dump")
 
@@ -180,7 +180,7 @@ class ExpertLoadWriter:
         self._rejected: Counter[str] = Counter()
         self._loads: Ring | None = None
         self._maps: Ring | None = None
-        self._wake_below = 0
+        self._wake_at = 1
         self._map_detector = ChangeDetector()
         self._closed = False
         self._off: str | None = None
@@ -373,43 +373,44 @@ class ExpertLoadWriter:
                 number, f"{loads.shape[1]} physical experts do not divide among {self._ep_size} EP ranks"
             )
             return
-        slot = loads.take()
-        if slot is None:
+        index = loads.take()
+        if index < 0:
             self._drop(number, "the queue is full")
             return
-        map_slot = None
+        maps, map_index = None, -1
         try:
             if placement is not None and not self._map_detector.unchanged(placement):
-                map_slot = self._take_map_slot(placement)
-                if map_slot is None:
-                    slot.release()
+                maps = self._ring_for_maps(placement)
+                map_index = maps.take()
+                if map_index < 0:
+                    loads.untake()
                     self._drop(number, "the queue is full")
                     return
-                map_slot.fill(placement)
-            slot.fill(expert_load)
-            slot.mark()
-            if map_slot is not None:
-                map_slot.mark()
-        except StagingError as error:
-            slot.release()
-            self._reject(number, f"physical_to_logical_map is {error}")
-            return
+                maps.fill(map_index, placement)
+                maps.mark(map_index)
+            loads.fill(index, expert_load)
+            loads.mark(index)
         except Exception as error:
-            slot.release()
-            if map_slot is not None:
-                map_slot.release()
-            self._reject(number, f"the copy failed: {type(error).__name__}: {error}"[:300])
+            loads.untake()
+            if maps is not None and map_index >= 0:
+                maps.untake()
+            why = f"physical_to_logical_map is {error}"
+            if not isinstance(error, StagingError):
+                why = f"the copy failed: {type(error).__name__}: {error}"[:300]
+            self._reject(number, why)
             return
-        if self._enqueue(number, Status.RECORDED, num_tokens, phase, slot, map_slot):
+        buffer = (loads, index)
+        map_buffer = None if maps is None else (maps, map_index)
+        if self._enqueue(number, Status.RECORDED, num_tokens, phase, buffer, map_buffer):
             self._accepted += 1
-            if map_slot is not None:
+            if maps is not None:
                 self._map_detector.remember(placement)
-            if len(loads.free) < self._wake_below and self._background is not None:
+            if loads.used >= self._wake_at and self._background is not None:
                 self._background.wake()
         else:
-            slot.release()
-            if map_slot is not None:
-                map_slot.release()
+            loads.untake()
+            if maps is not None:
+                maps.untake()
 
     def _begin(self, step: int | None) -> int | None:
         """Count a step as seen and give it its number; None where it ends here."""
@@ -440,8 +441,8 @@ class ExpertLoadWriter:
         status: Status,
         num_tokens: int | None = None,
         phase: str | None = None,
-        load: Slot | None = None,
-        placement: Slot | None = None,
+        load: tuple[Ring, int] | None = None,
+        placement: tuple[Ring, int] | None = None,
     ) -> bool:
         """Queue a row for ``steps``; False where there is no more room or no one to take it."""
         why = self._stopped()
@@ -508,22 +509,19 @@ class ExpertLoadWriter:
             raise StagingError(f"of {ring.shape[0]} layers, but moe_layers names {len(layers)}")
         if self._loads is not None and ring.shape[0] != self._loads.shape[0]:
             raise StagingError(f"of {ring.shape[0]} layers, but was of {self._loads.shape[0]}")
-        self._wake_below = count - count // 4
+        self._wake_at = max(1, count // 4)
         return ring
 
-    def _take_map_slot(self, placement: Any) -> Slot | None:
+    def _ring_for_maps(self, placement: Any) -> Ring:
+        """The buffers for placements: few where torch counts the map's changes, else one a step."""
         if self._maps is None or not self._maps.fits(placement):
-            assert self._loads is not None
-            # Validate the kind of object first: only then it can be asked for a version counter.
-            probe = Ring(placement, 0)
-            versioned = probe.is_torch and ChangeDetector.version(placement) is not None
-            rings = Ring(placement, _PLACEMENT_SLOTS) if versioned else self._new_map_ring(placement)
-            self._maps = rings
-        return self._maps.take()
-
-    def _new_map_ring(self, placement: Any) -> Ring:
-        count = min(self._queue_steps, max(4, self._queue_bytes // max(1, slot_bytes(placement))))
-        return Ring(placement, count)
+            # An empty ring first: it checks the kind of object, and only then it can be asked more.
+            if Ring(placement, 0).is_torch and ChangeDetector.version(placement) is not None:
+                count = _PLACEMENT_SLOTS
+            else:
+                count = min(self._queue_steps, max(4, self._queue_bytes // max(1, slot_bytes(placement))))
+            self._maps = Ring(placement, count)
+        return self._maps
 
     def _after_fork_in_child(self) -> None:
         """The parent's session goes on in the parent; in the child this writer is off."""

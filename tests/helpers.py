@@ -187,7 +187,7 @@ def assert_rows_agree(folder: Path, stats: WriterStats) -> None:
 # ---- child processes
 
 
-def start_child(script: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+def start_child(script: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Run a script in a fresh interpreter that can import this module; its output is piped."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -201,9 +201,9 @@ def start_child(script: str, *arguments: str | Path, **options: Any) -> subproce
     )
 
 
-def run_child(script: str, *arguments: str | Path, code: int = 0) -> str:
+def run_child(script: str, *arguments: object, code: int = 0, timeout: float = 60) -> str:
     """The output of a child that must end with exit status ``code``, nothing on its stderr."""
     with start_child(script, *arguments) as child:
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=timeout)
     assert (child.returncode, err) == (code, "")
     return out

@@ -1,0 +1,239 @@
+"""The writer as a whole: slowdown of an engine's loop, sustained rate, bytes a step, an hour's steps.
+
+    python -m benchmarks.writer loop|sustained|size|hour
+
+DeepSeek-V3's shape: 58 layers × 288 slots, EP 32, one writer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import workload
+from eplb_dump import ExpertLoadWriter
+
+
+def open_writer(folder: str | Path, **options: Any) -> ExpertLoadWriter:
+    return ExpertLoadWriter(
+        folder, model="m", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE, scope="global",
+        **options,
+    )  # fmt: skip
+
+
+def folder_bytes(folder: str | Path) -> int:
+    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+
+
+# ---- an engine's loop of 5 ms steps, writer on against off
+
+
+def python_step(work: int) -> None:
+    """An engine's own Python: it holds the interpreter lock all the time, the worst case for it."""
+    total = 0
+    for i in range(work):
+        total += i * i
+
+
+def torch_step(pair: list[torch.Tensor]) -> None:
+    """Kernels: the lock is released while they run."""
+    torch.mm(pair[0], pair[0], out=pair[1])
+
+
+def calibrated(step: Callable[[int], None], seconds: float) -> int:
+    work = 1000
+    while True:
+        start = time.perf_counter()
+        step(work)
+        took = time.perf_counter() - start
+        if took > seconds / 4:
+            return int(work * seconds / took)
+        work *= 2
+
+
+def loop(rounds: int, steps: int) -> None:
+    torch.set_num_threads(1)
+    batch = [torch.from_numpy(load) for load in workload.loads(64)]
+    placement = torch.from_numpy(workload.placement())
+    work = calibrated(python_step, 5e-3)
+    side = 64
+    while True:
+        pair = [torch.randn(side, side), torch.empty(side, side)]
+        start = time.perf_counter()
+        torch_step(pair)
+        if time.perf_counter() - start > 4e-3:
+            break
+        side = int(side * 1.2)
+
+    def timed(step: Callable[[], None], writer: ExpertLoadWriter | None) -> float:
+        start = time.perf_counter()
+        for i in range(steps):
+            step()
+            if writer is not None:
+                writer.record(None, batch[i % 64], placement)
+        return time.perf_counter() - start
+
+    for name, step in (
+        ("pure Python steps of 5 ms", lambda: python_step(work)),
+        ("torch matmul steps of about 5 ms", lambda: torch_step(pair)),
+    ):
+        ratios, dropped = [], 0
+        with tempfile.TemporaryDirectory() as folder, open_writer(folder, segment_steps=steps) as writer:
+            timed(step, writer)
+            # Off, on, off: the machine's own drift cancels out.
+            for _ in range(rounds):
+                before, on, after = timed(step, None), timed(step, writer), timed(step, None)
+                ratios.append(on / ((before + after) / 2))
+            dropped = writer.stats().dropped
+        low, high = min(ratios), max(ratios)
+        slower = (statistics.median(ratios) - 1) * 100
+        print(
+            f"{name}: {slower:+.2f} % with the writer on "
+            f"(median of {rounds} × {steps} steps; {100 * (low - 1):+.2f} to {100 * (high - 1):+.2f} %), "
+            f"{dropped} dropped"
+        )
+
+
+# ---- as fast as it will go
+
+
+def sustained(seconds: float) -> None:
+    """Rate at which nothing is dropped: a producer that records as fast as the queue empties."""
+    batch = [torch.from_numpy(load) for load in workload.loads(256)]
+    placement = torch.from_numpy(workload.placement())
+    with tempfile.TemporaryDirectory() as folder:
+        with open_writer(folder) as writer:
+            start = time.perf_counter()
+            step = 0
+            while time.perf_counter() - start < seconds:
+                for _ in range(64):
+                    writer.record(None, batch[step % 256], placement)
+                    step += 1
+                while len(writer._entries) > 256:
+                    time.sleep(0.0005)
+            assert writer.flush(60)
+            recorded = time.perf_counter() - start
+            stats = writer.stats()
+            assert writer.close(120)
+            sealed = time.perf_counter() - start
+        size = folder_bytes(folder)
+        raw = workload.LAYERS * workload.SLOTS * 4
+        # The physical limit: the same bytes written raw by one thread.
+        path = Path(folder) / "raw"
+        begin = time.perf_counter()
+        with path.open("wb") as file:
+            for i in range(min(step, 20_000)):
+                file.write(batch[i % 256].numpy().data)
+        plain = min(step, 20_000) / (time.perf_counter() - begin)
+    print(
+        f"sustained: {step / recorded:,.0f} steps/s into the journal, {step / sealed:,.0f} steps/s sealed, "
+        f"{stats.dropped} dropped of {step:,}; {size / step:,.0f} bytes a step"
+    )
+    print(f"writing the raw tensors ({raw:,} bytes) to a plain file: {plain:,.0f} steps/s")
+
+
+# ---- bytes a step
+
+
+def size(steps: int) -> None:
+    print("bytes a step (× the entropy of the loads, their rates being known)")
+    for name, sigma, tokens in (
+        ("Poisson, lognormal rates σ = 0.5, mean 118", 0.5, 118.0),
+        ("Poisson, equal rates, mean 118", 0.0, 118.0),
+        ("Poisson, lognormal rates σ = 1, mean 118", 1.0, 118.0),
+        ("one of 32 ranks, scope local: σ = 0.5, mean 3.7", 0.5, 3.7),
+    ):
+        loads = workload.loads(steps, sigma=sigma, tokens=tokens)
+        entropy = workload.entropy_bytes(sigma=sigma, tokens=tokens)
+        with tempfile.TemporaryDirectory() as folder:
+            with open_writer(folder) as writer:
+                for i, load in enumerate(loads):
+                    writer.record(None, load, workload.placement())
+                    if i % 128 == 127:
+                        assert writer.flush(60)
+            ours = folder_bytes(folder) / steps
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, loads=loads)
+        npz = buffer.tell() / steps
+        buffer = io.BytesIO()
+        torch.save(torch.from_numpy(loads), buffer)
+        saved = buffer.tell() / steps
+        lines = sum(len(json.dumps(load.tolist())) + 1 for load in loads[:20]) / 20
+        print(f"{name}: entropy {entropy:,.0f}")
+        for peer, value in (("eplb_dump", ours), ("npz", npz), ("torch.save", saved), ("JSON lines", lines)):
+            print(f"    {peer:12s} {value:9,.0f}   {value / entropy:5.2f} ×")
+
+
+# ---- an hour's worth
+
+
+def hour(steps: int) -> None:
+    """72,000 steps (an hour at 20 a second) as fast as it goes, with a memory figure."""
+    batch = workload.loads(512)
+    placement = torch.from_numpy(workload.placement())
+    tensors = [torch.from_numpy(load) for load in batch]
+    with tempfile.TemporaryDirectory() as folder:
+        with open_writer(folder) as writer:
+            base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peaks = []
+            start = time.perf_counter()
+            for step in range(steps):
+                # 512 different loads, shifted by layers, so that no two are alike.
+                writer.record(None, tensors[step * 7 % 512], placement)
+                while len(writer._entries) > 256:
+                    time.sleep(0.0005)
+                if (step + 1) % (steps // 4) == 0:
+                    peaks.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+            assert writer.close(300)
+            took = time.perf_counter() - start
+            stats = writer.stats()
+        files = [p for p in Path(folder).rglob("*") if p.is_file()]
+        from eplb_analyze import open_run
+        from eplb_analyze.check import check_run
+
+        begin = time.perf_counter()
+        report = check_run(open_run(folder))
+        checked = time.perf_counter() - begin
+        codes = sorted({f.code for f in report.findings} - {"conservation"})  # Poisson loads do not conserve
+        print(
+            f"{steps:,} steps in {took:.1f} s ({steps / took:,.0f} a second), {stats.dropped} dropped, "
+            f"{len(files)} files, {folder_bytes(folder) / 1e9:.2f} GB"
+        )
+        print(f"memory above the start, after each quarter: {', '.join(f'{p:.0f}' for p in peaks)} MiB")
+        print(
+            f"check: {checked:.1f} s, {report.steps.to_json()['recorded']:,} recorded, findings: {codes or 'none'}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["loop", "sustained", "size", "hour"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    args = parser.parse_args()
+    if args.what == "loop":
+        loop(args.rounds, args.steps or 400)
+    elif args.what == "sustained":
+        sustained(args.seconds)
+    elif args.what == "size":
+        size(args.steps or 1024)
+    else:
+        hour(args.steps or 72_000)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""Kills and sick file systems: what was flushed is there, and the engine goes on.
+
+Child processes do the recording. The longer targets: `sh scripts/test.sh -m long`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import assert_accounted, load_of, map_of, open_writer, run_child, start_child
+
+from eplb_analyze import DumpError, open_run
+from eplb_analyze.check import check_run
+from eplb_analyze.seal import seal_dump
+from eplb_analyze.summary import summarize
+
+# ---- SIGKILL
+
+KILLS = """
+    # Forks children that record, kills each at a random moment, and prints what each had flushed.
+    import mmap, os, random, signal, struct, sys, time
+    import numpy as np
+    from helpers import load_of, map_of, open_writer
+
+    root, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    rng = random.Random(seed)
+    for number in range(count):
+        shared = mmap.mmap(-1, 16)
+        segment_steps = rng.choice([5, 40, 10_000])
+        pause = rng.choice([0, 0, 0.0003, 0.002])
+        pid = os.fork()
+        if pid == 0:
+            writer = open_writer(f"{root}/{number}", scope="global", segment_steps=segment_steps,
+                                 flush_interval=rng.choice([0.02, 1.0]), queue_steps=4096)
+            every = rng.choice([7, 50, 300])
+            step = 0
+            while True:
+                writer.record(step, load_of(step), map_of(step // 30))
+                step += 1
+                shared[8:16] = struct.pack("<q", step)
+                if step % every == 0 and writer.flush():
+                    shared[:8] = struct.pack("<q", step)
+                if pause:
+                    time.sleep(pause)
+        # Most are killed while they record, some before they begin.
+        while rng.random() > 0.01 and shared[8:16] == bytes(8):
+            time.sleep(0.001)
+        time.sleep(rng.random() ** 2 * 0.25)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        print(number, *struct.unpack("<qq", shared[:]))
+"""
+
+
+def killed_runs(root: Path, count: int, seed: int) -> Iterator[tuple[Path, int, int]]:
+    """``(dump, steps flushed, steps recorded)`` of children that were killed."""
+    for line in run_child(KILLS, root, str(count), str(seed), timeout=1200).splitlines():
+        number, flushed, seen = map(int, line.split())
+        yield root / str(number), flushed, seen
+
+
+def assert_exact_prefix(root: Path, flushed: int, seen: int) -> int:
+    """All that is read is the truth, gapless from step 0 on, and has all that was flushed."""
+    try:
+        run = open_run(root)
+    except DumpError as error:  # killed before its first write
+        text = str(error)
+        assert any(t in text for t in ("no such folder", "no run in it", "nothing readable")), text
+        assert flushed == 0
+        return 0
+    frame = run.loads()
+    states = run.steps()
+    errors = [f for f in run.findings if f.severity == "error"]
+    assert errors == []
+    # A step can be dropped when the queue is full, but it is never silently absent.
+    assert states["step"].to_list() == list(range(len(states)))
+    assert set(states["state"].to_list()) <= {"recorded", "dropped"}
+    assert flushed <= len(states) <= seen + 1
+    recorded = states.filter(states["state"] == "recorded")["step"].to_list()
+    assert frame["step"].unique(maintain_order=True).to_list() == recorded
+    found = np.array(frame["load"].to_list()).reshape(len(recorded), *load_of(0).shape)
+    for i, step in enumerate(recorded):
+        assert np.array_equal(found[i], load_of(step)), step
+        if i in (0, len(recorded) - 1):
+            slots = run.placement(step)["logical"].to_numpy().reshape(map_of().shape)
+            assert np.array_equal(slots, map_of(step // 30)), step
+    return len(states)
+
+
+def kill_and_judge(tmp_path: Path, count: int, seed: int) -> None:
+    survived = 0
+    for root, flushed, seen in killed_runs(tmp_path, count, seed):
+        survived += assert_exact_prefix(root, flushed, seen)
+        shutil.rmtree(root, ignore_errors=True)
+    assert survived > count  # the test is about something
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hundred_kills(tmp_path: Path, seed: int) -> None:
+    kill_and_judge(tmp_path, 25, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_a_thousand_kills(tmp_path: Path, seed: int) -> None:
+    kill_and_judge(tmp_path, 100, seed)
+
+
+def test_without_flush_at_most_one_interval_is_lost(tmp_path: Path) -> None:
+    script = """
+        import sys, time
+        from helpers import load_of, map_of, open_writer
+        writer = open_writer(sys.argv[1], scope="global", flush_interval=0.5)
+        for step in range(100_000):
+            writer.record(step, load_of(step), map_of())
+            print(step, time.monotonic(), flush=True)
+            time.sleep(0.005)
+    """
+    with start_child(script, tmp_path) as child:
+        time.sleep(2.5)
+        now = time.monotonic()
+        child.kill()
+        assert child.stdout is not None
+        recorded = [line.split() for line in child.stdout.read().splitlines() if line.count(" ") == 1]
+        child.wait()
+    last = open_run(tmp_path).steps()["step"].max()
+    assert isinstance(last, int)
+    lost = [float(moment) for step, moment in recorded if int(step) > last and "." in moment]
+    # An interval, and what a busy machine may need to run the thread that is due.
+    assert all(moment > now - 0.5 - 0.5 for moment in lost)
+    assert last > 50
+
+
+def test_seal_finishes_what_a_killed_writer_left(tmp_path: Path) -> None:
+    (root, _, _), *_ = sorted(killed_runs(tmp_path, 6, 42), key=lambda r: -r[1])
+    before = open_run(root)
+    loads, placements = before.loads(), before.placements()
+    report = seal_dump(root)
+    assert [s.code for s in report.skipped] == []
+    assert len(report.sealed) >= 1
+    assert list(root.rglob("journal-*")) == []
+    after = open_run(root)
+    assert after.loads().equals(loads)
+    assert after.placements().equals(placements)
+    assert seal_dump(root).sealed == []
+    assert "unsealed_journal" not in {f.code for f in check_run(after).findings}
+
+
+def test_seal_leaves_a_live_writer_alone(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from helpers import load_of, map_of, open_writer
+        writer = open_writer(sys.argv[1], scope="global")
+        for step in range(5):
+            writer.record(step, load_of(step), map_of())
+        assert writer.flush()
+        print("ready", flush=True)
+        sys.stdin.read()
+        for step in range(5, 9):
+            writer.record(step, load_of(step), map_of())
+        assert writer.close()
+    """
+    with start_child(script, tmp_path) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        report = seal_dump(tmp_path)
+        assert [s.code for s in report.skipped] == ["in_use"]
+        assert report.sealed == []
+        _, err = child.communicate("", timeout=30)
+    assert (child.returncode, err) == (0, "")
+    assert len(open_run(tmp_path).steps()) == 9
+
+
+# ---- sick file systems, with the real thing where it can be mounted
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Any]:
+    """Mount a small file system at a folder; skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def mounter(kind: str, megabytes: int) -> Path:
+        where = tmp_path / "mounted"
+        where.mkdir()
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(where)]
+        else:
+            image = tmp_path / "image"
+            with image.open("wb") as file:
+                file.truncate(megabytes << 20)
+            made = subprocess.run(["mkfs.ext4", "-q", str(image)], capture_output=True, check=False)
+            if made.returncode:
+                pytest.skip("no ext4 can be made here")
+            command = ["mount", "-o", "loop", str(image), str(where)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        mounted.append(where)
+        return where
+
+    yield mounter
+    for where in mounted:
+        subprocess.run(["umount", "-l", str(where)], check=False)
+
+
+def test_disk_full(mount: Any) -> None:
+    root = mount("tmpfs", 2)
+    script = """
+        import logging, sys
+        import numpy as np
+        from helpers import assert_accounted, open_writer
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        rng = np.random.default_rng(0)
+        placement = np.tile(np.arange(64), (10, 1))
+        writer = open_writer(sys.argv[1], scope="global", num_logical_experts=64, segment_steps=50)
+        for step in range(3000):
+            writer.record(step, rng.integers(0, 60000, (10, 64)), placement)
+            if step % 50 == 49:
+                writer.flush()
+        assert not writer.flush()
+        stats = writer.stats()
+        assert_accounted(stats)
+        assert "No space left" in stats.off, stats
+        assert stats.seen == 3000 and 0 < stats.recorded < 3000, stats
+        writer.close()
+        print("recorded", stats.recorded)
+    """
+    out = run_child(script, root)
+    warnings = [line for line in out.splitlines() if "recording is off" in line]
+    assert len(warnings) == 1, out
+    recorded = int(out.split("recorded ")[-1])
+    run = open_run(root)
+    rng = np.random.default_rng(0)
+    truth = [rng.integers(0, 60000, (10, 64)) for _ in range(3000)]
+    frame = run.loads()
+    steps = frame["step"].unique(maintain_order=True).to_list()
+    assert steps == list(range(recorded))
+    found = np.array(frame["load"].to_list()).reshape(len(steps), 10, 64)
+    np.testing.assert_array_equal(found, np.stack(truth[: len(steps)]))
+    assert [f for f in run.findings if f.severity == "error"] == []
+
+
+def test_a_file_system_that_hangs(mount: Any) -> None:
+    root = mount("ext4", 16)
+    script = """
+        import sys, time
+        from helpers import assert_accounted, load_of, map_of, open_writer
+        writer = open_writer(sys.argv[1], scope="global", queue_steps=50, flush_interval=0.1)
+        writer.record(None, load_of(0), map_of())
+        assert writer.flush()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        slowest = 0.0
+        for step in range(1, 400):
+            start = time.perf_counter()
+            writer.record(None, load_of(step), map_of())
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.005)
+        during = writer.stats()
+        assert during.dropped > 0 and during.off is None, during
+        print("hung", flush=True)
+        sys.stdin.readline()
+        assert writer.flush(30)
+        for step in range(400, 410):
+            writer.record(None, load_of(step), map_of())
+        assert writer.close(30)
+        stats = writer.stats()
+        assert_accounted(stats)
+        assert slowest < 1.0, slowest  # not a speed: the engine did not wait for the two seconds
+        print(stats.recorded, stats.dropped)
+    """
+    with start_child(script, root) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == "ready\n"
+        subprocess.run(["fsfreeze", "-f", str(root)], check=True)
+        try:
+            child.stdin.write("\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "hung\n"
+        finally:
+            subprocess.run(["fsfreeze", "-u", str(root)], check=True)
+        out, err = child.communicate("\n", timeout=60)
+    assert (child.returncode, "queue is full" in err, "Traceback" in err) == (0, True, False), err
+    recorded, dropped = map(int, out.split())
+    states = open_run(root).steps()
+    assert states["state"].value_counts().rows_by_key("state") == {
+        "recorded": [(recorded,)],
+        "dropped": [(dropped,)],
+    }
+    # It recovered: the steps after the hang are there.
+    assert states["state"][-10:].to_list() == ["recorded"] * 10
+
+
+def test_permission_lost(tmp_path: Path) -> None:
+    """As another user, as root may write everywhere."""
+    script = """
+        import logging, os, sys
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        from helpers import assert_accounted, load_of, map_of, open_writer
+        os.setegid(65534); os.seteuid(65534)
+        writer = open_writer(sys.argv[1], scope="global", segment_steps=10)
+        for step in range(100):
+            writer.record(step, load_of(step), map_of())
+            if step == 54:
+                assert writer.flush()
+                os.chmod(writer.folder, 0o500)
+        writer.flush()
+        stats = writer.stats()
+        assert_accounted(stats)
+        assert "Permission denied" in stats.off, stats
+        writer.close()
+        print("recorded", stats.recorded)
+    """
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    root = tmp_path / "dump"
+    root.mkdir()
+    shutil.chown(root, 65534, 65534)
+    for parent in [root, *root.parents][:-2]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    out = run_child(script, root)
+    assert out.count("recording is off") == 1, out
+    recorded = int(out.split("recorded ")[-1])
+    assert 55 <= recorded < 100
+    assert len(open_run(root).loads(layers=[0])) == recorded
+
+
+# ---- the engine's life
+
+
+def test_sigterm_and_the_engines_own_shutdown_path(tmp_path: Path) -> None:
+    """We install no handler; an engine whose handler exits in order loses nothing."""
+    script = """
+        import signal, sys, time
+        from helpers import load_of, map_of, open_writer
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        writer = open_writer(sys.argv[1], scope="global", flush_interval=60.0)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if sys.argv[2] == "handler":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        for step in range(20):
+            writer.record(step, load_of(step), map_of())
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    for kind, code in (("handler", 0), ("default", -signal.SIGTERM)):
+        root = tmp_path / kind
+        with start_child(script, root, kind) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.terminate()
+            _, err = child.communicate(timeout=20)
+        assert (child.returncode, err) == (code, "")
+        if kind == "handler":
+            assert len(open_run(root).steps()) == 20
+            run = open_run(root)
+            assert {s.closed is None for s in run.sessions} == {False}
+
+
+def test_an_exception_in_the_engine_between_records(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from helpers import load_of, map_of, open_writer
+        writer = open_writer(sys.argv[1], scope="global", flush_interval=60.0)
+        for step in range(20):
+            writer.record(step, load_of(step), map_of())
+        raise RuntimeError("the engine's own fault")
+    """
+    with start_child(script, tmp_path) as child:
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert err.strip().endswith("RuntimeError: the engine's own fault")
+    assert len(open_run(tmp_path).steps()) == 20
+
+
+def test_the_wall_clock_jumps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps keep their order by number; the monotonic column tells the true distances."""
+    real = time.time_ns
+    with open_writer(tmp_path, scope="global", flush_interval=0.05) as writer:
+        for step in range(20):
+            if step == 10:
+                monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+            writer.record(step, load_of(step), map_of())
+    monkeypatch.undo()
+    run = open_run(tmp_path)
+    assert run.steps()["step"].to_list() == list(range(20))
+    document = summarize(run).to_json()
+    assert document["steps"]["recorded"] == 20
+    assert 0 <= document["duration_seconds"] < 60
+    walls = run.steps()["time"].to_list()
+    assert walls[10] < walls[9]
+
+
+def test_two_processes_with_one_rank_and_folder(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from helpers import load_of, map_of, open_writer
+        with open_writer(sys.argv[1], scope="global") as writer:
+            for step in range(30):
+                writer.record(step, load_of(step, rank=int(sys.argv[2])), map_of())
+            writer.flush()
+    """
+    children = [start_child(script, tmp_path, str(n)) for n in range(2)]
+    for child in children:
+        assert (child.communicate(timeout=60), child.returncode) == (("", ""), 0)
+    run = open_run(tmp_path)
+    assert len(run.sessions) == 2
+    rows = run.loads()["load"].to_list()
+    whole = [[load_of(step, rank=n)[i].tolist() for step in range(30) for i in range(3)] for n in range(2)]
+    assert rows in whole  # one of them, not a mixture
+    assert "overlapping_sessions" in {f.code for f in check_run(run).findings}
+
+
+def test_reading_while_it_is_written(tmp_path: Path) -> None:
+    """Every look is a whole prefix, while segments are sealed under the reader's eyes."""
+    script = """
+        import sys
+        from helpers import load_of, map_of, open_writer
+        writer = open_writer(sys.argv[1], scope="global", segment_steps=8, flush_interval=0.01)
+        print("ready", flush=True)
+        for step in range(1500):
+            writer.record(step, load_of(step), map_of(step // 100))
+            if step % 8 == 0:
+                assert writer.flush()
+        assert writer.close(30)
+    """
+    seen = []
+    with start_child(script, tmp_path) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        while child.poll() is None:
+            try:
+                run = open_run(tmp_path)
+            except DumpError as error:
+                assert "nothing readable" in str(error)
+                continue
+            steps = run.steps()["step"].to_list()
+            assert steps == list(range(len(steps)))
+            frame = run.loads()
+            assert [f for f in run.findings if f.severity == "error"] == []
+            assert frame["step"].unique(maintain_order=True).to_list() == steps
+            assert frame["load"].to_list() == [row.tolist() for s in steps for row in load_of(s)]
+            seen.append(len(steps))
+        assert child.returncode == 0
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 3
+    stats = open_run(tmp_path).sessions[0].closed
+    assert stats is not None
+    assert len(open_run(tmp_path).steps()) == 1500
+
+
+def test_accounting_in_the_manifest(tmp_path: Path) -> None:
+    with open_writer(tmp_path, scope="global") as writer:
+        for step in range(10):
+            writer.record(step, load_of(step), map_of())
+        writer.skip()
+        writer.record(None, load_of(0) - 5000, map_of())
+    assert_accounted(writer.stats())
+    closed = open_run(tmp_path).sessions[0].closed
+    assert closed is not None
+    stats: Any = closed["stats"]
+    assert (stats["seen"], stats["recorded"], stats["dummy"], stats["rejected"]) == (12, 10, 1, 1)
