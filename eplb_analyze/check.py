@@ -10,18 +10,22 @@ import numpy as np
 
 from eplb_analyze.blocks import Block, StepState
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.errors import Finding
+from eplb_analyze.errors import Finding, plural
 from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run
 from eplb_dump.format import EMPTY_SLOT
 
 #: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
 #: stretch of incomplete steps at the end means that a rank stopped and the others went on.
-KILL_SECONDS = 10.0
+KILL_SECONDS = 3.0
+#: A larger share of incomplete steps makes `summary` exit with 3: its figures leave out too much.
+TOLERATED_INCOMPLETE = 0.1
 
 
 @dataclass(frozen=True)
 class CheckReport:
+    run_id: str
+    model: str
     steps: Completeness
     findings: list[Finding]
 
@@ -32,6 +36,7 @@ class CheckReport:
 
     def to_json(self) -> dict[str, object]:
         return {
+            "run": {"run_id": self.run_id, "model": self.model},
             "ok": self.ok,
             "steps": self.steps.to_json(),
             "findings": [{"severity": f.severity, "code": f.code, "text": f.text} for f in self.findings],
@@ -47,7 +52,9 @@ def check_run(run: Run) -> CheckReport:
     found += _check_sessions(run)
     order = {"error": 0, "warning": 1, "info": 2}
     findings = list(dict.fromkeys([*run.findings, *found]))
-    return CheckReport(steps, sorted(findings, key=lambda f: order[f.severity]))
+    return CheckReport(
+        run.info.run_id, run.info.model, steps, sorted(findings, key=lambda f: order[f.severity])
+    )
 
 
 def standing_findings(run: Run) -> list[Finding]:
@@ -118,7 +125,7 @@ def _load_findings(
 def _check_ranks(run: Run) -> Iterator[Finding]:
     missing = sorted(set(run.expected_ranks) - set(run.present_ranks))
     if missing:
-        text = f"{len(missing)} of {len(run.expected_ranks)} ranks have no session: {_numbers(missing)}"
+        text = f"of {len(run.expected_ranks)} ranks, {_ranks(missing)} wrote nothing"
         yield Finding("error", "missing_ranks", text)
     if run.scope.value == "global" and len(run.present_ranks) > 1:
         text = (
@@ -134,18 +141,15 @@ def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
     incomplete = steps.count(StepState.INCOMPLETE)
     inside, tail = steps.incomplete_inside, incomplete - steps.incomplete_inside
     if inside:
-        text = f"{inside} steps lack a rank and are left out of all figures: {steps.why_incomplete()}"
+        text = f"{inside:,} steps lack a rank and are in no figure: {steps.why_incomplete()}"
         yield Finding("error", "incomplete_steps", text)
-    if tail and steps.tail_seconds > KILL_SECONDS:
-        text = f"the last {tail} steps ({steps.tail_seconds:.0f} s) lack a rank: {steps.why_incomplete()}"
-        yield Finding("error", "rank_stopped", text)
-    elif tail:
-        text = f"the last {tail} steps lack a rank, as ranks are not killed at one step: "
-        yield Finding("warning", "incomplete_end", text + steps.why_incomplete())
+    if tail:
+        yield _frayed_end(run, steps, tail)
     if steps.missing:
         gaps = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in steps.gaps[:5])
         more = " …" if len(steps.gaps) > 5 else ""
-        yield Finding("error", "missing_steps", f"no rank saw {steps.missing} steps: {gaps}{more}")
+        text = f"no rank saw {steps.missing:,} steps, or the engine's numbers jump: {gaps}{more}"
+        yield Finding("warning", "missing_steps", text)
     for state, remedy in (
         (StepState.DROPPED, "the queue was full or recording was off; see the writer's stats"),
         (StepState.REJECTED, "the engine handed over what cannot be a load"),
@@ -155,6 +159,31 @@ def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
             yield Finding("warning", f"{state.label}_steps", text)
     if not steps.count(StepState.RECORDED):
         yield Finding("error", "no_complete_step", "no step is complete, so there are no figures")
+
+
+def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
+    """The last steps lack ranks: because all were killed, or because some rank stopped and others not."""
+    last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks}
+    short = [rank for rank, step in last.items() if step is None or step < (steps.last or 0)]
+    stops = ", ".join(
+        f"rank {rank} at {'no step' if last[rank] is None else last[rank]}" for rank in short[:4]
+    )
+    text = f"the last {tail:,} steps lack ranks, which stopped before: {stops}"
+    text += f" and {len(short) - 4} more" if len(short) > 4 else ""
+    closed = {s.info.ep_rank for s in run.sessions if s.closed is not None}
+    survived = bool(closed) and not set(short) <= closed
+    if steps.tail_seconds > KILL_SECONDS or survived or not steps.count(StepState.RECORDED):
+        return Finding("error", "rank_stopped", text)
+    return Finding("warning", "incomplete_end", text + "; a killed engine's ranks do not end at one step")
+
+
+def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
+    """:func:`standing_findings`, and what the steps read say; an error where figures leave out much."""
+    codes = ("incomplete_steps", "rank_stopped", "incomplete_end")
+    found = [f for f in _check_steps(run, steps) if f.code in codes]
+    if steps.incomplete_share <= TOLERATED_INCOMPLETE:
+        found = [Finding("warning", f.code, f.text) for f in found]
+    return [*standing_findings(run), *found]
 
 
 def _check_placements(run: Run) -> Iterator[Finding]:
@@ -198,12 +227,14 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
     unclosed = [s for s in run.sessions if s.closed is None]
     if unclosed:
         ranks = sorted({s.info.ep_rank for s in unclosed})
-        text = f"{len(unclosed)} of {len(run.sessions)} sessions were not closed (killed, or still being "
-        text += f"written): rank {_numbers(ranks)}"
+        text = (
+            f"{len(unclosed)} of {len(run.sessions)} sessions not closed (killed, or still being written): "
+        )
+        text += _ranks(ranks)
         yield Finding("warning", "not_closed", text)
     journals = sum(s.journals for s in run.sessions)
     if journals:
-        text = f"{journals} journals are not sealed; they are read, but not by other programs"
+        text = f"{plural(journals, 'journal')} not sealed: read here, but not by other programs (see `seal`)"
         yield Finding("info", "unsealed_journal", text)
     for rank in run.present_ranks:
         own = [s for s in run.sessions if s.info.ep_rank == rank and s.segments]
@@ -217,7 +248,11 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
 
 def _steps_text(steps: list[int]) -> str:
     unique = sorted(set(steps))
-    return f"{len(unique)} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
+    return f"{len(unique):,} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {_numbers(ranks)}"
 
 
 def _numbers(numbers: list[int], most: int = 8) -> str:

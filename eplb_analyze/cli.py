@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -22,12 +24,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("summary")(summary.summary)
-app.command("layer")(layer.layer)
-app.command("check")(check.check)
-app.command("metrics")(metrics.metrics)
-app.command("seal")(seal.seal)
+app.command("summary", short_help="How balanced was the run, and is the data complete?")(summary.summary)
+app.command("layer", short_help="What did each rank, slot and expert of a layer get?")(layer.layer)
+app.command("check", short_help="Is the dump complete and intact?")(check.check)
+app.command("metrics", short_help="The balance formulas, with their sources.")(metrics.metrics)
+app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)
 
 
 def _version(show: bool) -> None:
@@ -48,14 +51,17 @@ def root(
 
 
 def main() -> None:
+    # Ended by a closed pipe as other programs are, and never by a character the terminal lacks.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name=PROGRAM)
     except AnalyzeError as error:
         say("error", error)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

@@ -32,6 +32,8 @@ class Completeness:
     reasons: Counter[tuple[int, str]] = field(default_factory=Counter)
     #: Incomplete steps before ``last_whole``: not the frayed end of a killed run.
     incomplete_inside: int = 0
+    #: The last step that each rank recorded or idled in.
+    last_of_rank: dict[int, int] = field(default_factory=dict)
     #: From the last whole step to the last step, by the engine's clock.
     tail_seconds: float = 0.0
     _incomplete_since_whole: int = 0
@@ -51,6 +53,12 @@ class Completeness:
         self.first = int(block.step[0]) if self.first is None else self.first
         self.last = int(block.step[-1])
         self.seen += len(block.step)
+        for row, rank in enumerate(block.ranks):
+            there = np.flatnonzero(
+                (block.status[row] == Status.RECORDED) | (block.status[row] == Status.DUMMY)
+            )
+            if len(there):
+                self.last_of_rank[rank] = int(block.step[there[-1]])
         self.states.update(Counter(block.state.tolist()))
         self._add_incomplete(block)
 
@@ -92,9 +100,19 @@ class Completeness:
             "missing": self.missing,
         }
 
+    @property
+    def should_be_recorded(self) -> int:
+        """Steps that some rank recorded: the complete and the incomplete ones."""
+        return self.count(StepState.RECORDED) + self.count(StepState.INCOMPLETE)
+
+    @property
+    def incomplete_share(self) -> float:
+        whole = self.should_be_recorded
+        return self.count(StepState.INCOMPLETE) / whole if whole else 0.0
+
     def why_incomplete(self) -> str:
-        """The ranks that lack most, in words: ``rank 5 absent in 40 steps``."""
-        parts = [f"rank {rank} {why} in {count}" for (rank, why), count in self.reasons.most_common(3)]
+        """The ranks that lack most, in words: ``rank 5 absent in 40``."""
+        parts = [f"rank {rank} {why} in {count:,}" for (rank, why), count in self.reasons.most_common(3)]
         more = len(self.reasons) - len(parts)
         return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
 

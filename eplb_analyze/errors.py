@@ -7,6 +7,12 @@ from typing import Literal
 
 EXIT_DONE, EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_UNUSABLE = 0, 1, 2, 3
 
+
+def plural(count: int, word: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 Severity = Literal["error", "warning", "info"]
 
 

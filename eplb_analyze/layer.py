@@ -9,7 +9,7 @@ import numpy as np
 
 from eplb_analyze import metrics
 from eplb_analyze.blocks import Block, StepState
-from eplb_analyze.errors import DumpError, NotInDumpError
+from eplb_analyze.errors import DumpError, NotInDumpError, plural
 from eplb_analyze.placements import fold, replicas
 from eplb_analyze.run import Run, Steps
 from eplb_dump.format import STATUS_LABELS
@@ -34,14 +34,20 @@ class SlotLoad:
 
 @dataclass(frozen=True)
 class ExpertLoad:
+    """A logical expert, and what each rank got of it under the placements in force."""
+
     logical: int
     load: float
     share: float
+    #: In the last placement.
     replicas: int
+    ranks: list[RankLoad]
 
 
 @dataclass(frozen=True)
 class LayerReport:
+    run_id: str
+    model: str
     layer: int
     first_step: int
     last_step: int
@@ -62,7 +68,8 @@ class LayerReport:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        return {"run": {"run_id": fields.pop("run_id"), "model": fields.pop("model")}, **fields}
 
 
 def layer_report(run: Run, layer: int, step: int | None = None, steps: Steps | None = None) -> LayerReport:
@@ -89,7 +96,9 @@ def _one_step(run: Run, layer: int, index: int, step: int) -> LayerReport:
         if block.shape is not None and there:
             return _report(run, layer, index, [(block, block.step)], complete=state == StepState.RECORDED)
         raise NotInDumpError(_no_loads(run, step, state))
-    raise NotInDumpError(f"{run.path}: no step {step}; {_known_steps(run)}")
+    first, last = run.step_range
+    known = "the run has no step yet" if first is None else f"the run has steps {first} to {last}"
+    raise NotInDumpError(f"{run.path}: no step {step}; {known}")
 
 
 def _no_loads(run: Run, step: int, state: int) -> str:
@@ -101,23 +110,17 @@ def _no_loads(run: Run, step: int, state: int) -> str:
     return text
 
 
-def _known_steps(run: Run) -> str:
-    """The range of steps as of the segments, for an error's text."""
-    segments = [s for session in run.sessions for s in session.segments if s.last_step >= 0]
-    if not segments:
-        return "the run has none yet"
-    return f"the run has steps {min(s.first_step for s in segments)} to {max(s.last_step for s in segments)}"
-
-
 def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport:
+    if steps is not None:
+        run.require(steps)
     blocks = [
         (block, block.recorded)
         for block in run.blocks(steps)
         if block.shape is not None and len(block.recorded)
     ]
     if not blocks:
-        where = "in the run" if steps is None else f"in {steps[0]}:{steps[1]}"
-        raise DumpError(f"{run.path}: no complete step {where}; {_known_steps(run)}")
+        where = "the run" if steps is None else "this range"
+        raise DumpError(f"{run.path}: no step of {where} is complete (see `check`)")
     shape = blocks[-1][0].shape
     kept = [(block, numbers) for block, numbers in blocks if block.shape == shape]
     # A shape may come back; only its last uninterrupted stretch is one configuration.
@@ -142,8 +145,8 @@ def _report(
     assert shape is not None
     experts = run.info.num_logical_experts
     slot_load = np.zeros(shape.num_physical_experts, np.int64)
-    logical_load = np.zeros(experts, np.int64)
-    folded = 0
+    # By rank and logical expert, as the placements in force had it.
+    logical_load = np.zeros((shape.ep_size, experts), np.int64)
     ratios: dict[str, list[metrics.Float64]] = {"balancedness": [], "imbalance": []}
     mean_tokens = max_tokens = 0.0
     history = run.history.layer(index)
@@ -152,9 +155,9 @@ def _report(
         slot_load += load.sum(axis=0)
         for stretch, slots in history.stretches(steps):
             if slots is not None and len(slots) == load.shape[1]:
-                part = load[stretch].sum(axis=0)
-                logical_load += fold(part, slots, experts)
-                folded += int(part.sum())
+                part = load[stretch].sum(axis=0).reshape(shape.ep_size, -1)
+                for rank, own in enumerate(slots.reshape(shape.ep_size, -1)):
+                    logical_load[rank] += fold(part[rank], own, experts)
         tokens = run.tokens(load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3))
         for name, values in ratios.items():
             values.append(metrics.FORMULAS[name].per_step(tokens))
@@ -165,6 +168,8 @@ def _report(
     slots = slots if slots is not None and len(slots) == shape.num_physical_experts else None
     changes = [s for s in history.steps if first < s <= last]
     report = LayerReport(
+        run_id=run.info.run_id,
+        model=run.info.model,
         layer=layer,
         first_step=first,
         last_step=last,
@@ -195,24 +200,29 @@ def _report(
         report.notes.append(
             "no placement is known for these steps, so there are no figures per logical expert"
         )
-    elif folded < slot_load.sum():
-        report.notes.append(
-            f"{slot_load.sum() - folded} of {slot_load.sum()} tokens came before the first known placement"
-        )
+    elif logical_load.sum() < slot_load.sum():
+        unknown = int(slot_load.sum() - logical_load.sum())
+        report.notes.append(f"{unknown:,} of {slot_load.sum():,} tokens fell on no known expert")
     if changes:
         report.notes.append(
-            f"the placement changed {len(changes)} times in the range (last at step {changes[-1]}); "
-            "slots are named by the last one, experts are counted by the one in force"
+            f"the placement changed in the range ({plural(len(changes), 'time')}, last at step {changes[-1]}): "
+            "experts are counted by the placement in force at each step"
         )
     return report
 
 
 def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
     total = int(load.sum())
-    copies = replicas(slots, len(load))
+    copies = replicas(slots, load.shape[1])
     return [
-        ExpertLoad(logical, _count(run, value), float(value / total) if total else 0.0, int(copies[logical]))
-        for logical, value in enumerate(load)
+        ExpertLoad(
+            logical,
+            _count(run, by_rank.sum()),
+            float(by_rank.sum() / total) if total else 0.0,
+            int(copies[logical]),
+            [RankLoad(int(rank), _count(run, by_rank[rank])) for rank in np.flatnonzero(by_rank)],
+        )
+        for logical, by_rank in enumerate(load.T)
     ]
 
 

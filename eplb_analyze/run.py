@@ -228,6 +228,22 @@ class Run:
             raise NotInDumpError(f"{self.path}: no MoE layer {layer}; recorded layers: {known}")
         return self.info.layers.index(layer)
 
+    def require(self, steps: Steps) -> None:
+        """Check that a half-open range has a step of the run. Raises NotInDumpError."""
+        first, last = self.step_range
+        if first is None or last is None or steps[0] > last or steps[1] <= first:
+            end = "" if steps[1] >= 2**62 else steps[1]
+            known = "it has no step yet" if first is None else f"it has steps {first} to {last}"
+            raise NotInDumpError(f"{self.path}: no step of the run is in {steps[0]}:{end}; {known}")
+
+    @property
+    def step_range(self) -> tuple[int | None, int | None]:
+        """First and last step of the run, as its segments say."""
+        segments = [s for session in self.sessions for s in session.segments if s.last_step >= 0]
+        if not segments:
+            return None, None
+        return min(s.first_step for s in segments), max(s.last_step for s in segments)
+
     def tokens(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Recorded counts as tokens: float64, token replication divided out."""
         return values / float(self.info.token_replication)

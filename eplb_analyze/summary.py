@@ -26,7 +26,7 @@ class LayerFigure:
     layer: int
     balancedness: float | None
     imbalance: float | None
-    #: The EP rank that was the slowest of this layer most often, and in what share of the steps.
+    #: The EP rank that was the slowest of this layer most often, and in what share of the uneven steps.
     worst_rank: int | None
     worst_rank_share: float | None
 
@@ -135,8 +135,8 @@ class _Stretch:
         self.mean_tokens += mean
         self.max_tokens += maximum
         for layer in range(self.shape.num_moe_layers):
-            active = tokens[:, layer].max(axis=1) > 0
-            slowest = tokens[:, layer].argmax(axis=1)[active]
+            uneven = tokens[:, layer].max(axis=1) > tokens[:, layer].min(axis=1)
+            slowest = tokens[:, layer].argmax(axis=1)[uneven]
             self.slowest[layer] += np.bincount(slowest, minlength=self.shape.ep_size)
             history = run.history.layer(layer)
             load = block.loads(layer, layer + 1)[:, 0]
@@ -174,6 +174,8 @@ class _LayerSums:
 
 def summarize(run: Run, steps: Steps | None = None) -> Summary:
     """Compute the summary of a run, or of a half-open range of its steps."""
+    if steps is not None:
+        run.require(steps)
     return run.reading(lambda: _summarize(run, steps))
 
 

@@ -96,6 +96,8 @@ class Background:
         self.consumed = 0
         self.rejected: Counter[str] = Counter()
         self.lost = 0
+        #: Steps that have no row in ``steps``, as recording stopped.
+        self.unlisted = 0
         self.bytes_written = 0
         self.segments_sealed = 0
         self.segments_left_open = 0
@@ -190,8 +192,7 @@ class Background:
         while self._entries:
             entry = self._entries.popleft()
             _release([entry.load, entry.placement])
-            self.consumed += 1
-            self.lost += entry.status is Status.RECORDED
+            self._lose([entry.status])
 
     def _drain(self) -> None:
         if self.off is not None:
@@ -256,9 +257,25 @@ class Background:
         The loads of a batch lie in consecutive buffers of one ring.
         """
         status = np.array([entry.status for entry in batch], np.uint8)
-        parts, faults = self._take_placements(batch)
+        try:
+            parts = self._encode(batch, status)
+            self._open_journal().append(*parts)
+        except Exception:
+            self._lose(status.tolist())
+            raise
+        self.bytes_written += sum(map(len, parts))
+        with self._written:
+            self.consumed += len(batch)
+            self._written.notify_all()
+
+    def _encode(self, batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> list[bytes]:
+        """The frames of a batch; sets ``status`` to rejected where a load cannot be recorded."""
         staged = [i for i, entry in enumerate(batch) if entry.load is not None]
-        recorded = 0
+        parts: list[bytes] = []
+        if staged and batch[staged[0]].placement is None:
+            parts += self._restate_placement(batch[staged[0]])
+        changes, faults = self._take_placements(batch)
+        parts += changes
         if staged:
             first, last = batch[staged[0]].load, batch[staged[-1]].load
             assert first is not None
@@ -274,11 +291,9 @@ class Background:
                     self.rejected[fault] += 1
                     self.notices.append(f"a step was rejected and is counted: {fault}")
             if good:
-                parts += self._restate_placement(batch[staged[good[0]]])
                 chosen = load if len(good) == len(load) else load[good]
                 step = np.array([batch[staged[i]].step for i in good], np.int64)
                 parts.append(self._loads_frame(step, chosen))
-            recorded = len(good)
             ring.release(len(staged))
         phases = tuple(dict.fromkeys(e.phase for e in batch if e.phase is not None))
         code: dict[str | None, int] = {name: i for i, name in enumerate(phases)}
@@ -292,16 +307,7 @@ class Background:
             phases=phases,
         )
         parts.append(journal.steps_frame(rows))
-        try:
-            self._open_journal().append(*parts)
-        except OSError:
-            self.lost += recorded
-            self.consumed += len(batch)
-            raise
-        self.bytes_written += sum(map(len, parts))
-        with self._written:
-            self.consumed += len(batch)
-            self._written.notify_all()
+        return parts
 
     def _judge(self, load: npt.NDArray[Any], faults: list[str | None]) -> list[str | None]:
         """Why each load ``[n, layers, physical]`` cannot be recorded; None: it can."""
@@ -332,6 +338,8 @@ class Background:
                     ring, index = entry.placement
                     parts += self._take_placement(entry, ring.host[index])
                 faults[i] = self._placement_fault
+                if self._placement_fault is not None:  # those that follow came without a map of their own
+                    self._placement_fault = "the last physical_to_logical_map was not valid"
         _release(given)
         return parts, faults
 
@@ -363,7 +371,10 @@ class Background:
 
     def _restate_placement(self, entry: Entry) -> list[bytes]:
         """Where only ep_size changed, the same map means other ranks: state it anew."""
+        assert entry.load is not None
         if self._placement is None or self._placement_ep_size == entry.ep_size:
+            return []
+        if self._placement.shape != tuple(entry.load[0].shape):  # of before; the new one is not known
             return []
         return self._placement_frame(entry, np.arange(len(self._placement)))
 
@@ -417,6 +428,7 @@ class Background:
                 self._notice(f"{name} could not be sealed and stays as it is: {_reason(error)}")
             finally:
                 journal.close()
+        self._say_notices()  # those that came up after the drainer's last look
         if self.off is None and not self.segments_left_open:
             closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": self._final_stats()})
             with contextlib.suppress(OSError, FormatError):

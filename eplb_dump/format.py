@@ -170,7 +170,7 @@ class SessionInfo:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SessionInfo:
         """Check and build. Raises FormatError for a foreign, damaged or newer-major document."""
-        if fields.get("format") != FORMAT_NAME:
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT_NAME:
             raise FormatError("it is not the metadata of an eplb-dump session")
         version = parse_version(fields.get("format_version"))
         known = {f.name for f in dataclasses.fields(cls)}
@@ -241,7 +241,7 @@ def load_json(data: bytes) -> dict[str, Any]:
     """Undo :func:`dump_json`. Raises FormatError where the text or its checksum is not right."""
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FormatError("it is not JSON") from None
     if not isinstance(document, dict):
         raise FormatError("it is not a JSON object")

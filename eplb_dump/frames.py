@@ -104,7 +104,7 @@ def decode_payload(payload: bytes, start: int) -> Frame:
             arrays[name] = np.frombuffer(payload, dtype, count, position).reshape(shape)
             offsets[name] = start + HEAD.size + position
             position += arrays[name].nbytes
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise FormatError(f"the frame at byte {start} is malformed ({error})") from None
     return Frame(kind, header, arrays, offsets, start, start + HEAD.size + len(payload))
 
@@ -126,7 +126,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
         head = file.read(min(HEAD.size, size - position))
         if len(head) < HEAD.size:
             # A torn head is a prefix of a real one; anything else is damage.
-            torn = head[:4] == MAGIC[: len(head[:4])]
+            torn = head[:4] == MAGIC[: len(head[:4])] or not any(head)
             yield Tail(position, size, "torn" if torn else "damaged")
             return
         magic, length, crc, head_crc = HEAD.unpack(head)

@@ -20,7 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_dump import frames
-from eplb_dump.format import EMPTY_SLOT, JOURNAL_PATTERN, FormatError, SessionInfo, Status, journal_name
+from eplb_dump.format import (
+    EMPTY_SLOT,
+    JOURNAL_PATTERN,
+    MAX_LOAD,
+    FormatError,
+    SessionInfo,
+    Status,
+    journal_name,
+)
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -75,7 +83,7 @@ class StepRows:
     monotonic_ns: Int64
     status: npt.NDArray[np.uint8]
     num_tokens: Int64
-    phase: npt.NDArray[np.int8]
+    phase: npt.NDArray[np.signedinteger[Any]]
     phases: tuple[str, ...] = ()
 
     @classmethod
@@ -84,7 +92,7 @@ class StepRows:
         index = {name: i for i, name in enumerate(phases)}
         codes = []
         for part in parts:
-            translate = np.array([index[name] for name in part.phases] + [-1], np.int8)
+            translate = np.array([index[name] for name in part.phases] + [-1], np.int32)
             codes.append(translate[part.phase])
         return cls(
             step=_joined([part.step for part in parts], np.int64),
@@ -92,7 +100,7 @@ class StepRows:
             monotonic_ns=_joined([part.monotonic_ns for part in parts], np.int64),
             status=_joined([part.status for part in parts], np.uint8),
             num_tokens=_joined([part.num_tokens for part in parts], np.int64),
-            phase=_joined(codes, np.int8),
+            phase=_joined(codes, np.int32),
             phases=phases,
         )
 
@@ -177,6 +185,8 @@ class JournalAppender:
             self.append(session_frame(info, seq))
         except OSError:
             self.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
             raise
 
     def append(self, *parts: bytes) -> None:
@@ -233,8 +243,7 @@ class JournalSegment:
         info: SessionInfo | None = None
         step_parts: list[StepRows] = []
         load_frames: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]] = []
-        placements = PlacementRows(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), [])
-        placement_parts: list[tuple[frames.Frame, int]] = []
+        placement_parts: list[PlacementRows] = []
         self.tail = frames.Tail(0, size)
         for item in frames.scan(self._file, size):
             if isinstance(item, frames.Tail):
@@ -250,7 +259,7 @@ class JournalSegment:
                 elif item.kind == "loads":
                     load_frames.append(_load_entry(item))
                 elif item.kind == "placements":
-                    placement_parts.append((item, _ep_size(item)))
+                    placement_parts.append(_placement_rows(item))
                 # Other kinds come from a newer minor version, which only adds.
             except (KeyError, TypeError, IndexError) as error:
                 raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
@@ -259,8 +268,12 @@ class JournalSegment:
         self.info = info
         self.steps = StepRows.concat(step_parts)
         self._set_loads(load_frames)
-        if placement_parts:
-            placements = _placement_rows(placement_parts)
+        placements = PlacementRows(
+            _joined([part.step for part in placement_parts], np.int64),
+            _joined([part.layer for part in placement_parts], np.int32),
+            _joined([part.ep_size for part in placement_parts], np.int32),
+            [slots for part in placement_parts for slots in part.physical_to_logical],
+        )
         # The steps frame of a batch comes last: without it, the batch was torn and does not count.
         last = int(self.steps.step.max()) if len(self.steps.step) else -1
         committed = np.flatnonzero(placements.step <= last)
@@ -274,8 +287,11 @@ class JournalSegment:
 
     def _check_placements(self) -> None:
         limit = self.info.num_logical_experts
+        layers = MAX_LOAD if self.shape is None else self.shape.num_moe_layers
+        if self.info.moe_layers is not None:
+            layers = min(layers, len(self.info.moe_layers))
         for layer, slots in zip(self.placements.layer, self.placements.physical_to_logical, strict=True):
-            if layer < 0 or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
+            if not 0 <= layer < layers or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
                 raise FormatError("it holds a placement that is out of range")
 
     def _set_loads(self, entries: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]]) -> None:
@@ -285,6 +301,8 @@ class JournalSegment:
         kept_steps: list[Int64] = [np.empty(0, np.int64)]
         for step, offset, dtype, (ep_size, layers, physical) in entries:
             shape = Shape(ep_size, layers, physical)
+            if self.info.moe_layers is not None and len(self.info.moe_layers) != layers:
+                raise FormatError("it holds loads of another number of layers than its session names")
             if self.shape not in (None, shape):
                 raise FormatError("it holds loads of two shapes")
             self.shape = shape
@@ -336,7 +354,8 @@ def _step_rows(frame: frames.Frame) -> StepRows:
         a["step"], a["time_ns"], a["monotonic_ns"], a["status"], a["num_tokens"], a["phase"], phases
     )
     lengths = {array.shape for array in a.values()}
-    known = rows.status.max(initial=0) < len(Status) and rows.phase.max(initial=-1) < len(phases)
+    statuses = 0 <= rows.status.min(initial=0) <= rows.status.max(initial=0) < len(Status)
+    known = statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)
     if len(lengths) != 1 or rows.step.ndim != 1 or not known:
         raise FormatError(f"the steps frame at byte {frame.start} contradicts itself")
     return rows
@@ -349,16 +368,9 @@ def _load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[i
     return step, frame.offsets["load"], load.dtype, (ep_size, load.shape[0], load.shape[2])
 
 
-def _placement_rows(parts: list[tuple[frames.Frame, int]]) -> PlacementRows:
-    slots: list[Int32] = []
-    for frame, _ in parts:
-        maps = frame.arrays["physical_to_logical"]
-        if maps.ndim != 2 or not len(maps) == len(frame.arrays["step"]) == len(frame.arrays["layer"]):
-            raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
-        slots.extend(maps.astype(np.int32))
-    return PlacementRows(
-        np.concatenate([frame.arrays["step"] for frame, _ in parts]),
-        np.concatenate([frame.arrays["layer"] for frame, _ in parts]),
-        np.concatenate([np.full(len(frame.arrays["step"]), ep, np.int32) for frame, ep in parts]),
-        slots,
-    )
+def _placement_rows(frame: frames.Frame) -> PlacementRows:
+    maps, step, layer = (frame.arrays[name] for name in ("physical_to_logical", "step", "layer"))
+    if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1]:
+        raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
+    ep_size = np.full(len(step), _ep_size(frame), np.int32)
+    return PlacementRows(step, layer, ep_size, list(maps.astype(np.int32)))

@@ -2,7 +2,7 @@
 
 The sure way is one ``run_id`` given to all of them, or EXPERT_LOAD_DUMP_RUN_ID in their environment.
 Without it they meet in the dump folder: a rank joins the newest run if that is young, of the same
-shape and launch, and has no such rank yet; else it makes the next one. Both claims are single
+shape and start (launcher's variables; on one host the parent process), and has no such rank yet; else it makes the next one. Both claims are single
 ``mkdir`` calls, which are atomic on local and network file systems alike.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,8 +37,9 @@ _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RAY_JOB_ID", "MASTE
 
 
 def launch_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """The launcher's variables that identify an engine start, for the session's metadata."""
-    return {name: environment[name] for name in _LAUNCH_VARIABLES if name in environment}
+    """What identifies an engine start, for the session's metadata: launcher's variables, parent process."""
+    launch = {name: environment[name] for name in _LAUNCH_VARIABLES if name in environment}
+    return {**launch, "parent": f"{socket.gethostname()}:{os.getppid()}"}
 
 
 def claim_run(
@@ -71,7 +73,9 @@ def claim_run(
 
 
 def _is_numbered(path: Path) -> bool:
-    return path.name[len(RUN_PREFIX) :].isdigit() and path.is_dir()
+    name = path.name[len(RUN_PREFIX) :]
+    # Not a run_id that was given and only looks like a number.
+    return name.isascii() and name.isdigit() and name == f"{int(name):06d}" and path.is_dir()
 
 
 def _joinable(run: Path, slug: str, wanted: tuple[int, Scope, int, dict[str, str]]) -> bool:
@@ -80,9 +84,18 @@ def _joinable(run: Path, slug: str, wanted: tuple[int, Scope, int, dict[str, str
     for info, folder in _sessions(run):
         oldest = min(oldest, info.created_unix_ns)
         shape = (info.ep_size, info.scope, info.num_logical_experts)
-        if info.launch != wanted[3] or (folder == slug and shape != wanted[:3]):
+        if _other_launch(info.launch, wanted[3]) or (folder == slug and shape != wanted[:3]):
             return False
     return time.time_ns() - oldest <= JOIN_WINDOW_SECONDS * 1e9
+
+
+def _other_launch(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether two processes are of different starts. On one host, those of one start share a parent."""
+    host, other_host = (launch.get("parent", "").rpartition(":")[0] for launch in (one, other))
+    names = set(one) | set(other)
+    if host != other_host:
+        names.discard("parent")
+    return any(one.get(name) != other.get(name) for name in names)
 
 
 def _sessions(run: Path) -> Iterator[tuple[SessionInfo, str]]:

@@ -31,6 +31,7 @@ class Ring:
 
     __slots__ = (
         "_base",
+        "_bytes",
         "_current_stream",
         "_device",
         "_dtype",
@@ -58,6 +59,7 @@ class Ring:
         self._device: Any = None
         self._current_stream: Any = None
         self._events: list[Any] = []
+        self._bytes: list[memoryview] = []
         self._taken = self._released = self._base = 0
         if self.is_torch:
             self._allocate_torch(torch, example)
@@ -66,6 +68,8 @@ class Ring:
                 raise StagingError(f"of type {self._dtype}, not an integer type")
             self.host = np.empty((count, *self.shape), self._dtype)
             self._targets = list(self.host)
+        if not self._events:
+            self._bytes = [memoryview(buffer).cast("B") for buffer in self.host]
 
     def _allocate_torch(self, torch: Any, example: Any) -> None:
         if example.dtype.is_floating_point or example.dtype.is_complex or example.dtype == torch.bool:
@@ -112,6 +116,13 @@ class Ring:
 
     def fill(self, index: int, tensor: Any) -> None:
         """Begin to copy a tensor that fits. Never waits for a device."""
+        if self._bytes:
+            # Through memoryviews the interpreter lock is kept: given up for these microseconds, it
+            # may come back only after the background thread had its turn.
+            source = tensor if not self.is_torch else _as_numpy(tensor)
+            if source is not None and source.flags.c_contiguous:
+                self._bytes[index][:] = source.data.cast("B")
+                return
         if self.is_torch:
             self._targets[index].copy_(tensor, non_blocking=True)
         else:
@@ -137,12 +148,24 @@ class Ring:
         self._released += count
 
 
+def _as_numpy(tensor: Any) -> Any:
+    """A CPU tensor's numpy view, or None where it has none (negated, say)."""
+    try:
+        return tensor.numpy()
+    except (RuntimeError, TypeError):
+        return None
+
+
 def slot_bytes(example: Any) -> int:
     """Bytes of one buffer for tensors like ``example`` (0 where it is no tensor at all)."""
     try:
         return int(example.nbytes)
-    except (AttributeError, TypeError):
+    except Exception:  # whatever an object answers to that
         return 0
+
+
+def _root(tensor: Any) -> Any:
+    return tensor if tensor._base is None else tensor._base
 
 
 class ChangeDetector:
@@ -172,6 +195,8 @@ class ChangeDetector:
         return (
             type(tensor) is type(last)
             and not tensor.is_inference()
+            # Only views of one tensor count their versions together: .data and from_numpy do not.
+            and _root(tensor) is _root(last)
             and tensor.data_ptr() == last.data_ptr()
             and tensor.shape == last.shape
             and tensor.dtype == last.dtype

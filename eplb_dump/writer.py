@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import json
 import logging
 import operator
 import os
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ import numpy as np
 
 from eplb_dump import rendezvous
 from eplb_dump.background import Background, Entry, Limits, write_session_file
-from eplb_dump.format import RUN_ID_PATTERN, Scope, SessionInfo, Status, canonical_json, session_path
+from eplb_dump.format import MAX_LOAD, RUN_ID_PATTERN, Scope, SessionInfo, Status, session_path
 from eplb_dump.staging import ChangeDetector, Ring, StagingError, slot_bytes
 
 logger = logging.getLogger("eplb_dump")
 
 #: Steps without a load (dummies, drops) that may wait for the journal; more are only counted.
 _MAX_WAITING = 1 << 16
-#: Buffers for placements of tensors that count their versions: they change rarely.
-_PLACEMENT_SLOTS = 8
+#: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
+_PLACEMENT_SLOTS = 64
 _EXIT_DEADLINE_SECONDS = 5.0
+_MAX_STEP = 2**62
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
 
@@ -51,7 +53,7 @@ class WriterStats:
     not_sampled: int = 0
     dropped: int = 0
     rejected: int = 0
-    #: Dropped or rejected steps that have no row in ``steps``, as even those had to be dropped.
+    #: Steps that have no row in ``steps``, as even that had to be dropped.
     unlisted: int = 0
     drop_reasons: dict[str, int] = field(default_factory=dict)
     reject_reasons: dict[str, int] = field(default_factory=dict)
@@ -119,13 +121,16 @@ class ExpertLoadWriter:
         queue_steps: int = 512,
         queue_bytes: int = 64 << 20,
     ) -> None:
-        root = Path(os.fspath(expert_load_dump_dir))
+        if not isinstance(expert_load_dump_dir, str | os.PathLike):
+            kind = type(expert_load_dump_dir).__name__
+            raise TypeError(f"expert_load_dump_dir must be a path, not {kind}")
+        root = Path(expert_load_dump_dir)
         if not isinstance(model, str) or not model:
             raise ValueError(f"model must be the model's name, not {model!r}")
-        if scope not in {s.value for s in Scope}:
+        if not isinstance(scope, str) or scope not in {s.value for s in Scope}:
             raise ValueError(f'scope must be "local" or "global", not {scope!r}')
         run_id = rendezvous.environment_run_id() if run_id is None else run_id
-        if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
+        if run_id is not None and not (isinstance(run_id, str) and RUN_ID_PATTERN.fullmatch(run_id)):
             raise ValueError(
                 f"run_id must be 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter "
                 f"or digit, not {run_id!r}"
@@ -136,10 +141,10 @@ class ExpertLoadWriter:
             raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
         self._interval = _integer("interval", interval, 1)
         self._queue_steps = _integer("queue_steps", queue_steps, 1)
-        self._queue_bytes = _integer("queue_bytes", queue_bytes, 1)
+        self._queue_bytes = _integer("queue_bytes", queue_bytes, 1, 2**62)
         limits = Limits(
             _seconds("flush_interval", flush_interval),
-            _integer("segment_bytes", segment_bytes, 1),
+            _integer("segment_bytes", segment_bytes, 1, 2**62),
             _seconds("segment_seconds", segment_seconds),
         )
         config = _json_mapping("engine_config", engine_config)
@@ -182,7 +187,7 @@ class ExpertLoadWriter:
         self._maps: Ring | None = None
         self._wake_at = 1
         self._map_detector = ChangeDetector()
-        self._closed = False
+        self._closed = self._ended_well = False
         self._off: str | None = None
         self._background: Background | None = None
         try:
@@ -255,7 +260,7 @@ class ExpertLoadWriter:
             with self._lock:
                 self._record(step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size)
         except Exception as error:  # the engine's step must go on, whatever went wrong in here
-            self._notice(f"record failed: {error!r}")
+            self._account_for(error)
 
     def skip(self, reason: str = "dummy", step: int | None = None) -> None:
         """Note a forward pass without a load: ``"dummy"``, ``"not_sampled"`` or ``"dropped"``.
@@ -267,16 +272,17 @@ class ExpertLoadWriter:
                 number = self._begin(step)
                 if number is None:
                     return
-                status = _SKIP_REASONS.get(reason)
+                status = _SKIP_REASONS.get(reason) if isinstance(reason, str) else None
                 if status is None:
-                    self._reject(number, f"skip for the unknown reason {str(reason)[:40]!r}")
+                    text = reason[:40] if isinstance(reason, str) else type(reason).__name__
+                    self._reject(number, f"skip for the unknown reason {text!r}")
                 elif status is Status.DROPPED:
                     self._drop(number, "by the engine")
                 elif self._enqueue(number, status):
                     self._dummy += status is Status.DUMMY
                     self._not_sampled += status is Status.NOT_SAMPLED
         except Exception as error:
-            self._notice(f"skip failed: {error!r}")
+            self._account_for(error)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was recorded before is where a kill cannot reach it.
@@ -295,34 +301,37 @@ class ExpertLoadWriter:
         """
         with self._lock:
             if self._closed:
-                return True
+                return self._ended_well
             self._closed = True
         _open_writers.discard(self)
-        if self._background is None or self._off is not None:
-            return False
-        return self._background.close(timeout)
+        if self._background is not None and self._off is None:
+            self._ended_well = self._background.close(timeout)
+        return self._ended_well
 
     def stats(self) -> WriterStats:
         """The accounting so far. Counts and their sum agree exactly when no call is under way."""
         background = self._background
         rejected, dropped = self._rejected.copy(), self._dropped.copy()
-        accepted, lost, bytes_written, sealed = self._accepted, 0, 0, 0
+        accepted, lost, unlisted, bytes_written, sealed = self._accepted, 0, self._unlisted, 0, 0
         off = self._off
         if background is not None:
-            rejected.update(background.rejected)
+            late = background.rejected.copy()
+            rejected.update(late)
+            accepted -= late.total()
             lost = background.lost
+            unlisted += background.unlisted
             bytes_written, sealed = background.bytes_written, background.segments_sealed
             off = off or background.off
         if lost:
             dropped["recording stopped"] += lost
         return WriterStats(
             seen=self._seen,
-            recorded=accepted - lost - (sum(background.rejected.values()) if background else 0),
+            recorded=accepted - lost,
             dummy=self._dummy,
             not_sampled=self._not_sampled,
             dropped=sum(dropped.values()),
             rejected=sum(rejected.values()),
-            unlisted=self._unlisted,
+            unlisted=unlisted,
             drop_reasons=dict(dropped),
             reject_reasons=dict(rejected),
             bytes_written=bytes_written,
@@ -356,11 +365,12 @@ class ExpertLoadWriter:
         if number % self._interval:
             self._not_sampled += self._enqueue(number, Status.NOT_SAMPLED)
             return
-        if ep_size is not None and ep_size != self._ep_size:
-            if type(ep_size) is not int or ep_size <= self._ep_rank:
-                self._reject(number, f"ep_size is {ep_size!r} on EP rank {self._ep_rank}")
+        ep_size_before = self._ep_size
+        if ep_size is not None:
+            if not _is_integer(ep_size) or not self._ep_rank < ep_size <= MAX_LOAD:
+                self._reject(number, f"ep_size is not an integer above EP rank {self._ep_rank}")
                 return
-            self._ep_size = ep_size
+            self._ep_size = int(ep_size)
         loads = self._loads
         try:
             if loads is None or not loads.fits(expert_load):
@@ -368,10 +378,14 @@ class ExpertLoadWriter:
         except StagingError as error:
             self._reject(number, f"expert_load is {error}")
             return
+        except Exception as error:
+            self._reject(number, f"expert_load cannot be staged: {type(error).__name__}")
+            return
         if loads.shape[1] % self._ep_size:
             self._reject(
                 number, f"{loads.shape[1]} physical experts do not divide among {self._ep_size} EP ranks"
             )
+            self._ep_size = ep_size_before
             return
         index = loads.take()
         if index < 0:
@@ -379,7 +393,10 @@ class ExpertLoadWriter:
             return
         maps, map_index = None, -1
         try:
-            if placement is not None and not self._map_detector.unchanged(placement):
+            # One of another shape than the loads is not copied for its content: it is to be rejected.
+            if placement is not None and not (
+                self._map_detector.unchanged(placement) and placement.shape == loads.shape
+            ):
                 maps = self._ring_for_maps(placement)
                 map_index = maps.take()
                 if map_index < 0:
@@ -396,7 +413,7 @@ class ExpertLoadWriter:
                 maps.untake()
             why = f"physical_to_logical_map is {error}"
             if not isinstance(error, StagingError):
-                why = f"the copy failed: {type(error).__name__}: {error}"[:300]
+                why = f"the copy failed: {type(error).__name__}"
             self._reject(number, why)
             return
         buffer = (loads, index)
@@ -405,7 +422,8 @@ class ExpertLoadWriter:
             self._accepted += 1
             if maps is not None:
                 self._map_detector.remember(placement)
-            if loads.used >= self._wake_at and self._background is not None:
+            busy = loads.used >= self._wake_at or (maps is not None and maps.used * 4 > maps.count)
+            if busy and self._background is not None:
                 self._background.wake()
         else:
             loads.untake()
@@ -417,8 +435,13 @@ class ExpertLoadWriter:
         self._seen += 1
         if step is None:
             number = self._next_step
-        elif type(step) is int or isinstance(step, np.integer):
+        elif _is_integer(step):
+            # A tensor is not read: on CUDA that would wait for the device.
             number = int(step)
+            if number > _MAX_STEP:
+                self._rejected[f"a step above {_MAX_STEP}"] += 1
+                self._unlisted += 1
+                return None
             if number < self._next_step:
                 why = f"steps must grow: {'repeated' if number == self._next_step - 1 else 'went back'}"
                 if number >= 0:
@@ -428,7 +451,6 @@ class ExpertLoadWriter:
                     self._unlisted += 1
                 return None
         else:
-            # A tensor is not read: on CUDA that would wait for the device.
             self._rejected[f"step is a {type(step).__name__}, not an int"] += 1
             self._unlisted += 1
             return None
@@ -455,10 +477,10 @@ class ExpertLoadWriter:
             return False
         if num_tokens is None:
             num_tokens = -1
-        elif type(num_tokens) is not int or not 0 <= num_tokens < 1 << 62:
+        elif not _is_integer(num_tokens) or not 0 <= num_tokens < 1 << 62:
             self._notice("num_tokens is not a count and is left out")
             num_tokens = -1
-        if phase is not None and (not isinstance(phase, str) or len(phase) > 64):
+        if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
             self._notice("phase is not a short text and is left out")
             phase = None
         self._entries.append(
@@ -495,6 +517,12 @@ class ExpertLoadWriter:
         self._rejected[reason] += 1
         self._enqueue(step, Status.REJECTED)
         self._notice(f"a step was rejected and is counted: {reason}")
+
+    def _account_for(self, error: Exception) -> None:
+        """A step that an unforeseen error ended before it was counted."""
+        self._rejected[f"an unforeseen {type(error).__name__}"] += 1
+        self._unlisted += 1
+        self._notice(f"a step was rejected and is counted: an unforeseen {type(error).__name__}")
 
     def _notice(self, text: str) -> None:
         """Have a warning logged once, by the background thread: logging may do I/O."""
@@ -579,13 +607,20 @@ def _session_id(now_ns: int, host: str) -> str:
     return f"{moment}.{now_ns % 10**9:09d}Z-{name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def _is_integer(value: Any) -> bool:
+    """An int or a numpy integer, no bool. A tensor is none: on CUDA, reading it would wait."""
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def _integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if isinstance(value, bool) or not least <= number < 2**31:
+    if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be at least {least}, not {value!r}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, not {value!r}")
     return number
 
 
@@ -606,6 +641,8 @@ def _text(name: str, value: Any) -> str | None:
 def _layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
     if layers is None:
         return None
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"moe_layers must be a sequence of integers, not {type(layers).__name__}")
     numbers = tuple(_integer("each of moe_layers", n, 0) for n in layers)
     if not numbers or list(numbers) != sorted(set(numbers)):
         raise ValueError("moe_layers must be the model's layer numbers, ascending, each once")
@@ -618,7 +655,8 @@ def _json_mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping, not {type(value).__name__}")
     try:
-        canonical_json(dict(value))
-    except (TypeError, ValueError) as error:
+        # As it will be read back: keys become texts, and later changes of it do not show.
+        fields: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} must be plain JSON values: {error}") from None
-    return dict(value)
+    return fields

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption, open_for
-from eplb_analyze.errors import EXIT_CHECK_FAILED
+from eplb_analyze.errors import EXIT_CHECK_FAILED, plural
 from eplb_analyze.output import Output, OutputFormat, clean
 
 if TYPE_CHECKING:
@@ -35,14 +35,19 @@ def check(
         from rich.text import Text
 
         steps = report.steps.to_json()
+        warnings = sum(f.severity == "warning" for f in report.findings)
         verdict = ("complete and intact", "bold green") if report.ok else ("NOT in order", "bold red")
+        if report.ok and warnings:
+            verdict = (f"intact, with {plural(warnings, 'warning')}", "bold yellow")
         name = f"{clean(opened.info.model)} · run {clean(opened.info.run_id)}: "
         console.print(Text.assemble((name, "bold"), verdict))
         parts = [f"{value:,} {key.replace('_', ' ')}" for key, value in steps.items() if value]
         parts = [p for p in parts if not p.endswith((" first", " last"))]
         console.print(f"steps {steps['first']} to {steps['last']}: {', '.join(parts)}")
-        sessions = len(opened.sessions)
-        console.print(f"{len(opened.present_ranks)} ranks in {sessions} sessions, checksums verified\n")
+        ranks, sessions = len(opened.present_ranks), len(opened.sessions)
+        damaged = any(f.code == "damaged_file" for f in report.findings)
+        verified = "" if damaged else ", all checksums right"
+        console.print(f"{plural(ranks, 'rank')} in {plural(sessions, 'session')}{verified}\n")
         for finding in report.findings:
             mark, style = _MARKS[finding.severity]
             console.print(Text.assemble((f"{mark} {finding.severity}", style), f" [{finding.code}]"))

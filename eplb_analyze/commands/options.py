@@ -12,6 +12,7 @@ from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.output import Output, OutputFormat
 
 if TYPE_CHECKING:
+    from eplb_analyze.completeness import Completeness
     from eplb_analyze.run import Run
 
 Dump = Annotated[
@@ -57,11 +58,11 @@ def open_for(output: Output, dump: Path, run: str | None, model: str | None) -> 
     return opened
 
 
-def finish(output: Output, run: Run) -> None:
+def finish(output: Output, run: Run, steps: Completeness | None = None) -> None:
     """Say what was wrong with the dump; where data was lost to it, exit 3 although figures are out."""
-    from eplb_analyze.check import standing_findings
+    from eplb_analyze.check import standing_findings, summary_findings
 
-    findings = standing_findings(run)
+    findings = standing_findings(run) if steps is None else summary_findings(run, steps)
     output.findings(findings)
     if any(f.severity == "error" for f in findings):
         raise typer.Exit(EXIT_UNUSABLE)
