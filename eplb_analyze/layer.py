@@ -205,7 +205,7 @@ def _report(
         report.notes.append(f"{unknown:,} of {slot_load.sum():,} tokens fell on no known expert")
     if changes:
         report.notes.append(
-            f"the placement changed in the range ({plural(len(changes), 'time')}, last at step {changes[-1]}): "
+            f"the placement changed {plural(len(changes), 'time')} in the range, last at step {changes[-1]}; "
             "experts are counted by the placement in force at each step"
         )
     return report

@@ -194,6 +194,11 @@ class Background:
             _release([entry.load, entry.placement])
             self._lose([entry.status])
 
+    def _lose(self, status: Sequence[int]) -> None:
+        self.consumed += len(status)
+        self.unlisted += len(status)
+        self.lost += sum(s == Status.RECORDED for s in status)
+
     def _drain(self) -> None:
         if self.off is not None:
             self._discard()
@@ -424,8 +429,8 @@ class Background:
                 self.segments_sealed += 1
             except Exception as error:  # the journal stays, is read as well, and can be sealed later
                 self.segments_left_open += 1
-                name = journal.path.name
-                self._notice(f"{name} could not be sealed and stays as it is: {_reason(error)}")
+                text = "a journal could not be sealed; it stays, and is read as it is"
+                self._notice(f"{text}: {self._folder}: {_reason(error)}")
             finally:
                 journal.close()
         self._say_notices()  # those that came up after the drainer's last look

@@ -2,8 +2,9 @@
 
 The sure way is one ``run_id`` given to all of them, or EXPERT_LOAD_DUMP_RUN_ID in their environment.
 Without it they meet in the dump folder: a rank joins the newest run if that is young, of the same
-shape and start (launcher's variables; on one host the parent process), and has no such rank yet; else it makes the next one. Both claims are single
-``mkdir`` calls, which are atomic on local and network file systems alike.
+shape and start (launcher's variables; on one host the parent process), and has no such rank yet;
+else it makes the next one. Both claims are single ``mkdir`` calls, which are atomic on local and
+network file systems alike.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RAY_JOB_ID", "MASTE
 
 
 def launch_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """What identifies an engine start, for the session's metadata: launcher's variables, parent process."""
+    """What identifies an engine start: the launcher's variables and the parent process."""
     launch = {name: environment[name] for name in _LAUNCH_VARIABLES if name in environment}
     return {**launch, "parent": f"{socket.gethostname()}:{os.getppid()}"}
 

@@ -7,6 +7,7 @@ truth for its segment, and the Parquet files beside it are not read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -228,7 +229,13 @@ def seal(journal_path: Path) -> SealedSegment | None:
     with JournalSegment(journal_path) as journal:
         if journal.tail.fault == "damaged":
             raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
-        entry = _write_segment(folder, journal) if len(journal.steps.step) else None
+        try:
+            entry = _write_segment(folder, journal) if len(journal.steps.step) else None
+        except BaseException:
+            for table in SCHEMAS:  # a full disk has better use for their space
+                with contextlib.suppress(OSError):
+                    (folder / f"{segment_name(table, journal.seq)}.tmp").unlink()
+            raise
         info = journal.info
     if entry is not None:
         append_manifest(folder, info, frames.encode("sealed", entry.to_header()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -83,10 +84,11 @@ def sums_of_polars(dump: Path, column: str) -> Cells:
     return sums
 
 
-def sql(dump: Path, query: str, table: str) -> list[tuple[object, ...]]:
+def sql(dump: Path, query: str, table: str) -> list[tuple[Any, ...]]:
     source = f"read_parquet('{dump}/*/*/*/*/{table}-*.parquet', hive_partitioning = true)"
     with duckdb.connect() as connection:
-        return connection.execute(query.format(source=source)).fetchall()
+        rows: list[tuple[Any, ...]] = connection.execute(query.format(source=source)).fetchall()
+    return rows
 
 
 def sums_of_duckdb(dump: Path, column: str) -> Cells:
@@ -98,7 +100,7 @@ def sums_of_duckdb(dump: Path, column: str) -> Cells:
     """
     sums: Cells = {}
     for step, layer, _, value in sql(dump, query, "loads"):
-        sums.setdefault((step, layer), []).append(value)  # type: ignore[arg-type]
+        sums.setdefault((step, layer), []).append(value)
     return sums
 
 

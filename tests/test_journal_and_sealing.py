@@ -235,13 +235,15 @@ def test_the_journal_only_ever_holds_whole_batches(tmp_path: Path, monkeypatch: 
     first, second = (b"".join(batch.encode()) for batch in BATCHES[:2])
     real = os.write
 
-    def half(fd: int, data: Any) -> int:
-        if len(data) < len(first):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(fd, data[: len(data) // 2])
+    def half(fd: int, parts: Any) -> int:
+        return real(fd, parts[0][: len(parts[0]) // 2])
+
+    def full(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", half)
+        patch.setattr(os, "writev", half)
+        patch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space"):
             appender.append(first)
     assert appender.path.stat().st_size == appender.size
