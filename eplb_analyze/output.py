@@ -7,12 +7,13 @@ markup is never interpreted in it.
 from __future__ import annotations
 
 import enum
+import io
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,8 +66,13 @@ class Output:
     def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
         if self.format is OutputFormat.json:
             print(json.dumps(_plain(document), indent=2))
+        elif sys.stdout.isatty():
+            render(console(sys.stdout))
         else:
-            render(console())
+            # In a pipe nobody needs the blanks that fill a table's cells.
+            text = io.StringIO()
+            render(console(text))
+            print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
 def _plain(value: Any) -> Any:
@@ -80,27 +86,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def console() -> Console:
-    """A console on stdout; in a pipe it is 80 columns wide unless COLUMNS says otherwise."""
+def console(file: IO[str]) -> Console:
+    """A console; in a pipe it is 80 columns wide unless COLUMNS says otherwise."""
     from rich.console import Console
 
     columns = os.environ.get("COLUMNS", "")
     width = None
-    if not sys.stdout.isatty():
+    if not file.isatty():
         width = int(columns) if columns.isdigit() and int(columns) > 0 else 80
-    return Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
 def table(console: Console, *columns: str, title: str | None = None) -> Table:
-    """A table without frame; a column that begins with ``<`` is a text, the others are numbers."""
+    """Print the title, and make a table without frame; a column named ``<…`` is a text, else a number."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    if title is not None:
+        console.print(Text(clean(title), style="bold"))
     result = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else box.SIMPLE,
-        title=None if title is None else Text(clean(title), style="bold"),
-        title_justify="left",
         header_style="bold",
         pad_edge=False,
         show_edge=False,
@@ -129,14 +135,16 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def count(value: float | None) -> str:
-    """A count with thousands separated, in at most 6 characters or so where it is large."""
-    if value is None:
-        return "–"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= limit:
-            return f"{value / limit:.4g}{unit}"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+def counter(values: Iterable[float]) -> Callable[[float], str]:
+    """How to write counts that stand together: all in one unit, so that the longest is the largest."""
+    values = list(values)
+    largest = max(values, default=0.0)
+    for limit, unit in ((1e13, "T"), (1e10, "G"), (1e7, "M")):
+        if largest >= limit:
+            scale = float(f"1e{len(f'{limit:.0f}') - 2}")
+            return lambda value: f"{value / scale:,.2f}{unit}"
+    digits = 0 if all(float(v).is_integer() for v in values) else 1
+    return lambda value: f"{value:,.{digits}f}"
 
 
 # ---- heat

@@ -26,7 +26,8 @@ def main(dump: str) -> None:
     console.print("$ eplb-analyze summary demo-dump", style="bold")
     summary_command.render(console, summarize(run))
     console.print("\n$ eplb-analyze layer 2 --step 200 demo-dump", style="bold")
-    layer_command.render(console, layer_report(run, 2, step=200), run.info)
+    report = layer_report(run, 2, step=200)
+    layer_command.render(console, report, report)
     IMAGES.mkdir(parents=True, exist_ok=True)
     svg = console.export_svg(title="eplb-analyze")
     # Fonts of the reader's machine: nothing is fetched to show the picture.

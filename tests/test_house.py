@@ -23,6 +23,7 @@ OFFLINE = [
     "summary",
     "layer",
     "check",
+    "seal",
 ]
 
 
@@ -57,6 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.run": SHARED | offline("blocks", "dump", "errors", "metrics", "placements", "segments"),
     "eplb_analyze.completeness": SHARED | offline("blocks"),
     "eplb_analyze.output": offline("errors"),
+    "eplb_analyze.seal": SHARED | offline("dump", "errors"),
+    "eplb_analyze.entry": {"eplb_analyze.cli"},
     "eplb_analyze.cli": offline("errors", "output")
     | {f"eplb_analyze.commands.{path.stem}" for path in (ROOT / "eplb_analyze/commands").glob("*.py")},
     "eplb_analyze.commands": set(),

@@ -490,10 +490,10 @@ def test_loads_under_a_wrong_placement_are_rejected_until_it_is_right(
             writer.record(None, SMALL, placement)
     stats = closed(writer)
     assert (stats.recorded, stats.rejected) == (3, 3)
-    # The two that came with it, and the one that relied on it.
-    assert [count for _, count in sorted(stats.reject_reasons.items())] == [2, 1]
+    # Those that came with it, and those that relied on it (also by an unchanged tensor).
+    relied = 2 if make is torch.tensor and fault != "shape" else 1
     assert all("physical_to_logical_map" in reason for reason in stats.reject_reasons)
-    assert stats.reject_reasons["the last physical_to_logical_map was not valid"] == 1
+    assert stats.reject_reasons["the last physical_to_logical_map was not valid"] == relied
     assert list(sealed_loads(writer.folder)) == [0, 4, 5]
     assert [row[0] for row in placement_rows(writer.folder)] == [0, 0, 0]
 

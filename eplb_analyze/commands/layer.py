@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,19 +14,21 @@ from eplb_analyze.commands.options import (
     OutputOption,
     RunOption,
     StepsOption,
+    TopOption,
     finish,
     open_for,
     parse_steps,
 )
-from eplb_analyze.output import Output, OutputFormat, clean, count, figure, heading, heat, percent, table
+from eplb_analyze.errors import plural
+from eplb_analyze.output import Output, OutputFormat, clean, counter, figure, heading, heat, percent, table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.layer import ExpertLoad, LayerReport
-    from eplb_analyze.run import RunInfo
 
-SHOWN_EXPERTS = 5
+#: So few experts are all shown.
+FEW_EXPERTS = 12
 
 
 def layer(
@@ -33,6 +36,7 @@ def layer(
     dump: Dump = Path("."),
     step: Annotated[int | None, typer.Option("--step", help="One step.", min=0)] = None,
     steps: StepsOption = None,
+    top: TopOption = 5,
     run: RunOption = None,
     model: ModelOption = None,
     output: OutputOption = OutputFormat.text,
@@ -46,52 +50,61 @@ def layer(
     out = Output(output)
     opened = open_for(out, dump, run, model)
     report = layer_report(opened, layer, step, wanted)
-    out.emit(report.to_json(), lambda console: render(console, report, opened.info))
+    # A slot's tokens under two placements are of two experts: its table is of the last one only.
+    changes = report.placement_changes
+    placed = layer_report(opened, layer, None, (changes[-1], report.last_step + 1)) if changes else report
+    out.emit(report.to_json(), lambda console: render(console, report, placed, top))
     finish(out, opened)
 
 
-def render(console: Console, report: LayerReport, info: RunInfo) -> None:
+def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
+    """Print a report; ``placed`` is of its steps since the last change of placement."""
     from rich.text import Text
 
     when = f"step {report.first_step}"
     if report.steps > 1:
         when = f"{report.steps:,} steps, {report.first_step} to {report.last_step}"
     phase = f" ({report.phase})" if report.phase else ""
-    heading(console, f"layer {report.layer}", f" · {when}{phase} · {info.model} · run {info.run_id}")
+    heading(console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}")
     if not report.complete:
         ranks = ", ".join(map(str, report.missing_ranks))
         text = f"INCOMPLETE: rank {ranks} not recorded in this step; the loads below are only a part"
         console.print(Text(text, style="bold red"))
-    total = sum(r.load for r in report.ranks)
-    mean = total / len(report.ranks)
-    hottest = max(report.ranks, key=lambda r: r.load)
+    loads = [r.load for r in report.ranks]
+    count, total = counter(loads), sum(loads)
+    mean, hottest = total / len(loads), max(report.ranks, key=lambda r: r.load)
+    of_steps = ", means of the steps" if report.steps > 1 else ""
     console.print(
-        f"balancedness {figure(report.balancedness)}  imbalance {figure(report.imbalance)}  "
-        f"idle {percent(report.idle_fraction)}  tokens {count(total)}"
+        f"balancedness {figure(report.balancedness)}, imbalance {figure(report.imbalance)}{of_steps}; "
+        f"idle {percent(report.idle_fraction)}"
     )
-    if mean:
-        console.print(
-            f"hottest: rank {hottest.rank} with {hottest.load / mean:.2f} × the mean of {count(mean)}"
-        )
+    tokens = f"{counter([total])(total)} tokens"
+    if not mean:
+        console.print("no tokens")
+    elif hottest.load == min(loads):
+        console.print(f"{tokens}, the same on all ranks")
+    else:
+        times = f"{hottest.load / mean:.2f}"
+        summed = ", summed over the steps" if report.steps > 1 else ""
+        console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times} × the mean")
     for note in report.notes:
         console.print(Text(f"note: {clean(note)}", style="yellow"))
     console.print()
-    _ranks(console, report, mean)
+    _ranks(console, report, count, mean)
     if report.experts:
-        _experts(console, report)
-    _slots(console, report)
+        _experts(console, report, top)
+    _slots(console, placed, since_change=bool(report.placement_changes))
 
 
-def _ranks(console: Console, report: LayerReport, mean: float) -> None:
+def _ranks(console: Console, report: LayerReport, count: Callable[[float], str], mean: float) -> None:
     """A grid of cells, coloured by load over the mean."""
     from rich.table import Table
     from rich.text import Text
 
-    cells = [(f"{r.rank}", count(r.load), r.load / mean if mean else 0.0) for r in report.ranks]
+    cells = [(f"r{r.rank}", count(r.load), r.load / mean if mean else 0.0) for r in report.ranks]
     width = max(len(load) for _, load, _ in cells)
     tag = max(len(rank) for rank, _, _ in cells)
-    cell = tag + width + 3
-    per_row = max(1, min(16, (console.width - 2) // (cell + 1)))
+    per_row = max(1, min(16, (console.width - 2) // (tag + width + 4)))
     # Rows of a power of two are easier to count in than what just fits.
     while per_row & (per_row - 1):
         per_row -= 1
@@ -106,51 +119,55 @@ def _ranks(console: Console, report: LayerReport, mean: float) -> None:
     console.print()
 
 
-def _experts(console: Console, report: LayerReport) -> None:
-    mean = sum(e.load for e in report.experts) / len(report.experts)
-    slots: dict[int, list[tuple[int, float]]] = {}
-    for slot in report.slots:
-        if slot.logical is not None and slot.logical >= 0:
-            slots.setdefault(slot.logical, []).append((slot.rank, slot.load))
+def _experts(console: Console, report: LayerReport, top: int) -> None:
     ordered = sorted(report.experts, key=lambda e: (-e.load, e.logical))
-    shown = min(SHOWN_EXPERTS, len(ordered) // 2 or 1)
-    for title, experts in (("hottest experts", ordered[:shown]), ("coldest experts", ordered[-shown:][::-1])):
-        listing = table(
-            console, "expert", "tokens", "share", "× mean", "replicas", "<on ranks (tokens)", title=title
-        )
-        for e in experts:
-            times = e.load / mean if mean else 0.0
-            listing.add_row(
-                str(e.logical),
-                count(e.load),
-                percent(e.share, 2),
-                heat(f"{times:.2f}", times),
-                str(e.replicas),
-                _where(e, slots.get(e.logical, [])),
-            )
-        console.print(listing)
-        console.print()
+    if len(ordered) <= max(FEW_EXPERTS, 2 * top):
+        _expert_table(console, report, "experts, the hottest first", ordered)
+        return
+    of = f" ({top} of {len(ordered)})"
+    _expert_table(console, report, f"hottest experts{of}", ordered[:top])
+    _expert_table(console, report, f"coldest experts{of}", ordered[-top:][::-1])
 
 
-def _where(expert: ExpertLoad, places: list[tuple[int, float]]) -> str:
-    text = ", ".join(f"{rank} ({count(load)})" for rank, load in places[:4])
-    return text + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+def _expert_table(console: Console, report: LayerReport, title: str, experts: list[ExpertLoad]) -> None:
+    mean = sum(e.load for e in report.experts) / len(report.experts)
+    count = counter(e.load for e in experts)
+    columns = ("expert", "tokens", "share", "× mean", "replicas", "<on ranks (tokens)")
+    listing = table(console, *columns, title=title)
+    for e in experts:
+        times = e.load / mean if mean else 0.0
+        places = ", ".join(f"r{r.rank} ({count(r.load)})" for r in e.ranks[:4])
+        places += f" and {len(e.ranks) - 4} more" if len(e.ranks) > 4 else ""
+        share, hot = percent(e.share, 2), heat(f"{times:.2f}", times)
+        listing.add_row(str(e.logical), count(e.load), share, hot, str(e.replicas), places)
+    console.print(listing)
+    console.print()
 
 
-def _slots(console: Console, report: LayerReport) -> None:
+def _slots(console: Console, report: LayerReport, *, since_change: bool) -> None:
     """The placement: a row a rank, each slot's logical expert coloured by the slot's load."""
     from rich.text import Text
 
     if all(slot.logical is None for slot in report.slots):
         return
     mean = sum(s.load for s in report.slots) / len(report.slots)
+    count = counter(r.load for r in report.ranks)
     digits = max(len(str(s.logical)) for s in report.slots)
-    listing = table(console, "rank", "tokens", "<experts in its slots", title="placement")
+    title = (
+        f"placement since step {report.first_step}, with the tokens since" if since_change else "placement"
+    )
+    listing = table(console, "rank", "tokens", "<experts in its slots", title=title)
+    per_line = max(1, (console.width - 20) // (digits + 2))
     for rank in report.ranks:
         cells = Text()
-        for slot in (s for s in report.slots if s.rank == rank.rank):
+        for i, slot in enumerate(s for s in report.slots if s.rank == rank.rank):
+            if i and i % per_line == 0:
+                cells.append("\n")
             name = "·" if slot.logical is None or slot.logical < 0 else str(slot.logical)
             times = slot.load / mean if mean else 0.0
             cells.append_text(heat(f" {name:>{digits}} ", times))
-        listing.add_row(str(rank.rank), count(rank.load), cells)
+        listing.add_row(f"r{rank.rank}", count(rank.load), cells)
     console.print(listing)
+    empty = sum(slot.logical == -1 for slot in report.slots)
+    if empty:
+        console.print(f"{plural(empty, 'slot')} without an expert (·)")

@@ -31,6 +31,7 @@ StepsOption = Annotated[
     str | None,
     typer.Option("--steps", help="Steps A to B − 1, as A:B; either may be left out.", metavar="A:B"),
 ]
+TopOption = Annotated[int, typer.Option("--top", help="How many rows of a ranking to show.", min=1)]
 OutputOption = Annotated[
     OutputFormat, typer.Option("--output", "-o", help="text, or one JSON document.", case_sensitive=False)
 ]

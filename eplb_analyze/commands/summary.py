@@ -12,10 +12,12 @@ from eplb_analyze.commands.options import (
     OutputOption,
     RunOption,
     StepsOption,
+    TopOption,
     finish,
     open_for,
     parse_steps,
 )
+from eplb_analyze.errors import plural
 from eplb_analyze.output import (
     Output,
     OutputFormat,
@@ -32,14 +34,13 @@ if TYPE_CHECKING:
 
     from eplb_analyze.summary import Summary
 
-SHOWN_LAYERS = 5
-SHOWN_EXPERTS = 5
 SHOWN_REARRANGEMENTS = 12
 
 
 def summary(
     dump: Dump = Path("."),
     steps: StepsOption = None,
+    top: TopOption = 5,
     run: RunOption = None,
     model: ModelOption = None,
     output: OutputOption = OutputFormat.text,
@@ -51,29 +52,30 @@ def summary(
     out = Output(output)
     opened = open_for(out, dump, run, model)
     result = summarize(opened, wanted)
-    out.emit(result.to_json(), lambda console: render(console, result))
-    finish(out, opened)
+    out.emit(result.to_json(), lambda console: render(console, result, top))
+    finish(out, opened, result.steps)
 
 
-def render(console: Console, result: Summary) -> None:
+def render(console: Console, result: Summary, top: int = 5) -> None:
     info, steps = result.run, result.steps
-    redundant = info.num_physical_experts - info.num_logical_experts
     heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
     lasted = "" if result.duration_seconds is None else f", steps over {_duration(result.duration_seconds)}"
     console.print(f"began {began}{lasted}")
-    console.print(
-        f"{info.num_layers} MoE layers × {info.num_logical_experts} experts + {redundant} redundant "
-        f"on {info.ep_size} EP ranks, scope {info.scope}"
-    )
+    if info.num_layers:
+        layers, experts = plural(info.num_layers, "MoE layer"), f"{info.num_logical_experts} experts"
+        slots = f"{info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}"
+        console.print(f"{layers} × {experts} in {slots}, scope {info.scope}")
+    else:
+        console.print("no load was recorded, so its shape is not known")
     _data(console, result)
     console.print()
     if result.spreads["balancedness"].mean is None:
         console.print("no complete step, so there are no figures")
         return
     _figures(console, result)
-    _layers(console, result)
-    _hot_experts(console, result)
+    _layers(console, result, top)
+    _hot_experts(console, result, top)
     _rearrangements(console, result)
     if steps.first is not None and len(result.configurations) > 1:
         _configurations(console, result)
@@ -90,16 +92,15 @@ def _data(console: Console, result: Summary) -> None:
     if result.missing_ranks:
         missing = ", ".join(map(str, result.missing_ranks[:8]))
         more = f" and {len(result.missing_ranks) - 8} more" if len(result.missing_ranks) > 8 else ""
-        text = (
-            f"INCOMPLETE: {len(result.missing_ranks)} of {len(result.expected_ranks)} ranks wrote nothing: "
-        )
-        console.print(Text(f"{text}{missing}{more}", style="bold red"))
+        text = f"INCOMPLETE: of {len(result.expected_ranks)} ranks, these wrote nothing: {missing}{more}"
+        console.print(Text(text, style="bold red"))
     if counts["incomplete"] and not result.missing_ranks:
         why = result.steps.why_incomplete()
-        text = f"{counts['incomplete']:,} incomplete steps are in no figure: {why}"
-        console.print(Text(text, style="yellow"))
+        share = result.steps.incomplete_share
+        text = f"{plural(counts['incomplete'], 'incomplete step')} ({percent(share)}) in no figure: {why}"
+        console.print(Text(text, style="bold red" if share > 0.1 else "yellow"))
     if counts["missing"]:
-        console.print(Text(f"{counts['missing']:,} steps were seen by no rank", style="yellow"))
+        console.print(Text(f"{plural(counts['missing'], 'step')} seen by no rank", style="yellow"))
 
 
 def _figures(console: Console, result: Summary) -> None:
@@ -115,21 +116,21 @@ def _figures(console: Console, result: Summary) -> None:
         listing.add_row(Text(name, style="bold"), *cells, str(at))
     console.print(listing)
     idle = percent(result.idle_fraction)
-    text = ": rank time lost to waiting, if time is as tokens"
+    text = " of rank time (if time is proportional to tokens)"
     console.print(Text.assemble("idle fraction ", (idle, "bold"), text))
     from eplb_analyze.summary import OTHER_FORMULAS
 
     parts = [f"{name} {figure(result.spreads[name].mean)}" for name in OTHER_FORMULAS]
-    console.print(Text(f"other formulas: {', '.join(parts)}", style="dim"))
+    console.print(Text(f"others: {', '.join(parts)}", style="dim"))
     console.print()
 
 
-def _layers(console: Console, result: Summary) -> None:
+def _layers(console: Console, result: Summary, top: int) -> None:
     active = [layer for layer in result.layers if layer.balancedness is not None]
-    worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:SHOWN_LAYERS]
-    title = "worst layers" if len(active) > SHOWN_LAYERS else "layers, the worst first"
+    worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:top]
+    title = f"worst layers ({top} of {len(active)})" if len(active) > top else "layers, the worst first"
     listing = table(
-        console, "layer", "balancedness", "<", "imbalance", "slowest rank", "of steps", title=title
+        console, "layer", "balancedness", "<", "imbalance", "slowest rank", "in steps", title=title
     )
     for layer in worst:
         listing.add_row(
@@ -144,12 +145,12 @@ def _layers(console: Console, result: Summary) -> None:
     console.print()
 
 
-def _hot_experts(console: Console, result: Summary) -> None:
+def _hot_experts(console: Console, result: Summary, top: int) -> None:
     if not result.hot_experts:
         return
     title = "hottest experts (share of the layer)"
     listing = table(console, "layer", "expert", "share", "× mean", "replicas", title=title)
-    for e in result.hot_experts[:SHOWN_EXPERTS]:
+    for e in result.hot_experts[:top]:
         times = heat(f"{e.times_mean:.2f}", e.times_mean)
         listing.add_row(str(e.layer), str(e.logical), percent(e.share, 2), times, str(e.replicas))
     console.print(listing)
@@ -167,8 +168,8 @@ def _rearrangements(console: Console, result: Summary) -> None:
     more = f" and {len(changes) - SHOWN_REARRANGEMENTS} more" if len(changes) > SHOWN_REARRANGEMENTS else ""
     moved = sum(r.slots_changed for r in changes) / len(changes)
     console.print(
-        Text.assemble((f"{len(changes)} rearrangements", "bold"), f" at step {shown}{more}; "),
-        Text(f"{moved:,.0f} slots changed on average"),
+        Text.assemble((plural(len(changes), "rearrangement"), "bold"), f" at step {shown}{more}; "),
+        Text(f"{moved:,.0f} slots changed{' on average' if len(changes) > 1 else ''}"),
         sep="",
     )
 
