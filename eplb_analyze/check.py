@@ -181,9 +181,11 @@ def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
     """:func:`standing_findings`, and what the steps read say; an error where figures leave out much."""
     codes = ("incomplete_steps", "rank_stopped", "incomplete_end")
     found = [f for f in _check_steps(run, steps) if f.code in codes]
-    if steps.incomplete_share <= TOLERATED_INCOMPLETE:
+    standing = standing_findings(run)
+    explained = any(f.severity == "error" for f in standing)
+    if explained or steps.incomplete_share <= TOLERATED_INCOMPLETE:
         found = [Finding("warning", f.code, f.text) for f in found]
-    return [*standing_findings(run), *found]
+    return [*standing, *found]
 
 
 def _check_placements(run: Run) -> Iterator[Finding]:

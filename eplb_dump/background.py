@@ -80,7 +80,8 @@ class Background:
         self._appender: JournalAppender | None = None
         self._opened_at = 0.0
         self._seq = 0
-        self._window: int | None = None
+        #: The steps that the open segment may hold; an empty range before the first.
+        self._window_start = self._window_end = 0
         self._shape: Shape | None = None
         self._placement: Int32 | None = None
         self._placement_ep_size = 0
@@ -203,47 +204,48 @@ class Background:
         if self.off is not None:
             self._discard()
             return
-        batch: list[Entry] = []
-        size = 0
-        last: tuple[Ring, int] | None = None
-        while self._entries:
-            entry = self._entries[0]
-            if batch and (
-                len(batch) >= BATCH_STEPS
-                or size >= BATCH_BYTES
-                or not _follows(entry.load, last)
-                or self._begins_segment(entry)
-            ):
-                self._write(batch)
-                batch, size, last = [], 0, None
-            if self._begins_segment(entry):
-                self._rotate()
-            self._set_segment(entry)
-            batch.append(self._entries.popleft())
-            if entry.load is not None:
-                last = entry.load
-                size += last[0].host[0].nbytes
-        if batch:
+        entries = self._entries
+        while entries:
+            batch = [entries.popleft()]
+            self._begin_segment_if_due(batch[0])
+            load, ep_size = batch[0].load, batch[0].ep_size
+            room = BATCH_STEPS
+            # The usual case, in few words, as the engine's Python waits meanwhile: what follows in the
+            # same ring and window goes into the same batch.
+            while entries and len(batch) < room:
+                entry = entries[0]
+                inside = self._window_start <= entry.step < self._window_end
+                if not inside and entry.status is not Status.REJECTED:  # whose step may be a wrong one
+                    break
+                if entry.load is not None:
+                    if load is None:  # the first load tells the shape
+                        if self._shape is not None and self._shape != _shape_of(entry):
+                            break
+                    elif (
+                        entry.load[0] is not load[0]
+                        or entry.load[1] != load[1] + 1
+                        or entry.ep_size != ep_size
+                    ):
+                        break
+                    room = min(BATCH_STEPS, 1 + BATCH_BYTES // entry.load[0].slot_bytes)
+                    load, ep_size = entry.load, entry.ep_size
+                batch.append(entries.popleft())
+            if load is not None and self._shape is None:
+                self._shape = Shape(ep_size, *load[0].shape)
+                self._note_shape(self._shape)
             self._write(batch)
 
-    def _shape_of(self, entry: Entry) -> Shape | None:
-        return None if entry.load is None else Shape(entry.ep_size, *entry.load[0].shape)
-
-    def _begins_segment(self, entry: Entry) -> bool:
-        if entry.status is Status.REJECTED:  # its step may be a wrong one
-            return False
-        shape = self._shape_of(entry)
-        return (self._window is not None and entry.step // self._segment_window != self._window) or (
-            self._shape is not None and shape is not None and shape != self._shape
-        )
-
-    def _set_segment(self, entry: Entry) -> None:
-        if entry.status is not Status.REJECTED:
-            self._window = entry.step // self._segment_window
-        shape = self._shape_of(entry)
-        if shape is not None and self._shape is None:
-            self._shape = shape
-            self._note_shape(shape)
+    def _begin_segment_if_due(self, entry: Entry) -> None:
+        """Rotate where an entry is of another window of steps or another shape than the journal."""
+        if entry.status is Status.REJECTED:
+            return
+        other_window = not self._window_start <= entry.step < self._window_end
+        other_shape = entry.load is not None and self._shape not in (None, _shape_of(entry))
+        if other_window or other_shape:
+            if self._window_end:
+                self._rotate()
+            self._window_start = entry.step - entry.step % self._segment_window
+            self._window_end = self._window_start + self._segment_window
 
     def _note_shape(self, shape: Shape) -> None:
         """Complete session.json by the shapes, which are first known now."""
@@ -277,16 +279,17 @@ class Background:
         """The frames of a batch; sets ``status`` to rejected where a load cannot be recorded."""
         staged = [i for i, entry in enumerate(batch) if entry.load is not None]
         parts: list[bytes] = []
-        if staged and batch[staged[0]].placement is None:
-            parts += self._restate_placement(batch[staged[0]])
-        changes, faults = self._take_placements(batch)
-        parts += changes
         if staged:
             first, last = batch[staged[0]].load, batch[staged[-1]].load
             assert first is not None
             assert last is not None
             ring, low, high = first[0], first[1], last[1]
-            ring.wait(low, high)
+            ring.wait(low, high)  # for the placements beside the loads, too
+        if staged and batch[staged[0]].placement is None:
+            parts += self._restate_placement(batch[staged[0]])
+        changes, faults = self._take_placements(batch)
+        parts += changes
+        if staged:
             load = ring.host[low : high + 1]
             faults = self._judge(load, [faults[i] for i in staged])
             good = [i for i, fault in enumerate(faults) if fault is None]
@@ -297,18 +300,19 @@ class Background:
                     self.notices.append(f"a step was rejected and is counted: {fault}")
             if good:
                 chosen = load if len(good) == len(load) else load[good]
-                step = np.array([batch[staged[i]].step for i in good], np.int64)
-                parts.append(self._loads_frame(step, chosen))
+                steps = np.array([batch[staged[i]].step for i in good], np.int64)
+                parts.append(self._loads_frame(steps, chosen))
             ring.release(len(staged))
-        phases = tuple(dict.fromkeys(e.phase for e in batch if e.phase is not None))
+        step, time_ns, monotonic_ns, _, num_tokens, phase, *_ = zip(*batch, strict=True)
+        phases = tuple(name for name in dict.fromkeys(phase) if name is not None)
         code: dict[str | None, int] = {name: i for i, name in enumerate(phases)}
         rows = StepRows(
-            step=np.array([e.step for e in batch], np.int64),
-            time_ns=np.array([e.time_ns for e in batch], np.int64),
-            monotonic_ns=np.array([e.monotonic_ns for e in batch], np.int64),
+            step=np.array(step, np.int64),
+            time_ns=np.array(time_ns, np.int64),
+            monotonic_ns=np.array(monotonic_ns, np.int64),
             status=status,
-            num_tokens=np.array([e.num_tokens for e in batch], np.int64),
-            phase=np.array([code.get(e.phase, -1) for e in batch], np.int8),
+            num_tokens=np.array(num_tokens, np.int64),
+            phase=np.array([code.get(name, -1) for name in phase], np.int8),
             phases=phases,
         )
         parts.append(journal.steps_frame(rows))
@@ -335,8 +339,6 @@ class Background:
         faults: list[str | None] = [self._placement_fault] * len(batch)
         if not given:
             return parts, faults
-        for ring, index in given:
-            ring.wait(index, index)
         if not self._all_unchanged(batch, given):
             for i, entry in enumerate(batch):
                 if entry.placement is not None:
@@ -415,7 +417,7 @@ class Background:
 
     def _rotate(self) -> None:
         """Hand the open journal to the sealer; the next batch opens a new one."""
-        self._window = self._shape = None
+        self._shape = None
         if self._appender is not None:
             self._to_seal.put(self._appender)
             self._appender = None
@@ -447,9 +449,10 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else repr(error)
 
 
-def _follows(load: tuple[Ring, int] | None, last: tuple[Ring, int] | None) -> bool:
-    """Whether a load lies in the buffer after the last one's, so that both go into one batch."""
-    return load is None or last is None or (load[0] is last[0] and load[1] == last[1] + 1)
+def _shape_of(entry: Entry) -> Shape:
+    """The shape of an entry that has a load."""
+    assert entry.load is not None
+    return Shape(entry.ep_size, *entry.load[0].shape)
 
 
 def _release(buffers: Iterable[tuple[Ring, int] | None]) -> None:

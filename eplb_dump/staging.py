@@ -37,12 +37,14 @@ class Ring:
         "_dtype",
         "_events",
         "_released",
+        "_streams",
         "_taken",
         "_targets",
         "count",
         "host",
         "is_torch",
         "shape",
+        "slot_bytes",
     )
 
     def __init__(self, example: Any, count: int) -> None:
@@ -59,6 +61,8 @@ class Ring:
         self._device: Any = None
         self._current_stream: Any = None
         self._events: list[Any] = []
+        #: The stream that each event was last recorded on.
+        self._streams: list[int] = []
         self._bytes: list[memoryview] = []
         self._taken = self._released = self._base = 0
         if self.is_torch:
@@ -68,6 +72,7 @@ class Ring:
                 raise StagingError(f"of type {self._dtype}, not an integer type")
             self.host = np.empty((count, *self.shape), self._dtype)
             self._targets = list(self.host)
+        self.slot_bytes = max(1, self.host.nbytes // max(1, count))
         if not self._events:
             self._bytes = [memoryview(buffer).cast("B") for buffer in self.host]
 
@@ -86,6 +91,7 @@ class Ring:
         if on_gpu:
             # blocking: the background thread sleeps until the event instead of spinning.
             self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
+            self._streams = [0] * self.count
             self._current_stream = torch.cuda.current_stream
 
     # ---- the engine's thread
@@ -129,18 +135,22 @@ class Ring:
             np.copyto(self._targets[index], tensor)
 
     def mark(self, index: int) -> None:
-        """Note on the stream that the copy is done by then (CUDA only)."""
+        """Note on the stream that all copies so far are done by then (CUDA only)."""
         if self._events:
-            self._events[index].record(self._current_stream(self._device))
+            stream = self._current_stream(self._device)
+            self._events[index].record(stream)
+            self._streams[index] = stream.cuda_stream
 
     # ---- the background thread
 
     def wait(self, first: int, last: int) -> None:
         """Wait until buffers ``first`` to ``last`` are filled, without the interpreter lock."""
         if self._events:
-            # The last one first: on one stream the others are then done without another wait.
+            # A stream works in order, so its last event stands for all of its.
+            done: set[int] = set()
             for index in range(last, first - 1, -1):
-                if not self._events[index].query():
+                if self._streams[index] not in done:
+                    done.add(self._streams[index])
                     self._events[index].synchronize()
 
     def release(self, count: int) -> None:

@@ -404,9 +404,8 @@ class ExpertLoadWriter:
                     self._drop(number, "the queue is full")
                     return
                 maps.fill(map_index, placement)
-                maps.mark(map_index)
             loads.fill(index, expert_load)
-            loads.mark(index)
+            loads.mark(index)  # of both copies
         except Exception as error:
             loads.untake()
             if maps is not None and map_index >= 0:
