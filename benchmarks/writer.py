@@ -119,7 +119,7 @@ def loop(rounds: int, steps: int) -> None:
 
 def sustained(seconds: float) -> None:
     """Rate at which nothing is dropped: a producer that records as fast as the queue empties."""
-    batch = [torch.from_numpy(load) for load in workload.loads(256)]
+    batch = [torch.from_numpy(load) for load in workload.loads(2048)]
     placement = torch.from_numpy(workload.placement())
     with tempfile.TemporaryDirectory() as folder:
         with open_writer(folder) as writer:
@@ -127,7 +127,7 @@ def sustained(seconds: float) -> None:
             step = 0
             while time.perf_counter() - start < seconds:
                 for _ in range(64):
-                    writer.record(None, batch[step % 256], placement)
+                    writer.record(None, batch[step % 2048], placement)
                     step += 1
                 wait_for_room(writer)
             assert writer.flush(60)
@@ -142,7 +142,7 @@ def sustained(seconds: float) -> None:
         begin = time.perf_counter()
         with path.open("wb") as file:
             for i in range(min(step, 20_000)):
-                file.write(batch[i % 256].numpy().data)
+                file.write(batch[i % 2048].numpy().data)
         plain = min(step, 20_000) / (time.perf_counter() - begin)
     print(
         f"sustained: {step / recorded:,.0f} steps/s into the journal, {step / sealed:,.0f} steps/s sealed, "
