@@ -60,6 +60,18 @@ def measure(call: Callable[[int], object], steps: int, before: Callable[[], None
     return took[steps // 10 :] / 1e3
 
 
+def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]) -> Any:
+    """Microseconds a call, back to back in bursts of 100 with the processor's caches warm."""
+    took = []
+    for start in range(0, calls, 100):
+        begin = time.perf_counter_ns()
+        for i in range(start, start + 100):
+            call(i)
+        took.append((time.perf_counter_ns() - begin) / 100)
+        after()
+    return np.array(took[2:]) / 1e3
+
+
 def line(name: str, took: Any, base: Any | None = None) -> None:
     p50, p99, worst = np.percentile(took, [50, 99, 100])
     ratio = "" if base is None else f"   {p50 / np.percentile(base, 50):5.2f} × bare"
@@ -76,6 +88,11 @@ def cpu(folder: str, steps: int, pace_ms: float) -> None:
     def pace() -> None:
         spin(pace_ms / 1e3)
 
+    bare = burst(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, lambda: None)
+    line("back to back: bare copy_", bare)
+    with open_writer(folder) as writer:
+        took = burst(lambda i: writer.record(None, batch[i % 64], placement), steps, writer.flush)
+        line("back to back: record, torch tensors", took, bare)
     bare = measure(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, pace)
     line("bare copy_ into a host buffer", bare)
     for name, tensors, maps in (
@@ -119,6 +136,16 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
         pinned[i % 64].copy_(batch[i % 64], non_blocking=True)
         events[i % 64].record()
 
+    with open_writer(folder) as writer:
+
+        def settle() -> None:
+            torch.cuda.synchronize()
+            writer.flush()
+
+        bare = burst(bare_call, 3000, torch.cuda.synchronize)
+        line("back to back: bare copy_ + event.record()", bare)
+        back_to_back = burst(lambda i: writer.record(None, batch[i % 64], placement), 3000, settle)
+        line("back to back: record", back_to_back, bare)
     for state, before in (("idle", idle), ("busy", busy)):
         bare = measure(bare_call, steps, before)
         line(f"{state}: bare copy_(non_blocking) + event.record()", bare)

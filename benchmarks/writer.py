@@ -93,25 +93,28 @@ def loop(rounds: int, steps: int) -> None:
                 writer.record(None, batch[i % 64], placement)
         return time.perf_counter() - start
 
+    print(
+        f"a loop of 5 ms steps, {rounds} rounds of {steps} off, {steps} on, {steps} off; quartiles in brackets"
+    )
     for name, step in (
-        ("pure Python steps of 5 ms", lambda: python_step(work)),
-        ("torch matmul steps of about 5 ms", lambda: torch_step(pair)),
+        ("pure Python", lambda: python_step(work)),
+        ("torch matmul", lambda: torch_step(pair)),
     ):
-        ratios, dropped = [], 0
-        with tempfile.TemporaryDirectory() as folder, open_writer(folder, segment_steps=steps) as writer:
-            timed(step, writer)
-            # Off, on, off: the machine's own drift cancels out.
-            for _ in range(rounds):
-                before, on, after = timed(step, None), timed(step, writer), timed(step, None)
-                ratios.append(on / ((before + after) / 2))
-            dropped = writer.stats().dropped
-        low, high = min(ratios), max(ratios)
-        slower = (statistics.median(ratios) - 1) * 100
-        print(
-            f"{name}: {slower:+.2f} % with the writer on "
-            f"(median of {rounds} × {steps} steps; {100 * (low - 1):+.2f} to {100 * (high - 1):+.2f} %), "
-            f"{dropped} dropped"
-        )
+        for state in ("control: off, off, off", "writer on", "writer on, sealing all the time"):
+            sealing = 60 if state.endswith("time") else 2048
+            ratios = []
+            with tempfile.TemporaryDirectory() as folder:
+                writer = None if state.startswith("control") else open_writer(folder, segment_steps=sealing)
+                timed(step, writer)
+                # Off, on, off: the machine's own drift cancels out.
+                for _ in range(rounds):
+                    before, on, after = timed(step, None), timed(step, writer), timed(step, None)
+                    ratios.append(100 * (on / ((before + after) / 2) - 1))
+                dropped = 0 if writer is None else writer.stats().dropped
+                if writer is not None:
+                    writer.close(60)
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            print(f"{name:13s} {state:32s} {middle:+6.2f} % [{low:+.2f} … {high:+.2f}], {dropped} dropped")
 
 
 # ---- as fast as it will go
@@ -229,12 +232,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["loop", "sustained", "size", "hour"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     if args.what == "loop":
-        loop(args.rounds, args.steps or 400)
+        loop(args.rounds, args.steps or 60)
     elif args.what == "sustained":
         sustained(args.seconds)
     elif args.what == "size":

@@ -36,6 +36,9 @@ BATCH_STEPS = 256
 BATCH_BYTES = 16 << 20
 
 
+LAST_MAP_INVALID = "the last physical_to_logical_map was not valid"
+
+
 class Entry(NamedTuple):
     """One step on its way from the engine's thread to the journal."""
 
@@ -335,30 +338,38 @@ class Background:
     def _take_placements(self, batch: Sequence[Entry]) -> tuple[list[bytes], list[str | None]]:
         """Frames for placements that changed, and each entry's fault where its placement is none."""
         given = [entry.placement for entry in batch if entry.placement is not None]
+        differs = iter(self._differing(batch, given))
         parts: list[bytes] = []
-        faults: list[str | None] = [self._placement_fault] * len(batch)
-        if not given:
-            return parts, faults
-        if not self._all_unchanged(batch, given):
-            for i, entry in enumerate(batch):
-                if entry.placement is not None:
-                    ring, index = entry.placement
-                    parts += self._take_placement(entry, ring.host[index])
-                faults[i] = self._placement_fault
-                if self._placement_fault is not None:  # those that follow came without a map of their own
-                    self._placement_fault = "the last physical_to_logical_map was not valid"
+        faults: list[str | None] = []
+        for entry in batch:
+            if entry.placement is None:
+                faults.append(LAST_MAP_INVALID if self._placement_fault is not None else None)
+                continue
+            if next(differs):
+                ring, index = entry.placement
+                parts += self._take_placement(entry, ring.host[index])
+            faults.append(self._placement_fault)
         _release(given)
         return parts, faults
 
-    def _all_unchanged(self, batch: Sequence[Entry], given: Sequence[tuple[Ring, int]]) -> bool:
-        """Whether all placements of a batch are the one already known: the usual case, in one pass."""
+    def _differing(self, batch: Sequence[Entry], given: Sequence[tuple[Ring, int]]) -> list[bool]:
+        """Which of the given placements may differ from the one before, told in one pass for all."""
+        if not given:
+            return []
         ring, low = given[0]
-        last = given[-1][1]
-        together = given[-1][0] is ring and last - low + 1 == len(given)
-        if not together or self._placement_fault is not None or self._placement is None:
-            return False
-        same = self._placement.shape == ring.shape and self._placement_ep_size == batch[-1].ep_size
-        return same and bool((ring.host[low : last + 1] == self._placement).all())
+        high = given[-1][1]
+        if given[-1][0] is not ring or high - low + 1 != len(given):
+            return [True] * len(given)
+        maps = ring.host[low : high + 1]
+        first = (
+            self._placement_fault is not None
+            or self._placement is None
+            or self._placement.shape != tuple(ring.shape)
+            or self._placement_ep_size != batch[-1].ep_size
+            or bool((maps[0] != self._placement).any())
+        )
+        later: list[bool] = (maps[1:] != maps[:-1]).any(axis=(1, 2)).tolist()
+        return [first, *later]
 
     def _take_placement(self, entry: Entry, raw: npt.NDArray[Any]) -> list[bytes]:
         """Frames for the layers whose placement changed; a copy is kept to compare the next with."""

@@ -97,9 +97,11 @@ class Ring:
     # ---- the engine's thread
 
     def fits(self, tensor: Any) -> bool:
-        if tensor.shape != self.shape or tensor.dtype != self._dtype:
-            return False
-        return not self.is_torch or tensor.device == self._device
+        return bool(
+            tensor.shape == self.shape
+            and tensor.dtype == self._dtype
+            and (not self.is_torch or tensor.device == self._device)
+        )
 
     @property
     def used(self) -> int:

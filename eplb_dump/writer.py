@@ -187,6 +187,8 @@ class ExpertLoadWriter:
         self._maps: Ring | None = None
         self._wake_at = 1
         self._map_detector = ChangeDetector()
+        #: The loads' ring when the map was last copied: of another one, its shape may not fit.
+        self._map_came_with: Ring | None = None
         self._closed = self._ended_well = False
         self._off: str | None = None
         self._background: Background | None = None
@@ -362,7 +364,7 @@ class ExpertLoadWriter:
         if self._stopped() is not None:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
             return
-        if number % self._interval:
+        if self._interval > 1 and number % self._interval:
             self._not_sampled += self._enqueue(number, Status.NOT_SAMPLED)
             return
         ep_size_before = self._ep_size
@@ -393,9 +395,9 @@ class ExpertLoadWriter:
             return
         maps, map_index = None, -1
         try:
-            # One of another shape than the loads is not copied for its content: it is to be rejected.
+            # A map that came with loads of another shape is to be looked at again, and rejected.
             if placement is not None and not (
-                self._map_detector.unchanged(placement) and placement.shape == loads.shape
+                self._map_detector.unchanged(placement) and self._map_came_with is loads
             ):
                 maps = self._ring_for_maps(placement)
                 map_index = maps.take()
@@ -417,17 +419,19 @@ class ExpertLoadWriter:
             return
         buffer = (loads, index)
         map_buffer = None if maps is None else (maps, map_index)
-        if self._enqueue(number, Status.RECORDED, num_tokens, phase, buffer, map_buffer):
-            self._accepted += 1
-            if maps is not None:
-                self._map_detector.remember(placement)
-            busy = loads.used >= self._wake_at or (maps is not None and maps.used * 4 > maps.count)
-            if busy and self._background is not None:
-                self._background.wake()
-        else:
+        if not self._enqueue(number, Status.RECORDED, num_tokens, phase, buffer, map_buffer):
             loads.untake()
             if maps is not None:
                 maps.untake()
+            return
+        self._accepted += 1
+        busy = loads.used >= self._wake_at
+        if maps is not None:
+            self._map_detector.remember(placement)
+            self._map_came_with = loads
+            busy = busy or maps.used * 4 > maps.count
+        if busy and self._background is not None:
+            self._background.wake()
 
     def _begin(self, step: int | None) -> int | None:
         """Count a step as seen and give it its number; None where it ends here."""
@@ -482,26 +486,18 @@ class ExpertLoadWriter:
         if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
             self._notice("phase is not a short text and is left out")
             phase = None
-        self._entries.append(
-            Entry(
-                step,
-                time.time_ns(),
-                time.monotonic_ns(),
-                status,
-                num_tokens,
-                phase,
-                self._ep_size,
-                load,
-                placement,
-            )
-        )
+        now, monotonic = time.time_ns(), time.monotonic_ns()
+        # What Entry(…) does, without its call: this runs once a step.
+        fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)
+        self._entries.append(tuple.__new__(Entry, fields))
         self._enqueued += 1
         return True
 
     def _stopped(self) -> str | None:
         if self._closed:
             return "the writer is closed"
-        if self._background is None or self._off is not None or self._background.off is not None:
+        background = self._background
+        if background is None or background.off is not None or self._off is not None:
             return "recording is off"
         return None
 
