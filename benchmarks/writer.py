@@ -93,9 +93,7 @@ def loop(rounds: int, steps: int) -> None:
                 writer.record(None, batch[i % 64], placement)
         return time.perf_counter() - start
 
-    print(
-        f"a loop of 5 ms steps, {rounds} rounds of {steps} off, {steps} on, {steps} off; quartiles in brackets"
-    )
+    print(f"a loop of 5 ms steps, {rounds} rounds of {steps} off, on, off; quartiles in brackets")
     for name, step in (
         ("pure Python", lambda: python_step(work)),
         ("torch matmul", lambda: torch_step(pair)),

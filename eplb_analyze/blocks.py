@@ -22,6 +22,12 @@ from eplb_dump.journal import Int64, Shape, StepRows
 #: At most this many steps are joined at once (segments of one run normally end at common steps).
 MAX_BLOCK_STEPS = 4096
 ABSENT = 255
+#: Which of several rows for one step counts: a recorded one before a dummy one before any other.
+STATUS_WEIGHT = np.zeros(256, np.int8)
+STATUS_WEIGHT[[Status.NOT_SAMPLED, Status.DROPPED]] = 1
+STATUS_WEIGHT[Status.DUMMY] = 2
+STATUS_WEIGHT[Status.RECORDED] = 3
+STATUS_WEIGHT[ABSENT] = -1
 
 Status8 = npt.NDArray[np.uint8]
 
@@ -111,7 +117,7 @@ class Block:
     @property
     def expected_ranks(self) -> Sequence[int]:
         """The writers that a step needs: all EP ranks, or the one that holds the sums."""
-        return range(self._shape().ep_size) if self._scope is Scope.LOCAL else self.ranks[:1]
+        return range(self._shape().ep_size) if self._scope is Scope.LOCAL else self.ranks
 
     def rank_load(self, steps: Int64 | None = None) -> Int64:
         """Tokens per EP rank, summed over the writers: int64 ``[len(steps), layers, ep_size]``.
@@ -158,6 +164,9 @@ class Block:
             counts = (self._owner[row, columns] == source.session) & (
                 self.status[row, columns] == Status.RECORDED
             )
+            if self._scope is Scope.GLOBAL:
+                # Of several that wrote sums for a step, the lowest counts.
+                counts &= ~(self.status[:row, columns] == Status.RECORDED).any(axis=0)
             _, here, there = np.intersect1d(
                 np.where(counts, steps, -1), segment.load_steps(), return_indices=True
             )
@@ -198,6 +207,7 @@ def iter_blocks(
         unreadable: ``id`` of segments whose loads cannot be read.
     """
     low, high = steps if steps is not None else (-1, 2**62)
+    last_shape: Shape | None = None
     sources = [
         Source(
             session.info.ep_rank,
@@ -212,8 +222,12 @@ def iter_blocks(
     ]
     ranks = sorted({session.info.ep_rank for session in sessions})
     for group in _overlapping(sources):
-        rows = _join([(s, s.segment.steps()) for s in group], ranks, scope, low, high)
-        for start, stop in _stretches(rows):
+        parts = [(s, s.segment.steps()) for s in group]
+        initial = max(sessions[s.session].info.ep_size for s in group)
+        rows = _join(parts, ranks, scope, last_shape, initial)
+        last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape
+        inside = np.searchsorted(rows.step, [low, high])
+        for start, stop in _stretches(rows, int(inside[0]), int(inside[1])):
             shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
             yield Block(group, rows, start, stop, shape, scope)
 
@@ -232,19 +246,23 @@ def _overlapping(sources: Iterable[Source]) -> Iterator[list[Source]]:
         yield group
 
 
-def _stretches(rows: _JoinedRows) -> Iterator[tuple[int, int]]:
-    """Ranges of columns of one shape and bounded length."""
-    edges = np.flatnonzero(np.diff(rows.shape)) + 1
-    for start, stop in zip([0, *edges], [*edges, len(rows.step)], strict=True):
+def _stretches(rows: _JoinedRows, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of columns, within ``first`` and ``end``, of one shape and bounded length."""
+    edges = [int(e) for e in np.flatnonzero(np.diff(rows.shape)) + 1 if first < e < end]
+    for start, stop in zip([first, *edges], [*edges, end], strict=True):
         for low in range(start, stop, MAX_BLOCK_STEPS):
             yield low, min(low + MAX_BLOCK_STEPS, stop)
 
 
 def _join(
-    parts: list[tuple[Source, StepRows]], ranks: list[int], scope: Scope, low: int, high: int
+    parts: list[tuple[Source, StepRows]],
+    ranks: list[int],
+    scope: Scope,
+    last_shape: Shape | None,
+    initial: int,
 ) -> _JoinedRows:
+    """Join the rows of a group; ``last_shape`` is of the steps before, ``initial`` the ep_size else."""
     step = np.unique(np.concatenate([rows.step for _, rows in parts]))
-    step = step[(step >= low) & (step < high)]
     n = len(step)
     status = np.full((len(ranks), n), ABSENT, np.uint8)
     owner = np.full((len(ranks), n), -1, np.int32)
@@ -255,23 +273,24 @@ def _join(
     shape_of = np.full((len(ranks), n), -1, np.int32)
     shapes: list[Shape] = []
     row_of = {rank: i for i, rank in enumerate(ranks)}
-    for source, all_rows in sorted(parts, key=lambda part: part[0].session):
-        rows = all_rows.select((all_rows.step >= low) & (all_rows.step < high))
+    if last_shape is not None:
+        shapes.append(last_shape)
+    for source, rows in sorted(parts, key=lambda part: part[0].session):
         row = row_of[source.rank]
         phases += [name for name in rows.phases if name not in phases]
         phase_code = np.array([*map(phases.index, rows.phases), -1], np.int64)
-        # Of several rows of one rank for a step a recorded one counts, of several such the newest
-        # session's: so the others come first, and later assignments win.
-        recorded = (rows.status == Status.RECORDED) & source.readable
-        for chosen in (np.flatnonzero(~recorded), np.flatnonzero(recorded)):
+        # Of several rows of one rank for a step the weightiest counts, of equals the newest session's.
+        statuses = rows.status
+        if not source.readable:
+            statuses = np.where(statuses == Status.RECORDED, np.uint8(ABSENT), statuses)
+        recorded = statuses == Status.RECORDED
+        weight = STATUS_WEIGHT[statuses]
+        for level in np.unique(weight):
+            chosen = np.flatnonzero(weight == level)
             at = np.searchsorted(step, rows.step[chosen])
-            if len(chosen) and not recorded[chosen[0]]:
-                free = status[row, at] != Status.RECORDED
-                chosen, at = chosen[free], at[free]  # noqa: PLW2901
-            value = rows.status[chosen]
-            if not source.readable:
-                value = np.where(value == Status.RECORDED, np.uint8(ABSENT), value)
-            status[row, at] = value
+            free = STATUS_WEIGHT[status[row, at]] <= level
+            chosen, at = chosen[free], at[free]
+            status[row, at] = statuses[chosen]
             owner[row, at] = source.session
             num_tokens[row, at] = rows.num_tokens[chosen]
             time_ns[at] = rows.time_ns[chosen]
@@ -283,7 +302,7 @@ def _join(
                 shapes.append(shape)
             at = np.searchsorted(step, rows.step[recorded])
             shape_of[row, at] = shapes.index(shape)
-    state, shape_row = _states(ranks, status, shape_of, shapes, scope)
+    state, shape_row = _states(ranks, status, shape_of, shapes, scope, last_shape is not None, initial)
     tokens = np.where(status == Status.RECORDED, num_tokens, -1)
     known = (tokens >= 0).any(axis=0)
     total = np.where(known, np.where(tokens >= 0, tokens, 0).sum(axis=0), -1)
@@ -293,7 +312,13 @@ def _join(
 
 
 def _states(
-    ranks: list[int], status: Status8, shape_of: npt.NDArray[np.int32], shapes: list[Shape], scope: Scope
+    ranks: list[int],
+    status: Status8,
+    shape_of: npt.NDArray[np.int32],
+    shapes: list[Shape],
+    scope: Scope,
+    continued: bool,
+    initial_ep_size: int,
 ) -> tuple[Status8, npt.NDArray[np.int32]]:
     """Each step's :class:`StepState` and shape index, from the ranks' statuses."""
     n = status.shape[1]
@@ -301,18 +326,21 @@ def _states(
     at_odds = ((shape_of >= 0) & (shape_of != shape)).any(axis=0)
     # A step that no rank recorded belongs to the shape before it (or, at first, after it).
     known = np.flatnonzero(shape >= 0)
-    if len(known):
+    if len(known) or continued:
         before = np.searchsorted(known, np.arange(n), side="right") - 1
-        shape = shape[known[np.maximum(before, 0)]]
+        earlier = 0 if continued else shape[known[0]]
+        inherited = shape[known[np.maximum(before, 0)]] if len(known) else np.zeros(n, shape.dtype)
+        shape = np.where(before >= 0, inherited, earlier)
     state = np.full(n, StepState.INCOMPLETE, np.uint8)
     for index in np.unique(shape):
         columns = np.flatnonzero(shape == index)
-        size = shapes[index].ep_size if index >= 0 else max(ranks) + 1
+        size = shapes[index].ep_size if index >= 0 else initial_ep_size
         expected = [i for i, rank in enumerate(ranks) if rank < size]
         here = status[expected][:, columns]
         whole = len(expected) == size
-        if scope is Scope.GLOBAL:  # the sums are in one rank's hands: the lowest that wrote
-            here, whole = here[:1], True
+        if scope is Scope.GLOBAL:  # the sums are in one rank's hands: the lowest that has the step
+            best = STATUS_WEIGHT[status[:, columns]].argmax(axis=0)
+            here, whole = status[best, columns][None], True
         recorded = (here == Status.RECORDED).any(axis=0)
         present = whole & (here != ABSENT).all(axis=0)
         had = whole & ((here == Status.RECORDED) | (here == Status.DUMMY)).all(axis=0)

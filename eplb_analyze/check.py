@@ -90,9 +90,10 @@ def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
                 on_empty += [(layer, s) for s in _loads_on_empty(run, block, layer, chosen, load)]
             if chosen is numbers:
                 totals = rank_load.sum(axis=2)
-                active = np.where(totals > 0, totals, -1)
-                lowest = np.where(totals > 0, totals, 2**62).min(axis=1)
-                unequal += chosen[(active.max(axis=1) != lowest) & (active.max(axis=1) > 0)].tolist()
+                # A layer without any token is a dense one that the engine lists, too.
+                totals = totals[:, totals.any(axis=0)]
+                if totals.shape[1]:
+                    unequal += chosen[totals.max(axis=1) != totals.min(axis=1)].tolist()
     return steps, list(_load_findings(run, bad_sums, unequal, on_empty))
 
 

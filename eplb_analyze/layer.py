@@ -113,11 +113,10 @@ def _no_loads(run: Run, step: int, state: int) -> str:
 def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport:
     if steps is not None:
         run.require(steps)
-    blocks = [
-        (block, block.recorded)
-        for block in run.blocks(steps)
-        if block.shape is not None and len(block.recorded)
-    ]
+    # Also where no step of a configuration is complete, it separates those around it.
+    blocks = [(block, block.recorded) for block in run.blocks(steps) if block.shape is not None]
+    while blocks and not len(blocks[-1][1]):
+        blocks.pop()
     if not blocks:
         where = "the run" if steps is None else "this range"
         raise DumpError(f"{run.path}: no step of {where} is complete (see `check`)")
@@ -128,9 +127,10 @@ def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport
         if blocks[i][0].shape != shape:
             kept = blocks[i + 1 :]
             break
-    report = _report(run, layer, index, kept, complete=True)
-    if len(kept) < len(blocks):
-        first, last = int(blocks[0][1][0]), int(blocks[len(blocks) - len(kept) - 1][1][-1])
+    left_out = [numbers for _, numbers in blocks[: len(blocks) - len(kept)] if len(numbers)]
+    report = _report(run, layer, index, [part for part in kept if len(part[1])], complete=True)
+    if left_out:
+        first, last = int(left_out[0][0]), int(left_out[-1][-1])
         report.notes.append(
             f"ep_size or the number of slots changed: steps {first} to {last} are left out, as loads of "
             f"two shapes are not added (see them with --steps {first}:{last + 1})"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.blocks import STATUS_WEIGHT
 from eplb_analyze.dump import Session
 from eplb_analyze.errors import Finding
 from eplb_dump.format import EMPTY_SLOT
@@ -140,25 +141,50 @@ def read_history(sessions: Sequence[Session]) -> PlacementHistory:
     return PlacementHistory(layers, findings)
 
 
-def _statements(sessions: Sequence[Session]) -> Iterable[tuple[int, int, int, int, Int32]]:
+def _statements(sessions: Sequence[Session]) -> Iterator[tuple[int, int, int, int, Int32]]:
     """``(rank, step, layer, ep_size, slots)`` of every row that counts, the lower ranks first."""
-    for number, session in sorted(enumerate(sessions), key=lambda s: (s[1].info.ep_rank, s[0])):
-        # Where a rank was restarted and repeats steps, the newer session's word counts for them.
-        newer = [s for s in sessions[number + 1 :] if s.info.ep_rank == session.info.ep_rank]
-        taken_over = [_first_step(s) for s in newer if s.segments]
-        end = min(taken_over, default=2**62)
+    by_rank: dict[int, list[Session]] = {}
+    for session in sessions:
+        if session.segments:
+            by_rank.setdefault(session.info.ep_rank, []).append(session)
+    for rank, own in sorted(by_rank.items()):
+        rows = [_rows_of(session) for session in own]
+        if len(own) == 1:
+            yield from ((rank, *row) for row in rows[0])
+            continue
+        # Where a rank has several sessions, a statement holds for the steps that its session counts for.
+        for first, end, number in _owned(own):
+            in_force = {row[1]: row for row in rows[number] if row[0] <= first}
+            for _, layer, ep_size, slots in in_force.values():
+                yield rank, first, layer, ep_size, slots
+            yield from ((rank, *row) for row in rows[number] if first < row[0] < end)
+
+
+def _rows_of(session: Session) -> list[tuple[int, int, int, Int32]]:
+    """``(step, layer, ep_size, slots)`` of a session, in order of steps."""
+    found = []
+    for segment in session.segments:
+        rows = segment.placements()
+        numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
+        found += [(*row, slots) for row, slots in zip(numbers, rows.physical_to_logical, strict=True)]
+    return sorted(found, key=lambda row: row[0])
+
+
+def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
+    """``(first step, first step of the next stretch, index of the session)`` whose rows count there."""
+    step: list[npt.NDArray[np.int64]] = []
+    weight: list[npt.NDArray[np.int64]] = []
+    for number, session in enumerate(sessions):
         for segment in session.segments:
-            rows = segment.placements()
-            for i in range(len(rows.step)):
-                if rows.step[i] < end:
-                    yield (
-                        session.info.ep_rank,
-                        int(rows.step[i]),
-                        int(rows.layer[i]),
-                        int(rows.ep_size[i]),
-                        rows.physical_to_logical[i],
-                    )
-
-
-def _first_step(session: Session) -> int:
-    return min(s.first_step for s in session.segments)
+            rows = segment.steps()
+            # Of equals, the newer session's counts: as in the blocks.
+            step.append(rows.step)
+            weight.append(STATUS_WEIGHT[rows.status].astype(np.int64) * len(sessions) + number)
+    steps, weights = np.concatenate(step), np.concatenate(weight)
+    order = np.lexsort((weights, steps))
+    steps, weights = steps[order], weights[order]
+    last = np.append(np.diff(steps) > 0, True)
+    steps, owner = steps[last], weights[last] % len(sessions)
+    starts = np.flatnonzero(np.append(True, np.diff(owner) != 0))
+    ends = [*steps[starts[1:]].tolist(), 2**62]
+    return list(zip(steps[starts].tolist(), ends, owner[starts].tolist(), strict=True))

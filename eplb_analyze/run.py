@@ -76,7 +76,7 @@ def open_run(path: str | os.PathLike[str], run: str | None = None, model: str | 
         raise DumpError(f"{path}: nothing readable in run {run}: {first}")
     names = {slug: infos[0][1].model for slug, infos in models.items()}
     if model is None:
-        slug = max(models, key=lambda s: (_size(models[s][0][1]), s))
+        slug = max(models, key=lambda s: (max(_size(info) for _, info in models[s]), s))
         if len(models) > 1:
             others = ", ".join(name for s, name in names.items() if s != slug)
             notes.append(
@@ -142,7 +142,7 @@ class Run:
 
     def _check_agreement(self) -> None:
         first = self.sessions[0].info
-        fields = ("model", "scope", "num_logical_experts", "moe_layers", "token_replication", "interval")
+        fields = ("model", "scope", "num_logical_experts", "moe_layers", "token_replication")
         for session in self.sessions[1:]:
             odd = [n for n in fields if getattr(session.info, n) != getattr(first, n)]
             if odd:

@@ -175,7 +175,7 @@ class ParquetSegment:
                 monotonic_ns=_numpy(column["monotonic_ns"]),
                 status=number[status],
                 num_tokens=_numpy(column["num_tokens"].fill_null(-1)),
-                phase=phase.astype(np.int8),
+                phase=phase.astype(np.int32),
                 phases=tuple(phases),
             )
 

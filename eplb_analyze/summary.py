@@ -184,21 +184,27 @@ def _summarize(run: Run, steps: Steps | None) -> Summary:
     numbers: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     values: dict[str, list[metrics.Float64]] = {name: [np.empty(0)] for name in FORMULAS}
     stretches: list[_Stretch] = []
+    interrupted = False
     layer_sums = _LayerSums(run.info.num_layers)
     first_time, last_time = 2**62, -1
     for block in run.blocks(steps):
         whole.add(block)
         first_time = min(first_time, int(block.clock_ns.min()))
         last_time = max(last_time, int(block.clock_ns.max()))
-        if block.shape is None or not len(block.recorded):
+        if block.shape is None:
+            continue
+        # Also where no step of a configuration is complete, it separates those around it.
+        interrupted = interrupted or (bool(stretches) and stretches[-1].shape != block.shape)
+        if not len(block.recorded):
             continue
         tokens = run.tokens(block.rank_load())
         numbers.append(block.recorded)
         for name, formula in FORMULAS.items():
             values[name].append(formula.per_step(tokens))
         layer_sums.add(tokens)
-        if not stretches or stretches[-1].shape != block.shape:
+        if not stretches or interrupted:
             stretches.append(_Stretch(block.shape, run.info.num_logical_experts))
+            interrupted = False
         stretches[-1].add(run, block, tokens, values["balancedness"][-1])
     step = np.concatenate(numbers)
     spreads = {name: Spread.of(np.concatenate(parts), step) for name, parts in values.items()}

@@ -235,7 +235,6 @@ class Background:
                 batch.append(entries.popleft())
             if load is not None and self._shape is None:
                 self._shape = Shape(ep_size, *load[0].shape)
-                self._note_shape(self._shape)
             self._write(batch)
 
     def _begin_segment_if_due(self, entry: Entry) -> None:
@@ -302,6 +301,8 @@ class Background:
                     self.rejected[fault] += 1
                     self.notices.append(f"a step was rejected and is counted: {fault}")
             if good:
+                assert self._shape is not None
+                self._note_shape(self._shape)
                 chosen = load if len(good) == len(load) else load[good]
                 steps = np.array([batch[staged[i]].step for i in good], np.int64)
                 parts.append(self._loads_frame(steps, chosen))
@@ -315,7 +316,7 @@ class Background:
             monotonic_ns=np.array(monotonic_ns, np.int64),
             status=status,
             num_tokens=np.array(num_tokens, np.int64),
-            phase=np.array([code.get(name, -1) for name in phase], np.int8),
+            phase=np.array([code.get(name, -1) for name in phase], np.int16),
             phases=phases,
         )
         parts.append(journal.steps_frame(rows))
@@ -338,6 +339,9 @@ class Background:
     def _take_placements(self, batch: Sequence[Entry]) -> tuple[list[bytes], list[str | None]]:
         """Frames for placements that changed, and each entry's fault where its placement is none."""
         given = [entry.placement for entry in batch if entry.placement is not None]
+        for entry in batch:
+            if entry.load is None and entry.placement is not None:  # else the load's event stands for both
+                entry.placement[0].wait(entry.placement[1], entry.placement[1])
         differs = iter(self._differing(batch, given))
         parts: list[bytes] = []
         faults: list[str | None] = []

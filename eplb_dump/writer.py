@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from eplb_dump import rendezvous
-from eplb_dump.background import Background, Entry, Limits, write_session_file
+from eplb_dump.background import LAST_MAP_INVALID, Background, Entry, Limits, write_session_file
 from eplb_dump.format import MAX_LOAD, RUN_ID_PATTERN, Scope, SessionInfo, Status, session_path
 from eplb_dump.staging import ChangeDetector, Ring, StagingError, slot_bytes
 
@@ -189,6 +189,9 @@ class ExpertLoadWriter:
         self._map_detector = ChangeDetector()
         #: The loads' ring when the map was last copied: of another one, its shape may not fit.
         self._map_came_with: Ring | None = None
+        #: A map was handed over and could not be kept: what holds from then on is not known.
+        self._map_lost = False
+        self._layers: int | None = None
         self._closed = self._ended_well = False
         self._off: str | None = None
         self._background: Background | None = None
@@ -365,7 +368,14 @@ class ExpertLoadWriter:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
             return
         if self._interval > 1 and number % self._interval:
-            self._not_sampled += self._enqueue(number, Status.NOT_SAMPLED)
+            if ep_size is not None and _is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
+                self._ep_size = int(ep_size)
+            self._not_sampled += self._enqueue(
+                number, Status.NOT_SAMPLED, placement=self._map_alone(placement)
+            )
+            return
+        if placement is None and self._map_lost:
+            self._reject(number, LAST_MAP_INVALID)
             return
         ep_size_before = self._ep_size
         if ep_size is not None:
@@ -378,10 +388,10 @@ class ExpertLoadWriter:
             if loads is None or not loads.fits(expert_load):
                 loads = self._loads = self._new_ring(expert_load, self._queue_steps)
         except StagingError as error:
-            self._reject(number, f"expert_load is {error}")
+            self._reject(number, f"expert_load is {error}", placement)
             return
         except Exception as error:
-            self._reject(number, f"expert_load cannot be staged: {type(error).__name__}")
+            self._reject(number, f"expert_load cannot be staged: {type(error).__name__}", placement)
             return
         if loads.shape[1] % self._ep_size:
             self._reject(
@@ -391,7 +401,7 @@ class ExpertLoadWriter:
             return
         index = loads.take()
         if index < 0:
-            self._drop(number, "the queue is full")
+            self._drop(number, "the queue is full", placement)
             return
         maps, map_index = None, -1
         try:
@@ -403,7 +413,7 @@ class ExpertLoadWriter:
                 map_index = maps.take()
                 if map_index < 0:
                     loads.untake()
-                    self._drop(number, "the queue is full")
+                    self._drop(number, "the queue is full", placement)
                     return
                 maps.fill(map_index, placement)
             loads.fill(index, expert_load)
@@ -425,10 +435,12 @@ class ExpertLoadWriter:
                 maps.untake()
             return
         self._accepted += 1
+        self._layers = loads.shape[0]
         busy = loads.used >= self._wake_at
         if maps is not None:
             self._map_detector.remember(placement)
             self._map_came_with = loads
+            self._map_lost = False
             busy = busy or maps.used * 4 > maps.count
         if busy and self._background is not None:
             self._background.wake()
@@ -477,6 +489,9 @@ class ExpertLoadWriter:
             if status in (Status.RECORDED, Status.DUMMY, Status.NOT_SAMPLED):
                 self._dropped[why] += 1
             self._unlisted += 1
+            if placement is not None and load is None:
+                placement[0].untake()
+                self._map_lost = True
             return False
         if num_tokens is None:
             num_tokens = -1
@@ -501,16 +516,34 @@ class ExpertLoadWriter:
             return "recording is off"
         return None
 
-    def _drop(self, step: int, reason: str) -> None:
+    def _map_alone(self, placement: Any) -> tuple[Ring, int] | None:
+        """Stage a map whose load is not recorded, as later steps may rely on it ("None: as before")."""
+        try:
+            if placement is None or self._map_detector.unchanged(placement):
+                return None
+            maps = self._ring_for_maps(placement)
+            index = maps.take()
+            if index >= 0:
+                maps.fill(index, placement)
+                maps.mark(index)
+                self._map_detector.remember(placement)
+                self._map_came_with, self._map_lost = None, False
+                return maps, index
+        except Exception as error:
+            self._notice(f"a physical_to_logical_map could not be kept: {type(error).__name__}")
+        self._map_lost = True
+        return None
+
+    def _drop(self, step: int, reason: str, placement: Any = None) -> None:
         self._dropped[reason] += 1
-        self._enqueue(step, Status.DROPPED)
+        self._enqueue(step, Status.DROPPED, placement=self._map_alone(placement))
         if self._background is not None:
             self._background.wake()
         self._notice(f"steps are dropped and counted: {reason}")
 
-    def _reject(self, step: int, reason: str) -> None:
+    def _reject(self, step: int, reason: str, placement: Any = None) -> None:
         self._rejected[reason] += 1
-        self._enqueue(step, Status.REJECTED)
+        self._enqueue(step, Status.REJECTED, placement=self._map_alone(placement))
         self._notice(f"a step was rejected and is counted: {reason}")
 
     def _account_for(self, error: Exception) -> None:
@@ -530,8 +563,8 @@ class ExpertLoadWriter:
         layers = self.info.moe_layers
         if layers is not None and len(layers) != ring.shape[0]:
             raise StagingError(f"of {ring.shape[0]} layers, but moe_layers names {len(layers)}")
-        if self._loads is not None and ring.shape[0] != self._loads.shape[0]:
-            raise StagingError(f"of {ring.shape[0]} layers, but was of {self._loads.shape[0]}")
+        if self._layers not in (None, ring.shape[0]):
+            raise StagingError(f"of {ring.shape[0]} layers, but was of {self._layers}")
         self._wake_at = max(1, count // 4)
         return ring
 

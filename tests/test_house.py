@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.segments": SHARED,
     "eplb_analyze.dump": SHARED | offline("segments", "errors"),
     "eplb_analyze.blocks": SHARED | offline("dump", "segments"),
-    "eplb_analyze.placements": SHARED | offline("dump", "errors"),
+    "eplb_analyze.placements": SHARED | offline("blocks", "dump", "errors"),
     "eplb_analyze.metrics": set(),
     "eplb_analyze.run": SHARED | offline("blocks", "dump", "errors", "metrics", "placements", "segments"),
     "eplb_analyze.completeness": SHARED | offline("blocks"),

@@ -357,6 +357,105 @@ def test_gaps_and_sampling_are_counted(tmp_path: Path) -> None:
     assert (steps["seen"], steps["first"], steps["last"]) == (20, 0, 59)
 
 
+ONE = np.array([[0, 1]])
+OTHER = np.array([[1, 0]])
+
+
+def two(root: Path, **options: Any) -> ExpertLoadWriter:
+    """A writer of one layer, two experts on two ranks, scope global."""
+    defaults: dict[str, Any] = {"model": "m", "num_logical_experts": 2, "ep_size": 2, "scope": "global"}
+    return ExpertLoadWriter(root, run_id="r", **{**defaults, **options})
+
+
+def experts_of(root: Path, steps: tuple[int, int]) -> list[float]:
+    return [e.load for e in layer_report(open_run(root), 0, steps=steps).experts]
+
+
+def test_a_map_of_a_step_that_is_not_recorded_counts_for_those_after(tmp_path: Path) -> None:
+    with two(tmp_path, interval=2) as writer:
+        writer.record(0, np.array([[10, 90]]), ONE)
+        writer.record(1, np.array([[10, 90]]), OTHER)  # not sampled
+        for step in range(2, 10):
+            writer.record(step, np.array([[90, 10]]), None)
+    assert experts_of(tmp_path, (4, 5)) == [10, 90]
+    with two(tmp_path / "rejected") as writer:
+        writer.record(0, np.array([[10, 90]]), ONE)
+        writer.record(1, np.array([[-10, 90]]), OTHER)
+        writer.record(2, np.array([10, 90]), ONE)
+        writer.record(3, np.array([[90, 10]]), None)
+    assert experts_of(tmp_path / "rejected", (3, 4)) == [90, 10]
+
+
+def test_an_ep_size_of_a_step_that_is_not_recorded_counts_for_those_after(tmp_path: Path) -> None:
+    load = np.array([[0, 0, 10, 10]])
+    with two(tmp_path, interval=2, ep_size=4, num_logical_experts=4) as writer:
+        writer.record(0, load, np.arange(4).reshape(1, 4))
+        writer.record(1, load, None, ep_size=1)
+        writer.record(2, load, None)
+    assert open_run(tmp_path).loads(steps=(2, 3))["ep_size"].to_list() == [1]
+
+
+def test_placements_go_with_the_session_whose_loads_count(tmp_path: Path) -> None:
+    with two(tmp_path) as writer:
+        for step in range(100):
+            writer.record(step, np.array([[10, 90]]), ONE if step < 80 else OTHER)
+    with two(tmp_path) as writer:
+        for step in range(50, 60):
+            writer.record(step, np.array([[10, 90]]), ONE)
+        writer.record(3, np.array([[10, 90]]), ONE)  # went back: rejected, and owns nothing
+    assert experts_of(tmp_path, (80, 100)) == [20 * 90, 20 * 10]
+    assert experts_of(tmp_path, (0, 80)) == [80 * 10, 80 * 90]
+    assert [r.first_step for r in open_run(tmp_path).history.rearrangements()] == [80]
+
+
+def test_a_refused_repeat_changes_nothing(tmp_path: Path) -> None:
+    with two(tmp_path) as writer:
+        writer.record(0, np.array([[10, 90]]), ONE)
+        writer.skip(step=1)
+        writer.record(1, np.array([[10, 90]]), ONE)
+    assert open_run(tmp_path).steps()["state"].to_list() == ["recorded", "dummy"]
+
+
+def test_global_sums_of_a_step_are_the_lowest_ranks_that_has_it(tmp_path: Path) -> None:
+    for rank, steps in ((0, range(5)), (1, range(3, 8))):
+        with two(tmp_path, ep_rank=rank) as writer:
+            for step in steps:
+                writer.record(step, np.array([[10 + rank, 90]]), ONE)
+    frame = open_run(tmp_path).loads()
+    assert [load[0] for load in frame["load"].to_list()] == [10] * 5 + [11] * 3
+
+
+def test_an_elastic_stretch_without_a_complete_step_still_separates(tmp_path: Path) -> None:
+    for rank in range(2):
+        with two(tmp_path, scope="local", ep_rank=rank) as writer:
+            for step in range(30):
+                slots = 4 if 10 <= step < 20 else 2
+                load = np.ones((1, slots), int)
+                writer.record(step, load, np.arange(slots).reshape(1, -1) % 2, ep_size=slots)
+    document = summarize(open_run(tmp_path)).to_json()
+    assert [(c["first_step"], c["last_step"]) for c in document["configurations"]] == [(0, 9), (20, 29)]
+    assert layer_report(open_run(tmp_path), 0).steps == 10
+
+
+def test_a_steps_state_does_not_depend_on_the_range_asked_for(tmp_path: Path) -> None:
+    for rank in range(2):
+        with two(tmp_path, scope="local", ep_size=3, num_logical_experts=3, ep_rank=rank) as writer:
+            for step in range(10):
+                if step == 5:
+                    writer.skip()
+                else:
+                    writer.record(step, np.ones((1, 3), int), np.arange(3).reshape(1, 3))
+    run = open_run(tmp_path)
+    assert run.steps()["state"][5] == run.steps(steps=(5, 6))["state"][0] == "incomplete"
+
+
+def test_many_phases_in_one_batch(tmp_path: Path) -> None:
+    with two(tmp_path, flush_interval=30) as writer:
+        for step in range(200):
+            writer.record(step, np.array([[1, 2]]), ONE, phase=f"decode-bs{step}")
+    assert open_run(tmp_path).steps()["phase"].to_list() == [f"decode-bs{step}" for step in range(200)]
+
+
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_round_trip_of_anything(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -524,7 +524,8 @@ def test_interval_records_every_nth_step(tmp_path: Path) -> None:
     stats = closed(writer)
     assert (stats.seen, stats.recorded, stats.not_sampled) == (10, 4, 6)
     assert_equal_loads(sealed_loads(writer.folder), {n: load_of(n) for n in (0, 3, 6, 9)})
-    assert sorted({row[0] for row in placement_rows(writer.folder)}) == [0, 3, 6, 9]
+    # A later step may rely on a map that came between two sampled ones.
+    assert sorted({row[0] for row in placement_rows(writer.folder)}) == list(range(10))
     assert step_status(writer.folder) == [(n, "not_sampled" if n % 3 else "recorded") for n in range(10)]
     assert len(list(writer.folder.glob("steps-*"))) == 2  # 2 recorded steps each: 0 to 5, 6 to 11
 
