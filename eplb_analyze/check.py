@@ -171,6 +171,9 @@ def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
     )
     text = f"the last {tail:,} steps lack ranks, which stopped before: {stops}"
     text += f" and {len(short) - 4} more" if len(short) > 4 else ""
+    if not short:
+        text = f"in the last {tail:,} steps ranks recorded loads of different shapes, which are not added"
+        return Finding("error", "rank_stopped", text)
     closed = {s.info.ep_rank for s in run.sessions if s.closed is not None}
     survived = bool(closed) and not set(short) <= closed
     if steps.tail_seconds > KILL_SECONDS or survived or not steps.count(StepState.RECORDED):

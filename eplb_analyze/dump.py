@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
-from eplb_analyze.segments import OpenSegment, ParquetSegment, Segment, read_manifest
+from eplb_analyze.segments import (
+    Manifest,
+    OpenSegment,
+    ParquetSegment,
+    Segment,
+    read_manifest,
+    require_regular,
+)
 from eplb_dump.format import (
     JOURNAL_PATTERN,
     MANIFEST_FILE,
@@ -140,8 +147,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _read_info(folder: Path, names: list[str]) -> SessionInfo:
     path = folder / SESSION_FILE
-    if path.is_symlink():
-        raise FormatError("it is a symbolic link, which is not followed")
+    require_regular(path)
     if path.stat().st_size > _MAX_SESSION_FILE:
         raise FormatError(f"it is larger than {_MAX_SESSION_FILE >> 20} MiB")
     info = SessionInfo.from_dict(load_json(path.read_bytes()))
@@ -168,13 +174,17 @@ def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Se
         elif entry.name not in (SESSION_FILE, MANIFEST_FILE) and not entry.name.endswith(".tmp"):
             text = f"{entry.path}: not a file of the format; ignored"
             findings.append(Finding("warning", "foreign_file", text))
-    manifest = read_manifest(folder, info)
+    try:
+        manifest = read_manifest(folder, info)
+    except (OSError, FormatError) as error:
+        manifest = Manifest({}, None, (isinstance(error, OSError) and error.strerror) or str(error))
     if manifest.fault is not None:
         text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
         findings.append(Finding("error", "damaged_file", text))
     session.closed = manifest.closed
     for path in journals.values():
         try:
+            require_regular(path)
             opened = JournalSegment(path)
         except FileNotFoundError:
             # Sealed since the folder was listed: look once more, at the new state.
@@ -182,7 +192,12 @@ def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Se
             return open_session(folder, info, findings)
         except (FormatError, OSError) as error:
             text = f"{path}: {error}; skipped"
-            torn = isinstance(error, FormatError) and path.stat().st_size < 1 << 16 and _only_torn(path)
+            torn = (
+                isinstance(error, FormatError)
+                and path.is_file()
+                and path.stat().st_size < 1 << 16
+                and _only_torn(path)
+            )
             findings.append(
                 Finding("info" if torn else "error", "torn_journal" if torn else "damaged_file", text)
             )

@@ -120,9 +120,14 @@ class Run:
         first = sessions[0].info
         self.scope = first.scope
         self._check_agreement()
+        named = first.moe_layers
         # The newest shape stands for the run; summary lists all, where there are several.
         shape = self._newest_shape()
         self._leave_out_other_layers(shape.num_moe_layers)
+        if named is not None and shape.num_moe_layers not in (0, len(named)):
+            raise DumpError(
+                f"{path}: it names {len(named)} MoE layers, but has loads of {shape.num_moe_layers}"
+            )
         self.info = RunInfo(
             run_id=first.run_id,
             model=first.model,

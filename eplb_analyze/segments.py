@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,8 +130,7 @@ class ParquetSegment:
 
     def _verified(self, path: Path, table: str) -> pq.ParquetFile:
         entry = self._entry.files[table]
-        if path.is_symlink():
-            raise FormatError("it is a symbolic link, which is not followed")
+        require_regular(path)
         size = path.stat().st_size
         if size != entry.bytes:
             raise FormatError(f"it has {size} bytes where the manifest says {entry.bytes}")
@@ -144,10 +144,24 @@ class ParquetSegment:
         SessionInfo.from_dict(own["session"])
         if not file.schema_arrow.remove_metadata().equals(SCHEMAS[table]) or metadata.num_rows != entry.rows:
             raise FormatError("its columns or rows are not what the format says")
+        if table == "loads":
+            self._check_widths(metadata)
         for group in range(metadata.num_row_groups):
             if metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
                 raise FormatError("it claims a row group of more than 4 GiB")
         return file
+
+    def _check_widths(self, metadata: pq.FileMetaData) -> None:
+        """Check that the lists are as long as the shape says, before memory is taken for them."""
+        shape = self.shape
+        if shape is None or metadata.num_rows % shape.num_moe_layers:
+            raise FormatError("its rows are not those of the layers that the manifest says")
+        wanted = {"rank_load": shape.ep_size, "load": shape.num_physical_experts}
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                width = wanted.get(column.path_in_schema.split(".")[0])
+                if width is not None and column.num_values != group.num_rows * width:
+                    raise FormatError("its lists are not as long as the manifest says")
 
     def _read(self, table: str, columns: list[str], groups: list[int] | None = None) -> pa.Table | None:
         file = self._open(table)
@@ -268,13 +282,22 @@ class ParquetSegment:
         self._files.clear()
 
 
+def require_regular(path: Path) -> None:
+    """Raise FormatError for what is no plain file: a pipe would be waited for, a link leads outside."""
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        raise FormatError("it is a symbolic link, which is not followed")
+    if not stat.S_ISREG(mode):
+        raise FormatError("it is not a regular file")
+
+
 @contextmanager
 def _faults(segment: Any, path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
         raise SegmentFault(segment, path, "it is missing, although the manifest lists it") from None
-    except (OSError, pa.ArrowException, FormatError, ValueError, KeyError, TypeError) as error:
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SegmentFault(segment, path, reason) from None
 
@@ -313,11 +336,15 @@ class Manifest:
 
 
 def read_manifest(folder: Path, info: SessionInfo) -> Manifest:
-    """Read ``manifest.frames``; a session that has sealed nothing yet has none. Raises OSError."""
+    """Read ``manifest.frames``; a session that has sealed nothing yet has none.
+
+    Raises OSError, and FormatError where it is no regular file.
+    """
     entries: dict[int, SealedSegment] = {}
     closed = None
     path = folder / MANIFEST_FILE
     try:
+        require_regular(path)
         file = path.open("rb")
     except FileNotFoundError:
         return Manifest(entries, None, None)

@@ -26,6 +26,8 @@ MANIFEST_FILE = "manifest.frames"
 METADATA_KEY = b"eplb_dump"
 TABLES = ("placements", "loads", "steps")
 EMPTY_SLOT = -1
+#: Larger claims are refused before memory is taken for them.
+MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
 #: Counts are stored as int32; a larger one is a fault of the engine and is rejected.
 MAX_LOAD = 2**31 - 1
 
@@ -184,7 +186,7 @@ class SessionInfo:
             info._validate()
         except FormatError:
             raise
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise FormatError(f"its session metadata is damaged ({error})") from None
         return info
 
@@ -198,6 +200,14 @@ class SessionInfo:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_LOAD:
                 raise FormatError(f"its session metadata says {name} = {value!r}")
+        for name in ("num_logical_experts", "ep_size", "num_physical_experts"):
+            if (getattr(self, name) or 0) > MAX_EXPERTS:
+                raise FormatError(f"its session metadata claims {name} = {getattr(self, name)!r}")
+        if len(self.moe_layers or ()) > MAX_LAYERS:
+            raise FormatError(f"its session metadata names {len(self.moe_layers or ())} layers")
+        for name in ("num_moe_layers", "num_physical_experts", "ranks_per_node"):
+            if not isinstance(getattr(self, name), int | None):
+                raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")
         for name in ("ep_rank", "created_unix_ns", "created_monotonic_ns"):
             if not isinstance(getattr(self, name), int):
                 raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")

@@ -109,7 +109,9 @@ def decode_payload(payload: bytes, start: int) -> Frame:
     return Frame(kind, header, arrays, offsets, start, start + HEAD.size + len(payload))
 
 
-def _only_zeros(file: BinaryIO) -> bool:
+def _only_zeros(file: BinaryIO, rest: int) -> bool:
+    if rest > MAX_PAYLOAD:  # more than a write that a power cut took back
+        return False
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             return False
@@ -132,7 +134,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
         magic, length, crc, head_crc = HEAD.unpack(head)
         if magic != MAGIC or zlib.crc32(head[:12]) != head_crc or length > MAX_PAYLOAD:
             # A power cut can leave zeros where data was promised: that is a torn end, too.
-            zeros = not any(head) and _only_zeros(file)
+            zeros = not any(head) and _only_zeros(file, size - position)
             yield Tail(position, size, "torn" if zeros else "damaged")
             return
         if position + HEAD.size + length > size:

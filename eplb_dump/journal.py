@@ -23,6 +23,8 @@ from eplb_dump import frames
 from eplb_dump.format import (
     EMPTY_SLOT,
     JOURNAL_PATTERN,
+    MAX_EXPERTS,
+    MAX_LAYERS,
     MAX_LOAD,
     FormatError,
     SessionInfo,
@@ -66,9 +68,14 @@ class Shape:
         return self.num_physical_experts // self.ep_size
 
     @property
-    def uneven(self) -> bool:
-        """Whether the slots do not divide among the ranks."""
-        return self.num_physical_experts % self.ep_size != 0
+    def impossible(self) -> bool:
+        """Whether no load can have this shape: slots that do not divide, or sizes beyond all sense."""
+        return (
+            min(self.ep_size, self.num_moe_layers, self.num_physical_experts) < 1
+            or self.num_moe_layers > MAX_LAYERS
+            or self.num_physical_experts > MAX_EXPERTS
+            or self.num_physical_experts % self.ep_size != 0
+        )
 
 
 @dataclass(frozen=True)
@@ -301,6 +308,8 @@ class JournalSegment:
         kept_steps: list[Int64] = [np.empty(0, np.int64)]
         for step, offset, dtype, (ep_size, layers, physical) in entries:
             shape = Shape(ep_size, layers, physical)
+            if shape.impossible:
+                raise FormatError(f"it holds loads of an impossible shape ({layers} × {physical})")
             if self.info.moe_layers is not None and len(self.info.moe_layers) != layers:
                 raise FormatError("it holds loads of another number of layers than its session names")
             if self.shape not in (None, shape):

@@ -84,9 +84,9 @@ class SealedSegment:
         numbers += [n for f in self.files.values() for n in (f.bytes, f.rows, f.footer_crc32)]
         if self.shape is not None:
             numbers += vars(self.shape).values()
-        if not all(type(n) is int and n >= 0 for n in numbers):
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise FormatError("its entry of a sealed segment has a number that is none")
-        if self.shape is not None and (0 in vars(self.shape).values() or self.shape.uneven):
+        if self.shape is not None and self.shape.impossible:
             raise FormatError("its entry of a sealed segment has an impossible shape")
         if any(f.name != segment_name(t, self.seq) for t, f in self.files.items() if t in SCHEMAS):
             raise FormatError("its entry of a sealed segment names a foreign file")

@@ -28,7 +28,16 @@ import numpy as np
 
 from eplb_dump import rendezvous
 from eplb_dump.background import LAST_MAP_INVALID, Background, Entry, Limits, write_session_file
-from eplb_dump.format import MAX_LOAD, RUN_ID_PATTERN, Scope, SessionInfo, Status, session_path
+from eplb_dump.format import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_LOAD,
+    RUN_ID_PATTERN,
+    Scope,
+    SessionInfo,
+    Status,
+    session_path,
+)
 from eplb_dump.staging import ChangeDetector, Ring, StagingError, slot_bytes
 
 logger = logging.getLogger("eplb_dump")
@@ -136,7 +145,7 @@ class ExpertLoadWriter:
                 f"or digit, not {run_id!r}"
             )
         self._ep_rank = _integer("ep_rank", ep_rank, 0)
-        self._ep_size = _integer("ep_size", ep_size, 1)
+        self._ep_size = _integer("ep_size", ep_size, 1, MAX_EXPERTS)
         if self._ep_rank >= self._ep_size:
             raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
         self._interval = _integer("interval", interval, 1)
@@ -157,7 +166,7 @@ class ExpertLoadWriter:
             session_id=_session_id(now, host),
             ep_rank=self._ep_rank,
             scope=Scope(scope),
-            num_logical_experts=_integer("num_logical_experts", num_logical_experts, 1),
+            num_logical_experts=_integer("num_logical_experts", num_logical_experts, 1, MAX_EXPERTS),
             ep_size=self._ep_size,
             created_unix_ns=now,
             created_monotonic_ns=time.monotonic_ns(),
@@ -563,6 +572,10 @@ class ExpertLoadWriter:
         layers = self.info.moe_layers
         if layers is not None and len(layers) != ring.shape[0]:
             raise StagingError(f"of {ring.shape[0]} layers, but moe_layers names {len(layers)}")
+        if ring.shape[0] > MAX_LAYERS or ring.shape[1] > MAX_EXPERTS:
+            raise StagingError(
+                f"of {ring.shape[0]} layers × {ring.shape[1]} slots, more than the format holds"
+            )
         if self._layers not in (None, ring.shape[0]):
             raise StagingError(f"of {ring.shape[0]} layers, but was of {self._layers}")
         self._wake_at = max(1, count // 4)

@@ -376,6 +376,54 @@ def test_a_symbolic_link_is_not_followed(good: Path, tmp_path: Path) -> None:
     assert "symbolic link" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "name", [SESSION_FILE, MANIFEST_FILE, "loads-000001.parquet", "journal-000099.frames"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_regular_file_is_not_waited_for(good: Path, tmp_path: Path, name: str, kind: str) -> None:
+    root = shutil.copytree(good, tmp_path / "dump")
+    path = session(root) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    result = cli("summary", root)
+    assert result.returncode == 3
+    assert name in result.stderr
+    assert "not a regular file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "claim", [{"num_logical_experts": 10**9}, {"ep_size": 10**9}, {"moe_layers": list(range(10_000))}]
+)
+def test_absurd_metadata_is_refused(good: Path, tmp_path: Path, claim: dict[str, Any]) -> None:
+    root = shutil.copytree(good, tmp_path / "dump")
+    for rank in (0, 1):
+        path = session(root, rank) / SESSION_FILE
+        document = json.loads(path.read_text())
+        del document["crc32"]
+        path.write_bytes(dump_json({**document, **claim}))
+    one_error(cli("summary", root), 3, "session metadata")
+
+
+def test_a_lying_manifest_is_refused(good: Path, tmp_path: Path) -> None:
+    """Right checksums do not make a claim true: its lists are not that long."""
+    root = shutil.copytree(good, tmp_path / "dump")
+    for rank in (0, 1):
+        path = session(root, rank) / MANIFEST_FILE
+        with path.open("rb") as file:
+            *found, _ = frames.scan(file, path.stat().st_size)
+        data = b""
+        for frame in found:
+            assert isinstance(frame, frames.Frame)
+            header = frame.header
+            if frame.kind == "sealed":
+                header = {**header, "shape": {**header["shape"], "num_physical_experts": 60_000}}
+            data += frames.encode(frame.kind, header)
+        path.write_bytes(data)
+    result = cli("summary", root)
+    assert result.returncode == 3
+    assert "not as long as the manifest says" in result.stderr
+
+
 def test_a_claim_of_absurd_size_is_refused(good: Path, tmp_path: Path) -> None:
     root = shutil.copytree(good, tmp_path / "dump")
     folder = session(root)
