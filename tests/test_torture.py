@@ -258,11 +258,9 @@ def test_a_file_system_that_hangs(mount: Any) -> None:
         assert writer.flush()
         print("ready", flush=True)
         sys.stdin.readline()
-        slowest = 0.0
+        # The parent thaws only after it has read "hung": a record that waited would wait for ever.
         for step in range(1, 400):
-            start = time.perf_counter()
             writer.record(None, load_of(step), map_of())
-            slowest = max(slowest, time.perf_counter() - start)
             time.sleep(0.005)
         during = writer.stats()
         assert during.dropped > 0 and during.off is None, during
@@ -274,7 +272,6 @@ def test_a_file_system_that_hangs(mount: Any) -> None:
         assert writer.close(30)
         stats = writer.stats()
         assert_accounted(stats)
-        assert slowest < 1.0, slowest  # not a speed: the engine did not wait for the two seconds
         print(stats.recorded, stats.dropped)
     """
     with start_child(script, root) as child:
