@@ -34,7 +34,7 @@ from eplb_dump.format import (
     load_json,
     rank_folder,
 )
-from eplb_dump.journal import JournalSegment
+from eplb_dump.journal import JournalSegment, UnbegunJournal
 
 _LEVELS = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
 #: session.json is a few kB; a larger one is not read into memory.
@@ -190,17 +190,11 @@ def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Se
             # Sealed since the folder was listed: look once more, at the new state.
             findings[:] = [f for f in findings if str(folder) not in f.text]
             return open_session(folder, info, findings)
+        except UnbegunJournal as error:
+            findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
+            continue
         except (FormatError, OSError) as error:
-            text = f"{path}: {error}; skipped"
-            torn = (
-                isinstance(error, FormatError)
-                and path.is_file()
-                and path.stat().st_size < 1 << 16
-                and _only_torn(path)
-            )
-            findings.append(
-                Finding("info" if torn else "error", "torn_journal" if torn else "damaged_file", text)
-            )
+            findings.append(Finding("error", "damaged_file", f"{path}: {error}; skipped"))
             continue
         session.journals += 1
         session.segments.append(OpenSegment(opened))
@@ -222,14 +216,3 @@ def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Se
             findings.append(Finding("error", "unlisted_file", text))
     session.segments.sort(key=lambda s: (s.first_step, s.seq))
     return session
-
-
-def _only_torn(path: Path) -> bool:
-    """Whether a journal holds nothing but the beginning of its first frame."""
-    from eplb_dump import frames
-
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        tail = next(frames.scan(file, size))
-    return isinstance(tail, frames.Tail) and tail.fault in (None, "torn")

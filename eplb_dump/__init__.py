@@ -1,11 +1,32 @@
 """The in-engine writer of eplb-dump: per-step expert loads and placements, appended to Parquet.
 
 Only the names below are public; the format that the writer and the reader share is in
-:mod:`eplb_dump.format`.
+:mod:`eplb_dump.format`. They are imported when first used, as an engine imports this package in
+every process for its plugins, switched on or not.
 """
 
-from eplb_dump.format import FORMAT_VERSION
-from eplb_dump.writer import ExpertLoadWriter, WriterStats
+from __future__ import annotations
 
-__all__ = ["FORMAT_VERSION", "ExpertLoadWriter", "WriterStats", "__version__"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eplb_dump.counter import ExpertLoadCounter
+    from eplb_dump.format import FORMAT_VERSION
+    from eplb_dump.writer import ExpertLoadWriter, WriterStats
+
+__all__ = ["FORMAT_VERSION", "ExpertLoadCounter", "ExpertLoadWriter", "WriterStats", "__version__"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ExpertLoadCounter": "eplb_dump.counter",
+    "ExpertLoadWriter": "eplb_dump.writer",
+    "FORMAT_VERSION": "eplb_dump.format",
+    "WriterStats": "eplb_dump.writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

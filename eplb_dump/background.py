@@ -208,7 +208,10 @@ class Background:
             self._discard()
             return
         entries = self._entries
-        while entries:
+        # What comes meanwhile waits for the next round: many small batches would cost the engine's
+        # Python more meetings over the interpreter lock.
+        due = len(entries)
+        while due > 0:
             batch = [entries.popleft()]
             self._begin_segment_if_due(batch[0])
             load, ep_size = batch[0].load, batch[0].ep_size
@@ -235,6 +238,7 @@ class Background:
                 batch.append(entries.popleft())
             if load is not None and self._shape is None:
                 self._shape = Shape(ep_size, *load[0].shape)
+            due -= len(batch)
             self._write(batch)
 
     def _begin_segment_if_due(self, entry: Entry) -> None:

@@ -32,6 +32,9 @@ from eplb_dump.format import (
     journal_name,
 )
 
+#: No session frame is larger than this; more that cannot be read was something else.
+_MAX_FIRST_FRAME = 1 << 16
+
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
@@ -221,6 +224,10 @@ class JournalAppender:
         os.close(self._fd)
 
 
+class UnbegunJournal(FormatError):
+    """A journal so young, or whose writer was killed so early, that its first frame is not whole."""
+
+
 class JournalSegment:
     """The valid prefix of a journal, as of the moment it was opened.
 
@@ -229,7 +236,11 @@ class JournalSegment:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open and verify. Raises OSError, or FormatError if no session frame can be read."""
+        """Open and verify.
+
+        Raises OSError, UnbegunJournal where the session frame is not written yet, and FormatError
+        where it cannot be read.
+        """
         match = JOURNAL_PATTERN.fullmatch(path.name)
         if match is None:
             raise FormatError("it is not named like a journal")
@@ -271,6 +282,8 @@ class JournalSegment:
             except (KeyError, TypeError, IndexError) as error:
                 raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
         if info is None:
+            if self.tail.fault != "damaged" and size < _MAX_FIRST_FRAME:
+                raise UnbegunJournal("nothing but an unfinished write is in it")
             raise FormatError("its first frame cannot be read")
         self.info = info
         self.steps = StepRows.concat(step_parts)

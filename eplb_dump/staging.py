@@ -9,10 +9,17 @@ only where the engine already has.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
 import numpy as np
+
+# Not ctypes.memmove, which gives up the interpreter lock for the copy's microseconds: a thread that
+# gives it up and takes it back at once, every step, starves the one that waits for it.
+_memmove = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes._memmove_addr  # type: ignore[attr-defined]
+)
 
 
 class StagingError(ValueError):
@@ -30,12 +37,14 @@ class Ring:
     """
 
     __slots__ = (
+        "_addresses",
         "_base",
         "_bytes",
         "_current_stream",
         "_device",
         "_dtype",
         "_events",
+        "_plain",
         "_released",
         "_streams",
         "_taken",
@@ -64,6 +73,8 @@ class Ring:
         #: The stream that each event was last recorded on.
         self._streams: list[int] = []
         self._bytes: list[memoryview] = []
+        self._addresses: list[int] = []
+        self._plain: Any = None
         self._taken = self._released = self._base = 0
         if self.is_torch:
             self._allocate_torch(torch, example)
@@ -72,9 +83,8 @@ class Ring:
                 raise StagingError(f"of type {self._dtype}, not an integer type")
             self.host = np.empty((count, *self.shape), self._dtype)
             self._targets = list(self.host)
-        self.slot_bytes = max(1, self.host.nbytes // max(1, count))
-        if not self._events:
             self._bytes = [memoryview(buffer).cast("B") for buffer in self.host]
+        self.slot_bytes = max(1, self.host.nbytes // max(1, count))
 
     def _allocate_torch(self, torch: Any, example: Any) -> None:
         if example.dtype.is_floating_point or example.dtype.is_complex or example.dtype == torch.bool:
@@ -88,6 +98,9 @@ class Ring:
             block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=on_gpu)
             self.host = block.numpy()
             self._targets = list(block)
+        if self._device.type == "cpu":
+            self._plain = torch.Tensor
+            self._addresses = [buffer.data_ptr() for buffer in self._targets]
         if on_gpu:
             # blocking: the background thread sleeps until the event instead of spinning.
             self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
@@ -124,15 +137,16 @@ class Ring:
 
     def fill(self, index: int, tensor: Any) -> None:
         """Begin to copy a tensor that fits. Never waits for a device."""
-        if self._bytes:
-            # Through memoryviews the interpreter lock is kept: given up for these microseconds, it
-            # may come back only after the background thread had its turn.
-            source = tensor if not self.is_torch else _as_numpy(tensor)
-            if source is not None and source.flags.c_contiguous:
-                self._bytes[index][:] = source.data.cast("B")
-                return
         if self.is_torch:
+            # A subclass may keep its numbers elsewhere, and a null pointer stands for no memory.
+            if self._addresses and type(tensor) is self._plain and tensor.is_contiguous():
+                address = tensor.data_ptr()
+                if address:
+                    _memmove(self._addresses[index], address, self.slot_bytes)
+                    return
             self._targets[index].copy_(tensor, non_blocking=True)
+        elif tensor.flags.c_contiguous:
+            self._bytes[index][:] = tensor.data.cast("B")
         else:
             np.copyto(self._targets[index], tensor)
 
@@ -158,14 +172,6 @@ class Ring:
     def release(self, count: int) -> None:
         """Give back the ``count`` buffers taken longest ago."""
         self._released += count
-
-
-def _as_numpy(tensor: Any) -> Any:
-    """A CPU tensor's numpy view, or None where it has none (negated, say)."""
-    try:
-        return tensor.numpy()
-    except (RuntimeError, TypeError):
-        return None
 
 
 def slot_bytes(example: Any) -> int:
@@ -221,6 +227,9 @@ class ChangeDetector:
 
     @staticmethod
     def version(tensor: Any) -> int | None:
-        if isinstance(tensor, np.ndarray) or tensor.is_inference():
+        if isinstance(tensor, np.ndarray):
             return None
-        return int(tensor._version)
+        try:
+            return int(tensor._version)
+        except RuntimeError:  # an inference tensor
+            return None

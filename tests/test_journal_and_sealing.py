@@ -44,7 +44,7 @@ from eplb_dump.format import (
     Status,
     journal_name,
 )
-from eplb_dump.journal import JournalAppender, JournalSegment, StepRows
+from eplb_dump.journal import JournalAppender, JournalSegment, StepRows, UnbegunJournal
 from eplb_dump.sealing import SealedSegment, footer_crc32, seal
 
 
@@ -206,7 +206,7 @@ def test_wherever_it_is_cut_a_journal_holds_the_whole_batches_before(tmp_path: P
     for cut in sorted(cuts, reverse=True):
         os.truncate(path, cut)
         if cut < sizes[0]:
-            with pytest.raises(FormatError, match="first frame"):
+            with pytest.raises(UnbegunJournal):
                 JournalSegment(path)
             continue
         batches = BATCHES[: sum(size <= cut for size in sizes[1:])]

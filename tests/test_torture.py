@@ -22,6 +22,7 @@ from eplb_analyze import DumpError, open_run
 from eplb_analyze.check import check_run
 from eplb_analyze.seal import seal_dump
 from eplb_analyze.summary import summarize
+from eplb_dump import journal
 
 # ---- SIGKILL
 
@@ -453,6 +454,19 @@ def test_reading_while_it_is_written(tmp_path: Path) -> None:
     stats = open_run(tmp_path).sessions[0].closed
     assert stats is not None
     assert len(open_run(tmp_path).steps()) == 1500
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 100])
+def test_a_journal_that_has_just_been_begun_is_no_damage(tmp_path: Path, size: int) -> None:
+    """A look between the journal's creation and the end of its first write."""
+    with open_writer(tmp_path, scope="global") as writer:
+        writer.record(0, load_of(0), map_of())
+    session = writer.folder
+    frame = journal.session_frame(writer.info, 1)
+    (session / "journal-000001.frames").write_bytes(frame[:size])
+    run = open_run(tmp_path)
+    assert [f.code for f in run.findings if f.severity != "info"] == []
+    assert run.steps()["step"].to_list() == [0]
 
 
 def test_accounting_in_the_manifest(tmp_path: Path) -> None:

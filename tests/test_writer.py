@@ -246,6 +246,25 @@ def test_any_memory_layout_comes_back(tmp_path: Path, make: Callable[[Any], Any]
     ]
 
 
+SMALL_TENSOR = torch.tensor(SMALL)
+KINDS: dict[str, Any] = {
+    "parameter": torch.nn.Parameter(SMALL_TENSOR.clone(), requires_grad=False),
+    "buffer": torch.nn.Buffer(SMALL_TENSOR.clone()) if hasattr(torch.nn, "Buffer") else SMALL_TENSOR,
+    "subclass": type("OwnTensor", (torch.Tensor,), {})(SMALL_TENSOR),
+    "shared memory": SMALL_TENSOR.clone().share_memory_(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_kind_of_tensor_comes_back(tmp_path: Path, kind: str) -> None:
+    tensor = KINDS[kind]
+    with open_writer(tmp_path) as writer:
+        writer.record(None, tensor, None)
+        writer.record(None, tensor.detach(), None)
+    assert closed(writer).recorded == 2
+    assert_equal_loads(sealed_loads(writer.folder), dict.fromkeys((0, 1), np.array(tensor.tolist())))
+
+
 @pytest.mark.parametrize("made_inside", [False, True])
 @pytest.mark.parametrize("first_inside", [False, True])
 def test_inference_mode_does_not_matter(tmp_path: Path, made_inside: bool, first_inside: bool) -> None:
