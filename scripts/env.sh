@@ -1,19 +1,39 @@
-# Sourced by the other scripts: makes .venv in the project's folder and installs an extra into it.
+# Sourced by the other scripts: makes environments in the project's folder.
 # PYTHON chooses the interpreter (3.10 to 3.13).
 set -eu
 cd "$(dirname "$0")/.."
 
+# .venv with an extra of ours.
 need() {
     extra=$1
     # What was installed, and from which definition, so that a second run installs nothing.
     mark=".venv/.installed-$extra"
     if [ ! -f "$mark" ] || [ pyproject.toml -nt "$mark" ] || [ constraints.txt -nt "$mark" ]; then
-        [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
         echo "installing eplb-dump[$extra] into .venv ..."
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-            -c constraints.txt -e ".[$extra]"
+        [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+        install .venv -c constraints.txt -e ".[$extra]"
         touch "$mark"
     fi
     PATH="$PWD/.venv/bin:$PATH"
     export PATH
+}
+
+# .venv-engines with unmodified vLLM and SGLang, and the writer as an engine's image has it.
+need_engines() {
+    mark=.venv-engines/.installed
+    wanted=tests/engines
+    if [ ! -f "$mark" ] || [ pyproject.toml -nt "$mark" ] || [ "$wanted/requirements.txt" -nt "$mark" ] ||
+        [ "$wanted/no-deps.txt" -nt "$mark" ]; then
+        echo "installing vLLM and SGLang into .venv-engines (2.5 GB) ..."
+        [ -x .venv-engines/bin/python ] || "${PYTHON:-python3}" -m venv .venv-engines
+        install .venv-engines -r "$wanted/requirements.txt"
+        install .venv-engines --no-deps -r "$wanted/no-deps.txt" -e .
+        touch "$mark"
+    fi
+}
+
+install() {
+    environment=$1
+    shift
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Make the environment if needed and pass all checks: format, lint, types, tests.
+# Make the environments if needed and pass all checks: format, lint, types, tests.
 . "$(dirname "$0")/env.sh"
 need dev
+need_engines
 ruff format --check .
 ruff check .
 mypy

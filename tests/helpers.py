@@ -207,3 +207,11 @@ def run_child(script: str, *arguments: object, code: int = 0, timeout: float = 6
         out, err = child.communicate(timeout=timeout)
     assert (child.returncode, err) == (code, "")
     return out
+
+
+def engines_python() -> str:
+    """The interpreter of the environment that holds vLLM and SGLang."""
+    chosen = os.environ.get("EPLB_DUMP_ENGINES_PYTHON")
+    path = Path(chosen) if chosen else Path(__file__).parents[1] / ".venv-engines/bin/python"
+    assert path.exists(), f"{path} does not exist: `sh scripts/test.sh` makes it"
+    return str(path)

@@ -75,10 +75,14 @@ def open_in_one_run(
         writer = make(None)
         store.set(key, writer.info.run_id)
         return writer
+    return make(hear(store, key, logger, timeout))
+
+
+def hear(store: Any, key: str, logger: logging.Logger, timeout: float = AGREEMENT_SECONDS) -> str | None:
+    """What EP rank 0 said under a key of a torch.distributed store; None where it says nothing."""
     try:
         store.wait([key], timedelta(seconds=timeout))
-        run_id = store.get(key).decode()
+        return store.get(key).decode() or None
     except Exception as error:  # a store raises what it likes
         say_once(logger, f"EP rank 0 did not say which run it records into ({type(error).__name__})")
-        run_id = ""
-    return make(run_id or None)
+        return None

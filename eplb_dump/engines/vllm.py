@@ -1,0 +1,294 @@
+"""Recording inside unmodified vLLM: a general plugin that looks on at the real ``EplbState.step``.
+
+vLLM counts each rank's routed tokens into ``expert_load_pass``, but only near a rearrangement or a
+log line. The plugin copies it at every step and asks vLLM's router to count at the steps between;
+what those leave in ``expert_load_pass`` is taken out again before vLLM sees it, so that vLLM's window,
+its placements and its log lines are what they are without the plugin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import logging
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from eplb_dump.engines.common import Settings, hear, say_once
+
+if TYPE_CHECKING:
+    from eplb_dump.writer import ExpertLoadWriter
+
+logger = logging.getLogger("vllm.eplb_dump")  # below vLLM's own, so that its handler shows it
+
+_MODULE = "vllm.distributed.eplb.eplb_state"
+#: What the plugin relies on; where one is missing, this vLLM is not known and recording stays off.
+_STEP_PARAMETERS = ["self", "is_dummy", "is_profile", "log_stats"]
+_MODEL_STATE_FIELDS = {"expert_load_pass", "physical_to_logical_map", "model_name", "model"}
+
+
+def register() -> None:
+    """vLLM's entry point, called in each of its processes. Without EXPERT_LOAD_DUMP_DIR it does nothing."""
+    try:
+        settings = Settings.from_environment()
+        if settings is None or any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+            return
+        if _MODULE in sys.modules:
+            _install(sys.modules[_MODULE], settings)
+        else:
+            # Processes that hold no experts never import it, and need not because of us.
+            sys.meta_path.insert(0, _AfterImport(settings))
+    except Exception as error:  # an exception out of a plugin ends vLLM
+        say_once(logger, f"expert-load recording is off: {error}")
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Lets one module be imported as always, and hooks into it right after that."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_install(module: ModuleType) -> None:
+                execute(module)
+                _install(module, self._settings)
+
+            spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
+        return spec
+
+
+def _install(module: Any, settings: Settings) -> None:
+    """Wrap ``EplbState.step``, if this vLLM is one that the plugin knows."""
+    try:
+        state = module.EplbState
+        original = state.step
+        if hasattr(original, "eplb_dump"):
+            return
+        fields = {field.name for field in dataclasses.fields(module.EplbModelState)}
+        known = (
+            list(inspect.signature(original).parameters) == _STEP_PARAMETERS
+            and fields >= _MODEL_STATE_FIELDS
+            and callable(state._should_record_current_step)
+            and callable(module.get_ep_group)
+            and callable(module.get_node_count)
+        )
+        if not known:
+            raise AttributeError("its EPLB state has another shape")
+    except (AttributeError, TypeError, ValueError) as error:
+        say_once(logger, f"expert-load recording is off: vLLM {_version()} is not known ({error})")
+        return
+
+    @functools.wraps(original)
+    def step(self: Any, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
+        recorder = self.__dict__.get("eplb_dump")
+        if recorder is None:
+            recorder = self.__dict__["eplb_dump"] = _Recorder(self, module, settings)
+        recorder.guard(recorder.before, is_dummy, is_profile, log_stats)
+        original(self, is_dummy, is_profile, log_stats)
+        recorder.guard(recorder.after, is_dummy, is_profile, log_stats)
+
+    step.eplb_dump = True  # type: ignore[attr-defined]
+    state.step = step
+
+
+@dataclasses.dataclass
+class _Model:
+    """One model's writer, and what of its ``expert_load_pass`` is vLLM's from earlier steps."""
+
+    state: Any
+    writer: ExpertLoadWriter
+    #: Counts of a step that vLLM let stand in ``expert_load_pass``; None: it began at zero.
+    carry: Any = None
+
+
+class _Recorder:
+    """Records the models of one EplbState: the drafter and the main model share it."""
+
+    def __init__(self, state: Any, module: Any, settings: Settings) -> None:
+        self.state = state
+        self._module = module
+        self._settings = settings
+        self._off = False
+        self._models: dict[str, _Model] = {}
+        #: EP rank and size that the writers were opened for; elastic EP changes them.
+        self._place: tuple[int, int] | None = None
+        self._run_id: str | None = None
+        self._step = 0
+        #: Whether vLLM itself has the router count in the step under way, and whether we do.
+        self._vllm_counts, self._we_count = True, False
+        #: Whether vLLM takes this step into its window, which zeroes ``expert_load_pass``.
+        self._vllm_records = False
+
+    def guard(self, part: Any, *arguments: bool) -> None:
+        """Run a part of ours so that whatever goes wrong in it ends the recording and not vLLM."""
+        if self._off:
+            return
+        try:
+            part(*arguments)
+        except Exception as error:
+            self._off = True
+            text = f"expert-load recording is off, vLLM {_version()} goes on: {type(error).__name__}: {error}"
+            say_once(logger, text)
+
+    def before(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
+        """Hand over what this rank routed in the pass that ends here."""
+        if is_profile:  # before the engine serves, and no step of it
+            return
+        group = self._module.get_ep_group()
+        place = (group.rank_in_group, group.world_size)
+        if place != self._place or self._models.keys() != self.state.model_states.keys():
+            self._open_writers(group, place)
+        self._vllm_records = self.state._should_record_current_step(log_stats=log_stats)
+        for model in self._models.values():
+            if is_dummy:  # vLLM zeroes what the padding of such a pass may have counted
+                sampled = self._step % self._settings.interval == 0
+                model.writer.skip("dummy" if sampled else "not_sampled", self._step)
+                continue
+            counts = model.state.expert_load_pass
+            load = counts if model.carry is None else counts - model.carry
+            model.writer.record(self._step, load, model.state.physical_to_logical_map, ep_size=place[1])
+            if self._we_count:
+                if model.carry is None:
+                    counts.zero_()
+                else:
+                    counts.copy_(model.carry)
+
+    def after(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
+        """Have the next step counted where vLLM would not."""
+        for model in self._models.values():
+            if is_dummy or (self._vllm_records and not is_profile):
+                model.carry = None
+            elif self._vllm_counts and not is_profile:
+                # vLLM counted and did not take it: it stands there still, beside what comes next.
+                model.carry = model.state.expert_load_pass.clone()
+        if is_profile:
+            return
+        self._step += 1
+        self._vllm_counts = self.state._should_record_current_step(log_stats=log_stats)
+        self._we_count = (
+            not self._vllm_counts
+            and self._step % self._settings.interval == 0
+            and self.state.should_record_tensor is not None
+        )
+        if self._we_count:
+            self.state.should_record_tensor.fill_(True)
+
+    def _open_writers(self, group: Any, place: tuple[int, int]) -> None:
+        """Open writers where there are none yet: at the first step, or in a place that is new.
+
+        All ranks take a step together, so whoever joins a running engine (elastic EP) hears from EP
+        rank 0 not only which run this is but also which step.
+        """
+        if self._place is not None and self._place[0] != place[0]:
+            for model in self._models.values():  # closing takes its time and is not for this thread
+                threading.Thread(target=model.writer.close, daemon=True).start()
+            self._models.clear()
+        new_place, self._place = place != self._place, place
+        store, key = _store_of(group), f"eplb_dump/run/{place[1]}"
+        if place[0] != 0 and self._run_id is None and store is not None:
+            said = (hear(store, key, logger) or "").split()
+            if len(said) == 2:
+                self._run_id, self._step = said[0], int(said[1])
+        for name, state in self.state.model_states.items():
+            if name not in self._models:
+                writer = self._open(state, place)
+                self._run_id = writer.info.run_id or None
+                self._models[name] = _Model(state, writer)
+                if place[0] == 0 and writer.stats().off is None:
+                    logger.info("Recording expert loads to %s", writer.folder)
+        if place[0] == 0 and new_place and store is not None:
+            store.set(key, f"{self._run_id or ''} {self._step}")
+
+    def _open(self, state: Any, place: tuple[int, int]) -> ExpertLoadWriter:
+        from eplb_dump.writer import ExpertLoadWriter
+
+        config = self.state.parallel_config
+        nodes = self._module.get_node_count()
+        replication = _token_replication(config, state.model)
+        return ExpertLoadWriter(
+            self._settings.folder,
+            model=state.model_name,
+            num_logical_experts=state.model.num_logical_experts,
+            ep_size=place[1],
+            ep_rank=place[0],
+            scope="local",
+            run_id=self._run_id,
+            interval=self._settings.interval,
+            moe_layers=_layer_numbers(state.model),
+            ranks_per_node=place[1] // nodes if place[1] % nodes == 0 else None,
+            engine="vllm",
+            engine_version=_version(),
+            engine_config={
+                "eplb_config": {
+                    name: value
+                    for name, value in vars(config.eplb_config).items()
+                    if isinstance(value, bool | int | float | str | None)
+                },
+                **{name: getattr(config, name, None) for name in _PARALLEL_SIZES},
+            },
+            token_replication=replication,
+        )
+
+
+_PARALLEL_SIZES = (
+    "data_parallel_size",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "prefill_context_parallel_size",
+    "all2all_backend",
+    "enable_elastic_ep",
+)
+
+
+def _version() -> str:
+    return str(getattr(sys.modules.get("vllm"), "__version__", "of unknown version"))
+
+
+def _store_of(group: Any) -> Any:
+    """The key-value store that the ranks of this EP group share since their start."""
+    stateless = getattr(group, "tcp_store_group", None)  # of elastic EP
+    if stateless is not None:
+        return stateless.store
+    import torch
+
+    try:
+        return torch.distributed.distributed_c10d._get_default_store()
+    except (AttributeError, ValueError, RuntimeError):
+        return None
+
+
+def _layer_numbers(model: Any) -> list[int] | None:
+    """The model's own numbers of its MoE layers, from names like ``model.layers.3.mlp.experts``."""
+    numbers = []
+    for layer in model.moe_layers:
+        found = re.findall(r"\.(\d+)(?:\.|$)", str(getattr(layer, "layer_name", "")))
+        if len(found) != 1:
+            return None
+        numbers.append(int(found[0]))
+    return numbers if numbers == sorted(set(numbers)) else None
+
+
+def _token_replication(config: Any, model: Any) -> int:
+    """By how much the sum over ranks counts a token too often.
+
+    The ranks of one tensor-parallel group route the same tokens, unless sequence parallelism splits
+    them. With naive dispatch, every rank routes what it gathered from all.
+    """
+    tensor, data = int(config.tensor_parallel_size), int(config.data_parallel_size)
+    if any(getattr(layer, "do_naive_dispatch_combine", False) for layer in model.moe_layers):
+        return tensor * data
+    return 1 if config.use_sequence_parallel_moe else tensor

@@ -1,0 +1,315 @@
+"""Drives SGLang's own recorder on CPU ranks, with and without the plugin; run by test_sglang.py.
+
+``python sglang_ranks.py OUT RANKS SCENARIO`` in an environment that has SGLang. Real are the plugins'
+loader, ServerArgs and the published context, ExpertLocationMetadata, the recorder, gloo, and
+ModelRunner.forward down to where it would run the model; the routing is made up and saved as the truth.
+Needs neither a GPU nor weights, so what SGLang expects of those is stood in for below.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers.utils
+
+# Imported for constants; torchvision's wheels do not load beside a torch without CUDA.
+transformers.utils.is_torchvision_available()
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+    sys.modules[name] = mock.MagicMock()
+for name in ("is_current_stream_capturing", "empty_cache"):
+    setattr(torch.cpu, name, lambda: False)
+
+LAYERS, DENSE, LOGICAL, REDUNDANT, TOP_K = 5, 2, 6, 2, 2
+SLOTS = LOGICAL + REDUNDANT
+MODEL = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_hidden_layers": LAYERS,
+    "first_k_dense_replace": DENSE,
+    "moe_layer_freq": 1,
+    "n_routed_experts": LOGICAL,
+    "num_experts_per_tok": TOP_K,
+    "n_group": 1,
+    "topk_group": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+
+
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+class Rank:
+    """One rank of an engine: what a scheduler process holds around the recorder."""
+
+    def __init__(self, out: Path, rank: int, ranks: int, messages: Messages, **arguments: Any) -> None:
+        from sglang.srt.eplb import expert_distribution, expert_location
+        from sglang.srt.layers.moe.utils import initialize_moe_config
+        from sglang.srt.model_executor.model_runner import ModelRunner
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.runtime_context import SpawnRanks, process_model_config, publish
+        from sglang.srt.server_args import ServerArgs
+
+        expert_distribution.get_device = lambda: "cpu"  # it looks for an accelerator
+        self.out, self.rank, self.ranks = out, rank, ranks
+        self.messages, self.top_k = messages, TOP_K
+        load_plugins()
+        os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"] = str(out / f"own-{rank}")
+        arguments = {
+            "expert_distribution_recorder_mode": "stat",
+            "expert_distribution_recorder_buffer_size": -1,
+            **arguments,
+        }
+        server = ServerArgs(
+            model_path=str(out / "model"),
+            served_model_name="tiny/moe",
+            device="cpu",
+            tp_size=ranks,
+            ep_size=ranks,
+            ep_num_redundant_experts=REDUNDANT,
+            **arguments,
+        )
+        publish(server, role="scheduler", ranks=SpawnRanks(world_rank=rank))
+        initialize_moe_config()
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=ranks
+        )
+        self.config = process_model_config()
+        first = torch.arange(SLOTS).repeat(LAYERS, 1) % LOGICAL
+        self.metadata = self.located(first)
+        expert_location.set_global_expert_location_metadata(self.metadata)
+        self.recorder = expert_distribution.ExpertDistributionRecorder.init_new(self.metadata, rank=rank)
+        expert_distribution.set_global_expert_distribution_recorder(self.recorder)
+        self.random = np.random.default_rng([rank, 7])
+        self.loads: list[np.ndarray] = []
+        self.maps: list[np.ndarray] = []
+        self.switch: list[bool] = []
+        self.stored: list[int] = []
+        engine = self
+
+        class Runner(ModelRunner):
+            """ModelRunner.forward is SGLang's; no model is loaded."""
+
+            def __init__(self, is_draft_worker: bool) -> None:
+                self.is_draft_worker, self.forward_pass_id = is_draft_worker, 0
+                self.enable_elastic_ep = False
+                self.msprobe_debugger = self.canary_manager = self.eplb_manager = None
+                self.decode_cuda_graph_runner = None
+
+            def _forward_raw(self, *_: Any) -> Any:
+                engine.route(is_draft=self.is_draft_worker)
+                return mock.Mock()
+
+        self.runner, self.draft_runner = Runner(False), Runner(True)
+
+    def located(self, placement: torch.Tensor) -> Any:
+        from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+
+        return ExpertLocationMetadata.init_by_mapping(self.config, placement, moe_ep_rank=self.rank)
+
+    def rearrange(self, layers: list[int]) -> None:
+        """What a rebalance does to the placement: the same on all ranks."""
+        seed = np.random.default_rng(len(self.loads))
+        new = np.stack([seed.permutation(np.arange(SLOTS) % LOGICAL) for _ in range(LAYERS)])
+        self.metadata.update(self.located(torch.from_numpy(new)), update_layer_ids=layers)
+
+    def route(self, is_draft: bool = False) -> None:
+        """The part of a forward pass that the recorder sees."""
+        loads = np.zeros((LAYERS, SLOTS), np.int64)
+        tokens = self.batch.input_ids.shape[0]
+        for layer in range(DENSE, LAYERS):
+            slots = self.random.integers(-1, SLOTS, (tokens, self.top_k))  # -1: a padded token
+            loads[layer] = np.bincount(slots[slots >= 0], minlength=SLOTS)
+            with self.recorder.with_current_layer(layer):
+                self.recorder.on_select_experts(topk_ids=torch.from_numpy(slots.astype(np.int32)))
+        if not is_draft:
+            self.loads.append(loads)
+            self.maps.append(self.metadata.physical_to_logical_map.numpy().copy())
+
+    def forward(self, passes: int = 1, *, draft: bool = False) -> None:
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        for _ in range(passes):
+            tokens = int(self.random.integers(1, 20))
+            self.batch = mock.Mock(
+                forward_mode=ForwardMode.DECODE,
+                input_ids=torch.arange(tokens),
+                positions=torch.arange(tokens),
+                extend_seq_lens_cpu=None,
+            )
+            with torch.inference_mode():  # as the scheduler's event loop does
+                (self.draft_runner if draft else self.runner).forward(self.batch)
+            accumulator = getattr(self.recorder, "_accumulator", None)
+            self.switch.append(self.recorder.recording)
+            if hasattr(accumulator, "_records"):
+                self.stored.append(len(accumulator._records))
+            elif accumulator is not None:
+                self.stored.append(accumulator._global_physical_count_of_buffered_step._size)
+
+    def save(self) -> None:
+        np.savez(self.out / f"truth-{self.rank}.npz", loads=self.loads, maps=self.maps)
+        said = {"messages": self.messages.texts, "switch": self.switch, "stored": self.stored}
+        (self.out / f"said-{self.rank}.json").write_text(json.dumps(said))
+        for writer in open_writers():
+            assert writer.flush()
+        torch.distributed.barrier()
+
+
+def open_writers() -> list[Any]:
+    plugin = sys.modules.get("eplb_dump.engines.sglang")
+    return list(plugin._writers.values()) if plugin is not None else []
+
+
+def own_and_ours(engine: Rank) -> None:
+    """We alone, then SGLang too, then we alone, with rearrangements everywhere."""
+    for _ in range(2):
+        engine.forward(3)
+        with torch.inference_mode():
+            engine.rearrange([2, 4])
+        engine.forward(2)
+        engine.recorder.start_record()
+        engine.forward(4)
+        with torch.inference_mode():
+            engine.rearrange(list(range(LAYERS)))
+        engine.forward(2)
+        if hasattr(engine.recorder._accumulator, "_records"):
+            engine.recorder.dump_record()
+        else:
+            own = engine.recorder.dump_record(output_mode="object")
+            with open(engine.out / f"own-{engine.rank}.npz", "wb") as file:
+                np.savez(file, logical_count=own["logical_count"].numpy())
+        engine.forward(1)
+        engine.recorder.stop_record()
+        engine.rearrange([3])
+        engine.forward(3)
+
+
+def simple(engine: Rank) -> None:
+    engine.forward(4)
+
+
+def wide(engine: Rank) -> None:
+    """per_token, which cannot take more than 8 experts a token: SGLang's pass must not fail for us."""
+    engine.forward(2)
+    engine.top_k = 9
+    engine.forward(2)
+
+
+def with_drafts(engine: Rank) -> None:
+    for _ in range(3):
+        engine.forward(2)
+        engine.forward(3, draft=True)
+
+
+def renamed(engine: Rank) -> None:
+    """After two passes, what a pass gathers has another name than the plugin knows."""
+    engine.recorder.start_record()
+    engine.forward(2)
+    for gatherer in engine.recorder._single_pass_gatherers.values():
+        collect = gatherer.collect
+        gatherer.collect = lambda collect=collect: {"renamed": collect()["global_physical_count"]}
+    engine.forward(2)
+    engine.recorder.stop_record()
+    engine.forward(2)
+
+
+def until_killed(engine: Rank) -> None:
+    while True:
+        engine.forward()
+        if len(engine.loads) % 10 == 0:
+            (engine.out / f"pid-{engine.rank}.new").write_text(str(os.getpid()))
+            os.replace(engine.out / f"pid-{engine.rank}.new", engine.out / f"pid-{engine.rank}")
+        time.sleep(0.01)
+
+
+def rows(engine: Rank) -> None:
+    """What the plugin makes of configurations of models as SGLang has them."""
+    from eplb_dump.engines.sglang import _moe_rows
+
+    found = []
+    for values in json.loads((engine.out / "configs.json").read_text()):
+        with mock.patch("sglang.srt.runtime_context.process_model_config") as config:
+            config.return_value.hf_text_config = mock.Mock(spec=list(values), **values)
+            found.append(_moe_rows(6)[1])
+    (engine.out / "rows.json").write_text(json.dumps(found))
+
+
+#: Name: what happens, and SGLang's arguments.
+SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "stat": (own_and_ours, {}),
+    "per_pass": (own_and_ours, {"expert_distribution_recorder_mode": "per_pass"}),
+    "per_token": (wide, {"expert_distribution_recorder_mode": "per_token", "chunked_prefill_size": 64}),
+    "off": (simple, {"expert_distribution_recorder_mode": None}),
+    "simple": (simple, {}),
+    "scattered": (simple, {"moe_a2a_backend": "mooncake"}),
+    "dp_attention": (simple, {"enable_dp_attention": True, "dp_size": 2}),
+    "drafts": (with_drafts, {"speculative_algorithm": "NGRAM"}),
+    "renamed": (renamed, {"expert_distribution_recorder_mode": "per_pass"}),
+    "no_predicate": (simple, {}),
+    "no_entry": (simple, {}),
+    "kill": (until_killed, {}),
+    "rows": (rows, {}),
+}
+
+
+def run(rank: int, out: str, ranks: int, scenario: str) -> None:
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    messages = Messages()
+    for logged in ("eplb_dump", "sglang"):
+        logging.getLogger(logged).addHandler(messages)
+    happens, arguments = SCENARIOS[scenario]
+    if scenario == "no_predicate":
+        import sglang.srt.layers.moe.utils as inside
+
+        del inside.is_moe_input_scattered_across_dp_ranks
+    if scenario == "no_entry":
+        import sglang.srt.eplb.expert_distribution as distribution
+
+        kept = distribution.ExpertDistributionRecorder
+        distribution.ExpertDistributionRecorder = object()
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        distribution.ExpertDistributionRecorder = kept
+    engine = Rank(Path(out), rank, ranks, messages, **arguments)
+    happens(engine)
+    engine.save()
+
+
+def main() -> None:
+    out, ranks, scenario = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    (out / "model/config.json").write_text(json.dumps(MODEL))
+    os.chdir(tempfile.mkdtemp(dir=out))
+    torch.multiprocessing.spawn(run, (str(out), ranks, scenario), nprocs=ranks)
+
+
+if __name__ == "__main__":
+    main()

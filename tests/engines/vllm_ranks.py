@@ -1,0 +1,392 @@
+"""Drive vLLM's real EplbState over gloo processes with known loads, and save what is true.
+
+Runs in the engines' environment: ``python tests/engines/vllm_ranks.py --out FOLDER --world 4 …``. The wheel
+is unmodified, plugins are loaded as vLLM loads them, ``step`` rearranges for real: weights move
+between the ranks and are checked. Faked are only what a machine without a GPU lacks: the model, the
+router's kernel (a torch twin) and three entry points of torch. The truth of each rank stands in
+FOLDER/rank<n>.npz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    for name, value in {
+        "world": 2, "steps": 40, "layers": 4, "draft-layers": 0, "logical": 16, "redundant": 4, "topk": 2,
+        "tokens": 128, "seed": 0, "window": 4, "interval": 10, "log-interval": 1, "kill-at": -1,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--parallel", choices=("dp", "tp"), default="dp")
+    parser.add_argument(
+        "--dummies", type=float, default=0.0, help="chance that a rank has no tokens in a step"
+    )
+    parser.add_argument("--elastic", default="", help="EP sizes from steps on, as in 15:2,30:4")
+    for name in ("async", "no-log", "profile-step", "v2-controller", "without-plugin", "break-vllm"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser.parse_args()
+
+
+class CpuEvent:
+    """For torch.Event, which cannot be recorded without an accelerator."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self._time = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: CpuEvent) -> float:
+        return 1e3 * (end._time - self._time)
+
+
+class CpuStream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def without_an_accelerator() -> None:
+    import torch
+
+    torch.Event = CpuEvent
+    torch.Stream = CpuStream
+    torch.accelerator.current_stream = lambda *_: CpuStream()
+    torch.accelerator.set_stream = lambda _: None
+    torch.accelerator.set_device_index = lambda _: None
+    torch.accelerator.current_accelerator = lambda *_, **__: torch.device("cpu")
+
+
+def route(topk_ids: Any, layer_state: Any, tokens: int) -> Any:
+    """A twin of vLLM's router kernel: spreads over replicas, counts where vLLM has counting on.
+
+    Returns the load per slot, whether it was counted or not.
+    """
+    import torch
+
+    flat, topk = topk_ids.reshape(-1).long(), topk_ids.shape[-1]
+    position = torch.arange(flat.numel())
+    replicas = layer_state.logical_replica_count[flat].clamp(min=1)
+    slot = layer_state.logical_to_physical_map[
+        flat, (((position // topk) * 2654435769) & 0xFFFFFFFF) % replicas
+    ]
+    slots = layer_state.expert_load_view.shape[0]
+    real = (position < tokens * topk) & (slot >= 0) & (slot < slots)
+    load = torch.bincount(slot[real], minlength=slots).to(torch.int32)
+    if bool(layer_state.should_record_tensor):
+        layer_state.expert_load_view += load
+    return load
+
+
+class Rank:
+    """One process of the engine."""
+
+    def __init__(self, rank: int, port: int, args: argparse.Namespace) -> None:
+        import torch
+
+        self.rank, self.port, self.args = rank, port, args
+        torch.set_num_threads(1)
+        without_an_accelerator()
+        from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+        from vllm.config.parallel import EPLBConfig
+        from vllm.distributed import parallel_state
+
+        eplb = EPLBConfig(
+            window_size=args.window, step_interval=args.interval, use_async=getattr(args, "async"),
+            log_balancedness=not args.no_log, log_balancedness_interval=args.log_interval,
+            communicator="torch_gloo",
+        )  # fmt: skip
+        size = {"data_parallel_size" if args.parallel == "dp" else "tensor_parallel_size": args.world}
+        self.config = ParallelConfig(
+            enable_expert_parallel=True, eplb_config=eplb, disable_custom_all_reduce=True,
+            distributed_executor_backend="external_launcher", **size,
+        )  # fmt: skip
+        whole = VllmConfig(parallel_config=self.config)
+        # vLLM refuses to balance on a CPU, so it is told afterwards.
+        self.config.enable_eplb, eplb.num_redundant_experts = True, args.redundant
+        with set_current_vllm_config(whole):
+            parallel_state.init_distributed_environment(
+                args.world, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo"
+            )
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=self.config.tensor_parallel_size
+            )
+        self.parallel_state = parallel_state
+        self.sizes = dict(tuple(map(int, part.split(":"))) for part in args.elastic.split(",") if part)
+        self.active = True
+        if self.sizes:  # only now, as its groups need a coordinator of vLLM's front end
+            self.config.enable_elastic_ep, self.config.elastic_ep_max_dp_size = True, args.world
+        if args.break_vllm:
+            import vllm.distributed.eplb.eplb_state as broken
+
+            broken.EplbState._should_record_current_step_ = broken.EplbState._should_record_current_step
+            broken.EplbState.step = lambda self, is_dummy=False, is_profile=False, *, stats=False, **_: None
+        if not args.without_plugin:
+            from vllm.plugins import load_general_plugins
+
+            load_general_plugins()
+        from vllm.distributed.eplb import eplb_state
+
+        self.eplb = eplb_state
+        self.slots = args.logical + args.redundant
+        self.local = self.slots // args.world
+        self.step_number = -1
+        self.logged: list[tuple[Any, ...]] = []
+        handler = logging.Handler()
+        handler.emit = self._caught  # type: ignore[method-assign]
+        eplb_state.logger.addHandler(handler)
+        eplb_state.logger.setLevel(logging.INFO)
+        self.controller: Any = None
+        #: vLLM adds the drafter first.
+        self.models = [self._model("draft", args.draft_layers, "org/draft")] if args.draft_layers else []
+        self.models.append(self._model("model", args.layers, "org/main"))
+        self.build_state()
+
+    def build_state(self) -> None:
+        import torch
+
+        if self.args.v2_controller:
+            from vllm.v1.worker.gpu.eplb_utils import EPLBController
+
+            self.controller = EPLBController(self.config, torch.device("cpu"))
+            self.controller.prepare_load()
+            self.state = self.controller.state
+        else:
+            self.state = self.eplb.EplbState(self.config, torch.device("cpu"))
+        if getattr(self.args, "async"):
+            self.state.device_index = 0
+        for name, model, config in self.models:
+            if self.controller is not None:
+                assert self.controller.maybe_register_model(model, config)
+            else:
+                shown = "org/draft (draft)" if name == "draft" else None
+                self.state.add_model(model, config, model_name=shown)
+        if self.controller is not None:
+            self.controller.maybe_start_async_loop(True)
+        elif getattr(self.args, "async"):
+            self.state.start_async_loop()
+
+    def _caught(self, record: logging.LogRecord) -> None:
+        """Keep what vLLM logs, unrounded."""
+        if str(record.msg).startswith("EPLB step: %d"):
+            self.logged.append((self.step_number, *record.args))  # type: ignore[misc]
+
+    def _model(self, name: str, layers: int, path: str) -> tuple[str, Any, Any]:
+        import torch
+        from vllm.model_executor.models.interfaces import MixtureOfExperts
+
+        owner, args, eplb = self, self.args, self.eplb
+
+        class Layer:
+            def __init__(self, index: int) -> None:
+                # The first layers of the model are dense.
+                self.layer_name = f"{name}.layers.{index + 3}.mlp.experts"
+                self.eplb_state = eplb.EplbLayerState()
+                first = eplb.EplbState.build_initial_global_physical_to_logical_map(
+                    args.logical, args.redundant
+                )
+                own = torch.tensor(first)[owner.rank * owner.local : (owner.rank + 1) * owner.local]
+                mark = own.float() + 1000 * index
+                self.weights = [mark[:, None].repeat(1, 8), -mark[:, None].repeat(1, 4)]
+
+            def get_expert_weights(self) -> Any:
+                return self.weights
+
+            def set_eplb_state(self, index: int, load: Any, to_physical: Any, replicas: Any) -> None:
+                self.eplb_state.set_layer_state(index, load, to_physical, replicas)
+
+        class Model(MixtureOfExperts):  # whose own set_eplb_state is used
+            def __init__(self) -> None:
+                self.moe_layers, self.num_moe_layers = [Layer(i) for i in range(layers)], layers
+                self.num_expert_groups, self.num_shared_experts = 1, 0
+                self.num_logical_experts = self.num_routed_experts = args.logical
+                self.num_physical_experts, self.num_local_physical_experts = owner.slots, owner.local
+                self.num_redundant_experts = args.redundant
+
+            def set_eplb_state(self, load: Any, to_physical: Any, replicas: Any) -> None:
+                self.expert_weights = []
+                for index, layer in enumerate(self.moe_layers):
+                    self.expert_weights.append(layer.get_expert_weights())
+                    layer.set_eplb_state(index, load, to_physical, replicas)
+
+        class Config:
+            model = path
+
+            def compute_hash(self) -> str:
+                return f"hash of {path}"
+
+        return name, Model(), Config()
+
+    def model_state(self, config: Any) -> Any:
+        return self.state.model_states[config.compute_hash()]
+
+    def resize(self, size: int, step: int) -> None:
+        """As elastic EP does: ranks from ``size`` on leave with their slots, or come as new ones."""
+        import torch
+
+        world = self.args.world
+        groups = [list(range(size)), list(range(size, world))] if size < world else [list(range(world))]
+        group = self.parallel_state.init_model_parallel_group(groups, self.rank, "gloo", group_name="ep")
+        self.parallel_state._EP = group
+        if self.rank < size:
+            # What elastic EP's coordinator has: a store of these ranks' own.
+            from vllm.distributed.utils import StatelessProcessGroup
+
+            group.tcp_store_group = StatelessProcessGroup.create(
+                "127.0.0.1", self.port + step + 1, self.rank, size
+            )
+        self.slots, self.config.data_parallel_size = self.local * size, size
+        was_active, self.active = self.active, self.rank < size
+        if not self.active:
+            return
+        for _, model, config in self.models:
+            if was_active:
+                self.state.reconfigure_physical_expert_slots(config, self.slots)
+            model.num_physical_experts = self.slots
+            model.num_redundant_experts = self.slots - self.args.logical
+        if not was_active:
+            self.build_state()
+        for _, _, config in self.models:
+            slots = self.model_state(config).physical_to_logical_map_buffer.clone()
+            slots[:] = -1
+            slots[:, : self.slots] = torch.arange(self.slots) % self.args.logical
+            self.state.update_mapping(config, slots)
+            self.state.update_communicator(config, self.state.create_communicator(config, group))
+        self.state.expert_rearrangement_step = 0
+
+    def serve(self) -> dict[str, Any]:
+        import torch
+
+        args = self.args
+        # The same on every rank: who is hot, who is idle. Then the rank's own tokens, which the ranks
+        # of one tensor-parallel group share.
+        shared = np.random.default_rng(args.seed)
+        own = np.random.default_rng([args.seed, 0 if args.parallel == "tp" else self.rank + 1])
+        popularity = 1.0 / np.arange(1, args.logical + 1) ** 1.2
+        idle = shared.random((args.steps, args.world)) < (args.dummies if args.parallel == "dp" else 0)
+        order = {}
+        saved: dict[str, Any] = {}
+        with torch.inference_mode():  # as vLLM's worker
+            if args.profile_step:
+                self.state.step(True, True, log_stats=False)
+            for step in range(args.steps):
+                self.step_number = step
+                if step == args.kill_at:
+                    time.sleep(1.2)  # more than a flush interval, as between two bursts of requests
+                    os.kill(os.getpid(), 9)
+                if step in self.sizes:
+                    self.resize(self.sizes[step], step)
+                if step % (args.steps // 2) == 0:
+                    for name, model, _ in self.models:
+                        order[name] = [shared.permutation(args.logical) for _ in model.moe_layers]
+                dummy = bool(idle[step, self.rank])
+                tokens = 1 if dummy else int(own.integers(args.tokens // 2, args.tokens * 3 // 2))
+                if not self.active:
+                    continue
+                saved[f"{step}/dummy"] = np.array(dummy)
+                for name, model, config in self.models:
+                    if not dummy:
+                        self.state.prepare_forward(config, tokens)
+                    load = np.zeros((model.num_moe_layers, self.slots), np.int32)
+                    for index, layer in enumerate(model.moe_layers):
+                        keys = np.log(popularity) + own.gumbel(size=(-(-tokens // 64) * 64, args.logical))
+                        ids = order[name][index][np.argsort(-keys, axis=1)[:, : args.topk]]
+                        state = layer.eplb_state
+                        counted = route(
+                            torch.from_numpy(ids), state, int(state.num_unpadded_tokens_tensors[0])
+                        )
+                        if not dummy:
+                            load[index] = counted[: self.slots]
+                    saved[f"{step}/{name}/load"] = load
+                    placement = self.model_state(config).physical_to_logical_map
+                    saved[f"{step}/{name}/placement"] = placement.numpy().astype(np.int32)
+                if self.controller is not None:
+                    self.controller.step(is_dummy=dummy)
+                else:
+                    self.state.step(dummy, False, log_stats=self.config.eplb_config.log_balancedness)
+                assert self.sizes or self._weights_moved(), "the weights are not where the placement says"
+                torch.distributed.barrier(group=self.parallel_state.get_ep_group().cpu_group)
+        saved["logged"] = np.array([json.dumps(line) for line in self.logged])
+        return saved
+
+    def _weights_moved(self) -> bool:
+        """Whether this rank holds the weights of the experts that the placement says."""
+        good = True
+        for _, model, config in self.models:
+            slots = self.model_state(config).physical_to_logical_map.numpy()
+            for index, layer in enumerate(model.moe_layers):
+                want = slots[index, self.rank * self.local : (self.rank + 1) * self.local] + 1000 * index
+                good &= bool((layer.weights[0][:, 0].numpy() == want).all())
+                good &= bool((layer.weights[1][:, 0].numpy() == -want).all())
+        return good
+
+
+def run(rank: int, port: int, args: argparse.Namespace) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.world),
+        "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "INFO",
+    }  # fmt: skip
+    try:
+        np.savez_compressed(args.out / f"rank{rank}.npz", **Rank(rank, port, args).serve())
+        import torch
+
+        torch.distributed.barrier()
+        import atexit
+
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # vLLM's async worker thread never ends
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=run, args=(rank, port, args)) for rank in range(args.world)]
+    for process in ranks:
+        process.start()
+    end = time.monotonic() + 240
+    while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < end:
+        time.sleep(0.05)
+    if args.kill_at >= 0:
+        for process in ranks:
+            process.join(10)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    if args.kill_at >= 0:
+        sys.exit(0 if codes == [-9] * args.world else f"ranks ended with {codes}")
+    if any(codes) or None in codes:
+        sys.exit(f"ranks ended with {codes}")
+
+
+if __name__ == "__main__":
+    main()

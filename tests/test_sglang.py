@@ -1,0 +1,258 @@
+"""The plugin inside SGLang: its real recorder in several processes, with and without the plugin.
+
+sglang_ranks.py runs in the engines' environment and saves the truth; the dump is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers import engines_python
+
+from eplb_analyze import open_run
+from eplb_analyze.run import Run
+
+ROOT = Path(__file__).parents[1]
+LAYERS, DENSE, LOGICAL, SLOTS = 5, 2, 6, 8
+MOE_LAYERS = [2, 3, 4]
+Array = npt.NDArray[Any]
+
+
+def command(out: Path, scenario: str, ranks: int) -> list[str]:
+    return [
+        engines_python(),
+        "-W",
+        "ignore",
+        str(ROOT / "tests/engines/sglang_ranks.py"),
+        str(out),
+        str(ranks),
+        scenario,
+    ]
+
+
+def environment(out: Path | None, **more: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("EXPERT_LOAD_DUMP")}
+    return clean | ({"EXPERT_LOAD_DUMP_DIR": str(out / "dump")} if out else {}) | more
+
+
+@dataclass(frozen=True)
+class Engine:
+    out: Path
+    ranks: int
+
+    def truth(self, name: str) -> Array:
+        """[ranks, steps, layers, slots]"""
+        paths = [self.out / f"truth-{rank}.npz" for rank in range(self.ranks)]
+        return np.stack([np.load(path)[name] for path in paths])
+
+    def said(self, rank: int, what: str) -> list[Any]:
+        told = json.loads((self.out / f"said-{rank}.json").read_text())[what]
+        # What SGLang says of an environment without a GPU.
+        return [
+            t for t in told if not str(t).startswith(("Ignore import", "Cannot detect", "The current plat"))
+        ]
+
+    def dump(self) -> Run:
+        return open_run(self.out / "dump")
+
+    def own(self) -> list[Any]:
+        """What SGLang's own recorder wrote and returned."""
+        code = "import sys,torch,json;print(json.dumps(torch.load(sys.argv[1]),default=lambda t:t.tolist()))"
+        found: list[Any] = []
+        for path in sorted(self.out.glob("own-*/*.pt")):
+            read = subprocess.run(
+                [engines_python(), "-c", code, path], capture_output=True, text=True, check=True
+            )
+            found.append(json.loads(read.stdout))
+        returned = sorted(self.out.glob("own-*.npz"))
+        return found + [np.load(path)["logical_count"].tolist() for path in returned]
+
+
+def engine(out: Path, scenario: str, *, ranks: int = 2, plugin: bool = True, **more: str) -> Engine:
+    out.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command(out, scenario, ranks),
+        env=environment(out if plugin else None, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Engine(out, ranks)
+
+
+def loads(run: Run) -> Array:
+    """[steps, layers, slots] of all steps, summed over the ranks that the run was opened with."""
+
+    def read() -> Array:
+        return np.concatenate([b.loads(0, run.info.num_layers, b.step) for b in run.blocks()])
+
+    return run.reading(read)
+
+
+def assert_exact(ours: Engine) -> None:
+    """Every rank's part, step by step, and the placement that was in force in each."""
+    true_loads, true_maps = ours.truth("loads"), ours.truth("maps")
+    assert true_loads[:, :, MOE_LAYERS].any(axis=(0, 3)).all()
+    run = ours.dump()
+    assert run.present_ranks == list(range(ours.ranks))
+    steps = run.steps()
+    assert steps["step"].to_list() == list(range(true_loads.shape[1]))
+    assert set(steps["state"]) == {"recorded"}
+    for rank, true in enumerate(true_loads):
+        folder = next((ours.out / "dump").glob(f"run=*/model=*/rank={rank:05d}"))
+        assert (loads(open_run(folder)) == true[:, MOE_LAYERS]).all()
+    for step, true in enumerate(true_maps[0]):
+        assert (true_maps[:, step] == true).all()
+        found = run.placement(step)["logical"].to_numpy().reshape(len(MOE_LAYERS), SLOTS)
+        assert (found == true[MOE_LAYERS]).all(), step
+    assert not run.findings
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass"])
+def test_loads_and_placements_are_exact_and_sglang_is_as_without(mode: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path / "with", mode)
+    theirs = engine(tmp_path / "without", mode, plugin=False)
+    assert_exact(ours)
+    assert ours.own() == theirs.own() != []
+    for rank in range(ours.ranks):
+        for what in ("messages", "switch", "stored"):
+            assert ours.said(rank, what) == theirs.said(rank, what), what
+        # Of the first 12 passes, SGLang was asked to record six, and dumped before the last of those.
+        assert ours.said(rank, "stored")[:15] == [0] * 5 + [1, 2, 3, 4, 5, 6, 1] + [1] * 3
+    assert not (theirs.out / "dump").exists()
+
+
+def test_four_ranks_and_what_the_dump_says_of_them(tmp_path: Path) -> None:
+    ours = engine(tmp_path, "simple", ranks=4)
+    assert_exact(ours)
+    run = ours.dump()
+    info = run.info
+    assert (info.engine, info.model, info.scope) == ("sglang", "tiny/moe", "local")
+    assert (info.ep_size, info.ranks_per_node, info.num_logical_experts) == (4, 4, LOGICAL)
+    assert list(info.layers) == MOE_LAYERS
+    # Without an all-to-all backend, every rank counts all tokens.
+    assert info.token_replication == 4
+    session = run.sessions[0].info
+    assert session.engine_version
+    config = session.engine_config
+    assert (config["expert_distribution_recorder_mode"], config["ep_num_redundant_experts"]) == ("stat", 2)
+    assert (config["tp_size"], config["ep_size"], config["nnodes"]) == (4, 4, 1)
+    assert (config["enable_eplb"], config["moe_a2a_backend"]) == (False, "none")
+    assert sorted(s.info.ep_rank for s in run.sessions) == [0, 1, 2, 3]
+    assert len({s.info.run_id for s in run.sessions}) == 1
+
+
+@pytest.mark.parametrize(("scenario", "replication"), [("scattered", 1), ("dp_attention", 2)])
+def test_how_often_a_token_is_counted(scenario: str, replication: int, tmp_path: Path) -> None:
+    ours = engine(tmp_path, scenario, EXPERT_LOAD_DUMP_INTERVAL="2")
+    run = ours.dump()
+    assert (run.info.token_replication, run.info.interval) == (replication, 2)
+    assert run.steps()["state"].to_list() == ["recorded", "not_sampled"] * 2
+    true = ours.truth("loads").sum(0)[::2, MOE_LAYERS] / replication
+    found = run.loads()["load"].to_list()
+    assert (np.array(found).reshape(true.shape) == true).all()
+
+
+def test_a_draft_models_passes_are_no_steps(tmp_path: Path) -> None:
+    ours = engine(tmp_path, "drafts", ranks=1)
+    assert len(ours.said(0, "switch")) == 15
+    assert ours.truth("loads").shape[1] == 6
+    assert_exact(ours)
+
+
+def test_per_token_is_recorded_until_it_fails_and_sglang_goes_on(tmp_path: Path) -> None:
+    ours = engine(tmp_path, "per_token", ranks=1)
+    said = [text for text in ours.said(0, "messages") if "expert loads" in text]
+    assert len(said) == 1
+    assert "SGLang 0." in said[0]
+    assert len(ours.said(0, "switch")) == 4
+    for rank, true in enumerate(ours.truth("loads")):
+        folder = next((ours.out / "dump").glob(f"run=*/model=*/rank={rank:05d}"))
+        assert (loads(open_run(folder)) == true[:2, MOE_LAYERS]).all()
+
+
+@pytest.mark.parametrize("scenario", ["no_predicate", "no_entry", "renamed", "off"])
+def test_where_sglang_is_not_as_known_it_goes_on_and_is_told_once(scenario: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path, scenario, ranks=1)
+    said = [text for text in ours.said(0, "messages") if "expert loads" in text]
+    assert len(said) == 1
+    assert ("--expert-distribution-recorder-mode stat" if scenario == "off" else "SGLang 0.") in said[0]
+    if scenario == "renamed":  # SGLang itself stored the passes, before and after
+        assert ours.said(0, "stored") == [1, 2, 3, 4, 4, 4]
+        assert ours.said(0, "switch") == [True] * 4 + [False] * 2
+        assert loads(ours.dump()).shape[0] == 2
+    else:
+        assert ours.truth("loads").shape[1] == 4
+        assert not (ours.out / "dump").exists()
+
+
+def test_a_wrong_setting_is_told_once(tmp_path: Path) -> None:
+    ours = engine(tmp_path, "simple", ranks=1, EXPERT_LOAD_DUMP_INTERVAL="often")
+    said = [text for text in ours.said(0, "messages") if "EXPERT_LOAD_DUMP_INTERVAL" in text]
+    assert len(said) == 1
+    assert not (ours.out / "dump").exists()
+
+
+def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path, "kill", 2),
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    pids = [tmp_path / f"pid-{rank}" for rank in range(2)]
+    try:
+        deadline = time.monotonic() + 120
+        while not all(path.exists() for path in pids):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(2.5)  # more than the writer's flush interval
+    finally:
+        for path in pids:
+            if path.exists():
+                os.kill(int(path.read_text()), signal.SIGKILL)
+        if not all(path.exists() for path in pids):
+            process.kill()
+        process.wait(60)
+    summary = [Path(sys.executable).with_name("eplb-analyze"), "summary", tmp_path / "dump"]
+    done = subprocess.run(summary, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tiny/moe" in done.stdout
+    run = open_run(tmp_path / "dump")
+    assert run.present_ranks == [0, 1]
+    complete = run.loads()
+    assert complete["step"].n_unique() >= 10
+    assert complete["load"].list.sum().min() > 0
+
+
+#: What SGLang 0.5.23 makes of it in the models named; None: all layers are MoE layers, or not known.
+CONFIGS: list[tuple[dict[str, Any], list[int] | None]] = [
+    ({"model_type": "deepseek_v3", "first_k_dense_replace": 3, "moe_layer_freq": 1}, [3, 4, 5]),
+    ({"model_type": "deepseek_v2", "first_k_dense_replace": 1, "moe_layer_freq": 2}, [2, 4]),
+    ({"model_type": "glm4_moe", "first_k_dense_replace": 1}, [1, 2, 3, 4, 5]),
+    ({"model_type": "deepseek_v3", "first_k_dense_replace": 0, "moe_layer_freq": 1}, None),
+    ({"model_type": "sarvam_moe", "first_k_dense_replace": 1, "moe_layer_freq": 2}, None),
+    ({"model_type": "qwen3_moe", "mlp_only_layers": [], "decoder_sparse_step": 1}, None),
+    ({"model_type": "mimo_v2", "moe_layer_freq": [0, 1, 1, 1, 1, 1]}, [1, 2, 3, 4, 5]),
+    ({"model_type": "mimo_v2", "moe_layer_freq": [0, 1, 0, 0, 1, 1]}, None),
+]
+
+
+def test_which_layers_are_moe_layers(tmp_path: Path) -> None:
+    (tmp_path / "configs.json").write_text(json.dumps([config for config, _ in CONFIGS]))
+    engine(tmp_path, "rows", ranks=1)
+    assert json.loads((tmp_path / "rows.json").read_text()) == [layers for _, layers in CONFIGS]

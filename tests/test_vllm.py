@@ -1,0 +1,205 @@
+"""The plugin inside vLLM's real EplbState: what is recorded is true, and vLLM does what it did.
+
+The engines live in an environment of their own, which ``sh scripts/test.sh`` makes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import engines_python, survived_loads
+from typer.testing import CliRunner
+
+from eplb_analyze import Run, open_run
+from eplb_analyze.check import check_run
+from eplb_analyze.cli import app
+
+RANKS = Path(__file__).parent / "engines/vllm_ranks.py"
+
+
+def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[str, Any]], Path, str]:
+    """Serve with the plugin; each rank's truth, the dump, and what was printed."""
+    dump = folder / "dump"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("EXPERT_LOAD")}
+    done = subprocess.run(
+        [engines_python(), RANKS, "--out", folder / "truth", *options],
+        env={**clean, "EXPERT_LOAD_DUMP_DIR": str(dump), **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = sorted((folder / "truth").glob("rank*.npz"))
+    return [dict(np.load(path)) for path in ranks], dump, done.stdout + done.stderr
+
+
+def assert_true(ranks: list[dict[str, Any]], dump: Path, name: str, interval: int = 1) -> Run:
+    """Loads at every step on every rank, placements with their steps, and completeness."""
+    run = open_run(
+        dump, model=f"org/{name.replace('model', 'main')}" + (" (draft)" if name == "draft" else "")
+    )
+    steps = sorted({int(key.split("/")[0]) for truth in ranks for key in truth if "/" in key})
+    assert run.steps()["step"].to_list() == steps
+    assert run.present_ranks == list(range(len(ranks)))
+    for rank, truth in enumerate(ranks):
+        found: dict[int, Any] = {}
+        for session in run.sessions:
+            if session.info.ep_rank == rank:
+                found |= survived_loads(session.folder)
+        real = {
+            step: truth[f"{step}/{name}/load"]
+            for step in steps
+            if step % interval == 0 and not truth.get(f"{step}/dummy", True)
+        }
+        assert found.keys() == real.keys()
+        for step, load in real.items():
+            np.testing.assert_array_equal(found[step], load, err_msg=f"rank {rank}, step {step}")
+    for step in steps[::interval]:
+        if all(truth.get(f"{step}/dummy", True) for truth in ranks):
+            continue  # no load, so no placement either
+        slots = [t[f"{step}/{name}/placement"] for t in ranks if f"{step}/{name}/placement" in t]
+        assert all(np.array_equal(one, slots[0]) for one in slots)
+        found_slots = run.placement(step)["logical"].to_numpy().reshape(slots[0].shape)
+        np.testing.assert_array_equal(found_slots, slots[0], err_msg=f"step {step}")
+    report = check_run(run)
+    assert [f.code for f in report.findings if f.severity == "error"] == []
+    return run
+
+
+def vllm_balancedness(dump: Path, step: int) -> float:
+    shown = CliRunner().invoke(
+        app,
+        ["summary", str(dump), "--model", "org/main", "--steps", f"{step}:{step + 1}", "--output", "json"],
+    )
+    assert shown.exit_code == 0, shown.output
+    return float(json.loads(shown.stdout)["metrics"]["vllm"])
+
+
+def assert_logs_agree(ranks: list[dict[str, Any]], dump: Path) -> int:
+    """vLLM's own unrounded figure of each step that it logged; how many those were."""
+    lines = [json.loads(str(line)) for line in ranks[0]["logged"]]
+    for step, _, model, _, _, balancedness, *_ in lines:
+        if model == "org/main" and balancedness:
+            assert vllm_balancedness(dump, step) == pytest.approx(balancedness, abs=1e-6)
+    return len(lines)
+
+
+SCENARIOS = {
+    "two ranks": ["--world", "2"],
+    "four ranks, dummies, drafter": ["--world", "4", "--dummies", "0.3", "--draft-layers", "2"],
+    "async, dummies": ["--world", "2", "--async", "--dummies", "0.3"],
+    "async, four ranks": ["--world", "4", "--async", "--steps", "30"],
+    "tensor parallel": ["--world", "2", "--parallel", "tp"],
+    "model runner v2, after a profile step": ["--world", "2", "--v2-controller", "--profile-step"],
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_what_is_recorded_is_true(tmp_path: Path, name: str) -> None:
+    options = SCENARIOS[name]
+    ranks, dump, _ = serve(tmp_path, *options)
+    run = assert_true(ranks, dump, "model")
+    info = run.sessions[0].info
+    assert (info.engine, info.engine_version) == ("vllm", "0.33.0")
+    assert info.moe_layers == (3, 4, 5, 6)
+    assert info.token_replication == (2 if "tp" in options else 1)
+    assert info.ranks_per_node == len(ranks)
+    config: Any = info.engine_config
+    assert config["eplb_config"]["step_interval"] == 10
+    assert config["eplb_config"]["use_async"] is ("--async" in options)
+    assert len({p.tobytes() for key, p in ranks[0].items() if key.endswith("model/placement")}) > 1
+    if "--draft-layers" in options:
+        assert_true(ranks, dump, "draft")
+    assert assert_logs_agree(ranks, dump) >= 30
+
+
+QUIET = {
+    "no log, long interval": ["--no-log", "--interval", "16", "--window", "3", "--steps", "50"],
+    "sparse log, dummies": ["--interval", "16", "--window", "2", "--log-interval", "7", "--dummies", "0.3"],
+    # The first step is counted by vLLM's router, but not taken into its window.
+    "short window": ["--interval", "24", "--window", "1", "--steps", "40", "--no-log"],
+    "async, short window": ["--async", "--interval", "24", "--window", "1", "--steps", "28", "--no-log"],
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_it_changes_nothing(tmp_path: Path, name: str) -> None:
+    """Placements and log lines with and without, where vLLM itself counts only some of the steps."""
+    options = ["--world", "2", *QUIET[name]]
+    ranks, dump, _ = serve(tmp_path / "with", *options)
+    assert_true(ranks, dump, "model")
+    without, no_dump, _ = serve(tmp_path / "without", *options, "--without-plugin")
+    assert not no_dump.exists()
+    assert len({p.tobytes() for key, p in ranks[0].items() if key.endswith("placement")}) > 1
+    for one, other in zip(ranks, without, strict=True):
+        assert one.keys() == other.keys()
+        # When vLLM's thread has moved a layer's weights is chance; which placement it moves to is not.
+        keys = ["27/model/placement"] if "--async" in options else list(one)
+        for key in keys:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+def test_every_third_step(tmp_path: Path) -> None:
+    ranks, dump, _ = serve(
+        tmp_path, "--dummies", "0.2", "--no-log", "--interval", "16", EXPERT_LOAD_DUMP_INTERVAL="3"
+    )
+    run = assert_true(ranks, dump, "model", interval=3)
+    assert run.steps().filter(run.steps()["state"] == "not_sampled")["step"].to_list() == [
+        step for step in range(40) if step % 3
+    ]
+
+
+def test_elastic_changes_stay_in_one_run(tmp_path: Path) -> None:
+    """Four ranks, two of them leave, two new ones join: they hear which run and which step this is."""
+    ranks, dump, _ = serve(
+        tmp_path, "--world", "4", "--elastic", "0:4,10:2,25:4", "--logical", "8", "--redundant", "8"
+    )
+    run = assert_true(ranks, dump, "model")
+    assert len(list(dump.iterdir())) == 1
+    sizes = {row["step"]: row["ep_size"] for row in run.loads(experts=False).iter_rows(named=True)}
+    assert sizes == {step: 2 if 10 <= step < 25 else 4 for step in range(40)}
+
+
+def test_a_given_run_id_is_kept(tmp_path: Path) -> None:
+    ranks, dump, _ = serve(tmp_path, "--steps", "4", EXPERT_LOAD_DUMP_RUN_ID="night")
+    assert [path.name for path in dump.iterdir()] == ["run=night"]
+    assert_true(ranks, dump, "model")
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    _, dump, _ = serve(tmp_path, "--world", "2", "--kill-at", "20")
+    run = open_run(dump)
+    assert run.present_ranks == [0, 1]
+    assert run.steps()["step"].to_list() == list(range(20))
+    shown = CliRunner().invoke(app, ["summary", str(dump)])
+    assert shown.exit_code == 0
+    assert "20 recorded" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "said"),
+    [
+        (["--break-vllm"], {}, "vLLM 0.33.0 is not known"),
+        ([], {"EXPERT_LOAD_DUMP_INTERVAL": "often"}, "EXPERT_LOAD_DUMP_INTERVAL must be a whole number"),
+        ([], {"EXPERT_LOAD_DUMP_DIR": "/proc/nowhere"}, "expert-load recording is off"),
+        ([], {"EXPERT_LOAD_DUMP_RUN_ID": "../up"}, "run_id must be"),
+    ],
+)
+def test_where_it_cannot_record_vllm_goes_on(
+    tmp_path: Path, options: list[str], environment: dict[str, str], said: str
+) -> None:
+    ranks, dump, printed = serve(tmp_path, "--steps", "12", *options, **environment)
+    assert printed.count(said) == len(ranks)
+    assert not list(dump.glob("**/*.parquet"))
+
+
+def test_without_the_variable_there_is_nothing(tmp_path: Path) -> None:
+    serve(tmp_path, "--steps", "2", EXPERT_LOAD_DUMP_DIR="")
+    assert not (tmp_path / "dump").exists()
