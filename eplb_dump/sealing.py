@@ -35,6 +35,8 @@ from eplb_dump.journal import Int32, Int64, JournalSegment, Shape, StepRows
 #: A row group holds about this many slot counts of few layers: one step of one layer is found by
 #: reading one group, and one layer of a long run by reading only its own.
 ROW_GROUP_VALUES = 1 << 21
+#: A segment's sums are not kept in the manifest where they are larger than this.
+MAX_SUM_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,38 @@ class SealedFile:
 
 
 @dataclass(frozen=True)
+class ExpertSums:
+    """Each slot's tokens summed over steps, so that a reader who wants no more need not read ``loads``.
+
+    A row is a layer's steps from ``step`` on to its next row's, cut where the layer's placement
+    changed: the slot held one expert all the while.
+    """
+
+    #: Index of the MoE layer, from 0: int32 [n].
+    layer: Int32
+    step: Int64
+    #: int64 [n, num_physical_experts].
+    load: Int64
+
+    def arrays(self) -> dict[str, Any]:
+        return {"sum_layer": self.layer, "sum_step": self.step, "sum_load": self.load}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Any], shape: Shape | None) -> ExpertSums | None:
+        """None where a writer before 1.1 left none. Raises FormatError."""
+        if shape is None or "sum_load" not in arrays:
+            return None
+        sums = cls(arrays["sum_layer"], arrays["sum_step"], arrays["sum_load"])
+        n = len(sums.layer)
+        whole = sums.load.shape == (n, shape.num_physical_experts) and sums.step.shape == (n,)
+        rows = np.flatnonzero(np.diff(sums.layer, prepend=-1))
+        in_order = np.array_equal(sums.layer[rows], np.arange(shape.num_moe_layers))
+        if not whole or not in_order or sums.load.min(initial=0) < 0:
+            raise FormatError("its sums of a sealed segment contradict its shape")
+        return sums
+
+
+@dataclass(frozen=True)
 class SealedSegment:
     """What the manifest says of one sealed segment."""
 
@@ -56,6 +90,7 @@ class SealedSegment:
     last_step: int
     shape: Shape | None
     files: dict[str, SealedFile]
+    sums: ExpertSums | None = None
 
     def to_header(self) -> dict[str, Any]:
         shape = None if self.shape is None else dict(vars(self.shape))
@@ -68,12 +103,18 @@ class SealedSegment:
             "files": files,
         }
 
+    def to_frame(self) -> bytes:
+        return frames.encode("sealed", self.to_header(), None if self.sums is None else self.sums.arrays())
+
     @classmethod
-    def from_header(cls, header: dict[str, Any]) -> SealedSegment:
+    def from_frame(cls, frame: frames.Frame) -> SealedSegment:
+        """Raises FormatError."""
+        header = frame.header
         try:
             shape = None if header["shape"] is None else Shape(**header["shape"])
             files = {table: SealedFile(**f) for table, f in header["files"].items()}
-            segment = cls(header["seq"], header["first_step"], header["last_step"], shape, files)
+            sums = ExpertSums.from_arrays(frame.arrays, shape)
+            segment = cls(header["seq"], header["first_step"], header["last_step"], shape, files, sums)
             segment._validate()
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"its entry of a sealed segment is malformed ({error})") from None
@@ -238,7 +279,7 @@ def seal(journal_path: Path) -> SealedSegment | None:
             raise
         info = journal.info
     if entry is not None:
-        append_manifest(folder, info, frames.encode("sealed", entry.to_header()))
+        append_manifest(folder, info, entry.to_frame())
         for file in entry.files.values():
             os.replace(folder / f"{file.name}.tmp", folder / file.name)
         fsync_folder(folder)
@@ -278,16 +319,47 @@ def _write_segment(folder: Path, journal: JournalSegment) -> SealedSegment:
             len(journal.placements.step),
         )
     n = len(journal.load_steps)
+    sums = None
     if shape is not None and n:
         group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
+
+        tally = _Tally(journal)
 
         def load_parts(metadata: dict[bytes, bytes]) -> Any:
             for first in range(0, shape.num_moe_layers, group):
                 last = min(first + group, shape.num_moe_layers)
                 load = journal.read_layers(first, last)
+                for layer in range(first, last):
+                    tally.add(layer, load[layer - first])
                 yield loads_table(layers[first:last], journal.load_steps, load, shape.ep_size, metadata)
 
         write("loads", load_parts, n * shape.num_moe_layers)
+        sums = tally.sums()
     write("steps", lambda metadata: [steps_table(journal.steps, metadata)], len(journal.steps.step))
     step = journal.steps.step
-    return SealedSegment(seq, int(step.min()), int(step.max()), shape, files)
+    return SealedSegment(seq, int(step.min()), int(step.max()), shape, files, sums)
+
+
+class _Tally:
+    """Adds up what passes by on its way into ``loads``."""
+
+    def __init__(self, journal: JournalSegment) -> None:
+        self._steps = journal.load_steps
+        self._placements = journal.placements
+        self._rows: list[tuple[int, int]] = []
+        self._loads: list[Int64] = []
+
+    def add(self, layer: int, load: Int32) -> None:
+        """``load``: one layer's, int32 ``[len(load_steps), num_physical_experts]``."""
+        changed = self._placements.step[self._placements.layer == layer]
+        edges = np.unique([0, *np.searchsorted(self._steps, changed)])
+        edges = edges[edges < len(self._steps)]
+        self._rows += [(layer, int(self._steps[edge])) for edge in edges]
+        self._loads.append(np.add.reduceat(load, edges, axis=0, dtype=np.int64))
+
+    def sums(self) -> ExpertSums | None:
+        """None where they would be large: after so many changes, the loads are as quickly read."""
+        if sum(load.nbytes for load in self._loads) > MAX_SUM_BYTES:
+            return None
+        layer, step = (np.array(column) for column in zip(*self._rows, strict=True))
+        return ExpertSums(layer.astype(np.int32), step.astype(np.int64), np.concatenate(self._loads))

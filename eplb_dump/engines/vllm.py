@@ -13,10 +13,12 @@ import functools
 import importlib.abc
 import importlib.util
 import inspect
+import itertools
 import logging
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -50,16 +52,24 @@ def register() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets one module be imported as always, and hooks into it right after that."""
+    """Lets one module be imported as always, and hooks into it right after that.
+
+    It stays where it is: other threads may be going through ``sys.meta_path``, and an import that
+    failed may be tried again.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._asking = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != _MODULE:
+        if name != _MODULE or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = True  # no other thread is here: the import system holds this module's lock
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -113,6 +123,21 @@ class _Model:
     writer: ExpertLoadWriter
     #: Counts of a step that vLLM let stand in ``expert_load_pass``; None: it began at zero.
     carry: Any = None
+    #: Which tensor they stand in; elastic EP puts one of another size in its place.
+    _carried_in: Any = None
+
+    def stand(self, counts: Any) -> None:
+        self.carry, self._carried_in = counts.clone(), counts
+
+    def carry_now(self) -> Any:
+        """The counts that stand, in today's shape: vLLM keeps those of the slots that stay."""
+        counts = self.state.expert_load_pass
+        if self.carry is not None and counts is not self._carried_in:
+            stay = min(counts.shape[1], self.carry.shape[1])
+            resized = counts.new_zeros(counts.shape)
+            resized[:, :stay] = self.carry[:, :stay]
+            self.carry, self._carried_in = resized, counts
+        return self.carry
 
 
 class _Recorder:
@@ -126,6 +151,9 @@ class _Recorder:
         self._models: dict[str, _Model] = {}
         #: EP rank and size that the writers were opened for; elastic EP changes them.
         self._place: tuple[int, int] | None = None
+        self._number = next(_states)
+        # A second engine in this process begins a run of its own, and the first one's writers end.
+        weakref.finalize(state, _close_all, self._models).atexit = False
         self._run_id: str | None = None
         self._step = 0
         #: Whether vLLM itself has the router count in the step under way, and whether we do.
@@ -148,6 +176,12 @@ class _Recorder:
         """Hand over what this rank routed in the pass that ends here."""
         if is_profile:  # before the engine serves, and no step of it
             return
+        try:
+            self._hand_over(is_dummy, log_stats)
+        finally:
+            self._give_back()
+
+    def _hand_over(self, is_dummy: bool, log_stats: bool) -> None:
         group = self._module.get_ep_group()
         place = (group.rank_in_group, group.world_size)
         if place != self._place or self._models.keys() != self.state.model_states.keys():
@@ -157,15 +191,22 @@ class _Recorder:
             if is_dummy:  # vLLM zeroes what the padding of such a pass may have counted
                 sampled = self._step % self._settings.interval == 0
                 model.writer.skip("dummy" if sampled else "not_sampled", self._step)
-                continue
-            counts = model.state.expert_load_pass
-            load = counts if model.carry is None else counts - model.carry
-            model.writer.record(self._step, load, model.state.physical_to_logical_map, ep_size=place[1])
-            if self._we_count:
-                if model.carry is None:
-                    counts.zero_()
+            else:
+                carry, counts = model.carry_now(), model.state.expert_load_pass
+                load = counts if carry is None else counts - carry
+                placement = model.state.physical_to_logical_map
+                model.writer.record(self._step, load, placement, ep_size=place[1])
+
+    def _give_back(self) -> None:
+        """Leave in ``expert_load_pass`` what would be there without us."""
+        if self._we_count:
+            self._we_count = False
+            for model in self._models.values():
+                carry = model.carry_now()
+                if carry is None:
+                    model.state.expert_load_pass.zero_()
                 else:
-                    counts.copy_(model.carry)
+                    model.state.expert_load_pass.copy_(carry)
 
     def after(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Have the next step counted where vLLM would not."""
@@ -174,7 +215,7 @@ class _Recorder:
                 model.carry = None
             elif self._vllm_counts and not is_profile:
                 # vLLM counted and did not take it: it stands there still, beside what comes next.
-                model.carry = model.state.expert_load_pass.clone()
+                model.stand(model.state.expert_load_pass)
         if is_profile:
             return
         self._step += 1
@@ -194,18 +235,19 @@ class _Recorder:
         rank 0 not only which run this is but also which step.
         """
         if self._place is not None and self._place[0] != place[0]:
-            for model in self._models.values():  # closing takes its time and is not for this thread
-                threading.Thread(target=model.writer.close, daemon=True).start()
-            self._models.clear()
+            _close_all(self._models)
         new_place, self._place = place != self._place, place
-        store, key = _store_of(group), f"eplb_dump/run/{place[1]}"
+        stage, store = _pipeline_stage(self.state.parallel_config), _store_of(group)
+        key = f"eplb_dump/run/{stage}/{place[1]}"
+        if getattr(group, "tcp_store_group", None) is None:  # else the store is of this group only
+            key += f"/{self._number}"
         if place[0] != 0 and self._run_id is None and store is not None:
             said = (hear(store, key, logger) or "").split()
             if len(said) == 2:
                 self._run_id, self._step = said[0], int(said[1])
         for name, state in self.state.model_states.items():
             if name not in self._models:
-                writer = self._open(state, place)
+                writer = self._open(state, place, stage)
                 self._run_id = writer.info.run_id or None
                 self._models[name] = _Model(state, writer)
                 if place[0] == 0 and writer.stats().off is None:
@@ -213,15 +255,14 @@ class _Recorder:
         if place[0] == 0 and new_place and store is not None:
             store.set(key, f"{self._run_id or ''} {self._step}")
 
-    def _open(self, state: Any, place: tuple[int, int]) -> ExpertLoadWriter:
+    def _open(self, state: Any, place: tuple[int, int], stage: int | None) -> ExpertLoadWriter:
         from eplb_dump.writer import ExpertLoadWriter
 
         config = self.state.parallel_config
         nodes = self._module.get_node_count()
-        replication = _token_replication(config, state.model)
         return ExpertLoadWriter(
             self._settings.folder,
-            model=state.model_name,
+            model=state.model_name if stage is None else f"{state.model_name} (pipeline stage {stage})",
             num_logical_experts=state.model.num_logical_experts,
             ep_size=place[1],
             ep_rank=place[0],
@@ -240,7 +281,7 @@ class _Recorder:
                 },
                 **{name: getattr(config, name, None) for name in _PARALLEL_SIZES},
             },
-            token_replication=replication,
+            token_replication=_token_replication(config),
         )
 
 
@@ -252,6 +293,25 @@ _PARALLEL_SIZES = (
     "all2all_backend",
     "enable_elastic_ep",
 )
+
+
+#: EplbStates of this process, counted alike on all ranks.
+_states = itertools.count()
+
+
+def _close_all(models: dict[str, _Model]) -> None:
+    for model in models.values():  # closing takes its time and is not for the engine's thread
+        threading.Thread(target=model.writer.close, daemon=True).start()
+    models.clear()
+
+
+def _pipeline_stage(config: Any) -> int | None:
+    """Which stage this rank is of: each has EP ranks and layers of its own. None: there is one."""
+    if config.pipeline_parallel_size == 1:
+        return None
+    from vllm.distributed.parallel_state import get_pp_group
+
+    return int(get_pp_group().rank_in_group)
 
 
 def _version() -> str:
@@ -282,13 +342,10 @@ def _layer_numbers(model: Any) -> list[int] | None:
     return numbers if numbers == sorted(set(numbers)) else None
 
 
-def _token_replication(config: Any, model: Any) -> int:
+def _token_replication(config: Any) -> int:
     """By how much the sum over ranks counts a token too often.
 
     The ranks of one tensor-parallel group route the same tokens, unless sequence parallelism splits
-    them. With naive dispatch, every rank routes what it gathered from all.
+    them. Where a rank gathers the tokens of others before it routes, vLLM counts as many as are its own.
     """
-    tensor, data = int(config.tensor_parallel_size), int(config.data_parallel_size)
-    if any(getattr(layer, "do_naive_dispatch_combine", False) for layer in model.moe_layers):
-        return tensor * data
-    return 1 if config.use_sequence_parallel_moe else tensor
+    return 1 if config.use_sequence_parallel_moe else int(config.tensor_parallel_size)

@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
     for name, value in {
         "world": 2, "steps": 40, "layers": 4, "draft-layers": 0, "logical": 16, "redundant": 4, "topk": 2,
         "tokens": 128, "seed": 0, "window": 4, "interval": 10, "log-interval": 1, "kill-at": -1,
+        "pipeline": 1,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--parallel", choices=("dp", "tp"), default="dp")
@@ -118,10 +119,14 @@ class Rank:
             log_balancedness=not args.no_log, log_balancedness_interval=args.log_interval,
             communicator="torch_gloo",
         )  # fmt: skip
-        size = {"data_parallel_size" if args.parallel == "dp" else "tensor_parallel_size": args.world}
+        #: Each pipeline stage has an EP group of its own.
+        self.ep_rank, self.stage = divmod(rank, args.pipeline)
+        ep_size = args.world // args.pipeline
+        size = {"data_parallel_size" if args.parallel == "dp" else "tensor_parallel_size": ep_size}
         self.config = ParallelConfig(
             enable_expert_parallel=True, eplb_config=eplb, disable_custom_all_reduce=True,
-            distributed_executor_backend="external_launcher", **size,
+            distributed_executor_backend="external_launcher",
+            pipeline_parallel_size=args.pipeline, **size,
         )  # fmt: skip
         whole = VllmConfig(parallel_config=self.config)
         # vLLM refuses to balance on a CPU, so it is told afterwards.
@@ -131,7 +136,8 @@ class Rank:
                 args.world, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo"
             )
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=self.config.tensor_parallel_size
+                tensor_model_parallel_size=self.config.tensor_parallel_size,
+                pipeline_model_parallel_size=args.pipeline,
             )
         self.parallel_state = parallel_state
         self.sizes = dict(tuple(map(int, part.split(":"))) for part in args.elastic.split(",") if part)
@@ -151,7 +157,7 @@ class Rank:
 
         self.eplb = eplb_state
         self.slots = args.logical + args.redundant
-        self.local = self.slots // args.world
+        self.local = self.slots // ep_size
         self.step_number = -1
         self.logged: list[tuple[Any, ...]] = []
         handler = logging.Handler()
@@ -202,12 +208,12 @@ class Rank:
         class Layer:
             def __init__(self, index: int) -> None:
                 # The first layers of the model are dense.
-                self.layer_name = f"{name}.layers.{index + 3}.mlp.experts"
+                self.layer_name = f"{name}.layers.{index + 3 + layers * owner.stage}.mlp.experts"
                 self.eplb_state = eplb.EplbLayerState()
                 first = eplb.EplbState.build_initial_global_physical_to_logical_map(
                     args.logical, args.redundant
                 )
-                own = torch.tensor(first)[owner.rank * owner.local : (owner.rank + 1) * owner.local]
+                own = torch.tensor(first)[owner.ep_rank * owner.local : (owner.ep_rank + 1) * owner.local]
                 mark = own.float() + 1000 * index
                 self.weights = [mark[:, None].repeat(1, 8), -mark[:, None].repeat(1, 4)]
 
@@ -269,10 +275,14 @@ class Rank:
         if not was_active:
             self.build_state()
         for _, _, config in self.models:
-            slots = self.model_state(config).physical_to_logical_map_buffer.clone()
-            slots[:] = -1
-            slots[:, : self.slots] = torch.arange(self.slots) % self.args.logical
-            self.state.update_mapping(config, slots)
+            state = self.model_state(config)
+            slots = torch.arange(self.slots).repeat(len(state.physical_to_logical_map), 1) % self.args.logical
+            if was_active:
+                self.eplb._commit_eplb_maps(state, new_physical_to_logical_map=slots)
+            else:
+                whole = torch.full_like(state.physical_to_logical_map_buffer, -1)
+                whole[:, : self.slots] = slots
+                self.state.update_mapping(config, whole)
             self.state.update_communicator(config, self.state.create_communicator(config, group))
         self.state.expert_rearrangement_step = 0
 
@@ -337,7 +347,9 @@ class Rank:
         for _, model, config in self.models:
             slots = self.model_state(config).physical_to_logical_map.numpy()
             for index, layer in enumerate(model.moe_layers):
-                want = slots[index, self.rank * self.local : (self.rank + 1) * self.local] + 1000 * index
+                want = (
+                    slots[index, self.ep_rank * self.local : (self.ep_rank + 1) * self.local] + 1000 * index
+                )
                 good &= bool((layer.weights[0][:, 0].numpy() == want).all())
                 good &= bool((layer.weights[1][:, 0].numpy() == -want).all())
         return good
