@@ -8,8 +8,9 @@ are summed over ranks. What the sums mean is for :mod:`eplb_analyze.metrics`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,10 +127,9 @@ class Block:
         """
         steps = self.recorded if steps is None else steps
         shape = self._shape()
-        out = np.zeros((shape.num_moe_layers, len(steps), shape.ep_size), np.int64)
-        for segment, here, there in self._matches(steps):
-            out[:, here] += segment.rank_load()[:, there]
-        return out.transpose(1, 0, 2)
+        return self._sum(
+            (shape.num_moe_layers, len(steps), shape.ep_size), steps, lambda segment: segment.rank_load()
+        )
 
     def loads(self, first: int, last: int, steps: Int64 | None = None) -> Int64:
         """Tokens per physical expert of layers ``first`` to ``last - 1``, summed over the writers.
@@ -137,17 +137,32 @@ class Block:
         int64 ``[len(steps), last - first, num_physical_experts]``.
         """
         steps = self.recorded if steps is None else steps
-        out = np.zeros((last - first, len(steps), self._shape().num_physical_experts), np.int64)
-        for segment, here, there in self._matches(steps):
-            out[:, here] += segment.loads(first, last)[:, there]
-        return out.transpose(1, 0, 2)
+        shape = (last - first, len(steps), self._shape().num_physical_experts)
+        return self._sum(shape, steps, lambda segment: segment.loads(first, last))
+
+    def _sum(
+        self, shape: tuple[int, int, int], steps: Int64, read: Callable[[Segment], npt.NDArray[Any]]
+    ) -> Int64:
+        """What ``read`` gives of each segment, ``[layers, n, width]``, added up, steps first."""
+        out: Int64 | None = None
+        for segment, here, there in self.matches(steps):
+            values = read(segment)
+            if out is None and len(here) == shape[1] == values.shape[1]:
+                out = values.astype(np.int64, copy=False)  # all steps, of one writer or the first
+                continue
+            if out is None:
+                out = np.zeros(shape, np.int64)
+            elif not out.flags.writeable:  # a view of what was read
+                out = out.copy()
+            out[:, _whole(here, shape[1])] += values[:, _whole(there, values.shape[1])]
+        return (np.zeros(shape, np.int64) if out is None else out).transpose(1, 0, 2)
 
     def _shape(self) -> Shape:
         if self.shape is None:
             raise ValueError("no rank recorded a load in these steps")
         return self.shape
 
-    def _matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
+    def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
         """``(segment, index into steps, index into the segment's steps)`` of what counts."""
         if not len(steps):
             return
@@ -172,6 +187,11 @@ class Block:
             )
             if len(here):
                 yield segment, here, there
+
+
+def _whole(index: Int64, length: int) -> Int64 | slice:
+    """An ascending index as a slice where it is everything: that copies nothing."""
+    return slice(None) if len(index) == length else index
 
 
 @dataclass

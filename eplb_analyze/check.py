@@ -14,12 +14,17 @@ from eplb_analyze.errors import Finding, plural
 from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run
 from eplb_dump.format import EMPTY_SLOT
+from eplb_dump.journal import Int32
 
 #: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
 #: stretch of incomplete steps at the end means that a rank stopped and the others went on.
 KILL_SECONDS = 3.0
 #: A larger share of incomplete steps makes `summary` exit with 3: its figures leave out too much.
 TOLERATED_INCOMPLETE = 0.1
+#: Clocks of one cluster are set closer than this; ranks also take a step at slightly different times.
+SKEW_SECONDS = 2.0
+#: Clocks are compared at so many steps at each end of every segment.
+CLOCK_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class CheckReport:
 def check_run(run: Run) -> CheckReport:
     """Read every byte of a run, verified, and report all that is odd, the gravest first."""
     steps, found = run.reading(lambda: _check_blocks(run))
+    for part in (_check_sums, _check_clocks, _check_statements):
+        found += run.reading(lambda part=part: part(run))  # type: ignore[misc]
     found += _check_ranks(run)
     found += _check_steps(run, steps)
     found += _check_placements(run)
@@ -250,6 +257,77 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
                 text = f"rank {rank} has two sessions with steps {start} to {older.last_step}; where both "
                 text += f"recorded a step, the newer one counts ({newer.info.session_id})"
                 yield Finding("warning", "overlapping_sessions", text)
+
+
+def _check_sums(run: Run) -> list[Finding]:
+    """What the manifests say of loads must be what the loads say. Raises SegmentFault."""
+    odd = [
+        segment.path
+        for session in run.sessions
+        for segment in session.segments
+        if not segment.sums_are_true()
+    ]
+    text = "the manifest's sums are not those of the loads, in "
+    return [Finding("error", "sums_differ", text + str(path)) for path in dict.fromkeys(odd)]
+
+
+def _check_clocks(run: Run) -> list[Finding]:
+    """Ranks take a step together: where their clocks say otherwise, a clock or the run is not one."""
+    sampled: dict[int, list[tuple[int, float]]] = {}
+    for number, session in enumerate(run.sessions):
+        offset = session.info.created_unix_ns - session.info.created_monotonic_ns
+        for segment in session.segments:
+            rows = segment.steps()
+            some = (
+                np.r_[0:CLOCK_SAMPLES, -CLOCK_SAMPLES:0]
+                if len(rows.step) > 2 * CLOCK_SAMPLES
+                else slice(None)
+            )
+            for step, clock in zip(rows.step[some].tolist(), rows.monotonic_ns[some].tolist(), strict=True):
+                sampled.setdefault(step, []).append((number, (clock + offset) / 1e9))
+    off: dict[int, list[float]] = {}
+    for clocks in sampled.values():
+        middle = float(np.median([seconds for _, seconds in clocks]))
+        for number, seconds in clocks if len(clocks) > 1 else ():
+            off.setdefault(number, []).append(seconds - middle)
+    skew = {number: float(np.median(values)) for number, values in off.items()}
+    ranks = {run.sessions[n].info.ep_rank: s for n, s in skew.items() if abs(s) > SKEW_SECONDS}
+    if not ranks:
+        return []
+    shown = ", ".join(f"rank {rank} by {s:+,.1f} s" for rank, s in sorted(ranks.items())[:4])
+    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+    text = f"at the same steps ranks' clocks differ from the others', {shown}{more}: clocks that are not set "
+    return [Finding("warning", "clock_skew", text + "alike, or two engine starts under one run id")]
+
+
+def _check_statements(run: Run) -> list[Finding]:
+    """A rank that went on under an old placement where the others had a new one. Raises SegmentFault."""
+    found: list[tuple[int, int, int]] = []
+    for session in run.sessions:
+        own: dict[int, list[tuple[int, Int32]]] = {}
+        for segment in session.segments:
+            rows = segment.placements()
+            for layer, step, slots in zip(
+                rows.layer.tolist(), rows.step.tolist(), rows.physical_to_logical, strict=True
+            ):
+                own.setdefault(layer, []).append((step, slots))
+        loads = np.sort(np.concatenate([s.load_steps() for s in session.segments] or [np.empty(0, np.int64)]))
+        for layer, stated in own.items():
+            stated.sort(key=lambda row: row[0])
+            history = run.history.layer(layer)
+            for (start, slots), (until, _) in itertools.pairwise([*stated, (2**62, stated[-1][1])]):
+                for change, now in zip(history.steps, history.slots, strict=True):
+                    if start < change < until and not np.array_equal(now, slots):
+                        late = loads[(loads >= change) & (loads < until)]
+                        if len(late):
+                            found.append((session.info.ep_rank, layer, int(late[0])))
+                        break
+    if not found:
+        return []
+    rank, layer, step = min(found, key=lambda f: (f[2], f[0], f[1]))
+    text = f"ranks recorded under an old placement after others stated a new one, in {len(found)} cases, the "
+    text += f"first rank {rank} in layer {run.info.layers[layer]} at step {step}"
+    return [Finding("error", "placement_not_adopted", text)]
 
 
 def _steps_text(steps: list[int]) -> str:

@@ -10,7 +10,20 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.commands import check, layer, metrics, seal, summary
+from eplb_analyze.commands import (
+    check,
+    compare,
+    experts,
+    layer,
+    metrics,
+    placement,
+    ranks,
+    rearrangements,
+    seal,
+    summary,
+    timeline,
+    traffic,
+)
 from eplb_analyze.errors import EXIT_UNUSABLE, AnalyzeError
 from eplb_analyze.output import PROGRAM, clean, say
 
@@ -28,6 +41,15 @@ app = typer.Typer(
 )
 app.command("summary", short_help="How balanced was the run, and is the data complete?")(summary.summary)
 app.command("layer", short_help="What did each rank, slot and expert of a layer get?")(layer.layer)
+app.command("ranks", short_help="Which rank or node do the others wait for?")(ranks.ranks)
+app.command("timeline", short_help="How did a figure move over the steps?")(timeline.timeline)
+app.command("placement", short_help="Who is where, and what changed?")(placement.placement)
+app.command("experts", short_help="Which experts are hot, cold or dead; replicated enough?")(experts.experts)
+app.command("traffic", short_help="From which rank to which did the tokens go?")(traffic.traffic)
+app.command("rearrangements", short_help="Did each rearrangement help, and for how long?")(
+    rearrangements.rearrangements
+)
+app.command("compare", short_help="Is run B better than run A, beyond chance?")(compare.compare)
 app.command("check", short_help="Is the dump complete and intact?")(check.check)
 app.command("metrics", short_help="The balance formulas, with their sources.")(metrics.metrics)
 app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)

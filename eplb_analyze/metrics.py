@@ -1,20 +1,72 @@
 """The balance formulas of the field, each under its own name, as functions of numpy arrays.
 
-All take ``T``: float64 ``[steps, layers, ep_ranks]``, the tokens on each EP rank, and return float64
+All are of ``T``: float64 ``[steps, layers, ep_ranks]``, the tokens on each EP rank, and give float64
 ``[steps]``; NaN where a step has no active layer. A layer is active in a step when its maximum is
-above 0.
+above 0. They share what they reduce ``T`` to, :class:`Terms`, so that it is computed once for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
+
+
+class Terms:
+    """What the formulas need of ``T``.
+
+    Attributes:
+        mean, maximum: float64 ``[steps, layers]``, over EP ranks.
+    """
+
+    def __init__(self, counts: npt.NDArray[Any], per_token: int = 1) -> None:
+        """``counts``: ``[steps, layers, ep_ranks]``, each token counted ``per_token`` times."""
+        self._counts, self._per_token = counts, per_token
+        total = counts.sum(axis=2)
+        highest = counts.max(axis=2)
+        self.mean: Float64 = total / float(counts.shape[2] * per_token)
+        self.maximum: Float64 = highest / float(per_token)
+        #: bool ``[steps, layers]``: the ranks got different numbers of tokens.
+        self.uneven: npt.NDArray[np.bool_] = highest * counts.shape[2] > total
+
+    @cached_property
+    def slowest(self) -> npt.NDArray[np.intp]:
+        """The EP rank with most tokens, of equals the first: ``[steps, layers]``."""
+        slowest: npt.NDArray[np.intp] = self._counts.argmax(axis=2)
+        return slowest
+
+    @cached_property
+    def rank_mean(self) -> Float64:
+        """Over layers: float64 ``[steps, ep_ranks]``."""
+        mean: Float64 = self._counts.mean(axis=1) / self._per_token
+        return mean
+
+    @cached_property
+    def rank_maximum(self) -> Float64:
+        """Over layers: float64 ``[steps, ep_ranks]``."""
+        maximum: Float64 = self._counts.max(axis=1) / float(self._per_token)
+        return maximum
+
+    @cached_property
+    def active(self) -> npt.NDArray[np.bool_]:
+        """bool ``[steps, layers]``."""
+        return self.maximum > 0
+
+    @cached_property
+    def ratio(self) -> Float64:
+        """mean / maximum where active, else NaN: float64 ``[steps, layers]``."""
+        return _ratio(self.mean, self.maximum)
+
+    def by_layer(self) -> Terms:
+        """As if every layer of every step were a step of a model of one layer."""
+        steps, layers, ranks = self._counts.shape
+        return Terms(self._counts.reshape(steps * layers, 1, ranks), self._per_token)
 
 
 @dataclass(frozen=True)
@@ -26,8 +78,12 @@ class Formula:
     source: str
     better: Literal["higher", "lower"]
     perfect: float
-    per_step: Callable[[Float64], Float64]
+    of: Callable[[Terms], Float64]
     warning: str = ""
+
+    def per_step(self, T: Float64) -> Float64:
+        """The formula of ``T``: float64 ``[steps]``."""
+        return self.of(Terms(T))
 
 
 def _mean_over_active(values: Float64, active: npt.NDArray[np.bool_]) -> Float64:
@@ -36,52 +92,42 @@ def _mean_over_active(values: Float64, active: npt.NDArray[np.bool_]) -> Float64
     return _ratio(total, active.sum(axis=1).astype(np.float64))
 
 
-def _mean_max(T: Float64) -> tuple[Float64, Float64, npt.NDArray[np.bool_]]:
-    mean: Float64 = T.mean(axis=2)
-    maximum: Float64 = T.max(axis=2)
-    return mean, maximum, maximum > 0
-
-
 def _ratio(numerator: Float64, denominator: Float64) -> Float64:
     out: Float64 = np.full(numerator.shape, np.nan)
     np.divide(numerator, denominator, out=out, where=denominator > 0)
     return out
 
 
-def balancedness(T: Float64) -> Float64:
+def balancedness(terms: Terms) -> Float64:
     """Mean over active layers of mean_r T / max_r T, in (0, 1]; vLLM PR 39178."""
-    mean, maximum, active = _mean_max(T)
-    return _mean_over_active(_ratio(mean, maximum), active)
+    return _mean_over_active(terms.ratio, terms.active)
 
 
-def imbalance(T: Float64) -> Float64:
+def imbalance(terms: Terms) -> Float64:
     """Mean over active layers of max_r T / mean_r T, at least 1; vLLM PR 39178's text."""
-    mean, maximum, active = _mean_max(T)
-    return _mean_over_active(_ratio(maximum, mean), active)
+    return _mean_over_active(_ratio(terms.maximum, terms.mean), terms.active)
 
 
-def vllm(T: Float64) -> Float64:
+def vllm(terms: Terms) -> Float64:
     """Σ_l mean_r T / Σ_l max_r T; vLLM's log line since PR 51813."""
-    mean, maximum, _ = _mean_max(T)
-    return _ratio(mean.sum(axis=1), maximum.sum(axis=1))
+    return _ratio(terms.mean.sum(axis=1), terms.maximum.sum(axis=1))
 
 
-def vllm_legacy(T: Float64) -> Float64:
+def vllm_legacy(terms: Terms) -> Float64:
     """Σ_r mean_l T / Σ_r max_l T; vLLM before PR 51813, wrong, kept to read old logs."""
-    return _ratio(T.mean(axis=1).sum(axis=1), T.max(axis=1).sum(axis=1))
+    return _ratio(terms.rank_mean.sum(axis=1), terms.rank_maximum.sum(axis=1))
 
 
-def sglang(T: Float64) -> Float64:
+def sglang(terms: Terms) -> Float64:
     """Mean over all layers of (mean_r T + 1e-5) / (max_r T + 1e-5); SGLang's expert_distribution.py."""
-    mean, maximum, active = _mean_max(T)
-    value: Float64 = ((mean + 1e-5) / (maximum + 1e-5)).mean(axis=1)
-    value[~active.any(axis=1)] = np.nan
+    value: Float64 = ((terms.mean + 1e-5) / (terms.maximum + 1e-5)).mean(axis=1)
+    value[~terms.active.any(axis=1)] = np.nan
     return value
 
 
-def trtllm(T: Float64) -> Float64:
+def trtllm(terms: Terms) -> Float64:
     """Mean over active layers of max_r T / mean_r T − 1; TensorRT-LLM's report_load_statistics.py."""
-    return imbalance(T) - 1.0
+    return imbalance(terms) - 1.0
 
 
 FORMULAS: dict[str, Formula] = {
@@ -146,14 +192,13 @@ def idle_terms(T: Float64) -> tuple[float, float]:
     The idle fraction is 1 minus their ratio: the share of rank time lost if time is proportional to
     tokens.
     """
-    mean, maximum, _ = _mean_max(T)
-    return float(mean.sum()), float(maximum.sum())
+    terms = Terms(T)
+    return float(terms.mean.sum()), float(terms.maximum.sum())
 
 
 def per_layer(formula: Formula, T: Float64) -> Float64:
     """A formula for each layer by itself, as if the model had only that one: ``[steps, layers]``."""
-    columns = [formula.per_step(T[:, i : i + 1]) for i in range(T.shape[1])]
-    return np.stack(columns, axis=1) if columns else np.empty((len(T), 0))
+    return formula.of(Terms(T).by_layer()).reshape(T.shape[:2])
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.blocks import STATUS_WEIGHT
+from eplb_analyze.blocks import STATUS_WEIGHT, Block
 from eplb_analyze.dump import Session
 from eplb_analyze.errors import Finding
 from eplb_dump.format import EMPTY_SLOT
-from eplb_dump.journal import Int32
+from eplb_dump.journal import Int32, Int64
+from eplb_dump.sealing import ExpertSums
 
 #: Layers changed no more steps apart than this belong to one rearrangement: asynchronous engines
 #: move one layer at a time, between two of which transfers can take many steps.
@@ -110,6 +111,52 @@ def fold(load: npt.NDArray[np.int64], slots: Int32, num_logical_experts: int) ->
 def replicas(slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
     """How many slots hold each logical expert: ``[num_logical_experts]``."""
     return np.bincount(slots[slots != EMPTY_SLOT], minlength=num_logical_experts)
+
+
+def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: int) -> Int64:
+    """Tokens of each logical expert over a block's complete steps: int64 ``[layers, experts]``.
+
+    Experts of slots whose placement is not known are left out. Loads are read only where the writer
+    left no sums, or those are of steps that do not count. Raises SegmentFault.
+    """
+    assert block.shape is not None
+    out = np.zeros((block.shape.num_moe_layers, num_logical_experts), np.int64)
+
+    def add(layer: int, slots: Int32 | None, load: Int64) -> None:
+        if slots is not None and len(slots) == len(load):
+            filled = slots != EMPTY_SLOT
+            np.add.at(out[layer], slots[filled], load[filled])
+
+    for segment, _, there in block.matches(block.recorded):
+        steps = segment.load_steps()
+        if segment.sums is not None and len(there) == len(steps):
+            parts = _cut(segment.sums, steps, history)
+            if parts is not None:
+                for layer, slots, load in parts:
+                    add(layer, slots, load)
+                continue
+        for layer in range(len(out)):
+            load = segment.loads(layer, layer + 1)[0][there]
+            for stretch, slots in history.layer(layer).stretches(steps[there]):
+                add(layer, slots, load[stretch].sum(axis=0, dtype=np.int64))
+    return out
+
+
+def _cut(
+    sums: ExpertSums, steps: Int64, history: PlacementHistory
+) -> list[tuple[int, Int32 | None, Int64]] | None:
+    """``(layer, placement, load)`` of each sum; None where one spans a change that its rank missed."""
+    first = np.searchsorted(steps, sums.step)
+    last = np.append(first[1:], 0) - 1
+    last[np.append(np.diff(sums.layer) != 0, True)] = len(steps) - 1
+    parts = []
+    for layer, low, high, load in zip(sums.layer.tolist(), first, last, sums.load, strict=True):
+        of_layer = history.layer(layer)
+        index = of_layer.index_at(int(steps[low])) if low <= high else -2
+        if index != (of_layer.index_at(int(steps[high])) if low <= high else -2):
+            return None
+        parts.append((layer, of_layer.slots[index] if index >= 0 else None, load))
+    return parts
 
 
 def read_history(sessions: Sequence[Session]) -> PlacementHistory:

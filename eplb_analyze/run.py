@@ -1,6 +1,7 @@
 """Run: one run of one model, opened for reading; its methods return polars frames.
 
-The arrays under the frames come from :mod:`eplb_analyze.blocks`. Nothing here writes into a dump.
+The arrays under the frames come from :mod:`eplb_analyze.blocks`; :mod:`eplb_analyze.frames` makes them.
+Nothing here writes into a dump.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from eplb_analyze import metrics
-from eplb_analyze.blocks import Block, StepState, iter_blocks
+from eplb_analyze.blocks import Block, iter_blocks
 from eplb_analyze.dump import Session, discover, open_session
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.placements import PlacementHistory, read_history
 from eplb_analyze.segments import Segment, SegmentFault
-from eplb_dump.format import STATUS_LABELS, Scope, SessionInfo, model_slug
+from eplb_dump.format import Scope, SessionInfo, model_slug
 from eplb_dump.journal import Shape
+
+if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
+    import polars as pl
 
 T = TypeVar("T")
 Steps = tuple[int, int]
@@ -261,12 +264,9 @@ class Run:
         ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
         incomplete. ``num_tokens`` is the sum over the ranks that said it.
         """
+        from eplb_analyze import frames
 
-        def read() -> pl.DataFrame:
-            frames = [_steps_frame(block) for block in self.blocks(steps)]
-            return pl.concat(frames) if frames else pl.DataFrame(schema=_STEPS_SCHEMA)
-
-        return self.reading(read)
+        return self.reading(lambda: frames.steps(self, steps))
 
     def loads(
         self,
@@ -290,87 +290,24 @@ class Run:
         chosen = (
             list(range(self.info.num_layers)) if layers is None else [self.layer_index(n) for n in layers]
         )
+        from eplb_analyze import frames
 
-        def read() -> pl.DataFrame:
-            frames = [
-                self._loads_frame(block, chosen, experts)
-                for block in self.blocks(steps)
-                if block.shape is not None and len(block.recorded)
-            ]
-            empty = pl.DataFrame(schema=self._loads_schema(experts))
-            return pl.concat(frames) if frames else empty
-
-        return self.reading(read)
-
-    def _loads_schema(self, experts: bool) -> dict[str, Any]:
-        value = pl.Float64 if self.info.token_replication > 1 else pl.Int64
-        schema: dict[str, Any] = {"step": pl.Int64, "layer": pl.Int32, "ep_size": pl.Int32}
-        schema["rank_load"] = pl.List(value)
-        if experts:
-            schema["load"] = pl.List(value)
-        return schema
-
-    def _loads_frame(self, block: Block, layers: list[int], experts: bool) -> pl.DataFrame:
-        assert block.shape is not None
-        steps = block.recorded
-        numbers = np.array(self.info.layers, np.int32)[layers]
-        columns: dict[str, Any] = {
-            "step": np.repeat(steps, len(layers)),
-            "layer": np.tile(numbers, len(steps)),
-            "ep_size": np.full(len(steps) * len(layers), block.shape.ep_size, np.int32),
-            "rank_load": self._lists(block.rank_load()[:, layers]),
-        }
-        if experts:
-            parts = [block.loads(layer, layer + 1) for layer in layers]
-            columns["load"] = self._lists(np.concatenate(parts, axis=1))
-        return pl.DataFrame(columns, schema=self._loads_schema(experts))
-
-    def _lists(self, values: npt.NDArray[np.int64]) -> pl.Series:
-        rows = values.reshape(-1, values.shape[-1])
-        scaled: npt.NDArray[Any] = rows if self.info.token_replication == 1 else self.tokens(rows)
-        return pl.Series(scaled).arr.to_list()
+        return self.reading(lambda: frames.loads(self, chosen, steps, experts))
 
     def placement(self, step: int | None = None) -> pl.DataFrame:
         """Who was where at a step (default: the last): layer, physical, rank, logical.
 
         ``logical`` is -1 in an empty slot. Layers whose placement is not known yet are left out.
         """
-        at = 2**62 if step is None else step
-        frames = []
-        for index, number in enumerate(self.info.layers):
-            history = self.history.layer(index)
-            i = history.index_at(at)
-            if i >= 0:
-                slots = history.slots[i]
-                per_rank = len(slots) // history.ep_sizes[i]
-                frames.append(
-                    pl.DataFrame(
-                        {
-                            "layer": np.full(len(slots), number, np.int32),
-                            "physical": np.arange(len(slots), dtype=np.int32),
-                            "rank": np.arange(len(slots), dtype=np.int32) // np.int32(per_rank),
-                            "logical": slots.astype(np.int32),
-                        }
-                    )
-                )
-        schema = dict.fromkeys(("layer", "physical", "rank", "logical"), pl.Int32)
-        return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+        from eplb_analyze import frames
+
+        return frames.placement(self, step)
 
     def placements(self) -> pl.DataFrame:
         """Every change: step from which it holds, layer, ep_size, physical_to_logical (a list)."""
-        rows = [
-            (step, number, ep_size, slots.tolist())
-            for index, number in enumerate(self.info.layers)
-            for history in [self.history.layer(index)]
-            for step, ep_size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True)
-        ]
-        schema: dict[str, Any] = {
-            "step": pl.Int64,
-            "layer": pl.Int32,
-            "ep_size": pl.Int32,
-            "physical_to_logical": pl.List(pl.Int32),
-        }
-        return pl.DataFrame(rows, schema=schema, orient="row").sort("step", "layer")
+        from eplb_analyze import frames
+
+        return frames.placements(self)
 
     def balancedness(
         self, formula: str = "balancedness", by: str = "step", steps: Steps | None = None
@@ -383,80 +320,17 @@ class Run:
                 mean over steps of the formula for that layer alone; ``"run"``: value, p5, p50, p95,
                 min, min_step, max, max_step over the steps, and their number.
         """
+        from eplb_analyze import frames
+
         if formula not in metrics.FORMULAS:
             raise ValueError(f"no formula {formula!r}; there are: {', '.join(metrics.FORMULAS)}")
         if by not in ("step", "layer", "run"):
             raise ValueError(f'by must be "step", "layer" or "run", not {by!r}')
         chosen = metrics.FORMULAS[formula]
-        if by == "layer":
-            return self.reading(lambda: self._by_layer(chosen, steps))
-        step, value = self.reading(lambda: self._by_step(chosen, steps))
-        if by == "step":
-            return pl.DataFrame({"step": step, "value": pl.Series(value, nan_to_null=True)})
-        spread = metrics.Spread.of(value, step)
-        names = {"mean": "value"}
-        row = {names.get(name, name): figure for name, figure in vars(spread).items()}
-        return pl.DataFrame([{**row, "steps": int((~np.isnan(value)).sum())}], schema=_RUN_SCHEMA)
+        return self.reading(lambda: frames.balancedness(self, chosen, by, steps))
 
     def rank_tokens(self, steps: Steps | None = None) -> Iterator[tuple[Block, npt.NDArray[np.float64]]]:
         """Blocks that have complete steps, each with T: float64 ``[steps, layers, ep_ranks]``."""
         for block in self.blocks(steps):
             if block.shape is not None and len(block.recorded):
                 yield block, self.tokens(block.rank_load())
-
-    def _by_step(
-        self, formula: metrics.Formula, steps: Steps | None
-    ) -> tuple[npt.NDArray[np.int64], metrics.Float64]:
-        numbers = [np.empty(0, np.int64)]
-        values = [np.empty(0)]
-        for block, tokens in self.rank_tokens(steps):
-            numbers.append(block.recorded)
-            values.append(formula.per_step(tokens))
-        return np.concatenate(numbers), np.concatenate(values)
-
-    def _by_layer(self, formula: metrics.Formula, steps: Steps | None) -> pl.DataFrame:
-        total, count = np.zeros(self.info.num_layers), np.zeros(self.info.num_layers)
-        for _, tokens in self.rank_tokens(steps):
-            values = metrics.per_layer(formula, tokens)
-            total += np.nansum(values, axis=0)
-            count += (~np.isnan(values)).sum(axis=0)
-        mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-        layers = np.array(self.info.layers, np.int32)
-        return pl.DataFrame({"layer": layers, "value": pl.Series(mean, nan_to_null=True)})
-
-
-_STEPS_SCHEMA: dict[str, Any] = {
-    "step": pl.Int64,
-    "state": pl.String,
-    "ranks_recorded": pl.Int32,
-    "time": pl.Datetime("ns", "UTC"),
-    "num_tokens": pl.Int64,
-    "phase": pl.String,
-}
-_RUN_SCHEMA: dict[str, Any] = {
-    "value": pl.Float64,
-    "p5": pl.Float64,
-    "p50": pl.Float64,
-    "p95": pl.Float64,
-    "min": pl.Float64,
-    "min_step": pl.Int64,
-    "max": pl.Float64,
-    "max_step": pl.Int64,
-    "steps": pl.Int64,
-}
-
-
-def _steps_frame(block: Block) -> pl.DataFrame:
-    labels = np.array([*STATUS_LABELS, StepState.INCOMPLETE.label], object)
-    phases = np.array([*block.phases, None], object)
-    return pl.DataFrame(
-        {
-            "step": block.step,
-            "state": labels[block.state].tolist(),
-            "ranks_recorded": (block.status == StepState.RECORDED).sum(axis=0).astype(np.int32),
-            "time": pl.Series(block.time_ns).cast(pl.Datetime("ns", "UTC")),
-            "num_tokens": np.where(block.num_tokens >= 0, block.num_tokens, -1),
-            "phase": phases[block.phase].tolist(),
-        },
-        schema=_STEPS_SCHEMA,
-    ).with_columns(pl.col("num_tokens").replace(-1, None))

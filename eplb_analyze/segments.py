@@ -31,7 +31,7 @@ from eplb_dump.format import (
     SessionInfo,
 )
 from eplb_dump.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
-from eplb_dump.sealing import SealedSegment, footer_crc32
+from eplb_dump.sealing import ExpertSums, SealedSegment, footer_crc32
 
 #: More values than this in one row group are a hostile claim, not a segment of ours.
 MAX_GROUP_BYTES = 4 << 30
@@ -53,6 +53,8 @@ class Segment(Protocol):
     last_step: int
     shape: Shape | None
     path: Path
+    #: Where the writer left them; of all the segment's steps.
+    sums: ExpertSums | None
 
     def steps(self) -> StepRows: ...
     def load_steps(self) -> Int64: ...
@@ -65,6 +67,7 @@ class Segment(Protocol):
         ...
 
     def placements(self) -> PlacementRows: ...
+    def sums_are_true(self) -> bool: ...
 
 
 class OpenSegment:
@@ -72,6 +75,7 @@ class OpenSegment:
 
     def __init__(self, journal: JournalSegment) -> None:
         self._journal = journal
+        self.sums: ExpertSums | None = None
         self.path = journal.path
         self.seq = journal.seq
         self.shape = journal.shape
@@ -101,6 +105,9 @@ class OpenSegment:
     def placements(self) -> PlacementRows:
         return self._journal.placements
 
+    def sums_are_true(self) -> bool:
+        return True  # it has none
+
 
 class ParquetSegment:
     """A sealed segment, as the session's manifest lists it. Files are opened when first read."""
@@ -112,6 +119,7 @@ class ParquetSegment:
         self.seq = entry.seq
         self.first_step, self.last_step = entry.first_step, entry.last_step
         self.shape = entry.shape
+        self.sums = entry.sums
         self._files: dict[str, pq.ParquetFile] = {}
         self._load_steps: Int64 | None = None
 
@@ -243,19 +251,31 @@ class ParquetSegment:
     def rank_load(self) -> Int64:
         shape = self.shape
         assert shape is not None
-        out = np.empty((shape.num_moe_layers, len(self.load_steps()), shape.ep_size), np.int64)
-        for layer, values in self._by_layers("rank_load", shape.ep_size, 0, shape.num_moe_layers):
-            out[layer : layer + len(values)] = values
-        return out
+        parts = [v for _, v in self._by_layers("rank_load", shape.ep_size, 0, shape.num_moe_layers)]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
     def loads(self, first: int, last: int) -> Int32:
         shape = self.shape
         assert shape is not None
-        out = np.empty((last - first, len(self.load_steps()), shape.num_physical_experts), np.int32)
-        for layer, values in self._by_layers("load", shape.num_physical_experts, first, last):
-            low, high = max(layer, first), min(layer + len(values), last)
-            out[low - first : high - first] = values[low - layer : high - layer]
-        return out
+        parts = [
+            values[max(layer, first) - layer : last - layer]
+            for layer, values in self._by_layers("load", shape.num_physical_experts, first, last)
+        ]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def sums_are_true(self) -> bool:
+        """Whether the manifest's sums are those of the loads. Reads all of them."""
+        sums, shape = self.sums, self.shape
+        if sums is None or shape is None:
+            return True
+        for layer, values in self._by_layers("load", shape.num_physical_experts, 0, shape.num_moe_layers):
+            for index, load in enumerate(values, layer):
+                rows = sums.layer == index
+                first = np.searchsorted(self.load_steps(), sums.step[rows])
+                within = bool((np.diff(first, append=len(load)) > 0).all()) and first[0] == 0
+                if not within or (np.add.reduceat(load, first, dtype=np.int64) != sums.load[rows]).any():
+                    return False
+        return True
 
     def placements(self) -> PlacementRows:
         table = self._read("placements", ["step", "layer", "ep_size", "physical_to_logical"])
@@ -361,7 +381,7 @@ def read_manifest(folder: Path, info: SessionInfo) -> Manifest:
                     if SessionInfo.from_dict(item.header["session"]).session_id != info.session_id:
                         return Manifest(entries, closed, "of another session")
                 elif item.kind == "sealed":
-                    entry = SealedSegment.from_header(item.header)
+                    entry = SealedSegment.from_frame(item)
                     entries[entry.seq] = entry
                 elif item.kind == "closed":
                     closed = item.header

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import metrics
-from eplb_analyze.blocks import Block
+from eplb_analyze.blocks import Block, StepState
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.metrics import FORMULAS, Spread
-from eplb_analyze.placements import Rearrangement, fold, replicas
+from eplb_analyze.losses import WINDOW_STEPS, Bin, Bins, Losses, RankLoss, StretchLoss, timeline
+from eplb_analyze.metrics import FORMULAS, Spread, Terms
+from eplb_analyze.placements import Rearrangement, logical_sums, replicas
 from eplb_analyze.run import Run, RunInfo, Steps
-from eplb_dump.journal import Shape
+from eplb_dump.journal import Int64, Shape
 
 HOT_EXPERTS = 10
+WORST_STRETCHES = 10
 #: Shown beside the two main figures, each under its own name.
 OTHER_FORMULAS = tuple(name for name in FORMULAS if name not in ("balancedness", "imbalance"))
 
@@ -56,6 +58,29 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class PhaseFigure:
+    """The steps of one phase, as the engine named it."""
+
+    phase: str
+    steps: int
+    balancedness: float | None
+    idle_fraction: float | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Σ (max − mean) tokens over steps and layers: what the other ranks waited for, and why."""
+
+    tokens: float
+    #: How much of it remains where loads are summed over ``window_steps`` steps: what a better
+    #: placement could remove at most. The rest is chance within a step.
+    persistent_share: float | None
+    window_steps: int
+    ranks: list[RankLoss]
+    stretches: list[StretchLoss]
+
+
+@dataclass(frozen=True)
 class Summary:
     run: RunInfo
     steps: Completeness
@@ -69,11 +94,23 @@ class Summary:
     #: The steps that hot_experts and worst_rank are over: the last configuration's.
     last_configuration_steps: tuple[int, int] | None
     rearrangements: list[Rearrangement]
+    phases: list[PhaseFigure]
+    timeline: list[Bin]
+    #: Of the last configuration.
+    loss: Loss | None
     duration_seconds: float | None
 
     @property
     def missing_ranks(self) -> list[int]:
         return sorted(set(self.expected_ranks) - set(self.present_ranks))
+
+    @property
+    def layer_percentiles(self) -> dict[str, float] | None:
+        """Percentiles over layers of their balancedness."""
+        values = [layer.balancedness for layer in self.layers if layer.balancedness is not None]
+        if not values:
+            return None
+        return {f"p{q}": float(np.percentile(values, q)) for q in (5, 25, 50, 75, 95)}
 
     def to_json(self) -> dict[str, Any]:
         run = asdict(self.run)
@@ -97,6 +134,10 @@ class Summary:
             "idle_fraction": self.idle_fraction,
             "configurations": [asdict(c) for c in self.configurations],
             "layers": [asdict(layer) for layer in self.layers],
+            "layer_percentiles": self.layer_percentiles,
+            "phases": [asdict(phase) for phase in self.phases],
+            "timeline": [asdict(part) for part in self.timeline],
+            "loss": None if self.loss is None else asdict(self.loss),
             "hot_experts": [asdict(expert) for expert in self.hot_experts],
             "hot_experts_steps": self.last_configuration_steps,
             "rearrangements": [r.first_step for r in self.rearrangements],
@@ -115,8 +156,9 @@ class Summary:
 class _Stretch:
     """Sums over one configuration."""
 
-    def __init__(self, shape: Shape, num_logical_experts: int) -> None:
+    def __init__(self, shape: Shape, num_logical_experts: int, bins: Bins) -> None:
         self.shape = shape
+        self.losses = Losses(shape, bins)
         self.first = self.last = -1
         self.recorded = 0
         self.mean_tokens = self.max_tokens = 0.0
@@ -125,24 +167,21 @@ class _Stretch:
         self.slowest = np.zeros((layers, shape.ep_size), np.int64)
         self.logical = np.zeros((layers, num_logical_experts), np.int64)
 
-    def add(self, run: Run, block: Block, tokens: metrics.Float64, value: metrics.Float64) -> None:
+    def add(self, run: Run, block: Block, load: Int64, terms: Terms, value: metrics.Float64) -> None:
         steps = block.recorded
         self.first = int(steps[0]) if self.first < 0 else self.first
         self.last = int(steps[-1])
         self.recorded += len(steps)
         self.values.append(value)
-        mean, maximum = metrics.idle_terms(tokens)
-        self.mean_tokens += mean
-        self.max_tokens += maximum
+        self.mean_tokens += float(terms.mean.sum())
+        self.max_tokens += float(terms.maximum.sum())
+        slowest = terms.slowest
+        changes = sorted({step for history in run.history.layers.values() for step in history.steps})
+        self.losses.add(steps, load, terms, changes, run.info.token_replication)
         for layer in range(self.shape.num_moe_layers):
-            uneven = tokens[:, layer].max(axis=1) > tokens[:, layer].min(axis=1)
-            slowest = tokens[:, layer].argmax(axis=1)[uneven]
-            self.slowest[layer] += np.bincount(slowest, minlength=self.shape.ep_size)
-            history = run.history.layer(layer)
-            load = block.loads(layer, layer + 1)[:, 0]
-            for stretch, slots in history.stretches(steps):
-                if slots is not None and len(slots) == load.shape[1]:
-                    self.logical[layer] += fold(load[stretch].sum(axis=0), slots, self.logical.shape[1])
+            of_layer = slowest[:, layer][terms.uneven[:, layer]]
+            self.slowest[layer] += np.bincount(of_layer, minlength=self.shape.ep_size)
+        self.logical += logical_sums(block, run.history, self.logical.shape[1])
 
     def configuration(self) -> Configuration:
         value = np.concatenate(self.values)
@@ -164,12 +203,32 @@ class _LayerSums:
     def __init__(self, layers: int) -> None:
         self.ratio, self.inverse, self.active = np.zeros(layers), np.zeros(layers), np.zeros(layers)
 
-    def add(self, tokens: metrics.Float64) -> None:
-        ratio = metrics.per_layer(FORMULAS["balancedness"], tokens)
-        active = ~np.isnan(ratio)
-        self.ratio += np.where(active, ratio, 0).sum(axis=0)
-        self.inverse += np.where(active, 1 / np.where(active, ratio, 1), 0).sum(axis=0)
+    def add(self, terms: Terms) -> None:
+        active = terms.active
+        self.ratio += np.where(active, terms.ratio, 0).sum(axis=0)
+        self.inverse += np.where(active, 1 / np.where(active, terms.ratio, 1), 0).sum(axis=0)
         self.active += active.sum(axis=0)
+
+
+class _PhaseSums:
+    def __init__(self) -> None:
+        self.steps = 0
+        self.mean_tokens = self.max_tokens = 0.0
+        self.values: list[metrics.Float64] = []
+
+    def add(
+        self, mask: npt.NDArray[np.bool_], terms: Terms, values: dict[str, list[metrics.Float64]]
+    ) -> None:
+        self.steps += int(mask.sum())
+        self.mean_tokens += float(terms.mean[mask].sum())
+        self.max_tokens += float(terms.maximum[mask].sum())
+        self.values.append(values["balancedness"][-1][mask])
+
+    def figure(self, name: str) -> PhaseFigure:
+        value = np.concatenate(self.values)
+        known = value[~np.isnan(value)]
+        mean = float(known.mean()) if len(known) else None
+        return PhaseFigure(name, self.steps, mean, _idle(self.mean_tokens, self.max_tokens))
 
 
 def summarize(run: Run, steps: Steps | None = None) -> Summary:
@@ -186,6 +245,10 @@ def _summarize(run: Run, steps: Steps | None) -> Summary:
     stretches: list[_Stretch] = []
     interrupted = False
     layer_sums = _LayerSums(run.info.num_layers)
+    phases: dict[str, _PhaseSums] = {}
+    first_step, last_step = run.step_range
+    low, high = steps or (0, 2**62)
+    bins = Bins(max(low, first_step or 0), min(high - 1, last_step or 0))
     first_time, last_time = 2**62, -1
     for block in run.blocks(steps):
         whole.add(block)
@@ -197,15 +260,19 @@ def _summarize(run: Run, steps: Steps | None) -> Summary:
         interrupted = interrupted or (bool(stretches) and stretches[-1].shape != block.shape)
         if not len(block.recorded):
             continue
-        tokens = run.tokens(block.rank_load())
+        load = block.rank_load()
+        terms = Terms(load, run.info.token_replication)
         numbers.append(block.recorded)
         for name, formula in FORMULAS.items():
-            values[name].append(formula.per_step(tokens))
-        layer_sums.add(tokens)
+            values[name].append(formula.of(terms))
+        layer_sums.add(terms)
+        for code in np.unique(block.phase[block.phase >= 0]):
+            of_phase = phases.setdefault(block.phases[code], _PhaseSums())
+            of_phase.add(block.phase[block.state == StepState.RECORDED] == code, terms, values)
         if not stretches or interrupted:
-            stretches.append(_Stretch(block.shape, run.info.num_logical_experts))
+            stretches.append(_Stretch(block.shape, run.info.num_logical_experts, bins))
             interrupted = False
-        stretches[-1].add(run, block, tokens, values["balancedness"][-1])
+        stretches[-1].add(run, block, load, terms, values["balancedness"][-1])
     step = np.concatenate(numbers)
     spreads = {name: Spread.of(np.concatenate(parts), step) for name, parts in values.items()}
     mean_tokens = sum(s.mean_tokens for s in stretches)
@@ -225,8 +292,17 @@ def _summarize(run: Run, steps: Steps | None) -> Summary:
         hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
         last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
         rearrangements=changes,
+        phases=[phase.figure(name) for name, phase in sorted(phases.items())],
+        timeline=timeline(bins, step, np.concatenate(values["balancedness"])),
+        loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=(last_time - first_time) / 1e9 if last_time >= first_time else None,
     )
+
+
+def _loss(run: Run, stretch: _Stretch) -> Loss:
+    losses = stretch.losses
+    named = [replace(s, layer=run.info.layers[s.layer]) for s in losses.stretches(WORST_STRETCHES)]
+    return Loss(losses.total, losses.lasting_share, WINDOW_STEPS, losses.by_rank(), named)
 
 
 def _idle(mean_tokens: float, max_tokens: float) -> float | None:

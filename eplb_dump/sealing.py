@@ -68,7 +68,7 @@ class ExpertSums:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any], shape: Shape | None) -> ExpertSums | None:
-        """None where a writer before 1.1 left none. Raises FormatError."""
+        """None where the writer left none. Raises FormatError."""
         if shape is None or "sum_load" not in arrays:
             return None
         sums = cls(arrays["sum_layer"], arrays["sum_step"], arrays["sum_load"])

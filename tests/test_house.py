@@ -18,12 +18,23 @@ OFFLINE = [
     "blocks",
     "placements",
     "metrics",
+    "bootstrap",
     "run",
     "completeness",
+    "stretches",
+    "configuration",
     "summary",
     "layer",
+    "ranks",
+    "timeline",
+    "placement",
+    "experts",
+    "traffic",
+    "rearrangements",
+    "compare",
     "check",
     "seal",
+    "losses",
 ]
 
 
@@ -60,8 +71,14 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.blocks": SHARED | offline("dump", "segments"),
     "eplb_analyze.placements": SHARED | offline("blocks", "dump", "errors"),
     "eplb_analyze.metrics": set(),
-    "eplb_analyze.run": SHARED | offline("blocks", "dump", "errors", "metrics", "placements", "segments"),
+    "eplb_analyze.losses": SHARED | offline("metrics"),
+    "eplb_analyze.bootstrap": set(),
+    "eplb_analyze.run": SHARED
+    | offline("blocks", "dump", "errors", "frames", "metrics", "placements", "segments"),
+    "eplb_analyze.frames": SHARED | offline("blocks", "metrics", "run"),
     "eplb_analyze.completeness": SHARED | offline("blocks"),
+    "eplb_analyze.stretches": SHARED | offline("blocks", "completeness", "run"),
+    "eplb_analyze.configuration": SHARED | offline("blocks", "completeness", "errors", "run", "stretches"),
     "eplb_analyze.output": offline("errors"),
     "eplb_analyze.seal": SHARED | offline("dump", "errors"),
     "eplb_analyze.entry": {"eplb_analyze.cli"},
@@ -69,8 +86,20 @@ ALLOWED: dict[str, set[str]] = {
     | {f"eplb_analyze.commands.{path.stem}" for path in (ROOT / "eplb_analyze/commands").glob("*.py")},
     "eplb_analyze.commands": set(),
 }
-for _name in ("summary", "layer", "check"):
-    ALLOWED[f"eplb_analyze.{_name}"] = SHARED | LIBRARY - offline("summary", "layer", "check")
+FIGURES = (
+    "summary",
+    "layer",
+    "ranks",
+    "timeline",
+    "placement",
+    "experts",
+    "traffic",
+    "rearrangements",
+    "compare",
+    "check",
+)
+for _name in FIGURES:
+    ALLOWED[f"eplb_analyze.{_name}"] = SHARED | LIBRARY - offline(*FIGURES)
 #: What runs only where these already are.
 INSIDE = {
     "eplb_dump.counter": {"torch"},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def assert_sealed(folder: Path, batches: tuple[Batch, ...] = BATCHES) -> None:
     assert session.kind == "session"
     assert SessionInfo.from_dict(session.header["session"]) == INFO
     assert sealed
-    entry = SealedSegment.from_header(sealed[-1].header)
+    entry = SealedSegment.from_frame(sealed[-1])
     assert entry.to_header() == sealed[-1].header
     assert (entry.seq, entry.first_step, entry.last_step) == (0, 0, truth_status(batches)[-1][0])
     assert {file.name for file in entry.files.values()} == files - {MANIFEST_FILE}
@@ -547,7 +548,44 @@ def test_a_footer_is_only_taken_of_a_whole_parquet_file(tmp_path: Path, content:
 def test_a_malformed_manifest_entry_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     entry = seal(write_journal(tmp_path)[0])
     assert entry is not None
-    header = entry.to_header()
-    assert SealedSegment.from_header(header) == entry
+    frame = manifest(tmp_path)[-1]
+    assert SealedSegment.from_frame(frame).to_frame() == entry.to_frame()
     with pytest.raises(FormatError):
-        SealedSegment.from_header({**header, **change})
+        SealedSegment.from_frame(replace(frame, header={**frame.header, **change}))
+
+
+def test_a_manifest_holds_each_slots_tokens(tmp_path: Path) -> None:
+    """One row a layer and placement: what a reader would add up from ``loads`` itself."""
+    entry = seal(write_journal(tmp_path)[0])
+    assert entry is not None
+    assert entry.sums is not None
+    loads, changes = truth_loads(), truth_placements()
+    rows = []
+    for layer in range(LAYERS):
+        first = min(loads)
+        cuts = sorted({first, *(step for step, number, *_ in changes if number == MOE_LAYERS[layer])})
+        for low, high in itertools.pairwise([*cuts, max(loads) + 1]):
+            of_steps = [load[layer] for step, load in loads.items() if low <= step < high]
+            if of_steps:
+                begin = min(step for step in loads if step >= low)
+                rows.append((layer, begin, np.sum(of_steps, axis=0).tolist()))
+    found = zip(entry.sums.layer.tolist(), entry.sums.step.tolist(), entry.sums.load.tolist(), strict=True)
+    assert list(found) == rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sum_load": np.zeros((1, 1), np.int64)},
+        {"sum_step": np.zeros(1, np.int64)},
+        {"sum_layer": np.array([5], np.int32), "sum_step": np.zeros(1, np.int64)},
+    ],
+)
+def test_sums_that_contradict_the_shape_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    seal(write_journal(tmp_path)[0])
+    frame = manifest(tmp_path)[-1]
+    with pytest.raises(FormatError, match="sums"):
+        SealedSegment.from_frame(replace(frame, arrays={**frame.arrays, **change}))
+    negative = {**frame.arrays, "sum_load": -1 - frame.arrays["sum_load"]}
+    with pytest.raises(FormatError, match="sums"):
+        SealedSegment.from_frame(replace(frame, arrays=negative))

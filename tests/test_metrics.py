@@ -40,7 +40,10 @@ def test_per_layer_is_the_formula_of_a_model_of_one_layer(name: str, T: np.ndarr
 @given(T=loads)
 @settings(max_examples=100, deadline=None)
 def test_bounds(T: np.ndarray) -> None:
-    balance, imbalance = metrics.balancedness(T), metrics.imbalance(T)
+    balance, imbalance = (
+        metrics.FORMULAS["balancedness"].per_step(T),
+        metrics.FORMULAS["imbalance"].per_step(T),
+    )
     known = ~np.isnan(balance)
     assert (balance[known] <= 1 + 1e-12).all()
     assert (balance[known] > 0).all()
@@ -50,10 +53,10 @@ def test_bounds(T: np.ndarray) -> None:
 
 def test_the_case_that_vllm_legacy_gets_wrong() -> None:
     T = np.array([[[100.0, 200.0], [100.0, 200.0]]])
-    assert metrics.balancedness(T)[0] == 0.75
-    assert metrics.vllm_legacy(T)[0] == 1.0
-    assert metrics.vllm(T)[0] == 0.75
-    assert metrics.trtllm(T)[0] == pytest.approx(1 / 3)
+    assert metrics.FORMULAS["balancedness"].per_step(T)[0] == 0.75
+    assert metrics.FORMULAS["vllm-legacy"].per_step(T)[0] == 1.0
+    assert metrics.FORMULAS["vllm"].per_step(T)[0] == 0.75
+    assert metrics.FORMULAS["trtllm"].per_step(T)[0] == pytest.approx(1 / 3)
 
 
 def test_spread_leaves_out_steps_without_an_active_layer() -> None:

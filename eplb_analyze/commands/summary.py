@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from eplb_analyze.summary import Summary
 
 SHOWN_REARRANGEMENTS = 12
+SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def summary(
@@ -74,7 +75,9 @@ def render(console: Console, result: Summary, top: int = 5) -> None:
         console.print("no complete step, so there are no figures")
         return
     _figures(console, result)
+    _timeline(console, result)
     _layers(console, result, top)
+    _losses(console, result, top)
     _hot_experts(console, result, top)
     _rearrangements(console, result)
     if steps.first is not None and len(result.configurations) > 1:
@@ -125,7 +128,69 @@ def _figures(console: Console, result: Summary) -> None:
     console.print()
 
 
+def _timeline(console: Console, result: Summary) -> None:
+    """A sparkline of balancedness, with the rearrangements marked below."""
+    from rich.text import Text
+
+    values = [part.balancedness for part in result.timeline]
+    known = [v for v in values if v is not None]
+    if len(values) < 8 or not known:
+        return
+    low, high = min(known), max(known)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    line = "".join(" " if v is None else SPARKS[round((v - low) * scale)] for v in values)
+    marks = [" "] * len(values)
+    for change in result.rearrangements:
+        for i, part in enumerate(result.timeline):
+            if part.first_step <= change.first_step <= part.last_step:
+                marks[i] = "▲"
+    of = f"balancedness over time, {figure(low)} to {figure(high)}"
+    each = result.timeline[0].last_step - result.timeline[0].first_step + 1
+    console.print(Text.assemble((of, "bold"), f", a mark each {plural(each, 'step')}"))
+    console.print(Text(line.rstrip()))
+    if "▲" in marks:
+        console.print(Text(f"{''.join(marks).rstrip()} rearranged", style="dim"))
+    console.print()
+
+
+def _losses(console: Console, result: Summary, top: int) -> None:
+    from rich.text import Text
+
+    loss = result.loss
+    if loss is None or not loss.tokens or loss.persistent_share is None:
+        return
+    most = percent(loss.persistent_share, 0)
+    console.print(
+        Text.assemble(
+            "a better placement could remove at most ",
+            (most, "bold"),
+            f" of the idle time: what lasts in loads summed over {loss.window_steps} steps; "
+            "the rest is chance within a step",
+        )
+    )
+    console.print()
+    listing = table(
+        console, "layer", "rank", "<steps", "excess tokens", "of all loss", title="worst stretches"
+    )
+    for s in loss.stretches[:top]:
+        steps = f"{s.first_step} to {s.last_step}"
+        listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
+    if loss.stretches:
+        console.print(listing)
+    ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top])
+    console.print(f"costliest ranks (share of all loss): {ranks}")
+    console.print()
+    if result.phases:
+        listing = table(console, "<phase", "steps", "balancedness", "idle")
+        for p in result.phases:
+            listing.add_row(p.phase, f"{p.steps:,}", figure(p.balancedness), percent(p.idle_fraction))
+        console.print(listing)
+        console.print()
+
+
 def _layers(console: Console, result: Summary, top: int) -> None:
+    from rich.text import Text
+
     active = [layer for layer in result.layers if layer.balancedness is not None]
     worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:top]
     title = f"worst layers ({top} of {len(active)})" if len(active) > top else "layers, the worst first"
@@ -142,6 +207,9 @@ def _layers(console: Console, result: Summary, top: int) -> None:
             percent(layer.worst_rank_share, 0),
         )
     console.print(listing)
+    if result.layer_percentiles and len(active) > top:
+        parts = ", ".join(f"{name} {figure(v)}" for name, v in result.layer_percentiles.items())
+        console.print(Text(f"balancedness over layers: {parts}", style="dim"))
     console.print()
 
 
@@ -162,7 +230,8 @@ def _rearrangements(console: Console, result: Summary) -> None:
 
     changes = result.rearrangements
     if not changes:
-        console.print("no rearrangement: the placement never changed")
+        text = "no rearrangement: the placement never changed"
+        console.print(Text(text, style="bold yellow"))
         return
     shown = ", ".join(str(r.first_step) for r in changes[:SHOWN_REARRANGEMENTS])
     more = f" and {len(changes) - SHOWN_REARRANGEMENTS} more" if len(changes) > SHOWN_REARRANGEMENTS else ""

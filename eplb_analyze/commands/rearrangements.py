@@ -1,0 +1,117 @@
+"""`rearrangements`: did each help, as predicted, for how long, and what was moved for it?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.commands.options import (
+    Dump,
+    ModelOption,
+    OutputOption,
+    RunOption,
+    StepsOption,
+    finish,
+    open_for,
+    parse_steps,
+)
+from eplb_analyze.errors import plural
+from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, signed, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.rearrangements import RearrangementFigures, RearrangementReport
+
+#: Beside the interval that says so, and short enough for 80 columns.
+SHORT = {"no measurable gain": "no gain seen"}
+STYLES = {"helped": "green", "hurt": "bold red", "no measurable gain": "yellow"}
+
+
+def rearrangements(
+    dump: Dump = Path("."),
+    steps: StepsOption = None,
+    window: Annotated[
+        int, typer.Option("--window", help="At most so many steps before and after.", min=1)
+    ] = 1000,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
+    wanted = parse_steps(steps)
+    from eplb_analyze.rearrangements import rearrangement_report
+
+    out = Output(output)
+    opened = open_for(out, dump, run, model)
+    report = rearrangement_report(opened, wanted, window)
+    out.emit(report.to_json(), lambda console: render(console, report))
+    finish(out, opened, report.steps)
+
+
+def render(console: Console, report: RearrangementReport) -> None:
+    from rich.text import Text
+
+    heading(console, "rearrangements", f" · {report.model} · run {report.run_id}")
+    for note in report.notes:
+        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    rows = report.rearrangements
+    if not rows:
+        if not report.notes:
+            console.print("no rearrangement: the placement never changed in these steps")
+        return
+    counts = Counter(row.verdict for row in rows)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    console.print(f"{plural(len(rows), 'rearrangement')}: {told}")
+    console.print()
+    _help(console, report)
+    _why(console, rows)
+
+
+def _help(console: Console, report: RearrangementReport) -> None:
+    from rich.text import Text
+
+    title = f"balancedness, means of up to {report.window:,} steps before and after (1 is perfect)"
+    columns = ("<steps", "before", "predicted", "after", "gain", "95 % interval", "<")
+    listing = table(console, *columns, title=title)
+    for row in report.rearrangements:
+        interval = "–"
+        if row.gain_low is not None and row.gain_high is not None:
+            interval = f"{signed(row.gain_low)} … {signed(row.gain_high)}"
+        listing.add_row(
+            _when(row),
+            figure(row.before.balancedness),
+            figure(row.predicted),
+            figure(row.after.balancedness),
+            signed(row.gain),
+            interval,
+            Text(SHORT.get(row.verdict, row.verdict), style=STYLES.get(row.verdict, "dim")),
+        )
+    console.print(listing)
+    for row in report.rearrangements:
+        if row.reason is not None:
+            console.print(Text(f"{_when(row)}: {clean(row.reason)}", style="yellow"))
+    console.print()
+
+
+def _why(console: Console, rows: list[RearrangementFigures]) -> None:
+    """What lies between predicted and after, how long the gain lasted, and what it cost."""
+    title = "why after is not as predicted, how long half of the gain lasted, what moved"
+    columns = ("<steps", "drift", "uneven split", "<half lasted", "slots", "to ranks", "to nodes")
+    listing = table(console, *columns, title=title)
+    for row in rows:
+        lasted = "–"
+        if row.lasted is not None:
+            still = "" if row.lasted.until == "half gone" else "≥ "
+            lasted = f"{still}{plural(row.lasted.steps, 'step')}"
+        moved = (row.slots_moved, row.experts_crossed_ranks, row.experts_crossed_nodes)
+        cells = ["–" if count is None else f"{count:,}" for count in moved]
+        listing.add_row(_when(row), signed(row.drift), signed(row.uneven_split), lasted, *cells)
+    console.print(listing)
+
+
+def _when(row: RearrangementFigures) -> str:
+    return str(row.first_step) if row.first_step == row.last_step else f"{row.first_step}–{row.last_step}"

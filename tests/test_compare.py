@@ -1,0 +1,221 @@
+"""`compare`: whether two runs are comparable, and which is better, against truths computed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import idle_fraction, per_step
+from test_cli import cli, one_error
+
+from eplb_analyze import compare, open_run
+from eplb_analyze.compare import compare_runs
+from eplb_dump import ExpertLoadWriter
+
+EXPERTS, EP_SIZE, LAYERS = 8, 4, 3
+SKEWED = [0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+#: The two hot experts on one rank, or on two.
+TOGETHER, APART = [0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 1, 3, 4, 5, 6, 7]
+
+
+def write(
+    root: Path, run_id: str, slots: list[int], *, seed: int = 0, steps: int = 120, **options: Any
+) -> Any:
+    """Loads ``[steps, layers, slots]``, written as global sums by one rank."""
+    rng = np.random.default_rng(seed)
+    tokens, routing = options.pop("tokens", 800), options.pop("routing", SKEWED)
+    layers = options.pop("layers", LAYERS)
+    loads = rng.multinomial(tokens, routing, size=(steps, layers))[:, :, slots]
+    defaults: dict[str, Any] = {"model": "org/moe", "num_logical_experts": EXPERTS, "ep_size": EP_SIZE}
+    with ExpertLoadWriter(root, scope="global", run_id=run_id, **{**defaults, **options}) as writer:
+        for step, load in enumerate(loads):
+            writer.record(step, load, np.array([slots] * layers))
+            assert step % 100 or writer.flush()  # nothing may be dropped
+    return loads
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    root = tmp_path_factory.mktemp("pair")
+    config = {"eplb": {"window": 100, "interval": 10}, "same": 1}
+    a = write(root, "a", TOGETHER, seed=1, engine="e", engine_version="1", engine_config=config)
+    config = {"eplb": {"window": 200, "interval": 10}, "same": 1}
+    return root, a, write(root, "b", APART, seed=2, engine="e", engine_version="2", engine_config=config)
+
+
+def ranks_of(loads: Any) -> Any:
+    return loads.reshape(*loads.shape[:2], EP_SIZE, -1).sum(axis=-1)
+
+
+def test_figures_equal_the_formulas(pair: tuple[Path, Any, Any]) -> None:
+    root, a, b = pair
+    result = compare_runs(open_run(root, "a"), open_run(root, "b"))
+    T = ranks_of(a), ranks_of(b)
+    assert result.balancedness is not None
+    assert result.idle_fraction is not None
+    balance = [float(np.mean(per_step("balancedness", part))) for part in T]
+    idle = [idle_fraction(part) for part in T]
+    for found, (one, other) in ((result.balancedness, balance), (result.idle_fraction, idle)):
+        assert (found.a, found.b, found.difference) == pytest.approx((one, other, other - one))
+        assert found.low < found.difference < found.high
+        assert found.verdict == "better"
+    for i, layer in enumerate(result.layers):
+        parts = [part[:, i : i + 1] for part in T]
+        one, other = (float(np.mean(per_step("balancedness", part))) for part in parts)
+        assert (layer.balancedness.a, layer.balancedness.difference) == pytest.approx((one, other - one))
+        one, other = (idle_fraction(part) for part in parts)
+        assert (layer.idle_fraction.a, layer.idle_fraction.difference) == pytest.approx((one, other - one))
+    assert (result.a.tokens_per_step, result.token_ratio) == pytest.approx((800, 1))
+    shares = [np.zeros((LAYERS, EXPERTS)), np.zeros((LAYERS, EXPERTS))]
+    for share, loads, slots in zip(shares, (a, b), (TOGETHER, APART), strict=True):
+        for slot, expert in enumerate(slots):
+            share[:, expert] += loads[:, :, slot].sum(axis=0) / loads[:, 0].sum()
+    distance = np.mean(
+        [sum(abs(p - q) for p, q in zip(*rows, strict=True)) / 2 for rows in zip(*shares, strict=True)]
+    )
+    assert result.routing.distance == pytest.approx(distance)
+    assert result.warnings == []
+
+
+def test_the_other_way_round_it_is_worse(pair: tuple[Path, Any, Any]) -> None:
+    root, _, _ = pair
+    result = compare_runs(open_run(root, "b"), open_run(root, "a"))
+    assert (result.verdict, {layer.balancedness.verdict for layer in result.layers}) == ("worse", {"worse"})
+    assert result.idle_fraction is not None
+    assert result.idle_fraction.verdict == "worse"
+
+
+def test_two_runs_of_the_same_differ_by_chance_only(tmp_path: Path) -> None:
+    found = []
+    for seed in range(10):
+        write(tmp_path, f"r{seed}", TOGETHER, seed=seed)
+    for seed in range(0, 10, 2):
+        result = compare_runs(open_run(tmp_path, f"r{seed}"), open_run(tmp_path, f"r{seed + 1}"))
+        found.append(result.verdict)
+    assert found.count("no difference beyond chance") >= 4
+
+
+def test_a_long_run_is_read_in_sums_of_steps(
+    pair: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _, _ = pair
+    plain = compare_runs(open_run(root, "a"), open_run(root, "b"))
+    monkeypatch.setattr(compare, "MAX_ROWS", 16)
+    summed = compare_runs(open_run(root, "a"), open_run(root, "b"))
+    assert plain.balancedness is not None
+    assert summed.balancedness is not None
+    assert summed.balancedness.difference == pytest.approx(plain.balancedness.difference)
+    assert summed.balancedness.low == pytest.approx(plain.balancedness.low, abs=0.01)
+    assert summed.verdict == "better"
+
+
+# ---- the command
+
+
+def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
+    result = cli("compare", "a", "b", "-o", "json", pair[0])
+    assert (result.returncode, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    assert list(document) == [
+        "comparable", "reasons", "warnings", "verdict", "confidence", "a", "b", "balancedness",
+        "idle_fraction", "layers", "token_ratio", "routing", "settings",
+    ]  # fmt: skip
+    assert (document["comparable"], document["verdict"], document["confidence"]) == (True, "better", 0.95)
+    assert list(document["a"]) == [
+        "run_id", "model", "engine", "engine_version", "ep_size", "num_layers", "num_logical_experts",
+        "num_physical_experts", "steps", "tokens_per_step", "rearrangements",
+    ]  # fmt: skip
+    assert (document["a"]["run_id"], document["b"]["run_id"]) == ("a", "b")
+    difference = ["a", "b", "difference", "low", "high", "verdict"]
+    assert list(document["balancedness"]) == list(document["idle_fraction"]) == difference
+    assert [list(layer) for layer in document["layers"]] == [
+        ["layer", "balancedness", "idle_fraction"]
+    ] * LAYERS
+    assert list(document["routing"]) == ["distance", "within_a", "within_b"]
+    assert document["settings"] == [
+        {"name": "engine_version", "a": "1", "b": "2"},
+        {"name": "engine_config.eplb.window", "a": 100, "b": 200},
+    ]
+
+
+def test_text(pair: tuple[Path, Any, Any]) -> None:
+    result = cli("compare", "a", "b", pair[0])
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "compare · org/moe · is B better than A?"
+    assert "verdict: better" in lines
+    assert "layers: 3 better, 0 worse, 0 no difference beyond chance" in lines
+    document = json.loads(cli("compare", "a", "b", "-o", "json", pair[0]).stdout)["balancedness"]
+    row = next(line.split() for line in lines if line.startswith("balancedness"))
+    assert row[1:4] == [f"{document['a']:.3f}", f"{document['b']:.3f}", f"{document['difference']:+.3f}"]
+    assert any(line.split() == ["engine_config.eplb.window", "100", "200"] for line in lines)
+
+
+def test_runs_can_be_named_in_four_ways(pair: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, _, _ = pair
+    by_id = cli("compare", "a", "b", root).stdout
+    assert cli("compare", "a", "b", env={"EXPERT_LOAD_DUMP_DIR": str(root)}).stdout == by_id
+    assert cli("compare", root / "run=a", root / "run=b").stdout == by_id
+    assert cli("compare", "--run-a", "a", "--run-b", "b", root, root).stdout == by_id
+    monkeypatch.chdir(root)
+    assert cli("compare", "a", "b").stdout == by_id
+
+
+def test_a_range_of_steps(pair: tuple[Path, Any, Any]) -> None:
+    root, a, _ = pair
+    document = json.loads(cli("compare", "--steps", "20:50", "-o", "json", "a", "b", root).stdout)
+    assert document["a"]["steps"]["recorded"] == 30
+    value = float(np.mean(per_step("balancedness", ranks_of(a[20:50]))))
+    assert document["balancedness"]["a"] == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model": "org/other"}, "another model: org/moe and org/other"),
+        ({"layers": 2}, "other layers: 3 (0 to 2) and 2 (0 to 1)"),
+        ({"num_logical_experts": 9}, "other experts: 8 and 9 a layer"),
+        ({"steps": 5}, "B has 5 complete steps with tokens, 8 are needed"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    write(tmp_path, "a", TOGETHER)
+    write(tmp_path, "b", APART, **options)
+    result = cli("compare", "a", "b", "-o", "json", tmp_path)
+    document = json.loads(result.stdout)
+    assert (result.returncode, document["verdict"], document["reasons"]) == (1, "not comparable", [reason])
+    assert (document["comparable"], document["balancedness"], document["layers"]) == (False, None, [])
+    text = cli("compare", "a", "b", tmp_path)
+    assert text.returncode == 1
+    assert reason in text.stdout.splitlines()
+    assert "verdict: not comparable" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"ep_size": 2}, "EP size 4 and 2"),
+        ({"tokens": 1600}, "B has 2.00 × the tokens a step"),
+        ({"routing": SKEWED[::-1]}, "another workload: 20% of the tokens go to other experts"),
+    ],
+)
+def test_what_is_not_like_for_like_is_said(tmp_path: Path, options: dict[str, Any], warning: str) -> None:
+    write(tmp_path, "a", TOGETHER)
+    write(tmp_path, "b", APART, seed=1, **options)
+    result = cli("compare", "a", "b", "-o", "json", tmp_path)
+    document = json.loads(result.stdout)
+    assert (result.returncode, document["comparable"], len(document["warnings"])) == (0, True, 1)
+    assert warning in document["warnings"][0]
+    assert warning in result.stderr
+
+
+def test_bad_input(pair: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    root, _, _ = pair
+    one_error(cli("compare", "a", "zz", root), 2, "no run 'zz'", "there are:")
+    one_error(cli("compare", root, tmp_path / "nowhere"), 3, "nowhere", "no such folder")
+    one_error(cli("compare", "a", "b", tmp_path), 3, "no run in it")
+    one_error(cli("compare", "--steps", "900:", "a", "b", root), 2, "no step of the run is in 900:")
+    assert cli("compare", "a").returncode == 2

@@ -1,0 +1,369 @@
+"""`experts`: figures against a reference computed here, step by step, from the arrays recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import cli, one_error, write
+
+from eplb_analyze import open_run
+from eplb_analyze.experts import ExpertReport, expert_report
+from eplb_dump import ExpertLoadWriter
+
+LAYERS, LOGICAL, SLOTS, RANKS, STEPS = 3, 6, 8, 4, 130
+#: Steps without a figure: one rank did not record, or no rank did.
+INCOMPLETE, ALL_DUMMY = {33, 70}, {50, 51}
+Array = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def placement(step: int) -> Array:
+    """Layers change at different steps, in the middle of windows of 20; slot 7 is empty at first."""
+    first = np.array([0, 1, 2, 3, 4, 5, 0, -1])
+    second = np.array([5, 4, 3, 2, 1, 0, 2, 2])
+    return np.array([second if step >= change else first for change in (47, 90, 1000)])
+
+
+def part(rank: int, step: int) -> Array:
+    rng = np.random.default_rng(1000 * rank + step)
+    load = rng.poisson(30, (LAYERS, SLOTS))
+    load[0, placement(step)[0] == 3] += 400 * (60 <= step < 100)
+    load[1, placement(step)[1] == 4] = 0
+    load[placement(step) < 0] = 0
+    return load
+
+
+def idle(rank: int, step: int) -> bool:
+    return step in ALL_DUMMY or (rank == 2 and step % 7 == 0)
+
+
+def record(root: Path, **options: Any) -> None:
+    for rank in range(RANKS):
+        with ExpertLoadWriter(
+            root, model="m", num_logical_experts=LOGICAL, ep_size=RANKS, ep_rank=rank, run_id="r",
+            moe_layers=[3, 4, 7], segment_steps=48, **options,
+        ) as writer:  # fmt: skip
+            for step in range(STEPS):
+                if step in INCOMPLETE and rank == 1:
+                    continue
+                if idle(rank, step):
+                    writer.skip("dummy", step=step)
+                else:
+                    writer.record(step, part(rank, step), placement(step))
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experts")
+    record(root)
+    return root
+
+
+def complete_steps() -> list[int]:
+    return [s for s in range(STEPS) if s not in INCOMPLETE | ALL_DUMMY]
+
+
+def physical(step: int) -> Array:
+    return np.sum([part(r, step) for r in range(RANKS) if not idle(r, step)], axis=0)
+
+
+def logical(step: int) -> Array:
+    out = np.zeros((LAYERS, LOGICAL), np.int64)
+    for layer, slots in enumerate(placement(step)):
+        for slot, expert in enumerate(slots):
+            if expert >= 0:
+                out[layer, expert] += physical(step)[layer, slot]
+    return out
+
+
+def reference(steps: list[int], window: int, factor: float) -> dict[str, Array]:
+    """Every column as ``[layers, experts]``, by the words of docs/metrics.md."""
+    loads = np.array([logical(s) for s in steps])
+    windows = [loads[i : i + window].sum(axis=0) for i in range(0, len(steps), window)]
+    ends = [(steps[i], steps[min(i + window, len(steps)) - 1]) for i in range(0, len(steps), window)]
+    if len(steps) % window and 2 * (len(steps) % window) < window and len(windows) > 1:
+        windows.pop()
+    times = np.array([w / w.mean(axis=1, keepdims=True) for w in windows])
+    hot = times >= factor
+    share = loads.sum(axis=0) / loads.sum(axis=(0, 2))[:, None]
+    last = steps[-1]
+    copies = np.array([[np.sum(slots == e) for e in range(LOGICAL)] for slots in placement(last)])
+    doubled, uneven = np.zeros_like(copies, bool), np.full(copies.shape, np.nan)
+    for layer, slots in enumerate(placement(last)):
+        since = [s for s in steps if np.array_equal(placement(s)[layer], slots)]
+        tokens = np.sum([physical(s)[layer] for s in since], axis=0)
+        for expert in range(LOGICAL):
+            own = np.flatnonzero(slots == expert)
+            doubled[layer, expert] = len({slot // 2 for slot in own}) < len(own)
+            if len(own) > 1:
+                uneven[layer, expert] = tokens[own].max() / tokens[own].mean()
+    burstiness = np.full(share.shape, np.nan)
+    if len(windows) > 1:
+        np.divide(times.std(axis=0), times.mean(axis=0), out=burstiness, where=share > 0)
+    which = [np.flatnonzero(column) for column in hot.reshape(len(windows), -1).T]
+    return {
+        "tokens": loads.sum(axis=0),
+        "share": share,
+        "times_mean": share * LOGICAL,
+        "peak_times_mean": times.max(axis=0),
+        "persistence": hot.mean(axis=0),
+        "first_hot_step": np.array([ends[w[0]][0] if len(w) else np.nan for w in which]),
+        "last_hot_step": np.array([ends[w[-1]][1] if len(w) else np.nan for w in which]),
+        "burstiness": burstiness,
+        "cold": share * LOGICAL <= 1 / factor,
+        "dead": loads.sum(axis=0) == 0,
+        "replicas": copies,
+        "due_replicas": share * SLOTS,
+        "under_replicated": share * SLOTS - copies >= 1,
+        "over_replicated": (copies - share * SLOTS >= 1) & (copies > 1),
+        "worst_replica": uneven,
+        "replicas_on_one_rank": doubled,
+    }
+
+
+def check(report: ExpertReport, expected: dict[str, Array], layers: slice = slice(None)) -> None:
+    for name, values in expected.items():
+        found = report.experts[name].cast(float).fill_null(np.nan).to_numpy()
+        wanted = values.reshape(LAYERS, LOGICAL)[layers].reshape(-1).astype(float)
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(("window", "factor"), [(20, 2.0), (7, 1.5), (1, 3.0), (100, 2.0), (1000, 1.2)])
+def test_figures_equal_the_reference(dump: Path, window: int, factor: float) -> None:
+    report = expert_report(open_run(dump), window=window, hot_factor=factor)
+    check(report, reference(complete_steps(), window, factor))
+    assert report.recorded == len(complete_steps()) == 126
+    assert report.unknown_tokens == 0
+    assert report.steps.to_json()["incomplete"] == 2
+
+
+def test_one_layer_and_a_range(dump: Path) -> None:
+    report = expert_report(open_run(dump), 4, (30, 95), window=20)
+    steps = [s for s in complete_steps() if 30 <= s < 95]
+    check(report, reference(steps, 20, 2.0), slice(1, 2))
+    assert (report.first_step, report.last_step) == (steps[0], steps[-1])
+    assert report.experts["layer"].unique().to_list() == [4]
+
+
+def test_drift_is_the_overlap_of_hot_sets(dump: Path) -> None:
+    window = 5
+    report = expert_report(open_run(dump), window=window)
+    steps = complete_steps()
+    windows = [sum(logical(s) for s in steps[i : i + window]) for i in range(0, 125, window)]
+    hottest = [np.argmax(load, axis=1) for load in windows]  # an eighth of six experts is one
+    found = {d.lag: (d.overlap, d.pairs) for d in report.drift}
+    assert list(found) == [1, 2, 5, 10, 20]
+    for lag, (overlap, pairs) in found.items():
+        same = [a == b for a, b in zip(hottest[lag:], hottest[:-lag], strict=True)]
+        assert pairs == 3 * (len(windows) - lag)
+        assert overlap == pytest.approx(np.mean(same))
+    assert (report.hot_set, report.chance_overlap) == (1, 1 / LOGICAL)
+
+
+def test_token_replication_is_divided_out(dump: Path, tmp_path: Path) -> None:
+    record(tmp_path, token_replication=4)
+    frame = expert_report(open_run(tmp_path)).experts
+    plain = expert_report(open_run(dump)).experts
+    assert frame["tokens"].to_list() == (plain["tokens"] / 4).to_list()
+    assert frame.drop("tokens").equals(plain.drop("tokens"))
+
+
+def write_global(root: Path, loads: list[Array], **options: Any) -> None:
+    shape = loads[0].shape
+    defaults = {"model": "m", "num_logical_experts": shape[1], "ep_size": 2, "queue_steps": 1000}
+    with ExpertLoadWriter(root, **{**defaults, **options}, scope="global") as writer:  # type: ignore[arg-type]
+        for load in loads:
+            writer.record(None, load, np.tile(np.arange(load.shape[1]), (len(load), 1)))
+
+
+def test_a_planted_story(tmp_path: Path) -> None:
+    """Layer 7's expert 3 becomes hot at step 300, layer 2's expert 5 is always, expert 6 is dead."""
+    loads = []
+    for step in range(600):
+        load = np.full((8, 16), 100)
+        load[7, 3] = 400 if step >= 300 else 100
+        load[2, 5], load[2, 6] = 700, 0
+        loads.append(load)
+    write_global(tmp_path, loads)
+    report = expert_report(open_run(tmp_path))
+    hot = report.hot.rows_by_key(["layer", "logical"], named=True, unique=True)
+    assert list(hot) == [(2, 5), (7, 3)]
+    story, always = hot[7, 3], hot[2, 5]
+    assert (story["verdict"], always["verdict"]) == ("bursts", "always")
+    assert (story["first_hot_step"], story["last_hot_step"], story["persistence"]) == (300, 599, 0.5)
+    assert story["share"] == pytest.approx((300 * 400 + 300 * 100) / (300 * 1900 + 300 * 1600))
+    assert story["peak_times_mean"] == pytest.approx(400 * 16 / 1900)
+    assert always["due_replicas"] == pytest.approx(16 * 700 / 2100)
+    assert always["under_replicated"]
+    dead = report.experts.filter("dead").select("layer", "logical", "cold").rows()
+    assert dead == [(2, 6, True)]
+    assert report.cold["logical"].to_list() == [6]
+
+
+def test_nothing_is_summed_across_a_change_of_shape(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global"
+    ) as writer:
+        for step in range(30):
+            slots = 6 if 10 <= step < 20 else 4
+            writer.record(None, rng.poisson(50, (2, slots)), np.tile(np.arange(slots) % 4, (2, 1)))
+    report = expert_report(open_run(tmp_path), window=5)
+    assert (report.first_step, report.last_step, report.recorded, report.windows) == (20, 29, 10, 2)
+    assert "steps 0 to 19 are left out" in report.notes[0]
+    whole = open_run(tmp_path).loads(steps=(20, 30))
+    assert report.experts["tokens"].sum() == whole["load"].list.sum().sum()
+
+
+def test_loads_of_unknown_placement_are_left_out_and_counted(tmp_path: Path) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global"
+    ) as writer:
+        for step in range(20):
+            writer.record(None, np.full((2, 4), 100), None if step < 5 else np.tile(np.arange(4), (2, 1)))
+    report = expert_report(open_run(tmp_path), window=10)
+    assert report.unknown_tokens == 5 * 2 * 400
+    assert report.experts["tokens"].to_list() == [15 * 100] * 8
+    assert "4,000 tokens fell on no known expert" in report.notes[0]
+
+
+def test_without_any_placement(tmp_path: Path) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global"
+    ) as writer:
+        writer.record(None, np.full((2, 4), 100), None)
+    one_error(cli("experts", tmp_path), 3, "no placement is known")
+
+
+def test_sums_beyond_32_bits(tmp_path: Path) -> None:
+    write_global(tmp_path, [np.full((1, 4), 2**30)] * 6)
+    report = expert_report(open_run(tmp_path), window=3)
+    assert report.experts["tokens"].to_list() == [6 * 2**30] * 4
+    assert report.experts["peak_times_mean"].to_list() == [1.0] * 4
+
+
+GOLDEN = """\
+org/moe · run r
+40 complete steps, 0 to 39, in 4 windows of 10
+hot in a window: 2 × the layer's mean or more; cold: over all steps 1/2 or less
+of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
+in the last placement: 2 under-replicated, 2 over-replicated
+how much of a layer's 1 hottest is the same some windows later
+(by chance 25 %): after 1 83 %, 2 50 %
+
+hot in bursts, the highest peak first (2 of 3)
+layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
+──────────────────────────────────────────────────────────────────────────
+    0        0     2.20   2.42   50.0 %   0.10          1   3.3 !        –
+    1        3     1.40   2.41   50.0 %   0.71          1   2.1 !        –
+
+cold
+layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
+──────────────────────────────────────────────────────────────────────────
+    0        3     0.39   0.41    0.0 %   0.03          1     0.6        –
+
+due: slots that its share is worth (! a slot or more short); uneven: the fullest
+replica over their mean, since the last rearrangement; *: twice on one rank
+"""
+
+
+def test_text(tmp_path: Path) -> None:
+    write(tmp_path)
+    result = cli("experts", "--window", "10", "--top", "2", tmp_path)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", GOLDEN)
+    wide = cli("experts", "--window", "10", "--layer", "1", "--hot", tmp_path, env={"COLUMNS": "120"}).stdout
+    assert max(map(len, wide.splitlines())) > 80
+    assert "0 … 19" in wide
+    assert "\ncold" not in wide
+    assert "in bursts, the" not in cli("experts", "--window", "10", "--cold", tmp_path).stdout
+
+
+def test_json(tmp_path: Path) -> None:
+    write(tmp_path)
+    arguments = ("experts", "--window", "10", "--layer", "1", "-o", "json")
+    result = cli(*arguments, tmp_path)
+    document = json.loads(result.stdout)
+    assert (result.returncode, result.stderr) == (0, "")
+    experts = document.pop("experts")
+    assert document == {
+        "run": {"run_id": "r", "model": "org/moe"},
+        "layer": 1,
+        "steps": {
+            "first": 0, "last": 39, "seen": 40, "recorded": 40, "dummy": 0, "not_sampled": 0, "dropped": 0,
+            "rejected": 0, "incomplete": 0, "missing": 0,
+        },
+        "first_step": 0,
+        "last_step": 39,
+        "recorded": 40,
+        "window": 10,
+        "windows": 4,
+        "hot_factor": 2.0,
+        "counts": {
+            "experts": 4, "always": 0, "bursts": 2, "never": 2, "cold": 0, "dead": 0, "under_replicated": 1,
+            "over_replicated": 1, "replicas_on_one_rank": 0,
+        },
+        "drift": {
+            "hot_set": 1,
+            "chance_overlap": 0.25,
+            "lags": [
+                {"lag": 1, "overlap": 2 / 3, "pairs": 3},
+                {"lag": 2, "overlap": 0.0, "pairs": 2},
+            ],
+        },
+        "unknown_tokens": 0,
+        "layers_without_placement": [],
+        "notes": [],
+    }  # fmt: skip
+    assert [e["logical"] for e in experts] == [0, 1, 2, 3]
+    expert_3 = dict(experts[3])
+    for name in ("share", "times_mean", "peak_times_mean", "burstiness", "due_replicas"):
+        expert_3[name] = round(expert_3[name], 3)
+    assert expert_3 == {
+        "layer": 1, "logical": 3, "tokens": 16817, "share": 0.35, "times_mean": 1.401,
+        "peak_times_mean": 2.41, "persistence": 0.5, "verdict": "bursts", "first_hot_step": 0,
+        "last_hot_step": 19, "burstiness": 0.711, "cold": False, "dead": False, "replicas": 1,
+        "due_replicas": 2.102, "under_replicated": True, "over_replicated": False, "worst_replica": None,
+        "replicas_on_one_rank": False,
+    }  # fmt: skip
+    hot = json.loads(cli(*arguments, "--hot", tmp_path).stdout)["experts"]
+    assert [e["logical"] for e in hot] == [3, 0]
+    assert json.loads(cli(*arguments, "--cold", tmp_path).stdout)["experts"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--layer", "5"], "no MoE layer 5"),
+        (["--steps", "900:"], "no step of the run is in 900:"),
+    ],
+)
+def test_what_the_dump_does_not_have(dump: Path, arguments: list[str], word: str) -> None:
+    one_error(cli("experts", *arguments, dump), 2, word)
+
+
+@pytest.mark.parametrize("arguments", [["--window", "0"], ["--hot-factor", "1"], ["--hot-factor", "inf"]])
+def test_wrong_usage(dump: Path, arguments: list[str]) -> None:
+    result = cli("experts", *arguments, dump)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+    assert arguments[0] in result.stderr
+
+
+def test_a_damaged_segment_is_left_out_and_said(tmp_path: Path) -> None:
+    record(tmp_path)
+    path = next(tmp_path.glob("**/rank=00002/**/loads-000001.parquet"))
+    path.write_bytes(path.read_bytes()[:-50])
+    result = cli("experts", "-o", "json", tmp_path)
+    one_error(result, 3, "loads-000001.parquet")
+    document = json.loads(result.stdout)
+    good = [s for s in complete_steps() if not 48 <= s < 96 or idle(2, s)]
+    assert document["recorded"] == len(good)
+    assert sum(e["tokens"] for e in document["experts"]) == sum(logical(s).sum() for s in good)
+
+
+def test_no_complete_step(tmp_path: Path) -> None:
+    write(tmp_path, ranks=1)
+    one_error(cli("experts", tmp_path), 3, "no step of the run is complete")

@@ -1,0 +1,340 @@
+"""`rearrangements`: its figures against plain loops, its intervals against the truth, its text and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import per_step
+from test_cli import cli, one_error
+
+from eplb_analyze import bootstrap, open_run
+from eplb_analyze.bootstrap import Ratio
+from eplb_analyze.rearrangements import RearrangementFigures, rearrangement_report
+from eplb_dump import ExpertLoadWriter
+
+LOGICAL, EP_SIZE, SLOTS = 8, 4, 12
+
+#: Experts 0 and 1 are hot: together on one rank, or with a replica on every other rank.
+TOGETHER = [0, 1, 4, 2, 3, 4, 5, 6, 4, 7, 5, 6]
+APART = [0, 4, 5, 1, 6, 7, 0, 2, 4, 1, 3, 5]
+#: As APART, with the slots of a rank in another order.
+SHUFFLED = [5, 0, 4, 7, 1, 6, 4, 0, 2, 3, 1, 5]
+HOT = [0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]
+
+
+def even(logical: Any, slots: list[int]) -> Any:
+    """Logical loads ``[layers, experts]`` split over the replicas of a placement, as evenly as ints can."""
+    out = np.zeros((len(logical), len(slots)), np.int64)
+    for layer, row in enumerate(logical):
+        for expert, tokens in enumerate(row):
+            places = [p for p, e in enumerate(slots) if e == expert]
+            for i, p in enumerate(places):
+                out[layer, p] = tokens // len(places) + (i < tokens % len(places))
+    return out
+
+
+def write(
+    root: Path,
+    loads: Any,
+    placements: Any,
+    *,
+    ranks: int = EP_SIZE,
+    skipped: tuple[int, ...] = (),
+    **options: Any,
+) -> Path:
+    """``loads [steps, layers, slots]``, split over ``ranks`` writers; with 0 one writes global sums."""
+    rng = np.random.default_rng(3)
+    defaults: dict[str, Any] = {
+        "model": "org/moe", "num_logical_experts": LOGICAL, "ep_size": EP_SIZE, "run_id": "r",
+        "segment_steps": 64, "ranks_per_node": 2,
+    }  # fmt: skip
+    parts = [rng.multinomial(load.ravel(), [1 / max(1, ranks)] * max(1, ranks)) for load in loads]
+    for rank in range(max(1, ranks)):
+        scope = "local" if ranks else "global"
+        with ExpertLoadWriter(root, ep_rank=rank, scope=scope, **{**defaults, **options}) as writer:
+            for step, load in enumerate(loads):
+                if rank == 1 and step in skipped:
+                    continue
+                part = parts[step][:, rank].reshape(load.shape)
+                writer.record(step, part, np.asarray(placements(step)))
+                assert step % 100 or writer.flush()  # nothing may be dropped
+    return root
+
+
+def random_loads(rng: np.random.Generator, steps: int, layers: int = 2) -> Any:
+    weights = rng.dirichlet(np.full(SLOTS, 2.0), size=(steps, layers))
+    return np.stack([[rng.multinomial(600, w) for w in row] for row in weights])
+
+
+# ---- the figures once more, in plain loops
+
+
+def ranks_of(load: Any, ep_size: int = EP_SIZE) -> Any:
+    return [[sum(row[r * 3 : r * 3 + 3]) for r in range(ep_size)] for row in load]
+
+
+def spread(load: Any, old: Any, new: Any) -> Any:
+    """Rank loads of one step if its logical loads were split evenly over ``new``."""
+    out = np.zeros((len(load), EP_SIZE))
+    for layer, row in enumerate(load):
+        logical = [0.0] * LOGICAL
+        for slot, tokens in enumerate(row):
+            logical[old[layer][slot]] += tokens
+        for slot, expert in enumerate(new[layer]):
+            out[layer, slot // 3] += logical[expert] / list(new[layer]).count(expert)
+    return out
+
+
+def mean_of(T: Any) -> float:
+    return float(np.mean(per_step("balancedness", np.asarray(T))))
+
+
+def expected(loads: Any, before: Any, after: Any, old: Any, new: Any) -> dict[str, float]:
+    """The figures, from the steps of both sides and the placements ``[layers, slots]``."""
+    b, a = mean_of([ranks_of(loads[s]) for s in before]), mean_of([ranks_of(loads[s]) for s in after])
+    predicted = mean_of([spread(loads[s], old, new) for s in before])
+    evenly = mean_of([spread(loads[s], new, new) for s in after])
+    moved = [
+        (layer, slot)
+        for layer in range(len(old))
+        for slot in range(SLOTS)
+        if old[layer][slot] != new[layer][slot]
+    ]
+    fetched = {
+        (layer, slot // 3, new[layer][slot])
+        for layer, slot in moved
+        if new[layer][slot] not in list(old[layer])[slot // 3 * 3 : slot // 3 * 3 + 3]
+    }
+    far = [(n, r, e) for n, r, e in fetched if e not in list(old[n])[r // 2 * 6 : r // 2 * 6 + 6]]
+    return {
+        "predicted": predicted, "gain": a - b, "drift": evenly - predicted, "uneven_split": a - evenly,
+        "slots_moved": len(moved), "experts_crossed_ranks": len(fetched), "experts_crossed_nodes": len(far),
+    }  # fmt: skip
+
+
+def assert_figures(row: RearrangementFigures, before: Any, after: Any, truth: dict[str, float]) -> None:
+    for window, steps in ((row.before, before), (row.after, after)):
+        assert (window.first_step, window.last_step, window.steps) == (steps[0], steps[-1], len(steps))
+    assert {name: getattr(row, name) for name in truth} == pytest.approx(truth, abs=1e-12)
+    assert row.gain_low is not None
+    assert row.gain_high is not None
+    assert row.predicted is not None
+    assert row.gain_low <= truth["gain"] <= row.gain_high
+    assert row.after.balancedness == pytest.approx(row.predicted + truth["drift"] + truth["uneven_split"])
+
+
+@pytest.mark.parametrize("ranks", [EP_SIZE, 0], ids=["local", "global"])
+@pytest.mark.parametrize("window", [1000, 30])
+def test_figures_equal_plain_loops(tmp_path: Path, ranks: int, window: int) -> None:
+    loads = random_loads(np.random.default_rng(0), 190)
+    maps = [[TOGETHER, TOGETHER], [APART, TOGETHER], [APART, SHUFFLED]]
+    write(tmp_path, loads, lambda step: maps[(step >= 50) + (step >= 120)], ranks=ranks)
+    report = rearrangement_report(open_run(tmp_path), window=window)
+    first, second = report.rearrangements
+    for row, start, at, end, i in ((first, 0, 50, 120, 0), (second, 50, 120, 190, 1)):
+        before, after = range(max(start, at - window), at), range(at, min(end, at + window))
+        assert_figures(row, before, after, expected(loads, before, after, maps[i], maps[i + 1]))
+        assert (row.first_step, row.last_step, row.layers) == (at, at, 1)
+
+
+def test_one_that_takes_many_steps_is_judged_by_the_steps_around_it(tmp_path: Path) -> None:
+    loads = random_loads(np.random.default_rng(1), 120)
+    write(
+        tmp_path, loads, lambda step: [APART if step >= 50 else TOGETHER, APART if step >= 60 else TOGETHER]
+    )
+    (row,) = rearrangement_report(open_run(tmp_path)).rearrangements
+    before, after = range(50), range(60, 120)
+    truth = expected(loads, before, after, [TOGETHER] * 2, [APART] * 2)
+    assert_figures(row, before, after, truth)
+    assert (row.first_step, row.last_step, row.layers) == (50, 60, 2)
+
+
+def test_only_complete_steps_count(tmp_path: Path) -> None:
+    loads = random_loads(np.random.default_rng(2), 80)
+    write(tmp_path, loads, lambda step: [APART if step >= 40 else TOGETHER] * 2, skipped=(5, 41, 79))
+    (row,) = rearrangement_report(open_run(tmp_path)).rearrangements
+    before = [s for s in range(40) if s != 5]
+    after = [s for s in range(40, 79) if s != 41]
+    assert_figures(row, before, after, expected(loads, before, after, [TOGETHER] * 2, [APART] * 2))
+
+
+def test_predicted_is_after_where_loads_do_not_drift_and_replicas_split_evenly(tmp_path: Path) -> None:
+    logical = np.tile(np.array([24, 18, 12, 12, 12, 12, 6, 6]), (2, 1))
+    loads = [even(logical * (1 + step % 3), APART if step >= 60 else TOGETHER) for step in range(120)]
+    write(tmp_path, np.stack(loads), lambda step: [APART if step >= 60 else TOGETHER] * 2)
+    (row,) = rearrangement_report(open_run(tmp_path)).rearrangements
+    assert row.predicted == pytest.approx(row.after.balancedness, abs=1e-12)
+    assert (row.drift, row.uneven_split) == pytest.approx((0, 0), abs=1e-12)
+    assert row.verdict == "helped"
+
+
+def test_elastic_changes_are_listed_without_a_gain(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=LOGICAL, ep_size=4, run_id="r", scope="global"
+    ) as writer:
+        for step in range(40):
+            writer.record(step, rng.integers(1, 9, (2, 12)), np.array([TOGETHER] * 2))
+        for step in range(40, 80):
+            slots = np.array([[*range(8)] if step < 60 else [*range(4, 8), *range(4)]] * 2)
+            writer.record(step, rng.integers(1, 9, (2, 8)), slots, ep_size=2)
+    elastic, plain = rearrangement_report(open_run(tmp_path)).rearrangements
+    assert (elastic.verdict, elastic.reason) == ("elastic", "EP size 4 → 2, 12 → 8 slots")
+    assert (elastic.gain, elastic.predicted, elastic.experts_crossed_ranks) == (None, None, None)
+    assert (elastic.before.steps, elastic.after.steps) == (40, 20)
+    assert (plain.before.first_step, plain.before.steps, plain.experts_crossed_ranks) == (40, 20, 16)
+    assert plain.experts_crossed_nodes is None
+    assert plain.predicted == pytest.approx(plain.before.balancedness)
+
+
+def test_too_few_steps_say_so(tmp_path: Path) -> None:
+    loads = random_loads(np.random.default_rng(5), 30)
+    write(tmp_path, loads, lambda step: [APART if step >= 25 else TOGETHER] * 2)
+    (row,) = rearrangement_report(open_run(tmp_path)).rearrangements
+    assert (row.verdict, row.reason) == ("not measured", "5 complete steps after it, 8 are needed")
+    assert (row.gain, row.predicted, row.drift, row.lasted) == (None,) * 4
+    assert row.slots_moved > 0
+
+
+# ---- the planted story
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At 500 a rearrangement that helps until the load drifts at 700; at 900 slots swap within ranks."""
+    rng = np.random.default_rng(6)
+    root = tmp_path_factory.mktemp("story")
+    cold = [HOT[i] for i in (6, 7, 2, 3, 4, 5, 0, 1)]
+
+    def placement(step: int) -> list[int]:
+        return TOGETHER if step < 500 else APART if step < 900 else SHUFFLED
+
+    loads = []
+    for step in range(1200):
+        # From 700 on the experts 6 and 7 are hot, of which APART has one copy, both near each other.
+        logical = rng.multinomial(2000, cold if step >= 700 else HOT, size=1)
+        loads.append(even(logical, placement(step)))
+    return write(root, np.stack(loads), lambda step: [placement(step)], ranks=2, ep_size=2, ranks_per_node=1)
+
+
+def test_the_story_is_told_right(story: Path) -> None:
+    result = cli("rearrangements", "--window", "200", "-o", "json", story)
+    assert (result.returncode, result.stderr) == (0, "")
+    document = json.loads(result.stdout)
+    first, second = document["rearrangements"]
+    assert (first["first_step"], first["verdict"]) == (500, "helped")
+    assert first["before"] | {"balancedness": None} == {
+        "first_step": 300, "last_step": 499, "steps": 200, "balancedness": None,
+    }  # fmt: skip
+    assert first["gain_low"] > 0
+    assert abs(first["drift"]) < 0.01
+    assert abs(first["uneven_split"]) < 0.01
+    assert first["lasted"]["until"] == "half gone"
+    assert abs(first["lasted"]["steps"] - 200) <= 10
+    assert (second["first_step"], second["verdict"]) == (900, "no-op")
+    assert (second["experts_crossed_ranks"], second["experts_crossed_nodes"]) == (0, 0)
+    assert second["gain_low"] < 0 < second["gain_high"]
+    assert second["lasted"] is None
+    # Over all steps up to the next, what the drift took is in the figure, and named.
+    whole = json.loads(cli("rearrangements", "-o", "json", story).stdout)["rearrangements"][0]
+    assert whole["after"]["steps"] == 400
+    assert whole["drift"] < -0.02
+    assert whole["gain"] < first["gain"]
+    assert whole["lasted"] == first["lasted"]
+
+
+def test_json_has_the_stable_keys(story: Path) -> None:
+    document = json.loads(cli("rearrangements", "-o", "json", story).stdout)
+    assert set(document) == {"run", "steps", "window", "confidence", "rearrangements", "notes"}
+    assert document["run"] == {"run_id": "r", "model": "org/moe"}
+    assert (document["window"], document["confidence"], document["notes"]) == (1000, 0.95, [])
+    assert list(document["rearrangements"][0]) == [
+        "first_step", "last_step", "layers", "verdict", "reason", "before", "predicted", "after", "gain",
+        "gain_low", "gain_high", "drift", "uneven_split", "gain_at_first", "lasted", "slots_moved",
+        "experts_crossed_ranks", "experts_crossed_nodes",
+    ]  # fmt: skip
+
+
+def test_the_same_dump_gives_the_same_intervals(story: Path) -> None:
+    assert cli("rearrangements", story).stdout == cli("rearrangements", story).stdout
+
+
+def test_text(story: Path) -> None:
+    lines = cli("rearrangements", story).stdout.splitlines()
+    assert lines[:2] == [
+        "rearrangements · org/moe · run r",
+        "2 rearrangements: 1 helped, 1 no-op",
+    ]
+    assert max(map(len, lines)) <= 80
+    table = [line.split() for line in lines if line.startswith(("500", "900"))]
+    document = json.loads(cli("rearrangements", "-o", "json", story).stdout)["rearrangements"]
+    for cells, row in zip(table[:2], document, strict=True):
+        shown = [row["before"]["balancedness"], row["predicted"], row["after"]["balancedness"]]
+        assert cells[1:4] == [f"{value:.3f}" for value in shown]
+    assert table[0][-1] == "helped"
+    assert f"{document[0]['lasted']['steps']} steps" in " ".join(table[2])
+
+
+def test_a_range_of_steps(story: Path) -> None:
+    document = json.loads(cli("rearrangements", "--steps", "450:600", "-o", "json", story).stdout)
+    (row,) = document["rearrangements"]
+    assert (row["before"]["first_step"], row["after"]["last_step"]) == (450, 599)
+    assert row["lasted"] == {"steps": 100, "until": "end"}
+    assert "no rearrangement" in cli("rearrangements", "--steps", ":400", story).stdout
+
+
+def test_without_placements(tmp_path: Path) -> None:
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
+        for _ in range(20):
+            writer.record(None, np.ones((1, 4), int), None)
+    result = cli("rearrangements", tmp_path)
+    assert result.returncode == 0
+    assert "no placement was recorded" in result.stdout
+
+
+def test_bad_input(story: Path, tmp_path: Path) -> None:
+    one_error(cli("rearrangements", tmp_path), 3, "no run in it")
+    one_error(cli("rearrangements", "--run", "zz", story), 2, "no run 'zz'")
+    one_error(cli("rearrangements", "--steps", "5000:", story), 2, "no step of the run is in 5000:")
+    assert cli("rearrangements", "--window", "0", story).returncode == 2
+
+
+# ---- intervals
+
+
+def series(rng: np.random.Generator, count: int, steps: int, phi: float) -> Any:
+    """AR(1) of variance 1: ``[count, steps]``."""
+    noise = rng.normal(size=(steps + 100, count)) * np.sqrt(1 - phi**2)
+    for i in range(1, len(noise)):
+        noise[i] += phi * noise[i - 1]
+    return noise[100:].T
+
+
+@pytest.mark.parametrize(("steps", "phi"), [(60, 0.0), (60, 0.5), (200, 0.8), (1000, 0.5)])
+def test_intervals_cover_the_truth_at_their_rate(steps: int, phi: float) -> None:
+    rng, truth, count = np.random.default_rng(8), 0.3, 200
+    before, after = series(rng, count, steps, phi), series(rng, count, steps, phi) + truth
+    intervals = [
+        bootstrap.difference(Ratio.mean(b), Ratio.mean(a)) for b, a in zip(before, after, strict=True)
+    ]
+    covered = np.mean([i is not None and i.low <= truth <= i.high for i in intervals])
+    assert 0.88 <= covered <= 1.0
+    # Not by being wide: the spread of the true mean's estimate, with room for its own error.
+    wide = np.mean([i.high - i.low for i in intervals if i is not None])
+    estimates = after.mean(axis=1) - before.mean(axis=1)
+    assert wide < 1.5 * 2 * 1.96 * estimates.std()
+
+
+def test_an_interval_of_a_ratio_is_of_the_sums() -> None:
+    rng = np.random.default_rng(9)
+    a = Ratio(rng.random(100), 1 + rng.random(100))
+    b = Ratio(a.numerator + 1, a.denominator)
+    found = bootstrap.difference(a, b)
+    assert found is not None
+    assert found.value == pytest.approx(100 / a.denominator.sum())
+    assert found.low < found.value < found.high
+    assert bootstrap.difference(Ratio.mean(np.ones(7)), Ratio.mean(np.ones(100))) is None

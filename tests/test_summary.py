@@ -1,0 +1,144 @@
+"""What `summary` says of where and when time was lost, next to plain loops; and a story told right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import open_writer
+
+from eplb_analyze import open_run
+from eplb_analyze.losses import WINDOW_STEPS
+from eplb_analyze.summary import summarize
+
+LAYERS, RANKS, PER_RANK = 3, 4, 2
+SLOTS = RANKS * PER_RANK
+Array = Any
+
+
+def record(folder: Path, loads: Array, changes: dict[int, Array], **options: Any) -> None:
+    """``loads``: [steps, layers, slots]; ``changes``: maps by the step from which they hold."""
+    with open_writer(
+        folder, scope="global", ep_size=RANKS, num_logical_experts=SLOTS, segment_steps=64, **options
+    ) as writer:
+        placement = None
+        for step, load in enumerate(loads):
+            placement = changes.get(step, placement)
+            phase = "prefill" if step % 5 == 0 else "decode"
+            writer.record(step, load, placement, phase=phase)
+            if step % 100 == 0:
+                writer.flush()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
+    """Noise; layer 1's rank 2 is slow from step 300 to 499, when a rearrangement ends it."""
+    folder = tmp_path_factory.mktemp("story")
+    rng = np.random.default_rng(0)
+    loads = rng.poisson(50, (640, LAYERS, SLOTS))
+    loads[300:500, 1, 4:6] += 100
+    first = np.tile(np.arange(SLOTS), (LAYERS, 1))
+    record(folder, loads, {0: first, 500: first[:, ::-1].copy()})
+    return folder, loads
+
+
+def test_losses_are_those_of_plain_loops(story: tuple[Path, Array]) -> None:
+    folder, loads = story
+    tokens = loads.reshape(len(loads), LAYERS, RANKS, PER_RANK).sum(axis=3)
+    by_rank = np.zeros(RANKS)
+    for step in tokens:
+        for layer in step:
+            by_rank[layer.argmax()] += layer.max() - layer.mean()
+    lasting = 0.0
+    for low, high in ((0, 500), (500, 640)):
+        for start in range(low - low % WINDOW_STEPS, high, WINDOW_STEPS):
+            window = tokens[max(low, start) : min(high, start + WINDOW_STEPS)].sum(axis=0)
+            # The writer's segments of 64 steps end blocks, and with them windows.
+            lasting += float((window.max(axis=1) - window.mean(axis=1)).sum())
+    loss = summarize(open_run(folder)).loss
+    assert loss is not None
+    assert loss.tokens == pytest.approx(by_rank.sum())
+    assert {r.rank: pytest.approx(r.excess_tokens) for r in loss.ranks} == dict(enumerate(by_rank))
+    assert [r.share for r in loss.ranks] == sorted((by_rank / by_rank.sum()).tolist(), reverse=True)
+    assert loss.persistent_share is not None
+    assert loss.persistent_share >= lasting / by_rank.sum() - 1e-9
+
+
+def test_the_story_is_told(story: tuple[Path, Array]) -> None:
+    folder, loads = story
+    result = summarize(open_run(folder)).to_json()
+    worst = result["loss"]["stretches"][0]
+    assert (worst["layer"], worst["rank"]) == (1, 2)
+    assert 290 <= worst["first_step"] <= 300
+    assert 499 <= worst["last_step"] <= 510
+    assert worst["share"] > 0.4
+    assert result["loss"]["ranks"][0]["rank"] == 2
+    assert result["rearrangements"] == [500]
+    before, during, after = (
+        [part["balancedness"] for part in result["timeline"] if low <= part["first_step"] < high]
+        for low, high in ((0, 290), (300, 490), (510, 640))
+    )
+    assert max(during) < min(before)
+    assert max(during) < min(after)
+    tokens = loads.reshape(len(loads), LAYERS, RANKS, PER_RANK).sum(axis=3)
+    ratio = (tokens.mean(axis=2) / tokens.max(axis=2)).mean(axis=1)
+    phases = {phase["phase"]: phase for phase in result["phases"]}
+    prefill = np.arange(len(loads)) % 5 == 0
+    assert phases["prefill"]["steps"] == 128
+    assert phases["prefill"]["balancedness"] == pytest.approx(ratio[prefill].mean())
+    assert phases["decode"]["balancedness"] == pytest.approx(ratio[~prefill].mean())
+    layers = [layer["balancedness"] for layer in result["layers"]]
+    assert result["layer_percentiles"]["p50"] == pytest.approx(np.percentile(layers, 50))
+
+
+def test_chance_is_not_persistent_and_a_slow_rank_is(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    placement = {0: np.tile(np.arange(SLOTS), (LAYERS, 1))}
+    even = rng.poisson(20, (512, LAYERS, SLOTS))
+    record(tmp_path / "even", even, placement, run_id="even")
+    slow = np.full((512, LAYERS, SLOTS), 20)
+    slow[:, :, :2] = 60
+    record(tmp_path / "slow", slow, placement, run_id="slow")
+    shares = [summarize(open_run(tmp_path / name)).loss for name in ("even", "slow")]
+    assert shares[0] is not None
+    assert shares[1] is not None
+    assert shares[0].persistent_share is not None
+    assert shares[0].persistent_share < 0.2
+    assert shares[1].persistent_share == 1.0
+
+
+def test_sums_serve_where_a_rank_missed_a_change(tmp_path: Path) -> None:
+    """Hot experts from the manifest's sums equal those from the loads, also beside a late statement."""
+    rng = np.random.default_rng(2)
+    first = np.tile(np.arange(SLOTS), (LAYERS, 1))
+    second = first[:, ::-1].copy()
+    loads = rng.poisson(9, (RANKS, 40, LAYERS, SLOTS))
+    for rank in range(RANKS):
+        with open_writer(
+            tmp_path, ep_size=RANKS, ep_rank=rank, num_logical_experts=SLOTS, scope="local"
+        ) as writer:
+            for step in range(40):
+                if rank == 1 and 20 <= step < 30:
+                    writer.skip("dummy")  # it states the new placement ten steps late
+                    loads[rank, step] = 0
+                else:
+                    writer.record(None, loads[rank, step], first if step < 20 else second)
+    logical = np.zeros((LAYERS, SLOTS))
+    for step in range(40):
+        for layer in range(LAYERS):
+            np.add.at(
+                logical[layer], (first if step < 20 else second)[layer], loads[:, step, layer].sum(axis=0)
+            )
+    share = logical / logical.sum(axis=1, keepdims=True)
+    with_sums = summarize(open_run(tmp_path)).hot_experts
+    run = open_run(tmp_path)
+    assert all(s.sums is not None for session in run.sessions for s in session.segments)
+    for session in run.sessions:
+        for segment in session.segments:
+            segment.sums = None
+    assert summarize(run).hot_experts == with_sums
+    for expert in with_sums:
+        assert expert.share == pytest.approx(share[expert.layer, expert.logical])
+    assert with_sums[0].share == pytest.approx(share.max())
