@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ class Block:
         scope: Scope,
     ) -> None:
         self._sources = sources
+        self._ahead: Future[Int64] | None = None
         self._owner = rows.owner[:, low:high]
         self._scope = scope
         self.step = rows.step[low:high]
@@ -125,11 +127,20 @@ class Block:
 
         ``steps``: ascending steps of this block; default the complete ones.
         """
-        steps = self.recorded if steps is None else steps
+        if steps is None and self._ahead is not None:
+            return self._ahead.result()
+        return self._rank_load(self.recorded if steps is None else steps)
+
+    def _rank_load(self, steps: Int64) -> Int64:
         shape = self._shape()
         return self._sum(
             (shape.num_moe_layers, len(steps), shape.ep_size), steps, lambda segment: segment.rank_load()
         )
+
+    def read_ahead(self, pool: Executor) -> None:
+        """Begin to read what :meth:`rank_load` returns of the complete steps."""
+        if self.shape is not None and len(self.recorded):
+            self._ahead = pool.submit(self._rank_load, self.recorded)
 
     def loads(self, first: int, last: int, steps: Int64 | None = None) -> Int64:
         """Tokens per physical expert of layers ``first`` to ``last - 1``, summed over the writers.
@@ -187,6 +198,19 @@ class Block:
             )
             if len(here):
                 yield segment, here, there
+
+
+def one_ahead(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same blocks, the next one's rank loads being read while one is worked on."""
+    last: Block | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for block in blocks:
+            block.read_ahead(pool)
+            if last is not None:
+                yield last
+            last = block
+        if last is not None:
+            yield last
 
 
 def _whole(index: Int64, length: int) -> Int64 | slice:

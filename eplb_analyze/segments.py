@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ class ParquetSegment:
         self.shape = entry.shape
         self.sums = entry.sums
         self._files: dict[str, pq.ParquetFile] = {}
+        #: A file has one position, and blocks are read ahead on another thread.
+        self._reading = threading.Lock()
         self._load_steps: Int64 | None = None
 
     def file_path(self, table: str) -> Path:
@@ -175,7 +178,7 @@ class ParquetSegment:
         file = self._open(table)
         if file is None:
             return None
-        with _faults(self, self.file_path(table)):
+        with _faults(self, self.file_path(table)), self._reading:
             wanted = list(range(file.metadata.num_row_groups)) if groups is None else groups
             return file.read_row_groups(wanted, columns=columns, use_threads=False).combine_chunks()
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import metrics
-from eplb_analyze.blocks import Block, StepState
+from eplb_analyze.blocks import Block, StepState, one_ahead
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.losses import WINDOW_STEPS, Bin, Bins, Losses, RankLoss, StretchLoss, timeline
 from eplb_analyze.metrics import FORMULAS, Spread, Terms
@@ -250,7 +250,7 @@ def _summarize(run: Run, steps: Steps | None) -> Summary:
     low, high = steps or (0, 2**62)
     bins = Bins(max(low, first_step or 0), min(high - 1, last_step or 0))
     first_time, last_time = 2**62, -1
-    for block in run.blocks(steps):
+    for block in one_ahead(run.blocks(steps)):
         whole.add(block)
         first_time = min(first_time, int(block.clock_ns.min()))
         last_time = max(last_time, int(block.clock_ns.max()))

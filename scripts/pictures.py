@@ -9,9 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from eplb_analyze import open_run
+from eplb_analyze.commands import experts as experts_command
 from eplb_analyze.commands import layer as layer_command
+from eplb_analyze.commands import ranks as ranks_command
+from eplb_analyze.commands import rearrangements as rearrangements_command
 from eplb_analyze.commands import summary as summary_command
+from eplb_analyze.experts import expert_report
 from eplb_analyze.layer import layer_report
+from eplb_analyze.ranks import rank_report
+from eplb_analyze.rearrangements import rearrangement_report
 from eplb_analyze.summary import summarize
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
@@ -19,19 +25,35 @@ IMAGES = Path(__file__).parents[1] / "docs/images"
 
 def main(dump: str) -> None:
     run = open_run(dump)
-    console = Console(
-        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor",
-        highlight=False, markup=False, emoji=False,
-    )  # fmt: skip
+    console = new_console()
     console.print("$ eplb-analyze summary demo-dump", style="bold")
     summary_command.render(console, summarize(run))
     console.print("\n$ eplb-analyze layer 2 --step 200 demo-dump", style="bold")
     report = layer_report(run, 2, step=200)
     layer_command.render(console, report, report)
+    save(console, "demo")
+    console = new_console()
+    console.print("$ eplb-analyze rearrangements demo-dump", style="bold")
+    rearrangements_command.render(console, rearrangement_report(run))
+    console.print("\n$ eplb-analyze ranks demo-dump", style="bold")
+    ranks_command.render(console, rank_report(run), ranks_command.By.rank)
+    console.print("\n$ eplb-analyze experts --window 20 demo-dump", style="bold")
+    experts_command.render(console, expert_report(run, window=20), hot=False, cold=False)
+    save(console, "questions")
+
+
+def new_console() -> Console:
+    return Console(
+        record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor",
+        highlight=False, markup=False, emoji=False,
+    )  # fmt: skip
+
+
+def save(console: Console, name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     svg = console.export_svg(title="eplb-analyze")
     # Fonts of the reader's machine: nothing is fetched to show the picture.
-    (IMAGES / "demo.svg").write_text(strip_fonts(svg))
+    (IMAGES / f"{name}.svg").write_text(strip_fonts(svg))
 
 
 def strip_fonts(svg: str) -> str:
