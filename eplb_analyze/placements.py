@@ -6,6 +6,7 @@ import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,11 @@ class PlacementHistory:
 
     def layer(self, index: int) -> LayerHistory:
         return self.layers.get(index, LayerHistory())
+
+    @cached_property
+    def changes(self) -> list[int]:
+        """The steps from which a placement of some layer holds, ascending."""
+        return sorted({step for history in self.layers.values() for step in history.steps})
 
     def rearrangements(self) -> list[Rearrangement]:
         """Changes after the first placement, those of one rearrangement put together."""

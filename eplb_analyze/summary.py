@@ -176,8 +176,7 @@ class _Stretch:
         self.mean_tokens += float(terms.mean.sum())
         self.max_tokens += float(terms.maximum.sum())
         slowest = terms.slowest
-        changes = sorted({step for history in run.history.layers.values() for step in history.steps})
-        self.losses.add(steps, load, terms, changes, run.info.token_replication)
+        self.losses.add(steps, load, terms, run.history.changes, run.info.token_replication)
         for layer in range(self.shape.num_moe_layers):
             of_layer = slowest[:, layer][terms.uneven[:, layer]]
             self.slowest[layer] += np.bincount(of_layer, minlength=self.shape.ep_size)
