@@ -8,21 +8,26 @@ are summed over ranks. What the sums mean is for :mod:`eplb_analyze.metrics`.
 from __future__ import annotations
 
 import enum
+import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.dump import Session
-from eplb_analyze.segments import Segment
+from eplb_analyze.segments import Segment, SegmentFault, layers_at_once
 from eplb_dump.format import Scope, Status
 from eplb_dump.journal import Int64, Shape, StepRows
 
 #: At most this many steps are joined at once (segments of one run normally end at common steps).
 MAX_BLOCK_STEPS = 4096
+#: More threads than this are no faster, and each holds a few row groups.
+MAX_WORKERS = 4
 ABSENT = 255
 #: Which of several rows for one step counts: a recorded one before a dummy one before any other.
 STATUS_WEIGHT = np.zeros(256, np.int8)
@@ -87,7 +92,6 @@ class Block:
         scope: Scope,
     ) -> None:
         self._sources = sources
-        self._ahead: Future[Int64] | None = None
         self._owner = rows.owner[:, low:high]
         self._scope = scope
         self.step = rows.step[low:high]
@@ -127,46 +131,74 @@ class Block:
 
         ``steps``: ascending steps of this block; default the complete ones.
         """
-        if steps is None and self._ahead is not None:
-            return self._ahead.result()
-        return self._rank_load(self.recorded if steps is None else steps)
-
-    def _rank_load(self, steps: Int64) -> Int64:
-        shape = self._shape()
-        return self._sum(
-            (shape.num_moe_layers, len(steps), shape.ep_size), steps, lambda segment: segment.rank_load()
-        )
-
-    def read_ahead(self, pool: Executor) -> None:
-        """Begin to read what :meth:`rank_load` returns of the complete steps."""
-        if self.shape is not None and len(self.recorded):
-            self._ahead = pool.submit(self._rank_load, self.recorded)
+        parts = self.rank_load_parts(steps)
+        return np.concatenate([load for _, load in parts], axis=1)
 
     def loads(self, first: int, last: int, steps: Int64 | None = None) -> Int64:
         """Tokens per physical expert of layers ``first`` to ``last - 1``, summed over the writers.
 
         int64 ``[len(steps), last - first, num_physical_experts]``.
         """
-        steps = self.recorded if steps is None else steps
-        shape = (last - first, len(steps), self._shape().num_physical_experts)
-        return self._sum(shape, steps, lambda segment: segment.loads(first, last))
+        parts = self.load_parts(steps, first, last)
+        return np.concatenate([load for _, load in parts], axis=1)
 
-    def _sum(
-        self, shape: tuple[int, int, int], steps: Int64, read: Callable[[Segment], npt.NDArray[Any]]
-    ) -> Int64:
-        """What ``read`` gives of each segment, ``[layers, n, width]``, added up, steps first."""
+    def rank_load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        """:meth:`rank_load` a few layers at a time, which takes little memory and no copy.
+
+        Yields ``(layer, int64 [len(steps), layers, ep_size])``.
+        """
+        width = self._shape().ep_size
+        for low, high, pieces in self.pieces(lambda s, *layers: s.rank_loads(*layers), steps, first, last):
+            yield low, self._sum(pieces, steps, high - low, width)
+
+    def load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        """:meth:`loads` a few layers at a time: ``(layer, int64 [len(steps), layers, physical])``."""
+        width = self._shape().num_physical_experts
+        for low, high, pieces in self.pieces(lambda s, *layers: s.loads(*layers), steps, first, last):
+            yield low, self._sum(pieces, steps, high - low, width)
+
+    def pieces(
+        self,
+        read: Callable[[Segment, int, int], Iterator[tuple[int, npt.NDArray[Any]]]],
+        steps: Int64 | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Iterator[tuple[int, int, list[Piece]]]:
+        """What each segment has of a few layers at a time: ``(layer, layer after the last, pieces)``.
+
+        Args:
+            read: a segment's ``loads`` or ``rank_loads``.
+        """
+        shape = self._shape()
+        last = shape.num_moe_layers if last is None else last
+        cursors = [
+            (_Cursor(segment, read(segment, first, last)), here, there)
+            for segment, here, there in self.matches(self.recorded if steps is None else steps)
+        ]
+        longest = max((len(cursor.segment.load_steps()) for cursor, _, _ in cursors), default=1)
+        at_once = layers_at_once(longest, shape)
+        edges = [first, *range(first - first % at_once + at_once, last, at_once), last]
+        for low, high in itertools.pairwise(edges):
+            yield low, high, [(cursor.take(low, high), here, there) for cursor, here, there in cursors]
+
+    def _sum(self, pieces: list[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
+        """Pieces added up: int64 ``[len(steps), layers, width]``."""
+        count = len(self.recorded if steps is None else steps)
         out: Int64 | None = None
-        for segment, here, there in self.matches(steps):
-            values = read(segment)
-            if out is None and len(here) == shape[1] == values.shape[1]:
+        for values, here, there in pieces:
+            if out is None and len(here) == count == values.shape[1]:
                 out = values.astype(np.int64, copy=False)  # all steps, of one writer or the first
                 continue
             if out is None:
-                out = np.zeros(shape, np.int64)
+                out = np.zeros((layers, count, width), np.int64)
             elif not out.flags.writeable:  # a view of what was read
                 out = out.copy()
-            out[:, _whole(here, shape[1])] += values[:, _whole(there, values.shape[1])]
-        return (np.zeros(shape, np.int64) if out is None else out).transpose(1, 0, 2)
+            out[:, _whole(here, count)] += values[:, _whole(there, values.shape[1])]
+        return (np.zeros((layers, count, width), np.int64) if out is None else out).transpose(1, 0, 2)
 
     def _shape(self) -> Shape:
         if self.shape is None:
@@ -200,17 +232,65 @@ class Block:
                 yield segment, here, there
 
 
-def one_ahead(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The same blocks, the next one's rank loads being read while one is worked on."""
-    last: Block | None = None
-    with ThreadPoolExecutor(1) as pool:
-        for block in blocks:
-            block.read_ahead(pool)
-            if last is not None:
-                yield last
-            last = block
-        if last is not None:
-            yield last
+#: Values of a segment ``[layers, n, width]``, index into the steps asked for, index into the ``n``.
+Piece = tuple[npt.NDArray[Any], Int64, Int64]
+
+
+class _Cursor:
+    """Layers of a segment in ascending order, each row group decoded once."""
+
+    def __init__(self, segment: Segment, parts: Iterator[tuple[int, npt.NDArray[Any]]]) -> None:
+        self.segment = segment
+        self._parts = parts
+        self._first = self._last = 0
+        self._values: npt.NDArray[Any] = np.empty(0)
+
+    def take(self, first: int, last: int) -> npt.NDArray[Any]:
+        """The values of layers ``first`` to ``last - 1``. Raises SegmentFault."""
+        taken = []
+        while first < last:
+            while first >= self._last:
+                part = next(self._parts, None)
+                if part is None:
+                    raise SegmentFault(self.segment, self.segment.path, "it has fewer layers than it says")
+                self._first, self._values = part
+                self._last = self._first + len(self._values)
+            taken.append(self._values[first - self._first : last - self._first])
+            first = min(last, self._last)
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def workers() -> int:
+    """How many threads share the work of a run: numpy and Arrow leave the interpreter lock to others."""
+    return min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
+    """Each item with what ``work`` made of it, in order; so many as there are workers are under way."""
+    with ThreadPoolExecutor(workers()) as pool:
+        under_way: deque[tuple[Item, Future[Result]]] = deque()
+        try:
+            for item in items:
+                under_way.append((item, pool.submit(work, item)))
+                if len(under_way) > workers():
+                    first, result = under_way.popleft()
+                    yield first, result.result()
+            while under_way:
+                first, result = under_way.popleft()
+                yield first, result.result()
+        finally:
+            for _, result in under_way:
+                result.cancel()
+
+
+def shares(first: int, last: int) -> list[tuple[int, int]]:
+    """A range of layers in as many ranges as there are workers."""
+    edges = [first + i * (last - first) // workers() for i in range(workers() + 1)]
+    return [(low, high) for low, high in itertools.pairwise(edges) if low < high]
 
 
 def _whole(index: Int64, length: int) -> Int64 | slice:

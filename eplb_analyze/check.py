@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_analyze.blocks import Block, StepState
+from eplb_analyze.blocks import Block, StepState, ahead, shares
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.errors import Finding, plural
 from eplb_analyze.placements import replicas
-from eplb_analyze.run import Run
+from eplb_analyze.run import Run, imported
 from eplb_dump.format import EMPTY_SLOT
-from eplb_dump.journal import Int32
+from eplb_dump.journal import Int32, Int64
 
 #: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
 #: stretch of incomplete steps at the end means that a rank stopped and the others went on.
@@ -57,6 +57,8 @@ def check_run(run: Run) -> CheckReport:
     found += _check_steps(run, steps)
     found += _check_placements(run)
     found += _check_sessions(run)
+    if run.info.origin is not None:
+        found.append(Finding("info", "imported", imported(run.info.origin)))
     order = {"error": 0, "warning": 1, "info": 2}
     findings = list(dict.fromkeys([*run.findings, *found]))
     return CheckReport(
@@ -89,22 +91,45 @@ def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
         for chosen in (numbers, partial):
             if not len(chosen):
                 continue
-            rank_load = block.rank_load(chosen)
-            for layer in range(block.shape.num_moe_layers):
-                load = block.loads(layer, layer + 1, chosen)[:, 0]
-                sums = load.reshape(len(chosen), block.shape.ep_size, -1).sum(axis=2)
-                bad_sums += chosen[(sums != rank_load[:, layer]).any(axis=1)].tolist()
-                on_empty += [(layer, s) for s in _loads_on_empty(run, block, layer, chosen, load)]
+            totals = []
+            for total, odd, filled in _check_layers(run, block, chosen):
+                totals.append(total)
+                bad_sums += odd
+                on_empty += filled
             if chosen is numbers:
-                totals = rank_load.sum(axis=2)
+                total = np.concatenate(totals, axis=1)
                 # A layer without any token is a dense one that the engine lists, too.
-                totals = totals[:, totals.any(axis=0)]
-                if totals.shape[1]:
-                    unequal += chosen[totals.max(axis=1) != totals.min(axis=1)].tolist()
+                total = total[:, total.any(axis=0)]
+                if total.shape[1]:
+                    unequal += chosen[total.max(axis=1) != total.min(axis=1)].tolist()
     return steps, list(_load_findings(run, bad_sums, unequal, on_empty))
 
 
-def _loads_on_empty(run: Run, block: Block, layer: int, steps: np.ndarray, load: np.ndarray) -> list[int]:
+def _check_layers(
+    run: Run, block: Block, steps: Int64
+) -> Iterator[tuple[Int64, list[int], list[tuple[int, int]]]]:
+    """Of some layers each: tokens ``[steps, layers]``, steps of wrong sums, (layer, step) of empty slots."""
+    assert block.shape is not None
+    layers, ranks = block.shape.num_moe_layers, block.shape.ep_size
+    # Read before threads share it.
+    assert run.history is not None
+
+    def work(share: tuple[int, int]) -> tuple[Int64, list[int], list[tuple[int, int]]]:
+        totals, odd, filled = [np.zeros((len(steps), 0), np.int64)], [], []
+        parts = block.load_parts(steps, *share), block.rank_load_parts(steps, *share)
+        for (first, loads), (_, rank_load) in zip(*parts, strict=True):
+            sums = loads.reshape(*loads.shape[:2], ranks, -1).sum(axis=3)
+            odd += steps[(sums != rank_load).any(axis=(1, 2))].tolist()
+            totals.append(rank_load.sum(axis=2))
+            for layer, load in enumerate(loads.transpose(1, 0, 2), first):
+                filled += [(layer, step) for step in _loads_on_empty(run, layer, steps, load)]
+        return np.concatenate(totals, axis=1), odd, filled
+
+    # Layers have nothing to do with each other, so threads can share them.
+    return (result for _, result in ahead(shares(0, layers), work))
+
+
+def _loads_on_empty(run: Run, layer: int, steps: Int64, load: Int64) -> list[int]:
     found: list[int] = []
     for stretch, slots in run.history.layer(layer).stretches(steps):
         if slots is not None and len(slots) == load.shape[1] and (slots == EMPTY_SLOT).any():
@@ -185,7 +210,12 @@ def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
     survived = bool(closed) and not set(short) <= closed
     if steps.tail_seconds > KILL_SECONDS or survived or not steps.count(StepState.RECORDED):
         return Finding("error", "rank_stopped", text)
-    return Finding("warning", "incomplete_end", text + "; a killed engine's ranks do not end at one step")
+    if closed < set(run.present_ranks):
+        return Finding("warning", "incomplete_end", text + "; a killed engine's ranks do not end at one step")
+    # Nobody was killed: ranks that end in order differ by a step or a few.
+    if steps.incomplete_share > TOLERATED_INCOMPLETE:
+        return Finding("error", "rank_stopped", text)
+    return Finding("warning", "incomplete_end", text + "; ranks that end in order do not end at one step")
 
 
 def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
@@ -194,9 +224,8 @@ def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
     found = [f for f in _check_steps(run, steps) if f.code in codes]
     standing = standing_findings(run)
     explained = any(f.severity == "error" for f in standing)
-    if explained or steps.incomplete_share <= TOLERATED_INCOMPLETE:
-        found = [Finding("warning", f.code, f.text) for f in found]
-    return [*standing, *found]
+    too_much = not explained and steps.incomplete_share > TOLERATED_INCOMPLETE
+    return [*standing, *(Finding("error" if too_much else "warning", f.code, f.text) for f in found)]
 
 
 def _check_placements(run: Run) -> Iterator[Finding]:

@@ -193,12 +193,12 @@ class _Reading:
                 self.whole.add(block)
                 if block.shape is not None and len(block.recorded):
                     self.shapes.add(block.shape)
-                    self._add(run.tokens(block.rank_load()))
+                    self._add(run.terms(block), block.shape.ep_size)
                     self.logical[half] += logical_sums(block, run.history, experts)
 
-    def _add(self, T: metrics.Float64) -> None:
-        self._tokens += float(T.sum())
-        self.terms = np.concatenate([self.terms, _sums(_terms(T), self._steps_per_row)])
+    def _add(self, terms: metrics.Terms, ranks: int) -> None:
+        self._tokens += float(terms.mean.sum()) * ranks
+        self.terms = np.concatenate([self.terms, _sums(_rows(terms), self._steps_per_row)])
         if len(self.terms) > 2 * MAX_ROWS:
             self.terms, self._steps_per_row = _sums(self.terms, 2), 2 * self._steps_per_row
 
@@ -218,13 +218,13 @@ def _sums(rows: metrics.Float64, count: int) -> metrics.Float64:
     return sums
 
 
-def _terms(T: metrics.Float64) -> metrics.Float64:
+def _rows(terms: metrics.Terms) -> metrics.Float64:
     """The row of each step: float64 ``[steps, layers + 1, 4]``."""
-    formula = metrics.FORMULAS["balancedness"]
-    ratio = np.concatenate([metrics.per_layer(formula, T), formula.per_step(T)[:, np.newaxis]], axis=1)
+    # Of one layer alone, balancedness is its ratio.
+    ratio = np.column_stack([terms.ratio, metrics.balancedness(terms)])
     out = np.zeros((*ratio.shape, 4))
     out[:, :, RATIO], out[:, :, ACTIVE] = np.nan_to_num(ratio), ~np.isnan(ratio)
-    out[:, :-1, MEAN], out[:, :-1, MAXIMUM] = T.mean(axis=2), T.max(axis=2)
+    out[:, :-1, MEAN], out[:, :-1, MAXIMUM] = terms.mean, terms.maximum
     out[:, -1, MEAN:] = out[:, :-1, MEAN:].sum(axis=1)
     return out
 
@@ -275,6 +275,7 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
     for name, reading in (("A", a), ("B", b)):
         if len(reading.shapes) > 1:
             yield f"{name} changed its EP size or slots: its figures are means over all of its shapes"
+        yield from (f"{name}: {note}" for note in reading.run.not_known("step_order", "passes"))
     if token_ratio is not None and not 1 / TOKEN_FACTOR <= token_ratio <= TOKEN_FACTOR:
         yield f"B has {token_ratio:.2f} × the tokens a step, and more tokens are more even by chance alone"
     within = max(routing.within_a or 0.0, routing.within_b or 0.0)

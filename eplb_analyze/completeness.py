@@ -11,10 +11,12 @@ import numpy as np
 from eplb_analyze.blocks import Block, StepState
 from eplb_dump.format import Status
 
+MAX_GAPS = 100
+
 
 @dataclass
 class Completeness:
-    """Counts over the blocks of a run (or of a range of its steps), added block by block.
+    """Counts over the blocks of a run (or of a range of its steps), merged in order of steps.
 
     Every step from the first to the last is seen or missing, and every seen step is in exactly one
     of the other counts.
@@ -34,48 +36,40 @@ class Completeness:
     incomplete_inside: int = 0
     #: The last step that each rank recorded or idled in.
     last_of_rank: dict[int, int] = field(default_factory=dict)
-    #: From the last whole step to the last step, by the engine's clock.
-    tail_seconds: float = 0.0
-    _incomplete_since_whole: int = 0
-    _whole_time_ns: int | None = None
+    #: The engine's clock at the first and last step and at ``last_whole``, ns.
+    first_clock_ns: int = 0
+    last_clock_ns: int = 0
+    whole_clock_ns: int | None = None
+    incomplete_since_whole: int = 0
 
-    def add(self, block: Block) -> None:
-        """Add the next block; blocks come in order of steps."""
+    @classmethod
+    def of(cls, block: Block) -> Completeness:
+        result = cls()
         if not len(block.step):
-            return
-        steps = block.step if self.last is None else np.concatenate([[self.last], block.step])
-        jumps = np.flatnonzero(np.diff(steps) > 1)
-        for i in jumps:
-            low, high = int(steps[i]) + 1, int(steps[i + 1]) - 1
-            self.missing += high - low + 1
-            if len(self.gaps) < 100:
-                self.gaps.append((low, high))
-        self.first = int(block.step[0]) if self.first is None else self.first
-        self.last = int(block.step[-1])
-        self.seen += len(block.step)
+            return result
+        steps = block.step
+        result.first, result.last, result.seen = int(steps[0]), int(steps[-1]), len(steps)
+        for i in np.flatnonzero(np.diff(steps) > 1):
+            result._gap(int(steps[i]) + 1, int(steps[i + 1]) - 1)
         for row, rank in enumerate(block.ranks):
             there = np.flatnonzero(
                 (block.status[row] == Status.RECORDED) | (block.status[row] == Status.DUMMY)
             )
             if len(there):
-                self.last_of_rank[rank] = int(block.step[there[-1]])
-        self.states.update(Counter(block.state.tolist()))
-        self._add_incomplete(block)
+                result.last_of_rank[rank] = int(steps[there[-1]])
+        result.states.update(Counter(block.state.tolist()))
+        result.first_clock_ns, result.last_clock_ns = int(block.clock_ns[0]), int(block.clock_ns[-1])
+        result._add_incomplete(block)
+        return result
 
     def _add_incomplete(self, block: Block) -> None:
         bad = block.state == StepState.INCOMPLETE
         whole = np.flatnonzero(~bad)
         if len(whole):
-            inside = int(bad[: whole[-1]].sum())
-            self.incomplete_inside += self._incomplete_since_whole + inside
-            self._incomplete_since_whole = int(bad[whole[-1] :].sum())
+            self.incomplete_inside = int(bad[: whole[-1]].sum())
             self.last_whole = int(block.step[whole[-1]])
-            self._whole_time_ns = int(block.clock_ns[whole[-1]])
-        else:
-            self._incomplete_since_whole += int(bad.sum())
-        if self._whole_time_ns is None:
-            self._whole_time_ns = int(block.clock_ns[0])
-        self.tail_seconds = (int(block.clock_ns[-1]) - self._whole_time_ns) / 1e9
+            self.whole_clock_ns = int(block.clock_ns[whole[-1]])
+        self.incomplete_since_whole = int(bad.sum()) - self.incomplete_inside
         if not bad.any() or block.shape is None:
             return
         rows = {rank: i for i, rank in enumerate(block.ranks)}
@@ -87,6 +81,43 @@ class Completeness:
                 if status not in (Status.RECORDED, Status.DUMMY):
                     name = Status(status).label if status < len(Status) else "absent"
                     self.reasons[rank, name] += count
+
+    def _gap(self, first: int, last: int) -> None:
+        if last >= first:
+            self.missing += last - first + 1
+            self.gaps = [*self.gaps, (first, last)][:MAX_GAPS]
+
+    def add(self, block: Block) -> None:
+        """Add the next block; blocks come in order of steps."""
+        self.merge(Completeness.of(block))
+
+    def merge(self, later: Completeness) -> None:
+        """Add the counts of steps that all come after these."""
+        if later.first is None:
+            return
+        if self.last is None:
+            self.first, self.first_clock_ns = later.first, later.first_clock_ns
+        else:
+            self._gap(self.last + 1, later.first - 1)
+        self.last, self.last_clock_ns = later.last, later.last_clock_ns
+        self.seen += later.seen
+        self.missing += later.missing
+        self.gaps = [*self.gaps, *later.gaps][:MAX_GAPS]
+        self.states.update(later.states)
+        self.reasons.update(later.reasons)
+        self.last_of_rank |= later.last_of_rank
+        if later.last_whole is None:
+            self.incomplete_since_whole += later.incomplete_since_whole
+            return
+        self.incomplete_inside += self.incomplete_since_whole + later.incomplete_inside
+        self.incomplete_since_whole = later.incomplete_since_whole
+        self.last_whole, self.whole_clock_ns = later.last_whole, later.whole_clock_ns
+
+    @property
+    def tail_seconds(self) -> float:
+        """From the last whole step (or the first step) to the last step, by the engine's clock."""
+        since = self.first_clock_ns if self.whole_clock_ns is None else self.whole_clock_ns
+        return (self.last_clock_ns - since) / 1e9
 
     def count(self, state: StepState) -> int:
         return self.states[int(state)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
+    # The work is shared by threads of ours; those of numpy's matrix library would only fight them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from eplb_analyze import cli
     except ModuleNotFoundError as error:

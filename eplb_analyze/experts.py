@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from eplb_analyze.blocks import Block
+from eplb_analyze.blocks import Block, Piece, ahead, shares
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.configuration import Sums, last_configuration
 from eplb_analyze.errors import DumpError, plural
@@ -23,7 +23,6 @@ from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run, Steps
 from eplb_dump.format import EMPTY_SLOT
 from eplb_dump.journal import Int32, Int64, Shape
-from eplb_dump.sealing import ROW_GROUP_VALUES
 
 WINDOW, HOT_FACTOR = 100, 2.0
 #: Hot in this share of the windows is called always hot.
@@ -144,7 +143,7 @@ def expert_report(
             return _Loads(run, shape, range(first, last), _Windows(window, hot_factor))
 
         sums, whole, notes = last_configuration(run, steps, start)
-        return _report(run, layer, sums, whole, notes)
+        return _report(run, layer, sums, whole, [*notes, *run.not_known("step_order", "earlier_placements")])
 
     return run.reading(read)
 
@@ -157,8 +156,8 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     if len(without) == len(numbers):
         raise DumpError(f"{run.path}: no placement is known in these steps, so no load has an expert's name")
     experts = sums.frame(run)
-    unknown = _count(run, sums.unknown)
-    if sums.unknown:
+    unknown = _count(run, sums.unknown.sum())
+    if unknown:
         notes.append(f"{unknown:,} tokens fell on no known expert and are in no figure")
     if without:
         notes.append(f"{plural(len(without), 'layer')} without a placement left out: {_numbers(without)}")
@@ -294,7 +293,7 @@ class _Loads(Sums):
         self.windows, self.layers = windows, layers
         self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)
         #: Tokens on slots of which it is not known, or not true, that they held an expert.
-        self.unknown = 0
+        self.unknown = np.zeros(len(layers), np.int64)
         #: The placement in force at the last step, and the tokens on its slots since it came.
         self.placed: list[Int32 | None] = [None] * len(layers)
         self.slot_tokens = np.zeros((len(layers), shape.num_physical_experts), np.int64)
@@ -310,27 +309,31 @@ class _Loads(Sums):
 
     def _logical(self, block: Block, bounds: list[int]) -> Int64:
         """Loads by logical expert between bounds in the block's steps: ``[bounds - 1, layers, experts]``."""
-        steps = block.recorded
         out = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
-        parts = list(block.matches(steps))
-        # As many layers at once as lie in a row group, which is decoded as a whole.
-        longest = max((len(segment.load_steps()) for segment, _, _ in parts), default=1)
-        at_once = max(1, ROW_GROUP_VALUES // (longest * self.shape.num_physical_experts))
-        for first in range(self.layers.start, self.layers.stop, at_once):
-            last = min(first + at_once, self.layers.stop)
-            own = range(first - self.layers.start, last - self.layers.start)
-            stretches = [list(self._histories[i].stretches(steps)) for i in own]
-            edges = [sorted({*bounds, *(stretch.start for stretch, _ in found)}) for found in stretches]
-            sums = [np.zeros((len(e) - 1, self.shape.num_physical_experts), np.int64) for e in edges]
-            for segment, here, there in parts:
-                for values, total, cuts in zip(segment.loads(first, last), sums, edges, strict=True):
-                    _add_between(total, values, there, np.searchsorted(here, cuts))
-            for i, found, total, cuts in zip(own, stretches, sums, edges, strict=True):
-                for stretch, slots in found:
-                    low, high = np.searchsorted(cuts, [stretch.start, stretch.stop])
-                    in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
-                    out[in_window, i] += self._fold(i, total[low:high], slots)
+
+        def work(share: tuple[int, int]) -> None:
+            for first, last, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
+                for layer in range(first, last):
+                    own = [(values[layer - first], here, there) for values, here, there in pieces]
+                    i = layer - self.layers.start
+                    self._add_layer(i, block.recorded, bounds, own, out[:, i])
+
+        # Layers have nothing to do with each other, so threads can share them.
+        for _ in ahead(shares(self.layers.start, self.layers.stop), work):
+            pass
         return out
+
+    def _add_layer(self, i: int, steps: Int64, bounds: list[int], pieces: list[Piece], out: Int64) -> None:
+        """Add a layer's loads between bounds to ``out [bounds - 1, experts]``."""
+        found = list(self._histories[i].stretches(steps))
+        cuts = sorted({*bounds, *(stretch.start for stretch, _ in found)})
+        total = np.zeros((len(cuts) - 1, self.shape.num_physical_experts), np.int64)
+        for values, here, there in pieces:
+            _add_between(total, values, there, np.searchsorted(here, cuts))
+        for stretch, slots in found:
+            low, high = np.searchsorted(cuts, [stretch.start, stretch.stop])
+            in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
+            np.add.at(out, in_window, self._fold(i, total[low:high], slots))
 
     def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
         """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""
@@ -345,7 +348,7 @@ class _Loads(Sums):
             order = np.argsort(slots, kind="stable")[int((slots == EMPTY_SLOT).sum()) :]
             present, starts = np.unique(slots[order], return_index=True)
             out[:, present] = np.add.reduceat(load[:, order], starts, axis=1)
-        self.unknown += int(load.sum() - out.sum())
+        self.unknown[i] += load.sum() - out.sum()
         return out
 
     def frame(self, run: Run) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,9 +133,9 @@ def balancedness(run: Run, formula: metrics.Formula, by: str, chosen: Steps | No
     if by == "layer":
         return _by_layer(run, formula, chosen)
     numbers, values = [np.empty(0, np.int64)], [np.empty(0)]
-    for block, tokens in run.rank_tokens(chosen):
+    for block in _complete(run, chosen):
         numbers.append(block.recorded)
-        values.append(formula.per_step(tokens))
+        values.append(formula.of(run.terms(block)))
     step, value = np.concatenate(numbers), np.concatenate(values)
     if by == "step":
         return pl.DataFrame({"step": step, "value": pl.Series(value, nan_to_null=True)})
@@ -146,10 +147,17 @@ def balancedness(run: Run, formula: metrics.Formula, by: str, chosen: Steps | No
 
 def _by_layer(run: Run, formula: metrics.Formula, chosen: Steps | None) -> pl.DataFrame:
     total, count = np.zeros(run.info.num_layers), np.zeros(run.info.num_layers)
-    for _, tokens in run.rank_tokens(chosen):
-        values = metrics.per_layer(formula, tokens)
-        total += np.nansum(values, axis=0)
-        count += (~np.isnan(values)).sum(axis=0)
+    for block in _complete(run, chosen):
+        for first, load in block.rank_load_parts():
+            values = metrics.per_layer(formula, run.tokens(load))
+            here = slice(first, first + values.shape[1])
+            total[here] += np.nansum(values, axis=0)
+            count[here] += (~np.isnan(values)).sum(axis=0)
     mean = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     layers = np.array(run.info.layers, np.int32)
     return pl.DataFrame({"layer": layers, "value": pl.Series(mean, nan_to_null=True)})
+
+
+def _complete(run: Run, chosen: Steps | None) -> Iterator[Block]:
+    """The blocks that have complete steps."""
+    return (block for block in run.blocks(chosen) if block.shape is not None and len(block.recorded))

@@ -72,25 +72,34 @@ class Bins:
 
 
 class Losses:
-    """Partial sums over blocks of one shape."""
+    """Sums over blocks of one shape; those of later steps can be merged into them."""
 
     def __init__(self, shape: Shape, bins: Bins) -> None:
-        self._shape, self._bins = shape, bins
+        self._bins = bins
         self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
         self._lasting = 0.0
 
-    def add(self, steps: Int64, load: Int64, terms: Terms, changes: list[int], per_token: int) -> None:
-        """``load``: int64 ``[steps, layers, ep_ranks]``; ``changes``: steps at which a placement changed."""
-        _, layers, ranks = load.shape
+    def add(self, steps: Int64, terms: Terms) -> None:
         excess = terms.maximum - terms.mean
+        _, layers, ranks = self._excess.shape
         cell = (self._bins.of(steps)[:, None] * layers + np.arange(layers)) * ranks + terms.slowest
         flat = np.bincount(cell.ravel(), excess.ravel(), self._excess.size)
         self._excess += flat.reshape(self._excess.shape)
-        # Nothing is summed across a change of placement, as a change can end what would have lasted.
-        window = np.searchsorted(changes, steps, side="right") * (int(steps[-1]) + WINDOW_STEPS)
-        edges = np.flatnonzero(np.diff(window + steps // WINDOW_STEPS, prepend=-1))
-        summed = Terms(np.add.reduceat(load, edges, axis=0), per_token)
-        self._lasting += float((summed.maximum - summed.mean).sum())
+
+    def add_lasting(self, windows: npt.NDArray[np.intp], load: Int64, per_token: int) -> None:
+        """Add what remains of the loss in loads summed over windows.
+
+        Args:
+            windows: where each of them begins (see :func:`windows`).
+            load: int64 ``[steps, layers, ep_ranks]``, of some layers.
+        """
+        summed = np.add.reduceat(load, windows, axis=0)
+        excess = summed.max(axis=2) - summed.sum(axis=2) / summed.shape[2]
+        self._lasting += float(excess.sum()) / per_token
+
+    def merge(self, later: Losses) -> None:
+        self._excess += later._excess
+        self._lasting += later._lasting
 
     @property
     def total(self) -> float:
@@ -123,6 +132,16 @@ class Losses:
 
     def _share(self, excess: float) -> float:
         return float(excess / self.total) if self.total > 0 else 0.0
+
+
+def windows(steps: Int64, changes: list[int]) -> npt.NDArray[np.intp]:
+    """Where each window of ``WINDOW_STEPS`` begins in ascending steps.
+
+    ``changes``: steps at which a placement changed. Nothing is summed across one, as it can end what
+    would have lasted.
+    """
+    window = np.searchsorted(changes, steps, side="right") * (int(steps[-1]) + WINDOW_STEPS)
+    return np.flatnonzero(np.diff(window + steps // WINDOW_STEPS, prepend=-1))
 
 
 def timeline(bins: Bins, steps: Int64, balancedness: Float64) -> list[Bin]:

@@ -19,39 +19,53 @@ Float64 = npt.NDArray[np.float64]
 
 
 class Terms:
-    """What the formulas need of ``T``.
+    """What the formulas need of ``T``, which can be added a few layers at a time.
 
     Attributes:
         mean, maximum: float64 ``[steps, layers]``, over EP ranks.
+        uneven: bool ``[steps, layers]``: the ranks got different numbers of tokens.
+        slowest: intp ``[steps, layers]``, the EP rank with most tokens, of equals the first.
+        rank_mean, rank_maximum: float64 ``[steps, ep_ranks]``, over layers.
     """
 
-    def __init__(self, counts: npt.NDArray[Any], per_token: int = 1) -> None:
-        """``counts``: ``[steps, layers, ep_ranks]``, each token counted ``per_token`` times."""
-        self._counts, self._per_token = counts, per_token
+    def __init__(self, steps: int, layers: int, ranks: int, per_token: int = 1) -> None:
+        """``per_token``: how often each token is counted."""
+        self._layers, self._per_token = layers, per_token
+        self.mean: Float64 = np.zeros((steps, layers))
+        self.maximum: Float64 = np.zeros((steps, layers))
+        self.uneven: npt.NDArray[np.bool_] = np.zeros((steps, layers), np.bool_)
+        self.slowest: npt.NDArray[np.intp] = np.zeros((steps, layers), np.intp)
+        self._rank_total: Float64 = np.zeros((steps, ranks))
+        self._rank_highest: Float64 = np.zeros((steps, ranks))
+
+    @classmethod
+    def of(cls, counts: npt.NDArray[Any], per_token: int = 1) -> Terms:
+        """``counts``: ``[steps, layers, ep_ranks]``."""
+        steps, layers, ranks = counts.shape
+        terms = cls(steps, layers, ranks, per_token)
+        terms.add(0, counts)
+        return terms
+
+    def add(self, first: int, counts: npt.NDArray[Any]) -> None:
+        """Add layers ``first`` and following: ``[steps, these layers, ep_ranks]``."""
+        here = slice(first, first + counts.shape[1])
         total = counts.sum(axis=2)
         highest = counts.max(axis=2)
-        self.mean: Float64 = total / float(counts.shape[2] * per_token)
-        self.maximum: Float64 = highest / float(per_token)
-        #: bool ``[steps, layers]``: the ranks got different numbers of tokens.
-        self.uneven: npt.NDArray[np.bool_] = highest * counts.shape[2] > total
+        self.mean[:, here] = total / float(counts.shape[2] * self._per_token)
+        self.maximum[:, here] = highest / float(self._per_token)
+        self.uneven[:, here] = highest * counts.shape[2] > total
+        # Faster than argmax of the counts.
+        self.slowest[:, here] = (counts == highest[:, :, np.newaxis]).argmax(axis=2)
+        self._rank_total += counts.sum(axis=1)
+        np.maximum(self._rank_highest, counts.max(axis=1), out=self._rank_highest)
 
-    @cached_property
-    def slowest(self) -> npt.NDArray[np.intp]:
-        """The EP rank with most tokens, of equals the first: ``[steps, layers]``."""
-        slowest: npt.NDArray[np.intp] = self._counts.argmax(axis=2)
-        return slowest
-
-    @cached_property
+    @property
     def rank_mean(self) -> Float64:
-        """Over layers: float64 ``[steps, ep_ranks]``."""
-        mean: Float64 = self._counts.mean(axis=1) / self._per_token
-        return mean
+        return self._rank_total / (self._layers * self._per_token)
 
-    @cached_property
+    @property
     def rank_maximum(self) -> Float64:
-        """Over layers: float64 ``[steps, ep_ranks]``."""
-        maximum: Float64 = self._counts.max(axis=1) / float(self._per_token)
-        return maximum
+        return self._rank_highest / self._per_token
 
     @cached_property
     def active(self) -> npt.NDArray[np.bool_]:
@@ -62,11 +76,6 @@ class Terms:
     def ratio(self) -> Float64:
         """mean / maximum where active, else NaN: float64 ``[steps, layers]``."""
         return _ratio(self.mean, self.maximum)
-
-    def by_layer(self) -> Terms:
-        """As if every layer of every step were a step of a model of one layer."""
-        steps, layers, ranks = self._counts.shape
-        return Terms(self._counts.reshape(steps * layers, 1, ranks), self._per_token)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Formula:
 
     def per_step(self, T: Float64) -> Float64:
         """The formula of ``T``: float64 ``[steps]``."""
-        return self.of(Terms(T))
+        return self.of(Terms.of(T))
 
 
 def _mean_over_active(values: Float64, active: npt.NDArray[np.bool_]) -> Float64:
@@ -192,13 +201,14 @@ def idle_terms(T: Float64) -> tuple[float, float]:
     The idle fraction is 1 minus their ratio: the share of rank time lost if time is proportional to
     tokens.
     """
-    terms = Terms(T)
+    terms = Terms.of(T)
     return float(terms.mean.sum()), float(terms.maximum.sum())
 
 
 def per_layer(formula: Formula, T: Float64) -> Float64:
     """A formula for each layer by itself, as if the model had only that one: ``[steps, layers]``."""
-    return formula.of(Terms(T).by_layer()).reshape(T.shape[:2])
+    steps, layers, ranks = T.shape
+    return formula.of(Terms.of(T.reshape(steps * layers, 1, ranks))).reshape(steps, layers)
 
 
 @dataclass(frozen=True)

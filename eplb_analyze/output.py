@@ -6,23 +6,28 @@ markup is never interpreted in it.
 
 from __future__ import annotations
 
+import atexit
 import enum
 import io
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
     from rich.table import Table
     from rich.text import Text
 
     from eplb_analyze.errors import Finding
 
 PROGRAM = "eplb-analyze"
+#: Work that takes longer shows how far it is.
+PATIENCE_SECONDS = 1.0
 
 
 class OutputFormat(str, enum.Enum):
@@ -40,18 +45,55 @@ def say(kind: str, text: object) -> None:
     print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
 
 
+class Progress:
+    """A bar on stderr, where that is a terminal, for work that takes longer than ``PATIENCE_SECONDS``."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __call__(self, done: int, of: int) -> None:
+        """So much is done; the bar goes when all is, and comes back where work begins anew."""
+        if done >= of:
+            self.end()
+        elif self._bar is None and sys.stderr.isatty() and time.monotonic() - self._begun > PATIENCE_SECONDS:
+            self._start(done, of)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=of)
+
+    def _start(self, done: int, of: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._bar = RichProgress(*columns, console=console(sys.stderr), transient=True)
+        self._bar.add_task("", completed=done, total=of)
+        self._bar.start()
+        # It hides the cursor, which must be there again however the work ends.
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Take the bar away, so that what follows stands alone."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+
+
 class Output:
     """The one way out of a command: a document, and how to show it to a person."""
 
     def __init__(self, output_format: OutputFormat) -> None:
         self.format = output_format
+        self.progress = Progress()
 
     def notes(self, notes: list[str]) -> None:
+        self.progress.end()
         for note in notes:
             say("note", note)
 
     def findings(self, findings: list[Finding]) -> None:
         """Say errors and warnings, at most ten of a kind, so that the result stays in sight."""
+        self.progress.end()
         shown: dict[str, int] = {}
         for finding in findings:
             if finding.severity == "info":
@@ -64,6 +106,7 @@ class Output:
                 say("warning", f"{count - 10} more of {code}; `{PROGRAM} check` lists all")
 
     def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
+        self.progress.end()
         if self.format is OutputFormat.json:
             print(json.dumps(_plain(document), indent=2))
         elif sys.stdout.isatty():

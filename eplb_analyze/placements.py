@@ -119,6 +119,53 @@ def replicas(slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
     return np.bincount(slots[slots != EMPTY_SLOT], minlength=num_logical_experts)
 
 
+def holdings(slots: Int32, ep_size: int, num_logical_experts: int) -> Int64:
+    """How many slots of each EP rank hold each expert: ``[ep_size, num_logical_experts]``."""
+    rank = np.arange(len(slots)) // (len(slots) // ep_size)
+    cells = (rank * num_logical_experts + slots)[slots != EMPTY_SLOT]
+    counts = np.bincount(cells, minlength=ep_size * num_logical_experts)
+    return counts.reshape(ep_size, num_logical_experts)
+
+
+def crossings(old: Int64, new: Int64, ranks_per_node: int = 1) -> Int64:
+    """How many expert weights each rank had to fetch from another node: ``[ep_size]``.
+
+    A rank fetches an expert that it did not hold; from another node if no rank of its own held it. With
+    nodes of one rank that is from another rank. ``old`` and ``new`` are :func:`holdings`.
+    """
+    ranks = np.arange(len(old))
+    on_node = np.maximum.reduceat(old, ranks[::ranks_per_node], axis=0)[ranks // ranks_per_node]
+    fetched: Int64 = ((new > 0) & (old == 0) & (on_node == 0)).sum(axis=1)
+    return fetched
+
+
+def even_shares(slots: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
+    """Which share of an expert's tokens each EP rank gets, if they are split evenly over its replicas.
+
+    ``load [steps, num_logical_experts] @ result`` are tokens per rank: float64
+    ``[num_logical_experts, ep_size]``; zeros where no slot holds the expert.
+    """
+    held = holdings(slots, ep_size, num_logical_experts)
+    share: npt.NDArray[np.float64] = held.T / np.maximum(1, held.sum(axis=0))[:, np.newaxis]
+    return share
+
+
+def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
+    """Which share of a slot's tokens each EP rank gets, if every expert's are split evenly over replicas.
+
+    ``load [steps, slots of old] @ result`` are tokens per rank under ``new``.
+
+    Args:
+        old: the placement that says whose tokens a slot has.
+        new: the placement whose replicas share them.
+
+    Returns:
+        float64 ``[slots of old, ep_size]``; zeros where the slot is empty.
+    """
+    share = even_shares(new, ep_size, num_logical_experts)
+    return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, share[old])
+
+
 def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: int) -> Int64:
     """Tokens of each logical expert over a block's complete steps: int64 ``[layers, experts]``.
 
@@ -141,10 +188,10 @@ def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: i
                 for layer, slots, load in parts:
                     add(layer, slots, load)
                 continue
-        for layer in range(len(out)):
-            load = segment.loads(layer, layer + 1)[0][there]
-            for stretch, slots in history.layer(layer).stretches(steps[there]):
-                add(layer, slots, load[stretch].sum(axis=0, dtype=np.int64))
+        for first, loads in segment.loads(0, len(out)):
+            for layer, load in enumerate(loads, first):
+                for stretch, slots in history.layer(layer).stretches(steps[there]):
+                    add(layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64))
     return out
 
 

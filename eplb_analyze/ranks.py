@@ -102,32 +102,38 @@ class _RankSums(Sums):
         self.excess: Float64 = np.zeros(shape.ep_size)
 
     def _add(self, block: Block) -> None:
-        load = block.rank_load()
-        terms = Terms(load, self._per_token)
+        shape = self.shape
+        terms = Terms(len(block.recorded), shape.num_moe_layers, shape.ep_size, self._per_token)
+        for first, load in block.rank_load_parts():
+            terms.add(first, load)
+            self.load[first : first + load.shape[1]] += load.sum(axis=0)
         self.active += int(terms.active.sum())
         self.max_tokens += float(terms.maximum.sum())
-        self.load += load.sum(axis=0)
         # Of several slowest the first counts, and of equal ranks none is.
-        slowest = load.argmax(axis=2)[terms.uneven]
+        slowest = terms.slowest[terms.uneven]
         excess = (terms.maximum - terms.mean)[terms.uneven]
         self.slowest += np.bincount(slowest, minlength=self.shape.ep_size)
         self.excess += np.bincount(slowest, excess, minlength=self.shape.ep_size)
 
 
-def rank_report(run: Run, steps: Steps | None = None) -> RankReport:
+def rank_report(run: Run, steps: Steps | None = None, *, ranks_per_node: int | None = None) -> RankReport:
     """Which ranks and nodes were the slowest, over the last configuration of a run or of a range.
+
+    Args:
+        steps: a half-open range of steps; default all.
+        ranks_per_node: default what the dump says.
 
     Raises:
         NotInDumpError: no step of the run is in the range.
         DumpError: no step in it is complete.
     """
-    return run.reading(lambda: _rank_report(run, steps))
+    return run.reading(lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node))
 
 
-def _rank_report(run: Run, steps: Steps | None) -> RankReport:
+def _rank_report(run: Run, steps: Steps | None, ranks_per_node: int | None) -> RankReport:
     sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape))
     per_rank = [[rank] for rank in range(sums.shape.ep_size)]
-    per_node = _nodes(run, sums.shape.ep_size)
+    per_node = _nodes(sums.shape.ep_size, ranks_per_node)
     loss = float(sums.excess.sum())
     heat = zip(run.info.layers, _heat(sums.load, per_rank), _heat(sums.load, per_node), strict=True)
     return RankReport(
@@ -151,12 +157,11 @@ def require_nodes(run: Run) -> None:
     """Raise NotInDumpError where the dump does not say how many ranks a node has."""
     if run.info.ranks_per_node is None:
         raise NotInDumpError(
-            f"{run.path}: the writer was not told ranks_per_node, so the ranks' nodes are not known"
+            f"{run.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
         )
 
 
-def _nodes(run: Run, ranks: int) -> list[list[int]]:
-    size = run.info.ranks_per_node
+def _nodes(ranks: int, size: int | None) -> list[list[int]]:
     return [list(range(r, min(r + size, ranks))) for r in range(0, ranks, size)] if size else []
 
 

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import bootstrap, metrics
-from eplb_analyze.blocks import Block
+from eplb_analyze.blocks import Block, ahead, shares
 from eplb_analyze.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.errors import plural
-from eplb_analyze.placements import Rearrangement, replicas
+from eplb_analyze.placements import Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.run import Run, Steps
-from eplb_dump.format import EMPTY_SLOT
 from eplb_dump.journal import Int32, Int64, Shape
 
 #: Steps before and after, where the neighbour rearrangements are not nearer.
@@ -124,9 +123,11 @@ def _report(run: Run, steps: Steps | None, window: int) -> RearrangementReport:
     for block in run.blocks(steps):
         whole.add(block)
         if block.shape is not None and len(block.recorded):
-            series.add(block, BALANCEDNESS.per_step(run.tokens(block.rank_load())))
+            series.add(block, BALANCEDNESS.of(run.terms(block)))
             _spread(block, folds, run.info.num_logical_experts)
-    notes = [] if run.history.layers else ["no placement was recorded, so no rearrangement is known"]
+    notes = run.not_known("step_order", "placement_steps", "earlier_placements")
+    if not run.history.layers:
+        notes.append("no placement was recorded, so no rearrangement is known")
     rows = [_figures(run, change, series) for change in changes]
     return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, notes)
 
@@ -201,9 +202,9 @@ class _Change:
             for pair in self.changed
         ]
         self.no_op = all(np.array_equal(old, new) for old, new in held)
-        self.crossed_ranks = sum(crossings(old, new, 1) for old, new in held)
+        self.crossed_ranks = sum(int(crossings(old, new, 1).sum()) for old, new in held)
         if nodes:
-            self.crossed_nodes = sum(crossings(old, new, nodes) for old, new in held)
+            self.crossed_nodes = sum(int(crossings(old, new, nodes).sum()) for old, new in held)
 
 
 class _Series:
@@ -243,57 +244,27 @@ def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
     for fold in folds:
         low, high = np.searchsorted(steps, fold.steps)
         if high > low and fold.shape == block.shape:
-            here.append((fold, slice(low, high), np.zeros(high - low), np.zeros(high - low)))
+            ratio = np.full((high - low, block.shape.num_moe_layers), np.nan)
+            here.append((fold, slice(low, high), ratio))
     if not here:
         return
-    start, stop = min(s.start for _, s, _, _ in here), max(s.stop for _, s, _, _ in here)
-    for layer in range(here[0][0].shape.num_moe_layers):
-        load = block.loads(layer, layer + 1, steps[start:stop])[:, 0].astype(np.float64)
-        for fold, part, total, active in here:
-            way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
-            T = load[part.start - start : part.stop - start] @ way
-            ratio = BALANCEDNESS.per_step(T[:, np.newaxis])
-            known = ~np.isnan(ratio)
-            total[known] += ratio[known]
-            active[known] += 1
-    for fold, _, total, active in here:
-        value = np.divide(total, active, out=np.full(len(total), np.nan), where=active > 0)
+    start, stop = min(s.start for _, s, _ in here), max(s.stop for _, s, _ in here)
+
+    def work(share: tuple[int, int]) -> None:
+        for first, loads in block.load_parts(steps[start:stop], *share):
+            for layer, load in enumerate(loads.transpose(1, 0, 2).astype(np.float64), first):
+                for fold, part, ratio in here:
+                    way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
+                    T = load[part.start - start : part.stop - start] @ way
+                    ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis])
+
+    # Layers have nothing to do with each other, so threads can share them.
+    for _ in ahead(shares(0, here[0][0].shape.num_moe_layers), work):
+        pass
+    for fold, _, ratio in here:
+        active = (~np.isnan(ratio)).sum(axis=1)
+        value = np.divide(np.nansum(ratio, axis=1), active, out=np.full(len(ratio), np.nan), where=active > 0)
         fold.values.append(value)
-
-
-def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int) -> metrics.Float64:
-    """Which share of a slot's tokens each EP rank gets, if every expert's are split evenly over replicas.
-
-    ``load [steps, slots of old] @ result`` are tokens per rank under ``new``.
-
-    Args:
-        old: the placement that says whose tokens a slot has.
-        new: the placement whose replicas share them.
-
-    Returns:
-        float64 ``[slots of old, ep_size]``; zeros where the slot is empty.
-    """
-    share = holdings(new, ep_size, num_logical_experts) / np.maximum(1, replicas(new, num_logical_experts))
-    return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, share.T[old])
-
-
-def holdings(slots: Int32, ep_size: int, num_logical_experts: int) -> Int64:
-    """How many slots of each EP rank hold each expert: ``[ep_size, num_logical_experts]``."""
-    rank = np.arange(len(slots)) // (len(slots) // ep_size)
-    cells = (rank * num_logical_experts + slots)[slots != EMPTY_SLOT]
-    counts = np.bincount(cells, minlength=ep_size * num_logical_experts)
-    return counts.reshape(ep_size, num_logical_experts)
-
-
-def crossings(old: Int64, new: Int64, ranks_per_node: int) -> int:
-    """How many expert weights ranks had to fetch from another node; from another rank with nodes of 1.
-
-    A rank fetches an expert that it did not hold; from another node if no rank of its own held it.
-    ``old`` and ``new`` are :func:`holdings`.
-    """
-    ranks = np.arange(len(old))
-    on_node = np.maximum.reduceat(old, ranks[::ranks_per_node], axis=0)[ranks // ranks_per_node]
-    return int(((new > 0) & (old == 0) & (on_node == 0)).sum())
 
 
 def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures:

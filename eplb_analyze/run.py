@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import metrics
-from eplb_analyze.blocks import Block, iter_blocks
+from eplb_analyze.blocks import Block, ahead, iter_blocks
 from eplb_analyze.dump import Session, discover, open_session
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.placements import PlacementHistory, read_history
 from eplb_analyze.segments import Segment, SegmentFault
-from eplb_dump.format import Scope, SessionInfo, model_slug
+from eplb_dump.format import Origin, Scope, SessionInfo, model_slug
 from eplb_dump.journal import Shape
 
 if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
@@ -49,6 +49,14 @@ class RunInfo:
     token_replication: int
     interval: int
     created_unix_ns: int
+    #: Where an imported run came from, all its files; None: it was recorded.
+    origin: Origin | None = None
+
+
+def imported(origin: Origin) -> str:
+    """Where an imported run came from and what is not known of it, in one line."""
+    unknown = ", ".join(code.replace("_", " ") for code in origin.unknown)
+    return f"imported from {origin.system}, {origin.kind}; not known: {unknown or 'nothing'}"
 
 
 def open_run(path: str | os.PathLike[str], run: str | None = None, model: str | None = None) -> Run:
@@ -109,6 +117,7 @@ class Run:
         info: what the run is.
         findings: faults found so far; reading can add to them.
         notes: what a user should be told about what was chosen.
+        progress: called on long work with how many steps are done, and of how many.
     """
 
     def __init__(
@@ -118,6 +127,7 @@ class Run:
         self.sessions = sessions
         self.findings = findings
         self.notes = notes
+        self.progress: Callable[[int, int], None] = lambda done, of: None
         self._unreadable: dict[int, Segment] = {}
         self._history: PlacementHistory | None = None
         first = sessions[0].info
@@ -146,6 +156,7 @@ class Run:
             token_replication=first.token_replication,
             interval=first.interval,
             created_unix_ns=min(s.info.created_unix_ns for s in sessions),
+            origin=self._origin(),
         )
 
     def _check_agreement(self) -> None:
@@ -179,6 +190,23 @@ class Run:
         info = self.sessions[0].info
         return Shape(info.ep_size, info.num_moe_layers or 0, info.num_physical_experts or 0)
 
+    def _origin(self) -> Origin | None:
+        origins = [session.info.origin for session in self.sessions]
+        files = dict.fromkeys(f for origin in origins if origin is not None for f in origin.files)
+        return None if origins[0] is None else replace(origins[0], files=tuple(files))
+
+    def not_known(self, *codes: str) -> list[str]:
+        """Notes for an answer that needs what an imported run may lack: a line for each that it does.
+
+        Args:
+            codes: what the answer needs, as in ``Origin.unknown``, for instance ``"step_order"``.
+        """
+        origin = self.info.origin
+        if origin is None:
+            return []
+        where = f"not known of this run, imported from {origin.system}"
+        return [f"{where}: {origin.unknown[code]}" for code in codes if code in origin.unknown]
+
     # ---- what was seen
 
     @property
@@ -195,7 +223,26 @@ class Run:
 
     def blocks(self, steps: Steps | None = None) -> Iterator[Block]:
         """The run's blocks in order of steps; see :class:`~eplb_analyze.blocks.Block`."""
+        for block in self._blocks(steps):
+            yield block
+            self._report(block, steps)
+
+    def over_blocks(
+        self, work: Callable[[Block], T], steps: Steps | None = None
+    ) -> Iterator[tuple[Block, T]]:
+        """Each block with what ``work`` makes of it, in order of steps; threads share the work."""
+        for block, result in ahead(self._blocks(steps), work):
+            yield block, result
+            self._report(block, steps)
+
+    def _blocks(self, steps: Steps | None) -> Iterator[Block]:
         return iter_blocks(self.sessions, self.scope, steps, frozenset(self._unreadable))
+
+    def _report(self, done: Block, steps: Steps | None) -> None:
+        first, last = (0 if step is None else step for step in self.step_range)
+        low, high = steps or (0, 2**62)
+        low, high = max(low, first), min(high, last + 1)
+        self.progress(int(done.step[-1]) + 1 - low, high - low)
 
     def reading(self, analysis: Callable[[], T]) -> T:
         """Run an analysis; where a segment turns out unreadable, leave it out and start again.
@@ -329,8 +376,13 @@ class Run:
         chosen = metrics.FORMULAS[formula]
         return self.reading(lambda: frames.balancedness(self, chosen, by, steps))
 
-    def rank_tokens(self, steps: Steps | None = None) -> Iterator[tuple[Block, npt.NDArray[np.float64]]]:
-        """Blocks that have complete steps, each with T: float64 ``[steps, layers, ep_ranks]``."""
-        for block in self.blocks(steps):
-            if block.shape is not None and len(block.recorded):
-                yield block, self.tokens(block.rank_load())
+    def terms(self, block: Block, first: int = 0, last: int | None = None) -> metrics.Terms:
+        """What the formulas need of a block's complete steps, of all layers or of a range of indices."""
+        assert block.shape is not None
+        last = self.info.num_layers if last is None else last
+        terms = metrics.Terms(
+            len(block.recorded), last - first, block.shape.ep_size, self.info.token_replication
+        )
+        for layer, load in block.rank_load_parts(first=first, last=last):
+            terms.add(layer - first, load)
+        return terms

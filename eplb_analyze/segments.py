@@ -32,10 +32,12 @@ from eplb_dump.format import (
     SessionInfo,
 )
 from eplb_dump.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
-from eplb_dump.sealing import ExpertSums, SealedSegment, footer_crc32
+from eplb_dump.sealing import ROW_GROUP_VALUES, ExpertSums, SealedSegment, footer_crc32
 
 #: More values than this in one row group are a hostile claim, not a segment of ours.
 MAX_GROUP_BYTES = 4 << 30
+#: Of the table of steps; read as codes, for most of their texts are one.
+TEXT_COLUMNS = ["status", "phase"]
 
 
 class SegmentFault(Exception):
@@ -59,12 +61,16 @@ class Segment(Protocol):
 
     def steps(self) -> StepRows: ...
     def load_steps(self) -> Int64: ...
-    def rank_load(self) -> Int64:
-        """int64 ``[num_moe_layers, n, ep_size]``."""
+    def rank_loads(self, first: int, last: int) -> Iterator[tuple[int, Int64]]:
+        """Sums per rank of layers ``first`` to ``last - 1``, as they lie together in the file.
+
+        Yields ``(layer, int64 [layers, n, ep_size])`` in order; the first and last part may hold
+        layers outside of the range. Reads with a handle of its own, so that threads can share a segment.
+        """
         ...
 
-    def loads(self, first: int, last: int) -> Int32:
-        """int32 ``[last - first, n, num_physical_experts]``."""
+    def loads(self, first: int, last: int) -> Iterator[tuple[int, Int32]]:
+        """Likewise the physical experts' loads: ``(layer, int32 [layers, n, num_physical_experts])``."""
         ...
 
     def placements(self) -> PlacementRows: ...
@@ -76,6 +82,7 @@ class OpenSegment:
 
     def __init__(self, journal: JournalSegment) -> None:
         self._journal = journal
+        self._reading = threading.Lock()
         self.sums: ExpertSums | None = None
         self.path = journal.path
         self.seq = journal.seq
@@ -89,19 +96,22 @@ class OpenSegment:
     def load_steps(self) -> Int64:
         return self._journal.load_steps
 
-    def loads(self, first: int, last: int) -> Int32:
-        with _faults(self, self.path):
-            return self._journal.read_layers(first, last)
-
-    def rank_load(self) -> Int64:
+    def loads(self, first: int, last: int) -> Iterator[tuple[int, Int32]]:
         shape = self.shape
         assert shape is not None
-        n = len(self.load_steps())
-        out = np.empty((shape.num_moe_layers, n, shape.ep_size), np.int64)
-        for layer in range(shape.num_moe_layers):
-            load = self.loads(layer, layer + 1)[0]
-            load.reshape(n, shape.ep_size, -1).sum(axis=2, dtype=np.int64, out=out[layer])
-        return out
+        at_once = layers_at_once(len(self.load_steps()), shape)
+        for layer in range(first, last, at_once):
+            # A journal has one position in its file.
+            with _faults(self, self.path), self._reading:
+                values = self._journal.read_layers(layer, min(layer + at_once, last))
+            yield layer, values
+
+    def rank_loads(self, first: int, last: int) -> Iterator[tuple[int, Int64]]:
+        shape = self.shape
+        assert shape is not None
+        for layer, load in self.loads(first, last):
+            by_rank = load.reshape(*load.shape[:2], shape.ep_size, -1)
+            yield layer, by_rank.sum(axis=3, dtype=np.int64)
 
     def placements(self) -> PlacementRows:
         return self._journal.placements
@@ -111,7 +121,10 @@ class OpenSegment:
 
 
 class ParquetSegment:
-    """A sealed segment, as the session's manifest lists it. Files are opened when first read."""
+    """A sealed segment, as the session's manifest lists it.
+
+    A file is open only while it is read, since a long run has more of them than a process may hold.
+    """
 
     def __init__(self, folder: Path, info: SessionInfo, entry: SealedSegment) -> None:
         self.path = folder
@@ -121,25 +134,37 @@ class ParquetSegment:
         self.first_step, self.last_step = entry.first_step, entry.last_step
         self.shape = entry.shape
         self.sums = entry.sums
-        self._files: dict[str, pq.ParquetFile] = {}
-        #: A file has one position, and blocks are read ahead on another thread.
-        self._reading = threading.Lock()
+        #: Of the files whose footer was verified.
+        self._metadata: dict[str, pq.FileMetaData] = {}
         self._load_steps: Int64 | None = None
 
     def file_path(self, table: str) -> Path:
         entry = self._entry.files.get(table)
         return self.path if entry is None else self.path / entry.name
 
-    def _open(self, table: str) -> pq.ParquetFile | None:
-        if table not in self._entry.files:
-            return None
-        if table not in self._files:
-            path = self.file_path(table)
-            with _faults(self, path):
-                self._files[table] = self._verified(path, table)
-        return self._files[table]
+    @contextmanager
+    def _open(self, table: str) -> Iterator[pq.ParquetFile]:
+        """The file of a table that the segment has, verified when it is opened first."""
+        path = self.file_path(table)
+        with _faults(self, path):
+            known = self._metadata.get(table)
+            if known is None:
+                self._check_file(path, table)
+            file = pq.ParquetFile(
+                path,
+                metadata=known,
+                page_checksum_verification=True,
+                memory_map=False,
+                read_dictionary=TEXT_COLUMNS if table == "steps" else None,
+            )
+        with file:
+            if known is None:
+                with _faults(self, path):
+                    self._check_footer(file, table)
+                self._metadata[table] = file.metadata
+            yield file
 
-    def _verified(self, path: Path, table: str) -> pq.ParquetFile:
+    def _check_file(self, path: Path, table: str) -> None:
         entry = self._entry.files[table]
         require_regular(path)
         size = path.stat().st_size
@@ -147,20 +172,21 @@ class ParquetSegment:
             raise FormatError(f"it has {size} bytes where the manifest says {entry.bytes}")
         if footer_crc32(path) != entry.footer_crc32:
             raise FormatError("its footer does not match the manifest's checksum")
-        file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False)
+
+    def _check_footer(self, file: pq.ParquetFile, table: str) -> None:
         metadata = file.metadata
         own = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"null"))
         if not isinstance(own, dict) or own.get("seq") != self.seq or own.get("table") != table:
             raise FormatError("it is not the file that the manifest lists")
         SessionInfo.from_dict(own["session"])
-        if not file.schema_arrow.remove_metadata().equals(SCHEMAS[table]) or metadata.num_rows != entry.rows:
+        rows = self._entry.files[table].rows
+        if not _plain(file.schema_arrow).equals(SCHEMAS[table]) or metadata.num_rows != rows:
             raise FormatError("its columns or rows are not what the format says")
         if table == "loads":
             self._check_widths(metadata)
         for group in range(metadata.num_row_groups):
             if metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
                 raise FormatError("it claims a row group of more than 4 GiB")
-        return file
 
     def _check_widths(self, metadata: pq.FileMetaData) -> None:
         """Check that the lists are as long as the shape says, before memory is taken for them."""
@@ -174,17 +200,23 @@ class ParquetSegment:
                 if width is not None and column.num_values != group.num_rows * width:
                     raise FormatError("its lists are not as long as the manifest says")
 
-    def _read(self, table: str, columns: list[str], groups: list[int] | None = None) -> pa.Table | None:
-        file = self._open(table)
-        if file is None:
-            return None
-        with _faults(self, self.file_path(table)), self._reading:
-            wanted = list(range(file.metadata.num_row_groups)) if groups is None else groups
+    def _read(
+        self, file: pq.ParquetFile, table: str, columns: list[str], group: int | None = None
+    ) -> pa.Table:
+        """Some columns of a row group, or of all."""
+        with _faults(self, self.file_path(table)):
+            wanted = list(range(file.metadata.num_row_groups)) if group is None else [group]
             return file.read_row_groups(wanted, columns=columns, use_threads=False).combine_chunks()
+
+    def _read_all(self, table: str, columns: list[str]) -> pa.Table | None:
+        if table not in self._entry.files:
+            return None
+        with self._open(table) as file:
+            return self._read(file, table, columns)
 
     def steps(self) -> StepRows:
         names = ["step", "time", "monotonic_ns", "status", "num_tokens", "phase"]
-        table = self._read("steps", names)
+        table = self._read_all("steps", names)
         if table is None:
             return StepRows.concat([])
         with _faults(self, self.file_path("steps")):
@@ -196,28 +228,27 @@ class ParquetSegment:
             phase, phases = _codes(column["phase"])
             return StepRows(
                 step=_numpy(column["step"]),
-                time_ns=_numpy(column["time"].cast(pa.int64())),
+                time_ns=_numpy(column["time"].view(pa.int64())),
                 monotonic_ns=_numpy(column["monotonic_ns"]),
                 status=number[status],
-                num_tokens=_numpy(column["num_tokens"].fill_null(-1)),
+                num_tokens=_filled(column["num_tokens"]),
                 phase=phase.astype(np.int32),
                 phases=tuple(phases),
             )
 
     def load_steps(self) -> Int64:
         if self._load_steps is None:
-            file = self._open("loads")
-            if file is None or self.shape is None:
+            if "loads" not in self._entry.files or self.shape is None:
                 self._load_steps = np.empty(0, np.int64)
             else:
-                # Every layer has the same steps, so those of the first row group tell them all.
-                table = self._read("loads", ["step", "layer"], [0])
-                assert table is not None
-                with _faults(self, self.file_path("loads")):
-                    n = file.metadata.num_rows // self.shape.num_moe_layers
-                    steps = _numpy(table.column("step").combine_chunks())[:n]
-                    self._check_order(table, 0, steps, n)
-                    self._load_steps = steps
+                with self._open("loads") as file:
+                    # Every layer has the same steps, so those of the first row group tell them all.
+                    table = self._read(file, "loads", ["step", "layer"], 0)
+                    with _faults(self, self.file_path("loads")):
+                        n = file.metadata.num_rows // self.shape.num_moe_layers
+                        steps = _numpy(table.column("step").combine_chunks())[:n]
+                        self._check_order(table, 0, steps, n)
+                        self._load_steps = steps
         return self._load_steps
 
     def _check_order(self, table: pa.Table, layer: int, steps: Int64, n: int) -> int:
@@ -235,36 +266,27 @@ class ParquetSegment:
 
     def _by_layers(self, column: str, width: int, first: int, last: int) -> Iterator[tuple[int, Any]]:
         """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
-        file = self._open("loads")
-        assert file is not None
-        assert self.shape is not None
-        n = len(self.load_steps())
+        steps = self.load_steps()
+        n = len(steps)
         layer = 0
-        for group in range(file.metadata.num_row_groups):
-            count = file.metadata.row_group(group).num_rows // max(1, n)
-            if layer < last and layer + count > first:
-                table = self._read("loads", ["step", "layer", column], [group])
-                assert table is not None
-                with _faults(self, self.file_path("loads")):
-                    self._check_order(table, layer, self.load_steps(), n)
-                    values = _list_values(table.column(column).combine_chunks(), width)
-                yield layer, values.reshape(count, n, width)
-            layer += count
+        with self._open("loads") as file:
+            for group in range(file.metadata.num_row_groups):
+                count = file.metadata.row_group(group).num_rows // max(1, n)
+                if layer < last and layer + count > first:
+                    table = self._read(file, "loads", ["step", "layer", column], group)
+                    with _faults(self, self.file_path("loads")):
+                        self._check_order(table, layer, steps, n)
+                        values = _list_values(table.column(column).combine_chunks(), width)
+                    yield layer, values.reshape(count, n, width)
+                layer += count
 
-    def rank_load(self) -> Int64:
-        shape = self.shape
-        assert shape is not None
-        parts = [v for _, v in self._by_layers("rank_load", shape.ep_size, 0, shape.num_moe_layers)]
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+    def rank_loads(self, first: int, last: int) -> Iterator[tuple[int, Int64]]:
+        assert self.shape is not None
+        return self._by_layers("rank_load", self.shape.ep_size, first, last)
 
-    def loads(self, first: int, last: int) -> Int32:
-        shape = self.shape
-        assert shape is not None
-        parts = [
-            values[max(layer, first) - layer : last - layer]
-            for layer, values in self._by_layers("load", shape.num_physical_experts, first, last)
-        ]
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+    def loads(self, first: int, last: int) -> Iterator[tuple[int, Int32]]:
+        assert self.shape is not None
+        return self._by_layers("load", self.shape.num_physical_experts, first, last)
 
     def sums_are_true(self) -> bool:
         """Whether the manifest's sums are those of the loads. Reads all of them."""
@@ -281,7 +303,7 @@ class ParquetSegment:
         return True
 
     def placements(self) -> PlacementRows:
-        table = self._read("placements", ["step", "layer", "ep_size", "physical_to_logical"])
+        table = self._read_all("placements", ["step", "layer", "ep_size", "physical_to_logical"])
         if table is None:
             empty = np.empty(0, np.int32)
             return PlacementRows(np.empty(0, np.int64), empty, empty, [])
@@ -299,10 +321,10 @@ class ParquetSegment:
             ep_size = _numpy(table.column("ep_size").combine_chunks())
             return PlacementRows(_numpy(table.column("step").combine_chunks()), layers, ep_size, slots)
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+
+def layers_at_once(steps: int, shape: Shape) -> int:
+    """As many layers of so many steps as lie in a row group, which is decoded as a whole."""
+    return max(1, ROW_GROUP_VALUES // (max(1, steps) * shape.num_physical_experts))
 
 
 def require_regular(path: Path) -> None:
@@ -330,11 +352,22 @@ def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
     return np.asarray(values)
 
 
-def _codes(array: pa.Array) -> tuple[npt.NDArray[np.int64], list[str]]:
+def _filled(array: pa.Array) -> npt.NDArray[Any]:
+    """Numbers, -1 for null. Arrow's way needs its functions, a tenth of a small command's start-up."""
+    if array.null_count == len(array):
+        return np.full(len(array), -1, np.int64)
+    return _numpy(array.fill_null(-1) if array.null_count else array)
+
+
+def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]:
     """A text column as codes into its distinct texts; -1 for null."""
-    encoded = array.dictionary_encode()
-    codes = _numpy(encoded.indices.fill_null(-1)).astype(np.int64)
-    return codes, [str(text) for text in encoded.dictionary.to_pylist()]
+    return _filled(array.indices).astype(np.int64), [str(text) for text in array.dictionary.to_pylist()]
+
+
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """A schema as it is without ``read_dictionary``."""
+    types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema]
+    return pa.schema([f.with_type(t) for f, t in zip(schema, types, strict=True)])
 
 
 def _list_values(lists: Any, width: int) -> npt.NDArray[Any]:

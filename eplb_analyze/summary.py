@@ -9,13 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import metrics
-from eplb_analyze.blocks import Block, StepState, one_ahead
+from eplb_analyze.blocks import Block, StepState
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.losses import WINDOW_STEPS, Bin, Bins, Losses, RankLoss, StretchLoss, timeline
+from eplb_analyze.losses import (
+    WINDOW_STEPS,
+    Bin,
+    Bins,
+    Losses,
+    RankLoss,
+    StretchLoss,
+    timeline,
+    windows,
+)
 from eplb_analyze.metrics import FORMULAS, Spread, Terms
 from eplb_analyze.placements import Rearrangement, logical_sums, replicas
 from eplb_analyze.run import Run, RunInfo, Steps
-from eplb_dump.journal import Int64, Shape
+from eplb_dump.journal import Shape
 
 HOT_EXPERTS = 10
 WORST_STRETCHES = 10
@@ -167,20 +176,37 @@ class _Stretch:
         self.slowest = np.zeros((layers, shape.ep_size), np.int64)
         self.logical = np.zeros((layers, num_logical_experts), np.int64)
 
-    def add(self, run: Run, block: Block, load: Int64, terms: Terms, value: metrics.Float64) -> None:
-        steps = block.recorded
-        self.first = int(steps[0]) if self.first < 0 else self.first
-        self.last = int(steps[-1])
-        self.recorded += len(steps)
-        self.values.append(value)
+    def add(self, run: Run, block: Block) -> Terms:
+        """Add a block's complete steps, of which there is at least one."""
+        steps, shape = block.recorded, self.shape
+        layers, per_token = shape.num_moe_layers, run.info.token_replication
+        terms = Terms(len(steps), layers, shape.ep_size, per_token)
+        starts = windows(steps, run.history.changes)
+        for first, load in block.rank_load_parts():
+            terms.add(first, load)
+            self.losses.add_lasting(starts, load, per_token)
+        self.losses.add(steps, terms)
+        self.first, self.last, self.recorded = int(steps[0]), int(steps[-1]), len(steps)
+        self.values.append(FORMULAS["balancedness"].of(terms))
         self.mean_tokens += float(terms.mean.sum())
         self.max_tokens += float(terms.maximum.sum())
-        slowest = terms.slowest
-        self.losses.add(steps, load, terms, run.history.changes, run.info.token_replication)
-        for layer in range(self.shape.num_moe_layers):
-            of_layer = slowest[:, layer][terms.uneven[:, layer]]
-            self.slowest[layer] += np.bincount(of_layer, minlength=self.shape.ep_size)
+        cell = (np.arange(layers) * shape.ep_size + terms.slowest)[terms.uneven]
+        self.slowest += np.bincount(cell, minlength=self.slowest.size).reshape(self.slowest.shape)
         self.logical += logical_sums(block, run.history, self.logical.shape[1])
+        return terms
+
+    def merge(self, later: _Stretch) -> None:
+        if not later.recorded:
+            return
+        self.first = self.first if self.recorded else later.first
+        self.last = later.last
+        self.recorded += later.recorded
+        self.mean_tokens += later.mean_tokens
+        self.max_tokens += later.max_tokens
+        self.values += later.values
+        self.slowest += later.slowest
+        self.logical += later.logical
+        self.losses.merge(later.losses)
 
     def configuration(self) -> Configuration:
         value = np.concatenate(self.values)
@@ -208,6 +234,11 @@ class _LayerSums:
         self.inverse += np.where(active, 1 / np.where(active, terms.ratio, 1), 0).sum(axis=0)
         self.active += active.sum(axis=0)
 
+    def merge(self, later: _LayerSums) -> None:
+        self.ratio += later.ratio
+        self.inverse += later.inverse
+        self.active += later.active
+
 
 class _PhaseSums:
     def __init__(self) -> None:
@@ -215,19 +246,110 @@ class _PhaseSums:
         self.mean_tokens = self.max_tokens = 0.0
         self.values: list[metrics.Float64] = []
 
-    def add(
-        self, mask: npt.NDArray[np.bool_], terms: Terms, values: dict[str, list[metrics.Float64]]
-    ) -> None:
+    def add(self, mask: npt.NDArray[np.bool_], terms: Terms, balancedness: metrics.Float64) -> None:
         self.steps += int(mask.sum())
         self.mean_tokens += float(terms.mean[mask].sum())
         self.max_tokens += float(terms.maximum[mask].sum())
-        self.values.append(values["balancedness"][-1][mask])
+        self.values.append(balancedness[mask])
+
+    def merge(self, later: _PhaseSums) -> None:
+        self.steps += later.steps
+        self.mean_tokens += later.mean_tokens
+        self.max_tokens += later.max_tokens
+        self.values += later.values
 
     def figure(self, name: str) -> PhaseFigure:
         value = np.concatenate(self.values)
         known = value[~np.isnan(value)]
         mean = float(known.mean()) if len(known) else None
         return PhaseFigure(name, self.steps, mean, _idle(self.mean_tokens, self.max_tokens))
+
+
+class SummarySums:
+    """What a summary keeps of consecutive steps; sums of later steps can be merged into it.
+
+    Beside sums it keeps six figures a step, for percentiles.
+    """
+
+    def __init__(self, run: Run, bins: Bins) -> None:
+        self._run, self._bins = run, bins
+        self.seen = Completeness()
+        self.steps: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self.values: dict[str, list[metrics.Float64]] = {name: [np.empty(0)] for name in FORMULAS}
+        self.stretches: list[_Stretch] = []
+        self.layers = _LayerSums(run.info.num_layers)
+        self.phases: dict[str, _PhaseSums] = {}
+        self.first_time, self.last_time = 2**62, -1
+
+    @classmethod
+    def of(cls, run: Run, bins: Bins, block: Block) -> SummarySums:
+        sums = cls(run, bins)
+        sums.seen.add(block)
+        sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
+        if block.shape is None:
+            return sums
+        # Also where no step of a configuration is complete, it separates those around it.
+        sums.stretches.append(_Stretch(block.shape, run.info.num_logical_experts, bins))
+        if len(block.recorded):
+            sums._add(block, sums.stretches[0].add(run, block))
+        return sums
+
+    def _add(self, block: Block, terms: Terms) -> None:
+        self.steps.append(block.recorded)
+        for name, formula in FORMULAS.items():
+            self.values[name].append(formula.of(terms))
+        self.layers.add(terms)
+        phase = block.phase[block.state == StepState.RECORDED]
+        for code in np.unique(phase[phase >= 0]):
+            of_phase = self.phases.setdefault(block.phases[code], _PhaseSums())
+            of_phase.add(phase == code, terms, self.values["balancedness"][-1])
+
+    def merge(self, later: SummarySums) -> None:
+        self.seen.merge(later.seen)
+        self.first_time = min(self.first_time, later.first_time)
+        self.last_time = max(self.last_time, later.last_time)
+        self.steps += later.steps
+        for name, values in later.values.items():
+            self.values[name] += values
+        self.layers.merge(later.layers)
+        for name, phase in later.phases.items():
+            self.phases.setdefault(name, _PhaseSums()).merge(phase)
+        for stretch in later.stretches:
+            if self.stretches and self.stretches[-1].shape == stretch.shape:
+                self.stretches[-1].merge(stretch)
+            else:
+                self.stretches.append(stretch)
+
+    def summary(self, steps: Steps | None) -> Summary:
+        """The figures; ``steps`` is the range that was asked for."""
+        run = self._run
+        step = np.concatenate(self.steps)
+        values = {name: np.concatenate(parts) for name, parts in self.values.items()}
+        stretches = [stretch for stretch in self.stretches if stretch.recorded]
+        mean_tokens = sum(s.mean_tokens for s in stretches)
+        max_tokens = sum(s.max_tokens for s in stretches)
+        changes = run.history.rearrangements()
+        if steps is not None:
+            changes = [r for r in changes if steps[0] <= r.first_step < steps[1]]
+        seconds = (self.last_time - self.first_time) / 1e9
+        timed = run.info.origin is None or "times" not in run.info.origin.unknown
+        return Summary(
+            run=run.info,
+            steps=self.seen,
+            expected_ranks=run.expected_ranks,
+            present_ranks=run.present_ranks,
+            spreads={name: Spread.of(value, step) for name, value in values.items()},
+            idle_fraction=_idle(mean_tokens, max_tokens),
+            configurations=[s.configuration() for s in stretches],
+            layers=_layer_figures(run, self.layers, stretches[-1]) if stretches else [],
+            hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
+            last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
+            rearrangements=changes,
+            phases=[phase.figure(name) for name, phase in sorted(self.phases.items())],
+            timeline=timeline(self._bins, step, values["balancedness"]),
+            loss=_loss(run, stretches[-1]) if stretches else None,
+            duration_seconds=seconds if timed and self.last_time >= self.first_time else None,
+        )
 
 
 def summarize(run: Run, steps: Steps | None = None) -> Summary:
@@ -238,64 +360,15 @@ def summarize(run: Run, steps: Steps | None = None) -> Summary:
 
 
 def _summarize(run: Run, steps: Steps | None) -> Summary:
-    whole = Completeness()
-    numbers: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-    values: dict[str, list[metrics.Float64]] = {name: [np.empty(0)] for name in FORMULAS}
-    stretches: list[_Stretch] = []
-    interrupted = False
-    layer_sums = _LayerSums(run.info.num_layers)
-    phases: dict[str, _PhaseSums] = {}
-    first_step, last_step = run.step_range
+    first, last = run.step_range
     low, high = steps or (0, 2**62)
-    bins = Bins(max(low, first_step or 0), min(high - 1, last_step or 0))
-    first_time, last_time = 2**62, -1
-    for block in one_ahead(run.blocks(steps)):
-        whole.add(block)
-        first_time = min(first_time, int(block.clock_ns.min()))
-        last_time = max(last_time, int(block.clock_ns.max()))
-        if block.shape is None:
-            continue
-        # Also where no step of a configuration is complete, it separates those around it.
-        interrupted = interrupted or (bool(stretches) and stretches[-1].shape != block.shape)
-        if not len(block.recorded):
-            continue
-        load = block.rank_load()
-        terms = Terms(load, run.info.token_replication)
-        numbers.append(block.recorded)
-        for name, formula in FORMULAS.items():
-            values[name].append(formula.of(terms))
-        layer_sums.add(terms)
-        for code in np.unique(block.phase[block.phase >= 0]):
-            of_phase = phases.setdefault(block.phases[code], _PhaseSums())
-            of_phase.add(block.phase[block.state == StepState.RECORDED] == code, terms, values)
-        if not stretches or interrupted:
-            stretches.append(_Stretch(block.shape, run.info.num_logical_experts, bins))
-            interrupted = False
-        stretches[-1].add(run, block, load, terms, values["balancedness"][-1])
-    step = np.concatenate(numbers)
-    spreads = {name: Spread.of(np.concatenate(parts), step) for name, parts in values.items()}
-    mean_tokens = sum(s.mean_tokens for s in stretches)
-    max_tokens = sum(s.max_tokens for s in stretches)
-    changes = run.history.rearrangements()
-    if steps is not None:
-        changes = [r for r in changes if steps[0] <= r.first_step < steps[1]]
-    return Summary(
-        run=run.info,
-        steps=whole,
-        expected_ranks=run.expected_ranks,
-        present_ranks=run.present_ranks,
-        spreads=spreads,
-        idle_fraction=_idle(mean_tokens, max_tokens),
-        configurations=[s.configuration() for s in stretches],
-        layers=_layer_figures(run, layer_sums, stretches[-1]) if stretches else [],
-        hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
-        last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
-        rearrangements=changes,
-        phases=[phase.figure(name) for name, phase in sorted(phases.items())],
-        timeline=timeline(bins, step, np.concatenate(values["balancedness"])),
-        loss=_loss(run, stretches[-1]) if stretches else None,
-        duration_seconds=(last_time - first_time) / 1e9 if last_time >= first_time else None,
-    )
+    bins = Bins(max(low, first or 0), min(high - 1, last or 0))
+    # Read before threads share it.
+    assert run.history is not None
+    total = SummarySums(run, bins)
+    for _, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block), steps):
+        total.merge(sums)
+    return total.summary(steps)
 
 
 def _loss(run: Run, stretch: _Stretch) -> Loss:

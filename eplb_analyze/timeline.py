@@ -11,7 +11,7 @@ import polars as pl
 
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.errors import DumpError
-from eplb_analyze.metrics import FORMULAS, Float64, Terms
+from eplb_analyze.metrics import FORMULAS, Float64
 from eplb_analyze.run import Run, Steps
 from eplb_analyze.stretches import stretches
 
@@ -145,12 +145,11 @@ def _timeline(run: Run, formula: str, bins: int, index: int | None, steps: Steps
     shapes: dict[int, Stretch] = {}
     for number, block in stretches(run, steps, seen):
         assert block.shape is not None
-        load = block.rank_load()
-        terms = Terms(load if index is None else load[:, index : index + 1], run.info.token_replication)
+        terms = run.terms(block) if index is None else run.terms(block, index, index + 1)
         if formula == IDLE_FRACTION:
             value, weight = 1 - FORMULAS["vllm"].of(terms), terms.maximum.sum(axis=1)
         else:
-            value, weight = FORMULAS[formula].of(terms), np.ones(len(load))
+            value, weight = FORMULAS[formula].of(terms), np.ones(len(terms.mean))
         parts.add(block.recorded, value, weight)
         begin = shapes[number].first_step if number in shapes else int(block.recorded[0])
         shape = block.shape
@@ -163,7 +162,7 @@ def _timeline(run: Run, formula: str, bins: int, index: int | None, steps: Steps
         [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]
     )
     total = float(parts.weight.sum())
-    notes = []
+    notes = run.not_known("step_order")
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
         notes.append(

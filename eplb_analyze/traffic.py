@@ -164,6 +164,8 @@ def traffic_report(
     if run.info.token_replication > 1:
         times = run.info.token_replication
         raise NotInDumpError(f"{cannot}: every token is counted by {times} ranks (token replication)")
+    for note in run.not_known("token_source"):
+        raise NotInDumpError(f"{cannot}: {note}")
     ranks_per_node = ranks_per_node or run.info.ranks_per_node
     if by == "node" and ranks_per_node is None:
         raise NotInDumpError(
@@ -215,7 +217,9 @@ class _Flows(Sums):
 
     def _add(self, block: Block) -> None:
         for segment, _, there in block.matches(block.recorded):
-            self.flows[:, self._rank_of[id(segment)]] += segment.rank_load()[:, there].sum(axis=1)
+            source = self._rank_of[id(segment)]
+            for first, load in segment.rank_loads(0, self.shape.num_moe_layers):
+                self.flows[first : first + len(load), source] += load[:, there].sum(axis=1)
 
 
 def _shares(matrix: npt.NDArray[Any], node: npt.NDArray[np.int64] | None) -> Shares:

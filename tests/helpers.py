@@ -1,4 +1,4 @@
-"""What several test files share: small writers, truths to compare with, plain readers, child processes.
+"""What several test files share: small writers, truths to compare with, plain readers, the real program.
 
 The readers here use pyarrow and :class:`JournalSegment` only, never ``eplb_analyze``.
 """
@@ -6,7 +6,9 @@ The readers here use pyarrow and :class:`JournalSegment` only, never ``eplb_anal
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -72,6 +74,18 @@ def assert_accounted(stats: WriterStats) -> None:
     assert sum(parts) == stats.seen, stats
     assert sum(stats.drop_reasons.values()) == stats.dropped
     assert sum(stats.reject_reasons.values()) == stats.rejected
+
+
+def write(root: Path, *, ranks: int = 2, steps: int = 40, **options: Any) -> None:
+    """A conserving dump of scope local: 2 layers, 4 experts + 2 redundant on two ranks."""
+    rng = np.random.default_rng(7)
+    placements = [np.array([[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]]), np.array([[0, 1, 2, 3, 2, 1]] * 2)]
+    defaults: dict[str, Any] = {"model": "org/moe", "num_logical_experts": 4, "ep_size": 2, "run_id": "r"}
+    for rank in range(ranks):
+        with ExpertLoadWriter(root, ep_rank=rank, segment_steps=16, **{**defaults, **options}) as writer:
+            for step in range(steps):
+                load = rng.multinomial(600, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], size=2)
+                writer.record(step, load, placements[step >= 20], num_tokens=600, phase="decode")
 
 
 # ---- reading
@@ -182,6 +196,52 @@ def assert_rows_agree(folder: Path, stats: WriterStats) -> None:
     assert rows["dummy"] == stats.dummy
     assert rows["not_sampled"] == stats.not_sampled
     assert rows["dropped"] + rows["rejected"] == stats.dropped + stats.rejected - stats.unlisted
+
+
+# ---- the command line
+
+
+def cli(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the real program, in a pipe of 80 columns; warnings of Python are errors."""
+    program = Path(sys.executable).with_name("eplb-analyze")
+    variables = {k: v for k, v in os.environ.items() if k not in ("EXPERT_LOAD_DUMP_DIR", "COLUMNS")}
+    return subprocess.run(
+        [str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**variables, "PYTHONWARNINGS": "error", **(env or {})},
+    )
+
+
+def one_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """It ended with ``code``, and said one error, with these words in it, and no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("eplb-analyze: error:")]
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def assert_golden(name: str, output: str) -> None:
+    """``output`` is what is kept in a file. To renew: run with EPLB_GOLDEN=1 and read the diff.
+
+    Of figures twelve digits count: in which order floats are added up is no promise.
+    """
+    path = Path(__file__).parent / "golden_output" / name
+    if os.environ.get("EPLB_GOLDEN"):
+        path.write_text(output)
+    assert _rounded(output) == _rounded(path.read_text())
+    if name.endswith(".json"):
+        json.loads(output)
+    else:
+        assert max(map(len, output.splitlines())) <= 80
+
+
+def _rounded(text: str) -> str:
+    return re.sub(r"\d+\.\d{9,}(e-?\d+)?", lambda match: f"{float(match[0]):.12g}", text)
 
 
 # ---- child processes

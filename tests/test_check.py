@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import LAYERS, load_of, manifest, map_of, open_writer
+from helpers import LAYERS, load_of, manifest, map_of, open_writer, write
 
 from eplb_analyze import open_run
-from eplb_analyze.check import check_run
+from eplb_analyze.check import check_run, summary_findings
+from eplb_analyze.completeness import completeness
 from eplb_dump import frames, writer
 from eplb_dump.format import MANIFEST_FILE
 from eplb_dump.sealing import SealedSegment
@@ -33,6 +36,18 @@ def test_a_sound_dump_has_none_of_them(tmp_path: Path) -> None:
     for rank in range(2):
         record(tmp_path, rank, lambda step: map_of(step // 15))
     assert set(codes(tmp_path)) <= {"replica_on_same_rank", "conservation"}
+
+
+def test_more_files_than_a_process_may_hold_open(tmp_path: Path) -> None:
+    write(tmp_path, steps=16 * 40)
+    assert len(list(tmp_path.rglob("*.parquet"))) > 2 * 40
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
+    code = f"{limit} from eplb_analyze.entry import main; main()"
+    for command in ("check", "summary", "experts", "traffic"):
+        out = subprocess.run(
+            [sys.executable, "-c", code, command, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert (out.returncode, out.stderr) == (0, ""), command
 
 
 def test_sums_that_are_not_those_of_the_loads(tmp_path: Path) -> None:
@@ -58,6 +73,21 @@ def test_a_rank_whose_clock_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = codes(tmp_path)["clock_skew"]
     assert "rank 0 by -15.0 s" in text or "rank 0 by -14" in text or "rank 0 by -15" in text
     assert "rank 1 by +" in text
+
+
+def test_a_rank_that_was_closed_long_before_the_others(tmp_path: Path) -> None:
+    """Also where nobody was killed: a few steps are how ranks end, a tenth of the run is not."""
+    for name, end, code in (("few", 37, "incomplete_end"), ("many", 30, "rank_stopped")):
+        record(tmp_path / name, 0, lambda step: map_of())
+        record(tmp_path / name, 1, lambda step: map_of(), end)
+        found = codes(tmp_path / name)
+        assert {"incomplete_end", "rank_stopped"} & set(found) == {code}
+        assert (
+            f"the last {40 - end} steps lack ranks, which stopped before: rank 1 at {end - 1}" in found[code]
+        )
+        run = open_run(tmp_path / name)
+        [finding] = [f for f in summary_findings(run, completeness(run.blocks())) if f.code == code]
+        assert finding.severity == ("error" if name == "many" else "warning")
 
 
 def test_a_rank_that_missed_a_placement(tmp_path: Path) -> None:

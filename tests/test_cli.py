@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import start_child
+from helpers import assert_golden, cli, one_error, start_child, write
 
 from eplb_dump import ExpertLoadWriter, frames
 from eplb_dump.format import MANIFEST_FILE, SESSION_FILE, dump_json
@@ -20,29 +20,29 @@ from eplb_dump.format import MANIFEST_FILE, SESSION_FILE, dump_json
 COMMANDS = {"summary": ["summary"], "layer": ["layer", "1"], "check": ["check"]}
 
 
-def cli(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("eplb-analyze")
-    variables = {k: v for k, v in os.environ.items() if k not in ("EXPERT_LOAD_DUMP_DIR", "COLUMNS")}
-    return subprocess.run(
-        [str(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**variables, "PYTHONWARNINGS": "error", **(env or {})},
-    )
+#: What differs from run to run: when it began, and how long it took.
+TIMES = [
+    (r"^began .*$", "began <when>, steps over <how long>"),
+    (r'"created_unix_ns": \d+', '"created_unix_ns": 0'),
+    (r'"duration_seconds": [\d.e-]+', '"duration_seconds": 0.0'),
+]
 
 
-def write(root: Path, *, ranks: int = 2, steps: int = 40, **options: Any) -> None:
-    """A conserving dump of scope local: 2 layers, 4 experts + 2 redundant on two ranks."""
-    rng = np.random.default_rng(7)
-    placements = [np.array([[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]]), np.array([[0, 1, 2, 3, 2, 1]] * 2)]
-    defaults: dict[str, Any] = {"model": "org/moe", "num_logical_experts": 4, "ep_size": 2, "run_id": "r"}
-    for rank in range(ranks):
-        with ExpertLoadWriter(root, ep_rank=rank, segment_steps=16, **{**defaults, **options}) as writer:
+@pytest.fixture(scope="module")
+def poor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nobody rearranges, and of 40 steps rank 1 is there for 30; layers 3 and 5 of the model."""
+    root = tmp_path_factory.mktemp("poor")
+    slots = np.array([[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]])
+    for rank, steps in ((0, 40), (1, 30)):
+        with ExpertLoadWriter(
+            root, model="org/moe", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="poor",
+            moe_layers=[3, 5], engine="an engine",
+        ) as writer:  # fmt: skip
             for step in range(steps):
-                load = rng.multinomial(600, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], size=2)
-                writer.record(step, load, placements[step >= 20], num_tokens=600, phase="decode")
+                hot = 40 + step * 7 % 30
+                load = [[hot + 20, 30, 25, 20, 90 - hot, 15], [10, 60, 15, 95 - hot, 5, 15 + hot]]
+                writer.record(step, np.array(load), slots, phase="prefill" if step % 4 == 0 else "decode")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +52,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def one_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    lines = [line for line in result.stderr.splitlines() if line.startswith("eplb-analyze: error:")]
-    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
-
-
 def session(root: Path, rank: int = 0) -> Path:
     return next(root.glob(f"run=*/model=*/rank=*{rank}/session=*"))
+
+
+def unwrapped(result: subprocess.CompletedProcess[str]) -> str:
+    """All that was said; where `check` wrapped a long path, in one piece."""
+    return result.stderr + result.stdout.replace("\n    ", "")
 
 
 # ---- what is printed
@@ -106,6 +102,50 @@ def test_check_json_has_the_stable_keys(good: Path) -> None:
     result = cli("check", "-o", "json", good)
     document = json.loads(result.stdout)
     assert (result.returncode, document["ok"], document["findings"]) == (0, True, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "code"),
+    [
+        ("summary.txt", "summary good", 0),
+        ("summary.json", "summary good", 0),
+        ("summary-poor.txt", "summary poor", 3),
+        ("summary-poor.json", "summary poor", 3),
+        ("layer.txt", "layer 1 good", 0),
+        ("layer.json", "layer 1 good", 0),
+        ("layer-step.txt", "layer 5 --step 35 poor", 0),
+        ("layer-step.json", "layer 5 --step 35 poor", 0),
+        ("check.txt", "check good", 0),
+        ("check.json", "check good", 0),
+        ("check-poor.txt", "check poor", 1),
+        ("check-poor.json", "check poor", 1),
+    ],
+)
+def test_golden_output(good: Path, poor: Path, name: str, command: str, code: int) -> None:
+    *words, which = command.split()
+    form = ["--output", "json"] if name.endswith("json") else []
+    result = cli(*words, *form, {"good": good, "poor": poor}[which])
+    assert result.returncode == code
+    assert "Traceback" not in result.stderr
+    output = result.stdout
+    for pattern, placeholder in TIMES:
+        output = re.sub(pattern, placeholder, output, flags=re.MULTILINE)
+    assert_golden(name, output)
+
+
+def test_a_summary_says_at_the_top_that_eplb_never_acted(good: Path, poor: Path, tmp_path: Path) -> None:
+    """Of the whole run, whatever the steps asked for; and not where nobody can know."""
+    never = "EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"
+    for steps in ([], ["--steps", "5:20"]):
+        assert never in cli("summary", *steps, poor).stdout.splitlines()[1:3]
+    part = cli("summary", "--steps", "5:15", good).stdout
+    assert "NEVER" not in part
+    assert "no rearrangement in these steps" in part
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
+        writer.record(None, np.ones((1, 6), int), None)
+    unknown = cli("summary", tmp_path).stdout
+    assert "NEVER" not in unknown
+    assert "no placement was recorded, so no rearrangement is known" in unknown
 
 
 def test_metrics_both_forms() -> None:
@@ -212,8 +252,7 @@ class TestBadInput:
         (session(root) / "notes.bin").write_bytes(os.urandom(100))
         result = cli(*COMMANDS[command], root)
         assert result.returncode == 0
-        said = result.stderr + result.stdout if command == "check" else result.stderr
-        assert "notes.bin" in said
+        assert "notes.bin" in (unwrapped(result) if command == "check" else result.stderr)
 
     def test_garbage_segment(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
@@ -260,7 +299,7 @@ class TestBadInput:
         path.write_bytes(data)
         result = cli(*COMMANDS[command], root)
         assert result.returncode == (1 if command == "check" else 3)
-        assert MANIFEST_FILE in result.stderr + result.stdout
+        assert MANIFEST_FILE in unwrapped(result)
 
     def test_damaged_session_file(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
@@ -268,7 +307,7 @@ class TestBadInput:
         result = cli(*COMMANDS[command], root)
         # `layer` has no complete step left to show.
         assert result.returncode == (1 if command == "check" else 3)
-        assert SESSION_FILE in (result.stderr + result.stdout).replace("\n    ", "") or command == "layer"
+        assert SESSION_FILE in unwrapped(result) or command == "layer"
 
     def test_names_cannot_steer_the_terminal(self, command: str, tmp_path: Path) -> None:
         write(tmp_path, model="evil\x1b[31m[bold]x[/bold]\n\u202e", engine="[red]e\x07", steps=3)

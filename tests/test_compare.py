@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import cli, one_error
 from reference import idle_fraction, per_step
-from test_cli import cli, one_error
 
 from eplb_analyze import compare, open_run
 from eplb_analyze.compare import compare_runs

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import cli, one_error
 from reference import per_step
-from test_cli import cli, one_error
 
 from eplb_analyze import bootstrap, open_run
 from eplb_analyze.bootstrap import Ratio

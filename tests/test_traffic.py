@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_cli import cli, one_error, write
+from helpers import cli, one_error, write
 
 from eplb_analyze import open_run
 from eplb_analyze.traffic import traffic_report

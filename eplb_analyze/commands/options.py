@@ -55,6 +55,7 @@ def open_for(output: Output, dump: Path, run: str | None, model: str | None) -> 
     from eplb_analyze.run import open_run
 
     opened = open_run(dump, run, model)
+    opened.progress = output.progress
     output.notes(opened.notes)
     return opened
 

@@ -35,6 +35,9 @@ class By(str, enum.Enum):
 def ranks(
     dump: Dump = Path("."),
     by: Annotated[By, typer.Option("--by", help="Show ranks or nodes.")] = By.rank,
+    ranks_per_node: Annotated[
+        int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1)
+    ] = None,
     steps: StepsOption = None,
     top: TopOption = 8,
     run: RunOption = None,
@@ -47,9 +50,9 @@ def ranks(
 
     out = Output(output)
     opened = open_for(out, dump, run, model)
-    if by is By.node:
+    if by is By.node and ranks_per_node is None:
         require_nodes(opened)
-    report = rank_report(opened, wanted)
+    report = rank_report(opened, wanted, ranks_per_node=ranks_per_node)
     out.emit(report.to_json(), lambda console: render(console, report, by, top))
     finish(out, opened, report.steps)
 

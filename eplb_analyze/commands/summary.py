@@ -22,6 +22,7 @@ from eplb_analyze.output import (
     Output,
     OutputFormat,
     bar,
+    clean,
     figure,
     heading,
     heat,
@@ -53,16 +54,28 @@ def summary(
     out = Output(output)
     opened = open_for(out, dump, run, model)
     result = summarize(opened, wanted)
-    out.emit(result.to_json(), lambda console: render(console, result, top))
+    placements = opened.history
+    # None: nobody can tell.
+    acted = bool(placements.rearrangements()) if placements.layers else None
+    out.emit(result.to_json(), lambda console: render(console, result, top, acted=acted))
     finish(out, opened, result.steps)
 
 
-def render(console: Console, result: Summary, top: int = 5) -> None:
+def render(console: Console, result: Summary, top: int = 5, *, acted: bool | None = True) -> None:
+    """Print a summary; ``acted``: whether a placement changed in the whole run, None: not known."""
     info, steps = result.run, result.steps
     heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
+    _banner(console, result, acted)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
+    if info.origin is not None:
+        from rich.text import Text
+
+        from eplb_analyze.run import imported
+
+        console.print(Text(clean(f"{imported(info.origin)} ({began})"), style="yellow"))
     lasted = "" if result.duration_seconds is None else f", steps over {_duration(result.duration_seconds)}"
-    console.print(f"began {began}{lasted}")
+    else:
+        console.print(f"began {began}{lasted}")
     if info.num_layers:
         layers, experts = plural(info.num_layers, "MoE layer"), f"{info.num_logical_experts} experts"
         slots = f"{info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}"
@@ -79,9 +92,45 @@ def render(console: Console, result: Summary, top: int = 5) -> None:
     _layers(console, result, top)
     _losses(console, result, top)
     _hot_experts(console, result, top)
-    _rearrangements(console, result)
+    _rearrangements(console, result, acted)
     if steps.first is not None and len(result.configurations) > 1:
         _configurations(console, result)
+
+
+def _banner(console: Console, result: Summary, acted: bool | None) -> None:
+    """What a reader must know before any figure, in capitals that stand out in a pipe, too."""
+    from rich.text import Text
+
+    lines = []
+    if result.missing_ranks:
+        missing = ", ".join(map(str, result.missing_ranks[:8]))
+        more = f" and {len(result.missing_ranks) - 8} more" if len(result.missing_ranks) > 8 else ""
+        ranks = plural(len(result.expected_ranks), "rank")
+        lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {missing}{more}")
+    elif _lacks_much(result):
+        lines.append(f"INCOMPLETE: {_incomplete(result)}")
+    if acted is False:
+        redundant = result.run.num_physical_experts - result.run.num_logical_experts
+        also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""
+        lines.append(f"EPLB NEVER ACTED: the placement{also} never changed")
+    for line in lines:
+        console.print(Text(line, style="bold red"))
+    if lines:
+        console.print()
+
+
+def _lacks_much(result: Summary) -> bool:
+    from eplb_analyze.check import TOLERATED_INCOMPLETE
+
+    return result.steps.incomplete_share > TOLERATED_INCOMPLETE
+
+
+def _incomplete(result: Summary) -> str:
+    from eplb_analyze.blocks import StepState
+
+    steps = result.steps
+    count = plural(steps.count(StepState.INCOMPLETE), "step")
+    return f"{count} ({percent(steps.incomplete_share)}) in no figure: {steps.why_incomplete()}"
 
 
 def _data(console: Console, result: Summary) -> None:
@@ -92,16 +141,8 @@ def _data(console: Console, result: Summary) -> None:
     parts = [f"{counts[n]:,} {n.replace('_', ' ')}" for n in names if counts[n]]
     text = f"steps {counts['first']} to {counts['last']}: " if counts["seen"] else "no step was seen"
     console.print(text + ", ".join(parts))
-    if result.missing_ranks:
-        missing = ", ".join(map(str, result.missing_ranks[:8]))
-        more = f" and {len(result.missing_ranks) - 8} more" if len(result.missing_ranks) > 8 else ""
-        text = f"INCOMPLETE: of {len(result.expected_ranks)} ranks, these wrote nothing: {missing}{more}"
-        console.print(Text(text, style="bold red"))
-    if counts["incomplete"] and not result.missing_ranks:
-        why = result.steps.why_incomplete()
-        share = result.steps.incomplete_share
-        text = f"{plural(counts['incomplete'], 'incomplete step')} ({percent(share)}) in no figure: {why}"
-        console.print(Text(text, style="bold red" if share > 0.1 else "yellow"))
+    if counts["incomplete"] and not (result.missing_ranks or _lacks_much(result)):
+        console.print(Text(f"incomplete: {_incomplete(result)}", style="yellow"))
     if counts["missing"]:
         console.print(Text(f"{plural(counts['missing'], 'step')} seen by no rank", style="yellow"))
 
@@ -225,13 +266,15 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
     console.print()
 
 
-def _rearrangements(console: Console, result: Summary) -> None:
+def _rearrangements(console: Console, result: Summary, acted: bool | None) -> None:
     from rich.text import Text
 
     changes = result.rearrangements
     if not changes:
-        text = "no rearrangement: the placement never changed"
-        console.print(Text(text, style="bold yellow"))
+        if acted is None:
+            console.print("no placement was recorded, so no rearrangement is known")
+        elif acted:
+            console.print("no rearrangement in these steps")
         return
     shown = ", ".join(str(r.first_step) for r in changes[:SHOWN_REARRANGEMENTS])
     more = f" and {len(changes) - SHOWN_REARRANGEMENTS} more" if len(changes) > SHOWN_REARRANGEMENTS else ""
