@@ -331,7 +331,7 @@ def iter_blocks(
         unreadable: ``id`` of segments whose loads cannot be read.
     """
     low, high = steps if steps is not None else (-1, 2**62)
-    last_shape: Shape | None = None
+    last_shape = _shape_before(sessions, low)
     sources = [
         Source(
             session.info.ep_rank,
@@ -354,6 +354,23 @@ def iter_blocks(
         for start, stop in _stretches(rows, int(inside[0]), int(inside[1])):
             shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
             yield Block(group, rows, start, stop, shape, scope)
+
+
+def _shape_before(sessions: Sequence[Session], step: int) -> Shape | None:
+    """The shape of the loads that were recorded last before a step."""
+    before = [s for x in sessions for s in x.segments if s.shape is not None and s.last_step < step]
+    return max(before, key=lambda segment: segment.last_step).shape if before else None
+
+
+def parts(sessions: Sequence[Session], about: int) -> list[tuple[int, int]]:
+    """Half-open ranges of steps, of about so many or a block more, whose edges are edges of blocks."""
+    edges: list[int] = []
+    last = -1
+    for first, end in sorted((s.first_step, s.last_step) for x in sessions for s in x.segments):
+        if not edges or (first > last and first - edges[-1] >= about):
+            edges.append(first)
+        last = max(last, end)
+    return list(itertools.pairwise([*edges, last + 1])) if edges else []
 
 
 def _overlapping(sources: Iterable[Source]) -> Iterator[list[Source]]:

@@ -34,6 +34,12 @@ class NotInDumpError(AnalyzeError):
     exit_code = EXIT_USAGE
 
 
+class UsageError(AnalyzeError):
+    """Something was asked for in a way that cannot be."""
+
+    exit_code = EXIT_USAGE
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something to know about a dump. ``error``: figures lack data or cannot be trusted."""

@@ -98,7 +98,7 @@ class Losses:
         self._lasting += float(excess.sum()) / per_token
 
     def merge(self, later: Losses) -> None:
-        self._excess += later._excess
+        self._excess = self._excess + later._excess
         self._lasting += later._lasting
 
     @property

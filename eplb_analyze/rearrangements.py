@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -24,7 +25,9 @@ WINDOW = 1000
 SMOOTHING = 50
 BALANCEDNESS = metrics.FORMULAS["balancedness"]
 
-Verdict = Literal["helped", "hurt", "no measurable gain", "no-op", "elastic", "not measured"]
+Verdict = Literal[
+    "helped", "helped at first", "hurt", "no measurable gain", "no-op", "elastic", "not measured"
+]
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,38 @@ def rearrangement_report(run: Run, steps: Steps | None = None, window: int = WIN
 
 
 def _report(run: Run, steps: Steps | None, window: int) -> RearrangementReport:
+    changes = _changes(run, steps, window)
+    folds = [fold for change in changes for fold in change.folds]
+    whole, series = Completeness(), _Series()
+    for block in run.blocks(steps):
+        whole.add(block)
+        if block.shape is not None and len(block.recorded):
+            series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
+            _spread(block, folds, run.info.num_logical_experts)
+    notes = run.cautions("step_order", "placement", "placement_steps", "earlier_placements")
+    if not run.history.layers:
+        notes.append("no placement was recorded, so no rearrangement is known")
+    rows = [_figures(run, change, series) for change in changes]
+    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, notes)
+
+
+def verdicts(
+    run: Run, balancedness: Iterable[tuple[Shape, Int64, metrics.Float64]]
+) -> list[RearrangementFigures]:
+    """All rearrangements of a run judged by figures already made, and so without predictions.
+
+    ``balancedness``: ``(shape, steps, values)`` in order of steps; NaN where no layer was active.
+    """
+    series = _Series()
+    for shape, steps, values in balancedness:
+        series.add(shape, steps, values)
+    changes = _changes(run, None, WINDOW)
+    for change in changes:
+        change.folds.clear()
+    return [_figures(run, change, series) for change in changes]
+
+
+def _changes(run: Run, steps: Steps | None, window: int) -> list[_Change]:
     low, high = steps if steps is not None else (0, 2**62)
     found = run.history.rearrangements()
     changes = []
@@ -118,18 +153,7 @@ def _report(run: Run, steps: Steps | None, window: int) -> RearrangementReport:
             start = max(low, found[i - 1].last_step if i else 0, known if known < this.first_step else 0)
             following = found[i + 1].first_step if i + 1 < len(found) else high
             changes.append(_Change(run, this, (start, min(high, following)), following < high, window))
-    folds = [fold for change in changes for fold in change.folds]
-    whole, series = Completeness(), _Series()
-    for block in run.blocks(steps):
-        whole.add(block)
-        if block.shape is not None and len(block.recorded):
-            series.add(block, BALANCEDNESS.of(run.terms(block)))
-            _spread(block, folds, run.info.num_logical_experts)
-    notes = run.not_known("step_order", "placement_steps", "earlier_placements")
-    if not run.history.layers:
-        notes.append("no placement was recorded, so no rearrangement is known")
-    rows = [_figures(run, change, series) for change in changes]
-    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, notes)
+    return changes
 
 
 @dataclass
@@ -214,13 +238,12 @@ class _Series:
         self._parts: list[tuple[Int64, metrics.Float64, npt.NDArray[np.int32]]] = []
         self._shapes: list[Shape] = []
 
-    def add(self, block: Block, values: metrics.Float64) -> None:
-        assert block.shape is not None
-        if block.shape not in self._shapes:
-            self._shapes.append(block.shape)
+    def add(self, shape: Shape, steps: Int64, values: metrics.Float64) -> None:
+        if shape not in self._shapes:
+            self._shapes.append(shape)
         known = ~np.isnan(values)
-        shape = np.full(int(known.sum()), self._shapes.index(block.shape), np.int32)
-        self._parts.append((block.recorded[known], values[known], shape))
+        number = np.full(int(known.sum()), self._shapes.index(shape), np.int32)
+        self._parts.append((steps[known], values[known], number))
 
     @cached_property
     def _joined(self) -> tuple[Int64, metrics.Float64, npt.NDArray[np.int32]]:
@@ -284,6 +307,8 @@ def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures
                 verdict = "helped" if gain.value > 0 else "hurt"
             predicted, even = (fold.mean() for fold in change.folds) if change.folds else (None, None)
             at_first, lasted = _lasting(change, series, before)
+            if verdict != "helped" and lasted is not None and lasted.until == "half gone":
+                verdict = "helped at first"
         if change.no_op:
             verdict = "no-op"
     measured = None if gain is None else float(after.mean())

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import metrics
-from eplb_analyze.blocks import Block, ahead, iter_blocks
+from eplb_analyze.blocks import Block, ahead, iter_blocks, parts
 from eplb_analyze.dump import Session, discover, open_session
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.placements import PlacementHistory, read_history
@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     import polars as pl
 
 T = TypeVar("T")
+#: A part of a run has about so many steps: some seconds of work for one core.
+PART_STEPS = 16384
 Steps = tuple[int, int]
 
 
@@ -195,17 +197,30 @@ class Run:
         files = dict.fromkeys(f for origin in origins if origin is not None for f in origin.files)
         return None if origins[0] is None else replace(origins[0], files=tuple(files))
 
-    def not_known(self, *codes: str) -> list[str]:
-        """Notes for an answer that needs what an imported run may lack: a line for each that it does.
+    def cautions(self, *codes: str) -> list[str]:
+        """Notes for an answer that needs what the source of an imported run may not say: a line for each.
 
         Args:
-            codes: what the answer needs, as in ``Origin.unknown``, for instance ``"step_order"``.
+            codes: what the answer needs, as in ``Origin.unknown`` and ``assumed``, for instance
+                ``"step_order"``.
         """
         origin = self.info.origin
         if origin is None:
             return []
-        where = f"not known of this run, imported from {origin.system}"
-        return [f"{where}: {origin.unknown[code]}" for code in codes if code in origin.unknown]
+        said = (("not known", origin.unknown), ("taken for granted", origin.assumed))
+        return [
+            f"{how} of this run, imported from {origin.system}: {texts[code]}"
+            for how, texts in said
+            for code in codes
+            if code in texts
+        ]
+
+    @property
+    def placements_recorded(self) -> bool:
+        """Whether the dump says when placements changed; of an imported run it may be not known."""
+        origin = self.info.origin
+        stated = {} if origin is None else {**origin.unknown, **origin.assumed}
+        return bool(self.history.layers) and not stated.keys() & {"placement", "earlier_placements"}
 
     # ---- what was seen
 
@@ -243,6 +258,10 @@ class Run:
         low, high = steps or (0, 2**62)
         low, high = max(low, first), min(high, last + 1)
         self.progress(int(done.step[-1]) + 1 - low, high - low)
+
+    def parts(self) -> list[Steps]:
+        """The run's steps in ranges that are read apart, by other processes or machines if need be."""
+        return parts(self.sessions, PART_STEPS)
 
     def reading(self, analysis: Callable[[], T]) -> T:
         """Run an analysis; where a segment turns out unreadable, leave it out and start again.

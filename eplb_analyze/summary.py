@@ -24,7 +24,7 @@ from eplb_analyze.losses import (
 from eplb_analyze.metrics import FORMULAS, Spread, Terms
 from eplb_analyze.placements import Rearrangement, logical_sums, replicas
 from eplb_analyze.run import Run, RunInfo, Steps
-from eplb_dump.journal import Shape
+from eplb_dump.journal import Int64, Shape
 
 HOT_EXPERTS = 10
 WORST_STRETCHES = 10
@@ -171,6 +171,7 @@ class _Stretch:
         self.first = self.last = -1
         self.recorded = 0
         self.mean_tokens = self.max_tokens = 0.0
+        self.steps: list[Int64] = []
         self.values: list[metrics.Float64] = []
         layers = shape.num_moe_layers
         self.slowest = np.zeros((layers, shape.ep_size), np.int64)
@@ -187,6 +188,7 @@ class _Stretch:
             self.losses.add_lasting(starts, load, per_token)
         self.losses.add(steps, terms)
         self.first, self.last, self.recorded = int(steps[0]), int(steps[-1]), len(steps)
+        self.steps.append(steps)
         self.values.append(FORMULAS["balancedness"].of(terms))
         self.mean_tokens += float(terms.mean.sum())
         self.max_tokens += float(terms.maximum.sum())
@@ -203,9 +205,11 @@ class _Stretch:
         self.recorded += later.recorded
         self.mean_tokens += later.mean_tokens
         self.max_tokens += later.max_tokens
+        self.steps += later.steps
         self.values += later.values
-        self.slowest += later.slowest
-        self.logical += later.logical
+        # Not in place: what comes from another process may be read-only.
+        self.slowest = self.slowest + later.slowest
+        self.logical = self.logical + later.logical
         self.losses.merge(later.losses)
 
     def configuration(self) -> Configuration:
@@ -235,9 +239,9 @@ class _LayerSums:
         self.active += active.sum(axis=0)
 
     def merge(self, later: _LayerSums) -> None:
-        self.ratio += later.ratio
-        self.inverse += later.inverse
-        self.active += later.active
+        self.ratio = self.ratio + later.ratio
+        self.inverse = self.inverse + later.inverse
+        self.active = self.active + later.active
 
 
 class _PhaseSums:
@@ -271,21 +275,24 @@ class SummarySums:
     Beside sums it keeps six figures a step, for percentiles.
     """
 
-    def __init__(self, run: Run, bins: Bins) -> None:
-        self._run, self._bins = run, bins
+    def __init__(self, num_layers: int, bins: Bins) -> None:
+        self._bins = bins
         self.seen = Completeness()
         self.steps: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
         self.values: dict[str, list[metrics.Float64]] = {name: [np.empty(0)] for name in FORMULAS}
         self.stretches: list[_Stretch] = []
-        self.layers = _LayerSums(run.info.num_layers)
+        self.layers = _LayerSums(num_layers)
         self.phases: dict[str, _PhaseSums] = {}
         self.first_time, self.last_time = 2**62, -1
+        #: From a step to the next, in ns.
+        self.gaps: list[Int64] = []
 
     @classmethod
     def of(cls, run: Run, bins: Bins, block: Block) -> SummarySums:
-        sums = cls(run, bins)
+        sums = cls(run.info.num_layers, bins)
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
+        sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
         if block.shape is None:
             return sums
         # Also where no step of a configuration is complete, it separates those around it.
@@ -308,6 +315,7 @@ class SummarySums:
         self.seen.merge(later.seen)
         self.first_time = min(self.first_time, later.first_time)
         self.last_time = max(self.last_time, later.last_time)
+        self.gaps += later.gaps
         self.steps += later.steps
         for name, values in later.values.items():
             self.values[name] += values
@@ -320,9 +328,8 @@ class SummarySums:
             else:
                 self.stretches.append(stretch)
 
-    def summary(self, steps: Steps | None) -> Summary:
-        """The figures; ``steps`` is the range that was asked for."""
-        run = self._run
+    def summary(self, run: Run, steps: Steps | None = None) -> Summary:
+        """The figures of a run; ``steps`` is the range that was asked for."""
         step = np.concatenate(self.steps)
         values = {name: np.concatenate(parts) for name, parts in self.values.items()}
         stretches = [stretch for stretch in self.stretches if stretch.recorded]
@@ -360,15 +367,33 @@ def summarize(run: Run, steps: Steps | None = None) -> Summary:
 
 
 def _summarize(run: Run, steps: Steps | None) -> Summary:
+    return sums_of(run, steps, bins_of(run, steps)).summary(run, steps)
+
+
+def bins_of(run: Run, steps: Steps | None = None) -> Bins:
+    """The parts of a run's time, or of a range of its steps, that its sums are kept by."""
     first, last = run.step_range
     low, high = steps or (0, 2**62)
-    bins = Bins(max(low, first or 0), min(high - 1, last or 0))
+    return Bins(max(low, first or 0), min(high - 1, last or 0))
+
+
+def sums_of(run: Run, steps: Steps | None, bins: Bins) -> SummarySums:
+    """The sums of a run, or of a range of its steps. Call it inside ``run.reading``.
+
+    Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts
+    are read.
+    """
     # Read before threads share it.
     assert run.history is not None
-    total = SummarySums(run, bins)
-    for _, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block), steps):
-        total.merge(sums)
-    return total.summary(steps)
+    edges = [first for first, _ in run.parts()]
+    total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
+    for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block), steps):
+        if block.step[0] in edges:
+            total.merge(part)
+            part = SummarySums(run.info.num_layers, bins)
+        part.merge(sums)
+    total.merge(part)
+    return total
 
 
 def _loss(run: Run, stretch: _Stretch) -> Loss:

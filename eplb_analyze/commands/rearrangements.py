@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 #: Beside the interval that says so, and short enough for 80 columns.
 SHORT = {"no measurable gain": "no gain seen"}
-STYLES = {"helped": "green", "hurt": "bold red", "no measurable gain": "yellow"}
+STYLES = {
+    "helped": "green",
+    "helped at first": "green",
+    "hurt": "bold red",
+    "no measurable gain": "yellow",
+}
 
 
 def rearrangements(

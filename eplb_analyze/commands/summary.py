@@ -56,7 +56,7 @@ def summary(
     result = summarize(opened, wanted)
     placements = opened.history
     # None: nobody can tell.
-    acted = bool(placements.rearrangements()) if placements.layers else None
+    acted = bool(placements.rearrangements()) if opened.placements_recorded else None
     out.emit(result.to_json(), lambda console: render(console, result, top, acted=acted))
     finish(out, opened, result.steps)
 
@@ -73,9 +73,9 @@ def render(console: Console, result: Summary, top: int = 5, *, acted: bool | Non
         from eplb_analyze.run import imported
 
         console.print(Text(clean(f"{imported(info.origin)} ({began})"), style="yellow"))
-    lasted = "" if result.duration_seconds is None else f", steps over {_duration(result.duration_seconds)}"
     else:
-        console.print(f"began {began}{lasted}")
+        seconds = result.duration_seconds
+        console.print(f"began {began}" + ("" if seconds is None else f", steps over {_duration(seconds)}"))
     if info.num_layers:
         layers, experts = plural(info.num_layers, "MoE layer"), f"{info.num_logical_experts} experts"
         slots = f"{info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}"
@@ -272,7 +272,9 @@ def _rearrangements(console: Console, result: Summary, acted: bool | None) -> No
     changes = result.rearrangements
     if not changes:
         if acted is None:
-            console.print("no placement was recorded, so no rearrangement is known")
+            source = result.run.origin is not None
+            why = "the source does not say when placements changed" if source else "no placement was recorded"
+            console.print(f"{why}, so no rearrangement is known")
         elif acted:
             console.print("no rearrangement in these steps")
         return

@@ -1,0 +1,208 @@
+"""`postmortem`: over many runs, which were bad, and why?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eplb_analyze.commands.options import OutputOption
+from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError, plural
+from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, percent, signed, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.postmortem import Postmortem, Row
+
+#: A terminal of so many columns has room for where a run was and what it was.
+WIDE = 120
+
+
+def postmortem(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DIR…",
+            help="Folders or globs of folders that hold dumps, at any depth.",
+            envvar="EXPERT_LOAD_DUMP_DIR",
+            show_default="the current folder",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by", help="Group by model, engine, ep_size … or a name of the engine's configuration."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="How many runs to show in text.", min=1)] = 20,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold", help="Exit with 1 where a run's mean balancedness is below.", min=0, max=1
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="A run's id; exit with 1 where a run is worse, beyond chance."),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save", help="Keep runs.parquet, a report of each run and finished results in this folder."
+        ),
+    ] = None,
+    executor: Annotated[str, typer.Option("--executor", help="local, processes or ray.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Of processes and a local Ray; default one a core.", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="Of your cluster; default: start a local one.")
+    ] = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Over many runs, in one table: which lost most, why, whether EPLB helped, what cannot be read?
+
+    A run that cannot be read is a row that says why. With --save, a batch that was interrupted goes on
+    where it was, and runs that did not change are not read again.
+    """
+    from eplb_analyze import executors
+    from eplb_analyze import postmortem as library
+
+    out = Output(output)
+    targets = list(library.find(places or ["."]))
+    kept = None if save is None else library.Kept(save / "kept")
+    chosen = executors.executor(executor, workers, ray_address)
+    rows: list[Row] = []
+    try:
+        for row, summary in library.rows_of(targets, chosen, kept):
+            rows.append(row)
+            if save is not None and summary is not None:
+                library.save_report(save, row, summary)
+            out.progress(len(rows), len(targets))
+    finally:
+        chosen.close()
+    result = library.judge(rows, threshold, baseline)
+    if by is not None and not result.can_group(by):
+        raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
+    if save is not None:
+        library.save_table(save, result)
+    out.emit(result.to_json(by), lambda console: render(console, result, by, top))
+    if rows and all(row.status == "broken" for row in rows):
+        raise typer.Exit(EXIT_UNUSABLE)
+    if result.failed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def render(console: Console, result: Postmortem, by: str | None, top: int) -> None:
+
+    rows = result.rows
+    heading(console, plural(len(rows), "run"), _counts(rows))
+    lost = sum(row.lost_rank_seconds or 0.0 for row in rows)
+    console.print(f"{_hours(lost)} of ranks' time lost to imbalance, if time is proportional to tokens")
+    console.print()
+    if by is not None:
+        _groups(console, result, by)
+    shown = [row for row in rows if row.status != "broken"][:top]
+    if shown:
+        _runs(console, shown, len([row for row in rows if row.status != "broken"]), result)
+    for status, style in (("incomplete", "yellow"), ("broken", "bold red")):
+        _reasons(console, [row for row in rows if row.status == status], status, style, top)
+    _verdict(console, result)
+
+
+def _reasons(console: Console, rows: list[Row], status: str, style: str, top: int) -> None:
+    from rich.text import Text
+
+    for row in rows[:top]:
+        where = f"run {row.run_id}: " if row.run_id else ""
+        console.print(Text.assemble((f"{status} ", style), clean(f"{where}{row.reason}")))
+    if len(rows) > top:
+        console.print(f"and {len(rows) - top} more {status}; --output json lists all")
+
+
+def _counts(rows: list[Row]) -> str:
+    names = ("complete", "incomplete", "broken")
+    counts = {name: sum(row.status == name for row in rows) for name in names}
+    return "".join(f" · {count:,} {name}" for name, count in counts.items() if count)
+
+
+def _runs(console: Console, rows: list[Row], of: int, result: Postmortem) -> None:
+    from rich.text import Text
+
+    wide = console.width >= WIDE
+    several = len({row.model for row in rows}) > 1
+    title = f"what lost most first{f' ({len(rows)} of {of:,})' if of > len(rows) else ''}"
+    columns = ["<run", *(["<model"] if several else []), *(["<engine", "EP", "steps"] if wide else [])]
+    columns += ["lost", "idle", "balance", *(["p5"] if wide else []), "worst", "helped"]
+    columns += ["vs base"] if result.baseline else []
+    listing = table(console, *columns, "<data", title=title)
+    failed = {id(row) for row in result.failed}
+    for row in rows:
+        cells: list[Any] = [_short(row.run_id, 40 if wide else 13 if several else 20)]
+        cells += [_short(row.model, 30 if wide else 12)] if several else []
+        cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
+        cells += [_hours(row.lost_rank_seconds), percent(row.idle_fraction)]
+        cells += [Text(figure(row.balancedness), style="bold red" if id(row) in failed else "")]
+        cells += [figure(row.balancedness_p5)] if wide else []
+        cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
+        cells += [f"{row.helped} of {row.rearrangements}" if row.rearrangements else "never acted"]
+        cells += [signed(row.difference)] if result.baseline else []
+        cells += ["whole" if row.status == "complete" else Text("not whole", style="yellow")]
+        listing.add_row(*cells)
+    console.print(listing)
+    legend = (
+        "lost: time of ranks that waited; worst: the least balanced layer and the costliest rank; "
+        "helped: rearrangements"
+    )
+    console.print(Text(legend, style="dim"))
+    console.print()
+
+
+def _groups(console: Console, result: Postmortem, by: str) -> None:
+    listing = table(console, f"<{by}", "runs", "broken", "steps", "balance", "idle", "lost")
+    for group in result.groups(by):
+        listing.add_row(
+            clean(group.value),
+            f"{group.runs:,}",
+            f"{group.broken:,}",
+            f"{group.steps:,}",
+            figure(group.balancedness),
+            percent(group.idle_fraction),
+            _hours(group.lost_rank_seconds),
+        )
+    console.print(listing)
+    console.print()
+
+
+def _verdict(console: Console, result: Postmortem) -> None:
+    from rich.text import Text
+
+    asked = []
+    if result.threshold is not None:
+        asked.append(f"balancedness of at least {result.threshold:g}")
+    if result.baseline is not None:
+        asked.append(f"no worse than {result.baseline}")
+    if not asked:
+        return
+    broken = sum(row.status == "broken" for row in result.failed)
+    count = len(result.failed) - broken
+    failed = [f"{plural(count, 'run')} did not pass"] if count else []
+    failed += [f"{plural(broken, 'run')} cannot be judged"] if broken else []
+    text = f"{', '.join(asked)}: {', '.join(failed) or 'all passed'}"
+    console.print(Text(clean(text), style="bold red" if failed else "green"))
+
+
+def _short(text: str, width: int) -> str:
+    text = clean(text)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _hours(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"

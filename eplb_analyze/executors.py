@@ -1,0 +1,162 @@
+"""Where the work of a batch is done: in this process, in processes of this machine, or on Ray.
+
+An executor maps a function over independent items. The function and the items travel by pickle, and the
+function catches what it can: what still comes as :class:`Lost` took its worker with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from eplb_analyze.errors import UsageError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NAMES = ("local", "processes", "ray")
+#: So many items a worker wait for it, so that it never waits for us; and not more, as results are kept.
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker died over an item: killed for its memory, say."""
+
+    reason: str
+
+
+class Executor(Protocol):
+    def map(
+        self, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result | Lost]]:
+        """Each item with its result, in the order of the items."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def executor(name: str, workers: int | None = None, ray_address: str | None = None) -> Executor:
+    """The executor of a name; ``workers``: how many, default one a core.
+
+    Raises UsageError where the name is unknown or Ray is not installed.
+    """
+    if name == "local":
+        return Local()
+    if name == "processes":
+        return Processes(workers or os.cpu_count() or 1)
+    if name == "ray":
+        return Ray(workers, ray_address)
+    raise UsageError(f"no executor {name!r}; there are: {', '.join(NAMES)}")
+
+
+class Local:
+    """One item after another in this process, whose threads share it."""
+
+    def map(
+        self, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result | Lost]]:
+        for item in items:
+            yield item, work(item)
+
+    def close(self) -> None:
+        pass
+
+
+class Processes:
+    """Fresh processes of this machine, which hold nothing of ours but what they import."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
+
+    def map(
+        self, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result | Lost]]:
+        def submit(item: Item) -> Future[Result]:
+            return self._pool.submit(work, item)
+
+        def result(item: Item, future: Future[Result]) -> Result | Lost:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                return self._alone(work, item)
+
+        return _in_order(submit, result, items, AHEAD * self._workers)
+
+    def _alone(self, work: Callable[[Item], Result], item: Item) -> Result | Lost:
+        """One dead worker ends a pool and all that was under way: do the item again, by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._start()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(work, item).result()
+            except BrokenProcessPool:
+                return Lost("its worker died twice; was it killed for its memory?")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Ray:
+    """Tasks of a Ray cluster: the one at an address, or one that is started here and ended with us."""
+
+    def __init__(self, workers: int | None, address: str | None) -> None:
+        # Neither a dashboard nor reports of its use.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise UsageError("Ray is not installed: pip install 'eplb-dump[ray]'") from None
+        self._ray: Any = ray
+        options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers}
+        if not address:
+            options["include_dashboard"] = False
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        self._ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def map(
+        self, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result | Lost]]:
+        ray = self._ray
+        task = ray.remote(num_cpus=1, max_retries=1)(work)
+
+        def result(item: Item, reference: Any) -> Result | Lost:
+            try:
+                found: Result = ray.get(reference)
+                return found
+            except ray.exceptions.RayError as error:
+                return Lost(str(error).splitlines()[0])
+
+        return _in_order(task.remote, result, items, self._ahead)
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _in_order(
+    submit: Callable[[Item], Any],
+    result: Callable[[Item, Any], Result | Lost],
+    items: Iterable[Item],
+    ahead: int,
+) -> Iterator[tuple[Item, Result | Lost]]:
+    """Submit items as results are taken, so that no more than ``ahead`` are under way."""
+    under_way: deque[tuple[Item, Any]] = deque()
+    for item in items:
+        under_way.append((item, submit(item)))
+        if len(under_way) > ahead:
+            first, reference = under_way.popleft()
+            yield first, result(first, reference)
+    while under_way:
+        first, reference = under_way.popleft()
+        yield first, result(first, reference)

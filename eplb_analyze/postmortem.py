@@ -1,0 +1,557 @@
+"""The figures of `postmortem`: many runs, one row each, and where the work on them is shared out.
+
+A run is read in parts (:meth:`~eplb_analyze.run.Run.parts`) by an executor's workers, so that one long
+run is shared out as well as many runs; here its parts' sums are merged and become the row.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from eplb_analyze import bootstrap
+from eplb_analyze.bootstrap import Ratio
+from eplb_analyze.check import summary_findings
+from eplb_analyze.dump import discover
+from eplb_analyze.errors import AnalyzeError, Finding, NotInDumpError
+from eplb_analyze.executors import Executor, Local, Lost
+from eplb_analyze.losses import Bins
+from eplb_analyze.rearrangements import verdicts
+from eplb_analyze.run import Run, Steps, open_run
+from eplb_analyze.summary import Summary, SummarySums, bins_of, sums_of
+from eplb_dump.format import RUN_PREFIX, model_slug
+
+if TYPE_CHECKING:
+    import polars as pl
+
+#: Dumps are looked for this many folders down.
+DEPTH = 8
+#: A run's balancedness over time is kept in so many sums at most, to compare it with another run's.
+MAX_SERIES = 1024
+#: Kept results are of this version of the rows; others are made anew.
+VERSION = 1
+
+Status = Literal["complete", "incomplete", "broken"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One run of one model in a dump."""
+
+    dump: str
+    run_id: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a batch says of one run. A figure that cannot be given is None."""
+
+    dump: str
+    run_id: str
+    model: str
+    #: incomplete: it has figures, but data is missing or damaged; broken: it has none.
+    status: Status
+    #: Why it is not complete.
+    reason: str | None = None
+    engine: str | None = None
+    engine_version: str | None = None
+    #: ISO 8601, UTC.
+    created: str | None = None
+    scope: str | None = None
+    ep_size: int | None = None
+    num_layers: int | None = None
+    num_logical_experts: int | None = None
+    num_physical_experts: int | None = None
+    #: Complete ones, of those that some rank recorded.
+    steps: int = 0
+    incomplete_steps: int = 0
+    missing_ranks: int = 0
+    #: The median from a step to the next.
+    step_seconds: float | None = None
+    balancedness: float | None = None
+    balancedness_p5: float | None = None
+    idle_fraction: float | None = None
+    #: Of the loss: what a better placement could remove at most.
+    persistent_share: float | None = None
+    #: idle fraction × steps × step_seconds × ranks: time, if it were proportional to tokens.
+    lost_rank_seconds: float | None = None
+    worst_layer: int | None = None
+    worst_rank: int | None = None
+    #: Of the loss, at this rank's door.
+    worst_rank_share: float | None = None
+    rearrangements: int = 0
+    helped: int = 0
+    helped_at_first: int = 0
+    hurt: int = 0
+    no_op: int = 0
+    #: Codes of the findings that `check` describes; errors and warnings.
+    faults: list[str] = field(default_factory=list)
+    #: What the engine said of its configuration, by dotted names.
+    config: dict[str, Any] = field(default_factory=dict)
+    #: Sums of balancedness and numbers of steps, in order; for comparisons, not for the table.
+    series: list[tuple[float, int]] = field(default_factory=list)
+    #: Against the baseline: the difference of balancedness and its confidence interval.
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        del document["series"]
+        return document
+
+    @property
+    def worse_than_baseline(self) -> bool:
+        return self.difference_high is not None and self.difference_high < 0
+
+    @property
+    def lost(self) -> tuple[bool, float, float]:
+        """What rows are sorted by: those with figures first, by rank time lost, then by idle fraction."""
+        return (self.status != "broken", self.lost_rank_seconds or 0.0, self.idle_fraction or 0.0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that have a value in common; means over their steps."""
+
+    value: str
+    runs: int
+    broken: int
+    steps: int
+    balancedness: float | None
+    idle_fraction: float | None
+    lost_rank_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Postmortem:
+    #: What lost most first; broken runs last.
+    rows: list[Row]
+    threshold: float | None = None
+    baseline: str | None = None
+
+    @property
+    def failed(self) -> list[Row]:
+        """Rows that do not pass: too unbalanced, worse than the baseline, or not to be judged."""
+        if self.threshold is None and self.baseline is None:
+            return []
+        return [row for row in self.rows if self._fails(row)]
+
+    def _fails(self, row: Row) -> bool:
+        too_low = self.threshold is not None and (row.balancedness or 0.0) < self.threshold
+        return row.status == "broken" or too_low or row.worse_than_baseline
+
+    def groups(self, by: str) -> list[Group]:
+        """Rows grouped by a field of theirs, or by a dotted name of the configuration."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.rows:
+            value = getattr(row, by) if by in _FIELDS else row.config.get(by)
+            rows.setdefault("–" if value is None else str(value), []).append(row)
+        return sorted((_group(value, own) for value, own in rows.items()), key=lambda g: g.value)
+
+    def groupable(self) -> list[str]:
+        """The names that runs can be grouped by."""
+        names = {name for row in self.rows for name in row.config}
+        return [*sorted(_FIELDS), *sorted(names)]
+
+    def can_group(self, by: str) -> bool:
+        return by in self.groupable()
+
+    def to_json(self, by: str | None = None) -> dict[str, Any]:
+        return {
+            "runs": [row.to_json() for row in self.rows],
+            "groups": [] if by is None else [asdict(group) for group in self.groups(by)],
+            "by": by,
+            "threshold": self.threshold,
+            "baseline": self.baseline,
+            "failed": [{"dump": row.dump, "run_id": row.run_id, "model": row.model} for row in self.failed],
+        }
+
+    def frame(self) -> pl.DataFrame:
+        """One row a run; faults as a list, config as JSON."""
+        import polars as pl
+
+        rows = [{**row.to_json(), "config": json.dumps(row.config)} for row in self.rows]
+        return pl.DataFrame(rows, schema=_schema(pl))
+
+
+def _schema(pl: Any) -> dict[str, Any]:
+    types = {"str": pl.String, "int": pl.Int64, "float": pl.Float64, "Status": pl.String}
+    schema = {f.name: types.get(str(f.type).split(" |")[0]) for f in fields(Row) if f.name != "series"}
+    return schema | {"faults": pl.List(pl.String), "config": pl.String}
+
+
+_FIELDS = {f.name for f in fields(Row)} - {"series", "faults", "config"}
+
+
+def _group(value: str, rows: list[Row]) -> Group:
+    def mean(name: str) -> float | None:
+        known = [(getattr(row, name), row.steps) for row in rows if getattr(row, name) is not None]
+        steps = sum(count for _, count in known)
+        return sum(figure * count for figure, count in known) / steps if steps else None
+
+    lost = [row.lost_rank_seconds for row in rows if row.lost_rank_seconds is not None]
+    return Group(
+        value=value,
+        runs=len(rows),
+        broken=sum(row.status == "broken" for row in rows),
+        steps=sum(row.steps for row in rows),
+        balancedness=mean("balancedness"),
+        idle_fraction=mean("idle_fraction"),
+        lost_rank_seconds=sum(lost) if lost else None,
+    )
+
+
+# ---- finding
+
+
+def find(places: Iterable[str]) -> Iterator[Target | Row]:
+    """All runs and models below folders or globs of folders; a row for what is no dump.
+
+    A place is a dump, a part of one, or a folder that holds dumps somewhere below.
+    """
+    for place in places:
+        folders = sorted(glob.glob(place)) if glob.has_magic(place) else [place]
+        if not folders:
+            yield _broken(place, "", "", "no folder has this name")
+        for folder in folders:
+            dumps = list(_dumps(folder, DEPTH)) or [folder]
+            for dump in dumps:
+                yield from _runs(dump)
+
+
+def _dumps(folder: str, depth: int) -> Iterator[str]:
+    """Folders that hold runs, or are part of one, without following symbolic links."""
+    if any(part.startswith(RUN_PREFIX) for part in Path(os.path.abspath(folder)).parts):
+        yield folder
+        return
+    try:
+        below = sorted(e.name for e in os.scandir(folder) if e.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    if any(name.startswith(RUN_PREFIX) for name in below):
+        yield folder
+    for name in below:
+        if depth and not name.startswith(RUN_PREFIX):
+            yield from _dumps(os.path.join(folder, name), depth - 1)
+
+
+def _runs(dump: str) -> Iterator[Target | Row]:
+    try:
+        found = discover(Path(dump))
+    except AnalyzeError as error:
+        yield _broken(dump, "", "", str(error))
+        return
+    for run_id in sorted(found.runs, key=lambda run: (found.created(run), run)):
+        for model in sorted(found.runs[run_id]):
+            yield Target(dump, run_id, model)
+
+
+def _broken(dump: str, run_id: str, model: str, reason: str) -> Row:
+    return Row(dump, run_id, model, "broken", reason)
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker is given: a range of steps of a run, and how its sums are kept."""
+
+    target: Target
+    steps: Steps | None
+    bins: Bins
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a worker gives back."""
+
+    sums: SummarySums
+    findings: list[Finding]
+
+
+def read_part(part: Part) -> Read | str:
+    """The sums of a part, or why there are none. Runs on a worker."""
+    try:
+        run = open_run(part.target.dump, part.target.run_id, part.target.model)
+        return Read(run.reading(lambda: sums_of(run, part.steps, part.bins)), run.findings)
+    except AnalyzeError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@dataclass
+class _Open:
+    """A run whose parts are being read."""
+
+    target: Target
+    run: Run
+    parts: int
+    read: int = 0
+    sums: SummarySums | None = None
+    reason: str | None = None
+
+
+def rows_of(
+    targets: Iterable[Target | Row],
+    executor: Executor | None = None,
+    kept: Kept | None = None,
+) -> Iterator[tuple[Row, Summary | None]]:
+    """The row of each run as soon as it is read, with the summary that it is made of.
+
+    Args:
+        targets: what :func:`find` gives.
+        executor: default this process.
+        kept: where finished rows are kept, and taken from where the run has not changed.
+    """
+    opened: dict[Target, _Open] = {}
+    ready: list[Row] = []
+
+    def plan() -> Iterator[Part]:
+        for target in targets:
+            if isinstance(target, Row):
+                ready.append(target)
+                continue
+            row = kept.row(target) if kept is not None else None
+            if row is not None:
+                ready.append(row)
+                continue
+            try:
+                run = open_run(target.dump, target.run_id, target.model)
+                bins = bins_of(run)
+                parts: Sequence[Steps | None] = run.parts() or [None]
+            except AnalyzeError as error:
+                ready.append(_broken(target.dump, target.run_id, target.model, str(error)))
+                continue
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                ready.append(_broken(target.dump, target.run_id, target.model, reason))
+                continue
+            opened[target] = _Open(target, run, len(parts))
+            for steps in parts:
+                yield Part(target, steps, bins)
+
+    for part, result in (executor or Local()).map(read_part, plan()):
+        while ready:
+            yield ready.pop(0), None
+        this = opened[part.target]
+        _take(this, result)
+        if this.read == this.parts:
+            del opened[part.target]
+            row, summary = _finish(this)
+            if kept is not None:
+                kept.keep(part.target, row)
+            yield row, summary
+    for row in ready:
+        yield row, None
+
+
+def _take(this: _Open, result: Read | str | Lost) -> None:
+    this.read += 1
+    if isinstance(result, Lost):
+        result = result.reason
+    if isinstance(result, str):
+        this.reason = this.reason or result
+        return
+    this.run.findings += [f for f in result.findings if f not in this.run.findings]
+    if this.sums is None:
+        this.sums = result.sums
+    else:
+        this.sums.merge(result.sums)
+
+
+def _finish(this: _Open) -> tuple[Row, Summary | None]:
+    target, run, sums = this.target, this.run, this.sums
+    try:
+        if this.reason is not None or sums is None:
+            return _broken(target.dump, target.run_id, run.info.model, this.reason or "no step"), None
+        summary = sums.summary(run)
+        return _row(target, run, sums, summary), summary
+    except Exception as error:
+        reason = str(error) if isinstance(error, AnalyzeError) else f"{type(error).__name__}: {error}"
+        return _broken(target.dump, target.run_id, run.info.model, reason), None
+
+
+def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
+    info, steps, loss = run.info, summary.steps, summary.loss
+    findings = [f for f in summary_findings(run, steps) if f.severity != "info"]
+    errors = [f for f in findings if f.severity == "error"]
+    recorded = sum(c.recorded for c in summary.configurations)
+    balance = summary.spreads["balancedness"]
+    gaps = np.concatenate([np.empty(0, np.int64), *sums.gaps])
+    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) else None
+    known = [layer for layer in summary.layers if layer.balancedness is not None]
+    worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
+    costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
+    lost = None
+    if step_seconds is not None and summary.idle_fraction is not None:
+        rank_steps = sum(c.recorded * c.ep_size * (c.idle_fraction or 0.0) for c in summary.configurations)
+        lost = rank_steps * step_seconds
+    judged = [
+        figures.verdict
+        for figures in verdicts(
+            run,
+            (
+                (stretch.shape, np.concatenate(stretch.steps), np.concatenate(stretch.values))
+                for stretch in sums.stretches
+                if stretch.recorded
+            ),
+        )
+    ]
+    return Row(
+        dump=target.dump,
+        run_id=info.run_id,
+        model=info.model,
+        status="broken" if not recorded else "incomplete" if errors else "complete",
+        reason=errors[0].text if errors else None if recorded else "no step is complete",
+        engine=info.engine,
+        engine_version=info.engine_version,
+        created=datetime.fromtimestamp(info.created_unix_ns / 1e9, timezone.utc).isoformat(),
+        scope=info.scope,
+        ep_size=info.ep_size,
+        num_layers=info.num_layers,
+        num_logical_experts=info.num_logical_experts,
+        num_physical_experts=info.num_physical_experts,
+        steps=recorded,
+        incomplete_steps=steps.should_be_recorded - recorded,
+        missing_ranks=len(summary.missing_ranks),
+        step_seconds=step_seconds,
+        balancedness=balance.mean,
+        balancedness_p5=balance.p5,
+        idle_fraction=summary.idle_fraction,
+        persistent_share=None if loss is None else loss.persistent_share,
+        lost_rank_seconds=lost,
+        worst_layer=None if worst is None else worst.layer,
+        worst_rank=None if costliest is None else costliest.rank,
+        worst_rank_share=None if costliest is None else costliest.share,
+        rearrangements=len(judged),
+        helped=judged.count("helped"),
+        helped_at_first=judged.count("helped at first"),
+        hurt=judged.count("hurt"),
+        no_op=judged.count("no-op"),
+        faults=sorted({f.code for f in findings}),
+        config=flat(run.sessions[0].info.engine_config),
+        series=_series(np.concatenate(sums.values["balancedness"])),
+    )
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """A nested configuration by dotted names."""
+    if not isinstance(value, dict):
+        return {name: value} if name else {}
+    parts = (flat(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items())
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def _series(values: Any) -> list[tuple[float, int]]:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return []
+    width = -(-len(values) // MAX_SERIES)
+    starts = np.arange(0, len(values), width)
+    counts = np.diff(starts, append=len(values))
+    return list(zip(np.add.reduceat(values, starts).tolist(), counts.tolist(), strict=True))
+
+
+def judge(rows: Iterable[Row], threshold: float | None = None, baseline: str | None = None) -> Postmortem:
+    """The rows in order, with what they are measured by.
+
+    Raises NotInDumpError where no run, or several, have the baseline's id.
+    """
+    rows = list(rows)
+    if baseline is not None:
+        named = [row for row in rows if baseline == row.run_id and row.status != "broken"]
+        if len(named) != 1:
+            many = "several runs have" if named else "no run has"
+            raise NotInDumpError(f"--baseline {baseline}: {many} this id, and figures")
+        rows = against(named[0], rows)
+    return Postmortem(sorted(rows, key=lambda row: row.lost, reverse=True), threshold, baseline)
+
+
+def against(baseline: Row, rows: Iterable[Row]) -> list[Row]:
+    """The rows with their differences from a baseline run, by a block bootstrap."""
+    base = _ratio(baseline)
+
+    def compared(row: Row) -> Row:
+        found = None if row is baseline else bootstrap.difference(base, _ratio(row))
+        if found is None:
+            return row
+        return replace(row, difference=found.value, difference_low=found.low, difference_high=found.high)
+
+    return [compared(row) for row in rows]
+
+
+def _ratio(row: Row) -> Ratio:
+    sums = np.array(row.series, np.float64).reshape(-1, 2)
+    return Ratio(sums[:, 0], sums[:, 1])
+
+
+# ---- keeping
+
+
+class Kept:
+    """Rows of finished runs, a file each, named by what the run consisted of when it was read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._keys: dict[Target, str] = {}
+
+    def row(self, target: Target) -> Row | None:
+        """The kept row of a run that has not changed since."""
+        self._keys[target] = content(target)
+        try:
+            document = json.loads((self._folder / f"{self._keys[target]}.json").read_text())
+            if document.pop("version") != VERSION:
+                return None
+            return Row(**{**document, "series": [(s, n) for s, n in document["series"]]})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def keep(self, target: Target, row: Row) -> None:
+        path = self._folder / f"{self._keys[target]}.json"
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps({"version": VERSION, **asdict(row)}))
+        os.replace(partial, path)
+
+
+def content(target: Target) -> str:
+    """A name for what a run consists of: its files' names and sizes, which only ever grow in number."""
+    found = discover(Path(target.dump))
+    digest = hashlib.sha256(f"{VERSION} {os.path.abspath(target.dump)}".encode())
+    for folder, info in found.runs[target.run_id][target.model]:
+        digest.update(json.dumps([info.session_id, str(folder)]).encode())
+        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+            digest.update(json.dumps([entry.name, entry.stat(follow_symlinks=False).st_size]).encode())
+    return digest.hexdigest()[:32]
+
+
+def save_table(folder: Path, result: Postmortem) -> None:
+    """Write ``runs.parquet``, a row a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "runs.tmp"
+    result.frame().write_parquet(partial)
+    os.replace(partial, folder / "runs.parquet")
+
+
+def save_report(folder: Path, row: Row, summary: Summary) -> None:
+    """Write a run's summary, as ``eplb-analyze summary --output json`` prints it."""
+    reports = folder / "reports"
+    reports.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(os.path.abspath(row.dump).encode()).hexdigest()[:8]
+    path = reports / f"{row.run_id}-{model_slug(row.model)}-{name}.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(summary.to_json(), indent=2))
+    os.replace(partial, path)
