@@ -11,6 +11,7 @@ the ``load`` column, without checksums.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -130,7 +131,8 @@ def compare(folder: Path, repeat: int) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
     print(f"  {'pyarrow: decode load':26s} {bare:6.2f} s   1.00 ×   {peak:5.0f} MiB   ({size / 1e6:,.0f} MB)")
     rows = [("numpy: balancedness", [sys.executable, "-c", NUMPY, str(folder)])]
-    rows.append(("DuckDB: of rank_load", [sys.executable, "-c", DUCKDB, str(folder)]))
+    if importlib.util.find_spec("duckdb"):
+        rows.append(("DuckDB: of rank_load", [sys.executable, "-c", DUCKDB, str(folder)]))
     rows += [(" ".join(command), [program, *command, str(folder)]) for command in COMMANDS]
     for name, arguments in rows:
         seconds, peak = measure(arguments, repeat)
