@@ -7,11 +7,12 @@ are summed over ranks. What the sums mean is for :mod:`eplb_analyze.metrics`.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -163,12 +164,15 @@ class Block:
 
     def pieces(
         self,
-        read: Callable[[Segment, int, int], Iterator[tuple[int, npt.NDArray[Any]]]],
+        read: Read,
         steps: Int64 | None = None,
         first: int = 0,
         last: int | None = None,
-    ) -> Iterator[tuple[int, int, list[Piece]]]:
+    ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
         """What each segment has of a few layers at a time: ``(layer, layer after the last, pieces)``.
+
+        The pieces are read as they are taken, one after another, and so the memory that many ranks' files
+        need is that of one. Take them before the next layers.
 
         Args:
             read: a segment's ``loads`` or ``rank_loads``.
@@ -176,16 +180,16 @@ class Block:
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
         cursors = [
-            (_Cursor(segment, read(segment, first, last)), here, there)
+            (_Cursor(segment, read), here, there)
             for segment, here, there in self.matches(self.recorded if steps is None else steps)
         ]
         longest = max((len(cursor.segment.load_steps()) for cursor, _, _ in cursors), default=1)
         at_once = layers_at_once(longest, shape)
         edges = [first, *range(first - first % at_once + at_once, last, at_once), last]
         for low, high in itertools.pairwise(edges):
-            yield low, high, [(cursor.take(low, high), here, there) for cursor, here, there in cursors]
+            yield low, high, ((cursor.take(low, high), here, there) for cursor, here, there in cursors)
 
-    def _sum(self, pieces: list[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
+    def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
         """Pieces added up: int64 ``[len(steps), layers, width]``."""
         count = len(self.recorded if steps is None else steps)
         out: Int64 | None = None
@@ -232,16 +236,18 @@ class Block:
                 yield segment, here, there
 
 
+#: A segment's ``loads`` or ``rank_loads``, from one layer to another.
+Read = Callable[[Segment, int, int], Generator[tuple[int, npt.NDArray[Any]], None, None]]
 #: Values of a segment ``[layers, n, width]``, index into the steps asked for, index into the ``n``.
 Piece = tuple[npt.NDArray[Any], Int64, Int64]
 
 
 class _Cursor:
-    """Layers of a segment in ascending order, each row group decoded once."""
+    """Layers of a segment in ascending order; each row group is decoded once, and its file open only then."""
 
-    def __init__(self, segment: Segment, parts: Iterator[tuple[int, npt.NDArray[Any]]]) -> None:
+    def __init__(self, segment: Segment, read: Read) -> None:
         self.segment = segment
-        self._parts = parts
+        self._read = read
         self._first = self._last = 0
         self._values: npt.NDArray[Any] = np.empty(0)
 
@@ -249,15 +255,22 @@ class _Cursor:
         """The values of layers ``first`` to ``last - 1``. Raises SegmentFault."""
         taken = []
         while first < last:
-            while first >= self._last:
-                part = next(self._parts, None)
-                if part is None:
-                    raise SegmentFault(self.segment, self.segment.path, "it has fewer layers than it says")
-                self._first, self._values = part
-                self._last = self._first + len(self._values)
+            if not self._first <= first < self._last:
+                self._next(first, last)
             taken.append(self._values[first - self._first : last - self._first])
             first = min(last, self._last)
+        if last == self._last:
+            self._values, self._last = np.empty(0), 0
         return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+    def _next(self, first: int, last: int) -> None:
+        with contextlib.closing(self._read(self.segment, first, last)) as parts:
+            part = next(parts, None)
+        if part is None or not part[0] <= first < part[0] + len(part[1]):
+            reason = "it has fewer layers than it says"
+            raise SegmentFault(self.segment, "loads", self.segment.path, reason)
+        self._first, self._values = part
+        self._last = self._first + len(self._values)
 
 
 Item = TypeVar("Item")

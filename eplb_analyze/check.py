@@ -345,12 +345,14 @@ def _check_statements(run: Run) -> list[Finding]:
             stated.sort(key=lambda row: row[0])
             history = run.history.layer(layer)
             for (start, slots), (until, _) in itertools.pairwise([*stated, (2**62, stated[-1][1])]):
-                for change, now in zip(history.steps, history.slots, strict=True):
+                # Until the others change again: it may be back to what this rank still has.
+                ends = [*history.steps[1:], 2**62]
+                for change, end, now in zip(history.steps, ends, history.slots, strict=True):
                     if start < change < until and not np.array_equal(now, slots):
-                        late = loads[(loads >= change) & (loads < until)]
+                        late = loads[(loads >= change) & (loads < min(end, until))]
                         if len(late):
                             found.append((session.info.ep_rank, layer, int(late[0])))
-                        break
+                            break
     if not found:
         return []
     rank, layer, step = min(found, key=lambda f: (f[2], f[0], f[1]))

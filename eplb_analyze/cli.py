@@ -11,14 +11,20 @@ from typing import Annotated
 import typer
 
 from eplb_analyze.commands import (
+    advise,
     check,
     compare,
     experts,
+    export,
+    import_,
     layer,
     metrics,
     placement,
+    postmortem,
     ranks,
     rearrangements,
+    report,
+    replay,
     seal,
     summary,
     timeline,
@@ -50,7 +56,13 @@ app.command("rearrangements", short_help="Did each rearrangement help, and for h
     rearrangements.rearrangements
 )
 app.command("compare", short_help="Is run B better than run A, beyond chance?")(compare.compare)
+app.command("replay", short_help="What would other settings have given?")(replay.replay)
+app.command("advise", short_help="Leave the load balancer as it is, or change it to what?")(advise.advise)
+app.command("postmortem", short_help="Over many runs: which were bad, and why?")(postmortem.postmortem)
+app.command("report", short_help="One HTML file that works offline, to send around.")(report.report)
 app.command("check", short_help="Is the dump complete and intact?")(check.check)
+app.add_typer(export.app, name="export", short_help="Write what engines load at their start, or the loads.")
+app.command("import", short_help="Read another system's recording into a dump.")(import_.import_)
 app.command("metrics", short_help="The balance formulas, with their sources.")(metrics.metrics)
 app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)
 

@@ -48,6 +48,8 @@ class Session:
     folder: Path
     info: SessionInfo
     segments: list[Segment] = field(default_factory=list)
+    #: Those whose steps turned out to be unreadable; their placements may be readable.
+    lost: list[Segment] = field(default_factory=list)
     #: The writer's final accounting; None where it was not closed (killed, or still writing).
     closed: dict[str, object] | None = None
     #: Journals that are not sealed.
@@ -97,7 +99,7 @@ def discover(path: Path) -> Discovery:
         sessions = found.runs.setdefault(run_id, {}).setdefault(model, [])
         findings = found.findings.setdefault((run_id, model), [])
         try:
-            sessions.append((folder, _read_info(folder, names)))
+            sessions.append((folder, read_info(folder, names)))
         except FormatError as error:
             findings.append(
                 Finding("error", "damaged_file", f"{folder / SESSION_FILE}: {error}; session skipped")
@@ -145,7 +147,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DumpError(f"{folder}: {error.strerror}") from None
 
 
-def _read_info(folder: Path, names: list[str]) -> SessionInfo:
+def read_info(folder: Path, names: list[str]) -> SessionInfo:
+    """What a session's folder says of itself; ``names`` are its four levels. Raises FormatError, OSError."""
     path = folder / SESSION_FILE
     require_regular(path)
     if path.stat().st_size > _MAX_SESSION_FILE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +144,7 @@ def expert_report(
             return _Loads(run, shape, range(first, last), _Windows(window, hot_factor))
 
         sums, whole, notes = last_configuration(run, steps, start)
-        return _report(run, layer, sums, whole, [*notes, *run.not_known("step_order", "earlier_placements")])
+        return _report(run, layer, sums, whole, [*notes, *run.cautions("step_order", "earlier_placements")])
 
     return run.reading(read)
 
@@ -313,27 +314,29 @@ class _Loads(Sums):
 
         def work(share: tuple[int, int]) -> None:
             for first, last, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
-                for layer in range(first, last):
-                    own = [(values[layer - first], here, there) for values, here, there in pieces]
-                    i = layer - self.layers.start
-                    self._add_layer(i, block.recorded, bounds, own, out[:, i])
+                layers = range(first - self.layers.start, last - self.layers.start)
+                self._add_layers(layers, block.recorded, bounds, pieces, out)
 
         # Layers have nothing to do with each other, so threads can share them.
         for _ in ahead(shares(self.layers.start, self.layers.stop), work):
             pass
         return out
 
-    def _add_layer(self, i: int, steps: Int64, bounds: list[int], pieces: list[Piece], out: Int64) -> None:
-        """Add a layer's loads between bounds to ``out [bounds - 1, experts]``."""
-        found = list(self._histories[i].stretches(steps))
-        cuts = sorted({*bounds, *(stretch.start for stretch, _ in found)})
-        total = np.zeros((len(cuts) - 1, self.shape.num_physical_experts), np.int64)
+    def _add_layers(
+        self, layers: range, steps: Int64, bounds: list[int], pieces: Iterator[Piece], out: Int64
+    ) -> None:
+        """Add some layers' loads between bounds to ``out [bounds - 1, layers, experts]``."""
+        stretches = [list(self._histories[i].stretches(steps)) for i in layers]
+        edges = [sorted({*bounds, *(stretch.start for stretch, _ in found)}) for found in stretches]
+        sums = [np.zeros((len(e) - 1, self.shape.num_physical_experts), np.int64) for e in edges]
         for values, here, there in pieces:
-            _add_between(total, values, there, np.searchsorted(here, cuts))
-        for stretch, slots in found:
-            low, high = np.searchsorted(cuts, [stretch.start, stretch.stop])
-            in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
-            np.add.at(out, in_window, self._fold(i, total[low:high], slots))
+            for load, total, cuts in zip(values, sums, edges, strict=True):
+                _add_between(total, load, there, np.searchsorted(here, cuts))
+        for i, found, total, cuts in zip(layers, stretches, sums, edges, strict=True):
+            for stretch, slots in found:
+                low, high = np.searchsorted(cuts, [stretch.start, stretch.stop])
+                in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
+                np.add.at(out[:, i], in_window, self._fold(i, total[low:high], slots))
 
     def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
         """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""

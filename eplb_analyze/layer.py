@@ -194,7 +194,7 @@ def _report(
         ],
         experts=[] if slots is None else _experts(run, slots, logical_load),
         placement_changes=changes,
-        phase=_phase(parts[0][0]) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
+        phase=_phase(parts[0][0], first) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
     )
     if slots is None:
         report.notes.append(
@@ -237,5 +237,6 @@ def _mean(parts: list[metrics.Float64]) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _phase(block: Block) -> str | None:
-    return block.phases[int(block.phase[0])] if block.phase[0] >= 0 else None
+def _phase(block: Block, step: int) -> str | None:
+    code = int(block.phase[np.searchsorted(block.step, step)])
+    return block.phases[code] if code >= 0 else None

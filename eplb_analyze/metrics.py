@@ -7,7 +7,7 @@ above 0. They share what they reduce ``T`` to, :class:`Terms`, so that it is com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -27,6 +27,8 @@ class Terms:
         slowest: intp ``[steps, layers]``, the EP rank with most tokens, of equals the first.
         rank_mean, rank_maximum: float64 ``[steps, ep_ranks]``, over layers.
     """
+
+    _PER_STEP = ("mean", "maximum", "uneven", "slowest", "_rank_total", "_rank_highest")
 
     def __init__(self, steps: int, layers: int, ranks: int, per_token: int = 1) -> None:
         """``per_token``: how often each token is counted."""
@@ -58,6 +60,21 @@ class Terms:
         self.slowest[:, here] = (counts == highest[:, :, np.newaxis]).argmax(axis=2)
         self._rank_total += counts.sum(axis=1)
         np.maximum(self._rank_highest, counts.max(axis=1), out=self._rank_highest)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Terms]) -> Terms:
+        """Of one step after another; the parts, at least one, are of one shape."""
+        joined = cls(0, parts[0]._layers, 0, parts[0]._per_token)
+        for name in cls._PER_STEP:
+            setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
+        return joined
+
+    def select(self, steps: npt.NDArray[Any]) -> Terms:
+        """Of some of the steps: an index, or a mask."""
+        chosen = Terms(0, self._layers, 0, self._per_token)
+        for name in self._PER_STEP:
+            setattr(chosen, name, getattr(self, name)[steps])
+        return chosen
 
     @property
     def rank_mean(self) -> Float64:

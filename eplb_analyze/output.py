@@ -108,7 +108,7 @@ class Output:
     def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
         self.progress.end()
         if self.format is OutputFormat.json:
-            print(json.dumps(_plain(document), indent=2))
+            print(json.dumps(plain(document), indent=2))
         elif sys.stdout.isatty():
             render(console(sys.stdout))
         else:
@@ -118,12 +118,12 @@ class Output:
             print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

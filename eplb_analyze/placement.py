@@ -145,7 +145,8 @@ def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
             replicas=copies.tolist(),
         )
     if not found:
-        raise NotInDumpError(f"{run.path}: no placement is known at step {step}")
+        lost = "; it is lost (see `check`)" if run.history.lost else ""
+        raise NotInDumpError(f"{run.path}: no placement is known at step {step}{lost}")
     return found
 
 

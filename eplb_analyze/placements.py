@@ -14,6 +14,7 @@ import numpy.typing as npt
 from eplb_analyze.blocks import STATUS_WEIGHT, Block
 from eplb_analyze.dump import Session
 from eplb_analyze.errors import Finding
+from eplb_analyze.segments import Segment
 from eplb_dump.format import EMPTY_SLOT
 from eplb_dump.journal import Int32, Int64
 from eplb_dump.sealing import ExpertSums
@@ -30,20 +31,24 @@ class LayerHistory:
     steps: list[int] = field(default_factory=list)
     ep_sizes: list[int] = field(default_factory=list)
     slots: list[Int32] = field(default_factory=list)
+    #: Steps from which the placement is not known until it is stated again; the same in all layers.
+    lost: list[int] = field(default_factory=list)
 
     def index_at(self, step: int) -> int:
-        """Index of the placement in force at a step, -1 before the first."""
-        return bisect.bisect_right(self.steps, step) - 1
+        """Index of the placement in force at a step, -1 before the first and where it is not known."""
+        i = bisect.bisect_right(self.steps, step) - 1
+        j = bisect.bisect_right(self.lost, step) - 1
+        return -1 if i >= 0 and j >= 0 and self.lost[j] > self.steps[i] else i
 
     def at(self, step: int) -> Int32 | None:
-        """int32 ``[num_physical_experts]``, or None where no placement is known yet."""
+        """int32 ``[num_physical_experts]``, or None where no placement is known."""
         i = self.index_at(step)
         return self.slots[i] if i >= 0 else None
 
     def stretches(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
         """Ascending steps cut where the placement changes: ``(slice of steps, placement)``."""
         if len(steps):
-            changes = [s for s in self.steps if steps[0] < s <= steps[-1]]
+            changes = sorted(s for s in {*self.steps, *self.lost} if steps[0] < s <= steps[-1])
             edges = [0, *np.searchsorted(steps, changes).tolist(), len(steps)]
             for low, high in itertools.pairwise(edges):
                 if high > low:
@@ -62,10 +67,15 @@ class Rearrangement:
 
 
 class PlacementHistory:
-    """The placements of a run, one :class:`LayerHistory` for each layer index."""
+    """The placements of a run, one :class:`LayerHistory` for each layer index.
 
-    def __init__(self, layers: dict[int, LayerHistory], findings: list[Finding]) -> None:
+    ``lost``: steps from which no rank's placements can be read for a while, so that nobody knows them
+    until they are stated again.
+    """
+
+    def __init__(self, layers: dict[int, LayerHistory], lost: list[int], findings: list[Finding]) -> None:
         self.layers = layers
+        self.lost = lost
         self.findings = findings
 
     def layer(self, index: int) -> LayerHistory:
@@ -73,16 +83,19 @@ class PlacementHistory:
 
     @cached_property
     def changes(self) -> list[int]:
-        """The steps from which a placement of some layer holds, ascending."""
-        return sorted({step for history in self.layers.values() for step in history.steps})
+        """The steps from which a placement of some layer holds, or is not known, ascending."""
+        return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
 
     def rearrangements(self) -> list[Rearrangement]:
         """Changes after the first placement, those of one rearrangement put together."""
         changes: list[tuple[int, int, int]] = []
         for index, history in self.layers.items():
             for i in range(1, len(history.steps)):
+                if history.index_at(history.steps[i] - 1) < 0:
+                    continue  # nobody knows what it was before
                 before, now = history.slots[i - 1], history.slots[i]
-                same_shape = before.shape == now.shape
+                # Slots of two shapes are not the same slots.
+                same_shape = before.shape == now.shape and history.ep_sizes[i - 1] == history.ep_sizes[i]
                 moved = int((before != now).sum()) if same_shape else len(now)
                 changes.append((history.steps[i], index, moved))
         groups: list[list[tuple[int, int, int]]] = []
@@ -212,16 +225,24 @@ def _cut(
     return parts
 
 
-def read_history(sessions: Sequence[Session]) -> PlacementHistory:
+def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = frozenset()) -> PlacementHistory:
     """Join the placements of all ranks: each is the same statement, made by every rank.
 
     A rank that missed the step of a change states it later, so the earliest statement counts. Two
     ranks that state different placements for one step and layer are a fault to report; the lower
-    rank's is kept. Raises SegmentFault.
+    rank's is kept. Where no rank's can be read, a change may be missed, so what was in force before
+    is not believed any more. Raises SegmentFault.
+
+    Args:
+        unreadable: ``id`` of segments whose placements cannot be read.
     """
     findings: list[Finding] = []
+    lost = _lost(sessions, unreadable)
+    if lost:
+        text = f"placements are lost from step {_first_of(lost)} on: until they are stated again nobody knows "
+        findings.append(Finding("error", "placements_lost", text + "which expert a slot holds"))
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
-    for rank, step, layer, ep_size, slots in _statements(sessions):
+    for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
         known = stated.get((step, layer))
         if known is None:
             stated[step, layer] = (rank, ep_size, slots)
@@ -232,38 +253,87 @@ def read_history(sessions: Sequence[Session]) -> PlacementHistory:
             findings.append(Finding("error", "placement_conflict", text))
     layers: dict[int, LayerHistory] = {}
     for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
-        history = layers.setdefault(layer, LayerHistory())
-        if history.slots and history.ep_sizes[-1] == ep_size and np.array_equal(history.slots[-1], slots):
+        history = layers.setdefault(layer, LayerHistory(lost=lost))
+        known_before = history.index_at(step) >= 0
+        if known_before and history.ep_sizes[-1] == ep_size and np.array_equal(history.slots[-1], slots):
             continue
         history.steps.append(step)
         history.ep_sizes.append(ep_size)
         history.slots.append(slots)
-    return PlacementHistory(layers, findings)
+    return PlacementHistory(layers, lost, findings)
 
 
-def _statements(sessions: Sequence[Session]) -> Iterator[tuple[int, int, int, int, Int32]]:
+def _first_of(steps: list[int]) -> str:
+    return f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} and {len(steps) - 1} more"
+
+
+def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
+    """The steps at which gaps begin that no other session's placements fill, ascending."""
+    gaps = [(session, gap) for session in sessions for gap in untold(session, unreadable)]
+    found = set()
+    for session, (first, last) in gaps:
+        others = [s for other in sessions if other is not session for s in _told(other, unreadable)]
+        for segment in sorted(others, key=lambda s: s.first_step):
+            if segment.first_step <= first <= segment.last_step:
+                first = segment.last_step + 1
+        if first <= last:
+            found.add(first)
+    return sorted(found)
+
+
+def _told(session: Session, unreadable: frozenset[int]) -> list[Segment]:
+    """The segments whose placements can be read, also those whose steps cannot."""
+    return [s for s in (*session.segments, *session.lost) if id(s) not in unreadable]
+
+
+def untold(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int]]:
+    """First and last step of the gaps between the segments whose placements can be read.
+
+    Segments are numbered, so one that was skipped is missed; one without a placement has no file of them,
+    and is read nevertheless.
+    """
+    gaps: list[tuple[int, int]] = []
+    number, step = 0, None
+    for segment in sorted((*session.segments, *session.lost), key=lambda s: s.seq):
+        if segment.last_step < 0:
+            continue  # a journal that has no step yet
+        if segment.seq != number:
+            last = segment.first_step - 1
+            gaps.append((last if step is None else step, last))
+        if id(segment) in unreadable:
+            gaps.append((segment.first_step, segment.last_step))
+        # After damage in a journal there may have been more steps.
+        number, step = -1 if segment.cut else segment.seq + 1, segment.last_step + 1
+    return [(first, last) for first, last in gaps if first <= last]
+
+
+def _statements(
+    sessions: Sequence[Session], unreadable: frozenset[int]
+) -> Iterator[tuple[int, int, int, int, Int32]]:
     """``(rank, step, layer, ep_size, slots)`` of every row that counts, the lower ranks first."""
     by_rank: dict[int, list[Session]] = {}
     for session in sessions:
         if session.segments:
             by_rank.setdefault(session.info.ep_rank, []).append(session)
     for rank, own in sorted(by_rank.items()):
-        rows = [_rows_of(session) for session in own]
+        rows = [_rows_of(session, unreadable) for session in own]
         if len(own) == 1:
             yield from ((rank, *row) for row in rows[0])
             continue
         # Where a rank has several sessions, a statement holds for the steps that its session counts for.
         for first, end, number in _owned(own):
+            gaps = [gap for gap, _ in untold(own[number], unreadable)]
             in_force = {row[1]: row for row in rows[number] if row[0] <= first}
+            in_force = {k: row for k, row in in_force.items() if not any(row[0] < g <= first for g in gaps)}
             for _, layer, ep_size, slots in in_force.values():
                 yield rank, first, layer, ep_size, slots
             yield from ((rank, *row) for row in rows[number] if first < row[0] < end)
 
 
-def _rows_of(session: Session) -> list[tuple[int, int, int, Int32]]:
+def _rows_of(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int, int, Int32]]:
     """``(step, layer, ep_size, slots)`` of a session, in order of steps."""
     found = []
-    for segment in session.segments:
+    for segment in _told(session, unreadable):
         rows = segment.placements()
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
         found += [(*row, slots) for row, slots in zip(numbers, rows.physical_to_logical, strict=True)]

@@ -122,6 +122,9 @@ def _report(run: Run, steps: Steps | None, window: int) -> RearrangementReport:
     notes = run.cautions("step_order", "placement", "placement_steps", "earlier_placements")
     if not run.history.layers:
         notes.append("no placement was recorded, so no rearrangement is known")
+    if run.history.lost:
+        at = ", ".join(map(str, run.history.lost[:5]))
+        notes.append(f"placements are lost from step {at} on; until they are stated again no change is known")
     rows = [_figures(run, change, series) for change in changes]
     return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, notes)
 
@@ -148,11 +151,14 @@ def _changes(run: Run, steps: Steps | None, window: int) -> list[_Change]:
     changes = []
     # Before a layer's first placement nobody knows whose its tokens were.
     known = max((history.steps[0] for history in run.history.layers.values()), default=0)
+    lost = run.history.lost
     for i, this in enumerate(found):
         if low <= this.first_step < high:
             start = max(low, found[i - 1].last_step if i else 0, known if known < this.first_step else 0)
+            start = max(start, *(s for s in lost if s < this.first_step), 0)
             following = found[i + 1].first_step if i + 1 < len(found) else high
-            changes.append(_Change(run, this, (start, min(high, following)), following < high, window))
+            end = min(high, following, *(s for s in lost if s > this.last_step))
+            changes.append(_Change(run, this, (start, end), following == end < high, window))
     return changes
 
 

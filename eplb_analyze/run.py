@@ -73,7 +73,24 @@ def open_run(path: str | os.PathLike[str], run: str | None = None, model: str | 
         DumpError: there is no dump, or nothing readable in it.
         NotInDumpError: the dump has no such run or model.
     """
-    found = discover(Path(path))
+    chosen = choose(Path(path), run, model)
+    sessions = [open_session(folder, info, chosen.findings) for folder, info in chosen.sessions]
+    return Run(Path(path), sessions, chosen.findings, chosen.notes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sessions of one model of one run, none of them opened yet."""
+
+    #: Folder and metadata, the older ones first.
+    sessions: list[tuple[Path, SessionInfo]]
+    findings: list[Finding]
+    notes: list[str]
+
+
+def choose(path: Path, run: str | None = None, model: str | None = None) -> Choice:
+    """Find what :func:`open_run` opens. Raises as it does."""
+    found = discover(path)
     notes: list[str] = []
     run_ids = found.newest_first()
     if run is None:
@@ -104,8 +121,7 @@ def open_run(path: str | os.PathLike[str], run: str | None = None, model: str | 
         slug = matches[0]
     findings += found.findings.get((run, slug), [])
     infos = sorted(models[slug], key=lambda item: (item[1].created_unix_ns, item[1].session_id))
-    sessions = [open_session(folder, info, findings) for folder, info in infos]
-    return Run(Path(path), sessions, findings, notes)
+    return Choice(infos, findings, notes)
 
 
 def _size(info: SessionInfo) -> int:
@@ -130,7 +146,9 @@ class Run:
         self.findings = findings
         self.notes = notes
         self.progress: Callable[[int, int], None] = lambda done, of: None
-        self._unreadable: dict[int, Segment] = {}
+        #: By table, the ``id`` of segments that it cannot be read of; they stay in the sessions.
+        self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
+        self._reading = False
         self._history: PlacementHistory | None = None
         first = sessions[0].info
         self.scope = first.scope
@@ -217,9 +235,11 @@ class Run:
 
     @property
     def placements_recorded(self) -> bool:
-        """Whether the dump says when placements changed; of an imported run it may be not known."""
+        """Whether the dump says when placements changed; of an imported or damaged run it may be not known."""
         origin = self.info.origin
         stated = {} if origin is None else {**origin.unknown, **origin.assumed}
+        if self.history.lost:
+            return False
         return bool(self.history.layers) and not stated.keys() & {"placement", "earlier_placements"}
 
     # ---- what was seen
@@ -251,7 +271,7 @@ class Run:
             self._report(block, steps)
 
     def _blocks(self, steps: Steps | None) -> Iterator[Block]:
-        return iter_blocks(self.sessions, self.scope, steps, frozenset(self._unreadable))
+        return iter_blocks(self.sessions, self.scope, steps, frozenset(self._unreadable["loads"]))
 
     def _report(self, done: Block, steps: Steps | None) -> None:
         first, last = (0 if step is None else step for step in self.step_range)
@@ -267,20 +287,32 @@ class Run:
         """Run an analysis; where a segment turns out unreadable, leave it out and start again.
 
         So one damaged file neither ends an analysis nor leaves half of itself in a figure. Its
-        steps become incomplete, and ``findings`` names it.
+        steps become incomplete, and ``findings`` names it. Of one reading inside another the outer
+        one starts again, which has read with what is left out now.
         """
-        while True:
-            try:
-                return analysis()
-            except SegmentFault as fault:
-                self._exclude(fault)
+        if self._reading:
+            return analysis()
+        self._reading = True
+        try:
+            while True:
+                try:
+                    return analysis()
+                except SegmentFault as fault:
+                    self._exclude(fault)
+        finally:
+            self._reading = False
 
     def _exclude(self, fault: SegmentFault) -> None:
-        if id(fault.segment) in self._unreadable:
-            # Not its loads: its steps or placements cannot be read, so nothing of it can be used.
-            for session in self.sessions:
-                session.segments = [s for s in session.segments if s is not fault.segment]
-        self._unreadable[id(fault.segment)] = fault.segment
+        segment = fault.segment
+        left_out = self._unreadable.get(fault.table)
+        if left_out is not None and id(segment) not in left_out:
+            left_out.add(id(segment))
+        else:  # its steps; or it was read all the same
+            sessions = [s for s in self.sessions if any(own is segment for own in s.segments)]
+            if not sessions:
+                raise DumpError(str(fault))
+            sessions[0].segments = [s for s in sessions[0].segments if s is not segment]
+            sessions[0].lost.append(segment)
         self._history = None
         finding = Finding("error", "damaged_file", f"{fault}; skipped")
         if finding not in self.findings:
@@ -290,7 +322,9 @@ class Run:
     def history(self) -> PlacementHistory:
         """The placements of the run, by layer index."""
         if self._history is None:
-            self._history = self.reading(lambda: read_history(self.sessions))
+            self._history = self.reading(
+                lambda: read_history(self.sessions, frozenset(self._unreadable["placements"]))
+            )
             self.findings += [f for f in self._history.findings if f not in self.findings]
         return self._history
 

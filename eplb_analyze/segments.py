@@ -6,15 +6,16 @@ in the manifest, journals and manifests by their frames' own. A fault is a :clas
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,21 +32,26 @@ from eplb_dump.format import (
     FormatError,
     SessionInfo,
 )
-from eplb_dump.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
+from eplb_dump.journal import Int64, JournalSegment, PlacementRows, Shape, StepRows
 from eplb_dump.sealing import ROW_GROUP_VALUES, ExpertSums, SealedSegment, footer_crc32
 
-#: More values than this in one row group are a hostile claim, not a segment of ours.
-MAX_GROUP_BYTES = 4 << 30
+#: More than this, decoded and read at once, is a hostile claim, not a segment of ours.
+MAX_DECODED_BYTES = 1 << 30
 #: Of the table of steps; read as codes, for most of their texts are one.
 TEXT_COLUMNS = ["status", "phase"]
 
 
-class SegmentFault(Exception):
-    """A segment cannot be read; the text names the file and what is wrong with it."""
+Scalar = TypeVar("Scalar", bound=np.generic)
+#: ``(layer, values [layers, n, width])`` of layers that lie together in a file.
+Parts = Generator[tuple[int, npt.NDArray[Scalar]], None, None]
 
-    def __init__(self, segment: Segment, path: Path, reason: str) -> None:
+
+class SegmentFault(Exception):
+    """A table of a segment cannot be read; the text names the file and what is wrong with it."""
+
+    def __init__(self, segment: Segment, table: str, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
-        self.segment = segment
+        self.segment, self.table = segment, table
 
 
 class Segment(Protocol):
@@ -58,10 +64,12 @@ class Segment(Protocol):
     path: Path
     #: Where the writer left them; of all the segment's steps.
     sums: ExpertSums | None
+    #: Whether bytes after its last readable step are damaged.
+    cut: bool
 
     def steps(self) -> StepRows: ...
     def load_steps(self) -> Int64: ...
-    def rank_loads(self, first: int, last: int) -> Iterator[tuple[int, Int64]]:
+    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
         """Sums per rank of layers ``first`` to ``last - 1``, as they lie together in the file.
 
         Yields ``(layer, int64 [layers, n, ep_size])`` in order; the first and last part may hold
@@ -69,7 +77,7 @@ class Segment(Protocol):
         """
         ...
 
-    def loads(self, first: int, last: int) -> Iterator[tuple[int, Int32]]:
+    def loads(self, first: int, last: int) -> Parts[np.int32]:
         """Likewise the physical experts' loads: ``(layer, int32 [layers, n, num_physical_experts])``."""
         ...
 
@@ -84,6 +92,7 @@ class OpenSegment:
         self._journal = journal
         self._reading = threading.Lock()
         self.sums: ExpertSums | None = None
+        self.cut = journal.tail.fault == "damaged"
         self.path = journal.path
         self.seq = journal.seq
         self.shape = journal.shape
@@ -96,17 +105,17 @@ class OpenSegment:
     def load_steps(self) -> Int64:
         return self._journal.load_steps
 
-    def loads(self, first: int, last: int) -> Iterator[tuple[int, Int32]]:
+    def loads(self, first: int, last: int) -> Parts[np.int32]:
         shape = self.shape
         assert shape is not None
         at_once = layers_at_once(len(self.load_steps()), shape)
         for layer in range(first, last, at_once):
             # A journal has one position in its file.
-            with _faults(self, self.path), self._reading:
+            with _faults(self, "loads", self.path), self._reading:
                 values = self._journal.read_layers(layer, min(layer + at_once, last))
             yield layer, values
 
-    def rank_loads(self, first: int, last: int) -> Iterator[tuple[int, Int64]]:
+    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
         shape = self.shape
         assert shape is not None
         for layer, load in self.loads(first, last):
@@ -134,6 +143,7 @@ class ParquetSegment:
         self.first_step, self.last_step = entry.first_step, entry.last_step
         self.shape = entry.shape
         self.sums = entry.sums
+        self.cut = False
         #: Of the files whose footer was verified.
         self._metadata: dict[str, pq.FileMetaData] = {}
         self._load_steps: Int64 | None = None
@@ -146,7 +156,7 @@ class ParquetSegment:
     def _open(self, table: str) -> Iterator[pq.ParquetFile]:
         """The file of a table that the segment has, verified when it is opened first."""
         path = self.file_path(table)
-        with _faults(self, path):
+        with _faults(self, table, path):
             known = self._metadata.get(table)
             if known is None:
                 self._check_file(path, table)
@@ -159,7 +169,7 @@ class ParquetSegment:
             )
         with file:
             if known is None:
-                with _faults(self, path):
+                with _faults(self, table, path):
                     self._check_footer(file, table)
                 self._metadata[table] = file.metadata
             yield file
@@ -184,9 +194,10 @@ class ParquetSegment:
             raise FormatError("its columns or rows are not what the format says")
         if table == "loads":
             self._check_widths(metadata)
-        for group in range(metadata.num_row_groups):
-            if metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
-                raise FormatError("it claims a row group of more than 4 GiB")
+        # Not the size that the file claims for it: a value said once can stand for any number.
+        sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
+        if (max(sizes, default=0) if table == "loads" else sum(sizes)) > MAX_DECODED_BYTES:
+            raise FormatError(f"more than {MAX_DECODED_BYTES >> 30} GiB would have to be read at once")
 
     def _check_widths(self, metadata: pq.FileMetaData) -> None:
         """Check that the lists are as long as the shape says, before memory is taken for them."""
@@ -194,8 +205,8 @@ class ParquetSegment:
         if shape is None or metadata.num_rows % shape.num_moe_layers:
             raise FormatError("its rows are not those of the layers that the manifest says")
         wanted = {"rank_load": shape.ep_size, "load": shape.num_physical_experts}
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
+        for group in _groups(metadata):
+            for column in _columns(group):
                 width = wanted.get(column.path_in_schema.split(".")[0])
                 if width is not None and column.num_values != group.num_rows * width:
                     raise FormatError("its lists are not as long as the manifest says")
@@ -204,7 +215,7 @@ class ParquetSegment:
         self, file: pq.ParquetFile, table: str, columns: list[str], group: int | None = None
     ) -> pa.Table:
         """Some columns of a row group, or of all."""
-        with _faults(self, self.file_path(table)):
+        with _faults(self, table, self.file_path(table)):
             wanted = list(range(file.metadata.num_row_groups)) if group is None else [group]
             return file.read_row_groups(wanted, columns=columns, use_threads=False).combine_chunks()
 
@@ -219,7 +230,7 @@ class ParquetSegment:
         table = self._read_all("steps", names)
         if table is None:
             return StepRows.concat([])
-        with _faults(self, self.file_path("steps")):
+        with _faults(self, "steps", self.file_path("steps")):
             column = {name: table.column(name).combine_chunks() for name in names}
             status, statuses = _codes(column["status"])
             if not set(statuses) <= set(STATUS_LABELS):
@@ -244,7 +255,7 @@ class ParquetSegment:
                 with self._open("loads") as file:
                     # Every layer has the same steps, so those of the first row group tell them all.
                     table = self._read(file, "loads", ["step", "layer"], 0)
-                    with _faults(self, self.file_path("loads")):
+                    with _faults(self, "loads", self.file_path("loads")):
                         n = file.metadata.num_rows // self.shape.num_moe_layers
                         steps = _numpy(table.column("step").combine_chunks())[:n]
                         self._check_order(table, 0, steps, n)
@@ -264,27 +275,28 @@ class ParquetSegment:
             raise FormatError("its rows are not ordered by layer and step")
         return count
 
-    def _by_layers(self, column: str, width: int, first: int, last: int) -> Iterator[tuple[int, Any]]:
+    def _by_layers(self, column: str, width: int, first: int, last: int) -> Parts[Any]:
         """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
         steps = self.load_steps()
         n = len(steps)
         layer = 0
-        with self._open("loads") as file:
-            for group in range(file.metadata.num_row_groups):
-                count = file.metadata.row_group(group).num_rows // max(1, n)
-                if layer < last and layer + count > first:
+        for group, found in enumerate(_groups(self._metadata["loads"]) if n else ()):
+            count = found.num_rows // n
+            if layer < last and layer + count > first:
+                # Many ranks are read side by side, so none may keep a file open from group to group.
+                with self._open("loads") as file:
                     table = self._read(file, "loads", ["step", "layer", column], group)
-                    with _faults(self, self.file_path("loads")):
-                        self._check_order(table, layer, steps, n)
-                        values = _list_values(table.column(column).combine_chunks(), width)
-                    yield layer, values.reshape(count, n, width)
-                layer += count
+                with _faults(self, "loads", self.file_path("loads")):
+                    self._check_order(table, layer, steps, n)
+                    values = _list_values(table.column(column).combine_chunks(), width)
+                yield layer, values.reshape(count, n, width)
+            layer += count
 
-    def rank_loads(self, first: int, last: int) -> Iterator[tuple[int, Int64]]:
+    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
         assert self.shape is not None
         return self._by_layers("rank_load", self.shape.ep_size, first, last)
 
-    def loads(self, first: int, last: int) -> Iterator[tuple[int, Int32]]:
+    def loads(self, first: int, last: int) -> Parts[np.int32]:
         assert self.shape is not None
         return self._by_layers("load", self.shape.num_physical_experts, first, last)
 
@@ -307,7 +319,7 @@ class ParquetSegment:
         if table is None:
             empty = np.empty(0, np.int32)
             return PlacementRows(np.empty(0, np.int64), empty, empty, [])
-        with _faults(self, self.file_path("placements")):
+        with _faults(self, "placements", self.file_path("placements")):
             lists = table.column("physical_to_logical").combine_chunks()
             flat, offsets = _numpy(lists.values), _numpy(lists.offsets)
             if flat.min(initial=0) < EMPTY_SLOT or flat.max(initial=0) >= self._info.num_logical_experts:
@@ -336,15 +348,31 @@ def require_regular(path: Path) -> None:
         raise FormatError("it is not a regular file")
 
 
+def exhausted(error: BaseException) -> bool:
+    """Whether the reader has no memory or may open no more files: that is no fault of the file."""
+    no_files = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    return no_files or isinstance(error, MemoryError)
+
+
 @contextmanager
-def _faults(segment: Any, path: Path) -> Iterator[None]:
+def _faults(segment: Any, table: str, path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise SegmentFault(segment, path, "it is missing, although the manifest lists it") from None
+        raise SegmentFault(segment, table, path, "it is missing, although the manifest lists it") from None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
+        if exhausted(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SegmentFault(segment, path, reason) from None
+        raise SegmentFault(segment, table, path, reason) from None
+
+
+def _groups(metadata: pq.FileMetaData) -> Iterator[Any]:
+    return map(metadata.row_group, range(metadata.num_row_groups))
+
+
+def _columns(group: Any) -> Iterator[Any]:
+    return map(group.column, range(group.num_columns))
 
 
 def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:

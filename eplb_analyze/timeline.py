@@ -162,7 +162,7 @@ def _timeline(run: Run, formula: str, bins: int, index: int | None, steps: Steps
         [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]
     )
     total = float(parts.weight.sum())
-    notes = run.not_known("step_order")
+    notes = run.cautions("step_order")
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
         notes.append(

@@ -125,6 +125,41 @@ def model_slug(model: str) -> str:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A file that was imported."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an imported session came from, and what its source does not say; ``origin`` in the metadata.
+
+    ``unknown`` and ``assumed`` map stable codes to sentences; docs/import.md lists the codes.
+    """
+
+    #: For instance ``SGLang``, and which of its recordings: ``per_pass``.
+    system: str
+    kind: str
+    files: tuple[SourceFile, ...] = ()
+    importer_version: str = ""
+    unknown: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Origin:
+        """Raises FormatError."""
+        try:
+            files = tuple(SourceFile(str(f["name"]), int(f["bytes"])) for f in fields["files"])
+            said = [{str(k): str(v) for k, v in fields[name].items()} for name in ("unknown", "assumed")]
+            system, kind, version = (str(fields[name]) for name in ("system", "kind", "importer_version"))
+            return cls(system, kind, files, version, *said)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise FormatError(f"its session metadata has a damaged origin ({error})") from None
+
+
+@dataclass(frozen=True)
 class SessionInfo:
     """What one writer says of itself: the content of ``session.json``, repeated in every file.
 
@@ -160,6 +195,8 @@ class SessionInfo:
     #: A segment never spans a multiple of this many steps, so that ranks seal at the same steps.
     segment_steps: int = 2048
     writer_version: str = ""
+    #: Of an imported session; None: it was recorded.
+    origin: Origin | None = None
     format_version: tuple[int, int] = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,6 +219,8 @@ class SessionInfo:
             values["scope"] = Scope(values["scope"])
             layers = values.get("moe_layers")
             values["moe_layers"] = None if layers is None else tuple(int(n) for n in layers)
+            origin = values.get("origin")
+            values["origin"] = None if origin is None else Origin.from_dict(origin)
             info = cls(**values)
             info._validate()
         except FormatError:

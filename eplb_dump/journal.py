@@ -273,11 +273,11 @@ class JournalSegment:
                         raise FormatError("its first frame does not introduce this journal")
                     info = SessionInfo.from_dict(item.header["session"])
                 elif item.kind == "steps":
-                    step_parts.append(_step_rows(item))
+                    step_parts.append(step_rows(item))
                 elif item.kind == "loads":
-                    load_frames.append(_load_entry(item))
+                    load_frames.append(load_entry(item))
                 elif item.kind == "placements":
-                    placement_parts.append(_placement_rows(item))
+                    placement_parts.append(placement_rows(item))
                 # Other kinds come from a newer minor version, which only adds.
             except (KeyError, TypeError, IndexError) as error:
                 raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
@@ -369,7 +369,8 @@ def _ep_size(frame: frames.Frame) -> int:
     return ep_size
 
 
-def _step_rows(frame: frames.Frame) -> StepRows:
+def step_rows(frame: frames.Frame) -> StepRows:
+    """The rows of a steps frame. Raises FormatError, and KeyError where an array is not there."""
     a = frame.arrays
     phases = tuple(str(name) for name in frame.header["phases"])
     rows = StepRows(
@@ -383,14 +384,19 @@ def _step_rows(frame: frames.Frame) -> StepRows:
     return rows
 
 
-def _load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]:
+def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]:
+    """Steps, byte offset, type and ``(ep_size, layers, physical)`` of a loads frame.
+
+    Raises FormatError, and KeyError where an array is not there.
+    """
     step, load, ep_size = frame.arrays["step"], frame.arrays["load"], _ep_size(frame)
     if load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size or load.min(initial=0) < 0:
         raise FormatError(f"the loads frame at byte {frame.start} contradicts itself")
     return step, frame.offsets["load"], load.dtype, (ep_size, load.shape[0], load.shape[2])
 
 
-def _placement_rows(frame: frames.Frame) -> PlacementRows:
+def placement_rows(frame: frames.Frame) -> PlacementRows:
+    """The rows of a placements frame. Raises FormatError, and KeyError where an array is not there."""
     maps, step, layer = (frame.arrays[name] for name in ("physical_to_logical", "step", "layer"))
     if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1]:
         raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")

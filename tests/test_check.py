@@ -106,3 +106,14 @@ def test_a_rank_that_idled_at_a_change_missed_nothing(tmp_path: Path) -> None:
                 opened.record(None, load_of(step, 1), map_of(int(step >= 10)))
     assert "placement_not_adopted" not in codes(tmp_path)
     assert np.array_equal(open_run(tmp_path).placement(15)["logical"].to_numpy(), map_of(1).ravel())
+
+
+def test_a_rank_that_idled_while_others_changed_and_changed_back(tmp_path: Path) -> None:
+    record(tmp_path, 0, lambda step: map_of(int(10 <= step < 20)))
+    with open_writer(tmp_path, ep_rank=1, scope="local") as opened:
+        for step in range(40):
+            if 8 <= step < 22:
+                opened.skip("dummy")
+            else:
+                opened.record(None, load_of(step, 1), map_of(0))
+    assert "placement_not_adopted" not in codes(tmp_path)

@@ -145,7 +145,7 @@ def test_a_summary_says_at_the_top_that_eplb_never_acted(good: Path, poor: Path,
         writer.record(None, np.ones((1, 6), int), None)
     unknown = cli("summary", tmp_path).stdout
     assert "NEVER" not in unknown
-    assert "no placement was recorded, so no rearrangement is known" in unknown
+    assert "no placement was recorded or readable, so no rearrangement is known" in unknown
 
 
 def test_metrics_both_forms() -> None:

@@ -32,10 +32,12 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's own dump in it."""
+    """A folder with the README's own dump in it, and the array that docs/import.md imports."""
     where = tmp_path_factory.mktemp("docs")
     code = next(b for b in blocks(ROOT / "README.md", "python") if "ExpertLoadWriter" in b)
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=where, check=True)
+    (array,) = blocks(ROOT / "docs/import.md", "python")
+    for part in (code, array):
+        subprocess.run([sys.executable, "-W", "error", "-c", part], cwd=where, check=True)
     return where
 
 

@@ -13,6 +13,7 @@ from reference import per_step
 
 from eplb_analyze import bootstrap, open_run
 from eplb_analyze.bootstrap import Ratio
+from eplb_analyze.placement import placement_report
 from eplb_analyze.rearrangements import RearrangementFigures, rearrangement_report
 from eplb_dump import ExpertLoadWriter
 
@@ -189,6 +190,20 @@ def test_elastic_changes_are_listed_without_a_gain(tmp_path: Path) -> None:
     assert (plain.before.first_step, plain.before.steps, plain.experts_crossed_ranks) == (40, 20, 16)
     assert plain.experts_crossed_nodes is None
     assert plain.predicted == pytest.approx(plain.before.balancedness)
+
+
+def test_on_other_ranks_the_same_slots_are_others(tmp_path: Path) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=LOGICAL, ep_size=4, run_id="r", scope="global"
+    ) as writer:
+        for step in range(40):
+            writer.record(step, np.ones((2, 12), int), np.array([TOGETHER] * 2), ep_size=4 if step < 20 else 2)
+    run = open_run(tmp_path)
+    [row] = rearrangement_report(run).rearrangements
+    changes = placement_report(run, 39, against=0).changes
+    assert changes is not None
+    assert row.verdict == "elastic"
+    assert row.slots_moved == sum(change.slots_changed for change in changes) == 2 * 12
 
 
 def test_too_few_steps_say_so(tmp_path: Path) -> None:

@@ -525,3 +525,12 @@ def test_open_a_part_of_the_dump(recorded: tuple[Path, dict[str, Any]]) -> None:
         assert isinstance(open_run(".").steps(), pl.DataFrame)
     finally:
         os.chdir(here)
+
+
+def test_the_phase_of_a_range_with_one_complete_step_is_that_step_s(tmp_path: Path) -> None:
+    for rank, steps in ((0, [4, 5]), (1, [5])):
+        with two(tmp_path, scope="local", ep_rank=rank) as writer:
+            for step in steps:
+                writer.record(step, np.array([[1, 2]]), ONE, phase="prefill" if step == 5 else "decode")
+    report = layer_report(open_run(tmp_path), 0, steps=(4, 6))
+    assert (report.first_step, report.steps, report.phase) == (5, 1, "prefill")

@@ -14,6 +14,7 @@ from eplb_analyze.output import Output, OutputFormat
 if TYPE_CHECKING:
     from eplb_analyze.completeness import Completeness
     from eplb_analyze.run import Run
+    from eplb_analyze.settings import Choices
 
 Dump = Annotated[
     Path,
@@ -35,6 +36,74 @@ TopOption = Annotated[int, typer.Option("--top", help="How many rows of a rankin
 OutputOption = Annotated[
     OutputFormat, typer.Option("--output", "-o", help="text, or one JSON document.", case_sensitive=False)
 ]
+
+# What replay and advise try: lists, all combined.
+PolicyOption = Annotated[
+    str | None,
+    typer.Option("--policy", help="deepseek, sglang, vllm, static, or your module:function.", metavar="A,B…"),
+]
+RedundantOption = Annotated[
+    str | None, typer.Option("--redundant", help="Numbers of redundant experts.", metavar="N,N…")
+]
+IntervalOption = Annotated[
+    str | None, typer.Option("--interval", help="Steps between two rearrangements.", metavar="N,N…")
+]
+WindowOption = Annotated[
+    str | None,
+    typer.Option("--window", help="Steps before a rearrangement that it is made from.", metavar="N,N…"),
+]
+StartOption = Annotated[
+    str | None,
+    typer.Option("--start", help="Steps to the first rearrangement; default: as the engine.", metavar="N,N…"),
+]
+GroupsOption = Annotated[
+    int, typer.Option("--num-groups", help="Groups of experts that the model has, for policies.", min=1)
+]
+CostOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cost-per-expert-ms",
+        help="What a rank needs to fetch one expert of one layer; makes gains net.",
+        min=0,
+    ),
+]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1)]
+
+
+def parse_choices(
+    policy: str | None,
+    redundant: str | None,
+    interval: str | None,
+    window: str | None,
+    start: str | None,
+    ep_size: str | None = None,
+) -> Choices:
+    """Lists of values, separated by commas; None where an option was not given."""
+    from eplb_analyze.policies import named
+    from eplb_analyze.settings import Choices
+
+    names = None if policy is None else [name.strip() for name in policy.split(",")]
+    for name in names or ():
+        named(name)  # before anything is read
+    return Choices(
+        policies=names,
+        redundant=_numbers(redundant, "--redundant", 0),
+        intervals=_numbers(interval, "--interval", 1),
+        windows=_numbers(window, "--window", 1),
+        ep_sizes=_numbers(ep_size, "--ep-size", 1),
+        starts=_numbers(start, "--start", 0),
+    )
+
+
+def _numbers(text: str | None, option: str, least: int) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= least for part in parts):
+        raise typer.BadParameter(
+            f"{text!r} is not whole numbers from {least} on, as 100,500", param_hint=option
+        )
+    return sorted({int(part) for part in parts})
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

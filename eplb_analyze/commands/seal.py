@@ -23,7 +23,7 @@ def seal(
 ) -> None:
     """Turn the journals of killed writers into Parquet, for other programs to read.
 
-    All runs, unless --run or --model says otherwise. The only command that writes into a dump; a
+    All runs, unless --run or --model says otherwise. The only command that changes a run; a
     journal whose writer is alive is left alone. Exit 1 if one was skipped.
     """
     from eplb_analyze.seal import seal_dump

@@ -1,0 +1,152 @@
+"""`import`: another system's recording becomes a run of a dump."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.commands.options import OutputOption
+from eplb_analyze.errors import plural
+from eplb_analyze.output import Output, OutputFormat, clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.importing import ImportReport
+
+FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array")
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="A file of another system, or the folder of its files.")],
+    into: Annotated[
+        Path,
+        typer.Option("--into", help="The dump to write a new run into.", envvar="EXPERT_LOAD_DUMP_DIR"),
+    ],
+    format: Annotated[
+        str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; default: told by the content.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model's name.")] = None,
+    ep_size: Annotated[
+        int | None, typer.Option("--ep-size", help="How many EP ranks there were.", min=1)
+    ] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            "--placement",
+            help="Who was where: an engine's placement file, linear (expert e in slot e), last (SGLang "
+            "per_pass: its last placement held all the time), or unknown.",
+        ),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option("--num-experts", help="The model's experts in a layer.", min=1)
+    ] = None,
+    token_replication: Annotated[
+        int | None,
+        typer.Option("--token-replication", help="How many times each token was counted.", min=1),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="The model's numbers of the layers: A:B, or a list with commas."),
+    ] = None,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="The source's rows are in the order of time.")
+    ] = False,
+    window: Annotated[
+        bool, typer.Option("--window", help="vLLM snapshots: the sums over a window, not single steps.")
+    ] = False,
+    renumber: Annotated[
+        bool, typer.Option("--renumber", help="vLLM: count records in their order, whatever step they name.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="Which files of a folder: a pattern, for instance '*_pid42.npz'."),
+    ] = None,
+    array: Annotated[str | None, typer.Option("--array", help="Which array of a .npz file.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="The new run's id; default: the time of import.")
+    ] = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Make a run of ours of SGLang's, TensorRT-LLM's, vLLM's, Megatron's or other load recordings.
+
+    What the source does not say is asked for, or written down as not known.
+    """
+    if format is not None and format not in FORMATS:
+        raise typer.BadParameter(
+            f"no format {format!r}; there are: {', '.join(FORMATS)}", param_hint="--format"
+        )
+    numbers = _numbers(layers)
+    from eplb_analyze.importing import Options, import_dump
+    from eplb_dump.format import MAX_EXPERTS
+
+    for name, value in (("--ep-size", ep_size), ("--num-experts", num_experts)):
+        if value is not None and value > MAX_EXPERTS:
+            raise typer.BadParameter(f"at most {MAX_EXPERTS}", param_hint=name)
+    options = Options(
+        model=model or None,
+        ep_size=ep_size,
+        placement=placement,
+        num_logical_experts=num_experts,
+        token_replication=token_replication,
+        layers=numbers,
+        ordered=ordered,
+        window=window,
+        renumber=renumber,
+        only=only,
+        array=array,
+    )
+    report = import_dump(source, into, format, options, run_id)
+    Output(output).emit(report.to_json(), lambda console: render(console, report))
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    """``3:61`` or ``3,5,7`` as ascending layer numbers."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    if match:
+        numbers = list(range(int(match[1]), int(match[2])))
+    elif re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
+        numbers = [int(n) for n in text.split(",")]
+    else:
+        numbers = []
+    if not numbers or numbers != sorted(set(numbers)):
+        raise typer.BadParameter(f"{text!r} is neither A:B nor an ascending list", param_hint="--layers")
+    return tuple(numbers)
+
+
+def render(console: Console, report: ImportReport) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    def section(title: str, texts: list[str]) -> None:
+        if texts:
+            console.print(Text(title, style="bold"))
+        for text in texts:
+            console.print(Padding(Text(clean(text)), (0, 0, 0, 2)))
+
+    what = f"{report.system} {report.kind}"
+    console.print(Text.assemble(("imported ", "bold"), clean(what), f" from {plural(report.files, 'file')}"))
+    console.print(
+        Text(f"into {clean(report.into)} as run {clean(report.run_id)}, model {clean(report.model)}")
+    )
+    named = report.layer_numbers
+    layers = plural(report.num_layers, "MoE layer")
+    if named:
+        layers += f" ({named[0]} to {named[-1]})" if len(named) > 1 else f" ({named[0]})"
+    slots = f"{report.num_physical_experts} slots on {plural(report.ep_size, 'EP rank')}"
+    console.print(f"{layers} × {report.num_logical_experts} experts in {slots}, scope {report.scope}")
+    steps = plural(report.steps, "step")
+    if report.complete < report.steps:
+        steps += f", of which {report.complete:,} are of all ranks"
+    console.print(
+        steps + (f", {report.not_sampled:,} between them not sampled" if report.not_sampled else "")
+    )
+    console.print()
+    section("not known", list(report.unknown.values()))
+    section("taken for granted", list(report.assumed.values()))
+    section("also", report.notes)

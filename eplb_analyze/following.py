@@ -1,0 +1,334 @@
+"""One session followed while it is written: every look reads only what was appended since the last.
+
+What was read of a journal is not read again when it is sealed. What the ranks' parts add up to is for
+:mod:`eplb_analyze.window`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.growing import GrowingFile
+from eplb_analyze.segments import ParquetSegment, SegmentFault
+from eplb_dump.format import (
+    EMPTY_SLOT,
+    JOURNAL_PATTERN,
+    MANIFEST_FILE,
+    MAX_LAYERS,
+    FormatError,
+    SessionInfo,
+    Status,
+    journal_name,
+)
+from eplb_dump.frames import Frame
+from eplb_dump.journal import Int64, PlacementRows, Shape, StepRows, load_entry, placement_rows, step_rows
+from eplb_dump.sealing import SealedSegment
+
+#: Where more than this is new (nobody looked for long), only its end is read.
+SKIM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a writer appended at once, or had sealed: the part of one rank.
+
+    Attributes:
+        rows: the steps it saw.
+        placements: those that it stated; layers are indices.
+        shape: of the loads; None where there are none.
+        step: int64 [n], the recorded steps whose loads are here.
+        rank_load: int64 ``[n, num_moe_layers, ep_size]``, this writer's tokens for each EP rank.
+    """
+
+    rows: StepRows
+    placements: list[PlacementRows]
+    shape: Shape | None
+    step: Int64
+    rank_load: Int64
+
+
+class FollowedSession:
+    """A session's files, and how far each was read.
+
+    Attributes:
+        closed: whether the writer ended in order.
+        fault: what could not be read at the last look, naming the file; None: nothing.
+    """
+
+    def __init__(self, folder: Path, info: SessionInfo, want: int) -> None:
+        """``want``: no more recorded steps than these last ones are ever needed at once."""
+        self.folder = folder
+        self.info = info
+        self.closed = False
+        self._want = want
+        self.fault: str | None = None
+        self._manifest = GrowingFile(folder / MANIFEST_FILE)
+        self._journals: dict[int, _Journal] = {}
+        #: Listed in the manifest and not read; of some the first so many recorded steps are left out.
+        self._sealed: dict[int, SealedSegment] = {}
+        self._skip: dict[int, int] = {}
+        #: Segments before this one are older than what was asked for.
+        self._first = 0
+        #: Where entries of older segments that state placements begin in the manifest.
+        self._earlier: list[int] = []
+
+    def begin(self, want: int, *, placements: bool = False) -> int:
+        """Leave out what is older than the last ``want`` recorded steps; little but headers is read.
+
+        Args:
+            placements: have the first look also state the placements in force there.
+
+        Returns:
+            About how many steps the first look will find. What cannot be read is for it to tell.
+        """
+        found = 0
+        with suppress(OSError, FormatError, KeyError, TypeError):
+            self._take_up_journals()
+            listed = self._skim_manifest()
+            for seq in sorted({*self._journals, *listed}, reverse=True):
+                if found >= want:
+                    break
+                self._first = seq
+                if seq in self._journals:
+                    found += self._journals[seq].leave_out(want - found)
+                    continue
+                entry = SealedSegment.from_frame(self._manifest.frame(listed[seq][0]))
+                self._sealed[seq] = entry
+                self._skip[seq] = max(0, _recorded(entry) - (want - found))
+                # A rank that idles records nothing, and its steps count as well.
+                found += max(_recorded(entry), entry.files["steps"].rows // self.info.interval)
+            self._journals = {seq: j for seq, j in self._journals.items() if seq >= self._first}
+            if placements:
+                older = sorted(seq for seq in listed if seq < self._first)
+                self._earlier = [listed[s][0] for s in older if "placements" in listed[s][1]["files"]]
+        return found
+
+    def look(self) -> Iterator[Batch]:
+        """What was appended since the last look, in order. What cannot be read goes to ``fault``."""
+        self.fault = None
+        try:
+            self._take_up_journals()
+            yield from self._placements_before()
+            self._read_manifest()
+        except (OSError, FormatError, SegmentFault) as error:
+            self.fault = _reason(self.folder, error)
+        for seq in sorted({*self._journals, *self._sealed}):
+            if seq in self._journals:
+                yield from self._read_journal(seq)
+            if seq in self._sealed and seq not in self._journals:
+                yield from self._read_sealed(self._sealed.pop(seq))
+
+    def _take_up_journals(self) -> None:
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                match = JOURNAL_PATTERN.fullmatch(entry.name)
+                seq = int(match[1]) if match else -1
+                if seq >= self._first and seq not in self._journals and entry.is_file(follow_symlinks=False):
+                    self._journals[seq] = _Journal(self.folder, self.info, seq, self._want)
+
+    def _skim_manifest(self) -> dict[int, tuple[int, dict[str, Any]]]:
+        """Where each sealed segment's entry begins, and its header; its sums stay where they are."""
+        listed: dict[int, tuple[int, dict[str, Any]]] = {}
+        with suppress(FileNotFoundError):
+            for start, end, header in self._manifest.skim():
+                if header["kind"] == "sealed":
+                    listed[int(header["seq"])] = start, header
+                elif header["kind"] != "session":
+                    break  # the final accounting is for the first look
+                self._manifest.at = end
+        return listed
+
+    def _read_manifest(self) -> None:
+        with suppress(FileNotFoundError):
+            start = self._manifest.at
+            for frame in self._manifest.new():
+                if frame.kind == "sealed":
+                    entry = SealedSegment.from_frame(frame)
+                    self._sealed[entry.seq] = entry
+                self.closed = self.closed or frame.kind == "closed"
+                self._manifest.at = start + frame.end
+
+    def _read_journal(self, seq: int) -> Iterator[Batch]:
+        journal = self._journals[seq]
+        try:
+            yield from journal.batches()
+        except FileNotFoundError:  # sealed before it was opened
+            del self._journals[seq]
+            return
+        except (OSError, FormatError, KeyError, TypeError, IndexError) as error:
+            self.fault = _reason(journal.path, error)
+        if journal.removed:
+            del self._journals[seq]
+            entry = self._sealed.get(seq)
+            if entry is not None and journal.rows >= entry.files["steps"].rows:
+                del self._sealed[seq]
+            elif entry is not None:  # another machine removed it before its end was read
+                self._skip[seq] = journal.recorded
+                self.fault = None
+
+    def _read_sealed(self, entry: SealedSegment) -> Iterator[Batch]:
+        """A sealed segment whose journal was not read, or not to its end."""
+        segment = ParquetSegment(self.folder, self.info, entry)
+        skip = self._skip.pop(entry.seq, 0)
+        try:
+            recorded = segment.load_steps()
+            rows, placements = segment.steps(), [segment.placements()]
+            if skip:
+                rows = rows.select(rows.step > recorded[min(skip, len(recorded)) - 1])
+            if entry.shape is None or skip >= len(recorded):
+                yield _without_loads(rows, placements)
+                return
+            parts = [load[:, skip:] for _, load in segment.rank_loads(0, entry.shape.num_moe_layers)]
+            load = np.concatenate(parts).transpose(1, 0, 2)
+            yield Batch(rows, placements, entry.shape, recorded[skip:], load)
+        except SegmentFault as fault:
+            self.fault = str(fault)
+
+    def _placements_before(self) -> Iterator[Batch]:
+        """Of each layer the newest statement in the segments older than what was asked for."""
+        newer: list[PlacementRows] = []
+        known: set[int] = set()
+        while self._earlier:
+            entry = SealedSegment.from_frame(self._manifest.frame(self._earlier.pop()))
+            rows = ParquetSegment(self.folder, self.info, entry).placements()
+            newer.append(rows)
+            known.update(rows.layer.tolist())
+            if entry.shape is not None and len(known) >= entry.shape.num_moe_layers:
+                break
+        self._earlier = []
+        if newer:
+            yield _without_loads(StepRows.concat([]), newer[::-1])
+
+
+class _Journal(GrowingFile):
+    """A journal as batches.
+
+    Attributes:
+        rows, recorded: how many steps, and recorded ones, are before ``at``.
+    """
+
+    def __init__(self, folder: Path, info: SessionInfo, seq: int, want: int) -> None:
+        super().__init__(folder / journal_name(seq))
+        self.rows = self.recorded = 0
+        self._info = info
+        self._seq = seq
+        self._want = want
+        #: Where what was left out states placements.
+        self._left_out: list[int] = []
+
+    def leave_out(self, want: int) -> int:
+        """Move on to the last ``want`` recorded steps; about how many steps are left to read."""
+        found = [*self.skim()]
+        left, cut = 0, self.at
+        for start, _, header in reversed(found):
+            if left >= want:
+                break
+            if header["kind"] == "loads":
+                left += _steps_in(header)
+                cut = start
+        before = [item for item in found if item[0] < cut]
+        if left < want or not before:
+            return max(left, sum(_steps_in(h) for _, _, h in found if h["kind"] == "steps"))
+        for start, _, header in before:
+            self.rows += _steps_in(header) if header["kind"] == "steps" else 0
+            self.recorded += _steps_in(header) if header["kind"] == "loads" else 0
+            if header["kind"] in ("session", "placements"):
+                self._left_out.append(start)
+        self.at = cut
+        return left
+
+    def batches(self) -> Iterator[Batch]:
+        """What was appended. Raises OSError, FormatError, KeyError, TypeError, IndexError."""
+        _, size = self.open()
+        if size - self.at > SKIM_BYTES:
+            self.leave_out(self._want)
+        left_out, self._left_out = [self.frame(start) for start in self._left_out], []
+        for frame in left_out:
+            if frame.kind == "session":
+                self._check_owner(frame)
+        before = [self._placements(frame) for frame in left_out if frame.kind == "placements"]
+        if before:
+            yield _without_loads(StepRows.concat([]), before)
+        start = self.at
+        placements: list[PlacementRows] = []
+        loads: list[tuple[Int64, Shape, Int64]] = []
+        for frame in self.new():
+            if frame.kind == "session":
+                self._check_owner(frame)
+                self.at = start + frame.end
+            elif frame.kind == "placements":
+                placements.append(self._placements(frame))
+            elif frame.kind == "loads":
+                loads.append(self._loads(frame))
+            elif frame.kind == "steps":  # it commits what came before it
+                batch = _batch(step_rows(frame), placements, loads)
+                self.at = start + frame.end
+                self.rows += len(batch.rows.step)
+                self.recorded += len(batch.step)
+                placements, loads = [], []
+                yield batch
+            # Other kinds come from a newer minor version, which only adds.
+
+    def _check_owner(self, frame: Frame) -> None:
+        info = SessionInfo.from_dict(frame.header["session"])
+        if (info.session_id, frame.header["seq"]) != (self._info.session_id, self._seq):
+            raise FormatError("its first frame does not introduce this journal")
+
+    def _placements(self, frame: Frame) -> PlacementRows:
+        rows = placement_rows(frame)
+        layers = MAX_LAYERS if self._info.moe_layers is None else len(self._info.moe_layers)
+        inside = 0 <= rows.layer.min(initial=0) and rows.layer.max(initial=0) < layers
+        for slots in rows.physical_to_logical:
+            inside &= EMPTY_SLOT <= slots.min() and slots.max() < self._info.num_logical_experts
+        if not inside:
+            raise FormatError("it holds a placement that is out of range")
+        return rows
+
+    def _loads(self, frame: Frame) -> tuple[Int64, Shape, Int64]:
+        step, _, _, sizes = load_entry(frame)
+        shape = Shape(*sizes)
+        if shape.impossible or len(self._info.moe_layers or range(sizes[1])) != sizes[1]:
+            raise FormatError(f"it holds loads of an impossible shape ({sizes[1]} × {sizes[2]})")
+        slots = frame.arrays["load"].reshape(sizes[1], len(step), shape.ep_size, -1)
+        return step, shape, np.einsum("lnrs->nlr", slots, dtype=np.int64)
+
+
+def _batch(rows: StepRows, placements: list[PlacementRows], loads: list[tuple[Int64, Shape, Int64]]) -> Batch:
+    if not loads:
+        batch = _without_loads(rows, placements)
+    else:
+        steps, shapes, sums = zip(*loads, strict=True)
+        if len(set(shapes)) > 1:
+            raise FormatError("it holds loads of two shapes")
+        batch = Batch(rows, placements, shapes[0], np.concatenate(steps), np.concatenate(sums))
+    if not np.array_equal(batch.step, rows.step[rows.status == Status.RECORDED]):
+        raise FormatError("its steps and its loads do not agree")
+    return batch
+
+
+def _without_loads(rows: StepRows, placements: list[PlacementRows]) -> Batch:
+    return Batch(rows, placements, None, np.empty(0, np.int64), np.empty((0, 0, 0), np.int64))
+
+
+def _steps_in(header: dict[str, Any]) -> int:
+    """How many steps a frame holds, by its header."""
+    return int(header["arrays"]["step"][1][0])
+
+
+def _recorded(entry: SealedSegment) -> int:
+    loads = entry.files.get("loads")
+    return 0 if loads is None or entry.shape is None else loads.rows // entry.shape.num_moe_layers
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, SegmentFault):
+        return str(error)
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return f"{path}: {reason}"

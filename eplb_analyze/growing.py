@@ -1,0 +1,112 @@
+"""Files of frames that another process appends to, read from where the reading stopped before.
+
+Journals and manifests are such files. What their frames mean is for :mod:`eplb_analyze.following`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from eplb_dump import frames
+from eplb_dump.format import FormatError
+
+#: No frame of ours has a longer header.
+_MAX_HEADER = 1 << 20
+
+
+class GrowingFile:
+    """A file of frames and how far it was read.
+
+    Attributes:
+        at: what is before this byte was read, or left out.
+        removed: whether the file is gone; what was opened before can still be read to its end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.at = 0
+        self.removed = False
+        self._file: BinaryIO | None = None
+        #: Its size when nothing more could be read of it, and where it was found damaged.
+        self._size = self._damaged_at = -1
+
+    def open(self) -> tuple[BinaryIO, int]:
+        """The file and its size now. Raises OSError.
+
+        It is opened anew, since a network file system asks for a file's size when it is opened.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            if self._file is None:
+                raise
+            self.removed = True
+        else:
+            self.close()
+            self._file = file
+        assert self._file is not None
+        return self._file, os.fstat(self._file.fileno()).st_size
+
+    def new(self) -> Iterator[frames.Frame]:
+        """The frames that were appended. The reader moves ``at`` on when it has what belongs together.
+
+        A frame's offsets count from ``at`` as it was. Raises OSError, and FormatError where the file is
+        damaged.
+        """
+        file, size = self.open()
+        if size == self._size:  # a killed writer's half frame is not read again and again
+            return
+        start = self.at
+        file.seek(start)
+        for item in frames.scan(file, size - start):
+            if isinstance(item, frames.Frame):
+                yield item
+                continue
+            self._size = size
+            if item.fault == "damaged":
+                damaged_at, start = self._damaged_at, start + item.end
+                # On a network file system it can be a write that is under way: look once more.
+                self._damaged_at, self._size = start, size if damaged_at == start else -1
+                raise FormatError(f"damaged from byte {start} on")
+
+    def frame(self, start: int) -> frames.Frame:
+        """The frame that begins at a byte. Raises OSError, FormatError."""
+        file, size = self.open()
+        file.seek(start)
+        item = next(frames.scan(file, size - start))
+        if isinstance(item, frames.Tail):
+            raise FormatError(f"damaged from byte {start} on")
+        return item
+
+    def skim(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Where each frame from ``at`` on begins and ends, and its header: its arrays are not read.
+
+        Nothing is verified, so this is for finding one's way only. It ends where no frame follows.
+        """
+        file, size = self.open()
+        start = self.at
+        while start + frames.HEAD.size + 4 <= size:
+            file.seek(start)
+            magic, length, _, _ = frames.HEAD.unpack(file.read(frames.HEAD.size))
+            end = start + frames.HEAD.size + length
+            header_length = int.from_bytes(file.read(4), "little")
+            if magic != frames.MAGIC or end > size or header_length > min(length, _MAX_HEADER):
+                return
+            try:
+                header = json.loads(file.read(header_length))
+                header["kind"], header["arrays"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return
+            yield start, end, header
+            start = end
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    __del__ = close

@@ -1,0 +1,179 @@
+"""The figures of a report as one JSON document: those of the other commands, as they give them, and loads.
+
+The page shows these and computes nothing but sums of loads over the steps that its reader chooses, so it
+cannot disagree with a terminal.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.check import summary_findings
+from eplb_analyze.completeness import Completeness
+from eplb_analyze.configuration import last_configuration
+from eplb_analyze.errors import DumpError
+from eplb_analyze.experts import ExpertReport, expert_report
+from eplb_analyze.output import clean
+from eplb_analyze.ranks import rank_report
+from eplb_analyze.rearrangements import rearrangement_report
+from eplb_analyze.report import words
+from eplb_analyze.report.loads import LoadBins, bins_that_fit
+from eplb_analyze.run import Run, Steps, imported
+from eplb_analyze.summary import summarize
+from eplb_analyze.timeline import timeline
+from eplb_dump.format import model_slug
+
+HIDDEN = "(hidden)"
+#: Bits of an expert's flags, beside its verdict (0 never hot, 1 in bursts, 2 always).
+FLAGS = ("under_replicated", "over_replicated", "replicas_on_one_rank", "cold", "dead")
+VERDICTS = ("never", "bursts", "always")
+
+
+@dataclass(frozen=True)
+class ReportDocument:
+    """The document, of which steps it is, and in how many bins of time."""
+
+    document: dict[str, Any]
+    steps: Completeness
+    bins: int
+
+
+def report_document(
+    run: Run, steps: Steps | None = None, *, top: int = 10, redact: bool = False
+) -> ReportDocument:
+    """All figures of a run, or of a half-open range of its steps.
+
+    Args:
+        top: how many rows of a ranking are shown at first.
+        redact: leave out names of models, runs, hosts and files.
+
+    Raises:
+        NotInDumpError: no step of the run is in the range.
+    """
+    summary = summarize(run, steps)
+    acted = bool(run.history.rearrangements()) if run.placements_recorded else None
+    changes = rearrangement_report(run, steps)
+    notes = list(changes.notes)
+    figures: dict[str, Any] = {}
+    packed: dict[str, Any] | None = None
+    experts = None
+    if summary.spreads["balancedness"].mean is not None:
+        over_time = timeline(run, bins=bins_that_fit(run), steps=steps)
+        edges = np.array([*(b.first_step for b in over_time.bins), over_time.bins[-1].last_step + 1])
+        loads, _, left_out = run.reading(
+            lambda: last_configuration(run, steps, lambda shape: LoadBins(run, shape, edges))
+        )
+        experts = _experts(run, steps)
+        ranks = rank_report(run, steps)
+        notes += [*over_time.notes, *ranks.notes, *left_out, *(experts.notes if experts else ())]
+        figures = {
+            "timeline": _figures(over_time.to_json()),
+            "ranks": _figures(ranks.to_json()),
+            "experts": None if experts is None else _expert_figures(run, experts),
+        }
+        packed = loads.packed(run)
+    notes = list(dict.fromkeys(notes))
+    findings = [f for f in summary_findings(run, summary.steps) if f.severity != "info"]
+    said = {
+        "title": run.info.model,
+        "began": words.began(run.info),
+        "shape": words.shape(run.info) if run.info.num_layers else None,
+        "imported": imported(run.info.origin) if run.info.origin is not None else None,
+        "banners": words.banners(summary, acted),
+        "words": words.sentences(summary, experts, changes, acted),
+        "summary": summary.to_json(),
+        "incomplete": words.incomplete(summary) if summary.steps.incomplete_share else None,
+        "gaps": summary.steps.gaps[:10],
+        "rearrangements": _figures(changes.to_json()),
+        "timeline": None,
+        "ranks": None,
+        "experts": None,
+        **figures,
+        "findings": [vars(finding) for finding in findings],
+        "notes": notes,
+    }
+    if redact:
+        said |= {"title": "a model", "findings": [{**vars(f), "text": ""} for f in findings]}
+        said["summary"]["run"] |= {"model": HIDDEN, "run_id": HIDDEN, "origin": None}
+    document = {
+        **_each_text(said, _hider(run) if redact else clean),
+        "program": f"eplb-analyze {version('eplb-dump')}",
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "redacted": redact,
+        "top": top,
+        "tokens": words.TOKENS,
+        "meanings": words.meanings(),
+        "loads": packed,
+    }
+    return ReportDocument(document, summary.steps, len(packed["steps"]) if packed else 0)
+
+
+def _figures(document: dict[str, Any]) -> dict[str, Any]:
+    """A command's document without what the report says once for all."""
+    return {key: value for key, value in document.items() if key not in ("run", "steps", "notes")}
+
+
+def _experts(run: Run, steps: Steps | None) -> ExpertReport | None:
+    """None where no load has an expert's name, because no placement is known."""
+    try:
+        return expert_report(run, steps=steps)
+    except DumpError:
+        return None
+
+
+def _expert_figures(run: Run, report: ExpertReport) -> dict[str, Any]:
+    """Counts, drift, and of every layer and expert its verdict and flags; the page has the loads."""
+    document = report.to_json()
+    frame = report.experts
+    code = np.array([VERDICTS.index(verdict) for verdict in frame["verdict"]])
+    for bit, flag in enumerate(FLAGS, start=2):
+        code += frame[flag].to_numpy().astype(np.int64) << bit
+    codes = np.zeros((run.info.num_layers, run.info.num_logical_experts), np.int64)
+    codes[[run.info.layers.index(layer) for layer in frame["layer"]], frame["logical"].to_numpy()] = code
+    kept = (
+        "window",
+        "windows",
+        "hot_factor",
+        "counts",
+        "drift",
+        "unknown_tokens",
+        "layers_without_placement",
+    )
+    return {**{name: document[name] for name in kept}, "flags": codes.tolist(), "flag_names": FLAGS}
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A document with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(item, change) for item in value]
+    return value
+
+
+# ---- what a redacted report leaves out
+
+
+def _hider(run: Run) -> Callable[[str], str]:
+    """A function that takes names out of a text: of the model, the run, hosts, the dump and its files."""
+    infos = [session.info for session in run.sessions]
+    model = run.info.model
+    names = {model, model_slug(model), run.info.run_id, str(run.path), str(run.path.resolve())}
+    names |= {part for part in (*model.split("/"), run.path.resolve().name) if part}
+    names |= {info.host for info in infos} | {info.session_id for info in infos}
+    if run.info.origin is not None:
+        names |= {part for file in run.info.origin.files for part in (file.name, Path(file.name).name)}
+    # The longest first, and as words only: a run may be called "1".
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=lambda n: (-len(n), n)) if len(name) > 2)
+    word = re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
+    return lambda text: word.sub(HIDDEN, clean(text)) if pattern else clean(text)

@@ -1,0 +1,232 @@
+"""What a report says in words: what to know before any figure, the run in sentences, what figures mean."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from eplb_analyze.blocks import StepState
+from eplb_analyze.check import TOLERATED_INCOMPLETE
+from eplb_analyze.errors import plural
+from eplb_analyze.experts import ExpertReport
+from eplb_analyze.metrics import FORMULAS
+from eplb_analyze.output import figure, percent, signed
+from eplb_analyze.rearrangements import RearrangementReport
+from eplb_analyze.run import RunInfo
+from eplb_analyze.summary import Summary
+
+TOKENS = (
+    "All figures count tokens, not milliseconds: what they say of time is true as far as a rank's time is "
+    "proportional to its tokens."
+)
+SHOWN_RANKS = 8
+
+
+def banners(summary: Summary, acted: bool | None) -> list[str]:
+    """What a reader must know before any figure, as `summary` says it.
+
+    ``acted``: whether a placement changed in the whole run; None: not known.
+    """
+    lines = []
+    missing = summary.missing_ranks
+    if missing:
+        more = f" and {len(missing) - SHOWN_RANKS} more" if len(missing) > SHOWN_RANKS else ""
+        names = ", ".join(map(str, missing[:SHOWN_RANKS]))
+        ranks = plural(len(summary.expected_ranks), "rank")
+        lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {names}{more}")
+    elif summary.steps.incomplete_share > TOLERATED_INCOMPLETE:
+        lines.append(f"INCOMPLETE: {incomplete(summary)}")
+    if acted is False:
+        redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
+        also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""
+        lines.append(f"EPLB NEVER ACTED: the placement{also} never changed")
+    return lines
+
+
+def incomplete(summary: Summary) -> str:
+    """How many steps lack a rank, and which rank."""
+    steps = summary.steps
+    count = plural(steps.count(StepState.INCOMPLETE), "step")
+    return f"{count} ({percent(steps.incomplete_share)}) in no figure: {steps.why_incomplete()}"
+
+
+def shape(info: RunInfo) -> str:
+    """``58 MoE layers × 256 experts in 288 slots on 32 EP ranks``."""
+    layers, experts = plural(info.num_layers, "MoE layer"), f"{info.num_logical_experts} experts"
+    return f"{layers} × {experts} in {info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}"
+
+
+def began(info: RunInfo) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
+
+
+def sentences(
+    summary: Summary, experts: ExpertReport | None, changes: RearrangementReport, acted: bool | None
+) -> list[str]:
+    """The run in a few sentences; without a complete step it is one."""
+    if summary.spreads["balancedness"].mean is None:
+        return ["No step is complete, so there are no figures."]
+    parts = [_balancedness(summary), _idle(summary), _costliest(summary), _hottest(summary)]
+    if experts is not None:
+        parts.append(_replication(experts))
+    parts.append(_changes(changes, acted))
+    return [part for part in parts if part]
+
+
+def _balancedness(summary: Summary) -> str:
+    s, steps = summary.spreads["balancedness"], summary.steps
+    return (
+        f"Balancedness was {figure(s.mean)} on average over {plural(steps.count(StepState.RECORDED), 'step')}"
+        f" (1 is perfect); one step in twenty was below {figure(s.p5)}, the worst {figure(s.min)} "
+        f"at step {s.min_step}."
+    )
+
+
+def _idle(summary: Summary) -> str:
+    text = f"{percent(summary.idle_fraction)} of rank time went to waiting for the slowest rank"
+    loss = summary.loss
+    if loss is None or not loss.tokens or loss.persistent_share is None:
+        return f"{text}."
+    return (
+        f"{text}. A better placement could remove at most {percent(loss.persistent_share, 0)} of that: what "
+        f"lasts in loads summed over {loss.window_steps} steps. The rest is chance within a step."
+    )
+
+
+def _costliest(summary: Summary) -> str:
+    loss = summary.loss
+    if loss is None or not loss.tokens or not loss.stretches:
+        return ""
+    rank, worst = loss.ranks[0], loss.stretches[0]
+    return (
+        f"Rank {rank.rank} cost most: {percent(rank.share, 0)} of all loss was laid at its door. The "
+        f"costliest stretch is layer {worst.layer} on rank {worst.rank}, steps {worst.first_step} to "
+        f"{worst.last_step}, with {percent(worst.share)} of it."
+    )
+
+
+def _hottest(summary: Summary) -> str:
+    if not summary.hot_experts:
+        return ""
+    hot = summary.hot_experts[0]
+    return (
+        f"The hottest expert is number {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of the "
+        f"layer's tokens, {hot.times_mean:.2f} × the mean, in {plural(hot.replicas, 'slot')} at the end."
+    )
+
+
+def _replication(report: ExpertReport) -> str:
+    counts = report.counts
+    hot = (
+        f"Of {plural(counts['experts'], 'expert')}, all layers together, always hot: {counts['always']:,}, "
+        f"hot in bursts: {counts['bursts']:,} ({report.hot_factor:g} × the layer's mean or more in a window "
+        f"of {report.window:,} steps)"
+    )
+    named = (("under_replicated", "too few"), ("over_replicated", "too many"))
+    wrong = [f"with {name}: {counts[key]:,}" for key, name in named if counts[key]]
+    if not wrong:
+        return f"{hot}. None has too few or too many replicas in the last placement."
+    return f"{hot}. By their replicas in the last placement, {', '.join(wrong)}."
+
+
+#: What a verdict of `rearrangements` says in a sentence.
+_VERDICTS = {
+    "helped": "helped",
+    "hurt": "hurt",
+    "no measurable gain": "without a measurable gain",
+    "no-op": "moved nothing to another rank",
+    "elastic": "changed the EP size or the number of slots",
+    "not measured": "could not be measured",
+}
+
+
+def _changes(report: RearrangementReport, acted: bool | None) -> str:
+    rows = report.rearrangements
+    if not rows:
+        if acted is None:
+            return "When placements changed is not known, so no rearrangement is."
+        return "" if acted is False else "There is no rearrangement in these steps."
+    verdicts = Counter(row.verdict for row in rows).most_common()
+    told = ", ".join(f"{count:,} {_VERDICTS[verdict]}" for verdict, count in verdicts)
+    text = f"{plural(len(rows), 'rearrangement')}: {told}."
+    gains = [row for row in rows if row.gain is not None and row.verdict in ("helped", "hurt")]
+    if gains:
+        most = max(gains, key=lambda row: abs(row.gain or 0.0))
+        text += f" The largest effect, {signed(most.gain)} balancedness, had that at step {most.first_step}."
+    return text
+
+
+#: Name, formula, meaning: in the words of docs/metrics.md, where the sources are.
+_MEANINGS = (
+    (
+        "balancedness",
+        FORMULAS["balancedness"].text,
+        "The tokens of the mean rank over those of the fullest, of each layer that has tokens in the step, "
+        "and the mean over these; in (0, 1], 1 is perfect. T is tokens of a step and layer on an EP rank.",
+    ),
+    (
+        "imbalance",
+        FORMULAS["imbalance"].text,
+        "The other way round: how many times the mean the fullest rank has; at least 1.",
+    ),
+    (
+        "idle fraction",
+        "1 − Σ mean_r T / Σ max_r T over steps and layers",
+        "The share of rank time lost to waiting for the slowest rank, if time is proportional to tokens. "
+        "It is not measured time.",
+    ),
+    (
+        "loss, excess tokens",
+        "max_r T − mean_r T",
+        "In a step and layer all ranks wait for the slowest, and so many tokens are lost; they are laid at "
+        "that rank's door (of several the first). What remains where loads are summed over 128 steps is "
+        "persistent, and a better placement could remove at most that; the rest is chance within a step.",
+    ),
+    (
+        "× mean",
+        "a rank's, slot's or expert's tokens / the layer's mean of these",
+        "Colours of the heat maps: blue below the mean, red from twice the mean on. Loads of the chosen "
+        "steps are added up first, so chance within a step is gone.",
+    ),
+    (
+        "share",
+        "an expert's tokens / all of its layer",
+        "Loads are counted by slot and given to logical experts by the placement in force at each step.",
+    ),
+    (
+        "due replicas",
+        "share × number of slots",
+        "So many slots would carry the expert at the mean. One or more above the replicas it has is "
+        "under-replicated, one or more below (with several replicas) over-replicated.",
+    ),
+    (
+        "always hot, in bursts",
+        "share of windows with 2 × the layer's mean or more",
+        "Always: in nine of ten windows, where another replica helps for good. In bursts: in fewer, and gone "
+        "before the next rearrangement, maybe.",
+    ),
+    (
+        "rearrangement",
+        "balancedness before, predicted, after",
+        "A change of placement after the first; layers that change within 64 steps of each other are one. "
+        "Before and after are means over up to 1,000 complete steps on either side. Predicted: the loads "
+        "before, split evenly over the replicas of the new placement. The interval of the gain (95 %) is a "
+        "block bootstrap's; a verdict of helped or hurt means that it does not contain 0.",
+    ),
+    (
+        "complete steps",
+        "recorded by all expected ranks, or idle there",
+        "Every figure is made of these only. A step that lacks a rank is counted as incomplete, and is in "
+        "no figure.",
+    ),
+    (
+        "other formulas",
+        "; ".join(f"{name}: {FORMULAS[name].text}" for name in ("vllm", "vllm-legacy", "sglang", "trtllm")),
+        "What engines print in their logs, to compare with; vllm-legacy is wrong and only for old logs.",
+    ),
+)
+
+
+def meanings() -> list[dict[str, str]]:
+    """What each figure means: ``name``, ``formula``, ``text``."""
+    return [{"name": name, "formula": formula, "text": text} for name, formula, text in _MEANINGS]

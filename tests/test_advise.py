@@ -1,0 +1,305 @@
+"""`advise`: the verdict on runs whose right verdict is known, and its gain against one computed anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import assert_golden, cli, one_error, write
+
+from eplb_analyze import bootstrap, open_run
+from eplb_analyze.advise import Advice, advise
+from eplb_analyze.playback import TODAY
+from eplb_analyze.settings import Choices, Recorded, Setting, engine_arguments
+from eplb_dump import ExpertLoadWriter
+
+EXPERTS, RANKS, STEPS = 16, 4, 400
+
+
+def record(
+    root: Path, kind: str, *, steps: int = STEPS, rearrange: int | None = None, seed: int = 1, **options: Any
+) -> Path:
+    """A run of two layers.
+
+    ``kind``: ``noise``: all experts alike; ``steady``: rank 0's are hot; ``moving``: another four are every
+    50 steps; ``turned``: as steady, and from 60 % on all alike. ``rearrange``: how often the engine does,
+    without any gain.
+    """
+    rng = np.random.default_rng(seed)
+    slots = np.tile(np.arange(EXPERTS), (2, 1))
+    with ExpertLoadWriter(
+        root,
+        model="org/moe",
+        num_logical_experts=EXPERTS,
+        ep_size=RANKS,
+        scope="global",
+        run_id="r",
+        **options,
+    ) as writer:
+        for step in range(steps):
+            hot = 4 * (step // 50 % 4 if kind == "moving" else 0)
+            popular = np.ones(EXPERTS)
+            if kind != "noise" and not (kind == "turned" and step >= 0.6 * steps):
+                popular[hot : hot + 4] = 5
+            if rearrange and step and step % rearrange == 0:
+                slots = slots[:, ::-1]
+            writer.record(step, rng.multinomial(2000, popular[slots[0]] / popular.sum(), size=2), slots)
+    return root
+
+
+GRID = Choices(policies=["deepseek", "static"], redundant=[0], intervals=[10, 50], windows=[10])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rearrange", [None, 40])
+def test_noise_is_left_alone(tmp_path: Path, seed: int, rearrange: int | None) -> None:
+    advice = advise(open_run(record(tmp_path, "noise", seed=seed, rearrange=rearrange)))
+    assert advice.verdict == "leave"
+    assert advice.gain is not None
+    assert abs(advice.gain.value) < 0.01
+    assert advice.to_json()["advised"] is None
+
+
+def test_what_a_static_placement_loses_is_won(tmp_path: Path) -> None:
+    advice = advise(open_run(record(tmp_path, "steady")), GRID)
+    assert advice.verdict == "enable"
+    assert advice.best is not None
+    assert advice.gain is not None
+    # Rank 0 has 20 of 32 parts; spread, each rank has 8, and a little by chance.
+    assert advice.gain.value == pytest.approx(1 - 8 / 20, abs=0.03)
+    assert advice.gain.low < advice.gain.value < advice.gain.high
+    # Both intervals find it; the longer moves less.
+    assert advice.best.setting == Setting("deepseek", 0, RANKS, 50, 10, 50)
+
+
+def test_a_longer_interval_than_the_drift_is_retuned(tmp_path: Path) -> None:
+    """The engine turns all around every 100 steps, which helps nothing; the hot experts move every 50."""
+    advice = advise(open_run(record(tmp_path, "moving", rearrange=100)), GRID)
+    assert advice.verdict == "retune"
+    assert advice.best is not None
+    assert advice.best.setting is not None
+    assert advice.best.setting.interval == 10
+    assert advice.replay is not None
+    assert advice.replay.recorded.interval == 100
+
+
+def test_a_gain_of_the_first_part_only_is_none(tmp_path: Path) -> None:
+    """What was skewed while the setting was chosen is even while it is judged."""
+    advice = advise(open_run(record(tmp_path, "turned")), GRID)
+    assert advice.verdict == "leave"
+    assert advice.training_gain is not None
+    assert advice.training_gain > 0.4
+    assert advice.gain is not None
+    assert abs(advice.gain.value) < 0.02
+
+
+def test_rearranging_that_hurts_is_to_be_switched_off(tmp_path: Path) -> None:
+    """Placed well at first, the engine then puts what is hot on one rank."""
+    good, bad = np.arange(EXPERTS).reshape(4, 4).T.ravel(), np.arange(EXPERTS)
+    popular = np.where(np.arange(EXPERTS) < 4, 5.0, 1.0) / 32
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=EXPERTS, ep_size=RANKS, scope="global", run_id="r"
+    ) as writer:
+        for step in range(STEPS):
+            slots = np.tile(good if step < 20 else bad, (2, 1))
+            load = np.random.default_rng(step).multinomial(2000, popular[slots[0]], size=2)
+            writer.record(step, load, slots)
+    advice = advise(open_run(tmp_path), Choices(policies=["static"]))
+    assert advice.verdict == "retune"
+    assert advice.best is not None
+    assert advice.best.setting == Setting("static", 0, RANKS, None, None, None)
+
+
+def test_gain_and_interval_are_of_the_judged_steps(tmp_path: Path) -> None:
+    advice = advise(open_run(record(tmp_path, "moving")), GRID)
+    played = advice.replay
+    assert played is not None
+    assert advice.best is not None
+    assert advice.gain is not None
+    assert advice.trained is not None
+    assert advice.judged is not None
+    assert (advice.trained.first_step, advice.trained.last_step, advice.trained.steps) == (0, 239, 240)
+    assert (advice.judged.first_step, advice.judged.last_step, advice.judged.steps) == (240, 399, 160)
+    index = next(i for i, o in enumerate(played.outcomes) if o.setting == advice.best.setting)
+    row = played.rows[index]
+    today, other = played.scores.maximum[TODAY], played.scores.maximum[row]
+    assert advice.gain.value == pytest.approx(1 - other[240:].sum() / today[240:].sum())
+    assert advice.training_gain == pytest.approx(1 - other[:240].sum() / today[:240].sum())
+    # Resampled in plain blocks, as one series, so that what both have in common is not in the interval.
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        start = rng.integers(160, size=8)
+        at = (240 + (start[:, None] + np.arange(20)) % 160).ravel()
+        drawn.append(1 - other[at].sum() / today[at].sum())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert advice.gain.low == pytest.approx(low, abs=0.5 * (high - low))
+    assert advice.gain.high == pytest.approx(high, abs=0.5 * (high - low))
+    moves = [move for move in played.outcomes[index].moves if move.step >= 240]
+    assert advice.best.rearrangements == len(moves)
+    assert advice.best.weights_moved == sum(move.weights for move in moves)
+
+
+def test_a_cost_makes_the_gain_net(tmp_path: Path) -> None:
+    run = open_run(record(tmp_path, "steady"))
+    one = [Setting("deepseek", 0, RANKS, 50, 10, 50)]
+    free = advise(run, one, cost_per_expert_ms=0.0)
+    assert free.gain is not None
+    assert free.break_even_ms is not None
+    assert free.replay is not None
+    assert free.replay.seconds is not None
+    half = advise(run, one, cost_per_expert_ms=free.break_even_ms / 2)
+    assert half.gain is not None
+    assert half.best == free.best
+    assert half.gain.value == pytest.approx(free.gain.value / 2)
+    assert half.gain.high - half.gain.low == pytest.approx(free.gain.high - free.gain.low)
+    dear = advise(run, one, cost_per_expert_ms=50 * free.break_even_ms)
+    assert dear.verdict == "leave"
+
+
+def test_a_small_gain_is_not_worth_a_change(tmp_path: Path) -> None:
+    run = open_run(record(tmp_path, "steady"))
+    assert advise(run, GRID, min_gain=0.5).verdict == "enable"
+    kept = advise(run, GRID, min_gain=0.7)
+    assert kept.verdict == "leave"
+    assert "less than 70.0%" in kept.reasons[0]
+
+
+def test_nothing_is_said_of_too_little(tmp_path: Path) -> None:
+    few = advise(open_run(record(tmp_path / "few", "steady", steps=40)))
+    assert (few.verdict, few.best) == ("not enough data", None)
+    assert "40 complete steps under a known placement, at least 64 are needed" in few.reasons[0]
+    seldom = advise(open_run(record(tmp_path / "seldom", "steady")), Choices(intervals=[300], redundant=[0]))
+    assert seldom.verdict == "not enough data"
+    assert "no setting tried rearranges in the first 240 steps" in seldom.reasons[0]
+    with ExpertLoadWriter(
+        tmp_path / "nowhere", model="m", num_logical_experts=2, ep_size=2, scope="global"
+    ) as writer:
+        for _ in range(100):
+            writer.record(None, np.ones((1, 2), int), None)
+    unknown = advise(open_run(tmp_path / "nowhere"))
+    assert unknown.verdict == "not enough data"
+    assert "placement of a layer is not known" in unknown.reasons[0]
+    with ExpertLoadWriter(
+        tmp_path / "idle", model="m", num_logical_experts=2, ep_size=2, scope="global"
+    ) as writer:
+        for _ in range(100):
+            writer.record(None, np.zeros((1, 2), int), np.array([[0, 1]]))
+    assert "steps with tokens" in advise(open_run(tmp_path / "idle")).reasons[0]
+
+
+def test_uneven_replicas_are_named_where_they_outweigh_the_gain(tmp_path: Path) -> None:
+    """One replica of the hot expert gets all of its tokens, which no placement would change."""
+    slots = np.array([[0, 1, 2, 3, 4, 0, 5, 6, 7, 8, 0, 9, 10, 11, 12, 0, 13, 14, 15, 15]])
+    tokens = np.array([[1600, 300, 300, 100, 100, 0, *[100] * 4, 0, *[100] * 4, 0, *[100] * 4]])
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=EXPERTS, ep_size=RANKS, scope="global", run_id="r"
+    ) as writer:
+        for step in range(STEPS):
+            writer.record(step, np.random.default_rng(step).poisson(tokens), slots)
+    advice = advise(open_run(tmp_path), Choices(redundant=[4], intervals=[50], windows=[50]))
+    assert advice.verdict == "enable"
+    assert advice.gain is not None
+    # Split evenly, rank 0 has 1200 tokens of 3600; as it was it had 2400.
+    assert advice.gain.value < 0.3
+    assert "did not share their tokens evenly" in advice.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "verdict"),
+    [
+        (Recorded(None, 0, 4, None, None, None, None), "enable"),
+        (Recorded("sglang", 0, 4, 1000, 1000, 1001, False), "enable"),
+        (Recorded("sglang", 0, 4, 1000, 1000, 1001, True), "retune"),
+        (Recorded("vllm", 0, 4, 3000, 1000, 750, None), "retune"),
+    ],
+)
+def test_an_engine_that_has_not_rearranged_yet_is_retuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Recorded, verdict: str
+) -> None:
+    monkeypatch.setattr("eplb_analyze.replay.recorded", lambda run, shape: recorded)
+    assert advise(open_run(record(tmp_path, "steady")), GRID).verdict == verdict
+
+
+def test_how_to_start_the_engine() -> None:
+    vllm = engine_arguments("vllm", Setting("vllm", 32, 32, 500, 1000, 125))
+    assert vllm is not None
+    name, config = vllm.split(" --eplb-config ")
+    assert name == "--enable-eplb"
+    assert json.loads(config.strip("'")) == {
+        "num_redundant_experts": 32, "step_interval": 500, "window_size": 1000
+    }  # fmt: skip
+    assert engine_arguments("sglang", Setting("sglang", 16, 8, 200, 100, 201)) == (
+        "--enable-eplb --ep-num-redundant-experts 16 --eplb-rebalance-num-iterations 200 "
+        "--expert-distribution-recorder-buffer-size 100"
+    )
+    assert engine_arguments("vllm", Setting("deepseek", 32, 32, 500, 1000, 125)) is None
+    assert engine_arguments(None, Setting("vllm", 32, 32, 500, 1000, 125)) is None
+
+
+@pytest.mark.parametrize(("least", "code"), [("0.3", 0), ("0.9", 1)])
+def test_fail_below(tmp_path: Path, least: str, code: int) -> None:
+    root = record(tmp_path, "steady")
+    done = cli("advise", "--interval", "50", "--fail-below", least, "-o", "json", root)
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["passed"], document["fail_below"]) == (code, not code, float(least))
+    assert 0.3 < document["measured"]["balancedness"] < 0.9
+    if code:
+        one_error(done, 1, "balancedness 0.4", "--fail-below 0.9")
+
+
+def test_what_is_not_known_fails(tmp_path: Path) -> None:
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=2, ep_size=2, scope="global") as writer:
+        writer.record(None, np.ones((1, 2), int), None)
+    one_error(cli("advise", "--fail-below", "0.1", tmp_path), 1, "the balancedness is not known")
+    assert cli("advise", tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--min-gain", "2"], ["--min-gain"]),
+        (["--fail-below", "x"], ["--fail-below"]),
+        (["--window", "0"], ["from 1 on"]),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    result = cli("advise", *arguments, tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, steps=200)
+    victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    result = cli("advise", "-o", "json", tmp_path)
+    one_error(result, 3, victim.name)
+    assert json.loads(result.stdout)["steps"]["incomplete"] == 16
+
+
+@pytest.mark.parametrize("form", ["txt", "json"])
+@pytest.mark.parametrize("kind", ["moving", "noise"])
+def test_golden(tmp_path: Path, form: str, kind: str) -> None:
+    root = record(tmp_path, kind, rearrange=100)
+    # By the clock nothing is the same twice; without any cost, it says nothing of the break-even.
+    with_json = ["-o", "json"] if form == "json" else []
+    result = cli("advise", "--redundant", "0", "--interval", "10,50", *with_json, root)
+    assert (result.returncode, result.stderr) == (0, "")
+    output = result.stdout
+    if form == "json":
+        document = json.loads(output)
+        assert (document.pop("break_even_ms") is None) == (kind == "noise")
+        output = json.dumps(document, indent=2) + "\n"
+    else:
+        output = "".join(line for line in output.splitlines(True) if not line.startswith("used up"))
+        assert (output == result.stdout) == (kind == "noise")
+    assert_golden(f"advise-{kind}.{form}", output)
+
+
+def test_confidence_is_that_of_the_bootstrap(tmp_path: Path) -> None:
+    advice: Advice = advise(open_run(record(tmp_path, "steady")), GRID)
+    assert advice.to_json()["confidence"] == bootstrap.CONFIDENCE

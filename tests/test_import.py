@@ -1,0 +1,1158 @@
+"""`import`: every format against what was really counted, every trap, and files that strangers may send."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import assert_golden, cli, one_error, start_child
+from hypothesis import given, settings
+from safetensors.numpy import save_file
+
+from eplb_analyze import open_run
+from eplb_analyze.check import check_run
+from eplb_analyze.commands.import_ import FORMATS
+from eplb_analyze.errors import DumpError, NotInDumpError
+from eplb_analyze.importers.formats import READERS
+from eplb_analyze.importers.reading import AskError, Options, whole_counts
+from eplb_analyze.importers.resolve import split
+from eplb_analyze.importers.writing import _with_between
+from eplb_analyze.importing import ImportReport, import_dump
+from eplb_analyze.rearrangements import rearrangement_report
+from eplb_analyze.run import Run
+from eplb_analyze.summary import summarize
+from eplb_analyze.timeline import timeline
+from eplb_analyze.traffic import traffic_report
+from eplb_dump.format import Origin
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT.parent / "shared/samples"
+with_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="the sample dumps are not here")
+
+EP, LAYERS, EXPERTS, SLOTS, TOP_K = 4, 3, 12, 16, 2
+RNG = np.random.default_rng(11)
+#: Every expert somewhere, four of them twice, never twice on a rank.
+MAP = np.array([[*RNG.permutation(EXPERTS), 0, 1, 2, 3] for _ in range(LAYERS)])
+MAP = MAP.reshape(LAYERS, SLOTS)
+
+
+def local_loads(steps: int, ranks: int = EP, layers: int = LAYERS, width: int = SLOTS) -> Any:
+    """Conserving counts ``[steps, ranks, layers, width]``: a rank's tokens × top-k in every layer."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(20, 60, (steps, ranks)) * TOP_K
+    skew = rng.dirichlet(np.full(width, 0.7), layers)
+    return np.array([[[rng.multinomial(n, p) for p in skew] for n in row] for row in tokens])
+
+
+def do(source: Path, into: Path, format: str | None = None, **options: Any) -> tuple[ImportReport, Run]:
+    report = import_dump(source, into / "dump", format, Options(**options))
+    run = open_run(into / "dump", run=report.run_id)
+    assert check_run(run).ok, check_run(run).findings
+    assert summarize(run).run.origin is not None
+    return report, run
+
+
+def loads(run: Run) -> tuple[list[int], Any]:
+    """Complete steps, and their loads ``[steps, layers, slots]``."""
+    frame = run.loads()
+    steps = frame["step"].unique().sort().to_list()
+    return steps, np.array(frame["load"].to_list()).reshape(len(steps), run.info.num_layers, -1)
+
+
+def logical(load: Any, placement: Any, experts: int) -> Any:
+    """``[steps, layers, slots]`` under one placement ``[layers, slots]`` to ``[steps, layers, experts]``."""
+    out = np.zeros((*load.shape[:2], experts), np.int64)
+    for layer, slots in enumerate(placement):
+        for slot, expert in enumerate(slots):
+            out[:, layer, expert] += load[:, layer, slot]
+    return out
+
+
+def placement_at(run: Run, step: int) -> Any:
+    return run.placement(step)["logical"].to_numpy().reshape(run.info.num_layers, -1)
+
+
+def refused(error: type[Exception], source: Path, into: Path, *words: str, **options: Any) -> None:
+    format = options.pop("format", None)
+    with pytest.raises(error) as raised:
+        import_dump(source, into / "refused", format, Options(**options))
+    for word in words:
+        assert word in str(raised.value), raised.value
+    assert "\n" not in str(raised.value)
+    assert not list((into / "refused").glob("run=*")), "a refused import leaves nothing behind"
+
+
+def unknown(run: Run) -> set[str]:
+    assert run.info.origin is not None
+    return set(run.info.origin.unknown)
+
+
+# ---- files as the systems write them
+
+
+def sglang_stat(folder: Path, rows: Any, name: str = "expert_distribution_recorder_1.5.pt") -> Path:
+    """``rows``: ``[rows, hidden layers, experts]``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = {"rank": 0, "logical_count": torch.tensor(rows, dtype=torch.int32)}
+    torch.save({**output, "average_utilization_rate_over_window": None}, folder / name)
+    return folder
+
+
+def sglang_records(load: Any, rank: int, first_id: int = 50, **more: Any) -> list[dict[str, Any]]:
+    """``load``: ``[passes, ranks, hidden layers, slots]``."""
+    return [
+        {
+            "forward_pass_id": first_id + i,
+            "rank": rank,
+            "gatherer_key": "primary",
+            "global_physical_count": torch.tensor(one[rank], dtype=torch.int32),
+            **more,
+        }
+        for i, one in enumerate(load)
+    ]
+
+
+def sglang_passes(folder: Path, records: dict[int, list[dict[str, Any]]], slots: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, of_rank in records.items():
+        output = {"records": of_rank, "last_physical_to_logical_map": torch.tensor(slots)}
+        torch.save(output, folder / f"expert_distribution_recorder_9.{rank}_{rank}.pt")
+    return folder
+
+
+def hidden(values: Any, axis: int) -> Any:
+    """With a dense layer, all zero, before the MoE layers."""
+    return np.insert(values, 0, 0, axis=axis)
+
+
+def trtllm(folder: Path, load: Any, layers: list[int], first: int = 7) -> Path:
+    """``load``: ``[iterations, ranks, layers, counts]``."""
+    folder.mkdir(parents=True)
+    meta = {"num_experts": int(load.shape[3]), "num_experts_per_token": TOP_K}
+    (folder / "meta_info.json").write_text(json.dumps(meta))
+    for rank in range(load.shape[1]):
+        tensors = {
+            f"{first + i}_{number}": load[i, rank, j].astype(np.int64)
+            for i in range(len(load))
+            for j, number in enumerate(layers)
+        }
+        save_file(tensors, folder / f"rank{rank}.safetensors")
+    return folder
+
+
+def trtllm_yaml(path: Path, slots: Any, layers: list[int], updates: int = 0) -> Path:
+    config = {
+        "num_slots": int(slots.shape[1]),
+        "initial_global_assignments": {n: row.tolist() for n, row in zip(layers, slots, strict=True)},
+        "layer_updates_per_iter": updates,
+    }
+    path.write_text(yaml.dump(config, default_flow_style=None, width=2**30))
+    return path
+
+
+def megatron(folder: Path, rank: int, load: Any, counts: list[int] | None = None, **more: Any) -> Path:
+    """``load``: ``[layers, forwards, slots]`` of one rank; its last rows can be what memory held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers, forwards, slots = load.shape
+    fields: dict[str, Any] = {
+        "dump_version": np.asarray("mcore_ep_load_dump_v1"),
+        "capture_id": np.asarray("20261124_010203_pid7"),
+        "loads": load.astype(np.int32),
+        "layer_numbers": np.arange(2, 2 + layers, dtype=np.int32),
+        "forward_counts": np.array(counts or [forwards] * layers, np.int32),
+        "ep_group_ranks": np.arange(EP, dtype=np.int32),
+        "ep_rank": np.int32(rank),
+        "ep_size": np.int32(EP),
+        "global_rank": np.int32(rank),
+        "num_global_physical_experts": np.int32(slots),
+        "num_local_physical_experts": np.int32(slots // EP),
+    }
+    name = more.pop("name", f"mcore_ep_loads_rank{rank}_20261124_010203_pid7.npz")
+    np.savez(folder / name, **{**fields, **more})
+    return folder
+
+
+def snapshot(step: int, load: Any, slots: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "model_name": "org/moe", "world_size": EP, "num_moe_layers": LAYERS, "num_physical_experts": SLOTS,
+        "num_logical_experts": EXPERTS, "num_redundant_experts": SLOTS - EXPERTS, "window_size": 5,
+        "step": step, "window_expert_load": (np.asarray(load) * 5).tolist(),
+        "latest_expert_load": np.asarray(load).tolist(),
+        "physical_to_logical_map": np.asarray(slots).tolist(), **more,
+    }  # fmt: skip
+
+
+def stats(step: int, load: Any, slots: Any, **more: Any) -> dict[str, Any]:
+    record = {"record_type": "eplb_load_stats", "version": 1, "step": step}
+    return {**record, "expert_load": load.tolist(), "p2l_map": slots.tolist(), **more}
+
+
+META = {
+    "record_type": "eplb_load_meta", "version": 1, "model": "org/moe", "num_ranks": EP, "num_groups": 1,
+    "num_nodes": 1, "num_layers": LAYERS, "num_redundant_experts": SLOTS - EXPERTS,
+}  # fmt: skip
+
+
+def lines(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# ---- the sample dumps, against their ground truth
+
+
+def truth(name: str) -> Any:
+    return np.load(SAMPLES / name / "ground_truth.npz")
+
+
+@with_samples
+def test_sample_sglang_stat(tmp_path: Path) -> None:
+    known = truth("sglang/stat_ep4_deepep_infinite")
+    per_step = known["logical_count_per_step_rank"].sum(axis=1)
+    source = SAMPLES / "sglang/stat_ep4_deepep_infinite"
+    _, run = do(source, tmp_path, ep_size=4, placement="linear", ordered=True)
+    steps, load = loads(run)
+    assert (steps, run.info.layers) == (list(range(12)), (1, 2, 3, 4, 5))
+    np.testing.assert_array_equal(load, per_step[:, 1:])
+    np.testing.assert_array_equal(placement_at(run, 3), np.tile(np.arange(16), (5, 1)))
+
+
+@with_samples
+def test_sample_sglang_wrapped_ring(tmp_path: Path) -> None:
+    known = truth("sglang/stat_ep4_deepep_buf8_wrapped")
+    per_step = known["logical_count_per_step_rank"].sum(axis=1)[:, 1:]
+    source = SAMPLES / "sglang/stat_ep4_deepep_buf8_wrapped"
+    placement = SAMPLES / "sglang/init_expert_location/physical_to_logical_map.json"
+    report, run = do(source, tmp_path, ep_size=4, placement=str(placement))
+    slots = known["physical_to_logical_map"][1:]
+    found = logical(loads(run)[1], slots, 16)
+    np.testing.assert_array_equal(found, per_step[[8, 9, 10, 11, 4, 5, 6, 7]])
+    assert "step_order" in report.unknown
+    assert "split" in report.assumed
+    assert any("order of steps" in note for note in timeline(run).notes)
+
+
+@with_samples
+@pytest.mark.parametrize("placement", [None, "last"])
+def test_sample_sglang_per_pass(tmp_path: Path, placement: str | None) -> None:
+    known = truth("sglang/per_pass_ep4_deepep")
+    _, run = do(SAMPLES / "sglang/per_pass_ep4_deepep", tmp_path, ep_size=4, placement=placement)
+    steps, load = loads(run)
+    assert steps == known["forward_pass_ids"].tolist()
+    np.testing.assert_array_equal(load, known["physical_count_per_step_rank"].sum(axis=1)[:, 1:])
+    np.testing.assert_array_equal(placement_at(run, 108), known["physical_to_logical_map"][1:])
+    assert len(run.placement(101)) == (5 * 20 if placement else 0)
+    # Whose tokens they are is kept, too.
+    own = known["physical_count_per_step_rank"][:, :, 1:].reshape(8, 4, 5, 4, 5).sum(axis=(0, 2, 4))
+    np.testing.assert_array_equal(traffic_report(run).matrix, own)
+
+
+@with_samples
+def test_sample_trtllm(tmp_path: Path) -> None:
+    known = truth("trtllm/no_eplb_attention_dp")
+    _, run = do(SAMPLES / "trtllm/no_eplb_attention_dp", tmp_path, ep_size=4, placement="linear")
+    assert (loads(run)[0], run.info.layers) == (list(range(100, 112)), (3, 4, 5, 6, 7))
+    np.testing.assert_array_equal(loads(run)[1], known["logical_count"].sum(axis=1))
+    known = truth("trtllm/with_eplb_slot_counts")
+    source, placement = SAMPLES / "trtllm/with_eplb_slot_counts", SAMPLES / "trtllm/moe_load_balancer.yaml"
+    _, run = do(source, tmp_path, ep_size=4, placement=str(placement))
+    assert (run.info.num_logical_experts, run.info.num_physical_experts) == (16, 20)
+    np.testing.assert_array_equal(loads(run)[1], known["slot_count"].sum(axis=1))
+    np.testing.assert_array_equal(placement_at(run, 100), known["slots"])
+    found = logical(loads(run)[1], known["slots"], 16)
+    np.testing.assert_array_equal(found, known["logical_count"].sum(axis=1))
+    online = str(SAMPLES / "trtllm/moe_load_balancer_online.yaml")
+    refused(DumpError, source, tmp_path, "initial_global_assignments", ep_size=4, placement=online)
+
+
+@with_samples
+def test_sample_megatron(tmp_path: Path) -> None:
+    known = truth("megatron_ultra_ep")
+    load = known["loads_rank_layer_forward_phys"]
+    source = SAMPLES / "megatron_ultra_ep"
+    refused(AskError, source, tmp_path, "several files", "--only", num_logical_experts=16)
+    _, run = do(source, tmp_path, only="*pid4242*", num_logical_experts=16)
+    assert run.info.layers == tuple(known["layer_numbers"].tolist())
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=0).transpose(1, 0, 2))
+    options = {"only": "*partial*", "num_logical_experts": 16}
+    refused(DumpError, source, tmp_path, "0, 2, 3", "no step would be complete", **options)
+    # The partial file in the place of rank 1's: its garbage must not come in, and one step is incomplete.
+    for path in source.glob("*rank[0123]_*"):
+        if ("rank1" in path.name) == ("partial" in path.name):
+            (tmp_path / path.name).symlink_to(path)
+            (tmp_path / "with_partial").mkdir(exist_ok=True)
+            (tmp_path / "with_partial" / path.name).write_bytes(path.read_bytes())
+    report = import_dump(tmp_path / "with_partial", tmp_path / "p", None, Options(num_logical_experts=16))
+    run = open_run(tmp_path / "p")
+    assert (report.steps, report.complete) == (6, 5)
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=0).transpose(1, 0, 2)[:5])
+    assert "1 forward pass left out" in report.notes[0]
+
+
+@with_samples
+def test_sample_vllm_snapshots(tmp_path: Path) -> None:
+    known = truth("vllm_expert_load_jsonl")
+    per_step = known["physical_per_step_rank"].sum(axis=1)
+    source = SAMPLES / "vllm_expert_load_jsonl/decode"
+    report, run = do(source, tmp_path)
+    steps, load = loads(run)
+    assert steps == known["snapshot_steps"].tolist()
+    np.testing.assert_array_equal(load, per_step[[step - 1 for step in steps]])
+    for step in steps:
+        np.testing.assert_array_equal(placement_at(run, step), known["p2l_per_step"][step - 1])
+    assert report.not_sampled == 27
+    assert run.info.model == "nvidia/DeepSeek-R1-0528-NVFP4-v2"
+    _, run = do(source, tmp_path, window=True)
+    sums = np.array([per_step[step - 10 : step].sum(axis=0) for step in steps])
+    np.testing.assert_array_equal(loads(run)[1], sums)
+
+
+@with_samples
+@pytest.mark.parametrize("revision", ["a", "b"])
+def test_sample_vllm_pr41141(tmp_path: Path, revision: str) -> None:
+    known = truth("vllm_pr41141")
+    _, run = do(SAMPLES / f"vllm_pr41141/stats_rev_{revision}.jsonl", tmp_path)
+    steps, load = loads(run)
+    chosen = known["recorded_steps0"]
+    assert steps == (chosen + 1).tolist()
+    np.testing.assert_array_equal(load, known["physical_per_step_rank"].sum(axis=1)[chosen])
+    for step in steps:
+        np.testing.assert_array_equal(placement_at(run, step), known["p2l_per_step"][step - 1])
+    assert run.info.num_logical_experts == 16
+
+
+@with_samples
+def test_sample_ascend(tmp_path: Path) -> None:
+    known = truth("vllm_ascend")
+    source = SAMPLES / "vllm_ascend/moe_load_0.npy"
+    refused(AskError, source, tmp_path, "--format array", "--format ascend")
+    _, run = do(source, tmp_path, "ascend", num_logical_experts=16)
+    np.testing.assert_array_equal(loads(run)[1][0], known["physical_total"])
+    assert {"passes", "placement"} <= unknown(run)
+    _, run = do(SAMPLES / "vllm_ascend/workload_logical.pt", tmp_path, ep_size=4, placement="linear")
+    np.testing.assert_array_equal(loads(run)[1][0], known["logical_total"])
+
+
+PLACEMENTS = (
+    "sglang/init_expert_location/physical_to_logical_map.json",
+    "sglang/init_expert_location/physical_to_logical_map.pt",
+    "sglang/init_expert_location/BAD_extra_key.json",
+    "sglang/init_expert_location/BAD_moe_layers_only.json",
+    "trtllm/moe_load_balancer.yaml",
+    "trtllm/moe_load_balancer_online.yaml",
+    "vllm_pr41141/mapping.jsonl",
+    "vllm_ascend/expert_map_record.json",
+    "vllm_ascend/gsm8k_temp0.0_4_4.json",
+    "hygon_vllm_offline_map/map_v1.json",
+    "hygon_vllm_offline_map/map_v2.json",
+)
+
+
+@with_samples
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_sample_placements_are_no_loads(tmp_path: Path, name: str) -> None:
+    refused(DumpError, SAMPLES / name, tmp_path, "a placement", "--placement", ep_size=4)
+
+
+@with_samples
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("vllm_pr41141/mapping.jsonl", ("vllm_pr41141", "mapping")),
+        ("hygon_vllm_offline_map/map_v1.json", ("hygon_vllm_offline_map", "mapping")),
+        ("hygon_vllm_offline_map/map_v2.json", ("hygon_vllm_offline_map", "mapping")),
+        ("vllm_ascend/expert_map_record.json", ("vllm_ascend", "placement")),
+        ("vllm_ascend/gsm8k_temp0.0_4_4.json", ("vllm_ascend", "placement")),
+    ],
+)
+def test_sample_placement_beside_loads(tmp_path: Path, name: str, keys: tuple[str, str]) -> None:
+    """Loads of the same shape, by slot and with no placement of their own."""
+    options = {"placement": str(SAMPLES / name), "model": "HYV4ForCausalLM"}
+    _, run = do(SAMPLES / "vllm_ascend/moe_load_0.npy", tmp_path, "ascend", **options)
+    np.testing.assert_array_equal(placement_at(run, 0), truth(keys[0])[keys[1]].reshape(5, 20))
+    assert run.info.num_logical_experts == 16
+
+
+@with_samples
+def test_sample_bad_placements_are_refused(tmp_path: Path) -> None:
+    folder, source = SAMPLES / "sglang/init_expert_location", SAMPLES / "sglang/stat_ep4_deepep_infinite"
+    for name, word in (("BAD_extra_key", "comment"), ("BAD_moe_layers_only", "6 hidden layers")):
+        refused(DumpError, source, tmp_path, word, ep_size=4, placement=str(folder / f"{name}.json"))
+
+
+@with_samples
+@pytest.mark.parametrize("name", ["logical_count_2d.json", "logical_count_3d.pt"])
+def test_sample_sglang_logical_count(tmp_path: Path, name: str) -> None:
+    source = SAMPLES / "sglang/init_expert_location" / name
+    _, run = do(source, tmp_path, ep_size=4, placement="linear")
+    expected = json.loads((source.parent / "logical_count_2d.json").read_text())["logical_count"]
+    np.testing.assert_array_equal(loads(run)[1][0], np.array(expected)[1:])
+    assert "passes" in unknown(run)
+
+
+# ---- the same formats, written here
+
+
+def test_sglang_stat_rows(tmp_path: Path) -> None:
+    load = hidden(local_loads(6, width=EXPERTS).sum(axis=1), 1)
+    load[4:] = 0  # a ring that is not full
+    report, run = do(sglang_stat(tmp_path / "s", load), tmp_path, ep_size=EP, placement="linear")
+    assert (loads(run)[0], run.info.layers) == ([0, 1, 2, 3], (1, 2, 3))
+    np.testing.assert_array_equal(loads(run)[1], load[:4, 1:])
+    assert any("2 rows" in note for note in report.notes)
+    assert any("1 layer" in note for note in report.notes)
+    assert {"step_order", "step_numbers", "times", "token_replication", "model"} == unknown(run)
+    # The buffer was not a ring, says the user: an empty row is an idle pass.
+    report, run = do(tmp_path / "s", tmp_path, ep_size=EP, placement="linear", ordered=True)
+    assert loads(run)[0] == [0, 1, 2, 3, 4, 5]
+    assert "step_order" not in unknown(run)
+    assert "taken for granted" in timeline(run).notes[0]
+
+
+def test_sglang_stat_needs_a_placement(tmp_path: Path) -> None:
+    source = sglang_stat(tmp_path / "s", hidden(local_loads(3, width=EXPERTS).sum(axis=1), 1))
+    refused(AskError, source, tmp_path, "--ep-size", "--placement")
+    refused(AskError, source, tmp_path, "--placement linear", ep_size=EP)
+    refused(AskError, source, tmp_path, "no rank's load is known", ep_size=EP, placement="unknown")
+    refused(AskError, source, tmp_path, "12 slots do not divide", ep_size=5, placement="linear")
+    refused(AskError, source, tmp_path, "per_pass", ep_size=EP, placement="last")
+    sglang_stat(source, np.ones((1, 4, EXPERTS)), "second.pt")
+    refused(AskError, source, tmp_path, "2 files", "--only", ep_size=EP, placement="linear")
+    do(source, tmp_path, ep_size=EP, placement="linear", only="second*")
+
+
+def test_replicas_share_what_only_their_sum_is_known_of(tmp_path: Path) -> None:
+    load = hidden(local_loads(3, width=EXPERTS).sum(axis=1), 1)
+    placement = tmp_path / "placement.json"
+    placement.write_text(json.dumps({"physical_to_logical_map": hidden(MAP, 0).tolist()}))
+    source = sglang_stat(tmp_path / "s", load)
+    report, run = do(source, tmp_path, ep_size=EP, placement=str(placement))
+    found = loads(run)[1]
+    np.testing.assert_array_equal(logical(found, MAP, EXPERTS), load[:, 1:])
+    for layer, slots in enumerate(MAP):
+        for expert in range(4):
+            shares = found[:, layer, slots == expert]
+            assert (shares.max(axis=1) - shares.min(axis=1) <= 1).all()
+    assert "split evenly" in report.assumed["split"]
+    assert any("placement.json" in note for note in rearrangement_report(run).notes)
+
+
+def test_sglang_per_pass(tmp_path: Path) -> None:
+    load = hidden(local_loads(5), 2)
+    records = {rank: sglang_records(load, rank) for rank in range(EP)}
+    source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
+    refused(AskError, source, tmp_path, "--ep-size")
+    refused(AskError, source, tmp_path, "more than 2 ranks", ep_size=2)
+    refused(DumpError, source, tmp_path, "4, 5, 6, 7", ep_size=8)
+    report, run = do(source, tmp_path, ep_size=EP)
+    assert loads(run)[0] == [50, 51, 52, 53, 54]
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1)[:, 1:])
+    assert (report.kind, run.info.scope, run.info.ep_size) == ("per_pass", "local", EP)
+    assert not len(run.placement(53))
+    np.testing.assert_array_equal(placement_at(run, 54), MAP)
+    assert "earlier_placements" in unknown(run)
+    _, run = do(source, tmp_path, ep_size=EP, placement="last")
+    np.testing.assert_array_equal(placement_at(run, 50), MAP)
+    assert "earlier_placements" not in unknown(run)
+
+
+def test_sglang_per_pass_of_two_batches_and_missing_passes(tmp_path: Path) -> None:
+    load = hidden(local_loads(5), 2)
+    records = {rank: sglang_records(load, rank) for rank in range(EP)}
+    for rank, of_rank in records.items():
+        records[rank] = of_rank + [{**record, "gatherer_key": "child_a"} for record in of_rank[:2]]
+    del records[2][4]  # rank 2 did not record the last pass
+    report = import_dump(
+        sglang_passes(tmp_path / "s", records, hidden(MAP, 0)), tmp_path / "d", None, Options(ep_size=EP)
+    )
+    assert (report.steps, report.complete) == (5, 4)
+    steps, found = loads(open_run(tmp_path / "d"))
+    assert steps == [50, 51, 52, 53]
+    np.testing.assert_array_equal(found, load.sum(axis=1)[:4, 1:] * np.array([2, 2, 1, 1])[:, None, None])
+    repeated = {rank: sglang_records(load, rank) * 2 for rank in range(EP)}
+    refused(
+        DumpError, sglang_passes(tmp_path / "t", repeated, hidden(MAP, 0)), tmp_path, "repeats", ep_size=EP
+    )
+
+
+def test_sglang_per_token(tmp_path: Path) -> None:
+    load = hidden(local_loads(2), 2)
+    records = {
+        rank: sglang_records(
+            load, rank, input_ids=[5] * 30, positions=[0] * 30, extend_seq_lens=None, forward_mode=2,
+            topk_ids_of_layer=torch.zeros((4, 30, 8), dtype=torch.int32), misc_objects=[],
+        )
+        for rank in range(EP)
+    }  # fmt: skip
+    report, run = do(sglang_passes(tmp_path / "s", records, hidden(MAP, 0)), tmp_path, ep_size=EP)
+    assert report.kind == "per_token"
+    frame = run.steps()
+    assert (frame["num_tokens"].to_list(), frame["phase"].to_list()) == ([120, 120], ["decode", "decode"])
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1)[:, 1:])
+
+
+def test_sglang_files_of_two_recordings(tmp_path: Path) -> None:
+    load = hidden(local_loads(2), 2)
+    records = {rank: sglang_records(load, rank) for rank in range(EP)}
+    source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
+    other = {"records": records[1], "last_physical_to_logical_map": torch.tensor(hidden(MAP, 0))}
+    torch.save(other, source / "later_1.pt")
+    refused(AskError, source, tmp_path, "rank 1 has several files", "--only", ep_size=EP)
+    (source / "later_1.pt").unlink()
+    other["last_physical_to_logical_map"] = torch.tensor(hidden(MAP[:, ::-1].copy(), 0))
+    torch.save(other, source / "expert_distribution_recorder_9.1_1.pt")
+    refused(DumpError, source, tmp_path, "its last placement is not that of", ep_size=EP)
+
+
+def test_ranks_that_count_all_tokens_are_asked_about(tmp_path: Path) -> None:
+    """Without attention data parallelism every rank counts every token."""
+    load = np.repeat(hidden(local_loads(3, ranks=1), 2), EP, axis=1)
+    records = {rank: sglang_records(load, rank) for rank in range(EP)}
+    source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
+    refused(AskError, source, tmp_path, "--token-replication 4", ep_size=EP)
+    _, run = do(source, tmp_path, ep_size=EP, token_replication=EP)
+    np.testing.assert_array_equal(loads(run)[1], load[:, 0, 1:])
+    assert "token_replication" not in unknown(run)
+
+
+def test_ranks_that_count_what_they_receive_say_nothing_on_traffic(tmp_path: Path) -> None:
+    load = hidden(local_loads(3), 2)
+    received = np.zeros_like(load)
+    for rank in range(EP):
+        own = slice(rank * SLOTS // EP, (rank + 1) * SLOTS // EP)
+        received[:, rank, :, own] = load.sum(axis=1)[:, :, own]
+    records = {rank: sglang_records(received, rank) for rank in range(EP)}
+    _, run = do(sglang_passes(tmp_path / "s", records, hidden(MAP, 0)), tmp_path, ep_size=EP)
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1)[:, 1:])
+    with pytest.raises(NotInDumpError, match="each rank counted what it received"):
+        traffic_report(run)
+
+
+def test_trtllm(tmp_path: Path) -> None:
+    load, layers = local_loads(4), [3, 4, 8]
+    source = trtllm(tmp_path / "t", load, layers)
+    refused(AskError, source, tmp_path, "--ep-size", "--placement", "experts or of slots")
+    refused(AskError, source, tmp_path, "--placement unknown", ep_size=EP)
+    refused(AskError, source, tmp_path, "--num-experts", ep_size=EP, placement="unknown")
+    yaml_file = trtllm_yaml(tmp_path / "balancer.yaml", MAP, layers)
+    _, run = do(source, tmp_path, ep_size=EP, placement=str(yaml_file))
+    assert (loads(run)[0], run.info.layers) == ([7, 8, 9, 10], (3, 4, 8))
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1))
+    np.testing.assert_array_equal(placement_at(run, 9), MAP)
+    assert run.info.num_logical_experts == EXPERTS
+    _, run = do(source, tmp_path, ep_size=EP, placement="unknown", num_logical_experts=EXPERTS)
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1))
+    assert "placement" in unknown(run)
+    _, run = do(source, tmp_path, ep_size=EP, placement="linear")
+    assert run.info.num_logical_experts == SLOTS
+
+
+def test_trtllm_yaml_that_does_not_say_who_was_where(tmp_path: Path) -> None:
+    source = trtllm(tmp_path / "t", local_loads(2), [3, 4, 8])
+    moving = trtllm_yaml(tmp_path / "moving.yaml", MAP, [3, 4, 8], updates=2)
+    other = trtllm_yaml(tmp_path / "other.yaml", MAP, [3, 4, 5])
+    narrow = trtllm_yaml(tmp_path / "narrow.yaml", MAP[:, :12], [3, 4, 8])
+    for path, word in ((moving, "layer_updates_per_iter"), (other, "no layer 8"), (narrow, "12 slots")):
+        refused(DumpError, source, tmp_path, word, ep_size=EP, placement=str(path))
+
+
+def test_trtllm_rank_without_a_layer(tmp_path: Path) -> None:
+    source = trtllm(tmp_path / "t", local_loads(3), [3, 4, 8])
+    tensors = {f"{7 + i}_{n}": np.ones(SLOTS, np.int64) for i in range(3) for n in (3, 4, 8)}
+    del tensors["8_4"]
+    save_file(tensors, source / "rank1.safetensors")
+    options = Options(ep_size=EP, placement="linear")
+    report = import_dump(source, tmp_path / "d", None, options)
+    assert (report.steps, report.complete) == (3, 2)
+    assert loads(open_run(tmp_path / "d"))[0] == [7, 9]
+    assert "rank 1: 1 iteration left out" in report.notes[0]
+
+
+def test_megatron(tmp_path: Path) -> None:
+    load = local_loads(6).transpose(1, 2, 0, 3)  # [ranks, layers, forwards, slots]
+    for rank in range(EP):
+        megatron(tmp_path / "m", rank, load[rank])
+    _, run = do(tmp_path / "m", tmp_path, num_logical_experts=EXPERTS)
+    assert run.info.layers == (2, 3, 4)
+    np.testing.assert_array_equal(loads(run)[1], load.sum(axis=0).transpose(1, 0, 2))
+    assert "placement" in unknown(run)
+    refused(AskError, tmp_path / "m", tmp_path, "--num-experts")
+    np.save(tmp_path / "map.npy", MAP)
+    _, run = do(tmp_path / "m", tmp_path, placement=str(tmp_path / "map.npy"))
+    np.testing.assert_array_equal(placement_at(run, 0), MAP)
+
+
+def test_megatron_rows_that_were_never_written(tmp_path: Path) -> None:
+    load = local_loads(6).transpose(1, 2, 0, 3)
+    for rank in range(EP):
+        of_rank = load[rank].copy()
+        if rank == 1:
+            of_rank[1, 4:] = -559038737
+        megatron(tmp_path / "m", rank, of_rank, [6, 4, 6] if rank == 1 else None)
+    report = import_dump(tmp_path / "m", tmp_path / "d", None, Options(num_logical_experts=EXPERTS))
+    assert (report.steps, report.complete) == (6, 4)
+    np.testing.assert_array_equal(loads(open_run(tmp_path / "d"))[1], load.sum(axis=0).transpose(1, 0, 2)[:4])
+    # What forward_counts calls written must be counts.
+    megatron(tmp_path / "m", 1, np.where(load[1] < 3, -1, load[1]))
+    refused(DumpError, tmp_path / "m", tmp_path, "negative", num_logical_experts=EXPERTS)
+
+
+def test_megatron_two_groups(tmp_path: Path) -> None:
+    load = local_loads(2).transpose(1, 2, 0, 3)
+    for rank in range(EP):
+        group = np.arange(EP, dtype=np.int32) + EP * (rank > 1)
+        megatron(tmp_path / "m", rank, load[rank], ep_group_ranks=group)
+    refused(AskError, tmp_path / "m", tmp_path, "two EP groups", num_logical_experts=EXPERTS)
+
+
+def test_vllm_snapshots(tmp_path: Path) -> None:
+    load = local_loads(4).sum(axis=1)
+    maps = [MAP, MAP, MAP[:, ::-1], MAP[:, ::-1]]
+    records = [snapshot(10 * (i + 1), load[i], maps[i]) for i in range(4)]
+    # Every data-parallel rank appends the same sums.
+    source = lines(tmp_path / "x.jsonl", *(r for r in records for _ in range(3)))
+    report, run = do(source, tmp_path)
+    assert loads(run)[0] == [10, 20, 30, 40]
+    np.testing.assert_array_equal(loads(run)[1], load)
+    assert any("8 records left out that repeat a step" in note for note in report.notes)
+    assert [change.first_step for change in run.history.rearrangements()] == [30]
+    np.testing.assert_array_equal(placement_at(run, 29), MAP)
+    counts = summarize(run).steps.to_json()
+    assert (counts["recorded"], counts["not_sampled"], counts["missing"]) == (4, 27, 0)
+    assert (run.info.interval, run.info.model, run.info.ep_size) == (10, "org/moe", EP)
+    _, run = do(source, tmp_path, window=True)
+    np.testing.assert_array_equal(loads(run)[1], load * 5)
+    # Appended one after the other, the same.
+    _, run = do(lines(tmp_path / "y.jsonl", *records, *records), tmp_path)
+    np.testing.assert_array_equal(loads(run)[1], load)
+
+
+def test_vllm_steps_that_begin_anew_are_asked_about(tmp_path: Path) -> None:
+    load = local_loads(4).sum(axis=1)
+    again = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i % 2), load[i], MAP) for i in range(4)))
+    refused(AskError, again, tmp_path, "line 3", "step 0 again, with another load", "--renumber")
+    back = lines(tmp_path / "y.jsonl", *(snapshot(50 - i, load[i], MAP) for i in range(4)))
+    refused(AskError, back, tmp_path, "step 49 after 50")
+    _, run = do(again, tmp_path, renumber=True)
+    np.testing.assert_array_equal(loads(run)[1], load)
+    assert "step_numbers" in unknown(run)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_vllm_pr41141(tmp_path: Path, meta: bool) -> None:
+    load = local_loads(6).sum(axis=1)
+    tokens = load.reshape(6, LAYERS, EP, -1).sum(axis=3)
+    more = [{} if meta else {"num_ranks": EP, "num_layers": LAYERS, "tokens": t.tolist()} for t in tokens]
+    records = [stats(3 * i, load[i], MAP if i < 4 else MAP[:, ::-1], **more[i]) for i in range(6)]
+    bench = {"record_type": "bench_run_start", "label": "x"}
+    report, run = do(lines(tmp_path / "x.jsonl", *([META] if meta else []), bench, *records), tmp_path) \
+        if meta else do(lines(tmp_path / "x.jsonl", *records[:1], bench, *records[1:]), tmp_path)  # fmt: skip
+    assert loads(run)[0] == [0, 3, 6, 9, 12, 15]
+    np.testing.assert_array_equal(loads(run)[1], load)
+    assert [change.first_step for change in run.history.rearrangements()] == [12]
+    assert (run.info.num_logical_experts, run.info.ep_size) == (EXPERTS, EP)
+    assert run.info.model == ("org/moe" if meta else "unknown")
+    assert any("1 record of other kinds" in note for note in report.notes)
+
+
+def test_vllm_pr41141_that_contradicts_itself(tmp_path: Path) -> None:
+    load = local_loads(1).sum(axis=1)[0]
+    wrong = stats(1, load, MAP, num_ranks=EP, tokens=(load.reshape(LAYERS, EP, -1).sum(axis=2) + 1).tolist())
+    refused(DumpError, lines(tmp_path / "a.jsonl", wrong), tmp_path, "not the sums")
+    no_size = lines(tmp_path / "b.jsonl", stats(1, load, MAP))
+    refused(AskError, no_size, tmp_path, "--ep-size")
+    do(no_size, tmp_path, ep_size=EP)
+    twice = lines(tmp_path / "c.jsonl", META, stats(1, load, MAP), {**META, "model": "other"})
+    refused(DumpError, twice, tmp_path, "two engine starts")
+    wide = lines(tmp_path / "d.jsonl", META, stats(1, load, MAP + 8))
+    refused(DumpError, wide, tmp_path, "beyond the 12")
+
+
+def test_vllm_elastic(tmp_path: Path) -> None:
+    """The number of slots and ranks may change; nothing is summed across."""
+    small = snapshot(2, np.ones((LAYERS, 12), int), MAP[:, :12], num_physical_experts=12, world_size=2)
+    source = lines(tmp_path / "x.jsonl", snapshot(1, np.ones((LAYERS, SLOTS), int), MAP), small)
+    _, run = do(source, tmp_path)
+    assert [c.num_physical_experts for c in summarize(run).configurations] == [SLOTS, 12]
+    assert [c.ep_size for c in summarize(run).configurations] == [EP, 2]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz", "csv", "pt"])
+def test_one_array(tmp_path: Path, suffix: str) -> None:
+    load = local_loads(1, width=EXPERTS).sum(axis=(0, 1))
+    path = tmp_path / f"load.{suffix}"
+    {
+        "npy": lambda: np.save(path, load.astype(np.float32)),
+        "npz": lambda: np.savez_compressed(path, load=load, note=np.asarray("x")),
+        "csv": lambda: np.savetxt(path, load, "%d", ","),
+        "pt": lambda: torch.save(torch.tensor(load), path),
+    }[suffix]()
+    refused(AskError, path, tmp_path, "--ep-size")
+    _, run = do(path, tmp_path, ep_size=EP, placement="linear", layers=(4, 5, 9))
+    np.testing.assert_array_equal(loads(run)[1][0], load)
+    assert run.info.layers == (4, 5, 9)
+    assert "passes" in unknown(run)
+
+
+def test_array_of_steps_or_of_ranks(tmp_path: Path) -> None:
+    load = local_loads(EP, width=EXPERTS).sum(axis=1)
+    np.save(tmp_path / "load.npy", load)
+    np.savez(tmp_path / "two.npz", a=load, b=load)
+    refused(AskError, tmp_path / "load.npy", tmp_path, "--format array", "--format ascend", ep_size=EP)
+    _, run = do(tmp_path / "load.npy", tmp_path, "array", ep_size=EP, placement="linear")
+    np.testing.assert_array_equal(loads(run)[1], load)
+    refused(AskError, tmp_path / "two.npz", tmp_path, "--array", ep_size=EP, placement="linear")
+    _, run = do(tmp_path / "two.npz", tmp_path, ep_size=EP, placement="linear", array="b")
+    assert "step_order" in unknown(run)
+    heat = load.transpose(1, 0, 2)  # [layers, ranks, slots]
+    np.save(tmp_path / "heat.npy", heat)
+    _, run = do(tmp_path / "heat.npy", tmp_path, "ascend", num_logical_experts=40)
+    np.testing.assert_array_equal(loads(run)[1][0], heat.reshape(LAYERS, -1))
+    assert run.info.ep_size == EP
+
+
+def test_long_source_in_segments(tmp_path: Path) -> None:
+    """More than a segment, and in batches: no step is lost, dropped or out of place."""
+    one = np.random.default_rng(1).integers(0, 70_000, (5000, 1, 8))
+    load = np.concatenate([one, one[:, :, ::-1]], axis=1)
+    np.save(tmp_path / "load.npy", load)
+    _, run = do(tmp_path / "load.npy", tmp_path, "array", ep_size=2, placement="linear", ordered=True)
+    np.testing.assert_array_equal(loads(run)[1], load)
+    assert len(run.sessions[0].segments) == 3
+    assert run.sessions[0].closed is not None
+
+
+# ---- where it came from
+
+
+def test_origin_is_told(tmp_path: Path) -> None:
+    source = sglang_stat(tmp_path / "s", hidden(local_loads(2, width=EXPERTS).sum(axis=1), 1))
+    result = cli(
+        "import",
+        source,
+        "--into",
+        tmp_path / "d",
+        "--ep-size",
+        "4",
+        "--placement",
+        "linear",
+        "--model",
+        "org/moe",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "order of steps" in result.stdout
+    session = json.loads(next((tmp_path / "d").rglob("session.json")).read_text())
+    origin = session["origin"]
+    assert (origin["system"], origin["kind"]) == ("SGLang", "stat")
+    (file,) = source.iterdir()
+    assert origin["files"] == [{"name": file.name, "bytes": file.stat().st_size}]
+    assert origin["importer_version"] == session["writer_version"]
+    assert set(origin["unknown"]) == {"step_order", "step_numbers", "times", "token_replication"}
+    summary = cli("summary", tmp_path / "d")
+    assert "imported from SGLang, stat; not known: step order" in " ".join(summary.stdout.split())
+    assert "NEVER ACTED" not in summary.stdout
+    document = json.loads(cli("summary", "-o", "json", tmp_path / "d").stdout)
+    assert document["run"]["origin"] == origin
+    assert document["duration_seconds"] is None
+    codes = [f["code"] for f in json.loads(cli("check", "-o", "json", tmp_path / "d").stdout)["findings"]]
+    assert codes == ["imported"]
+    for command in ("timeline", "rearrangements", "experts"):
+        assert "order of steps" in " ".join(cli(command, tmp_path / "d").stdout.split())
+    compared = cli("compare", tmp_path / "d", tmp_path / "d")
+    assert compared.returncode in (0, 1)
+
+
+def test_origin_survives_and_damage_in_it_is_found() -> None:
+    origin = Origin("a", "b", (), "1", {"x": "y"}, {})
+    fields = {**vars(origin), "files": [{"name": "n", "bytes": 3}]}
+    assert Origin.from_dict(fields).files[0].bytes == 3
+    for odd in ({}, [], "x", {**fields, "files": 3}, {**fields, "unknown": []}, {**fields, "files": [{}]}):
+        with pytest.raises(ValueError, match="origin"):
+            Origin.from_dict(odd)
+
+
+def test_runs_are_never_written_over(tmp_path: Path) -> None:
+    np.save(tmp_path / "load.npy", np.ones((2, 4), np.int64))
+    options = Options(ep_size=2, placement="linear")
+    reports = [import_dump(tmp_path / "load.npy", tmp_path / "d", None, options) for _ in range(3)]
+    assert len({report.run_id for report in reports}) == 3
+    import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
+    before = sorted((tmp_path / "d").rglob("*"))
+    with pytest.raises(AskError, match="there already"):
+        import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
+    with pytest.raises(AskError, match="--run-id"):
+        import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "../x")
+    assert sorted((tmp_path / "d").rglob("*")) == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DumpError, match="it is a file"):
+        import_dump(tmp_path / "load.npy", tmp_path / "file", None, options)
+
+
+def test_killed_import_leaves_no_run(tmp_path: Path) -> None:
+    np.save(tmp_path / "load.npy", np.ones((20_000, 8, 64), np.int32))
+    script = """
+        import sys
+        from pathlib import Path
+        from eplb_analyze.importing import Options, import_dump
+        options = Options(ep_size=2, placement="linear")
+        import_dump(Path(sys.argv[1]), Path(sys.argv[2]), "array", options, "r")
+    """
+    into = tmp_path / "d"
+    with start_child(script, tmp_path / "load.npy", into) as child:
+        while child.poll() is None and not list(into.rglob("loads-*.parquet")):
+            time.sleep(0.005)
+        child.kill()
+    assert child.returncode == -9, "it was done before it could be killed"
+    assert list(into.rglob("*.frames"))
+    with pytest.raises(DumpError, match="no run in it"):
+        open_run(into)
+    _, run = do(tmp_path / "load.npy", tmp_path, "array", ep_size=2, placement="linear")
+    assert summarize(run).steps.seen == 20_000
+
+
+# ---- files of strangers
+
+LINEAR = {"ep_size": 2, "placement": "linear"}
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
+    torch.save({"rank": 0, "logical_count": Evil(tmp_path / "ran")}, tmp_path / "a.pt")
+    refused(DumpError, tmp_path / "a.pt", tmp_path, "could run code", **LINEAR)
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    refused(DumpError, tmp_path / "b.pt", tmp_path, "b.pt", format="sglang", **LINEAR)
+    objects = np.array([[Evil(tmp_path / "ran")]], object)
+    np.savez(tmp_path / "c.npz", loads=objects)
+    refused(DumpError, tmp_path / "c.npz", tmp_path, "pickled objects", **LINEAR)
+    np.save(tmp_path / "d.npy", objects)
+    refused(DumpError, tmp_path / "d.npy", tmp_path, "pickled objects", **LINEAR)
+    (tmp_path / "e.yaml").write_text(f"!!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n")
+    source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
+    refused(DumpError, source, tmp_path, "not YAML", ep_size=EP, placement=str(tmp_path / "e.yaml"))
+    assert not (tmp_path / "ran").exists()
+
+
+def npy_header(shape: tuple[int, ...], dtype: str = "<i8") -> bytes:
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (-(10 + len(text) + 1) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def test_claims_of_giant_shapes(tmp_path: Path) -> None:
+    giant = npy_header((1 << 20, 1 << 20))
+    (tmp_path / "a.npy").write_bytes(giant + b"\0" * 64)
+    refused(DumpError, tmp_path / "a.npy", tmp_path, "it claims", **LINEAR)
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("loads.npy", giant + b"\0" * 64)
+    refused(DumpError, tmp_path / "b.npz", tmp_path, "it claims", **LINEAR)
+    with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("loads.npy", npy_header((1 << 10, 1 << 14)) + bytes(1 << 27))
+    refused(DumpError, tmp_path / "c.npz", tmp_path, "unpack to", **LINEAR)
+    # A view of one number, and one number many times.
+    view = torch.ones(1, dtype=torch.int32).expand(1 << 14, 1 << 8, 1 << 8)
+    torch.save({"rank": 0, "logical_count": view}, tmp_path / "d.pt")
+    refused(DumpError, tmp_path / "d.pt", tmp_path, "claim more than the file holds", **LINEAR)
+    one = torch.ones((64, 64), dtype=torch.int32)
+    records = [
+        {"forward_pass_id": i, "rank": 0, "gatherer_key": "", "global_physical_count": one} for i in range(99)
+    ]
+    torch.save({"records": records, "last_physical_to_logical_map": one}, tmp_path / "e.pt")
+    refused(DumpError, tmp_path / "e.pt", tmp_path, "claim more than the file holds", **LINEAR)
+    header = json.dumps({"7_3": {"dtype": "I64", "shape": [1 << 40], "data_offsets": [0, 1 << 43]}}).encode()
+    source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
+    (source / "rank2.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
+    refused(DumpError, source, tmp_path, "'7_3'", ep_size=EP, placement="linear")
+    (source / "rank2.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    refused(DumpError, source, tmp_path, "cut off", ep_size=EP, placement="linear")
+
+
+def test_compressed_torch_archive(tmp_path: Path) -> None:
+    source = sglang_stat(tmp_path / "s", np.zeros((64, 64, 64)))
+    (path,) = source.iterdir()
+    with (
+        zipfile.ZipFile(path) as old,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    refused(DumpError, tmp_path / "bomb.pt", tmp_path, "never does", **LINEAR)
+
+
+def sources(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """A whole source of each kind of file, and the options that import it."""
+    np.save(folder / "a.npy", np.ones((2, 4), np.int64))
+    np.savez_compressed(folder / "b.npz", loads=np.ones((2, 4), np.int64))
+    megatron(folder / "m", 0, local_loads(2, ranks=1).transpose(1, 2, 0, 3)[0], ep_size=np.int32(1))
+    linear = {"ep_size": 1, "placement": "linear"}
+    load = local_loads(2).sum(axis=1)
+    return {
+        "npy": (folder / "a.npy", linear),
+        "npz": (folder / "b.npz", linear),
+        "pt": (next(sglang_stat(folder / "s", np.ones((2, 3, 4))).iterdir()), linear),
+        "megatron": (next((folder / "m").iterdir()), {"num_logical_experts": EXPERTS}),
+        "jsonl": (lines(folder / "v.jsonl", *(snapshot(i, load[i], MAP) for i in range(2))), {}),
+        "safetensors": (
+            trtllm(folder / "t", local_loads(2, ranks=1), [0, 1, 2]) / "rank0.safetensors",
+            linear,
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "pt", "megatron", "jsonl", "safetensors"])
+def test_truncated_and_flipped_files(tmp_path: Path, kind: str) -> None:
+    """Cut off anywhere, or with flipped bytes, a source is refused in one line or is a valid one."""
+    path, options = sources(tmp_path)[kind]
+    source = path.parent if kind == "safetensors" else path
+    whole = path.read_bytes()
+    import_dump(source, tmp_path / "good", None, Options(**options))
+    rng = np.random.default_rng(3)
+    cuts = sorted({0, 1, 7, 8, *rng.integers(0, len(whole) - 1, 12).tolist(), len(whole) - 2})
+    variants = [whole[:cut] for cut in cuts]
+    for position in rng.integers(0, len(whole), 25).tolist():
+        changed = bytearray(whole)
+        changed[position] ^= 1 << int(rng.integers(0, 8))
+        variants.append(bytes(changed))
+    refusals = 0
+    for number, data in enumerate(variants):
+        path.write_bytes(data)
+        into = tmp_path / f"v{number}"
+        try:
+            import_dump(source, into, None, Options(**options))
+        except (DumpError, AskError) as error:
+            refusals += 1
+            assert "\n" not in str(error)
+            assert not list(into.glob("run=*"))
+    assert refusals >= len(cuts) - 3
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (np.nan, "NaN"),
+        (np.inf, "NaN or infinite"),
+        (0.5, "whole number"),
+        (-1.0, "negative"),
+        (2.0**31, "above"),
+    ],
+)
+def test_numbers_that_are_no_counts(tmp_path: Path, value: float, word: str) -> None:
+    array = np.ones((3, 2, 4))
+    array[2, 1, 3] = value
+    np.save(tmp_path / "a.npy", array)
+    place = "(step 2, layer 1, column 3)"
+    refused(DumpError, tmp_path / "a.npy", tmp_path, word, place, format="array", **LINEAR)
+
+
+def test_json_of_strangers(tmp_path: Path) -> None:
+    load = local_loads(1).sum(axis=1)[0]
+    good = json.dumps(snapshot(1, load, MAP))
+
+    def filled(value: object) -> str:
+        return json.dumps(snapshot(1, load, MAP, latest_expert_load=[[value] * SLOTS] * LAYERS))
+
+    for name, text, word in (
+        ("deep", '{"step": 1, "latest_expert_load": ' + "[" * 100_000 + "]" * 100_000 + "}", "too deeply"),
+        ("nan", filled(float("nan")), "whole numbers"),
+        ("text", filled("x"), "whole numbers"),
+        ("huge", filled(10**30), "whole numbers"),
+        ("negative", json.dumps(snapshot(1, load - 10**6, MAP)), "negative"),
+        ("map", json.dumps(snapshot(1, load, MAP + 1)), "beyond the 12"),
+        ("shape", json.dumps(snapshot(1, load, MAP[:2])), "not of the load's shape"),
+        ("layers", json.dumps(snapshot(1, load, MAP, num_moe_layers=9)), "num_moe_layers"),
+        ("step", json.dumps({**snapshot(1, load, MAP), "step": "1"}), "no step"),
+    ):  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(text + "\n")
+        refused(DumpError, tmp_path / f"{name}.jsonl", tmp_path, word, format="vllm")
+    (tmp_path / "long.jsonl").write_text(good + "\n" + "[" * (17 << 20))
+    refused(DumpError, tmp_path / "long.jsonl", tmp_path, "longer than 16 MiB")
+    # The engine was killed in the middle of a line.
+    (tmp_path / "torn.jsonl").write_text(good + "\n" + good[:100])
+    _, run = do(tmp_path / "torn.jsonl", tmp_path)
+    assert loads(run)[0] == [1]
+
+
+def test_aliases_in_yaml_do_not_explode(tmp_path: Path) -> None:
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
+    text = f"a0: &a0 [1]\n{levels}\n"
+    text += "num_slots: 16\nlayer_updates_per_iter: 0\ninitial_global_assignments: {3: *a11}\n"
+    (tmp_path / "bomb.yaml").write_text(text)
+    source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
+    options = {"ep_size": EP, "placement": str(tmp_path / "bomb.yaml")}
+    refused(DumpError, source, tmp_path, "not lists of experts", **options)
+
+
+def test_links_pipes_and_what_is_not_there(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 4), np.int64))
+    (tmp_path / "link.npy").symlink_to(tmp_path / "a.npy")
+    refused(DumpError, tmp_path / "link.npy", tmp_path, "symbolic link", **LINEAR)
+    os.mkfifo(tmp_path / "pipe.npy")
+    refused(DumpError, tmp_path / "pipe.npy", tmp_path, "not a regular file", **LINEAR)
+    refused(DumpError, tmp_path / "none", tmp_path, "no such file", **LINEAR)
+    refused(DumpError, tmp_path / "none", tmp_path, "no such file", format="array", **LINEAR)
+    (tmp_path / "empty").mkdir()
+    refused(DumpError, tmp_path / "empty", tmp_path, "no file in it", **LINEAR)
+    (tmp_path / "what").write_text("hello")
+    refused(DumpError, tmp_path / "what", tmp_path, "not of a format known", **LINEAR)
+    refused(
+        DumpError,
+        tmp_path / "a.npy",
+        tmp_path,
+        "No such file",
+        ep_size=2,
+        placement=str(tmp_path / "no.json"),
+    )
+    source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
+    (source / "rank1.safetensors").unlink()
+    (source / "rank1.safetensors").symlink_to(source / "rank0.safetensors")
+    refused(DumpError, source, tmp_path, "these have no file: 1", ep_size=EP, placement="linear")
+
+
+def test_csv_that_is_no_counts(tmp_path: Path) -> None:
+    for text, word in (
+        ("1,2\n3\n", "line 2 has 1"),
+        ("1,2\n-3,4\n", "'-3' is no count"),
+        ("1,1_0\n2,2\n", "'1_0'"),
+        ("", "empty"),
+        ("a,b\n1,2\n", "'a'"),
+    ):
+        (tmp_path / "a.csv").write_text(text)
+        refused(DumpError, tmp_path / "a.csv", tmp_path, word, format="array", **LINEAR)
+
+
+def test_wrong_claims_of_the_user(tmp_path: Path) -> None:
+    load = local_loads(2).sum(axis=1)
+    source = lines(tmp_path / "x.jsonl", *(snapshot(i, load[i], MAP) for i in range(2)))
+    refused(AskError, source, tmp_path, "4 EP ranks, not 8", ep_size=8)
+    refused(AskError, source, tmp_path, "12 experts, not 13", num_logical_experts=13)
+    refused(AskError, source, tmp_path, "its own placements", placement="linear")
+    refused(AskError, source, tmp_path, "--layers names 2", layers=(1, 2))
+    trt = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
+    refused(AskError, trt, tmp_path, "leave out --layers", layers=(1, 2, 3), ep_size=EP, placement="linear")
+
+
+# ---- properties
+
+
+@given(
+    load=hnp.arrays(np.int32, (3, 2, 5), elements=st.integers(0, 2**31 - 1)),
+    more=st.lists(st.integers(0, 4), max_size=5),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_split_keeps_every_token(load: Any, more: list[int], seed: int) -> None:
+    slots = np.array([*range(5), *more, -1], np.int32)
+    rng = np.random.default_rng(seed)
+    placement = np.array([rng.permutation(slots) for _ in range(2)], np.int32)
+    found = split(load, placement, Path("x"))
+    for layer in range(2):
+        assert not found[:, layer, placement[layer] == -1].any()
+        for expert in range(5):
+            shares = found[:, layer, placement[layer] == expert].astype(np.int64)
+            np.testing.assert_array_equal(shares.sum(axis=1), load[:, layer, expert])
+            assert (np.ptp(shares, axis=1) <= 1).all()
+
+
+@given(
+    gaps=st.lists(st.integers(1, 6), min_size=1, max_size=30), interval=st.integers(1, 6), first=st.booleans()
+)
+@settings(max_examples=100, deadline=None)
+def test_steps_between_samples(gaps: list[int], interval: int, first: bool) -> None:
+    step = np.cumsum([10, *gaps])
+    last = None if first else 10 - interval
+    rows, at = _with_between(step, last, interval)
+    expected, before = [], last
+    for number in step.tolist():
+        if before is not None and number - before == interval:
+            expected += range(before + 1, number)
+        expected.append(number)
+        before = number
+    assert rows.tolist() == expected
+    assert rows[at].tolist() == step.tolist()
+
+
+@given(values=hnp.arrays(hnp.scalar_dtypes(), (4,)))
+@settings(max_examples=200, deadline=None)
+def test_whole_counts_are_those_given(values: Any) -> None:
+    try:
+        found = whole_counts(values, "x")
+    except ValueError:
+        assert values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= 2**31
+    else:
+        assert found.dtype == np.int32
+        assert all(int(a) == b for a, b in zip(found, values, strict=True))
+
+
+# ---- the command
+
+
+def test_command(tmp_path: Path) -> None:
+    load = local_loads(3).sum(axis=1)
+    source = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i + 1), load[i], MAP) for i in range(3)))
+    arguments = ["import", "x.jsonl", "--into", "dump", "--run-id"]
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        text = cli(*arguments, "r1")
+        document = cli(*arguments, "r2", "--output", "json")
+        again = cli(*arguments, "r1")
+        by_variable = cli("import", source, env={"EXPERT_LOAD_DUMP_DIR": str(tmp_path / "other")})
+    finally:
+        os.chdir(here)
+    assert (text.returncode, text.stderr) == (document.returncode, document.stderr) == (0, "")
+    assert_golden("import.txt", text.stdout)
+    assert_golden("import.json", document.stdout)
+    one_error(again, 2, "run=r1", "--run-id")
+    assert by_variable.returncode == 0
+    assert len(list((tmp_path / "other").glob("run=import-*"))) == 1
+
+
+def test_formats_of_the_command() -> None:
+    assert tuple(READERS) == FORMATS
+
+
+def test_codes_are_documented() -> None:
+    source = "".join(p.read_text() for p in (ROOT / "eplb_analyze/importers").glob("*.py"))
+    codes = set(re.findall(r'(?:unknown|assumed)\[\s*"(\w+)"\s*\]', source)) | {"steps"}
+    assert {"step_order", "passes", "token_source"} < codes
+    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/import.md").read_text(), re.MULTILINE)
+    assert codes <= set(documented)
+
+
+def test_command_used_wrongly(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 4), np.int64))
+    base = ["import", tmp_path / "a.npy", "--into", tmp_path / "d"]
+    for more, word in (
+        (["--format", "x"], "no format"),
+        (["--layers", "5:3"], "--layers"),
+        (["--layers", "1,1"], "--layers"),
+        (["--ep-size", "0"], "--ep-size"),
+        (["--ep-size", "99999999"], "--ep-size"),
+    ):
+        result = cli(*base, *more)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert word in result.stderr
+    one_error(cli(*base), 2, "a.npy", "--ep-size")
+    one_error(cli("import", tmp_path / "b\x1b[31m.npy", "--into", tmp_path / "d"), 3, "no such file")
+    result = cli("import", tmp_path / "a.npy")
+    assert result.returncode == 2
+    assert "--into" in result.stderr

@@ -1,0 +1,457 @@
+"""Policies give what the engines' own give, of equals too, and no placement beats the bound."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from helpers import engines_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eplb_analyze import policies, torch_cpu
+from eplb_analyze.policies import POLICIES, PolicyError, Problem, lower_bound, named, place
+
+torch = pytest.importorskip("torch")
+
+Array = npt.NDArray[Any]
+ROOT = Path(__file__).parents[1]
+
+#: The example of deepseek-ai/EPLB's README: 2 layers, 12 experts in 4 groups, 16 slots, 8 ranks, 2 nodes.
+README_WEIGHT = [
+    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+]
+README_PLACED = [
+    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+]
+
+#: Experts, slots, ranks, nodes, groups. The last two of each line are global as the groups do not fit.
+SHAPES = [
+    (12, 16, 8, 2, 4), (12, 12, 4, 2, 4), (64, 72, 8, 2, 8), (256, 288, 32, 4, 8), (6, 8, 2, 1, 1),
+    (64, 64, 8, 1, 1), (60, 64, 4, 1, 4), (24, 24, 24, 2, 4), (8, 32, 8, 2, 4), (128, 160, 16, 4, 8),
+    (40, 48, 4, 4, 4), (1, 4, 2, 1, 1), (128, 144, 16, 3, 8), (16, 32, 16, 2, 1),
+]  # fmt: skip
+
+
+def loads(rng: np.random.Generator, kind: int, layers: int, experts: int) -> Array:
+    """Tokens ``[layers, experts]``: with ties, zeros, skew, or more than float32 can count."""
+    shape = (layers, experts)
+    choices: list[Array] = [
+        rng.integers(0, 3, shape),
+        rng.integers(0, 40, shape),
+        rng.lognormal(8, 1, shape).round().astype(np.int64),
+        np.minimum(rng.zipf(1.5, shape), 10**9),
+        rng.integers(0, 2**40, shape),
+        2**24 * rng.integers(1, 3, shape) + rng.integers(0, 4, shape),
+        rng.integers(1, 5, shape) * 997 * 12,
+        rng.lognormal(3, 1, shape),
+        # Groups with the same loads in another order, so that only rounding tells their sums apart.
+        rng.permuted(
+            np.tile(rng.integers(2**20, 2**24, (layers, 1, 4)) * 1.1, (1, experts // 4 + 1, 1)), axis=2
+        ).reshape(layers, -1)[:, :experts],
+    ]
+    return choices[kind]
+
+
+KINDS = 9
+
+
+def torch_order(keys: Array) -> list[int]:
+    indices: list[int] = torch.from_numpy(keys).sort(descending=True).indices.tolist()
+    return indices
+
+
+def numpy_order(keys: Array) -> list[int]:
+    # Of two dimensions, as vLLM calls it.
+    order: list[int] = np.argsort(-keys[None], axis=-1)[0].tolist()
+    return order
+
+
+def described(problem: Problem, implementation: str) -> list[list[int]]:
+    """The algorithm as DeepSeek describes it, one layer, expert and slot after another."""
+    share, added = {
+        "deepseek": (np.float32, np.float32),
+        "sglang": (np.float32, np.float64),
+        "vllm": (np.float64, np.float64),
+    }[implementation]
+    order = numpy_order if implementation == "vllm" else torch_order
+
+    def into_packs(weights: list[Any], packs: int) -> list[list[int]]:
+        """Items by pack, each pack equally many: the heaviest goes to the lightest with room, the first."""
+        if len(weights) == packs:
+            return [[item] for item in range(packs)]
+        content: list[list[int]] = [[] for _ in range(packs)]
+        total = [added(0)] * packs
+        for item in order(np.array(weights)):
+            room = [pack for pack in range(packs) if len(content[pack]) < len(weights) // packs]
+            lightest = min(room, key=lambda pack: total[pack])
+            content[lightest].append(item)
+            total[lightest] = added(total[lightest] + added(weights[item]))
+        return content
+
+    groups, nodes = problem.num_groups, problem.num_nodes
+    if groups % nodes:
+        groups = nodes = 1
+    placed = []
+    for weight in problem.weight.astype(np.float32):
+        members = np.arange(len(weight)).reshape(groups, -1)
+        if implementation == "vllm":
+            sums = weight.reshape(groups, -1).sum(axis=-1)
+        else:
+            sums = torch.from_numpy(weight).unflatten(-1, (groups, -1)).sum(-1).numpy()
+        slots: list[int] = []
+        for of_node in into_packs(list(sums), nodes):
+            experts = [int(expert) for group in of_node for expert in members[group]]
+            copies = Counter(experts)
+
+            def of_a_copy(expert: int, weight: Array = weight, copies: Counter[int] = copies) -> Any:
+                return share(weight[expert]) / share(copies[expert])
+
+            redundant = []
+            for _ in range(problem.num_physical_experts // nodes - len(experts)):
+                # max takes the first of equals, in the order of the node's experts.
+                hottest = max(experts, key=of_a_copy)
+                copies[hottest] += 1
+                redundant.append(hottest)
+            held = experts + redundant
+            for of_rank in into_packs([of_a_copy(expert) for expert in held], problem.ep_size // nodes):
+                slots += [held[item] for item in of_rank]
+        placed.append(slots)
+    return placed
+
+
+def test_example_of_deepseeks_readme() -> None:
+    problem = Problem(np.array(README_WEIGHT), 16, ep_size=8, num_nodes=2, num_groups=4)
+    for name in ("deepseek", "sglang", "vllm"):
+        assert place(named(name), problem).tolist() == README_PLACED
+    assert described(problem, "deepseek") == README_PLACED
+
+
+@pytest.mark.parametrize("implementation", ["deepseek", "sglang", "vllm"])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.integers(0, KINDS - 1),
+    shape=st.sampled_from(SHAPES),
+    layers=st.integers(1, 3),
+)
+@settings(max_examples=300, deadline=None)
+def test_same_as_described(
+    implementation: str, seed: int, kind: int, shape: tuple[int, int, int, int, int], layers: int
+) -> None:
+    experts, slots, ranks, nodes, groups = shape
+    weight = loads(np.random.default_rng(seed), kind, layers, experts)
+    problem = Problem(weight, slots, ranks, nodes, groups)
+    assert place(named(implementation), problem).tolist() == described(problem, implementation)
+
+
+def placements(rng: np.random.Generator, layers: int, experts: int, slots: int) -> Array:
+    """Any placements ``[layers, slots]`` in which every expert is."""
+    spare = slots - experts
+    return np.stack(
+        [rng.permutation(np.r_[np.arange(experts), rng.integers(0, experts, spare)]) for _ in range(layers)]
+    ).astype(np.int32)
+
+
+def test_same_as_the_engines_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    problems = []
+    for number in range(420):
+        experts, slots, ranks, nodes, groups = SHAPES[number % len(SHAPES)]
+        weight = loads(rng, int(rng.integers(KINDS)), 2, experts)
+        current = None
+        if number % 3 == 1:
+            current = placements(rng, 2, experts, slots)
+        elif number % 3 == 2:
+            # Nearly what comes out anew, so that many experts stay on their rank.
+            current = POLICIES["vllm"](Problem(weight * rng.integers(1, 3, weight.shape), slots, ranks))
+        problems.append(Problem(weight, slots, ranks, nodes, groups, current))
+    asked = [
+        {"weight": p.weight.tolist(), "slots": p.num_physical_experts, "ranks": p.ep_size,
+         "nodes": p.num_nodes, "groups": p.num_groups,
+         "current": None if p.current is None else p.current.tolist()}
+        for p in problems
+    ]  # fmt: skip
+    (tmp_path / "in.json").write_text(json.dumps(asked))
+    script = [engines_python(), "-W", "ignore", ROOT / "tests/engines/policies.py"]
+    done = subprocess.run(
+        [*script, tmp_path / "in.json", tmp_path / "out.json"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    truth = json.loads((tmp_path / "out.json").read_text())
+    for name in ("vllm", "sglang"):
+        for problem, answer in zip(problems, truth[name], strict=True):
+            assert place(named(name), problem).tolist() == answer
+    for problem, answers in zip(problems, truth["initial"], strict=True):
+        ours = policies.initial(problem.weight.shape[1], problem.num_physical_experts).tolist()
+        assert answers == [ours, ours]
+
+
+@given(seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 6), each=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_what_stays_on_its_rank_keeps_its_slot(seed: int, experts: int, each: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranks, slots = 3, 3 * each * experts
+    weight, current = rng.integers(0, 9, (2, experts)), placements(rng, 2, experts, slots)
+    free = place(POLICIES["vllm"], Problem(weight, slots, ranks))
+    kept = place(POLICIES["vllm"], Problem(weight, slots, ranks, current=current))
+    for layer in range(2):
+        by_rank = [each[layer].reshape(ranks, -1).tolist() for each in (free, kept, current)]
+        for anew, now, before in zip(*by_rank, strict=True):
+            assert Counter(now) == Counter(anew)
+            stayed = (Counter(anew) & Counter(before)).total()
+            assert sum(a == b for a, b in zip(now, before, strict=True)) >= stayed
+
+
+def test_static_is_what_is_in_force_or_what_engines_start_with() -> None:
+    weight = np.array([[1, 2, 3], [4, 5, 6]])
+    assert place(named("static"), Problem(weight, 8, 2)).tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]] * 2
+    current = np.array([[2, 1, 0, 0], [1, 1, 2, 0]], np.int32)
+    assert (place(named("static"), Problem(weight, 4, 2, current=current)) == current).all()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(1, 600),
+    values=st.sampled_from([1, 2, 5, 60, 2**30]),
+)
+@settings(max_examples=200, deadline=None)
+def test_order_and_sum_are_torchs(seed: int, n: int, values: int) -> None:
+    keys = np.random.default_rng(seed).integers(0, values, (3, n)).astype(np.float32)
+    order = torch_cpu.descending(keys, np.tile(np.arange(n), (3, 1)))
+    assert (order == torch.from_numpy(keys).sort(dim=-1, descending=True).indices.numpy()).all()
+    if n <= 512:
+        thirds = keys / np.float32(3)
+        assert (torch_cpu.total(thirds) == torch.from_numpy(thirds).sum(-1).numpy()).all()
+
+
+def test_order_of_loads_with_a_pattern_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads that rise, fall or repeat over the experts, on some of which quicksort gives up."""
+    heapsort, with_equals = torch_cpu._heapsort, 0
+
+    def spy(heap: list[int], keys: list[float]) -> list[int]:
+        nonlocal with_equals
+        with_equals += len({keys[i] for i in heap}) < len(heap)
+        return heapsort(heap, keys)
+
+    monkeypatch.setattr(torch_cpu, "_heapsort", spy)
+    for n in (72, 100, 128, 256, 288, 320, 512, 544):
+        i = np.arange(n)
+        patterns = [i, n - i, np.minimum(i, n - i), np.maximum(i, n - i), np.abs(i - n // 3), i % 16,
+                    i * 7919 % n, (i % 32) * (i // 32), i * i % 31, (i % 2) * (n - i),
+                    np.r_[i[: n * 8 // 9], i[: n - n * 8 // 9]]]  # fmt: skip
+        for pattern in patterns:
+            for coarse in (1, 2, 3, 10):
+                keys = (pattern // coarse).astype(np.float32)
+                assert torch_cpu._introsort(keys.tolist()) == torch_order(keys)
+    assert with_equals > 10
+
+
+# The bound.
+
+
+def copies_of(experts: int, slots: int) -> Iterator[tuple[int, ...]]:
+    """All ways to give each expert at least one of the slots."""
+    if experts == 1:
+        yield (slots,)
+        return
+    for first in range(1, slots - experts + 2):
+        for rest in copies_of(experts - 1, slots - first):
+            yield (first, *rest)
+
+
+def best(weight: list[float], slots: int, ranks: int) -> float:
+    """The busiest rank's load in the best of all placements."""
+    found = float("inf")
+
+    def fill(left: list[float], load: list[float], taken: list[int]) -> None:
+        nonlocal found
+        if not left:
+            found = min(found, max(load))
+            return
+        for rank in range(ranks):
+            alike = any(load[r] == load[rank] and taken[r] == taken[rank] for r in range(rank))
+            if taken[rank] < slots // ranks and not alike and load[rank] + left[0] < found:
+                load[rank] += left[0]
+                taken[rank] += 1
+                fill(left[1:], load, taken)
+                load[rank] -= left[0]
+                taken[rank] -= 1
+
+    for copies in copies_of(len(weight), slots):
+        loads = [w / c for w, c in zip(weight, copies, strict=True) for _ in range(c)]
+        fill(sorted(loads, reverse=True), [0.0] * ranks, [0] * ranks)
+    return found
+
+
+TINY = [(4, 4, 2), (6, 6, 2), (6, 6, 3), (4, 6, 2), (4, 6, 3), (5, 6, 3), (7, 8, 4), (8, 8, 4), (3, 4, 4),
+        (2, 4, 2), (3, 8, 4), (1, 4, 2), (6, 8, 2)]  # fmt: skip
+
+
+def test_no_placement_beats_the_bound() -> None:
+    rng = np.random.default_rng(3)
+    reached = 0
+    for number in range(40 * len(TINY)):
+        experts, slots, ranks = TINY[number % len(TINY)]
+        kind = int(rng.integers(4))
+        weight = loads(rng, kind, 1, experts)[0]
+        bound, truth = float(lower_bound(weight, slots, ranks)), best(weight.tolist(), slots, ranks)
+        assert bound <= truth * (1 + 1e-12), (weight, slots, ranks)
+        assert bound >= max(weight.sum() / ranks, truth / 2) * (1 - 1e-12), (weight, slots, ranks)
+        reached += bound > truth * (1 - 1e-12)
+    # A bound that were only the mean would be reached far less often.
+    assert reached > 0.6 * 40 * len(TINY)
+
+
+@pytest.mark.parametrize(
+    ("weight", "slots", "ranks", "bound"),
+    [
+        ([4, 4, 4, 4], 4, 2, 8),  # the mean
+        ([90, 10, 10], 4, 4, 45),
+        ([90, 40, 10], 5, 5, 40),  # the third largest of 90, 45, 40, 30 …
+        ([9, 1, 1, 0], 4, 2, 9),  # the hottest with the coldest
+        ([9, 1, 2, 3], 4, 2, 10),
+        ([20, 18, 1, 1, 1, 1, 1, 1], 8, 4, 21),  # one of the two hottest with one of the coldest
+        ([11, 9, 5, 4, 3, 0], 6, 3, 11.5),  # the mean of the two hottest with the two coldest
+        ([11, 11, 7, 4, 4, 3, 2, 2, 1, 1, 1], 12, 4, 12),  # one of the two hottest is not split
+        ([3, 3, 3, 0], 4, 2, 6),  # two of three meet
+        ([5, 5, 5, 5, 5, 1, 1, 1], 8, 4, 10),
+        ([0, 0, 0, 0], 4, 2, 0),
+    ],
+)
+def test_bound_by_hand(weight: list[int], slots: int, ranks: int, bound: float) -> None:
+    assert lower_bound(np.array(weight), slots, ranks) == bound
+    assert best([float(w) for w in weight], slots, ranks) >= bound
+
+
+@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from(SHAPES))
+@settings(max_examples=60, deadline=None)
+def test_policies_keep_to_the_bound(seed: int, shape: tuple[int, int, int, int, int]) -> None:
+    experts, slots, ranks, nodes, groups = shape
+    rng = np.random.default_rng(seed)
+    weight = np.stack([loads(rng, int(rng.integers(KINDS)), 3, experts) for _ in range(2)]).astype(np.float64)
+    bound = lower_bound(weight, slots, ranks)
+    assert bound.shape == (2, 3)
+    for window, of_window in zip(weight, bound, strict=True):
+        for row, of_row in zip(window, of_window, strict=True):
+            assert lower_bound(row, slots, ranks) == of_row
+        for policy in POLICIES.values():
+            placed = place(policy, Problem(window, slots, ranks, nodes, groups))
+            copies = np.stack([np.bincount(row, minlength=experts) for row in placed])
+            load = np.take_along_axis(window / copies, placed, 1).reshape(3, ranks, -1).sum(axis=2)
+            assert (of_window <= load.max(axis=1) * (1 + 1e-9)).all()
+
+
+# A user's own policies, and what is wrong usage.
+
+MINE = """
+import numpy as np
+number = 7
+def by_hand(problem):
+    problem.weight[:] = 0
+    return [[1, 0, 1]]
+def torchs(problem):
+    import torch
+    return torch.tensor([[2, 1, 0]])
+def shape(problem):
+    return np.zeros((1, 4), int)
+def fractions(problem):
+    return np.zeros((1, 3))
+def ragged(problem):
+    return [[1], [1, 2]]
+def beyond(problem):
+    return [[0, 1, 3]]
+def broken(problem):
+    raise ValueError("two\\nlines")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    (tmp_path / "mine_of_test.py").write_text(MINE)
+    (tmp_path / "broken_of_test.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine_of_test", raising=False)
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_users_own() -> None:
+    weight = np.array([[3, 5]])
+    problem = Problem(weight, 3, 1)
+    placed = place(named("mine_of_test:by_hand"), problem)
+    assert placed.tolist() == [[1, 0, 1]]
+    assert placed.dtype == np.int32
+    assert weight.tolist() == [[3, 5]]
+    assert place(named("mine_of_test:torchs"), Problem(np.array([[1, 1, 1]]), 3, 1)).tolist() == [[2, 1, 0]]
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing", "no policy is called 'nothing': there are deepseek, sglang, vllm, static, and your own"),
+        ("mine_of_test:", "no policy is called"),
+        (":by_hand", "no policy is called"),
+        ("mine_of_test:absent", "the module mine_of_test has no function absent"),
+        ("mine_of_test:number", "the module mine_of_test has no function number"),
+        ("no_such_of_test:f", "importing no_such_of_test failed: ModuleNotFoundError"),
+        ("broken_of_test:f", "importing broken_of_test failed: ZeroDivisionError"),
+        ("..up:f", "importing ..up failed"),
+    ],
+)
+def test_no_such_policy(name: str, says: str) -> None:
+    with pytest.raises(PolicyError, match=says) as caught:
+        named(name)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("shape", r"policy shape gave int64 \(1, 4\), not integers \(1, 3\)"),
+        ("fractions", r"policy fractions gave float64 \(1, 3\), not integers"),
+        ("ragged", "policy ragged failed: ValueError"),
+        ("beyond", "policy beyond placed experts that are not in 0 to 2"),
+        ("by_hand", "policy by_hand left expert 2 of layer index 0 without a slot"),
+        ("broken", "policy broken failed: ValueError: two lines"),
+    ],
+)
+def test_what_is_no_placement(name: str, says: str) -> None:
+    with pytest.raises(PolicyError, match=says):
+        place(named(f"mine_of_test:{name}"), Problem(np.array([[1, 2, 3]]), 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"weight": np.ones(3)}, "shape"),
+        ({"weight": np.ones((0, 4))}, "shape"),
+        ({"weight": np.array([[1, -1, 1, 1]])}, "not negative"),
+        ({"weight": np.array([[1, np.nan, 1, 1]])}, "finite"),
+        ({"num_physical_experts": 2}, "2 slots cannot hold 4 logical experts"),
+        ({"ep_size": 4}, "6 slots cannot be divided evenly among 4 EP ranks"),
+        ({"ep_size": 0}, "at least 1"),
+        ({"num_nodes": 0}, "at least 1"),
+        ({"num_groups": 3}, "4 logical experts cannot be divided evenly among 3 groups"),
+        ({"num_groups": 4, "num_nodes": 4}, "2 EP ranks cannot be divided evenly among 4 nodes"),
+        ({"current": np.zeros((1, 5), np.int32)}, "current placement"),
+    ],
+)
+@pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm"])
+def test_numbers_that_do_not_fit(name: str, changes: dict[str, Any], says: str) -> None:
+    fits: dict[str, Any] = {"weight": np.ones((1, 4)), "num_physical_experts": 6, "ep_size": 2}
+    with pytest.raises(PolicyError, match=says):
+        place(named(name), Problem(**fits | changes))

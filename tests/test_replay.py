@@ -1,0 +1,589 @@
+"""`replay`: settings computed anew in plain loops, engines' own placements reproduced, nothing seen ahead."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import assert_golden, cli, engines_python, one_error
+from test_vllm import serve
+
+from eplb_analyze import open_run, playback, policies
+from eplb_analyze.errors import DumpError
+from eplb_analyze.replay import Outcome, Replay, last_part, replay
+from eplb_analyze.settings import Choices, Setting, first_rearrangement, grid, recorded
+from eplb_dump import ExpertLoadWriter
+
+Array = np.ndarray[Any, np.dtype[np.int64]]
+LAYERS, LOGICAL, RANKS, SLOTS, STEPS = 3, 8, 4, 12, 120
+#: No complete step: one rank did not record, or all were idle.
+INCOMPLETE, IDLE = {31, 64}, {50, 51}
+#: The placement changes in the middle of a segment, layer 1's twice; before, a slot is empty.
+FIRST = np.r_[np.arange(LOGICAL), 0, 1, 2, -1]
+SECOND = np.r_[np.arange(LOGICAL)[::-1], 7, 7, 6, 0]
+
+
+def placement(step: int) -> Array:
+    return np.stack([SECOND if step >= change else FIRST for change in (40, 43, 40)])
+
+
+def part(rank: int, step: int) -> Array:
+    rng = np.random.default_rng(1000 * rank + step)
+    slots = placement(step)
+    hot = np.where(slots == (step // 25) % LOGICAL, 9, 1) * (1 + slots % 3)
+    # The replicas of an expert do not share alike.
+    load = rng.poisson(6 * hot * np.where(np.arange(SLOTS) < LOGICAL, 1, 3))
+    load[slots < 0] = 0
+    load[2] *= step % 10 != 3
+    return load
+
+
+def record(root: Path, **options: Any) -> None:
+    for rank in range(RANKS):
+        with ExpertLoadWriter(
+            root, model="org/moe", num_logical_experts=LOGICAL, ep_size=RANKS, ep_rank=rank, run_id="r",
+            segment_steps=16, moe_layers=[2, 4, 6], ranks_per_node=2, **options,
+        ) as writer:  # fmt: skip
+            for step in range(STEPS):
+                if step in IDLE or (rank == 2 and step % 7 == 0):
+                    writer.skip("dummy", step=step)
+                elif step not in INCOMPLETE or rank != 1:
+                    writer.record(step, part(rank, step), placement(step))
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("replay")
+    record(root)
+    return root
+
+
+def complete() -> list[int]:
+    return [step for step in range(STEPS) if step not in INCOMPLETE | IDLE]
+
+
+def load(step: int) -> Array:
+    """[layers, slots], summed over ranks."""
+    return sum(part(rank, step) for rank in range(RANKS) if rank != 2 or step % 7)  # type: ignore[return-value]
+
+
+def logical(step: int) -> Array:
+    out = np.zeros((LAYERS, LOGICAL), np.int64)
+    for layer, slot in np.ndindex(LAYERS, SLOTS):
+        if placement(step)[layer, slot] >= 0:
+            out[layer, placement(step)[layer, slot]] += load(step)[layer, slot]
+    return out
+
+
+def tokens(loads: Array, slots: Array, ranks: int) -> list[list[float]]:
+    """Tokens of each layer and rank, every expert's split evenly over its slots."""
+    found = []
+    for layer in range(LAYERS):
+        per_rank = [0.0] * ranks
+        row = slots[layer].tolist()
+        for slot, expert in enumerate(row):
+            if expert >= 0:
+                per_rank[slot * ranks // len(row)] += loads[layer, expert] / row.count(expert)
+        found.append(per_rank)
+    return found
+
+
+def figures(per_step: list[list[list[float]]]) -> tuple[float, float]:
+    """Balancedness and idle fraction of steps of layers of ranks."""
+    ratios, mean, longest = [], 0.0, 0.0
+    for step in per_step:
+        active = [sum(row) / len(row) / max(row) for row in step if max(row) > 0]
+        if active:
+            ratios.append(sum(active) / len(active))
+        mean += sum(sum(row) / len(row) for row in step)
+        longest += sum(max(row) for row in step)
+    return sum(ratios) / len(ratios), 1 - mean / longest
+
+
+def moves(old: Array, new: Array, ranks: int) -> list[int]:
+    """Expert weights that each rank fetches."""
+    fetched = [0] * ranks
+    for before, after in zip(old, new, strict=True):
+        for rank, (was, now) in enumerate(zip(np.split(before, ranks), np.split(after, ranks), strict=True)):
+            fetched[rank] += len(set(now.tolist()) - set(was.tolist()))
+    return fetched
+
+
+def plainly(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[float, float]]:
+    """A setting replayed step by step: its placements and figures."""
+    slots = LOGICAL + setting.num_redundant_experts
+    now = np.tile(np.arange(slots) % LOGICAL, (LAYERS, 1)).astype(np.int32)
+    if (slots, setting.ep_size) == (SLOTS, RANKS):
+        now = placement(0).astype(np.int32)
+    placed = [(0, now)]
+    per_step = []
+    for step in range(STEPS):
+        assert setting.interval is not None
+        assert setting.window is not None
+        assert setting.start is not None
+        since = step - setting.start
+        if since >= 0 and since % setting.interval == 0:
+            past = [s for s in complete() if step - setting.window <= s < step]
+            if past:
+                weight = np.sum([logical(s) for s in past], axis=0)
+                nodes = setting.ep_size // 2
+                problem = policies.Problem(weight, slots, setting.ep_size, nodes, 1, now)
+                now = policies.POLICIES[setting.policy](problem)
+                placed.append((step, now))
+        if step in complete():
+            per_step.append(tokens(logical(step), now, setting.ep_size))
+    return placed, figures(per_step)
+
+
+SETTINGS = [
+    Setting("deepseek", 4, 4, 10, 10, 10),
+    Setting("vllm", 4, 4, 7, 25, 3),  # the window reaches over several intervals
+    Setting("vllm", 0, 4, 30, 5, 31),
+    Setting("deepseek", 8, 8, 16, 16, 16),
+    Setting("sglang", 4, 2, 200, 10, 50),
+]
+
+
+def of(result: Replay, setting: Setting) -> Outcome:
+    return next(outcome for outcome in result.outcomes if outcome.setting == setting)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_settings_are_those_of_plain_loops(dump: Path, workers: int) -> None:
+    result = replay(open_run(dump), SETTINGS, workers=workers, keep_placements=True)
+    assert (result.scored, result.left_out) == (len(complete()), 0)
+    assert result.placements is not None
+    for outcome, kept in zip(result.outcomes, result.placements, strict=True):
+        assert outcome.setting is not None
+        placed, (balancedness, idle) = plainly(outcome.setting)
+        assert [step for step, _ in kept[1:]] == [step for step, _ in placed[1:]]
+        for (_, found), (_, true) in zip(kept, placed, strict=True):
+            np.testing.assert_array_equal(found, true)
+        assert outcome.balancedness == pytest.approx(balancedness, rel=1e-12)
+        assert outcome.idle_fraction == pytest.approx(idle, rel=1e-12)
+        fetched = [moves(a, b, outcome.ep_size) for (_, a), (_, b) in itertools.pairwise(placed)]
+        assert [move.weights for move in outcome.moves] == [sum(ranks) for ranks in fetched]
+        assert [move.busiest_rank for move in outcome.moves] == [max(ranks) for ranks in fetched]
+        assert result.today.idle_fraction is not None
+        assert outcome.idle_fraction_saved == pytest.approx(result.today.idle_fraction - idle, abs=1e-12)
+    idle_fractions = [outcome.idle_fraction or 0.0 for outcome in result.outcomes]
+    assert idle_fractions == sorted(idle_fractions)
+
+
+def test_today_is_the_recorded_placements_and_what_was_measured(dump: Path) -> None:
+    result = replay(open_run(dump), SETTINGS[:1])
+    today = figures([tokens(logical(step), placement(step), RANKS) for step in complete()])
+    assert (result.today.balancedness, result.today.idle_fraction) == pytest.approx(today, rel=1e-12)
+    measured = figures([load(step).reshape(LAYERS, RANKS, -1).sum(axis=2).tolist() for step in complete()])
+    assert (result.measured_balancedness, result.measured_idle_fraction) == pytest.approx(measured, rel=1e-12)
+    assert abs(today[1] - measured[1]) > 0.01
+    assert [move.step for move in result.today.moves] == [40]
+    assert result.today.weights_moved == sum(moves(placement(0), placement(45), RANKS))
+    known = recorded(open_run(dump), result.part.shape)
+    assert (known.policy, known.interval, known.start, known.num_redundant_experts) == (None, None, 40, 4)
+
+
+def test_the_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path) -> None:
+    record(tmp_path, segment_bytes=30_000)
+    results = [replay(open_run(root), workers=n).to_json() for root in (dump, tmp_path) for n in (1, 4)]
+    for result in results:
+        del result["step_seconds"], result["seconds"]
+    assert results[0] == results[1]
+    assert results[2] == results[3]
+    # In blocks of other sizes only the sums that the bound is taken of differ.
+    for one, other in zip(results[0]["settings"], results[2]["settings"], strict=True):
+        for name in one.keys() - {"idle_fraction_bound"}:
+            same = one[name] == other[name]
+            assert same or one[name] == pytest.approx(other[name], rel=1e-12), name
+
+
+def test_a_long_run_is_put_together(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replay(open_run(dump), SETTINGS)
+    monkeypatch.setattr(playback, "MAX_ROWS", 10)
+    short = replay(open_run(dump), SETTINGS)
+    assert len(short.scores.step) <= 20 < len(whole.scores.step)
+    for one, other in zip(whole.outcomes, short.outcomes, strict=True):
+        assert one.balancedness == pytest.approx(other.balancedness, rel=1e-12)
+        assert one.idle_fraction == pytest.approx(other.idle_fraction, rel=1e-12)
+    assert short.scores.active.sum() == len(complete())
+
+
+@pytest.mark.parametrize("sums", [1 << 17, 20])
+def test_no_placement_is_better_than_the_bound(
+    dump: Path, monkeypatch: pytest.MonkeyPatch, sums: int
+) -> None:
+    monkeypatch.setattr(playback, "BOUND_SUMS", sums)
+    result = replay(open_run(dump), Choices(redundant=[0, 4], intervals=[1, 5], windows=[1, 10]))
+    for outcome in result.outcomes:
+        assert outcome.idle_fraction is not None
+        assert outcome.idle_fraction_bound is not None
+        assert 0 <= outcome.idle_fraction_bound <= outcome.idle_fraction
+    if sums > 20:  # of single steps it is as tight as it can be
+        loads = [logical(step) for step in complete()]
+        least = sum(policies.lower_bound(each, LOGICAL, RANKS).sum() for each in loads)
+        bound = 1 - sum(each.sum() for each in loads) / RANKS / least
+        zero = [o.idle_fraction_bound for o in result.outcomes if o.num_physical_experts == LOGICAL]
+        assert zero == pytest.approx([bound] * len(zero))
+        assert bound > 0.05
+
+
+# ---- nothing is seen ahead
+
+
+def planted(root: Path, load: Callable[[int], Array], *, steps: int, ep_size: int, **options: Any) -> Path:
+    """A run whose placement is the identity, so that slots are experts."""
+    experts = load(0).shape[1]
+    identity = np.tile(np.arange(experts), (len(load(0)), 1))
+    with ExpertLoadWriter(
+        root, model="m", num_logical_experts=experts, ep_size=ep_size, scope="global", run_id="r", **options
+    ) as writer:
+        for step in range(steps):
+            writer.record(step, load(step), identity)
+    return root
+
+
+@pytest.mark.parametrize("change", [39, 40, 41])
+def test_what_comes_later_changes_no_placement(tmp_path: Path, change: int) -> None:
+    """A spike in one step: placements up to that step stay what they were, one after it does not."""
+
+    def calm(step: int) -> Array:
+        return np.random.default_rng(step).poisson(50, (2, 8))
+
+    def spiked(step: int) -> Array:
+        load = calm(step)
+        load[:, 5] += 100_000 * (step == change)
+        return load
+
+    chosen = []
+    for name, load in (("calm", calm), ("spiked", spiked)):
+        root = planted(tmp_path / name, load, steps=80, ep_size=4, segment_steps=32)
+        settings = [Setting("deepseek", 4, 4, 10, window, 10) for window in (5, 10, 100)]
+        result = replay(open_run(root), settings, keep_placements=True)
+        chosen.append(dict(zip([o.setting for o in result.outcomes], result.placements or [], strict=True)))
+    for setting, kept in chosen[0].items():
+        other = dict(chosen[1][setting])
+        for step, slots in kept:
+            if step <= change:
+                np.testing.assert_array_equal(slots, other[step], err_msg=f"{setting} at {step}")
+        seen = 40 if change < 40 else 50
+        # The expert that had the spike got all the redundant slots once it was seen.
+        if setting is not None and seen - (setting.window or 0) <= change:
+            assert np.count_nonzero(other[seen][0] == 5) == 5
+
+
+def test_a_policy_of_ones_own_sees_only_the_window(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "def keep(problem):\n"
+        "    with open('seen.txt', 'a') as file:\n"
+        "        print(int(problem.weight[0, 0]), problem.ep_size, file=file)\n"
+        "    return np.roll(problem.current, 1, axis=1)\n"
+    )
+    planted(tmp_path / "dump", lambda step: np.full((1, 4), 3**step), steps=12, ep_size=2)
+    arguments = ["--policy", "mine:keep", "--redundant", "0", "--interval", "4", "--window", "2"]
+    program = Path(os.environ.get("VIRTUAL_ENV", Path(__file__).parents[1] / ".venv")) / "bin/eplb-analyze"
+    done = subprocess.run(
+        [str(program), "replay", *arguments, "-o", "json", "dump"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen.txt").read_text().split("\n")[:2] == [f"{3**2 + 3**3} 2", f"{3**6 + 3**7} 2"]
+    assert [s["policy"] for s in json.loads(done.stdout)["settings"]] == ["mine:keep"]
+
+
+# ---- the engines' own placements
+
+
+@pytest.mark.parametrize(
+    ("options", "redundant"),
+    [
+        (["--interval", "12", "--window", "5"], 4),
+        (["--interval", "9", "--window", "9", "--redundant", "8", "--world", "4", "--seed", "3"], 8),
+        (["--interval", "10", "--window", "4", "--parallel", "tp", "--no-log"], 4),
+    ],
+)
+def test_vllms_setting_gives_vllms_placements(tmp_path: Path, options: list[str], redundant: int) -> None:
+    """vLLM's real EplbState rearranged as recorded; its setting is read from the dump and replayed."""
+    _, root, _ = serve(tmp_path, "--steps", "46", *options)
+    run = open_run(root, model="org/main")
+    result = replay(run, keep_placements=True)
+    own = result.recorded.setting()
+    assert own is not None
+    assert (own.policy, own.num_redundant_experts) == ("vllm", redundant)
+    assert (own.interval, own.window) == (int(options[1]), int(options[3]))
+    index = next(i for i, outcome in enumerate(result.outcomes) if outcome.setting == own)
+    assert result.placements is not None
+    kept = result.placements[index]
+    assert [step for step, _ in kept[1:]] == [change.first_step for change in run.history.rearrangements()]
+    assert len(kept) > 3
+    for step, slots in kept[1:]:
+        recorded_slots = np.stack([run.history.layer(i).at(step) for i in range(run.info.num_layers)])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(slots, recorded_slots, err_msg=f"step {step}")
+    outcome = result.outcomes[index]
+    assert outcome.idle_fraction == pytest.approx(result.today.idle_fraction, rel=1e-12)
+    assert outcome.moves == result.today.moves
+    document = result.to_json()
+    assert [s["as_recorded"] for s in document["settings"]].count(True) == 1
+
+
+SGLANG = """
+import sys
+from unittest import mock
+import transformers.utils
+transformers.utils.is_torchvision_available()
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+    sys.modules[name] = mock.MagicMock()
+import torch
+for name in ("is_current_stream_capturing", "empty_cache"):
+    setattr(torch.cpu, name, lambda: False)
+from sglang.srt.eplb.eplb_manager import EPLBManager
+
+class Manager(EPLBManager):
+    def __init__(self):
+        self._rebalance_num_iterations, self.at = 7, []
+        self._main_generator = self._entrypoint()
+    def rebalance(self):
+        self.at.append(self.passes + 1)
+        yield from ()
+
+manager = Manager()
+for manager.passes in range(40):
+    manager.on_forward_pass_end()
+print(manager.at)
+"""
+
+
+def test_sglang_rearranges_when_it_is_taken_to() -> None:
+    """SGLang's real EPLBManager, asked after which passes it rebalances."""
+    done = subprocess.run(
+        [engines_python(), "-c", SGLANG], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    at = json.loads(done.stdout.strip().splitlines()[-1])
+    assert at == list(range(first_rearrangement("sglang", 7), 40, 7))
+
+
+# ---- the best is found
+
+
+def moving_hot_spot(step: int) -> Array:
+    """Every 50 steps another eight of 64 experts take half of the tokens of four layers."""
+    share = np.full(64, 0.5 / 56)
+    share[(step // 50 * 8 + np.arange(8)) % 64] = 0.5 / 8
+    return np.random.default_rng(step).multinomial(20_000, share, size=4)
+
+
+def test_a_planted_best_setting_is_ranked_first(tmp_path: Path) -> None:
+    root = planted(tmp_path, moving_hot_spot, steps=600, ep_size=16)
+    choices = Choices(redundant=[0, 16, 32], intervals=[10, 100, 200], policies=["deepseek", "static"])
+    result = replay(open_run(root), choices)
+    best = result.outcomes[0].setting
+    assert best is not None
+    assert (best.policy, best.num_redundant_experts, best.interval) == ("deepseek", 32, 10)
+    # With fewer redundant experts more time is lost, and with a longer interval far more.
+    rest = {
+        (o.num_physical_experts - 64, o.setting.interval): o.idle_fraction or 0
+        for o in result.outcomes[1:]
+        if o.setting is not None
+    }
+    least = result.outcomes[0].idle_fraction or 1
+    assert min(idle for (redundant, _), idle in rest.items() if redundant < 32) > least + 0.02
+    assert min(idle for (_, interval), idle in rest.items() if interval != 10) > least + 0.1
+    # Half of the tokens on 8 of 64 experts of four a rank: the busiest rank has 4 × 1/16 of them.
+    assert result.today.idle_fraction == pytest.approx(1 - (1 / 16) / (4 / 16), abs=0.02)
+
+
+def test_moving_has_a_price(tmp_path: Path) -> None:
+    root = planted(tmp_path, moving_hot_spot, steps=300, ep_size=16)
+    choices = Choices(redundant=[16], intervals=[10, 50], windows=[10], policies=["deepseek"])
+    free = replay(open_run(root), choices, cost_per_expert_ms=0.0)
+    assert free.seconds is not None
+    assert free.part.step_seconds == pytest.approx(free.seconds / 300)
+    for outcome in free.outcomes:
+        assert outcome.time_saved is not None
+        assert outcome.net_seconds == pytest.approx(outcome.time_saved * free.seconds)
+    often, seldom = free.outcomes
+    assert often.setting is not None
+    assert often.setting.interval == 10
+    # Dear enough that to move more often no longer pays.
+    more = often.weights_moved_busiest_rank - seldom.weights_moved_busiest_rank
+    dear = 2e3 * ((often.net_seconds or 0) - (seldom.net_seconds or 0)) / more
+    priced = replay(open_run(root), choices, cost_per_expert_ms=dear)
+    assert [o.setting and o.setting.interval for o in priced.outcomes] == [50, 10]
+    for outcome in priced.outcomes:
+        cost = outcome.weights_moved_busiest_rank * dear / 1e3
+        assert outcome.cost_seconds == pytest.approx(cost)
+        assert outcome.net_seconds == pytest.approx((outcome.time_saved or 0) * free.seconds - cost)
+    text = cli("replay", "--interval", "10", "--redundant", "16", "--cost-per-expert-ms", "1e6", root).stdout
+    assert "−" in text
+    assert " !" in text
+
+
+# ---- which steps, and what cannot be replayed
+
+
+def test_an_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global") as writer:
+        for step in range(90):
+            size, slots = (2, 8) if step < 30 else (4, 12)
+            writer.record(
+                step, rng.poisson(20, (2, slots)), np.tile(np.arange(slots) % 8, (2, 1)), ep_size=size
+            )
+    result = replay(open_run(tmp_path), [Setting("deepseek", 4, 4, 20, 20, 20)])
+    assert (result.first_step, result.last_step, result.scored) == (30, 89, 60)
+    assert "only steps 30 to 89 are replayed (those before with --steps 0:30)" in result.notes[0]
+    # Its starts count from the change on.
+    assert [move.step for move in result.outcomes[0].moves] == [50, 70]
+    before = replay(open_run(tmp_path), steps=(0, 30))
+    assert (before.part.shape.ep_size, before.last_step, before.notes) == (2, 29, [])
+
+
+def test_a_range_keeps_the_runs_rhythm(dump: Path) -> None:
+    result = replay(open_run(dump), [Setting("deepseek", 4, 4, 20, 20, 10)], (25, 100))
+    assert (result.first_step, result.last_step) == (25, 99)
+    assert [move.step for move in result.outcomes[0].moves] == [30, 50, 70, 90]
+
+
+def test_steps_under_an_unknown_placement_are_left_out(tmp_path: Path) -> None:
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
+        for step in range(30):
+            writer.record(step, np.ones((2, 4), int), np.arange(8).reshape(2, 4) % 4 if step >= 10 else None)
+    result = replay(open_run(tmp_path))
+    assert (result.first_step, result.scored, result.left_out) == (10, 20, 10)
+    assert "10 complete steps left out" in result.notes[0]
+    assert result.outcomes[0].balancedness == 1.0
+
+
+def test_without_a_placement_nothing_can_be_replayed(tmp_path: Path) -> None:
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=2, ep_size=2, scope="global") as writer:
+        writer.record(None, np.ones((1, 2), int), None)
+    one_error(cli("replay", tmp_path), 3, str(tmp_path), "placement of a layer is not known")
+
+
+def test_steps_of_unknown_order_are_not_replayed(tmp_path: Path) -> None:
+    np.savez(tmp_path / "counts.npz", counts=np.ones((20, 2, 4), np.int32))
+    given = ["--ep-size", "2", "--placement", "linear", "--model", "m"]
+    source = tmp_path / "counts.npz"
+    assert cli("import", source, "--into", tmp_path / "a", *given).returncode == 0
+    one_error(cli("replay", tmp_path / "a"), 3, "order of steps")
+    assert cli("import", source, "--into", tmp_path / "b", "--ordered", *given).returncode == 0
+    result = json.loads(cli("replay", "-o", "json", tmp_path / "b").stdout)
+    assert (result["scored"], result["seconds"]) == (20, None)
+    assert any("--ordered" in note for note in result["notes"])
+
+
+def test_sampled_steps_stand_for_those_between(tmp_path: Path) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global", interval=3
+    ) as writer:
+        for step in range(90):
+            writer.record(step, np.random.default_rng(step).poisson(9, (1, 4)), np.arange(4)[None])
+    result = replay(open_run(tmp_path), [Setting("deepseek", 0, 2, 30, 30, 30)], keep_placements=True)
+    assert result.scored == 30
+    assert [step for step, _ in (result.placements or [[]])[0]] == [-1, 30, 60]
+    assert result.seconds == pytest.approx(90 * (result.part.step_seconds or 0))
+
+
+def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
+    record(tmp_path)
+    victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    result = cli("replay", "-o", "json", tmp_path)
+    one_error(result, 3, victim.name)
+    # Of the 16 steps of the segment four were dummy, incomplete, or so on other grounds: 32 to 47 are gone.
+    assert json.loads(result.stdout)["scored"] == len([s for s in complete() if not 32 <= s < 48])
+
+
+def test_the_default_grid(dump: Path) -> None:
+    run = open_run(dump)
+    part = run.reading(lambda: last_part(run))
+    today = recorded(run, part.shape)
+    settings, notes = grid(run, today, Choices(), 6400)
+    assert notes == []
+    assert {s.num_redundant_experts for s in settings} == {0, 4, 8}
+    assert {(s.interval, s.window) for s in settings if s.policy == "deepseek"} == {
+        (100, 100), (100, 400), (400, 400), (400, 1600), (1600, 1600), (1600, 6400)
+    }  # fmt: skip
+    assert all(s.start == s.interval for s in settings)
+    _, notes = grid(run, today, Choices(redundant=[4, 5]), 6400)
+    assert notes == ["left out: 8 experts and 5 redundant ones do not lie evenly on 4 ranks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--interval", "ten"], ["--interval", "whole numbers"]),
+        (["--interval", "0"], ["whole numbers from 1 on"]),
+        (["--window", "5,,6"], ["--window"]),
+        (["--redundant", "-1"], ["--redundant"]),
+        (["--cost-per-expert-ms", "-1"], ["--cost-per-expert-ms"]),
+        (["--steps", "9"], ["--steps"]),
+    ],
+)
+def test_wrong_usage(dump: Path, arguments: list[str], words: list[str]) -> None:
+    result = cli("replay", *arguments, dump)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--policy", "magic"], ["magic", "deepseek"]),
+        (["--policy", "json:nothing"], ["json:nothing"]),
+        (["--redundant", "3"], ["3 redundant ones do not lie evenly on 4 ranks"]),
+        (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),
+        (["--steps", "500:600"], ["no step of the run is in 500:600"]),
+        (["--run", "zz"], ["no run 'zz'"]),
+    ],
+)
+def test_what_cannot_be_asked(dump: Path, arguments: list[str], words: list[str]) -> None:
+    one_error(cli("replay", *arguments, dump), 2, *words)
+
+
+def test_no_complete_step(dump: Path) -> None:
+    with pytest.raises(DumpError, match="no step of this range is complete"):
+        replay(open_run(dump), steps=(50, 52))
+
+
+# ---- as it looks
+
+
+GRID = ["--interval", "10,40", "--window", "10", "--redundant", "0,4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("replay.txt", GRID),
+        ("replay.json", [*GRID[:4], "--redundant", "4", "--policy", "vllm", "-o", "json"]),
+        ("replay-sizes.txt", [*GRID, "--ep-size", "2,4", "--start", "5,10", "--top", "6"]),
+    ],
+)
+def test_golden(dump: Path, name: str, arguments: list[str]) -> None:
+    result = cli("replay", *arguments, dump)
+    assert result.returncode == 0, result.stderr
+    output = result.stdout
+    if name.endswith(".json"):  # a clock is never the same
+        document = json.loads(output)
+        assert document.pop("step_seconds") > 0
+        assert document.pop("seconds") > 0
+        output = json.dumps(document, indent=2) + "\n"
+    assert_golden(name, output)
+
+
+def test_costs_fit_80_columns(dump: Path) -> None:
+    for more in ([], ["--start", "5,10"], ["--ep-size", "2,4"]):
+        text = cli("replay", *GRID, "--cost-per-expert-ms", "0.01", *more, dump).stdout
+        assert "net s" in text
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
