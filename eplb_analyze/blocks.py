@@ -277,9 +277,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_at_most = MAX_WORKERS
+
+
 def workers() -> int:
     """How many threads share the work of a run: numpy and Arrow leave the interpreter lock to others."""
-    return min(MAX_WORKERS, os.cpu_count() or 1)
+    return min(_at_most, os.cpu_count() or 1)
+
+
+def use_at_most(threads: int) -> None:
+    """From now on; for a process that shares its machine with others like it."""
+    global _at_most
+    _at_most = threads
 
 
 def ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:

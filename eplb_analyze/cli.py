@@ -29,6 +29,7 @@ from eplb_analyze.commands import (
     summary,
     timeline,
     traffic,
+    watch,
 )
 from eplb_analyze.errors import EXIT_UNUSABLE, AnalyzeError
 from eplb_analyze.output import PROGRAM, clean, say
@@ -64,6 +65,7 @@ app.command("check", short_help="Is the dump complete and intact?")(check.check)
 app.add_typer(export.app, name="export", short_help="Write what engines load at their start, or the loads.")
 app.command("import", short_help="Read another system's recording into a dump.")(import_.import_)
 app.command("metrics", short_help="The balance formulas, with their sources.")(metrics.metrics)
+app.command("watch", short_help="How does a run stand that is being written?")(watch.watch)
 app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)
 
 

@@ -6,12 +6,13 @@ Figures are not made here.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eplb_analyze import places
 from eplb_analyze.errors import DumpError, Finding
+from eplb_analyze.places import Entry, Place
 from eplb_analyze.segments import (
     Manifest,
     OpenSegment,
@@ -45,7 +46,7 @@ _MAX_SESSION_FILE = 16 << 20
 class Session:
     """One life of one writer: its metadata and its readable segments, in order."""
 
-    folder: Path
+    folder: Place
     info: SessionInfo
     segments: list[Segment] = field(default_factory=list)
     #: Those whose steps turned out to be unreadable; their placements may be readable.
@@ -64,9 +65,9 @@ class Session:
 class Discovery:
     """All sessions under a folder, by run and model, and what was odd about its files."""
 
-    root: Path
+    root: Place
     #: ``{run_id: {model slug: [SessionInfo and folder]}}``; no segment is opened yet.
-    runs: dict[str, dict[str, list[tuple[Path, SessionInfo]]]]
+    runs: dict[str, dict[str, list[tuple[Place, SessionInfo]]]]
     findings: dict[tuple[str, str], list[Finding]]
 
     def created(self, run_id: str) -> int:
@@ -78,35 +79,43 @@ class Discovery:
         return sorted(self.runs, key=lambda run_id: (self.created(run_id), run_id), reverse=True)
 
 
-def discover(path: Path) -> Discovery:
+def discover(path: Place, run: str | None = None) -> Discovery:
     """Look through a dump, or one run, model, rank or session folder of it.
+
+    Where ``run`` is an id of a run that is there, other runs may be left out.
 
     Raises DumpError where there is no such folder, or no run in it.
     """
-    if not path.exists():
-        raise DumpError(f"{path}: no such folder")
-    if not path.is_dir():
-        raise DumpError(f"{path}: it is a file; give the folder that holds run=…")
+    if isinstance(path, Path):
+        if not path.exists():
+            raise DumpError(f"{path}: no such folder")
+        if not path.is_dir():
+            raise DumpError(f"{path}: it is a file; give the folder that holds run=…")
     wanted: list[str] = []
-    root = Path(os.path.abspath(path))
+    root = places.absolute(path)
     while root.name.startswith(_LEVELS):
         wanted.insert(0, root.name)
         root = root.parent
     shown = path if not wanted else root
+    narrowed = run is not None and not wanted
+    if narrowed:
+        wanted = [f"{RUN_PREFIX}{run}"]
     found = Discovery(shown, {}, {})
-    for names, folder in _descend(shown, wanted, found):
+    sessions = list(_descend(shown, wanted, found))
+    for (names, folder), info in zip(sessions, places.each(shown, _info_or_fault, sessions), strict=True):
         run_id, model = names[0][len(RUN_PREFIX) :], names[1][len(MODEL_PREFIX) :]
-        sessions = found.runs.setdefault(run_id, {}).setdefault(model, [])
+        readable = found.runs.setdefault(run_id, {}).setdefault(model, [])
         findings = found.findings.setdefault((run_id, model), [])
-        try:
-            sessions.append((folder, read_info(folder, names)))
-        except FormatError as error:
-            findings.append(
-                Finding("error", "damaged_file", f"{folder / SESSION_FILE}: {error}; session skipped")
-            )
-        except OSError as error:
-            text = f"{folder / SESSION_FILE}: {error.strerror}; session skipped"
+        if isinstance(info, SessionInfo):
+            readable.append((folder, info))
+        else:
+            text = f"{folder / SESSION_FILE}: {info}; session skipped"
             findings.append(Finding("error", "damaged_file", text))
+    if not found.runs and narrowed:
+        return discover(path)
+    if not found.runs and not isinstance(path, Path) and not path.is_dir():
+        what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
+        raise DumpError(f"{path}: {what}")
     if not found.runs:
         raise DumpError(
             f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); "
@@ -115,19 +124,27 @@ def discover(path: Path) -> Discovery:
     return found
 
 
-def _descend(root: Path, wanted: list[str], found: Discovery) -> Iterator[tuple[list[str], Path]]:
+def _info_or_fault(session: tuple[list[str], Place]) -> SessionInfo | str:
+    """What a session says of itself, or why it cannot be read."""
+    names, folder = session
+    try:
+        return read_info(folder, names)
+    except FormatError as error:
+        return str(error)
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _descend(root: Place, wanted: list[str], found: Discovery) -> Iterator[tuple[list[str], Place]]:
     """``(folder names, session folder)`` of all sessions below ``root``."""
 
-    def walk(folder: Path, names: list[str]) -> Iterator[tuple[list[str], Path]]:
+    def walk(folder: Place, names: list[str]) -> Iterator[tuple[list[str], Place]]:
         level = len(names)
         if level == len(_LEVELS):
             yield names, folder
             return
-        for entry in _entries(folder):
-            if not entry.name.startswith(_LEVELS[level]) or wanted[level : level + 1] not in (
-                [],
-                [entry.name],
-            ):
+        for entry in _entries(folder, wanted[level] if level < len(wanted) else None):
+            if not entry.name.startswith(_LEVELS[level]):
                 continue
             if entry.is_symlink():
                 run_id = (names[0] if names else entry.name)[len(RUN_PREFIX) :]
@@ -139,15 +156,14 @@ def _descend(root: Path, wanted: list[str], found: Discovery) -> Iterator[tuple[
     yield from walk(root, [])
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def _entries(folder: Place, only: str | None = None) -> Sequence[Entry]:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda e: e.name)
+        return places.entries(folder, only)
     except OSError as error:
         raise DumpError(f"{folder}: {error.strerror}") from None
 
 
-def read_info(folder: Path, names: list[str]) -> SessionInfo:
+def read_info(folder: Place, names: list[str]) -> SessionInfo:
     """What a session's folder says of itself; ``names`` are its four levels. Raises FormatError, OSError."""
     path = folder / SESSION_FILE
     require_regular(path)
@@ -160,10 +176,21 @@ def read_info(folder: Path, names: list[str]) -> SessionInfo:
     return info
 
 
-def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Session:
+def open_sessions(found: Sequence[tuple[Place, SessionInfo]], findings: list[Finding]) -> list[Session]:
+    """Open sessions, in this order; see :func:`open_session`."""
+    if not found:
+        return []
+    own: list[list[Finding]] = [[] for _ in found]
+    items = [(folder, info, mine) for (folder, info), mine in zip(found, own, strict=True)]
+    sessions = places.each(found[0][0], lambda item: open_session(*item), items)
+    findings += [finding for mine in own for finding in mine]
+    return sessions
+
+
+def open_session(folder: Place, info: SessionInfo, findings: list[Finding], looks: int = 3) -> Session:
     """List a session's segments as of now, sealed and open; faults go to ``findings``."""
     session = Session(folder, info)
-    journals: dict[int, Path] = {}
+    journals: dict[int, Place] = {}
     sealed_names: set[str] = set()
     for entry in _entries(folder):
         journal, segment = JOURNAL_PATTERN.fullmatch(entry.name), SEGMENT_PATTERN.fullmatch(entry.name)
@@ -191,8 +218,12 @@ def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Se
             opened = JournalSegment(path)
         except FileNotFoundError:
             # Sealed since the folder was listed: look once more, at the new state.
+            if looks == 0:
+                findings.append(Finding("error", "damaged_file", f"{path}: it is listed, but not there; skipped"))
+                continue
             findings[:] = [f for f in findings if str(folder) not in f.text]
-            return open_session(folder, info, findings)
+            places.look_again(folder)
+            return open_session(folder, info, findings, looks - 1)
         except UnbegunJournal as error:
             findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
             continue
@@ -200,7 +231,7 @@ def open_session(folder: Path, info: SessionInfo, findings: list[Finding]) -> Se
             findings.append(Finding("error", "damaged_file", f"{path}: {error}; skipped"))
             continue
         session.journals += 1
-        session.segments.append(OpenSegment(opened))
+        session.segments.append(OpenSegment(opened, path))
         if opened.tail.fault is not None:
             lost = opened.tail.size - opened.tail.end
             if opened.tail.fault == "torn":

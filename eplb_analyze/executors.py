@@ -33,6 +33,9 @@ class Lost:
 
 
 class Executor(Protocol):
+    #: True: there is a worker a core, so that each should keep to one thread.
+    crowded: bool
+
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | Lost]]:
@@ -59,6 +62,8 @@ def executor(name: str, workers: int | None = None, ray_address: str | None = No
 class Local:
     """One item after another in this process, whose threads share it."""
 
+    crowded = False
+
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | Lost]]:
@@ -72,6 +77,8 @@ class Local:
 class Processes:
     """Fresh processes of this machine, which hold nothing of ours but what they import."""
 
+    crowded = True
+
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool = self._start()
@@ -82,33 +89,44 @@ class Processes:
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | Lost]]:
-        def submit(item: Item) -> Future[Result]:
-            return self._pool.submit(work, item)
-
-        def result(item: Item, future: Future[Result]) -> Result | Lost:
+        def submit(item: Item) -> tuple[ProcessPoolExecutor, Future[Result] | None]:
             try:
-                return future.result()
+                return self._pool, self._pool.submit(work, item)
             except BrokenProcessPool:
-                return self._alone(work, item)
+                return self._pool, None
+
+        def result(item: Item, reference: tuple[ProcessPoolExecutor, Future[Result] | None]) -> Result | Lost:
+            pool, future = reference
+            try:
+                if future is not None:
+                    return future.result()
+            except BrokenProcessPool:
+                pass
+            # One dead worker ends its pool, and all that was under way in it.
+            if pool is self._pool:
+                pool.shutdown(wait=False)
+                self._pool = self._start()
+            return _alone(work, item)
 
         return _in_order(submit, result, items, AHEAD * self._workers)
-
-    def _alone(self, work: Callable[[Item], Result], item: Item) -> Result | Lost:
-        """One dead worker ends a pool and all that was under way: do the item again, by itself."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = self._start()
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                return pool.submit(work, item).result()
-            except BrokenProcessPool:
-                return Lost("its worker died twice; was it killed for its memory?")
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _alone(work: Callable[[Item], Result], item: Item) -> Result | Lost:
+    """Once more, in a process of its own: it may have been another item that its worker died over."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(work, item).result()
+        except BrokenProcessPool:
+            return Lost("its worker died twice; was it killed for its memory?")
+
+
 class Ray:
     """Tasks of a Ray cluster: the one at an address, or one that is started here and ended with us."""
+
+    crowded = True
 
     def __init__(self, workers: int | None, address: str | None) -> None:
         # Neither a dashboard nor reports of its use.

@@ -284,11 +284,10 @@ class _Journal(GrowingFile):
     def _placements(self, frame: Frame) -> PlacementRows:
         rows = placement_rows(frame)
         layers = MAX_LAYERS if self._info.moe_layers is None else len(self._info.moe_layers)
-        inside = 0 <= rows.layer.min(initial=0) and rows.layer.max(initial=0) < layers
-        for slots in rows.physical_to_logical:
-            inside &= EMPTY_SLOT <= slots.min() and slots.max() < self._info.num_logical_experts
-        if not inside:
-            raise FormatError("it holds a placement that is out of range")
+        limit = self._info.num_logical_experts
+        for layer, slots in zip(rows.layer, rows.physical_to_logical, strict=True):
+            if not 0 <= layer < layers or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
+                raise FormatError("it holds a placement that is out of range")
         return rows
 
     def _loads(self, frame: Frame) -> tuple[Int64, Shape, Int64]:

@@ -11,11 +11,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.blocks import STATUS_WEIGHT, Block
+from eplb_analyze.blocks import Block
 from eplb_analyze.dump import Session
 from eplb_analyze.errors import Finding
 from eplb_analyze.segments import Segment
-from eplb_dump.format import EMPTY_SLOT
+from eplb_dump.format import EMPTY_SLOT, Status
 from eplb_dump.journal import Int32, Int64
 from eplb_dump.sealing import ExpertSums
 
@@ -239,8 +239,8 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     findings: list[Finding] = []
     lost = _lost(sessions, unreadable)
     if lost:
-        text = f"placements are lost from step {_first_of(lost)} on: until they are stated again nobody knows "
-        findings.append(Finding("error", "placements_lost", text + "which expert a slot holds"))
+        text = f"placements are lost from step {_first_of(lost)} on: until they are stated again nobody"
+        findings.append(Finding("error", "placements_lost", text + " knows which expert a slot holds"))
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
     for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
         known = stated.get((step, layer))
@@ -271,7 +271,8 @@ def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
     """The steps at which gaps begin that no other session's placements fill, ascending."""
     gaps = [(session, gap) for session in sessions for gap in untold(session, unreadable)]
     found = set()
-    for session, (first, last) in gaps:
+    for session, (begin, last) in gaps:
+        first = begin
         others = [s for other in sessions if other is not session for s in _told(other, unreadable)]
         for segment in sorted(others, key=lambda s: s.first_step):
             if segment.first_step <= first <= segment.last_step:
@@ -341,20 +342,23 @@ def _rows_of(session: Session, unreadable: frozenset[int]) -> list[tuple[int, in
 
 
 def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
-    """``(first step, first step of the next stretch, index of the session)`` whose rows count there."""
-    step: list[npt.NDArray[np.int64]] = []
-    weight: list[npt.NDArray[np.int64]] = []
+    """``(first step, first step of the next stretch, index of the session)`` whose loads count there."""
+    step = [np.empty(0, np.int64)]
+    owner = [np.empty(0, np.int64)]
     for number, session in enumerate(sessions):
         for segment in session.segments:
             rows = segment.steps()
-            # Of equals, the newer session's counts: as in the blocks.
-            step.append(rows.step)
-            weight.append(STATUS_WEIGHT[rows.status].astype(np.int64) * len(sessions) + number)
-    steps, weights = np.concatenate(step), np.concatenate(weight)
-    order = np.lexsort((weights, steps))
-    steps, weights = steps[order], weights[order]
-    last = np.append(np.diff(steps) > 0, True)
-    steps, owner = steps[last], weights[last] % len(sessions)
-    starts = np.flatnonzero(np.append(True, np.diff(owner) != 0))
-    ends = [*steps[starts[1:]].tolist(), 2**62]
-    return list(zip(steps[starts].tolist(), ends, owner[starts].tolist(), strict=True))
+            # A session that idled or dropped steps may not know of a change in them.
+            recorded = rows.step[rows.status == Status.RECORDED]
+            step.append(recorded)
+            owner.append(np.full(len(recorded), number))
+    steps, owners = np.concatenate(step), np.concatenate(owner)
+    # Of those that recorded a step the newest session's load counts, as in the blocks.
+    order = np.lexsort((owners, steps))
+    last = np.flatnonzero(np.diff(steps[order], append=2**62))
+    steps, owners = steps[order][last], owners[order][last]
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    firsts = steps[starts]
+    firsts[:1] = -1  # what the first of them said before its first load
+    ends = np.append(firsts, 2**62)[1:]
+    return list(zip(firsts.tolist(), ends.tolist(), owners[starts].tolist(), strict=True))

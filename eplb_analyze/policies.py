@@ -17,17 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze import rebalancing
-from eplb_analyze.errors import EXIT_USAGE, AnalyzeError
+from eplb_analyze.errors import UsageError
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-class PolicyError(AnalyzeError):
+class PolicyError(UsageError):
     """A policy is not there, cannot do what it is asked, or gave what is no placement."""
-
-    exit_code = EXIT_USAGE
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from eplb_analyze import bootstrap
+from eplb_analyze.blocks import use_at_most
 from eplb_analyze.bootstrap import Ratio
 from eplb_analyze.check import summary_findings
 from eplb_analyze.dump import discover
@@ -271,6 +272,8 @@ class Part:
     target: Target
     steps: Steps | None
     bins: Bins
+    #: The worker has one core to itself, and no more.
+    crowded: bool
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,8 @@ class Read:
 
 def read_part(part: Part) -> Read | str:
     """The sums of a part, or why there are none. Runs on a worker."""
+    if part.crowded:
+        use_at_most(1)
     try:
         run = open_run(part.target.dump, part.target.run_id, part.target.model)
         return Read(run.reading(lambda: sums_of(run, part.steps, part.bins)), run.findings)
@@ -341,9 +346,10 @@ def rows_of(
                 continue
             opened[target] = _Open(target, run, len(parts))
             for steps in parts:
-                yield Part(target, steps, bins)
+                yield Part(target, steps, bins, chosen.crowded)
 
-    for part, result in (executor or Local()).map(read_part, plan()):
+    chosen = executor or Local()
+    for part, result in chosen.map(read_part, plan()):
         while ready:
             yield ready.pop(0), None
         this = opened[part.target]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -17,10 +16,11 @@ import numpy.typing as npt
 
 from eplb_analyze import metrics
 from eplb_analyze.blocks import Block, ahead, iter_blocks, parts
-from eplb_analyze.dump import Session, discover, open_session
+from eplb_analyze.dump import Discovery, Session, discover, open_sessions
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.placements import PlacementHistory, read_history
-from eplb_analyze.segments import Segment, SegmentFault
+from eplb_analyze.places import Place, Remote, place
+from eplb_analyze.segments import SegmentFault
 from eplb_dump.format import Origin, Scope, SessionInfo, model_slug
 from eplb_dump.journal import Shape
 
@@ -61,21 +61,23 @@ def imported(origin: Origin) -> str:
     return f"imported from {origin.system}, {origin.kind}; not known: {unknown or 'nothing'}"
 
 
-def open_run(path: str | os.PathLike[str], run: str | None = None, model: str | None = None) -> Run:
+def open_run(path: str | os.PathLike[str] | Remote, run: str | None = None, model: str | None = None) -> Run:
     """Open one run of one model in a dump; by default the newest run and its largest model.
 
     Args:
-        path: the dump's folder, or the folder of one run, model, rank or session in it.
+        path: the dump's folder, or the folder of one run, model, rank or session in it; or such a prefix
+            of a bucket, ``s3://…`` or ``gs://…``.
         run: the run's id.
         model: the model's name, or its folder's name.
 
     Raises:
         DumpError: there is no dump, or nothing readable in it.
         NotInDumpError: the dump has no such run or model.
+        UnreachableError: the bucket cannot be read.
     """
-    chosen = choose(Path(path), run, model)
-    sessions = [open_session(folder, info, chosen.findings) for folder, info in chosen.sessions]
-    return Run(Path(path), sessions, chosen.findings, chosen.notes)
+    where = place(path)
+    chosen = choose(where, run, model)
+    return Run(where, open_sessions(chosen.sessions, chosen.findings), chosen.findings, chosen.notes)
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,15 @@ class Choice:
     """The sessions of one model of one run, none of them opened yet."""
 
     #: Folder and metadata, the older ones first.
-    sessions: list[tuple[Path, SessionInfo]]
+    sessions: list[tuple[Place, SessionInfo]]
     findings: list[Finding]
     notes: list[str]
 
 
-def choose(path: Path, run: str | None = None, model: str | None = None) -> Choice:
+def choose(path: Place, run: str | None = None, model: str | None = None) -> Choice:
     """Find what :func:`open_run` opens. Raises as it does."""
-    found = discover(path)
-    notes: list[str] = []
-    run_ids = found.newest_first()
-    if run is None:
-        run = run_ids[0]
-        if len(run_ids) > 1:
-            notes.append(f"{len(run_ids)} runs in {path}; this is the newest, {run} (choose with --run)")
-    elif run not in found.runs:
-        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
+    found = discover(path, run)
+    run, notes = choose_run(found, path, run)
     models = {slug: infos for slug, infos in found.runs[run].items() if infos}
     findings = [f for (r, slug), fs in found.findings.items() if r == run for f in fs if slug not in models]
     if not models:
@@ -124,6 +119,16 @@ def choose(path: Path, run: str | None = None, model: str | None = None) -> Choi
     return Choice(infos, findings, notes)
 
 
+def choose_run(found: Discovery, path: Place, run: str | None) -> tuple[str, list[str]]:
+    """The id of the run asked for, else of the newest, and what to say of it. Raises NotInDumpError."""
+    run_ids = found.newest_first()
+    if run is not None and run not in found.runs:
+        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
+    if run is not None or len(run_ids) == 1:
+        return run or run_ids[0], []
+    return run_ids[0], [f"{len(run_ids)} runs in {path}; this is the newest, {run_ids[0]} (choose with --run)"]
+
+
 def _size(info: SessionInfo) -> int:
     return (info.num_moe_layers or 0) * (info.num_physical_experts or info.num_logical_experts)
 
@@ -139,7 +144,7 @@ class Run:
     """
 
     def __init__(
-        self, path: Path, sessions: list[Session], findings: list[Finding], notes: list[str]
+        self, path: Place, sessions: list[Session], findings: list[Finding], notes: list[str]
     ) -> None:
         self.path = path
         self.sessions = sessions
@@ -235,7 +240,7 @@ class Run:
 
     @property
     def placements_recorded(self) -> bool:
-        """Whether the dump says when placements changed; of an imported or damaged run it may be not known."""
+        """Whether the dump says when placements changed; not where it was imported without, or is damaged."""
         origin = self.info.origin
         stated = {} if origin is None else {**origin.unknown, **origin.assumed}
         if self.history.lost:

@@ -11,10 +11,10 @@ import itertools
 import json
 import stat
 import threading
+import zlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_analyze import places
+from eplb_analyze.places import Place
 from eplb_dump import frames
 from eplb_dump.format import (
     EMPTY_SLOT,
@@ -33,7 +35,7 @@ from eplb_dump.format import (
     SessionInfo,
 )
 from eplb_dump.journal import Int64, JournalSegment, PlacementRows, Shape, StepRows
-from eplb_dump.sealing import ROW_GROUP_VALUES, ExpertSums, SealedSegment, footer_crc32
+from eplb_dump.sealing import ROW_GROUP_VALUES, ExpertSums, SealedSegment, footer
 
 #: More than this, decoded and read at once, is a hostile claim, not a segment of ours.
 MAX_DECODED_BYTES = 1 << 30
@@ -49,7 +51,7 @@ Parts = Generator[tuple[int, npt.NDArray[Scalar]], None, None]
 class SegmentFault(Exception):
     """A table of a segment cannot be read; the text names the file and what is wrong with it."""
 
-    def __init__(self, segment: Segment, table: str, path: Path, reason: str) -> None:
+    def __init__(self, segment: Segment, table: str, path: Place, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.segment, self.table = segment, table
 
@@ -61,7 +63,7 @@ class Segment(Protocol):
     first_step: int
     last_step: int
     shape: Shape | None
-    path: Path
+    path: Place
     #: Where the writer left them; of all the segment's steps.
     sums: ExpertSums | None
     #: Whether bytes after its last readable step are damaged.
@@ -88,12 +90,12 @@ class Segment(Protocol):
 class OpenSegment:
     """The journal of a segment that is not sealed: of a live writer, or of a dead one."""
 
-    def __init__(self, journal: JournalSegment) -> None:
+    def __init__(self, journal: JournalSegment, path: Place) -> None:
         self._journal = journal
         self._reading = threading.Lock()
         self.sums: ExpertSums | None = None
         self.cut = journal.tail.fault == "damaged"
-        self.path = journal.path
+        self.path = path
         self.seq = journal.seq
         self.shape = journal.shape
         steps = journal.steps.step
@@ -135,7 +137,7 @@ class ParquetSegment:
     A file is open only while it is read, since a long run has more of them than a process may hold.
     """
 
-    def __init__(self, folder: Path, info: SessionInfo, entry: SealedSegment) -> None:
+    def __init__(self, folder: Place, info: SessionInfo, entry: SealedSegment) -> None:
         self.path = folder
         self._info = info
         self._entry = entry
@@ -148,40 +150,45 @@ class ParquetSegment:
         self._metadata: dict[str, pq.FileMetaData] = {}
         self._load_steps: Int64 | None = None
 
-    def file_path(self, table: str) -> Path:
+    def file_path(self, table: str) -> Place:
         entry = self._entry.files.get(table)
         return self.path if entry is None else self.path / entry.name
 
     @contextmanager
     def _open(self, table: str) -> Iterator[pq.ParquetFile]:
         """The file of a table that the segment has, verified when it is opened first."""
-        path = self.file_path(table)
-        with _faults(self, table, path):
-            known = self._metadata.get(table)
-            if known is None:
-                self._check_file(path, table)
-            file = pq.ParquetFile(
-                path,
-                metadata=known,
-                page_checksum_verification=True,
-                memory_map=False,
-                read_dictionary=TEXT_COLUMNS if table == "steps" else None,
-            )
-        with file:
-            if known is None:
-                with _faults(self, table, path):
+        path, known = self.file_path(table), self._metadata.get(table)
+        with ExitStack() as opened:
+            with _faults(self, table, path):
+                if known is None:
+                    self._check_size(path, table)
+                source = opened.enter_context(places.source(path))
+                file = pq.ParquetFile(
+                    source,
+                    metadata=known or self._footer(source, table),
+                    page_checksum_verification=True,
+                    read_dictionary=TEXT_COLUMNS if table == "steps" else None,
+                    # Where every read is a request, those of neighbours are made one.
+                    pre_buffer=isinstance(path, places.Remote),
+                )
+                opened.enter_context(file)
+                if known is None:
                     self._check_footer(file, table)
-                self._metadata[table] = file.metadata
+                    self._metadata[table] = file.metadata
             yield file
 
-    def _check_file(self, path: Path, table: str) -> None:
-        entry = self._entry.files[table]
+    def _check_size(self, path: Place, table: str) -> None:
         require_regular(path)
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise FormatError(f"it has {size} bytes where the manifest says {entry.bytes}")
-        if footer_crc32(path) != entry.footer_crc32:
+        size, listed = path.stat().st_size, self._entry.files[table].bytes
+        if size != listed:
+            raise FormatError(f"it has {size} bytes where the manifest says {listed}")
+
+    def _footer(self, source: Any, table: str) -> pq.FileMetaData:
+        """The footer of a file, verified, and read only once."""
+        data = footer(source.size(), source.read_at)
+        if zlib.crc32(data) != self._entry.files[table].footer_crc32:
             raise FormatError("its footer does not match the manifest's checksum")
+        return pq.read_metadata(pa.BufferReader(data))
 
     def _check_footer(self, file: pq.ParquetFile, table: str) -> None:
         metadata = file.metadata
@@ -339,7 +346,7 @@ def layers_at_once(steps: int, shape: Shape) -> int:
     return max(1, ROW_GROUP_VALUES // (max(1, steps) * shape.num_physical_experts))
 
 
-def require_regular(path: Path) -> None:
+def require_regular(path: Place) -> None:
     """Raise FormatError for what is no plain file: a pipe would be waited for, a link leads outside."""
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
@@ -355,9 +362,10 @@ def exhausted(error: BaseException) -> bool:
 
 
 @contextmanager
-def _faults(segment: Any, table: str, path: Path) -> Iterator[None]:
+def _faults(segment: Any, table: str, path: Place) -> Iterator[None]:
     try:
-        yield
+        with places.reaching(path):
+            yield
     except FileNotFoundError:
         raise SegmentFault(segment, table, path, "it is missing, although the manifest lists it") from None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -419,7 +427,7 @@ class Manifest:
     fault: str | None
 
 
-def read_manifest(folder: Path, info: SessionInfo) -> Manifest:
+def read_manifest(folder: Place, info: SessionInfo) -> Manifest:
     """Read ``manifest.frames``; a session that has sealed nothing yet has none.
 
     Raises OSError, and FormatError where it is no regular file.

@@ -12,28 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.dump import discover, read_info
+from eplb_analyze.dump import read_info
 from eplb_analyze.errors import AnalyzeError, Finding
-from eplb_analyze.following import Batch, FollowedSession
+from eplb_analyze.following import FollowedSession
 from eplb_analyze.losses import Bin, Bins, timeline
-from eplb_analyze.metrics import Spread, Terms
-from eplb_analyze.placements import LayerHistory, PlacementHistory, Rearrangement
+from eplb_analyze.metrics import Float64, Spread, Terms
+from eplb_analyze.placements import LayerHistory, PlacementHistory
 from eplb_analyze.run import choose
 from eplb_analyze.window import BALANCEDNESS, RankState, Window
 from eplb_dump.format import RANK_PREFIX, RUN_PREFIX, SESSION_PREFIX, FormatError, Scope, SessionInfo, Status
-from eplb_dump.journal import Int64
+from eplb_dump.journal import Int64, PlacementRows
 
 #: The figures are over so many steps.
 WINDOW = 1000
-#: A rank that is so far behind the others has stopped, as `check` sees it, too.
-BEHIND_SECONDS = 3.0
+#: A rank so far behind the others has stopped; `check` takes the same time.
+STOPPED_SECONDS = 3.0
 #: So many placements of a layer are remembered.
-_PLACEMENTS = 8
+PLACEMENTS = 8
+#: What sessions of one run agree in.
+AGREED = ("scope", "num_logical_experts", "moe_layers", "token_replication")
 
 
 @dataclass(frozen=True)
 class LayerLook:
-    """A layer over the window's complete steps."""
+    """A layer over the complete steps."""
 
     layer: int
     balancedness: float | None
@@ -44,29 +46,36 @@ class LayerLook:
 
 @dataclass(frozen=True)
 class RankLook:
-    """A rank that should write. The shares are None without a complete step."""
+    """An EP rank over the complete steps."""
 
     rank: int
-    #: None: it has written nothing.
-    last_step: int | None
     #: Its load over that of the mean rank.
     times_mean: float | None
-    #: In which share of active (step, layer) the others waited for it, and its share of all waiting.
+    #: In which share of the (step, layer) with tokens the others waited for it; its share of all waiting.
     slowest_share: float | None
     excess_share: float | None
-    #: How far it is behind the foremost rank.
-    behind_steps: int | None
+
+
+@dataclass(frozen=True)
+class WriterLook:
+    """A rank that should write."""
+
+    rank: int
+    #: None: it has written nothing yet.
+    last_step: int | None
+    #: Steps to the foremost rank, and whether these are more than :data:`STOPPED_SECONDS`.
+    behind: int | None
     stopped: bool
     closed: bool
     sessions: int
-    #: Steps that it dropped or rejected, of those that were looked at.
+    #: Of the steps that were looked at.
     dropped: int
     rejected: int
 
 
 @dataclass(frozen=True)
 class RearrangementLook:
-    """The newest rearrangement, and balancedness around it as far as it was seen."""
+    """The newest rearrangement, and balancedness around it as far as the steps were looked at."""
 
     first_step: int
     last_step: int
@@ -81,7 +90,7 @@ class RearrangementLook:
 
 @dataclass(frozen=True)
 class Look:
-    """A run at one moment. Figures are over the complete steps among the newest ``window``."""
+    """A run at one moment. Figures are over the complete ones of the newest ``window`` recorded steps."""
 
     run_id: str
     model: str
@@ -89,70 +98,359 @@ class Look:
     ep_size: int
     num_layers: int | None
     num_physical_experts: int | None
-    #: Steps that were asked for, and the first and last complete one of those that are here.
+    newest_step: int | None
+    steps_per_second: float | None
+    #: Since something new came.
+    quiet_seconds: float | None
+    #: All writers have ended in order.
+    closed: bool
     window: int
     first_step: int | None
     last_step: int | None
     complete: int
-    #: Lacks a rank that went on or stopped; or waits for a rank that has yet to come to it.
+    #: Steps that lack a rank for good, and steps that a rank has yet to come to.
     incomplete: int
     in_flight: int
-    newest_step: int | None
-    steps_per_second: float | None
-    #: Since the newest step came.
-    quiet_seconds: float | None
-    closed: bool
     balancedness: Spread
     latest_balancedness: float | None
     idle_fraction: float | None
     layers: list[LayerLook]
-    #: The writers that a step needs, by their number.
     ranks: list[RankLook]
+    writers: list[WriterLook]
     timeline: list[Bin]
-    #: Those that were seen in full; of the newest the figures.
+    #: The first steps of those that were looked at, and the figures of the newest.
     rearrangements: list[int]
     rearrangement: RearrangementLook | None
-    #: The first step with the present EP size and slots, where they changed under our eyes.
+    #: The first step of the present EP size and slots, where they changed while we looked.
     shape_changed: int | None
+    #: How often a rank began its steps anew while we looked.
     restarts: int
-    notes: list[str]
     findings: list[Finding]
 
     @property
     def missing_ranks(self) -> list[int]:
-        return [rank.rank for rank in self.ranks if rank.last_step is None]
+        """Those that should write and have not yet."""
+        return [writer.rank for writer in self.writers if writer.last_step is None]
 
     def to_json(self) -> dict[str, Any]:
         document = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("layers", "ranks", "timeline"):
+        for name in ("layers", "ranks", "writers", "timeline", "findings"):
             document[name] = [asdict(item) for item in document[name]]
-        document["balancedness"] = {**asdict(self.balancedness), "latest": document.pop("latest_balancedness")}
+        latest = document.pop("latest_balancedness")
+        document["balancedness"] = {**asdict(self.balancedness), "latest": latest}
         document["rearrangement"] = None if self.rearrangement is None else asdict(self.rearrangement)
-        document["findings"] = [asdict(finding) for finding in self.findings]
-        run = {"run_id": document.pop("run_id"), "model": document.pop("model")}
-        return {"run": run, **document}
+        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
 
 
 class Follower:
-    """Follows a run, and moves on to a newer one where none was asked for. Nothing is written."""
+    """Follows a run, and moves on to a newer one unless one was asked for. It writes nothing.
 
-    def __init__(self, path: Path, run: str | None = None, model: str | None = None, window: int = WINDOW) -> None:
-        """Raises DumpError and NotInDumpError, as :func:`eplb_analyze.run.open_run` does."""
-        self._path = path
-        self._asked = run, model
-        self._limit = window
+    Attributes:
+        notes: what a user should be told about what was chosen.
+    """
+
+    def __init__(
+        self, path: Path, run: str | None = None, model: str | None = None, window: int = WINDOW
+    ) -> None:
+        """``window``: the figures are over so many steps at most.
+
+        Raises DumpError and NotInDumpError, as :func:`eplb_analyze.run.open_run` does.
+        """
+        self._path, self._run, self._model = path, run, model
         self._root = Path(os.path.abspath(path))
-        self._follow()
+        self._limit = window
+        #: When something new came, by the monotonic clock.
+        self._came_at: float | None = None
+        self._follow(path, run)
 
     def look(self) -> Look:
         """Read what is new, and say how things stand. Raises DumpError."""
-        if self._newer_run() or not self._window.ranks:
-            self._follow()
+        if self._newer_run():
+            self._follow(self._path, None)
+        elif not self._window.ranks and self._root in self._run_folder.parents:
+            self._follow(self._run_folder, None)  # which model is the largest shows with the first step
         for session in self._new_sessions():
             session.begin(self._limit)
             self._sessions.append(session)
-        news = False
+        came = False
         for session in sorted(self._sessions, key=lambda s: (s.info.created_unix_ns, s.info.session_id)):
-            before = news
-            ...
-        return self._look()
+            came |= self._read(session)
+        self._window.settle()
+        now = time.monotonic()
+        if self._came_at is None and self._window.ranks:
+            newest = max(rank.time_ns for rank in self._window.ranks.values())
+            self._came_at = now - max(0.0, time.time() - newest / 1e9)
+        elif came:
+            self._came_at = now
+        return self._look(None if self._came_at is None else now - self._came_at)
+
+    def _follow(self, where: Path, run: str | None) -> None:
+        chosen = choose(where, run, self._model)
+        self.notes = chosen.notes
+        self._info = chosen.sessions[0][1]
+        self._model_folder = Path(os.path.abspath(chosen.sessions[0][0])).parents[1]
+        self._run_folder = self._model_folder.parent
+        self._runs = {f.name for f in _folders(self._run_folder.parent, RUN_PREFIX)}
+        self._window = Window(self._limit, self._info.scope, self._info.token_replication)
+        self._placements = _Placements(self._limit)
+        self._known: set[Path] = set()
+        self._faults: dict[Path, str] = {}
+        self._closed: set[str] = set()
+        self._came_at = None
+        self._sessions: list[FollowedSession] = []
+        need: dict[int, int] = {}
+        for path, info in reversed(chosen.sessions):
+            folder = Path(os.path.abspath(path))
+            self._known.add(folder)
+            want = need.setdefault(info.ep_rank, self._limit)
+            if want > 0:  # else newer sessions of the rank have all steps that are wanted
+                self._sessions.append(FollowedSession(folder, info, self._limit))
+                first = want == self._limit and info.ep_rank == self._info.ep_rank
+                need[info.ep_rank] -= self._sessions[-1].begin(want, placements=first)
+
+    def _newer_run(self) -> bool:
+        dump = self._run_folder.parent
+        if self._run is not None or self._root != dump:
+            return False
+        for folder in _folders(dump, RUN_PREFIX):
+            if folder.name not in self._runs:
+                with suppress(AnalyzeError):  # a run that is just being made, or of another model
+                    begun = choose(folder, None, self._model).sessions[0][1].created_unix_ns
+                    self._runs.add(folder.name)
+                    if begun > self._info.created_unix_ns:
+                        return True
+        return False
+
+    def _new_sessions(self) -> Iterator[FollowedSession]:
+        for rank in _folders(self._model_folder, RANK_PREFIX):
+            for folder in _folders(rank, SESSION_PREFIX):
+                if folder in self._known or self._root not in (folder, *folder.parents):
+                    continue
+                try:
+                    info = read_info(folder, [*folder.parts[-4:]])
+                    odd = [name for name in AGREED if getattr(info, name) != getattr(self._info, name)]
+                    if odd:
+                        raise FormatError(f"its {', '.join(odd)} differ from the run's other sessions")
+                except FileNotFoundError:
+                    continue  # the writer is about to write it
+                except (FormatError, OSError) as error:
+                    self._faults[folder] = f"{folder}: {error}; session skipped"
+                else:
+                    yield FollowedSession(folder, info, self._limit)
+                self._known.add(folder)
+
+    def _read(self, session: FollowedSession) -> bool:
+        """Add what is new of a session; whether anything is."""
+        came = False
+        for batch in session.look():
+            came |= bool(len(batch.rows.step))
+            restarts = self._window.restarts
+            if self._window.add(session.info, batch):
+                if self._window.restarts > restarts:
+                    self._placements = _Placements(self._limit)
+                for rows in batch.placements:
+                    self._placements.add(rows)
+        self._faults.pop(session.folder, None)
+        if session.fault is not None:
+            self._faults[session.folder] = session.fault
+        if session.closed:
+            self._closed.add(session.info.session_id)
+        rank = self._window.ranks.get(session.info.ep_rank)
+        superseded = rank is not None and rank.session_id != session.info.session_id and rank.last_step >= 0
+        if not came and session.fault is None and (session.closed or superseded):
+            self._sessions.remove(session)  # it has come to its end
+        return came
+
+    # ---- figures
+
+    def _look(self, quiet_seconds: float | None) -> Look:
+        window, info = self._window, self._info
+        steps, terms = window.whole()
+        shape = window.shape
+        value = np.empty(0) if terms is None else BALANCEDNESS.of(terms)
+        writers, newest, pace = self._writers()
+        incomplete, in_flight = window.unfinished({w.rank for w in writers if w.stopped})
+        series = window.series()
+        first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
+        total = 0.0 if terms is None else float(terms.maximum.sum())
+        return Look(
+            run_id=info.run_id,
+            model=info.model,
+            scope=info.scope.value,
+            ep_size=info.ep_size if shape is None else shape.ep_size,
+            num_layers=None if shape is None else shape.num_moe_layers,
+            num_physical_experts=None if shape is None else shape.num_physical_experts,
+            newest_step=newest,
+            steps_per_second=pace,
+            quiet_seconds=quiet_seconds,
+            closed=bool(writers) and all(writer.closed for writer in writers),
+            window=window.limit,
+            first_step=first,
+            last_step=last,
+            complete=len(steps),
+            incomplete=incomplete,
+            in_flight=in_flight,
+            balancedness=Spread.of(value, steps),
+            latest_balancedness=float(value[-1]) if len(value) and value[-1] == value[-1] else None,
+            idle_fraction=1 - float(terms.mean.sum()) / total if terms is not None and total else None,
+            layers=[] if terms is None else _layers(terms, info),
+            ranks=[] if terms is None else _ranks(terms),
+            writers=writers,
+            timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
+            rearrangements=self._placements.rearrangements(),
+            rearrangement=self._placements.newest(*series),
+            shape_changed=None if window.shape_changed is None else window.shape_changed[0],
+            restarts=window.restarts,
+            findings=[Finding("error", "damaged_file", text) for text in self._faults.values()],
+        )
+
+    def _writers(self) -> tuple[list[WriterLook], int | None, float | None]:
+        """The ranks that should write, the newest step of any, and steps a second of the foremost."""
+        ranks, info = self._window.ranks, self._info
+        if info.scope is Scope.GLOBAL:
+            expected = sorted(ranks)[:1] or [info.ep_rank]
+        else:
+            expected = [*(self._window.expected or range(info.ep_size))]
+        known = [ranks[rank] for rank in expected if rank in ranks]
+        foremost = max(known, key=lambda state: state.last_step, default=None)
+        if foremost is None or foremost.last_step < 0:
+            return [_writer(rank, None, None, 0.0, False) for rank in expected], None, None
+        pace = _pace(foremost)
+        allowed = STOPPED_SECONDS * pace if pace else float("inf")
+        found = []
+        for rank in expected:
+            state = ranks.get(rank)
+            closed = state is not None and state.session_id in self._closed
+            found.append(_writer(rank, state, foremost.last_step, allowed, closed))
+        return found, foremost.last_step, pace
+
+
+def _writer(
+    rank: int, state: RankState | None, newest: int | None, allowed: float, closed: bool
+) -> WriterLook:
+    if state is None or state.last_step < 0 or newest is None:
+        sessions = 0 if state is None else state.sessions
+        return WriterLook(rank, None, None, False, closed, sessions, 0, 0)
+    behind = newest - state.last_step
+    dropped, rejected = state.counts[Status.DROPPED], state.counts[Status.REJECTED]
+    return WriterLook(
+        rank, state.last_step, behind, behind > allowed, closed, state.sessions, dropped, rejected
+    )
+
+
+def _pace(state: RankState) -> float | None:
+    """Steps a second over the newest batches of a rank."""
+    (first, begun), (last, ended) = state.marks[0], state.marks[-1]
+    return (last - first) * 1e9 / (ended - begun) if last > first and ended > begun else None
+
+
+def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
+    """In order of their numbers."""
+    numbers = info.layer_numbers(terms.mean.shape[1])
+    ratio, active = np.where(terms.active, terms.ratio, 0.0).sum(axis=0), terms.active.sum(axis=0)
+    found = []
+    for index, number in enumerate(numbers):
+        slowest = np.bincount(terms.slowest[terms.uneven[:, index], index])
+        worst = int(slowest.argmax()) if len(slowest) else None
+        found.append(
+            LayerLook(
+                number,
+                float(ratio[index] / active[index]) if active[index] else None,
+                worst,
+                None if worst is None else float(slowest[worst] / slowest.sum()),
+            )
+        )
+    return found
+
+
+def _ranks(terms: Terms) -> list[RankLook]:
+    """In order of their numbers."""
+    load = terms.rank_mean.sum(axis=0)
+    slowest = terms.slowest[terms.uneven]
+    often = np.bincount(slowest, minlength=len(load))
+    excess = np.bincount(slowest, (terms.maximum - terms.mean)[terms.uneven], len(load))
+    active, mean, loss = int(terms.active.sum()), float(load.mean()), float(excess.sum())
+    return [
+        RankLook(
+            rank,
+            float(load[rank] / mean) if mean else None,
+            float(often[rank] / active) if active else None,
+            float(excess[rank] / loss) if loss else None,
+        )
+        for rank in range(len(load))
+    ]
+
+
+def _folders(parent: Path, prefix: str) -> list[Path]:
+    """Those of the format's own names, links left out; none where the parent is gone."""
+    with suppress(OSError), os.scandir(parent) as entries:
+        names = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir(follow_symlinks=False)]
+        return [parent / name for name in sorted(names)]
+    return []
+
+
+class _Placements:
+    """The newest placements of each layer, and what the newest change of them did."""
+
+    def __init__(self, window: int) -> None:
+        """``window``: so many steps before and after a rearrangement are compared."""
+        self._window = window
+        self._layers: dict[int, LayerHistory] = {}
+        self._newest: RearrangementLook | None = None
+
+    def add(self, rows: PlacementRows) -> None:
+        """Add what a rank stated. Every rank states the same, one that missed a change later on."""
+        numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
+        for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
+            history = self._layers.setdefault(layer, LayerHistory())
+            at = history.index_at(step)
+            if at >= 0 and (history.steps[at] == step or _same(history, at, ep_size, slots)):
+                continue
+            columns: tuple[list[Any], ...] = history.steps, history.ep_sizes, history.slots
+            for column, item in zip(columns, (step, ep_size, slots), strict=True):
+                column.insert(at + 1, item)
+            # A rank that missed this step has stated the same as of a later one.
+            again = at + 2 < len(history.steps) and _same(history, at + 2, ep_size, slots)
+            for column in columns:
+                del column[at + 2 : at + 2 + again]
+                del column[:-PLACEMENTS]
+
+    def rearrangements(self) -> list[int]:
+        return [change.first_step for change in PlacementHistory(self._layers, [], []).rearrangements()]
+
+    def newest(self, steps: Int64, balancedness: Float64) -> RearrangementLook | None:
+        """The newest rearrangement by the steps that are known, ascending, and their balancedness."""
+        changes = PlacementHistory(self._layers, [], []).rearrangements()
+        if not changes:
+            return None
+        this, old = changes[-1], self._newest
+        if old is not None and old.after_steps >= self._window and this.first_step == old.first_step:
+            return old  # by now the steps before it are gone
+        earliest = changes[-2].last_step if len(changes) > 1 else 0
+        known = ~np.isnan(balancedness)
+        steps, balancedness = steps[known], balancedness[known]
+        edges = [
+            max(earliest, this.first_step - self._window),
+            this.first_step,
+            this.last_step,
+            this.last_step + self._window,
+        ]
+        low, before_end, after_start, high = np.searchsorted(steps, edges)
+        before, after = balancedness[low:before_end], balancedness[after_start:high]
+        means = [float(side.mean()) if len(side) else None for side in (before, after)]
+        self._newest = RearrangementLook(
+            this.first_step,
+            this.last_step,
+            len(this.layers),
+            this.slots_changed,
+            means[0],
+            len(before),
+            means[1],
+            len(after),
+            means[1] - means[0] if means[0] is not None and means[1] is not None else None,
+        )
+        return self._newest
+
+
+def _same(history: LayerHistory, at: int, ep_size: int, slots: Any) -> bool:
+    return history.ep_sizes[at] == ep_size and np.array_equal(history.slots[at], slots)

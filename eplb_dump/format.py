@@ -230,26 +230,18 @@ class SessionInfo:
         return info
 
     def _validate(self) -> None:
-        text = ("run_id", "model", "session_id", "host")
-        positive = ("num_logical_experts", "ep_size", "token_replication", "interval", "segment_steps")
-        for name in text:
+        for name in ("run_id", "model", "session_id", "host"):
             if not isinstance(getattr(self, name), str):
                 raise FormatError(f"its session metadata has no text under {name!r}")
-        for name in positive:
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_LOAD:
+            if value is None and name in _OPTIONAL:
+                continue
+            if type(value) is not int or not least <= value <= most:
                 raise FormatError(f"its session metadata says {name} = {value!r}")
-        for name in ("num_logical_experts", "ep_size", "num_physical_experts"):
-            if (getattr(self, name) or 0) > MAX_EXPERTS:
-                raise FormatError(f"its session metadata claims {name} = {getattr(self, name)!r}")
-        if len(self.moe_layers or ()) > MAX_LAYERS:
-            raise FormatError(f"its session metadata names {len(self.moe_layers or ())} layers")
-        for name in ("num_moe_layers", "num_physical_experts", "ranks_per_node"):
-            if not isinstance(getattr(self, name), int | None):
-                raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")
-        for name in ("ep_rank", "created_unix_ns", "created_monotonic_ns"):
-            if not isinstance(getattr(self, name), int):
-                raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")
+        layers = self.moe_layers or ()
+        if len(layers) > MAX_LAYERS or not all(0 <= number <= MAX_LOAD for number in layers):
+            raise FormatError(f"its session metadata names {len(layers)} layers, or numbers beyond all sense")
         for name in ("engine", "engine_version"):
             if not isinstance(getattr(self, name), str | None):
                 raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")
@@ -260,6 +252,24 @@ class SessionInfo:
     def layer_numbers(self, num_moe_layers: int) -> list[int]:
         """The model's layer number of each MoE layer, as the ``layer`` column has it."""
         return list(range(num_moe_layers)) if self.moe_layers is None else list(self.moe_layers)
+
+
+#: What a session's numbers can be, also those that a stranger wrote.
+_RANGES = {
+    "num_logical_experts": (1, MAX_EXPERTS),
+    "ep_size": (1, MAX_EXPERTS),
+    "token_replication": (1, MAX_LOAD),
+    "interval": (1, MAX_LOAD),
+    "segment_steps": (1, MAX_LOAD),
+    "ep_rank": (0, MAX_EXPERTS),
+    "created_unix_ns": (0, 2**62),
+    "created_monotonic_ns": (0, 2**62),
+    "num_moe_layers": (0, MAX_LAYERS),
+    "num_physical_experts": (0, MAX_EXPERTS),
+    "ranks_per_node": (1, MAX_LOAD),
+}
+#: Those that may be null.
+_OPTIONAL = ("num_moe_layers", "num_physical_experts", "ranks_per_node")
 
 
 def parse_version(text: object) -> tuple[int, int]:

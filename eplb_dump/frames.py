@@ -22,7 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,14 @@ _LENGTH = struct.Struct("<I")
 _DTYPES = frozenset({"|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8"})
 
 Array = npt.NDArray[Any]
+
+
+class NamedFile(Protocol):
+    """A file that can be read: a :class:`pathlib.Path`, or what stands for a file that lies elsewhere."""
+
+    @property
+    def name(self) -> str: ...
+    def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
 
 
 @dataclass(frozen=True)

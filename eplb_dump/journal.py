@@ -235,7 +235,7 @@ class JournalSegment:
     few layers at a time, so that memory does not grow with the segment.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: frames.NamedFile) -> None:
         """Open and verify.
 
         Raises OSError, UnbegunJournal where the session frame is not written yet, and FormatError
@@ -364,18 +364,23 @@ class JournalSegment:
 
 def _ep_size(frame: frames.Frame) -> int:
     ep_size = frame.header["ep_size"]
-    if not isinstance(ep_size, int) or ep_size < 1:
+    if type(ep_size) is not int or not 1 <= ep_size <= MAX_EXPERTS:
         raise FormatError(f"the frame at byte {frame.start} says ep_size = {ep_size!r}")
     return ep_size
+
+
+def _int64(frame: frames.Frame, name: str) -> Int64:
+    """An array as what the format says it is, whatever type a stranger gave it."""
+    array: Int64 = frame.arrays[name].astype(np.int64, copy=False)
+    return array
 
 
 def step_rows(frame: frames.Frame) -> StepRows:
     """The rows of a steps frame. Raises FormatError, and KeyError where an array is not there."""
     a = frame.arrays
     phases = tuple(str(name) for name in frame.header["phases"])
-    rows = StepRows(
-        a["step"], a["time_ns"], a["monotonic_ns"], a["status"], a["num_tokens"], a["phase"], phases
-    )
+    step, time_ns, monotonic_ns = (_int64(frame, name) for name in ("step", "time_ns", "monotonic_ns"))
+    rows = StepRows(step, time_ns, monotonic_ns, a["status"], _int64(frame, "num_tokens"), a["phase"], phases)
     lengths = {array.shape for array in a.values()}
     statuses = 0 <= rows.status.min(initial=0) <= rows.status.max(initial=0) < len(Status)
     known = statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)
@@ -389,7 +394,7 @@ def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[in
 
     Raises FormatError, and KeyError where an array is not there.
     """
-    step, load, ep_size = frame.arrays["step"], frame.arrays["load"], _ep_size(frame)
+    step, load, ep_size = _int64(frame, "step"), frame.arrays["load"], _ep_size(frame)
     if load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size or load.min(initial=0) < 0:
         raise FormatError(f"the loads frame at byte {frame.start} contradicts itself")
     return step, frame.offsets["load"], load.dtype, (ep_size, load.shape[0], load.shape[2])
@@ -397,8 +402,8 @@ def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[in
 
 def placement_rows(frame: frames.Frame) -> PlacementRows:
     """The rows of a placements frame. Raises FormatError, and KeyError where an array is not there."""
-    maps, step, layer = (frame.arrays[name] for name in ("physical_to_logical", "step", "layer"))
+    maps, step, layer = frame.arrays["physical_to_logical"], _int64(frame, "step"), frame.arrays["layer"]
     if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1]:
         raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
     ep_size = np.full(len(step), _ep_size(frame), np.int32)
-    return PlacementRows(step, layer, ep_size, list(maps.astype(np.int32)))
+    return PlacementRows(step, layer.astype(np.int32), ep_size, list(maps.astype(np.int32)))

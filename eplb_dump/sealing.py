@@ -11,6 +11,7 @@ import contextlib
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from eplb_dump.journal import Int32, Int64, JournalSegment, Shape, StepRows
 #: A row group holds about this many slot counts of few layers: one step of one layer is found by
 #: reading one group, and one layer of a long run by reading only its own.
 ROW_GROUP_VALUES = 1 << 21
+#: So much of a file's end is read to find its footer in.
+FOOTER_BYTES = 64 << 10
 #: A segment's sums are not kept in the manifest where they are larger than this.
 MAX_SUM_BYTES = 8 << 20
 
@@ -133,17 +136,28 @@ class SealedSegment:
             raise FormatError("its entry of a sealed segment names a foreign file")
 
 
+def footer(size: int, read_at: Callable[[int, int], bytes]) -> bytes:
+    """A Parquet file's footer, its length and the closing magic; mostly with one read of the file.
+
+    ``read_at(count, offset)`` reads of a file of so many bytes. Raises FormatError.
+    """
+    start = max(0, size - FOOTER_BYTES)
+    tail = read_at(size - start, start)
+    length = struct.unpack("<I", tail[-8:-4])[0] + 8 if len(tail) >= 8 else 0
+    if tail[-4:] != b"PAR1" or length + 4 > size:
+        raise FormatError("it is not a whole Parquet file")
+    return tail[-length:] if length <= len(tail) else read_at(length, size - length)
+
+
 def footer_crc32(path: Path) -> int:
     """CRC-32 of a Parquet file's footer, its length and the closing magic."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        tail = file.read(8)
-        length = struct.unpack("<I", tail[:4])[0] if len(tail) == 8 else 0
-        if tail[4:] != b"PAR1" or length + 12 > size:
-            raise FormatError("it is not a whole Parquet file")
-        file.seek(size - 8 - length)
-        return zlib.crc32(file.read(length + 8))
+
+        def read_at(count: int, offset: int) -> bytes:
+            file.seek(offset)
+            return file.read(count)
+
+        return zlib.crc32(footer(file.seek(0, os.SEEK_END), read_at))
 
 
 def list_column(values: np.ndarray[Any, Any], schema: pa.Schema, name: str) -> pa.Array:

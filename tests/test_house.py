@@ -45,6 +45,8 @@ OFFLINE = [
     "export",
     "importing",
     "report.writing",
+    "executors",
+    "postmortem",
 ]
 
 
@@ -121,6 +123,9 @@ FIGURES = (
 )
 for _name in FIGURES:
     ALLOWED[f"eplb_analyze.{_name}"] = SHARED | LIBRARY - offline(*FIGURES)
+#: Above the figures of single runs.
+ALLOWED["eplb_analyze.executors"] = offline("errors")
+ALLOWED["eplb_analyze.postmortem"] = SHARED | LIBRARY - offline("report.writing")
 #: A module a format; none knows of another.
 EXPORTERS = ("sglang", "trtllm", "vllm_ascend", "vllm_mapping", "plain")
 ALLOWED["eplb_analyze.exporters"] = offline("errors")
@@ -172,6 +177,7 @@ INSIDE = {
     "eplb_dump.engines.sglang": {"torch", "sglang"},
     "eplb_analyze.importers.torch_files": {"torch"},
     "eplb_analyze.importers.placement_files": {"yaml"},
+    "eplb_analyze.executors": {"ray"},
 }
 
 

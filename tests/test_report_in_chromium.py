@@ -5,6 +5,7 @@ Skipped where the machine has no Chromium (Debian and Ubuntu: apt-get install ch
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -24,6 +25,7 @@ from eplb_analyze.experts import expert_report
 from eplb_analyze.ranks import rank_report
 from eplb_analyze.report.writing import write_report
 from eplb_analyze.summary import summarize
+from eplb_dump import ExpertLoadWriter
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -94,6 +96,7 @@ class Opened:
     def cell(self, chart: str, row: int, column: int, shape: tuple[int, int]) -> tuple[float, float]:
         """The middle of a heat map's cell, in the window."""
         self.page.locator(chart).scroll_into_view_if_needed()
+        self.settle()
         box = self.page.locator(chart).bounding_box()
         assert box
         width = (box["width"] - MAP_LEFT - MAP_RIGHT) / shape[1]
@@ -113,6 +116,7 @@ class Opened:
         """Choose steps, as shares of the chart's width."""
         self.page.evaluate("scrollTo(0, 0)")
         self.page.locator("#timeline").scroll_into_view_if_needed()
+        self.settle()
         box = self.page.locator("#timeline").bounding_box()
         assert box
         width, y = box["width"] - LINE_LEFT - LINE_RIGHT, box["y"] + 60
@@ -151,7 +155,7 @@ class Opened:
 
 @pytest.fixture
 def opened(browser: Browser, report: Path) -> Iterator[Opened]:
-    context = browser.new_context(viewport=LAPTOP, color_scheme="light")
+    context = browser.new_context(viewport=LAPTOP, color_scheme="light", reduced_motion="reduce")
     yield Opened(context.new_page(), report)
     context.close()
 
@@ -397,30 +401,22 @@ def test_on_paper_all_of_it_is_light(opened: Opened, tmp_path: Path) -> None:
 def test_names_of_strangers_stay_text(browser: Browser, tmp_path: Path) -> None:
     hostile = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
     planted.record(tmp_path / "dump", model=hostile, engine=hostile)
-    write_report(open_run(tmp_path / "dump"), tmp_path / "report.html")
-    context = browser.new_context(viewport=LAPTOP)
-    opened = Opened(context.new_page(), tmp_path / "report.html")
-    assert opened.page.inner_text("h1") == hostile
-    assert hostile in opened.page.inner_text("#subtitle")
-    assert opened.page.locator("img").count() == 0
-    assert hostile in opened.page.title()
-    opened.fine()
-    context.close()
+    with opened_for(browser, tmp_path) as opened:
+        assert opened.page.inner_text("h1") == hostile
+        assert hostile in opened.page.inner_text("#subtitle")
+        assert opened.page.locator("img").count() == 0
+        assert hostile in opened.page.title()
 
 
 def test_incomplete_data_stands_at_the_top(browser: Browser, tmp_path: Path) -> None:
     write(tmp_path / "dump", ranks=1)
-    write_report(open_run(tmp_path / "dump"), tmp_path / "report.html")
-    context = browser.new_context(viewport=LAPTOP)
-    opened = Opened(context.new_page(), tmp_path / "report.html")
-    page = opened.page
-    assert page.inner_text("#banners").startswith("INCOMPLETE: of 2 ranks, these wrote nothing: 1")
-    assert page.inner_text("#words") == "No step is complete, so there are no figures."
-    assert not page.locator("#charts").is_visible()
-    assert "missing: 1" in page.inner_text("#tiles")
-    assert "wrote nothing" in page.inner_text("#findings")
-    opened.fine()
-    context.close()
+    with opened_for(browser, tmp_path) as opened:
+        page = opened.page
+        assert page.inner_text("#banners").startswith("INCOMPLETE: of 2 ranks, these wrote nothing: 1")
+        assert page.inner_text("#words") == "No step is complete, so there are no figures."
+        assert not page.locator("#charts").is_visible()
+        assert "missing: 1" in page.inner_text("#tiles")
+        assert "wrote nothing" in page.inner_text("#findings")
 
 
 def test_other_runs_of_scripts_are_refused(opened: Opened) -> None:
@@ -437,3 +433,67 @@ def test_other_runs_of_scripts_are_refused(opened: Opened) -> None:
     assert page.evaluate("fetch('data:text/plain,x').then(() => 'through', () => 'refused')") == "refused"
     assert all("Content Security Policy" in text for text in opened.complaints)
     assert json.dumps(opened.complaints).count("script-src") >= 1
+
+
+def test_large_counts_and_token_replication(browser: Browser, tmp_path: Path) -> None:
+    """Counts beyond 16 bits, each token counted four times by the engine."""
+    rng = np.random.default_rng(5)
+    loads = rng.integers(0, 3_000_000, (20, 2, 6))
+    slots = np.array([[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]])
+    write_loads(tmp_path / "dump", list(loads), [slots] * 20, token_replication=4)
+    with opened_for(browser, tmp_path) as opened:
+        by_slot = loads.sum(axis=0)
+        np.testing.assert_allclose(opened.map_values("expertMap"), times_mean(by_slot), rtol=1e-4)
+        said = opened.hover("#experts-map", 1, 2, (2, 6))[1]
+        assert float(said.split(" tokens")[0].replace(",", "")) == pytest.approx(by_slot[1, 2] / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["elastic", "no placement", "one step", "no token in a layer"])
+def test_odd_runs_are_shown(browser: Browser, tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    steps = 1 if kind == "one step" else 30
+    widths = [6 if kind == "elastic" and step < 20 else 4 for step in range(steps)]
+    loads = [rng.poisson(50, (2, width)) for width in widths]
+    slots: list[Any] = [np.tile(np.arange(width) % 4, (2, 1)) for width in widths]
+    if kind == "no placement":
+        slots = [None] * steps
+    if kind == "no token in a layer":
+        for load in loads:
+            load[1] = 0
+    write_loads(tmp_path / "dump", loads, slots)
+    with opened_for(browser, tmp_path) as opened:
+        page, last = opened.page, [load for load in loads if load.shape[1] == 4]
+        expected = np.full((2, 4), np.nan)
+        total = np.sum(last, axis=0)
+        np.divide(
+            total, total.mean(axis=1, keepdims=True), out=expected, where=total.sum(axis=1, keepdims=True) > 0
+        )
+        np.testing.assert_allclose(opened.map_values("expertMap"), expected, rtol=1e-12)
+        if kind == "elastic":
+            assert "maps: 10 steps of the last configuration" in page.inner_text("#chosen-text")
+            assert "30 complete steps" in page.inner_text("#chosen-text")
+        if kind == "no token in a layer":
+            assert opened.hover("#experts-map", 1, 0, (2, 4))[1] == "0 tokens, no token in this layer"
+        if kind == "no placement":
+            assert not page.locator("#hot").is_visible()
+            assert opened.hover("#experts-map", 0, 3, (2, 4))[2] == "whose slot it is, is not known"
+
+
+def write_loads(root: Path, loads: list[Any], slots: list[Any], **options: Any) -> None:
+    """Record loads ``[layers, slots]`` a step and their placements, already summed over two ranks."""
+    with ExpertLoadWriter(
+        root, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global", **options
+    ) as writer:
+        for load, placement in zip(loads, slots, strict=True):
+            writer.record(None, load, placement)
+
+
+@contextlib.contextmanager
+def opened_for(browser: Browser, folder: Path) -> Iterator[Opened]:
+    """The report of the dump in a folder, which must give no reason to complain."""
+    write_report(open_run(folder / "dump"), folder / "report.html")
+    context = browser.new_context(viewport=LAPTOP, reduced_motion="reduce")
+    opened = Opened(context.new_page(), folder / "report.html")
+    yield opened
+    opened.fine()
+    context.close()

@@ -343,6 +343,28 @@ def test_a_restarted_rank_repeats_steps(tmp_path: Path) -> None:
     assert "overlapping_sessions" in {f.code for f in check_run(run).findings}
 
 
+def test_a_session_that_idled_at_a_change_does_not_undo_it(tmp_path: Path) -> None:
+    other = ONE[:, ::-1]
+    with two(tmp_path, scope="local") as writer:
+        for step in range(20):
+            writer.record(step, np.array([[1, 2]]), ONE if step < 10 else other)
+    with two(tmp_path, scope="local", ep_rank=1) as writer:
+        for step in range(20):
+            if 9 <= step < 13:
+                writer.skip(step=step)
+            else:
+                writer.record(step, np.array([[1, 2]]), ONE if step < 9 else other)
+    with two(tmp_path, scope="local", ep_rank=1) as writer:  # restarted
+        for step in range(8, 30):
+            if step in (10, 12):
+                writer.skip("dropped", step=step)
+            else:
+                writer.record(step, np.array([[1, 2]]), ONE if step < 10 else other)
+    run = open_run(tmp_path)
+    assert run.placements()["step"].to_list() == [0, 10]
+    assert "placement_conflict" not in {f.code for f in check_run(run).findings}
+
+
 def test_gaps_and_sampling_are_counted(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     placement = placement_of(rng, 1, 16)

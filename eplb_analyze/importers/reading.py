@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import EXIT_USAGE, AnalyzeError
+from eplb_analyze.errors import UsageError
 from eplb_dump.format import MAX_LOAD, Scope
 from eplb_dump.journal import Int32, Int64
 
@@ -20,10 +20,8 @@ Counts = npt.NDArray[Any]
 LINEAR, LAST, UNKNOWN = "linear", "last", "unknown"
 
 
-class AskError(AnalyzeError):
+class AskError(UsageError):
     """The source does not say something that must be known; the text names the option that does."""
-
-    exit_code = EXIT_USAGE
 
 
 @dataclass(frozen=True)

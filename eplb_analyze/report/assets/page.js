@@ -31,6 +31,8 @@ function signed(value, digits = 3) {
   return Number(text) === 0 ? text : `${value < 0 ? "−" : "+"}${text}`;
 }
 
+const glide = () => (matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth");
+
 /* A table: columns are names, those that begin with "<" of text; cells are texts or elements. */
 function fill(table, columns, rows) {
   const head = columns.map((name) => element("th", { text: name.replace("<", ""), className: name.startsWith("<") ? "text" : "" }));
@@ -74,7 +76,8 @@ function spark(values, first, last) {
     svg.append(made);
   };
   const x = (i) => (i / values.length) * width, y = (v) => height - 1 - (v / top) * (height - 2);
-  shape("rect", { class: "chosen-part", x: x(first), y: 0, width: Math.max(1, x(last + 1) - x(first)), height });
+  if (last - first + 1 < values.length)
+    shape("rect", { class: "chosen-part", x: x(first), y: 0, width: Math.max(1, x(last + 1) - x(first)), height });
   shape("line", { class: "one", x1: 0, x2: width, y1: y(1), y2: y(1) });
   let path = "", pen = "M";
   values.forEach((value, i) => {
@@ -109,12 +112,13 @@ function tiles() {
   const told = Object.entries(verdicts).sort((a, b) => b[1] - a[1]).map(([verdict, n]) => `${n} ${verdict}`);
   const lost = summary.loss && summary.loss.persistent_share;
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
+  const much = report.banners.some((text) => text.startsWith("INCOMPLETE"));
   const all = [
     ["balancedness", figure(s.mean), s.mean === null ? "no complete step" : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
     ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "of rank time" : `at most ${percent(lost, 0)} of it a better placement could remove`],
     ["imbalance, max / mean", figure(i.mean), i.mean === null ? "" : `p95 ${figure(i.p95)}, worst ${figure(i.max)} at step ${i.max_step}`],
     ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ")],
-    ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, seen.incomplete > 0],
+    ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, much],
     ["ranks that wrote", `${summary.ranks.present} of ${summary.ranks.expected}`, summary.ranks.missing.length ? `missing: ${summary.ranks.missing.slice(0, 8).join(", ")}${summary.ranks.missing.length > 8 ? " …" : ""}` : `scope ${summary.run.scope}`, summary.ranks.missing.length > 0],
   ];
   byId("tiles").replaceChildren(...all.map(([name, value, text, warn]) =>
@@ -190,7 +194,7 @@ function chooseWithin(first, last) {
   const inside = bins().map((bin, i) => (bin.first_step >= first && bin.last_step <= last ? i : -1)).filter((i) => i >= 0);
   if (inside.length) choose(inside[0], inside[inside.length - 1]);
   else chooseSteps(first, last + 1);
-  byId("over-time").scrollIntoView({ behavior: "smooth" });
+  byId("over-time").scrollIntoView({ behavior: glide() });
 }
 
 let waiting = false;
@@ -393,7 +397,7 @@ function pickRearrangement(index) {
   const rows = byId("rearrangements-table").tBodies[0].rows;
   for (const row of rows) row.classList.remove("picked");
   rows[index].classList.add("picked");
-  rows[index].scrollIntoView({ behavior: "smooth", block: "center" });
+  rows[index].scrollIntoView({ behavior: glide(), block: "center" });
 }
 
 function drawLost() {
@@ -430,7 +434,7 @@ function drawLost() {
 
 function toLayer(number) {
   pickLayer(loads.layers.indexOf(number));
-  byId("layer-section").scrollIntoView({ behavior: "smooth", block: "center" });
+  byId("layer-section").scrollIntoView({ behavior: glide(), block: "center" });
 }
 
 /* ---- charts over time */

@@ -1,0 +1,92 @@
+"""What `postmortem` gains from more workers, and what each executor costs before it has done anything.
+
+    python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2]
+
+Makes runs of DeepSeek-V3's shape, scope global, copies of one; and one long run, which is shared out in
+parts. Each figure is a whole process, the best of ``--repeat``, one after another. Ratios are to one worker
+process. An empty batch is what an executor costs; memory is the largest worker's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.analyze import apart, make
+
+MEASURED = """
+import resource, sys
+from eplb_analyze.entry import main
+sys.argv = ["eplb-analyze", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    assert end.code in (0, 3), end.code
+kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+print(*(resource.getrusage(kind).ru_maxrss // 1024 for kind in kinds), file=sys.stderr)
+"""
+
+
+def measure(arguments: list[str], repeat: int) -> tuple[float, int, int]:
+    """Best seconds, and MiB of the program and of the largest of its workers."""
+    seconds, own, worker = [], 0, 0
+    for _ in range(repeat):
+        start = time.perf_counter()
+        out = subprocess.run(
+            [sys.executable, "-c", MEASURED, *arguments],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - start)
+        one, other = map(int, out.stderr.split()[-2:])
+        own, worker = max(own, one), max(worker, other)
+    return min(seconds), own, worker
+
+
+def compare(title: str, folder: Path, repeat: int) -> None:
+    print(title)
+    base = None
+    rows = [("local", 1), ("processes", 1), ("processes", 2)]
+    if importlib.util.find_spec("ray"):
+        rows += [("ray", 1), ("ray", 2)]
+    for name, workers in rows:
+        arguments = ["postmortem", str(folder), "--executor", name, "--workers", str(workers)]
+        seconds, own, worker = measure(arguments, repeat)
+        base = seconds if (name, workers) == ("processes", 1) else base
+        ratio = f"{base / seconds:5.2f} ×" if base else "       "
+        threads = " (its threads share it)" if name == "local" else ""
+        memory = f"{own:5d} MiB, a worker {worker:5d} MiB" if name == "processes" else f"{own:5d} MiB"
+        print(f"  {name:10s} {workers} {seconds:7.2f} s {ratio}  {memory}{threads}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--long", type=int, default=40000)
+    parser.add_argument("--repeat", type=int, default=2)
+    args = parser.parse_args()
+    # Of Ray's: no reports of its use.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "none").mkdir()
+        compare("nothing to read: what an executor costs", root / "none", args.repeat)
+        apart(make, root / "many/0", args.steps)
+        for number in range(1, args.runs):
+            shutil.copytree(root / "many/0", root / f"many/{number}")
+        compare(f"{args.runs} runs of {args.steps:,} steps", root / "many", args.repeat)
+        apart(make, root / "long", args.long)
+        compare(f"one run of {args.long:,} steps", root / "long", args.repeat)
+
+
+if __name__ == "__main__":
+    main()

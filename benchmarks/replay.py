@@ -1,0 +1,56 @@
+"""How long `replay` takes for a long run, by the number of settings, beside a bare decode of the same files.
+
+    python -m benchmarks.replay [--steps 20000] [--settings 1 4 16] [--repeat 3]
+
+Makes a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
+whole process, start-up included, the best of ``--repeat``, once with one thread and once with one a core; so
+is pyarrow's decode of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import workload
+from benchmarks.analyze import DECODE, apart, make, measure
+
+#: Of 256 experts on 32 ranks.
+INTERVALS = (3000, 2000, 1500, 1000, 750, 500, 350, 250)
+REDUNDANT = (32, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--settings", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        apart(make, Path(folder), args.steps)
+        print(f"{args.steps:,} steps of {workload.LAYERS} × {workload.SLOTS}, {cores} cores")
+        bare, peak = measure([sys.executable, "-c", DECODE, folder], args.repeat)
+        print(f"  {'pyarrow: decode load':32s} {bare:6.2f} s   {peak:5.0f} MiB")
+        for count in args.settings:
+            redundant = REDUNDANT[: 1 + (count > len(INTERVALS))]
+            intervals = INTERVALS[: -(-count // len(redundant))]
+            command = [program, "replay", "--policy", "vllm", "--window", "1000"]
+            command += ["--redundant", ",".join(map(str, redundant))]
+            command += ["--interval", ",".join(map(str, intervals))]
+            for workers in dict.fromkeys((1, cores)):
+                seconds, peak = measure([*command, "--workers", str(workers), folder], args.repeat)
+                name = f"{len(redundant) * len(intervals)} settings, {workers} threads"
+                each = seconds / (len(redundant) * len(intervals))
+                print(f"  {name:32s} {seconds:6.2f} s   {peak:5.0f} MiB   {each:5.2f} s each", flush=True)
+
+
+if __name__ == "__main__":
+    main()

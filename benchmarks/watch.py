@@ -1,0 +1,94 @@
+"""What a look of `watch` reads and costs, beside what the writers append meanwhile.
+
+    python -m benchmarks.watch [--ranks 32] [--rate 20] [--looks 30]
+
+The ranks of one engine write at that rate, scope local, from a process of their own; every second this
+one looks. Bytes are those that the kernel counts for this process (/proc/self/io, `rchar`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import multiprocessing.synchronize
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import workload
+from eplb_analyze.watch import Follower
+from eplb_dump import ExpertLoadWriter
+
+
+def write(folder: Path, ranks: int, rate: float, ended: multiprocessing.synchronize.Event) -> None:
+    """All ranks of an engine, in lockstep, until told to end."""
+    placement = workload.placement()
+    loads = [workload.loads(32, seed=rank, tokens=118 / ranks) for rank in range(ranks)]
+    writers = [
+        ExpertLoadWriter(
+            folder, model="deepseek-v3", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE,
+            ep_rank=rank, scope="local", run_id="r",
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    begun, step = time.monotonic(), 0
+    while not ended.is_set():
+        for writer, load in zip(writers, loads, strict=True):
+            writer.record(step, load[step % 32], placement)
+        step += 1
+        time.sleep(max(0.0, begun + step / rate - time.monotonic()))
+    dropped = sum(writer.stats().dropped for writer in writers)
+    print(f"written: {step:,} steps in {time.monotonic() - begun:.0f} s, {dropped} dropped")
+    for writer in writers:
+        writer.close()
+
+
+def read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def grown(folder: Path) -> int:
+    """Bytes of the journals now; between two sealings they only grow."""
+    return sum(path.stat().st_size for path in folder.rglob("*.frames"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=workload.EP_SIZE)
+    parser.add_argument("--rate", type=float, default=20.0, help="steps a second")
+    parser.add_argument("--looks", type=int, default=30)
+    parser.add_argument("--before", type=float, default=10.0, help="seconds written before the first look")
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        folder, ended = Path(name), context.Event()
+        engine = context.Process(target=write, args=(folder, options.ranks, options.rate, ended))
+        engine.start()
+        while engine.is_alive() and not any(folder.rglob("*.frames")):
+            time.sleep(0.1)
+        time.sleep(options.before)
+        rows = []
+        follower: Follower | None = None
+        for _ in range(options.looks + 1):
+            due = time.monotonic() + 1.0
+            size, begun, cpu, read = grown(folder), time.perf_counter(), time.process_time(), read_bytes()
+            follower = follower or Follower(folder)
+            look = follower.look()
+            rows.append(
+                (read_bytes() - read, time.process_time() - cpu, time.perf_counter() - begun, size)
+            )
+            time.sleep(max(0.0, due - time.monotonic()))
+        ended.set()
+        engine.join()
+    first, *later = rows
+    print(f"first look: {first[0] / 1e6:.1f} MB of {first[3] / 1e6:.1f} MB, {first[1]:.2f} s of CPU")
+    appended = (later[-1][3] - first[3]) / len(later)
+    for what, column, unit, scale in (("read", 0, "MB", 1e6), ("CPU", 1, "ms", 1e-3), ("wall", 2, "ms", 1e-3)):
+        values = sorted(row[column] / scale for row in later)
+        print(f"{what} a look: median {statistics.median(values):.1f} {unit}, most {values[-1]:.1f} {unit}")
+    print(f"appended a look: {appended / 1e6:.1f} MB; {look.complete} complete steps in the window")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""`watch`: how does a run stand that is being written?"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption
+from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, plural
+from eplb_analyze.output import (
+    Output,
+    OutputFormat,
+    bar,
+    clean,
+    console,
+    figure,
+    heat,
+    percent,
+    signed,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from eplb_analyze.watch import Follower, Look
+
+#: Rows of the rankings where the screen's height does not say how many there can be.
+ROWS = 8
+#: Lines of the plot; columns of its axis.
+HEIGHT, MARGIN = 3, 6
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+#: Columns of the two rankings, and of the cell of a rank beside them, where there is room for all.
+LAYERS, RANKS, CELL = 36, 42, 9
+#: So long without anything new is worth saying.
+QUIET_SECONDS = 3.0
+
+
+def watch(
+    dump: Dump = Path("."),
+    interval: Annotated[float, typer.Option("--interval", help="Seconds between two looks.", min=0.1)] = 1.0,
+    window: Annotated[
+        int, typer.Option("--window", help="How many of the newest steps the figures are over.", min=1)
+    ] = 1000,
+    once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
+    if not once and output is OutputFormat.json:
+        raise typer.BadParameter("a document is of one look; add --once", param_hint="--output")
+    if not once and not sys.stdout.isatty():
+        raise typer.BadParameter("the view needs a terminal; in a pipe, look --once", param_hint="--once")
+    from eplb_analyze.watch import Follower
+
+    if not once:
+        _live(lambda: Follower(dump, run, model, window), dump, interval)
+        return
+    out = Output(output)
+    follower = Follower(dump, run, model, window)
+    look = follower.look()
+    out.notes(follower.notes)
+    out.emit(look.to_json(), lambda console: show(console, look))
+    out.findings(look.findings)
+    if look.findings or look.missing_ranks:
+        raise typer.Exit(EXIT_UNUSABLE)
+
+
+def _live(follow: Callable[[], Follower], dump: Path, interval: float) -> None:
+    """Look again and again, on a screen of its own, until Ctrl-C; then the last look stays."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    # Whoever ends it, the terminal gets its screen and its cursor back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    screen = console(sys.stdout)
+    follower: Follower | None = None
+    look: Look | None = None
+    try:
+        with Live(console=screen, screen=True, auto_refresh=False) as live:
+            while True:
+                due = time.monotonic() + interval
+                try:
+                    follower = follow() if follower is None else follower
+                    look = follower.look()
+                    shown = lines(look, screen.width, screen.height)
+                except DumpError as error:
+                    # An engine writes nothing before its first step.
+                    if follower is not None or not dump.is_dir():
+                        raise
+                    shown = [Text(clean(error)), Text("waiting for it; Ctrl-C ends", style="dim")]
+                live.update(Group(*shown), refresh=True)
+                time.sleep(max(0.0, due - time.monotonic()))
+    except KeyboardInterrupt:
+        pass
+    if look is not None:
+        show(screen, look)
+
+
+def show(console: Console, look: Look) -> None:
+    for line in lines(look, console.width):
+        console.print(line, no_wrap=True, overflow="crop")
+
+
+def lines(look: Look, width: int, height: int | None = None) -> list[Text]:
+    """The view, at most ``width`` columns and ``height`` lines."""
+    from rich.text import Text
+
+    top = [*_head(look, width), Text(), *_balance(look, width), *_plot(look, width), Text()]
+    bottom = [Text(), *_events(look), *_troubles(look)]
+    rows = ROWS if height is None else max(1, height - len(top) - len(bottom) - 2)
+    found = [*top, *_panels(look, width, rows), *bottom]
+    for line in found:
+        line.truncate(width)
+    return found if height is None else found[:height]
+
+
+def _head(look: Look, width: int) -> list[Text]:
+    from rich.text import Text
+
+    state, style = "● live", "green"
+    if look.newest_step is None:
+        state, style = "○ no step yet", "yellow"
+    elif look.closed:
+        state, style = "■ ended", "dim"
+    elif (look.quiet_seconds or 0.0) > QUIET_SECONDS:
+        state, style = f"○ nothing new for {_duration(look.quiet_seconds or 0.0)}", "yellow"
+    title = Text.assemble((clean(look.model), "bold"), clean(f" · run {look.run_id}"))
+    title.truncate(width - len(state) - 1, pad=True)
+    title.append(f" {state}", style)
+    parts = [] if look.newest_step is None else [f"step {look.newest_step:,}"]
+    parts += [] if look.steps_per_second is None else [f"{look.steps_per_second:,.1f} steps/s"]
+    parts += [f"EP {look.ep_size}, scope {look.scope}"]
+    if look.scope == "local":
+        writing = sum(w.last_step is not None and not w.stopped for w in look.writers)
+        parts += [f"{writing} of {plural(len(look.writers), 'rank')}"]
+    if look.num_layers is not None:
+        parts += [f"{look.num_layers} × {look.num_physical_experts} slots"]
+    return [title, Text(" · ".join(parts))]
+
+
+def _balance(look: Look, width: int) -> list[Text]:
+    from rich.text import Text
+
+    if not look.complete:
+        return [Text("no complete step yet" if not look.incomplete else "no complete step", style="yellow")]
+    spread = look.balancedness
+    line = Text.assemble("balancedness ", (figure(spread.mean), "bold"))
+    line.append(f" · now {figure(look.latest_balancedness)} · p5 {figure(spread.p5)}")
+    line.append(f" · idle {percent(look.idle_fraction)} of rank time")
+    over = f"over {plural(look.complete, 'complete step')}, {look.first_step:,} to {look.last_step:,}"
+    if spread.min_step is not None:
+        over += f"; worst {figure(spread.min)} in {spread.min_step:,}"
+    return [line, Text(over, style="dim")]
+
+
+def _plot(look: Look, width: int) -> list[Text]:
+    """Balancedness over the steps; the scale is in twentieths, so that it does not move all the time."""
+    from rich.text import Text
+
+    known = [b.balancedness for b in look.timeline if b.balancedness is not None]
+    if not known:
+        return []
+    low, high = math.floor(min(known) * 20) / 20, math.ceil(max(known) * 20) / 20
+    high = max(high, low + 0.05)
+    repeat = max(1, (width - MARGIN) // len(look.timeline))
+    levels = [
+        0 if b.balancedness is None else max(1, round((b.balancedness - low) / (high - low) * HEIGHT * 8))
+        for b in look.timeline
+    ]
+    found = []
+    for row in reversed(range(HEIGHT)):
+        label = {HEIGHT - 1: f"{high:.2f}", 0: f"{low:.2f}"}.get(row, "")
+        line = Text(f"{label:>{MARGIN - 2}} ", style="dim")
+        line.append("".join(EIGHTHS[max(0, min(8, level - 8 * row))] * repeat for level in levels), "cyan")
+        found.append(line)
+    starts = [b.first_step for b in look.timeline]
+    marks = ["╌" if b.balancedness is None else "─" for b in look.timeline for _ in range(repeat)]
+    for step in look.rearrangements:
+        if starts[0] <= step <= look.timeline[-1].last_step:
+            marks[(sum(start <= step for start in starts) - 1) * repeat] = "▲"
+    return [*found, Text(" " * (MARGIN - 1) + "".join(marks), style="dim")]
+
+
+def _panels(look: Look, width: int, rows: int) -> list[Text]:
+    """The worst layers, the ranks that the others wait for, and the load of all ranks, side by side."""
+    from rich.text import Text
+
+    if not look.complete:
+        return []
+    layers = [Text("worst layers", style="bold"), Text("layer  balanced  slowest rank", style="dim")]
+    for layer in sorted(look.layers, key=lambda x: (x.balancedness is None, x.balancedness or 0.0))[:rows]:
+        line = Text(f"{layer.layer:>5}  {figure(layer.balancedness):>8}  ")
+        if layer.worst_rank is not None and layer.worst_rank_share is not None:
+            line.append(f"r{layer.worst_rank:<4}{percent(layer.worst_rank_share, 0):>6} ")
+            line.append(bar(layer.worst_rank_share, 5), "red")
+        layers.append(line)
+    ranks = [
+        Text("the others wait for", style="bold"),
+        Text("rank  × mean  slowest in  of waiting", style="dim"),
+    ]
+    for rank in sorted(look.ranks, key=lambda r: (-(r.excess_share or 0.0), r.rank))[:rows]:
+        line = Text(f"{f'r{rank.rank}':>4}  ")
+        line.append_text(heat(f"{figure(rank.times_mean, 2):>6}", rank.times_mean or 0.0))
+        line.append(f"{percent(rank.slowest_share):>12}{percent(rank.excess_share):>12} ")
+        line.append(bar(rank.excess_share or 0.0, 5), "red")
+        ranks.append(line)
+    columns = (width - LAYERS - RANKS) // CELL
+    panels, widths = [layers, ranks], [LAYERS, RANKS]
+    if columns * rows >= len(look.ranks):
+        down = min(rows, len(look.ranks))
+        loads = [Text("load of all ranks, × mean", style="bold"), Text()]
+        for row in range(down):
+            line = Text()
+            for rank in look.ranks[row::down]:
+                line.append(f"{f'r{rank.rank}':>4}", "dim")
+                line.append_text(heat(f"{figure(rank.times_mean, 2):>5}", rank.times_mean or 0.0))
+            loads.append(line)
+        panels, widths = [*panels, loads], [*widths, columns * CELL]
+    return list(_beside(panels, widths))
+
+
+def _beside(panels: Sequence[Sequence[Text]], widths: Sequence[int]) -> Iterable[Text]:
+    from rich.text import Text
+
+    for row in range(max(map(len, panels))):
+        line = Text()
+        for panel, width in zip(panels, widths, strict=True):
+            cell = panel[row].copy() if row < len(panel) else Text()
+            cell.truncate(width, pad=True)
+            line.append_text(cell)
+        line.rstrip()
+        yield line
+
+
+def _events(look: Look) -> list[Text]:
+    from rich.text import Text
+
+    this = look.rearrangement
+    if this is None:
+        moved = Text("no rearrangement in these steps", style="dim")
+    else:
+        moved = Text(f"▲ rearranged at {this.first_step:,}, {plural(this.layers, 'layer')}: ")
+        moved.append(f"{figure(this.before)} → {figure(this.after)}")
+        if this.gain is not None:
+            moved.append(f" ({signed(this.gain)})", "green" if this.gain > 0 else "red")
+        moved.append(f" by {this.before_steps:,} and {plural(this.after_steps, 'step')}", "dim")
+    dropped, rejected = (sum(getattr(w, name) for w in look.writers) for name in ("dropped", "rejected"))
+    counts = Text("steps: ")
+    for count, name, style in (
+        (look.complete, "complete", ""),
+        (look.in_flight, "in flight", ""),
+        (look.incomplete, "incomplete", "yellow"),
+        (dropped, "dropped", "yellow"),
+        (rejected, "rejected", "yellow"),
+    ):
+        counts.append(f"{count:,} {name}", style if count else "")
+        counts.append(" · ")
+    counts.right_crop(3)
+    return [moved, counts]
+
+
+def _troubles(look: Look) -> list[Text]:
+    """What else to know, a line each."""
+    from rich.text import Text
+
+    found = []
+    if look.missing_ranks:
+        found.append(f"nothing from {_named(look.missing_ranks)}")
+    stopped = [w for w in look.writers if w.stopped]
+    if stopped:
+        worst = max(stopped, key=lambda w: w.behind or 0)
+        found.append(
+            f"{_named([w.rank for w in stopped])} stopped: rank {worst.rank} at step {worst.last_step:,}, "
+            f"{worst.behind:,} behind"
+        )
+    lossy = [w.rank for w in look.writers if w.dropped or w.rejected]
+    if lossy:
+        found.append(f"steps dropped or rejected by {_named(lossy)}")
+    again = [w.rank for w in look.writers if w.sessions > 1]
+    if again:
+        found.append(f"restarted: {_named(again)}")
+    if look.shape_changed is not None:
+        found.append(f"EP size or slots changed at step {look.shape_changed:,}")
+    found += [finding.text for finding in look.findings]
+    return [Text(clean(text), style="yellow") for text in found]
+
+
+def _named(ranks: list[int]) -> str:
+    """``rank 3``, ``ranks 3, 5 and 7``, at most six by their number."""
+    shown = [str(rank) for rank in ranks[:6]]
+    more = [f"{len(ranks) - 6} more"] if len(ranks) > 6 else []
+    *names, last = [*shown, *more]
+    return f"rank {last}" if not names else f"ranks {', '.join(names)} and {last}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -1,0 +1,42 @@
+"""Makes docs/images/report.png of a real report in Chromium: `python scripts/report_picture.py demo-dump`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from eplb_analyze import open_run
+from eplb_analyze.report.writing import write_report
+
+IMAGE = Path(__file__).parents[1] / "docs/images/report.png"
+SIZE = {"width": 1280, "height": 1290}
+
+
+def main(dump: str) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        file = Path(folder) / "report.html"
+        write_report(open_run(dump), file)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport=SIZE, color_scheme="light")
+        page.goto(file.as_uri())
+        page.wait_for_selector("html[data-ready=true]")
+        box = page.locator("#timeline").bounding_box()
+        assert box
+        # The steps before the first rearrangement of the demo.
+        page.mouse.move(box["x"] + 52, box["y"] + 60)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.218 * box["width"], box["y"] + 60, steps=5)
+        page.mouse.up()
+        page.mouse.move(5, 5)
+        page.wait_for_timeout(500)
+        page.screenshot(path=IMAGE)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "demo-dump")
