@@ -75,16 +75,18 @@ def main() -> None:
             size, begun, cpu, read = grown(folder), time.perf_counter(), time.process_time(), read_bytes()
             follower = follower or Follower(folder)
             look = follower.look()
-            rows.append(
-                (read_bytes() - read, time.process_time() - cpu, time.perf_counter() - begun, size)
-            )
+            rows.append((read_bytes() - read, time.process_time() - cpu, time.perf_counter() - begun, size))
             time.sleep(max(0.0, due - time.monotonic()))
         ended.set()
         engine.join()
     first, *later = rows
     print(f"first look: {first[0] / 1e6:.1f} MB of {first[3] / 1e6:.1f} MB, {first[1]:.2f} s of CPU")
     appended = (later[-1][3] - first[3]) / len(later)
-    for what, column, unit, scale in (("read", 0, "MB", 1e6), ("CPU", 1, "ms", 1e-3), ("wall", 2, "ms", 1e-3)):
+    for what, column, unit, scale in (
+        ("read", 0, "MB", 1e6),
+        ("CPU", 1, "ms", 1e-3),
+        ("wall", 2, "ms", 1e-3),
+    ):
         values = sorted(row[column] / scale for row in later)
         print(f"{what} a look: median {statistics.median(values):.1f} {unit}, most {values[-1]:.1f} {unit}")
     print(f"appended a look: {appended / 1e6:.1f} MB; {look.complete} complete steps in the window")

@@ -231,7 +231,6 @@ def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
 def _check_placements(run: Run) -> Iterator[Finding]:
     known = 0
     absent: list[str] = []
-    uneven: list[str] = []
     doubled: list[str] = []
     for index, number in enumerate(run.info.layers):
         history = run.history.layer(index)
@@ -241,21 +240,16 @@ def _check_placements(run: Run) -> Iterator[Finding]:
             without = np.flatnonzero(replicas(slots, run.info.num_logical_experts) == 0)
             if len(without):
                 absent.append(f"{where}: expert {_numbers(without.tolist())}")
-            if len(slots) % ep_size:
-                uneven.append(f"{where}: {len(slots)} slots on {ep_size} ranks")
-                continue
             ranks = np.sort(slots.reshape(ep_size, -1), axis=1)
             twice = (np.diff(ranks, axis=1) == 0) & (ranks[:, 1:] != EMPTY_SLOT)
             if twice.any():
                 doubled.append(f"{where}: rank {int(np.flatnonzero(twice.any(axis=1))[0])}")
     if absent:
         yield Finding("error", "expert_without_slot", f"no slot holds an expert, {_first_of(absent)}")
-    if uneven:
-        yield Finding("error", "uneven_slots", f"slots do not divide among the ranks, {_first_of(uneven)}")
     if doubled:
         text = f"a rank holds an expert twice, which balances nothing, {_first_of(doubled)}"
         yield Finding("warning", "replica_on_same_rank", text)
-    if known < len(run.info.layers) and run.info.layers:
+    if known < len(run.info.layers) and not run.history.lost:
         unknown, all_layers = len(run.info.layers) - known, len(run.info.layers)
         text = f"{unknown} of {all_layers} layers have no placement: the engine gave none"
         yield Finding("warning", "no_placement", text)
@@ -333,6 +327,8 @@ def _check_statements(run: Run) -> list[Finding]:
     """A rank that went on under an old placement where the others had a new one. Raises SegmentFault."""
     found: list[tuple[int, int, int]] = []
     for session in run.sessions:
+        if run.untold(session):
+            continue  # it may have stated what cannot be read
         own: dict[int, list[tuple[int, Int32]]] = {}
         for segment in session.segments:
             rows = segment.placements()
@@ -346,7 +342,7 @@ def _check_statements(run: Run) -> list[Finding]:
             history = run.history.layer(layer)
             for (start, slots), (until, _) in itertools.pairwise([*stated, (2**62, stated[-1][1])]):
                 # Until the others change again: it may be back to what this rank still has.
-                ends = [*history.steps[1:], 2**62]
+                ends = [*history.steps[1:], 2**62][: len(history.steps)]
                 for change, end, now in zip(history.steps, ends, history.slots, strict=True):
                     if start < change < until and not np.array_equal(now, slots):
                         late = loads[(loads >= change) & (loads < min(end, until))]

@@ -219,7 +219,9 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
         except FileNotFoundError:
             # Sealed since the folder was listed: look once more, at the new state.
             if looks == 0:
-                findings.append(Finding("error", "damaged_file", f"{path}: it is listed, but not there; skipped"))
+                findings.append(
+                    Finding("error", "damaged_file", f"{path}: it is listed, but not there; skipped")
+                )
                 continue
             findings[:] = [f for f in findings if str(folder) not in f.text]
             places.look_again(folder)

@@ -7,6 +7,7 @@ What was read of a journal is not read again when it is sealed. What the ranks' 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -192,15 +193,16 @@ class FollowedSession:
             self.fault = str(fault)
 
     def _placements_before(self) -> Iterator[Batch]:
-        """Of each layer the newest statement in the segments older than what was asked for."""
+        """Of each layer the newest two statements in the segments older than what was asked for."""
         newer: list[PlacementRows] = []
-        known: set[int] = set()
+        stated: Counter[int] = Counter()
         while self._earlier:
             entry = SealedSegment.from_frame(self._manifest.frame(self._earlier.pop()))
             rows = ParquetSegment(self.folder, self.info, entry).placements()
             newer.append(rows)
-            known.update(rows.layer.tolist())
-            if entry.shape is not None and len(known) >= entry.shape.num_moe_layers:
+            stated.update(rows.layer.tolist())
+            layers = entry.shape.num_moe_layers if entry.shape is not None else MAX_LAYERS
+            if len(stated) >= layers and min(stated.values()) > 1:
                 break
         self._earlier = []
         if newer:

@@ -31,8 +31,10 @@ class GrowingFile:
         self.at = 0
         self.removed = False
         self._file: BinaryIO | None = None
-        #: Its size when nothing more could be read of it, and where it was found damaged.
-        self._size = self._damaged_at = -1
+        #: Its size when nothing more could be read of it.
+        self._size = -1
+        #: Where it was found damaged, and how often in a row.
+        self._damage = (-1, 0)
 
     def open(self) -> tuple[BinaryIO, int]:
         """The file and its size now. Raises OSError.
@@ -60,18 +62,20 @@ class GrowingFile:
         file, size = self.open()
         if size == self._size:  # a killed writer's half frame is not read again and again
             return
-        start = self.at
+        start, (damaged_at, times) = self.at, self._damage
+        # On a network file system damage can be a write that is under way: it is looked at twice.
+        if damaged_at == start and times > 1:
+            raise FormatError(f"damaged from byte {start} on")
         file.seek(start)
         for item in frames.scan(file, size - start):
             if isinstance(item, frames.Frame):
                 yield item
-                continue
-            self._size = size
-            if item.fault == "damaged":
-                damaged_at, start = self._damaged_at, start + item.end
-                # On a network file system it can be a write that is under way: look once more.
-                self._damaged_at, self._size = start, size if damaged_at == start else -1
+            elif item.fault == "damaged":
+                start += item.end
+                self._damage = start, times + 1 if damaged_at == start else 1
                 raise FormatError(f"damaged from byte {start} on")
+            else:
+                self._size = size
 
     def frame(self, start: int) -> frames.Frame:
         """The frame that begins at a byte. Raises OSError, FormatError."""

@@ -244,7 +244,12 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
     for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
         known = stated.get((step, layer))
-        if known is None:
+        if ep_size < 1 or not len(slots) or len(slots) % ep_size:
+            text = (
+                f"at step {step} (layer index {layer}) {len(slots)} slots do not divide among {ep_size} ranks"
+            )
+            findings.append(Finding("error", "uneven_slots", f"{text}; that placement is left out"))
+        elif known is None:
             stated[step, layer] = (rank, ep_size, slots)
         elif known[1] != ep_size or not np.array_equal(known[2], slots):
             text = (

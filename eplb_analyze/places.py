@@ -15,7 +15,6 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +76,13 @@ class Entry(Protocol):
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result: ...
 
 
-def place(where: str | os.PathLike[str] | Remote) -> Path | Remote:
+def place(where: str | os.PathLike[str] | Place) -> Place:
     """The place of a path or an address.
 
     An address may end in ``?``, and what else must be said: ``s3://bucket/dumps?region=eu-west-1``.
     Raises UsageError where it is none that can be read.
     """
-    if isinstance(where, Remote):
+    if not isinstance(where, str | os.PathLike):
         return where
     text = os.fspath(where)
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
@@ -145,7 +144,10 @@ def spread(text: str) -> list[str]:
 
 
 def entries(folder: Place, only: str | None = None) -> Sequence[Entry]:
-    """What is in a folder, in order of names; or ``only`` what has this name. Raises OSError, UnreachableError."""
+    """What is in a folder, in order of names, or ``only`` what has this one.
+
+    Raises OSError, UnreachableError.
+    """
     if isinstance(folder, Remote):
         return folder.entries() if only is None else folder.folder(only)
     assert isinstance(folder, Path)
@@ -164,6 +166,8 @@ def each(where: Place, work: Callable[[Item], Result], items: Iterable[Item]) ->
     items = list(items)
     if isinstance(where, Path) or len(items) < 2:
         return [work(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(min(MAX_REQUESTS, len(items))) as pool:
         return list(pool.map(work, items))
 

@@ -6,19 +6,18 @@ run is shared out as well as many runs; here its parts' sums are merged and beco
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eplb_analyze import bootstrap
+from eplb_analyze import bootstrap, places
 from eplb_analyze.blocks import use_at_most
 from eplb_analyze.bootstrap import Ratio
 from eplb_analyze.check import summary_findings
@@ -26,6 +25,7 @@ from eplb_analyze.dump import discover
 from eplb_analyze.errors import AnalyzeError, Finding, NotInDumpError
 from eplb_analyze.executors import Executor, Local, Lost
 from eplb_analyze.losses import Bins
+from eplb_analyze.places import Place
 from eplb_analyze.rearrangements import verdicts
 from eplb_analyze.run import Run, Steps, open_run
 from eplb_analyze.summary import Summary, SummarySums, bins_of, sums_of
@@ -216,46 +216,52 @@ def _group(value: str, rows: list[Row]) -> Group:
 # ---- finding
 
 
-def find(places: Iterable[str]) -> Iterator[Target | Row]:
+def find(folders: Iterable[str]) -> Iterator[Target | Row]:
     """All runs and models below folders or globs of folders; a row for what is no dump.
 
-    A place is a dump, a part of one, or a folder that holds dumps somewhere below.
+    One of ``folders`` is a dump, a part of one, or holds dumps somewhere below; a folder of this machine or
+    a prefix of a bucket.
     """
-    for place in places:
-        folders = sorted(glob.glob(place)) if glob.has_magic(place) else [place]
-        if not folders:
-            yield _broken(place, "", "", "no folder has this name")
-        for folder in folders:
-            dumps = list(_dumps(folder, DEPTH)) or [folder]
-            for dump in dumps:
-                yield from _runs(dump)
+    for text in folders:
+        found = places.spread(text)
+        if not found:
+            yield _broken(text, "", "", "no folder has this name")
+        for name in found:
+            where = places.place(name)
+            try:
+                dumps = list(_dumps(where, name, DEPTH)) or [(where, name)]
+            except AnalyzeError as error:
+                yield _broken(name, "", "", str(error))
+                continue
+            for dump, address in dumps:
+                yield from _runs(dump, address)
 
 
-def _dumps(folder: str, depth: int) -> Iterator[str]:
-    """Folders that hold runs, or are part of one, without following symbolic links."""
-    if any(part.startswith(RUN_PREFIX) for part in Path(os.path.abspath(folder)).parts):
-        yield folder
+def _dumps(folder: Place, name: str, depth: int) -> Iterator[tuple[Place, str]]:
+    """Folders that hold runs, or are part of one, without following symbolic links; and their names."""
+    if any(part.startswith(RUN_PREFIX) for part in PurePath(str(places.absolute(folder))).parts):
+        yield folder, name
         return
     try:
-        below = sorted(e.name for e in os.scandir(folder) if e.is_dir(follow_symlinks=False))
+        below = [e.name for e in places.entries(folder) if e.is_dir(follow_symlinks=False)]
     except OSError:
         return
-    if any(name.startswith(RUN_PREFIX) for name in below):
-        yield folder
-    for name in below:
-        if depth and not name.startswith(RUN_PREFIX):
-            yield from _dumps(os.path.join(folder, name), depth - 1)
+    if any(inner.startswith(RUN_PREFIX) for inner in below):
+        yield folder, name
+    for inner in below:
+        if depth and not inner.startswith(RUN_PREFIX):
+            yield from _dumps(folder / inner, places.join(name, inner), depth - 1)
 
 
-def _runs(dump: str) -> Iterator[Target | Row]:
+def _runs(dump: Place, name: str) -> Iterator[Target | Row]:
     try:
-        found = discover(Path(dump))
+        found = discover(dump)
     except AnalyzeError as error:
-        yield _broken(dump, "", "", str(error))
+        yield _broken(name, "", "", str(error))
         return
     for run_id in sorted(found.runs, key=lambda run: (found.created(run), run)):
         for model in sorted(found.runs[run_id]):
-            yield Target(dump, run_id, model)
+            yield Target(name, run_id, model)
 
 
 def _broken(dump: str, run_id: str, model: str, reason: str) -> Row:
@@ -535,11 +541,12 @@ class Kept:
 
 def content(target: Target) -> str:
     """A name for what a run consists of: its files' names and sizes, which only ever grow in number."""
-    found = discover(Path(target.dump))
-    digest = hashlib.sha256(f"{VERSION} {os.path.abspath(target.dump)}".encode())
+    dump = places.place(target.dump)
+    found = discover(dump, target.run_id)
+    digest = hashlib.sha256(f"{VERSION} {places.absolute(dump)}".encode())
     for folder, info in found.runs[target.run_id][target.model]:
         digest.update(json.dumps([info.session_id, str(folder)]).encode())
-        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        for entry in places.entries(folder):
             digest.update(json.dumps([entry.name, entry.stat(follow_symlinks=False).st_size]).encode())
     return digest.hexdigest()[:32]
 
@@ -556,7 +563,7 @@ def save_report(folder: Path, row: Row, summary: Summary) -> None:
     """Write a run's summary, as ``eplb-analyze summary --output json`` prints it."""
     reports = folder / "reports"
     reports.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(os.path.abspath(row.dump).encode()).hexdigest()[:8]
+    name = hashlib.sha256(str(places.absolute(places.place(row.dump))).encode()).hexdigest()[:8]
     path = reports / f"{row.run_id}-{model_slug(row.model)}-{name}.json"
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(summary.to_json(), indent=2))

@@ -18,8 +18,8 @@ from eplb_analyze import metrics
 from eplb_analyze.blocks import Block, ahead, iter_blocks, parts
 from eplb_analyze.dump import Discovery, Session, discover, open_sessions
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
-from eplb_analyze.placements import PlacementHistory, read_history
-from eplb_analyze.places import Place, Remote, place
+from eplb_analyze.placements import PlacementHistory, read_history, untold
+from eplb_analyze.places import Place, place
 from eplb_analyze.segments import SegmentFault
 from eplb_dump.format import Origin, Scope, SessionInfo, model_slug
 from eplb_dump.journal import Shape
@@ -61,7 +61,7 @@ def imported(origin: Origin) -> str:
     return f"imported from {origin.system}, {origin.kind}; not known: {unknown or 'nothing'}"
 
 
-def open_run(path: str | os.PathLike[str] | Remote, run: str | None = None, model: str | None = None) -> Run:
+def open_run(path: str | os.PathLike[str] | Place, run: str | None = None, model: str | None = None) -> Run:
     """Open one run of one model in a dump; by default the newest run and its largest model.
 
     Args:
@@ -126,7 +126,9 @@ def choose_run(found: Discovery, path: Place, run: str | None) -> tuple[str, lis
         raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
     if run is not None or len(run_ids) == 1:
         return run or run_ids[0], []
-    return run_ids[0], [f"{len(run_ids)} runs in {path}; this is the newest, {run_ids[0]} (choose with --run)"]
+    return run_ids[0], [
+        f"{len(run_ids)} runs in {path}; this is the newest, {run_ids[0]} (choose with --run)"
+    ]
 
 
 def _size(info: SessionInfo) -> int:
@@ -332,6 +334,10 @@ class Run:
             )
             self.findings += [f for f in self._history.findings if f not in self.findings]
         return self._history
+
+    def untold(self, session: Session) -> list[Steps]:
+        """First and last step of the gaps in what can be read of a session's placements."""
+        return untold(session, frozenset(self._unreadable["placements"]))
 
     def layer_index(self, layer: int) -> int:
         """The index of a layer by its number in the model. Raises NotInDumpError."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from eplb_analyze.dump import discover
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.places import Place, local
 from eplb_dump.format import JOURNAL_PATTERN, FormatError, model_slug
 from eplb_dump.journal import lock
 from eplb_dump.sealing import seal
@@ -45,7 +46,7 @@ class SealReport:
         return asdict(self)
 
 
-def seal_dump(path: Path, run: str | None = None, model: str | None = None) -> SealReport:
+def seal_dump(path: Place, run: str | None = None, model: str | None = None) -> SealReport:
     """Seal the journals of dead writers, of all runs and models or of the ones named.
 
     A writer holds its journal's lock as long as it lives, on whatever host; where the file system
@@ -53,7 +54,9 @@ def seal_dump(path: Path, run: str | None = None, model: str | None = None) -> S
 
     Raises:
         DumpError, NotInDumpError: there is no such dump, run or model.
+        UsageError: it lies in a bucket.
     """
+    path = local(path, "`seal`")
     found = discover(path)
     if run is not None and run not in found.runs:
         raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(found.newest_first()[:10])}")
@@ -65,7 +68,7 @@ def seal_dump(path: Path, run: str | None = None, model: str | None = None) -> S
                 if model is not None and model not in (info.model, slug, model_slug(info.model)):
                     continue
                 matched = True
-                for journal in sorted(folder.iterdir()):
+                for journal in sorted(local(folder, "`seal`").iterdir()):
                     if JOURNAL_PATTERN.fullmatch(journal.name) and not journal.is_symlink():
                         _seal_one(journal, report)
     if model is not None and not matched:

@@ -188,7 +188,7 @@ class Follower:
         chosen = choose(where, run, self._model)
         self.notes = chosen.notes
         self._info = chosen.sessions[0][1]
-        self._model_folder = Path(os.path.abspath(chosen.sessions[0][0])).parents[1]
+        self._model_folder = Path(os.path.abspath(str(chosen.sessions[0][0]))).parents[1]
         self._run_folder = self._model_folder.parent
         self._runs = {f.name for f in _folders(self._run_folder.parent, RUN_PREFIX)}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
@@ -200,7 +200,7 @@ class Follower:
         self._sessions: list[FollowedSession] = []
         need: dict[int, int] = {}
         for path, info in reversed(chosen.sessions):
-            folder = Path(os.path.abspath(path))
+            folder = Path(os.path.abspath(str(path)))
             self._known.add(folder)
             want = need.setdefault(info.ep_rank, self._limit)
             if want > 0:  # else newer sessions of the rank have all steps that are wanted
@@ -314,34 +314,24 @@ class Follower:
         known = [ranks[rank] for rank in expected if rank in ranks]
         foremost = max(known, key=lambda state: state.last_step, default=None)
         if foremost is None or foremost.last_step < 0:
-            return [_writer(rank, None, None, 0.0, False) for rank in expected], None, None
-        pace = _pace(foremost)
-        allowed = STOPPED_SECONDS * pace if pace else float("inf")
-        found = []
-        for rank in expected:
-            state = ranks.get(rank)
-            closed = state is not None and state.session_id in self._closed
-            found.append(_writer(rank, state, foremost.last_step, allowed, closed))
-        return found, foremost.last_step, pace
+            return [WriterLook(rank, None, None, False, False, 0, 0, 0) for rank in expected], None, None
+        writers = [self._writer(rank, ranks.get(rank), foremost) for rank in expected]
+        return writers, foremost.last_step, foremost.steps_per_second
 
-
-def _writer(
-    rank: int, state: RankState | None, newest: int | None, allowed: float, closed: bool
-) -> WriterLook:
-    if state is None or state.last_step < 0 or newest is None:
-        sessions = 0 if state is None else state.sessions
-        return WriterLook(rank, None, None, False, closed, sessions, 0, 0)
-    behind = newest - state.last_step
-    dropped, rejected = state.counts[Status.DROPPED], state.counts[Status.REJECTED]
-    return WriterLook(
-        rank, state.last_step, behind, behind > allowed, closed, state.sessions, dropped, rejected
-    )
-
-
-def _pace(state: RankState) -> float | None:
-    """Steps a second over the newest batches of a rank."""
-    (first, begun), (last, ended) = state.marks[0], state.marks[-1]
-    return (last - first) * 1e9 / (ended - begun) if last > first and ended > begun else None
+    def _writer(self, rank: int, state: RankState | None, foremost: RankState) -> WriterLook:
+        if state is None or state.last_step < 0:
+            return WriterLook(rank, None, None, False, False, 0, 0, 0)
+        return WriterLook(
+            rank,
+            state.last_step,
+            behind=foremost.last_step - state.last_step,
+            # By one clock, as those of two hosts can be apart.
+            stopped=foremost.seconds_since(state.last_step) > STOPPED_SECONDS,
+            closed=state.session_id in self._closed,
+            sessions=state.sessions,
+            dropped=state.counts[Status.DROPPED],
+            rejected=state.counts[Status.REJECTED],
+        )
 
 
 def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:

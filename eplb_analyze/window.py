@@ -36,7 +36,18 @@ class RankState:
     #: Rows by status, since the watch began.
     counts: Counter[Status] = field(default_factory=Counter)
     #: ``(step, clock in ns)`` of the first and last row of the newest batches.
-    marks: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=60))
+    marks: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=256))
+
+    def seconds_since(self, step: int) -> float:
+        """From its coming to a step until its newest, by its own clock."""
+        steps, clock_ns = np.array(self.marks).T
+        return float(clock_ns[-1] - np.interp(step, steps, clock_ns)) / 1e9
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Over the newest batches."""
+        (first, begun), (last, ended) = self.marks[0], self.marks[-1]
+        return (last - first) * 1e9 / (ended - begun) if last > first and ended > begun else None
 
 
 class _Open:

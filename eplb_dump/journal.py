@@ -380,7 +380,8 @@ def step_rows(frame: frames.Frame) -> StepRows:
     a = frame.arrays
     phases = tuple(str(name) for name in frame.header["phases"])
     step, time_ns, monotonic_ns = (_int64(frame, name) for name in ("step", "time_ns", "monotonic_ns"))
-    rows = StepRows(step, time_ns, monotonic_ns, a["status"], _int64(frame, "num_tokens"), a["phase"], phases)
+    num_tokens, phase = _int64(frame, "num_tokens"), _int64(frame, "phase")
+    rows = StepRows(step, time_ns, monotonic_ns, a["status"], num_tokens, phase, phases)
     lengths = {array.shape for array in a.values()}
     statuses = 0 <= rows.status.min(initial=0) <= rows.status.max(initial=0) < len(Status)
     known = statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)

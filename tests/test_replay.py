@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -69,11 +70,13 @@ def complete() -> list[int]:
     return [step for step in range(STEPS) if step not in INCOMPLETE | IDLE]
 
 
+@functools.cache
 def load(step: int) -> Array:
     """[layers, slots], summed over ranks."""
     return sum(part(rank, step) for rank in range(RANKS) if rank != 2 or step % 7)  # type: ignore[return-value]
 
 
+@functools.cache
 def logical(step: int) -> Array:
     out = np.zeros((LAYERS, LOGICAL), np.int64)
     for layer, slot in np.ndindex(LAYERS, SLOTS):
@@ -558,6 +561,11 @@ def test_no_complete_step(dump: Path) -> None:
 # ---- as it looks
 
 
+def rounded(text: str) -> float:
+    """The last digits of a product of matrices are the processor's."""
+    return round(float(text), 9)
+
+
 GRID = ["--interval", "10,40", "--window", "10", "--redundant", "0,4"]
 
 
@@ -574,7 +582,7 @@ def test_golden(dump: Path, name: str, arguments: list[str]) -> None:
     assert result.returncode == 0, result.stderr
     output = result.stdout
     if name.endswith(".json"):  # a clock is never the same
-        document = json.loads(output)
+        document = json.loads(output, parse_float=rounded)
         assert document.pop("step_seconds") > 0
         assert document.pop("seconds") > 0
         output = json.dumps(document, indent=2) + "\n"

@@ -31,6 +31,7 @@ from eplb_analyze.output import (
     signed,
     table,
 )
+from eplb_analyze.places import Place, place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,11 +77,11 @@ def compare(
     raise typer.Exit(code)
 
 
-def _open(out: Output, name: str, dump: Path, run: str | None, model: str | None) -> Run:
+def _open(out: Output, name: str, dump: Place, run: str | None, model: str | None) -> Run:
     """A folder is a dump, what is none names a run of the dump that stands last."""
     if run is None and "/" not in name and not Path(name).exists():
         return open_for(out, dump, name, model)
-    return open_for(out, Path(name), run, model)
+    return open_for(out, place(name), run, model)
 
 
 def render(console: Console, result: Comparison, top: int = 5) -> None:

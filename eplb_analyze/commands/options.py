@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.output import Output, OutputFormat
+from eplb_analyze.places import Place, place
 
 if TYPE_CHECKING:
     from eplb_analyze.completeness import Completeness
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from eplb_analyze.settings import Choices
 
 Dump = Annotated[
-    Path,
+    Place,
     typer.Argument(
-        help="The dump's folder, or one run=… folder in it.",
+        help="The dump's folder or s3://… or gs://…, or one run=… folder in it.",
+        parser=place,
+        metavar="DUMP",
         envvar="EXPERT_LOAD_DUMP_DIR",
         show_default="the current folder",
     ),
@@ -119,7 +121,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     return low, high
 
 
-def open_for(output: Output, dump: Path, run: str | None, model: str | None) -> Run:
+def open_for(output: Output, dump: Place, run: str | None, model: str | None) -> Run:
     """Open the run a command is about, and say what was chosen."""
     from eplb_analyze.run import open_run
 

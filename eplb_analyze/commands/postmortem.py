@@ -25,7 +25,7 @@ def postmortem(
         list[str] | None,
         typer.Argument(
             metavar="DIR…",
-            help="Folders or globs of folders that hold dumps, at any depth.",
+            help="Folders, s3://… or gs://…, or globs of them, that hold dumps at any depth.",
             envvar="EXPERT_LOAD_DUMP_DIR",
             show_default="the current folder",
         ),

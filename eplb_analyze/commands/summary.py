@@ -273,7 +273,11 @@ def _rearrangements(console: Console, result: Summary, acted: bool | None) -> No
     if not changes:
         if acted is None:
             source = result.run.origin is not None
-            why = "the source does not say when placements changed" if source else "no placement was recorded or readable"
+            why = (
+                "the source does not say when placements changed"
+                if source
+                else "no placement was recorded or readable"
+            )
             console.print(f"{why}, so no rearrangement is known")
         elif acted:
             console.print("no rearrangement in these steps")

@@ -25,6 +25,7 @@ from eplb_analyze.output import (
     percent,
     signed,
 )
+from eplb_analyze.places import local
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,13 +60,14 @@ def watch(
         raise typer.BadParameter("a document is of one look; add --once", param_hint="--output")
     if not once and not sys.stdout.isatty():
         raise typer.BadParameter("the view needs a terminal; in a pipe, look --once", param_hint="--once")
+    folder = local(dump, "`watch`")
     from eplb_analyze.watch import Follower
 
     if not once:
-        _live(lambda: Follower(dump, run, model, window), dump, interval)
+        _live(lambda: Follower(folder, run, model, window), folder, interval)
         return
     out = Output(output)
-    follower = Follower(dump, run, model, window)
+    follower = Follower(folder, run, model, window)
     look = follower.look()
     out.notes(follower.notes)
     out.emit(look.to_json(), lambda console: show(console, look))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import IO
 
 from eplb_analyze.exporters import ExportError
+from eplb_analyze.places import Place
 
 
-def require_free(path: Path, *, force: bool, dump: Path) -> None:
+def require_free(path: Path, *, force: bool, dump: Place) -> None:
     """Check that a file may be written there, before any work is done for it.
 
     Raises:
@@ -26,7 +27,7 @@ def require_free(path: Path, *, force: bool, dump: Path) -> None:
     root = dump.resolve()
     while root.name.startswith(("run=", "model=", "rank=", "session=")):
         root = root.parent
-    if path.parent.resolve().is_relative_to(root):
+    if isinstance(root, Path) and path.parent.resolve().is_relative_to(root):
         raise ExportError(f"{path} lies in the dump, which stays as it is; name another folder")
 
 

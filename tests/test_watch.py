@@ -1,0 +1,598 @@
+"""`watch`: real writers in real processes, followed while they write; figures are those of `summary`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import (
+    LAYERS,
+    SLOTS,
+    assert_golden,
+    cli,
+    load_of,
+    map_of,
+    one_error,
+    open_writer,
+    start_child,
+    write,
+)
+
+from eplb_analyze import open_run
+from eplb_analyze.blocks import StepState
+from eplb_analyze.ranks import rank_report
+from eplb_analyze.rearrangements import rearrangement_report
+from eplb_analyze.seal import seal_dump
+from eplb_analyze.summary import summarize
+from eplb_analyze.watch import Follower, Look
+
+RANK = """
+    import sys
+    from helpers import load_of, map_of, open_writer
+    root, rank, options = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
+    wide = options.pop("wide", {})
+    writer = open_writer(root, ep_rank=rank, **options)
+    for line in sys.stdin:
+        word, first, last, generation = line.split()
+        for step in range(int(first), int(last)):
+            if word == "record":
+                load, slots = load_of(step, rank, **wide), map_of(int(generation), **wide)
+                writer.record(step, load, slots)
+            elif word == "reject":
+                writer.record(step, -load_of(step, rank), None)
+            else:
+                writer.skip("dummy", step)
+        assert writer.close(20) if word == "close" else writer.flush(20)
+        print("done", flush=True)
+"""
+
+
+class Rank:
+    """A rank of an engine, in a process of its own, that does what it is told and has it flushed."""
+
+    def __init__(self, root: Path, rank: int, **options: Any) -> None:
+        self.process = start_child(RANK, root, rank, repr(options))
+
+    def tell(self, word: str, first: int = 0, last: int = 0, generation: int = 0) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(word, first, last, int(generation), file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n", self.process.communicate()[1]
+
+    def record(self, first: int, last: int, generation: int = 0) -> None:
+        self.tell("record", first, last, generation)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.end()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=30)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Any]:
+    """Starts ranks; at the end none is left."""
+    started: list[Rank] = []
+
+    def start(rank: int, **options: Any) -> Rank:
+        started.append(Rank(tmp_path, rank, **options))
+        return started[-1]
+
+    yield start
+    for rank in started:
+        rank.kill()
+
+
+def assert_as_summary(look: Look, root: Path) -> None:
+    """The figures are those that the other commands make of the same steps, read from the files."""
+    assert look.first_step is not None
+    assert look.last_step is not None
+    steps = look.first_step, look.last_step + 1
+    run = open_run(root)
+    truth = summarize(run, steps)
+    assert look.complete == truth.steps.count(StepState.RECORDED)
+    assert vars(look.balancedness) == pytest.approx(vars(truth.spreads["balancedness"]), rel=1e-12)
+    assert look.idle_fraction == pytest.approx(truth.idle_fraction, rel=1e-12)
+    assert [vars(a) for a in look.layers] == [
+        pytest.approx({name: getattr(b, name) for name in vars(a)}, rel=1e-12)
+        for a, b in zip(look.layers, truth.layers, strict=True)
+    ]
+    for rank, straggler in zip(look.ranks, rank_report(run, steps).ranks, strict=True):
+        figures = straggler.times_mean, straggler.slowest_share, straggler.excess_share
+        assert (rank.times_mean, rank.slowest_share, rank.excess_share) == pytest.approx(figures, rel=1e-12)
+
+
+def sealed(root: Path, rank: int, count: int) -> None:
+    """Wait until a rank has sealed so many segments and their journals are gone."""
+    for _ in range(200):
+        folder = next(root.glob(f"run=*/model=*/rank=*{rank}/session=*"))
+        if len([*folder.glob("steps-*.parquet")]) >= count and len([*folder.glob("journal-*")]) <= 1:
+            return
+        time.sleep(0.05)
+    raise AssertionError("it was not sealed")
+
+
+def bytes_read() -> int:
+    """What this process has read, as the kernel counts it."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+# ---- following
+
+
+def test_a_run_is_followed_while_it_is_written_and_sealed(tmp_path: Path, ranks: Any) -> None:
+    """Many segments; the ranks take turns, and every look agrees with what is in the files then."""
+    engine = [ranks(rank, segment_steps=16) for rank in range(2)]
+    follower: Follower | None = None
+    for first in range(0, 120, 12):
+        for rank in engine:
+            rank.record(first, first + 12, generation=first // 60)
+        follower = follower or Follower(tmp_path, window=50)
+        look = follower.look()
+        assert (look.newest_step, look.last_step) == (first + 11, first + 11)
+        assert look.complete == min(50, first + 12)
+        assert (look.incomplete, look.in_flight, look.findings) == (0, 0, [])
+        assert_as_summary(look, tmp_path)
+    assert look.rearrangements == [60]
+    assert not look.closed
+    for rank in engine:
+        rank.tell("close")
+    ended = follower.look()
+    assert ended.closed
+    assert ended.timeline == look.timeline
+    assert_as_summary(ended, tmp_path)
+
+
+def test_a_rearrangement_is_judged_as_the_command_does(tmp_path: Path, ranks: Any) -> None:
+    """Also where steps of before have left the window, and the series of balancedness has them still."""
+    rank = ranks(0, ep_size=2, scope="global", segment_steps=32)
+    rank.record(0, 30)
+    follower = Follower(tmp_path, window=40)
+    for first in range(30, 90, 10):
+        rank.record(first, first + 10, generation=1)
+        follower.look()
+    look = follower.look()
+    truth = rearrangement_report(open_run(tmp_path), window=40).rearrangements
+    assert len(truth) == 1
+    this = look.rearrangement
+    assert this is not None
+    assert (this.first_step, this.last_step, this.layers) == (30, 30, LAYERS)
+    assert this.slots_changed == truth[0].slots_moved
+    assert (this.before_steps, this.after_steps) == (truth[0].before.steps, truth[0].after.steps) == (30, 40)
+    assert this.before == pytest.approx(truth[0].before.balancedness, rel=1e-12)
+    assert this.after == pytest.approx(truth[0].after.balancedness, rel=1e-12)
+    assert this.gain == pytest.approx(truth[0].gain, rel=1e-9)
+    rank.record(90, 200, generation=1)  # its steps are forgotten, its figures not
+    assert follower.look().rearrangement == this
+
+
+def test_parts_of_a_late_rank_join(tmp_path: Path, ranks: Any) -> None:
+    first, second = ranks(0), ranks(1)
+    first.record(0, 30)
+    second.record(0, 10)
+    follower = Follower(tmp_path)
+    look = follower.look()
+    assert (look.complete, look.in_flight, look.newest_step) == (10, 20, 29)
+    assert [w.behind for w in look.writers] == [0, 20]
+    second.record(10, 30)
+    look = follower.look()
+    assert (look.complete, look.in_flight) == (30, 0)
+    assert_as_summary(look, tmp_path)
+
+
+def test_a_rank_that_idles_a_step_has_its_part_in_it(tmp_path: Path, ranks: Any) -> None:
+    first, second = ranks(0), ranks(1)
+    for rank, words in ((first, ("record", "dummy")), (second, ("dummy", "dummy"))):
+        rank.record(0, 10)
+        rank.tell(words[0], 10, 20)
+        rank.tell(words[1], 20, 30)
+    look = Follower(tmp_path).look()
+    assert (look.complete, look.last_step, look.newest_step) == (20, 19, 29)
+    assert (look.incomplete, look.in_flight) == (0, 0)
+    assert_as_summary(look, tmp_path)
+
+
+def test_steps_that_a_rank_rejects_are_counted_and_incomplete(tmp_path: Path, ranks: Any) -> None:
+    first, second = ranks(0), ranks(1)
+    first.record(0, 20)
+    second.record(0, 10)
+    second.tell("reject", 10, 13)
+    second.record(13, 20)
+    look = Follower(tmp_path).look()
+    assert (look.complete, look.incomplete) == (17, 3)
+    assert [(w.rejected, w.dropped) for w in look.writers] == [(0, 0), (3, 0)]
+    assert_as_summary(look, tmp_path)
+
+
+def test_the_sums_of_a_global_run(tmp_path: Path, ranks: Any) -> None:
+    rank = ranks(0, ep_size=4, scope="global", token_replication=2, interval=2)
+    rank.record(0, 30)
+    look = Follower(tmp_path).look()
+    assert (look.complete, look.last_step, len(look.ranks), len(look.writers)) == (15, 28, 4, 1)
+    assert_as_summary(look, tmp_path)
+
+
+# ---- restarts, kills, changes
+
+
+def test_a_rank_that_was_killed_has_stopped(tmp_path: Path, ranks: Any) -> None:
+    engine = [ranks(rank) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 20)
+    follower = Follower(tmp_path)
+    assert follower.look().complete == 20
+    engine[1].kill()
+    for first in range(20, 28):  # at some steps a second, as the clock of rank 0 says
+        time.sleep(0.5)
+        engine[0].record(first, first + 1)
+    look = follower.look()
+    assert (look.complete, look.last_step) == (20, 19)
+    assert [(w.stopped, w.closed) for w in look.writers] == [(False, False), (True, False)]
+    assert (look.incomplete, look.in_flight) == (8, 0)
+
+
+def test_an_engine_that_restarts_and_counts_anew(tmp_path: Path, ranks: Any) -> None:
+    """All ranks are killed and begin again at 0, under one run id: the new life is shown."""
+    engine = [ranks(rank, segment_steps=16) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 40)
+    follower = Follower(tmp_path, window=30)
+    assert follower.look().last_step == 39
+    for rank in engine:
+        rank.kill()
+    first = ranks(0, segment_steps=16)
+    first.record(0, 12, generation=1)
+    look = follower.look()
+    assert (look.complete, look.restarts) == (0, 1)
+    second = ranks(1, segment_steps=16)
+    second.record(0, 12, generation=1)
+    look = follower.look()
+    assert (look.complete, look.first_step, look.last_step, look.restarts) == (12, 0, 11, 2)
+    assert [w.sessions for w in look.writers] == [2, 2]
+    assert look.rearrangements == []
+    assert_as_summary(look, tmp_path)
+    for rank in (first, second):
+        rank.record(12, 60, generation=1)
+    look = follower.look()
+    assert (look.complete, look.first_step, look.last_step) == (30, 30, 59)
+    assert_as_summary(look, tmp_path)
+
+
+def test_a_rank_that_restarts_and_goes_on(tmp_path: Path, ranks: Any) -> None:
+    """Nothing is forgotten where a new session goes on, also not by who begins to watch only then."""
+    engine = [ranks(rank, segment_steps=16) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 40)
+    follower = Follower(tmp_path, window=30)
+    follower.look()
+    engine[1].kill()
+    engine[0].record(40, 50)
+    ranks(1, segment_steps=16).record(40, 50)
+    for look in (follower.look(), Follower(tmp_path, window=30).look()):
+        assert (look.complete, look.first_step, look.last_step, look.restarts) == (30, 20, 49, 0)
+        assert_as_summary(look, tmp_path)
+
+
+def test_what_a_kill_left_is_sealed_under_our_eyes(tmp_path: Path, ranks: Any) -> None:
+    engine = [ranks(rank) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 40)
+    follower = Follower(tmp_path)
+    look = follower.look()
+    for rank in engine:
+        rank.kill()
+    assert len(seal_dump(tmp_path).sealed) == 2
+    again = follower.look()
+    assert (again.complete, again.timeline, again.findings) == (40, look.timeline, [])
+    assert_as_summary(again, tmp_path)
+
+
+def test_nothing_is_summed_across_an_elastic_change(tmp_path: Path) -> None:
+    """EP 2 becomes 4: the window begins anew. Late parts of before are no part of it."""
+    slots = map_of()
+    writers = {rank: open_writer(tmp_path, ep_rank=rank) for rank in range(2)}
+    for step in range(20):
+        for rank in range(2):
+            if (rank, step) < (1, 15):
+                writers[rank].record(step, load_of(step, rank), slots)
+    assert all(w.flush(20) for w in writers.values())
+    follower = Follower(tmp_path)
+    assert follower.look().complete == 15
+    for step in range(15, 20):
+        writers[1].record(step, load_of(step, 1), slots)
+    writers |= {rank: open_writer(tmp_path, ep_rank=rank, ep_size=4) for rank in (2, 3)}
+    for step in range(20, 33):
+        for rank, writer in writers.items():
+            writer.record(step, load_of(step, rank), slots, ep_size=4)
+    assert all(w.flush(20) for w in writers.values())
+    look = follower.look()
+    assert (look.complete, look.first_step, look.ep_size, look.shape_changed) == (13, 20, 4, 20)
+    assert (look.incomplete, look.in_flight, len(look.writers)) == (0, 0, 4)
+    assert_as_summary(look, tmp_path)
+    assert all(w.close(20) for w in writers.values())
+
+
+def test_a_newer_run_is_taken_up(tmp_path: Path) -> None:
+    follower: Follower | None = None
+    for name, steps in (("b", 5), ("a", 7)):
+        with open_writer(tmp_path, scope="global", run_id=name) as writer:
+            for step in range(steps):
+                writer.record(step, load_of(step), map_of())
+            assert writer.flush(20)
+            follower = follower or Follower(tmp_path)
+            look = follower.look()
+            assert (look.run_id, look.complete) == (name, steps)
+    assert (Follower(tmp_path, run="b").look().run_id) == "b"
+    assert (Follower(tmp_path / "run=b").look().run_id) == "b"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_order_things_come_in(tmp_path: Path, seed: int) -> None:
+    """Random pieces of random ranks, short segments, idle steps, looks in between: the truth is the files."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 5))
+    options: dict[str, Any] = {"ep_size": size, "segment_steps": int(rng.integers(3, 20))}
+    slots = SLOTS if SLOTS % size == 0 else 6
+    writers = [open_writer(tmp_path, ep_rank=rank, **options) for rank in range(size)]
+    at = [0] * size
+    follower: Follower | None = None
+    for _ in range(40):
+        rank = int(rng.integers(size))
+        for _ in range(int(rng.integers(1, 12))):
+            if rng.random() < 0.1:
+                writers[rank].skip("dummy", at[rank])
+            else:
+                load = load_of(at[rank], rank, slots=slots)
+                writers[rank].record(at[rank], load, map_of(at[rank] // 30, slots=slots))
+            at[rank] += 1
+        assert writers[rank].flush(20)
+        if rng.random() < 0.4:
+            follower = follower or Follower(tmp_path, window=25)
+            look = follower.look()
+            if look.complete:
+                assert_as_summary(look, tmp_path)
+    for rank, writer in enumerate(writers):
+        for step in range(at[rank], max(at)):
+            writer.record(step, load_of(step, rank, slots=slots), map_of(step // 30, slots=slots))
+        assert writer.close(20)
+    watched, fresh = (follower or Follower(tmp_path, window=25)).look(), Follower(tmp_path, window=25).look()
+    for look in (watched, fresh):
+        assert (look.findings, look.incomplete, look.in_flight, look.closed) == ([], 0, 0, True)
+        assert_as_summary(look, tmp_path)
+    assert watched.timeline == fresh.timeline
+    assert watched.ranks == pytest.approx(fresh.ranks)
+
+
+# ---- only what is new is read
+
+
+def test_only_what_is_new_is_read(tmp_path: Path, ranks: Any) -> None:
+    """Of journals as they grow and are sealed every byte once, and nothing where nothing is new."""
+    wide = {"layers": 16, "slots": 256}
+    rank = ranks(0, scope="global", num_logical_experts=6, segment_steps=64, wide=wide)
+    rank.record(0, 8)
+    follower = Follower(tmp_path, window=100)
+    follower.look()
+    folder = next(tmp_path.glob("run=*/model=*/rank=*/session=*"))
+    a_step = 16 * 256 * 2  # the journal has 16-bit counts
+    begun = bytes_read()
+    for first in range(8, 264, 8):
+        rank.record(first, first + 8)
+        before = bytes_read()
+        look = follower.look()
+        assert look.last_step == first + 7
+        assert bytes_read() - before >= 8 * a_step
+    sealed(tmp_path, 0, 4)
+    assert sum(f.stat().st_size for f in folder.glob("loads-*")) > 20 * a_step
+    assert follower.look().findings == []
+    # Beside the journals: what was sealed is listed with its sums, but no Parquet file is opened.
+    listed = (folder / "manifest.frames").stat().st_size
+    assert bytes_read() - begun < 1.02 * 256 * a_step + listed
+    before = bytes_read()
+    follower.look()
+    assert bytes_read() - before < 1_000
+
+
+def test_who_begins_late_reads_the_end_only(tmp_path: Path, ranks: Any) -> None:
+    wide = {"layers": 16, "slots": 256}
+    rank = ranks(0, scope="global", segment_steps=10_000, wide=wide)
+    for first in range(0, 600, 20):
+        rank.record(first, first + 20, generation=first >= 200)
+    journal = next(tmp_path.rglob("journal-*"))
+    Follower(tmp_path, window=2).look()  # loads what it needs of the program
+    before = bytes_read()
+    look = Follower(tmp_path, window=50).look()
+    assert bytes_read() - before < journal.stat().st_size / 5
+    assert (look.complete, look.first_step, look.last_step) == (50, 550, 599)
+    # The change is known, though not the steps around it.
+    assert look.rearrangements == [200]
+    assert look.rearrangement is not None
+    assert (look.rearrangement.before_steps, look.rearrangement.after_steps) == (0, 0)
+    assert_as_summary(look, tmp_path)
+
+
+def test_segments_that_came_and_were_sealed_between_two_looks(tmp_path: Path, ranks: Any) -> None:
+    rank = ranks(0, scope="global", segment_steps=16)
+    rank.record(0, 20)
+    follower = Follower(tmp_path, window=500)
+    assert follower.look().complete == 20
+    for first in range(20, 100, 16):
+        rank.record(first, first + 16)
+    sealed(tmp_path, 0, 6)
+    look = follower.look()
+    assert (look.complete, look.last_step) == (100, 99)
+    assert_as_summary(look, tmp_path)
+
+
+def test_a_journal_that_another_machine_removed(tmp_path: Path, ranks: Any) -> None:
+    """A network file system does not keep a removed file for its readers: the rest is in the segment."""
+    rank = ranks(0, scope="global", segment_steps=64)
+    rank.record(0, 40)
+    follower = Follower(tmp_path)
+    assert follower.look().complete == 40
+    (journal,) = follower._sessions[0]._journals.values()
+    assert journal._file is not None
+    rank.record(40, 70)
+    sealed(tmp_path, 0, 1)
+    with open(os.devnull, "wb") as unreadable:
+        os.dup2(unreadable.fileno(), journal._file.fileno())
+    look = follower.look()
+    assert (look.complete, look.last_step, look.findings) == (70, 69, [])
+    assert_as_summary(look, tmp_path)
+
+
+def test_a_closed_run_is_read_from_its_end(tmp_path: Path) -> None:
+    write(tmp_path, steps=200)
+    look = Follower(tmp_path, window=40).look()
+    assert (look.complete, look.first_step, look.last_step, look.closed) == (40, 160, 199, True)
+    assert look.rearrangements == [20]  # stated in a segment long before
+    assert_as_summary(look, tmp_path)
+
+
+# ---- damage
+
+
+def test_damage_is_named_and_what_comes_before_it_is_shown(tmp_path: Path, ranks: Any) -> None:
+    engine = [ranks(rank) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 10)
+        rank.record(10, 20)
+    follower = Follower(tmp_path)
+    follower.look()
+    engine[0].record(20, 30)
+    journal = next(tmp_path.glob("run=*/model=*/rank=00000/session=*/journal-*"))
+    data = bytearray(journal.read_bytes())
+    data[-200] ^= 1
+    journal.write_bytes(data)
+    for _ in range(3):
+        look = follower.look()
+        assert [f.code for f in look.findings] == ["damaged_file"]
+        assert str(journal) in look.findings[0].text
+        assert look.complete == 20
+    result = cli("watch", "--once", tmp_path)
+    assert result.returncode == 3
+    assert "damaged from byte" in result.stderr
+
+
+# ---- the command
+
+
+def steady(text: str) -> str:
+    """Without what differs from run to run."""
+    text = re.sub(r"[\d,.]+ steps/s", "<n> steps/s", text)
+    return re.sub(r'"(steps_per_second|quiet_seconds)": [\d.]+', r'"\1": 0.0', text)
+
+
+@pytest.mark.parametrize("name", ["watch.txt", "watch.json"])
+def test_golden_output(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    form = ["--output", "json"] if name.endswith("json") else []
+    result = cli("watch", "--once", *form, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_golden(name, steady(result.stdout))
+
+
+def test_a_missing_rank_is_said_and_is_an_exit_code(tmp_path: Path) -> None:
+    write(tmp_path, ranks=1)
+    result = cli("watch", "--once", tmp_path)
+    assert result.returncode == 3
+    assert "nothing from rank 1" in result.stdout
+    assert "no complete step" in result.stdout
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    write(tmp_path)
+    for arguments, words in (
+        (["watch", tmp_path], "--once"),
+        (["watch", "--output", "json", tmp_path], "--once"),
+        (["watch", "--once", "--interval", "0", tmp_path], "interval"),
+    ):
+        result = cli(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert words in result.stderr
+    one_error(cli("watch", "--once", tmp_path / "not-there"), 3, "no such folder")
+    (tmp_path / "empty").mkdir()
+    one_error(cli("watch", "--once", tmp_path / "empty"), 3, "no run in it")
+    one_error(cli("watch", "--once", "--run", "x", tmp_path), 2, "no run 'x'")
+
+
+class Terminal:
+    """The real program on a terminal of 80 × 24 of its own."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        program = Path(sys.executable).with_name("eplb-analyze")
+        self._master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+        self.process = subprocess.Popen(
+            [str(program), *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, words: str) -> None:
+        """Read on until the words have come."""
+        deadline = time.monotonic() + 60
+        while words not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            if not self.read():
+                raise AssertionError(self.seen)
+
+    def read(self) -> bool:
+        """Whether anything may still come."""
+        if select.select([self._master], [], [], 0.2)[0]:
+            try:
+                data = os.read(self._master, 1 << 16)
+            except OSError:  # its other end is closed
+                return False
+            self.seen += data.decode(errors="replace")
+        return True
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        while self.read():
+            pass
+        os.close(self._master)
+        return self.process.wait(30)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_view_is_live_and_leaves_the_terminal_as_it_was(tmp_path: Path, ranks: Any, number: int) -> None:
+    """It waits for a run, follows it, and on Ctrl-C gives screen and cursor back and leaves the last look."""
+    terminal = Terminal("watch", "--interval", "0.2", tmp_path)
+    terminal.until("waiting for it")
+    engine = [ranks(rank) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 10)
+    terminal.until("over 10 complete steps")
+    for rank in engine:
+        rank.record(10, 25)
+    terminal.until("over 25 complete steps")
+    assert terminal.end(number) == 0
+    assert terminal.seen.count("\x1b[?1049h") == terminal.seen.count("\x1b[?1049l") == 1
+    assert terminal.seen.rindex("\x1b[?25h") > terminal.seen.rindex("\x1b[?25l")
+    _, left = terminal.seen.split("\x1b[?1049l")
+    assert "over 25 complete steps, 0 to 24" in left
+    assert "Traceback" not in terminal.seen
+
+
+def test_a_json_document_is_complete(tmp_path: Path) -> None:
+    write(tmp_path, steps=100)
+    document = json.loads(cli("watch", "--once", "-o", "json", "--window", "50", tmp_path).stdout)
+    assert document["run"] == {"run_id": "r", "model": "org/moe"}
+    assert (document["complete"], document["first_step"], document["last_step"]) == (50, 50, 99)
+    assert {b["first_step"] for b in document["timeline"]} == set(range(50, 100))
+    assert [w["last_step"] for w in document["writers"]] == [99, 99]
