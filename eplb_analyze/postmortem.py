@@ -559,12 +559,42 @@ def save_table(folder: Path, result: Postmortem) -> None:
     os.replace(partial, folder / "runs.parquet")
 
 
-def save_report(folder: Path, row: Row, summary: Summary) -> None:
+def save_summary(folder: Path, row: Row, summary: Summary) -> None:
     """Write a run's summary, as ``eplb-analyze summary --output json`` prints it."""
-    reports = folder / "reports"
-    reports.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(str(places.absolute(places.place(row.dump))).encode()).hexdigest()[:8]
-    path = reports / f"{row.run_id}-{model_slug(row.model)}-{name}.json"
+    path = report_path(folder, row, "json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(summary.to_json(), indent=2))
     os.replace(partial, path)
+
+
+def report_path(folder: Path, row: Row, suffix: str) -> Path:
+    """Where a run's report lies: two dumps can hold runs of one name."""
+    dump = hashlib.sha256(str(places.absolute(places.place(row.dump))).encode()).hexdigest()[:8]
+    return folder / "reports" / f"{row.run_id}-{model_slug(row.model)}-{dump}.{suffix}"
+
+
+@dataclass(frozen=True)
+class Page:
+    """An HTML report that a worker is to write."""
+
+    row: Row
+    file: Path
+    crowded: bool
+
+
+def write_page(page: Page) -> str | None:
+    """Write a run's HTML report, or say why not. Runs on a worker."""
+    from eplb_analyze.report.writing import write_report
+
+    if page.crowded:
+        use_at_most(1)
+    try:
+        page.file.parent.mkdir(parents=True, exist_ok=True)
+        run = open_run(page.row.dump, page.row.run_id, page.row.model)
+        write_report(run, page.file, force=True)
+        return None
+    except AnalyzeError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

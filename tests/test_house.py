@@ -125,7 +125,7 @@ for _name in FIGURES:
     ALLOWED[f"eplb_analyze.{_name}"] = SHARED | LIBRARY - offline(*FIGURES)
 #: Above the figures of single runs.
 ALLOWED["eplb_analyze.executors"] = offline("errors")
-ALLOWED["eplb_analyze.postmortem"] = SHARED | LIBRARY - offline("report.writing")
+ALLOWED["eplb_analyze.postmortem"] = SHARED | LIBRARY
 #: A module a format; none knows of another.
 EXPORTERS = ("sglang", "trtllm", "vllm_ascend", "vllm_mapping", "plain")
 ALLOWED["eplb_analyze.exporters"] = offline("errors")

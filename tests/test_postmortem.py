@@ -228,6 +228,16 @@ def test_saved_are_a_table_and_a_report_each(batch: tuple[Path, dict[str, Any]],
         assert summary["balancedness"]["mean"] == row["balancedness"]
 
 
+def test_html_reports_are_written_by_workers(batch: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    more = ("--save", tmp_path / "out", "--html", "--executor", "processes", "--workers", "2")
+    run(batch[0] / "a", *more)
+    pages = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/reports").glob("*.html")}
+    assert sorted(path.name.split("-")[0] for path in pages) == ["bad", "good"]
+    assert all(b"<html" in path.read_bytes()[:200] for path in pages)
+    run(batch[0] / "a", *more)
+    assert {path: path.stat().st_mtime_ns for path in pages} == pages
+
+
 def test_what_did_not_change_is_not_read_again(tmp_path: Path) -> None:
     record(tmp_path / "dumps", "done", SKEWED)
     with ExpertLoadWriter(

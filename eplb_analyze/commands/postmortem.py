@@ -14,6 +14,7 @@ from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, pe
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from eplb_analyze.executors import Executor
     from eplb_analyze.postmortem import Postmortem, Row
 
 #: A terminal of so many columns has room for where a run was and what it was.
@@ -53,6 +54,9 @@ def postmortem(
             "--save", help="Keep runs.parquet, a report of each run and finished results in this folder."
         ),
     ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="With --save: an HTML report of each run, too.")
+    ] = False,
     executor: Annotated[str, typer.Option("--executor", help="local, processes or ray.")] = "local",
     workers: Annotated[
         int | None, typer.Option("--workers", help="Of processes and a local Ray; default one a core.", min=1)
@@ -75,12 +79,16 @@ def postmortem(
     kept = None if save is None else library.Kept(save / "kept")
     chosen = executors.executor(executor, workers, ray_address)
     rows: list[Row] = []
+    fresh: list[Row] = []
     try:
         for row, summary in library.rows_of(targets, chosen, kept):
             rows.append(row)
-            if save is not None and summary is not None:
-                library.save_report(save, row, summary)
             out.progress(len(rows), len(targets))
+            if save is not None and summary is not None:
+                library.save_summary(save, row, summary)
+                fresh.append(row)
+        if save is not None and html:
+            _write_pages(out, save, rows, fresh, chosen)
     finally:
         chosen.close()
     result = library.judge(rows, threshold, baseline)
@@ -93,6 +101,20 @@ def postmortem(
         raise typer.Exit(EXIT_UNUSABLE)
     if result.failed:
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _write_pages(out: Output, save: Path, rows: list[Row], fresh: list[Row], executor: Executor) -> None:
+    """Reports of runs that were read anew, or have none yet."""
+    from eplb_analyze.executors import Lost
+    from eplb_analyze.postmortem import Page, report_path, write_page
+
+    files = [(row, report_path(save, row, "html")) for row in rows if row.status != "broken"]
+    pages = [Page(row, file, executor.crowded) for row, file in files if row in fresh or not file.exists()]
+    for done, (page, reason) in enumerate(executor.map(write_page, pages), 1):
+        out.progress(done, len(pages))
+        if reason is not None:
+            text = reason.reason if isinstance(reason, Lost) else reason
+            out.notes([f"no HTML report of run {page.row.run_id}: {text}"])
 
 
 def render(console: Console, result: Postmortem, by: str | None, top: int) -> None:
