@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze import places
 from eplb_analyze.dump import Session
 from eplb_analyze.segments import Segment, SegmentFault, layers_at_once
 from eplb_dump.format import Scope, Status
@@ -187,7 +188,11 @@ class Block:
         at_once = layers_at_once(longest, shape)
         edges = [first, *range(first - first % at_once + at_once, last, at_once), last]
         for low, high in itertools.pairwise(edges):
-            yield low, high, ((cursor.take(low, high), here, there) for cursor, here, there in cursors)
+
+            def take(cursor: tuple[_Cursor, Int64, Int64], low: int = low, high: int = high) -> Piece:
+                return cursor[0].take(low, high), *cursor[1:]
+
+            yield low, high, places.each(cursors[0][0].segment.path, take, cursors) if cursors else iter(())
 
     def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
         """Pieces added up: int64 ``[len(steps), layers, width]``."""
@@ -215,13 +220,20 @@ class Block:
             return
         columns = np.searchsorted(self.step, steps)
         writers = set(self.expected_ranks)
-        for source in self._sources:
-            segment = source.segment
-            if source.rank not in writers:
-                continue
-            apart = segment.first_step > steps[-1] or segment.last_step < steps[0]
-            if not source.readable or segment.shape != self.shape or apart:
-                continue
+        sources = [
+            source
+            for source in self._sources
+            if source.rank in writers
+            and source.readable
+            and source.segment.shape == self.shape
+            and source.segment.first_step <= steps[-1]
+            and source.segment.last_step >= steps[0]
+        ]
+        if not sources:
+            return
+        where = sources[0].segment.path
+        known = places.each(where, lambda source: source.segment.load_steps(), sources)
+        for source, load_steps in zip(sources, known, strict=True):
             row = self.ranks.index(source.rank)
             counts = (self._owner[row, columns] == source.session) & (
                 self.status[row, columns] == Status.RECORDED
@@ -229,11 +241,9 @@ class Block:
             if self._scope is Scope.GLOBAL:
                 # Of several that wrote sums for a step, the lowest counts.
                 counts &= ~(self.status[:row, columns] == Status.RECORDED).any(axis=0)
-            _, here, there = np.intersect1d(
-                np.where(counts, steps, -1), segment.load_steps(), return_indices=True
-            )
+            _, here, there = np.intersect1d(np.where(counts, steps, -1), load_steps, return_indices=True)
             if len(here):
-                yield segment, here, there
+                yield source.segment, here, there
 
 
 #: A segment's ``loads`` or ``rank_loads``, from one layer to another.
@@ -368,7 +378,8 @@ def iter_blocks(
     ]
     ranks = sorted({session.info.ep_rank for session in sessions})
     for group in _overlapping(sources):
-        parts = [(s, s.segment.steps()) for s in group]
+        rows_of = places.each(group[0].segment.path, lambda source: source.segment.steps(), group)
+        parts = list(zip(group, rows_of, strict=True))
         initial = max(sessions[s.session].info.ep_size for s in group)
         rows = _join(parts, ranks, scope, last_shape, initial)
         last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape

@@ -288,7 +288,7 @@ def _check_sums(run: Run) -> list[Finding]:
         segment.path
         for session in run.sessions
         for segment in session.segments
-        if not segment.sums_are_true()
+        if run.readable(segment) and not segment.sums_are_true()
     ]
     text = "the manifest's sums are not those of the loads, in "
     return [Finding("error", "sums_differ", text + str(path)) for path in dict.fromkeys(odd)]
@@ -330,13 +330,14 @@ def _check_statements(run: Run) -> list[Finding]:
         if run.untold(session):
             continue  # it may have stated what cannot be read
         own: dict[int, list[tuple[int, Int32]]] = {}
-        for segment in session.segments:
+        for segment in (*session.segments, *session.lost):
             rows = segment.placements()
             for layer, step, slots in zip(
                 rows.layer.tolist(), rows.step.tolist(), rows.physical_to_logical, strict=True
             ):
                 own.setdefault(layer, []).append((step, slots))
-        loads = np.sort(np.concatenate([s.load_steps() for s in session.segments] or [np.empty(0, np.int64)]))
+        readable = [s for s in session.segments if run.readable(s)]
+        loads = np.sort(np.concatenate([np.empty(0, np.int64), *(s.load_steps() for s in readable)]))
         for layer, stated in own.items():
             stated.sort(key=lambda row: row[0])
             history = run.history.layer(layer)

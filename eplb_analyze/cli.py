@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -23,8 +24,8 @@ from eplb_analyze.commands import (
     postmortem,
     ranks,
     rearrangements,
-    report,
     replay,
+    report,
     seal,
     summary,
     timeline,
@@ -86,7 +87,19 @@ def root(
     """Read what eplb_dump recorded: how balanced the experts of a run were, and why not."""
 
 
+def _reason(error: OSError) -> str:
+    """What the system refused, and what helps."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.EMFILE:
+        return f"{where}too many open files; allow more with `ulimit -n 4096`"
+    # Arrow says the file in its text, and more than that.
+    return f"{where}{error.strerror or error}".splitlines()[0]
+
+
 def main() -> None:
+    # Python has None for what was closed; then a print to stderr would go to stdout.
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
     # Ended by a closed pipe as other programs are, and never by a character the terminal lacks.
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -98,6 +111,12 @@ def main() -> None:
     except AnalyzeError as error:
         say("error", error)
         sys.exit(error.exit_code)
+    except MemoryError:
+        say("error", "there is not enough memory for this")
+        sys.exit(EXIT_UNUSABLE)
+    except OSError as error:
+        say("error", _reason(error))
+        sys.exit(EXIT_UNUSABLE)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

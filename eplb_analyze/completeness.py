@@ -70,10 +70,10 @@ class Completeness:
             self.last_whole = int(block.step[whole[-1]])
             self.whole_clock_ns = int(block.clock_ns[whole[-1]])
         self.incomplete_since_whole = int(bad.sum()) - self.incomplete_inside
-        if not bad.any() or block.shape is None:
+        if not bad.any():
             return
         rows = {rank: i for i, rank in enumerate(block.ranks)}
-        for rank in block.expected_ranks:
+        for rank in block.ranks if block.shape is None else block.expected_ranks:
             if rank not in rows:
                 self.reasons[rank, "absent"] += int(bad.sum())
                 continue
@@ -145,6 +145,8 @@ class Completeness:
         """The ranks that lack most, in words: ``rank 5 absent in 40``."""
         parts = [f"rank {rank} {why} in {count:,}" for (rank, why), count in self.reasons.most_common(3)]
         more = len(self.reasons) - len(parts)
+        if not parts:
+            return "ranks recorded loads of different shapes"
         return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
 
 

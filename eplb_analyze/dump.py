@@ -12,12 +12,13 @@ from pathlib import Path
 
 from eplb_analyze import places
 from eplb_analyze.errors import DumpError, Finding
-from eplb_analyze.places import Entry, Place
+from eplb_analyze.places import Place
 from eplb_analyze.segments import (
     Manifest,
     OpenSegment,
     ParquetSegment,
     Segment,
+    exhausted,
     read_manifest,
     require_regular,
 )
@@ -132,6 +133,8 @@ def _info_or_fault(session: tuple[list[str], Place]) -> SessionInfo | str:
     except FormatError as error:
         return str(error)
     except OSError as error:
+        if exhausted(error):
+            raise
         return str(error.strerror)
 
 
@@ -143,7 +146,18 @@ def _descend(root: Place, wanted: list[str], found: Discovery) -> Iterator[tuple
         if level == len(_LEVELS):
             yield names, folder
             return
-        for entry in _entries(folder, wanted[level] if level < len(wanted) else None):
+        try:
+            inside = places.entries(folder, wanted[level] if level < len(wanted) else None)
+        except OSError as error:
+            if exhausted(error):
+                raise
+            text = f"{folder}: {error.strerror}"
+            if level < 3:  # without it nobody can tell which run or model is meant
+                raise DumpError(text) from None
+            finding = Finding("error", "damaged_file", f"{text}; skipped")
+            found.findings.setdefault((names[0][len(RUN_PREFIX) :], ""), []).append(finding)
+            return
+        for entry in inside:
             if not entry.name.startswith(_LEVELS[level]):
                 continue
             if entry.is_symlink():
@@ -154,13 +168,6 @@ def _descend(root: Place, wanted: list[str], found: Discovery) -> Iterator[tuple
                 yield from walk(folder / entry.name, [*names, entry.name])
 
     yield from walk(root, [])
-
-
-def _entries(folder: Place, only: str | None = None) -> Sequence[Entry]:
-    try:
-        return places.entries(folder, only)
-    except OSError as error:
-        raise DumpError(f"{folder}: {error.strerror}") from None
 
 
 def read_info(folder: Place, names: list[str]) -> SessionInfo:
@@ -182,7 +189,7 @@ def open_sessions(found: Sequence[tuple[Place, SessionInfo]], findings: list[Fin
         return []
     own: list[list[Finding]] = [[] for _ in found]
     items = [(folder, info, mine) for (folder, info), mine in zip(found, own, strict=True)]
-    sessions = places.each(found[0][0], lambda item: open_session(*item), items)
+    sessions = list(places.each(found[0][0], lambda item: open_session(*item), items))
     findings += [finding for mine in own for finding in mine]
     return sessions
 
@@ -192,7 +199,14 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
     session = Session(folder, info)
     journals: dict[int, Place] = {}
     sealed_names: set[str] = set()
-    for entry in _entries(folder):
+    try:
+        inside = places.entries(folder)
+    except OSError as error:
+        if exhausted(error):
+            raise
+        findings.append(Finding("error", "damaged_file", f"{folder}: {error.strerror}; session skipped"))
+        return session
+    for entry in inside:
         journal, segment = JOURNAL_PATTERN.fullmatch(entry.name), SEGMENT_PATTERN.fullmatch(entry.name)
         if entry.is_symlink():
             text = f"{entry.path}: a symbolic link, which is not followed"
@@ -207,6 +221,8 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
     try:
         manifest = read_manifest(folder, info)
     except (OSError, FormatError) as error:
+        if exhausted(error):
+            raise
         manifest = Manifest({}, None, (isinstance(error, OSError) and error.strerror) or str(error))
     if manifest.fault is not None:
         text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
@@ -230,6 +246,8 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
             findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
             continue
         except (FormatError, OSError) as error:
+            if exhausted(error):
+                raise
             findings.append(Finding("error", "damaged_file", f"{path}: {error}; skipped"))
             continue
         session.journals += 1

@@ -360,25 +360,29 @@ class _Loads(Sums):
         known = [i for i, slots in enumerate(self.placed) if slots is not None]
         tokens = self.tokens[known]
         total = tokens.sum(axis=1, keepdims=True)
-        share = np.divide(tokens, total, out=np.zeros(tokens.shape), where=total > 0)
+
+        def of_total(counts: Int64) -> npt.NDArray[np.float64]:
+            """Rounded once, so that what is a whole number is one."""
+            return np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+
         persistence, hot = windows.persistence[known], windows.hot[known]
         now = [_replication(slots, self.slot_tokens[i], logical, self.shape) for i, slots in self._known()]
         copies, uneven, doubled = (np.array(part) for part in zip(*now, strict=True))
-        due = share * self.shape.num_physical_experts
+        due = of_total(tokens * self.shape.num_physical_experts)
         verdict = np.where(hot == 0, "never", np.where(persistence >= ALWAYS, "always", "bursts"))
         columns = {
             "layer": np.repeat(np.array(run.info.layers, np.int32)[self.layers.start :][known], logical),
             "logical": np.tile(np.arange(logical, dtype=np.int32), len(known)),
             "tokens": tokens if run.info.token_replication == 1 else run.tokens(tokens),
-            "share": share,
-            "times_mean": share * logical,
+            "share": of_total(tokens),
+            "times_mean": of_total(tokens * logical),
             "peak_times_mean": windows.peak[known],
             "persistence": persistence,
             "verdict": verdict,
             "first_hot_step": windows.first_hot[known],
             "last_hot_step": windows.last_hot[known],
             "burstiness": windows.burstiness[known],
-            "cold": (total > 0) & (share * logical <= 1 / windows.hot_factor),
+            "cold": (total > 0) & (tokens * logical * windows.hot_factor <= total),
             "dead": (total > 0) & (tokens == 0),
             "replicas": copies,
             "due_replicas": due,

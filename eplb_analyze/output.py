@@ -7,11 +7,13 @@ markup is never interpreted in it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import enum
 import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -41,8 +43,9 @@ def clean(text: object) -> str:
 
 
 def say(kind: str, text: object) -> None:
-    """One line on stderr."""
-    print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
+    """One line on stderr; where that cannot be written, the exit code must do."""
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
 
 
 class Progress:
@@ -71,6 +74,9 @@ class Progress:
         self._bar.start()
         # It hides the cursor, which must be there again however the work ends.
         atexit.register(self.end)
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda signum, _: sys.exit(128 + signum))
 
     def end(self) -> None:
         """Take the bar away, so that what follows stands alone."""
@@ -136,7 +142,7 @@ def console(file: IO[str]) -> Console:
     columns = os.environ.get("COLUMNS", "")
     width = None
     if not file.isatty():
-        width = int(columns) if columns.isdigit() and int(columns) > 0 else 80
+        width = int(columns) if columns.isdecimal() and int(columns) > 0 else 80
     return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze import places
 from eplb_analyze.blocks import Block
 from eplb_analyze.dump import Session
 from eplb_analyze.errors import Finding
@@ -321,8 +322,14 @@ def _statements(
     for session in sessions:
         if session.segments:
             by_rank.setdefault(session.info.ep_rank, []).append(session)
-    for rank, own in sorted(by_rank.items()):
-        rows = [_rows_of(session, unreadable) for session in own]
+    where = next((session.folder for session in sessions), None)
+    ranks = sorted(by_rank.items())
+
+    def read(item: tuple[int, list[Session]]) -> list[list[tuple[int, int, int, Int32]]]:
+        return [_rows_of(session, unreadable) for session in item[1]]
+
+    found = places.each(where, read, ranks) if where is not None else iter(())
+    for (rank, own), rows in zip(ranks, found, strict=True):
         if len(own) == 1:
             yield from ((rank, *row) for row in rows[0])
             continue

@@ -14,14 +14,18 @@ import os
 import re
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 from eplb_analyze.errors import DumpError, UsageError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 #: What an address may say behind its ``?``, by scheme.
 OPTIONS = {
@@ -32,7 +36,7 @@ OPTIONS = {
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0
 RETRY_SECONDS = 30
 #: Requests under way at once: waiting is most of what they take.
-MAX_REQUESTS = 16
+MAX_REQUESTS = 8
 #: Smaller objects are fetched whole, with one request.
 SMALL_BYTES = 64 << 10
 #: Frames are read one after another; so much of them is fetched at once.
@@ -161,15 +165,24 @@ def look_again(where: Place) -> None:
         where.bucket.forget()
 
 
-def each(where: Place, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """What ``work`` makes of each item; side by side where each waits for a network."""
-    items = list(items)
-    if isinstance(where, Path) or len(items) < 2:
-        return [work(item) for item in items]
+def each(where: Place, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What ``work`` makes of each item, in order; several are under way where each waits for a network."""
+    if isinstance(where, Path):
+        yield from map(work, items)
+        return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(min(MAX_REQUESTS, len(items))) as pool:
-        return list(pool.map(work, items))
+    pool = ThreadPoolExecutor(MAX_REQUESTS)
+    try:
+        under_way: deque[Future[Result]] = deque()
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > MAX_REQUESTS:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -164,9 +164,9 @@ class Playback:
         ]
         self.scores = Scores([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size])
         sizes = {(player.slots, player.setting.ep_size) for player in self.players}
-        self.bounds: dict[Size, float] = dict.fromkeys(
-            sorted({*sizes, (shape.num_physical_experts, shape.ep_size)}), 0.0
-        )
+        if shape.num_physical_experts >= self.experts:  # else experts had no slot, and nothing is bounded
+            sizes.add((shape.num_physical_experts, shape.ep_size))
+        self.bounds: dict[Size, float] = dict.fromkeys(sorted(sizes), 0.0)
         self.bound_steps = max(1, recorded_steps * self.layers // BOUND_SUMS)
         self.first_step = self.last_step = -1
         self.scored = self.left_out = self.unknown = 0

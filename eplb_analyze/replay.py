@@ -282,7 +282,8 @@ def _outcome(playback: Playback, row: int) -> Outcome:
 
 def _figures(playback: Playback, row: int, slots: int) -> dict[str, Any]:
     scores = playback.scores
-    ep_size, bound = int(scores.ep_size[row]), playback.bounds[slots, int(scores.ep_size[row])]
+    ep_size = int(scores.ep_size[row])
+    bound = playback.bounds.get((slots, ep_size))
     return {
         "ep_size": ep_size,
         "num_physical_experts": slots,

@@ -20,7 +20,7 @@ from eplb_analyze.dump import Discovery, Session, discover, open_sessions
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.placements import PlacementHistory, read_history, untold
 from eplb_analyze.places import Place, place
-from eplb_analyze.segments import SegmentFault
+from eplb_analyze.segments import Segment, SegmentFault
 from eplb_dump.format import Origin, Scope, SessionInfo, model_slug
 from eplb_dump.journal import Shape
 
@@ -334,6 +334,10 @@ class Run:
             )
             self.findings += [f for f in self._history.findings if f not in self.findings]
         return self._history
+
+    def readable(self, segment: Segment) -> bool:
+        """Whether the loads of a segment are in figures, as far as is known yet."""
+        return id(segment) not in self._unreadable["loads"]
 
     def untold(self, session: Session) -> list[Steps]:
         """First and last step of the gaps in what can be read of a session's placements."""

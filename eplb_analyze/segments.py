@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import stat
 import threading
 import zlib
@@ -371,7 +372,8 @@ def _faults(segment: Any, table: str, path: Place) -> Iterator[None]:
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
         if exhausted(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = said.splitlines()[0] if said else type(error).__name__
         raise SegmentFault(segment, table, path, reason) from None
 
 

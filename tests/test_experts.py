@@ -245,6 +245,15 @@ def test_sums_beyond_32_bits(tmp_path: Path) -> None:
     assert report.experts["peak_times_mean"].to_list() == [1.0] * 4
 
 
+def test_what_is_just_at_a_limit(tmp_path: Path) -> None:
+    write_global(tmp_path, [np.array([[1, 5, *[3] * 9]])], ep_size=1)
+    cold = expert_report(open_run(tmp_path), hot_factor=3.0).cold
+    assert cold["logical"].to_list() == [0]  # 1 of 33 is a third of the mean of 11 experts
+    write_global(tmp_path, [np.array([[15, *[1] * 7, *[0] * 14]])], run_id="slots")
+    report = expert_report(open_run(tmp_path, "slots"))
+    assert report.experts["due_replicas"][0] == report.experts["times_mean"][0] == 15
+
+
 GOLDEN = """\
 org/moe · run r
 40 complete steps, 0 to 39, in 4 windows of 10

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 ENGINE = ["format", "frames", "journal", "sealing", "staging", "rendezvous", "background", "writer"]
 OFFLINE = [
     "errors",
+    "places",
     "segments",
     "dump",
     "blocks",
@@ -78,10 +79,11 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_dump": engine("format", "writer", "counter"),
     "eplb_analyze": offline("errors", "run"),
     "eplb_analyze.errors": set(),
-    "eplb_analyze.segments": SHARED,
-    "eplb_analyze.dump": SHARED | offline("segments", "errors"),
-    "eplb_analyze.blocks": SHARED | offline("dump", "segments"),
-    "eplb_analyze.placements": SHARED | offline("blocks", "dump", "errors"),
+    "eplb_analyze.places": offline("errors"),
+    "eplb_analyze.segments": SHARED | offline("places"),
+    "eplb_analyze.dump": SHARED | offline("places", "segments", "errors"),
+    "eplb_analyze.blocks": SHARED | offline("dump", "places", "segments"),
+    "eplb_analyze.placements": SHARED | offline("blocks", "dump", "errors", "places"),
     "eplb_analyze.metrics": set(),
     "eplb_analyze.losses": SHARED | offline("metrics"),
     "eplb_analyze.bootstrap": set(),
@@ -89,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.rebalancing": offline("torch_cpu"),
     "eplb_analyze.policies": offline("errors", "rebalancing"),
     "eplb_analyze.run": SHARED
-    | offline("blocks", "dump", "errors", "frames", "metrics", "placements", "segments"),
+    | offline("blocks", "dump", "errors", "frames", "metrics", "placements", "places", "segments"),
     "eplb_analyze.frames": SHARED | offline("blocks", "metrics", "run"),
     "eplb_analyze.completeness": SHARED | offline("blocks"),
     "eplb_analyze.stretches": SHARED | offline("blocks", "completeness", "run"),
@@ -101,7 +103,7 @@ ALLOWED: dict[str, set[str]] = {
     | offline("completeness", "errors", "playback", "policies", "run", "settings", "stretches"),
     "eplb_analyze.advise": SHARED | offline("bootstrap", "errors", "playback", "replay", "run", "settings"),
     "eplb_analyze.output": offline("errors"),
-    "eplb_analyze.seal": SHARED | offline("dump", "errors"),
+    "eplb_analyze.seal": SHARED | offline("dump", "errors", "places"),
     "eplb_analyze.entry": {"eplb_analyze.cli"},
     "eplb_analyze.cli": offline("errors", "output")
     | {f"eplb_analyze.commands.{path.stem}" for path in (ROOT / "eplb_analyze/commands").glob("*.py")},
@@ -129,7 +131,7 @@ ALLOWED["eplb_analyze.postmortem"] = SHARED | LIBRARY
 #: A module a format; none knows of another.
 EXPORTERS = ("sglang", "trtllm", "vllm_ascend", "vllm_mapping", "plain")
 ALLOWED["eplb_analyze.exporters"] = offline("errors")
-ALLOWED["eplb_analyze.exporters.files"] = offline("exporters")
+ALLOWED["eplb_analyze.exporters.files"] = offline("exporters", "places")
 ALLOWED["eplb_analyze.exporters.placement"] = SHARED | offline("exporters")
 ALLOWED["eplb_analyze.exporters.loads"] = SHARED | offline("blocks", "run")
 for _name in EXPORTERS:

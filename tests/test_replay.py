@@ -495,6 +495,17 @@ def test_sampled_steps_stand_for_those_between(tmp_path: Path) -> None:
     assert result.seconds == pytest.approx(90 * (result.part.step_seconds or 0))
 
 
+def test_a_placement_without_some_experts(tmp_path: Path) -> None:
+    """Fewer slots than experts, as a dump may say: today has no bound, settings with enough slots do."""
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global") as writer:
+        for step in range(20):
+            writer.record(step, np.array([[4, 1, 1, 2]]), np.array([[0, 3, 5, 6]]))
+    result = replay(open_run(tmp_path), Choices(redundant=[0], intervals=[5]))
+    assert result.today.idle_fraction == pytest.approx(1 - 4 / 5)
+    assert result.today.idle_fraction_bound is None
+    assert [o.idle_fraction_bound for o in result.outcomes] == [0.0] * len(result.outcomes)
+
+
 def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
     record(tmp_path)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]

@@ -112,7 +112,8 @@ def assert_as_summary(look: Look, root: Path) -> None:
     ]
     for rank, straggler in zip(look.ranks, rank_report(run, steps).ranks, strict=True):
         figures = straggler.times_mean, straggler.slowest_share, straggler.excess_share
-        assert (rank.times_mean, rank.slowest_share, rank.excess_share) == pytest.approx(figures, rel=1e-12)
+        shown = rank.times_mean, rank.slowest_share, rank.excess_share
+        assert [*shown] == [None if f is None else pytest.approx(f, rel=1e-12) for f in figures]
 
 
 def sealed(root: Path, rank: int, count: int) -> None:
@@ -339,7 +340,7 @@ def test_a_newer_run_is_taken_up(tmp_path: Path) -> None:
     assert (Follower(tmp_path / "run=b").look().run_id) == "b"
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_order_things_come_in(tmp_path: Path, seed: int) -> None:
     """Random pieces of random ranks, short segments, idle steps, looks in between: the truth is the files."""
     rng = np.random.default_rng(seed)
@@ -373,7 +374,7 @@ def test_whatever_order_things_come_in(tmp_path: Path, seed: int) -> None:
         assert (look.findings, look.incomplete, look.in_flight, look.closed) == ([], 0, 0, True)
         assert_as_summary(look, tmp_path)
     assert watched.timeline == fresh.timeline
-    assert watched.ranks == pytest.approx(fresh.ranks)
+    assert watched.ranks == fresh.ranks
 
 
 # ---- only what is new is read
@@ -396,11 +397,12 @@ def test_only_what_is_new_is_read(tmp_path: Path, ranks: Any) -> None:
         assert look.last_step == first + 7
         assert bytes_read() - before >= 8 * a_step
     sealed(tmp_path, 0, 4)
-    assert sum(f.stat().st_size for f in folder.glob("loads-*")) > 20 * a_step
     assert follower.look().findings == []
     # Beside the journals: what was sealed is listed with its sums, but no Parquet file is opened.
     listed = (folder / "manifest.frames").stat().st_size
-    assert bytes_read() - begun < 1.02 * 256 * a_step + listed
+    spare = 5 * a_step
+    assert bytes_read() - begun < 256 * a_step + listed + spare
+    assert sum(f.stat().st_size for f in folder.glob("loads-*")) > spare
     before = bytes_read()
     follower.look()
     assert bytes_read() - before < 1_000

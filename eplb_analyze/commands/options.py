@@ -112,7 +112,7 @@ def parse_steps(text: str | None) -> tuple[int, int] | None:
     """``A:B`` as a half-open range."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d*):(\d*)", text)
+    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text)
     if match is None or text == ":":
         raise typer.BadParameter(f"{text!r} is not A:B, for instance 100:200", param_hint="--steps")
     low, high = int(match[1] or 0), int(match[2] or 2**62)

@@ -36,7 +36,7 @@ def ranks(
     dump: Dump = Path("."),
     by: Annotated[By, typer.Option("--by", help="Show ranks or nodes.")] = By.rank,
     ranks_per_node: Annotated[
-        int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1)
+        int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1, max=65536)
     ] = None,
     steps: StepsOption = None,
     top: TopOption = 8,

@@ -197,5 +197,6 @@ def _bounds(console: Console, result: Replay) -> None:
     parts = [
         f"{percent(bound)} ({slots:,} slots{f' on {ranks} ranks' if several else ''})"
         for (slots, ranks), bound in sorted(bounds.items())
+        if bound is not None
     ]
     console.print(f"no placement whatever idles less than {', '.join(parts)}")

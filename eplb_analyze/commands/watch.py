@@ -39,7 +39,9 @@ ROWS = 8
 HEIGHT, MARGIN = 3, 6
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 #: Columns of the two rankings, and of the cell of a rank beside them, where there is room for all.
-LAYERS, RANKS, CELL = 36, 42, 9
+LAYERS, RANKS, CELL = 36, 44, 9
+#: A rank's load is coloured from so far off the mean.
+OFF = 0.05
 #: So long without anything new is worth saying.
 QUIET_SECONDS = 3.0
 
@@ -210,25 +212,35 @@ def _panels(look: Look, width: int, rows: int) -> list[Text]:
         Text("the others wait for", style="bold"),
         Text("rank  × mean  slowest in  of waiting", style="dim"),
     ]
+    most = max((rank.excess_share or 0.0 for rank in look.ranks), default=0.0) or 1.0
     for rank in sorted(look.ranks, key=lambda r: (-(r.excess_share or 0.0), r.rank))[:rows]:
         line = Text(f"{f'r{rank.rank}':>4}  ")
-        line.append_text(heat(f"{figure(rank.times_mean, 2):>6}", rank.times_mean or 0.0))
+        line.append_text(_load(rank.times_mean, 6))
         line.append(f"{percent(rank.slowest_share):>12}{percent(rank.excess_share):>12} ")
-        line.append(bar(rank.excess_share or 0.0, 5), "red")
+        line.append(bar((rank.excess_share or 0.0) / most, 5), "red")
         ranks.append(line)
     columns = (width - LAYERS - RANKS) // CELL
     panels, widths = [layers, ranks], [LAYERS, RANKS]
     if columns * rows >= len(look.ranks):
-        down = min(rows, len(look.ranks))
+        down = -(-len(look.ranks) // columns)
         loads = [Text("load of all ranks, × mean", style="bold"), Text()]
         for row in range(down):
             line = Text()
             for rank in look.ranks[row::down]:
                 line.append(f"{f'r{rank.rank}':>4}", "dim")
-                line.append_text(heat(f"{figure(rank.times_mean, 2):>5}", rank.times_mean or 0.0))
+                line.append_text(_load(rank.times_mean, 5))
             loads.append(line)
         panels, widths = [*panels, loads], [*widths, columns * CELL]
     return list(_beside(panels, widths))
+
+
+def _load(times_mean: float | None, width: int) -> Text:
+    """A rank's load over the mean; coloured only where it is off, so that the eye finds it."""
+    from rich.text import Text
+
+    text = f"{figure(times_mean, 2):>{width}}"
+    off = times_mean is not None and abs(times_mean - 1) >= OFF
+    return heat(text, times_mean or 0.0) if off else Text(text)
 
 
 def _beside(panels: Sequence[Sequence[Text]], widths: Sequence[int]) -> Iterable[Text]:
@@ -280,11 +292,11 @@ def _troubles(look: Look) -> list[Text]:
         found.append(f"nothing from {_named(look.missing_ranks)}")
     stopped = [w for w in look.writers if w.stopped]
     if stopped:
-        worst = max(stopped, key=lambda w: w.behind or 0)
-        found.append(
-            f"{_named([w.rank for w in stopped])} stopped: rank {worst.rank} at step {worst.last_step:,}, "
-            f"{worst.behind:,} behind"
+        first = min(stopped, key=lambda w: w.last_step or 0)
+        since = (
+            f"{first.behind:,} steps ago" if len(stopped) == 1 else f"the first {first.behind:,} steps ago"
         )
+        found.append(f"{_named([w.rank for w in stopped])} stopped {since}, at step {first.last_step:,}")
     lossy = [w.rank for w in look.writers if w.dropped or w.rejected]
     if lossy:
         found.append(f"steps dropped or rejected by {_named(lossy)}")
