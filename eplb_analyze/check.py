@@ -51,7 +51,7 @@ class CheckReport:
 def check_run(run: Run) -> CheckReport:
     """Read every byte of a run, verified, and report all that is odd, the gravest first."""
     steps, found = run.reading(lambda: _check_blocks(run))
-    for part in (_check_sums, _check_clocks, _check_statements):
+    for part in (_check_sums, _check_recorded, _check_clocks, _check_statements):
         found += run.reading(lambda part=part: part(run))  # type: ignore[misc]
     found += _check_ranks(run)
     found += _check_steps(run, steps)
@@ -199,9 +199,9 @@ def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
     last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks}
     short = [rank for rank, step in last.items() if step is None or step < (steps.last or 0)]
     stops = ", ".join(
-        f"rank {rank} at {'no step' if last[rank] is None else last[rank]}" for rank in short[:4]
+        f"rank {rank} has none" + ("" if last[rank] is None else f" after {last[rank]}") for rank in short[:4]
     )
-    text = f"the last {tail:,} steps lack ranks, which stopped before: {stops}"
+    text = f"the last {tail:,} steps lack ranks: {stops}"
     text += f" and {len(short) - 4} more" if len(short) > 4 else ""
     if not short:
         text = f"in the last {tail:,} steps ranks recorded loads of different shapes, which are not added"
@@ -268,6 +268,11 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
         )
         text += _ranks(ranks)
         yield Finding("warning", "not_closed", text)
+    part = next((s.part for s in run.sessions if s.part is not None), None)
+    if part is not None:
+        end = "the end" if part[1] >= 2**62 - 1 else str(part[1])
+        text = f"a copy of a part of the run: the segments that touch steps {part[0]} to {end}"
+        yield Finding("info", "partial_copy", text)
     journals = sum(s.journals for s in run.sessions)
     if journals:
         text = f"{plural(journals, 'journal')} not sealed: read here, but not by other programs (see `seal`)"
@@ -292,6 +297,18 @@ def _check_sums(run: Run) -> list[Finding]:
     ]
     text = "the manifest's sums are not those of the loads, in "
     return [Finding("error", "sums_differ", text + str(path)) for path in dict.fromkeys(odd)]
+
+
+def _check_recorded(run: Run) -> list[Finding]:
+    """What `steps` calls recorded must be in `loads`, and nothing else. Raises SegmentFault."""
+    odd = []
+    for session in run.sessions:
+        for segment in filter(run.readable, session.segments):
+            rows = segment.steps()
+            if not np.array_equal(rows.step[rows.status == StepState.RECORDED], segment.load_steps()):
+                odd.append(segment.path)
+    text = "`steps` and `loads` do not tell of the same steps, in "
+    return [Finding("error", "steps_differ", text + str(path)) for path in dict.fromkeys(odd)]
 
 
 def _check_clocks(run: Run) -> list[Finding]:

@@ -14,7 +14,9 @@ import typer
 from eplb_analyze.commands import (
     advise,
     check,
+    compact,
     compare,
+    copy,
     experts,
     export,
     import_,
@@ -65,6 +67,8 @@ app.command("report", short_help="One HTML file that works offline, to send arou
 app.command("check", short_help="Is the dump complete and intact?")(check.check)
 app.add_typer(export.app, name="export", short_help="Write what engines load at their start, or the loads.")
 app.command("import", short_help="Read another system's recording into a dump.")(import_.import_)
+app.command("copy", short_help="Bring a run, or a part of it, to another place.")(copy.copy)
+app.command("compact", short_help="Write a run anew, in few files that hold the sums.")(compact.compact)
 app.command("metrics", short_help="The balance formulas, with their sources.")(metrics.metrics)
 app.command("watch", short_help="How does a run stand that is being written?")(watch.watch)
 app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)

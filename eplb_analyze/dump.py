@@ -56,6 +56,8 @@ class Session:
     closed: dict[str, object] | None = None
     #: Journals that are not sealed.
     journals: int = 0
+    #: First and last step of which it is a copy; None: of all.
+    part: tuple[int, int] | None = None
 
     @property
     def last_step(self) -> int:
@@ -75,6 +77,10 @@ class Discovery:
         """When a run began, in ns since 1970: its oldest session."""
         infos = [info for sessions in self.runs[run_id].values() for _, info in sessions]
         return min((info.created_unix_ns for info in infos), default=-1)
+
+    def findings_of(self, run_id: str) -> list[Finding]:
+        """What was odd about a run's files, all its models'."""
+        return [f for (run, _), findings in self.findings.items() if run == run_id for f in findings]
 
     def newest_first(self) -> list[str]:
         return sorted(self.runs, key=lambda run_id: (self.created(run_id), run_id), reverse=True)
@@ -118,10 +124,9 @@ def discover(path: Place, run: str | None = None) -> Discovery:
         what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
         raise DumpError(f"{path}: {what}")
     if not found.runs:
-        raise DumpError(
-            f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); "
-            "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
-        )
+        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
+        odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
+        raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
     return found
 
 
@@ -227,7 +232,7 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
     if manifest.fault is not None:
         text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
         findings.append(Finding("error", "damaged_file", text))
-    session.closed = manifest.closed
+    session.closed, session.part = manifest.closed, manifest.part
     for path in journals.values():
         try:
             require_regular(path)
@@ -262,7 +267,10 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
                 findings.append(Finding("error", "damaged_file", text))
     for seq, listed in manifest.entries.items():
         if seq not in journals:
-            session.segments.append(ParquetSegment(folder, info, listed))
+            # Of what a copy of a part left out, at most the placements are there.
+            (session.segments if "steps" in listed.files else session.lost).append(
+                ParquetSegment(folder, info, listed)
+            )
         sealed_names -= {file.name for file in listed.files.values()}
     for name in sorted(sealed_names):
         if int(name.split("-")[1].split(".")[0]) not in journals:

@@ -19,6 +19,7 @@ from eplb_analyze.exporters.placement import Placement
 from eplb_analyze.placement import placement_report
 from eplb_analyze.placements import logical_sums
 from eplb_analyze.run import Run, Steps
+from eplb_dump.format import MAX_EXPERTS, MAX_LAYERS
 from eplb_dump.journal import Int32, Int64, Shape
 
 #: What a placement can be written for: how, and what an engine must be started with to load it.
@@ -187,6 +188,8 @@ def policy_placement(
         raise DumpError(f"{run.path}: no token was routed in these steps, so a policy has nothing to go by")
     slots = info.num_logical_experts + redundant if redundant is not None else shape.num_physical_experts
     ranks = ep_size if ep_size is not None else shape.ep_size
+    if slots > MAX_EXPERTS:
+        raise ExportError(f"{slots:,} slots are more than a placement holds, which is {MAX_EXPERTS:,}")
     nodes = num_nodes if num_nodes is not None else _nodes(info.ranks_per_node, ranks)
     problem = policies.Problem(
         weight=weights.logical,
@@ -353,6 +356,8 @@ def _numbered(
 
 def _num_hidden_layers(run: Run, placement: Placement, said: int | None) -> int:
     if said is not None:
+        if said > MAX_LAYERS:
+            raise ExportError(f"--num-hidden-layers: no model has more than {MAX_LAYERS:,}")
         return said
     if _has_all_rows(run):
         return len(placement.layers)

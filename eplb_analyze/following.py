@@ -34,6 +34,8 @@ from eplb_dump.sealing import SealedSegment
 
 #: Where more than this is new (nobody looked for long), only its end is read.
 SKIM_BYTES = 64 << 20
+#: What files that are not as they should be, and file systems, raise.
+_WRONG = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ class FollowedSession:
             About how many steps the first look will find. What cannot be read is for it to tell.
         """
         found = 0
-        with suppress(OSError, FormatError, KeyError, TypeError):
+        with suppress(*_WRONG):
             self._take_up_journals()
             listed = self._skim_manifest()
+            self._take_up_journals()
             for seq in sorted({*self._journals, *listed}, reverse=True):
                 if found >= want:
                     break
@@ -118,6 +121,8 @@ class FollowedSession:
             self._take_up_journals()
             yield from self._placements_before()
             self._read_manifest()
+            # Of what began meanwhile and is listed already, the journal is the truth if it is still there.
+            self._take_up_journals()
         except (OSError, FormatError, SegmentFault) as error:
             self.fault = _reason(self.folder, error)
         for seq in sorted({*self._journals, *self._sealed}):
@@ -127,12 +132,16 @@ class FollowedSession:
                 yield from self._read_sealed(self._sealed.pop(seq))
 
     def _take_up_journals(self) -> None:
+        """Open those that are new: so they can be read to their end, also when they are gone."""
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 match = JOURNAL_PATTERN.fullmatch(entry.name)
                 seq = int(match[1]) if match else -1
                 if seq >= self._first and seq not in self._journals and entry.is_file(follow_symlinks=False):
-                    self._journals[seq] = _Journal(self.folder, self.info, seq, self._want)
+                    with suppress(FileNotFoundError):
+                        journal = _Journal(self.folder, self.info, seq, self._want)
+                        journal.open()
+                        self._journals[seq] = journal
 
     def _skim_manifest(self) -> dict[int, tuple[int, dict[str, Any]]]:
         """Where each sealed segment's entry begins, and its header; its sums stay where they are."""
@@ -141,8 +150,8 @@ class FollowedSession:
             for start, end, header in self._manifest.skim():
                 if header["kind"] == "sealed":
                     listed[int(header["seq"])] = start, header
-                elif header["kind"] != "session":
-                    break  # the final accounting is for the first look
+                elif header["kind"] == "closed":
+                    break  # it is for the first look
                 self._manifest.at = end
         return listed
 
@@ -152,7 +161,8 @@ class FollowedSession:
             for frame in self._manifest.new():
                 if frame.kind == "sealed":
                     entry = SealedSegment.from_frame(frame)
-                    self._sealed[entry.seq] = entry
+                    if entry.seq >= self._first:  # sealing can lag behind
+                        self._sealed[entry.seq] = entry
                 self.closed = self.closed or frame.kind == "closed"
                 self._manifest.at = start + frame.end
 
@@ -160,10 +170,7 @@ class FollowedSession:
         journal = self._journals[seq]
         try:
             yield from journal.batches()
-        except FileNotFoundError:  # sealed before it was opened
-            del self._journals[seq]
-            return
-        except (OSError, FormatError, KeyError, TypeError, IndexError) as error:
+        except _WRONG as error:
             self.fault = _reason(journal.path, error)
         if journal.removed:
             del self._journals[seq]

@@ -206,7 +206,7 @@ def _report(
     if changes:
         report.notes.append(
             f"the placement changed {plural(len(changes), 'time')} in the range, last at step {changes[-1]}; "
-            "experts are counted by the placement in force at each step"
+            "experts are counted by the placement in force at each step, their replicas are those of the last"
         )
     return report
 

@@ -78,6 +78,8 @@ class Losses:
         self._bins = bins
         self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
         self._lasting = 0.0
+        #: Steps in the longest window that loads were summed over.
+        self.longest_window = 0
 
     def add(self, steps: Int64, terms: Terms) -> None:
         excess = terms.maximum - terms.mean
@@ -93,6 +95,8 @@ class Losses:
             windows: where each of them begins (see :func:`windows`).
             load: int64 ``[steps, layers, ep_ranks]``, of some layers.
         """
+        longest = int(np.diff(windows, append=len(load)).max())
+        self.longest_window = max(self.longest_window, longest)
         summed = np.add.reduceat(load, windows, axis=0)
         excess = summed.max(axis=2) - summed.sum(axis=2) / summed.shape[2]
         self._lasting += float(excess.sum()) / per_token
@@ -100,6 +104,7 @@ class Losses:
     def merge(self, later: Losses) -> None:
         self._excess = self._excess + later._excess
         self._lasting += later._lasting
+        self.longest_window = max(self.longest_window, later.longest_window)
 
     @property
     def total(self) -> float:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.console import Console
     from rich.progress import Progress as RichProgress
     from rich.table import Table
@@ -48,6 +50,14 @@ def say(kind: str, text: object) -> None:
         print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
 
 
+#: They end a program without what it has to do at its end.
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 class Progress:
     """A bar on stderr, where that is a terminal, for work that takes longer than ``PATIENCE_SECONDS``."""
 
@@ -74,14 +84,17 @@ class Progress:
         self._bar.start()
         # It hides the cursor, which must be there again however the work ends.
         atexit.register(self.end)
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        for number in _ENDINGS:
             if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, lambda signum, _: sys.exit(128 + signum))
+                signal.signal(number, _leave)
 
     def end(self) -> None:
         """Take the bar away, so that what follows stands alone."""
         if self._bar is not None:
             self._bar.stop()
+            for number in _ENDINGS:
+                if signal.getsignal(number) is _leave:
+                    signal.signal(number, signal.SIG_DFL)
         self._bar = None
 
 

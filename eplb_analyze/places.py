@@ -440,15 +440,15 @@ class Bucket:
             found = self.filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=True))
             if not found and self.filesystem.get_file_info(self.name).type == fs.FileType.NotFound:
                 raise UnreachableError(f"{self.scheme}://{self.name}: no such bucket")
-        if found:
-            self._children.setdefault(key, {})
         for info in found:
             path = info.path[len(self.name) + 1 :].rstrip("/")
-            parent, _, name = path.rpartition("/")
             size = info.size if info.type == fs.FileType.File else None
-            if name:
-                address = f"{self.scheme}://{self.name}/{path}"
-                self._children.setdefault(parent, {})[name] = _Listed(name, address, size)
+            # Not every service lists the folders on the way.
+            while path and path != key:
+                parent, _, name = path.rpartition("/")
+                listed = _Listed(name, f"{self.scheme}://{self.name}/{path}", size)
+                self._children.setdefault(parent, {}).setdefault(name, listed)
+                path, size = parent, None
         self._roots.append(key)
 
 

@@ -73,7 +73,8 @@ class Scores:
     Attributes:
         ep_size: int ``[rows]``.
         step: int64 ``[columns]``, the first step of each.
-        active: float64 ``[columns]``, how many steps have an active layer.
+        active: float64 ``[rows, columns]``, how many steps have an active layer. Rows differ where all tokens
+            of a step fell on slots that hold no expert: they are in ``MEASURED`` alone.
         balancedness: float64 ``[rows, columns]``; a sum over those steps.
         maximum: float64 ``[rows, columns]``, tokens of the busiest ranks, a sum over layers.
         mean: float64 ``[rows, columns]``, likewise of the mean rank.
@@ -82,8 +83,7 @@ class Scores:
     def __init__(self, ep_size: Sequence[int]) -> None:
         self.ep_size = np.array(ep_size)
         self.step = np.empty(0, np.int64)
-        self.active = np.empty(0)
-        self.balancedness, self.maximum, self.mean = (np.empty((len(ep_size), 0)) for _ in range(3))
+        self.active, self.balancedness, self.maximum, self.mean = (np.empty((len(ep_size), 0)) for _ in SUMS)
         self._together = 1
 
     def add(
@@ -108,7 +108,7 @@ class Scores:
 
     def balancedness_of(self, row: int) -> float | None:
         """Mean over the steps with an active layer."""
-        active = float(self.active.sum())
+        active = float(self.active[row].sum())
         return float(self.balancedness[row].sum()) / active if active else None
 
     def idle_fraction_of(self, row: int) -> float | None:
@@ -209,8 +209,8 @@ class Playback:
                 folded = _Folded(block, steps, self.histories, self.experts)
                 for share in pool.map(folded.read, shares(0, self.layers)):
                     self.unknown += share
-                past.add(folded, {e for p in self.players for e in p.edges(after, last)}, pool)
-                for played in [pool.submit(player.play, past, after, last) for player in self.players]:
+                past.add(folded, {e for p in self.players for e in p.edges(after, steps)}, pool)
+                for played in [pool.submit(player.play, past, after, steps) for player in self.players]:
                     played.result()
                 past.forget(last - longest)
                 self._score(folded, pool)
@@ -233,13 +233,13 @@ class Playback:
         total = _LayerScore(
             np.zeros((rows, columns)), np.zeros((rows, columns)), np.zeros((rows, columns)), []
         )
-        active = np.zeros(columns)
+        active = np.zeros((rows, columns))
         # One after another in order of layers, so that rounding does not depend on who came first.
         for layer in pool.map(lambda i: self._score_layer(folded, i), range(self.layers)):
             total.maximum[:] += layer.maximum
             total.balancedness[:] += layer.balancedness
             total.mean[:] += layer.mean
-            active += layer.maximum[TODAY] > 0
+            active += layer.maximum > 0
             for size, bound in zip(self.bounds, layer.bounds, strict=True):
                 self.bounds[size] += bound
         some = (active > 0).astype(np.float64)
@@ -401,25 +401,37 @@ class _Player:
         self._policy, self._nodes, self._groups = policy, num_nodes, num_groups
         self._first = origin + (setting.start or 0)
 
-    def times(self, after: int, last: int) -> range:
-        """The steps from which new placements hold, those between ``after`` (not) and ``last`` (also)."""
-        return self._beat(self._first, after, last)
+    def times(self, after: int, steps: Int64) -> Iterator[int]:
+        """The steps from which new placements hold, those between ``after`` (not) and the last (also)."""
+        return self._beats(after, steps, after, int(steps[-1]))
 
-    def edges(self, after: int, last: int) -> Iterator[int]:
+    def edges(self, after: int, steps: Int64) -> Iterator[int]:
         """Where its windows begin and end, also those that end later."""
-        yield from self.times(after, last)
-        yield from self._beat(self._first - self.window, after, last)
+        yield from self.times(after, steps)
+        ends = self._beats(after, steps, after + self.window, int(steps[-1]) + self.window)
+        yield from (end - self.window for end in ends)
 
-    def _beat(self, first: int, after: int, last: int) -> range:
+    def _beats(self, after: int, steps: Int64, low: int, high: int) -> Iterator[int]:
+        """Those between ``low`` (not) and ``high`` (also) that have a step in their window.
+
+        Where an engine's numbers jump, those of the gap would be more than anybody can count.
+        """
+        known = np.concatenate([[after], steps])
+        for gap in np.flatnonzero(np.diff(known) > self.window):
+            yield from self._beat(low, min(high, int(known[gap]) + self.window))
+            low = max(low, int(known[gap + 1]))
+        yield from self._beat(low, high)
+
+    def _beat(self, low: int, high: int) -> range:
         interval = self.setting.interval
         if interval is None:
             return range(0)
-        return range(first + max(0, (after - first) // interval + 1) * interval, last + 1, interval)
+        return range(self._first + max(0, (low - self._first) // interval + 1) * interval, high + 1, interval)
 
-    def play(self, past: _Past, after: int, last: int) -> None:
+    def play(self, past: _Past, after: int, steps: Int64) -> None:
         """Rearrange where it is time. Raises PolicyError."""
         self.placed = self.placed[-1:]
-        for step in self.times(after, last):
+        for step in self.times(after, steps):
             weight = past.between(step - self.window, step)
             if not weight.any():
                 continue  # nothing to go by

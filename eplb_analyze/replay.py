@@ -76,7 +76,8 @@ def last_part(run: Run, steps: Steps | None = None) -> Part:
     between = np.concatenate(gaps)
     timed = len(between) and "times" not in unknown
     seconds = float(np.median(between)) / 1e9 if timed else None
-    notes += run.cautions("step_order", "placement", "placement_steps", "earlier_placements", "passes")
+    codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
+    notes += run.cautions(*codes)
     return Part((first, last + 1), shape, count, begin_of_starts, seconds, whole, notes)
 
 

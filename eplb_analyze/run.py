@@ -21,7 +21,7 @@ from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.placements import PlacementHistory, read_history, untold
 from eplb_analyze.places import Place, place
 from eplb_analyze.segments import Segment, SegmentFault
-from eplb_dump.format import Origin, Scope, SessionInfo, model_slug
+from eplb_dump.format import FORMAT_NAME, Origin, Scope, SessionInfo, model_slug
 from eplb_dump.journal import Shape
 
 if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
@@ -58,7 +58,10 @@ class RunInfo:
 def imported(origin: Origin) -> str:
     """Where an imported run came from and what is not known of it, in one line."""
     unknown = ", ".join(code.replace("_", " ") for code in origin.unknown)
-    return f"imported from {origin.system}, {origin.kind}; not known: {unknown or 'nothing'}"
+    how = f"imported from {origin.system}, {origin.kind}"
+    if origin.system == FORMAT_NAME:
+        how = f"made by {origin.kind} of {', '.join(file.name for file in origin.files)}"
+    return f"{how}; not known: {unknown or 'nothing'}"
 
 
 def open_run(path: str | os.PathLike[str] | Place, run: str | None = None, model: str | None = None) -> Run:
@@ -233,8 +236,9 @@ class Run:
         if origin is None:
             return []
         said = (("not known", origin.unknown), ("taken for granted", origin.assumed))
+        source = "of a run of ours" if origin.system == FORMAT_NAME else f"imported from {origin.system}"
         return [
-            f"{how} of this run, imported from {origin.system}: {texts[code]}"
+            f"{how} of this run, {source}: {texts[code]}"
             for how, texts in said
             for code in codes
             if code in texts

@@ -308,6 +308,12 @@ class ParquetSegment:
         assert self.shape is not None
         return self._by_layers("load", self.shape.num_physical_experts, first, last)
 
+    def verify(self, table: str) -> None:
+        """Read all of a table's file, so that every checksum in it is looked at. Raises SegmentFault."""
+        with self._open(table) as file:
+            for group in range(file.metadata.num_row_groups):
+                self._read(file, table, SCHEMAS[table].names, group)
+
     def sums_are_true(self) -> bool:
         """Whether the manifest's sums are those of the loads. Reads all of them."""
         sums, shape = self.sums, self.shape
@@ -427,6 +433,8 @@ class Manifest:
     #: The final accounting, where the writer was closed.
     closed: dict[str, Any] | None
     fault: str | None
+    #: Of a copy of a part: first and last step that were asked for.
+    part: tuple[int, int] | None = None
 
 
 def read_manifest(folder: Place, info: SessionInfo) -> Manifest:
@@ -435,7 +443,7 @@ def read_manifest(folder: Place, info: SessionInfo) -> Manifest:
     Raises OSError, and FormatError where it is no regular file.
     """
     entries: dict[int, SealedSegment] = {}
-    closed = None
+    closed = part = None
     path = folder / MANIFEST_FILE
     try:
         require_regular(path)
@@ -449,7 +457,7 @@ def read_manifest(folder: Place, info: SessionInfo) -> Manifest:
             if isinstance(item, frames.Tail):
                 # A torn end belongs to a segment whose journal is still there.
                 fault = f"damaged from byte {item.end} on" if item.fault == "damaged" else None
-                return Manifest(entries, closed, fault)
+                return Manifest(entries, closed, fault, part)
             try:
                 if item.kind == "session":
                     if SessionInfo.from_dict(item.header["session"]).session_id != info.session_id:
@@ -459,6 +467,8 @@ def read_manifest(folder: Place, info: SessionInfo) -> Manifest:
                     entries[entry.seq] = entry
                 elif item.kind == "closed":
                     closed = item.header
-            except (FormatError, KeyError) as error:
+                elif item.kind == "part":
+                    part = int(item.header["first_step"]), int(item.header["last_step"])
+            except (FormatError, KeyError, TypeError, ValueError) as error:
                 return Manifest(entries, closed, str(error))
-    return Manifest(entries, closed, None)
+    return Manifest(entries, closed, None, part)

@@ -11,6 +11,7 @@ from typing import Any
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.run import Run
+from eplb_dump.format import MAX_EXPERTS
 from eplb_dump.journal import Shape
 
 #: The policy that keeps its placement, so that an interval, a window and a start have no meaning.
@@ -159,6 +160,8 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     notes: list[str] = []
     for ep_size in choices.ep_sizes or [today.ep_size]:
         least = -experts % ep_size
+        if experts + max([least, *(choices.redundant or ())]) > MAX_EXPERTS:
+            raise UsageError(f"more than {MAX_EXPERTS:,} slots are more than a placement holds")
         usual = {least, today.num_redundant_experts, max(least, today.num_redundant_experts) + ep_size}
         for redundant in sorted(usual) if choices.redundant is None else choices.redundant:
             if (experts + redundant) % ep_size or redundant < 0:

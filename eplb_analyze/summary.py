@@ -12,7 +12,6 @@ from eplb_analyze import metrics
 from eplb_analyze.blocks import Block, StepState
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.losses import (
-    WINDOW_STEPS,
     Bin,
     Bins,
     Losses,
@@ -399,7 +398,7 @@ def sums_of(run: Run, steps: Steps | None, bins: Bins) -> SummarySums:
 def _loss(run: Run, stretch: _Stretch) -> Loss:
     losses = stretch.losses
     named = [replace(s, layer=run.info.layers[s.layer]) for s in losses.stretches(WORST_STRETCHES)]
-    return Loss(losses.total, losses.lasting_share, WINDOW_STEPS, losses.by_rank(), named)
+    return Loss(losses.total, losses.lasting_share, losses.longest_window, losses.by_rank(), named)
 
 
 def _idle(mean_tokens: float, max_tokens: float) -> float | None:

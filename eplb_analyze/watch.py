@@ -18,9 +18,19 @@ from eplb_analyze.following import FollowedSession
 from eplb_analyze.losses import Bin, Bins, timeline
 from eplb_analyze.metrics import Float64, Spread, Terms
 from eplb_analyze.placements import LayerHistory, PlacementHistory
+from eplb_analyze.places import Place, local
 from eplb_analyze.run import choose
 from eplb_analyze.window import BALANCEDNESS, RankState, Window
-from eplb_dump.format import RANK_PREFIX, RUN_PREFIX, SESSION_PREFIX, FormatError, Scope, SessionInfo, Status
+from eplb_dump.format import (
+    RANK_PREFIX,
+    RUN_PREFIX,
+    SESSION_FILE,
+    SESSION_PREFIX,
+    FormatError,
+    Scope,
+    SessionInfo,
+    Status,
+)
 from eplb_dump.journal import Int64, PlacementRows
 
 #: The figures are over so many steps.
@@ -150,24 +160,26 @@ class Follower:
     """
 
     def __init__(
-        self, path: Path, run: str | None = None, model: str | None = None, window: int = WINDOW
+        self, path: Place, run: str | None = None, model: str | None = None, window: int = WINDOW
     ) -> None:
         """``window``: the figures are over so many steps at most.
 
-        Raises DumpError and NotInDumpError, as :func:`eplb_analyze.run.open_run` does.
+        Raises DumpError and NotInDumpError, as :func:`eplb_analyze.run.open_run` does, and UsageError
+        where the dump lies in a bucket.
         """
-        self._path, self._run, self._model = path, run, model
-        self._root = Path(os.path.abspath(path))
+        self._path, self._run, self._model = local(path, "`watch`"), run, model
+        self._root = _absolute(self._path)
         self._limit = window
         #: When something new came, by the monotonic clock.
         self._came_at: float | None = None
-        self._follow(path, run)
+        self._looked = False
+        self._follow(self._path, run)
 
     def look(self) -> Look:
         """Read what is new, and say how things stand. Raises DumpError."""
         if self._newer_run():
             self._follow(self._path, None)
-        elif not self._window.ranks and self._root in self._run_folder.parents:
+        elif self._looked and not self._window.ranks and self._root in self._run_folder.parents:
             self._follow(self._run_folder, None)  # which model is the largest shows with the first step
         for session in self._new_sessions():
             session.begin(self._limit)
@@ -176,6 +188,7 @@ class Follower:
         for session in sorted(self._sessions, key=lambda s: (s.info.created_unix_ns, s.info.session_id)):
             came |= self._read(session)
         self._window.settle()
+        self._looked = True
         now = time.monotonic()
         if self._came_at is None and self._window.ranks:
             newest = max(rank.time_ns for rank in self._window.ranks.values())
@@ -186,25 +199,27 @@ class Follower:
 
     def _follow(self, where: Path, run: str | None) -> None:
         chosen = choose(where, run, self._model)
+        sessions = [(_absolute(folder), info) for folder, info in chosen.sessions]
         self.notes = chosen.notes
-        self._info = chosen.sessions[0][1]
-        self._model_folder = Path(os.path.abspath(str(chosen.sessions[0][0]))).parents[1]
+        self._info = sessions[0][1]
+        self._model_folder = sessions[0][0].parents[1]
         self._run_folder = self._model_folder.parent
-        self._runs = {f.name for f in _folders(self._run_folder.parent, RUN_PREFIX)}
+        begun = (f for f in _folders(self._run_folder.parent, RUN_PREFIX) if _has_session(f))
+        self._runs = {folder.name for folder in begun}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
         self._placements = _Placements(self._limit)
-        self._known: set[Path] = set()
+        self._known = {folder for folder, _ in sessions}
         self._faults: dict[Path, str] = {}
         self._closed: set[str] = set()
+        self._looked = False
         self._came_at = None
         self._sessions: list[FollowedSession] = []
         need: dict[int, int] = {}
-        for path, info in reversed(chosen.sessions):
-            folder = Path(os.path.abspath(str(path)))
-            self._known.add(folder)
+        for folder, info in reversed(sessions):
             want = need.setdefault(info.ep_rank, self._limit)
             if want > 0:  # else newer sessions of the rank have all steps that are wanted
                 self._sessions.append(FollowedSession(folder, info, self._limit))
+                # Every rank states the same placements, so those of before are asked of one.
                 first = want == self._limit and info.ep_rank == self._info.ep_rank
                 need[info.ep_rank] -= self._sessions[-1].begin(want, placements=first)
 
@@ -369,6 +384,14 @@ def _ranks(terms: Terms) -> list[RankLook]:
         )
         for rank in range(len(load))
     ]
+
+
+def _absolute(folder: Place) -> Path:
+    return Path(os.path.abspath(local(folder, "`watch`")))
+
+
+def _has_session(run: Path) -> bool:
+    return next(run.glob(f"*/*/{SESSION_PREFIX}*/{SESSION_FILE}"), None) is not None
 
 
 def _folders(parent: Path, prefix: str) -> list[Path]:

@@ -248,7 +248,7 @@ class JournalSegment:
         self.seq = int(match[1])
         self._file: BinaryIO = path.open("rb")
         # Readers keep journals open for as long as a run is looked at, without a `with` around it.
-        weakref.finalize(self, self._file.close)
+        self._unclosed = weakref.finalize(self, self._file.close)
         try:
             self._index()
         except BaseException:
@@ -356,6 +356,8 @@ class JournalSegment:
         self._file.close()
 
     def __enter__(self) -> JournalSegment:
+        # At the interpreter's exit it would close what the writer's thread is about to seal.
+        self._unclosed.detach()
         return self
 
     def __exit__(self, *_: object) -> None:

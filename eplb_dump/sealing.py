@@ -12,9 +12,9 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ from eplb_dump.format import (
     canonical_json,
     segment_name,
 )
-from eplb_dump.journal import Int32, Int64, JournalSegment, Shape, StepRows
+from eplb_dump.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
 
 #: A row group holds about this many slot counts of few layers: one step of one layer is found by
 #: reading one group, and one layer of a long run by reading only its own.
@@ -75,13 +75,14 @@ class ExpertSums:
         if shape is None or "sum_load" not in arrays:
             return None
         sums = cls(arrays["sum_layer"], arrays["sum_step"], arrays["sum_load"])
-        n = len(sums.layer)
-        whole = sums.load.shape == (n, shape.num_physical_experts) and sums.step.shape == (n,)
-        rows = np.flatnonzero(np.diff(sums.layer, prepend=-1))
-        in_order = np.array_equal(sums.layer[rows], np.arange(shape.num_moe_layers))
-        if not whole or not in_order or sums.load.min(initial=0) < 0:
-            raise FormatError("its sums of a sealed segment contradict its shape")
-        return sums
+        n = sums.layer.size
+        rows = (n, shape.num_physical_experts)
+        if sums.layer.shape == sums.step.shape == (n,) and sums.load.shape == rows:
+            first = np.flatnonzero(np.diff(sums.layer, prepend=-1))
+            in_order = np.array_equal(sums.layer[first], np.arange(shape.num_moe_layers))
+            if in_order and sums.load.min(initial=0) >= 0:
+                return sums
+        raise FormatError("its sums of a sealed segment contradict its shape")
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class SealedSegment:
         try:
             shape = None if header["shape"] is None else Shape(**header["shape"])
             files = {table: SealedFile(**f) for table, f in header["files"].items()}
-            sums = ExpertSums.from_arrays(frame.arrays, shape)
-            segment = cls(header["seq"], header["first_step"], header["last_step"], shape, files, sums)
+            segment = cls(header["seq"], header["first_step"], header["last_step"], shape, files)
             segment._validate()
+            segment = replace(segment, sums=ExpertSums.from_arrays(frame.arrays, shape))
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"its entry of a sealed segment is malformed ({error})") from None
         return segment
@@ -206,9 +207,8 @@ def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> p
     )
 
 
-def _placements_table(journal: JournalSegment, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
+def _placements_table(rows: PlacementRows, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
     schema = SCHEMAS["placements"].with_metadata(metadata)
-    rows = journal.placements
     return pa.Table.from_arrays(
         [
             pa.array(rows.step),
@@ -275,6 +275,26 @@ def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
         os.fsync(file.fileno())
 
 
+class Content(Protocol):
+    """What a segment is made of; a journal has it. ``seq`` and ``shape`` are the segment's."""
+
+    @property
+    def info(self) -> SessionInfo: ...
+    @property
+    def seq(self) -> int: ...
+    @property
+    def shape(self) -> Shape | None: ...
+    @property
+    def steps(self) -> StepRows: ...
+    @property
+    def placements(self) -> PlacementRows: ...
+    @property
+    def load_steps(self) -> Int64: ...
+    def read_layers(self, first: int, last: int) -> Int32:
+        """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
+        ...
+
+
 def seal(journal_path: Path) -> SealedSegment | None:
     """Turn a journal into sealed segments and remove it. Returns None where it held no step.
 
@@ -284,28 +304,32 @@ def seal(journal_path: Path) -> SealedSegment | None:
     with JournalSegment(journal_path) as journal:
         if journal.tail.fault == "damaged":
             raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
-        try:
-            entry = _write_segment(folder, journal) if len(journal.steps.step) else None
-        except BaseException:
-            for table in SCHEMAS:  # a full disk has better use for their space
-                with contextlib.suppress(OSError):
-                    (folder / f"{segment_name(table, journal.seq)}.tmp").unlink()
-            raise
-        info = journal.info
-    if entry is not None:
-        append_manifest(folder, info, entry.to_frame())
-        for file in entry.files.values():
-            os.replace(folder / f"{file.name}.tmp", folder / file.name)
-        fsync_folder(folder)
+        entry = write_segment(folder, journal) if len(journal.steps.step) else None
     journal_path.unlink()
     return entry
 
 
-def _write_segment(folder: Path, journal: JournalSegment) -> SealedSegment:
-    shape, seq = journal.shape, journal.seq
-    layers = [] if shape is None else journal.info.layer_numbers(shape.num_moe_layers)
+def write_segment(folder: Path, content: Content) -> SealedSegment:
+    """Write a segment that has steps into a session's folder, and list it. Raises OSError, FormatError."""
+    try:
+        entry = _write_files(folder, content)
+    except BaseException:
+        for table in SCHEMAS:  # a full disk has better use for their space
+            with contextlib.suppress(OSError):
+                (folder / f"{segment_name(table, content.seq)}.tmp").unlink()
+        raise
+    append_manifest(folder, content.info, entry.to_frame())
+    for file in entry.files.values():
+        os.replace(folder / f"{file.name}.tmp", folder / file.name)
+    fsync_folder(folder)
+    return entry
+
+
+def _write_files(folder: Path, content: Content) -> SealedSegment:
+    shape, seq = content.shape, content.seq
+    layers = [] if shape is None else content.info.layer_numbers(shape.num_moe_layers)
     base = {
-        "session": journal.info.to_dict(),
+        "session": content.info.to_dict(),
         "seq": seq,
         "shape": None if shape is None else dict(vars(shape)),
     }
@@ -324,42 +348,42 @@ def _write_segment(folder: Path, journal: JournalSegment) -> SealedSegment:
         _fsync(tmp)
         files[table] = SealedFile(name, tmp.stat().st_size, rows, footer_crc32(tmp))
 
-    if len(journal.placements.step):
-        num_layers = max(len(layers), int(journal.placements.layer.max()) + 1)
-        numbers = layers or journal.info.layer_numbers(num_layers)
+    if len(content.placements.step):
+        num_layers = max(len(layers), int(content.placements.layer.max()) + 1)
+        numbers = layers or content.info.layer_numbers(num_layers)
         write(
             "placements",
-            lambda metadata: [_placements_table(journal, numbers, metadata)],
-            len(journal.placements.step),
+            lambda metadata: [_placements_table(content.placements, numbers, metadata)],
+            len(content.placements.step),
         )
-    n = len(journal.load_steps)
+    n = len(content.load_steps)
     sums = None
     if shape is not None and n:
         group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
 
-        tally = _Tally(journal)
+        tally = _Tally(content)
 
         def load_parts(metadata: dict[bytes, bytes]) -> Any:
             for first in range(0, shape.num_moe_layers, group):
                 last = min(first + group, shape.num_moe_layers)
-                load = journal.read_layers(first, last)
+                load = content.read_layers(first, last)
                 for layer in range(first, last):
                     tally.add(layer, load[layer - first])
-                yield loads_table(layers[first:last], journal.load_steps, load, shape.ep_size, metadata)
+                yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
 
         write("loads", load_parts, n * shape.num_moe_layers)
         sums = tally.sums()
-    write("steps", lambda metadata: [steps_table(journal.steps, metadata)], len(journal.steps.step))
-    step = journal.steps.step
+    write("steps", lambda metadata: [steps_table(content.steps, metadata)], len(content.steps.step))
+    step = content.steps.step
     return SealedSegment(seq, int(step.min()), int(step.max()), shape, files, sums)
 
 
 class _Tally:
     """Adds up what passes by on its way into ``loads``."""
 
-    def __init__(self, journal: JournalSegment) -> None:
-        self._steps = journal.load_steps
-        self._placements = journal.placements
+    def __init__(self, content: Content) -> None:
+        self._steps = content.load_steps
+        self._placements = content.placements
         self._rows: list[tuple[int, int]] = []
         self._loads: list[Int64] = []
 

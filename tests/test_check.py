@@ -82,9 +82,7 @@ def test_a_rank_that_was_closed_long_before_the_others(tmp_path: Path) -> None:
         record(tmp_path / name, 1, lambda step: map_of(), end)
         found = codes(tmp_path / name)
         assert {"incomplete_end", "rank_stopped"} & set(found) == {code}
-        assert (
-            f"the last {40 - end} steps lack ranks, which stopped before: rank 1 at {end - 1}" in found[code]
-        )
+        assert f"the last {40 - end} steps lack ranks: rank 1 has none after {end - 1}" in found[code]
         run = open_run(tmp_path / name)
         [finding] = [f for f in summary_findings(run, completeness(run.blocks())) if f.code == code]
         assert finding.severity == ("error" if name == "many" else "warning")

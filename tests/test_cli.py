@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -471,3 +472,106 @@ def test_a_claim_of_absurd_size_is_refused(good: Path, tmp_path: Path) -> None:
     result = cli("summary", root)
     assert result.returncode == 3
     assert "journal-000099.frames" in result.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_stream_that_is_closed_is_done_without(good: Path, tmp_path: Path, closed: str) -> None:
+    root = shutil.copytree(good, tmp_path / "dump")
+    (session(root) / "loads-000001.parquet").unlink()
+    program = Path(sys.executable).with_name("eplb-analyze")
+    line = f"{program} summary --output json {root} {closed}"
+    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 3
+    if closed == "2>&-":
+        json.loads(result.stdout)
+    else:
+        assert result.stdout == ""
+    assert ("loads-000001.parquet: it is missing" in result.stderr) == (closed == ">&-")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="as on macOS")
+def test_what_cannot_be_written_is_said_or_at_least_no_success(good: Path, tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("eplb-analyze")
+    for streams, code, said in (
+        (">/dev/full", 3, "eplb-analyze: error: No space left on device\n"),
+        (">/dev/null 2>/dev/full", 3, ""),
+    ):
+        root = good if said else tmp_path
+        result = subprocess.run(
+            ["sh", "-c", f"{program} summary {root} {streams}"], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("columns", ["²", "0", "-3", "x"])
+def test_no_number_of_columns_is_none(good: Path, columns: str) -> None:
+    assert cli("summary", good, env={"COLUMNS": columns}).stdout == cli("summary", good).stdout
+
+
+def test_numbers_of_any_length(good: Path) -> None:
+    many = "9" * 5000
+    assert cli("summary", "--steps", f"0:{many}", good).returncode == 2
+    assert cli("ranks", "--ranks-per-node", many, good).returncode == 2
+    assert cli("traffic", "--ranks-per-node", many[:30], good).returncode == 2
+
+
+def test_what_may_not_be_read_is_named(good: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(good, tmp_path / "dump")
+    rank = session(root, 1).parent
+    rank.chmod(0)
+    try:
+        result = without_privileges("summary", root)
+        assert result.returncode == 3
+        assert f"{rank}: Permission denied; skipped" in result.stderr
+        assert "40 incomplete" in result.stdout
+        # Which run is the newest nobody knows where one cannot be looked into.
+        rank.parent.chmod(0)
+        one_error(without_privileges("summary", root), 3, f"{rank.parent}: Permission denied")
+    finally:
+        rank.parent.chmod(0o755)
+        rank.chmod(0o755)
+
+
+def without_privileges(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the program so that a folder's rights count, for root, too."""
+    drop = "-dac_override,-dac_read_search"
+    setpriv = ["setpriv", "--bounding-set", drop, "--inh-caps", drop]
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root may read everything, and setpriv is not there")
+    program = [str(Path(sys.executable).with_name("eplb-analyze")), *map(str, arguments)]
+    line = [*(setpriv if os.geteuid() == 0 else []), *program]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_run_that_is_a_symbolic_link_is_named(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "run=r").symlink_to(next(good.glob("run=*")))
+    one_error(cli("summary", tmp_path), 3, "no run in it", "run=r: a symbolic link, which is not followed")
+
+
+def test_the_name_of_a_phase_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    """No writer of ours would take it; a dump may be a stranger's."""
+    write(tmp_path, ranks=1, scope="global", ep_size=2)
+    folder = session(tmp_path)
+    write_as_journal(folder, "\x1b[2J\x9b")
+    for command in (["summary"], ["layer", "1", "--step", "4"]):
+        result = cli(*command, tmp_path)
+        assert "\\x1b[2J\\x9b" in result.stdout
+        assert not {c for c in result.stdout if not c.isprintable()} - {"\n"}
+
+
+def write_as_journal(folder: Path, phase: str) -> None:
+    """In a session's folder, instead of what is there: eight steps of this phase."""
+    with (folder / MANIFEST_FILE).open("rb") as file:
+        opening = next(frames.scan(file, 1 << 20))
+    assert isinstance(opening, frames.Frame)
+    for path in folder.glob("*-0000*.parquet"):
+        path.unlink()
+    (folder / MANIFEST_FILE).unlink()
+    step = np.arange(8, dtype=np.int64)
+    rows = {name: step for name in ("step", "time_ns", "monotonic_ns", "num_tokens")}
+    rows |= {"status": np.zeros(8, np.uint8), "phase": np.zeros(8, np.int16)}
+    (folder / "journal-000000.frames").write_bytes(
+        frames.encode("session", {**opening.header, "seq": 0})
+        + frames.encode("loads", {"ep_size": 2}, {"step": step, "load": np.ones((2, 8, 6), np.uint8)})
+        + frames.encode("steps", {"phases": [phase]}, rows)
+    )

@@ -7,12 +7,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
-from helpers import run_child
+from helpers import (
+    LAYERS,
+    LOGICAL,
+    cli,
+    load_of,
+    manifest,
+    map_of,
+    open_writer,
+    run_child,
+    start_child,
+)
 
-from eplb_analyze import DumpError, open_run
+from eplb_analyze import DumpError, open_run, segments
 from eplb_analyze.check import check_run
-from eplb_analyze.errors import Finding
+from eplb_analyze.errors import Finding, NotInDumpError
+from eplb_analyze.experts import expert_report
+from eplb_analyze.layer import layer_report
+from eplb_analyze.placement import placement_report
+from eplb_analyze.rearrangements import rearrangement_report
+from eplb_analyze.segments import SegmentFault
+from eplb_dump import frames
+from eplb_dump.format import MANIFEST_FILE
+from eplb_dump.sealing import footer_crc32
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +155,187 @@ def test_truncation_at_every_byte(small: Path, tmp_path: Path, name: str) -> Non
     if name == "journal":
         assert survivors == sorted(survivors)
         assert set(survivors) == {12, 15}  # steps 0 to 3, then 4; step 5 needs the last byte
+
+
+# ---- placements that cannot be read
+
+
+def record_three(root: Path, rank: int = 0, **options: Any) -> Path:
+    """Three sealed segments of 10 steps; the placement changes at steps 12 and 22. The session's folder."""
+    with open_writer(root, ep_rank=rank, segment_steps=10, **options) as writer:
+        for step in range(30):
+            writer.record(step, load_of(step), map_of((step >= 12) + (step >= 22)))
+    return writer.folder
+
+
+def codes(findings: list[Finding]) -> set[str]:
+    return {finding.code for finding in findings if finding.severity == "error"}
+
+
+def without_entry(folder: Path, seq: int) -> None:
+    kept = [f for f in manifest(folder) if f.header.get("seq") != seq]
+    (folder / MANIFEST_FILE).write_bytes(b"".join(frames.encode(f.kind, f.header, f.arrays) for f in kept))
+
+
+@pytest.mark.parametrize("how", ["flipped", "deleted", "unlisted"])
+def test_where_placements_are_lost_no_slot_has_an_expert(tmp_path: Path, how: str) -> None:
+    folder = record_three(tmp_path, scope="global")
+    path = folder / "placements-000001.parquet"
+    if how == "flipped":
+        flip(path, 8 * 20)
+    elif how == "deleted":
+        path.unlink()
+    else:
+        without_entry(folder, 1)
+    known = [*range(10), *range(22, 30)]
+    truth = np.zeros((LAYERS, LOGICAL), np.int64)
+    for step in known:
+        for layer, slots in enumerate(map_of(2 * (step >= 22))):
+            np.add.at(truth[layer], slots, load_of(step)[layer])
+
+    report = expert_report(open_run(tmp_path), window=10)
+    assert np.array_equal(report.experts["tokens"].to_numpy().reshape(LAYERS, LOGICAL), truth)
+    unknown = [] if how == "unlisted" else range(10, 22)
+    assert report.unknown_tokens == sum(int(load_of(step).sum()) for step in (unknown or range(20, 22)))
+
+    run = open_run(tmp_path)
+    assert {slot.logical for slot in layer_report(run, 1, step=20).slots} == {None}
+    assert [slot.logical for slot in layer_report(run, 1, step=22).slots] == map_of(2)[1].tolist()
+    assert [slot.logical for slot in layer_report(run, 1, step=9).slots] == map_of(0)[1].tolist()
+    with pytest.raises(NotInDumpError, match="lost"):
+        placement_report(run, 20)
+    changes = rearrangement_report(run)
+    assert changes.rearrangements == []
+    assert "lost from step 10 on" in changes.notes[0]
+    assert "placements_lost" in codes(run.findings)
+    assert "no_placement" not in {finding.code for finding in check_run(run).findings}
+    assert "NEVER ACTED" not in cli("summary", tmp_path).stdout
+
+
+def test_what_another_rank_states_is_not_lost(tmp_path: Path) -> None:
+    folders = [record_three(tmp_path, rank, scope="local") for rank in (0, 1)]
+    truth = expert_report(open_run(tmp_path)).to_json()
+    for folder in folders:
+        flip(folder / "placements-000001.parquet", 8 * 20)
+        run = open_run(tmp_path)
+        assert expert_report(run).to_json() == truth
+        assert codes(check_run(run).findings) == {"damaged_file", "conservation"}
+        flip(folder / "placements-000001.parquet", 8 * 20)
+
+
+@pytest.mark.parametrize(("table", "seen"), [("loads", 30), ("steps", 20)])
+def test_other_damage_says_nothing_against_placements(tmp_path: Path, table: str, seen: int) -> None:
+    folders = [record_three(tmp_path, rank, scope="local") for rank in (0, 1)]
+    flip(folders[1] / f"{table}-000001.parquet", 8 * 20)
+    run = open_run(tmp_path)
+    assert codes(check_run(run).findings) == {"damaged_file", "incomplete_steps", "conservation"}
+    assert [step for step, *_ in run.placements().rows()] == [0] * LAYERS + [12] * LAYERS + [22] * LAYERS
+    # A segment is left out as far as it must be.
+    assert sum(run.steps()["ranks_recorded"].to_list()) == 50
+    flip(folders[0] / f"{table}-000001.parquet", 8 * 20)
+    run = open_run(tmp_path)
+    check_run(run)
+    assert len(run.steps()) == seen
+
+
+def test_of_one_reading_in_another_the_outer_one_begins_anew(tmp_path: Path) -> None:
+    record_three(tmp_path, scope="global")
+    run = open_run(tmp_path)
+    segment = run.sessions[0].segments[1]
+    calls = []
+
+    def inner() -> None:
+        if len(calls) == 1:
+            raise SegmentFault(segment, "loads", segment.path, "broken")
+
+    def outer() -> list[int]:
+        calls.append(len(run.loads(layers=[0])))
+        run.reading(inner)
+        return calls
+
+    assert run.reading(outer) == [30, 20]
+
+
+def test_steps_and_loads_must_tell_of_the_same_steps(tmp_path: Path) -> None:
+    """As no writer of ours would leave them: right checksums, and a step without its loads."""
+    folder = record_three(tmp_path, scope="global")
+    path = folder / "loads-000001.parquet"
+    table = pq.read_table(path)
+    table = table.filter(pc.field("step") != 15)
+    pq.write_table(table, path, row_group_size=len(table), write_page_checksum=True)
+    data = b""
+    for frame in manifest(folder):
+        header = frame.header
+        if header.get("seq") == 1:
+            entry = {"name": path.name, "bytes": path.stat().st_size, "rows": len(table)}
+            entry["footer_crc32"] = footer_crc32(path)
+            header = {**header, "files": {**header["files"], "loads": entry}}
+        data += frames.encode(frame.kind, header)
+    (folder / MANIFEST_FILE).write_bytes(data)
+    assert "steps_differ" in codes(check_run(open_run(tmp_path)).findings)
+
+
+# ---- limits of the reader, and claims
+
+
+def test_many_ranks_and_few_open_files(tmp_path: Path) -> None:
+    """A run may have more files, and a step more ranks, than a process may open files."""
+    ranks = 24
+    for rank in range(ranks):
+        with open_writer(
+            tmp_path, ep_rank=rank, ep_size=ranks, num_logical_experts=ranks, segment_steps=4, scope="local"
+        ) as writer:
+            for step in range(8):
+                writer.record(step, load_of(step, rank, slots=ranks), map_of(0, slots=ranks))
+    script = """
+        import resource, sys
+        from eplb_analyze import open_run
+        from eplb_analyze.experts import expert_report
+        from eplb_analyze.summary import summarize
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+        run = open_run(sys.argv[1])
+        print(summarize(run).steps.to_json()["recorded"], expert_report(run).recorded, run.findings)
+    """
+    assert run_child(script, tmp_path) == "8 8 []\n"
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
+    """Of killed writers there are as many open journals as ranks."""
+    script = """
+        import os, sys
+        from helpers import load_of, map_of, open_writer
+        for rank in range(24):
+            writer = open_writer(sys.argv[1], ep_rank=rank, ep_size=24, num_logical_experts=24, scope="local")
+            writer.record(0, load_of(0, rank, slots=24), map_of(0, slots=24))
+            writer.flush()
+        os._exit(0)
+    """
+    run_child(script, tmp_path)
+    script = """
+        import resource, sys
+        from eplb_analyze import cli, summary
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)
+        sys.argv[1:] = ["summary", sys.argv[1]]
+        cli.main()
+    """
+    for limit, code in ((20, 3), (60, 0)):
+        with start_child(script, tmp_path, limit) as child:
+            _, err = child.communicate(timeout=60)
+        assert child.returncode == code, err
+        assert "skipped" not in err
+        assert ("too many open files; allow more with `ulimit -n" in err) == (code == 3)
+
+
+def test_a_small_file_that_stands_for_very_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size says nothing: a value that is repeated takes no bytes. Nothing of it is read."""
+    record_three(tmp_path, scope="global")
+    monkeypatch.setattr(segments, "MAX_DECODED_BYTES", 8 * 10 * 6 - 1)
+    run = open_run(tmp_path)
+    assert run.steps().is_empty()
+    assert {f.text.split(": ")[1] for f in run.findings} >= {
+        "more than 0 GiB would have to be read at once; skipped"
+    }
+    monkeypatch.setattr(segments, "MAX_DECODED_BYTES", 8 * 10 * 6)
+    assert len(open_run(tmp_path).steps()) == 30

@@ -447,6 +447,8 @@ def test_a_policy_of_ones_own_and_the_window_weights_for_repair(dump: Path, tmp_
         (["--for", "json", "--to", "F", "--policy", "none"], ["no policy is called 'none'", "deepseek"]),
         (["--for", "json", "--to", "F", "--policy", "static", "--redundant", "1"], ["7 slots", "2 EP ranks"]),
         (["--for", "json", "--to", "F", "--policy", "static", "--steps", "50:"], ["no step of the run"]),
+        (["--for", "json", "--to", "F", "--policy", "static", "--redundant", "1000000000"], ["65,536"]),
+        (["--for", "sglang", "--to", "F.json", "--num-hidden-layers", "1000000000"], ["4,096"]),
         (["--for", "json", "--to", "nowhere/F"], ["there is no folder"]),
         (["--for", "json", "--to", "."], ["is a folder"]),
         (["--for", "json", "--to", "DUMP/F"], ["lies in the dump"]),
@@ -495,6 +497,12 @@ def test_a_file_that_is_there_stays_unless_forced(dump: Path, tmp_path: Path) ->
     link.symlink_to(tmp_path / "nowhere")
     one_error(cli("export", "placement", "--for", "json", "--to", link, dump), 2, "is there already")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F", "link"]
+    # As root, /dev/null would be a file from now on.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
+        one_error(cli("export", *command, "--to", pipe, "--force", dump), 2, "device or pipe")
+    assert pipe.is_fifo()
 
 
 def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:

@@ -146,6 +146,30 @@ def test_at_the_end_of_the_interpreter_everything_is_there(tmp_path: Path, end: 
     assert_closed(only_session(tmp_path), 20)
 
 
+def test_at_the_end_of_the_interpreter_a_journal_is_being_sealed(tmp_path: Path) -> None:
+    script = """
+        import sys, threading, time
+        from eplb_dump.journal import JournalSegment
+        from helpers import load_of, map_of, open_writer
+
+        begun, read_layers = threading.Event(), JournalSegment.read_layers
+
+        def slow(*arguments):
+            begun.set()
+            time.sleep(0.5)
+            return read_layers(*arguments)
+
+        JournalSegment.read_layers = slow
+        writer = open_writer(sys.argv[1], segment_steps=8, flush_interval=60)
+        for step in range(12):
+            writer.record(None, load_of(step), map_of())
+        writer.flush()
+        begun.wait()
+    """
+    run_child(script, tmp_path)
+    assert_closed(only_session(tmp_path), 12)
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_at_the_end_of_a_multiprocessing_child_everything_is_there(tmp_path: Path, method: str) -> None:
     """Such a child leaves by os._exit, without the interpreter's own exit handlers."""

@@ -48,6 +48,10 @@ OFFLINE = [
     "report.writing",
     "executors",
     "postmortem",
+    "growing",
+    "following",
+    "window",
+    "watch",
 ]
 
 
@@ -102,6 +106,11 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.replay": SHARED
     | offline("completeness", "errors", "playback", "policies", "run", "settings", "stretches"),
     "eplb_analyze.advise": SHARED | offline("bootstrap", "errors", "playback", "replay", "run", "settings"),
+    "eplb_analyze.growing": SHARED,
+    "eplb_analyze.following": SHARED | offline("growing", "segments"),
+    "eplb_analyze.window": SHARED | offline("following", "metrics"),
+    "eplb_analyze.watch": SHARED
+    | offline("dump", "errors", "following", "losses", "metrics", "placements", "places", "run", "window"),
     "eplb_analyze.output": offline("errors"),
     "eplb_analyze.seal": SHARED | offline("dump", "errors", "places"),
     "eplb_analyze.entry": {"eplb_analyze.cli"},

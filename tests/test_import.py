@@ -415,6 +415,10 @@ def test_sglang_stat_rows(tmp_path: Path) -> None:
     assert any("2 rows" in note for note in report.notes)
     assert any("1 layer" in note for note in report.notes)
     assert {"step_order", "step_numbers", "times", "token_replication", "model"} == unknown(run)
+    text = cli("summary", str(run.path)).stdout
+    assert "worst stretches" not in text
+    assert "costliest ranks" in text
+    assert "no rearrangement is known" in cli("rearrangements", str(run.path)).stdout
     # The buffer was not a ring, says the user: an empty row is an idle pass.
     report, run = do(tmp_path / "s", tmp_path, ep_size=EP, placement="linear", ordered=True)
     assert loads(run)[0] == [0, 1, 2, 3, 4, 5]
@@ -486,6 +490,32 @@ def test_sglang_per_pass_of_two_batches_and_missing_passes(tmp_path: Path) -> No
     refused(
         DumpError, sglang_passes(tmp_path / "t", repeated, hidden(MAP, 0)), tmp_path, "repeats", ep_size=EP
     )
+
+
+def test_sglang_per_pass_of_numbers_that_are_none(tmp_path: Path) -> None:
+    def source(name: str, gatherers: Any, count: Any, slots: Any) -> Path:
+        records = [
+            {"forward_pass_id": 0, "rank": 0, "gatherer_key": key, "global_physical_count": count.clone()}
+            for key in gatherers
+        ]
+        torch.save({"records": records, "last_physical_to_logical_map": slots}, tmp_path / name)
+        return tmp_path / name
+
+    whole, slots = torch.tensor([[1, 2, 3, 4]]), torch.arange(4)[None]
+    bomb: Any = [1]
+    for _ in range(12):
+        bomb = [bomb] * 10
+    # Two halves look whole when they are added up, and 2^62 four times like nothing.
+    for number, (gatherers, count, placed, word) in enumerate([
+        ("ab", whole + 0.5, slots, "no whole number"),
+        ("abcd", torch.tensor([[2**62, 2, 3, 4]]), slots, "above 2,147,483,647"),
+        ("a", whole, slots + 0.5, "impossible experts"),
+        ("a", whole, slots + 2**32, "impossible experts"),
+        ([bomb], whole, slots, "gatherer_key is no text"),
+    ]):  # fmt: skip
+        refused(DumpError, source(f"{number}.pt", gatherers, count, placed), tmp_path, word, ep_size=1)
+    _, run = do(source("good.pt", "ab", whole, slots), tmp_path, ep_size=1)
+    np.testing.assert_array_equal(loads(run)[1], 2 * whole.numpy()[None])
 
 
 def test_sglang_per_token(tmp_path: Path) -> None:
@@ -638,6 +668,31 @@ def test_vllm_snapshots(tmp_path: Path) -> None:
     # Appended one after the other, the same.
     _, run = do(lines(tmp_path / "y.jsonl", *records, *records), tmp_path)
     np.testing.assert_array_equal(loads(run)[1], load)
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "not_sampled"),
+    [
+        ([0, 20, 30, 40], 10, 18),  # a record is missing: its steps are missing, not left out
+        ([0, 5, 6, 7], 1, 0),
+        ([0, 4, 10], 1, 0),
+        ([0, 2**60], 1, 0),
+    ],
+)
+def test_vllm_steps_of_no_one_beat(tmp_path: Path, steps: list[int], interval: int, not_sampled: int) -> None:
+    load = local_loads(1).sum(axis=1)[0]
+    report, run = do(lines(tmp_path / "x.jsonl", *(snapshot(step, load, MAP) for step in steps)), tmp_path)
+    assert (run.info.interval, report.not_sampled, loads(run)[0]) == (interval, not_sampled, steps)
+
+
+def test_vllm_names_that_are_none(tmp_path: Path) -> None:
+    load = local_loads(1).sum(axis=1)[0]
+    odd = lines(tmp_path / "x.jsonl", snapshot(0, load, MAP, model_name="\ud800"))
+    refused(AskError, odd, tmp_path, "is no name of a model")
+    long = lines(tmp_path / "y.jsonl", snapshot(0, load, MAP, num_moe_layers="y" * 9999))
+    with pytest.raises(DumpError) as raised:
+        do(long, tmp_path)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
 
 
 def test_vllm_steps_that_begin_anew_are_asked_about(tmp_path: Path) -> None:
@@ -868,6 +923,10 @@ def test_claims_of_giant_shapes(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("loads.npy", npy_header((1 << 10, 1 << 14)) + bytes(1 << 27))
     refused(DumpError, tmp_path / "c.npz", tmp_path, "unpack to", **LINEAR)
+    # Not even the header is unpacked.
+    with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("loads.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 27) + b" " * (1 << 27))
+    refused(DumpError, tmp_path / "f.npz", tmp_path, "unpack to", **LINEAR)
     # A view of one number, and one number many times.
     view = torch.ones(1, dtype=torch.int32).expand(1 << 14, 1 << 8, 1 << 8)
     torch.save({"rank": 0, "logical_count": view}, tmp_path / "d.pt")
@@ -987,18 +1046,32 @@ def test_json_of_strangers(tmp_path: Path) -> None:
     refused(DumpError, tmp_path / "long.jsonl", tmp_path, "longer than 16 MiB")
     # The engine was killed in the middle of a line.
     (tmp_path / "torn.jsonl").write_text(good + "\n" + good[:100])
-    _, run = do(tmp_path / "torn.jsonl", tmp_path)
+    report, run = do(tmp_path / "torn.jsonl", tmp_path)
     assert loads(run)[0] == [1]
+    assert "line 2, the last, left out: it is cut off" in report.notes
 
 
 def test_aliases_in_yaml_do_not_explode(tmp_path: Path) -> None:
-    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))
-    text = f"a0: &a0 [1]\n{levels}\n"
-    text += "num_slots: 16\nlayer_updates_per_iter: 0\ninitial_global_assignments: {3: *a11}\n"
-    (tmp_path / "bomb.yaml").write_text(text)
-    source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
-    options = {"ep_size": EP, "placement": str(tmp_path / "bomb.yaml")}
-    refused(DumpError, source, tmp_path, "not lists of experts", **options)
+    def bomb(first: str, more: str) -> str:
+        """Each level is ten of the level before."""
+        levels = (f"a{i}: &a{i} {more % ', '.join([f'*a{i - 1}'] * 10)}\n" for i in range(1, 12))
+        return f"a0: &a0 {first}\n" + "".join(levels)
+
+    lists, plain = bomb("[1]", "[%s]"), "initial_global_assignments: {3: [1]}\n"
+    for number, (text, word) in enumerate([
+        (lists + "num_slots: 16\nlayer_updates_per_iter: 0\ninitial_global_assignments: {3: *a11}\n",
+         "not lists of experts"),
+        # Shown in a text, or merged.
+        (lists + plain + "layer_updates_per_iter: *a11\n", "layer_updates_per_iter is no number"),
+        (lists + plain + "layer_updates_per_iter: 0\nnum_slots: *a11\n", "num_slots is no number"),
+        (bomb("{k: 1}", "{<<: [%s]}") + plain, "it is not YAML"),
+        # To build it takes the whole stack.
+        ("a: " + "[" * 200_000, "nested too deeply"),
+    ]):  # fmt: skip
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        source = trtllm(tmp_path / f"t{number}", local_loads(1), [3, 4, 8])
+        refused(DumpError, source, tmp_path, word, ep_size=EP, placement=str(path))
 
 
 def test_links_pipes_and_what_is_not_there(tmp_path: Path) -> None:

@@ -282,10 +282,10 @@ def _session(session: Any, **header: Any) -> bytes:
     return frames.encode("session", {"session": session, **header})
 
 
-def _map(slots: Any, layer: int = 0) -> bytes:
+def _map(slots: Any, layer: int = 0, ep_size: Any = 2) -> bytes:
     """A placements frame of step 0."""
     arrays = {"step": np.array([0]), "layer": np.array([layer]), "physical_to_logical": slots}
-    return frames.encode("placements", {"ep_size": 2}, arrays)
+    return frames.encode("placements", {"ep_size": ep_size}, arrays)
 
 
 CONTRADICTIONS = {
@@ -296,6 +296,8 @@ CONTRADICTIONS = {
     "of a foreign format": _session({**INFO.to_dict(), "format": "other"}, seq=0),
     "ep_size is a text": _session({**INFO.to_dict(), "ep_size": "2"}, seq=0),
     "moe_layers is a number": _session({**INFO.to_dict(), "moe_layers": 7}, seq=0),
+    "a node without ranks": _session({**INFO.to_dict(), "ranks_per_node": 0}, seq=0),
+    "begun beyond all time": _session({**INFO.to_dict(), "created_unix_ns": 10**30}, seq=0),
     "no session": _steps(1),
     "columns of two lengths": _SESSION + _steps(2, status=np.zeros(3, np.uint8)),
     "an unknown status": _SESSION + _steps(1, status=np.array([5], np.uint8)),
@@ -312,6 +314,8 @@ CONTRADICTIONS = {
     "fewer loads than steps": _SESSION + _loads([0, 1], _LOAD) + _steps(1),
     "slots that do not divide": _SESSION + _loads([0], _LOAD, ep_size=3) + _steps(1),
     "no ranks": _SESSION + _loads([0], _LOAD, ep_size=0) + _steps(1),
+    "ranks are true": _SESSION + _loads([0], _LOAD, ep_size=True) + _steps(1),
+    "more ranks than can be": _SESSION + _map(np.zeros((1, SLOTS), np.int32), ep_size=2**31) + _RECORDED,
     "ranks are a text": _SESSION + _loads([0], _LOAD, ep_size="2") + _steps(1),
     "a load without steps": _SESSION + frames.encode("loads", {"ep_size": 2}, {"load": _LOAD}),
     "two shapes": _SESSION + _loads([0], _LOAD) + _loads([1], np.repeat(_LOAD, 2, 2)) + _steps(2),
@@ -339,6 +343,25 @@ def test_contradictory_journals_are_refused(tmp_path: Path, content: bytes) -> N
         seal(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("narrow", [np.uint8, np.int8, np.int16])
+def test_whatever_type_numbers_have_they_are_read_as_what_they_are(tmp_path: Path, narrow: Any) -> None:
+    path = tmp_path / journal_name(0)
+    named = {name: np.zeros(1, narrow) for name in ("time_ns", "monotonic_ns", "num_tokens", "phase")}
+    path.write_bytes(
+        _SESSION
+        + frames.encode("loads", {"ep_size": 2}, {"step": np.array([7], narrow), "load": _LOAD})
+        + frames.encode(
+            "steps",
+            {"phases": ["a"]},
+            {**named, "step": np.array([7], narrow), "status": np.zeros(1, np.uint8)},
+        )
+    )
+    with JournalSegment(path) as found:
+        assert found.load_steps.dtype == found.steps.step.dtype == found.steps.monotonic_ns.dtype == np.int64
+        # As readers do: no sum and no bound of theirs is too large for it.
+        assert found.steps.step.min(initial=2**62) == found.load_steps[0] == 7
 
 
 def test_frames_of_a_newer_minor_version_are_passed_over(tmp_path: Path) -> None:
@@ -537,6 +560,8 @@ def test_a_footer_is_only_taken_of_a_whole_parquet_file(tmp_path: Path, content:
     [
         {"shape": {"ep_size": 1}},
         {"shape": 5},
+        {"shape": {"ep_size": 2, "num_moe_layers": 2**62, "num_physical_experts": 8}},
+        {"shape": {"ep_size": 2, "num_moe_layers": float("nan"), "num_physical_experts": 8}},
         {"files": {"steps": {"name": "steps-000000.parquet"}}},
         {"files": []},
         {"files": {"steps": {"name": "../steps-000000.parquet", "bytes": 1, "rows": 1, "footer_crc32": 1}}},
@@ -578,6 +603,7 @@ def test_a_manifest_holds_each_slots_tokens(tmp_path: Path) -> None:
     [
         {"sum_load": np.zeros((1, 1), np.int64)},
         {"sum_step": np.zeros(1, np.int64)},
+        {"sum_layer": np.zeros((3, 8), np.int32)},
         {"sum_layer": np.array([5], np.int32), "sum_step": np.zeros(1, np.int64)},
     ],
 )

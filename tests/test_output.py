@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 
 import pytest
+from helpers import start_child
 
 from eplb_analyze import output
 from eplb_analyze.output import Output, OutputFormat, Progress
@@ -60,3 +63,36 @@ def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
     Progress()(1, 2)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None:
+    script = """
+        import os, signal, sys
+        os.dup2(int(sys.argv[2]), 2)
+        os.environ["TERM"] = "xterm"
+        from eplb_analyze import output
+        output.PATIENCE_SECONDS = 0.0
+        output.Progress()(1, 2)
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        signal.pause()
+    """
+    ours, theirs = os.openpty()
+    with start_child(script, name, theirs, pass_fds=(theirs,)) as child:
+        code = child.wait(60)
+    os.close(theirs)
+    drawn = os.read(ours, 1 << 16)
+    os.close(ours)
+    assert code == 128 + getattr(signal, name)
+    assert drawn.rfind(b"\x1b[?25h") > drawn.rfind(b"\x1b[?25l") > -1
+
+
+def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal_of(monkeypatch)
+    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
+    before = signal.getsignal(signal.SIGTERM)
+    progress = Progress()
+    progress(1, 2)
+    assert signal.getsignal(signal.SIGTERM) is not before
+    progress(2, 2)
+    assert signal.getsignal(signal.SIGTERM) is before

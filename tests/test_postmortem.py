@@ -309,6 +309,20 @@ def test_places(tmp_path: Path) -> None:
         assert words in out.stdout
 
 
+def test_runs_of_one_id_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for name, routing in (("night-1", EVEN), ("night-2", SKEWED)):
+        record(tmp_path / "all" / name, "monday", routing)
+    record(tmp_path / "all" / "other", "tuesday", EVEN)
+    shutil.copytree(tmp_path / "all/night-1", tmp_path / "all/night-3")
+    (session,) = (tmp_path / "all/night-3").glob("run=*/model=*/rank=*/session=*/session.json")
+    session.unlink()
+    lines = cli("postmortem", tmp_path / "all").stdout.splitlines()
+    names = [line.split()[0] for line in lines if line.endswith("complete")]
+    assert names[0] == "night-2"
+    assert sorted(names) == ["night-1", "night-2", "tuesday"]
+    assert any(line.startswith("broken run night-3:") for line in lines)
+
+
 def test_nothing_steers_the_terminal(tmp_path: Path) -> None:
     record(tmp_path, "r", EVEN, model="evil\x1b[2J[red]", engine="\x1b]0;x\x07")
     out = cli("postmortem", tmp_path, "--by", "model", env={"COLUMNS": "140"})

@@ -18,6 +18,7 @@ from test_vllm import serve
 
 from eplb_analyze import open_run, playback, policies
 from eplb_analyze.errors import DumpError
+from eplb_analyze.importing import Options, import_dump
 from eplb_analyze.replay import Outcome, Replay, last_part, replay
 from eplb_analyze.settings import Choices, Setting, first_rearrangement, grid, recorded
 from eplb_dump import ExpertLoadWriter
@@ -215,7 +216,7 @@ def test_a_long_run_is_put_together(dump: Path, monkeypatch: pytest.MonkeyPatch)
     for one, other in zip(whole.outcomes, short.outcomes, strict=True):
         assert one.balancedness == pytest.approx(other.balancedness, rel=1e-12)
         assert one.idle_fraction == pytest.approx(other.idle_fraction, rel=1e-12)
-    assert short.scores.active.sum() == len(complete())
+    assert (short.scores.active.sum(axis=1) == len(complete())).all()
 
 
 @pytest.mark.parametrize("sums", [1 << 17, 20])
@@ -506,6 +507,37 @@ def test_a_placement_without_some_experts(tmp_path: Path) -> None:
     assert [o.idle_fraction_bound for o in result.outcomes] == [0.0] * len(result.outcomes)
 
 
+def test_a_layer_with_tokens_on_empty_slots_alone_counts_as_measured(tmp_path: Path) -> None:
+    slots = np.array([[0, 1, -1, 2, 3, 0]] * 2)
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
+        for step in range(8):
+            writer.record(step, np.array([[0, 0, 5, 0, 0, 0], [3, 1, 0, 1, 1, 2]]), slots)
+    found = replay(open_run(tmp_path), Choices(policies=["static"]))
+    # Layer 0: 2.5 / 5. Layer 1: 4 / 4 on slots, but with even splitting the first rank has 1 + 5 / 2.
+    assert found.measured_balancedness == pytest.approx((0.5 + 1) / 2)
+    assert found.today.balancedness == pytest.approx(4 / 4.5)
+
+
+def test_a_jump_of_the_engines_numbers_is_no_work(tmp_path: Path) -> None:
+    far = 2**60
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
+        for step in [*range(12), *range(far, far + 12)]:
+            writer.record(step, np.array([[9, 1, 1 + step % 3, 1]]), np.array([[0, 1, 2, 3]]))
+    run = open_run(tmp_path)
+    found = replay(run, [Setting("deepseek", 0, 2, 4, 6, 4)], keep_placements=True)
+    # The last ones before the jump, and those after it whose window has a step.
+    assert [move.step for move in found.outcomes[0].moves] == [4, 8, 12, 16, far + 4, far + 8]
+
+
+def test_even_shares_of_an_import_are_said(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((8, 1, 4), np.int64))
+    (tmp_path / "map.json").write_text("[[0, 1, 2, 3, 0, 1]]")
+    options = Options(ep_size=2, placement=str(tmp_path / "map.json"), ordered=True)
+    import_dump(tmp_path / "x.npy", tmp_path / "dump", "array", options)
+    notes = replay(open_run(tmp_path / "dump"), Choices(policies=["static"])).notes
+    assert any("split evenly over its slots" in note for note in notes)
+
+
 def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
     record(tmp_path)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
@@ -555,6 +587,8 @@ def test_wrong_usage(dump: Path, arguments: list[str], words: list[str]) -> None
         (["--policy", "magic"], ["magic", "deepseek"]),
         (["--policy", "json:nothing"], ["json:nothing"]),
         (["--redundant", "3"], ["3 redundant ones do not lie evenly on 4 ranks"]),
+        (["--redundant", "100000000"], ["65,536 slots"]),
+        (["--ep-size", "100000000"], ["65,536 slots"]),
         (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),
         (["--steps", "500:600"], ["no step of the run is in 500:600"]),
         (["--run", "zz"], ["no run 'zz'"]),

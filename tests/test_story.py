@@ -435,6 +435,6 @@ def test_check(dump: Path, idle_dump: Path) -> None:
     errors = [code for code, finding in findings.items() if finding["severity"] == "error"]
     assert errors == ["rank_stopped"]
     text = findings["rank_stopped"]["text"]
-    assert text == f"the last 200 steps lack ranks, which stopped before: rank 5 at {STOPPED - 1}"
+    assert text == f"the last 200 steps lack ranks: rank 5 has none after {STOPPED - 1}"
     assert "rank 5" in findings["not_closed"]["text"]
     assert document("check", idle_dump, code=0)["findings"] == []

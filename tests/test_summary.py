@@ -64,6 +64,7 @@ def test_losses_are_those_of_plain_loops(story: tuple[Path, Array]) -> None:
     assert [r.share for r in loss.ranks] == sorted((by_rank / by_rank.sum()).tolist(), reverse=True)
     assert loss.persistent_share is not None
     assert loss.persistent_share >= lasting / by_rank.sum() - 1e-9
+    assert loss.window_steps == 64
 
 
 def test_the_story_is_told(story: tuple[Path, Array]) -> None:

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -375,6 +376,38 @@ def test_whatever_order_things_come_in(tmp_path: Path, seed: int) -> None:
         assert_as_summary(look, tmp_path)
     assert watched.timeline == fresh.timeline
     assert watched.ranks == fresh.ranks
+
+
+def test_looks_while_many_segments_are_sealed(tmp_path: Path) -> None:
+    """Journals appear, are sealed and vanish in the middle of looks; nothing is lost or called damaged."""
+    writers = [open_writer(tmp_path, ep_rank=rank, segment_steps=3, flush_interval=0.02) for rank in range(2)]
+    ended = threading.Event()
+
+    def engine() -> None:
+        step = 0
+        while not ended.is_set():
+            for rank, writer in enumerate(writers):
+                writer.record(step, load_of(step, rank), map_of(step // 50))
+            step += 1
+            time.sleep(0.003)
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    try:
+        while not [*tmp_path.rglob("steps-*.parquet")]:
+            time.sleep(0.05)
+        since_then = Follower(tmp_path, window=30)
+        for _ in range(40):
+            for look in (Follower(tmp_path, window=30).look(), since_then.look()):
+                assert (look.findings, look.incomplete) == ([], 0)
+                assert look.complete + look.in_flight <= 30
+    finally:
+        ended.set()
+        thread.join()
+        assert all(writer.close(20) for writer in writers)
+    for look in (Follower(tmp_path, window=30).look(), since_then.look()):
+        assert (look.complete, look.closed) == (30, True)
+        assert_as_summary(look, tmp_path)
 
 
 # ---- only what is new is read

@@ -105,12 +105,12 @@ def render(console: Console, advice: Advice) -> None:
         console.print(Text(clean(reason)))
     for note in advice.notes:
         console.print(Text(f"note: {clean(note)}", style="yellow"))
-    console.print()
     if advice.best is not None and advice.today is not None:
+        console.print()
         _evidence(console, advice, advice.best, advice.today)
     if advice.replay is not None:
-        known = figure(advice.measured_balancedness)
-        console.print(f"recorded balancedness {known}, idle {percent(advice.replay.measured_idle_fraction)}")
+        known, idle = figure(advice.measured_balancedness), percent(advice.replay.measured_idle_fraction)
+        console.print(f"recorded in all steps: balancedness {known}, idle {idle}")
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:

@@ -126,19 +126,47 @@ def render(console: Console, result: Postmortem, by: str | None, top: int) -> No
     console.print()
     if by is not None:
         _groups(console, result, by)
+    names = _names(rows)
     shown = [row for row in rows if row.status != "broken"][:top]
     if shown:
-        _runs(console, shown, len([row for row in rows if row.status != "broken"]), result)
+        _runs(console, shown, names, len([row for row in rows if row.status != "broken"]), result)
     for status, style in (("incomplete", "yellow"), ("broken", "bold red")):
-        _reasons(console, [row for row in rows if row.status == status], status, style, top)
+        _reasons(console, [row for row in rows if row.status == status], names, status, style, top)
     _verdict(console, result)
 
 
-def _reasons(console: Console, rows: list[Row], status: str, style: str, top: int) -> None:
+def _names(rows: list[Row]) -> dict[int, str]:
+    """What to call each run, by its row: its id, or where several dumps have it, its dump's folder."""
+    dumps: dict[str | None, set[str]] = {}
+    for row in rows:
+        dumps.setdefault(row.run_id, set()).add(row.dump)
+    shared = _shared_folders([row.dump for row in rows])
+    return {
+        id(row): (row.run_id or "") if len(dumps[row.run_id]) == 1 else row.dump[shared:].lstrip("/")
+        for row in rows
+    }
+
+
+def _shared_folders(paths: list[str]) -> int:
+    """The length of the folders that all paths begin with; at least one folder of each is left."""
+    parts = [path.split("/")[:-1] for path in paths]
+    shared = 0
+    for folders in zip(*parts, strict=False):
+        if len(set(folders)) > 1:
+            break
+        shared += len(folders[0]) + 1
+    return shared
+
+
+def _reasons(
+    console: Console, rows: list[Row], names: dict[int, str], status: str, style: str, top: int
+) -> None:
     from rich.text import Text
 
+    if rows:
+        console.print()
     for row in rows[:top]:
-        where = f"run {row.run_id}: " if row.run_id else ""
+        where = f"run {names[id(row)]}: " if names[id(row)] else ""
         console.print(Text.assemble((f"{status} ", style), clean(f"{where}{row.reason}")))
     if len(rows) > top:
         console.print(f"and {len(rows) - top} more {status}; --output json lists all")
@@ -150,7 +178,7 @@ def _counts(rows: list[Row]) -> str:
     return "".join(f" · {count:,} {name}" for name, count in counts.items() if count)
 
 
-def _runs(console: Console, rows: list[Row], of: int, result: Postmortem) -> None:
+def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, result: Postmortem) -> None:
     from rich.text import Text
 
     wide = console.width >= WIDE
@@ -162,24 +190,24 @@ def _runs(console: Console, rows: list[Row], of: int, result: Postmortem) -> Non
     listing = table(console, *columns, "<data", title=title)
     failed = {id(row) for row in result.failed}
     for row in rows:
-        cells: list[Any] = [_short(row.run_id, 40 if wide else 13 if several else 20)]
-        cells += [_short(row.model, 30 if wide else 12)] if several else []
+        cells: list[Any] = [_short_path(names[id(row)], 40 if wide else 11 if several else 20)]
+        model = row.model if wide else row.model.rpartition("/")[2]
+        cells += [_short(model, 30 if wide else 8)] if several else []
         cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
         cells += [_hours(row.lost_rank_seconds), percent(row.idle_fraction)]
         cells += [Text(figure(row.balancedness), style="bold red" if id(row) in failed else "")]
         cells += [figure(row.balancedness_p5)] if wide else []
         cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
-        cells += [f"{row.helped} of {row.rearrangements}" if row.rearrangements else "never acted"]
+        cells += [f"{row.helped} of {row.rearrangements}" if row.rearrangements else "none"]
         cells += [signed(row.difference)] if result.baseline else []
-        cells += ["whole" if row.status == "complete" else Text("not whole", style="yellow")]
+        cells += [row.status if row.status == "complete" else Text(row.status, style="yellow")]
         listing.add_row(*cells)
     console.print(listing)
     legend = (
         "lost: time of ranks that waited; worst: the least balanced layer and the costliest rank; "
-        "helped: rearrangements"
+        "helped: of the rearrangements"
     )
     console.print(Text(legend, style="dim"))
-    console.print()
 
 
 def _groups(console: Console, result: Postmortem, by: str) -> None:
@@ -208,6 +236,7 @@ def _verdict(console: Console, result: Postmortem) -> None:
         asked.append(f"no worse than {result.baseline}")
     if not asked:
         return
+    console.print()
     broken = sum(row.status == "broken" for row in result.failed)
     count = len(result.failed) - broken
     failed = [f"{plural(count, 'run')} did not pass"] if count else []
@@ -219,6 +248,12 @@ def _verdict(console: Console, result: Postmortem) -> None:
 def _short(text: str, width: int) -> str:
     text = clean(text)
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _short_path(text: str, width: int) -> str:
+    """An id is told by its beginning, a folder by its end."""
+    text = clean(text)
+    return f"…{text[1 - width :]}" if "/" in text and len(text) > width else _short(text, width)
 
 
 def _hours(seconds: float | None) -> str:

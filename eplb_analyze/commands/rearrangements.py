@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from eplb_analyze.rearrangements import RearrangementFigures, RearrangementReport
 
+#: A terminal of so many columns has room for whole verdicts.
+WIDE = 100
 #: Beside the interval that says so, and short enough for 80 columns.
 SHORT = {"no measurable gain": "no gain seen"}
 STYLES = {
@@ -65,8 +67,8 @@ def render(console: Console, report: RearrangementReport) -> None:
         console.print(Text(f"note: {clean(note)}", style="yellow"))
     rows = report.rearrangements
     if not rows:
-        if not report.notes:
-            console.print("no rearrangement: the placement never changed in these steps")
+        never = "no rearrangement: the placement never changed in these steps"
+        console.print("no rearrangement is known" if report.notes else never)
         return
     counts = Counter(row.verdict for row in rows)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
@@ -82,6 +84,7 @@ def _help(console: Console, report: RearrangementReport) -> None:
     title = f"balancedness, means of up to {report.window:,} steps before and after (1 is perfect)"
     columns = ("<steps", "before", "predicted", "after", "gain", "95 % interval", "<")
     listing = table(console, *columns, title=title)
+    short = SHORT if console.width < WIDE else {}
     for row in report.rearrangements:
         interval = "–"
         if row.gain_low is not None and row.gain_high is not None:
@@ -93,7 +96,7 @@ def _help(console: Console, report: RearrangementReport) -> None:
             figure(row.after.balancedness),
             signed(row.gain),
             interval,
-            Text(SHORT.get(row.verdict, row.verdict), style=STYLES.get(row.verdict, "dim")),
+            Text(short.get(row.verdict, row.verdict), style=STYLES.get(row.verdict, "dim")),
         )
     console.print(listing)
     for row in report.rearrangements:

@@ -80,7 +80,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     heading(console, result.model, f" · run {result.run_id}")
     shape = result.part.shape
     console.print(
-        f"{result.scored:,} complete steps, {result.first_step} to {result.last_step}; "
+        f"{plural(result.scored, 'complete step')}, {result.first_step} to {result.last_step}; "
         f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
         f"{plural(shape.num_moe_layers, 'layer')}"
     )
@@ -199,4 +199,5 @@ def _bounds(console: Console, result: Replay) -> None:
         for (slots, ranks), bound in sorted(bounds.items())
         if bound is not None
     ]
-    console.print(f"no placement whatever idles less than {', '.join(parts)}")
+    if parts:
+        console.print(f"no placement whatever idles less than {', '.join(parts)}")

@@ -72,8 +72,9 @@ def render(console: Console, result: Summary, top: int = 5, *, acted: bool | Non
 
         from eplb_analyze.run import imported
 
-        console.print(Text(clean(f"{imported(info.origin)} ({began})"), style="yellow"))
-    else:
+        when = f" (imported {began})" if "times" in info.origin.unknown else ""
+        console.print(Text(clean(imported(info.origin) + when), style="yellow"))
+    if info.origin is None or "times" not in info.origin.unknown:
         seconds = result.duration_seconds
         console.print(f"began {began}" + ("" if seconds is None else f", steps over {_duration(seconds)}"))
     if info.num_layers:
@@ -185,13 +186,20 @@ def _timeline(console: Console, result: Summary) -> None:
         for i, part in enumerate(result.timeline):
             if part.first_step <= change.first_step <= part.last_step:
                 marks[i] = "▲"
-    of = f"balancedness over time, {figure(low)} to {figure(high)}"
+    over = "over time" if _ordered(result) else "by step, in no known order"
+    of = f"balancedness {over}, {figure(low)} to {figure(high)}"
     each = result.timeline[0].last_step - result.timeline[0].first_step + 1
     console.print(Text.assemble((of, "bold"), f", a mark each {plural(each, 'step')}"))
     console.print(Text(line.rstrip()))
     if "▲" in marks:
         console.print(Text(f"{''.join(marks).rstrip()} rearranged", style="dim"))
     console.print()
+
+
+def _ordered(result: Summary) -> bool:
+    """Whether steps are in the order of time; an imported run's may not be, and then stretches are none."""
+    origin = result.run.origin
+    return origin is None or "step_order" not in origin.unknown
 
 
 def _losses(console: Console, result: Summary, top: int) -> None:
@@ -205,18 +213,18 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         Text.assemble(
             "a better placement could remove at most ",
             (most, "bold"),
-            f" of the idle time: what lasts in loads summed over {loss.window_steps} steps; "
+            f" of the idle time: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
             "the rest is chance within a step",
         )
     )
     console.print()
-    listing = table(
-        console, "layer", "rank", "<steps", "excess tokens", "of all loss", title="worst stretches"
-    )
-    for s in loss.stretches[:top]:
-        steps = f"{s.first_step} to {s.last_step}"
-        listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
-    if loss.stretches:
+    if loss.stretches and _ordered(result):
+        listing = table(
+            console, "layer", "rank", "<steps", "excess tokens", "of all loss", title="worst stretches"
+        )
+        for s in loss.stretches[:top]:
+            steps = f"{s.first_step} to {s.last_step}"
+            listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
         console.print(listing)
     ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top])
     console.print(f"costliest ranks (share of all loss): {ranks}")
@@ -224,7 +232,7 @@ def _losses(console: Console, result: Summary, top: int) -> None:
     if result.phases:
         listing = table(console, "<phase", "steps", "balancedness", "idle")
         for p in result.phases:
-            listing.add_row(p.phase, f"{p.steps:,}", figure(p.balancedness), percent(p.idle_fraction))
+            listing.add_row(clean(p.phase), f"{p.steps:,}", figure(p.balancedness), percent(p.idle_fraction))
         console.print(listing)
         console.print()
 

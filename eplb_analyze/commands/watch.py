@@ -139,7 +139,7 @@ def _head(look: Look, width: int) -> list[Text]:
     elif (look.quiet_seconds or 0.0) > QUIET_SECONDS:
         state, style = f"○ nothing new for {_duration(look.quiet_seconds or 0.0)}", "yellow"
     title = Text.assemble((clean(look.model), "bold"), clean(f" · run {look.run_id}"))
-    title.truncate(width - len(state) - 1, pad=True)
+    title.truncate(max(1, width - len(state) - 1), pad=True)
     title.append(f" {state}", style)
     parts = [] if look.newest_step is None else [f"step {look.newest_step:,}"]
     parts += [] if look.steps_per_second is None else [f"{look.steps_per_second:,.1f} steps/s"]

@@ -22,6 +22,8 @@ def require_free(path: Path, *, force: bool, dump: Place) -> None:
     if os.path.lexists(path) and (path.is_dir() or not force):
         what = "is a folder" if path.is_dir() else "is there already; --force replaces it"
         raise ExportError(f"{path} {what}")
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path} is a device or pipe, which no file can take the place of")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}")
     root = dump.resolve()

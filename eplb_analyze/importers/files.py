@@ -84,10 +84,11 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes(), str(path))
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(where, object)`` of each line, read as a stream. Raises DumpError.
 
-    A last line without a newline that is no JSON is left out: its writer was killed.
+    A last line without a newline that is no JSON is left out, which ``notes`` gets to know: its writer
+    was killed.
     """
     regular(path)
     with path.open("rb") as file:
@@ -103,6 +104,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = parse_json(line, where)
             except DumpError:
                 if not line.endswith(b"\n") and number > 1:
+                    if notes is not None:
+                        notes.append(f"line {number}, the last, left out: it is cut off")
                     return
                 raise
             if not isinstance(record, dict):
@@ -174,13 +177,14 @@ def npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
             for name in names:
                 where = f"{path}: array {name!r}"
                 entry = archive.getinfo(name)
+                # Before anything is unpacked: a header alone can claim 4 GiB.
+                if entry.file_size > max(MAX_SMALL, MAX_RATIO * entry.compress_size):
+                    raise DumpError(f"{where}: {entry.compress_size:,} bytes that unpack to "
+                                    f"{entry.file_size:,}, which no recorder writes")  # fmt: skip
                 with archive.open(entry) as file:
                     shape, dtype, start = _header(file, where)
                 if math.prod(shape) * dtype.itemsize != entry.file_size - start:
                     raise DumpError(f"{where}: it claims {shape} of {dtype}, which is not what is there")
-                if entry.file_size > max(MAX_SMALL, MAX_RATIO * entry.compress_size):
-                    raise DumpError(f"{where}: {entry.compress_size:,} bytes that unpack to "
-                                    f"{entry.file_size:,}, which no recorder writes")  # fmt: skip
                 found[name.removesuffix(".npy")] = (shape, dtype)
     except BROKEN_ARCHIVE as error:
         raise DumpError(f"{path}: its archive cannot be read ({error})") from None

@@ -20,6 +20,8 @@ from eplb_dump.format import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS
 from eplb_dump.journal import Int32
 
 MAP = "physical_to_logical_map"
+#: Of YAML; a configuration of TensorRT-LLM's has 2.
+MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,17 @@ def _trtllm(path: Path) -> PlacementFile:
         ) from None
     if regular(path) > MAX_TEXT:
         raise DumpError(f"{path}: a text of more than {MAX_TEXT >> 20} MiB")
-    # Both build plain values only; the second is in C, where it was built.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    # Both build plain values only; the first is in C, where it was built. Merge keys (<<) copy what they
+    # name, again and again if told so; without them an alias is only one more name of a value.
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader = type("PlainLoader", (base,), {"flatten_mapping": lambda self, node: None})
+    text, depth = path.read_bytes(), 0
     try:
-        with path.open("rb") as file:
-            document = yaml.load(file, loader)
+        for event in yaml.parse(text, loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:  # building it would end the process
+                raise DumpError(f"{path}: nested too deeply")
+        document = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DumpError(f"{path}: it is not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
@@ -148,16 +156,21 @@ def _trtllm(path: Path) -> PlacementFile:
         )
     if updates != 0:
         raise DumpError(
-            f"{path}: layer_updates_per_iter is {updates!r}, so the balancer moves experts while serving and "
-            "which one was in a slot later is not known; --placement unknown imports loads by slot without it"
+            f"{path}: layer_updates_per_iter is {_shown(updates)}, so the balancer moves experts while "
+            "serving and which one was in a slot later is not known; --placement unknown imports loads by "
+            "slot without it"
         )
     rows = _by_number(path, assignments)
     found = _checked(path, list(rows.values()))
-    if plain_int(document.get("num_slots"), 1, MAX_EXPERTS) != found.slots.shape[1]:
-        raise DumpError(
-            f"{path}: num_slots is {document.get('num_slots')!r}, but a layer has {found.slots.shape[1]}"
-        )
+    slots = document.get("num_slots")
+    if plain_int(slots, 1, MAX_EXPERTS) != found.slots.shape[1]:
+        raise DumpError(f"{path}: num_slots is {_shown(slots)}, but a layer has {found.slots.shape[1]}")
     return PlacementFile(found.slots, tuple(rows))
+
+
+def _shown(value: object) -> str:
+    """A stranger's value in a text: a list of lists of lists can be of any length."""
+    return repr(value)[:40] if value is None or isinstance(value, int | float | str) else "no number"
 
 
 def _checked(path: Path, rows: Any) -> PlacementFile:

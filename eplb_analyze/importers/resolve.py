@@ -72,6 +72,11 @@ def resolve(reading: Reading, options: Options) -> Plan:
     reading.unknown["times"] = "when the steps were"
     if options.model is None and reading.model is None:
         reading.unknown["model"] = "the model's name (--model)"
+    model = options.model or reading.model or UNKNOWN_MODEL
+    try:
+        model.encode()
+    except UnicodeEncodeError:
+        raise AskError(f"{where}: {model[:40]!r} is no name of a model (--model)") from None
     divide = reading.by_slot is False and placement is not None
     if divide and placement is not None:
         _note_division(reading, placement)
@@ -81,7 +86,7 @@ def resolve(reading: Reading, options: Options) -> Plan:
 
     return Plan(
         reading,
-        options.model or reading.model or UNKNOWN_MODEL,
+        model,
         ep_size,
         experts,
         width,

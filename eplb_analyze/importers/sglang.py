@@ -15,11 +15,21 @@ import numpy as np
 from eplb_analyze.errors import DumpError, plural
 from eplb_analyze.importers import torch_files
 from eplb_analyze.importers.files import Array, integers, listing, one_of, read_json
-from eplb_analyze.importers.reading import LAST, AskError, Chunk, Options, Reading, ordered_rows, plain_int
-from eplb_dump.format import MAX_EXPERTS, MAX_LAYERS, Scope
-from eplb_dump.journal import Int32
+from eplb_analyze.importers.reading import (
+    LAST,
+    AskError,
+    Chunk,
+    Options,
+    Reading,
+    ordered_rows,
+    plain_int,
+    whole_counts,
+)
+from eplb_dump.format import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, Scope
+from eplb_dump.journal import Int32, Int64
 
 SYSTEM = "SGLang"
+MAP = "last_physical_to_logical_map"
 #: ForwardMode's numbers in SGLang.
 PHASES = {1: "prefill", 2: "decode", 3: "mixed", 4: "idle", 5: "verify", 6: "draft", 8: "prefill"}
 
@@ -119,9 +129,10 @@ class _RankFile:
         if not isinstance(records, list) or not records:
             raise DumpError(f"{path}: it has no records")
         arrays = torch_files.Arrays(path)
-        self.slots: Int32 = arrays.of(
-            document.get("last_physical_to_logical_map"), (2,), "last_physical_to_logical_map"
-        ).astype(np.int32)
+        slots = arrays.of(document.get(MAP), (2,), MAP)
+        if slots.dtype.kind not in "iu" or slots.min() < EMPTY_SLOT or slots.max() >= MAX_EXPERTS:
+            raise DumpError(f"{path}: its {MAP} names impossible experts")
+        self.slots: Int32 = slots.astype(np.int32)
         self.counts: dict[int, list[Array]] = {}
         self.tokens: dict[int, int] = {}
         self.phase: dict[int, str | None] = {}
@@ -137,9 +148,12 @@ class _RankFile:
             if step is None or rank is None:
                 raise DumpError(f"{path}: {where} has no forward_pass_id or no rank")
             # With two-batch overlap a pass has several records, each of a part of its tokens.
-            key = (step, str(record.get("gatherer_key")))
+            gatherer = record.get("gatherer_key")
+            if not (gatherer is None or isinstance(gatherer, str)):
+                raise DumpError(f"{path}: {where}: its gatherer_key is no text")
+            key = (step, gatherer)
             if key in seen:
-                raise DumpError(f"{path}: {where} repeats forward pass {step} of gatherer {key[1]!r}")
+                raise DumpError(f"{path}: {where} repeats forward pass {step} of gatherer {gatherer!r:.40}")
             seen.add(key)
             ranks.add(rank)
             array = arrays.of(record.get("global_physical_count"), (2,), f"{where}: global_physical_count")
@@ -159,13 +173,22 @@ class _RankFile:
         edges = sorted({0, *range(0, len(self.step), 64), *self._cut(placement_from), len(self.step)})
         for low, high in itertools.pairwise(edges):
             steps = self.step[low:high]
-            load = np.stack([sum(a[layers].astype(np.int64) for a in self.counts[int(s)]) for s in steps])
+            load = np.stack([self._load(int(step), layers) for step in steps])
             known = placement_from is not None and int(steps[0]) >= placement_from
             yield Chunk(
                 steps, load, self.slots[layers] if known else None,
                 num_tokens=np.array([self.tokens.get(int(s), -1) for s in steps], np.int64),
                 phase=tuple(self.phase.get(int(s)) for s in steps),
             )  # fmt: skip
+
+    def _load(self, step: int, layers: Array) -> Int64:
+        """Counts of one pass ``[layers, slots]``. Each part is checked: their sum could look right."""
+        try:
+            parts = [whole_counts(a[layers], f"{self.path}: forward pass {step}") for a in self.counts[step]]
+        except ValueError as error:
+            raise DumpError(str(error)) from None
+        total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
+        return total
 
     def _cut(self, step: int | None) -> list[int]:
         return [] if step is None else [int(np.searchsorted(self.step, step))]
@@ -230,7 +253,7 @@ def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) ->
 def _experts_of(slots: Int32, path: Path) -> int:
     experts = np.unique(slots[slots >= 0])
     if slots.min() < -1 or not np.array_equal(experts, np.arange(len(experts))) or not len(experts):
-        raise DumpError(f"{path}: its last_physical_to_logical_map lacks experts, or names impossible ones")
+        raise DumpError(f"{path}: its {MAP} lacks experts, or names impossible ones")
     return len(experts)
 
 

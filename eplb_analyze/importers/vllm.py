@@ -15,7 +15,7 @@ import numpy as np
 from eplb_analyze.errors import DumpError, plural
 from eplb_analyze.importers.files import integers, json_lines, listing, one_of
 from eplb_analyze.importers.reading import AskError, Chunk, Counts, Options, Reading, plain_int
-from eplb_dump.format import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, Scope
+from eplb_dump.format import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, Scope
 from eplb_dump.journal import Int32
 
 SYSTEM = "vLLM"
@@ -106,7 +106,8 @@ class _Lines:
         held: list[tuple[int, Counts, Int32, int | None]] = []
         repeated = others = count = 0
         last = -1
-        for where, line in json_lines(self.path):
+        cut: list[str] = []
+        for where, line in json_lines(self.path, cut):
             found = self.record(where, line)
             if found is None:
                 others += not is_stats(line)
@@ -138,7 +139,7 @@ class _Lines:
             held.append((step, load, slots, ep_size))
         if held:
             yield self._chunk(held)
-        self.notes = [] if self.beside is None else [self.beside]
+        self.notes = cut if self.beside is None else [self.beside, *cut]
         if repeated:
             self.notes.append(f"{plural(repeated, 'record')} left out that repeat a step with the same load")
         if others:
@@ -170,7 +171,9 @@ class _Lines:
         if self.options.renumber:
             self.unknown["step_numbers"] = "the numbers of steps: records are counted from 0 (--renumber)"
         gaps = np.diff(steps)
-        interval = int(gaps[0]) if len(gaps) else 1
+        # Some records may be missing; steps that are not on one beat were not sampled on any.
+        least = int(gaps.min()) if len(gaps) else 1
+        interval = least if least <= MAX_LOAD and not (gaps % least).any() else 1
         if len(gaps) and gaps.max() > 1:
             every = f"every {interval}" if (gaps == interval).all() else f"{gaps.min()} to {gaps.max()} apart"
             self.notes.append(f"the source has only some steps, {every}")
@@ -192,12 +195,12 @@ class _Snapshots(_Lines):
         load = self.array(record, key, where)
         for name, value in (("num_moe_layers", load.shape[0]), ("num_physical_experts", load.shape[1])):
             if record.get(name, value) != value:
-                raise DumpError(f"{where}: {name} is {record[name]!r}, but {key} has {value}")
+                raise DumpError(f"{where}: {name} is {record[name]!r:.40}, but {key} has {value}")
         slots = self.placement(record, "physical_to_logical_map", load.shape, where)
         self.experts(record.get("num_logical_experts"), slots, where)
         model = record.get("model_name")
         self.model = model if isinstance(model, str) and model else self.model
-        size = record.get("window_size")
+        size = plain_int(record.get("window_size"), 1, 2**62) or "an unknown number of"
         if self.options.window:
             self.assumed["passes"] = f"each step is the sum over a window of {size} forward passes (--window)"
         elif "window_expert_load" in record:
@@ -235,7 +238,7 @@ class _Stats(_Lines):
         both = {**self._meta, **record}
         if both.get("num_layers", load.shape[0]) != load.shape[0]:
             raise DumpError(
-                f"{where}: num_layers is {both['num_layers']!r}, but expert_load has {load.shape[0]}"
+                f"{where}: num_layers is {both['num_layers']!r:.40}, but expert_load has {load.shape[0]}"
             )
         redundant = plain_int(both.get("num_redundant_experts"), 0, load.shape[1] - 1)
         self.experts(None if redundant is None else load.shape[1] - redundant, slots, where)

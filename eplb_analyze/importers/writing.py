@@ -9,7 +9,6 @@ import functools
 import itertools
 import os
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -19,20 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from eplb_analyze.errors import DumpError
-from eplb_analyze.importers.reading import AskError, Chunk
+from eplb_analyze.importers.reading import Chunk
 from eplb_analyze.importers.resolve import Plan
+from eplb_analyze.newrun import new_run
 from eplb_dump import frames, journal
 from eplb_dump.format import (
-    MODEL_PREFIX,
-    RUN_ID_PATTERN,
-    RUN_PREFIX,
     SESSION_FILE,
     Origin,
     SessionInfo,
     SourceFile,
     Status,
     dump_json,
-    model_slug,
     session_path,
 )
 from eplb_dump.journal import Int32, Int64, JournalAppender, Shape, StepRows
@@ -45,8 +41,6 @@ BATCH_BYTES = 8 << 20
 MAX_INTERVAL = 1000
 #: A session says where it came from in at most so many files.
 MAX_FILES = 100
-#: What is being written; readers look for other names.
-UNFINISHED = "import.tmp"
 
 
 @dataclass(frozen=True)
@@ -64,57 +58,20 @@ def write(plan: Plan, into: Path, run_id: str | None) -> Written:
     """Write a new run.
 
     Raises:
-        AskError: the run is there already, or its name is none.
+        UsageError: the run is there already, or its name is none.
         DumpError: the source turned out to be wrong, or the folder cannot be written.
     """
-    if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
-        raise AskError(f"--run-id: {run_id!r} must be letters, digits, '.', '_' or '-', at most 128")
-    try:
-        run_id, folder = _claim(into, run_id)
-    except OSError as error:
-        raise DumpError(f"{into}: {error.strerror or error}") from None
-    unfinished = folder / UNFINISHED
-    try:
-        unfinished.mkdir()
-        sessions = _write_sessions(plan, unfinished, run_id)
-        name = f"{MODEL_PREFIX}{model_slug(plan.model)}"
-        os.rename(unfinished / f"{RUN_PREFIX}{run_id}" / name, folder / name)
-        shutil.rmtree(unfinished)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise DumpError(f"{folder}: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    # Not a bare number: engines that start meanwhile would join it.
+    with new_run(into, run_id, f"import-{moment}", plan.model) as new:
+        sessions = _write_sessions(plan, new.root, new.run_id)
     own = [session.recorded for session in sessions]
     return Written(
-        run_id,
+        new.run_id,
         len(functools.reduce(np.union1d, own)),
         len(functools.reduce(np.intersect1d, own)),
         max(session.not_sampled for session in sessions),
     )
-
-
-def _claim(into: Path, run_id: str | None) -> tuple[str, Path]:
-    into.mkdir(parents=True, exist_ok=True)
-    if run_id is not None:
-        folder = into / f"{RUN_PREFIX}{run_id}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            raise AskError(f"{folder}: it is there already; choose another --run-id") from None
-        return run_id, folder
-    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    for number in range(1, 1000):
-        # Not a bare number: engines that start meanwhile would join it.
-        run_id = f"import-{moment}" + (f"-{number}" if number > 1 else "")
-        folder = into / f"{RUN_PREFIX}{run_id}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return run_id, folder
-    raise FileExistsError("no name for a run is free")
 
 
 def _write_sessions(plan: Plan, root: Path, run_id: str) -> list[_Session]:
@@ -200,7 +157,7 @@ class _Session:
         if layers * width * 4 > frames.MAX_PAYLOAD // 2:
             raise DumpError(f"{layers:,} layers of {width:,} slots are more than a step of the format holds")
         most = max(1, BATCH_BYTES // (layers * width * 4))
-        window = chunk.step // (SEGMENT_STEPS * self._info.interval)
+        window = chunk.step // self._info.interval // SEGMENT_STEPS
         edges = {0, n, *(np.flatnonzero(np.diff(window)) + 1).tolist()}
         cuts = sorted(edges | set(range(0, n, most)))
         for low, high in itertools.pairwise(cuts):
@@ -213,7 +170,7 @@ class _Session:
     def _append(self, chunk: Chunk) -> None:
         assert chunk.ep_size is not None
         shape = Shape(chunk.ep_size, *chunk.load.shape[1:])
-        window = int(chunk.step[0]) // (SEGMENT_STEPS * self._info.interval)
+        window = int(chunk.step[0]) // self._info.interval // SEGMENT_STEPS
         if self._shape is None:
             self._info = replace(
                 self._info,

@@ -1,0 +1,63 @@
+"""`compact`: a run of many rank files becomes a new run of few, with the sums over its ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption
+from eplb_analyze.errors import plural
+from eplb_analyze.output import Output, OutputFormat, clean, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.compacting import CompactReport
+
+
+def compact(
+    to: Annotated[
+        Path, typer.Option("--to", help="The dump to write the new run into.", show_default=False)
+    ],
+    dump: Dump = Path("."),
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="The new run's id; default: the old one's, and -compact.")
+    ] = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Write a run anew, in few files: the sums over its ranks. The old run stays as it is.
+
+    Which rank a token came from is not in the new run, so `traffic` cannot tell.
+    """
+    from eplb_analyze.compacting import compact_run
+
+    out = Output(output)
+    report = compact_run(dump, to, run, model, run_id, out.progress)
+    out.notes(report.notes)
+    out.emit(report.to_json(), lambda console: render(console, report))
+
+
+def render(console: Console, report: CompactReport) -> None:
+    from rich.text import Text
+
+    before, after = report.before, report.after
+    console.print(Text.assemble(("compacted ", "bold"), f"run {clean(before.run_id)}, {clean(report.model)}"))
+    console.print(f"into {clean(report.to)} as run {clean(after.run_id)}", soft_wrap=True)
+    steps = [f"{count:,} {name.replace('_', ' ')}" for name, count in report.steps.items() if count]
+    console.print(f"steps: {', '.join(steps)}")
+    for text in report.unknown.values():
+        console.print(Text(f"not known: {clean(text)}", style="yellow"))
+    console.print()
+    listing = table(console, "<", "sessions", "files", "MB", "summary")
+    for name, side in (("before", before), ("after", after)):
+        size, seconds = f"{side.bytes / 1e6:,.2f}", f"{side.summary_seconds:.2f} s"
+        listing.add_row(name, f"{side.sessions:,}", f"{side.files:,}", size, seconds)
+    console.print(listing)
+    saved = 1 - after.bytes / before.bytes if before.bytes else 0.0
+    share = f"{saved:.0%} smaller" if saved >= 0 else f"{-saved:.0%} larger"
+    fewer = plural(before.files - after.files, "file") + " fewer"
+    console.print(f"{fewer}, {share}; the sums are verified, and the old run is as it was")

@@ -1,0 +1,417 @@
+"""`copy`: byte for byte, verified, in parts, from and to buckets, interrupted, and onto what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_golden, cli, one_error, start_child, write
+from s3 import S3
+
+from eplb_analyze import open_run
+from eplb_analyze.copying import UNFINISHED, copy_run
+from eplb_analyze.places import place
+from eplb_dump.format import MANIFEST_FILE, SESSION_FILE
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 steps in segments of 16; placements change at 20."""
+    root = tmp_path_factory.mktemp("dump")
+    write(root, ranks=3, ep_size=3)
+    return root
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def sessions(root: Path, rank: int = 0) -> list[Path]:
+    return sorted(root.glob(f"run=*/model=*/rank={rank:05d}/session=*"))
+
+
+def loads(where: str | Path, first: int, end: int) -> list[Any]:
+    run = open_run(where)
+    frame = run.loads((first, end))
+    assert len(frame)
+    return frame.rows()
+
+
+# ---- whole runs
+
+
+def test_a_copy_is_the_same_bytes(dump: Path, tmp_path: Path) -> None:
+    before = content(dump)
+    result = cli("copy", "--to", tmp_path / "new/place", "-o", "json", dump)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert content(tmp_path / "new/place") == before == content(dump)
+    document = json.loads(result.stdout)
+    assert (document["sessions"], document["files"], document["files_there"]) == (3, len(before), 0)
+    assert document["bytes"] == sum(map(len, before.values()))
+    assert not [*(tmp_path / "new").rglob("*.tmp")]
+
+
+def test_the_same_copy_again_changes_nothing(dump: Path, tmp_path: Path) -> None:
+    cli("copy", "--to", tmp_path, dump)
+    times = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
+    again = json.loads(cli("copy", "--to", tmp_path, "-o", "json", dump).stdout)
+    assert again["files_there"] == again["files"] == len(content(dump))
+    assert {f: f.stat().st_mtime_ns for f in times if f.is_file()} == {
+        f: t for f, t in times.items() if f.is_file()
+    }
+    assert content(tmp_path) == content(dump)
+    onto_itself = json.loads(cli("copy", "--to", dump, "-o", "json", dump).stdout)
+    assert onto_itself["files_there"] == onto_itself["files"]
+
+
+def test_up_to_a_bucket_and_back(dump: Path, s3: S3, tmp_path: Path) -> None:
+    there, other = f"{s3.bucket()}/dumps", f"{s3.bucket()}/x"
+    assert cli("copy", "--to", s3.address(there), dump).returncode == 0
+    assert s3.get(there) == content(dump)
+    assert cli("copy", "--to", s3.address(other), s3.address(there)).returncode == 0
+    assert s3.get(other) == content(dump)
+    assert cli("copy", "--to", tmp_path, s3.address(other)).returncode == 0
+    assert content(tmp_path) == content(dump)
+    s3.count()
+    again = json.loads(cli("copy", "--to", s3.address(there), "-o", "json", dump).stdout)
+    assert again["files_there"] == again["files"]
+    assert "PUT" not in s3.count()["requests"]
+
+
+def test_one_run_and_one_model(tmp_path: Path) -> None:
+    root = tmp_path / "dump"
+    write(root, run_id="old", steps=3)
+    write(root, run_id="new", steps=3)
+    write(root, run_id="new", steps=3, model="draft")
+    newest = cli("copy", "--to", tmp_path / "a", root)
+    assert "2 runs" in newest.stderr
+    assert sorted(p.name for p in (tmp_path / "a").glob("run=*/model=*")) == ["model=draft", "model=org--moe"]
+    cli("copy", "--to", tmp_path / "b", "--run", "new", "--model", "draft", root)
+    assert [p.name for p in (tmp_path / "b").glob("run=*/model=*")] == ["model=draft"]
+    cli("copy", "--to", tmp_path / "b", "--run", "old", root)
+    assert sorted(p.name for p in (tmp_path / "b").glob("run=*")) == ["run=new", "run=old"]
+    one_error(cli("copy", "--to", tmp_path / "c", "--run", "zz", root), 2, "no run 'zz'")
+    one_error(cli("copy", "--to", tmp_path / "c", "--model", "zz", root), 2, "no model 'zz'")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_killed_writers_journal_comes_along(tmp_path: Path) -> None:
+    script = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[2])
+    from helpers import load_of, map_of, open_writer
+    writer = open_writer(sys.argv[1], scope="global", segment_steps=8)
+    for step in range(12):
+        writer.record(step, load_of(step), map_of())
+    assert writer.flush(10)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with start_child(script, tmp_path / "dump", Path(__file__).parent) as child:
+        child.communicate(timeout=60)
+    assert [*(tmp_path / "dump").rglob("journal-*")]
+    assert cli("copy", "--to", tmp_path / "copy", tmp_path / "dump").returncode == 0
+    assert content(tmp_path / "copy") == content(tmp_path / "dump")
+    assert loads(tmp_path / "copy", 0, 12) == loads(tmp_path / "dump", 0, 12)
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("to_bucket", [False, True])
+def test_a_range_of_steps(to_bucket: bool, dump: Path, s3: S3, tmp_path: Path) -> None:
+    """Whole segments; the placements before them too, so that loads have experts' names."""
+    target = s3.address(f"{s3.bucket()}/part") if to_bucket else str(tmp_path)
+    document = json.loads(cli("copy", "--to", target, "--steps", "20:30", "-o", "json", dump).stdout)
+    assert (document["first_step"], document["last_step"]) == (20, 29)
+    assert document["segments_left_out"] == 3 * 2
+    assert loads(target, 16, 32) == loads(dump, 16, 32)
+    assert open_run(target).step_range == (16, 31)
+    assert open_run(target).placements().rows() == open_run(dump).placements().rows()
+    for command in ("layer 1 --steps 16:32", "experts --steps 16:32", "placement --step 18"):
+        ours, theirs = (cli(*command.split(), "-o", "json", where) for where in (target, dump))
+        assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout)
+    checked = json.loads(cli("check", "-o", "json", target).stdout)
+    assert checked["ok"]
+    assert [f["code"] for f in checked["findings"]] == ["partial_copy"]
+    assert "steps 20 to 29" in checked["findings"][0]["text"]
+
+
+def test_a_range_of_steps_of_a_part_of_a_part(dump: Path, tmp_path: Path) -> None:
+    cli("copy", "--to", tmp_path / "a", "--steps", "20:", dump)
+    cli("copy", "--to", tmp_path / "b", "--steps", "35:", tmp_path / "a")
+    assert open_run(tmp_path / "b").step_range == (32, 39)
+    assert loads(tmp_path / "b", 32, 40) == loads(dump, 32, 40)
+    assert open_run(tmp_path / "b").placements().rows() == open_run(dump).placements().rows()
+    assert json.loads(cli("check", "-o", "json", tmp_path / "b").stdout)["ok"]
+
+
+def test_some_ranks(dump: Path, tmp_path: Path) -> None:
+    document = json.loads(cli("copy", "--to", tmp_path, "--ranks", "0-1", "-o", "json", dump).stdout)
+    assert (document["ranks"], document["sessions"]) == ([0, 1], 2)
+    assert content(tmp_path) == {k: v for k, v in content(dump).items() if "rank=00002" not in k}
+    codes = {f["code"] for f in json.loads(cli("check", "-o", "json", tmp_path).stdout)["findings"]}
+    assert "missing_ranks" in codes
+    assert "damaged_file" not in codes
+    # The other rank can be brought later, and then the run is whole.
+    cli("copy", "--to", tmp_path, "--ranks", "2", dump)
+    assert content(tmp_path) == content(dump)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "3"], "nothing of rank 3"),
+        (["--ranks", "1-0"], "not ranks"),
+        (["--ranks", "a"], "not ranks"),
+        (["--steps", "400:"], "no segment of run r is in these steps"),
+        (["--steps", "4"], "not A:B"),
+    ],
+)
+def test_a_part_that_is_not_there(arguments: list[str], words: str, dump: Path, tmp_path: Path) -> None:
+    result = cli("copy", "--to", tmp_path / "new", *arguments, dump)
+    assert result.returncode == 2
+    assert words in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- interrupted
+
+
+def killed_in_the_middle(s3: S3, source: str, to: Path | str) -> None:
+    """A copy that is killed while it waits for a file of the second rank."""
+    program = start_child(
+        "import sys; from eplb_analyze.cli import main; sys.argv = ['eplb-analyze', *sys.argv[1:]]; main()",
+        "copy", "--to", to, source,
+    )  # fmt: skip
+    time.sleep(4)
+    program.send_signal(signal.SIGKILL)
+    program.communicate()
+
+
+def test_a_killed_copy_is_not_taken_for_a_whole_one(dump: Path, s3: S3, tmp_path: Path) -> None:
+    source = s3.address(s3.put(dump))
+    with s3.failing(key="rank=00001", method="GET", delay=30):
+        killed_in_the_middle(s3, source, tmp_path)
+    assert not list(sessions(tmp_path, 1)[0].glob(SESSION_FILE))
+    result = cli("summary", tmp_path)
+    assert result.returncode == 3
+    assert SESSION_FILE in result.stderr
+    assert cli("check", tmp_path).returncode == 1
+    again = json.loads(cli("copy", "--to", tmp_path, "-o", "json", source).stdout)
+    assert 0 < again["files_there"] < again["files"]
+    assert content(tmp_path) == content(dump)
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_an_upload_that_fails_is_not_taken_for_a_whole_one(dump: Path, s3: S3) -> None:
+    there = f"{s3.bucket()}/dumps"
+    with s3.failing(key="rank=00001", method="PUT", status=503):
+        one_error(cli("copy", "--to", s3.address(there), dump), 3, "the server fails", "rank=00001")
+    with s3.failing(key="rank=00002%2Fsession", method="PUT", status=503):
+        pass
+    result = cli("summary", s3.address(there))
+    assert result.returncode == 3
+    cli("copy", "--to", s3.address(there), dump)
+    assert s3.get(there) == content(dump)
+
+
+def test_of_a_restarted_rank_no_life_is_forgotten(tmp_path: Path, s3: S3) -> None:
+    """The first of two sessions alone would look like a whole, shorter run: both are begun before."""
+    root = tmp_path / "dump"
+    for start in (0, 10):
+        write_global(root, start)
+    source = s3.address(s3.put(root))
+    second = sessions(root)[1].name
+    with s3.failing(key=f"{second}/loads", status=503):
+        one_error(cli("copy", "--to", tmp_path / "copy", source), 3, "the server fails")
+    result = cli("summary", "-o", "json", tmp_path / "copy")
+    assert result.returncode == 3
+    assert second in result.stderr
+
+
+def write_global(root: Path, start: int, steps: int = 10) -> None:
+    from helpers import load_of, map_of, open_writer
+
+    with open_writer(root, scope="global") as writer:
+        for step in range(start, start + steps):
+            writer.record(step, load_of(step), map_of())
+
+
+def test_what_an_earlier_attempt_left_of_a_live_run(tmp_path: Path) -> None:
+    """A journal that was copied, and sealed at the source since: it would hide the segment."""
+    from helpers import load_of, map_of, open_writer
+
+    root, to = tmp_path / "dump", tmp_path / "copy"
+    with open_writer(root, scope="global", segment_steps=8) as writer:
+        for step in range(4):
+            writer.record(step, load_of(step), map_of())
+        assert writer.flush(10)
+        (source,) = sessions(root)
+        assert [p.name for p in source.glob("journal*")] == ["journal-000000.frames"]
+        cli("copy", "--to", to, root)
+        (copied,) = sessions(to)
+        (copied / SESSION_FILE).unlink()  # as if it had been killed before its end
+        (copied / UNFINISHED).mkdir()
+        for step in range(4, 12):
+            writer.record(step, load_of(step), map_of())
+    assert not [*source.glob("journal*")]
+    assert cli("copy", "--to", to, root).returncode == 0
+    assert content(to) == content(root)
+    assert loads(to, 0, 12) == loads(root, 0, 12)
+
+
+def test_a_run_that_is_written_meanwhile(tmp_path: Path) -> None:
+    """Every copy is whole in itself, and its steps are the first ones of the run."""
+    script = """
+    import sys
+    sys.path.insert(0, sys.argv[2])
+    from helpers import load_of, map_of, open_writer
+    with open_writer(sys.argv[1], scope="global", segment_steps=4, flush_interval=0.01) as writer:
+        print("ready", flush=True)
+        step = 0
+        import time
+        while step < 100000 and not __import__("os").path.exists(sys.argv[1] + "/stop"):
+            writer.record(step, load_of(step), map_of(step // 50))
+            step += 1
+            time.sleep(0.0005)
+    """
+    root = tmp_path / "dump"
+    with start_child(script, root, Path(__file__).parent) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        copies = [tmp_path / f"copy{i}" for i in range(4)]
+        reports = [copy_run(place(root), to) for to in copies]
+        (root / "stop").touch()
+        child.communicate(timeout=60)
+    assert child.returncode == 0
+    truth = loads(root, 0, 10**6)
+    for to, report in zip(copies, reports, strict=True):
+        assert report.damaged == []
+        found = loads(to, 0, 10**6)
+        assert found == truth[: len(found)]
+        checked = json.loads(cli("check", "-o", "json", to).stdout)
+        assert {f["code"] for f in checked["findings"]} <= {"not_closed", "unsealed_journal", "torn_journal"}
+    assert len(loads(copies[0], 0, 10**6)) < len(truth)
+
+
+# ---- what is there
+
+
+def test_nothing_is_written_over(dump: Path, tmp_path: Path) -> None:
+    cli("copy", "--to", tmp_path, dump)
+    victim = sessions(tmp_path, 1)[0] / "loads-000001.parquet"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"X")
+    before = content(tmp_path)
+    one_error(cli("copy", "--to", tmp_path, dump), 2, str(victim), "stays as it is")
+    assert content(tmp_path) == before
+
+
+def test_not_beside_what_somebody_else_put_there(dump: Path, tmp_path: Path) -> None:
+    folder = tmp_path / sessions(dump, 1)[0].relative_to(dump)
+    folder.mkdir(parents=True)
+    (folder / "loads-000000.parquet").write_bytes(b"mine")
+    one_error(cli("copy", "--to", tmp_path, dump), 2, str(folder), "no copy began")
+    assert (folder / "loads-000000.parquet").read_bytes() == b"mine"
+
+
+def test_a_part_onto_the_whole_is_refused(dump: Path, tmp_path: Path) -> None:
+    cli("copy", "--to", tmp_path, dump)
+    one_error(cli("copy", "--to", tmp_path, "--steps", "20:", dump), 2, MANIFEST_FILE, "stays as it is")
+    assert content(tmp_path) == content(dump)
+
+
+@pytest.mark.parametrize("to", ["TMP/run=r", "s3://b/dumps/run=x/model=y"])
+def test_to_a_part_of_a_dump_is_refused(to: str, dump: Path, tmp_path: Path) -> None:
+    one_error(cli("copy", "--to", to.replace("TMP", str(tmp_path)), dump), 2, "give the dump's folder")
+
+
+# ---- damage, and no room
+
+
+@pytest.mark.parametrize(
+    "name", ["loads-000001.parquet", "steps-000000.parquet", "placements-000001.parquet"]
+)
+@pytest.mark.parametrize("fault", ["flipped", "cut", "gone"])
+def test_a_damaged_file_is_left_out_and_named(name: str, fault: str, dump: Path, tmp_path: Path) -> None:
+    root, to = shutil.copytree(dump, tmp_path / "dump"), tmp_path / "copy"
+    victim = sessions(root, 1)[0] / name
+    data = bytearray(victim.read_bytes())
+    data[20] ^= 1
+    victim.write_bytes(data if fault == "flipped" else data[:-30])
+    if fault == "gone":
+        victim.unlink()
+    result = cli("copy", "--to", to, "-o", "json", root)
+    one_error(result, 3, str(victim))
+    assert UNFINISHED not in result.stderr
+    assert len(json.loads(result.stdout)["damaged"]) == 1
+    expected = content(root)
+    expected.pop(str(victim.relative_to(root)), None)
+    assert content(to) == expected
+    assert cli("check", to).returncode == 1
+
+
+def test_a_damaged_manifest_or_session(dump: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(dump, tmp_path / "dump")
+    manifest = sessions(root, 1)[0] / MANIFEST_FILE
+    data = bytearray(manifest.read_bytes())
+    data[-20] ^= 1
+    manifest.write_bytes(data)
+    one_error(cli("copy", "--to", tmp_path / "a", root), 3, str(manifest), "damaged from byte")
+    shutil.copy(sessions(dump, 1)[0] / MANIFEST_FILE, manifest)
+    (manifest.parent / SESSION_FILE).write_text("{}")
+    result = cli("copy", "--to", tmp_path / "b", root)
+    one_error(result, 3, SESSION_FILE)
+    assert not sessions(tmp_path / "b", 1)
+
+
+def test_a_symbolic_link_is_not_followed(dump: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(dump, tmp_path / "dump")
+    victim = sessions(root, 1)[0] / "loads-000001.parquet"
+    outside = victim.rename(tmp_path / "outside")
+    victim.symlink_to(outside)
+    one_error(cli("copy", "--to", tmp_path / "copy", root), 3, str(victim), "symbolic link")
+    assert not [*(tmp_path / "copy").rglob("loads-000001.parquet")][2:]
+
+
+def test_no_room(dump: Path, tmp_path: Path) -> None:
+    """As on a full disk: a write fails in the middle of a file."""
+    script = """
+    import resource, sys
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    from eplb_analyze.cli import main
+    sys.argv = ["eplb-analyze", *sys.argv[1:]]
+    main()
+    """
+    with start_child(script, "copy", "--to", tmp_path, dump) as child:
+        out, err = child.communicate(timeout=60)
+    one_error(subprocess.CompletedProcess([], child.returncode, out, err), 3, "too large")
+    assert cli("summary", tmp_path).returncode == 3
+    assert cli("copy", "--to", tmp_path, dump).returncode == 0
+    assert content(tmp_path) == content(dump)
+
+
+def test_a_place_that_cannot_be_written(dump: Path, s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    one_error(cli("copy", "--to", tmp_path / "file/x", dump), 3, "file", "Not a directory")
+    one_error(cli("copy", "--to", s3.address("no-such-bucket-of-ours/x"), dump), 3, "no such bucket")
+
+
+# ---- what is printed
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dump, "dump")
+    result = cli("copy", "--to", "copy", "--steps", "20:30", "--ranks", "0-1", "-o", form, "dump")
+    assert (result.returncode, result.stderr) == (0, "")
+    text = re.sub(r'"bytes": \d+', '"bytes": 0', re.sub(r"[\d.]+ MB", "0.00 MB", result.stdout))
+    assert_golden(f"copy.{'txt' if form == 'text' else 'json'}", text)
