@@ -363,7 +363,8 @@ class _Loads(Sums):
 
         def of_total(counts: Int64) -> npt.NDArray[np.float64]:
             """Rounded once, so that what is a whole number is one."""
-            return np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+            out: npt.NDArray[np.float64] = np.zeros(counts.shape)
+            return np.divide(counts, total, out=out, where=total > 0)
 
         persistence, hot = windows.persistence[known], windows.hot[known]
         now = [_replication(slots, self.slot_tokens[i], logical, self.shape) for i, slots in self._known()]

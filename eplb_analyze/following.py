@@ -203,15 +203,18 @@ class FollowedSession:
         """Of each layer the newest two statements in the segments older than what was asked for."""
         newer: list[PlacementRows] = []
         stated: Counter[int] = Counter()
-        while self._earlier:
-            entry = SealedSegment.from_frame(self._manifest.frame(self._earlier.pop()))
+        earlier, self._earlier = self._earlier, []
+        for start in reversed(earlier):
+            entry = SealedSegment.from_frame(self._manifest.frame(start))
+            if (self.folder / journal_name(entry.seq)).exists():
+                self._earlier = earlier  # it is being sealed: the next look will have it
+                return
             rows = ParquetSegment(self.folder, self.info, entry).placements()
             newer.append(rows)
             stated.update(rows.layer.tolist())
             layers = entry.shape.num_moe_layers if entry.shape is not None else MAX_LAYERS
             if len(stated) >= layers and min(stated.values()) > 1:
                 break
-        self._earlier = []
         if newer:
             yield _without_loads(StepRows.concat([]), newer[::-1])
 

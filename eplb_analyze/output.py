@@ -155,7 +155,7 @@ def console(file: IO[str]) -> Console:
     columns = os.environ.get("COLUMNS", "")
     width = None
     if not file.isatty():
-        width = int(columns) if columns.isdecimal() and int(columns) > 0 else 80
+        width = int(columns) if columns.isdigit() and int(columns) > 0 else 80
     return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 

@@ -86,6 +86,8 @@ def write(root: Path, *, ranks: int = 2, steps: int = 40, **options: Any) -> Non
             for step in range(steps):
                 load = rng.multinomial(600, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1], size=2)
                 writer.record(step, load, placements[step >= 20], num_tokens=600, phase="decode")
+                # A long run on a busy machine must not fill the queue.
+                assert step % 200 < 199 or writer.flush(60)
 
 
 # ---- reading
