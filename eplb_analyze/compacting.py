@@ -273,10 +273,9 @@ def _write(run: Run, root: Path, run_id: str) -> tuple[Counter[int], SessionInfo
         raise DumpError(f"{run.path}: no step is complete, so there is nothing to sum")
     if counts[StepState.INCOMPLETE]:
         assert info.origin is not None
-        text = f"{counts[StepState.INCOMPLETE]:,} steps lacked a rank in the source, and are dropped here"
-        info = replace(
-            info, origin=replace(info.origin, unknown={**info.origin.unknown, "incomplete_steps": text})
-        )
+        text = f"{plural(counts[StepState.INCOMPLETE], 'step')} lacked a rank in the source; dropped here"
+        unknown = {**info.origin.unknown, "incomplete_steps": text}
+        info = replace(info, origin=replace(info.origin, unknown=unknown))
     stats = {status.label: counts[status] for status in Status}
     stats["seen"] = sum(stats.values())
     (folder / SESSION_FILE).write_bytes(dump_json(info.to_dict()))

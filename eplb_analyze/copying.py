@@ -51,7 +51,7 @@ UNFINISHED = "copy.tmp"
 CHUNK = 8 << 20
 NO_END = 2**62
 #: How often a session is looked at anew whose writer seals journals meanwhile.
-LOOKS = 5
+LOOKS = 10
 
 
 @dataclass
@@ -128,9 +128,8 @@ def copy_run(
     if ranks is not None:
         there = sorted({info.ep_rank for _, info in sessions})
         if not set(ranks) <= set(there):
-            raise NotInDumpError(
-                f"{source}: run {run_id} has ranks {there[0]} to {there[-1]}, not all of these"
-            )
+            absent = ", ".join(str(rank) for rank in sorted(set(ranks) - set(there))[:8])
+            raise NotInDumpError(f"{source}: run {run_id} has nothing of rank {absent}")
         sessions = [(folder, info) for folder, info in sessions if info.ep_rank in ranks]
     if not sessions:
         raise DumpError(f"{source}: no session of run {run_id} can be read")
@@ -256,12 +255,16 @@ class _Source:
     def plan(self) -> tuple[list[_File], int]:
         """The files to copy, but for ``session.json``; and how many segments are left out."""
         first, end = self._steps or (0, NO_END)
-        # The journals first: one that is sealed after this look is missed when it is fetched.
+        # Before the manifest: a journal that is sealed in between is missed when it is fetched.
         inside = [entry.name for entry in places.entries(self.folder)]
         journals = {int(match[1]): match[0] for match in map(JOURNAL_PATTERN.fullmatch, inside) if match}
         data, entries = _manifest(self.folder)
         kept: list[SealedSegment] = []
-        files: list[_File] = []
+        # Journals come first: when they are sealed, they are gone.
+        files = [
+            _File(name, self.folder / name, partial(_verify_journal, end))
+            for name in sorted(journals.values())
+        ]
         left_out = 0
         for seq, entry in entries.items():
             if entry.first_step >= end or entry.last_step < first:
@@ -274,15 +277,9 @@ class _Source:
                 stated = {table: file for table, file in entry.files.items() if table == "placements"}
                 chosen = SealedSegment(seq, entry.first_step, entry.last_step, None, stated)
             kept.append(chosen)
-            if seq not in journals:
-                files += [
-                    _File(
-                        file.name, self.folder / file.name, partial(_verify_table, self._info, entry, table)
-                    )
-                    for table, file in chosen.files.items()
-                ]
-        for name in sorted(journals.values()):
-            files.append(_File(name, self.folder / name, partial(_verify_journal, end)))
+            for table, file in chosen.files.items() if seq not in journals else ():
+                verify = partial(_verify_table, self._info, entry, table)
+                files.append(_File(file.name, self.folder / file.name, verify))
         if self._steps is not None:
             data = _part(data, self._info, kept, self._steps)
         if data:

@@ -189,18 +189,34 @@ def read_info(folder: Place, names: list[str]) -> SessionInfo:
 
 
 def open_sessions(found: Sequence[tuple[Place, SessionInfo]], findings: list[Finding]) -> list[Session]:
-    """Open sessions, in this order; see :func:`open_session`."""
+    """Open sessions, in this order, all as of one moment; see :func:`open_session`."""
     if not found:
         return []
     own: list[list[Finding]] = [[] for _ in found]
-    items = [(folder, info, mine) for (folder, info), mine in zip(found, own, strict=True)]
+    # To read many ranks' journals takes a while. A run that goes on meanwhile would seem to have lost the
+    # ranks that are read first.
+    sizes = places.each(found[0][0], _journal_sizes, [folder for folder, _ in found])
+    items = [(*session, mine, now) for session, mine, now in zip(found, own, list(sizes), strict=True)]
     sessions = list(places.each(found[0][0], lambda item: open_session(*item), items))
     findings += [finding for mine in own for finding in mine]
     return sessions
 
 
-def open_session(folder: Place, info: SessionInfo, findings: list[Finding], looks: int = 3) -> Session:
-    """List a session's segments as of now, sealed and open; faults go to ``findings``."""
+def _journal_sizes(folder: Place) -> dict[str, int] | None:
+    try:
+        journals = [e for e in places.entries(folder) if JOURNAL_PATTERN.fullmatch(e.name)]
+        return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in journals}
+    except OSError:  # it is listed once more, and that says why
+        return None
+
+
+def open_session(
+    folder: Place, info: SessionInfo, findings: list[Finding], sizes: dict[str, int] | None, looks: int = 3
+) -> Session:
+    """List a session's segments, sealed and open; faults go to ``findings``.
+
+    Of journals no more is read than their ``sizes``, by name; those of other names began later.
+    """
     session = Session(folder, info)
     journals: dict[int, Place] = {}
     sealed_names: set[str] = set()
@@ -234,9 +250,11 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
         findings.append(Finding("error", "damaged_file", text))
     session.closed, session.part = manifest.closed, manifest.part
     for path in journals.values():
+        if sizes is not None and path.name not in sizes:
+            continue
         try:
             require_regular(path)
-            opened = JournalSegment(path)
+            opened = JournalSegment(path, None if sizes is None else sizes[path.name])
         except FileNotFoundError:
             # Sealed since the folder was listed: look once more, at the new state.
             if looks == 0:
@@ -246,7 +264,7 @@ def open_session(folder: Place, info: SessionInfo, findings: list[Finding], look
                 continue
             findings[:] = [f for f in findings if str(folder) not in f.text]
             places.look_again(folder)
-            return open_session(folder, info, findings, looks - 1)
+            return open_session(folder, info, findings, sizes, looks - 1)
         except UnbegunJournal as error:
             findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
             continue

@@ -363,8 +363,9 @@ class _Loads(Sums):
 
         def of_total(counts: Int64) -> npt.NDArray[np.float64]:
             """Rounded once, so that what is a whole number is one."""
-            out: npt.NDArray[np.float64] = np.zeros(counts.shape)
-            return np.divide(counts, total, out=out, where=total > 0)
+            share: npt.NDArray[np.float64] = np.zeros(counts.shape)
+            np.divide(counts, total, out=share, where=total > 0)
+            return share
 
         persistence, hot = windows.persistence[known], windows.hot[known]
         now = [_replication(slots, self.slot_tokens[i], logical, self.shape) for i, slots in self._known()]

@@ -214,7 +214,8 @@ class Run:
     def _newest_shape(self) -> Shape:
         segments = [s for session in self.sessions for s in session.segments if s.shape is not None]
         if segments:
-            newest = max(segments, key=lambda s: s.last_step).shape
+            # Of those that end together the one that began last: a new shape begins a segment.
+            newest = max(segments, key=lambda s: (s.last_step, s.first_step)).shape
             assert newest is not None
             return newest
         info = self.sessions[0].info

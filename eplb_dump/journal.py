@@ -235,8 +235,8 @@ class JournalSegment:
     few layers at a time, so that memory does not grow with the segment.
     """
 
-    def __init__(self, path: frames.NamedFile) -> None:
-        """Open and verify.
+    def __init__(self, path: frames.NamedFile, limit: int | None = None) -> None:
+        """Open and verify; of a growing file no more than ``limit`` bytes, if given.
 
         Raises OSError, UnbegunJournal where the session frame is not written yet, and FormatError
         where it cannot be read.
@@ -250,13 +250,14 @@ class JournalSegment:
         # Readers keep journals open for as long as a run is looked at, without a `with` around it.
         self._unclosed = weakref.finalize(self, self._file.close)
         try:
-            self._index()
+            self._index(limit)
         except BaseException:
             self._file.close()
             raise
 
-    def _index(self) -> None:
+    def _index(self, limit: int | None) -> None:
         size = self._file.seek(0, 2)
+        size = size if limit is None else min(size, limit)
         self._file.seek(0)
         info: SessionInfo | None = None
         step_parts: list[StepRows] = []

@@ -30,7 +30,9 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+    """All files but those that a killed writer was about to rename."""
+    files = [f for f in root.rglob("*") if f.is_file() and f.suffix != ".tmp"]
+    return {str(f.relative_to(root)): f.read_bytes() for f in files}
 
 
 def sessions(root: Path, rank: int = 0) -> list[Path]:
@@ -184,21 +186,21 @@ def test_a_part_that_is_not_there(arguments: list[str], words: str, dump: Path, 
 # ---- interrupted
 
 
-def killed_in_the_middle(s3: S3, source: str, to: Path | str) -> None:
-    """A copy that is killed while it waits for a file of the second rank."""
-    program = start_child(
-        "import sys; from eplb_analyze.cli import main; sys.argv = ['eplb-analyze', *sys.argv[1:]]; main()",
-        "copy", "--to", to, source,
-    )  # fmt: skip
-    time.sleep(4)
-    program.send_signal(signal.SIGKILL)
-    program.communicate()
-
-
 def test_a_killed_copy_is_not_taken_for_a_whole_one(dump: Path, s3: S3, tmp_path: Path) -> None:
     source = s3.address(s3.put(dump))
-    with s3.failing(key="rank=00001", method="GET", delay=30):
-        killed_in_the_middle(s3, source, tmp_path)
+    with (
+        s3.failing(key=f"{sessions(dump, 1)[0].name}/loads", delay=30),
+        start_child(
+            "import sys; from eplb_analyze.cli import main; main()", "copy", "--to", tmp_path, source
+        ) as program,
+    ):
+        done = [sessions(dump, rank)[0].relative_to(dump) / SESSION_FILE for rank in (0, 2)]
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / name).exists() for name in done):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        program.send_signal(signal.SIGKILL)
+        program.communicate()
     assert not list(sessions(tmp_path, 1)[0].glob(SESSION_FILE))
     result = cli("summary", tmp_path)
     assert result.returncode == 3
@@ -214,8 +216,6 @@ def test_an_upload_that_fails_is_not_taken_for_a_whole_one(dump: Path, s3: S3) -
     there = f"{s3.bucket()}/dumps"
     with s3.failing(key="rank=00001", method="PUT", status=503):
         one_error(cli("copy", "--to", s3.address(there), dump), 3, "the server fails", "rank=00001")
-    with s3.failing(key="rank=00002%2Fsession", method="PUT", status=503):
-        pass
     result = cli("summary", s3.address(there))
     assert result.returncode == 3
     cli("copy", "--to", s3.address(there), dump)
@@ -273,14 +273,14 @@ def test_a_run_that_is_written_meanwhile(tmp_path: Path) -> None:
     import sys
     sys.path.insert(0, sys.argv[2])
     from helpers import load_of, map_of, open_writer
-    with open_writer(sys.argv[1], scope="global", segment_steps=4, flush_interval=0.01) as writer:
+    with open_writer(sys.argv[1], scope="global", segment_steps=16, flush_interval=0.01) as writer:
         print("ready", flush=True)
         step = 0
         import time
         while step < 100000 and not __import__("os").path.exists(sys.argv[1] + "/stop"):
-            writer.record(step, load_of(step), map_of(step // 50))
+            writer.record(step, load_of(step), map_of(step // 64))
             step += 1
-            time.sleep(0.0005)
+            time.sleep(0.002)
     """
     root = tmp_path / "dump"
     with start_child(script, root, Path(__file__).parent) as child:
@@ -298,7 +298,8 @@ def test_a_run_that_is_written_meanwhile(tmp_path: Path) -> None:
         found = loads(to, 0, 10**6)
         assert found == truth[: len(found)]
         checked = json.loads(cli("check", "-o", "json", to).stdout)
-        assert {f["code"] for f in checked["findings"]} <= {"not_closed", "unsealed_journal", "torn_journal"}
+        known = {"not_closed", "unsealed_journal", "torn_journal", "conservation"}  # of these loads
+        assert {f["code"] for f in checked["findings"]} <= known
     assert len(loads(copies[0], 0, 10**6)) < len(truth)
 
 

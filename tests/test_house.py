@@ -45,6 +45,8 @@ OFFLINE = [
     "advise",
     "export",
     "importing",
+    "copying",
+    "compacting",
     "report.writing",
     "executors",
     "postmortem",
@@ -87,7 +89,7 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.segments": SHARED | offline("places"),
     "eplb_analyze.dump": SHARED | offline("places", "segments", "errors"),
     "eplb_analyze.blocks": SHARED | offline("dump", "places", "segments"),
-    "eplb_analyze.placements": SHARED | offline("blocks", "dump", "errors", "places"),
+    "eplb_analyze.placements": SHARED | offline("blocks", "dump", "errors", "places", "segments"),
     "eplb_analyze.metrics": set(),
     "eplb_analyze.losses": SHARED | offline("metrics"),
     "eplb_analyze.bootstrap": set(),
@@ -177,7 +179,14 @@ ALLOWED["eplb_analyze.importers.formats"] = (
     | {f"eplb_analyze.importers.{n}" for n in IMPORTERS}
 )
 ALLOWED["eplb_analyze.importers.resolve"] = SHARED | READING | offline("importers.placement_files")
-ALLOWED["eplb_analyze.importers.writing"] = SHARED | READING | offline("importers.resolve") | {"eplb_dump"}
+ALLOWED["eplb_analyze.importers.writing"] = (
+    SHARED | READING | offline("importers.resolve", "newrun") | {"eplb_dump"}
+)
+ALLOWED["eplb_analyze.newrun"] = SHARED | offline("errors")
+ALLOWED["eplb_analyze.copying"] = SHARED | offline("dump", "errors", "places", "run", "segments")
+ALLOWED["eplb_analyze.compacting"] = (
+    SHARED | offline("blocks", "errors", "newrun", "places", "run", "segments", "summary") | {"eplb_dump"}
+)
 ALLOWED["eplb_analyze.importing"] = (
     SHARED | READING | offline("importers.formats", "importers.resolve", "importers.writing")
 )

@@ -364,6 +364,23 @@ def test_many_ranks_and_layers_fit(tmp_path: Path, ep_size: int, columns: int) -
     assert next(line for line in out.splitlines() if line.split()[:1] == ["7"]).split()[1] == "–"
 
 
+def test_where_ranks_are_left_out_each_column_has_its_number(tmp_path: Path) -> None:
+    """Else a reader counts on from the last number, and finds another rank."""
+    slow = [1, 18, 19, 29, 35, 49, 62]
+    load = np.full((7, 1, 64), 10)
+    load[range(7), 0, slow] = 15
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=64, ep_size=64, scope="global") as writer:
+        for one in load:
+            writer.record(None, one, np.arange(64)[None])
+    out = cli("ranks", tmp_path).stdout
+    names, cells = (next(li for li in out.splitlines() if li.split()[:1] == [w]) for w in ("layer", "0"))
+    shown = names.split()[1:]
+    assert len(shown) == len(cells.split()) - 1
+    assert [name for name, cell in zip(shown, cells.split()[1:], strict=True) if cell == "+1"] == [
+        f"r{rank}" for rank in slow
+    ]
+
+
 def test_the_plot_has_a_column_a_bin(local: Truth) -> None:
     out = cli("timeline", "--bins", "30", local.root).stdout.splitlines()
     axis = next(line for line in out if "└" in line).split("└")[1]

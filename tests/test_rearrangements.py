@@ -197,7 +197,9 @@ def test_on_other_ranks_the_same_slots_are_others(tmp_path: Path) -> None:
         tmp_path, model="m", num_logical_experts=LOGICAL, ep_size=4, run_id="r", scope="global"
     ) as writer:
         for step in range(40):
-            writer.record(step, np.ones((2, 12), int), np.array([TOGETHER] * 2), ep_size=4 if step < 20 else 2)
+            writer.record(
+                step, np.ones((2, 12), int), np.array([TOGETHER] * 2), ep_size=4 if step < 20 else 2
+            )
     run = open_run(tmp_path)
     [row] = rearrangement_report(run).rearrangements
     changes = placement_report(run, 39, against=0).changes

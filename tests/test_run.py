@@ -14,12 +14,13 @@ from helpers import start_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_analyze import open_run
+from eplb_analyze import dump, open_run
 from eplb_analyze.check import check_run
 from eplb_analyze.layer import layer_report
 from eplb_analyze.metrics import FORMULAS
 from eplb_analyze.summary import summarize
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format import SessionInfo
 
 LAYERS, LOGICAL = 5, 12
 ROUTING = Path(__file__).parents[2] / "shared/data/gpt_oss_20b_mmlu_decode_counts_bs48.npz"
@@ -447,6 +448,20 @@ def test_global_sums_of_a_step_are_the_lowest_ranks_that_has_it(tmp_path: Path) 
     assert [load[0] for load in frame["load"].to_list()] == [10] * 5 + [11] * 3
 
 
+def test_a_rank_that_idles_since_an_elastic_change_does_not_hide_it(tmp_path: Path) -> None:
+    wide = np.array([[0, 1, 0, 1]])
+    for rank in range(2):
+        with two(tmp_path, scope="local", ep_rank=rank) as writer:
+            for step in range(10):
+                if step < 5:
+                    writer.record(step, ONE, ONE)
+                elif rank == 0:
+                    writer.skip()
+                else:
+                    writer.record(step, wide, wide)
+    assert open_run(tmp_path).info.num_physical_experts == 4
+
+
 def test_an_elastic_stretch_without_a_complete_step_still_separates(tmp_path: Path) -> None:
     for rank in range(2):
         with two(tmp_path, scope="local", ep_rank=rank) as writer:
@@ -556,3 +571,35 @@ def test_the_phase_of_a_range_with_one_complete_step_is_that_step_s(tmp_path: Pa
                 writer.record(step, np.array([[1, 2]]), ONE, phase="prefill" if step == 5 else "decode")
     report = layer_report(open_run(tmp_path), 0, steps=(4, 6))
     assert (report.first_step, report.steps, report.phase) == (5, 1, "prefill")
+
+
+def test_all_ranks_of_a_live_run_are_read_as_of_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading many takes a while: ranks that are read first would seem to have stopped."""
+    writers = [two(tmp_path, scope="local", ep_rank=rank) for rank in (0, 1)]
+
+    def go_on(steps: range) -> None:
+        for step in steps:
+            for writer in writers:
+                writer.record(step, np.array([[1, 2]]), ONE)
+        assert all(writer.flush() for writer in writers)
+
+    go_on(range(5))
+    opening = dump.open_session
+    later = iter([range(5, 11)])
+
+    def slowly(folder: Path, info: SessionInfo, *others: Any) -> dump.Session:
+        if info.ep_rank == 1:
+            go_on(next(later, range(0)))
+        return opening(folder, info, *others)
+
+    monkeypatch.setattr(dump, "open_session", slowly)
+    run = open_run(tmp_path)
+    assert run.steps().select("step", "state").rows() == [(step, "recorded") for step in range(5)]
+    assert [f for f in run.findings if f.severity != "info"] == []
+    monkeypatch.undo()
+    assert run.step_range == (0, 4)
+    assert open_run(tmp_path).step_range == (0, 10)
+    for writer in writers:
+        writer.close()

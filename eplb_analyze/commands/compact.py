@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 def compact(
-    to: Annotated[
-        Path, typer.Option("--to", help="The dump to write the new run into.", show_default=False)
-    ],
+    to: Annotated[Path, typer.Option("--to", help="The dump to write the new run into.", show_default=False)],
     dump: Dump = Path("."),
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="The new run's id; default: the old one's, and -compact.")

@@ -95,7 +95,8 @@ def _grid(console: Console, report: RankReport, by: By, costliest: list[Straggle
     compact = wide * len(costliest) > room
     width = max(3, len(tag)) if compact else wide
     if compact and width * len(costliest) > room:
-        width = 2
+        # Where some are left out nobody could count on to a column without a number.
+        width = 2 if 2 * len(costliest) <= room else len(tag) + 1
     shown = sorted(m.number for m in costliest[: max(1, room // width)])
     title = f"load of each {by.value}{', per rank,' if by is By.node else ''} over the layer's mean"
     if compact:

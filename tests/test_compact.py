@@ -1,0 +1,329 @@
+"""`compact`: the new run has every figure of the old one, bit for bit, and is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import (
+    Array,
+    _rounded,
+    assert_golden,
+    cli,
+    load_of,
+    manifest,
+    map_of,
+    one_error,
+    open_writer,
+    start_child,
+    write,
+)
+from s3 import S3
+
+from eplb_analyze import open_run
+from eplb_analyze.compacting import compact_run
+from eplb_analyze.places import place
+from eplb_dump import ExpertLoadWriter
+from eplb_dump.format import SESSION_FILE
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three ranks with all that a step can be, placements that change, phases and tokens."""
+    root = tmp_path_factory.mktemp("dump")
+    rng = np.random.default_rng(3)
+    for rank in range(3):
+        with open_writer(
+            root, model="org/moe", ep_rank=rank, ep_size=3, num_logical_experts=6, segment_steps=8,
+            moe_layers=[3, 5], engine="an engine", engine_config={"eplb": {"window": 10}}, ranks_per_node=2,
+            token_replication=2,
+        ) as writer:  # fmt: skip
+            for step in range(60):
+                if step % 10 == 4:
+                    writer.skip("dummy")  # of all ranks
+                elif step % 10 == 5 and rank == 1:
+                    writer.skip("dummy")  # of one
+                elif step == 33 and rank == 2:
+                    writer.skip("dropped")
+                else:
+                    slots = (np.arange(9) + np.arange(2)[:, None] * (step // 20)) % 6
+                    load = rng.integers(0, 100_000 if step == 50 else 90, (2, 9))
+                    phase = ("prefill", "decode")[step % 2]
+                    writer.record(
+                        step, load, slots, num_tokens=None if step == 7 else 100 + rank, phase=phase
+                    )
+    return root
+
+
+def figures(where: Path, run: str | None = None) -> dict[str, Any]:
+    """All that the library says of a run, but for which rank recorded it."""
+    opened = open_run(where, run)
+    return {
+        "loads": opened.loads().rows(),
+        "placements": opened.placements().rows(),
+        "steps": opened.steps().drop("ranks_recorded", "state").rows(),
+        "states": opened.steps()["state"].to_list(),
+        "run": {**vars(opened.info), "run_id": 0, "scope": 0, "origin": 0},
+    }
+
+
+def compact(source: Path | str, to: Path, *arguments: str) -> dict[str, Any]:
+    result = cli("compact", "--to", to, *arguments, "-o", "json", source)
+    assert (result.returncode, result.stderr) == (0, "")
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_every_figure_stays_the_same(dump: Path, tmp_path: Path) -> None:
+    before = {f: f.read_bytes() for f in dump.rglob("*") if f.is_file()}
+    document = compact(dump, tmp_path)
+    assert {f: f.read_bytes() for f in dump.rglob("*") if f.is_file()} == before
+    old, new = figures(dump), figures(tmp_path)
+    assert old["states"].count("incomplete") == 1
+    assert new["states"] == ["dropped" if state == "incomplete" else state for state in old["states"]]
+    assert len(old["loads"]) == 2 * (60 - 6 - 1)
+    without = [
+        row if state != "incomplete" else (*row[:2], None, *row[3:])
+        for row, state in zip(old["steps"], old["states"], strict=True)
+    ]
+    assert new["steps"] == without
+    for key in ("loads", "placements", "run"):
+        assert new[key] == old[key], key
+    run = open_run(tmp_path)
+    assert (run.info.run_id, run.info.scope) == ("r-compact", "global")
+    assert (document["before"]["sessions"], document["after"]["sessions"]) == (3, 1)
+    assert document["after"]["files"] == 5 < document["before"]["files"]
+    assert document["steps"] == {"recorded": 53, "dummy": 6, "not_sampled": 0, "dropped": 1, "rejected": 0}
+    assert document["incomplete"] == 1
+    assert list(document["unknown"]) == ["incomplete_steps"]
+    sizes = [f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()]
+    assert document["after"]["bytes"] == sum(sizes)
+
+
+def test_the_loads_are_the_sums_of_what_was_recorded(tmp_path: Path) -> None:
+    truth: dict[int, Array] = {}
+    rng = np.random.default_rng(5)
+    for rank in range(2):
+        with open_writer(tmp_path / "dump", ep_rank=rank, segment_steps=4) as writer:
+            for step in range(10):
+                load = rng.integers(0, 2**30, (3, 8))
+                truth[step] = truth.get(step, 0) + load
+                writer.record(step, load, np.arange(8) % 6 + np.zeros((3, 1), int))
+    compact(tmp_path / "dump", tmp_path / "new")
+    for row in open_run(tmp_path / "new").loads().iter_rows(named=True):
+        assert row["load"] == truth[row["step"]][row["layer"]].tolist()
+
+
+def test_commands_say_the_same(dump: Path, tmp_path: Path) -> None:
+    compact(dump, tmp_path)
+    for command in ("summary", "layer 3", "ranks", "experts", "rearrangements", "timeline --bins 4"):
+        texts = [cli(*command.split(), "-o", "json", where).stdout for where in (dump, tmp_path)]
+        old, new = (json.loads(_rounded(text)) for text in texts)
+        for document in (old, new):
+            document.pop("run")
+            if command == "summary":
+                document.pop("ranks")
+                for key in ("window_steps", "persistent_share"):  # windows end where segments do
+                    assert document["loss"].pop(key)
+            for key in ("incomplete", "dropped"):
+                document.get("steps", {}).pop(key, None) if isinstance(document.get("steps"), dict) else None
+        assert new == old, command
+    one_error(cli("traffic", tmp_path), 2, "does not hold which rank sent what")
+    checked = json.loads(cli("check", "-o", "json", tmp_path).stdout)
+    (made,) = [f["text"] for f in checked["findings"] if f["code"] == "imported"]
+    assert "made by compact of run=r/model=org--moe" in made
+    assert "incomplete steps" in made
+    assert "made by compact" in cli("summary", tmp_path).stdout
+
+
+def test_shapes_that_change_are_kept_apart(tmp_path: Path) -> None:
+    """EP 2, then EP 3: the new run has a segment of each."""
+    for rank in range(3):
+        with open_writer(
+            tmp_path / "dump", ep_rank=rank, segment_steps=8, ep_size=2 if rank < 2 else 3
+        ) as writer:
+            for step in range(0 if rank < 2 else 20, 40):
+                size, slots = (2, 8) if step < 20 else (3, 9)
+                load = np.full((3, slots), step + rank)
+                writer.record(step, load, np.arange(slots) % 6 + np.zeros((3, 1), int), ep_size=size)
+    compact(tmp_path / "dump", tmp_path / "new")
+    old, new = figures(tmp_path / "dump"), figures(tmp_path / "new")
+    assert old["states"] == ["recorded"] * 40
+    assert {key: new[key] for key in old} == old
+    (folder,) = (tmp_path / "new").glob("run=*/model=*/rank=*/session=*")
+    shapes = [f.header["shape"]["ep_size"] for f in manifest(folder) if f.kind == "sealed"]
+    assert shapes == [2, 3]
+
+
+def test_many_small_segments_become_few(tmp_path: Path) -> None:
+    for rank in range(2):
+        with open_writer(tmp_path / "dump", ep_rank=rank, segment_steps=4) as writer:
+            for step in range(200):
+                writer.record(step, load_of(step, rank), map_of(step // 100))
+    document = compact(tmp_path / "dump", tmp_path / "new")
+    assert figures(tmp_path / "new")["loads"] == figures(tmp_path / "dump")["loads"]
+    assert document["before"]["files"] > 200
+    assert document["after"]["files"] == 5
+    assert document["after"]["bytes"] < document["before"]["bytes"] / 5
+
+
+def test_segments_stay_of_bounded_size(dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eplb_analyze import compacting
+
+    monkeypatch.setattr(compacting, "SEGMENT_BYTES", 10 * 2 * 9 * 4)
+    monkeypatch.setattr(compacting, "SEGMENT_STEPS", 16)
+    compact_run(place(dump), tmp_path)
+    (folder,) = tmp_path.glob("run=*/model=*/rank=*/session=*")
+    spans = [(f.header["first_step"], f.header["last_step"]) for f in manifest(folder) if f.kind == "sealed"]
+    assert len(spans) >= 6
+    assert max(last - first for first, last in spans) < 10
+    assert figures(tmp_path)["loads"] == figures(dump)["loads"]
+
+
+def test_a_killed_run(tmp_path: Path) -> None:
+    """Journals are read as ever, and what its end leaves open stays known."""
+    script = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[2])
+    from helpers import load_of, map_of, open_writer
+    writer = open_writer(sys.argv[1], ep_rank=int(sys.argv[3]), segment_steps=8)
+    for step in range(12):
+        writer.record(step, load_of(step, int(sys.argv[3])), map_of())
+    assert writer.flush(10)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    for rank in range(2):
+        with start_child(script, tmp_path / "dump", Path(__file__).parent, rank) as child:
+            child.communicate(timeout=60)
+    document = compact(tmp_path / "dump", tmp_path / "new")
+    assert "2 sessions of the source did not end in order" in document["unknown"]["end"]
+    assert figures(tmp_path / "new")["loads"] == figures(tmp_path / "dump")["loads"]
+
+
+def test_from_a_bucket_and_a_part_of_a_dump(dump: Path, s3: S3, tmp_path: Path) -> None:
+    path = s3.put(dump)
+    compact(s3.address(f"{path}/run=r"), tmp_path, "--run-id", "another")
+    assert open_run(tmp_path).info.run_id == "another"
+    assert figures(tmp_path)["loads"] == figures(dump)["loads"]
+
+
+def test_into_the_dump_that_it_is_of(dump: Path, tmp_path: Path) -> None:
+    """Never in place: a run of its own beside the old one."""
+    root = shutil.copytree(dump, tmp_path / "dump")
+    compact(root, root, "--run", "r")
+    compact(root, root, "--run", "r")
+    assert sorted(p.name for p in root.iterdir()) == ["run=r", "run=r-compact", "run=r-compact-2"]
+    assert figures(root, "r-compact") == figures(root, "r-compact-2")
+    again = compact(root, tmp_path / "new", "--run", "r-compact")  # of a compacted one
+    assert again["after"]["run_id"] == "r-compact-compact"
+    assert figures(tmp_path / "new")["loads"] == figures(dump)["loads"]
+
+
+# ---- what is refused, and leaves nothing
+
+
+@pytest.mark.parametrize(
+    "name", ["loads-000001.parquet", "steps-000001.parquet", "placements-000000.parquet"]
+)
+@pytest.mark.parametrize("fault", ["flipped", "gone"])
+def test_a_damaged_run_is_refused(name: str, fault: str, dump: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(dump, tmp_path / "dump")
+    victim = next(root.glob(f"run=*/model=*/rank=00001/session=*/{name}"))
+    data = bytearray(victim.read_bytes())
+    data[20] ^= 1
+    victim.unlink() if fault == "gone" else victim.write_bytes(data)
+    one_error(cli("compact", "--to", tmp_path / "new", root), 3, name, "not compacted")
+    assert not [*(tmp_path / "new").rglob("*")] if (tmp_path / "new").exists() else True
+
+
+def test_a_run_without_a_complete_step(tmp_path: Path) -> None:
+    write(tmp_path / "dump", ranks=1)
+    one_error(cli("compact", "--to", tmp_path / "new", tmp_path / "dump"), 3, "no step is complete")
+    assert not [*(tmp_path / "new").iterdir()]
+
+
+def test_sums_that_the_format_does_not_hold(tmp_path: Path) -> None:
+    for rank in range(2):
+        with open_writer(tmp_path / "dump", ep_rank=rank) as writer:
+            writer.record(0, np.full((1, 8), 2**31 - 1), np.arange(8)[None] % 6)
+    one_error(cli("compact", "--to", tmp_path / "new", tmp_path / "dump"), 3, "larger than 2,147,483,647")
+    assert not [*(tmp_path / "new").iterdir()]
+
+
+def test_a_run_id_that_is_taken_or_none(dump: Path, tmp_path: Path) -> None:
+    compact(dump, tmp_path, "--run-id", "x")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    one_error(cli("compact", "--to", tmp_path, "--run-id", "x", dump), 2, "there already", "--run-id")
+    one_error(cli("compact", "--to", tmp_path, "--run-id", "../x", dump), 2, "--run-id")
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("limit", [100, 1500])
+def test_no_room(limit: int, dump: Path, tmp_path: Path) -> None:
+    """As on a full disk: a write fails."""
+    script = f"""
+    import resource, sys
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    from eplb_analyze.cli import main
+    main()
+    """
+    with start_child(script, "compact", "--to", tmp_path, dump) as child:
+        out, err = child.communicate(timeout=60)
+    one_error(subprocess.CompletedProcess([], child.returncode, out, err), 3, "too large")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_place_that_cannot_be_written(dump: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    one_error(cli("compact", "--to", tmp_path / "file/x", dump), 3, "file", "Not a directory")
+
+
+def test_killed_in_the_middle_there_is_no_run(tmp_path: Path) -> None:
+    root, to = tmp_path / "dump", tmp_path / "new"
+    with ExpertLoadWriter(
+        root, model="m", num_logical_experts=256, ep_size=8, run_id="r", scope="global", segment_steps=128
+    ) as writer:
+        rng = np.random.default_rng(0)
+        for step in range(1024):
+            writer.record(step, rng.integers(0, 200, (32, 256)), np.arange(256) + np.zeros((32, 1), int))
+            if step % 32 == 31:
+                assert writer.flush(60)
+    script = "from eplb_analyze.cli import main; main()"
+    with start_child(script, "compact", "--to", to, root) as child:
+        deadline = time.monotonic() + 60
+        while not [*to.rglob("*.parquet*")]:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert not [*to.glob("run=*/model=*")]
+    one_error(cli("summary", to), 3, "no run in it")
+    document = compact(root, to)
+    assert document["after"]["run_id"] == "r-compact-2"
+    assert (
+        json.loads(cli("check", "--run", "r-compact-2", "-o", "json", to).stdout)["steps"]["recorded"] == 1024
+    )
+
+
+# ---- what is printed
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dump, "dump")
+    result = cli("compact", "--to", "new", "-o", form, "dump")
+    assert (result.returncode, result.stderr) == (0, "")
+    text = re.sub(r'"(bytes|summary_seconds)": [\d.e-]+', r'"\1": 0', result.stdout)
+    text = re.sub(r"\d+% (smaller|larger)", "0% smaller", text)
+    text = re.sub(r"\d\.\d\d +\d\.\d\d s", "0.00   0.00 s", text)
+    assert_golden(f"compact.{'txt' if form == 'text' else 'json'}", text)
+    assert (next(Path("new").rglob(SESSION_FILE))).exists()
