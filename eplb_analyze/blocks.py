@@ -297,7 +297,7 @@ def workers() -> int:
 
 def use_at_most(threads: int) -> None:
     """From now on; for a process that shares its machine with others like it."""
-    global _at_most
+    global _at_most  # noqa: PLW0603 - it is a setting of the process
     _at_most = threads
 
 
