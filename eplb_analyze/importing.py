@@ -66,7 +66,8 @@ def import_dump(
 
     Raises:
         DumpError: the source cannot be used, or the dump not be written.
-        AskError: the source leaves open what must be known, or the run is there already.
+        AskError: the source leaves open what must be known.
+        UsageError: the run is there already.
     """
     options = options or Options()
     if options.ep_size is not None and not 1 <= options.ep_size <= MAX_EXPERTS:

@@ -114,7 +114,9 @@ def local(where: Place, what: str) -> Path:
     """A place that must be a folder of this machine, since ``what`` works only there. Raises UsageError."""
     if isinstance(where, Path):
         return where
-    raise UsageError(f"{where}: {what} needs a folder of this machine; `copy` brings a run to one")
+    raise UsageError(
+        f"{where}: {what} needs a folder of this machine; `copy` brings runs from buckets and to them"
+    )
 
 
 def absolute(where: Place) -> Place:

@@ -241,7 +241,7 @@ class ParquetSegment:
         with _faults(self, "steps", self.file_path("steps")):
             column = {name: table.column(name).combine_chunks() for name in names}
             status, statuses = _codes(column["status"])
-            if not set(statuses) <= set(STATUS_LABELS):
+            if not set(statuses) <= set(STATUS_LABELS) or status.min(initial=0) < 0:
                 raise FormatError("it holds an unknown status")
             number = np.array([*map(STATUS_LABELS.index, statuses)], np.uint8)
             phase, phases = _codes(column["phase"])
@@ -404,8 +404,13 @@ def _filled(array: pa.Array) -> npt.NDArray[Any]:
 
 
 def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """A text column as codes into its distinct texts; -1 for null."""
-    return _filled(array.indices).astype(np.int64), [str(text) for text in array.dictionary.to_pylist()]
+    """A text column as codes into its distinct texts; -1 for null. Raises FormatError."""
+    codes = _filled(array.indices).astype(np.int64)
+    texts = [str(text) for text in array.dictionary.to_pylist()]
+    # A damaged head of a page can hide the page of texts: it is in no checksum.
+    if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(texts):
+        raise FormatError("it names a text that it does not have")
+    return codes, texts
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:

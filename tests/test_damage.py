@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from pathlib import Path
@@ -115,6 +116,24 @@ def test_a_thousand_flipped_bits(small: Path, tmp_path: Path, seed: int) -> None
     assert reported > 250
 
 
+def test_every_bit_of_a_dictionarys_page_header(small: Path, tmp_path: Path) -> None:
+    """Page headers have no checksum: one can say that there is no text where codes of texts follow."""
+    root = shutil.copytree(small, tmp_path / "dump")
+    truth = read_everything(root)
+    assert truth is not None
+    (path, *_) = sorted(root.rglob("steps-*.parquet"))
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    status = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "status")
+    reported = 0
+    for bit in range(8 * status.dictionary_page_offset, 8 * (status.dictionary_page_offset + 16)):
+        flip(path, bit)
+        found = read_everything(root, check=False)
+        flip(path, bit)
+        reported += found is None or any(f.severity == "error" for f in found[0])
+        assert found is None or found[0] or found[1] == truth[1], bit
+    assert reported > 16
+
+
 @pytest.mark.long
 def test_ten_thousand_flipped_bits(small: Path, tmp_path: Path) -> None:
     harmless, reported = flip_and_judge(shutil.copytree(small, tmp_path / "dump"), 10_000, 99)
@@ -155,6 +174,26 @@ def test_truncation_at_every_byte(small: Path, tmp_path: Path, name: str) -> Non
     if name == "journal":
         assert survivors == sorted(survivors)
         assert set(survivors) == {12, 15}  # steps 0 to 3, then 4; step 5 needs the last byte
+
+
+def test_every_flipped_bit_before_the_data_of_a_page(tmp_path: Path) -> None:
+    """What says how a page is to be read is in no checksum: a page of texts can go missing."""
+    folder = record_three(tmp_path, scope="global")
+    path = folder / "steps-000000.parquet"
+    group = pq.read_metadata(path).row_group(0)
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "status")
+
+    def read() -> dict[str, Any]:
+        rows = open_run(tmp_path).sessions[0].segments[0].steps()
+        return {name: value.tolist() for name, value in vars(rows).items() if name != "phases"}
+
+    truth = read()
+    for page in (column.dictionary_page_offset, column.data_page_offset):
+        for bit in range(8 * page, 8 * (page + 40)):
+            flip(path, bit)
+            with contextlib.suppress(SegmentFault):
+                assert read() == truth, bit
+            flip(path, bit)
 
 
 # ---- placements that cannot be read

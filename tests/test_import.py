@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from eplb_analyze import open_run
 from eplb_analyze.check import check_run
 from eplb_analyze.commands.import_ import FORMATS
-from eplb_analyze.errors import DumpError, NotInDumpError
+from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.importers.formats import READERS
 from eplb_analyze.importers.reading import AskError, Options, whole_counts
 from eplb_analyze.importers.resolve import split
@@ -846,9 +846,9 @@ def test_runs_are_never_written_over(tmp_path: Path) -> None:
     assert len({report.run_id for report in reports}) == 3
     import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
     before = sorted((tmp_path / "d").rglob("*"))
-    with pytest.raises(AskError, match="there already"):
+    with pytest.raises(UsageError, match="there already"):
         import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
-    with pytest.raises(AskError, match="--run-id"):
+    with pytest.raises(UsageError, match="--run-id"):
         import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "../x")
     assert sorted((tmp_path / "d").rglob("*")) == before
     (tmp_path / "file").write_text("x")

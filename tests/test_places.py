@@ -225,6 +225,19 @@ def test_what_writes_or_waits_needs_a_folder(command: str, remote: str, s3: S3) 
     one_error(cli(command, *arguments, s3.address(remote)), 2, f"`{command}` needs a folder", "`copy`")
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["compact --to s3://b/x DUMP", "import DUMP --into s3://b/x", "postmortem --save s3://b/x DUMP"],
+)
+def test_what_is_written_into_a_folder_only(
+    command: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not into one here that is called ``s3:``."""
+    monkeypatch.chdir(tmp_path)
+    one_error(cli(*command.replace("DUMP", str(dump)).split()), 2, "s3://b/x", "needs a folder")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_from_the_environment(dump: Path, remote: str, s3: S3) -> None:
     variables = {"EXPERT_LOAD_DUMP_DIR": f"s3://{remote}", "AWS_ENDPOINT_URL": s3.endpoint}
     assert cli("summary", env=variables).stdout == cli("summary", dump).stdout

@@ -10,6 +10,7 @@ import typer
 from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption
 from eplb_analyze.errors import plural
 from eplb_analyze.output import Output, OutputFormat, clean, table
+from eplb_analyze.places import Place, local, place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def compact(
-    to: Annotated[Path, typer.Option("--to", help="The dump to write the new run into.", show_default=False)],
+    to: Annotated[
+        Place, typer.Option("--to", help="The dump, a folder, to write the new run into.", parser=place)
+    ],
     dump: Dump = Path("."),
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="The new run's id; default: the old one's, and -compact.")
@@ -31,10 +34,11 @@ def compact(
 
     Which rank a token came from is not in the new run, so `traffic` cannot tell.
     """
+    folder = local(to, "`compact --to`")
     from eplb_analyze.compacting import compact_run
 
     out = Output(output)
-    report = compact_run(dump, to, run, model, run_id, out.progress)
+    report = compact_run(dump, folder, run, model, run_id, out.progress)
     out.notes(report.notes)
     out.emit(report.to_json(), lambda console: render(console, report))
 

@@ -11,6 +11,7 @@ import typer
 from eplb_analyze.commands.options import OutputOption
 from eplb_analyze.errors import plural
 from eplb_analyze.output import Output, OutputFormat, clean
+from eplb_analyze.places import Place, local, place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +24,13 @@ FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array")
 def import_(
     source: Annotated[Path, typer.Argument(help="A file of another system, or the folder of its files.")],
     into: Annotated[
-        Path,
-        typer.Option("--into", help="The dump to write a new run into.", envvar="EXPERT_LOAD_DUMP_DIR"),
+        Place,
+        typer.Option(
+            "--into",
+            help="The dump, a folder, to write a new run into.",
+            envvar="EXPERT_LOAD_DUMP_DIR",
+            parser=place,
+        ),
     ],
     format: Annotated[
         str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; default: told by the content.")
@@ -99,7 +105,7 @@ def import_(
         only=only,
         array=array,
     )
-    report = import_dump(source, into, format, options, run_id)
+    report = import_dump(source, local(into, "`import --into`"), format, options, run_id)
     Output(output).emit(report.to_json(), lambda console: render(console, report))
 
 

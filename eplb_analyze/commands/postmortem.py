@@ -10,6 +10,7 @@ import typer
 from eplb_analyze.commands.options import OutputOption
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError, plural
 from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, percent, signed, table
+from eplb_analyze.places import local, place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,10 @@ def postmortem(
     save: Annotated[
         Path | None,
         typer.Option(
-            "--save", help="Keep runs.parquet, a report of each run and finished results in this folder."
+            "--save",
+            help="Keep runs.parquet, a report of each run and finished results in this folder.",
+            parser=lambda text: local(place(text), "`postmortem --save`"),
+            metavar="DIR",
         ),
     ] = None,
     html: Annotated[
