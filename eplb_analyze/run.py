@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     import polars as pl
 
 T = TypeVar("T")
+#: No engine comes near: 100 layers on 10,000 ranks.
+MAX_LAYER_RANKS = 1 << 20
 #: A part of a run has about so many steps: some seconds of work for one core.
 PART_STEPS = 16384
 Steps = tuple[int, int]
@@ -166,6 +168,7 @@ class Run:
         named = first.moe_layers
         # The newest shape stands for the run; summary lists all, where there are several.
         shape = self._newest_shape()
+        self._check_size()
         self._leave_out_other_layers(shape.num_moe_layers)
         if named is not None and shape.num_moe_layers not in (0, len(named)):
             raise DumpError(
@@ -210,6 +213,14 @@ class Run:
                 text += f" where the run has {num_moe_layers}; skipped"
                 self.findings.append(Finding("error", "layers_differ", text))
             session.segments = [s for s in session.segments if s not in odd]
+
+    def _check_size(self) -> None:
+        """Sums are kept by layer, rank and part of the run's time, so a hostile shape would fill memory."""
+        shapes = {s.shape for session in self.sessions for s in session.segments if s.shape}
+        for shape in shapes:
+            if shape.num_moe_layers * shape.ep_size > MAX_LAYER_RANKS:
+                claim = f"{shape.num_moe_layers:,} layers on {shape.ep_size:,} ranks"
+                raise DumpError(f"{self.path}: it claims {claim}, which is more than is read at once")
 
     def _newest_shape(self) -> Shape:
         segments = [s for session in self.sessions for s in session.segments if s.shape is not None]
