@@ -10,7 +10,7 @@ import numpy as np
 
 from eplb_analyze.blocks import Block, StepState, ahead, shares
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.errors import Finding, plural
+from eplb_analyze.errors import Finding, listed, plural
 from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run, imported
 from eplb_dump.format import EMPTY_SLOT
@@ -161,9 +161,7 @@ def _check_ranks(run: Run) -> Iterator[Finding]:
         text = f"of {len(run.expected_ranks)} ranks, {_ranks(missing)} wrote nothing"
         yield Finding("error", "missing_ranks", text)
     if run.scope.value == "global" and len(run.present_ranks) > 1:
-        text = (
-            f"ranks {_numbers(run.present_ranks)} all wrote global sums; rank {run.present_ranks[0]}'s count"
-        )
+        text = f"ranks {listed(run.present_ranks)} all wrote global sums; rank {run.present_ranks[0]}'s count"
         yield Finding("warning", "several_global_writers", text)
 
 
@@ -239,7 +237,7 @@ def _check_placements(run: Run) -> Iterator[Finding]:
             where = f"layer {number} from step {step} on"
             without = np.flatnonzero(replicas(slots, run.info.num_logical_experts) == 0)
             if len(without):
-                absent.append(f"{where}: expert {_numbers(without.tolist())}")
+                absent.append(f"{where}: expert {listed(without.tolist())}")
             ranks = np.sort(slots.reshape(ep_size, -1), axis=1)
             twice = (np.diff(ranks, axis=1) == 0) & (ranks[:, 1:] != EMPTY_SLOT)
             if twice.any():
@@ -381,9 +379,4 @@ def _steps_text(steps: list[int]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {_numbers(ranks)}"
-
-
-def _numbers(numbers: list[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"

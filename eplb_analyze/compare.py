@@ -313,12 +313,5 @@ def _stated(run: Run) -> dict[str, Any]:
     names = ("engine", "engine_version", "scope", "ep_size", "num_physical_experts", "ranks_per_node")
     stated = {name: getattr(run.info, name) for name in (*names, "token_replication", "interval")}
     first = run.sessions[0].info
-    return stated | {"writer_version": first.writer_version} | _flat("engine_config", first.engine_config)
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        key: item for part, inner in value.items() for key, item in _flat(f"{name}.{part}", inner).items()
-    }
+    config = {f"engine_config.{name}": value for name, value in run.engine_config.items()}
+    return stated | {"writer_version": first.writer_version} | config

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from eplb_analyze.blocks import Block
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.errors import DumpError
 from eplb_analyze.run import Run, Steps
 from eplb_analyze.stretches import stretches
 from eplb_dump.journal import Shape
@@ -59,8 +58,7 @@ def last_configuration(
             sums, current = start(block.shape), number
         sums.add(block)
     if sums is None:
-        where = "the run" if steps is None else "this range"
-        raise DumpError(f"{run.path}: no step of {where} is complete (see `check`)")
+        raise run.nothing_complete(steps)
     notes = []
     if left_out is not None:
         first, last = left_out

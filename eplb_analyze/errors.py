@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,12 @@ EXIT_DONE, EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_UNUSABLE = 0, 1, 2, 3
 def plural(count: int, word: str) -> str:
     """``1 rank``, ``2 ranks``."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def listed(numbers: Sequence[int], most: int = 8) -> str:
+    """``1, 2, 3``, and how many more there are."""
+    shown = ", ".join(map(str, numbers[:most]))
+    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
 
 
 Severity = Literal["error", "warning", "info"]

@@ -19,7 +19,7 @@ import polars as pl
 from eplb_analyze.blocks import Block, Piece, ahead, shares
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.configuration import Sums, last_configuration
-from eplb_analyze.errors import DumpError, plural
+from eplb_analyze.errors import DumpError, listed, plural
 from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run, Steps
 from eplb_dump.format import EMPTY_SLOT
@@ -157,11 +157,11 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     if len(without) == len(numbers):
         raise DumpError(f"{run.path}: no placement is known in these steps, so no load has an expert's name")
     experts = sums.frame(run)
-    unknown = _count(run, sums.unknown.sum())
+    unknown = run.count(sums.unknown.sum())
     if unknown:
         notes.append(f"{unknown:,} tokens fell on no known expert and are in no figure")
     if without:
-        notes.append(f"{plural(len(without), 'layer')} without a placement left out: {_numbers(without)}")
+        notes.append(f"{plural(len(without), 'layer')} without a placement left out: {listed(without)}")
     tokens = float(sums.tokens.sum()) / run.info.token_replication
     per_window = tokens / max(1, len(experts) * sums.recorded / min(windows.size, sums.recorded))
     if 0 < per_window < FEW_TOKENS:
@@ -191,16 +191,6 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
         experts=experts,
         notes=notes,
     )
-
-
-def _count(run: Run, value: Any) -> float:
-    """A count of tokens: an exact int, unless token replication has to be divided out."""
-    return int(value) if run.info.token_replication == 1 else float(value) / run.info.token_replication
-
-
-def _numbers(numbers: list[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
 
 
 class _Windows:

@@ -9,7 +9,7 @@ import numpy as np
 
 from eplb_analyze import metrics
 from eplb_analyze.blocks import Block, StepState
-from eplb_analyze.errors import DumpError, NotInDumpError, plural
+from eplb_analyze.errors import NotInDumpError, plural
 from eplb_analyze.placements import fold, replicas
 from eplb_analyze.run import Run, Steps
 from eplb_dump.format import STATUS_LABELS
@@ -118,8 +118,7 @@ def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport
     while blocks and not len(blocks[-1][1]):
         blocks.pop()
     if not blocks:
-        where = "the run" if steps is None else "this range"
-        raise DumpError(f"{run.path}: no step of {where} is complete (see `check`)")
+        raise run.nothing_complete(steps)
     shape = blocks[-1][0].shape
     kept = [(block, numbers) for block, numbers in blocks if block.shape == shape]
     # A shape may come back; only its last uninterrupted stretch is one configuration.
@@ -180,7 +179,7 @@ def _report(
         imbalance=_mean(ratios["imbalance"]),
         idle_fraction=1 - mean_tokens / max_tokens if max_tokens else None,
         ranks=[
-            RankLoad(rank, _count(run, value))
+            RankLoad(rank, run.count(value))
             for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))
         ],
         slots=[
@@ -188,7 +187,7 @@ def _report(
                 physical,
                 physical // shape.slots_per_rank,
                 None if slots is None else int(slots[physical]),
-                _count(run, value),
+                run.count(value),
             )
             for physical, value in enumerate(slot_load)
         ],
@@ -217,18 +216,13 @@ def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
     return [
         ExpertLoad(
             logical,
-            _count(run, by_rank.sum()),
+            run.count(by_rank.sum()),
             float(by_rank.sum() / total) if total else 0.0,
             int(copies[logical]),
-            [RankLoad(int(rank), _count(run, by_rank[rank])) for rank in np.flatnonzero(by_rank)],
+            [RankLoad(int(rank), run.count(by_rank[rank])) for rank in np.flatnonzero(by_rank)],
         )
         for logical, by_rank in enumerate(load.T)
     ]
-
-
-def _count(run: Run, value: Any) -> float:
-    """A count of tokens: an exact int, unless token replication has to be divided out."""
-    return int(value) if run.info.token_replication == 1 else float(value) / run.info.token_replication
 
 
 def _mean(parts: list[metrics.Float64]) -> float | None:

@@ -186,6 +186,14 @@ def heading(console: Console, name: str, rest: str = "") -> None:
     console.print(Text.assemble((clean(name), "bold"), clean(rest)))
 
 
+def show_notes(console: Console, notes: Iterable[str]) -> None:
+    """What to bear in mind of the figures that follow."""
+    from rich.text import Text
+
+    for note in notes:
+        console.print(Text(f"note: {clean(note)}", style="yellow"))
+
+
 # ---- figures as text
 
 

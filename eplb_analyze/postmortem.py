@@ -454,17 +454,9 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
         hurt=judged.count("hurt"),
         no_op=judged.count("no-op"),
         faults=sorted({f.code for f in findings}),
-        config=flat(run.sessions[0].info.engine_config),
+        config=run.engine_config,
         series=_series(np.concatenate(sums.values["balancedness"])),
     )
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted names."""
-    if not isinstance(value, dict):
-        return {name: value} if name else {}
-    parts = (flat(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items())
-    return {key: item for part in parts for key, item in part.items()}
 
 
 def _series(values: Any) -> list[tuple[float, int]]:

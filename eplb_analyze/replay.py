@@ -10,7 +10,7 @@ import numpy as np
 
 from eplb_analyze import policies
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.errors import DumpError, plural
+from eplb_analyze.errors import plural
 from eplb_analyze.playback import MEASURED, TODAY, Move, NotReplayableError, Placed, Playback, Scores
 from eplb_analyze.run import Run, Steps
 from eplb_analyze.settings import Choices, Recorded, Setting, grid, recorded
@@ -64,8 +64,7 @@ def last_part(run: Run, steps: Steps | None = None) -> Part:
         count += len(block.recorded)
         gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
     if shape is None:
-        where = "the run" if steps is None else "this range"
-        raise DumpError(f"{run.path}: no step of {where} is complete (see `check`)")
+        raise run.nothing_complete(steps)
     begin_of_starts, notes = run.step_range[0] or 0, []
     if begin != first:
         begin_of_starts = first

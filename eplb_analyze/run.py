@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -359,6 +359,11 @@ class Run:
         """First and last step of the gaps in what can be read of a session's placements."""
         return untold(session, frozenset(self._unreadable["placements"]))
 
+    @property
+    def engine_config(self) -> dict[str, Any]:
+        """What the engine said of its configuration, by dotted names."""
+        return _flat(self.sessions[0].info.engine_config or {})
+
     def layer_index(self, layer: int) -> int:
         """The index of a layer by its number in the model. Raises NotInDumpError."""
         if layer not in self.info.layers:
@@ -386,6 +391,16 @@ class Run:
     def tokens(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Recorded counts as tokens: float64, token replication divided out."""
         return values / float(self.info.token_replication)
+
+    def count(self, value: Any) -> float:
+        """A recorded count as tokens: an exact int, unless token replication has to be divided out."""
+        times = self.info.token_replication
+        return int(value) if times == 1 else float(value) / times
+
+    def nothing_complete(self, steps: Steps | None) -> DumpError:
+        """The error where no step of the run, or of a range that was asked for, is complete."""
+        where = "the run" if steps is None else "this range"
+        return DumpError(f"{self.path}: no step of {where} is complete (see `check`)")
 
     # ---- frames
 
@@ -470,3 +485,11 @@ class Run:
         for layer, load in block.rank_load_parts(first=first, last=last):
             terms.add(layer - first, load)
         return terms
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{part}" if part else name: item for part, item in inner.items()}
+    return flat

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import polars as pl
 
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics import FORMULAS, Float64
 from eplb_analyze.run import Run, Steps
 from eplb_analyze.stretches import stretches
@@ -155,8 +154,7 @@ def _timeline(run: Run, formula: str, bins: int, index: int | None, steps: Steps
         shape = block.shape
         shapes[number] = Stretch(begin, int(block.recorded[-1]), shape.ep_size, shape.num_physical_experts)
     if not shapes:
-        where = "the run" if steps is None else "this range"
-        raise DumpError(f"{run.path}: no step of {where} is complete (see `check`)")
+        raise run.nothing_complete(steps)
     history = run.history
     changes = (
         [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]

@@ -27,7 +27,18 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import EXIT_CHECK_FAILED, plural
-from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, percent, say, signed, table
+from eplb_analyze.output import (
+    Output,
+    OutputFormat,
+    clean,
+    figure,
+    heading,
+    percent,
+    say,
+    show_notes,
+    signed,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,8 +114,7 @@ def render(console: Console, advice: Advice) -> None:
     console.print(Text.assemble("verdict: ", (advice.verdict, STYLES[advice.verdict])))
     for reason in advice.reasons:
         console.print(Text(clean(reason)))
-    for note in advice.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, advice.notes)
     if advice.best is not None and advice.today is not None:
         console.print()
         _evidence(console, advice, advice.best, advice.today)

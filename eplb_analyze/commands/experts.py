@@ -19,7 +19,7 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, heat, percent, table
+from eplb_analyze.output import Output, OutputFormat, figure, heading, heat, percent, show_notes, table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -80,8 +80,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
     console.print(f"{text}, {counts['dead']:,} of them dead" if counts["dead"] else text)
     _replication(console, counts)
     _drift(console, report)
-    for note in report.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, report.notes)
     console.print()
     if hot or not cold:
         _table(console, report, "always hot", report.hot.filter(verdict="always"), top)

@@ -19,7 +19,7 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, heading
+from eplb_analyze.output import Output, OutputFormat, clean, heading, show_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,9 +200,8 @@ def _placement(console: Console, report: PlacementExport) -> None:
         names = _ranges(report.filled_layers)
         few = len(report.filled_layers) == 1
         text = f"layer{'' if few else 's'} {names} {'is' if few else 'are'} not in the dump (dense, or not "
-        _note(console, text + "recorded); there the file has the placement that engines start with")
-    for note in report.notes:
-        _note(console, note)
+        show_notes(console, [text + "recorded); there the file has the placement that engines start with"])
+    show_notes(console, report.notes)
 
 
 def _source(origin: Origin) -> str:
@@ -228,8 +227,7 @@ def _loads(console: Console, report: LoadExport) -> None:
     size = f"{report.bytes:,} bytes"
     rows = f"{plural(report.rows, 'row')}, " if report.rows is not None else ""
     console.print(f"written as {report.format}: {clean(report.file)}, {rows}{size}", soft_wrap=True)
-    for note in report.notes:
-        _note(console, note)
+    show_notes(console, report.notes)
 
 
 def _note(console: Console, text: str) -> None:

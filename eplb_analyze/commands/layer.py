@@ -20,7 +20,17 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, counter, figure, heading, heat, percent, table
+from eplb_analyze.output import (
+    Output,
+    OutputFormat,
+    counter,
+    figure,
+    heading,
+    heat,
+    percent,
+    show_notes,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,8 +97,7 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
         times = f"{hottest.load / mean:.2f}"
         summed = ", summed over the steps" if report.steps > 1 else ""
         console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times} × the mean")
-    for note in report.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, report.notes)
     console.print()
     _ranks(console, report, count, mean)
     if report.experts:

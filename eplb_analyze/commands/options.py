@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,6 +107,17 @@ def _numbers(text: str | None, option: str, least: int) -> list[int] | None:
             f"{text!r} is not whole numbers from {least} on, as 100,500", param_hint=option
         )
     return sorted({int(part) for part in parts})
+
+
+class By(str, enum.Enum):
+    rank = "rank"
+    node = "node"
+
+
+ByOption = Annotated[By, typer.Option("--by", help="Show ranks or nodes.")]
+RanksPerNodeOption = Annotated[
+    int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1, max=65536)
+]
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import typer
 
 from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption, finish, open_for
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, heading, table
+from eplb_analyze.output import Output, OutputFormat, heading, show_notes, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,14 +48,12 @@ def placement(
 
 
 def render(console: Console, report: PlacementReport, *, single: bool, experts: bool) -> None:
-    from rich.text import Text
 
     where = f"layer {report.layers[0].layer}, " if single else ""
     since = "" if report.against is None else f" against {report.against}"
     rest = f" · {where}step {report.step}{since} · {report.model} · run {report.run_id}"
     heading(console, "placement", rest)
-    for note in report.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, report.notes)
     changes = {change.layer: change for change in report.changes or []}
     if report.changes is not None:
         _changed(console, report.changes)

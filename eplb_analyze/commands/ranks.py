@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from eplb_analyze.commands.options import (
+    By,
+    ByOption,
     Dump,
     ModelOption,
     OutputOption,
+    RanksPerNodeOption,
     RunOption,
     StepsOption,
     TopOption,
@@ -19,7 +19,17 @@ from eplb_analyze.commands.options import (
     open_for,
     parse_steps,
 )
-from eplb_analyze.output import Output, OutputFormat, clean, counter, figure, heading, heat, percent, table
+from eplb_analyze.output import (
+    Output,
+    OutputFormat,
+    counter,
+    figure,
+    heading,
+    heat,
+    percent,
+    show_notes,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,17 +37,10 @@ if TYPE_CHECKING:
     from eplb_analyze.ranks import RankReport, Straggler
 
 
-class By(str, enum.Enum):
-    rank = "rank"
-    node = "node"
-
-
 def ranks(
     dump: Dump = Path("."),
-    by: Annotated[By, typer.Option("--by", help="Show ranks or nodes.")] = By.rank,
-    ranks_per_node: Annotated[
-        int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1, max=65536)
-    ] = None,
+    by: ByOption = By.rank,
+    ranks_per_node: RanksPerNodeOption = None,
     steps: StepsOption = None,
     top: TopOption = 8,
     run: RunOption = None,
@@ -77,8 +80,7 @@ def render(console: Console, report: RankReport, by: By, top: int = 8) -> None:
             f": {share} of it; slowest in {often} of layers × steps",
         )
         console.print(Text.assemble("waiting most for ", *text))
-    for note in report.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, report.notes)
     console.print()
     _grid(console, report, by, costliest)
     _table(console, by, costliest, top)

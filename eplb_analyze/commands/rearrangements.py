@@ -19,7 +19,7 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, signed, table
+from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, show_notes, signed, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,11 +60,9 @@ def rearrangements(
 
 
 def render(console: Console, report: RearrangementReport) -> None:
-    from rich.text import Text
 
     heading(console, "rearrangements", f" · {report.model} · run {report.run_id}")
-    for note in report.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, report.notes)
     rows = report.rearrangements
     if not rows:
         never = "no rearrangement: the placement never changed in these steps"

@@ -28,7 +28,17 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, percent, signed, table
+from eplb_analyze.output import (
+    Output,
+    OutputFormat,
+    clean,
+    figure,
+    heading,
+    percent,
+    show_notes,
+    signed,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,8 +94,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
         f"{plural(shape.num_moe_layers, 'layer')}"
     )
-    for note in result.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, result.notes)
     console.print()
     _today(console, result)
     _settings(console, result, top)

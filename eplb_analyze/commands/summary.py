@@ -99,51 +99,29 @@ def render(console: Console, result: Summary, top: int = 5, *, acted: bool | Non
 
 
 def _banner(console: Console, result: Summary, acted: bool | None) -> None:
-    """What a reader must know before any figure, in capitals that stand out in a pipe, too."""
     from rich.text import Text
 
-    lines = []
-    if result.missing_ranks:
-        missing = ", ".join(map(str, result.missing_ranks[:8]))
-        more = f" and {len(result.missing_ranks) - 8} more" if len(result.missing_ranks) > 8 else ""
-        ranks = plural(len(result.expected_ranks), "rank")
-        lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {missing}{more}")
-    elif _lacks_much(result):
-        lines.append(f"INCOMPLETE: {_incomplete(result)}")
-    if acted is False:
-        redundant = result.run.num_physical_experts - result.run.num_logical_experts
-        also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""
-        lines.append(f"EPLB NEVER ACTED: the placement{also} never changed")
+    from eplb_analyze.banner import banners
+
+    lines = banners(result, acted)
     for line in lines:
         console.print(Text(line, style="bold red"))
     if lines:
         console.print()
 
 
-def _lacks_much(result: Summary) -> bool:
-    from eplb_analyze.check import TOLERATED_INCOMPLETE
-
-    return result.steps.incomplete_share > TOLERATED_INCOMPLETE
-
-
-def _incomplete(result: Summary) -> str:
-    from eplb_analyze.blocks import StepState
-
-    steps = result.steps
-    count = plural(steps.count(StepState.INCOMPLETE), "step")
-    return f"{count} ({percent(steps.incomplete_share)}) in no figure: {steps.why_incomplete()}"
-
-
 def _data(console: Console, result: Summary) -> None:
     from rich.text import Text
+
+    from eplb_analyze.banner import incomplete, lacks_much
 
     counts = result.steps.to_json()
     names = ("recorded", "dummy", "not_sampled", "dropped", "rejected", "incomplete")
     parts = [f"{counts[n]:,} {n.replace('_', ' ')}" for n in names if counts[n]]
     text = f"steps {counts['first']} to {counts['last']}: " if counts["seen"] else "no step was seen"
     console.print(text + ", ".join(parts))
-    if counts["incomplete"] and not (result.missing_ranks or _lacks_much(result)):
-        console.print(Text(f"incomplete: {_incomplete(result)}", style="yellow"))
+    if counts["incomplete"] and not (result.missing_ranks or lacks_much(result)):
+        console.print(Text(f"incomplete: {incomplete(result)}", style="yellow"))
     if counts["missing"]:
         console.print(Text(f"{plural(counts['missing'], 'step')} seen by no rank", style="yellow"))
 

@@ -21,7 +21,7 @@ from eplb_analyze.commands.options import (
     parse_steps,
 )
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, console, figure, heading
+from eplb_analyze.output import Output, OutputFormat, console, figure, heading, show_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,8 +90,7 @@ def render(console: Console, result: Timeline) -> None:
         console.print("the share of rank time lost if time is proportional to tokens")
     for warning in [formula.warning] if formula and formula.warning else []:
         console.print(Text(warning, style="yellow"))
-    for note in result.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, result.notes)
     console.print()
     for line in plot(result, console.width - MARGIN):
         console.print(line, no_wrap=True, overflow="crop")

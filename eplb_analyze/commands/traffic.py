@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eplb_analyze.commands.options import (
+    By,
+    ByOption,
     Dump,
     ModelOption,
     OutputOption,
+    RanksPerNodeOption,
     RunOption,
     StepsOption,
     TopOption,
@@ -19,7 +21,16 @@ from eplb_analyze.commands.options import (
     open_for,
     parse_steps,
 )
-from eplb_analyze.output import Output, OutputFormat, clean, counter, heading, heat, percent, table
+from eplb_analyze.output import (
+    Output,
+    OutputFormat,
+    counter,
+    heading,
+    heat,
+    percent,
+    show_notes,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,18 +41,11 @@ if TYPE_CHECKING:
 SHOWN = 32
 
 
-class By(str, enum.Enum):
-    rank = "rank"
-    node = "node"
-
-
 def traffic(
     dump: Dump = Path("."),
     layer: Annotated[int | None, typer.Option("--layer", help="One layer; default: all.")] = None,
-    by: Annotated[By, typer.Option("--by", help="Show ranks or nodes.")] = By.rank,
-    ranks_per_node: Annotated[
-        int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1, max=65536)
-    ] = None,
+    by: ByOption = By.rank,
+    ranks_per_node: RanksPerNodeOption = None,
     steps: StepsOption = None,
     top: TopOption = 5,
     run: RunOption = None,
@@ -60,15 +64,13 @@ def traffic(
 
 
 def render(console: Console, report: TrafficReport, top: int = 5) -> None:
-    from rich.text import Text
 
     name = report.model if report.layer is None else f"layer {report.layer}"
     of = "" if report.layer is None else f" · {report.model}"
     heading(console, name, f"{of} · run {report.run_id}")
     when = f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
     console.print(f"{when}; {counter([report.tokens])(report.tokens)} tokens × experts")
-    for note in report.notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
+    show_notes(console, report.notes)
     if not report.tokens:
         console.print("no tokens")
         return

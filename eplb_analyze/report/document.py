@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from eplb_analyze.banner import banners, incomplete
 from eplb_analyze.check import summary_findings
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.configuration import last_configuration
@@ -87,10 +88,10 @@ def report_document(
         "began": words.began(run.info),
         "shape": words.shape(run.info) if run.info.num_layers else None,
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
-        "banners": words.banners(summary, acted),
+        "banners": banners(summary, acted),
         "words": words.sentences(summary, experts, changes, acted),
         "summary": summary.to_json(),
-        "incomplete": words.incomplete(summary) if summary.steps.incomplete_share else None,
+        "incomplete": incomplete(summary) if summary.steps.incomplete_share else None,
         "gaps": summary.steps.gaps[:10],
         "rearrangements": _figures(changes.to_json()),
         "timeline": None,

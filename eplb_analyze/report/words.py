@@ -6,7 +6,6 @@ import time
 from collections import Counter
 
 from eplb_analyze.blocks import StepState
-from eplb_analyze.check import TOLERATED_INCOMPLETE
 from eplb_analyze.errors import plural
 from eplb_analyze.experts import ExpertReport
 from eplb_analyze.metrics import FORMULAS
@@ -20,34 +19,6 @@ TOKENS = (
     "proportional to its tokens."
 )
 SHOWN_RANKS = 8
-
-
-def banners(summary: Summary, acted: bool | None) -> list[str]:
-    """What a reader must know before any figure, as `summary` says it.
-
-    ``acted``: whether a placement changed in the whole run; None: not known.
-    """
-    lines = []
-    missing = summary.missing_ranks
-    if missing:
-        more = f" and {len(missing) - SHOWN_RANKS} more" if len(missing) > SHOWN_RANKS else ""
-        names = ", ".join(map(str, missing[:SHOWN_RANKS]))
-        ranks = plural(len(summary.expected_ranks), "rank")
-        lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {names}{more}")
-    elif summary.steps.incomplete_share > TOLERATED_INCOMPLETE:
-        lines.append(f"INCOMPLETE: {incomplete(summary)}")
-    if acted is False:
-        redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
-        also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""
-        lines.append(f"EPLB NEVER ACTED: the placement{also} never changed")
-    return lines
-
-
-def incomplete(summary: Summary) -> str:
-    """How many steps lack a rank, and which rank."""
-    steps = summary.steps
-    count = plural(steps.count(StepState.INCOMPLETE), "step")
-    return f"{count} ({percent(steps.incomplete_share)}) in no figure: {steps.why_incomplete()}"
 
 
 def shape(info: RunInfo) -> str:
