@@ -228,10 +228,14 @@ def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> Non
         if not all(path.exists() for path in pids):
             process.kill()
         process.wait(60)
-    summary = [Path(sys.executable).with_name("eplb-analyze"), "summary", tmp_path / "dump"]
+    summary = [Path(sys.executable).with_name("eplb-analyze"), "summary", tmp_path / "dump", "--output", "json"]
     done = subprocess.run(summary, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "tiny/moe" in done.stdout
+    told = json.loads(done.stdout)
+    # How much of a second's steps one rank lost is chance, and so short a run can lose more than a tenth.
+    lost_much = told["steps"]["incomplete"] > 0.1 * told["steps"]["seen"]
+    assert done.returncode == (3 if lost_much else 0), done.stderr
+    assert told["run"]["model"] == "tiny/moe"
+    assert told["steps"]["recorded"] >= 10
     run = open_run(tmp_path / "dump")
     assert run.present_ranks == [0, 1]
     complete = run.loads()
