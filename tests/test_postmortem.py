@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from batches import EP_SIZE, EVEN, EXPERTS, SKEWED, record
 from helpers import assert_golden, cli, one_error
 
 from eplb_analyze import open_run
@@ -24,40 +25,6 @@ from eplb_analyze.executors import Lost, Processes
 from eplb_analyze.postmortem import Postmortem, find, judge, rows_of
 from eplb_analyze.run import PART_STEPS
 from eplb_dump import ExpertLoadWriter, writer
-
-LAYERS, EXPERTS, EP_SIZE = 2, 8, 4
-EVEN, SKEWED = [1 / EXPERTS] * EXPERTS, [0.3, 0.3, *[0.4 / 6] * 6]
-
-
-def record(
-    root: Path,
-    run_id: str,
-    routing: list[float],
-    *,
-    steps: int = 60,
-    seed: int = 0,
-    local: bool = False,
-    closed: bool = True,
-    **options: Any,
-) -> Any:
-    """Tokens ``[steps, layers, ranks]`` of a run, which is written by one rank, or by four."""
-    rng = np.random.default_rng(seed)
-    loads = rng.multinomial(400, routing, size=(steps, LAYERS))
-    defaults: dict[str, Any] = {"model": "org/moe", "num_logical_experts": EXPERTS, "ep_size": EP_SIZE}
-    slots = np.array([range(EXPERTS)] * LAYERS)
-    ranks = range(EP_SIZE) if local else range(1)
-    for rank in ranks:
-        opened = ExpertLoadWriter(
-            root, run_id=run_id, ep_rank=rank, scope="local" if local else "global", **{**defaults, **options}
-        )
-        for step, load in enumerate(loads):
-            part = load // len(ranks) + (rank < load % len(ranks))
-            assert opened.record(step, part, slots) is None
-            assert step % 100 or opened.flush()
-        assert opened.flush()
-        if closed:
-            assert opened.close()
-    return loads.reshape(steps, LAYERS, EP_SIZE, -1).sum(axis=3)
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,13 @@ def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> Non
         if not all(path.exists() for path in pids):
             process.kill()
         process.wait(60)
-    summary = [Path(sys.executable).with_name("eplb-analyze"), "summary", tmp_path / "dump", "--output", "json"]
+    summary = [
+        Path(sys.executable).with_name("eplb-analyze"),
+        "summary",
+        tmp_path / "dump",
+        "--output",
+        "json",
+    ]
     done = subprocess.run(summary, capture_output=True, text=True, check=False)
     told = json.loads(done.stdout)
     # How much of a second's steps one rank lost is chance, and so short a run can lose more than a tenth.
