@@ -1,10 +1,10 @@
 """What `postmortem` gains from more workers, and what each executor costs before it has done anything.
 
-    python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2]
+    python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2] [--workers 1,2]
 
 Makes runs of DeepSeek-V3's shape, scope global, copies of one; and one long run, which is shared out in
 parts. Each figure is a whole process, the best of ``--repeat``, one after another. Ratios are to one worker
-process. An empty batch is what an executor costs; memory is the largest worker's.
+process (the first of ``--workers``). An empty batch is what an executor costs; memory is the largest worker's.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def measure(arguments: list[str], repeat: int) -> tuple[float, int, int]:
     return min(seconds), own, worker
 
 
-def compare(title: str, folder: Path, repeat: int) -> None:
+def compare(title: str, folder: Path, repeat: int, counts: list[int]) -> None:
     print(title)
     base = None
-    rows = [("local", 1), ("processes", 1), ("processes", 2)]
+    rows = [("local", 1), *(("processes", count) for count in counts)]
     if importlib.util.find_spec("ray"):
-        rows += [("ray", 1), ("ray", 2)]
+        rows += [("ray", count) for count in counts]
     for name, workers in rows:
         arguments = ["postmortem", str(folder), "--executor", name, "--workers", str(workers)]
         seconds, own, worker = measure(arguments, repeat)
-        base = seconds if (name, workers) == ("processes", 1) else base
+        base = seconds if (name, workers) == ("processes", counts[0]) else base
         ratio = f"{base / seconds:5.2f} ×" if base else "       "
         threads = " (its threads share it)" if name == "local" else ""
         memory = f"{own:5d} MiB, a worker {worker:5d} MiB" if name == "processes" else f"{own:5d} MiB"
@@ -73,19 +73,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--long", type=int, default=40000)
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--workers", default="1,2", help="how many to compare; ratios are to the first")
     args = parser.parse_args()
+    counts = [int(count) for count in args.workers.split(",")]
     # Of Ray's: no reports of its use.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "none").mkdir()
-        compare("nothing to read: what an executor costs", root / "none", args.repeat)
+        compare("nothing to read: what an executor costs", root / "none", args.repeat, counts)
         apart(make, root / "many/0", args.steps)
         for number in range(1, args.runs):
             shutil.copytree(root / "many/0", root / f"many/{number}")
-        compare(f"{args.runs} runs of {args.steps:,} steps", root / "many", args.repeat)
+        compare(f"{args.runs} runs of {args.steps:,} steps", root / "many", args.repeat, counts)
         apart(make, root / "long", args.long)
-        compare(f"one run of {args.long:,} steps", root / "long", args.repeat)
+        compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts)
 
 
 if __name__ == "__main__":

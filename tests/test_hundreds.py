@@ -1,4 +1,4 @@
-"""`postmortem` of 300 runs, some broken, some growing, and three long ones: the same rows by every executor."""
+"""`postmortem` of 300 runs, some broken, some growing, and three long ones, by every executor."""
 
 from __future__ import annotations
 
