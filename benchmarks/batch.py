@@ -4,7 +4,8 @@
 
 Makes runs of DeepSeek-V3's shape, scope global, copies of one; and one long run, which is shared out in
 parts. Each figure is a whole process, the best of ``--repeat``, one after another. Ratios are to one worker
-process (the first of ``--workers``). An empty batch is what an executor costs; memory is the largest worker's.
+process (the first of ``--workers``). An empty batch is what an executor costs; memory is the largest
+worker's.
 """
 
 from __future__ import annotations
