@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
@@ -272,22 +272,56 @@ def _broken(dump: str, run_id: str, model: str, reason: str) -> Row:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a worker is given: a range of steps of a run, and how its sums are kept."""
+class Whole:
+    """What a worker is given: a run that it reads by itself, unless it is long."""
 
     target: Target
-    steps: Steps | None
-    bins: Bins
     #: The worker has one core to itself, and no more.
     crowded: bool
 
 
 @dataclass(frozen=True)
+class Done:
+    """What becomes of a run."""
+
+    row: Row
+    #: As ``eplb-analyze summary --output json`` prints it; None where the run is broken.
+    summary: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a worker is given of a long run: a range of steps, and how its sums are kept."""
+
+    target: Target
+    steps: Steps
+    bins: Bins
+    crowded: bool
+
+
+@dataclass(frozen=True)
 class Read:
-    """What a worker gives back."""
+    """What a worker gives back of a part."""
 
     sums: SummarySums
     findings: list[Finding]
+
+
+def read_run(item: Whole) -> Done | None:
+    """What becomes of a run; None where it is long enough to be shared out. Runs on a worker."""
+    if item.crowded:
+        use_at_most(1)
+    target = item.target
+    try:
+        run = open_run(target.dump, target.run_id, target.model)
+        parts = run.parts()
+        if len(parts) > 1:
+            return None
+        bins = bins_of(run)
+        sums = run.reading(lambda: sums_of(run, parts[0] if parts else None, bins))
+        return _done(target, run, sums)
+    except Exception as error:
+        return _failed(target, _reason(error))
 
 
 def read_part(part: Part) -> Read | str:
@@ -297,103 +331,127 @@ def read_part(part: Part) -> Read | str:
     try:
         run = open_run(part.target.dump, part.target.run_id, part.target.model)
         return Read(run.reading(lambda: sums_of(run, part.steps, part.bins)), run.findings)
-    except AnalyzeError as error:
-        return str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return _reason(error)
 
 
-@dataclass
-class _Open:
-    """A run whose parts are being read."""
+def _reason(error: Exception) -> str:
+    """Nothing that is wrong with one run ends the batch."""
+    return str(error) if isinstance(error, AnalyzeError) else f"{type(error).__name__}: {error}"
 
-    target: Target
-    run: Run
-    parts: int
-    read: int = 0
-    sums: SummarySums | None = None
-    reason: str | None = None
+
+def _failed(target: Target, reason: str) -> Done:
+    return Done(_broken(target.dump, target.run_id, target.model, reason))
+
+
+def _done(target: Target, run: Run, sums: SummarySums) -> Done:
+    summary = sums.summary(run)
+    return Done(_row(target, run, sums, summary), summary.to_json())
 
 
 def rows_of(
     targets: Iterable[Target | Row],
     executor: Executor | None = None,
     kept: Kept | None = None,
-) -> Iterator[tuple[Row, Summary | None]]:
-    """The row of each run as soon as it is read, with the summary that it is made of.
+) -> Iterator[tuple[Row, bool]]:
+    """The row of each run as soon as it is read, and whether it was read anew.
+
+    A worker makes the whole row of a run; of long runs, which come last, workers sum parts, and what
+    becomes of the sums is found here.
 
     Args:
         targets: what :func:`find` gives.
         executor: default this process.
-        kept: where finished rows are kept, and taken from where the run has not changed.
+        kept: where what is finished is kept, and taken from where the run has not changed.
     """
-    opened: dict[Target, _Open] = {}
+    chosen = executor or Local()
     ready: list[Row] = []
+    long: list[Target] = []
 
-    def plan() -> Iterator[Part]:
+    def unread() -> Iterator[Whole]:
         for target in targets:
-            if isinstance(target, Row):
-                ready.append(target)
-                continue
-            row = kept.row(target) if kept is not None else None
+            row = target if isinstance(target, Row) else kept.row(target) if kept is not None else None
             if row is not None:
                 ready.append(row)
-                continue
+            elif isinstance(target, Target):
+                yield Whole(target, chosen.crowded)
+
+    def finish(target: Target, done: Done) -> tuple[Row, bool]:
+        if kept is not None:
+            kept.keep(target, done)
+        return done.row, True
+
+    for item, result in chosen.map(read_run, unread()):
+        while ready:
+            yield ready.pop(0), False
+        if result is None:
+            long.append(item.target)
+        else:
+            done = _failed(item.target, result.reason) if isinstance(result, Lost) else result
+            yield finish(item.target, done)
+    for row in ready:
+        yield row, False
+    for target, done in _long(long, chosen):
+        yield finish(target, done)
+
+
+@dataclass
+class _Open:
+    """A long run whose parts are being read."""
+
+    run: Run
+    parts: int
+    read: int = 0
+    sums: SummarySums | None = None
+    reason: str | None = None
+
+    def take(self, result: Read | str | Lost) -> None:
+        self.read += 1
+        if isinstance(result, Lost):
+            result = result.reason
+        if isinstance(result, str):
+            self.reason = self.reason or result
+            return
+        self.run.findings += [f for f in result.findings if f not in self.run.findings]
+        if self.sums is None:
+            self.sums = result.sums
+        else:
+            self.sums.merge(result.sums)
+
+
+def _long(targets: Iterable[Target], executor: Executor) -> Iterator[tuple[Target, Done]]:
+    """What becomes of runs of several parts, whose parts are shared out."""
+    opened: dict[Target, _Open] = {}
+    failed: list[tuple[Target, Done]] = []
+
+    def parts() -> Iterator[Part]:
+        for target in targets:
             try:
                 run = open_run(target.dump, target.run_id, target.model)
-                bins = bins_of(run)
-                parts: Sequence[Steps | None] = run.parts() or [None]
-            except AnalyzeError as error:
-                ready.append(_broken(target.dump, target.run_id, target.model, str(error)))
-                continue
+                bins, ranges = bins_of(run), run.parts()
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                ready.append(_broken(target.dump, target.run_id, target.model, reason))
+                failed.append((target, _failed(target, _reason(error))))
                 continue
-            opened[target] = _Open(target, run, len(parts))
-            for steps in parts:
-                yield Part(target, steps, bins, chosen.crowded)
+            opened[target] = _Open(run, len(ranges))
+            for steps in ranges:
+                yield Part(target, steps, bins, executor.crowded)
 
-    chosen = executor or Local()
-    for part, result in chosen.map(read_part, plan()):
-        while ready:
-            yield ready.pop(0), None
+    for part, result in executor.map(read_part, parts()):
         this = opened[part.target]
-        _take(this, result)
+        this.take(result)
         if this.read == this.parts:
             del opened[part.target]
-            row, summary = _finish(this)
-            if kept is not None:
-                kept.keep(part.target, row)
-            yield row, summary
-    for row in ready:
-        yield row, None
+            yield part.target, _merged(part.target, this)
+    yield from failed
 
 
-def _take(this: _Open, result: Read | str | Lost) -> None:
-    this.read += 1
-    if isinstance(result, Lost):
-        result = result.reason
-    if isinstance(result, str):
-        this.reason = this.reason or result
-        return
-    this.run.findings += [f for f in result.findings if f not in this.run.findings]
-    if this.sums is None:
-        this.sums = result.sums
-    else:
-        this.sums.merge(result.sums)
-
-
-def _finish(this: _Open) -> tuple[Row, Summary | None]:
-    target, run, sums = this.target, this.run, this.sums
+def _merged(target: Target, this: _Open) -> Done:
+    if this.reason is not None or this.sums is None:
+        return _failed(target, this.reason or "no step")
     try:
-        if this.reason is not None or sums is None:
-            return _broken(target.dump, target.run_id, run.info.model, this.reason or "no step"), None
-        summary = sums.summary(run)
-        return _row(target, run, sums, summary), summary
+        return _done(target, this.run, this.sums)
     except Exception as error:
-        reason = str(error) if isinstance(error, AnalyzeError) else f"{type(error).__name__}: {error}"
-        return _broken(target.dump, target.run_id, run.info.model, reason), None
+        return _failed(target, _reason(error))
 
 
 def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
@@ -506,29 +564,53 @@ def _ratio(row: Row) -> Ratio:
 
 
 class Kept:
-    """Rows of finished runs, a file each, named by what the run consisted of when it was read."""
+    """What is finished, in the folder of ``--save``: a summary of each run, and its row.
+
+    A row's file is named by what the run consisted of when it was read. It is written last, so that a run
+    whose row is kept is wholly finished.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._rows = folder / "kept"
+        self._rows.mkdir(parents=True, exist_ok=True)
+        (folder / "reports").mkdir(exist_ok=True)
         self._keys: dict[Target, str] = {}
 
     def row(self, target: Target) -> Row | None:
         """The kept row of a run that has not changed since."""
         self._keys[target] = content(target)
         try:
-            document = json.loads((self._folder / f"{self._keys[target]}.json").read_text())
+            document = json.loads((self._rows / f"{self._keys[target]}.json").read_text())
             if document.pop("version") != VERSION:
                 return None
-            return Row(**{**document, "series": [(s, n) for s, n in document["series"]]})
+            row = Row(**{**document, "series": [(s, n) for s, n in document["series"]]})
         except (OSError, ValueError, TypeError, KeyError):
             return None
+        return row if row.status == "broken" or self.report(row, "json").exists() else None
 
-    def keep(self, target: Target, row: Row) -> None:
-        path = self._folder / f"{self._keys[target]}.json"
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps({"version": VERSION, **asdict(row)}))
-        os.replace(partial, path)
+    def keep(self, target: Target, done: Done) -> None:
+        if done.summary is not None:
+            _replace(self.report(done.row, "json"), json.dumps(done.summary, indent=2))
+        document = {"version": VERSION, **asdict(done.row)}
+        _replace(self._rows / f"{self._keys[target]}.json", json.dumps(document))
+
+    def report(self, row: Row, suffix: str) -> Path:
+        """Where a run's report lies: two dumps can hold runs of one name."""
+        dump = hashlib.sha256(str(places.absolute(places.place(row.dump))).encode()).hexdigest()[:8]
+        return self.folder / "reports" / f"{row.run_id}-{model_slug(row.model)}-{dump}.{suffix}"
+
+    def save(self, result: Postmortem) -> None:
+        """Write ``runs.parquet``, a row a run."""
+        partial = self.folder / "runs.tmp"
+        result.frame().write_parquet(partial)
+        os.replace(partial, self.folder / "runs.parquet")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def content(target: Target) -> str:
@@ -541,29 +623,6 @@ def content(target: Target) -> str:
         for entry in places.entries(folder):
             digest.update(json.dumps([entry.name, entry.stat(follow_symlinks=False).st_size]).encode())
     return digest.hexdigest()[:32]
-
-
-def save_table(folder: Path, result: Postmortem) -> None:
-    """Write ``runs.parquet``, a row a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "runs.tmp"
-    result.frame().write_parquet(partial)
-    os.replace(partial, folder / "runs.parquet")
-
-
-def save_summary(folder: Path, row: Row, summary: Summary) -> None:
-    """Write a run's summary, as ``eplb-analyze summary --output json`` prints it."""
-    path = report_path(folder, row, "json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(summary.to_json(), indent=2))
-    os.replace(partial, path)
-
-
-def report_path(folder: Path, row: Row, suffix: str) -> Path:
-    """Where a run's report lies: two dumps can hold runs of one name."""
-    dump = hashlib.sha256(str(places.absolute(places.place(row.dump))).encode()).hexdigest()[:8]
-    return folder / "reports" / f"{row.run_id}-{model_slug(row.model)}-{dump}.{suffix}"
 
 
 @dataclass(frozen=True)

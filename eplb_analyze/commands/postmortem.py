@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.executors import Executor
-    from eplb_analyze.postmortem import Postmortem, Row
+    from eplb_analyze.postmortem import Kept, Postmortem, Row
 
 #: A terminal of so many columns has room for where a run was and what it was.
 WIDE = 120
@@ -80,26 +80,24 @@ def postmortem(
 
     out = Output(output)
     targets = list(library.find(places or ["."]))
-    kept = None if save is None else library.Kept(save / "kept")
+    kept = None if save is None else library.Kept(save)
     chosen = executors.executor(executor, workers, ray_address)
     rows: list[Row] = []
     fresh: list[Row] = []
     try:
-        for row, summary in library.rows_of(targets, chosen, kept):
+        for row, anew in library.rows_of(targets, chosen, kept):
             rows.append(row)
             out.progress(len(rows), len(targets))
-            if save is not None and summary is not None:
-                library.save_summary(save, row, summary)
-                fresh.append(row)
-        if save is not None and html:
-            _write_pages(out, save, rows, fresh, chosen)
+            fresh += [row] if anew else []
+        if kept is not None and html:
+            _write_pages(out, kept, rows, fresh, chosen)
     finally:
         chosen.close()
     result = library.judge(rows, threshold, baseline)
     if by is not None and not result.can_group(by):
         raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
-    if save is not None:
-        library.save_table(save, result)
+    if kept is not None:
+        kept.save(result)
     out.emit(result.to_json(by), lambda console: render(console, result, by, top))
     if rows and all(row.status == "broken" for row in rows):
         raise typer.Exit(EXIT_UNUSABLE)
@@ -107,12 +105,12 @@ def postmortem(
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-def _write_pages(out: Output, save: Path, rows: list[Row], fresh: list[Row], executor: Executor) -> None:
+def _write_pages(out: Output, kept: Kept, rows: list[Row], fresh: list[Row], executor: Executor) -> None:
     """Reports of runs that were read anew, or have none yet."""
     from eplb_analyze.executors import Lost
-    from eplb_analyze.postmortem import Page, report_path, write_page
+    from eplb_analyze.postmortem import Page, write_page
 
-    files = [(row, report_path(save, row, "html")) for row in rows if row.status != "broken"]
+    files = [(row, kept.report(row, "html")) for row in rows if row.status != "broken"]
     pages = [Page(row, file, executor.crowded) for row, file in files if row in fresh or not file.exists()]
     for done, (page, reason) in enumerate(executor.map(write_page, pages), 1):
         out.progress(done, len(pages))
