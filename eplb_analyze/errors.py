@@ -14,10 +14,10 @@ def plural(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
-def listed(numbers: Sequence[int], most: int = 8) -> str:
+def listed(items: Sequence[object], most: int = 8) -> str:
     """``1, 2, 3``, and how many more there are."""
-    shown = ", ".join(map(str, numbers[:most]))
-    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
+    shown = ", ".join(map(str, items[:most]))
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 Severity = Literal["error", "warning", "info"]

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -82,6 +85,8 @@ class Processes:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool = self._start()
+        # A worker that dies closes its pipe, which is no reason for us to die.
+        self._on_pipe = signal.signal(signal.SIGPIPE, signal.SIG_IGN) if hasattr(signal, "SIGPIPE") else None
 
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
@@ -112,6 +117,8 @@ class Processes:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._on_pipe is not None:
+            signal.signal(signal.SIGPIPE, self._on_pipe)
 
 
 def _alone(work: Callable[[Item], Result], item: Item) -> Result | Lost:
@@ -140,7 +147,17 @@ class Ray:
         options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers}
         if not address:
             options["include_dashboard"] = False
-        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        # What Ray has to say of its cluster it prints; stdout is for our document alone.
+        self._stdout, sys.stdout = sys.stdout, sys.stderr
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is wrong is said below, in a line
+                ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        except Exception as error:
+            sys.stdout = self._stdout
+            text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            remedy = "; is it the address of its head, and is the cluster's token here (docs/scale.md)?"
+            raise UsageError(f"Ray cannot be had: {text}{remedy if address else ''}") from None
         self._ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def map(
@@ -160,6 +177,7 @@ class Ray:
 
     def close(self) -> None:
         self._ray.shutdown()
+        sys.stdout = self._stdout
 
 
 def _in_order(

@@ -7,6 +7,7 @@ rank's door. Sums of one shape of loads, small however long the run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,15 +72,40 @@ class Bins:
         return first, min(first + self.width - 1, self.last)
 
 
+class Windows(NamedTuple):
+    """Windows of ascending steps that loads are summed over."""
+
+    #: Where each begins in the steps.
+    starts: npt.NDArray[np.intp]
+    #: What tells each from all others of the run.
+    keys: list[tuple[int, int]]
+    #: In how many of the steps each is.
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window that can go on in the steps before or after."""
+
+    key: tuple[int, int]
+    steps: int
+    #: int64 ``[layers, ep_ranks]``, summed.
+    load: Int64
+
+
 class Losses:
     """Sums over blocks of one shape; those of later steps can be merged into them."""
 
-    def __init__(self, shape: Shape, bins: Bins) -> None:
+    def __init__(self, shape: Shape, bins: Bins, per_token: int) -> None:
+        """``per_token``: token replication, by which recorded loads are larger."""
         self._bins = bins
+        self._per_token = per_token
         self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
+        #: What remains of the loss in windows that are whole, in tokens × token replication.
         self._lasting = 0.0
-        #: Steps in the longest window that loads were summed over.
-        self.longest_window = 0
+        self._longest = 0
+        #: The first window and the last, which sums of other steps may go on with.
+        self._open: list[_Window] = []
 
     def add(self, steps: Int64, terms: Terms) -> None:
         excess = terms.maximum - terms.mean
@@ -88,23 +114,42 @@ class Losses:
         flat = np.bincount(cell.ravel(), excess.ravel(), self._excess.size)
         self._excess += flat.reshape(self._excess.shape)
 
-    def add_lasting(self, windows: npt.NDArray[np.intp], load: Int64, per_token: int) -> None:
-        """Add what remains of the loss in loads summed over windows.
+    def add_lasting(self, windows: Windows, first: int, load: Int64) -> None:
+        """Add loads of some layers, of all steps of these sums.
 
         Args:
-            windows: where each of them begins (see :func:`windows`).
-            load: int64 ``[steps, layers, ep_ranks]``, of some layers.
+            windows: what :func:`windows` gives of the steps.
+            first: index of the first layer.
+            load: int64 ``[steps, layers, ep_ranks]``.
         """
-        longest = int(np.diff(windows, append=len(load)).max())
-        self.longest_window = max(self.longest_window, longest)
-        summed = np.add.reduceat(load, windows, axis=0)
-        excess = summed.max(axis=2) - summed.sum(axis=2) / summed.shape[2]
-        self._lasting += float(excess.sum()) / per_token
+        summed = np.add.reduceat(load, windows.starts, axis=0)
+        self._lasting += _excess(summed[1:-1])
+        self._longest = max(windows.counts[1:-1], default=0)
+        if not self._open:
+            ends = {0, len(windows.keys) - 1}
+            shape = self._excess.shape[1:]
+            self._open = [
+                _Window(windows.keys[i], windows.counts[i], np.zeros(shape, np.int64)) for i in sorted(ends)
+            ]
+        for window, own in zip(self._open, (summed[0], summed[-1]), strict=False):
+            window.load[first : first + load.shape[1]] = own
 
     def merge(self, later: Losses) -> None:
         self._excess = self._excess + later._excess
         self._lasting += later._lasting
-        self.longest_window = max(self.longest_window, later.longest_window)
+        self._longest = max(self._longest, later._longest)
+        ends, others = self._open, later._open
+        if ends and others and ends[-1].key == others[0].key:
+            one, other = ends[-1], others[0]
+            ends, others = (
+                [*ends[:-1], _Window(one.key, one.steps + other.steps, one.load + other.load)],
+                others[1:],
+            )
+        both = [*ends, *others]
+        for window in both[1:-1]:
+            self._lasting += _excess(window.load)
+            self._longest = max(self._longest, window.steps)
+        self._open = both if len(both) < 2 else [both[0], both[-1]]
 
     @property
     def total(self) -> float:
@@ -113,7 +158,13 @@ class Losses:
     @property
     def lasting_share(self) -> float | None:
         """The share of the loss that remains in loads summed over a window: persistent imbalance."""
-        return min(1.0, self._lasting / self.total) if self.total > 0 else None
+        lasting = (self._lasting + sum(_excess(window.load) for window in self._open)) / self._per_token
+        return min(1.0, lasting / self.total) if self.total > 0 else None
+
+    @property
+    def longest_window(self) -> int:
+        """Steps in the longest window that loads were summed over."""
+        return max([self._longest, *(window.steps for window in self._open)])
 
     def by_rank(self) -> list[RankLoss]:
         """Every rank, the costliest first."""
@@ -139,14 +190,21 @@ class Losses:
         return float(excess / self.total) if self.total > 0 else 0.0
 
 
-def windows(steps: Int64, changes: list[int]) -> npt.NDArray[np.intp]:
-    """Where each window of ``WINDOW_STEPS`` begins in ascending steps.
+def _excess(load: Int64) -> float:
+    """What the slowest ranks have above the mean, in loads ``[..., ep_ranks]``."""
+    return float((load.max(axis=-1) - load.sum(axis=-1) / load.shape[-1]).sum())
+
+
+def windows(steps: Int64, changes: list[int], interval: int) -> Windows:
+    """The windows that ascending steps lie in, of ``WINDOW_STEPS`` sampled steps each.
 
     ``changes``: steps at which a placement changed. Nothing is summed across one, as it can end what
     would have lasted.
     """
-    window = np.searchsorted(changes, steps, side="right") * (int(steps[-1]) + WINDOW_STEPS)
-    return np.flatnonzero(np.diff(window + steps // WINDOW_STEPS, prepend=-1))
+    stretch, number = np.searchsorted(changes, steps, side="right"), steps // (WINDOW_STEPS * interval)
+    starts = np.flatnonzero((np.diff(stretch, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0))
+    keys = list(zip(stretch[starts].tolist(), number[starts].tolist(), strict=True))
+    return Windows(starts, keys, np.diff(starts, append=len(steps)).tolist())
 
 
 def timeline(bins: Bins, steps: Int64, balancedness: Float64) -> list[Bin]:

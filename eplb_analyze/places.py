@@ -132,9 +132,14 @@ def join(text: str, name: str) -> str:
 
 
 def spread(text: str) -> list[str]:
-    """The folders that a pattern stands for; a text without ``*`` stands for itself."""
+    """The folders that a pattern stands for; the name of one that is there stands for itself.
+
+    Raises UsageError, UnreachableError.
+    """
+    if not glob.has_magic(text) or place(text).exists():
+        return [text]
     if "://" not in text:
-        return sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        return sorted(glob.glob(text))
     path, mark, query = text.partition("?")
     parts = path.split("/")
     fixed = next((i for i, part in enumerate(parts) if i > 2 and glob.has_magic(part)), len(parts))
@@ -353,6 +358,7 @@ class _Listed:
     path: str
     #: None: a folder.
     size: int | None
+    mtime_ns: int = 0
 
     def is_symlink(self) -> bool:
         return False
@@ -362,7 +368,9 @@ class _Listed:
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         mode = stat.S_IFDIR | 0o555 if self.size is None else stat.S_IFREG | 0o444
-        return os.stat_result((mode, 0, 0, 1, 0, 0, self.size or 0, 0, 0, 0))
+        seconds = self.mtime_ns // 10**9
+        fields = (mode, 0, 0, 1, 0, 0, self.size or 0, 0, seconds, 0)
+        return os.stat_result(fields, {"st_mtime_ns": self.mtime_ns})
 
 
 class Bucket:
@@ -411,7 +419,8 @@ class Bucket:
             info = self.filesystem.get_file_info(f"{self.name}/{key}".rstrip("/"))
         if info.type == fs.FileType.NotFound:
             return None
-        return _Listed(name, str(where), info.size if info.type == fs.FileType.File else None)
+        is_file = info.type == fs.FileType.File
+        return _Listed(name, str(where), info.size if is_file else None, info.mtime_ns or 0)
 
     def file(self, key: str) -> Any:
         """An object to read ranges of. Raises FileNotFoundError, UnreachableError."""
@@ -448,7 +457,7 @@ class Bucket:
             # Not every service lists the folders on the way.
             while path and path != key:
                 parent, _, name = path.rpartition("/")
-                listed = _Listed(name, f"{self.scheme}://{self.name}/{path}", size)
+                listed = _Listed(name, f"{self.scheme}://{self.name}/{path}", size, info.mtime_ns or 0)
                 self._children.setdefault(parent, {}).setdefault(name, listed)
                 path, size = parent, None
         self._roots.append(key)

@@ -9,35 +9,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from eplb_analyze import bootstrap, places
 from eplb_analyze.blocks import use_at_most
-from eplb_analyze.bootstrap import Ratio
-from eplb_analyze.check import summary_findings
-from eplb_analyze.dump import discover
-from eplb_analyze.errors import AnalyzeError, Finding, NotInDumpError
+from eplb_analyze.bootstrap import MIN_STEPS, Ratio
+from eplb_analyze.check import check_steps, summary_findings
+from eplb_analyze.dump import Discovery, discover
+from eplb_analyze.errors import AnalyzeError, DumpError, Finding, NotInDumpError, UsageError, listed
 from eplb_analyze.executors import Executor, Local, Lost
 from eplb_analyze.losses import Bins
-from eplb_analyze.places import Place
+from eplb_analyze.places import Place, UnreachableError
 from eplb_analyze.rearrangements import verdicts
 from eplb_analyze.run import Run, Steps, open_run
+from eplb_analyze.segments import require_regular
 from eplb_analyze.summary import Summary, SummarySums, bins_of, sums_of
-from eplb_dump.format import RUN_PREFIX, model_slug
+from eplb_dump.format import (
+    MODEL_PREFIX,
+    RANK_PREFIX,
+    RUN_PREFIX,
+    SESSION_PREFIX,
+    FormatError,
+    dump_json,
+    load_json,
+    model_slug,
+)
 
 if TYPE_CHECKING:
     import polars as pl
 
-#: Dumps are looked for this many folders down.
-DEPTH = 8
 #: A run's balancedness over time is kept in so many sums at most, to compare it with another run's.
-MAX_SERIES = 1024
+MAX_SERIES = 4096
 #: Kept results are of this version of the rows; others are made anew.
 VERSION = 1
 
@@ -75,6 +84,8 @@ class Row:
     num_physical_experts: int | None = None
     #: Complete ones, of those that some rank recorded.
     steps: int = 0
+    #: Of these, those with tokens, over which balancedness is a mean.
+    active_steps: int = 0
     incomplete_steps: int = 0
     missing_ranks: int = 0
     #: The median from a step to the next.
@@ -84,7 +95,7 @@ class Row:
     idle_fraction: float | None = None
     #: Of the loss: what a better placement could remove at most.
     persistent_share: float | None = None
-    #: idle fraction × steps × step_seconds × ranks: time, if it were proportional to tokens.
+    #: idle fraction × steps × interval × step_seconds × ranks: time, if it were proportional to tokens.
     lost_rank_seconds: float | None = None
     worst_layer: int | None = None
     worst_rank: int | None = None
@@ -105,6 +116,8 @@ class Row:
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
+    #: Why there is none, where there is a baseline.
+    not_compared: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)
@@ -123,7 +136,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that have a value in common; means over their steps."""
+    """Runs that have a value in common; means over their steps, of balancedness those with tokens."""
 
     value: str
     runs: int
@@ -150,7 +163,11 @@ class Postmortem:
 
     def _fails(self, row: Row) -> bool:
         too_low = self.threshold is not None and (row.balancedness or 0.0) < self.threshold
-        return row.status == "broken" or too_low or row.worse_than_baseline
+        return self.not_judged(row) is not None or too_low or row.worse_than_baseline
+
+    def not_judged(self, row: Row) -> str | None:
+        """Why a row cannot be judged by what was asked."""
+        return "no figures" if row.status == "broken" else row.not_compared
 
     def groups(self, by: str) -> list[Group]:
         """Rows grouped by a field of theirs, or by a dotted name of the configuration."""
@@ -182,7 +199,13 @@ class Postmortem:
         """One row a run; faults as a list, config as JSON."""
         import polars as pl
 
-        rows = [{**row.to_json(), "config": json.dumps(row.config)} for row in self.rows]
+        rows = [
+            {
+                name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+                for name, value in (row.to_json() | {"config": json.dumps(row.config)}).items()
+            }
+            for row in self.rows
+        ]
         return pl.DataFrame(rows, schema=_schema(pl))
 
 
@@ -196,8 +219,8 @@ _FIELDS = {f.name for f in fields(Row)} - {"series", "faults", "config"}
 
 
 def _group(value: str, rows: list[Row]) -> Group:
-    def mean(name: str) -> float | None:
-        known = [(getattr(row, name), row.steps) for row in rows if getattr(row, name) is not None]
+    def mean(name: str, count: str) -> float | None:
+        known = [(getattr(row, name), getattr(row, count)) for row in rows if getattr(row, name) is not None]
         steps = sum(count for _, count in known)
         return sum(figure * count for figure, count in known) / steps if steps else None
 
@@ -207,8 +230,8 @@ def _group(value: str, rows: list[Row]) -> Group:
         runs=len(rows),
         broken=sum(row.status == "broken" for row in rows),
         steps=sum(row.steps for row in rows),
-        balancedness=mean("balancedness"),
-        idle_fraction=mean("idle_fraction"),
+        balancedness=mean("balancedness", "active_steps"),
+        idle_fraction=mean("idle_fraction", "steps"),
         lost_rank_seconds=sum(lost) if lost else None,
     )
 
@@ -216,52 +239,88 @@ def _group(value: str, rows: list[Row]) -> Group:
 # ---- finding
 
 
-def find(folders: Iterable[str]) -> Iterator[Target | Row]:
-    """All runs and models below folders or globs of folders; a row for what is no dump.
+def find(texts: Iterable[str]) -> Iterator[Target | Row]:
+    """All runs and models below folders or globs of folders, each once; a row for what cannot be read.
 
-    One of ``folders`` is a dump, a part of one, or holds dumps somewhere below; a folder of this machine or
-    a prefix of a bucket.
+    One of ``texts`` names a dump, a part of one, or a folder that holds dumps somewhere below; on this
+    machine or in a bucket. Raises UsageError where one is no name of a place.
     """
-    for text in folders:
-        found = places.spread(text)
-        if not found:
-            yield _broken(text, "", "", "no folder has this name")
-        for name in found:
-            where = places.place(name)
+    seen: set[frozenset[str]] = set()
+    for text in texts:
+        try:
+            names = places.spread(text)
+        except UnreachableError as error:
+            yield _broken(text, "", "", str(error))
+            continue
+        if not names:
+            yield _broken(text, "", "", f"{text}: no folder matches")
+        for name in names:
+            top = places.place(name)
+            empty = True
+            for run, sessions in _below(top, name):
+                empty = False
+                if not sessions or sessions not in seen:
+                    yield run
+                seen.add(sessions)
+            if empty:
+                yield _broken(name, "", "", _fault(top) or f"{name}: no run in it")
+
+
+#: A run of a model, and the folders of its sessions; or a row, and nothing.
+_Found = tuple[Target | Row, frozenset[str]]
+_LEVELS = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
+
+
+def _below(top: Place, name: str) -> Iterator[_Found]:
+    """What is in a folder, at any depth, without following symbolic links."""
+    # A folder, its name, and the name of the dump that it would be in as a run.
+    waiting = [(top, name, name)]
+    while waiting:
+        folder, text, dump = waiting.pop()
+        own_name = places.absolute(folder).name
+        run_id = own_name.removeprefix(RUN_PREFIX) if own_name.startswith(RUN_PREFIX) else ""
+        if own_name.startswith(_LEVELS):
             try:
-                dumps = list(_dumps(where, name, DEPTH)) or [(where, name)]
-            except AnalyzeError as error:
-                yield _broken(name, "", "", str(error))
+                yield from _runs(discover(folder), dump)
                 continue
-            for dump, address in dumps:
-                yield from _runs(dump, address)
+            except AnalyzeError:
+                pass  # it is looked at what else it is
+        try:
+            inside = [e.name for e in places.entries(folder) if e.is_dir(follow_symlinks=False)]
+        except (OSError, UnreachableError) as error:
+            if folder is not top:
+                reason = f"{folder}: {error.strerror}" if isinstance(error, OSError) else str(error)
+                yield _broken(dump, run_id, "", reason), frozenset()
+            continue
+        if own_name.startswith(_LEVELS) and (not inside or any(n.startswith(_LEVELS) for n in inside)):
+            if folder is not top:
+                yield _broken(dump, run_id, "", _fault(folder) or ""), frozenset()
+            continue
+        for inner in reversed(inside):
+            if not isinstance(folder, Path) and "?" in inner:
+                yield (
+                    _broken(text, "", "", f"{folder / inner}: no address can name a folder with a ?"),
+                    frozenset(),
+                )
+                continue
+            below = places.join(text, inner)
+            waiting.append((folder / inner, below, text if inner.startswith(RUN_PREFIX) else below))
 
 
-def _dumps(folder: Place, name: str, depth: int) -> Iterator[tuple[Place, str]]:
-    """Folders that hold runs, or are part of one, without following symbolic links; and their names."""
-    if any(part.startswith(RUN_PREFIX) for part in PurePath(str(places.absolute(folder))).parts):
-        yield folder, name
-        return
+def _fault(folder: Place) -> str | None:
+    """Why no run can be read in a folder."""
     try:
-        below = [e.name for e in places.entries(folder) if e.is_dir(follow_symlinks=False)]
-    except OSError:
-        return
-    if any(inner.startswith(RUN_PREFIX) for inner in below):
-        yield folder, name
-    for inner in below:
-        if depth and not inner.startswith(RUN_PREFIX):
-            yield from _dumps(folder / inner, places.join(name, inner), depth - 1)
-
-
-def _runs(dump: Place, name: str) -> Iterator[Target | Row]:
-    try:
-        found = discover(dump)
+        discover(folder)
     except AnalyzeError as error:
-        yield _broken(name, "", "", str(error))
-        return
-    for run_id in sorted(found.runs, key=lambda run: (found.created(run), run)):
-        for model in sorted(found.runs[run_id]):
-            yield Target(name, run_id, model)
+        return str(error)
+    return None
+
+
+def _runs(found: Discovery, dump: str) -> Iterator[_Found]:
+    for run_id, models in sorted(found.runs.items()):
+        for model, sessions in sorted(models.items()):
+            folders = frozenset(str(places.absolute(folder)) for folder, _ in sessions)
+            yield Target(dump, run_id, model), folders
 
 
 def _broken(dump: str, run_id: str, model: str, reason: str) -> Row:
@@ -468,7 +527,10 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
     lost = None
     if step_seconds is not None and summary.idle_fraction is not None:
         rank_steps = sum(c.recorded * c.ep_size * (c.idle_fraction or 0.0) for c in summary.configurations)
-        lost = rank_steps * step_seconds
+        # A step that is sampled stands for those that are not.
+        lost = rank_steps * info.interval * step_seconds
+    told = {f.code for f in (*findings, *check_steps(run, steps)) if f.severity != "info"}
+    balances = np.concatenate(sums.values["balancedness"])
     judged = [
         figures.verdict
         for figures in verdicts(
@@ -495,6 +557,7 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
         num_logical_experts=info.num_logical_experts,
         num_physical_experts=info.num_physical_experts,
         steps=recorded,
+        active_steps=int(np.count_nonzero(~np.isnan(balances))),
         incomplete_steps=steps.should_be_recorded - recorded,
         missing_ranks=len(summary.missing_ranks),
         step_seconds=step_seconds,
@@ -511,9 +574,9 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
         helped_at_first=judged.count("helped at first"),
         hurt=judged.count("hurt"),
         no_op=judged.count("no-op"),
-        faults=sorted({f.code for f in findings}),
+        faults=sorted(told),
         config=run.engine_config,
-        series=_series(np.concatenate(sums.values["balancedness"])),
+        series=_series(balances),
     )
 
 
@@ -530,16 +593,41 @@ def _series(values: Any) -> list[tuple[float, int]]:
 def judge(rows: Iterable[Row], threshold: float | None = None, baseline: str | None = None) -> Postmortem:
     """The rows in order, with what they are measured by.
 
-    Raises NotInDumpError where no run, or several, have the baseline's id.
+    Args:
+        baseline: as :func:`require_baseline` takes it.
+
+    Raises NotInDumpError where no run, or several, are called so, or the one has no figures.
     """
     rows = list(rows)
     if baseline is not None:
-        named = [row for row in rows if baseline == row.run_id and row.status != "broken"]
-        if len(named) != 1:
-            many = "several runs have" if named else "no run has"
-            raise NotInDumpError(f"--baseline {baseline}: {many} this id, and figures")
-        rows = against(named[0], rows)
+        named = require_baseline(baseline, rows)
+        if named.status == "broken":
+            raise NotInDumpError(f"--baseline {baseline}: it has no figures: {named.reason}")
+        rows = against(named, rows)
     return Postmortem(sorted(rows, key=lambda row: row.lost, reverse=True), threshold, baseline)
+
+
+AnyRun = TypeVar("AnyRun", Target, Row, Target | Row)
+
+
+def require_baseline(baseline: str, runs: Sequence[AnyRun]) -> AnyRun:
+    """The one run that is called so: by its id, its dump, or its folder in the dump.
+
+    Raises NotInDumpError where there are none or several.
+    """
+    named = [run for run in runs if baseline.rstrip("/") in (run.run_id, run.dump.rstrip("/"), address(run))]
+    if len(named) == 1:
+        return named[0]
+    several = named or [run for run in runs if run.run_id]
+    texts = [address(run) if named else run.run_id for run in several]
+    what = "several runs are called so, name one as" if named else "no run is called so; there are"
+    raise NotInDumpError(f"--baseline {baseline}: {what} {listed(sorted(set(texts)))}")
+
+
+def address(run: Target | Row) -> str:
+    """A run's folder."""
+    inside = any(part.startswith(RUN_PREFIX) for part in PurePath(run.dump).parts)
+    return run.dump.rstrip("/") if inside else places.join(run.dump, f"{RUN_PREFIX}{run.run_id}")
 
 
 def against(baseline: Row, rows: Iterable[Row]) -> list[Row]:
@@ -547,9 +635,16 @@ def against(baseline: Row, rows: Iterable[Row]) -> list[Row]:
     base = _ratio(baseline)
 
     def compared(row: Row) -> Row:
-        found = None if row is baseline else bootstrap.difference(base, _ratio(row))
-        if found is None:
+        if row is baseline or row.status == "broken":
             return row
+        for name in ("model", "num_layers", "num_logical_experts"):
+            if getattr(row, name) != getattr(baseline, name):
+                return replace(row, not_compared=f"another {name.removeprefix('num_').replace('_', ' ')}")
+        found = bootstrap.difference(base, _ratio(row))
+        if found is None:
+            return replace(
+                row, not_compared=f"fewer than {MIN_STEPS} steps with tokens, in it or the baseline"
+            )
         return replace(row, difference=found.value, difference_low=found.low, difference_high=found.high)
 
     return [compared(row) for row in rows]
@@ -564,65 +659,92 @@ def _ratio(row: Row) -> Ratio:
 
 
 class Kept:
-    """What is finished, in the folder of ``--save``: a summary of each run, and its row.
+    """What is finished, in the folder of ``--save``: a summary of each run, and the rows of complete ones.
 
     A row's file is named by what the run consisted of when it was read. It is written last, so that a run
-    whose row is kept is wholly finished.
+    whose row is kept is wholly finished. What is wrong with a run, or with reading it, may be gone the next
+    time, so of other runs nothing is kept.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Raises UsageError where it cannot be made, or lies in a dump, in which only its writers write."""
         self.folder = folder
         self._rows = folder / "kept"
-        self._rows.mkdir(parents=True, exist_ok=True)
-        (folder / "reports").mkdir(exist_ok=True)
         self._keys: dict[Target, str] = {}
+        for above in (folder.resolve(), *folder.resolve().parents):
+            if above.name.startswith(RUN_PREFIX) or any(above.glob(f"{RUN_PREFIX}*/{MODEL_PREFIX}*")):
+                raise UsageError(f"--save {folder}: it lies in the dump {above}; name another folder")
+        try:
+            self._rows.mkdir(parents=True, exist_ok=True)
+            (folder / "reports").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--save {folder}: {error.strerror}; name another folder") from None
 
     def row(self, target: Target) -> Row | None:
         """The kept row of a run that has not changed since."""
-        self._keys[target] = content(target)
         try:
-            document = json.loads((self._rows / f"{self._keys[target]}.json").read_text())
+            self._keys[target] = content(target)
+            path = self._path(target)
+            require_regular(path)
+            document = load_json(path.read_bytes())
             if document.pop("version") != VERSION:
                 return None
             row = Row(**{**document, "series": [(s, n) for s, n in document["series"]]})
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AnalyzeError, FormatError):
             return None
-        return row if row.status == "broken" or self.report(row, "json").exists() else None
+        return row if self.report(row, "json").exists() else None
 
     def keep(self, target: Target, done: Done) -> None:
+        """Raises DumpError where it cannot be written."""
         if done.summary is not None:
-            _replace(self.report(done.row, "json"), json.dumps(done.summary, indent=2))
-        document = {"version": VERSION, **asdict(done.row)}
-        _replace(self._rows / f"{self._keys[target]}.json", json.dumps(document))
+            text = json.dumps(done.summary, indent=2)
+            _replace(self.report(done.row, "json"), lambda path: path.write_text(text))
+        if done.row.status == "complete" and target in self._keys:
+            data = dump_json({"version": VERSION, **asdict(done.row)})
+            _replace(self._path(target), lambda path: path.write_bytes(data))
+
+    def _path(self, target: Target) -> Path:
+        return self._rows / f"{self._keys[target]}.json"
 
     def report(self, row: Row, suffix: str) -> Path:
         """Where a run's report lies: two dumps can hold runs of one name."""
-        dump = hashlib.sha256(str(places.absolute(places.place(row.dump))).encode()).hexdigest()[:8]
-        return self.folder / "reports" / f"{row.run_id}-{model_slug(row.model)}-{dump}.{suffix}"
+        whole = [str(places.absolute(places.place(row.dump))), row.run_id, row.model]
+        names = f"{row.run_id[:80]}-{model_slug(row.model)[:80]}-{_digest(*whole)[:8]}"
+        return self.folder / "reports" / f"{names}.{suffix}"
 
     def save(self, result: Postmortem) -> None:
-        """Write ``runs.parquet``, a row a run."""
-        partial = self.folder / "runs.tmp"
-        result.frame().write_parquet(partial)
-        os.replace(partial, self.folder / "runs.parquet")
+        """Write ``runs.parquet``, a row a run. Raises DumpError where it cannot be written."""
+        _replace(self.folder / "runs.parquet", result.frame().write_parquet)
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Put a file in the place of one, whole; several batches may do so at once."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise DumpError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def content(target: Target) -> str:
-    """A name for what a run consists of: its files' names and sizes, which only ever grow in number."""
+    """A name for what a run consists of: its files' names, sizes and times of change.
+
+    Raises OSError, AnalyzeError, KeyError where it is not there as it was found.
+    """
     dump = places.place(target.dump)
     found = discover(dump, target.run_id)
-    digest = hashlib.sha256(f"{VERSION} {places.absolute(dump)}".encode())
+    parts: list[Any] = [VERSION, str(places.absolute(dump))]
     for folder, info in found.runs[target.run_id][target.model]:
-        digest.update(json.dumps([info.session_id, str(folder)]).encode())
-        for entry in places.entries(folder):
-            digest.update(json.dumps([entry.name, entry.stat(follow_symlinks=False).st_size]).encode())
-    return digest.hexdigest()[:32]
+        files = [(entry.name, entry.stat(follow_symlinks=False)) for entry in places.entries(folder)]
+        parts += [info.session_id, str(folder), [(n, s.st_size, s.st_mtime_ns) for n, s in files]]
+    return _digest(*parts)[:32]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,9 @@ class Summary:
 class _Stretch:
     """Sums over one configuration."""
 
-    def __init__(self, shape: Shape, num_logical_experts: int, bins: Bins) -> None:
+    def __init__(self, shape: Shape, info: RunInfo, bins: Bins) -> None:
         self.shape = shape
-        self.losses = Losses(shape, bins)
+        self.losses = Losses(shape, bins, info.token_replication)
         self.first = self.last = -1
         self.recorded = 0
         self.mean_tokens = self.max_tokens = 0.0
@@ -174,17 +174,17 @@ class _Stretch:
         self.values: list[metrics.Float64] = []
         layers = shape.num_moe_layers
         self.slowest = np.zeros((layers, shape.ep_size), np.int64)
-        self.logical = np.zeros((layers, num_logical_experts), np.int64)
+        self.logical = np.zeros((layers, info.num_logical_experts), np.int64)
 
     def add(self, run: Run, block: Block) -> Terms:
         """Add a block's complete steps, of which there is at least one."""
         steps, shape = block.recorded, self.shape
         layers, per_token = shape.num_moe_layers, run.info.token_replication
         terms = Terms(len(steps), layers, shape.ep_size, per_token)
-        starts = windows(steps, run.history.changes)
+        within = windows(steps, run.history.changes, run.info.interval)
         for first, load in block.rank_load_parts():
             terms.add(first, load)
-            self.losses.add_lasting(starts, load, per_token)
+            self.losses.add_lasting(within, first, load)
         self.losses.add(steps, terms)
         self.first, self.last, self.recorded = int(steps[0]), int(steps[-1]), len(steps)
         self.steps.append(steps)
@@ -283,8 +283,10 @@ class SummarySums:
         self.layers = _LayerSums(num_layers)
         self.phases: dict[str, _PhaseSums] = {}
         self.first_time, self.last_time = 2**62, -1
-        #: From a step to the next, in ns.
+        #: From a step to the next, in ns; and the first and the last step, with their time.
         self.gaps: list[Int64] = []
+        self._first: tuple[int, int] | None = None
+        self._last: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, run: Run, bins: Bins, block: Block) -> SummarySums:
@@ -292,10 +294,11 @@ class SummarySums:
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
         sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
+        sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
         if block.shape is None:
             return sums
         # Also where no step of a configuration is complete, it separates those around it.
-        sums.stretches.append(_Stretch(block.shape, run.info.num_logical_experts, bins))
+        sums.stretches.append(_Stretch(block.shape, run.info, bins))
         if len(block.recorded):
             sums._add(block, sums.stretches[0].add(run, block))
         return sums
@@ -314,7 +317,10 @@ class SummarySums:
         self.seen.merge(later.seen)
         self.first_time = min(self.first_time, later.first_time)
         self.last_time = max(self.last_time, later.last_time)
+        if self._last and later._first and later._first[0] == self._last[0] + 1:
+            self.gaps.append(np.array([later._first[1] - self._last[1]]))
         self.gaps += later.gaps
+        self._first, self._last = self._first or later._first, later._last or self._last
         self.steps += later.steps
         for name, values in later.values.items():
             self.values[name] += values

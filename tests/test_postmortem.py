@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ import pytest
 from batches import EP_SIZE, EVEN, EXPERTS, SKEWED, record
 from helpers import assert_golden, cli, one_error
 
-from eplb_analyze import open_run
+from eplb_analyze import open_run, places
 from eplb_analyze.bootstrap import Ratio, difference
-from eplb_analyze.executors import Lost, Processes
-from eplb_analyze.postmortem import Postmortem, find, judge, rows_of
+from eplb_analyze.executors import Local, Lost, Processes
+from eplb_analyze.postmortem import Kept, Postmortem, Row, find, judge, rows_of
 from eplb_analyze.run import PART_STEPS
 from eplb_dump import ExpertLoadWriter, writer
 
@@ -117,6 +119,40 @@ def test_every_executor_gives_the_same_rows(batch: tuple[Path, dict[str, Any]], 
     assert json.loads(out.stdout)["runs"] == run(root)["runs"]
 
 
+def test_it_joins_a_cluster(batch: tuple[Path, dict[str, Any]]) -> None:
+    pytest.importorskip("ray")
+    root, _ = batch
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    ray = Path(sys.executable).with_name("ray")
+    head = [
+        "start", "--head", "--block", "--port", str(ports[0]), "--ray-client-server-port", str(ports[1]),
+        "--num-cpus", "2", "--include-dashboard=false", "--min-worker-port", "0", "--max-worker-port", "0",
+    ]  # fmt: skip
+    cluster = subprocess.Popen(
+        [ray, *head], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        for _ in _until(60):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", ports[1]), 1):
+                break
+        address = f"ray://127.0.0.1:{ports[1]}"
+        program = [Path(sys.executable).with_name("eplb-analyze"), "postmortem", "--output", "json"]
+        more = [root / "a", "--executor", "ray", "--ray-address", address]
+        out = subprocess.run(
+            [*program, *more], env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+    finally:
+        os.killpg(cluster.pid, signal.SIGKILL)  # an orderly end takes half a minute
+        cluster.wait(30)
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout)["runs"] == run(root / "a")["runs"]
+
+
 def test_a_long_run_is_shared_out(batch: tuple[Path, dict[str, Any]]) -> None:
     parts = open_run(batch[0] / "long").parts()
     assert len(parts) == 2
@@ -132,11 +168,14 @@ def _die_over(number: int) -> int:
 
 
 def test_a_worker_that_dies_is_no_end() -> None:
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as our program has it
     executor = Processes(2)
     try:
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
         found = list(executor.map(_die_over, range(12)))
     finally:
         executor.close()
+        assert signal.signal(signal.SIGPIPE, before) == signal.SIG_DFL
     assert [item for item, _ in found] == list(range(12))
     assert isinstance(found[2][1], Lost)
     assert [r for i, r in found if i != 2] == [i * i for i in range(12) if i != 2]
@@ -167,7 +206,7 @@ def test_threshold_and_baseline_set_the_exit_code(batch: tuple[Path, dict[str, A
     assert cli("postmortem", root, "--baseline", "bad").returncode == 0
     # What cannot be judged does not pass.
     assert cli("postmortem", batch[0] / "a", batch[0] / "f", "--threshold", "0.1").returncode == 1
-    one_error(cli("postmortem", root, "--baseline", "nobody"), 2, "no run has this id")
+    one_error(cli("postmortem", root, "--baseline", "nobody"), 2, "no run is called so", "bad, good")
 
 
 def test_the_difference_from_a_baseline_is_the_bootstraps(batch: tuple[Path, dict[str, Any]]) -> None:
@@ -221,9 +260,11 @@ def test_what_did_not_change_is_not_read_again(tmp_path: Path) -> None:
         for _ in range(5):
             growing.record(None, load, np.array([range(EXPERTS)]))
         assert growing.flush()
-        # To prove that it is not read: its loads are gone, and their sizes stay.
+        # To prove that it is not read: its loads are gone, and their sizes and times stay.
         for path in (tmp_path / "dumps/run=done").rglob("loads-*.parquet"):
-            path.write_bytes(bytes(path.stat().st_size))
+            was = path.stat()
+            path.write_bytes(bytes(was.st_size))
+            os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
         second = {row["run_id"]: row for row in run(tmp_path / "dumps", "--save", save)["runs"]}
     assert (first["growing"]["steps"], second["growing"]["steps"]) == (5, 10)
     assert second["done"] == first["done"]
@@ -254,6 +295,196 @@ def test_an_interrupted_batch_goes_on(tmp_path: Path) -> None:
     assert sorted(rows, key=lambda r: [r[k] for k in key]) == sorted(alone, key=lambda r: [r[k] for k in key])
 
 
+def test_what_is_mended_is_read_again(tmp_path: Path) -> None:
+    """What was wrong once, with the run or with reading it, is not believed for ever."""
+    record(tmp_path / "dump", "r", SKEWED)
+    more = ("--save", tmp_path / "out")
+    (file,) = (tmp_path / "dump").rglob("loads-*.parquet")
+    whole = file.read_bytes()
+    was = file.stat()
+    file.write_bytes(bytes(len(whole)))
+    assert cli("postmortem", tmp_path / "dump", *more).returncode == 3
+    assert not list((tmp_path / "out/kept").iterdir())
+    file.write_bytes(whole)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    (row,) = run(tmp_path / "dump", *more)["runs"]
+    assert row["status"] == "complete"
+    # And the other way round, of the same size.
+    file.write_bytes(bytes(len(whole)))
+    assert cli("postmortem", tmp_path / "dump", *more).returncode == 3
+
+
+def test_a_lost_worker_says_nothing_of_the_run(tmp_path: Path) -> None:
+    record(tmp_path / "dump", "r", SKEWED)
+
+    class Dead(Local):
+        def map(self, work: Any, items: Any) -> Any:
+            return ((item, Lost("its worker died")) for item in items)
+
+    targets = list(find([str(tmp_path / "dump")]))
+    ((row, anew),) = rows_of(targets, Dead(), Kept(tmp_path / "out"))
+    assert (row.status, row.reason, anew) == ("broken", "its worker died", True)
+    ((row, anew),) = rows_of(targets, None, Kept(tmp_path / "out"))
+    assert (row.status, anew) == ("complete", True)
+    ((row, anew),) = rows_of(targets, None, Kept(tmp_path / "out"))
+    assert (row.status, anew) == ("complete", False)
+
+
+def _edited(path: Path) -> None:
+    path.write_text(path.read_text().replace('"org/moe"', '"org/mad"'))
+
+
+def _nested(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("spoil", [_edited, _nested, _fifo, lambda path: path.write_bytes(b"")])
+def test_a_kept_row_that_is_not_as_it_was_written_is_not_believed(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    record(tmp_path / "dump", "r", SKEWED)
+    more = ("--save", tmp_path / "out")
+    first = run(tmp_path / "dump", *more)["runs"]
+    (kept,) = (tmp_path / "out/kept").iterdir()
+    spoil(kept)
+    assert run(tmp_path / "dump", *more)["runs"] == first
+
+
+def test_a_report_that_was_taken_away_is_written_again(tmp_path: Path) -> None:
+    record(tmp_path / "dump", "r", SKEWED)
+    more = ("--save", tmp_path / "out")
+    run(tmp_path / "dump", *more)
+    (report,) = (tmp_path / "out/reports").iterdir()
+    report.unlink()
+    run(tmp_path / "dump", *more)
+    assert report.exists()
+
+
+def test_where_to_save(tmp_path: Path) -> None:
+    record(tmp_path / "dump", "r", SKEWED)
+    for inside in ("dump", "dump/saved", "dump/run=r", "dump/run=r/model=org_moe/deep"):
+        one_error(cli("postmortem", tmp_path, "--save", tmp_path / inside), 2, "lies in the dump")
+    assert [path.name for path in (tmp_path / "dump").iterdir()] == ["run=r"]
+    (tmp_path / "file").write_text("")
+    one_error(cli("postmortem", tmp_path, "--save", tmp_path / "file"), 2, "file", "another folder")
+    out = cli("postmortem", tmp_path, "--save", tmp_path / "saved")
+    assert out.stdout.endswith(f"saved: {tmp_path / 'saved'}: runs.parquet, reports/\n")
+
+
+def test_strange_names_are_saved(tmp_path: Path) -> None:
+    """A folder that is not UTF-8, half a character in a name, and an id as long as names can be."""
+    record(tmp_path / os.fsdecode(b"d\xff/dump"), "r", SKEWED, engine="m\ud800")
+    record(tmp_path / "long", "x" * 128, SKEWED, model="y" * 150)
+    out = cli("postmortem", tmp_path, "--save", tmp_path / "out", "--output", "json")
+    assert out.returncode == 0, out.stderr
+    assert [row["status"] for row in json.loads(out.stdout)["runs"]] == ["complete"] * 2
+    assert len(pl.read_parquet(tmp_path / "out/runs.parquet")) == 2
+    assert len(list((tmp_path / "out/kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--html"], "--save"),
+        (["--workers", "2"], "processes or ray"),
+        (["--ray-address", "ray://x:1"], "--executor ray"),
+        (["--executor", "many"], "local, processes, ray"),
+    ],
+)
+def test_options_that_say_nothing_alone(tmp_path: Path, options: list[str], words: str) -> None:
+    record(tmp_path, "r", EVEN)
+    one_error(cli("postmortem", tmp_path, *options), 2, words)
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    record(tmp_path / "x/one", "r", EVEN)
+    record(tmp_path / "x/two", "s", EVEN)
+    out = cli(
+        "postmortem",
+        tmp_path,
+        tmp_path / "x",
+        f"{tmp_path}/x/one/",
+        tmp_path / "x/*",
+        tmp_path / "x/two/run=s",
+    )
+    assert out.stdout.startswith("2 runs · 2 complete\n")
+
+
+def test_nothing_is_left_out_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "/".join("abcdefghijkl") / "dump", "deep", EVEN)
+    record(tmp_path / "sub", "hidden", EVEN)
+    record(tmp_path / "dump", "good", EVEN)
+    (tmp_path / "dump/run=empty").mkdir()
+    (tmp_path / "dump/run=no-rank/model=m").mkdir(parents=True)
+    # Somebody else's folder, which only looks like a run of ours.
+    record(tmp_path / "dump/run=exp7/inner", "inside", EVEN)
+    entries = places.entries
+
+    def refuse(folder: Any, only: str | None = None) -> Any:
+        if str(folder).startswith(str(tmp_path / "sub")) or "run=no-rank" in str(folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return entries(folder, only)
+
+    monkeypatch.setattr(places, "entries", refuse)
+    found = list(find([str(tmp_path)]))
+    runs = {item.run_id for item in found if not isinstance(item, Row)}
+    assert runs == {"deep", "good", "inside"}
+    reasons = {item.run_id: str(item.reason) for item in found if isinstance(item, Row)}
+    assert set(reasons) == {"", "empty", "no-rank"}
+    assert "Permission denied" in reasons[""]
+    assert "Permission denied" in reasons["no-rank"]
+    assert "no run in it" in reasons["empty"]
+
+
+def test_a_name_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    record(tmp_path / "a[1]", "this", EVEN)
+    record(tmp_path / "a1", "other", EVEN)
+    assert [row["run_id"] for row in run(tmp_path / "a[1]")["runs"]] == ["this"]
+
+
+def test_what_cannot_be_compared_does_not_pass(tmp_path: Path) -> None:
+    record(tmp_path / "a", "base", EVEN)
+    record(tmp_path / "a", "short", EVEN, steps=5)
+    record(tmp_path / "a", "else", EVEN, model="another")
+    record(tmp_path / "b", "base", EVEN)
+    out = cli("postmortem", tmp_path, "--baseline", tmp_path / "a/run=base")
+    assert out.returncode == 1
+    last = " ".join(out.stdout.split("no worse than")[1].split())
+    assert "2 cannot be judged" in last
+    assert "short (fewer than 8 steps with tokens" in last
+    assert "else (another model)" in last
+    assert "did not pass" not in last
+    one_error(cli("postmortem", tmp_path, "--baseline", "base"), 2, "several", str(tmp_path / "b/run=base"))
+
+
+def test_a_sampled_run_lost_what_the_whole_one_lost(tmp_path: Path) -> None:
+    for interval in (1, 10):
+        record(tmp_path, f"every-{interval}", SKEWED, steps=600, interval=interval)
+    one, ten = (row["lost_rank_seconds"] / row["step_seconds"] for row in rows_by_id(tmp_path))
+    assert ten == pytest.approx(one, rel=0.05)
+
+
+def rows_by_id(root: Path) -> list[dict[str, Any]]:
+    return sorted(run(root)["runs"], key=lambda row: str(row["run_id"]))
+
+
+def test_segments_are_not_in_the_figures(tmp_path: Path) -> None:
+    """Where segments end is chance; no figure says where."""
+    for name, size in (("a", 4096), ("b", 1), ("c", 37)):
+        record(tmp_path, name, SKEWED, steps=300, segment_steps=size)
+    rows = rows_by_id(tmp_path)
+    for name in ("persistent_share", "balancedness", "idle_fraction"):
+        assert [row[name] for row in rows] == pytest.approx([rows[0][name]] * 3, rel=1e-12)
+    assert all(row["step_seconds"] for row in rows)
+    lengths = [json.loads(cli("summary", tmp_path, "--run", n, "-o", "json").stdout) for n in "abc"]
+    assert [summary["loss"]["window_steps"] for summary in lengths] == [128] * 3
+
+
 def _until(seconds: float) -> Iterator[None]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -270,7 +501,7 @@ def test_places(tmp_path: Path) -> None:
     assert len(run(tmp_path / "x/one/run=r")["runs"]) == 1
     # A symbolic link found on the way is not followed; one that is named is.
     assert len(run(tmp_path)["runs"]) == 2
-    for place, words in ((tmp_path / "none", "no such folder"), (tmp_path / "n*", "no folder has this name")):
+    for place, words in ((tmp_path / "none", "no such folder"), (tmp_path / "n*", "no folder matches")):
         out = cli("postmortem", place)
         assert out.returncode == 3
         assert words in out.stdout.replace("\n", " ")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eplb_analyze.commands.options import OutputOption
-from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError, plural
+from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError, listed, plural
 from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, percent, signed, table
 from eplb_analyze.places import local, place
 
@@ -78,8 +78,16 @@ def postmortem(
     from eplb_analyze import executors
     from eplb_analyze import postmortem as library
 
+    if html and save is None:
+        raise UsageError("--html: say with --save where the reports go")
+    if workers is not None and executor == "local":
+        raise UsageError("--workers: --executor local has none; name processes or ray")
+    if ray_address is not None and executor != "ray":
+        raise UsageError("--ray-address: add --executor ray")
     out = Output(output)
     targets = list(library.find(places or ["."]))
+    if baseline is not None:
+        library.require_baseline(baseline, targets)
     kept = None if save is None else library.Kept(save)
     chosen = executors.executor(executor, workers, ray_address)
     rows: list[Row] = []
@@ -94,11 +102,13 @@ def postmortem(
     finally:
         chosen.close()
     result = library.judge(rows, threshold, baseline)
-    if by is not None and not result.can_group(by):
-        raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
     if kept is not None:
         kept.save(result)
-    out.emit(result.to_json(by), lambda console: render(console, result, by, top))
+    # What was read is shown, also where it cannot be grouped.
+    grouped = by if by is not None and result.can_group(by) else None
+    out.emit(result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
+    if by != grouped:
+        raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
     if rows and all(row.status == "broken" for row in rows):
         raise typer.Exit(EXIT_UNUSABLE)
     if result.failed:
@@ -119,34 +129,46 @@ def _write_pages(out: Output, kept: Kept, rows: list[Row], fresh: list[Row], exe
             out.notes([f"no HTML report of run {page.row.run_id}: {text}"])
 
 
-def render(console: Console, result: Postmortem, by: str | None, top: int) -> None:
-
+def render(console: Console, result: Postmortem, by: str | None, top: int, save: Path | None = None) -> None:
     rows = result.rows
-    heading(console, plural(len(rows), "run"), _counts(rows))
-    lost = sum(row.lost_rank_seconds or 0.0 for row in rows)
-    console.print(f"{_hours(lost)} of ranks' time lost to imbalance, if time is proportional to tokens")
+    names = _names(rows)
+    runs = [row for row in rows if row.run_id]
+    known = [row for row in rows if row.status != "broken"]
+    heading(console, plural(len(runs), "run"), _counts(rows))
+    if known:
+        lost = sum(row.lost_rank_seconds or 0.0 for row in known)
+        console.print(f"{_hours(lost)} of ranks' time lost to imbalance, if time is proportional to tokens")
     console.print()
     if by is not None:
         _groups(console, result, by)
-    names = _names(rows)
-    shown = [row for row in rows if row.status != "broken"][:top]
-    if shown:
-        _runs(console, shown, names, len([row for row in rows if row.status != "broken"]), result)
+    if known:
+        _runs(console, known[:top], names, len(known), result)
     for status, style in (("incomplete", "yellow"), ("broken", "bold red")):
         _reasons(console, [row for row in rows if row.status == status], names, status, style, top)
-    _verdict(console, result)
+    _verdict(console, result, names)
+    if save is not None:
+        console.print()
+        console.print(f"saved: {clean(save)}: runs.parquet, reports/", soft_wrap=True)
 
 
 def _names(rows: list[Row]) -> dict[int, str]:
-    """What to call each run, by its row: its id, or where several dumps have it, its dump's folder."""
-    dumps: dict[str | None, set[str]] = {}
+    """What to call each run, by its row: its id; where several dumps have that, its dump's folder."""
+    dumps: dict[str, set[str]] = {}
+    of_dump: dict[str, set[str]] = {}
     for row in rows:
         dumps.setdefault(row.run_id, set()).add(row.dump)
-    shared = _shared_folders([row.dump for row in rows])
-    return {
-        id(row): (row.run_id or "") if len(dumps[row.run_id]) == 1 else row.dump[shared:].lstrip("/")
-        for row in rows
-    }
+        of_dump.setdefault(row.dump, set()).add(row.run_id)
+    # What stands behind the ? of an address is the same for all, and long.
+    folders = {row.dump: row.dump.partition("?")[0] if "://" in row.dump else row.dump for row in rows}
+    shared = _shared_folders(list(folders.values()))
+
+    def name(row: Row) -> str:
+        if not row.run_id or len(dumps[row.run_id]) == 1:
+            return row.run_id
+        folder = folders[row.dump][shared:].lstrip("/")
+        return folder if len(of_dump[row.dump]) == 1 else f"{folder} {row.run_id}"
+
+    return {id(row): name(row) for row in rows}
 
 
 def _shared_folders(paths: list[str]) -> int:
@@ -175,9 +197,13 @@ def _reasons(
 
 
 def _counts(rows: list[Row]) -> str:
-    names = ("complete", "incomplete", "broken")
-    counts = {name: sum(row.status == name for row in rows) for name in names}
-    return "".join(f" · {count:,} {name}" for name, count in counts.items() if count)
+    counts = dict.fromkeys(("complete", "incomplete", "broken"), 0)
+    for row in rows:
+        counts[row.status] += bool(row.run_id)
+    empty = sum(not row.run_id for row in rows)
+    found = [f"{count:,} {name}" for name, count in counts.items() if count]
+    found += [f"{plural(empty, 'place')} without a run"] if empty else []
+    return "".join(f" · {text}" for text in found)
 
 
 def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, result: Postmortem) -> None:
@@ -228,7 +254,7 @@ def _groups(console: Console, result: Postmortem, by: str) -> None:
     console.print()
 
 
-def _verdict(console: Console, result: Postmortem) -> None:
+def _verdict(console: Console, result: Postmortem, names: dict[int, str]) -> None:
     from rich.text import Text
 
     asked = []
@@ -239,12 +265,14 @@ def _verdict(console: Console, result: Postmortem) -> None:
     if not asked:
         return
     console.print()
-    broken = sum(row.status == "broken" for row in result.failed)
-    count = len(result.failed) - broken
-    failed = [f"{plural(count, 'run')} did not pass"] if count else []
-    failed += [f"{plural(broken, 'run')} cannot be judged"] if broken else []
-    text = f"{', '.join(asked)}: {', '.join(failed) or 'all passed'}"
-    console.print(Text(clean(text), style="bold red" if failed else "green"))
+    failed = [names[id(row)] for row in result.failed if result.not_judged(row) is None]
+    reasons = [(row, result.not_judged(row)) for row in result.failed]
+    unjudged = [f"{names[id(row)] or row.dump} ({reason})" for row, reason in reasons if reason is not None]
+    told = [f"{plural(len(failed), 'run')} did not pass: {listed(failed)}"] if failed else []
+    told += [f"{len(unjudged):,} cannot be judged: {listed(unjudged)}"] if unjudged else []
+    console.print(Text(f"{', '.join(asked)}:", style="bold"), Text("" if told else "all passed", "green"))
+    for text in told:
+        console.print(Text(clean(text), style="bold red"))
 
 
 def _short(text: str, width: int) -> str:

@@ -86,7 +86,8 @@ def render(console: Console, result: Summary, top: int = 5, *, acted: bool | Non
     _data(console, result)
     console.print()
     if result.spreads["balancedness"].mean is None:
-        console.print("no complete step, so there are no figures")
+        what = "no token in any complete step" if result.configurations else "no complete step"
+        console.print(f"{what}, so there are no figures")
         return
     _figures(console, result)
     _timeline(console, result)
