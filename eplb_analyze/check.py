@@ -10,10 +10,10 @@ import numpy as np
 
 from eplb_analyze.blocks import Block, StepState, ahead, shares
 from eplb_analyze.completeness import Completeness
-from eplb_analyze.errors import Finding, listed, plural
+from eplb_analyze.errors import Finding, Severity, listed, plural
 from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run, imported
-from eplb_dump.format import EMPTY_SLOT
+from eplb_dump.format import EMPTY_SLOT, FORMAT_NAME
 from eplb_dump.journal import Int32, Int64
 
 #: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
@@ -54,7 +54,7 @@ def check_run(run: Run) -> CheckReport:
     for part in (_check_sums, _check_recorded, _check_clocks, _check_statements):
         found += run.reading(lambda part=part: part(run))  # type: ignore[misc]
     found += _check_ranks(run)
-    found += _check_steps(run, steps)
+    found += check_steps(run, steps)
     found += _check_placements(run)
     found += _check_sessions(run)
     if run.info.origin is not None:
@@ -165,7 +165,7 @@ def _check_ranks(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "several_global_writers", text)
 
 
-def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
+def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
     if not steps.seen:
         yield Finding("error", "no_steps", "no step was recorded")
         return
@@ -181,8 +181,13 @@ def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
         more = " …" if len(steps.gaps) > 5 else ""
         text = f"no rank saw {steps.missing:,} steps, or the engine's numbers jump: {gaps}{more}"
         yield Finding("warning", "missing_steps", text)
+    lost = _lost_in_source(run)
+    yield from lost
+    dropped = "the queue was full or recording was off; see the writer's stats"
+    if lost:
+        dropped = "in the run it was made of they lacked a rank, or were dropped"
     for state, remedy in (
-        (StepState.DROPPED, "the queue was full or recording was off; see the writer's stats"),
+        (StepState.DROPPED, dropped),
         (StepState.REJECTED, "the engine handed over what cannot be a load"),
     ):
         if steps.count(state):
@@ -190,6 +195,17 @@ def _check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
             yield Finding("warning", f"{state.label}_steps", text)
     if not steps.count(StepState.RECORDED):
         yield Finding("error", "no_complete_step", "no step is complete, so there are no figures")
+
+
+def _lost_in_source(run: Run) -> list[Finding]:
+    """Steps of a compacted run that are `dropped` since its source lacks a rank's part of them."""
+    origin = run.info.origin
+    if origin is None or origin.system != FORMAT_NAME:
+        return []
+    severities: dict[str, Severity] = {"incomplete_steps": "error", "incomplete_end": "warning"}
+    return [
+        Finding(s, code, origin.unknown[code]) for code, s in severities.items() if code in origin.unknown
+    ]
 
 
 def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
@@ -219,7 +235,7 @@ def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
 def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
     """:func:`standing_findings`, and what the steps read say; an error where figures leave out much."""
     codes = ("incomplete_steps", "rank_stopped", "incomplete_end")
-    found = [f for f in _check_steps(run, steps) if f.code in codes]
+    found = [f for f in check_steps(run, steps) if f.code in codes]
     standing = standing_findings(run)
     explained = any(f.severity == "error" for f in standing)
     too_much = not explained and steps.incomplete_share > TOLERATED_INCOMPLETE

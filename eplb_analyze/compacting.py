@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from eplb_analyze import places
 from eplb_analyze.blocks import Block, StepState
-from eplb_analyze.errors import DumpError, plural
+from eplb_analyze.errors import DumpError, listed, plural
 from eplb_analyze.newrun import new_run
 from eplb_analyze.places import Place
 from eplb_analyze.run import Run, open_run
@@ -51,6 +51,10 @@ from eplb_dump.sealing import append_manifest, write_segment
 #: A new segment has at most so many steps, and so many bytes of loads, which are held in memory.
 SEGMENT_STEPS = 2048
 SEGMENT_BYTES = 128 << 20
+#: A run of which more steps lack a rank is refused, as `summary` of it exits with 3.
+TOLERATED_INCOMPLETE = 0.1
+#: Ranks that are killed together lack no more at the end; `check` takes a longer end for a fault, too.
+KILL_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,17 @@ def compact_run(
         run_id: the new run's; default: the source's, and ``-compact``.
 
     Raises:
-        DumpError: the source is damaged, or has no complete step; ``to`` cannot be written.
-        UsageError: the new run is there already.
+        DumpError: the source is damaged, has no complete step, or lacks too many; ``to`` cannot be written.
+        UsageError: the new run is there already; ``to`` lies inside a run.
     """
     opened = open_run(source, run, model)
     opened.progress = progress
     _require_intact(opened)
+    lost = _lost(opened)
     base = f"{opened.info.run_id[:110]}-compact"
     with new_run(to, run_id, base, opened.info.model) as new:
         try:
-            counts, info = _write(opened, new.root, new.run_id)
+            counts, info = _write(opened, new.root, new.run_id, lost)
         except SegmentFault as fault:
             raise DumpError(f"{fault}; {_REFUSED}") from None
         _verify(new.root, new.run_id, counts)
@@ -139,15 +144,43 @@ def _require_intact(run: Run) -> None:
             raise DumpError(f"{finding.text}; {_REFUSED}")
 
 
+def _lost(run: Run) -> dict[str, str]:
+    """Which steps lack a rank and are `dropped` in the new run, in words, by the code of a finding.
+
+    Raises DumpError where they are too many: of what remains nobody could tell.
+    """
+    summary = summarize(run)
+    _require_intact(run)
+    steps = summary.steps
+    if not steps.count(StepState.RECORDED):
+        raise DumpError(f"{run.path}: no step is complete, so there is nothing to sum")
+    refused = "what remains would look whole, so it is not compacted"
+    if summary.missing_ranks:
+        ranks = plural(len(summary.expected_ranks), "rank")
+        raise DumpError(f"{run.path}: of {ranks}, {listed(summary.missing_ranks)} wrote nothing; {refused}")
+    count = steps.count(StepState.INCOMPLETE)
+    if not count:
+        return {}
+    share = f"{100 * steps.incomplete_share:.1f} %"
+    many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
+    if steps.incomplete_share > TOLERATED_INCOMPLETE:
+        whole = "A:B" if steps.incomplete_inside else f"{steps.first}:{(steps.last_whole or 0) + 1}"
+        remedy = f"first copy the part that is whole (`copy --to PLACE --steps {whole}`)"
+        raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
+    frayed = not steps.incomplete_inside and steps.tail_seconds <= KILL_SECONDS
+    text = f"{many} lacked a rank in the run it was made of: {why}"
+    return {"incomplete_end" if frayed else "incomplete_steps": text}
+
+
 def _side(run: Run) -> Side:
-    listed = [entry for session in run.sessions for entry in places.entries(session.folder)]
+    files = [entry for session in run.sessions for entry in places.entries(session.folder)]
     start = time.perf_counter()
     summarize(open_run(run.path, run.info.run_id, run.info.model))
     return Side(
         run_id=run.info.run_id,
         sessions=len(run.sessions),
-        files=len(listed),
-        bytes=sum(entry.stat(follow_symlinks=False).st_size for entry in listed),
+        files=len(files),
+        bytes=sum(entry.stat(follow_symlinks=False).st_size for entry in files),
         summary_seconds=time.perf_counter() - start,
     )
 
@@ -225,16 +258,19 @@ def _most_steps(shape: Shape | None) -> int:
 class _Content:
     """A segment of the new run, in memory; see :class:`~eplb_dump.sealing.Content`."""
 
-    def __init__(self, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows) -> None:
+    def __init__(
+        self, where: Place, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows
+    ) -> None:
+        """``where``: the run that the parts are of, for messages."""
         self.info = info
         self.seq = seq
         self.placements = placements
         self.steps = StepRows.concat([part.rows() for part in parts])
         self.load_steps: Int64 = np.concatenate([part.recorded for part in parts])
         self.shape = parts[0].block.shape if len(self.load_steps) else None
-        self._load = self._read(parts, self.shape) if self.shape is not None else None
+        self._load = self._read(where, parts, self.shape) if self.shape is not None else None
 
-    def _read(self, parts: list[_Part], shape: Shape) -> Int32:
+    def _read(self, where: Place, parts: list[_Part], shape: Shape) -> Int32:
         out = np.empty((shape.num_moe_layers, len(self.load_steps), shape.num_physical_experts), np.int32)
         end = 0
         for part in parts:
@@ -242,8 +278,11 @@ class _Content:
             at, end = end, end + len(steps)
             for layer, load in part.block.load_parts(steps) if len(steps) else ():
                 if load.max(initial=0) > MAX_LOAD:
+                    odd = int(steps[(load > MAX_LOAD).any(axis=(1, 2)).argmax()])
                     raise DumpError(
-                        f"a sum over ranks is larger than {MAX_LOAD:,}, which the format does not hold"
+                        f"{where}: at step {odd} a sum over ranks is larger than {MAX_LOAD:,}, which the "
+                        "format does not hold; keep the run as it is, or first copy steps without this one "
+                        "(`copy --to PLACE --steps A:B`)"
                     )
                 out[layer : layer + load.shape[1], at:end] = load.transpose(1, 0, 2)
         return out
@@ -253,9 +292,9 @@ class _Content:
         return self._load[first:last]
 
 
-def _write(run: Run, root: Path, run_id: str) -> tuple[Counter[int], SessionInfo]:
+def _write(run: Run, root: Path, run_id: str, lost: dict[str, str]) -> tuple[Counter[int], SessionInfo]:
     """Write the one session of the new run; its steps by status, and how many are INCOMPLETE of them."""
-    info = _info(run, run_id)
+    info = _info(run, run_id, lost)
     folder = session_path(root, info)
     folder.mkdir(parents=True)
     stated = deque(_placements(run))
@@ -265,17 +304,10 @@ def _write(run: Run, root: Path, run_id: str) -> tuple[Counter[int], SessionInfo
         rows = []
         while stated and stated[0][0] <= last:
             rows.append(stated.popleft())
-        content = _Content(info, seq, parts, _placement_rows(rows))
+        content = _Content(run.path, info, seq, parts, _placement_rows(rows))
         write_segment(folder, content)
         counts.update(content.steps.status.tolist())
         counts[StepState.INCOMPLETE] += sum(int((p.state == StepState.INCOMPLETE).sum()) for p in parts)
-    if not counts[Status.RECORDED]:
-        raise DumpError(f"{run.path}: no step is complete, so there is nothing to sum")
-    if counts[StepState.INCOMPLETE]:
-        assert info.origin is not None
-        text = f"{plural(counts[StepState.INCOMPLETE], 'step')} lacked a rank in the source; dropped here"
-        unknown = {**info.origin.unknown, "incomplete_steps": text}
-        info = replace(info, origin=replace(info.origin, unknown=unknown))
     stats = {status.label: counts[status] for status in Status}
     stats["seen"] = sum(stats.values())
     (folder / SESSION_FILE).write_bytes(dump_json(info.to_dict()))
@@ -284,24 +316,28 @@ def _write(run: Run, root: Path, run_id: str) -> tuple[Counter[int], SessionInfo
     return counts, info
 
 
-def _info(run: Run, run_id: str) -> SessionInfo:
+def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
     from eplb_dump import __version__
 
     first = run.sessions[0].info
     shapes = [s for session in run.sessions for s in session.segments if s.shape is not None]
     shape = min(shapes, key=lambda segment: segment.first_step).shape if shapes else None
-    unknown = {} if first.origin is None else dict(first.origin.unknown)
+    unknown = {**({} if first.origin is None else first.origin.unknown), **lost}
     unclosed = sum(session.closed is None for session in run.sessions)
     if unclosed:
         unknown["end"] = (
             f"whether there were more steps: {plural(unclosed, 'session')} of the source did not end in order"
         )
-    listed = [e for session in run.sessions for e in places.entries(session.folder)]
+    part = next((session.part for session in run.sessions if session.part is not None), None)
+    if part is not None:
+        asked = f"{part[0]} to " + ("the end" if part[1] >= 2**62 - 1 else str(part[1]))
+        unknown["other_steps"] = f"the source was a copy of the segments that touch steps {asked}"
+    files = [e for session in run.sessions for e in places.entries(session.folder)]
     source = f"{RUN_PREFIX}{first.run_id}/{MODEL_PREFIX}{model_slug(first.model)}"
     origin = Origin(
         system=FORMAT_NAME,
         kind="compact",
-        files=(SourceFile(source, sum(e.stat(follow_symlinks=False).st_size for e in listed)),),
+        files=(SourceFile(source, sum(e.stat(follow_symlinks=False).st_size for e in files)),),
         importer_version=__version__,
         unknown=unknown,
         assumed={} if first.origin is None else dict(first.origin.assumed),

@@ -1,9 +1,9 @@
 """`copy`: a run, or a part of it, is brought to another place, byte for byte and verified.
 
-Every file is fetched under a name that no reader takes, verified there by the format's own checksums, and
-only then given its name; a session's ``session.json`` comes last, and without it a reader reports the
-session and leaves it out. So an interrupted copy is never taken for a whole one, and the same copy once more
-goes on where it was.
+Every file is fetched under a name that no reader takes, verified there by the format's own checksums and by a
+second reading of the source, and only then given its name; a session's ``session.json`` comes last, and
+without it a reader reports the session and leaves it out. So an interrupted copy is never taken for a whole
+one, and the same copy once more goes on where it was. A whole session that is there only ever grows.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from eplb_analyze import places
 from eplb_analyze.dump import discover
@@ -43,15 +43,19 @@ from eplb_dump.format import (
     model_slug,
     session_path,
 )
-from eplb_dump.journal import JournalSegment, UnbegunJournal
-from eplb_dump.sealing import SealedSegment, fsync_folder
+from eplb_dump.journal import JournalSegment, UnbegunJournal, lock
+from eplb_dump.sealing import SealedFile, SealedSegment, fsync_folder
 
 #: Where a session's files are until they are verified: a folder, or in a bucket an object, of this name.
 UNFINISHED = "copy.tmp"
+#: In that folder; whoever copies into the session holds its lock.
+LOCK = "lock"
 CHUNK = 8 << 20
 NO_END = 2**62
 #: How often a session is looked at anew whose writer seals journals meanwhile.
 LOOKS = 10
+#: How often a file is fetched anew whose second reading is another.
+READINGS = 3
 
 
 @dataclass
@@ -73,7 +77,7 @@ class CopyReport:
     files_there: int = 0
     #: Whole segments that do not touch the steps asked for.
     segments_left_out: int = 0
-    #: Files that are not in the copy, since they are damaged or missing in the source, and why.
+    #: Files and sessions that are not in the copy, since they are damaged or missing in the source, and why.
     damaged: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -111,10 +115,10 @@ def copy_run(
 
     Raises:
         DumpError, NotInDumpError, UnreachableError: there is no such run, or it cannot be read or written.
-        UsageError: what is there under a name of the run is another content.
+        UsageError: what is there under a name of the run is another content, or a part that it does not
+            hold; ``to`` lies inside a run; another copy writes there.
     """
-    if str(to.name).startswith((RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)):
-        raise UsageError(f"{to}: give the dump's folder, in which run=… is made")
+    _require_dump_folder(to)
     found = discover(source, run)
     run_id, notes = choose_run(found, source, run)
     sessions = [
@@ -131,12 +135,10 @@ def copy_run(
             absent = ", ".join(str(rank) for rank in sorted(set(ranks) - set(there))[:8])
             raise NotInDumpError(f"{source}: run {run_id} has nothing of rank {absent}")
         sessions = [(folder, info) for folder, info in sessions if info.ep_rank in ranks]
+    misplaced = [(folder, info) for folder, info in sessions if not _at_home(folder, info)]
+    sessions = [session for session in sessions if session not in misplaced]
     if not sessions:
         raise DumpError(f"{source}: no session of run {run_id} can be read")
-    sources = [_Source(folder, info, steps) for folder, info in sessions]
-    where = source if isinstance(source, Remote) else to
-    if steps is not None and not any(places.each(where, _Source.touched, sources)):
-        raise NotInDumpError(f"{source}: no segment of run {run_id} is in these steps")
     report = CopyReport(
         source=str(source),
         to=str(to),
@@ -145,34 +147,70 @@ def copy_run(
         ranks=ranks,
         first_step=None if steps is None else steps[0],
         last_step=None if steps is None or steps[1] >= NO_END else steps[1] - 1,
-        damaged=[f.text for f in found.findings_of(run_id) if f.severity == "error"],
+        damaged=[
+            *(f.text for f in found.findings_of(run_id) if f.severity == "error"),
+            *(
+                f"{folder / SESSION_FILE}: it is of model {info.model!r}, another folder's; session left out"
+                for folder, info in misplaced
+            ),
+        ],
         notes=notes,
     )
+    ways = [_Way(_Source(folder, info, steps), _target(to, info)) for folder, info in sessions]
+    where = source if isinstance(source, Remote) else to
     try:
-        targets = [_target(session_path_in(to, info)) for _, info in sessions]
+        looks = list(places.each(where, _Way.look, ways))
+        if steps is not None and not any(look.touched for look in looks):
+            raise NotInDumpError(f"{source}: no segment of run {run_id} is in these steps")
+        report.damaged += [look.fault for look in looks if look.fault is not None]
+        ways = [way for way, look in zip(ways, looks, strict=True) if look.fault is None]
         # All at once, so that a copy of which some sessions are not begun does not look whole either.
-        for _ in places.each(where, _Target.begin, targets):
+        for _ in places.each(where, lambda way: way.target.begin(), ways):
             pass
-        for done, counted in enumerate(places.each(where, _copy_session, zip(sources, targets, strict=True))):
-            progress(done + 1, len(sessions))
+        copied = []
+        for done, counted in enumerate(places.each(where, _Way.copy, ways)):
+            progress(done + 1, len(ways))
             report.add(counted)
+            copied.append(counted.names)
+        _require_all(to, run_id, ways, copied)
     except OSError as error:
         raise DumpError(f"{error.filename or to}: {error.strerror or error}") from None
     return report
 
 
-def session_path_in(to: Place, info: SessionInfo) -> Place:
-    """``session_path`` in a dump that may lie in a bucket."""
-    place = to
-    for name in session_path(Path(), info).parts:
-        place = place / name
-    return place
+def _at_home(folder: Place, info: SessionInfo) -> bool:
+    """Whether a session lies in its model's folder; else its copy could meet another one's."""
+    return folder.parent.parent.name == f"{MODEL_PREFIX}{model_slug(info.model)}"
+
+
+def _require_dump_folder(to: Place) -> None:
+    """Raise UsageError for a place inside a run: what were written there would be part of that run."""
+    parts = to.resolve().parts if isinstance(to, Path) else cast(Remote, to).key.split("/")
+    prefixes = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
+    inside = next((part for part in parts if part.startswith(prefixes)), None)
+    if inside is not None:
+        raise UsageError(f"{to}: it lies inside {inside}; give the dump's folder, in which run=… is made")
+
+
+def _require_all(to: Place, run_id: str, ways: list[_Way], copied: list[set[str]]) -> None:
+    """Raise DumpError where a file is gone again: where there are no locks, another copy can remove it."""
+    places.look_again(to)
+    if ways:
+        places.entries(to / f"{RUN_PREFIX}{run_id}")  # of a bucket, all that is below in one listing
+    for way, names in zip(ways, copied, strict=True):
+        gone = names - way.target.names()
+        if gone:
+            raise DumpError(
+                f"{way.target.folder / min(gone)}: it was taken away meanwhile; copy once more, alone"
+            )
 
 
 @dataclass
 class _Counted:
     """What was copied of one session."""
 
+    #: Of the files that are there now.
+    names: set[str] = field(default_factory=set)
     files: int = 0
     bytes: int = 0
     files_there: int = 0
@@ -193,50 +231,134 @@ class _File:
     verify: Callable[[Path], None]
 
 
-def _copy_session(session: tuple[_Source, _Target]) -> _Counted:
-    source, target = session
-    for looks in reversed(range(LOOKS)):
+@dataclass(frozen=True)
+class _Manifest:
+    """A manifest's valid prefix, and what it says."""
+
+    data: bytes = b""
+    entries: dict[int, SealedSegment] = field(default_factory=dict)
+    closed: dict[str, Any] | None = None
+    #: Of a copy of some steps: the first and the last that were asked for.
+    part: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, data: bytes) -> _Manifest:
+        """Raises FormatError where there is damage in it."""
+        entries: dict[int, SealedSegment] = {}
+        closed = part = None
+        for item in frames.scan(io.BytesIO(data), len(data)):
+            if isinstance(item, frames.Tail):
+                if item.fault == "damaged":
+                    raise FormatError(f"damaged from byte {item.end} on")
+                data = data[: item.end]
+            elif item.kind == "sealed":
+                entry = SealedSegment.from_frame(item)
+                entries[entry.seq] = entry
+            elif item.kind == "closed":
+                closed = item.header
+            elif item.kind == "part":
+                part = int(item.header["first_step"]), int(item.header["last_step"])
+        return cls(data, entries, closed, part)
+
+    @property
+    def files(self) -> set[SealedFile]:
+        return {file for entry in self.entries.values() for file in entry.files.values()}
+
+    def covers(self, other: _Manifest) -> bool:
+        """Whether it is of all the steps that another is of."""
+        if self.part is None or other.part is None:
+            return self.part is None
+        return self.part[0] <= other.part[0] and other.part[1] <= self.part[1]
+
+    def continues(self, other: _Manifest) -> bool:
+        """Whether it says all that another does."""
+        return other.files <= self.files and other.closed in (None, self.closed)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is known of a session before it is copied."""
+
+    #: Why it cannot be.
+    fault: str | None
+    #: Whether something of the steps asked for can be in it.
+    touched: bool
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A session, from where it is to where it goes."""
+
+    source: _Source
+    target: _Target
+
+    def look(self) -> _Look:
+        """Raises UsageError where it cannot go there; nothing is written yet."""
         try:
-            return _copy_as_it_is_now(source, target)
-        except _ChangedError:
-            if not looks:
-                break
-            places.look_again(source.folder)
-    raise DumpError(f"{source.folder}: it changes faster than it is read")
+            plan = self.source.plan()
+        except _ManifestFault as fault:
+            return _Look(f"{fault}; session left out", True)
+        self.target.look()
+        self.target.require_room(plan.manifest)
+        self.target.itself = _same(self.source.folder, self.target.folder)
+        return _Look(None, any(file.name.startswith(("steps-", "journal-")) for file in plan.files))
+
+    def copy(self) -> _Counted:
+        with self.target.held():
+            for looks in reversed(range(LOOKS)):
+                try:
+                    return self._copy_as_it_is_now()
+                except _ChangedError:
+                    if not looks:
+                        break
+                    places.look_again(self.source.folder)
+        raise DumpError(f"{self.source.folder}: it changes faster than it is read")
+
+    def _copy_as_it_is_now(self) -> _Counted:
+        source, target = self.source, self.target
+        plan = source.plan()
+        target.require_room(plan.manifest)
+        counted = _Counted(segments_left_out=plan.left_out)
+        #: What is there of them stays, also where the source's is damaged now.
+        planned = {file.name for file in plan.files}
+
+        def take(file: _File) -> None:
+            where = source.folder / file.name
+            try:
+                size, there = target.take(file)
+            except UnbegunJournal:
+                planned.discard(file.name)  # nothing that counts is in it
+                return
+            except (FormatError, SegmentFault) as error:
+                counted.damaged.append(f"{where}: {str(error).removeprefix(f'{target.spool / file.name}: ')}")
+                return
+            except FileNotFoundError as error:
+                if error.filename is not None and str(error.filename) != str(where):
+                    raise
+                if JOURNAL_PATTERN.fullmatch(file.name):
+                    raise _ChangedError from None
+                counted.damaged.append(f"{where}: it is missing, although the manifest lists it")
+                return
+            counted.names.add(file.name)
+            counted.files += 1
+            counted.bytes += size
+            counted.files_there += there
+
+        for file in plan.files:
+            take(file)
+        target.clean(planned, plan.manifest)
+        take(_File(SESSION_FILE, source.folder / SESSION_FILE, _verify_session))
+        return counted
 
 
-def _copy_as_it_is_now(source: _Source, target: _Target) -> _Counted:
-    files, left_out = source.plan()
-    counted = _Counted(segments_left_out=left_out)
-    names = set()
+@dataclass(frozen=True)
+class _Plan:
+    """The files of a session to copy, but for ``session.json``."""
 
-    def take(file: _File) -> None:
-        where = source.folder / file.name
-        try:
-            size, there = target.take(file)
-        except UnbegunJournal:
-            return  # nothing that counts is in it
-        except (FormatError, SegmentFault) as error:
-            counted.damaged.append(f"{where}: {str(error).removeprefix(f'{target.spool / file.name}: ')}")
-            return
-        except FileNotFoundError as error:
-            if error.filename is not None and str(error.filename) != str(where):
-                raise
-            if JOURNAL_PATTERN.fullmatch(file.name):
-                raise _ChangedError from None
-            counted.damaged.append(f"{where}: it is missing, although the manifest lists it")
-            return
-        names.add(file.name)
-        counted.files += 1
-        counted.bytes += size
-        counted.files_there += there
-
-    for file in files:
-        take(file)
-    target.clean(names)
-    take(_File(SESSION_FILE, source.folder / SESSION_FILE, _verify_session))
-    target.end()
-    return counted
+    files: list[_File]
+    manifest: _Manifest
+    #: How many segments are not in it.
+    left_out: int
 
 
 class _Source:
@@ -247,18 +369,13 @@ class _Source:
         self._info = info
         self._steps = steps
 
-    def touched(self) -> bool:
-        """Whether something of the steps asked for can be in it."""
-        files, _ = self.plan()
-        return any(file.name.startswith(("steps-", "journal-")) for file in files)
-
-    def plan(self) -> tuple[list[_File], int]:
-        """The files to copy, but for ``session.json``; and how many segments are left out."""
+    def plan(self) -> _Plan:
+        """What is to be copied of it. Raises _ManifestFault."""
         first, end = self._steps or (0, NO_END)
         # Before the manifest: a journal that is sealed in between is missed when it is fetched.
         inside = [entry.name for entry in places.entries(self.folder)]
         journals = {int(match[1]): match[0] for match in map(JOURNAL_PATTERN.fullmatch, inside) if match}
-        data, entries = _manifest(self.folder)
+        manifest = _manifest(self.folder)
         kept: list[SealedSegment] = []
         # Journals come first: when they are sealed, they are gone.
         files = [
@@ -266,7 +383,7 @@ class _Source:
             for name in sorted(journals.values())
         ]
         left_out = 0
-        for seq, entry in entries.items():
+        for seq, entry in manifest.entries.items():
             if entry.first_step >= end or entry.last_step < first:
                 left_out += 1
             if entry.first_step >= end:
@@ -281,32 +398,26 @@ class _Source:
                 verify = partial(_verify_table, self._info, entry, table)
                 files.append(_File(file.name, self.folder / file.name, verify))
         if self._steps is not None:
-            data = _part(data, self._info, kept, self._steps)
-        if data:
-            files.append(_File(MANIFEST_FILE, data, lambda _: None))
-        return files, left_out
+            manifest = _Manifest.of(_part(manifest.data, self._info, kept, self._steps))
+        if manifest.data:
+            files.append(_File(MANIFEST_FILE, manifest.data, lambda _: None))
+        return _Plan(files, manifest, left_out)
 
 
-def _manifest(folder: Place) -> tuple[bytes, dict[int, SealedSegment]]:
-    """A manifest's valid prefix, and what it lists. Raises DumpError where there is damage in it."""
+class _ManifestFault(Exception):
+    """A manifest is damaged; what it listed behind that cannot be verified, or copied."""
+
+
+def _manifest(folder: Place) -> _Manifest:
+    """A session's manifest; empty where it has sealed nothing yet. Raises _ManifestFault."""
     path = folder / MANIFEST_FILE
-    entries: dict[int, SealedSegment] = {}
     try:
         require_regular(path)
-        data = path.read_bytes()
-        for item in frames.scan(io.BytesIO(data), len(data)):
-            if isinstance(item, frames.Tail):
-                if item.fault == "damaged":
-                    raise FormatError(f"damaged from byte {item.end} on")
-                return data[: item.end], entries
-            if item.kind == "sealed":
-                entry = SealedSegment.from_frame(item)
-                entries[entry.seq] = entry
+        return _Manifest.of(path.read_bytes())
     except FileNotFoundError:
-        pass
-    except FormatError as error:
-        raise DumpError(f"{path}: {error}; what it listed after that cannot be verified, or copied") from None
-    return b"", entries
+        return _Manifest()
+    except (FormatError, KeyError, TypeError, ValueError) as error:
+        raise _ManifestFault(f"{path}: {error}") from None
 
 
 def _part(data: bytes, info: SessionInfo, kept: list[SealedSegment], steps: Steps) -> bytes:
@@ -340,21 +451,58 @@ def _verify_session(path: Path) -> None:
 
 
 class _Target:
-    """A session on its way to where it goes. ``spool`` is a folder for what is not verified yet."""
+    """A session where it goes."""
 
-    def __init__(self, folder: Place, spool: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
-        self.spool = spool
+        #: A folder of this process for what is not verified yet, while it is held.
+        self.spool = Path()
+        #: Whether it is the source.
+        self.itself = False
+        #: Whether an earlier copy came to its end; and what it left, or one that did not.
         self._finished = False
+        self._there: set[str] = set()
+
+    def look(self) -> None:
+        """See what is there. Raises UsageError where no copy can have made it."""
+        self._there = self.names()
+        self._finished = SESSION_FILE in self._there
+        if self._there and not self._finished and UNFINISHED not in self._there:
+            raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
+
+    def require_room(self, manifest: _Manifest) -> None:
+        """Raise UsageError where a session of this manifest does not go on with a finished one there."""
+        if not self._finished:
+            return
+        path = self.folder / MANIFEST_FILE
+        try:
+            there = _manifest(self.folder)
+        except _ManifestFault as fault:
+            raise UsageError(f"{fault}; it stays as it is") from None
+        if there.data == manifest.data:
+            return
+        if not manifest.covers(there):
+            held = "more than the steps asked for"
+            if there.part is not None:
+                end = "" if there.part[1] >= NO_END - 1 else there.part[1] + 1
+                held = f"a copy of steps {there.part[0]}:{end} only"
+            raise UsageError(f"{self.folder}: it holds {held}, and stays as it is; name another --to")
+        if not manifest.continues(there):
+            raise UsageError(f"{path}: it is there with another content, and stays as it is")
 
     def begin(self) -> None:
         """Leave a mark there that the session is not whole yet, unless it is."""
-        there = self._names()
-        self._finished = SESSION_FILE in there
-        if there and not self._finished and UNFINISHED not in there:
-            raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
         if not self._finished:
             self._mark()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For a block of :meth:`take`: with a spool and, where there are locks, against other copies.
+
+        Raises UsageError where another one has it.
+        """
+        raise NotImplementedError
+        yield
 
     def take(self, file: _File) -> tuple[int, bool]:
         """Have a file there: its size, and whether it was there already.
@@ -363,34 +511,39 @@ class _Target:
         UsageError where a finished session has another one of that name.
         """
         path, there = self.spool / file.name, self.folder / file.name
-        self.spool.mkdir(parents=True, exist_ok=True)
         try:
-            size, digest = _fetch(file.source, path)
+            size, digest = _fetch(file, path)
             file.verify(path)
             if _is(there, size, digest):
                 return size, True
-            if self._finished:
+            if self._finished and (self.itself or not _grows(there, path)):
                 raise UsageError(f"{there}: it is there with another content, and stays as it is")
             self._publish(path, there)
             if not _is(there, size, digest):
                 self._remove(file.name)
                 raise DumpError(f"{there}: what was written is not what lies there; nothing was kept of it")
+            self._there.add(file.name)
             return size, False
         finally:
             with suppress(OSError):
                 path.unlink()
 
-    def clean(self, names: set[str]) -> None:
+    def clean(self, planned: set[str], manifest: _Manifest) -> None:
         """Take away what an attempt before left: journals that were sealed since, say."""
-        for name in self._names() - names:
-            if not self._finished and (JOURNAL_PATTERN.fullmatch(name) or SEGMENT_PATTERN.fullmatch(name)):
-                self._remove(name)
+        unplanned = self._there - planned
+        journals = list(filter(None, map(JOURNAL_PATTERN.fullmatch, unplanned)))
+        if self._finished:
+            left = [journal[0] for journal in journals if int(journal[1]) in manifest.entries]
+        else:
+            left = [name[0] for name in (*journals, *map(SEGMENT_PATTERN.fullmatch, unplanned)) if name]
+            if left:
+                places.look_again(self.folder)
+            if SESSION_FILE in self.names():
+                return  # another copy came to its end meanwhile: they are of that one
+        for name in left:
+            self._remove(name)
 
-    def end(self) -> None:
-        """The session is whole."""
-        shutil.rmtree(self.spool, ignore_errors=True)
-
-    def _names(self) -> set[str]:
+    def names(self) -> set[str]:
         try:
             return {entry.name for entry in places.entries(self.folder)}
         except FileNotFoundError:
@@ -407,37 +560,95 @@ class _Target:
 
 
 class _LocalTarget(_Target):
-    """In a folder; the mark is the spool."""
+    """In a folder; the mark is a folder, too, with the lock and the spool in it."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, folder / UNFINISHED)
-        self._path = folder
+    def __init__(self, to: Path, info: SessionInfo) -> None:
+        self._path = session_path(to, info)
+        super().__init__(self._path)
+        self._unfinished = self._path / UNFINISHED
+
+    def look(self) -> None:
+        for path in (*reversed(self._path.parents[:3]), self._path, self._unfinished):
+            if path.is_symlink():
+                raise UsageError(f"{path}: it is a symbolic link, which readers do not follow; remove it")
+        super().look()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with ExitStack() as held:
+            alone = self._lock(held)
+            held.callback(self._tidy, alone)
+            self.look()
+            spool = tempfile.TemporaryDirectory(dir=self._unfinished)
+            self.spool = Path(held.enter_context(spool))
+            yield
+        if self._is_whole():
+            with suppress(OSError):  # some file systems keep the lock's file until it is closed
+                self._unfinished.rmdir()
+
+    def _is_whole(self) -> bool:
+        return SESSION_FILE in self.names()
+
+    def _tidy(self, alone: bool) -> None:
+        """Take the mark away where the session is whole, with what killed copies left in it."""
+        if not self._is_whole():
+            return
+        with suppress(OSError):
+            if alone:
+                shutil.rmtree(self._unfinished)
+            (self._unfinished / LOCK).unlink()
+            self._unfinished.rmdir()
+
+    def _lock(self, held: ExitStack) -> bool:
+        """Take the lock; False where there are none. Raises UsageError where another copy has it."""
+        while True:
+            self._mark()
+            try:
+                file = (self._unfinished / LOCK).open("ab")
+            except FileNotFoundError:  # a copy has come to its end
+                continue
+            got = lock(file.fileno())
+            if got:
+                held.enter_context(file)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), (self._unfinished / LOCK).stat()):
+                        return True
+            file.close()
+            if got is None:
+                return False
+            if got is False:
+                raise UsageError(f"{self.folder}: another copy writes into it; let that end, then copy again")
 
     def _mark(self) -> None:
-        self.spool.mkdir(parents=True, exist_ok=True)
+        self._unfinished.mkdir(parents=True, exist_ok=True)
 
     def _publish(self, path: Path, there: Place) -> None:
         os.replace(path, self._path / there.name)
         fsync_folder(self._path)
 
     def _remove(self, name: str) -> None:
-        (self._path / name).unlink()
+        (self._path / name).unlink(missing_ok=True)
 
 
 class _RemoteTarget(_Target):
-    """In a bucket; the mark is an object."""
+    """In a bucket; the mark is an object. There are no locks."""
 
-    def __init__(self, folder: Remote) -> None:
-        super().__init__(folder, Path(tempfile.gettempdir()) / f"eplb-copy-{secrets.token_hex(8)}")
-        self._prefix = folder
+    def __init__(self, to: Remote, info: SessionInfo) -> None:
+        self._prefix = to
+        for name in session_path(Path(), info).parts:
+            self._prefix = self._prefix / name
+        super().__init__(self._prefix)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with tempfile.TemporaryDirectory(prefix="eplb-copy-") as spool:
+            self.spool = Path(spool)
+            yield
+        if {SESSION_FILE, UNFINISHED} <= self.names():
+            self._remove(UNFINISHED)
 
     def _mark(self) -> None:
         (self._prefix / UNFINISHED).write(io.BytesIO(b""))
-
-    def end(self) -> None:
-        super().end()
-        if UNFINISHED in self._names():
-            self._remove(UNFINISHED)
 
     def _publish(self, path: Path, there: Place) -> None:
         with path.open("rb") as file:
@@ -447,37 +658,88 @@ class _RemoteTarget(_Target):
         (self._prefix / name).unlink()
 
 
-def _target(folder: Place) -> _Target:
-    return _LocalTarget(folder) if isinstance(folder, Path) else _RemoteTarget(cast(Remote, folder))
+def _target(to: Place, info: SessionInfo) -> _Target:
+    return _LocalTarget(to, info) if isinstance(to, Path) else _RemoteTarget(cast(Remote, to), info)
 
 
-def _fetch(source: Place | bytes, path: Path) -> tuple[int, str]:
+def _fetch(file: _File, path: Path) -> tuple[int, str]:
     """Bring a file to a path; its size and its digest. Raises OSError, FormatError."""
-    if not isinstance(source, bytes):
-        require_regular(source)
+    if isinstance(file.source, bytes):
+        path.write_bytes(file.source)
+        return len(file.source), hashlib.sha256(file.source).hexdigest()
+    require_regular(file.source)
+    for _ in range(READINGS):
+        with file.source.open("rb") as read, path.open("wb") as write:
+            size, digest = _digest(read, write)
+            write.flush()
+            os.fsync(write.fileno())
+        if JOURNAL_PATTERN.fullmatch(file.name):
+            return size, digest  # it may grow meanwhile; all of it is in checksums of its own
+        # No checksum of a Parquet file covers its first bytes, or the heads of its pages.
+        with file.source.open("rb") as read:
+            if _digest(read) == (size, digest):
+                return size, digest
+    raise FormatError(f"{READINGS} times two readings of it were not the same")
+
+
+def _same(one: Place, other: Place) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.resolve() == other.resolve()
+    return str(one) == str(other)
+
+
+def _digest(read: BinaryIO, write: BinaryIO | None = None, most: int = NO_END) -> tuple[int, str]:
+    """How much there is to read, at most so much, and its digest; it is written, too, if need be."""
     digest, size = hashlib.sha256(), 0
-    with (
-        io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as read,
-        path.open("wb") as write,
-    ):
-        while data := read.read(CHUNK):
-            digest.update(data)
-            size += len(data)
+    while data := read.read(min(CHUNK, most - size)):
+        digest.update(data)
+        size += len(data)
+        if write is not None:
             write.write(data)
-        write.flush()
-        os.fsync(write.fileno())
     return size, digest.hexdigest()
 
 
 def _is(there: Place, size: int, digest: str) -> bool:
     """Whether what lies there has this content."""
-    found = hashlib.sha256()
     try:
-        if there.stat().st_size != size:
+        found = there.lstat()
+        if found.st_size != size or not stat.S_ISREG(found.st_mode):
             return False
         with there.open("rb") as file:
-            while data := file.read(CHUNK):
-                found.update(data)
+            return _digest(file) == (size, digest)
     except FileNotFoundError:
         return False
-    return found.hexdigest() == digest
+
+
+def _grows(there: Place, path: Path) -> bool:
+    """Whether a file of a finished session may become this one: nothing is lost that is there."""
+    try:
+        require_regular(there)
+    except FileNotFoundError:
+        return True
+    except FormatError:
+        return False
+    if there.name == MANIFEST_FILE:
+        old, new = _Manifest.of(there.read_bytes()), _Manifest.of(path.read_bytes())
+        return new.covers(old) and new.continues(old)
+    if JOURNAL_PATTERN.fullmatch(there.name):
+        with there.open("rb") as earlier, path.open("rb") as later:
+            before = _digest(earlier)
+            return _digest(later, most=before[0]) == before
+    if there.name == SESSION_FILE:
+        return _knows_more(path.read_bytes(), there.read_bytes())
+    return False
+
+
+def _knows_more(new: bytes, old: bytes) -> bool:
+    """Whether a ``session.json`` is another one after the shape of the first step became known."""
+    try:
+        later, earlier = (SessionInfo.from_dict(load_json(data)) for data in (new, old))
+    except FormatError:
+        return False
+    return earlier.num_moe_layers is None and earlier == replace(
+        later,
+        ep_size=earlier.ep_size,
+        num_moe_layers=None,
+        num_physical_experts=earlier.num_physical_experts,
+    )

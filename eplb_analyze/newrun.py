@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_dump.format import MODEL_PREFIX, RUN_ID_PATTERN, RUN_PREFIX, model_slug
+from eplb_dump.format import (
+    MODEL_PREFIX,
+    RANK_PREFIX,
+    RUN_ID_PATTERN,
+    RUN_PREFIX,
+    SESSION_PREFIX,
+    model_slug,
+)
+from eplb_dump.journal import lock
 
 #: What is being written; readers look for other names.
 UNFINISHED = "new.tmp"
+#: In it: its process holds the lock of this file, so that what a dead one left is told from a living one's.
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -28,36 +39,66 @@ class NewRun:
 def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[NewRun]:
     """A run of one model, which is in the dump ``into`` when the block has ended without an error.
 
+    What killed processes left in the dump of their new runs is removed.
+
     Args:
         run_id: its name; None: ``base``, or where that is there already ``base-2`` and so on.
 
     Raises:
-        UsageError: the run is there already, or its name is none.
+        UsageError: the run is there already, or its name is none; ``into`` lies inside a run.
         DumpError: the folder cannot be written.
     """
     if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
         raise UsageError(f"--run-id: {run_id!r} must be letters, digits, '.', '_' or '-', at most 128")
+    prefixes = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
+    inside = next((part for part in into.resolve().parts if part.startswith(prefixes)), None)
+    if inside is not None:
+        raise UsageError(f"{into}: it lies inside {inside}; give the dump's folder, in which run=… is made")
     try:
+        into.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(into)
         run_id, folder = _claim(into, run_id, base)
     except OSError as error:
         raise DumpError(f"{into}: {error.strerror or error}") from None
     new = NewRun(run_id, folder / UNFINISHED)
-    try:
-        new.root.mkdir()
-        yield new
-        name = f"{MODEL_PREFIX}{model_slug(model)}"
-        os.rename(new.root / f"{RUN_PREFIX}{run_id}" / name, folder / name)
-        shutil.rmtree(new.root)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise DumpError(f"{folder}: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with ExitStack() as held:
+        try:
+            _begin(new.root, held)
+            yield new
+            name = f"{MODEL_PREFIX}{model_slug(model)}"
+            os.rename(new.root / f"{RUN_PREFIX}{run_id}" / name, folder / name)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise DumpError(f"{folder}: {error.strerror or error}") from None
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    shutil.rmtree(new.root, ignore_errors=True)
+
+
+def _begin(root: Path, held: ExitStack) -> None:
+    """Make the folder of what is being written, whose lock is ``held`` as soon as it has its name."""
+    hidden = root.with_name(f"{secrets.token_hex(4)}.{UNFINISHED}")
+    hidden.mkdir()
+    file = held.enter_context((hidden / LOCK).open("wb"))
+    if not lock(file.fileno()):  # there are none on this file system, or this system
+        file.close()
+    os.rename(hidden, root)
+
+
+def _remove_abandoned(into: Path) -> None:
+    """Remove what dead processes left; where there are no locks, nobody can tell, and it stays."""
+    for root in into.glob(f"{RUN_PREFIX}*/{UNFINISHED}"):
+        if root.parent.is_symlink() or root.is_symlink():
+            continue
+        with suppress(OSError), (root / LOCK).open("r+b") as file:
+            # Another may have removed it since, and a living one may have made it anew.
+            if lock(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), (root / LOCK).stat()):
+                shutil.rmtree(root)
+                root.parent.rmdir()  # unless a model is in it: it was killed when that was whole
 
 
 def _claim(into: Path, run_id: str | None, base: str) -> tuple[str, Path]:
-    into.mkdir(parents=True, exist_ok=True)
     if run_id is not None:
         folder = into / f"{RUN_PREFIX}{run_id}"
         try:

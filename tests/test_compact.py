@@ -28,8 +28,10 @@ from helpers import (
 )
 from s3 import S3
 
-from eplb_analyze import open_run
-from eplb_analyze.compacting import compact_run
+from eplb_analyze import check, compacting, open_run
+from eplb_analyze.commands.compact import _gain
+from eplb_analyze.compacting import Side, compact_run
+from eplb_analyze.newrun import new_run
 from eplb_analyze.places import place
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format import SESSION_FILE
@@ -104,6 +106,7 @@ def test_every_figure_stays_the_same(dump: Path, tmp_path: Path) -> None:
     assert document["steps"] == {"recorded": 53, "dummy": 6, "not_sampled": 0, "dropped": 1, "rejected": 0}
     assert document["incomplete"] == 1
     assert list(document["unknown"]) == ["incomplete_steps"]
+    assert "rank 2 dropped in 1" in document["unknown"]["incomplete_steps"]
     sizes = [f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()]
     assert document["after"]["bytes"] == sum(sizes)
 
@@ -176,8 +179,6 @@ def test_many_small_segments_become_few(tmp_path: Path) -> None:
 
 
 def test_segments_stay_of_bounded_size(dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eplb_analyze import compacting
-
     monkeypatch.setattr(compacting, "SEGMENT_BYTES", 10 * 2 * 9 * 4)
     monkeypatch.setattr(compacting, "SEGMENT_STEPS", 16)
     compact_run(place(dump), tmp_path)
@@ -227,6 +228,79 @@ def test_into_the_dump_that_it_is_of(dump: Path, tmp_path: Path) -> None:
     assert figures(tmp_path / "new")["loads"] == figures(dump)["loads"]
 
 
+# ---- it must not look better than what it was made of
+
+
+def write_with_a_killed_rank(root: Path, last: int, steps: int = 60) -> None:
+    """Two ranks; the second one has no step after ``last``, and the engine goes on."""
+    for rank in range(2):
+        with open_writer(root, ep_rank=rank, segment_steps=8) as writer:
+            for step in range(steps if rank == 0 else last + 1):
+                writer.record(step, load_of(step, rank), map_of())
+
+
+def test_a_run_that_lacks_a_rank_in_many_steps_is_refused(tmp_path: Path) -> None:
+    root, to = tmp_path / "dump", tmp_path / "new"
+    write_with_a_killed_rank(root, 23)
+    assert cli("summary", root).returncode == 3
+    said = ("36 steps (60.0 %) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0:24")
+    one_error(cli("compact", "--to", to, root), 3, str(root), *said)
+    assert not to.exists()
+    # The remedy that it names.
+    assert cli("copy", "--to", tmp_path / "part", "--steps", "0:24", root).returncode == 0
+    document = compact(tmp_path / "part", to)
+    assert (document["steps"]["recorded"], document["incomplete"]) == (24, 0)
+    assert "segments that touch steps 0 to 23" in document["unknown"]["other_steps"]
+    assert figures(to)["loads"] == open_run(root).loads((0, 24)).rows()
+
+
+def test_a_run_that_lacks_a_rank_at_all_is_refused(tmp_path: Path) -> None:
+    """EP 2 at first, then 3, whose last rank wrote nothing: a few of its steps are incomplete."""
+    root = tmp_path / "dump"
+    for rank in range(2):
+        with open_writer(root, ep_rank=rank, segment_steps=8) as writer:
+            for step in range(60):
+                size, slots = (2, 8) if step < 58 else (3, 9)
+                load = np.full((3, slots), step + rank)
+                writer.record(step, load, np.arange(slots) % 6 + np.zeros((3, 1), int), ep_size=size)
+    assert cli("summary", root).returncode == 3
+    one_error(
+        cli("compact", "--to", tmp_path / "new", root), 3, "of 3 ranks, 2 wrote nothing", "not compacted"
+    )
+
+
+def test_of_few_incomplete_steps_the_true_cause_is_said(dump: Path, tmp_path: Path) -> None:
+    compact(dump, tmp_path)
+    old, new = (cli("check", "-o", "json", where) for where in (dump, tmp_path))
+    assert old.returncode == new.returncode == 1
+    texts = {f["code"]: f["text"] for f in json.loads(new.stdout)["findings"]}
+    said = "1 step (1.9 %) lacked a rank in the run it was made of: rank 2 dropped in 1"
+    assert texts["incomplete_steps"] == said
+    assert "queue" not in texts["dropped_steps"]
+    old, new = (cli("summary", where) for where in (dump, tmp_path))
+    assert old.returncode == new.returncode == 0
+    for result in (old, new):
+        assert "rank 2 dropped in 1" in result.stderr
+    # Also where it is compacted once more.
+    compact(tmp_path, tmp_path / "again")
+    assert cli("check", tmp_path / "again").returncode == 1
+
+
+def test_a_frayed_end_stays_a_warning(tmp_path: Path) -> None:
+    write_with_a_killed_rank(tmp_path / "dump", 57)
+    compact(tmp_path / "dump", tmp_path / "new")
+    for where in (tmp_path / "dump", tmp_path / "new"):
+        checked = json.loads(cli("check", "-o", "json", where).stdout)
+        found = {f["code"]: f["severity"] for f in checked["findings"]}
+        assert found["incomplete_end"] == "warning"
+        assert not {"incomplete_steps", "rank_stopped"} & found.keys()
+
+
+def test_it_refuses_what_summary_does_not_vouch_for() -> None:
+    assert compacting.TOLERATED_INCOMPLETE == check.TOLERATED_INCOMPLETE
+    assert compacting.KILL_SECONDS == check.KILL_SECONDS
+
+
 # ---- what is refused, and leaves nothing
 
 
@@ -247,14 +321,15 @@ def test_a_damaged_run_is_refused(name: str, fault: str, dump: Path, tmp_path: P
 def test_a_run_without_a_complete_step(tmp_path: Path) -> None:
     write(tmp_path / "dump", ranks=1)
     one_error(cli("compact", "--to", tmp_path / "new", tmp_path / "dump"), 3, "no step is complete")
-    assert not [*(tmp_path / "new").iterdir()]
+    assert not (tmp_path / "new").exists()
 
 
 def test_sums_that_the_format_does_not_hold(tmp_path: Path) -> None:
     for rank in range(2):
         with open_writer(tmp_path / "dump", ep_rank=rank) as writer:
             writer.record(0, np.full((1, 8), 2**31 - 1), np.arange(8)[None] % 6)
-    one_error(cli("compact", "--to", tmp_path / "new", tmp_path / "dump"), 3, "larger than 2,147,483,647")
+    said = (str(tmp_path / "dump"), "at step 0", "larger than 2,147,483,647", "copy --to PLACE --steps")
+    one_error(cli("compact", "--to", tmp_path / "new", tmp_path / "dump"), 3, *said)
     assert not [*(tmp_path / "new").iterdir()]
 
 
@@ -306,11 +381,58 @@ def test_killed_in_the_middle_there_is_no_run(tmp_path: Path) -> None:
         child.communicate()
     assert not [*to.glob("run=*/model=*")]
     one_error(cli("summary", to), 3, "no run in it")
+    # What the dead one left is removed, and its name is free again.
+    assert [*to.glob("run=r-compact/new.tmp")]
     document = compact(root, to)
-    assert document["after"]["run_id"] == "r-compact-2"
-    assert (
-        json.loads(cli("check", "--run", "r-compact-2", "-o", "json", to).stdout)["steps"]["recorded"] == 1024
-    )
+    assert document["after"]["run_id"] == "r-compact"
+    assert [p.name for p in to.iterdir()] == ["run=r-compact"]
+    assert not [*to.rglob("*.tmp")]
+    assert json.loads(cli("check", "-o", "json", to).stdout)["steps"]["recorded"] == 1024
+
+
+def test_what_a_living_process_makes_stays(dump: Path, tmp_path: Path) -> None:
+    with new_run(tmp_path, None, "r-compact", "org/moe") as living:
+        (living.root / "evidence").touch()
+        assert compact(dump, tmp_path)["after"]["run_id"] == "r-compact-2"
+        one_error(cli("compact", "--to", tmp_path, "--run-id", "r-compact", dump), 2, "there already")
+        assert (living.root / "evidence").exists()
+        (living.root / f"run={living.run_id}/model=org--moe").mkdir(parents=True)
+    assert [p.name for p in (tmp_path / "run=r-compact").iterdir()] == ["model=org--moe"]
+
+
+def test_what_dead_processes_left_is_removed(dump: Path, tmp_path: Path) -> None:
+    """Also of a run of another name, and beside a model that had just become whole."""
+    script = """
+    import os, signal, sys
+    from pathlib import Path
+    from eplb_analyze import newrun
+    with newrun.new_run(Path(sys.argv[1]), sys.argv[2], "", "m") as new:
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    for name in ("x", "y"):
+        with start_child(script, tmp_path / name, name) as child:
+            child.communicate(timeout=60)
+        assert child.returncode == -signal.SIGTERM
+        (tmp_path / name / f"run={name}").rename(tmp_path / f"run={name}")
+        (tmp_path / name).rmdir()
+    assert [p.name for p in (tmp_path / "run=x").iterdir()] == ["new.tmp"]
+    (tmp_path / "run=y/model=m").mkdir()
+    (tmp_path / "run=link").symlink_to(tmp_path / "run=y")
+    compact(dump, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run=link", "run=r-compact", "run=y"]
+    assert [p.name for p in (tmp_path / "run=y").iterdir()] == ["model=m"]
+
+
+@pytest.mark.parametrize(
+    "inside", ["run=r", "run=r/model=org--moe", "run=r/model=org--moe/rank=00000", "run=r/new/folder"]
+)
+def test_into_a_run_is_refused_before_anything_is_written(inside: str, dump: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(dump, tmp_path / "dump")
+    before = sorted(root.rglob("*"))
+    one_error(cli("compact", "--to", root / inside, root), 2, "lies inside run=r", "give the dump's folder")
+    (tmp_path / "link").symlink_to(root / "run=r")
+    one_error(cli("compact", "--to", tmp_path / "link/x", root), 2, "lies inside run=r")
+    assert sorted(root.rglob("*")) == before
 
 
 # ---- what is printed
@@ -323,7 +445,17 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytes
     result = cli("compact", "--to", "new", "-o", form, "dump")
     assert (result.returncode, result.stderr) == (0, "")
     text = re.sub(r'"(bytes|summary_seconds)": [\d.e-]+', r'"\1": 0', result.stdout)
-    text = re.sub(r"\d+% (smaller|larger)", "0% smaller", text)
+    text = re.sub(r"\d+ % (smaller|larger)", "0 % smaller", text)
     text = re.sub(r"\d\.\d\d +\d\.\d\d s", "0.00   0.00 s", text)
     assert_golden(f"compact.{'txt' if form == 'text' else 'json'}", text)
     assert (next(Path("new").rglob(SESSION_FILE))).exists()
+
+
+def test_what_is_nothing_is_left_out() -> None:
+    def side(files: int, size: int) -> Side:
+        return Side("r", 1, files, size, 0.0)
+
+    assert _gain(side(9, 1000), side(5, 250)) == "4 files fewer, 75 % smaller; "
+    assert _gain(side(5, 1000), side(5, 1100)) == "10 % larger; "
+    assert _gain(side(4, 1000), side(5, 1001)) == "1 file more; "
+    assert _gain(side(5, 1000), side(5, 1000)) == _gain(side(5, 0), side(5, 0)) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ import pytest
 from helpers import assert_golden, cli, one_error, start_child, write
 from s3 import S3
 
-from eplb_analyze import open_run
+from eplb_analyze import copying, open_run
 from eplb_analyze.copying import UNFINISHED, copy_run
+from eplb_analyze.errors import DumpError
 from eplb_analyze.places import place
 from eplb_dump.format import MANIFEST_FILE, SESSION_FILE
 
@@ -212,10 +214,14 @@ def test_a_killed_copy_is_not_taken_for_a_whole_one(dump: Path, s3: S3, tmp_path
     assert not [*tmp_path.rglob("*.tmp")]
 
 
-def test_an_upload_that_fails_is_not_taken_for_a_whole_one(dump: Path, s3: S3) -> None:
+def test_an_upload_that_fails_is_not_taken_for_a_whole_one(dump: Path, s3: S3, tmp_path: Path) -> None:
     there = f"{s3.bucket()}/dumps"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     with s3.failing(key="rank=00001", method="PUT", status=503):
-        one_error(cli("copy", "--to", s3.address(there), dump), 3, "the server fails", "rank=00001")
+        failed = cli("copy", "--to", s3.address(there), dump, env={"TMPDIR": str(temporary)})
+        one_error(failed, 3, "the server fails", "rank=00001")
+    assert not [*temporary.glob("eplb-copy-*")]
     result = cli("summary", s3.address(there))
     assert result.returncode == 3
     cli("copy", "--to", s3.address(there), dump)
@@ -325,16 +331,197 @@ def test_not_beside_what_somebody_else_put_there(dump: Path, tmp_path: Path) -> 
 
 def test_a_part_onto_the_whole_is_refused(dump: Path, tmp_path: Path) -> None:
     cli("copy", "--to", tmp_path, dump)
-    one_error(cli("copy", "--to", tmp_path, "--steps", "20:", dump), 2, MANIFEST_FILE, "stays as it is")
+    said = ("it holds more than the steps asked for", "name another --to")
+    one_error(cli("copy", "--to", tmp_path, "--steps", "20:", dump), 2, *said)
     assert content(tmp_path) == content(dump)
+    assert not [*tmp_path.rglob("*.tmp")]
 
 
-@pytest.mark.parametrize("to", ["TMP/run=r", "s3://b/dumps/run=x/model=y"])
+@pytest.mark.parametrize(
+    "to", ["TMP/run=r", "TMP/run=r/inner", "s3://b/dumps/run=x/model=y", "s3://b/run=x/y"]
+)
 def test_to_a_part_of_a_dump_is_refused(to: str, dump: Path, tmp_path: Path) -> None:
     one_error(cli("copy", "--to", to.replace("TMP", str(tmp_path)), dump), 2, "give the dump's folder")
 
 
+def test_a_symbolic_link_in_the_target_is_not_written_through(dump: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "to").mkdir()
+    link = tmp_path / "to/run=r"
+    link.symlink_to(tmp_path / "elsewhere")
+    one_error(cli("copy", "--to", tmp_path / "to", dump), 2, str(link), "symbolic link")
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+    (tmp_path / "inside").symlink_to(dump / "run=r")
+    one_error(cli("copy", "--to", tmp_path / "inside/x", dump), 2, "lies inside run=r")
+
+
+def test_a_file_that_was_left_out_is_added_later(dump: Path, tmp_path: Path) -> None:
+    root, to = shutil.copytree(dump, tmp_path / "dump"), tmp_path / "copy"
+    victim = sessions(root, 1)[0] / "loads-000001.parquet"
+    data = victim.read_bytes()
+    victim.write_bytes(data[:-30])
+    assert cli("copy", "--to", to, root).returncode == 3
+    assert cli("check", to).returncode == 1
+    victim.write_bytes(data)
+    assert cli("copy", "--to", to, root).returncode == 0
+    assert content(to) == content(dump)
+
+
+def test_what_is_good_there_stays_where_the_source_is_damaged_since(dump: Path, tmp_path: Path) -> None:
+    """An interrupted copy goes on: its file is better than what can be read now."""
+    root, to = shutil.copytree(dump, tmp_path / "dump"), tmp_path / "copy"
+    cli("copy", "--to", to, root)
+    folder = sessions(to, 1)[0]
+    (folder / SESSION_FILE).unlink()
+    (folder / UNFINISHED).mkdir()
+    victim = sessions(root, 1)[0] / "loads-000001.parquet"
+    victim.write_bytes(victim.read_bytes()[:-30])
+    one_error(cli("copy", "--to", to, root), 3, str(victim))
+    assert content(to) == content(dump)
+
+
+@pytest.mark.parametrize("to_bucket", [False, True])
+def test_a_part_is_extended_where_nothing_of_it_goes(
+    to_bucket: bool, dump: Path, s3: S3, tmp_path: Path
+) -> None:
+    path = f"{s3.bucket()}/part"
+    target = s3.address(path) if to_bucket else str(tmp_path)
+    cli("copy", "--to", target, "--steps", "20:30", "--ranks", "0-1", dump)
+    before = s3.get(path) if to_bucket else content(tmp_path)
+    said = ("it holds a copy of steps 20:30 only", "name another --to")
+    one_error(cli("copy", "--to", target, "--steps", "0:10", dump), 2, *said)
+    # Also of rank 2 nothing was begun, and nothing is left behind.
+    assert (s3.get(path) if to_bucket else content(tmp_path)) == before
+    assert not [*tmp_path.rglob("*.tmp")]
+    assert not sessions(tmp_path, 2)
+    assert cli("copy", "--to", target, "--steps", "0:30", dump).returncode == 0
+    assert open_run(target).step_range == (0, 31)
+    assert loads(target, 0, 32) == loads(dump, 0, 32)
+    assert json.loads(cli("check", "-o", "json", target).stdout)["ok"]
+    assert cli("copy", "--to", target, dump).returncode == 0
+    assert (s3.get(path) if to_bucket else content(tmp_path)) == content(dump)
+
+
+def test_a_copy_of_a_live_run_grows_with_it(tmp_path: Path) -> None:
+    from helpers import load_of, map_of, open_writer
+
+    root, to = tmp_path / "dump", tmp_path / "copy"
+    with open_writer(root, scope="global", segment_steps=8) as writer:
+        for first, end in ((0, 3), (3, 6), (6, 21)):
+            for step in range(first, end):
+                writer.record(step, load_of(step), map_of())
+            assert writer.flush(10)
+            result = cli("copy", "--to", to, root)
+            assert result.returncode == 0, result.stderr
+            assert loads(to, 0, 30) == loads(root, 0, 30)
+            assert len(loads(to, 0, 30)) == 3 * end
+    assert cli("copy", "--to", to, root).returncode == 0
+    assert content(to) == content(root)
+
+
+# ---- two at once
+
+
+def test_two_copies_at_once(dump: Path, s3: S3, tmp_path: Path) -> None:
+    """The second says so and leaves all as it is; the first one's files are all there."""
+    source = s3.address(s3.put(dump))
+    script = "import sys; from eplb_analyze.cli import main; main()"
+    with (
+        s3.failing(key="loads-000002", delay=3),
+        start_child(script, "copy", "--to", tmp_path, source) as one,
+    ):
+        deadline = time.monotonic() + 60
+        while not [*tmp_path.rglob("loads-000001.parquet")]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        one_error(cli("copy", "--to", tmp_path, dump), 2, "another copy writes into it")
+        one.communicate(timeout=60)
+        assert one.returncode == 0
+    assert content(tmp_path) == content(dump)
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_without_locks_nothing_of_another_copy_is_taken_away(
+    dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes to its end while the other one, of damaged files, is under way."""
+    damaged = shutil.copytree(dump, tmp_path / "damaged")
+    for victim in damaged.rglob("loads-000001.parquet"):
+        victim.unlink()
+    to = tmp_path / "to"
+    monkeypatch.setattr(copying, "lock", lambda _: None)
+    clean = copying._Target.clean
+    inner: list[Any] = []
+
+    def overtaken(self: Any, *arguments: Any) -> None:
+        if not inner:
+            inner.append(None)  # it cleans, too
+            inner[0] = copy_run(place(dump), to)
+        clean(self, *arguments)
+
+    monkeypatch.setattr(copying._Target, "clean", overtaken)
+    report = copy_run(place(damaged), to)
+    assert len(report.damaged) == 3
+    assert inner[0].damaged == []
+    assert content(to) == content(dump)
+    assert not [*to.rglob("*.tmp")]
+
+
+def test_what_is_taken_away_meanwhile_is_noticed(
+    dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last(_: int, __: int) -> None:
+        for file in tmp_path.rglob("loads-000001.parquet"):
+            file.unlink()
+
+    with pytest.raises(DumpError, match="it was taken away meanwhile"):
+        copy_run(place(dump), tmp_path, progress=last)
+
+
 # ---- damage, and no room
+
+
+@pytest.mark.parametrize("offset", [1, 7])
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_byte_that_changes_on_the_way(
+    offset: int, times: int, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first bytes of a Parquet file nor the heads of its pages are in a checksum."""
+    left = [times]
+    digest = copying._digest
+
+    def flipping(read: Any, write: Any = None, **options: Any) -> tuple[int, str]:
+        if write is None or "loads-000001" not in str(read.name) or left[0] <= 0:
+            return digest(read, write, **options)
+        left[0] -= 1
+        data = bytearray(read.read())
+        data[offset] ^= 1
+        return digest(io.BytesIO(data), write, **options)
+
+    monkeypatch.setattr(copying, "_digest", flipping)
+    report = copy_run(place(dump), tmp_path)
+    if times == 1:
+        assert report.damaged == []
+        assert content(tmp_path) == content(dump)
+    else:
+        assert len(report.damaged) == 3
+        assert all("loads-000001" in text for text in report.damaged)
+        assert not [*tmp_path.rglob("loads-000001*")]
+
+
+def test_a_session_in_another_models_folder_is_left_out(tmp_path: Path) -> None:
+    """It would be written over the one that is at home there."""
+    root, to = tmp_path / "dump", tmp_path / "copy"
+    write(root, ranks=1, ep_size=1)
+    (model,) = root.glob("run=*/model=*")
+    shutil.copytree(model, model.with_name("model=other"))
+    before = content(model)
+    for file in (model.parent / "model=other").rglob("loads-*"):
+        file.unlink()
+    result = cli("copy", "--to", to, root)
+    one_error(result, 3, "model=other", "it is of model 'org/moe'")
+    assert content(to / model.relative_to(root)) == before
+    assert [p.name for p in to.glob("run=*/model=*")] == [model.name]
 
 
 @pytest.mark.parametrize(
@@ -366,6 +553,10 @@ def test_a_damaged_manifest_or_session(dump: Path, tmp_path: Path) -> None:
     data[-20] ^= 1
     manifest.write_bytes(data)
     one_error(cli("copy", "--to", tmp_path / "a", root), 3, str(manifest), "damaged from byte")
+    # The others are there, and of that one nothing.
+    rank = "rank=00001"
+    assert content(tmp_path / "a") == {k: v for k, v in content(dump).items() if rank not in k}
+    assert not [*(tmp_path / "a").rglob(f"{rank}*")]
     shutil.copy(sessions(dump, 1)[0] / MANIFEST_FILE, manifest)
     (manifest.parent / SESSION_FILE).write_text("{}")
     result = cli("copy", "--to", tmp_path / "b", root)

@@ -11,9 +11,10 @@ import itertools
 import json
 import re
 import zlib
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ import report_dump as planted
 from helpers import assert_golden, cli, one_error, write
 
 from eplb_analyze import open_run
+from eplb_analyze.banner import why_not_due
+from eplb_analyze.check import summary_findings
+from eplb_analyze.errors import Finding
+from eplb_analyze.rearrangements import Verdict
+from eplb_analyze.report import words
 from eplb_analyze.report.document import report_document
 from eplb_analyze.report.loads import MAX_BINS, MAX_BYTES, bins_that_fit, pack
 from eplb_analyze.report.page import SCRIPTS, page
@@ -300,8 +306,43 @@ def test_redact_leaves_no_name(tmp_path: Path) -> None:
     data = Page(hidden.encode()).data
     assert (data["title"], data["redacted"]) == ("a model", True)
     assert "missing_ranks" in {f["code"] for f in data["findings"]}
-    assert {f["text"] for f in data["findings"]} == {""}
+    assert "of 4 ranks, rank 3 wrote nothing" in {f["text"] for f in data["findings"]}
     assert data["banners"] == ["INCOMPLETE: of 4 ranks, these wrote nothing: 3"]
+
+
+def test_redact_hides_findings_that_may_name_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, sessions, and what no one has thought of; not which rank stopped."""
+    folder = tmp_path / "customer-seven"
+    for rank, steps in ((0, 300), (1, 120)):
+        write_rank(folder, rank, steps)
+    write_rank(folder, 1, 50)  # a second session with the same steps
+    path = next(folder.glob("**/rank=00000/**/loads-000001.parquet"))
+    path.write_bytes(path.read_bytes()[:-50])
+    new = Finding("error", "of_tomorrow", "a text that nobody has judged")
+    monkeypatch.setattr("eplb_analyze.report.document.summary_findings", added(summary_findings, new))
+    told = {f["code"]: f["text"] for f in report_document(open_run(folder)).document["findings"]}
+    hidden = {
+        f["code"]: f["text"] for f in report_document(open_run(folder), redact=True).document["findings"]
+    }
+    assert hidden.keys() == told.keys()
+    assert "customer-seven" in told["damaged_file"]
+    assert hidden.pop("damaged_file") == hidden.pop("overlapping_sessions") == hidden.pop("of_tomorrow") == ""
+    assert "rank 1 has none after 119" in hidden["rank_stopped"]
+    assert hidden.items() <= told.items()
+
+
+def added(function: Callable[..., list[Finding]], finding: Finding) -> Callable[..., list[Finding]]:
+    return lambda *args: [*function(*args), finding]
+
+
+def write_rank(root: Path, rank: int, steps: int) -> None:
+    with ExpertLoadWriter(
+        root, model="m", run_id="r", num_logical_experts=4, ep_size=2, ep_rank=rank, segment_steps=64
+    ) as writer:
+        for step in range(steps):
+            writer.record(step, np.full((1, 4), 10), np.arange(4)[None])
 
 
 def test_the_largest_report_stays_below_8_mb(tmp_path: Path) -> None:
@@ -394,6 +435,70 @@ def test_a_placement_that_never_changed_is_said_as_summary_does(tmp_path: Path) 
     assert banners[0] in cli("summary", folder).stdout
 
 
+@pytest.mark.parametrize(
+    ("first", "interval", "said"),
+    [
+        (0, 3000, "No placement changed: the engine's interval of 3,000 steps was not reached by step 39."),
+        (0, 40, "No placement changed: the engine's interval of 40 steps was not reached by step 39."),
+        # vLLM acts first a quarter of the interval after its start.
+        (500, 300, "No placement changed: none was due from step 500 to 539, with an interval of 300 steps."),
+        (3740, 3000, None),
+        (0, 30, None),
+    ],
+)  # fmt: skip
+def test_no_alarm_before_the_engine_could_act(
+    tmp_path: Path, first: int, interval: int, said: str | None
+) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", run_id="r", num_logical_experts=4, ep_size=2, scope="global", engine="vllm",
+        engine_config={"eplb_config": {"step_interval": interval, "policy": "default"}},
+    ) as writer:  # fmt: skip
+        for step in range(first, first + 40):
+            writer.record(step, np.full((1, 6), 10), np.array([[0, 1, 2, 3, 0, 1]]))
+    document = report_document(open_run(tmp_path)).document
+    alarm = ["EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"]
+    assert document["banners"] == ([] if said else alarm)
+    assert document["not_due"] == said
+    assert (document["words"][-1] == said) is (said is not None)
+    told = cli("summary", tmp_path).stdout
+    assert ("NEVER ACTED" in told) is (said is None)
+    if said:
+        assert said[1:-1] in " ".join(told.split())
+
+
+def test_when_a_rearrangement_is_due() -> None:
+    """The first at step 25, then every 100; before a whole interval nothing is asked for."""
+    rng = np.random.default_rng(0)
+    due = [25 + 100 * k for k in range(20)]
+    for first, length in zip(rng.integers(0, 1000, 500), rng.integers(0, 250, 500), strict=True):
+        last = int(first + length)
+        expected = last >= 100 and any(first < step <= last for step in due)
+        assert (why_not_due(int(first), last, 100, 25) is None) is expected
+    assert why_not_due(0, 10, None, None) is why_not_due(None, None, 100, 25) is None
+
+
+def test_an_engine_that_does_not_balance_is_not_early(tmp_path: Path) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", run_id="r", num_logical_experts=4, ep_size=2, scope="global", engine="sglang",
+        engine_config={"enable_eplb": False, "eplb_rebalance_num_iterations": 1000},
+    ) as writer:  # fmt: skip
+        writer.record(None, np.full((1, 4), 10), np.arange(4)[None])
+    assert report_document(open_run(tmp_path)).document["banners"] == [
+        "EPLB NEVER ACTED: the placement never changed"
+    ]
+
+
+def test_one_window_says_nothing_on_bursts(tmp_path: Path) -> None:
+    write(tmp_path, steps=99)
+    document = report_document(open_run(tmp_path)).document
+    assert document["experts"]["windows"] == 1
+    said = json.dumps([document[key] for key in ("words", "notes", "meanings")])
+    assert "burst" not in said
+    assert "--window" not in said
+    hot = document["experts"]["counts"]["always"]
+    assert f"hot, with 2 × the layer's mean or more: {hot}." in " ".join(document["words"])
+
+
 def test_a_damaged_segment_is_left_out_and_said(tmp_path: Path) -> None:
     folder, file = tmp_path / "dump", tmp_path / "report.html"
     planted.record(folder)
@@ -411,3 +516,20 @@ def test_write_report_gives_what_it_wrote(dump: Path, tmp_path: Path) -> None:
     assert written.bytes == (tmp_path / "a.html").stat().st_size
     assert (written.bins, written.run_id, written.model) == (MAX_BINS, "monday", "org/planted")
     assert Page((tmp_path / "a.html").read_bytes()).data["top"] == 3
+
+
+def test_every_verdict_has_its_words(tmp_path: Path) -> None:
+    assert set(words._VERDICTS) == set(get_args(Verdict))
+    rng = np.random.default_rng(1)
+    with ExpertLoadWriter(
+        tmp_path / "dump", model="m", num_logical_experts=4, ep_size=2, scope="global", run_id="r"
+    ) as writer:
+        for step in range(1200):
+            # A gain that goes when the load comes back.
+            hot = 30 if 200 <= step < 260 else 60 + rng.integers(0, 30 + (step >= 260))
+            slots = np.array([[0, 1, 2, 3]]) if step < 200 else np.array([[2, 1, 0, 3]])
+            writer.record(step, np.array([[hot, 30, 30, 30]]), slots)
+            assert step % 300 < 299 or writer.flush()
+    out = cli("report", "--to", tmp_path / "page.html", tmp_path / "dump")
+    assert out.returncode == 0, out.stderr
+    assert "helped at first, until the load drifted" in (tmp_path / "page.html").read_text()

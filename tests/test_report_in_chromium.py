@@ -42,6 +42,8 @@ MAP_LEFT, MAP_RIGHT, MAP_TOP, MAP_BOTTOM = 48, 30, 4, 60
 #: The first step of each bin of time, and the step after the last.
 EDGES = [i * planted.STEPS // 128 for i in range(129)]
 LAPTOP = {"width": 1366, "height": 768}
+#: Between a figure and its unit, so that no line ends there.
+NO_BREAK = "\u00a0"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ class Opened:
         self.page.mouse.move(x - 2, y - 2)
         self.page.mouse.move(x, y)
         self.page.wait_for_selector("#tip", state="visible")
-        return self.page.locator("#tip").inner_text().splitlines()
+        return plain(self.page.locator("#tip").inner_text()).splitlines()
 
     def drag_over_time(self, first: float, last: float) -> None:
         """Choose steps, as shares of the chart's width."""
@@ -160,6 +162,10 @@ def opened(browser: Browser, report: Path) -> Iterator[Opened]:
     context.close()
 
 
+def plain(text: str) -> str:
+    return text.replace(NO_BREAK, " ")
+
+
 def times_mean(values: Any) -> np.ndarray[Any, Any]:
     return values / values.mean(axis=1, keepdims=True)
 
@@ -170,7 +176,7 @@ def test_it_loads_and_shows_what_the_document_says(opened: Opened, dump: Path) -
     assert page.inner_text("h1") == "org/planted"
     assert "run monday · example" in page.inner_text("#subtitle")
     assert f"{summary.spreads['balancedness'].mean:.3f}" in page.inner_text("#tiles")
-    assert f"{100 * (summary.idle_fraction or 0):.1f} %" in page.inner_text("#tiles")
+    assert f"{100 * (summary.idle_fraction or 0):.1f}{NO_BREAK}%" in page.inner_text("#tiles")
     assert page.locator("#words li").count() == 6
     assert page.locator("#meanings dt").count() == page.locator("#meanings dd").count() > 8
     for chart in ("#timeline", "#ranks-map", "#experts-map", "#layer-map"):
@@ -203,7 +209,7 @@ def test_maps_of_the_whole_run_are_those_of_the_commands(opened: Opened, dump: P
     # The table's first rows are those that `summary` calls the hottest.
     rows = opened.page.locator("#hot-table tbody tr").all_inner_texts()
     for row, hot in zip(rows, summarize(run).hot_experts, strict=False):
-        cells = row.split("\t")
+        cells = plain(row).split("\t")
         assert (int(cells[0]), int(cells[1])) == (hot.layer, hot.logical)
         assert cells[2:4] == [f"{100 * hot.share:.2f} %", f"{hot.times_mean:.2f}"]
         assert int(cells[5]) == hot.replicas
@@ -227,7 +233,7 @@ def test_hovering_tells_of_expert_rank_replicas_and_load(opened: Opened, dump: P
     row = expert_report(open_run(dump)).experts.row(
         by_predicate=(pl.col("layer") == 4) & (pl.col("logical") == 2), named=True
     )
-    assert ("over replicated" in " ".join(lines[5:])) is row["over_replicated"]
+    assert ("over-replicated" in " ".join(lines[5:])) is row["over_replicated"]
     lines = opened.hover("#ranks-map", 2, 0, (planted.LAYERS, planted.RANKS))
     assert lines[:2] == [
         "Layer 7, rank 0",
@@ -255,9 +261,10 @@ def test_dragging_chooses_steps_and_the_maps_are_of_these(opened: Opened) -> Non
     assert np.abs(opened.map_values("rankMap") - before).max() > 0.3
     steps = planted.complete_steps(first, last)
     value = planted.balancedness(first, last)
-    assert page.inner_text("#chosen-text") == f"{len(steps)} complete steps · balancedness {value:.3f}"
+    chosen = f"{len(steps)} complete steps with tokens · balancedness {value:.3f}"
+    assert page.inner_text("#chosen-text") == chosen
     # Layer 3's expert 3 was hot only then, and the table says so.
-    cells = page.locator("#hot-table tbody tr").first.inner_text().split("\t")
+    cells = plain(page.locator("#hot-table tbody tr").first.inner_text()).split("\t")
     share = by_expert[0, 3] / by_expert[0].sum()
     assert cells[:5] == ["3", "3", f"{100 * share:.2f} %", f"{6 * share:.2f}", f"{by_expert[0, 3]:,}"]
     lines = opened.hover("#ranks-map", 0, 1, (planted.LAYERS, planted.RANKS))
@@ -398,6 +405,96 @@ def test_on_paper_all_of_it_is_light(opened: Opened, tmp_path: Path) -> None:
     opened.fine()
 
 
+@pytest.mark.parametrize("width", [320, 360, 390, 640, 800])
+def test_on_a_phone_tables_scroll_inside_their_cards(browser: Browser, report: Path, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 844}, reduced_motion="reduce")
+    opened = Opened(context.new_page(), report)
+    page = opened.page
+    page.select_option("#layer", label="3")
+    opened.settle()
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    # Nothing is out of sight but what can be scrolled to.
+    lost = page.evaluate(
+        """() => [...document.querySelectorAll("main *")].filter((e) => e.checkVisibility()
+            && !e.closest(".scroll > *, .chart > *") && e.getBoundingClientRect().right > innerWidth + 0.5)
+            .map((e) => e.outerHTML.slice(0, 80))"""
+    )
+    assert lost == []
+    assert page.evaluate(
+        """() => [...document.querySelectorAll("table")].every((t) => t.offsetWidth === 0
+            || t.parentElement.scrollWidth <= t.parentElement.clientWidth
+            || getComputedStyle(t.parentElement).overflowX === "auto")"""
+    )
+    left = page.evaluate("[...document.querySelectorAll('.tile')].map((t) => t.offsetLeft)")
+    assert len(set(left)) == (2 if width <= 640 else 3)
+    assert page.evaluate(
+        "[...document.querySelectorAll('.tile *')].every((e) => e.scrollWidth <= e.clientWidth)"
+    )
+    opened.fine()
+    context.close()
+
+
+def test_no_line_ends_between_a_figure_and_its_unit(opened: Opened) -> None:
+    text = opened.page.evaluate("document.body.innerText")
+    assert re.findall(r"\d [%×]", text) == []
+    assert len(re.findall(rf"\d{NO_BREAK}%", text)) > 20
+    assert re.search(rf"\d\.\d\d{NO_BREAK}×{NO_BREAK}the mean", text)
+
+
+def test_steps_are_chosen_in_bins_and_the_page_says_so(opened: Opened) -> None:
+    page = opened.page
+    widths = {b - a for a, b in itertools.pairwise(EDGES)}
+    assert widths == {3, 4}
+    assert page.inner_text("#bins") == "in bins of 3 or 4 steps"
+    page.fill("#to", "120")
+    page.press("#to", "Tab")
+    opened.settle()
+    assert opened.chosen()[1] + 1 in EDGES
+    # All bins have a complete step, so there is no gap to explain.
+    assert not page.locator("#gaps").is_visible()
+    assert not page.locator("#layer-unknown").is_visible()
+    opened.fine()
+
+
+def test_what_has_no_complete_step_is_explained(browser: Browser, tmp_path: Path) -> None:
+    for rank in range(2):
+        with ExpertLoadWriter(
+            tmp_path / "dump", model="m", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="r"
+        ) as writer:
+            for step in range(40 if rank else 25):
+                writer.record(step, np.full((2, 6), 10 + step), np.tile([0, 1, 2, 3, 0, 1], (2, 1)))
+    with opened_for(browser, tmp_path) as opened:
+        page = opened.page
+        assert np.isnan(opened.map_values("layerMap")[:, 25:]).all()
+        assert page.inner_text("#layer-unknown").strip() == "no complete step"
+        grey = page.evaluate("getComputedStyle(document.querySelector('i.unknown')).backgroundColor")
+        shown = opened.pixel("#layer-map", 1, 30, (2, 40))
+        assert [int(part) for part in re.findall(r"\d+", grey)] == shown
+        assert "there is no complete step" in page.inner_text("#gaps")
+        assert page.inner_text("#bins") == ""
+
+
+def test_one_step_is_not_several(browser: Browser, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    write_loads(tmp_path / "dump", [rng.poisson(50, (2, 6))], [np.tile([0, 1, 2, 3, 0, 0], (2, 1))])
+    with opened_for(browser, tmp_path) as opened:
+        page = opened.page
+        text = plain(page.evaluate("document.body.innerText"))
+        assert re.findall(r"\b1 steps|(\d+) to \1\b", text) == []
+        assert "summed over 1 step." in text
+        # A single window cannot tell bursts from what lasts.
+        assert "burst" not in text
+        assert "--window" not in text
+        assert "always hot" not in text
+        ticks = page.evaluate(
+            "line.chart.getModel().getComponent('xAxis').axis.getTicksCoords().map((t) => t.tickValue)"
+        )
+        assert ticks == [0, 1]
+        # Experts 0's replicas in slots 4 and 5 are both on rank 1.
+        row = page.locator("#hot-table tbody tr", has_text="two replicas share a rank").first.inner_text()
+        assert row.split("\t")[1] == "0"
+
+
 def test_names_of_strangers_stay_text(browser: Browser, tmp_path: Path) -> None:
     hostile = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
     planted.record(tmp_path / "dump", model=hostile, engine=hostile)
@@ -415,7 +512,8 @@ def test_incomplete_data_stands_at_the_top(browser: Browser, tmp_path: Path) -> 
         assert page.inner_text("#banners").startswith("INCOMPLETE: of 2 ranks, these wrote nothing: 1")
         assert page.inner_text("#words") == "No step is complete, so there are no figures."
         assert not page.locator("#charts").is_visible()
-        assert "missing: 1" in page.inner_text("#tiles")
+        assert "missing: rank 1" in page.inner_text("#tiles")
+        assert "ranks missing\trank 1" in page.inner_text("#complete-tables")
         assert "wrote nothing" in page.inner_text("#findings")
 
 

@@ -9,13 +9,13 @@ import typer
 
 from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption
 from eplb_analyze.errors import plural
-from eplb_analyze.output import Output, OutputFormat, clean, table
+from eplb_analyze.output import Output, OutputFormat, clean, percent, table
 from eplb_analyze.places import Place, local, place
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.compacting import CompactReport
+    from eplb_analyze.compacting import CompactReport, Side
 
 
 def compact(
@@ -59,7 +59,13 @@ def render(console: Console, report: CompactReport) -> None:
         size, seconds = f"{side.bytes / 1e6:,.2f}", f"{side.summary_seconds:.2f} s"
         listing.add_row(name, f"{side.sessions:,}", f"{side.files:,}", size, seconds)
     console.print(listing)
-    saved = 1 - after.bytes / before.bytes if before.bytes else 0.0
-    share = f"{saved:.0%} smaller" if saved >= 0 else f"{-saved:.0%} larger"
-    fewer = plural(before.files - after.files, "file") + " fewer"
-    console.print(f"{fewer}, {share}; the sums are verified, and the old run is as it was")
+    console.print(f"{_gain(before, after)}the sums are verified, and the old run is as it was")
+
+
+def _gain(before: Side, after: Side) -> str:
+    """What the new run saves or costs, where that is anything."""
+    fewer, saved = before.files - after.files, 1 - after.bytes / before.bytes if before.bytes else 0.0
+    share = percent(abs(saved), 0)
+    said = [f"{plural(abs(fewer), 'file')} {'fewer' if fewer > 0 else 'more'}"] if fewer else []
+    said += [f"{share} {'smaller' if saved > 0 else 'larger'}"] if share != percent(0.0, 0) else []
+    return f"{', '.join(said)}; " if said else ""

@@ -85,5 +85,5 @@ def render(console: Console, report: CopyReport) -> None:
     if report.ranks is not None:
         console.print(f"a part: {plural(len(report.ranks), 'rank')} of the run")
     if report.damaged:
-        count = plural(len(report.damaged), "file")
-        console.print(Text(f"{count} left out, damaged or missing in the source", style="bold red"))
+        text = f"{len(report.damaged):,} left out, damaged or missing in the source"
+        console.print(Text(text, style="bold red"))

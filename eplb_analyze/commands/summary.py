@@ -49,6 +49,7 @@ def summary(
 ) -> None:
     """How balanced was the run, when was it worst, which layers and experts, is my data complete?"""
     wanted = parse_steps(steps)
+    from eplb_analyze.banner import not_due
     from eplb_analyze.summary import summarize
 
     out = Output(output)
@@ -57,15 +58,23 @@ def summary(
     placements = opened.history
     # None: nobody can tell.
     acted = bool(placements.rearrangements()) if opened.placements_recorded else None
-    out.emit(result.to_json(), lambda console: render(console, result, top, acted=acted))
+    early = not_due(opened) if acted is False else None
+    out.emit(result.to_json(), lambda console: render(console, result, top, acted=acted, early=early))
     finish(out, opened, result.steps)
 
 
-def render(console: Console, result: Summary, top: int = 5, *, acted: bool | None = True) -> None:
-    """Print a summary; ``acted``: whether a placement changed in the whole run, None: not known."""
+def render(
+    console: Console,
+    result: Summary,
+    top: int = 5,
+    *,
+    acted: bool | None = True,
+    early: str | None = None,
+) -> None:
+    """Print a summary; ``acted`` and ``early`` are as `banners` takes them."""
     info, steps = result.run, result.steps
     heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
-    _banner(console, result, acted)
+    _banner(console, result, acted, early)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
     if info.origin is not None:
         from rich.text import Text
@@ -94,17 +103,17 @@ def render(console: Console, result: Summary, top: int = 5, *, acted: bool | Non
     _layers(console, result, top)
     _losses(console, result, top)
     _hot_experts(console, result, top)
-    _rearrangements(console, result, acted)
+    _rearrangements(console, result, acted, early)
     if steps.first is not None and len(result.configurations) > 1:
         _configurations(console, result)
 
 
-def _banner(console: Console, result: Summary, acted: bool | None) -> None:
+def _banner(console: Console, result: Summary, acted: bool | None, early: str | None) -> None:
     from rich.text import Text
 
     from eplb_analyze.banner import banners
 
-    lines = banners(result, acted)
+    lines = banners(result, acted, early)
     for line in lines:
         console.print(Text(line, style="bold red"))
     if lines:
@@ -253,7 +262,7 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
     console.print()
 
 
-def _rearrangements(console: Console, result: Summary, acted: bool | None) -> None:
+def _rearrangements(console: Console, result: Summary, acted: bool | None, early: str | None) -> None:
     from rich.text import Text
 
     changes = result.rearrangements
@@ -268,6 +277,8 @@ def _rearrangements(console: Console, result: Summary, acted: bool | None) -> No
             console.print(f"{why}, so no rearrangement is known")
         elif acted:
             console.print("no rearrangement in these steps")
+        elif early is not None:
+            console.print(f"{early[0].lower()}{early[1:-1]}")
         return
     shown = ", ".join(str(r.first_step) for r in changes[:SHOWN_REARRANGEMENTS])
     more = f" and {len(changes) - SHOWN_REARRANGEMENTS} more" if len(changes) > SHOWN_REARRANGEMENTS else ""

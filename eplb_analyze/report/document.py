@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.banner import banners, incomplete
+from eplb_analyze.banner import banners, incomplete, not_due
 from eplb_analyze.check import summary_findings
 from eplb_analyze.completeness import Completeness
 from eplb_analyze.configuration import last_configuration
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.experts import ExpertReport, expert_report
 from eplb_analyze.output import clean
 from eplb_analyze.ranks import rank_report
@@ -36,6 +36,26 @@ HIDDEN = "(hidden)"
 #: Bits of an expert's flags, beside its verdict (0 never hot, 1 in bursts, 2 always).
 FLAGS = ("under_replicated", "over_replicated", "replicas_on_one_rank", "cold", "dead")
 VERDICTS = ("never", "bursts", "always")
+#: Codes of findings whose texts name ranks, layers, steps and experts only, so that a redacted report can
+#: show them. What is not listed may name a file, a host or a run, and is hidden.
+NAMELESS = frozenset(
+    {
+        "missing_ranks",
+        "several_global_writers",
+        "no_steps",
+        "no_complete_step",
+        "incomplete_steps",
+        "incomplete_end",
+        "rank_stopped",
+        "missing_steps",
+        "dropped_steps",
+        "rejected_steps",
+        "not_closed",
+        "placements_lost",
+        "placement_conflict",
+        "uneven_slots",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ def report_document(
     """
     summary = summarize(run, steps)
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None
+    early = not_due(run) if acted is False else None
     changes = rearrangement_report(run, steps)
     notes = list(changes.notes)
     figures: dict[str, Any] = {}
@@ -74,7 +95,12 @@ def report_document(
         )
         experts = _experts(run, steps)
         ranks = rank_report(run, steps)
-        notes += [*over_time.notes, *ranks.notes, *left_out, *(experts.notes if experts else ())]
+        notes += [
+            *over_time.notes,
+            *ranks.notes,
+            *left_out,
+            *(words.expert_notes(experts) if experts else ()),
+        ]
         figures = {
             "timeline": _figures(over_time.to_json()),
             "ranks": _figures(ranks.to_json()),
@@ -88,8 +114,9 @@ def report_document(
         "began": words.began(run.info),
         "shape": words.shape(run.info) if run.info.num_layers else None,
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
-        "banners": banners(summary, acted),
-        "words": words.sentences(summary, experts, changes, acted),
+        "banners": banners(summary, acted, early),
+        "not_due": early,
+        "words": words.sentences(summary, experts, changes, acted, early),
         "summary": summary.to_json(),
         "incomplete": incomplete(summary) if summary.steps.incomplete_share else None,
         "gaps": summary.steps.gaps[:10],
@@ -102,7 +129,7 @@ def report_document(
         "notes": notes,
     }
     if redact:
-        said |= {"title": "a model", "findings": [{**vars(f), "text": ""} for f in findings]}
+        said |= {"title": "a model", "findings": [_redacted(finding) for finding in findings]}
         said["summary"]["run"] |= {"model": HIDDEN, "run_id": HIDDEN, "origin": None}
     document = {
         **_each_text(said, _hider(run) if redact else clean),
@@ -111,10 +138,14 @@ def report_document(
         "redacted": redact,
         "top": top,
         "tokens": words.TOKENS,
-        "meanings": words.meanings(),
+        "meanings": words.meanings(bursts=experts is not None and words.tells_bursts(experts)),
         "loads": packed,
     }
     return ReportDocument(document, summary.steps, len(packed["steps"]) if packed else 0)
+
+
+def _redacted(finding: Finding) -> dict[str, str]:
+    return {**vars(finding), "text": finding.text if finding.code in NAMELESS else ""}
 
 
 def _figures(document: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ SHOWN_RANKS = 8
 
 def shape(info: RunInfo) -> str:
     """``58 MoE layers × 256 experts in 288 slots on 32 EP ranks``."""
-    layers, experts = plural(info.num_layers, "MoE layer"), f"{info.num_logical_experts} experts"
-    return f"{layers} × {experts} in {info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}"
+    layers, experts = plural(info.num_layers, "MoE layer"), plural(info.num_logical_experts, "expert")
+    slots = plural(info.num_physical_experts, "slot")
+    return f"{layers} × {experts} in {slots} on {plural(info.ep_size, 'EP rank')}"
 
 
 def began(info: RunInfo) -> str:
@@ -32,24 +33,33 @@ def began(info: RunInfo) -> str:
 
 
 def sentences(
-    summary: Summary, experts: ExpertReport | None, changes: RearrangementReport, acted: bool | None
+    summary: Summary,
+    experts: ExpertReport | None,
+    changes: RearrangementReport,
+    acted: bool | None,
+    not_due: str | None,
 ) -> list[str]:
-    """The run in a few sentences; without a complete step it is one."""
+    """The run in a few sentences; without a complete step it is one.
+
+    ``acted`` and ``not_due`` are as in :func:`eplb_analyze.banner.banners`.
+    """
     if summary.spreads["balancedness"].mean is None:
-        return ["No step is complete, so there are no figures."]
+        what = "No complete step has a token" if summary.configurations else "No step is complete"
+        return [f"{what}, so there are no figures."]
     parts = [_balancedness(summary), _idle(summary), _costliest(summary), _hottest(summary)]
     if experts is not None:
         parts.append(_replication(experts))
-    parts.append(_changes(changes, acted))
+    parts.append(_changes(changes, acted, not_due))
     return [part for part in parts if part]
 
 
 def _balancedness(summary: Summary) -> str:
-    s, steps = summary.spreads["balancedness"], summary.steps
+    s, count = summary.spreads["balancedness"], summary.steps.count(StepState.RECORDED)
+    if count == 1:
+        return f"Balancedness was {figure(s.mean)} in the only complete step, {s.min_step} (1 is perfect)."
     return (
-        f"Balancedness was {figure(s.mean)} on average over {plural(steps.count(StepState.RECORDED), 'step')}"
-        f" (1 is perfect); one step in twenty was below {figure(s.p5)}, the worst {figure(s.min)} "
-        f"at step {s.min_step}."
+        f"Balancedness was {figure(s.mean)} on average over {plural(count, 'step')} (1 is perfect); "
+        f"one step in twenty was below {figure(s.p5)}, the worst {figure(s.min)} at step {s.min_step}."
     )
 
 
@@ -60,7 +70,7 @@ def _idle(summary: Summary) -> str:
         return f"{text}."
     return (
         f"{text}. A better placement could remove at most {percent(loss.persistent_share, 0)} of that: what "
-        f"lasts in loads summed over {loss.window_steps} steps. The rest is chance within a step."
+        f"lasts in loads summed over {plural(loss.window_steps, 'step')}. The rest is chance within a step."
     )
 
 
@@ -71,9 +81,13 @@ def _costliest(summary: Summary) -> str:
     rank, worst = loss.ranks[0], loss.stretches[0]
     return (
         f"Rank {rank.rank} cost most: {percent(rank.share, 0)} of all loss was laid at its door. The "
-        f"costliest stretch is layer {worst.layer} on rank {worst.rank}, steps {worst.first_step} to "
-        f"{worst.last_step}, with {percent(worst.share)} of it."
+        f"costliest stretch is layer {worst.layer} on rank {worst.rank}, "
+        f"{_steps(worst.first_step, worst.last_step)}, with {percent(worst.share)} of it."
     )
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _hottest(summary: Summary) -> str:
@@ -88,11 +102,14 @@ def _hottest(summary: Summary) -> str:
 
 def _replication(report: ExpertReport) -> str:
     counts = report.counts
-    hot = (
-        f"Of {plural(counts['experts'], 'expert')}, all layers together, always hot: {counts['always']:,}, "
-        f"hot in bursts: {counts['bursts']:,} ({report.hot_factor:g} × the layer's mean or more in a window "
-        f"of {report.window:,} steps)"
-    )
+    hot = f"Of {plural(counts['experts'], 'expert')}, all layers together, "
+    if tells_bursts(report):
+        hot += (
+            f"always hot: {counts['always']:,}, hot in bursts: {counts['bursts']:,} ({report.hot_factor:g} × "
+            f"the layer's mean or more in a window of {plural(report.window, 'step')})"
+        )
+    else:
+        hot += f"hot, with {report.hot_factor:g} × the layer's mean or more: {counts['always']:,}"
     named = (("under_replicated", "too few"), ("over_replicated", "too many"))
     wrong = [f"with {name}: {counts[key]:,}" for key, name in named if counts[key]]
     if not wrong:
@@ -100,9 +117,25 @@ def _replication(report: ExpertReport) -> str:
     return f"{hot}. By their replicas in the last placement, {', '.join(wrong)}."
 
 
+def tells_bursts(report: ExpertReport) -> bool:
+    """Whether there is a second window, so that what is always hot differs from what is hot in bursts."""
+    return report.windows > 1
+
+
+def expert_notes(report: ExpertReport) -> list[str]:
+    """Notes of `experts`, whose option a report lacks; those on bursts only where it tells of them."""
+    option, bursts = "--window", tells_bursts(report)
+    return [
+        note.replace(option, f"{option} of `experts`")
+        for note in report.notes
+        if bursts or option not in note
+    ]
+
+
 #: What a verdict of `rearrangements` says in a sentence.
 _VERDICTS = {
     "helped": "helped",
+    "helped at first": "helped at first, until the load drifted",
     "hurt": "hurt",
     "no measurable gain": "without a measurable gain",
     "no-op": "moved nothing to another rank",
@@ -111,12 +144,14 @@ _VERDICTS = {
 }
 
 
-def _changes(report: RearrangementReport, acted: bool | None) -> str:
+def _changes(report: RearrangementReport, acted: bool | None, not_due: str | None) -> str:
     rows = report.rearrangements
     if not rows:
         if acted is None:
             return "When placements changed is not known, so no rearrangement is."
-        return "" if acted is False else "There is no rearrangement in these steps."
+        if acted is False:
+            return not_due or ""  # in capitals at the top, where it was due
+        return "There is no rearrangement in these steps."
     verdicts = Counter(row.verdict for row in rows).most_common()
     told = ", ".join(f"{count:,} {_VERDICTS[verdict]}" for verdict, count in verdicts)
     text = f"{plural(len(rows), 'rearrangement')}: {told}."
@@ -127,6 +162,7 @@ def _changes(report: RearrangementReport, acted: bool | None) -> str:
     return text
 
 
+_BURSTS = "always hot, in bursts"
 #: Name, formula, meaning: in the words of docs/metrics.md, where the sources are.
 _MEANINGS = (
     (
@@ -171,7 +207,7 @@ _MEANINGS = (
         "under-replicated, one or more below (with several replicas) over-replicated.",
     ),
     (
-        "always hot, in bursts",
+        _BURSTS,
         "share of windows with 2 × the layer's mean or more",
         "Always: in nine of ten windows, where another replica helps for good. In bursts: in fewer, and gone "
         "before the next rearrangement, maybe.",
@@ -198,6 +234,10 @@ _MEANINGS = (
 )
 
 
-def meanings() -> list[dict[str, str]]:
-    """What each figure means: ``name``, ``formula``, ``text``."""
-    return [{"name": name, "formula": formula, "text": text} for name, formula, text in _MEANINGS]
+def meanings(*, bursts: bool) -> list[dict[str, str]]:
+    """What each figure means: ``name``, ``formula``, ``text``; of bursts only where they are told of."""
+    return [
+        {"name": name, "formula": formula, "text": text}
+        for name, formula, text in _MEANINGS
+        if bursts or name != _BURSTS
+    ]

@@ -301,7 +301,7 @@ class Timeline {
         trigger: "axis", showContent: false, axisPointer: { type: "line", lineStyle: { color: ink } },
       },
       xAxis: {
-        ...axis, type: "value", min: bins[0].first_step, max: bins[bins.length - 1].last_step + 1,
+        ...axis, type: "value", minInterval: 1, min: bins[0].first_step, max: bins[bins.length - 1].last_step + 1,
         name: "step", nameLocation: "middle", nameGap: 24, nameTextStyle: { color: ink, fontSize: 11 },
         splitLine: { show: false },
       },

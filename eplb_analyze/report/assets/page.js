@@ -7,10 +7,15 @@ const report = JSON.parse(document.getElementById("data").textContent);
 
 const byId = (id) => document.getElementById(id);
 
+/* A text in which no line ends between a figure and its unit. */
+const glued = (text) => String(text).replace(/(\d) (?=[%×]|(?:s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
+
+const say = (id, text) => void (byId(id).textContent = glued(text));
+
 /* An element; text is text, never markup. */
 function element(name, { text, className, title, click, colSpan } = {}, ...children) {
   const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
+  if (text !== undefined) made.textContent = glued(text);
   if (className) made.className = className;
   if (title) made.title = title;
   if (colSpan) made.colSpan = colSpan;
@@ -24,6 +29,15 @@ const percent = (value, digits = 1) => (value === null || value === undefined ? 
 const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en-US", { maximumFractionDigits: 1 }));
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const steps = (first, last) => (first === last ? String(first) : `${first} to ${last}`);
+const stepsNamed = (first, last) => `step${first === last ? "" : "s"} ${steps(first, last)}`;
+
+/* rank 3; ranks 3 and 5; ranks 1, 3, 5 and 4 more. */
+function ranksNamed(ranks, most = 8) {
+  if (ranks.length === 1) return `rank ${ranks[0]}`;
+  const shown = ranks.slice(0, ranks.length > most ? most : -1).join(", ");
+  return `ranks ${shown} and ${ranks.length > most ? `${ranks.length - most} more` : ranks[ranks.length - 1]}`;
+}
+
 
 function signed(value, digits = 3) {
   if (value === null || value === undefined) return "–";
@@ -40,7 +54,7 @@ function fill(table, columns, rows) {
     const row = element("tr", { className, click, title });
     cells.forEach((cell, i) => {
       const box = element("td", { className: columns[i].startsWith("<") ? "text" : "" });
-      box.append(cell instanceof Node ? cell : String(cell));
+      box.append(cell instanceof Node ? cell : glued(cell));
       row.append(box);
     });
     return row;
@@ -97,12 +111,12 @@ function header() {
   const engine = run.engine && `${run.engine}${run.engine_version ? ` ${run.engine_version}` : ""}`;
   const parts = [report.redacted ? "names hidden" : `run ${run.run_id}`, engine, report.imported, `began ${report.began}`,
     report.shape && `${report.shape}, scope ${run.scope}`];
-  byId("subtitle").textContent = parts.filter(Boolean).join(" · ");
+  say("subtitle", parts.filter(Boolean).join(" · "));
   byId("banners").replaceChildren(...report.banners.map((text) => element("p", { text, className: "banner" })));
   byId("words").replaceChildren(...report.words.map((text) => element("li", { text })));
-  byId("tokens").textContent = report.summary.idle_fraction === null ? "" : report.tokens;
+  say("tokens", report.summary.idle_fraction === null ? "" : report.tokens);
   byId("notes").replaceChildren(...report.notes.map((text) => element("li", { text: `note: ${text}` })));
-  byId("made").textContent = `Written by ${report.program}, ${report.made}.`;
+  say("made", `Written by ${report.program}, ${report.made}.`);
 }
 
 function tiles() {
@@ -114,12 +128,12 @@ function tiles() {
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
   const much = report.banners.some((text) => text.startsWith("INCOMPLETE"));
   const all = [
-    ["balancedness", figure(s.mean), s.mean === null ? "no complete step" : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
+    ["balancedness", figure(s.mean), s.mean === null ? (seen.recorded ? "no complete step has a token" : "no complete step") : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
     ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "of rank time" : `at most ${percent(lost, 0)} of it a better placement could remove`],
     ["imbalance, max / mean", figure(i.mean), i.mean === null ? "" : `p95 ${figure(i.p95)}, worst ${figure(i.max)} at step ${i.max_step}`],
-    ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ")],
+    ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ") || (report.not_due ? "none was due" : "")],
     ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, much],
-    ["ranks that wrote", `${summary.ranks.present} of ${summary.ranks.expected}`, summary.ranks.missing.length ? `missing: ${summary.ranks.missing.slice(0, 8).join(", ")}${summary.ranks.missing.length > 8 ? " …" : ""}` : `scope ${summary.run.scope}`, summary.ranks.missing.length > 0],
+    ["ranks that wrote", `${summary.ranks.present} of ${summary.ranks.expected}`, summary.ranks.missing.length ? `missing: ${ranksNamed(summary.ranks.missing)}` : `scope ${summary.run.scope}`, summary.ranks.missing.length > 0],
   ];
   byId("tiles").replaceChildren(...all.map(([name, value, text, warn]) =>
     element("div", { className: `card tile${warn ? " warn" : ""}` },
@@ -135,19 +149,20 @@ function completeness() {
     missing: "seen by no rank" };
   const rows = Object.entries(names).filter(([key]) => seen[key] || key === "recorded" || key === "incomplete")
     .map(([key, name]) => ({ cells: [name, count(seen[key])], className: seen[key] && ["dropped", "rejected", "incomplete", "missing"].includes(key) ? "bad" : "" }));
-  const what = fill(element("table"), [`<steps ${seen.first === null ? "" : steps(seen.first, seen.last)}`, "steps"], rows);
+  const what = fill(element("table"), [`<${seen.first === null ? "steps" : stepsNamed(seen.first, seen.last)}`, "steps"], rows);
   const facts = [
     ["ranks expected", count(ranks.expected)],
     ["ranks that wrote", count(ranks.present)],
-    ["ranks missing", ranks.missing.length ? ranks.missing.join(", ") : "none"],
+    ["ranks missing", ranks.missing.length ? ranksNamed(ranks.missing, 32) : "none"],
     ["from the first step to the last", seconds === null ? "not known" : duration(seconds)],
     ["why steps are incomplete", report.incomplete || "–"],
     ["gaps that no rank saw", report.gaps.length ? report.gaps.map(([a, b]) => steps(a, b)).join("; ") : "none"],
   ].map((cells) => ({ cells }));
-  byId("complete-tables").replaceChildren(element("div", {}, what), element("div", {}, fill(element("table"), ["<", "<"], facts)));
+  byId("complete-tables").replaceChildren(...[what, fill(element("table"), ["<", "<"], facts)]
+    .map((table) => element("div", { className: "scroll" }, table)));
   byId("findings").replaceChildren(...report.findings.map(({ severity, code, text }) =>
     element("li", { className: severity },
-      element("b", { text: `${severity}: ` }), text || `${code} (the text names files and is left out)`)));
+      element("b", { text: `${severity}: ` }), glued(text || `${code} (the text may name files or hosts and is left out)`))));
 }
 
 function duration(seconds) {
@@ -218,7 +233,7 @@ function drawChosen() {
   const inMaps = loads.steps.slice(first, last + 1).reduce((sum, k) => sum + k, 0);
   const mean = n ? known.reduce((sum, bin) => sum + bin.mean * bin.steps, 0) / n : null;
   const apart = inMaps < n ? `; maps: ${plural(inMaps, "step")} of the last configuration` : "";
-  byId("chosen-text").textContent = `${plural(n, "complete step")} · balancedness ${figure(mean)}${apart}`;
+  say("chosen-text", `${plural(n, "complete step")} with tokens · balancedness ${figure(mean)}${apart}`);
   byId("chosen").classList.toggle("part", !isWhole());
   const bySlot = loads.bySlot(first, last), byRank = loads.byRank(bySlot), byExpert = loads.byExpert(first, last);
   Object.assign(state, { bySlot, byRank, byExpert });
@@ -266,10 +281,16 @@ function drawLayer() {
     click: (row, b) => choose(b, b),
     tip: (rank, b) => [
       [`Layer ${loads.layers[state.layer]}, rank ${rank}`, "head"],
-      [`steps ${steps(bins()[b].first_step, bins()[b].last_step)}, ${plural(loads.steps[b], "complete step")}`],
-      [`${count(over[rank * n + b])} tokens, ${figure(times[rank * n + b], 2)} × the layer's mean rank`],
+      [`${stepsNamed(bins()[b].first_step, bins()[b].last_step)}, ${plural(loads.steps[b], "complete step")}`],
+      [loads.steps[b] ? `${count(over[rank * n + b])} tokens, ${timesOf(times[rank * n + b], "rank")}` : "not known"],
     ],
   });
+  const empty = loads.steps.includes(0);
+  byId("layer-unknown").hidden = !times.some(Number.isNaN);
+  say("layer-unknown-text", [
+    empty && (report.timeline.configurations.length > 1 ? "no complete step of the last configuration" : "no complete step"),
+    loads.steps.some((k, b) => k > 0 && Number.isNaN(times[b])) && "no token in this layer",
+  ].filter(Boolean).join(", or "));
 }
 
 function pickLayer(row) {
@@ -280,14 +301,14 @@ function pickLayer(row) {
 
 /* ---- what is pointed at */
 
-function times(value, of) {
+function timesOf(value, of) {
   return Number.isNaN(value) ? "no token in this layer" : `${figure(value, 2)} × the layer's mean ${of}`;
 }
 
 function rankTip(row, rank) {
   const i = row * loads.ranks + rank, placed = loads.placement(state.last, row);
   const lines = [[`Layer ${loads.layers[row]}, rank ${rank}`, "head"],
-    [`${count(state.byRank[i])} tokens, ${times(state.timesRank[i], "rank")}`]];
+    [`${count(state.byRank[i])} tokens, ${timesOf(state.timesRank[i], "rank")}`]];
   if (placed) {
     const own = [...placed.subarray(rank * loads.perRank, (rank + 1) * loads.perRank)];
     lines.push([`experts ${own.map((e) => (e === Loads.NOBODY ? "empty" : e)).slice(0, 24).join(", ")}${own.length > 24 ? " …" : ""}${moved(row)}`]);
@@ -299,7 +320,7 @@ function slotTip(row, slot) {
   const i = row * loads.slots + slot, placed = loads.placement(state.last, row);
   const expert = placed ? placed[slot] : null;
   const lines = [[`Layer ${loads.layers[row]}, slot ${slot} on rank ${loads.rankOf(slot)}`, "head"],
-    [`${count(state.bySlot[i])} tokens, ${times(state.timesSlot[i], "slot")}`]];
+    [`${count(state.bySlot[i])} tokens, ${timesOf(state.timesSlot[i], "slot")}`]];
   if (expert === null) lines.push(["whose slot it is, is not known"]);
   else if (expert === Loads.NOBODY) lines.push([`empty slot${moved(row)}`]);
   else lines.push([`logical expert ${expert}${moved(row)}`], ...expertLines(row, expert));
@@ -309,7 +330,7 @@ function slotTip(row, slot) {
 function expertTip(row, expert) {
   const i = row * loads.experts + expert;
   return [[`Layer ${loads.layers[row]}, logical expert ${expert}`, "head"],
-    [`${count(state.byExpert[i])} tokens, ${times(state.timesExpert[i], "expert")}`], ...expertLines(row, expert, true)];
+    [`${count(state.byExpert[i])} tokens, ${timesOf(state.timesExpert[i], "expert")}`], ...expertLines(row, expert, true)];
 }
 
 function expertLines(row, expert, alone = false) {
@@ -330,12 +351,13 @@ function moved(row) {
   return loads.changed(state.first, state.last, row) ? " (at the end of these steps)" : "";
 }
 
-/* An expert's verdict over all steps, as `experts` gives it. */
+/* An expert's verdict over all steps, as `experts` gives it; of one window nothing can be said on bursts. */
+const FLAGS = { under_replicated: "under-replicated", over_replicated: "over-replicated", replicas_on_one_rank: "two replicas share a rank" };
 function flagsOf(row, expert) {
   if (!report.experts) return "";
   const code = report.experts.flags[row][expert], names = report.experts.flag_names;
-  const told = [["", "hot in bursts", "always hot"][code & 3]];
-  names.forEach((name, bit) => code & (4 << bit) && told.push(name.replaceAll("_", " ")));
+  const told = [["", "hot in bursts", report.experts.windows > 1 ? "always hot" : "hot"][code & 3]];
+  names.forEach((name, bit) => code & (4 << bit) && told.push(FLAGS[name] || name));
   return told.filter(Boolean).join(", ");
 }
 
@@ -367,19 +389,19 @@ function drawHot() {
   });
   fill(byId("hot-table"), ["layer", "expert", "share", "× mean", "tokens", "replicas", "due", "<on ranks", "<× mean over the run", "<over all steps"], rows);
   byId("more").hidden = order.length <= state.shown;
-  byId("hot-text").textContent = `Of ${count(report.experts.counts.experts)} experts those with the largest share of their layer. Replicas and ranks are those at the end of the chosen steps; due: slots that the share is worth (! one or more short). The last column is over all steps, in windows of ${count(report.experts.window)}.`;
+  say("hot-text", `Of ${count(report.experts.counts.experts)} experts those with the largest share of their layer. Replicas and ranks are those at the end of the chosen steps; due: slots that the share is worth (! one or more short). The last column is over all steps${report.experts.windows > 1 ? `, in windows of ${count(report.experts.window)}` : ""}.`);
 }
 
 function drawRearrangements() {
   const { rearrangements: rows, confidence, window: around } = report.rearrangements;
   byId("rearrangements-table").hidden = !rows.length;
   if (!rows.length) {
-    byId("rearrangements-text").textContent = "None in these steps, or none is known.";
+    say("rearrangements-text", report.not_due || "None in these steps, or none is known.");
     return;
   }
-  byId("rearrangements-text").textContent = `Balancedness, means of up to ${count(around)} complete steps before and after; ${percent(confidence, 0)} interval of the gain. ${report.loads ? "Before and after show the maps of these steps." : ""}`;
+  say("rearrangements-text", `Balancedness, means of up to ${count(around)} complete steps before and after; ${percent(confidence, 0)} interval of the gain. ${report.loads ? "Before and after show the maps of these steps." : ""}`);
   const view = (side) => (side.first_step === null || !report.loads ? figure(side.balancedness)
-    : element("button", { className: "link", text: figure(side.balancedness), title: `Choose steps ${steps(side.first_step, side.last_step)}`,
+    : element("button", { className: "link", text: figure(side.balancedness), title: `Choose ${stepsNamed(side.first_step, side.last_step)}`,
       click: () => chooseWithin(side.first_step, side.last_step) }));
   fill(byId("rearrangements-table"),
     ["<steps", "<verdict", "before", "predicted", "after", "gain", "interval", "<half of it lasted", "layers", "slots moved", "to other ranks", "to other nodes", "<"],
@@ -405,8 +427,8 @@ function drawLost() {
   byId("lost").hidden = !summary.layers.length;
   if (!summary.layers.length) return;
   const top = report.top;
-  byId("lost-text").textContent = "In a step and layer all ranks wait for the slowest: max − mean tokens are lost, laid at that rank's door. If time is proportional to tokens.";
-  const part = (title, ...content) => element("div", {}, element("h3", { text: title }), ...content);
+  say("lost-text", "In a step and layer all ranks wait for the slowest: max − mean tokens are lost, laid at that rank's door. If time is proportional to tokens.");
+  const part = (title, table) => element("div", {}, element("h3", { text: title }), element("div", { className: "scroll" }, table));
   const worst = [...summary.layers].filter((l) => l.balancedness !== null).sort((a, b) => a.balancedness - b.balancedness || a.layer - b.layer);
   const parts = [part(`Worst layers (${Math.min(top, worst.length)} of ${worst.length})`,
     fill(element("table"), ["layer", "balancedness", "<", "imbalance", "slowest rank", "in steps"], worst.slice(0, top).map((l) => ({
@@ -451,14 +473,22 @@ function drawTimeline() {
       ["click to see it in the table", "muted"]],
     tip: (b) => {
       const bin = bins()[b], time = loads.times[b];
-      const lines = [[`Steps ${steps(bin.first_step, bin.last_step)}`, "head"]];
+      const lines = [[`S${stepsNamed(bin.first_step, bin.last_step).slice(1)}`, "head"]];
       lines.push([bin.mean === null ? "no complete step" : `balancedness ${figure(bin.mean)}, ${figure(bin.min)} to ${figure(bin.max)}`]);
-      lines.push([plural(bin.steps, "complete step")]);
+      lines.push([`${plural(bin.steps, "complete step")} with tokens`]);
       if (time !== null && !report.imported) lines.push([`from ${new Date(time).toISOString().replace("T", " ").slice(0, 19)} UTC`, "muted"]);
       return lines;
     },
   });
   line.choose(chosenSteps());
+}
+
+/* What is typed moves to the edges of bins, so their width stands beside it. */
+function binWidths() {
+  const widths = bins().map((bin) => bin.last_step - bin.first_step + 1);
+  const [least, most] = [Math.min(...widths), Math.max(...widths)];
+  say("bins", most > 1 ? `in bins of ${least === most ? least : `${least} or ${most}`} steps` : "");
+  byId("gaps").hidden = bins().every((bin) => bin.mean !== null);
 }
 
 /* ---- light and dark, size, print */
@@ -550,6 +580,7 @@ async function start() {
     const worst = [...report.summary.layers].filter((l) => l.balancedness !== null).sort((a, b) => a.balancedness - b.balancedness)[0];
     state.layer = worst ? loads.layers.indexOf(worst.layer) : 0;
     byId("layer").value = String(state.layer);
+    binWidths();
     byId("maps").classList.toggle("stacked", loads.ranks > 96);
     line = new Timeline(byId("timeline"), (range, done) =>
       (range ? chooseSteps(...range, done) : choose(0, bins().length - 1)));
