@@ -144,9 +144,9 @@ class Ray:
         except ModuleNotFoundError:
             raise UsageError("Ray is not installed: pip install 'eplb-dump[ray]'") from None
         self._ray: Any = ray
-        options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers}
-        if not address:
-            options["include_dashboard"] = False
+        # Without an address a fresh one, also where another runs on this machine.
+        own = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+        options: dict[str, Any] = {"address": address} if address else own
         # What Ray has to say of its cluster it prints; stdout is for our document alone.
         self._stdout, sys.stdout = sys.stdout, sys.stderr
         try:

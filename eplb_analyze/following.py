@@ -81,6 +81,9 @@ class FollowedSession:
         self._first = 0
         #: Where entries of older segments that state placements begin in the manifest.
         self._earlier: list[int] = []
+        #: Journals that `begin` found, and headers of the manifest's entries with where they begin.
+        self._found: dict[int, _Journal] = {}
+        self._listed: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def begin(self, want: int, *, placements: bool = False) -> int:
         """Leave out what is older than the last ``want`` recorded steps; little but headers is read.
@@ -96,6 +99,7 @@ class FollowedSession:
             self._take_up_journals()
             listed = self._skim_manifest()
             self._take_up_journals()
+            self._found, self._listed = dict(self._journals), listed
             for seq in sorted({*self._journals, *listed}, reverse=True):
                 if found >= want:
                     break
@@ -108,7 +112,8 @@ class FollowedSession:
                 self._skip[seq] = max(0, _recorded(entry) - (want - found))
                 # A rank that idles records nothing, and its steps count as well.
                 found += max(_recorded(entry), entry.files["steps"].rows // self.info.interval)
-            self._journals = {seq: j for seq, j in self._journals.items() if seq >= self._first}
+            for seq in [seq for seq in self._journals if seq < self._first]:
+                self._journals.pop(seq).close()
             if placements:
                 older = sorted(seq for seq in listed if seq < self._first)
                 self._earlier = [listed[s][0] for s in older if "placements" in listed[s][1]["files"]]
@@ -130,6 +135,23 @@ class FollowedSession:
                 yield from self._read_journal(seq)
             if seq in self._sealed and seq not in self._journals:
                 yield from self._read_sealed(self._sealed.pop(seq))
+
+    def rows_before(self, step: int) -> Iterator[StepRows]:
+        """Rows that :meth:`begin` left out, back to the first one after ``step``, the newest first.
+
+        Nothing but rows of steps is read, and of sealed segments only the one that holds that step. What
+        cannot be read ends them: no figure is asked for there.
+        """
+        newest_first = sorted((s for s in {*self._found, *self._listed} if s <= self._first), reverse=True)
+        with suppress(*_WRONG, SegmentFault):
+            for seq in newest_first:
+                if seq in self._found:
+                    if seq < self._first:
+                        self._found[seq].leave_out(0)
+                    yield from self._found[seq].rows_left_out()
+                elif seq - 1 not in self._listed or self._listed[seq - 1][1]["last_step"] <= step:
+                    entry = SealedSegment.from_frame(self._manifest.frame(self._listed[seq][0]))
+                    yield ParquetSegment(self.folder, self.info, entry).steps()
 
     def _take_up_journals(self) -> None:
         """Open those that are new: so they can be read to their end, also when they are gone."""
@@ -172,12 +194,14 @@ class FollowedSession:
             yield from journal.batches()
         except _WRONG as error:
             self.fault = _reason(journal.path, error)
-        if journal.removed:
+        entry = self._sealed.get(seq)
+        # One that was sealed since the manifest was read is kept in mind: the next look will find it listed.
+        if journal.removed and entry is not None:
             del self._journals[seq]
-            entry = self._sealed.get(seq)
-            if entry is not None and journal.rows >= entry.files["steps"].rows:
+            self._found.pop(seq, None)  # as long as it is open, it takes up space
+            if journal.rows >= entry.files["steps"].rows:
                 del self._sealed[seq]
-            elif entry is not None:  # another machine removed it before its end was read
+            else:  # another machine removed it before its end was read
                 self._skip[seq] = journal.recorded
                 self.fault = None
 
@@ -232,13 +256,14 @@ class _Journal(GrowingFile):
         self._info = info
         self._seq = seq
         self._want = want
-        #: Where what was left out states placements.
+        #: Where what was left out states placements, and where it lists steps.
         self._left_out: list[int] = []
+        self._steps_left_out: list[int] = []
 
     def leave_out(self, want: int) -> int:
         """Move on to the last ``want`` recorded steps; about how many steps are left to read."""
         found = [*self.skim()]
-        left, cut = 0, self.at
+        left, cut = 0, found[-1][1] if found else self.at
         for start, _, header in reversed(found):
             if left >= want:
                 break
@@ -253,8 +278,14 @@ class _Journal(GrowingFile):
             self.recorded += _steps_in(header) if header["kind"] == "loads" else 0
             if header["kind"] in ("session", "placements"):
                 self._left_out.append(start)
+        self._steps_left_out = [start for start, _, header in before if header["kind"] == "steps"]
         self.at = cut
         return left
+
+    def rows_left_out(self) -> Iterator[StepRows]:
+        """The newest first. Raises OSError, FormatError, KeyError."""
+        for start in reversed(self._steps_left_out):
+            yield step_rows(self.frame(start))
 
     def batches(self) -> Iterator[Batch]:
         """What was appended. Raises OSError, FormatError, KeyError, TypeError, IndexError."""

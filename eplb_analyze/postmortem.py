@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -415,8 +415,8 @@ def rows_of(
 ) -> Iterator[tuple[Row, bool]]:
     """The row of each run as soon as it is read, and whether it was read anew.
 
-    A worker makes the whole row of a run; of long runs, which come last, workers sum parts, and what
-    becomes of the sums is found here.
+    A worker makes the whole row of a run; of long runs, which come last, workers sum parts, and one makes
+    the row of what the sums add up to.
 
     Args:
         targets: what :func:`find` gives.
@@ -455,35 +455,57 @@ def rows_of(
 
 
 @dataclass
-class _Open:
-    """A long run whose parts are being read."""
+class Merged:
+    """What a worker is given of a long run at last: the sums of all its parts."""
 
-    run: Run
-    parts: int
-    read: int = 0
+    target: Target
+    crowded: bool
+    #: Parts that are not read yet.
+    missing: int
     sums: SummarySums | None = None
+    findings: list[Finding] = field(default_factory=list)
     reason: str | None = None
 
     def take(self, result: Read | str | Lost) -> None:
-        self.read += 1
+        self.missing -= 1
         if isinstance(result, Lost):
             result = result.reason
         if isinstance(result, str):
             self.reason = self.reason or result
             return
-        self.run.findings += [f for f in result.findings if f not in self.run.findings]
+        self.findings += [f for f in result.findings if f not in self.findings]
         if self.sums is None:
             self.sums = result.sums
         else:
             self.sums.merge(result.sums)
 
 
+def finish_run(item: Merged) -> Done:
+    """What becomes of a long run. Runs on a worker: to judge its rearrangements takes a while."""
+    if item.crowded:
+        use_at_most(1)
+    target = item.target
+    if item.reason is not None or item.sums is None:
+        return _failed(target, item.reason or "no step")
+    try:
+        run = open_run(target.dump, target.run_id, target.model)
+        run.findings += [f for f in item.findings if f not in run.findings]
+        return _done(target, run, item.sums)
+    except Exception as error:
+        return _failed(target, _reason(error))
+
+
+def _read_or_finish(item: Part | Merged) -> Read | str | Done:
+    return read_part(item) if isinstance(item, Part) else finish_run(item)
+
+
 def _long(targets: Iterable[Target], executor: Executor) -> Iterator[tuple[Target, Done]]:
     """What becomes of runs of several parts, whose parts are shared out."""
-    opened: dict[Target, _Open] = {}
+    reading: dict[Target, Merged] = {}
+    read: list[Merged] = []
     failed: list[tuple[Target, Done]] = []
 
-    def parts() -> Iterator[Part]:
+    def items() -> Iterator[Part | Merged]:
         for target in targets:
             try:
                 run = open_run(target.dump, target.run_id, target.model)
@@ -491,26 +513,25 @@ def _long(targets: Iterable[Target], executor: Executor) -> Iterator[tuple[Targe
             except Exception as error:
                 failed.append((target, _failed(target, _reason(error))))
                 continue
-            opened[target] = _Open(run, len(ranges))
+            reading[target] = Merged(target, executor.crowded, len(ranges))
             for steps in ranges:
+                while read:
+                    yield read.pop(0)
                 yield Part(target, steps, bins, executor.crowded)
 
-    for part, result in executor.map(read_part, parts()):
-        this = opened[part.target]
-        this.take(result)
-        if this.read == this.parts:
-            del opened[part.target]
-            yield part.target, _merged(part.target, this)
+    waiting: Iterable[Part | Merged] = items()
+    while waiting:
+        for item, result in executor.map(_read_or_finish, waiting):
+            if isinstance(item, Merged):
+                done = _failed(item.target, result.reason) if isinstance(result, Lost) else cast(Done, result)
+                yield item.target, done
+                continue
+            this = reading[item.target]
+            this.take(cast(Read | str | Lost, result))
+            if not this.missing:
+                read.append(reading.pop(item.target))
+        waiting, read = list(read), []
     yield from failed
-
-
-def _merged(target: Target, this: _Open) -> Done:
-    if this.reason is not None or this.sums is None:
-        return _failed(target, this.reason or "no step")
-    try:
-        return _done(target, this.run, this.sums)
-    except Exception as error:
-        return _failed(target, _reason(error))
 
 
 def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:

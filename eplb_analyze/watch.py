@@ -37,6 +37,8 @@ from eplb_dump.journal import Int64, PlacementRows
 WINDOW = 1000
 #: A rank so far behind the others has stopped; `check` takes the same time.
 STOPPED_SECONDS = 3.0
+#: After a reading that took so long, what came meanwhile is read as well.
+LONG_SECONDS = 1.0
 #: So many placements of a layer are remembered.
 PLACEMENTS = 8
 #: What sessions of one run agree in.
@@ -73,8 +75,9 @@ class WriterLook:
     rank: int
     #: None: it has written nothing yet.
     last_step: int | None
-    #: Steps to the foremost rank, and whether these are more than :data:`STOPPED_SECONDS`.
+    #: Steps to the foremost rank.
     behind: int | None
+    #: These are more than :data:`STOPPED_SECONDS`, or another rank went further and has ended in order.
     stopped: bool
     closed: bool
     sessions: int
@@ -117,6 +120,8 @@ class Look:
     window: int
     first_step: int | None
     last_step: int | None
+    #: The last complete step is about the newest one.
+    current: bool
     complete: int
     #: Steps that lack a rank for good, and steps that a rank has yet to come to.
     incomplete: int
@@ -184,10 +189,10 @@ class Follower:
         for session in self._new_sessions():
             session.begin(self._limit)
             self._sessions.append(session)
-        came = False
-        for session in sorted(self._sessions, key=lambda s: (s.info.created_unix_ns, s.info.session_id)):
-            came |= self._read(session)
-        self._window.settle()
+        begun = time.monotonic()
+        came = self._read_all()
+        if time.monotonic() - begun > LONG_SECONDS:
+            came |= self._read_all()  # else those that were read first seem to be behind
         self._looked = True
         now = time.monotonic()
         if self._came_at is None and self._window.ranks:
@@ -254,6 +259,15 @@ class Follower:
                     yield FollowedSession(folder, info, self._limit)
                 self._known.add(folder)
 
+    def _read_all(self) -> bool:
+        """Add what is new; whether anything is."""
+        came = False
+        for session in sorted(self._sessions, key=lambda s: (s.info.created_unix_ns, s.info.session_id)):
+            came |= self._read(session)
+        self._window.settle()
+        self._reach_back()
+        return came
+
     def _read(self, session: FollowedSession) -> bool:
         """Add what is new of a session; whether anything is."""
         came = False
@@ -283,10 +297,11 @@ class Follower:
         steps, terms = window.whole()
         shape = window.shape
         value = np.empty(0) if terms is None else BALANCEDNESS.of(terms)
-        writers, newest, pace = self._writers()
-        incomplete, in_flight = window.unfinished({w.rank for w in writers if w.stopped})
+        foremost, writers = self._writers()
+        incomplete, in_flight = window.unfinished({w.rank for w in writers if w.stopped or w.closed})
         series = window.series()
         first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
+        since = 0.0 if foremost is None or last is None else foremost.seconds_beyond(last)
         total = 0.0 if terms is None else float(terms.maximum.sum())
         return Look(
             run_id=info.run_id,
@@ -295,13 +310,14 @@ class Follower:
             ep_size=info.ep_size if shape is None else shape.ep_size,
             num_layers=None if shape is None else shape.num_moe_layers,
             num_physical_experts=None if shape is None else shape.num_physical_experts,
-            newest_step=newest,
-            steps_per_second=pace,
+            newest_step=None if foremost is None else foremost.last_step,
+            steps_per_second=None if foremost is None else foremost.steps_per_second,
             quiet_seconds=quiet_seconds,
             closed=bool(writers) and all(writer.closed for writer in writers),
             window=window.limit,
             first_step=first,
             last_step=last,
+            current=last is not None and since <= STOPPED_SECONDS,
             complete=len(steps),
             incomplete=incomplete,
             in_flight=in_flight,
@@ -319,34 +335,69 @@ class Follower:
             findings=[Finding("error", "damaged_file", text) for text in self._faults.values()],
         )
 
-    def _writers(self) -> tuple[list[WriterLook], int | None, float | None]:
-        """The ranks that should write, the newest step of any, and steps a second of the foremost."""
+    def _states(self) -> dict[int, RankState | None]:
+        """Of the ranks that should write; None of those that have stated no step."""
         ranks, info = self._window.ranks, self._info
         if info.scope is Scope.GLOBAL:
             expected = sorted(ranks)[:1] or [info.ep_rank]
         else:
             expected = [*(self._window.expected or range(info.ep_size))]
-        known = [ranks[rank] for rank in expected if rank in ranks]
-        foremost = max(known, key=lambda state: state.last_step, default=None)
-        if foremost is None or foremost.last_step < 0:
-            return [WriterLook(rank, None, None, False, False, 0, 0, 0) for rank in expected], None, None
-        writers = [self._writer(rank, ranks.get(rank), foremost) for rank in expected]
-        return writers, foremost.last_step, foremost.steps_per_second
+        return {r: ranks[r] if r in ranks and ranks[r].last_step >= 0 else None for r in expected}
 
-    def _writer(self, rank: int, state: RankState | None, foremost: RankState) -> WriterLook:
-        if state is None or state.last_step < 0:
+    def _reach_back(self) -> None:
+        """Have the foremost rank's clock go back to where the others are, also before the window.
+
+        So whether a rank has stopped does not depend on how many steps are looked at.
+        """
+        known = [state for state in self._states().values() if state is not None]
+        foremost = _foremost(known)
+        if foremost is None:
+            return
+        session = next((s for s in self._sessions if s.info.session_id == foremost.session_id), None)
+        if session is None:
+            return
+        # Of those that are further behind than one that has stopped nothing more need be known.
+        for step in sorted({state.last_step for state in known}, reverse=True):
+            older = session.rows_before(step)
+            while foremost.steps[0] > step and foremost.clock_seconds <= STOPPED_SECONDS:
+                rows = next(older, None)
+                if rows is None:
+                    break
+                foremost.add_clock(rows)
+
+    def _writers(self) -> tuple[RankState | None, list[WriterLook]]:
+        """The foremost rank, None before the first step, and all that should write."""
+        states = self._states()
+        known = [state for state in states.values() if state is not None]
+        foremost = _foremost(known)
+        # Ranks end together: where one ended in order, a rank that did not come so far was killed.
+        ended = max((s.last_step for s in known if s.session_id in self._closed), default=-1)
+        writers = [self._writer(rank, state, foremost, ended) for rank, state in states.items()]
+        return foremost, writers
+
+    def _writer(
+        self, rank: int, state: RankState | None, foremost: RankState | None, ended: int
+    ) -> WriterLook:
+        """``ended``: the last step of those that ended in order, -1 where none did."""
+        if state is None or foremost is None:
             return WriterLook(rank, None, None, False, False, 0, 0, 0)
+        closed = state.session_id in self._closed
+        # By one clock, as those of two hosts can be apart.
+        late = foremost.seconds_beyond(state.last_step) > STOPPED_SECONDS
         return WriterLook(
             rank,
             state.last_step,
             behind=foremost.last_step - state.last_step,
-            # By one clock, as those of two hosts can be apart.
-            stopped=foremost.seconds_since(state.last_step) > STOPPED_SECONDS,
-            closed=state.session_id in self._closed,
+            stopped=late or (not closed and state.last_step < ended),
+            closed=closed,
             sessions=state.sessions,
             dropped=state.counts[Status.DROPPED],
             rejected=state.counts[Status.REJECTED],
         )
+
+
+def _foremost(states: list[RankState]) -> RankState | None:
+    return max(states, key=lambda state: state.last_step, default=None)
 
 
 def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:

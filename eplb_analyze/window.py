@@ -6,7 +6,7 @@ formulas. Where they come from is :mod:`eplb_analyze.following`, what they mean 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +14,12 @@ import numpy as np
 from eplb_analyze.following import Batch
 from eplb_analyze.metrics import FORMULAS, Float64, Terms
 from eplb_dump.format import Scope, SessionInfo, Status
-from eplb_dump.journal import Int64, Shape
+from eplb_dump.journal import Int64, Shape, StepRows
 
 #: Of so many windows of steps the balancedness is kept, to compare with before a rearrangement.
 SERIES_WINDOWS = 4
+#: So long before a rank's newest step its clock is remembered.
+CLOCK_SECONDS = 10.0
 BALANCEDNESS = FORMULAS["balancedness"]
 
 
@@ -35,19 +37,38 @@ class RankState:
     time_ns: int = 0
     #: Rows by status, since the watch began.
     counts: Counter[Status] = field(default_factory=Counter)
-    #: ``(step, clock in ns)`` of the first and last row of the newest batches.
-    marks: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=256))
+    #: Its steps of the last :data:`CLOCK_SECONDS` and the one before them, ascending, and when they were.
+    steps: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
+    clock_ns: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
 
-    def seconds_since(self, step: int) -> float:
-        """From its coming to a step until its newest, by its own clock."""
-        steps, clock_ns = np.array(self.marks).T
-        return float(clock_ns[-1] - np.interp(step, steps, clock_ns)) / 1e9
+    def add_clock(self, rows: StepRows) -> None:
+        """Add rows that are newer than those it has, or older."""
+        rows = rows.select(rows.status != Status.REJECTED)
+        if len(rows.step):
+            steps, order = np.unique(np.concatenate([self.steps, rows.step]), return_index=True)
+            clock_ns = np.concatenate([self.clock_ns, rows.monotonic_ns])[order]
+            horizon = int(clock_ns[-1]) - round(CLOCK_SECONDS * 1e9)
+            first = max(0, int(np.searchsorted(clock_ns, horizon, side="right")) - 1)
+            self.steps, self.clock_ns = steps[first:], clock_ns[first:]
+
+    @property
+    def clock_seconds(self) -> float:
+        """How long before its newest step its clock is known."""
+        return float(np.ptp(self.clock_ns)) / 1e9 if len(self.clock_ns) else 0.0
+
+    def seconds_beyond(self, step: int) -> float:
+        """How long before its newest step it took the first one after ``step``; 0 where it took none.
+
+        Not how long ago it took ``step``: after an idle minute nobody is a minute behind.
+        """
+        at = int(np.searchsorted(self.steps, step, side="right"))
+        return float(self.clock_ns[-1] - self.clock_ns[at]) / 1e9 if at < len(self.steps) else 0.0
 
     @property
     def steps_per_second(self) -> float | None:
-        """Over the newest batches."""
-        (first, begun), (last, ended) = self.marks[0], self.marks[-1]
-        return (last - first) * 1e9 / (ended - begun) if last > first and ended > begun else None
+        """Over the time that its clock is known."""
+        seconds = self.clock_seconds
+        return float(self.steps[-1] - self.steps[0]) / seconds if seconds else None
 
 
 class _Open:
@@ -104,8 +125,7 @@ class Window:
                 self._begin_anew(info.ep_rank)
             rank.last_step = max(rank.last_step, last)
             rank.time_ns = int(rows.time_ns[known[-1]])
-            clock_ns = rows.monotonic_ns[known[[0, -1]]] + info.created_unix_ns - info.created_monotonic_ns
-            rank.marks += zip((first, last), clock_ns.tolist(), strict=True)
+            rank.add_clock(rows)
         for step in rows.step[rows.status == Status.DUMMY].tolist():
             if step >= self._floor:
                 self._open.setdefault(step, _Open()).have.add(info.ep_rank)
@@ -222,17 +242,17 @@ class Window:
         order = np.argsort(steps)
         return steps[order], values[order]
 
-    def unfinished(self, stopped: set[int]) -> tuple[int, int]:
+    def unfinished(self, gone: set[int]) -> tuple[int, int]:
         """Recorded steps that lack a rank: ``(incomplete, in flight)``.
 
-        In flight are those that every missing rank has yet to come to; ``stopped`` ones will not.
+        In flight are those that every missing rank has yet to come to; those that are ``gone`` will not.
         """
         incomplete = in_flight = 0
         for step, part in self._open.items():
             if part.load is not None:
                 missing = [rank for rank in self.expected if rank not in part.have]
                 coming = all(
-                    rank in self.ranks and rank not in stopped and self.ranks[rank].last_step < step
+                    rank in self.ranks and rank not in gone and self.ranks[rank].last_step < step
                     for rank in missing
                 )
                 in_flight += coming

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from helpers import (
 
 from eplb_analyze import open_run
 from eplb_analyze.blocks import StepState
+from eplb_analyze.check import check_run
+from eplb_analyze.commands.watch import lines
 from eplb_analyze.ranks import rank_report
 from eplb_analyze.rearrangements import rearrangement_report
 from eplb_analyze.seal import seal_dump
@@ -115,6 +118,11 @@ def assert_as_summary(look: Look, root: Path) -> None:
         figures = straggler.times_mean, straggler.slowest_share, straggler.excess_share
         shown = rank.times_mean, rank.slowest_share, rank.excess_share
         assert [*shown] == [None if f is None else pytest.approx(f, rel=1e-12) for f in figures]
+
+
+def view(look: Look, quiet_seconds: float = 0.0) -> str:
+    """What is shown of it on 80 × 24, as if something new had come so long ago."""
+    return "\n".join(map(str, lines(replace(look, quiet_seconds=quiet_seconds), 80, 24)))
 
 
 def sealed(root: Path, rank: int, count: int) -> None:
@@ -230,8 +238,10 @@ def test_the_sums_of_a_global_run(tmp_path: Path, ranks: Any) -> None:
 # ---- restarts, kills, changes
 
 
-def test_a_rank_that_was_killed_has_stopped(tmp_path: Path, ranks: Any) -> None:
-    engine = [ranks(rank) for rank in range(2)]
+@pytest.mark.parametrize("segment_steps", [2048, 2])
+def test_a_rank_that_was_killed_has_stopped(tmp_path: Path, ranks: Any, segment_steps: int) -> None:
+    """By the time that the others went on, however few of their steps are looked at."""
+    engine = [ranks(rank, segment_steps=segment_steps) for rank in range(2)]
     for rank in engine:
         rank.record(0, 20)
     follower = Follower(tmp_path)
@@ -240,10 +250,84 @@ def test_a_rank_that_was_killed_has_stopped(tmp_path: Path, ranks: Any) -> None:
     for first in range(20, 28):  # at some steps a second, as the clock of rank 0 says
         time.sleep(0.5)
         engine[0].record(first, first + 1)
+    if segment_steps == 2:
+        sealed(tmp_path, 0, 13)
+    for look in (follower.look(), Follower(tmp_path).look()):
+        assert (look.complete, look.last_step, look.current) == (20, 19, False)
+        assert (look.incomplete, look.in_flight) == (8, 0)
+        assert [(w.stopped, w.closed) for w in look.writers] == [(False, False), (True, False)]
+        text = view(look)
+        assert "● live, 1 of 2 ranks" in text
+        assert "last complete step 19, 8 steps ago: 0." in text
+        assert " now " not in text
+        assert "rank 1 stopped 8 steps ago, at step 19" in text
+    for window in (1, 2, 5):
+        look = Follower(tmp_path, window=window).look()
+        assert (look.complete, look.incomplete, look.in_flight) == (0, window, 0)
+        assert [w.stopped for w in look.writers] == [False, True]
+
+
+def test_who_is_a_step_late_after_an_idle_time_has_not_stopped(tmp_path: Path, ranks: Any) -> None:
+    engine = [ranks(rank) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 20)
+    time.sleep(3.5)
+    engine[0].record(20, 22)
+    for window in (1, 100):
+        look = Follower(tmp_path, window=window).look()
+        assert ([w.stopped for w in look.writers], look.incomplete) == ([False, False], 0)
+    assert look.current
+    assert "● live, 2 of 2 ranks" in view(look)
+
+
+def test_a_long_look_has_no_rank_seem_to_be_behind(
+    tmp_path: Path, ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks go on while it reads one after the other."""
+    engine = [ranks(rank) for rank in range(2)]
+    for rank in engine:
+        rank.record(0, 20)
+    read = Follower._read
+    left = [*range(20, 28)]
+
+    def slowly(follower: Follower, session: Any) -> bool:
+        came = read(follower, session)
+        while left:  # after the first
+            time.sleep(0.5)
+            step = left.pop(0)
+            for rank in engine:
+                rank.record(step, step + 1)
+        return came
+
+    monkeypatch.setattr(Follower, "_read", slowly)
+    look = Follower(tmp_path).look()
+    assert ([w.stopped for w in look.writers], look.incomplete) == ([False, False], 0)
+    assert (look.complete, look.last_step) == (28, 27)
+
+
+def test_a_rank_that_was_killed_before_the_others_ended(tmp_path: Path, ranks: Any) -> None:
+    """However soon they ended: as `check` judges. Ranks that end in order may differ by a step."""
+    engine = [ranks(rank, ep_size=4) for rank in range(4)]
+    for rank in engine:
+        rank.record(0, 20)
+    engine[2].kill()
+    for rank, last in ((0, 25), (1, 24), (3, 25)):
+        engine[rank].record(20, last)
+    follower = Follower(tmp_path)
     look = follower.look()
-    assert (look.complete, look.last_step) == (20, 19)
-    assert [(w.stopped, w.closed) for w in look.writers] == [(False, False), (True, False)]
-    assert (look.incomplete, look.in_flight) == (8, 0)
+    assert ([w.stopped for w in look.writers], look.in_flight) == ([False] * 4, 5)
+    assert "● live, 4 of 4 ranks" in view(look)
+    for rank in (0, 1, 3):
+        engine[rank].tell("close")
+    for look in (follower.look(), Follower(tmp_path, window=2).look()):
+        assert [w.stopped for w in look.writers] == [False, False, True, False]
+        assert [w.closed for w in look.writers] == [True, True, False, True]
+        assert (look.in_flight, look.closed) == (0, False)
+        for quiet in (0.0, 14.0):
+            text = view(look, quiet)
+            assert "■ 3 of 4 ranks ended" in text
+            assert "rank 2 stopped 5 steps ago, at step 19" in text
+    assert "rank_stopped" in [f.code for f in check_run(open_run(tmp_path)).findings]
 
 
 def test_an_engine_that_restarts_and_counts_anew(tmp_path: Path, ranks: Any) -> None:
@@ -389,7 +473,7 @@ def test_looks_while_many_segments_are_sealed(tmp_path: Path) -> None:
             for rank, writer in enumerate(writers):
                 writer.record(step, load_of(step, rank), map_of(step // 50))
             step += 1
-            time.sleep(0.003)
+            time.sleep(0.02)  # sealing keeps up: what lies unsealed for seconds is behind
 
     thread = threading.Thread(target=engine)
     thread.start()
@@ -456,6 +540,7 @@ def test_who_begins_late_reads_the_end_only(tmp_path: Path, ranks: Any) -> None:
     assert look.rearrangements == [200]
     assert look.rearrangement is not None
     assert (look.rearrangement.before_steps, look.rearrangement.after_steps) == (0, 0)
+    assert "▲ rearranged at 200, 16 layers\n" in view(look)
     assert_as_summary(look, tmp_path)
 
 
@@ -469,6 +554,28 @@ def test_segments_that_came_and_were_sealed_between_two_looks(tmp_path: Path, ra
     sealed(tmp_path, 0, 6)
     look = follower.look()
     assert (look.complete, look.last_step) == (100, 99)
+    assert_as_summary(look, tmp_path)
+
+
+def test_a_journal_that_was_sealed_in_the_middle_of_a_look(tmp_path: Path, ranks: Any) -> None:
+    """It is gone when it is read, and the manifest as it was read does not list it: nothing counts twice."""
+    rank = ranks(0, scope="global", segment_steps=64)
+    rank.record(0, 40)
+    follower = Follower(tmp_path)
+    assert follower.look().complete == 40
+    (session,) = follower._sessions
+    read_manifest = session._read_manifest
+
+    def then_seal() -> None:
+        read_manifest()
+        rank.record(40, 70)
+        sealed(tmp_path, 0, 1)
+
+    session._read_manifest = then_seal  # type: ignore[method-assign]
+    assert follower.look().complete == 70
+    session._read_manifest = read_manifest  # type: ignore[method-assign]
+    look = follower.look()
+    assert (look.complete, look.last_step, look.findings) == (70, 69, [])
     assert_as_summary(look, tmp_path)
 
 
@@ -550,14 +657,11 @@ def test_a_missing_rank_is_said_and_is_an_exit_code(tmp_path: Path) -> None:
 
 def test_wrong_usage(tmp_path: Path) -> None:
     write(tmp_path)
-    for arguments, words in (
-        (["watch", tmp_path], "--once"),
-        (["watch", "--output", "json", tmp_path], "--once"),
-        (["watch", "--once", "--interval", "0", tmp_path], "interval"),
-    ):
-        result = cli(*arguments)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert words in result.stderr
+    result = cli("watch", "--once", "--interval", "0", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "interval" in result.stderr
+    one_error(cli("watch", tmp_path), 2, "needs a terminal", "add --once")
+    one_error(cli("watch", "--output", "json", tmp_path), 2, "add --once")
     one_error(cli("watch", "--once", tmp_path / "not-there"), 3, "no such folder")
     (tmp_path / "empty").mkdir()
     one_error(cli("watch", "--once", tmp_path / "empty"), 3, "no run in it")
@@ -622,6 +726,20 @@ def test_the_view_is_live_and_leaves_the_terminal_as_it_was(tmp_path: Path, rank
     _, left = terminal.seen.split("\x1b[?1049l")
     assert "over 25 complete steps, 0 to 24" in left
     assert "Traceback" not in terminal.seen
+
+
+def test_the_view_waits_for_a_folder(tmp_path: Path) -> None:
+    """The writer makes it; a file is none and will not be one."""
+    terminal = Terminal("watch", "--interval", "0.2", tmp_path / "later")
+    terminal.until("waiting for it")
+    assert "no such folder" in " ".join(terminal.seen.split())
+    write(tmp_path / "later")
+    terminal.until("over 40 complete steps")
+    assert terminal.end(signal.SIGINT) == 0
+    (tmp_path / "file").touch()
+    terminal = Terminal("watch", tmp_path / "file")
+    terminal.until("it is a file")
+    assert terminal.process.wait(30) == 3
 
 
 def test_a_json_document_is_complete(tmp_path: Path) -> None:

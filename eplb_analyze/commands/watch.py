@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eplb_analyze.commands.options import Dump, ModelOption, OutputOption, RunOption
-from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, plural
+from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, UsageError, plural
 from eplb_analyze.output import (
     Output,
     OutputFormat,
@@ -39,7 +39,7 @@ ROWS = 8
 HEIGHT, MARGIN = 3, 6
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 #: Columns of the two rankings, and of the cell of a rank beside them, where there is room for all.
-LAYERS, RANKS, CELL = 36, 44, 9
+LAYERS, RANKS, CELL = 36, 44, 10
 #: A rank's load is coloured from so far off the mean.
 OFF = 0.05
 #: So long without anything new is worth saying.
@@ -59,9 +59,9 @@ def watch(
 ) -> None:
     """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
     if not once and output is OutputFormat.json:
-        raise typer.BadParameter("a document is of one look; add --once", param_hint="--output")
+        raise UsageError("the live view is no document: add --once to have one look as JSON")
     if not once and not sys.stdout.isatty():
-        raise typer.BadParameter("the view needs a terminal; in a pipe, look --once", param_hint="--once")
+        raise UsageError("the live view needs a terminal: add --once to have one look printed here")
     folder = local(dump, "`watch`")
     from eplb_analyze.watch import Follower
 
@@ -98,8 +98,8 @@ def _live(follow: Callable[[], Follower], dump: Path, interval: float) -> None:
                     look = follower.look()
                     shown = lines(look, screen.width, screen.height)
                 except DumpError as error:
-                    # An engine writes nothing before its first step.
-                    if follower is not None or not dump.is_dir():
+                    # An engine writes nothing before its first step, and its writer makes the folder.
+                    if follower is not None or (dump.exists() and not dump.is_dir()):
                         raise
                     shown = [Text(clean(error)), Text("waiting for it; Ctrl-C ends", style="dim")]
                 live.update(Group(*shown), refresh=True)
@@ -131,25 +131,35 @@ def lines(look: Look, width: int, height: int | None = None) -> list[Text]:
 def _head(look: Look, width: int) -> list[Text]:
     from rich.text import Text
 
-    state, style = "● live", "green"
-    if look.newest_step is None:
-        state, style = "○ no step yet", "yellow"
-    elif look.closed:
-        state, style = "■ ended", "dim"
-    elif (look.quiet_seconds or 0.0) > QUIET_SECONDS:
-        state, style = f"○ nothing new for {_duration(look.quiet_seconds or 0.0)}", "yellow"
+    state, style = _state(look)
     title = Text.assemble((clean(look.model), "bold"), clean(f" · run {look.run_id}"))
     title.truncate(max(1, width - len(state) - 1), pad=True)
     title.append(f" {state}", style)
     parts = [] if look.newest_step is None else [f"step {look.newest_step:,}"]
     parts += [] if look.steps_per_second is None else [f"{look.steps_per_second:,.1f} steps/s"]
     parts += [f"EP {look.ep_size}, scope {look.scope}"]
-    if look.scope == "local":
-        writing = sum(w.last_step is not None and not w.stopped for w in look.writers)
-        parts += [f"{writing} of {plural(len(look.writers), 'rank')}"]
     if look.num_layers is not None:
         parts += [f"{look.num_layers} × {look.num_physical_experts} slots"]
     return [title, Text(" · ".join(parts))]
+
+
+def _state(look: Look) -> tuple[str, str]:
+    """Who is writing, in a few words, and their style."""
+    closed = sum(writer.closed for writer in look.writers)
+    writing = sum(w.last_step is not None and not w.stopped and not w.closed for w in look.writers)
+    ranks = plural(len(look.writers), "rank")
+    quiet = look.quiet_seconds or 0.0
+    if look.newest_step is None:
+        return "○ no step yet", "yellow"
+    if look.closed:
+        return "■ ended", "dim"
+    if closed and (not writing or quiet > QUIET_SECONDS):
+        return f"■ {closed} of {ranks} ended", "yellow"
+    if quiet > QUIET_SECONDS:
+        return f"○ nothing new for {_duration(quiet)}", "yellow"
+    if look.scope == "global":
+        return "● live", "green"
+    return f"● live, {writing} of {ranks}", "green" if writing == len(look.writers) else "yellow"
 
 
 def _balance(look: Look, width: int) -> list[Text]:
@@ -159,12 +169,17 @@ def _balance(look: Look, width: int) -> list[Text]:
         return [Text("no complete step yet" if not look.incomplete else "no complete step", style="yellow")]
     spread = look.balancedness
     line = Text.assemble("balancedness ", (figure(spread.mean), "bold"))
-    line.append(f" · now {figure(look.latest_balancedness)} · p5 {figure(spread.p5)}")
-    line.append(f" · idle {percent(look.idle_fraction)} of rank time")
+    line.append(f" · now {figure(look.latest_balancedness)}" if look.current else "")
+    line.append(f" · p5 {figure(spread.p5)} · idle {percent(look.idle_fraction)} of rank time")
     over = f"over {plural(look.complete, 'complete step')}, {look.first_step:,} to {look.last_step:,}"
     if spread.min_step is not None:
-        over += f"; worst {figure(spread.min)} in {spread.min_step:,}"
-    return [line, Text(over, style="dim")]
+        over += f"; worst {figure(spread.min)} at step {spread.min_step:,}"
+    found = [line, Text(over, style="dim")]
+    if not look.current:
+        since = plural((look.newest_step or 0) - (look.last_step or 0), "step") + " ago"
+        last = f"last complete step {look.last_step:,}, {since}: {figure(look.latest_balancedness)}"
+        found.append(Text(last, style="yellow"))
+    return found
 
 
 def _plot(look: Look, width: int) -> list[Text]:
@@ -227,7 +242,7 @@ def _panels(look: Look, width: int, rows: int) -> list[Text]:
         for row in range(down):
             line = Text()
             for rank in look.ranks[row::down]:
-                line.append(f"{f'r{rank.rank}':>4}", "dim")
+                line.append(f"{f'r{rank.rank}':>5}", "dim")
                 line.append_text(_load(rank.times_mean, 5))
             loads.append(line)
         panels, widths = [*panels, loads], [*widths, columns * CELL]
@@ -263,11 +278,14 @@ def _events(look: Look) -> list[Text]:
     if this is None:
         moved = Text("no rearrangement in these steps", style="dim")
     else:
-        moved = Text(f"▲ rearranged at {this.first_step:,}, {plural(this.layers, 'layer')}: ")
-        moved.append(f"{figure(this.before)} → {figure(this.after)}")
+        moved = Text(f"▲ rearranged at {this.first_step:,}, {plural(this.layers, 'layer')}")
         if this.gain is not None:
+            moved.append(f": {figure(this.before)} → {figure(this.after)}")
             moved.append(f" ({signed(this.gain)})", "green" if this.gain > 0 else "red")
-        moved.append(f" by {this.before_steps:,} and {plural(this.after_steps, 'step')}", "dim")
+            moved.append(f" over {this.before_steps:,} and {plural(this.after_steps, 'step')}", "dim")
+        elif this.after is not None:
+            moved.append(f", {figure(this.after)} after it")
+            moved.append(f" over {plural(this.after_steps, 'step')}", "dim")
     dropped, rejected = (sum(getattr(w, name) for w in look.writers) for name in ("dropped", "rejected"))
     counts = Text("steps: ")
     for count, name, style in (
