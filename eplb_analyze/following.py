@@ -34,6 +34,8 @@ from eplb_dump.sealing import SealedSegment
 
 #: Where more than this is new (nobody looked for long), only its end is read.
 SKIM_BYTES = 64 << 20
+#: Of a rank that idles so many times the steps that are asked for are looked through.
+IDLE = 16
 #: What files that are not as they should be, and file systems, raise.
 _WRONG = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
 
@@ -94,14 +96,14 @@ class FollowedSession:
         Returns:
             About how many steps the first look will find. What cannot be read is for it to tell.
         """
-        found = 0
+        found = seen = 0
         with suppress(*_WRONG):
             self._take_up_journals()
             listed = self._skim_manifest()
             self._take_up_journals()
             self._found, self._listed = dict(self._journals), listed
             for seq in sorted({*self._journals, *listed}, reverse=True):
-                if found >= want:
+                if found >= want or seen >= IDLE * want:
                     break
                 self._first = seq
                 if seq in self._journals:
@@ -110,8 +112,9 @@ class FollowedSession:
                 entry = SealedSegment.from_frame(self._manifest.frame(listed[seq][0]))
                 self._sealed[seq] = entry
                 self._skip[seq] = max(0, _recorded(entry) - (want - found))
-                # A rank that idles records nothing, and its steps count as well.
-                found += max(_recorded(entry), entry.files["steps"].rows // self.info.interval)
+                found += _recorded(entry)
+                # A rank that idles records nothing while others do.
+                seen += entry.files["steps"].rows // self.info.interval
             for seq in [seq for seq in self._journals if seq < self._first]:
                 self._journals.pop(seq).close()
             if placements:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from eplb_analyze.segments import require_regular
 from eplb_dump import frames
 from eplb_dump.format import FormatError
 
@@ -37,11 +38,12 @@ class GrowingFile:
         self._damage = (-1, 0)
 
     def open(self) -> tuple[BinaryIO, int]:
-        """The file and its size now. Raises OSError.
+        """The file and its size now. Raises OSError, FormatError where it is a pipe or a link.
 
         It is opened anew, since a network file system asks for a file's size when it is opened.
         """
         try:
+            require_regular(self.path)
             file = self.path.open("rb")
         except FileNotFoundError:
             if self._file is None:

@@ -106,6 +106,8 @@ class Window:
         self._series: list[tuple[Int64, Float64]] = []
         #: Steps before these are no longer, or not yet, of the window.
         self._floor = self._since = -1
+        #: The newest step of the shape.
+        self._newest = -1
 
     def add(self, info: SessionInfo, batch: Batch) -> bool:
         """Add a rank's batch; its sessions come in the order of their beginning.
@@ -158,13 +160,16 @@ class Window:
         self.restarts += 1
         self._done, self._series = [], []
         self._open = {step: part for step, part in self._open.items() if rank not in part.have}
-        self._floor = self._since = -1
+        self._floor = self._since = self._newest = -1
 
     def _fits(self, shape: Shape, steps: Int64) -> bool:
+        last = int(steps[-1])
         if shape == self.shape:
+            self._newest = max(self._newest, last)
             return True
-        if int(steps[-1]) < self._since:
-            return False  # a late part of the shape before
+        if last < max(self._since, self._newest):
+            return False  # a part of the shape before that comes late, of a rank that left with it, say
+        self._newest = last
         if self.shape is not None:
             self.shape_changed = int(steps[0]), self.shape
             self._since = int(steps[0])

@@ -109,7 +109,7 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.replay": SHARED
     | offline("completeness", "errors", "playback", "policies", "run", "settings", "stretches"),
     "eplb_analyze.advise": SHARED | offline("bootstrap", "errors", "playback", "replay", "run", "settings"),
-    "eplb_analyze.growing": SHARED,
+    "eplb_analyze.growing": SHARED | offline("segments"),
     "eplb_analyze.following": SHARED | offline("growing", "segments"),
     "eplb_analyze.window": SHARED | offline("following", "metrics"),
     "eplb_analyze.watch": SHARED

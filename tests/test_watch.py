@@ -41,6 +41,7 @@ from eplb_analyze.rearrangements import rearrangement_report
 from eplb_analyze.seal import seal_dump
 from eplb_analyze.summary import summarize
 from eplb_analyze.watch import Follower, Look
+from eplb_dump.format import MANIFEST_FILE
 
 RANK = """
     import sys
@@ -409,6 +410,46 @@ def test_nothing_is_summed_across_an_elastic_change(tmp_path: Path) -> None:
     assert (look.incomplete, look.in_flight, len(look.writers)) == (0, 0, 4)
     assert_as_summary(look, tmp_path)
     assert all(w.close(20) for w in writers.values())
+
+
+def test_ranks_that_left_long_ago_are_in_no_figure(tmp_path: Path) -> None:
+    """EP 4 became 2, and more than a window of steps has come since: begun now, only these are looked at."""
+    slots = map_of()
+    writers = [open_writer(tmp_path, ep_rank=rank, ep_size=4, segment_steps=32) for rank in range(4)]
+    for step in range(200):
+        ep_size = 4 if step < 60 else 2
+        for rank in range(ep_size):
+            writers[rank].record(step, load_of(step, rank), slots, ep_size=ep_size)
+    assert all(w.close(20) for w in writers)
+    look = Follower(tmp_path, window=100).look()
+    assert (look.ep_size, look.complete, look.first_step) == (2, 100, 100)
+    assert (look.incomplete, look.in_flight, len(look.writers)) == (0, 0, 2)
+    assert [w.rank for w in look.writers if w.stopped] == []
+
+
+@pytest.mark.parametrize("what", ["dummy", "dropped"])
+def test_an_idle_engine_keeps_its_figures(tmp_path: Path, what: str) -> None:
+    writers = [open_writer(tmp_path, ep_rank=rank, segment_steps=32) for rank in range(2)]
+    for step in range(400):
+        for rank, writer in enumerate(writers):
+            if step < 80:
+                writer.record(step, load_of(step, rank), map_of())
+            else:
+                writer.skip(what, step)
+    assert all(w.close(20) for w in writers)
+    look = Follower(tmp_path, window=50).look()
+    assert (look.complete, look.first_step, look.last_step) == (50, 30, 79)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    with open_writer(tmp_path, ep_size=1) as writer:
+        writer.record(0, load_of(0), map_of(), ep_size=1)
+    manifest = next(tmp_path.rglob(MANIFEST_FILE))
+    manifest.unlink()
+    os.mkfifo(manifest)
+    out = cli("watch", "--once", tmp_path)
+    assert out.returncode == 3
+    assert "not a regular file" in " ".join(out.stderr.split())
 
 
 def test_a_newer_run_is_taken_up(tmp_path: Path) -> None:
