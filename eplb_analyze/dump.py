@@ -195,27 +195,63 @@ def open_sessions(found: Sequence[tuple[Place, SessionInfo]], findings: list[Fin
     own: list[list[Finding]] = [[] for _ in found]
     # To read many ranks' journals takes a while. A run that goes on meanwhile would seem to have lost the
     # ranks that are read first.
-    sizes = places.each(found[0][0], _journal_sizes, [folder for folder, _ in found])
+    sizes = places.each(found[0][0], _sizes, [folder for folder, _ in found])
     items = [(*session, mine, now) for session, mine, now in zip(found, own, list(sizes), strict=True)]
     sessions = list(places.each(found[0][0], lambda item: open_session(*item), items))
     findings += [finding for mine in own for finding in mine]
     return sessions
 
 
-def _journal_sizes(folder: Place) -> dict[str, int] | None:
+def _sizes(folder: Place) -> dict[str, int] | None:
+    """The sizes of a session's journals by name, and the names of its sealed files with 0."""
+    sizes: dict[str, int] = {}
     try:
-        journals = [e for e in places.entries(folder) if JOURNAL_PATTERN.fullmatch(e.name)]
-        return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in journals}
+        for entry in places.entries(folder):
+            if JOURNAL_PATTERN.fullmatch(entry.name):
+                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+            elif SEGMENT_PATTERN.fullmatch(entry.name):
+                sizes[entry.name] = 0
     except OSError:  # it is listed once more, and that says why
         return None
+    return sizes
+
+
+def _first_after(sizes: dict[str, int] | None, journals: dict[int, Place]) -> int | None:
+    """The number of the first segment that began after the files were listed; None: not known of any."""
+    if sizes is None:
+        return None
+    known = [_seq(name) for name in sizes]
+    later = [seq for seq, path in journals.items() if path.name not in sizes]
+    return min([*later, *([max(known) + 1] if known else [])], default=None)
+
+
+def _seq(name: str) -> int:
+    """The segment's number in the name of a journal or a sealed file."""
+    return int(name.partition("-")[2].partition(".")[0])
+
+
+def _manifest(folder: Place, info: SessionInfo, sealed: set[int]) -> Manifest:
+    """A session's manifest, which lists these segments if it can be had as it is now."""
+    for looks in reversed(range(3)):
+        try:
+            manifest = read_manifest(folder, info)
+        except (OSError, FormatError) as error:
+            if exhausted(error):
+                raise
+            return Manifest({}, None, (isinstance(error, OSError) and error.strerror) or str(error))
+        if sealed <= set(manifest.entries) or manifest.fault is not None or not looks:
+            break
+        places.look_again(folder)
+    return manifest
 
 
 def open_session(
-    folder: Place, info: SessionInfo, findings: list[Finding], sizes: dict[str, int] | None, looks: int = 3
+    folder: Place, info: SessionInfo, findings: list[Finding], sizes: dict[str, int] | None
 ) -> Session:
     """List a session's segments, sealed and open; faults go to ``findings``.
 
-    Of journals no more is read than their ``sizes``, by name; those of other names began later.
+    Of journals no more is read than their ``sizes``, by name; those of other names began later, and what
+    began later is left out, also where it is sealed already.
     """
     session = Session(folder, info)
     journals: dict[int, Place] = {}
@@ -239,32 +275,16 @@ def open_session(
         elif entry.name not in (SESSION_FILE, MANIFEST_FILE) and not entry.name.endswith(".tmp"):
             text = f"{entry.path}: not a file of the format; ignored"
             findings.append(Finding("warning", "foreign_file", text))
-    try:
-        manifest = read_manifest(folder, info)
-    except (OSError, FormatError) as error:
-        if exhausted(error):
-            raise
-        manifest = Manifest({}, None, (isinstance(error, OSError) and error.strerror) or str(error))
-    if manifest.fault is not None:
-        text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
-        findings.append(Finding("error", "damaged_file", text))
-    session.closed, session.part = manifest.closed, manifest.part
-    for path in journals.values():
+    gone: dict[int, Place] = {}
+    for seq, path in sorted(journals.items()):
         if sizes is not None and path.name not in sizes:
             continue
         try:
             require_regular(path)
             opened = JournalSegment(path, None if sizes is None else sizes[path.name])
         except FileNotFoundError:
-            # Sealed since the folder was listed: look once more, at the new state.
-            if looks == 0:
-                findings.append(
-                    Finding("error", "damaged_file", f"{path}: it is listed, but not there; skipped")
-                )
-                continue
-            findings[:] = [f for f in findings if str(folder) not in f.text]
-            places.look_again(folder)
-            return open_session(folder, info, findings, sizes, looks - 1)
+            gone[seq] = path  # sealed since the folder was listed: so the manifest, read later, lists it
+            continue
         except UnbegunJournal as error:
             findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
             continue
@@ -283,15 +303,30 @@ def open_session(
             else:
                 text = f"{path}: damaged from byte {opened.tail.end} on; {lost} bytes skipped"
                 findings.append(Finding("error", "damaged_file", text))
+    end = _first_after(sizes, journals)
+    manifest = _manifest(folder, info, set(gone))
+    if manifest.fault is not None:
+        text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
+        findings.append(Finding("error", "damaged_file", text))
+    session.closed, session.part = manifest.closed, manifest.part
+    for seq, path in gone.items():
+        if seq not in manifest.entries:
+            text = f"{path}: it is listed, but not there; skipped"
+            findings.append(Finding("error", "damaged_file", text))
+        del journals[seq]
     for seq, listed in manifest.entries.items():
-        if seq not in journals:
+        names = [file.name for file in listed.files.values()]
+        # One that is not there is no later one, but missing.
+        if end is not None and seq >= end and names and all((folder / n).exists() for n in names):
+            session.closed = None  # it is later still
+        elif seq not in journals:
             # Of what a copy of a part left out, at most the placements are there.
             (session.segments if "steps" in listed.files else session.lost).append(
                 ParquetSegment(folder, info, listed)
             )
-        sealed_names -= {file.name for file in listed.files.values()}
+        sealed_names -= set(names)
     for name in sorted(sealed_names):
-        if int(name.split("-")[1].split(".")[0]) not in journals:
+        if _seq(name) not in journals:
             text = f"{folder / name}: the session's manifest does not list it; skipped"
             findings.append(Finding("error", "unlisted_file", text))
     session.segments.sort(key=lambda s: (s.first_step, s.seq))

@@ -68,18 +68,23 @@ def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None:
     script = """
-        import os, signal, sys
+        import os, signal, sys, time
         os.dup2(int(sys.argv[2]), 2)
         os.environ["TERM"] = "xterm"
         from eplb_analyze import output
         output.PATIENCE_SECONDS = 0.0
         output.Progress()(1, 2)
+        # Any thread may get it, so that a pause of the main one would not end.
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-        signal.pause()
+        while True:
+            time.sleep(0.01)
     """
     ours, theirs = os.openpty()
     with start_child(script, name, theirs, pass_fds=(theirs,)) as child:
-        code = child.wait(60)
+        try:
+            code = child.wait(60)
+        finally:
+            child.kill()
     os.close(theirs)
     drawn = os.read(ours, 1 << 16)
     os.close(ours)

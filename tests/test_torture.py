@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from helpers import assert_accounted, load_of, map_of, open_writer, run_child, start_child
 
-from eplb_analyze import DumpError, open_run
+from eplb_analyze import DumpError, dump, open_run
 from eplb_analyze.check import check_run
+from eplb_analyze.places import Place
 from eplb_analyze.seal import seal_dump
 from eplb_analyze.summary import summarize
 from eplb_dump import journal
@@ -454,6 +455,52 @@ def test_reading_while_it_is_written(tmp_path: Path) -> None:
     stats = open_run(tmp_path).sessions[0].closed
     assert stats is not None
     assert len(open_run(tmp_path).steps()) == 1500
+
+
+def test_segments_that_came_and_went_while_the_session_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One began and another was sealed between two looks at the folder: no hole is between them."""
+    with open_writer(tmp_path, scope="global", segment_steps=8) as writer:
+
+        def write(first: int, end: int) -> None:
+            for step in range(first, end):
+                assert writer.record(step, load_of(step), map_of()) is None
+            assert writer.flush()
+
+        write(0, 20)
+        sizes = dump._sizes
+        read_manifest = dump.read_manifest
+
+        def then_write(folder: Place) -> dict[str, int] | None:
+            found = sizes(folder)
+            write(20, 28)  # a journal begins that the listing has not
+            return found
+
+        def write_before(*arguments: Any) -> Any:
+            write(28, 60)  # it is sealed, and so are others that no listing has
+            return read_manifest(*arguments)
+
+        monkeypatch.setattr(dump, "_sizes", then_write)
+        monkeypatch.setattr(dump, "read_manifest", write_before)
+        run = open_run(tmp_path)
+        steps = run.steps()["step"].to_list()
+        assert steps == list(range(len(steps)))
+        assert len(steps) >= 20
+        assert [f for f in run.findings if f.severity == "error"] == []
+        monkeypatch.undo()
+        assert len(open_run(tmp_path).steps()) == 60
+
+
+def test_the_last_sealed_segment_is_missed_where_it_is_gone(tmp_path: Path) -> None:
+    with open_writer(tmp_path, scope="global", segment_steps=8) as writer:
+        for step in range(40):
+            writer.record(step, load_of(step), map_of())
+    for path in writer.folder.glob("*-000004.parquet"):
+        path.unlink()
+    run = open_run(tmp_path)
+    assert len(run.steps()) == 32
+    assert "damaged_file" in {f.code for f in check_run(run).findings}
 
 
 @pytest.mark.parametrize("size", [0, 1, 16, 100])
