@@ -12,7 +12,7 @@ from eplb_analyze.dump import discover
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.places import Place, local
 from eplb_dump.format import JOURNAL_PATTERN, FormatError, model_slug
-from eplb_dump.journal import lock
+from eplb_dump.journal import UnbegunJournal, lock
 from eplb_dump.sealing import seal
 
 #: Where a file system has no locks, a journal that was written to this recently may be in use.
@@ -87,6 +87,8 @@ def _seal_one(journal: Path, report: SealReport) -> None:
                 return
             entry = seal(journal)
     except FileNotFoundError:  # sealed meanwhile
+        return
+    except UnbegunJournal:  # killed at its first write: nothing that counts is in it
         return
     except FormatError as error:
         report.skipped.append(SkippedJournal(str(journal), "damaged", str(error)))

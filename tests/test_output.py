@@ -70,6 +70,7 @@ def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None
     script = """
         import os, signal, sys, time
         os.dup2(int(sys.argv[2]), 2)
+        signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # under nohup it is ignored
         os.environ["TERM"] = "xterm"
         from eplb_analyze import output
         output.PATIENCE_SECONDS = 0.0

@@ -514,6 +514,7 @@ def test_a_journal_that_has_just_been_begun_is_no_damage(tmp_path: Path, size: i
     run = open_run(tmp_path)
     assert [f.code for f in run.findings if f.severity != "info"] == []
     assert run.steps()["step"].to_list() == [0]
+    assert seal_dump(tmp_path).skipped == []
 
 
 def test_accounting_in_the_manifest(tmp_path: Path) -> None:
