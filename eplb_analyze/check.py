@@ -166,6 +166,7 @@ def _check_ranks(run: Run) -> Iterator[Finding]:
 
 
 def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
+    """What the states of the steps say: nothing but their completeness is looked at."""
     if not steps.seen:
         yield Finding("error", "no_steps", "no step was recorded")
         return

@@ -30,13 +30,12 @@ from eplb_analyze.segments import ParquetSegment, SegmentFault, require_regular
 from eplb_dump import frames
 from eplb_dump.format import (
     JOURNAL_PATTERN,
+    LEVEL_PREFIXES,
     MANIFEST_FILE,
     MODEL_PREFIX,
-    RANK_PREFIX,
     RUN_PREFIX,
     SEGMENT_PATTERN,
     SESSION_FILE,
-    SESSION_PREFIX,
     FormatError,
     SessionInfo,
     load_json,
@@ -186,8 +185,7 @@ def _at_home(folder: Place, info: SessionInfo) -> bool:
 def _require_dump_folder(to: Place) -> None:
     """Raise UsageError for a place inside a run: what were written there would be part of that run."""
     parts = to.resolve().parts if isinstance(to, Path) else cast(Remote, to).key.split("/")
-    prefixes = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
-    inside = next((part for part in parts if part.startswith(prefixes)), None)
+    inside = next((part for part in parts if part.startswith(LEVEL_PREFIXES)), None)
     if inside is not None:
         raise UsageError(f"{to}: it lies inside {inside}; give the dump's folder, in which run=… is made")
 

@@ -24,9 +24,9 @@ from eplb_analyze.segments import (
 )
 from eplb_dump.format import (
     JOURNAL_PATTERN,
+    LEVEL_PREFIXES,
     MANIFEST_FILE,
     MODEL_PREFIX,
-    RANK_PREFIX,
     RUN_PREFIX,
     SEGMENT_PATTERN,
     SESSION_FILE,
@@ -38,7 +38,6 @@ from eplb_dump.format import (
 )
 from eplb_dump.journal import JournalSegment, UnbegunJournal
 
-_LEVELS = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
 #: session.json is a few kB; a larger one is not read into memory.
 _MAX_SESSION_FILE = 16 << 20
 
@@ -100,7 +99,7 @@ def discover(path: Place, run: str | None = None) -> Discovery:
             raise DumpError(f"{path}: it is a file; give the folder that holds run=…")
     wanted: list[str] = []
     root = places.absolute(path)
-    while root.name.startswith(_LEVELS):
+    while root.name.startswith(LEVEL_PREFIXES):
         wanted.insert(0, root.name)
         root = root.parent
     shown = path if not wanted else root
@@ -148,7 +147,7 @@ def _descend(root: Place, wanted: list[str], found: Discovery) -> Iterator[tuple
 
     def walk(folder: Place, names: list[str]) -> Iterator[tuple[list[str], Place]]:
         level = len(names)
-        if level == len(_LEVELS):
+        if level == len(LEVEL_PREFIXES):
             yield names, folder
             return
         try:
@@ -163,7 +162,7 @@ def _descend(root: Place, wanted: list[str], found: Discovery) -> Iterator[tuple
             found.findings.setdefault((names[0][len(RUN_PREFIX) :], ""), []).append(finding)
             return
         for entry in inside:
-            if not entry.name.startswith(_LEVELS[level]):
+            if not entry.name.startswith(LEVEL_PREFIXES[level]):
                 continue
             if entry.is_symlink():
                 run_id = (names[0] if names else entry.name)[len(RUN_PREFIX) :]

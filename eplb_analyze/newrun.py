@@ -12,11 +12,10 @@ from pathlib import Path
 
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_dump.format import (
+    LEVEL_PREFIXES,
     MODEL_PREFIX,
-    RANK_PREFIX,
     RUN_ID_PATTERN,
     RUN_PREFIX,
-    SESSION_PREFIX,
     model_slug,
 )
 from eplb_dump.journal import lock
@@ -50,8 +49,7 @@ def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[N
     """
     if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
         raise UsageError(f"--run-id: {run_id!r} must be letters, digits, '.', '_' or '-', at most 128")
-    prefixes = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
-    inside = next((part for part in into.resolve().parts if part.startswith(prefixes)), None)
+    inside = next((part for part in into.resolve().parts if part.startswith(LEVEL_PREFIXES)), None)
     if inside is not None:
         raise UsageError(f"{into}: it lies inside {inside}; give the dump's folder, in which run=… is made")
     try:

@@ -32,10 +32,9 @@ from eplb_analyze.run import Run, Steps, open_run
 from eplb_analyze.segments import require_regular
 from eplb_analyze.summary import Summary, SummarySums, bins_of, sums_of
 from eplb_dump.format import (
+    LEVEL_PREFIXES,
     MODEL_PREFIX,
-    RANK_PREFIX,
     RUN_PREFIX,
-    SESSION_PREFIX,
     FormatError,
     dump_json,
     load_json,
@@ -268,7 +267,6 @@ def find(texts: Iterable[str]) -> Iterator[Target | Row]:
 
 #: A run of a model, and the folders of its sessions; or a row, and nothing.
 _Found = tuple[Target | Row, frozenset[str]]
-_LEVELS = (RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX)
 
 
 def _below(top: Place, name: str) -> Iterator[_Found]:
@@ -279,12 +277,13 @@ def _below(top: Place, name: str) -> Iterator[_Found]:
         folder, text, dump = waiting.pop()
         own_name = places.absolute(folder).name
         run_id = own_name.removeprefix(RUN_PREFIX) if own_name.startswith(RUN_PREFIX) else ""
-        if own_name.startswith(_LEVELS):
+        fault = None
+        if own_name.startswith(LEVEL_PREFIXES):
             try:
                 yield from _runs(discover(folder), dump)
                 continue
-            except AnalyzeError:
-                pass  # it is looked at what else it is
+            except AnalyzeError as error:
+                fault = str(error)  # unless it is another folder, which only has such a name
         try:
             inside = [e.name for e in places.entries(folder) if e.is_dir(follow_symlinks=False)]
         except (OSError, UnreachableError) as error:
@@ -292,9 +291,9 @@ def _below(top: Place, name: str) -> Iterator[_Found]:
                 reason = f"{folder}: {error.strerror}" if isinstance(error, OSError) else str(error)
                 yield _broken(dump, run_id, "", reason), frozenset()
             continue
-        if own_name.startswith(_LEVELS) and (not inside or any(n.startswith(_LEVELS) for n in inside)):
+        if fault is not None and (not inside or any(name.startswith(LEVEL_PREFIXES) for name in inside)):
             if folder is not top:
-                yield _broken(dump, run_id, "", _fault(folder) or ""), frozenset()
+                yield _broken(dump, run_id, "", fault), frozenset()
             continue
         for inner in reversed(inside):
             if not isinstance(folder, Path) and "?" in inner:

@@ -32,6 +32,8 @@ MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
 MAX_LOAD = 2**31 - 1
 
 RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX = "run=", "model=", "rank=", "session="
+#: What the names of a dump's folders begin with, from the top down.
+LEVEL_PREFIXES = RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 JOURNAL_PATTERN = re.compile(r"journal-(\d{6,})\.frames")
 SEGMENT_PATTERN = re.compile(r"(steps|loads|placements)-(\d{6,})\.parquet")
