@@ -93,6 +93,15 @@ def write(root: Path, *, ranks: int = 2, steps: int = 40, **options: Any) -> Non
 # ---- reading
 
 
+def arrays(path: Path) -> dict[str, Any]:
+    """All arrays of an .npz file, by name; the file is closed.
+
+    One that np.load leaves open warns when it happens to be collected, in whichever test then runs.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
 def read_table(folder: Path, table: str) -> pa.Table:
     """All sealed segments of a session, in order, with page checksums verified."""
     files = sorted(folder.glob(f"{table}-*.parquet"))

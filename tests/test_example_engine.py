@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import arrays
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     done = engine(*flat, "--truth", folder / "truth", "--dump", folder / "dump")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    ranks = [dict(np.load(path)) for path in sorted((folder / "truth").glob("rank-*.npz"))]
+    ranks = [arrays(path) for path in sorted((folder / "truth").glob("rank-*.npz"))]
     assert len(ranks) == RANKS
     return Run(done.stdout, folder / "dump", ranks)
 

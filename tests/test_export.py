@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import assert_golden, cli, engines_python, one_error, run_child
+from helpers import arrays, assert_golden, cli, engines_python, one_error, run_child
 
 from eplb_analyze import open_run
 from eplb_analyze.commands.export import LoadFormat, Target
@@ -267,7 +267,7 @@ def test_what_cannot_be_repaired_is_refused() -> None:
 
 
 def truth(path: Path) -> Any:
-    return np.load(path.with_name("ground_truth.npz"), allow_pickle=False)
+    return arrays(path.with_name("ground_truth.npz"))
 
 
 def sample(name: str) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import assert_golden, cli, one_error, start_child
+from helpers import arrays, assert_golden, cli, one_error, start_child
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
@@ -215,7 +215,7 @@ def lines(path: Path, *records: dict[str, Any]) -> Path:
 
 
 def truth(name: str) -> Any:
-    return np.load(SAMPLES / name / "ground_truth.npz")
+    return arrays(SAMPLES / name / "ground_truth.npz")
 
 
 @with_samples

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import reference
-from helpers import start_child
+from helpers import arrays, start_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,7 @@ CHILD = """
 import sys
 import numpy as np
 from eplb_dump import ExpertLoadWriter
-root, truth, rank = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
+root, truth, rank = sys.argv[1], dict(np.load(sys.argv[2])), int(sys.argv[3])
 writer = ExpertLoadWriter(root, model="org/m", num_logical_experts=12, ep_size=4, ep_rank=rank, run_id="r1",
                           scope="local", segment_steps=32, engine="test", engine_config={"a": 1})
 for step, load in enumerate(truth["local"][:, rank]):
@@ -536,7 +536,7 @@ def test_round_trip_of_anything(tmp_path_factory: pytest.TempPathFactory, data: 
 @pytest.mark.skipif(not ROUTING.exists(), reason="the recorded routing is not beside this checkout")
 def test_real_routing(tmp_path: Path) -> None:
     """GPT-OSS-20B's own routing, 256 decode steps: figures equal numpy's."""
-    counts = np.load(ROUTING)["counts"]
+    counts = arrays(ROUTING)["counts"]
     placement = np.tile(np.arange(32), (24, 1))
     write(tmp_path, counts, placement, num_logical_experts=32, ep_size=8)
     run = open_run(tmp_path)

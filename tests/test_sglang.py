@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import engines_python
+from helpers import arrays, engines_python
 
 from eplb_analyze import open_run
 from eplb_analyze.run import Run
@@ -54,7 +54,7 @@ class Engine:
     def truth(self, name: str) -> Array:
         """[ranks, steps, layers, slots]"""
         paths = [self.out / f"truth-{rank}.npz" for rank in range(self.ranks)]
-        return np.stack([np.load(path)[name] for path in paths])
+        return np.stack([arrays(path)[name] for path in paths])
 
     def said(self, rank: int, what: str) -> list[Any]:
         told = json.loads((self.out / f"said-{rank}.json").read_text())[what]
@@ -76,7 +76,7 @@ class Engine:
             )
             found.append(json.loads(read.stdout))
         returned = sorted(self.out.glob("own-*.npz"))
-        return found + [np.load(path)["logical_count"].tolist() for path in returned]
+        return found + [arrays(path)["logical_count"].tolist() for path in returned]
 
 
 def engine(out: Path, scenario: str, *, ranks: int = 2, plugin: bool = True, **more: str) -> Engine:

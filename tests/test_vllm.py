@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import engines_python, survived_loads
+from helpers import arrays, engines_python, survived_loads
 from typer.testing import CliRunner
 
 from eplb_analyze import Run, open_run
@@ -38,7 +38,7 @@ def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[st
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = sorted((folder / "truth").glob("rank*.npz"))
-    return [dict(np.load(path)) for path in ranks], dump, done.stdout + done.stderr
+    return [arrays(path) for path in ranks], dump, done.stdout + done.stderr
 
 
 def assert_true(
