@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from eplb_analyze.blocks import StepState
-from eplb_analyze.check import TOLERATED_INCOMPLETE
 from eplb_analyze.errors import listed, plural
 from eplb_analyze.output import percent
 from eplb_analyze.run import Run
@@ -23,7 +22,7 @@ def banners(summary: Summary, acted: bool | None, not_due: str | None = None) ->
     if summary.missing_ranks:
         ranks = plural(len(summary.expected_ranks), "rank")
         lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {listed(summary.missing_ranks)}")
-    elif lacks_much(summary):
+    elif summary.steps.lacks_much:
         lines.append(f"INCOMPLETE: {incomplete(summary)}")
     if acted is False and not_due is None:
         redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
@@ -60,11 +59,6 @@ def why_not_due(first: int | None, last: int | None, interval: int | None, start
     if last < interval:
         return f"No placement changed: the engine's interval of {every} was not reached by step {last}."
     return f"No placement changed: none was due from step {first} to {last}, with an interval of {every}."
-
-
-def lacks_much(summary: Summary) -> bool:
-    """Whether so many steps lack a rank that the figures leave out too much."""
-    return summary.steps.incomplete_share > TOLERATED_INCOMPLETE
 
 
 def incomplete(summary: Summary) -> str:

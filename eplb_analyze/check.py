@@ -16,11 +16,6 @@ from eplb_analyze.run import Run, imported
 from eplb_dump.format import EMPTY_SLOT, FORMAT_NAME
 from eplb_dump.journal import Int32, Int64
 
-#: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
-#: stretch of incomplete steps at the end means that a rank stopped and the others went on.
-KILL_SECONDS = 3.0
-#: A larger share of incomplete steps makes `summary` exit with 3: its figures leave out too much.
-TOLERATED_INCOMPLETE = 0.1
 #: Clocks of one cluster are set closer than this; ranks also take a step at slightly different times.
 SKEW_SECONDS = 2.0
 #: Clocks are compared at so many steps at each end of every segment.
@@ -223,12 +218,12 @@ def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
         return Finding("error", "rank_stopped", text)
     closed = {s.info.ep_rank for s in run.sessions if s.closed is not None}
     survived = bool(closed) and not set(short) <= closed
-    if steps.tail_seconds > KILL_SECONDS or survived or not steps.count(StepState.RECORDED):
+    if not steps.ends_together or survived or not steps.count(StepState.RECORDED):
         return Finding("error", "rank_stopped", text)
     if closed < set(run.present_ranks):
         return Finding("warning", "incomplete_end", text + "; a killed engine's ranks do not end at one step")
     # Nobody was killed: ranks that end in order differ by a step or a few.
-    if steps.incomplete_share > TOLERATED_INCOMPLETE:
+    if steps.lacks_much:
         return Finding("error", "rank_stopped", text)
     return Finding("warning", "incomplete_end", text + "; ranks that end in order do not end at one step")
 
@@ -239,7 +234,7 @@ def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
     found = [f for f in check_steps(run, steps) if f.code in codes]
     standing = standing_findings(run)
     explained = any(f.severity == "error" for f in standing)
-    too_much = not explained and steps.incomplete_share > TOLERATED_INCOMPLETE
+    too_much = not explained and steps.lacks_much
     return [*standing, *(Finding("error" if too_much else "warning", f.code, f.text) for f in found)]
 
 

@@ -51,10 +51,6 @@ from eplb_dump.sealing import append_manifest, write_segment
 #: A new segment has at most so many steps, and so many bytes of loads, which are held in memory.
 SEGMENT_STEPS = 2048
 SEGMENT_BYTES = 128 << 20
-#: A run of which more steps lack a rank is refused, as `summary` of it exits with 3.
-TOLERATED_INCOMPLETE = 0.1
-#: Ranks that are killed together lack no more at the end; `check` takes a longer end for a fault, too.
-KILL_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -163,11 +159,11 @@ def _lost(run: Run) -> dict[str, str]:
         return {}
     share = f"{100 * steps.incomplete_share:.1f} %"
     many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
-    if steps.incomplete_share > TOLERATED_INCOMPLETE:
+    if steps.lacks_much:
         whole = "A:B" if steps.incomplete_inside else f"{steps.first}:{(steps.last_whole or 0) + 1}"
         remedy = f"first copy the part that is whole (`copy --to PLACE --steps {whole}`)"
         raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
-    frayed = not steps.incomplete_inside and steps.tail_seconds <= KILL_SECONDS
+    frayed = not steps.incomplete_inside and steps.ends_together
     text = f"{many} lacked a rank in the run it was made of: {why}"
     return {"incomplete_end" if frayed else "incomplete_steps": text}
 

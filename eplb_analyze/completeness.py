@@ -12,6 +12,11 @@ from eplb_analyze.blocks import Block, StepState
 from eplb_dump.format import Status
 
 MAX_GAPS = 100
+#: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
+#: stretch of incomplete steps at the end means that a rank stopped and the others went on.
+KILL_SECONDS = 3.0
+#: A larger share of incomplete steps makes `summary` exit with 3: its figures leave out too much.
+TOLERATED_INCOMPLETE = 0.1
 
 
 @dataclass
@@ -140,6 +145,16 @@ class Completeness:
     def incomplete_share(self) -> float:
         whole = self.should_be_recorded
         return self.count(StepState.INCOMPLETE) / whole if whole else 0.0
+
+    @property
+    def lacks_much(self) -> bool:
+        """Whether so many steps lack a rank that the figures leave out too much."""
+        return self.incomplete_share > TOLERATED_INCOMPLETE
+
+    @property
+    def ends_together(self) -> bool:
+        """Whether the steps that lack a rank at the end are no more than a kill of all ranks leaves."""
+        return self.tail_seconds <= KILL_SECONDS
 
     def why_incomplete(self) -> str:
         """The ranks that lack most, in words: ``rank 5 absent in 40``."""

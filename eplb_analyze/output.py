@@ -213,6 +213,16 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def duration(seconds: float | None) -> str:
+    """In the largest unit of which there are two."""
+    if seconds is None:
+        return "–"
+    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} s"
+
+
 def counter(values: Iterable[float]) -> Callable[[float], str]:
     """How to write counts that stand together: all in one unit, so that the longest is the largest."""
     values = list(values)

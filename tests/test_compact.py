@@ -28,7 +28,7 @@ from helpers import (
 )
 from s3 import S3
 
-from eplb_analyze import check, compacting, open_run
+from eplb_analyze import compacting, open_run
 from eplb_analyze.commands.compact import _gain
 from eplb_analyze.compacting import Side, compact_run
 from eplb_analyze.newrun import new_run
@@ -294,11 +294,6 @@ def test_a_frayed_end_stays_a_warning(tmp_path: Path) -> None:
         found = {f["code"]: f["severity"] for f in checked["findings"]}
         assert found["incomplete_end"] == "warning"
         assert not {"incomplete_steps", "rank_stopped"} & found.keys()
-
-
-def test_it_refuses_what_summary_does_not_vouch_for() -> None:
-    assert compacting.TOLERATED_INCOMPLETE == check.TOLERATED_INCOMPLETE
-    assert compacting.KILL_SECONDS == check.KILL_SECONDS
 
 
 # ---- what is refused, and leaves nothing

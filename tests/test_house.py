@@ -138,9 +138,7 @@ FIGURES = (
 for _name in FIGURES:
     ALLOWED[f"eplb_analyze.{_name}"] = SHARED | LIBRARY - offline(*FIGURES)
 #: Above the figures of single runs.
-ALLOWED["eplb_analyze.banner"] = SHARED | offline(
-    "blocks", "check", "errors", "output", "run", "settings", "summary"
-)
+ALLOWED["eplb_analyze.banner"] = SHARED | offline("blocks", "errors", "output", "run", "settings", "summary")
 ALLOWED["eplb_analyze.executors"] = offline("errors")
 ALLOWED["eplb_analyze.postmortem"] = SHARED | LIBRARY
 #: A module a format; none knows of another.

@@ -102,3 +102,20 @@ def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) 
     assert signal.getsignal(signal.SIGTERM) is not before
     progress(2, 2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (0.0, "0.0 s"),
+        (119.9, "119.9 s"),
+        (120.0, "2.0 min"),
+        (7199.0, "120.0 min"),
+        (7200.0, "2.0 h"),
+        (172_800.0, "2.0 d"),
+        (1e8, "1,157.4 d"),
+    ],
+)
+def test_durations_are_written_in_one_way(seconds: float | None, text: str) -> None:
+    assert output.duration(seconds) == text

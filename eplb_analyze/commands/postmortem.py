@@ -9,7 +9,7 @@ import typer
 
 from eplb_analyze.commands.options import OutputOption
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError, listed, plural
-from eplb_analyze.output import Output, OutputFormat, clean, figure, heading, percent, signed, table
+from eplb_analyze.output import Output, OutputFormat, clean, duration, figure, heading, percent, signed, table
 from eplb_analyze.places import local, place
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     heading(console, plural(len(runs), "run"), _counts(rows))
     if known:
         lost = sum(row.lost_rank_seconds or 0.0 for row in known)
-        console.print(f"{_hours(lost)} of ranks' time lost to imbalance, if time is proportional to tokens")
+        console.print(f"{duration(lost)} of ranks' time lost to imbalance, if time is proportional to tokens")
     console.print()
     if by is not None:
         _groups(console, result, by)
@@ -222,7 +222,7 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         model = row.model if wide else row.model.rpartition("/")[2]
         cells += [_short(model, 30 if wide else 8)] if several else []
         cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
-        cells += [_hours(row.lost_rank_seconds), percent(row.idle_fraction)]
+        cells += [duration(row.lost_rank_seconds), percent(row.idle_fraction)]
         cells += [Text(figure(row.balancedness), style="bold red" if id(row) in failed else "")]
         cells += [figure(row.balancedness_p5)] if wide else []
         cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
@@ -248,7 +248,7 @@ def _groups(console: Console, result: Postmortem, by: str) -> None:
             f"{group.steps:,}",
             figure(group.balancedness),
             percent(group.idle_fraction),
-            _hours(group.lost_rank_seconds),
+            duration(group.lost_rank_seconds),
         )
     console.print(listing)
     console.print()
@@ -284,12 +284,3 @@ def _short_path(text: str, width: int) -> str:
     """An id is told by its beginning, a folder by its end."""
     text = clean(text)
     return f"…{text[1 - width :]}" if "/" in text and len(text) > width else _short(text, width)
-
-
-def _hours(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"

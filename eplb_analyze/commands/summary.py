@@ -23,6 +23,7 @@ from eplb_analyze.output import (
     OutputFormat,
     bar,
     clean,
+    duration,
     figure,
     heading,
     heat,
@@ -85,7 +86,7 @@ def render(
         console.print(Text(clean(imported(info.origin) + when), style="yellow"))
     if info.origin is None or "times" not in info.origin.unknown:
         seconds = result.duration_seconds
-        console.print(f"began {began}" + ("" if seconds is None else f", steps over {_duration(seconds)}"))
+        console.print(f"began {began}" + ("" if seconds is None else f", steps over {duration(seconds)}"))
     if info.num_layers:
         layers, experts = plural(info.num_layers, "MoE layer"), f"{info.num_logical_experts} experts"
         slots = f"{info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}"
@@ -123,14 +124,14 @@ def _banner(console: Console, result: Summary, acted: bool | None, early: str | 
 def _data(console: Console, result: Summary) -> None:
     from rich.text import Text
 
-    from eplb_analyze.banner import incomplete, lacks_much
+    from eplb_analyze.banner import incomplete
 
     counts = result.steps.to_json()
     names = ("recorded", "dummy", "not_sampled", "dropped", "rejected", "incomplete")
     parts = [f"{counts[n]:,} {n.replace('_', ' ')}" for n in names if counts[n]]
     text = f"steps {counts['first']} to {counts['last']}: " if counts["seen"] else "no step was seen"
     console.print(text + ", ".join(parts))
-    if counts["incomplete"] and not (result.missing_ranks or lacks_much(result)):
+    if counts["incomplete"] and not (result.missing_ranks or result.steps.lacks_much):
         console.print(Text(f"incomplete: {incomplete(result)}", style="yellow"))
     if counts["missing"]:
         console.print(Text(f"{plural(counts['missing'], 'step')} seen by no rank", style="yellow"))
@@ -304,11 +305,3 @@ def _configurations(console: Console, result: Summary) -> None:
             percent(c.idle_fraction),
         )
     console.print(listing)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -20,6 +20,7 @@ from eplb_analyze.output import (
     bar,
     clean,
     console,
+    duration,
     figure,
     heat,
     percent,
@@ -156,7 +157,7 @@ def _state(look: Look) -> tuple[str, str]:
     if closed and (not writing or quiet > QUIET_SECONDS):
         return f"■ {closed} of {ranks} ended", "yellow"
     if quiet > QUIET_SECONDS:
-        return f"○ nothing new for {_duration(quiet)}", "yellow"
+        return f"○ nothing new for {duration(quiet)}", "yellow"
     if look.scope == "global":
         return "● live", "green"
     return f"● live, {writing} of {ranks}", "green" if writing == len(look.writers) else "yellow"
@@ -333,9 +334,3 @@ def _named(ranks: list[int]) -> str:
     more = [f"{len(ranks) - 6} more"] if len(ranks) > 6 else []
     *names, last = [*shown, *more]
     return f"rank {last}" if not names else f"ranks {', '.join(names)} and {last}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
