@@ -10,6 +10,9 @@ from eplb_analyze.settings import recorded
 from eplb_analyze.summary import Summary
 from eplb_dump.journal import Shape
 
+#: Where an engine does not state its interval: vLLM's default; SGLang's is 1,000.
+USUAL_INTERVAL = 3000
+
 
 def banners(summary: Summary, acted: bool | None, not_due: str | None = None) -> list[str]:
     """Lines in capitals, which stand out in a pipe, too.
@@ -32,24 +35,30 @@ def banners(summary: Summary, acted: bool | None, not_due: str | None = None) ->
 
 
 def not_due(run: Run) -> str | None:
-    """Why the engine had no reason to act yet, where it states its interval and that it balances."""
+    """Why the engine had no reason to act yet; None also where it says that it does not balance."""
     info = run.info
     setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
     return None if setting.enabled is False else why_not_due(*run.step_range, setting.interval, setting.start)
 
 
 def why_not_due(first: int | None, last: int | None, interval: int | None, start: int | None) -> str | None:
-    """Why EPLB had no reason to act yet in a run's steps, in a sentence; None: it had, or nobody knows.
+    """Why EPLB had no reason to act yet in a run's steps, in a sentence; None: it had.
 
     By the engine's own step numbers, as recording can begin long after the engine did.
 
     Args:
         first, last: the run's first and last step.
-        interval: steps from one rearrangement to the next, as the engine states it.
+        interval: steps from one rearrangement to the next, as the engine states it. None: it does not,
+            and nothing is asked of it before :data:`USUAL_INTERVAL` steps.
         start: the step from which the engine's first rearrangement holds.
     """
-    if first is None or last is None or interval is None or start is None:
+    if first is None or last is None:
         return None
+    if interval is None or start is None:
+        steps = last - first + 1
+        if steps >= USUAL_INTERVAL:
+            return None
+        return f"No placement changed in {plural(steps, 'step')}; the engine does not state its interval."
     # What holds from the first step on already is no change. And before a whole interval nothing is
     # asked of an engine: some act early, but may need steps to move the weights.
     due = start + max(0, (first - start) // interval + 1) * interval

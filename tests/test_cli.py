@@ -37,7 +37,7 @@ def poor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for rank, steps in ((0, 40), (1, 30)):
         with ExpertLoadWriter(
             root, model="org/moe", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="poor",
-            moe_layers=[3, 5], engine="an engine",
+            moe_layers=[3, 5], engine="vllm", engine_config={"eplb_config": {"step_interval": 20}},
         ) as writer:  # fmt: skip
             for step in range(steps):
                 hot = 40 + step * 7 % 30

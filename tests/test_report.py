@@ -429,7 +429,7 @@ def test_a_run_that_lacks_a_rank_says_so_as_summary_does(tmp_path: Path) -> None
 
 def test_a_placement_that_never_changed_is_said_as_summary_does(tmp_path: Path) -> None:
     folder = tmp_path / "dump"
-    write(folder, steps=15)
+    write(folder, steps=15, engine="vllm", engine_config={"eplb_config": {"step_interval": 10}})
     banners = report_document(open_run(folder)).document["banners"]
     assert banners == ["EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"]
     assert banners[0] in cli("summary", folder).stdout
@@ -474,7 +474,13 @@ def test_when_a_rearrangement_is_due() -> None:
         last = int(first + length)
         expected = last >= 100 and any(first < step <= last for step in due)
         assert (why_not_due(int(first), last, 100, 25) is None) is expected
-    assert why_not_due(0, 10, None, None) is why_not_due(None, None, 100, 25) is None
+    assert why_not_due(None, None, 100, 25) is None
+
+
+def test_an_engine_that_states_no_interval_has_the_usual_one() -> None:
+    assert why_not_due(7, 3006, None, None) is None
+    said = "No placement changed in 2,999 steps; the engine does not state its interval."
+    assert why_not_due(7, 3005, None, None) == said
 
 
 def test_an_engine_that_does_not_balance_is_not_early(tmp_path: Path) -> None:
