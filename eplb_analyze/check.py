@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eplb_analyze.blocks import Block, StepState, ahead, shares
-from eplb_analyze.completeness import Completeness
+from eplb_analyze.completeness import ABSENT, Completeness
 from eplb_analyze.errors import Finding, Severity, listed, plural
 from eplb_analyze.placements import replicas
 from eplb_analyze.run import Run, imported
@@ -166,12 +166,17 @@ def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
         yield Finding("error", "no_steps", "no step was recorded")
         return
     incomplete = steps.count(StepState.INCOMPLETE)
-    inside, tail = steps.incomplete_inside, incomplete - steps.incomplete_inside
+    last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks}
+    short = {rank: step for rank, step in last.items() if step is None or step < (steps.last or 0)}
+    # Where no rank ended early, the last steps lack one for the reasons for which others do.
+    inside = steps.incomplete_inside if short else incomplete
     if inside:
-        text = f"{inside:,} steps lack a rank and are in no figure: {steps.why_incomplete()}"
-        yield Finding("error", "incomplete_steps", text)
-    if tail:
-        yield _frayed_end(run, steps, tail)
+        lack = "lacks" if inside == 1 else "lack"
+        text = f"{plural(inside, 'step')} {lack} a rank and are in no figure: {steps.why_incomplete()}"
+        minor = steps.accounted_for and not steps.lacks_much
+        yield Finding("warning" if minor else "error", "incomplete_steps", text)
+    if incomplete > inside:
+        yield _frayed_end(run, steps, incomplete - inside, short)
     if steps.missing:
         gaps = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in steps.gaps[:5])
         more = " …" if len(steps.gaps) > 5 else ""
@@ -190,7 +195,10 @@ def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
             text = f"{steps.count(state)} steps were {state.label}: {remedy}"
             yield Finding("warning", f"{state.label}_steps", text)
     if not steps.count(StepState.RECORDED):
-        yield Finding("error", "no_complete_step", "no step is complete, so there are no figures")
+        states = (StepState.INCOMPLETE, StepState.REJECTED, StepState.DROPPED)
+        why = ", ".join(f"{steps.count(s):,} {s.label}" for s in states if steps.count(s))
+        text = "no step is complete" + (f" ({why})" if why else "") + ", so there are no figures"
+        yield Finding("error", "no_complete_step", text)
 
 
 def _lost_in_source(run: Run) -> list[Finding]:
@@ -204,18 +212,21 @@ def _lost_in_source(run: Run) -> list[Finding]:
     ]
 
 
-def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
-    """The last steps lack ranks: because all were killed, or because some rank stopped and others not."""
-    last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks}
-    short = [rank for rank, step in last.items() if step is None or step < (steps.last or 0)]
+def _frayed_end(run: Run, steps: Completeness, tail: int, short: dict[int, int | None]) -> Finding:
+    """The last steps lack ranks: because all were killed, or because some rank stopped and others not.
+
+    Args:
+        short: the ranks that ended before the run's last step, and the last that each accounted for.
+    """
     stops = ", ".join(
-        f"rank {rank} has none" + ("" if last[rank] is None else f" after {last[rank]}") for rank in short[:4]
+        f"rank {rank} has none" + ("" if step is None else f" after {step}")
+        for rank, step in [*short.items()][:4]
     )
-    text = f"the last {tail:,} steps lack ranks: {stops}"
-    text += f" and {len(short) - 4} more" if len(short) > 4 else ""
-    if not short:
-        text = f"in the last {tail:,} steps ranks recorded loads of different shapes, which are not added"
-        return Finding("error", "rank_stopped", text)
+    text = "the last step lacks" if tail == 1 else f"the last {tail:,} steps lack"
+    text += f" ranks: {stops}"
+    text += f" and {plural(len(short) - 4, 'more rank')}" if len(short) > 4 else ""
+    if not steps.incomplete_inside and any(why != ABSENT for _, why in steps.reasons):
+        text += f" ({steps.why_incomplete()})"
     closed = {s.info.ep_rank for s in run.sessions if s.closed is not None}
     survived = bool(closed) and not set(short) <= closed
     if not steps.ends_together or survived or not steps.count(StepState.RECORDED):
@@ -230,12 +241,17 @@ def _frayed_end(run: Run, steps: Completeness, tail: int) -> Finding:
 
 def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
     """:func:`standing_findings`, and what the steps read say; an error where figures leave out much."""
-    codes = ("incomplete_steps", "rank_stopped", "incomplete_end")
+    codes = {"incomplete_steps", "rank_stopped", "incomplete_end"}
+    # A run in which all ranks idled is whole, and has nothing to show.
+    if steps.count(StepState.REJECTED) or steps.count(StepState.DROPPED):
+        codes.add("no_complete_step")
     found = [f for f in check_steps(run, steps) if f.code in codes]
     standing = standing_findings(run)
     explained = any(f.severity == "error" for f in standing)
     too_much = not explained and steps.lacks_much
-    return [*standing, *(Finding("error" if too_much else "warning", f.code, f.text) for f in found)]
+    nothing = {f.code for f in found} & {"no_complete_step"}
+    severity: Severity = "error" if too_much or nothing else "warning"
+    return [*standing, *(Finding(severity, f.code, f.text) for f in found)]
 
 
 def _check_placements(run: Run) -> Iterator[Finding]:

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eplb_analyze.blocks import Block, StepState
+from eplb_analyze.errors import plural
 from eplb_dump.format import Status
 
 MAX_GAPS = 100
+#: Why a rank lacks in a step of which it says nothing.
+ABSENT = "absent"
 #: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
 #: stretch of incomplete steps at the end means that a rank stopped and the others went on.
 KILL_SECONDS = 3.0
@@ -39,7 +42,7 @@ class Completeness:
     reasons: Counter[tuple[int, str]] = field(default_factory=Counter)
     #: Incomplete steps before ``last_whole``: not the frayed end of a killed run.
     incomplete_inside: int = 0
-    #: The last step that each rank recorded or idled in.
+    #: The last step that each rank accounted for, recorded or not.
     last_of_rank: dict[int, int] = field(default_factory=dict)
     #: The engine's clock at the first and last step and at ``last_whole``, ns.
     first_clock_ns: int = 0
@@ -57,9 +60,7 @@ class Completeness:
         for i in np.flatnonzero(np.diff(steps) > 1):
             result._gap(int(steps[i]) + 1, int(steps[i + 1]) - 1)
         for row, rank in enumerate(block.ranks):
-            there = np.flatnonzero(
-                (block.status[row] == Status.RECORDED) | (block.status[row] == Status.DUMMY)
-            )
+            there = np.flatnonzero(block.status[row] < len(Status))
             if len(there):
                 result.last_of_rank[rank] = int(steps[there[-1]])
         result.states.update(Counter(block.state.tolist()))
@@ -80,11 +81,11 @@ class Completeness:
         rows = {rank: i for i, rank in enumerate(block.ranks)}
         for rank in block.ranks if block.shape is None else block.expected_ranks:
             if rank not in rows:
-                self.reasons[rank, "absent"] += int(bad.sum())
+                self.reasons[rank, ABSENT] += int(bad.sum())
                 continue
             for status, count in Counter(block.status[rows[rank]][bad].tolist()).items():
                 if status not in (Status.RECORDED, Status.DUMMY):
-                    name = Status(status).label if status < len(Status) else "absent"
+                    name = Status(status).label if status < len(Status) else ABSENT
                     self.reasons[rank, name] += count
 
     def _gap(self, first: int, last: int) -> None:
@@ -159,10 +160,15 @@ class Completeness:
     def why_incomplete(self) -> str:
         """The ranks that lack most, in words: ``rank 5 absent in 40``."""
         parts = [f"rank {rank} {why} in {count:,}" for (rank, why), count in self.reasons.most_common(3)]
-        more = len(self.reasons) - len(parts)
         if not parts:
             return "ranks recorded loads of different shapes"
-        return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+        more = len({rank for rank, _ in self.reasons} - {rank for (rank, _), _ in self.reasons.most_common(3)})
+        return ", ".join(parts) + (f" and {plural(more, 'more rank')}" if more else "")
+
+    @property
+    def accounted_for(self) -> bool:
+        """Whether every rank that lacks in a step said so at the time: it dropped or rejected its load."""
+        return bool(self.reasons) and all(why != ABSENT for _, why in self.reasons)
 
 
 def completeness(blocks: Iterable[Block]) -> Completeness:

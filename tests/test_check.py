@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import LAYERS, load_of, manifest, map_of, open_writer, write
+from helpers import LAYERS, cli, load_of, manifest, map_of, open_writer, write
 
 from eplb_analyze import open_run
 from eplb_analyze.check import check_run, summary_findings
@@ -115,3 +115,30 @@ def test_a_rank_that_idled_while_others_changed_and_changed_back(tmp_path: Path)
             else:
                 opened.record(None, load_of(step, 1), map_of(0))
     assert "placement_not_adopted" not in codes(tmp_path)
+
+
+@pytest.mark.parametrize(("bad", "severity"), [(4, "warning"), (30, "error")])
+def test_a_rank_that_hands_over_no_loads_has_not_stopped(tmp_path: Path, bad: int, severity: str) -> None:
+    """It is there to the end: what is wrong is said, and where it is little it ends no watchman's night."""
+    for rank in range(2):
+        with open_writer(tmp_path, ep_rank=rank) as writer:
+            for step in range(100):
+                wrong = rank == 1 and step >= 100 - bad
+                writer.record(step, -load_of(step) - 1 if wrong else load_of(step), map_of())
+    findings = {f.code: f for f in check_run(open_run(tmp_path)).findings}
+    assert not {"rank_stopped", "incomplete_end"} & findings.keys()
+    finding = findings["incomplete_steps"]
+    assert (finding.code, finding.severity) == ("incomplete_steps", severity)
+    assert finding.text == f"{bad} steps lack a rank and are in no figure: rank 1 rejected in {bad}"
+    assert cli("summary", tmp_path).returncode == (3 if severity == "error" else 0)
+
+
+def test_where_all_loads_were_rejected_no_command_calls_the_run_whole(tmp_path: Path) -> None:
+    for rank in range(2):
+        with open_writer(tmp_path, ep_rank=rank) as writer:
+            for step in range(20):
+                writer.record(step, -load_of(step) - 1, map_of())
+    result = cli("summary", tmp_path)
+    assert result.returncode == 3
+    assert "no step is complete (20 rejected), so there are no figures" in " ".join(result.stderr.split())
+    assert codes(tmp_path).keys() >= {"rejected_steps", "no_complete_step"}

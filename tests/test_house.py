@@ -100,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "eplb_analyze.run": SHARED
     | offline("blocks", "dump", "errors", "frames", "metrics", "placements", "places", "segments"),
     "eplb_analyze.frames": SHARED | offline("blocks", "metrics", "run"),
-    "eplb_analyze.completeness": SHARED | offline("blocks"),
+    "eplb_analyze.completeness": SHARED | offline("blocks", "errors"),
     "eplb_analyze.stretches": SHARED | offline("blocks", "completeness", "run"),
     "eplb_analyze.configuration": SHARED | offline("blocks", "completeness", "errors", "run", "stretches"),
     "eplb_analyze.settings": SHARED | offline("errors", "placements", "run"),
