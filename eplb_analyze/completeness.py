@@ -162,7 +162,9 @@ class Completeness:
         parts = [f"rank {rank} {why} in {count:,}" for (rank, why), count in self.reasons.most_common(3)]
         if not parts:
             return "ranks recorded loads of different shapes"
-        more = len({rank for rank, _ in self.reasons} - {rank for (rank, _), _ in self.reasons.most_common(3)})
+        more = len(
+            {rank for rank, _ in self.reasons} - {rank for (rank, _), _ in self.reasons.most_common(3)}
+        )
         return ", ".join(parts) + (f" and {plural(more, 'more rank')}" if more else "")
 
     @property

@@ -110,8 +110,9 @@ def place(where: str | os.PathLike[str] | Place) -> Place:
     return Remote(Bucket(scheme, bucket, options), "/".join(part for part in key.split("/") if part))
 
 
-def local(where: Place, what: str) -> Path:
+def local(where: Place | str, what: str) -> Path:
     """A place that must be a folder of this machine, since ``what`` works only there. Raises UsageError."""
+    where = place(where)
     if isinstance(where, Path):
         return where
     raise UsageError(

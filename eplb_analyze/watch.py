@@ -73,7 +73,7 @@ class WriterLook:
     """A rank that should write."""
 
     rank: int
-    #: None: it has written nothing yet.
+    #: None: it has written nothing yet, or all it handed over was rejected.
     last_step: int | None
     #: Steps to the foremost rank.
     behind: int | None
@@ -144,7 +144,7 @@ class Look:
 
     @property
     def missing_ranks(self) -> list[int]:
-        """Those that should write and have not yet."""
+        """Those that should write and have stated no step yet."""
         return [writer.rank for writer in self.writers if writer.last_step is None]
 
     def to_json(self) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Follower:
     """
 
     def __init__(
-        self, path: Place, run: str | None = None, model: str | None = None, window: int = WINDOW
+        self, path: Place | str, run: str | None = None, model: str | None = None, window: int = WINDOW
     ) -> None:
         """``window``: the figures are over so many steps at most.
 
@@ -380,7 +380,10 @@ class Follower:
     ) -> WriterLook:
         """``ended``: the last step of those that ended in order, -1 where none did."""
         if state is None or foremost is None:
-            return WriterLook(rank, None, None, False, False, 0, 0, 0)
+            # Whose steps were all rejected has stated no number that can be believed.
+            stated = self._window.ranks.get(rank)
+            rejected = 0 if stated is None else stated.counts[Status.REJECTED]
+            return WriterLook(rank, None, None, False, False, 0, 0, rejected)
         closed = state.session_id in self._closed
         # By one clock, as those of two hosts can be apart.
         late = foremost.seconds_beyond(state.last_step) > STOPPED_SECONDS

@@ -790,3 +790,26 @@ def test_a_json_document_is_complete(tmp_path: Path) -> None:
     assert (document["complete"], document["first_step"], document["last_step"]) == (50, 50, 99)
     assert {b["first_step"] for b in document["timeline"]} == set(range(50, 100))
     assert [w["last_step"] for w in document["writers"]] == [99, 99]
+
+
+def test_a_rank_that_ended_before_the_others_is_named(tmp_path: Path) -> None:
+    for rank in range(4):
+        with open_writer(tmp_path, ep_rank=rank, ep_size=4) as writer:
+            for step in range(10 if rank == 2 else 60):
+                writer.record(step, load_of(step, rank), map_of())
+    look = Follower(str(tmp_path)).look()
+    assert [w.stopped for w in look.writers] == [False] * 4
+    assert "rank 2 ended 50 steps before others, at step 9" in "\n".join(map(str, lines(look, 80)))
+
+
+def test_where_all_loads_were_rejected_it_says_so(tmp_path: Path) -> None:
+    for rank in range(2):
+        with open_writer(tmp_path, ep_rank=rank) as writer:
+            for step in range(20):
+                writer.record(step, -load_of(step) - 1, map_of())
+    look = Follower(tmp_path).look()
+    assert [w.rejected for w in look.writers] == [20, 20]
+    text = "\n".join(map(str, lines(look, 80)))
+    assert "nothing but rejected steps from ranks 0 and 1" in text
+    assert "nothing from" not in text
+    assert "40 rejected" in text

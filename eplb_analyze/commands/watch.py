@@ -151,7 +151,7 @@ def _state(look: Look) -> tuple[str, str]:
     ranks = plural(len(look.writers), "rank")
     quiet = look.quiet_seconds or 0.0
     if look.newest_step is None:
-        return "○ no step yet", "yellow"
+        return "○ no step yet" if not any(w.rejected for w in look.writers) else "○ rejected", "yellow"
     if look.closed:
         return "■ ended", "dim"
     if closed and (not writing or quiet > QUIET_SECONDS):
@@ -307,8 +307,12 @@ def _troubles(look: Look) -> list[Text]:
     from rich.text import Text
 
     found = []
-    if look.missing_ranks:
-        found.append(f"nothing from {_named(look.missing_ranks)}")
+    refused = [w.rank for w in look.writers if w.last_step is None and w.rejected]
+    silent = [rank for rank in look.missing_ranks if rank not in refused]
+    if silent:
+        found.append(f"nothing from {_named(silent)}")
+    if refused:
+        found.append(f"nothing but rejected steps from {_named(refused)}")
     stopped = [w for w in look.writers if w.stopped]
     if stopped:
         first = min(stopped, key=lambda w: w.last_step or 0)
@@ -316,7 +320,13 @@ def _troubles(look: Look) -> list[Text]:
             f"{first.behind:,} steps ago" if len(stopped) == 1 else f"the first {first.behind:,} steps ago"
         )
         found.append(f"{_named([w.rank for w in stopped])} stopped {since}, at step {first.last_step:,}")
-    lossy = [w.rank for w in look.writers if w.dropped or w.rejected]
+    early = [w for w in look.writers if w.closed and not w.stopped and w.behind]
+    if early:
+        first = max(early, key=lambda w: w.behind or 0)
+        ahead = plural(first.behind or 0, "step")
+        since = f"{ahead} before others" if len(early) == 1 else f"the first {ahead} before others"
+        found.append(f"{_named([w.rank for w in early])} ended {since}, at step {first.last_step:,}")
+    lossy = [w.rank for w in look.writers if (w.dropped or w.rejected) and w.rank not in refused]
     if lossy:
         found.append(f"steps dropped or rejected by {_named(lossy)}")
     again = [w.rank for w in look.writers if w.sessions > 1]
