@@ -87,7 +87,7 @@ class Row:
     active_steps: int = 0
     incomplete_steps: int = 0
     missing_ranks: int = 0
-    #: The median from a step to the next.
+    #: The median from a step to the next; None also where an imported run's times are not known.
     step_seconds: float | None = None
     balancedness: float | None = None
     balancedness_p5: float | None = None
@@ -101,6 +101,8 @@ class Row:
     #: Of the loss, at this rank's door.
     worst_rank_share: float | None = None
     rearrangements: int = 0
+    #: Of these, those with complete steps before and after, and one shape.
+    judged: int = 0
     helped: int = 0
     helped_at_first: int = 0
     hurt: int = 0
@@ -540,7 +542,8 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
     recorded = sum(c.recorded for c in summary.configurations)
     balance = summary.spreads["balancedness"]
     gaps = np.concatenate([np.empty(0, np.int64), *sums.gaps])
-    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) else None
+    timeless = info.origin is not None and "times" in info.origin.unknown
+    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) and not timeless else None
     known = [layer for layer in summary.layers if layer.balancedness is not None]
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
@@ -590,6 +593,7 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
         worst_rank=None if costliest is None else costliest.rank,
         worst_rank_share=None if costliest is None else costliest.share,
         rearrangements=len(judged),
+        judged=sum(verdict not in ("not measured", "elastic") for verdict in judged),
         helped=judged.count("helped"),
         helped_at_first=judged.count("helped at first"),
         hurt=judged.count("hurt"),

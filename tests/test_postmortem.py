@@ -523,7 +523,7 @@ def test_runs_of_one_id_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     names = [line.split()[0] for line in lines if line.endswith("complete")]
     assert names[0] == "night-2"
     assert sorted(names) == ["night-1", "night-2", "tuesday"]
-    assert any(line.startswith("broken run night-3:") for line in lines)
+    assert any(line.startswith("broken run night-3 of ") for line in lines)
 
 
 def test_nothing_steers_the_terminal(tmp_path: Path) -> None:
@@ -545,3 +545,40 @@ def test_golden(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) ->
     out = cli("postmortem", ".", "gone", "--by", "model", "--baseline", "run-1", "--output", output)
     assert out.returncode == 1
     assert_golden(f"postmortem.{'txt' if output == 'text' else 'json'}", out.stdout)
+
+
+def test_of_an_import_without_times_no_time_is_lost(tmp_path: Path) -> None:
+    np.save(tmp_path / "loads.npy", np.random.default_rng(0).integers(1, 99, (2, 8)))
+    done = cli(
+        "import",
+        tmp_path / "loads.npy",
+        "--model",
+        "m",
+        "--into",
+        tmp_path / "dump",
+        "--ep-size",
+        "2",
+        "--placement",
+        "linear",
+    )
+    assert done.returncode == 0, done.stderr
+    document = run(tmp_path / "dump")["runs"][0]
+    assert document["idle_fraction"] > 0
+    assert document["lost_rank_seconds"] is document["step_seconds"] is None
+    told = cli("postmortem", tmp_path / "dump").stdout
+    assert "how much time was lost is not known" in told
+
+
+def test_what_cannot_be_judged_is_not_counted_as_no_help(tmp_path: Path) -> None:
+    """Of two rearrangements one is a change of the EP size."""
+    slots = [np.array([[0, 1, 2, 3]]), np.array([[1, 2, 3, 0]]), np.array([[3, 2, 1, 0]])]
+    with ExpertLoadWriter(
+        tmp_path, model="m", run_id="r", num_logical_experts=4, ep_size=2, scope="global"
+    ) as writer:
+        for step in range(60):
+            load = np.random.default_rng(step).multinomial(400, [0.4, 0.3, 0.2, 0.1])[None]
+            writer.record(step, load, slots[(step >= 20) + (step >= 40)], ep_size=2 if step < 40 else 4)
+    document = run(tmp_path)["runs"][0]
+    assert (document["rearrangements"], document["judged"]) == (2, 1)
+    row = next(line for line in cli("postmortem", tmp_path).stdout.splitlines() if line.startswith("r "))
+    assert f"{document['helped']} of 1" in row

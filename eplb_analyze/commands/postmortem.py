@@ -136,15 +136,16 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     known = [row for row in rows if row.status != "broken"]
     heading(console, plural(len(runs), "run"), _counts(rows))
     if known:
-        lost = sum(row.lost_rank_seconds or 0.0 for row in known)
-        console.print(f"{duration(lost)} of ranks' time lost to imbalance, if time is proportional to tokens")
+        lost = [row.lost_rank_seconds for row in known if row.lost_rank_seconds is not None]
+        text = f"{duration(sum(lost))} of ranks' time lost to imbalance, if time is proportional to tokens"
+        console.print(text if lost else "how much time was lost is not known: imported without times")
     console.print()
     if by is not None:
         _groups(console, result, by)
     if known:
         _runs(console, known[:top], names, len(known), result)
     for status, style in (("incomplete", "yellow"), ("broken", "bold red")):
-        _reasons(console, [row for row in rows if row.status == status], names, status, style, top)
+        _reasons(console, result, names, status, style, top)
     _verdict(console, result, names)
     if save is not None:
         console.print()
@@ -183,14 +184,17 @@ def _shared_folders(paths: list[str]) -> int:
 
 
 def _reasons(
-    console: Console, rows: list[Row], names: dict[int, str], status: str, style: str, top: int
+    console: Console, result: Postmortem, names: dict[int, str], status: str, style: str, top: int
 ) -> None:
     from rich.text import Text
 
+    rows = [row for row in result.rows if row.status == status]
+    several = len({row.model for row in result.rows if row.model}) > 1
     if rows:
         console.print()
     for row in rows[:top]:
-        where = f"run {names[id(row)]}: " if names[id(row)] else ""
+        of = f" of {row.model}" if several and row.model else ""
+        where = f"run {names[id(row)]}{of}: " if names[id(row)] else ""
         console.print(Text.assemble((f"{status} ", style), clean(f"{where}{row.reason}")))
     if len(rows) > top:
         console.print(f"and {len(rows) - top} more {status}; --output json lists all")
@@ -226,14 +230,14 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         cells += [Text(figure(row.balancedness), style="bold red" if id(row) in failed else "")]
         cells += [figure(row.balancedness_p5)] if wide else []
         cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
-        cells += [f"{row.helped} of {row.rearrangements}" if row.rearrangements else "none"]
+        cells += [f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"]
         cells += [signed(row.difference)] if result.baseline else []
         cells += [row.status if row.status == "complete" else Text(row.status, style="yellow")]
         listing.add_row(*cells)
     console.print(listing)
     legend = (
         "lost: time of ranks that waited; worst: the least balanced layer and the costliest rank; "
-        "helped: of the rearrangements"
+        "helped: of the rearrangements that can be judged"
     )
     console.print(Text(legend, style="dim"))
 
