@@ -180,7 +180,7 @@ def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
     if steps.missing:
         gaps = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in steps.gaps[:5])
         more = " …" if len(steps.gaps) > 5 else ""
-        text = f"no rank saw {steps.missing:,} steps, or the engine's numbers jump: {gaps}{more}"
+        text = f"no rank saw {plural(steps.missing, 'step')}, or the engine's numbers jump: {gaps}{more}"
         yield Finding("warning", "missing_steps", text)
     lost = _lost_in_source(run)
     yield from lost
@@ -192,7 +192,8 @@ def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
         (StepState.REJECTED, "the engine handed over what cannot be a load"),
     ):
         if steps.count(state):
-            text = f"{steps.count(state)} steps were {state.label}: {remedy}"
+            were = "was" if steps.count(state) == 1 else "were"
+            text = f"{plural(steps.count(state), 'step')} {were} {state.label}: {remedy}"
             yield Finding("warning", f"{state.label}_steps", text)
     if not steps.count(StepState.RECORDED):
         states = (StepState.INCOMPLETE, StepState.REJECTED, StepState.DROPPED)

@@ -109,6 +109,8 @@ def discover(path: Place, run: str | None = None) -> Discovery:
     found = Discovery(shown, {}, {})
     sessions = list(_descend(shown, wanted, found))
     for (names, folder), info in zip(sessions, places.each(shown, _info_or_fault, sessions), strict=True):
+        if info is None:
+            continue
         run_id, model = names[0][len(RUN_PREFIX) :], names[1][len(MODEL_PREFIX) :]
         readable = found.runs.setdefault(run_id, {}).setdefault(model, [])
         findings = found.findings.setdefault((run_id, model), [])
@@ -129,11 +131,17 @@ def discover(path: Place, run: str | None = None) -> Discovery:
     return found
 
 
-def _info_or_fault(session: tuple[list[str], Place]) -> SessionInfo | str:
-    """What a session says of itself, or why it cannot be read."""
+def _info_or_fault(session: tuple[list[str], Place]) -> SessionInfo | str | None:
+    """What a session says of itself, or why it cannot be read; None where its writer has just begun."""
     names, folder = session
     try:
-        return read_info(folder, names)
+        try:
+            return read_info(folder, names)
+        except FileNotFoundError:
+            # Whose writer was killed here, or is about to go on, has recorded nothing.
+            if {entry.name for entry in places.entries(folder)} <= {f"{SESSION_FILE}.tmp"}:
+                return None
+            return read_info(folder, names)
     except FormatError as error:
         return str(error)
     except OSError as error:

@@ -87,6 +87,17 @@ class PlacementHistory:
         """The steps from which a placement of some layer holds, or is not known, ascending."""
         return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
 
+    def until(self, step: int) -> PlacementHistory:
+        """What was known when ``step`` was the last."""
+
+        def cut(history: LayerHistory) -> LayerHistory:
+            count = bisect.bisect_right(history.steps, step)
+            parts = history.steps[:count], history.ep_sizes[:count], history.slots[:count]
+            return LayerHistory(*parts, [s for s in history.lost if s <= step])
+
+        layers = {index: cut(history) for index, history in self.layers.items()}
+        return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings)
+
     def rearrangements(self) -> list[Rearrangement]:
         """Changes after the first placement, those of one rearrangement put together."""
         changes: list[tuple[int, int, int]] = []

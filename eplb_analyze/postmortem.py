@@ -364,6 +364,7 @@ class Read:
     """What a worker gives back of a part."""
 
     sums: SummarySums
+    #: What reading found, beside what showed when the run was opened.
     findings: list[Finding]
 
 
@@ -374,12 +375,9 @@ def read_run(item: Whole) -> Done | None:
     target = item.target
     try:
         run = open_run(target.dump, target.run_id, target.model)
-        parts = run.parts()
-        if len(parts) > 1:
+        if len(run.parts()) > 1:
             return None
-        bins = bins_of(run)
-        sums = run.reading(lambda: sums_of(run, parts[0] if parts else None, bins))
-        return _done(target, run, sums)
+        return _done(target, run, _sums_of_all(run))
     except Exception as error:
         return _failed(target, _reason(error))
 
@@ -390,9 +388,15 @@ def read_part(part: Part) -> Read | str:
         use_at_most(1)
     try:
         run = open_run(part.target.dump, part.target.run_id, part.target.model)
-        return Read(run.reading(lambda: sums_of(run, part.steps, part.bins)), run.findings)
+        known = [*run.findings]
+        sums = run.reading(lambda: sums_of(run, part.steps, part.bins))
+        return Read(sums, [f for f in run.findings if f not in known])
     except Exception as error:
         return _reason(error)
+
+
+def _sums_of_all(run: Run) -> SummarySums:
+    return run.reading(lambda: sums_of(run, None, bins_of(run)))
 
 
 def _reason(error: Exception) -> str:
@@ -489,9 +493,15 @@ def finish_run(item: Merged) -> Done:
     if item.reason is not None or item.sums is None:
         return _failed(target, item.reason or "no step")
     try:
-        run = open_run(target.dump, target.run_id, target.model)
+        run, sums = open_run(target.dump, target.run_id, target.model), item.sums
+        if any(finding.code == "damaged_file" for finding in item.findings):
+            # What cannot be read is left out of all parts alike, and moves their bounds.
+            sums = _sums_of_all(run)
+        elif sums.seen.last is not None:
+            # It may have gone on since its parts were read.
+            run = run.until(sums.seen.last)
         run.findings += [f for f in item.findings if f not in run.findings]
-        return _done(target, run, item.sums)
+        return _done(target, run, sums)
     except Exception as error:
         return _failed(target, _reason(error))
 

@@ -162,6 +162,8 @@ class Run:
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
         self._reading = False
         self._history: PlacementHistory | None = None
+        #: What is later is not of the run; None: all is.
+        self._last: int | None = None
         first = sessions[0].info
         self.scope = first.scope
         self._check_agreement()
@@ -191,6 +193,19 @@ class Run:
             created_unix_ns=min(s.info.created_unix_ns for s in sessions),
             origin=self._origin(),
         )
+
+    def until(self, step: int) -> Run:
+        """The run as it was when ``step`` was its last one: what was written since is left out."""
+        sessions = []
+        for session in self.sessions:
+            segments, lost = (
+                [s for s in some if s.first_step <= step] for some in (session.segments, session.lost)
+            )
+            if segments or not session.segments:
+                sessions.append(replace(session, segments=segments, lost=lost))
+        run = Run(self.path, sessions, [*self.findings], self.notes)
+        run._last = step
+        return run
 
     def _check_agreement(self) -> None:
         first = self.sessions[0].info
@@ -348,6 +363,8 @@ class Run:
             self._history = self.reading(
                 lambda: read_history(self.sessions, frozenset(self._unreadable["placements"]))
             )
+            if self._last is not None:
+                self._history = self._history.until(self._last)
             self.findings += [f for f in self._history.findings if f not in self.findings]
         return self._history
 

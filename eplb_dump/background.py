@@ -88,6 +88,8 @@ class Background:
         self._shape: Shape | None = None
         self._placement: Int32 | None = None
         self._placement_ep_size = 0
+        #: A map that came before any load told how many layers there are, its step and EP size.
+        self._early: tuple[Int32, int, int] | None = None
         #: Why the last placement that came cannot be used; loads under it are rejected.
         self._placement_fault: str | None = None
         self._largest = 0
@@ -291,6 +293,8 @@ class Background:
             assert last is not None
             ring, low, high = first[0], first[1], last[1]
             ring.wait(low, high)  # for the placements beside the loads, too
+        if staged:
+            parts += self._early_placement()
         if staged and batch[staged[0]].placement is None:
             parts += self._restate_placement(batch[staged[0]])
         changes, faults = self._take_placements(batch)
@@ -349,13 +353,17 @@ class Background:
         differs = iter(self._differing(batch, given))
         parts: list[bytes] = []
         faults: list[str | None] = []
+        taken = True
         for entry in batch:
             if entry.placement is None:
                 faults.append(LAST_MAP_INVALID if self._placement_fault is not None else None)
                 continue
-            if next(differs):
+            # Told is whether it differs from the one before, which may not have been taken.
+            if next(differs) or not taken:
                 ring, index = entry.placement
-                parts += self._take_placement(entry, ring.host[index])
+                taken = entry.load is not None or self._fits(entry, ring.host[index])
+                if taken:
+                    parts += self._take_placement(entry, ring.host[index])
             faults.append(self._placement_fault)
         _release(given)
         return parts, faults
@@ -378,6 +386,34 @@ class Background:
         )
         later: list[bool] = (maps[1:] != maps[:-1]).any(axis=(1, 2)).tolist()
         return [first, *later]
+
+    def _fits(self, entry: Entry, raw: npt.NDArray[Any]) -> bool:
+        """Whether a map without a load can be one of the model, as far as is known; else it is left out.
+
+        The load can have been rejected since it was of something else, and then the map is, too.
+        """
+        layers = self._num_moe_layers()
+        if layers is None:
+            self._early = raw.astype(np.int32), entry.step, entry.ep_size
+        elif raw.shape[0] != layers or raw.shape[1] % entry.ep_size:
+            self.notices.append("a physical_to_logical_map of another shape came without a load; left out")
+        else:
+            return True
+        return False
+
+    def _num_moe_layers(self) -> int | None:
+        if self._shape is not None:
+            return self._shape.num_moe_layers
+        named = self._info.moe_layers
+        return self._info.num_moe_layers if named is None else len(named)
+
+    def _early_placement(self) -> list[bytes]:
+        """The frame of a map that came before the first load, now that its shape can be judged."""
+        if self._early is None or self._num_moe_layers() is None:
+            return []
+        (raw, step, ep_size), self._early = self._early, None
+        entry = Entry(max(step, self._window_start), 0, 0, Status.NOT_SAMPLED, -1, None, ep_size, None, None)
+        return self._take_placement(entry, raw) if self._fits(entry, raw) else []
 
     def _take_placement(self, entry: Entry, raw: npt.NDArray[Any]) -> list[bytes]:
         """Frames for the layers whose placement changed; a copy is kept to compare the next with."""

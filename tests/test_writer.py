@@ -1311,3 +1311,33 @@ def test_a_journal_that_cannot_be_written_turns_recording_off(
     rows = step_status(writer.folder)
     assert rows == [(step, "recorded") for step in range(3)]
     assert stats.seen - stats.unlisted == len(rows)
+
+
+@pytest.mark.parametrize("segment_steps", [2048, 64])
+@pytest.mark.parametrize(("layers", "at"), [(LAYERS + 1, 40), (5000, 40), (5000, 0)])
+def test_a_rejected_step_takes_no_other_with_it(
+    tmp_path: Path, layers: int, at: int, segment_steps: int
+) -> None:
+    """Its map may be as wrong as its load: a map of other layers would make the file unreadable."""
+    wrong = np.zeros((layers, SLOTS), int)
+    with open_writer(tmp_path, segment_steps=segment_steps) as writer:
+        for step in range(100):
+            if step == at:
+                writer.record(step, wrong, wrong)
+            else:
+                writer.record(step, load_of(step), map_of())
+        assert writer.flush(20)
+    assert (writer.stats().recorded, writer.stats().rejected) == (99, 1)
+    good = [step for step in range(100) if step != at]
+    assert_equal_loads(survived_loads(writer.folder), {step: load_of(step) for step in good})
+    assert {row[3] for row in placement_rows(writer.folder)} == {tuple(row) for row in map_of().tolist()}
+
+
+def test_a_map_before_the_first_load_holds_from_its_step(tmp_path: Path) -> None:
+    """It came with a step that is not sampled; another, of a rejected one, is not believed later."""
+    with open_writer(tmp_path, interval=5) as writer:
+        for step in range(1, 20):
+            writer.record(step, load_of(step), map_of() if step == 2 else None)
+    assert sorted({row[:1] for row in placement_rows(writer.folder)}) == [(2,)]
+    assert len(placement_rows(writer.folder)) == LAYERS
+    assert_equal_loads(survived_loads(writer.folder), {step: load_of(step) for step in (5, 10, 15)})

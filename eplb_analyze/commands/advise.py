@@ -103,6 +103,8 @@ def advise(
     if passed is False:
         known = advice.measured_balancedness
         found = "the balancedness is not known" if known is None else f"balancedness {known:.3f}"
+        if known is not None and advice.replay is not None:
+            found += f" in steps {advice.replay.first_step} to {advice.replay.last_step}"
         say("error", f"{found}, --fail-below {fail_below:g}")
         raise typer.Exit(EXIT_CHECK_FAILED)
 
@@ -120,7 +122,8 @@ def render(console: Console, advice: Advice) -> None:
         _evidence(console, advice, advice.best, advice.today)
     if advice.replay is not None:
         known, idle = figure(advice.measured_balancedness), percent(advice.replay.measured_idle_fraction)
-        console.print(f"recorded in all steps: balancedness {known}, idle {idle}")
+        steps = f"steps {advice.replay.first_step} to {advice.replay.last_step}"
+        console.print(f"recorded in {steps}: balancedness {known}, idle {idle}")
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:

@@ -101,6 +101,13 @@ def render(
         return
     _figures(console, result)
     _timeline(console, result)
+    if len(result.configurations) > 1 and result.last_configuration_steps is not None:
+        first, last = result.last_configuration_steps
+        text = (
+            f"EP size or slots changed: ranks, losses and experts below are of steps {first} to {last} only"
+        )
+        console.print(Text(text, style="yellow"))
+        console.print()
     _layers(console, result, top)
     _losses(console, result, top)
     _hot_experts(console, result, top)

@@ -28,7 +28,10 @@ def shape(info: RunInfo) -> str:
     return f"{layers} × {experts} in {slots} on {plural(info.ep_size, 'EP rank')}"
 
 
-def began(info: RunInfo) -> str:
+def began(info: RunInfo) -> str | None:
+    """None where an imported run does not say."""
+    if info.origin is not None and "times" in info.origin.unknown:
+        return None
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
 
 
@@ -68,8 +71,10 @@ def _idle(summary: Summary) -> str:
     loss = summary.loss
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return f"{text}."
+    last = _last_configuration(summary)
+    better = f"In {last} a better" if last else "A better"
     return (
-        f"{text}. A better placement could remove at most {percent(loss.persistent_share, 0)} of that: what "
+        f"{text}. {better} placement could remove at most {percent(loss.persistent_share, 0)} of that: what "
         f"lasts in loads summed over {plural(loss.window_steps, 'step')}. The rest is chance within a step."
     )
 
@@ -79,11 +84,19 @@ def _costliest(summary: Summary) -> str:
     if loss is None or not loss.tokens or not loss.stretches:
         return ""
     rank, worst = loss.ranks[0], loss.stretches[0]
+    last = _last_configuration(summary)
+    who = f"In {last} rank" if last else "Rank"
     return (
-        f"Rank {rank.rank} cost most: {percent(rank.share, 0)} of all loss was laid at its door. The "
+        f"{who} {rank.rank} cost most: {percent(rank.share, 0)} of all loss was laid at its door. The "
         f"costliest stretch is layer {worst.layer} on rank {worst.rank}, "
         f"{_steps(worst.first_step, worst.last_step)}, with {percent(worst.share)} of it."
     )
+
+
+def _last_configuration(summary: Summary) -> str:
+    """The steps that losses and hot experts are of, where these are not all."""
+    last = summary.last_configuration_steps
+    return _steps(*last) if last is not None and len(summary.configurations) > 1 else ""
 
 
 def _steps(first: int, last: int) -> str:
@@ -94,9 +107,11 @@ def _hottest(summary: Summary) -> str:
     if not summary.hot_experts:
         return ""
     hot = summary.hot_experts[0]
+    last = _last_configuration(summary)
+    which = f"In {last} the" if last else "The"
     return (
-        f"The hottest expert is number {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of the "
-        f"layer's tokens, {hot.times_mean:.2f} × the mean, in {plural(hot.replicas, 'slot')} at the end."
+        f"{which} hottest expert is number {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of "
+        f"the layer's tokens, {hot.times_mean:.2f} × the mean, in {plural(hot.replicas, 'slot')} at the end."
     )
 
 

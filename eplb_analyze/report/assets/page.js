@@ -27,6 +27,8 @@ function element(name, { text, className, title, click, colSpan } = {}, ...child
 const figure = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)} %`);
 const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en-US", { maximumFractionDigits: 1 }));
+/* A half to the even number, as the terminal has it. */
+const whole = (value) => count(Math.round(value) - value === 0.5 ? 2 * Math.round(value / 2) : Math.round(value));
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const steps = (first, last) => (first === last ? String(first) : `${first} to ${last}`);
 const stepsNamed = (first, last) => `step${first === last ? "" : "s"} ${steps(first, last)}`;
@@ -109,7 +111,7 @@ function header() {
   const { run } = report.summary;
   byId("title").textContent = report.title;
   const engine = run.engine && `${run.engine}${run.engine_version ? ` ${run.engine_version}` : ""}`;
-  const parts = [report.redacted ? "names hidden" : `run ${run.run_id}`, engine, report.imported, `began ${report.began}`,
+  const parts = [report.redacted ? "names hidden" : `run ${run.run_id}`, engine, report.imported, report.began && `began ${report.began}`,
     report.shape && `${report.shape}, scope ${run.scope}`];
   say("subtitle", parts.filter(Boolean).join(" · "));
   byId("banners").replaceChildren(...report.banners.map((text) => element("p", { text, className: "banner" })));
@@ -125,11 +127,12 @@ function tiles() {
   for (const row of report.rearrangements.rearrangements) verdicts[row.verdict] = (verdicts[row.verdict] || 0) + 1;
   const told = Object.entries(verdicts).sort((a, b) => b[1] - a[1]).map(([verdict, n]) => `${n} ${verdict}`);
   const lost = summary.loss && summary.loss.persistent_share;
+  const last = summary.hot_experts_steps, idle = summary.configurations.length > 1 ? `the idle time in ${steps(...last)}` : "it";
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
   const much = report.banners.some((text) => text.startsWith("INCOMPLETE"));
   const all = [
     ["balancedness", figure(s.mean), s.mean === null ? (seen.recorded ? "no complete step has a token" : "no complete step") : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
-    ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "of rank time" : `at most ${percent(lost, 0)} of it a better placement could remove`],
+    ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "of rank time" : `at most ${percent(lost, 0)} of ${idle} a better placement could remove`],
     ["imbalance, max / mean", figure(i.mean), i.mean === null ? "" : `p95 ${figure(i.p95)}, worst ${figure(i.max)} at step ${i.max_step}`],
     ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ") || (report.not_due ? "none was due" : "")],
     ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, much],
@@ -166,8 +169,9 @@ function completeness() {
 }
 
 function duration(seconds) {
-  if (seconds < 120) return `${seconds.toFixed(1)} s`;
-  return seconds < 7200 ? `${(seconds / 60).toFixed(1)} min` : `${(seconds / 3600).toFixed(1)} h`;
+  for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]])
+    if (seconds >= 2 * size) return `${(seconds / size).toFixed(1)} ${unit}`;
+  return `${seconds.toFixed(1)} s`;
 }
 
 function meanings() {
@@ -444,7 +448,7 @@ function drawLost() {
     parts.push(part("Costliest stretches", fill(element("table"), ["layer", "rank", "<steps", "excess tokens", "of all loss"],
       loss.stretches.slice(0, top).map((s) => ({
         click: report.loads && (() => { toLayer(s.layer); chooseSteps(s.first_step, s.last_step + 1); }), title: "Show this layer and choose these steps",
-        cells: [s.layer, s.rank, steps(s.first_step, s.last_step), count(Math.round(s.excess_tokens)), percent(s.share)] })))));
+        cells: [s.layer, s.rank, steps(s.first_step, s.last_step), whole(s.excess_tokens), percent(s.share)] })))));
   if (summary.phases.length)
     parts.push(part("Phases", fill(element("table"), ["<phase", "steps", "balancedness", "idle"],
       summary.phases.map((p) => ({ cells: [p.phase, count(p.steps), figure(p.balancedness), percent(p.idle_fraction)] })))));
