@@ -120,6 +120,9 @@ def copy_run(
     _require_dump_folder(to)
     found = discover(source, run)
     run_id, notes = choose_run(found, source, run)
+    dump = found.root.resolve()
+    if isinstance(dump, Path) and isinstance(to, Path) and dump in to.resolve().parents:
+        raise UsageError(f"{to}: it lies inside the dump that is copied; name another --to")
     sessions = [
         (folder, info)
         for slug, own in sorted(found.runs[run_id].items())

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -148,6 +149,10 @@ def plain(value: Any) -> Any:
     return value
 
 
+#: Nothing is drawn wider: a plot takes memory by its columns.
+MAX_COLUMNS = 1000
+
+
 def console(file: IO[str]) -> Console:
     """A console; in a pipe it is 80 columns wide unless COLUMNS says otherwise."""
     from rich.console import Console
@@ -155,7 +160,7 @@ def console(file: IO[str]) -> Console:
     columns = os.environ.get("COLUMNS", "")
     width = None
     if not file.isatty():
-        width = int(columns) if columns.isdigit() and int(columns) > 0 else 80
+        width = min(int(columns), MAX_COLUMNS) if re.fullmatch("0*[1-9][0-9]{0,8}", columns) else 80
     return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 #: A run's balancedness over time is kept in so many sums at most, to compare it with another run's.
 MAX_SERIES = 4096
 #: Kept results are of this version of the rows; others are made anew.
-VERSION = 1
+VERSION = 2
 
 Status = Literal["complete", "incomplete", "broken"]
 
@@ -320,7 +320,8 @@ def _fault(folder: Place) -> str | None:
 def _runs(found: Discovery, dump: str) -> Iterator[_Found]:
     for run_id, models in sorted(found.runs.items()):
         for model, sessions in sorted(models.items()):
-            folders = frozenset(str(places.absolute(folder)) for folder, _ in sessions)
+            # However it was reached: a pattern can match links.
+            folders = frozenset(str(folder.resolve()) for folder, _ in sessions)
             yield Target(dump, run_id, model), folders
 
 
@@ -705,7 +706,8 @@ class Kept:
         self.folder = folder
         self._rows = folder / "kept"
         self._keys: dict[Target, str] = {}
-        for above in (folder.resolve(), *folder.resolve().parents):
+        own = [place.resolve() for place in (folder, self._rows, folder / "reports")]
+        for above in (above for place in own for above in (place, *place.parents)):
             if above.name.startswith(RUN_PREFIX) or any(above.glob(f"{RUN_PREFIX}*/{MODEL_PREFIX}*")):
                 raise UsageError(f"--save {folder}: it lies in the dump {above}; name another folder")
         try:

@@ -474,6 +474,6 @@ def read_manifest(folder: Place, info: SessionInfo) -> Manifest:
                     closed = item.header
                 elif item.kind == "part":
                     part = int(item.header["first_step"]), int(item.header["last_step"])
-            except (FormatError, KeyError, TypeError, ValueError) as error:
+            except (FormatError, KeyError, TypeError, ValueError, OverflowError) as error:
                 return Manifest(entries, closed, str(error))
     return Manifest(entries, closed, None, part)

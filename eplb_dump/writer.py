@@ -48,6 +48,10 @@ _MAX_WAITING = 1 << 16
 _PLACEMENT_SLOTS = 64
 _EXIT_DEADLINE_SECONDS = 5.0
 _MAX_STEP = 2**62
+#: A thread cannot wait for much longer than this, three decades.
+_MOST_SECONDS = 1e9
+#: Characters of JSON; of a larger session.json no reader would take a byte.
+_MAX_CONFIG = 1 << 20
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
 
@@ -507,9 +511,12 @@ class ExpertLoadWriter:
         elif not _is_integer(num_tokens) or not 0 <= num_tokens < 1 << 62:
             self._notice("num_tokens is not a count and is left out")
             num_tokens = -1
-        if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
-            self._notice("phase is not a short text and is left out")
-            phase = None
+        if phase is not None and not (type(phase) is str and len(phase) <= 64 and phase.isprintable()):
+            # A subclass, as an enumeration's member is, gives its text and nothing of its own.
+            phase = str.__str__(phase) if isinstance(phase, str) else None
+            if phase is None or len(phase) > 64 or not phase.isprintable():
+                self._notice("phase is not a short text and is left out")
+                phase = None
         now, monotonic = time.time_ns(), time.monotonic_ns()
         # What Entry(…) does, without its call: this runs once a step.
         fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)
@@ -668,8 +675,8 @@ def _integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
 def _seconds(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be above 0 seconds, not {value!r}")
+    if not 0 < value <= _MOST_SECONDS:
+        raise ValueError(f"{name} must be above 0 seconds and at most {_MOST_SECONDS:.0e}, not {value!r}")
     return float(value)
 
 
@@ -697,7 +704,10 @@ def _json_mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
         raise TypeError(f"{name} must be a mapping, not {type(value).__name__}")
     try:
         # As it will be read back: keys become texts, and later changes of it do not show.
-        fields: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
+        text = json.dumps(dict(value), allow_nan=False)
+        fields: dict[str, Any] = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} must be plain JSON values: {error}") from None
+    if len(text) > _MAX_CONFIG:
+        raise ValueError(f"{name} must be at most {_MAX_CONFIG:,} characters of JSON, as all files repeat it")
     return fields

@@ -503,6 +503,11 @@ def test_a_file_that_is_there_stays_unless_forced(dump: Path, tmp_path: Path) ->
     os.mkfifo(pipe)
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
         one_error(cli("export", *command, "--to", pipe, "--force", dump), 2, "device or pipe")
+        link = tmp_path / f"link-{command[0]}"
+        link.symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").write_text("mine")
+        one_error(cli("export", *command, "--to", link, "--force", dump), 2, "symbolic link")
+        assert (link.is_symlink(), link.read_text()) == (True, "mine")
     assert pipe.is_fifo()
 
 

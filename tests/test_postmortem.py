@@ -24,8 +24,9 @@ from helpers import assert_golden, cli, one_error
 from eplb_analyze import open_run, places
 from eplb_analyze.bootstrap import Ratio, difference
 from eplb_analyze.executors import Local, Lost, Processes
-from eplb_analyze.postmortem import Kept, Postmortem, Row, find, judge, rows_of
+from eplb_analyze.postmortem import Kept, Merged, Postmortem, Row, find, judge, rows_of
 from eplb_analyze.run import PART_STEPS
+from eplb_analyze.summary import summarize
 from eplb_dump import ExpertLoadWriter, writer
 
 
@@ -582,3 +583,68 @@ def test_what_cannot_be_judged_is_not_counted_as_no_help(tmp_path: Path) -> None
     assert (document["rearrangements"], document["judged"]) == (2, 1)
     row = next(line for line in cli("postmortem", tmp_path).stdout.splitlines() if line.startswith("r "))
     assert f"{document['helped']} of 1" in row
+
+
+def test_the_saved_report_is_what_summary_says_of_a_damaged_run(tmp_path: Path) -> None:
+    """Also where the damage moves the run's bounds: the steps of its last segment cannot be read."""
+    for steps in (900, PART_STEPS + 3000):
+        dump, saved = tmp_path / f"dump-{steps}", tmp_path / f"saved-{steps}"
+        record(dump, "r", SKEWED, steps=steps, segment_steps=300 if steps < 1000 else 2048)
+        sorted(dump.rglob("steps-*.parquet"))[-1].unlink()
+        assert cli("postmortem", dump, "--save", saved).returncode == 0
+        [report] = (saved / "reports").glob("*.json")
+        assert json.loads(report.read_text()) == json.loads(cli("summary", dump, "-o", "json").stdout)
+
+
+def test_a_long_run_that_goes_on_has_a_row_of_one_moment(tmp_path: Path) -> None:
+    """Between the reading of its parts and its row it is rearranged, and gets another EP size."""
+    slots, dump = np.arange(8) % 4, tmp_path / "dump"
+    with ExpertLoadWriter(
+        dump, model="m", run_id="r", num_logical_experts=4, ep_size=2, scope="global"
+    ) as writer:
+
+        def go_on(steps: int, ep_size: int, slots: Any) -> None:
+            for step in range(steps):
+                writer.record(None, np.arange(1, 9)[None], slots[None], ep_size=ep_size)
+                assert step % 200 < 199 or writer.flush(60)
+            assert writer.flush(60)
+
+        class Slow(Local):
+            def map(self, function: Any, items: Any) -> Iterator[Any]:
+                for item in items:
+                    if isinstance(item, Merged):
+                        go_on(3000, 2, slots[::-1])
+                        go_on(10, 4, slots)
+                    yield item, function(item)
+
+        go_on(PART_STEPS + 500, 2, slots)
+        before = summarize(open_run(dump)).to_json()
+        kept = Kept(tmp_path / "saved")
+        [(row, _)] = rows_of(find([str(dump)]), Slow(), kept)
+    assert (row.ep_size, row.rearrangements, row.steps) == (2, 0, PART_STEPS + 500)
+    told = json.loads(kept.report(row, "json").read_text())
+    assert told == json.loads(json.dumps(before))
+
+
+def test_a_session_that_has_just_begun_is_no_damage(tmp_path: Path) -> None:
+    """The writer makes its folder, then session.json beside, then gives that its name."""
+    record(tmp_path, "r", EVEN)
+    for begun in ("run=r/model=m/rank=00007/session=new", "run=s/model=m/rank=00000/session=new"):
+        (tmp_path / begun).mkdir(parents=True)
+        (tmp_path / begun / "session.json.tmp").write_text('{"form')
+    for command in (["summary"], ["check"], ["postmortem"]):
+        result = cli(*command, tmp_path)
+        assert (result.returncode, result.stderr) == (0, ""), command
+    # What holds a recording is one.
+    (tmp_path / "run=r/model=m/rank=00007/session=new/journal-000000.frames").write_bytes(b"x")
+    assert "session.json" in cli("check", tmp_path).stdout
+
+
+def test_what_links_lead_to_counts_once_and_nothing_is_saved_through_one(tmp_path: Path) -> None:
+    record(tmp_path / "all/a", "r", EVEN)
+    (tmp_path / "all/b").symlink_to(tmp_path / "all/a")
+    assert len(run(tmp_path / "all/a", tmp_path / "all/b")["runs"]) == 1
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "reports").symlink_to(tmp_path / "all/a")
+    one_error(cli("postmortem", tmp_path / "all/a", "--save", saved), 2, "lies in the dump")

@@ -20,6 +20,7 @@ from eplb_analyze.commands.options import (
 )
 from eplb_analyze.errors import plural
 from eplb_analyze.output import Output, OutputFormat, figure, heading, heat, percent, show_notes, table
+from eplb_dump.format import MAX_EXPERTS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -49,8 +50,9 @@ def experts(
     output: OutputOption = OutputFormat.text,
 ) -> None:
     """Which experts are hot (always or in bursts), cold or dead, and were the hot ones replicated enough?"""
-    if not 1 < hot_factor < float("inf"):
-        raise typer.BadParameter(f"{hot_factor:g} is not more than 1", param_hint="--hot-factor")
+    if not 1 < hot_factor <= MAX_EXPERTS:
+        what = f"{hot_factor:g} is not above 1 and at most {MAX_EXPERTS}"
+        raise typer.BadParameter(what, param_hint="--hot-factor")
     wanted = parse_steps(steps)
     from eplb_analyze.experts import expert_report
 

@@ -87,11 +87,15 @@ def import_(
         )
     numbers = _numbers(layers)
     from eplb_analyze.importing import Options, import_dump
-    from eplb_dump.format import MAX_EXPERTS
+    from eplb_dump.format import MAX_EXPERTS, MAX_LOAD
 
-    for name, value in (("--ep-size", ep_size), ("--num-experts", num_experts)):
-        if value is not None and value > MAX_EXPERTS:
-            raise typer.BadParameter(f"at most {MAX_EXPERTS}", param_hint=name)
+    for name, value, most in (
+        ("--ep-size", ep_size, MAX_EXPERTS),
+        ("--num-experts", num_experts, MAX_EXPERTS),
+        ("--token-replication", token_replication, MAX_LOAD),
+    ):
+        if value is not None and value > most:
+            raise typer.BadParameter(f"at most {most}", param_hint=name)
     options = Options(
         model=model or None,
         ep_size=ep_size,

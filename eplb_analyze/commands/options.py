@@ -70,7 +70,9 @@ CostOption = Annotated[
         min=0,
     ),
 ]
-WorkersOption = Annotated[int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1)]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1, max=1024)
+]
 
 
 def parse_choices(

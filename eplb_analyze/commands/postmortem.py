@@ -63,7 +63,8 @@ def postmortem(
     ] = False,
     executor: Annotated[str, typer.Option("--executor", help="local, processes or ray.")] = "local",
     workers: Annotated[
-        int | None, typer.Option("--workers", help="Of processes and a local Ray; default one a core.", min=1)
+        int | None,
+        typer.Option("--workers", help="Of processes and a local Ray; default one a core.", min=1, max=1024),
     ] = None,
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="Of your cluster; default: start a local one.")

@@ -16,12 +16,14 @@ def require_free(path: Path, *, force: bool, dump: Place) -> None:
     """Check that a file may be written there, before any work is done for it.
 
     Raises:
-        ExportError: there is one already and ``force`` is not said, its folder is not there, or it lies
-            in the dump, in which nothing but its writers writes.
+        ExportError: there is one already and ``force`` is not said, it is a link, its folder is not there,
+            or it lies in the dump, in which nothing but its writers writes.
     """
     if os.path.lexists(path) and (path.is_dir() or not force):
         what = "is a folder" if path.is_dir() else "is there already; --force replaces it"
         raise ExportError(f"{path} {what}")
+    if path.is_symlink():
+        raise ExportError(f"{path} is a symbolic link, in whose place no file is put; name what it points to")
     if path.exists() and not path.is_file():
         raise ExportError(f"{path} is a device or pipe, which no file can take the place of")
     if not path.parent.is_dir():

@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -127,6 +128,12 @@ def integers(value: Any, shape_of: int, where: str) -> Array:
 # ---- numpy
 
 
+#: What numpy raises over a header that says nothing it knows; it has Python's own parser read it.
+HEADER_FAULTS = (
+    ValueError, KeyError, OSError, EOFError, RecursionError, SyntaxError, TypeError, MemoryError, TokenError,
+)  # fmt: skip
+
+
 def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, type and header length of the .npy at the file's start. Raises DumpError."""
     try:
@@ -136,7 +143,7 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = reader(file)
-    except (ValueError, KeyError, OSError, EOFError, RecursionError, SyntaxError, TypeError) as error:
+    except HEADER_FAULTS as error:
         raise DumpError(f"{where}: its array header cannot be read ({error})") from None
     if dtype.hasobject:
         raise DumpError(f"{where}: it holds pickled objects, which are not opened")
