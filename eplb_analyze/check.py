@@ -307,9 +307,10 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
     for rank in run.present_ranks:
         own = [s for s in run.sessions if s.info.ep_rank == rank and s.segments]
         for older, newer in itertools.pairwise(own):
-            start = min(s.first_step for s in newer.segments)
-            if start <= older.last_step:
-                text = f"rank {rank} has two sessions with steps {start} to {older.last_step}; where both "
+            start = max(min(s.first_step for s in session.segments) for session in (older, newer))
+            last = min(older.last_step, newer.last_step)
+            if start <= last:
+                text = f"rank {rank} has two sessions with steps {start} to {last}; where both "
                 text += f"recorded a step, the newer one counts ({newer.info.session_id})"
                 yield Finding("warning", "overlapping_sessions", text)
 

@@ -259,9 +259,9 @@ org/moe · run r
 40 complete steps, 0 to 39, in 4 windows of 10
 hot in a window: 2 × the layer's mean or more; cold: over all steps 1/2 or less
 of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
-in the last placement: 2 under-replicated, 2 over-replicated
-how much of a layer's 1 hottest is the same some windows later
-(by chance 25 %): after 1 83 %, 2 50 %
+in the last placement, by these loads: 2 under-replicated, 2 over-replicated
+how much of a layer's hottest is the same some windows later
+(by chance 25 %): after 1: 83 %, 2: 50 %
 
 hot in bursts, the highest peak first (2 of 3)
 layer   expert   × mean   peak   hot in     CV   replicas     due   uneven

@@ -80,7 +80,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
     verdicts = f"{counts['always']:,} always hot, {counts['bursts']:,} in bursts, {counts['never']:,} never"
     text = f"of {plural(counts['experts'], 'expert')} {verdicts}; {counts['cold']:,} cold"
     console.print(f"{text}, {counts['dead']:,} of them dead" if counts["dead"] else text)
-    _replication(console, counts)
+    _replication(console, report)
     _drift(console, report)
     show_notes(console, report.notes)
     console.print()
@@ -99,7 +99,8 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
     console.print(Text(legend, style="dim"))
 
 
-def _replication(console: Console, counts: dict[str, int]) -> None:
+def _replication(console: Console, report: ExpertReport) -> None:
+    counts = report.counts
     names = {
         "under_replicated": "under-replicated",
         "over_replicated": "over-replicated",
@@ -107,15 +108,16 @@ def _replication(console: Console, counts: dict[str, int]) -> None:
     }
     parts = [f"{counts[key]:,} {name}" for key, name in names.items() if counts[key]]
     all_well = "no expert has too few or too many replicas"
-    console.print(f"in the last placement: {', '.join(parts) or all_well}")
+    console.print(f"in the last placement, by these loads: {', '.join(parts) or all_well}")
 
 
 def _drift(console: Console, report: ExpertReport) -> None:
     if not report.drift:
         return
-    lags = [f"{d.lag} {percent(d.overlap, 0)}" for d in report.drift]
+    lags = [f"{d.lag}: {percent(d.overlap, 0)}" for d in report.drift]
+    hottest = "hottest" if report.hot_set == 1 else f"{report.hot_set} hottest"
     chance = percent(report.chance_overlap, 0)
-    console.print(f"how much of a layer's {report.hot_set} hottest is the same some windows later")
+    console.print(f"how much of a layer's {hottest} is the same some windows later")
     console.print(f"(by chance {chance}): after {', '.join(lags)}")
 
 

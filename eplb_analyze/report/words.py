@@ -128,8 +128,8 @@ def _replication(report: ExpertReport) -> str:
     named = (("under_replicated", "too few"), ("over_replicated", "too many"))
     wrong = [f"with {name}: {counts[key]:,}" for key, name in named if counts[key]]
     if not wrong:
-        return f"{hot}. None has too few or too many replicas in the last placement."
-    return f"{hot}. By their replicas in the last placement, {', '.join(wrong)}."
+        return f"{hot}. By these loads none has too few or too many replicas in the last placement."
+    return f"{hot}. By these loads and their replicas in the last placement, {', '.join(wrong)}."
 
 
 def tells_bursts(report: ExpertReport) -> bool:
