@@ -20,7 +20,6 @@ from eplb_analyze.commands.options import (
 )
 from eplb_analyze.errors import plural
 from eplb_analyze.output import Output, OutputFormat, figure, heading, heat, percent, show_notes, table
-from eplb_dump.format import MAX_EXPERTS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,6 +49,8 @@ def experts(
     output: OutputOption = OutputFormat.text,
 ) -> None:
     """Which experts are hot (always or in bursts), cold or dead, and were the hot ones replicated enough?"""
+    from eplb_dump.format import MAX_EXPERTS
+
     if not 1 < hot_factor <= MAX_EXPERTS:
         what = f"{hot_factor:g} is not above 1 and at most {MAX_EXPERTS}"
         raise typer.BadParameter(what, param_hint="--hot-factor")
