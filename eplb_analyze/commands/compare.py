@@ -66,12 +66,13 @@ def compare(
     one, other = _open(out, a, dump, run_a, model), _open(out, b, dump, run_b, model)
     result = compare_runs(one, other, wanted)
     out.emit(result.to_json(), lambda console: render(console, result, top))
-    for warning in result.warnings:
-        say("warning", warning)
+    if output is OutputFormat.json:  # the text has them
+        for warning in result.warnings:
+            say("warning", warning)
     code = EXIT_DONE if result.comparable else EXIT_CHECK_FAILED
-    for opened, side in ((one, result.a), (other, result.b)):
+    for name, opened, side in (("A", one, result.a), ("B", other, result.b)):
         try:
-            finish(out, opened, side.steps)
+            finish(out, opened, side.steps, name)
         except typer.Exit as unusable:  # what is wrong with the other is still to be said
             code = unusable.exit_code
     raise typer.Exit(code)

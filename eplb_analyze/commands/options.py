@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -145,11 +146,15 @@ def open_for(output: Output, dump: Place, run: str | None, model: str | None) ->
     return opened
 
 
-def finish(output: Output, run: Run, steps: Completeness | None = None) -> None:
-    """Say what was wrong with the dump; where data was lost to it, exit 3 although figures are out."""
+def finish(output: Output, run: Run, steps: Completeness | None = None, name: str = "") -> None:
+    """Say what was wrong with the dump; where data was lost to it, exit 3 although figures are out.
+
+    ``name``: which of two runs is meant.
+    """
     from eplb_analyze.check import standing_findings, summary_findings
 
     findings = standing_findings(run) if steps is None else summary_findings(run, steps)
-    output.findings(findings)
+    told = [replace(f, text=f"{name}: {f.text}") for f in findings] if name else findings
+    output.findings(told)
     if any(f.severity == "error" for f in findings):
         raise typer.Exit(EXIT_UNUSABLE)
