@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import open_writer
+from helpers import cli, load_of, map_of, open_writer
 
 from eplb_analyze import open_run
 from eplb_analyze.losses import WINDOW_STEPS
@@ -143,3 +143,23 @@ def test_sums_serve_where_a_rank_missed_a_change(tmp_path: Path) -> None:
     for expert in with_sums:
         assert expert.share == pytest.approx(share[expert.layer, expert.logical])
     assert with_sums[0].share == pytest.approx(share.max())
+
+
+def test_steps_of_no_stated_phase_are_counted(tmp_path: Path) -> None:
+    with open_writer(tmp_path, scope="global") as writer:
+        for step in range(30):
+            writer.record(step, load_of(step), map_of(), phase="decode" if step < 20 else None)
+    told = cli("summary", tmp_path).stdout
+    assert "and 10 steps of no stated phase" in told
+    assert "of no stated phase" not in cli("summary", "--steps", "0:20", tmp_path).stdout
+
+
+def test_what_is_of_the_last_configuration_is_marked(tmp_path: Path) -> None:
+    """Loads of two shapes are not added, so ranks, losses and experts are of the steps since the change."""
+    with open_writer(tmp_path, scope="global") as writer:
+        for step in range(60):
+            writer.record(step, load_of(step), map_of(), ep_size=2 if step < 40 else 4)
+    told = " ".join(cli("summary", tmp_path).stdout.split())
+    assert "ranks, losses and experts below are of steps 40 to 59 only" in told
+    told = " ".join(cli("advise", tmp_path).stdout.split())
+    assert "recorded in steps 40 to 59" in told

@@ -73,13 +73,13 @@ def render(
     early: str | None = None,
 ) -> None:
     """Print a summary; ``acted`` and ``early`` are as `banners` takes them."""
+    from rich.text import Text
+
     info, steps = result.run, result.steps
     heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
     _banner(console, result, acted, early)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
     if info.origin is not None:
-        from rich.text import Text
-
         from eplb_analyze.run import imported
 
         when = f" (imported {began})" if "times" in info.origin.unknown else ""
@@ -201,6 +201,8 @@ def _ordered(result: Summary) -> bool:
 def _losses(console: Console, result: Summary, top: int) -> None:
     from rich.text import Text
 
+    from eplb_analyze.blocks import StepState
+
     loss = result.loss
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return
@@ -230,6 +232,9 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         for p in result.phases:
             listing.add_row(clean(p.phase), f"{p.steps:,}", figure(p.balancedness), percent(p.idle_fraction))
         console.print(listing)
+        rest = result.steps.count(StepState.RECORDED) - sum(p.steps for p in result.phases)
+        if rest:
+            console.print(Text(f"and {plural(rest, 'step')} of no stated phase", style="dim"))
         console.print()
 
 
