@@ -160,6 +160,6 @@ def test_what_is_of_the_last_configuration_is_marked(tmp_path: Path) -> None:
         for step in range(60):
             writer.record(step, load_of(step), map_of(), ep_size=2 if step < 40 else 4)
     told = " ".join(cli("summary", tmp_path).stdout.split())
-    assert "ranks, losses and experts below are of steps 40 to 59 only" in told
+    assert "ranks, losses, experts below are of steps 40 to 59" in told
     told = " ".join(cli("advise", tmp_path).stdout.split())
     assert "recorded in steps 40 to 59" in told

@@ -103,9 +103,7 @@ def render(
     _timeline(console, result)
     if len(result.configurations) > 1 and result.last_configuration_steps is not None:
         first, last = result.last_configuration_steps
-        text = (
-            f"EP size or slots changed: ranks, losses and experts below are of steps {first} to {last} only"
-        )
+        text = f"EP size or slots changed: ranks, losses, experts below are of steps {first} to {last}"
         console.print(Text(text, style="yellow"))
         console.print()
     _layers(console, result, top)
@@ -185,7 +183,9 @@ def _timeline(console: Console, result: Summary) -> None:
     over = "over time" if _ordered(result) else "by step, in no known order"
     of = f"balancedness {over}, {figure(low)} to {figure(high)}"
     each = result.timeline[0].last_step - result.timeline[0].first_step + 1
-    console.print(Text.assemble((of, "bold"), f", a mark each {plural(each, 'step')}"))
+    console.print(
+        Text.assemble((of, "bold"), ", a mark a step" if each == 1 else f", a mark each {each:,} steps")
+    )
     console.print(Text(line.rstrip()))
     if "▲" in marks:
         console.print(Text(f"{''.join(marks).rstrip()} rearranged", style="dim"))
