@@ -754,19 +754,28 @@ def test_a_fault_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 # ---- accounting
 
-LOADS = st.sampled_from(["good", "good", "good", "wider", *BAD_LOADS])
-MAPS = st.sampled_from(["none", "good", "changed", *BAD_MAPS])
-OPERATIONS = st.one_of(
-    st.tuples(
-        st.just("record"),
-        st.none() | st.integers(-2, 5) | st.sampled_from(["x", 1.5, 2**70]),
-        LOADS,
-        MAPS,
-        st.sampled_from([None, None, None, 2, 4, 3, "x"]),
-    ),
-    st.tuples(st.just("skip"), st.sampled_from(["dummy", "not_sampled", "dropped", "?", None, ["dummy"]])),
-    st.just(("flush",)),
+LOADS = st.sampled_from(["good", "wider", "deeper", *BAD_LOADS])
+#: "same": of the load's own shape, as an engine hands it over.
+MAPS = st.sampled_from(["none", "good", "changed", "same", *BAD_MAPS])
+STEPS = st.sampled_from([None, -2, -1, 0, 1, 2, 5, "x", 1.5, 2**70])
+SIZES = st.sampled_from([None, 2, 4, 3, "x"])
+#: Most of what an engine does is right; what is wrong is to be seen between what is right.
+RIGHT = st.tuples(
+    st.just("record"), st.none(), st.just("good"), st.sampled_from(["none", "same", "changed"]), st.none()
 )
+OTHER_SHAPE = st.tuples(
+    st.just("record"),
+    st.none(),
+    st.sampled_from(["wider", "deeper"]),
+    st.just("same"),
+    st.sampled_from([None, 4]),
+)
+SKIP = st.tuples(st.just("skip"), st.sampled_from(["dummy", "not_sampled", "dropped"]))
+WRONG = st.one_of(
+    st.tuples(st.just("record"), STEPS, LOADS, MAPS, SIZES),
+    st.tuples(st.just("skip"), st.sampled_from(["?", None, ["dummy"]])),
+)
+OPERATIONS = st.one_of(RIGHT, RIGHT, RIGHT, OTHER_SHAPE, SKIP, WRONG, st.just(("flush",)))
 
 
 def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int, Array]:
@@ -778,10 +787,12 @@ def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int,
             _, change, load, placement, ep_size = operation
             if isinstance(change, int) and change < 2**60:
                 change += step  # now and then repeated or back
-            load_tensor = BAD_LOADS.get(load, load_of(step, slots=SLOTS * (1 + (load == "wider"))))
+            shape = {"wider": {"slots": 2 * SLOTS}, "deeper": {"layers": LAYERS + 1}}.get(load, {})
+            load_tensor = BAD_LOADS.get(load, load_of(step, **shape))
             maps = {"none": None, "good": map_of(), "changed": map_of(step)}
+            maps["same"] = map_of(step, **shape)
             number = change if isinstance(change, int) else step
-            if load in ("good", "wider"):
+            if load in ("good", "wider", "deeper"):  # of two depths the first counts
                 handed.setdefault(number, load_tensor)
             writer.record(change, load_tensor, BAD_MAPS.get(placement, maps.get(placement)), ep_size=ep_size)
         elif operation[0] == "skip":
@@ -793,14 +804,16 @@ def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int,
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(OPERATIONS, max_size=12), st.sampled_from([1, 1, 2]), st.sampled_from([3, 2048]))
+@given(st.lists(OPERATIONS, min_size=5, max_size=30), st.sampled_from([1, 1, 2]), st.sampled_from([3, 2048]))
 def test_every_step_seen_is_accounted_for(operations: list[Any], interval: int, segment_steps: int) -> None:
     with tempfile.TemporaryDirectory() as root:
         with open_writer(root, interval=interval, segment_steps=segment_steps) as writer:
             handed = run_operations(writer, operations)
         stats = closed(writer)
         assert stats.seen == sum(operation[0] != "flush" for operation in operations)
-        for step, load in sealed_loads(writer.folder).items():
+        sealed = sealed_loads(writer.folder)
+        assert len(sealed) == stats.recorded
+        for step, load in sealed.items():
             assert np.array_equal(load, handed[step])
         (*_, last) = manifest(writer.folder)
         assert last.kind == "closed"
