@@ -792,9 +792,10 @@ def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int,
             maps = {"none": None, "good": map_of(), "changed": map_of(step)}
             maps["same"] = map_of(step, **shape)
             number = change if isinstance(change, int) else step
-            if load in ("good", "wider", "deeper"):  # of two depths the first counts
-                handed.setdefault(number, load_tensor)
             writer.record(change, load_tensor, BAD_MAPS.get(placement, maps.get(placement)), ep_size=ep_size)
+            # What is no number, or one of before, is no step; of two depths the first is the model's.
+            if writer._next_step > step and load in ("good", "wider", "deeper"):
+                handed[number] = load_tensor
         elif operation[0] == "skip":
             writer.skip(operation[1])
         else:
