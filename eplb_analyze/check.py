@@ -250,7 +250,7 @@ def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
     standing = standing_findings(run)
     explained = any(f.severity == "error" for f in standing)
     too_much = not explained and steps.lacks_much
-    nothing = {f.code for f in found} & {"no_complete_step"}
+    nothing = any(f.code == "no_complete_step" for f in found)
     severity: Severity = "error" if too_much or nothing else "warning"
     return [*standing, *(Finding(severity, f.code, f.text) for f in found)]
 

@@ -553,8 +553,7 @@ def _row(target: Target, run: Run, sums: SummarySums, summary: Summary) -> Row:
     recorded = sum(c.recorded for c in summary.configurations)
     balance = summary.spreads["balancedness"]
     gaps = np.concatenate([np.empty(0, np.int64), *sums.gaps])
-    timeless = info.origin is not None and "times" in info.origin.unknown
-    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) and not timeless else None
+    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) and info.timed else None
     known = [layer for layer in summary.layers if layer.balancedness is not None]
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None

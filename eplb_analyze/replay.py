@@ -73,7 +73,7 @@ def last_part(run: Run, steps: Steps | None = None) -> Part:
             f"before with --steps {begin}:{first})"
         )
     between = np.concatenate(gaps)
-    timed = len(between) and "times" not in unknown
+    timed = len(between) and run.info.timed
     seconds = float(np.median(between)) / 1e9 if timed else None
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
     notes += run.cautions(*codes)

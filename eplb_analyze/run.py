@@ -56,6 +56,11 @@ class RunInfo:
     #: Where an imported run came from, all its files; None: it was recorded.
     origin: Origin | None = None
 
+    @property
+    def timed(self) -> bool:
+        """Whether it is known when its steps were; of an imported run it may not be."""
+        return self.origin is None or "times" not in self.origin.unknown
+
 
 def imported(origin: Origin) -> str:
     """Where an imported run came from and what is not known of it, in one line."""

@@ -344,7 +344,7 @@ class SummarySums:
         if steps is not None:
             changes = [r for r in changes if steps[0] <= r.first_step < steps[1]]
         seconds = (self.last_time - self.first_time) / 1e9
-        timed = run.info.origin is None or "times" not in run.info.origin.unknown
+        timed = run.info.timed
         return Summary(
             run=run.info,
             steps=self.seen,

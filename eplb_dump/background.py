@@ -408,8 +408,8 @@ class Background:
         return self._info.num_moe_layers if named is None else len(named)
 
     def _early_placement(self) -> list[bytes]:
-        """The frame of a map that came before the first load, now that its shape can be judged."""
-        if self._early is None or self._num_moe_layers() is None:
+        """The frame of a map that came before the first load, which has come and tells how many layers."""
+        if self._early is None:
             return []
         (raw, step, ep_size), self._early = self._early, None
         entry = Entry(max(step, self._window_start), 0, 0, Status.NOT_SAMPLED, -1, None, ep_size, None, None)

@@ -511,12 +511,12 @@ class ExpertLoadWriter:
         elif not _is_integer(num_tokens) or not 0 <= num_tokens < 1 << 62:
             self._notice("num_tokens is not a count and is left out")
             num_tokens = -1
-        if phase is not None and not (type(phase) is str and len(phase) <= 64 and phase.isprintable()):
+        if isinstance(phase, str):
             # A subclass, as an enumeration's member is, gives its text and nothing of its own.
-            phase = str.__str__(phase) if isinstance(phase, str) else None
-            if phase is None or len(phase) > 64 or not phase.isprintable():
-                self._notice("phase is not a short text and is left out")
-                phase = None
+            phase = str.__str__(phase)
+        if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
+            self._notice("phase is not a short text and is left out")
+            phase = None
         now, monotonic = time.time_ns(), time.monotonic_ns()
         # What Entry(…) does, without its call: this runs once a step.
         fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)

@@ -82,9 +82,9 @@ def render(
     if info.origin is not None:
         from eplb_analyze.run import imported
 
-        when = f" (imported {began})" if "times" in info.origin.unknown else ""
+        when = "" if info.timed else f" (imported {began})"
         console.print(Text(clean(imported(info.origin) + when), style="yellow"))
-    if info.origin is None or "times" not in info.origin.unknown:
+    if info.timed:
         seconds = result.duration_seconds
         console.print(f"began {began}" + ("" if seconds is None else f", steps over {duration(seconds)}"))
     if info.num_layers:

@@ -30,7 +30,7 @@ def shape(info: RunInfo) -> str:
 
 def began(info: RunInfo) -> str | None:
     """None where an imported run does not say."""
-    if info.origin is not None and "times" in info.origin.unknown:
+    if not info.timed:
         return None
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
 
