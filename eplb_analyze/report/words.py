@@ -72,9 +72,9 @@ def _idle(summary: Summary) -> str:
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return f"{text}."
     last = _last_configuration(summary)
-    better = f"In {last} a better" if last else "A better"
+    better, of = (f"In {last} a better", "it") if last else ("A better", "that")
     return (
-        f"{text}. {better} placement could remove at most {percent(loss.persistent_share, 0)} of that: what "
+        f"{text}. {better} placement could remove at most {percent(loss.persistent_share, 0)} of {of}: what "
         f"lasts in loads summed over {plural(loss.window_steps, 'step')}. The rest is chance within a step."
     )
 

@@ -127,7 +127,7 @@ function tiles() {
   for (const row of report.rearrangements.rearrangements) verdicts[row.verdict] = (verdicts[row.verdict] || 0) + 1;
   const told = Object.entries(verdicts).sort((a, b) => b[1] - a[1]).map(([verdict, n]) => `${n} ${verdict}`);
   const lost = summary.loss && summary.loss.persistent_share;
-  const last = summary.hot_experts_steps, idle = summary.configurations.length > 1 ? `the idle time in ${steps(...last)}` : "it";
+  const last = summary.hot_experts_steps, idle = summary.configurations.length > 1 ? `the idle time in steps ${steps(...last)}` : "it";
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
   const much = report.banners.some((text) => text.startsWith("INCOMPLETE"));
   const all = [
