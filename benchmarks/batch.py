@@ -24,7 +24,7 @@ from benchmarks.analyze import apart, make
 
 MEASURED = """
 import resource, sys
-from eplb_analyze.entry import main
+from eplb_analyze.__main__ import main
 sys.argv = ["eplb-analyze", *sys.argv[1:]]
 try:
     main()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import workload
-from eplb_analyze.policies import POLICIES, Problem, lower_bound
+from eplb_analyze.policies.policy import POLICIES, Problem, lower_bound
 
 #: Reads a line (peer, nodes, groups), answers with the seconds that the peer took and its placement.
 PEERS = """

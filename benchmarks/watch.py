@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks import workload
-from eplb_analyze.watch import Follower
+from eplb_analyze.live.watch import Follower
 from eplb_dump import ExpertLoadWriter
 
 

@@ -208,8 +208,8 @@ def hour(steps: int) -> None:
             stats = writer.stats()
         files = [p for p in Path(folder).rglob("*") if p.is_file()]
         from eplb_analyze import open_run
-        from eplb_analyze.blocks import StepState
-        from eplb_analyze.check import check_run
+        from eplb_analyze.analysis.check import check_run
+        from eplb_analyze.reader.join import StepState
 
         begin = time.perf_counter()
         report = check_run(open_run(folder))

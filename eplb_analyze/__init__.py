@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eplb_analyze.errors import DumpError
-    from eplb_analyze.run import Run, open_run
+    from eplb_analyze.reader.run import Run, open_run
 
 __all__ = ["DumpError", "Run", "open_run"]
 
@@ -18,7 +18,7 @@ __all__ = ["DumpError", "Run", "open_run"]
 def __getattr__(name: str) -> Any:
     # Lazily, so that `eplb-analyze --help` does not import polars and pyarrow.
     if name in ("Run", "open_run"):
-        from eplb_analyze import run
+        from eplb_analyze.reader import run
 
         return getattr(run, name)
     if name == "DumpError":

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 EXIT_DONE, EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_UNUSABLE = 0, 1, 2, 3
-
-
-def plural(count: int, word: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
-
-
-def listed(items: Sequence[object], most: int = 8) -> str:
-    """``1, 2, 3``, and how many more there are."""
-    shown = ", ".join(map(str, items[:most]))
-    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 Severity = Literal["error", "warning", "info"]
@@ -55,3 +43,7 @@ class Finding:
     #: Stable, for programs, e.g. ``damaged_file``; docs/check.md lists them.
     code: str
     text: str
+
+
+class ExportError(UsageError):
+    """What was asked for cannot be a file of that format, or the file cannot be written."""

@@ -1,7 +1,7 @@
 """The in-engine writer of eplb-dump: per-step expert loads and placements, appended to Parquet.
 
 Only the names below are public; the format that the writer and the reader share is in
-:mod:`eplb_dump.format`. They are imported when first used, as an engine imports this package in
+:mod:`eplb_dump.format.schema`. They are imported when first used, as an engine imports this package in
 every process for its plugins, switched on or not.
 """
 
@@ -10,18 +10,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from eplb_dump.format import __version__
+
 if TYPE_CHECKING:
     from eplb_dump.counter import ExpertLoadCounter
-    from eplb_dump.format import FORMAT_VERSION
+    from eplb_dump.format.schema import FORMAT_VERSION
     from eplb_dump.writer import ExpertLoadWriter, WriterStats
 
 __all__ = ["FORMAT_VERSION", "ExpertLoadCounter", "ExpertLoadWriter", "WriterStats", "__version__"]
-__version__ = "0.1.0"
 
 _HOMES = {
     "ExpertLoadCounter": "eplb_dump.counter",
     "ExpertLoadWriter": "eplb_dump.writer",
-    "FORMAT_VERSION": "eplb_dump.format",
+    "FORMAT_VERSION": "eplb_dump.format.schema",
     "WriterStats": "eplb_dump.writer",
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import queue
 import threading
 import time
@@ -18,15 +17,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_dump import frames, journal, sealing
-from eplb_dump.format import EMPTY_SLOT, MAX_LOAD, SESSION_FILE, FormatError, SessionInfo, Status, dump_json
-from eplb_dump.journal import Int32, Int64, JournalAppender, Shape, StepRows
-from eplb_dump.staging import Ring
+from eplb_dump.format import frames, journal, manifest, segment
+from eplb_dump.format.journal import Int32, Int64, JournalAppender, Shape, StepRows
+from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, FormatError, Status
+from eplb_dump.format.session import SessionInfo, write_session_file
+from eplb_dump.staging import Entry, Ring
 
 logger = logging.getLogger("eplb_dump")
 
@@ -37,21 +37,6 @@ BATCH_BYTES = 16 << 20
 
 
 LAST_MAP_INVALID = "the last physical_to_logical_map was not valid"
-
-
-class Entry(NamedTuple):
-    """One step on its way from the engine's thread to the journal."""
-
-    step: int
-    time_ns: int
-    monotonic_ns: int
-    status: Status
-    num_tokens: int
-    phase: str | None
-    ep_size: int
-    #: The buffers that hold the load and the placement, where there is one.
-    load: tuple[Ring, int] | None
-    placement: tuple[Ring, int] | None
 
 
 @dataclass(frozen=True)
@@ -482,7 +467,7 @@ class Background:
     def _seal_loop(self) -> None:
         while (journal := self._to_seal.get()) is not None:
             try:
-                sealing.seal(journal.path)
+                segment.seal(journal.path)
                 self.segments_sealed += 1
             except Exception as error:  # the journal stays, is read as well, and can be sealed later
                 self.segments_left_open += 1
@@ -494,7 +479,7 @@ class Background:
         if self.off is None and not self.segments_left_open:
             closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": self._final_stats()})
             with contextlib.suppress(OSError, FormatError):
-                sealing.append_manifest(self._folder, self._info, closed)
+                manifest.append_manifest(self._folder, self._info, closed)
 
 
 def _reason(error: Exception) -> str:
@@ -514,10 +499,3 @@ def _release(buffers: Iterable[tuple[Ring, int] | None]) -> None:
     for buffer in buffers:
         if buffer is not None:
             buffer[0].release(1)
-
-
-def write_session_file(folder: Path, info: SessionInfo) -> None:
-    """Write ``session.json`` at once and whole. Raises OSError."""
-    tmp = folder / f"{SESSION_FILE}.tmp"
-    tmp.write_bytes(dump_json(info.to_dict()))
-    os.replace(tmp, folder / SESSION_FILE)

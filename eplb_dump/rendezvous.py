@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from eplb_dump.format import (
+from eplb_dump.format.schema import (
     MODEL_PREFIX,
     RANK_PREFIX,
     RUN_PREFIX,
@@ -24,11 +24,10 @@ from eplb_dump.format import (
     SESSION_PREFIX,
     FormatError,
     Scope,
-    SessionInfo,
-    load_json,
     model_slug,
     rank_folder,
 )
+from eplb_dump.format.session import SessionInfo, load_json
 
 RUN_ID_VARIABLE = "EXPERT_LOAD_DUMP_RUN_ID"
 #: Ranks that start later than this after the first one begin a run of their own.

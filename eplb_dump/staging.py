@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from eplb_dump.format.schema import Status
 
 # Not ctypes.memmove, which gives up the interpreter lock for the copy's microseconds: a thread that
 # gives it up and takes it back at once, every step, starves the one that waits for it.
@@ -233,3 +235,18 @@ class ChangeDetector:
             return int(tensor._version)
         except RuntimeError:  # an inference tensor
             return None
+
+
+class Entry(NamedTuple):
+    """One step on its way from the engine's thread to the journal."""
+
+    step: int
+    time_ns: int
+    monotonic_ns: int
+    status: Status
+    num_tokens: int
+    phase: str | None
+    ep_size: int
+    #: The buffers that hold the load and the placement, where there is one.
+    load: tuple[Ring, int] | None
+    placement: tuple[Ring, int] | None

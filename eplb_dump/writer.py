@@ -9,36 +9,33 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import json
 import logging
-import operator
 import os
-import secrets
 import socket
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eplb_dump import rendezvous
-from eplb_dump.background import LAST_MAP_INVALID, Background, Entry, Limits, write_session_file
-from eplb_dump.format import (
-    MAX_EXPERTS,
-    MAX_LAYERS,
-    MAX_LOAD,
-    RUN_ID_PATTERN,
-    Scope,
-    SessionInfo,
-    Status,
-    session_path,
+from eplb_dump.arguments import (
+    is_integer,
+    new_session_id,
+    package_version,
+    require_integer,
+    require_json_mapping,
+    require_layers,
+    require_seconds,
+    require_text,
 )
-from eplb_dump.staging import ChangeDetector, Ring, StagingError, slot_bytes
+from eplb_dump.background import LAST_MAP_INVALID, Background, Limits
+from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, RUN_ID_PATTERN, Scope, Status
+from eplb_dump.format.session import SessionInfo, session_path, write_session_file
+from eplb_dump.staging import ChangeDetector, Entry, Ring, StagingError, slot_bytes
 
 logger = logging.getLogger("eplb_dump")
 
@@ -48,10 +45,6 @@ _MAX_WAITING = 1 << 16
 _PLACEMENT_SLOTS = 64
 _EXIT_DEADLINE_SECONDS = 5.0
 _MAX_STEP = 2**62
-#: A thread cannot wait for much longer than this, three decades.
-_MOST_SECONDS = 1e9
-#: Characters of JSON; of a larger session.json no reader would take a byte.
-_MAX_CONFIG = 1 << 20
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
 
@@ -148,44 +141,46 @@ class ExpertLoadWriter:
                 f"run_id must be 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter "
                 f"or digit, not {run_id!r}"
             )
-        self._ep_rank = _integer("ep_rank", ep_rank, 0)
-        self._ep_size = _integer("ep_size", ep_size, 1, MAX_EXPERTS)
+        self._ep_rank = require_integer("ep_rank", ep_rank, 0)
+        self._ep_size = require_integer("ep_size", ep_size, 1, MAX_EXPERTS)
         if self._ep_rank >= self._ep_size:
             raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
-        self._interval = _integer("interval", interval, 1)
-        self._queue_steps = _integer("queue_steps", queue_steps, 1)
-        self._queue_bytes = _integer("queue_bytes", queue_bytes, 1, 2**62)
+        self._interval = require_integer("interval", interval, 1)
+        self._queue_steps = require_integer("queue_steps", queue_steps, 1)
+        self._queue_bytes = require_integer("queue_bytes", queue_bytes, 1, 2**62)
         limits = Limits(
-            _seconds("flush_interval", flush_interval),
-            _integer("segment_bytes", segment_bytes, 1, 2**62),
-            _seconds("segment_seconds", segment_seconds),
+            require_seconds("flush_interval", flush_interval),
+            require_integer("segment_bytes", segment_bytes, 1, 2**62),
+            require_seconds("segment_seconds", segment_seconds),
         )
-        config = _json_mapping("engine_config", engine_config)
+        config = require_json_mapping("engine_config", engine_config)
         launch = rendezvous.launch_of(os.environ)
         now = time.time_ns()
         host = socket.gethostname()
         info = SessionInfo(
             run_id=run_id or "",
             model=model,
-            session_id=_session_id(now, host),
+            session_id=new_session_id(now, host),
             ep_rank=self._ep_rank,
             scope=Scope(scope),
-            num_logical_experts=_integer("num_logical_experts", num_logical_experts, 1, MAX_EXPERTS),
+            num_logical_experts=require_integer("num_logical_experts", num_logical_experts, 1, MAX_EXPERTS),
             ep_size=self._ep_size,
             created_unix_ns=now,
             created_monotonic_ns=time.monotonic_ns(),
             host=host,
             pid=os.getpid(),
-            moe_layers=_layers(moe_layers),
-            ranks_per_node=None if ranks_per_node is None else _integer("ranks_per_node", ranks_per_node, 1),
-            engine=_text("engine", engine),
-            engine_version=_text("engine_version", engine_version),
+            moe_layers=require_layers(moe_layers),
+            ranks_per_node=None
+            if ranks_per_node is None
+            else require_integer("ranks_per_node", ranks_per_node, 1),
+            engine=require_text("engine", engine),
+            engine_version=require_text("engine_version", engine_version),
             engine_config=config,
             launch=launch,
-            token_replication=_integer("token_replication", token_replication, 1),
+            token_replication=require_integer("token_replication", token_replication, 1),
             interval=self._interval,
-            segment_steps=_integer("segment_steps", segment_steps, 1),
-            writer_version=_version(),
+            segment_steps=require_integer("segment_steps", segment_steps, 1),
+            writer_version=package_version(),
         )
         # One producer at a time: a drafter's thread may record beside the main one. The background
         # thread never takes this lock, so nothing waits for it.
@@ -381,7 +376,7 @@ class ExpertLoadWriter:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
             return
         if self._interval > 1 and number % self._interval:
-            if ep_size is not None and _is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
+            if ep_size is not None and is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
                 self._ep_size = int(ep_size)
             self._not_sampled += self._enqueue(
                 number, Status.NOT_SAMPLED, placement=self._map_alone(placement)
@@ -392,7 +387,7 @@ class ExpertLoadWriter:
             return
         ep_size_before = self._ep_size
         if ep_size is not None:
-            if not _is_integer(ep_size) or not self._ep_rank < ep_size <= MAX_LOAD:
+            if not is_integer(ep_size) or not self._ep_rank < ep_size <= MAX_LOAD:
                 self._reject(number, f"ep_size is not an integer above EP rank {self._ep_rank}")
                 return
             self._ep_size = int(ep_size)
@@ -463,7 +458,7 @@ class ExpertLoadWriter:
         self._seen += 1
         if step is None:
             number = self._next_step
-        elif _is_integer(step):
+        elif is_integer(step):
             # A tensor is not read: on CUDA that would wait for the device.
             number = int(step)
             if number > _MAX_STEP:
@@ -508,7 +503,7 @@ class ExpertLoadWriter:
             return False
         if num_tokens is None:
             num_tokens = -1
-        elif not _is_integer(num_tokens) or not 0 <= num_tokens < 1 << 62:
+        elif not is_integer(num_tokens) or not 0 <= num_tokens < 1 << 62:
             self._notice("num_tokens is not a count and is left out")
             num_tokens = -1
         if isinstance(phase, str):
@@ -640,74 +635,3 @@ def _forked_child() -> None:
 atexit.register(_close_open_writers)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked_child)
-
-
-def _version() -> str:
-    from eplb_dump import __version__
-
-    return __version__
-
-
-def _session_id(now_ns: int, host: str) -> str:
-    """Unique by time, host, process and chance; sorts by time."""
-    moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_ns // 10**9))
-    name = "".join(c if c.isalnum() and c.isascii() else "-" for c in host)[:40]
-    return f"{moment}.{now_ns % 10**9:09d}Z-{name}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _is_integer(value: Any) -> bool:
-    """An int or a numpy integer, no bool. A tensor is none: on CUDA, reading it would wait."""
-    return type(value) is int or isinstance(value, np.integer)
-
-
-def _integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be at least {least}, not {value!r}")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, not {value!r}")
-    return number
-
-
-def _seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if not 0 < value <= _MOST_SECONDS:
-        raise ValueError(f"{name} must be above 0 seconds and at most {_MOST_SECONDS:.0e}, not {value!r}")
-    return float(value)
-
-
-def _text(name: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be a text, not {type(value).__name__}")
-    return value
-
-
-def _layers(layers: Sequence[int] | None) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    if not isinstance(layers, Iterable):
-        raise TypeError(f"moe_layers must be a sequence of integers, not {type(layers).__name__}")
-    numbers = tuple(_integer("each of moe_layers", n, 0) for n in layers)
-    if not numbers or list(numbers) != sorted(set(numbers)):
-        raise ValueError("moe_layers must be the model's layer numbers, ascending, each once")
-    return numbers
-
-
-def _json_mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping, not {type(value).__name__}")
-    try:
-        # As it will be read back: keys become texts, and later changes of it do not show.
-        text = json.dumps(dict(value), allow_nan=False)
-        fields: dict[str, Any] = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be plain JSON values: {error}") from None
-    if len(text) > _MAX_CONFIG:
-        raise ValueError(f"{name} must be at most {_MAX_CONFIG:,} characters of JSON, as all files repeat it")
-    return fields

@@ -9,16 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from eplb_analyze import open_run
-from eplb_analyze.commands import experts as experts_command
-from eplb_analyze.commands import layer as layer_command
-from eplb_analyze.commands import ranks as ranks_command
-from eplb_analyze.commands import rearrangements as rearrangements_command
-from eplb_analyze.commands import summary as summary_command
-from eplb_analyze.experts import expert_report
-from eplb_analyze.layer import layer_report
-from eplb_analyze.ranks import rank_report
-from eplb_analyze.rearrangements import rearrangement_report
-from eplb_analyze.summary import summarize
+from eplb_analyze.analysis.experts import expert_report
+from eplb_analyze.analysis.layer import layer_report
+from eplb_analyze.analysis.ranks import rank_report
+from eplb_analyze.analysis.rearrangements import rearrangement_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.cli.commands import ranks as ranks_command
+from eplb_analyze.cli.views import experts, layer, ranks, rearrangements, summary
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
 
@@ -27,18 +24,18 @@ def main(dump: str) -> None:
     run = open_run(dump)
     console = new_console()
     console.print("$ eplb-analyze summary demo-dump", style="bold")
-    summary_command.render(console, summarize(run))
+    summary.render(console, summarize(run))
     console.print("\n$ eplb-analyze layer 2 --step 200 demo-dump", style="bold")
     report = layer_report(run, 2, step=200)
-    layer_command.render(console, report, report)
+    layer.render(console, report, report)
     save(console, "demo")
     console = new_console()
     console.print("$ eplb-analyze rearrangements demo-dump", style="bold")
-    rearrangements_command.render(console, rearrangement_report(run))
+    rearrangements.render(console, rearrangement_report(run))
     console.print("\n$ eplb-analyze ranks demo-dump", style="bold")
-    ranks_command.render(console, rank_report(run), ranks_command.By.rank)
+    ranks.render(console, rank_report(run), ranks_command.By.rank)
     console.print("\n$ eplb-analyze experts --window 20 demo-dump", style="bold")
-    experts_command.render(console, expert_report(run, window=20), hot=False, cold=False)
+    experts.render(console, expert_report(run, window=20), hot=False, cold=False)
     save(console, "questions")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from eplb_analyze import open_run
-from eplb_analyze.report.writing import write_report
+from eplb_analyze.report.write import write_report
 
 IMAGE = Path(__file__).parents[1] / "docs/images/report.png"
 SIZE = {"width": 1280, "height": 1290}

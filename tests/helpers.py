@@ -22,9 +22,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_dump import ExpertLoadWriter, WriterStats, frames
-from eplb_dump.format import MANIFEST_FILE, SCHEMAS, STATUS_LABELS, Scope, SessionInfo
-from eplb_dump.journal import JournalSegment
+from eplb_dump import ExpertLoadWriter, WriterStats
+from eplb_dump.format import frames
+from eplb_dump.format.journal import JournalSegment
+from eplb_dump.format.schema import MANIFEST_FILE, SCHEMAS, STATUS_LABELS, Scope
+from eplb_dump.format.session import SessionInfo
 
 Array = npt.NDArray[np.int64]
 LAYERS, SLOTS, LOGICAL, EP_SIZE = 3, 8, 6, 2

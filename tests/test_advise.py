@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from helpers import assert_golden, cli, one_error, write
 
-from eplb_analyze import bootstrap, open_run
-from eplb_analyze.advise import Advice, advise
-from eplb_analyze.playback import TODAY
-from eplb_analyze.settings import Choices, Recorded, Setting, engine_arguments
+from eplb_analyze import open_run
+from eplb_analyze.metrics import bootstrap
+from eplb_analyze.replay.advise import Advice, advise
+from eplb_analyze.replay.settings import Choices, Recorded, Setting, engine_arguments
+from eplb_analyze.replay.simulator import TODAY
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, RANKS, STEPS = 16, 4, 400
@@ -220,7 +221,7 @@ def test_uneven_replicas_are_named_where_they_outweigh_the_gain(tmp_path: Path) 
 def test_an_engine_that_has_not_rearranged_yet_is_retuned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Recorded, verdict: str
 ) -> None:
-    monkeypatch.setattr("eplb_analyze.replay.recorded", lambda run, shape: recorded)
+    monkeypatch.setattr("eplb_analyze.replay.replay.recorded", lambda run, shape: recorded)
     assert advise(open_run(record(tmp_path, "steady")), GRID).verdict == verdict
 
 

@@ -14,11 +14,12 @@ import pytest
 from helpers import LAYERS, cli, load_of, manifest, map_of, open_writer, write
 
 from eplb_analyze import open_run
-from eplb_analyze.check import check_run, summary_findings
-from eplb_analyze.completeness import completeness
-from eplb_dump import frames, writer
-from eplb_dump.format import MANIFEST_FILE
-from eplb_dump.sealing import SealedSegment
+from eplb_analyze.analysis.check import check_run, summary_findings
+from eplb_analyze.reader.completeness import completeness
+from eplb_dump import writer
+from eplb_dump.format import frames
+from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.schema import MANIFEST_FILE
 
 
 def codes(folder: Path) -> dict[str, str]:
@@ -42,7 +43,7 @@ def test_more_files_than_a_process_may_hold_open(tmp_path: Path) -> None:
     write(tmp_path, steps=16 * 40)
     assert len(list(tmp_path.rglob("*.parquet"))) > 2 * 40
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
-    code = f"{limit} from eplb_analyze.entry import main; main()"
+    code = f"{limit} from eplb_analyze.__main__ import main; main()"
     for command in ("check", "summary", "experts", "traffic"):
         out = subprocess.run(
             [sys.executable, "-c", code, command, str(tmp_path)], capture_output=True, text=True, check=False

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from helpers import assert_golden, cli, one_error, start_child, write
 
-from eplb_dump import ExpertLoadWriter, frames
-from eplb_dump.format import MANIFEST_FILE, SESSION_FILE, dump_json
+from eplb_dump import ExpertLoadWriter
+from eplb_dump.format import frames
+from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
+from eplb_dump.format.session import dump_json
 
 COMMANDS = {"summary": ["summary"], "layer": ["layer", "1"], "check": ["check"]}
 

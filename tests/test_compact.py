@@ -28,13 +28,14 @@ from helpers import (
 )
 from s3 import S3
 
-from eplb_analyze import compacting, open_run
-from eplb_analyze.commands.compact import _gain
-from eplb_analyze.compacting import Side, compact_run
-from eplb_analyze.newrun import new_run
-from eplb_analyze.places import place
+from eplb_analyze import open_run
+from eplb_analyze.atomic import new_run
+from eplb_analyze.cli.views.compact import _gain
+from eplb_analyze.storage.path import storage_path
+from eplb_analyze.transfer import compact as compacting
+from eplb_analyze.transfer.compact import Side, compact_run
 from eplb_dump import ExpertLoadWriter
-from eplb_dump.format import SESSION_FILE
+from eplb_dump.format.schema import SESSION_FILE
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_many_small_segments_become_few(tmp_path: Path) -> None:
 def test_segments_stay_of_bounded_size(dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compacting, "SEGMENT_BYTES", 10 * 2 * 9 * 4)
     monkeypatch.setattr(compacting, "SEGMENT_STEPS", 16)
-    compact_run(place(dump), tmp_path)
+    compact_run(storage_path(dump), tmp_path)
     (folder,) = tmp_path.glob("run=*/model=*/rank=*/session=*")
     spans = [(f.header["first_step"], f.header["last_step"]) for f in manifest(folder) if f.kind == "sealed"]
     assert len(spans) >= 6
@@ -342,7 +343,7 @@ def test_no_room(limit: int, dump: Path, tmp_path: Path) -> None:
     script = f"""
     import resource, sys
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-    from eplb_analyze.cli import main
+    from eplb_analyze.cli.app.app import main
     main()
     """
     with start_child(script, "compact", "--to", tmp_path, dump) as child:
@@ -366,7 +367,7 @@ def test_killed_in_the_middle_there_is_no_run(tmp_path: Path) -> None:
             writer.record(step, rng.integers(0, 200, (32, 256)), np.arange(256) + np.zeros((32, 1), int))
             if step % 32 == 31:
                 assert writer.flush(60)
-    script = "from eplb_analyze.cli import main; main()"
+    script = "from eplb_analyze.cli.app import main; main()"
     with start_child(script, "compact", "--to", to, root) as child:
         deadline = time.monotonic() + 60
         while not [*to.rglob("*.parquet*")]:
@@ -400,7 +401,7 @@ def test_what_dead_processes_left_is_removed(dump: Path, tmp_path: Path) -> None
     script = """
     import os, signal, sys
     from pathlib import Path
-    from eplb_analyze import newrun
+    from eplb_analyze import atomic as newrun
     with newrun.new_run(Path(sys.argv[1]), sys.argv[2], "", "m") as new:
         os.kill(os.getpid(), signal.SIGTERM)
     """

@@ -11,8 +11,9 @@ import pytest
 from helpers import cli, one_error
 from reference import idle_fraction, per_step
 
-from eplb_analyze import compare, open_run
-from eplb_analyze.compare import compare_runs
+from eplb_analyze import open_run
+from eplb_analyze.analysis import compare
+from eplb_analyze.analysis.compare import compare_runs
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, EP_SIZE, LAYERS = 8, 4, 3

@@ -16,11 +16,12 @@ import pytest
 from helpers import assert_golden, cli, one_error, start_child, write
 from s3 import S3
 
-from eplb_analyze import copying, open_run
-from eplb_analyze.copying import UNFINISHED, copy_run
+from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
-from eplb_analyze.places import place
-from eplb_dump.format import MANIFEST_FILE, SESSION_FILE
+from eplb_analyze.storage.path import storage_path
+from eplb_analyze.transfer import copy
+from eplb_analyze.transfer.copy import UNFINISHED, copy_run
+from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_a_killed_copy_is_not_taken_for_a_whole_one(dump: Path, s3: S3, tmp_path
     with (
         s3.failing(key=f"{sessions(dump, 1)[0].name}/loads", delay=30),
         start_child(
-            "import sys; from eplb_analyze.cli import main; main()", "copy", "--to", tmp_path, source
+            "import sys; from eplb_analyze.cli.app import main; main()", "copy", "--to", tmp_path, source
         ) as program,
     ):
         done = [sessions(dump, rank)[0].relative_to(dump) / SESSION_FILE for rank in (0, 2)]
@@ -294,7 +295,7 @@ def test_a_run_that_is_written_meanwhile(tmp_path: Path) -> None:
         assert child.stdout.readline() == "ready\n"
         time.sleep(0.5)
         copies = [tmp_path / f"copy{i}" for i in range(4)]
-        reports = [copy_run(place(root), to) for to in copies]
+        reports = [copy_run(storage_path(root), to) for to in copies]
         (root / "stop").touch()
         child.communicate(timeout=60)
     assert child.returncode == 0
@@ -425,7 +426,7 @@ def test_a_copy_of_a_live_run_grows_with_it(tmp_path: Path) -> None:
 def test_two_copies_at_once(dump: Path, s3: S3, tmp_path: Path) -> None:
     """The second says so and leaves all as it is; the first one's files are all there."""
     source = s3.address(s3.put(dump))
-    script = "import sys; from eplb_analyze.cli import main; main()"
+    script = "import sys; from eplb_analyze.cli.app import main; main()"
     with (
         s3.failing(key="loads-000002", delay=3),
         start_child(script, "copy", "--to", tmp_path, source) as one,
@@ -449,18 +450,18 @@ def test_without_locks_nothing_of_another_copy_is_taken_away(
     for victim in damaged.rglob("loads-000001.parquet"):
         victim.unlink()
     to = tmp_path / "to"
-    monkeypatch.setattr(copying, "lock", lambda _: None)
-    clean = copying._Target.clean
+    monkeypatch.setattr(copy, "lock", lambda _: None)
+    clean = copy._Target.clean
     inner: list[Any] = []
 
     def overtaken(self: Any, *arguments: Any) -> None:
         if not inner:
             inner.append(None)  # it cleans, too
-            inner[0] = copy_run(place(dump), to)
+            inner[0] = copy_run(storage_path(dump), to)
         clean(self, *arguments)
 
-    monkeypatch.setattr(copying._Target, "clean", overtaken)
-    report = copy_run(place(damaged), to)
+    monkeypatch.setattr(copy._Target, "clean", overtaken)
+    report = copy_run(storage_path(damaged), to)
     assert len(report.damaged) == 3
     assert inner[0].damaged == []
     assert content(to) == content(dump)
@@ -475,7 +476,7 @@ def test_what_is_taken_away_meanwhile_is_noticed(
             file.unlink()
 
     with pytest.raises(DumpError, match="it was taken away meanwhile"):
-        copy_run(place(dump), tmp_path, progress=last)
+        copy_run(storage_path(dump), tmp_path, progress=last)
 
 
 # ---- damage, and no room
@@ -488,7 +489,7 @@ def test_a_byte_that_changes_on_the_way(
 ) -> None:
     """Neither the first bytes of a Parquet file nor the heads of its pages are in a checksum."""
     left = [times]
-    digest = copying._digest
+    digest = copy._digest
 
     def flipping(read: Any, write: Any = None, **options: Any) -> tuple[int, str]:
         if write is None or "loads-000001" not in str(read.name) or left[0] <= 0:
@@ -498,8 +499,8 @@ def test_a_byte_that_changes_on_the_way(
         data[offset] ^= 1
         return digest(io.BytesIO(data), write, **options)
 
-    monkeypatch.setattr(copying, "_digest", flipping)
-    report = copy_run(place(dump), tmp_path)
+    monkeypatch.setattr(copy, "_digest", flipping)
+    report = copy_run(storage_path(dump), tmp_path)
     if times == 1:
         assert report.damaged == []
         assert content(tmp_path) == content(dump)
@@ -578,7 +579,7 @@ def test_no_room(dump: Path, tmp_path: Path) -> None:
     script = """
     import resource, sys
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-    from eplb_analyze.cli import main
+    from eplb_analyze.cli.app.app import main
     sys.argv = ["eplb-analyze", *sys.argv[1:]]
     main()
     """

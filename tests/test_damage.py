@@ -24,17 +24,18 @@ from helpers import (
     start_child,
 )
 
-from eplb_analyze import DumpError, open_run, segments
-from eplb_analyze.check import check_run
+from eplb_analyze import DumpError, open_run
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.experts import expert_report
+from eplb_analyze.analysis.layer import layer_report
+from eplb_analyze.analysis.placement import placement_report
+from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.errors import Finding, NotInDumpError
-from eplb_analyze.experts import expert_report
-from eplb_analyze.layer import layer_report
-from eplb_analyze.placement import placement_report
-from eplb_analyze.rearrangements import rearrangement_report
-from eplb_analyze.segments import SegmentFault
-from eplb_dump import frames
-from eplb_dump.format import MANIFEST_FILE
-from eplb_dump.sealing import footer_crc32
+from eplb_analyze.reader import segments
+from eplb_analyze.reader.segments import SegmentFault
+from eplb_dump.format import frames
+from eplb_dump.format.schema import MANIFEST_FILE
+from eplb_dump.format.segment import footer_crc32
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +330,8 @@ def test_many_ranks_and_few_open_files(tmp_path: Path) -> None:
     script = """
         import resource, sys
         from eplb_analyze import open_run
-        from eplb_analyze.experts import expert_report
-        from eplb_analyze.summary import summarize
+        from eplb_analyze.analysis.experts import expert_report
+        from eplb_analyze.analysis.summary import summarize
         resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
         run = open_run(sys.argv[1])
         print(summarize(run).steps.to_json()["recorded"], expert_report(run).recorded, run.findings)
@@ -364,7 +365,8 @@ def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
     assert run_child(script, tmp_path) == "True\n[]\n"
     script = """
         import resource, sys
-        from eplb_analyze import cli, summary
+        from eplb_analyze.cli.app import app as cli
+        from eplb_analyze.analysis import summary
         resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
         sys.argv[1:] = ["summary", sys.argv[1]]
         cli.main()

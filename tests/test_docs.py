@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from eplb_analyze.check import check_run
-from eplb_analyze.cli import app
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

@@ -11,7 +11,7 @@ import pytest
 from helpers import cli, one_error, write
 
 from eplb_analyze import open_run
-from eplb_analyze.experts import ExpertReport, expert_report
+from eplb_analyze.analysis.experts import ExpertReport, expert_report
 from eplb_dump import ExpertLoadWriter
 
 LAYERS, LOGICAL, SLOTS, RANKS, STEPS = 3, 6, 8, 4, 130

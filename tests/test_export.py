@@ -17,16 +17,22 @@ import pytest
 import yaml
 from helpers import arrays, assert_golden, cli, engines_python, one_error, run_child
 
-from eplb_analyze import open_run
-from eplb_analyze.commands.export import LoadFormat, Target
-from eplb_analyze.export import ENGINES, export_loads, policy_placement, recorded_placement
-from eplb_analyze.exporters import ExportError, files, sglang, trtllm, vllm_ascend, vllm_mapping
-from eplb_analyze.exporters import loads as long_form
-from eplb_analyze.exporters.placement import Placement
-from eplb_analyze.importers.placement_files import read_placement
-from eplb_analyze.policies import POLICIES, Problem
-from eplb_analyze.replay import replay
-from eplb_analyze.settings import Setting
+from eplb_analyze import atomic, open_run
+from eplb_analyze.cli.commands.export import LoadFormat, Target
+from eplb_analyze.errors import ExportError
+from eplb_analyze.policies.policy import POLICIES, Problem
+from eplb_analyze.replay.replay import replay
+from eplb_analyze.replay.settings import Setting
+from eplb_analyze.transfer.exporters import loads as long_form
+from eplb_analyze.transfer.exporters import sglang, trtllm, vllm_ascend, vllm_mapping
+from eplb_analyze.transfer.exporters.export import (
+    ENGINES,
+    export_loads,
+    policy_placement,
+    recorded_placement,
+)
+from eplb_analyze.transfer.exporters.placement import Placement
+from eplb_analyze.transfer.importers.placement_files import read_placement
 from eplb_dump import ExpertLoadWriter
 
 NUMBERS, LOGICAL, SLOTS, RANKS, STEPS, HIDDEN = [1, 2, 4], 6, 8, 2, 40, 6
@@ -515,7 +521,7 @@ def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
     file = tmp_path / "F"
 
     def write() -> None:
-        with files.new_file(file, force=False) as out:
+        with atomic.new_file(file, force=False) as out:
             out.write(b"new")
             file.write_text("theirs")
 
@@ -532,8 +538,8 @@ def test_where_the_disk_is_full_nothing_is_left_and_the_old_file_stays(dump: Pat
         import resource, signal, sys
         from pathlib import Path
         from eplb_analyze import open_run
-        from eplb_analyze.export import export_loads
-        from eplb_analyze.exporters import ExportError
+        from eplb_analyze.transfer.exporters.export import export_loads
+        from eplb_analyze.errors import ExportError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         for name in ("csv", "parquet"):

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from eplb_dump import frames
-from eplb_dump.frames import MAGIC, MAX_PAYLOAD, Frame, Tail
+from eplb_dump.format import frames
+from eplb_dump.format.frames import MAGIC, MAX_PAYLOAD, Frame, Tail
 
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8")
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_size=8)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from eplb_analyze import open_run
-from eplb_analyze.check import check_run
-from eplb_analyze.summary import summarize
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.summary import summarize
 from eplb_dump import FORMAT_VERSION
 
 VERSIONS = sorted((Path(__file__).parent / "golden").glob("v*"))

@@ -23,20 +23,20 @@ from hypothesis import given, settings
 from safetensors.numpy import save_file
 
 from eplb_analyze import open_run
-from eplb_analyze.check import check_run
-from eplb_analyze.commands.import_ import FORMATS
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.rearrangements import rearrangement_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.timeline import timeline
+from eplb_analyze.analysis.traffic import traffic_report
+from eplb_analyze.cli.commands.import_ import FORMATS
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
-from eplb_analyze.importers.formats import READERS
-from eplb_analyze.importers.reading import AskError, Options, whole_counts
-from eplb_analyze.importers.resolve import split
-from eplb_analyze.importers.writing import _with_between
-from eplb_analyze.importing import ImportReport, import_dump
-from eplb_analyze.rearrangements import rearrangement_report
-from eplb_analyze.run import Run
-from eplb_analyze.summary import summarize
-from eplb_analyze.timeline import timeline
-from eplb_analyze.traffic import traffic_report
-from eplb_dump.format import Origin
+from eplb_analyze.reader.run import Run
+from eplb_analyze.transfer.importers.detect import READERS
+from eplb_analyze.transfer.importers.import_dump import ImportReport, import_dump
+from eplb_analyze.transfer.importers.plan import split
+from eplb_analyze.transfer.importers.source import AskError, Options, whole_counts
+from eplb_analyze.transfer.importers.write import _with_between
+from eplb_dump.format.session import Origin
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared/samples"
@@ -861,7 +861,7 @@ def test_killed_import_leaves_no_run(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from eplb_analyze.importing import Options, import_dump
+        from eplb_analyze.transfer.importers.import_dump import Options, import_dump
         options = Options(ep_size=2, placement="linear")
         import_dump(Path(sys.argv[1]), Path(sys.argv[2]), "array", options, "r")
     """

@@ -33,20 +33,21 @@ from helpers import (
     step_status,
 )
 
-from eplb_dump import frames, journal, sealing
-from eplb_dump.format import (
+from eplb_dump.format import frames, journal, segment
+from eplb_dump.format.journal import JournalAppender, JournalSegment, StepRows, UnbegunJournal
+from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.schema import (
     EMPTY_SLOT,
     MANIFEST_FILE,
     METADATA_KEY,
     SCHEMAS,
     STATUS_LABELS,
     FormatError,
-    SessionInfo,
     Status,
     journal_name,
 )
-from eplb_dump.journal import JournalAppender, JournalSegment, StepRows, UnbegunJournal
-from eplb_dump.sealing import SealedSegment, footer_crc32, seal
+from eplb_dump.format.segment import footer_crc32, seal
+from eplb_dump.format.session import SessionInfo
 
 
 @dataclass(frozen=True)
@@ -419,7 +420,7 @@ def test_loads_are_in_order_of_layer_then_step_in_groups_of_whole_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers_a_group: int
 ) -> None:
     truth = truth_loads()
-    monkeypatch.setattr(sealing, "ROW_GROUP_VALUES", layers_a_group * len(truth) * SLOTS)
+    monkeypatch.setattr(segment, "ROW_GROUP_VALUES", layers_a_group * len(truth) * SLOTS)
     seal(write_journal(tmp_path)[0])
     rows = read_table(tmp_path, "loads").to_pylist()
     assert [(row["layer"], row["step"]) for row in rows] == [(n, step) for n in MOE_LAYERS for step in truth]

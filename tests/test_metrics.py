@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from eplb_analyze import metrics
-from eplb_analyze.metrics import FORMULAS, Spread
+from eplb_analyze.metrics import formulas
+from eplb_analyze.metrics.formulas import FORMULAS, Spread
 
 loads = hnp.arrays(
     np.float64,
@@ -31,7 +31,7 @@ def test_formula_equals_plain_loops(name: str, T: np.ndarray) -> None:
 @given(T=loads)
 @settings(max_examples=50, deadline=None)
 def test_per_layer_is_the_formula_of_a_model_of_one_layer(name: str, T: np.ndarray) -> None:
-    found = metrics.per_layer(FORMULAS[name], T)
+    found = formulas.per_layer(FORMULAS[name], T)
     for layer in range(T.shape[1]):
         expected = reference.per_step(name, T[:, layer : layer + 1])
         np.testing.assert_allclose(found[:, layer], expected, rtol=1e-12, atol=1e-12)
@@ -41,8 +41,8 @@ def test_per_layer_is_the_formula_of_a_model_of_one_layer(name: str, T: np.ndarr
 @settings(max_examples=100, deadline=None)
 def test_bounds(T: np.ndarray) -> None:
     balance, imbalance = (
-        metrics.FORMULAS["balancedness"].per_step(T),
-        metrics.FORMULAS["imbalance"].per_step(T),
+        formulas.FORMULAS["balancedness"].per_step(T),
+        formulas.FORMULAS["imbalance"].per_step(T),
     )
     known = ~np.isnan(balance)
     assert (balance[known] <= 1 + 1e-12).all()
@@ -53,10 +53,10 @@ def test_bounds(T: np.ndarray) -> None:
 
 def test_the_case_that_vllm_legacy_gets_wrong() -> None:
     T = np.array([[[100.0, 200.0], [100.0, 200.0]]])
-    assert metrics.FORMULAS["balancedness"].per_step(T)[0] == 0.75
-    assert metrics.FORMULAS["vllm-legacy"].per_step(T)[0] == 1.0
-    assert metrics.FORMULAS["vllm"].per_step(T)[0] == 0.75
-    assert metrics.FORMULAS["trtllm"].per_step(T)[0] == pytest.approx(1 / 3)
+    assert formulas.FORMULAS["balancedness"].per_step(T)[0] == 0.75
+    assert formulas.FORMULAS["vllm-legacy"].per_step(T)[0] == 1.0
+    assert formulas.FORMULAS["vllm"].per_step(T)[0] == 0.75
+    assert formulas.FORMULAS["trtllm"].per_step(T)[0] == pytest.approx(1 / 3)
 
 
 def test_spread_leaves_out_steps_without_an_active_layer() -> None:

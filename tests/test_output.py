@@ -10,8 +10,9 @@ import sys
 import pytest
 from helpers import start_child
 
-from eplb_analyze import output
-from eplb_analyze.output import Output, OutputFormat, Progress
+from eplb_analyze import text as text_
+from eplb_analyze.cli import output
+from eplb_analyze.cli.output import Output, OutputFormat, Progress
 
 
 class Terminal(io.StringIO):
@@ -72,7 +73,7 @@ def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None
         os.dup2(int(sys.argv[2]), 2)
         signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # under nohup it is ignored
         os.environ["TERM"] = "xterm"
-        from eplb_analyze import output
+        from eplb_analyze.cli.app import output
         output.PATIENCE_SECONDS = 0.0
         output.Progress()(1, 2)
         # Any thread may get it, so that a pause of the main one would not end.
@@ -118,4 +119,4 @@ def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_durations_are_written_in_one_way(seconds: float | None, text: str) -> None:
-    assert output.duration(seconds) == text
+    assert text_.duration(seconds) == text

@@ -15,9 +15,12 @@ import pytest
 from helpers import cli, one_error, start_child, write
 from s3 import S3
 
-from eplb_analyze import open_run, places
+from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.places import Remote, UnreachableError, each, place, spread
+from eplb_analyze.storage import bucket as bucket_
+from eplb_analyze.storage import path as places
+from eplb_analyze.storage.bucket import Remote, UnreachableError
+from eplb_analyze.storage.path import each, expand_globs, storage_path
 from eplb_dump import ExpertLoadWriter
 
 #: A writer that is killed, and so leaves a journal and no final accounting.
@@ -70,7 +73,7 @@ def remote(dump: Path, s3: S3) -> str:
 )
 def test_an_address_that_cannot_be(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words.split("'", maxsplit=1)[0]) as error:
-        place(text)
+        storage_path(text)
     assert "topsecret" not in str(error.value)
     result = cli("summary", text)
     one_error(result, 2, words)
@@ -78,21 +81,21 @@ def test_an_address_that_cannot_be(text: str, words: str) -> None:
 
 
 def test_an_address_and_its_parts() -> None:
-    where = place("s3://bucket//dumps/run=r/?region=eu-west-1&endpoint_override=host:9000")
+    where = storage_path("s3://bucket//dumps/run=r/?region=eu-west-1&endpoint_override=host:9000")
     assert isinstance(where, Remote)
     assert str(where) == "s3://bucket/dumps/run=r"
     assert (where.name, where.parent.name, str(where.parent.parent)) == ("run=r", "dumps", "s3://bucket")
     assert str(where / "model=m") == "s3://bucket/dumps/run=r/model=m"
     assert where.address == "s3://bucket/dumps/run=r?region=eu-west-1&endpoint_override=host%3A9000"
-    assert str(place(where.address)) == str(where)
-    assert place(where) is where
-    assert place("a/b") == Path("a/b")
+    assert str(storage_path(where.address)) == str(where)
+    assert storage_path(where) is where
+    assert storage_path("a/b") == Path("a/b")
     assert places.join("s3://b/x/?region=eu", "run=r") == "s3://b/x/run=r?region=eu"
     assert places.join("dumps", "run=r") == "dumps/run=r"
 
 
 def test_work_on_a_network_is_done_side_by_side_and_in_order() -> None:
-    where, at_once, most = place("s3://b"), 0, 0
+    where, at_once, most = storage_path("s3://b"), 0, 0
 
     def work(item: int) -> int:
         nonlocal at_once, most
@@ -201,7 +204,7 @@ def test_postmortem_of_a_prefix_and_a_pattern(dump: Path, s3: S3, tmp_path: Path
     # The address of a row is one that can be opened.
     assert open_run(runs[0]["dump"], runs[0]["run_id"]).info.run_id == runs[0]["run_id"]
     pattern = s3.address(f"{bucket}/dumps/[mt]*/?".replace("?", "*"))
-    assert len(spread(pattern)) == 2
+    assert len(expand_globs(pattern)) == 2
     save, command = (
         tmp_path / "kept",
         ["postmortem", "-o", "json", "--executor", "processes", "--workers", "2"],
@@ -366,7 +369,7 @@ def test_a_fault_that_passes_is_not_noticed(
 
 
 def test_a_server_that_does_not_answer(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(bucket_, "ANSWER_SECONDS", 1.0)
     with (
         s3.failing(key="manifest.frames", delay=4.0),
         pytest.raises(UnreachableError, match="no answer in time"),

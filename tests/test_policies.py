@@ -16,8 +16,9 @@ from helpers import engines_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_analyze import policies, torch_cpu
-from eplb_analyze.policies import POLICIES, PolicyError, Problem, lower_bound, named, place
+from eplb_analyze.policies import policy as policies
+from eplb_analyze.policies import torch_cpu
+from eplb_analyze.policies.policy import POLICIES, PolicyError, Problem, lower_bound, named, place
 
 torch = pytest.importorskip("torch")
 

@@ -21,12 +21,13 @@ import pytest
 from batches import EP_SIZE, EVEN, EXPERTS, SKEWED, record
 from helpers import assert_golden, cli, one_error
 
-from eplb_analyze import open_run, places
-from eplb_analyze.bootstrap import Ratio, difference
-from eplb_analyze.executors import Local, Lost, Processes
-from eplb_analyze.postmortem import Kept, Merged, Postmortem, Row, find, judge, rows_of
-from eplb_analyze.run import PART_STEPS
-from eplb_analyze.summary import summarize
+from eplb_analyze import open_run
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.batch.executors import Local, Processes, WorkerDied
+from eplb_analyze.batch.postmortem import Merged, Postmortem, ResultCache, Row, find, judge, rows_of
+from eplb_analyze.metrics.bootstrap import Ratio, difference
+from eplb_analyze.reader.run import PART_STEPS
+from eplb_analyze.storage import path as places
 from eplb_dump import ExpertLoadWriter, writer
 
 
@@ -179,7 +180,7 @@ def test_a_worker_that_dies_is_no_end() -> None:
         executor.close()
         assert signal.signal(signal.SIGPIPE, before) == signal.SIG_DFL
     assert [item for item, _ in found] == list(range(12))
-    assert isinstance(found[2][1], Lost)
+    assert isinstance(found[2][1], WorkerDied)
     assert [r for i, r in found if i != 2] == [i * i for i in range(12) if i != 2]
 
 
@@ -321,14 +322,14 @@ def test_a_lost_worker_says_nothing_of_the_run(tmp_path: Path) -> None:
 
     class Dead(Local):
         def map(self, work: Any, items: Any) -> Any:
-            return ((item, Lost("its worker died")) for item in items)
+            return ((item, WorkerDied("its worker died")) for item in items)
 
     targets = list(find([str(tmp_path / "dump")]))
-    ((row, anew),) = rows_of(targets, Dead(), Kept(tmp_path / "out"))
+    ((row, anew),) = rows_of(targets, Dead(), ResultCache(tmp_path / "out"))
     assert (row.status, row.reason, anew) == ("broken", "its worker died", True)
-    ((row, anew),) = rows_of(targets, None, Kept(tmp_path / "out"))
+    ((row, anew),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
     assert (row.status, anew) == ("complete", True)
-    ((row, anew),) = rows_of(targets, None, Kept(tmp_path / "out"))
+    ((row, anew),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
     assert (row.status, anew) == ("complete", False)
 
 
@@ -619,7 +620,7 @@ def test_a_long_run_that_goes_on_has_a_row_of_one_moment(tmp_path: Path) -> None
 
         go_on(PART_STEPS + 500, 2, slots)
         before = summarize(open_run(dump)).to_json()
-        kept = Kept(tmp_path / "saved")
+        kept = ResultCache(tmp_path / "saved")
         [(row, _)] = rows_of(find([str(dump)]), Slow(), kept)
     assert (row.ep_size, row.rearrangements, row.steps) == (2, 0, PART_STEPS + 500)
     told = json.loads(kept.report(row, "json").read_text())

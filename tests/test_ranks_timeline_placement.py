@@ -15,11 +15,11 @@ import reference
 from helpers import assert_golden, cli, one_error
 
 from eplb_analyze import open_run
-from eplb_analyze.metrics import FORMULAS
-from eplb_analyze.placement import placement_report
-from eplb_analyze.ranks import rank_report
-from eplb_analyze.summary import summarize
-from eplb_analyze.timeline import timeline
+from eplb_analyze.analysis.placement import placement_report
+from eplb_analyze.analysis.ranks import rank_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.timeline import timeline
+from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, MOE_LAYERS = 6, (3, 5)

@@ -11,10 +11,11 @@ import pytest
 from helpers import cli, one_error
 from reference import per_step
 
-from eplb_analyze import bootstrap, open_run
-from eplb_analyze.bootstrap import Ratio
-from eplb_analyze.placement import placement_report
-from eplb_analyze.rearrangements import RearrangementFigures, rearrangement_report
+from eplb_analyze import open_run
+from eplb_analyze.analysis.placement import placement_report
+from eplb_analyze.analysis.rearrangements import RearrangementFigures, rearrangement_report
+from eplb_analyze.metrics import bootstrap
+from eplb_analyze.metrics.bootstrap import Ratio
 from eplb_dump import ExpertLoadWriter
 
 LOGICAL, EP_SIZE, SLOTS = 8, 4, 12

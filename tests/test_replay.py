@@ -16,11 +16,13 @@ import pytest
 from helpers import assert_golden, cli, engines_python, one_error
 from test_vllm import serve
 
-from eplb_analyze import open_run, playback, policies
+from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
-from eplb_analyze.importing import Options, import_dump
-from eplb_analyze.replay import Outcome, Replay, last_part, replay
-from eplb_analyze.settings import Choices, Setting, first_rearrangement, grid, recorded
+from eplb_analyze.policies import policy
+from eplb_analyze.replay import simulator
+from eplb_analyze.replay.replay import Outcome, Replay, last_part, replay
+from eplb_analyze.replay.settings import Choices, Setting, first_rearrangement, grid, recorded
+from eplb_analyze.transfer.importers.import_dump import Options, import_dump
 from eplb_dump import ExpertLoadWriter
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
@@ -138,8 +140,8 @@ def plainly(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[float, flo
             if past:
                 weight = np.sum([logical(s) for s in past], axis=0)
                 nodes = setting.ep_size // 2
-                problem = policies.Problem(weight, slots, setting.ep_size, nodes, 1, now)
-                now = policies.POLICIES[setting.policy](problem)
+                problem = policy.Problem(weight, slots, setting.ep_size, nodes, 1, now)
+                now = policy.POLICIES[setting.policy](problem)
                 placed.append((step, now))
         if step in complete():
             per_step.append(tokens(logical(step), now, setting.ep_size))
@@ -210,7 +212,7 @@ def test_the_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: P
 
 def test_a_long_run_is_put_together(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = replay(open_run(dump), SETTINGS)
-    monkeypatch.setattr(playback, "MAX_ROWS", 10)
+    monkeypatch.setattr(simulator, "MAX_ROWS", 10)
     short = replay(open_run(dump), SETTINGS)
     assert len(short.scores.step) <= 20 < len(whole.scores.step)
     for one, other in zip(whole.outcomes, short.outcomes, strict=True):
@@ -223,7 +225,7 @@ def test_a_long_run_is_put_together(dump: Path, monkeypatch: pytest.MonkeyPatch)
 def test_no_placement_is_better_than_the_bound(
     dump: Path, monkeypatch: pytest.MonkeyPatch, sums: int
 ) -> None:
-    monkeypatch.setattr(playback, "BOUND_SUMS", sums)
+    monkeypatch.setattr(simulator, "BOUND_SUMS", sums)
     result = replay(open_run(dump), Choices(redundant=[0, 4], intervals=[1, 5], windows=[1, 10]))
     for outcome in result.outcomes:
         assert outcome.idle_fraction is not None
@@ -231,7 +233,7 @@ def test_no_placement_is_better_than_the_bound(
         assert 0 <= outcome.idle_fraction_bound <= outcome.idle_fraction
     if sums > 20:  # of single steps it is as tight as it can be
         loads = [logical(step) for step in complete()]
-        least = sum(policies.lower_bound(each, LOGICAL, RANKS).sum() for each in loads)
+        least = sum(policy.lower_bound(each, LOGICAL, RANKS).sum() for each in loads)
         bound = 1 - sum(each.sum() for each in loads) / RANKS / least
         zero = [o.idle_fraction_bound for o in result.outcomes if o.num_physical_experts == LOGICAL]
         assert zero == pytest.approx([bound] * len(zero))

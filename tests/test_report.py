@@ -22,15 +22,15 @@ import report_dump as planted
 from helpers import assert_golden, cli, one_error, write
 
 from eplb_analyze import open_run
-from eplb_analyze.banner import why_not_due
-from eplb_analyze.check import summary_findings
+from eplb_analyze.analysis.check import summary_findings
+from eplb_analyze.analysis.rearrangements import Verdict
 from eplb_analyze.errors import Finding
-from eplb_analyze.rearrangements import Verdict
-from eplb_analyze.report import words
+from eplb_analyze.replay.settings import why_not_due
+from eplb_analyze.report import sentences
+from eplb_analyze.report.bins import MAX_BINS, MAX_BYTES, bins_that_fit, pack
 from eplb_analyze.report.document import report_document
-from eplb_analyze.report.loads import MAX_BINS, MAX_BYTES, bins_that_fit, pack
 from eplb_analyze.report.page import SCRIPTS, page
-from eplb_analyze.report.writing import write_report
+from eplb_analyze.report.write import write_report
 from eplb_dump import ExpertLoadWriter
 
 ROOT = Path(__file__).parents[1]
@@ -525,7 +525,7 @@ def test_write_report_gives_what_it_wrote(dump: Path, tmp_path: Path) -> None:
 
 
 def test_every_verdict_has_its_words(tmp_path: Path) -> None:
-    assert set(words._VERDICTS) == set(get_args(Verdict))
+    assert set(sentences._VERDICTS) == set(get_args(Verdict))
     rng = np.random.default_rng(1)
     with ExpertLoadWriter(
         tmp_path / "dump", model="m", num_logical_experts=4, ep_size=2, scope="global", run_id="r"

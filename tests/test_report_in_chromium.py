@@ -21,10 +21,10 @@ import report_dump as planted
 from helpers import write
 
 from eplb_analyze import open_run
-from eplb_analyze.experts import expert_report
-from eplb_analyze.ranks import rank_report
-from eplb_analyze.report.writing import write_report
-from eplb_analyze.summary import summarize
+from eplb_analyze.analysis.experts import expert_report
+from eplb_analyze.analysis.ranks import rank_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.report.write import write_report
 from eplb_dump import ExpertLoadWriter
 
 if TYPE_CHECKING:

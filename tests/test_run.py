@@ -14,13 +14,14 @@ from helpers import arrays, start_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_analyze import dump, open_run
-from eplb_analyze.check import check_run
-from eplb_analyze.layer import layer_report
-from eplb_analyze.metrics import FORMULAS
-from eplb_analyze.summary import summarize
+from eplb_analyze import open_run
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.layer import layer_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.metrics.formulas import FORMULAS
+from eplb_analyze.reader import discovery
 from eplb_dump import ExpertLoadWriter
-from eplb_dump.format import SessionInfo
+from eplb_dump.format.session import SessionInfo
 
 LAYERS, LOGICAL = 5, 12
 ROUTING = Path(__file__).parents[2] / "shared/data/gpt_oss_20b_mmlu_decode_counts_bs48.npz"
@@ -586,15 +587,15 @@ def test_all_ranks_of_a_live_run_are_read_as_of_one_moment(
         assert all(writer.flush() for writer in writers)
 
     go_on(range(5))
-    opening = dump.open_session
+    opening = discovery.open_session
     later = iter([range(5, 11)])
 
-    def slowly(folder: Path, info: SessionInfo, *others: Any) -> dump.Session:
+    def slowly(folder: Path, info: SessionInfo, *others: Any) -> discovery.Session:
         if info.ep_rank == 1:
             go_on(next(later, range(0)))
         return opening(folder, info, *others)
 
-    monkeypatch.setattr(dump, "open_session", slowly)
+    monkeypatch.setattr(discovery, "open_session", slowly)
     run = open_run(tmp_path)
     assert run.steps().select("step", "state").rows() == [(step, "recorded") for step in range(5)]
     assert [f for f in run.findings if f.severity != "info"] == []

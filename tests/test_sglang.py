@@ -21,7 +21,7 @@ import pytest
 from helpers import arrays, engines_python
 
 from eplb_analyze import open_run
-from eplb_analyze.run import Run
+from eplb_analyze.reader.run import Run
 
 ROOT = Path(__file__).parents[1]
 LAYERS, DENSE, LOGICAL, SLOTS = 5, 2, 6, 8

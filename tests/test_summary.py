@@ -10,8 +10,8 @@ import pytest
 from helpers import cli, load_of, map_of, open_writer
 
 from eplb_analyze import open_run
-from eplb_analyze.losses import WINDOW_STEPS
-from eplb_analyze.summary import summarize
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.metrics.losses import WINDOW_STEPS
 
 LAYERS, RANKS, PER_RANK = 3, 4, 2
 SLOTS = RANKS * PER_RANK

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from helpers import assert_accounted, load_of, map_of, open_writer, run_child, start_child
 
-from eplb_analyze import DumpError, dump, open_run
-from eplb_analyze.check import check_run
-from eplb_analyze.places import Place
-from eplb_analyze.seal import seal_dump
-from eplb_analyze.summary import summarize
-from eplb_dump import journal
+from eplb_analyze import DumpError, open_run
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.reader import discovery
+from eplb_analyze.storage.path import StoragePath
+from eplb_analyze.transfer.seal import seal_dump
+from eplb_dump.format import journal
 
 # ---- SIGKILL
 
@@ -471,10 +472,10 @@ def test_segments_that_came_and_went_while_the_session_was_opened(
             assert writer.flush()
 
         write(0, 20)
-        sizes = dump._sizes
-        read_manifest = dump.read_manifest
+        sizes = discovery._sizes
+        read_manifest = discovery.read_manifest
 
-        def then_write(folder: Place) -> dict[str, int] | None:
+        def then_write(folder: StoragePath) -> dict[str, int] | None:
             found = sizes(folder)
             write(20, 28)  # a journal begins that the listing has not
             return found
@@ -483,8 +484,8 @@ def test_segments_that_came_and_went_while_the_session_was_opened(
             write(28, 60)  # it is sealed, and so are others that no listing has
             return read_manifest(*arguments)
 
-        monkeypatch.setattr(dump, "_sizes", then_write)
-        monkeypatch.setattr(dump, "read_manifest", write_before)
+        monkeypatch.setattr(discovery, "_sizes", then_write)
+        monkeypatch.setattr(discovery, "read_manifest", write_before)
         run = open_run(tmp_path)
         steps = run.steps()["step"].to_list()
         assert steps == list(range(len(steps)))

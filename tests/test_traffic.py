@@ -11,7 +11,7 @@ import pytest
 from helpers import cli, one_error, write
 
 from eplb_analyze import open_run
-from eplb_analyze.traffic import traffic_report
+from eplb_analyze.analysis.traffic import traffic_report
 from eplb_dump import ExpertLoadWriter
 
 LAYERS, RANKS, SLOTS, STEPS = 3, 4, 8, 60

@@ -18,8 +18,8 @@ from helpers import arrays, engines_python, survived_loads
 from typer.testing import CliRunner
 
 from eplb_analyze import Run, open_run
-from eplb_analyze.check import check_run
-from eplb_analyze.cli import app
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.cli.app import app
 
 RANKS = Path(__file__).parent / "engines/vllm_ranks.py"
 

@@ -33,15 +33,15 @@ from helpers import (
 )
 
 from eplb_analyze import open_run
-from eplb_analyze.blocks import StepState
-from eplb_analyze.check import check_run
-from eplb_analyze.commands.watch import lines
-from eplb_analyze.ranks import rank_report
-from eplb_analyze.rearrangements import rearrangement_report
-from eplb_analyze.seal import seal_dump
-from eplb_analyze.summary import summarize
-from eplb_analyze.watch import Follower, Look
-from eplb_dump.format import MANIFEST_FILE
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.ranks import rank_report
+from eplb_analyze.analysis.rearrangements import rearrangement_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.cli.views.watch import lines
+from eplb_analyze.live.watch import Follower, Snapshot
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.transfer.seal import seal_dump
+from eplb_dump.format.schema import MANIFEST_FILE
 
 RANK = """
     import sys
@@ -101,7 +101,7 @@ def ranks(tmp_path: Path) -> Iterator[Any]:
         rank.kill()
 
 
-def assert_as_summary(look: Look, root: Path) -> None:
+def assert_as_summary(look: Snapshot, root: Path) -> None:
     """The figures are those that the other commands make of the same steps, read from the files."""
     assert look.first_step is not None
     assert look.last_step is not None
@@ -121,7 +121,7 @@ def assert_as_summary(look: Look, root: Path) -> None:
         assert [*shown] == [None if f is None else pytest.approx(f, rel=1e-12) for f in figures]
 
 
-def view(look: Look, quiet_seconds: float = 0.0) -> str:
+def view(look: Snapshot, quiet_seconds: float = 0.0) -> str:
     """What is shown of it on 80 × 24, as if something new had come so long ago."""
     return "\n".join(map(str, lines(replace(look, quiet_seconds=quiet_seconds), 80, 24)))
 

@@ -41,9 +41,11 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_dump import ExpertLoadWriter, WriterStats, background, journal, rendezvous, sealing
+from eplb_dump import ExpertLoadWriter, WriterStats, background, rendezvous
 from eplb_dump import writer as writer_module
-from eplb_dump.format import MANIFEST_FILE, SESSION_FILE, Scope, SessionInfo, load_json
+from eplb_dump.format import journal, segment
+from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, Scope
+from eplb_dump.format.session import SessionInfo, load_json
 
 INT_DTYPES = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
 #: Hands the engine's map of this content over, in one of many ways.
@@ -1025,7 +1027,7 @@ def test_a_journal_that_cannot_be_sealed_stays_readable(
         raise OSError("no room")
 
     with open_writer(tmp_path, segment_steps=2) as writer:
-        monkeypatch.setattr(sealing, "seal", fail)
+        monkeypatch.setattr(segment, "seal", fail)
         for step in range(3):
             writer.record(None, load_of(step), None)
     assert_accounted(writer.stats())

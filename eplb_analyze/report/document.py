@@ -16,21 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.banner import banners, incomplete, not_due
-from eplb_analyze.check import summary_findings
-from eplb_analyze.completeness import Completeness
-from eplb_analyze.configuration import last_configuration
+from eplb_analyze.analysis.check import summary_findings
+from eplb_analyze.analysis.experts import ExpertReport, expert_report
+from eplb_analyze.analysis.ranks import rank_report
+from eplb_analyze.analysis.rearrangements import rearrangement_report
+from eplb_analyze.analysis.summary import banners, incomplete, summarize
+from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
-from eplb_analyze.experts import ExpertReport, expert_report
-from eplb_analyze.output import clean
-from eplb_analyze.ranks import rank_report
-from eplb_analyze.rearrangements import rearrangement_report
-from eplb_analyze.report import words
-from eplb_analyze.report.loads import LoadBins, bins_that_fit
-from eplb_analyze.run import Run, Steps, imported
-from eplb_analyze.summary import summarize
-from eplb_analyze.timeline import timeline
-from eplb_dump.format import model_slug
+from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import last_configuration
+from eplb_analyze.reader.run import Run, imported
+from eplb_analyze.replay.settings import not_due
+from eplb_analyze.report import sentences
+from eplb_analyze.report.bins import LoadBins, bins_that_fit
+from eplb_analyze.text import clean
+from eplb_dump.format.schema import model_slug
 
 HIDDEN = "(hidden)"
 #: Bits of an expert's flags, beside its verdict (0 never hot, 1 in bursts, 2 always).
@@ -99,7 +100,7 @@ def report_document(
             *over_time.notes,
             *ranks.notes,
             *left_out,
-            *(words.expert_notes(experts) if experts else ()),
+            *(sentences.expert_notes(experts) if experts else ()),
         ]
         figures = {
             "timeline": _figures(over_time.to_json()),
@@ -111,12 +112,12 @@ def report_document(
     findings = [f for f in summary_findings(run, summary.steps) if f.severity != "info"]
     said = {
         "title": run.info.model,
-        "began": words.began(run.info),
-        "shape": words.shape(run.info) if run.info.num_layers else None,
+        "began": sentences.began(run.info),
+        "shape": sentences.shape(run.info) if run.info.num_layers else None,
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
         "banners": banners(summary, acted, early),
         "not_due": early,
-        "words": words.sentences(summary, experts, changes, acted, early),
+        "words": sentences.sentences(summary, experts, changes, acted, early),
         "summary": summary.to_json(),
         "incomplete": incomplete(summary) if summary.steps.incomplete_share else None,
         "gaps": summary.steps.gaps[:10],
@@ -137,8 +138,8 @@ def report_document(
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "redacted": redact,
         "top": top,
-        "tokens": words.TOKENS,
-        "meanings": words.meanings(bursts=experts is not None and words.tells_bursts(experts)),
+        "tokens": sentences.TOKENS,
+        "meanings": sentences.meanings(bursts=experts is not None and sentences.tells_bursts(experts)),
         "loads": packed,
     }
     return ReportDocument(document, summary.steps, len(packed["steps"]) if packed else 0)

@@ -14,7 +14,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from eplb_analyze.output import plain
+from eplb_analyze.text import plain
 
 #: In the order in which they run; docs/report.md says where the first comes from.
 SCRIPTS = ("echarts.min.js", "loads.js", "charts.js", "page.js")

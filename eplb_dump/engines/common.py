@@ -75,10 +75,12 @@ def open_in_one_run(
         writer = make(None)
         store.set(key, writer.info.run_id)
         return writer
-    return make(hear(store, key, logger, timeout))
+    return make(read_from_store(store, key, logger, timeout))
 
 
-def hear(store: Any, key: str, logger: logging.Logger, timeout: float = AGREEMENT_SECONDS) -> str | None:
+def read_from_store(
+    store: Any, key: str, logger: logging.Logger, timeout: float = AGREEMENT_SECONDS
+) -> str | None:
     """What EP rank 0 said under a key of a torch.distributed store; None where it says nothing."""
     try:
         store.wait([key], timedelta(seconds=timeout))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from eplb_dump.engines.common import Settings, hear, say_once
+from eplb_dump.engines.common import Settings, read_from_store, say_once
 
 if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
@@ -242,7 +242,7 @@ class _Recorder:
         if getattr(group, "tcp_store_group", None) is None:  # else the store is of this group only
             key += f"/{self._number}"
         if place[0] != 0 and self._run_id is None and store is not None:
-            said = (hear(store, key, logger) or "").split()
+            said = (read_from_store(store, key, logger) or "").split()
             if len(said) == 2:
                 self._run_id, self._step = said[0], int(said[1])
         for name, state in self.state.model_states.items():

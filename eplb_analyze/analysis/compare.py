@@ -1,0 +1,318 @@
+"""The figures of `compare`: whether two runs can be compared at all, and which is better beyond chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from eplb_analyze.metrics import bootstrap, formulas
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.placements import logical_sums
+from eplb_analyze.reader.run import Run, RunInfo
+from eplb_analyze.text import plural
+from eplb_dump.format.journal import Int64, Shape
+
+#: Twice as many steps are put together in pairs, so that memory does not grow with a run.
+MAX_ROWS = 8192
+#: Mean tokens a step that differ by more than this factor are another workload.
+TOKEN_FACTOR = 1.25
+#: Routing that differs by less is the same workload, whatever the runs' own drift.
+SMALL_DISTANCE = 0.05
+#: What a step and layer adds to the sums that figures are ratios of: columns of :class:`_Reading`'s terms.
+RATIO, ACTIVE, MEAN, MAXIMUM = range(4)
+
+Verdict = Literal["better", "worse", "no difference beyond chance", "not comparable"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of both runs, and B − A with its confidence interval; None where it cannot be given."""
+
+    a: float | None
+    b: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    #: Whether B is better than A, by what the figure means.
+    verdict: Verdict | None
+
+    @classmethod
+    def of(cls, a: float | None, b: float | None, interval: Interval | None, better: int) -> Difference:
+        if interval is None:
+            return cls(a, b, None, None, None, None)
+        verdict: Verdict = "no difference beyond chance"
+        if interval.beyond_chance:
+            verdict = "better" if interval.value * better > 0 else "worse"
+        return cls(a, b, interval.value, interval.low, interval.high, verdict)
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    layer: int
+    balancedness: Difference
+    idle_fraction: Difference
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs."""
+
+    info: RunInfo
+    steps: Completeness
+    #: Mean tokens routed in a layer in a step: tokens × top-k.
+    tokens_per_step: float | None
+    rearrangements: int
+
+    def to_json(self) -> dict[str, Any]:
+        names = ["run_id", "model", "engine", "engine_version", "ep_size", "num_layers"]
+        names += ["num_logical_experts", "num_physical_experts"]
+        return {
+            **{name: getattr(self.info, name) for name in names},
+            "steps": self.steps.to_json(),
+            "tokens_per_step": self.tokens_per_step,
+            "rearrangements": self.rearrangements,
+        }
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Distance of the experts' shares, a mean over layers in 0 … 1; and of the halves of each run."""
+
+    distance: float | None
+    within_a: float | None
+    within_b: float | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something that was set differently."""
+
+    name: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class Comparison:
+    a: Side
+    b: Side
+    verdict: Verdict
+    #: Why they cannot be compared at all, and what to bear in mind where they can.
+    reasons: list[str]
+    warnings: list[str]
+    balancedness: Difference | None
+    idle_fraction: Difference | None
+    layers: list[LayerDifference]
+    token_ratio: float | None
+    routing: Routing
+    settings: list[Setting]
+
+    @property
+    def comparable(self) -> bool:
+        return not self.reasons
+
+    def to_json(self) -> dict[str, Any]:
+        parts = ("balancedness", "idle_fraction", "layers", "token_ratio", "routing", "settings")
+        fields = asdict(self)
+        return {
+            "comparable": self.comparable,
+            "reasons": self.reasons,
+            "warnings": self.warnings,
+            "verdict": self.verdict,
+            "confidence": bootstrap.CONFIDENCE,
+            "a": self.a.to_json(),
+            "b": self.b.to_json(),
+            **{name: fields[name] for name in parts},
+        }
+
+
+def compare_runs(a: Run, b: Run, steps: Steps | None = None) -> Comparison:
+    """Compare two runs, or the same half-open range of steps of both: is B better than A?"""
+    one, other = _read(a, steps), _read(b, steps)
+    reasons = [*_reasons(one, other)]
+    if reasons:
+        nothing = Routing(None, None, None)
+        sides = one.side(), other.side()
+        return Comparison(
+            *sides, "not comparable", reasons, [], None, None, [], None, nothing, _settings(a, b)
+        )
+    tokens = one.side().tokens_per_step, other.side().tokens_per_step
+    token_ratio = tokens[1] / tokens[0] if tokens[0] and tokens[1] else None
+    routing = _routing(one.logical, other.logical)
+    *figures, (balancedness, idle) = [
+        _differences(one.terms[:, i], other.terms[:, i]) for i in range(a.info.num_layers + 1)
+    ]
+    return Comparison(
+        a=one.side(),
+        b=other.side(),
+        verdict=balancedness.verdict or "no difference beyond chance",
+        reasons=[],
+        warnings=[*_warnings(one, other, token_ratio, routing)],
+        balancedness=balancedness,
+        idle_fraction=idle,
+        layers=[LayerDifference(n, *pair) for n, pair in zip(a.info.layers, figures, strict=True)],
+        token_ratio=token_ratio,
+        routing=routing,
+        settings=_settings(a, b),
+    )
+
+
+def _read(run: Run, steps: Steps | None) -> _Reading:
+    if steps is not None:
+        run.require(steps)
+    return run.reading(lambda: _Reading(run, steps))
+
+
+class _Reading:
+    """What one pass over a run leaves.
+
+    Attributes:
+        terms: float64 ``[rows, layers + 1, 4]``, the last of the layers being the whole model; a row is
+            a step, or the sum of a few consecutive ones in a long run.
+        logical: int64 ``[2, layers, num_logical_experts]``, tokens in the first and second half.
+        shapes: of the loads.
+    """
+
+    def __init__(self, run: Run, steps: Steps | None) -> None:
+        self.run, self.whole = run, Completeness()
+        layers, experts = run.info.num_layers, run.info.num_logical_experts
+        self.terms = np.zeros((0, layers + 1, 4))
+        self.logical = np.zeros((2, layers, experts), np.int64)
+        self.shapes: set[Shape] = set()
+        self._steps_per_row = 1
+        self._tokens = 0.0
+        low, high = steps if steps is not None else (0, 2**62)
+        first, last = (step or 0 for step in run.step_range)
+        middle = (max(first, low) + min(last + 1, high)) // 2
+        for half, part in enumerate(((low, middle), (middle, high))):
+            for block in run.blocks(part):
+                self.whole.add(block)
+                if block.shape is not None and len(block.recorded):
+                    self.shapes.add(block.shape)
+                    self._add(run.terms(block), block.shape.ep_size)
+                    self.logical[half] += logical_sums(block, run.history, experts)
+
+    def _add(self, terms: formulas.Terms, ranks: int) -> None:
+        self._tokens += float(terms.mean.sum()) * ranks
+        self.terms = np.concatenate([self.terms, _sums(_rows(terms), self._steps_per_row)])
+        if len(self.terms) > 2 * MAX_ROWS:
+            self.terms, self._steps_per_row = _sums(self.terms, 2), 2 * self._steps_per_row
+
+    @property
+    def active_rows(self) -> int:
+        return int((self.terms[:, -1, ACTIVE] > 0).sum())
+
+    def side(self) -> Side:
+        active = self.terms[:, :-1, ACTIVE].sum()
+        tokens = self._tokens / float(active) if active else None
+        return Side(self.run.info, self.whole, tokens, len(self.run.history.rearrangements()))
+
+
+def _sums(rows: formulas.Float64, count: int) -> formulas.Float64:
+    """Every ``count`` consecutive rows added up; the last sum may be of fewer."""
+    sums: formulas.Float64 = np.add.reduceat(rows, np.arange(0, len(rows), count), axis=0)
+    return sums
+
+
+def _rows(terms: formulas.Terms) -> formulas.Float64:
+    """The row of each step: float64 ``[steps, layers + 1, 4]``."""
+    # Of one layer alone, balancedness is its ratio.
+    ratio = np.column_stack([terms.ratio, formulas.balancedness(terms)])
+    out = np.zeros((*ratio.shape, 4))
+    out[:, :, RATIO], out[:, :, ACTIVE] = np.nan_to_num(ratio), ~np.isnan(ratio)
+    out[:, :-1, MEAN], out[:, :-1, MAXIMUM] = terms.mean, terms.maximum
+    out[:, -1, MEAN:] = out[:, :-1, MEAN:].sum(axis=1)
+    return out
+
+
+def _differences(a: formulas.Float64, b: formulas.Float64) -> tuple[Difference, Difference]:
+    """Balancedness and idle fraction of one layer, or of the model: rows ``[rows, 4]`` of both runs."""
+    a, b = a[a[:, ACTIVE] > 0], b[b[:, ACTIVE] > 0]
+    balance = Ratio(a[:, RATIO], a[:, ACTIVE]), Ratio(b[:, RATIO], b[:, ACTIVE])
+    busy = Ratio(a[:, MEAN], a[:, MAXIMUM]), Ratio(b[:, MEAN], b[:, MAXIMUM])
+    idle = [None if ratio.value is None else 1 - ratio.value for ratio in busy]
+    more, busier = bootstrap.difference(*balance), bootstrap.difference(*busy)
+    less = None if busier is None else Interval(-busier.value, -busier.high, -busier.low)
+    return (
+        Difference.of(balance[0].value, balance[1].value, more, better=1),
+        Difference.of(idle[0], idle[1], less, better=-1),
+    )
+
+
+def _reasons(a: _Reading, b: _Reading) -> Iterator[str]:
+    """Why the figures of two runs have nothing to do with each other."""
+    one, other = a.run.info, b.run.info
+    if one.model != other.model:
+        yield f"another model: {one.model} and {other.model}"
+    if one.layers != other.layers:
+        yield f"other layers: {_layers(one)} and {_layers(other)}"
+    if one.num_logical_experts != other.num_logical_experts:
+        yield f"other experts: {one.num_logical_experts} and {other.num_logical_experts} a layer"
+    for name, reading in (("A", a), ("B", b)):
+        if reading.active_rows < MIN_STEPS:
+            count = plural(reading.active_rows, "complete step")
+            yield f"{name} has {count} with tokens, {MIN_STEPS} are needed"
+
+
+def _layers(info: RunInfo) -> str:
+    return f"{len(info.layers)} ({info.layers[0]} to {info.layers[-1]})" if info.layers else "none"
+
+
+def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Routing) -> Iterator[str]:
+    """What else may be the cause of a difference, or hide one."""
+    one, other = a.run.info, b.run.info
+    if one.ep_size != other.ep_size:
+        yield f"EP size {one.ep_size} and {other.ep_size}: fewer ranks are easier to balance"
+    if one.num_physical_experts != other.num_physical_experts:
+        yield (
+            f"{one.num_physical_experts} and {other.num_physical_experts} slots: more redundant experts are "
+            "easier to balance, and cost memory"
+        )
+    for name, reading in (("A", a), ("B", b)):
+        if len(reading.shapes) > 1:
+            yield f"{name} changed its EP size or slots: its figures are means over all of its shapes"
+        yield from (f"{name}: {note}" for note in reading.run.cautions("step_order", "passes"))
+    if token_ratio is not None and not 1 / TOKEN_FACTOR <= token_ratio <= TOKEN_FACTOR:
+        yield f"B has {token_ratio:.2f} × the tokens a step, and more tokens are more even by chance alone"
+    within = max(routing.within_a or 0.0, routing.within_b or 0.0)
+    if routing.distance is None:
+        yield "routing not compared: no placement is known, so experts are not"
+    elif routing.distance > max(SMALL_DISTANCE, 2 * within):
+        yield (
+            f"another workload: {routing.distance:.0%} of the tokens go to other experts, between the halves "
+            f"of one run {within:.0%}"
+        )
+
+
+def _routing(a: Int64, b: Int64) -> Routing:
+    return Routing(_distance(a.sum(axis=0), b.sum(axis=0)), _distance(*a), _distance(*b))
+
+
+def _distance(a: Int64, b: Int64) -> float | None:
+    """Mean over layers of the total variation distance of shares; of ``[layers, experts]`` each."""
+    known = (a.sum(axis=1) > 0) & (b.sum(axis=1) > 0)
+    if not known.any():
+        return None
+    shares = [part[known] / part[known].sum(axis=1, keepdims=True) for part in (a, b)]
+    return float(np.abs(shares[0] - shares[1]).sum(axis=1).mean() / 2)
+
+
+def _settings(a: Run, b: Run) -> list[Setting]:
+    """What the sessions say of themselves and of their engines, where it differs."""
+    one, other = _stated(a), _stated(b)
+    names = [*one, *(name for name in other if name not in one)]
+    pairs = ((name, one.get(name), other.get(name)) for name in names)
+    return [Setting(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def _stated(run: Run) -> dict[str, Any]:
+    names = ("engine", "engine_version", "scope", "ep_size", "num_physical_experts", "ranks_per_node")
+    stated = {name: getattr(run.info, name) for name in (*names, "token_replication", "interval")}
+    first = run.sessions[0].info
+    config = {f"engine_config.{name}": value for name, value in run.engine_config.items()}
+    return stated | {"writer_version": first.writer_version} | config

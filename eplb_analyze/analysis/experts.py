@@ -1,0 +1,423 @@
+"""The figures of `experts`: which logical experts are hot, always or in bursts, cold or dead.
+
+Loads are summed over the steps of a window while they are still physical, and only those sums are
+folded to logical experts: so a long run costs little more than decoding it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.parallel import prefetch, split_range
+from eplb_analyze.reader.blocks import Block, Piece, Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.placements import replicas
+from eplb_analyze.reader.run import Run
+from eplb_analyze.text import listed, plural
+from eplb_dump.format.journal import Int32, Int64, Shape
+from eplb_dump.format.schema import EMPTY_SLOT
+
+WINDOW, HOT_FACTOR = 100, 2.0
+#: Hot in this share of the windows is called always hot.
+ALWAYS = 0.9
+#: An eighth of a layer's experts, those with the most tokens in a window, is its hot set.
+HOT_SET = 8
+LAGS = (1, 2, 5, 10, 20, 50)
+#: With fewer tokens an expert and window, twice the mean is often chance.
+FEW_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of a layer's hot set is the same ``lag`` windows later, on average."""
+
+    lag: int
+    overlap: float
+    #: Pairs of windows and layers that this is the mean of.
+    pairs: int
+
+
+@dataclass(frozen=True)
+class ExpertReport:
+    """``experts`` has a row a layer and logical expert; docs/cli.md describes its columns."""
+
+    run_id: str
+    model: str
+    layer: int | None
+    #: Of all steps asked for; the figures are over the complete ones from first_step to last_step.
+    steps: Completeness
+    first_step: int
+    last_step: int
+    recorded: int
+    window: int
+    windows: int
+    hot_factor: float
+    unknown_tokens: float
+    layers_without_placement: list[int]
+    #: The size of a layer's hot set, and what two such sets picked by chance have in common.
+    hot_set: int
+    chance_overlap: float
+    drift: list[Overlap]
+    experts: pl.DataFrame
+    notes: list[str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many experts are what."""
+        frame = self.experts
+        verdicts = {v: int((frame["verdict"] == v).sum()) for v in ("always", "bursts", "never")}
+        flags = ("cold", "dead", "under_replicated", "over_replicated", "replicas_on_one_rank")
+        return {"experts": len(frame), **verdicts, **{flag: int(frame[flag].sum()) for flag in flags}}
+
+    @property
+    def hot(self) -> pl.DataFrame:
+        """Those that are hot in some window, the hottest first."""
+        return self.experts.filter(pl.col("verdict") != "never").sort(
+            "times_mean", "layer", "logical", descending=[True, False, False]
+        )
+
+    @property
+    def cold(self) -> pl.DataFrame:
+        """Those that are cold over all steps, dead ones included, the coldest first."""
+        return self.experts.filter("cold").sort("times_mean", "layer", "logical")
+
+    def to_json(self, *, hot: bool = True, cold: bool = True) -> dict[str, Any]:
+        """All experts, or only the hot or cold ones."""
+        shown = self.experts if hot == cold else self.hot if hot else self.cold
+        return {
+            "run": {"run_id": self.run_id, "model": self.model},
+            "layer": self.layer,
+            "steps": self.steps.to_json(),
+            "first_step": self.first_step,
+            "last_step": self.last_step,
+            "recorded": self.recorded,
+            "window": self.window,
+            "windows": self.windows,
+            "hot_factor": self.hot_factor,
+            "counts": self.counts,
+            "drift": {
+                "hot_set": self.hot_set,
+                "chance_overlap": self.chance_overlap,
+                "lags": [vars(overlap) for overlap in self.drift],
+            },
+            "unknown_tokens": self.unknown_tokens,
+            "layers_without_placement": self.layers_without_placement,
+            "experts": shown.to_dicts(),
+            "notes": self.notes,
+        }
+
+
+def expert_report(
+    run: Run,
+    layer: int | None = None,
+    steps: Steps | None = None,
+    *,
+    window: int = WINDOW,
+    hot_factor: float = HOT_FACTOR,
+) -> ExpertReport:
+    """The experts of a run, or of one layer, by the model's layer number.
+
+    Args:
+        steps: a half-open range of steps; default all.
+        window: so many complete steps are one window.
+        hot_factor: an expert is hot in a window with this many times the layer's mean, or more.
+
+    Raises:
+        NotInDumpError: the dump has no such layer or step.
+        DumpError: no complete step, or no placement, is in the range.
+    """
+    if window < 1 or not hot_factor > 1:
+        raise ValueError("window must be at least 1, and hot_factor more than 1")
+    index = None if layer is None else run.layer_index(layer)
+    first, last = (0, run.info.num_layers) if index is None else (index, index + 1)
+
+    def read() -> ExpertReport:
+        def start(shape: Shape) -> _Loads:
+            return _Loads(run, shape, range(first, last), _Windows(window, hot_factor))
+
+        sums, whole, notes = last_configuration(run, steps, start)
+        return _report(run, layer, sums, whole, [*notes, *run.cautions("step_order", "earlier_placements")])
+
+    return run.reading(read)
+
+
+def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, notes: list[str]) -> ExpertReport:
+    windows, logical = sums.windows, run.info.num_logical_experts
+    windows.finish()
+    numbers = [run.info.layers[i] for i in sums.layers]
+    without = [n for n, slots in zip(numbers, sums.placed, strict=True) if slots is None]
+    if len(without) == len(numbers):
+        raise DumpError(f"{run.path}: no placement is known in these steps, so no load has an expert's name")
+    experts = sums.frame(run)
+    unknown = run.count(sums.unknown.sum())
+    if unknown:
+        notes.append(f"{unknown:,} tokens fell on no known expert and are in no figure")
+    if without:
+        notes.append(f"{plural(len(without), 'layer')} without a placement left out: {listed(without)}")
+    tokens = float(sums.tokens.sum()) / run.info.token_replication
+    per_window = tokens / max(1, len(experts) * sums.recorded / min(windows.size, sums.recorded))
+    if 0 < per_window < FEW_TOKENS:
+        notes.append(
+            f"an expert has {per_window:.1f} tokens in a window on average, so that a burst may be chance; "
+            "a larger --window says more"
+        )
+    if windows.count < 2:
+        notes.append("there is only one window, so nothing can be said on bursts; see --window")
+    size = windows.hot_set(logical)
+    return ExpertReport(
+        run_id=run.info.run_id,
+        model=run.info.model,
+        layer=layer,
+        steps=whole,
+        first_step=sums.first_step,
+        last_step=sums.last_step,
+        recorded=sums.recorded,
+        window=windows.size,
+        windows=windows.count,
+        hot_factor=windows.hot_factor,
+        unknown_tokens=unknown,
+        layers_without_placement=without,
+        hot_set=size,
+        chance_overlap=size / logical,
+        drift=[Overlap(lag, total / pairs, pairs) for lag, (total, pairs) in windows.drift.items() if pairs],
+        experts=experts,
+        notes=notes,
+    )
+
+
+class _Windows:
+    """What is kept of windows: statistics of each expert, and the last hot sets; not the windows."""
+
+    def __init__(self, size: int, hot_factor: float) -> None:
+        self.size, self.hot_factor = size, hot_factor
+        self.count = 0
+        #: Complete steps in the open window.
+        self.filled = 0
+        self.drift = dict.fromkeys(LAGS, (0.0, 0))
+        self._hot_sets: deque[npt.NDArray[np.bool_]] = deque(maxlen=max(LAGS))
+        self._open: Int64 | None = None
+
+    @staticmethod
+    def hot_set(experts: int) -> int:
+        return max(1, experts // HOT_SET)
+
+    def add(self, load: Int64, first: int, last: int, steps: int) -> None:
+        """Add logical loads ``[layers, experts]`` of so many steps, which end no later than the window."""
+        if self._open is None:
+            self._open, self._first = np.zeros_like(load), first
+            if not self.count:
+                self.with_tokens = np.zeros((len(load), 1), np.int64)
+                self.hot = np.zeros_like(load)
+                self.first_hot, self.last_hot = np.full_like(load, -1), np.full_like(load, -1)
+                self._sum, self._squares, self.peak = (np.zeros(load.shape) for _ in range(3))
+        self._open += load
+        self._last = last
+        self.filled += steps
+        if self.filled == self.size:
+            self._close(self._open)
+
+    def finish(self) -> None:
+        """Close the last window; less than half a one would say little, so it counts only if alone."""
+        if self._open is not None and (2 * self.filled >= self.size or not self.count):
+            self._close(self._open)
+
+    def _close(self, load: Int64) -> None:
+        total = load.sum(axis=1, keepdims=True)
+        times = np.divide(load * load.shape[1], total, out=np.zeros(load.shape), where=total > 0)
+        hot = times >= self.hot_factor
+        self.hot += hot
+        self.first_hot[hot & (self.first_hot < 0)] = self._first
+        self.last_hot[hot] = self._last
+        self.with_tokens += total > 0
+        self._sum += times
+        self._squares += times**2
+        np.maximum(self.peak, times, out=self.peak)
+        self._compare(load)
+        self.count += 1
+        self._open, self.filled = None, 0
+
+    def _compare(self, load: Int64) -> None:
+        """Compare this window's hot sets with those of windows before."""
+        experts = load.shape[1]
+        # Of experts with equal loads the lower comes first, so that the set is always the same one.
+        order = load * experts + np.arange(experts)[::-1]
+        cut = experts - self.hot_set(experts)
+        hottest = (order >= np.partition(order, cut, axis=1)[:, cut, None]) & (load > 0)
+        for lag, (total, pairs) in self.drift.items():
+            if lag <= len(self._hot_sets):
+                before = self._hot_sets[-lag]
+                sizes = np.maximum(hottest.sum(axis=1), before.sum(axis=1))
+                both = hottest.any(axis=1) & before.any(axis=1)
+                overlap = (hottest & before).sum(axis=1)[both] / sizes[both]
+                self.drift[lag] = (total + float(overlap.sum()), pairs + int(both.sum()))
+        self._hot_sets.append(hottest)
+
+    @property
+    def persistence(self) -> npt.NDArray[np.float64]:
+        share: npt.NDArray[np.float64] = self.hot / np.maximum(self.with_tokens, 1)
+        return share
+
+    @property
+    def burstiness(self) -> npt.NDArray[np.float64]:
+        """Standard deviation over mean of the shares; NaN where there is nothing to compare."""
+        n = np.maximum(self.with_tokens, 1)
+        mean = self._sum / n
+        variance = np.maximum(self._squares / n - mean**2, 0)
+        known = (mean > 0) & (self.with_tokens > 1)
+        out: npt.NDArray[np.float64] = np.full(mean.shape, np.nan)
+        return np.divide(np.sqrt(variance), mean, out=out, where=known)
+
+
+class _Loads(Sums):
+    """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
+
+    def __init__(self, run: Run, shape: Shape, layers: range, windows: _Windows) -> None:
+        super().__init__(shape)
+        self.windows, self.layers = windows, layers
+        self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)
+        #: Tokens on slots of which it is not known, or not true, that they held an expert.
+        self.unknown = np.zeros(len(layers), np.int64)
+        #: The placement in force at the last step, and the tokens on its slots since it came.
+        self.placed: list[Int32 | None] = [None] * len(layers)
+        self.slot_tokens = np.zeros((len(layers), shape.num_physical_experts), np.int64)
+        self._histories = [run.history.layer(i) for i in layers]
+
+    def _add(self, block: Block) -> None:
+        steps, windows = block.recorded, self.windows
+        bounds = [0, *range(windows.size - windows.filled, len(steps), windows.size), len(steps)]
+        logical = self._logical(block, bounds)
+        self.tokens += logical.sum(axis=0)
+        for load, (low, high) in zip(logical, itertools.pairwise(bounds), strict=True):
+            windows.add(load, int(steps[low]), int(steps[high - 1]), high - low)
+
+    def _logical(self, block: Block, bounds: list[int]) -> Int64:
+        """Loads by logical expert between bounds in the block's steps: ``[bounds - 1, layers, experts]``."""
+        out = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
+
+        def work(share: tuple[int, int]) -> None:
+            for first, last, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
+                layers = range(first - self.layers.start, last - self.layers.start)
+                self._add_layers(layers, block.recorded, bounds, pieces, out)
+
+        # Layers have nothing to do with each other, so threads can share them.
+        for _ in prefetch(split_range(self.layers.start, self.layers.stop), work):
+            pass
+        return out
+
+    def _add_layers(
+        self, layers: range, steps: Int64, bounds: list[int], pieces: Iterator[Piece], out: Int64
+    ) -> None:
+        """Add some layers' loads between bounds to ``out [bounds - 1, layers, experts]``."""
+        stretches = [list(self._histories[i].stretches(steps)) for i in layers]
+        edges = [sorted({*bounds, *(stretch.start for stretch, _ in found)}) for found in stretches]
+        sums = [np.zeros((len(e) - 1, self.shape.num_physical_experts), np.int64) for e in edges]
+        for values, here, there in pieces:
+            for load, total, cuts in zip(values, sums, edges, strict=True):
+                _add_between(total, load, there, np.searchsorted(here, cuts))
+        for i, found, total, cuts in zip(layers, stretches, sums, edges, strict=True):
+            for stretch, slots in found:
+                low, high = np.searchsorted(cuts, [stretch.start, stretch.stop])
+                in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
+                np.add.at(out[:, i], in_window, self._fold(i, total[low:high], slots))
+
+    def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
+        """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""
+        out = np.zeros((len(load), self.tokens.shape[1]), np.int64)
+        if slots is not None and len(slots) != load.shape[1]:
+            slots = None
+        if self.placed[i] is not slots:
+            self.placed[i] = slots
+            self.slot_tokens[i] = 0
+        self.slot_tokens[i] += load.sum(axis=0)
+        if slots is not None:
+            order = np.argsort(slots, kind="stable")[int((slots == EMPTY_SLOT).sum()) :]
+            present, starts = np.unique(slots[order], return_index=True)
+            out[:, present] = np.add.reduceat(load[:, order], starts, axis=1)
+        self.unknown[i] += load.sum() - out.sum()
+        return out
+
+    def frame(self, run: Run) -> pl.DataFrame:
+        """A row a layer whose placement is known and logical expert."""
+        windows, logical = self.windows, self.tokens.shape[1]
+        known = [i for i, slots in enumerate(self.placed) if slots is not None]
+        tokens = self.tokens[known]
+        total = tokens.sum(axis=1, keepdims=True)
+
+        def of_total(counts: Int64) -> npt.NDArray[np.float64]:
+            """Rounded once, so that what is a whole number is one."""
+            share: npt.NDArray[np.float64] = np.zeros(counts.shape)
+            np.divide(counts, total, out=share, where=total > 0)
+            return share
+
+        persistence, hot = windows.persistence[known], windows.hot[known]
+        now = [_replication(slots, self.slot_tokens[i], logical, self.shape) for i, slots in self._known()]
+        copies, uneven, doubled = (np.array(part) for part in zip(*now, strict=True))
+        due = of_total(tokens * self.shape.num_physical_experts)
+        verdict = np.where(hot == 0, "never", np.where(persistence >= ALWAYS, "always", "bursts"))
+        columns = {
+            "layer": np.repeat(np.array(run.info.layers, np.int32)[self.layers.start :][known], logical),
+            "logical": np.tile(np.arange(logical, dtype=np.int32), len(known)),
+            "tokens": tokens if run.info.token_replication == 1 else run.tokens(tokens),
+            "share": of_total(tokens),
+            "times_mean": of_total(tokens * logical),
+            "peak_times_mean": windows.peak[known],
+            "persistence": persistence,
+            "verdict": verdict,
+            "first_hot_step": windows.first_hot[known],
+            "last_hot_step": windows.last_hot[known],
+            "burstiness": windows.burstiness[known],
+            "cold": (total > 0) & (tokens * logical * windows.hot_factor <= total),
+            "dead": (total > 0) & (tokens == 0),
+            "replicas": copies,
+            "due_replicas": due,
+            # By a whole slot: that no placement can give a part of one is nobody's fault.
+            "under_replicated": due - copies >= 1,
+            "over_replicated": (copies - due >= 1) & (copies > 1),
+            "worst_replica": uneven,
+            "replicas_on_one_rank": doubled,
+        }
+        frame = pl.DataFrame({name: values.reshape(-1) for name, values in columns.items()})
+        return frame.with_columns(
+            pl.col("first_hot_step", "last_hot_step").replace(-1, None),
+            pl.col("burstiness", "worst_replica").fill_nan(None),
+        )
+
+    def _known(self) -> list[tuple[int, Int32]]:
+        return [(i, slots) for i, slots in enumerate(self.placed) if slots is not None]
+
+
+def _add_between(out: Int64, values: Int32, there: Int64, cuts: npt.NDArray[np.intp]) -> None:
+    """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
+    start, stop = int(there[0]), int(there[-1]) + 1
+    rows = values[start:stop] if stop - start == len(there) else values[there]
+    # Twice as fast where no sum can overflow, which is nearly always.
+    narrow = int(rows.max()) * len(rows) < 2**31
+    for i, (low, high) in enumerate(itertools.pairwise(cuts)):
+        if high > low:
+            out[i] += rows[low:high].sum(axis=0, dtype=np.int32 if narrow else np.int64)
+
+
+def _replication(
+    slots: Int32, tokens: Int64, logical: int, shape: Shape
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Of each logical expert: replicas, the largest of them over their mean, whether two share a rank."""
+    copies = replicas(slots, logical)
+    filled = np.flatnonzero(slots != EMPTY_SLOT)
+    largest = np.zeros(logical, np.int64)
+    np.maximum.at(largest, slots[filled], tokens[filled])
+    total = np.bincount(slots[filled], tokens[filled], logical)
+    split = (copies > 1) & (total > 0)
+    uneven = np.divide(largest * copies, total, out=np.full(logical, np.nan), where=split)
+    on_rank = np.zeros((logical, shape.ep_size), np.int64)
+    np.add.at(on_rank, (slots[filled], filled // shape.slots_per_rank), 1)
+    return copies, uneven, on_rank.max(axis=1) > 1

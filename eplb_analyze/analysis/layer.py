@@ -1,0 +1,238 @@
+"""The figures of `layer`: what each rank, slot and expert of one layer got in a step or range."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.metrics import formulas
+from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.placements import fold, replicas
+from eplb_analyze.reader.run import Run
+from eplb_analyze.text import plural
+from eplb_dump.format.journal import Int32
+from eplb_dump.format.schema import STATUS_LABELS
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    rank: int
+    load: float
+
+
+@dataclass(frozen=True)
+class SlotLoad:
+    """A physical expert. ``logical`` is -1 in an empty slot, None where no placement is known."""
+
+    physical: int
+    rank: int
+    logical: int | None
+    load: float
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """A logical expert, and what each rank got of it under the placements in force."""
+
+    logical: int
+    load: float
+    share: float
+    #: In the last placement.
+    replicas: int
+    ranks: list[RankLoad]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    run_id: str
+    model: str
+    layer: int
+    first_step: int
+    last_step: int
+    #: How many steps the loads are summed over.
+    steps: int
+    #: False: of a single step that lacks ranks; what is there is a part of it.
+    complete: bool
+    missing_ranks: list[int]
+    balancedness: float | None
+    imbalance: float | None
+    idle_fraction: float | None
+    ranks: list[RankLoad]
+    slots: list[SlotLoad]
+    experts: list[ExpertLoad]
+    #: Steps in the range at which the layer's placement changed; slots show the last placement.
+    placement_changes: list[int]
+    phase: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {"run": {"run_id": fields.pop("run_id"), "model": fields.pop("model")}, **fields}
+
+
+def layer_report(run: Run, layer: int, step: int | None = None, steps: Steps | None = None) -> LayerReport:
+    """Loads of one layer, by the model's layer number.
+
+    Args:
+        step: one step; an incomplete one is shown as far as it is there, and marked.
+        steps: a half-open range; its complete steps are summed. Neither: all steps.
+
+    Raises:
+        NotInDumpError: the dump has no such layer or step.
+        DumpError: no complete step is in the range.
+    """
+    index = run.layer_index(layer)
+    if step is not None:
+        return run.reading(lambda: _one_step(run, layer, index, step))
+    return run.reading(lambda: _range(run, layer, index, steps))
+
+
+def _one_step(run: Run, layer: int, index: int, step: int) -> LayerReport:
+    for block in run.blocks((step, step + 1)):
+        state = int(block.state[0])
+        there = (block.status == StepState.RECORDED).any()
+        if block.shape is not None and there:
+            return _report(run, layer, index, [(block, block.step)], complete=state == StepState.RECORDED)
+        raise NotInDumpError(_no_loads(run, step, state))
+    first, last = run.step_range
+    known = "the run has no step yet" if first is None else f"the run has steps {first} to {last}"
+    raise NotInDumpError(f"{run.path}: no step {step}; {known}")
+
+
+def _no_loads(run: Run, step: int, state: int) -> str:
+    label = STATUS_LABELS[state] if state < len(STATUS_LABELS) else "incomplete"
+    text = f"{run.path}: step {step} has no loads: it is {label.replace('_', ' ')}"
+    if state == StepState.NOT_SAMPLED:
+        every = run.info.interval
+        text += f"; every {every}th step was recorded, the one before is {step - step % every}"
+    return text
+
+
+def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport:
+    if steps is not None:
+        run.require(steps)
+    # Also where no step of a configuration is complete, it separates those around it.
+    blocks = [(block, block.recorded) for block in run.blocks(steps) if block.shape is not None]
+    while blocks and not len(blocks[-1][1]):
+        blocks.pop()
+    if not blocks:
+        raise run.nothing_complete(steps)
+    shape = blocks[-1][0].shape
+    kept = [(block, numbers) for block, numbers in blocks if block.shape == shape]
+    # A shape may come back; only its last uninterrupted stretch is one configuration.
+    for i in range(len(blocks) - 1, -1, -1):
+        if blocks[i][0].shape != shape:
+            kept = blocks[i + 1 :]
+            break
+    left_out = [numbers for _, numbers in blocks[: len(blocks) - len(kept)] if len(numbers)]
+    report = _report(run, layer, index, [part for part in kept if len(part[1])], complete=True)
+    if left_out:
+        first, last = int(left_out[0][0]), int(left_out[-1][-1])
+        report.notes.append(
+            f"ep_size or the number of slots changed: steps {first} to {last} are left out, as loads of "
+            f"two shapes are not added (see them with --steps {first}:{last + 1})"
+        )
+    return report
+
+
+def _report(
+    run: Run, layer: int, index: int, parts: list[tuple[Block, Any]], *, complete: bool
+) -> LayerReport:
+    shape = parts[0][0].shape
+    assert shape is not None
+    experts = run.info.num_logical_experts
+    slot_load = np.zeros(shape.num_physical_experts, np.int64)
+    # By rank and logical expert, as the placements in force had it.
+    logical_load = np.zeros((shape.ep_size, experts), np.int64)
+    ratios: dict[str, list[formulas.Float64]] = {"balancedness": [], "imbalance": []}
+    mean_tokens = max_tokens = 0.0
+    history = run.history.layer(index)
+    for block, steps in parts:
+        load = block.loads(index, index + 1, steps)[:, 0]
+        slot_load += load.sum(axis=0)
+        for stretch, slots in history.stretches(steps):
+            if slots is not None and len(slots) == load.shape[1]:
+                part = load[stretch].sum(axis=0).reshape(shape.ep_size, -1)
+                for rank, own in enumerate(slots.reshape(shape.ep_size, -1)):
+                    logical_load[rank] += fold(part[rank], own, experts)
+        tokens = run.tokens(load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3))
+        for name, values in ratios.items():
+            values.append(formulas.FORMULAS[name].per_step(tokens))
+        mean, maximum = formulas.idle_terms(tokens)
+        mean_tokens, max_tokens = mean_tokens + mean, max_tokens + maximum
+    first, last = int(parts[0][1][0]), int(parts[-1][1][-1])
+    slots = history.at(last)
+    slots = slots if slots is not None and len(slots) == shape.num_physical_experts else None
+    changes = [s for s in history.steps if first < s <= last]
+    report = LayerReport(
+        run_id=run.info.run_id,
+        model=run.info.model,
+        layer=layer,
+        first_step=first,
+        last_step=last,
+        steps=sum(len(steps) for _, steps in parts),
+        complete=complete,
+        missing_ranks=[] if complete else parts[0][0].missing_ranks(first),
+        balancedness=_mean(ratios["balancedness"]),
+        imbalance=_mean(ratios["imbalance"]),
+        idle_fraction=1 - mean_tokens / max_tokens if max_tokens else None,
+        ranks=[
+            RankLoad(rank, run.count(value))
+            for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))
+        ],
+        slots=[
+            SlotLoad(
+                physical,
+                physical // shape.slots_per_rank,
+                None if slots is None else int(slots[physical]),
+                run.count(value),
+            )
+            for physical, value in enumerate(slot_load)
+        ],
+        experts=[] if slots is None else _experts(run, slots, logical_load),
+        placement_changes=changes,
+        phase=_phase(parts[0][0], first) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
+    )
+    if slots is None:
+        report.notes.append(
+            "no placement is known for these steps, so there are no figures per logical expert"
+        )
+    elif logical_load.sum() < slot_load.sum():
+        unknown = int(slot_load.sum() - logical_load.sum())
+        report.notes.append(f"{unknown:,} of {slot_load.sum():,} tokens fell on no known expert")
+    if changes:
+        report.notes.append(
+            f"the placement changed {plural(len(changes), 'time')} in the range, last at step {changes[-1]}; "
+            "experts are counted by the placement in force at each step, their replicas are those of the last"
+        )
+    return report
+
+
+def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
+    total = int(load.sum())
+    copies = replicas(slots, load.shape[1])
+    return [
+        ExpertLoad(
+            logical,
+            run.count(by_rank.sum()),
+            float(by_rank.sum() / total) if total else 0.0,
+            int(copies[logical]),
+            [RankLoad(int(rank), run.count(by_rank[rank])) for rank in np.flatnonzero(by_rank)],
+        )
+        for logical, by_rank in enumerate(load.T)
+    ]
+
+
+def _mean(parts: list[formulas.Float64]) -> float | None:
+    values = np.concatenate(parts)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _phase(block: Block, step: int) -> str | None:
+    code = int(block.phase[np.searchsorted(block.step, step)])
+    return block.phases[code] if code >= 0 else None

@@ -1,0 +1,178 @@
+"""The figures of `placement`: who is where at a step, and what changed since another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.reader.placements import replicas
+from eplb_analyze.reader.run import Run
+from eplb_dump.format.schema import EMPTY_SLOT
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """The placement of one layer, and what stands out in it."""
+
+    layer: int
+    #: The step from which it is in force.
+    since: int
+    ep_size: int
+    num_physical_experts: int
+    replicas_min: int
+    replicas_max: int
+    #: Logical experts with more than one replica.
+    replicated: int
+    #: How often a rank holds an expert more than once.
+    twice_on_a_rank: int
+    empty_slots: int
+    #: For each rank, the logical expert in each of its slots, -1 in an empty one.
+    ranks: list[list[int]]
+    #: For each logical expert, how many slots hold it.
+    replicas: list[int]
+
+    def ranks_of(self, expert: int) -> list[int]:
+        return [rank for rank, slots in enumerate(self.ranks) if expert in slots]
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """The logical experts that a rank holds and did not before, and the other way round."""
+
+    rank: int
+    experts_in: list[int]
+    experts_out: list[int]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    layer: int
+    slots_changed: int
+    #: Expert weights that had to come to a rank that did not hold them.
+    experts_crossed_ranks: int
+    #: Those that no rank of its node held; None where nodes are not known.
+    experts_crossed_nodes: int | None
+    #: The ranks whose experts changed.
+    ranks: list[RankChange]
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    run_id: str
+    model: str
+    step: int
+    #: The step that ``changes`` are since.
+    against: int | None
+    layers: list[LayerPlacement]
+    #: Of the layers that changed; None without a step to compare with.
+    changes: list[LayerChange] | None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
+
+
+def placement_report(
+    run: Run, step: int | None = None, against: int | None = None, layer: int | None = None
+) -> PlacementReport:
+    """Who is where at a step (default: the last), and what changed since the step ``against``.
+
+    Args:
+        layer: the model's number of a layer; default all.
+
+    Raises:
+        NotInDumpError: the dump has no such layer or step, or no placement is known for it.
+    """
+    indices = range(run.info.num_layers) if layer is None else [run.layer_index(layer)]
+    at = _step(run, step)
+    now = _known(run, at, indices)
+    notes = []
+    absent = len(indices) - len(now)
+    if absent:
+        notes.append(f"no placement is known at step {at} for {absent} of {len(indices)} layers")
+    changes = None
+    if against is not None:
+        before = _known(run, _step(run, against), indices)
+        both = [index for index in now if index in before]
+        if len(both) < len(now):
+            notes.append(
+                f"not compared: {len(now) - len(both)} layers, whose placement at step {against} is not known"
+            )
+        sizes = {(before[i].ep_size, now[i].ep_size) for i in both} - {(p.ep_size,) * 2 for p in now.values()}
+        for old, new in sorted(sizes):
+            notes.append(f"ep_size changed from {old} to {new}: ranks are compared by their numbers")
+        found = [_change(before[i], now[i], run.info.ranks_per_node) for i in both]
+        changes = [change for change in found if change.slots_changed]
+    return PlacementReport(run.info.run_id, run.info.model, at, against, list(now.values()), changes, notes)
+
+
+def _step(run: Run, step: int | None) -> int:
+    first, last = run.step_range
+    if first is None or last is None:
+        raise NotInDumpError(f"{run.path}: the run has no step yet")
+    if step is not None and not first <= step <= last:
+        raise NotInDumpError(f"{run.path}: no step {step}; the run has steps {first} to {last}")
+    return last if step is None else step
+
+
+def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
+    """The placements in force at a step, by layer index."""
+    found = {}
+    for index in indices:
+        history = run.history.layer(index)
+        i = history.index_at(step)
+        if i < 0:
+            continue
+        slots = history.slots[i]
+        copies = replicas(slots, run.info.num_logical_experts)
+        ranks = slots.reshape(history.ep_sizes[i], -1)
+        per_rank = [np.unique(own[own != EMPTY_SLOT], return_counts=True)[1] for own in ranks]
+        found[index] = LayerPlacement(
+            layer=run.info.layers[index],
+            since=history.steps[i],
+            ep_size=len(ranks),
+            num_physical_experts=len(slots),
+            replicas_min=int(copies.min()),
+            replicas_max=int(copies.max()),
+            replicated=int((copies > 1).sum()),
+            twice_on_a_rank=sum(int((counts > 1).sum()) for counts in per_rank),
+            empty_slots=int((slots == EMPTY_SLOT).sum()),
+            ranks=ranks.tolist(),
+            replicas=copies.tolist(),
+        )
+    if not found:
+        lost = "; it is lost (see `check`)" if run.history.lost else ""
+        raise NotInDumpError(f"{run.path}: no placement is known at step {step}{lost}")
+    return found
+
+
+def _change(before: LayerPlacement, now: LayerPlacement, ranks_per_node: int | None) -> LayerChange:
+    size = max(before.ep_size, now.ep_size)
+    held, holds = ([_experts(p, rank) for rank in range(size)] for p in (before, now))
+    came = [(rank, expert) for rank in range(size) for expert in holds[rank] - held[rank]]
+    old, new = np.ravel(before.ranks), np.ravel(now.ranks)
+    same_shape = (before.ep_size, len(old)) == (now.ep_size, len(new))
+    to_nodes = None
+    if ranks_per_node:
+        on_node = {(rank // ranks_per_node, expert) for rank, own in enumerate(held) for expert in own}
+        to_nodes = sum((rank // ranks_per_node, expert) not in on_node for rank, expert in came)
+    return LayerChange(
+        layer=now.layer,
+        # Slots of two shapes are not the same slots.
+        slots_changed=int((old != new).sum()) if same_shape else len(new),
+        experts_crossed_ranks=len(came),
+        experts_crossed_nodes=to_nodes,
+        ranks=[
+            RankChange(rank, sorted(holds[rank] - held[rank]), sorted(held[rank] - holds[rank]))
+            for rank in range(size)
+            if holds[rank] != held[rank]
+        ],
+    )
+
+
+def _experts(placement: LayerPlacement, rank: int) -> set[int]:
+    return set(placement.ranks[rank]) - {EMPTY_SLOT} if rank < placement.ep_size else set()

@@ -1,0 +1,195 @@
+"""The figures of `ranks`: which EP rank or node the others waited for, how often, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.run import Run
+from eplb_dump.format.journal import Shape
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """An EP rank, or a node with its ranks."""
+
+    #: The number of the rank, or of the node.
+    number: int
+    #: Its EP ranks: the one, or those of the node.
+    ranks: list[int]
+    load: float
+    #: Load of one of its ranks over that of the mean rank.
+    times_mean: float | None
+    #: In how many active (step, layer) it, or a rank of the node, was the slowest.
+    slowest: int
+    slowest_share: float | None
+    #: Σ (max − mean) over these: the tokens that all ranks waited for because of it.
+    excess_tokens: float
+    #: Of all loss.
+    excess_share: float | None
+
+
+@dataclass(frozen=True)
+class LayerHeat:
+    """Load of each rank over the layer's mean, and of each node's ranks; None without any token."""
+
+    layer: int
+    ranks: list[float | None]
+    nodes: list[float | None]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    run_id: str
+    model: str
+    #: Of all steps asked for; the figures are over those from first_step to last_step.
+    steps: Completeness
+    first_step: int
+    last_step: int
+    #: How many complete steps the figures are over.
+    recorded: int
+    #: (step, layer) with a token.
+    active: int
+    #: Σ (max − mean) over (step, layer).
+    loss_tokens: float
+    idle_fraction: float | None
+    ranks: list[Straggler]
+    #: Empty where the dump does not say how many ranks a node has.
+    nodes: list[Straggler]
+    layers: list[LayerHeat]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        document = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            "run": {"run_id": document.pop("run_id"), "model": document.pop("model")},
+            **document,
+            "steps": self.steps.to_json(),
+            "ranks": [_named(rank, "rank") for rank in self.ranks],
+            "nodes": [{**_named(node, "node"), "ranks": node.ranks} for node in self.nodes],
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def _named(straggler: Straggler, name: str) -> dict[str, Any]:
+    figures = asdict(straggler)
+    del figures["ranks"]
+    return {name: figures.pop("number"), **figures}
+
+
+class _RankSums(Sums):
+    """Of one configuration: the loads, and how often which rank was the slowest."""
+
+    def __init__(self, run: Run, shape: Shape) -> None:
+        super().__init__(shape)
+        self._per_token = run.info.token_replication
+        self.active = 0
+        self.max_tokens = 0.0
+        #: [layers, ranks], as recorded: token replication not divided out.
+        self.load: Int64 = np.zeros((shape.num_moe_layers, shape.ep_size), np.int64)
+        self.slowest: Int64 = np.zeros(shape.ep_size, np.int64)
+        self.excess: Float64 = np.zeros(shape.ep_size)
+
+    def _add(self, block: Block) -> None:
+        shape = self.shape
+        terms = Terms(len(block.recorded), shape.num_moe_layers, shape.ep_size, self._per_token)
+        for first, load in block.rank_load_parts():
+            terms.add(first, load)
+            self.load[first : first + load.shape[1]] += load.sum(axis=0)
+        self.active += int(terms.active.sum())
+        self.max_tokens += float(terms.maximum.sum())
+        # Of several slowest the first counts, and of equal ranks none is.
+        slowest = terms.slowest[terms.uneven]
+        excess = (terms.maximum - terms.mean)[terms.uneven]
+        self.slowest += np.bincount(slowest, minlength=self.shape.ep_size)
+        self.excess += np.bincount(slowest, excess, minlength=self.shape.ep_size)
+
+
+def rank_report(run: Run, steps: Steps | None = None, *, ranks_per_node: int | None = None) -> RankReport:
+    """Which ranks and nodes were the slowest, over the last configuration of a run or of a range.
+
+    Args:
+        steps: a half-open range of steps; default all.
+        ranks_per_node: default what the dump says.
+
+    Raises:
+        NotInDumpError: no step of the run is in the range.
+        DumpError: no step in it is complete.
+    """
+    return run.reading(lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node))
+
+
+def _rank_report(run: Run, steps: Steps | None, ranks_per_node: int | None) -> RankReport:
+    sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape))
+    per_rank = [[rank] for rank in range(sums.shape.ep_size)]
+    per_node = _nodes(sums.shape.ep_size, ranks_per_node)
+    loss = float(sums.excess.sum())
+    heat = zip(run.info.layers, _heat(sums.load, per_rank), _heat(sums.load, per_node), strict=True)
+    return RankReport(
+        run_id=run.info.run_id,
+        model=run.info.model,
+        steps=seen,
+        first_step=sums.first_step,
+        last_step=sums.last_step,
+        recorded=sums.recorded,
+        active=sums.active,
+        loss_tokens=loss,
+        idle_fraction=loss / sums.max_tokens if sums.max_tokens else None,
+        ranks=_stragglers(run, sums, per_rank),
+        nodes=_stragglers(run, sums, per_node),
+        layers=[LayerHeat(*row) for row in heat],
+        notes=notes,
+    )
+
+
+def require_nodes(run: Run) -> None:
+    """Raise NotInDumpError where the dump does not say how many ranks a node has."""
+    if run.info.ranks_per_node is None:
+        raise NotInDumpError(
+            f"{run.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
+        )
+
+
+def _nodes(ranks: int, size: int | None) -> list[list[int]]:
+    return [list(range(r, min(r + size, ranks))) for r in range(0, ranks, size)] if size else []
+
+
+def _heat(load: Int64, groups: list[list[int]]) -> list[list[float | None]]:
+    """For each layer, the mean load of each group's ranks over the layer's mean."""
+    return [
+        [float(row[group].mean() / row.mean()) if row.any() else None for group in groups] for row in load
+    ]
+
+
+def _stragglers(run: Run, sums: _RankSums, groups: list[list[int]]) -> list[Straggler]:
+    load, loss = sums.load.sum(axis=0), float(sums.excess.sum())
+    mean = float(load.mean())
+    tokens = run.tokens(load)
+    found = []
+    for number, group in enumerate(groups):
+        slowest, excess = int(sums.slowest[group].sum()), float(sums.excess[group].sum())
+        total = float(tokens[group].sum())
+        found.append(
+            Straggler(
+                number=number,
+                ranks=group,
+                load=int(total) if run.info.token_replication == 1 else total,
+                times_mean=float(load[group].mean() / mean) if mean else None,
+                slowest=slowest,
+                slowest_share=slowest / sums.active if sums.active else None,
+                excess_tokens=excess,
+                excess_share=excess / loss if loss else None,
+            )
+        )
+    return found

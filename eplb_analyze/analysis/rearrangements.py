@@ -1,0 +1,371 @@
+"""The figures of `rearrangements`: did each help, as predicted, for how long, and what was moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.metrics import bootstrap, formulas
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
+from eplb_analyze.parallel import prefetch, split_range
+from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
+from eplb_analyze.reader.run import Run
+from eplb_analyze.text import plural
+from eplb_dump.format.journal import Int32, Int64, Shape
+
+#: Steps before and after, where the neighbour rearrangements are not nearer.
+WINDOW = 1000
+#: The gain at first is a mean of this many steps, and it is gone when most of so many are below half of it.
+SMOOTHING = 50
+BALANCEDNESS = formulas.FORMULAS["balancedness"]
+
+Verdict = Literal[
+    "helped", "helped at first", "hurt", "no measurable gain", "no-op", "elastic", "not measured"
+]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Complete steps on one side of a rearrangement, with an active layer."""
+
+    first_step: int | None
+    last_step: int | None
+    steps: int
+    balancedness: float | None
+
+
+@dataclass(frozen=True)
+class Lasted:
+    """Steps for which at least half of the gain at first was there, and what ended them."""
+
+    steps: int
+    until: Literal["half gone", "next rearrangement", "end"]
+
+
+@dataclass(frozen=True)
+class RearrangementFigures:
+    """One rearrangement. A figure that cannot be given is None, and ``reason`` says why."""
+
+    first_step: int
+    last_step: int
+    #: How many layers changed.
+    layers: int
+    verdict: Verdict
+    reason: str | None
+    before: Window
+    #: Balancedness of the loads before, split evenly over the replicas of the new placement.
+    predicted: float | None
+    after: Window
+    gain: float | None
+    gain_low: float | None
+    gain_high: float | None
+    #: After − predicted is the sum of these two.
+    drift: float | None
+    uneven_split: float | None
+    #: The gain of the first ``SMOOTHING`` steps after.
+    gain_at_first: float | None
+    lasted: Lasted | None
+    slots_moved: int
+    #: Expert weights that a rank, or a rank's node, had to fetch from another; None: not known.
+    experts_crossed_ranks: int | None
+    experts_crossed_nodes: int | None
+
+
+@dataclass(frozen=True)
+class RearrangementReport:
+    run_id: str
+    model: str
+    steps: Completeness
+    #: At most so many steps before and after.
+    window: int
+    rearrangements: list[RearrangementFigures]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": {"run_id": self.run_id, "model": self.model},
+            "steps": self.steps.to_json(),
+            "window": self.window,
+            "confidence": bootstrap.CONFIDENCE,
+            "rearrangements": [asdict(figures) for figures in self.rearrangements],
+            "notes": self.notes,
+        }
+
+
+def rearrangement_report(run: Run, steps: Steps | None = None, window: int = WINDOW) -> RearrangementReport:
+    """Judge every rearrangement that begins in a half-open range of steps (default: all).
+
+    Args:
+        window: how many steps before and after to compare; fewer where a neighbour rearrangement, the
+            range or the run ends sooner.
+    """
+    if steps is not None:
+        run.require(steps)
+    return run.reading(lambda: _report(run, steps, window))
+
+
+def _report(run: Run, steps: Steps | None, window: int) -> RearrangementReport:
+    changes = _changes(run, steps, window)
+    folds = [fold for change in changes for fold in change.folds]
+    whole, series = Completeness(), _Series()
+    for block in run.blocks(steps):
+        whole.add(block)
+        if block.shape is not None and len(block.recorded):
+            series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
+            _spread(block, folds, run.info.num_logical_experts)
+    notes = run.cautions("step_order", "placement", "placement_steps", "earlier_placements")
+    if not run.history.layers:
+        notes.append("no placement was recorded, so no rearrangement is known")
+    if run.history.lost:
+        at = ", ".join(map(str, run.history.lost[:5]))
+        notes.append(f"placements are lost from step {at} on; until they are stated again no change is known")
+    rows = [_figures(run, change, series) for change in changes]
+    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, notes)
+
+
+def verdicts(
+    run: Run, balancedness: Iterable[tuple[Shape, Int64, formulas.Float64]]
+) -> list[RearrangementFigures]:
+    """All rearrangements of a run judged by figures already made, and so without predictions.
+
+    ``balancedness``: ``(shape, steps, values)`` in order of steps; NaN where no layer was active.
+    """
+    series = _Series()
+    for shape, steps, values in balancedness:
+        series.add(shape, steps, values)
+    changes = _changes(run, None, WINDOW)
+    for change in changes:
+        change.folds.clear()
+    return [_figures(run, change, series) for change in changes]
+
+
+def _changes(run: Run, steps: Steps | None, window: int) -> list[_Change]:
+    low, high = steps if steps is not None else (0, 2**62)
+    found = run.history.rearrangements()
+    changes = []
+    # Before a layer's first placement nobody knows whose its tokens were.
+    known = max((history.steps[0] for history in run.history.layers.values()), default=0)
+    lost = run.history.lost
+    for i, this in enumerate(found):
+        if low <= this.first_step < high:
+            start = max(low, found[i - 1].last_step if i else 0, known if known < this.first_step else 0)
+            start = max(start, *(s for s in lost if s < this.first_step), 0)
+            following = found[i + 1].first_step if i + 1 < len(found) else high
+            end = min(high, following, *(s for s in lost if s > this.last_step))
+            changes.append(_Change(run, this, (start, end), following == end < high, window))
+    return changes
+
+
+@dataclass
+class _Fold:
+    """The loads of a range of steps, spread evenly over the replicas of a placement."""
+
+    steps: Steps
+    shape: Shape
+    #: By layer: the placement the steps ran under, and the one to spread their loads over.
+    old: list[Int32]
+    new: list[Int32]
+    values: list[formulas.Float64] = field(default_factory=list)
+
+    def mean(self) -> float | None:
+        values = np.concatenate([np.empty(0), *self.values])
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if len(values) else None
+
+
+class _Change:
+    """A rearrangement, the placements around it and its windows."""
+
+    def __init__(self, run: Run, this: Rearrangement, around: Steps, followed: bool, window: int) -> None:
+        """``around``: the steps of the placement before, of this change, and of the placement after."""
+        self.this, self.end, self.followed = this, around[1], followed
+        self.before = (max(around[0], this.first_step - window), this.first_step)
+        self.after = (this.last_step, min(around[1], this.last_step + window))
+        histories = [run.history.layer(index) for index in range(run.info.num_layers)]
+        old = [history.at(this.first_step - 1) for history in histories]
+        new = [history.at(this.last_step) for history in histories]
+        self.changed = [
+            (a, b) for i in this.layers if (a := old[i]) is not None and (b := new[i]) is not None
+        ]
+        first, layers = histories[this.layers[0]], len(histories)
+        sizes = [first.ep_sizes[first.index_at(s)] for s in (this.first_step - 1, this.last_step)]
+        self.shapes = [Shape(s, layers, len(p)) for s, p in zip(sizes, self.changed[0], strict=True)]
+        self.elastic = self.shapes[0] != self.shapes[1]
+        #: Why nothing can be predicted, and the loads of both sides to be spread, where it can.
+        self.reason: str | None = None
+        self.folds: list[_Fold] = []
+        known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
+        if self.elastic:
+            self.reason = "EP size {} → {}, {} → {} slots".format(
+                *sizes, *(s.num_physical_experts for s in self.shapes)
+            )
+        elif len(known_old) < layers or len(known_new) < layers:
+            number = next(
+                n for n, a, b in zip(run.info.layers, old, new, strict=True) if a is None or b is None
+            )
+            self.reason = f"no prediction: the placement of layer {number} is not known"
+        elif any(len(p) != self.shapes[0].num_physical_experts for p in (*known_old, *known_new)):
+            self.reason = "no prediction: the layers have different numbers of slots"
+        elif any(np.setdiff1d(a, b).max(initial=-1) >= 0 for a, b in self.changed):
+            self.reason = "no prediction: an expert has no slot in the new placement"
+        else:
+            self.folds = [
+                _Fold(self.before, self.shapes[0], known_old, known_new),
+                _Fold(self.after, self.shapes[0], known_new, known_new),
+            ]
+        self.no_op = False
+        self.crossed_ranks: int | None = None
+        self.crossed_nodes: int | None = None
+        if not self.elastic:
+            self._count_moves(run)
+
+    def _count_moves(self, run: Run) -> None:
+        size, nodes = self.shapes[0].ep_size, run.info.ranks_per_node
+        held = [
+            tuple(holdings(slots, size, run.info.num_logical_experts) for slots in pair)
+            for pair in self.changed
+        ]
+        self.no_op = all(np.array_equal(old, new) for old, new in held)
+        self.crossed_ranks = sum(int(crossings(old, new, 1).sum()) for old, new in held)
+        if nodes:
+            self.crossed_nodes = sum(int(crossings(old, new, nodes).sum()) for old, new in held)
+
+
+class _Series:
+    """Measured balancedness, step by step, and the shape of each step."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Int64, formulas.Float64, npt.NDArray[np.int32]]] = []
+        self._shapes: list[Shape] = []
+
+    def add(self, shape: Shape, steps: Int64, values: formulas.Float64) -> None:
+        if shape not in self._shapes:
+            self._shapes.append(shape)
+        known = ~np.isnan(values)
+        number = np.full(int(known.sum()), self._shapes.index(shape), np.int32)
+        self._parts.append((steps[known], values[known], number))
+
+    @cached_property
+    def _joined(self) -> tuple[Int64, formulas.Float64, npt.NDArray[np.int32]]:
+        steps, values, shapes = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        return steps, values, shapes
+
+    def between(self, steps: Steps, shape: Shape) -> tuple[Int64, formulas.Float64]:
+        """``(steps, values)`` of a half-open range, as far as they have this shape."""
+        if not self._parts or shape not in self._shapes:
+            return np.empty(0, np.int64), np.empty(0)
+        step, value, shapes = self._joined
+        low, high = np.searchsorted(step, steps)
+        own = shapes[low:high] == self._shapes.index(shape)
+        return step[low:high][own], value[low:high][own]
+
+
+def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
+    """Add a block's steps to the folds they belong to, one layer in memory at a time."""
+    steps = block.recorded
+    here = []
+    for fold in folds:
+        low, high = np.searchsorted(steps, fold.steps)
+        if high > low and fold.shape == block.shape:
+            ratio = np.full((high - low, block.shape.num_moe_layers), np.nan)
+            here.append((fold, slice(low, high), ratio))
+    if not here:
+        return
+    start, stop = min(s.start for _, s, _ in here), max(s.stop for _, s, _ in here)
+
+    def work(share: tuple[int, int]) -> None:
+        for first, loads in block.load_parts(steps[start:stop], *share):
+            for layer, load in enumerate(loads.transpose(1, 0, 2).astype(np.float64), first):
+                for fold, part, ratio in here:
+                    way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
+                    T = load[part.start - start : part.stop - start] @ way
+                    ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis])
+
+    # Layers have nothing to do with each other, so threads can share them.
+    for _ in prefetch(split_range(0, here[0][0].shape.num_moe_layers), work):
+        pass
+    for fold, _, ratio in here:
+        active = (~np.isnan(ratio)).sum(axis=1)
+        value = np.divide(np.nansum(ratio, axis=1), active, out=np.full(len(ratio), np.nan), where=active > 0)
+        fold.values.append(value)
+
+
+def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures:
+    this, reason = change.this, change.reason
+    before_steps, before = series.between(change.before, change.shapes[0])
+    after_steps, after = series.between(change.after, change.shapes[1])
+    gain = at_first = predicted = even = lasted = None
+    verdict: Verdict = "elastic" if change.elastic else "not measured"
+    if not change.elastic:
+        gain = bootstrap.difference(Ratio.mean(before), Ratio.mean(after))
+        if gain is None:
+            count, where = min((len(before), "before"), (len(after), "after"))
+            reason = f"{plural(count, 'complete step')} {where} it, {MIN_STEPS} are needed"
+        else:
+            verdict = "no measurable gain"
+            if gain.beyond_chance:
+                verdict = "helped" if gain.value > 0 else "hurt"
+            predicted, even = (fold.mean() for fold in change.folds) if change.folds else (None, None)
+            at_first, lasted = _lasting(change, series, before)
+            if verdict != "helped" and lasted is not None and lasted.until == "half gone":
+                verdict = "helped at first"
+        if change.no_op:
+            verdict = "no-op"
+    measured = None if gain is None else float(after.mean())
+    return RearrangementFigures(
+        first_step=this.first_step,
+        last_step=this.last_step,
+        layers=len(this.layers),
+        verdict=verdict,
+        reason=reason,
+        before=_window(before_steps, before),
+        predicted=predicted,
+        after=_window(after_steps, after),
+        gain=None if gain is None else gain.value,
+        gain_low=None if gain is None else gain.low,
+        gain_high=None if gain is None else gain.high,
+        drift=None if even is None or predicted is None else even - predicted,
+        uneven_split=None if even is None or measured is None else measured - even,
+        gain_at_first=at_first,
+        lasted=lasted,
+        slots_moved=this.slots_changed,
+        experts_crossed_ranks=change.crossed_ranks,
+        experts_crossed_nodes=change.crossed_nodes,
+    )
+
+
+def _window(steps: Int64, values: formulas.Float64) -> Window:
+    if not len(steps):
+        return Window(None, None, 0, None)
+    return Window(int(steps[0]), int(steps[-1]), len(steps), float(values.mean()))
+
+
+def _lasting(
+    change: _Change, series: _Series, before: formulas.Float64
+) -> tuple[float | None, Lasted | None]:
+    """The gain at first, and for how long half of it was there; no length where it is not beyond chance.
+
+    It is gone in the middle of the first ``SMOOTHING`` steps most of which are below half of it.
+    """
+    last = change.this.last_step
+    steps, values = series.between((last, change.end), change.shapes[1])
+    width = min(SMOOTHING, len(steps) // 4)
+    at_first = bootstrap.difference(Ratio.mean(before), Ratio.mean(values[:width]))
+    if at_first is None:
+        return None, None
+    if not at_first.beyond_chance or at_first.value < 0:
+        return at_first.value, None
+    below = np.cumsum(np.append(0, values < before.mean() + at_first.value / 2))
+    gone = np.flatnonzero(2 * (below[width:] - below[:-width]) > width)
+    if len(gone):
+        return at_first.value, Lasted(int(steps[gone[0] + (width - 1) // 2]) - last, "half gone")
+    return at_first.value, Lasted(
+        int(steps[-1]) + 1 - last, "next rearrangement" if change.followed else "end"
+    )

@@ -1,0 +1,184 @@
+"""The figures of `timeline`: a formula over the steps of a run, in bins of equally many steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from eplb_analyze.metrics.formulas import FORMULAS, Float64
+from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import stretches
+from eplb_analyze.reader.run import Run
+
+IDLE_FRACTION = "idle_fraction"
+NAMES = (*FORMULAS, IDLE_FRACTION)
+DEFAULT_BINS = 100
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A range of steps; the figures are None where none of them is complete and active."""
+
+    first_step: int
+    last_step: int
+    #: How many steps the figures are over.
+    steps: int
+    mean: float | None
+    min: float | None
+    max: float | None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of steps of one shape."""
+
+    first_step: int
+    last_step: int
+    ep_size: int
+    num_physical_experts: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    run_id: str
+    model: str
+    formula: str
+    #: The model's number of the only layer looked at, None: all.
+    layer: int | None
+    steps: Completeness
+    mean: float | None
+    min: float | None
+    max: float | None
+    bins: list[Bin]
+    #: The first step of each; of one layer, the steps at which its placement changed.
+    rearrangements: list[int]
+    configurations: list[Stretch]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        document = {**asdict(self), "steps": self.steps.to_json()}
+        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
+
+    def frame(self) -> pl.DataFrame:
+        """One row a bin: first_step, last_step, steps, mean, min, max."""
+        schema = dict.fromkeys(("first_step", "last_step", "steps"), pl.Int64)
+        schema |= dict.fromkeys(("mean", "min", "max"), pl.Float64)  # type: ignore[arg-type]
+        return pl.DataFrame(list(map(asdict, self.bins)), schema=schema)
+
+
+class _Bins:
+    """Sums, minima and maxima of each bin."""
+
+    def __init__(self, edges: npt.NDArray[np.int64]) -> None:
+        self.edges = edges
+        count = len(edges) - 1
+        self.steps = np.zeros(count, np.int64)
+        self.total, self.weight = np.zeros(count), np.zeros(count)
+        self.low, self.high = np.full(count, np.inf), np.full(count, -np.inf)
+
+    def add(self, steps: npt.NDArray[np.int64], value: Float64, weight: Float64) -> None:
+        known = ~np.isnan(value)
+        at = np.searchsorted(self.edges, steps[known], side="right") - 1
+        value, weight = value[known], weight[known]
+        count = len(self.steps)
+        self.steps += np.bincount(at, minlength=count)
+        self.total += np.bincount(at, value * weight, minlength=count)
+        self.weight += np.bincount(at, weight, minlength=count)
+        np.minimum.at(self.low, at, value)
+        np.maximum.at(self.high, at, value)
+
+    def bins(self) -> list[Bin]:
+        found = []
+        for i, steps in enumerate(self.steps.tolist()):
+            first, last = int(self.edges[i]), int(self.edges[i + 1]) - 1
+            figures = (self.total[i] / self.weight[i], self.low[i], self.high[i]) if steps else (None,) * 3
+            found.append(Bin(first, last, steps, *(None if f is None else float(f) for f in figures)))
+        return found
+
+
+def timeline(
+    run: Run,
+    formula: str = "balancedness",
+    bins: int = DEFAULT_BINS,
+    layer: int | None = None,
+    steps: Steps | None = None,
+) -> Timeline:
+    """A formula over the complete steps of a run, in bins of equally many steps.
+
+    Args:
+        formula: a name of :data:`eplb_analyze.metrics.formulas.FORMULAS`, or ``"idle_fraction"``.
+        bins: how many; where there are fewer steps, each is a bin.
+        layer: the model's number of a layer, to look at it alone.
+        steps: a half-open range.
+
+    A bin's mean is over its steps that have an active layer; of the idle fraction it is weighted by
+    the steps' tokens, so that one bin of a whole run is the run's figure.
+
+    Raises:
+        ValueError: there is no such formula.
+        NotInDumpError: the dump has no such layer, or no step in the range.
+        DumpError: no step in the range is complete.
+    """
+    if formula not in NAMES:
+        raise ValueError(f"no formula {formula!r}; there are: {', '.join(NAMES)}")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    index = None if layer is None else run.layer_index(layer)
+    return run.reading(lambda: _timeline(run, formula, bins, index, steps))
+
+
+def _timeline(run: Run, formula: str, bins: int, index: int | None, steps: Steps | None) -> Timeline:
+    low, high = steps or (0, 2**62)
+    run.require((low, high))
+    first, last = run.step_range
+    assert first is not None
+    assert last is not None
+    first, end = max(first, low), min(last + 1, high)
+    count = min(bins, end - first)
+    parts = _Bins(np.array([first + i * (end - first) // count for i in range(count + 1)], np.int64))
+    seen = Completeness()
+    shapes: dict[int, Stretch] = {}
+    for number, block in stretches(run, steps, seen):
+        assert block.shape is not None
+        terms = run.terms(block) if index is None else run.terms(block, index, index + 1)
+        if formula == IDLE_FRACTION:
+            value, weight = 1 - FORMULAS["vllm"].of(terms), terms.maximum.sum(axis=1)
+        else:
+            value, weight = FORMULAS[formula].of(terms), np.ones(len(terms.mean))
+        parts.add(block.recorded, value, weight)
+        begin = shapes[number].first_step if number in shapes else int(block.recorded[0])
+        shape = block.shape
+        shapes[number] = Stretch(begin, int(block.recorded[-1]), shape.ep_size, shape.num_physical_experts)
+    if not shapes:
+        raise run.nothing_complete(steps)
+    history = run.history
+    changes = (
+        [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]
+    )
+    total = float(parts.weight.sum())
+    notes = run.cautions("step_order")
+    if len(shapes) > 1:
+        at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
+        notes.append(
+            f"ep_size or the number of slots changed, at step {at}: figures are means of steps, "
+            "and no loads of two shapes are added"
+        )
+    return Timeline(
+        run_id=run.info.run_id,
+        model=run.info.model,
+        formula=formula,
+        layer=None if index is None else run.info.layers[index],
+        steps=seen,
+        mean=float(parts.total.sum()) / total if total else None,
+        min=float(parts.low.min()) if total else None,
+        max=float(parts.high.max()) if total else None,
+        bins=parts.bins(),
+        rearrangements=[step for step in changes if first <= step < end],
+        configurations=list(shapes.values()),
+        notes=notes,
+    )

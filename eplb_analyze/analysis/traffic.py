@@ -1,0 +1,238 @@
+"""The figures of `traffic`: from which rank to which rank, and node, the tokens went.
+
+With scope local a rank's file holds what that rank contributed to the load of every rank: a row of
+the matrix. Only the sums per rank are read, not single experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.run import Run
+from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.schema import Scope
+
+#: So many of the busiest pairs are in the JSON document.
+PAIRS = 10
+By = Literal["rank", "node"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of the tokens by how far they go; None where it is not known, or there are none."""
+
+    same_rank: float | None
+    #: To another rank of the same node.
+    same_node: float | None
+    other_node: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    source: int
+    destination: int
+    tokens: int
+    share: float
+    #: Over the mean of the pairs of different ranks (or nodes).
+    times_mean: float
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """What a rank (or node) gets, and how much of it from others."""
+
+    destination: int
+    tokens: int
+    times_mean: float
+    from_others: float | None
+    busiest_source: int | None
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    layer: int
+    tokens: int
+    shares: Shares
+
+
+@dataclass(frozen=True)
+class TrafficReport:
+    run_id: str
+    model: str
+    layer: int | None
+    by: By
+    ep_size: int
+    ranks_per_node: int | None
+    #: Of all steps asked for; the figures are over the complete ones from first_step to last_step.
+    steps: Completeness
+    first_step: int
+    last_step: int
+    recorded: int
+    shares: Shares
+    #: The shares if tokens went to the same ranks whichever rank they came from.
+    by_chance: Shares
+    #: Tokens from the source (row) to the destination (column), by rank or by node.
+    matrix: Int64
+    layers: list[LayerTraffic]
+    notes: list[str]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.matrix.sum())
+
+    def pairs(self, most: int) -> list[Pair]:
+        """The busiest pairs of two different ranks (or nodes)."""
+        flows = self.matrix.copy()
+        np.fill_diagonal(flows, 0)
+        mean = flows.sum() / max(1, flows.size - len(flows))
+        order = np.argsort(-flows, axis=None, kind="stable")[:most]
+        rows, columns = np.unravel_index(order, flows.shape)
+        return [
+            Pair(
+                int(r), int(c), int(flows[r, c]), float(flows[r, c] / self.tokens), float(flows[r, c] / mean)
+            )
+            for r, c in zip(rows, columns, strict=True)
+            if flows[r, c]
+        ]
+
+    def receivers(self) -> list[Receiver]:
+        """All ranks (or nodes), the busiest first."""
+        got = self.matrix.sum(axis=0)
+        mean = self.tokens / len(got)
+        return [
+            Receiver(
+                int(i),
+                int(got[i]),
+                float(got[i] / mean) if mean else 0.0,
+                float(1 - self.matrix[i, i] / got[i]) if got[i] else None,
+                int(self.matrix[:, i].argmax()) if got[i] else None,
+            )
+            for i in np.argsort(-got, kind="stable")
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": {"run_id": self.run_id, "model": self.model},
+            "layer": self.layer,
+            "by": self.by,
+            "ep_size": self.ep_size,
+            "ranks_per_node": self.ranks_per_node,
+            "steps": self.steps.to_json(),
+            "first_step": self.first_step,
+            "last_step": self.last_step,
+            "recorded": self.recorded,
+            "tokens": self.tokens,
+            "shares": vars(self.shares),
+            "shares_by_chance": vars(self.by_chance),
+            "matrix": self.matrix.tolist(),
+            "pairs": [vars(pair) for pair in self.pairs(PAIRS)],
+            "receivers": [vars(receiver) for receiver in self.receivers()],
+            "layers": [{"layer": t.layer, "tokens": t.tokens, **vars(t.shares)} for t in self.layers],
+            "notes": self.notes,
+        }
+
+
+def traffic_report(
+    run: Run,
+    layer: int | None = None,
+    steps: Steps | None = None,
+    *,
+    by: By = "rank",
+    ranks_per_node: int | None = None,
+) -> TrafficReport:
+    """Tokens from source to destination, in all layers or one, by the model's layer number.
+
+    Args:
+        steps: a half-open range of steps; default all.
+        ranks_per_node: default what the dump says.
+
+    Raises:
+        NotInDumpError: the dump has no such layer or step, or does not hold who sent what.
+        DumpError: no complete step is in the range.
+    """
+    cannot = f"{run.path}: the dump does not hold which rank sent what"
+    if run.scope is not Scope.LOCAL:
+        raise NotInDumpError(f"{cannot}: its scope is {run.scope.value}, loads already summed over ranks")
+    if run.info.token_replication > 1:
+        times = run.info.token_replication
+        raise NotInDumpError(f"{cannot}: every token is counted by {times} ranks (token replication)")
+    for note in run.cautions("token_source"):
+        raise NotInDumpError(f"{cannot}: {note}")
+    ranks_per_node = ranks_per_node or run.info.ranks_per_node
+    if by == "node" and ranks_per_node is None:
+        raise NotInDumpError(
+            f"{run.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
+        )
+    first, last = (0, run.info.num_layers)
+    if layer is not None:
+        first = run.layer_index(layer)
+        last = first + 1
+
+    def read() -> TrafficReport:
+        rank_of = {id(s): session.info.ep_rank for session in run.sessions for s in session.segments}
+        sums, whole, notes = last_configuration(run, steps, lambda shape: _Flows(shape, rank_of))
+        flows = sums.flows[first:last]
+        rank = np.arange(sums.shape.ep_size)
+        node = None if ranks_per_node is None else rank // ranks_per_node
+        matrix = flows.sum(axis=0)
+        return TrafficReport(
+            run_id=run.info.run_id,
+            model=run.info.model,
+            layer=layer,
+            by=by,
+            ep_size=sums.shape.ep_size,
+            ranks_per_node=ranks_per_node,
+            steps=whole,
+            first_step=sums.first_step,
+            last_step=sums.last_step,
+            recorded=sums.recorded,
+            shares=_shares(matrix, node),
+            by_chance=_shares(np.outer(matrix.sum(axis=1, dtype=float), matrix.sum(axis=0)), node),
+            matrix=_by_node(matrix, node) if by == "node" and node is not None else matrix,
+            layers=[
+                LayerTraffic(number, int(own.sum()), _shares(own, node))
+                for number, own in zip(run.info.layers[first:last], flows, strict=True)
+            ],
+            notes=notes,
+        )
+
+    return run.reading(read)
+
+
+class _Flows(Sums):
+    """Tokens by layer, source rank and destination rank."""
+
+    def __init__(self, shape: Shape, rank_of: dict[int, int]) -> None:
+        super().__init__(shape)
+        self.flows = np.zeros((shape.num_moe_layers, shape.ep_size, shape.ep_size), np.int64)
+        self._rank_of = rank_of
+
+    def _add(self, block: Block) -> None:
+        for segment, _, there in block.matches(block.recorded):
+            source = self._rank_of[id(segment)]
+            for first, load in segment.rank_loads(0, self.shape.num_moe_layers):
+                self.flows[first : first + len(load), source] += load[:, there].sum(axis=1)
+
+
+def _shares(matrix: npt.NDArray[Any], node: npt.NDArray[np.int64] | None) -> Shares:
+    total = matrix.sum()
+    if not total:
+        return Shares(None, None, None)
+    own = float(np.trace(matrix) / total)
+    if node is None:
+        return Shares(own, None, None)
+    inside = float(matrix[node[:, None] == node].sum() / total)
+    return Shares(own, inside - own, 1 - inside)
+
+
+def _by_node(matrix: Int64, node: npt.NDArray[np.int64]) -> Int64:
+    starts = np.flatnonzero(np.diff(node, prepend=-1))
+    return np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)

@@ -1,0 +1,1 @@
+"""Many runs, one row each, and where the work is done."""

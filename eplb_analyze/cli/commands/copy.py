@@ -1,0 +1,64 @@
+"""`copy`: a run, or a part of it, to another place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption, StepsOption, parse_steps
+from eplb_analyze.cli.output import Output, OutputFormat, say
+from eplb_analyze.cli.views.copy import render
+from eplb_analyze.errors import EXIT_UNUSABLE
+from eplb_analyze.storage.path import StoragePath, storage_path
+
+
+def copy(
+    to: Annotated[
+        StoragePath,
+        typer.Option(
+            "--to",
+            help="The dump to copy into: a folder, s3://… or gs://….",
+            parser=storage_path,
+            metavar="PLACE",
+        ),
+    ],
+    dump: Dump = Path("."),
+    steps: StepsOption = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", help="Only these, as 0-3,7.", metavar="N,N-N…")
+    ] = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Bring a run or a part of it to another place, verified; what is there is never written over.
+
+    Steps are copied in whole segments. The same copy once more goes on where one was interrupted.
+    """
+    wanted, chosen = parse_steps(steps), _ranks(ranks)
+    from eplb_analyze.transfer.copy import copy_run
+
+    out = Output(output)
+    report = copy_run(dump, to, run, model, wanted, chosen, out.progress)
+    out.notes(report.notes)
+    out.emit(report.to_json(), lambda console: render(console, report))
+    for text in report.damaged:
+        say("error", text)
+    if report.damaged:
+        raise typer.Exit(EXIT_UNUSABLE)
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if low > high:
+            raise typer.BadParameter(f"{text!r} is not ranks, as 0-3,7", param_hint="--ranks")
+        found |= set(range(low, high + 1))
+    return sorted(found)

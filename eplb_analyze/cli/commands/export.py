@@ -1,0 +1,192 @@
+"""`export`: placements as files that engines load at their start, and loads as files for other programs."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.cli.options import (
+    Dump,
+    ModelOption,
+    OutputOption,
+    RunOption,
+    StepsOption,
+    finish,
+    open_for,
+    parse_steps,
+)
+from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.views.export import _loads, _placement
+from eplb_analyze.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+app = typer.Typer(
+    help="Write a placement for an engine to load at its start, or the loads for another program.",
+    epilog="Nothing is written into a dump, and no file replaced without --force. Both take --output json.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+class Target(str, enum.Enum):
+    sglang = "sglang"
+    trtllm = "trtllm"
+    vllm_ascend = "vllm-ascend"
+    vllm_mapping = "vllm-mapping"
+    json = "json"
+
+
+class LoadFormat(str, enum.Enum):
+    csv = "csv"
+    parquet = "parquet"
+    logical_npy = "logical-npy"
+
+
+To = Annotated[Path, typer.Option("--to", help="The file to write.", metavar="FILE", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
+#: What is for --policy only, by the name of its option.
+OF_A_POLICY = ("--steps", "--window", "--redundant", "--ep-size", "--num-nodes", "--num-groups")
+
+
+@app.command("placement", short_help="A placement for an engine to load at its start.")
+def placement(
+    target: Annotated[Target, typer.Option("--for", help="Who is to load it.", show_default=False)],
+    to: To,
+    dump: Dump = Path("."),
+    step: Annotated[
+        int | None, typer.Option("--step", help="Recorded at this step; default: the last.", min=0)
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", help="Not recorded, but this policy's: a name, or module:function."),
+    ] = None,
+    steps: StepsOption = None,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", help="Of these steps, show the policy the last N.", min=1),
+    ] = None,
+    redundant: Annotated[
+        int | None,
+        typer.Option("--redundant", help="Redundant experts for the policy; default: as recorded.", min=0),
+    ] = None,
+    ep_size: Annotated[
+        int | None, typer.Option("--ep-size", help="EP ranks for the policy; default: as recorded.", min=1)
+    ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option("--num-nodes", help="Nodes for the policy; default: as recorded.", min=1)
+    ] = None,
+    num_groups: Annotated[
+        int | None,
+        typer.Option("--num-groups", help="Expert groups to keep on a node; default: 1, none.", min=1),
+    ] = None,
+    num_hidden_layers: Annotated[
+        int | None,
+        typer.Option("--num-hidden-layers", help="The model's, dense ones included, for SGLang.", min=1),
+    ] = None,
+    first_layer: Annotated[
+        int | None,
+        typer.Option("--first-layer", help="The first layer's number, where the dump has none.", min=0),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="For vllm-ascend: move an expert's copies on one device apart.")
+    ] = False,
+    force: Force = False,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Write a placement, recorded at a step or made by a policy, for an engine to load at its start.
+
+    A row of `replay` becomes a file with its settings: --policy, --window, --redundant and --ep-size,
+    and --steps :B for the placement that it would have made at step B.
+    """
+    given = dict(zip(OF_A_POLICY, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
+    if policy is None:
+        for name, value in given.items():
+            if value is not None:
+                raise typer.BadParameter("it is for a placement made by --policy", param_hint=name)
+    elif step is not None:
+        raise typer.BadParameter("a policy's placement is of --steps, not of one", param_hint="--step")
+    if num_hidden_layers is not None and target is not Target.sglang:
+        raise typer.BadParameter("it is for --for sglang", param_hint="--num-hidden-layers")
+    if repair and target is not Target.vllm_ascend:
+        raise typer.BadParameter("it is for --for vllm-ascend", param_hint="--repair")
+    wanted = parse_steps(steps)
+    from eplb_analyze.transfer.exporters.export import (
+        export_placement,
+        policy_placement,
+        recorded_placement,
+    )
+
+    out = Output(output)
+    opened = open_for(out, dump, run, model)
+    if policy is None:
+        found = recorded_placement(opened, step)
+    else:
+        found = policy_placement(
+            opened,
+            policy,
+            wanted,
+            window=window,
+            redundant=redundant,
+            ep_size=ep_size,
+            num_nodes=num_nodes,
+            num_groups=num_groups or 1,
+        )
+    report = export_placement(
+        opened,
+        target.value,
+        to,
+        found,
+        num_hidden_layers=num_hidden_layers,
+        first_layer=first_layer,
+        repair=repair,
+        force=force,
+    )
+    out.emit(report.to_json(), lambda console: _placement(console, report))
+    finish(out, opened, found.steps)
+
+
+@app.command("loads", short_help="The loads of all complete steps, or their sums.")
+def loads(
+    load_format: Annotated[
+        LoadFormat,
+        typer.Option(
+            "--as",
+            help="csv or parquet: a row a step, layer and slot; logical-npy: summed, for deepseek-ai/EPLB.",
+            show_default=False,
+        ),
+    ],
+    to: To,
+    dump: Dump = Path("."),
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")
+    ] = None,
+    steps: StepsOption = None,
+    force: Force = False,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Write the loads of all complete steps, by slot and step, or summed by logical expert."""
+    wanted = parse_steps(steps)
+    from eplb_analyze.transfer.exporters.export import export_loads
+
+    out = Output(output)
+    opened = open_for(out, dump, run, model)
+    report = export_loads(opened, load_format.value, to, wanted, layer or None, force=force)
+    out.emit(report.to_json(), lambda console: _loads(console, report))
+    finish(out, opened, report.steps)
+
+
+def _note(console: Console, text: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(f"note: {clean(text)}", style="yellow"))

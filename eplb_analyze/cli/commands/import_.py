@@ -1,0 +1,124 @@
+"""`import`: another system's recording becomes a run of a dump."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eplb_analyze.cli.options import OutputOption
+from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.views.import_ import render
+from eplb_analyze.storage.path import StoragePath, local, storage_path
+
+FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array")
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="A file of another system, or the folder of its files.")],
+    into: Annotated[
+        StoragePath,
+        typer.Option(
+            "--into",
+            help="The dump, a folder, to write a new run into.",
+            envvar="EXPERT_LOAD_DUMP_DIR",
+            parser=storage_path,
+        ),
+    ],
+    format: Annotated[
+        str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; default: told by the content.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model's name.")] = None,
+    ep_size: Annotated[
+        int | None, typer.Option("--ep-size", help="How many EP ranks there were.", min=1)
+    ] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            "--placement",
+            help="Who was where: an engine's placement file, linear (expert e in slot e), last (SGLang "
+            "per_pass: its last placement held all the time), or unknown.",
+        ),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option("--num-experts", help="The model's experts in a layer.", min=1)
+    ] = None,
+    token_replication: Annotated[
+        int | None,
+        typer.Option("--token-replication", help="How many times each token was counted.", min=1),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="The model's numbers of the layers: A:B, or a list with commas."),
+    ] = None,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="The source's rows are in the order of time.")
+    ] = False,
+    window: Annotated[
+        bool, typer.Option("--window", help="vLLM snapshots: the sums over a window, not single steps.")
+    ] = False,
+    renumber: Annotated[
+        bool, typer.Option("--renumber", help="vLLM: count records in their order, whatever step they name.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="Which files of a folder: a pattern, for instance '*_pid42.npz'."),
+    ] = None,
+    array: Annotated[str | None, typer.Option("--array", help="Which array of a .npz file.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="The new run's id; default: the time of import.")
+    ] = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Make a run of ours of SGLang's, TensorRT-LLM's, vLLM's, Megatron's or other load recordings.
+
+    What the source does not say is asked for, or written down as not known.
+    """
+    if format is not None and format not in FORMATS:
+        raise typer.BadParameter(
+            f"no format {format!r}; there are: {', '.join(FORMATS)}", param_hint="--format"
+        )
+    numbers = _numbers(layers)
+    from eplb_analyze.transfer.importers.import_dump import Options, import_dump
+    from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD
+
+    for name, value, most in (
+        ("--ep-size", ep_size, MAX_EXPERTS),
+        ("--num-experts", num_experts, MAX_EXPERTS),
+        ("--token-replication", token_replication, MAX_LOAD),
+    ):
+        if value is not None and value > most:
+            raise typer.BadParameter(f"at most {most}", param_hint=name)
+    options = Options(
+        model=model or None,
+        ep_size=ep_size,
+        placement=placement,
+        num_logical_experts=num_experts,
+        token_replication=token_replication,
+        layers=numbers,
+        ordered=ordered,
+        window=window,
+        renumber=renumber,
+        only=only,
+        array=array,
+    )
+    report = import_dump(source, local(into, "`import --into`"), format, options, run_id)
+    Output(output).emit(report.to_json(), lambda console: render(console, report))
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    """``3:61`` or ``3,5,7`` as ascending layer numbers."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    if match:
+        numbers = list(range(int(match[1]), int(match[2])))
+    elif re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
+        numbers = [int(n) for n in text.split(",")]
+    else:
+        numbers = []
+    if not numbers or numbers != sorted(set(numbers)):
+        raise typer.BadParameter(f"{text!r} is neither A:B nor an ascending list", param_hint="--layers")
+    return tuple(numbers)

@@ -1,0 +1,42 @@
+"""`placement`: who is where, and what changed between two steps?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption, finish, open_for
+from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.views.placement import render
+
+
+def placement(
+    dump: Dump = Path("."),
+    step: Annotated[
+        int | None, typer.Option("--step", help="As of this step; default: the last.", min=0)
+    ] = None,
+    against: Annotated[
+        int | None, typer.Option("--against", help="Say what changed since this step.", min=0)
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="One layer in full, by its number in the model.")
+    ] = None,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Show the replicas of each expert, too.")
+    ] = False,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Which expert is on which rank at a step, how many replicas has it, what changed since another?"""
+    from eplb_analyze.analysis.placement import placement_report
+
+    out = Output(output)
+    opened = open_for(out, dump, run, model)
+    report = placement_report(opened, step, against, layer)
+    out.emit(
+        report.to_json(), lambda console: render(console, report, single=layer is not None, experts=experts)
+    )
+    finish(out, opened)

@@ -1,0 +1,128 @@
+"""`postmortem`: over many runs, which were bad, and why?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.cli.options import OutputOption
+from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.views.postmortem import render
+from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError
+from eplb_analyze.storage.path import local, storage_path
+
+if TYPE_CHECKING:
+    from eplb_analyze.batch.executors import Executor
+    from eplb_analyze.batch.postmortem import ResultCache, Row
+
+
+def postmortem(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DIR…",
+            help="Folders, s3://… or gs://…, or globs of them, that hold dumps at any depth.",
+            envvar="EXPERT_LOAD_DUMP_DIR",
+            show_default="the current folder",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by", help="Group by model, engine, ep_size … or a name of the engine's configuration."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", help="How many runs to show in text.", min=1)] = 20,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold", help="Exit with 1 where a run's mean balancedness is below.", min=0, max=1
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="A run's id; exit with 1 where a run is worse, beyond chance."),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            "--save",
+            help="Keep runs.parquet, a report of each run and finished results in this folder.",
+            parser=lambda text: local(storage_path(text), "`postmortem --save`"),
+            metavar="DIR",
+        ),
+    ] = None,
+    html: Annotated[
+        bool, typer.Option("--html", help="With --save: an HTML report of each run, too.")
+    ] = False,
+    executor: Annotated[str, typer.Option("--executor", help="local, processes or ray.")] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Of processes and a local Ray; default one a core.", min=1, max=1024),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="Of your cluster; default: start a local one.")
+    ] = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """Over many runs, in one table: which lost most, why, whether EPLB helped, what cannot be read?
+
+    A run that cannot be read is a row that says why. With --save, a batch that was interrupted goes on
+    where it was, and runs that did not change are not read again.
+    """
+    from eplb_analyze.batch import executors
+    from eplb_analyze.batch import postmortem as library
+
+    if html and save is None:
+        raise UsageError("--html: say with --save where the reports go")
+    if workers is not None and executor == "local":
+        raise UsageError("--workers: --executor local has none; name processes or ray")
+    if ray_address is not None and executor != "ray":
+        raise UsageError("--ray-address: add --executor ray")
+    out = Output(output)
+    targets = list(library.find(places or ["."]))
+    if baseline is not None:
+        library.require_baseline(baseline, targets)
+    kept = None if save is None else library.ResultCache(save)
+    chosen = executors.executor(executor, workers, ray_address)
+    rows: list[Row] = []
+    fresh: list[Row] = []
+    try:
+        for row, anew in library.rows_of(targets, chosen, kept):
+            rows.append(row)
+            out.progress(len(rows), len(targets))
+            fresh += [row] if anew else []
+        if kept is not None and html:
+            _write_pages(out, kept, rows, fresh, chosen)
+    finally:
+        chosen.close()
+    result = library.judge(rows, threshold, baseline)
+    if kept is not None:
+        kept.save(result)
+    # What was read is shown, also where it cannot be grouped.
+    grouped = by if by is not None and result.can_group(by) else None
+    out.emit(result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
+    if by != grouped:
+        raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
+    if rows and all(row.status == "broken" for row in rows):
+        raise typer.Exit(EXIT_UNUSABLE)
+    if result.failed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _write_pages(
+    out: Output, kept: ResultCache, rows: list[Row], fresh: list[Row], executor: Executor
+) -> None:
+    """Reports of runs that were read anew, or have none yet."""
+    from eplb_analyze.batch.executors import WorkerDied
+    from eplb_analyze.batch.postmortem import Page, write_page
+
+    files = [(row, kept.report(row, "html")) for row in rows if row.status != "broken"]
+    pages = [Page(row, file, executor.crowded) for row, file in files if row in fresh or not file.exists()]
+    for done, (page, reason) in enumerate(executor.map(write_page, pages), 1):
+        out.progress(done, len(pages))
+        if reason is not None:
+            text = reason.reason if isinstance(reason, WorkerDied) else reason
+            out.notes([f"no HTML report of run {page.row.run_id}: {text}"])

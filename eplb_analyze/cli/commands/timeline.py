@@ -1,0 +1,59 @@
+"""`timeline`: how did a figure move over the steps of a run?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eplb_analyze.cli.options import (
+    Dump,
+    ModelOption,
+    OutputOption,
+    RunOption,
+    StepsOption,
+    finish,
+    open_for,
+    parse_steps,
+)
+from eplb_analyze.cli.output import Output, OutputFormat, console
+from eplb_analyze.cli.views.timeline import MARGIN, render
+
+
+def timeline(
+    dump: Dump = Path("."),
+    formula: Annotated[
+        str, typer.Option("--formula", help="A formula that `metrics` lists, or idle_fraction.")
+    ] = "balancedness",
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="One layer alone, by its number in the model.")
+    ] = None,
+    bins: Annotated[
+        int | None, typer.Option("--bins", help="How many; default: 100 in JSON, else what fits.", min=1)
+    ] = None,
+    steps: StepsOption = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """How did balancedness, or another figure, move over the steps of a run?"""
+    wanted = parse_steps(steps)
+    from eplb_analyze.analysis.timeline import DEFAULT_BINS, NAMES
+    from eplb_analyze.analysis.timeline import timeline as compute
+
+    if formula not in NAMES:
+        raise typer.BadParameter(
+            f"no formula {formula!r}; there are: {', '.join(NAMES)}", param_hint="--formula"
+        )
+    out = Output(output)
+    opened = open_for(out, dump, run, model)
+    if output is OutputFormat.text:
+        fit = max(1, console(sys.stdout).width - MARGIN)
+        if bins is not None and bins > fit:
+            out.notes([f"{bins} bins do not fit; these are {fit} (--output json gives all)"])
+        bins = min(bins or fit, fit)
+    result = compute(opened, formula, bins or DEFAULT_BINS, layer, wanted)
+    out.emit(result.to_json(), lambda console: render(console, result))
+    finish(out, opened, result.steps)

@@ -1,0 +1,86 @@
+"""`watch`: how does a run stand that is being written?"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption
+from eplb_analyze.cli.output import Output, OutputFormat, console
+from eplb_analyze.cli.views.watch import lines, show
+from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, UsageError
+from eplb_analyze.storage.path import local
+from eplb_analyze.text import clean
+
+if TYPE_CHECKING:
+    from eplb_analyze.live.watch import Follower, Snapshot
+
+
+def watch(
+    dump: Dump = Path("."),
+    interval: Annotated[float, typer.Option("--interval", help="Seconds between two looks.", min=0.1)] = 1.0,
+    window: Annotated[
+        int, typer.Option("--window", help="How many of the newest steps the figures are over.", min=1)
+    ] = 1000,
+    once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
+    run: RunOption = None,
+    model: ModelOption = None,
+    output: OutputOption = OutputFormat.text,
+) -> None:
+    """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
+    if not once and output is OutputFormat.json:
+        raise UsageError("the live view is no document: add --once to have one look as JSON")
+    if not once and not sys.stdout.isatty():
+        raise UsageError("the live view needs a terminal: add --once to have one look printed here")
+    folder = local(dump, "`watch`")
+    from eplb_analyze.live.watch import Follower
+
+    if not once:
+        _live(lambda: Follower(folder, run, model, window), folder, interval)
+        return
+    out = Output(output)
+    follower = Follower(folder, run, model, window)
+    look = follower.look()
+    out.notes(follower.notes)
+    out.emit(look.to_json(), lambda console: show(console, look))
+    out.findings(look.findings)
+    if look.findings or look.missing_ranks:
+        raise typer.Exit(EXIT_UNUSABLE)
+
+
+def _live(follow: Callable[[], Follower], dump: Path, interval: float) -> None:
+    """Look again and again, on a screen of its own, until Ctrl-C; then the last look stays."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    # Whoever ends it, the terminal gets its screen and its cursor back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    screen = console(sys.stdout)
+    follower: Follower | None = None
+    look: Snapshot | None = None
+    try:
+        with Live(console=screen, screen=True, auto_refresh=False) as live:
+            while True:
+                due = time.monotonic() + interval
+                try:
+                    follower = follow() if follower is None else follower
+                    look = follower.look()
+                    shown = lines(look, screen.width, screen.height)
+                except DumpError as error:
+                    # An engine writes nothing before its first step, and its writer makes the folder.
+                    if follower is not None or (dump.exists() and not dump.is_dir()):
+                        raise
+                    shown = [Text(clean(error)), Text("waiting for it; Ctrl-C ends", style="dim")]
+                live.update(Group(*shown), refresh=True)
+                time.sleep(max(0.0, due - time.monotonic()))
+    except KeyboardInterrupt:
+        pass
+    if look is not None:
+        show(screen, look)

@@ -1,0 +1,1 @@
+"""What each command shows: a report object in, text on a console out. No figure is computed here."""

@@ -1,0 +1,90 @@
+"""What `advise` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.text import clean, figure, percent, plural, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.replay.advise import Advice, Judged
+    from eplb_analyze.replay.settings import Recorded, Setting
+
+
+STYLES = {
+    "enable": "bold yellow",
+    "retune": "bold yellow",
+    "leave": "bold green",
+    "not enough data": "bold red",
+}
+
+
+def render(console: Console, advice: Advice) -> None:
+    from rich.text import Text
+
+    heading(console, advice.model, f" · run {advice.run_id}")
+    console.print(Text.assemble("verdict: ", (advice.verdict, STYLES[advice.verdict])))
+    for reason in advice.reasons:
+        console.print(Text(clean(reason)))
+    show_notes(console, advice.notes)
+    if advice.best is not None and advice.today is not None:
+        console.print()
+        _evidence(console, advice, advice.best, advice.today)
+    if advice.replay is not None:
+        known, idle = figure(advice.measured_balancedness), percent(advice.replay.measured_idle_fraction)
+        steps = f"steps {advice.replay.first_step} to {advice.replay.last_step}"
+        console.print(f"recorded in {steps}: balancedness {known}, idle {idle}")
+
+
+def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:
+    from rich.text import Text
+
+    assert advice.replay is not None
+    changes = advice.verdict in ("enable", "retune")
+    listing = table(console, "<", "today", "advised" if changes else "best other")
+    assert best.setting is not None
+    listing.add_row("policy", *(clean(s.policy or "–") for s in (advice.replay.recorded, best.setting)))
+    for name, text in (
+        ("num_redundant_experts", "redundant experts"),
+        ("interval", "interval, steps"),
+        ("window", "window, steps"),
+    ):
+        listing.add_row(text, *(_count(s, name) for s in (advice.replay.recorded, best.setting)))
+    listing.add_section()
+    listing.add_row("balancedness", figure(today.balancedness), figure(best.balancedness))
+    listing.add_row("idle", percent(today.idle_fraction), percent(best.idle_fraction))
+    listing.add_row("rearrangements", f"{today.rearrangements:,}", f"{best.rearrangements:,}")
+    listing.add_row("weights moved", f"{today.weights_moved:,}", f"{best.weights_moved:,}")
+    console.print(listing)
+    console.print()
+    if advice.gain is not None:
+        low, high = (signed(100 * value, 1) for value in (advice.gain.low, advice.gain.high))
+        paid = "" if advice.replay.cost_per_expert_ms is None else ", less what moving costs more"
+        gain = f"{signed(100 * advice.gain.value, 1)} % of the time (95 %: {low} … {high})"
+        console.print(Text.assemble("saves ", (gain, "bold"), paid))
+    if advice.break_even_ms is not None:
+        console.print(
+            f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
+        )
+    if advice.trained is not None and advice.judged is not None:
+        chosen, judged = (f"{s.first_step} to {s.last_step}" for s in (advice.trained, advice.judged))
+        console.print(
+            f"chosen from {plural(len(advice.replay.outcomes), 'setting')} on steps {chosen}, judged on "
+            f"{judged}, whose figures these are"
+        )
+    if advice.engine_arguments is not None:
+        console.print("to start the engine so:")
+        console.print(Text(f"  {advice.engine_arguments}"), soft_wrap=True)
+    tokens = (
+        "tokens are not milliseconds: this is the time of the ranks with most tokens, as if a step were "
+        "nothing but its experts, and replicas shared evenly"
+    )
+    console.print(Text(tokens, style="dim"))
+
+
+def _count(setting: Setting | Recorded, name: str) -> str:
+    value = getattr(setting, name)
+    return "–" if value is None else f"{value:,}"

@@ -1,0 +1,113 @@
+"""What `compare` shows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from eplb_analyze.cli.output import heading, table
+from eplb_analyze.text import clean, counter, figure, percent, plural, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.compare import Comparison, Difference, Side
+
+
+STYLES = {"better": "bold green", "worse": "bold red", "not comparable": "bold red"}
+
+
+SHOWN_SETTINGS = 20
+
+
+def render(console: Console, result: Comparison, top: int = 5) -> None:
+    from rich.text import Text
+
+    heading(console, "compare", f" · {result.b.info.model} · is B better than A?")
+    _side(console, "A", result.a)
+    _side(console, "B", result.b)
+    console.print()
+    for reason in result.reasons:
+        console.print(Text(clean(reason), style="bold red"))
+    for warning in result.warnings:
+        console.print(Text(f"not like for like: {clean(warning)}", style="yellow"))
+    console.print(Text.assemble("verdict: ", (result.verdict, STYLES.get(result.verdict, "bold"))))
+    console.print()
+    if result.balancedness is not None and result.idle_fraction is not None:
+        _figures(console, result, result.balancedness, result.idle_fraction)
+        _layers(console, result, top)
+    _settings(console, result)
+
+
+def _side(console: Console, name: str, side: Side) -> None:
+    info, steps = side.info, side.steps.to_json()
+    console.print(
+        f"{name}: {clean(info.run_id)} · {steps['recorded']:,} steps of {steps['first']} to {steps['last']}"
+    )
+    console.print(
+        f"   {info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}, "
+        f"{plural(side.rearrangements, 'rearrangement')}"
+    )
+
+
+def _figures(console: Console, result: Comparison, balance: Difference, idle: Difference) -> None:
+    listing = table(console, "<", "A", "B", "B − A", "95 % interval", "<")
+    for name, row in (("balancedness", balance), ("idle fraction", idle)):
+        listing.add_row(name, figure(row.a), figure(row.b), *_difference(row))
+    tokens = result.a.tokens_per_step, result.b.tokens_per_step
+    count = counter(round(value) for value in tokens if value is not None)
+    cells = ["–" if value is None else count(round(value)) for value in tokens]
+    ratio = "" if result.token_ratio is None else f"× {result.token_ratio:.2f}"
+    listing.add_row("tokens a step", *cells, ratio, "", "")
+    console.print(listing)
+    routing = result.routing
+    if routing.distance is not None:
+        console.print(
+            f"routing distance {percent(routing.distance)}, between the halves of A "
+            f"{percent(routing.within_a)}, of B {percent(routing.within_b)}"
+        )
+    console.print()
+
+
+def _difference(row: Difference) -> tuple[str, str, Any]:
+    from rich.text import Text
+
+    interval = "–"
+    if row.low is not None and row.high is not None:
+        interval = f"{signed(row.low)} … {signed(row.high)}"
+    verdict = {"no difference beyond chance": "no difference"}.get(row.verdict or "–", row.verdict or "–")
+    return signed(row.difference), interval, Text(verdict, style=STYLES.get(verdict, "dim"))
+
+
+def _layers(console: Console, result: Comparison, top: int) -> None:
+    rows = [row for row in result.layers if row.balancedness.difference is not None]
+    counts = {v: sum(r.balancedness.verdict == v for r in rows) for v in ("better", "worse")}
+    rest = len(rows) - sum(counts.values())
+    console.print(
+        f"layers: {counts['better']} better, {counts['worse']} worse, {rest} no difference beyond chance"
+        f"{f'; about {chance:.0f} differ by chance alone' if (chance := 0.05 * len(rows)) >= 1 else ''}"
+    )
+    rows.sort(key=lambda r: -abs(r.balancedness.difference or 0.0))
+    title = (
+        f"layers that differ most ({top} of {len(rows)})"
+        if len(rows) > top
+        else "layers, most different first"
+    )
+    listing = table(console, "layer", "A", "B", "B − A", "95 % interval", "<", title=title)
+    for row in rows[:top]:
+        cells = figure(row.balancedness.a), figure(row.balancedness.b)
+        listing.add_row(str(row.layer), *cells, *_difference(row.balancedness))
+    console.print(listing)
+    console.print()
+
+
+def _settings(console: Console, result: Comparison) -> None:
+    if not result.settings:
+        console.print("settings: the same, as far as they were recorded")
+        return
+    more = f" ({SHOWN_SETTINGS} of {len(result.settings)})" if len(result.settings) > SHOWN_SETTINGS else ""
+    listing = table(console, "<setting", "<A", "<B", title=f"set differently{more}")
+    for row in result.settings[:SHOWN_SETTINGS]:
+        values = (value if isinstance(value, str) else json.dumps(value) for value in (row.a, row.b))
+        listing.add_row(clean(row.name), *map(clean, values))
+    console.print(listing)

@@ -1,0 +1,36 @@
+"""What `copy` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.text import clean, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.transfer.copy import CopyReport
+
+
+def render(console: Console, report: CopyReport) -> None:
+    from rich.text import Text
+
+    models = clean(", ".join(report.models))
+    console.print(Text.assemble(("copied ", "bold"), f"run {clean(report.run_id)}, {models}"))
+    console.print(f"into {clean(report.to)}", soft_wrap=True)
+    there = f", {report.files_there:,} of them there already" if report.files_there else ""
+    size = f"{report.bytes / 1e6:,.2f} MB"
+    console.print(
+        f"{plural(report.sessions, 'session')}, {plural(report.files, 'file')}{there}, {size}, all verified"
+    )
+    if report.first_step is not None:
+        end = "the end" if report.last_step is None else str(report.last_step)
+        console.print(
+            f"a part: the segments that touch steps {report.first_step} to {end}; "
+            f"{plural(report.segments_left_out, 'other segment')} left out"
+        )
+    if report.ranks is not None:
+        console.print(f"a part: {plural(len(report.ranks), 'rank')} of the run")
+    if report.damaged:
+        text = f"{len(report.damaged):,} left out, damaged or missing in the source"
+        console.print(Text(text, style="bold red"))

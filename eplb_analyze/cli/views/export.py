@@ -1,0 +1,72 @@
+"""What `export` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.output import heading, show_notes
+from eplb_analyze.text import clean, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.transfer.exporters.export import LoadExport, Origin, PlacementExport
+
+
+def _placement(console: Console, report: PlacementExport) -> None:
+    origin, placement = report.origin, report.placement
+    heading(console, "placement", f" · {_source(origin)} · {origin.model} · run {origin.run_id}")
+    redundant = f"{placement.num_redundant_experts or 'none'} redundant"
+    slots = f"{plural(placement.num_physical_experts, 'slot')} ({redundant})"
+    console.print(
+        f"{plural(len(placement.layers), 'layer')} of {slots} on {plural(placement.ep_size, 'rank')}"
+    )
+    written = f"written for {report.target}: {clean(report.file)}, {report.bytes:,} bytes"
+    console.print(written, soft_wrap=True)
+    if report.usage:
+        console.print(f"to load it:\n  {clean(report.usage)}", soft_wrap=True)
+    if report.repair:
+        console.print(_repair(report))
+    if report.filled_layers:
+        names = _ranges(report.filled_layers)
+        few = len(report.filled_layers) == 1
+        text = f"layer{'' if few else 's'} {names} {'is' if few else 'are'} not in the dump (dense, or not "
+        show_notes(console, [text + "recorded); there the file has the placement that engines start with"])
+    show_notes(console, report.notes)
+
+
+def _source(origin: Origin) -> str:
+    if origin.policy is None:
+        return f"recorded at step {origin.step}"
+    return f"{clean(origin.policy)} on steps {origin.first_step} to {origin.last_step}"
+
+
+def _repair(report: PlacementExport) -> str:
+    fixed = report.repair
+    if fixed is None or not fixed.layers:
+        return "nothing to repair: no device holds an expert twice"
+    text = f"repaired in {plural(fixed.layers, 'layer')}: {plural(fixed.swaps, 'swap')} of two slots"
+    if fixed.replaced:
+        text += f", and {plural(fixed.replaced, 'slot')} with another expert"
+    return text
+
+
+def _loads(console: Console, report: LoadExport) -> None:
+    heading(console, "loads", f" · {report.model} · run {report.run_id}")
+    when = f"{plural(report.recorded, 'complete step')}, {report.first_step} to {report.last_step}"
+    console.print(f"{when}, of {plural(len(report.layers), 'layer')}")
+    size = f"{report.bytes:,} bytes"
+    rows = f"{plural(report.rows, 'row')}, " if report.rows is not None else ""
+    console.print(f"written as {report.format}: {clean(report.file)}, {rows}{size}", soft_wrap=True)
+    show_notes(console, report.notes)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0 to 2, 7``"""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low} to {high}" for low, high in parts)

@@ -1,0 +1,45 @@
+"""What `import` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.text import clean, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.transfer.importers.import_dump import ImportReport
+
+
+def render(console: Console, report: ImportReport) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    def section(title: str, texts: list[str]) -> None:
+        if texts:
+            console.print(Text(title, style="bold"))
+        for text in texts:
+            console.print(Padding(Text(clean(text)), (0, 0, 0, 2)))
+
+    what = f"{report.system} {report.kind}"
+    console.print(Text.assemble(("imported ", "bold"), clean(what), f" from {plural(report.files, 'file')}"))
+    console.print(
+        Text(f"into {clean(report.into)} as run {clean(report.run_id)}, model {clean(report.model)}")
+    )
+    named = report.layer_numbers
+    layers = plural(report.num_layers, "MoE layer")
+    if named:
+        layers += f" ({named[0]} to {named[-1]})" if len(named) > 1 else f" ({named[0]})"
+    slots = f"{report.num_physical_experts} slots on {plural(report.ep_size, 'EP rank')}"
+    console.print(f"{layers} × {report.num_logical_experts} experts in {slots}, scope {report.scope}")
+    steps = plural(report.steps, "step")
+    if report.complete < report.steps:
+        steps += f", of which {report.complete:,} are of all ranks"
+    console.print(
+        steps + (f", {report.not_sampled:,} between them not sampled" if report.not_sampled else "")
+    )
+    console.print()
+    section("not known", list(report.unknown.values()))
+    section("taken for granted", list(report.assumed.values()))
+    section("also", report.notes)

@@ -1,0 +1,134 @@
+"""What `layer` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.charts import heat
+from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.text import counter, figure, percent, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.layer import ExpertLoad, LayerReport
+
+
+#: So few experts are all shown.
+FEW_EXPERTS = 12
+
+
+def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
+    """Print a report; ``placed`` is of its steps since the last change of placement."""
+    from rich.text import Text
+
+    when = f"step {report.first_step}"
+    if report.steps > 1:
+        when = f"{report.steps:,} steps, {report.first_step} to {report.last_step}"
+    phase = f" ({report.phase})" if report.phase else ""
+    heading(console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}")
+    if not report.complete:
+        ranks = ", ".join(map(str, report.missing_ranks))
+        text = f"INCOMPLETE: rank {ranks} not recorded in this step; the loads below are only a part"
+        console.print(Text(text, style="bold red"))
+    loads = [r.load for r in report.ranks]
+    count, total = counter(loads), sum(loads)
+    mean, hottest = total / len(loads), max(report.ranks, key=lambda r: r.load)
+    of_steps = ", means of the steps" if report.steps > 1 else ""
+    console.print(
+        f"balancedness {figure(report.balancedness)}, imbalance {figure(report.imbalance)}{of_steps}; "
+        f"idle {percent(report.idle_fraction)}"
+    )
+    tokens = f"{counter([total])(total)} tokens"
+    if not mean:
+        console.print("no tokens")
+    elif hottest.load == min(loads):
+        console.print(f"{tokens}, the same on all ranks")
+    else:
+        times = f"{hottest.load / mean:.2f}"
+        summed = ", summed over the steps" if report.steps > 1 else ""
+        console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times} × the mean")
+    show_notes(console, report.notes)
+    console.print()
+    _ranks(console, report, count, mean)
+    if report.experts:
+        _experts(console, report, top)
+    _slots(console, placed, since_change=bool(report.placement_changes))
+
+
+def _ranks(console: Console, report: LayerReport, count: Callable[[float], str], mean: float) -> None:
+    """A grid of cells, coloured by load over the mean."""
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [(f"r{r.rank}", count(r.load), r.load / mean if mean else 0.0) for r in report.ranks]
+    width = max(len(load) for _, load, _ in cells)
+    tag = max(len(rank) for rank, _, _ in cells)
+    per_row = max(1, min(16, (console.width - 2) // (tag + width + 4)))
+    # Rows of a power of two are easier to count in than what just fits.
+    while per_row & (per_row - 1):
+        per_row -= 1
+    console.print(Text("tokens by EP rank", style="bold"))
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for start in range(0, len(cells), per_row):
+        row = []
+        for rank, load, times in cells[start : start + per_row]:
+            row.append(Text.assemble((f"{rank:>{tag}} ", "dim"), heat(f" {load:>{width}} ", times)))
+        grid.add_row(*row)
+    console.print(grid)
+    console.print()
+
+
+def _experts(console: Console, report: LayerReport, top: int) -> None:
+    ordered = sorted(report.experts, key=lambda e: (-e.load, e.logical))
+    if len(ordered) <= max(FEW_EXPERTS, 2 * top):
+        _expert_table(console, report, "experts, the hottest first", ordered)
+        return
+    of = f" ({top} of {len(ordered)})"
+    _expert_table(console, report, f"hottest experts{of}", ordered[:top])
+    _expert_table(console, report, f"coldest experts{of}", ordered[-top:][::-1])
+
+
+def _expert_table(console: Console, report: LayerReport, title: str, experts: list[ExpertLoad]) -> None:
+    mean = sum(e.load for e in report.experts) / len(report.experts)
+    count = counter(e.load for e in experts)
+    columns = ("expert", "tokens", "share", "× mean", "replicas", "<on ranks (tokens)")
+    listing = table(console, *columns, title=title)
+    for e in experts:
+        times = e.load / mean if mean else 0.0
+        places = ", ".join(f"r{r.rank} ({count(r.load)})" for r in e.ranks[:4])
+        places += f" and {len(e.ranks) - 4} more" if len(e.ranks) > 4 else ""
+        share, hot = percent(e.share, 2), heat(f"{times:.2f}", times)
+        listing.add_row(str(e.logical), count(e.load), share, hot, str(e.replicas), places)
+    console.print(listing)
+    console.print()
+
+
+def _slots(console: Console, report: LayerReport, *, since_change: bool) -> None:
+    """The placement: a row a rank, each slot's logical expert coloured by the slot's load."""
+    from rich.text import Text
+
+    if all(slot.logical is None for slot in report.slots):
+        return
+    mean = sum(s.load for s in report.slots) / len(report.slots)
+    count = counter(r.load for r in report.ranks)
+    digits = max(len(str(s.logical)) for s in report.slots)
+    title = (
+        f"placement since step {report.first_step}, with the tokens since" if since_change else "placement"
+    )
+    listing = table(console, "rank", "tokens", "<experts in its slots", title=title)
+    per_line = max(1, (console.width - 20) // (digits + 2))
+    for rank in report.ranks:
+        cells = Text()
+        for i, slot in enumerate(s for s in report.slots if s.rank == rank.rank):
+            if i and i % per_line == 0:
+                cells.append("\n")
+            name = "·" if slot.logical is None or slot.logical < 0 else str(slot.logical)
+            times = slot.load / mean if mean else 0.0
+            cells.append_text(heat(f" {name:>{digits}} ", times))
+        listing.add_row(f"r{rank.rank}", count(rank.load), cells)
+    console.print(listing)
+    empty = sum(slot.logical == -1 for slot in report.slots)
+    if empty:
+        console.print(f"{plural(empty, 'slot')} without an expert (·)")

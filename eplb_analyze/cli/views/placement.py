@@ -1,0 +1,123 @@
+"""What `placement` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.text import plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.placement import LayerChange, LayerPlacement, PlacementReport
+
+
+def render(console: Console, report: PlacementReport, *, single: bool, experts: bool) -> None:
+
+    where = f"layer {report.layers[0].layer}, " if single else ""
+    since = "" if report.against is None else f" against {report.against}"
+    rest = f" · {where}step {report.step}{since} · {report.model} · run {report.run_id}"
+    heading(console, "placement", rest)
+    show_notes(console, report.notes)
+    changes = {change.layer: change for change in report.changes or []}
+    if report.changes is not None:
+        _changed(console, report.changes)
+    console.print()
+    if single:
+        _ranks(console, report.layers[0], changes.get(report.layers[0].layer))
+    elif report.changes is None:
+        _layers(console, report.layers)
+    elif report.changes:
+        _changes(console, report.changes)
+    if experts:
+        console.print()
+        _experts(console, report.layers[0]) if single else _replicas(console, report.layers)
+
+
+def _changed(console: Console, changes: list[LayerChange]) -> None:
+    if not changes:
+        console.print("nothing changed")
+        return
+    to_nodes = [c.experts_crossed_nodes for c in changes if c.experts_crossed_nodes is not None]
+    crossed = f"{plural(sum(c.experts_crossed_ranks for c in changes), 'expert weight')} to another rank"
+    across = f", {sum(to_nodes):,} of them to another node" if len(to_nodes) == len(changes) else ""
+    slots = plural(sum(c.slots_changed for c in changes), "slot")
+    console.print(f"{slots} changed in {plural(len(changes), 'layer')}; {crossed}{across}")
+
+
+def _layers(console: Console, layers: list[LayerPlacement]) -> None:
+    columns = ("layer", "since step", "ranks", "slots", "replicas", "replicated", "doubled", "empty")
+    listing = table(console, *columns)
+    for p in layers:
+        span = f"{p.replicas_min}" + (f"–{p.replicas_max}" if p.replicas_max > p.replicas_min else "")
+        cells = (p.ep_size, p.num_physical_experts, span, p.replicated, p.twice_on_a_rank, p.empty_slots)
+        listing.add_row(str(p.layer), str(p.since), *map(str, cells))
+    console.print(listing)
+    console.print("replicated: with several replicas; doubled: twice on a rank; empty: slots")
+
+
+def _changes(console: Console, changes: list[LayerChange]) -> None:
+    known = all(c.experts_crossed_nodes is not None for c in changes)
+    columns = ["layer", "slots changed", "weights to ranks", *(["to nodes"] if known else [])]
+    listing = table(console, *columns, "ranks changed", "most to")
+    for c in changes:
+        most = max(c.ranks, key=lambda r: (len(r.experts_in), -r.rank), default=None)
+        place = f"r{most.rank} ({len(most.experts_in)})" if most and most.experts_in else "–"
+        cells = [
+            c.layer,
+            c.slots_changed,
+            c.experts_crossed_ranks,
+            *([c.experts_crossed_nodes] if known else []),
+        ]
+        listing.add_row(*map(str, cells), str(len(c.ranks)), place)
+    console.print(listing)
+
+
+def _ranks(console: Console, p: LayerPlacement, change: LayerChange | None) -> None:
+    """A row a rank: the experts in its slots, and those that came and went."""
+    digits = len(str(len(p.replicas) - 1))
+    changed = {r.rank: r for r in change.ranks} if change else {}
+    columns = ["rank", "<experts in its slots", *(["<in", "<out"] if changed else [])]
+    listing = table(console, *columns)
+    for rank, slots in enumerate(p.ranks):
+        cells = " ".join(f"{'·' if e < 0 else e:>{digits}}" for e in slots)
+        moved = changed.get(rank)
+        came, went = (moved.experts_in, moved.experts_out) if moved else ([], [])
+        listing.add_row(f"r{rank}", cells, *([_numbers(came), _numbers(went)] if changed else []))
+    console.print(listing)
+    gone = [rank for rank in changed if rank >= p.ep_size]
+    if gone:
+        console.print(f"no longer there: {', '.join(f'r{rank}' for rank in gone)}")
+    span = f"{p.replicas_min} to {p.replicas_max}" if p.replicas_max > p.replicas_min else f"{p.replicas_min}"
+    facts = [f"in force since step {p.since}", f"replicas {span}"]
+    facts.append(f"{plural(p.replicated, 'expert')} with more than one")
+    if p.twice_on_a_rank:
+        facts.append(f"{p.twice_on_a_rank} twice on a rank")
+    if p.empty_slots:
+        facts.append(f"{plural(p.empty_slots, 'empty slot')} (·)")
+    console.print("; ".join(facts))
+
+
+def _numbers(experts: list[int]) -> str:
+    return ", ".join(map(str, experts))
+
+
+def _experts(console: Console, p: LayerPlacement) -> None:
+    listing = table(console, "expert", "replicas", "<on ranks", title="replicas of each expert")
+    for expert, copies in enumerate(p.replicas):
+        listing.add_row(str(expert), str(copies), ", ".join(f"r{rank}" for rank in p.ranks_of(expert)))
+    console.print(listing)
+
+
+def _replicas(console: Console, layers: list[LayerPlacement]) -> None:
+    """A row a layer and number of replicas; those with one are the rest."""
+    listing = table(console, "layer", "replicas", "<experts", title="experts by their number of replicas")
+    for p in layers:
+        for copies in sorted(set(p.replicas), reverse=True):
+            experts = [e for e, n in enumerate(p.replicas) if n == copies]
+            rest = copies == 1 and len(experts) > 8
+            listing.add_row(
+                str(p.layer), str(copies), f"{len(experts)} experts" if rest else _numbers(experts)
+            )
+    console.print(listing)

@@ -1,0 +1,179 @@
+"""What `postmortem` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eplb_analyze.cli.output import heading, table
+from eplb_analyze.text import clean, duration, figure, listed, percent, plural, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.batch.postmortem import Postmortem, Row
+
+
+#: A terminal of so many columns has room for where a run was and what it was.
+WIDE = 120
+
+
+def render(console: Console, result: Postmortem, by: str | None, top: int, save: Path | None = None) -> None:
+    rows = result.rows
+    names = _names(rows)
+    runs = [row for row in rows if row.run_id]
+    known = [row for row in rows if row.status != "broken"]
+    heading(console, plural(len(runs), "run"), _counts(rows))
+    if known:
+        lost = [row.lost_rank_seconds for row in known if row.lost_rank_seconds is not None]
+        text = f"{duration(sum(lost))} of ranks' time lost to imbalance, if time is proportional to tokens"
+        console.print(text if lost else "how much time was lost is not known: imported without times")
+    console.print()
+    if by is not None:
+        _groups(console, result, by)
+    if known:
+        _runs(console, known[:top], names, len(known), result)
+    for status, style in (("incomplete", "yellow"), ("broken", "bold red")):
+        _reasons(console, result, names, status, style, top)
+    _verdict(console, result, names)
+    if save is not None:
+        console.print()
+        console.print(f"saved: {clean(save)}: runs.parquet, reports/", soft_wrap=True)
+
+
+def _names(rows: list[Row]) -> dict[int, str]:
+    """What to call each run, by its row: its id; where several dumps have that, its dump's folder."""
+    dumps: dict[str, set[str]] = {}
+    of_dump: dict[str, set[str]] = {}
+    for row in rows:
+        dumps.setdefault(row.run_id, set()).add(row.dump)
+        of_dump.setdefault(row.dump, set()).add(row.run_id)
+    # What stands behind the ? of an address is the same for all, and long.
+    folders = {row.dump: row.dump.partition("?")[0] if "://" in row.dump else row.dump for row in rows}
+    shared = _shared_folders(list(folders.values()))
+
+    def name(row: Row) -> str:
+        if not row.run_id or len(dumps[row.run_id]) == 1:
+            return row.run_id
+        folder = folders[row.dump][shared:].lstrip("/")
+        return folder if len(of_dump[row.dump]) == 1 else f"{folder} {row.run_id}"
+
+    return {id(row): name(row) for row in rows}
+
+
+def _shared_folders(paths: list[str]) -> int:
+    """The length of the folders that all paths begin with; at least one folder of each is left."""
+    parts = [path.split("/")[:-1] for path in paths]
+    shared = 0
+    for folders in zip(*parts, strict=False):
+        if len(set(folders)) > 1:
+            break
+        shared += len(folders[0]) + 1
+    return shared
+
+
+def _reasons(
+    console: Console, result: Postmortem, names: dict[int, str], status: str, style: str, top: int
+) -> None:
+    from rich.text import Text
+
+    rows = [row for row in result.rows if row.status == status]
+    several = len({row.model for row in result.rows if row.model}) > 1
+    if rows:
+        console.print()
+    for row in rows[:top]:
+        of = f" of {row.model}" if several and row.model else ""
+        where = f"run {names[id(row)]}{of}: " if names[id(row)] else ""
+        console.print(Text.assemble((f"{status} ", style), clean(f"{where}{row.reason}")))
+    if len(rows) > top:
+        console.print(f"and {len(rows) - top} more {status}; --output json lists all")
+
+
+def _counts(rows: list[Row]) -> str:
+    counts = dict.fromkeys(("complete", "incomplete", "broken"), 0)
+    for row in rows:
+        counts[row.status] += bool(row.run_id)
+    empty = sum(not row.run_id for row in rows)
+    found = [f"{count:,} {name}" for name, count in counts.items() if count]
+    found += [f"{plural(empty, 'place')} without a run"] if empty else []
+    return "".join(f" · {text}" for text in found)
+
+
+def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, result: Postmortem) -> None:
+    from rich.text import Text
+
+    wide = console.width >= WIDE
+    several = len({row.model for row in rows}) > 1
+    title = f"what lost most first{f' ({len(rows)} of {of:,})' if of > len(rows) else ''}"
+    columns = ["<run", *(["<model"] if several else []), *(["<engine", "EP", "steps"] if wide else [])]
+    columns += ["lost", "idle", "balance", *(["p5"] if wide else []), "worst", "helped"]
+    columns += ["vs base"] if result.baseline else []
+    listing = table(console, *columns, "<data", title=title)
+    failed = {id(row) for row in result.failed}
+    for row in rows:
+        cells: list[Any] = [_short_path(names[id(row)], 40 if wide else 11 if several else 20)]
+        model = row.model if wide else row.model.rpartition("/")[2]
+        cells += [_short(model, 30 if wide else 8)] if several else []
+        cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
+        cells += [duration(row.lost_rank_seconds), percent(row.idle_fraction)]
+        cells += [Text(figure(row.balancedness), style="bold red" if id(row) in failed else "")]
+        cells += [figure(row.balancedness_p5)] if wide else []
+        cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
+        cells += [f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"]
+        cells += [signed(row.difference)] if result.baseline else []
+        cells += [row.status if row.status == "complete" else Text(row.status, style="yellow")]
+        listing.add_row(*cells)
+    console.print(listing)
+    legend = (
+        "lost: time of ranks that waited; worst: the least balanced layer and the costliest rank; "
+        "helped: of the rearrangements that can be judged"
+    )
+    console.print(Text(legend, style="dim"))
+
+
+def _groups(console: Console, result: Postmortem, by: str) -> None:
+    listing = table(console, f"<{by}", "runs", "broken", "steps", "balance", "idle", "lost")
+    for group in result.groups(by):
+        listing.add_row(
+            clean(group.value),
+            f"{group.runs:,}",
+            f"{group.broken:,}",
+            f"{group.steps:,}",
+            figure(group.balancedness),
+            percent(group.idle_fraction),
+            duration(group.lost_rank_seconds),
+        )
+    console.print(listing)
+    console.print()
+
+
+def _verdict(console: Console, result: Postmortem, names: dict[int, str]) -> None:
+    from rich.text import Text
+
+    asked = []
+    if result.threshold is not None:
+        asked.append(f"balancedness of at least {result.threshold:g}")
+    if result.baseline is not None:
+        asked.append(f"no worse than {result.baseline}")
+    if not asked:
+        return
+    console.print()
+    failed = [names[id(row)] for row in result.failed if result.not_judged(row) is None]
+    reasons = [(row, result.not_judged(row)) for row in result.failed]
+    unjudged = [f"{names[id(row)] or row.dump} ({reason})" for row, reason in reasons if reason is not None]
+    told = [f"{plural(len(failed), 'run')} did not pass: {listed(failed)}"] if failed else []
+    told += [f"{len(unjudged):,} cannot be judged: {listed(unjudged)}"] if unjudged else []
+    console.print(Text(f"{', '.join(asked)}:", style="bold"), Text("" if told else "all passed", "green"))
+    for text in told:
+        console.print(Text(clean(text), style="bold red"))
+
+
+def _short(text: str, width: int) -> str:
+    text = clean(text)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _short_path(text: str, width: int) -> str:
+    """An id is told by its beginning, a folder by its end."""
+    text = clean(text)
+    return f"…{text[1 - width :]}" if "/" in text and len(text) > width else _short(text, width)

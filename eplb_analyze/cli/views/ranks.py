@@ -1,0 +1,117 @@
+"""What `ranks` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.charts import heat
+from eplb_analyze.cli.options import (
+    By,
+)
+from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.text import counter, figure, percent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.ranks import RankReport, Straggler
+
+
+def render(console: Console, report: RankReport, by: By, top: int = 8) -> None:
+    from rich.text import Text
+
+    when = f" · {report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
+    heading(console, report.model, f" · run {report.run_id}{when}")
+    if not report.active:
+        console.print("no tokens")
+        return
+    members = report.nodes if by is By.node else report.ranks
+    costliest = sorted(members, key=lambda m: (-m.excess_tokens, m.number))
+    worst = costliest[0]
+    idle = percent(report.idle_fraction)
+    console.print(f"idle {idle} of rank time (if time is proportional to tokens)")
+    if report.loss_tokens:
+        share, often = percent(worst.excess_share), percent(worst.slowest_share)
+        text = (
+            (f"{by.value} {worst.number}", "bold"),
+            f": {share} of it; slowest in {often} of layers × steps",
+        )
+        console.print(Text.assemble("waiting most for ", *text))
+    show_notes(console, report.notes)
+    console.print()
+    _grid(console, report, by, costliest)
+    _table(console, by, costliest, top)
+
+
+def _grid(console: Console, report: RankReport, by: By, costliest: list[Straggler]) -> None:
+    """Layer × rank: the load over the layer's mean, in as much detail as there is room for."""
+    from rich.text import Text
+
+    label = max(5, *(len(str(layer.layer)) for layer in report.layers))
+    tag = f"{by.value[0]}{len(costliest) - 1}"
+    room = console.width - label - 1
+    wide = max(6, len(tag) + 2)
+    compact = wide * len(costliest) > room
+    width = max(3, len(tag)) if compact else wide
+    if compact and width * len(costliest) > room:
+        # Where some are left out nobody could count on to a column without a number.
+        width = 2 if 2 * len(costliest) <= room else len(tag) + 1
+    shown = sorted(m.number for m in costliest[: max(1, room // width)])
+    title = f"load of each {by.value}{', per rank,' if by is By.node else ''} over the layer's mean"
+    if compact:
+        title += ", in tenths above (+) or below (−) it"
+    console.print(Text(title, style="bold"))
+    left_out = len(costliest) - len(shown)
+    if left_out:
+        console.print(f"the {len(shown)} of {len(costliest)} {by.value}s that cost most")
+    console.print(Text(f"{'layer':>{label}} {_header(shown, by.value[0], width)}", style="dim"))
+    for layer in report.layers:
+        values = layer.nodes if by is By.node else layer.ranks
+        cells = Text(f"{layer.layer:>{label}} ")
+        for number in shown:
+            value = values[number]
+            text = "–" if value is None else _tenths(value) if compact else f"{value:.2f}"
+            cell = f"{text:>{width - 1}} " if width > 2 else f"{text:>2}"
+            cells.append_text(Text(cell) if value is None else heat(cell, value))
+        console.print(cells)
+    console.print()
+
+
+def _header(numbers: list[int], letter: str, width: int) -> str:
+    """The numbers of the columns: of each where there is room, else of every few."""
+    names = [f"{letter}{number}" for number in numbers]
+    every = -(-(len(names[-1]) + 1) // width)
+    if every == 1:
+        return "".join(f"{name:>{width - 1}} " for name in names)
+    whole = len(names) - len(names) % every
+    return "".join(f"{name:<{width * every}}" for name in names[:whole:every])
+
+
+def _tenths(value: float) -> str:
+    """A load over the mean in two characters: +3 is 1.3 × the mean, ++ twice or more, −− nothing."""
+    tenths = round((value - 1) * 10)
+    if tenths == 0:
+        return "·"
+    if abs(tenths) > 9:
+        return "++" if tenths > 0 else "−−"
+    return f"{'+' if tenths > 0 else '−'}{abs(tenths)}"
+
+
+def _table(console: Console, by: By, costliest: list[Straggler], top: int) -> None:
+    shown = costliest[:top]
+    count, excess = counter(m.load for m in costliest), counter(round(m.excess_tokens) for m in costliest)
+    title = f"{by.value}s by what waiting for them cost"
+    if len(costliest) > top:
+        title += f" ({top} of {len(costliest)})"
+    columns = (by.value, "tokens", "× mean", "slowest in", "excess tokens", "share")
+    listing = table(console, *columns, title=title)
+    for m in shown:
+        listing.add_row(
+            f"{by.value[0]}{m.number}",
+            count(m.load),
+            heat(figure(m.times_mean, 2), m.times_mean or 0.0),
+            percent(m.slowest_share),
+            excess(round(m.excess_tokens)),
+            percent(m.excess_share),
+        )
+    console.print(listing)

@@ -1,0 +1,94 @@
+"""What `rearrangements` shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.text import clean, figure, plural, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.rearrangements import RearrangementFigures, RearrangementReport
+
+
+#: A terminal of so many columns has room for whole verdicts.
+WIDE = 100
+
+
+#: Beside the interval that says so, and short enough for 80 columns.
+SHORT = {"no measurable gain": "no gain seen"}
+
+
+STYLES = {
+    "helped": "green",
+    "helped at first": "green",
+    "hurt": "bold red",
+    "no measurable gain": "yellow",
+}
+
+
+def render(console: Console, report: RearrangementReport) -> None:
+
+    heading(console, "rearrangements", f" · {report.model} · run {report.run_id}")
+    show_notes(console, report.notes)
+    rows = report.rearrangements
+    if not rows:
+        never = "no rearrangement: the placement never changed in these steps"
+        console.print("no rearrangement is known" if report.notes else never)
+        return
+    counts = Counter(row.verdict for row in rows)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    console.print(f"{plural(len(rows), 'rearrangement')}: {told}")
+    console.print()
+    _help(console, report)
+    _why(console, rows)
+
+
+def _help(console: Console, report: RearrangementReport) -> None:
+    from rich.text import Text
+
+    title = f"balancedness, means of up to {report.window:,} steps before and after (1 is perfect)"
+    columns = ("<steps", "before", "predicted", "after", "gain", "95 % interval", "<")
+    listing = table(console, *columns, title=title)
+    short = SHORT if console.width < WIDE else {}
+    for row in report.rearrangements:
+        interval = "–"
+        if row.gain_low is not None and row.gain_high is not None:
+            interval = f"{signed(row.gain_low)} … {signed(row.gain_high)}"
+        listing.add_row(
+            _when(row),
+            figure(row.before.balancedness),
+            figure(row.predicted),
+            figure(row.after.balancedness),
+            signed(row.gain),
+            interval,
+            Text(short.get(row.verdict, row.verdict), style=STYLES.get(row.verdict, "dim")),
+        )
+    console.print(listing)
+    for row in report.rearrangements:
+        if row.reason is not None:
+            console.print(Text(f"{_when(row)}: {clean(row.reason)}", style="yellow"))
+    console.print()
+
+
+def _why(console: Console, rows: list[RearrangementFigures]) -> None:
+    """What lies between predicted and after, how long the gain lasted, and what it cost."""
+    title = "why after is not as predicted, how long half of the gain lasted, what moved"
+    columns = ("<steps", "drift", "uneven split", "<half lasted", "slots", "to ranks", "to nodes")
+    listing = table(console, *columns, title=title)
+    for row in rows:
+        lasted = "–"
+        if row.lasted is not None:
+            still = "" if row.lasted.until == "half gone" else "≥ "
+            lasted = f"{still}{plural(row.lasted.steps, 'step')}"
+        moved = (row.slots_moved, row.experts_crossed_ranks, row.experts_crossed_nodes)
+        cells = ["–" if count is None else f"{count:,}" for count in moved]
+        listing.add_row(_when(row), signed(row.drift), signed(row.uneven_split), lasted, *cells)
+    console.print(listing)
+
+
+def _when(row: RearrangementFigures) -> str:
+    return str(row.first_step) if row.first_step == row.last_step else f"{row.first_step}–{row.last_step}"

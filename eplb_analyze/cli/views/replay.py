@@ -1,0 +1,141 @@
+"""What `replay` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.text import clean, figure, percent, plural, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.replay.replay import Outcome, Replay
+
+
+def render(console: Console, result: Replay, top: int = 20) -> None:
+    from rich.text import Text
+
+    heading(console, result.model, f" · run {result.run_id}")
+    shape = result.part.shape
+    console.print(
+        f"{plural(result.scored, 'complete step')}, {result.first_step} to {result.last_step}; "
+        f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
+        f"{plural(shape.num_moe_layers, 'layer')}"
+    )
+    show_notes(console, result.notes)
+    console.print()
+    _today(console, result)
+    _settings(console, result, top)
+    _bounds(console, result)
+    legend = "idle: share of rank time lost, if time is proportional to tokens; "
+    if result.cost_per_expert_ms is None:
+        legend += "saved: points of today's idle; "
+    legend += "moved: expert weights that ranks fetched"
+    if result.cost_per_expert_ms is not None:
+        legend += "; cost: of moving; net: time saved less what moving costs more than today (! a loss)"
+    if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
+        legend += "; =: today's setting, replayed"
+    console.print(Text(legend, style="dim"))
+
+
+def _today(console: Console, result: Replay) -> None:
+    """What was recorded, and how far even splitting is from it."""
+    today, measured = result.today, result.measured_idle_fraction
+    listing = table(console, "<today's placements", "balancedness", "idle")
+    listing.add_row("as recorded", figure(result.measured_balancedness), percent(measured))
+    listing.add_row("with even splitting", figure(today.balancedness), percent(today.idle_fraction))
+    console.print(listing)
+    if measured is not None and today.idle_fraction is not None:
+        apart = signed(100 * (measured - today.idle_fraction), 1)
+        console.print(f"replicas that share unevenly: {apart} points of idle, which no setting below has")
+    if result.cost_per_expert_ms is not None and result.seconds is not None:
+        step = 1e3 * (result.part.step_seconds or 0.0)
+        console.print(f"these steps took {result.seconds:,.1f} s, {step:,.1f} ms each (the median)")
+    console.print()
+
+
+def _settings(console: Console, result: Replay, top: int) -> None:
+    """The settings, the best first, and today's among them where it belongs."""
+    from eplb_analyze.replay.replay import rank
+
+    outcomes, costs = result.outcomes, result.cost_per_expert_ms is not None
+    above = sum(rank(outcome) <= rank(result.today) for outcome in outcomes)
+    rows: list[Outcome] = [*outcomes[:above], result.today, *outcomes[above:]]
+    kept = {id(outcome) for outcome in [*outcomes[:top], result.today]}
+    settings = [outcome.setting for outcome in outcomes if outcome.setting is not None]
+    rhythms = {(setting.interval, setting.start) for setting in settings}
+    columns = {
+        "<policy": _policy,
+        "ranks": lambda result, outcome: str(outcome.ep_size),
+        "redundant": lambda result, outcome: _number(result, outcome, "num_redundant_experts"),
+        "interval": lambda result, outcome: _number(result, outcome, "interval"),
+        "window": lambda result, outcome: _number(result, outcome, "window"),
+        "start": lambda result, outcome: _number(result, outcome, "start"),
+        "balanced": lambda result, outcome: figure(outcome.balancedness),
+        "idle": lambda result, outcome: percent(outcome.idle_fraction),
+        "saved": _saved,
+        "moved": lambda result, outcome: f"{outcome.weights_moved:,}",
+        "cost s": lambda result, outcome: figure(outcome.cost_seconds, 2),
+        "net s": _net,
+    }
+    # 80 columns have room for what differs.
+    if len({setting.ep_size for setting in settings} | {result.today.ep_size}) == 1:
+        del columns["ranks"]
+    if len(rhythms) == len({interval for interval, _ in rhythms}):
+        del columns["start"]
+    for name in ("balanced", "saved") if costs else ("cost s", "net s"):
+        del columns[name]
+    if len(columns) > 9:
+        columns.pop("balanced", None)
+    more = f" ({top} of {len(outcomes):,})" if top < len(outcomes) else ""
+    listing = table(console, *columns, title=f"the same loads under other settings, best first{more}")
+    listing.padding = (0, 1, 0, 0)
+    for outcome in rows:
+        if id(outcome) in kept:
+            cells = [cell(result, outcome) for cell in columns.values()]
+            listing.add_row(*cells, style="bold" if outcome.setting is None else "")
+    console.print(listing)
+    console.print()
+
+
+def _policy(result: Replay, outcome: Outcome) -> str:
+    if outcome.setting is None:
+        return "today"
+    return clean(outcome.setting.policy) + (" =" if outcome.setting == result.recorded.setting() else "")
+
+
+def _number(result: Replay, outcome: Outcome, name: str) -> str:
+    value = getattr(outcome.setting or result.recorded, name)
+    return "–" if value is None else f"{value:,}"
+
+
+def _saved(result: Replay, outcome: Outcome) -> str:
+    saved = outcome.idle_fraction_saved
+    return "" if outcome.setting is None else signed(None if saved is None else 100 * saved, 1)
+
+
+def _net(result: Replay, outcome: Outcome) -> Any:
+    from rich.text import Text
+
+    net = outcome.net_seconds
+    if outcome.setting is None:
+        return ""
+    loss = net is not None and net < 0
+    return Text(signed(net, 2) + (" !" if loss else "  "), style="bold red" if loss else "")
+
+
+def _bounds(console: Console, result: Replay) -> None:
+    """What no placement can be better than, by the numbers of slots and ranks."""
+    bounds = {
+        (outcome.num_physical_experts, outcome.ep_size): outcome.idle_fraction_bound
+        for outcome in [result.today, *result.outcomes]
+    }
+    several = len({ranks for _, ranks in bounds}) > 1
+    parts = [
+        f"{percent(bound)} ({slots:,} slots{f' on {ranks} ranks' if several else ''})"
+        for (slots, ranks), bound in sorted(bounds.items())
+        if bound is not None
+    ]
+    if parts:
+        console.print(f"no placement whatever idles less than {', '.join(parts)}")

@@ -1,0 +1,123 @@
+"""What `timeline` shows."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.output import heading, show_notes
+from eplb_analyze.text import figure, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from eplb_analyze.analysis.timeline import Bin, Timeline
+
+
+HEIGHT = 14
+
+
+#: Columns of the plot that are not bins: the labels of its axis.
+MARGIN = 10
+
+
+def render(console: Console, result: Timeline) -> None:
+    from rich.text import Text
+
+    from eplb_analyze.metrics.formulas import FORMULAS
+
+    where = "" if result.layer is None else f" of layer {result.layer}"
+    heading(console, f"{result.formula}{where}", f" · {result.model} · run {result.run_id}")
+    known = sum(b.steps for b in result.bins)
+    if not known:
+        console.print("no step has a token in it")
+        return
+    formula = FORMULAS.get(result.formula)
+    better = f"{formula.better} is better, {formula.perfect:g} is perfect" if formula else "0 is perfect"
+    spread = f"mean {figure(result.mean)}, {figure(result.min)} to {figure(result.max)}"
+    console.print(f"{spread} over {plural(known, 'step')}; {better}")
+    if formula is None:
+        console.print("the share of rank time lost if time is proportional to tokens")
+    for warning in [formula.warning] if formula and formula.warning else []:
+        console.print(Text(warning, style="yellow"))
+    show_notes(console, result.notes)
+    console.print()
+    for line in plot(result, console.width - MARGIN):
+        console.print(line, no_wrap=True, overflow="crop")
+    console.print()
+    sizes = sorted({b.last_step - b.first_step + 1 for b in result.bins})
+    each = " or ".join(f"{size:,}" for size in sizes) + (" step" if sizes == [1] else " steps")
+    legend = f"{plural(len(result.bins), 'bin')} of {each}"
+    if sizes != [1]:
+        legend += ": ▀ mean, ░ from the lowest step to the highest"
+    console.print(legend)
+    empty = sum(not b.steps for b in result.bins)
+    if empty:
+        console.print(f"╌ {plural(empty, 'bin')} without a complete step that has tokens")
+    if result.rearrangements:
+        shown = ", ".join(map(str, result.rearrangements[:8]))
+        more = f" and {len(result.rearrangements) - 8} more" if len(result.rearrangements) > 8 else ""
+        text = f"▲ {plural(len(result.rearrangements), 'rearrangement')}, at step {shown}{more}"
+        console.print(text)
+    if len(result.configurations) > 1:
+        console.print("◆ ep_size or the number of slots changed")
+
+
+def plot(result: Timeline, width: int) -> list[Text]:
+    """A chart of the bins as lines of text, ``width`` columns and the labels of the axis."""
+    from rich.text import Text
+
+    repeat = max(1, width // len(result.bins))
+    low, high = _range(result)
+    digits = 3 if high - low >= 0.01 else 5
+
+    def level(value: float) -> int:
+        return round((value - low) / (high - low) * (2 * HEIGHT - 1))
+
+    lines = []
+    for row in reversed(range(HEIGHT)):
+        labelled = row in (0, HEIGHT // 2, HEIGHT - 1)
+        at = low + (high - low) * (row * 2 + (row == HEIGHT - 1)) / (2 * HEIGHT - 1)
+        line = Text(f"{figure(at, digits):>{MARGIN - 2}} ┤" if labelled else " " * (MARGIN - 1) + "│")
+        for b in result.bins:
+            mark, style = _mark(b, row, level)
+            line.append(mark * repeat, style)
+        lines.append(line)
+    return [*lines, *_axis(result, repeat)]
+
+
+def _range(result: Timeline) -> tuple[float, float]:
+    """The values that the plot spans; a constant lies in its middle."""
+    low, high = result.min or 0.0, result.max or 0.0
+    margin = 0.0 if high - low > 1e-9 else 0.1 * abs(low) or 0.1
+    return low - margin, high + margin
+
+
+def _mark(b: Bin, row: int, level: Callable[[float], int]) -> tuple[str, str]:
+    """What a bin has in a row, of two levels, of the plot."""
+    if b.mean is None or b.min is None or b.max is None:
+        return " ", ""
+    mean = level(b.mean)
+    if mean // 2 == row:
+        return "▄▀"[mean % 2], "bold"
+    return ("░", "dim") if level(b.min) // 2 <= row <= level(b.max) // 2 else (" ", "")
+
+
+def _axis(result: Timeline, repeat: int) -> list[Text]:
+    from rich.text import Text
+
+    starts = [b.first_step for b in result.bins]
+    marks = ["─" if b.steps else "╌" for b in result.bins for _ in range(repeat)]
+    for step in result.rearrangements:
+        marks[(bisect_right(starts, step) - 1) * repeat] = "▲"
+    for stretch in result.configurations[1:]:
+        marks[(bisect_right(starts, stretch.first_step) - 1) * repeat] = "◆"
+    labels, last = "", str(result.bins[-1].last_step)
+    for i in range(0, len(starts), max(1, len(starts) // 5)):
+        name = f"{starts[i]} "
+        if len(labels) <= i * repeat <= len(marks) - len(last) - len(name):
+            labels = labels.ljust(i * repeat) + name
+    labels = labels.ljust(len(marks) - len(last)) + last
+    return [Text(" " * (MARGIN - 1) + "└" + "".join(marks)), Text(f"{'step':>{MARGIN - 2}}  {labels}")]

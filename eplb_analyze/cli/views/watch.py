@@ -1,0 +1,274 @@
+"""What `watch` shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.charts import bar, heat
+from eplb_analyze.text import clean, duration, figure, percent, plural, signed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from eplb_analyze.live.watch import Snapshot
+
+
+#: Rows of the rankings where the screen's height does not say how many there can be.
+ROWS = 8
+
+
+#: Lines of the plot; columns of its axis.
+HEIGHT, MARGIN = 3, 6
+
+
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+#: Columns of the two rankings, and of the cell of a rank beside them, where there is room for all.
+LAYERS, RANKS, CELL = 36, 44, 10
+
+
+#: A rank's load is coloured from so far off the mean.
+OFF = 0.05
+
+
+#: So long without anything new is worth saying.
+QUIET_SECONDS = 3.0
+
+
+def show(console: Console, look: Snapshot) -> None:
+    for line in lines(look, console.width):
+        console.print(line, no_wrap=True, overflow="crop")
+
+
+def lines(look: Snapshot, width: int, height: int | None = None) -> list[Text]:
+    """The view, at most ``width`` columns and ``height`` lines."""
+    from rich.text import Text
+
+    top = [*_head(look, width), Text(), *_balance(look, width), *_plot(look, width), Text()]
+    bottom = [Text(), *_events(look), *_troubles(look)]
+    rows = ROWS if height is None else max(1, height - len(top) - len(bottom) - 2)
+    found = [*top, *_panels(look, width, rows), *bottom]
+    for line in found:
+        line.truncate(width)
+    return found if height is None else found[:height]
+
+
+def _head(look: Snapshot, width: int) -> list[Text]:
+    from rich.text import Text
+
+    state, style = _state(look)
+    title = Text.assemble((clean(look.model), "bold"), clean(f" · run {look.run_id}"))
+    title.truncate(max(1, width - len(state) - 1), pad=True)
+    title.append(f" {state}", style)
+    parts = [] if look.newest_step is None else [f"step {look.newest_step:,}"]
+    parts += [] if look.steps_per_second is None else [f"{look.steps_per_second:,.1f} steps/s"]
+    parts += [f"EP {look.ep_size}, scope {look.scope}"]
+    if look.num_layers is not None:
+        parts += [f"{look.num_layers} × {look.num_physical_experts} slots"]
+    return [title, Text(" · ".join(parts))]
+
+
+def _state(look: Snapshot) -> tuple[str, str]:
+    """Who is writing, in a few words, and their style."""
+    closed = sum(writer.closed for writer in look.writers)
+    writing = sum(w.last_step is not None and not w.stopped and not w.closed for w in look.writers)
+    ranks = plural(len(look.writers), "rank")
+    quiet = look.quiet_seconds or 0.0
+    if look.newest_step is None:
+        return "○ no step yet" if not any(w.rejected for w in look.writers) else "○ rejected", "yellow"
+    if look.closed:
+        return "■ ended", "dim"
+    if closed and (not writing or quiet > QUIET_SECONDS):
+        return f"■ {closed} of {ranks} ended", "yellow"
+    if quiet > QUIET_SECONDS:
+        return f"○ nothing new for {duration(quiet)}", "yellow"
+    if look.scope == "global":
+        return "● live", "green"
+    return f"● live, {writing} of {ranks}", "green" if writing == len(look.writers) else "yellow"
+
+
+def _balance(look: Snapshot, width: int) -> list[Text]:
+    from rich.text import Text
+
+    if not look.complete:
+        return [Text("no complete step yet" if not look.incomplete else "no complete step", style="yellow")]
+    spread = look.balancedness
+    line = Text.assemble("balancedness ", (figure(spread.mean), "bold"))
+    line.append(f" · now {figure(look.latest_balancedness)}" if look.current else "")
+    line.append(f" · p5 {figure(spread.p5)} · idle {percent(look.idle_fraction)} of rank time")
+    over = f"over {plural(look.complete, 'complete step')}, {look.first_step:,} to {look.last_step:,}"
+    if spread.min_step is not None:
+        over += f"; worst {figure(spread.min)} at step {spread.min_step:,}"
+    found = [line, Text(over, style="dim")]
+    if not look.current:
+        since = plural((look.newest_step or 0) - (look.last_step or 0), "step") + " ago"
+        last = f"last complete step {look.last_step:,}, {since}: {figure(look.latest_balancedness)}"
+        found.append(Text(last, style="yellow"))
+    return found
+
+
+def _plot(look: Snapshot, width: int) -> list[Text]:
+    """Balancedness over the steps; the scale is in twentieths, so that it does not move all the time."""
+    from rich.text import Text
+
+    known = [b.balancedness for b in look.timeline if b.balancedness is not None]
+    if not known:
+        return []
+    low, high = math.floor(min(known) * 20) / 20, math.ceil(max(known) * 20) / 20
+    high = max(high, low + 0.05)
+    repeat = max(1, (width - MARGIN) // len(look.timeline))
+    levels = [
+        0 if b.balancedness is None else max(1, round((b.balancedness - low) / (high - low) * HEIGHT * 8))
+        for b in look.timeline
+    ]
+    found = []
+    for row in reversed(range(HEIGHT)):
+        label = {HEIGHT - 1: f"{high:.2f}", 0: f"{low:.2f}"}.get(row, "")
+        line = Text(f"{label:>{MARGIN - 2}} ", style="dim")
+        line.append("".join(EIGHTHS[max(0, min(8, level - 8 * row))] * repeat for level in levels), "cyan")
+        found.append(line)
+    starts = [b.first_step for b in look.timeline]
+    marks = ["╌" if b.balancedness is None else "─" for b in look.timeline for _ in range(repeat)]
+    for step in look.rearrangements:
+        if starts[0] <= step <= look.timeline[-1].last_step:
+            marks[(sum(start <= step for start in starts) - 1) * repeat] = "▲"
+    return [*found, Text(" " * (MARGIN - 1) + "".join(marks), style="dim")]
+
+
+def _panels(look: Snapshot, width: int, rows: int) -> list[Text]:
+    """The worst layers, the ranks that the others wait for, and the load of all ranks, side by side."""
+    from rich.text import Text
+
+    if not look.complete:
+        return []
+    layers = [Text("worst layers", style="bold"), Text("layer  balanced  slowest rank", style="dim")]
+    for layer in sorted(look.layers, key=lambda x: (x.balancedness is None, x.balancedness or 0.0))[:rows]:
+        line = Text(f"{layer.layer:>5}  {figure(layer.balancedness):>8}  ")
+        if layer.worst_rank is not None and layer.worst_rank_share is not None:
+            line.append(f"r{layer.worst_rank:<4}{percent(layer.worst_rank_share, 0):>6} ")
+            line.append(bar(layer.worst_rank_share, 5), "red")
+        layers.append(line)
+    ranks = [
+        Text("the others wait for", style="bold"),
+        Text("rank  × mean  slowest in  of waiting", style="dim"),
+    ]
+    most = max((rank.excess_share or 0.0 for rank in look.ranks), default=0.0) or 1.0
+    for rank in sorted(look.ranks, key=lambda r: (-(r.excess_share or 0.0), r.rank))[:rows]:
+        line = Text(f"{f'r{rank.rank}':>4}  ")
+        line.append_text(_load(rank.times_mean, 6))
+        line.append(f"{percent(rank.slowest_share):>12}{percent(rank.excess_share):>12} ")
+        line.append(bar((rank.excess_share or 0.0) / most, 5), "red")
+        ranks.append(line)
+    columns = (width - LAYERS - RANKS) // CELL
+    panels, widths = [layers, ranks], [LAYERS, RANKS]
+    if columns * rows >= len(look.ranks):
+        down = -(-len(look.ranks) // columns)
+        loads = [Text("load of all ranks, × mean", style="bold"), Text()]
+        for row in range(down):
+            line = Text()
+            for rank in look.ranks[row::down]:
+                line.append(f"{f'r{rank.rank}':>5}", "dim")
+                line.append_text(_load(rank.times_mean, 5))
+            loads.append(line)
+        panels, widths = [*panels, loads], [*widths, columns * CELL]
+    return list(_beside(panels, widths))
+
+
+def _load(times_mean: float | None, width: int) -> Text:
+    """A rank's load over the mean; coloured only where it is off, so that the eye finds it."""
+    from rich.text import Text
+
+    text = f"{figure(times_mean, 2):>{width}}"
+    off = times_mean is not None and abs(times_mean - 1) >= OFF
+    return heat(text, times_mean or 0.0) if off else Text(text)
+
+
+def _beside(panels: Sequence[Sequence[Text]], widths: Sequence[int]) -> Iterable[Text]:
+    from rich.text import Text
+
+    for row in range(max(map(len, panels))):
+        line = Text()
+        for panel, width in zip(panels, widths, strict=True):
+            cell = panel[row].copy() if row < len(panel) else Text()
+            cell.truncate(width, pad=True)
+            line.append_text(cell)
+        line.rstrip()
+        yield line
+
+
+def _events(look: Snapshot) -> list[Text]:
+    from rich.text import Text
+
+    this = look.rearrangement
+    if this is None:
+        moved = Text("no rearrangement in these steps", style="dim")
+    else:
+        moved = Text(f"▲ rearranged at {this.first_step:,}, {plural(this.layers, 'layer')}")
+        if this.gain is not None:
+            moved.append(f": {figure(this.before)} → {figure(this.after)}")
+            moved.append(f" ({signed(this.gain)})", "green" if this.gain > 0 else "red")
+            moved.append(f" over {this.before_steps:,} and {plural(this.after_steps, 'step')}", "dim")
+        elif this.after is not None:
+            moved.append(f", {figure(this.after)} after it")
+            moved.append(f" over {plural(this.after_steps, 'step')}", "dim")
+    dropped, rejected = (sum(getattr(w, name) for w in look.writers) for name in ("dropped", "rejected"))
+    counts = Text("steps: ")
+    for count, name, style in (
+        (look.complete, "complete", ""),
+        (look.in_flight, "in flight", ""),
+        (look.incomplete, "incomplete", "yellow"),
+        (dropped, "dropped", "yellow"),
+        (rejected, "rejected", "yellow"),
+    ):
+        counts.append(f"{count:,} {name}", style if count else "")
+        counts.append(" · ")
+    counts.right_crop(3)
+    return [moved, counts]
+
+
+def _troubles(look: Snapshot) -> list[Text]:
+    """What else to know, a line each."""
+    from rich.text import Text
+
+    found = []
+    refused = [w.rank for w in look.writers if w.last_step is None and w.rejected]
+    silent = [rank for rank in look.missing_ranks if rank not in refused]
+    if silent:
+        found.append(f"nothing from {_named(silent)}")
+    if refused:
+        found.append(f"nothing but rejected steps from {_named(refused)}")
+    stopped = [w for w in look.writers if w.stopped]
+    if stopped:
+        first = min(stopped, key=lambda w: w.last_step or 0)
+        since = (
+            f"{first.behind:,} steps ago" if len(stopped) == 1 else f"the first {first.behind:,} steps ago"
+        )
+        found.append(f"{_named([w.rank for w in stopped])} stopped {since}, at step {first.last_step:,}")
+    early = [w for w in look.writers if w.closed and not w.stopped and w.behind]
+    if early:
+        first = max(early, key=lambda w: w.behind or 0)
+        ahead = plural(first.behind or 0, "step")
+        since = f"{ahead} before others" if len(early) == 1 else f"the first {ahead} before others"
+        found.append(f"{_named([w.rank for w in early])} ended {since}, at step {first.last_step:,}")
+    lossy = [w.rank for w in look.writers if (w.dropped or w.rejected) and w.rank not in refused]
+    if lossy:
+        found.append(f"steps dropped or rejected by {_named(lossy)}")
+    again = [w.rank for w in look.writers if w.sessions > 1]
+    if again:
+        found.append(f"restarted: {_named(again)}")
+    if look.shape_changed is not None:
+        found.append(f"EP size or slots changed at step {look.shape_changed:,}")
+    found += [finding.text for finding in look.findings]
+    return [Text(clean(text), style="yellow") for text in found]
+
+
+def _named(ranks: list[int]) -> str:
+    """``rank 3``, ``ranks 3, 5 and 7``, at most six by their number."""
+    shown = [str(rank) for rank in ranks[:6]]
+    more = [f"{len(ranks) - 6} more"] if len(ranks) > 6 else []
+    *names, last = [*shown, *more]
+    return f"rank {last}" if not names else f"ranks {', '.join(names)} and {last}"

@@ -1,0 +1,523 @@
+"""The figures of `watch`: a run while it is written, over its newest steps."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.errors import AnalyzeError, Finding
+from eplb_analyze.live.session import FollowedSession
+from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
+from eplb_analyze.metrics.formulas import Float64, Spread, Terms
+from eplb_analyze.metrics.losses import Bin, Bins, timeline
+from eplb_analyze.reader.discovery import read_info
+from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
+from eplb_analyze.reader.run import choose
+from eplb_analyze.storage.path import StoragePath, local
+from eplb_dump.format.journal import Int64, PlacementRows
+from eplb_dump.format.schema import (
+    RANK_PREFIX,
+    RUN_PREFIX,
+    SESSION_FILE,
+    SESSION_PREFIX,
+    FormatError,
+    Scope,
+    Status,
+)
+from eplb_dump.format.session import SessionInfo
+
+#: The figures are over so many steps.
+WINDOW = 1000
+#: A rank so far behind the others has stopped; `check` takes the same time.
+STOPPED_SECONDS = 3.0
+#: After a reading that took so long, what came meanwhile is read as well.
+LONG_SECONDS = 1.0
+#: So many placements of a layer are remembered.
+PLACEMENTS = 8
+#: What sessions of one run agree in.
+AGREED = ("scope", "num_logical_experts", "moe_layers", "token_replication")
+
+
+@dataclass(frozen=True)
+class LayerLook:
+    """A layer over the complete steps."""
+
+    layer: int
+    balancedness: float | None
+    #: The rank that was most often the slowest, and in which share of the uneven steps.
+    worst_rank: int | None
+    worst_rank_share: float | None
+
+
+@dataclass(frozen=True)
+class RankLook:
+    """An EP rank over the complete steps."""
+
+    rank: int
+    #: Its load over that of the mean rank.
+    times_mean: float | None
+    #: In which share of the (step, layer) with tokens the others waited for it; its share of all waiting.
+    slowest_share: float | None
+    excess_share: float | None
+
+
+@dataclass(frozen=True)
+class WriterLook:
+    """A rank that should write."""
+
+    rank: int
+    #: None: it has written nothing yet, or all it handed over was rejected.
+    last_step: int | None
+    #: Steps to the foremost rank.
+    behind: int | None
+    #: These are more than :data:`STOPPED_SECONDS`, or another rank went further and has ended in order.
+    stopped: bool
+    closed: bool
+    sessions: int
+    #: Of the steps that were looked at.
+    dropped: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class RearrangementLook:
+    """The newest rearrangement, and balancedness around it as far as the steps were looked at."""
+
+    first_step: int
+    last_step: int
+    layers: int
+    slots_changed: int
+    before: float | None
+    before_steps: int
+    after: float | None
+    after_steps: int
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment. Figures are over the complete ones of the newest ``window`` recorded steps."""
+
+    run_id: str
+    model: str
+    scope: str
+    ep_size: int
+    num_layers: int | None
+    num_physical_experts: int | None
+    newest_step: int | None
+    steps_per_second: float | None
+    #: Since something new came.
+    quiet_seconds: float | None
+    #: All writers have ended in order.
+    closed: bool
+    window: int
+    first_step: int | None
+    last_step: int | None
+    #: The last complete step is about the newest one.
+    current: bool
+    complete: int
+    #: Steps that lack a rank for good, and steps that a rank has yet to come to.
+    incomplete: int
+    in_flight: int
+    balancedness: Spread
+    latest_balancedness: float | None
+    idle_fraction: float | None
+    layers: list[LayerLook]
+    ranks: list[RankLook]
+    writers: list[WriterLook]
+    timeline: list[Bin]
+    #: The first steps of those that were looked at, and the figures of the newest.
+    rearrangements: list[int]
+    rearrangement: RearrangementLook | None
+    #: The first step of the present EP size and slots, where they changed while we looked.
+    shape_changed: int | None
+    #: How often a rank began its steps anew while we looked.
+    restarts: int
+    findings: list[Finding]
+
+    @property
+    def missing_ranks(self) -> list[int]:
+        """Those that should write and have stated no step yet."""
+        return [writer.rank for writer in self.writers if writer.last_step is None]
+
+    def to_json(self) -> dict[str, Any]:
+        document = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("layers", "ranks", "writers", "timeline", "findings"):
+            document[name] = [asdict(item) for item in document[name]]
+        latest = document.pop("latest_balancedness")
+        document["balancedness"] = {**asdict(self.balancedness), "latest": latest}
+        document["rearrangement"] = None if self.rearrangement is None else asdict(self.rearrangement)
+        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
+
+
+class Follower:
+    """Follows a run, and moves on to a newer one unless one was asked for. It writes nothing.
+
+    Attributes:
+        notes: what a user should be told about what was chosen.
+    """
+
+    def __init__(
+        self, path: StoragePath | str, run: str | None = None, model: str | None = None, window: int = WINDOW
+    ) -> None:
+        """``window``: the figures are over so many steps at most.
+
+        Raises DumpError and NotInDumpError, as :func:`eplb_analyze.reader.run.open_run` does, and UsageError
+        where the dump lies in a bucket.
+        """
+        self._path, self._run, self._model = local(path, "`watch`"), run, model
+        self._root = _absolute(self._path)
+        self._limit = window
+        #: When something new came, by the monotonic clock.
+        self._came_at: float | None = None
+        self._looked = False
+        self._follow(self._path, run)
+
+    def look(self) -> Snapshot:
+        """Read what is new, and say how things stand. Raises DumpError."""
+        if self._newer_run():
+            self._follow(self._path, None)
+        elif self._looked and not self._window.ranks and self._root in self._run_folder.parents:
+            self._follow(self._run_folder, None)  # which model is the largest shows with the first step
+        for session in self._new_sessions():
+            session.begin(self._limit)
+            self._sessions.append(session)
+        begun = time.monotonic()
+        came = self._read_all()
+        if time.monotonic() - begun > LONG_SECONDS:
+            came |= self._read_all()  # else those that were read first seem to be behind
+        self._looked = True
+        now = time.monotonic()
+        if self._came_at is None and self._window.ranks:
+            newest = max(rank.time_ns for rank in self._window.ranks.values())
+            self._came_at = now - max(0.0, time.time() - newest / 1e9)
+        elif came:
+            self._came_at = now
+        return self._look(None if self._came_at is None else now - self._came_at)
+
+    def _follow(self, where: Path, run: str | None) -> None:
+        chosen = choose(where, run, self._model)
+        sessions = [(_absolute(folder), info) for folder, info in chosen.sessions]
+        self.notes = chosen.notes
+        self._info = sessions[0][1]
+        self._model_folder = sessions[0][0].parents[1]
+        self._run_folder = self._model_folder.parent
+        begun = (f for f in _folders(self._run_folder.parent, RUN_PREFIX) if _has_session(f))
+        self._runs = {folder.name for folder in begun}
+        self._window = Window(self._limit, self._info.scope, self._info.token_replication)
+        self._placements = _Placements(self._limit)
+        self._known = {folder for folder, _ in sessions}
+        self._faults: dict[Path, str] = {}
+        self._closed: set[str] = set()
+        self._looked = False
+        self._came_at = None
+        self._sessions: list[FollowedSession] = []
+        need: dict[int, int] = {}
+        for folder, info in reversed(sessions):
+            want = need.setdefault(info.ep_rank, self._limit)
+            if want > 0:  # else newer sessions of the rank have all steps that are wanted
+                self._sessions.append(FollowedSession(folder, info, self._limit))
+                # Every rank states the same placements, so those of before are asked of one.
+                first = want == self._limit and info.ep_rank == self._info.ep_rank
+                need[info.ep_rank] -= self._sessions[-1].begin(want, placements=first)
+
+    def _newer_run(self) -> bool:
+        dump = self._run_folder.parent
+        if self._run is not None or self._root != dump:
+            return False
+        for folder in _folders(dump, RUN_PREFIX):
+            if folder.name not in self._runs:
+                with suppress(AnalyzeError):  # a run that is just being made, or of another model
+                    begun = choose(folder, None, self._model).sessions[0][1].created_unix_ns
+                    self._runs.add(folder.name)
+                    if begun > self._info.created_unix_ns:
+                        return True
+        return False
+
+    def _new_sessions(self) -> Iterator[FollowedSession]:
+        for rank in _folders(self._model_folder, RANK_PREFIX):
+            for folder in _folders(rank, SESSION_PREFIX):
+                if folder in self._known or self._root not in (folder, *folder.parents):
+                    continue
+                try:
+                    info = read_info(folder, [*folder.parts[-4:]])
+                    odd = [name for name in AGREED if getattr(info, name) != getattr(self._info, name)]
+                    if odd:
+                        raise FormatError(f"its {', '.join(odd)} differ from the run's other sessions")
+                except FileNotFoundError:
+                    continue  # the writer is about to write it
+                except (FormatError, OSError) as error:
+                    self._faults[folder] = f"{folder}: {error}; session skipped"
+                else:
+                    yield FollowedSession(folder, info, self._limit)
+                self._known.add(folder)
+
+    def _read_all(self) -> bool:
+        """Add what is new; whether anything is."""
+        came = False
+        for session in sorted(self._sessions, key=lambda s: (s.info.created_unix_ns, s.info.session_id)):
+            came |= self._read(session)
+        self._window.settle()
+        self._reach_back()
+        return came
+
+    def _read(self, session: FollowedSession) -> bool:
+        """Add what is new of a session; whether anything is."""
+        came = False
+        for batch in session.look():
+            came |= bool(len(batch.rows.step))
+            restarts = self._window.restarts
+            if self._window.add(session.info, batch):
+                if self._window.restarts > restarts:
+                    self._placements = _Placements(self._limit)
+                for rows in batch.placements:
+                    self._placements.add(rows)
+        self._faults.pop(session.folder, None)
+        if session.fault is not None:
+            self._faults[session.folder] = session.fault
+        if session.closed:
+            self._closed.add(session.info.session_id)
+        rank = self._window.ranks.get(session.info.ep_rank)
+        superseded = rank is not None and rank.session_id != session.info.session_id and rank.last_step >= 0
+        if not came and session.fault is None and (session.closed or superseded):
+            self._sessions.remove(session)  # it has come to its end
+        return came
+
+    # ---- figures
+
+    def _look(self, quiet_seconds: float | None) -> Snapshot:
+        window, info = self._window, self._info
+        steps, terms = window.whole()
+        shape = window.shape
+        value = np.empty(0) if terms is None else BALANCEDNESS.of(terms)
+        foremost, writers = self._writers()
+        incomplete, in_flight = window.unfinished({w.rank for w in writers if w.stopped or w.closed})
+        series = window.series()
+        first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
+        since = 0.0 if foremost is None or last is None else foremost.seconds_beyond(last)
+        total = 0.0 if terms is None else float(terms.maximum.sum())
+        return Snapshot(
+            run_id=info.run_id,
+            model=info.model,
+            scope=info.scope.value,
+            ep_size=info.ep_size if shape is None else shape.ep_size,
+            num_layers=None if shape is None else shape.num_moe_layers,
+            num_physical_experts=None if shape is None else shape.num_physical_experts,
+            newest_step=None if foremost is None else foremost.last_step,
+            steps_per_second=None if foremost is None else foremost.steps_per_second,
+            quiet_seconds=quiet_seconds,
+            closed=bool(writers) and all(writer.closed for writer in writers),
+            window=window.limit,
+            first_step=first,
+            last_step=last,
+            current=last is not None and since <= STOPPED_SECONDS,
+            complete=len(steps),
+            incomplete=incomplete,
+            in_flight=in_flight,
+            balancedness=Spread.of(value, steps),
+            latest_balancedness=float(value[-1]) if len(value) and value[-1] == value[-1] else None,
+            idle_fraction=1 - float(terms.mean.sum()) / total if terms is not None and total else None,
+            layers=[] if terms is None else _layers(terms, info),
+            ranks=[] if terms is None else _ranks(terms),
+            writers=writers,
+            timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
+            rearrangements=self._placements.rearrangements(),
+            rearrangement=self._placements.newest(*series),
+            shape_changed=None if window.shape_changed is None else window.shape_changed[0],
+            restarts=window.restarts,
+            findings=[Finding("error", "damaged_file", text) for text in self._faults.values()],
+        )
+
+    def _states(self) -> dict[int, RankState | None]:
+        """Of the ranks that should write; None of those that have stated no step."""
+        ranks, info = self._window.ranks, self._info
+        if info.scope is Scope.GLOBAL:
+            expected = sorted(ranks)[:1] or [info.ep_rank]
+        else:
+            expected = [*(self._window.expected or range(info.ep_size))]
+        return {r: ranks[r] if r in ranks and ranks[r].last_step >= 0 else None for r in expected}
+
+    def _reach_back(self) -> None:
+        """Have the foremost rank's clock go back to where the others are, also before the window.
+
+        So whether a rank has stopped does not depend on how many steps are looked at.
+        """
+        known = [state for state in self._states().values() if state is not None]
+        foremost = _foremost(known)
+        if foremost is None:
+            return
+        session = next((s for s in self._sessions if s.info.session_id == foremost.session_id), None)
+        if session is None:
+            return
+        # Of those that are further behind than one that has stopped nothing more need be known.
+        for step in sorted({state.last_step for state in known}, reverse=True):
+            older = session.rows_before(step)
+            while foremost.steps[0] > step and foremost.clock_seconds <= STOPPED_SECONDS:
+                rows = next(older, None)
+                if rows is None:
+                    break
+                foremost.add_clock(rows)
+
+    def _writers(self) -> tuple[RankState | None, list[WriterLook]]:
+        """The foremost rank, None before the first step, and all that should write."""
+        states = self._states()
+        known = [state for state in states.values() if state is not None]
+        foremost = _foremost(known)
+        # Ranks end together: where one ended in order, a rank that did not come so far was killed.
+        ended = max((s.last_step for s in known if s.session_id in self._closed), default=-1)
+        writers = [self._writer(rank, state, foremost, ended) for rank, state in states.items()]
+        return foremost, writers
+
+    def _writer(
+        self, rank: int, state: RankState | None, foremost: RankState | None, ended: int
+    ) -> WriterLook:
+        """``ended``: the last step of those that ended in order, -1 where none did."""
+        if state is None or foremost is None:
+            # Whose steps were all rejected has stated no number that can be believed.
+            stated = self._window.ranks.get(rank)
+            rejected = 0 if stated is None else stated.counts[Status.REJECTED]
+            return WriterLook(rank, None, None, False, False, 0, 0, rejected)
+        closed = state.session_id in self._closed
+        # By one clock, as those of two hosts can be apart.
+        late = foremost.seconds_beyond(state.last_step) > STOPPED_SECONDS
+        return WriterLook(
+            rank,
+            state.last_step,
+            behind=foremost.last_step - state.last_step,
+            stopped=late or (not closed and state.last_step < ended),
+            closed=closed,
+            sessions=state.sessions,
+            dropped=state.counts[Status.DROPPED],
+            rejected=state.counts[Status.REJECTED],
+        )
+
+
+def _foremost(states: list[RankState]) -> RankState | None:
+    return max(states, key=lambda state: state.last_step, default=None)
+
+
+def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
+    """In order of their numbers."""
+    numbers = info.layer_numbers(terms.mean.shape[1])
+    ratio, active = np.where(terms.active, terms.ratio, 0.0).sum(axis=0), terms.active.sum(axis=0)
+    found = []
+    for index, number in enumerate(numbers):
+        slowest = np.bincount(terms.slowest[terms.uneven[:, index], index])
+        worst = int(slowest.argmax()) if len(slowest) else None
+        found.append(
+            LayerLook(
+                number,
+                float(ratio[index] / active[index]) if active[index] else None,
+                worst,
+                None if worst is None else float(slowest[worst] / slowest.sum()),
+            )
+        )
+    return found
+
+
+def _ranks(terms: Terms) -> list[RankLook]:
+    """In order of their numbers."""
+    load = terms.rank_mean.sum(axis=0)
+    slowest = terms.slowest[terms.uneven]
+    often = np.bincount(slowest, minlength=len(load))
+    excess = np.bincount(slowest, (terms.maximum - terms.mean)[terms.uneven], len(load))
+    active, mean, loss = int(terms.active.sum()), float(load.mean()), float(excess.sum())
+    return [
+        RankLook(
+            rank,
+            float(load[rank] / mean) if mean else None,
+            float(often[rank] / active) if active else None,
+            float(excess[rank] / loss) if loss else None,
+        )
+        for rank in range(len(load))
+    ]
+
+
+def _absolute(folder: StoragePath) -> Path:
+    return Path(os.path.abspath(local(folder, "`watch`")))
+
+
+def _has_session(run: Path) -> bool:
+    return next(run.glob(f"*/*/{SESSION_PREFIX}*/{SESSION_FILE}"), None) is not None
+
+
+def _folders(parent: Path, prefix: str) -> list[Path]:
+    """Those of the format's own names, links left out; none where the parent is gone."""
+    with suppress(OSError), os.scandir(parent) as entries:
+        names = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir(follow_symlinks=False)]
+        return [parent / name for name in sorted(names)]
+    return []
+
+
+class _Placements:
+    """The newest placements of each layer, and what the newest change of them did."""
+
+    def __init__(self, window: int) -> None:
+        """``window``: so many steps before and after a rearrangement are compared."""
+        self._window = window
+        self._layers: dict[int, LayerHistory] = {}
+        self._newest: RearrangementLook | None = None
+
+    def add(self, rows: PlacementRows) -> None:
+        """Add what a rank stated. Every rank states the same, one that missed a change later on."""
+        numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
+        for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
+            history = self._layers.setdefault(layer, LayerHistory())
+            at = history.index_at(step)
+            if at >= 0 and (history.steps[at] == step or _same(history, at, ep_size, slots)):
+                continue
+            columns: tuple[list[Any], ...] = history.steps, history.ep_sizes, history.slots
+            for column, item in zip(columns, (step, ep_size, slots), strict=True):
+                column.insert(at + 1, item)
+            # A rank that missed this step has stated the same as of a later one.
+            again = at + 2 < len(history.steps) and _same(history, at + 2, ep_size, slots)
+            for column in columns:
+                del column[at + 2 : at + 2 + again]
+                del column[:-PLACEMENTS]
+
+    def rearrangements(self) -> list[int]:
+        return [change.first_step for change in PlacementHistory(self._layers, [], []).rearrangements()]
+
+    def newest(self, steps: Int64, balancedness: Float64) -> RearrangementLook | None:
+        """The newest rearrangement by the steps that are known, ascending, and their balancedness."""
+        changes = PlacementHistory(self._layers, [], []).rearrangements()
+        if not changes:
+            return None
+        this, old = changes[-1], self._newest
+        if old is not None and old.after_steps >= self._window and this.first_step == old.first_step:
+            return old  # by now the steps before it are gone
+        earliest = changes[-2].last_step if len(changes) > 1 else 0
+        known = ~np.isnan(balancedness)
+        steps, balancedness = steps[known], balancedness[known]
+        edges = [
+            max(earliest, this.first_step - self._window),
+            this.first_step,
+            this.last_step,
+            this.last_step + self._window,
+        ]
+        low, before_end, after_start, high = np.searchsorted(steps, edges)
+        before, after = balancedness[low:before_end], balancedness[after_start:high]
+        means = [float(side.mean()) if len(side) else None for side in (before, after)]
+        self._newest = RearrangementLook(
+            this.first_step,
+            this.last_step,
+            len(this.layers),
+            this.slots_changed,
+            means[0],
+            len(before),
+            means[1],
+            len(after),
+            means[1] - means[0] if means[0] is not None and means[1] is not None else None,
+        )
+        return self._newest
+
+
+def _same(history: LayerHistory, at: int, ep_size: int, slots: Any) -> bool:
+    return history.ep_sizes[at] == ep_size and np.array_equal(history.slots[at], slots)

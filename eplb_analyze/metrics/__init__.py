@@ -1,0 +1,1 @@
+"""Formulas, losses and confidence intervals: arrays in, arrays out."""

@@ -1,0 +1,216 @@
+"""Where and when rank time was lost, and how much of it a better placement could have saved.
+
+In a step and layer all ranks wait for the slowest: (max − mean) tokens are lost, and laid at that
+rank's door. Sums of one shape of loads, small however long the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.metrics.formulas import Float64, Terms
+from eplb_dump.format.journal import Int64, Shape
+
+#: A run's time is looked at in about this many equal parts.
+BINS = 64
+#: Loads summed over this many steps show what lasts; what is gone in the sum was chance.
+WINDOW_STEPS = 128
+
+
+@dataclass(frozen=True)
+class RankLoss:
+    """What an EP rank cost the others as the slowest."""
+
+    rank: int
+    excess_tokens: float
+    #: Of all loss.
+    share: float
+
+
+@dataclass(frozen=True)
+class StretchLoss:
+    """Steps in which one rank cost one layer more than a layer costs on average."""
+
+    layer: int
+    rank: int
+    first_step: int
+    last_step: int
+    excess_tokens: float
+    #: Of all loss.
+    share: float
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One part of the run's time; None where none of its steps is complete."""
+
+    first_step: int
+    last_step: int
+    balancedness: float | None
+
+
+class Bins:
+    """Equal parts of a range of steps."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.width = max(1, -(-(last - first + 1) // BINS))
+        self.edges = np.arange(first, last + 1, self.width)
+        self.last = last
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def of(self, steps: Int64) -> npt.NDArray[np.intp]:
+        return np.searchsorted(self.edges, steps, side="right") - 1
+
+    def range(self, index: int) -> tuple[int, int]:
+        first = int(self.edges[index])
+        return first, min(first + self.width - 1, self.last)
+
+
+class Windows(NamedTuple):
+    """Windows of ascending steps that loads are summed over."""
+
+    #: Where each begins in the steps.
+    starts: npt.NDArray[np.intp]
+    #: What tells each from all others of the run.
+    keys: list[tuple[int, int]]
+    #: In how many of the steps each is.
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window that can go on in the steps before or after."""
+
+    key: tuple[int, int]
+    steps: int
+    #: int64 ``[layers, ep_ranks]``, summed.
+    load: Int64
+
+
+class Losses:
+    """Sums over blocks of one shape; those of later steps can be merged into them."""
+
+    def __init__(self, shape: Shape, bins: Bins, per_token: int) -> None:
+        """``per_token``: token replication, by which recorded loads are larger."""
+        self._bins = bins
+        self._per_token = per_token
+        self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
+        #: What remains of the loss in windows that are whole, in tokens × token replication.
+        self._lasting = 0.0
+        self._longest = 0
+        #: The first window and the last, which sums of other steps may go on with.
+        self._open: list[_Window] = []
+
+    def add(self, steps: Int64, terms: Terms) -> None:
+        excess = terms.maximum - terms.mean
+        _, layers, ranks = self._excess.shape
+        cell = (self._bins.of(steps)[:, None] * layers + np.arange(layers)) * ranks + terms.slowest
+        flat = np.bincount(cell.ravel(), excess.ravel(), self._excess.size)
+        self._excess += flat.reshape(self._excess.shape)
+
+    def add_lasting(self, windows: Windows, first: int, load: Int64) -> None:
+        """Add loads of some layers, of all steps of these sums.
+
+        Args:
+            windows: what :func:`windows` gives of the steps.
+            first: index of the first layer.
+            load: int64 ``[steps, layers, ep_ranks]``.
+        """
+        summed = np.add.reduceat(load, windows.starts, axis=0)
+        self._lasting += _excess(summed[1:-1])
+        self._longest = max(windows.counts[1:-1], default=0)
+        if not self._open:
+            ends = {0, len(windows.keys) - 1}
+            shape = self._excess.shape[1:]
+            self._open = [
+                _Window(windows.keys[i], windows.counts[i], np.zeros(shape, np.int64)) for i in sorted(ends)
+            ]
+        for window, own in zip(self._open, (summed[0], summed[-1]), strict=False):
+            window.load[first : first + load.shape[1]] = own
+
+    def merge(self, later: Losses) -> None:
+        self._excess = self._excess + later._excess
+        self._lasting += later._lasting
+        self._longest = max(self._longest, later._longest)
+        ends, others = self._open, later._open
+        if ends and others and ends[-1].key == others[0].key:
+            one, other = ends[-1], others[0]
+            ends, others = (
+                [*ends[:-1], _Window(one.key, one.steps + other.steps, one.load + other.load)],
+                others[1:],
+            )
+        both = [*ends, *others]
+        for window in both[1:-1]:
+            self._lasting += _excess(window.load)
+            self._longest = max(self._longest, window.steps)
+        self._open = both if len(both) < 2 else [both[0], both[-1]]
+
+    @property
+    def total(self) -> float:
+        return float(self._excess.sum())
+
+    @property
+    def lasting_share(self) -> float | None:
+        """The share of the loss that remains in loads summed over a window: persistent imbalance."""
+        lasting = (self._lasting + sum(_excess(window.load) for window in self._open)) / self._per_token
+        return min(1.0, lasting / self.total) if self.total > 0 else None
+
+    @property
+    def longest_window(self) -> int:
+        """Steps in the longest window that loads were summed over."""
+        return max([self._longest, *(window.steps for window in self._open)])
+
+    def by_rank(self) -> list[RankLoss]:
+        """Every rank, the costliest first."""
+        excess = self._excess.sum(axis=(0, 1))
+        order = np.argsort(-excess, kind="stable")
+        return [RankLoss(int(r), float(excess[r]), self._share(excess[r])) for r in order]
+
+    def stretches(self, count: int) -> list[StretchLoss]:
+        """The costliest (layer, rank, steps)."""
+        lossy = int(np.count_nonzero(self._excess.sum(axis=2)))
+        usual = self.total / max(1, lossy)
+        high = self._excess > usual
+        found: list[StretchLoss] = []
+        for layer, rank in np.argwhere(high.any(axis=0)):
+            edges = np.diff(high[:, layer, rank].astype(np.int8), prepend=0, append=0)
+            for low, end in zip(np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), strict=True):
+                excess = float(self._excess[low:end, layer, rank].sum())
+                first, last = self._bins.range(int(low))[0], self._bins.range(int(end) - 1)[1]
+                found.append(StretchLoss(int(layer), int(rank), first, last, excess, self._share(excess)))
+        return sorted(found, key=lambda s: (-s.excess_tokens, s.layer, s.rank, s.first_step))[:count]
+
+    def _share(self, excess: float) -> float:
+        return float(excess / self.total) if self.total > 0 else 0.0
+
+
+def _excess(load: Int64) -> float:
+    """What the slowest ranks have above the mean, in loads ``[..., ep_ranks]``."""
+    return float((load.max(axis=-1) - load.sum(axis=-1) / load.shape[-1]).sum())
+
+
+def windows(steps: Int64, changes: list[int], interval: int) -> Windows:
+    """The windows that ascending steps lie in, of ``WINDOW_STEPS`` sampled steps each.
+
+    ``changes``: steps at which a placement changed. Nothing is summed across one, as it can end what
+    would have lasted.
+    """
+    stretch, number = np.searchsorted(changes, steps, side="right"), steps // (WINDOW_STEPS * interval)
+    starts = np.flatnonzero((np.diff(stretch, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0))
+    keys = list(zip(stretch[starts].tolist(), number[starts].tolist(), strict=True))
+    return Windows(starts, keys, np.diff(starts, append=len(steps)).tolist())
+
+
+def timeline(bins: Bins, steps: Int64, balancedness: Float64) -> list[Bin]:
+    """The mean of each part of the run's time."""
+    known = ~np.isnan(balancedness)
+    at = bins.of(steps[known])
+    count = np.bincount(at, minlength=len(bins))
+    total = np.bincount(at, balancedness[known], len(bins))
+    return [Bin(*bins.range(i), float(total[i] / count[i]) if count[i] else None) for i in range(len(bins))]

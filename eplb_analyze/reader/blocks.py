@@ -1,0 +1,311 @@
+"""Blocks: consecutive steps of one shape, all ranks of them joined.
+
+A run is read block by block, so that memory does not grow with its length. Here the ranks' rows
+become one truth per step (which session of a rank counts, whether the step is complete), and loads
+are summed over ranks. What the sums mean is for :mod:`eplb_analyze.metrics.formulas`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.reader.discovery import Session
+from eplb_analyze.reader.join import Source, StepState, _join, _JoinedRows, _overlapping, _stretches
+from eplb_analyze.reader.segments import Segment, SegmentFault, layers_at_once
+from eplb_analyze.storage import path
+from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.schema import Scope, Status
+
+
+class Block:
+    """Consecutive seen steps of one shape.
+
+    Attributes:
+        step: int64 [S], ascending.
+        state: uint8 [S], a :class:`StepState` each.
+        shape: the shape of the loads, None where no rank recorded any.
+        ranks: the writer ranks [R] that ``status`` has a row for.
+        status: uint8 [R, S], a :class:`~eplb_dump.format.schema.Status` each, or ABSENT.
+        time_ns: int64 [S], the wall clock, which can jump.
+        clock_ns: int64 [S], ns since 1970 by the session's monotonic clock, which cannot.
+        num_tokens, phase: int64 [S]; -1 where not known; phase is an index into ``phases``.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        rows: _JoinedRows,
+        low: int,
+        high: int,
+        shape: Shape | None,
+        scope: Scope,
+    ) -> None:
+        self._sources = sources
+        self._owner = rows.owner[:, low:high]
+        self._scope = scope
+        self.step = rows.step[low:high]
+        self.state = rows.state[low:high]
+        self.status = rows.status[:, low:high]
+        self.ranks = rows.ranks
+        self.shape = shape
+        self.time_ns = rows.time_ns[low:high]
+        self.clock_ns = rows.clock_ns[low:high]
+        self.num_tokens = rows.num_tokens[low:high]
+        self.phase = rows.phase[low:high]
+        self.phases = rows.phases
+
+    @property
+    def recorded(self) -> Int64:
+        """The steps that are complete and recorded: those that figures are made of."""
+        recorded: Int64 = self.step[self.state == StepState.RECORDED]
+        return recorded
+
+    def missing_ranks(self, step: int) -> list[int]:
+        """The ranks whose part of a step is not there."""
+        column = int(np.searchsorted(self.step, step))
+        have = {
+            rank
+            for rank, status in zip(self.ranks, self.status[:, column], strict=True)
+            if status in (Status.RECORDED, Status.DUMMY)
+        }
+        return [rank for rank in self.expected_ranks if rank not in have]
+
+    @property
+    def expected_ranks(self) -> Sequence[int]:
+        """The writers that a step needs: all EP ranks, or the one that holds the sums."""
+        return range(self._shape().ep_size) if self._scope is Scope.LOCAL else self.ranks
+
+    def rank_load(self, steps: Int64 | None = None) -> Int64:
+        """Tokens per EP rank, summed over the writers: int64 ``[len(steps), layers, ep_size]``.
+
+        ``steps``: ascending steps of this block; default the complete ones.
+        """
+        parts = self.rank_load_parts(steps)
+        return np.concatenate([load for _, load in parts], axis=1)
+
+    def loads(self, first: int, last: int, steps: Int64 | None = None) -> Int64:
+        """Tokens per physical expert of layers ``first`` to ``last - 1``, summed over the writers.
+
+        int64 ``[len(steps), last - first, num_physical_experts]``.
+        """
+        parts = self.load_parts(steps, first, last)
+        return np.concatenate([load for _, load in parts], axis=1)
+
+    def rank_load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        """:meth:`rank_load` a few layers at a time, which takes little memory and no copy.
+
+        Yields ``(layer, int64 [len(steps), layers, ep_size])``.
+        """
+        width = self._shape().ep_size
+        for low, high, pieces in self.pieces(lambda s, *layers: s.rank_loads(*layers), steps, first, last):
+            yield low, self._sum(pieces, steps, high - low, width)
+
+    def load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        """:meth:`loads` a few layers at a time: ``(layer, int64 [len(steps), layers, physical])``."""
+        width = self._shape().num_physical_experts
+        for low, high, pieces in self.pieces(lambda s, *layers: s.loads(*layers), steps, first, last):
+            yield low, self._sum(pieces, steps, high - low, width)
+
+    def terms(self, token_replication: int = 1, first: int = 0, last: int | None = None) -> Terms:
+        """What the formulas need of the complete steps, of all layers or of a range of indices."""
+        shape = self._shape()
+        last = shape.num_moe_layers if last is None else last
+        terms = Terms(len(self.recorded), last - first, shape.ep_size, token_replication)
+        for layer, load in self.rank_load_parts(first=first, last=last):
+            terms.add(layer - first, load)
+        return terms
+
+    def pieces(
+        self,
+        read: Read,
+        steps: Int64 | None = None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
+        """What each segment has of a few layers at a time: ``(layer, layer after the last, pieces)``.
+
+        The pieces are read as they are taken, one after another, and so the memory that many ranks' files
+        need is that of one. Take them before the next layers.
+
+        Args:
+            read: a segment's ``loads`` or ``rank_loads``.
+        """
+        shape = self._shape()
+        last = shape.num_moe_layers if last is None else last
+        cursors = [
+            (_Cursor(segment, read), here, there)
+            for segment, here, there in self.matches(self.recorded if steps is None else steps)
+        ]
+        longest = max((len(cursor.segment.load_steps()) for cursor, _, _ in cursors), default=1)
+        at_once = layers_at_once(longest, shape)
+        edges = [first, *range(first - first % at_once + at_once, last, at_once), last]
+        for low, high in itertools.pairwise(edges):
+
+            def take(cursor: tuple[_Cursor, Int64, Int64], low: int = low, high: int = high) -> Piece:
+                return cursor[0].take(low, high), *cursor[1:]
+
+            yield low, high, path.each(cursors[0][0].segment.path, take, cursors) if cursors else iter(())
+
+    def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
+        """Pieces added up: int64 ``[len(steps), layers, width]``."""
+        count = len(self.recorded if steps is None else steps)
+        out: Int64 | None = None
+        for values, here, there in pieces:
+            if out is None and len(here) == count == values.shape[1]:
+                out = values.astype(np.int64, copy=False)  # all steps, of one writer or the first
+                continue
+            if out is None:
+                out = np.zeros((layers, count, width), np.int64)
+            elif not out.flags.writeable:  # a view of what was read
+                out = out.copy()
+            out[:, _whole(here, count)] += values[:, _whole(there, values.shape[1])]
+        return (np.zeros((layers, count, width), np.int64) if out is None else out).transpose(1, 0, 2)
+
+    def _shape(self) -> Shape:
+        if self.shape is None:
+            raise ValueError("no rank recorded a load in these steps")
+        return self.shape
+
+    def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
+        """``(segment, index into steps, index into the segment's steps)`` of what counts."""
+        if not len(steps):
+            return
+        columns = np.searchsorted(self.step, steps)
+        writers = set(self.expected_ranks)
+        sources = [
+            source
+            for source in self._sources
+            if source.rank in writers
+            and source.readable
+            and source.segment.shape == self.shape
+            and source.segment.first_step <= steps[-1]
+            and source.segment.last_step >= steps[0]
+        ]
+        if not sources:
+            return
+        where = sources[0].segment.path
+        known = path.each(where, lambda source: source.segment.load_steps(), sources)
+        for source, load_steps in zip(sources, known, strict=True):
+            row = self.ranks.index(source.rank)
+            counts = (self._owner[row, columns] == source.session) & (
+                self.status[row, columns] == Status.RECORDED
+            )
+            if self._scope is Scope.GLOBAL:
+                # Of several that wrote sums for a step, the lowest counts.
+                counts &= ~(self.status[:row, columns] == Status.RECORDED).any(axis=0)
+            _, here, there = np.intersect1d(np.where(counts, steps, -1), load_steps, return_indices=True)
+            if len(here):
+                yield source.segment, here, there
+
+
+#: A segment's ``loads`` or ``rank_loads``, from one layer to another.
+Read = Callable[[Segment, int, int], Generator[tuple[int, npt.NDArray[Any]], None, None]]
+#: Values of a segment ``[layers, n, width]``, index into the steps asked for, index into the ``n``.
+Piece = tuple[npt.NDArray[Any], Int64, Int64]
+
+
+class _Cursor:
+    """Layers of a segment in ascending order; each row group is decoded once, and its file open only then."""
+
+    def __init__(self, segment: Segment, read: Read) -> None:
+        self.segment = segment
+        self._read = read
+        self._first = self._last = 0
+        self._values: npt.NDArray[Any] = np.empty(0)
+
+    def take(self, first: int, last: int) -> npt.NDArray[Any]:
+        """The values of layers ``first`` to ``last - 1``. Raises SegmentFault."""
+        taken = []
+        while first < last:
+            if not self._first <= first < self._last:
+                self._next(first, last)
+            taken.append(self._values[first - self._first : last - self._first])
+            first = min(last, self._last)
+        if last == self._last:
+            self._values, self._last = np.empty(0), 0
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+    def _next(self, first: int, last: int) -> None:
+        with contextlib.closing(self._read(self.segment, first, last)) as parts:
+            part = next(parts, None)
+        if part is None or not part[0] <= first < part[0] + len(part[1]):
+            reason = "it has fewer layers than it says"
+            raise SegmentFault(self.segment, "loads", self.segment.path, reason)
+        self._first, self._values = part
+        self._last = self._first + len(self._values)
+
+
+def _whole(index: Int64, length: int) -> Int64 | slice:
+    """An ascending index as a slice where it is everything: that copies nothing."""
+    return slice(None) if len(index) == length else index
+
+
+def iter_blocks(
+    sessions: Sequence[Session],
+    scope: Scope,
+    steps: tuple[int, int] | None = None,
+    unreadable: frozenset[int] = frozenset(),
+) -> Iterator[Block]:
+    """The blocks of a run, in order of steps.
+
+    Args:
+        sessions: all sessions of the run, the older ones first.
+        steps: half-open range to stay in.
+        unreadable: ``id`` of segments whose loads cannot be read.
+    """
+    low, high = steps if steps is not None else (-1, 2**62)
+    last_shape = _shape_before(sessions, low)
+    sources = [
+        Source(
+            session.info.ep_rank,
+            number,
+            segment,
+            session.info.created_unix_ns - session.info.created_monotonic_ns,
+            id(segment) not in unreadable,
+        )
+        for number, session in enumerate(sessions)
+        for segment in session.segments
+        if segment.first_step < high and segment.last_step >= low
+    ]
+    ranks = sorted({session.info.ep_rank for session in sessions})
+    for group in _overlapping(sources):
+        rows_of = path.each(group[0].segment.path, lambda source: source.segment.steps(), group)
+        parts = list(zip(group, rows_of, strict=True))
+        initial = max(sessions[s.session].info.ep_size for s in group)
+        rows = _join(parts, ranks, scope, last_shape, initial)
+        last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape
+        inside = np.searchsorted(rows.step, [low, high])
+        for start, stop in _stretches(rows, int(inside[0]), int(inside[1])):
+            shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
+            yield Block(group, rows, start, stop, shape, scope)
+
+
+def _shape_before(sessions: Sequence[Session], step: int) -> Shape | None:
+    """The shape of the loads that were recorded last before a step."""
+    before = [s for x in sessions for s in x.segments if s.shape is not None and s.last_step < step]
+    return max(before, key=lambda segment: segment.last_step).shape if before else None
+
+
+def parts(sessions: Sequence[Session], about: int) -> list[tuple[int, int]]:
+    """Half-open ranges of steps, of about so many or a block more, whose edges are edges of blocks."""
+    edges: list[int] = []
+    last = -1
+    for first, end in sorted((s.first_step, s.last_step) for x in sessions for s in x.segments):
+        if not edges or (first > last and first - edges[-1] >= about):
+            edges.append(first)
+        last = max(last, end)
+    return list(itertools.pairwise([*edges, last + 1])) if edges else []
+
+
+Steps = tuple[int, int]

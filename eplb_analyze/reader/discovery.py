@@ -1,0 +1,341 @@
+"""Finding what lies in a dump's folder: runs, models, ranks, sessions, and the files in them.
+
+Only folders and files of the format's own names are looked at, and no symbolic link is followed.
+Figures are not made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eplb_analyze.errors import DumpError, Finding
+from eplb_analyze.reader.segments import (
+    Manifest,
+    OpenSegment,
+    ParquetSegment,
+    Segment,
+    exhausted,
+    read_manifest,
+    require_regular,
+)
+from eplb_analyze.storage import path as places
+from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.journal import JournalSegment, UnbegunJournal
+from eplb_dump.format.schema import (
+    JOURNAL_PATTERN,
+    LEVEL_PREFIXES,
+    MANIFEST_FILE,
+    MODEL_PREFIX,
+    RUN_PREFIX,
+    SEGMENT_PATTERN,
+    SESSION_FILE,
+    SESSION_PREFIX,
+    FormatError,
+    rank_folder,
+)
+from eplb_dump.format.session import SessionInfo, load_json
+
+#: session.json is a few kB; a larger one is not read into memory.
+_MAX_SESSION_FILE = 16 << 20
+
+
+@dataclass
+class Session:
+    """One life of one writer: its metadata and its readable segments, in order."""
+
+    folder: StoragePath
+    info: SessionInfo
+    segments: list[Segment] = field(default_factory=list)
+    #: Those whose steps turned out to be unreadable; their placements may be readable.
+    lost: list[Segment] = field(default_factory=list)
+    #: The writer's final accounting; None where it was not closed (killed, or still writing).
+    closed: dict[str, object] | None = None
+    #: Journals that are not sealed.
+    journals: int = 0
+    #: First and last step of which it is a copy; None: of all.
+    part: tuple[int, int] | None = None
+
+    @property
+    def last_step(self) -> int:
+        return max((s.last_step for s in self.segments), default=-1)
+
+
+@dataclass
+class Discovery:
+    """All sessions under a folder, by run and model, and what was odd about its files."""
+
+    root: StoragePath
+    #: ``{run_id: {model slug: [SessionInfo and folder]}}``; no segment is opened yet.
+    runs: dict[str, dict[str, list[tuple[StoragePath, SessionInfo]]]]
+    findings: dict[tuple[str, str], list[Finding]]
+
+    def created(self, run_id: str) -> int:
+        """When a run began, in ns since 1970: its oldest session."""
+        infos = [info for sessions in self.runs[run_id].values() for _, info in sessions]
+        return min((info.created_unix_ns for info in infos), default=-1)
+
+    def findings_of(self, run_id: str) -> list[Finding]:
+        """What was odd about a run's files, all its models'."""
+        return [f for (run, _), findings in self.findings.items() if run == run_id for f in findings]
+
+    def newest_first(self) -> list[str]:
+        return sorted(self.runs, key=lambda run_id: (self.created(run_id), run_id), reverse=True)
+
+
+def discover(path: StoragePath, run: str | None = None) -> Discovery:
+    """Look through a dump, or one run, model, rank or session folder of it.
+
+    Where ``run`` is an id of a run that is there, other runs may be left out.
+
+    Raises DumpError where there is no such folder, or no run in it.
+    """
+    if isinstance(path, Path):
+        if not path.exists():
+            raise DumpError(f"{path}: no such folder")
+        if not path.is_dir():
+            raise DumpError(f"{path}: it is a file; give the folder that holds run=…")
+    wanted: list[str] = []
+    root = places.absolute(path)
+    while root.name.startswith(LEVEL_PREFIXES):
+        wanted.insert(0, root.name)
+        root = root.parent
+    shown = path if not wanted else root
+    narrowed = run is not None and not wanted
+    if narrowed:
+        wanted = [f"{RUN_PREFIX}{run}"]
+    found = Discovery(shown, {}, {})
+    sessions = list(_descend(shown, wanted, found))
+    for (names, folder), info in zip(sessions, places.each(shown, _info_or_fault, sessions), strict=True):
+        if info is None:
+            continue
+        run_id, model = names[0][len(RUN_PREFIX) :], names[1][len(MODEL_PREFIX) :]
+        readable = found.runs.setdefault(run_id, {}).setdefault(model, [])
+        findings = found.findings.setdefault((run_id, model), [])
+        if isinstance(info, SessionInfo):
+            readable.append((folder, info))
+        else:
+            text = f"{folder / SESSION_FILE}: {info}; session skipped"
+            findings.append(Finding("error", "damaged_file", text))
+    if not found.runs and narrowed:
+        return discover(path)
+    if not found.runs and not isinstance(path, Path) and not path.is_dir():
+        what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
+        raise DumpError(f"{path}: {what}")
+    if not found.runs:
+        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
+        odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
+        raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
+    return found
+
+
+def _info_or_fault(session: tuple[list[str], StoragePath]) -> SessionInfo | str | None:
+    """What a session says of itself, or why it cannot be read; None where its writer has just begun."""
+    names, folder = session
+    try:
+        try:
+            return read_info(folder, names)
+        except FileNotFoundError:
+            # Whose writer was killed here, or is about to go on, has recorded nothing.
+            if {entry.name for entry in places.entries(folder)} <= {f"{SESSION_FILE}.tmp"}:
+                return None
+            return read_info(folder, names)
+    except FormatError as error:
+        return str(error)
+    except OSError as error:
+        if exhausted(error):
+            raise
+        return str(error.strerror)
+
+
+def _descend(
+    root: StoragePath, wanted: list[str], found: Discovery
+) -> Iterator[tuple[list[str], StoragePath]]:
+    """``(folder names, session folder)`` of all sessions below ``root``."""
+
+    def walk(folder: StoragePath, names: list[str]) -> Iterator[tuple[list[str], StoragePath]]:
+        level = len(names)
+        if level == len(LEVEL_PREFIXES):
+            yield names, folder
+            return
+        try:
+            inside = places.entries(folder, wanted[level] if level < len(wanted) else None)
+        except OSError as error:
+            if exhausted(error):
+                raise
+            text = f"{folder}: {error.strerror}"
+            if level < 3:  # without it nobody can tell which run or model is meant
+                raise DumpError(text) from None
+            finding = Finding("error", "damaged_file", f"{text}; skipped")
+            found.findings.setdefault((names[0][len(RUN_PREFIX) :], ""), []).append(finding)
+            return
+        for entry in inside:
+            if not entry.name.startswith(LEVEL_PREFIXES[level]):
+                continue
+            if entry.is_symlink():
+                run_id = (names[0] if names else entry.name)[len(RUN_PREFIX) :]
+                text = f"{entry.path}: a symbolic link, which is not followed"
+                found.findings.setdefault((run_id, ""), []).append(Finding("warning", "symlink", text))
+            elif entry.is_dir(follow_symlinks=False):
+                yield from walk(folder / entry.name, [*names, entry.name])
+
+    yield from walk(root, [])
+
+
+def read_info(folder: StoragePath, names: list[str]) -> SessionInfo:
+    """What a session's folder says of itself; ``names`` are its four levels. Raises FormatError, OSError."""
+    path = folder / SESSION_FILE
+    require_regular(path)
+    if path.stat().st_size > _MAX_SESSION_FILE:
+        raise FormatError(f"it is larger than {_MAX_SESSION_FILE >> 20} MiB")
+    info = SessionInfo.from_dict(load_json(path.read_bytes()))
+    expected = [f"{RUN_PREFIX}{info.run_id}", rank_folder(info.ep_rank), f"{SESSION_PREFIX}{info.session_id}"]
+    if [names[0], names[2], names[3]] != expected:
+        raise FormatError("it belongs to another folder (was a session moved or renamed?)")
+    return info
+
+
+def open_sessions(found: Sequence[tuple[StoragePath, SessionInfo]], findings: list[Finding]) -> list[Session]:
+    """Open sessions, in this order, all as of one moment; see :func:`open_session`."""
+    if not found:
+        return []
+    own: list[list[Finding]] = [[] for _ in found]
+    # To read many ranks' journals takes a while. A run that goes on meanwhile would seem to have lost the
+    # ranks that are read first.
+    sizes = places.each(found[0][0], _sizes, [folder for folder, _ in found])
+    items = [(*session, mine, now) for session, mine, now in zip(found, own, list(sizes), strict=True)]
+    sessions = list(places.each(found[0][0], lambda item: open_session(*item), items))
+    findings += [finding for mine in own for finding in mine]
+    return sessions
+
+
+def _sizes(folder: StoragePath) -> dict[str, int] | None:
+    """The sizes of a session's journals by name, and the names of its sealed files with 0."""
+    sizes: dict[str, int] = {}
+    try:
+        for entry in places.entries(folder):
+            if JOURNAL_PATTERN.fullmatch(entry.name):
+                sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+            elif SEGMENT_PATTERN.fullmatch(entry.name):
+                sizes[entry.name] = 0
+    except OSError:  # it is listed once more, and that says why
+        return None
+    return sizes
+
+
+def _first_after(sizes: dict[str, int] | None, journals: dict[int, StoragePath]) -> int | None:
+    """The number of the first segment that began after the files were listed; None: not known of any."""
+    if sizes is None:
+        return None
+    known = [_seq(name) for name in sizes]
+    later = [seq for seq, path in journals.items() if path.name not in sizes]
+    return min([*later, *([max(known) + 1] if known else [])], default=None)
+
+
+def _seq(name: str) -> int:
+    """The segment's number in the name of a journal or a sealed file."""
+    return int(name.partition("-")[2].partition(".")[0])
+
+
+def _manifest(folder: StoragePath, info: SessionInfo, sealed: set[int]) -> Manifest:
+    """A session's manifest, which lists these segments if it can be had as it is now."""
+    for looks in reversed(range(3)):
+        try:
+            manifest = read_manifest(folder, info)
+        except (OSError, FormatError) as error:
+            if exhausted(error):
+                raise
+            return Manifest({}, None, (isinstance(error, OSError) and error.strerror) or str(error))
+        if sealed <= set(manifest.entries) or manifest.fault is not None or not looks:
+            break
+        places.forget_listing(folder)
+    return manifest
+
+
+def open_session(
+    folder: StoragePath, info: SessionInfo, findings: list[Finding], sizes: dict[str, int] | None
+) -> Session:
+    """List a session's segments, sealed and open; faults go to ``findings``.
+
+    Of journals no more is read than their ``sizes``, by name; those of other names began later, and what
+    began later is left out, also where it is sealed already.
+    """
+    session = Session(folder, info)
+    journals: dict[int, StoragePath] = {}
+    sealed_names: set[str] = set()
+    try:
+        inside = places.entries(folder)
+    except OSError as error:
+        if exhausted(error):
+            raise
+        findings.append(Finding("error", "damaged_file", f"{folder}: {error.strerror}; session skipped"))
+        return session
+    for entry in inside:
+        journal, segment = JOURNAL_PATTERN.fullmatch(entry.name), SEGMENT_PATTERN.fullmatch(entry.name)
+        if entry.is_symlink():
+            text = f"{entry.path}: a symbolic link, which is not followed"
+            findings.append(Finding("error", "symlink", text))
+        elif journal:
+            journals[int(journal[1])] = folder / entry.name
+        elif segment:
+            sealed_names.add(entry.name)
+        elif entry.name not in (SESSION_FILE, MANIFEST_FILE) and not entry.name.endswith(".tmp"):
+            text = f"{entry.path}: not a file of the format; ignored"
+            findings.append(Finding("warning", "foreign_file", text))
+    gone: dict[int, StoragePath] = {}
+    for seq, path in sorted(journals.items()):
+        if sizes is not None and path.name not in sizes:
+            continue
+        try:
+            require_regular(path)
+            opened = JournalSegment(path, None if sizes is None else sizes[path.name])
+        except FileNotFoundError:
+            gone[seq] = path  # sealed since the folder was listed: so the manifest, read later, lists it
+            continue
+        except UnbegunJournal as error:
+            findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
+            continue
+        except (FormatError, OSError) as error:
+            if exhausted(error):
+                raise
+            findings.append(Finding("error", "damaged_file", f"{path}: {error}; skipped"))
+            continue
+        session.journals += 1
+        session.segments.append(OpenSegment(opened, path))
+        if opened.tail.fault is not None:
+            lost = opened.tail.size - opened.tail.end
+            if opened.tail.fault == "torn":
+                text = f"{path}: its last {lost} bytes are an unfinished write; all before them was read"
+                findings.append(Finding("info", "torn_journal", text))
+            else:
+                text = f"{path}: damaged from byte {opened.tail.end} on; {lost} bytes skipped"
+                findings.append(Finding("error", "damaged_file", text))
+    end = _first_after(sizes, journals)
+    manifest = _manifest(folder, info, set(gone))
+    if manifest.fault is not None:
+        text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
+        findings.append(Finding("error", "damaged_file", text))
+    session.closed, session.part = manifest.closed, manifest.part
+    for seq, path in gone.items():
+        if seq not in manifest.entries:
+            text = f"{path}: it is listed, but not there; skipped"
+            findings.append(Finding("error", "damaged_file", text))
+        del journals[seq]
+    for seq, listed in manifest.entries.items():
+        names = [file.name for file in listed.files.values()]
+        # One that is not there is no later one, but missing.
+        if end is not None and seq >= end and names and all((folder / n).exists() for n in names):
+            session.closed = None  # it is later still
+        elif seq not in journals:
+            # Of what a copy of a part left out, at most the placements are there.
+            (session.segments if "steps" in listed.files else session.lost).append(
+                ParquetSegment(folder, info, listed)
+            )
+        sealed_names -= set(names)
+    for name in sorted(sealed_names):
+        if _seq(name) not in journals:
+            text = f"{folder / name}: the session's manifest does not list it; skipped"
+            findings.append(Finding("error", "unlisted_file", text))
+    session.segments.sort(key=lambda s: (s.first_step, s.seq))
+    return session

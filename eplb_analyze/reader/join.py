@@ -1,0 +1,210 @@
+"""The step rows of all ranks joined: one state for each step of a run."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.reader.segments import Segment
+from eplb_dump.format.journal import Int64, Shape, StepRows
+from eplb_dump.format.schema import Scope, Status
+
+#: At most this many steps are joined at once (segments of one run normally end at common steps).
+MAX_BLOCK_STEPS = 4096
+
+
+ABSENT = 255
+
+
+#: Which of several rows for one step counts: a recorded one before a dummy one before any other.
+STATUS_WEIGHT = np.zeros(256, np.int8)
+
+
+STATUS_WEIGHT[[Status.NOT_SAMPLED, Status.DROPPED]] = 1
+
+
+STATUS_WEIGHT[Status.DUMMY] = 2
+
+
+STATUS_WEIGHT[Status.RECORDED] = 3
+
+
+STATUS_WEIGHT[ABSENT] = -1
+
+
+Status8 = npt.NDArray[np.uint8]
+
+
+class StepState(enum.IntEnum):
+    """What a step is for the whole run, all ranks taken together."""
+
+    RECORDED = Status.RECORDED
+    DUMMY = Status.DUMMY
+    NOT_SAMPLED = Status.NOT_SAMPLED
+    DROPPED = Status.DROPPED
+    REJECTED = Status.REJECTED
+    #: Some rank recorded it and another that should have did not: never summed as if whole.
+    INCOMPLETE = 5
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One segment of one session of one rank, among those a block is made of."""
+
+    rank: int
+    session: int
+    segment: Segment
+    #: Adding it to a monotonic time gives ns since 1970, as of the session's start.
+    clock_offset_ns: int
+    #: False where its loads turned out to be unreadable: its recorded steps count as absent.
+    readable: bool
+
+
+@dataclass
+class _JoinedRows:
+    """The step rows of all ranks, joined: one column a seen step."""
+
+    step: Int64
+    ranks: list[int]
+    status: Status8
+    #: Which session of the rank a status is from, -1 where it is ABSENT.
+    owner: npt.NDArray[np.int32]
+    state: Status8
+    shape: npt.NDArray[np.int32]
+    shapes: list[Shape]
+    time_ns: Int64
+    clock_ns: Int64
+    num_tokens: Int64
+    phase: npt.NDArray[np.int64]
+    phases: list[str]
+
+
+def _overlapping(sources: Iterable[Source]) -> Iterator[list[Source]]:
+    """Groups of segments whose ranges of steps overlap: those of one block, and of no other."""
+    group: list[Source] = []
+    end = -1
+    for source in sorted(sources, key=lambda s: (s.segment.first_step, s.session)):
+        if group and source.segment.first_step > end:
+            yield group
+            group = []
+        group.append(source)
+        end = max(end, source.segment.last_step)
+    if group:
+        yield group
+
+
+def _stretches(rows: _JoinedRows, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of columns, within ``first`` and ``end``, of one shape and bounded length."""
+    edges = [int(e) for e in np.flatnonzero(np.diff(rows.shape)) + 1 if first < e < end]
+    for start, stop in zip([first, *edges], [*edges, end], strict=True):
+        for low in range(start, stop, MAX_BLOCK_STEPS):
+            yield low, min(low + MAX_BLOCK_STEPS, stop)
+
+
+def _join(
+    parts: list[tuple[Source, StepRows]],
+    ranks: list[int],
+    scope: Scope,
+    last_shape: Shape | None,
+    initial: int,
+) -> _JoinedRows:
+    """Join the rows of a group; ``last_shape`` is of the steps before, ``initial`` the ep_size else."""
+    step = np.unique(np.concatenate([rows.step for _, rows in parts]))
+    n = len(step)
+    status = np.full((len(ranks), n), ABSENT, np.uint8)
+    owner = np.full((len(ranks), n), -1, np.int32)
+    time_ns, clock_ns = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    num_tokens = np.full((len(ranks), n), -1, np.int64)
+    phase = np.full(n, -1, np.int64)
+    phases: list[str] = []
+    shape_of = np.full((len(ranks), n), -1, np.int32)
+    shapes: list[Shape] = []
+    row_of = {rank: i for i, rank in enumerate(ranks)}
+    if last_shape is not None:
+        shapes.append(last_shape)
+    for source, rows in sorted(parts, key=lambda part: part[0].session):
+        row = row_of[source.rank]
+        phases += [name for name in rows.phases if name not in phases]
+        phase_code = np.array([*map(phases.index, rows.phases), -1], np.int64)
+        # Of several rows of one rank for a step the weightiest counts, of equals the newest session's.
+        statuses = rows.status
+        if not source.readable:
+            statuses = np.where(statuses == Status.RECORDED, np.uint8(ABSENT), statuses)
+        recorded = statuses == Status.RECORDED
+        weight = STATUS_WEIGHT[statuses]
+        for level in np.unique(weight):
+            chosen = np.flatnonzero(weight == level)
+            at = np.searchsorted(step, rows.step[chosen])
+            free = STATUS_WEIGHT[status[row, at]] <= level
+            chosen, at = chosen[free], at[free]
+            status[row, at] = statuses[chosen]
+            owner[row, at] = source.session
+            num_tokens[row, at] = rows.num_tokens[chosen]
+            time_ns[at] = rows.time_ns[chosen]
+            clock_ns[at] = rows.monotonic_ns[chosen] + source.clock_offset_ns
+            phase[at] = np.where(rows.phase[chosen] >= 0, phase_code[rows.phase[chosen]], phase[at])
+        shape = source.segment.shape
+        if shape is not None:
+            if shape not in shapes:
+                shapes.append(shape)
+            at = np.searchsorted(step, rows.step[recorded])
+            shape_of[row, at] = shapes.index(shape)
+    state, shape_row = _states(ranks, status, shape_of, shapes, scope, last_shape is not None, initial)
+    tokens = np.where(status == Status.RECORDED, num_tokens, -1)
+    known = (tokens >= 0).any(axis=0)
+    total = np.where(known, np.where(tokens >= 0, tokens, 0).sum(axis=0), -1)
+    return _JoinedRows(
+        step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total, phase, phases
+    )
+
+
+def _states(
+    ranks: list[int],
+    status: Status8,
+    shape_of: npt.NDArray[np.int32],
+    shapes: list[Shape],
+    scope: Scope,
+    continued: bool,
+    initial_ep_size: int,
+) -> tuple[Status8, npt.NDArray[np.int32]]:
+    """Each step's :class:`StepState` and shape index, from the ranks' statuses."""
+    n = status.shape[1]
+    shape = shape_of.max(axis=0, initial=-1)
+    at_odds = ((shape_of >= 0) & (shape_of != shape)).any(axis=0)
+    # A step that no rank recorded belongs to the shape before it (or, at first, after it).
+    known = np.flatnonzero(shape >= 0)
+    if len(known) or continued:
+        before = np.searchsorted(known, np.arange(n), side="right") - 1
+        earlier = 0 if continued else shape[known[0]]
+        inherited = shape[known[np.maximum(before, 0)]] if len(known) else np.zeros(n, shape.dtype)
+        shape = np.where(before >= 0, inherited, earlier)
+    state = np.full(n, StepState.INCOMPLETE, np.uint8)
+    for index in np.unique(shape):
+        columns = np.flatnonzero(shape == index)
+        size = shapes[index].ep_size if index >= 0 else initial_ep_size
+        expected = [i for i, rank in enumerate(ranks) if rank < size]
+        here = status[expected][:, columns]
+        whole = len(expected) == size
+        if scope is Scope.GLOBAL:  # the sums are in one rank's hands: the lowest that has the step
+            best = STATUS_WEIGHT[status[:, columns]].argmax(axis=0)
+            here, whole = status[best, columns][None], True
+        recorded = (here == Status.RECORDED).any(axis=0)
+        present = whole & (here != ABSENT).all(axis=0)
+        had = whole & ((here == Status.RECORDED) | (here == Status.DUMMY)).all(axis=0)
+        # Where nobody recorded, the gravest reason of any rank is the step's.
+        gravest = np.where(here == ABSENT, 0, here).max(axis=0, initial=0)
+        state[columns] = np.where(
+            recorded,
+            np.where(had, StepState.RECORDED, StepState.INCOMPLETE),
+            np.where(present, gravest, StepState.INCOMPLETE),
+        )
+    state[at_odds] = StepState.INCOMPLETE
+    return state, shape

@@ -1,0 +1,387 @@
+"""Which logical expert was in which slot, at any step: the placements of a run as a history."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import Finding
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.discovery import Session
+from eplb_analyze.reader.segments import Segment
+from eplb_analyze.storage import path
+from eplb_dump.format.journal import Int32, Int64
+from eplb_dump.format.manifest import ExpertSums
+from eplb_dump.format.schema import EMPTY_SLOT, Status
+
+#: Layers changed no more steps apart than this belong to one rearrangement: asynchronous engines
+#: move one layer at a time, between two of which transfers can take many steps.
+REARRANGEMENT_GAP = 64
+
+
+@dataclass
+class LayerHistory:
+    """The placements of one layer, by the step from which each was in force."""
+
+    steps: list[int] = field(default_factory=list)
+    ep_sizes: list[int] = field(default_factory=list)
+    slots: list[Int32] = field(default_factory=list)
+    #: Steps from which the placement is not known until it is stated again; the same in all layers.
+    lost: list[int] = field(default_factory=list)
+
+    def index_at(self, step: int) -> int:
+        """Index of the placement in force at a step, -1 before the first and where it is not known."""
+        i = bisect.bisect_right(self.steps, step) - 1
+        j = bisect.bisect_right(self.lost, step) - 1
+        return -1 if i >= 0 and j >= 0 and self.lost[j] > self.steps[i] else i
+
+    def at(self, step: int) -> Int32 | None:
+        """int32 ``[num_physical_experts]``, or None where no placement is known."""
+        i = self.index_at(step)
+        return self.slots[i] if i >= 0 else None
+
+    def stretches(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
+        """Ascending steps cut where the placement changes: ``(slice of steps, placement)``."""
+        if len(steps):
+            changes = sorted(s for s in {*self.steps, *self.lost} if steps[0] < s <= steps[-1])
+            edges = [0, *np.searchsorted(steps, changes).tolist(), len(steps)]
+            for low, high in itertools.pairwise(edges):
+                if high > low:
+                    yield slice(low, high), self.at(int(steps[low]))
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """A change of placement: the first and last step at which a layer changed, and the layers."""
+
+    first_step: int
+    last_step: int
+    #: Indices of the layers that changed, ascending.
+    layers: tuple[int, ...]
+    slots_changed: int
+
+
+class PlacementHistory:
+    """The placements of a run, one :class:`LayerHistory` for each layer index.
+
+    ``lost``: steps from which no rank's placements can be read for a while, so that nobody knows them
+    until they are stated again.
+    """
+
+    def __init__(self, layers: dict[int, LayerHistory], lost: list[int], findings: list[Finding]) -> None:
+        self.layers = layers
+        self.lost = lost
+        self.findings = findings
+
+    def layer(self, index: int) -> LayerHistory:
+        return self.layers.get(index, LayerHistory())
+
+    @cached_property
+    def changes(self) -> list[int]:
+        """The steps from which a placement of some layer holds, or is not known, ascending."""
+        return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
+
+    def until(self, step: int) -> PlacementHistory:
+        """What was known when ``step`` was the last."""
+
+        def cut(history: LayerHistory) -> LayerHistory:
+            count = bisect.bisect_right(history.steps, step)
+            parts = history.steps[:count], history.ep_sizes[:count], history.slots[:count]
+            return LayerHistory(*parts, [s for s in history.lost if s <= step])
+
+        layers = {index: cut(history) for index, history in self.layers.items()}
+        return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings)
+
+    def rearrangements(self) -> list[Rearrangement]:
+        """Changes after the first placement, those of one rearrangement put together."""
+        changes: list[tuple[int, int, int]] = []
+        for index, history in self.layers.items():
+            for i in range(1, len(history.steps)):
+                if history.index_at(history.steps[i] - 1) < 0:
+                    continue  # nobody knows what it was before
+                before, now = history.slots[i - 1], history.slots[i]
+                # Slots of two shapes are not the same slots.
+                same_shape = before.shape == now.shape and history.ep_sizes[i - 1] == history.ep_sizes[i]
+                moved = int((before != now).sum()) if same_shape else len(now)
+                changes.append((history.steps[i], index, moved))
+        groups: list[list[tuple[int, int, int]]] = []
+        for change in sorted(changes):
+            if groups:
+                current = groups[-1]
+                near = change[0] - current[-1][0] <= REARRANGEMENT_GAP
+                # A layer that changes once more begins the next one.
+                if near and all(change[1] != other[1] for other in current):
+                    current.append(change)
+                    continue
+            groups.append([change])
+        return [
+            Rearrangement(
+                group[0][0],
+                group[-1][0],
+                tuple(sorted(layer for _, layer, _ in group)),
+                sum(moved for _, _, moved in group),
+            )
+            for group in groups
+        ]
+
+
+def fold(load: npt.NDArray[np.int64], slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
+    """Sum the physical experts ``[num_physical]`` of each logical one: ``[num_logical_experts]``."""
+    out = np.zeros(num_logical_experts, np.int64)
+    filled = slots != EMPTY_SLOT
+    np.add.at(out, slots[filled], load[filled])
+    return out
+
+
+def replicas(slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
+    """How many slots hold each logical expert: ``[num_logical_experts]``."""
+    return np.bincount(slots[slots != EMPTY_SLOT], minlength=num_logical_experts)
+
+
+def holdings(slots: Int32, ep_size: int, num_logical_experts: int) -> Int64:
+    """How many slots of each EP rank hold each expert: ``[ep_size, num_logical_experts]``."""
+    rank = np.arange(len(slots)) // (len(slots) // ep_size)
+    cells = (rank * num_logical_experts + slots)[slots != EMPTY_SLOT]
+    counts = np.bincount(cells, minlength=ep_size * num_logical_experts)
+    return counts.reshape(ep_size, num_logical_experts)
+
+
+def crossings(old: Int64, new: Int64, ranks_per_node: int = 1) -> Int64:
+    """How many expert weights each rank had to fetch from another node: ``[ep_size]``.
+
+    A rank fetches an expert that it did not hold; from another node if no rank of its own held it. With
+    nodes of one rank that is from another rank. ``old`` and ``new`` are :func:`holdings`.
+    """
+    ranks = np.arange(len(old))
+    on_node = np.maximum.reduceat(old, ranks[::ranks_per_node], axis=0)[ranks // ranks_per_node]
+    fetched: Int64 = ((new > 0) & (old == 0) & (on_node == 0)).sum(axis=1)
+    return fetched
+
+
+def even_shares(slots: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
+    """Which share of an expert's tokens each EP rank gets, if they are split evenly over its replicas.
+
+    ``load [steps, num_logical_experts] @ result`` are tokens per rank: float64
+    ``[num_logical_experts, ep_size]``; zeros where no slot holds the expert.
+    """
+    held = holdings(slots, ep_size, num_logical_experts)
+    share: npt.NDArray[np.float64] = held.T / np.maximum(1, held.sum(axis=0))[:, np.newaxis]
+    return share
+
+
+def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
+    """Which share of a slot's tokens each EP rank gets, if every expert's are split evenly over replicas.
+
+    ``load [steps, slots of old] @ result`` are tokens per rank under ``new``.
+
+    Args:
+        old: the placement that says whose tokens a slot has.
+        new: the placement whose replicas share them.
+
+    Returns:
+        float64 ``[slots of old, ep_size]``; zeros where the slot is empty.
+    """
+    share = even_shares(new, ep_size, num_logical_experts)
+    return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, share[old])
+
+
+def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: int) -> Int64:
+    """Tokens of each logical expert over a block's complete steps: int64 ``[layers, experts]``.
+
+    Experts of slots whose placement is not known are left out. Loads are read only where the writer
+    left no sums, or those are of steps that do not count. Raises SegmentFault.
+    """
+    assert block.shape is not None
+    out = np.zeros((block.shape.num_moe_layers, num_logical_experts), np.int64)
+
+    def add(layer: int, slots: Int32 | None, load: Int64) -> None:
+        if slots is not None and len(slots) == len(load):
+            filled = slots != EMPTY_SLOT
+            np.add.at(out[layer], slots[filled], load[filled])
+
+    for segment, _, there in block.matches(block.recorded):
+        steps = segment.load_steps()
+        if segment.sums is not None and len(there) == len(steps):
+            parts = _cut(segment.sums, steps, history)
+            if parts is not None:
+                for layer, slots, load in parts:
+                    add(layer, slots, load)
+                continue
+        for first, loads in segment.loads(0, len(out)):
+            for layer, load in enumerate(loads, first):
+                for stretch, slots in history.layer(layer).stretches(steps[there]):
+                    add(layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64))
+    return out
+
+
+def _cut(
+    sums: ExpertSums, steps: Int64, history: PlacementHistory
+) -> list[tuple[int, Int32 | None, Int64]] | None:
+    """``(layer, placement, load)`` of each sum; None where one spans a change that its rank missed."""
+    first = np.searchsorted(steps, sums.step)
+    last = np.append(first[1:], 0) - 1
+    last[np.append(np.diff(sums.layer) != 0, True)] = len(steps) - 1
+    parts = []
+    for layer, low, high, load in zip(sums.layer.tolist(), first, last, sums.load, strict=True):
+        of_layer = history.layer(layer)
+        index = of_layer.index_at(int(steps[low])) if low <= high else -2
+        if index != (of_layer.index_at(int(steps[high])) if low <= high else -2):
+            return None
+        parts.append((layer, of_layer.slots[index] if index >= 0 else None, load))
+    return parts
+
+
+def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = frozenset()) -> PlacementHistory:
+    """Join the placements of all ranks: each is the same statement, made by every rank.
+
+    A rank that missed the step of a change states it later, so the earliest statement counts. Two
+    ranks that state different placements for one step and layer are a fault to report; the lower
+    rank's is kept. Where no rank's can be read, a change may be missed, so what was in force before
+    is not believed any more. Raises SegmentFault.
+
+    Args:
+        unreadable: ``id`` of segments whose placements cannot be read.
+    """
+    findings: list[Finding] = []
+    lost = _lost(sessions, unreadable)
+    if lost:
+        text = f"placements are lost from step {_first_of(lost)} on: until they are stated again nobody"
+        findings.append(Finding("error", "placements_lost", text + " knows which expert a slot holds"))
+    stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
+    for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
+        known = stated.get((step, layer))
+        if ep_size < 1 or not len(slots) or len(slots) % ep_size:
+            text = (
+                f"at step {step} (layer index {layer}) {len(slots)} slots do not divide among {ep_size} ranks"
+            )
+            findings.append(Finding("error", "uneven_slots", f"{text}; that placement is left out"))
+        elif known is None:
+            stated[step, layer] = (rank, ep_size, slots)
+        elif known[1] != ep_size or not np.array_equal(known[2], slots):
+            text = (
+                f"ranks {known[0]} and {rank} state different placements at step {step} (layer index {layer})"
+            )
+            findings.append(Finding("error", "placement_conflict", text))
+    layers: dict[int, LayerHistory] = {}
+    for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
+        history = layers.setdefault(layer, LayerHistory(lost=lost))
+        known_before = history.index_at(step) >= 0
+        if known_before and history.ep_sizes[-1] == ep_size and np.array_equal(history.slots[-1], slots):
+            continue
+        history.steps.append(step)
+        history.ep_sizes.append(ep_size)
+        history.slots.append(slots)
+    return PlacementHistory(layers, lost, findings)
+
+
+def _first_of(steps: list[int]) -> str:
+    return f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} and {len(steps) - 1} more"
+
+
+def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
+    """The steps at which gaps begin that no other session's placements fill, ascending."""
+    gaps = [(session, gap) for session in sessions for gap in untold(session, unreadable)]
+    found = set()
+    for session, (begin, last) in gaps:
+        first = begin
+        others = [s for other in sessions if other is not session for s in _told(other, unreadable)]
+        for segment in sorted(others, key=lambda s: s.first_step):
+            if segment.first_step <= first <= segment.last_step:
+                first = segment.last_step + 1
+        if first <= last:
+            found.add(first)
+    return sorted(found)
+
+
+def _told(session: Session, unreadable: frozenset[int]) -> list[Segment]:
+    """The segments whose placements can be read, also those whose steps cannot."""
+    return [s for s in (*session.segments, *session.lost) if id(s) not in unreadable]
+
+
+def untold(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int]]:
+    """First and last step of the gaps between the segments whose placements can be read.
+
+    Segments are numbered, so one that was skipped is missed; one without a placement has no file of them,
+    and is read nevertheless.
+    """
+    gaps: list[tuple[int, int]] = []
+    number, step = 0, None
+    for segment in sorted((*session.segments, *session.lost), key=lambda s: s.seq):
+        if segment.last_step < 0:
+            continue  # a journal that has no step yet
+        if segment.seq != number:
+            last = segment.first_step - 1
+            gaps.append((last if step is None else step, last))
+        if id(segment) in unreadable:
+            gaps.append((segment.first_step, segment.last_step))
+        # After damage in a journal there may have been more steps.
+        number, step = -1 if segment.cut else segment.seq + 1, segment.last_step + 1
+    return [(first, last) for first, last in gaps if first <= last]
+
+
+def _statements(
+    sessions: Sequence[Session], unreadable: frozenset[int]
+) -> Iterator[tuple[int, int, int, int, Int32]]:
+    """``(rank, step, layer, ep_size, slots)`` of every row that counts, the lower ranks first."""
+    by_rank: dict[int, list[Session]] = {}
+    for session in sessions:
+        if session.segments:
+            by_rank.setdefault(session.info.ep_rank, []).append(session)
+    where = next((session.folder for session in sessions), None)
+    ranks = sorted(by_rank.items())
+
+    def read(item: tuple[int, list[Session]]) -> list[list[tuple[int, int, int, Int32]]]:
+        return [_rows_of(session, unreadable) for session in item[1]]
+
+    found = path.each(where, read, ranks) if where is not None else iter(())
+    for (rank, own), rows in zip(ranks, found, strict=True):
+        if len(own) == 1:
+            yield from ((rank, *row) for row in rows[0])
+            continue
+        # Where a rank has several sessions, a statement holds for the steps that its session counts for.
+        for first, end, number in _owned(own):
+            gaps = [gap for gap, _ in untold(own[number], unreadable)]
+            in_force = {row[1]: row for row in rows[number] if row[0] <= first}
+            in_force = {k: row for k, row in in_force.items() if not any(row[0] < g <= first for g in gaps)}
+            for _, layer, ep_size, slots in in_force.values():
+                yield rank, first, layer, ep_size, slots
+            yield from ((rank, *row) for row in rows[number] if first < row[0] < end)
+
+
+def _rows_of(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int, int, Int32]]:
+    """``(step, layer, ep_size, slots)`` of a session, in order of steps."""
+    found = []
+    for segment in _told(session, unreadable):
+        rows = segment.placements()
+        numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
+        found += [(*row, slots) for row, slots in zip(numbers, rows.physical_to_logical, strict=True)]
+    return sorted(found, key=lambda row: row[0])
+
+
+def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
+    """``(first step, first step of the next stretch, index of the session)`` whose loads count there."""
+    step = [np.empty(0, np.int64)]
+    owner = [np.empty(0, np.int64)]
+    for number, session in enumerate(sessions):
+        for segment in session.segments:
+            rows = segment.steps()
+            # A session that idled or dropped steps may not know of a change in them.
+            recorded = rows.step[rows.status == Status.RECORDED]
+            step.append(recorded)
+            owner.append(np.full(len(recorded), number))
+    steps, owners = np.concatenate(step), np.concatenate(owner)
+    # Of those that recorded a step the newest session's load counts, as in the blocks.
+    order = np.lexsort((owners, steps))
+    last = np.flatnonzero(np.diff(steps[order], append=2**62))
+    steps, owners = steps[order][last], owners[order][last]
+    starts = np.flatnonzero(np.diff(owners, prepend=-1))
+    firsts = steps[starts]
+    firsts[:1] = -1  # what the first of them said before its first load
+    ends = np.append(firsts, 2**62)[1:]
+    return list(zip(firsts.tolist(), ends.tolist(), owners[starts].tolist(), strict=True))

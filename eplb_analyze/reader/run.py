@@ -1,0 +1,524 @@
+"""Run: one run of one model, opened for reading; its methods return polars frames.
+
+The arrays under the frames come from :mod:`eplb_analyze.reader.blocks`
+:mod:`eplb_analyze.reader.dataframes` makes them.
+Nothing here writes into a dump.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import DumpError, Finding, NotInDumpError
+from eplb_analyze.metrics import formulas
+from eplb_analyze.parallel import prefetch
+from eplb_analyze.reader.blocks import Block, Steps, iter_blocks, parts
+from eplb_analyze.reader.discovery import Discovery, Session, discover, open_sessions
+from eplb_analyze.reader.placements import PlacementHistory, read_history, untold
+from eplb_analyze.reader.segments import Segment, SegmentFault
+from eplb_analyze.storage.path import StoragePath, storage_path
+from eplb_dump.format.journal import Shape
+from eplb_dump.format.schema import FORMAT_NAME, Scope, model_slug
+from eplb_dump.format.session import Origin, SessionInfo
+
+if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
+    import polars as pl
+
+T = TypeVar("T")
+#: No engine comes near: 100 layers on 10,000 ranks.
+MAX_LAYER_RANKS = 1 << 20
+#: A part of a run has about so many steps: some seconds of work for one core.
+PART_STEPS = 16384
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run is: from its sessions' metadata, and from the shapes that were really recorded."""
+
+    run_id: str
+    model: str
+    engine: str | None
+    engine_version: str | None
+    scope: str
+    ep_size: int
+    num_layers: int
+    num_logical_experts: int
+    num_physical_experts: int
+    layers: tuple[int, ...]
+    ranks_per_node: int | None
+    token_replication: int
+    interval: int
+    created_unix_ns: int
+    #: Where an imported run came from, all its files; None: it was recorded.
+    origin: Origin | None = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is known when its steps were; of an imported run it may not be."""
+        return self.origin is None or "times" not in self.origin.unknown
+
+
+def imported(origin: Origin) -> str:
+    """Where an imported run came from and what is not known of it, in one line."""
+    unknown = ", ".join(code.replace("_", " ") for code in origin.unknown)
+    how = f"imported from {origin.system}, {origin.kind}"
+    if origin.system == FORMAT_NAME:
+        how = f"made by {origin.kind} of {', '.join(file.name for file in origin.files)}"
+    return f"{how}; not known: {unknown or 'nothing'}"
+
+
+def open_run(
+    path: str | os.PathLike[str] | StoragePath, run: str | None = None, model: str | None = None
+) -> Run:
+    """Open one run of one model in a dump; by default the newest run and its largest model.
+
+    Args:
+        path: the dump's folder, or the folder of one run, model, rank or session in it; or such a prefix
+            of a bucket, ``s3://…`` or ``gs://…``.
+        run: the run's id.
+        model: the model's name, or its folder's name.
+
+    Raises:
+        DumpError: there is no dump, or nothing readable in it.
+        NotInDumpError: the dump has no such run or model.
+        UnreachableError: the bucket cannot be read.
+    """
+    where = storage_path(path)
+    chosen = choose(where, run, model)
+    return Run(where, open_sessions(chosen.sessions, chosen.findings), chosen.findings, chosen.notes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sessions of one model of one run, none of them opened yet."""
+
+    #: Folder and metadata, the older ones first.
+    sessions: list[tuple[StoragePath, SessionInfo]]
+    findings: list[Finding]
+    notes: list[str]
+
+
+def choose(path: StoragePath, run: str | None = None, model: str | None = None) -> Choice:
+    """Find what :func:`open_run` opens. Raises as it does."""
+    found = discover(path, run)
+    run, notes = choose_run(found, path, run)
+    models = {slug: infos for slug, infos in found.runs[run].items() if infos}
+    findings = [f for (r, slug), fs in found.findings.items() if r == run for f in fs if slug not in models]
+    if not models:
+        first = findings[0].text if findings else "it has no session"
+        raise DumpError(f"{path}: nothing readable in run {run}: {first}")
+    names = {slug: infos[0][1].model for slug, infos in models.items()}
+    if model is None:
+        slug = max(models, key=lambda s: (max(_size(info) for _, info in models[s]), s))
+        if len(models) > 1:
+            others = ", ".join(name for s, name in names.items() if s != slug)
+            notes.append(
+                f"the run has other models, too: {others}; this is {names[slug]} (choose with --model)"
+            )
+    else:
+        matches = [s for s, name in names.items() if model in (name, s, model_slug(name))]
+        if not matches:
+            raise NotInDumpError(
+                f"{path}: run {run} has no model {model!r}; there are: {', '.join(names.values())}"
+            )
+        slug = matches[0]
+    findings += found.findings.get((run, slug), [])
+    infos = sorted(models[slug], key=lambda item: (item[1].created_unix_ns, item[1].session_id))
+    return Choice(infos, findings, notes)
+
+
+def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[str, list[str]]:
+    """The id of the run asked for, else of the newest, and what to say of it. Raises NotInDumpError."""
+    run_ids = found.newest_first()
+    if run is not None and run not in found.runs:
+        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
+    if run is not None or len(run_ids) == 1:
+        return run or run_ids[0], []
+    return run_ids[0], [
+        f"{len(run_ids)} runs in {path}; this is the newest, {run_ids[0]} (choose with --run)"
+    ]
+
+
+def _size(info: SessionInfo) -> int:
+    return (info.num_moe_layers or 0) * (info.num_physical_experts or info.num_logical_experts)
+
+
+class Run:
+    """One run of one model. Figures are made of complete steps only: those all ranks recorded.
+
+    Attributes:
+        info: what the run is.
+        findings: faults found so far; reading can add to them.
+        notes: what a user should be told about what was chosen.
+        progress: called on long work with how many steps are done, and of how many.
+    """
+
+    def __init__(
+        self, path: StoragePath, sessions: list[Session], findings: list[Finding], notes: list[str]
+    ) -> None:
+        self.path = path
+        self.sessions = sessions
+        self.findings = findings
+        self.notes = notes
+        self.progress: Callable[[int, int], None] = lambda done, of: None
+        #: By table, the ``id`` of segments that it cannot be read of; they stay in the sessions.
+        self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
+        self._reading = False
+        self._history: PlacementHistory | None = None
+        #: What is later is not of the run; None: all is.
+        self._last: int | None = None
+        first = sessions[0].info
+        self.scope = first.scope
+        self._check_agreement()
+        named = first.moe_layers
+        # The newest shape stands for the run; summary lists all, where there are several.
+        shape = self._newest_shape()
+        self._check_size()
+        self._leave_out_other_layers(shape.num_moe_layers)
+        if named is not None and shape.num_moe_layers not in (0, len(named)):
+            raise DumpError(
+                f"{path}: it names {len(named)} MoE layers, but has loads of {shape.num_moe_layers}"
+            )
+        self.info = RunInfo(
+            run_id=first.run_id,
+            model=first.model,
+            engine=first.engine,
+            engine_version=first.engine_version,
+            scope=first.scope.value,
+            ep_size=shape.ep_size,
+            num_layers=shape.num_moe_layers,
+            num_logical_experts=first.num_logical_experts,
+            num_physical_experts=shape.num_physical_experts,
+            layers=tuple(first.layer_numbers(shape.num_moe_layers)),
+            ranks_per_node=first.ranks_per_node,
+            token_replication=first.token_replication,
+            interval=first.interval,
+            created_unix_ns=min(s.info.created_unix_ns for s in sessions),
+            origin=self._origin(),
+        )
+
+    def until(self, step: int) -> Run:
+        """The run as it was when ``step`` was its last one: what was written since is left out."""
+        sessions = []
+        for session in self.sessions:
+            segments, lost = (
+                [s for s in some if s.first_step <= step] for some in (session.segments, session.lost)
+            )
+            if segments or not session.segments:
+                sessions.append(replace(session, segments=segments, lost=lost))
+        run = Run(self.path, sessions, [*self.findings], self.notes)
+        run._last = step
+        return run
+
+    def _check_agreement(self) -> None:
+        first = self.sessions[0].info
+        fields = ("model", "scope", "num_logical_experts", "moe_layers", "token_replication")
+        for session in self.sessions[1:]:
+            odd = [n for n in fields if getattr(session.info, n) != getattr(first, n)]
+            if odd:
+                raise DumpError(
+                    f"{session.folder}: its {', '.join(odd)} differ from the run's other sessions; "
+                    "writers of two kinds were given one run_id"
+                )
+
+    def _leave_out_other_layers(self, num_moe_layers: int) -> None:
+        """A model's number of layers does not change; what says otherwise is of something else."""
+        for session in self.sessions:
+            odd = [s for s in session.segments if s.shape and s.shape.num_moe_layers != num_moe_layers]
+            for segment in odd:
+                assert segment.shape is not None
+                text = f"{segment.path}: segment {segment.seq} has {segment.shape.num_moe_layers} MoE layers"
+                text += f" where the run has {num_moe_layers}; skipped"
+                self.findings.append(Finding("error", "layers_differ", text))
+            session.segments = [s for s in session.segments if s not in odd]
+
+    def _check_size(self) -> None:
+        """Sums are kept by layer, rank and part of the run's time, so a hostile shape would fill memory."""
+        shapes = {s.shape for session in self.sessions for s in session.segments if s.shape}
+        for shape in shapes:
+            if shape.num_moe_layers * shape.ep_size > MAX_LAYER_RANKS:
+                claim = f"{shape.num_moe_layers:,} layers on {shape.ep_size:,} ranks"
+                raise DumpError(f"{self.path}: it claims {claim}, which is more than is read at once")
+
+    def _newest_shape(self) -> Shape:
+        segments = [s for session in self.sessions for s in session.segments if s.shape is not None]
+        if segments:
+            # Of those that end together the one that began last: a new shape begins a segment.
+            newest = max(segments, key=lambda s: (s.last_step, s.first_step)).shape
+            assert newest is not None
+            return newest
+        info = self.sessions[0].info
+        return Shape(info.ep_size, info.num_moe_layers or 0, info.num_physical_experts or 0)
+
+    def _origin(self) -> Origin | None:
+        origins = [session.info.origin for session in self.sessions]
+        files = dict.fromkeys(f for origin in origins if origin is not None for f in origin.files)
+        return None if origins[0] is None else replace(origins[0], files=tuple(files))
+
+    def cautions(self, *codes: str) -> list[str]:
+        """Notes for an answer that needs what the source of an imported run may not say: a line for each.
+
+        Args:
+            codes: what the answer needs, as in ``Origin.unknown`` and ``assumed``, for instance
+                ``"step_order"``.
+        """
+        origin = self.info.origin
+        if origin is None:
+            return []
+        said = (("not known", origin.unknown), ("taken for granted", origin.assumed))
+        source = "of a run of ours" if origin.system == FORMAT_NAME else f"imported from {origin.system}"
+        return [
+            f"{how} of this run, {source}: {texts[code]}"
+            for how, texts in said
+            for code in codes
+            if code in texts
+        ]
+
+    @property
+    def placements_recorded(self) -> bool:
+        """Whether the dump says when placements changed; not where it was imported without, or is damaged."""
+        origin = self.info.origin
+        stated = {} if origin is None else {**origin.unknown, **origin.assumed}
+        if self.history.lost:
+            return False
+        return bool(self.history.layers) and not stated.keys() & {"placement", "earlier_placements"}
+
+    # ---- what was seen
+
+    @property
+    def present_ranks(self) -> list[int]:
+        return sorted({session.info.ep_rank for session in self.sessions})
+
+    @property
+    def expected_ranks(self) -> list[int]:
+        """The ranks that should have written: every EP rank, or the one that holds the sums."""
+        if self.scope is Scope.GLOBAL:
+            return self.present_ranks[:1]
+        sizes = [s.shape.ep_size for session in self.sessions for s in session.segments if s.shape]
+        return list(range(max(sizes, default=self.sessions[0].info.ep_size)))
+
+    def blocks(self, steps: Steps | None = None) -> Iterator[Block]:
+        """The run's blocks in order of steps; see :class:`~eplb_analyze.reader.blocks.Block`."""
+        for block in self._blocks(steps):
+            yield block
+            self._report(block, steps)
+
+    def over_blocks(
+        self, work: Callable[[Block], T], steps: Steps | None = None
+    ) -> Iterator[tuple[Block, T]]:
+        """Each block with what ``work`` makes of it, in order of steps; threads share the work."""
+        for block, result in prefetch(self._blocks(steps), work):
+            yield block, result
+            self._report(block, steps)
+
+    def _blocks(self, steps: Steps | None) -> Iterator[Block]:
+        return iter_blocks(self.sessions, self.scope, steps, frozenset(self._unreadable["loads"]))
+
+    def _report(self, done: Block, steps: Steps | None) -> None:
+        first, last = (0 if step is None else step for step in self.step_range)
+        low, high = steps or (0, 2**62)
+        low, high = max(low, first), min(high, last + 1)
+        self.progress(int(done.step[-1]) + 1 - low, high - low)
+
+    def parts(self) -> list[Steps]:
+        """The run's steps in ranges that are read apart, by other processes or machines if need be."""
+        return parts(self.sessions, PART_STEPS)
+
+    def reading(self, analysis: Callable[[], T]) -> T:
+        """Run an analysis; where a segment turns out unreadable, leave it out and start again.
+
+        So one damaged file neither ends an analysis nor leaves half of itself in a figure. Its
+        steps become incomplete, and ``findings`` names it. Of one reading inside another the outer
+        one starts again, which has read with what is left out now.
+        """
+        if self._reading:
+            return analysis()
+        self._reading = True
+        try:
+            while True:
+                try:
+                    return analysis()
+                except SegmentFault as fault:
+                    self._exclude(fault)
+        finally:
+            self._reading = False
+
+    def _exclude(self, fault: SegmentFault) -> None:
+        segment = fault.segment
+        left_out = self._unreadable.get(fault.table)
+        if left_out is not None and id(segment) not in left_out:
+            left_out.add(id(segment))
+        else:  # its steps; or it was read all the same
+            sessions = [s for s in self.sessions if any(own is segment for own in s.segments)]
+            if not sessions:
+                raise DumpError(str(fault))
+            sessions[0].segments = [s for s in sessions[0].segments if s is not segment]
+            sessions[0].lost.append(segment)
+        self._history = None
+        finding = Finding("error", "damaged_file", f"{fault}; skipped")
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    @property
+    def history(self) -> PlacementHistory:
+        """The placements of the run, by layer index."""
+        if self._history is None:
+            self._history = self.reading(
+                lambda: read_history(self.sessions, frozenset(self._unreadable["placements"]))
+            )
+            if self._last is not None:
+                self._history = self._history.until(self._last)
+            self.findings += [f for f in self._history.findings if f not in self.findings]
+        return self._history
+
+    def readable(self, segment: Segment) -> bool:
+        """Whether the loads of a segment are in figures, as far as is known yet."""
+        return id(segment) not in self._unreadable["loads"]
+
+    def untold(self, session: Session) -> list[Steps]:
+        """First and last step of the gaps in what can be read of a session's placements."""
+        return untold(session, frozenset(self._unreadable["placements"]))
+
+    @property
+    def engine_config(self) -> dict[str, Any]:
+        """What the engine said of its configuration, by dotted names."""
+        return _flat(self.sessions[0].info.engine_config or {})
+
+    def layer_index(self, layer: int) -> int:
+        """The index of a layer by its number in the model. Raises NotInDumpError."""
+        if layer not in self.info.layers:
+            numbers = self.info.layers
+            known = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+            raise NotInDumpError(f"{self.path}: no MoE layer {layer}; recorded layers: {known}")
+        return self.info.layers.index(layer)
+
+    def require(self, steps: Steps) -> None:
+        """Check that a half-open range has a step of the run. Raises NotInDumpError."""
+        first, last = self.step_range
+        if first is None or last is None or steps[0] > last or steps[1] <= first:
+            end = "" if steps[1] >= 2**62 else steps[1]
+            known = "it has no step yet" if first is None else f"it has steps {first} to {last}"
+            raise NotInDumpError(f"{self.path}: no step of the run is in {steps[0]}:{end}; {known}")
+
+    @property
+    def step_range(self) -> tuple[int | None, int | None]:
+        """First and last step of the run, as its segments say."""
+        segments = [s for session in self.sessions for s in session.segments if s.last_step >= 0]
+        if not segments:
+            return None, None
+        return min(s.first_step for s in segments), max(s.last_step for s in segments)
+
+    def tokens(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Recorded counts as tokens: float64, token replication divided out."""
+        return values / float(self.info.token_replication)
+
+    def count(self, value: Any) -> float:
+        """A recorded count as tokens: an exact int, unless token replication has to be divided out."""
+        times = self.info.token_replication
+        return int(value) if times == 1 else float(value) / times
+
+    def nothing_complete(self, steps: Steps | None) -> DumpError:
+        """The error where no step of the run, or of a range that was asked for, is complete."""
+        where = "the run" if steps is None else "this range"
+        return DumpError(f"{self.path}: no step of {where} is complete (see `check`)")
+
+    # ---- frames
+
+    def steps(self, steps: Steps | None = None) -> pl.DataFrame:
+        """One row a seen step: step, state, ranks_recorded, time, num_tokens, phase.
+
+        ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
+        incomplete. ``num_tokens`` is the sum over the ranks that said it.
+        """
+        from eplb_analyze.reader import dataframes
+
+        return self.reading(lambda: dataframes.steps(self.blocks(steps)))
+
+    def loads(
+        self,
+        steps: Steps | None = None,
+        layers: list[int] | None = None,
+        *,
+        experts: bool = True,
+    ) -> pl.DataFrame:
+        """Loads of the complete steps, summed over all ranks.
+
+        Args:
+            steps: half-open range of steps.
+            layers: the model's layer numbers; default all.
+            experts: False leaves out ``load``, which is much faster.
+
+        Returns:
+            One row a step and layer, ordered so: step Int64, layer Int32, ep_size Int32, rank_load
+            List [ep_size], load List [num_physical_experts]. Token replication is divided out;
+            without replication the values are exact integers (Int64), else Float64.
+        """
+        chosen = (
+            list(range(self.info.num_layers)) if layers is None else [self.layer_index(n) for n in layers]
+        )
+        from eplb_analyze.reader import dataframes
+
+        info = self.info
+        return self.reading(
+            lambda: dataframes.loads(
+                self.blocks(steps), chosen, info.layers, info.token_replication, experts=experts
+            )
+        )
+
+    def placement(self, step: int | None = None) -> pl.DataFrame:
+        """Who was where at a step (default: the last): layer, physical, rank, logical.
+
+        ``logical`` is -1 in an empty slot. Layers whose placement is not known yet are left out.
+        """
+        from eplb_analyze.reader import dataframes
+
+        return dataframes.placement(self.history, self.info.layers, step)
+
+    def placements(self) -> pl.DataFrame:
+        """Every change: step from which it holds, layer, ep_size, physical_to_logical (a list)."""
+        from eplb_analyze.reader import dataframes
+
+        return dataframes.placements(self.history, self.info.layers)
+
+    def balancedness(
+        self, formula: str = "balancedness", by: str = "step", steps: Steps | None = None
+    ) -> pl.DataFrame:
+        """A formula of :data:`eplb_analyze.metrics.formulas.FORMULAS`, over the complete steps.
+
+        Args:
+            formula: its name.
+            by: ``"step"``: step, value (null without an active layer); ``"layer"``: layer, value, the
+                mean over steps of the formula for that layer alone; ``"run"``: value, p5, p50, p95,
+                min, min_step, max, max_step over the steps, and their number.
+        """
+        from eplb_analyze.reader import dataframes
+
+        if formula not in formulas.FORMULAS:
+            raise ValueError(f"no formula {formula!r}; there are: {', '.join(formulas.FORMULAS)}")
+        if by not in ("step", "layer", "run"):
+            raise ValueError(f'by must be "step", "layer" or "run", not {by!r}')
+        chosen = formulas.FORMULAS[formula]
+        info = self.info
+        return self.reading(
+            lambda: dataframes.balancedness(
+                self.blocks(steps), info.layers, info.token_replication, chosen, by
+            )
+        )
+
+    def terms(self, block: Block, first: int = 0, last: int | None = None) -> formulas.Terms:
+        """See :meth:`Block.terms`; token replication is divided out."""
+        return block.terms(self.info.token_replication, first, last)
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{part}" if part else name: item for part, item in inner.items()}
+    return flat

@@ -1,0 +1,333 @@
+"""The verdict of `advise`: leave the load balancer as it is, or change it to what, from the run's own loads.
+
+A setting is chosen on the first part of the run and judged on the rest, which had no say in the choice; its
+gain there has a confidence interval. Loads and placements come from :mod:`eplb_analyze.replay.replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from eplb_analyze.metrics import bootstrap
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.replay import Outcome, Replay, replay
+from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments
+from eplb_analyze.replay.simulator import TODAY, Move, NotReplayableError
+from eplb_analyze.text import plural
+
+#: The first part of the steps, on which a setting is chosen.
+TRAINING = 0.6
+#: Where it is not known what moving costs, settings with this share of the best gain are as good.
+GOOD_ENOUGH = 0.8
+#: A gain below this share of the time is not worth a change.
+MIN_GAIN = 0.02
+#: With fewer steps in all nothing is said.
+MIN_SCORED = 64
+
+Verdict = Literal["leave", "enable", "retune", "not enough data"]
+#: Those that advise a setting.
+CHANGES = ("enable", "retune")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps scored, from the first to the last."""
+
+    first_step: int
+    last_step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A setting in the part that is judged; ``setting`` is None for the placements as recorded."""
+
+    setting: Setting | None
+    balancedness: float | None
+    idle_fraction: float | None
+    rearrangements: int
+    weights_moved: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """``gain`` is the share of today's time that ``best`` saves in the judged part, if time is tokens."""
+
+    run_id: str
+    model: str
+    verdict: Verdict
+    #: Why, a sentence each; with ``not enough data`` what is missing.
+    reasons: list[str]
+    #: The best setting of the training part, whatever the verdict; None where none could be tried.
+    best: Judged | None = None
+    today: Judged | None = None
+    gain: Interval | None = None
+    training_gain: float | None = None
+    #: The gain is used up if a rank needs so long to fetch one expert of one layer; None: it moves no more
+    #: than today, or nothing is known of time.
+    break_even_ms: float | None = None
+    #: How to start the engine so, where it is known.
+    engine_arguments: str | None = None
+    trained: Stretch | None = None
+    judged: Stretch | None = None
+    min_gain: float = MIN_GAIN
+    #: What all of it is made of; None where nothing can be replayed.
+    replay: Replay | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def measured_balancedness(self) -> float | None:
+        """As recorded, over all steps scored."""
+        return None if self.replay is None else self.replay.measured_balancedness
+
+    def passes(self, least: float) -> bool:
+        """Whether the recorded balancedness is known, and at least so much."""
+        return self.measured_balancedness is not None and self.measured_balancedness >= least
+
+    def to_json(self) -> dict[str, Any]:
+        advised = self.best if self.verdict in CHANGES else None
+        return {
+            "run": {"run_id": self.run_id, "model": self.model},
+            "verdict": self.verdict,
+            "reasons": self.reasons,
+            "advised": None if advised is None else asdict(advised),
+            "best": None if self.best is None else asdict(self.best),
+            "today": None if self.today is None else asdict(self.today),
+            "recorded": None if self.replay is None else vars(self.replay.recorded),
+            "gain": None if self.gain is None else asdict(self.gain),
+            "confidence": bootstrap.CONFIDENCE,
+            "training_gain": self.training_gain,
+            "break_even_ms": self.break_even_ms,
+            "engine_arguments": self.engine_arguments,
+            "min_gain": self.min_gain,
+            "trained": None if self.trained is None else asdict(self.trained),
+            "judged": None if self.judged is None else asdict(self.judged),
+            "settings_tried": 0 if self.replay is None else len(self.replay.outcomes),
+            "cost_per_expert_ms": None if self.replay is None else self.replay.cost_per_expert_ms,
+            "measured": {
+                "balancedness": self.measured_balancedness,
+                "idle_fraction": None if self.replay is None else self.replay.measured_idle_fraction,
+            },
+            "steps": None if self.replay is None else self.replay.part.whole.to_json(),
+            "notes": self.notes,
+        }
+
+
+def advise(
+    run: Run,
+    choices: Choices | Sequence[Setting] | None = None,
+    steps: Steps | None = None,
+    *,
+    min_gain: float = MIN_GAIN,
+    num_groups: int = 1,
+    cost_per_expert_ms: float | None = None,
+    workers: int | None = None,
+) -> Advice:
+    """Whether another setting would have been better over a half-open range of steps (default: all).
+
+    Args:
+        choices, num_groups, cost_per_expert_ms, workers: as of :func:`~eplb_analyze.replay.replay.replay`.
+        min_gain: a smaller share of the time is not worth a change.
+
+    Raises:
+        NotInDumpError: the dump has no such step.
+        DumpError: no step is complete.
+        UsageError, PolicyError: a setting or policy that cannot be.
+    """
+    names = run.info.run_id, run.info.model
+    try:
+        played = replay(
+            run, choices, steps,
+            num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        )  # fmt: skip
+    except NotReplayableError as missing:
+        return Advice(*names, "not enough data", [str(missing)], min_gain=min_gain)
+    return TrainTestSplit(played, min_gain, run.info.engine).advice()
+
+
+class TrainTestSplit:
+    """A replay, cut in two."""
+
+    def __init__(self, played: Replay, min_gain: float, engine: str | None) -> None:
+        self.played, self.min_gain, self.engine = played, min_gain, engine
+        scores = played.scores
+        columns = len(scores.step)
+        cut = int(TRAINING * columns)
+        self.training, self.judging = slice(0, cut), slice(cut, columns)
+        self.split = int(scores.step[cut]) if cut < columns else played.last_step + 1
+
+    def advice(self) -> Advice:
+        played = self.played
+        missing = self._missing()
+        if missing:
+            return self._verdict("not enough data", [missing])
+        candidates = [i for i in range(len(played.outcomes)) if self._is_another(i)]
+        if not candidates:
+            steps = self.split - played.first_step
+            text = (
+                f"no setting tried rearranges in the first {plural(steps, 'step')}, on which one is chosen: "
+            )
+            return self._verdict("not enough data", [text + "a longer recording, or a shorter --interval"])
+        gains = {i: self._gain(i, self.training) for i in candidates}
+        best = self._choose(gains)
+        gain = self._interval(best)
+        if gain is None:
+            text = f"fewer than {MIN_STEPS} steps with tokens are left to judge a setting on"
+            return self._verdict("not enough data", [text])
+        verdict, reason = self._judge(gain, played.outcomes[best].setting)
+        return self._verdict(verdict, [reason], best, gain, gains[best])
+
+    def _missing(self) -> str | None:
+        played = self.played
+        if played.scored < MIN_SCORED:
+            count = plural(played.scored, "complete step")
+            return f"{count} under a known placement, at least {MIN_SCORED} are needed"
+        parts = (self.training, self.judging)
+        if any((played.scores.maximum[TODAY, part] > 0).sum() < MIN_STEPS for part in parts):
+            return f"fewer than {MIN_STEPS} steps with tokens in a part of the run"
+        return None
+
+    def _is_another(self, index: int) -> bool:
+        """Whether to change to it is a change that the training part says something about."""
+        outcome, today = self.played.outcomes[index], self.played.today
+        setting = outcome.setting
+        same = (outcome.num_physical_experts, outcome.ep_size) == (today.num_physical_experts, today.ep_size)
+        if setting is None or outcome.ep_size != today.ep_size or setting == self.played.recorded.setting():
+            return False
+        if setting.policy == STATIC:  # to switch rearranging off, where it is on
+            return same and bool(today.moves)
+        return any(move.step < self.split for move in outcome.moves)
+
+    def _gain(self, index: int, part: slice) -> float:
+        """Share of today's time saved in a part, less what moving costs more than today."""
+        ratio = self._ratio(index, part)
+        return (ratio.value or 0.0) - self._cost(index, part)
+
+    def _ratio(self, index: int, part: slice) -> Ratio:
+        maximum = self.played.scores.maximum
+        today = maximum[TODAY, part]
+        return Ratio(today - maximum[self.played.rows[index], part], today)
+
+    def _cost(self, index: int, part: slice) -> float:
+        """What moving costs more than today, as a share of the part's time; 0 where no cost was given."""
+        cost, seconds = self.played.cost_per_expert_ms, self._seconds(part)
+        return 0.0 if cost is None or seconds is None else self._more(index, part) * cost / 1e3 / seconds
+
+    def _seconds(self, part: slice) -> float | None:
+        whole, columns = self.played.seconds, self.played.scores.step
+        return None if whole is None else whole * len(columns[part]) / len(columns)
+
+    def _more(self, index: int, part: slice) -> int:
+        """How many more weights than today the busiest ranks fetched."""
+        outcomes = self.played.outcomes[index], self.played.today
+        more, less = (sum(move.busiest_rank for move in self._moves(each, part)) for each in outcomes)
+        return more - less
+
+    def _moves(self, outcome: Outcome, part: slice) -> list[Move]:
+        first = part == self.training
+        return [move for move in outcome.moves if (move.step < self.split) == first]
+
+    def _choose(self, gains: dict[int, float]) -> int:
+        """The best of the training part; of those as good the one with fewest slots, then fewest moves."""
+        best = max(gains.values())
+        near = best - self.min_gain / 2
+        if self.played.cost_per_expert_ms is None:
+            near = min(near, GOOD_ENOUGH * best)
+        outcomes = self.played.outcomes
+        good = [i for i, gain in gains.items() if gain >= near]
+        return min(good, key=lambda i: (outcomes[i].num_physical_experts, outcomes[i].weights_moved, i))
+
+    def _break_even(self, index: int) -> float | None:
+        saved, seconds = self._ratio(index, self.judging).value, self._seconds(self.judging)
+        more = self._more(index, self.judging)
+        if saved is None or saved <= 0 or seconds is None or more <= 0:
+            return None
+        return 1e3 * saved * seconds / more
+
+    def _interval(self, index: int) -> Interval | None:
+        """The gain in the judged part. Both settings ran over the same steps, so it is one series."""
+        ratio, cost = self._ratio(index, self.judging), self._cost(index, self.judging)
+        some = ratio.denominator > 0
+        ratio = Ratio(ratio.numerator[some], ratio.denominator[some])
+        if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
+            return None
+        drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED)) - cost
+        low, high = np.quantile(drawn, [(1 - bootstrap.CONFIDENCE) / 2, (1 + bootstrap.CONFIDENCE) / 2])
+        return Interval(ratio.value - cost, float(low), float(high))
+
+    def _judge(self, gain: Interval, best: Setting | None) -> tuple[Verdict, str]:
+        if not gain.beyond_chance:
+            if best is not None and best.policy == STATIC:
+                return "leave", "no other setting gains anything; to rearrange nothing would be as good"
+            return "leave", "the best other setting gains nothing beyond chance"
+        if gain.value < 0:
+            return "leave", "what was best in the first part is worse than today's in the rest"
+        if gain.value < self.min_gain:
+            return "leave", f"the best other setting gains less than {self.min_gain:.1%} (--min-gain)"
+        recorded = self.played.recorded
+        if self.played.today.moves or (recorded.interval is not None and recorded.enabled is not False):
+            return "retune", "another setting gains beyond chance"
+        return "enable", "the experts were never rearranged, and rearranging them gains beyond chance"
+
+    def _verdict(
+        self,
+        verdict: Verdict,
+        reasons: list[str],
+        best: int | None = None,
+        gain: Interval | None = None,
+        training_gain: float | None = None,
+    ) -> Advice:
+        played, scores = self.played, self.played.scores
+        stretches: list[Stretch | None] = [None, None]
+        if self.split <= played.last_step:
+            # By the columns, which are of a few steps each in a long run.
+            first = round(played.scored * self.training.stop / len(scores.step))
+            stretches = [
+                Stretch(played.first_step, self.split - 1, first),
+                Stretch(self.split, played.last_step, played.scored - first),
+            ]
+        setting = None if best is None or verdict not in CHANGES else played.outcomes[best].setting
+        return Advice(
+            played.run_id,
+            played.model,
+            verdict,
+            reasons,
+            best=None if best is None else self._judged(played.outcomes[best], played.rows[best]),
+            today=self._judged(played.today, TODAY),
+            gain=gain,
+            training_gain=training_gain,
+            break_even_ms=None if best is None else self._break_even(best),
+            engine_arguments=None if setting is None else engine_arguments(self.engine, setting),
+            trained=stretches[0],
+            judged=stretches[1],
+            min_gain=self.min_gain,
+            replay=played,
+            notes=[*played.notes, *(self._warnings(gain) if verdict in CHANGES else [])],
+        )
+
+    def _judged(self, outcome: Outcome, row: int) -> Judged:
+        part = self.played.scores.part(self.judging)
+        moves = self._moves(outcome, self.judging)
+        return Judged(
+            outcome.setting,
+            part.balancedness_of(row),
+            part.idle_fraction_of(row),
+            len(moves),
+            sum(move.weights for move in moves),
+        )
+
+    def _warnings(self, gain: Interval | None) -> list[str]:
+        """What stands between the gain and what an engine would show."""
+        measured, even = self.played.measured_idle_fraction, self.played.today.idle_fraction
+        if gain is None or measured is None or even is None or measured - even <= max(0.0, gain.value):
+            return []
+        return [
+            f"replicas did not share their tokens evenly: {100 * (measured - even):.1f} points of the idle "
+            "fraction come from that, more than the gain, which takes even splitting for granted"
+        ]

@@ -1,0 +1,344 @@
+"""The figures of `replay`: what other settings would have given on the recorded loads, beside today's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.policies import policy
+from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import stretches
+from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
+from eplb_analyze.replay.simulator import (
+    MEASURED,
+    TODAY,
+    Move,
+    NotReplayableError,
+    Placed,
+    Playback,
+    Scores,
+)
+from eplb_analyze.text import plural
+from eplb_dump.format.journal import Int64, Shape
+
+
+@dataclass(frozen=True)
+class Part:
+    """The steps of one shape that settings are replayed over."""
+
+    #: Half-open, from the first to the last complete one.
+    steps: Steps
+    shape: Shape
+    #: How many of them are complete.
+    recorded: int
+    #: The step that starts are counted from.
+    origin: int
+    #: The median from a step to the next, pauses left out so; None where no two follow each other.
+    step_seconds: float | None
+    #: Of all steps asked for.
+    whole: Completeness
+    notes: list[str]
+
+
+def last_part(run: Run, steps: Steps | None = None) -> Part:
+    """The last configuration of a half-open range of steps (default: all). Reads no loads.
+
+    Call it inside ``run.reading``.
+
+    Raises:
+        NotInDumpError: the dump has no such step.
+        NotReplayableError: the order of the steps is not known.
+        DumpError: no step is complete.
+    """
+    if steps is not None:
+        run.require(steps)
+    origin = run.info.origin
+    unknown = {} if origin is None else origin.unknown
+    if "step_order" in unknown:
+        raise NotReplayableError(f"{run.path}: not known of this imported run: {unknown['step_order']}")
+    whole = Completeness()
+    shape: Shape | None = None
+    current, begin, first, last, count = -1, 0, 0, 0, 0
+    gaps: list[Int64] = []
+    for number, block in stretches(run, steps, whole):
+        if number != current:
+            begin, first = (first, int(block.recorded[0])) if shape else (int(block.recorded[0]),) * 2
+            current, count, gaps = number, 0, []
+        shape, last = block.shape, int(block.recorded[-1])
+        count += len(block.recorded)
+        gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
+    if shape is None:
+        raise run.nothing_complete(steps)
+    begin_of_starts, notes = run.step_range[0] or 0, []
+    if begin != first:
+        begin_of_starts = first
+        notes.append(
+            f"ep_size or the number of slots changed: only steps {first} to {last} are replayed (those "
+            f"before with --steps {begin}:{first})"
+        )
+    between = np.concatenate(gaps)
+    timed = len(between) and run.info.timed
+    seconds = float(np.median(between)) / 1e9 if timed else None
+    codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
+    notes += run.cautions(*codes)
+    return Part((first, last + 1), shape, count, begin_of_starts, seconds, whole, notes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one setting gives. Seconds are what tokens would be worth, if time were proportional to them."""
+
+    #: None: the placements as recorded.
+    setting: Setting | None
+    ep_size: int
+    num_physical_experts: int
+    balancedness: float | None
+    idle_fraction: float | None
+    #: No placement of so many slots on so many ranks has a smaller idle fraction.
+    idle_fraction_bound: float | None
+    moves: list[Move]
+    #: Today's idle fraction less this one.
+    idle_fraction_saved: float | None = None
+    #: 1 − Σ max / today's Σ max; None on another number of ranks than today's.
+    time_saved: float | None = None
+    cost_seconds: float | None = None
+    #: Seconds saved, less what moving costs more than today.
+    net_seconds: float | None = None
+
+    @property
+    def weights_moved(self) -> int:
+        """Expert weights that ranks fetched."""
+        return sum(move.weights for move in self.moves)
+
+    @property
+    def weights_moved_busiest_rank(self) -> int:
+        """Of each rearrangement those that the rank with most fetched."""
+        return sum(move.busiest_rank for move in self.moves)
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {name: value for name, value in vars(self).items() if name not in ("setting", "moves")}
+        moved = {
+            "rearrangements": len(self.moves),
+            "weights_moved": self.weights_moved,
+            "weights_moved_busiest_rank": self.weights_moved_busiest_rank,
+        }
+        return _stated(self.setting) | figures | moved
+
+
+def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
+    names = ("policy", "num_redundant_experts", "interval", "window", "start")
+    return {name: getattr(setting, name, None) for name in names}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """``outcomes`` are sorted, the best first; ``rows`` are theirs in ``scores``."""
+
+    run_id: str
+    model: str
+    part: Part
+    recorded: Recorded
+    #: The steps scored, the same for all settings; complete ones under an unknown placement are left out.
+    first_step: int
+    last_step: int
+    scored: int
+    left_out: int
+    #: What these steps, and those between sampled ones, took by ``step_seconds``.
+    seconds: float | None
+    cost_per_expert_ms: float | None
+    #: The recorded placements, with even splitting as all settings.
+    today: Outcome
+    #: As it was recorded.
+    measured_balancedness: float | None
+    measured_idle_fraction: float | None
+    outcomes: list[Outcome]
+    scores: Scores
+    rows: list[int]
+    #: Of each outcome, where asked for: the placements by the step from which they held.
+    placements: list[Placed] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        own = self.recorded.setting()
+        return {
+            "run": {"run_id": self.run_id, "model": self.model},
+            "steps": self.part.whole.to_json(),
+            "first_step": self.first_step,
+            "last_step": self.last_step,
+            "scored": self.scored,
+            "left_out": self.left_out,
+            "step_seconds": self.part.step_seconds,
+            "seconds": self.seconds,
+            "cost_per_expert_ms": self.cost_per_expert_ms,
+            "recorded": vars(self.recorded),
+            "measured": {
+                "balancedness": self.measured_balancedness,
+                "idle_fraction": self.measured_idle_fraction,
+            },
+            "today": self.today.to_json() | _stated(self.recorded),
+            "settings": [o.to_json() | {"as_recorded": o.setting == own} for o in self.outcomes],
+            "notes": self.notes,
+        }
+
+
+def replay(
+    run: Run,
+    choices: Choices | Sequence[Setting] | None = None,
+    steps: Steps | None = None,
+    *,
+    num_groups: int = 1,
+    cost_per_expert_ms: float | None = None,
+    workers: int | None = None,
+    keep_placements: bool = False,
+) -> Replay:
+    """Replay settings over the last configuration of a half-open range of steps (default: all).
+
+    Args:
+        choices: a grid of settings, or the settings themselves; default: the grid that suits the run.
+        num_groups: of experts, as the model has them: policies keep a group on one node where they can.
+        cost_per_expert_ms: what a rank needs to fetch the weights of one expert of one layer.
+        workers: threads; the result does not depend on them. Default: one a core.
+        keep_placements: return all placements, too, which takes memory.
+
+    Raises:
+        NotInDumpError: the dump has no such step.
+        DumpError: no step is complete, or no placement is known.
+        UsageError, PolicyError: a setting or policy that cannot be.
+    """
+
+    def play() -> Replay:
+        part = last_part(run, steps)
+        today = recorded(run, part.shape)
+        settings, notes = _settings(run, today, choices, part.recorded * run.info.interval)
+        named = [(setting, policy.named(setting.policy)) for setting in settings]
+        playback = Playback(
+            run, part.steps, part.shape, part.origin, named,
+            recorded_steps=part.recorded, num_groups=num_groups,
+        )  # fmt: skip
+        if keep_placements:
+            for player in playback.players:
+                player.kept = list(player.placed)
+        playback.play(workers)
+        return _result(playback, part, today, cost_per_expert_ms, [*part.notes, *notes])
+
+    return run.reading(play)
+
+
+def _settings(
+    run: Run, today: Recorded, choices: Choices | Sequence[Setting] | None, steps: int
+) -> tuple[list[Setting], list[str]]:
+    if choices is None or isinstance(choices, Choices):
+        return grid(run, today, choices or Choices(), steps)
+    return list(choices), []
+
+
+def _result(
+    playback: Playback, part: Part, today: Recorded, cost_ms: float | None, notes: list[str]
+) -> Replay:
+    run, scores = playback.run, playback.scores
+    seconds = None
+    if part.step_seconds is not None:
+        seconds = part.step_seconds * playback.scored * run.info.interval
+    as_today = _today(playback)
+    outcomes = [_outcome(playback, row) for row in range(len(playback.players))]
+    if cost_ms is not None:
+        as_today = replace(as_today, cost_seconds=as_today.weights_moved_busiest_rank * cost_ms / 1e3)
+    outcomes = [_against(outcome, as_today, seconds, cost_ms) for outcome in outcomes]
+    order = sorted(range(len(outcomes)), key=lambda row: (*rank(outcomes[row]), row))
+    if playback.left_out:
+        notes.append(
+            f"{plural(playback.left_out, 'complete step')} left out: a layer's placement is not known there"
+        )
+    if playback.unknown:
+        notes.append(
+            f"{plural(playback.unknown, 'token')} on slots without an expert are in no setting's figure"
+        )
+    if any(outcome.ep_size != part.shape.ep_size for outcome in outcomes):
+        notes.append("fewer ranks are easier to balance: compare settings of one EP size")
+    if cost_ms is not None and seconds is None:
+        notes.append("no two steps follow each other, so nothing is known of time, and there is no net gain")
+    return Replay(
+        run_id=run.info.run_id,
+        model=run.info.model,
+        part=part,
+        recorded=today,
+        first_step=playback.first_step,
+        last_step=playback.last_step,
+        scored=playback.scored,
+        left_out=playback.left_out,
+        seconds=seconds,
+        cost_per_expert_ms=cost_ms,
+        today=as_today,
+        measured_balancedness=scores.balancedness_of(MEASURED),
+        measured_idle_fraction=scores.idle_fraction_of(MEASURED),
+        outcomes=[outcomes[row] for row in order],
+        scores=scores,
+        rows=order,
+        placements=[kept for row in order if (kept := playback.players[row].kept) is not None] or None,
+        notes=notes,
+    )
+
+
+def _outcome(playback: Playback, row: int) -> Outcome:
+    player = playback.players[row]
+    return Outcome(setting=player.setting, moves=player.moves, **_figures(playback, row, player.slots))
+
+
+def _figures(playback: Playback, row: int, slots: int) -> dict[str, Any]:
+    scores = playback.scores
+    ep_size = int(scores.ep_size[row])
+    bound = playback.bounds.get((slots, ep_size))
+    return {
+        "ep_size": ep_size,
+        "num_physical_experts": slots,
+        "balancedness": scores.balancedness_of(row),
+        "idle_fraction": scores.idle_fraction_of(row),
+        "idle_fraction_bound": max(0.0, 1 - float(scores.mean[row].sum()) / bound) if bound else None,
+    }
+
+
+def _today(playback: Playback) -> Outcome:
+    """The recorded placements, and what the rearrangements among the scored steps moved."""
+    run, slots = playback.run, playback.shape.num_physical_experts
+    moves = []
+    for change in run.history.rearrangements():
+        if not playback.first_step < change.last_step <= playback.last_step:
+            continue
+        histories = [run.history.layer(i) for i in change.layers]
+        pairs = [(history.at(change.first_step - 1), history.at(change.last_step)) for history in histories]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None and len(a) == len(b) == slots]
+        if known:
+            old, new = (np.stack(each) for each in zip(*known, strict=True))
+            moves.append(Move.of(change.first_step, old, new, playback.shape.ep_size, playback.experts))
+    return Outcome(setting=None, moves=moves, **_figures(playback, TODAY, slots))
+
+
+def _against(outcome: Outcome, today: Outcome, seconds: float | None, cost_ms: float | None) -> Outcome:
+    """The outcome with what it saves."""
+    if outcome.idle_fraction is None or today.idle_fraction is None:
+        return outcome
+    time_saved = cost = net = None
+    if outcome.ep_size == today.ep_size:
+        # Σ max is Σ mean / (1 − idle), and of one EP size Σ mean is the same.
+        time_saved = 1 - (1 - today.idle_fraction) / (1 - outcome.idle_fraction)
+    if cost_ms is not None:
+        cost = outcome.weights_moved_busiest_rank * cost_ms / 1e3
+        if time_saved is not None and seconds is not None and today.cost_seconds is not None:
+            net = time_saved * seconds - (cost - today.cost_seconds)
+    saved = today.idle_fraction - outcome.idle_fraction
+    return replace(
+        outcome, idle_fraction_saved=saved, time_saved=time_saved, cost_seconds=cost, net_seconds=net
+    )
+
+
+def rank(outcome: Outcome) -> tuple[float, float, int, int]:
+    """What outcomes are sorted by: net gain where it is known, else the idle fraction; then the cheaper."""
+    net = -outcome.net_seconds if outcome.net_seconds is not None else np.inf
+    idle = outcome.idle_fraction if outcome.idle_fraction is not None else np.inf
+    # Rounding is no difference.
+    return (net, round(idle, 9), outcome.num_physical_experts, outcome.weights_moved)

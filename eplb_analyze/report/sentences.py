@@ -1,0 +1,257 @@
+"""What a report says in words: what to know before any figure, the run in sentences, what figures mean."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from eplb_analyze.analysis.experts import ExpertReport
+from eplb_analyze.analysis.rearrangements import RearrangementReport
+from eplb_analyze.analysis.summary import Summary
+from eplb_analyze.metrics.formulas import FORMULAS
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.run import RunInfo
+from eplb_analyze.text import figure, percent, plural, signed
+
+TOKENS = (
+    "All figures count tokens, not milliseconds: what they say of time is true as far as a rank's time is "
+    "proportional to its tokens."
+)
+SHOWN_RANKS = 8
+
+
+def shape(info: RunInfo) -> str:
+    """``58 MoE layers × 256 experts in 288 slots on 32 EP ranks``."""
+    layers, experts = plural(info.num_layers, "MoE layer"), plural(info.num_logical_experts, "expert")
+    slots = plural(info.num_physical_experts, "slot")
+    return f"{layers} × {experts} in {slots} on {plural(info.ep_size, 'EP rank')}"
+
+
+def began(info: RunInfo) -> str | None:
+    """None where an imported run does not say."""
+    if not info.timed:
+        return None
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
+
+
+def sentences(
+    summary: Summary,
+    experts: ExpertReport | None,
+    changes: RearrangementReport,
+    acted: bool | None,
+    not_due: str | None,
+) -> list[str]:
+    """The run in a few sentences; without a complete step it is one.
+
+    ``acted`` and ``not_due`` are as in :func:`eplb_analyze.analysis.summary.banners`.
+    """
+    if summary.spreads["balancedness"].mean is None:
+        what = "No complete step has a token" if summary.configurations else "No step is complete"
+        return [f"{what}, so there are no figures."]
+    parts = [_balancedness(summary), _idle(summary), _costliest(summary), _hottest(summary)]
+    if experts is not None:
+        parts.append(_replication(experts))
+    parts.append(_changes(changes, acted, not_due))
+    return [part for part in parts if part]
+
+
+def _balancedness(summary: Summary) -> str:
+    s, count = summary.spreads["balancedness"], summary.steps.count(StepState.RECORDED)
+    if count == 1:
+        return f"Balancedness was {figure(s.mean)} in the only complete step, {s.min_step} (1 is perfect)."
+    return (
+        f"Balancedness was {figure(s.mean)} on average over {plural(count, 'step')} (1 is perfect); "
+        f"one step in twenty was below {figure(s.p5)}, the worst {figure(s.min)} at step {s.min_step}."
+    )
+
+
+def _idle(summary: Summary) -> str:
+    text = f"{percent(summary.idle_fraction)} of rank time went to waiting for the slowest rank"
+    loss = summary.loss
+    if loss is None or not loss.tokens or loss.persistent_share is None:
+        return f"{text}."
+    last = _last_configuration(summary)
+    better, of = (f"In {last} a better", "it") if last else ("A better", "that")
+    return (
+        f"{text}. {better} placement could remove at most {percent(loss.persistent_share, 0)} of {of}: what "
+        f"lasts in loads summed over {plural(loss.window_steps, 'step')}. The rest is chance within a step."
+    )
+
+
+def _costliest(summary: Summary) -> str:
+    loss = summary.loss
+    if loss is None or not loss.tokens or not loss.stretches:
+        return ""
+    rank, worst = loss.ranks[0], loss.stretches[0]
+    last = _last_configuration(summary)
+    who = f"In {last} rank" if last else "Rank"
+    return (
+        f"{who} {rank.rank} cost most: {percent(rank.share, 0)} of all loss was laid at its door. The "
+        f"costliest stretch is layer {worst.layer} on rank {worst.rank}, "
+        f"{_steps(worst.first_step, worst.last_step)}, with {percent(worst.share)} of it."
+    )
+
+
+def _last_configuration(summary: Summary) -> str:
+    """The steps that losses and hot experts are of, where these are not all."""
+    last = summary.last_configuration_steps
+    return _steps(*last) if last is not None and len(summary.configurations) > 1 else ""
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def _hottest(summary: Summary) -> str:
+    if not summary.hot_experts:
+        return ""
+    hot = summary.hot_experts[0]
+    last = _last_configuration(summary)
+    which = f"In {last} the" if last else "The"
+    return (
+        f"{which} hottest expert is number {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of "
+        f"the layer's tokens, {hot.times_mean:.2f} × the mean, in {plural(hot.replicas, 'slot')} at the end."
+    )
+
+
+def _replication(report: ExpertReport) -> str:
+    counts = report.counts
+    hot = f"Of {plural(counts['experts'], 'expert')}, all layers together, "
+    if tells_bursts(report):
+        hot += (
+            f"always hot: {counts['always']:,}, hot in bursts: {counts['bursts']:,} ({report.hot_factor:g} × "
+            f"the layer's mean or more in a window of {plural(report.window, 'step')})"
+        )
+    else:
+        hot += f"hot, with {report.hot_factor:g} × the layer's mean or more: {counts['always']:,}"
+    named = (("under_replicated", "too few"), ("over_replicated", "too many"))
+    wrong = [f"with {name}: {counts[key]:,}" for key, name in named if counts[key]]
+    if not wrong:
+        return f"{hot}. By these loads none has too few or too many replicas in the last placement."
+    return f"{hot}. By these loads and their replicas in the last placement, {', '.join(wrong)}."
+
+
+def tells_bursts(report: ExpertReport) -> bool:
+    """Whether there is a second window, so that what is always hot differs from what is hot in bursts."""
+    return report.windows > 1
+
+
+def expert_notes(report: ExpertReport) -> list[str]:
+    """Notes of `experts`, whose option a report lacks; those on bursts only where it tells of them."""
+    option, bursts = "--window", tells_bursts(report)
+    return [
+        note.replace(option, f"{option} of `experts`")
+        for note in report.notes
+        if bursts or option not in note
+    ]
+
+
+#: What a verdict of `rearrangements` says in a sentence.
+_VERDICTS = {
+    "helped": "helped",
+    "helped at first": "helped at first, until the load drifted",
+    "hurt": "hurt",
+    "no measurable gain": "without a measurable gain",
+    "no-op": "moved nothing to another rank",
+    "elastic": "changed the EP size or the number of slots",
+    "not measured": "could not be measured",
+}
+
+
+def _changes(report: RearrangementReport, acted: bool | None, not_due: str | None) -> str:
+    rows = report.rearrangements
+    if not rows:
+        if acted is None:
+            return "When placements changed is not known, so no rearrangement is."
+        if acted is False:
+            return not_due or ""  # in capitals at the top, where it was due
+        return "There is no rearrangement in these steps."
+    verdicts = Counter(row.verdict for row in rows).most_common()
+    told = ", ".join(f"{count:,} {_VERDICTS[verdict]}" for verdict, count in verdicts)
+    text = f"{plural(len(rows), 'rearrangement')}: {told}."
+    gains = [row for row in rows if row.gain is not None and row.verdict in ("helped", "hurt")]
+    if gains:
+        most = max(gains, key=lambda row: abs(row.gain or 0.0))
+        text += f" The largest effect, {signed(most.gain)} balancedness, had that at step {most.first_step}."
+    return text
+
+
+_BURSTS = "always hot, in bursts"
+#: Name, formula, meaning: in the words of docs/metrics.md, where the sources are.
+_MEANINGS = (
+    (
+        "balancedness",
+        FORMULAS["balancedness"].text,
+        "The tokens of the mean rank over those of the fullest, of each layer that has tokens in the step, "
+        "and the mean over these; in (0, 1], 1 is perfect. T is tokens of a step and layer on an EP rank.",
+    ),
+    (
+        "imbalance",
+        FORMULAS["imbalance"].text,
+        "The other way round: how many times the mean the fullest rank has; at least 1.",
+    ),
+    (
+        "idle fraction",
+        "1 − Σ mean_r T / Σ max_r T over steps and layers",
+        "The share of rank time lost to waiting for the slowest rank, if time is proportional to tokens. "
+        "It is not measured time.",
+    ),
+    (
+        "loss, excess tokens",
+        "max_r T − mean_r T",
+        "In a step and layer all ranks wait for the slowest, and so many tokens are lost; they are laid at "
+        "that rank's door (of several the first). What remains where loads are summed over 128 steps is "
+        "persistent, and a better placement could remove at most that; the rest is chance within a step.",
+    ),
+    (
+        "× mean",
+        "a rank's, slot's or expert's tokens / the layer's mean of these",
+        "Colours of the heat maps: blue below the mean, red from twice the mean on. Loads of the chosen "
+        "steps are added up first, so chance within a step is gone.",
+    ),
+    (
+        "share",
+        "an expert's tokens / all of its layer",
+        "Loads are counted by slot and given to logical experts by the placement in force at each step.",
+    ),
+    (
+        "due replicas",
+        "share × number of slots",
+        "So many slots would carry the expert at the mean. One or more above the replicas it has is "
+        "under-replicated, one or more below (with several replicas) over-replicated.",
+    ),
+    (
+        _BURSTS,
+        "share of windows with 2 × the layer's mean or more",
+        "Always: in nine of ten windows, where another replica helps for good. In bursts: in fewer, and gone "
+        "before the next rearrangement, maybe.",
+    ),
+    (
+        "rearrangement",
+        "balancedness before, predicted, after",
+        "A change of placement after the first; layers that change within 64 steps of each other are one. "
+        "Before and after are means over up to 1,000 complete steps on either side. Predicted: the loads "
+        "before, split evenly over the replicas of the new placement. The interval of the gain (95 %) is a "
+        "block bootstrap's; a verdict of helped or hurt means that it does not contain 0.",
+    ),
+    (
+        "complete steps",
+        "recorded by all expected ranks, or idle there",
+        "Every figure is made of these only. A step that lacks a rank is counted as incomplete, and is in "
+        "no figure.",
+    ),
+    (
+        "other formulas",
+        "; ".join(f"{name}: {FORMULAS[name].text}" for name in ("vllm", "vllm-legacy", "sglang", "trtllm")),
+        "What engines print in their logs, to compare with; vllm-legacy is wrong and only for old logs.",
+    ),
+)
+
+
+def meanings(*, bursts: bool) -> list[dict[str, str]]:
+    """What each figure means: ``name``, ``formula``, ``text``; of bursts only where they are told of."""
+    return [
+        {"name": name, "formula": formula, "text": text}
+        for name, formula, text in _MEANINGS
+        if bursts or name != _BURSTS
+    ]

@@ -1,0 +1,67 @@
+"""Writing a report: the figures, the page, and the file, whole or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eplb_analyze.atomic import new_file, require_free
+from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.run import Run
+from eplb_analyze.report.document import report_document
+from eplb_analyze.report.page import page
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """What was written; docs/cli.md describes the JSON."""
+
+    run_id: str
+    model: str
+    file: Path
+    bytes: int
+    redacted: bool
+    #: Of all steps asked for.
+    steps: Completeness
+    #: Of time, that the page's reader can choose from; 0 where no step is complete.
+    bins: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": {"run_id": self.run_id, "model": self.model},
+            "file": str(self.file),
+            "bytes": self.bytes,
+            "redacted": self.redacted,
+            "steps": self.steps.to_json(),
+            "bins": self.bins,
+        }
+
+
+def write_report(
+    run: Run,
+    file: Path,
+    steps: Steps | None = None,
+    *,
+    top: int = 10,
+    redact: bool = False,
+    force: bool = False,
+) -> WrittenReport:
+    """Write the report of a run, or of a half-open range of its steps, as one HTML file.
+
+    Args:
+        top: how many rows of a ranking are shown at first.
+        redact: leave out names of models, runs, hosts and files.
+        force: replace a file that is there.
+
+    Raises:
+        ExportError: there is a file already, it lies in the dump, or it cannot be written.
+        NotInDumpError: no step of the run is in the range.
+    """
+    require_free(file, force=force, dump=run.path)
+    report = report_document(run, steps, top=top, redact=redact)
+    data = page(report.document)
+    with new_file(file, force=force) as out:
+        out.write(data)
+    return WrittenReport(run.info.run_id, run.info.model, file, len(data), redact, report.steps, report.bins)

@@ -1,0 +1,1 @@
+"""A local folder or a bucket prefix behind one path type."""

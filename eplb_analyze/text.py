@@ -1,0 +1,72 @@
+"""Numbers, lists and names as text, for messages, tables and pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+
+def plural(count: int, word: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def listed(items: Sequence[object], most: int = 8) -> str:
+    """``1, 2, 3``, and how many more there are."""
+    shown = ", ".join(map(str, items[:most]))
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown
+
+
+def clean(text: object) -> str:
+    """A text that cannot steer a terminal: control and other unprintable characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference: with its sign, and no minus before a zero."""
+    if value is None:
+        return "–"
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text[1:] if float(f"{value:.{digits}f}") == 0 else text
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """In the largest unit of which there are two."""
+    if seconds is None:
+        return "–"
+    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} s"
+
+
+def counter(values: Iterable[float]) -> Callable[[float], str]:
+    """How to write counts that stand together: all in one unit, so that the longest is the largest."""
+    values = list(values)
+    largest = max(values, default=0.0)
+    for limit, unit in ((1e13, "T"), (1e10, "G"), (1e7, "M")):
+        if largest >= limit:
+            scale = float(f"1e{len(f'{limit:.0f}') - 2}")
+            return lambda value: f"{value / scale:,.2f}{unit}"
+    digits = 0 if all(float(v).is_integer() for v in values) else 1
+    return lambda value: f"{value:,.{digits}f}"

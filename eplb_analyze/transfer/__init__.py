@@ -1,0 +1,1 @@
+"""Runs and placements in and out of a dump."""

@@ -1,0 +1,394 @@
+"""`compact`: a run of many files becomes a new run of few, whose one rank holds the sums over the ranks.
+
+The source stays as it is. What is summed can no longer be told apart: which rank a token came from is not
+in the new run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.atomic import new_run
+from eplb_analyze.errors import DumpError
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.run import Run, open_run
+from eplb_analyze.reader.segments import SegmentFault
+from eplb_analyze.storage import path
+from eplb_analyze.storage.path import StoragePath
+from eplb_analyze.text import listed, plural
+from eplb_dump.format import frames
+from eplb_dump.format.journal import Int32, Int64, PlacementRows, Shape, StepRows
+from eplb_dump.format.manifest import append_manifest
+from eplb_dump.format.schema import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MAX_LOAD,
+    MODEL_PREFIX,
+    RUN_PREFIX,
+    SESSION_FILE,
+    Scope,
+    Status,
+    model_slug,
+)
+from eplb_dump.format.segment import write_segment
+from eplb_dump.format.session import Origin, SessionInfo, SourceFile, dump_json, session_path
+
+#: A new segment has at most so many steps, and so many bytes of loads, which are held in memory.
+SEGMENT_STEPS = 2048
+SEGMENT_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run on the disk: before, or after."""
+
+    run_id: str
+    sessions: int
+    files: int
+    bytes: int
+    #: What `summary` takes, of a second look: both are in memory then.
+    summary_seconds: float
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What was written, and what it gains."""
+
+    source: str
+    to: str
+    model: str
+    before: Side
+    after: Side
+    #: Steps of the new run by their status.
+    steps: dict[str, int]
+    #: Of ``dropped``: some rank recorded them and another did not.
+    incomplete: int
+    unknown: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compact_run(
+    source: StoragePath,
+    to: Path,
+    run: str | None = None,
+    model: str | None = None,
+    run_id: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> CompactReport:
+    """Write a run of one model anew, with the sums over its ranks, as a run of the dump ``to``.
+
+    Args:
+        source: as :func:`~eplb_analyze.reader.run.open_run` takes it.
+        to: a folder of this machine; made where there is none.
+        run_id: the new run's; default: the source's, and ``-compact``.
+
+    Raises:
+        DumpError: the source is damaged, has no complete step, or lacks too many; ``to`` cannot be written.
+        UsageError: the new run is there already; ``to`` lies inside a run.
+    """
+    opened = open_run(source, run, model)
+    opened.progress = progress
+    _require_intact(opened)
+    lost = _lost(opened)
+    base = f"{opened.info.run_id[:110]}-compact"
+    with new_run(to, run_id, base, opened.info.model) as new:
+        try:
+            counts, info = _write(opened, new.root, new.run_id, lost)
+        except SegmentFault as fault:
+            raise DumpError(f"{fault}; {_REFUSED}") from None
+        _verify(new.root, new.run_id, counts)
+    assert info.origin is not None
+    return CompactReport(
+        source=str(source),
+        to=str(to),
+        model=opened.info.model,
+        before=_side(opened),
+        after=_side(open_run(to, new.run_id)),
+        steps={status.label: counts[status] for status in Status},
+        incomplete=counts[StepState.INCOMPLETE],
+        unknown=info.origin.unknown,
+        notes=opened.notes,
+    )
+
+
+_REFUSED = "what is left of a damaged run would look whole, so it is not compacted (see `check`)"
+
+
+def _require_intact(run: Run) -> None:
+    """Raises DumpError."""
+    assert run.history is not None  # it finds faults, too
+    for finding in run.findings:
+        if finding.severity == "error":
+            raise DumpError(f"{finding.text}; {_REFUSED}")
+
+
+def _lost(run: Run) -> dict[str, str]:
+    """Which steps lack a rank and are `dropped` in the new run, in words, by the code of a finding.
+
+    Raises DumpError where they are too many: of what remains nobody could tell.
+    """
+    summary = summarize(run)
+    _require_intact(run)
+    steps = summary.steps
+    if not steps.count(StepState.RECORDED):
+        raise DumpError(f"{run.path}: no step is complete, so there is nothing to sum")
+    refused = "what remains would look whole, so it is not compacted"
+    if summary.missing_ranks:
+        ranks = plural(len(summary.expected_ranks), "rank")
+        raise DumpError(f"{run.path}: of {ranks}, {listed(summary.missing_ranks)} wrote nothing; {refused}")
+    count = steps.count(StepState.INCOMPLETE)
+    if not count:
+        return {}
+    share = f"{100 * steps.incomplete_share:.1f} %"
+    many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
+    if steps.lacks_much:
+        whole = "A:B" if steps.incomplete_inside else f"{steps.first}:{(steps.last_whole or 0) + 1}"
+        remedy = f"first copy the part that is whole (`copy --to PLACE --steps {whole}`)"
+        raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
+    frayed = not steps.incomplete_inside and steps.ends_together
+    text = f"{many} lacked a rank in the run it was made of: {why}"
+    return {"incomplete_end" if frayed else "incomplete_steps": text}
+
+
+def _side(run: Run) -> Side:
+    files = [entry for session in run.sessions for entry in path.entries(session.folder)]
+    start = time.perf_counter()
+    summarize(open_run(run.path, run.info.run_id, run.info.model))
+    return Side(
+        run_id=run.info.run_id,
+        sessions=len(run.sessions),
+        files=len(files),
+        bytes=sum(entry.stat(follow_symlinks=False).st_size for entry in files),
+        summary_seconds=time.perf_counter() - start,
+    )
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Columns ``low`` to ``high - 1`` of a block."""
+
+    block: Block
+    low: int
+    high: int
+
+    @property
+    def state(self) -> npt.NDArray[np.uint8]:
+        return self.block.state[self.low : self.high]
+
+    @property
+    def recorded(self) -> Int64:
+        """The complete steps."""
+        step: Int64 = self.block.step[self.low : self.high][self.state == StepState.RECORDED]
+        return step
+
+    def rows(self) -> StepRows:
+        """The rows of the new rank, whose clock counts from 1970."""
+        block, here = self.block, slice(self.low, self.high)
+        # Of a step that some rank recorded and another did not, the new run has nothing.
+        status = np.where(self.state == StepState.INCOMPLETE, np.uint8(Status.DROPPED), self.state)
+        phase = block.phase[here].astype(np.int32)
+        return StepRows(
+            block.step[here], block.time_ns[here], block.clock_ns[here], status, block.num_tokens[here],
+            phase, tuple(block.phases),
+        )  # fmt: skip
+
+
+def _parts(run: Run) -> Iterator[_Part]:
+    """The run in parts, none of which is in two windows of ``SEGMENT_STEPS``, or larger than a segment."""
+    window = SEGMENT_STEPS * run.info.interval
+    for block in run.blocks():
+        edges = {0, len(block.step), *(np.flatnonzero(np.diff(block.step // window)) + 1).tolist()}
+        cuts = sorted(edges | set(range(0, len(block.step), _most_steps(block.shape))))
+        yield from (_Part(block, low, high) for low, high in itertools.pairwise(cuts))
+
+
+def _segments(run: Run) -> Iterator[list[_Part]]:
+    """Parts that are one segment of the new run."""
+    window = SEGMENT_STEPS * run.info.interval
+    group: list[_Part] = []
+    for part in _parts(run):
+        if group:
+            first, steps = group[0].block, sum(p.high - p.low for p in group)
+            apart = part.block.step[part.low] // window != first.step[group[0].low] // window
+            full = steps + part.high - part.low > _most_steps(first.shape)
+            if apart or full or part.block.shape != first.shape:
+                yield group
+                group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _most_steps(shape: Shape | None) -> int:
+    if shape is None:
+        return SEGMENT_STEPS
+    return max(
+        1, min(SEGMENT_STEPS, SEGMENT_BYTES // (4 * shape.num_moe_layers * shape.num_physical_experts))
+    )
+
+
+# ---- writing
+
+
+class _Content:
+    """A segment of the new run, in memory; see :class:`~eplb_dump.format.segment.Content`."""
+
+    def __init__(
+        self, where: StoragePath, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows
+    ) -> None:
+        """``where``: the run that the parts are of, for messages."""
+        self.info = info
+        self.seq = seq
+        self.placements = placements
+        self.steps = StepRows.concat([part.rows() for part in parts])
+        self.load_steps: Int64 = np.concatenate([part.recorded for part in parts])
+        self.shape = parts[0].block.shape if len(self.load_steps) else None
+        self._load = self._read(where, parts, self.shape) if self.shape is not None else None
+
+    def _read(self, where: StoragePath, parts: list[_Part], shape: Shape) -> Int32:
+        out = np.empty((shape.num_moe_layers, len(self.load_steps), shape.num_physical_experts), np.int32)
+        end = 0
+        for part in parts:
+            steps = part.recorded
+            at, end = end, end + len(steps)
+            for layer, load in part.block.load_parts(steps) if len(steps) else ():
+                if load.max(initial=0) > MAX_LOAD:
+                    odd = int(steps[(load > MAX_LOAD).any(axis=(1, 2)).argmax()])
+                    raise DumpError(
+                        f"{where}: at step {odd} a sum over ranks is larger than {MAX_LOAD:,}, which the "
+                        "format does not hold; keep the run as it is, or first copy steps without this one "
+                        "(`copy --to PLACE --steps A:B`)"
+                    )
+                out[layer : layer + load.shape[1], at:end] = load.transpose(1, 0, 2)
+        return out
+
+    def read_layers(self, first: int, last: int) -> Int32:
+        assert self._load is not None
+        return self._load[first:last]
+
+
+def _write(run: Run, root: Path, run_id: str, lost: dict[str, str]) -> tuple[Counter[int], SessionInfo]:
+    """Write the one session of the new run; its steps by status, and how many are INCOMPLETE of them."""
+    info = _info(run, run_id, lost)
+    folder = session_path(root, info)
+    folder.mkdir(parents=True)
+    stated = deque(_placements(run))
+    counts: Counter[int] = Counter()
+    for seq, parts in enumerate(_segments(run)):
+        last = int(parts[-1].block.step[parts[-1].high - 1])
+        rows = []
+        while stated and stated[0][0] <= last:
+            rows.append(stated.popleft())
+        content = _Content(run.path, info, seq, parts, _placement_rows(rows))
+        write_segment(folder, content)
+        counts.update(content.steps.status.tolist())
+        counts[StepState.INCOMPLETE] += sum(int((p.state == StepState.INCOMPLETE).sum()) for p in parts)
+    stats = {status.label: counts[status] for status in Status}
+    stats["seen"] = sum(stats.values())
+    (folder / SESSION_FILE).write_bytes(dump_json(info.to_dict()))
+    closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
+    append_manifest(folder, info, closed)
+    return counts, info
+
+
+def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
+    from eplb_dump.format import __version__
+
+    first = run.sessions[0].info
+    shapes = [s for session in run.sessions for s in session.segments if s.shape is not None]
+    shape = min(shapes, key=lambda segment: segment.first_step).shape if shapes else None
+    unknown = {**({} if first.origin is None else first.origin.unknown), **lost}
+    unclosed = sum(session.closed is None for session in run.sessions)
+    if unclosed:
+        unknown["end"] = (
+            f"whether there were more steps: {plural(unclosed, 'session')} of the source did not end in order"
+        )
+    part = next((session.part for session in run.sessions if session.part is not None), None)
+    if part is not None:
+        asked = f"{part[0]} to " + ("the end" if part[1] >= 2**62 - 1 else str(part[1]))
+        unknown["other_steps"] = f"the source was a copy of the segments that touch steps {asked}"
+    files = [e for session in run.sessions for e in path.entries(session.folder)]
+    source = f"{RUN_PREFIX}{first.run_id}/{MODEL_PREFIX}{model_slug(first.model)}"
+    origin = Origin(
+        system=FORMAT_NAME,
+        kind="compact",
+        files=(SourceFile(source, sum(e.stat(follow_symlinks=False).st_size for e in files)),),
+        importer_version=__version__,
+        unknown=unknown,
+        assumed={} if first.origin is None else dict(first.origin.assumed),
+    )
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return replace(
+        first,
+        run_id=run_id,
+        session_id=f"{moment}-compact-{secrets.token_hex(4)}",
+        ep_rank=0,
+        scope=Scope.GLOBAL,
+        ep_size=first.ep_size if shape is None else shape.ep_size,
+        num_moe_layers=None if shape is None else shape.num_moe_layers,
+        num_physical_experts=None if shape is None else shape.num_physical_experts,
+        created_unix_ns=run.info.created_unix_ns,
+        created_monotonic_ns=run.info.created_unix_ns,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        launch={},
+        segment_steps=SEGMENT_STEPS,
+        writer_version=__version__,
+        origin=origin,
+        format_version=FORMAT_VERSION,
+    )
+
+
+def _placements(run: Run) -> list[tuple[int, int, int, Int32]]:
+    """``(step, layer index, ep_size, slots)`` of every change, in order of steps."""
+    rows = [
+        (step, layer, ep_size, slots)
+        for layer, history in run.history.layers.items()
+        for step, ep_size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row[:2])
+
+
+def _placement_rows(rows: list[tuple[int, int, int, Int32]]) -> PlacementRows:
+    return PlacementRows(
+        np.array([row[0] for row in rows], np.int64),
+        np.array([row[1] for row in rows], np.int32),
+        np.array([row[2] for row in rows], np.int32),
+        [row[3] for row in rows],
+    )
+
+
+def _verify(root: Path, run_id: str, counts: Counter[int]) -> None:
+    """Read all of the new run, with its checksums and sums, before it is one."""
+    run = open_run(root, run_id)
+    wrong = f"{root}: what was written is not what was read; it was removed"
+    try:
+        found: Counter[int] = Counter()
+        for segment in run.sessions[0].segments:
+            found.update(segment.steps().status.tolist())
+            if not segment.sums_are_true():
+                raise DumpError(wrong)
+    except SegmentFault as fault:
+        raise DumpError(f"{fault}; {wrong}") from None
+    if run.findings or any(found[status] != counts[status] for status in Status):
+        raise DumpError(wrong)

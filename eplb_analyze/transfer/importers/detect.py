@@ -1,0 +1,123 @@
+"""Which system wrote a source, told by its content; what could be several is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.transfer.importers import (
+    arrays,
+    megatron,
+    placement_files,
+    sglang,
+    torch_files,
+    trtllm,
+    vllm,
+)
+from eplb_analyze.transfer.importers.files import (
+    MAX_TEXT,
+    listing,
+    npz_shapes,
+    parse_json,
+    read_json,
+    read_npy,
+    regular,
+    zip_names,
+)
+from eplb_analyze.transfer.importers.source import AskError, Options, Reading
+
+READERS: dict[str, Callable[[Path, Options], Reading]] = {
+    "sglang": sglang.read,
+    "trtllm": trtllm.read,
+    "vllm": vllm.read,
+    "megatron": megatron.read,
+    "ascend": arrays.read_ascend,
+    "array": arrays.read,
+}
+
+
+def recognise(path: Path, options: Options) -> str:
+    """The name of a reader. Raises DumpError where none fits, AskError where several do."""
+    if path.is_dir():
+        names = [p.name for p in listing(path, None)]
+        if trtllm.META in names and any(map(trtllm.RANK_FILE.fullmatch, names)):
+            return "trtllm"
+        found = {
+            _of_file(p)
+            for p in listing(path, options.only)
+            if p.suffix in (".pt", ".npz", ".npy", ".jsonl", ".csv")
+        }
+        if len(found) > 1:
+            found.discard("array")  # something else that lies beside a recorder's files
+        if len(found) == 1:
+            return found.pop()
+        if found:
+            raise AskError(
+                f"{path}: files of several formats ({', '.join(sorted(found))}); choose with --only"
+            )
+        raise DumpError(f"{path}: no file of a format known here in it")
+    return _of_file(path)
+
+
+def _of_file(path: Path) -> str:
+    regular(path)
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if start[:6] == b"\x93NUMPY":
+        return _by_dimensions(path, read_npy(path).ndim)
+    if start[:4] == b"PK\x03\x04":
+        if any(name.endswith("data.pkl") for name in zip_names(path)):
+            return _of_torch(path)
+        return "megatron" if "dump_version" in npz_shapes(path) else "array"
+    if start.lstrip()[:1] == b"{":
+        return _of_json(path)
+    if start and all(48 <= byte < 58 or byte in b",;. \t\r\n" for byte in start):
+        return "array"
+    if path.suffix in (".yaml", ".yml"):
+        raise _no_load(path)
+    raise DumpError(f"{path}: not of a format known here ({', '.join(READERS)})")
+
+
+def _by_dimensions(path: Path, dimensions: int) -> str:
+    if dimensions == 3:
+        raise AskError(
+            f"{path}: three dimensions can be [steps, layers, experts] (--format array) or vllm-ascend's "
+            "[layers, ranks, slots] (--format ascend); say which"
+        )
+    return "array"
+
+
+def _of_torch(path: Path) -> str:
+    document = torch_files.load(path)
+    if torch_files.is_tensor(document):
+        return _by_dimensions(path, document.ndim)
+    if placement_files.is_placement(document):
+        raise _no_load(path)
+    if isinstance(document, dict) and {"records", "logical_count"} & set(document):
+        return "sglang"
+    raise DumpError(f"{path}: a .pt file that is neither of SGLang's recorder nor one tensor")
+
+
+def _of_json(path: Path) -> str:
+    with path.open("rb") as file:
+        line = file.readline(MAX_TEXT + 1)
+    try:
+        document = parse_json(line, str(path))
+    except DumpError:
+        document = read_json(path)  # not JSON lines, but one document
+    if not isinstance(document, dict):
+        raise DumpError(f"{path}: a JSON document of a kind not known here")
+    if vllm.is_stats(document) or vllm.is_snapshot(document):
+        return "vllm"
+    if "logical_count" in document:
+        return "sglang"
+    if placement_files.is_placement(document):
+        raise _no_load(path)
+    raise DumpError(f"{path}: a JSON document of a kind not known here")
+
+
+def _no_load(path: Path) -> DumpError:
+    return DumpError(
+        f"{path}: a placement, which has no loads in it; --placement takes it beside a source of loads"
+    )

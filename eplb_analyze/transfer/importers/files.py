@@ -1,0 +1,262 @@
+"""Safe reading of foreign files: size and kind are checked before memory is taken, nothing is unpickled.
+
+Numpy arrays, safetensors, JSON and JSON lines; what the numbers mean is for the systems' modules.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from tokenize import TokenError
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.reader.segments import require_regular
+from eplb_analyze.transfer.importers.source import AskError
+from eplb_dump.format.schema import FormatError
+
+#: A JSON document or a line of JSON lines: a DeepSeek-V3 record is a third of a MB.
+MAX_TEXT = 16 << 20
+#: An array of a compressed .npz may be so much larger than its bytes, above MAX_SMALL.
+MAX_RATIO, MAX_SMALL = 100, 64 << 20
+#: Files in a folder.
+MAX_FILES = 1 << 16
+#: What reading a damaged archive raises.
+BROKEN_ARCHIVE = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+_SAFETENSORS_TYPES = {"I64": "<i8", "I32": "<i4", "U8": "|u1", "I16": "<i2"}
+
+Array = npt.NDArray[Any]
+
+
+def regular(path: Path) -> int:
+    """The size of a regular file. Raises DumpError for what is none, links included."""
+    try:
+        require_regular(path)
+        return path.stat().st_size
+    except FormatError as error:
+        raise DumpError(f"{path}: {error}") from None
+    except OSError as error:
+        raise DumpError(f"{path}: {error.strerror}") from None
+
+
+def listing(folder: Path, only: str | None) -> list[Path]:
+    """The regular files of a folder whose names match ``only``, sorted. Raises DumpError."""
+    found = []
+    try:
+        for number, path in enumerate(folder.iterdir()):
+            if number >= MAX_FILES:
+                raise DumpError(f"{folder}: more than {MAX_FILES:,} files")
+            if path.is_file() and not path.is_symlink() and fnmatch.fnmatchcase(path.name, only or "*"):
+                found.append(path)
+    except OSError as error:
+        raise DumpError(f"{folder}: {error.strerror}") from None
+    if not found:
+        raise DumpError(f"{folder}: no file in it" + (f" matches {only!r} (--only)" if only else ""))
+    return sorted(found)
+
+
+# ---- JSON
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Raises DumpError naming ``where``."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise DumpError(f"{where}: it is not JSON ({reason})") from None
+
+
+def read_json(path: Path) -> Any:
+    """One JSON document of at most MAX_TEXT bytes. Raises DumpError."""
+    if regular(path) > MAX_TEXT:
+        raise DumpError(f"{path}: a JSON document of more than {MAX_TEXT >> 20} MiB")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(where, object)`` of each line, read as a stream. Raises DumpError.
+
+    A last line without a newline that is no JSON is left out, which ``notes`` gets to know: its writer
+    was killed.
+    """
+    regular(path)
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_TEXT + 1):
+            number += 1
+            where = f"{path}: line {number}"
+            if len(line) > MAX_TEXT:
+                raise DumpError(f"{where}: longer than {MAX_TEXT >> 20} MiB")
+            if not line.strip():
+                continue
+            try:
+                record = parse_json(line, where)
+            except DumpError:
+                if not line.endswith(b"\n") and number > 1:
+                    if notes is not None:
+                        notes.append(f"line {number}, the last, left out: it is cut off")
+                    return
+                raise
+            if not isinstance(record, dict):
+                raise DumpError(f"{where}: it is no JSON object")
+            yield where, record
+
+
+def integers(value: Any, shape_of: int, where: str) -> Array:
+    """A nested JSON list as an integer array of ``shape_of`` dimensions. Raises DumpError."""
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError, RecursionError):
+        raise DumpError(f"{where}: lists of different lengths, or no numbers") from None
+    if array.dtype.kind not in "iu" or array.ndim != shape_of or not array.size:
+        raise DumpError(f"{where}: it must be whole numbers in {shape_of} dimensions")
+    return array
+
+
+# ---- numpy
+
+
+#: What numpy raises over a header that says nothing it knows; it has Python's own parser read it.
+HEADER_FAULTS = (
+    ValueError, KeyError, OSError, EOFError, RecursionError, SyntaxError, TypeError, MemoryError, TokenError,
+)  # fmt: skip
+
+
+def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, type and header length of the .npy at the file's start. Raises DumpError."""
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = reader(file)
+    except HEADER_FAULTS as error:
+        raise DumpError(f"{where}: its array header cannot be read ({error})") from None
+    if dtype.hasobject:
+        raise DumpError(f"{where}: it holds pickled objects, which are not opened")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise DumpError(f"{where}: it claims the shape {shape}")
+    return shape, dtype, file.tell()
+
+
+def read_npy(path: Path) -> Array:
+    """A .npy file as a read-only map of the file. Raises DumpError."""
+    size = regular(path)
+    with path.open("rb") as file:
+        shape, dtype, start = _header(file, str(path))
+    if math.prod(shape) * dtype.itemsize > size - start:
+        raise DumpError(f"{path}: it claims {shape} of {dtype}, but has only {size:,} bytes")
+    if math.prod(shape) == 0:
+        raise DumpError(f"{path}: its array is empty")
+    mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
+
+
+def zip_names(path: Path) -> list[str]:
+    """Names in a zip archive (.npz and .pt files are such). Raises DumpError."""
+    regular(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except BROKEN_ARCHIVE as error:
+        raise DumpError(f"{path}: its archive cannot be read ({error})") from None
+
+
+def npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of each array of a .npz file, checked against its bytes. Raises DumpError."""
+    names = zip_names(path)
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                where = f"{path}: array {name!r}"
+                entry = archive.getinfo(name)
+                # Before anything is unpacked: a header alone can claim 4 GiB.
+                if entry.file_size > max(MAX_SMALL, MAX_RATIO * entry.compress_size):
+                    raise DumpError(f"{where}: {entry.compress_size:,} bytes that unpack to "
+                                    f"{entry.file_size:,}, which no recorder writes")  # fmt: skip
+                with archive.open(entry) as file:
+                    shape, dtype, start = _header(file, where)
+                if math.prod(shape) * dtype.itemsize != entry.file_size - start:
+                    raise DumpError(f"{where}: it claims {shape} of {dtype}, which is not what is there")
+                found[name.removesuffix(".npy")] = (shape, dtype)
+    except BROKEN_ARCHIVE as error:
+        raise DumpError(f"{path}: its archive cannot be read ({error})") from None
+    return found
+
+
+def read_npz(path: Path, *wanted: str) -> dict[str, Array]:
+    """Arrays of a .npz file by name. Raises DumpError."""
+    shapes = npz_shapes(path)
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise DumpError(f"{path}: it lacks {', '.join(missing)}")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in wanted}
+    except BROKEN_ARCHIVE as error:
+        raise DumpError(f"{path}: it cannot be read ({error})") from None
+
+
+# ---- safetensors
+
+
+class Tensors:
+    """The tensors of a safetensors file, mapped from it: ``{name: array}`` in :attr:`arrays`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DumpError. The format: uint64 header length, JSON header, data."""
+        size = regular(path)
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length > min(size - 8, 4 * MAX_TEXT):
+                raise DumpError(f"{path}: it is no safetensors file, or cut off")
+            header = parse_json(file.read(length), f"{path}: header")
+        if not isinstance(header, dict):
+            raise DumpError(f"{path}: its header is no JSON object")
+        start, total = 8 + length, 0
+        data = np.memmap(path, np.uint8, "r", start) if size > start else np.empty(0, np.uint8)
+        self.arrays: dict[str, Array] = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
+                shape = tuple(entry["shape"])
+                low, high = entry["data_offsets"]
+                if any(type(n) is not int or n < 0 for n in (*shape, low, high)):
+                    raise ValueError
+                if high > len(data) or high - low != math.prod(shape) * dtype.itemsize:
+                    raise ValueError
+                total += high - low
+                self.arrays[name] = data[low:high].view(dtype).reshape(shape)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise DumpError(f"{path}: its header is wrong on tensor {name!r}, or it is cut off") from None
+        if total > len(data):
+            raise DumpError(f"{path}: its tensors overlap")
+
+
+# ---- which of several
+
+
+def one_of(paths: list[Path], what: str) -> Path:
+    """The only path. Raises AskError where there are several."""
+    if len(paths) > 1:
+        names = ", ".join(p.name for p in paths[:4]) + (" …" if len(paths) > 4 else "")
+        raise AskError(f"{paths[0].parent}: {len(paths)} {what} ({names}), each a recording of its own; "
+                       "name one of them, or choose with --only 'PATTERN'")  # fmt: skip
+    return paths[0]

@@ -1,0 +1,108 @@
+"""`import`: another system's dump becomes a run of ours, with what its source does not say written down."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.transfer.importers.detect import READERS, recognise
+from eplb_analyze.transfer.importers.plan import resolve
+from eplb_analyze.transfer.importers.source import Options
+from eplb_analyze.transfer.importers.write import write
+from eplb_dump.format.schema import MAX_EXPERTS
+
+__all__ = ["ImportReport", "Options", "import_dump"]
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported, and what is not known of it."""
+
+    source: str
+    format: str
+    system: str
+    kind: str
+    into: str
+    run_id: str
+    model: str
+    scope: str
+    ep_size: int
+    num_layers: int
+    layer_numbers: list[int] | None
+    num_logical_experts: int
+    num_physical_experts: int
+    token_replication: int
+    ranks: int
+    #: Steps that some rank has, those that all have, and those between them that the source left out.
+    steps: int
+    complete: int
+    not_sampled: int
+    files: int
+    unknown: dict[str, str]
+    assumed: dict[str, str]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def import_dump(
+    source: Path,
+    into: Path,
+    format: str | None = None,
+    options: Options | None = None,
+    run_id: str | None = None,
+) -> ImportReport:
+    """Import a source into a dump, as a new run.
+
+    Args:
+        source: a file or folder of another system.
+        into: the dump's folder; made where it does not exist.
+        format: a name of :data:`.detect.READERS`; default: told by the content.
+        options: what the source does not say.
+        run_id: the new run's; default: of the time of import.
+
+    Raises:
+        DumpError: the source cannot be used, or the dump not be written.
+        AskError: the source leaves open what must be known.
+        UsageError: the run is there already.
+    """
+    options = options or Options()
+    if options.ep_size is not None and not 1 <= options.ep_size <= MAX_EXPERTS:
+        raise ValueError(f"ep_size must be 1 to {MAX_EXPERTS}, not {options.ep_size}")
+    if into.exists() and not into.is_dir():
+        raise DumpError(f"{into}: it is a file; --into takes a dump's folder")
+    if source.is_symlink():
+        raise DumpError(f"{source}: a symbolic link, which is not followed")
+    if not source.exists():
+        raise DumpError(f"{source}: no such file or folder")
+    name = format or recognise(source, options)
+    reading = READERS[name](source, options)
+    plan = resolve(reading, options)
+    written = write(plan, into, run_id)
+    return ImportReport(
+        source=str(source),
+        format=name,
+        system=reading.system,
+        kind=reading.kind,
+        into=str(into),
+        run_id=written.run_id,
+        model=plan.model,
+        scope=reading.scope.value,
+        ep_size=plan.ep_size,
+        num_layers=reading.num_layers,
+        layer_numbers=None if plan.layers is None else list(plan.layers),
+        num_logical_experts=plan.num_logical_experts,
+        num_physical_experts=plan.num_physical_experts,
+        token_replication=plan.token_replication,
+        ranks=len(plan.parts),
+        steps=written.steps,
+        complete=written.complete,
+        not_sampled=written.not_sampled,
+        files=len(reading.files),
+        unknown=reading.unknown,
+        assumed=reading.assumed,
+        notes=reading.notes,
+    )

@@ -1,0 +1,313 @@
+"""From what a source says and what the user says to what is written; what neither says is asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.transfer.importers.placement_files import PlacementFile, read_placement
+from eplb_analyze.transfer.importers.source import (
+    LAST,
+    LINEAR,
+    UNKNOWN,
+    AskError,
+    Chunk,
+    Counts,
+    Options,
+    Reading,
+    whole_counts,
+)
+from eplb_dump.format.journal import Int32
+from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, Scope
+
+UNKNOWN_MODEL = "unknown"
+EXAMPLE = (
+    "--placement linear says that expert e is in slot e, --placement FILE names an engine's placement file"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: all is known or stated as unknown."""
+
+    reading: Reading
+    model: str
+    ep_size: int
+    num_logical_experts: int
+    num_physical_experts: int
+    token_replication: int
+    layers: tuple[int, ...] | None
+    #: By rank, iterated once: loads are int32 ``[n, layers, num_physical_experts]``.
+    parts: dict[int, Callable[[], Iterator[Chunk]]]
+
+
+def resolve(reading: Reading, options: Options) -> Plan:
+    """Raises AskError where the source and the options leave something open, DumpError where they clash."""
+    where = reading.files[0] if len(reading.files) == 1 else reading.files[0].parent
+    layers = _layers(reading, options, where)
+    # Both are needed more often than not, so that nobody is asked twice.
+    wants_placement = reading.by_slot is not True and options.placement is None
+    ep_size = _ep_size(reading, options, where, wants_placement)
+    if wants_placement:
+        raise AskError(f"{where}: {_why_placement(reading)}")
+    placement = _placement(reading, options, where)
+    experts = _experts(reading, options, placement, where)
+    if reading.scope is Scope.LOCAL:
+        _all_ranks(reading, ep_size, where)
+        _replicated(reading, options, where)
+    width = reading.width if placement is None else placement.shape[1]
+    if width % ep_size or width > MAX_EXPERTS:
+        raise AskError(
+            f"{where}: {width} slots do not divide among {ep_size} ranks; see --ep-size, --placement"
+        )
+    if options.token_replication is None:
+        reading.unknown["token_replication"] = (
+            "whether tokens are counted several times; taken as once (--token-replication)"
+        )
+    reading.unknown["times"] = "when the steps were"
+    if options.model is None and reading.model is None:
+        reading.unknown["model"] = "the model's name (--model)"
+    model = options.model or reading.model or UNKNOWN_MODEL
+    try:
+        model.encode()
+    except UnicodeEncodeError:
+        raise AskError(f"{where}: {model[:40]!r} is no name of a model (--model)") from None
+    divide = reading.by_slot is False and placement is not None
+    if divide and placement is not None:
+        _note_division(reading, placement)
+
+    def part(chunks: Callable[[], Iterator[Chunk]]) -> Callable[[], Iterator[Chunk]]:
+        return lambda: (_convert(c, placement, divide, ep_size, experts, layers, where) for c in chunks())
+
+    return Plan(
+        reading,
+        model,
+        ep_size,
+        experts,
+        width,
+        options.token_replication or 1,
+        layers,
+        {rank: part(chunks) for rank, chunks in reading.parts.items()},
+    )
+
+
+def _layers(reading: Reading, options: Options, where: Path) -> tuple[int, ...] | None:
+    if options.layers is None:
+        if reading.layers is None:
+            reading.unknown["layer_numbers"] = "the model's layer numbers: counted from 0 (--layers)"
+        return reading.layers
+    if reading.layers is not None and reading.layers != options.layers:
+        raise AskError(f"{where}: the source itself numbers its layers; leave out --layers")
+    if len(options.layers) != reading.num_layers:
+        raise AskError(
+            f"{where}: --layers names {len(options.layers)}, but the source has {reading.num_layers}"
+        )
+    return options.layers
+
+
+def _ep_size(reading: Reading, options: Options, where: Path, wants_placement: bool) -> int:
+    if reading.ep_size is not None:
+        if options.ep_size not in (None, reading.ep_size):
+            raise AskError(
+                f"{where}: the source has {reading.ep_size} EP ranks, not {options.ep_size} (--ep-size)"
+            )
+        return reading.ep_size
+    if options.ep_size is not None:
+        return options.ep_size
+    if reading.scope is Scope.LOCAL:
+        ranks = sorted(reading.parts)
+        seen = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        text = f"{where}: it does not say how many EP ranks there were (files of {seen} are here)"
+        text += "; give --ep-size"
+    else:
+        text = f"{where}: it does not say over how many EP ranks experts were spread; give --ep-size"
+        text += " (1, if only the experts matter)" if reading.by_slot is False else ""
+    raise AskError(text + (f"; also, {_why_placement(reading)}" if wants_placement else ""))
+
+
+def _why_placement(reading: Reading) -> str:
+    if reading.by_slot is None:
+        return (
+            f"it does not say whether its {reading.width} counts are of experts or of slots, and where the "
+            f"experts were: {EXAMPLE}, --placement unknown with --num-experts N leaves it open"
+        )
+    return f"it has counts of experts and does not say on which rank each was: {EXAMPLE}"
+
+
+def _placement(reading: Reading, options: Options, where: Path) -> Int32 | None:
+    """int32 ``[layers, num_physical_experts]`` of all steps; None: the chunks have them, or none is known."""
+    choice = options.placement
+    if choice == LAST:
+        if reading.kind not in ("per_pass", "per_token"):
+            raise AskError(f"{where}: --placement last is for SGLang's modes per_pass and per_token")
+        return None
+    if reading.placed and choice is not None:
+        raise AskError(f"{where}: the source has its own placements; leave out --placement")
+    if choice is None or choice == UNKNOWN:
+        if reading.by_slot is False:
+            raise AskError(
+                f"{where}: it has counts of experts: without a placement no rank's load is known; {EXAMPLE}"
+            )
+        if not reading.placed:
+            reading.unknown["placement"] = "which expert is in which slot (--placement)"
+        return None
+    if choice == LINEAR:
+        reading.assumed["placement"] = "expert e is in slot e in all steps, as --placement linear says"
+        return np.tile(np.arange(reading.width, dtype=np.int32), (reading.num_layers, 1))
+    file = read_placement(Path(choice), options.model or reading.model)
+    slots = _rows(file, reading, options, Path(choice))
+    if reading.by_slot is not False and slots.shape[1] != reading.width:
+        raise DumpError(f"{choice}: it has {slots.shape[1]} slots a layer, the loads have {reading.width}")
+    reading.assumed["placement"] = f"experts are where {Path(choice).name} says, in all steps"
+    return slots
+
+
+def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -> Int32:
+    """The file's rows of the layers that the source has loads of."""
+    numbers = reading.layers or options.layers
+    if file.numbers is not None and numbers is not None:
+        missing = sorted(set(numbers) - set(file.numbers))
+        if missing:
+            raise DumpError(f"{path}: it has no layer {missing[0]}, of which there are loads")
+        return file.slots[[file.numbers.index(n) for n in numbers]]
+    if reading.hidden_layers is not None and reading.layers is not None:
+        if len(file.slots) != reading.hidden_layers:
+            raise DumpError(
+                f"{path}: it has {len(file.slots)} layers, but the loads are of {reading.hidden_layers} "
+                "hidden layers: SGLang counts dense ones, too, and would take the wrong row for each"
+            )
+        return file.slots[list(reading.layers)]
+    if len(file.slots) != reading.num_layers:
+        raise DumpError(f"{path}: it has {len(file.slots)} layers, the loads have {reading.num_layers}")
+    return file.slots
+
+
+def _experts(reading: Reading, options: Options, placement: Int32 | None, where: Path) -> int:
+    stated = reading.num_logical_experts
+    if stated is None and placement is not None and options.num_logical_experts is None:
+        held = np.unique(placement[placement != EMPTY_SLOT])
+        if not np.array_equal(held, np.arange(len(held))):
+            raise AskError(f"{where}: the placement does not hold every expert; give --num-experts")
+        stated = len(held)
+    if stated is None:
+        stated = options.num_logical_experts
+    if stated is None:
+        raise AskError(
+            f"{where}: it has counts of {reading.width} slots and does not say how many experts the model "
+            "has: give --num-experts, or --placement"
+        )
+    if options.num_logical_experts not in (None, stated):
+        raise AskError(
+            f"{where}: the source has {stated} experts, not {options.num_logical_experts} (--num-experts)"
+        )
+    if placement is not None and placement.max() >= stated:
+        raise DumpError(f"{where}: the placement names expert {placement.max()}, but there are {stated}")
+    return stated
+
+
+def _all_ranks(reading: Reading, ep_size: int, where: Path) -> None:
+    missing = [rank for rank in range(ep_size) if rank not in reading.parts]
+    beyond = [rank for rank in reading.parts if rank >= ep_size]
+    if beyond:
+        raise AskError(
+            f"{where}: it has a file of rank {beyond[0]}, so there are more than {ep_size} ranks (--ep-size)"
+        )
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (
+            f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        )
+        raise DumpError(
+            f"{where}: of {ep_size} ranks, these have no file: {shown}; each rank counted only its own "
+            "tokens, so no step would be complete"
+        )
+
+
+def _replicated(reading: Reading, options: Options, where: Path) -> None:
+    """Ask about ranks that all counted the same tokens: added up, each would count several times."""
+    if options.token_replication is not None or len(reading.parts) < 2:
+        return
+    firsts = [next(chunks(), None) for chunks in reading.parts.values()]
+    if any(chunk is None for chunk in firsts):
+        return
+    loads = [chunk.load for chunk in firsts if chunk is not None]
+    same = all(a.shape == b.shape and np.array_equal(a, b) for a, b in itertools.pairwise(loads))
+    if same and loads[0].any():
+        raise AskError(
+            f"{where}: all {len(loads)} ranks counted the same: where each rank sees all tokens (no "
+            f"attention data parallelism), give --token-replication {len(loads)}, else --token-replication 1"
+        )
+
+
+def _note_division(reading: Reading, placement: Int32) -> None:
+    held = placement[placement != EMPTY_SLOT]
+    if len(held) > reading.width * len(placement):
+        reading.assumed["split"] = (
+            "an expert's tokens are split evenly over its slots, in whole tokens: the source has only "
+            "their sum"
+        )
+
+
+def _convert(
+    chunk: Chunk,
+    placement: Int32 | None,
+    divide: bool,
+    ep_size: int,
+    experts: int,
+    layers: tuple[int, ...] | None,
+    where: Path,
+) -> Chunk:
+    try:
+        load = whole_counts(chunk.load, str(where))
+    except ValueError as error:
+        raise DumpError(f"{error}{_place(chunk, layers)}") from None
+    slots = chunk.placement if placement is None else placement
+    if divide:
+        assert placement is not None
+        load = split(load, placement, where)
+    if slots is not None and slots.max() >= experts:
+        raise DumpError(f"{where}: step {chunk.step[0]}: its placement names an expert beyond {experts}")
+    size = ep_size if chunk.ep_size is None else chunk.ep_size
+    if load.shape[2] % size:
+        raise DumpError(
+            f"{where}: step {chunk.step[0]}: {load.shape[2]} slots do not divide among {size} ranks"
+        )
+    return replace(chunk, load=load, placement=slots, ep_size=size)
+
+
+def _place(chunk: Chunk, layers: tuple[int, ...] | None) -> str:
+    """Where the first count that is none stands."""
+    values = chunk.load
+    if values.dtype.kind not in "iuf":
+        return ""
+    with np.errstate(invalid="ignore"):
+        odd = np.argwhere(~((values >= 0) & (values <= 2**31 - 1) & (values == np.floor(values))))
+    if not len(odd):
+        return ""
+    row, layer, column = odd[0].tolist()
+    return f" (step {chunk.step[row]}, layer {layer if layers is None else layers[layer]}, column {column})"
+
+
+def split(load: Int32, placement: Int32, where: Path) -> Int32:
+    """Counts by expert ``[n, layers, experts]`` to counts by slot, split evenly, the rest to the first.
+
+    Raises DumpError where an expert with tokens has no slot.
+    """
+    n, layers, experts = load.shape
+    out = np.zeros((n, layers, placement.shape[1]), np.int32)
+    for layer, slots in enumerate(placement):
+        copies = np.bincount(slots[slots != EMPTY_SLOT], minlength=experts)
+        homeless = np.flatnonzero((copies == 0) & load[:, layer].any(axis=0))
+        if len(homeless):
+            raise DumpError(f"{where}: expert {homeless[0]} has tokens, but no slot in the placement")
+        nth: Counts = np.zeros(experts, np.int64)
+        for slot, expert in enumerate(slots.tolist()):
+            if expert != EMPTY_SLOT:
+                share, rest = np.divmod(load[:, layer, expert], copies[expert])
+                out[:, layer, slot] = share + (nth[expert] < rest)
+                nth[expert] += 1
+    return out

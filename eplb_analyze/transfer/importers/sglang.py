@@ -1,0 +1,273 @@
+"""SGLang's expert distribution recorder: files of the modes stat, stat_approx, per_pass and per_token.
+
+What they hold and lack was read off sglang/srt/eplb/expert_distribution.py of SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.text import plural
+from eplb_analyze.transfer.importers import torch_files
+from eplb_analyze.transfer.importers.files import Array, integers, listing, one_of, read_json
+from eplb_analyze.transfer.importers.source import (
+    LAST,
+    AskError,
+    Chunk,
+    Options,
+    Reading,
+    ordered_rows,
+    plain_int,
+    whole_counts,
+)
+from eplb_dump.format.journal import Int32, Int64
+from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, Scope
+
+SYSTEM = "SGLang"
+MAP = "last_physical_to_logical_map"
+#: ForwardMode's numbers in SGLang.
+PHASES = {1: "prefill", 2: "decode", 3: "mixed", 4: "idle", 5: "verify", 6: "draft", 8: "prefill"}
+
+
+def read(path: Path, options: Options) -> Reading:
+    """A file, or a folder of the files of one recording. Raises DumpError, AskError."""
+    paths = listing(path, options.only or "*.pt") if path.is_dir() else [path]
+    if paths[0].suffix == ".json":
+        return _stat(one_of(paths, "files"), read_json(paths[0]), options)
+    documents = [(p, torch_files.load(p)) for p in paths]
+    for p, document in documents:
+        if not isinstance(document, dict) or not {"records", "logical_count"} & set(document):
+            raise DumpError(f"{p}: it is not of SGLang's recorder: neither 'records' nor 'logical_count'")
+    if all("records" in document for _, document in documents):
+        return _per_pass(documents, options)
+    return _stat(one_of(paths, "files"), documents[0][1], options)
+
+
+def _with_tokens(total: Array, where: str, notes: list[str]) -> Array:
+    """Indices of the hidden layers that have tokens; the others are dense, or of another pipeline stage."""
+    layers = np.flatnonzero(total)
+    if not len(layers):
+        raise DumpError(f"{where}: no layer has a token")
+    if len(layers) < len(total):
+        left = np.flatnonzero(total == 0).tolist()
+        shown = ", ".join(map(str, left[:8])) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+        notes.append(
+            f"{plural(len(left), 'layer')} without any token left out, as dense ones are: {shown}; "
+            "the others keep their numbers"
+        )
+    return layers
+
+
+# ---- stat, stat_approx: sums over ranks, by logical expert
+
+
+def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
+    value = document.get("logical_count")
+    if _is_tensor(value):
+        counts = torch_files.Arrays(path).of(value, (2, 3), "logical_count")
+    else:
+        counts = integers(value, 3 if _depth(value) == 3 else 2, f"{path}: logical_count")
+    rows = counts if counts.ndim == 3 else counts[None]
+    if rows.shape[1] > MAX_LAYERS or rows.shape[2] > MAX_EXPERTS:
+        raise DumpError(f"{path}: logical_count claims {rows.shape[1]} layers of {rows.shape[2]} experts")
+    notes: list[str] = []
+    layers = _with_tokens((rows != 0).any(axis=(0, 2)), str(path), notes)
+    step = np.arange(len(rows), dtype=np.int64)
+    empty = np.flatnonzero(~(rows != 0).any(axis=(1, 2)))
+    if len(empty) and not options.ordered:
+        # In a ring buffer that is not full yet they are no passes at all.
+        notes.append(
+            f"{plural(len(empty), 'row')} without any token left out: an unfilled ring buffer has such rows, "
+            "and so do idle passes"
+        )
+        step = np.setdiff1d(step, empty)
+
+    def chunks() -> Iterator[Chunk]:
+        for low in range(0, len(step), 256):
+            chosen = step[low : low + 256]
+            yield Chunk(chosen, rows[chosen][:, layers])
+
+    recorder = "rank" in document
+    reading = Reading(
+        SYSTEM, "stat" if recorder else "logical_count", [path], False, Scope.GLOBAL, {0: chunks},
+        len(layers), rows.shape[2], num_logical_experts=rows.shape[2],
+        layers=tuple(layers.tolist()), hidden_layers=rows.shape[1], notes=notes,
+    )  # fmt: skip
+    if not recorder or counts.ndim == 2:
+        reading.unknown["passes"] = "of how many forward passes each row is the sum"
+    if len(rows) > 1:
+        ordered_rows(reading, options, "rows of a ring buffer are not in the order of time")
+    reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
+    return reading
+
+
+def _is_tensor(value: Any) -> bool:
+    return not isinstance(value, list | dict | int | float | str | None) and torch_files.is_tensor(value)
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    while isinstance(value, list) and value and depth < 4:
+        value, depth = value[0], depth + 1
+    return depth
+
+
+# ---- per_pass, per_token: a file a rank, by slot
+
+
+class _RankFile:
+    """The records of one rank: ``step [n]`` and, for each, the counts to add up."""
+
+    def __init__(self, path: Path, document: dict[str, Any]) -> None:
+        self.path = path
+        records = document["records"]
+        if not isinstance(records, list) or not records:
+            raise DumpError(f"{path}: it has no records")
+        arrays = torch_files.Arrays(path)
+        slots = arrays.of(document.get(MAP), (2,), MAP)
+        if slots.dtype.kind not in "iu" or slots.min() < EMPTY_SLOT or slots.max() >= MAX_EXPERTS:
+            raise DumpError(f"{path}: its {MAP} names impossible experts")
+        self.slots: Int32 = slots.astype(np.int32)
+        self.counts: dict[int, list[Array]] = {}
+        self.tokens: dict[int, int] = {}
+        self.phase: dict[int, str | None] = {}
+        self.per_token = False
+        seen: set[tuple[int, object]] = set()
+        ranks = set()
+        for number, record in enumerate(records):
+            where = f"record {number}"
+            if not isinstance(record, dict):
+                raise DumpError(f"{path}: {where} is no record")
+            step = plain_int(record.get("forward_pass_id"), 0, 2**62)
+            rank = plain_int(record.get("rank"), 0, MAX_EXPERTS)
+            if step is None or rank is None:
+                raise DumpError(f"{path}: {where} has no forward_pass_id or no rank")
+            # With two-batch overlap a pass has several records, each of a part of its tokens.
+            gatherer = record.get("gatherer_key")
+            if not (gatherer is None or isinstance(gatherer, str)):
+                raise DumpError(f"{path}: {where}: its gatherer_key is no text")
+            key = (step, gatherer)
+            if key in seen:
+                raise DumpError(f"{path}: {where} repeats forward pass {step} of gatherer {gatherer!r:.40}")
+            seen.add(key)
+            ranks.add(rank)
+            array = arrays.of(record.get("global_physical_count"), (2,), f"{where}: global_physical_count")
+            if array.shape != self.slots.shape:
+                raise DumpError(f"{path}: {where} has counts of another shape than the map")
+            self.counts.setdefault(step, []).append(array)
+            if isinstance(record.get("input_ids"), list):  # mode per_token
+                self.per_token = True
+                self.tokens[step] = self.tokens.get(step, 0) + len(record["input_ids"])
+                self.phase[step] = PHASES.get(plain_int(record.get("forward_mode"), 0, 99) or 0)
+        if len(ranks) > 1:
+            raise DumpError(f"{path}: its records are of several ranks: {sorted(ranks)}")
+        self.rank = ranks.pop()
+        self.step = np.array(sorted(self.counts), np.int64)
+
+    def chunks(self, layers: Array, placement_from: int | None) -> Iterator[Chunk]:
+        edges = sorted({0, *range(0, len(self.step), 64), *self._cut(placement_from), len(self.step)})
+        for low, high in itertools.pairwise(edges):
+            steps = self.step[low:high]
+            load = np.stack([self._load(int(step), layers) for step in steps])
+            known = placement_from is not None and int(steps[0]) >= placement_from
+            yield Chunk(
+                steps, load, self.slots[layers] if known else None,
+                num_tokens=np.array([self.tokens.get(int(s), -1) for s in steps], np.int64),
+                phase=tuple(self.phase.get(int(s)) for s in steps),
+            )  # fmt: skip
+
+    def _load(self, step: int, layers: Array) -> Int64:
+        """Counts of one pass ``[layers, slots]``. Each part is checked: their sum could look right."""
+        try:
+            parts = [whole_counts(a[layers], f"{self.path}: forward pass {step}") for a in self.counts[step]]
+        except ValueError as error:
+            raise DumpError(str(error)) from None
+        total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
+        return total
+
+    def _cut(self, step: int | None) -> list[int]:
+        return [] if step is None else [int(np.searchsorted(self.step, step))]
+
+
+def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) -> Reading:
+    files: dict[int, _RankFile] = {}
+    for path, document in documents:
+        file = _RankFile(path, document)
+        if file.rank in files:
+            raise AskError(
+                f"{path.parent}: rank {file.rank} has several files ({files[file.rank].path.name}, "
+                f"{path.name}), of recordings of their own; choose with --only 'PATTERN'"
+            )
+        files[file.rank] = file
+    first = next(iter(files.values()))
+    for file in files.values():
+        if file.slots.shape != first.slots.shape:
+            raise DumpError(f"{file.path}: it has another shape than {first.path.name}")
+        if not np.array_equal(file.slots, first.slots):
+            raise DumpError(
+                f"{file.path}: its last placement is not that of {first.path.name}: the files are of two "
+                "recordings, or were dumped at two moments"
+            )
+    if first.slots.shape[0] > MAX_LAYERS or first.slots.shape[1] > MAX_EXPERTS:
+        raise DumpError(f"{first.path}: it claims {first.slots.shape} layers and slots")
+    notes: list[str] = []
+    arrays = [a for file in files.values() for parts in file.counts.values() for a in parts]
+    layers = _with_tokens(sum((a != 0).any(axis=1) for a in arrays), str(first.path.parent), notes)
+    last = max(int(file.step[-1]) for file in files.values())
+    throughout = options.placement == LAST
+    since = 0 if throughout else last
+
+    def part(file: _RankFile) -> Callable[[], Iterator[Chunk]]:
+        return lambda: file.chunks(layers, since)
+
+    reading = Reading(
+        SYSTEM, "per_token" if first.per_token else "per_pass", [file.path for file in files.values()],
+        True, Scope.LOCAL, {rank: part(file) for rank, file in sorted(files.items())},
+        len(layers), first.slots.shape[1],
+        layers=tuple(layers.tolist()), hidden_layers=len(first.slots), placed=True,
+        files_of={rank: [file.path] for rank, file in files.items()}, notes=notes,
+    )  # fmt: skip
+    reading.num_logical_experts = _experts_of(first.slots[layers], first.path)
+    if throughout:
+        reading.assumed["placement"] = (
+            "the last placement was in force in all steps, as --placement last says"
+        )
+    elif len({int(s) for file in files.values() for s in file.step}) > 1:
+        reading.assumed["placement"] = "the last placement was in force in the last step"
+        reading.unknown["earlier_placements"] = (
+            "which expert was in which slot before the last step: only the last placement is in the file "
+            "(--placement last says that it never changed)"
+        )
+    if len(files) > 1 and _only_received(files, layers):
+        reading.unknown["token_source"] = (
+            "from which rank tokens came: each rank counted what it received, so `traffic` has no answer"
+        )
+    return reading
+
+
+def _experts_of(slots: Int32, path: Path) -> int:
+    experts = np.unique(slots[slots >= 0])
+    if slots.min() < -1 or not np.array_equal(experts, np.arange(len(experts))) or not len(experts):
+        raise DumpError(f"{path}: its {MAP} lacks experts, or names impossible ones")
+    return len(experts)
+
+
+def _only_received(files: dict[int, _RankFile], layers: Array) -> bool:
+    """Whether every rank has tokens on one stretch of slots alone, and no two ranks' stretches meet."""
+    spans = []
+    for file in files.values():
+        used = np.zeros(file.slots.shape[1], bool)
+        for parts in file.counts.values():
+            for array in parts:
+                used |= (array[layers] != 0).any(axis=0)
+        slots = np.flatnonzero(used)
+        if len(slots):
+            spans.append((int(slots[0]), int(slots[-1])))
+    spans.sort()
+    return len(spans) > 1 and all(a[1] < b[0] for a, b in itertools.pairwise(spans))

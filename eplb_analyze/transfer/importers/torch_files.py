@@ -1,0 +1,75 @@
+"""Reading .pt files with torch, without running what is in them; torch is imported only here."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.transfer.importers.files import Array, regular, zip_names
+
+
+def load(path: Path) -> Any:
+    """What ``torch.save`` wrote, with ``weights_only``; tensors stay mapped from the file.
+
+    Raises DumpError: torch is missing, or the file is not a plain one. A tensor is turned into an
+    array, and checked, by :class:`Arrays`.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise DumpError(
+            f"{path}: reading .pt files needs torch: pip install 'eplb-dump[analyze,torch]'"
+        ) from None
+    regular(path)
+    names = zip_names(path)
+    if not any(name.endswith("data.pkl") for name in names):
+        raise DumpError(f"{path}: it is not a file that torch.save wrote")
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise DumpError(f"{path}: it is compressed, which torch.save never does")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise DumpError(
+            f"{path}: it holds more than tensors and plain values, and objects are not opened: "
+            "they could run code"
+        ) from None
+    except Exception as error:  # torch raises all kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DumpError(f"{path}: it cannot be read ({reason})") from None
+
+
+class Arrays:
+    """Turns the tensors of one file into arrays, which together are no larger than the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._left = regular(path)
+
+    def of(self, tensor: Any, dimensions: tuple[int, ...], name: str) -> Array:
+        """An integer or float tensor as a read-only array. Raises DumpError."""
+        import torch
+
+        where = f"{self._path}: {name}"
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+            raise DumpError(f"{where}: it is no plain tensor")
+        if tensor.ndim not in dimensions or not tensor.numel():
+            wanted = " or ".join(map(str, dimensions))
+            raise DumpError(f"{where}: it has the shape {list(tensor.shape)}, not {wanted} dimensions")
+        if tensor.dtype == torch.bfloat16 or tensor.is_complex():
+            raise DumpError(f"{where}: token counts of type {str(tensor.dtype).removeprefix('torch.')}")
+        # A view can claim any shape of a few bytes (a stride of 0), and many views the same bytes.
+        self._left -= tensor.numel() * tensor.element_size()
+        if self._left < 0 or tensor.device.type != "cpu":
+            raise DumpError(f"{where}: its tensors claim more than the file holds")
+        array: Array = tensor.detach().numpy()
+        return array
+
+
+def is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)

@@ -1,0 +1,101 @@
+"""Sealing what dead writers left: the one thing in this package that writes into a dump, on request."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.reader.discovery import discover
+from eplb_analyze.storage.path import StoragePath, local
+from eplb_dump.format.journal import UnbegunJournal, lock
+from eplb_dump.format.schema import JOURNAL_PATTERN, FormatError, model_slug
+from eplb_dump.format.segment import seal
+
+#: Where a file system has no locks, a journal that was written to this recently may be in use.
+QUIET_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class SealedJournal:
+    journal: str
+    seq: int
+    first_step: int | None
+    last_step: int | None
+    journal_bytes: int
+    sealed_bytes: int
+
+
+@dataclass(frozen=True)
+class SkippedJournal:
+    journal: str
+    #: ``in_use``, ``damaged`` or ``failed``.
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SealReport:
+    sealed: list[SealedJournal]
+    skipped: list[SkippedJournal]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def seal_dump(path: StoragePath, run: str | None = None, model: str | None = None) -> SealReport:
+    """Seal the journals of dead writers, of all runs and models or of the ones named.
+
+    A writer holds its journal's lock as long as it lives, on whatever host; where the file system
+    has no locks, a journal that was written to in the last ten minutes counts as in use.
+
+    Raises:
+        DumpError, NotInDumpError: there is no such dump, run or model.
+        UsageError: it lies in a bucket.
+    """
+    path = local(path, "`seal`")
+    found = discover(path)
+    if run is not None and run not in found.runs:
+        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(found.newest_first()[:10])}")
+    report = SealReport([], [])
+    matched = False
+    for run_id in found.newest_first() if run is None else [run]:
+        for slug, sessions in found.runs[run_id].items():
+            for folder, info in sessions:
+                if model is not None and model not in (info.model, slug, model_slug(info.model)):
+                    continue
+                matched = True
+                for journal in sorted(local(folder, "`seal`").iterdir()):
+                    if JOURNAL_PATTERN.fullmatch(journal.name) and not journal.is_symlink():
+                        _seal_one(journal, report)
+    if model is not None and not matched:
+        raise NotInDumpError(f"{path}: no model {model!r} in it")
+    return report
+
+
+def _seal_one(journal: Path, report: SealReport) -> None:
+    try:
+        with journal.open("r+b") as file:
+            locked = lock(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+            quiet = time.time() - os.fstat(file.fileno()).st_mtime > QUIET_SECONDS
+            if locked is False or (locked is None and not quiet):
+                report.skipped.append(SkippedJournal(str(journal), "in_use", "its writer is alive"))
+                return
+            entry = seal(journal)
+    except FileNotFoundError:  # sealed meanwhile
+        return
+    except UnbegunJournal:  # killed at its first write: nothing that counts is in it
+        return
+    except FormatError as error:
+        report.skipped.append(SkippedJournal(str(journal), "damaged", str(error)))
+    except OSError as error:
+        report.skipped.append(SkippedJournal(str(journal), "failed", error.strerror or str(error)))
+    else:
+        seq = int(journal.stem.split("-")[1])
+        first, last = (None, None) if entry is None else (entry.first_step, entry.last_step)
+        sealed = 0 if entry is None else sum(f.bytes for f in entry.files.values())
+        report.sealed.append(SealedJournal(str(journal), seq, first, last, size, sealed))

@@ -1,0 +1,162 @@
+"""Checksummed frames: the unit in which journals and manifests are appended and read.
+
+A frame is a 16-byte head and a payload; the payload is a small JSON header and raw arrays. The
+head carries a checksum of itself, so that a torn end (the writer was killed in the middle of a
+write) can be told from damage. Nothing here knows what the frames mean.
+
+::
+
+    0   4  magic b"EPLF"
+    4   4  payload length n, little-endian uint32
+    8   4  CRC-32 of the payload
+    12  4  CRC-32 of bytes 0 to 11
+    16  4  JSON header length h
+    20  h  JSON header, padded with spaces to a multiple of 4
+    ... arrays of the header's "arrays", in its order, back to back, little-endian, C order
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_dump.format.schema import FormatError
+
+MAGIC = b"EPLF"
+HEAD = struct.Struct("<4sIII")
+#: No frame is larger; a head that claims more is damage, and no memory is taken for it.
+MAX_PAYLOAD = 64 << 20
+_LENGTH = struct.Struct("<I")
+_DTYPES = frozenset({"|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8"})
+
+Array = npt.NDArray[Any]
+
+
+class NamedFile(Protocol):
+    """A file that can be read: a :class:`pathlib.Path`, or what stands for a file that lies elsewhere."""
+
+    @property
+    def name(self) -> str: ...
+    def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One whole, checksum-verified frame and where it lies in its file."""
+
+    kind: str
+    header: dict[str, Any]
+    arrays: dict[str, Array]
+    #: Byte offset in the file of each array.
+    offsets: dict[str, int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How a file of frames ends: where its valid prefix stops, and why."""
+
+    end: int
+    size: int
+    #: ``None``: at the end of the file. "torn": in the middle of a frame. "damaged": wrong bytes.
+    fault: str | None = None
+
+
+def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> bytes:
+    """A frame as bytes. ``arrays`` must be little-endian integers."""
+    arrays = arrays or {}
+    layout = {name: [a.dtype.str, list(a.shape)] for name, a in arrays.items()}
+    text = json.dumps({"kind": kind, **header, "arrays": layout}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 4)
+    parts: list[Any] = [_LENGTH.pack(len(text)), text]
+    parts += [np.ascontiguousarray(a).data.cast("B") for a in arrays.values() if a.size]
+    length, crc = 0, 0
+    for part in parts:
+        length += len(part)
+        crc = zlib.crc32(part, crc)
+    if length > MAX_PAYLOAD:
+        raise ValueError(f"a frame of {length} bytes is larger than {MAX_PAYLOAD}")
+    head = struct.pack("<4sII", MAGIC, length, crc)
+    return b"".join([head, _LENGTH.pack(zlib.crc32(head)), *parts])
+
+
+def decode_payload(payload: bytes, start: int) -> Frame:
+    """The frame in a verified payload whose head stands at byte ``start`` of its file.
+
+    Raises FormatError where the content contradicts itself (checksums do not make it true).
+    """
+    try:
+        (text_length,) = _LENGTH.unpack_from(payload)
+        header = json.loads(payload[4 : 4 + text_length])
+        layout = header.pop("arrays")
+        kind = header.pop("kind")
+        position = 4 + text_length
+        arrays: dict[str, Array] = {}
+        offsets: dict[str, int] = {}
+        for name, (dtype, shape) in layout.items():
+            if dtype not in _DTYPES or any(not isinstance(n, int) or n < 0 for n in shape):
+                raise ValueError(f"array {name!r} of type {dtype!r}")
+            count = 1
+            for n in shape:
+                count *= n
+            if position + count * int(dtype[2:]) > len(payload):
+                raise ValueError(f"array {name!r} ends after its frame")
+            arrays[name] = np.frombuffer(payload, dtype, count, position).reshape(shape)
+            offsets[name] = start + HEAD.size + position
+            position += arrays[name].nbytes
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise FormatError(f"the frame at byte {start} is malformed ({error})") from None
+    return Frame(kind, header, arrays, offsets, start, start + HEAD.size + len(payload))
+
+
+def _only_zeros(file: BinaryIO, rest: int) -> bool:
+    if rest > MAX_PAYLOAD:  # more than a write that a power cut took back
+        return False
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            return False
+    return True
+
+
+def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
+    """The frames of the valid prefix of the first ``size`` bytes, and at last a Tail.
+
+    ``size`` bounds the read, so that a file that grows meanwhile is seen as of one moment.
+    """
+    position = 0
+    while position < size:
+        head = file.read(min(HEAD.size, size - position))
+        if len(head) < HEAD.size:
+            # A torn head is a prefix of a real one; anything else is damage.
+            torn = head[:4] == MAGIC[: len(head[:4])] or not any(head)
+            yield Tail(position, size, "torn" if torn else "damaged")
+            return
+        magic, length, crc, head_crc = HEAD.unpack(head)
+        if magic != MAGIC or zlib.crc32(head[:12]) != head_crc or length > MAX_PAYLOAD:
+            # A power cut can leave zeros where data was promised: that is a torn end, too.
+            zeros = not any(head) and _only_zeros(file, size - position)
+            yield Tail(position, size, "torn" if zeros else "damaged")
+            return
+        if position + HEAD.size + length > size:
+            yield Tail(position, size, "torn")
+            return
+        payload = file.read(length)
+        if len(payload) < length or zlib.crc32(payload) != crc:
+            yield Tail(position, size, "damaged")
+            return
+        try:
+            frame = decode_payload(payload, position)
+        except FormatError:
+            yield Tail(position, size, "damaged")
+            return
+        yield frame
+        position = frame.end
+    yield Tail(position, size)

@@ -1,0 +1,413 @@
+"""The journal: the open segment of a session, an append-only file of frames.
+
+Here stand both sides of it, so that they cannot drift apart: the frames that the writer appends,
+and :class:`JournalSegment`, which reads a journal's valid prefix, live or after a crash. Sealing
+and the reader both go through :class:`JournalSegment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_dump.format import frames
+from eplb_dump.format.schema import (
+    EMPTY_SLOT,
+    JOURNAL_PATTERN,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_LOAD,
+    FormatError,
+    Status,
+    journal_name,
+)
+from eplb_dump.format.session import SessionInfo
+
+#: No session frame is larger than this; more that cannot be read was something else.
+_MAX_FIRST_FRAME = 1 << 16
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+def lock(fd: int) -> bool | None:
+    """Take a file's lock: True; False where another process has it; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where no engine writes
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of every load in one segment; a change of it begins a new segment."""
+
+    ep_size: int
+    num_moe_layers: int
+    num_physical_experts: int
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.num_physical_experts // self.ep_size
+
+    @property
+    def impossible(self) -> bool:
+        """Whether no load can have this shape: slots that do not divide, or sizes beyond all sense."""
+        return (
+            min(self.ep_size, self.num_moe_layers, self.num_physical_experts) < 1
+            or self.num_moe_layers > MAX_LAYERS
+            or self.num_physical_experts > MAX_EXPERTS
+            or self.num_physical_experts % self.ep_size != 0
+        )
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of the ``steps`` table as arrays of one length n.
+
+    ``num_tokens`` and ``phase`` (an index into ``phases``) are -1 where they are not known.
+    """
+
+    step: Int64
+    time_ns: Int64
+    monotonic_ns: Int64
+    status: npt.NDArray[np.uint8]
+    num_tokens: Int64
+    phase: npt.NDArray[np.signedinteger[Any]]
+    phases: tuple[str, ...] = ()
+
+    @classmethod
+    def concat(cls, parts: Sequence[StepRows]) -> StepRows:
+        phases = tuple(dict.fromkeys(name for part in parts for name in part.phases))
+        index = {name: i for i, name in enumerate(phases)}
+        codes = []
+        for part in parts:
+            translate = np.array([index[name] for name in part.phases] + [-1], np.int32)
+            codes.append(translate[part.phase])
+        return cls(
+            step=_joined([part.step for part in parts], np.int64),
+            time_ns=_joined([part.time_ns for part in parts], np.int64),
+            monotonic_ns=_joined([part.monotonic_ns for part in parts], np.int64),
+            status=_joined([part.status for part in parts], np.uint8),
+            num_tokens=_joined([part.num_tokens for part in parts], np.int64),
+            phase=_joined(codes, np.int32),
+            phases=phases,
+        )
+
+    def select(self, mask: npt.NDArray[Any]) -> StepRows:
+        return StepRows(
+            self.step[mask],
+            self.time_ns[mask],
+            self.monotonic_ns[mask],
+            self.status[mask],
+            self.num_tokens[mask],
+            self.phase[mask],
+            self.phases,
+        )
+
+
+@dataclass(frozen=True)
+class PlacementRows:
+    """Rows of the ``placements`` table: n changed layers (as indices), each with its slots' experts."""
+
+    step: Int64
+    #: Index of the MoE layer, from 0.
+    layer: Int32
+    ep_size: Int32
+    #: One int32 [num_physical_experts] a row.
+    physical_to_logical: list[Int32]
+
+
+def session_frame(info: SessionInfo, seq: int) -> bytes:
+    return frames.encode("session", {"session": info.to_dict(), "seq": seq})
+
+
+def steps_frame(rows: StepRows) -> bytes:
+    return frames.encode(
+        "steps",
+        {"phases": list(rows.phases)},
+        {
+            "step": rows.step,
+            "time_ns": rows.time_ns,
+            "monotonic_ns": rows.monotonic_ns,
+            "status": rows.status,
+            "num_tokens": rows.num_tokens,
+            "phase": rows.phase,
+        },
+    )
+
+
+def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> bytes:
+    """``load``: uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]`` of n steps."""
+    return frames.encode("loads", {"ep_size": ep_size}, {"step": step, "load": load})
+
+
+def placements_frame(step: Int64, layer: Int32, physical_to_logical: Int32, ep_size: int) -> bytes:
+    """``physical_to_logical``: int32 ``[n, num_physical_experts]``, a row a changed layer."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "step": step,
+        "layer": layer,
+        "physical_to_logical": physical_to_logical,
+    }
+    return frames.encode("placements", {"ep_size": ep_size}, arrays)
+
+
+@dataclass(frozen=True)
+class _LoadFrame:
+    step: Int64
+    offset: int
+    dtype: np.dtype[Any]
+    #: Which of the frame's steps are committed, and where they go among the segment's steps.
+    keep: npt.NDArray[np.intp]
+
+
+class JournalAppender:
+    """The writing side: an open journal that only ever holds whole batches of frames."""
+
+    def __init__(self, folder: Path, info: SessionInfo, seq: int) -> None:
+        """Create the journal. Raises OSError, also where a file of that name exists."""
+        self.path = folder / journal_name(seq)
+        self.size = 0
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        # Held until the journal is sealed, or the process is dead: so others can tell the two apart.
+        lock(self._fd)
+        try:
+            self.append(session_frame(info, seq))
+        except OSError:
+            self.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise
+
+    def append(self, *parts: bytes) -> None:
+        """Write all parts or none of them. Raises OSError, also where the file was deleted.
+
+        What is written here survives the death of the process; nothing is synced to the disk, as
+        that would protect only against the death of the machine, at a price for every batch.
+        """
+        if os.fstat(self._fd).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "the journal was deleted while it was written")
+        total = sum(map(len, parts))
+        try:
+            # One call, so that a batch is torn only by a kill in the middle of it.
+            done = os.writev(self._fd, parts)
+            rest = memoryview(b"".join(parts))[done:] if done < total else memoryview(b"")
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.size)
+            raise
+        self.size += total
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class UnbegunJournal(FormatError):
+    """A journal so young, or whose writer was killed so early, that its first frame is not whole."""
+
+
+class JournalSegment:
+    """The valid prefix of a journal, as of the moment it was opened.
+
+    The whole prefix is checksummed once on opening; loads stay in the file and are read again a
+    few layers at a time, so that memory does not grow with the segment.
+    """
+
+    def __init__(self, path: frames.NamedFile, limit: int | None = None) -> None:
+        """Open and verify; of a growing file no more than ``limit`` bytes, if given.
+
+        Raises OSError, UnbegunJournal where the session frame is not written yet, and FormatError
+        where it cannot be read.
+        """
+        match = JOURNAL_PATTERN.fullmatch(path.name)
+        if match is None:
+            raise FormatError("it is not named like a journal")
+        self.path = path
+        self.seq = int(match[1])
+        self._file: BinaryIO = path.open("rb")
+        # Readers keep journals open for as long as a run is looked at, without a `with` around it.
+        self._unclosed = weakref.finalize(self, self._file.close)
+        try:
+            self._index(limit)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _index(self, limit: int | None) -> None:
+        size = self._file.seek(0, 2)
+        size = size if limit is None else min(size, limit)
+        self._file.seek(0)
+        info: SessionInfo | None = None
+        step_parts: list[StepRows] = []
+        load_frames: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]] = []
+        placement_parts: list[PlacementRows] = []
+        self.tail = frames.Tail(0, size)
+        for item in frames.scan(self._file, size):
+            if isinstance(item, frames.Tail):
+                self.tail = item
+                break
+            try:
+                if info is None:
+                    if item.kind != "session" or item.header["seq"] != self.seq:
+                        raise FormatError("its first frame does not introduce this journal")
+                    info = SessionInfo.from_dict(item.header["session"])
+                elif item.kind == "steps":
+                    step_parts.append(step_rows(item))
+                elif item.kind == "loads":
+                    load_frames.append(load_entry(item))
+                elif item.kind == "placements":
+                    placement_parts.append(placement_rows(item))
+                # Other kinds come from a newer minor version, which only adds.
+            except (KeyError, TypeError, IndexError) as error:
+                raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
+        if info is None:
+            if self.tail.fault != "damaged" and size < _MAX_FIRST_FRAME:
+                raise UnbegunJournal("nothing but an unfinished write is in it")
+            raise FormatError("its first frame cannot be read")
+        self.info = info
+        self.steps = StepRows.concat(step_parts)
+        self._set_loads(load_frames)
+        placements = PlacementRows(
+            _joined([part.step for part in placement_parts], np.int64),
+            _joined([part.layer for part in placement_parts], np.int32),
+            _joined([part.ep_size for part in placement_parts], np.int32),
+            [slots for part in placement_parts for slots in part.physical_to_logical],
+        )
+        # The steps frame of a batch comes last: without it, the batch was torn and does not count.
+        last = int(self.steps.step.max()) if len(self.steps.step) else -1
+        committed = np.flatnonzero(placements.step <= last)
+        self.placements = PlacementRows(
+            placements.step[committed],
+            placements.layer[committed],
+            placements.ep_size[committed],
+            [placements.physical_to_logical[i] for i in committed],
+        )
+        self._check_placements()
+
+    def _check_placements(self) -> None:
+        limit = self.info.num_logical_experts
+        layers = MAX_LOAD if self.shape is None else self.shape.num_moe_layers
+        if self.info.moe_layers is not None:
+            layers = min(layers, len(self.info.moe_layers))
+        for layer, slots in zip(self.placements.layer, self.placements.physical_to_logical, strict=True):
+            if not 0 <= layer < layers or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
+                raise FormatError("it holds a placement that is out of range")
+
+    def _set_loads(self, entries: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]]) -> None:
+        recorded = self.steps.step[self.steps.status == Status.RECORDED]
+        self.shape: Shape | None = None
+        self._loads: list[_LoadFrame] = []
+        kept_steps: list[Int64] = [np.empty(0, np.int64)]
+        for step, offset, dtype, (ep_size, layers, physical) in entries:
+            shape = Shape(ep_size, layers, physical)
+            if shape.impossible:
+                raise FormatError(f"it holds loads of an impossible shape ({layers} × {physical})")
+            if self.info.moe_layers is not None and len(self.info.moe_layers) != layers:
+                raise FormatError("it holds loads of another number of layers than its session names")
+            if self.shape not in (None, shape):
+                raise FormatError("it holds loads of two shapes")
+            self.shape = shape
+            keep = np.flatnonzero(np.isin(step, recorded))
+            self._loads.append(_LoadFrame(step, offset, dtype, keep))
+            kept_steps.append(step[keep])
+        self.load_steps: Int64 = np.concatenate(kept_steps)
+        if not np.array_equal(self.load_steps, recorded):
+            raise FormatError("its steps and its loads do not agree")
+
+    def read_layers(self, first: int, last: int) -> Int32:
+        """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
+        assert self.shape is not None
+        physical = self.shape.num_physical_experts
+        out = np.empty((last - first, len(self.load_steps), physical), np.int32)
+        at = 0
+        for entry in self._loads:
+            row_bytes = len(entry.step) * physical * entry.dtype.itemsize
+            self._file.seek(entry.offset + first * row_bytes)
+            data = self._file.read((last - first) * row_bytes)
+            if len(data) < (last - first) * row_bytes:
+                raise FormatError("it became shorter while it was read")
+            load = np.frombuffer(data, entry.dtype).reshape(last - first, len(entry.step), physical)
+            out[:, at : at + len(entry.keep)] = load[:, entry.keep]
+            at += len(entry.keep)
+        return out
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JournalSegment:
+        # At the interpreter's exit it would close what the writer's thread is about to seal.
+        self._unclosed.detach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _ep_size(frame: frames.Frame) -> int:
+    ep_size = frame.header["ep_size"]
+    if type(ep_size) is not int or not 1 <= ep_size <= MAX_EXPERTS:
+        raise FormatError(f"the frame at byte {frame.start} says ep_size = {ep_size!r}")
+    return ep_size
+
+
+def _int64(frame: frames.Frame, name: str) -> Int64:
+    """An array as what the format says it is, whatever type a stranger gave it."""
+    array: Int64 = frame.arrays[name].astype(np.int64, copy=False)
+    return array
+
+
+def step_rows(frame: frames.Frame) -> StepRows:
+    """The rows of a steps frame. Raises FormatError, and KeyError where an array is not there."""
+    a = frame.arrays
+    phases = tuple(str(name) for name in frame.header["phases"])
+    step, time_ns, monotonic_ns = (_int64(frame, name) for name in ("step", "time_ns", "monotonic_ns"))
+    num_tokens, phase = _int64(frame, "num_tokens"), _int64(frame, "phase")
+    rows = StepRows(step, time_ns, monotonic_ns, a["status"], num_tokens, phase, phases)
+    lengths = {array.shape for array in a.values()}
+    statuses = 0 <= rows.status.min(initial=0) <= rows.status.max(initial=0) < len(Status)
+    known = statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)
+    if len(lengths) != 1 or rows.step.ndim != 1 or not known:
+        raise FormatError(f"the steps frame at byte {frame.start} contradicts itself")
+    return rows
+
+
+def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]:
+    """Steps, byte offset, type and ``(ep_size, layers, physical)`` of a loads frame.
+
+    Raises FormatError, and KeyError where an array is not there.
+    """
+    step, load, ep_size = _int64(frame, "step"), frame.arrays["load"], _ep_size(frame)
+    if load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size or load.min(initial=0) < 0:
+        raise FormatError(f"the loads frame at byte {frame.start} contradicts itself")
+    return step, frame.offsets["load"], load.dtype, (ep_size, load.shape[0], load.shape[2])
+
+
+def placement_rows(frame: frames.Frame) -> PlacementRows:
+    """The rows of a placements frame. Raises FormatError, and KeyError where an array is not there."""
+    maps, step, layer = frame.arrays["physical_to_logical"], _int64(frame, "step"), frame.arrays["layer"]
+    if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1]:
+        raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
+    ep_size = np.full(len(step), _ep_size(frame), np.int32)
+    return PlacementRows(step, layer.astype(np.int32), ep_size, list(maps.astype(np.int32)))

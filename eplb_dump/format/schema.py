@@ -1,0 +1,121 @@
+"""The dump format, version 1: folders, file names, table schemas and session metadata.
+
+This is the one module that the writer and the reader share; it holds no I/O beyond turning the
+metadata into text and back. docs/format.md describes every field.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import zlib
+
+import pyarrow as pa
+
+FORMAT_NAME = "eplb-dump"
+#: (major, minor). A reader refuses a newer major and reads every older one; a newer minor only adds.
+FORMAT_VERSION = (1, 0)
+
+SESSION_FILE = "session.json"
+MANIFEST_FILE = "manifest.frames"
+METADATA_KEY = b"eplb_dump"
+TABLES = ("placements", "loads", "steps")
+EMPTY_SLOT = -1
+#: Larger claims are refused before memory is taken for them.
+MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
+#: Counts are stored as int32; a larger one is a fault of the engine and is rejected.
+MAX_LOAD = 2**31 - 1
+
+RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX = "run=", "model=", "rank=", "session="
+#: What the names of a dump's folders begin with, from the top down.
+LEVEL_PREFIXES = RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX
+RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+JOURNAL_PATTERN = re.compile(r"journal-(\d{6,})\.frames")
+SEGMENT_PATTERN = re.compile(r"(steps|loads|placements)-(\d{6,})\.parquet")
+
+
+class FormatError(ValueError):
+    """Bytes that are not what the format promises; the text says what is wrong and where."""
+
+
+class Status(enum.IntEnum):
+    """What became of a step a writer saw. The numbers stand in journals, the names in Parquet."""
+
+    RECORDED = 0
+    DUMMY = 1
+    NOT_SAMPLED = 2
+    DROPPED = 3
+    REJECTED = 4
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+STATUS_LABELS = tuple(status.label for status in Status)
+
+
+class Scope(str, enum.Enum):
+    """Whether the load of a rank is its own contribution, or already the sum over ranks."""
+
+    LOCAL = "local"
+    GLOBAL = "global"
+
+
+def _list_of(value_type: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", value_type, nullable=False))
+
+
+#: One row for every step the writer saw.
+STEPS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("time", pa.timestamp("ns", tz="UTC"), nullable=False),
+        pa.field("monotonic_ns", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int64()),
+        pa.field("phase", pa.string()),
+    ]
+)
+#: One row for every recorded step and MoE layer, ordered by layer, then by step.
+LOADS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("ep_size", pa.int32(), nullable=False),
+        pa.field("rank_load", _list_of(pa.int64()), nullable=False),
+        pa.field("load", _list_of(pa.int32()), nullable=False),
+    ]
+)
+#: One row for every layer whose placement changed, from the step at which it was first in force.
+PLACEMENTS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("ep_size", pa.int32(), nullable=False),
+        pa.field("physical_to_logical", _list_of(pa.int32()), nullable=False),
+    ]
+)
+SCHEMAS = {"steps": STEPS_SCHEMA, "loads": LOADS_SCHEMA, "placements": PLACEMENTS_SCHEMA}
+
+
+def journal_name(seq: int) -> str:
+    return f"journal-{seq:06d}.frames"
+
+
+def segment_name(table: str, seq: int) -> str:
+    return f"{table}-{seq:06d}.parquet"
+
+
+def rank_folder(rank: int) -> str:
+    return f"{RANK_PREFIX}{rank:05d}"
+
+
+def model_slug(model: str) -> str:
+    """A folder name for a model: ``deepseek-ai/DeepSeek-R1`` becomes ``deepseek-ai--DeepSeek-R1``.
+
+    Where other characters had to go, a checksum of the name keeps two models apart.
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]", "-", model.replace("/", "--"))[:100].lstrip(".") or "model"
+    lossless = slug == model.replace("/", "--")
+    return slug if lossless else f"{slug}-{zlib.crc32(model.encode()):08x}"

@@ -1,0 +1,281 @@
+"""Sealing: a finished journal becomes Parquet segments, listed in the session's manifest.
+
+The order makes every moment safe to be killed in: the segments are written as ``.tmp`` and synced,
+the manifest names them, they are renamed, the journal goes last. While a journal exists it is the
+truth for its segment, and the Parquet files beside it are not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eplb_dump.format.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
+from eplb_dump.format.manifest import ExpertSums, SealedFile, SealedSegment, append_manifest
+from eplb_dump.format.schema import (
+    METADATA_KEY,
+    SCHEMAS,
+    STATUS_LABELS,
+    FormatError,
+    segment_name,
+)
+from eplb_dump.format.session import SessionInfo, canonical_json
+
+#: A row group holds about this many slot counts of few layers: one step of one layer is found by
+#: reading one group, and one layer of a long run by reading only its own.
+ROW_GROUP_VALUES = 1 << 21
+#: So much of a file's end is read to find its footer in.
+FOOTER_BYTES = 64 << 10
+#: A segment's sums are not kept in the manifest where they are larger than this.
+MAX_SUM_BYTES = 8 << 20
+
+
+def footer(size: int, read_at: Callable[[int, int], bytes]) -> bytes:
+    """A Parquet file's footer, its length and the closing magic; mostly with one read of the file.
+
+    ``read_at(count, offset)`` reads of a file of so many bytes. Raises FormatError.
+    """
+    start = max(0, size - FOOTER_BYTES)
+    tail = read_at(size - start, start)
+    length = struct.unpack("<I", tail[-8:-4])[0] + 8 if len(tail) >= 12 else size
+    if tail[-4:] != b"PAR1" or length + 4 > size:
+        raise FormatError("it is not a whole Parquet file")
+    return tail[-length:] if length <= len(tail) else read_at(length, size - length)
+
+
+def footer_crc32(path: Path) -> int:
+    """CRC-32 of a Parquet file's footer, its length and the closing magic."""
+    with path.open("rb") as file:
+
+        def read_at(count: int, offset: int) -> bytes:
+            file.seek(offset)
+            return file.read(count)
+
+        return zlib.crc32(footer(file.seek(0, os.SEEK_END), read_at))
+
+
+def list_column(values: np.ndarray[Any, Any], schema: pa.Schema, name: str) -> pa.Array:
+    """A list column of ``values`` [rows, n] as the schema has it."""
+    rows, n = values.shape
+    if rows * n > 2**31 - 1:
+        raise FormatError("a segment with more than 2^31 values cannot be sealed in one row group")
+    offsets = np.arange(rows + 1, dtype=np.int32) * np.int32(n)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=schema.field(name).type)
+
+
+def loads_table(
+    layers: list[int], step: Int64, load: Int32, ep_size: int, metadata: dict[bytes, bytes] | None = None
+) -> pa.Table:
+    """Rows of the ``loads`` table: ``load`` int32 ``[len(layers), len(step), num_physical]``."""
+    schema = SCHEMAS["loads"].with_metadata(metadata)
+    count, n, physical = load.shape
+    flat = load.reshape(count * n, physical)
+    rank_load = flat.reshape(count * n, ep_size, physical // ep_size).sum(axis=2, dtype=np.int64)
+    return pa.Table.from_arrays(
+        [
+            pa.array(np.tile(step, count)),
+            pa.array(np.repeat(np.array(layers, np.int32), n)),
+            pa.array(np.full(count * n, ep_size, np.int32)),
+            list_column(rank_load, schema, "rank_load"),
+            list_column(flat, schema, "load"),
+        ],
+        schema=schema,
+    )
+
+
+def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> pa.Table:
+    labels = np.array(STATUS_LABELS, object)
+    phases = np.array([*rows.phases, None], object)
+    return pa.Table.from_arrays(
+        [
+            pa.array(rows.step),
+            pa.array(rows.time_ns).cast(SCHEMAS["steps"].field("time").type),
+            pa.array(rows.monotonic_ns),
+            pa.array(labels[rows.status], pa.string()),
+            pa.array(rows.num_tokens, mask=rows.num_tokens < 0),
+            pa.array(phases[rows.phase], pa.string()),
+        ],
+        schema=SCHEMAS["steps"].with_metadata(metadata),
+    )
+
+
+def _placements_table(rows: PlacementRows, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
+    schema = SCHEMAS["placements"].with_metadata(metadata)
+    return pa.Table.from_arrays(
+        [
+            pa.array(rows.step),
+            pa.array(np.array(layers, np.int32)[rows.layer]),
+            pa.array(rows.ep_size),
+            pa.array(rows.physical_to_logical, schema.field("physical_to_logical").type),
+        ],
+        schema=schema,
+    )
+
+
+def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    plain = {"step": "DELTA_BINARY_PACKED", "layer": "DELTA_BINARY_PACKED"}
+    split = {f"{f.name}.list.element": "BYTE_STREAM_SPLIT" for f in schema if pa.types.is_list(f.type)}
+    times = {n: "DELTA_BINARY_PACKED" for n in ("time", "monotonic_ns", "num_tokens") if n in schema.names}
+    encoding = {n: e for n, e in {**plain, **split, **times}.items() if n.split(".")[0] in schema.names}
+    return pq.ParquetWriter(
+        str(path),
+        schema,
+        compression="zstd",
+        compression_level=1,  # higher levels spend CPU and gain nothing on counts
+        use_dictionary=[n for n in ("ep_size", "status", "phase") if n in schema.names],
+        column_encoding=encoding,
+        write_statistics=["step", "layer", "ep_size"],
+        write_page_checksum=True,
+        write_batch_size=1 << 12,
+    )
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable enough
+        _fsync(path)
+
+
+class Content(Protocol):
+    """What a segment is made of; a journal has it. ``seq`` and ``shape`` are the segment's."""
+
+    @property
+    def info(self) -> SessionInfo: ...
+    @property
+    def seq(self) -> int: ...
+    @property
+    def shape(self) -> Shape | None: ...
+    @property
+    def steps(self) -> StepRows: ...
+    @property
+    def placements(self) -> PlacementRows: ...
+    @property
+    def load_steps(self) -> Int64: ...
+    def read_layers(self, first: int, last: int) -> Int32:
+        """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
+        ...
+
+
+def seal(journal_path: Path) -> SealedSegment | None:
+    """Turn a journal into sealed segments and remove it. Returns None where it held no step.
+
+    Raises OSError (the journal stays and still counts) and FormatError (it is damaged).
+    """
+    folder = journal_path.parent
+    with JournalSegment(journal_path) as journal:
+        if journal.tail.fault == "damaged":
+            raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
+        entry = write_segment(folder, journal) if len(journal.steps.step) else None
+    journal_path.unlink()
+    return entry
+
+
+def write_segment(folder: Path, content: Content) -> SealedSegment:
+    """Write a segment that has steps into a session's folder, and list it. Raises OSError, FormatError."""
+    try:
+        entry = _write_files(folder, content)
+    except BaseException:
+        for table in SCHEMAS:  # a full disk has better use for their space
+            with contextlib.suppress(OSError):
+                (folder / f"{segment_name(table, content.seq)}.tmp").unlink()
+        raise
+    append_manifest(folder, content.info, entry.to_frame())
+    for file in entry.files.values():
+        os.replace(folder / f"{file.name}.tmp", folder / file.name)
+    fsync_folder(folder)
+    return entry
+
+
+def _write_files(folder: Path, content: Content) -> SealedSegment:
+    shape, seq = content.shape, content.seq
+    layers = [] if shape is None else content.info.layer_numbers(shape.num_moe_layers)
+    base = {
+        "session": content.info.to_dict(),
+        "seq": seq,
+        "shape": None if shape is None else dict(vars(shape)),
+    }
+    files: dict[str, SealedFile] = {}
+
+    def write(table: str, parts: Any, rows: int) -> None:
+        metadata = {METADATA_KEY: canonical_json({**base, "table": table}).encode()}
+        name = segment_name(table, seq)
+        tmp = folder / f"{name}.tmp"
+        writer = _open_parquet(tmp, SCHEMAS[table].with_metadata(metadata))
+        try:
+            for part in parts(metadata):
+                writer.write_table(part, row_group_size=max(1, part.num_rows))
+        finally:
+            writer.close()
+        _fsync(tmp)
+        files[table] = SealedFile(name, tmp.stat().st_size, rows, footer_crc32(tmp))
+
+    if len(content.placements.step):
+        num_layers = max(len(layers), int(content.placements.layer.max()) + 1)
+        numbers = layers or content.info.layer_numbers(num_layers)
+        write(
+            "placements",
+            lambda metadata: [_placements_table(content.placements, numbers, metadata)],
+            len(content.placements.step),
+        )
+    n = len(content.load_steps)
+    sums = None
+    if shape is not None and n:
+        group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
+
+        tally = _Tally(content)
+
+        def load_parts(metadata: dict[bytes, bytes]) -> Any:
+            for first in range(0, shape.num_moe_layers, group):
+                last = min(first + group, shape.num_moe_layers)
+                load = content.read_layers(first, last)
+                for layer in range(first, last):
+                    tally.add(layer, load[layer - first])
+                yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
+
+        write("loads", load_parts, n * shape.num_moe_layers)
+        sums = tally.sums()
+    write("steps", lambda metadata: [steps_table(content.steps, metadata)], len(content.steps.step))
+    step = content.steps.step
+    return SealedSegment(seq, int(step.min()), int(step.max()), shape, files, sums)
+
+
+class _Tally:
+    """Adds up what passes by on its way into ``loads``."""
+
+    def __init__(self, content: Content) -> None:
+        self._steps = content.load_steps
+        self._placements = content.placements
+        self._rows: list[tuple[int, int]] = []
+        self._loads: list[Int64] = []
+
+    def add(self, layer: int, load: Int32) -> None:
+        """``load``: one layer's, int32 ``[len(load_steps), num_physical_experts]``."""
+        changed = self._placements.step[self._placements.layer == layer]
+        edges = np.unique([0, *np.searchsorted(self._steps, changed)])
+        edges = edges[edges < len(self._steps)]
+        self._rows += [(layer, int(self._steps[edge])) for edge in edges]
+        self._loads.append(np.add.reduceat(load, edges, axis=0, dtype=np.int64))
+
+    def sums(self) -> ExpertSums | None:
+        """None where they would be large: after so many changes, the loads are as quickly read."""
+        if sum(load.nbytes for load in self._loads) > MAX_SUM_BYTES:
+            return None
+        layer, step = (np.array(column) for column in zip(*self._rows, strict=True))
+        return ExpertSums(layer.astype(np.int32), step.astype(np.int64), np.concatenate(self._loads))
