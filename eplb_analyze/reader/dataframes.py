@@ -19,7 +19,6 @@ from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import PlacementHistory
 from eplb_dump.format.schema import STATUS_LABELS
 
-
 _STEPS_SCHEMA: dict[str, Any] = {
     "step": pl.Int64,
     "state": pl.String,
