@@ -3,7 +3,7 @@
     python -m benchmarks.counter_cuda_check
 
 Needs torch with CUDA, numpy and pyarrow. The checks are compared with numpy's bincount of ids that are kept
-on the host; tests/test_counter.py runs them too. Counting and recording run with
+on the host; tests/unit/writer/test_counter.py runs them too. Counting and recording run with
 torch.cuda.set_sync_debug_mode("error").
 """
 

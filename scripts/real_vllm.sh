@@ -11,4 +11,4 @@ if [ ! -f .venv-vllm-cpu/.installed ]; then
     install .venv-vllm-cpu --no-deps tests/engines/cpu_shim -e .
     touch .venv-vllm-cpu/.installed
 fi
-python -m pytest -m long tests/test_vllm.py -k real_engine
+python -m pytest -m long tests/engines/test_vllm.py -k real_engine

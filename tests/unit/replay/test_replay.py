@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_golden, cli, engines_python, one_error
-from test_vllm import serve
+from helpers import ROOT, assert_golden, cli, engines_python, one_error
+from vllm_engine import serve
 
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
@@ -294,7 +294,7 @@ def test_a_policy_of_ones_own_sees_only_the_window(tmp_path: Path) -> None:
     )
     planted(tmp_path / "dump", lambda step: np.full((1, 4), 3**step), steps=12, ep_size=2)
     arguments = ["--policy", "mine:keep", "--redundant", "0", "--interval", "4", "--window", "2"]
-    program = Path(os.environ.get("VIRTUAL_ENV", Path(__file__).parents[1] / ".venv")) / "bin/eplb-analyze"
+    program = Path(os.environ.get("VIRTUAL_ENV", ROOT / ".venv")) / "bin/eplb-analyze"
     done = subprocess.run(
         [str(program), "replay", *arguments, "-o", "json", "dump"],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,

@@ -15,10 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import arrays
+from helpers import ROOT, arrays
 
 torch = pytest.importorskip("torch")
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # examples are not installed
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import (
+    SUPPORT,
     Array,
     _rounded,
     assert_golden,
@@ -203,7 +204,7 @@ def test_a_killed_run(tmp_path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     """
     for rank in range(2):
-        with start_child(script, tmp_path / "dump", Path(__file__).parent, rank) as child:
+        with start_child(script, tmp_path / "dump", SUPPORT, rank) as child:
             child.communicate(timeout=60)
     document = compact(tmp_path / "dump", tmp_path / "new")
     assert "2 sessions of the source did not end in order" in document["unknown"]["end"]
@@ -343,7 +344,7 @@ def test_no_room(limit: int, dump: Path, tmp_path: Path) -> None:
     script = f"""
     import resource, sys
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-    from eplb_analyze.cli.app.app import main
+    from eplb_analyze.cli.app import main
     main()
     """
     with start_child(script, "compact", "--to", tmp_path, dump) as child:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import arrays, assert_golden, cli, engines_python, one_error, run_child
+from helpers import ROOT, arrays, assert_golden, cli, cli_process, engines_python, one_error, run_child
 
 from eplb_analyze import atomic, open_run
 from eplb_analyze.cli.commands.export import LoadFormat, Target
@@ -38,7 +38,7 @@ from eplb_dump import ExpertLoadWriter
 NUMBERS, LOGICAL, SLOTS, RANKS, STEPS, HIDDEN = [1, 2, 4], 6, 8, 2, 40, 6
 #: Rank 1 does not record step 13; rank 0 idles in 7; all idle in 30.
 INCOMPLETE, IDLE, ALL_IDLE = 13, 7, 30
-SAMPLES = Path(__file__).parents[2] / "shared/samples"
+SAMPLES = ROOT.parent / "shared/samples"
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
 A = [0, 1, 2, 3, 4, 5, 0, 1]
@@ -312,7 +312,7 @@ def test_the_samples_are_written_byte_for_byte(
 
 
 def test_sglangs_own_loader_takes_the_file(tmp_path: Path) -> None:
-    python = Path(__file__).parents[1] / ".venv-engines/bin/python"
+    python = ROOT / ".venv-engines/bin/python"
     if not python.exists():
         pytest.skip("SGLang is not installed beside: `sh scripts/test.sh` does it")
     root = record(tmp_path / "dump", moe_layers=[2, 3, 4])  # of the model in tests/engines/sglang_ranks.py
@@ -322,7 +322,7 @@ def test_sglangs_own_loader_takes_the_file(tmp_path: Path) -> None:
     rows = read_sglang(file).tolist()
     more.write_text(json.dumps({"physical_to_logical_map": rows, "comment": "no"}))
     fewer.write_text(json.dumps({"physical_to_logical_map": rows[2:]}))
-    script = Path(__file__).parent / "engines/sglang_locates.py"
+    script = ROOT / "tests/engines/sglang_locates.py"
     done = subprocess.run(
         [engines_python(), "-W", "ignore", script, tmp_path, file, more, fewer],
         capture_output=True, text=True, timeout=300, check=False,
@@ -428,7 +428,7 @@ def test_a_policy_of_ones_own_and_the_window_weights_for_repair(dump: Path, tmp_
     target = tmp_path / "out.json"
     options = ["--policy", "mine:doubled", "--repair"]
     command = ["export", "placement", "--for", "vllm-ascend", "--to", str(target), *options, str(dump)]
-    result = cli(*command, env={"PYTHONPATH": str(tmp_path)})
+    result = cli_process(*command, env={"PYTHONPATH": str(tmp_path)})
     # Three copies of expert 0 on two devices: one gives way to the expert with most tokens a copy.
     assert result.returncode == 0, result.stderr
     assert "3 slots with another expert" in result.stdout

@@ -365,7 +365,7 @@ def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
     assert run_child(script, tmp_path) == "True\n[]\n"
     script = """
         import resource, sys
-        from eplb_analyze.cli.app import app as cli
+        from eplb_analyze.cli import app as cli
         from eplb_analyze.analysis import summary
         resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
         sys.argv[1:] = ["summary", sys.argv[1]]

@@ -93,6 +93,7 @@ def record(writers: dict[int, ExpertLoadWriter], first: int, *, acts: bool = Tru
 
 RANK_5 = """
 import os, signal, sys
+sys.path.insert(0, sys.argv[2])
 import test_story as story
 writers = {5: story.open_writer(sys.argv[1], 5)}
 for line in sys.stdin:
@@ -107,7 +108,7 @@ for line in sys.stdin:
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ranks keep step as in an engine; rank 5 is a process of its own, so that it can be killed."""
     root = tmp_path_factory.mktemp("story")
-    with start_child(RANK_5, root) as child:
+    with start_child(RANK_5, root, Path(__file__).parent) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         writers = {rank: open_writer(root, rank) for rank in range(RANKS) if rank != 5}

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import reference
-from helpers import arrays, start_child
+from helpers import ROOT, arrays, start_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ from eplb_dump import ExpertLoadWriter
 from eplb_dump.format.session import SessionInfo
 
 LAYERS, LOGICAL = 5, 12
-ROUTING = Path(__file__).parents[2] / "shared/data/gpt_oss_20b_mmlu_decode_counts_bs48.npz"
+ROUTING = ROOT.parent / "shared/data/gpt_oss_20b_mmlu_decode_counts_bs48.npz"
 
 
 def conserving_loads(rng: np.random.Generator, steps: int, layers: int, slots: int) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import arrays, assert_golden, cli, one_error, start_child
+from helpers import ROOT, arrays, assert_golden, cli, one_error, start_child
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
@@ -38,7 +38,6 @@ from eplb_analyze.transfer.importers.source import AskError, Options, whole_coun
 from eplb_analyze.transfer.importers.write import _with_between
 from eplb_dump.format.session import Origin
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared/samples"
 with_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="the sample dumps are not here")
 
@@ -1204,7 +1203,7 @@ def test_formats_of_the_command() -> None:
 
 
 def test_codes_are_documented() -> None:
-    source = "".join(p.read_text() for p in (ROOT / "eplb_analyze/importers").glob("*.py"))
+    source = "".join(p.read_text() for p in (ROOT / "eplb_analyze/transfer/importers").glob("*.py"))
     codes = set(re.findall(r'(?:unknown|assumed)\[\s*"(\w+)"\s*\]', source)) | {"steps"}
     assert {"step_order", "passes", "token_source"} < codes
     documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/import.md").read_text(), re.MULTILINE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_golden, cli, one_error, start_child, write
+from helpers import ROOT, assert_golden, cli, one_error, start_child, write
 
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format import frames
@@ -334,7 +334,7 @@ class TestBadInput:
         print("ready", flush=True)
         sys.stdin.read()
         """
-        with start_child(script, tmp_path, Path(__file__).parents[1]) as child:
+        with start_child(script, tmp_path, ROOT) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
             result = cli(*COMMANDS[command], tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import open_writer
+from helpers import ROOT, open_writer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from eplb_analyze import open_run
 torch = pytest.importorskip("torch")
 from eplb_dump import ExpertLoadCounter  # noqa: E402 - needs torch
 
-ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # examples and benchmarks are not installed
 from benchmarks import counter_cuda_check  # noqa: E402
 

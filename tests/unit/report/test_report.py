@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import report_dump as planted
-from helpers import assert_golden, cli, one_error, write
+from helpers import ROOT, assert_golden, cli, one_error, write
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import summary_findings
@@ -33,7 +33,6 @@ from eplb_analyze.report.page import SCRIPTS, page
 from eplb_analyze.report.write import write_report
 from eplb_dump import ExpertLoadWriter
 
-ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "eplb_analyze/report/assets"
 HOSTILE = "</script><script>window.stolen=1</script><img src=x onerror=window.stolen=1>&\u202e\x1b[31m"
 

@@ -73,7 +73,7 @@ def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None
         os.dup2(int(sys.argv[2]), 2)
         signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # under nohup it is ignored
         os.environ["TERM"] = "xterm"
-        from eplb_analyze.cli.app import output
+        from eplb_analyze.cli import output
         output.PATIENCE_SECONDS = 0.0
         output.Progress()(1, 2)
         # Any thread may get it, so that a pause of the main one would not end.

@@ -1,6 +1,6 @@
 """An S3 server for tests: moto's, in a process of its own, which counts what it sends and fails on request.
 
-    python tests/s3_server.py [--auth]
+    python tests/support/s3_server.py [--auth]
 
 prints its port. Beside S3's own paths it has ``/-/count``: requests and bytes since the last look, and
 ``/-/fail?…``: what goes wrong from then on (see :class:`Faults`).

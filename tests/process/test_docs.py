@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from typer.main import get_command
 
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 #: Run as a whole by CI (tests) and by hand (the demo trains a model for a minute), or needs a GPU's engine.
 NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ")
