@@ -149,7 +149,7 @@ def test_at_the_end_of_the_interpreter_everything_is_there(tmp_path: Path, end: 
 def test_at_the_end_of_the_interpreter_a_journal_is_being_sealed(tmp_path: Path) -> None:
     script = """
         import sys, threading, time
-        from eplb_dump.format.schema.journal import JournalSegment
+        from eplb_dump.format.journal import JournalSegment
         from helpers import load_of, map_of, open_writer
 
         begun, read_layers = threading.Event(), JournalSegment.read_layers
