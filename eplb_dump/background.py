@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_dump.format import frames, journal, manifest, segment
+from eplb_dump.format import journal, manifest, segment
 from eplb_dump.format.journal import Int32, Int64, JournalAppender, Shape, StepRows
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, FormatError, Status
 from eplb_dump.format.session import SessionInfo, write_session_file
@@ -477,9 +477,8 @@ class Background:
                 journal.close()
         self._say_notices()  # those that came up after the drainer's last look
         if self.off is None and not self.segments_left_open:
-            closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": self._final_stats()})
             with contextlib.suppress(OSError, FormatError):
-                manifest.append_manifest(self._folder, self._info, closed)
+                manifest.close_manifest(self._folder, self._info, self._final_stats())
 
 
 def _reason(error: Exception) -> str:

@@ -33,7 +33,15 @@ from eplb_dump.arguments import (
     require_text,
 )
 from eplb_dump.background import LAST_MAP_INVALID, Background, Limits
-from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, RUN_ID_PATTERN, Scope, Status
+from eplb_dump.format.schema import (
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    MAX_LOAD,
+    MAX_NUMBER,
+    RUN_ID_PATTERN,
+    Scope,
+    Status,
+)
 from eplb_dump.format.session import SessionInfo, session_path, write_session_file
 from eplb_dump.staging import ChangeDetector, Entry, Ring, StagingError, slot_bytes
 
@@ -44,7 +52,6 @@ _MAX_WAITING = 1 << 16
 #: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
 _PLACEMENT_SLOTS = 64
 _EXIT_DEADLINE_SECONDS = 5.0
-_MAX_STEP = 2**62
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
 
@@ -147,10 +154,10 @@ class ExpertLoadWriter:
             raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
         self._interval = require_integer("interval", interval, 1)
         self._queue_steps = require_integer("queue_steps", queue_steps, 1)
-        self._queue_bytes = require_integer("queue_bytes", queue_bytes, 1, 2**62)
+        self._queue_bytes = require_integer("queue_bytes", queue_bytes, 1, MAX_NUMBER)
         limits = Limits(
             require_seconds("flush_interval", flush_interval),
-            require_integer("segment_bytes", segment_bytes, 1, 2**62),
+            require_integer("segment_bytes", segment_bytes, 1, MAX_NUMBER),
             require_seconds("segment_seconds", segment_seconds),
         )
         config = require_json_mapping("engine_config", engine_config)
@@ -461,8 +468,8 @@ class ExpertLoadWriter:
         elif is_integer(step):
             # A tensor is not read: on CUDA that would wait for the device.
             number = int(step)
-            if number > _MAX_STEP:
-                self._rejected[f"a step above {_MAX_STEP}"] += 1
+            if number > MAX_NUMBER:
+                self._rejected[f"a step above {MAX_NUMBER}"] += 1
                 self._unlisted += 1
                 return None
             if number < self._next_step:
@@ -503,7 +510,7 @@ class ExpertLoadWriter:
             return False
         if num_tokens is None:
             num_tokens = -1
-        elif not is_integer(num_tokens) or not 0 <= num_tokens < 1 << 62:
+        elif not is_integer(num_tokens) or not 0 <= num_tokens < MAX_NUMBER:
             self._notice("num_tokens is not a count and is left out")
             num_tokens = -1
         if isinstance(phase, str):

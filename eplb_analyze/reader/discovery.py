@@ -12,7 +12,6 @@ from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.reader.segments import (
-    Manifest,
     OpenSegment,
     ParquetSegment,
     Segment,
@@ -23,6 +22,7 @@ from eplb_analyze.reader.segments import (
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
+from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     LEVEL_PREFIXES,
@@ -246,7 +246,7 @@ def _manifest(folder: StoragePath, info: SessionInfo, sealed: set[int]) -> Manif
         except (OSError, FormatError) as error:
             if exhausted(error):
                 raise
-            return Manifest({}, None, (isinstance(error, OSError) and error.strerror) or str(error))
+            return Manifest(fault=(isinstance(error, OSError) and error.strerror) or str(error))
         if sealed <= set(manifest.entries) or manifest.fault is not None or not looks:
             break
         places.forget_listing(folder)

@@ -15,7 +15,6 @@ import threading
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -26,9 +25,8 @@ import pyarrow.parquet as pq
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
-from eplb_dump.format import frames
 from eplb_dump.format.journal import Int64, JournalSegment, PlacementRows, Shape, StepRows
-from eplb_dump.format.manifest import ExpertSums, SealedSegment
+from eplb_dump.format.manifest import ExpertSums, Manifest, SealedSegment
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     MANIFEST_FILE,
@@ -432,50 +430,18 @@ def _list_values(lists: Any, width: int) -> npt.NDArray[Any]:
     return values.reshape(-1, width)
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a session's manifest lists, as far as it can be read."""
-
-    entries: dict[int, SealedSegment]
-    #: The final accounting, where the writer was closed.
-    closed: dict[str, Any] | None
-    fault: str | None
-    #: Of a copy of a part: first and last step that were asked for.
-    part: tuple[int, int] | None = None
-
-
 def read_manifest(folder: StoragePath, info: SessionInfo) -> Manifest:
     """Read ``manifest.frames``; a session that has sealed nothing yet has none.
 
-    Raises OSError, and FormatError where it is no regular file.
+    Raises OSError, and FormatError if it is not a regular file.
     """
-    entries: dict[int, SealedSegment] = {}
-    closed = part = None
     path = folder / MANIFEST_FILE
     try:
         require_regular(path)
         file = path.open("rb")
     except FileNotFoundError:
-        return Manifest(entries, None, None)
+        return Manifest()
     with file:
         size = file.seek(0, 2)
         file.seek(0)
-        for item in frames.scan(file, size):
-            if isinstance(item, frames.Tail):
-                # A torn end belongs to a segment whose journal is still there.
-                fault = f"damaged from byte {item.end} on" if item.fault == "damaged" else None
-                return Manifest(entries, closed, fault, part)
-            try:
-                if item.kind == "session":
-                    if SessionInfo.from_dict(item.header["session"]).session_id != info.session_id:
-                        return Manifest(entries, closed, "of another session")
-                elif item.kind == "sealed":
-                    entry = SealedSegment.from_frame(item)
-                    entries[entry.seq] = entry
-                elif item.kind == "closed":
-                    closed = item.header
-                elif item.kind == "part":
-                    part = int(item.header["first_step"]), int(item.header["last_step"])
-            except (FormatError, KeyError, TypeError, ValueError, OverflowError) as error:
-                return Manifest(entries, closed, str(error))
-    return Manifest(entries, closed, None, part)
+        return Manifest.read(file, size, info.session_id)

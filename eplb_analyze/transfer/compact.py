@@ -30,22 +30,20 @@ from eplb_analyze.reader.segments import SegmentFault
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural
-from eplb_dump.format import frames
 from eplb_dump.format.journal import Int32, Int64, PlacementRows, Shape, StepRows
-from eplb_dump.format.manifest import append_manifest
+from eplb_dump.format.manifest import close_manifest
 from eplb_dump.format.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MAX_LOAD,
     MODEL_PREFIX,
     RUN_PREFIX,
-    SESSION_FILE,
     Scope,
     Status,
     model_slug,
 )
 from eplb_dump.format.segment import write_segment
-from eplb_dump.format.session import Origin, SessionInfo, SourceFile, dump_json, session_path
+from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
 
 #: A new segment has at most so many steps, and so many bytes of loads, which are held in memory.
 SEGMENT_STEPS = 2048
@@ -305,9 +303,8 @@ def _write(run: Run, root: Path, run_id: str, lost: dict[str, str]) -> tuple[Cou
         counts[StepState.INCOMPLETE] += sum(int((p.state == StepState.INCOMPLETE).sum()) for p in parts)
     stats = {status.label: counts[status] for status in Status}
     stats["seen"] = sum(stats.values())
-    (folder / SESSION_FILE).write_bytes(dump_json(info.to_dict()))
-    closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
-    append_manifest(folder, info, closed)
+    write_session_file(folder, info)
+    close_manifest(folder, info, stats)
     return counts, info
 
 

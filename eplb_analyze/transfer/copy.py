@@ -30,6 +30,7 @@ from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
+from eplb_dump.format.files import fsync_folder
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal, lock
 from eplb_dump.format.manifest import SealedFile, SealedSegment
 from eplb_dump.format.schema import (
@@ -43,7 +44,6 @@ from eplb_dump.format.schema import (
     FormatError,
     model_slug,
 )
-from eplb_dump.format.segment import fsync_folder
 from eplb_dump.format.session import SessionInfo, load_json, session_path
 
 #: Where a session's files are until they are verified: a folder, or in a bucket an object, of this name.

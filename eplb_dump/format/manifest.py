@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from eplb_dump.format import frames
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
+    MAX_NUMBER,
     SCHEMAS,
     FormatError,
     segment_name,
@@ -107,7 +109,7 @@ class SealedSegment:
         numbers += [n for f in self.files.values() for n in (f.bytes, f.rows, f.footer_crc32)]
         if self.shape is not None:
             numbers += vars(self.shape).values()
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
             raise FormatError("its entry of a sealed segment has a number that is none")
         if self.shape is not None and self.shape.impossible:
             raise FormatError("its entry of a sealed segment has an impossible shape")
@@ -115,25 +117,90 @@ class SealedSegment:
             raise FormatError("its entry of a sealed segment names a foreign file")
 
 
-def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
-    """Append a frame to the session's manifest, which begins with a session frame; synced.
+@dataclass
+class Manifest:
+    """The valid prefix of a session's ``manifest.frames``.
 
-    Raises OSError, and FormatError where the manifest is damaged.
+    Attributes:
+        entries: the sealed segments by their number.
+        closed: the header with the writer's final accounting; None if it was not closed.
+        part: the first and last step that were asked for, if the session is a copy of a part.
+        session_id: the session it belongs to; None until its first frame was read.
+        end: the bytes of the valid prefix.
+        fault: why the file cannot be read beyond ``end``; None if it can. An unfinished write at the
+            end of the file is no fault: the journal of its segment still exists.
+    """
+
+    entries: dict[int, SealedSegment] = field(default_factory=dict)
+    closed: dict[str, Any] | None = None
+    part: tuple[int, int] | None = None
+    session_id: str | None = None
+    end: int = 0
+    fault: str | None = None
+
+    @classmethod
+    def read(cls, file: BinaryIO, size: int, session_id: str | None = None) -> Manifest:
+        """Read the first ``size`` bytes of a manifest, which must be of ``session_id`` if given.
+
+        Raises OSError. Damage raises nothing; see ``fault``.
+        """
+        manifest = cls(session_id=session_id)
+        for item in frames.scan(file, size):
+            if isinstance(item, frames.Tail):
+                if item.fault == "damaged":
+                    manifest.fault = f"damaged from byte {item.end} on"
+                break
+            try:
+                manifest.add(item)
+            except FormatError as error:
+                manifest.fault = str(error)
+                break
+            manifest.end = item.end
+        return manifest
+
+    def add(self, frame: frames.Frame) -> None:
+        """Take in one more frame. Raises FormatError if it is malformed or of another session."""
+        header = frame.header
+        try:
+            if frame.kind == "session":
+                session_id = SessionInfo.from_dict(header["session"]).session_id
+                if self.session_id not in (None, session_id):
+                    raise FormatError("of another session")
+                self.session_id = session_id
+            elif frame.kind == "sealed":
+                entry = SealedSegment.from_frame(frame)
+                self.entries[entry.seq] = entry
+            elif frame.kind == "closed":
+                self.closed = header
+            elif frame.kind == "part":
+                self.part = int(header["first_step"]), int(header["last_step"])
+            # Other kinds come from a newer minor version, which only adds.
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise FormatError(str(error)) from None
+
+
+def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
+    """Append a frame to the session's manifest, which begins with a session frame, and sync it.
+
+    Raises OSError, and FormatError if the manifest is damaged.
     """
     path = folder / MANIFEST_FILE
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        end = 0
-        for item in frames.scan(file, size):
-            if isinstance(item, frames.Tail):
-                if item.fault == "damaged":
-                    raise FormatError(f"{MANIFEST_FILE} is damaged from byte {item.end} on")
-                end = item.end
-        # What a kill tore off was of a segment whose journal is still there: it is written anew.
-        file.truncate(end)
-        if end == 0:
+        manifest = Manifest.read(file, size, info.session_id)
+        if manifest.fault is not None:
+            raise FormatError(f"{MANIFEST_FILE} is damaged from byte {manifest.end} on")
+        # An unfinished write was about a segment whose journal still exists: it is sealed again.
+        file.truncate(manifest.end)
+        if manifest.end == 0:
             frame = frames.encode("session", {"session": info.to_dict()}) + frame
         file.write(frame)
         file.flush()
         os.fsync(file.fileno())
+
+
+def close_manifest(folder: Path, info: SessionInfo, stats: dict[str, Any]) -> None:
+    """Append the final accounting, which ends a session. Raises as :func:`append_manifest`."""
+    closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
+    append_manifest(folder, info, closed)

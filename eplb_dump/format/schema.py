@@ -25,6 +25,8 @@ EMPTY_SLOT = -1
 MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
 #: Counts are stored as int32; a larger one is a fault of the engine and is rejected.
 MAX_LOAD = 2**31 - 1
+#: No step, count, size or time in the format is larger, so that sums and differences fit into int64.
+MAX_NUMBER = 2**62
 
 RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX = "run=", "model=", "rank=", "session="
 #: What the names of a dump's folders begin with, from the top down.

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_dump.format.files import fsync_file, publish, temporary
 from eplb_dump.format.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
 from eplb_dump.format.manifest import ExpertSums, SealedFile, SealedSegment, append_manifest
 from eplb_dump.format.schema import (
@@ -140,19 +141,6 @@ def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def fsync_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable enough
-        _fsync(path)
-
-
 class Content(Protocol):
     """What a segment is made of; a journal has it. ``seq`` and ``shape`` are the segment's."""
 
@@ -194,12 +182,10 @@ def write_segment(folder: Path, content: Content) -> SealedSegment:
     except BaseException:
         for table in SCHEMAS:  # a full disk has better use for their space
             with contextlib.suppress(OSError):
-                (folder / f"{segment_name(table, content.seq)}.tmp").unlink()
+                temporary(folder / segment_name(table, content.seq)).unlink()
         raise
     append_manifest(folder, content.info, entry.to_frame())
-    for file in entry.files.values():
-        os.replace(folder / f"{file.name}.tmp", folder / file.name)
-    fsync_folder(folder)
+    publish(*(folder / file.name for file in entry.files.values()))
     return entry
 
 
@@ -216,14 +202,14 @@ def _write_files(folder: Path, content: Content) -> SealedSegment:
     def write(table: str, parts: Any, rows: int) -> None:
         metadata = {METADATA_KEY: canonical_json({**base, "table": table}).encode()}
         name = segment_name(table, seq)
-        tmp = folder / f"{name}.tmp"
+        tmp = temporary(folder / name)
         writer = _open_parquet(tmp, SCHEMAS[table].with_metadata(metadata))
         try:
             for part in parts(metadata):
                 writer.write_table(part, row_group_size=max(1, part.num_rows))
         finally:
             writer.close()
-        _fsync(tmp)
+        fsync_file(tmp)
         files[table] = SealedFile(name, tmp.stat().st_size, rows, footer_crc32(tmp))
 
     if len(content.placements.step):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eplb_dump.format.files import replace_file
 from eplb_dump.format.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_LOAD,
+    MAX_NUMBER,
     MODEL_PREFIX,
     RUN_PREFIX,
     SESSION_FILE,
@@ -29,10 +30,11 @@ from eplb_dump.format.schema import (
 
 
 def write_session_file(folder: Path, info: SessionInfo) -> None:
-    """Write ``session.json`` at once and whole. Raises OSError."""
-    tmp = folder / f"{SESSION_FILE}.tmp"
-    tmp.write_bytes(dump_json(info.to_dict()))
-    os.replace(tmp, folder / SESSION_FILE)
+    """Write or replace ``session.json``. Raises OSError.
+
+    It is not synced: an engine waits for it at its start, and every journal repeats its content.
+    """
+    replace_file(folder / SESSION_FILE, dump_json(info.to_dict()), durable=False)
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ _RANGES = {
     "interval": (1, MAX_LOAD),
     "segment_steps": (1, MAX_LOAD),
     "ep_rank": (0, MAX_EXPERTS),
-    "created_unix_ns": (0, 2**62),
-    "created_monotonic_ns": (0, 2**62),
+    "created_unix_ns": (0, MAX_NUMBER),
+    "created_monotonic_ns": (0, MAX_NUMBER),
     "num_moe_layers": (0, MAX_LAYERS),
     "num_physical_experts": (0, MAX_EXPERTS),
     "ranks_per_node": (1, MAX_LOAD),

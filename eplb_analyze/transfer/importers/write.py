@@ -23,10 +23,10 @@ from eplb_analyze.transfer.importers.plan import Plan
 from eplb_analyze.transfer.importers.source import Chunk
 from eplb_dump.format import frames, journal
 from eplb_dump.format.journal import Int32, Int64, JournalAppender, Shape, StepRows
-from eplb_dump.format.manifest import append_manifest
-from eplb_dump.format.schema import SESSION_FILE, Status
+from eplb_dump.format.manifest import close_manifest
+from eplb_dump.format.schema import Status
 from eplb_dump.format.segment import seal
-from eplb_dump.format.session import Origin, SessionInfo, SourceFile, dump_json, session_path
+from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
 
 SEGMENT_STEPS = 2048
 SEGMENT_BYTES = 128 << 20
@@ -141,9 +141,8 @@ class _Session:
         recorded = len(self.recorded)
         stats = {"seen": recorded + self.not_sampled, "recorded": recorded, "not_sampled": self.not_sampled}
         stats |= {"dummy": 0, "dropped": 0, "rejected": 0}
-        closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
-        (self._folder / SESSION_FILE).write_bytes(dump_json(self._info.to_dict()))
-        append_manifest(self._folder, self._info, closed)
+        write_session_file(self._folder, self._info)
+        close_manifest(self._folder, self._info, stats)
 
     def _batches(self, chunk: Chunk) -> Iterator[Chunk]:
         """The chunk in parts of one segment's window each, none larger than a frame may be."""
