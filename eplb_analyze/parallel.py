@@ -1,57 +1,86 @@
-"""Work shared by threads, with results in the order of the items."""
+"""Maps over threads, processes or a cluster: ordered results, a bounded number of items under way."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 #: More threads than this are no faster, and each holds a few row groups.
 MAX_WORKERS = 4
 
-
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+_max_workers = MAX_WORKERS
 
 
-_at_most = MAX_WORKERS
+class Pending(Protocol[Result_co]):
+    """A result that is being computed. :class:`concurrent.futures.Future` is one."""
+
+    def result(self) -> Result_co: ...
+    def cancel(self) -> object: ...
 
 
 def num_workers() -> int:
-    """How many threads share the work of a run: numpy and Arrow leave the interpreter lock to others."""
-    return min(_at_most, os.cpu_count() or 1)
+    """Threads that share the work of a run: numpy and Arrow release the interpreter lock."""
+    return min(_max_workers, os.cpu_count() or 1)
 
 
 def limit_workers(threads: int) -> None:
-    """From now on; for a process that shares its machine with others like it."""
-    global _at_most  # noqa: PLW0603 - it is a setting of the process
-    _at_most = threads
+    """Set the limit of :func:`num_workers`, for a process that shares its machine with others like it."""
+    global _max_workers  # noqa: PLW0603 - it is a setting of the process
+    _max_workers = threads
 
 
-def prefetch(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[tuple[Item, Result]]:
-    """Each item with what ``work`` made of it, in order; so many as there are workers are under way."""
-    with ThreadPoolExecutor(num_workers()) as pool:
-        under_way: deque[tuple[Item, Future[Result]]] = deque()
-        try:
-            for item in items:
-                under_way.append((item, pool.submit(work, item)))
-                if len(under_way) > num_workers():
-                    first, result = under_way.popleft()
-                    yield first, result.result()
-            while under_way:
-                first, result = under_way.popleft()
-                yield first, result.result()
-        finally:
-            for _, result in under_way:
-                result.cancel()
+def ordered_map(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Generator[tuple[Item, Result], None, None]:
+    """Each item with ``work(item)``, in the order of the items.
+
+    Args:
+        threads: default :func:`num_workers`. At most one more item is under way or done but not yet
+            taken. With one thread the work is done by the caller's, item by item.
+    """
+    threads = num_workers() if threads is None else threads
+    if threads <= 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from ordered_results(lambda item: pool.submit(work, item), items, threads)
 
 
-def split_range(first: int, last: int) -> list[tuple[int, int]]:
-    """A range of layers in as many ranges as there are workers."""
-    edges = [first + i * (last - first) // num_workers() for i in range(num_workers() + 1)]
+def ordered_results(
+    submit: Callable[[Item], Pending[Result]], items: Iterable[Item], limit: int
+) -> Generator[tuple[Item, Result], None, None]:
+    """Each item with its result, in the order of the items; items are submitted as results are taken.
+
+    While the caller waits for a result, at most ``limit`` others are under way. When it stops early, or
+    an item fails, those not yet started are canceled.
+    """
+    under_way: deque[tuple[Item, Pending[Result]]] = deque()
+
+    def first() -> tuple[Item, Result]:
+        item, pending = under_way.popleft()
+        return item, pending.result()
+
+    try:
+        for item in items:
+            under_way.append((item, submit(item)))
+            if len(under_way) > limit:
+                yield first()
+        while under_way:
+            yield first()
+    finally:
+        for _, pending in under_way:
+            pending.cancel()
+
+
+def split_range(first: int, end: int) -> list[tuple[int, int]]:
+    """Split ``range(first, end)`` into one half-open range for each worker."""
+    edges = [first + i * (end - first) // num_workers() for i in range(num_workers() + 1)]
     return [(low, high) for low, high in itertools.pairwise(edges) if low < high]

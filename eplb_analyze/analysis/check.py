@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from eplb_analyze.errors import Finding, Severity
-from eplb_analyze.parallel import prefetch, split_range
+from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import ABSENT, Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run, imported
+from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.schema import EMPTY_SLOT, FORMAT_NAME
@@ -124,7 +125,7 @@ def _check_layers(
         return np.concatenate(totals, axis=1), odd, filled
 
     # Layers have nothing to do with each other, so threads can share them.
-    return (result for _, result in prefetch(split_range(0, layers), work))
+    return (result for _, result in ordered_map(work, split_range(0, layers)))
 
 
 def _loads_on_empty(run: Run, layer: int, steps: Int64, load: Int64) -> list[int]:
@@ -300,7 +301,7 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
         yield Finding("warning", "not_closed", text)
     part = next((s.part for s in run.sessions if s.part is not None), None)
     if part is not None:
-        end = "the end" if part[1] >= 2**62 - 1 else str(part[1])
+        end = "the end" if part[1] >= NO_END - 1 else str(part[1])
         text = f"a copy of a part of the run: the segments that touch steps {part[0]} to {end}"
         yield Finding("info", "partial_copy", text)
     journals = sum(s.journals for s in run.sessions)
@@ -389,9 +390,9 @@ def _check_statements(run: Run) -> list[Finding]:
         for layer, stated in own.items():
             stated.sort(key=lambda row: row[0])
             history = run.history.layer(layer)
-            for (start, slots), (until, _) in itertools.pairwise([*stated, (2**62, stated[-1][1])]):
+            for (start, slots), (until, _) in itertools.pairwise([*stated, (NO_END, stated[-1][1])]):
                 # Until the others change again: it may be back to what this rank still has.
-                ends = [*history.steps[1:], 2**62][: len(history.steps)]
+                ends = [*history.steps[1:], NO_END][: len(history.steps)]
                 for change, end, now in zip(history.steps, ends, history.slots, strict=True):
                     if start < change < until and not np.array_equal(now, slots):
                         late = loads[(loads >= change) & (loads < min(end, until))]

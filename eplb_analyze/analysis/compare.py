@@ -10,10 +10,10 @@ import numpy as np
 
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run, RunInfo
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int64, Shape
 
@@ -131,7 +131,7 @@ class Comparison:
         }
 
 
-def compare_runs(a: Run, b: Run, steps: Steps | None = None) -> Comparison:
+def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Comparison:
     """Compare two runs, or the same half-open range of steps of both: is B better than A?"""
     one, other = _read(a, steps), _read(b, steps)
     reasons = [*_reasons(one, other)]
@@ -162,7 +162,7 @@ def compare_runs(a: Run, b: Run, steps: Steps | None = None) -> Comparison:
     )
 
 
-def _read(run: Run, steps: Steps | None) -> _Reading:
+def _read(run: Run, steps: tuple[int, int] | None) -> _Reading:
     if steps is not None:
         run.require(steps)
     return run.reading(lambda: _Reading(run, steps))
@@ -178,7 +178,7 @@ class _Reading:
         shapes: of the loads.
     """
 
-    def __init__(self, run: Run, steps: Steps | None) -> None:
+    def __init__(self, run: Run, steps: tuple[int, int] | None) -> None:
         self.run, self.whole = run, Completeness()
         layers, experts = run.info.num_layers, run.info.num_logical_experts
         self.terms = np.zeros((0, layers + 1, 4))
@@ -186,7 +186,7 @@ class _Reading:
         self.shapes: set[Shape] = set()
         self._steps_per_row = 1
         self._tokens = 0.0
-        low, high = steps if steps is not None else (0, 2**62)
+        low, high = StepRange.of(steps)
         first, last = (step or 0 for step in run.step_range)
         middle = (max(first, low) + min(last + 1, high)) // 2
         for half, part in enumerate(((low, middle), (middle, high))):

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import polars as pl
 
 from eplb_analyze.errors import DumpError
-from eplb_analyze.parallel import prefetch, split_range
-from eplb_analyze.reader.blocks import Block, Piece, Steps
+from eplb_analyze.parallel import ordered_map, split_range
+from eplb_analyze.reader.blocks import Block, Piece
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.placements import replicas
@@ -120,7 +120,7 @@ class ExpertReport:
 def expert_report(
     run: Run,
     layer: int | None = None,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     *,
     window: int = WINDOW,
     hot_factor: float = HOT_FACTOR,
@@ -310,7 +310,7 @@ class _Loads(Sums):
                 self._add_layers(layers, block.recorded, bounds, pieces, out)
 
         # Layers have nothing to do with each other, so threads can share them.
-        for _ in prefetch(split_range(self.layers.start, self.layers.stop), work):
+        for _ in ordered_map(work, split_range(self.layers.start, self.layers.stop)):
             pass
         return out
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.metrics import formulas
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import fold, replicas
 from eplb_analyze.reader.run import Run
@@ -74,7 +74,9 @@ class LayerReport:
         return {"run": {"run_id": fields.pop("run_id"), "model": fields.pop("model")}, **fields}
 
 
-def layer_report(run: Run, layer: int, step: int | None = None, steps: Steps | None = None) -> LayerReport:
+def layer_report(
+    run: Run, layer: int, step: int | None = None, steps: tuple[int, int] | None = None
+) -> LayerReport:
     """Loads of one layer, by the model's layer number.
 
     Args:
@@ -112,7 +114,7 @@ def _no_loads(run: Run, step: int, state: int) -> str:
     return text
 
 
-def _range(run: Run, layer: int, index: int, steps: Steps | None) -> LayerReport:
+def _range(run: Run, layer: int, index: int, steps: tuple[int, int] | None) -> LayerReport:
     if steps is not None:
         run.require(steps)
     # Also where no step of a configuration is complete, it separates those around it.

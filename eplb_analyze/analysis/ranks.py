@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.metrics.formulas import Terms
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.run import Run
@@ -116,7 +116,9 @@ class _RankSums(Sums):
         self.excess += np.bincount(slowest, excess, minlength=self.shape.ep_size)
 
 
-def rank_report(run: Run, steps: Steps | None = None, *, ranks_per_node: int | None = None) -> RankReport:
+def rank_report(
+    run: Run, steps: tuple[int, int] | None = None, *, ranks_per_node: int | None = None
+) -> RankReport:
     """Which ranks and nodes were the slowest, over the last configuration of a run or of a range.
 
     Args:
@@ -130,7 +132,7 @@ def rank_report(run: Run, steps: Steps | None = None, *, ranks_per_node: int | N
     return run.reading(lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node))
 
 
-def _rank_report(run: Run, steps: Steps | None, ranks_per_node: int | None) -> RankReport:
+def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | None) -> RankReport:
     sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape))
     per_rank = [[rank] for rank in range(sums.shape.ep_size)]
     per_node = _nodes(sums.shape.ep_size, ranks_per_node)

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
-from eplb_analyze.parallel import prefetch, split_range
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.parallel import ordered_map, split_range
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 
@@ -99,7 +100,9 @@ class RearrangementReport:
         }
 
 
-def rearrangement_report(run: Run, steps: Steps | None = None, window: int = WINDOW) -> RearrangementReport:
+def rearrangement_report(
+    run: Run, steps: tuple[int, int] | None = None, window: int = WINDOW
+) -> RearrangementReport:
     """Judge every rearrangement that begins in a half-open range of steps (default: all).
 
     Args:
@@ -111,7 +114,7 @@ def rearrangement_report(run: Run, steps: Steps | None = None, window: int = WIN
     return run.reading(lambda: _report(run, steps, window))
 
 
-def _report(run: Run, steps: Steps | None, window: int) -> RearrangementReport:
+def _report(run: Run, steps: tuple[int, int] | None, window: int) -> RearrangementReport:
     changes = _changes(run, steps, window)
     folds = [fold for change in changes for fold in change.folds]
     whole, series = Completeness(), _Series()
@@ -146,8 +149,8 @@ def verdicts(
     return [_figures(run, change, series) for change in changes]
 
 
-def _changes(run: Run, steps: Steps | None, window: int) -> list[_Change]:
-    low, high = steps if steps is not None else (0, 2**62)
+def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Change]:
+    low, high = StepRange.of(steps)
     found = run.history.rearrangements()
     changes = []
     # Before a layer's first placement nobody knows whose its tokens were.
@@ -159,7 +162,7 @@ def _changes(run: Run, steps: Steps | None, window: int) -> list[_Change]:
             start = max(start, *(s for s in lost if s < this.first_step), 0)
             following = found[i + 1].first_step if i + 1 < len(found) else high
             end = min(high, following, *(s for s in lost if s > this.last_step))
-            changes.append(_Change(run, this, (start, end), following == end < high, window))
+            changes.append(_Change(run, this, StepRange(start, end), following == end < high, window))
     return changes
 
 
@@ -167,7 +170,7 @@ def _changes(run: Run, steps: Steps | None, window: int) -> list[_Change]:
 class _Fold:
     """The loads of a range of steps, spread evenly over the replicas of a placement."""
 
-    steps: Steps
+    steps: StepRange
     shape: Shape
     #: By layer: the placement the steps ran under, and the one to spread their loads over.
     old: list[Int32]
@@ -183,11 +186,11 @@ class _Fold:
 class _Change:
     """A rearrangement, the placements around it and its windows."""
 
-    def __init__(self, run: Run, this: Rearrangement, around: Steps, followed: bool, window: int) -> None:
+    def __init__(self, run: Run, this: Rearrangement, around: StepRange, followed: bool, window: int) -> None:
         """``around``: the steps of the placement before, of this change, and of the placement after."""
-        self.this, self.end, self.followed = this, around[1], followed
-        self.before = (max(around[0], this.first_step - window), this.first_step)
-        self.after = (this.last_step, min(around[1], this.last_step + window))
+        self.this, self.end, self.followed = this, around.end, followed
+        self.before = StepRange(max(around.first, this.first_step - window), this.first_step)
+        self.after = StepRange(this.last_step, min(around.end, this.last_step + window))
         histories = [run.history.layer(index) for index in range(run.info.num_layers)]
         old = [history.at(this.first_step - 1) for history in histories]
         new = [history.at(this.last_step) for history in histories]
@@ -257,7 +260,7 @@ class _Series:
         steps, values, shapes = (np.concatenate(column) for column in zip(*self._parts, strict=True))
         return steps, values, shapes
 
-    def between(self, steps: Steps, shape: Shape) -> tuple[Int64, formulas.Float64]:
+    def between(self, steps: tuple[int, int], shape: Shape) -> tuple[Int64, formulas.Float64]:
         """``(steps, values)`` of a half-open range, as far as they have this shape."""
         if not self._parts or shape not in self._shapes:
             return np.empty(0, np.int64), np.empty(0)
@@ -289,7 +292,7 @@ def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
                     ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis])
 
     # Layers have nothing to do with each other, so threads can share them.
-    for _ in prefetch(split_range(0, here[0][0].shape.num_moe_layers), work):
+    for _ in ordered_map(work, split_range(0, here[0][0].shape.num_moe_layers)):
         pass
     for fold, _, ratio in here:
         active = (~np.isnan(ratio)).sum(axis=1)

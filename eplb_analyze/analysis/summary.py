@@ -11,11 +11,12 @@ import numpy.typing as npt
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, Terms
 from eplb_analyze.metrics.losses import Bin, Bins, Losses, RankLoss, StretchLoss, timeline, windows
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import Rearrangement, logical_sums, replicas
 from eplb_analyze.reader.run import Run, RunInfo
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import listed, percent, plural
 from eplb_dump.format.journal import Int64, Shape
 
@@ -276,7 +277,7 @@ class SummarySums:
         self.stretches: list[_Stretch] = []
         self.layers = _LayerSums(num_layers)
         self.phases: dict[str, _PhaseSums] = {}
-        self.first_time, self.last_time = 2**62, -1
+        self.first_time, self.last_time = np.iinfo(np.int64).max, -1
         #: From a step to the next, in ns; and the first and the last step, with their time.
         self.gaps: list[Int64] = []
         self._first: tuple[int, int] | None = None
@@ -327,7 +328,7 @@ class SummarySums:
             else:
                 self.stretches.append(stretch)
 
-    def summary(self, run: Run, steps: Steps | None = None) -> Summary:
+    def summary(self, run: Run, steps: tuple[int, int] | None = None) -> Summary:
         """The figures of a run; ``steps`` is the range that was asked for."""
         step = np.concatenate(self.steps)
         values = {name: np.concatenate(parts) for name, parts in self.values.items()}
@@ -358,25 +359,25 @@ class SummarySums:
         )
 
 
-def summarize(run: Run, steps: Steps | None = None) -> Summary:
+def summarize(run: Run, steps: tuple[int, int] | None = None) -> Summary:
     """Compute the summary of a run, or of a half-open range of its steps."""
     if steps is not None:
         run.require(steps)
     return run.reading(lambda: _summarize(run, steps))
 
 
-def _summarize(run: Run, steps: Steps | None) -> Summary:
+def _summarize(run: Run, steps: tuple[int, int] | None) -> Summary:
     return sums_of(run, steps, bins_of(run, steps)).summary(run, steps)
 
 
-def bins_of(run: Run, steps: Steps | None = None) -> Bins:
+def bins_of(run: Run, steps: tuple[int, int] | None = None) -> Bins:
     """The parts of a run's time, or of a range of its steps, that its sums are kept by."""
     first, last = run.step_range
-    low, high = steps or (0, 2**62)
+    low, high = StepRange.of(steps)
     return Bins(max(low, first or 0), min(high - 1, last or 0))
 
 
-def sums_of(run: Run, steps: Steps | None, bins: Bins) -> SummarySums:
+def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     """The sums of a run, or of a range of its steps. Call it inside ``run.reading``.
 
     Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import polars as pl
 
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import stretches
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.step_range import StepRange
 
 IDLE_FRACTION = "idle_fraction"
 NAMES = (*FORMULAS, IDLE_FRACTION)
@@ -106,7 +106,7 @@ def timeline(
     formula: str = "balancedness",
     bins: int = DEFAULT_BINS,
     layer: int | None = None,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
 ) -> Timeline:
     """A formula over the complete steps of a run, in bins of equally many steps.
 
@@ -132,13 +132,15 @@ def timeline(
     return run.reading(lambda: _timeline(run, formula, bins, index, steps))
 
 
-def _timeline(run: Run, formula: str, bins: int, index: int | None, steps: Steps | None) -> Timeline:
-    low, high = steps or (0, 2**62)
-    run.require((low, high))
+def _timeline(
+    run: Run, formula: str, bins: int, index: int | None, steps: tuple[int, int] | None
+) -> Timeline:
+    asked = StepRange.of(steps)
+    run.require(asked)
     first, last = run.step_range
     assert first is not None
     assert last is not None
-    first, end = max(first, low), min(last + 1, high)
+    first, end = asked.clip(first, last + 1)
     count = min(bins, end - first)
     parts = _Bins(np.array([first + i * (end - first) // count for i in range(count + 1)], np.int64))
     seen = Completeness()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import NotInDumpError
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.run import Run
@@ -143,7 +143,7 @@ class TrafficReport:
 def traffic_report(
     run: Run,
     layer: int | None = None,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     *,
     by: By = "rank",
     ranks_per_node: int | None = None,

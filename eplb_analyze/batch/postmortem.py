@@ -27,10 +27,10 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.metrics.losses import Bins
 from eplb_analyze.parallel import limit_workers
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.discovery import Discovery, discover
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.reader.segments import require_regular
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import UnreachableError
 from eplb_analyze.storage.path import StoragePath
@@ -352,7 +352,7 @@ class Part:
     """What a worker is given of a long run: a range of steps, and how its sums are kept."""
 
     target: Target
-    steps: Steps
+    steps: StepRange
     bins: Bins
     crowded: bool
 

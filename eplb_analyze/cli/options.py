@@ -11,6 +11,7 @@ import typer
 
 from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.errors import EXIT_UNUSABLE
+from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -123,17 +124,17 @@ RanksPerNodeOption = Annotated[
 ]
 
 
-def parse_steps(text: str | None) -> tuple[int, int] | None:
+def parse_steps(text: str | None) -> StepRange | None:
     """``A:B`` as a half-open range."""
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text)
     if match is None or text == ":":
         raise typer.BadParameter(f"{text!r} is not A:B, for instance 100:200", param_hint="--steps")
-    low, high = int(match[1] or 0), int(match[2] or 2**62)
-    if low >= high:
+    steps = StepRange(int(match[1] or 0), int(match[2] or NO_END))
+    if steps.first >= steps.end:
         raise typer.BadParameter(f"{text!r} is an empty range", param_hint="--steps")
-    return low, high
+    return steps
 
 
 def open_for(output: Output, dump: StoragePath, run: str | None, model: str | None) -> Run:

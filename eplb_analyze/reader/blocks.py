@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.join import Source, StepState, _join, _JoinedRows, _overlapping, _stretches
 from eplb_analyze.reader.segments import Segment, SegmentFault, layers_at_once
-from eplb_analyze.storage import path
+from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope, Status
 
@@ -155,7 +157,8 @@ class Block:
             def take(cursor: tuple[_Cursor, Int64, Int64], low: int = low, high: int = high) -> Piece:
                 return cursor[0].take(low, high), *cursor[1:]
 
-            yield low, high, path.each(cursors[0][0].segment.path, take, cursors) if cursors else iter(())
+            found = ordered_map(take, cursors, requests_at_once(cursors[0][0].segment.path) if cursors else 1)
+            yield low, high, (piece for _, piece in found)
 
     def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
         """Pieces added up: int64 ``[len(steps), layers, width]``."""
@@ -194,9 +197,8 @@ class Block:
         ]
         if not sources:
             return
-        where = sources[0].segment.path
-        known = path.each(where, lambda source: source.segment.load_steps(), sources)
-        for source, load_steps in zip(sources, known, strict=True):
+        threads = requests_at_once(sources[0].segment.path)
+        for source, load_steps in ordered_map(lambda source: source.segment.load_steps(), sources, threads):
             row = self.ranks.index(source.rank)
             counts = (self._owner[row, columns] == source.session) & (
                 self.status[row, columns] == Status.RECORDED
@@ -254,18 +256,17 @@ def _whole(index: Int64, length: int) -> Int64 | slice:
 def iter_blocks(
     sessions: Sequence[Session],
     scope: Scope,
-    steps: tuple[int, int] | None = None,
+    steps: StepRange,
     unreadable: frozenset[int] = frozenset(),
 ) -> Iterator[Block]:
     """The blocks of a run, in order of steps.
 
     Args:
         sessions: all sessions of the run, the older ones first.
-        steps: half-open range to stay in.
+        steps: the range to stay in.
         unreadable: ``id`` of segments whose loads cannot be read.
     """
-    low, high = steps if steps is not None else (-1, 2**62)
-    last_shape = _shape_before(sessions, low)
+    last_shape = _shape_before(sessions, steps.first)
     sources = [
         Source(
             session.info.ep_rank,
@@ -276,16 +277,16 @@ def iter_blocks(
         )
         for number, session in enumerate(sessions)
         for segment in session.segments
-        if segment.first_step < high and segment.last_step >= low
+        if segment.first_step < steps.end and segment.last_step >= steps.first
     ]
     ranks = sorted({session.info.ep_rank for session in sessions})
     for group in _overlapping(sources):
-        rows_of = path.each(group[0].segment.path, lambda source: source.segment.steps(), group)
-        parts = list(zip(group, rows_of, strict=True))
+        threads = requests_at_once(group[0].segment.path)
+        parts = list(ordered_map(lambda source: source.segment.steps(), group, threads))
         initial = max(sessions[s.session].info.ep_size for s in group)
         rows = _join(parts, ranks, scope, last_shape, initial)
         last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape
-        inside = np.searchsorted(rows.step, [low, high])
+        inside = np.searchsorted(rows.step, steps)
         for start, stop in _stretches(rows, int(inside[0]), int(inside[1])):
             shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
             yield Block(group, rows, start, stop, shape, scope)
@@ -293,19 +294,16 @@ def iter_blocks(
 
 def _shape_before(sessions: Sequence[Session], step: int) -> Shape | None:
     """The shape of the loads that were recorded last before a step."""
-    before = [s for x in sessions for s in x.segments if s.shape is not None and s.last_step < step]
+    before = [s for x in sessions for s in x.segments if s.shape is not None and 0 <= s.last_step < step]
     return max(before, key=lambda segment: segment.last_step).shape if before else None
 
 
-def parts(sessions: Sequence[Session], about: int) -> list[tuple[int, int]]:
-    """Half-open ranges of steps, of about so many or a block more, whose edges are edges of blocks."""
+def parts(sessions: Sequence[Session], about: int) -> list[StepRange]:
+    """Ranges of steps, of about so many or a block more, whose edges are edges of blocks."""
     edges: list[int] = []
     last = -1
     for first, end in sorted((s.first_step, s.last_step) for x in sessions for s in x.segments):
         if not edges or (first > last and first - edges[-1] >= about):
             edges.append(first)
         last = max(last, end)
-    return list(itertools.pairwise([*edges, last + 1])) if edges else []
-
-
-Steps = tuple[int, int]
+    return [StepRange(*pair) for pair in itertools.pairwise([*edges, last + 1])] if edges else []

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Shape
@@ -37,7 +37,7 @@ S = TypeVar("S", bound=Sums)
 
 
 def last_configuration(
-    run: Run, steps: Steps | None, start: Callable[[Shape], S]
+    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
 ) -> tuple[S, Completeness, list[str]]:
     """Sums of the last configuration of a half-open range of steps, and notes on what was left out.
 
@@ -68,7 +68,7 @@ def last_configuration(
     return sums, whole, notes
 
 
-def stretches(run: Run, steps: Steps | None, seen: Completeness) -> Iterator[tuple[int, Block]]:
+def stretches(run: Run, steps: tuple[int, int] | None, seen: Completeness) -> Iterator[tuple[int, Block]]:
     """The blocks that have complete steps, each with the number of its stretch; all are counted in ``seen``.
 
     Also where no step of a shape is complete, it separates the stretches around it.

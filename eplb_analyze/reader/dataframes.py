@@ -17,6 +17,7 @@ from eplb_analyze.metrics import formulas
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import PlacementHistory
+from eplb_analyze.reader.step_range import NO_END
 from eplb_dump.format.schema import STATUS_LABELS
 
 _STEPS_SCHEMA: dict[str, Any] = {
@@ -99,7 +100,7 @@ def loads(
 
 
 def placement(history_of_run: PlacementHistory, numbers: Sequence[int], step: int | None) -> pl.DataFrame:
-    at = 2**62 if step is None else step
+    at = NO_END if step is None else step
     parts = []
     for index, number in enumerate(numbers):
         history = history_of_run.layer(index)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.segments import (
     OpenSegment,
     ParquetSegment,
@@ -20,7 +21,7 @@ from eplb_analyze.reader.segments import (
     require_regular,
 )
 from eplb_analyze.storage import path as places
-from eplb_analyze.storage.path import StoragePath
+from eplb_analyze.storage.path import StoragePath, requests_at_once
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
 from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import (
@@ -107,7 +108,7 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         wanted = [f"{RUN_PREFIX}{run}"]
     found = Discovery(shown, {}, {})
     sessions = list(_descend(shown, wanted, found))
-    for (names, folder), info in zip(sessions, places.each(shown, _info_or_fault, sessions), strict=True):
+    for (names, folder), info in ordered_map(_info_or_fault, sessions, requests_at_once(shown)):
         if info is None:
             continue
         run_id, model = names[0][len(RUN_PREFIX) :], names[1][len(MODEL_PREFIX) :]
@@ -203,9 +204,10 @@ def open_sessions(found: Sequence[tuple[StoragePath, SessionInfo]], findings: li
     own: list[list[Finding]] = [[] for _ in found]
     # To read many ranks' journals takes a while. A run that goes on meanwhile would seem to have lost the
     # ranks that are read first.
-    sizes = places.each(found[0][0], _sizes, [folder for folder, _ in found])
-    items = [(*session, mine, now) for session, mine, now in zip(found, own, list(sizes), strict=True)]
-    sessions = list(places.each(found[0][0], lambda item: open_session(*item), items))
+    threads = requests_at_once(found[0][0])
+    sizes = list(ordered_map(_sizes, [folder for folder, _ in found], threads))
+    items = [(*session, mine, now) for session, mine, (_, now) in zip(found, own, sizes, strict=True)]
+    sessions = [session for _, session in ordered_map(lambda item: open_session(*item), items, threads)]
     findings += [finding for mine in own for finding in mine]
     return sessions
 

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.segments import Segment
-from eplb_analyze.storage import path
+from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums
 from eplb_dump.format.schema import EMPTY_SLOT, Status
@@ -333,14 +335,12 @@ def _statements(
     for session in sessions:
         if session.segments:
             by_rank.setdefault(session.info.ep_rank, []).append(session)
-    where = next((session.folder for session in sessions), None)
-    ranks = sorted(by_rank.items())
+    threads = requests_at_once(sessions[0].folder) if sessions else 1
 
     def read(item: tuple[int, list[Session]]) -> list[list[tuple[int, int, int, Int32]]]:
         return [_rows_of(session, unreadable) for session in item[1]]
 
-    found = path.each(where, read, ranks) if where is not None else iter(())
-    for (rank, own), rows in zip(ranks, found, strict=True):
+    for (rank, own), rows in ordered_map(read, sorted(by_rank.items()), threads):
         if len(own) == 1:
             yield from ((rank, *row) for row in rows[0])
             continue
@@ -378,10 +378,10 @@ def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
     steps, owners = np.concatenate(step), np.concatenate(owner)
     # Of those that recorded a step the newest session's load counts, as in the blocks.
     order = np.lexsort((owners, steps))
-    last = np.flatnonzero(np.diff(steps[order], append=2**62))
+    last = np.flatnonzero(np.diff(steps[order], append=NO_END))
     steps, owners = steps[order][last], owners[order][last]
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     firsts = steps[starts]
     firsts[:1] = -1  # what the first of them said before its first load
-    ends = np.append(firsts, 2**62)[1:]
+    ends = np.append(firsts, NO_END)[1:]
     return list(zip(firsts.tolist(), ends.tolist(), owners[starts].tolist(), strict=True))

@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.metrics import formulas
-from eplb_analyze.parallel import prefetch
-from eplb_analyze.reader.blocks import Block, Steps, iter_blocks, parts
+from eplb_analyze.parallel import ordered_map
+from eplb_analyze.reader.blocks import Block, iter_blocks, parts
 from eplb_analyze.reader.discovery import Discovery, Session, discover, open_sessions
 from eplb_analyze.reader.placements import PlacementHistory, read_history, untold
 from eplb_analyze.reader.segments import Segment, SegmentFault
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import FORMAT_NAME, Scope, model_slug
@@ -303,30 +304,31 @@ class Run:
         sizes = [s.shape.ep_size for session in self.sessions for s in session.segments if s.shape]
         return list(range(max(sizes, default=self.sessions[0].info.ep_size)))
 
-    def blocks(self, steps: Steps | None = None) -> Iterator[Block]:
+    def blocks(self, steps: tuple[int, int] | None = None) -> Iterator[Block]:
         """The run's blocks in order of steps; see :class:`~eplb_analyze.reader.blocks.Block`."""
         for block in self._blocks(steps):
             yield block
             self._report(block, steps)
 
     def over_blocks(
-        self, work: Callable[[Block], T], steps: Steps | None = None
+        self, work: Callable[[Block], T], steps: tuple[int, int] | None = None
     ) -> Iterator[tuple[Block, T]]:
         """Each block with what ``work`` makes of it, in order of steps; threads share the work."""
-        for block, result in prefetch(self._blocks(steps), work):
+        for block, result in ordered_map(work, self._blocks(steps)):
             yield block, result
             self._report(block, steps)
 
-    def _blocks(self, steps: Steps | None) -> Iterator[Block]:
-        return iter_blocks(self.sessions, self.scope, steps, frozenset(self._unreadable["loads"]))
+    def _blocks(self, steps: tuple[int, int] | None) -> Iterator[Block]:
+        return iter_blocks(
+            self.sessions, self.scope, StepRange.of(steps), frozenset(self._unreadable["loads"])
+        )
 
-    def _report(self, done: Block, steps: Steps | None) -> None:
+    def _report(self, done: Block, steps: tuple[int, int] | None) -> None:
         first, last = (0 if step is None else step for step in self.step_range)
-        low, high = steps or (0, 2**62)
-        low, high = max(low, first), min(high, last + 1)
+        low, high = StepRange.of(steps).clip(first, last + 1)
         self.progress(int(done.step[-1]) + 1 - low, high - low)
 
-    def parts(self) -> list[Steps]:
+    def parts(self) -> list[StepRange]:
         """The run's steps in ranges that are read apart, by other processes or machines if need be."""
         return parts(self.sessions, PART_STEPS)
 
@@ -381,7 +383,7 @@ class Run:
         """Whether the loads of a segment are in figures, as far as is known yet."""
         return id(segment) not in self._unreadable["loads"]
 
-    def untold(self, session: Session) -> list[Steps]:
+    def untold(self, session: Session) -> list[tuple[int, int]]:
         """First and last step of the gaps in what can be read of a session's placements."""
         return untold(session, frozenset(self._unreadable["placements"]))
 
@@ -398,13 +400,12 @@ class Run:
             raise NotInDumpError(f"{self.path}: no MoE layer {layer}; recorded layers: {known}")
         return self.info.layers.index(layer)
 
-    def require(self, steps: Steps) -> None:
+    def require(self, steps: tuple[int, int]) -> None:
         """Check that a half-open range has a step of the run. Raises NotInDumpError."""
         first, last = self.step_range
         if first is None or last is None or steps[0] > last or steps[1] <= first:
-            end = "" if steps[1] >= 2**62 else steps[1]
             known = "it has no step yet" if first is None else f"it has steps {first} to {last}"
-            raise NotInDumpError(f"{self.path}: no step of the run is in {steps[0]}:{end}; {known}")
+            raise NotInDumpError(f"{self.path}: no step of the run is in {StepRange(*steps)}; {known}")
 
     @property
     def step_range(self) -> tuple[int | None, int | None]:
@@ -423,14 +424,14 @@ class Run:
         times = self.info.token_replication
         return int(value) if times == 1 else float(value) / times
 
-    def nothing_complete(self, steps: Steps | None) -> DumpError:
+    def nothing_complete(self, steps: tuple[int, int] | None) -> DumpError:
         """The error where no step of the run, or of a range that was asked for, is complete."""
         where = "the run" if steps is None else "this range"
         return DumpError(f"{self.path}: no step of {where} is complete (see `check`)")
 
     # ---- frames
 
-    def steps(self, steps: Steps | None = None) -> pl.DataFrame:
+    def steps(self, steps: tuple[int, int] | None = None) -> pl.DataFrame:
         """One row a seen step: step, state, ranks_recorded, time, num_tokens, phase.
 
         ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
@@ -442,7 +443,7 @@ class Run:
 
     def loads(
         self,
-        steps: Steps | None = None,
+        steps: tuple[int, int] | None = None,
         layers: list[int] | None = None,
         *,
         experts: bool = True,
@@ -487,7 +488,7 @@ class Run:
         return dataframes.placements(self.history, self.info.layers)
 
     def balancedness(
-        self, formula: str = "balancedness", by: str = "step", steps: Steps | None = None
+        self, formula: str = "balancedness", by: str = "step", steps: tuple[int, int] | None = None
     ) -> pl.DataFrame:
         """A formula of :data:`eplb_analyze.metrics.formulas.FORMULAS`, over the complete steps.
 

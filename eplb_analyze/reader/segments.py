@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
@@ -100,7 +101,7 @@ class OpenSegment:
         self.seq = journal.seq
         self.shape = journal.shape
         steps = journal.steps.step
-        self.first_step, self.last_step = int(steps.min(initial=2**62)), int(steps.max(initial=-1))
+        self.first_step, self.last_step = int(steps.min(initial=NO_END)), int(steps.max(initial=-1))
 
     def steps(self) -> StepRows:
         return self._journal.steps

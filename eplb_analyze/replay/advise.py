@@ -14,7 +14,6 @@ import numpy as np
 
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.replay import Outcome, Replay, replay
 from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments
@@ -122,7 +121,7 @@ class Advice:
 def advise(
     run: Run,
     choices: Choices | Sequence[Setting] | None = None,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     *,
     min_gain: float = MIN_GAIN,
     num_groups: int = 1,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.policies import policy
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import stretches
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
 from eplb_analyze.replay.simulator import (
     MEASURED,
@@ -32,7 +32,7 @@ class Part:
     """The steps of one shape that settings are replayed over."""
 
     #: Half-open, from the first to the last complete one.
-    steps: Steps
+    steps: StepRange
     shape: Shape
     #: How many of them are complete.
     recorded: int
@@ -45,7 +45,7 @@ class Part:
     notes: list[str]
 
 
-def last_part(run: Run, steps: Steps | None = None) -> Part:
+def last_part(run: Run, steps: tuple[int, int] | None = None) -> Part:
     """The last configuration of a half-open range of steps (default: all). Reads no loads.
 
     Call it inside ``run.reading``.
@@ -86,7 +86,7 @@ def last_part(run: Run, steps: Steps | None = None) -> Part:
     seconds = float(np.median(between)) / 1e9 if timed else None
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
     notes += run.cautions(*codes)
-    return Part((first, last + 1), shape, count, begin_of_starts, seconds, whole, notes)
+    return Part(StepRange(first, last + 1), shape, count, begin_of_starts, seconds, whole, notes)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Replay:
 def replay(
     run: Run,
     choices: Choices | Sequence[Setting] | None = None,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     *,
     num_groups: int = 1,
     cost_per_expert_ms: float | None = None,

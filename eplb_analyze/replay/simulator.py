@@ -22,9 +22,10 @@ from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.parallel import split_range
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy, Problem
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, crossings, even_shares, holdings
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.settings import Setting
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import EMPTY_SLOT
@@ -143,7 +144,7 @@ class Playback:
     def __init__(
         self,
         run: Run,
-        steps: Steps,
+        steps: StepRange,
         shape: Shape,
         origin: int,
         settings: Sequence[tuple[Setting, Policy]],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.parallel import prefetch, split_range
+from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block, Piece
 from eplb_analyze.reader.configurations import Sums
 from eplb_analyze.reader.join import StepState
@@ -101,7 +101,7 @@ class LoadBins(Sums):
                 self._add_layers(range(low, high), steps, bins, pieces)
 
         # Layers have nothing to do with each other, so threads can share them.
-        for _ in prefetch(split_range(0, self.shape.num_moe_layers), work):
+        for _ in ordered_map(work, split_range(0, self.shape.num_moe_layers)):
             pass
 
     def _add_layers(

@@ -23,7 +23,6 @@ from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import banners, incomplete, summarize
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import last_configuration
 from eplb_analyze.reader.run import Run, imported
@@ -69,7 +68,7 @@ class ReportDocument:
 
 
 def report_document(
-    run: Run, steps: Steps | None = None, *, top: int = 10, redact: bool = False
+    run: Run, steps: tuple[int, int] | None = None, *, top: int = 10, redact: bool = False
 ) -> ReportDocument:
     """All figures of a run, or of a half-open range of its steps.
 
@@ -154,7 +153,7 @@ def _figures(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("run", "steps", "notes")}
 
 
-def _experts(run: Run, steps: Steps | None) -> ExpertReport | None:
+def _experts(run: Run, steps: tuple[int, int] | None) -> ExpertReport | None:
     """None where no load has an expert's name, because no placement is known."""
     try:
         return expert_report(run, steps=steps)

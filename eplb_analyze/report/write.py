@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from eplb_analyze.atomic import new_file, require_free
-from eplb_analyze.reader.blocks import Steps
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_analyze.report.document import report_document
@@ -42,7 +41,7 @@ class WrittenReport:
 def write_report(
     run: Run,
     file: Path,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     *,
     top: int = 10,
     redact: bool = False,

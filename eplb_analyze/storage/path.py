@@ -11,24 +11,18 @@ import fnmatch
 import glob
 import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 from urllib.parse import parse_qsl
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.storage.bucket import OPTIONS, Bucket, Entry, Remote
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 #: Requests under way at once: waiting is most of what they take.
 MAX_REQUESTS = 8
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 P = TypeVar("P", bound="StoragePath")
 
 
@@ -142,24 +136,9 @@ def forget_listing(where: StoragePath) -> None:
         where.bucket.forget()
 
 
-def each(where: StoragePath, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What ``work`` makes of each item, in order; several are under way where each waits for a network."""
-    if isinstance(where, Path):
-        yield from map(work, items)
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(MAX_REQUESTS)
-    try:
-        under_way: deque[Future[Result]] = deque()
-        for item in items:
-            under_way.append(pool.submit(work, item))
-            if len(under_way) > MAX_REQUESTS:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def requests_at_once(where: StoragePath) -> int:
+    """How many threads to read or write with: one in a local folder, several if each waits for a network."""
+    return 1 if isinstance(where, Path) else MAX_REQUESTS
 
 
 @contextmanager

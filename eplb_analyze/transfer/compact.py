@@ -27,6 +27,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.reader.segments import SegmentFault
+from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural
@@ -322,7 +323,7 @@ def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
         )
     part = next((session.part for session in run.sessions if session.part is not None), None)
     if part is not None:
-        asked = f"{part[0]} to " + ("the end" if part[1] >= 2**62 - 1 else str(part[1]))
+        asked = f"{part[0]} to " + ("the end" if part[1] >= NO_END - 1 else str(part[1]))
         unknown["other_steps"] = f"the source was a copy of the segments that touch steps {asked}"
     files = [e for session in run.sessions for e in path.entries(session.folder)]
     source = f"{RUN_PREFIX}{first.run_id}/{MODEL_PREFIX}{model_slug(first.model)}"

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
-from eplb_analyze.reader.blocks import Steps
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import discover
 from eplb_analyze.reader.run import choose_run
 from eplb_analyze.reader.segments import ParquetSegment, SegmentFault, require_regular
+from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
@@ -51,7 +52,6 @@ UNFINISHED = "copy.tmp"
 #: In that folder; whoever copies into the session holds its lock.
 LOCK = "lock"
 CHUNK = 8 << 20
-NO_END = 2**62
 #: How often a session is looked at anew whose writer seals journals meanwhile.
 LOOKS = 10
 #: How often a file is fetched anew whose second reading is another.
@@ -98,7 +98,7 @@ def copy_run(
     to: StoragePath,
     run: str | None = None,
     model: str | None = None,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     ranks: list[int] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> CopyReport:
@@ -160,18 +160,18 @@ def copy_run(
         notes=notes,
     )
     ways = [_SessionCopy(_Source(folder, info, steps), _target(to, info)) for folder, info in sessions]
-    where = source if isinstance(source, Remote) else to
+    threads = max(places.requests_at_once(source), places.requests_at_once(to))
     try:
-        looks = list(places.each(where, _SessionCopy.look, ways))
+        looks = [look for _, look in ordered_map(_SessionCopy.look, ways, threads)]
         if steps is not None and not any(look.touched for look in looks):
             raise NotInDumpError(f"{source}: no segment of run {run_id} is in these steps")
         report.damaged += [look.fault for look in looks if look.fault is not None]
         ways = [way for way, look in zip(ways, looks, strict=True) if look.fault is None]
         # All at once, so that a copy of which some sessions are not begun does not look whole either.
-        for _ in places.each(where, lambda way: way.target.begin(), ways):
+        for _ in ordered_map(lambda way: way.target.begin(), ways, threads):
             pass
         copied = []
-        for done, counted in enumerate(places.each(where, _SessionCopy.copy, ways)):
+        for done, (_, counted) in enumerate(ordered_map(_SessionCopy.copy, ways, threads)):
             progress(done + 1, len(ways))
             report.add(counted)
             copied.append(counted.names)
@@ -366,14 +366,14 @@ class _Plan:
 class _Source:
     """A session that is copied."""
 
-    def __init__(self, folder: StoragePath, info: SessionInfo, steps: Steps | None) -> None:
+    def __init__(self, folder: StoragePath, info: SessionInfo, steps: tuple[int, int] | None) -> None:
         self.folder = folder
         self._info = info
         self._steps = steps
 
     def plan(self) -> _Plan:
         """What is to be copied of it. Raises _ManifestFault."""
-        first, end = self._steps or (0, NO_END)
+        first, end = StepRange.of(self._steps)
         # Before the manifest: a journal that is sealed in between is missed when it is fetched.
         inside = [entry.name for entry in places.entries(self.folder)]
         journals = {int(match[1]): match[0] for match in map(JOURNAL_PATTERN.fullmatch, inside) if match}
@@ -422,7 +422,7 @@ def _manifest(folder: StoragePath) -> _Manifest:
         raise _ManifestFault(f"{path}: {error}") from None
 
 
-def _part(data: bytes, info: SessionInfo, kept: list[SealedSegment], steps: Steps) -> bytes:
+def _part(data: bytes, info: SessionInfo, kept: list[SealedSegment], steps: tuple[int, int]) -> bytes:
     """The manifest of a part: what is kept, and that it is one."""
     out = [frames.encode("session", {"session": info.to_dict()})]
     out.append(frames.encode("part", {"first_step": steps[0], "last_step": steps[1] - 1}))

@@ -13,11 +13,12 @@ from eplb_analyze import atomic
 from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.errors import DumpError, ExportError
 from eplb_analyze.policies import policy as policies
-from eplb_analyze.reader.blocks import Block, Steps
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.exporters import loads, plain, sglang, trtllm, vllm_ascend, vllm_mapping
 from eplb_analyze.transfer.exporters.placement import Placement
@@ -159,7 +160,7 @@ def recorded_placement(run: Run, step: int | None = None) -> Found:
 def policy_placement(
     run: Run,
     policy: str,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     *,
     window: int | None = None,
     redundant: int | None = None,
@@ -250,13 +251,13 @@ class _Logical(Sums):
 
 
 def _weights(
-    run: Run, steps: Steps | None, window: int | None = None
+    run: Run, steps: tuple[int, int] | None, window: int | None = None
 ) -> tuple[_Logical, Completeness, list[str]]:
     """The loads of the last configuration in the last ``window`` steps of a range. Call it in ``reading``."""
     if steps is not None:
         run.require(steps)
     first, last = run.step_range
-    low, high = steps if steps is not None else (0, 2**62)
+    low, high = StepRange.of(steps)
     if window is not None and last is not None:
         high = min(high, last + 1)
         low = max(low, high - window)
@@ -376,7 +377,7 @@ def export_loads(
     run: Run,
     format: str,
     file: Path,
-    steps: Steps | None = None,
+    steps: tuple[int, int] | None = None,
     layers: list[int] | None = None,
     *,
     force: bool = False,
@@ -438,7 +439,9 @@ class _Written:
             self.recorded += len(block.recorded)
 
 
-def _write_long(run: Run, format: str, out: IO[bytes], steps: Steps | None, layers: list[int]) -> _Written:
+def _write_long(
+    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> _Written:
     written = _Written()
 
     def counted() -> Iterator[Block]:
@@ -454,7 +457,9 @@ def _write_long(run: Run, format: str, out: IO[bytes], steps: Steps | None, laye
     return written
 
 
-def _write_logical(run: Run, format: str, out: IO[bytes], steps: Steps | None, layers: list[int]) -> _Written:
+def _write_logical(
+    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> _Written:
     sums, whole, notes = _weights(run, steps)
     logical = sums.logical[layers]
     replication = run.info.token_replication

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.errors import DumpError
+from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers import torch_files
 from eplb_analyze.transfer.importers.files import Array, integers, listing, one_of, read_json
@@ -144,7 +145,7 @@ class _RankFile:
             where = f"record {number}"
             if not isinstance(record, dict):
                 raise DumpError(f"{path}: {where} is no record")
-            step = plain_int(record.get("forward_pass_id"), 0, 2**62)
+            step = plain_int(record.get("forward_pass_id"), 0, NO_END)
             rank = plain_int(record.get("rank"), 0, MAX_EXPERTS)
             if step is None or rank is None:
                 raise DumpError(f"{path}: {where} has no forward_pass_id or no rank")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.errors import DumpError
+from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.files import integers, json_lines, listing, one_of
 from eplb_analyze.transfer.importers.source import AskError, Chunk, Counts, Options, Reading, plain_int
@@ -189,7 +190,7 @@ class _Snapshots(_Lines):
     kind = "expert load snapshots"
 
     def record(self, where: str, record: dict[str, Any]) -> tuple[int, Counts, Int32, int | None]:
-        step = plain_int(record.get("step"), 0, 2**62)
+        step = plain_int(record.get("step"), 0, NO_END)
         if step is None:
             raise DumpError(f"{where}: it has no step")
         key = "window_expert_load" if self.options.window else "latest_expert_load"
@@ -201,7 +202,7 @@ class _Snapshots(_Lines):
         self.experts(record.get("num_logical_experts"), slots, where)
         model = record.get("model_name")
         self.model = model if isinstance(model, str) and model else self.model
-        size = plain_int(record.get("window_size"), 1, 2**62) or "an unknown number of"
+        size = plain_int(record.get("window_size"), 1, NO_END) or "an unknown number of"
         if self.options.window:
             self.assumed["passes"] = f"each step is the sum over a window of {size} forward passes (--window)"
         elif "window_expert_load" in record:
@@ -231,7 +232,7 @@ class _Stats(_Lines):
             return None
         if record.get("record_type") != STATS:
             return None
-        step = plain_int(record.get("step"), 0, 2**62)
+        step = plain_int(record.get("step"), 0, NO_END)
         if step is None or record.get("version") != 1:
             raise DumpError(f"{where}: it has no step, or is of another version than 1")
         load = self.array(record, "expert_load", where)

@@ -17,10 +17,11 @@ from s3 import S3
 
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.storage import bucket as bucket_
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import Remote, UnreachableError
-from eplb_analyze.storage.path import each, expand_globs, storage_path
+from eplb_analyze.storage.path import expand_globs, requests_at_once, storage_path
 from eplb_dump import ExpertLoadWriter
 
 #: A writer that is killed, and so leaves a journal and no final accounting.
@@ -108,12 +109,12 @@ def test_work_on_a_network_is_done_side_by_side_and_in_order() -> None:
     import threading
 
     ready = threading.Event()
-    found = each(where, work, range(40))
+    found = ordered_map(work, range(40), requests_at_once(where))
     threading.Timer(0.5, ready.set).start()
-    assert list(found) == [i * i for i in range(40)]
+    assert list(found) == [(i, i * i) for i in range(40)]
     assert 1 < most <= places.MAX_REQUESTS
-    lazily = each(Path(), work, itertools.count())
-    assert [next(lazily) for _ in range(3)] == [0, 1, 4]
+    lazily = ordered_map(work, itertools.count(), requests_at_once(Path()))
+    assert [next(lazily) for _ in range(3)] == [(0, 0), (1, 1), (2, 4)]
 
     def fails(item: int) -> int:
         if item == 3:
@@ -121,7 +122,7 @@ def test_work_on_a_network_is_done_side_by_side_and_in_order() -> None:
         return item
 
     with pytest.raises(DumpError, match="three"):
-        list(each(where, fails, range(1000)))
+        list(ordered_map(fails, range(1000), requests_at_once(where)))
 
 
 # ---- every command that reads
