@@ -1,1 +1,1 @@
-"""Many runs, one row each, and where the work is done."""
+"""Many runs, one row each: where they are found, who reads them, what is kept, how they compare."""

@@ -1,7 +1,7 @@
-"""Where the work of a batch is done: in this process, in processes of this machine, or on Ray.
+"""Where the work of a batch is done: in this process, in processes on this machine, or on Ray.
 
-An executor maps a function over independent items. The function and the items travel by pickle, and the
-function catches what it can: what still comes as :class:`Lost` took its worker with it.
+An executor maps a function over independent items. Function and items travel by pickle. The function
+handles its own errors: :class:`WorkerDied` is the result of an item whose worker died.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from eplb_analyze.errors import UsageError
+from eplb_analyze.parallel import limit_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NAMES = ("local", "processes", "ray")
-#: So many items a worker wait for it, so that it never waits for us; and not more, as results are kept.
+#: This many items per worker are submitted ahead, so that no worker waits; no more, as results are held.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The worker died over an item: killed for its memory, say."""
+    """The worker of an item died: killed for its memory, for example."""
 
     reason: str
 
 
 class Executor(Protocol):
-    #: True: there is a worker a core, so that each should keep to one thread.
-    crowded: bool
-
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | WorkerDied]]:
@@ -48,10 +46,10 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def executor(name: str, workers: int | None = None, ray_address: str | None = None) -> Executor:
-    """The executor of a name; ``workers``: how many, default one a core.
+def create_executor(name: str, workers: int | None = None, ray_address: str | None = None) -> Executor:
+    """The executor of this name; ``workers`` defaults to one per core.
 
-    Raises UsageError where the name is unknown or Ray is not installed.
+    Raises UsageError if the name is unknown, or if Ray is not installed or cannot be reached.
     """
     if name == "local":
         return Local()
@@ -63,9 +61,7 @@ def executor(name: str, workers: int | None = None, ray_address: str | None = No
 
 
 class Local:
-    """One item after another in this process, whose threads share it."""
-
-    crowded = False
+    """One item after another in this process, with threads inside each."""
 
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
@@ -78,18 +74,13 @@ class Local:
 
 
 class Processes:
-    """Fresh processes of this machine, which hold nothing of ours but what they import."""
-
-    crowded = True
+    """New processes on this machine; each keeps to one thread, as there is one for each core."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._pool = self._start()
-        # A worker that dies closes its pipe, which is no reason for us to die.
+        self._pool = _pool(workers)
+        # The pipe of a worker that dies closes, which must not end this process.
         self._on_pipe = signal.signal(signal.SIGPIPE, signal.SIG_IGN) if hasattr(signal, "SIGPIPE") else None
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._workers, mp_context=multiprocessing.get_context("spawn"))
 
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
@@ -109,10 +100,10 @@ class Processes:
                     return future.result()
             except BrokenProcessPool:
                 pass
-            # One dead worker ends its pool, and all that was under way in it.
+            # One dead worker ends its pool, and everything that was under way in it.
             if pool is self._pool:
                 pool.shutdown(wait=False)
-                self._pool = self._start()
+                self._pool = _pool(self._workers)
             return _alone(work, item)
 
         return _in_order(submit, result, items, AHEAD * self._workers)
@@ -123,9 +114,15 @@ class Processes:
             signal.signal(signal.SIGPIPE, self._on_pipe)
 
 
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=limit_workers, initargs=(1,)
+    )
+
+
 def _alone(work: Callable[[Item], Result], item: Item) -> Result | WorkerDied:
-    """Once more, in a process of its own: it may have been another item that its worker died over."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Try again in a process of its own, because another item may have killed the worker."""
+    with _pool(1) as pool:
         try:
             return pool.submit(work, item).result()
         except BrokenProcessPool:
@@ -133,12 +130,10 @@ def _alone(work: Callable[[Item], Result], item: Item) -> Result | WorkerDied:
 
 
 class Ray:
-    """Tasks of a Ray cluster: the one at an address, or one that is started here and ended with us."""
-
-    crowded = True
+    """Tasks of a Ray cluster: the one at an address, or one that is started here and ends with us."""
 
     def __init__(self, workers: int | None, address: str | None) -> None:
-        # Neither a dashboard nor reports of its use.
+        # No dashboard and no usage reports.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
@@ -146,14 +141,14 @@ class Ray:
         except ModuleNotFoundError:
             raise UsageError("Ray is not installed: pip install 'eplb-dump[ray]'") from None
         self._ray: Any = ray
-        # Without an address a fresh one, also where another runs on this machine.
+        # Without an address always a new cluster, even if another runs on this machine.
         own = {"address": "local", "num_cpus": workers, "include_dashboard": False}
         options: dict[str, Any] = {"address": address} if address else own
-        # What Ray has to say of its cluster it prints; stdout is for our document alone.
+        # Ray prints about its cluster; stdout is for our document only.
         self._stdout, sys.stdout = sys.stdout, sys.stderr
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is wrong is said below, in a line
+                warnings.simplefilter("ignore")  # the error below says what is wrong, in one line
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
         except Exception as error:
             sys.stdout = self._stdout
@@ -166,7 +161,7 @@ class Ray:
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | WorkerDied]]:
         ray = self._ray
-        task = ray.remote(num_cpus=1, max_retries=1)(work)
+        task = ray.remote(num_cpus=1, max_retries=1)(_on_one_thread)
 
         def result(item: Item, reference: Any) -> Result | WorkerDied:
             try:
@@ -175,11 +170,16 @@ class Ray:
             except ray.exceptions.RayError as error:
                 return WorkerDied(str(error).splitlines()[0])
 
-        return _in_order(task.remote, result, items, self._ahead)
+        return _in_order(lambda item: task.remote(work, item), result, items, self._ahead)
 
     def close(self) -> None:
         self._ray.shutdown()
         sys.stdout = self._stdout
+
+
+def _on_one_thread(work: Callable[[Item], Result], item: Item) -> Result:
+    limit_workers(1)
+    return work(item)
 
 
 def _in_order(

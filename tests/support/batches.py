@@ -37,8 +37,8 @@ def record(
         for step, load in enumerate(loads):
             part = load // len(ranks) + (rank < load % len(ranks))
             assert opened.record(step, part, slots) is None
-            assert step % 100 or opened.flush()
-        assert opened.flush()
+            assert step % 100 or opened.flush(60)
+        assert opened.flush(60)
         if closed:
-            assert opened.close()
+            assert opened.close(60)
     return loads.reshape(steps, LAYERS, EP_SIZE, -1).sum(axis=3)

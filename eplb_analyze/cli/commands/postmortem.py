@@ -14,8 +14,9 @@ from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError
 from eplb_analyze.storage.path import local, storage_path
 
 if TYPE_CHECKING:
+    from eplb_analyze.batch.cache import ResultCache
     from eplb_analyze.batch.executors import Executor
-    from eplb_analyze.batch.postmortem import ResultCache, Row
+    from eplb_analyze.batch.rows import Row
 
 
 def postmortem(
@@ -72,8 +73,11 @@ def postmortem(
     A run that cannot be read is a row that says why. With --save, a batch that was interrupted goes on
     where it was, and runs that did not change are not read again.
     """
-    from eplb_analyze.batch import executors
-    from eplb_analyze.batch import postmortem as library
+    from eplb_analyze.batch.cache import ResultCache
+    from eplb_analyze.batch.comparison import judge, require_baseline
+    from eplb_analyze.batch.executors import create_executor
+    from eplb_analyze.batch.postmortem import rows_of
+    from eplb_analyze.batch.targets import find
 
     if html and save is None:
         raise UsageError("--html: say with --save where the reports go")
@@ -82,27 +86,27 @@ def postmortem(
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address: add --executor ray")
     out = Output(output)
-    targets = list(library.find(places or ["."]))
+    targets = list(find(places or ["."]))
     if baseline is not None:
-        library.require_baseline(baseline, targets)
-    kept = None if save is None else library.ResultCache(save)
-    chosen = executors.executor(executor, workers, ray_address)
+        require_baseline(baseline, targets)
+    cache = None if save is None else ResultCache(save)
+    chosen = create_executor(executor, workers, ray_address)
     rows: list[Row] = []
     fresh: list[Row] = []
     try:
-        for row, anew in library.rows_of(targets, chosen, kept):
+        for row, is_new in rows_of(targets, chosen, cache):
             rows.append(row)
             out.progress(len(rows), len(targets))
-            fresh += [row] if anew else []
-        if kept is not None and html:
-            _write_pages(out, kept, rows, fresh, chosen)
+            fresh += [row] if is_new else []
+        if cache is not None and html:
+            _write_pages(out, cache, rows, fresh, chosen)
     finally:
         chosen.close()
-    result = library.judge(rows, threshold, baseline)
-    if kept is not None:
-        kept.save(result)
+    result = judge(rows, threshold, baseline)
+    if cache is not None:
+        cache.save_table(result)
     # What was read is shown, also where it cannot be grouped.
-    grouped = by if by is not None and result.can_group(by) else None
+    grouped = by if by in result.groupable() else None
     out.emit(result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
     if by != grouped:
         raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
@@ -113,16 +117,16 @@ def postmortem(
 
 
 def _write_pages(
-    out: Output, kept: ResultCache, rows: list[Row], fresh: list[Row], executor: Executor
+    out: Output, cache: ResultCache, rows: list[Row], fresh: list[Row], executor: Executor
 ) -> None:
-    """Reports of runs that were read anew, or have none yet."""
+    """Write the reports of runs that were read, or that have none yet."""
     from eplb_analyze.batch.executors import WorkerDied
-    from eplb_analyze.batch.postmortem import Page, write_page
+    from eplb_analyze.batch.postmortem import write_page
 
-    files = [(row, kept.report(row, "html")) for row in rows if row.status != "broken"]
-    pages = [Page(row, file, executor.crowded) for row, file in files if row in fresh or not file.exists()]
-    for done, (page, reason) in enumerate(executor.map(write_page, pages), 1):
+    files = [(row, cache.report_path(row, "html")) for row in rows if row.status != "broken"]
+    pages = [(row, file) for row, file in files if row in fresh or not file.exists()]
+    for done, ((row, _), reason) in enumerate(executor.map(write_page, pages), 1):
         out.progress(done, len(pages))
         if reason is not None:
             text = reason.reason if isinstance(reason, WorkerDied) else reason
-            out.notes([f"no HTML report of run {page.row.run_id}: {text}"])
+            out.notes([f"no HTML report of run {row.run_id}: {text}"])

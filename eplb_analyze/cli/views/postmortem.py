@@ -11,7 +11,8 @@ from eplb_analyze.text import clean, duration, figure, listed, percent, plural, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.batch.postmortem import Postmortem, Row
+    from eplb_analyze.batch.comparison import Postmortem
+    from eplb_analyze.batch.rows import Row
 
 
 #: A terminal of so many columns has room for where a run was and what it was.

@@ -23,8 +23,12 @@ from helpers import assert_golden, cli, one_error
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.batch.cache import ResultCache
+from eplb_analyze.batch.comparison import Postmortem, judge
 from eplb_analyze.batch.executors import Local, Processes, WorkerDied
-from eplb_analyze.batch.postmortem import Merged, Postmortem, ResultCache, Row, find, judge, rows_of
+from eplb_analyze.batch.postmortem import rows_of
+from eplb_analyze.batch.rows import Row
+from eplb_analyze.batch.targets import find
 from eplb_analyze.metrics.bootstrap import Ratio, difference
 from eplb_analyze.reader.run import PART_STEPS
 from eplb_analyze.storage import path as places
@@ -613,7 +617,7 @@ def test_a_long_run_that_goes_on_has_a_row_of_one_moment(tmp_path: Path) -> None
         class Slow(Local):
             def map(self, function: Any, items: Any) -> Iterator[Any]:
                 for item in items:
-                    if isinstance(item, Merged):
+                    if item.merged is not None:
                         go_on(3000, 2, slots[::-1])
                         go_on(10, 4, slots)
                     yield item, function(item)
@@ -623,7 +627,7 @@ def test_a_long_run_that_goes_on_has_a_row_of_one_moment(tmp_path: Path) -> None
         kept = ResultCache(tmp_path / "saved")
         [(row, _)] = rows_of(find([str(dump)]), Slow(), kept)
     assert (row.ep_size, row.rearrangements, row.steps) == (2, 0, PART_STEPS + 500)
-    told = json.loads(kept.report(row, "json").read_text())
+    told = json.loads(kept.report_path(row, "json").read_text())
     assert told == json.loads(json.dumps(before))
 
 

@@ -1,0 +1,115 @@
+"""Finished work in the folder of ``--save``, from which an interrupted batch resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eplb_analyze.batch.comparison import Postmortem
+from eplb_analyze.batch.rows import Row
+from eplb_analyze.batch.targets import Target
+from eplb_analyze.errors import AnalyzeError, DumpError, UsageError
+from eplb_analyze.reader.discovery import discover
+from eplb_analyze.reader.segments import require_regular
+from eplb_analyze.storage import path as storage
+from eplb_dump.format.schema import MODEL_PREFIX, RUN_PREFIX, FormatError, model_slug
+from eplb_dump.format.session import dump_json, load_json
+
+#: Rows of other versions are not used.
+VERSION = 2
+
+
+class ResultCache:
+    """A summary of each run that could be read, the rows of complete runs, and the table of all.
+
+    A row's file is named by the content of the run when it was read. It is written last, so a run with a
+    kept row is finished. Rows of other runs are not kept: a fault, or the failure to read a file, may be
+    gone the next time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UsageError if the folder cannot be created, or lies in a dump: only writers write there."""
+        self.folder = folder
+        self._rows, self._reports = folder / "kept", folder / "reports"
+        self._keys: dict[Target, str] = {}
+        own = [path.resolve() for path in (folder, self._rows, self._reports)]
+        for above in (above for path in own for above in (path, *path.parents)):
+            if above.name.startswith(RUN_PREFIX) or any(above.glob(f"{RUN_PREFIX}*/{MODEL_PREFIX}*")):
+                raise UsageError(f"--save {folder}: it lies in the dump {above}; name another folder")
+        try:
+            self._rows.mkdir(parents=True, exist_ok=True)
+            self._reports.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--save {folder}: {error.strerror}; name another folder") from None
+
+    def load(self, target: Target) -> Row | None:
+        """The kept row of a run that has not changed since. Call it before the run is read."""
+        try:
+            self._keys[target] = content_key(target)
+            path = self._row_path(target)
+            require_regular(path)
+            document = load_json(path.read_bytes())
+            if document.pop("version") != VERSION:
+                return None
+            row = Row(**{**document, "series": [(s, n) for s, n in document["series"]]})
+        except (OSError, ValueError, TypeError, KeyError, AnalyzeError, FormatError):
+            return None
+        return row if self.report_path(row, "json").exists() else None
+
+    def store(self, target: Target, row: Row, summary: dict[str, Any] | None) -> None:
+        """Keep the summary, if there is one, and the row, if it is complete. Raises DumpError."""
+        if summary is not None:
+            text = json.dumps(summary, indent=2)
+            _replace(self.report_path(row, "json"), lambda path: path.write_text(text))
+        if row.status == "complete" and target in self._keys:
+            data = dump_json({"version": VERSION, **asdict(row)})
+            _replace(self._row_path(target), lambda path: path.write_bytes(data))
+
+    def save_table(self, result: Postmortem) -> None:
+        """Write ``runs.parquet``, one row for each run. Raises DumpError if it cannot be written."""
+        _replace(self.folder / "runs.parquet", result.frame().write_parquet)
+
+    def report_path(self, row: Row, suffix: str) -> Path:
+        """The path of a run's report; its name holds a hash, as two dumps can hold runs of one id."""
+        identity = [str(storage.absolute(storage.storage_path(row.dump))), row.run_id, row.model]
+        name = f"{row.run_id[:80]}-{model_slug(row.model)[:80]}-{_digest(*identity)[:8]}"
+        return self._reports / f"{name}.{suffix}"
+
+    def _row_path(self, target: Target) -> Path:
+        return self._rows / f"{self._keys[target]}.json"
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Put a file in the place of one, whole; several batches may do so at once."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise DumpError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def content_key(target: Target) -> str:
+    """A hash of the names, sizes and modification times of a run's files.
+
+    Raises OSError, AnalyzeError or KeyError if the run is no longer as it was found.
+    """
+    dump = storage.storage_path(target.dump)
+    found = discover(dump, target.run_id)
+    parts: list[Any] = [VERSION, str(storage.absolute(dump))]
+    for folder, info in found.runs[target.run_id][target.model]:
+        files = [(entry.name, entry.stat(follow_symlinks=False)) for entry in storage.entries(folder)]
+        parts += [info.session_id, str(folder), [(n, s.st_size, s.st_mtime_ns) for n, s in files]]
+    return _digest(*parts)[:32]
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

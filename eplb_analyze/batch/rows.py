@@ -1,0 +1,178 @@
+"""The row of one run in a batch: its figures, or why it has none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+import numpy as np
+
+from eplb_analyze.analysis.check import check_steps, summary_findings
+from eplb_analyze.analysis.rearrangements import verdicts
+from eplb_analyze.analysis.summary import Summary, SummarySums
+from eplb_analyze.metrics.formulas import Float64
+from eplb_analyze.reader.run import Run
+
+#: A row keeps a run's balancedness over time in at most this many sums, for comparisons.
+MAX_SERIES = 4096
+
+Status = Literal["complete", "incomplete", "broken"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of one model. A figure that is not known is None."""
+
+    dump: str
+    run_id: str
+    model: str
+    #: incomplete: it has figures, but data is missing or damaged; broken: it has no figures.
+    status: Status
+    #: Why it is not complete.
+    reason: str | None = None
+    engine: str | None = None
+    engine_version: str | None = None
+    #: ISO 8601, UTC.
+    created: str | None = None
+    scope: str | None = None
+    ep_size: int | None = None
+    num_layers: int | None = None
+    num_logical_experts: int | None = None
+    num_physical_experts: int | None = None
+    #: Complete steps.
+    steps: int = 0
+    #: Complete steps with tokens: balancedness is the mean over these.
+    active_steps: int = 0
+    #: Steps that some rank recorded, but that are not complete.
+    incomplete_steps: int = 0
+    missing_ranks: int = 0
+    #: Median time from one step to the next; None also if an imported run has no times.
+    step_seconds: float | None = None
+    balancedness: float | None = None
+    balancedness_p5: float | None = None
+    idle_fraction: float | None = None
+    #: Share of the loss that a better placement could remove at most.
+    persistent_share: float | None = None
+    #: idle fraction × steps × interval × step_seconds × ranks: assumes that time is proportional to tokens.
+    lost_rank_seconds: float | None = None
+    worst_layer: int | None = None
+    #: The rank to which most of the loss is attributed, and its share of the loss.
+    worst_rank: int | None = None
+    worst_rank_share: float | None = None
+    rearrangements: int = 0
+    #: Rearrangements with complete steps before and after, and no change of shape.
+    judged: int = 0
+    helped: int = 0
+    helped_at_first: int = 0
+    hurt: int = 0
+    no_op: int = 0
+    #: Codes of the errors and warnings that `check` reports.
+    faults: list[str] = field(default_factory=list)
+    #: The engine's configuration, by dotted names.
+    config: dict[str, Any] = field(default_factory=dict)
+    #: (sum of balancedness, number of steps) of consecutive steps; for comparisons, not for the table.
+    series: list[tuple[float, int]] = field(default_factory=list)
+    #: Balancedness minus the baseline's, with its confidence interval.
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    #: Why there is no difference although there is a baseline.
+    not_compared: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        del document["series"]
+        return document
+
+    @property
+    def worse_than_baseline(self) -> bool:
+        return self.difference_high is not None and self.difference_high < 0
+
+    @property
+    def lost(self) -> tuple[bool, float, float]:
+        """The sort key: rows with figures, then by rank time lost, then by idle fraction."""
+        return (self.status != "broken", self.lost_rank_seconds or 0.0, self.idle_fraction or 0.0)
+
+
+def broken_row(dump: str, run_id: str, model: str, reason: str) -> Row:
+    return Row(dump, run_id, model, "broken", reason)
+
+
+def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
+    """The row of a run; ``summary`` is what ``sums`` add up to."""
+    info, steps, loss = run.info, summary.steps, summary.loss
+    findings = [f for f in summary_findings(run, steps) if f.severity != "info"]
+    errors = [f for f in findings if f.severity == "error"]
+    recorded = sum(c.recorded for c in summary.configurations)
+    balance = summary.spreads["balancedness"]
+    gaps = np.concatenate([np.empty(0, np.int64), *sums.gaps])
+    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) and info.timed else None
+    known = [layer for layer in summary.layers if layer.balancedness is not None]
+    worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
+    costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
+    lost = None
+    if step_seconds is not None and summary.idle_fraction is not None:
+        rank_steps = sum(c.recorded * c.ep_size * (c.idle_fraction or 0.0) for c in summary.configurations)
+        # A sampled step stands for those that were not sampled.
+        lost = rank_steps * info.interval * step_seconds
+    faults = {f.code for f in (*findings, *check_steps(run, steps)) if f.severity != "info"}
+    balances = np.concatenate(sums.values["balancedness"])
+    judged = [
+        figures.verdict
+        for figures in verdicts(
+            run,
+            (
+                (stretch.shape, np.concatenate(stretch.steps), np.concatenate(stretch.values))
+                for stretch in sums.stretches
+                if stretch.recorded
+            ),
+        )
+    ]
+    return Row(
+        dump=dump,
+        run_id=info.run_id,
+        model=info.model,
+        status="broken" if not recorded else "incomplete" if errors else "complete",
+        reason=errors[0].text if errors else None if recorded else "no step is complete",
+        engine=info.engine,
+        engine_version=info.engine_version,
+        created=datetime.fromtimestamp(info.created_unix_ns / 1e9, timezone.utc).isoformat(),
+        scope=info.scope,
+        ep_size=info.ep_size,
+        num_layers=info.num_layers,
+        num_logical_experts=info.num_logical_experts,
+        num_physical_experts=info.num_physical_experts,
+        steps=recorded,
+        active_steps=int(np.count_nonzero(~np.isnan(balances))),
+        incomplete_steps=steps.should_be_recorded - recorded,
+        missing_ranks=len(summary.missing_ranks),
+        step_seconds=step_seconds,
+        balancedness=balance.mean,
+        balancedness_p5=balance.p5,
+        idle_fraction=summary.idle_fraction,
+        persistent_share=None if loss is None else loss.persistent_share,
+        lost_rank_seconds=lost,
+        worst_layer=None if worst is None else worst.layer,
+        worst_rank=None if costliest is None else costliest.rank,
+        worst_rank_share=None if costliest is None else costliest.share,
+        rearrangements=len(judged),
+        judged=sum(verdict not in ("not measured", "elastic") for verdict in judged),
+        helped=judged.count("helped"),
+        helped_at_first=judged.count("helped at first"),
+        hurt=judged.count("hurt"),
+        no_op=judged.count("no-op"),
+        faults=sorted(faults),
+        config=run.engine_config,
+        series=_series(balances),
+    )
+
+
+def _series(balancedness: Float64) -> list[tuple[float, int]]:
+    """Sums over consecutive steps, without those that have no balancedness (NaN)."""
+    known = balancedness[~np.isnan(balancedness)]
+    if not len(known):
+        return []
+    starts = np.arange(0, len(known), -(-len(known) // MAX_SERIES))
+    counts = np.diff(starts, append=len(known))
+    return list(zip(np.add.reduceat(known, starts).tolist(), counts.tolist(), strict=True))
