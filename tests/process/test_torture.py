@@ -23,7 +23,7 @@ from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.reader import discovery
 from eplb_analyze.storage.path import StoragePath
-from eplb_analyze.transfer.seal import seal_dump
+from eplb_analyze.transfer.recover import seal_dump
 from eplb_dump.format import journal
 
 # ---- SIGKILL

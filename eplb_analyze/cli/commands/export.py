@@ -119,7 +119,7 @@ def placement(
     if repair and target is not Target.vllm_ascend:
         raise typer.BadParameter("it is for --for vllm-ascend", param_hint="--repair")
     wanted = parse_steps(steps)
-    from eplb_analyze.transfer.exporters.export import (
+    from eplb_analyze.transfer.exporters.placements import (
         export_placement,
         policy_placement,
         recorded_placement,
@@ -177,7 +177,7 @@ def loads(
 ) -> None:
     """Write the loads of all complete steps, by slot and step, or summed by logical expert."""
     wanted = parse_steps(steps)
-    from eplb_analyze.transfer.exporters.export import export_loads
+    from eplb_analyze.transfer.exporters.loads import export_loads
 
     out = Output(output)
     opened = open_for(out, dump, run, model)

@@ -27,7 +27,7 @@ def seal(
     All runs, unless --run or --model says otherwise. The only command that changes a run; a
     journal whose writer is alive is left alone. Exit 1 if one was skipped.
     """
-    from eplb_analyze.transfer.seal import seal_dump
+    from eplb_analyze.transfer.recover import seal_dump
 
     report = seal_dump(dump, run, model)
 

@@ -10,7 +10,8 @@ from eplb_analyze.text import clean, plural
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.transfer.exporters.export import LoadExport, Origin, PlacementExport
+    from eplb_analyze.transfer.exporters.loads import LoadExport
+    from eplb_analyze.transfer.exporters.placements import Origin, PlacementExport
 
 
 def _placement(console: Console, report: PlacementExport) -> None:

@@ -1,12 +1,14 @@
-"""Loads in long form: a row a step, layer and slot, as CSV or Parquet, written block by block.
+"""`export loads`: one row per step, layer and slot as CSV or Parquet, or sums per expert as a numpy array.
 
-Memory is bounded by what lies in a row group of the dump, however long the run.
+Rows are written block by block, so memory is bounded by the dump's row groups, however long the run.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -14,18 +16,196 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from eplb_analyze import atomic
+from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
-from eplb_dump.format.journal import Int64
+from eplb_analyze.reader.step_range import StepRange
+from eplb_dump.format.journal import Int64, Shape
 
-#: The key of a Parquet file's metadata under which it says what run it is of, as JSON.
+#: Codes of what the source of an imported run may leave unknown about placements.
+PLACEMENTS = ("placement", "placement_steps", "earlier_placements")
+#: The key of a Parquet file's metadata that holds the run's id, model and scope as JSON.
 METADATA_KEY = b"eplb_analyze"
-#: At most so many rows are made at once.
+#: The most rows held in memory at once.
 BATCH_ROWS = 1 << 20
 
 
+@dataclass(frozen=True)
+class LoadExport:
+    """What was written; docs/cli.md describes the JSON."""
+
+    run_id: str
+    model: str
+    format: str
+    file: Path
+    bytes: int
+    steps: Completeness
+    #: The complete steps in the file: the first, the last, and how many.
+    first_step: int
+    last_step: int
+    recorded: int
+    layers: list[int]
+    #: None for ``logical-npy``.
+    rows: int | None
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        document = {name: value for name, value in vars(self).items() if name not in ("run_id", "model")}
+        run = {"run_id": self.run_id, "model": self.model}
+        return {"run": run, **document, "file": str(self.file), "steps": self.steps.to_json()}
+
+
+def export_loads(
+    run: Run,
+    format: str,
+    file: Path,
+    steps: tuple[int, int] | None = None,
+    layers: list[int] | None = None,
+    *,
+    force: bool = False,
+) -> LoadExport:
+    """Write the loads of the complete steps.
+
+    Args:
+        format: ``csv`` or ``parquet``: one row per step, layer and slot (see :func:`batches`);
+            ``logical-npy``: [layers, num_logical_experts], summed over the steps of the last
+            configuration, the input of deepseek-ai/EPLB (int64, or float64 with token replication).
+        steps: half-open range of steps; default all.
+        layers: the model's layer numbers; default all.
+        force: replace an existing file.
+
+    Raises:
+        ExportError: the file cannot be written.
+        NotInDumpError, DumpError: the dump has no such step or layer, or no complete step.
+    """
+    atomic.require_free(file, force=force, dump=run.path)
+    numbers = list(run.info.layers) if layers is None else sorted(set(layers))
+    chosen = [run.layer_index(number) for number in numbers]
+    if steps is not None:
+        run.require(steps)
+    write = _write_logical if format == "logical-npy" else _write_long
+
+    def export() -> LoadExport:
+        with atomic.new_file(file, force=force) as out:
+            written = write(run, format, out, steps, chosen)
+            size = out.tell()
+        return LoadExport(
+            run_id=run.info.run_id,
+            model=run.info.model,
+            format=format,
+            file=file,
+            bytes=size,
+            layers=numbers,
+            **vars(written),
+        )
+
+    return run.reading(export)
+
+
+@dataclass
+class _Written:
+    """The steps in a file, counted while it is written."""
+
+    steps: Completeness = field(default_factory=Completeness)
+    first_step: int = -1
+    last_step: int = -1
+    recorded: int = 0
+    rows: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, block: Block) -> None:
+        self.steps.add(block)
+        if block.shape is not None and len(block.recorded):
+            self.first_step = self.first_step if self.recorded else int(block.recorded[0])
+            self.last_step = int(block.recorded[-1])
+            self.recorded += len(block.recorded)
+
+
+def _write_long(
+    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> _Written:
+    written = _Written()
+
+    def counted() -> Iterator[Block]:
+        for block, _ in run.over_blocks(lambda _: None, steps):
+            written.add(block)
+            yield block
+
+    written.rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
+    if not written.recorded:
+        raise DumpError(f"{run.path}: no step of these is complete (see `check`)")
+    written.notes += run.cautions("step_order", *PLACEMENTS)
+    return written
+
+
+def _write_logical(
+    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> _Written:
+    sums, whole, notes = logical_loads(run, steps)
+    logical = sums.logical[layers]
+    replication = run.info.token_replication
+    np.save(out, logical if replication == 1 else run.tokens(logical), allow_pickle=False)
+    notes += run.cautions(*(() if steps is None else ("step_order",)), *PLACEMENTS)
+    return _Written(whole, sums.first_step, sums.last_step, sums.recorded, None, notes)
+
+
+class LogicalSums(Sums):
+    """Loads of one configuration by logical expert: int64 ``[layers, num_logical_experts]``."""
+
+    def __init__(self, run: Run, shape: Shape) -> None:
+        super().__init__(shape)
+        self._run = run
+        self.logical = np.zeros((shape.num_moe_layers, run.info.num_logical_experts), np.int64)
+        #: Tokens on all slots, those that hold no expert included.
+        self.physical = 0
+
+    def _add(self, block: Block) -> None:
+        self.logical += logical_sums(block, self._run.history, self.logical.shape[1])
+        self.physical += sum(int(load.sum()) for _, load in block.rank_load_parts())
+
+
+def logical_loads(
+    run: Run, steps: tuple[int, int] | None, window: int | None = None
+) -> tuple[LogicalSums, Completeness, list[str]]:
+    """The loads of the last configuration in the last ``window`` steps of a range.
+
+    Call it in ``run.reading``. Also returns the completeness of the steps, and notes on what was left out.
+
+    Raises:
+        NotInDumpError, DumpError: the dump has no such step, or a layer's placement is not known there.
+    """
+    if steps is not None:
+        run.require(steps)
+    first, last = run.step_range
+    low, high = StepRange.of(steps)
+    if window is not None and last is not None:
+        high = min(high, last + 1)
+        low = max(low, high - window)
+    # Sum the same steps in all layers: those from which every placement is known.
+    histories = [run.history.layer(i) for i in range(run.info.num_layers)]
+    known = max((history.steps[0] if history.steps else high for history in histories), default=high)
+    if known >= high:
+        raise DumpError(f"{run.path}: a layer's placement is not known in these steps")
+    sums, whole, notes = last_configuration(
+        run, (max(low, known), high), lambda shape: LogicalSums(run, shape)
+    )
+    if known > max(low, first or 0):
+        notes.append(f"steps before {known} are left out: a layer's placement is not known there")
+    no_expert = 1 - sums.logical.sum() / max(1, sums.physical)
+    if no_expert > 0:
+        notes.append(f"{100 * no_expert:.2g} % of the tokens fell on slots of no expert and are left out")
+    return sums, whole, notes
+
+
+# ---- the long form
+
+
 def schema(run: Run) -> pa.Schema:
-    """``load`` is int64, or double where token replication has to be divided out."""
+    """``load`` is int64, or double if it is divided by the token replication."""
     load = pa.int64() if run.info.token_replication == 1 else pa.float64()
     about = {"run_id": run.info.run_id, "model": run.info.model, "scope": run.info.scope}
     return pa.schema(
@@ -42,9 +222,9 @@ def schema(run: Run) -> pa.Schema:
 
 
 def batches(run: Run, blocks: Iterable[Block], layers: list[int]) -> Iterator[pa.RecordBatch]:
-    """The complete steps of some blocks; of each block ordered by layer, step and slot.
+    """The complete steps of some blocks, each block's ordered by layer, step and slot.
 
-    Call it inside ``run.reading``.
+    Call it in ``run.reading``.
 
     Args:
         layers: indices of layers, ascending.
@@ -87,20 +267,17 @@ def _of_layer(run: Run, block: Block, layer: int, load: Int64) -> Iterator[pa.Re
             yield pa.RecordBatch.from_pydict(columns, schema=schema(run))
 
 
-def write_csv(rows: Iterable[pa.RecordBatch], file: IO[bytes], columns: pa.Schema) -> int:
-    """With a header; a null is an empty field. Returns the number of rows."""
-    written = 0
-    with pacsv.CSVWriter(file, columns) as writer:
-        for batch in rows:
-            writer.write_batch(batch)
-            written += batch.num_rows
-    return written
+def write_rows(rows: Iterable[pa.RecordBatch], format: str, file: IO[bytes], columns: pa.Schema) -> int:
+    """Write CSV with a header, nulls as empty fields, or Parquet with one row group per batch.
 
-
-def write_parquet(rows: Iterable[pa.RecordBatch], file: IO[bytes], columns: pa.Schema) -> int:
-    """A row group a batch. Returns the number of rows."""
+    Returns the number of rows.
+    """
     written = 0
-    with pq.ParquetWriter(file, columns, compression="zstd", write_page_checksum=True) as writer:
+    with (
+        pacsv.CSVWriter(file, columns)
+        if format == "csv"
+        else pq.ParquetWriter(file, columns, compression="zstd", write_page_checksum=True)
+    ) as writer:
         for batch in rows:
             writer.write_batch(batch)
             written += batch.num_rows

@@ -1,4 +1,4 @@
-"""A placement on its way into a file: what all formats need of it, and what it must be to be loaded."""
+"""A placement to be written, and the check that an engine can serve it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from eplb_dump.format.schema import EMPTY_SLOT
 
 @dataclass(frozen=True)
 class Placement:
-    """Which logical expert is in which slot, of all layers that the file is about.
+    """Which logical expert each slot holds, for all layers of a file.
 
     Attributes:
         layers: the model's number of each layer, ascending.
-        physical_to_logical_map: int32 [layers, num_physical_experts]; slot ``p`` lies on EP rank
+        physical_to_logical_map: int32 [layers, num_physical_experts]; slot ``p`` is on EP rank
             ``p // (num_physical_experts / ep_size)``; -1: empty.
     """
 
@@ -40,10 +40,10 @@ class Placement:
 
 
 def require_loadable(placement: Placement) -> None:
-    """Check that an engine can serve with it: no slot is empty, and every logical expert has one.
+    """Check that an engine can serve it: no slot is empty, and every logical expert has one.
 
     Raises:
-        ExportError: it names the first layer that is not so.
+        ExportError: names the first layer that fails.
     """
     for layer, slots in zip(placement.layers, placement.physical_to_logical_map, strict=True):
         empty = int((slots == EMPTY_SLOT).sum())

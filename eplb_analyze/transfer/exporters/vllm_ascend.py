@@ -1,9 +1,9 @@
-"""vllm-ascend's expert map, and how a placement is repaired that its loader cannot take.
+"""vllm-ascend's expert map, and the repair of a placement that its loader cannot use.
 
-``expert_file_to_tensor`` and ``init_eplb_config`` (vllm_ascend/eplb/core/eplb_utils.py) take MoE layers by
-their place in ``layer_list``, want the same number of experts on every device, and keep one slot for each
-expert of a device: one that stands twice on a device wastes a slot, and on device 0 it shifts the numbers of
-all others' slots.
+``expert_file_to_tensor`` and ``init_eplb_config`` (vllm_ascend/eplb/core/eplb_utils.py) identify MoE layers
+by their position in ``layer_list``, require the same number of experts on every device, and keep one slot for
+each expert of a device. An expert with two replicas on a device wastes a slot, and on device 0 it shifts the
+slot numbers of all others.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Repair:
-    """What was changed so that no device holds an expert twice."""
+    """What was changed so that no device has two replicas of an expert."""
 
     layers: int = 0
-    #: Pairs of slots that changed experts with each other: every expert keeps its replicas.
+    #: Pairs of slots that exchanged their experts; every expert keeps its number of replicas.
     swaps: int = 0
-    #: Slots that got another expert, as theirs had more replicas than there are devices.
+    #: Slots that got another expert because theirs had more replicas than there are devices.
     replaced: int = 0
 
 
 def repaired(placement: Placement, weight: npt.NDArray[Any] | None = None) -> tuple[Placement, Repair]:
-    """The placement with no expert twice on a device, changed as little as that takes.
+    """The placement with at most one replica of an expert per device, changed as little as possible.
 
-    A spare copy changes places with an expert of another device whose share of the load is nearest to
-    its own, so that the devices' loads hardly move. Only where an expert has more replicas than there
-    are devices, its spare slots go to the experts with the most load for each replica.
+    A surplus replica is swapped with an expert of another device whose load per replica is closest to its
+    own, so that the devices' loads hardly change. Only if an expert has more replicas than there are
+    devices do its surplus slots go to the experts with the most load per replica.
 
     Args:
-        weight: [layers, num_logical_experts], each expert's load; without it all are alike.
+        weight: [layers, num_logical_experts], each expert's load; default: all equal.
 
     Raises:
-        ExportError: a device has more slots than the model has experts, or no engine can serve it.
+        ExportError: a device has more slots than the model has experts, or no engine can serve the placement.
     """
     require_loadable(placement)
     experts, devices = placement.num_logical_experts, placement.ep_size
@@ -65,7 +65,10 @@ def repaired(placement: Placement, weight: npt.NDArray[Any] | None = None) -> tu
 
 
 def _replace_surplus(slots: Int32, load: Float64) -> int:
-    """Give slots of experts with more replicas than devices to others; in place, ``[devices, slots]``."""
+    """Give surplus slots of experts with more replicas than devices to others; returns how many.
+
+    ``slots`` [devices, slots] is changed in place.
+    """
     copies = np.bincount(slots.reshape(-1), minlength=len(load))
     replaced = 0
     while (copies > len(slots)).any():
@@ -81,10 +84,11 @@ def _replace_surplus(slots: Int32, load: Float64) -> int:
 
 
 def _swap_apart(slots: Int32, load: Float64) -> int:
-    """Swap slots between devices until none holds an expert twice; in place, ``[devices, slots]``.
+    """Swap slots between devices until none has two replicas of an expert; returns the number of swaps.
 
-    Every swap leaves at least one double less: a device that lacks the expert has either a double of its
-    own to give, or, all its experts being different, one that the device with the double does not hold.
+    ``slots`` [devices, slots] is changed in place. It ends because every swap removes at least one duplicate:
+    a device without the expert either has a duplicate of its own to give, or, if all its experts differ, one
+    that the other device does not have.
     """
     experts = len(load)
     share = load / np.bincount(slots.reshape(-1), minlength=experts)
@@ -93,7 +97,7 @@ def _swap_apart(slots: Int32, load: Float64) -> int:
     while (held > 1).any():
         device, expert = (int(x) for x in np.argwhere(held > 1)[0])
         position = int(np.flatnonzero(slots[device] == expert)[-1])
-        # By how many doubles a swap with each slot of the others leaves fewer.
+        # How many duplicates a swap with each slot of the other devices removes.
         gain = (held[device][slots] == 0).astype(int) + np.take_along_axis(held > 1, slots, axis=1)
         gain[held[:, expert] > 0] = 0
         distance = np.where(gain == gain.max(), np.abs(share[slots] - share[expert]), np.inf)
@@ -107,10 +111,10 @@ def _swap_apart(slots: Int32, load: Float64) -> int:
 
 
 def text(placement: Placement) -> str:
-    """JSON: ``moe_layer_count`` and ``layer_list``, laid out as vllm-ascend's own recorder does.
+    """JSON: ``moe_layer_count`` and ``layer_list``, in the layout of vllm-ascend's own recorder.
 
     Raises:
-        ExportError: a device holds an expert twice, or no engine can serve it.
+        ExportError: a device has two replicas of an expert, or no engine can serve the placement.
     """
     require_loadable(placement)
     devices = placement.devices()
@@ -134,6 +138,6 @@ def text(placement: Placement) -> str:
 
 
 def usage(placement: Placement, path: str) -> str:
-    """What vllm-ascend (Model Runner V1) is started with to load the file."""
+    """The options that make vllm-ascend (Model Runner V1) load the file."""
     config = json.dumps({"eplb_config": {"expert_map_path": path}})
     return f"--enable-expert-parallel --additional-config {shlex.quote(config)}"

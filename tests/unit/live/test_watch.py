@@ -40,7 +40,7 @@ from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.cli.views.watch import lines
 from eplb_analyze.live.watch import Follower, Snapshot
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.transfer.seal import seal_dump
+from eplb_analyze.transfer.recover import seal_dump
 from eplb_dump.format.schema import MANIFEST_FILE
 
 RANK = """

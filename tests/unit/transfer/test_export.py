@@ -24,14 +24,11 @@ from eplb_analyze.policies.policy import POLICIES, Problem
 from eplb_analyze.replay.replay import replay
 from eplb_analyze.replay.settings import Setting
 from eplb_analyze.transfer.exporters import loads as long_form
-from eplb_analyze.transfer.exporters import sglang, trtllm, vllm_ascend, vllm_mapping
-from eplb_analyze.transfer.exporters.export import (
-    ENGINES,
-    export_loads,
-    policy_placement,
-    recorded_placement,
-)
+from eplb_analyze.transfer.exporters import vllm_ascend
+from eplb_analyze.transfer.exporters.engines import ENGINES, sglang, trtllm, vllm_mapping
+from eplb_analyze.transfer.exporters.loads import export_loads
 from eplb_analyze.transfer.exporters.placement import Placement
+from eplb_analyze.transfer.exporters.placements import policy_placement, recorded_placement
 from eplb_analyze.transfer.importers.placement_files import read_placement
 from eplb_dump import ExpertLoadWriter
 
@@ -290,15 +287,15 @@ def sample(name: str) -> Path:
             "sglang/init_expert_location/physical_to_logical_map.json",
             0,
             lambda path: json.loads(path.read_text())["physical_to_logical_map"],
-            sglang.text,
+            sglang,
         ),
         (
             "trtllm/moe_load_balancer.yaml",
             3,
             lambda path: list(yaml.safe_load(path.read_text())["initial_global_assignments"].values()),
-            trtllm.text,
+            trtllm,
         ),
-        ("vllm_pr41141/mapping.jsonl", 0, lambda path: truth(path)["mapping"], vllm_mapping.text),
+        ("vllm_pr41141/mapping.jsonl", 0, lambda path: truth(path)["mapping"], vllm_mapping),
         ("vllm_ascend/expert_map_record.json", 0, lambda path: truth(path)["placement"], vllm_ascend.text),
     ],
 )
@@ -538,7 +535,7 @@ def test_where_the_disk_is_full_nothing_is_left_and_the_old_file_stays(dump: Pat
         import resource, signal, sys
         from pathlib import Path
         from eplb_analyze import open_run
-        from eplb_analyze.transfer.exporters.export import export_loads
+        from eplb_analyze.transfer.exporters.loads import export_loads
         from eplb_analyze.errors import ExportError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
