@@ -49,9 +49,9 @@ class CheckReport:
 
 def check_run(run: Run) -> CheckReport:
     """Read every byte of a run, verified, and report all that is odd, the gravest first."""
-    steps, found = run.reading(lambda: _check_blocks(run))
+    steps, found = run.retry_without_damaged(lambda: _check_blocks(run))
     for part in (_check_sums, _check_recorded, _check_clocks, _check_statements):
-        found += run.reading(lambda part=part: part(run))  # type: ignore[misc]
+        found += run.retry_without_damaged(lambda part=part: part(run))  # type: ignore[misc]
     found += _check_ranks(run)
     found += check_steps(run, steps)
     found += _check_placements(run)
@@ -110,8 +110,7 @@ def _check_layers(
     """Of some layers each: tokens ``[steps, layers]``, steps of wrong sums, (layer, step) of empty slots."""
     assert block.shape is not None
     layers, ranks = block.shape.num_moe_layers, block.shape.ep_size
-    # Read before threads share it.
-    assert run.history is not None
+    run.load_history()  # not once in each thread
 
     def work(share: tuple[int, int]) -> tuple[Int64, list[int], list[tuple[int, int]]]:
         totals, odd, filled = [np.zeros((len(steps), 0), np.int64)], [], []
@@ -130,7 +129,7 @@ def _check_layers(
 
 def _loads_on_empty(run: Run, layer: int, steps: Int64, load: Int64) -> list[int]:
     found: list[int] = []
-    for stretch, slots in run.history.layer(layer).stretches(steps):
+    for stretch, slots in run.history.layer(layer).periods(steps):
         if slots is not None and len(slots) == load.shape[1] and (slots == EMPTY_SLOT).any():
             odd = load[stretch][:, slots == EMPTY_SLOT].any(axis=1)
             found += steps[stretch][odd].tolist()
@@ -320,7 +319,7 @@ def _check_sessions(run: Run) -> Iterator[Finding]:
 
 
 def _check_sums(run: Run) -> list[Finding]:
-    """What the manifests say of loads must be what the loads say. Raises SegmentFault."""
+    """What the manifests say of loads must be what the loads say. Raises DamagedSegmentError."""
     odd = [
         segment.path
         for session in run.sessions
@@ -332,7 +331,7 @@ def _check_sums(run: Run) -> list[Finding]:
 
 
 def _check_recorded(run: Run) -> list[Finding]:
-    """What `steps` calls recorded must be in `loads`, and nothing else. Raises SegmentFault."""
+    """What `steps` calls recorded must be in `loads`, and nothing else. Raises DamagedSegmentError."""
     odd = []
     for session in run.sessions:
         for segment in filter(run.readable, session.segments):
@@ -373,10 +372,10 @@ def _check_clocks(run: Run) -> list[Finding]:
 
 
 def _check_statements(run: Run) -> list[Finding]:
-    """A rank that went on under an old placement where the others had a new one. Raises SegmentFault."""
+    """Ranks that kept an old placement after the others had a new one. Raises DamagedSegmentError."""
     found: list[tuple[int, int, int]] = []
     for session in run.sessions:
-        if run.untold(session):
+        if run.placement_gaps(session):
             continue  # it may have stated what cannot be read
         own: dict[int, list[tuple[int, Int32]]] = {}
         for segment in (*session.segments, *session.lost):

@@ -165,7 +165,7 @@ def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Compar
 def _read(run: Run, steps: tuple[int, int] | None) -> _Reading:
     if steps is not None:
         run.require(steps)
-    return run.reading(lambda: _Reading(run, steps))
+    return run.retry_without_damaged(lambda: _Reading(run, steps))
 
 
 class _Reading:
@@ -276,7 +276,7 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
     for name, reading in (("A", a), ("B", b)):
         if len(reading.shapes) > 1:
             yield f"{name} changed its EP size or slots: its figures are means over all of its shapes"
-        yield from (f"{name}: {note}" for note in reading.run.cautions("step_order", "passes"))
+        yield from (f"{name}: {note}" for note in reading.run.import_caveats("step_order", "passes"))
     if token_ratio is not None and not 1 / TOKEN_FACTOR <= token_ratio <= TOKEN_FACTOR:
         yield f"B has {token_ratio:.2f} × the tokens a step, and more tokens are more even by chance alone"
     within = max(routing.within_a or 0.0, routing.within_b or 0.0)

@@ -146,9 +146,11 @@ def expert_report(
             return _Loads(run, shape, range(first, last), _Windows(window, hot_factor))
 
         sums, whole, notes = last_configuration(run, steps, start)
-        return _report(run, layer, sums, whole, [*notes, *run.cautions("step_order", "earlier_placements")])
+        return _report(
+            run, layer, sums, whole, [*notes, *run.import_caveats("step_order", "earlier_placements")]
+        )
 
-    return run.reading(read)
+    return run.retry_without_damaged(read)
 
 
 def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, notes: list[str]) -> ExpertReport:
@@ -318,7 +320,7 @@ class _Loads(Sums):
         self, layers: range, steps: Int64, bounds: list[int], pieces: Iterator[Piece], out: Int64
     ) -> None:
         """Add some layers' loads between bounds to ``out [bounds - 1, layers, experts]``."""
-        stretches = [list(self._histories[i].stretches(steps)) for i in layers]
+        stretches = [list(self._histories[i].periods(steps)) for i in layers]
         edges = [sorted({*bounds, *(stretch.start for stretch, _ in found)}) for found in stretches]
         sums = [np.zeros((len(e) - 1, self.shape.num_physical_experts), np.int64) for e in edges]
         for values, here, there in pieces:

@@ -10,11 +10,12 @@ import numpy as np
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.metrics import formulas
 from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import fold, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import plural
-from eplb_dump.format.journal import Int32
+from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import STATUS_LABELS
 
 
@@ -89,8 +90,8 @@ def layer_report(
     """
     index = run.layer_index(layer)
     if step is not None:
-        return run.reading(lambda: _one_step(run, layer, index, step))
-    return run.reading(lambda: _range(run, layer, index, steps))
+        return run.retry_without_damaged(lambda: _one_step(run, layer, index, step))
+    return run.retry_without_damaged(lambda: _range(run, layer, index, steps))
 
 
 def _one_step(run: Run, layer: int, index: int, step: int) -> LayerReport:
@@ -115,34 +116,25 @@ def _no_loads(run: Run, step: int, state: int) -> str:
 
 
 def _range(run: Run, layer: int, index: int, steps: tuple[int, int] | None) -> LayerReport:
-    if steps is not None:
-        run.require(steps)
-    # Also where no step of a configuration is complete, it separates those around it.
-    blocks = [(block, block.recorded) for block in run.blocks(steps) if block.shape is not None]
-    while blocks and not len(blocks[-1][1]):
-        blocks.pop()
-    if not blocks:
-        raise run.nothing_complete(steps)
-    shape = blocks[-1][0].shape
-    kept = [(block, numbers) for block, numbers in blocks if block.shape == shape]
-    # A shape may come back; only its last uninterrupted stretch is one configuration.
-    for i in range(len(blocks) - 1, -1, -1):
-        if blocks[i][0].shape != shape:
-            kept = blocks[i + 1 :]
-            break
-    left_out = [numbers for _, numbers in blocks[: len(blocks) - len(kept)] if len(numbers)]
-    report = _report(run, layer, index, [part for part in kept if len(part[1])], complete=True)
-    if left_out:
-        first, last = int(left_out[0][0]), int(left_out[-1][-1])
-        report.notes.append(
-            f"ep_size or the number of slots changed: steps {first} to {last} are left out, as loads of "
-            f"two shapes are not added (see them with --steps {first}:{last + 1})"
-        )
+    found, _, notes = last_configuration(run, steps, _Blocks)
+    report = _report(run, layer, index, found.blocks, complete=True)
+    report.notes.extend(notes)
     return report
 
 
+class _Blocks(Sums):
+    """The blocks of a configuration with their complete steps; loads are read from the last one's only."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.blocks: list[tuple[Block, Int64]] = []
+
+    def _add(self, block: Block) -> None:
+        self.blocks.append((block, block.recorded))
+
+
 def _report(
-    run: Run, layer: int, index: int, parts: list[tuple[Block, Any]], *, complete: bool
+    run: Run, layer: int, index: int, parts: list[tuple[Block, Int64]], *, complete: bool
 ) -> LayerReport:
     shape = parts[0][0].shape
     assert shape is not None
@@ -156,7 +148,7 @@ def _report(
     for block, steps in parts:
         load = block.loads(index, index + 1, steps)[:, 0]
         slot_load += load.sum(axis=0)
-        for stretch, slots in history.stretches(steps):
+        for stretch, slots in history.periods(steps):
             if slots is not None and len(slots) == load.shape[1]:
                 part = load[stretch].sum(axis=0).reshape(shape.ep_size, -1)
                 for rank, own in enumerate(slots.reshape(shape.ep_size, -1)):

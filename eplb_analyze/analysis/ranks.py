@@ -129,7 +129,9 @@ def rank_report(
         NotInDumpError: no step of the run is in the range.
         DumpError: no step in it is complete.
     """
-    return run.reading(lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node))
+    return run.retry_without_damaged(
+        lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node)
+    )
 
 
 def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | None) -> RankReport:

@@ -111,7 +111,7 @@ def rearrangement_report(
     """
     if steps is not None:
         run.require(steps)
-    return run.reading(lambda: _report(run, steps, window))
+    return run.retry_without_damaged(lambda: _report(run, steps, window))
 
 
 def _report(run: Run, steps: tuple[int, int] | None, window: int) -> RearrangementReport:
@@ -123,7 +123,7 @@ def _report(run: Run, steps: tuple[int, int] | None, window: int) -> Rearrangeme
         if block.shape is not None and len(block.recorded):
             series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
             _spread(block, folds, run.info.num_logical_experts)
-    notes = run.cautions("step_order", "placement", "placement_steps", "earlier_placements")
+    notes = run.import_caveats("step_order", "placement", "placement_steps", "earlier_placements")
     if not run.history.layers:
         notes.append("no placement was recorded, so no rearrangement is known")
     if run.history.lost:

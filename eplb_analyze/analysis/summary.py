@@ -363,7 +363,7 @@ def summarize(run: Run, steps: tuple[int, int] | None = None) -> Summary:
     """Compute the summary of a run, or of a half-open range of its steps."""
     if steps is not None:
         run.require(steps)
-    return run.reading(lambda: _summarize(run, steps))
+    return run.retry_without_damaged(lambda: _summarize(run, steps))
 
 
 def _summarize(run: Run, steps: tuple[int, int] | None) -> Summary:
@@ -378,13 +378,12 @@ def bins_of(run: Run, steps: tuple[int, int] | None = None) -> Bins:
 
 
 def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
-    """The sums of a run, or of a range of its steps. Call it inside ``run.reading``.
+    """The sums of a run, or of a range of its steps. Call it inside ``run.retry_without_damaged``.
 
     Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts
     are read.
     """
-    # Read before threads share it.
-    assert run.history is not None
+    run.load_history()
     edges = [first for first, _ in run.parts()]
     total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
     for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block), steps):

@@ -11,7 +11,7 @@ import polars as pl
 
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import stretches
+from eplb_analyze.reader.configurations import blocks_by_configuration
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
 
@@ -129,7 +129,7 @@ def timeline(
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     index = None if layer is None else run.layer_index(layer)
-    return run.reading(lambda: _timeline(run, formula, bins, index, steps))
+    return run.retry_without_damaged(lambda: _timeline(run, formula, bins, index, steps))
 
 
 def _timeline(
@@ -145,7 +145,7 @@ def _timeline(
     parts = _Bins(np.array([first + i * (end - first) // count for i in range(count + 1)], np.int64))
     seen = Completeness()
     shapes: dict[int, Stretch] = {}
-    for number, block in stretches(run, steps, seen):
+    for number, block in blocks_by_configuration(run, steps, seen):
         assert block.shape is not None
         terms = run.terms(block) if index is None else run.terms(block, index, index + 1)
         if formula == IDLE_FRACTION:
@@ -163,7 +163,7 @@ def _timeline(
         [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]
     )
     total = float(parts.weight.sum())
-    notes = run.cautions("step_order")
+    notes = run.import_caveats("step_order")
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
         notes.append(

@@ -164,7 +164,7 @@ def traffic_report(
     if run.info.token_replication > 1:
         times = run.info.token_replication
         raise NotInDumpError(f"{cannot}: every token is counted by {times} ranks (token replication)")
-    for note in run.cautions("token_source"):
+    for note in run.import_caveats("token_source"):
         raise NotInDumpError(f"{cannot}: {note}")
     ranks_per_node = ranks_per_node or run.info.ranks_per_node
     if by == "node" and ranks_per_node is None:
@@ -204,7 +204,7 @@ def traffic_report(
             notes=notes,
         )
 
-    return run.reading(read)
+    return run.retry_without_damaged(read)
 
 
 class _Flows(Sums):

@@ -80,7 +80,7 @@ def run_task(task: RunTask) -> RunResult:
 
 def _read_part(run: Run, steps: StepRange, bins: Bins) -> RunResult:
     known = [*run.findings]
-    sums = run.reading(lambda: sums_of(run, steps, bins))
+    sums = run.retry_without_damaged(lambda: sums_of(run, steps, bins))
     return RunResult(sums=sums, findings=[f for f in run.findings if f not in known])
 
 
@@ -92,13 +92,13 @@ def _finish(target: Target, run: Run, merged: RunResult) -> RunResult:
         sums = _sums_of_all(run)
     elif sums.seen.last is not None:
         # The run may have continued since its parts were read.
-        run = run.until(sums.seen.last)
+        run = run.truncated_at(sums.seen.last)
     run.findings += [f for f in merged.findings if f not in run.findings]
     return _with_row(target, run, sums)
 
 
 def _sums_of_all(run: Run) -> SummarySums:
-    return run.reading(lambda: sums_of(run, None, bins_of(run)))
+    return run.retry_without_damaged(lambda: sums_of(run, None, bins_of(run)))
 
 
 def _with_row(target: Target, run: Run, sums: SummarySums) -> RunResult:

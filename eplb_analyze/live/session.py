@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.live.tail import GrowingFile
-from eplb_analyze.reader.segments import ParquetSegment, SegmentFault
+from eplb_analyze.reader.segments import DamagedSegmentError, ParquetSegment
 from eplb_dump.format.frames import Frame
 from eplb_dump.format.journal import (
     Int64,
@@ -139,7 +139,7 @@ class FollowedSession:
             self._read_manifest()
             # Of what began meanwhile and is listed already, the journal is the truth if it is still there.
             self._take_up_journals()
-        except (OSError, FormatError, SegmentFault) as error:
+        except (OSError, FormatError, DamagedSegmentError) as error:
             self.fault = _reason(self.folder, error)
         for seq in sorted({*self._journals, *self._sealed}):
             if seq in self._journals:
@@ -154,7 +154,7 @@ class FollowedSession:
         cannot be read ends them: no figure is asked for there.
         """
         newest_first = sorted((s for s in {*self._found, *self._listed} if s <= self._first), reverse=True)
-        with suppress(*_WRONG, SegmentFault):
+        with suppress(*_WRONG, DamagedSegmentError):
             for seq in newest_first:
                 if seq in self._found:
                     if seq < self._first:
@@ -231,7 +231,7 @@ class FollowedSession:
             parts = [load[:, skip:] for _, load in segment.rank_loads(0, entry.shape.num_moe_layers)]
             load = np.concatenate(parts).transpose(1, 0, 2)
             yield Batch(rows, placements, entry.shape, recorded[skip:], load)
-        except SegmentFault as fault:
+        except DamagedSegmentError as fault:
             self.fault = str(fault)
 
     def _placements_before(self) -> Iterator[Batch]:
@@ -381,7 +381,7 @@ def _recorded(entry: SealedSegment) -> int:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, SegmentFault):
+    if isinstance(error, DamagedSegmentError):
         return str(error)
     reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return f"{path}: {reason}"

@@ -18,8 +18,15 @@ import numpy.typing as npt
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import Session
-from eplb_analyze.reader.join import Source, StepState, _join, _JoinedRows, _overlapping, _stretches
-from eplb_analyze.reader.segments import Segment, SegmentFault, layers_at_once
+from eplb_analyze.reader.join import (
+    JoinedRows,
+    Source,
+    StepState,
+    join_rows,
+    overlapping_segments,
+    same_shape_ranges,
+)
+from eplb_analyze.reader.segments import DamagedSegmentError, Segment, layers_at_once
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
@@ -43,7 +50,7 @@ class Block:
     def __init__(
         self,
         sources: Sequence[Source],
-        rows: _JoinedRows,
+        rows: JoinedRows,
         low: int,
         high: int,
         shape: Shape | None,
@@ -227,7 +234,7 @@ class _Cursor:
         self._values: npt.NDArray[Any] = np.empty(0)
 
     def take(self, first: int, last: int) -> npt.NDArray[Any]:
-        """The values of layers ``first`` to ``last - 1``. Raises SegmentFault."""
+        """The values of layers ``first`` to ``last - 1``. Raises DamagedSegmentError."""
         taken = []
         while first < last:
             if not self._first <= first < self._last:
@@ -243,7 +250,7 @@ class _Cursor:
             part = next(parts, None)
         if part is None or not part[0] <= first < part[0] + len(part[1]):
             reason = "it has fewer layers than it says"
-            raise SegmentFault(self.segment, "loads", self.segment.path, reason)
+            raise DamagedSegmentError(self.segment, "loads", self.segment.path, reason)
         self._first, self._values = part
         self._last = self._first + len(self._values)
 
@@ -280,14 +287,14 @@ def iter_blocks(
         if segment.first_step < steps.end and segment.last_step >= steps.first
     ]
     ranks = sorted({session.info.ep_rank for session in sessions})
-    for group in _overlapping(sources):
+    for group in overlapping_segments(sources):
         threads = requests_at_once(group[0].segment.path)
         parts = list(ordered_map(lambda source: source.segment.steps(), group, threads))
         initial = max(sessions[s.session].info.ep_size for s in group)
-        rows = _join(parts, ranks, scope, last_shape, initial)
+        rows = join_rows(parts, ranks, scope, last_shape, initial)
         last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape
         inside = np.searchsorted(rows.step, steps)
-        for start, stop in _stretches(rows, int(inside[0]), int(inside[1])):
+        for start, stop in same_shape_ranges(rows, int(inside[0]), int(inside[1])):
             shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
             yield Block(group, rows, start, stop, shape, scope)
 

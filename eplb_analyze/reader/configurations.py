@@ -1,5 +1,4 @@
-"""One pass over a run that ends with sums of its last configuration: nothing is summed across a change
-of EP size or of the number of slots."""
+"""Configurations: consecutive steps of one EP size and number of slots; loads are never summed across two."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from typing import TypeVar
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.step_range import StepRange
 from eplb_dump.format.journal import Shape
 
 
@@ -21,8 +21,13 @@ class Sums(ABC):
         self.first_step = self.last_step = -1
         self.recorded = 0
 
+    @property
+    def steps(self) -> StepRange:
+        """From the first to the last complete step."""
+        return StepRange(self.first_step, self.last_step + 1)
+
     def add(self, block: Block) -> None:
-        """Add the next block's complete steps, of which there is at least one."""
+        """Add the next block, which has at least one complete step."""
         steps = block.recorded
         self.first_step = self.first_step if self.recorded else int(steps[0])
         self.last_step = int(steps[-1])
@@ -39,39 +44,58 @@ S = TypeVar("S", bound=Sums)
 def last_configuration(
     run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
 ) -> tuple[S, Completeness, list[str]]:
-    """Sums of the last configuration of a half-open range of steps, and notes on what was left out.
+    """Sum the last configuration in a half-open range of steps (default: all) in one pass.
 
-    Call it inside ``run.reading``. Raises NotInDumpError, and DumpError where no step is complete.
+    Call it inside ``run.retry_without_damaged``.
+
+    Returns:
+        The sums, the completeness of all steps of the range, and a note if an earlier configuration was
+        left out.
+
+    Raises:
+        NotInDumpError: no step of the run is in the range.
+        DumpError: no step in it is complete.
     """
+    sums, seen, earlier = last_of_configurations(run, steps, start)
+    if not earlier:
+        return sums, seen, []
+    first, end = earlier[0].first, earlier[-1].end
+    note = (
+        f"ep_size or the number of slots changed: steps {first} to {end - 1} are left out, as loads of "
+        f"two shapes are not added (see them with --steps {first}:{end})"
+    )
+    return sums, seen, [note]
+
+
+def last_of_configurations(
+    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
+) -> tuple[S, Completeness, list[StepRange]]:
+    """:func:`last_configuration` with the steps of each earlier configuration in place of the note."""
     if steps is not None:
         run.require(steps)
-    whole = Completeness()
+    seen = Completeness()
     sums: S | None = None
-    left_out: tuple[int, int] | None = None
+    earlier: list[StepRange] = []
     current = -1
-    for number, block in stretches(run, steps, whole):
+    for number, block in blocks_by_configuration(run, steps, seen):
         if sums is None or number != current:
             if sums is not None:
-                left_out = (left_out[0] if left_out else sums.first_step, sums.last_step)
+                earlier.append(sums.steps)
             assert block.shape is not None
             sums, current = start(block.shape), number
         sums.add(block)
     if sums is None:
         raise run.nothing_complete(steps)
-    notes = []
-    if left_out is not None:
-        first, last = left_out
-        notes.append(
-            f"ep_size or the number of slots changed: steps {first} to {last} are left out, as loads of "
-            f"two shapes are not added (see them with --steps {first}:{last + 1})"
-        )
-    return sums, whole, notes
+    return sums, seen, earlier
 
 
-def stretches(run: Run, steps: tuple[int, int] | None, seen: Completeness) -> Iterator[tuple[int, Block]]:
-    """The blocks that have complete steps, each with the number of its stretch; all are counted in ``seen``.
+def blocks_by_configuration(
+    run: Run, steps: tuple[int, int] | None, seen: Completeness
+) -> Iterator[tuple[int, Block]]:
+    """The blocks that have complete steps, each with the number of its configuration from 0.
 
-    Also where no step of a shape is complete, it separates the stretches around it.
+    Every block is counted in ``seen``. A shape without a complete step still separates the configurations
+    around it.
     """
     number, shape = -1, None
     for block in run.blocks(steps):

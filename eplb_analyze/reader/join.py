@@ -69,7 +69,7 @@ class Source:
 
 
 @dataclass
-class _JoinedRows:
+class JoinedRows:
     """The step rows of all ranks, joined: one column a seen step."""
 
     step: Int64
@@ -87,7 +87,7 @@ class _JoinedRows:
     phases: list[str]
 
 
-def _overlapping(sources: Iterable[Source]) -> Iterator[list[Source]]:
+def overlapping_segments(sources: Iterable[Source]) -> Iterator[list[Source]]:
     """Groups of segments whose ranges of steps overlap: those of one block, and of no other."""
     group: list[Source] = []
     end = -1
@@ -101,7 +101,7 @@ def _overlapping(sources: Iterable[Source]) -> Iterator[list[Source]]:
         yield group
 
 
-def _stretches(rows: _JoinedRows, first: int, end: int) -> Iterator[tuple[int, int]]:
+def same_shape_ranges(rows: JoinedRows, first: int, end: int) -> Iterator[tuple[int, int]]:
     """Ranges of columns, within ``first`` and ``end``, of one shape and bounded length."""
     edges = [int(e) for e in np.flatnonzero(np.diff(rows.shape)) + 1 if first < e < end]
     for start, stop in zip([first, *edges], [*edges, end], strict=True):
@@ -109,13 +109,13 @@ def _stretches(rows: _JoinedRows, first: int, end: int) -> Iterator[tuple[int, i
             yield low, min(low + MAX_BLOCK_STEPS, stop)
 
 
-def _join(
+def join_rows(
     parts: list[tuple[Source, StepRows]],
     ranks: list[int],
     scope: Scope,
     last_shape: Shape | None,
     initial: int,
-) -> _JoinedRows:
+) -> JoinedRows:
     """Join the rows of a group; ``last_shape`` is of the steps before, ``initial`` the ep_size else."""
     step = np.unique(np.concatenate([rows.step for _, rows in parts]))
     n = len(step)
@@ -161,7 +161,7 @@ def _join(
     tokens = np.where(status == Status.RECORDED, num_tokens, -1)
     known = (tokens >= 0).any(axis=0)
     total = np.where(known, np.where(tokens >= 0, tokens, 0).sum(axis=0), -1)
-    return _JoinedRows(
+    return JoinedRows(
         step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total, phase, phases
     )
 

@@ -48,7 +48,7 @@ class LayerHistory:
         i = self.index_at(step)
         return self.slots[i] if i >= 0 else None
 
-    def stretches(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
+    def periods(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
         """Ascending steps cut where the placement changes: ``(slice of steps, placement)``."""
         if len(steps):
             changes = sorted(s for s in {*self.steps, *self.lost} if steps[0] < s <= steps[-1])
@@ -89,7 +89,7 @@ class PlacementHistory:
         """The steps from which a placement of some layer holds, or is not known, ascending."""
         return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
 
-    def until(self, step: int) -> PlacementHistory:
+    def truncated_at(self, step: int) -> PlacementHistory:
         """What was known when ``step`` was the last."""
 
         def cut(history: LayerHistory) -> LayerHistory:
@@ -197,7 +197,7 @@ def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: i
     """Tokens of each logical expert over a block's complete steps: int64 ``[layers, experts]``.
 
     Experts of slots whose placement is not known are left out. Loads are read only where the writer
-    left no sums, or those are of steps that do not count. Raises SegmentFault.
+    left no sums, or those are of steps that do not count. Raises DamagedSegmentError.
     """
     assert block.shape is not None
     out = np.zeros((block.shape.num_moe_layers, num_logical_experts), np.int64)
@@ -217,7 +217,7 @@ def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: i
                 continue
         for first, loads in segment.loads(0, len(out)):
             for layer, load in enumerate(loads, first):
-                for stretch, slots in history.layer(layer).stretches(steps[there]):
+                for stretch, slots in history.layer(layer).periods(steps[there]):
                     add(layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64))
     return out
 
@@ -245,7 +245,7 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     A rank that missed the step of a change states it later, so the earliest statement counts. Two
     ranks that state different placements for one step and layer are a fault to report; the lower
     rank's is kept. Where no rank's can be read, a change may be missed, so what was in force before
-    is not believed any more. Raises SegmentFault.
+    is not believed any more. Raises DamagedSegmentError.
 
     Args:
         unreadable: ``id`` of segments whose placements cannot be read.
@@ -288,11 +288,11 @@ def _first_of(steps: list[int]) -> str:
 
 def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
     """The steps at which gaps begin that no other session's placements fill, ascending."""
-    gaps = [(session, gap) for session in sessions for gap in untold(session, unreadable)]
+    gaps = [(session, gap) for session in sessions for gap in placement_gaps(session, unreadable)]
     found = set()
     for session, (begin, last) in gaps:
         first = begin
-        others = [s for other in sessions if other is not session for s in _told(other, unreadable)]
+        others = [s for other in sessions if other is not session for s in _readable(other, unreadable)]
         for segment in sorted(others, key=lambda s: s.first_step):
             if segment.first_step <= first <= segment.last_step:
                 first = segment.last_step + 1
@@ -301,12 +301,12 @@ def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
     return sorted(found)
 
 
-def _told(session: Session, unreadable: frozenset[int]) -> list[Segment]:
+def _readable(session: Session, unreadable: frozenset[int]) -> list[Segment]:
     """The segments whose placements can be read, also those whose steps cannot."""
     return [s for s in (*session.segments, *session.lost) if id(s) not in unreadable]
 
 
-def untold(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int]]:
+def placement_gaps(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int]]:
     """First and last step of the gaps between the segments whose placements can be read.
 
     Segments are numbered, so one that was skipped is missed; one without a placement has no file of them,
@@ -346,7 +346,7 @@ def _statements(
             continue
         # Where a rank has several sessions, a statement holds for the steps that its session counts for.
         for first, end, number in _owned(own):
-            gaps = [gap for gap, _ in untold(own[number], unreadable)]
+            gaps = [gap for gap, _ in placement_gaps(own[number], unreadable)]
             in_force = {row[1]: row for row in rows[number] if row[0] <= first}
             in_force = {k: row for k, row in in_force.items() if not any(row[0] < g <= first for g in gaps)}
             for _, layer, ep_size, slots in in_force.values():
@@ -357,7 +357,7 @@ def _statements(
 def _rows_of(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int, int, Int32]]:
     """``(step, layer, ep_size, slots)`` of a session, in order of steps."""
     found = []
-    for segment in _told(session, unreadable):
+    for segment in _readable(session, unreadable):
         rows = segment.placements()
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
         found += [(*row, slots) for row, slots in zip(numbers, rows.physical_to_logical, strict=True)]

@@ -8,6 +8,7 @@ Nothing here writes into a dump.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,8 +21,8 @@ from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, iter_blocks, parts
 from eplb_analyze.reader.discovery import Discovery, Session, discover, open_sessions
-from eplb_analyze.reader.placements import PlacementHistory, read_history, untold
-from eplb_analyze.reader.segments import Segment, SegmentFault
+from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
+from eplb_analyze.reader.segments import DamagedSegmentError, Segment
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 from eplb_dump.format.journal import Shape
@@ -172,6 +173,7 @@ class Run:
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
         self._reading = False
         self._history: PlacementHistory | None = None
+        self._history_lock = threading.RLock()
         #: What is later is not of the run; None: all is.
         self._last: int | None = None
         first = sessions[0].info
@@ -204,7 +206,7 @@ class Run:
             origin=self._origin(),
         )
 
-    def until(self, step: int) -> Run:
+    def truncated_at(self, step: int) -> Run:
         """The run as it was when ``step`` was its last one: what was written since is left out."""
         sessions = []
         for session in self.sessions:
@@ -262,7 +264,7 @@ class Run:
         files = dict.fromkeys(f for origin in origins if origin is not None for f in origin.files)
         return None if origins[0] is None else replace(origins[0], files=tuple(files))
 
-    def cautions(self, *codes: str) -> list[str]:
+    def import_caveats(self, *codes: str) -> list[str]:
         """Notes for an answer that needs what the source of an imported run may not say: a line for each.
 
         Args:
@@ -332,7 +334,7 @@ class Run:
         """The run's steps in ranges that are read apart, by other processes or machines if need be."""
         return parts(self.sessions, PART_STEPS)
 
-    def reading(self, analysis: Callable[[], T]) -> T:
+    def retry_without_damaged(self, analysis: Callable[[], T]) -> T:
         """Run an analysis; where a segment turns out unreadable, leave it out and start again.
 
         So one damaged file neither ends an analysis nor leaves half of itself in a figure. Its
@@ -346,12 +348,12 @@ class Run:
             while True:
                 try:
                     return analysis()
-                except SegmentFault as fault:
+                except DamagedSegmentError as fault:
                     self._exclude(fault)
         finally:
             self._reading = False
 
-    def _exclude(self, fault: SegmentFault) -> None:
+    def _exclude(self, fault: DamagedSegmentError) -> None:
         segment = fault.segment
         left_out = self._unreadable.get(fault.table)
         if left_out is not None and id(segment) not in left_out:
@@ -370,22 +372,26 @@ class Run:
     @property
     def history(self) -> PlacementHistory:
         """The placements of the run, by layer index."""
-        if self._history is None:
-            self._history = self.reading(
-                lambda: read_history(self.sessions, frozenset(self._unreadable["placements"]))
-            )
-            if self._last is not None:
-                self._history = self._history.until(self._last)
-            self.findings += [f for f in self._history.findings if f not in self.findings]
-        return self._history
+        return self.load_history()
+
+    def load_history(self) -> PlacementHistory:
+        """Read the placements, unless they are read already. Call it before threads share the run."""
+        with self._history_lock:
+            if self._history is None:
+                history = self.retry_without_damaged(
+                    lambda: read_history(self.sessions, frozenset(self._unreadable["placements"]))
+                )
+                self._history = history if self._last is None else history.truncated_at(self._last)
+                self.findings += [f for f in history.findings if f not in self.findings]
+            return self._history
 
     def readable(self, segment: Segment) -> bool:
         """Whether the loads of a segment are in figures, as far as is known yet."""
         return id(segment) not in self._unreadable["loads"]
 
-    def untold(self, session: Session) -> list[tuple[int, int]]:
+    def placement_gaps(self, session: Session) -> list[tuple[int, int]]:
         """First and last step of the gaps in what can be read of a session's placements."""
-        return untold(session, frozenset(self._unreadable["placements"]))
+        return placement_gaps(session, frozenset(self._unreadable["placements"]))
 
     @property
     def engine_config(self) -> dict[str, Any]:
@@ -439,7 +445,7 @@ class Run:
         """
         from eplb_analyze.reader import dataframes
 
-        return self.reading(lambda: dataframes.steps(self.blocks(steps)))
+        return self.retry_without_damaged(lambda: dataframes.steps(self.blocks(steps)))
 
     def loads(
         self,
@@ -466,7 +472,7 @@ class Run:
         from eplb_analyze.reader import dataframes
 
         info = self.info
-        return self.reading(
+        return self.retry_without_damaged(
             lambda: dataframes.loads(
                 self.blocks(steps), chosen, info.layers, info.token_replication, experts=experts
             )
@@ -506,7 +512,7 @@ class Run:
             raise ValueError(f'by must be "step", "layer" or "run", not {by!r}')
         chosen = formulas.FORMULAS[formula]
         info = self.info
-        return self.reading(
+        return self.retry_without_damaged(
             lambda: dataframes.balancedness(
                 self.blocks(steps), info.layers, info.token_replication, chosen, by
             )

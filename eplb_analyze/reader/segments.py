@@ -1,7 +1,7 @@
 """Verified reading of one session's segments, sealed and open, as arrays of one interface.
 
 Every byte that becomes a figure was checked: sealed files by page checksums and the footer checksum
-in the manifest, journals and manifests by their frames' own. A fault is a :class:`SegmentFault`.
+in the manifest, journals and manifests by their frames' own. A fault is a :class:`DamagedSegmentError`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
@@ -50,8 +51,12 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 Parts = Generator[tuple[int, npt.NDArray[Scalar]], None, None]
 
 
-class SegmentFault(Exception):
-    """A table of a segment cannot be read; the text names the file and what is wrong with it."""
+class DamagedSegmentError(DumpError):
+    """A table of a segment cannot be read; the text names the file and what is wrong with it.
+
+    :meth:`Run.retry_without_damaged <eplb_analyze.reader.run.Run.retry_without_damaged>` handles it; a
+    library user sees it only when reading blocks outside of that.
+    """
 
     def __init__(self, segment: Segment, table: str, path: StoragePath, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -310,7 +315,7 @@ class ParquetSegment:
         return self._by_layers("load", self.shape.num_physical_experts, first, last)
 
     def verify(self, table: str) -> None:
-        """Read all of a table's file, so that every checksum in it is looked at. Raises SegmentFault."""
+        """Read the whole file of a table, which checks every checksum in it. Raises DamagedSegmentError."""
         with self._open(table) as file:
             for group in range(file.metadata.num_row_groups):
                 self._read(file, table, SCHEMAS[table].names, group)
@@ -375,13 +380,15 @@ def _faults(segment: Any, table: str, path: StoragePath) -> Iterator[None]:
         with bucket.translate_network_errors(path):
             yield
     except FileNotFoundError:
-        raise SegmentFault(segment, table, path, "it is missing, although the manifest lists it") from None
+        raise DamagedSegmentError(
+            segment, table, path, "it is missing, although the manifest lists it"
+        ) from None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
         if exhausted(error):
             raise
         said = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         reason = said.splitlines()[0] if said else type(error).__name__
-        raise SegmentFault(segment, table, path, reason) from None
+        raise DamagedSegmentError(segment, table, path, reason) from None
 
 
 def _groups(metadata: pq.FileMetaData) -> Iterator[Any]:

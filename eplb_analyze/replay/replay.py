@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.policies import policy
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import stretches
+from eplb_analyze.reader.configurations import Sums, last_of_configurations
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
@@ -45,48 +46,45 @@ class Part:
     notes: list[str]
 
 
+class _StepTimes(Sums):
+    """The time from each step to the next, in ns."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.gaps: list[Int64] = []
+
+    def _add(self, block: Block) -> None:
+        self.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
+
+
 def last_part(run: Run, steps: tuple[int, int] | None = None) -> Part:
     """The last configuration of a half-open range of steps (default: all). Reads no loads.
 
-    Call it inside ``run.reading``.
+    Call it inside ``run.retry_without_damaged``.
 
     Raises:
         NotInDumpError: the dump has no such step.
         NotReplayableError: the order of the steps is not known.
         DumpError: no step is complete.
     """
-    if steps is not None:
-        run.require(steps)
     origin = run.info.origin
     unknown = {} if origin is None else origin.unknown
     if "step_order" in unknown:
         raise NotReplayableError(f"{run.path}: not known of this imported run: {unknown['step_order']}")
-    whole = Completeness()
-    shape: Shape | None = None
-    current, begin, first, last, count = -1, 0, 0, 0, 0
-    gaps: list[Int64] = []
-    for number, block in stretches(run, steps, whole):
-        if number != current:
-            begin, first = (first, int(block.recorded[0])) if shape else (int(block.recorded[0]),) * 2
-            current, count, gaps = number, 0, []
-        shape, last = block.shape, int(block.recorded[-1])
-        count += len(block.recorded)
-        gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
-    if shape is None:
-        raise run.nothing_complete(steps)
+    sums, whole, earlier = last_of_configurations(run, steps, _StepTimes)
     begin_of_starts, notes = run.step_range[0] or 0, []
-    if begin != first:
-        begin_of_starts = first
+    if earlier:
+        begin_of_starts = sums.first_step
         notes.append(
-            f"ep_size or the number of slots changed: only steps {first} to {last} are replayed (those "
-            f"before with --steps {begin}:{first})"
+            f"ep_size or the number of slots changed: only steps {sums.first_step} to {sums.last_step} are "
+            f"replayed (those before with --steps {earlier[-1].first}:{sums.first_step})"
         )
-    between = np.concatenate(gaps)
+    between = np.concatenate(sums.gaps)
     timed = len(between) and run.info.timed
     seconds = float(np.median(between)) / 1e9 if timed else None
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
-    notes += run.cautions(*codes)
-    return Part(StepRange(first, last + 1), shape, count, begin_of_starts, seconds, whole, notes)
+    notes += run.import_caveats(*codes)
+    return Part(sums.steps, sums.shape, sums.recorded, begin_of_starts, seconds, whole, notes)
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def replay(
         playback.play(workers)
         return _result(playback, part, today, cost_per_expert_ms, [*part.notes, *notes])
 
-    return run.reading(play)
+    return run.retry_without_damaged(play)
 
 
 def _settings(

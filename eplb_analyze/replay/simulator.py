@@ -196,7 +196,10 @@ class Playback:
         return np.tile(policies.initial(self.experts, slots), (self.layers, 1))
 
     def play(self, workers: int | None = None) -> None:
-        """Call it once, inside ``run.reading``. The result does not depend on the number of threads."""
+        """Call it once, inside ``run.retry_without_damaged``.
+
+        The result does not depend on the number of threads.
+        """
         first, _ = self.steps
         past = PrefixSums(self.layers, self.experts, first)
         longest = max((player.window for player in self.players), default=0)
@@ -225,7 +228,7 @@ class Playback:
         steps = block.recorded
         known = np.ones(len(steps), np.bool_)
         for history in self.histories:
-            for stretch, slots in history.stretches(steps):
+            for stretch, slots in history.periods(steps):
                 if slots is None or len(slots) != self.shape.num_physical_experts:
                     known[stretch] = False
         return steps[known]
@@ -250,7 +253,7 @@ class Playback:
 
     def _score_layer(self, folded: _Folded, layer: int) -> _LayerScore:
         steps, load = folded.steps, folded.logical[layer].astype(np.float64)
-        changes = self.histories[layer].stretches(steps)
+        changes = self.histories[layer].periods(steps)
         today = [(int(steps[stretch.start]), slots) for stretch, slots in changes if slots is not None]
         placed = [[(step, slots[layer]) for step, slots in player.placed] for player in self.players]
         maximum = np.empty((len(placed) + 2, len(steps)))
@@ -313,7 +316,10 @@ class _Folded:
         self._block, self._histories, self._experts = block, histories, experts
 
     def read(self, layers: tuple[int, int]) -> int:
-        """Read and fold a range of layers; the tokens on slots that hold no expert. Raises SegmentFault."""
+        """Read and fold a range of layers; return the tokens on slots that hold no expert.
+
+        Raises DamagedSegmentError.
+        """
         assert self._block.shape is not None
         ranks, unknown = self._block.shape.ep_size, 0
         for first, loads in self._block.load_parts(self.steps, *layers):
@@ -323,7 +329,7 @@ class _Folded:
                 narrow = load.astype(np.int32) if self.tokens[layer].max() < 2**31 else load
                 self.measured[layer] = _by_rank(narrow, ranks).max(axis=1)
                 out = np.empty((len(load), self._experts), narrow.dtype)
-                for stretch, slots in self._histories[layer].stretches(self.steps):
+                for stretch, slots in self._histories[layer].periods(self.steps):
                     assert slots is not None
                     out[stretch] = _fold(narrow[stretch], slots, self._experts)
                 unknown += int(self.tokens[layer].sum() - out.sum(dtype=np.int64))

@@ -109,7 +109,7 @@ class LoadBins(Sums):
     ) -> None:
         """Add some layers' loads, cut where a bin begins or the layer's placement changes."""
         starts = np.flatnonzero(np.diff(bins, prepend=-1)).tolist()
-        stretches = [list(self.histories[layer].stretches(steps)) for layer in layers]
+        stretches = [list(self.histories[layer].periods(steps)) for layer in layers]
         edges = [sorted({*starts, *(part.start for part, _ in found), len(steps)}) for found in stretches]
         sums = [np.zeros((len(cuts) - 1, self.slots.shape[2]), np.int64) for cuts in edges]
         for values, here, there in pieces:

@@ -90,7 +90,7 @@ def report_document(
     if summary.spreads["balancedness"].mean is not None:
         over_time = timeline(run, bins=bins_that_fit(run), steps=steps)
         edges = np.array([*(b.first_step for b in over_time.bins), over_time.bins[-1].last_step + 1])
-        loads, _, left_out = run.reading(
+        loads, _, left_out = run.retry_without_damaged(
             lambda: last_configuration(run, steps, lambda shape: LoadBins(run, shape, edges))
         )
         experts = _experts(run, steps)

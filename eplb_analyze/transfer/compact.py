@@ -26,7 +26,7 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
-from eplb_analyze.reader.segments import SegmentFault
+from eplb_analyze.reader.segments import DamagedSegmentError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
@@ -110,7 +110,7 @@ def compact_run(
     with new_run(to, run_id, base, opened.info.model) as new:
         try:
             counts, info = _write(opened, new.root, new.run_id, lost)
-        except SegmentFault as fault:
+        except DamagedSegmentError as fault:
             raise DumpError(f"{fault}; {_REFUSED}") from None
         _verify(new.root, new.run_id, counts)
     assert info.origin is not None
@@ -132,7 +132,7 @@ _REFUSED = "what is left of a damaged run would look whole, so it is not compact
 
 def _require_intact(run: Run) -> None:
     """Raises DumpError."""
-    assert run.history is not None  # it finds faults, too
+    run.load_history()  # which finds faults, too
     for finding in run.findings:
         if finding.severity == "error":
             raise DumpError(f"{finding.text}; {_REFUSED}")
@@ -386,7 +386,7 @@ def _verify(root: Path, run_id: str, counts: Counter[int]) -> None:
             found.update(segment.steps().status.tolist())
             if not segment.sums_are_true():
                 raise DumpError(wrong)
-    except SegmentFault as fault:
+    except DamagedSegmentError as fault:
         raise DumpError(f"{fault}; {wrong}") from None
     if run.findings or any(found[status] != counts[status] for status in Status):
         raise DumpError(wrong)

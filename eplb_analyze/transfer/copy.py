@@ -25,7 +25,7 @@ from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import discover
 from eplb_analyze.reader.run import choose_run
-from eplb_analyze.reader.segments import ParquetSegment, SegmentFault, require_regular
+from eplb_analyze.reader.segments import DamagedSegmentError, ParquetSegment, require_regular
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import Remote
@@ -331,7 +331,7 @@ class _SessionCopy:
             except UnbegunJournal:
                 planned.discard(file.name)  # nothing that counts is in it
                 return
-            except (FormatError, SegmentFault) as error:
+            except (FormatError, DamagedSegmentError) as error:
                 counted.damaged.append(f"{where}: {str(error).removeprefix(f'{target.spool / file.name}: ')}")
                 return
             except FileNotFoundError as error:
@@ -509,8 +509,8 @@ class _Target:
     def take(self, file: _File) -> tuple[int, bool]:
         """Have a file there: its size, and whether it was there already.
 
-        Raises FileNotFoundError where the source's is gone; FormatError, SegmentFault where it is damaged;
-        UsageError where a finished session has another one of that name.
+        Raises FileNotFoundError where the source's is gone; FormatError, DamagedSegmentError where it is
+        damaged; UsageError where a finished session has another one of that name.
         """
         path, there = self.spool / file.name, self.folder / file.name
         try:

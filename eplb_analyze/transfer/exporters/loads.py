@@ -103,7 +103,7 @@ def export_loads(
             **vars(written),
         )
 
-    return run.reading(export)
+    return run.retry_without_damaged(export)
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _write_long(
     written.rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
     if not written.recorded:
         raise DumpError(f"{run.path}: no step of these is complete (see `check`)")
-    written.notes += run.cautions("step_order", *PLACEMENTS)
+    written.notes += run.import_caveats("step_order", *PLACEMENTS)
     return written
 
 
@@ -149,7 +149,7 @@ def _write_logical(
     logical = sums.logical[layers]
     replication = run.info.token_replication
     np.save(out, logical if replication == 1 else run.tokens(logical), allow_pickle=False)
-    notes += run.cautions(*(() if steps is None else ("step_order",)), *PLACEMENTS)
+    notes += run.import_caveats(*(() if steps is None else ("step_order",)), *PLACEMENTS)
     return _Written(whole, sums.first_step, sums.last_step, sums.recorded, None, notes)
 
 
@@ -173,7 +173,8 @@ def logical_loads(
 ) -> tuple[LogicalSums, Completeness, list[str]]:
     """The loads of the last configuration in the last ``window`` steps of a range.
 
-    Call it in ``run.reading``. Also returns the completeness of the steps, and notes on what was left out.
+    Call it in ``run.retry_without_damaged``. Also returns the completeness of the steps, and notes on
+    what was left out.
 
     Raises:
         NotInDumpError, DumpError: the dump has no such step, or a layer's placement is not known there.
@@ -224,7 +225,7 @@ def schema(run: Run) -> pa.Schema:
 def batches(run: Run, blocks: Iterable[Block], layers: list[int]) -> Iterator[pa.RecordBatch]:
     """The complete steps of some blocks, each block's ordered by layer, step and slot.
 
-    Call it in ``run.reading``.
+    Call it in ``run.retry_without_damaged``.
 
     Args:
         layers: indices of layers, ascending.
@@ -250,7 +251,7 @@ def _of_layer(run: Run, block: Block, layer: int, load: Int64) -> Iterator[pa.Re
     physical = np.arange(slots, dtype=np.int32)
     rank = physical // np.int32(shape.slots_per_rank)
     rows = max(1, BATCH_ROWS // slots)
-    for stretch, placed in run.history.layer(layer).stretches(steps):
+    for stretch, placed in run.history.layer(layer).periods(steps):
         placement = placed if placed is not None and len(placed) == slots else None
         for low in range(stretch.start, stretch.stop, rows):
             here = slice(low, min(low + rows, stretch.stop))

@@ -109,7 +109,9 @@ def recorded_placement(run: Run, step: int | None = None) -> SourcePlacement:
     rows = np.array([p.ranks for p in report.layers], np.int32).reshape(len(known), -1)
     placement = Placement(tuple(known), report.layers[0].ep_size, run.info.num_logical_experts, rows)
     return SourcePlacement(
-        placement, Origin(run.info.run_id, run.info.model, step=report.step), notes=run.cautions(*PLACEMENTS)
+        placement,
+        Origin(run.info.run_id, run.info.model, step=report.step),
+        notes=run.import_caveats(*PLACEMENTS),
     )
 
 
@@ -141,7 +143,7 @@ def policy_placement(
         DumpError: no step of these is complete, or no placement is known there.
     """
     place = policies.named(policy)
-    weights, whole, notes = run.reading(lambda: logical_loads(run, steps, window))
+    weights, whole, notes = run.retry_without_damaged(lambda: logical_loads(run, steps, window))
     info, shape = run.info, weights.shape
     if not weights.logical.any():
         raise DumpError(f"{run.path}: no token was routed in these steps, so a policy has nothing to go by")
@@ -171,7 +173,7 @@ def policy_placement(
     )
     placement = Placement(info.layers, ranks, info.num_logical_experts, rows)
     order = () if steps is None and window is None else ("step_order",)
-    notes += run.cautions(*order, *PLACEMENTS)
+    notes += run.import_caveats(*order, *PLACEMENTS)
     return SourcePlacement(placement, origin, weights.logical, whole, notes)
 
 
@@ -218,7 +220,10 @@ def export_placement(
     atomic.require_free(file, force=force, dump=run.path)
     if target == "sglang" and file.suffix != ".json":
         raise ExportError(f"{file}: SGLang reads such a file only where its name ends in .json")
-    notes = [*source.notes, *(run.cautions("layer_numbers") if target in engines.BY_LAYER_NUMBER else ())]
+    notes = [
+        *source.notes,
+        *(run.import_caveats("layer_numbers") if target in engines.BY_LAYER_NUMBER else ()),
+    ]
     placement = _numbered(run, source.placement, first_layer, target, notes)
     fixed = None
     if target == "vllm-ascend" and repair:

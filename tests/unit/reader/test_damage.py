@@ -32,7 +32,7 @@ from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.errors import Finding, NotInDumpError
 from eplb_analyze.reader import segments
-from eplb_analyze.reader.segments import SegmentFault
+from eplb_analyze.reader.segments import DamagedSegmentError
 from eplb_dump.format import frames
 from eplb_dump.format.schema import MANIFEST_FILE
 from eplb_dump.format.segment import footer_crc32
@@ -192,7 +192,7 @@ def test_every_flipped_bit_before_the_data_of_a_page(tmp_path: Path) -> None:
     for page in (column.dictionary_page_offset, column.data_page_offset):
         for bit in range(8 * page, 8 * (page + 40)):
             flip(path, bit)
-            with contextlib.suppress(SegmentFault):
+            with contextlib.suppress(DamagedSegmentError):
                 assert read() == truth, bit
             flip(path, bit)
 
@@ -286,14 +286,14 @@ def test_of_one_reading_in_another_the_outer_one_begins_anew(tmp_path: Path) -> 
 
     def inner() -> None:
         if len(calls) == 1:
-            raise SegmentFault(segment, "loads", segment.path, "broken")
+            raise DamagedSegmentError(segment, "loads", segment.path, "broken")
 
     def outer() -> list[int]:
         calls.append(len(run.loads(layers=[0])))
-        run.reading(inner)
+        run.retry_without_damaged(inner)
         return calls
 
-    assert run.reading(outer) == [30, 20]
+    assert run.retry_without_damaged(outer) == [30, 20]
 
 
 def test_steps_and_loads_must_tell_of_the_same_steps(tmp_path: Path) -> None:
