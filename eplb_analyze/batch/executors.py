@@ -11,15 +11,14 @@ import os
 import signal
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from eplb_analyze.errors import UsageError
-from eplb_analyze.parallel import limit_workers
+from eplb_analyze.parallel import limit_workers, ordered_results
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -85,28 +84,18 @@ class Processes:
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | WorkerDied]]:
-        def submit(item: Item) -> tuple[ProcessPoolExecutor, Future[Result] | None]:
-            try:
-                return self._pool, self._pool.submit(work, item)
-            except BrokenProcessPool:
-                return self._pool, None
+        def submit(item: Item) -> _PoolResult[Item, Result]:
+            return _PoolResult(self._submit(work, item), work, item)
 
-        def result(
-            item: Item, reference: tuple[ProcessPoolExecutor, Future[Result] | None]
-        ) -> Result | WorkerDied:
-            pool, future = reference
-            try:
-                if future is not None:
-                    return future.result()
-            except BrokenProcessPool:
-                pass
-            # One dead worker ends its pool, and everything that was under way in it.
-            if pool is self._pool:
-                pool.shutdown(wait=False)
-                self._pool = _pool(self._workers)
-            return _alone(work, item)
+        return ordered_results(submit, items, AHEAD * self._workers)
 
-        return _in_order(submit, result, items, AHEAD * self._workers)
+    def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
+        try:
+            return self._pool.submit(work, item)
+        except BrokenProcessPool:
+            self._pool.shutdown(wait=False)
+            self._pool = _pool(self._workers)
+            return self._pool.submit(work, item)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -120,13 +109,28 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     )
 
 
-def _alone(work: Callable[[Item], Result], item: Item) -> Result | WorkerDied:
-    """Try again in a process of its own, because another item may have killed the worker."""
-    with _pool(1) as pool:
+@dataclass(frozen=True)
+class _PoolResult(Generic[Item, Result]):
+    """A pending result of a process pool. One dead worker ends its pool, and all its pending results."""
+
+    future: Future[Result]
+    work: Callable[[Item], Result]
+    item: Item
+
+    def result(self) -> Result | WorkerDied:
         try:
-            return pool.submit(work, item).result()
+            return self.future.result()
         except BrokenProcessPool:
-            return WorkerDied("its worker died twice; was it killed for its memory?")
+            pass
+        # Try again in a process of its own, because another item may have killed the worker.
+        with _pool(1) as pool:
+            try:
+                return pool.submit(self.work, self.item).result()
+            except BrokenProcessPool:
+                return WorkerDied("its worker died twice; was it killed for its memory?")
+
+    def cancel(self) -> object:
+        return self.future.cancel()
 
 
 class Ray:
@@ -160,41 +164,34 @@ class Ray:
     def map(
         self, work: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result | WorkerDied]]:
-        ray = self._ray
-        task = ray.remote(num_cpus=1, max_retries=1)(_on_one_thread)
+        task = self._ray.remote(num_cpus=1, max_retries=1)(_on_one_thread)
 
-        def result(item: Item, reference: Any) -> Result | WorkerDied:
-            try:
-                found: Result = ray.get(reference)
-                return found
-            except ray.exceptions.RayError as error:
-                return WorkerDied(str(error).splitlines()[0])
+        def submit(item: Item) -> _RayResult[Result]:
+            return _RayResult(self._ray, task.remote(work, item))
 
-        return _in_order(lambda item: task.remote(work, item), result, items, self._ahead)
+        return ordered_results(submit, items, self._ahead)
 
     def close(self) -> None:
         self._ray.shutdown()
         sys.stdout = self._stdout
 
 
+@dataclass(frozen=True)
+class _RayResult(Generic[Result]):
+    ray: Any
+    reference: Any
+
+    def result(self) -> Result | WorkerDied:
+        try:
+            found: Result = self.ray.get(self.reference)
+            return found
+        except self.ray.exceptions.RayError as error:
+            return WorkerDied(str(error).splitlines()[0])
+
+    def cancel(self) -> object:
+        return None  # :meth:`Ray.close` ends the cluster's tasks
+
+
 def _on_one_thread(work: Callable[[Item], Result], item: Item) -> Result:
     limit_workers(1)
     return work(item)
-
-
-def _in_order(
-    submit: Callable[[Item], Any],
-    result: Callable[[Item, Any], Result | WorkerDied],
-    items: Iterable[Item],
-    ahead: int,
-) -> Iterator[tuple[Item, Result | WorkerDied]]:
-    """Submit items as results are taken, so that no more than ``ahead`` are under way."""
-    under_way: deque[tuple[Item, Any]] = deque()
-    for item in items:
-        under_way.append((item, submit(item)))
-        if len(under_way) > ahead:
-            first, reference = under_way.popleft()
-            yield first, result(first, reference)
-    while under_way:
-        first, reference = under_way.popleft()
-        yield first, result(first, reference)
