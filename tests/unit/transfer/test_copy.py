@@ -19,8 +19,9 @@ from s3 import S3
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.storage.path import storage_path
-from eplb_analyze.transfer import copy
-from eplb_analyze.transfer.copy import UNFINISHED, copy_run
+from eplb_analyze.transfer import copy_target
+from eplb_analyze.transfer.copy import copy_run
+from eplb_analyze.transfer.copy_target import UNFINISHED, Target
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 
 
@@ -450,8 +451,8 @@ def test_without_locks_nothing_of_another_copy_is_taken_away(
     for victim in damaged.rglob("loads-000001.parquet"):
         victim.unlink()
     to = tmp_path / "to"
-    monkeypatch.setattr(copy, "lock", lambda _: None)
-    clean = copy._Target.clean
+    monkeypatch.setattr(copy_target, "lock", lambda _: None)
+    clean = Target.remove_superseded
     inner: list[Any] = []
 
     def overtaken(self: Any, *arguments: Any) -> None:
@@ -460,7 +461,7 @@ def test_without_locks_nothing_of_another_copy_is_taken_away(
             inner[0] = copy_run(storage_path(dump), to)
         clean(self, *arguments)
 
-    monkeypatch.setattr(copy._Target, "clean", overtaken)
+    monkeypatch.setattr(Target, "remove_superseded", overtaken)
     report = copy_run(storage_path(damaged), to)
     assert len(report.damaged) == 3
     assert inner[0].damaged == []
@@ -489,17 +490,17 @@ def test_a_byte_that_changes_on_the_way(
 ) -> None:
     """Neither the first bytes of a Parquet file nor the heads of its pages are in a checksum."""
     left = [times]
-    digest = copy._digest
+    digest = copy_target._digest
 
     def flipping(read: Any, write: Any = None, **options: Any) -> tuple[int, str]:
-        if write is None or "loads-000001" not in str(read.name) or left[0] <= 0:
+        if write is None or "loads-000001" not in str(getattr(read, "name", "")) or left[0] <= 0:
             return digest(read, write, **options)
         left[0] -= 1
         data = bytearray(read.read())
         data[offset] ^= 1
         return digest(io.BytesIO(data), write, **options)
 
-    monkeypatch.setattr(copy, "_digest", flipping)
+    monkeypatch.setattr(copy_target, "_digest", flipping)
     report = copy_run(storage_path(dump), tmp_path)
     if times == 1:
         assert report.damaged == []

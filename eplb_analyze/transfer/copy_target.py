@@ -1,0 +1,360 @@
+"""The target of a copy: one session's folder or bucket prefix. It only ever gains data.
+
+Each file is fetched into a spool folder that no reader looks at, verified there, and then published under its
+name. Until ``session.json`` is published, a mark shows that the session is incomplete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest, require_regular
+from eplb_analyze.reader.step_range import NO_END, StepRange
+from eplb_analyze.storage import path as storage
+from eplb_analyze.storage.bucket import Remote
+from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.files import fsync_file, fsync_folder
+from eplb_dump.format.journal import lock
+from eplb_dump.format.manifest import Manifest, SealedFile
+from eplb_dump.format.schema import (
+    JOURNAL_PATTERN,
+    MANIFEST_FILE,
+    SEGMENT_PATTERN,
+    SESSION_FILE,
+    FormatError,
+)
+from eplb_dump.format.session import SessionInfo, load_json, session_path
+
+#: The mark of an incomplete session: a folder, in a bucket an object.
+UNFINISHED = "copy.tmp"
+#: In that folder; a copy holds the lock of this file.
+LOCK = "lock"
+CHUNK_BYTES = 8 << 20
+#: How often a Parquet file is fetched before two readings that differ count as damage.
+MAX_READINGS = 3
+
+
+class DamagedManifestError(DumpError):
+    """A manifest is damaged, so what it lists after that can be neither verified nor copied."""
+
+
+def sound_manifest(folder: StoragePath, info: SessionInfo) -> Manifest:
+    """A session's manifest; empty if nothing is sealed yet. Raises DamagedManifestError."""
+    try:
+        manifest = read_manifest(folder, info)
+        fault = manifest.fault
+    except FormatError as error:
+        fault = str(error)
+    if fault is not None:
+        raise DamagedManifestError(f"{folder / MANIFEST_FILE}: {fault}")
+    return manifest
+
+
+def _covers(new: Manifest, old: Manifest) -> bool:
+    """Whether a manifest is about all the steps that another is about."""
+    if new.part is None or old.part is None:
+        return new.part is None
+    return new.part[0] <= old.part[0] and old.part[1] <= new.part[1]
+
+
+def _continues(new: Manifest, old: Manifest) -> bool:
+    """Whether a manifest lists all that another lists."""
+    return _files(old) <= _files(new) and old.closed in (None, new.closed)
+
+
+def _files(manifest: Manifest) -> set[SealedFile]:
+    return {file for entry in manifest.entries.values() for file in entry.files.values()}
+
+
+class Target:
+    """A session where it is copied to."""
+
+    folder: StoragePath
+
+    def __init__(self, folder: StoragePath, info: SessionInfo) -> None:
+        self.folder = folder
+        self._info = info
+        #: Whether it is the session that is copied.
+        self.is_source = False
+        #: A local folder of this process for unverified files, while the target is held.
+        self._spool = Path()
+        #: Whether an earlier copy completed the session, and the names that are there.
+        self._finished = False
+        self._names: set[str] = set()
+
+    def inspect(self) -> None:
+        """See what is there. Raises UsageError if no copy can have made it."""
+        self._names = self.names()
+        self._finished = SESSION_FILE in self._names
+        if self._names and not self._finished and UNFINISHED not in self._names:
+            raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
+
+    def require_extendable(self, manifest: Manifest) -> None:
+        """Raise UsageError if a complete session there has anything that this manifest does not list."""
+        if not self._finished:
+            return
+        try:
+            there = sound_manifest(self.folder, self._info)
+        except DamagedManifestError as fault:
+            raise UsageError(f"{fault}; it stays as it is") from None
+        if not _covers(manifest, there):
+            held = "more than the steps asked for"
+            if there.part is not None:
+                held = f"a copy of steps {StepRange(there.part[0], there.part[1] + 1)} only"
+            raise UsageError(f"{self.folder}: it holds {held}, and stays as it is; name another --to")
+        if not _continues(manifest, there):
+            path = self.folder / MANIFEST_FILE
+            raise UsageError(f"{path}: it is there with another content, and stays as it is")
+
+    def begin(self) -> None:
+        """Mark the session as incomplete, unless it is complete."""
+        if not self._finished:
+            self._mark()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have a spool and, if the file system has locks, exclude other copies.
+
+        Raises UsageError if another copy holds the target.
+        """
+        raise NotImplementedError
+        yield
+
+    def put(self, name: str, source: StoragePath | bytes, verify: Callable[[Path], None]) -> tuple[int, bool]:
+        """Have a file there. Returns its bytes, and whether it was there already.
+
+        Args:
+            verify: reads the fetched file; raises FormatError or DamagedSegmentError if it is damaged.
+
+        Raises:
+            FileNotFoundError: the source's file is gone.
+            FormatError: it is damaged.
+            UsageError: a complete session has another file of that name.
+            DumpError: the file there is not what was written.
+        """
+        fetched, there = self._spool / name, self.folder / name
+        try:
+            size, digest = _fetch(source, fetched)
+            verify(fetched)
+            if _has_content(there, size, digest):
+                return size, True
+            if self._finished and (self.is_source or not _loses_nothing(there, fetched)):
+                raise UsageError(f"{there}: it is there with another content, and stays as it is")
+            self._publish(fetched)
+            if not _has_content(there, size, digest):
+                self._remove(name)
+                raise DumpError(f"{there}: what was written is not what lies there; nothing was kept of it")
+            self._names.add(name)
+            return size, False
+        except DamagedSegmentError as fault:
+            raise FormatError(str(fault).removeprefix(f"{fetched}: ")) from None
+        finally:
+            fetched.unlink(missing_ok=True)
+
+    def remove_superseded(self, wanted: set[str], manifest: Manifest) -> None:
+        """Remove journals that are sealed now and, if the session is incomplete, unwanted files of it."""
+        unwanted = []
+        for name in self._names - wanted:
+            journal = JOURNAL_PATTERN.fullmatch(name)
+            sealed = journal is not None and int(journal[1]) in manifest.entries
+            if sealed if self._finished else journal or SEGMENT_PATTERN.fullmatch(name):
+                unwanted.append(name)
+        if not unwanted:
+            return
+        storage.forget_listing(self.folder)
+        if not self._finished and SESSION_FILE in self.names():
+            return  # without locks, another copy may have completed the session: the files are its own
+        for name in unwanted:
+            self._remove(name)
+
+    def names(self) -> set[str]:
+        try:
+            return {entry.name for entry in storage.entries(self.folder)}
+        except FileNotFoundError:
+            return set()
+
+    def _mark(self) -> None:
+        raise NotImplementedError
+
+    def _publish(self, fetched: Path) -> None:
+        raise NotImplementedError
+
+    def _remove(self, name: str) -> None:
+        raise NotImplementedError
+
+
+class _LocalTarget(Target):
+    """A folder. The mark is a folder in it, which holds the lock's file and the spools."""
+
+    folder: Path
+
+    def __init__(self, to: Path, info: SessionInfo) -> None:
+        super().__init__(session_path(to, info), info)
+        self._unfinished = self.folder / UNFINISHED
+
+    def inspect(self) -> None:
+        for path in (*reversed(self.folder.parents[:3]), self.folder, self._unfinished):
+            if path.is_symlink():
+                raise UsageError(f"{path}: it is a symbolic link, which readers do not follow; remove it")
+        super().inspect()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with ExitStack() as held:
+            locked = self._lock(held)
+            held.callback(self._remove_mark, locked)
+            self.inspect()
+            self._spool = Path(held.enter_context(tempfile.TemporaryDirectory(dir=self._unfinished)))
+            yield
+        if SESSION_FILE in self.names():
+            with suppress(OSError):  # some file systems keep the lock's file until it is closed
+                self._unfinished.rmdir()
+
+    def _lock(self, held: ExitStack) -> bool:
+        """Take the lock; False if there are none. Raises UsageError if another copy has it."""
+        while True:
+            self._mark()
+            path = self._unfinished / LOCK
+            try:
+                file = path.open("ab")
+            except FileNotFoundError:  # another copy just completed
+                continue
+            taken = lock(file.fileno())
+            with suppress(FileNotFoundError):
+                if taken and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    held.enter_context(file)
+                    return True
+            file.close()
+            if taken is None:
+                return False
+            if taken is False:
+                raise UsageError(f"{self.folder}: another copy writes into it; let that end, then copy again")
+
+    def _remove_mark(self, locked: bool) -> None:
+        """If the session is complete, remove the mark, and under a lock what killed copies left in it."""
+        if SESSION_FILE not in self.names():
+            return
+        with suppress(OSError):
+            if locked:
+                shutil.rmtree(self._unfinished)
+            (self._unfinished / LOCK).unlink()
+            self._unfinished.rmdir()
+
+    def _mark(self) -> None:
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+
+    def _publish(self, fetched: Path) -> None:
+        fsync_file(fetched)
+        os.replace(fetched, self.folder / fetched.name)
+        fsync_folder(self.folder)
+
+    def _remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class _RemoteTarget(Target):
+    """A prefix of a bucket, which has no locks. The mark is an object."""
+
+    folder: Remote
+
+    def __init__(self, to: Remote, info: SessionInfo) -> None:
+        for name in session_path(Path(), info).parts:
+            to = to / name
+        super().__init__(to, info)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with tempfile.TemporaryDirectory(prefix="eplb-copy-") as spool:
+            self._spool = Path(spool)
+            yield
+        if {SESSION_FILE, UNFINISHED} <= self.names():
+            self._remove(UNFINISHED)
+
+    def _mark(self) -> None:
+        (self.folder / UNFINISHED).write(io.BytesIO(b""))
+
+    def _publish(self, fetched: Path) -> None:
+        with fetched.open("rb") as file:
+            (self.folder / fetched.name).write(file)
+
+    def _remove(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+
+def copy_target(to: StoragePath, info: SessionInfo) -> Target:
+    """Where a session goes in the dump ``to``."""
+    return _LocalTarget(to, info) if isinstance(to, Path) else _RemoteTarget(cast(Remote, to), info)
+
+
+# ---- content
+
+
+def _fetch(source: StoragePath | bytes, to: Path) -> tuple[int, str]:
+    """Write a file's content to ``to``; its size and SHA-256. Raises OSError, FormatError."""
+    if isinstance(source, bytes):
+        with to.open("wb") as write:
+            return _digest(io.BytesIO(source), write)
+    require_regular(source)
+    for _ in range(MAX_READINGS):
+        with source.open("rb") as read, to.open("wb") as write:
+            content = _digest(read, write)
+        if JOURNAL_PATTERN.fullmatch(source.name):
+            return content  # its frames have checksums, and it may be growing
+        # No checksum of a Parquet file covers its first bytes and its page headers, so read it twice.
+        with source.open("rb") as read:
+            if _digest(read) == content:
+                return content
+    raise FormatError(f"{MAX_READINGS} times two readings of it were not the same")
+
+
+def _digest(read: BinaryIO, write: BinaryIO | None = None, most: int = NO_END) -> tuple[int, str]:
+    """The size and SHA-256 of the next ``most`` bytes, which are also written if ``write`` is given."""
+    digest, size = hashlib.sha256(), 0
+    while data := read.read(min(CHUNK_BYTES, most - size)):
+        digest.update(data)
+        size += len(data)
+        if write is not None:
+            write.write(data)
+    return size, digest.hexdigest()
+
+
+def _has_content(path: StoragePath, size: int, digest: str) -> bool:
+    try:
+        found = path.lstat()
+        if found.st_size != size or not stat.S_ISREG(found.st_mode):
+            return False
+        with path.open("rb") as file:
+            return _digest(file) == (size, digest)
+    except FileNotFoundError:
+        return False
+
+
+def _loses_nothing(there: StoragePath, new: Path) -> bool:
+    """Whether a complete session's file can be replaced without losing anything: it is missing or grows."""
+    try:
+        require_regular(there)
+    except FileNotFoundError:
+        return True
+    except FormatError:
+        return False
+    if JOURNAL_PATTERN.fullmatch(there.name):
+        with there.open("rb") as earlier, new.open("rb") as later:
+            content = _digest(earlier)
+            return _digest(later, most=content[0]) == content
+    if there.name == SESSION_FILE:  # written twice: again when the first step shows the shape
+        try:
+            old, now = (SessionInfo.from_dict(load_json(path.read_bytes())) for path in (there, new))
+        except FormatError:
+            return False
+        return old.num_moe_layers is None and old.session_id == now.session_id
+    return there.name == MANIFEST_FILE  # see Target.require_extendable
