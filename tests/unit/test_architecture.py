@@ -41,6 +41,7 @@ OPTIONAL = {
     "eplb_dump.engines.sglang": {"torch", "sglang"},
     "eplb_analyze.transfer.importers.torch_files": {"torch"},
     "eplb_analyze.transfer.importers.placement_files": {"yaml"},
+    "eplb_analyze.transfer.importers.trtllm": {"safetensors"},
     "eplb_analyze.batch.executors": {"ray"},
 }
 

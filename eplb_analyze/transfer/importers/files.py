@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -34,7 +33,6 @@ MAX_FILES = 1 << 16
 BROKEN_ARCHIVE = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError,
 )  # fmt: skip
-_SAFETENSORS_TYPES = {"I64": "<i8", "I32": "<i4", "U8": "|u1", "I16": "<i2"}
 
 Array = npt.NDArray[Any]
 
@@ -209,45 +207,6 @@ def read_npz(path: Path, *wanted: str) -> dict[str, Array]:
             return {name: arrays[name] for name in wanted}
     except BROKEN_ARCHIVE as error:
         raise DumpError(f"{path}: it cannot be read ({error})") from None
-
-
-# ---- safetensors
-
-
-class Tensors:
-    """The tensors of a safetensors file, mapped from it: ``{name: array}`` in :attr:`arrays`."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises DumpError. The format: uint64 header length, JSON header, data."""
-        size = regular(path)
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if length > min(size - 8, 4 * MAX_TEXT):
-                raise DumpError(f"{path}: it is no safetensors file, or cut off")
-            header = parse_json(file.read(length), f"{path}: header")
-        if not isinstance(header, dict):
-            raise DumpError(f"{path}: its header is no JSON object")
-        start, total = 8 + length, 0
-        data = np.memmap(path, np.uint8, "r", start) if size > start else np.empty(0, np.uint8)
-        self.arrays: dict[str, Array] = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            try:
-                dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
-                shape = tuple(entry["shape"])
-                low, high = entry["data_offsets"]
-                if any(type(n) is not int or n < 0 for n in (*shape, low, high)):
-                    raise ValueError
-                if high > len(data) or high - low != math.prod(shape) * dtype.itemsize:
-                    raise ValueError
-                total += high - low
-                self.arrays[name] = data[low:high].view(dtype).reshape(shape)
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise DumpError(f"{path}: its header is wrong on tensor {name!r}, or it is cut off") from None
-        if total > len(data):
-            raise DumpError(f"{path}: its tensors overlap")
 
 
 # ---- which of several

@@ -1,7 +1,7 @@
 """TensorRT-LLM's expert statistics: a folder of ``meta_info.json`` and ``rank*.safetensors``.
 
-A tensor ``"{iteration}_{layer}"`` holds the counts of one rank. ``num_experts`` is the number of slots
-where its load balancer is on; only the balancer's YAML says which expert is in which slot.
+A tensor ``"{iteration}_{layer}"`` holds the counts of one rank. With the load balancer on, ``num_experts`` is
+the number of slots; only the balancer's YAML says which expert each slot holds.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import DumpError
 from eplb_analyze.text import plural
-from eplb_analyze.transfer.importers.files import Tensors, listing, read_json
+from eplb_analyze.transfer.importers.files import listing, read_json, regular
 from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, plain_int
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
 SYSTEM = "TensorRT-LLM"
 META = "meta_info.json"
 RANK_FILE = re.compile(r"rank(\d{1,6})\.safetensors")
+#: Types of counts in a tensor.
+INTEGERS = ("I64", "I32", "I16", "U8")
 _KEY = re.compile(r"(\d{1,18})_(\d{1,6})")
 
 
@@ -28,19 +31,28 @@ class _RankFile:
     """One rank's counts, by iteration and layer."""
 
     def __init__(self, path: Path, width: int) -> None:
-        self.path = path
-        self.arrays = Tensors(path).arrays
+        regular(path)
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            how = "pip install 'eplb-dump[analyze,import]'"
+            raise DumpError(f"{path}: reading .safetensors files needs safetensors: {how}") from None
+        try:
+            # Checks the header and the tensors' sizes against the file's, and maps the file.
+            self._tensors: Any = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise DumpError(f"{path}: it is no safetensors file, or cut off ({error})") from None
         self.layers: dict[int, set[int]] = {}
-        for name, array in self.arrays.items():
-            match = _KEY.fullmatch(name)
-            if match is None or array.shape != (width,):
+        for name in self._tensors.keys():  # noqa: SIM118 - it is no mapping
+            tensor, match = self._tensors.get_slice(name), _KEY.fullmatch(name)
+            if match is None or tensor.get_shape() != [width] or tensor.get_dtype() not in INTEGERS:
                 raise DumpError(f"{path}: tensor {name!r} is not iteration_layer with {width} counts")
             self.layers.setdefault(int(match[1]), set()).add(int(match[2]))
 
     def chunks(self, steps: np.ndarray, layers: tuple[int, ...]) -> Iterator[Chunk]:
         for low in range(0, len(steps), 64):
             chosen = steps[low : low + 64]
-            rows = [[self.arrays[f"{step}_{layer}"] for layer in layers] for step in chosen]
+            rows = [[self._tensors.get_tensor(f"{step}_{layer}") for layer in layers] for step in chosen]
             yield Chunk(chosen, np.array(rows))
 
 
