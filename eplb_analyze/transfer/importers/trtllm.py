@@ -39,12 +39,13 @@ class _RankFile:
             raise DumpError(f"{path}: reading .safetensors files needs safetensors: {how}") from None
         try:
             # Checks the header and the tensors' sizes against the file's, and maps the file.
-            self._tensors: Any = safe_open(path, framework="numpy")
+            tensors: Any = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise DumpError(f"{path}: it is no safetensors file, or cut off ({error})") from None
         self.layers: dict[int, set[int]] = {}
-        for name in self._tensors.keys():  # noqa: SIM118 - it is no mapping
-            tensor, match = self._tensors.get_slice(name), _KEY.fullmatch(name)
+        self._tensors = tensors
+        for name in tensors.keys():  # noqa: SIM118 - it is not a mapping
+            tensor, match = tensors.get_slice(name), _KEY.fullmatch(name)
             if match is None or tensor.get_shape() != [width] or tensor.get_dtype() not in INTEGERS:
                 raise DumpError(f"{path}: tensor {name!r} is not iteration_layer with {width} counts")
             self.layers.setdefault(int(match[1]), set()).add(int(match[2]))
