@@ -1,4 +1,4 @@
-"""Answers problems with vLLM's and SGLang's own policies; run by test_policies.py.
+"""Answers problems with vLLM's and SGLang's own policies; run by test_engine_policies.py.
 
 ``python policies.py IN.json OUT.json`` in an environment that has both. IN holds a list of problems, OUT what
 each engine answers to each, and the placements that the engines start with.

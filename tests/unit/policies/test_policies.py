@@ -1,9 +1,7 @@
-"""Policies give what the engines' own give, of equals too, and no placement beats the bound."""
+"""Policies against the described algorithm, tie by tie, and the lower bound against all placements."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers import ROOT, engines_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_problems import KINDS, SHAPES, loads, placements
 
-from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies import torch_cpu
 from eplb_analyze.policies.policy import POLICIES, PolicyError, Problem, lower_bound, named, place
 
@@ -34,36 +31,6 @@ README_PLACED = [
     [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
 ]
 
-#: Experts, slots, ranks, nodes, groups. The last two of each line are global as the groups do not fit.
-SHAPES = [
-    (12, 16, 8, 2, 4), (12, 12, 4, 2, 4), (64, 72, 8, 2, 8), (256, 288, 32, 4, 8), (6, 8, 2, 1, 1),
-    (64, 64, 8, 1, 1), (60, 64, 4, 1, 4), (24, 24, 24, 2, 4), (8, 32, 8, 2, 4), (128, 160, 16, 4, 8),
-    (40, 48, 4, 4, 4), (1, 4, 2, 1, 1), (128, 144, 16, 3, 8), (16, 32, 16, 2, 1),
-]  # fmt: skip
-
-
-def loads(rng: np.random.Generator, kind: int, layers: int, experts: int) -> Array:
-    """Tokens ``[layers, experts]``: with ties, zeros, skew, or more than float32 can count."""
-    shape = (layers, experts)
-    choices: list[Array] = [
-        rng.integers(0, 3, shape),
-        rng.integers(0, 40, shape),
-        rng.lognormal(8, 1, shape).round().astype(np.int64),
-        np.minimum(rng.zipf(1.5, shape), 10**9),
-        rng.integers(0, 2**40, shape),
-        2**24 * rng.integers(1, 3, shape) + rng.integers(0, 4, shape),
-        rng.integers(1, 5, shape) * 997 * 12,
-        rng.lognormal(3, 1, shape),
-        # Groups with the same loads in another order, so that only rounding tells their sums apart.
-        rng.permuted(
-            np.tile(rng.integers(2**20, 2**24, (layers, 1, 4)) * 1.1, (1, experts // 4 + 1, 1)), axis=2
-        ).reshape(layers, -1)[:, :experts],
-    ]
-    return choices[kind]
-
-
-KINDS = 9
-
 
 def torch_order(keys: Array) -> list[int]:
     indices: list[int] = torch.from_numpy(keys).sort(descending=True).indices.tolist()
@@ -71,13 +38,13 @@ def torch_order(keys: Array) -> list[int]:
 
 
 def numpy_order(keys: Array) -> list[int]:
-    # Of two dimensions, as vLLM calls it.
+    # In two dimensions, as vLLM sorts.
     order: list[int] = np.argsort(-keys[None], axis=-1)[0].tolist()
     return order
 
 
-def described(problem: Problem, implementation: str) -> list[list[int]]:
-    """The algorithm as DeepSeek describes it, one layer, expert and slot after another."""
+def place_as_described(problem: Problem, implementation: str) -> list[list[int]]:
+    """The algorithm as DeepSeek describes it, in loops over layers, experts and slots."""
     share, added = {
         "deepseek": (np.float32, np.float32),
         "sglang": (np.float32, np.float64),
@@ -86,7 +53,7 @@ def described(problem: Problem, implementation: str) -> list[list[int]]:
     order = numpy_order if implementation == "vllm" else torch_order
 
     def into_packs(weights: list[Any], packs: int) -> list[list[int]]:
-        """Items by pack, each pack equally many: the heaviest goes to the lightest with room, the first."""
+        """Equally many items for each pack; the heaviest item goes to the first lightest pack with room."""
         if len(weights) == packs:
             return [[item] for item in range(packs)]
         content: list[list[int]] = [[] for _ in range(packs)]
@@ -129,11 +96,11 @@ def described(problem: Problem, implementation: str) -> list[list[int]]:
     return placed
 
 
-def test_example_of_deepseeks_readme() -> None:
+def test_example_of_the_deepseek_readme() -> None:
     problem = Problem(np.array(README_WEIGHT), 16, ep_size=8, num_nodes=2, num_groups=4)
     for name in ("deepseek", "sglang", "vllm"):
         assert place(named(name), problem).tolist() == README_PLACED
-    assert described(problem, "deepseek") == README_PLACED
+    assert place_as_described(problem, "deepseek") == README_PLACED
 
 
 @pytest.mark.parametrize("implementation", ["deepseek", "sglang", "vllm"])
@@ -144,61 +111,18 @@ def test_example_of_deepseeks_readme() -> None:
     layers=st.integers(1, 3),
 )
 @settings(max_examples=300, deadline=None)
-def test_same_as_described(
+def test_policies_agree_with_the_described_algorithm(
     implementation: str, seed: int, kind: int, shape: tuple[int, int, int, int, int], layers: int
 ) -> None:
     experts, slots, ranks, nodes, groups = shape
     weight = loads(np.random.default_rng(seed), kind, layers, experts)
     problem = Problem(weight, slots, ranks, nodes, groups)
-    assert place(named(implementation), problem).tolist() == described(problem, implementation)
-
-
-def placements(rng: np.random.Generator, layers: int, experts: int, slots: int) -> Array:
-    """Any placements ``[layers, slots]`` in which every expert is."""
-    spare = slots - experts
-    return np.stack(
-        [rng.permutation(np.r_[np.arange(experts), rng.integers(0, experts, spare)]) for _ in range(layers)]
-    ).astype(np.int32)
-
-
-def test_same_as_the_engines_own(tmp_path: Path) -> None:
-    rng = np.random.default_rng(5)
-    problems = []
-    for number in range(420):
-        experts, slots, ranks, nodes, groups = SHAPES[number % len(SHAPES)]
-        weight = loads(rng, int(rng.integers(KINDS)), 2, experts)
-        current = None
-        if number % 3 == 1:
-            current = placements(rng, 2, experts, slots)
-        elif number % 3 == 2:
-            # Nearly what comes out anew, so that many experts stay on their rank.
-            current = POLICIES["vllm"](Problem(weight * rng.integers(1, 3, weight.shape), slots, ranks))
-        problems.append(Problem(weight, slots, ranks, nodes, groups, current))
-    asked = [
-        {"weight": p.weight.tolist(), "slots": p.num_physical_experts, "ranks": p.ep_size,
-         "nodes": p.num_nodes, "groups": p.num_groups,
-         "current": None if p.current is None else p.current.tolist()}
-        for p in problems
-    ]  # fmt: skip
-    (tmp_path / "in.json").write_text(json.dumps(asked))
-    script = [engines_python(), "-W", "ignore", ROOT / "tests/engines/policies.py"]
-    done = subprocess.run(
-        [*script, tmp_path / "in.json", tmp_path / "out.json"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    truth = json.loads((tmp_path / "out.json").read_text())
-    for name in ("vllm", "sglang"):
-        for problem, answer in zip(problems, truth[name], strict=True):
-            assert place(named(name), problem).tolist() == answer
-    for problem, answers in zip(problems, truth["initial"], strict=True):
-        ours = policies.initial(problem.weight.shape[1], problem.num_physical_experts).tolist()
-        assert answers == [ours, ours]
+    assert place(named(implementation), problem).tolist() == place_as_described(problem, implementation)
 
 
 @given(seed=st.integers(0, 2**32 - 1), experts=st.integers(1, 6), each=st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_what_stays_on_its_rank_keeps_its_slot(seed: int, experts: int, each: int) -> None:
+def test_expert_that_stays_on_its_rank_keeps_its_slot(seed: int, experts: int, each: int) -> None:
     rng = np.random.default_rng(seed)
     ranks, slots = 3, 3 * each * experts
     weight, current = rng.integers(0, 9, (2, experts)), placements(rng, 2, experts, slots)
@@ -206,13 +130,13 @@ def test_what_stays_on_its_rank_keeps_its_slot(seed: int, experts: int, each: in
     kept = place(POLICIES["vllm"], Problem(weight, slots, ranks, current=current))
     for layer in range(2):
         by_rank = [each[layer].reshape(ranks, -1).tolist() for each in (free, kept, current)]
-        for anew, now, before in zip(*by_rank, strict=True):
-            assert Counter(now) == Counter(anew)
-            stayed = (Counter(anew) & Counter(before)).total()
+        for chosen, now, before in zip(*by_rank, strict=True):
+            assert Counter(now) == Counter(chosen)
+            stayed = (Counter(chosen) & Counter(before)).total()
             assert sum(a == b for a, b in zip(now, before, strict=True)) >= stayed
 
 
-def test_static_is_what_is_in_force_or_what_engines_start_with() -> None:
+def test_static_keeps_the_placement_in_force_or_the_initial_one() -> None:
     weight = np.array([[1, 2, 3], [4, 5, 6]])
     assert place(named("static"), Problem(weight, 8, 2)).tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]] * 2
     current = np.array([[2, 1, 0, 0], [1, 1, 2, 0]], np.int32)
@@ -225,7 +149,7 @@ def test_static_is_what_is_in_force_or_what_engines_start_with() -> None:
     values=st.sampled_from([1, 2, 5, 60, 2**30]),
 )
 @settings(max_examples=200, deadline=None)
-def test_order_and_sum_are_torchs(seed: int, n: int, values: int) -> None:
+def test_order_and_sum_are_those_of_torch(seed: int, n: int, values: int) -> None:
     keys = np.random.default_rng(seed).integers(0, values, (3, n)).astype(np.float32)
     order = torch_cpu.descending(keys, np.tile(np.arange(n), (3, 1)))
     assert (order == torch.from_numpy(keys).sort(dim=-1, descending=True).indices.numpy()).all()
@@ -234,8 +158,8 @@ def test_order_and_sum_are_torchs(seed: int, n: int, values: int) -> None:
         assert (torch_cpu.total(thirds) == torch.from_numpy(thirds).sum(-1).numpy()).all()
 
 
-def test_order_of_loads_with_a_pattern_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads that rise, fall or repeat over the experts, on some of which quicksort gives up."""
+def test_order_of_patterned_loads_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads that rise, fall or repeat over the experts; for some of them introsort falls back to heapsort."""
     heapsort, with_equals = torch_cpu._heapsort, 0
 
     def spy(heap: list[int], keys: list[float]) -> list[int]:
@@ -256,11 +180,11 @@ def test_order_of_loads_with_a_pattern_is_torchs(monkeypatch: pytest.MonkeyPatch
     assert with_equals > 10
 
 
-# The bound.
+# ---- the lower bound
 
 
 def copies_of(experts: int, slots: int) -> Iterator[tuple[int, ...]]:
-    """All ways to give each expert at least one of the slots."""
+    """All ways to give each expert at least one slot."""
     if experts == 1:
         yield (slots,)
         return
@@ -270,7 +194,7 @@ def copies_of(experts: int, slots: int) -> Iterator[tuple[int, ...]]:
 
 
 def best(weight: list[float], slots: int, ranks: int) -> float:
-    """The busiest rank's load in the best of all placements."""
+    """The load of the busiest rank in the best of all placements."""
     found = float("inf")
 
     def fill(left: list[float], load: list[float], taken: list[int]) -> None:
@@ -308,7 +232,7 @@ def test_no_placement_beats_the_bound() -> None:
         assert bound <= truth * (1 + 1e-12), (weight, slots, ranks)
         assert bound >= max(weight.sum() / ranks, truth / 2) * (1 - 1e-12), (weight, slots, ranks)
         reached += bound > truth * (1 - 1e-12)
-    # A bound that were only the mean would be reached far less often.
+    # The mean alone would be reached far less often.
     assert reached > 0.6 * 40 * len(TINY)
 
 
@@ -328,14 +252,14 @@ def test_no_placement_beats_the_bound() -> None:
         ([0, 0, 0, 0], 4, 2, 0),
     ],
 )
-def test_bound_by_hand(weight: list[int], slots: int, ranks: int, bound: float) -> None:
+def test_bound_computed_by_hand(weight: list[int], slots: int, ranks: int, bound: float) -> None:
     assert lower_bound(np.array(weight), slots, ranks) == bound
     assert best([float(w) for w in weight], slots, ranks) >= bound
 
 
 @given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from(SHAPES))
 @settings(max_examples=60, deadline=None)
-def test_policies_keep_to_the_bound(seed: int, shape: tuple[int, int, int, int, int]) -> None:
+def test_no_policy_beats_the_bound(seed: int, shape: tuple[int, int, int, int, int]) -> None:
     experts, slots, ranks, nodes, groups = shape
     rng = np.random.default_rng(seed)
     weight = np.stack([loads(rng, int(rng.integers(KINDS)), 3, experts) for _ in range(2)]).astype(np.float64)
@@ -351,7 +275,7 @@ def test_policies_keep_to_the_bound(seed: int, shape: tuple[int, int, int, int, 
             assert (of_window <= load.max(axis=1) * (1 + 1e-9)).all()
 
 
-# A user's own policies, and what is wrong usage.
+# ---- custom policies and errors
 
 MINE = """
 import numpy as np
@@ -387,7 +311,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("mine")
-def test_a_users_own() -> None:
+def test_custom_policy() -> None:
     weight = np.array([[3, 5]])
     problem = Problem(weight, 3, 1)
     placed = place(named("mine_of_test:by_hand"), problem)
@@ -411,7 +335,7 @@ def test_a_users_own() -> None:
         ("..up:f", "importing ..up failed"),
     ],
 )
-def test_no_such_policy(name: str, says: str) -> None:
+def test_unknown_policy_is_rejected(name: str, says: str) -> None:
     with pytest.raises(PolicyError, match=says) as caught:
         named(name)
     assert caught.value.exit_code == 2
@@ -429,7 +353,7 @@ def test_no_such_policy(name: str, says: str) -> None:
         ("broken", "policy broken failed: ValueError: two lines"),
     ],
 )
-def test_what_is_no_placement(name: str, says: str) -> None:
+def test_invalid_answer_is_rejected(name: str, says: str) -> None:
     with pytest.raises(PolicyError, match=says):
         place(named(f"mine_of_test:{name}"), Problem(np.array([[1, 2, 3]]), 3, 1))
 
@@ -451,7 +375,7 @@ def test_what_is_no_placement(name: str, says: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm"])
-def test_numbers_that_do_not_fit(name: str, changes: dict[str, Any], says: str) -> None:
+def test_inconsistent_problem_is_rejected(name: str, changes: dict[str, Any], says: str) -> None:
     fits: dict[str, Any] = {"weight": np.ones((1, 4)), "num_physical_experts": 6, "ep_size": 2}
     with pytest.raises(PolicyError, match=says):
         place(named(name), Problem(**fits | changes))

@@ -1,4 +1,4 @@
-"""`advise`: the verdict on runs whose right verdict is known, and its gain against one computed anew."""
+"""`advise` on runs whose right verdict is known; its gain is computed in another way here."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ EXPERTS, RANKS, STEPS = 16, 4, 400
 def record(
     root: Path, kind: str, *, steps: int = STEPS, rearrange: int | None = None, seed: int = 1, **options: Any
 ) -> Path:
-    """A run of two layers.
+    """Record a run of two layers.
 
-    ``kind``: ``noise``: all experts alike; ``steady``: rank 0's are hot; ``moving``: another four are every
-    50 steps; ``turned``: as steady, and from 60 % on all alike. ``rearrange``: how often the engine does,
-    without any gain.
+    Args:
+        kind: ``noise``: all experts alike; ``steady``: those of rank 0 are hot; ``moving``: another four
+            are hot every 50 steps; ``turned``: steady for 60% of the steps, then noise.
+        rearrange: the engine's interval; its rearrangements gain nothing.
     """
     rng = np.random.default_rng(seed)
     slots = np.tile(np.arange(EXPERTS), (2, 1))
@@ -56,7 +57,7 @@ GRID = Choices(policies=["deepseek", "static"], redundant=[0], intervals=[10, 50
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rearrange", [None, 40])
-def test_noise_is_left_alone(tmp_path: Path, seed: int, rearrange: int | None) -> None:
+def test_noise_is_no_reason_to_change(tmp_path: Path, seed: int, rearrange: int | None) -> None:
     advice = advise(open_run(record(tmp_path, "noise", seed=seed, rearrange=rearrange)))
     assert advice.verdict == "leave"
     assert advice.gain is not None
@@ -64,20 +65,20 @@ def test_noise_is_left_alone(tmp_path: Path, seed: int, rearrange: int | None) -
     assert advice.to_json()["advised"] is None
 
 
-def test_what_a_static_placement_loses_is_won(tmp_path: Path) -> None:
+def test_lasting_imbalance_is_worth_enabling(tmp_path: Path) -> None:
     advice = advise(open_run(record(tmp_path, "steady")), GRID)
     assert advice.verdict == "enable"
     assert advice.best is not None
     assert advice.gain is not None
-    # Rank 0 has 20 of 32 parts; spread, each rank has 8, and a little by chance.
+    # Rank 0 has 20 of 32 parts; balanced, each rank has 8, apart from noise.
     assert advice.gain.value == pytest.approx(1 - 8 / 20, abs=0.03)
     assert advice.gain.low < advice.gain.value < advice.gain.high
-    # Both intervals find it; the longer moves less.
+    # Both intervals are as good; the longer moves less.
     assert advice.best.setting == Setting("deepseek", 0, RANKS, 50, 10, 50)
 
 
-def test_a_longer_interval_than_the_drift_is_retuned(tmp_path: Path) -> None:
-    """The engine turns all around every 100 steps, which helps nothing; the hot experts move every 50."""
+def test_interval_longer_than_the_drift_is_retuned(tmp_path: Path) -> None:
+    """The engine reverses the slots every 100 steps, which never helps; the hot experts move every 50."""
     advice = advise(open_run(record(tmp_path, "moving", rearrange=100)), GRID)
     assert advice.verdict == "retune"
     assert advice.best is not None
@@ -87,8 +88,8 @@ def test_a_longer_interval_than_the_drift_is_retuned(tmp_path: Path) -> None:
     assert advice.replay.recorded.interval == 100
 
 
-def test_a_gain_of_the_first_part_only_is_none(tmp_path: Path) -> None:
-    """What was skewed while the setting was chosen is even while it is judged."""
+def test_gain_only_in_the_training_part_is_no_reason_to_change(tmp_path: Path) -> None:
+    """Loads are skewed while a setting is chosen, and even while it is judged."""
     advice = advise(open_run(record(tmp_path, "turned")), GRID)
     assert advice.verdict == "leave"
     assert advice.training_gain is not None
@@ -97,8 +98,8 @@ def test_a_gain_of_the_first_part_only_is_none(tmp_path: Path) -> None:
     assert abs(advice.gain.value) < 0.02
 
 
-def test_rearranging_that_hurts_is_to_be_switched_off(tmp_path: Path) -> None:
-    """Placed well at first, the engine then puts what is hot on one rank."""
+def test_harmful_rearranging_is_switched_off(tmp_path: Path) -> None:
+    """The first placement is good; then the engine puts all hot experts on one rank."""
     good, bad = np.arange(EXPERTS).reshape(4, 4).T.ravel(), np.arange(EXPERTS)
     popular = np.where(np.arange(EXPERTS) < 4, 5.0, 1.0) / 32
     with ExpertLoadWriter(
@@ -114,7 +115,7 @@ def test_rearranging_that_hurts_is_to_be_switched_off(tmp_path: Path) -> None:
     assert advice.best.setting == Setting("static", 0, RANKS, None, None, None)
 
 
-def test_gain_and_interval_are_of_the_judged_steps(tmp_path: Path) -> None:
+def test_gain_and_interval_come_from_the_judged_steps(tmp_path: Path) -> None:
     advice = advise(open_run(record(tmp_path, "moving")), GRID)
     played = advice.replay
     assert played is not None
@@ -129,7 +130,7 @@ def test_gain_and_interval_are_of_the_judged_steps(tmp_path: Path) -> None:
     today, other = played.scores.maximum[TODAY], played.scores.maximum[row]
     assert advice.gain.value == pytest.approx(1 - other[240:].sum() / today[240:].sum())
     assert advice.training_gain == pytest.approx(1 - other[:240].sum() / today[:240].sum())
-    # Resampled in plain blocks, as one series, so that what both have in common is not in the interval.
+    # Resample blocks of steps of both settings together, as their noise is common.
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(2000):
@@ -144,7 +145,7 @@ def test_gain_and_interval_are_of_the_judged_steps(tmp_path: Path) -> None:
     assert advice.best.weights_moved == sum(move.weights for move in moves)
 
 
-def test_a_cost_makes_the_gain_net(tmp_path: Path) -> None:
+def test_cost_is_subtracted_from_the_gain(tmp_path: Path) -> None:
     run = open_run(record(tmp_path, "steady"))
     one = [Setting("deepseek", 0, RANKS, 50, 10, 50)]
     free = advise(run, one, cost_per_expert_ms=0.0)
@@ -161,7 +162,7 @@ def test_a_cost_makes_the_gain_net(tmp_path: Path) -> None:
     assert dear.verdict == "leave"
 
 
-def test_a_small_gain_is_not_worth_a_change(tmp_path: Path) -> None:
+def test_gain_below_min_gain_is_not_worth_a_change(tmp_path: Path) -> None:
     run = open_run(record(tmp_path, "steady"))
     assert advise(run, GRID, min_gain=0.5).verdict == "enable"
     kept = advise(run, GRID, min_gain=0.7)
@@ -169,7 +170,7 @@ def test_a_small_gain_is_not_worth_a_change(tmp_path: Path) -> None:
     assert "less than 70.0%" in kept.reasons[0]
 
 
-def test_nothing_is_said_of_too_little(tmp_path: Path) -> None:
+def test_too_little_data_gives_no_verdict(tmp_path: Path) -> None:
     few = advise(open_run(record(tmp_path / "few", "steady", steps=40)))
     assert (few.verdict, few.best) == ("not enough data", None)
     assert "40 complete steps under a known placement, at least 64 are needed" in few.reasons[0]
@@ -192,8 +193,8 @@ def test_nothing_is_said_of_too_little(tmp_path: Path) -> None:
     assert "steps with tokens" in advise(open_run(tmp_path / "idle")).reasons[0]
 
 
-def test_uneven_replicas_are_named_where_they_outweigh_the_gain(tmp_path: Path) -> None:
-    """One replica of the hot expert gets all of its tokens, which no placement would change."""
+def test_uneven_replicas_are_noted_if_they_outweigh_the_gain(tmp_path: Path) -> None:
+    """One replica of the hot expert gets all its tokens, which no placement would change."""
     slots = np.array([[0, 1, 2, 3, 4, 0, 5, 6, 7, 8, 0, 9, 10, 11, 12, 0, 13, 14, 15, 15]])
     tokens = np.array([[1600, 300, 300, 100, 100, 0, *[100] * 4, 0, *[100] * 4, 0, *[100] * 4]])
     with ExpertLoadWriter(
@@ -204,7 +205,7 @@ def test_uneven_replicas_are_named_where_they_outweigh_the_gain(tmp_path: Path) 
     advice = advise(open_run(tmp_path), Choices(redundant=[4], intervals=[50], windows=[50]))
     assert advice.verdict == "enable"
     assert advice.gain is not None
-    # Split evenly, rank 0 has 1200 tokens of 3600; as it was it had 2400.
+    # Split evenly, rank 0 has 1200 of 3600 tokens; as recorded it has 2400.
     assert advice.gain.value < 0.3
     assert "did not share their tokens evenly" in advice.notes[-1]
 
@@ -218,14 +219,14 @@ def test_uneven_replicas_are_named_where_they_outweigh_the_gain(tmp_path: Path) 
         (Recorded("vllm", 0, 4, 3000, 1000, 750, None), "retune"),
     ],
 )
-def test_an_engine_that_has_not_rearranged_yet_is_retuned(
+def test_engine_that_will_rearrange_is_retuned_else_enabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Recorded, verdict: str
 ) -> None:
     monkeypatch.setattr("eplb_analyze.replay.replay.recorded", lambda run, shape: recorded)
     assert advise(open_run(record(tmp_path, "steady")), GRID).verdict == verdict
 
 
-def test_how_to_start_the_engine() -> None:
+def test_engine_arguments() -> None:
     vllm = engine_arguments("vllm", Setting("vllm", 32, 32, 500, 1000, 125))
     assert vllm is not None
     name, config = vllm.split(" --eplb-config ")
@@ -242,7 +243,7 @@ def test_how_to_start_the_engine() -> None:
 
 
 @pytest.mark.parametrize(("least", "code"), [("0.3", 0), ("0.9", 1)])
-def test_fail_below(tmp_path: Path, least: str, code: int) -> None:
+def test_fail_below_sets_the_exit_code(tmp_path: Path, least: str, code: int) -> None:
     root = record(tmp_path, "steady")
     done = cli("advise", "--interval", "50", "--fail-below", least, "-o", "json", root)
     document = json.loads(done.stdout)
@@ -252,7 +253,7 @@ def test_fail_below(tmp_path: Path, least: str, code: int) -> None:
         one_error(done, 1, "balancedness 0.4", "--fail-below 0.9")
 
 
-def test_what_is_not_known_fails(tmp_path: Path) -> None:
+def test_fail_below_fails_if_the_balancedness_is_unknown(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=2, ep_size=2, scope="global") as writer:
         writer.record(None, np.ones((1, 2), int), None)
     one_error(cli("advise", "--fail-below", "0.1", tmp_path), 1, "the balancedness is not known")
@@ -267,13 +268,13 @@ def test_what_is_not_known_fails(tmp_path: Path) -> None:
         (["--window", "0"], ["from 1 on"]),
     ],
 )
-def test_wrong_usage(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_malformed_option_is_rejected(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     result = cli("advise", *arguments, tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert all(word in result.stderr for word in words), result.stderr
 
 
-def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
+def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, steps=200)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
     victim.write_bytes(victim.read_bytes()[:-100])
@@ -286,13 +287,13 @@ def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["moving", "noise"])
 def test_golden(tmp_path: Path, form: str, kind: str) -> None:
     root = record(tmp_path, kind, rearrange=100)
-    # By the clock nothing is the same twice; without any cost, it says nothing of the break-even.
+    # The break-even depends on the clock.
     with_json = ["-o", "json"] if form == "json" else []
     result = cli("advise", "--redundant", "0", "--interval", "10,50", *with_json, root)
     assert (result.returncode, result.stderr) == (0, "")
     output = result.stdout
     if form == "json":
-        # The last digits of a product of matrices are the processor's.
+        # The last digits of a matrix product depend on the processor.
         document = json.loads(output, parse_float=lambda text: round(float(text), 9))
         assert (document.pop("break_even_ms") is None) == (kind == "noise")
         output = json.dumps(document, indent=2) + "\n"

@@ -1,35 +1,33 @@
-"""`replay`: settings computed anew in plain loops, engines' own placements reproduced, nothing seen ahead."""
+"""`replay` against plain loops over settings and steps, and against runs whose best setting is known."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
-import os
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_golden, cli, engines_python, one_error
-from vllm_engine import serve
+from helpers import assert_golden, cli, one_error
 
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.policies import policy
 from eplb_analyze.replay import simulator
 from eplb_analyze.replay.replay import Outcome, Replay, last_part, replay
-from eplb_analyze.replay.settings import Choices, Setting, first_rearrangement, grid, recorded
+from eplb_analyze.replay.settings import Choices, Setting, grid, recorded
 from eplb_analyze.transfer.importers.import_dump import Options, import_dump
 from eplb_dump import ExpertLoadWriter
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 LAYERS, LOGICAL, RANKS, SLOTS, STEPS = 3, 8, 4, 12, 120
-#: No complete step: one rank did not record, or all were idle.
+#: Steps that one rank did not record, and steps in which all were idle.
 INCOMPLETE, IDLE = {31, 64}, {50, 51}
-#: The placement changes in the middle of a segment, layer 1's twice; before, a slot is empty.
+#: The placement changes within a segment, in layer 1 three steps later. The first has an empty slot.
 FIRST = np.r_[np.arange(LOGICAL), 0, 1, 2, -1]
 SECOND = np.r_[np.arange(LOGICAL)[::-1], 7, 7, 6, 0]
 
@@ -38,11 +36,11 @@ def placement(step: int) -> Array:
     return np.stack([SECOND if step >= change else FIRST for change in (40, 43, 40)])
 
 
-def part(rank: int, step: int) -> Array:
+def rank_load(rank: int, step: int) -> Array:
     rng = np.random.default_rng(1000 * rank + step)
     slots = placement(step)
     hot = np.where(slots == (step // 25) % LOGICAL, 9, 1) * (1 + slots % 3)
-    # The replicas of an expert do not share alike.
+    # Replicas do not share the tokens of an expert evenly.
     load = rng.poisson(6 * hot * np.where(np.arange(SLOTS) < LOGICAL, 1, 3))
     load[slots < 0] = 0
     load[2] *= step % 10 != 3
@@ -59,7 +57,7 @@ def record(root: Path, **options: Any) -> None:
                 if step in IDLE or (rank == 2 and step % 7 == 0):
                     writer.skip("dummy", step=step)
                 elif step not in INCOMPLETE or rank != 1:
-                    writer.record(step, part(rank, step), placement(step))
+                    writer.record(step, rank_load(rank, step), placement(step))
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +67,14 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def complete() -> list[int]:
+def complete_steps() -> list[int]:
     return [step for step in range(STEPS) if step not in INCOMPLETE | IDLE]
 
 
 @functools.cache
 def load(step: int) -> Array:
-    """[layers, slots], summed over ranks."""
-    return sum(part(rank, step) for rank in range(RANKS) if rank != 2 or step % 7)  # type: ignore[return-value]
+    """Tokens ``[layers, slots]``, summed over ranks."""
+    return sum(rank_load(rank, step) for rank in range(RANKS) if rank != 2 or step % 7)  # type: ignore[return-value]
 
 
 @functools.cache
@@ -89,7 +87,7 @@ def logical(step: int) -> Array:
 
 
 def tokens(loads: Array, slots: Array, ranks: int) -> list[list[float]]:
-    """Tokens of each layer and rank, every expert's split evenly over its slots."""
+    """Tokens of each layer and rank, split evenly over the slots of each expert."""
     found = []
     for layer in range(LAYERS):
         per_rank = [0.0] * ranks
@@ -102,7 +100,7 @@ def tokens(loads: Array, slots: Array, ranks: int) -> list[list[float]]:
 
 
 def figures(per_step: list[list[list[float]]]) -> tuple[float, float]:
-    """Balancedness and idle fraction of steps of layers of ranks."""
+    """Balancedness and idle fraction of tokens by step, layer and rank."""
     ratios, mean, longest = [], 0.0, 0.0
     for step in per_step:
         active = [sum(row) / len(row) / max(row) for row in step if max(row) > 0]
@@ -122,7 +120,7 @@ def moves(old: Array, new: Array, ranks: int) -> list[int]:
     return fetched
 
 
-def plainly(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[float, float]]:
+def replay_in_loops(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[float, float]]:
     """A setting replayed step by step: its placements and figures."""
     slots = LOGICAL + setting.num_redundant_experts
     now = np.tile(np.arange(slots) % LOGICAL, (LAYERS, 1)).astype(np.int32)
@@ -136,21 +134,21 @@ def plainly(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[float, flo
         assert setting.start is not None
         since = step - setting.start
         if since >= 0 and since % setting.interval == 0:
-            past = [s for s in complete() if step - setting.window <= s < step]
+            past = [s for s in complete_steps() if step - setting.window <= s < step]
             if past:
                 weight = np.sum([logical(s) for s in past], axis=0)
                 nodes = setting.ep_size // 2
                 problem = policy.Problem(weight, slots, setting.ep_size, nodes, 1, now)
                 now = policy.POLICIES[setting.policy](problem)
                 placed.append((step, now))
-        if step in complete():
+        if step in complete_steps():
             per_step.append(tokens(logical(step), now, setting.ep_size))
     return placed, figures(per_step)
 
 
 SETTINGS = [
     Setting("deepseek", 4, 4, 10, 10, 10),
-    Setting("vllm", 4, 4, 7, 25, 3),  # the window reaches over several intervals
+    Setting("vllm", 4, 4, 7, 25, 3),  # the window spans several intervals
     Setting("vllm", 0, 4, 30, 5, 31),
     Setting("deepseek", 8, 8, 16, 16, 16),
     Setting("sglang", 4, 2, 200, 10, 50),
@@ -162,13 +160,13 @@ def of(result: Replay, setting: Setting) -> Outcome:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_settings_are_those_of_plain_loops(dump: Path, workers: int) -> None:
+def test_settings_agree_with_plain_loops(dump: Path, workers: int) -> None:
     result = replay(open_run(dump), SETTINGS, workers=workers, keep_placements=True)
-    assert (result.scored, result.left_out) == (len(complete()), 0)
+    assert (result.scored, result.left_out) == (len(complete_steps()), 0)
     assert result.placements is not None
     for outcome, kept in zip(result.outcomes, result.placements, strict=True):
         assert outcome.setting is not None
-        placed, (balancedness, idle) = plainly(outcome.setting)
+        placed, (balancedness, idle) = replay_in_loops(outcome.setting)
         assert [step for step, _ in kept[1:]] == [step for step, _ in placed[1:]]
         for (_, found), (_, true) in zip(kept, placed, strict=True):
             np.testing.assert_array_equal(found, true)
@@ -183,11 +181,13 @@ def test_settings_are_those_of_plain_loops(dump: Path, workers: int) -> None:
     assert idle_fractions == sorted(idle_fractions)
 
 
-def test_today_is_the_recorded_placements_and_what_was_measured(dump: Path) -> None:
+def test_today_has_the_recorded_placements_and_measured_figures(dump: Path) -> None:
     result = replay(open_run(dump), SETTINGS[:1])
-    today = figures([tokens(logical(step), placement(step), RANKS) for step in complete()])
+    today = figures([tokens(logical(step), placement(step), RANKS) for step in complete_steps()])
     assert (result.today.balancedness, result.today.idle_fraction) == pytest.approx(today, rel=1e-12)
-    measured = figures([load(step).reshape(LAYERS, RANKS, -1).sum(axis=2).tolist() for step in complete()])
+    measured = figures(
+        [load(step).reshape(LAYERS, RANKS, -1).sum(axis=2).tolist() for step in complete_steps()]
+    )
     assert (result.measured_balancedness, result.measured_idle_fraction) == pytest.approx(measured, rel=1e-12)
     assert abs(today[1] - measured[1]) > 0.01
     assert [move.step for move in result.today.moves] == [40]
@@ -196,21 +196,21 @@ def test_today_is_the_recorded_placements_and_what_was_measured(dump: Path) -> N
     assert (known.policy, known.interval, known.start, known.num_redundant_experts) == (None, None, 40, 4)
 
 
-def test_the_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path) -> None:
+def test_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path) -> None:
     record(tmp_path, segment_bytes=30_000)
     results = [replay(open_run(root), workers=n).to_json() for root in (dump, tmp_path) for n in (1, 4)]
     for result in results:
         del result["step_seconds"], result["seconds"]
     assert results[0] == results[1]
     assert results[2] == results[3]
-    # In blocks of other sizes only the sums that the bound is taken of differ.
+    # With other block sizes, only the sums behind the bound differ.
     for one, other in zip(results[0]["settings"], results[2]["settings"], strict=True):
         for name in one.keys() - {"idle_fraction_bound"}:
             same = one[name] == other[name]
             assert same or one[name] == pytest.approx(other[name], rel=1e-12), name
 
 
-def test_a_long_run_is_put_together(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_a_long_run_are_downsampled(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = replay(open_run(dump), SETTINGS)
     monkeypatch.setattr(simulator, "MAX_ROWS", 10)
     short = replay(open_run(dump), SETTINGS)
@@ -218,7 +218,7 @@ def test_a_long_run_is_put_together(dump: Path, monkeypatch: pytest.MonkeyPatch)
     for one, other in zip(whole.outcomes, short.outcomes, strict=True):
         assert one.balancedness == pytest.approx(other.balancedness, rel=1e-12)
         assert one.idle_fraction == pytest.approx(other.idle_fraction, rel=1e-12)
-    assert (short.scores.active.sum(axis=1) == len(complete())).all()
+    assert (short.scores.active.sum(axis=1) == len(complete_steps())).all()
 
 
 @pytest.mark.parametrize("sums", [1 << 17, 20])
@@ -231,8 +231,8 @@ def test_no_placement_is_better_than_the_bound(
         assert outcome.idle_fraction is not None
         assert outcome.idle_fraction_bound is not None
         assert 0 <= outcome.idle_fraction_bound <= outcome.idle_fraction
-    if sums > 20:  # of single steps it is as tight as it can be
-        loads = [logical(step) for step in complete()]
+    if sums > 20:  # the bound of single steps is the tightest
+        loads = [logical(step) for step in complete_steps()]
         least = sum(policy.lower_bound(each, LOGICAL, RANKS).sum() for each in loads)
         bound = 1 - sum(each.sum() for each in loads) / RANKS / least
         zero = [o.idle_fraction_bound for o in result.outcomes if o.num_physical_experts == LOGICAL]
@@ -240,11 +240,13 @@ def test_no_placement_is_better_than_the_bound(
         assert bound > 0.05
 
 
-# ---- nothing is seen ahead
+# ---- placements depend on the past only
 
 
-def planted(root: Path, load: Callable[[int], Array], *, steps: int, ep_size: int, **options: Any) -> Path:
-    """A run whose placement is the identity, so that slots are experts."""
+def record_identity(
+    root: Path, load: Callable[[int], Array], *, steps: int, ep_size: int, **options: Any
+) -> Path:
+    """Record a run whose slots are its experts."""
     experts = load(0).shape[1]
     identity = np.tile(np.arange(experts), (len(load(0)), 1))
     with ExpertLoadWriter(
@@ -256,8 +258,8 @@ def planted(root: Path, load: Callable[[int], Array], *, steps: int, ep_size: in
 
 
 @pytest.mark.parametrize("change", [39, 40, 41])
-def test_what_comes_later_changes_no_placement(tmp_path: Path, change: int) -> None:
-    """A spike in one step: placements up to that step stay what they were, one after it does not."""
+def test_later_loads_do_not_change_earlier_placements(tmp_path: Path, change: int) -> None:
+    """A spike in one step changes no placement up to that step."""
 
     def calm(step: int) -> Array:
         return np.random.default_rng(step).poisson(50, (2, 8))
@@ -269,7 +271,7 @@ def test_what_comes_later_changes_no_placement(tmp_path: Path, change: int) -> N
 
     chosen = []
     for name, load in (("calm", calm), ("spiked", spiked)):
-        root = planted(tmp_path / name, load, steps=80, ep_size=4, segment_steps=32)
+        root = record_identity(tmp_path / name, load, steps=80, ep_size=4, segment_steps=32)
         settings = [Setting("deepseek", 4, 4, 10, window, 10) for window in (5, 10, 100)]
         result = replay(open_run(root), settings, keep_placements=True)
         chosen.append(dict(zip([o.setting for o in result.outcomes], result.placements or [], strict=True)))
@@ -279,121 +281,48 @@ def test_what_comes_later_changes_no_placement(tmp_path: Path, change: int) -> N
             if step <= change:
                 np.testing.assert_array_equal(slots, other[step], err_msg=f"{setting} at {step}")
         seen = 40 if change < 40 else 50
-        # The expert that had the spike got all the redundant slots once it was seen.
+        # Once the spike is in the window, its expert gets all redundant slots.
         if setting is not None and seen - (setting.window or 0) <= change:
             assert np.count_nonzero(other[seen][0] == 5) == 5
 
 
-def test_a_policy_of_ones_own_sees_only_the_window(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+def test_custom_policy_sees_only_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rolling.py").write_text(
         "import numpy as np\n"
-        "def keep(problem):\n"
+        "def roll(problem):\n"
         "    with open('seen.txt', 'a') as file:\n"
         "        print(int(problem.weight[0, 0]), problem.ep_size, file=file)\n"
         "    return np.roll(problem.current, 1, axis=1)\n"
     )
-    planted(tmp_path / "dump", lambda step: np.full((1, 4), 3**step), steps=12, ep_size=2)
-    arguments = ["--policy", "mine:keep", "--redundant", "0", "--interval", "4", "--window", "2"]
-    program = Path(os.environ.get("VIRTUAL_ENV", ROOT / ".venv")) / "bin/eplb-analyze"
-    done = subprocess.run(
-        [str(program), "replay", *arguments, "-o", "json", "dump"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    record_identity(tmp_path / "dump", lambda step: np.full((1, 4), 3**step), steps=12, ep_size=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "rolling", raising=False)
+    arguments = ["--policy", "rolling:roll", "--redundant", "0", "--interval", "4", "--window", "2"]
+    done = cli("replay", *arguments, "-o", "json", "dump")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "seen.txt").read_text().split("\n")[:2] == [f"{3**2 + 3**3} 2", f"{3**6 + 3**7} 2"]
-    assert [s["policy"] for s in json.loads(done.stdout)["settings"]] == ["mine:keep"]
+    assert [s["policy"] for s in json.loads(done.stdout)["settings"]] == ["rolling:roll"]
 
 
-# ---- the engines' own placements
-
-
-@pytest.mark.parametrize(
-    ("options", "redundant"),
-    [
-        (["--interval", "12", "--window", "5"], 4),
-        (["--interval", "9", "--window", "9", "--redundant", "8", "--world", "4", "--seed", "3"], 8),
-        (["--interval", "10", "--window", "4", "--parallel", "tp", "--no-log"], 4),
-    ],
-)
-def test_vllms_setting_gives_vllms_placements(tmp_path: Path, options: list[str], redundant: int) -> None:
-    """vLLM's real EplbState rearranged as recorded; its setting is read from the dump and replayed."""
-    _, root, _ = serve(tmp_path, "--steps", "46", *options)
-    run = open_run(root, model="org/main")
-    result = replay(run, keep_placements=True)
-    own = result.recorded.setting()
-    assert own is not None
-    assert (own.policy, own.num_redundant_experts) == ("vllm", redundant)
-    assert (own.interval, own.window) == (int(options[1]), int(options[3]))
-    index = next(i for i, outcome in enumerate(result.outcomes) if outcome.setting == own)
-    assert result.placements is not None
-    kept = result.placements[index]
-    assert [step for step, _ in kept[1:]] == [change.first_step for change in run.history.rearrangements()]
-    assert len(kept) > 3
-    for step, slots in kept[1:]:
-        recorded_slots = np.stack([run.history.layer(i).at(step) for i in range(run.info.num_layers)])  # type: ignore[arg-type]
-        np.testing.assert_array_equal(slots, recorded_slots, err_msg=f"step {step}")
-    outcome = result.outcomes[index]
-    assert outcome.idle_fraction == pytest.approx(result.today.idle_fraction, rel=1e-12)
-    assert outcome.moves == result.today.moves
-    document = result.to_json()
-    assert [s["as_recorded"] for s in document["settings"]].count(True) == 1
-
-
-SGLANG = """
-import sys
-from unittest import mock
-import transformers.utils
-transformers.utils.is_torchvision_available()
-for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
-    sys.modules[name] = mock.MagicMock()
-import torch
-for name in ("is_current_stream_capturing", "empty_cache"):
-    setattr(torch.cpu, name, lambda: False)
-from sglang.srt.eplb.eplb_manager import EPLBManager
-
-class Manager(EPLBManager):
-    def __init__(self):
-        self._rebalance_num_iterations, self.at = 7, []
-        self._main_generator = self._entrypoint()
-    def rebalance(self):
-        self.at.append(self.passes + 1)
-        yield from ()
-
-manager = Manager()
-for manager.passes in range(40):
-    manager.on_forward_pass_end()
-print(manager.at)
-"""
-
-
-def test_sglang_rearranges_when_it_is_taken_to() -> None:
-    """SGLang's real EPLBManager, asked after which passes it rebalances."""
-    done = subprocess.run(
-        [engines_python(), "-c", SGLANG], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    at = json.loads(done.stdout.strip().splitlines()[-1])
-    assert at == list(range(first_rearrangement("sglang", 7), 40, 7))
-
-
-# ---- the best is found
+# ---- rankings and costs
 
 
 def moving_hot_spot(step: int) -> Array:
-    """Every 50 steps another eight of 64 experts take half of the tokens of four layers."""
+    """Half of the tokens go to eight of 64 experts, which change every 50 steps; four layers."""
     share = np.full(64, 0.5 / 56)
     share[(step // 50 * 8 + np.arange(8)) % 64] = 0.5 / 8
     return np.random.default_rng(step).multinomial(20_000, share, size=4)
 
 
-def test_a_planted_best_setting_is_ranked_first(tmp_path: Path) -> None:
-    root = planted(tmp_path, moving_hot_spot, steps=600, ep_size=16)
+def test_planted_best_setting_is_ranked_first(tmp_path: Path) -> None:
+    root = record_identity(tmp_path, moving_hot_spot, steps=600, ep_size=16)
     choices = Choices(redundant=[0, 16, 32], intervals=[10, 100, 200], policies=["deepseek", "static"])
     result = replay(open_run(root), choices)
     best = result.outcomes[0].setting
     assert best is not None
     assert (best.policy, best.num_redundant_experts, best.interval) == ("deepseek", 32, 10)
-    # With fewer redundant experts more time is lost, and with a longer interval far more.
+    # Fewer redundant experts lose more time, a longer interval loses far more.
     rest = {
         (o.num_physical_experts - 64, o.setting.interval): o.idle_fraction or 0
         for o in result.outcomes[1:]
@@ -402,12 +331,12 @@ def test_a_planted_best_setting_is_ranked_first(tmp_path: Path) -> None:
     least = result.outcomes[0].idle_fraction or 1
     assert min(idle for (redundant, _), idle in rest.items() if redundant < 32) > least + 0.02
     assert min(idle for (_, interval), idle in rest.items() if interval != 10) > least + 0.1
-    # Half of the tokens on 8 of 64 experts of four a rank: the busiest rank has 4 × 1/16 of them.
+    # A hot expert has 1/16 of the tokens; the busiest of 16 ranks has four.
     assert result.today.idle_fraction == pytest.approx(1 - (1 / 16) / (4 / 16), abs=0.02)
 
 
-def test_moving_has_a_price(tmp_path: Path) -> None:
-    root = planted(tmp_path, moving_hot_spot, steps=300, ep_size=16)
+def test_moving_weights_costs_time(tmp_path: Path) -> None:
+    root = record_identity(tmp_path, moving_hot_spot, steps=300, ep_size=16)
     choices = Choices(redundant=[16], intervals=[10, 50], windows=[10], policies=["deepseek"])
     free = replay(open_run(root), choices, cost_per_expert_ms=0.0)
     assert free.seconds is not None
@@ -418,7 +347,7 @@ def test_moving_has_a_price(tmp_path: Path) -> None:
     often, seldom = free.outcomes
     assert often.setting is not None
     assert often.setting.interval == 10
-    # Dear enough that to move more often no longer pays.
+    # A cost at which moving more often no longer pays.
     more = often.weights_moved_busiest_rank - seldom.weights_moved_busiest_rank
     dear = 2e3 * ((often.net_seconds or 0) - (seldom.net_seconds or 0)) / more
     priced = replay(open_run(root), choices, cost_per_expert_ms=dear)
@@ -432,10 +361,10 @@ def test_moving_has_a_price(tmp_path: Path) -> None:
     assert " !" in text
 
 
-# ---- which steps, and what cannot be replayed
+# ---- which steps are replayed
 
 
-def test_an_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
+def test_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global") as writer:
         for step in range(90):
@@ -446,19 +375,19 @@ def test_an_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None
     result = replay(open_run(tmp_path), [Setting("deepseek", 4, 4, 20, 20, 20)])
     assert (result.first_step, result.last_step, result.scored) == (30, 89, 60)
     assert "only steps 30 to 89 are replayed (those before with --steps 0:30)" in result.notes[0]
-    # Its starts count from the change on.
+    # Starts count from the change.
     assert [move.step for move in result.outcomes[0].moves] == [50, 70]
     before = replay(open_run(tmp_path), steps=(0, 30))
     assert (before.part.shape.ep_size, before.last_step, before.notes) == (2, 29, [])
 
 
-def test_a_range_keeps_the_runs_rhythm(dump: Path) -> None:
+def test_step_range_does_not_shift_rearrangements(dump: Path) -> None:
     result = replay(open_run(dump), [Setting("deepseek", 4, 4, 20, 20, 10)], (25, 100))
     assert (result.first_step, result.last_step) == (25, 99)
     assert [move.step for move in result.outcomes[0].moves] == [30, 50, 70, 90]
 
 
-def test_steps_under_an_unknown_placement_are_left_out(tmp_path: Path) -> None:
+def test_steps_without_a_known_placement_are_left_out(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
         for step in range(30):
             writer.record(step, np.ones((2, 4), int), np.arange(8).reshape(2, 4) % 4 if step >= 10 else None)
@@ -468,13 +397,13 @@ def test_steps_under_an_unknown_placement_are_left_out(tmp_path: Path) -> None:
     assert result.outcomes[0].balancedness == 1.0
 
 
-def test_without_a_placement_nothing_can_be_replayed(tmp_path: Path) -> None:
+def test_run_without_placements_is_rejected(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=2, ep_size=2, scope="global") as writer:
         writer.record(None, np.ones((1, 2), int), None)
     one_error(cli("replay", tmp_path), 3, str(tmp_path), "placement of a layer is not known")
 
 
-def test_steps_of_unknown_order_are_not_replayed(tmp_path: Path) -> None:
+def test_run_without_step_order_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "counts.npz", counts=np.ones((20, 2, 4), np.int32))
     given = ["--ep-size", "2", "--placement", "linear", "--model", "m"]
     source = tmp_path / "counts.npz"
@@ -498,8 +427,8 @@ def test_sampled_steps_stand_for_those_between(tmp_path: Path) -> None:
     assert result.seconds == pytest.approx(90 * (result.part.step_seconds or 0))
 
 
-def test_a_placement_without_some_experts(tmp_path: Path) -> None:
-    """Fewer slots than experts, as a dump may say: today has no bound, settings with enough slots do."""
+def test_recorded_placement_may_lack_experts(tmp_path: Path) -> None:
+    """With fewer slots than experts, today has no bound; settings with enough slots do."""
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global") as writer:
         for step in range(20):
             writer.record(step, np.array([[4, 1, 1, 2]]), np.array([[0, 3, 5, 6]]))
@@ -509,29 +438,29 @@ def test_a_placement_without_some_experts(tmp_path: Path) -> None:
     assert [o.idle_fraction_bound for o in result.outcomes] == [0.0] * len(result.outcomes)
 
 
-def test_a_layer_with_tokens_on_empty_slots_alone_counts_as_measured(tmp_path: Path) -> None:
+def test_tokens_on_empty_slots_count_only_as_measured(tmp_path: Path) -> None:
     slots = np.array([[0, 1, -1, 2, 3, 0]] * 2)
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
         for step in range(8):
             writer.record(step, np.array([[0, 0, 5, 0, 0, 0], [3, 1, 0, 1, 1, 2]]), slots)
     found = replay(open_run(tmp_path), Choices(policies=["static"]))
-    # Layer 0: 2.5 / 5. Layer 1: 4 / 4 on slots, but with even splitting the first rank has 1 + 5 / 2.
+    # Layer 0: 2.5 / 5. Layer 1: 4 / 4 as recorded; split evenly, the first rank has 1 + 5 / 2.
     assert found.measured_balancedness == pytest.approx((0.5 + 1) / 2)
     assert found.today.balancedness == pytest.approx(4 / 4.5)
 
 
-def test_a_jump_of_the_engines_numbers_is_no_work(tmp_path: Path) -> None:
+def test_jump_of_step_numbers_costs_no_work(tmp_path: Path) -> None:
     far = 2**60
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
         for step in [*range(12), *range(far, far + 12)]:
             writer.record(step, np.array([[9, 1, 1 + step % 3, 1]]), np.array([[0, 1, 2, 3]]))
     run = open_run(tmp_path)
     found = replay(run, [Setting("deepseek", 0, 2, 4, 6, 4)], keep_placements=True)
-    # The last ones before the jump, and those after it whose window has a step.
+    # Only rearrangements with a step in their window, before and after the jump.
     assert [move.step for move in found.outcomes[0].moves] == [4, 8, 12, 16, far + 4, far + 8]
 
 
-def test_even_shares_of_an_import_are_said(tmp_path: Path) -> None:
+def test_even_split_of_an_import_is_noted(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((8, 1, 4), np.int64))
     (tmp_path / "map.json").write_text("[[0, 1, 2, 3, 0, 1]]")
     options = Options(ep_size=2, placement=str(tmp_path / "map.json"), ordered=True)
@@ -540,17 +469,17 @@ def test_even_shares_of_an_import_are_said(tmp_path: Path) -> None:
     assert any("split evenly over its slots" in note for note in notes)
 
 
-def test_a_damaged_segment_is_left_out(tmp_path: Path) -> None:
+def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
     record(tmp_path)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
     victim.write_bytes(victim.read_bytes()[:-100])
     result = cli("replay", "-o", "json", tmp_path)
     one_error(result, 3, victim.name)
-    # Of the 16 steps of the segment four were dummy, incomplete, or so on other grounds: 32 to 47 are gone.
-    assert json.loads(result.stdout)["scored"] == len([s for s in complete() if not 32 <= s < 48])
+    # The segment has steps 32 to 47.
+    assert json.loads(result.stdout)["scored"] == len([s for s in complete_steps() if not 32 <= s < 48])
 
 
-def test_the_default_grid(dump: Path) -> None:
+def test_default_grid(dump: Path) -> None:
     run = open_run(dump)
     part = run.retry_without_damaged(lambda: last_part(run))
     today = recorded(run, part.shape)
@@ -576,7 +505,7 @@ def test_the_default_grid(dump: Path) -> None:
         (["--steps", "9"], ["--steps"]),
     ],
 )
-def test_wrong_usage(dump: Path, arguments: list[str], words: list[str]) -> None:
+def test_malformed_option_is_rejected(dump: Path, arguments: list[str], words: list[str]) -> None:
     result = cli("replay", *arguments, dump)
     assert (result.returncode, result.stdout) == (2, "")
     assert all(word in result.stderr for word in words), result.stderr
@@ -596,20 +525,20 @@ def test_wrong_usage(dump: Path, arguments: list[str], words: list[str]) -> None
         (["--run", "zz"], ["no run 'zz'"]),
     ],
 )
-def test_what_cannot_be_asked(dump: Path, arguments: list[str], words: list[str]) -> None:
+def test_impossible_request_is_rejected(dump: Path, arguments: list[str], words: list[str]) -> None:
     one_error(cli("replay", *arguments, dump), 2, *words)
 
 
-def test_no_complete_step(dump: Path) -> None:
+def test_range_without_a_complete_step_is_rejected(dump: Path) -> None:
     with pytest.raises(DumpError, match="no step of this range is complete"):
         replay(open_run(dump), steps=(50, 52))
 
 
-# ---- as it looks
+# ---- output
 
 
 def rounded(text: str) -> float:
-    """The last digits of a product of matrices are the processor's."""
+    """The last digits of a matrix product depend on the processor."""
     return round(float(text), 9)
 
 
@@ -628,7 +557,7 @@ def test_golden(dump: Path, name: str, arguments: list[str]) -> None:
     result = cli("replay", *arguments, dump)
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    if name.endswith(".json"):  # a clock is never the same
+    if name.endswith(".json"):  # by the clock
         document = json.loads(output, parse_float=rounded)
         assert document.pop("step_seconds") > 0
         assert document.pop("seconds") > 0
@@ -636,7 +565,7 @@ def test_golden(dump: Path, name: str, arguments: list[str]) -> None:
     assert_golden(name, output)
 
 
-def test_costs_fit_80_columns(dump: Path) -> None:
+def test_table_with_costs_fits_80_columns(dump: Path) -> None:
     for more in ([], ["--start", "5,10"], ["--ep-size", "2,4"]):
         text = cli("replay", *GRID, "--cost-per-expert-ms", "0.01", *more, dump).stdout
         assert "net s" in text
