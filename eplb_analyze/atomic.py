@@ -1,4 +1,4 @@
-"""A file or a run appears whole or not at all, and nothing is written over."""
+"""Files and runs that appear whole or not at all, and never overwrite anything unasked."""
 
 from __future__ import annotations
 
@@ -17,12 +17,66 @@ from eplb_dump.format.journal import lock
 from eplb_dump.format.schema import LEVEL_PREFIXES, MODEL_PREFIX, RUN_ID_PATTERN, RUN_PREFIX, model_slug
 
 
-def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
-    """Check that a file may be written there, before any work is done for it.
+@contextmanager
+def whole_file(path: Path, *, replace: bool, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name only if the block ends without an error.
+
+    Args:
+        replace: replace an existing file.
+        durable: sync it first, so that it is whole after a power cut, too.
 
     Raises:
-        ExportError: there is one already and ``force`` is not said, it is a link, its folder is not there,
-            or it lies in the dump, in which nothing but its writers writes.
+        OSError: it cannot be written; FileExistsError if ``replace`` is not set and there is a file.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _rename_to_free_name(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _rename_to_free_name(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails if the name is taken
+    except FileExistsError:
+        raise
+    except OSError:  # the file system has no hard links
+        if os.path.lexists(path):
+            raise FileExistsError(17, "exists", str(path)) from None
+        os.replace(temporary, path)
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
+    """A :func:`whole_file` that a user asked for.
+
+    Raises:
+        ExportError: it cannot be written, or appeared meanwhile and ``force`` is not set.
+    """
+    try:
+        with whole_file(path, replace=force) as file:
+            yield file
+    except FileExistsError as error:
+        raise ExportError(f"{error.filename2 or error.filename} is there already") from None
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
+    """Check that a file may be written at ``path``, before any work is done for it.
+
+    Raises:
+        ExportError: it exists and ``force`` is not set, it is a link or not a regular file, its folder does
+            not exist, or it is inside the dump, where only writers write.
     """
     if os.path.lexists(path) and (path.is_dir() or not force):
         what = "is a folder" if path.is_dir() else "is there already; --force replaces it"
@@ -40,51 +94,15 @@ def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
         raise ExportError(f"{path} lies in the dump, which stays as it is; name another folder")
 
 
-@contextmanager
-def new_file(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """A binary file that has its name only when the block has ended without an error.
-
-    Raises:
-        ExportError: it cannot be written, or somebody else made one of that name meanwhile.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, force)
-    except FileExistsError as error:
-        raise ExportError(f"{error.filename2 or error.filename} is there already") from None
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _publish(temporary: Path, path: Path, force: bool) -> None:
-    if not force:
-        try:
-            os.link(temporary, path)  # fails where a file of that name has come meanwhile
-            return
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links
-            if os.path.lexists(path):
-                raise FileExistsError(17, "exists", str(path)) from None
-    os.replace(temporary, path)
-
-
-#: What is being written; readers look for other names.
+#: The folder in which a run is made; readers ignore its name.
 UNFINISHED = "new.tmp"
-#: In it: its process holds the lock of this file, so that what a dead one left is told from a living one's.
+#: In that folder; the process that makes the run holds its lock. Without a holder, it can be removed.
 LOCK = "lock"
 
 
 @dataclass(frozen=True)
 class NewRun:
-    """Where a run is made: ``root`` is a dump of its own until it is whole."""
+    """Where a run is made. ``root`` is a dump of its own until the run is complete."""
 
     run_id: str
     root: Path
@@ -92,15 +110,15 @@ class NewRun:
 
 @contextmanager
 def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[NewRun]:
-    """A run of one model, which is in the dump ``into`` when the block has ended without an error.
+    """A run of one model, which appears in the dump ``into`` if the block ends without an error.
 
-    What killed processes left in the dump of their new runs is removed.
+    Unfinished runs that killed processes left in the dump are removed.
 
     Args:
-        run_id: its name; None: ``base``, or where that is there already ``base-2`` and so on.
+        run_id: None: ``base``, or ``base-2`` and so on if that exists.
 
     Raises:
-        UsageError: the run is there already, or its name is none; ``into`` lies inside a run.
+        UsageError: the run exists, or its id is not valid; ``into`` is inside a run.
         DumpError: the folder cannot be written.
     """
     if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
@@ -131,25 +149,25 @@ def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[N
 
 
 def _begin(root: Path, held: ExitStack) -> None:
-    """Make the folder of what is being written, whose lock is ``held`` as soon as it has its name."""
+    """Make the folder in which the run is made; it is locked before it has its name."""
     hidden = root.with_name(f"{secrets.token_hex(4)}.{UNFINISHED}")
     hidden.mkdir()
     file = held.enter_context((hidden / LOCK).open("wb"))
-    if not lock(file.fileno()):  # there are none on this file system, or this system
+    if not lock(file.fileno()):  # no locks on this file system
         file.close()
     os.rename(hidden, root)
 
 
 def _remove_abandoned(into: Path) -> None:
-    """Remove what dead processes left; where there are no locks, nobody can tell, and it stays."""
+    """Remove what killed processes left. Without locks they cannot be recognized, and it stays."""
     for root in into.glob(f"{RUN_PREFIX}*/{UNFINISHED}"):
         if root.parent.is_symlink() or root.is_symlink():
             continue
         with suppress(OSError), (root / LOCK).open("r+b") as file:
-            # Another may have removed it since, and a living one may have made it anew.
+            # Another process may have removed it since, and a third may have made it again.
             if lock(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), (root / LOCK).stat()):
                 shutil.rmtree(root)
-                root.parent.rmdir()  # unless a model is in it: it was killed when that was whole
+                root.parent.rmdir()  # fails if a model is in it: the process was killed after it had finished
 
 
 def _claim(into: Path, run_id: str | None, base: str) -> tuple[str, Path]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from eplb_analyze.atomic import whole_file
 from eplb_analyze.batch.comparison import Postmortem
 from eplb_analyze.batch.rows import Row
 from eplb_analyze.batch.targets import Target
@@ -66,10 +65,10 @@ class ResultCache:
         """Keep the summary, if there is one, and the row, if it is complete. Raises DumpError."""
         if summary is not None:
             text = json.dumps(summary, indent=2)
-            _replace(self.report_path(row, "json"), lambda path: path.write_text(text))
+            _replace(self.report_path(row, "json"), lambda file: file.write(text.encode()))
         if row.status == "complete" and target in self._keys:
             data = dump_json({"version": VERSION, **asdict(row)})
-            _replace(self._row_path(target), lambda path: path.write_bytes(data))
+            _replace(self._row_path(target), lambda file: file.write(data))
 
     def save_table(self, result: Postmortem) -> None:
         """Write ``runs.parquet``, one row for each run. Raises DumpError if it cannot be written."""
@@ -85,16 +84,13 @@ class ResultCache:
         return self._rows / f"{self._keys[target]}.json"
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Put a file in the place of one, whole; several batches may do so at once."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Replace a file, whole; several batches may do so at once. Raises DumpError."""
     try:
-        write(partial)
-        os.replace(partial, path)
+        with whole_file(path, replace=True, durable=False) as file:
+            write(file)
     except OSError as error:
         raise DumpError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def content_key(target: Target) -> str:
