@@ -1,1 +1,1 @@
-"""Runs and placements in and out of a dump."""
+"""Runs and placements in and out of a dump: copy, compact, recover, import, export."""

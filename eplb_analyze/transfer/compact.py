@@ -1,7 +1,6 @@
-"""`compact`: a run of many files becomes a new run of few, whose one rank holds the sums over the ranks.
+"""`compact`: merge the rank files of a run into a new run whose one rank holds the sums over the ranks.
 
-The source stays as it is. What is summed can no longer be told apart: which rank a token came from is not
-in the new run.
+The source stays unchanged. The new run does not show which rank a token came from.
 """
 
 from __future__ import annotations
@@ -46,35 +45,35 @@ from eplb_dump.format.schema import (
 from eplb_dump.format.segment import write_segment
 from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
 
-#: A new segment has at most so many steps, and so many bytes of loads, which are held in memory.
+#: The most steps in a new segment, and the most bytes of its loads, which are held in memory.
 SEGMENT_STEPS = 2048
 SEGMENT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class Side:
-    """A run on the disk: before, or after."""
+    """The size of a run on the disk, before or after."""
 
     run_id: str
     sessions: int
     files: int
     bytes: int
-    #: What `summary` takes, of a second look: both are in memory then.
+    #: Time that `summary` takes once the files are in the page cache.
     summary_seconds: float
 
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What was written, and what it gains."""
+    """The new run beside the old one; docs/cli.md describes the JSON."""
 
     source: str
     to: str
     model: str
     before: Side
     after: Side
-    #: Steps of the new run by their status.
+    #: Number of steps of the new run by status.
     steps: dict[str, int]
-    #: Of ``dropped``: some rank recorded them and another did not.
+    #: How many of ``dropped`` were recorded by some ranks and not by others.
     incomplete: int
     unknown: dict[str, str]
     notes: list[str] = field(default_factory=list)
@@ -91,16 +90,17 @@ def compact_run(
     run_id: str | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> CompactReport:
-    """Write a run of one model anew, with the sums over its ranks, as a run of the dump ``to``.
+    """Write the sums over the ranks of a run of one model as a new run in the dump ``to``.
 
     Args:
-        source: as :func:`~eplb_analyze.reader.run.open_run` takes it.
-        to: a folder of this machine; made where there is none.
-        run_id: the new run's; default: the source's, and ``-compact``.
+        source: see :func:`~eplb_analyze.reader.run.open_run`.
+        to: a local folder; made if it does not exist.
+        run_id: the new run's; default: the source's with ``-compact``.
 
     Raises:
-        DumpError: the source is damaged, has no complete step, or lacks too many; ``to`` cannot be written.
-        UsageError: the new run is there already; ``to`` lies inside a run.
+        DumpError: the source is damaged, has no complete step or too many incomplete ones; ``to`` cannot be
+            written.
+        UsageError: the new run exists; ``to`` is inside a run.
     """
     opened = open_run(source, run, model)
     opened.progress = progress
@@ -131,7 +131,7 @@ _REFUSED = "what is left of a damaged run would look whole, so it is not compact
 
 
 def _require_intact(run: Run) -> None:
-    """Raises DumpError."""
+    """Raises DumpError if a file is damaged."""
     run.load_history()  # which finds faults, too
     for finding in run.findings:
         if finding.severity == "error":
@@ -139,9 +139,9 @@ def _require_intact(run: Run) -> None:
 
 
 def _lost(run: Run) -> dict[str, str]:
-    """Which steps lack a rank and are `dropped` in the new run, in words, by the code of a finding.
+    """A sentence on the steps that lack a rank, which become `dropped`, by the code of a finding.
 
-    Raises DumpError where they are too many: of what remains nobody could tell.
+    Raises DumpError if there are too many of them: the new run would look complete.
     """
     summary = summarize(run)
     _require_intact(run)
@@ -161,9 +161,9 @@ def _lost(run: Run) -> dict[str, str]:
         whole = "A:B" if steps.incomplete_inside else f"{steps.first}:{(steps.last_whole or 0) + 1}"
         remedy = f"first copy the part that is whole (`copy --to PLACE --steps {whole}`)"
         raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
-    frayed = not steps.incomplete_inside and steps.ends_together
+    incomplete_tail = not steps.incomplete_inside and steps.ends_together
     text = f"{many} lacked a rank in the run it was made of: {why}"
-    return {"incomplete_end" if frayed else "incomplete_steps": text}
+    return {"incomplete_end" if incomplete_tail else "incomplete_steps": text}
 
 
 def _side(run: Run) -> Side:
@@ -184,7 +184,7 @@ def _side(run: Run) -> Side:
 
 @dataclass(frozen=True)
 class _Part:
-    """Columns ``low`` to ``high - 1`` of a block."""
+    """Steps ``low`` to ``high - 1`` of a block, by index."""
 
     block: Block
     low: int
@@ -196,14 +196,14 @@ class _Part:
 
     @property
     def recorded(self) -> Int64:
-        """The complete steps."""
+        """The numbers of the complete steps."""
         step: Int64 = self.block.step[self.low : self.high][self.state == StepState.RECORDED]
         return step
 
     def rows(self) -> StepRows:
-        """The rows of the new rank, whose clock counts from 1970."""
+        """The rows of the new rank; its monotonic clock counts from 1970."""
         block, here = self.block, slice(self.low, self.high)
-        # Of a step that some rank recorded and another did not, the new run has nothing.
+        # A step that one rank recorded and another did not has no sum.
         status = np.where(self.state == StepState.INCOMPLETE, np.uint8(Status.DROPPED), self.state)
         phase = block.phase[here].astype(np.int32)
         return StepRows(
@@ -213,7 +213,7 @@ class _Part:
 
 
 def _parts(run: Run) -> Iterator[_Part]:
-    """The run in parts, none of which is in two windows of ``SEGMENT_STEPS``, or larger than a segment."""
+    """The run in parts, each within one window of ``SEGMENT_STEPS`` and no larger than a segment."""
     window = SEGMENT_STEPS * run.info.interval
     for block in run.blocks():
         edges = {0, len(block.step), *(np.flatnonzero(np.diff(block.step // window)) + 1).tolist()}
@@ -222,7 +222,7 @@ def _parts(run: Run) -> Iterator[_Part]:
 
 
 def _segments(run: Run) -> Iterator[list[_Part]]:
-    """Parts that are one segment of the new run."""
+    """The parts of each segment of the new run."""
     window = SEGMENT_STEPS * run.info.interval
     group: list[_Part] = []
     for part in _parts(run):
@@ -255,7 +255,7 @@ class _Content:
     def __init__(
         self, where: StoragePath, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows
     ) -> None:
-        """``where``: the run that the parts are of, for messages."""
+        """``where``: the source run, for messages."""
         self.info = info
         self.seq = seq
         self.placements = placements
@@ -287,17 +287,17 @@ class _Content:
 
 
 def _write(run: Run, root: Path, run_id: str, lost: dict[str, str]) -> tuple[Counter[int], SessionInfo]:
-    """Write the one session of the new run; its steps by status, and how many are INCOMPLETE of them."""
+    """Write the new run's one session. Returns its number of steps by status, and of INCOMPLETE ones."""
     info = _info(run, run_id, lost)
     folder = session_path(root, info)
     folder.mkdir(parents=True)
-    stated = deque(_placements(run))
+    pending = deque(_placements(run))
     counts: Counter[int] = Counter()
     for seq, parts in enumerate(_segments(run)):
         last = int(parts[-1].block.step[parts[-1].high - 1])
         rows = []
-        while stated and stated[0][0] <= last:
-            rows.append(stated.popleft())
+        while pending and pending[0][0] <= last:
+            rows.append(pending.popleft())
         content = _Content(run.path, info, seq, parts, _placement_rows(rows))
         write_segment(folder, content)
         counts.update(content.steps.status.tolist())
@@ -358,7 +358,7 @@ def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
 
 
 def _placements(run: Run) -> list[tuple[int, int, int, Int32]]:
-    """``(step, layer index, ep_size, slots)`` of every change, in order of steps."""
+    """``(step, layer index, ep_size, slots)`` of every placement change, ordered by step and layer."""
     rows = [
         (step, layer, ep_size, slots)
         for layer, history in run.history.layers.items()
@@ -377,7 +377,7 @@ def _placement_rows(rows: list[tuple[int, int, int, Int32]]) -> PlacementRows:
 
 
 def _verify(root: Path, run_id: str, counts: Counter[int]) -> None:
-    """Read all of the new run, with its checksums and sums, before it is one."""
+    """Read the whole new run with its checksums and sums, before it gets its name. Raises DumpError."""
     run = open_run(root, run_id)
     wrong = f"{root}: what was written is not what was read; it was removed"
     try:

@@ -1,4 +1,4 @@
-"""Sealing what dead writers left: the one thing in this package that writes into a dump, on request."""
+"""`seal`: seal the journals of crashed writers. Only this changes an existing dump, on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eplb_dump.format.journal import UnbegunJournal, lock
 from eplb_dump.format.schema import JOURNAL_PATTERN, FormatError, model_slug
 from eplb_dump.format.segment import seal
 
-#: Where a file system has no locks, a journal that was written to this recently may be in use.
+#: Without file locks, a journal that was written to in this time may be in use.
 QUIET_SECONDS = 600.0
 
 
@@ -47,14 +47,14 @@ class SealReport:
 
 
 def seal_dump(path: StoragePath, run: str | None = None, model: str | None = None) -> SealReport:
-    """Seal the journals of dead writers, of all runs and models or of the ones named.
+    """Seal the journals of crashed writers, in all runs and models or in the ones given.
 
-    A writer holds its journal's lock as long as it lives, on whatever host; where the file system
-    has no locks, a journal that was written to in the last ten minutes counts as in use.
+    A writer holds its journal's lock as long as it lives, on any host. If the file system has no locks, a
+    journal that was written to in the last ten minutes counts as in use.
 
     Raises:
         DumpError, NotInDumpError: there is no such dump, run or model.
-        UsageError: it lies in a bucket.
+        UsageError: it is in a bucket.
     """
     path = local(path, "`seal`")
     found = discover(path)
@@ -88,7 +88,7 @@ def _seal_one(journal: Path, report: SealReport) -> None:
             entry = seal(journal)
     except FileNotFoundError:  # sealed meanwhile
         return
-    except UnbegunJournal:  # killed at its first write: nothing that counts is in it
+    except UnbegunJournal:  # killed at its first write: it has no step
         return
     except FormatError as error:
         report.skipped.append(SkippedJournal(str(journal), "damaged", str(error)))

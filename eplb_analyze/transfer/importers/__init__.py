@@ -1,5 +1,5 @@
-"""Readers of other systems' dumps, one module a system, and what makes a dump of ours of them.
+"""Readers of other systems' recordings, one module per system, and what turns them into a dump.
 
-A reader is a function ``read(path, options) -> Reading``; it guesses nothing. :mod:`.formats` knows them
-all, :mod:`.resolve` asks for what a source does not say, :mod:`.writing` writes.
+A reader is a function ``read(path, options) -> Reading`` that guesses nothing. :mod:`.detect` knows all of
+them, :mod:`.plan` completes a reading with the user's options, :mod:`.write` writes the run.
 """

@@ -1,6 +1,6 @@
-"""Plain arrays: DeepSeek-style ``[layers, experts]`` or ``[steps, layers, experts]``, and vllm-ascend's heat.
+"""Plain arrays: ``[layers, experts]`` as deepseek-ai/EPLB, ``[steps, layers, experts]``, vllm-ascend's heat.
 
-They come as .npy, .npz, .pt or .csv; nothing in them says more than their shape.
+The files are .npy, .npz, .pt or .csv, and say nothing but the shape.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _choose(path: Path, wanted: str | None) -> str:
 
 
 def read_csv(path: Path) -> Array:
-    """Whole numbers, a row a layer. Raises DumpError."""
+    """Whole numbers, one row per layer. Raises DumpError."""
     if regular(path) > MAX_TEXT:
         raise DumpError(f"{path}: a text of more than {MAX_TEXT >> 20} MiB")
     rows: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Which system wrote a source, told by its content; what could be several is asked about."""
+"""Detect by its content which system wrote a source; ambiguous sources raise AskError."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ READERS: dict[str, Callable[[Path, Options], Reading]] = {
 }
 
 
-def recognise(path: Path, options: Options) -> str:
-    """The name of a reader. Raises DumpError where none fits, AskError where several do."""
+def detect(path: Path, options: Options) -> str:
+    """The name of the source's reader. Raises DumpError if none fits, AskError if several do."""
     if path.is_dir():
         names = [p.name for p in listing(path, None)]
         if trtllm.META in names and any(map(trtllm.RANK_FILE.fullmatch, names)):
@@ -49,7 +49,7 @@ def recognise(path: Path, options: Options) -> str:
             if p.suffix in (".pt", ".npz", ".npy", ".jsonl", ".csv")
         }
         if len(found) > 1:
-            found.discard("array")  # something else that lies beside a recorder's files
+            found.discard("array")  # other files beside a recorder's
         if len(found) == 1:
             return found.pop()
         if found:
@@ -75,7 +75,7 @@ def _of_file(path: Path) -> str:
     if start and all(48 <= byte < 58 or byte in b",;. \t\r\n" for byte in start):
         return "array"
     if path.suffix in (".yaml", ".yml"):
-        raise _no_load(path)
+        raise _placement_error(path)
     raise DumpError(f"{path}: not of a format known here ({', '.join(READERS)})")
 
 
@@ -93,7 +93,7 @@ def _of_torch(path: Path) -> str:
     if torch_files.is_tensor(document):
         return _by_dimensions(path, document.ndim)
     if placement_files.is_placement(document):
-        raise _no_load(path)
+        raise _placement_error(path)
     if isinstance(document, dict) and {"records", "logical_count"} & set(document):
         return "sglang"
     raise DumpError(f"{path}: a .pt file that is neither of SGLang's recorder nor one tensor")
@@ -105,7 +105,7 @@ def _of_json(path: Path) -> str:
     try:
         document = parse_json(line, str(path))
     except DumpError:
-        document = read_json(path)  # not JSON lines, but one document
+        document = read_json(path)  # one document, not JSON lines
     if not isinstance(document, dict):
         raise DumpError(f"{path}: a JSON document of a kind not known here")
     if vllm.is_stats(document) or vllm.is_snapshot(document):
@@ -113,11 +113,11 @@ def _of_json(path: Path) -> str:
     if "logical_count" in document:
         return "sglang"
     if placement_files.is_placement(document):
-        raise _no_load(path)
+        raise _placement_error(path)
     raise DumpError(f"{path}: a JSON document of a kind not known here")
 
 
-def _no_load(path: Path) -> DumpError:
+def _placement_error(path: Path) -> DumpError:
     return DumpError(
         f"{path}: a placement, which has no loads in it; --placement takes it beside a source of loads"
     )

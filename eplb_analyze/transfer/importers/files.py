@@ -1,6 +1,6 @@
-"""Safe reading of foreign files: size and kind are checked before memory is taken, nothing is unpickled.
+"""Safe reading of untrusted files: numpy arrays, JSON and JSON lines.
 
-Numpy arrays, safetensors, JSON and JSON lines; what the numbers mean is for the systems' modules.
+Sizes and types are checked before memory is taken, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from eplb_analyze.reader.segments import require_regular
 from eplb_analyze.transfer.importers.source import AskError
 from eplb_dump.format.schema import FormatError
 
-#: A JSON document or a line of JSON lines: a DeepSeek-V3 record is a third of a MB.
+#: The most bytes of a JSON document or a line; a DeepSeek-V3 record has a third of a MB.
 MAX_TEXT = 16 << 20
-#: An array of a compressed .npz may be so much larger than its bytes, above MAX_SMALL.
+#: The highest compression ratio of an array in a .npz file that unpacks to more than MAX_SMALL bytes.
 MAX_RATIO, MAX_SMALL = 100, 64 << 20
-#: Files in a folder.
+#: The most files in a folder.
 MAX_FILES = 1 << 16
-#: What reading a damaged archive raises.
+#: Exceptions from a damaged archive.
 BROKEN_ARCHIVE = (
     zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError,
 )  # fmt: skip
@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 
 
 def regular(path: Path) -> int:
-    """The size of a regular file. Raises DumpError for what is none, links included."""
+    """The size of a regular file. Raises DumpError for anything else, links included."""
     try:
         require_regular(path)
         return path.stat().st_size
@@ -86,8 +86,7 @@ def read_json(path: Path) -> Any:
 def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(where, object)`` of each line, read as a stream. Raises DumpError.
 
-    A last line without a newline that is no JSON is left out, which ``notes`` gets to know: its writer
-    was killed.
+    A last line that is not JSON and has no newline is left out, with a note: its writer was killed.
     """
     regular(path)
     with path.open("rb") as file:
@@ -126,7 +125,7 @@ def integers(value: Any, shape_of: int, where: str) -> Array:
 # ---- numpy
 
 
-#: What numpy raises over a header that says nothing it knows; it has Python's own parser read it.
+#: Exceptions from an invalid array header, which numpy reads with Python's own parser.
 HEADER_FAULTS = (
     ValueError, KeyError, OSError, EOFError, RecursionError, SyntaxError, TypeError, MemoryError, TokenError,
 )  # fmt: skip
@@ -164,7 +163,7 @@ def read_npy(path: Path) -> Array:
 
 
 def zip_names(path: Path) -> list[str]:
-    """Names in a zip archive (.npz and .pt files are such). Raises DumpError."""
+    """The names in a zip archive, such as a .npz or .pt file. Raises DumpError."""
     regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -174,7 +173,7 @@ def zip_names(path: Path) -> list[str]:
 
 
 def npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and type of each array of a .npz file, checked against its bytes. Raises DumpError."""
+    """Shape and type of each array in a .npz file, checked against its size. Raises DumpError."""
     names = zip_names(path)
     found = {}
     try:
@@ -213,7 +212,7 @@ def read_npz(path: Path, *wanted: str) -> dict[str, Array]:
 
 
 def one_of(paths: list[Path], what: str) -> Path:
-    """The only path. Raises AskError where there are several."""
+    """The only path. Raises AskError if there are several."""
     if len(paths) > 1:
         names = ", ".join(p.name for p in paths[:4]) + (" …" if len(paths) > 4 else "")
         raise AskError(f"{paths[0].parent}: {len(paths)} {what} ({names}), each a recording of its own; "

@@ -1,4 +1,4 @@
-"""`import`: another system's dump becomes a run of ours, with what its source does not say written down."""
+"""`import`: convert another system's recording into a run, and write down what its source leaves unknown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eplb_analyze.errors import DumpError
-from eplb_analyze.transfer.importers.detect import READERS, recognise
-from eplb_analyze.transfer.importers.plan import resolve
+from eplb_analyze.transfer.importers.detect import READERS, detect
+from eplb_analyze.transfer.importers.plan import make_plan
 from eplb_analyze.transfer.importers.source import Options
 from eplb_analyze.transfer.importers.write import write
 from eplb_dump.format.schema import MAX_EXPERTS
@@ -18,7 +18,7 @@ __all__ = ["ImportReport", "Options", "import_dump"]
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported, and what is not known of it."""
+    """What was imported, and what is unknown about it; docs/cli.md describes the JSON."""
 
     source: str
     format: str
@@ -35,7 +35,7 @@ class ImportReport:
     num_physical_experts: int
     token_replication: int
     ranks: int
-    #: Steps that some rank has, those that all have, and those between them that the source left out.
+    #: Steps that some rank has, steps that all ranks have, and steps between them that the source skipped.
     steps: int
     complete: int
     not_sampled: int
@@ -59,15 +59,15 @@ def import_dump(
 
     Args:
         source: a file or folder of another system.
-        into: the dump's folder; made where it does not exist.
-        format: a name of :data:`.detect.READERS`; default: told by the content.
+        into: the dump's folder; made if it does not exist.
+        format: a name of :data:`.detect.READERS`; default: detected from the content.
         options: what the source does not say.
-        run_id: the new run's; default: of the time of import.
+        run_id: the new run's; default: made from the time of import.
 
     Raises:
-        DumpError: the source cannot be used, or the dump not be written.
-        AskError: the source leaves open what must be known.
-        UsageError: the run is there already.
+        DumpError: the source cannot be used, or the dump cannot be written.
+        AskError: something that must be known is neither in the source nor in the options.
+        UsageError: the run exists.
     """
     options = options or Options()
     if options.ep_size is not None and not 1 <= options.ep_size <= MAX_EXPERTS:
@@ -78,9 +78,9 @@ def import_dump(
         raise DumpError(f"{source}: a symbolic link, which is not followed")
     if not source.exists():
         raise DumpError(f"{source}: no such file or folder")
-    name = format or recognise(source, options)
+    name = format or detect(source, options)
     reading = READERS[name](source, options)
-    plan = resolve(reading, options)
+    plan = make_plan(reading, options)
     written = write(plan, into, run_id)
     return ImportReport(
         source=str(source),

@@ -1,7 +1,7 @@
-"""Megatron's expert load recorder: a .npz file a rank, ``mcore_ep_load_dump_v1``.
+"""Megatron's expert load recorder: one .npz file per rank, ``mcore_ep_load_dump_v1``.
 
-Counts are a rank's own, by slot; the load is their sum over the EP group. Beyond ``forward_counts``
-of a layer its rows are memory that was never written.
+Each rank counts its own tokens by slot; the load is the sum over the EP group. A layer's rows after its
+``forward_counts`` are uninitialized memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _RankFile:
 
 
 def read(path: Path, options: Options) -> Reading:
-    """A folder of one capture of one EP group, or a file. Raises DumpError, AskError."""
+    """A folder with one capture of one EP group, or one file. Raises DumpError, AskError."""
     paths = listing(path, options.only or "*.npz") if path.is_dir() else [path]
     if path.is_dir() and options.only is None:
         paths = [p for p in paths if is_megatron(p)]

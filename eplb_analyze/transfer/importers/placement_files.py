@@ -1,4 +1,4 @@
-"""Files that say which expert is in which slot: those that engines load at their start.
+"""Placement files, which engines load at their start.
 
 SGLang's ``physical_to_logical_map`` (.json, .pt), TensorRT-LLM's YAML, vLLM's initial mappings and offline
 maps, vllm-ascend's expert map, and a plain ``[layers, slots]`` (.npy, .json).
@@ -27,20 +27,20 @@ from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS
 
 MAP = "physical_to_logical_map"
-#: Of YAML; a configuration of TensorRT-LLM's has 2.
+#: The deepest nesting in YAML; a TensorRT-LLM configuration has 2 levels.
 MAX_DEPTH = 32
 
 
 @dataclass(frozen=True)
 class PlacementFile:
-    """``slots``: int32 ``[layers, num_physical_experts]``; ``numbers``: of the layers, where it says them."""
+    """``slots``: int32 ``[layers, num_physical_experts]``; ``numbers``: of the layers, if known."""
 
     slots: Int32
     numbers: tuple[int, ...] | None = None
 
 
 def read_placement(path: Path, model: str | None) -> PlacementFile:
-    """Read a placement file; ``model`` chooses where it has several. Raises DumpError, AskError."""
+    """Read a placement file; ``model`` selects one of several. Raises DumpError, AskError."""
     if path.suffix in (".yaml", ".yml"):
         return _trtllm(path)
     if path.suffix == ".npy":
@@ -58,7 +58,7 @@ def read_placement(path: Path, model: str | None) -> PlacementFile:
 
 
 def is_placement(document: object) -> bool:
-    """Whether a JSON document or what torch.save wrote is a placement, so that it is no load."""
+    """Whether a JSON document or the content of a .pt file is a placement, not loads."""
     keys = set(document) if isinstance(document, dict) else set()
     return bool(keys & {MAP, "model_maps", "initial_global_assignments", "layer_list"}) and not (
         keys & {"records", "logical_count", "latest_expert_load", "window_expert_load"}
@@ -85,7 +85,7 @@ def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
             )
         chosen = maps[model] if model in maps else next(iter(maps.values()))
         return _json(path, chosen, model)
-    if isinstance(document.get("layers"), list) and MAP in document:  # what `export` writes as JSON
+    if isinstance(document.get("layers"), list) and MAP in document:  # from `export --for json`
         found = _checked(path, document[MAP])
         numbers = tuple(plain_int(n, 0, MAX_LAYERS) for n in document["layers"])
         if len(numbers) != len(found.slots) or None in numbers:
@@ -119,7 +119,7 @@ def _ascend(path: Path, layers: Any) -> list[list[int]]:
 
 
 def _by_number(path: Path, assignments: Any) -> dict[int, Any]:
-    """``{layer number: slots}``, ascending; the keys are ints or their texts."""
+    """``{layer number: slots}``, ascending; the keys can be ints or strings."""
     if not isinstance(assignments, dict) or not 0 < len(assignments) <= MAX_LAYERS:
         raise DumpError(f"{path}: its initial_global_assignments are no layers")
     rows = {}
@@ -140,15 +140,15 @@ def _trtllm(path: Path) -> PlacementFile:
         ) from None
     if regular(path) > MAX_TEXT:
         raise DumpError(f"{path}: a text of more than {MAX_TEXT >> 20} MiB")
-    # Both build plain values only; the first is in C, where it was built. Merge keys (<<) copy what they
-    # name, again and again if told so; without them an alias is only one more name of a value.
+    # Both loaders build plain values only; the first is in C and not always there. Without merge keys (<<),
+    # which copy, an alias is only another name of a value, so a small file cannot grow.
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     loader = type("PlainLoader", (base,), {"flatten_mapping": lambda self, node: None})
     text, depth = path.read_bytes(), 0
     try:
         for event in yaml.parse(text, loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:  # building it would end the process
+            if depth > MAX_DEPTH:  # building it would crash the process
                 raise DumpError(f"{path}: nested too deeply")
         document = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -176,13 +176,13 @@ def _trtllm(path: Path) -> PlacementFile:
 
 
 def _shown(value: object) -> str:
-    """A stranger's value in a text: a list of lists of lists can be of any length."""
+    """An untrusted value for a message: nested lists can be of any length."""
     return repr(value)[:40] if value is None or isinstance(value, int | float | str) else "no number"
 
 
 def _checked(path: Path, rows: Any) -> PlacementFile:
     if isinstance(rows, list):
-        # YAML's aliases and JSON make large arrays of few bytes only through lists in lists.
+        # Only nested lists let YAML aliases make a large array out of a few bytes.
         widths = {len(row) if isinstance(row, list) else -1 for row in rows}
         numbers = all(type(n) is int for row in rows if isinstance(row, list) for n in row[: MAX_EXPERTS + 1])
         if len(widths) != 1 or min(widths) < 1 or max(widths) > MAX_EXPERTS or not numbers:

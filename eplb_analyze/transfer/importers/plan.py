@@ -1,4 +1,4 @@
-"""From what a source says and what the user says to what is written; what neither says is asked for."""
+"""Combine a reading and the user's options into a plan of the run; AskError names what is missing."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from eplb_analyze.transfer.importers.source import (
     Counts,
     Options,
     Reading,
+    count_experts,
     whole_counts,
 )
 from eplb_dump.format.journal import Int32
@@ -33,7 +34,7 @@ EXAMPLE = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: all is known or stated as unknown."""
+    """What to write. Everything is known, or stated as unknown."""
 
     reading: Reading
     model: str
@@ -42,15 +43,15 @@ class Plan:
     num_physical_experts: int
     token_replication: int
     layers: tuple[int, ...] | None
-    #: By rank, iterated once: loads are int32 ``[n, layers, num_physical_experts]``.
+    #: The chunks of each rank, with checked loads: int32 ``[n, layers, num_physical_experts]``.
     parts: dict[int, Callable[[], Iterator[Chunk]]]
 
 
-def resolve(reading: Reading, options: Options) -> Plan:
-    """Raises AskError where the source and the options leave something open, DumpError where they clash."""
+def make_plan(reading: Reading, options: Options) -> Plan:
+    """Raises AskError if something necessary is not known, DumpError if source and options contradict."""
     where = reading.files[0] if len(reading.files) == 1 else reading.files[0].parent
     layers = _layers(reading, options, where)
-    # Both are needed more often than not, so that nobody is asked twice.
+    # Most sources need both, so one error asks for both.
     wants_placement = reading.by_slot is not True and options.placement is None
     ep_size = _ep_size(reading, options, where, wants_placement)
     if wants_placement:
@@ -140,7 +141,7 @@ def _why_placement(reading: Reading) -> str:
 
 
 def _placement(reading: Reading, options: Options, where: Path) -> Int32 | None:
-    """int32 ``[layers, num_physical_experts]`` of all steps; None: the chunks have them, or none is known."""
+    """int32 ``[layers, num_physical_experts]`` for all steps; None: the chunks have it, or it is unknown."""
     choice = options.placement
     if choice == LAST:
         if reading.kind not in ("per_pass", "per_token"):
@@ -168,7 +169,7 @@ def _placement(reading: Reading, options: Options, where: Path) -> Int32 | None:
 
 
 def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -> Int32:
-    """The file's rows of the layers that the source has loads of."""
+    """The file's rows for the layers that the source has."""
     numbers = reading.layers or options.layers
     if file.numbers is not None and numbers is not None:
         missing = sorted(set(numbers) - set(file.numbers))
@@ -190,10 +191,9 @@ def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -
 def _experts(reading: Reading, options: Options, placement: Int32 | None, where: Path) -> int:
     stated = reading.num_logical_experts
     if stated is None and placement is not None and options.num_logical_experts is None:
-        held = np.unique(placement[placement != EMPTY_SLOT])
-        if not np.array_equal(held, np.arange(len(held))):
+        stated = count_experts(placement)
+        if stated is None:
             raise AskError(f"{where}: the placement does not hold every expert; give --num-experts")
-        stated = len(held)
     if stated is None:
         stated = options.num_logical_experts
     if stated is None:
@@ -228,7 +228,7 @@ def _all_ranks(reading: Reading, ep_size: int, where: Path) -> None:
 
 
 def _replicated(reading: Reading, options: Options, where: Path) -> None:
-    """Ask about ranks that all counted the same tokens: added up, each would count several times."""
+    """Raise AskError if all ranks counted the same: their sum would count each token several times."""
     if options.token_replication is not None or len(reading.parts) < 2:
         return
     firsts = [next(chunks(), None) for chunks in reading.parts.values()]
@@ -280,7 +280,7 @@ def _convert(
 
 
 def _place(chunk: Chunk, layers: tuple[int, ...] | None) -> str:
-    """Where the first count that is none stands."""
+    """The position of the first value that is not a count, for a message."""
     values = chunk.load
     if values.dtype.kind not in "iuf":
         return ""
@@ -293,17 +293,25 @@ def _place(chunk: Chunk, layers: tuple[int, ...] | None) -> str:
 
 
 def split(load: Int32, placement: Int32, where: Path) -> Int32:
-    """Counts by expert ``[n, layers, experts]`` to counts by slot, split evenly, the rest to the first.
+    """Split counts by expert evenly over the expert's slots; the first slots get the remainder.
 
-    Raises DumpError where an expert with tokens has no slot.
+    Args:
+        load: int32 ``[n, layers, experts]``.
+        placement: int32 ``[layers, num_physical_experts]``.
+
+    Returns:
+        int32 ``[n, layers, num_physical_experts]``.
+
+    Raises:
+        DumpError: an expert with tokens has no slot.
     """
     n, layers, experts = load.shape
     out = np.zeros((n, layers, placement.shape[1]), np.int32)
     for layer, slots in enumerate(placement):
         copies = np.bincount(slots[slots != EMPTY_SLOT], minlength=experts)
-        homeless = np.flatnonzero((copies == 0) & load[:, layer].any(axis=0))
-        if len(homeless):
-            raise DumpError(f"{where}: expert {homeless[0]} has tokens, but no slot in the placement")
+        unplaced = np.flatnonzero((copies == 0) & load[:, layer].any(axis=0))
+        if len(unplaced):
+            raise DumpError(f"{where}: expert {unplaced[0]} has tokens, but no slot in the placement")
         nth: Counts = np.zeros(experts, np.int64)
         for slot, expert in enumerate(slots.tolist()):
             if expert != EMPTY_SLOT:

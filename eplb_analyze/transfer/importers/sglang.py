@@ -1,6 +1,6 @@
 """SGLang's expert distribution recorder: files of the modes stat, stat_approx, per_pass and per_token.
 
-What they hold and lack was read off sglang/srt/eplb/expert_distribution.py of SGLang 0.5.23.
+Source: sglang/srt/eplb/expert_distribution.py of SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from eplb_analyze.transfer.importers.source import (
     Chunk,
     Options,
     Reading,
+    count_experts,
     ordered_rows,
     plain_int,
     whole_counts,
@@ -51,7 +52,7 @@ def read(path: Path, options: Options) -> Reading:
 
 
 def _with_tokens(total: Array, where: str, notes: list[str]) -> Array:
-    """Indices of the hidden layers that have tokens; the others are dense, or of another pipeline stage."""
+    """Indices of the hidden layers with tokens; the others are dense or in another pipeline stage."""
     layers = np.flatnonzero(total)
     if not len(layers):
         raise DumpError(f"{where}: no layer has a token")
@@ -82,7 +83,7 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
     step = np.arange(len(rows), dtype=np.int64)
     empty = np.flatnonzero(~(rows != 0).any(axis=(1, 2)))
     if len(empty) and not options.ordered:
-        # In a ring buffer that is not full yet they are no passes at all.
+        # Unused rows of a ring buffer are not passes.
         notes.append(
             f"{plural(len(empty), 'row')} without any token left out: an unfilled ring buffer has such rows, "
             "and so do idle passes"
@@ -119,11 +120,11 @@ def _depth(value: Any) -> int:
     return depth
 
 
-# ---- per_pass, per_token: a file a rank, by slot
+# ---- per_pass, per_token: one file per rank, by slot
 
 
 class _RankFile:
-    """The records of one rank: ``step [n]`` and, for each, the counts to add up."""
+    """The records of one rank: ``step`` [n] and, for each step, the counts to add up."""
 
     def __init__(self, path: Path, document: dict[str, Any]) -> None:
         self.path = path
@@ -149,7 +150,7 @@ class _RankFile:
             rank = plain_int(record.get("rank"), 0, MAX_EXPERTS)
             if step is None or rank is None:
                 raise DumpError(f"{path}: {where} has no forward_pass_id or no rank")
-            # With two-batch overlap a pass has several records, each of a part of its tokens.
+            # With two-batch overlap, a pass has several records, each with some of its tokens.
             gatherer = record.get("gatherer_key")
             if not (gatherer is None or isinstance(gatherer, str)):
                 raise DumpError(f"{path}: {where}: its gatherer_key is no text")
@@ -184,7 +185,7 @@ class _RankFile:
             )  # fmt: skip
 
     def _load(self, step: int, layers: Array) -> Int64:
-        """Counts of one pass ``[layers, slots]``. Each part is checked: their sum could look right."""
+        """Counts of one pass ``[layers, slots]``. Each part is checked, as errors could cancel in the sum."""
         try:
             parts = [whole_counts(a[layers], f"{self.path}: forward pass {step}") for a in self.counts[step]]
         except ValueError as error:
@@ -253,14 +254,14 @@ def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) ->
 
 
 def _experts_of(slots: Int32, path: Path) -> int:
-    experts = np.unique(slots[slots >= 0])
-    if slots.min() < -1 or not np.array_equal(experts, np.arange(len(experts))) or not len(experts):
+    experts = count_experts(slots)
+    if experts is None:
         raise DumpError(f"{path}: its {MAP} lacks experts, or names impossible ones")
-    return len(experts)
+    return experts
 
 
 def _only_received(files: dict[int, _RankFile], layers: Array) -> bool:
-    """Whether every rank has tokens on one stretch of slots alone, and no two ranks' stretches meet."""
+    """Whether each rank has tokens only on its own range of slots, apart from all others'."""
     spans = []
     for file in files.values():
         used = np.zeros(file.slots.shape[1], bool)

@@ -1,4 +1,4 @@
-"""What an importer's reader returns, what a user can tell it, and how it asks; nothing is read here."""
+"""What a reader returns, the user's options, and the error that asks for one of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import UsageError
 from eplb_dump.format.journal import Int32, Int64
-from eplb_dump.format.schema import MAX_LOAD, Scope
+from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Scope
 
 Counts = npt.NDArray[Any]
 
-#: The values of ``--placement`` that are no file.
+#: The values of ``--placement`` that do not name a file.
 LINEAR, LAST, UNKNOWN = "linear", "last", "unknown"
 
 
@@ -26,7 +26,7 @@ class AskError(UsageError):
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says of a source. None: nothing was said."""
+    """What a user says about a source. None: not given."""
 
     model: str | None = None
     ep_size: int | None = None
@@ -36,74 +36,74 @@ class Options:
     token_replication: int | None = None
     #: The model's number of each layer of the source.
     layers: tuple[int, ...] | None = None
-    #: The source's rows are in the order of time.
+    #: The source's rows are in chronological order.
     ordered: bool = False
-    #: Import sums over a window instead of single passes, where a source has both.
+    #: Import sums over a window instead of single passes, if the source has both.
     window: bool = False
-    #: Count records from 0 in their order, whatever step they name.
+    #: Number the records from 0 in their order, and ignore their own step numbers.
     renumber: bool = False
-    #: Which files of a folder to take, a glob pattern of names.
+    #: Glob pattern of the file names to read in a folder.
     only: str | None = None
-    #: Which array of a .npz file.
+    #: The name of the array in a .npz file.
     array: str | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some steps of one writer, in one placement and shape.
+    """Some steps of one rank, all with one placement and shape.
 
-    ``load`` is as the source has it: ``[n, layers, width]`` of any number type, not checked yet.
+    ``load`` is unchecked: ``[n, layers, width]`` of any number type.
     """
 
     step: Int64
     load: Counts
-    #: ``[layers, num_physical_experts]`` in force in all these steps; None: not said.
+    #: int32 ``[layers, num_physical_experts]``, in force in all these steps; None: not in the source.
     placement: Int32 | None = None
-    #: Where the source says it for these steps.
+    #: If the source has it for these steps.
     ep_size: int | None = None
-    #: int64 ``[n]``, -1: not known.
+    #: int64 ``[n]``; -1: not known.
     num_tokens: Int64 | None = None
     phase: tuple[str | None, ...] | None = None
 
 
 @dataclass
 class Reading:
-    """A source, as far as it speaks for itself."""
+    """All that a source itself says."""
 
-    #: For instance ``SGLang``, and ``per_pass``.
+    #: For example ``SGLang`` and ``per_pass``.
     system: str
     kind: str
     files: list[Path]
-    #: Whether ``load`` is by slot (physical expert) or by logical expert; None: it can be either.
+    #: Whether ``load`` is by slot (physical expert) or by logical expert; None: not known.
     by_slot: bool | None
     scope: Scope
-    #: By EP rank; with scope global only rank 0. Each can be iterated more than once.
+    #: The chunks of each EP rank, of rank 0 alone with scope global. Can be called more than once.
     parts: dict[int, Callable[[], Iterator[Chunk]]]
     num_layers: int
-    #: Slots or experts: the last axis of ``load``.
+    #: Number of slots or experts: the last axis of ``load``.
     width: int
     ep_size: int | None = None
     model: str | None = None
     num_logical_experts: int | None = None
-    #: The model's number of each layer of ``load``, ascending; None: not said.
+    #: The model's number of each layer of ``load``, ascending; None: not in the source.
     layers: tuple[int, ...] | None = None
-    #: Where ``layers`` are those with tokens of an axis over all hidden layers: that axis' length.
+    #: Number of hidden layers, if the source has a row for each and ``layers`` are those with tokens.
     hidden_layers: int | None = None
-    #: Whether the chunks carry placements.
+    #: Whether the chunks have placements.
     placed: bool = False
-    #: Every how many steps the source has one.
+    #: Distance between the steps that the source has.
     interval: int = 1
-    #: Which files each rank's part comes from, where parts have files of their own.
+    #: The files of each rank, if ranks have their own.
     files_of: dict[int, list[Path]] = field(default_factory=dict)
-    #: Stable code to sentence: what the source does not say, what was taken for granted.
+    #: Stable code to sentence: what the source does not say, and what was assumed.
     unknown: dict[str, str] = field(default_factory=dict)
     assumed: dict[str, str] = field(default_factory=dict)
-    #: What was left out, and what else to know.
+    #: What was left out, and other notes for the user.
     notes: list[str] = field(default_factory=list)
 
 
 def ordered_rows(reading: Reading, options: Options, why: str) -> None:
-    """Note that the order of steps is not known, unless the user says so."""
+    """Note that the order of steps is unknown, unless the user says that it is chronological."""
     if options.ordered:
         reading.assumed["step_order"] = "rows are in the order of time, as --ordered says"
     else:
@@ -127,5 +127,11 @@ def whole_counts(values: Counts, where: str) -> Int32:
 
 
 def plain_int(value: object, low: int, high: int) -> int | None:
-    """The value where it is an int (not a bool) from ``low`` to ``high``, else None."""
+    """The value if it is an int (not a bool) from ``low`` to ``high``, else None."""
     return value if type(value) is int and low <= value <= high else None
+
+
+def count_experts(slots: Int32) -> int | None:
+    """The number of logical experts in a placement, if it has each of them; else None."""
+    experts = np.unique(slots[slots != EMPTY_SLOT])
+    return len(experts) if len(experts) and np.array_equal(experts, np.arange(len(experts))) else None

@@ -1,4 +1,4 @@
-"""Reading .pt files with torch, without running what is in them; torch is imported only here."""
+"""Read .pt files with torch without running code from them. Only this module imports torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from eplb_analyze.transfer.importers.files import Array, regular, zip_names
 
 
 def load(path: Path) -> Any:
-    """What ``torch.save`` wrote, with ``weights_only``; tensors stay mapped from the file.
+    """The content of a file from ``torch.save``, with ``weights_only``; tensors stay mapped from it.
 
-    Raises DumpError: torch is missing, or the file is not a plain one. A tensor is turned into an
-    array, and checked, by :class:`Arrays`.
+    :class:`Arrays` checks a tensor and makes an array of it. Raises DumpError if torch is missing, or if the
+    file holds more than tensors and plain values.
     """
     try:
         import torch
@@ -37,13 +37,13 @@ def load(path: Path) -> Any:
             f"{path}: it holds more than tensors and plain values, and objects are not opened: "
             "they could run code"
         ) from None
-    except Exception as error:  # torch raises all kinds for a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DumpError(f"{path}: it cannot be read ({reason})") from None
 
 
 class Arrays:
-    """Turns the tensors of one file into arrays, which together are no larger than the file."""
+    """Turns the tensors of one file into arrays, which together must not be larger than the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -61,7 +61,7 @@ class Arrays:
             raise DumpError(f"{where}: it has the shape {list(tensor.shape)}, not {wanted} dimensions")
         if tensor.dtype == torch.bfloat16 or tensor.is_complex():
             raise DumpError(f"{where}: token counts of type {str(tensor.dtype).removeprefix('torch.')}")
-        # A view can claim any shape of a few bytes (a stride of 0), and many views the same bytes.
+        # A view can have any shape over a few bytes (stride 0), and many views can share bytes.
         self._left -= tensor.numel() * tensor.element_size()
         if self._left < 0 or tensor.device.type != "cpu":
             raise DumpError(f"{where}: its tensors claim more than the file holds")

@@ -1,6 +1,6 @@
 """vLLM's JSON lines: snapshots of expert loads, and the load statistics of vLLM PR 41141 in two revisions.
 
-Both hold loads that were summed over the ranks, by slot, with the placement of that moment.
+Both have loads by slot, summed over the ranks, with the placement at that time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.files import integers, json_lines, listing, one_of
-from eplb_analyze.transfer.importers.source import AskError, Chunk, Counts, Options, Reading, plain_int
+from eplb_analyze.transfer.importers.source import (
+    AskError,
+    Chunk,
+    Counts,
+    Options,
+    Reading,
+    count_experts,
+    plain_int,
+)
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, Scope
 
@@ -34,7 +42,7 @@ def is_snapshot(record: dict[str, Any]) -> bool:
 
 
 def read(path: Path, options: Options) -> Reading:
-    """Raises DumpError, AskError. The file is read twice: once to know its shape, once to write it."""
+    """Read a file twice: first for its shape, then to write it. Raises DumpError, AskError."""
     if path.is_dir():
         path = one_of(listing(path, options.only or "*.jsonl"), "files")
     first = next(json_lines(path), None)
@@ -48,7 +56,7 @@ def read(path: Path, options: Options) -> Reading:
 
 
 class _Lines:
-    """What both formats share: the order of records, repeated ones, placements, shapes."""
+    """The part that both formats share: order and repetition of records, placements, shapes."""
 
     kind: str
 
@@ -59,13 +67,13 @@ class _Lines:
         self.assumed: dict[str, str] = {}
         self.model: str | None = None
         self.num_logical_experts: int | None = None
-        #: What else the records have that is not imported.
+        #: A note on data in the records that is not imported.
         self.beside: str | None = None
         self._lists: Any = None
         self._array: Int32 | None = None
 
     def record(self, where: str, record: dict[str, Any]) -> tuple[int, Counts, Int32, int | None] | None:
-        """``(step, load, placement, ep_size)`` of a line; None for one that has no load."""
+        """``(step, load, placement, ep_size)`` of a line; None if it has no load."""
         raise NotImplementedError
 
     def array(self, record: dict[str, Any], key: str, where: str) -> Counts:
@@ -75,7 +83,7 @@ class _Lines:
         return array
 
     def placement(self, record: dict[str, Any], key: str, shape: tuple[int, ...], where: str) -> Int32:
-        """Placements repeat from record to record, so an equal list is the array of before."""
+        """A record's placement. Equal lists give the same array, as most records repeat the last one."""
         if record.get(key) != self._lists or self._array is None:
             slots = self.array(record, key, where)
             if slots.min() < EMPTY_SLOT or slots.max() >= MAX_EXPERTS:
@@ -86,13 +94,12 @@ class _Lines:
         return self._array
 
     def experts(self, number: object, slots: Int32, where: str) -> None:
-        """Note the number of logical experts, which is the same in all records."""
+        """Check the number of logical experts, which must be the same in all records."""
         stated = plain_int(number, 1, MAX_EXPERTS)
         if stated is None and self.num_logical_experts is None:
-            held = np.unique(slots[slots != EMPTY_SLOT])
-            if not len(held) or not np.array_equal(held, np.arange(len(held))):
+            stated = count_experts(slots)
+            if stated is None:
                 raise AskError(f"{where}: not every expert is in its map; give --num-experts")
-            stated = len(held)
         if stated is not None and self.num_logical_experts not in (None, stated):
             raise DumpError(f"{where}: {stated} experts where records before had {self.num_logical_experts}")
         self.num_logical_experts = self.num_logical_experts or stated
@@ -103,7 +110,7 @@ class _Lines:
             )
 
     def chunks(self) -> Iterator[Chunk]:
-        """The records as chunks of one placement, each step once and in order. Raises DumpError."""
+        """The records in chunks with one placement each, each step once and in order. Raises DumpError."""
         seen: dict[int, int] = {}
         held: list[tuple[int, Counts, Int32, int | None]] = []
         repeated = others = count = 0
@@ -120,7 +127,7 @@ class _Lines:
             count += 1
             digest = zlib.crc32(np.ascontiguousarray(load, np.int64).data.cast("B"))
             if step in seen and seen[step] == digest:
-                # Several ranks, which all have the sums, appended to one file.
+                # Several ranks appended the same sums to one file.
                 repeated += 1
                 continue
             if step in seen or step < last:
@@ -173,7 +180,7 @@ class _Lines:
         if self.options.renumber:
             self.unknown["step_numbers"] = "the numbers of steps: records are counted from 0 (--renumber)"
         gaps = np.diff(steps)
-        # Some records may be missing; steps that are not on one beat were not sampled on any.
+        # Some records may be missing. If gaps are not multiples of the smallest, there was no interval.
         least = int(gaps.min()) if len(gaps) else 1
         interval = least if least <= MAX_LOAD and not (gaps % least).any() else 1
         if len(gaps) and gaps.max() > 1:
