@@ -1,4 +1,4 @@
-"""Validation of what an engine passes to the writer."""
+"""Validation of the writer's arguments. Each function raises TypeError or ValueError naming the argument."""
 
 from __future__ import annotations
 
@@ -8,33 +8,28 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-#: A thread cannot wait for much longer than this, three decades.
+from eplb_dump.format.schema import RUN_ID_PATTERN, Scope
+
+#: Three decades; a thread cannot wait for much longer.
 _MOST_SECONDS = 1e9
-
-
-#: Characters of JSON; of a larger session.json no reader would take a byte.
+#: Characters of JSON. Readers refuse a session.json that is much larger.
 _MAX_CONFIG = 1 << 20
 
 
-def package_version() -> str:
-    from eplb_dump.format import __version__
-
-    return __version__
-
-
 def new_session_id(now_ns: int, host: str) -> str:
-    """Unique by time, host, process and chance; sorts by time."""
+    """A name that is unique by time, host, process and a random number, and sorts by time."""
     moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_ns // 10**9))
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in host)[:40]
     return f"{moment}.{now_ns % 10**9:09d}Z-{name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def is_integer(value: Any) -> bool:
-    """An int or a numpy integer, no bool. A tensor is none: on CUDA, reading it would wait."""
+    """Whether it is an int or a numpy integer. A tensor is not: reading it would wait for the device."""
     return type(value) is int or isinstance(value, np.integer)
 
 
@@ -56,6 +51,33 @@ def require_seconds(name: str, value: Any) -> float:
     if not 0 < value <= _MOST_SECONDS:
         raise ValueError(f"{name} must be above 0 seconds and at most {_MOST_SECONDS:.0e}, not {value!r}")
     return float(value)
+
+
+def require_path(name: str, value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, not {type(value).__name__}")
+    return Path(value)
+
+
+def require_name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be the model's name, not {value!r}")
+    return value
+
+
+def require_scope(value: Any) -> Scope:
+    if not isinstance(value, str) or value not in {s.value for s in Scope}:
+        raise ValueError(f'scope must be "local" or "global", not {value!r}')
+    return Scope(value)
+
+
+def require_run_id(value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and RUN_ID_PATTERN.fullmatch(value)):
+        raise ValueError(
+            f"run_id must be 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter "
+            f"or digit, not {value!r}"
+        )
+    return value
 
 
 def require_text(name: str, value: Any) -> str | None:
@@ -81,7 +103,7 @@ def require_json_mapping(name: str, value: Mapping[str, Any] | None) -> dict[str
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping, not {type(value).__name__}")
     try:
-        # As it will be read back: keys become texts, and later changes of it do not show.
+        # A copy, as it will be read back: keys become strings.
         text = json.dumps(dict(value), allow_nan=False)
         fields: dict[str, Any] = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:

@@ -13,20 +13,21 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from eplb_dump.format import journal, manifest, segment
-from eplb_dump.format.journal import Int32, Int64, JournalAppender, Shape, StepRows
-from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, FormatError, Status
+from eplb_dump.encoder import Encoder
+from eplb_dump.format import manifest, segment
+from eplb_dump.format.journal import JournalAppender, Shape
+from eplb_dump.format.schema import FormatError, Status
 from eplb_dump.format.session import SessionInfo, write_session_file
-from eplb_dump.staging import Entry, Ring
+from eplb_dump.format.session_writer import SessionWriter
+from eplb_dump.staging import Entry, release
 
 logger = logging.getLogger("eplb_dump")
 
@@ -34,9 +35,6 @@ logger = logging.getLogger("eplb_dump")
 #: is, the fewer calls: after each the thread must win the interpreter lock back from the engine's.
 BATCH_STEPS = 256
 BATCH_BYTES = 16 << 20
-
-
-LAST_MAP_INVALID = "the last physical_to_logical_map was not valid"
 
 
 @dataclass(frozen=True)
@@ -60,32 +58,19 @@ class Background:
         final_stats: Callable[[], dict[str, Any]],
     ) -> None:
         self._folder = folder
-        self._info = info
         self._entries = entries
         self._limits = limits
         self._final_stats = final_stats
-        self._segment_window = info.segment_steps * info.interval
-        self._appender: JournalAppender | None = None
-        self._opened_at = 0.0
-        self._seq = 0
-        #: The steps that the open segment may hold; an empty range before the first.
-        self._window_start = self._window_end = 0
-        self._shape: Shape | None = None
-        self._placement: Int32 | None = None
-        self._placement_ep_size = 0
-        #: A map that came before any load told how many layers there are, its step and EP size.
-        self._early: tuple[Int32, int, int] | None = None
-        #: Why the last placement that came cannot be used; loads under it are rejected.
-        self._placement_fault: str | None = None
-        self._largest = 0
         self._wake = threading.Event()
         self._closing = False
+        #: Warnings to log, also from the engine's thread, on which logging may do I/O.
         self.notices: deque[str] = deque(maxlen=64)
         self._noticed: set[str] = set()
         self._written = threading.Condition()
-        # Counters: written by the background thread only, read by anyone.
+        self._encoder = Encoder(info, self.notices.append)
+        # Counters: written by the background threads only, read by anyone.
         self.consumed = 0
-        self.rejected: Counter[str] = Counter()
+        self.rejected = self._encoder.rejected
         self.lost = 0
         #: Steps that have no row in ``steps``, as recording stopped.
         self.unlisted = 0
@@ -96,6 +81,7 @@ class Background:
         self.off: str | None = None
         self._gave_up = False
         self._to_seal: queue.SimpleQueue[JournalAppender | None] = queue.SimpleQueue()
+        self._session = SessionWriter(folder, info, self._to_seal.put)
         name = f"eplb-dump-rank{info.ep_rank}"
         self._sealer = threading.Thread(target=self._seal_loop, name=f"{name}-seal", daemon=True)
         self._drainer = threading.Thread(target=self._drain_loop, name=name, daemon=True)
@@ -127,9 +113,9 @@ class Background:
     def abandon_in_child(self) -> None:
         """After a fork, in the child: the files are the parent's; let go of them."""
         self.off = "the process was forked; make a writer in the child"
-        if self._appender is not None:
+        if self._session.journal is not None:
             with contextlib.suppress(OSError):
-                self._appender.close()
+                self._session.journal.close()
 
     # ---- the drainer's thread
 
@@ -143,9 +129,9 @@ class Background:
             self._say_notices()
             try:
                 self._drain()
-                self._rotate_if_due()
+                self._end_segment_if_due()
                 if closing:
-                    self._rotate()
+                    self._session.end_segment()
                     self._to_seal.put(None)
             except Exception as error:  # whatever happens here must not reach the engine
                 self._give_up(error)
@@ -169,10 +155,10 @@ class Background:
         if self.off is None:
             self.off = _reason(error)
             logger.warning("expert-load recording is off, the engine goes on: %s: %s", self._folder, self.off)
-        if self._appender is not None:
+        if self._session.journal is not None:
             with contextlib.suppress(OSError):
-                self._appender.close()
-            self._appender = None
+                self._session.journal.close()
+            self._session.journal = None
         self._discard()
         with self._written:
             self._gave_up = True
@@ -182,7 +168,7 @@ class Background:
         """Give back the buffers of what can no longer be written."""
         while self._entries:
             entry = self._entries.popleft()
-            _release([entry.load, entry.placement])
+            release([entry.load, entry.placement])
             self._lose([entry.status])
 
     def _lose(self, status: Sequence[int]) -> None:
@@ -194,273 +180,74 @@ class Background:
         if self.off is not None:
             self._discard()
             return
-        entries = self._entries
-        # What comes meanwhile waits for the next round: many small batches would cost the engine's
-        # Python more meetings over the interpreter lock.
-        due = len(entries)
+        # What comes meanwhile waits for the next round: with many small batches, the engine's Python
+        # would have to wait for the interpreter lock more often.
+        due = len(self._entries)
         while due > 0:
-            batch = [entries.popleft()]
-            self._begin_segment_if_due(batch[0])
-            load, ep_size = batch[0].load, batch[0].ep_size
-            room = BATCH_STEPS
-            # The usual case, in few words, as the engine's Python waits meanwhile: what follows in the
-            # same ring and window goes into the same batch.
-            while entries and len(batch) < room:
-                entry = entries[0]
-                inside = self._window_start <= entry.step < self._window_end
-                if not inside and entry.status is not Status.REJECTED:  # whose step may be a wrong one
-                    break
-                if entry.load is not None:
-                    if load is None:  # the first load tells the shape
-                        if self._shape is not None and self._shape != _shape_of(entry):
-                            break
-                    elif (
-                        entry.load[0] is not load[0]
-                        or entry.load[1] != load[1] + 1
-                        or entry.ep_size != ep_size
-                    ):
-                        break
-                    room = min(BATCH_STEPS, 1 + BATCH_BYTES // entry.load[0].slot_bytes)
-                    load, ep_size = entry.load, entry.ep_size
-                batch.append(entries.popleft())
-            if load is not None and self._shape is None:
-                self._shape = Shape(ep_size, *load[0].shape)
+            batch = self._next_batch()
             due -= len(batch)
             self._write(batch)
 
-    def _begin_segment_if_due(self, entry: Entry) -> None:
-        """Rotate where an entry is of another window of steps or another shape than the journal."""
-        if entry.status is Status.REJECTED:
-            return
-        other_window = not self._window_start <= entry.step < self._window_end
-        other_shape = entry.load is not None and self._shape not in (None, _shape_of(entry))
-        if other_window or other_shape:
-            if self._window_end:
-                self._rotate()
-            self._window_start = entry.step - entry.step % self._segment_window
-            self._window_end = self._window_start + self._segment_window
+    def _next_batch(self) -> list[Entry]:
+        """Take what goes into one batch off the queue: steps of one segment, loads of one ring."""
+        entries, session = self._entries, self._session
+        batch = [entries.popleft()]
+        load, ep_size = batch[0].load, batch[0].ep_size
+        if batch[0].status is not Status.REJECTED:  # its step may be a wrong one
+            session.begin_batch(batch[0].step, _shape_of(batch[0]))
+        room = BATCH_STEPS
+        # In few words, as the engine's Python waits meanwhile.
+        while entries and len(batch) < room:
+            entry = entries[0]
+            if entry.step not in session.window and entry.status is not Status.REJECTED:
+                break
+            if entry.load is not None:
+                if load is None:  # the first load decides the shape
+                    if session.shape not in (None, _shape_of(entry)):
+                        break
+                elif entry.load[0] is not load[0] or entry.load[1] != load[1] + 1 or entry.ep_size != ep_size:
+                    break
+                room = min(BATCH_STEPS, 1 + BATCH_BYTES // entry.load[0].slot_bytes)
+                load, ep_size = entry.load, entry.ep_size
+            batch.append(entries.popleft())
+        if load is not None and session.shape is None:
+            session.shape = Shape(ep_size, *load[0].shape)
+        return batch
 
-    def _note_shape(self, shape: Shape) -> None:
-        """Complete session.json by the shapes, which are first known now."""
-        if self._info.num_moe_layers is not None:
-            return
-        self._info = dataclasses.replace(
-            self._info,
-            num_moe_layers=shape.num_moe_layers,
-            num_physical_experts=shape.num_physical_experts,
-        )
-        write_session_file(self._folder, self._info)
+    def _note_shape(self) -> None:
+        """Complete session.json with the shape of the first recorded load."""
+        info, shape = self._session.info, self._session.shape
+        if info.num_moe_layers is None and shape is not None:
+            self._session.info = dataclasses.replace(
+                info,
+                num_moe_layers=shape.num_moe_layers,
+                num_physical_experts=shape.num_physical_experts,
+            )
+            write_session_file(self._folder, self._session.info)
 
     def _write(self, batch: Sequence[Entry]) -> None:
-        """Append one batch: placements, then loads, then the steps frame that commits them.
-
-        The loads of a batch lie in consecutive buffers of one ring.
-        """
+        """Append one batch, whose loads are in consecutive buffers of one ring."""
         status = np.array([entry.status for entry in batch], np.uint8)
         try:
-            parts = self._encode(batch, status)
-            self._open_journal().append(*parts)
+            frames = self._encoder.encode(batch, status, self._session.window.start)
+            if (status == Status.RECORDED).any():
+                self._note_shape()
+            self._session.append(*frames)
         except Exception:
             self._lose(status.tolist())
             raise
-        self.bytes_written += sum(map(len, parts))
+        self.bytes_written += sum(map(len, frames))
         with self._written:
             self.consumed += len(batch)
             self._written.notify_all()
 
-    def _encode(self, batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> list[bytes]:
-        """The frames of a batch; sets ``status`` to rejected where a load cannot be recorded."""
-        staged = [i for i, entry in enumerate(batch) if entry.load is not None]
-        parts: list[bytes] = []
-        if staged:
-            first, last = batch[staged[0]].load, batch[staged[-1]].load
-            assert first is not None
-            assert last is not None
-            ring, low, high = first[0], first[1], last[1]
-            ring.wait(low, high)  # for the placements beside the loads, too
-        if staged:
-            parts += self._early_placement()
-        if staged and batch[staged[0]].placement is None:
-            parts += self._restate_placement(batch[staged[0]])
-        changes, faults = self._take_placements(batch)
-        parts += changes
-        if staged:
-            load = ring.host[low : high + 1]
-            faults = self._judge(load, [faults[i] for i in staged])
-            good = [i for i, fault in enumerate(faults) if fault is None]
-            for i, fault in enumerate(faults):
-                if fault is not None:
-                    status[staged[i]] = Status.REJECTED
-                    self.rejected[fault] += 1
-                    self.notices.append(f"a step was rejected and is counted: {fault}")
-            if good:
-                assert self._shape is not None
-                self._note_shape(self._shape)
-                chosen = load if len(good) == len(load) else load[good]
-                steps = np.array([batch[staged[i]].step for i in good], np.int64)
-                parts.append(self._loads_frame(steps, chosen))
-            ring.release(len(staged))
-        step, time_ns, monotonic_ns, _, num_tokens, phase, *_ = zip(*batch, strict=True)
-        phases = tuple(name for name in dict.fromkeys(phase) if name is not None)
-        code: dict[str | None, int] = {name: i for i, name in enumerate(phases)}
-        rows = StepRows(
-            step=np.array(step, np.int64),
-            time_ns=np.array(time_ns, np.int64),
-            monotonic_ns=np.array(monotonic_ns, np.int64),
-            status=status,
-            num_tokens=np.array(num_tokens, np.int64),
-            phase=np.array([code.get(name, -1) for name in phase], np.int16),
-            phases=phases,
-        )
-        parts.append(journal.steps_frame(rows))
-        return parts
-
-    def _judge(self, load: npt.NDArray[Any], faults: list[str | None]) -> list[str | None]:
-        """Why each load ``[n, layers, physical]`` cannot be recorded; None: it can."""
-        # Seen as unsigned, a negative count is a huge one: one pass finds both faults.
-        limit = min(MAX_LOAD, int(np.iinfo(load.dtype).max))
-        self._largest = int(load.view(f"u{load.dtype.itemsize}").max())
-        if self._largest <= limit:
-            return faults
-        self._largest = MAX_LOAD
-        for i, one in enumerate(load):
-            if faults[i] is None and int(one.view(f"u{one.dtype.itemsize}").max()) > limit:
-                negative = one.dtype.kind == "i" and int(one.min()) < 0
-                faults[i] = "negative counts" if negative else f"counts above {MAX_LOAD}"
-        return faults
-
-    def _take_placements(self, batch: Sequence[Entry]) -> tuple[list[bytes], list[str | None]]:
-        """Frames for placements that changed, and each entry's fault where its placement is none."""
-        given = [entry.placement for entry in batch if entry.placement is not None]
-        for entry in batch:
-            if entry.load is None and entry.placement is not None:  # else the load's event stands for both
-                entry.placement[0].wait(entry.placement[1], entry.placement[1])
-        differs = iter(self._differing(batch, given))
-        parts: list[bytes] = []
-        faults: list[str | None] = []
-        taken = True
-        for entry in batch:
-            if entry.placement is None:
-                faults.append(LAST_MAP_INVALID if self._placement_fault is not None else None)
-                continue
-            # Told is whether it differs from the one before, which may not have been taken.
-            if next(differs) or not taken:
-                ring, index = entry.placement
-                taken = entry.load is not None or self._fits(entry, ring.host[index])
-                if taken:
-                    parts += self._take_placement(entry, ring.host[index])
-            faults.append(self._placement_fault)
-        _release(given)
-        return parts, faults
-
-    def _differing(self, batch: Sequence[Entry], given: Sequence[tuple[Ring, int]]) -> list[bool]:
-        """Which of the given placements may differ from the one before, told in one pass for all."""
-        if not given:
-            return []
-        ring, low = given[0]
-        high = given[-1][1]
-        if given[-1][0] is not ring or high - low + 1 != len(given):
-            return [True] * len(given)
-        maps = ring.host[low : high + 1]
-        first = (
-            self._placement_fault is not None
-            or self._placement is None
-            or self._placement.shape != tuple(ring.shape)
-            or self._placement_ep_size != batch[-1].ep_size
-            or bool((maps[0] != self._placement).any())
-        )
-        later: list[bool] = (maps[1:] != maps[:-1]).any(axis=(1, 2)).tolist()
-        return [first, *later]
-
-    def _fits(self, entry: Entry, raw: npt.NDArray[Any]) -> bool:
-        """Whether a map without a load can be one of the model, as far as is known; else it is left out.
-
-        The load can have been rejected since it was of something else, and then the map is, too.
-        """
-        layers = self._num_moe_layers()
-        if layers is None:
-            self._early = raw.astype(np.int32), entry.step, entry.ep_size
-        elif raw.shape[0] != layers or raw.shape[1] % entry.ep_size:
-            self.notices.append("a physical_to_logical_map of another shape came without a load; left out")
-        else:
-            return True
-        return False
-
-    def _num_moe_layers(self) -> int | None:
-        if self._shape is not None:
-            return self._shape.num_moe_layers
-        named = self._info.moe_layers
-        return self._info.num_moe_layers if named is None else len(named)
-
-    def _early_placement(self) -> list[bytes]:
-        """The frame of a map that came before the first load, which has come and tells how many layers."""
-        if self._early is None:
-            return []
-        (raw, step, ep_size), self._early = self._early, None
-        entry = Entry(max(step, self._window_start), 0, 0, Status.NOT_SAMPLED, -1, None, ep_size, None, None)
-        return self._take_placement(entry, raw) if self._fits(entry, raw) else []
-
-    def _take_placement(self, entry: Entry, raw: npt.NDArray[Any]) -> list[bytes]:
-        """Frames for the layers whose placement changed; a copy is kept to compare the next with."""
-        if entry.load is not None and raw.shape != tuple(entry.load[0].shape):
-            self._placement_fault = "physical_to_logical_map is not of expert_load's shape"
-            return []
-        if int(raw.min()) < EMPTY_SLOT or int(raw.max()) >= self._info.num_logical_experts:
-            self._placement_fault = "physical_to_logical_map names an expert that does not exist"
-            return []
-        self._placement_fault = None
-        before, now = self._placement, raw.astype(np.int32)
-        self._placement = now
-        if before is None or before.shape != now.shape or self._placement_ep_size != entry.ep_size:
-            return self._placement_frame(entry, np.arange(len(now)))
-        changed = np.flatnonzero((before != now).any(axis=1))
-        return self._placement_frame(entry, changed) if len(changed) else []
-
-    def _restate_placement(self, entry: Entry) -> list[bytes]:
-        """Where only ep_size changed, the same map means other ranks: state it anew."""
-        assert entry.load is not None
-        if self._placement is None or self._placement_ep_size == entry.ep_size:
-            return []
-        if self._placement.shape != tuple(entry.load[0].shape):  # of before; the new one is not known
-            return []
-        return self._placement_frame(entry, np.arange(len(self._placement)))
-
-    def _placement_frame(self, entry: Entry, layers: npt.NDArray[np.intp]) -> list[bytes]:
-        assert self._placement is not None
-        self._placement_ep_size = entry.ep_size
-        step = np.full(len(layers), entry.step, np.int64)
-        rows = self._placement[layers]
-        return [journal.placements_frame(step, layers.astype(np.int32), rows, entry.ep_size)]
-
-    def _loads_frame(self, step: Int64, load: npt.NDArray[Any]) -> bytes:
-        """``load`` [n, layers, physical], in the narrowest type that holds the batch's largest count."""
-        dtype = np.uint8 if self._largest < 1 << 8 else np.uint16 if self._largest < 1 << 16 else np.int32
-        assert self._shape is not None
-        n, layers, physical = load.shape
-        narrow = np.empty((layers, n, physical), dtype)
-        np.copyto(narrow, load.transpose(1, 0, 2), casting="unsafe")
-        return journal.loads_frame(step, narrow, self._shape.ep_size)
-
-    def _open_journal(self) -> JournalAppender:
-        if self._appender is None:
-            self._appender = JournalAppender(self._folder, self._info, self._seq)
-            self._opened_at = time.monotonic()
-            self._seq += 1
-        return self._appender
-
-    def _rotate_if_due(self) -> None:
-        if self._appender is not None and (
-            self._appender.size >= self._limits.segment_bytes
-            or time.monotonic() - self._opened_at >= self._limits.segment_seconds
+    def _end_segment_if_due(self) -> None:
+        journal = self._session.journal
+        if journal is not None and (
+            journal.size >= self._limits.segment_bytes
+            or time.monotonic() - journal.opened_at >= self._limits.segment_seconds
         ):
-            self._rotate()
-
-    def _rotate(self) -> None:
-        """Hand the open journal to the sealer; the next batch opens a new one."""
-        self._shape = None
-        if self._appender is not None:
-            self._to_seal.put(self._appender)
-            self._appender = None
+            self._session.end_segment()
 
     # ---- the sealer's thread
 
@@ -478,7 +265,7 @@ class Background:
         self._say_notices()  # those that came up after the drainer's last look
         if self.off is None and not self.segments_left_open:
             with contextlib.suppress(OSError, FormatError):
-                manifest.close_manifest(self._folder, self._info, self._final_stats())
+                manifest.close_manifest(self._folder, self._session.info, self._final_stats())
 
 
 def _reason(error: Exception) -> str:
@@ -488,13 +275,6 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else repr(error)
 
 
-def _shape_of(entry: Entry) -> Shape:
-    """The shape of an entry that has a load."""
-    assert entry.load is not None
-    return Shape(entry.ep_size, *entry.load[0].shape)
-
-
-def _release(buffers: Iterable[tuple[Ring, int] | None]) -> None:
-    for buffer in buffers:
-        if buffer is not None:
-            buffer[0].release(1)
+def _shape_of(entry: Entry) -> Shape | None:
+    """The shape of an entry's load, if it has one."""
+    return None if entry.load is None else Shape(entry.ep_size, *entry.load[0].shape)

@@ -1,10 +1,10 @@
-"""How the ranks of one engine start agree on a run without talking to each other.
+"""How the ranks of one engine start agree on a run without communicating.
 
-The sure way is one ``run_id`` given to all of them, or EXPERT_LOAD_DUMP_RUN_ID in their environment.
-Without it they meet in the dump folder: a rank joins the newest run if that is young, of the same
-shape and start (launcher's variables; on one host the parent process), and has no such rank yet;
-else it makes the next one. Both claims are single ``mkdir`` calls, which are atomic on local and
-network file systems alike.
+The safe way is to give all of them one ``run_id``, or EXPERT_LOAD_DUMP_RUN_ID in their environment.
+Without it they use the dump folder: a rank joins the newest run if that run is young, has the same
+shape and launch (the launcher's variables; on one host also the parent process) and does not have
+this rank yet. Otherwise it creates the next run. Both claims are single ``mkdir`` calls, which are
+atomic on local and network file systems.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from eplb_dump.format.schema import (
 from eplb_dump.format.session import SessionInfo, load_json
 
 RUN_ID_VARIABLE = "EXPERT_LOAD_DUMP_RUN_ID"
-#: Ranks that start later than this after the first one begin a run of their own.
+#: A rank that starts later than this after the first one creates a new run.
 JOIN_WINDOW_SECONDS = 600.0
-#: What launchers set alike for all ranks of one start; a run of another launch is not joined.
+#: Launchers set these to the same value for all ranks of one start.
 _LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "RAY_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -42,31 +42,21 @@ def launch_of(environment: Mapping[str, str]) -> dict[str, str]:
     return {**launch, "parent": f"{socket.gethostname()}:{os.getppid()}"}
 
 
-def claim_run(
-    root: Path,
-    model: str,
-    *,
-    ep_rank: int,
-    ep_size: int,
-    scope: Scope,
-    num_logical_experts: int,
-    launch: dict[str, str],
-) -> str:
-    """Claim this rank's place in the newest joinable run, or in a new one. Raises OSError."""
+def claim_run(root: Path, info: SessionInfo) -> str:
+    """Claim a rank's place in the newest run that it can join, or in a new one. Raises OSError."""
     root.mkdir(parents=True, exist_ok=True)
-    slug = f"{MODEL_PREFIX}{model_slug(model)}"
-    wanted = (ep_size, scope, num_logical_experts, launch)
+    slug = f"{MODEL_PREFIX}{model_slug(info.model)}"
     for _ in range(1000):
         runs = root.glob(f"{RUN_PREFIX}[0-9]*")
         numbers = [int(p.name[len(RUN_PREFIX) :]) for p in runs if _is_numbered(p)]
         newest = max(numbers, default=0)
-        if newest and _joinable(root / f"{RUN_PREFIX}{newest:06d}", slug, wanted):
+        if newest and _joinable(root / f"{RUN_PREFIX}{newest:06d}", slug, info):
             folder = root / f"{RUN_PREFIX}{newest:06d}" / slug
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(exist_ok=True)
-                (folder / rank_folder(ep_rank)).mkdir()
+                (folder / rank_folder(info.ep_rank)).mkdir()
                 return f"{newest:06d}"
-        # Another rank may make it first: then the next round finds it.
+        # Another rank may create it first; then the next round finds it.
         with contextlib.suppress(FileExistsError):
             (root / f"{RUN_PREFIX}{newest + 1:06d}").mkdir()
     raise FileExistsError(f"no run could be claimed in {root}")
@@ -74,23 +64,26 @@ def claim_run(
 
 def _is_numbered(path: Path) -> bool:
     name = path.name[len(RUN_PREFIX) :]
-    # Not a run_id that was given and only looks like a number.
+    # Not a given run_id that only looks like a number.
     return name.isascii() and name.isdigit() and name == f"{int(name):06d}" and path.is_dir()
 
 
-def _joinable(run: Path, slug: str, wanted: tuple[int, Scope, int, dict[str, str]]) -> bool:
-    """Whether a run is young and, where the same model is in it, of the same shape and launch."""
+def _joinable(run: Path, slug: str, own: SessionInfo) -> bool:
+    """Whether a run is young, of the same launch and, if the same model is in it, of the same shape."""
     oldest = time.time_ns()
     for info, folder in _sessions(run):
         oldest = min(oldest, info.created_unix_ns)
-        shape = (info.ep_size, info.scope, info.num_logical_experts)
-        if _other_launch(info.launch, wanted[3]) or (folder == slug and shape != wanted[:3]):
+        if _other_launch(info.launch, own.launch) or (folder == slug and _shape(info) != _shape(own)):
             return False
     return time.time_ns() - oldest <= JOIN_WINDOW_SECONDS * 1e9
 
 
+def _shape(info: SessionInfo) -> tuple[int, Scope, int]:
+    return info.ep_size, info.scope, info.num_logical_experts
+
+
 def _other_launch(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Whether two processes are of different starts. On one host, those of one start share a parent."""
+    """Whether two processes belong to different starts. On one host, those of one start share a parent."""
     host, other_host = (launch.get("parent", "").rpartition(":")[0] for launch in (one, other))
     names = set(one) | set(other)
     if host != other_host:

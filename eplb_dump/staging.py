@@ -1,186 +1,198 @@
-"""Staging: preallocated host buffers that a tensor is copied into on the engine's thread.
+"""Staging: copies a step's load and placement into buffers, on the engine's thread.
 
-A :class:`Ring` holds buffers of one shape and type, one after another in memory, so that the
-background thread can work on many steps in one call. Taking, filling and giving back a buffer
-allocates nothing; a CUDA tensor is copied asynchronously on the engine's current stream, and an
-event tells the background thread when the copy is done. torch is never imported here: it is used
-only where the engine already has.
+Nothing is taken before the step is queued, so a step that is refused leaves nothing to undo.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from eplb_dump.format.schema import Status
+from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Status
+from eplb_dump.ring import Ring, StagingError
 
-# Not ctypes.memmove, which gives up the interpreter lock for the copy's microseconds: a thread that
-# gives it up and takes it back at once, every step, starves the one that waits for it.
-_memmove = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes._memmove_addr  # type: ignore[attr-defined]
-)
+#: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
+_PLACEMENT_BUFFERS = 64
 
-
-class StagingError(ValueError):
-    """A tensor that cannot be staged; the text is the reason that the step is rejected for."""
+#: A buffer: its ring and its index.
+Buffer: TypeAlias = tuple[Ring, int]
 
 
-class Ring:
-    """``count`` buffers for tensors like ``example``, used and released in order.
+class Entry(NamedTuple):
+    """One step on its way from the engine's thread to the journal."""
 
-    One thread takes (the engine's) and one releases (the background thread); neither waits for the
-    other, as each writes counters of its own.
+    step: int
+    time_ns: int
+    monotonic_ns: int
+    status: Status
+    num_tokens: int
+    phase: str | None
+    ep_size: int
+    load: Buffer | None
+    placement: Buffer | None
+
+
+class Staged(NamedTuple):
+    """Filled buffers of one step, not taken yet."""
+
+    load: Buffer | None = None
+    placement: Buffer | None = None
+    #: The tensor that ``placement`` was copied from.
+    placement_tensor: Any = None
+
+
+class Refused(NamedTuple):
+    """Why a step cannot be staged."""
+
+    reason: str
+    #: ``expert_load``, ``ep_size``, ``placement`` (or the copy itself), or ``queue``: it is full.
+    cause: str
+
+
+NOTHING = Staged()
+_QUEUE_IS_FULL = Refused("the queue is full", "queue")
+
+
+class Staging:
+    """The rings of one writer, and what is known of the placement that was staged last.
 
     Attributes:
-        host: numpy array ``[count, layers, physical]``, all buffers.
+        placement_lost: a placement was handed over and could not be kept, so the placement in force
+            is not known until the next one comes.
     """
 
-    __slots__ = (
-        "_addresses",
-        "_base",
-        "_bytes",
-        "_current_stream",
-        "_device",
-        "_dtype",
-        "_events",
-        "_plain",
-        "_released",
-        "_streams",
-        "_taken",
-        "_targets",
-        "count",
-        "host",
-        "is_torch",
-        "shape",
-        "slot_bytes",
-    )
+    def __init__(self, num_moe_layers: int | None, queue_steps: int, queue_bytes: int) -> None:
+        """``num_moe_layers``: as many as the writer's ``moe_layers`` names, if it was given."""
+        self.placement_lost = False
+        self._named_layers = num_moe_layers
+        #: Of the first load that was queued.
+        self._num_moe_layers: int | None = None
+        self._queue_steps = queue_steps
+        self._queue_bytes = queue_bytes
+        self._loads: Ring | None = None
+        self._placements: Ring | None = None
+        #: The background thread is woken when so many loads wait.
+        self._many = 1
+        self._changes = ChangeDetector()
+        #: The ring of the load that the last placement came with. With another ring, and so another
+        #: shape, an unchanged placement is staged again, to be rejected.
+        self._staged_with: Ring | None = None
 
-    def __init__(self, example: Any, count: int) -> None:
-        """Raises StagingError where the example is not an integer tensor of two dimensions."""
-        torch = sys.modules.get("torch")
-        self.is_torch = torch is not None and isinstance(example, torch.Tensor)
-        if not self.is_torch and not isinstance(example, np.ndarray):
-            raise StagingError(f"neither a torch tensor nor a numpy array but {type(example).__name__}")
-        if example.ndim != 2 or 0 in example.shape:
-            raise StagingError(f"of shape {tuple(example.shape)}, not [layers, physical experts]")
-        self.count = count
-        self.shape = example.shape
-        self._dtype = example.dtype
-        self._device: Any = None
-        self._current_stream: Any = None
-        self._events: list[Any] = []
-        #: The stream that each event was last recorded on.
-        self._streams: list[int] = []
-        self._bytes: list[memoryview] = []
-        self._addresses: list[int] = []
-        self._plain: Any = None
-        self._taken = self._released = self._base = 0
-        if self.is_torch:
-            self._allocate_torch(torch, example)
-        else:
-            if self._dtype.kind not in "iu" or not self._dtype.isnative:
-                raise StagingError(f"of type {self._dtype}, not an integer type")
-            self.host = np.empty((count, *self.shape), self._dtype)
-            self._targets = list(self.host)
-            self._bytes = [memoryview(buffer).cast("B") for buffer in self.host]
-        self.slot_bytes = max(1, self.host.nbytes // max(1, count))
+    def stage(self, load: Any, placement: Any, ep_size: int) -> Staged | Refused:
+        """Copy a load, and its placement if it may have changed. Never waits."""
+        ring = self._loads
+        try:
+            if ring is None or not ring.fits(load):
+                ring = self._loads = self._ring_for_loads(load)
+        except StagingError as error:
+            return Refused(f"expert_load is {error}", "expert_load")
+        except Exception as error:
+            return Refused(f"expert_load cannot be staged: {type(error).__name__}", "expert_load")
+        if ring.shape[1] % ep_size:
+            reason = f"{ring.shape[1]} physical experts do not divide among {ep_size} EP ranks"
+            return Refused(reason, "ep_size")
+        index = ring.free()
+        if index < 0:
+            return _QUEUE_IS_FULL
+        buffer = None
+        try:
+            if placement is not None and not (
+                self._changes.unchanged(placement) and self._staged_with is ring
+            ):
+                buffer = self._copy_placement(placement)
+                if buffer is None:
+                    return _QUEUE_IS_FULL
+            ring.fill(index, load)
+            ring.mark(index)  # of both copies
+        except StagingError as error:
+            return Refused(f"physical_to_logical_map is {error}", "placement")
+        except Exception as error:
+            return Refused(f"the copy failed: {type(error).__name__}", "placement")
+        return Staged((ring, index), buffer, placement)
 
-    def _allocate_torch(self, torch: Any, example: Any) -> None:
-        if example.dtype.is_floating_point or example.dtype.is_complex or example.dtype == torch.bool:
-            raise StagingError(f"of type {example.dtype}, not an integer type")
-        if example.layout != torch.strided or example.device.type == "meta":
-            raise StagingError(f"of layout {example.layout} on {example.device}")
-        self._device = example.device
-        on_gpu = self._device.type == "cuda"
-        # Buffers made under inference_mode could not be written outside of it.
-        with torch.inference_mode(False):
-            block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=on_gpu)
-            self.host = block.numpy()
-            self._targets = list(block)
-        if self._device.type == "cpu":
-            self._plain = torch.Tensor
-            self._addresses = [buffer.data_ptr() for buffer in self._targets]
-        if on_gpu:
-            # blocking: the background thread sleeps until the event instead of spinning.
-            self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
-            self._streams = [0] * self.count
-            self._current_stream = torch.cuda.current_stream
+    def stage_placement(self, placement: Any) -> Staged:
+        """Copy a placement whose load is not recorded, as later steps may rely on it ("None: as before").
 
-    # ---- the engine's thread
+        Raises whatever the tensor raises; ``placement_lost`` is set unless the placement is queued.
+        """
+        if placement is None or self._changes.unchanged(placement):
+            return NOTHING
+        self.placement_lost = True
+        buffer = self._copy_placement(placement)
+        if buffer is None:
+            return NOTHING
+        buffer[0].mark(buffer[1])
+        return Staged(None, buffer, placement)
 
-    def fits(self, tensor: Any) -> bool:
-        return bool(
-            tensor.shape == self.shape
-            and tensor.dtype == self._dtype
-            and (not self.is_torch or tensor.device == self._device)
+    def take(self, staged: Staged) -> None:
+        """Mark the buffers of a step as in use, as it is being queued."""
+        load, placement, tensor = staged
+        if load is not None:
+            load[0].take()
+            self._num_moe_layers = load[0].shape[0]
+        if placement is not None:
+            placement[0].take()
+            self._changes.remember(tensor)
+            self._staged_with = None if load is None else load[0]
+            self.placement_lost = False
+
+    def is_filling(self, staged: Staged) -> bool:
+        """Whether the background thread should be woken before its flush interval is over."""
+        load, placement, _ = staged
+        return (load is not None and load[0].used >= self._many) or (
+            placement is not None and placement[0].used * 4 > placement[0].count
         )
 
-    @property
-    def used(self) -> int:
-        return self._taken - self._released
+    def _copy_placement(self, placement: Any) -> Buffer | None:
+        """Start to copy a placement; None if all buffers are in use."""
+        if self._placements is None or not self._placements.fits(placement):
+            self._placements = self._ring_for_placements(placement)
+        index = self._placements.free()
+        if index < 0:
+            return None
+        self._placements.fill(index, placement)
+        return self._placements, index
 
-    def take(self) -> int:
-        """The index of a free buffer, or -1 where all are in use."""
-        used = self._taken - self._released
-        if used >= self.count:
-            return -1
-        if not used:  # begin anew, with the buffers that are still in the processor's cache
-            self._base = self._taken
-        index = (self._taken - self._base) % self.count
-        self._taken += 1
-        return index
+    def _ring_for_loads(self, load: Any) -> Ring:
+        """Raises StagingError."""
+        count = self._count(load)
+        ring = Ring(load, count)
+        layers, slots = ring.shape
+        if self._named_layers not in (None, layers):
+            raise StagingError(f"of {layers} layers, but moe_layers names {self._named_layers}")
+        if layers > MAX_LAYERS or slots > MAX_EXPERTS:
+            raise StagingError(f"of {layers} layers × {slots} slots, more than the format holds")
+        if self._num_moe_layers not in (None, layers):
+            raise StagingError(f"of {layers} layers, but was of {self._num_moe_layers}")
+        self._many = max(1, count // 4)
+        return ring
 
-    def untake(self) -> None:
-        """Give back the buffer taken last, unused."""
-        self._taken -= 1
+    def _ring_for_placements(self, placement: Any) -> Ring:
+        """A small ring if torch counts the tensor's changes, else one placement per queued step."""
+        # An empty ring first: it checks what kind of object this is.
+        if Ring(placement, 0).is_torch and ChangeDetector.version(placement) is not None:
+            return Ring(placement, _PLACEMENT_BUFFERS)
+        return Ring(placement, self._count(placement))
 
-    def fill(self, index: int, tensor: Any) -> None:
-        """Begin to copy a tensor that fits. Never waits for a device."""
-        if self.is_torch:
-            # A subclass may keep its numbers elsewhere, and a null pointer stands for no memory.
-            if self._addresses and type(tensor) is self._plain and tensor.is_contiguous():
-                address = tensor.data_ptr()
-                if address:
-                    _memmove(self._addresses[index], address, self.slot_bytes)
-                    return
-            self._targets[index].copy_(tensor, non_blocking=True)
-        elif tensor.flags.c_contiguous:
-            self._bytes[index][:] = tensor.data.cast("B")
-        else:
-            np.copyto(self._targets[index], tensor)
-
-    def mark(self, index: int) -> None:
-        """Note on the stream that all copies so far are done by then (CUDA only)."""
-        if self._events:
-            stream = self._current_stream(self._device)
-            self._events[index].record(stream)
-            self._streams[index] = stream.cuda_stream
-
-    # ---- the background thread
-
-    def wait(self, first: int, last: int) -> None:
-        """Wait until buffers ``first`` to ``last`` are filled, without the interpreter lock."""
-        if self._events:
-            # A stream works in order, so its last event stands for all of its.
-            done: set[int] = set()
-            for index in range(last, first - 1, -1):
-                if self._streams[index] not in done:
-                    done.add(self._streams[index])
-                    self._events[index].synchronize()
-
-    def release(self, count: int) -> None:
-        """Give back the ``count`` buffers taken longest ago."""
-        self._released += count
+    def _count(self, tensor: Any) -> int:
+        """How many buffers for tensors like this one the queue may have."""
+        return min(self._queue_steps, max(4, self._queue_bytes // max(1, _bytes_of(tensor))))
 
 
-def slot_bytes(example: Any) -> int:
-    """Bytes of one buffer for tensors like ``example`` (0 where it is no tensor at all)."""
+def release(buffers: Iterable[Buffer | None]) -> None:
+    """Free buffers, each the one of its ring that was taken first."""
+    for buffer in buffers:
+        if buffer is not None:
+            buffer[0].release(1)
+
+
+def _bytes_of(tensor: Any) -> int:
+    """Size of a tensor; 0 if it is not one."""
     try:
-        return int(example.nbytes)
-    except Exception:  # whatever an object answers to that
+        return int(tensor.nbytes)
+    except Exception:  # an object may raise anything here
         return 0
 
 
@@ -189,7 +201,7 @@ def _root(tensor: Any) -> Any:
 
 
 class ChangeDetector:
-    """Tells, without reading it, that a tensor certainly is what it was at the last look.
+    """Knows, without reading a tensor, that it certainly has not changed since the last time.
 
     torch counts in-place writes in a version counter that views share. numpy arrays and inference
     tensors have none, so they always may have changed.
@@ -211,11 +223,11 @@ class ChangeDetector:
 
     @staticmethod
     def _same_storage(tensor: Any, last: Any) -> bool:
-        # The last tensor is kept alive here, so that its memory cannot have become another's.
+        # The last tensor is kept alive here, so its memory cannot have been reused for another.
         return (
             type(tensor) is type(last)
             and not tensor.is_inference()
-            # Only views of one tensor count their versions together: .data and from_numpy do not.
+            # Only views of one tensor share their version counter; .data and from_numpy do not.
             and _root(tensor) is _root(last)
             and tensor.data_ptr() == last.data_ptr()
             and tensor.shape == last.shape
@@ -235,18 +247,3 @@ class ChangeDetector:
             return int(tensor._version)
         except RuntimeError:  # an inference tensor
             return None
-
-
-class Entry(NamedTuple):
-    """One step on its way from the engine's thread to the journal."""
-
-    step: int
-    time_ns: int
-    monotonic_ns: int
-    status: Status
-    num_tokens: int
-    phase: str | None
-    ep_size: int
-    #: The buffers that hold the load and the placement, where there is one.
-    load: tuple[Ring, int] | None
-    placement: tuple[Ring, int] | None

@@ -6,13 +6,10 @@ in :mod:`eplb_dump.background`. docs/reliability.md says what survives which fau
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -21,37 +18,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eplb_dump import rendezvous
+from eplb_dump import process, rendezvous
 from eplb_dump.arguments import (
     is_integer,
     new_session_id,
-    package_version,
     require_integer,
     require_json_mapping,
     require_layers,
+    require_name,
+    require_path,
+    require_run_id,
+    require_scope,
     require_seconds,
     require_text,
 )
-from eplb_dump.background import LAST_MAP_INVALID, Background, Limits
-from eplb_dump.format.schema import (
-    MAX_EXPERTS,
-    MAX_LAYERS,
-    MAX_LOAD,
-    MAX_NUMBER,
-    RUN_ID_PATTERN,
-    Scope,
-    Status,
-)
+from eplb_dump.background import Background, Limits
+from eplb_dump.encoder import LAST_MAP_INVALID
+from eplb_dump.format import __version__
+from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, Status
 from eplb_dump.format.session import SessionInfo, session_path, write_session_file
-from eplb_dump.staging import ChangeDetector, Entry, Ring, StagingError, slot_bytes
+from eplb_dump.staging import NOTHING, Entry, Staged, Staging
 
 logger = logging.getLogger("eplb_dump")
 
 #: Steps without a load (dummies, drops) that may wait for the journal; more are only counted.
 _MAX_WAITING = 1 << 16
-#: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
-_PLACEMENT_SLOTS = 64
-_EXIT_DEADLINE_SECONDS = 5.0
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
 
@@ -134,44 +125,21 @@ class ExpertLoadWriter:
         queue_steps: int = 512,
         queue_bytes: int = 64 << 20,
     ) -> None:
-        if not isinstance(expert_load_dump_dir, str | os.PathLike):
-            kind = type(expert_load_dump_dir).__name__
-            raise TypeError(f"expert_load_dump_dir must be a path, not {kind}")
-        root = Path(expert_load_dump_dir)
-        if not isinstance(model, str) or not model:
-            raise ValueError(f"model must be the model's name, not {model!r}")
-        if not isinstance(scope, str) or scope not in {s.value for s in Scope}:
-            raise ValueError(f'scope must be "local" or "global", not {scope!r}')
-        run_id = rendezvous.environment_run_id() if run_id is None else run_id
-        if run_id is not None and not (isinstance(run_id, str) and RUN_ID_PATTERN.fullmatch(run_id)):
-            raise ValueError(
-                f"run_id must be 1 to 128 letters, digits, '.', '_' or '-', beginning with a letter "
-                f"or digit, not {run_id!r}"
-            )
-        self._ep_rank = require_integer("ep_rank", ep_rank, 0)
-        self._ep_size = require_integer("ep_size", ep_size, 1, MAX_EXPERTS)
-        if self._ep_rank >= self._ep_size:
-            raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
-        self._interval = require_integer("interval", interval, 1)
-        self._queue_steps = require_integer("queue_steps", queue_steps, 1)
-        self._queue_bytes = require_integer("queue_bytes", queue_bytes, 1, MAX_NUMBER)
+        root = require_path("expert_load_dump_dir", expert_load_dump_dir)
         limits = Limits(
             require_seconds("flush_interval", flush_interval),
             require_integer("segment_bytes", segment_bytes, 1, MAX_NUMBER),
             require_seconds("segment_seconds", segment_seconds),
         )
-        config = require_json_mapping("engine_config", engine_config)
-        launch = rendezvous.launch_of(os.environ)
-        now = time.time_ns()
-        host = socket.gethostname()
+        now, host = time.time_ns(), socket.gethostname()
         info = SessionInfo(
-            run_id=run_id or "",
-            model=model,
+            run_id=require_run_id(rendezvous.environment_run_id() if run_id is None else run_id) or "",
+            model=require_name("model", model),
             session_id=new_session_id(now, host),
-            ep_rank=self._ep_rank,
-            scope=Scope(scope),
+            ep_rank=require_integer("ep_rank", ep_rank, 0),
+            scope=require_scope(scope),
             num_logical_experts=require_integer("num_logical_experts", num_logical_experts, 1, MAX_EXPERTS),
-            ep_size=self._ep_size,
+            ep_size=require_integer("ep_size", ep_size, 1, MAX_EXPERTS),
             created_unix_ns=now,
             created_monotonic_ns=time.monotonic_ns(),
             host=host,
@@ -182,13 +150,21 @@ class ExpertLoadWriter:
             else require_integer("ranks_per_node", ranks_per_node, 1),
             engine=require_text("engine", engine),
             engine_version=require_text("engine_version", engine_version),
-            engine_config=config,
-            launch=launch,
+            engine_config=require_json_mapping("engine_config", engine_config),
+            launch=rendezvous.launch_of(os.environ),
             token_replication=require_integer("token_replication", token_replication, 1),
-            interval=self._interval,
+            interval=require_integer("interval", interval, 1),
             segment_steps=require_integer("segment_steps", segment_steps, 1),
-            writer_version=package_version(),
+            writer_version=__version__,
         )
+        if info.ep_rank >= info.ep_size:
+            raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
+        self._staging = Staging(
+            None if info.moe_layers is None else len(info.moe_layers),
+            require_integer("queue_steps", queue_steps, 1),
+            require_integer("queue_bytes", queue_bytes, 1, MAX_NUMBER),
+        )
+        self._ep_rank, self._ep_size, self._interval = info.ep_rank, info.ep_size, info.interval
         # One producer at a time: a drafter's thread may record beside the main one. The background
         # thread never takes this lock, so nothing waits for it.
         self._lock = threading.Lock()
@@ -198,53 +174,37 @@ class ExpertLoadWriter:
         self._seen = self._dummy = self._not_sampled = self._accepted = self._unlisted = 0
         self._dropped: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
-        self._loads: Ring | None = None
-        self._maps: Ring | None = None
-        self._wake_at = 1
-        self._map_detector = ChangeDetector()
-        #: The loads' ring when the map was last copied: of another one, its shape may not fit.
-        self._map_came_with: Ring | None = None
-        #: A map was handed over and could not be kept: what holds from then on is not known.
-        self._map_lost = False
-        self._layers: int | None = None
         self._closed = self._ended_well = False
         self._off: str | None = None
         self._background: Background | None = None
+        self.info = info
+        self._start(root, limits)
+        process.register(self, self._abandon_in_child)
+
+    def _start(self, root: Path, limits: Limits) -> None:
+        """Claim a run, create the session's folder and start the threads; if that fails, recording is off."""
         try:
-            if not info.run_id:
-                claimed = rendezvous.claim_run(
-                    root,
-                    model,
-                    ep_rank=self._ep_rank,
-                    ep_size=self._ep_size,
-                    scope=info.scope,
-                    num_logical_experts=info.num_logical_experts,
-                    launch=launch,
-                )
-                info = dataclasses.replace(info, run_id=claimed)
-            folder = session_path(root, info)
-            folder.mkdir(parents=True)
-            write_session_file(folder, info)
+            if not self.info.run_id:
+                self.info = dataclasses.replace(self.info, run_id=rendezvous.claim_run(root, self.info))
+            #: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
+            self.folder = session_path(root, self.info)
+            self.folder.mkdir(parents=True)
+            write_session_file(self.folder, self.info)
         except OSError as error:
             self._off = f"{type(error).__name__}: {error.strerror or error}"
             logger.warning(
                 "expert-load recording is off, the engine goes on: cannot write to %s: %s", root, self._off
             )
-            folder = session_path(root, info)
-        self.info = info
-        #: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
-        self.folder = folder
-        if self._off is None:
-            self._background = Background(
-                folder, info, self._entries, limits, lambda: dataclasses.asdict(self.stats())
-            )
-            try:
-                self._background.start()
-            except RuntimeError as error:  # the interpreter is shutting down, or no thread is to be had
-                self._off = f"no background thread: {error}"
-                logger.warning("expert-load recording is off, the engine goes on: %s", self._off)
-        _open_writers.add(self)
-        _install_exit_hooks()
+            self.folder = session_path(root, self.info)
+            return
+        self._background = Background(
+            self.folder, self.info, self._entries, limits, lambda: dataclasses.asdict(self.stats())
+        )
+        try:
+            self._background.start()
+        except RuntimeError as error:  # the interpreter is shutting down, or no thread is available
+            self._off = f"no background thread: {error}"
+            logger.warning("expert-load recording is off, the engine goes on: %s", self._off)
 
     # ---- the engine's thread
 
@@ -323,7 +283,7 @@ class ExpertLoadWriter:
             if self._closed:
                 return self._ended_well
             self._closed = True
-        _open_writers.discard(self)
+        process.unregister(self)
         if self._background is not None and self._off is None:
             self._ended_well = self._background.close(timeout)
         return self._ended_well
@@ -382,83 +342,34 @@ class ExpertLoadWriter:
         if self._stopped() is not None:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
             return
-        if self._interval > 1 and number % self._interval:
-            if ep_size is not None and is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
-                self._ep_size = int(ep_size)
-            self._not_sampled += self._enqueue(
-                number, Status.NOT_SAMPLED, placement=self._map_alone(placement)
-            )
-            return
-        if placement is None and self._map_lost:
+        sampled = self._interval == 1 or number % self._interval == 0
+        if sampled and placement is None and self._staging.placement_lost:
             self._reject(number, LAST_MAP_INVALID)
             return
         ep_size_before = self._ep_size
         if ep_size is not None:
-            if not is_integer(ep_size) or not self._ep_rank < ep_size <= MAX_LOAD:
+            if is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
+                self._ep_size = int(ep_size)
+            elif sampled:
                 self._reject(number, f"ep_size is not an integer above EP rank {self._ep_rank}")
                 return
-            self._ep_size = int(ep_size)
-        loads = self._loads
-        try:
-            if loads is None or not loads.fits(expert_load):
-                loads = self._loads = self._new_ring(expert_load, self._queue_steps)
-        except StagingError as error:
-            self._reject(number, f"expert_load is {error}", placement)
+        if not sampled:
+            self._not_sampled += self._enqueue(number, Status.NOT_SAMPLED, self._stage_alone(placement))
             return
-        except Exception as error:
-            self._reject(number, f"expert_load cannot be staged: {type(error).__name__}", placement)
-            return
-        if loads.shape[1] % self._ep_size:
-            self._reject(
-                number, f"{loads.shape[1]} physical experts do not divide among {self._ep_size} EP ranks"
-            )
-            self._ep_size = ep_size_before
-            return
-        index = loads.take()
-        if index < 0:
-            self._drop(number, "the queue is full", placement)
-            return
-        maps, map_index = None, -1
-        try:
-            # A map that came with loads of another shape is to be looked at again, and rejected.
-            if placement is not None and not (
-                self._map_detector.unchanged(placement) and self._map_came_with is loads
-            ):
-                maps = self._ring_for_maps(placement)
-                map_index = maps.take()
-                if map_index < 0:
-                    loads.untake()
-                    self._drop(number, "the queue is full", placement)
-                    return
-                maps.fill(map_index, placement)
-            loads.fill(index, expert_load)
-            loads.mark(index)  # of both copies
-        except Exception as error:
-            loads.untake()
-            if maps is not None and map_index >= 0:
-                maps.untake()
-            why = f"physical_to_logical_map is {error}"
-            if not isinstance(error, StagingError):
-                why = f"the copy failed: {type(error).__name__}"
-            self._reject(number, why)
-            return
-        buffer = (loads, index)
-        map_buffer = None if maps is None else (maps, map_index)
-        if not self._enqueue(number, Status.RECORDED, num_tokens, phase, buffer, map_buffer):
-            loads.untake()
-            if maps is not None:
-                maps.untake()
-            return
-        self._accepted += 1
-        self._layers = loads.shape[0]
-        busy = loads.used >= self._wake_at
-        if maps is not None:
-            self._map_detector.remember(placement)
-            self._map_came_with = loads
-            self._map_lost = False
-            busy = busy or maps.used * 4 > maps.count
-        if busy and self._background is not None:
-            self._background.wake()
+        staged = self._staging.stage(expert_load, placement, self._ep_size)
+        if isinstance(staged, Staged):
+            if self._enqueue(number, Status.RECORDED, staged, num_tokens, phase):
+                self._accepted += 1
+                if self._staging.is_filling(staged) and self._background is not None:
+                    self._background.wake()
+        elif staged.cause == "queue":
+            self._drop(number, staged.reason, placement)
+        elif staged.cause == "expert_load":
+            self._reject(number, staged.reason, placement)
+        else:
+            self._reject(number, staged.reason)
+            if staged.cause == "ep_size":
+                self._ep_size = ep_size_before
 
     def _begin(self, step: int | None) -> int | None:
         """Count a step as seen and give it its number; None where it ends here."""
@@ -491,12 +402,11 @@ class ExpertLoadWriter:
         self,
         step: int,
         status: Status,
+        staged: Staged = NOTHING,
         num_tokens: int | None = None,
         phase: str | None = None,
-        load: tuple[Ring, int] | None = None,
-        placement: tuple[Ring, int] | None = None,
     ) -> bool:
-        """Queue a row for ``steps``; False where there is no more room or no one to take it."""
+        """Queue a row for ``steps`` and its buffers; False if the queue is full or recording stopped."""
         why = self._stopped()
         if why is None and len(self._entries) >= _MAX_WAITING:
             why = "the queue is full"
@@ -504,9 +414,6 @@ class ExpertLoadWriter:
             if status in (Status.RECORDED, Status.DUMMY, Status.NOT_SAMPLED):
                 self._dropped[why] += 1
             self._unlisted += 1
-            if placement is not None and load is None:
-                placement[0].untake()
-                self._map_lost = True
             return False
         if num_tokens is None:
             num_tokens = -1
@@ -514,14 +421,25 @@ class ExpertLoadWriter:
             self._notice("num_tokens is not a count and is left out")
             num_tokens = -1
         if isinstance(phase, str):
-            # A subclass, as an enumeration's member is, gives its text and nothing of its own.
+            # Of a subclass, such as a member of an enumeration, only its text.
             phase = str.__str__(phase)
         if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
             self._notice("phase is not a short text and is left out")
             phase = None
+        self._staging.take(staged)
         now, monotonic = time.time_ns(), time.monotonic_ns()
-        # What Entry(…) does, without its call: this runs once a step.
-        fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)
+        fields = (
+            step,
+            now,
+            monotonic,
+            status,
+            num_tokens,
+            phase,
+            self._ep_size,
+            staged.load,
+            staged.placement,
+        )
+        # Faster than Entry(...): this runs once per step.
         self._entries.append(tuple.__new__(Entry, fields))
         self._enqueued += 1
         return True
@@ -534,34 +452,24 @@ class ExpertLoadWriter:
             return "recording is off"
         return None
 
-    def _map_alone(self, placement: Any) -> tuple[Ring, int] | None:
-        """Stage a map whose load is not recorded, as later steps may rely on it ("None: as before")."""
+    def _stage_alone(self, placement: Any) -> Staged:
+        """Stage a placement whose load is not recorded."""
         try:
-            if placement is None or self._map_detector.unchanged(placement):
-                return None
-            maps = self._ring_for_maps(placement)
-            index = maps.take()
-            if index >= 0:
-                maps.fill(index, placement)
-                maps.mark(index)
-                self._map_detector.remember(placement)
-                self._map_came_with, self._map_lost = None, False
-                return maps, index
+            return self._staging.stage_placement(placement)
         except Exception as error:
             self._notice(f"a physical_to_logical_map could not be kept: {type(error).__name__}")
-        self._map_lost = True
-        return None
+            return NOTHING
 
     def _drop(self, step: int, reason: str, placement: Any = None) -> None:
         self._dropped[reason] += 1
-        self._enqueue(step, Status.DROPPED, placement=self._map_alone(placement))
+        self._enqueue(step, Status.DROPPED, self._stage_alone(placement))
         if self._background is not None:
             self._background.wake()
         self._notice(f"steps are dropped and counted: {reason}")
 
     def _reject(self, step: int, reason: str, placement: Any = None) -> None:
         self._rejected[reason] += 1
-        self._enqueue(step, Status.REJECTED, placement=self._map_alone(placement))
+        self._enqueue(step, Status.REJECTED, self._stage_alone(placement))
         self._notice(f"a step was rejected and is counted: {reason}")
 
     def _account_for(self, error: Exception) -> None:
@@ -575,70 +483,10 @@ class ExpertLoadWriter:
         if self._background is not None:
             self._background.notices.append(text)
 
-    def _new_ring(self, expert_load: Any, steps: int) -> Ring:
-        count = min(steps, max(4, self._queue_bytes // max(1, slot_bytes(expert_load))))
-        ring = Ring(expert_load, count)
-        layers = self.info.moe_layers
-        if layers is not None and len(layers) != ring.shape[0]:
-            raise StagingError(f"of {ring.shape[0]} layers, but moe_layers names {len(layers)}")
-        if ring.shape[0] > MAX_LAYERS or ring.shape[1] > MAX_EXPERTS:
-            raise StagingError(
-                f"of {ring.shape[0]} layers × {ring.shape[1]} slots, more than the format holds"
-            )
-        if self._layers not in (None, ring.shape[0]):
-            raise StagingError(f"of {ring.shape[0]} layers, but was of {self._layers}")
-        self._wake_at = max(1, count // 4)
-        return ring
-
-    def _ring_for_maps(self, placement: Any) -> Ring:
-        """The buffers for placements: few where torch counts the map's changes, else one a step."""
-        if self._maps is None or not self._maps.fits(placement):
-            # An empty ring first: it checks the kind of object, and only then it can be asked more.
-            if Ring(placement, 0).is_torch and ChangeDetector.version(placement) is not None:
-                count = _PLACEMENT_SLOTS
-            else:
-                count = min(self._queue_steps, max(4, self._queue_bytes // max(1, slot_bytes(placement))))
-            self._maps = Ring(placement, count)
-        return self._maps
-
-    def _after_fork_in_child(self) -> None:
+    def _abandon_in_child(self) -> None:
         """The parent's session goes on in the parent; in the child this writer is off."""
         self._lock = threading.Lock()
         self._off = "the process was forked; make a writer in the child"
         self._entries = deque()
         if self._background is not None:
             self._background.abandon_in_child()
-
-
-_open_writers: set[ExpertLoadWriter] = set()
-_hooked_pid: int | None = None
-
-
-def _close_open_writers() -> None:
-    """At interpreter exit: close what is open, all together within one deadline."""
-    deadline = time.monotonic() + _EXIT_DEADLINE_SECONDS
-    for writer in list(_open_writers):
-        with contextlib.suppress(Exception):
-            writer.close(max(0.1, deadline - time.monotonic()))
-
-
-def _install_exit_hooks() -> None:
-    global _hooked_pid  # noqa: PLW0603 - once a process
-    if _hooked_pid == os.getpid():
-        return
-    _hooked_pid = os.getpid()
-    # A multiprocessing child leaves by os._exit and runs only multiprocessing's own finalizers.
-    util = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        util.Finalize(None, _close_open_writers, exitpriority=0)
-
-
-def _forked_child() -> None:
-    for writer in list(_open_writers):
-        writer._after_fork_in_child()
-    _open_writers.clear()
-
-
-atexit.register(_close_open_writers)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked_child)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,6 +158,29 @@ def steps_frame(rows: StepRows) -> bytes:
     )
 
 
+def narrow(load: npt.NDArray[Any], largest: int) -> npt.NDArray[Any]:
+    """Loads as a loads frame has them, in the narrowest type that holds ``largest``.
+
+    Args:
+        load: any integer type, ``[n, num_moe_layers, num_physical_experts]``.
+
+    Returns:
+        uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]``, contiguous.
+    """
+    dtype = np.uint8 if largest < 1 << 8 else np.uint16 if largest < 1 << 16 else np.int32
+    n, layers, physical = load.shape
+    out = np.empty((layers, n, physical), dtype)
+    np.copyto(out, load.transpose(1, 0, 2), casting="unsafe")
+    return out
+
+
+def phase_codes(phases: Sequence[str | None]) -> tuple[npt.NDArray[np.int16], tuple[str, ...]]:
+    """Each step's phase as an index into the distinct names, -1 if it has none; and the names."""
+    names = tuple(name for name in dict.fromkeys(phases) if name is not None)
+    code: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+    return np.array([code.get(name, -1) for name in phases], np.int16), names
+
+
 def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> bytes:
     """``load``: uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]`` of n steps."""
     return frames.encode("loads", {"ep_size": ep_size}, {"step": step, "load": load})
@@ -188,6 +212,8 @@ class JournalAppender:
         """Create the journal. Raises OSError, also where a file of that name exists."""
         self.path = folder / journal_name(seq)
         self.size = 0
+        #: By the monotonic clock, in seconds.
+        self.opened_at = time.monotonic()
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         # Held until the journal is sealed, or the process is dead: so others can tell the two apart.
         lock(self._fd)

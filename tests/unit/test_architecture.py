@@ -24,7 +24,9 @@ ROWS = [
 ]
 WRITER_ROWS = [
     {"eplb_dump.format"},
-    {"eplb_dump.arguments", "eplb_dump.staging", "eplb_dump.rendezvous"},
+    {"eplb_dump.arguments", "eplb_dump.ring", "eplb_dump.rendezvous", "eplb_dump.process"},
+    {"eplb_dump.staging"},
+    {"eplb_dump.encoder"},
     {"eplb_dump.background"},
     {"eplb_dump.writer"},
     {"eplb_dump.counter", "eplb_dump.engines"},

@@ -1,6 +1,6 @@
-"""Writing an import as a run of a dump: journals that are sealed at once, as a writer's are.
+"""Writing an import as a new run: journals like a writer's, each sealed as soon as it is full.
 
-Nothing that was there is written over; a run appears whole or not at all.
+Nothing is overwritten, and the run appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.transfer.importers.plan import Plan
 from eplb_analyze.transfer.importers.source import Chunk
 from eplb_dump.format import frames, journal
-from eplb_dump.format.journal import Int32, Int64, JournalAppender, Shape, StepRows
+from eplb_dump.format.journal import Int64, JournalAppender, Shape, StepRows
 from eplb_dump.format.manifest import close_manifest
 from eplb_dump.format.schema import Status
 from eplb_dump.format.segment import seal
 from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
+from eplb_dump.format.session_writer import PlacementEncoder, SessionWriter
 
 SEGMENT_STEPS = 2048
 SEGMENT_BYTES = 128 << 20
 BATCH_BYTES = 8 << 20
-#: Steps between two that the source has are listed as not sampled up to this interval.
+#: Up to this interval, the steps between two recorded ones are listed as not sampled.
 MAX_INTERVAL = 1000
-#: A session says where it came from in at most so many files.
+#: A session's origin lists at most this many files.
 MAX_FILES = 100
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a new run has: its id, and its steps."""
+    """The id of a new run, and how many steps it has."""
 
     run_id: str
-    #: Steps that some rank has, and those that every rank has.
+    #: Steps that at least one rank has, and steps that every rank has.
     steps: int
     complete: int
     not_sampled: int
@@ -52,11 +53,11 @@ def write(plan: Plan, into: Path, run_id: str | None) -> Written:
     """Write a new run.
 
     Raises:
-        UsageError: the run is there already, or its name is none.
-        DumpError: the source turned out to be wrong, or the folder cannot be written.
+        UsageError: the run exists already, or ``run_id`` is not a valid name.
+        DumpError: the source is wrong, or the folder cannot be written.
     """
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    # Not a bare number: engines that start meanwhile would join it.
+    # Not a plain number: an engine that starts meanwhile would join that run.
     with new_run(into, run_id, f"import-{moment}", plan.model) as new:
         sessions = _write_sessions(plan, new.root, new.run_id)
     own = [session.recorded for session in sessions]
@@ -111,18 +112,13 @@ def _write_sessions(plan: Plan, root: Path, run_id: str) -> list[_Session]:
 
 
 class _Session:
-    """One session on its way into its folder."""
+    """Writes one session into its folder."""
 
     def __init__(self, root: Path, info: SessionInfo) -> None:
-        self._info = info
         self._folder = session_path(root, info)
         self._folder.mkdir(parents=True)
-        self._seq = 0
-        self._journal: JournalAppender | None = None
-        self._shape: Shape | None = None
-        self._window = -1
-        self._placement: Int32 | None = None
-        self._placement_ep_size = -1
+        self._writer = SessionWriter(self._folder, info, _seal)
+        self._placements = PlacementEncoder()
         self._last: int | None = None
         self._steps: list[Int64] = [np.empty(0, np.int64)]
         self.not_sampled = 0
@@ -137,21 +133,21 @@ class _Session:
         for chunk in chunks:
             for part in self._batches(chunk):
                 self._append(part)
-        self._seal()
+        self._writer.end_segment()
         recorded = len(self.recorded)
         stats = {"seen": recorded + self.not_sampled, "recorded": recorded, "not_sampled": self.not_sampled}
         stats |= {"dummy": 0, "dropped": 0, "rejected": 0}
-        write_session_file(self._folder, self._info)
-        close_manifest(self._folder, self._info, stats)
+        write_session_file(self._folder, self._writer.info)
+        close_manifest(self._folder, self._writer.info, stats)
 
     def _batches(self, chunk: Chunk) -> Iterator[Chunk]:
-        """The chunk in parts of one segment's window each, none larger than a frame may be."""
+        """The chunk in parts of one segment each, none larger than a frame may be."""
         n, layers, width = chunk.load.shape
         if layers * width * 4 > frames.MAX_PAYLOAD // 2:
             raise DumpError(f"{layers:,} layers of {width:,} slots are more than a step of the format holds")
         most = max(1, BATCH_BYTES // (layers * width * 4))
-        window = chunk.step // self._info.interval // SEGMENT_STEPS
-        edges = {0, n, *(np.flatnonzero(np.diff(window)) + 1).tolist()}
+        segment = chunk.step // self._writer.segment_span
+        edges = {0, n, *(np.flatnonzero(np.diff(segment)) + 1).tolist()}
         cuts = sorted(edges | set(range(0, n, most)))
         for low, high in itertools.pairwise(cuts):
             tokens = None if chunk.num_tokens is None else chunk.num_tokens[low:high]
@@ -162,81 +158,53 @@ class _Session:
 
     def _append(self, chunk: Chunk) -> None:
         assert chunk.ep_size is not None
-        shape = Shape(chunk.ep_size, *chunk.load.shape[1:])
-        window = int(chunk.step[0]) // self._info.interval // SEGMENT_STEPS
-        if self._shape is None:
-            self._info = replace(
-                self._info,
+        writer, shape = self._writer, Shape(chunk.ep_size, *chunk.load.shape[1:])
+        if writer.info.num_moe_layers is None:
+            writer.info = replace(
+                writer.info,
                 num_moe_layers=shape.num_moe_layers,
                 num_physical_experts=shape.num_physical_experts,
                 ep_size=shape.ep_size,
             )
-        full = self._journal is not None and self._journal.size >= SEGMENT_BYTES
-        if shape != self._shape or window != self._window or full:
-            self._seal()
-        self._shape, self._window = shape, window
-        if self._journal is None:
-            self._journal = JournalAppender(self._folder, self._info, self._seq)
-            self._seq += 1
-        rows = self._rows(chunk)
-        self._journal.append(
-            *self._placement_frames(chunk),
-            journal.loads_frame(chunk.step, _narrow(chunk.load), chunk.ep_size),
-            journal.steps_frame(rows),
-        )
-
-    def _placement_frames(self, chunk: Chunk) -> list[bytes]:
-        now = chunk.placement
-        if now is None or now is self._placement:
-            return []
-        assert chunk.ep_size is not None
-        before, size = self._placement, self._placement_ep_size
-        self._placement, self._placement_ep_size = now, chunk.ep_size
-        changed = np.arange(len(now))
-        if before is not None and before.shape == now.shape and size == chunk.ep_size:
-            changed = np.flatnonzero((before != now).any(axis=1))
-            if not len(changed):
-                return []
-        step = np.full(len(changed), chunk.step[0], np.int64)
-        return [journal.placements_frame(step, changed.astype(np.int32), now[changed], chunk.ep_size)]
+        if writer.journal is not None and writer.journal.size >= SEGMENT_BYTES:
+            writer.end_segment()
+        writer.begin_batch(int(chunk.step[0]), shape)
+        parts = []
+        # Most chunks hand over the very array of the chunk before.
+        if chunk.placement is not None and chunk.placement is not self._placements.current:
+            parts += self._placements.encode(int(chunk.step[0]), chunk.placement, chunk.ep_size)
+        load = journal.narrow(chunk.load, int(chunk.load.max(initial=0)))
+        parts.append(journal.loads_frame(chunk.step, load, chunk.ep_size))
+        writer.append(*parts, journal.steps_frame(self._rows(chunk)))
 
     def _rows(self, chunk: Chunk) -> StepRows:
-        """A row a step, and one for each step between two that the source samples."""
-        names = () if chunk.phase is None else tuple(dict.fromkeys(p for p in chunk.phase if p is not None))
-        codes = {name: i for i, name in enumerate(names)}
-        step, at = _with_between(chunk.step, self._last, self._info.interval)
+        """A row for each step, also for those between two steps that the source samples."""
+        step, at = _with_between(chunk.step, self._last, self._writer.info.interval)
         self._last = int(chunk.step[-1])
         status = np.full(len(step), Status.NOT_SAMPLED, np.uint8)
         status[at] = Status.RECORDED
         tokens = np.full(len(step), -1, np.int64)
         tokens[at] = -1 if chunk.num_tokens is None else chunk.num_tokens
+        codes, phases = journal.phase_codes([None] if chunk.phase is None else chunk.phase)
         phase = np.full(len(step), -1, np.int16)
-        phase[at] = -1 if chunk.phase is None else [codes.get(p, -1) if p else -1 for p in chunk.phase]
+        phase[at] = codes
         self._steps.append(chunk.step)
         self.not_sampled += len(step) - len(at)
-        # When the steps were is not known; the column must have something.
-        time_ns = np.full(len(step), self._info.created_unix_ns, np.int64)
-        clock = np.full(len(step), self._info.created_monotonic_ns, np.int64)
-        return StepRows(step, time_ns, clock, status, tokens, phase, names)
+        # The times are not known, but the columns may not be empty.
+        time_ns = np.full(len(step), self._writer.info.created_unix_ns, np.int64)
+        clock = np.full(len(step), self._writer.info.created_monotonic_ns, np.int64)
+        return StepRows(step, time_ns, clock, status, tokens, phase, phases)
 
-    def _seal(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            seal(self._journal.path)
-            self._journal = None
+
+def _seal(journal: JournalAppender) -> None:
+    journal.close()
+    seal(journal.path)
 
 
 def _with_between(step: Int64, last: int | None, interval: int) -> tuple[Int64, Int64]:
-    """``step`` and those that were not sampled before each, ascending; and where ``step`` is in it."""
+    """``step`` with the unsampled steps before each, ascending; and the indices of ``step`` in it."""
     before = np.concatenate([[step[0] if last is None else last], step[:-1]])
     skipped = np.where((step - before == interval) & (interval <= MAX_INTERVAL), interval - 1, 0)
     at = np.cumsum(skipped + 1) - 1
     behind = np.repeat(at, skipped + 1) - np.arange(at[-1] + 1)
     return np.repeat(step, skipped + 1) - behind, at
-
-
-def _narrow(load: Int32) -> np.ndarray:
-    """``[n, layers, slots]`` as a journal's ``[layers, n, slots]``, in the narrowest type that holds it."""
-    largest = int(load.max(initial=0))
-    dtype = np.uint8 if largest < 1 << 8 else np.uint16 if largest < 1 << 16 else np.int32
-    return np.ascontiguousarray(load.transpose(1, 0, 2), dtype)

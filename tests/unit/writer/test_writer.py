@@ -34,6 +34,7 @@ from helpers import (
     placement_rows,
     read_table,
     sealed_loads,
+    session_info,
     start_child,
     step_status,
     survived_loads,
@@ -1210,10 +1211,8 @@ def test_ranks_that_start_together_meet_in_one_run_and_a_restart_makes_the_next(
     assert len(list(tmp_path.glob("run=*/*/*/*/session.json"))) == 8
 
 
-def claim(root: Path, rank: int, **changes: Any) -> str:
-    launch: dict[str, str] = {}
-    shape: dict[str, Any] = {"ep_size": 16, "scope": Scope.LOCAL, "num_logical_experts": 6}
-    return rendezvous.claim_run(root, "m", ep_rank=rank, launch=launch, **{**shape, **changes})
+def claim(root: Path, rank: int) -> str:
+    return rendezvous.claim_run(root, session_info(ep_rank=rank, ep_size=16))
 
 
 def test_ranks_that_race_claim_one_run(tmp_path: Path) -> None:

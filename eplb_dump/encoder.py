@@ -1,0 +1,215 @@
+"""The encoder: a batch of queued steps becomes frames, and what cannot be recorded is rejected.
+
+It runs on the background thread, in few large numpy calls, which release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_dump.format import journal
+from eplb_dump.format.journal import Int32, StepRows
+from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Status
+from eplb_dump.format.session import SessionInfo
+from eplb_dump.format.session_writer import PlacementEncoder
+from eplb_dump.staging import Buffer, Entry, release
+
+LAST_MAP_INVALID = "the last physical_to_logical_map was not valid"
+
+
+class Encoder:
+    """Turns the steps of one session into frames, batch by batch.
+
+    Attributes:
+        rejected: how many loads were rejected here, by reason.
+    """
+
+    def __init__(self, info: SessionInfo, notify: Callable[[str], None]) -> None:
+        """``notify`` gets warnings, which may come more than once."""
+        self.rejected: Counter[str] = Counter()
+        self._notify = notify
+        self._num_logical_experts = info.num_logical_experts
+        #: None until a load tells it.
+        self._num_moe_layers = None if info.moe_layers is None else len(info.moe_layers)
+        self._placements = PlacementEncoder()
+        #: Why the last placement cannot be used; loads under it are rejected.
+        self._fault: str | None = None
+        #: A placement from before ``num_moe_layers`` was known, its step and EP size.
+        self._early: tuple[Int32, int, int] | None = None
+
+    def encode(self, batch: Sequence[Entry], status: npt.NDArray[np.uint8], first_step: int) -> list[bytes]:
+        """The frames of a batch: placements, then loads, then the steps frame that commits them.
+
+        Args:
+            batch: its loads are in consecutive buffers of one ring, which are released.
+            status: uint8 [len(batch)], each step's; set to rejected if its load cannot be recorded.
+            first_step: no placement is stated for a step before this one.
+        """
+        staged = [i for i, entry in enumerate(batch) if entry.load is not None]
+        frames: list[bytes] = []
+        if staged:
+            ring, low, high = _loads_of(batch, staged)
+            ring.wait(low, high)  # also for the placements that were copied beside the loads
+            self._num_moe_layers = ring.shape[0]
+            frames += self._early_placement(first_step)
+            if batch[staged[0]].placement is None:
+                frames += self._restate_placement(batch[staged[0]])
+        changes, faults = self._take_placements(batch)
+        frames += changes
+        if staged:
+            load = ring.host[low : high + 1]
+            largest, faults = _check_loads(load, [faults[i] for i in staged])
+            self._reject(staged, faults, status)
+            good = [i for i, fault in enumerate(faults) if fault is None]
+            if good:
+                steps = np.array([batch[staged[i]].step for i in good], np.int64)
+                chosen = load if len(good) == len(load) else load[good]
+                ep_size = batch[staged[0]].ep_size
+                frames.append(journal.loads_frame(steps, journal.narrow(chosen, largest), ep_size))
+            ring.release(len(staged))
+        frames.append(journal.steps_frame(_rows(batch, status)))
+        return frames
+
+    def _reject(
+        self, staged: Sequence[int], faults: Sequence[str | None], status: npt.NDArray[np.uint8]
+    ) -> None:
+        for i, fault in zip(staged, faults, strict=True):
+            if fault is not None:
+                status[i] = Status.REJECTED
+                self.rejected[fault] += 1
+                self._notify(f"a step was rejected and is counted: {fault}")
+
+    # ---- placements
+
+    def _take_placements(self, batch: Sequence[Entry]) -> tuple[list[bytes], list[str | None]]:
+        """The frames of placements that changed; and for each entry why its placement cannot be used."""
+        given = [entry.placement for entry in batch if entry.placement is not None]
+        for entry in batch:
+            if entry.load is None and entry.placement is not None:  # else the load's event covers both
+                entry.placement[0].wait(entry.placement[1], entry.placement[1])
+        differs = iter(self._differing(batch, given))
+        frames: list[bytes] = []
+        faults: list[str | None] = []
+        taken = True
+        for entry in batch:
+            if entry.placement is None:
+                faults.append(LAST_MAP_INVALID if self._fault is not None else None)
+                continue
+            # `differs` compares with the placement before this one, which may not have been taken.
+            if next(differs) or not taken:
+                ring, index = entry.placement
+                raw = ring.host[index]
+                shape = None if entry.load is None else tuple(entry.load[0].shape)
+                taken = shape is not None or self._fits(raw, entry.step, entry.ep_size)
+                if taken:
+                    frames += self._take_placement(raw, entry.step, entry.ep_size, shape)
+            faults.append(self._fault)
+        release(given)
+        return frames, faults
+
+    def _differing(self, batch: Sequence[Entry], given: Sequence[Buffer]) -> list[bool]:
+        """Which of the given placements may differ from the one before it, compared in one pass."""
+        if not given:
+            return []
+        ring, low = given[0]
+        high = given[-1][1]
+        if given[-1][0] is not ring or high - low + 1 != len(given):
+            return [True] * len(given)
+        maps = ring.host[low : high + 1]
+        last = self._placements.current
+        first = (
+            self._fault is not None
+            or last is None
+            or last.shape != tuple(ring.shape)
+            or self._placements.ep_size != batch[-1].ep_size
+            or bool((maps[0] != last).any())
+        )
+        later: list[bool] = (maps[1:] != maps[:-1]).any(axis=(1, 2)).tolist()
+        return [first, *later]
+
+    def _fits(self, raw: npt.NDArray[Any], step: int, ep_size: int) -> bool:
+        """Whether a placement without a load can be of this model; if not, it is left out.
+
+        A load that was rejected may have been of another model, and its placement with it. While the
+        number of layers is unknown, the placement is kept for :meth:`_early_placement`.
+        """
+        if self._num_moe_layers is None:
+            self._early = raw.astype(np.int32), step, ep_size
+            return False
+        if raw.shape[0] == self._num_moe_layers and raw.shape[1] % ep_size == 0:
+            return True
+        self._notify("a physical_to_logical_map of another shape came without a load; left out")
+        return False
+
+    def _early_placement(self, first_step: int) -> list[bytes]:
+        """The frame of a placement that came before the first load."""
+        if self._early is None:
+            return []
+        (raw, step, ep_size), self._early = self._early, None
+        step = max(step, first_step)
+        return self._take_placement(raw, step, ep_size, None) if self._fits(raw, step, ep_size) else []
+
+    def _restate_placement(self, entry: Entry) -> list[bytes]:
+        """If only ep_size changed, the same placement means other ranks and is stated again."""
+        assert entry.load is not None
+        current = self._placements.current
+        # After a change of shape the placement is not known.
+        if current is None or current.shape != tuple(entry.load[0].shape):
+            return []
+        return self._placements.encode(entry.step, current, entry.ep_size)
+
+    def _take_placement(
+        self, raw: npt.NDArray[Any], step: int, ep_size: int, load_shape: tuple[int, ...] | None
+    ) -> list[bytes]:
+        """The frames of a placement, if it is valid; a copy of it is kept to compare the next with."""
+        if load_shape not in (None, raw.shape):
+            self._fault = "physical_to_logical_map is not of expert_load's shape"
+            return []
+        if int(raw.min()) < EMPTY_SLOT or int(raw.max()) >= self._num_logical_experts:
+            self._fault = "physical_to_logical_map names an expert that does not exist"
+            return []
+        self._fault = None
+        return self._placements.encode(step, raw.astype(np.int32), ep_size)
+
+
+def _loads_of(batch: Sequence[Entry], staged: Sequence[int]) -> tuple[Any, int, int]:
+    """The ring of a batch's loads, and its first and last buffer."""
+    first, last = batch[staged[0]].load, batch[staged[-1]].load
+    assert first is not None
+    assert last is not None
+    return first[0], first[1], last[1]
+
+
+def _check_loads(load: npt.NDArray[Any], faults: list[str | None]) -> tuple[int, list[str | None]]:
+    """The largest count of loads ``[n, layers, physical]``, and why each load cannot be recorded."""
+    # Read as unsigned, a negative count is a huge one: one pass finds both faults.
+    limit = min(MAX_LOAD, int(np.iinfo(load.dtype).max))
+    unsigned = load.view(f"u{load.dtype.itemsize}")
+    largest = int(unsigned.max())
+    if largest <= limit:
+        return largest, faults
+    found = list(faults)
+    for i, (one, seen) in enumerate(zip(load, unsigned, strict=True)):
+        if found[i] is None and int(seen.max()) > limit:
+            negative = one.dtype.kind == "i" and int(one.min()) < 0
+            found[i] = "negative counts" if negative else f"counts above {MAX_LOAD}"
+    return MAX_LOAD, found
+
+
+def _rows(batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> StepRows:
+    step, time_ns, monotonic_ns, _, num_tokens, phase, *_ = zip(*batch, strict=True)
+    codes, phases = journal.phase_codes(phase)
+    return StepRows(
+        step=np.array(step, np.int64),
+        time_ns=np.array(time_ns, np.int64),
+        monotonic_ns=np.array(monotonic_ns, np.int64),
+        status=status,
+        num_tokens=np.array(num_tokens, np.int64),
+        phase=codes,
+        phases=phases,
+    )

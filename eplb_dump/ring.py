@@ -1,0 +1,173 @@
+"""Ring: preallocated host buffers that tensors are copied into on the engine's thread.
+
+The buffers of a ring have one shape and type and follow one another in memory, so that the
+background thread can work on many steps in one call. Filling, taking and releasing a buffer
+allocates nothing. A CUDA tensor is copied asynchronously on the engine's current stream, and an
+event tells the background thread when the copy is done. torch is never imported here: it is used
+only if the engine has imported it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+
+# Not ctypes.memmove, which releases the interpreter lock for the few microseconds of the copy. A thread
+# that releases the lock and takes it back at once, in every step, starves the thread that waits for it.
+_memmove = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes._memmove_addr  # type: ignore[attr-defined]
+)
+
+
+class StagingError(ValueError):
+    """A tensor cannot be staged; the text completes "expert_load is ..."."""
+
+
+class Ring:
+    """``count`` buffers for tensors like ``example``, taken and released in order.
+
+    The engine's thread fills the next free buffer and takes it once its step is queued; until then the
+    buffer stays free, so that a step that fails has nothing to undo. The background thread releases.
+    Neither waits for the other: each writes a counter of its own.
+
+    Attributes:
+        host: numpy array ``[count, layers, physical]``, all buffers.
+    """
+
+    __slots__ = (
+        "_addresses",
+        "_base",
+        "_bytes",
+        "_current_stream",
+        "_device",
+        "_dtype",
+        "_events",
+        "_plain",
+        "_released",
+        "_streams",
+        "_taken",
+        "_targets",
+        "count",
+        "host",
+        "is_torch",
+        "shape",
+        "slot_bytes",
+    )
+
+    def __init__(self, example: Any, count: int) -> None:
+        """Raises StagingError if the example is not an integer tensor of two dimensions."""
+        torch = sys.modules.get("torch")
+        self.is_torch = torch is not None and isinstance(example, torch.Tensor)
+        if not self.is_torch and not isinstance(example, np.ndarray):
+            raise StagingError(f"neither a torch tensor nor a numpy array but {type(example).__name__}")
+        if example.ndim != 2 or 0 in example.shape:
+            raise StagingError(f"of shape {tuple(example.shape)}, not [layers, physical experts]")
+        self.count = count
+        self.shape = example.shape
+        self._dtype = example.dtype
+        self._device: Any = None
+        self._current_stream: Any = None
+        self._events: list[Any] = []
+        #: The stream that each event was last recorded on.
+        self._streams: list[int] = []
+        self._bytes: list[memoryview] = []
+        self._addresses: list[int] = []
+        self._plain: Any = None
+        self._taken = self._released = self._base = 0
+        if self.is_torch:
+            self._allocate_torch(torch, example)
+        else:
+            if self._dtype.kind not in "iu" or not self._dtype.isnative:
+                raise StagingError(f"of type {self._dtype}, not an integer type")
+            self.host = np.empty((count, *self.shape), self._dtype)
+            self._targets = list(self.host)
+            self._bytes = [memoryview(buffer).cast("B") for buffer in self.host]
+        self.slot_bytes = max(1, self.host.nbytes // max(1, count))
+
+    def _allocate_torch(self, torch: Any, example: Any) -> None:
+        if example.dtype.is_floating_point or example.dtype.is_complex or example.dtype == torch.bool:
+            raise StagingError(f"of type {example.dtype}, not an integer type")
+        if example.layout != torch.strided or example.device.type == "meta":
+            raise StagingError(f"of layout {example.layout} on {example.device}")
+        self._device = example.device
+        on_gpu = self._device.type == "cuda"
+        # A buffer made under inference_mode could not be written outside it.
+        with torch.inference_mode(False):
+            block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=on_gpu)
+            self.host = block.numpy()
+            self._targets = list(block)
+        if self._device.type == "cpu":
+            self._plain = torch.Tensor
+            self._addresses = [buffer.data_ptr() for buffer in self._targets]
+        if on_gpu:
+            # blocking: the background thread sleeps until the event instead of spinning.
+            self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
+            self._streams = [0] * self.count
+            self._current_stream = torch.cuda.current_stream
+
+    # ---- the engine's thread
+
+    def fits(self, tensor: Any) -> bool:
+        return bool(
+            tensor.shape == self.shape
+            and tensor.dtype == self._dtype
+            and (not self.is_torch or tensor.device == self._device)
+        )
+
+    @property
+    def used(self) -> int:
+        return self._taken - self._released
+
+    def free(self) -> int:
+        """The index of the next free buffer, or -1 if all are in use."""
+        used = self._taken - self._released
+        if used >= self.count:
+            return -1
+        if not used:  # start over, with the buffers that are still in the processor's cache
+            self._base = self._taken
+        return (self._taken - self._base) % self.count
+
+    def take(self) -> None:
+        """Mark the next free buffer as in use, now that its step is queued."""
+        self._taken += 1
+
+    def fill(self, index: int, tensor: Any) -> None:
+        """Start to copy a tensor that fits. Never waits for a device."""
+        if self.is_torch:
+            # A subclass may keep its values elsewhere, and a null pointer means that there is no memory.
+            if self._addresses and type(tensor) is self._plain and tensor.is_contiguous():
+                address = tensor.data_ptr()
+                if address:
+                    _memmove(self._addresses[index], address, self.slot_bytes)
+                    return
+            self._targets[index].copy_(tensor, non_blocking=True)
+        elif tensor.flags.c_contiguous:
+            self._bytes[index][:] = tensor.data.cast("B")
+        else:
+            np.copyto(self._targets[index], tensor)
+
+    def mark(self, index: int) -> None:
+        """Record an event on the stream, behind all copies so far (CUDA only)."""
+        if self._events:
+            stream = self._current_stream(self._device)
+            self._events[index].record(stream)
+            self._streams[index] = stream.cuda_stream
+
+    # ---- the background thread
+
+    def wait(self, first: int, last: int) -> None:
+        """Wait until buffers ``first`` to ``last`` are filled, without the interpreter lock."""
+        if self._events:
+            # A stream works in order, so waiting for its last event is enough.
+            done: set[int] = set()
+            for index in range(last, first - 1, -1):
+                if self._streams[index] not in done:
+                    done.add(self._streams[index])
+                    self._events[index].synchronize()
+
+    def release(self, count: int) -> None:
+        """Free the ``count`` buffers that were taken first."""
+        self._released += count
