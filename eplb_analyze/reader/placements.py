@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -133,11 +134,29 @@ class PlacementHistory:
         ]
 
 
-def fold(load: npt.NDArray[np.int64], slots: Int32, num_logical_experts: int) -> npt.NDArray[np.int64]:
-    """Sum the physical experts ``[num_physical]`` of each logical one: ``[num_logical_experts]``."""
-    out = np.zeros(num_logical_experts, np.int64)
-    filled = slots != EMPTY_SLOT
-    np.add.at(out, slots[filled], load[filled])
+def fold(load: npt.NDArray[Any], slots: Int32, num_logical_experts: int) -> npt.NDArray[Any]:
+    """Sum the slots of each logical expert, leaving out empty ones.
+
+    Args:
+        load: tokens ``[..., slots]``; the sums must fit its type.
+        slots: the logical expert in each slot.
+
+    Returns:
+        Tokens ``[..., num_logical_experts]``, of the type of ``load``.
+    """
+    out = np.zeros((*load.shape[:-1], num_logical_experts), load.dtype)
+    filled = np.flatnonzero(slots != EMPTY_SLOT)
+    if load.ndim == 1:
+        np.add.at(out, slots[filled], load[filled])
+        return out
+    while len(filled):  # add one slot of each expert at a time: a column, not a cell
+        present, at = np.unique(slots[filled], return_index=True)
+        columns = load.take(filled[at], axis=-1)
+        if len(present) == num_logical_experts:
+            out += columns
+        else:
+            out[..., present] += columns
+        filled = np.delete(filled, at)
     return out
 
 
@@ -204,8 +223,7 @@ def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: i
 
     def add(layer: int, slots: Int32 | None, load: Int64) -> None:
         if slots is not None and len(slots) == len(load):
-            filled = slots != EMPTY_SLOT
-            np.add.at(out[layer], slots[filled], load[filled])
+            out[layer] += fold(load, slots, num_logical_experts)
 
     for segment, _, there in block.matches(block.recorded):
         steps = segment.load_steps()

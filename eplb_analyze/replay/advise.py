@@ -16,8 +16,10 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.replay import Outcome, Replay, replay
+from eplb_analyze.replay.scores import TODAY
+from eplb_analyze.replay.setting_run import Move
 from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments
-from eplb_analyze.replay.simulator import TODAY, Move, NotReplayableError
+from eplb_analyze.replay.simulator import NotReplayableError
 from eplb_analyze.text import plural
 
 #: The first part of the steps, on which a setting is chosen.

@@ -14,16 +14,10 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_of_configurations
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
+from eplb_analyze.replay.setting_run import Move, Placed
 from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
-from eplb_analyze.replay.simulator import (
-    MEASURED,
-    TODAY,
-    Move,
-    NotReplayableError,
-    Placed,
-    Playback,
-    Scores,
-)
+from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int64, Shape
 
@@ -214,15 +208,15 @@ def replay(
         today = recorded(run, part.shape)
         settings, notes = _settings(run, today, choices, part.recorded * run.info.interval)
         named = [(setting, policy.named(setting.policy)) for setting in settings]
-        playback = Playback(
+        simulation = Simulation(
             run, part.steps, part.shape, part.origin, named,
             recorded_steps=part.recorded, num_groups=num_groups,
         )  # fmt: skip
         if keep_placements:
-            for player in playback.players:
-                player.kept = list(player.placed)
-        playback.play(workers)
-        return _result(playback, part, today, cost_per_expert_ms, [*part.notes, *notes])
+            for own in simulation.setting_runs:
+                own.kept = list(own.placed)
+        simulation.play(workers)
+        return _result(simulation, part, today, cost_per_expert_ms, [*part.notes, *notes])
 
     return run.retry_without_damaged(play)
 
@@ -236,25 +230,25 @@ def _settings(
 
 
 def _result(
-    playback: Playback, part: Part, today: Recorded, cost_ms: float | None, notes: list[str]
+    simulation: Simulation, part: Part, today: Recorded, cost_ms: float | None, notes: list[str]
 ) -> Replay:
-    run, scores = playback.run, playback.scores
+    run, scores = simulation.run, simulation.scores
     seconds = None
     if part.step_seconds is not None:
-        seconds = part.step_seconds * playback.scored * run.info.interval
-    as_today = _today(playback)
-    outcomes = [_outcome(playback, row) for row in range(len(playback.players))]
+        seconds = part.step_seconds * simulation.scored * run.info.interval
+    as_today = _today(simulation)
+    outcomes = [_outcome(simulation, row) for row in range(len(simulation.setting_runs))]
     if cost_ms is not None:
         as_today = replace(as_today, cost_seconds=as_today.weights_moved_busiest_rank * cost_ms / 1e3)
     outcomes = [_against(outcome, as_today, seconds, cost_ms) for outcome in outcomes]
     order = sorted(range(len(outcomes)), key=lambda row: (*rank(outcomes[row]), row))
-    if playback.left_out:
+    if simulation.left_out:
         notes.append(
-            f"{plural(playback.left_out, 'complete step')} left out: a layer's placement is not known there"
+            f"{plural(simulation.left_out, 'complete step')} left out: a layer's placement is not known there"
         )
-    if playback.unknown:
+    if simulation.unplaced:
         notes.append(
-            f"{plural(playback.unknown, 'token')} on slots without an expert are in no setting's figure"
+            f"{plural(simulation.unplaced, 'token')} on slots without an expert are in no setting's figure"
         )
     if any(outcome.ep_size != part.shape.ep_size for outcome in outcomes):
         notes.append("fewer ranks are easier to balance: compare settings of one EP size")
@@ -265,10 +259,10 @@ def _result(
         model=run.info.model,
         part=part,
         recorded=today,
-        first_step=playback.first_step,
-        last_step=playback.last_step,
-        scored=playback.scored,
-        left_out=playback.left_out,
+        first_step=simulation.first_step,
+        last_step=simulation.last_step,
+        scored=simulation.scored,
+        left_out=simulation.left_out,
         seconds=seconds,
         cost_per_expert_ms=cost_ms,
         today=as_today,
@@ -277,20 +271,20 @@ def _result(
         outcomes=[outcomes[row] for row in order],
         scores=scores,
         rows=order,
-        placements=[kept for row in order if (kept := playback.players[row].kept) is not None] or None,
+        placements=[kept for row in order if (kept := simulation.setting_runs[row].kept) is not None] or None,
         notes=notes,
     )
 
 
-def _outcome(playback: Playback, row: int) -> Outcome:
-    player = playback.players[row]
-    return Outcome(setting=player.setting, moves=player.moves, **_figures(playback, row, player.slots))
+def _outcome(simulation: Simulation, row: int) -> Outcome:
+    own = simulation.setting_runs[row]
+    return Outcome(setting=own.setting, moves=own.moves, **_figures(simulation, row, own.slots))
 
 
-def _figures(playback: Playback, row: int, slots: int) -> dict[str, Any]:
-    scores = playback.scores
+def _figures(simulation: Simulation, row: int, slots: int) -> dict[str, Any]:
+    scores = simulation.scores
     ep_size = int(scores.ep_size[row])
-    bound = playback.bounds.get((slots, ep_size))
+    bound = simulation.bounds.get((slots, ep_size))
     return {
         "ep_size": ep_size,
         "num_physical_experts": slots,
@@ -300,20 +294,20 @@ def _figures(playback: Playback, row: int, slots: int) -> dict[str, Any]:
     }
 
 
-def _today(playback: Playback) -> Outcome:
+def _today(simulation: Simulation) -> Outcome:
     """The recorded placements, and what the rearrangements among the scored steps moved."""
-    run, slots = playback.run, playback.shape.num_physical_experts
+    run, slots = simulation.run, simulation.shape.num_physical_experts
     moves = []
     for change in run.history.rearrangements():
-        if not playback.first_step < change.last_step <= playback.last_step:
+        if not simulation.first_step < change.last_step <= simulation.last_step:
             continue
         histories = [run.history.layer(i) for i in change.layers]
         pairs = [(history.at(change.first_step - 1), history.at(change.last_step)) for history in histories]
         known = [(a, b) for a, b in pairs if a is not None and b is not None and len(a) == len(b) == slots]
         if known:
             old, new = (np.stack(each) for each in zip(*known, strict=True))
-            moves.append(Move.of(change.first_step, old, new, playback.shape.ep_size, playback.experts))
-    return Outcome(setting=None, moves=moves, **_figures(playback, TODAY, slots))
+            moves.append(Move.of(change.first_step, old, new, simulation.shape.ep_size, simulation.experts))
+    return Outcome(setting=None, moves=moves, **_figures(simulation, TODAY, slots))
 
 
 def _against(outcome: Outcome, today: Outcome, seconds: float | None, cost_ms: float | None) -> Outcome:

@@ -13,8 +13,8 @@ from helpers import assert_golden, cli, one_error, write
 from eplb_analyze import open_run
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.replay.advise import Advice, advise
+from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.settings import Choices, Recorded, Setting, engine_arguments
-from eplb_analyze.replay.simulator import TODAY
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, RANKS, STEPS = 16, 4, 400
