@@ -1,8 +1,8 @@
 """DeepSeek's algorithm for placing experts, for all layers at once and as each engine computes it.
 
-Three steps: groups of experts go to nodes, each node makes its redundant copies, copies go to ranks. Source:
-``rebalance_experts`` of deepseek-ai/EPLB; SGLang and vLLM carry descendants of it. They differ in roundings
-and in the order of equals, which is what :class:`Arithmetic` says; the steps are the same.
+It packs groups of experts into nodes, replicates experts within each node, and packs the copies into ranks.
+Source: ``rebalance_experts`` of deepseek-ai/EPLB. SGLang and vLLM carry versions of it, which differ only in
+rounding and in the order of ties: see :class:`Arithmetic`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How an implementation rounds, and which of equals it takes first."""
+    """How an implementation rounds, and how it breaks ties."""
 
-    #: The type of an expert's tokens divided by its copies.
+    #: The type of an expert's tokens divided by its number of copies.
     share: type[np.floating[Any]]
-    #: The type in which the tokens of a rank or node are added up.
+    #: The type in which the tokens of a rank or node are summed.
     pack: type[np.floating[Any]]
     #: Sums over the last axis, of float32.
     total: Callable[[Float32], Float32]
-    #: ``(keys, names)``, both ``[rows, n]``, to the indices that sort the keys, descending. In what order
-    #: equal keys of one name come does not matter.
+    #: ``(keys, names)``, both ``[rows, n]``, to the indices that sort the keys, descending. The order of
+    #: equal keys of one name is arbitrary.
     order: Callable[[Array, Array], Intp]
 
 
@@ -43,14 +43,14 @@ def _numpy_total(values: Float32) -> Float32:
 
 
 def _numpy_order(keys: Array, names: Array) -> Intp:
-    # Not stable: of equals numpy's own order, which is that of its version and of the processor's vectors.
+    # Not stable: numpy's order of ties depends on its version and on the processor's vector width.
     return np.argsort(-keys, axis=-1)
 
 
-EPLB = Arithmetic(np.float32, np.float32, torch_cpu.total, torch_cpu.descending)
-#: SGLang's copy adds Python's floats where EPLB adds tensors.
-SGLANG = Arithmetic(np.float32, np.float64, torch_cpu.total, torch_cpu.descending)
-#: vLLM's is written in numpy.
+EPLB = Arithmetic(np.float32, np.float32, torch_cpu.float32_sum, torch_cpu.descending_order)
+#: SGLang's copy adds Python floats where EPLB adds tensors.
+SGLANG = Arithmetic(np.float32, np.float64, torch_cpu.float32_sum, torch_cpu.descending_order)
+#: vLLM uses numpy.
 VLLM = Arithmetic(np.float64, np.float64, _numpy_total, _numpy_order)
 
 
@@ -62,12 +62,17 @@ def hierarchical(
     ep_size: int,
     arithmetic: Arithmetic,
 ) -> Int64:
-    """Place the experts of all layers: ``weight`` ``[layers, num_logical_experts]`` to a map
-    ``[layers, num_physical_experts]`` of logical experts.
+    """Place the experts of all layers.
 
-    Each group of ``num_logical_experts / num_groups`` experts stays on one node, and so do the copies of its
-    experts. One group and one node is the algorithm without a hierarchy. ``num_nodes`` divides
-    ``num_groups`` and ``ep_size``, ``num_groups`` the experts, ``ep_size`` the slots.
+    Each group of ``num_logical_experts / num_groups`` experts stays on one node with all its copies. With one
+    group and one node, it is the global algorithm. ``num_nodes`` divides ``num_groups`` and ``ep_size``,
+    ``num_groups`` the experts, ``ep_size`` the slots.
+
+    Args:
+        weight: tokens ``[layers, num_logical_experts]``.
+
+    Returns:
+        The logical expert of each slot, ``[layers, num_physical_experts]``.
     """
     layers, experts = weight.shape
     size = experts // num_groups
@@ -79,7 +84,7 @@ def hierarchical(
     groups = (
         np.array(names) if num_groups == num_nodes else pack(group_totals(), names, num_nodes, arithmetic)
     )
-    # The experts in the order of the nodes that they go to, then as rows of one node each.
+    # The experts in the order of their nodes, one row for each node.
     expert = (groups[:, :, None] * size + np.arange(size)).reshape(layers * num_nodes, -1)
     tokens = np.take_along_axis(weight, expert.reshape(layers, -1), -1).reshape(expert.shape)
     copy, copies = replicate(tokens, num_physical_experts // num_nodes, arithmetic.share)
@@ -90,29 +95,34 @@ def hierarchical(
 
 
 def replicate(tokens: Array, slots: int, share: type[np.floating[Any]]) -> tuple[Int64, Array]:
-    """Give each slot beyond one an expert to the expert with most tokens a copy, of equals the first.
+    """Give each redundant slot to the expert with most tokens per copy; of ties, to the first.
 
-    ``tokens`` ``[rows, experts]`` to the expert of each slot, ``[rows, slots]``, and to the number of copies
-    of each expert, of type ``share`` ``[rows, experts]``.
+    Args:
+        tokens: ``[rows, experts]``.
+        share: the type of tokens per copy.
+
+    Returns:
+        The expert of each slot ``[rows, slots]``, and the number of copies of each expert, as ``share``
+        ``[rows, experts]``.
     """
     rows, experts = tokens.shape
     expert = np.tile(np.arange(slots), (rows, 1))
     copies = np.ones((rows, experts), share)
-    a_copy = tokens.astype(share)
+    per_copy = tokens.astype(share)
     every = np.arange(rows)
     for slot in range(experts, slots):
-        hottest = a_copy.argmax(axis=-1)
+        hottest = per_copy.argmax(axis=-1)
         expert[:, slot] = hottest
         copies[every, hottest] += 1
-        a_copy[every, hottest] = tokens[every, hottest].astype(share) / copies[every, hottest]
+        per_copy[every, hottest] = tokens[every, hottest].astype(share) / copies[every, hottest]
     return expert, copies
 
 
 def pack(weight: Array, names: Array, packs: int, arithmetic: Arithmetic) -> Intp:
-    """Fill packs with equally many items: the heaviest item left goes to the lightest pack that is not full.
+    """Fill packs with equally many items: the next heaviest item goes to the lightest pack that is not full.
 
-    ``weight`` and ``names`` ``[rows, items]`` to the items in the order of the packs, ``[rows, items]``;
-    within a pack in the order in which they came. Items that fill a pack alone stay where they are.
+    ``weight`` and ``names`` are ``[rows, items]``, and so is the result: the items in the order of the packs,
+    and within a pack in the order of packing. With one item per pack, they keep their order.
     """
     rows, items = weight.shape
     if items == packs:

@@ -1,7 +1,8 @@
-"""Policies: given the loads of a window, which expert goes into which slot; and what none of them can beat.
+"""Policies: which expert goes into which slot, given the loads of a window; and a bound that none can beat.
 
-Those of the engines, each exact (docs/policies.md), and a user's own as ``module:function``. All are pure
-functions of a :class:`Problem`; the algorithm that they share is in ``rebalancing``.
+The engines' policies, each exact slot by slot (docs/policies.md), and a user's own as ``module:function``.
+All are pure functions of a :class:`Problem`; the algorithm that the engines share is in
+:mod:`eplb_analyze.policies.deepseek`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import UsageError
-from eplb_analyze.policies import deepseek as rebalancing
+from eplb_analyze.policies.deepseek import EPLB, SGLANG, VLLM, Arithmetic, hierarchical, replicate
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -25,14 +26,14 @@ Int64 = npt.NDArray[np.int64]
 
 
 class PolicyError(UsageError):
-    """A policy is not there, cannot do what it is asked, or gave what is no placement."""
+    """A policy does not exist, rejects its problem, or returned something that is not a placement."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What a policy is asked: place the experts of all layers, given the loads of a window.
+    """The input of a policy: place the experts of all layers, given the loads of a window.
 
-    Raises PolicyError where the numbers do not fit together.
+    Raises PolicyError if the numbers are inconsistent.
     """
 
     #: Tokens of each logical expert in the window: int64 or float64 ``[layers, num_logical_experts]``.
@@ -41,7 +42,7 @@ class Problem:
     ep_size: int
     num_nodes: int = 1
     num_groups: int = 1
-    #: The placement in force, int32 ``[layers, num_physical_experts]``; None: none yet, or of another shape.
+    #: The placement in force, int32 ``[layers, num_physical_experts]``; None if there is none of this shape.
     current: Int32 | None = None
 
     def __post_init__(self) -> None:
@@ -67,29 +68,29 @@ Policy = Callable[[Problem], Int32]
 
 
 def deepseek(problem: Problem) -> Int32:
-    """``rebalance_experts`` of deepseek-ai/EPLB: hierarchical where nodes divide groups, else global.
+    """``rebalance_experts`` of deepseek-ai/EPLB: hierarchical if nodes divide groups, else global.
 
-    Raises PolicyError where it would be hierarchical and groups or nodes do not divide experts or ranks.
+    Raises PolicyError if it is hierarchical, and groups do not divide experts or nodes do not divide ranks.
     """
-    return _rebalance(problem, rebalancing.EPLB)
+    return _rebalance(problem, EPLB)
 
 
 def sglang(problem: Problem) -> Int32:
-    """SGLang's ``deepseek`` and ``deepseek_hierarchical``, a copy of it. Raises PolicyError likewise."""
-    return _rebalance(problem, rebalancing.SGLANG)
+    """SGLang's ``deepseek`` and ``deepseek_hierarchical``. Raises PolicyError as :func:`deepseek` does."""
+    return _rebalance(problem, SGLANG)
 
 
 def vllm(problem: Problem) -> Int32:
-    """vLLM's ``DefaultEplbPolicy``: the same steps, and an expert that stays on its rank keeps its slot.
+    """vLLM's ``DefaultEplbPolicy``: the same algorithm, but an expert that stays on its rank keeps its slot.
 
     Raises PolicyError as :func:`deepseek` does.
     """
-    placed = _rebalance(problem, rebalancing.VLLM)
+    placed = _rebalance(problem, VLLM)
     return placed if problem.current is None else _keep_slots(placed, problem.current, problem.ep_size)
 
 
 def static(problem: Problem) -> Int32:
-    """No rearrangement: what is in force, or what an engine starts with."""
+    """No rearrangement: the placement in force, or the one that an engine starts with."""
     if problem.current is not None:
         return problem.current
     layers, experts = problem.weight.shape
@@ -102,12 +103,12 @@ POLICIES: dict[str, Policy] = {"deepseek": deepseek, "sglang": sglang, "vllm": v
 def initial(num_logical_experts: int, num_physical_experts: int) -> Int32:
     """The placement that vLLM and SGLang start with: int32 ``[num_physical_experts]``.
 
-    Every expert once, then the redundant slots from expert 0 on, over and over.
+    Every expert once, then the redundant slots: expert 0, 1, …, as often as needed.
     """
     return (np.arange(num_physical_experts) % num_logical_experts).astype(np.int32)
 
 
-def _rebalance(problem: Problem, arithmetic: rebalancing.Arithmetic) -> Int32:
+def _rebalance(problem: Problem, arithmetic: Arithmetic) -> Int32:
     groups, nodes = problem.num_groups, problem.num_nodes
     if groups % nodes:
         groups = nodes = 1
@@ -117,16 +118,15 @@ def _rebalance(problem: Problem, arithmetic: rebalancing.Arithmetic) -> Int32:
     if problem.ep_size % nodes:
         raise PolicyError(f"{problem.ep_size} EP ranks cannot be divided evenly among {nodes} nodes")
     weight = problem.weight.astype(np.float32)
-    placed = rebalancing.hierarchical(
-        weight, problem.num_physical_experts, groups, nodes, problem.ep_size, arithmetic
-    )
+    placed = hierarchical(weight, problem.num_physical_experts, groups, nodes, problem.ep_size, arithmetic)
     return placed.astype(np.int32)
 
 
 def _keep_slots(placed: Int32, current: Int32, ep_size: int) -> Int32:
-    """Reorder the experts of each rank: those it held stay in their slots, the others fill the rest in order.
+    """Reorder the experts of each rank: those that it held keep their slots, the others fill the rest.
 
-    Both int32 ``[layers, num_physical_experts]``, so the result. Slots are served in ascending order.
+    ``placed``, ``current`` and the result are int32 ``[layers, num_physical_experts]``. If an expert has
+    several slots, those with lower numbers are kept first.
     """
     new, old = (each.reshape(-1, each.shape[1] // ep_size) for each in (placed, current))
     rank = np.arange(len(new))
@@ -146,7 +146,7 @@ def _keep_slots(placed: Int32, current: Int32, ep_size: int) -> Int32:
 def named(name: str) -> Policy:
     """One of :data:`POLICIES`, or a user's ``module:function`` from ``sys.path`` or the current folder.
 
-    Runs that module. Raises PolicyError.
+    Imports that module. Raises PolicyError.
     """
     if name in POLICIES:
         return POLICIES[name]
@@ -155,12 +155,12 @@ def named(name: str) -> Policy:
         known = ", ".join(POLICIES)
         raise PolicyError(f"no policy is called {name!r}: there are {known}, and your own as module:function")
     if (here := os.getcwd()) not in sys.path:
-        # At the end: a file in this folder hides no installed module.
+        # At the end, so that a file in this folder does not hide an installed module.
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as fault:
-        raise PolicyError(f"policy {name!r}: importing {module} failed: {_said(fault)}") from fault
+        raise PolicyError(f"policy {name!r}: importing {module} failed: {_one_line(fault)}") from fault
     if not callable(found):
         raise PolicyError(f"policy {name!r}: the module {module} has no function {function}")
     policy: Policy = found
@@ -168,9 +168,9 @@ def named(name: str) -> Policy:
 
 
 def place(policy: Policy, problem: Problem) -> Int32:
-    """What the policy answers, checked: int32 ``[layers, num_physical_experts]``, each expert there.
+    """The policy's placement, checked: int32 ``[layers, num_physical_experts]`` that holds each expert.
 
-    The policy works on copies. Raises PolicyError where it fails or the answer is no placement.
+    The policy works on copies. Raises PolicyError if it fails or its answer is not a placement.
     """
     current = None if problem.current is None else problem.current.copy()
     name = getattr(policy, "__name__", type(policy).__name__)
@@ -179,54 +179,54 @@ def place(policy: Policy, problem: Problem) -> Int32:
     except PolicyError:
         raise
     except Exception as fault:
-        raise PolicyError(f"policy {name} failed: {_said(fault)}") from fault
+        raise PolicyError(f"policy {name} failed: {_one_line(fault)}") from fault
     layers, experts = problem.weight.shape
     shape = (layers, problem.num_physical_experts)
     if answer.shape != shape or answer.dtype.kind not in "iu":
         raise PolicyError(f"policy {name} gave {answer.dtype} {answer.shape}, not integers {shape}")
     if answer.min() < 0 or answer.max() >= experts:
         raise PolicyError(f"policy {name} placed experts that are not in 0 to {experts - 1}")
-    there = np.zeros((layers, experts), np.bool_)
-    there[np.arange(layers)[:, None], answer] = True
-    if not there.all():
-        layer, expert = np.argwhere(~there)[0]
+    placed = np.zeros((layers, experts), np.bool_)
+    placed[np.arange(layers)[:, None], answer] = True
+    if not placed.all():
+        layer, expert = np.argwhere(~placed)[0]
         raise PolicyError(f"policy {name} left expert {expert} of layer index {layer} without a slot")
     return answer.astype(np.int32)
 
 
-def _said(fault: Exception) -> str:
+def _one_line(fault: Exception) -> str:
     return " ".join(f"{type(fault).__name__}: {fault}".split())
 
 
 def lower_bound(weight: npt.NDArray[Any], num_physical_experts: int, ep_size: int) -> Float64:
-    """What the busiest rank gets at least, whatever the placement: ``[..., experts]`` to ``[...]``.
+    """A lower bound of the busiest rank's tokens in any placement: ``[..., experts]`` to ``[...]``.
 
-    Tokens of an expert are taken as split evenly over its copies. The largest of four bounds, with R ranks
-    of S slots, X slots more than experts, and c_e copies of expert e:
+    The tokens of an expert are split evenly over its copies. It is the largest of four bounds, with R ranks
+    of S slots, X more slots than experts, and c_e copies of expert e:
 
     - the mean of the ranks;
-    - the (X + 1)-th largest of all w_e / k, k = 1, 2, …: where all slots are below M, every w_e / k ≥ M
-      takes a copy beyond the first, and there are X;
-    - for all j: the j hottest experts have at most j + X copies, so they lie on some q ≤ j + X ranks, whose
-      mean is by the lemma at least that of the j hottest and the q S − j − X coldest experts;
-    - for all k: of the k R + 1 + X hottest experts k R + 1 have one copy, so k + 1 of those meet on a rank,
-      which has by the lemma at least the coldest k + 1 of them and the S − k − 1 − X coldest of all.
+    - the (X + 1)-th largest of all w_e / k, k = 1, 2, …: if all slots are below M, every w_e / k ≥ M needs
+      a copy beyond the first, and there are X;
+    - for all j: the j hottest experts have at most j + X copies, so they are on some q ≤ j + X ranks, whose
+      mean is, by the lemma, at least that of the j hottest and the q S − j − X coldest experts;
+    - for all k: of the k R + 1 + X hottest experts, k R + 1 have one copy, so k + 1 of those share a rank,
+      which has, by the lemma, at least the coldest k + 1 of them and the S − k − 1 − X coldest of all.
 
     Lemma: q ranks that hold all copies of j experts hold shares f_e of the others with Σ f_e c_e = q S −
-    Σ_j c_e. As f_e c_e ≤ f_e + c_e − 1, Σ f_e ≥ q S − j − X: at least the so many coldest others.
+    Σ_j c_e. As f_e c_e ≤ f_e + c_e − 1, Σ f_e ≥ q S − j − X: at least that many of the coldest others.
     """
     hot = -np.sort(-weight.reshape(-1, weight.shape[-1]).astype(np.float64), axis=-1)
     ranks, slots, spare = ep_size, num_physical_experts // ep_size, num_physical_experts - hot.shape[1]
     bounds = [hot.sum(axis=-1) / ranks]
 
     candidates = hot[:, : spare + 1]
-    _, copies = rebalancing.replicate(candidates, candidates.shape[1] + spare, np.float64)
+    _, copies = replicate(candidates, candidates.shape[1] + spare, np.float64)
     bounds.append((candidates / copies).max(axis=-1))
 
     none = np.zeros((len(hot), 1))
     hottest = np.concatenate([none, np.cumsum(hot, axis=-1)], axis=-1)
     coldest = np.concatenate([none, np.cumsum(hot[:, ::-1], axis=-1)], axis=-1)
-    # From j + X = R on q can be R, which is the mean.
+    # If j + X ≥ R, q can be R, which gives the mean.
     for j in range(1, ranks - spare):
         q = np.arange(-(-j // slots), j + spare + 1)
         others = coldest[:, np.maximum(q * slots - j - spare, 0)]

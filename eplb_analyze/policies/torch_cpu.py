@@ -1,6 +1,6 @@
-"""Two things that torch does on a CPU to the last bit: the order it sorts equals in, and how it rounds a sum.
+"""What torch computes on a CPU, bit for bit, in numpy: the order of ties in a sort, the rounding of sums.
 
-The balancers of engines are written in torch; only who does the same gets the same placements.
+The engines' balancers use torch, so this is what it takes to reproduce their placements.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Intp = npt.NDArray[np.intp]
 
-#: ``std::sort`` leaves ranges of this length to its final insertion sort, which is stable.
+#: ``std::sort`` leaves ranges up to this length to its final insertion sort, which is stable.
 SMALL_RANGE = 16
-#: float32 in one vector of torch's sum, and the vectors that it adds up side by side.
+#: float32 values in one vector of torch's sum, and the number of vectors that it sums side by side.
 LANES, SIDE_BY_SIDE = 8, 4
 
 
-def descending(keys: npt.NDArray[Any], names: npt.NDArray[Any]) -> Intp:
+def descending_order(keys: npt.NDArray[Any], names: npt.NDArray[Any]) -> Intp:
     """``keys.sort(-1, descending=True).indices`` of torch: ``[rows, n]``, no NaN.
 
-    ``names`` ``[rows, n]`` says which keys are of one thing, whose order does not matter: rows in which only
-    such are equal are left in a stable order. torch calls libstdc++'s ``std::sort``, which is not stable.
+    torch calls libstdc++'s ``std::sort``, which is not stable. The order of equal keys of one name is
+    arbitrary, so rows whose ties are all of this kind are sorted by numpy. ``names`` is ``[rows, n]``.
     """
     order = np.argsort(-keys, axis=-1, kind="stable")
     if keys.shape[1] > SMALL_RANGE:
@@ -38,7 +38,7 @@ def _introsort(keys: list[float]) -> list[int]:
     """The indices of ``keys`` as libstdc++'s ``std::sort`` leaves them, descending.
 
     Quicksort around the median of the second, the middle and the last element, down to small ranges;
-    heapsort of a range that was cut 2 log2(n) times in vain; then an insertion sort over all.
+    heapsort of a range that is not small after 2 log2(n) cuts; at last an insertion sort of everything.
     """
     order = list(range(len(keys)))
     ranges = [(0, len(keys), 2 * (len(keys).bit_length() - 1))]
@@ -70,16 +70,16 @@ def _introsort(keys: list[float]) -> list[int]:
                 high -= 1
             ranges.append((low, last, cuts))
             last = low
-    # Any stable sort gives what the insertion sort does.
+    # Any stable sort gives the result of the insertion sort.
     order.sort(key=keys.__getitem__, reverse=True)
     return order
 
 
 def _heapsort(heap: list[int], keys: list[float]) -> list[int]:
-    """``heap``, indices of ``keys``, sorted in place as libstdc++'s heapsort does: descending."""
+    """Sort ``heap``, indices of ``keys``, in place and descending, as libstdc++'s heapsort does."""
 
     def sift(top: int, size: int, item: int) -> None:
-        # The hole goes down to a leaf, past the smaller child each time, then the item up from there.
+        # The hole moves down to a leaf, always to the smaller child; then the item moves up from there.
         hole = top
         while (child := 2 * hole + 2) < size:
             if keys[heap[child]] > keys[heap[child - 1]]:
@@ -102,11 +102,11 @@ def _heapsort(heap: list[int], keys: list[float]) -> list[int]:
     return heap
 
 
-def total(values: Float32) -> Float32:
+def float32_sum(values: Float32) -> Float32:
     """``values.sum(-1)`` of torch for contiguous float32: ``[..., n]`` to ``[...]``, n at most 512.
 
-    Vectors of :data:`LANES` are added up in :data:`SIDE_BY_SIDE` sums, those one after another, then what is
-    left over of n and at last the lanes. Numpy adds in another order; it matters from 2^24 on.
+    Vectors of :data:`LANES` values are added to :data:`SIDE_BY_SIDE` sums; then these one after another, the
+    rest of the n values, and at last the lanes. numpy adds in another order, which matters from 2^24 on.
     """
     n = values.shape[-1]
     lanes = LANES if n >= LANES else 1

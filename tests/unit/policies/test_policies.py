@@ -151,11 +151,11 @@ def test_static_keeps_the_placement_in_force_or_the_initial_one() -> None:
 @settings(max_examples=200, deadline=None)
 def test_order_and_sum_are_those_of_torch(seed: int, n: int, values: int) -> None:
     keys = np.random.default_rng(seed).integers(0, values, (3, n)).astype(np.float32)
-    order = torch_cpu.descending(keys, np.tile(np.arange(n), (3, 1)))
+    order = torch_cpu.descending_order(keys, np.tile(np.arange(n), (3, 1)))
     assert (order == torch.from_numpy(keys).sort(dim=-1, descending=True).indices.numpy()).all()
     if n <= 512:
         thirds = keys / np.float32(3)
-        assert (torch_cpu.total(thirds) == torch.from_numpy(thirds).sum(-1).numpy()).all()
+        assert (torch_cpu.float32_sum(thirds) == torch.from_numpy(thirds).sum(-1).numpy()).all()
 
 
 def test_order_of_patterned_loads_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
