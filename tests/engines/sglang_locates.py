@@ -1,4 +1,4 @@
-"""What SGLang's own loader makes of files for ``--init-expert-location``; run by test_export.py.
+"""What SGLang's own loader makes of files for ``--init-expert-location``; run by test_sglang_placement.py.
 
 ``python sglang_locates.py OUT FILE …`` in an environment that has SGLang prints JSON: for each file its
 ``physical_to_logical_map`` and ``logical_to_all_physical_map``, or the type of the error. The model is

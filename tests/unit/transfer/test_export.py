@@ -1,11 +1,10 @@
-"""`export`: what is written is read back by others: by the engines' rules, DuckDB, csv, numpy, PyYAML."""
+"""`export`: independent readers check the files: the engines' rules, DuckDB, csv, numpy, PyYAML."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers import ROOT, arrays, assert_golden, cli, cli_process, engines_python, one_error, run_child
+from helpers import ROOT, arrays, assert_golden, cli, one_error
 
 from eplb_analyze import atomic, open_run
 from eplb_analyze.cli.commands.export import LoadFormat, Target
@@ -33,14 +32,14 @@ from eplb_analyze.transfer.importers.placement_files import read_placement
 from eplb_dump import ExpertLoadWriter
 
 NUMBERS, LOGICAL, SLOTS, RANKS, STEPS, HIDDEN = [1, 2, 4], 6, 8, 2, 40, 6
-#: Rank 1 does not record step 13; rank 0 idles in 7; all idle in 30.
+#: Rank 1 does not record step 13; rank 0 is idle in step 7, all ranks in step 30.
 INCOMPLETE, IDLE, ALL_IDLE = 13, 7, 30
 SAMPLES = ROOT.parent / "shared/samples"
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
 A = [0, 1, 2, 3, 4, 5, 0, 1]
 B = [5, 4, 3, 2, 1, 0, 5, 4]
-#: Expert 1 stands twice on rank 0.
+#: Rank 0 has two replicas of expert 1.
 DOUBLE = [1, 1, 2, 3, 0, 4, 5, 2]
 
 
@@ -100,7 +99,7 @@ def write_placement(dump: Path, file: Path, target: str, *options: str | int) ->
     return document
 
 
-# ---- readers that know the engines' rules, and nothing of ours
+# ---- readers that follow the engines' rules and use none of our code
 
 
 def read_sglang(file: Path) -> Array:
@@ -110,7 +109,7 @@ def read_sglang(file: Path) -> Array:
 
 
 def read_trtllm(file: Path) -> dict[int, list[int]]:
-    """``MoeLoadBalancerConfig`` forbids other keys; what a layer is checked for is TensorRT-LLM's, too."""
+    """``MoeLoadBalancerConfig`` forbids other keys; TensorRT-LLM makes the same checks of a layer."""
     data = yaml.safe_load(file.read_text())
     assert set(data) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
     assert data["layer_updates_per_iter"] == 0
@@ -123,7 +122,7 @@ def read_trtllm(file: Path) -> dict[int, list[int]]:
 
 
 def read_vllm_mapping(file: Path) -> Array:
-    """One record, of the engine's own sizes, its layers counted from 0."""
+    """One record with the engine's own sizes and layers counted from 0."""
     (line,) = file.read_text().splitlines()
     record = json.loads(line)
     assert (record["record_type"], record["version"]) == ("eplb_initial_mapping", 1)
@@ -136,7 +135,7 @@ def read_vllm_mapping(file: Path) -> Array:
 
 
 def read_vllm_ascend(text: str) -> Array:
-    """What a rank would send an expert's tokens to, by the steps of vllm-ascend's ``init_eplb_config``.
+    """The slots that tokens are sent to, computed as vllm-ascend's ``init_eplb_config`` does.
 
     Each rank's slots as it numbers them must hold the expert asked for.
     """
@@ -162,18 +161,18 @@ def read_vllm_ascend(text: str) -> Array:
     return np.array(rows)
 
 
-# ---- placements as they were recorded
+# ---- recorded placements
 
 
 @pytest.mark.parametrize("step", [10, 24, None])
-def test_a_recorded_placement_for_each_engine(step: int | None, dump: Path, tmp_path: Path) -> None:
+def test_recorded_placement_is_written_for_each_engine(step: int | None, dump: Path, tmp_path: Path) -> None:
     expected = placement(STEPS if step is None else step)
     at = [] if step is None else ["--step", step]
     document = write_placement(dump, tmp_path / "s.json", "sglang", *at, "--num-hidden-layers", HIDDEN)
     rows = read_sglang(tmp_path / "s.json")
     assert rows.shape == (HIDDEN, SLOTS)
     assert np.array_equal(rows[NUMBERS], expected)
-    # Where the dump has no layer, what SGLang starts with: each expert, then the first ones again.
+    # Layers missing in the dump get SGLang's initial placement: each expert, then the first ones again.
     assert document["filled_layers"] == [0, 3, 5]
     assert rows[document["filled_layers"]].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]] * 3
 
@@ -192,7 +191,7 @@ def test_a_recorded_placement_for_each_engine(step: int | None, dump: Path, tmp_
     assert {k: v for k, v in plain["origin"].items() if k not in document["run"]} == document["origin"]
 
 
-def test_an_expert_twice_on_a_device_is_refused_or_repaired(dump: Path, tmp_path: Path) -> None:
+def test_duplicate_expert_on_a_device_is_refused_or_repaired(dump: Path, tmp_path: Path) -> None:
     write_placement(dump, tmp_path / "fine.json", "vllm-ascend", "--step", 30)
     assert np.array_equal(read_vllm_ascend((tmp_path / "fine.json").read_text()), placement(30))
     file = tmp_path / "double.json"
@@ -208,7 +207,7 @@ def test_an_expert_twice_on_a_device_is_refused_or_repaired(dump: Path, tmp_path
     assert (rows[1] != DOUBLE).sum() == 2
 
 
-def test_the_reader_of_vllm_ascend_here_finds_what_repair_is_for(tmp_path: Path) -> None:
+def test_vllm_ascend_reader_of_these_tests_rejects_duplicates(tmp_path: Path) -> None:
     slots = np.array(DOUBLE, np.int32).reshape(1, 2, 4).tolist()
     devices = [{"device_id": d, "device_expert": own} for d, own in enumerate(slots[0])]
     layer = {"layer_id": 0, "device_count": 2, "device_list": devices}
@@ -226,12 +225,12 @@ def doubles(devices: Array) -> int:
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_repair_keeps_replicas_and_leaves_no_double(seed: int) -> None:
+def test_repair_keeps_replicas_and_leaves_no_duplicate(seed: int) -> None:
     rng = np.random.default_rng(seed)
     devices, experts = int(rng.integers(2, 7)), int(rng.integers(3, 12))
     slots = int(rng.integers(-(-experts // devices), experts + 1))
     spare = devices * slots - experts
-    # Hot experts get most of the spare slots, so that doubles are many and some experts have too many.
+    # Hot experts get most of the redundant slots: there are many duplicates, and some experts have too many.
     copies = rng.choice(experts, spare, p=rng.dirichlet(np.full(experts, 0.3)))
     row = rng.permutation(np.concatenate([np.arange(experts), copies]))
     weight = rng.integers(1, 1000, (1, experts))
@@ -252,8 +251,8 @@ def test_repair_keeps_replicas_and_leaves_no_double(seed: int) -> None:
     assert np.array_equal(read_vllm_ascend(vllm_ascend.text(after))[0], new)
 
 
-def test_repair_swaps_with_the_nearest_load() -> None:
-    # Expert 0 is doubled on device 0; 3 and 4 could come for it, and 4 has about its load a copy.
+def test_repair_swaps_with_the_closest_load() -> None:
+    # Expert 0 is twice on device 0. It can be swapped with 3 or 4; 4 has about its load per replica.
     row = [0, 0, 1, 2, 3, 4]
     after, _ = vllm_ascend.repaired(make(row, 2, 5), np.array([[20, 5, 5, 90, 11]]))
     assert sorted(after.devices()[0, 0].tolist()) == [0, 1, 4]
@@ -261,12 +260,12 @@ def test_repair_swaps_with_the_nearest_load() -> None:
     assert sorted(other.devices()[0, 0].tolist()) == [0, 1, 3]
 
 
-def test_what_cannot_be_repaired_is_refused() -> None:
+def test_unrepairable_placement_is_refused() -> None:
     with pytest.raises(ExportError, match="more than the model's 2 experts"):
         vllm_ascend.repaired(make([0, 1, 0, 1, 0, 1], 2, 2))
 
 
-# ---- the samples: files that these systems' own code wrote or accepted
+# ---- samples: files that the engines' own code wrote or accepted
 
 
 def truth(path: Path) -> Any:
@@ -299,7 +298,7 @@ def sample(name: str) -> Path:
         ("vllm_ascend/expert_map_record.json", 0, lambda path: truth(path)["placement"], vllm_ascend.text),
     ],
 )
-def test_the_samples_are_written_byte_for_byte(
+def test_samples_are_written_byte_for_byte(
     name: str, first: int, rows_of: Callable[[Path], Any], write: Callable[[Placement], str]
 ) -> None:
     path = sample(name)
@@ -308,37 +307,8 @@ def test_the_samples_are_written_byte_for_byte(
     assert text.rstrip() == path.read_text().rstrip()
 
 
-def test_sglangs_own_loader_takes_the_file(tmp_path: Path) -> None:
-    python = ROOT / ".venv-engines/bin/python"
-    if not python.exists():
-        pytest.skip("SGLang is not installed beside: `sh scripts/test.sh` does it")
-    root = record(tmp_path / "dump", moe_layers=[2, 3, 4])  # of the model in tests/engines/sglang_ranks.py
-    file, more, fewer = (tmp_path / name for name in ("file.json", "more.json", "fewer.json"))
-    document = write_placement(root, file, "sglang", "--num-hidden-layers", 5)
-    assert "--ep-num-redundant-experts 2" in document["usage"]
-    rows = read_sglang(file).tolist()
-    more.write_text(json.dumps({"physical_to_logical_map": rows, "comment": "no"}))
-    fewer.write_text(json.dumps({"physical_to_logical_map": rows[2:]}))
-    script = ROOT / "tests/engines/sglang_locates.py"
-    done = subprocess.run(
-        [engines_python(), "-W", "ignore", script, tmp_path, file, more, fewer],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.split("RESULT ")[1])
-    assert found[str(file)]["physical_to_logical_map"][2:] == placement(STEPS).tolist()
-    assert found[str(file)]["physical_to_logical_map"][:2] == [[0, 1, 2, 3, 4, 5, 0, 1]] * 2
-    where = found[str(file)]["logical_to_all_physical_map"][2]
-    assert [[p for p in slots if p >= 0] for slots in where] == [
-        [s for s in range(SLOTS) if B[s] == expert] for expert in range(LOGICAL)
-    ]
-    # Why it is written so: one key more ends the engine, and fewer rows are taken for the first layers.
-    assert found[str(more)] == "TypeError"
-    assert found[str(fewer)]["physical_to_logical_map"][0] == placement(STEPS)[0].tolist()
-
-
 @pytest.mark.parametrize("target", [*ENGINES, "json"])
-def test_import_reads_what_export_writes(target: str, dump: Path, tmp_path: Path) -> None:
+def test_import_reads_exported_placements(target: str, dump: Path, tmp_path: Path) -> None:
     file = tmp_path / ("F.yaml" if target == "trtllm" else "F.json")
     write_placement(dump, file, target, *(["--num-hidden-layers", HIDDEN] if target == "sglang" else []))
     found = read_placement(file, None)
@@ -347,7 +317,7 @@ def test_import_reads_what_export_writes(target: str, dump: Path, tmp_path: Path
     assert found.numbers == (tuple(NUMBERS) if target in ("trtllm", "json") else None)
 
 
-def test_what_an_imports_source_did_not_say_is_said(tmp_path: Path) -> None:
+def test_assumptions_of_an_imported_run_are_noted(tmp_path: Path) -> None:
     source = tmp_path / "weights.npy"
     np.save(source, np.arange(24).reshape(3, 8))
     dump = tmp_path / "dump"
@@ -359,7 +329,7 @@ def test_what_an_imports_source_did_not_say_is_said(tmp_path: Path) -> None:
         assert "taken for granted of this run, imported from" in " ".join(result.stdout.split())
 
 
-# ---- a policy's placements
+# ---- placements made by a policy
 
 
 @pytest.mark.parametrize("policy", ["deepseek", "vllm"])
@@ -372,7 +342,7 @@ def test_what_an_imports_source_did_not_say_is_said(tmp_path: Path) -> None:
         (["--steps", "5:20", "--redundant", 6, "--ep-size", 4], complete(5, 20), (12, 4)),
     ],
 )
-def test_a_policy_is_asked_about_the_window(
+def test_policy_gets_the_loads_of_the_window(
     policy: str, options: list[Any], steps: list[int], shape: tuple[int, int], dump: Path, tmp_path: Path
 ) -> None:
     document = write_placement(dump, tmp_path / "p.json", "json", "--policy", policy, *options)
@@ -388,8 +358,8 @@ def test_a_policy_is_asked_about_the_window(
     assert origin["recorded"] == len(steps)
 
 
-def test_it_is_the_placement_that_replay_made_there(dump: Path) -> None:
-    """A row of replay and a step of it are options of export."""
+def test_policy_placement_is_that_of_replay(dump: Path) -> None:
+    """Each placement that replay made can be exported with the same settings."""
     run = open_run(dump)
     setting = Setting("deepseek", 4, 2, interval=8, window=12, start=5)
     kept = replay(run, [setting], keep_placements=True).placements
@@ -404,7 +374,7 @@ def test_it_is_the_placement_that_replay_made_there(dump: Path) -> None:
         assert np.array_equal(found.placement.physical_to_logical_map, slots), step
 
 
-def test_nodes_are_those_of_the_recording_unless_said(tmp_path: Path) -> None:
+def test_nodes_default_to_those_of_the_recording(tmp_path: Path) -> None:
     run = open_run(record(tmp_path / "dump", ranks_per_node=1))
     weight = logical(complete())
     current = placement(STEPS).astype(np.int32)
@@ -415,18 +385,21 @@ def test_nodes_are_those_of_the_recording_unless_said(tmp_path: Path) -> None:
         assert found.origin.num_nodes == nodes
 
 
-def test_a_policy_of_ones_own_and_the_window_weights_for_repair(dump: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+def test_repair_of_a_user_policy_uses_the_window_loads(
+    dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "policy_of_test_export.py").write_text(
         "import numpy as np\n"
         "def doubled(problem):\n"
         "    row = np.r_[np.arange(problem.weight.shape[1]), 0, 0][[0, 6, 1, 2, 3, 4, 5, 7]]\n"
         "    return np.tile(row, (len(problem.weight), 1))\n"
     )
     target = tmp_path / "out.json"
-    options = ["--policy", "mine:doubled", "--repair"]
+    options = ["--policy", "policy_of_test_export:doubled", "--repair"]
     command = ["export", "placement", "--for", "vllm-ascend", "--to", str(target), *options, str(dump)]
-    result = cli_process(*command, env={"PYTHONPATH": str(tmp_path)})
-    # Three copies of expert 0 on two devices: one gives way to the expert with most tokens a copy.
+    monkeypatch.syspath_prepend(tmp_path)
+    result = cli(*command)
+    # Expert 0 has three replicas on two devices: one goes to the expert with the most tokens per replica.
     assert result.returncode == 0, result.stderr
     assert "3 slots with another expert" in result.stdout
     rows = read_vllm_ascend(target.read_text())
@@ -437,7 +410,7 @@ def test_a_policy_of_ones_own_and_the_window_weights_for_repair(dump: Path, tmp_
         assert counts.tolist() == [2 if e in (0, hottest) else 1 for e in range(LOGICAL)]
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -459,7 +432,9 @@ def test_a_policy_of_ones_own_and_the_window_weights_for_repair(dump: Path, tmp_
         (["--for", "json", "--to", "DUMP/run=r/F"], ["lies in the dump"]),
     ],
 )
-def test_what_cannot_be_is_one_line(options: list[str], words: list[str], dump: Path, tmp_path: Path) -> None:
+def test_impossible_placement_is_one_error(
+    options: list[str], words: list[str], dump: Path, tmp_path: Path
+) -> None:
     at = options.index("--to") + 1
     name = options[at]
     target = dump / name[5:] if name.startswith("DUMP") else tmp_path / name
@@ -480,7 +455,7 @@ def test_what_cannot_be_is_one_line(options: list[str], words: list[str], dump: 
         (["--for", "vllm"], "--for"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], hint: str, dump: Path, tmp_path: Path) -> None:
+def test_conflicting_options_are_refused(options: list[str], hint: str, dump: Path, tmp_path: Path) -> None:
     result = cli("export", "placement", *options, "--to", tmp_path / "F", dump)
     assert result.returncode == 2
     assert hint in result.stderr
@@ -488,7 +463,7 @@ def test_options_that_do_not_fit(options: list[str], hint: str, dump: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_there_stays_unless_forced(dump: Path, tmp_path: Path) -> None:
+def test_existing_file_is_replaced_only_with_force(dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "F"
     file.write_text("mine")
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
@@ -501,7 +476,7 @@ def test_a_file_that_is_there_stays_unless_forced(dump: Path, tmp_path: Path) ->
     link.symlink_to(tmp_path / "nowhere")
     one_error(cli("export", "placement", "--for", "json", "--to", link, dump), 2, "is there already")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F", "link"]
-    # As root, /dev/null would be a file from now on.
+    # Replacing a device would destroy it: as root, /dev/null would become a file.
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
@@ -514,7 +489,7 @@ def test_a_file_that_is_there_stays_unless_forced(dump: Path, tmp_path: Path) ->
     assert pipe.is_fifo()
 
 
-def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
+def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "F"
 
     def write() -> None:
@@ -528,33 +503,7 @@ def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["F"]
 
 
-def test_where_the_disk_is_full_nothing_is_left_and_the_old_file_stays(dump: Path, tmp_path: Path) -> None:
-    file = tmp_path / "F"
-    file.write_text("mine")
-    script = """
-        import resource, signal, sys
-        from pathlib import Path
-        from eplb_analyze import open_run
-        from eplb_analyze.transfer.exporters.loads import export_loads
-        from eplb_analyze.errors import ExportError
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        for name in ("csv", "parquet"):
-            try:
-                export_loads(open_run(sys.argv[1]), name, Path(sys.argv[2]), force=True)
-            except ExportError as error:
-                print(error)
-    """
-    out = run_child(script, dump, file)
-    assert [
-        line for line in out.splitlines() if "cannot be written: File too large" in line
-    ] == out.splitlines()
-    assert len(out.splitlines()) == 2
-    assert file.read_text() == "mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["F"]
-
-
-def test_empty_slots_and_unknown_placements(tmp_path: Path) -> None:
+def test_empty_slots_and_unknown_placements_are_refused(tmp_path: Path) -> None:
     rows = np.array([[0, 1, 2, -1], [0, 1, 2, 0]])
     with ExpertLoadWriter(tmp_path / "dump", model="m", num_logical_experts=3, ep_size=2, run_id="r",
                           scope="global") as writer:  # fmt: skip
@@ -573,11 +522,11 @@ def test_empty_slots_and_unknown_placements(tmp_path: Path) -> None:
     one_error(cli(*policy, "--steps", ":3", tmp_path / "dump"), 3, "placement is not known in these steps")
     result = cli(*policy, tmp_path / "dump")
     assert "steps before 3 are left out" in result.stdout
-    # Slot 3 of layer 0 held nobody, and got a token a step all the same.
+    # Slot 3 of layer 0 was empty and still got one token per step.
     assert "12 % of the tokens fell on slots of no expert" in result.stdout
 
 
-def test_layer_numbers_that_the_dump_does_not_have(tmp_path: Path) -> None:
+def test_missing_layer_numbers_are_assumed_or_given(tmp_path: Path) -> None:
     root = record(tmp_path / "dump", moe_layers=None)
     document = write_placement(root, tmp_path / "a.yaml", "trtllm")
     assert list(read_trtllm(tmp_path / "a.yaml")) == [0, 1, 2]
@@ -590,7 +539,7 @@ def test_layer_numbers_that_the_dump_does_not_have(tmp_path: Path) -> None:
     assert read_sglang(tmp_path / "c.json")[2:].tolist() == placement(STEPS).tolist()
 
 
-def test_sglangs_own_dumps_without_names_have_all_hidden_layers(tmp_path: Path) -> None:
+def test_sglang_dump_without_layer_numbers_has_all_hidden_layers(tmp_path: Path) -> None:
     root = record(tmp_path / "dump", moe_layers=None, engine="sglang")
     document = write_placement(root, tmp_path / "s.json", "sglang")
     assert read_sglang(tmp_path / "s.json").tolist() == placement(STEPS).tolist()
@@ -598,7 +547,7 @@ def test_sglangs_own_dumps_without_names_have_all_hidden_layers(tmp_path: Path) 
 
 
 def elastic(root: Path) -> Path:
-    """Two ranks and 8 slots; from step 6 on layer by layer, and from 8 on as a whole, 3 ranks and 9."""
+    """Two ranks with 8 slots; from step 8 on, three ranks with 9."""
     with ExpertLoadWriter(root, model="m", num_logical_experts=LOGICAL, ep_size=2, run_id="r",
                           scope="global") as writer:  # fmt: skip
         for step in range(12):
@@ -609,7 +558,7 @@ def elastic(root: Path) -> Path:
     return root
 
 
-def test_a_run_whose_shape_changed(tmp_path: Path) -> None:
+def test_run_with_two_shapes_is_exported(tmp_path: Path) -> None:
     run = open_run(elastic(tmp_path / "dump"))
     for step, shape in ((5, (2, 8)), (11, (3, 9))):
         found = recorded_placement(run, step)
@@ -670,7 +619,7 @@ def expected_rows(
         (["--layer", "4", "--layer", "1", "--steps", ":14"], complete(0, 14), [1, 4]),
     ],
 )
-def test_loads_in_long_form(
+def test_long_form_has_one_row_per_step_layer_and_slot(
     name: str, options: list[str], steps: list[int], layers: list[int], dump: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "loads"
@@ -685,7 +634,7 @@ def test_loads_in_long_form(
     assert document["steps"]["incomplete"] == (0 if "18:27" in options else 1)
 
 
-def test_a_parquet_file_says_what_it_is_of_and_has_checksums(dump: Path, tmp_path: Path) -> None:
+def test_parquet_file_names_its_run_and_has_checksums(dump: Path, tmp_path: Path) -> None:
     export_loads(open_run(dump), "parquet", tmp_path / "loads.parquet")
     file = pq.ParquetFile(tmp_path / "loads.parquet", page_checksum_verification=True)
     about = json.loads(file.schema_arrow.metadata[long_form.METADATA_KEY])
@@ -693,7 +642,7 @@ def test_a_parquet_file_says_what_it_is_of_and_has_checksums(dump: Path, tmp_pat
     assert file.read().num_rows == len(expected_rows(complete(), NUMBERS))
 
 
-def test_what_is_made_at_once_is_bounded(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_is_bounded(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_form, "BATCH_ROWS", 3 * SLOTS)
     run = open_run(dump)
     batches = run.retry_without_damaged(lambda: list(long_form.batches(run, run.blocks(), [0, 1, 2])))
@@ -704,7 +653,7 @@ def test_what_is_made_at_once_is_bounded(dump: Path, monkeypatch: pytest.MonkeyP
     assert keys == sorted(keys, key=lambda key: (key[0] // 16, key[1], key[0], key[2]))
 
 
-def test_placements_that_are_not_known_are_null(tmp_path: Path) -> None:
+def test_unknown_placement_is_null(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path / "dump", model="m", num_logical_experts=3, ep_size=2, run_id="r",
                           scope="global") as writer:  # fmt: skip
         for step in range(3):
@@ -718,7 +667,7 @@ def test_placements_that_are_not_known_are_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--steps", "15:33"], ["--layer", "4"]])
-def test_logical_sums_for_deepseeks_eplb(options: list[str], dump: Path, tmp_path: Path) -> None:
+def test_logical_npy_has_the_sums_for_deepseek_eplb(options: list[str], dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "weight"
     result = cli("export", "loads", "--as", "logical-npy", "--to", file, *options, dump)
     assert result.returncode == 0, result.stderr
@@ -728,7 +677,7 @@ def test_logical_sums_for_deepseeks_eplb(options: list[str], dump: Path, tmp_pat
     assert np.array_equal(weight, expected[[2]] if "--layer" in options else expected)
 
 
-def test_token_replication_is_divided_out(tmp_path: Path) -> None:
+def test_loads_are_divided_by_token_replication(tmp_path: Path) -> None:
     run = open_run(record(tmp_path / "dump", token_replication=2))
     for name, read in READERS.items():
         export_loads(run, name, tmp_path / name)
@@ -737,7 +686,7 @@ def test_token_replication_is_divided_out(tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "weight", allow_pickle=False), logical(complete()) / 2)
 
 
-def test_a_damaged_segment_is_left_out_and_said(dump: Path, tmp_path: Path) -> None:
+def test_damaged_segment_is_left_out_and_reported(dump: Path, tmp_path: Path) -> None:
     copy = record(tmp_path / "dump")
     segment = next(copy.glob("run=*/model=*/rank=00001/session=*/loads-000001.parquet"))
     data = bytearray(segment.read_bytes())
@@ -748,12 +697,12 @@ def test_a_damaged_segment_is_left_out_and_said(dump: Path, tmp_path: Path) -> N
         result = cli("export", "loads", "--as", name, "--to", tmp_path / name, copy)
         one_error_of_damage = [line for line in result.stderr.splitlines() if "loads-000001" in line]
         assert (result.returncode, len(one_error_of_damage)) == (3, 1)
-        # Rank 1 recorded nothing in steps 16 to 31 then, so those are incomplete but for where it idled.
+        # Without this segment of rank 1, steps 16 to 31 are incomplete.
         steps = [s for s in complete() if not 16 <= s < 32]
         assert read(tmp_path / name) == expected_rows(steps, NUMBERS)
 
 
-def test_no_complete_step_leaves_no_file(dump: Path, tmp_path: Path) -> None:
+def test_no_file_without_a_complete_step(dump: Path, tmp_path: Path) -> None:
     for name in LoadFormat:
         command = ["export", "loads", "--as", name.value, "--to", str(tmp_path / "F")]
         one_error(cli(*command, "--steps", "13:14", dump), 3, "complete")
@@ -762,15 +711,15 @@ def test_no_complete_step_leaves_no_file(dump: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- how it looks
+# ---- the command
 
 
-def test_targets_of_the_command_are_those_of_the_library() -> None:
+def test_command_has_all_targets_of_the_library() -> None:
     assert [t.value for t in Target] == [*ENGINES, "json"]
 
 
 @pytest.mark.parametrize("command", ["placement", "loads"])
-def test_each_has_help(command: str) -> None:
+def test_commands_have_help(command: str) -> None:
     text = cli("export", command, "--help").stdout
     assert "--output" in text
     assert len(text.split("\n\n")[1].strip()) > 20
@@ -798,7 +747,7 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path) -> None:
         result = cli("export", *command, tmp_path / file, *output, dump)
         assert result.returncode == 0, result.stderr
         text = result.stdout.replace(str(tmp_path), "out")
-        # How well Parquet compresses is its library's version's matter.
+        # The size of a Parquet file depends on the version of pyarrow.
         size = (tmp_path / file).stat().st_size
         if file.endswith("parquet"):
             text = text.replace(f"{size:,}", "N").replace(f'"bytes": {size}', '"bytes": 0')

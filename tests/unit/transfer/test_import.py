@@ -1,4 +1,4 @@
-"""`import`: every format against what was really counted, every trap, and files that strangers may send."""
+"""`import`: each format against its true counts, ambiguous sources, and malicious files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import struct
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, arrays, assert_golden, cli, one_error, start_child
+from helpers import ROOT, arrays, assert_golden, cli, one_error
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
@@ -43,7 +42,7 @@ with_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="the sample dumps
 
 EP, LAYERS, EXPERTS, SLOTS, TOP_K = 4, 3, 12, 16, 2
 RNG = np.random.default_rng(11)
-#: Every expert somewhere, four of them twice, never twice on a rank.
+#: Every expert has a slot, four of them two.
 MAP = np.array([[*RNG.permutation(EXPERTS), 0, 1, 2, 3] for _ in range(LAYERS)])
 MAP = MAP.reshape(LAYERS, SLOTS)
 
@@ -133,7 +132,7 @@ def sglang_passes(folder: Path, records: dict[int, list[dict[str, Any]]], slots:
 
 
 def hidden(values: Any, axis: int) -> Any:
-    """With a dense layer, all zero, before the MoE layers."""
+    """Insert a dense layer, all zero, before the MoE layers."""
     return np.insert(values, 0, 0, axis=axis)
 
 
@@ -163,7 +162,7 @@ def trtllm_yaml(path: Path, slots: Any, layers: list[int], updates: int = 0) -> 
 
 
 def megatron(folder: Path, rank: int, load: Any, counts: list[int] | None = None, **more: Any) -> Path:
-    """``load``: ``[layers, forwards, slots]`` of one rank; its last rows can be what memory held."""
+    """``load``: ``[layers, forwards, slots]`` of one rank; the last rows can be uninitialized memory."""
     folder.mkdir(parents=True, exist_ok=True)
     layers, forwards, slots = load.shape
     fields: dict[str, Any] = {
@@ -218,7 +217,7 @@ def truth(name: str) -> Any:
 
 
 @with_samples
-def test_sample_sglang_stat(tmp_path: Path) -> None:
+def test_sample_of_sglang_stat_is_imported(tmp_path: Path) -> None:
     known = truth("sglang/stat_ep4_deepep_infinite")
     per_step = known["logical_count_per_step_rank"].sum(axis=1)
     source = SAMPLES / "sglang/stat_ep4_deepep_infinite"
@@ -230,7 +229,7 @@ def test_sample_sglang_stat(tmp_path: Path) -> None:
 
 
 @with_samples
-def test_sample_sglang_wrapped_ring(tmp_path: Path) -> None:
+def test_sample_of_sglang_wrapped_ring_is_imported(tmp_path: Path) -> None:
     known = truth("sglang/stat_ep4_deepep_buf8_wrapped")
     per_step = known["logical_count_per_step_rank"].sum(axis=1)[:, 1:]
     source = SAMPLES / "sglang/stat_ep4_deepep_buf8_wrapped"
@@ -246,7 +245,7 @@ def test_sample_sglang_wrapped_ring(tmp_path: Path) -> None:
 
 @with_samples
 @pytest.mark.parametrize("placement", [None, "last"])
-def test_sample_sglang_per_pass(tmp_path: Path, placement: str | None) -> None:
+def test_sample_of_sglang_per_pass_is_imported(tmp_path: Path, placement: str | None) -> None:
     known = truth("sglang/per_pass_ep4_deepep")
     _, run = do(SAMPLES / "sglang/per_pass_ep4_deepep", tmp_path, ep_size=4, placement=placement)
     steps, load = loads(run)
@@ -254,13 +253,13 @@ def test_sample_sglang_per_pass(tmp_path: Path, placement: str | None) -> None:
     np.testing.assert_array_equal(load, known["physical_count_per_step_rank"].sum(axis=1)[:, 1:])
     np.testing.assert_array_equal(placement_at(run, 108), known["physical_to_logical_map"][1:])
     assert len(run.placement(101)) == (5 * 20 if placement else 0)
-    # Whose tokens they are is kept, too.
+    # The rank that counted the tokens is known, too.
     own = known["physical_count_per_step_rank"][:, :, 1:].reshape(8, 4, 5, 4, 5).sum(axis=(0, 2, 4))
     np.testing.assert_array_equal(traffic_report(run).matrix, own)
 
 
 @with_samples
-def test_sample_trtllm(tmp_path: Path) -> None:
+def test_sample_of_trtllm_is_imported(tmp_path: Path) -> None:
     known = truth("trtllm/no_eplb_attention_dp")
     _, run = do(SAMPLES / "trtllm/no_eplb_attention_dp", tmp_path, ep_size=4, placement="linear")
     assert (loads(run)[0], run.info.layers) == (list(range(100, 112)), (3, 4, 5, 6, 7))
@@ -278,7 +277,7 @@ def test_sample_trtllm(tmp_path: Path) -> None:
 
 
 @with_samples
-def test_sample_megatron(tmp_path: Path) -> None:
+def test_sample_of_megatron_is_imported(tmp_path: Path) -> None:
     known = truth("megatron_ultra_ep")
     load = known["loads_rank_layer_forward_phys"]
     source = SAMPLES / "megatron_ultra_ep"
@@ -288,7 +287,7 @@ def test_sample_megatron(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=0).transpose(1, 0, 2))
     options = {"only": "*partial*", "num_logical_experts": 16}
     refused(DumpError, source, tmp_path, "0, 2, 3", "no step would be complete", **options)
-    # The partial file in the place of rank 1's: its garbage must not come in, and one step is incomplete.
+    # With the partial file as rank 1's: its garbage is not imported, and one step is incomplete.
     for path in source.glob("*rank[0123]_*"):
         if ("rank1" in path.name) == ("partial" in path.name):
             (tmp_path / path.name).symlink_to(path)
@@ -302,7 +301,7 @@ def test_sample_megatron(tmp_path: Path) -> None:
 
 
 @with_samples
-def test_sample_vllm_snapshots(tmp_path: Path) -> None:
+def test_sample_of_vllm_snapshots_is_imported(tmp_path: Path) -> None:
     known = truth("vllm_expert_load_jsonl")
     per_step = known["physical_per_step_rank"].sum(axis=1)
     source = SAMPLES / "vllm_expert_load_jsonl/decode"
@@ -321,7 +320,7 @@ def test_sample_vllm_snapshots(tmp_path: Path) -> None:
 
 @with_samples
 @pytest.mark.parametrize("revision", ["a", "b"])
-def test_sample_vllm_pr41141(tmp_path: Path, revision: str) -> None:
+def test_sample_of_vllm_pr41141_is_imported(tmp_path: Path, revision: str) -> None:
     known = truth("vllm_pr41141")
     _, run = do(SAMPLES / f"vllm_pr41141/stats_rev_{revision}.jsonl", tmp_path)
     steps, load = loads(run)
@@ -334,7 +333,7 @@ def test_sample_vllm_pr41141(tmp_path: Path, revision: str) -> None:
 
 
 @with_samples
-def test_sample_ascend(tmp_path: Path) -> None:
+def test_sample_of_vllm_ascend_is_imported(tmp_path: Path) -> None:
     known = truth("vllm_ascend")
     source = SAMPLES / "vllm_ascend/moe_load_0.npy"
     refused(AskError, source, tmp_path, "--format array", "--format ascend")
@@ -362,7 +361,7 @@ PLACEMENTS = (
 
 @with_samples
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_sample_placements_are_no_loads(tmp_path: Path, name: str) -> None:
+def test_sample_placements_are_refused_as_loads(tmp_path: Path, name: str) -> None:
     refused(DumpError, SAMPLES / name, tmp_path, "a placement", "--placement", ep_size=4)
 
 
@@ -377,8 +376,8 @@ def test_sample_placements_are_no_loads(tmp_path: Path, name: str) -> None:
         ("vllm_ascend/gsm8k_temp0.0_4_4.json", ("vllm_ascend", "placement")),
     ],
 )
-def test_sample_placement_beside_loads(tmp_path: Path, name: str, keys: tuple[str, str]) -> None:
-    """Loads of the same shape, by slot and with no placement of their own."""
+def test_sample_placements_are_used_with_loads(tmp_path: Path, name: str, keys: tuple[str, str]) -> None:
+    """The loads have the same shape, by slot and without a placement."""
     options = {"placement": str(SAMPLES / name), "model": "HYV4ForCausalLM"}
     _, run = do(SAMPLES / "vllm_ascend/moe_load_0.npy", tmp_path, "ascend", **options)
     np.testing.assert_array_equal(placement_at(run, 0), truth(keys[0])[keys[1]].reshape(5, 20))
@@ -386,7 +385,7 @@ def test_sample_placement_beside_loads(tmp_path: Path, name: str, keys: tuple[st
 
 
 @with_samples
-def test_sample_bad_placements_are_refused(tmp_path: Path) -> None:
+def test_invalid_sample_placements_are_refused(tmp_path: Path) -> None:
     folder, source = SAMPLES / "sglang/init_expert_location", SAMPLES / "sglang/stat_ep4_deepep_infinite"
     for name, word in (("BAD_extra_key", "comment"), ("BAD_moe_layers_only", "6 hidden layers")):
         refused(DumpError, source, tmp_path, word, ep_size=4, placement=str(folder / f"{name}.json"))
@@ -394,7 +393,7 @@ def test_sample_bad_placements_are_refused(tmp_path: Path) -> None:
 
 @with_samples
 @pytest.mark.parametrize("name", ["logical_count_2d.json", "logical_count_3d.pt"])
-def test_sample_sglang_logical_count(tmp_path: Path, name: str) -> None:
+def test_sample_of_sglang_logical_count_is_imported(tmp_path: Path, name: str) -> None:
     source = SAMPLES / "sglang/init_expert_location" / name
     _, run = do(source, tmp_path, ep_size=4, placement="linear")
     expected = json.loads((source.parent / "logical_count_2d.json").read_text())["logical_count"]
@@ -402,12 +401,12 @@ def test_sample_sglang_logical_count(tmp_path: Path, name: str) -> None:
     assert "passes" in unknown(run)
 
 
-# ---- the same formats, written here
+# ---- the same formats, made by these tests
 
 
-def test_sglang_stat_rows(tmp_path: Path) -> None:
+def test_sglang_stat_rows_become_steps(tmp_path: Path) -> None:
     load = hidden(local_loads(6, width=EXPERTS).sum(axis=1), 1)
-    load[4:] = 0  # a ring that is not full
+    load[4:] = 0  # a ring buffer that is not full
     report, run = do(sglang_stat(tmp_path / "s", load), tmp_path, ep_size=EP, placement="linear")
     assert (loads(run)[0], run.info.layers) == ([0, 1, 2, 3], (1, 2, 3))
     np.testing.assert_array_equal(loads(run)[1], load[:4, 1:])
@@ -418,7 +417,7 @@ def test_sglang_stat_rows(tmp_path: Path) -> None:
     assert "worst stretches" not in text
     assert "costliest ranks" in text
     assert "no rearrangement is known" in cli("rearrangements", str(run.path)).stdout
-    # The buffer was not a ring, says the user: an empty row is an idle pass.
+    # With --ordered it was not a ring buffer, so an empty row is an idle pass.
     report, run = do(tmp_path / "s", tmp_path, ep_size=EP, placement="linear", ordered=True)
     assert loads(run)[0] == [0, 1, 2, 3, 4, 5]
     assert "step_order" not in unknown(run)
@@ -437,7 +436,7 @@ def test_sglang_stat_needs_a_placement(tmp_path: Path) -> None:
     do(source, tmp_path, ep_size=EP, placement="linear", only="second*")
 
 
-def test_replicas_share_what_only_their_sum_is_known_of(tmp_path: Path) -> None:
+def test_expert_counts_are_split_over_replicas(tmp_path: Path) -> None:
     load = hidden(local_loads(3, width=EXPERTS).sum(axis=1), 1)
     placement = tmp_path / "placement.json"
     placement.write_text(json.dumps({"physical_to_logical_map": hidden(MAP, 0).tolist()}))
@@ -453,7 +452,7 @@ def test_replicas_share_what_only_their_sum_is_known_of(tmp_path: Path) -> None:
     assert any("placement.json" in note for note in rearrangement_report(run).notes)
 
 
-def test_sglang_per_pass(tmp_path: Path) -> None:
+def test_sglang_per_pass_has_loads_by_slot(tmp_path: Path) -> None:
     load = hidden(local_loads(5), 2)
     records = {rank: sglang_records(load, rank) for rank in range(EP)}
     source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
@@ -472,7 +471,7 @@ def test_sglang_per_pass(tmp_path: Path) -> None:
     assert "earlier_placements" not in unknown(run)
 
 
-def test_sglang_per_pass_of_two_batches_and_missing_passes(tmp_path: Path) -> None:
+def test_sglang_batches_are_added_and_missing_passes_incomplete(tmp_path: Path) -> None:
     load = hidden(local_loads(5), 2)
     records = {rank: sglang_records(load, rank) for rank in range(EP)}
     for rank, of_rank in records.items():
@@ -491,7 +490,7 @@ def test_sglang_per_pass_of_two_batches_and_missing_passes(tmp_path: Path) -> No
     )
 
 
-def test_sglang_per_pass_of_numbers_that_are_none(tmp_path: Path) -> None:
+def test_sglang_invalid_counts_are_refused(tmp_path: Path) -> None:
     def source(name: str, gatherers: Any, count: Any, slots: Any) -> Path:
         records = [
             {"forward_pass_id": 0, "rank": 0, "gatherer_key": key, "global_physical_count": count.clone()}
@@ -504,7 +503,7 @@ def test_sglang_per_pass_of_numbers_that_are_none(tmp_path: Path) -> None:
     bomb: Any = [1]
     for _ in range(12):
         bomb = [bomb] * 10
-    # Two halves look whole when they are added up, and 2^62 four times like nothing.
+    # Two halves add up to a whole number, and four times 2^62 overflows to 0.
     for number, (gatherers, count, placed, word) in enumerate([
         ("ab", whole + 0.5, slots, "no whole number"),
         ("abcd", torch.tensor([[2**62, 2, 3, 4]]), slots, "above 2,147,483,647"),
@@ -517,7 +516,7 @@ def test_sglang_per_pass_of_numbers_that_are_none(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loads(run)[1], 2 * whole.numpy()[None])
 
 
-def test_sglang_per_token(tmp_path: Path) -> None:
+def test_sglang_per_token_has_tokens_and_phases(tmp_path: Path) -> None:
     load = hidden(local_loads(2), 2)
     records = {
         rank: sglang_records(
@@ -533,7 +532,7 @@ def test_sglang_per_token(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1)[:, 1:])
 
 
-def test_sglang_files_of_two_recordings(tmp_path: Path) -> None:
+def test_sglang_files_of_two_recordings_are_refused(tmp_path: Path) -> None:
     load = hidden(local_loads(2), 2)
     records = {rank: sglang_records(load, rank) for rank in range(EP)}
     source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
@@ -546,8 +545,8 @@ def test_sglang_files_of_two_recordings(tmp_path: Path) -> None:
     refused(DumpError, source, tmp_path, "its last placement is not that of", ep_size=EP)
 
 
-def test_ranks_that_count_all_tokens_are_asked_about(tmp_path: Path) -> None:
-    """Without attention data parallelism every rank counts every token."""
+def test_equal_counts_of_all_ranks_need_token_replication(tmp_path: Path) -> None:
+    """Without attention data parallelism, every rank counts every token."""
     load = np.repeat(hidden(local_loads(3, ranks=1), 2), EP, axis=1)
     records = {rank: sglang_records(load, rank) for rank in range(EP)}
     source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
@@ -557,7 +556,7 @@ def test_ranks_that_count_all_tokens_are_asked_about(tmp_path: Path) -> None:
     assert "token_replication" not in unknown(run)
 
 
-def test_ranks_that_count_what_they_receive_say_nothing_on_traffic(tmp_path: Path) -> None:
+def test_counts_of_received_tokens_give_no_traffic(tmp_path: Path) -> None:
     load = hidden(local_loads(3), 2)
     received = np.zeros_like(load)
     for rank in range(EP):
@@ -570,7 +569,7 @@ def test_ranks_that_count_what_they_receive_say_nothing_on_traffic(tmp_path: Pat
         traffic_report(run)
 
 
-def test_trtllm(tmp_path: Path) -> None:
+def test_trtllm_has_loads_of_all_ranks(tmp_path: Path) -> None:
     load, layers = local_loads(4), [3, 4, 8]
     source = trtllm(tmp_path / "t", load, layers)
     refused(AskError, source, tmp_path, "--ep-size", "--placement", "experts or of slots")
@@ -589,7 +588,7 @@ def test_trtllm(tmp_path: Path) -> None:
     assert run.info.num_logical_experts == SLOTS
 
 
-def test_trtllm_yaml_that_does_not_say_who_was_where(tmp_path: Path) -> None:
+def test_trtllm_yaml_without_fixed_placement_is_refused(tmp_path: Path) -> None:
     source = trtllm(tmp_path / "t", local_loads(2), [3, 4, 8])
     moving = trtllm_yaml(tmp_path / "moving.yaml", MAP, [3, 4, 8], updates=2)
     other = trtllm_yaml(tmp_path / "other.yaml", MAP, [3, 4, 5])
@@ -598,7 +597,7 @@ def test_trtllm_yaml_that_does_not_say_who_was_where(tmp_path: Path) -> None:
         refused(DumpError, source, tmp_path, word, ep_size=EP, placement=str(path))
 
 
-def test_trtllm_rank_without_a_layer(tmp_path: Path) -> None:
+def test_trtllm_iteration_without_a_layer_is_left_out(tmp_path: Path) -> None:
     source = trtllm(tmp_path / "t", local_loads(3), [3, 4, 8])
     tensors = {f"{7 + i}_{n}": np.ones(SLOTS, np.int64) for i in range(3) for n in (3, 4, 8)}
     del tensors["8_4"]
@@ -610,7 +609,7 @@ def test_trtllm_rank_without_a_layer(tmp_path: Path) -> None:
     assert "rank 1: 1 iteration left out" in report.notes[0]
 
 
-def test_megatron(tmp_path: Path) -> None:
+def test_megatron_has_loads_of_all_ranks(tmp_path: Path) -> None:
     load = local_loads(6).transpose(1, 2, 0, 3)  # [ranks, layers, forwards, slots]
     for rank in range(EP):
         megatron(tmp_path / "m", rank, load[rank])
@@ -624,7 +623,7 @@ def test_megatron(tmp_path: Path) -> None:
     np.testing.assert_array_equal(placement_at(run, 0), MAP)
 
 
-def test_megatron_rows_that_were_never_written(tmp_path: Path) -> None:
+def test_megatron_unwritten_rows_are_left_out(tmp_path: Path) -> None:
     load = local_loads(6).transpose(1, 2, 0, 3)
     for rank in range(EP):
         of_rank = load[rank].copy()
@@ -634,12 +633,12 @@ def test_megatron_rows_that_were_never_written(tmp_path: Path) -> None:
     report = import_dump(tmp_path / "m", tmp_path / "d", None, Options(num_logical_experts=EXPERTS))
     assert (report.steps, report.complete) == (6, 4)
     np.testing.assert_array_equal(loads(open_run(tmp_path / "d"))[1], load.sum(axis=0).transpose(1, 0, 2)[:4])
-    # What forward_counts calls written must be counts.
+    # Rows within forward_counts must be counts.
     megatron(tmp_path / "m", 1, np.where(load[1] < 3, -1, load[1]))
     refused(DumpError, tmp_path / "m", tmp_path, "negative", num_logical_experts=EXPERTS)
 
 
-def test_megatron_two_groups(tmp_path: Path) -> None:
+def test_megatron_files_of_two_groups_are_refused(tmp_path: Path) -> None:
     load = local_loads(2).transpose(1, 2, 0, 3)
     for rank in range(EP):
         group = np.arange(EP, dtype=np.int32) + EP * (rank > 1)
@@ -647,7 +646,7 @@ def test_megatron_two_groups(tmp_path: Path) -> None:
     refused(AskError, tmp_path / "m", tmp_path, "two EP groups", num_logical_experts=EXPERTS)
 
 
-def test_vllm_snapshots(tmp_path: Path) -> None:
+def test_vllm_snapshots_have_loads_and_placements(tmp_path: Path) -> None:
     load = local_loads(4).sum(axis=1)
     maps = [MAP, MAP, MAP[:, ::-1], MAP[:, ::-1]]
     records = [snapshot(10 * (i + 1), load[i], maps[i]) for i in range(4)]
@@ -664,7 +663,7 @@ def test_vllm_snapshots(tmp_path: Path) -> None:
     assert (run.info.interval, run.info.model, run.info.ep_size) == (10, "org/moe", EP)
     _, run = do(source, tmp_path, window=True)
     np.testing.assert_array_equal(loads(run)[1], load * 5)
-    # Appended one after the other, the same.
+    # The same, with one rank's records after the other's.
     _, run = do(lines(tmp_path / "y.jsonl", *records, *records), tmp_path)
     np.testing.assert_array_equal(loads(run)[1], load)
 
@@ -672,19 +671,21 @@ def test_vllm_snapshots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "interval", "not_sampled"),
     [
-        ([0, 20, 30, 40], 10, 18),  # a record is missing: its steps are missing, not left out
+        ([0, 20, 30, 40], 10, 18),  # a missing record is missing steps, not unsampled ones
         ([0, 5, 6, 7], 1, 0),
         ([0, 4, 10], 1, 0),
         ([0, 2**60], 1, 0),
     ],
 )
-def test_vllm_steps_of_no_one_beat(tmp_path: Path, steps: list[int], interval: int, not_sampled: int) -> None:
+def test_vllm_interval_is_the_common_gap(
+    tmp_path: Path, steps: list[int], interval: int, not_sampled: int
+) -> None:
     load = local_loads(1).sum(axis=1)[0]
     report, run = do(lines(tmp_path / "x.jsonl", *(snapshot(step, load, MAP) for step in steps)), tmp_path)
     assert (run.info.interval, report.not_sampled, loads(run)[0]) == (interval, not_sampled, steps)
 
 
-def test_vllm_names_that_are_none(tmp_path: Path) -> None:
+def test_vllm_invalid_names_are_refused(tmp_path: Path) -> None:
     load = local_loads(1).sum(axis=1)[0]
     odd = lines(tmp_path / "x.jsonl", snapshot(0, load, MAP, model_name="\ud800"))
     refused(AskError, odd, tmp_path, "is no name of a model")
@@ -694,7 +695,7 @@ def test_vllm_names_that_are_none(tmp_path: Path) -> None:
     assert len(str(raised.value)) < 300 + len(str(tmp_path))
 
 
-def test_vllm_steps_that_begin_anew_are_asked_about(tmp_path: Path) -> None:
+def test_vllm_restarted_step_numbers_need_an_option(tmp_path: Path) -> None:
     load = local_loads(4).sum(axis=1)
     again = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i % 2), load[i], MAP) for i in range(4)))
     refused(AskError, again, tmp_path, "line 3", "step 0 again, with another load", "--renumber")
@@ -706,7 +707,7 @@ def test_vllm_steps_that_begin_anew_are_asked_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("meta", [False, True])
-def test_vllm_pr41141(tmp_path: Path, meta: bool) -> None:
+def test_vllm_pr41141_has_loads_and_placements(tmp_path: Path, meta: bool) -> None:
     load = local_loads(6).sum(axis=1)
     tokens = load.reshape(6, LAYERS, EP, -1).sum(axis=3)
     more = [{} if meta else {"num_ranks": EP, "num_layers": LAYERS, "tokens": t.tolist()} for t in tokens]
@@ -722,7 +723,7 @@ def test_vllm_pr41141(tmp_path: Path, meta: bool) -> None:
     assert any("1 record of other kinds" in note for note in report.notes)
 
 
-def test_vllm_pr41141_that_contradicts_itself(tmp_path: Path) -> None:
+def test_vllm_pr41141_contradictions_are_refused(tmp_path: Path) -> None:
     load = local_loads(1).sum(axis=1)[0]
     wrong = stats(1, load, MAP, num_ranks=EP, tokens=(load.reshape(LAYERS, EP, -1).sum(axis=2) + 1).tolist())
     refused(DumpError, lines(tmp_path / "a.jsonl", wrong), tmp_path, "not the sums")
@@ -735,8 +736,8 @@ def test_vllm_pr41141_that_contradicts_itself(tmp_path: Path) -> None:
     refused(DumpError, wide, tmp_path, "beyond the 12")
 
 
-def test_vllm_elastic(tmp_path: Path) -> None:
-    """The number of slots and ranks may change; nothing is summed across."""
+def test_vllm_elastic_run_has_two_shapes(tmp_path: Path) -> None:
+    """The numbers of slots and ranks can change; nothing is summed across the change."""
     small = snapshot(2, np.ones((LAYERS, 12), int), MAP[:, :12], num_physical_experts=12, world_size=2)
     source = lines(tmp_path / "x.jsonl", snapshot(1, np.ones((LAYERS, SLOTS), int), MAP), small)
     _, run = do(source, tmp_path)
@@ -745,7 +746,7 @@ def test_vllm_elastic(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "csv", "pt"])
-def test_one_array(tmp_path: Path, suffix: str) -> None:
+def test_one_array_is_one_step(tmp_path: Path, suffix: str) -> None:
     load = local_loads(1, width=EXPERTS).sum(axis=(0, 1))
     path = tmp_path / f"load.{suffix}"
     {
@@ -761,7 +762,7 @@ def test_one_array(tmp_path: Path, suffix: str) -> None:
     assert "passes" in unknown(run)
 
 
-def test_array_of_steps_or_of_ranks(tmp_path: Path) -> None:
+def test_three_dimensions_need_a_format(tmp_path: Path) -> None:
     load = local_loads(EP, width=EXPERTS).sum(axis=1)
     np.save(tmp_path / "load.npy", load)
     np.savez(tmp_path / "two.npz", a=load, b=load)
@@ -778,8 +779,8 @@ def test_array_of_steps_or_of_ranks(tmp_path: Path) -> None:
     assert run.info.ep_size == EP
 
 
-def test_long_source_in_segments(tmp_path: Path) -> None:
-    """More than a segment, and in batches: no step is lost, dropped or out of place."""
+def test_long_source_is_written_in_segments(tmp_path: Path) -> None:
+    """More than one segment, in batches: no step is lost, dropped or misplaced."""
     one = np.random.default_rng(1).integers(0, 70_000, (5000, 1, 8))
     load = np.concatenate([one, one[:, :, ::-1]], axis=1)
     np.save(tmp_path / "load.npy", load)
@@ -789,10 +790,10 @@ def test_long_source_in_segments(tmp_path: Path) -> None:
     assert run.sessions[0].closed is not None
 
 
-# ---- where it came from
+# ---- origin
 
 
-def test_origin_is_told(tmp_path: Path) -> None:
+def test_origin_is_reported(tmp_path: Path) -> None:
     source = sglang_stat(tmp_path / "s", hidden(local_loads(2, width=EXPERTS).sum(axis=1), 1))
     result = cli(
         "import",
@@ -829,7 +830,7 @@ def test_origin_is_told(tmp_path: Path) -> None:
     assert compared.returncode in (0, 1)
 
 
-def test_origin_survives_and_damage_in_it_is_found() -> None:
+def test_origin_round_trips_and_its_damage_is_found() -> None:
     origin = Origin("a", "b", (), "1", {"x": "y"}, {})
     fields = {**vars(origin), "files": [{"name": "n", "bytes": 3}]}
     assert Origin.from_dict(fields).files[0].bytes == 3
@@ -838,7 +839,7 @@ def test_origin_survives_and_damage_in_it_is_found() -> None:
             Origin.from_dict(odd)
 
 
-def test_runs_are_never_written_over(tmp_path: Path) -> None:
+def test_existing_run_is_never_overwritten(tmp_path: Path) -> None:
     np.save(tmp_path / "load.npy", np.ones((2, 4), np.int64))
     options = Options(ep_size=2, placement="linear")
     reports = [import_dump(tmp_path / "load.npy", tmp_path / "d", None, options) for _ in range(3)]
@@ -855,29 +856,7 @@ def test_runs_are_never_written_over(tmp_path: Path) -> None:
         import_dump(tmp_path / "load.npy", tmp_path / "file", None, options)
 
 
-def test_killed_import_leaves_no_run(tmp_path: Path) -> None:
-    np.save(tmp_path / "load.npy", np.ones((20_000, 8, 64), np.int32))
-    script = """
-        import sys
-        from pathlib import Path
-        from eplb_analyze.transfer.importers.import_dump import Options, import_dump
-        options = Options(ep_size=2, placement="linear")
-        import_dump(Path(sys.argv[1]), Path(sys.argv[2]), "array", options, "r")
-    """
-    into = tmp_path / "d"
-    with start_child(script, tmp_path / "load.npy", into) as child:
-        while child.poll() is None and not list(into.rglob("loads-*.parquet")):
-            time.sleep(0.005)
-        child.kill()
-    assert child.returncode == -9, "it was done before it could be killed"
-    assert list(into.rglob("*.frames"))
-    with pytest.raises(DumpError, match="no run in it"):
-        open_run(into)
-    _, run = do(tmp_path / "load.npy", tmp_path, "array", ep_size=2, placement="linear")
-    assert summarize(run).steps.seen == 20_000
-
-
-# ---- files of strangers
+# ---- malicious files
 
 LINEAR = {"ep_size": 2, "placement": "linear"}
 
@@ -912,7 +891,7 @@ def npy_header(shape: tuple[int, ...], dtype: str = "<i8") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
-def test_claims_of_giant_shapes(tmp_path: Path) -> None:
+def test_giant_shapes_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
     giant = npy_header((1 << 20, 1 << 20))
     (tmp_path / "a.npy").write_bytes(giant + b"\0" * 64)
     refused(DumpError, tmp_path / "a.npy", tmp_path, "it claims", **LINEAR)
@@ -922,11 +901,11 @@ def test_claims_of_giant_shapes(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("loads.npy", npy_header((1 << 10, 1 << 14)) + bytes(1 << 27))
     refused(DumpError, tmp_path / "c.npz", tmp_path, "unpack to", **LINEAR)
-    # Not even the header is unpacked.
+    # Here not even the header may be unpacked.
     with zipfile.ZipFile(tmp_path / "f.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("loads.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 27) + b" " * (1 << 27))
     refused(DumpError, tmp_path / "f.npz", tmp_path, "unpack to", **LINEAR)
-    # A view of one number, and one number many times.
+    # A large view of one number, and many views of the same numbers.
     view = torch.ones(1, dtype=torch.int32).expand(1 << 14, 1 << 8, 1 << 8)
     torch.save({"rank": 0, "logical_count": view}, tmp_path / "d.pt")
     refused(DumpError, tmp_path / "d.pt", tmp_path, "claim more than the file holds", **LINEAR)
@@ -944,7 +923,7 @@ def test_claims_of_giant_shapes(tmp_path: Path) -> None:
     refused(DumpError, source, tmp_path, "cut off", ep_size=EP, placement="linear")
 
 
-def test_compressed_torch_archive(tmp_path: Path) -> None:
+def test_compressed_torch_archive_is_refused(tmp_path: Path) -> None:
     source = sglang_stat(tmp_path / "s", np.zeros((64, 64, 64)))
     (path,) = source.iterdir()
     with (
@@ -957,7 +936,7 @@ def test_compressed_torch_archive(tmp_path: Path) -> None:
 
 
 def sources(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """A whole source of each kind of file, and the options that import it."""
+    """A valid source of each kind of file, and the options to import it."""
     np.save(folder / "a.npy", np.ones((2, 4), np.int64))
     np.savez_compressed(folder / "b.npz", loads=np.ones((2, 4), np.int64))
     megatron(folder / "m", 0, local_loads(2, ranks=1).transpose(1, 2, 0, 3)[0], ep_size=np.int32(1))
@@ -977,8 +956,8 @@ def sources(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "pt", "megatron", "jsonl", "safetensors"])
-def test_truncated_and_flipped_files(tmp_path: Path, kind: str) -> None:
-    """Cut off anywhere, or with flipped bytes, a source is refused in one line or is a valid one."""
+def test_truncated_or_flipped_file_is_one_error(tmp_path: Path, kind: str) -> None:
+    """Cut off anywhere or with flipped bits, a source gives one error, or is still valid."""
     path, options = sources(tmp_path)[kind]
     source = path.parent if kind == "safetensors" else path
     whole = path.read_bytes()
@@ -1013,7 +992,7 @@ def test_truncated_and_flipped_files(tmp_path: Path, kind: str) -> None:
         (2.0**31, "above"),
     ],
 )
-def test_numbers_that_are_no_counts(tmp_path: Path, value: float, word: str) -> None:
+def test_invalid_counts_are_refused(tmp_path: Path, value: float, word: str) -> None:
     array = np.ones((3, 2, 4))
     array[2, 1, 3] = value
     np.save(tmp_path / "a.npy", array)
@@ -1021,7 +1000,7 @@ def test_numbers_that_are_no_counts(tmp_path: Path, value: float, word: str) -> 
     refused(DumpError, tmp_path / "a.npy", tmp_path, word, place, format="array", **LINEAR)
 
 
-def test_json_of_strangers(tmp_path: Path) -> None:
+def test_invalid_json_is_refused(tmp_path: Path) -> None:
     load = local_loads(1).sum(axis=1)[0]
     good = json.dumps(snapshot(1, load, MAP))
 
@@ -1043,16 +1022,16 @@ def test_json_of_strangers(tmp_path: Path) -> None:
         refused(DumpError, tmp_path / f"{name}.jsonl", tmp_path, word, format="vllm")
     (tmp_path / "long.jsonl").write_text(good + "\n" + "[" * (17 << 20))
     refused(DumpError, tmp_path / "long.jsonl", tmp_path, "longer than 16 MiB")
-    # The engine was killed in the middle of a line.
+    # The engine was killed while it wrote a line.
     (tmp_path / "torn.jsonl").write_text(good + "\n" + good[:100])
     report, run = do(tmp_path / "torn.jsonl", tmp_path)
     assert loads(run)[0] == [1]
     assert "line 2, the last, left out: it is cut off" in report.notes
 
 
-def test_aliases_in_yaml_do_not_explode(tmp_path: Path) -> None:
+def test_yaml_aliases_take_no_memory(tmp_path: Path) -> None:
     def bomb(first: str, more: str) -> str:
-        """Each level is ten of the level before."""
+        """Each level has the one before ten times."""
         levels = (f"a{i}: &a{i} {more % ', '.join([f'*a{i - 1}'] * 10)}\n" for i in range(1, 12))
         return f"a0: &a0 {first}\n" + "".join(levels)
 
@@ -1060,11 +1039,11 @@ def test_aliases_in_yaml_do_not_explode(tmp_path: Path) -> None:
     for number, (text, word) in enumerate([
         (lists + "num_slots: 16\nlayer_updates_per_iter: 0\ninitial_global_assignments: {3: *a11}\n",
          "not lists of experts"),
-        # Shown in a text, or merged.
+        # The alias is shown in a message, or merged.
         (lists + plain + "layer_updates_per_iter: *a11\n", "layer_updates_per_iter is no number"),
         (lists + plain + "layer_updates_per_iter: 0\nnum_slots: *a11\n", "num_slots is no number"),
         (bomb("{k: 1}", "{<<: [%s]}") + plain, "it is not YAML"),
-        # To build it takes the whole stack.
+        # Building it would overflow the stack.
         ("a: " + "[" * 200_000, "nested too deeply"),
     ]):  # fmt: skip
         path = tmp_path / f"{number}.yaml"
@@ -1073,7 +1052,7 @@ def test_aliases_in_yaml_do_not_explode(tmp_path: Path) -> None:
         refused(DumpError, source, tmp_path, word, ep_size=EP, placement=str(path))
 
 
-def test_links_pipes_and_what_is_not_there(tmp_path: Path) -> None:
+def test_links_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 4), np.int64))
     (tmp_path / "link.npy").symlink_to(tmp_path / "a.npy")
     refused(DumpError, tmp_path / "link.npy", tmp_path, "symbolic link", **LINEAR)
@@ -1099,7 +1078,7 @@ def test_links_pipes_and_what_is_not_there(tmp_path: Path) -> None:
     refused(DumpError, source, tmp_path, "these have no file: 1", ep_size=EP, placement="linear")
 
 
-def test_csv_that_is_no_counts(tmp_path: Path) -> None:
+def test_invalid_csv_is_refused(tmp_path: Path) -> None:
     for text, word in (
         ("1,2\n3\n", "line 2 has 1"),
         ("1,2\n-3,4\n", "'-3' is no count"),
@@ -1111,7 +1090,7 @@ def test_csv_that_is_no_counts(tmp_path: Path) -> None:
         refused(DumpError, tmp_path / "a.csv", tmp_path, word, format="array", **LINEAR)
 
 
-def test_wrong_claims_of_the_user(tmp_path: Path) -> None:
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
     load = local_loads(2).sum(axis=1)
     source = lines(tmp_path / "x.jsonl", *(snapshot(i, load[i], MAP) for i in range(2)))
     refused(AskError, source, tmp_path, "4 EP ranks, not 8", ep_size=8)
@@ -1148,7 +1127,7 @@ def test_split_keeps_every_token(load: Any, more: list[int], seed: int) -> None:
     gaps=st.lists(st.integers(1, 6), min_size=1, max_size=30), interval=st.integers(1, 6), first=st.booleans()
 )
 @settings(max_examples=100, deadline=None)
-def test_steps_between_samples(gaps: list[int], interval: int, first: bool) -> None:
+def test_steps_between_samples_are_not_sampled(gaps: list[int], interval: int, first: bool) -> None:
     step = np.cumsum([10, *gaps])
     last = None if first else 10 - interval
     rows, at = _with_between(step, last, interval)
@@ -1164,7 +1143,7 @@ def test_steps_between_samples(gaps: list[int], interval: int, first: bool) -> N
 
 @given(values=hnp.arrays(hnp.scalar_dtypes(), (4,)))
 @settings(max_examples=200, deadline=None)
-def test_whole_counts_are_those_given(values: Any) -> None:
+def test_whole_counts_keep_their_values(values: Any) -> None:
     try:
         found = whole_counts(values, "x")
     except ValueError:
@@ -1177,7 +1156,7 @@ def test_whole_counts_are_those_given(values: Any) -> None:
 # ---- the command
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command_prints_what_is_unknown(tmp_path: Path) -> None:
     load = local_loads(3).sum(axis=1)
     source = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i + 1), load[i], MAP) for i in range(3)))
     arguments = ["import", "x.jsonl", "--into", "dump", "--run-id"]
@@ -1198,7 +1177,7 @@ def test_command(tmp_path: Path) -> None:
     assert len(list((tmp_path / "other").glob("run=import-*"))) == 1
 
 
-def test_formats_of_the_command() -> None:
+def test_command_has_all_formats_of_the_library() -> None:
     assert tuple(READERS) == FORMATS
 
 
@@ -1210,7 +1189,7 @@ def test_codes_are_documented() -> None:
     assert codes <= set(documented)
 
 
-def test_command_used_wrongly(tmp_path: Path) -> None:
+def test_wrong_usage_is_one_error(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 4), np.int64))
     base = ["import", tmp_path / "a.npy", "--into", tmp_path / "d"]
     for more, word in (
