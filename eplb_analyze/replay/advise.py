@@ -1,7 +1,7 @@
-"""The verdict of `advise`: leave the load balancer as it is, or change it to what, from the run's own loads.
+"""`advise`: whether to change the load balancer's setting, and to what, judged by the run's own loads.
 
-A setting is chosen on the first part of the run and judged on the rest, which had no say in the choice; its
-gain there has a confidence interval. Loads and placements come from :mod:`eplb_analyze.replay.replay`.
+A setting is chosen on the first part of the run and judged on the rest, which did not influence the choice;
+its gain there has a confidence interval. Loads and placements come from :mod:`eplb_analyze.replay.replay`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_argume
 from eplb_analyze.replay.simulator import NotReplayableError
 from eplb_analyze.text import plural
 
-#: The first part of the steps, on which a setting is chosen.
+#: The share of the steps on which a setting is chosen.
 TRAINING = 0.6
-#: Where it is not known what moving costs, settings with this share of the best gain are as good.
+#: If the cost of moving is not known, settings with this share of the best gain count as equally good.
 GOOD_ENOUGH = 0.8
 #: A gain below this share of the time is not worth a change.
 MIN_GAIN = 0.02
-#: With fewer steps in all nothing is said.
+#: With fewer steps there is no verdict.
 MIN_SCORED = 64
 
 Verdict = Literal["leave", "enable", "retune", "not enough data"]
-#: Those that advise a setting.
+#: The verdicts that advise a setting.
 CHANGES = ("enable", "retune")
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Steps scored, from the first to the last."""
+class ScoredSteps:
+    """The steps scored in one part of the run."""
 
     first_step: int
     last_step: int
@@ -47,7 +47,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Judged:
-    """A setting in the part that is judged; ``setting`` is None for the placements as recorded."""
+    """A setting in the judged part of the run; ``setting`` is None for the recorded placements."""
 
     setting: Setting | None
     balancedness: float | None
@@ -58,37 +58,40 @@ class Judged:
 
 @dataclass(frozen=True)
 class Advice:
-    """``gain`` is the share of today's time that ``best`` saves in the judged part, if time is tokens."""
+    """``gain`` is the share of today's time that ``best`` saves in the judged part.
+
+    It assumes that time is proportional to tokens.
+    """
 
     run_id: str
     model: str
     verdict: Verdict
-    #: Why, a sentence each; with ``not enough data`` what is missing.
+    #: Why, in sentences; for ``not enough data``, what is missing.
     reasons: list[str]
-    #: The best setting of the training part, whatever the verdict; None where none could be tried.
+    #: The best setting of the training part, whatever the verdict; None if none could be tried.
     best: Judged | None = None
     today: Judged | None = None
     gain: Interval | None = None
     training_gain: float | None = None
-    #: The gain is used up if a rank needs so long to fetch one expert of one layer; None: it moves no more
-    #: than today, or nothing is known of time.
+    #: The time to fetch one expert of one layer at which there is no gain left; None if the setting moves no
+    #: more than today, or if times are not known.
     break_even_ms: float | None = None
-    #: How to start the engine so, where it is known.
+    #: How to start the engine with the advised setting, if known.
     engine_arguments: str | None = None
-    trained: Stretch | None = None
-    judged: Stretch | None = None
+    trained: ScoredSteps | None = None
+    judged: ScoredSteps | None = None
     min_gain: float = MIN_GAIN
-    #: What all of it is made of; None where nothing can be replayed.
+    #: The replay behind it; None if the run cannot be replayed.
     replay: Replay | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def measured_balancedness(self) -> float | None:
-        """As recorded, over all steps scored."""
+        """The recorded balancedness, over all steps scored."""
         return None if self.replay is None else self.replay.measured_balancedness
 
     def passes(self, least: float) -> bool:
-        """Whether the recorded balancedness is known, and at least so much."""
+        """Whether the recorded balancedness is known and at least ``least``."""
         return self.measured_balancedness is not None and self.measured_balancedness >= least
 
     def to_json(self) -> dict[str, Any]:
@@ -130,16 +133,16 @@ def advise(
     cost_per_expert_ms: float | None = None,
     workers: int | None = None,
 ) -> Advice:
-    """Whether another setting would have been better over a half-open range of steps (default: all).
+    """Advise whether another setting is better over a half-open range of steps (default: all).
 
     Args:
-        choices, num_groups, cost_per_expert_ms, workers: as of :func:`~eplb_analyze.replay.replay.replay`.
+        choices, num_groups, cost_per_expert_ms, workers: see :func:`~eplb_analyze.replay.replay.replay`.
         min_gain: a smaller share of the time is not worth a change.
 
     Raises:
         NotInDumpError: the dump has no such step.
         DumpError: no step is complete.
-        UsageError, PolicyError: a setting or policy that cannot be.
+        UsageError, PolicyError: a setting or policy is impossible.
     """
     names = run.info.run_id, run.info.model
     try:
@@ -153,7 +156,7 @@ def advise(
 
 
 class TrainTestSplit:
-    """A replay, cut in two."""
+    """A replay split into steps for choosing a setting and steps for judging it."""
 
     def __init__(self, played: Replay, min_gain: float, engine: str | None) -> None:
         self.played, self.min_gain, self.engine = played, min_gain, engine
@@ -168,7 +171,7 @@ class TrainTestSplit:
         missing = self._missing()
         if missing:
             return self._verdict("not enough data", [missing])
-        candidates = [i for i in range(len(played.outcomes)) if self._is_another(i)]
+        candidates = [i for i in range(len(played.outcomes)) if self._is_candidate(i)]
         if not candidates:
             steps = self.split - played.first_step
             text = (
@@ -194,19 +197,19 @@ class TrainTestSplit:
             return f"fewer than {MIN_STEPS} steps with tokens in a part of the run"
         return None
 
-    def _is_another(self, index: int) -> bool:
-        """Whether to change to it is a change that the training part says something about."""
+    def _is_candidate(self, index: int) -> bool:
+        """Whether the setting differs from today's, and rearranges in the training part."""
         outcome, today = self.played.outcomes[index], self.played.today
         setting = outcome.setting
         same = (outcome.num_physical_experts, outcome.ep_size) == (today.num_physical_experts, today.ep_size)
         if setting is None or outcome.ep_size != today.ep_size or setting == self.played.recorded.setting():
             return False
-        if setting.policy == STATIC:  # to switch rearranging off, where it is on
+        if setting.policy == STATIC:  # switches rearranging off if it is on
             return same and bool(today.moves)
         return any(move.step < self.split for move in outcome.moves)
 
     def _gain(self, index: int, part: slice) -> float:
-        """Share of today's time saved in a part, less what moving costs more than today."""
+        """Share of today's time saved in a part, minus the cost of moving weights beyond today's."""
         ratio = self._ratio(index, part)
         return (ratio.value or 0.0) - self._cost(index, part)
 
@@ -216,26 +219,28 @@ class TrainTestSplit:
         return Ratio(today - maximum[self.played.rows[index], part], today)
 
     def _cost(self, index: int, part: slice) -> float:
-        """What moving costs more than today, as a share of the part's time; 0 where no cost was given."""
+        """The cost of moving weights beyond today's, as a share of the part's time; 0 if no cost is given."""
         cost, seconds = self.played.cost_per_expert_ms, self._seconds(part)
-        return 0.0 if cost is None or seconds is None else self._more(index, part) * cost / 1e3 / seconds
+        if cost is None or seconds is None:
+            return 0.0
+        return self._extra_weights(index, part) * cost / 1e3 / seconds
 
     def _seconds(self, part: slice) -> float | None:
         whole, columns = self.played.seconds, self.played.scores.step
         return None if whole is None else whole * len(columns[part]) / len(columns)
 
-    def _more(self, index: int, part: slice) -> int:
-        """How many more weights than today the busiest ranks fetched."""
+    def _extra_weights(self, index: int, part: slice) -> int:
+        """How many more expert weights than today's the busiest ranks fetch."""
         outcomes = self.played.outcomes[index], self.played.today
-        more, less = (sum(move.busiest_rank for move in self._moves(each, part)) for each in outcomes)
-        return more - less
+        new, old = (sum(move.busiest_rank for move in self._moves(each, part)) for each in outcomes)
+        return new - old
 
     def _moves(self, outcome: Outcome, part: slice) -> list[Move]:
         first = part == self.training
         return [move for move in outcome.moves if (move.step < self.split) == first]
 
     def _choose(self, gains: dict[int, float]) -> int:
-        """The best of the training part; of those as good the one with fewest slots, then fewest moves."""
+        """The best of the training part; of equally good ones, the one with fewest slots, then moves."""
         best = max(gains.values())
         near = best - self.min_gain / 2
         if self.played.cost_per_expert_ms is None:
@@ -246,13 +251,13 @@ class TrainTestSplit:
 
     def _break_even(self, index: int) -> float | None:
         saved, seconds = self._ratio(index, self.judging).value, self._seconds(self.judging)
-        more = self._more(index, self.judging)
+        more = self._extra_weights(index, self.judging)
         if saved is None or saved <= 0 or seconds is None or more <= 0:
             return None
         return 1e3 * saved * seconds / more
 
     def _interval(self, index: int) -> Interval | None:
-        """The gain in the judged part. Both settings ran over the same steps, so it is one series."""
+        """The gain in the judged part, resampled as one series because both settings saw the same steps."""
         ratio, cost = self._ratio(index, self.judging), self._cost(index, self.judging)
         some = ratio.denominator > 0
         ratio = Ratio(ratio.numerator[some], ratio.denominator[some])
@@ -285,13 +290,13 @@ class TrainTestSplit:
         training_gain: float | None = None,
     ) -> Advice:
         played, scores = self.played, self.played.scores
-        stretches: list[Stretch | None] = [None, None]
+        scored: list[ScoredSteps | None] = [None, None]
         if self.split <= played.last_step:
-            # By the columns, which are of a few steps each in a long run.
+            # Estimated from columns, which hold several steps in a long run.
             first = round(played.scored * self.training.stop / len(scores.step))
-            stretches = [
-                Stretch(played.first_step, self.split - 1, first),
-                Stretch(self.split, played.last_step, played.scored - first),
+            scored = [
+                ScoredSteps(played.first_step, self.split - 1, first),
+                ScoredSteps(self.split, played.last_step, played.scored - first),
             ]
         setting = None if best is None or verdict not in CHANGES else played.outcomes[best].setting
         return Advice(
@@ -305,8 +310,8 @@ class TrainTestSplit:
             training_gain=training_gain,
             break_even_ms=None if best is None else self._break_even(best),
             engine_arguments=None if setting is None else engine_arguments(self.engine, setting),
-            trained=stretches[0],
-            judged=stretches[1],
+            trained=scored[0],
+            judged=scored[1],
             min_gain=self.min_gain,
             replay=played,
             notes=[*played.notes, *(self._warnings(gain) if verdict in CHANGES else [])],
@@ -324,7 +329,7 @@ class TrainTestSplit:
         )
 
     def _warnings(self, gain: Interval | None) -> list[str]:
-        """What stands between the gain and what an engine would show."""
+        """Why an engine may not show the gain."""
         measured, even = self.played.measured_idle_fraction, self.played.today.idle_fraction
         if gain is None or measured is None or even is None or measured - even <= max(0.0, gain.value):
             return []

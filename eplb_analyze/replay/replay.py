@@ -1,4 +1,4 @@
-"""The figures of `replay`: what other settings would have given on the recorded loads, beside today's."""
+"""`replay`: the figures of other settings on the recorded loads, compared with today's."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from eplb_dump.format.journal import Int64, Shape
 
 
 @dataclass(frozen=True)
-class Part:
-    """The steps of one shape that settings are replayed over."""
+class ReplayedSteps:
+    """The steps of one shape over which settings are replayed."""
 
-    #: Half-open, from the first to the last complete one.
+    #: Half-open, from the first to the last complete step.
     steps: StepRange
     shape: Shape
-    #: How many of them are complete.
+    #: Complete steps among them.
     recorded: int
     #: The step that starts are counted from.
     origin: int
-    #: The median from a step to the next, pauses left out so; None where no two follow each other.
+    #: Median time from one step to the next, so that pauses do not count; None if no two are consecutive.
     step_seconds: float | None
-    #: Of all steps asked for.
+    #: Of all steps of the requested range.
     whole: Completeness
     notes: list[str]
 
@@ -51,7 +51,7 @@ class _StepTimes(Sums):
         self.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
 
 
-def last_part(run: Run, steps: tuple[int, int] | None = None) -> Part:
+def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     """The last configuration of a half-open range of steps (default: all). Reads no loads.
 
     Call it inside ``run.retry_without_damaged``.
@@ -66,9 +66,9 @@ def last_part(run: Run, steps: tuple[int, int] | None = None) -> Part:
     if "step_order" in unknown:
         raise NotReplayableError(f"{run.path}: not known of this imported run: {unknown['step_order']}")
     sums, whole, earlier = last_of_configurations(run, steps, _StepTimes)
-    begin_of_starts, notes = run.step_range[0] or 0, []
+    starts_from, notes = run.step_range[0] or 0, []
     if earlier:
-        begin_of_starts = sums.first_step
+        starts_from = sums.first_step
         notes.append(
             f"ep_size or the number of slots changed: only steps {sums.first_step} to {sums.last_step} are "
             f"replayed (those before with --steps {earlier[-1].first}:{sums.first_step})"
@@ -78,38 +78,38 @@ def last_part(run: Run, steps: tuple[int, int] | None = None) -> Part:
     seconds = float(np.median(between)) / 1e9 if timed else None
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
     notes += run.import_caveats(*codes)
-    return Part(sums.steps, sums.shape, sums.recorded, begin_of_starts, seconds, whole, notes)
+    return ReplayedSteps(sums.steps, sums.shape, sums.recorded, starts_from, seconds, whole, notes)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one setting gives. Seconds are what tokens would be worth, if time were proportional to them."""
+    """The figures of one setting. Seconds assume that time is proportional to tokens."""
 
-    #: None: the placements as recorded.
+    #: None: the recorded placements.
     setting: Setting | None
     ep_size: int
     num_physical_experts: int
     balancedness: float | None
     idle_fraction: float | None
-    #: No placement of so many slots on so many ranks has a smaller idle fraction.
+    #: No placement with this many slots and ranks has a smaller idle fraction.
     idle_fraction_bound: float | None
     moves: list[Move]
-    #: Today's idle fraction less this one.
+    #: Today's idle fraction minus this one.
     idle_fraction_saved: float | None = None
-    #: 1 − Σ max / today's Σ max; None on another number of ranks than today's.
+    #: 1 − Σ max / today's Σ max; None if the EP size differs from today's.
     time_saved: float | None = None
     cost_seconds: float | None = None
-    #: Seconds saved, less what moving costs more than today.
+    #: Seconds saved, minus the cost of moving weights beyond today's.
     net_seconds: float | None = None
 
     @property
     def weights_moved(self) -> int:
-        """Expert weights that ranks fetched."""
+        """Expert weights fetched by all ranks."""
         return sum(move.weights for move in self.moves)
 
     @property
     def weights_moved_busiest_rank(self) -> int:
-        """Of each rearrangement those that the rank with most fetched."""
+        """Expert weights fetched by the rank that fetched most in each rearrangement, summed."""
         return sum(move.busiest_rank for move in self.moves)
 
     def to_json(self) -> dict[str, Any]:
@@ -129,29 +129,29 @@ def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Replay:
-    """``outcomes`` are sorted, the best first; ``rows`` are theirs in ``scores``."""
+    """``outcomes`` are sorted, the best first; ``rows`` are their rows in ``scores``."""
 
     run_id: str
     model: str
-    part: Part
+    part: ReplayedSteps
     recorded: Recorded
-    #: The steps scored, the same for all settings; complete ones under an unknown placement are left out.
+    #: Steps scored, the same for all settings; complete steps without a known placement are left out.
     first_step: int
     last_step: int
     scored: int
     left_out: int
-    #: What these steps, and those between sampled ones, took by ``step_seconds``.
+    #: The time of these steps and of those between sampled ones, from ``step_seconds``.
     seconds: float | None
     cost_per_expert_ms: float | None
-    #: The recorded placements, with even splitting as all settings.
+    #: The recorded placements, with tokens split evenly over replicas as in all settings.
     today: Outcome
-    #: As it was recorded.
+    #: As recorded, with tokens split as they were.
     measured_balancedness: float | None
     measured_idle_fraction: float | None
     outcomes: list[Outcome]
     scores: Scores
     rows: list[int]
-    #: Of each outcome, where asked for: the placements by the step from which they held.
+    #: If asked for: the placements of each outcome, by the step from which each holds.
     placements: list[Placed] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -192,19 +192,19 @@ def replay(
 
     Args:
         choices: a grid of settings, or the settings themselves; default: the grid that suits the run.
-        num_groups: of experts, as the model has them: policies keep a group on one node where they can.
-        cost_per_expert_ms: what a rank needs to fetch the weights of one expert of one layer.
-        workers: threads; the result does not depend on them. Default: one a core.
-        keep_placements: return all placements, too, which takes memory.
+        num_groups: of experts, as the model has them: policies keep a group on one node if they can.
+        cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.
+        workers: threads; the result does not depend on them. Default: one for each core.
+        keep_placements: also return all placements, which takes memory.
 
     Raises:
         NotInDumpError: the dump has no such step.
         DumpError: no step is complete, or no placement is known.
-        UsageError, PolicyError: a setting or policy that cannot be.
+        UsageError, PolicyError: a setting or policy is impossible.
     """
 
     def play() -> Replay:
-        part = last_part(run, steps)
+        part = last_steps(run, steps)
         today = recorded(run, part.shape)
         settings, notes = _settings(run, today, choices, part.recorded * run.info.interval)
         named = [(setting, policy.named(setting.policy)) for setting in settings]
@@ -230,7 +230,7 @@ def _settings(
 
 
 def _result(
-    simulation: Simulation, part: Part, today: Recorded, cost_ms: float | None, notes: list[str]
+    simulation: Simulation, part: ReplayedSteps, today: Recorded, cost_ms: float | None, notes: list[str]
 ) -> Replay:
     run, scores = simulation.run, simulation.scores
     seconds = None
@@ -295,7 +295,7 @@ def _figures(simulation: Simulation, row: int, slots: int) -> dict[str, Any]:
 
 
 def _today(simulation: Simulation) -> Outcome:
-    """The recorded placements, and what the rearrangements among the scored steps moved."""
+    """The recorded placements, with the moves of the rearrangements within the scored steps."""
     run, slots = simulation.run, simulation.shape.num_physical_experts
     moves = []
     for change in run.history.rearrangements():
@@ -311,12 +311,12 @@ def _today(simulation: Simulation) -> Outcome:
 
 
 def _against(outcome: Outcome, today: Outcome, seconds: float | None, cost_ms: float | None) -> Outcome:
-    """The outcome with what it saves."""
+    """The outcome with what it saves compared with today."""
     if outcome.idle_fraction is None or today.idle_fraction is None:
         return outcome
     time_saved = cost = net = None
     if outcome.ep_size == today.ep_size:
-        # Σ max is Σ mean / (1 − idle), and of one EP size Σ mean is the same.
+        # Σ max is Σ mean / (1 − idle), and Σ mean depends only on the EP size.
         time_saved = 1 - (1 - today.idle_fraction) / (1 - outcome.idle_fraction)
     if cost_ms is not None:
         cost = outcome.weights_moved_busiest_rank * cost_ms / 1e3
@@ -329,8 +329,8 @@ def _against(outcome: Outcome, today: Outcome, seconds: float | None, cost_ms: f
 
 
 def rank(outcome: Outcome) -> tuple[float, float, int, int]:
-    """What outcomes are sorted by: net gain where it is known, else the idle fraction; then the cheaper."""
+    """The sort key: net gain if known, else the idle fraction; then fewer slots and fewer weights moved."""
     net = -outcome.net_seconds if outcome.net_seconds is not None else np.inf
     idle = outcome.idle_fraction if outcome.idle_fraction is not None else np.inf
-    # Rounding is no difference.
+    # Differences by rounding do not count.
     return (net, round(idle, 9), outcome.num_physical_experts, outcome.weights_moved)

@@ -1,4 +1,4 @@
-"""Settings of a load balancer: the one a run was recorded under, as its engine says, and grids of others."""
+"""Settings of a load balancer: the one that a run was recorded under, and grids of others to try."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import MAX_EXPERTS
 
-#: The policy that keeps its placement, so that an interval, a window and a start have no meaning.
+#: The policy that never rearranges: it has no interval, window or start.
 STATIC = "static"
-#: The grid's intervals where nothing says the engine's: so many parts of the run.
+#: If the engine's interval is not known, the usual interval is the run divided by this.
 PARTS = 16
-#: No engine rearranges more often by default, and moving weights is not free.
+#: The least interval of the grid: moving weights is not free, and no engine rearranges more often by default.
 LEAST_INTERVAL = 16
 
 
@@ -30,17 +30,17 @@ class Setting:
     policy: str
     num_redundant_experts: int
     ep_size: int
-    #: Steps from one rearrangement to the next; None: there is none.
+    #: Steps from one rearrangement to the next; None: it never rearranges.
     interval: int | None
-    #: A rearrangement is made from the loads of so many steps before it.
+    #: Steps before a rearrangement whose loads the policy sees.
     window: int | None
-    #: The first rearrangement is in force from this step on, counted from the run's first.
+    #: The step from which the first rearrangement holds, counted from the run's first step.
     start: int | None
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is known of the setting that a run was recorded under; None: it is not known."""
+    """The setting that a run was recorded under, as far as it is known; None: not known."""
 
     policy: str | None
     num_redundant_experts: int
@@ -48,11 +48,11 @@ class Recorded:
     interval: int | None
     window: int | None
     start: int | None
-    #: False: the engine says that it does not balance. None: it does not say.
+    #: Whether the engine balances; None: it does not say.
     enabled: bool | None
 
     def setting(self) -> Setting | None:
-        """The same as a setting to replay, where all of it is known."""
+        """The setting to replay, if all of it is known."""
         if self.policy is None or self.interval is None or self.window is None or self.start is None:
             return None
         shape = self.num_redundant_experts, self.ep_size
@@ -60,10 +60,10 @@ class Recorded:
 
 
 def recorded(run: Run, shape: Shape) -> Recorded:
-    """The setting that the run's engine states, and of what it does not state the placements' own rhythm.
+    """The setting that the run's engine states; an interval or start it does not state, from its placements.
 
     Args:
-        shape: that of the steps in question; elastic runs have several.
+        shape: the shape of the steps in question; elastic runs have several.
     """
     stated = run.sessions[0].info.engine_config
     config: dict[str, Any] = stated if isinstance(stated, dict) else {}
@@ -78,7 +78,7 @@ def recorded(run: Run, shape: Shape) -> Recorded:
         enabled = config.get("enable_eplb") if isinstance(config.get("enable_eplb"), bool) else None
         known = ("auto", "deepseek", "deepseek_hierarchical")
         policy = "sglang" if config.get("eplb_algorithm") in known else None
-        # Its buffer of loads is as long as the interval, unless set otherwise.
+        # Its buffer of loads is as long as the interval unless set otherwise.
         interval = window = _count(config.get("eplb_rebalance_num_iterations"))
     if interval is None and enabled is not False:
         first, _ = run.step_range
@@ -94,8 +94,8 @@ def recorded(run: Run, shape: Shape) -> Recorded:
 def first_rearrangement(engine: str | None, interval: int) -> int:
     """The step, from the run's first, from which an engine's first rearrangement holds.
 
-    vLLM (0.33, ``EplbState.add_model``) begins with three quarters of the interval behind it. SGLang
-    (0.5.23, ``EPLBManager``) lets a whole interval pass and rebalances in the pass after.
+    vLLM (0.33, ``EplbState.add_model``) starts with three quarters of the interval behind it. SGLang (0.5.23,
+    ``EPLBManager``) rebalances in the pass after a whole interval.
     """
     if engine == "vllm":
         return max(1, interval // 4)
@@ -103,9 +103,9 @@ def first_rearrangement(engine: str | None, interval: int) -> int:
 
 
 def engine_arguments(engine: str | None, setting: Setting) -> str | None:
-    """How to start the engine so; None where it cannot, or is not known.
+    """The arguments that start the engine with a setting; None if it has no such setting or is not known.
 
-    As vLLM 0.33 (``EPLBConfig``) and SGLang 0.5.23 (``ServerArgs``) name them.
+    The names are those of vLLM 0.33 (``EPLBConfig``) and SGLang 0.5.23 (``ServerArgs``).
     """
     if engine == "vllm" and setting.policy == "vllm":
         config = {
@@ -124,13 +124,13 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    """A dump may say anything."""
+    """A positive integer of the recorded configuration, which can hold anything."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What of a setting to try; None: what suits the run. All that belong together are combined."""
+    """The values to try for each part of a setting, in all combinations; None: those that suit the run."""
 
     policies: Sequence[str] | None = None
     redundant: Sequence[int] | None = None
@@ -141,16 +141,15 @@ class Choices:
 
 
 def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[Setting], list[str]]:
-    """The settings to try, and notes on what was left out.
+    """The settings to try, and notes on combinations left out.
 
-    By default the policy of the engine (``deepseek`` where it is not known) and ``static``; no redundant
-    experts, today's and one more on each rank; an interval of a quarter, once and four times today's (where
-    it is not known a 64th, 16th and 4th of the steps, but at least 16); a window of the interval and of
-    today's (where it is not known of four intervals; SGLang: of the interval only); the first rearrangement
-    where the engine has it.
+    Defaults: the engine's policy (``deepseek`` if not known) and ``static``; no redundant experts, as many as
+    today, and one more per rank; intervals of a quarter of, once and four times today's (if not known, a
+    64th, 16th and 4th of the steps, but at least 16); windows of the interval and of today's window (if not
+    known, of four intervals; for SGLang, of the interval only); the engine's first rearrangement.
 
     Args:
-        steps: how many the replay is over; a default interval leaves room for two rearrangements in them.
+        steps: the number of steps to replay; default intervals leave room for two rearrangements.
 
     Raises:
         UsageError: no combination is possible.
@@ -187,7 +186,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
 
 
 def _intervals(today: int | None, steps: int) -> list[int]:
-    """A quarter, once and four times today's, as far as they leave room for two rearrangements."""
+    """A quarter of, once and four times today's interval, if they leave room for two rearrangements."""
     usual = today or max(1, steps // PARTS)
     least = 1 if today else LEAST_INTERVAL
     fitting = {max(least, i) for i in (usual // 4, usual, usual * 4) if i}
@@ -204,26 +203,26 @@ def _order(setting: Setting) -> tuple[Any, ...]:
     return (setting.ep_size, setting.num_redundant_experts, setting.policy, *(n or 0 for n in numbers))
 
 
-#: Where an engine does not state its interval: vLLM's default; SGLang's is 1,000.
+#: The interval of an engine that does not state it: vLLM's default; SGLang's is 1,000.
 USUAL_INTERVAL = 3000
 
 
 def not_due(run: Run) -> str | None:
-    """Why the engine had no reason to act yet; None also where it says that it does not balance."""
+    """Why the engine had no reason to rearrange yet; None also if it says that it does not balance."""
     info = run.info
     setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
     return None if setting.enabled is False else why_not_due(*run.step_range, setting.interval, setting.start)
 
 
 def why_not_due(first: int | None, last: int | None, interval: int | None, start: int | None) -> str | None:
-    """Why EPLB had no reason to act yet in a run's steps, in a sentence; None: it had.
+    """Why no rearrangement was due in a run's steps, in a sentence; None: one was due.
 
-    By the engine's own step numbers, as recording can begin long after the engine did.
+    Counts by the engine's own step numbers, because recording can start long after the engine did.
 
     Args:
         first, last: the run's first and last step.
-        interval: steps from one rearrangement to the next, as the engine states it. None: it does not,
-            and nothing is asked of it before :data:`USUAL_INTERVAL` steps.
+        interval: steps from one rearrangement to the next, if the engine states it; if not, none is due
+            before :data:`USUAL_INTERVAL` steps.
         start: the step from which the engine's first rearrangement holds.
     """
     if first is None or last is None:
@@ -233,8 +232,8 @@ def why_not_due(first: int | None, last: int | None, interval: int | None, start
         if steps >= USUAL_INTERVAL:
             return None
         return f"No placement changed in {plural(steps, 'step')}; the engine does not state its interval."
-    # What holds from the first step on already is no change. And before a whole interval nothing is
-    # asked of an engine: some act early, but may need steps to move the weights.
+    # A placement that holds from the first step on is not a change. And none is due before a whole interval:
+    # some engines act early, but may need steps to move the weights.
     due = start + max(0, (first - start) // interval + 1) * interval
     if last >= max(due, interval):
         return None

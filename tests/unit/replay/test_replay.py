@@ -18,7 +18,7 @@ from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.policies import policy
 from eplb_analyze.replay import scores, simulator
-from eplb_analyze.replay.replay import Outcome, Replay, last_part, replay
+from eplb_analyze.replay.replay import Outcome, Replay, last_steps, replay
 from eplb_analyze.replay.settings import Choices, Setting, grid, recorded
 from eplb_analyze.transfer.importers.import_dump import Options, import_dump
 from eplb_dump import ExpertLoadWriter
@@ -481,7 +481,7 @@ def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
 
 def test_default_grid(dump: Path) -> None:
     run = open_run(dump)
-    part = run.retry_without_damaged(lambda: last_part(run))
+    part = run.retry_without_damaged(lambda: last_steps(run))
     today = recorded(run, part.shape)
     settings, notes = grid(run, today, Choices(), 6400)
     assert notes == []
