@@ -25,7 +25,7 @@ from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural
-from eplb_analyze.transfer.copy_target import DamagedManifestError, Target, copy_target, sound_manifest
+from eplb_analyze.transfer.copy_target import DamagedManifestError, Target, sound_manifest
 from eplb_dump.format import frames
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
 from eplb_dump.format.manifest import Manifest, SealedSegment
@@ -106,7 +106,7 @@ def copy_run(
     for folder, info in chosen:
         # Elsewhere than in its model's folder, its copy could overwrite another session's.
         if folder.parent.parent.name == f"{MODEL_PREFIX}{model_slug(info.model)}":
-            copies.append(_SessionCopy(folder, info, steps, copy_target(to, info)))
+            copies.append(_SessionCopy(folder, info, steps, Target(to, info, folder)))
         else:
             text = f"it is of model {info.model!r}, another folder's; session left out"
             damaged.append(f"{folder / SESSION_FILE}: {text}")
@@ -221,7 +221,6 @@ class _SessionCopy:
             self.unreadable = True
             return True
         selected = self._select(manifest)
-        self.target.is_source = _same(self.source, self.target.folder)
         self.target.inspect()
         self.target.require_extendable(selected)
         return bool(journals) or any("steps" in entry.files for entry in selected.entries.values())
@@ -319,10 +318,6 @@ def _placements_only(entry: SealedSegment) -> SealedSegment:
     """An entry without its steps; placements stay in force after the steps in which they were stated."""
     files = {table: file for table, file in entry.files.items() if table == "placements"}
     return replace(entry, shape=None, files=files, sums=None)
-
-
-def _same(one: StoragePath, other: StoragePath) -> bool:
-    return str(one.resolve()) == str(other.resolve())
 
 
 def _verify_table(info: SessionInfo, entry: SealedSegment, table: str, path: Path) -> None:

@@ -26,13 +26,7 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.files import fsync_file, fsync_folder
 from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedFile
-from eplb_dump.format.schema import (
-    JOURNAL_PATTERN,
-    MANIFEST_FILE,
-    SEGMENT_PATTERN,
-    SESSION_FILE,
-    FormatError,
-)
+from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SEGMENT_PATTERN, SESSION_FILE, FormatError
 from eplb_dump.format.session import SessionInfo, load_json, session_path
 
 #: The mark of an incomplete session: a folder, in a bucket an object.
@@ -67,41 +61,51 @@ def _covers(new: Manifest, old: Manifest) -> bool:
     return new.part[0] <= old.part[0] and old.part[1] <= new.part[1]
 
 
-def _continues(new: Manifest, old: Manifest) -> bool:
-    """Whether a manifest lists all that another lists."""
-    return _files(old) <= _files(new) and old.closed in (None, new.closed)
-
-
 def _files(manifest: Manifest) -> set[SealedFile]:
     return {file for entry in manifest.entries.values() for file in entry.files.values()}
 
 
 class Target:
-    """A session where it is copied to."""
+    """A session where it is copied to, in a folder or a bucket.
 
-    folder: StoragePath
+    The mark of an incomplete session is a folder, which also holds the lock and the spools, or in a bucket an
+    object. Buckets have no locks.
+    """
 
-    def __init__(self, folder: StoragePath, info: SessionInfo) -> None:
-        self.folder = folder
+    def __init__(self, to: StoragePath, info: SessionInfo, source: StoragePath) -> None:
+        """``to``: the dump to copy into; ``source``: the session's folder."""
         self._info = info
-        #: Whether it is the session that is copied.
-        self.is_source = False
+        self.folder = to
+        for name in session_path(Path(), info).parts:
+            self.folder = self.folder / name
+        self._mark_path = self.folder / UNFINISHED
+        self._is_source = str(source.resolve()) == str(self.folder.resolve())
         #: A local folder of this process for unverified files, while the target is held.
         self._spool = Path()
-        #: Whether an earlier copy completed the session, and the names that are there.
-        self._finished = False
+        #: The names that are there, and whether an earlier copy completed the session.
         self._names: set[str] = set()
+        self._complete = False
 
     def inspect(self) -> None:
         """See what is there. Raises UsageError if no copy can have made it."""
+        folder = self.folder
+        for path in (
+            folder.parent.parent.parent,
+            folder.parent.parent,
+            folder.parent,
+            folder,
+            self._mark_path,
+        ):
+            if isinstance(path, Path) and path.is_symlink():
+                raise UsageError(f"{path}: it is a symbolic link, which readers do not follow; remove it")
         self._names = self.names()
-        self._finished = SESSION_FILE in self._names
-        if self._names and not self._finished and UNFINISHED not in self._names:
-            raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
+        self._complete = SESSION_FILE in self._names
+        if self._names and not self._complete and UNFINISHED not in self._names:
+            raise UsageError(f"{folder}: files are in it that no copy began; nothing was written")
 
     def require_extendable(self, manifest: Manifest) -> None:
         """Raise UsageError if a complete session there has anything that this manifest does not list."""
-        if not self._finished:
+        if not self._complete:
             return
         try:
             there = sound_manifest(self.folder, self._info)
@@ -112,23 +116,33 @@ class Target:
             if there.part is not None:
                 held = f"a copy of steps {StepRange(there.part[0], there.part[1] + 1)} only"
             raise UsageError(f"{self.folder}: it holds {held}, and stays as it is; name another --to")
-        if not _continues(manifest, there):
+        if not (_files(there) <= _files(manifest) and there.closed in (None, manifest.closed)):
             path = self.folder / MANIFEST_FILE
             raise UsageError(f"{path}: it is there with another content, and stays as it is")
 
     def begin(self) -> None:
         """Mark the session as incomplete, unless it is complete."""
-        if not self._finished:
+        if not self._complete:
             self._mark()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have a spool and, if the file system has locks, exclude other copies.
+        """Have a spool and, if there are locks, exclude other copies.
 
         Raises UsageError if another copy holds the target.
         """
-        raise NotImplementedError
-        yield
+        with ExitStack() as held:
+            locked = self._lock(held)
+            held.callback(self._remove_mark, locked)
+            self.inspect()
+            parent = self._mark_path if isinstance(self._mark_path, Path) else None
+            self._spool = Path(
+                held.enter_context(tempfile.TemporaryDirectory(prefix="eplb-copy-", dir=parent))
+            )
+            yield
+        if isinstance(self._mark_path, Path) and SESSION_FILE in self.names():
+            with suppress(OSError):  # some file systems keep the lock's file until it is closed
+                self._mark_path.rmdir()
 
     def put(self, name: str, source: StoragePath | bytes, verify: Callable[[Path], None]) -> tuple[int, bool]:
         """Have a file there. Returns its bytes, and whether it was there already.
@@ -144,18 +158,18 @@ class Target:
         """
         fetched, there = self._spool / name, self.folder / name
         try:
-            size, digest = _fetch(source, fetched)
+            content = _fetch(source, fetched)
             verify(fetched)
-            if _has_content(there, size, digest):
-                return size, True
-            if self._finished and (self.is_source or not _loses_nothing(there, fetched)):
+            if _has_content(there, content):
+                return content[0], True
+            if self._complete and (self._is_source or not _loses_nothing(there, fetched)):
                 raise UsageError(f"{there}: it is there with another content, and stays as it is")
             self._publish(fetched)
-            if not _has_content(there, size, digest):
+            if not _has_content(there, content):
                 self._remove(name)
                 raise DumpError(f"{there}: what was written is not what lies there; nothing was kept of it")
             self._names.add(name)
-            return size, False
+            return content[0], False
         except DamagedSegmentError as fault:
             raise FormatError(str(fault).removeprefix(f"{fetched}: ")) from None
         finally:
@@ -167,12 +181,12 @@ class Target:
         for name in self._names - wanted:
             journal = JOURNAL_PATTERN.fullmatch(name)
             sealed = journal is not None and int(journal[1]) in manifest.entries
-            if sealed if self._finished else journal or SEGMENT_PATTERN.fullmatch(name):
+            if sealed if self._complete else journal or SEGMENT_PATTERN.fullmatch(name):
                 unwanted.append(name)
         if not unwanted:
             return
         storage.forget_listing(self.folder)
-        if not self._finished and SESSION_FILE in self.names():
+        if not self._complete and SESSION_FILE in self.names():
             return  # without locks, another copy may have completed the session: the files are its own
         for name in unwanted:
             self._remove(name)
@@ -183,48 +197,11 @@ class Target:
         except FileNotFoundError:
             return set()
 
-    def _mark(self) -> None:
-        raise NotImplementedError
-
-    def _publish(self, fetched: Path) -> None:
-        raise NotImplementedError
-
-    def _remove(self, name: str) -> None:
-        raise NotImplementedError
-
-
-class _LocalTarget(Target):
-    """A folder. The mark is a folder in it, which holds the lock's file and the spools."""
-
-    folder: Path
-
-    def __init__(self, to: Path, info: SessionInfo) -> None:
-        super().__init__(session_path(to, info), info)
-        self._unfinished = self.folder / UNFINISHED
-
-    def inspect(self) -> None:
-        for path in (*reversed(self.folder.parents[:3]), self.folder, self._unfinished):
-            if path.is_symlink():
-                raise UsageError(f"{path}: it is a symbolic link, which readers do not follow; remove it")
-        super().inspect()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        with ExitStack() as held:
-            locked = self._lock(held)
-            held.callback(self._remove_mark, locked)
-            self.inspect()
-            self._spool = Path(held.enter_context(tempfile.TemporaryDirectory(dir=self._unfinished)))
-            yield
-        if SESSION_FILE in self.names():
-            with suppress(OSError):  # some file systems keep the lock's file until it is closed
-                self._unfinished.rmdir()
-
     def _lock(self, held: ExitStack) -> bool:
         """Take the lock; False if there are none. Raises UsageError if another copy has it."""
-        while True:
+        while isinstance(self._mark_path, Path):
             self._mark()
-            path = self._unfinished / LOCK
+            path = self._mark_path / LOCK
             try:
                 file = path.open("ab")
             except FileNotFoundError:  # another copy just completed
@@ -236,64 +213,44 @@ class _LocalTarget(Target):
                     return True
             file.close()
             if taken is None:
-                return False
+                break
             if taken is False:
                 raise UsageError(f"{self.folder}: another copy writes into it; let that end, then copy again")
+        return False
+
+    def _mark(self) -> None:
+        if isinstance(self._mark_path, Path):
+            self._mark_path.mkdir(parents=True, exist_ok=True)
+        else:
+            cast(Remote, self._mark_path).write(io.BytesIO(b""))
 
     def _remove_mark(self, locked: bool) -> None:
         """If the session is complete, remove the mark, and under a lock what killed copies left in it."""
-        if SESSION_FILE not in self.names():
+        names = self.names()
+        if not {SESSION_FILE, UNFINISHED} <= names:
+            return
+        if not isinstance(self._mark_path, Path):
+            self._remove(UNFINISHED)
             return
         with suppress(OSError):
             if locked:
-                shutil.rmtree(self._unfinished)
-            (self._unfinished / LOCK).unlink()
-            self._unfinished.rmdir()
-
-    def _mark(self) -> None:
-        self._unfinished.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self._mark_path)
+            (self._mark_path / LOCK).unlink(missing_ok=True)
+            self._mark_path.rmdir()
 
     def _publish(self, fetched: Path) -> None:
-        fsync_file(fetched)
-        os.replace(fetched, self.folder / fetched.name)
-        fsync_folder(self.folder)
+        there = self.folder / fetched.name
+        if isinstance(there, Path):
+            fsync_file(fetched)
+            os.replace(fetched, there)
+            fsync_folder(there.parent)
+        else:
+            with fetched.open("rb") as file:
+                cast(Remote, there).write(file)
 
     def _remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
-
-
-class _RemoteTarget(Target):
-    """A prefix of a bucket, which has no locks. The mark is an object."""
-
-    folder: Remote
-
-    def __init__(self, to: Remote, info: SessionInfo) -> None:
-        for name in session_path(Path(), info).parts:
-            to = to / name
-        super().__init__(to, info)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        with tempfile.TemporaryDirectory(prefix="eplb-copy-") as spool:
-            self._spool = Path(spool)
-            yield
-        if {SESSION_FILE, UNFINISHED} <= self.names():
-            self._remove(UNFINISHED)
-
-    def _mark(self) -> None:
-        (self.folder / UNFINISHED).write(io.BytesIO(b""))
-
-    def _publish(self, fetched: Path) -> None:
-        with fetched.open("rb") as file:
-            (self.folder / fetched.name).write(file)
-
-    def _remove(self, name: str) -> None:
-        (self.folder / name).unlink()
-
-
-def copy_target(to: StoragePath, info: SessionInfo) -> Target:
-    """Where a session goes in the dump ``to``."""
-    return _LocalTarget(to, info) if isinstance(to, Path) else _RemoteTarget(cast(Remote, to), info)
+        with suppress(FileNotFoundError):
+            cast(Remote, self.folder / name).unlink()
 
 
 # ---- content
@@ -328,13 +285,13 @@ def _digest(read: BinaryIO, write: BinaryIO | None = None, most: int = NO_END) -
     return size, digest.hexdigest()
 
 
-def _has_content(path: StoragePath, size: int, digest: str) -> bool:
+def _has_content(path: StoragePath, content: tuple[int, str]) -> bool:
     try:
         found = path.lstat()
-        if found.st_size != size or not stat.S_ISREG(found.st_mode):
+        if found.st_size != content[0] or not stat.S_ISREG(found.st_mode):
             return False
         with path.open("rb") as file:
-            return _digest(file) == (size, digest)
+            return _digest(file) == content
     except FileNotFoundError:
         return False
 

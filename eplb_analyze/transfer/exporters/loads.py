@@ -34,7 +34,7 @@ METADATA_KEY = b"eplb_analyze"
 BATCH_ROWS = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadExport:
     """What was written; docs/cli.md describes the JSON."""
 
@@ -42,16 +42,17 @@ class LoadExport:
     model: str
     format: str
     file: Path
-    bytes: int
-    steps: Completeness
+    bytes: int = 0
+    steps: Completeness = field(default_factory=Completeness)
     #: The complete steps in the file: the first, the last, and how many.
-    first_step: int
-    last_step: int
-    recorded: int
-    layers: list[int]
+    first_step: int = -1
+    last_step: int = -1
+    recorded: int = 0
+    #: The model's numbers.
+    layers: list[int] = field(default_factory=list)
     #: None for ``logical-npy``.
-    rows: int | None
-    notes: list[str]
+    rows: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         document = {name: value for name, value in vars(self).items() if name not in ("run_id", "model")}
@@ -90,67 +91,41 @@ def export_loads(
     write = _write_logical if format == "logical-npy" else _write_long
 
     def export() -> LoadExport:
+        report = LoadExport(run.info.run_id, run.info.model, format, file, layers=numbers)
         with atomic.new_file(file, force=force) as out:
-            written = write(run, format, out, steps, chosen)
-            size = out.tell()
-        return LoadExport(
-            run_id=run.info.run_id,
-            model=run.info.model,
-            format=format,
-            file=file,
-            bytes=size,
-            layers=numbers,
-            **vars(written),
-        )
+            write(run, report, out, steps, chosen)
+            report.bytes = out.tell()
+        return report
 
     return run.retry_without_damaged(export)
 
 
-@dataclass
-class _Written:
-    """The steps in a file, counted while it is written."""
-
-    steps: Completeness = field(default_factory=Completeness)
-    first_step: int = -1
-    last_step: int = -1
-    recorded: int = 0
-    rows: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, block: Block) -> None:
-        self.steps.add(block)
-        if block.shape is not None and len(block.recorded):
-            self.first_step = self.first_step if self.recorded else int(block.recorded[0])
-            self.last_step = int(block.recorded[-1])
-            self.recorded += len(block.recorded)
-
-
 def _write_long(
-    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
-) -> _Written:
-    written = _Written()
-
+    run: Run, report: LoadExport, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> None:
     def counted() -> Iterator[Block]:
         for block, _ in run.over_blocks(lambda _: None, steps):
-            written.add(block)
+            report.steps.add(block)
+            if block.shape is not None and len(block.recorded):
+                report.first_step = report.first_step if report.recorded else int(block.recorded[0])
+                report.last_step = int(block.recorded[-1])
+                report.recorded += len(block.recorded)
             yield block
 
-    written.rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
-    if not written.recorded:
+    report.rows = write_rows(batches(run, counted(), layers), report.format, out, schema(run))
+    if not report.recorded:
         raise DumpError(f"{run.path}: no step of these is complete (see `check`)")
-    written.notes += run.import_caveats("step_order", *PLACEMENTS)
-    return written
+    report.notes += run.import_caveats("step_order", *PLACEMENTS)
 
 
 def _write_logical(
-    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
-) -> _Written:
-    sums, whole, notes = logical_loads(run, steps)
+    run: Run, report: LoadExport, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> None:
+    sums, report.steps, report.notes = logical_loads(run, steps)
+    report.first_step, report.last_step, report.recorded = sums.first_step, sums.last_step, sums.recorded
     logical = sums.logical[layers]
-    replication = run.info.token_replication
-    np.save(out, logical if replication == 1 else run.tokens(logical), allow_pickle=False)
-    notes += run.import_caveats(*(() if steps is None else ("step_order",)), *PLACEMENTS)
-    return _Written(whole, sums.first_step, sums.last_step, sums.recorded, None, notes)
+    np.save(out, logical if run.info.token_replication == 1 else run.tokens(logical), allow_pickle=False)
+    report.notes += run.import_caveats(*(() if steps is None else ("step_order",)), *PLACEMENTS)
 
 
 class LogicalSums(Sums):
