@@ -6,6 +6,9 @@ import io
 import json
 import re
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from s3 import S3
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.storage.path import storage_path
-from eplb_analyze.transfer import copy_target
+from eplb_analyze.transfer import copy, copy_target
 from eplb_analyze.transfer.copy import copy_run
 from eplb_analyze.transfer.copy_target import UNFINISHED, Target
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
@@ -335,6 +338,62 @@ def test_copy_grows_with_a_live_run(tmp_path: Path) -> None:
             assert result.returncode == 0, result.stderr
             assert loads(to, 0, 30) == loads(root, 0, 30)
             assert len(loads(to, 0, 30)) == 3 * end
+    assert cli("copy", "--to", to, root).returncode == 0
+    assert content(to) == content(root)
+
+
+@pytest.mark.parametrize("moment", ["_journals", "sound_manifest", "put"])
+def test_segment_sealed_during_the_copy_leaves_no_gap(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer seals two segments after the copy has listed, read or copied something."""
+    from helpers import load_of, map_of, open_writer
+
+    root, to = tmp_path / "dump", tmp_path / "copy"
+    with open_writer(root, scope="global", segment_steps=8) as writer:
+
+        def record(steps: range) -> None:
+            for step in steps:
+                writer.record(step, load_of(step), map_of(step // 8))
+            assert writer.flush(10)
+
+        record(range(12))
+        (source,) = sessions(root)
+
+        def seal_two_segments() -> None:
+            record(range(12, 30))
+            deadline = time.monotonic() + 60
+            while [p.name for p in source.glob("journal-*")] != ["journal-000003.frames"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+
+        owner: Any = {"_journals": copy._SessionCopy, "sound_manifest": copy, "put": Target}[moment]
+        held, step_of_copy = Target.held, getattr(owner, moment)
+        pending = [seal_two_segments]
+
+        def followed_by_sealing(*arguments: Any) -> Any:
+            result = step_of_copy(*arguments)
+            if pending:
+                pending.pop()()
+            return result
+
+        @contextmanager
+        def holding(self: Target) -> Iterator[None]:
+            with held(self):
+                monkeypatch.setattr(owner, moment, followed_by_sealing)
+                yield
+
+        monkeypatch.setattr(Target, "held", holding)
+        report = copy_run(storage_path(root), to)
+        monkeypatch.undo()
+        assert not pending
+    assert report.damaged == []
+    truth = loads(root, 0, 30)
+    found = loads(to, 0, 30)
+    assert found == truth[: len(found)]
+    assert len(found) >= 3 * 12
+    checked = json.loads(cli("check", "-o", "json", to).stdout)
+    assert {f["code"] for f in checked["findings"]} <= {"not_closed", "unsealed_journal", "conservation"}
     assert cli("copy", "--to", to, root).returncode == 0
     assert content(to) == content(root)
 
