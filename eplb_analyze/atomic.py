@@ -88,10 +88,18 @@ def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}")
     root = dump.resolve()
-    while root.name.startswith(("run=", "model=", "rank=", "session=")):
+    while root.name.startswith(LEVEL_PREFIXES):
         root = root.parent
     if isinstance(root, Path) and path.parent.resolve().is_relative_to(root):
         raise ExportError(f"{path} lies in the dump, which stays as it is; name another folder")
+
+
+def require_dump_folder(to: StoragePath) -> None:
+    """Raise UsageError for a place inside a run: what is written there would be part of that run."""
+    parts = to.resolve().parts if isinstance(to, Path) else str(to).split("/")
+    inside = next((part for part in parts if part.startswith(LEVEL_PREFIXES)), None)
+    if inside is not None:
+        raise UsageError(f"{to}: it lies inside {inside}; give the dump's folder, in which run=… is made")
 
 
 #: The folder in which a run is made; readers ignore its name.
@@ -123,9 +131,7 @@ def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[N
     """
     if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
         raise UsageError(f"--run-id: {run_id!r} must be letters, digits, '.', '_' or '-', at most 128")
-    inside = next((part for part in into.resolve().parts if part.startswith(LEVEL_PREFIXES)), None)
-    if inside is not None:
-        raise UsageError(f"{into}: it lies inside {inside}; give the dump's folder, in which run=… is made")
+    require_dump_folder(into)
     try:
         into.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(into)
@@ -139,11 +145,10 @@ def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[N
             yield new
             name = f"{MODEL_PREFIX}{model_slug(model)}"
             os.rename(new.root / f"{RUN_PREFIX}{run_id}" / name, folder / name)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise DumpError(f"{folder}: {error.strerror or error}") from None
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise DumpError(f"{folder}: {error.strerror or error}") from None
             raise
     shutil.rmtree(new.root, ignore_errors=True)
 
@@ -171,19 +176,13 @@ def _remove_abandoned(into: Path) -> None:
 
 
 def _claim(into: Path, run_id: str | None, base: str) -> tuple[str, Path]:
+    """Make the run's folder; its id and path."""
+    numbered = (base + (f"-{number}" if number > 1 else "") for number in range(1, 1000))
+    for name in numbered if run_id is None else [run_id]:
+        folder = into / f"{RUN_PREFIX}{name}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return name, folder
     if run_id is not None:
-        folder = into / f"{RUN_PREFIX}{run_id}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            raise UsageError(f"{folder}: it is there already; choose another --run-id") from None
-        return run_id, folder
-    for number in range(1, 1000):
-        run_id = base + (f"-{number}" if number > 1 else "")
-        folder = into / f"{RUN_PREFIX}{run_id}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return run_id, folder
+        raise UsageError(f"{folder}: it is there already; choose another --run-id")
     raise FileExistsError(17, "no name for a run is free")

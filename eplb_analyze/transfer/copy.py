@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from eplb_analyze.atomic import require_dump_folder
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import Discovery, discover
@@ -22,7 +23,6 @@ from eplb_analyze.reader.run import choose_run
 from eplb_analyze.reader.segments import ParquetSegment
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
-from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.copy_target import DamagedManifestError, Target, sound_manifest
@@ -31,7 +31,6 @@ from eplb_dump.format.journal import JournalSegment, UnbegunJournal
 from eplb_dump.format.manifest import Manifest, SealedSegment
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
-    LEVEL_PREFIXES,
     MANIFEST_FILE,
     MODEL_PREFIX,
     RUN_PREFIX,
@@ -94,7 +93,7 @@ def copy_run(
         UsageError: ``to`` has other content under a name of the run, or more steps than are copied; ``to``
             is inside a run; another copy writes there.
     """
-    _require_dump_folder(to)
+    require_dump_folder(to)
     found = discover(source, run)
     run_id, notes = choose_run(found, source, run)
     dump = found.root.resolve()
@@ -150,14 +149,6 @@ def copy_run(
         damaged=damaged,
         notes=notes,
     )
-
-
-def _require_dump_folder(to: StoragePath) -> None:
-    """Raise UsageError for a place inside a run: what is written there would be part of that run."""
-    parts = to.resolve().parts if isinstance(to, Path) else cast(Remote, to).key.split("/")
-    inside = next((part for part in parts if part.startswith(LEVEL_PREFIXES)), None)
-    if inside is not None:
-        raise UsageError(f"{to}: it lies inside {inside}; give the dump's folder, in which run=… is made")
 
 
 def _choose_sessions(

@@ -85,7 +85,8 @@ def load(path: Path, options: Options) -> Array:
     if start == b"\x93NUMPY":
         array = read_npy(path)
     elif start[:4] == b"PK\x03\x04" and path.suffix != ".pt":
-        array = read_npz(path, _choose(path, options.array))[_choose(path, options.array)]
+        name = _choose(path, options.array)
+        array = read_npz(path, name)[name]
     elif start[:4] == b"PK\x03\x04":
         array = torch_files.Arrays(path).of(torch_files.load(path), (2, 3), "the tensor")
     else:

@@ -71,7 +71,7 @@ def _with_tokens(total: Array, where: str, notes: list[str]) -> Array:
 
 def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
     value = document.get("logical_count")
-    if _is_tensor(value):
+    if torch_files.is_tensor(value):
         counts = torch_files.Arrays(path).of(value, (2, 3), "logical_count")
     else:
         counts = integers(value, 3 if _depth(value) == 3 else 2, f"{path}: logical_count")
@@ -107,10 +107,6 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
         ordered_rows(reading, options, "rows of a ring buffer are not in the order of time")
     reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
     return reading
-
-
-def _is_tensor(value: Any) -> bool:
-    return not isinstance(value, list | dict | int | float | str | None) and torch_files.is_tensor(value)
 
 
 def _depth(value: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,5 @@ class Arrays:
 
 
 def is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
+    torch = sys.modules.get("torch")  # without it there are no tensors
+    return torch is not None and isinstance(value, torch.Tensor)
