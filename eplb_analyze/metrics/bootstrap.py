@@ -46,6 +46,12 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float, resampled: Float64) -> Interval:
+        """The percentile interval of a figure, from its resampled values."""
+        low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return cls(value, float(low), float(high))
+
     @property
     def beyond_chance(self) -> bool:
         return self.low > ROUNDING or self.high < -ROUNDING
@@ -111,5 +117,4 @@ def difference(a: Ratio, b: Ratio) -> Interval | None:
         return None
     rng = np.random.default_rng(SEED)
     drawn = resample(a, rng), resample(b, rng)
-    low, high = np.quantile(drawn[1] - drawn[0], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(b.value - a.value, float(low), float(high))
+    return Interval.of(b.value - a.value, drawn[1] - drawn[0])

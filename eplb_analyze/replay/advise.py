@@ -263,9 +263,8 @@ class TrainTestSplit:
         ratio = Ratio(ratio.numerator[some], ratio.denominator[some])
         if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
             return None
-        drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED)) - cost
-        low, high = np.quantile(drawn, [(1 - bootstrap.CONFIDENCE) / 2, (1 + bootstrap.CONFIDENCE) / 2])
-        return Interval(ratio.value - cost, float(low), float(high))
+        drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
+        return Interval.of(ratio.value - cost, drawn - cost)
 
     def _judge(self, gain: Interval, best: Setting | None) -> tuple[Verdict, str]:
         if not gain.beyond_chance:
