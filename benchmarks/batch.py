@@ -1,11 +1,10 @@
-"""What `postmortem` gains from more workers, and what each executor costs before it has done anything.
+"""How `postmortem` scales with workers, and what each executor costs before it does any work.
 
     python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2] [--workers 1,2]
 
-Makes runs of DeepSeek-V3's shape, scope global, copies of one; and one long run, which is shared out in
-parts. Each figure is a whole process, the best of ``--repeat``, one after another. Ratios are to one worker
-process (the first of ``--workers``). An empty batch is what an executor costs; memory is the largest
-worker's.
+Records a run of DeepSeek-V3's shape, scope global, and copies it; then one long run, which is read in parts.
+Each figure is a whole process, the best of ``--repeat`` in sequence. Ratios are to one worker process (the
+first of ``--workers``). An empty batch shows the cost of an executor; memory is that of the largest worker.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ print(*(resource.getrusage(kind).ru_maxrss // 1024 for kind in kinds), file=sys.
 
 
 def measure(arguments: list[str], repeat: int) -> tuple[float, int, int]:
-    """Best seconds, and MiB of the program and of the largest of its workers."""
+    """The best time in seconds, and the MiB of the program and of its largest worker."""
     seconds, own, worker = [], 0, 0
     for _ in range(repeat):
         start = time.perf_counter()
@@ -61,7 +60,7 @@ def compare(title: str, folder: Path, repeat: int, counts: list[int]) -> None:
         seconds, own, worker = measure(arguments, repeat)
         base = seconds if (name, workers) == ("processes", counts[0]) else base
         ratio = f"{base / seconds:5.2f} ×" if base else "       "
-        threads = " (its threads share it)" if name == "local" else ""
+        threads = " (threads share the work)" if name == "local" else ""
         memory = f"{own:5d} MiB, a worker {worker:5d} MiB" if name == "processes" else f"{own:5d} MiB"
         print(f"  {name:10s} {workers} {seconds:7.2f} s {ratio}  {memory}{threads}", flush=True)
 
@@ -74,15 +73,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--long", type=int, default=40000)
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--workers", default="1,2", help="how many to compare; ratios are to the first")
+    parser.add_argument("--workers", default="1,2", help="numbers of workers; ratios are to the first")
     args = parser.parse_args()
     counts = [int(count) for count in args.workers.split(",")]
-    # Of Ray's: no reports of its use.
+    # No usage reports of Ray.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "none").mkdir()
-        compare("nothing to read: what an executor costs", root / "none", args.repeat, counts)
+        compare("nothing to read: the cost of an executor", root / "none", args.repeat, counts)
         apart(make, root / "many/0", args.steps)
         for number in range(1, args.runs):
             shutil.copytree(root / "many/0", root / f"many/{number}")

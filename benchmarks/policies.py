@@ -1,11 +1,11 @@
-"""How long the policies take to place DeepSeek-V3's experts, beside the engines' own code.
+"""How long the policies take to place DeepSeek-V3's experts, compared with the engines' own code.
 
     python -m benchmarks.policies [--peer eplb.py] [--engines .venv-engines/bin/python] [--repeat 7]
 
 58 layers, 256 experts on 288 slots, 32 ranks; hierarchical with 4 nodes and 8 groups, and global. The peers
-are in another process, that of the engines' environment, which answers one problem at a time: vLLM's and
-SGLang's as installed, and with ``--peer`` a copy of deepseek-ai/EPLB's ``eplb.py``, which is in no package
-index. Ours and theirs take turns, each answer is compared, and medians are printed.
+run in a process of the engines' environment, one problem at a time: vLLM's and SGLang's as installed, and
+with ``--peer`` a copy of deepseek-ai/EPLB's ``eplb.py``, which is in no package index. Our policies and the
+peers take turns, each answer is compared, and medians are printed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import workload
 from eplb_analyze.policies.policy import POLICIES, Problem, lower_bound
 
-#: Reads a line (peer, nodes, groups), answers with the seconds that the peer took and its placement.
+#: Reads lines (peer, nodes, groups), answers with the seconds that the peer took and its placement.
 PEERS = """
 import importlib.util, json, sys, time
 import torch
@@ -65,10 +65,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     steps = 1000
     shape = (workload.LAYERS, workload.LOGICAL)
-    # Tokens of a window; and of a window so short that many experts have equally many.
+    # Tokens of a window, and of a window so short that many experts tie.
     windows = {
         f"{steps} steps": rng.poisson(118 * steps * rng.lognormal(0, 0.8, shape)),
-        "a step, many equals": rng.poisson(6 * rng.lognormal(0, 0.8, shape)),
+        "a step, many ties": rng.poisson(6 * rng.lognormal(0, 0.8, shape)),
     }
     print(f"{shape[0]} layers × {shape[1]} experts → {workload.SLOTS} slots, {workload.EP_SIZE} ranks")
     for window, weight in windows.items():
@@ -101,7 +101,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 def measure(
     peers: subprocess.Popen[str], name: str, problem: Problem, repeat: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of ours and of the peer, in turns, after a first turn that is not counted."""
+    """The seconds of our policy and of the peer, in turns, without the first turn."""
     ours, theirs = [], []
     assert peers.stdin is not None
     assert peers.stdout is not None

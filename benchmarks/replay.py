@@ -1,10 +1,10 @@
-"""How long `replay` takes for a long run, by the number of settings, beside a bare decode of the same files.
+"""How long `replay` takes for a long run, by the number of settings, compared with decoding the files only.
 
     python -m benchmarks.replay [--steps 20000] [--settings 1 4 16] [--repeat 3]
 
-Makes a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
-whole process, start-up included, the best of ``--repeat``, once with one thread and once with one a core; so
-is pyarrow's decode of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps.
+Records a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
+whole process with its start-up, the best of ``--repeat``, with one thread and with one per core. The decode
+is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import workload
 from benchmarks.analyze import DECODE, apart, make, measure
 
-#: Of 256 experts on 32 ranks.
+#: For 256 experts on 32 ranks.
 INTERVALS = (3000, 2000, 1500, 1000, 750, 500, 350, 250)
 REDUNDANT = (32, 64)
 

@@ -30,20 +30,20 @@ SLOTS = np.array([range(EXPERTS)] * LAYERS)
 @dataclass
 class Hundreds:
     root: Path
-    #: run id -> tokens [steps, layers, ranks] of runs that are whole, open ones included
+    #: Tokens ``[steps, layers, ranks]`` of the undamaged runs, open ones included, by run id.
     truth: dict[str, Any] = field(default_factory=dict)
     torn: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
 
     def rows(self, *more: str | Path) -> list[dict[str, Any]]:
-        """Each run's row, in the order of the ids."""
+        """The row of each run, in the order of ids."""
         out = subprocess.run([*program(self.root), *more], capture_output=True, text=True, check=False)
         assert out.returncode == 0, out.stderr
         return sorted(json.loads(out.stdout)["runs"], key=lambda row: str(row["run_id"] + row["dump"]))
 
 
 def program(root: Path) -> list[str | Path]:
-    return [Path(sys.executable).with_name("eplb-analyze"), "postmortem", root, "--output", "json"]
+    return [sys.executable, "-m", "eplb_analyze", "postmortem", root, "--output", "json"]
 
 
 def _cut(dump: Path) -> None:
@@ -51,7 +51,7 @@ def _cut(dump: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def _rotten_session(dump: Path) -> None:
+def _invalid_session(dump: Path) -> None:
     next(dump.rglob("session.json")).write_text('{"format": ')
 
 
@@ -64,11 +64,11 @@ def _another_format(dump: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
 
 
-BREAKS: list[Callable[[Path], None]] = [_cut, _rotten_session, _no_session, _another_format]
+BREAKS: list[Callable[[Path], None]] = [_cut, _invalid_session, _no_session, _another_format]
 
 
 def _tear(dump: Path) -> None:
-    """Of several segments one is damaged."""
+    """Damage one of several segments."""
     damaged = sorted(dump.rglob("loads-*.parquet"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-40])
 
@@ -93,7 +93,7 @@ def hundreds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hundreds]:
             made.truth[run_id] = record(dump, run_id, routing, steps=20 + i % 50, seed=i, **options)
     with contextlib.ExitStack() as stack:
         for i in range(GROWING):
-            # Open, and flushed: what is there is what every executor must see.
+            # Still open, but flushed, so that every executor sees the same steps.
             run_id, rng = f"open-{i:02d}", np.random.default_rng(i)
             writer = stack.enter_context(
                 ExpertLoadWriter(
@@ -136,7 +136,7 @@ def test_every_run_has_its_row(hundreds: Hundreds, rows: list[dict[str, Any]]) -
         assert ("not_closed" in row["faults"]) == row["run_id"].startswith("open-")
 
 
-def test_the_long_ones_are_shared_out(hundreds: Hundreds) -> None:
+def test_long_run_has_several_parts(hundreds: Hundreds) -> None:
     assert len(open_run(hundreds.root / "long/0").parts()) >= 2
 
 
@@ -150,7 +150,7 @@ def test_every_executor_gives_the_same_rows(
 
 
 @pytest.mark.parametrize("executor", ["local", "processes"])
-def test_killed_half_way_it_goes_on(
+def test_killed_batch_resumes(
     hundreds: Hundreds, rows: list[dict[str, Any]], tmp_path: Path, executor: str
 ) -> None:
     more = ["--save", tmp_path / "out", "--executor", executor]
@@ -173,8 +173,8 @@ def test_killed_half_way_it_goes_on(
     assert before.items() <= finished().items()
 
 
-def test_what_grows_meanwhile_is_no_fault(hundreds: Hundreds, rows: list[dict[str, Any]]) -> None:
-    """A run that is written while the batch reads it has a row of the steps it had, whole ones."""
+def test_run_that_grows_meanwhile_is_complete(hundreds: Hundreds, rows: list[dict[str, Any]]) -> None:
+    """The row of a run that is written while the batch reads it has the steps that it had."""
     live, stop = hundreds.root / "live/growing", threading.Event()
 
     def grow() -> None:
@@ -191,7 +191,9 @@ def test_what_grows_meanwhile_is_no_fault(hundreds: Hundreds, rows: list[dict[st
     writing = threading.Thread(target=grow)
     writing.start()
     try:
+        deadline = time.monotonic() + 60
         while not list(live.rglob("loads-*.parquet")):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         *others, growing = hundreds.rows()
     finally:
