@@ -34,6 +34,7 @@ from eplb_dump.format.schema import (
     SESSION_FILE,
     SESSION_PREFIX,
     FormatError,
+    model_slug,
     rank_folder,
 )
 from eplb_dump.format.session import SessionInfo, load_json
@@ -80,6 +81,15 @@ class Discovery:
     def findings_of(self, run_id: str) -> list[Finding]:
         """What was odd about a run's files, all its models'."""
         return [f for (run, _), findings in self.findings.items() if run == run_id for f in findings]
+
+    def sessions(self, run_id: str, model: str | None = None) -> list[tuple[StoragePath, SessionInfo]]:
+        """The sessions of a run, or of one of its models: a model's name or slug."""
+        return [
+            (folder, info)
+            for slug, of_model in sorted(self.runs[run_id].items())
+            for folder, info in of_model
+            if model is None or model in (info.model, slug, model_slug(info.model))
+        ]
 
     def newest_first(self) -> list[str]:
         return sorted(self.runs, key=lambda run_id: (self.created(run_id), run_id), reverse=True)

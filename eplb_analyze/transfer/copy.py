@@ -111,23 +111,17 @@ def copy_run(
             damaged.append(f"{folder / SESSION_FILE}: {text}")
     if not copies:
         raise DumpError(f"{source}: no session of run {run_id} can be read")
-    models = sorted({copy.info.model for copy in copies})
     threads = max(storage.requests_at_once(source), storage.requests_at_once(to))
     try:
         touched = [touched for _, touched in ordered_map(_SessionCopy.inspect, copies, threads)]
         if steps is not None and not any(touched):
             raise NotInDumpError(f"{source}: no segment of run {run_id} is in these steps")
-        damaged += [text for copy in copies if copy.unreadable for text in copy.damaged]
-        copies = [copy for copy in copies if not copy.unreadable]
-        # Mark all sessions first: without some of them, an interrupted copy would look complete.
-        for _ in ordered_map(lambda copy: copy.target.begin(), copies, threads):
-            pass
-        for done, (copy, _) in enumerate(ordered_map(_SessionCopy.copy, copies, threads), 1):
-            damaged += copy.damaged
-            progress(done, len(copies))
-        _require_still_there(to, run_id, copies)
+        readable = [copy for copy in copies if not copy.unreadable]
+        _copy_all(readable, to / f"{RUN_PREFIX}{run_id}", threads, progress)
     except OSError as error:
         raise DumpError(f"{error.filename or to}: {error.strerror or error}") from None
+    for copy in sorted(copies, key=lambda copy: not copy.unreadable):
+        damaged += copy.damaged
     unsealed = sum(any(map(JOURNAL_PATTERN.fullmatch, copy.files)) for copy in copies)
     if unsealed:
         text = f"{plural(unsealed, 'session')} had a segment that was not sealed yet"
@@ -137,11 +131,11 @@ def copy_run(
         source=str(source),
         to=str(to),
         run_id=run_id,
-        models=models,
+        models=sorted({copy.info.model for copy in copies}),
         ranks=ranks,
         first_step=None if steps is None else steps[0],
         last_step=None if steps is None or steps[1] >= NO_END else steps[1] - 1,
-        sessions=len(copies),
+        sessions=len(readable),
         files=len(files),
         bytes=sum(size for size, _ in files),
         files_there=sum(there for _, there in files),
@@ -155,12 +149,7 @@ def _choose_sessions(
     found: Discovery, source: StoragePath, run_id: str, model: str | None, ranks: list[int] | None
 ) -> list[tuple[StoragePath, SessionInfo]]:
     """The sessions of a run that are of a model and of some ranks. Raises NotInDumpError."""
-    sessions = [
-        (folder, info)
-        for slug, of_model in sorted(found.runs[run_id].items())
-        for folder, info in of_model
-        if model is None or model in (info.model, slug, model_slug(info.model))
-    ]
+    sessions = found.sessions(run_id, model)
     if model is not None and not sessions:
         raise NotInDumpError(f"{source}: run {run_id} has no model {model!r}")
     if ranks is None:
@@ -171,14 +160,21 @@ def _choose_sessions(
     return [(folder, info) for folder, info in sessions if info.ep_rank in ranks]
 
 
-def _require_still_there(to: StoragePath, run_id: str, copies: list[_SessionCopy]) -> None:
-    """Raise DumpError if a file is gone again: without locks, another copy can remove it."""
+def _copy_all(
+    copies: list[_SessionCopy], to: StoragePath, threads: int, progress: Callable[[int, int], None]
+) -> None:
+    """Copy sessions into the run's folder ``to``. Raises DumpError if a copied file does not stay there."""
+    # Mark all sessions first: without some of them, an interrupted copy would look complete.
+    for _ in ordered_map(lambda copy: copy.target.begin(), copies, threads):
+        pass
+    for done, _ in enumerate(ordered_map(_SessionCopy.copy, copies, threads), 1):
+        progress(done, len(copies))
     storage.forget_listing(to)
     if copies:
-        storage.entries(to / f"{RUN_PREFIX}{run_id}")  # in a bucket, one listing of all that is below
+        storage.entries(to)  # in a bucket, one listing of all that is below
     for copy in copies:
         gone = copy.files.keys() - copy.target.names()
-        if gone:
+        if gone:  # without locks, another copy can remove it
             where = copy.target.folder / min(gone)
             raise DumpError(f"{where}: it was taken away meanwhile; copy once more, alone")
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.reader.discovery import discover
+from eplb_analyze.reader.run import choose_run
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.journal import UnbegunJournal, lock
-from eplb_dump.format.schema import JOURNAL_PATTERN, FormatError, model_slug
+from eplb_dump.format.schema import JOURNAL_PATTERN, FormatError
 from eplb_dump.format.segment import seal
 
 #: Without file locks, a journal that was written to in this time may be in use.
@@ -58,21 +59,15 @@ def seal_dump(path: StoragePath, run: str | None = None, model: str | None = Non
     """
     path = local(path, "`seal`")
     found = discover(path)
-    if run is not None and run not in found.runs:
-        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(found.newest_first()[:10])}")
-    report = SealReport([], [])
-    matched = False
-    for run_id in found.newest_first() if run is None else [run]:
-        for slug, sessions in found.runs[run_id].items():
-            for folder, info in sessions:
-                if model is not None and model not in (info.model, slug, model_slug(info.model)):
-                    continue
-                matched = True
-                for journal in sorted(local(folder, "`seal`").iterdir()):
-                    if JOURNAL_PATTERN.fullmatch(journal.name) and not journal.is_symlink():
-                        _seal_one(journal, report)
-    if model is not None and not matched:
+    runs = found.newest_first() if run is None else [choose_run(found, path, run)[0]]
+    sessions = [session for run_id in runs for session in found.sessions(run_id, model)]
+    if model is not None and not sessions:
         raise NotInDumpError(f"{path}: no model {model!r} in it")
+    report = SealReport([], [])
+    for folder, _ in sessions:
+        for journal in sorted(local(folder, "`seal`").iterdir()):
+            if JOURNAL_PATTERN.fullmatch(journal.name) and not journal.is_symlink():
+                _seal_one(journal, report)
     return report
 
 
