@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from eplb_analyze.errors import DumpError, ExportError, UsageError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.journal import lock
 from eplb_dump.format.schema import LEVEL_PREFIXES, MODEL_PREFIX, RUN_ID_PATTERN, RUN_PREFIX, model_slug
@@ -60,38 +60,38 @@ def new_file(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
     """A :func:`whole_file` that a user asked for.
 
     Raises:
-        ExportError: it cannot be written, or appeared meanwhile and ``force`` is not set.
+        UsageError: it cannot be written, or appeared meanwhile and ``force`` is not set.
     """
     try:
         with whole_file(path, replace=force) as file:
             yield file
     except FileExistsError as error:
-        raise ExportError(f"{error.filename2 or error.filename} is there already") from None
+        raise UsageError(f"{error.filename2 or error.filename} is there already") from None
     except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
     """Check that a file may be written at ``path``, before any work is done for it.
 
     Raises:
-        ExportError: it exists and ``force`` is not set, it is a link or not a regular file, its folder does
+        UsageError: it exists and ``force`` is not set, it is a link or not a regular file, its folder does
             not exist, or it is inside the dump, where only writers write.
     """
     if os.path.lexists(path) and (path.is_dir() or not force):
         what = "is a folder" if path.is_dir() else "is there already; --force replaces it"
-        raise ExportError(f"{path} {what}")
+        raise UsageError(f"{path} {what}")
     if path.is_symlink():
-        raise ExportError(f"{path} is a symbolic link, in whose place no file is put; name what it points to")
+        raise UsageError(f"{path} is a symbolic link, in whose place no file is put; name what it points to")
     if path.exists() and not path.is_file():
-        raise ExportError(f"{path} is a device or pipe, which no file can take the place of")
+        raise UsageError(f"{path} is a device or pipe, which no file can take the place of")
     if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}")
+        raise UsageError(f"{path}: there is no folder {path.parent}")
     root = dump.resolve()
     while root.name.startswith(LEVEL_PREFIXES):
         root = root.parent
     if isinstance(root, Path) and path.parent.resolve().is_relative_to(root):
-        raise ExportError(f"{path} lies in the dump, which stays as it is; name another folder")
+        raise UsageError(f"{path} lies in the dump, which stays as it is; name another folder")
 
 
 def require_dump_folder(to: StoragePath) -> None:

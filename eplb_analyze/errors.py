@@ -1,4 +1,4 @@
-"""What can go wrong, as a user sees it: one line of text and an exit code; and findings in a dump."""
+"""Errors as a user sees them, one line of text and an exit code each; and findings about a dump."""
 
 from __future__ import annotations
 
@@ -12,38 +12,32 @@ Severity = Literal["error", "warning", "info"]
 
 
 class AnalyzeError(Exception):
-    """An error that a user can do something about; ``str(error)`` is the line shown."""
+    """An error that a user can act on; ``str(error)`` is the line shown."""
 
     exit_code = EXIT_UNUSABLE
 
 
 class DumpError(AnalyzeError):
-    """The dump is missing, damaged or incomplete in a way that matters."""
-
-    exit_code = EXIT_UNUSABLE
+    """The dump is missing, damaged, or too incomplete for what was asked."""
 
 
 class NotInDumpError(AnalyzeError):
-    """A run, model, layer or step was asked for that the dump does not have."""
+    """The dump does not have the run, model, layer or step that was asked for."""
 
     exit_code = EXIT_USAGE
 
 
 class UsageError(AnalyzeError):
-    """Something was asked for in a way that cannot be."""
+    """An option or argument is wrong or missing, or what it asks for is not possible."""
 
     exit_code = EXIT_USAGE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know about a dump. ``error``: figures lack data or cannot be trusted."""
+    """A fact about a dump that affects its figures. ``error``: they lack data or cannot be trusted."""
 
     severity: Severity
-    #: Stable, for programs, e.g. ``damaged_file``; docs/check.md lists them.
+    #: Stable, for programs, for instance ``damaged_file``; docs/cli.md lists them under "check".
     code: str
     text: str
-
-
-class ExportError(UsageError):
-    """What was asked for cannot be a file of that format, or the file cannot be written."""

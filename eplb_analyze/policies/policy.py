@@ -25,15 +25,11 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-class PolicyError(UsageError):
-    """A policy does not exist, rejects its problem, or returned something that is not a placement."""
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
     """The input of a policy: place the experts of all layers, given the loads of a window.
 
-    Raises PolicyError if the numbers are inconsistent.
+    Raises UsageError if the numbers are inconsistent.
     """
 
     #: Tokens of each logical expert in the window: int64 or float64 ``[layers, num_logical_experts]``.
@@ -47,21 +43,21 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or not self.weight.size:
-            raise PolicyError(f"loads have the shape {self.weight.shape}, not (layers, logical experts)")
+            raise UsageError(f"loads have the shape {self.weight.shape}, not (layers, logical experts)")
         if not (np.isfinite(self.weight).all() and (self.weight >= 0).all()):
-            raise PolicyError("loads must be finite and not negative")
+            raise UsageError("loads must be finite and not negative")
         if min(self.ep_size, self.num_nodes, self.num_groups) < 1:
-            raise PolicyError("EP size, nodes and groups must be at least 1")
+            raise UsageError("EP size, nodes and groups must be at least 1")
         experts = self.weight.shape[1]
         if self.num_physical_experts < experts:
-            raise PolicyError(f"{self.num_physical_experts} slots cannot hold {experts} logical experts")
+            raise UsageError(f"{self.num_physical_experts} slots cannot hold {experts} logical experts")
         if self.num_physical_experts % self.ep_size:
-            raise PolicyError(
+            raise UsageError(
                 f"{self.num_physical_experts} slots cannot be divided evenly among {self.ep_size} EP ranks"
             )
         shape = (len(self.weight), self.num_physical_experts)
         if self.current is not None and self.current.shape != shape:
-            raise PolicyError(f"the current placement has the shape {self.current.shape}, not {shape}")
+            raise UsageError(f"the current placement has the shape {self.current.shape}, not {shape}")
 
 
 Policy = Callable[[Problem], Int32]
@@ -70,20 +66,20 @@ Policy = Callable[[Problem], Int32]
 def deepseek(problem: Problem) -> Int32:
     """``rebalance_experts`` of deepseek-ai/EPLB: hierarchical if nodes divide groups, else global.
 
-    Raises PolicyError if it is hierarchical, and groups do not divide experts or nodes do not divide ranks.
+    Raises UsageError if it is hierarchical, and groups do not divide experts or nodes do not divide ranks.
     """
     return _rebalance(problem, EPLB)
 
 
 def sglang(problem: Problem) -> Int32:
-    """SGLang's ``deepseek`` and ``deepseek_hierarchical``. Raises PolicyError as :func:`deepseek` does."""
+    """SGLang's ``deepseek`` and ``deepseek_hierarchical``. Raises UsageError as :func:`deepseek` does."""
     return _rebalance(problem, SGLANG)
 
 
 def vllm(problem: Problem) -> Int32:
     """vLLM's ``DefaultEplbPolicy``: the same algorithm, but an expert that stays on its rank keeps its slot.
 
-    Raises PolicyError as :func:`deepseek` does.
+    Raises UsageError as :func:`deepseek` does.
     """
     placed = _rebalance(problem, VLLM)
     return placed if problem.current is None else _keep_slots(placed, problem.current, problem.ep_size)
@@ -114,9 +110,9 @@ def _rebalance(problem: Problem, arithmetic: Arithmetic) -> Int32:
         groups = nodes = 1
     experts = problem.weight.shape[1]
     if experts % groups:
-        raise PolicyError(f"{experts} logical experts cannot be divided evenly among {groups} groups")
+        raise UsageError(f"{experts} logical experts cannot be divided evenly among {groups} groups")
     if problem.ep_size % nodes:
-        raise PolicyError(f"{problem.ep_size} EP ranks cannot be divided evenly among {nodes} nodes")
+        raise UsageError(f"{problem.ep_size} EP ranks cannot be divided evenly among {nodes} nodes")
     weight = problem.weight.astype(np.float32)
     placed = hierarchical(weight, problem.num_physical_experts, groups, nodes, problem.ep_size, arithmetic)
     return placed.astype(np.int32)
@@ -146,23 +142,23 @@ def _keep_slots(placed: Int32, current: Int32, ep_size: int) -> Int32:
 def named(name: str) -> Policy:
     """One of :data:`POLICIES`, or a user's ``module:function`` from ``sys.path`` or the current folder.
 
-    Imports that module. Raises PolicyError.
+    Imports that module. Raises UsageError.
     """
     if name in POLICIES:
         return POLICIES[name]
     module, _, function = name.partition(":")
     if not (module and function):
         known = ", ".join(POLICIES)
-        raise PolicyError(f"no policy is called {name!r}: there are {known}, and your own as module:function")
+        raise UsageError(f"no policy is called {name!r}: there are {known}, and your own as module:function")
     if (here := os.getcwd()) not in sys.path:
         # At the end, so that a file in this folder does not hide an installed module.
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as fault:
-        raise PolicyError(f"policy {name!r}: importing {module} failed: {_one_line(fault)}") from fault
+        raise UsageError(f"policy {name!r}: importing {module} failed: {_one_line(fault)}") from fault
     if not callable(found):
-        raise PolicyError(f"policy {name!r}: the module {module} has no function {function}")
+        raise UsageError(f"policy {name!r}: the module {module} has no function {function}")
     policy: Policy = found
     return policy
 
@@ -170,27 +166,27 @@ def named(name: str) -> Policy:
 def place(policy: Policy, problem: Problem) -> Int32:
     """The policy's placement, checked: int32 ``[layers, num_physical_experts]`` that holds each expert.
 
-    The policy works on copies. Raises PolicyError if it fails or its answer is not a placement.
+    The policy works on copies. Raises UsageError if it fails or its answer is not a placement.
     """
     current = None if problem.current is None else problem.current.copy()
     name = getattr(policy, "__name__", type(policy).__name__)
     try:
         answer = np.asarray(policy(replace(problem, weight=problem.weight.copy(), current=current)))
-    except PolicyError:
+    except UsageError:
         raise
     except Exception as fault:
-        raise PolicyError(f"policy {name} failed: {_one_line(fault)}") from fault
+        raise UsageError(f"policy {name} failed: {_one_line(fault)}") from fault
     layers, experts = problem.weight.shape
     shape = (layers, problem.num_physical_experts)
     if answer.shape != shape or answer.dtype.kind not in "iu":
-        raise PolicyError(f"policy {name} gave {answer.dtype} {answer.shape}, not integers {shape}")
+        raise UsageError(f"policy {name} gave {answer.dtype} {answer.shape}, not integers {shape}")
     if answer.min() < 0 or answer.max() >= experts:
-        raise PolicyError(f"policy {name} placed experts that are not in 0 to {experts - 1}")
+        raise UsageError(f"policy {name} placed experts that are not in 0 to {experts - 1}")
     placed = np.zeros((layers, experts), np.bool_)
     placed[np.arange(layers)[:, None], answer] = True
     if not placed.all():
         layer, expert = np.argwhere(~placed)[0]
-        raise PolicyError(f"policy {name} left expert {expert} of layer index {layer} without a slot")
+        raise UsageError(f"policy {name} left expert {expert} of layer index {layer} without a slot")
     return answer.astype(np.int32)
 
 

@@ -25,6 +25,7 @@ from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, rea
 from eplb_analyze.reader.segments import DamagedSegmentError, Segment
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
+from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import FORMAT_NAME, Scope, model_slug
 from eplb_dump.format.session import Origin, SessionInfo
@@ -205,6 +206,12 @@ class Run:
             created_unix_ns=min(s.info.created_unix_ns for s in sessions),
             origin=self._origin(),
         )
+
+    def __repr__(self) -> str:
+        first, last = self.step_range
+        steps = "no steps" if first is None else f"steps {first}-{last}"
+        size = f"{plural(self.info.ep_size, 'rank')}, {steps}, {plural(self.info.num_layers, 'layer')}"
+        return f"<Run {self.info.run_id} of {self.info.model}: {size}>"
 
     def truncated_at(self, step: int) -> Run:
         """The run as it was when ``step`` was its last one: what was written since is left out."""

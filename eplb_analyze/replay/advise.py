@@ -15,7 +15,7 @@ import numpy as np
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.run import Run
-from eplb_analyze.replay.replay import Outcome, Replay, replay
+from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
 from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments
@@ -142,11 +142,11 @@ def advise(
     Raises:
         NotInDumpError: the dump has no such step.
         DumpError: no step is complete.
-        UsageError, PolicyError: a setting or policy is impossible.
+        UsageError: a setting or policy is impossible.
     """
     names = run.info.run_id, run.info.model
     try:
-        played = replay(
+        played = replay_run(
             run, choices, steps,
             num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
         )  # fmt: skip

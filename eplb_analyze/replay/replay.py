@@ -178,7 +178,7 @@ class Replay:
         }
 
 
-def replay(
+def replay_run(
     run: Run,
     choices: Choices | Sequence[Setting] | None = None,
     steps: tuple[int, int] | None = None,
@@ -200,7 +200,7 @@ def replay(
     Raises:
         NotInDumpError: the dump has no such step.
         DumpError: no step is complete, or no placement is known.
-        UsageError, PolicyError: a setting or policy is impossible.
+        UsageError: a setting or policy is impossible.
     """
 
     def play() -> Replay:

@@ -104,7 +104,7 @@ class SettingRun:
         yield from (end - self.window for end in ends)
 
     def play(self, past: PrefixSums, after: int, steps: Int64) -> None:
-        """Rearrange when due in a block; ``after`` is the last step before it. Raises PolicyError."""
+        """Rearrange when due in a block; ``after`` is the last step before it. Raises UsageError."""
         self.placed = self.placed[-1:]
         for step in self._due(after, steps, after, int(steps[-1])):
             weight = past.between(step - self.window, step)

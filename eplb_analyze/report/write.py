@@ -55,7 +55,7 @@ def write_report(
         force: replace a file that is there.
 
     Raises:
-        ExportError: there is a file already, it lies in the dump, or it cannot be written.
+        UsageError: there is a file already, it lies in the dump, or it cannot be written.
         NotInDumpError: no step of the run is in the range.
     """
     require_free(file, force=force, dump=run.path)

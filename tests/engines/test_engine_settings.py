@@ -12,7 +12,7 @@ from helpers import engines_python
 from vllm_engine import serve
 
 from eplb_analyze import open_run
-from eplb_analyze.replay.replay import replay
+from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.settings import first_rearrangement
 
 
@@ -30,7 +30,7 @@ def test_recorded_setting_gives_the_placements_of_vllm(
     """The real EplbState of vLLM rearranges; its setting is read from the dump and replayed."""
     _, root, _ = serve(tmp_path, "--steps", "46", *options)
     run = open_run(root, model="org/main")
-    result = replay(run, keep_placements=True)
+    result = replay_run(run, keep_placements=True)
     own = result.recorded.setting()
     assert own is not None
     assert (own.policy, own.num_redundant_experts) == ("vllm", redundant)

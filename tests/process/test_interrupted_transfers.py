@@ -273,13 +273,13 @@ def test_export_to_a_full_disk_keeps_the_old_file(dump: Path, tmp_path: Path) ->
         from pathlib import Path
         from eplb_analyze import open_run
         from eplb_analyze.transfer.exporters.loads import export_loads
-        from eplb_analyze.errors import ExportError
+        from eplb_analyze.errors import UsageError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
         for name in ("csv", "parquet"):
             try:
                 export_loads(open_run(sys.argv[1]), name, Path(sys.argv[2]), force=True)
-            except ExportError as error:
+            except UsageError as error:
                 print(error)
     """
     errors = run_child(script, dump, file).splitlines()

@@ -57,11 +57,11 @@ def replay(
     """
     wanted = parse_steps(steps)
     choices = parse_choices(policy, redundant, interval, window, start, ep_size)
-    from eplb_analyze.replay.replay import replay as play
+    from eplb_analyze.replay.replay import replay_run
 
     out = Output(output)
     opened = open_for(out, dump, run, model)
-    result = play(
+    result = replay_run(
         opened, choices, wanted,
         num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip

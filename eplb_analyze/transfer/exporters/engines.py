@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.errors import ExportError
+from eplb_analyze.errors import UsageError
 from eplb_analyze.policies import policy
 from eplb_analyze.transfer.exporters import vllm_ascend
 from eplb_analyze.transfer.exporters.placement import Placement, require_loadable
@@ -33,11 +33,11 @@ def with_all_hidden_layers(placement: Placement, num_hidden_layers: int) -> Plac
     recorded is served as if there were no file.
 
     Raises:
-        ExportError: it has layers beyond that number.
+        UsageError: it has layers beyond that number.
     """
     beyond = [layer for layer in placement.layers if layer >= num_hidden_layers]
     if beyond:
-        raise ExportError(
+        raise UsageError(
             f"the placement is of layers {placement.layers[0]} to {beyond[-1]}, so the model has more than "
             f"{num_hidden_layers} hidden layers (see num_hidden_layers in its config.json)"
         )
@@ -51,10 +51,10 @@ def sglang(placement: Placement) -> str:
     """JSON with the one key ``physical_to_logical_map``: one list per hidden layer.
 
     Raises:
-        ExportError: it does not have all hidden layers from 0 on, or no engine can serve it.
+        UsageError: it does not have all hidden layers from 0 on, or no engine can serve it.
     """
     if placement.layers != tuple(range(len(placement.layers))):
-        raise ExportError(
+        raise UsageError(
             "SGLang takes row n for hidden layer n, and layers are missing from this placement; "
             "give --num-hidden-layers"
         )
@@ -77,7 +77,7 @@ def trtllm(placement: Placement) -> str:
     """``initial_global_assignments`` by layer, ``num_slots``, and no updates, so the placement stays.
 
     Raises:
-        ExportError: no engine can serve it.
+        UsageError: no engine can serve it.
     """
     require_loadable(placement)
     lines = ["initial_global_assignments:"]
@@ -102,7 +102,7 @@ def vllm_mapping(placement: Placement) -> str:
     """A record ``eplb_initial_mapping`` of version 1.
 
     Raises:
-        ExportError: no engine can serve it.
+        UsageError: no engine can serve it.
     """
     require_loadable(placement)
     record = {

@@ -80,7 +80,7 @@ def export_loads(
         force: replace an existing file.
 
     Raises:
-        ExportError: the file cannot be written.
+        UsageError: the file cannot be written.
         NotInDumpError, DumpError: the dump has no such step or layer, or no complete step.
     """
     atomic.require_free(file, force=force, dump=run.path)

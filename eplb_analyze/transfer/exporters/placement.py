@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_analyze.errors import ExportError
+from eplb_analyze.errors import UsageError
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT
 
@@ -43,13 +43,13 @@ def require_loadable(placement: Placement) -> None:
     """Check that an engine can serve it: no slot is empty, and every logical expert has one.
 
     Raises:
-        ExportError: names the first layer that fails.
+        UsageError: names the first layer that fails.
     """
     for layer, slots in zip(placement.layers, placement.physical_to_logical_map, strict=True):
         empty = int((slots == EMPTY_SLOT).sum())
         if empty:
             text = f"layer {layer} has {empty} empty slots, and engines load an expert into every slot"
-            raise ExportError(f"{text} (--for json keeps them, as -1)")
+            raise UsageError(f"{text} (--for json keeps them, as -1)")
         absent = np.setdiff1d(np.arange(placement.num_logical_experts), slots)
         if len(absent):
-            raise ExportError(f"layer {layer} has no slot for expert {absent[0]}, so no engine can serve it")
+            raise UsageError(f"layer {layer} has no slot for expert {absent[0]}, so no engine can serve it")

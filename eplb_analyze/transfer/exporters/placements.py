@@ -10,7 +10,7 @@ import numpy as np
 
 from eplb_analyze import atomic
 from eplb_analyze.analysis.placement import placement_report
-from eplb_analyze.errors import DumpError, ExportError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
@@ -90,19 +90,19 @@ def recorded_placement(run: Run, step: int | None = None) -> SourcePlacement:
 
     Raises:
         NotInDumpError: the dump has no such step, or no placement is known for it.
-        ExportError: the placement of some layers is not known, or layers had different shapes then.
+        UsageError: the placement of some layers is not known, or layers had different shapes then.
     """
     report = placement_report(run, step)
     known = [p.layer for p in report.layers]
     absent = [layer for layer in run.info.layers if layer not in known]
     if absent:
-        raise ExportError(
+        raise UsageError(
             f"at step {report.step} no placement is known for {plural(len(absent), 'layer')}, the first "
             f"{absent[0]}; choose another --step"
         )
     shapes = {(p.ep_size, p.num_physical_experts) for p in report.layers}
     if len(shapes) > 1:
-        raise ExportError(
+        raise UsageError(
             f"at step {report.step} layers have placements of {len(shapes)} shapes, as ep_size or the number "
             "of slots was being changed; choose another --step"
         )
@@ -138,7 +138,7 @@ def policy_placement(
         num_groups: groups of experts that a hierarchical policy keeps on a node.
 
     Raises:
-        PolicyError: there is no such policy, it does not support this, or its placement is invalid.
+        UsageError: there is no such policy, it does not support this, or its placement is invalid.
         NotInDumpError: the dump has no such step.
         DumpError: no step of these is complete, or no placement is known there.
     """
@@ -150,7 +150,7 @@ def policy_placement(
     slots = info.num_logical_experts + redundant if redundant is not None else shape.num_physical_experts
     ranks = ep_size if ep_size is not None else shape.ep_size
     if slots > MAX_EXPERTS:
-        raise ExportError(f"{slots:,} slots are more than a placement holds, which is {MAX_EXPERTS:,}")
+        raise UsageError(f"{slots:,} slots are more than a placement holds, which is {MAX_EXPERTS:,}")
     nodes = num_nodes if num_nodes is not None else _nodes(info.ranks_per_node, ranks)
     problem = policies.Problem(
         weight=weights.logical,
@@ -214,12 +214,12 @@ def export_placement(
         force: replace an existing file.
 
     Raises:
-        ExportError: the format cannot hold this placement, an option is missing, or the file cannot
+        UsageError: the format cannot hold this placement, an option is missing, or the file cannot
             be written.
     """
     atomic.require_free(file, force=force, dump=run.path)
     if target == "sglang" and file.suffix != ".json":
-        raise ExportError(f"{file}: SGLang reads such a file only where its name ends in .json")
+        raise UsageError(f"{file}: SGLang reads such a file only where its name ends in .json")
     notes = [
         *source.notes,
         *(run.import_caveats("layer_numbers") if target in engines.BY_LAYER_NUMBER else ()),
@@ -261,7 +261,7 @@ def _numbered(
     """The placement with the model's own layer numbers, as far as they are known."""
     if first_layer is not None:
         if _names_layers(run):
-            raise ExportError(
+            raise UsageError(
                 f"the dump names its layers ({placement.layers[0]} to {placement.layers[-1]}); "
                 "--first-layer is for dumps that do not"
             )
@@ -277,11 +277,11 @@ def _numbered(
 def _num_hidden_layers(run: Run, placement: Placement, given: int | None) -> int:
     if given is not None:
         if given > MAX_LAYERS:
-            raise ExportError(f"--num-hidden-layers: no model has more than {MAX_LAYERS:,}")
+            raise UsageError(f"--num-hidden-layers: no model has more than {MAX_LAYERS:,}")
         return given
     if _has_all_rows(run):
         return len(placement.layers)
-    raise ExportError(
+    raise UsageError(
         "SGLang needs a row for every hidden layer, and the dump does not say how many the model has; "
         "give --num-hidden-layers (num_hidden_layers in the model's config.json)"
     )

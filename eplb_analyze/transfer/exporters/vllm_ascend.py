@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import ExportError
+from eplb_analyze.errors import UsageError
 from eplb_analyze.transfer.exporters.placement import Placement, require_loadable
 from eplb_dump.format.journal import Int32
 
@@ -45,12 +45,12 @@ def repaired(placement: Placement, weight: npt.NDArray[Any] | None = None) -> tu
         weight: [layers, num_logical_experts], each expert's load; default: all equal.
 
     Raises:
-        ExportError: a device has more slots than the model has experts, or no engine can serve the placement.
+        UsageError: a device has more slots than the model has experts, or no engine can serve the placement.
     """
     require_loadable(placement)
     experts, devices = placement.num_logical_experts, placement.ep_size
     if placement.num_physical_experts > experts * devices:
-        raise ExportError(
+        raise UsageError(
             f"{placement.num_physical_experts // devices} slots a device are more than the model's {experts} "
             "experts, so one must stand twice on a device, which vllm-ascend cannot load"
         )
@@ -114,7 +114,7 @@ def text(placement: Placement) -> str:
     """JSON: ``moe_layer_count`` and ``layer_list``, in the layout of vllm-ascend's own recorder.
 
     Raises:
-        ExportError: a device has two replicas of an expert, or no engine can serve the placement.
+        UsageError: a device has two replicas of an expert, or no engine can serve the placement.
     """
     require_loadable(placement)
     devices = placement.devices()
@@ -122,7 +122,7 @@ def text(placement: Placement) -> str:
         for device, own in enumerate(slots):
             experts, counts = np.unique(own, return_counts=True)
             if (counts > 1).any():
-                raise ExportError(
+                raise UsageError(
                     f"expert {experts[counts > 1][0]} stands twice on device {device} in layer {layer}, "
                     "which vllm-ascend cannot load; --repair moves spare copies to other devices"
                 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.transfer.importers import torch_files
 from eplb_analyze.transfer.importers.files import (
     MAX_TEXT,
@@ -23,14 +23,14 @@ from eplb_analyze.transfer.importers.files import (
     read_npz,
     regular,
 )
-from eplb_analyze.transfer.importers.source import AskError, Chunk, Options, Reading, ordered_rows
+from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, ordered_rows
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
 PASSES = "of how many forward passes the one step is the sum"
 
 
 def read(path: Path, options: Options) -> Reading:
-    """Counts by logical expert: ``[layers, experts]``, or with steps first. Raises DumpError, AskError."""
+    """Counts by logical expert: ``[layers, experts]``, or with steps first. Raises DumpError, UsageError."""
     path = _file(path, options)
     array = load(path, options)
     rows = array[None] if array.ndim == 2 else array
@@ -46,7 +46,7 @@ def read(path: Path, options: Options) -> Reading:
 
 
 def read_ascend(path: Path, options: Options) -> Reading:
-    """vllm-ascend's heat: ``[layers, ranks, slots of a rank]``, one sum. Raises DumpError, AskError."""
+    """vllm-ascend's heat: ``[layers, ranks, slots of a rank]``, one sum. Raises DumpError, UsageError."""
     path = _file(path, options)
     array = load(path, options)
     if array.ndim != 3:
@@ -79,7 +79,7 @@ def _reading(system: str, path: Path, rows: Array, *, by_slot: bool) -> Reading:
 
 
 def load(path: Path, options: Options) -> Array:
-    """The one array of a file, of 2 or 3 dimensions. Raises DumpError, AskError."""
+    """The one array of a file, of 2 or 3 dimensions. Raises DumpError, UsageError."""
     with path.open("rb") as file:
         start = file.read(6)
     if start == b"\x93NUMPY":
@@ -101,7 +101,7 @@ def _choose(path: Path, wanted: str | None) -> str:
     shapes = npz_shapes(path)
     if wanted is not None:
         if wanted not in shapes:
-            raise AskError(f"{path}: no array {wanted!r} in it; there are: {', '.join(list(shapes)[:10])}")
+            raise UsageError(f"{path}: no array {wanted!r} in it; there are: {', '.join(list(shapes)[:10])}")
         return wanted
     fitting = [
         name for name, (shape, dtype) in shapes.items() if len(shape) in (2, 3) and dtype.kind in "iuf"
@@ -111,7 +111,7 @@ def _choose(path: Path, wanted: str | None) -> str:
             f"{path}: no array of counts in it; there are: {', '.join(list(shapes)[:10]) or 'none'}"
         )
     if len(fitting) > 1:
-        raise AskError(
+        raise UsageError(
             f"{path}: several arrays could be the counts; choose with --array: {', '.join(fitting[:10])}"
         )
     return fitting[0]

@@ -1,11 +1,11 @@
-"""Detect by its content which system wrote a source; ambiguous sources raise AskError."""
+"""Detect by its content which system wrote a source; ambiguous sources raise UsageError."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.transfer.importers import (
     arrays,
     megatron,
@@ -25,7 +25,7 @@ from eplb_analyze.transfer.importers.files import (
     regular,
     zip_names,
 )
-from eplb_analyze.transfer.importers.source import AskError, Options, Reading
+from eplb_analyze.transfer.importers.source import Options, Reading
 
 READERS: dict[str, Callable[[Path, Options], Reading]] = {
     "sglang": sglang.read,
@@ -38,7 +38,7 @@ READERS: dict[str, Callable[[Path, Options], Reading]] = {
 
 
 def detect(path: Path, options: Options) -> str:
-    """The name of the source's reader. Raises DumpError if none fits, AskError if several do."""
+    """The name of the source's reader. Raises DumpError if none fits, UsageError if several do."""
     if path.is_dir():
         names = [p.name for p in listing(path, None)]
         if trtllm.META in names and any(map(trtllm.RANK_FILE.fullmatch, names)):
@@ -53,7 +53,7 @@ def detect(path: Path, options: Options) -> str:
         if len(found) == 1:
             return found.pop()
         if found:
-            raise AskError(
+            raise UsageError(
                 f"{path}: files of several formats ({', '.join(sorted(found))}); choose with --only"
             )
         raise DumpError(f"{path}: no file of a format known here in it")
@@ -81,7 +81,7 @@ def _of_file(path: Path) -> str:
 
 def _by_dimensions(path: Path, dimensions: int) -> str:
     if dimensions == 3:
-        raise AskError(
+        raise UsageError(
             f"{path}: three dimensions can be [steps, layers, experts] (--format array) or vllm-ascend's "
             "[layers, ranks, slots] (--format ascend); say which"
         )

@@ -18,9 +18,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.segments import require_regular
-from eplb_analyze.transfer.importers.source import AskError
 from eplb_dump.format.schema import FormatError
 
 #: The most bytes of a JSON document or a line; a DeepSeek-V3 record has a third of a MB.
@@ -212,9 +211,9 @@ def read_npz(path: Path, *wanted: str) -> dict[str, Array]:
 
 
 def one_of(paths: list[Path], what: str) -> Path:
-    """The only path. Raises AskError if there are several."""
+    """The only path. Raises UsageError if there are several."""
     if len(paths) > 1:
         names = ", ".join(p.name for p in paths[:4]) + (" …" if len(paths) > 4 else "")
-        raise AskError(f"{paths[0].parent}: {len(paths)} {what} ({names}), each a recording of its own; "
+        raise UsageError(f"{paths[0].parent}: {len(paths)} {what} ({names}), each a recording of its own; "
                        "name one of them, or choose with --only 'PATTERN'")  # fmt: skip
     return paths[0]

@@ -66,7 +66,7 @@ def import_dump(
 
     Raises:
         DumpError: the source cannot be used, or the dump cannot be written.
-        AskError: something that must be known is neither in the source nor in the options.
+        UsageError: something that must be known is neither in the source nor in the options.
         UsageError: the run exists.
     """
     options = options or Options()

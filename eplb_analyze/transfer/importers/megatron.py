@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.files import Array, listing, npz_shapes, read_npz
-from eplb_analyze.transfer.importers.source import AskError, Chunk, Options, Reading
+from eplb_analyze.transfer.importers.source import Chunk, Options, Reading
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
 SYSTEM = "Megatron"
@@ -64,7 +64,7 @@ class _RankFile:
 
 
 def read(path: Path, options: Options) -> Reading:
-    """A folder with one capture of one EP group, or one file. Raises DumpError, AskError."""
+    """A folder with one capture of one EP group, or one file. Raises DumpError, UsageError."""
     paths = listing(path, options.only or "*.npz") if path.is_dir() else [path]
     if path.is_dir() and options.only is None:
         paths = [p for p in paths if is_megatron(p)]
@@ -74,7 +74,7 @@ def read(path: Path, options: Options) -> Reading:
     for one in paths:
         file = _RankFile(one)
         if file.rank in files:
-            raise AskError(
+            raise UsageError(
                 f"{path}: EP rank {file.rank} has several files ({files[file.rank].path.name}, {one.name}), "
                 "of captures or EP groups of their own; choose with --only 'PATTERN'"
             )
@@ -83,7 +83,7 @@ def read(path: Path, options: Options) -> Reading:
     for file in files.values():
         for what in ("group", "ep_size", "layers", "slots"):
             if getattr(file, what) != getattr(first, what):
-                raise AskError(
+                raise UsageError(
                     f"{file.path}: its {what} differs from that of {first.path.name}: files of two EP "
                     "groups; choose with --only 'PATTERN'"
                 )

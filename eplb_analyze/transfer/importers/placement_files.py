@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.transfer.importers import torch_files
 from eplb_analyze.transfer.importers.files import (
     MAX_TEXT,
@@ -22,7 +22,7 @@ from eplb_analyze.transfer.importers.files import (
     read_npy,
     regular,
 )
-from eplb_analyze.transfer.importers.source import AskError, plain_int
+from eplb_analyze.transfer.importers.source import plain_int
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS
 
@@ -40,7 +40,7 @@ class PlacementFile:
 
 
 def read_placement(path: Path, model: str | None) -> PlacementFile:
-    """Read a placement file; ``model`` selects one of several. Raises DumpError, AskError."""
+    """Read a placement file; ``model`` selects one of several. Raises DumpError, UsageError."""
     if path.suffix in (".yaml", ".yml"):
         return _trtllm(path)
     if path.suffix == ".npy":
@@ -80,7 +80,7 @@ def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
     if isinstance(document.get("model_maps"), dict):
         maps = document["model_maps"]
         if model not in maps and len(maps) != 1:
-            raise AskError(
+            raise UsageError(
                 f"{path}: it has placements of several models; choose with --model: {', '.join(maps)}"
             )
         chosen = maps[model] if model in maps else next(iter(maps.values()))

@@ -1,4 +1,4 @@
-"""Combine a reading and the user's options into a plan of the run; AskError names what is missing."""
+"""Combine a reading and the user's options into a plan of the run; UsageError names what is missing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.transfer.importers.placement_files import PlacementFile, read_placement
 from eplb_analyze.transfer.importers.source import (
     LAST,
     LINEAR,
     UNKNOWN,
-    AskError,
     Chunk,
     Counts,
     Options,
@@ -48,14 +47,14 @@ class Plan:
 
 
 def make_plan(reading: Reading, options: Options) -> Plan:
-    """Raises AskError if something necessary is not known, DumpError if source and options contradict."""
+    """Raises UsageError if something necessary is not known, DumpError if source and options contradict."""
     where = reading.files[0] if len(reading.files) == 1 else reading.files[0].parent
     layers = _layers(reading, options, where)
     # Most sources need both, so one error asks for both.
     wants_placement = reading.by_slot is not True and options.placement is None
     ep_size = _ep_size(reading, options, where, wants_placement)
     if wants_placement:
-        raise AskError(f"{where}: {_why_placement(reading)}")
+        raise UsageError(f"{where}: {_why_placement(reading)}")
     placement = _placement(reading, options, where)
     experts = _experts(reading, options, placement, where)
     if reading.scope is Scope.LOCAL:
@@ -63,7 +62,7 @@ def make_plan(reading: Reading, options: Options) -> Plan:
         _replicated(reading, options, where)
     width = reading.width if placement is None else placement.shape[1]
     if width % ep_size or width > MAX_EXPERTS:
-        raise AskError(
+        raise UsageError(
             f"{where}: {width} slots do not divide among {ep_size} ranks; see --ep-size, --placement"
         )
     if options.token_replication is None:
@@ -77,7 +76,7 @@ def make_plan(reading: Reading, options: Options) -> Plan:
     try:
         model.encode()
     except UnicodeEncodeError:
-        raise AskError(f"{where}: {model[:40]!r} is no name of a model (--model)") from None
+        raise UsageError(f"{where}: {model[:40]!r} is no name of a model (--model)") from None
     divide = reading.by_slot is False and placement is not None
     if divide and placement is not None:
         _note_division(reading, placement)
@@ -103,9 +102,9 @@ def _layers(reading: Reading, options: Options, where: Path) -> tuple[int, ...] 
             reading.unknown["layer_numbers"] = "the model's layer numbers: counted from 0 (--layers)"
         return reading.layers
     if reading.layers is not None and reading.layers != options.layers:
-        raise AskError(f"{where}: the source itself numbers its layers; leave out --layers")
+        raise UsageError(f"{where}: the source itself numbers its layers; leave out --layers")
     if len(options.layers) != reading.num_layers:
-        raise AskError(
+        raise UsageError(
             f"{where}: --layers names {len(options.layers)}, but the source has {reading.num_layers}"
         )
     return options.layers
@@ -114,7 +113,7 @@ def _layers(reading: Reading, options: Options, where: Path) -> tuple[int, ...] 
 def _ep_size(reading: Reading, options: Options, where: Path, wants_placement: bool) -> int:
     if reading.ep_size is not None:
         if options.ep_size not in (None, reading.ep_size):
-            raise AskError(
+            raise UsageError(
                 f"{where}: the source has {reading.ep_size} EP ranks, not {options.ep_size} (--ep-size)"
             )
         return reading.ep_size
@@ -128,7 +127,7 @@ def _ep_size(reading: Reading, options: Options, where: Path, wants_placement: b
     else:
         text = f"{where}: it does not say over how many EP ranks experts were spread; give --ep-size"
         text += " (1, if only the experts matter)" if reading.by_slot is False else ""
-    raise AskError(text + (f"; also, {_why_placement(reading)}" if wants_placement else ""))
+    raise UsageError(text + (f"; also, {_why_placement(reading)}" if wants_placement else ""))
 
 
 def _why_placement(reading: Reading) -> str:
@@ -145,13 +144,13 @@ def _placement(reading: Reading, options: Options, where: Path) -> Int32 | None:
     choice = options.placement
     if choice == LAST:
         if reading.kind not in ("per_pass", "per_token"):
-            raise AskError(f"{where}: --placement last is for SGLang's modes per_pass and per_token")
+            raise UsageError(f"{where}: --placement last is for SGLang's modes per_pass and per_token")
         return None
     if reading.placed and choice is not None:
-        raise AskError(f"{where}: the source has its own placements; leave out --placement")
+        raise UsageError(f"{where}: the source has its own placements; leave out --placement")
     if choice is None or choice == UNKNOWN:
         if reading.by_slot is False:
-            raise AskError(
+            raise UsageError(
                 f"{where}: it has counts of experts: without a placement no rank's load is known; {EXAMPLE}"
             )
         if not reading.placed:
@@ -193,16 +192,16 @@ def _experts(reading: Reading, options: Options, placement: Int32 | None, where:
     if stated is None and placement is not None and options.num_logical_experts is None:
         stated = count_experts(placement)
         if stated is None:
-            raise AskError(f"{where}: the placement does not hold every expert; give --num-experts")
+            raise UsageError(f"{where}: the placement does not hold every expert; give --num-experts")
     if stated is None:
         stated = options.num_logical_experts
     if stated is None:
-        raise AskError(
+        raise UsageError(
             f"{where}: it has counts of {reading.width} slots and does not say how many experts the model "
             "has: give --num-experts, or --placement"
         )
     if options.num_logical_experts not in (None, stated):
-        raise AskError(
+        raise UsageError(
             f"{where}: the source has {stated} experts, not {options.num_logical_experts} (--num-experts)"
         )
     if placement is not None and placement.max() >= stated:
@@ -214,7 +213,7 @@ def _all_ranks(reading: Reading, ep_size: int, where: Path) -> None:
     missing = [rank for rank in range(ep_size) if rank not in reading.parts]
     beyond = [rank for rank in reading.parts if rank >= ep_size]
     if beyond:
-        raise AskError(
+        raise UsageError(
             f"{where}: it has a file of rank {beyond[0]}, so there are more than {ep_size} ranks (--ep-size)"
         )
     if missing:
@@ -228,7 +227,7 @@ def _all_ranks(reading: Reading, ep_size: int, where: Path) -> None:
 
 
 def _replicated(reading: Reading, options: Options, where: Path) -> None:
-    """Raise AskError if all ranks counted the same: their sum would count each token several times."""
+    """Raise UsageError if all ranks counted the same: their sum would count each token several times."""
     if options.token_replication is not None or len(reading.parts) < 2:
         return
     firsts = [next(chunks(), None) for chunks in reading.parts.values()]
@@ -237,7 +236,7 @@ def _replicated(reading: Reading, options: Options, where: Path) -> None:
     loads = [chunk.load for chunk in firsts if chunk is not None]
     same = all(a.shape == b.shape and np.array_equal(a, b) for a, b in itertools.pairwise(loads))
     if same and loads[0].any():
-        raise AskError(
+        raise UsageError(
             f"{where}: all {len(loads)} ranks counted the same: where each rank sees all tokens (no "
             f"attention data parallelism), give --token-replication {len(loads)}, else --token-replication 1"
         )

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers import torch_files
 from eplb_analyze.transfer.importers.files import Array, integers, listing, one_of, read_json
 from eplb_analyze.transfer.importers.source import (
     LAST,
-    AskError,
     Chunk,
     Options,
     Reading,
@@ -38,7 +37,7 @@ PHASES = {1: "prefill", 2: "decode", 3: "mixed", 4: "idle", 5: "verify", 6: "dra
 
 
 def read(path: Path, options: Options) -> Reading:
-    """A file, or a folder of the files of one recording. Raises DumpError, AskError."""
+    """A file, or a folder of the files of one recording. Raises DumpError, UsageError."""
     paths = listing(path, options.only or "*.pt") if path.is_dir() else [path]
     if paths[0].suffix == ".json":
         return _stat(one_of(paths, "files"), read_json(paths[0]), options)
@@ -198,7 +197,7 @@ def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) ->
     for path, document in documents:
         file = _RankFile(path, document)
         if file.rank in files:
-            raise AskError(
+            raise UsageError(
                 f"{path.parent}: rank {file.rank} has several files ({files[file.rank].path.name}, "
                 f"{path.name}), of recordings of their own; choose with --only 'PATTERN'"
             )

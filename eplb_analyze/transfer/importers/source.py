@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import UsageError
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Scope
 
@@ -18,10 +17,6 @@ Counts = npt.NDArray[Any]
 
 #: The values of ``--placement`` that do not name a file.
 LINEAR, LAST, UNKNOWN = "linear", "last", "unknown"
-
-
-class AskError(UsageError):
-    """The source does not say something that must be known; the text names the option that does."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class _RankFile:
 
 
 def read(path: Path, options: Options) -> Reading:
-    """Raises DumpError, AskError."""
+    """Raises DumpError, UsageError."""
     if not path.is_dir():
         raise DumpError(f"{path}: give the folder that holds {META} and rank*.safetensors")
     meta = read_json(path / META)

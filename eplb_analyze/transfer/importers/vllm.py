@@ -12,19 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.files import integers, json_lines, listing, one_of
-from eplb_analyze.transfer.importers.source import (
-    AskError,
-    Chunk,
-    Counts,
-    Options,
-    Reading,
-    count_experts,
-    plain_int,
-)
+from eplb_analyze.transfer.importers.source import Chunk, Counts, Options, Reading, count_experts, plain_int
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, Scope
 
@@ -42,7 +34,7 @@ def is_snapshot(record: dict[str, Any]) -> bool:
 
 
 def read(path: Path, options: Options) -> Reading:
-    """Read a file twice: first for its shape, then to write it. Raises DumpError, AskError."""
+    """Read a file twice: first for its shape, then to write it. Raises DumpError, UsageError."""
     if path.is_dir():
         path = one_of(listing(path, options.only or "*.jsonl"), "files")
     first = next(json_lines(path), None)
@@ -99,7 +91,7 @@ class _Lines:
         if stated is None and self.num_logical_experts is None:
             stated = count_experts(slots)
             if stated is None:
-                raise AskError(f"{where}: not every expert is in its map; give --num-experts")
+                raise UsageError(f"{where}: not every expert is in its map; give --num-experts")
         if stated is not None and self.num_logical_experts not in (None, stated):
             raise DumpError(f"{where}: {stated} experts where records before had {self.num_logical_experts}")
         self.num_logical_experts = self.num_logical_experts or stated
@@ -134,7 +126,7 @@ class _Lines:
                 what = (
                     f"step {step} again, with another load" if step in seen else f"step {step} after {last}"
                 )
-                raise AskError(
+                raise UsageError(
                     f"{where}: {what}: the steps began anew, or two engines wrote into one file; split it, "
                     "or count its records in their order with --renumber"
                 )

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_problems import KINDS, SHAPES, loads, placements
 
+from eplb_analyze.errors import UsageError
 from eplb_analyze.policies import torch_cpu
-from eplb_analyze.policies.policy import POLICIES, PolicyError, Problem, lower_bound, named, place
+from eplb_analyze.policies.policy import POLICIES, Problem, lower_bound, named, place
 
 torch = pytest.importorskip("torch")
 
@@ -336,7 +337,7 @@ def test_custom_policy() -> None:
     ],
 )
 def test_unknown_policy_is_rejected(name: str, says: str) -> None:
-    with pytest.raises(PolicyError, match=says) as caught:
+    with pytest.raises(UsageError, match=says) as caught:
         named(name)
     assert caught.value.exit_code == 2
 
@@ -354,7 +355,7 @@ def test_unknown_policy_is_rejected(name: str, says: str) -> None:
     ],
 )
 def test_invalid_answer_is_rejected(name: str, says: str) -> None:
-    with pytest.raises(PolicyError, match=says):
+    with pytest.raises(UsageError, match=says):
         place(named(f"mine_of_test:{name}"), Problem(np.array([[1, 2, 3]]), 3, 1))
 
 
@@ -377,5 +378,5 @@ def test_invalid_answer_is_rejected(name: str, says: str) -> None:
 @pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm"])
 def test_inconsistent_problem_is_rejected(name: str, changes: dict[str, Any], says: str) -> None:
     fits: dict[str, Any] = {"weight": np.ones((1, 4)), "num_physical_experts": 6, "ep_size": 2}
-    with pytest.raises(PolicyError, match=says):
+    with pytest.raises(UsageError, match=says):
         place(named(name), Problem(**fits | changes))

@@ -18,7 +18,7 @@ from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.policies import policy
 from eplb_analyze.replay import scores, simulator
-from eplb_analyze.replay.replay import Outcome, Replay, last_steps, replay
+from eplb_analyze.replay.replay import Outcome, Replay, last_steps, replay_run
 from eplb_analyze.replay.settings import Choices, Setting, grid, recorded
 from eplb_analyze.transfer.importers.import_dump import Options, import_dump
 from eplb_dump import ExpertLoadWriter
@@ -161,7 +161,7 @@ def of(result: Replay, setting: Setting) -> Outcome:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_settings_agree_with_plain_loops(dump: Path, workers: int) -> None:
-    result = replay(open_run(dump), SETTINGS, workers=workers, keep_placements=True)
+    result = replay_run(open_run(dump), SETTINGS, workers=workers, keep_placements=True)
     assert (result.scored, result.left_out) == (len(complete_steps()), 0)
     assert result.placements is not None
     for outcome, kept in zip(result.outcomes, result.placements, strict=True):
@@ -182,7 +182,7 @@ def test_settings_agree_with_plain_loops(dump: Path, workers: int) -> None:
 
 
 def test_today_has_the_recorded_placements_and_measured_figures(dump: Path) -> None:
-    result = replay(open_run(dump), SETTINGS[:1])
+    result = replay_run(open_run(dump), SETTINGS[:1])
     today = figures([tokens(logical(step), placement(step), RANKS) for step in complete_steps()])
     assert (result.today.balancedness, result.today.idle_fraction) == pytest.approx(today, rel=1e-12)
     measured = figures(
@@ -198,7 +198,7 @@ def test_today_has_the_recorded_placements_and_measured_figures(dump: Path) -> N
 
 def test_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path) -> None:
     record(tmp_path, segment_bytes=30_000)
-    results = [replay(open_run(root), workers=n).to_json() for root in (dump, tmp_path) for n in (1, 4)]
+    results = [replay_run(open_run(root), workers=n).to_json() for root in (dump, tmp_path) for n in (1, 4)]
     for result in results:
         del result["step_seconds"], result["seconds"]
     assert results[0] == results[1]
@@ -211,9 +211,9 @@ def test_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path)
 
 
 def test_scores_of_a_long_run_are_downsampled(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = replay(open_run(dump), SETTINGS)
+    whole = replay_run(open_run(dump), SETTINGS)
     monkeypatch.setattr(scores, "MAX_COLUMNS", 10)
-    short = replay(open_run(dump), SETTINGS)
+    short = replay_run(open_run(dump), SETTINGS)
     assert len(short.scores.step) <= 20 < len(whole.scores.step)
     for one, other in zip(whole.outcomes, short.outcomes, strict=True):
         assert one.balancedness == pytest.approx(other.balancedness, rel=1e-12)
@@ -226,7 +226,7 @@ def test_no_placement_is_better_than_the_bound(
     dump: Path, monkeypatch: pytest.MonkeyPatch, sums: int
 ) -> None:
     monkeypatch.setattr(simulator, "BOUND_SUMS", sums)
-    result = replay(open_run(dump), Choices(redundant=[0, 4], intervals=[1, 5], windows=[1, 10]))
+    result = replay_run(open_run(dump), Choices(redundant=[0, 4], intervals=[1, 5], windows=[1, 10]))
     for outcome in result.outcomes:
         assert outcome.idle_fraction is not None
         assert outcome.idle_fraction_bound is not None
@@ -273,7 +273,7 @@ def test_later_loads_do_not_change_earlier_placements(tmp_path: Path, change: in
     for name, load in (("calm", calm), ("spiked", spiked)):
         root = record_identity(tmp_path / name, load, steps=80, ep_size=4, segment_steps=32)
         settings = [Setting("deepseek", 4, 4, 10, window, 10) for window in (5, 10, 100)]
-        result = replay(open_run(root), settings, keep_placements=True)
+        result = replay_run(open_run(root), settings, keep_placements=True)
         chosen.append(dict(zip([o.setting for o in result.outcomes], result.placements or [], strict=True)))
     for setting, kept in chosen[0].items():
         other = dict(chosen[1][setting])
@@ -318,7 +318,7 @@ def moving_hot_spot(step: int) -> Array:
 def test_planted_best_setting_is_ranked_first(tmp_path: Path) -> None:
     root = record_identity(tmp_path, moving_hot_spot, steps=600, ep_size=16)
     choices = Choices(redundant=[0, 16, 32], intervals=[10, 100, 200], policies=["deepseek", "static"])
-    result = replay(open_run(root), choices)
+    result = replay_run(open_run(root), choices)
     best = result.outcomes[0].setting
     assert best is not None
     assert (best.policy, best.num_redundant_experts, best.interval) == ("deepseek", 32, 10)
@@ -338,7 +338,7 @@ def test_planted_best_setting_is_ranked_first(tmp_path: Path) -> None:
 def test_moving_weights_costs_time(tmp_path: Path) -> None:
     root = record_identity(tmp_path, moving_hot_spot, steps=300, ep_size=16)
     choices = Choices(redundant=[16], intervals=[10, 50], windows=[10], policies=["deepseek"])
-    free = replay(open_run(root), choices, cost_per_expert_ms=0.0)
+    free = replay_run(open_run(root), choices, cost_per_expert_ms=0.0)
     assert free.seconds is not None
     assert free.part.step_seconds == pytest.approx(free.seconds / 300)
     for outcome in free.outcomes:
@@ -350,7 +350,7 @@ def test_moving_weights_costs_time(tmp_path: Path) -> None:
     # A cost at which moving more often no longer pays.
     more = often.weights_moved_busiest_rank - seldom.weights_moved_busiest_rank
     dear = 2e3 * ((often.net_seconds or 0) - (seldom.net_seconds or 0)) / more
-    priced = replay(open_run(root), choices, cost_per_expert_ms=dear)
+    priced = replay_run(open_run(root), choices, cost_per_expert_ms=dear)
     assert [o.setting and o.setting.interval for o in priced.outcomes] == [50, 10]
     for outcome in priced.outcomes:
         cost = outcome.weights_moved_busiest_rank * dear / 1e3
@@ -372,17 +372,17 @@ def test_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
             writer.record(
                 step, rng.poisson(20, (2, slots)), np.tile(np.arange(slots) % 8, (2, 1)), ep_size=size
             )
-    result = replay(open_run(tmp_path), [Setting("deepseek", 4, 4, 20, 20, 20)])
+    result = replay_run(open_run(tmp_path), [Setting("deepseek", 4, 4, 20, 20, 20)])
     assert (result.first_step, result.last_step, result.scored) == (30, 89, 60)
     assert "only steps 30 to 89 are replayed (those before with --steps 0:30)" in result.notes[0]
     # Starts count from the change.
     assert [move.step for move in result.outcomes[0].moves] == [50, 70]
-    before = replay(open_run(tmp_path), steps=(0, 30))
+    before = replay_run(open_run(tmp_path), steps=(0, 30))
     assert (before.part.shape.ep_size, before.last_step, before.notes) == (2, 29, [])
 
 
 def test_step_range_does_not_shift_rearrangements(dump: Path) -> None:
-    result = replay(open_run(dump), [Setting("deepseek", 4, 4, 20, 20, 10)], (25, 100))
+    result = replay_run(open_run(dump), [Setting("deepseek", 4, 4, 20, 20, 10)], (25, 100))
     assert (result.first_step, result.last_step) == (25, 99)
     assert [move.step for move in result.outcomes[0].moves] == [30, 50, 70, 90]
 
@@ -391,7 +391,7 @@ def test_steps_without_a_known_placement_are_left_out(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
         for step in range(30):
             writer.record(step, np.ones((2, 4), int), np.arange(8).reshape(2, 4) % 4 if step >= 10 else None)
-    result = replay(open_run(tmp_path))
+    result = replay_run(open_run(tmp_path))
     assert (result.first_step, result.scored, result.left_out) == (10, 20, 10)
     assert "10 complete steps left out" in result.notes[0]
     assert result.outcomes[0].balancedness == 1.0
@@ -421,7 +421,7 @@ def test_sampled_steps_stand_for_those_between(tmp_path: Path) -> None:
     ) as writer:
         for step in range(90):
             writer.record(step, np.random.default_rng(step).poisson(9, (1, 4)), np.arange(4)[None])
-    result = replay(open_run(tmp_path), [Setting("deepseek", 0, 2, 30, 30, 30)], keep_placements=True)
+    result = replay_run(open_run(tmp_path), [Setting("deepseek", 0, 2, 30, 30, 30)], keep_placements=True)
     assert result.scored == 30
     assert [step for step, _ in (result.placements or [[]])[0]] == [-1, 30, 60]
     assert result.seconds == pytest.approx(90 * (result.part.step_seconds or 0))
@@ -432,7 +432,7 @@ def test_recorded_placement_may_lack_experts(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global") as writer:
         for step in range(20):
             writer.record(step, np.array([[4, 1, 1, 2]]), np.array([[0, 3, 5, 6]]))
-    result = replay(open_run(tmp_path), Choices(redundant=[0], intervals=[5]))
+    result = replay_run(open_run(tmp_path), Choices(redundant=[0], intervals=[5]))
     assert result.today.idle_fraction == pytest.approx(1 - 4 / 5)
     assert result.today.idle_fraction_bound is None
     assert [o.idle_fraction_bound for o in result.outcomes] == [0.0] * len(result.outcomes)
@@ -443,7 +443,7 @@ def test_tokens_on_empty_slots_count_only_as_measured(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
         for step in range(8):
             writer.record(step, np.array([[0, 0, 5, 0, 0, 0], [3, 1, 0, 1, 1, 2]]), slots)
-    found = replay(open_run(tmp_path), Choices(policies=["static"]))
+    found = replay_run(open_run(tmp_path), Choices(policies=["static"]))
     # Layer 0: 2.5 / 5. Layer 1: 4 / 4 as recorded; split evenly, the first rank has 1 + 5 / 2.
     assert found.measured_balancedness == pytest.approx((0.5 + 1) / 2)
     assert found.today.balancedness == pytest.approx(4 / 4.5)
@@ -455,7 +455,7 @@ def test_jump_of_step_numbers_costs_no_work(tmp_path: Path) -> None:
         for step in [*range(12), *range(far, far + 12)]:
             writer.record(step, np.array([[9, 1, 1 + step % 3, 1]]), np.array([[0, 1, 2, 3]]))
     run = open_run(tmp_path)
-    found = replay(run, [Setting("deepseek", 0, 2, 4, 6, 4)], keep_placements=True)
+    found = replay_run(run, [Setting("deepseek", 0, 2, 4, 6, 4)], keep_placements=True)
     # Only rearrangements with a step in their window, before and after the jump.
     assert [move.step for move in found.outcomes[0].moves] == [4, 8, 12, 16, far + 4, far + 8]
 
@@ -465,7 +465,7 @@ def test_even_split_of_an_import_is_noted(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text("[[0, 1, 2, 3, 0, 1]]")
     options = Options(ep_size=2, placement=str(tmp_path / "map.json"), ordered=True)
     import_dump(tmp_path / "x.npy", tmp_path / "dump", "array", options)
-    notes = replay(open_run(tmp_path / "dump"), Choices(policies=["static"])).notes
+    notes = replay_run(open_run(tmp_path / "dump"), Choices(policies=["static"])).notes
     assert any("split evenly over its slots" in note for note in notes)
 
 
@@ -531,7 +531,7 @@ def test_impossible_request_is_rejected(dump: Path, arguments: list[str], words:
 
 def test_range_without_a_complete_step_is_rejected(dump: Path) -> None:
     with pytest.raises(DumpError, match="no step of this range is complete"):
-        replay(open_run(dump), steps=(50, 52))
+        replay_run(open_run(dump), steps=(50, 52))
 
 
 # ---- output

@@ -18,9 +18,9 @@ from helpers import ROOT, arrays, assert_golden, cli, one_error
 
 from eplb_analyze import atomic, open_run
 from eplb_analyze.cli.commands.export import LoadFormat, Target
-from eplb_analyze.errors import ExportError
+from eplb_analyze.errors import UsageError
 from eplb_analyze.policies.policy import POLICIES, Problem
-from eplb_analyze.replay.replay import replay
+from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.settings import Setting
 from eplb_analyze.transfer.exporters import loads as long_form
 from eplb_analyze.transfer.exporters import vllm_ascend
@@ -261,7 +261,7 @@ def test_repair_swaps_with_the_closest_load() -> None:
 
 
 def test_unrepairable_placement_is_refused() -> None:
-    with pytest.raises(ExportError, match="more than the model's 2 experts"):
+    with pytest.raises(UsageError, match="more than the model's 2 experts"):
         vllm_ascend.repaired(make([0, 1, 0, 1, 0, 1], 2, 2))
 
 
@@ -362,7 +362,7 @@ def test_policy_placement_is_that_of_replay(dump: Path) -> None:
     """Each placement that replay made can be exported with the same settings."""
     run = open_run(dump)
     setting = Setting("deepseek", 4, 2, interval=8, window=12, start=5)
-    kept = replay(run, [setting], keep_placements=True).placements
+    kept = replay_run(run, [setting], keep_placements=True).placements
     assert kept is not None
     made = [(step, slots) for step, slots in kept[0] if step >= 0]
     assert [step for step, _ in made] == [5, 13, 21, 29, 37]
@@ -497,7 +497,7 @@ def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
             out.write(b"new")
             file.write_text("theirs")
 
-    with pytest.raises(ExportError, match="is there already"):
+    with pytest.raises(UsageError, match="is there already"):
         write()
     assert file.read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == ["F"]

@@ -33,7 +33,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.transfer.importers.detect import READERS
 from eplb_analyze.transfer.importers.import_dump import ImportReport, import_dump
 from eplb_analyze.transfer.importers.plan import split
-from eplb_analyze.transfer.importers.source import AskError, Options, whole_counts
+from eplb_analyze.transfer.importers.source import Options, whole_counts
 from eplb_analyze.transfer.importers.write import _with_between
 from eplb_dump.format.session import Origin
 
@@ -281,7 +281,7 @@ def test_sample_of_megatron_is_imported(tmp_path: Path) -> None:
     known = truth("megatron_ultra_ep")
     load = known["loads_rank_layer_forward_phys"]
     source = SAMPLES / "megatron_ultra_ep"
-    refused(AskError, source, tmp_path, "several files", "--only", num_logical_experts=16)
+    refused(UsageError, source, tmp_path, "several files", "--only", num_logical_experts=16)
     _, run = do(source, tmp_path, only="*pid4242*", num_logical_experts=16)
     assert run.info.layers == tuple(known["layer_numbers"].tolist())
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=0).transpose(1, 0, 2))
@@ -336,7 +336,7 @@ def test_sample_of_vllm_pr41141_is_imported(tmp_path: Path, revision: str) -> No
 def test_sample_of_vllm_ascend_is_imported(tmp_path: Path) -> None:
     known = truth("vllm_ascend")
     source = SAMPLES / "vllm_ascend/moe_load_0.npy"
-    refused(AskError, source, tmp_path, "--format array", "--format ascend")
+    refused(UsageError, source, tmp_path, "--format array", "--format ascend")
     _, run = do(source, tmp_path, "ascend", num_logical_experts=16)
     np.testing.assert_array_equal(loads(run)[1][0], known["physical_total"])
     assert {"passes", "placement"} <= unknown(run)
@@ -426,13 +426,13 @@ def test_sglang_stat_rows_become_steps(tmp_path: Path) -> None:
 
 def test_sglang_stat_needs_a_placement(tmp_path: Path) -> None:
     source = sglang_stat(tmp_path / "s", hidden(local_loads(3, width=EXPERTS).sum(axis=1), 1))
-    refused(AskError, source, tmp_path, "--ep-size", "--placement")
-    refused(AskError, source, tmp_path, "--placement linear", ep_size=EP)
-    refused(AskError, source, tmp_path, "no rank's load is known", ep_size=EP, placement="unknown")
-    refused(AskError, source, tmp_path, "12 slots do not divide", ep_size=5, placement="linear")
-    refused(AskError, source, tmp_path, "per_pass", ep_size=EP, placement="last")
+    refused(UsageError, source, tmp_path, "--ep-size", "--placement")
+    refused(UsageError, source, tmp_path, "--placement linear", ep_size=EP)
+    refused(UsageError, source, tmp_path, "no rank's load is known", ep_size=EP, placement="unknown")
+    refused(UsageError, source, tmp_path, "12 slots do not divide", ep_size=5, placement="linear")
+    refused(UsageError, source, tmp_path, "per_pass", ep_size=EP, placement="last")
     sglang_stat(source, np.ones((1, 4, EXPERTS)), "second.pt")
-    refused(AskError, source, tmp_path, "2 files", "--only", ep_size=EP, placement="linear")
+    refused(UsageError, source, tmp_path, "2 files", "--only", ep_size=EP, placement="linear")
     do(source, tmp_path, ep_size=EP, placement="linear", only="second*")
 
 
@@ -456,8 +456,8 @@ def test_sglang_per_pass_has_loads_by_slot(tmp_path: Path) -> None:
     load = hidden(local_loads(5), 2)
     records = {rank: sglang_records(load, rank) for rank in range(EP)}
     source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
-    refused(AskError, source, tmp_path, "--ep-size")
-    refused(AskError, source, tmp_path, "more than 2 ranks", ep_size=2)
+    refused(UsageError, source, tmp_path, "--ep-size")
+    refused(UsageError, source, tmp_path, "more than 2 ranks", ep_size=2)
     refused(DumpError, source, tmp_path, "4, 5, 6, 7", ep_size=8)
     report, run = do(source, tmp_path, ep_size=EP)
     assert loads(run)[0] == [50, 51, 52, 53, 54]
@@ -538,7 +538,7 @@ def test_sglang_files_of_two_recordings_are_refused(tmp_path: Path) -> None:
     source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
     other = {"records": records[1], "last_physical_to_logical_map": torch.tensor(hidden(MAP, 0))}
     torch.save(other, source / "later_1.pt")
-    refused(AskError, source, tmp_path, "rank 1 has several files", "--only", ep_size=EP)
+    refused(UsageError, source, tmp_path, "rank 1 has several files", "--only", ep_size=EP)
     (source / "later_1.pt").unlink()
     other["last_physical_to_logical_map"] = torch.tensor(hidden(MAP[:, ::-1].copy(), 0))
     torch.save(other, source / "expert_distribution_recorder_9.1_1.pt")
@@ -550,7 +550,7 @@ def test_equal_counts_of_all_ranks_need_token_replication(tmp_path: Path) -> Non
     load = np.repeat(hidden(local_loads(3, ranks=1), 2), EP, axis=1)
     records = {rank: sglang_records(load, rank) for rank in range(EP)}
     source = sglang_passes(tmp_path / "s", records, hidden(MAP, 0))
-    refused(AskError, source, tmp_path, "--token-replication 4", ep_size=EP)
+    refused(UsageError, source, tmp_path, "--token-replication 4", ep_size=EP)
     _, run = do(source, tmp_path, ep_size=EP, token_replication=EP)
     np.testing.assert_array_equal(loads(run)[1], load[:, 0, 1:])
     assert "token_replication" not in unknown(run)
@@ -572,9 +572,9 @@ def test_counts_of_received_tokens_give_no_traffic(tmp_path: Path) -> None:
 def test_trtllm_has_loads_of_all_ranks(tmp_path: Path) -> None:
     load, layers = local_loads(4), [3, 4, 8]
     source = trtllm(tmp_path / "t", load, layers)
-    refused(AskError, source, tmp_path, "--ep-size", "--placement", "experts or of slots")
-    refused(AskError, source, tmp_path, "--placement unknown", ep_size=EP)
-    refused(AskError, source, tmp_path, "--num-experts", ep_size=EP, placement="unknown")
+    refused(UsageError, source, tmp_path, "--ep-size", "--placement", "experts or of slots")
+    refused(UsageError, source, tmp_path, "--placement unknown", ep_size=EP)
+    refused(UsageError, source, tmp_path, "--num-experts", ep_size=EP, placement="unknown")
     yaml_file = trtllm_yaml(tmp_path / "balancer.yaml", MAP, layers)
     _, run = do(source, tmp_path, ep_size=EP, placement=str(yaml_file))
     assert (loads(run)[0], run.info.layers) == ([7, 8, 9, 10], (3, 4, 8))
@@ -617,7 +617,7 @@ def test_megatron_has_loads_of_all_ranks(tmp_path: Path) -> None:
     assert run.info.layers == (2, 3, 4)
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=0).transpose(1, 0, 2))
     assert "placement" in unknown(run)
-    refused(AskError, tmp_path / "m", tmp_path, "--num-experts")
+    refused(UsageError, tmp_path / "m", tmp_path, "--num-experts")
     np.save(tmp_path / "map.npy", MAP)
     _, run = do(tmp_path / "m", tmp_path, placement=str(tmp_path / "map.npy"))
     np.testing.assert_array_equal(placement_at(run, 0), MAP)
@@ -643,7 +643,7 @@ def test_megatron_files_of_two_groups_are_refused(tmp_path: Path) -> None:
     for rank in range(EP):
         group = np.arange(EP, dtype=np.int32) + EP * (rank > 1)
         megatron(tmp_path / "m", rank, load[rank], ep_group_ranks=group)
-    refused(AskError, tmp_path / "m", tmp_path, "two EP groups", num_logical_experts=EXPERTS)
+    refused(UsageError, tmp_path / "m", tmp_path, "two EP groups", num_logical_experts=EXPERTS)
 
 
 def test_vllm_snapshots_have_loads_and_placements(tmp_path: Path) -> None:
@@ -688,7 +688,7 @@ def test_vllm_interval_is_the_common_gap(
 def test_vllm_invalid_names_are_refused(tmp_path: Path) -> None:
     load = local_loads(1).sum(axis=1)[0]
     odd = lines(tmp_path / "x.jsonl", snapshot(0, load, MAP, model_name="\ud800"))
-    refused(AskError, odd, tmp_path, "is no name of a model")
+    refused(UsageError, odd, tmp_path, "is no name of a model")
     long = lines(tmp_path / "y.jsonl", snapshot(0, load, MAP, num_moe_layers="y" * 9999))
     with pytest.raises(DumpError) as raised:
         do(long, tmp_path)
@@ -698,9 +698,9 @@ def test_vllm_invalid_names_are_refused(tmp_path: Path) -> None:
 def test_vllm_restarted_step_numbers_need_an_option(tmp_path: Path) -> None:
     load = local_loads(4).sum(axis=1)
     again = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i % 2), load[i], MAP) for i in range(4)))
-    refused(AskError, again, tmp_path, "line 3", "step 0 again, with another load", "--renumber")
+    refused(UsageError, again, tmp_path, "line 3", "step 0 again, with another load", "--renumber")
     back = lines(tmp_path / "y.jsonl", *(snapshot(50 - i, load[i], MAP) for i in range(4)))
-    refused(AskError, back, tmp_path, "step 49 after 50")
+    refused(UsageError, back, tmp_path, "step 49 after 50")
     _, run = do(again, tmp_path, renumber=True)
     np.testing.assert_array_equal(loads(run)[1], load)
     assert "step_numbers" in unknown(run)
@@ -728,7 +728,7 @@ def test_vllm_pr41141_contradictions_are_refused(tmp_path: Path) -> None:
     wrong = stats(1, load, MAP, num_ranks=EP, tokens=(load.reshape(LAYERS, EP, -1).sum(axis=2) + 1).tolist())
     refused(DumpError, lines(tmp_path / "a.jsonl", wrong), tmp_path, "not the sums")
     no_size = lines(tmp_path / "b.jsonl", stats(1, load, MAP))
-    refused(AskError, no_size, tmp_path, "--ep-size")
+    refused(UsageError, no_size, tmp_path, "--ep-size")
     do(no_size, tmp_path, ep_size=EP)
     twice = lines(tmp_path / "c.jsonl", META, stats(1, load, MAP), {**META, "model": "other"})
     refused(DumpError, twice, tmp_path, "two engine starts")
@@ -755,7 +755,7 @@ def test_one_array_is_one_step(tmp_path: Path, suffix: str) -> None:
         "csv": lambda: np.savetxt(path, load, "%d", ","),
         "pt": lambda: torch.save(torch.tensor(load), path),
     }[suffix]()
-    refused(AskError, path, tmp_path, "--ep-size")
+    refused(UsageError, path, tmp_path, "--ep-size")
     _, run = do(path, tmp_path, ep_size=EP, placement="linear", layers=(4, 5, 9))
     np.testing.assert_array_equal(loads(run)[1][0], load)
     assert run.info.layers == (4, 5, 9)
@@ -766,10 +766,10 @@ def test_three_dimensions_need_a_format(tmp_path: Path) -> None:
     load = local_loads(EP, width=EXPERTS).sum(axis=1)
     np.save(tmp_path / "load.npy", load)
     np.savez(tmp_path / "two.npz", a=load, b=load)
-    refused(AskError, tmp_path / "load.npy", tmp_path, "--format array", "--format ascend", ep_size=EP)
+    refused(UsageError, tmp_path / "load.npy", tmp_path, "--format array", "--format ascend", ep_size=EP)
     _, run = do(tmp_path / "load.npy", tmp_path, "array", ep_size=EP, placement="linear")
     np.testing.assert_array_equal(loads(run)[1], load)
-    refused(AskError, tmp_path / "two.npz", tmp_path, "--array", ep_size=EP, placement="linear")
+    refused(UsageError, tmp_path / "two.npz", tmp_path, "--array", ep_size=EP, placement="linear")
     _, run = do(tmp_path / "two.npz", tmp_path, ep_size=EP, placement="linear", array="b")
     assert "step_order" in unknown(run)
     heat = load.transpose(1, 0, 2)  # [layers, ranks, slots]
@@ -975,7 +975,7 @@ def test_truncated_or_flipped_file_is_one_error(tmp_path: Path, kind: str) -> No
         into = tmp_path / f"v{number}"
         try:
             import_dump(source, into, None, Options(**options))
-        except (DumpError, AskError) as error:
+        except (DumpError, UsageError) as error:
             refusals += 1
             assert "\n" not in str(error)
             assert not list(into.glob("run=*"))
@@ -1093,12 +1093,12 @@ def test_invalid_csv_is_refused(tmp_path: Path) -> None:
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
     load = local_loads(2).sum(axis=1)
     source = lines(tmp_path / "x.jsonl", *(snapshot(i, load[i], MAP) for i in range(2)))
-    refused(AskError, source, tmp_path, "4 EP ranks, not 8", ep_size=8)
-    refused(AskError, source, tmp_path, "12 experts, not 13", num_logical_experts=13)
-    refused(AskError, source, tmp_path, "its own placements", placement="linear")
-    refused(AskError, source, tmp_path, "--layers names 2", layers=(1, 2))
+    refused(UsageError, source, tmp_path, "4 EP ranks, not 8", ep_size=8)
+    refused(UsageError, source, tmp_path, "12 experts, not 13", num_logical_experts=13)
+    refused(UsageError, source, tmp_path, "its own placements", placement="linear")
+    refused(UsageError, source, tmp_path, "--layers names 2", layers=(1, 2))
     trt = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
-    refused(AskError, trt, tmp_path, "leave out --layers", layers=(1, 2, 3), ep_size=EP, placement="linear")
+    refused(UsageError, trt, tmp_path, "leave out --layers", layers=(1, 2, 3), ep_size=EP, placement="linear")
 
 
 # ---- properties

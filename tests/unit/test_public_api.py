@@ -1,0 +1,39 @@
+"""The names that ``import eplb_analyze`` offers."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, write
+
+import eplb_analyze
+
+
+def test_every_public_name_can_be_imported_and_is_listed() -> None:
+    assert dir(eplb_analyze) == sorted(eplb_analyze.__all__)
+    for name in eplb_analyze.__all__:
+        assert getattr(eplb_analyze, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'open_rum'"):
+        _ = eplb_analyze.open_rum
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((ROOT / "eplb_analyze/__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = [
+        alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert sorted(filter(None, imported)) == sorted(eplb_analyze.__all__)
+
+
+def test_the_library_page_names_only_public_names() -> None:
+    named = re.findall(r"eplb_analyze\.(\w+)", (ROOT / "docs/library.md").read_text())
+    assert set(named) <= set(eplb_analyze.__all__)
+
+
+def test_repr_of_a_run_says_what_it_is(tmp_path: Path) -> None:
+    write(tmp_path, ranks=2, steps=40, run_id="night", model="moe/large")
+    assert repr(eplb_analyze.open_run(tmp_path)) == "<Run night of moe/large: 2 ranks, steps 0-39, 2 layers>"
