@@ -242,7 +242,10 @@ class _SessionCopy:
         Later entries can be of steps that come after the end of a copied journal, and would leave a gap.
         """
         storage.forget_listing(self.source)
-        data = (self.source / MANIFEST_FILE).read_bytes()
+        try:
+            data = (self.source / MANIFEST_FILE).read_bytes()
+        except FileNotFoundError:  # nothing is sealed yet: a journal has no step to copy
+            return Manifest()
         for item in frames.scan(io.BytesIO(data), len(data)):
             if isinstance(item, frames.Frame) and item.kind == "sealed" and item.header["seq"] in segments:
                 end = max(end, item.end)

@@ -342,6 +342,18 @@ def test_copy_grows_with_a_live_run(tmp_path: Path) -> None:
     assert content(to) == content(root)
 
 
+def test_journal_without_a_step_is_left_out(tmp_path: Path) -> None:
+    """Its writer was killed at the first write, so there is no manifest either."""
+    write_global(tmp_path / "dump", 0, steps=3)
+    (source,) = sessions(tmp_path / "dump")
+    for file in source.iterdir():
+        if file.name != SESSION_FILE:
+            file.unlink()
+    (source / "journal-000000.frames").write_bytes(b"")
+    assert cli("copy", "--to", tmp_path / "copy", tmp_path / "dump").returncode == 0
+    assert [p.name for p in sessions(tmp_path / "copy")[0].iterdir()] == [SESSION_FILE]
+
+
 @pytest.mark.parametrize("moment", ["_journals", "sound_manifest", "put"])
 def test_segment_sealed_during_the_copy_leaves_no_gap(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
