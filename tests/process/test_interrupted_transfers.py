@@ -158,11 +158,13 @@ def test_copies_of_a_run_being_written_have_its_first_steps(tmp_path: Path) -> N
 def test_second_copy_into_a_session_is_refused(dump: Path, s3: S3, tmp_path: Path) -> None:
     source = s3.address(s3.put(dump))
     with (
-        s3.failing(key="loads-000002", delay=2),
+        s3.failing(key="loads-000002", delay=1),
         start_child(PROGRAM, "copy", "--to", tmp_path, source) as first,
     ):
         wait_until(lambda: [*tmp_path.rglob("loads-000001.parquet")])
+        first.send_signal(signal.SIGSTOP)  # however long the second one takes, the first is not done
         one_error(cli("copy", "--to", tmp_path, dump), 2, "another copy writes into it")
+        first.send_signal(signal.SIGCONT)
         first.communicate(timeout=60)
         assert first.returncode == 0
     assert content(tmp_path) == content(dump)
