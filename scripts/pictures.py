@@ -14,7 +14,6 @@ from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.cli.commands import ranks as ranks_command
 from eplb_analyze.cli.views import experts, layer, ranks, rearrangements, summary
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
@@ -33,7 +32,7 @@ def main(dump: str) -> None:
     console.print("$ eplb-analyze rearrangements demo-dump", style="bold")
     rearrangements.render(console, rearrangement_report(run))
     console.print("\n$ eplb-analyze ranks demo-dump", style="bold")
-    ranks.render(console, rank_report(run), ranks_command.By.rank)
+    ranks.render(console, rank_report(run), "rank")
     console.print("\n$ eplb-analyze experts --window 20 demo-dump", style="bold")
     experts.render(console, expert_report(run, window=20), hot=False, cold=False)
     save(console, "questions")

@@ -34,7 +34,7 @@ from eplb_analyze.cli.commands import (
     traffic,
     watch,
 )
-from eplb_analyze.cli.output import PROGRAM, say
+from eplb_analyze.cli.output import PROGRAM, print_message
 from eplb_analyze.errors import EXIT_UNUSABLE, AnalyzeError
 from eplb_analyze.text import clean
 
@@ -114,16 +114,18 @@ def main() -> None:
     try:
         app(prog_name=PROGRAM)
     except AnalyzeError as error:
-        say("error", error)
+        print_message("error", error)
         sys.exit(error.exit_code)
     except MemoryError:
-        say("error", "there is not enough memory for this")
+        print_message("error", "there is not enough memory for this")
         sys.exit(EXIT_UNUSABLE)
     except OSError as error:
-        say("error", _reason(error))
+        print_message("error", _reason(error))
         sys.exit(EXIT_UNUSABLE)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        say("error", f"{type(error).__name__}: {clean(error)} (set {DEBUG_VARIABLE}=1 for a traceback)")
+        print_message(
+            "error", f"{type(error).__name__}: {clean(error)} (set {DEBUG_VARIABLE}=1 for a traceback)"
+        )
         sys.exit(EXIT_UNUSABLE)

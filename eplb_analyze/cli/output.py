@@ -1,38 +1,34 @@
-"""Where results go: rich tables on a terminal, plain text in a pipe, one JSON document on request.
-
-What comes out of a dump may come from a stranger, so every text passes :func:`clean`, and rich's
-markup is never interpreted in it.
-"""
+"""Where results go: tables on a terminal, plain text in a pipe, one JSON document on request."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import enum
 import io
 import json
-import os
-import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterable
-from typing import IO, TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import typer
+
+from eplb_analyze.cli.console import console
+from eplb_analyze.cli.progress import Progress
+from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.text import clean, plain
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from rich.console import Console
-    from rich.progress import Progress as RichProgress
-    from rich.table import Table
 
     from eplb_analyze.errors import Finding
+    from eplb_analyze.reader.completeness import Completeness
+    from eplb_analyze.reader.run import Run
+    from eplb_analyze.storage.path import StoragePath
 
 PROGRAM = "eplb-analyze"
-#: Work that takes longer shows how far it is.
-PATIENCE_SECONDS = 1.0
+#: More findings of one kind would push the result out of sight.
+MAX_FINDINGS_OF_A_KIND = 10
 
 
 class OutputFormat(str, enum.Enum):
@@ -40,87 +36,41 @@ class OutputFormat(str, enum.Enum):
     json = "json"
 
 
-def say(kind: str, text: object) -> None:
-    """One line on stderr; where that cannot be written, the exit code must do."""
+def print_message(kind: str, text: object) -> None:
+    """Print one line on stderr. If that fails, only the exit code reports the problem."""
     with contextlib.suppress(OSError):
         print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
 
 
-#: They end a program without what it has to do at its end.
-_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def _leave(number: int, _: FrameType | None) -> None:
-    sys.exit(128 + number)
-
-
-class Progress:
-    """A bar on stderr, where that is a terminal, for work that takes longer than ``PATIENCE_SECONDS``."""
-
-    def __init__(self) -> None:
-        self._begun = time.monotonic()
-        self._bar: RichProgress | None = None
-
-    def __call__(self, done: int, of: int) -> None:
-        """So much is done; the bar goes when all is, and comes back where work begins anew."""
-        if done >= of:
-            self.end()
-        elif self._bar is None and sys.stderr.isatty() and time.monotonic() - self._begun > PATIENCE_SECONDS:
-            self._start(done, of)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=of)
-
-    def _start(self, done: int, of: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = RichProgress(*columns, console=console(sys.stderr), transient=True)
-        self._bar.add_task("", completed=done, total=of)
-        self._bar.start()
-        # It hides the cursor, which must be there again however the work ends.
-        atexit.register(self.end)
-        for number in _ENDINGS:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _leave)
-
-    def end(self) -> None:
-        """Take the bar away, so that what follows stands alone."""
-        if self._bar is not None:
-            self._bar.stop()
-            for number in _ENDINGS:
-                if signal.getsignal(number) is _leave:
-                    signal.signal(number, signal.SIG_DFL)
-        self._bar = None
-
-
 class Output:
-    """The one way out of a command: a document, and how to show it to a person."""
+    """Prints the result of a command, its notes and its findings."""
 
     def __init__(self, output_format: OutputFormat) -> None:
         self.format = output_format
         self.progress = Progress()
 
-    def notes(self, notes: list[str]) -> None:
+    def notes(self, notes: Iterable[str]) -> None:
         self.progress.end()
         for note in notes:
-            say("note", note)
+            print_message("note", note)
 
-    def findings(self, findings: list[Finding]) -> None:
-        """Say errors and warnings, at most ten of a kind, so that the result stays in sight."""
+    def findings(self, findings: Iterable[Finding]) -> None:
+        """Print errors and warnings, at most ``MAX_FINDINGS_OF_A_KIND`` of each kind."""
         self.progress.end()
-        shown: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for finding in findings:
             if finding.severity == "info":
                 continue
-            shown[finding.code] = shown.get(finding.code, 0) + 1
-            if shown[finding.code] <= 10:
-                say(finding.severity, finding.text)
-        for code, count in shown.items():
-            if count > 10:
-                say("warning", f"{count - 10} more of {code}; `{PROGRAM} check` lists all")
+            counts[finding.code] = counts.get(finding.code, 0) + 1
+            if counts[finding.code] <= MAX_FINDINGS_OF_A_KIND:
+                print_message(finding.severity, finding.text)
+        for code, count in counts.items():
+            if count > MAX_FINDINGS_OF_A_KIND:
+                more = count - MAX_FINDINGS_OF_A_KIND
+                print_message("warning", f"{more} more of {code}; `{PROGRAM} check` lists all")
 
     def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
+        """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
         if self.format is OutputFormat.json:
             print(json.dumps(plain(document), indent=2))
@@ -132,58 +82,41 @@ class Output:
             render(console(text))
             print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
+    def open_run(self, dump: StoragePath, run: str | None, model: str | None) -> Run:
+        """Open the run that a command is about, and print how it was chosen."""
+        from eplb_analyze.reader.run import open_run
 
-#: Nothing is drawn wider: a plot takes memory by its columns.
-MAX_COLUMNS = 1000
+        opened = open_run(dump, run, model)
+        opened.progress = self.progress
+        self.notes(opened.notes)
+        return opened
 
+    def show(
+        self,
+        run: Run,
+        document: dict[str, Any],
+        render: Callable[[Console], None],
+        steps: Completeness | None = None,
+    ) -> None:
+        """Print a report about a run. If its steps lost data, exit with 3 after printing it.
 
-def console(file: IO[str]) -> Console:
-    """A console; in a pipe it is 80 columns wide unless COLUMNS says otherwise."""
-    from rich.console import Console
+        Args:
+            document: the report as JSON.
+            render: prints the report for a person.
+            steps: the steps that the report is about; None: check only what concerns the whole run.
+        """
+        self.emit(document, render)
+        if self.lost_data(run, steps):
+            raise typer.Exit(EXIT_UNUSABLE)
 
-    columns = os.environ.get("COLUMNS", "")
-    width = None
-    if not file.isatty():
-        width = min(int(columns), MAX_COLUMNS) if re.fullmatch("0*[1-9][0-9]{0,8}", columns) else 80
-    return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    def lost_data(self, run: Run, steps: Completeness | None, name: str = "") -> bool:
+        """Print what is wrong with the data of a run; whether figures lack data because of it.
 
+        ``name`` says which of two runs is meant.
+        """
+        from eplb_analyze.analysis.check import standing_findings, summary_findings
 
-def table(console: Console, *columns: str, title: str | None = None) -> Table:
-    """Print the title, and make a table without frame; a column named ``<…`` is a text, else a number."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    if title is not None:
-        console.print(Text(clean(title), style="bold"))
-    result = Table(
-        box=box.SIMPLE_HEAD if console.is_terminal else box.SIMPLE,
-        header_style="bold",
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1),
-    )
-    for name in columns:
-        justify: Any = "left" if name.startswith("<") else "right"
-        result.add_column(Text(clean(name.lstrip("<"))), justify=justify)
-    return result
-
-
-def heading(console: Console, name: str, rest: str = "") -> None:
-    from rich.text import Text
-
-    console.print(Text.assemble((clean(name), "bold"), clean(rest)))
-
-
-def show_notes(console: Console, notes: Iterable[str]) -> None:
-    """What to bear in mind of the figures that follow."""
-    from rich.text import Text
-
-    for note in notes:
-        console.print(Text(f"note: {clean(note)}", style="yellow"))
-
-
-# ---- figures as text
-
-
-# ---- heat
+        findings = standing_findings(run) if steps is None else summary_findings(run, steps)
+        prefix = f"{name}: " if name else ""
+        self.findings(replace(finding, text=prefix + finding.text) for finding in findings)
+        return any(finding.severity == "error" for finding in findings)

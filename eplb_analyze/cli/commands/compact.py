@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption
+from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.compact import render
 from eplb_analyze.storage.path import StoragePath, local, storage_path
@@ -18,13 +18,13 @@ def compact(
         StoragePath,
         typer.Option("--to", help="The dump, a folder, to write the new run into.", parser=storage_path),
     ],
-    dump: Dump = Path("."),
+    dump: options.Dump = Path("."),
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="The new run's id; default: the old one's, and -compact.")
     ] = None,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Write a run anew, in few files: the sums over its ranks. The old run stays as it is.
 

@@ -7,19 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eplb_analyze.cli.options import (
-    Dump,
-    ModelOption,
-    OutputOption,
-    StepsOption,
-    TopOption,
-    finish,
-    open_for,
-    parse_steps,
-)
-from eplb_analyze.cli.output import Output, OutputFormat, say
+from eplb_analyze.cli import options
+from eplb_analyze.cli.output import Output, OutputFormat, print_message
 from eplb_analyze.cli.views.compare import render
-from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_DONE
+from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_UNUSABLE
 from eplb_analyze.storage.path import StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -29,40 +20,37 @@ if TYPE_CHECKING:
 def compare(
     a: Annotated[str, typer.Argument(help="A dump's folder, or a run's id in DUMP.", metavar="A")],
     b: Annotated[str, typer.Argument(help="The same, of the run to judge.", metavar="B")],
-    dump: Dump = Path("."),
-    steps: StepsOption = None,
-    top: TopOption = 5,
+    dump: options.Dump = Path("."),
+    steps: options.Steps = None,
+    top: options.Top = 5,
     run_a: Annotated[
         str | None, typer.Option("--run-a", help="The run in folder A; default: newest.")
     ] = None,
     run_b: Annotated[
         str | None, typer.Option("--run-b", help="The run in folder B; default: newest.")
     ] = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Is run B better than run A, beyond chance, and are the two comparable at all?"""
-    wanted = parse_steps(steps)
     from eplb_analyze.analysis.compare import compare_runs
 
     out = Output(output)
     one, other = _open(out, a, dump, run_a, model), _open(out, b, dump, run_b, model)
-    result = compare_runs(one, other, wanted)
+    result = compare_runs(one, other, steps)
     out.emit(result.to_json(), lambda console: render(console, result, top))
     if output is OutputFormat.json:  # the text has them
         for warning in result.warnings:
-            say("warning", warning)
+            print_message("warning", warning)
     code = EXIT_DONE if result.comparable else EXIT_CHECK_FAILED
     for name, opened, side in (("A", one, result.a), ("B", other, result.b)):
-        try:
-            finish(out, opened, side.steps, name)
-        except typer.Exit as unusable:  # what is wrong with the other is still to be said
-            code = unusable.exit_code
+        if out.lost_data(opened, side.steps, name):
+            code = EXIT_UNUSABLE
     raise typer.Exit(code)
 
 
 def _open(out: Output, name: str, dump: StoragePath, run: str | None, model: str | None) -> Run:
-    """A folder is a dump, what is none names a run of the dump that stands last."""
+    """Open the newest or named run of a folder; a name that is no folder is a run's id in ``dump``."""
     if run is None and "/" not in name and not Path(name).exists():
-        return open_for(out, dump, name, model)
-    return open_for(out, storage_path(name), run, model)
+        return out.open_run(dump, name, model)
+    return out.open_run(storage_path(name), run, model)

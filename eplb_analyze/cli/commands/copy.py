@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption, StepsOption, parse_steps
-from eplb_analyze.cli.output import Output, OutputFormat, say
+from eplb_analyze.cli import options
+from eplb_analyze.cli.output import Output, OutputFormat, print_message
 from eplb_analyze.cli.views.copy import render
 from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.storage.path import StoragePath, storage_path
@@ -25,33 +25,33 @@ def copy(
             metavar="PLACE",
         ),
     ],
-    dump: Dump = Path("."),
-    steps: StepsOption = None,
+    dump: options.Dump = Path("."),
+    steps: options.Steps = None,
     ranks: Annotated[
         str | None, typer.Option("--ranks", help="Only these, as 0-3,7.", metavar="N,N-N…")
     ] = None,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Bring a run or a part of it to another place, verified; what is there is never written over.
 
     Steps are copied in whole segments. The same copy once more goes on where one was interrupted.
     """
-    wanted, chosen = parse_steps(steps), _ranks(ranks)
+    chosen = _parse_ranks(ranks)
     from eplb_analyze.transfer.copy import copy_run
 
     out = Output(output)
-    report = copy_run(dump, to, run, model, wanted, chosen, out.progress)
+    report = copy_run(dump, to, run, model, steps, chosen, out.progress)
     out.notes(report.notes)
     out.emit(report.to_json(), lambda console: render(console, report))
     for text in report.damaged:
-        say("error", text)
+        print_message("error", text)
     if report.damaged:
         raise typer.Exit(EXIT_UNUSABLE)
 
 
-def _ranks(text: str | None) -> list[int] | None:
+def _parse_ranks(text: str | None) -> list[int] | None:
     if text is None:
         return None
     found: set[int] = set()

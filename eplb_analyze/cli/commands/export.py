@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from eplb_analyze.cli.options import (
-    Dump,
-    ModelOption,
-    OutputOption,
-    RunOption,
-    StepsOption,
-    finish,
-    open_for,
-    parse_steps,
-)
+from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, OutputFormat
-from eplb_analyze.cli.views.export import _loads, _placement
-from eplb_analyze.text import clean
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
+from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
     help="Write a placement for an engine to load at its start, or the loads for another program.",
@@ -50,16 +36,15 @@ class LoadFormat(str, enum.Enum):
 
 
 To = Annotated[Path, typer.Option("--to", help="The file to write.", metavar="FILE", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
-#: What is for --policy only, by the name of its option.
-OF_A_POLICY = ("--steps", "--window", "--redundant", "--ep-size", "--num-nodes", "--num-groups")
+#: Options that need --policy.
+POLICY_OPTIONS = ("--steps", "--window", "--redundant", "--ep-size", "--num-nodes", "--num-groups")
 
 
 @app.command("placement", short_help="A placement for an engine to load at its start.")
 def placement(
     target: Annotated[Target, typer.Option("--for", help="Who is to load it.", show_default=False)],
     to: To,
-    dump: Dump = Path("."),
+    dump: options.Dump = Path("."),
     step: Annotated[
         int | None, typer.Option("--step", help="Recorded at this step; default: the last.", min=0)
     ] = None,
@@ -67,7 +52,7 @@ def placement(
         str | None,
         typer.Option("--policy", help="Not recorded, but this policy's: a name, or module:function."),
     ] = None,
-    steps: StepsOption = None,
+    steps: options.Steps = None,
     window: Annotated[
         int | None,
         typer.Option("--window", help="Of these steps, show the policy the last N.", min=1),
@@ -97,17 +82,17 @@ def placement(
     repair: Annotated[
         bool, typer.Option("--repair", help="For vllm-ascend: move an expert's copies on one device apart.")
     ] = False,
-    force: Force = False,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    force: options.Force = False,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Write a placement, recorded at a step or made by a policy, for an engine to load at its start.
 
     A row of `replay` becomes a file with its settings: --policy, --window, --redundant and --ep-size,
     and --steps :B for the placement that it would have made at step B.
     """
-    given = dict(zip(OF_A_POLICY, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
+    given = dict(zip(POLICY_OPTIONS, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
     if policy is None:
         for name, value in given.items():
             if value is not None:
@@ -118,7 +103,6 @@ def placement(
         raise typer.BadParameter("it is for --for sglang", param_hint="--num-hidden-layers")
     if repair and target is not Target.vllm_ascend:
         raise typer.BadParameter("it is for --for vllm-ascend", param_hint="--repair")
-    wanted = parse_steps(steps)
     from eplb_analyze.transfer.exporters.placements import (
         export_placement,
         policy_placement,
@@ -126,14 +110,14 @@ def placement(
     )
 
     out = Output(output)
-    opened = open_for(out, dump, run, model)
+    opened = out.open_run(dump, run, model)
     if policy is None:
         found = recorded_placement(opened, step)
     else:
         found = policy_placement(
             opened,
             policy,
-            wanted,
+            steps,
             window=window,
             redundant=redundant,
             ep_size=ep_size,
@@ -150,8 +134,7 @@ def placement(
         repair=repair,
         force=force,
     )
-    out.emit(report.to_json(), lambda console: _placement(console, report))
-    finish(out, opened, found.steps)
+    out.show(opened, report.to_json(), lambda console: render_placement(console, report), found.steps)
 
 
 @app.command("loads", short_help="The loads of all complete steps, or their sums.")
@@ -165,28 +148,20 @@ def loads(
         ),
     ],
     to: To,
-    dump: Dump = Path("."),
+    dump: options.Dump = Path("."),
     layer: Annotated[
         list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")
     ] = None,
-    steps: StepsOption = None,
-    force: Force = False,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    steps: options.Steps = None,
+    force: options.Force = False,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Write the loads of all complete steps, by slot and step, or summed by logical expert."""
-    wanted = parse_steps(steps)
     from eplb_analyze.transfer.exporters.loads import export_loads
 
     out = Output(output)
-    opened = open_for(out, dump, run, model)
-    report = export_loads(opened, load_format.value, to, wanted, layer or None, force=force)
-    out.emit(report.to_json(), lambda console: _loads(console, report))
-    finish(out, opened, report.steps)
-
-
-def _note(console: Console, text: str) -> None:
-    from rich.text import Text
-
-    console.print(Text(f"note: {clean(text)}", style="yellow"))
+    opened = out.open_run(dump, run, model)
+    report = export_loads(opened, load_format.value, to, steps, layer or None, force=force)
+    out.show(opened, report.to_json(), lambda console: render_loads(console, report), report.steps)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.cli.options import OutputOption
+from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.import_ import render
 from eplb_analyze.storage.path import StoragePath, local, storage_path
@@ -70,7 +70,7 @@ def import_(
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="The new run's id; default: the time of import.")
     ] = None,
-    output: OutputOption = OutputFormat.text,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Make a run of ours of SGLang's, TensorRT-LLM's, vLLM's, Megatron's or other load recordings.
 
@@ -80,7 +80,7 @@ def import_(
         raise typer.BadParameter(
             f"no format {format!r}; there are: {', '.join(FORMATS)}", param_hint="--format"
         )
-    numbers = _numbers(layers)
+    numbers = _parse_layers(layers)
     from eplb_analyze.transfer.importers.import_dump import Options, import_dump
     from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD
 
@@ -108,8 +108,8 @@ def import_(
     Output(output).emit(report.to_json(), lambda console: render(console, report))
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    """``3:61`` or ``3,5,7`` as ascending layer numbers."""
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Parse ``3:61`` or ``3,5,7`` into ascending layer numbers."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)

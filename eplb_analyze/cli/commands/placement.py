@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption, finish, open_for
+from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.placement import render
 
 
 def placement(
-    dump: Dump = Path("."),
+    dump: options.Dump = Path("."),
     step: Annotated[
         int | None, typer.Option("--step", help="As of this step; default: the last.", min=0)
     ] = None,
@@ -26,17 +26,17 @@ def placement(
     experts: Annotated[
         bool, typer.Option("--experts", help="Show the replicas of each expert, too.")
     ] = False,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Which expert is on which rank at a step, how many replicas has it, what changed since another?"""
     from eplb_analyze.analysis.placement import placement_report
 
     out = Output(output)
-    opened = open_for(out, dump, run, model)
+    opened = out.open_run(dump, run, model)
     report = placement_report(opened, step, against, layer)
-    out.emit(
-        report.to_json(), lambda console: render(console, report, single=layer is not None, experts=experts)
+    single = layer is not None
+    out.show(
+        opened, report.to_json(), lambda console: render(console, report, single=single, experts=experts)
     )
-    finish(out, opened)

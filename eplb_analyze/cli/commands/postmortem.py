@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eplb_analyze.cli.options import OutputOption
+from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.postmortem import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError
@@ -66,7 +66,7 @@ def postmortem(
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="Of your cluster; default: start a local one.")
     ] = None,
-    output: OutputOption = OutputFormat.text,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """Over many runs, in one table: which lost most, why, whether EPLB helped, what cannot be read?
 

@@ -8,22 +8,14 @@ from typing import Annotated
 
 import typer
 
-from eplb_analyze.cli.options import (
-    Dump,
-    ModelOption,
-    OutputOption,
-    RunOption,
-    StepsOption,
-    finish,
-    open_for,
-    parse_steps,
-)
-from eplb_analyze.cli.output import Output, OutputFormat, console
+from eplb_analyze.cli import options
+from eplb_analyze.cli.console import console
+from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.timeline import MARGIN, render
 
 
 def timeline(
-    dump: Dump = Path("."),
+    dump: options.Dump = Path("."),
     formula: Annotated[
         str, typer.Option("--formula", help="A formula that `metrics` lists, or idle_fraction.")
     ] = "balancedness",
@@ -33,13 +25,12 @@ def timeline(
     bins: Annotated[
         int | None, typer.Option("--bins", help="How many; default: 100 in JSON, else what fits.", min=1)
     ] = None,
-    steps: StepsOption = None,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    steps: options.Steps = None,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """How did balancedness, or another figure, move over the steps of a run?"""
-    wanted = parse_steps(steps)
     from eplb_analyze.analysis.timeline import DEFAULT_BINS, NAMES
     from eplb_analyze.analysis.timeline import timeline as compute
 
@@ -48,12 +39,11 @@ def timeline(
             f"no formula {formula!r}; there are: {', '.join(NAMES)}", param_hint="--formula"
         )
     out = Output(output)
-    opened = open_for(out, dump, run, model)
+    opened = out.open_run(dump, run, model)
     if output is OutputFormat.text:
         fit = max(1, console(sys.stdout).width - MARGIN)
         if bins is not None and bins > fit:
             out.notes([f"{bins} bins do not fit; these are {fit} (--output json gives all)"])
         bins = min(bins or fit, fit)
-    result = compute(opened, formula, bins or DEFAULT_BINS, layer, wanted)
-    out.emit(result.to_json(), lambda console: render(console, result))
-    finish(out, opened, result.steps)
+    result = compute(opened, formula, bins or DEFAULT_BINS, layer, steps)
+    out.show(opened, result.to_json(), lambda console: render(console, result), result.steps)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eplb_analyze.cli.options import Dump, ModelOption, OutputOption, RunOption
-from eplb_analyze.cli.output import Output, OutputFormat, console
+from eplb_analyze.cli import options
+from eplb_analyze.cli.console import console
+from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.watch import lines, show
 from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, UsageError
 from eplb_analyze.storage.path import local
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 
 
 def watch(
-    dump: Dump = Path("."),
+    dump: options.Dump = Path("."),
     interval: Annotated[float, typer.Option("--interval", help="Seconds between two looks.", min=0.1)] = 1.0,
     window: Annotated[
         int, typer.Option("--window", help="How many of the newest steps the figures are over.", min=1)
     ] = 1000,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
-    run: RunOption = None,
-    model: ModelOption = None,
-    output: OutputOption = OutputFormat.text,
+    run: options.Run = None,
+    model: options.Model = None,
+    output: options.Output = OutputFormat.text,
 ) -> None:
     """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
     if not once and output is OutputFormat.json:

@@ -1,10 +1,10 @@
-"""What `advise` shows."""
+"""Shows the verdict of `advise`, the evidence for it, and what it saves."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
 from eplb_analyze.text import clean, figure, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from eplb_analyze.replay.advise import Advice, Judged
     from eplb_analyze.replay.settings import Recorded, Setting
-
 
 STYLES = {
     "enable": "bold yellow",
@@ -23,13 +22,12 @@ STYLES = {
 
 
 def render(console: Console, advice: Advice) -> None:
-    from rich.text import Text
 
-    heading(console, advice.model, f" · run {advice.run_id}")
-    console.print(Text.assemble("verdict: ", (advice.verdict, STYLES[advice.verdict])))
+    print_heading(console, advice.model, f" · run {advice.run_id}")
+    print_line(console, "verdict: ", (advice.verdict, STYLES[advice.verdict]))
     for reason in advice.reasons:
-        console.print(Text(clean(reason)))
-    show_notes(console, advice.notes)
+        print_line(console, reason)
+    print_notes(console, advice.notes)
     if advice.best is not None and advice.today is not None:
         console.print()
         _evidence(console, advice, advice.best, advice.today)
@@ -40,7 +38,6 @@ def render(console: Console, advice: Advice) -> None:
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:
-    from rich.text import Text
 
     assert advice.replay is not None
     changes = advice.verdict in ("enable", "retune")
@@ -64,7 +61,7 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         low, high = (signed(100 * value, 1) for value in (advice.gain.low, advice.gain.high))
         paid = "" if advice.replay.cost_per_expert_ms is None else ", less what moving costs more"
         gain = f"{signed(100 * advice.gain.value, 1)} % of the time (95 %: {low} … {high})"
-        console.print(Text.assemble("saves ", (gain, "bold"), paid))
+        print_line(console, "saves ", (gain, "bold"), paid)
     if advice.break_even_ms is not None:
         console.print(
             f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
@@ -77,12 +74,12 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         )
     if advice.engine_arguments is not None:
         console.print("to start the engine so:")
-        console.print(Text(f"  {advice.engine_arguments}"), soft_wrap=True)
+        print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
     tokens = (
         "tokens are not milliseconds: this is the time of the ranks with most tokens, as if a step were "
         "nothing but its experts, and replicas shared evenly"
     )
-    console.print(Text(tokens, style="dim"))
+    print_line(console, (tokens, "dim"))
 
 
 def _count(setting: Setting | Recorded, name: str) -> str:

@@ -1,11 +1,11 @@
-"""What `compact` shows."""
+"""Shows the size of a run before and after `compact`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.output import table
-from eplb_analyze.text import clean, percent, plural
+from eplb_analyze.cli.console import print_line, table
+from eplb_analyze.text import percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: CompactReport) -> None:
-    from rich.text import Text
 
     before, after = report.before, report.after
-    console.print(Text.assemble(("compacted ", "bold"), f"run {clean(before.run_id)}, {clean(report.model)}"))
-    console.print(f"into {clean(report.to)} as run {clean(after.run_id)}", soft_wrap=True)
+    print_line(console, ("compacted ", "bold"), f"run {before.run_id}, {report.model}")
+    print_line(console, f"into {report.to} as run {after.run_id}", soft_wrap=True)
     steps = [f"{count:,} {name.replace('_', ' ')}" for name, count in report.steps.items() if count]
     console.print(f"steps: {', '.join(steps)}")
     for text in report.unknown.values():
-        console.print(Text(f"not known: {clean(text)}", style="yellow"))
+        print_line(console, (f"not known: {text}", "yellow"))
     console.print()
     listing = table(console, "<", "sessions", "files", "MB", "summary")
     for name, side in (("before", before), ("after", after)):

@@ -1,11 +1,11 @@
-"""What `compare` shows."""
+"""Shows whether run B of `compare` is better than run A: verdict, figures, layers, settings."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.output import heading, table
+from eplb_analyze.cli.console import print_heading, print_line, styled, table
 from eplb_analyze.text import clean, counter, figure, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -13,25 +13,22 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.compare import Comparison, Difference, Side
 
-
 STYLES = {"better": "bold green", "worse": "bold red", "not comparable": "bold red"}
-
 
 SHOWN_SETTINGS = 20
 
 
 def render(console: Console, result: Comparison, top: int = 5) -> None:
-    from rich.text import Text
 
-    heading(console, "compare", f" · {result.b.info.model} · is B better than A?")
+    print_heading(console, "compare", f" · {result.b.info.model} · is B better than A?")
     _side(console, "A", result.a)
     _side(console, "B", result.b)
     console.print()
     for reason in result.reasons:
-        console.print(Text(clean(reason), style="bold red"))
+        print_line(console, (reason, "bold red"))
     for warning in result.warnings:
-        console.print(Text(f"not like for like: {clean(warning)}", style="yellow"))
-    console.print(Text.assemble("verdict: ", (result.verdict, STYLES.get(result.verdict, "bold"))))
+        print_line(console, (f"not like for like: {warning}", "yellow"))
+    print_line(console, "verdict: ", (result.verdict, STYLES.get(result.verdict, "bold")))
     console.print()
     if result.balancedness is not None and result.idle_fraction is not None:
         _figures(console, result, result.balancedness, result.idle_fraction)
@@ -41,8 +38,8 @@ def render(console: Console, result: Comparison, top: int = 5) -> None:
 
 def _side(console: Console, name: str, side: Side) -> None:
     info, steps = side.info, side.steps.to_json()
-    console.print(
-        f"{name}: {clean(info.run_id)} · {steps['recorded']:,} steps of {steps['first']} to {steps['last']}"
+    print_line(
+        console, f"{name}: {info.run_id} · {steps['recorded']:,} steps of {steps['first']} to {steps['last']}"
     )
     console.print(
         f"   {info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}, "
@@ -70,13 +67,12 @@ def _figures(console: Console, result: Comparison, balance: Difference, idle: Di
 
 
 def _difference(row: Difference) -> tuple[str, str, Any]:
-    from rich.text import Text
 
     interval = "–"
     if row.low is not None and row.high is not None:
         interval = f"{signed(row.low)} … {signed(row.high)}"
     verdict = {"no difference beyond chance": "no difference"}.get(row.verdict or "–", row.verdict or "–")
-    return signed(row.difference), interval, Text(verdict, style=STYLES.get(verdict, "dim"))
+    return signed(row.difference), interval, styled((verdict, STYLES.get(verdict, "dim")))
 
 
 def _layers(console: Console, result: Comparison, top: int) -> None:

@@ -1,10 +1,11 @@
-"""What `copy` shows."""
+"""Shows what `copy` copied, and what it left out."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.text import clean, plural
+from eplb_analyze.cli.console import print_line
+from eplb_analyze.text import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,11 +14,10 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: CopyReport) -> None:
-    from rich.text import Text
 
-    models = clean(", ".join(report.models))
-    console.print(Text.assemble(("copied ", "bold"), f"run {clean(report.run_id)}, {models}"))
-    console.print(f"into {clean(report.to)}", soft_wrap=True)
+    models = ", ".join(report.models)
+    print_line(console, ("copied ", "bold"), f"run {report.run_id}, {models}")
+    print_line(console, f"into {report.to}", soft_wrap=True)
     there = f", {report.files_there:,} of them there already" if report.files_there else ""
     size = f"{report.bytes / 1e6:,.2f} MB"
     console.print(
@@ -33,4 +33,4 @@ def render(console: Console, report: CopyReport) -> None:
         console.print(f"a part: {plural(len(report.ranks), 'rank')} of the run")
     if report.damaged:
         text = f"{len(report.damaged):,} left out, damaged or missing in the source"
-        console.print(Text(text, style="bold red"))
+        print_line(console, (text, "bold red"))

@@ -1,11 +1,11 @@
-"""What `experts` shows."""
+"""Shows the hot and cold experts of `experts`, and how well they are replicated."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import figure, percent, plural
 
 if TYPE_CHECKING:
@@ -14,17 +14,15 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.experts import ExpertReport
 
-
 #: A terminal of so many columns has room for the steps in which an expert was hot.
 WIDE = 100
 
 
 def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, cold: bool) -> None:
-    from rich.text import Text
 
     name = report.model if report.layer is None else f"layer {report.layer}"
     of = "" if report.layer is None else f" · {report.model}"
-    heading(console, name, f"{of} · run {report.run_id}")
+    print_heading(console, name, f"{of} · run {report.run_id}")
     when = f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
     console.print(f"{when}, in {plural(report.windows, 'window')} of {report.window:,}")
     counts, factor = report.counts, report.hot_factor
@@ -36,7 +34,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
     console.print(f"{text}, {counts['dead']:,} of them dead" if counts["dead"] else text)
     _replication(console, report)
     _drift(console, report)
-    show_notes(console, report.notes)
+    print_notes(console, report.notes)
     console.print()
     if hot or not cold:
         _table(console, report, "always hot", report.hot.filter(verdict="always"), top)
@@ -50,7 +48,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         "due: slots that its share is worth (! a slot or more short); uneven: the fullest replica over "
         "their mean, since the last rearrangement; *: twice on one rank"
     )
-    console.print(Text(legend, style="dim"))
+    print_line(console, (legend, "dim"))
 
 
 def _replication(console: Console, report: ExpertReport) -> None:
@@ -96,7 +94,6 @@ def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFra
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
-    from rich.text import Text
 
     due = f"{row['due_replicas']:.1f}"
     return [
@@ -106,6 +103,6 @@ def _cells(row: dict[str, Any]) -> list[Any]:
         percent(row["persistence"]),
         figure(row["burstiness"], 2),
         f"{row['replicas']}{'*' if row['replicas_on_one_rank'] else ''}",
-        Text(f"{due} !", style="bold red") if row["under_replicated"] else Text(f"{due}  "),
+        styled((f"{due} !", "bold red")) if row["under_replicated"] else f"{due}  ",
         figure(row["worst_replica"], 2),
     ]

@@ -1,11 +1,11 @@
-"""What `export` shows."""
+"""Shows which file `export` wrote, and how an engine loads it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.output import heading, show_notes
-from eplb_analyze.text import clean, plural
+from eplb_analyze.cli.console import print_heading, print_line, print_notes
+from eplb_analyze.text import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
     from eplb_analyze.transfer.exporters.placements import Origin, PlacementExport
 
 
-def _placement(console: Console, report: PlacementExport) -> None:
+def render_placement(console: Console, report: PlacementExport) -> None:
     origin, placement = report.origin, report.placement
-    heading(console, "placement", f" · {_source(origin)} · {origin.model} · run {origin.run_id}")
+    print_heading(console, "placement", f" · {_source(origin)} · {origin.model} · run {origin.run_id}")
     redundant = f"{placement.num_redundant_experts or 'none'} redundant"
     slots = f"{plural(placement.num_physical_experts, 'slot')} ({redundant})"
     console.print(
         f"{plural(len(placement.layers), 'layer')} of {slots} on {plural(placement.ep_size, 'rank')}"
     )
-    written = f"written for {report.target}: {clean(report.file)}, {report.bytes:,} bytes"
-    console.print(written, soft_wrap=True)
+    written = f"written for {report.target}: {report.file}, {report.bytes:,} bytes"
+    print_line(console, written, soft_wrap=True)
     if report.usage:
-        console.print(f"to load it:\n  {clean(report.usage)}", soft_wrap=True)
+        print_line(console, "to load it:")
+        print_line(console, f"  {report.usage}", soft_wrap=True)
     if report.repair:
         console.print(_repair(report))
     if report.filled_layers:
         names = _ranges(report.filled_layers)
         few = len(report.filled_layers) == 1
         text = f"layer{'' if few else 's'} {names} {'is' if few else 'are'} not in the dump (dense, or not "
-        show_notes(console, [text + "recorded); there the file has the placement that engines start with"])
-    show_notes(console, report.notes)
+        print_notes(console, [text + "recorded); there the file has the placement that engines start with"])
+    print_notes(console, report.notes)
 
 
 def _source(origin: Origin) -> str:
     if origin.policy is None:
         return f"recorded at step {origin.step}"
-    return f"{clean(origin.policy)} on steps {origin.first_step} to {origin.last_step}"
+    return f"{origin.policy} on steps {origin.first_step} to {origin.last_step}"
 
 
 def _repair(report: PlacementExport) -> str:
@@ -52,14 +53,14 @@ def _repair(report: PlacementExport) -> str:
     return text
 
 
-def _loads(console: Console, report: LoadExport) -> None:
-    heading(console, "loads", f" · {report.model} · run {report.run_id}")
+def render_loads(console: Console, report: LoadExport) -> None:
+    print_heading(console, "loads", f" · {report.model} · run {report.run_id}")
     when = f"{plural(report.recorded, 'complete step')}, {report.first_step} to {report.last_step}"
     console.print(f"{when}, of {plural(len(report.layers), 'layer')}")
     size = f"{report.bytes:,} bytes"
     rows = f"{plural(report.rows, 'row')}, " if report.rows is not None else ""
-    console.print(f"written as {report.format}: {clean(report.file)}, {rows}{size}", soft_wrap=True)
-    show_notes(console, report.notes)
+    print_line(console, f"written as {report.format}: {report.file}, {rows}{size}", soft_wrap=True)
+    print_notes(console, report.notes)
 
 
 def _ranges(numbers: list[int]) -> str:

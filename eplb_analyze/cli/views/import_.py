@@ -1,10 +1,11 @@
-"""What `import` shows."""
+"""Shows which run `import` made, and what its source does not say."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.text import clean, plural
+from eplb_analyze.cli.console import print_line
+from eplb_analyze.text import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,20 +14,16 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: ImportReport) -> None:
-    from rich.padding import Padding
-    from rich.text import Text
 
     def section(title: str, texts: list[str]) -> None:
         if texts:
-            console.print(Text(title, style="bold"))
+            print_line(console, (title, "bold"))
         for text in texts:
-            console.print(Padding(Text(clean(text)), (0, 0, 0, 2)))
+            print_line(console, text, indent=2)
 
     what = f"{report.system} {report.kind}"
-    console.print(Text.assemble(("imported ", "bold"), clean(what), f" from {plural(report.files, 'file')}"))
-    console.print(
-        Text(f"into {clean(report.into)} as run {clean(report.run_id)}, model {clean(report.model)}")
-    )
+    print_line(console, ("imported ", "bold"), what, f" from {plural(report.files, 'file')}")
+    print_line(console, f"into {report.into} as run {report.run_id}, model {report.model}")
     named = report.layer_numbers
     layers = plural(report.num_layers, "MoE layer")
     if named:

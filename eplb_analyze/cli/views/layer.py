@@ -1,4 +1,4 @@
-"""What `layer` shows."""
+"""Shows the load of each rank, expert and slot of one layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
 from eplb_analyze.text import counter, figure, percent, plural
 
 if TYPE_CHECKING:
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.layer import ExpertLoad, LayerReport
 
-
 #: So few experts are all shown.
 FEW_EXPERTS = 12
 
 
 def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
     """Print a report; ``placed`` is of its steps since the last change of placement."""
-    from rich.text import Text
 
     when = f"step {report.first_step}"
     if report.steps > 1:
         when = f"{report.steps:,} steps, {report.first_step} to {report.last_step}"
     phase = f" ({report.phase})" if report.phase else ""
-    heading(console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}")
+    print_heading(
+        console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}"
+    )
     if not report.complete:
         ranks = ", ".join(map(str, report.missing_ranks))
         text = f"INCOMPLETE: rank {ranks} not recorded in this step; the loads below are only a part"
-        console.print(Text(text, style="bold red"))
+        print_line(console, (text, "bold red"))
     loads = [r.load for r in report.ranks]
     count, total = counter(loads), sum(loads)
     mean, hottest = total / len(loads), max(report.ranks, key=lambda r: r.load)
@@ -49,7 +49,7 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
         times = f"{hottest.load / mean:.2f}"
         summed = ", summed over the steps" if report.steps > 1 else ""
         console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times} × the mean")
-    show_notes(console, report.notes)
+    print_notes(console, report.notes)
     console.print()
     _ranks(console, report, count, mean)
     if report.experts:
@@ -69,7 +69,7 @@ def _ranks(console: Console, report: LayerReport, count: Callable[[float], str],
     # Rows of a power of two are easier to count in than what just fits.
     while per_row & (per_row - 1):
         per_row -= 1
-    console.print(Text("tokens by EP rank", style="bold"))
+    print_line(console, ("tokens by EP rank", "bold"))
     grid = Table.grid(padding=(0, 1, 0, 0))
     for start in range(0, len(cells), per_row):
         row = []

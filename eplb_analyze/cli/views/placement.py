@@ -1,10 +1,10 @@
-"""What `placement` shows."""
+"""Shows the slots of each rank, and what changed between two steps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_notes, table
 from eplb_analyze.text import plural
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ def render(console: Console, report: PlacementReport, *, single: bool, experts: 
     where = f"layer {report.layers[0].layer}, " if single else ""
     since = "" if report.against is None else f" against {report.against}"
     rest = f" · {where}step {report.step}{since} · {report.model} · run {report.run_id}"
-    heading(console, "placement", rest)
-    show_notes(console, report.notes)
+    print_heading(console, "placement", rest)
+    print_notes(console, report.notes)
     changes = {change.layer: change for change in report.changes or []}
     if report.changes is not None:
         _changed(console, report.changes)

@@ -1,11 +1,11 @@
-"""What `postmortem` shows."""
+"""Shows the runs of `postmortem`, the costliest first, and those that are broken."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.output import heading, table
+from eplb_analyze.cli.console import print_heading, print_line, styled, table
 from eplb_analyze.text import clean, duration, figure, listed, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from eplb_analyze.batch.comparison import Postmortem
     from eplb_analyze.batch.rows import Row
-
 
 #: A terminal of so many columns has room for where a run was and what it was.
 WIDE = 120
@@ -24,7 +23,7 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     names = _names(rows)
     runs = [row for row in rows if row.run_id]
     known = [row for row in rows if row.status != "broken"]
-    heading(console, plural(len(runs), "run"), _counts(rows))
+    print_heading(console, plural(len(runs), "run"), _counts(rows))
     if known:
         lost = [row.lost_rank_seconds for row in known if row.lost_rank_seconds is not None]
         text = f"{duration(sum(lost))} of ranks' time lost to imbalance, if time is proportional to tokens"
@@ -39,7 +38,7 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     _verdict(console, result, names)
     if save is not None:
         console.print()
-        console.print(f"saved: {clean(save)}: runs.parquet, reports/", soft_wrap=True)
+        print_line(console, f"saved: {save}: runs.parquet, reports/", soft_wrap=True)
 
 
 def _names(rows: list[Row]) -> dict[int, str]:
@@ -76,7 +75,6 @@ def _shared_folders(paths: list[str]) -> int:
 def _reasons(
     console: Console, result: Postmortem, names: dict[int, str], status: str, style: str, top: int
 ) -> None:
-    from rich.text import Text
 
     rows = [row for row in result.rows if row.status == status]
     several = len({row.model for row in result.rows if row.model}) > 1
@@ -85,7 +83,7 @@ def _reasons(
     for row in rows[:top]:
         of = f" of {row.model}" if several and row.model else ""
         where = f"run {names[id(row)]}{of}: " if names[id(row)] else ""
-        console.print(Text.assemble((f"{status} ", style), clean(f"{where}{row.reason}")))
+        print_line(console, (f"{status} ", style), f"{where}{row.reason}")
     if len(rows) > top:
         console.print(f"and {len(rows) - top} more {status}; --output json lists all")
 
@@ -101,7 +99,6 @@ def _counts(rows: list[Row]) -> str:
 
 
 def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, result: Postmortem) -> None:
-    from rich.text import Text
 
     wide = console.width >= WIDE
     several = len({row.model for row in rows}) > 1
@@ -117,19 +114,19 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         cells += [_short(model, 30 if wide else 8)] if several else []
         cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
         cells += [duration(row.lost_rank_seconds), percent(row.idle_fraction)]
-        cells += [Text(figure(row.balancedness), style="bold red" if id(row) in failed else "")]
+        cells += [styled((figure(row.balancedness), "bold red" if id(row) in failed else ""))]
         cells += [figure(row.balancedness_p5)] if wide else []
         cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
         cells += [f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"]
         cells += [signed(row.difference)] if result.baseline else []
-        cells += [row.status if row.status == "complete" else Text(row.status, style="yellow")]
+        cells += [row.status if row.status == "complete" else styled((row.status, "yellow"))]
         listing.add_row(*cells)
     console.print(listing)
     legend = (
         "lost: time of ranks that waited; worst: the least balanced layer and the costliest rank; "
         "helped: of the rearrangements that can be judged"
     )
-    console.print(Text(legend, style="dim"))
+    print_line(console, (legend, "dim"))
 
 
 def _groups(console: Console, result: Postmortem, by: str) -> None:
@@ -149,7 +146,6 @@ def _groups(console: Console, result: Postmortem, by: str) -> None:
 
 
 def _verdict(console: Console, result: Postmortem, names: dict[int, str]) -> None:
-    from rich.text import Text
 
     asked = []
     if result.threshold is not None:
@@ -164,9 +160,9 @@ def _verdict(console: Console, result: Postmortem, names: dict[int, str]) -> Non
     unjudged = [f"{names[id(row)] or row.dump} ({reason})" for row, reason in reasons if reason is not None]
     told = [f"{plural(len(failed), 'run')} did not pass: {listed(failed)}"] if failed else []
     told += [f"{len(unjudged):,} cannot be judged: {listed(unjudged)}"] if unjudged else []
-    console.print(Text(f"{', '.join(asked)}:", style="bold"), Text("" if told else "all passed", "green"))
+    print_line(console, (f"{', '.join(asked)}:", "bold"), " ", ("" if told else "all passed", "green"))
     for text in told:
-        console.print(Text(clean(text), style="bold red"))
+        print_line(console, (text, "bold red"))
 
 
 def _short(text: str, width: int) -> str:

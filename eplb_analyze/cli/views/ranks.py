@@ -1,14 +1,11 @@
-"""What `ranks` shows."""
+"""Shows the ranks or nodes that the others wait for, and a heat map of layer × rank."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.options import (
-    By,
-)
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import counter, figure, percent
 
 if TYPE_CHECKING:
@@ -17,15 +14,14 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.ranks import RankReport, Straggler
 
 
-def render(console: Console, report: RankReport, by: By, top: int = 8) -> None:
-    from rich.text import Text
+def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
 
     when = f" · {report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
-    heading(console, report.model, f" · run {report.run_id}{when}")
+    print_heading(console, report.model, f" · run {report.run_id}{when}")
     if not report.active:
         console.print("no tokens")
         return
-    members = report.nodes if by is By.node else report.ranks
+    members = report.nodes if by == "node" else report.ranks
     costliest = sorted(members, key=lambda m: (-m.excess_tokens, m.number))
     worst = costliest[0]
     idle = percent(report.idle_fraction)
@@ -33,22 +29,21 @@ def render(console: Console, report: RankReport, by: By, top: int = 8) -> None:
     if report.loss_tokens:
         share, often = percent(worst.excess_share), percent(worst.slowest_share)
         text = (
-            (f"{by.value} {worst.number}", "bold"),
+            (f"{by} {worst.number}", "bold"),
             f": {share} of it; slowest in {often} of layers × steps",
         )
-        console.print(Text.assemble("waiting most for ", *text))
-    show_notes(console, report.notes)
+        print_line(console, "waiting most for ", *text)
+    print_notes(console, report.notes)
     console.print()
     _grid(console, report, by, costliest)
     _table(console, by, costliest, top)
 
 
-def _grid(console: Console, report: RankReport, by: By, costliest: list[Straggler]) -> None:
+def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggler]) -> None:
     """Layer × rank: the load over the layer's mean, in as much detail as there is room for."""
-    from rich.text import Text
 
     label = max(5, *(len(str(layer.layer)) for layer in report.layers))
-    tag = f"{by.value[0]}{len(costliest) - 1}"
+    tag = f"{by[0]}{len(costliest) - 1}"
     room = console.width - label - 1
     wide = max(6, len(tag) + 2)
     compact = wide * len(costliest) > room
@@ -57,22 +52,22 @@ def _grid(console: Console, report: RankReport, by: By, costliest: list[Straggle
         # Where some are left out nobody could count on to a column without a number.
         width = 2 if 2 * len(costliest) <= room else len(tag) + 1
     shown = sorted(m.number for m in costliest[: max(1, room // width)])
-    title = f"load of each {by.value}{', per rank,' if by is By.node else ''} over the layer's mean"
+    title = f"load of each {by}{', per rank,' if by == 'node' else ''} over the layer's mean"
     if compact:
         title += ", in tenths above (+) or below (−) it"
-    console.print(Text(title, style="bold"))
+    print_line(console, (title, "bold"))
     left_out = len(costliest) - len(shown)
     if left_out:
-        console.print(f"the {len(shown)} of {len(costliest)} {by.value}s that cost most")
-    console.print(Text(f"{'layer':>{label}} {_header(shown, by.value[0], width)}", style="dim"))
+        console.print(f"the {len(shown)} of {len(costliest)} {by}s that cost most")
+    print_line(console, (f"{'layer':>{label}} {_header(shown, by[0], width)}", "dim"))
     for layer in report.layers:
-        values = layer.nodes if by is By.node else layer.ranks
-        cells = Text(f"{layer.layer:>{label}} ")
+        values = layer.nodes if by == "node" else layer.ranks
+        cells = styled(f"{layer.layer:>{label}} ")
         for number in shown:
             value = values[number]
             text = "–" if value is None else _tenths(value) if compact else f"{value:.2f}"
             cell = f"{text:>{width - 1}} " if width > 2 else f"{text:>2}"
-            cells.append_text(Text(cell) if value is None else heat(cell, value))
+            cells.append_text(styled(cell) if value is None else heat(cell, value))
         console.print(cells)
     console.print()
 
@@ -97,17 +92,17 @@ def _tenths(value: float) -> str:
     return f"{'+' if tenths > 0 else '−'}{abs(tenths)}"
 
 
-def _table(console: Console, by: By, costliest: list[Straggler], top: int) -> None:
+def _table(console: Console, by: str, costliest: list[Straggler], top: int) -> None:
     shown = costliest[:top]
     count, excess = counter(m.load for m in costliest), counter(round(m.excess_tokens) for m in costliest)
-    title = f"{by.value}s by what waiting for them cost"
+    title = f"{by}s by what waiting for them cost"
     if len(costliest) > top:
         title += f" ({top} of {len(costliest)})"
-    columns = (by.value, "tokens", "× mean", "slowest in", "excess tokens", "share")
+    columns = (by, "tokens", "× mean", "slowest in", "excess tokens", "share")
     listing = table(console, *columns, title=title)
     for m in shown:
         listing.add_row(
-            f"{by.value[0]}{m.number}",
+            f"{by[0]}{m.number}",
             count(m.load),
             heat(figure(m.times_mean, 2), m.times_mean or 0.0),
             percent(m.slowest_share),

@@ -1,26 +1,23 @@
-"""What `rearrangements` shows."""
+"""Shows whether each rearrangement helped, and why not as predicted."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.output import heading, show_notes, table
-from eplb_analyze.text import clean, figure, plural, signed
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
+from eplb_analyze.text import figure, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.analysis.rearrangements import RearrangementFigures, RearrangementReport
 
-
 #: A terminal of so many columns has room for whole verdicts.
 WIDE = 100
 
-
 #: Beside the interval that says so, and short enough for 80 columns.
 SHORT = {"no measurable gain": "no gain seen"}
-
 
 STYLES = {
     "helped": "green",
@@ -32,8 +29,8 @@ STYLES = {
 
 def render(console: Console, report: RearrangementReport) -> None:
 
-    heading(console, "rearrangements", f" · {report.model} · run {report.run_id}")
-    show_notes(console, report.notes)
+    print_heading(console, "rearrangements", f" · {report.model} · run {report.run_id}")
+    print_notes(console, report.notes)
     rows = report.rearrangements
     if not rows:
         never = "no rearrangement: the placement never changed in these steps"
@@ -48,7 +45,6 @@ def render(console: Console, report: RearrangementReport) -> None:
 
 
 def _help(console: Console, report: RearrangementReport) -> None:
-    from rich.text import Text
 
     title = f"balancedness, means of up to {report.window:,} steps before and after (1 is perfect)"
     columns = ("<steps", "before", "predicted", "after", "gain", "95 % interval", "<")
@@ -65,12 +61,12 @@ def _help(console: Console, report: RearrangementReport) -> None:
             figure(row.after.balancedness),
             signed(row.gain),
             interval,
-            Text(short.get(row.verdict, row.verdict), style=STYLES.get(row.verdict, "dim")),
+            styled((short.get(row.verdict, row.verdict), STYLES.get(row.verdict, "dim"))),
         )
     console.print(listing)
     for row in report.rearrangements:
         if row.reason is not None:
-            console.print(Text(f"{_when(row)}: {clean(row.reason)}", style="yellow"))
+            print_line(console, (f"{_when(row)}: {row.reason}", "yellow"))
     console.print()
 
 

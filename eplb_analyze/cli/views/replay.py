@@ -1,10 +1,10 @@
-"""What `replay` shows."""
+"""Shows the settings that `replay` tried, the best first."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import clean, figure, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, result: Replay, top: int = 20) -> None:
-    from rich.text import Text
 
-    heading(console, result.model, f" · run {result.run_id}")
+    print_heading(console, result.model, f" · run {result.run_id}")
     shape = result.part.shape
     console.print(
         f"{plural(result.scored, 'complete step')}, {result.first_step} to {result.last_step}; "
         f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
         f"{plural(shape.num_moe_layers, 'layer')}"
     )
-    show_notes(console, result.notes)
+    print_notes(console, result.notes)
     console.print()
     _today(console, result)
     _settings(console, result, top)
@@ -36,7 +35,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         legend += "; cost: of moving; net: time saved less what moving costs more than today (! a loss)"
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
-    console.print(Text(legend, style="dim"))
+    print_line(console, (legend, "dim"))
 
 
 def _today(console: Console, result: Replay) -> None:
@@ -116,13 +115,12 @@ def _saved(result: Replay, outcome: Outcome) -> str:
 
 
 def _net(result: Replay, outcome: Outcome) -> Any:
-    from rich.text import Text
 
     net = outcome.net_seconds
     if outcome.setting is None:
         return ""
     loss = net is not None and net < 0
-    return Text(signed(net, 2) + (" !" if loss else "  "), style="bold red" if loss else "")
+    return styled((signed(net, 2) + (" !" if loss else "  "), "bold red" if loss else ""))
 
 
 def _bounds(console: Console, result: Replay) -> None:

@@ -1,4 +1,4 @@
-"""What `summary` shows."""
+"""Shows how balanced a run was, which layers, ranks and experts were not, and what is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import bar, heat
-from eplb_analyze.cli.output import heading, table
+from eplb_analyze.cli.console import print_heading, print_line, styled, table
 from eplb_analyze.text import clean, duration, figure, percent, plural
 
 if TYPE_CHECKING:
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.summary import Summary
 
-
 SHOWN_REARRANGEMENTS = 12
-
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -30,17 +28,16 @@ def render(
     early: str | None = None,
 ) -> None:
     """Print a summary; ``acted`` and ``early`` are as `banners` takes them."""
-    from rich.text import Text
 
     info, steps = result.run, result.steps
-    heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
+    print_heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
     _banner(console, result, acted, early)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
     if info.origin is not None:
         from eplb_analyze.reader.run import imported
 
         when = "" if info.timed else f" (imported {began})"
-        console.print(Text(clean(imported(info.origin) + when), style="yellow"))
+        print_line(console, (imported(info.origin) + when, "yellow"))
     if info.timed:
         seconds = result.duration_seconds
         console.print(f"began {began}" + ("" if seconds is None else f", steps over {duration(seconds)}"))
@@ -61,7 +58,7 @@ def render(
     if len(result.configurations) > 1 and result.last_configuration_steps is not None:
         first, last = result.last_configuration_steps
         text = f"EP size or slots changed: ranks, losses, experts below are of steps {first} to {last}"
-        console.print(Text(text, style="yellow"))
+        print_line(console, (text, "yellow"))
         console.print()
     _layers(console, result, top)
     _losses(console, result, top)
@@ -72,19 +69,17 @@ def render(
 
 
 def _banner(console: Console, result: Summary, acted: bool | None, early: str | None) -> None:
-    from rich.text import Text
 
     from eplb_analyze.analysis.summary import banners
 
     lines = banners(result, acted, early)
     for line in lines:
-        console.print(Text(line, style="bold red"))
+        print_line(console, (line, "bold red"))
     if lines:
         console.print()
 
 
 def _data(console: Console, result: Summary) -> None:
-    from rich.text import Text
 
     from eplb_analyze.analysis.summary import incomplete
 
@@ -94,13 +89,12 @@ def _data(console: Console, result: Summary) -> None:
     text = f"steps {counts['first']} to {counts['last']}: " if counts["seen"] else "no step was seen"
     console.print(text + ", ".join(parts))
     if counts["incomplete"] and not (result.missing_ranks or result.steps.lacks_much):
-        console.print(Text(f"incomplete: {incomplete(result)}", style="yellow"))
+        print_line(console, (f"incomplete: {incomplete(result)}", "yellow"))
     if counts["missing"]:
-        console.print(Text(f"{plural(counts['missing'], 'step')} seen by no rank", style="yellow"))
+        print_line(console, (f"{plural(counts['missing'], 'step')} seen by no rank", "yellow"))
 
 
 def _figures(console: Console, result: Summary) -> None:
-    from rich.text import Text
 
     listing = table(console, "<", "mean", "p50", "p5", "p95", "worst", "at step")
     balance, imbalance = result.spreads["balancedness"], result.spreads["imbalance"]
@@ -109,21 +103,20 @@ def _figures(console: Console, result: Summary) -> None:
         ("imbalance, max / mean", imbalance, imbalance.max, imbalance.max_step),
     ):
         cells = [figure(v) for v in (s.mean, s.p50, s.p5, s.p95, worst)]
-        listing.add_row(Text(name, style="bold"), *cells, str(at))
+        listing.add_row(styled((name, "bold")), *cells, str(at))
     console.print(listing)
     idle = percent(result.idle_fraction)
     text = " of rank time (if time is proportional to tokens)"
-    console.print(Text.assemble("idle fraction ", (idle, "bold"), text))
+    print_line(console, "idle fraction ", (idle, "bold"), text)
     from eplb_analyze.analysis.summary import OTHER_FORMULAS
 
     parts = [f"{name} {figure(result.spreads[name].mean)}" for name in OTHER_FORMULAS]
-    console.print(Text(f"others: {', '.join(parts)}", style="dim"))
+    print_line(console, (f"others: {', '.join(parts)}", "dim"))
     console.print()
 
 
 def _timeline(console: Console, result: Summary) -> None:
     """A sparkline of balancedness, with the rearrangements marked below."""
-    from rich.text import Text
 
     values = [part.balancedness for part in result.timeline]
     known = [v for v in values if v is not None]
@@ -140,12 +133,10 @@ def _timeline(console: Console, result: Summary) -> None:
     over = "over time" if _ordered(result) else "by step, in no known order"
     of = f"balancedness {over}, {figure(low)} to {figure(high)}"
     each = result.timeline[0].last_step - result.timeline[0].first_step + 1
-    console.print(
-        Text.assemble((of, "bold"), ", a mark a step" if each == 1 else f", a mark each {each:,} steps")
-    )
-    console.print(Text(line.rstrip()))
+    print_line(console, (of, "bold"), ", a mark a step" if each == 1 else f", a mark each {each:,} steps")
+    print_line(console, line.rstrip())
     if "▲" in marks:
-        console.print(Text(f"{''.join(marks).rstrip()} rearranged", style="dim"))
+        print_line(console, (f"{''.join(marks).rstrip()} rearranged", "dim"))
     console.print()
 
 
@@ -156,7 +147,6 @@ def _ordered(result: Summary) -> bool:
 
 
 def _losses(console: Console, result: Summary, top: int) -> None:
-    from rich.text import Text
 
     from eplb_analyze.reader.join import StepState
 
@@ -164,13 +154,12 @@ def _losses(console: Console, result: Summary, top: int) -> None:
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return
     most = percent(loss.persistent_share, 0)
-    console.print(
-        Text.assemble(
-            "a better placement could remove at most ",
-            (most, "bold"),
-            f" of the idle time: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
-            "the rest is chance within a step",
-        )
+    print_line(
+        console,
+        "a better placement could remove at most ",
+        (most, "bold"),
+        f" of the idle time: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
+        "the rest is chance within a step",
     )
     console.print()
     if loss.stretches and _ordered(result):
@@ -191,12 +180,11 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         console.print(listing)
         rest = result.steps.count(StepState.RECORDED) - sum(p.steps for p in result.phases)
         if rest:
-            console.print(Text(f"and {plural(rest, 'step')} of no stated phase", style="dim"))
+            print_line(console, (f"and {plural(rest, 'step')} of no stated phase", "dim"))
         console.print()
 
 
 def _layers(console: Console, result: Summary, top: int) -> None:
-    from rich.text import Text
 
     active = [layer for layer in result.layers if layer.balancedness is not None]
     worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:top]
@@ -216,7 +204,7 @@ def _layers(console: Console, result: Summary, top: int) -> None:
     console.print(listing)
     if result.layer_percentiles and len(active) > top:
         parts = ", ".join(f"{name} {figure(v)}" for name, v in result.layer_percentiles.items())
-        console.print(Text(f"balancedness over layers: {parts}", style="dim"))
+        print_line(console, (f"balancedness over layers: {parts}", "dim"))
     console.print()
 
 
@@ -233,7 +221,6 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
 
 
 def _rearrangements(console: Console, result: Summary, acted: bool | None, early: str | None) -> None:
-    from rich.text import Text
 
     changes = result.rearrangements
     if not changes:
@@ -253,10 +240,11 @@ def _rearrangements(console: Console, result: Summary, acted: bool | None, early
     shown = ", ".join(str(r.first_step) for r in changes[:SHOWN_REARRANGEMENTS])
     more = f" and {len(changes) - SHOWN_REARRANGEMENTS} more" if len(changes) > SHOWN_REARRANGEMENTS else ""
     moved = sum(r.slots_changed for r in changes) / len(changes)
-    console.print(
-        Text.assemble((plural(len(changes), "rearrangement"), "bold"), f" at step {shown}{more}; "),
-        Text(f"{moved:,.0f} slots changed{' on average' if len(changes) > 1 else ''}"),
-        sep="",
+    average = " on average" if len(changes) > 1 else ""
+    print_line(
+        console,
+        (plural(len(changes), "rearrangement"), "bold"),
+        f" at step {shown}{more}; {moved:,.0f} slots changed{average}",
     )
 
 

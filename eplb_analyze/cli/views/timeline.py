@@ -1,4 +1,4 @@
-"""What `timeline` shows."""
+"""Shows a figure over the steps of a run as a plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.output import heading, show_notes
+from eplb_analyze.cli.console import print_heading, print_line, print_notes
 from eplb_analyze.text import figure, plural
 
 if TYPE_CHECKING:
@@ -15,21 +15,18 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.timeline import Bin, Timeline
 
-
 HEIGHT = 14
-
 
 #: Columns of the plot that are not bins: the labels of its axis.
 MARGIN = 10
 
 
 def render(console: Console, result: Timeline) -> None:
-    from rich.text import Text
 
     from eplb_analyze.metrics.formulas import FORMULAS
 
     where = "" if result.layer is None else f" of layer {result.layer}"
-    heading(console, f"{result.formula}{where}", f" · {result.model} · run {result.run_id}")
+    print_heading(console, f"{result.formula}{where}", f" · {result.model} · run {result.run_id}")
     known = sum(b.steps for b in result.bins)
     if not known:
         console.print("no step has a token in it")
@@ -41,8 +38,8 @@ def render(console: Console, result: Timeline) -> None:
     if formula is None:
         console.print("the share of rank time lost if time is proportional to tokens")
     for warning in [formula.warning] if formula and formula.warning else []:
-        console.print(Text(warning, style="yellow"))
-    show_notes(console, result.notes)
+        print_line(console, (warning, "yellow"))
+    print_notes(console, result.notes)
     console.print()
     for line in plot(result, console.width - MARGIN):
         console.print(line, no_wrap=True, overflow="crop")

@@ -1,18 +1,17 @@
-"""What `traffic` shows."""
+"""Shows the tokens that each rank or node sends to each other one."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.output import heading, show_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import counter, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.analysis.traffic import TrafficReport
-
 
 #: A larger matrix is looked at as a document, or by node.
 SHOWN = 32
@@ -22,10 +21,10 @@ def render(console: Console, report: TrafficReport, top: int = 5) -> None:
 
     name = report.model if report.layer is None else f"layer {report.layer}"
     of = "" if report.layer is None else f" · {report.model}"
-    heading(console, name, f"{of} · run {report.run_id}")
+    print_heading(console, name, f"{of} · run {report.run_id}")
     when = f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
     console.print(f"{when}; {counter([report.tokens])(report.tokens)} tokens × experts")
-    show_notes(console, report.notes)
+    print_notes(console, report.notes)
     if not report.tokens:
         console.print("no tokens")
         return
@@ -66,7 +65,6 @@ def _layers(console: Console, report: TrafficReport) -> None:
 
 def _matrix(console: Console, report: TrafficReport) -> None:
     """Of each source's tokens, the percentage that goes to each destination: the detail there is room for."""
-    from rich.text import Text
 
     size, letter = len(report.matrix), report.by[0]
     label = max(3, len(f"{letter}{size - 1}"))
@@ -76,19 +74,19 @@ def _matrix(console: Console, report: TrafficReport) -> None:
         console.print(f"the matrix of {size} {report.by}s is in --output json, or try --by node\n")
         return
     title = f"% of a {report.by}'s tokens (row) that go to each {report.by} (column)"
-    console.print(Text(title + (", ++ is 10 or more" if width == 2 else ""), style="bold"))
+    print_line(console, (title + (", ++ is 10 or more" if width == 2 else ""), "bold"))
     every = -(-(label + 1) // width)
     names = "".join(f"{f'{letter}{i}':<{every * width}}" for i in range(0, size, every))
     if every == 1:
         names = "".join(f"{f'{letter}{i}':>{width - 1}} " for i in range(size))
-    console.print(Text(f"{'':{label}} {names}".rstrip(), style="dim"))
+    print_line(console, (f"{'':{label}} {names}".rstrip(), "dim"))
     rows = [(f"{letter}{i}", row) for i, row in enumerate(report.matrix)]
     for name, row in [*rows, ("all", report.matrix.sum(axis=0))]:
-        line = Text.assemble((f"{name:>{label}} ", "dim"))
+        line = styled((f"{name:>{label}} ", "dim"), "")
         total = row.sum()
         for tokens in row:
             share = tokens / total if total else 0.0
-            line.append_text(heat(_cell(share, width), share * size) if total else Text(f"{'–':>{width}}"))
+            line.append_text(heat(_cell(share, width), share * size) if total else styled(f"{'–':>{width}}"))
         console.print(line)
     console.print()
 

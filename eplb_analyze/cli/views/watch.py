@@ -1,4 +1,4 @@
-"""What `watch` shows."""
+"""Shows the live state of a run: balance over time, worst layers, ranks, recent events."""
 
 from __future__ import annotations
 
@@ -15,25 +15,19 @@ if TYPE_CHECKING:
 
     from eplb_analyze.live.watch import Snapshot
 
-
 #: Rows of the rankings where the screen's height does not say how many there can be.
 ROWS = 8
-
 
 #: Lines of the plot; columns of its axis.
 HEIGHT, MARGIN = 3, 6
 
-
 EIGHTHS = " ▁▂▃▄▅▆▇█"
-
 
 #: Columns of the two rankings, and of the cell of a rank beside them, where there is room for all.
 LAYERS, RANKS, CELL = 36, 44, 10
 
-
 #: A rank's load is coloured from so far off the mean.
 OFF = 0.05
-
 
 #: So long without anything new is worth saying.
 QUIET_SECONDS = 3.0

@@ -11,8 +11,9 @@ import pytest
 from helpers import start_child
 
 from eplb_analyze import text as text_
-from eplb_analyze.cli import output
-from eplb_analyze.cli.output import Output, OutputFormat, Progress
+from eplb_analyze.cli import progress as progress_
+from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -30,7 +31,7 @@ def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def test_a_bar_shows_how_far_long_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
-    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     progress = Progress()
     progress(300, 1000)
     assert "300/1000" in terminal.getvalue()
@@ -41,7 +42,7 @@ def test_a_bar_shows_how_far_long_work_is(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_result_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
-    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     out = Output(OutputFormat.json)
     out.progress(1, 2)
     out.emit({}, lambda console: None)
@@ -61,7 +62,7 @@ def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     Progress()(1, 2)
     assert stream.getvalue() == ""
 
@@ -73,9 +74,9 @@ def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None
         os.dup2(int(sys.argv[2]), 2)
         signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # under nohup it is ignored
         os.environ["TERM"] = "xterm"
-        from eplb_analyze.cli import output
-        output.PATIENCE_SECONDS = 0.0
-        output.Progress()(1, 2)
+        from eplb_analyze.cli import progress
+        progress.DELAY_SECONDS = 0.0
+        progress.Progress()(1, 2)
         # Any thread may get it, so that a pause of the main one would not end.
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
         while True:
@@ -96,7 +97,7 @@ def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None
 
 def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal_of(monkeypatch)
-    monkeypatch.setattr(output, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     progress = Progress()
     progress(1, 2)

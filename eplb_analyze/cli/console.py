@@ -1,0 +1,89 @@
+"""Text on a console: lines, headings, notes and tables.
+
+Names in a dump may come from a stranger. Everything here passes :func:`clean`, and rich's markup is never
+interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING, Any
+
+from eplb_analyze.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+#: Nothing is drawn wider: the memory of a plot grows with its columns.
+MAX_COLUMNS = 1000
+
+
+def console(file: IO[str]) -> Console:
+    """A console; if it is not a terminal, it has 80 columns or what COLUMNS says."""
+    from rich.console import Console
+
+    columns = os.environ.get("COLUMNS", "")
+    width = None
+    if not file.isatty():
+        width = min(int(columns), MAX_COLUMNS) if re.fullmatch("0*[1-9][0-9]{0,8}", columns) else 80
+    return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """A text of plain parts and ``(part, style)`` parts."""
+    from rich.text import Text
+
+    texts = [(part, "") if isinstance(part, str) else part for part in parts]
+    if len(texts) == 1:
+        text, style = texts[0]
+        return Text(clean(text), style=style)
+    return Text.assemble(*((clean(text), style) for text, style in texts))
+
+
+def print_line(
+    console: Console, *parts: str | tuple[str, str], indent: int = 0, soft_wrap: bool = False
+) -> None:
+    """Print plain parts and ``(part, style)`` parts as one line, wrapped to the console's width."""
+    from rich.padding import Padding
+
+    text = styled(*parts)
+    console.print(Padding(text, (0, 0, 0, indent)) if indent else text, soft_wrap=soft_wrap)
+
+
+def print_heading(console: Console, name: str, rest: str = "") -> None:
+    print_line(console, (name, "bold"), rest)
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Print what limits the figures that follow."""
+    for note in notes:
+        print_line(console, (f"note: {note}", "yellow"))
+
+
+def table(console: Console, *columns: str, title: str | None = None) -> Table:
+    """Print the title and return an empty table. A column named ``<…`` holds text, any other numbers."""
+    from rich import box
+    from rich.table import Table
+
+    if title is not None:
+        print_line(console, (title, "bold"))
+    result = Table(
+        box=box.SIMPLE_HEAD if console.is_terminal else box.SIMPLE,
+        header_style="bold",
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1),
+    )
+    for name in columns:
+        justify: Any = "left" if name.startswith("<") else "right"
+        result.add_column(styled(name.lstrip("<")), justify=justify)
+    return result
+
+
+def limited(shown: int, total: int) -> str:
+    """`` (5 of 20)`` for a table that shows only part of its rows."""
+    return f" ({shown} of {total:,})" if total > shown else ""

@@ -1,0 +1,23 @@
+"""Shows which journals `seal` turned into Parquet, and which it left alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.console import print_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.transfer.recover import SealReport
+
+
+def render(console: Console, report: SealReport) -> None:
+    for sealed in report.sealed:
+        steps = "no step" if sealed.first_step is None else f"steps {sealed.first_step} to {sealed.last_step}"
+        size = f"{sealed.journal_bytes / 1e6:.2f} MB → {sealed.sealed_bytes / 1e6:.2f} MB"
+        print_line(console, f"sealed {sealed.journal}: {steps}, {size}")
+    for skipped in report.skipped:
+        print_line(console, f"left {skipped.journal}: {skipped.reason}")
+    if not report.sealed and not report.skipped:
+        print_line(console, "no journal to seal: all writers closed or sealed theirs")
