@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import Finding, Severity
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import ABSENT, Completeness
@@ -27,9 +29,7 @@ CLOCK_SAMPLES = 16
 
 
 @dataclass(frozen=True)
-class CheckReport:
-    run_id: str
-    model: str
+class CheckReport(RunReport):
     steps: Completeness
     findings: list[Finding]
 
@@ -38,13 +38,8 @@ class CheckReport:
         """No finding is an error."""
         return all(f.severity != "error" for f in self.findings)
 
-    def to_json(self) -> dict[str, object]:
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "ok": self.ok,
-            "steps": self.steps.to_json(),
-            "findings": [{"severity": f.severity, "code": f.code, "text": f.text} for f in self.findings],
-        }
+    def to_json(self) -> dict[str, Any]:
+        return self.document({"ok": self.ok, "steps": self.steps, "findings": self.findings})
 
 
 def check_run(run: Run) -> CheckReport:

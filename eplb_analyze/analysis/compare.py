@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.completeness import Completeness
@@ -59,7 +60,7 @@ class LayerDifference:
 
 
 @dataclass(frozen=True)
-class Side:
+class Side(Report):
     """One of the two runs."""
 
     info: RunInfo
@@ -71,12 +72,8 @@ class Side:
     def to_json(self) -> dict[str, Any]:
         names = ["run_id", "model", "engine", "engine_version", "ep_size", "num_layers"]
         names += ["num_logical_experts", "num_physical_experts"]
-        return {
-            **{name: getattr(self.info, name) for name in names},
-            "steps": self.steps.to_json(),
-            "tokens_per_step": self.tokens_per_step,
-            "rearrangements": self.rearrangements,
-        }
+        info = {name: getattr(self.info, name) for name in names}
+        return info | {name: value for name, value in super().to_json().items() if name != "info"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Report):
     a: Side
     b: Side
     verdict: Verdict
@@ -117,18 +114,23 @@ class Comparison:
         return not self.reasons
 
     def to_json(self) -> dict[str, Any]:
-        parts = ("balancedness", "idle_fraction", "layers", "token_ratio", "routing", "settings")
-        fields = asdict(self)
-        return {
-            "comparable": self.comparable,
-            "reasons": self.reasons,
-            "warnings": self.warnings,
-            "verdict": self.verdict,
-            "confidence": bootstrap.CONFIDENCE,
-            "a": self.a.to_json(),
-            "b": self.b.to_json(),
-            **{name: fields[name] for name in parts},
-        }
+        return self.document(
+            {
+                "comparable": self.comparable,
+                "reasons": self.reasons,
+                "warnings": self.warnings,
+                "verdict": self.verdict,
+                "confidence": bootstrap.CONFIDENCE,
+                "a": self.a,
+                "b": self.b,
+                "balancedness": self.balancedness,
+                "idle_fraction": self.idle_fraction,
+                "layers": self.layers,
+                "token_ratio": self.token_ratio,
+                "routing": self.routing,
+                "settings": self.settings,
+            }
+        )
 
 
 def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Comparison:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from eplb_analyze.errors import DumpError
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block, Piece
 from eplb_analyze.reader.completeness import Completeness
@@ -48,11 +49,9 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class ExpertReport:
+class ExpertReport(RunReport):
     """``experts`` has a row a layer and logical expert; docs/cli.md describes its columns."""
 
-    run_id: str
-    model: str
     layer: int | None
     #: Of all steps asked for; the figures are over the complete ones from first_step to last_step.
     steps: Completeness
@@ -94,27 +93,25 @@ class ExpertReport:
     def to_json(self, *, hot: bool = True, cold: bool = True) -> dict[str, Any]:
         """All experts, or only the hot or cold ones."""
         shown = self.experts if hot == cold else self.hot if hot else self.cold
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "layer": self.layer,
-            "steps": self.steps.to_json(),
-            "first_step": self.first_step,
-            "last_step": self.last_step,
-            "recorded": self.recorded,
-            "window": self.window,
-            "windows": self.windows,
-            "hot_factor": self.hot_factor,
-            "counts": self.counts,
-            "drift": {
-                "hot_set": self.hot_set,
-                "chance_overlap": self.chance_overlap,
-                "lags": [vars(overlap) for overlap in self.drift],
-            },
-            "unknown_tokens": self.unknown_tokens,
-            "layers_without_placement": self.layers_without_placement,
-            "experts": shown.to_dicts(),
-            "notes": self.notes,
-        }
+        drift = {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
+        return self.document(
+            {
+                "layer": self.layer,
+                "steps": self.steps,
+                "first_step": self.first_step,
+                "last_step": self.last_step,
+                "recorded": self.recorded,
+                "window": self.window,
+                "windows": self.windows,
+                "hot_factor": self.hot_factor,
+                "counts": self.counts,
+                "drift": drift,
+                "unknown_tokens": self.unknown_tokens,
+                "layers_without_placement": self.layers_without_placement,
+                "experts": shown.to_dicts(),
+                "notes": self.notes,
+            }
+        )
 
 
 def expert_report(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import formulas
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, last_configuration
@@ -48,9 +49,7 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    run_id: str
-    model: str
+class LayerReport(RunReport):
     layer: int
     first_step: int
     last_step: int
@@ -69,10 +68,6 @@ class LayerReport:
     placement_changes: list[int]
     phase: str | None = None
     notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        fields = asdict(self)
-        return {"run": {"run_id": fields.pop("run_id"), "model": fields.pop("model")}, **fields}
 
 
 def layer_report(

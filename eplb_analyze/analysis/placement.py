@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.schema import EMPTY_SLOT
@@ -60,9 +61,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class PlacementReport:
-    run_id: str
-    model: str
+class PlacementReport(RunReport):
     step: int
     #: The step that ``changes`` are since.
     against: int | None
@@ -70,10 +69,6 @@ class PlacementReport:
     #: Of the layers that changed; None without a step to compare with.
     changes: list[LayerChange] | None
     notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        document = asdict(self)
-        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
 
 
 def placement_report(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
@@ -50,9 +51,7 @@ class LayerHeat:
 
 
 @dataclass(frozen=True)
-class RankReport:
-    run_id: str
-    model: str
+class RankReport(RunReport):
     #: Of all steps asked for; the figures are over those from first_step to last_step.
     steps: Completeness
     first_step: int
@@ -71,14 +70,9 @@ class RankReport:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        document = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            "run": {"run_id": document.pop("run_id"), "model": document.pop("model")},
-            **document,
-            "steps": self.steps.to_json(),
+        return super().to_json() | {
             "ranks": [_named(rank, "rank") for rank in self.ranks],
             "nodes": [{**_named(node, "node"), "ranks": node.ranks} for node in self.nodes],
-            "layers": [asdict(layer) for layer in self.layers],
         }
 
 

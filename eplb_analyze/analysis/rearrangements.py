@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.parallel import ordered_map, split_range
@@ -80,24 +81,13 @@ class RearrangementFigures:
 
 
 @dataclass(frozen=True)
-class RearrangementReport:
-    run_id: str
-    model: str
+class RearrangementReport(RunReport):
     steps: Completeness
     #: At most so many steps before and after.
     window: int
+    confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
     rearrangements: list[RearrangementFigures]
     notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "steps": self.steps.to_json(),
-            "window": self.window,
-            "confidence": bootstrap.CONFIDENCE,
-            "rearrangements": [asdict(figures) for figures in self.rearrangements],
-            "notes": self.notes,
-        }
 
 
 def rearrangement_report(

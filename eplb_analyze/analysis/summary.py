@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.json_report import Report, as_json
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, Terms
 from eplb_analyze.metrics.losses import Bin, Bins, Losses, RankLoss, StretchLoss, timeline, windows
@@ -84,7 +85,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Report):
     run: RunInfo
     steps: Completeness
     expected_ranks: list[int]
@@ -116,44 +117,46 @@ class Summary:
         return {f"p{q}": float(np.percentile(values, q)) for q in (5, 25, 50, 75, 95)}
 
     def to_json(self) -> dict[str, Any]:
-        run = asdict(self.run)
-        run["layer_numbers"] = list(run.pop("layers"))
-        return {
-            "run": run,
-            "steps": self.steps.to_json(),
-            "ranks": {
-                "expected": len(self.expected_ranks),
-                "present": len(set(self.expected_ranks) & set(self.present_ranks)),
-                "missing": self.missing_ranks,
-            },
-            "duration_seconds": self.duration_seconds,
-            "balancedness": asdict(self.spreads["balancedness"]),
-            "imbalance": asdict(self.spreads["imbalance"]),
-            "metrics": {
-                name: self.spreads[name].mean
-                for name in FORMULAS
-                if name not in ("balancedness", "imbalance")
-            },
-            "idle_fraction": self.idle_fraction,
-            "configurations": [asdict(c) for c in self.configurations],
-            "layers": [asdict(layer) for layer in self.layers],
-            "layer_percentiles": self.layer_percentiles,
-            "phases": [asdict(phase) for phase in self.phases],
-            "timeline": [asdict(part) for part in self.timeline],
-            "loss": None if self.loss is None else asdict(self.loss),
-            "hot_experts": [asdict(expert) for expert in self.hot_experts],
-            "hot_experts_steps": self.last_configuration_steps,
-            "rearrangements": [r.first_step for r in self.rearrangements],
-            "rearrangement_details": [
-                {
-                    "first_step": r.first_step,
-                    "last_step": r.last_step,
-                    "layers": len(r.layers),
-                    "slots_changed": r.slots_changed,
-                }
-                for r in self.rearrangements
-            ],
-        }
+        run = as_json(self.run)
+        run["layer_numbers"] = run.pop("layers")
+        return self.document(
+            {
+                "run": run,
+                "steps": self.steps,
+                "ranks": {
+                    "expected": len(self.expected_ranks),
+                    "present": len(set(self.expected_ranks) & set(self.present_ranks)),
+                    "missing": self.missing_ranks,
+                },
+                "duration_seconds": self.duration_seconds,
+                "balancedness": self.spreads["balancedness"],
+                "imbalance": self.spreads["imbalance"],
+                "metrics": {
+                    name: self.spreads[name].mean
+                    for name in FORMULAS
+                    if name not in ("balancedness", "imbalance")
+                },
+                "idle_fraction": self.idle_fraction,
+                "configurations": self.configurations,
+                "layers": self.layers,
+                "layer_percentiles": self.layer_percentiles,
+                "phases": self.phases,
+                "timeline": self.timeline,
+                "loss": self.loss,
+                "hot_experts": self.hot_experts,
+                "hot_experts_steps": self.last_configuration_steps,
+                "rearrangements": [r.first_step for r in self.rearrangements],
+                "rearrangement_details": [
+                    {
+                        "first_step": r.first_step,
+                        "last_step": r.last_step,
+                        "layers": len(r.layers),
+                        "slots_changed": r.slots_changed,
+                    }
+                    for r in self.rearrangements
+                ],
+            }
+        )
 
 
 class _Stretch:

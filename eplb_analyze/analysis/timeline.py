@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import blocks_by_configuration
@@ -44,9 +44,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Timeline:
-    run_id: str
-    model: str
+class Timeline(RunReport):
     formula: str
     #: The model's number of the only layer looked at, None: all.
     layer: int | None
@@ -59,10 +57,6 @@ class Timeline:
     rearrangements: list[int]
     configurations: list[Stretch]
     notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        document = {**asdict(self), "steps": self.steps.to_json()}
-        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
 
     def frame(self) -> pl.DataFrame:
         """One row a bin: first_step, last_step, steps, mean, min, max."""

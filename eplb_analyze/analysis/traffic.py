@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
@@ -64,9 +65,7 @@ class LayerTraffic:
 
 
 @dataclass(frozen=True)
-class TrafficReport:
-    run_id: str
-    model: str
+class TrafficReport(RunReport):
     layer: int | None
     by: By
     ep_size: int
@@ -119,25 +118,26 @@ class TrafficReport:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "layer": self.layer,
-            "by": self.by,
-            "ep_size": self.ep_size,
-            "ranks_per_node": self.ranks_per_node,
-            "steps": self.steps.to_json(),
-            "first_step": self.first_step,
-            "last_step": self.last_step,
-            "recorded": self.recorded,
-            "tokens": self.tokens,
-            "shares": vars(self.shares),
-            "shares_by_chance": vars(self.by_chance),
-            "matrix": self.matrix.tolist(),
-            "pairs": [vars(pair) for pair in self.pairs(PAIRS)],
-            "receivers": [vars(receiver) for receiver in self.receivers()],
-            "layers": [{"layer": t.layer, "tokens": t.tokens, **vars(t.shares)} for t in self.layers],
-            "notes": self.notes,
-        }
+        return self.document(
+            {
+                "layer": self.layer,
+                "by": self.by,
+                "ep_size": self.ep_size,
+                "ranks_per_node": self.ranks_per_node,
+                "steps": self.steps,
+                "first_step": self.first_step,
+                "last_step": self.last_step,
+                "recorded": self.recorded,
+                "tokens": self.tokens,
+                "shares": self.shares,
+                "shares_by_chance": self.by_chance,
+                "matrix": self.matrix,
+                "pairs": self.pairs(PAIRS),
+                "receivers": self.receivers(),
+                "layers": [{"layer": t.layer, "tokens": t.tokens, **vars(t.shares)} for t in self.layers],
+                "notes": self.notes,
+            }
+        )
 
 
 def traffic_report(

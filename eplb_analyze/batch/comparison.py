@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ import numpy as np
 from eplb_analyze.batch.rows import Row
 from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.storage import path as storage
@@ -59,7 +60,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Postmortem:
+class Postmortem(Report):
     #: The run that lost most rank time first; broken runs last.
     rows: list[Row]
     threshold: float | None = None
@@ -93,14 +94,18 @@ class Postmortem:
         return [*sorted(_FIELDS), *sorted({name for row in self.rows for name in row.config})]
 
     def to_json(self, by: str | None = None) -> dict[str, Any]:
-        return {
-            "runs": [row.to_json() for row in self.rows],
-            "groups": [] if by is None else [asdict(group) for group in self.groups(by)],
-            "by": by,
-            "threshold": self.threshold,
-            "baseline": self.baseline,
-            "failed": [{"dump": row.dump, "run_id": row.run_id, "model": row.model} for row in self.failed],
-        }
+        return self.document(
+            {
+                "runs": self.rows,
+                "groups": [] if by is None else self.groups(by),
+                "by": by,
+                "threshold": self.threshold,
+                "baseline": self.baseline,
+                "failed": [
+                    {"dump": row.dump, "run_id": row.run_id, "model": row.model} for row in self.failed
+                ],
+            }
+        )
 
     def frame(self) -> pl.DataFrame:
         """One row for each run; faults as a list, config as JSON."""

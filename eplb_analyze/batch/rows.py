@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from eplb_analyze.analysis.check import check_steps, summary_findings
 from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary, SummarySums
+from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.run import Run
 
@@ -21,7 +22,7 @@ Status = Literal["complete", "incomplete", "broken"]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Report):
     """One run of one model. A figure that is not known is None."""
 
     dump: str
@@ -81,7 +82,7 @@ class Row:
     not_compared: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        document = asdict(self)
+        document = super().to_json()
         del document["series"]
         return document
 

@@ -16,7 +16,8 @@ import typer
 from eplb_analyze.cli.console import console
 from eplb_analyze.cli.progress import Progress
 from eplb_analyze.errors import EXIT_UNUSABLE
-from eplb_analyze.text import clean, plain
+from eplb_analyze.json_report import as_json
+from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +74,7 @@ class Output:
         """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
         if self.format is OutputFormat.json:
-            print(json.dumps(plain(document), indent=2))
+            print(json.dumps(as_json(document), indent=2))
         elif sys.stdout.isatty():
             render(console(sys.stdout))
         else:

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import AnalyzeError, Finding
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.live.session import FollowedSession
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
 from eplb_analyze.metrics.formulas import Float64, Spread, Terms
@@ -102,11 +103,9 @@ class RearrangementLook:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(RunReport):
     """A run at one moment. Figures are over the complete ones of the newest ``window`` recorded steps."""
 
-    run_id: str
-    model: str
     scope: str
     ep_size: int
     num_layers: int | None
@@ -148,13 +147,9 @@ class Snapshot:
         return [writer.rank for writer in self.writers if writer.last_step is None]
 
     def to_json(self) -> dict[str, Any]:
-        document = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("layers", "ranks", "writers", "timeline", "findings"):
-            document[name] = [asdict(item) for item in document[name]]
-        latest = document.pop("latest_balancedness")
-        document["balancedness"] = {**asdict(self.balancedness), "latest": latest}
-        document["rearrangement"] = None if self.rearrangement is None else asdict(self.rearrangement)
-        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
+        document = super().to_json()
+        document["balancedness"]["latest"] = document.pop("latest_balancedness")
+        return document
 
 
 class Follower:

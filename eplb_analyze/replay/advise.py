@@ -7,11 +7,12 @@ its gain there has a confidence interval. Loads and placements come from :mod:`e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.run import Run
@@ -57,14 +58,12 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(RunReport):
     """``gain`` is the share of today's time that ``best`` saves in the judged part.
 
     It assumes that time is proportional to tokens.
     """
 
-    run_id: str
-    model: str
     verdict: Verdict
     #: Why, in sentences; for ``not enough data``, what is missing.
     reasons: list[str]
@@ -95,32 +94,33 @@ class Advice:
         return self.measured_balancedness is not None and self.measured_balancedness >= least
 
     def to_json(self) -> dict[str, Any]:
-        advised = self.best if self.verdict in CHANGES else None
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "verdict": self.verdict,
-            "reasons": self.reasons,
-            "advised": None if advised is None else asdict(advised),
-            "best": None if self.best is None else asdict(self.best),
-            "today": None if self.today is None else asdict(self.today),
-            "recorded": None if self.replay is None else vars(self.replay.recorded),
-            "gain": None if self.gain is None else asdict(self.gain),
-            "confidence": bootstrap.CONFIDENCE,
-            "training_gain": self.training_gain,
-            "break_even_ms": self.break_even_ms,
-            "engine_arguments": self.engine_arguments,
-            "min_gain": self.min_gain,
-            "trained": None if self.trained is None else asdict(self.trained),
-            "judged": None if self.judged is None else asdict(self.judged),
-            "settings_tried": 0 if self.replay is None else len(self.replay.outcomes),
-            "cost_per_expert_ms": None if self.replay is None else self.replay.cost_per_expert_ms,
-            "measured": {
-                "balancedness": self.measured_balancedness,
-                "idle_fraction": None if self.replay is None else self.replay.measured_idle_fraction,
-            },
-            "steps": None if self.replay is None else self.replay.part.whole.to_json(),
-            "notes": self.notes,
-        }
+        replay = self.replay
+        return self.document(
+            {
+                "verdict": self.verdict,
+                "reasons": self.reasons,
+                "advised": self.best if self.verdict in CHANGES else None,
+                "best": self.best,
+                "today": self.today,
+                "recorded": replay and replay.recorded,
+                "gain": self.gain,
+                "confidence": bootstrap.CONFIDENCE,
+                "training_gain": self.training_gain,
+                "break_even_ms": self.break_even_ms,
+                "engine_arguments": self.engine_arguments,
+                "min_gain": self.min_gain,
+                "trained": self.trained,
+                "judged": self.judged,
+                "settings_tried": 0 if replay is None else len(replay.outcomes),
+                "cost_per_expert_ms": replay and replay.cost_per_expert_ms,
+                "measured": {
+                    "balancedness": self.measured_balancedness,
+                    "idle_fraction": replay and replay.measured_idle_fraction,
+                },
+                "steps": replay and replay.part.whole,
+                "notes": self.notes,
+            }
+        )
 
 
 def advise(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
@@ -128,11 +129,9 @@ def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(RunReport):
     """``outcomes`` are sorted, the best first; ``rows`` are their rows in ``scores``."""
 
-    run_id: str
-    model: str
     part: ReplayedSteps
     recorded: Recorded
     #: Steps scored, the same for all settings; complete steps without a known placement are left out.
@@ -157,25 +156,26 @@ class Replay:
 
     def to_json(self) -> dict[str, Any]:
         own = self.recorded.setting()
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "steps": self.part.whole.to_json(),
-            "first_step": self.first_step,
-            "last_step": self.last_step,
-            "scored": self.scored,
-            "left_out": self.left_out,
-            "step_seconds": self.part.step_seconds,
-            "seconds": self.seconds,
-            "cost_per_expert_ms": self.cost_per_expert_ms,
-            "recorded": vars(self.recorded),
-            "measured": {
-                "balancedness": self.measured_balancedness,
-                "idle_fraction": self.measured_idle_fraction,
-            },
-            "today": self.today.to_json() | _stated(self.recorded),
-            "settings": [o.to_json() | {"as_recorded": o.setting == own} for o in self.outcomes],
-            "notes": self.notes,
-        }
+        return self.document(
+            {
+                "steps": self.part.whole,
+                "first_step": self.first_step,
+                "last_step": self.last_step,
+                "scored": self.scored,
+                "left_out": self.left_out,
+                "step_seconds": self.part.step_seconds,
+                "seconds": self.seconds,
+                "cost_per_expert_ms": self.cost_per_expert_ms,
+                "recorded": self.recorded,
+                "measured": {
+                    "balancedness": self.measured_balancedness,
+                    "idle_fraction": self.measured_idle_fraction,
+                },
+                "today": self.today.to_json() | _stated(self.recorded),
+                "settings": [o.to_json() | {"as_recorded": o.setting == own} for o in self.outcomes],
+                "notes": self.notes,
+            }
+        )
 
 
 def replay_run(

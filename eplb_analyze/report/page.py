@@ -14,7 +14,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from eplb_analyze.text import plain
+from eplb_analyze.json_report import as_json
 
 #: In the order in which they run; docs/report.md says where the first comes from.
 SCRIPTS = ("echarts.min.js", "loads.js", "charts.js", "page.js")
@@ -50,5 +50,5 @@ def _sha256(script: str) -> str:
 
 def _inert(document: dict[str, Any]) -> str:
     """JSON that can stand in a script element: no tag, comment or entity in it."""
-    text = json.dumps(plain(document), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(as_json(document), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

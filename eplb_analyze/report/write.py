@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eplb_analyze.atomic import new_file, require_free
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_analyze.report.document import report_document
@@ -14,11 +14,9 @@ from eplb_analyze.report.page import page
 
 
 @dataclass(frozen=True)
-class WrittenReport:
+class WrittenReport(RunReport):
     """What was written; docs/cli.md describes the JSON."""
 
-    run_id: str
-    model: str
     file: Path
     bytes: int
     redacted: bool
@@ -26,16 +24,6 @@ class WrittenReport:
     steps: Completeness
     #: Of time, that the page's reader can choose from; 0 where no step is complete.
     bins: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "run": {"run_id": self.run_id, "model": self.model},
-            "file": str(self.file),
-            "bytes": self.bytes,
-            "redacted": self.redacted,
-            "steps": self.steps.to_json(),
-            "bins": self.bins,
-        }
 
 
 def write_report(

@@ -12,9 +12,8 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.atomic import new_run
 from eplb_analyze.errors import DumpError
+from eplb_analyze.json_report import Report
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
@@ -63,7 +63,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class CompactReport:
+class CompactReport(Report):
     """The new run beside the old one; docs/cli.md describes the JSON."""
 
     source: str
@@ -77,9 +77,6 @@ class CompactReport:
     incomplete: int
     unknown: dict[str, str]
     notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compact_run(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from eplb_analyze.atomic import require_dump_folder
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
+from eplb_analyze.json_report import Report
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import Discovery, discover
 from eplb_analyze.reader.run import choose_run
@@ -42,7 +43,7 @@ from eplb_dump.format.session import SessionInfo, load_json
 
 
 @dataclass(frozen=True)
-class CopyReport:
+class CopyReport(Report):
     """What was copied; docs/cli.md describes the JSON."""
 
     source: str
@@ -63,9 +64,6 @@ class CopyReport:
     #: Files and sessions that are not in the copy because they are damaged or missing at the source, and why.
     damaged: list[str]
     notes: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def copy_run(

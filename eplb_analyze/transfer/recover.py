@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import Report
 from eplb_analyze.reader.discovery import discover
 from eplb_analyze.reader.run import choose_run
 from eplb_analyze.storage.path import StoragePath, local
@@ -39,12 +39,9 @@ class SkippedJournal:
 
 
 @dataclass(frozen=True)
-class SealReport:
+class SealReport(Report):
     sealed: list[SealedJournal]
     skipped: list[SkippedJournal]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def seal_dump(path: StoragePath, run: str | None = None, model: str | None = None) -> SealReport:

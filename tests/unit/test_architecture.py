@@ -13,7 +13,13 @@ from helpers import ROOT
 
 #: A package or module imports only from rows above it. Those in one row do not import each other.
 ROWS = [
-    {"eplb_dump.format", "eplb_analyze.errors", "eplb_analyze.text", "eplb_analyze.parallel"},
+    {
+        "eplb_dump.format",
+        "eplb_analyze.errors",
+        "eplb_analyze.json_report",
+        "eplb_analyze.text",
+        "eplb_analyze.parallel",
+    },
     {"eplb_analyze.storage", "eplb_analyze.metrics", "eplb_analyze.policies"},
     {"eplb_analyze.atomic", "eplb_analyze.reader"},
     {"eplb_analyze.analysis", "eplb_analyze.replay", "eplb_analyze.live"},

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from eplb_analyze import atomic
 from eplb_analyze.errors import DumpError
+from eplb_analyze.json_report import Report
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
@@ -35,7 +36,7 @@ BATCH_ROWS = 1 << 20
 
 
 @dataclass
-class LoadExport:
+class LoadExport(Report):
     """What was written; docs/cli.md describes the JSON."""
 
     run_id: str
@@ -55,9 +56,8 @@ class LoadExport:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        document = {name: value for name, value in vars(self).items() if name not in ("run_id", "model")}
-        run = {"run_id": self.run_id, "model": self.model}
-        return {"run": run, **document, "file": str(self.file), "steps": self.steps.to_json()}
+        document = super().to_json()
+        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
 
 
 def export_loads(

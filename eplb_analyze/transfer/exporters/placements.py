@@ -11,6 +11,7 @@ import numpy as np
 from eplb_analyze import atomic
 from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.json_report import Report, RunReport
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
@@ -23,11 +24,9 @@ from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(RunReport):
     """Where a placement comes from: recorded at ``step``, or made by ``policy`` from a window's loads."""
 
-    run_id: str
-    model: str
     step: int | None = None
     policy: str | None = None
     first_step: int | None = None
@@ -51,7 +50,7 @@ class SourcePlacement:
 
 
 @dataclass(frozen=True)
-class PlacementExport:
+class PlacementExport(Report):
     """What was written; docs/cli.md describes the JSON."""
 
     target: str
@@ -67,22 +66,24 @@ class PlacementExport:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        origin = asdict(self.origin)
-        return {
-            "run": {"run_id": origin.pop("run_id"), "model": origin.pop("model")},
-            "for": self.target,
-            "file": str(self.file),
-            "bytes": self.bytes,
-            "origin": origin,
-            "ep_size": self.placement.ep_size,
-            "num_layers": len(self.placement.layers),
-            "num_logical_experts": self.placement.num_logical_experts,
-            "num_physical_experts": self.placement.num_physical_experts,
-            "filled_layers": self.filled_layers,
-            "repair": asdict(self.repair) if self.repair else None,
-            "usage": self.usage,
-            "notes": self.notes,
-        }
+        origin = self.origin.to_json()
+        return self.document(
+            {
+                "run": origin.pop("run"),
+                "for": self.target,
+                "file": self.file,
+                "bytes": self.bytes,
+                "origin": origin,
+                "ep_size": self.placement.ep_size,
+                "num_layers": len(self.placement.layers),
+                "num_logical_experts": self.placement.num_logical_experts,
+                "num_physical_experts": self.placement.num_physical_experts,
+                "filled_layers": self.filled_layers,
+                "repair": self.repair,
+                "usage": self.usage,
+                "notes": self.notes,
+            }
+        )
 
 
 def recorded_placement(run: Run, step: int | None = None) -> SourcePlacement:

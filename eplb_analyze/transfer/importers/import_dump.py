@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eplb_analyze.errors import DumpError
+from eplb_analyze.json_report import Report
 from eplb_analyze.transfer.importers.detect import READERS, detect
 from eplb_analyze.transfer.importers.plan import make_plan
 from eplb_analyze.transfer.importers.source import Options
@@ -17,7 +17,7 @@ __all__ = ["ImportReport", "Options", "import_dump"]
 
 
 @dataclass(frozen=True)
-class ImportReport:
+class ImportReport(Report):
     """What was imported, and what is unknown about it; docs/cli.md describes the JSON."""
 
     source: str
@@ -43,9 +43,6 @@ class ImportReport:
     unknown: dict[str, str]
     assumed: dict[str, str]
     notes: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def import_dump(

@@ -1,0 +1,60 @@
+"""Reports as JSON documents: the base classes of all reports, and the conversion that they share.
+
+This module imports nothing from the package, so every row can use it: the reader's counts and the reports
+of ``analysis``, ``replay``, ``live``, ``transfer``, ``report`` and ``batch``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import PurePath
+from typing import Any
+
+
+def as_json(value: Any) -> Any:
+    """Convert to JSON types: dataclasses to objects, tuples and arrays to lists, NaN and infinity to null.
+
+    An object with a method ``to_json`` decides for itself. Any other dataclass becomes its fields, in order.
+    """
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return as_json(_fields(value))
+    if hasattr(value, "tolist"):  # numpy, which this module does not import
+        return as_json(value.tolist())
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+class Report:
+    """A dataclass whose JSON document has its fields as keys, in order, unless it overrides ``to_json``."""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.document(_fields(self))
+
+    def document(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The JSON document with these keys and values."""
+        return {key: as_json(value) for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class RunReport(Report):
+    """A report on one run. Its JSON document starts with ``"run": {"run_id": …, "model": …}``."""
+
+    run_id: str
+    model: str
+
+    def document(self, values: dict[str, Any]) -> dict[str, Any]:
+        head = {"run_id": self.run_id, "model": self.model}
+        rest = {key: value for key, value in values.items() if key not in head}
+        return super().document({"run": head, **rest})
