@@ -26,7 +26,14 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.files import fsync_file, fsync_folder
 from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedFile
-from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SEGMENT_PATTERN, SESSION_FILE, FormatError
+from eplb_dump.format.schema import (
+    JOURNAL_PATTERN,
+    LEVEL_PREFIXES,
+    MANIFEST_FILE,
+    SEGMENT_PATTERN,
+    SESSION_FILE,
+    FormatError,
+)
 from eplb_dump.format.session import SessionInfo, load_json, session_path
 
 #: The mark of an incomplete session: a folder, in a bucket an object.
@@ -88,20 +95,15 @@ class Target:
 
     def inspect(self) -> None:
         """See what is there. Raises UsageError if no copy can have made it."""
-        folder = self.folder
-        for path in (
-            folder.parent.parent.parent,
-            folder.parent.parent,
-            folder.parent,
-            folder,
-            self._mark_path,
-        ):
+        path = self._mark_path
+        for _ in ("mark", *LEVEL_PREFIXES):
             if isinstance(path, Path) and path.is_symlink():
                 raise UsageError(f"{path}: it is a symbolic link, which readers do not follow; remove it")
+            path = path.parent
         self._names = self.names()
         self._complete = SESSION_FILE in self._names
         if self._names and not self._complete and UNFINISHED not in self._names:
-            raise UsageError(f"{folder}: files are in it that no copy began; nothing was written")
+            raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
 
     def require_extendable(self, manifest: Manifest) -> None:
         """Raise UsageError if a complete session there has anything that this manifest does not list."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_golden, cli, one_error, write
+from helpers import assert_golden, cli, load_of, map_of, one_error, open_writer, write
 from s3 import S3
 
 from eplb_analyze import open_run
@@ -204,8 +204,6 @@ def test_all_sessions_of_a_rank_are_marked_before_the_first_is_copied(tmp_path: 
 
 
 def write_global(root: Path, start: int, steps: int = 10) -> None:
-    from helpers import load_of, map_of, open_writer
-
     with open_writer(root, scope="global") as writer:
         for step in range(start, start + steps):
             writer.record(step, load_of(step), map_of())
@@ -213,8 +211,6 @@ def write_global(root: Path, start: int, steps: int = 10) -> None:
 
 def test_journal_of_an_earlier_attempt_is_removed_once_it_is_sealed(tmp_path: Path) -> None:
     """The old journal in the copy would hide the sealed segment."""
-    from helpers import load_of, map_of, open_writer
-
     root, to = tmp_path / "dump", tmp_path / "copy"
     with open_writer(root, scope="global", segment_steps=8) as writer:
         for step in range(4):
@@ -326,8 +322,6 @@ def test_part_is_extended_if_all_of_it_stays(to_bucket: bool, dump: Path, s3: S3
 
 
 def test_copy_grows_with_a_live_run(tmp_path: Path) -> None:
-    from helpers import load_of, map_of, open_writer
-
     root, to = tmp_path / "dump", tmp_path / "copy"
     with open_writer(root, scope="global", segment_steps=8) as writer:
         for first, end in ((0, 3), (3, 6), (6, 21)):
@@ -359,8 +353,6 @@ def test_segment_sealed_during_the_copy_leaves_no_gap(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer seals two segments after the copy has listed, read or copied something."""
-    from helpers import load_of, map_of, open_writer
-
     root, to = tmp_path / "dump", tmp_path / "copy"
     with open_writer(root, scope="global", segment_steps=8) as writer:
 
