@@ -110,16 +110,13 @@ class Ring:
 
     # ---- the engine's thread
 
-    def fits(self, tensor: Any) -> bool:
-        return bool(
+    def fits(self, tensor: Any) -> Any:
+        """Whether a tensor has this ring's shape, type and device. Raises whatever the tensor raises."""
+        return (
             tensor.shape == self.shape
             and tensor.dtype == self._dtype
             and (not self.is_torch or tensor.device == self._device)
         )
-
-    @property
-    def used(self) -> int:
-        return self._taken - self._released
 
     def free(self) -> int:
         """The index of the next free buffer, or -1 if all are in use."""
@@ -130,9 +127,10 @@ class Ring:
             self._base = self._taken
         return (self._taken - self._base) % self.count
 
-    def take(self) -> None:
-        """Mark the next free buffer as in use, now that its step is queued."""
+    def take(self) -> int:
+        """Mark the next free buffer as in use, as its step is being queued; how many are in use."""
         self._taken += 1
+        return self._taken - self._released
 
     def fill(self, index: int, tensor: Any) -> None:
         """Start to copy a tensor that fits. Never waits for a device."""

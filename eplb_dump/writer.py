@@ -197,11 +197,12 @@ class ExpertLoadWriter:
             )
             self.folder = session_path(root, self.info)
             return
-        self._background = Background(
+        background = Background(
             self.folder, self.info, self._entries, limits, lambda: dataclasses.asdict(self.stats())
         )
         try:
-            self._background.start()
+            background.start()
+            self._background = background
         except RuntimeError as error:  # the interpreter is shutting down, or no thread is available
             self._off = f"no background thread: {error}"
             logger.warning("expert-load recording is off, the engine goes on: %s", self._off)
@@ -347,7 +348,7 @@ class ExpertLoadWriter:
             self._reject(number, LAST_MAP_INVALID)
             return
         ep_size_before = self._ep_size
-        if ep_size is not None:
+        if ep_size is not None and ep_size is not ep_size_before:
             if is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
                 self._ep_size = int(ep_size)
             elif sampled:
@@ -358,10 +359,7 @@ class ExpertLoadWriter:
             return
         staged = self._staging.stage(expert_load, placement, self._ep_size)
         if isinstance(staged, Staged):
-            if self._enqueue(number, Status.RECORDED, staged, num_tokens, phase):
-                self._accepted += 1
-                if self._staging.is_filling(staged) and self._background is not None:
-                    self._background.wake()
+            self._accepted += self._enqueue(number, Status.RECORDED, staged, num_tokens, phase)
         elif staged.cause == "queue":
             self._drop(number, staged.reason, placement)
         elif staged.cause == "expert_load":
@@ -407,7 +405,7 @@ class ExpertLoadWriter:
         phase: str | None = None,
     ) -> bool:
         """Queue a row for ``steps`` and its buffers; False if the queue is full or recording stopped."""
-        why = self._stopped()
+        why = self._stopped() if staged is NOTHING else None  # else it was checked before staging
         if why is None and len(self._entries) >= _MAX_WAITING:
             why = "the queue is full"
         if why is not None:
@@ -426,29 +424,22 @@ class ExpertLoadWriter:
         if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
             self._notice("phase is not a short text and is left out")
             phase = None
-        self._staging.take(staged)
+        fills_up = staged is not NOTHING and self._staging.take(staged)
         now, monotonic = time.time_ns(), time.monotonic_ns()
-        fields = (
-            step,
-            now,
-            monotonic,
-            status,
-            num_tokens,
-            phase,
-            self._ep_size,
-            staged.load,
-            staged.placement,
-        )
+        load, placement, _ = staged
+        fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)
         # Faster than Entry(...): this runs once per step.
         self._entries.append(tuple.__new__(Entry, fields))
         self._enqueued += 1
+        if fills_up and self._background is not None:
+            self._background.wake()
         return True
 
     def _stopped(self) -> str | None:
         if self._closed:
             return "the writer is closed"
         background = self._background
-        if background is None or background.off is not None or self._off is not None:
+        if background is None or background.off is not None:
             return "recording is off"
         return None
 
