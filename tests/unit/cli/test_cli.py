@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_golden, cli, one_error, start_child, write
+from helpers import assert_golden, cli, one_error, write
 
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format import frames
@@ -321,29 +320,6 @@ class TestBadInput:
         assert "\u202e" not in result.stdout
         assert "[bold]x[/bold]" in result.stdout.replace("\n", "")
 
-    def test_still_being_written(self, command: str, tmp_path: Path) -> None:
-        script = """
-        import sys
-        sys.path.insert(0, sys.argv[2])
-        import numpy as np
-        from eplb_dump import ExpertLoadWriter
-        writer = ExpertLoadWriter(sys.argv[1], model="m", num_logical_experts=4, ep_size=2, scope="global")
-        for _ in range(10):
-            writer.record(None, np.full((2, 4), 5), np.arange(4) + np.zeros((2, 1), int))
-        assert writer.flush()
-        print("ready", flush=True)
-        sys.stdin.read()
-        """
-        with start_child(script, tmp_path, ROOT) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == "ready\n"
-            result = cli(*COMMANDS[command], tmp_path)
-            child.communicate("", timeout=30)
-        assert result.returncode == 0
-        said = (result.stdout if command == "check" else result.stderr).replace("\n    ", " ")
-        assert "not closed (killed, or still being written): rank 0" in said
-        assert "10" in result.stdout
-
     @staticmethod
     def faulty(command: str, root: Path, name: str, *, still_recorded: int) -> None:
         """The fault is named once, the rest is used, and the exit code tells."""
@@ -476,68 +452,11 @@ def test_a_claim_of_absurd_size_is_refused(good: Path, tmp_path: Path) -> None:
     assert "journal-000099.frames" in result.stderr
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
-def test_a_stream_that_is_closed_is_done_without(good: Path, tmp_path: Path, closed: str) -> None:
-    root = shutil.copytree(good, tmp_path / "dump")
-    (session(root) / "loads-000001.parquet").unlink()
-    program = Path(sys.executable).with_name("eplb-analyze")
-    line = f"{program} summary --output json {root} {closed}"
-    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 3
-    if closed == "2>&-":
-        json.loads(result.stdout)
-    else:
-        assert result.stdout == ""
-    assert ("loads-000001.parquet: it is missing" in result.stderr) == (closed == ">&-")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="as on macOS")
-def test_what_cannot_be_written_is_said_or_at_least_no_success(good: Path, tmp_path: Path) -> None:
-    program = Path(sys.executable).with_name("eplb-analyze")
-    for streams, code, said in (
-        (">/dev/full", 3, "eplb-analyze: error: No space left on device\n"),
-        (">/dev/null 2>/dev/full", 3, ""),
-    ):
-        root = good if said else tmp_path
-        result = subprocess.run(
-            ["sh", "-c", f"{program} summary {root} {streams}"], capture_output=True, text=True, check=False
-        )
-        assert (result.returncode, result.stderr) == (code, said)
-
-
 def test_numbers_of_any_length(good: Path) -> None:
     many = "9" * 5000
     assert cli("summary", "--steps", f"0:{many}", good).returncode == 2
     assert cli("ranks", "--ranks-per-node", many, good).returncode == 2
     assert cli("traffic", "--ranks-per-node", many[:30], good).returncode == 2
-
-
-def test_what_may_not_be_read_is_named(good: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(good, tmp_path / "dump")
-    rank = session(root, 1).parent
-    rank.chmod(0)
-    try:
-        result = without_privileges("summary", root)
-        assert result.returncode == 3
-        assert f"{rank}: Permission denied; skipped" in result.stderr
-        assert "40 incomplete" in result.stdout
-        # Which run is the newest nobody knows where one cannot be looked into.
-        rank.parent.chmod(0)
-        one_error(without_privileges("summary", root), 3, f"{rank.parent}: Permission denied")
-    finally:
-        rank.parent.chmod(0o755)
-        rank.chmod(0o755)
-
-
-def without_privileges(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the program so that a folder's rights count, for root, too."""
-    drop = "-dac_override,-dac_read_search"
-    setpriv = ["setpriv", "--bounding-set", drop, "--inh-caps", drop]
-    if os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("root may read everything, and setpriv is not there")
-    program = [str(Path(sys.executable).with_name("eplb-analyze")), *map(str, arguments)]
-    line = [*(setpriv if os.geteuid() == 0 else []), *program]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_run_that_is_a_symbolic_link_is_named(good: Path, tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import sys
 
 import pytest
-from helpers import start_child
 
 from eplb_analyze import text as text_
 from eplb_analyze.cli import progress as progress_
@@ -65,34 +63,6 @@ def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     Progress()(1, 2)
     assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_program_that_is_told_to_end_shows_the_cursor_again(name: str) -> None:
-    script = """
-        import os, signal, sys, time
-        os.dup2(int(sys.argv[2]), 2)
-        signal.signal(getattr(signal, sys.argv[1]), signal.SIG_DFL)  # under nohup it is ignored
-        os.environ["TERM"] = "xterm"
-        from eplb_analyze.cli import progress
-        progress.DELAY_SECONDS = 0.0
-        progress.Progress()(1, 2)
-        # Any thread may get it, so that a pause of the main one would not end.
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-        while True:
-            time.sleep(0.01)
-    """
-    ours, theirs = os.openpty()
-    with start_child(script, name, theirs, pass_fds=(theirs,)) as child:
-        try:
-            code = child.wait(60)
-        finally:
-            child.kill()
-    os.close(theirs)
-    drawn = os.read(ours, 1 << 16)
-    os.close(ours)
-    assert code == 128 + getattr(signal, name)
-    assert drawn.rfind(b"\x1b[?25h") > drawn.rfind(b"\x1b[?25l") > -1
 
 
 def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
