@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,6 @@ from helpers import (
     manifest,
     map_of,
     open_writer,
-    run_child,
-    start_child,
 )
 
 from eplb_analyze import DumpError, open_run
@@ -32,52 +33,74 @@ from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.errors import Finding, NotInDumpError
 from eplb_analyze.reader import segments
-from eplb_analyze.reader.segments import DamagedSegmentError
+from eplb_analyze.reader.run import Run, RunInfo
+from eplb_analyze.reader.segments import DamagedSegmentError, ParquetSegment, read_manifest
 from eplb_dump.format import frames
-from eplb_dump.format.schema import MANIFEST_FILE
+from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 from eplb_dump.format.segment import footer_crc32
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sealed segment and an open journal, as a killed writer leaves them."""
-    root = tmp_path_factory.mktemp("small")
-    script = """
-        import os, sys, time
-        from helpers import load_of, map_of, open_writer
-        writer = open_writer(sys.argv[1], scope="global", segment_steps=4, num_logical_experts=6)
-        for step in range(6):
-            writer.record(step, load_of(step), map_of(step // 3), num_tokens=step, phase="decode")
-            writer.flush()
-        deadline = time.monotonic() + 20
-        while len(list(writer.folder.glob("journal-*"))) > 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os._exit(0)
-    """
-    run_child(script, root)
+    root = tmp_path_factory.mktemp("small") / "dump"
+    written = root.with_name("written")
+    writer = open_writer(written, scope="global", segment_steps=4, num_logical_experts=6)
+    for step in range(6):
+        writer.record(step, load_of(step), map_of(step // 3), num_tokens=step, phase="decode")
+        assert writer.flush(60)
+    deadline = time.monotonic() + 60
+    while len(list(written.rglob("journal-*"))) > 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    shutil.copytree(written, root)
+    writer.close()
     assert len(list(root.rglob("*.parquet"))) == 3
     assert len(list(root.rglob("journal-*"))) == 1
     return root
 
 
-Everything = tuple[list[Finding], dict[str, Any]]
+@dataclass
+class Content:
+    """What can be read of a run. ``loads``: by step, of all layers and slots."""
+
+    loads: dict[int, list[Any]]
+    steps: list[Any]
+    placements: list[Any]
+    info: RunInfo
 
 
-def read_everything(root: Path, *, check: bool = True) -> Everything | None:
-    """All that a run says, and the findings; None where the dump is refused as a whole."""
+def read_run(run: Run) -> Content:
+    """Read everything. The arrays under the frames are compared, as a frame takes longer than its data."""
+
+    def read() -> Content:
+        loads: dict[int, list[Any]] = {}
+        steps = []
+        for block in run.blocks():
+            columns = block.step, block.state, block.status, block.time_ns, block.num_tokens, block.phase
+            steps += [*(column.tolist() for column in columns), block.phases]
+            if len(block.recorded):
+                load = block.loads(0, run.info.num_layers)
+                by_rank = load.reshape(*load.shape[:2], run.info.ep_size, -1).sum(axis=3)
+                assert np.array_equal(block.rank_load(), by_rank)
+                loads |= zip(block.recorded.tolist(), load.tolist(), strict=True)
+        layers = run.history.layers.items()
+        placements = [(i, h.steps, h.ep_sizes, [s.tolist() for s in h.slots]) for i, h in layers]
+        return Content(loads, steps, placements, run.info)
+
+    return run.retry_without_damaged(read)
+
+
+def read_everything(root: Path) -> tuple[Run, Content] | None:
+    """None if the dump is refused as a whole."""
     try:
         run = open_run(root)
-        content = {
-            "loads": run.loads().rows(),
-            "steps": run.steps().rows(),
-            "placements": run.placements().rows(),
-            "info": run.info,
-        }
-        if check:
-            check_run(run)
+        return run, read_run(run)
     except DumpError:
         return None
-    return run.findings, content
+
+
+def has_errors(run: Run) -> bool:
+    return any(finding.severity == "error" for finding in run.findings)
 
 
 def flip(path: Path, bit: int) -> None:
@@ -88,8 +111,16 @@ def flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ (1 << bit % 8)]))
 
 
+def reported_by_check(run: Run) -> bool:
+    try:
+        check_run(run)
+    except DumpError:
+        return True
+    return has_errors(run)
+
+
 def flip_and_judge(root: Path, flips: int, seed: int) -> tuple[int, int]:
-    """Flip random bits, one at a time; how many changed nothing, and how many were reported."""
+    """Flip random bits, one at a time. Returns how many changed nothing and how many were reported."""
     truth = read_everything(root)
     assert truth is not None
     files = sorted(p for p in root.rglob("*") if p.is_file())
@@ -100,7 +131,7 @@ def flip_and_judge(root: Path, flips: int, seed: int) -> tuple[int, int]:
         bit = rng.randrange(path.stat().st_size * 8)
         flip(path, bit)
         found = read_everything(root)
-        if found is None or any(f.severity == "error" for f in found[0]):
+        if found is None or has_errors(found[0]) or reported_by_check(found[0]):
             reported += 1
         else:
             harmless += 1
@@ -110,15 +141,15 @@ def flip_and_judge(root: Path, flips: int, seed: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_thousand_flipped_bits(small: Path, tmp_path: Path, seed: int) -> None:
+def test_random_flipped_bit_is_reported_or_changes_nothing(small: Path, tmp_path: Path, seed: int) -> None:
     root = shutil.copytree(small, tmp_path / "dump")
     harmless, reported = flip_and_judge(root, 300, seed)
     assert harmless + reported == 300
     assert reported > 250
 
 
-def test_every_bit_of_a_dictionarys_page_header(small: Path, tmp_path: Path) -> None:
-    """Page headers have no checksum: one can say that there is no text where codes of texts follow."""
+def test_flipped_bit_in_a_dictionary_page_header_is_no_wrong_figure(small: Path, tmp_path: Path) -> None:
+    """Page headers have no checksum: a flipped bit can hide the dictionary that the codes refer to."""
     root = shutil.copytree(small, tmp_path / "dump")
     truth = read_everything(root)
     assert truth is not None
@@ -128,57 +159,84 @@ def test_every_bit_of_a_dictionarys_page_header(small: Path, tmp_path: Path) -> 
     reported = 0
     for bit in range(8 * status.dictionary_page_offset, 8 * (status.dictionary_page_offset + 16)):
         flip(path, bit)
-        found = read_everything(root, check=False)
+        found = read_everything(root)
         flip(path, bit)
-        reported += found is None or any(f.severity == "error" for f in found[0])
-        assert found is None or found[0] or found[1] == truth[1], bit
+        reported += found is None or has_errors(found[0])
+        assert found is None or found[0].findings or found[1] == truth[1], bit
     assert reported > 16
 
 
 @pytest.mark.long
-def test_ten_thousand_flipped_bits(small: Path, tmp_path: Path) -> None:
+def test_ten_thousand_flipped_bits_are_reported_or_change_nothing(small: Path, tmp_path: Path) -> None:
     harmless, reported = flip_and_judge(shutil.copytree(small, tmp_path / "dump"), 10_000, 99)
     print(f"{reported} reported, {harmless} without effect")
 
 
-def kind(path: Path) -> str:
-    return path.name.split("-")[0]
-
-
-@pytest.mark.parametrize(
-    "name", ["journal", "manifest.frames", "session.json", "loads", "steps", "placements"]
-)
-def test_truncation_at_every_byte(small: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("table", ["loads", "steps", "placements"])
+def test_parquet_file_truncated_at_any_byte_is_damaged(small: Path, tmp_path: Path, table: str) -> None:
     root = shutil.copytree(small, tmp_path / "dump")
     truth = read_everything(root)
     assert truth is not None
-    full = {row[:2]: row for row in truth[1]["loads"]}
-    (path,) = (p for p in root.rglob("*") if p.is_file() and kind(p) == name)
+    session = truth[0].sessions[0]
+    entry = read_manifest(session.folder, session.info).entries[0]
+    path = session.folder / entry.files[table].name
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(DamagedSegmentError):
+            ParquetSegment(session.folder, session.info, entry).verify(table)
+        if length % 100 == 0:
+            # The run is read without it, and the loss is reported.
+            found = read_everything(root)
+            assert found is not None
+            assert has_errors(found[0]), length
+            assert all(truth[1].loads[step] == load for step, load in found[1].loads.items())
+            assert list(found[1].loads) == ([0, 1, 2, 3, 4, 5] if table == "placements" else [4, 5])
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, SESSION_FILE])
+def test_metadata_truncated_at_any_byte_is_reported(small: Path, tmp_path: Path, name: str) -> None:
+    root = shutil.copytree(small, tmp_path / "dump")
+    truth = read_everything(root)
+    assert truth is not None
+    (path,) = root.rglob(name)
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        found = read_everything(root)
+        if found is not None:
+            loads = found[1].loads
+            assert all(truth[1].loads[step] == load for step, load in loads.items()), length
+            # A manifest cut between frames lists less, but its files are still there.
+            assert loads == truth[1].loads or has_errors(found[0]), length
+
+
+def test_prefix_of_a_journal_is_a_journal(tmp_path: Path) -> None:
+    """Its whole records count; the rest is an unfinished write, which is no error."""
+    writer = open_writer(tmp_path / "written", scope="global", num_logical_experts=6)
+    for step in range(3):
+        writer.record(step, load_of(step), map_of(step // 2), num_tokens=step, phase="decode")
+        assert writer.flush(60)
+    root = shutil.copytree(tmp_path / "written", tmp_path / "dump")
+    writer.close()
+    truth = read_everything(root)
+    assert truth is not None
+    (path,) = root.rglob("journal-*")
     data = path.read_bytes()
     survivors = []
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        found = read_everything(root, check=False)
-        rows = [] if found is None else found[1]["loads"]
-        assert all(full[row[:2]] == row for row in rows), length
-        survivors.append(len(rows))
-        if name == "journal":
-            # A prefix of a journal is a journal: what is whole in it counts, the rest is torn.
-            assert found is not None
-            assert [f for f in found[0] if f.severity == "error"] == []
-            steps = [row[0] for row in rows]
-            assert steps == sorted(steps)
-            assert {0, 1, 2, 3} <= set(steps)
-        elif found is not None and len(rows) < len(full):
-            # What was lost is said. (A manifest cut between frames lists less, but its files are there.)
-            assert any(f.severity == "error" for f in found[0]), length
-    if name == "journal":
-        assert survivors == sorted(survivors)
-        assert set(survivors) == {12, 15}  # steps 0 to 3, then 4; step 5 needs the last byte
+        found = read_everything(root)
+        assert found is not None, length
+        assert not has_errors(found[0]), length
+        assert all(truth[1].loads[step] == load for step, load in found[1].loads.items()), length
+        survivors.append(list(found[1].loads))
+    # Step 2 needs the last byte.
+    assert [steps for steps, _ in itertools.groupby(survivors)] == [[], [0], [0, 1]]
 
 
-def test_every_flipped_bit_before_the_data_of_a_page(tmp_path: Path) -> None:
-    """What says how a page is to be read is in no checksum: a page of texts can go missing."""
+def test_flipped_bit_in_a_page_header_is_no_wrong_step(tmp_path: Path) -> None:
+    """Page headers have no checksum: a flipped bit can hide the dictionary of a text column."""
     folder = record_three(tmp_path, scope="global")
     path = folder / "steps-000000.parquet"
     group = pq.read_metadata(path).row_group(0)
@@ -218,7 +276,7 @@ def without_entry(folder: Path, seq: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "deleted", "unlisted"])
-def test_where_placements_are_lost_no_slot_has_an_expert(tmp_path: Path, how: str) -> None:
+def test_lost_placements_are_unknown_until_stated_again(tmp_path: Path, how: str) -> None:
     folder = record_three(tmp_path, scope="global")
     path = folder / "placements-000001.parquet"
     if how == "flipped":
@@ -252,7 +310,7 @@ def test_where_placements_are_lost_no_slot_has_an_expert(tmp_path: Path, how: st
     assert "NEVER ACTED" not in cli("summary", tmp_path).stdout
 
 
-def test_what_another_rank_states_is_not_lost(tmp_path: Path) -> None:
+def test_placements_are_read_from_another_rank(tmp_path: Path) -> None:
     folders = [record_three(tmp_path, rank, scope="local") for rank in (0, 1)]
     truth = expert_report(open_run(tmp_path)).to_json()
     for folder in folders:
@@ -264,13 +322,13 @@ def test_what_another_rank_states_is_not_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("table", "seen"), [("loads", 30), ("steps", 20)])
-def test_other_damage_says_nothing_against_placements(tmp_path: Path, table: str, seen: int) -> None:
+def test_damaged_loads_or_steps_keep_the_placements(tmp_path: Path, table: str, seen: int) -> None:
     folders = [record_three(tmp_path, rank, scope="local") for rank in (0, 1)]
     flip(folders[1] / f"{table}-000001.parquet", 8 * 20)
     run = open_run(tmp_path)
     assert codes(check_run(run).findings) == {"damaged_file", "incomplete_steps", "conservation"}
     assert [step for step, *_ in run.placements().rows()] == [0] * LAYERS + [12] * LAYERS + [22] * LAYERS
-    # A segment is left out as far as it must be.
+    # Only the damaged table of a segment is left out.
     assert sum(run.steps()["ranks_recorded"].to_list()) == 50
     flip(folders[0] / f"{table}-000001.parquet", 8 * 20)
     run = open_run(tmp_path)
@@ -278,7 +336,7 @@ def test_other_damage_says_nothing_against_placements(tmp_path: Path, table: str
     assert len(run.steps()) == seen
 
 
-def test_of_one_reading_in_another_the_outer_one_begins_anew(tmp_path: Path) -> None:
+def test_damage_in_a_nested_analysis_restarts_the_outer_one(tmp_path: Path) -> None:
     record_three(tmp_path, scope="global")
     run = open_run(tmp_path)
     segment = run.sessions[0].segments[1]
@@ -296,8 +354,8 @@ def test_of_one_reading_in_another_the_outer_one_begins_anew(tmp_path: Path) -> 
     assert run.retry_without_damaged(outer) == [30, 20]
 
 
-def test_steps_and_loads_must_tell_of_the_same_steps(tmp_path: Path) -> None:
-    """As no writer of ours would leave them: right checksums, and a step without its loads."""
+def test_recorded_step_without_loads_is_found_by_check(tmp_path: Path) -> None:
+    """No writer produces this: valid checksums, and a step without its loads."""
     folder = record_three(tmp_path, scope="global")
     path = folder / "loads-000001.parquet"
     table = pq.read_table(path)
@@ -318,70 +376,10 @@ def test_steps_and_loads_must_tell_of_the_same_steps(tmp_path: Path) -> None:
 # ---- limits of the reader, and claims
 
 
-def test_many_ranks_and_few_open_files(tmp_path: Path) -> None:
-    """A run may have more files, and a step more ranks, than a process may open files."""
-    ranks = 24
-    for rank in range(ranks):
-        with open_writer(
-            tmp_path, ep_rank=rank, ep_size=ranks, num_logical_experts=ranks, segment_steps=4, scope="local"
-        ) as writer:
-            for step in range(8):
-                writer.record(step, load_of(step, rank, slots=ranks), map_of(0, slots=ranks))
-    script = """
-        import resource, sys
-        from eplb_analyze import open_run
-        from eplb_analyze.analysis.experts import expert_report
-        from eplb_analyze.analysis.summary import summarize
-        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-        run = open_run(sys.argv[1])
-        print(summarize(run).steps.to_json()["recorded"], expert_report(run).recorded, run.findings)
-    """
-    assert run_child(script, tmp_path) == "8 8 []\n"
-
-
-def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
-    """Of killed writers there are as many open journals as ranks."""
-    script = """
-        import os, sys
-        from helpers import load_of, map_of, open_writer
-        for rank in range(24):
-            writer = open_writer(sys.argv[1], ep_rank=rank, ep_size=24, num_logical_experts=24, scope="local")
-            writer.record(0, load_of(0, rank, slots=24), map_of(0, slots=24))
-            writer.flush()
-        os._exit(0)
-    """
-    run_child(script, tmp_path)
-    script = """
-        import errno, resource, sys
-        from eplb_analyze import open_run
-        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 100))
-        try:
-            print(open_run(sys.argv[1]).findings)
-        except OSError as error:
-            print(error.errno == errno.EMFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-        print(open_run(sys.argv[1]).findings)
-    """
-    assert run_child(script, tmp_path) == "True\n[]\n"
-    script = """
-        import resource, sys
-        from eplb_analyze.cli import app as cli
-        from eplb_analyze.analysis import summary
-        resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-        sys.argv[1:] = ["summary", sys.argv[1]]
-        cli.main()
-    """
-    with start_child(script, tmp_path) as child:
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == 3
-    assert err.startswith("eplb-analyze: error: ")
-    assert err.endswith("too many open files; allow more with `ulimit -n 4096`\n")
-
-
-def test_a_small_file_that_stands_for_very_much_is_refused(
+def test_small_file_that_decodes_to_much_data_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its size says nothing: a value that is repeated takes no bytes. Nothing of it is read."""
+    """A repeated value takes hardly any bytes, so the file size does not bound the memory. Nothing is read."""
     record_three(tmp_path, scope="global")
     monkeypatch.setattr(segments, "MAX_DECODED_BYTES", 8 * 10 * 6 - 1)
     run = open_run(tmp_path)
