@@ -379,7 +379,7 @@ def test_recorded_step_without_loads_is_found_by_check(tmp_path: Path) -> None:
 def test_small_file_that_decodes_to_much_data_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A repeated value takes hardly any bytes, so the file size does not bound the memory. Nothing is read."""
+    """A repeated value takes hardly any bytes, so the file size does not bound memory. Nothing is read."""
     record_three(tmp_path, scope="global")
     monkeypatch.setattr(segments, "MAX_DECODED_BYTES", 8 * 10 * 6 - 1)
     run = open_run(tmp_path)
