@@ -11,6 +11,7 @@ import numpy as np
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.metrics.series import BoundedSeries
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run, RunInfo
@@ -18,8 +19,6 @@ from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int64, Shape
 
-#: Twice as many steps are put together in pairs, so that memory does not grow with a run.
-MAX_ROWS = 8192
 #: Mean tokens a step that differ by more than this factor are another workload.
 TOKEN_FACTOR = 1.25
 #: Routing that differs by less is the same workload, whatever the runs' own drift.
@@ -183,10 +182,9 @@ class _Reading:
     def __init__(self, run: Run, steps: tuple[int, int] | None) -> None:
         self.run, self.whole = run, Completeness()
         layers, experts = run.info.num_layers, run.info.num_logical_experts
-        self.terms = np.zeros((0, layers + 1, 4))
+        self._series = BoundedSeries.empty((0, layers + 1, 4), axis=0)
         self.logical = np.zeros((2, layers, experts), np.int64)
         self.shapes: set[Shape] = set()
-        self._steps_per_row = 1
         self._tokens = 0.0
         low, high = StepRange.of(steps)
         first, last = (step or 0 for step in run.step_range)
@@ -196,14 +194,16 @@ class _Reading:
                 self.whole.add(block)
                 if block.shape is not None and len(block.recorded):
                     self.shapes.add(block.shape)
-                    self._add(run.terms(block), block.shape.ep_size)
+                    self._add(block.recorded, run.terms(block), block.shape.ep_size)
                     self.logical[half] += logical_sums(block, run.history, experts)
 
-    def _add(self, terms: formulas.Terms, ranks: int) -> None:
+    def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
         self._tokens += float(terms.mean.sum()) * ranks
-        self.terms = np.concatenate([self.terms, _sums(_rows(terms), self._steps_per_row)])
-        if len(self.terms) > 2 * MAX_ROWS:
-            self.terms, self._steps_per_row = _sums(self.terms, 2), 2 * self._steps_per_row
+        self._series.add(steps, _rows(terms))
+
+    @property
+    def terms(self) -> formulas.Float64:
+        return self._series.sums
 
     @property
     def active_rows(self) -> int:
@@ -213,12 +213,6 @@ class _Reading:
         active = self.terms[:, :-1, ACTIVE].sum()
         tokens = self._tokens / float(active) if active else None
         return Side(self.run.info, self.whole, tokens, len(self.run.history.rearrangements()))
-
-
-def _sums(rows: formulas.Float64, count: int) -> formulas.Float64:
-    """Every ``count`` consecutive rows added up; the last sum may be of fewer."""
-    sums: formulas.Float64 = np.add.reduceat(rows, np.arange(0, len(rows), count), axis=0)
-    return sums
 
 
 def _rows(terms: formulas.Terms) -> formulas.Float64:

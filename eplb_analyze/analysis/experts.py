@@ -22,7 +22,7 @@ from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block, Piece
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
-from eplb_analyze.reader.placements import replicas
+from eplb_analyze.reader.placements import fold, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -331,17 +331,14 @@ class _Loads(Sums):
 
     def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
         """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""
-        out = np.zeros((len(load), self.tokens.shape[1]), np.int64)
         if slots is not None and len(slots) != load.shape[1]:
             slots = None
         if self.placed[i] is not slots:
             self.placed[i] = slots
             self.slot_tokens[i] = 0
         self.slot_tokens[i] += load.sum(axis=0)
-        if slots is not None:
-            order = np.argsort(slots, kind="stable")[int((slots == EMPTY_SLOT).sum()) :]
-            present, starts = np.unique(slots[order], return_index=True)
-            out[:, present] = np.add.reduceat(load[:, order], starts, axis=1)
+        experts = self.tokens.shape[1]
+        out: Int64 = np.zeros((len(load), experts), np.int64) if slots is None else fold(load, slots, experts)
         self.unknown[i] += load.sum() - out.sum()
         return out
 

@@ -13,6 +13,7 @@ from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary, SummarySums
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.formulas import Float64
+from eplb_analyze.metrics.series import sum_groups
 from eplb_analyze.reader.run import Run
 
 #: A row keeps a run's balancedness over time in at most this many sums, for comparisons.
@@ -174,6 +175,6 @@ def _series(balancedness: Float64) -> list[tuple[float, int]]:
     known = balancedness[~np.isnan(balancedness)]
     if not len(known):
         return []
-    starts = np.arange(0, len(known), -(-len(known) // MAX_SERIES))
-    counts = np.diff(starts, append=len(known))
-    return list(zip(np.add.reduceat(known, starts).tolist(), counts.tolist(), strict=True))
+    size = -(-len(known) // MAX_SERIES)
+    counts = sum_groups(np.ones(len(known), np.int64), size)
+    return list(zip(sum_groups(known, size).tolist(), counts.tolist(), strict=True))

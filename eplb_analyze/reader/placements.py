@@ -149,14 +149,16 @@ def fold(load: npt.NDArray[Any], slots: Int32, num_logical_experts: int) -> npt.
     if load.ndim == 1:
         np.add.at(out, slots[filled], load[filled])
         return out
-    while len(filled):  # add one slot of each expert at a time: a column, not a cell
-        present, at = np.unique(slots[filled], return_index=True)
-        columns = load.take(filled[at], axis=-1)
+    while len(filled):  # add one slot of each expert at a time: columns, not cells
+        slot = np.full(num_logical_experts, -1)
+        slot[slots[filled]] = filled
+        present = np.flatnonzero(slot >= 0)
+        columns = load.take(slot[present], axis=-1)
         if len(present) == num_logical_experts:
             out += columns
         else:
             out[..., present] += columns
-        filled = np.delete(filled, at)
+        filled = filled[slot[slots[filled]] != filled]
     return out
 
 

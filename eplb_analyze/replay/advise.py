@@ -317,12 +317,12 @@ class TrainTestSplit:
         )
 
     def _judged(self, outcome: Outcome, row: int) -> Judged:
-        part = self.played.scores.part(self.judging)
+        scores = self.played.scores
         moves = self._moves(outcome, self.judging)
         return Judged(
             outcome.setting,
-            part.balancedness_of(row),
-            part.idle_fraction_of(row),
+            scores.balancedness_of(row, self.judging),
+            scores.idle_fraction_of(row, self.judging),
             len(moves),
             sum(move.weights for move in moves),
         )

@@ -82,7 +82,7 @@ class Simulation:
             SettingRun(s, policy, self._initial_placement(s), origin, _nodes(run, s.ep_size), num_groups)
             for s, policy in settings
         ]
-        self.scores = Scores.empty([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size])
+        self.scores = Scores([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size])
         sizes = {(own.slots, own.setting.ep_size) for own in self.setting_runs}
         if shape.num_physical_experts >= self.experts:  # else experts have no slot, and there is no bound
             sizes.add((shape.num_physical_experts, shape.ep_size))
@@ -164,7 +164,7 @@ class Simulation:
         self.scores.add(loads.steps, sums)
 
     def _score_layer(self, loads: _LogicalLoads, layer: int) -> tuple[Float64, list[float]]:
-        """Of one layer, the terms of :attr:`Scores.sums` but for ``ACTIVE``, and the bound of each size."""
+        """Of one layer, the sums of :class:`Scores` but for ``ACTIVE``, and the bound of each size."""
         steps, load = loads.steps, loads.logical[layer].astype(np.float64)
         changes = self.histories[layer].periods(steps)
         today = [(int(steps[period.start]), slots) for period, slots in changes if slots is not None]

@@ -12,8 +12,8 @@ from helpers import cli, one_error
 from reference import idle_fraction, per_step
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis import compare
 from eplb_analyze.analysis.compare import compare_runs
+from eplb_analyze.metrics import series
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, EP_SIZE, LAYERS = 8, 4, 3
@@ -104,7 +104,7 @@ def test_a_long_run_is_read_in_sums_of_steps(
 ) -> None:
     root, _, _ = pair
     plain = compare_runs(open_run(root, "a"), open_run(root, "b"))
-    monkeypatch.setattr(compare, "MAX_ROWS", 16)
+    monkeypatch.setattr(series, "MAX_SUMS", 16)
     summed = compare_runs(open_run(root, "a"), open_run(root, "b"))
     assert plain.balancedness is not None
     assert summed.balancedness is not None

@@ -16,8 +16,9 @@ from helpers import assert_golden, cli, one_error
 
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
+from eplb_analyze.metrics import series
 from eplb_analyze.policies import policy
-from eplb_analyze.replay import scores, simulator
+from eplb_analyze.replay import simulator
 from eplb_analyze.replay.replay import Outcome, Replay, last_steps, replay_run
 from eplb_analyze.replay.settings import Choices, Setting, grid, recorded
 from eplb_analyze.transfer.importers.import_dump import Options, import_dump
@@ -212,7 +213,7 @@ def test_result_does_not_depend_on_threads_or_blocks(dump: Path, tmp_path: Path)
 
 def test_scores_of_a_long_run_are_downsampled(dump: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = replay_run(open_run(dump), SETTINGS)
-    monkeypatch.setattr(scores, "MAX_COLUMNS", 10)
+    monkeypatch.setattr(series, "MAX_SUMS", 10)
     short = replay_run(open_run(dump), SETTINGS)
     assert len(short.scores.step) <= 20 < len(whole.scores.step)
     for one, other in zip(whole.outcomes, short.outcomes, strict=True):
