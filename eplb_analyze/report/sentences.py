@@ -17,7 +17,6 @@ TOKENS = (
     "All figures count tokens, not milliseconds: what they say of time is true as far as a rank's time is "
     "proportional to its tokens."
 )
-SHOWN_RANKS = 8
 
 
 def shape(info: RunInfo) -> str:
