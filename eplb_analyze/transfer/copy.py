@@ -99,14 +99,14 @@ def copy_run(
         raise UsageError(f"{to}: it lies inside the dump that is copied; name another --to")
     chosen = _choose_sessions(found, source, run_id, model, ranks)
     damaged = [f.text for f in found.findings_of(run_id) if f.severity == "error"]
-    copies = []
-    for folder, info in chosen:
-        # Elsewhere than in its model's folder, its copy could overwrite another session's.
-        if folder.parent.parent.name == f"{MODEL_PREFIX}{model_slug(info.model)}":
-            copies.append(_SessionCopy(folder, info, steps, Target(to, info, folder)))
-        else:
-            text = f"it is of model {info.model!r}, another folder's; session left out"
-            damaged.append(f"{folder / SESSION_FILE}: {text}")
+    copies = [
+        _SessionCopy(*session, steps, Target(to, *session)) for session in chosen if _in_place(*session)
+    ]
+    damaged += [
+        f"{folder / SESSION_FILE}: it is of model {info.model!r}, another folder's; session left out"
+        for folder, info in chosen
+        if not _in_place(folder, info)
+    ]
     if not copies:
         raise DumpError(f"{source}: no session of run {run_id} can be read")
     threads = max(storage.requests_at_once(source), storage.requests_at_once(to))
@@ -156,6 +156,11 @@ def _choose_sessions(
     if absent:
         raise NotInDumpError(f"{source}: run {run_id} has nothing of rank {', '.join(map(str, absent[:8]))}")
     return [(folder, info) for folder, info in sessions if info.ep_rank in ranks]
+
+
+def _in_place(folder: StoragePath, info: SessionInfo) -> bool:
+    """Whether a session is in its model's folder; else its copy could overwrite another session's."""
+    return folder.parent.parent.name == f"{MODEL_PREFIX}{model_slug(info.model)}"
 
 
 def _copy_all(

@@ -79,7 +79,7 @@ class Target:
     object. Buckets have no locks.
     """
 
-    def __init__(self, to: StoragePath, info: SessionInfo, source: StoragePath) -> None:
+    def __init__(self, to: StoragePath, source: StoragePath, info: SessionInfo) -> None:
         """``to``: the dump to copy into; ``source``: the session's folder."""
         self._info = info
         self.folder = to

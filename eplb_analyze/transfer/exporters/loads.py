@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from eplb_analyze import atomic
 from eplb_analyze.errors import DumpError
-from eplb_analyze.json_report import Report
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
@@ -35,29 +35,23 @@ METADATA_KEY = b"eplb_analyze"
 BATCH_ROWS = 1 << 20
 
 
-@dataclass
-class LoadExport(Report):
+@dataclass(frozen=True)
+class LoadExport(RunReport):
     """What was written; docs/cli.md describes the JSON."""
 
-    run_id: str
-    model: str
     format: str
     file: Path
-    bytes: int = 0
-    steps: Completeness = field(default_factory=Completeness)
+    bytes: int
+    steps: Completeness
     #: The complete steps in the file: the first, the last, and how many.
-    first_step: int = -1
-    last_step: int = -1
-    recorded: int = 0
+    first_step: int
+    last_step: int
+    recorded: int
     #: The model's numbers.
-    layers: list[int] = field(default_factory=list)
+    layers: list[int]
     #: None for ``logical-npy``.
-    rows: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        document = super().to_json()
-        return {"run": {"run_id": document.pop("run_id"), "model": document.pop("model")}, **document}
+    rows: int | None
+    notes: list[str]
 
 
 def export_loads(
@@ -91,41 +85,58 @@ def export_loads(
     write = _write_logical if format == "logical-npy" else _write_long
 
     def export() -> LoadExport:
-        report = LoadExport(run.info.run_id, run.info.model, format, file, layers=numbers)
         with atomic.new_file(file, force=force) as out:
-            write(run, report, out, steps, chosen)
-            report.bytes = out.tell()
-        return report
+            written = write(run, format, out, steps, chosen)
+            size = out.tell()
+        return LoadExport(
+            run.info.run_id, run.info.model, format, file, bytes=size, layers=numbers, **written
+        )
 
     return run.retry_without_damaged(export)
 
 
 def _write_long(
-    run: Run, report: LoadExport, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
-) -> None:
+    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> dict[str, Any]:
+    """The members of the report that are known once the file is written."""
+    whole = Completeness()
+    recorded: list[Int64] = []
+
     def counted() -> Iterator[Block]:
         for block, _ in run.over_blocks(lambda _: None, steps):
-            report.steps.add(block)
+            whole.add(block)
             if block.shape is not None and len(block.recorded):
-                report.first_step = report.first_step if report.recorded else int(block.recorded[0])
-                report.last_step = int(block.recorded[-1])
-                report.recorded += len(block.recorded)
+                recorded.append(block.recorded)
             yield block
 
-    report.rows = write_rows(batches(run, counted(), layers), report.format, out, schema(run))
-    if not report.recorded:
+    rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
+    if not recorded:
         raise DumpError(f"{run.path}: no step of these is complete (see `check`)")
-    report.notes += run.import_caveats("step_order", *PLACEMENTS)
+    return {
+        "steps": whole,
+        "first_step": int(recorded[0][0]),
+        "last_step": int(recorded[-1][-1]),
+        "recorded": sum(map(len, recorded)),
+        "rows": rows,
+        "notes": run.import_caveats("step_order", *PLACEMENTS),
+    }
 
 
 def _write_logical(
-    run: Run, report: LoadExport, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
-) -> None:
-    sums, report.steps, report.notes = logical_loads(run, steps)
-    report.first_step, report.last_step, report.recorded = sums.first_step, sums.last_step, sums.recorded
+    run: Run, format: str, out: IO[bytes], steps: tuple[int, int] | None, layers: list[int]
+) -> dict[str, Any]:
+    """Likewise."""
+    sums, whole, notes = logical_loads(run, steps)
     logical = sums.logical[layers]
     np.save(out, logical if run.info.token_replication == 1 else run.tokens(logical), allow_pickle=False)
-    report.notes += run.import_caveats(*(() if steps is None else ("step_order",)), *PLACEMENTS)
+    return {
+        "steps": whole,
+        "first_step": sums.first_step,
+        "last_step": sums.last_step,
+        "recorded": sums.recorded,
+        "rows": None,
+        "notes": notes + run.import_caveats(*(() if steps is None else ("step_order",)), *PLACEMENTS),
+    }
 
 
 class LogicalSums(Sums):
