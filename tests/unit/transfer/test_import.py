@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -586,6 +587,12 @@ def test_trtllm_has_loads_of_all_ranks(tmp_path: Path) -> None:
     assert "placement" in unknown(run)
     _, run = do(source, tmp_path, ep_size=EP, placement="linear")
     assert run.info.num_logical_experts == SLOTS
+
+
+def test_trtllm_without_safetensors_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    refused(DumpError, source, tmp_path, "pip install 'eplb-dump[analyze,import]'", ep_size=EP)
 
 
 def test_trtllm_yaml_without_fixed_placement_is_refused(tmp_path: Path) -> None:
