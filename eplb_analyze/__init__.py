@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from eplb_analyze.live.watch import Follower as Follower
     from eplb_analyze.metrics.formulas import FORMULAS as FORMULAS
     from eplb_analyze.reader.run import Run as Run
-    from eplb_analyze.reader.run import RunInfo as RunInfo
     from eplb_analyze.reader.run import open_run as open_run
+    from eplb_analyze.reader.run_info import RunInfo as RunInfo
     from eplb_analyze.reader.segments import DamagedSegmentError as DamagedSegmentError
     from eplb_analyze.reader.step_range import StepRange as StepRange
     from eplb_analyze.replay.advise import Advice as Advice
@@ -68,7 +68,8 @@ _EXPORTS = {
     "errors": ["AnalyzeError", "DumpError", "Finding", "NotInDumpError", "UsageError"],
     "live.watch": ["Follower"],
     "metrics.formulas": ["FORMULAS"],
-    "reader.run": ["Run", "RunInfo", "open_run"],
+    "reader.run": ["Run", "open_run"],
+    "reader.run_info": ["RunInfo"],
     "reader.segments": ["DamagedSegmentError"],
     "reader.step_range": ["StepRange"],
     "replay.advise": ["Advice", "advise"],

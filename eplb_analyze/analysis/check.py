@@ -16,7 +16,8 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import ABSENT, Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import replicas
-from eplb_analyze.reader.run import Run, imported
+from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import imported
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64

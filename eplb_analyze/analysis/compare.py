@@ -14,7 +14,8 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.series import BoundedSeries
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.placements import logical_sums
-from eplb_analyze.reader.run import Run, RunInfo
+from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int64, Shape

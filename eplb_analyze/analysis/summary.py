@@ -16,7 +16,8 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import Rearrangement, logical_sums, replicas
-from eplb_analyze.reader.run import Run, RunInfo
+from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import listed, percent, plural
 from eplb_dump.format.journal import Int64, Shape

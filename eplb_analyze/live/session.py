@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.live.tail import GrowingFile
-from eplb_analyze.reader.segments import DamagedSegmentError, ParquetSegment
+from eplb_analyze.reader.parquet_segment import ParquetSegment
+from eplb_analyze.reader.segments import DamagedSegmentError
 from eplb_dump.format.frames import Frame
 from eplb_dump.format.journal import (
     Int64,

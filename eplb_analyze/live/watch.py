@@ -18,9 +18,9 @@ from eplb_analyze.live.session import FollowedSession
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
 from eplb_analyze.metrics.formulas import Float64, Spread, Terms
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
+from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.discovery import read_info
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
-from eplb_analyze.reader.run import choose
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.journal import Int64, PlacementRows
 from eplb_dump.format.schema import (

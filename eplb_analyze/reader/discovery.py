@@ -12,9 +12,9 @@ from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.parallel import ordered_map
+from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.segments import (
     OpenSegment,
-    ParquetSegment,
     Segment,
     exhausted,
     read_manifest,

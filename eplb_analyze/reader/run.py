@@ -1,8 +1,7 @@
-"""Run: one run of one model, opened for reading; its methods return polars frames.
+"""Run: one run of one model, opened for reading. Its methods return polars frames.
 
-The arrays under the frames come from :mod:`eplb_analyze.reader.blocks`
-:mod:`eplb_analyze.reader.dataframes` makes them.
-Nothing here writes into a dump.
+:mod:`eplb_analyze.reader.dataframes` makes the frames from the arrays of
+:mod:`eplb_analyze.reader.blocks`. Nothing here writes into a dump.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -20,60 +19,22 @@ from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, iter_blocks, parts
-from eplb_analyze.reader.discovery import Discovery, Session, discover, open_sessions
+from eplb_analyze.reader.choose import choose
+from eplb_analyze.reader.discovery import Session, open_sessions
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
+from eplb_analyze.reader.run_info import run_info
 from eplb_analyze.reader.segments import DamagedSegmentError, Segment
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 from eplb_analyze.text import plural
-from eplb_dump.format.journal import Shape
-from eplb_dump.format.schema import FORMAT_NAME, Scope, model_slug
-from eplb_dump.format.session import Origin, SessionInfo
+from eplb_dump.format.schema import FORMAT_NAME, Scope
 
 if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     import polars as pl
 
 T = TypeVar("T")
-#: No engine comes near: 100 layers on 10,000 ranks.
-MAX_LAYER_RANKS = 1 << 20
-#: A part of a run has about so many steps: some seconds of work for one core.
+#: Steps in a part of a run, about: some seconds of work for one core.
 PART_STEPS = 16384
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a run is: from its sessions' metadata, and from the shapes that were really recorded."""
-
-    run_id: str
-    model: str
-    engine: str | None
-    engine_version: str | None
-    scope: str
-    ep_size: int
-    num_layers: int
-    num_logical_experts: int
-    num_physical_experts: int
-    layers: tuple[int, ...]
-    ranks_per_node: int | None
-    token_replication: int
-    interval: int
-    created_unix_ns: int
-    #: Where an imported run came from, all its files; None: it was recorded.
-    origin: Origin | None = None
-
-    @property
-    def timed(self) -> bool:
-        """Whether it is known when its steps were; of an imported run it may not be."""
-        return self.origin is None or "times" not in self.origin.unknown
-
-
-def imported(origin: Origin) -> str:
-    """Where an imported run came from and what is not known of it, in one line."""
-    unknown = ", ".join(code.replace("_", " ") for code in origin.unknown)
-    how = f"imported from {origin.system}, {origin.kind}"
-    if origin.system == FORMAT_NAME:
-        how = f"made by {origin.kind} of {', '.join(file.name for file in origin.files)}"
-    return f"{how}; not known: {unknown or 'nothing'}"
 
 
 def open_run(
@@ -95,61 +56,6 @@ def open_run(
     where = storage_path(path)
     chosen = choose(where, run, model)
     return Run(where, open_sessions(chosen.sessions, chosen.findings), chosen.findings, chosen.notes)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The sessions of one model of one run, none of them opened yet."""
-
-    #: Folder and metadata, the older ones first.
-    sessions: list[tuple[StoragePath, SessionInfo]]
-    findings: list[Finding]
-    notes: list[str]
-
-
-def choose(path: StoragePath, run: str | None = None, model: str | None = None) -> Choice:
-    """Find what :func:`open_run` opens. Raises as it does."""
-    found = discover(path, run)
-    run, notes = choose_run(found, path, run)
-    models = {slug: infos for slug, infos in found.runs[run].items() if infos}
-    findings = [f for (r, slug), fs in found.findings.items() if r == run for f in fs if slug not in models]
-    if not models:
-        first = findings[0].text if findings else "it has no session"
-        raise DumpError(f"{path}: nothing readable in run {run}: {first}")
-    names = {slug: infos[0][1].model for slug, infos in models.items()}
-    if model is None:
-        slug = max(models, key=lambda s: (max(_size(info) for _, info in models[s]), s))
-        if len(models) > 1:
-            others = ", ".join(name for s, name in names.items() if s != slug)
-            notes.append(
-                f"the run has other models, too: {others}; this is {names[slug]} (choose with --model)"
-            )
-    else:
-        matches = [s for s, name in names.items() if model in (name, s, model_slug(name))]
-        if not matches:
-            raise NotInDumpError(
-                f"{path}: run {run} has no model {model!r}; there are: {', '.join(names.values())}"
-            )
-        slug = matches[0]
-    findings += found.findings.get((run, slug), [])
-    infos = sorted(models[slug], key=lambda item: (item[1].created_unix_ns, item[1].session_id))
-    return Choice(infos, findings, notes)
-
-
-def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[str, list[str]]:
-    """The id of the run asked for, else of the newest, and what to say of it. Raises NotInDumpError."""
-    run_ids = found.newest_first()
-    if run is not None and run not in found.runs:
-        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
-    if run is not None or len(run_ids) == 1:
-        return run or run_ids[0], []
-    return run_ids[0], [
-        f"{len(run_ids)} runs in {path}; this is the newest, {run_ids[0]} (choose with --run)"
-    ]
-
-
-def _size(info: SessionInfo) -> int:
-    return (info.num_moe_layers or 0) * (info.num_physical_experts or info.num_logical_experts)
 
 
 class Run:
@@ -177,35 +83,8 @@ class Run:
         self._history_lock = threading.RLock()
         #: What is later is not of the run; None: all is.
         self._last: int | None = None
-        first = sessions[0].info
-        self.scope = first.scope
-        self._check_agreement()
-        named = first.moe_layers
-        # The newest shape stands for the run; summary lists all, where there are several.
-        shape = self._newest_shape()
-        self._check_size()
-        self._leave_out_other_layers(shape.num_moe_layers)
-        if named is not None and shape.num_moe_layers not in (0, len(named)):
-            raise DumpError(
-                f"{path}: it names {len(named)} MoE layers, but has loads of {shape.num_moe_layers}"
-            )
-        self.info = RunInfo(
-            run_id=first.run_id,
-            model=first.model,
-            engine=first.engine,
-            engine_version=first.engine_version,
-            scope=first.scope.value,
-            ep_size=shape.ep_size,
-            num_layers=shape.num_moe_layers,
-            num_logical_experts=first.num_logical_experts,
-            num_physical_experts=shape.num_physical_experts,
-            layers=tuple(first.layer_numbers(shape.num_moe_layers)),
-            ranks_per_node=first.ranks_per_node,
-            token_replication=first.token_replication,
-            interval=first.interval,
-            created_unix_ns=min(s.info.created_unix_ns for s in sessions),
-            origin=self._origin(),
-        )
+        self.scope = sessions[0].info.scope
+        self.info = run_info(path, sessions, findings)
 
     def __repr__(self) -> str:
         first, last = self.step_range
@@ -225,51 +104,6 @@ class Run:
         run = Run(self.path, sessions, [*self.findings], self.notes)
         run._last = step
         return run
-
-    def _check_agreement(self) -> None:
-        first = self.sessions[0].info
-        fields = ("model", "scope", "num_logical_experts", "moe_layers", "token_replication")
-        for session in self.sessions[1:]:
-            odd = [n for n in fields if getattr(session.info, n) != getattr(first, n)]
-            if odd:
-                raise DumpError(
-                    f"{session.folder}: its {', '.join(odd)} differ from the run's other sessions; "
-                    "writers of two kinds were given one run_id"
-                )
-
-    def _leave_out_other_layers(self, num_moe_layers: int) -> None:
-        """A model's number of layers does not change; what says otherwise is of something else."""
-        for session in self.sessions:
-            odd = [s for s in session.segments if s.shape and s.shape.num_moe_layers != num_moe_layers]
-            for segment in odd:
-                assert segment.shape is not None
-                text = f"{segment.path}: segment {segment.seq} has {segment.shape.num_moe_layers} MoE layers"
-                text += f" where the run has {num_moe_layers}; skipped"
-                self.findings.append(Finding("error", "layers_differ", text))
-            session.segments = [s for s in session.segments if s not in odd]
-
-    def _check_size(self) -> None:
-        """Sums are kept by layer, rank and part of the run's time, so a hostile shape would fill memory."""
-        shapes = {s.shape for session in self.sessions for s in session.segments if s.shape}
-        for shape in shapes:
-            if shape.num_moe_layers * shape.ep_size > MAX_LAYER_RANKS:
-                claim = f"{shape.num_moe_layers:,} layers on {shape.ep_size:,} ranks"
-                raise DumpError(f"{self.path}: it claims {claim}, which is more than is read at once")
-
-    def _newest_shape(self) -> Shape:
-        segments = [s for session in self.sessions for s in session.segments if s.shape is not None]
-        if segments:
-            # Of those that end together the one that began last: a new shape begins a segment.
-            newest = max(segments, key=lambda s: (s.last_step, s.first_step)).shape
-            assert newest is not None
-            return newest
-        info = self.sessions[0].info
-        return Shape(info.ep_size, info.num_moe_layers or 0, info.num_physical_experts or 0)
-
-    def _origin(self) -> Origin | None:
-        origins = [session.info.origin for session in self.sessions]
-        files = dict.fromkeys(f for origin in origins if origin is not None for f in origin.files)
-        return None if origins[0] is None else replace(origins[0], files=tuple(files))
 
     def import_caveats(self, *codes: str) -> list[str]:
         """Notes for an answer that needs what the source of an imported run may not say: a line for each.

@@ -10,7 +10,7 @@ from eplb_analyze.analysis.rearrangements import RearrangementReport
 from eplb_analyze.analysis.summary import Summary
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.reader.run import RunInfo
+from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.text import figure, percent, plural, signed
 
 TOKENS = (

@@ -19,9 +19,9 @@ from eplb_analyze.atomic import require_dump_folder
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.parallel import ordered_map
+from eplb_analyze.reader.choose import choose_run
 from eplb_analyze.reader.discovery import Discovery, discover
-from eplb_analyze.reader.run import choose_run
-from eplb_analyze.reader.segments import ParquetSegment
+from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.path import StoragePath

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import Report
+from eplb_analyze.reader.choose import choose_run
 from eplb_analyze.reader.discovery import discover
-from eplb_analyze.reader.run import choose_run
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.journal import UnbegunJournal, lock
 from eplb_dump.format.schema import JOURNAL_PATTERN, FormatError

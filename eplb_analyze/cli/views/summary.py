@@ -34,7 +34,7 @@ def render(
     _banner(console, result, acted, early)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
     if info.origin is not None:
-        from eplb_analyze.reader.run import imported
+        from eplb_analyze.reader.run_info import imported
 
         when = "" if info.timed else f" (imported {began})"
         print_line(console, (imported(info.origin) + when, "yellow"))

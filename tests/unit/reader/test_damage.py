@@ -32,9 +32,11 @@ from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.errors import Finding, NotInDumpError
-from eplb_analyze.reader import segments
-from eplb_analyze.reader.run import Run, RunInfo
-from eplb_analyze.reader.segments import DamagedSegmentError, ParquetSegment, read_manifest
+from eplb_analyze.reader import parquet_segment
+from eplb_analyze.reader.parquet_segment import ParquetSegment
+from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import RunInfo
+from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest
 from eplb_dump.format import frames
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 from eplb_dump.format.segment import footer_crc32
@@ -381,11 +383,11 @@ def test_small_file_that_decodes_to_much_data_is_refused(
 ) -> None:
     """A repeated value takes hardly any bytes, so the file size does not bound memory. Nothing is read."""
     record_three(tmp_path, scope="global")
-    monkeypatch.setattr(segments, "MAX_DECODED_BYTES", 8 * 10 * 6 - 1)
+    monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * 6 - 1)
     run = open_run(tmp_path)
     assert run.steps().is_empty()
     assert {f.text.split(": ")[1] for f in run.findings} >= {
         "more than 0 GiB would have to be read at once; skipped"
     }
-    monkeypatch.setattr(segments, "MAX_DECODED_BYTES", 8 * 10 * 6)
+    monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * 6)
     assert len(open_run(tmp_path).steps()) == 30

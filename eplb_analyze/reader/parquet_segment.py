@@ -1,0 +1,297 @@
+"""A sealed segment: verified reading of its Parquet files.
+
+Page checksums protect the data, the manifest's checksum the footer. Page headers have neither, so what
+they could hide is checked after decoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eplb_analyze.reader.segments import Parts, reading_faults, require_regular
+from eplb_analyze.storage import bucket
+from eplb_analyze.storage import path as places
+from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.journal import Int64, PlacementRows, StepRows
+from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.schema import EMPTY_SLOT, METADATA_KEY, SCHEMAS, STATUS_LABELS, FormatError
+from eplb_dump.format.segment import footer
+from eplb_dump.format.session import SessionInfo
+
+#: More than this, decoded and read at once, is a hostile claim, not a segment of ours.
+MAX_DECODED_BYTES = 1 << 30
+#: Of the table of steps; read as codes, for most of their texts are one.
+TEXT_COLUMNS = ["status", "phase"]
+
+
+class ParquetSegment:
+    """A sealed segment, as the session's manifest lists it.
+
+    A file is open only while it is read, since a long run has more of them than a process may hold.
+    """
+
+    def __init__(self, folder: StoragePath, info: SessionInfo, entry: SealedSegment) -> None:
+        self.path = folder
+        self._info = info
+        self._entry = entry
+        self.seq = entry.seq
+        self.first_step, self.last_step = entry.first_step, entry.last_step
+        self.shape = entry.shape
+        self.sums = entry.sums
+        self.cut = False
+        #: Of the files whose footer was verified.
+        self._metadata: dict[str, pq.FileMetaData] = {}
+        self._load_steps: Int64 | None = None
+
+    def file_path(self, table: str) -> StoragePath:
+        entry = self._entry.files.get(table)
+        return self.path if entry is None else self.path / entry.name
+
+    @contextmanager
+    def _open(self, table: str) -> Iterator[pq.ParquetFile]:
+        """The file of a table that the segment has, verified when it is opened first."""
+        path, known = self.file_path(table), self._metadata.get(table)
+        with ExitStack() as opened:
+            with reading_faults(self, table, path):
+                if known is None:
+                    self._check_size(path, table)
+                source = opened.enter_context(places.open_for_arrow(path))
+                file = pq.ParquetFile(
+                    source,
+                    metadata=known or self._footer(source, table),
+                    page_checksum_verification=True,
+                    read_dictionary=TEXT_COLUMNS if table == "steps" else None,
+                    # Where every read is a request, those of neighbours are made one.
+                    pre_buffer=isinstance(path, bucket.Remote),
+                )
+                opened.enter_context(file)
+                if known is None:
+                    self._check_footer(file, table)
+                    self._metadata[table] = file.metadata
+            yield file
+
+    def _check_size(self, path: StoragePath, table: str) -> None:
+        require_regular(path)
+        size, listed = path.stat().st_size, self._entry.files[table].bytes
+        if size != listed:
+            raise FormatError(f"it has {size} bytes where the manifest says {listed}")
+
+    def _footer(self, source: Any, table: str) -> pq.FileMetaData:
+        """The footer of a file, verified, and read only once."""
+        data = footer(source.size(), source.read_at)
+        if zlib.crc32(data) != self._entry.files[table].footer_crc32:
+            raise FormatError("its footer does not match the manifest's checksum")
+        return pq.read_metadata(pa.BufferReader(data))
+
+    def _check_footer(self, file: pq.ParquetFile, table: str) -> None:
+        metadata = file.metadata
+        own = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"null"))
+        if not isinstance(own, dict) or own.get("seq") != self.seq or own.get("table") != table:
+            raise FormatError("it is not the file that the manifest lists")
+        SessionInfo.from_dict(own["session"])
+        rows = self._entry.files[table].rows
+        if not _plain(file.schema_arrow).equals(SCHEMAS[table]) or metadata.num_rows != rows:
+            raise FormatError("its columns or rows are not what the format says")
+        if table == "loads":
+            self._check_widths(metadata)
+        # Not the size that the file claims for it: a value said once can stand for any number.
+        sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
+        if (max(sizes, default=0) if table == "loads" else sum(sizes)) > MAX_DECODED_BYTES:
+            raise FormatError(f"more than {MAX_DECODED_BYTES >> 30} GiB would have to be read at once")
+
+    def _check_widths(self, metadata: pq.FileMetaData) -> None:
+        """Check that the lists are as long as the shape says, before memory is taken for them."""
+        shape = self.shape
+        if shape is None or metadata.num_rows % shape.num_moe_layers:
+            raise FormatError("its rows are not those of the layers that the manifest says")
+        wanted = {"rank_load": shape.ep_size, "load": shape.num_physical_experts}
+        for group in _groups(metadata):
+            for column in _columns(group):
+                width = wanted.get(column.path_in_schema.split(".")[0])
+                if width is not None and column.num_values != group.num_rows * width:
+                    raise FormatError("its lists are not as long as the manifest says")
+
+    def _read(
+        self, file: pq.ParquetFile, table: str, columns: list[str], group: int | None = None
+    ) -> pa.Table:
+        """Some columns of a row group, or of all."""
+        with reading_faults(self, table, self.file_path(table)):
+            wanted = list(range(file.metadata.num_row_groups)) if group is None else [group]
+            return file.read_row_groups(wanted, columns=columns, use_threads=False).combine_chunks()
+
+    def _read_all(self, table: str, columns: list[str]) -> pa.Table | None:
+        if table not in self._entry.files:
+            return None
+        with self._open(table) as file:
+            return self._read(file, table, columns)
+
+    def steps(self) -> StepRows:
+        names = ["step", "time", "monotonic_ns", "status", "num_tokens", "phase"]
+        table = self._read_all("steps", names)
+        if table is None:
+            return StepRows.concat([])
+        with reading_faults(self, "steps", self.file_path("steps")):
+            column = {name: table.column(name).combine_chunks() for name in names}
+            status, statuses = _codes(column["status"])
+            if not set(statuses) <= set(STATUS_LABELS) or status.min(initial=0) < 0:
+                raise FormatError("it holds an unknown status")
+            number = np.array([*map(STATUS_LABELS.index, statuses)], np.uint8)
+            phase, phases = _codes(column["phase"])
+            return StepRows(
+                step=_numpy(column["step"]),
+                time_ns=_numpy(column["time"].view(pa.int64())),
+                monotonic_ns=_numpy(column["monotonic_ns"]),
+                status=number[status],
+                num_tokens=_filled(column["num_tokens"]),
+                phase=phase.astype(np.int32),
+                phases=tuple(phases),
+            )
+
+    def load_steps(self) -> Int64:
+        if self._load_steps is None:
+            if "loads" not in self._entry.files or self.shape is None:
+                self._load_steps = np.empty(0, np.int64)
+            else:
+                with self._open("loads") as file:
+                    # Every layer has the same steps, so those of the first row group tell them all.
+                    table = self._read(file, "loads", ["step", "layer"], 0)
+                    with reading_faults(self, "loads", self.file_path("loads")):
+                        n = file.metadata.num_rows // self.shape.num_moe_layers
+                        steps = _numpy(table.column("step").combine_chunks())[:n]
+                        self._check_order(table, 0, steps, n)
+                        self._load_steps = steps
+        return self._load_steps
+
+    def _check_order(self, table: pa.Table, layer: int, steps: Int64, n: int) -> int:
+        """Check that a row group is layer by layer, step by step; how many layers it holds."""
+        assert self.shape is not None
+        count, rest = divmod(table.num_rows, n) if n else (0, table.num_rows)
+        numbers = self._info.layer_numbers(self.shape.num_moe_layers)[layer : layer + count]
+        if (
+            rest
+            or not np.array_equal(_numpy(table.column("step").combine_chunks()), np.tile(steps, count))
+            or not np.array_equal(_numpy(table.column("layer").combine_chunks()), np.repeat(numbers, n))
+        ):
+            raise FormatError("its rows are not ordered by layer and step")
+        return count
+
+    def _by_layers(self, column: str, width: int, first: int, last: int) -> Parts[Any]:
+        """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
+        steps = self.load_steps()
+        n = len(steps)
+        layer = 0
+        for group, found in enumerate(_groups(self._metadata["loads"]) if n else ()):
+            count = found.num_rows // n
+            if layer < last and layer + count > first:
+                # Many ranks are read side by side, so none may keep a file open from group to group.
+                with self._open("loads") as file:
+                    table = self._read(file, "loads", ["step", "layer", column], group)
+                with reading_faults(self, "loads", self.file_path("loads")):
+                    self._check_order(table, layer, steps, n)
+                    values = _list_values(table.column(column).combine_chunks(), width)
+                yield layer, values.reshape(count, n, width)
+            layer += count
+
+    def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
+        assert self.shape is not None
+        return self._by_layers("rank_load", self.shape.ep_size, first, last)
+
+    def loads(self, first: int, last: int) -> Parts[np.int32]:
+        assert self.shape is not None
+        return self._by_layers("load", self.shape.num_physical_experts, first, last)
+
+    def verify(self, table: str) -> None:
+        """Read the whole file of a table, which checks every checksum in it. Raises DamagedSegmentError."""
+        with self._open(table) as file:
+            for group in range(file.metadata.num_row_groups):
+                self._read(file, table, SCHEMAS[table].names, group)
+
+    def sums_are_true(self) -> bool:
+        """Whether the manifest's sums are those of the loads. Reads all of them."""
+        sums, shape = self.sums, self.shape
+        if sums is None or shape is None:
+            return True
+        for layer, values in self._by_layers("load", shape.num_physical_experts, 0, shape.num_moe_layers):
+            for index, load in enumerate(values, layer):
+                rows = sums.layer == index
+                first = np.searchsorted(self.load_steps(), sums.step[rows])
+                within = bool((np.diff(first, append=len(load)) > 0).all()) and first[0] == 0
+                if not within or (np.add.reduceat(load, first, dtype=np.int64) != sums.load[rows]).any():
+                    return False
+        return True
+
+    def placements(self) -> PlacementRows:
+        table = self._read_all("placements", ["step", "layer", "ep_size", "physical_to_logical"])
+        if table is None:
+            empty = np.empty(0, np.int32)
+            return PlacementRows(np.empty(0, np.int64), empty, empty, [])
+        with reading_faults(self, "placements", self.file_path("placements")):
+            lists = table.column("physical_to_logical").combine_chunks()
+            flat, offsets = _numpy(lists.values), _numpy(lists.offsets)
+            if flat.min(initial=0) < EMPTY_SLOT or flat.max(initial=0) >= self._info.num_logical_experts:
+                raise FormatError("it holds a placement that is out of range")
+            slots = [flat[a:b] for a, b in itertools.pairwise(offsets)]
+            numbers = _numpy(table.column("layer").combine_chunks())
+            index = {number: i for i, number in enumerate(self._info.moe_layers or ())}
+            layers = np.array([index.get(n, -1) for n in numbers], np.int32) if index else numbers
+            if layers.min(initial=0) < 0:
+                raise FormatError("it names a layer that the session does not have")
+            ep_size = _numpy(table.column("ep_size").combine_chunks())
+            return PlacementRows(_numpy(table.column("step").combine_chunks()), layers, ep_size, slots)
+
+
+def _groups(metadata: pq.FileMetaData) -> Iterator[Any]:
+    return map(metadata.row_group, range(metadata.num_row_groups))
+
+
+def _columns(group: Any) -> Iterator[Any]:
+    return map(group.column, range(group.num_columns))
+
+
+def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    values = array.to_numpy(zero_copy_only=False)
+    return np.asarray(values)
+
+
+def _filled(array: pa.Array) -> npt.NDArray[Any]:
+    """Numbers, -1 for null. Arrow's way needs its functions, a tenth of a small command's start-up."""
+    if array.null_count == len(array):
+        return np.full(len(array), -1, np.int64)
+    return _numpy(array.fill_null(-1) if array.null_count else array)
+
+
+def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """A text column as codes into its distinct texts; -1 for null. Raises FormatError."""
+    codes = _filled(array.indices).astype(np.int64)
+    texts = [str(text) for text in array.dictionary.to_pylist()]
+    # A damaged head of a page can hide the page of texts: it is in no checksum.
+    if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(texts):
+        raise FormatError("it names a text that it does not have")
+    return codes, texts
+
+
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """A schema as it is without ``read_dictionary``."""
+    types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema]
+    return pa.schema([f.with_type(t) for f, t in zip(schema, types, strict=True)])
+
+
+def _list_values(lists: Any, width: int) -> npt.NDArray[Any]:
+    """The values of a list column whose every list must have ``width`` items."""
+    offsets = _numpy(lists.offsets)
+    if len(offsets) > 1 and not (np.diff(offsets) == width).all():
+        raise FormatError("it holds a list of the wrong length")
+    values: npt.NDArray[Any] = _numpy(lists.values)[offsets[0] : offsets[-1]]
+    if values.min(initial=0) < 0:
+        raise FormatError("it holds negative loads")
+    return values.reshape(-1, width)
