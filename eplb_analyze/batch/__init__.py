@@ -1,1 +1,1 @@
-"""Many runs, one row each: where they are found, who reads them, what is kept, how they compare."""
+"""`postmortem`: many runs, one row each. Finding, reading, caching and comparing them."""

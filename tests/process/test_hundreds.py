@@ -104,7 +104,7 @@ def hundreds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hundreds]:
             loads = rng.multinomial(400, SKEWED, size=(10 + 3 * i, LAYERS))
             for step, load in enumerate(loads):
                 assert writer.record(step, load, SLOTS) is None
-            assert writer.flush()
+            assert writer.flush(60)
             made.truth[run_id] = loads.reshape(len(loads), LAYERS, EP_SIZE, -1).sum(axis=3)
         first = root / "long/0"
         made.truth["long"] = record(first, "long", SKEWED, steps=LONG_STEPS)
@@ -173,7 +173,7 @@ def test_killed_batch_resumes(
     assert before.items() <= finished().items()
 
 
-def test_run_that_grows_meanwhile_is_complete(hundreds: Hundreds, rows: list[dict[str, Any]]) -> None:
+def test_run_that_grows_while_it_is_read_is_complete(hundreds: Hundreds, rows: list[dict[str, Any]]) -> None:
     """The row of a run that is written while the batch reads it has the steps that it had."""
     live, stop = hundreds.root / "live/growing", threading.Event()
 

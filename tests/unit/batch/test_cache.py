@@ -45,13 +45,13 @@ def test_unchanged_run_is_not_read_again(tmp_path: Path) -> None:
         load = np.full((1, EXPERTS), 7)
         for _ in range(5):
             growing.record(None, load, np.array([range(EXPERTS)]))
-        assert growing.flush()
+        assert growing.flush(60)
         save = tmp_path / "out"
         first = {row["run_id"]: row for row in postmortem(tmp_path / "dumps", "--save", save)["runs"]}
         times = {path: path.stat().st_mtime_ns for path in (save / "kept").iterdir()}
         for _ in range(5):
             growing.record(None, load, np.array([range(EXPERTS)]))
-        assert growing.flush()
+        assert growing.flush(60)
         # Zeroed loads of the same size and time would be noticed if they were read.
         for path in (tmp_path / "dumps/run=done").rglob("loads-*.parquet"):
             was = path.stat()
@@ -90,12 +90,12 @@ def test_row_of_a_dead_worker_is_not_kept(tmp_path: Path) -> None:
             return ((item, WorkerDied("its worker died")) for item in items)
 
     targets = list(find([str(tmp_path / "dump")]))
-    ((row, anew),) = rows_of(targets, Dead(), ResultCache(tmp_path / "out"))
-    assert (row.status, row.reason, anew) == ("broken", "its worker died", True)
-    ((row, anew),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
-    assert (row.status, anew) == ("complete", True)
-    ((row, anew),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
-    assert (row.status, anew) == ("complete", False)
+    ((row, is_new),) = rows_of(targets, Dead(), ResultCache(tmp_path / "out"))
+    assert (row.status, row.reason, is_new) == ("broken", "its worker died", True)
+    ((row, is_new),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
+    assert (row.status, is_new) == ("complete", True)
+    ((row, is_new),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
+    assert (row.status, is_new) == ("complete", False)
 
 
 def _edited(path: Path) -> None:

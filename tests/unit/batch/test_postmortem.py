@@ -16,7 +16,7 @@ from helpers import assert_golden, cli, one_error
 from eplb_analyze import open_run
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.batch.cache import ResultCache
-from eplb_analyze.batch.executors import Local
+from eplb_analyze.batch.executors import Local, WorkerDied
 from eplb_analyze.batch.postmortem import rows_of
 from eplb_analyze.batch.targets import find
 from eplb_analyze.reader.run import PART_STEPS
@@ -78,6 +78,21 @@ def test_long_run_is_read_in_parts(batch: Batch) -> None:
     assert parts[1][1] == PART_STEPS + 5000
 
 
+def test_long_run_is_broken_if_a_part_cannot_be_read(batch: Batch) -> None:
+    class DiesOverSecondPart(Local):
+        def map(self, work: Any, items: Any) -> Iterator[Any]:
+            for item in items:
+                dies = item.part is not None and item.part[0].first > 0
+                yield item, WorkerDied("its worker died") if dies else work(item)
+
+    targets = find([str(batch.root / "a"), str(batch.root / "long")])
+    rows = {row.run_id: row for row, _ in rows_of(targets, DiesOverSecondPart())}
+    assert {name: row.status for name, row in rows.items()} == {
+        "bad": "complete", "good": "complete", "long": "broken"
+    }  # fmt: skip
+    assert rows["long"].reason == "its worker died"
+
+
 def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
     """After its parts are read and before its row is made, it is rearranged and changes its EP size."""
     slots, dump = np.arange(8) % 4, tmp_path / "dump"
@@ -101,11 +116,11 @@ def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
 
         go_on(PART_STEPS + 500, 2, slots)
         before = summarize(open_run(dump)).to_json()
-        kept = ResultCache(tmp_path / "saved")
-        [(row, _)] = rows_of(find([str(dump)]), Slow(), kept)
+        cache = ResultCache(tmp_path / "saved")
+        [(row, _)] = rows_of(find([str(dump)]), Slow(), cache)
     assert (row.ep_size, row.rearrangements, row.steps) == (2, 0, PART_STEPS + 500)
-    told = json.loads(kept.report_path(row, "json").read_text())
-    assert told == json.loads(json.dumps(before))
+    summary = json.loads(cache.report_path(row, "json").read_text())
+    assert summary == json.loads(json.dumps(before))
 
 
 def test_sampled_run_loses_as_much_time_as_the_full_run(tmp_path: Path) -> None:
@@ -148,8 +163,8 @@ def test_import_without_times_has_no_lost_time(tmp_path: Path) -> None:
     document = postmortem(tmp_path / "dump")["runs"][0]
     assert document["idle_fraction"] > 0
     assert document["lost_rank_seconds"] is document["step_seconds"] is None
-    told = cli("postmortem", tmp_path / "dump").stdout
-    assert "how much time was lost is not known" in told
+    text = cli("postmortem", tmp_path / "dump").stdout
+    assert "how much time was lost is not known" in text
 
 
 def test_rearrangement_that_cannot_be_judged_is_not_counted(tmp_path: Path) -> None:
