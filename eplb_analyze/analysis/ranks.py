@@ -103,11 +103,8 @@ class _RankSums(Sums):
             self.load[first : first + load.shape[1]] += load.sum(axis=0)
         self.active += int(terms.active.sum())
         self.max_tokens += float(terms.maximum.sum())
-        # Of several slowest the first counts, and of equal ranks none is.
-        slowest = terms.slowest[terms.uneven]
-        excess = (terms.maximum - terms.mean)[terms.uneven]
-        self.slowest += np.bincount(slowest, minlength=self.shape.ep_size)
-        self.excess += np.bincount(slowest, excess, minlength=self.shape.ep_size)
+        self.slowest += terms.by_slowest().sum(axis=0)
+        self.excess += terms.by_slowest(terms.excess).sum(axis=0)
 
 
 def rank_report(

@@ -190,8 +190,7 @@ class _Stretch:
         self.values.append(FORMULAS["balancedness"].of(terms))
         self.mean_tokens += float(terms.mean.sum())
         self.max_tokens += float(terms.maximum.sum())
-        cell = (np.arange(layers) * shape.ep_size + terms.slowest)[terms.uneven]
-        self.slowest += np.bincount(cell, minlength=self.slowest.size).reshape(self.slowest.shape)
+        self.slowest += terms.by_slowest()
         self.logical += logical_sums(block, run.history, self.logical.shape[1])
         return terms
 

@@ -402,16 +402,16 @@ def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
     """In order of their numbers."""
     numbers = info.layer_numbers(terms.mean.shape[1])
     ratio, active = np.where(terms.active, terms.ratio, 0.0).sum(axis=0), terms.active.sum(axis=0)
+    slowest = terms.by_slowest()
     found = []
     for index, number in enumerate(numbers):
-        slowest = np.bincount(terms.slowest[terms.uneven[:, index], index])
-        worst = int(slowest.argmax()) if len(slowest) else None
+        worst = int(slowest[index].argmax()) if slowest[index].any() else None
         found.append(
             LayerLook(
                 number,
                 float(ratio[index] / active[index]) if active[index] else None,
                 worst,
-                None if worst is None else float(slowest[worst] / slowest.sum()),
+                None if worst is None else float(slowest[index, worst] / slowest[index].sum()),
             )
         )
     return found
@@ -420,9 +420,8 @@ def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
 def _ranks(terms: Terms) -> list[RankLook]:
     """In order of their numbers."""
     load = terms.rank_mean.sum(axis=0)
-    slowest = terms.slowest[terms.uneven]
-    often = np.bincount(slowest, minlength=len(load))
-    excess = np.bincount(slowest, (terms.maximum - terms.mean)[terms.uneven], len(load))
+    often = terms.by_slowest().sum(axis=0)
+    excess = terms.by_slowest(terms.excess).sum(axis=0)
     active, mean, loss = int(terms.active.sum()), float(load.mean()), float(excess.sum())
     return [
         RankLook(

@@ -84,6 +84,21 @@ class Terms:
     def rank_maximum(self) -> Float64:
         return self._rank_highest / self._per_token
 
+    @property
+    def excess(self) -> Float64:
+        """max − mean: the tokens for which all ranks wait for the slowest, float64 ``[steps, layers]``."""
+        return self.maximum - self.mean
+
+    def by_slowest(self, weights: Float64 | None = None) -> npt.NDArray[Any]:
+        """Sum weights ``[steps, layers]`` by the slowest rank, or count the steps: ``[layers, ep_ranks]``.
+
+        Of several slowest ranks the first counts. If all ranks got the same, none does.
+        """
+        size = self.mean.shape[1], self._rank_total.shape[1]
+        cell = (np.arange(size[0]) * size[1] + self.slowest)[self.uneven]
+        chosen = None if weights is None else weights[self.uneven]
+        return np.bincount(cell, chosen, size[0] * size[1]).reshape(size)
+
     @cached_property
     def active(self) -> npt.NDArray[np.bool_]:
         """bool ``[steps, layers]``."""

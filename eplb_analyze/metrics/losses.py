@@ -108,10 +108,9 @@ class Losses:
         self._open: list[_Window] = []
 
     def add(self, steps: Int64, terms: Terms) -> None:
-        excess = terms.maximum - terms.mean
         _, layers, ranks = self._excess.shape
         cell = (self._bins.of(steps)[:, None] * layers + np.arange(layers)) * ranks + terms.slowest
-        flat = np.bincount(cell.ravel(), excess.ravel(), self._excess.size)
+        flat = np.bincount(cell.ravel(), terms.excess.ravel(), self._excess.size)
         self._excess += flat.reshape(self._excess.shape)
 
     def add_lasting(self, windows: Windows, first: int, load: Int64) -> None:
