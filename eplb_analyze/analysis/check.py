@@ -9,23 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.errors import Finding, Severity
+from eplb_analyze.analysis.findings import rank_findings, session_findings, step_findings
+from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.completeness import ABSENT, Completeness
+from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
 from eplb_analyze.reader.step_range import NO_END
-from eplb_analyze.text import listed, plural
+from eplb_analyze.text import listed
 from eplb_dump.format.journal import Int32, Int64
-from eplb_dump.format.schema import EMPTY_SLOT, FORMAT_NAME
+from eplb_dump.format.schema import EMPTY_SLOT
 
 #: Clocks of one cluster are set closer than this; ranks also take a step at slightly different times.
 SKEW_SECONDS = 2.0
-#: Clocks are compared at so many steps at each end of every segment.
+#: Clocks are compared at this many steps at each end of every segment.
 CLOCK_SAMPLES = 16
 
 
@@ -44,14 +45,14 @@ class CheckReport(RunReport):
 
 
 def check_run(run: Run) -> CheckReport:
-    """Read every byte of a run, verified, and report all that is odd, the gravest first."""
+    """Read and verify every byte of a run, and report all problems, errors first."""
     steps, found = run.retry_without_damaged(lambda: _check_blocks(run))
     for part in (_check_sums, _check_recorded, _check_clocks, _check_statements):
         found += run.retry_without_damaged(lambda part=part: part(run))  # type: ignore[misc]
-    found += _check_ranks(run)
-    found += check_steps(run, steps)
+    found += rank_findings(run)
+    found += step_findings(run, steps)
     found += _check_placements(run)
-    found += _check_sessions(run)
+    found += session_findings(run)
     if run.info.origin is not None:
         found.append(Finding("info", "imported", imported(run.info.origin)))
     order = {"error": 0, "warning": 1, "info": 2}
@@ -59,13 +60,6 @@ def check_run(run: Run) -> CheckReport:
     return CheckReport(
         run.info.run_id, run.info.model, steps, sorted(findings, key=lambda f: order[f.severity])
     )
-
-
-def standing_findings(run: Run) -> list[Finding]:
-    """What any command must say of a run it has read: faults met on the way, missing ranks, sessions
-    that were not closed. Unlike :func:`check_run` it reads nothing more."""
-    found = [*run.findings, *_check_ranks(run), *_check_sessions(run)]
-    return list(dict.fromkeys(found))
 
 
 def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
@@ -149,111 +143,6 @@ def _load_findings(
         yield Finding("error", "load_on_empty_slot", text)
 
 
-def _check_ranks(run: Run) -> Iterator[Finding]:
-    missing = sorted(set(run.expected_ranks) - set(run.present_ranks))
-    if missing:
-        text = f"of {len(run.expected_ranks)} ranks, {_ranks(missing)} wrote nothing"
-        yield Finding("error", "missing_ranks", text)
-    if run.scope.value == "global" and len(run.present_ranks) > 1:
-        text = f"ranks {listed(run.present_ranks)} all wrote global sums; rank {run.present_ranks[0]}'s count"
-        yield Finding("warning", "several_global_writers", text)
-
-
-def check_steps(run: Run, steps: Completeness) -> Iterator[Finding]:
-    """What the states of the steps say: nothing but their completeness is looked at."""
-    if not steps.seen:
-        yield Finding("error", "no_steps", "no step was recorded")
-        return
-    incomplete = steps.count(StepState.INCOMPLETE)
-    last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks}
-    short = {rank: step for rank, step in last.items() if step is None or step < (steps.last or 0)}
-    # Where no rank ended early, the last steps lack one for the reasons for which others do.
-    inside = steps.incomplete_inside if short else incomplete
-    if inside:
-        lack = "lacks" if inside == 1 else "lack"
-        text = f"{plural(inside, 'step')} {lack} a rank and are in no figure: {steps.why_incomplete()}"
-        minor = steps.accounted_for and not steps.lacks_much
-        yield Finding("warning" if minor else "error", "incomplete_steps", text)
-    if incomplete > inside:
-        yield _incomplete_tail(run, steps, incomplete - inside, short)
-    if steps.missing:
-        gaps = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in steps.gaps[:5])
-        more = " …" if len(steps.gaps) > 5 else ""
-        text = f"no rank saw {plural(steps.missing, 'step')}, or the engine's numbers jump: {gaps}{more}"
-        yield Finding("warning", "missing_steps", text)
-    lost = _lost_in_source(run)
-    yield from lost
-    dropped = "the queue was full or recording was off; see the writer's stats"
-    if lost:
-        dropped = "in the run it was made of they lacked a rank, or were dropped"
-    for state, remedy in (
-        (StepState.DROPPED, dropped),
-        (StepState.REJECTED, "the engine handed over what cannot be a load"),
-    ):
-        if steps.count(state):
-            were = "was" if steps.count(state) == 1 else "were"
-            text = f"{plural(steps.count(state), 'step')} {were} {state.label}: {remedy}"
-            yield Finding("warning", f"{state.label}_steps", text)
-    if not steps.count(StepState.RECORDED):
-        states = (StepState.INCOMPLETE, StepState.REJECTED, StepState.DROPPED)
-        why = ", ".join(f"{steps.count(s):,} {s.label}" for s in states if steps.count(s))
-        text = "no step is complete" + (f" ({why})" if why else "") + ", so there are no figures"
-        yield Finding("error", "no_complete_step", text)
-
-
-def _lost_in_source(run: Run) -> list[Finding]:
-    """Steps of a compacted run that are `dropped` since its source lacks a rank's part of them."""
-    origin = run.info.origin
-    if origin is None or origin.system != FORMAT_NAME:
-        return []
-    severities: dict[str, Severity] = {"incomplete_steps": "error", "incomplete_end": "warning"}
-    return [
-        Finding(s, code, origin.unknown[code]) for code, s in severities.items() if code in origin.unknown
-    ]
-
-
-def _incomplete_tail(run: Run, steps: Completeness, tail: int, short: dict[int, int | None]) -> Finding:
-    """The last steps lack ranks: because all were killed, or because some rank stopped and others not.
-
-    Args:
-        short: the ranks that ended before the run's last step, and the last that each accounted for.
-    """
-    stops = ", ".join(
-        f"rank {rank} has none" + ("" if step is None else f" after {step}")
-        for rank, step in [*short.items()][:4]
-    )
-    text = "the last step lacks" if tail == 1 else f"the last {tail:,} steps lack"
-    text += f" ranks: {stops}"
-    text += f" and {plural(len(short) - 4, 'more rank')}" if len(short) > 4 else ""
-    if not steps.incomplete_inside and any(why != ABSENT for _, why in steps.reasons):
-        text += f" ({steps.why_incomplete()})"
-    closed = {s.info.ep_rank for s in run.sessions if s.closed is not None}
-    survived = bool(closed) and not set(short) <= closed
-    if not steps.ends_together or survived or not steps.count(StepState.RECORDED):
-        return Finding("error", "rank_stopped", text)
-    if closed < set(run.present_ranks):
-        return Finding("warning", "incomplete_end", text + "; a killed engine's ranks do not end at one step")
-    # Nobody was killed: ranks that end in order differ by a step or a few.
-    if steps.lacks_much:
-        return Finding("error", "rank_stopped", text)
-    return Finding("warning", "incomplete_end", text + "; ranks that end in order do not end at one step")
-
-
-def summary_findings(run: Run, steps: Completeness) -> list[Finding]:
-    """:func:`standing_findings`, and what the steps read say; an error where figures leave out much."""
-    codes = {"incomplete_steps", "rank_stopped", "incomplete_end"}
-    # A run in which all ranks idled is whole, and has nothing to show.
-    if steps.count(StepState.REJECTED) or steps.count(StepState.DROPPED):
-        codes.add("no_complete_step")
-    found = [f for f in check_steps(run, steps) if f.code in codes]
-    standing = standing_findings(run)
-    explained = any(f.severity == "error" for f in standing)
-    too_much = not explained and steps.lacks_much
-    nothing = any(f.code == "no_complete_step" for f in found)
-    severity: Severity = "error" if too_much or nothing else "warning"
-    return [*standing, *(Finding(severity, f.code, f.text) for f in found)]
-
-
 def _check_placements(run: Run) -> Iterator[Finding]:
     known = 0
     absent: list[str] = []
@@ -283,35 +172,6 @@ def _check_placements(run: Run) -> Iterator[Finding]:
 
 def _first_of(places: list[str]) -> str:
     return places[0] if len(places) == 1 else f"in {len(places)} placements, the first in {places[0]}"
-
-
-def _check_sessions(run: Run) -> Iterator[Finding]:
-    unclosed = [s for s in run.sessions if s.closed is None]
-    if unclosed:
-        ranks = sorted({s.info.ep_rank for s in unclosed})
-        text = (
-            f"{len(unclosed)} of {len(run.sessions)} sessions not closed (killed, or still being written): "
-        )
-        text += _ranks(ranks)
-        yield Finding("warning", "not_closed", text)
-    part = next((s.part for s in run.sessions if s.part is not None), None)
-    if part is not None:
-        end = "the end" if part[1] >= NO_END - 1 else str(part[1])
-        text = f"a copy of a part of the run: the segments that touch steps {part[0]} to {end}"
-        yield Finding("info", "partial_copy", text)
-    journals = sum(s.journals for s in run.sessions)
-    if journals:
-        text = f"{plural(journals, 'journal')} not sealed: read here, but not by other programs (see `seal`)"
-        yield Finding("info", "unsealed_journal", text)
-    for rank in run.present_ranks:
-        own = [s for s in run.sessions if s.info.ep_rank == rank and s.segments]
-        for older, newer in itertools.pairwise(own):
-            start = max(min(s.first_step for s in session.segments) for session in (older, newer))
-            last = min(older.last_step, newer.last_step)
-            if start <= last:
-                text = f"rank {rank} has two sessions with steps {start} to {last}; where both "
-                text += f"recorded a step, the newer one counts ({newer.info.session_id})"
-                yield Finding("warning", "overlapping_sessions", text)
 
 
 def _check_sums(run: Run) -> list[Finding]:
@@ -405,7 +265,3 @@ def _check_statements(run: Run) -> list[Finding]:
 def _steps_text(steps: list[int]) -> str:
     unique = sorted(set(steps))
     return f"{len(unique):,} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"

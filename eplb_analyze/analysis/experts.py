@@ -7,7 +7,6 @@ folded to logical experts: so a long run costs little more than decoding it.
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.parallel import ordered_map, split_range
@@ -31,9 +31,6 @@ from eplb_dump.format.schema import EMPTY_SLOT
 WINDOW, HOT_FACTOR = 100, 2.0
 #: Hot in this share of the windows is called always hot.
 ALWAYS = 0.9
-#: An eighth of a layer's experts, those with the most tokens in a window, is its hot set.
-HOT_SET = 8
-LAGS = (1, 2, 5, 10, 20, 50)
 #: With fewer tokens an expert and window, twice the mean is often chance.
 FEW_TOKENS = 30
 
@@ -140,7 +137,7 @@ def expert_report(
 
     def read() -> ExpertReport:
         def start(shape: Shape) -> _Loads:
-            return _Loads(run, shape, range(first, last), _Windows(window, hot_factor))
+            return _Loads(run, shape, range(first, last), ExpertWindows(window, hot_factor))
 
         sums, whole, notes = last_configuration(run, steps, start)
         return _report(
@@ -194,93 +191,10 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     )
 
 
-class _Windows:
-    """What is kept of windows: statistics of each expert, and the last hot sets; not the windows."""
-
-    def __init__(self, size: int, hot_factor: float) -> None:
-        self.size, self.hot_factor = size, hot_factor
-        self.count = 0
-        #: Complete steps in the open window.
-        self.filled = 0
-        self.drift = dict.fromkeys(LAGS, (0.0, 0))
-        self._hot_sets: deque[npt.NDArray[np.bool_]] = deque(maxlen=max(LAGS))
-        self._open: Int64 | None = None
-
-    @staticmethod
-    def hot_set(experts: int) -> int:
-        return max(1, experts // HOT_SET)
-
-    def add(self, load: Int64, first: int, last: int, steps: int) -> None:
-        """Add logical loads ``[layers, experts]`` of so many steps, which end no later than the window."""
-        if self._open is None:
-            self._open, self._first = np.zeros_like(load), first
-            if not self.count:
-                self.with_tokens = np.zeros((len(load), 1), np.int64)
-                self.hot = np.zeros_like(load)
-                self.first_hot, self.last_hot = np.full_like(load, -1), np.full_like(load, -1)
-                self._sum, self._squares, self.peak = (np.zeros(load.shape) for _ in range(3))
-        self._open += load
-        self._last = last
-        self.filled += steps
-        if self.filled == self.size:
-            self._close(self._open)
-
-    def finish(self) -> None:
-        """Close the last window; less than half a one would say little, so it counts only if alone."""
-        if self._open is not None and (2 * self.filled >= self.size or not self.count):
-            self._close(self._open)
-
-    def _close(self, load: Int64) -> None:
-        total = load.sum(axis=1, keepdims=True)
-        times = np.divide(load * load.shape[1], total, out=np.zeros(load.shape), where=total > 0)
-        hot = times >= self.hot_factor
-        self.hot += hot
-        self.first_hot[hot & (self.first_hot < 0)] = self._first
-        self.last_hot[hot] = self._last
-        self.with_tokens += total > 0
-        self._sum += times
-        self._squares += times**2
-        np.maximum(self.peak, times, out=self.peak)
-        self._compare(load)
-        self.count += 1
-        self._open, self.filled = None, 0
-
-    def _compare(self, load: Int64) -> None:
-        """Compare this window's hot sets with those of windows before."""
-        experts = load.shape[1]
-        # Of experts with equal loads the lower comes first, so that the set is always the same one.
-        order = load * experts + np.arange(experts)[::-1]
-        cut = experts - self.hot_set(experts)
-        hottest = (order >= np.partition(order, cut, axis=1)[:, cut, None]) & (load > 0)
-        for lag, (total, pairs) in self.drift.items():
-            if lag <= len(self._hot_sets):
-                before = self._hot_sets[-lag]
-                sizes = np.maximum(hottest.sum(axis=1), before.sum(axis=1))
-                both = hottest.any(axis=1) & before.any(axis=1)
-                overlap = (hottest & before).sum(axis=1)[both] / sizes[both]
-                self.drift[lag] = (total + float(overlap.sum()), pairs + int(both.sum()))
-        self._hot_sets.append(hottest)
-
-    @property
-    def persistence(self) -> npt.NDArray[np.float64]:
-        share: npt.NDArray[np.float64] = self.hot / np.maximum(self.with_tokens, 1)
-        return share
-
-    @property
-    def burstiness(self) -> npt.NDArray[np.float64]:
-        """Standard deviation over mean of the shares; NaN where there is nothing to compare."""
-        n = np.maximum(self.with_tokens, 1)
-        mean = self._sum / n
-        variance = np.maximum(self._squares / n - mean**2, 0)
-        known = (mean > 0) & (self.with_tokens > 1)
-        out: npt.NDArray[np.float64] = np.full(mean.shape, np.nan)
-        return np.divide(np.sqrt(variance), mean, out=out, where=known)
-
-
 class _Loads(Sums):
     """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
 
-    def __init__(self, run: Run, shape: Shape, layers: range, windows: _Windows) -> None:
+    def __init__(self, run: Run, shape: Shape, layers: range, windows: ExpertWindows) -> None:
         super().__init__(shape)
         self.windows, self.layers = windows, layers
         self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eplb_analyze.analysis.check import check_steps, summary_findings
+from eplb_analyze.analysis.findings import step_findings, summary_findings
 from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary, SummarySums
 from eplb_analyze.json_report import Report
@@ -118,7 +118,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         rank_steps = sum(c.recorded * c.ep_size * (c.idle_fraction or 0.0) for c in summary.configurations)
         # A sampled step stands for those that were not sampled.
         lost = rank_steps * info.interval * step_seconds
-    faults = {f.code for f in (*findings, *check_steps(run, steps)) if f.severity != "info"}
+    faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
     balances = np.concatenate(sums.values["balancedness"])
     judged = [
         figures.verdict

@@ -115,7 +115,7 @@ class Output:
 
         ``name`` says which of two runs is meant.
         """
-        from eplb_analyze.analysis.check import standing_findings, summary_findings
+        from eplb_analyze.analysis.findings import standing_findings, summary_findings
 
         findings = standing_findings(run) if steps is None else summary_findings(run, steps)
         prefix = f"{name}: " if name else ""

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.check import summary_findings
 from eplb_analyze.analysis.experts import ExpertReport, expert_report
+from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import banners, incomplete, summarize

@@ -14,7 +14,8 @@ import pytest
 from helpers import LAYERS, cli, load_of, manifest, map_of, open_writer, write
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.check import check_run, summary_findings
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.reader.completeness import completeness
 from eplb_dump import writer
 from eplb_dump.format import frames

@@ -22,7 +22,7 @@ import report_dump as planted
 from helpers import ROOT, assert_golden, cli, one_error, write
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.check import summary_findings
+from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.rearrangements import Verdict
 from eplb_analyze.errors import Finding
 from eplb_analyze.replay.settings import why_not_due
