@@ -11,13 +11,13 @@ def plural(count: int, word: str) -> str:
 
 
 def listed(items: Sequence[object], most: int = 8) -> str:
-    """``1, 2, 3``, and how many more there are."""
+    """``1, 2, 3 and 4 more``."""
     shown = ", ".join(map(str, items[:most]))
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown
 
 
 def clean(text: object) -> str:
-    """A text that cannot steer a terminal: control and other unprintable characters escaped."""
+    """Text that cannot control a terminal: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -26,7 +26,7 @@ def figure(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A difference: with its sign, and no minus before a zero."""
+    """A difference with its sign; a rounded zero has no minus."""
     if value is None:
         return "–"
     text = f"{value:+.{digits}f}".replace("-", "−")
@@ -38,7 +38,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """In the largest unit of which there are two."""
+    """In the largest unit that gives at least 2."""
     if seconds is None:
         return "–"
     for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
@@ -48,7 +48,7 @@ def duration(seconds: float | None) -> str:
 
 
 def counter(values: Iterable[float]) -> Callable[[float], str]:
-    """How to write counts that stand together: all in one unit, so that the longest is the largest."""
+    """A formatter for counts shown together, all in one unit, so that the longest is the largest."""
     values = list(values)
     largest = max(values, default=0.0)
     for limit, unit in ((1e13, "T"), (1e10, "G"), (1e7, "M")):

@@ -1,8 +1,7 @@
-"""Blocks: consecutive steps of one shape, all ranks of them joined.
+"""Blocks: consecutive steps of one shape, joined over all ranks, with loads summed over ranks.
 
-A run is read block by block, so that memory does not grow with its length. Here the ranks' rows
-become one truth per step (which session of a rank counts, whether the step is complete), and loads
-are summed over ranks. What the sums mean is for :mod:`eplb_analyze.metrics.formulas`.
+A run is read block by block, so that memory does not grow with its length. :mod:`eplb_analyze.reader.join`
+decides which session of a rank counts and whether a step is complete.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ class Block:
     Attributes:
         step: int64 [S], ascending.
         state: uint8 [S], a :class:`StepState` each.
-        shape: the shape of the loads, None where no rank recorded any.
+        shape: the shape of the loads; None if no rank recorded any.
         ranks: the writer ranks [R] that ``status`` has a row for.
         status: uint8 [R, S], a :class:`~eplb_dump.format.schema.Status` each, or ABSENT.
         time_ns: int64 [S], the wall clock, which can jump.
         clock_ns: int64 [S], ns since 1970 by the session's monotonic clock, which cannot.
-        num_tokens, phase: int64 [S]; -1 where not known; phase is an index into ``phases``.
+        num_tokens, phase: int64 [S]; -1 if unknown; phase is an index into ``phases``.
     """
 
     def __init__(
@@ -72,12 +71,12 @@ class Block:
 
     @property
     def recorded(self) -> Int64:
-        """The steps that are complete and recorded: those that figures are made of."""
+        """The complete, recorded steps, which figures use: int64."""
         recorded: Int64 = self.step[self.state == StepState.RECORDED]
         return recorded
 
     def missing_ranks(self, step: int) -> list[int]:
-        """The ranks whose part of a step is not there."""
+        """The ranks whose part of a step is missing."""
         column = int(np.searchsorted(self.step, step))
         have = {
             rank
@@ -88,7 +87,7 @@ class Block:
 
     @property
     def expected_ranks(self) -> Sequence[int]:
-        """The writers that a step needs: all EP ranks, or the one that holds the sums."""
+        """The writers that a complete step needs: all EP ranks, or the one that writes the sums."""
         return range(self._shape().ep_size) if self._scope is Scope.LOCAL else self.ranks
 
     def rank_load(self, steps: Int64 | None = None) -> Int64:
@@ -127,7 +126,7 @@ class Block:
             yield low, self._sum(pieces, steps, high - low, width)
 
     def terms(self, token_replication: int = 1, first: int = 0, last: int | None = None) -> Terms:
-        """What the formulas need of the complete steps, of all layers or of a range of indices."""
+        """The terms of the formulas over the complete steps, for all layers or a range of indices."""
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
         terms = Terms(len(self.recorded), last - first, shape.ep_size, token_replication)
@@ -142,10 +141,10 @@ class Block:
         first: int = 0,
         last: int | None = None,
     ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
-        """What each segment has of a few layers at a time: ``(layer, layer after the last, pieces)``.
+        """The segments' values for a few layers at a time: ``(layer, layer after the last, pieces)``.
 
-        The pieces are read as they are taken, one after another, and so the memory that many ranks' files
-        need is that of one. Take them before the next layers.
+        Pieces are read when they are taken, one after another, so that many ranks' files need the memory
+        of one. Take them before the next layers.
 
         Args:
             read: a segment's ``loads`` or ``rank_loads``.
@@ -177,7 +176,7 @@ class Block:
                 continue
             if out is None:
                 out = np.zeros((layers, count, width), np.int64)
-            elif not out.flags.writeable:  # a view of what was read
+            elif not out.flags.writeable:  # a view of the file's buffer
                 out = out.copy()
             out[:, _whole(here, count)] += values[:, _whole(there, values.shape[1])]
         return (np.zeros((layers, count, width), np.int64) if out is None else out).transpose(1, 0, 2)
@@ -188,7 +187,7 @@ class Block:
         return self.shape
 
     def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
-        """``(segment, index into steps, index into the segment's steps)`` of what counts."""
+        """``(segment, index into steps, index into the segment's steps)`` of the loads that count."""
         if not len(steps):
             return
         columns = np.searchsorted(self.step, steps)
@@ -211,7 +210,7 @@ class Block:
                 self.status[row, columns] == Status.RECORDED
             )
             if self._scope is Scope.GLOBAL:
-                # Of several that wrote sums for a step, the lowest counts.
+                # If several ranks wrote sums for a step, the lowest rank's count.
                 counts &= ~(self.status[:row, columns] == Status.RECORDED).any(axis=0)
             _, here, there = np.intersect1d(np.where(counts, steps, -1), load_steps, return_indices=True)
             if len(here):
@@ -225,7 +224,7 @@ Piece = tuple[npt.NDArray[Any], Int64, Int64]
 
 
 class _Cursor:
-    """Layers of a segment in ascending order; each row group is decoded once, and its file open only then."""
+    """Reads layers of a segment in ascending order; each row group is decoded once."""
 
     def __init__(self, segment: Segment, read: Read) -> None:
         self.segment = segment
@@ -256,7 +255,7 @@ class _Cursor:
 
 
 def _whole(index: Int64, length: int) -> Int64 | slice:
-    """An ascending index as a slice where it is everything: that copies nothing."""
+    """An ascending index, as a slice if it selects everything, which copies nothing."""
     return slice(None) if len(index) == length else index
 
 
@@ -269,7 +268,7 @@ def iter_blocks(
     """The blocks of a run, in order of steps.
 
     Args:
-        sessions: all sessions of the run, the older ones first.
+        sessions: all sessions of the run, oldest first.
         steps: the range to stay in.
         unreadable: ``id`` of segments whose loads cannot be read.
     """
@@ -300,13 +299,13 @@ def iter_blocks(
 
 
 def _shape_before(sessions: Sequence[Session], step: int) -> Shape | None:
-    """The shape of the loads that were recorded last before a step."""
+    """The shape of the last loads recorded before a step."""
     before = [s for x in sessions for s in x.segments if s.shape is not None and 0 <= s.last_step < step]
     return max(before, key=lambda segment: segment.last_step).shape if before else None
 
 
 def parts(sessions: Sequence[Session], about: int) -> list[StepRange]:
-    """Ranges of steps, of about so many or a block more, whose edges are edges of blocks."""
+    """Ranges of ``about`` steps or a block more, cut only between blocks."""
     edges: list[int] = []
     last = -1
     for first, end in sorted((s.first_step, s.last_step) for x in sessions for s in x.segments):

@@ -1,4 +1,4 @@
-"""Which steps of a run are whole, which are not, and why: counts that every command can state."""
+"""Counts of complete and incomplete steps of a run, and why steps are incomplete."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from eplb_analyze.text import plural
 from eplb_dump.format.schema import Status
 
 MAX_GAPS = 100
-#: Why a rank lacks in a step of which it says nothing.
+#: The reason if a rank has no row for a step.
 ABSENT = "absent"
-#: Ranks of an engine that is killed stop within a flush interval or so of each other; a longer
-#: stretch of incomplete steps at the end means that a rank stopped and the others went on.
+#: The ranks of a killed engine stop within about a flush interval of each other. A longer range of
+#: incomplete steps at the end means that one rank stopped and the others continued.
 KILL_SECONDS = 3.0
-#: A larger share of incomplete steps makes `summary` exit with 3: its figures leave out too much.
+#: A larger share of incomplete steps makes `summary` exit with 3: its figures omit too much.
 TOLERATED_INCOMPLETE = 0.1
 
 
@@ -39,9 +39,9 @@ class Completeness:
     gaps: list[tuple[int, int]] = field(default_factory=list)
     states: Counter[int] = field(default_factory=Counter)
     last_whole: int | None = None
-    #: Incomplete steps by the reason of the rank that lacks them: ``{(rank, status or None): steps}``.
+    #: Incomplete steps by the missing rank and its reason: ``{(rank, status or None): steps}``.
     reasons: Counter[tuple[int, str]] = field(default_factory=Counter)
-    #: Incomplete steps before ``last_whole``: not the frayed end of a killed run.
+    #: Incomplete steps before ``last_whole``, which a kill of all ranks does not explain.
     incomplete_inside: int = 0
     #: The last step that each rank accounted for, recorded or not.
     last_of_rank: dict[int, int] = field(default_factory=dict)
@@ -150,16 +150,16 @@ class Completeness:
 
     @property
     def lacks_much(self) -> bool:
-        """Whether so many steps lack a rank that the figures leave out too much."""
+        """Whether so many steps lack a rank that the figures omit too much."""
         return self.incomplete_share > TOLERATED_INCOMPLETE
 
     @property
     def ends_together(self) -> bool:
-        """Whether the steps that lack a rank at the end are no more than a kill of all ranks leaves."""
+        """Whether a kill of all ranks explains the incomplete steps at the end."""
         return self.tail_seconds <= KILL_SECONDS
 
     def why_incomplete(self) -> str:
-        """The ranks that lack most, in words: ``rank 5 absent in 40``."""
+        """The ranks missing from most steps: ``rank 5 absent in 40``."""
         parts = [f"rank {rank} {why} in {count:,}" for (rank, why), count in self.reasons.most_common(3)]
         if not parts:
             return "ranks recorded loads of different shapes"
@@ -170,7 +170,7 @@ class Completeness:
 
     @property
     def accounted_for(self) -> bool:
-        """Whether every rank that lacks in a step said so at the time: it dropped or rejected its load."""
+        """Whether every missing rank recorded why at the time: it dropped or rejected its load."""
         return bool(self.reasons) and all(why != ABSENT for _, why in self.reasons)
 
 

@@ -1,4 +1,4 @@
-"""The polars frames that a :class:`~eplb_analyze.reader.run.Run` returns, made of its blocks.
+"""Makes the polars frames that :class:`~eplb_analyze.reader.run.Run` returns from its blocks.
 
 ``layers`` are indices from 0, ``numbers`` the model's numbers of all recorded layers, and
 ``token_replication`` is divided out of counts.

@@ -1,7 +1,6 @@
-"""Finding what lies in a dump's folder: runs, models, ranks, sessions, and the files in them.
+"""Finds the runs, models, ranks and sessions in a dump, and opens the segments of sessions.
 
-Only folders and files of the format's own names are looked at, and no symbolic link is followed.
-Figures are not made here.
+Only folders and files with names of the format are read, and no symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ class Session:
     folder: StoragePath
     info: SessionInfo
     segments: list[Segment] = field(default_factory=list)
-    #: Those whose steps turned out to be unreadable; their placements may be readable.
+    #: Segments whose steps turned out to be damaged; their placements may be readable.
     lost: list[Segment] = field(default_factory=list)
-    #: The writer's final accounting; None where it was not closed (killed, or still writing).
+    #: The writer's final accounting; None if it was not closed (killed, or still writing).
     closed: dict[str, object] | None = None
-    #: Journals that are not sealed.
+    #: Number of journals that are not sealed.
     journals: int = 0
-    #: First and last step of which it is a copy; None: of all.
+    #: First and last step that it is a copy of; None if it is not a partial copy.
     part: tuple[int, int] | None = None
 
     @property
@@ -66,7 +65,7 @@ class Session:
 
 @dataclass
 class Discovery:
-    """All sessions under a folder, by run and model, and what was odd about its files."""
+    """All sessions under a folder, by run and model, and findings about its files."""
 
     root: StoragePath
     #: ``{run_id: {model slug: [SessionInfo and folder]}}``; no segment is opened yet.
@@ -74,12 +73,12 @@ class Discovery:
     findings: dict[tuple[str, str], list[Finding]]
 
     def created(self, run_id: str) -> int:
-        """When a run began, in ns since 1970: its oldest session."""
+        """When a run began, by its oldest session, in ns since 1970."""
         infos = [info for sessions in self.runs[run_id].values() for _, info in sessions]
         return min((info.created_unix_ns for info in infos), default=-1)
 
     def findings_of(self, run_id: str) -> list[Finding]:
-        """What was odd about a run's files, all its models'."""
+        """Findings about the files of a run, over all its models."""
         return [f for (run, _), findings in self.findings.items() if run == run_id for f in findings]
 
     def sessions(self, run_id: str, model: str | None = None) -> list[tuple[StoragePath, SessionInfo]]:
@@ -96,11 +95,11 @@ class Discovery:
 
 
 def discover(path: StoragePath, run: str | None = None) -> Discovery:
-    """Look through a dump, or one run, model, rank or session folder of it.
+    """Find the sessions of a dump, or of one run, model, rank or session folder of it.
 
-    Where ``run`` is an id of a run that is there, other runs may be left out.
+    If ``run`` is the id of an existing run, other runs may be left out.
 
-    Raises DumpError where there is no such folder, or no run in it.
+    Raises DumpError if the folder does not exist or has no run.
     """
     if isinstance(path, Path):
         if not path.exists():
@@ -142,13 +141,13 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
 
 
 def _info_or_fault(session: tuple[list[str], StoragePath]) -> SessionInfo | str | None:
-    """What a session says of itself, or why it cannot be read; None where its writer has just begun."""
+    """A session's metadata, or why it cannot be read; None if its writer has just started."""
     names, folder = session
     try:
         try:
             return read_info(folder, names)
         except FileNotFoundError:
-            # Whose writer was killed here, or is about to go on, has recorded nothing.
+            # A writer that was killed here, or is about to continue, has recorded nothing.
             if {entry.name for entry in places.entries(folder)} <= {f"{SESSION_FILE}.tmp"}:
                 return None
             return read_info(folder, names)
@@ -176,7 +175,7 @@ def _descend(
             if exhausted(error):
                 raise
             text = f"{folder}: {error.strerror}"
-            if level < 3:  # without it nobody can tell which run or model is meant
+            if level < 3:  # without this folder the run or model is unknown
                 raise DumpError(text) from None
             finding = Finding("error", "damaged_file", f"{text}; skipped")
             found.findings.setdefault((names[0][len(RUN_PREFIX) :], ""), []).append(finding)
@@ -195,7 +194,7 @@ def _descend(
 
 
 def read_info(folder: StoragePath, names: list[str]) -> SessionInfo:
-    """What a session's folder says of itself; ``names`` are its four levels. Raises FormatError, OSError."""
+    """Read ``session.json``; ``names`` are the four folder levels. Raises FormatError, OSError."""
     path = folder / SESSION_FILE
     require_regular(path)
     if path.stat().st_size > _MAX_SESSION_FILE:
@@ -212,8 +211,8 @@ def open_sessions(found: Sequence[tuple[StoragePath, SessionInfo]], findings: li
     if not found:
         return []
     own: list[list[Finding]] = [[] for _ in found]
-    # To read many ranks' journals takes a while. A run that goes on meanwhile would seem to have lost the
-    # ranks that are read first.
+    # Reading many ranks' journals takes a while. If the run continues meanwhile, the ranks that are read
+    # first would seem to have stopped.
     threads = requests_at_once(found[0][0])
     sizes = list(ordered_map(_sizes, [folder for folder, _ in found], threads))
     items = [(*session, mine, now) for session, mine, (_, now) in zip(found, own, sizes, strict=True)]
@@ -231,13 +230,13 @@ def _sizes(folder: StoragePath) -> dict[str, int] | None:
                 sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
             elif SEGMENT_PATTERN.fullmatch(entry.name):
                 sizes[entry.name] = 0
-    except OSError:  # it is listed once more, and that says why
+    except OSError:  # open_session lists it again and reports why
         return None
     return sizes
 
 
 def _first_after(sizes: dict[str, int] | None, journals: dict[int, StoragePath]) -> int | None:
-    """The number of the first segment that began after the files were listed; None: not known of any."""
+    """The number of the first segment that began after the files were listed; None if there is none."""
     if sizes is None:
         return None
     known = [_seq(name) for name in sizes]
@@ -251,7 +250,7 @@ def _seq(name: str) -> int:
 
 
 def _manifest(folder: StoragePath, info: SessionInfo, sealed: set[int]) -> Manifest:
-    """A session's manifest, which lists these segments if it can be had as it is now."""
+    """A session's manifest, read again while it does not list the segments in ``sealed`` yet."""
     for looks in reversed(range(3)):
         try:
             manifest = read_manifest(folder, info)
@@ -270,8 +269,8 @@ def open_session(
 ) -> Session:
     """List a session's segments, sealed and open; faults go to ``findings``.
 
-    Of journals no more is read than their ``sizes``, by name; those of other names began later, and what
-    began later is left out, also where it is sealed already.
+    Journals are read up to their ``sizes``, by name. Segments that began later are left out, even if
+    they are sealed by now.
     """
     session = Session(folder, info)
     journals: dict[int, StoragePath] = {}
@@ -303,7 +302,9 @@ def open_session(
             require_regular(path)
             opened = JournalSegment(path, None if sizes is None else sizes[path.name])
         except FileNotFoundError:
-            gone[seq] = path  # sealed since the folder was listed: so the manifest, read later, lists it
+            gone[seq] = (
+                path  # sealed since the folder was listed; the manifest, which is read later, lists it
+            )
             continue
         except UnbegunJournal as error:
             findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
@@ -336,11 +337,11 @@ def open_session(
         del journals[seq]
     for seq, listed in manifest.entries.items():
         names = [file.name for file in listed.files.values()]
-        # One that is not there is no later one, but missing.
+        # If its files do not exist, it is missing, not later.
         if end is not None and seq >= end and names and all((folder / n).exists() for n in names):
-            session.closed = None  # it is later still
+            session.closed = None  # which came even later
         elif seq not in journals:
-            # Of what a copy of a part left out, at most the placements are there.
+            # A partial copy has at most the placements of segments that it left out.
             (session.segments if "steps" in listed.files else session.lost).append(
                 ParquetSegment(folder, info, listed)
             )

@@ -1,4 +1,4 @@
-"""The step rows of all ranks joined: one state for each step of a run."""
+"""Joins the step rows of all ranks: one state for each step of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_BLOCK_STEPS = 4096
 ABSENT = 255
 
 
-#: Which of several rows for one step counts: a recorded one before a dummy one before any other.
+#: Which of several rows for one step counts: recorded before dummy before any other.
 STATUS_WEIGHT = np.zeros(256, np.int8)
 
 
@@ -40,14 +40,14 @@ Status8 = npt.NDArray[np.uint8]
 
 
 class StepState(enum.IntEnum):
-    """What a step is for the whole run, all ranks taken together."""
+    """The state of a step over all ranks."""
 
     RECORDED = Status.RECORDED
     DUMMY = Status.DUMMY
     NOT_SAMPLED = Status.NOT_SAMPLED
     DROPPED = Status.DROPPED
     REJECTED = Status.REJECTED
-    #: Some rank recorded it and another that should have did not: never summed as if whole.
+    #: A rank recorded it and another expected rank did not: never summed as if complete.
     INCOMPLETE = 5
 
     @property
@@ -57,25 +57,25 @@ class StepState(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Source:
-    """One segment of one session of one rank, among those a block is made of."""
+    """A segment of a block, with its rank and session."""
 
     rank: int
     session: int
     segment: Segment
-    #: Adding it to a monotonic time gives ns since 1970, as of the session's start.
+    #: Added to a monotonic time it gives ns since 1970, by the clock at the session's start.
     clock_offset_ns: int
-    #: False where its loads turned out to be unreadable: its recorded steps count as absent.
+    #: False if its loads turned out to be damaged: its recorded steps count as absent.
     readable: bool
 
 
 @dataclass
 class JoinedRows:
-    """The step rows of all ranks, joined: one column a seen step."""
+    """The step rows of all ranks: one column per seen step."""
 
     step: Int64
     ranks: list[int]
     status: Status8
-    #: Which session of the rank a status is from, -1 where it is ABSENT.
+    #: The session of the rank that a status is from; -1 if it is ABSENT.
     owner: npt.NDArray[np.int32]
     state: Status8
     shape: npt.NDArray[np.int32]
@@ -88,7 +88,7 @@ class JoinedRows:
 
 
 def overlapping_segments(sources: Iterable[Source]) -> Iterator[list[Source]]:
-    """Groups of segments whose ranges of steps overlap: those of one block, and of no other."""
+    """Groups of segments with overlapping steps. No step is in two groups."""
     group: list[Source] = []
     end = -1
     for source in sorted(sources, key=lambda s: (s.segment.first_step, s.session)):
@@ -102,7 +102,7 @@ def overlapping_segments(sources: Iterable[Source]) -> Iterator[list[Source]]:
 
 
 def same_shape_ranges(rows: JoinedRows, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Ranges of columns, within ``first`` and ``end``, of one shape and bounded length."""
+    """Ranges of columns between ``first`` and ``end`` of one shape, at most ``MAX_BLOCK_STEPS`` long."""
     edges = [int(e) for e in np.flatnonzero(np.diff(rows.shape)) + 1 if first < e < end]
     for start, stop in zip([first, *edges], [*edges, end], strict=True):
         for low in range(start, stop, MAX_BLOCK_STEPS):
@@ -116,7 +116,12 @@ def join_rows(
     last_shape: Shape | None,
     initial: int,
 ) -> JoinedRows:
-    """Join the rows of a group; ``last_shape`` is of the steps before, ``initial`` the ep_size else."""
+    """Join the rows of a group.
+
+    Args:
+        last_shape: the shape before this group, if known.
+        initial: the ep_size to expect if no shape is known.
+    """
     step = np.unique(np.concatenate([rows.step for _, rows in parts]))
     n = len(step)
     status = np.full((len(ranks), n), ABSENT, np.uint8)
@@ -134,7 +139,7 @@ def join_rows(
         row = row_of[source.rank]
         phases += [name for name in rows.phases if name not in phases]
         phase_code = np.array([*map(phases.index, rows.phases), -1], np.int64)
-        # Of several rows of one rank for a step the weightiest counts, of equals the newest session's.
+        # Of several rows of one rank for a step the weightiest counts; of equals, the newest session's.
         statuses = rows.status
         if not source.readable:
             statuses = np.where(statuses == Status.RECORDED, np.uint8(ABSENT), statuses)
@@ -179,7 +184,7 @@ def _states(
     n = status.shape[1]
     shape = shape_of.max(axis=0, initial=-1)
     at_odds = ((shape_of >= 0) & (shape_of != shape)).any(axis=0)
-    # A step that no rank recorded belongs to the shape before it (or, at first, after it).
+    # A step that no rank recorded has the shape before it or, at the start, after it.
     known = np.flatnonzero(shape >= 0)
     if len(known) or continued:
         before = np.searchsorted(known, np.arange(n), side="right") - 1
@@ -193,13 +198,13 @@ def _states(
         expected = [i for i, rank in enumerate(ranks) if rank < size]
         here = status[expected][:, columns]
         whole = len(expected) == size
-        if scope is Scope.GLOBAL:  # the sums are in one rank's hands: the lowest that has the step
+        if scope is Scope.GLOBAL:  # the lowest rank that has the step holds the sums
             best = STATUS_WEIGHT[status[:, columns]].argmax(axis=0)
             here, whole = status[best, columns][None], True
         recorded = (here == Status.RECORDED).any(axis=0)
         present = whole & (here != ABSENT).all(axis=0)
         had = whole & ((here == Status.RECORDED) | (here == Status.DUMMY)).all(axis=0)
-        # Where nobody recorded, the gravest reason of any rank is the step's.
+        # If no rank recorded the step, the most serious reason of any rank is its state.
         gravest = np.where(here == ABSENT, 0, here).max(axis=0, initial=0)
         state[columns] = np.where(
             recorded,

@@ -28,16 +28,16 @@ from eplb_dump.format.schema import EMPTY_SLOT, METADATA_KEY, SCHEMAS, STATUS_LA
 from eplb_dump.format.segment import footer
 from eplb_dump.format.session import SessionInfo
 
-#: More than this, decoded and read at once, is a hostile claim, not a segment of ours.
+#: A segment that decodes to more than this at once is hostile: the writer makes none.
 MAX_DECODED_BYTES = 1 << 30
-#: Of the table of steps; read as codes, for most of their texts are one.
+#: Columns of the table ``steps`` that are read as dictionary codes: most of their texts are equal.
 TEXT_COLUMNS = ["status", "phase"]
 
 
 class ParquetSegment:
     """A sealed segment, as the session's manifest lists it.
 
-    A file is open only while it is read, since a long run has more of them than a process may hold.
+    A file is open only while it is read: a long run has more files than a process may open.
     """
 
     def __init__(self, folder: StoragePath, info: SessionInfo, entry: SealedSegment) -> None:
@@ -49,7 +49,7 @@ class ParquetSegment:
         self.shape = entry.shape
         self.sums = entry.sums
         self.cut = False
-        #: Of the files whose footer was verified.
+        #: Footers that were verified, by table.
         self._metadata: dict[str, pq.FileMetaData] = {}
         self._load_steps: Int64 | None = None
 
@@ -59,7 +59,7 @@ class ParquetSegment:
 
     @contextmanager
     def _open(self, table: str) -> Iterator[pq.ParquetFile]:
-        """The file of a table that the segment has, verified when it is opened first."""
+        """The file of a table, verified the first time it is opened."""
         path, known = self.file_path(table), self._metadata.get(table)
         with ExitStack() as opened:
             with reading_faults(self, table, path):
@@ -71,7 +71,7 @@ class ParquetSegment:
                     metadata=known or self._footer(source, table),
                     page_checksum_verification=True,
                     read_dictionary=TEXT_COLUMNS if table == "steps" else None,
-                    # Where every read is a request, those of neighbours are made one.
+                    # Each read from a bucket is a request: merge those of neighboring columns.
                     pre_buffer=isinstance(path, bucket.Remote),
                 )
                 opened.enter_context(file)
@@ -87,7 +87,7 @@ class ParquetSegment:
             raise FormatError(f"it has {size} bytes where the manifest says {listed}")
 
     def _footer(self, source: Any, table: str) -> pq.FileMetaData:
-        """The footer of a file, verified, and read only once."""
+        """The verified footer of a file."""
         data = footer(source.size(), source.read_at)
         if zlib.crc32(data) != self._entry.files[table].footer_crc32:
             raise FormatError("its footer does not match the manifest's checksum")
@@ -104,13 +104,13 @@ class ParquetSegment:
             raise FormatError("its columns or rows are not what the format says")
         if table == "loads":
             self._check_widths(metadata)
-        # Not the size that the file claims for it: a value said once can stand for any number.
+        # Not the size that the file claims: a value stored once can stand for any number of values.
         sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
         if (max(sizes, default=0) if table == "loads" else sum(sizes)) > MAX_DECODED_BYTES:
             raise FormatError(f"more than {MAX_DECODED_BYTES >> 30} GiB would have to be read at once")
 
     def _check_widths(self, metadata: pq.FileMetaData) -> None:
-        """Check that the lists are as long as the shape says, before memory is taken for them."""
+        """Check that the lists have the lengths of the shape before memory is allocated for them."""
         shape = self.shape
         if shape is None or metadata.num_rows % shape.num_moe_layers:
             raise FormatError("its rows are not those of the layers that the manifest says")
@@ -163,7 +163,7 @@ class ParquetSegment:
                 self._load_steps = np.empty(0, np.int64)
             else:
                 with self._open("loads") as file:
-                    # Every layer has the same steps, so those of the first row group tell them all.
+                    # Every layer has the same steps, so the first row group has them all.
                     table = self._read(file, "loads", ["step", "layer"], 0)
                     with reading_faults(self, "loads", self.file_path("loads")):
                         n = file.metadata.num_rows // self.shape.num_moe_layers
@@ -173,7 +173,7 @@ class ParquetSegment:
         return self._load_steps
 
     def _check_order(self, table: pa.Table, layer: int, steps: Int64, n: int) -> int:
-        """Check that a row group is layer by layer, step by step; how many layers it holds."""
+        """Check that a row group is ordered by layer and step. Returns the number of its layers."""
         assert self.shape is not None
         count, rest = divmod(table.num_rows, n) if n else (0, table.num_rows)
         numbers = self._info.layer_numbers(self.shape.num_moe_layers)[layer : layer + count]
@@ -193,7 +193,7 @@ class ParquetSegment:
         for group, found in enumerate(_groups(self._metadata["loads"]) if n else ()):
             count = found.num_rows // n
             if layer < last and layer + count > first:
-                # Many ranks are read side by side, so none may keep a file open from group to group.
+                # Many ranks are read together, so no file stays open between row groups.
                 with self._open("loads") as file:
                     table = self._read(file, "loads", ["step", "layer", column], group)
                 with reading_faults(self, "loads", self.file_path("loads")):
@@ -217,7 +217,7 @@ class ParquetSegment:
                 self._read(file, table, SCHEMAS[table].names, group)
 
     def sums_are_true(self) -> bool:
-        """Whether the manifest's sums are those of the loads. Reads all of them."""
+        """Whether the manifest's sums equal those of the loads, all of which are read."""
         sums, shape = self.sums, self.shape
         if sums is None or shape is None:
             return True
@@ -264,7 +264,7 @@ def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def _filled(array: pa.Array) -> npt.NDArray[Any]:
-    """Numbers, -1 for null. Arrow's way needs its functions, a tenth of a small command's start-up."""
+    """Numbers, -1 for null. Arrow's compute functions would take a tenth of a small command's start-up."""
     if array.null_count == len(array):
         return np.full(len(array), -1, np.int64)
     return _numpy(array.fill_null(-1) if array.null_count else array)
@@ -274,14 +274,14 @@ def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]
     """A text column as codes into its distinct texts; -1 for null. Raises FormatError."""
     codes = _filled(array.indices).astype(np.int64)
     texts = [str(text) for text in array.dictionary.to_pylist()]
-    # A damaged head of a page can hide the page of texts: it is in no checksum.
+    # A damaged page header, which no checksum covers, can hide the dictionary.
     if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(texts):
         raise FormatError("it names a text that it does not have")
     return codes, texts
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """A schema as it is without ``read_dictionary``."""
+    """The schema without the effect of ``read_dictionary``."""
     types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema]
     return pa.schema([f.with_type(t) for f, t in zip(schema, types, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Which logical expert was in which slot, at any step: the placements of a run as a history."""
+"""The placement history of a run: which logical expert was in which slot at any step."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums
 from eplb_dump.format.schema import EMPTY_SLOT, Status
 
-#: Layers changed no more steps apart than this belong to one rearrangement: asynchronous engines
-#: move one layer at a time, between two of which transfers can take many steps.
+#: Layers that change at most this many steps apart belong to one rearrangement: asynchronous engines
+#: move one layer at a time, and a transfer can take many steps.
 REARRANGEMENT_GAP = 64
 
 
 @dataclass
 class LayerHistory:
-    """The placements of one layer, by the step from which each was in force."""
+    """The placements of one layer, by the step from which each is in force."""
 
     steps: list[int] = field(default_factory=list)
     ep_sizes: list[int] = field(default_factory=list)
     slots: list[Int32] = field(default_factory=list)
-    #: Steps from which the placement is not known until it is stated again; the same in all layers.
+    #: Steps from which the placement is unknown until it is stated again; the same in all layers.
     lost: list[int] = field(default_factory=list)
 
     def index_at(self, step: int) -> int:
-        """Index of the placement in force at a step, -1 before the first and where it is not known."""
+        """Index of the placement in force at a step; -1 before the first and while it is unknown."""
         i = bisect.bisect_right(self.steps, step) - 1
         j = bisect.bisect_right(self.lost, step) - 1
         return -1 if i >= 0 and j >= 0 and self.lost[j] > self.steps[i] else i
 
     def at(self, step: int) -> Int32 | None:
-        """int32 ``[num_physical_experts]``, or None where no placement is known."""
+        """int32 ``[num_physical_experts]``, or None if the placement is unknown."""
         i = self.index_at(step)
         return self.slots[i] if i >= 0 else None
 
     def periods(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
-        """Ascending steps cut where the placement changes: ``(slice of steps, placement)``."""
+        """Ascending steps split by placement period: ``(slice of steps, placement or None)``."""
         if len(steps):
             changes = sorted(s for s in {*self.steps, *self.lost} if steps[0] < s <= steps[-1])
             edges = [0, *np.searchsorted(steps, changes).tolist(), len(steps)]
@@ -73,8 +73,8 @@ class Rearrangement:
 class PlacementHistory:
     """The placements of a run, one :class:`LayerHistory` for each layer index.
 
-    ``lost``: steps from which no rank's placements can be read for a while, so that nobody knows them
-    until they are stated again.
+    ``lost``: steps from which no rank's placements can be read, so that they are unknown until they are
+    stated again.
     """
 
     def __init__(self, layers: dict[int, LayerHistory], lost: list[int], findings: list[Finding]) -> None:
@@ -87,11 +87,11 @@ class PlacementHistory:
 
     @cached_property
     def changes(self) -> list[int]:
-        """The steps from which a placement of some layer holds, or is not known, ascending."""
+        """The steps from which the placement of some layer changes or is unknown, ascending."""
         return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
 
     def truncated_at(self, step: int) -> PlacementHistory:
-        """What was known when ``step`` was the last."""
+        """The history as it was when ``step`` was the last step."""
 
         def cut(history: LayerHistory) -> LayerHistory:
             count = bisect.bisect_right(history.steps, step)
@@ -102,12 +102,12 @@ class PlacementHistory:
         return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings)
 
     def rearrangements(self) -> list[Rearrangement]:
-        """Changes after the first placement, those of one rearrangement put together."""
+        """Changes after the first placement, grouped into rearrangements."""
         changes: list[tuple[int, int, int]] = []
         for index, history in self.layers.items():
             for i in range(1, len(history.steps)):
                 if history.index_at(history.steps[i] - 1) < 0:
-                    continue  # nobody knows what it was before
+                    continue  # the placement before is unknown
                 before, now = history.slots[i - 1], history.slots[i]
                 # Slots of two shapes are not the same slots.
                 same_shape = before.shape == now.shape and history.ep_sizes[i - 1] == history.ep_sizes[i]
@@ -118,7 +118,7 @@ class PlacementHistory:
             if groups:
                 current = groups[-1]
                 near = change[0] - current[-1][0] <= REARRANGEMENT_GAP
-                # A layer that changes once more begins the next one.
+                # A layer that changes again begins the next rearrangement.
                 if near and all(change[1] != other[1] for other in current):
                     current.append(change)
                     continue
@@ -188,10 +188,10 @@ def crossings(old: Int64, new: Int64, ranks_per_node: int = 1) -> Int64:
 
 
 def even_shares(slots: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
-    """Which share of an expert's tokens each EP rank gets, if they are split evenly over its replicas.
+    """The share of an expert's tokens that each EP rank gets if its replicas split them evenly.
 
     ``load [steps, num_logical_experts] @ result`` are tokens per rank: float64
-    ``[num_logical_experts, ep_size]``; zeros where no slot holds the expert.
+    ``[num_logical_experts, ep_size]``; zeros if no slot holds the expert.
     """
     held = holdings(slots, ep_size, num_logical_experts)
     share: npt.NDArray[np.float64] = held.T / np.maximum(1, held.sum(axis=0))[:, np.newaxis]
@@ -199,16 +199,16 @@ def even_shares(slots: Int32, ep_size: int, num_logical_experts: int) -> npt.NDA
 
 
 def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int) -> npt.NDArray[np.float64]:
-    """Which share of a slot's tokens each EP rank gets, if every expert's are split evenly over replicas.
+    """The share of a slot's tokens that each EP rank gets if replicas split their expert's tokens evenly.
 
     ``load [steps, slots of old] @ result`` are tokens per rank under ``new``.
 
     Args:
-        old: the placement that says whose tokens a slot has.
-        new: the placement whose replicas share them.
+        old: the placement under which the slots got their tokens.
+        new: the placement whose replicas split them.
 
     Returns:
-        float64 ``[slots of old, ep_size]``; zeros where the slot is empty.
+        float64 ``[slots of old, ep_size]``; zeros if the slot is empty.
     """
     share = even_shares(new, ep_size, num_logical_experts)
     return np.where((old == EMPTY_SLOT)[:, np.newaxis], 0.0, share[old])
@@ -217,8 +217,8 @@ def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int
 def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: int) -> Int64:
     """Tokens of each logical expert over a block's complete steps: int64 ``[layers, experts]``.
 
-    Experts of slots whose placement is not known are left out. Loads are read only where the writer
-    left no sums, or those are of steps that do not count. Raises DamagedSegmentError.
+    Slots whose placement is unknown are left out. Loads are read only if the writer left no sums, or if
+    its sums include steps that do not count. Raises DamagedSegmentError.
     """
     assert block.shape is not None
     out = np.zeros((block.shape.num_moe_layers, num_logical_experts), np.int64)
@@ -245,7 +245,7 @@ def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: i
 def _cut(
     sums: ExpertSums, steps: Int64, history: PlacementHistory
 ) -> list[tuple[int, Int32 | None, Int64]] | None:
-    """``(layer, placement, load)`` of each sum; None where one spans a change that its rank missed."""
+    """``(layer, placement, load)`` of each sum; None if a sum spans a change that its rank missed."""
     first = np.searchsorted(steps, sums.step)
     last = np.append(first[1:], 0) - 1
     last[np.append(np.diff(sums.layer) != 0, True)] = len(steps) - 1
@@ -260,12 +260,12 @@ def _cut(
 
 
 def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = frozenset()) -> PlacementHistory:
-    """Join the placements of all ranks: each is the same statement, made by every rank.
+    """Join the placements of all ranks, each of which states all of them.
 
     A rank that missed the step of a change states it later, so the earliest statement counts. Two
     ranks that state different placements for one step and layer are a fault to report; the lower
-    rank's is kept. Where no rank's can be read, a change may be missed, so what was in force before
-    is not believed any more. Raises DamagedSegmentError.
+    rank's is kept. If no rank's placements can be read, a change may be missed, so the placement
+    is unknown from there on. Raises DamagedSegmentError.
 
     Args:
         unreadable: ``id`` of segments whose placements cannot be read.
@@ -307,7 +307,7 @@ def _first_of(steps: list[int]) -> str:
 
 
 def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
-    """The steps at which gaps begin that no other session's placements fill, ascending."""
+    """The first steps of gaps that no other session's placements fill, ascending."""
     gaps = [(session, gap) for session in sessions for gap in placement_gaps(session, unreadable)]
     found = set()
     for session, (begin, last) in gaps:
@@ -322,15 +322,15 @@ def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
 
 
 def _readable(session: Session, unreadable: frozenset[int]) -> list[Segment]:
-    """The segments whose placements can be read, also those whose steps cannot."""
+    """The segments with readable placements, including those with unreadable steps."""
     return [s for s in (*session.segments, *session.lost) if id(s) not in unreadable]
 
 
 def placement_gaps(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int]]:
     """First and last step of the gaps between the segments whose placements can be read.
 
-    Segments are numbered, so one that was skipped is missed; one without a placement has no file of them,
-    and is read nevertheless.
+    Segments are numbered, so a gap in the numbers is a lost segment. A segment without a placement has no
+    file of placements and is no gap.
     """
     gaps: list[tuple[int, int]] = []
     number, step = 0, None
@@ -364,7 +364,7 @@ def _statements(
         if len(own) == 1:
             yield from ((rank, *row) for row in rows[0])
             continue
-        # Where a rank has several sessions, a statement holds for the steps that its session counts for.
+        # If a rank has several sessions, a statement holds for the steps that its session counts for.
         for first, end, number in _owned(own):
             gaps = [gap for gap, _ in placement_gaps(own[number], unreadable)]
             in_force = {row[1]: row for row in rows[number] if row[0] <= first}
@@ -396,12 +396,12 @@ def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
             step.append(recorded)
             owner.append(np.full(len(recorded), number))
     steps, owners = np.concatenate(step), np.concatenate(owner)
-    # Of those that recorded a step the newest session's load counts, as in the blocks.
+    # Of the sessions that recorded a step, the newest one's load counts, as in the blocks.
     order = np.lexsort((owners, steps))
     last = np.flatnonzero(np.diff(steps[order], append=NO_END))
     steps, owners = steps[order][last], owners[order][last]
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     firsts = steps[starts]
-    firsts[:1] = -1  # what the first of them said before its first load
+    firsts[:1] = -1  # include what the first one stated before its first load
     ends = np.append(firsts, NO_END)[1:]
     return list(zip(firsts.tolist(), ends.tolist(), owners[starts].tolist(), strict=True))

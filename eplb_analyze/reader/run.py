@@ -59,13 +59,13 @@ def open_run(
 
 
 class Run:
-    """One run of one model. Figures are made of complete steps only: those all ranks recorded.
+    """One run of one model. Figures use complete steps only: those that all ranks recorded.
 
     Attributes:
         info: what the run is.
         findings: faults found so far; reading can add to them.
-        notes: what a user should be told about what was chosen.
-        progress: called on long work with how many steps are done, and of how many.
+        notes: for the user, about the choice of run and model.
+        progress: called during long work with the number of steps done and the total.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Run:
         self.findings = findings
         self.notes = notes
         self.progress: Callable[[int, int], None] = lambda done, of: None
-        #: By table, the ``id`` of segments that it cannot be read of; they stay in the sessions.
+        #: By table, the ``id`` of segments where it is unreadable; they stay in the sessions.
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
         self._reading = False
         self._history: PlacementHistory | None = None
         self._history_lock = threading.RLock()
-        #: What is later is not of the run; None: all is.
+        #: The last step to include; None for all.
         self._last: int | None = None
         self.scope = sessions[0].info.scope
         self.info = run_info(path, sessions, findings)
@@ -93,7 +93,7 @@ class Run:
         return f"<Run {self.info.run_id} of {self.info.model}: {size}>"
 
     def truncated_at(self, step: int) -> Run:
-        """The run as it was when ``step`` was its last one: what was written since is left out."""
+        """The run as it was when ``step`` was its last step: later writes are left out."""
         sessions = []
         for session in self.sessions:
             segments, lost = (
@@ -106,7 +106,7 @@ class Run:
         return run
 
     def import_caveats(self, *codes: str) -> list[str]:
-        """Notes for an answer that needs what the source of an imported run may not say: a line for each.
+        """One note for each fact that an answer needs and an imported run lacks or assumes.
 
         Args:
             codes: what the answer needs, as in ``Origin.unknown`` and ``assumed``, for instance
@@ -126,7 +126,7 @@ class Run:
 
     @property
     def placements_recorded(self) -> bool:
-        """Whether the dump says when placements changed; not where it was imported without, or is damaged."""
+        """Whether the dump states when placements changed. False if it is damaged or was imported without."""
         origin = self.info.origin
         stated = {} if origin is None else {**origin.unknown, **origin.assumed}
         if self.history.lost:
@@ -141,7 +141,7 @@ class Run:
 
     @property
     def expected_ranks(self) -> list[int]:
-        """The ranks that should have written: every EP rank, or the one that holds the sums."""
+        """The ranks that should have written: every EP rank, or the one that writes the sums."""
         if self.scope is Scope.GLOBAL:
             return self.present_ranks[:1]
         sizes = [s.shape.ep_size for session in self.sessions for s in session.segments if s.shape]
@@ -156,7 +156,7 @@ class Run:
     def over_blocks(
         self, work: Callable[[Block], T], steps: tuple[int, int] | None = None
     ) -> Iterator[tuple[Block, T]]:
-        """Each block with what ``work`` makes of it, in order of steps; threads share the work."""
+        """Each block with ``work(block)``, in order of steps; threads share the work."""
         for block, result in ordered_map(work, self._blocks(steps)):
             yield block, result
             self._report(block, steps)
@@ -172,15 +172,15 @@ class Run:
         self.progress(int(done.step[-1]) + 1 - low, high - low)
 
     def parts(self) -> list[StepRange]:
-        """The run's steps in ranges that are read apart, by other processes or machines if need be."""
+        """The run's steps as ranges that other processes or machines can read separately."""
         return parts(self.sessions, PART_STEPS)
 
     def retry_without_damaged(self, analysis: Callable[[], T]) -> T:
-        """Run an analysis; where a segment turns out unreadable, leave it out and start again.
+        """Run an analysis. If a segment turns out to be damaged, exclude it and start again.
 
-        So one damaged file neither ends an analysis nor leaves half of itself in a figure. Its
-        steps become incomplete, and ``findings`` names it. Of one reading inside another the outer
-        one starts again, which has read with what is left out now.
+        So a damaged file neither ends an analysis nor leaves half of itself in a figure. Its steps become
+        incomplete, and ``findings`` names it. In a nested call the outer analysis starts again, because it
+        may have read from the segment before.
         """
         if self._reading:
             return analysis()
@@ -199,7 +199,7 @@ class Run:
         left_out = self._unreadable.get(fault.table)
         if left_out is not None and id(segment) not in left_out:
             left_out.add(id(segment))
-        else:  # its steps; or it was read all the same
+        else:  # its steps, or a table that was excluded before
             sessions = [s for s in self.sessions if any(own is segment for own in s.segments)]
             if not sessions:
                 raise DumpError(str(fault))
@@ -227,16 +227,16 @@ class Run:
             return self._history
 
     def readable(self, segment: Segment) -> bool:
-        """Whether the loads of a segment are in figures, as far as is known yet."""
+        """Whether the loads of a segment are in figures; False once they turned out to be damaged."""
         return id(segment) not in self._unreadable["loads"]
 
     def placement_gaps(self, session: Session) -> list[tuple[int, int]]:
-        """First and last step of the gaps in what can be read of a session's placements."""
+        """First and last step of each range in which a session's placements cannot be read."""
         return placement_gaps(session, frozenset(self._unreadable["placements"]))
 
     @property
     def engine_config(self) -> dict[str, Any]:
-        """What the engine said of its configuration, by dotted names."""
+        """The engine's configuration, by dotted names."""
         return _flat(self.sessions[0].info.engine_config or {})
 
     def layer_index(self, layer: int) -> int:
@@ -256,7 +256,7 @@ class Run:
 
     @property
     def step_range(self) -> tuple[int | None, int | None]:
-        """First and last step of the run, as its segments say."""
+        """First and last step of the run, according to its segments; None if it has no step."""
         segments = [s for session in self.sessions for s in session.segments if s.last_step >= 0]
         if not segments:
             return None, None
@@ -272,17 +272,17 @@ class Run:
         return int(value) if times == 1 else float(value) / times
 
     def nothing_complete(self, steps: tuple[int, int] | None) -> DumpError:
-        """The error where no step of the run, or of a range that was asked for, is complete."""
+        """The error to raise if no step of the run, or of the range asked for, is complete."""
         where = "the run" if steps is None else "this range"
         return DumpError(f"{self.path}: no step of {where} is complete (see `check`)")
 
     # ---- frames
 
     def steps(self, steps: tuple[int, int] | None = None) -> pl.DataFrame:
-        """One row a seen step: step, state, ranks_recorded, time, num_tokens, phase.
+        """One row per seen step: step, state, ranks_recorded, time, num_tokens, phase.
 
         ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
-        incomplete. ``num_tokens`` is the sum over the ranks that said it.
+        incomplete. ``num_tokens`` is the sum over the ranks that recorded it.
         """
         from eplb_analyze.reader import dataframes
 
@@ -303,7 +303,7 @@ class Run:
             experts: False leaves out ``load``, which is much faster.
 
         Returns:
-            One row a step and layer, ordered so: step Int64, layer Int32, ep_size Int32, rank_load
+            One row per step and layer, in that order: step Int64, layer Int32, ep_size Int32, rank_load
             List [ep_size], load List [num_physical_experts]. Token replication is divided out;
             without replication the values are exact integers (Int64), else Float64.
         """
@@ -320,7 +320,7 @@ class Run:
         )
 
     def placement(self, step: int | None = None) -> pl.DataFrame:
-        """Who was where at a step (default: the last): layer, physical, rank, logical.
+        """The placement at a step (default: the last): layer, physical, rank, logical.
 
         ``logical`` is -1 in an empty slot. Layers whose placement is not known yet are left out.
         """
@@ -329,7 +329,7 @@ class Run:
         return dataframes.placement(self.history, self.info.layers, step)
 
     def placements(self) -> pl.DataFrame:
-        """Every change: step from which it holds, layer, ep_size, physical_to_logical (a list)."""
+        """Every placement: the step it took effect, layer, ep_size, physical_to_logical (a list)."""
         from eplb_analyze.reader import dataframes
 
         return dataframes.placements(self.history, self.info.layers)

@@ -1,7 +1,7 @@
-"""Verified reading of one session's segments, sealed and open, as arrays of one interface.
+"""The interface of a segment, the segment of an open journal, and reading faults.
 
-Every byte that becomes a figure was checked: sealed files by page checksums and the footer checksum
-in the manifest, journals and manifests by their frames' own. A fault is a :class:`DamagedSegmentError`.
+Every byte that becomes a figure is verified: sealed files by page checksums and the footer checksum in
+the manifest, journals and manifests by the checksums of their frames.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from eplb_dump.format.segment import ROW_GROUP_VALUES
 from eplb_dump.format.session import SessionInfo
 
 Scalar = TypeVar("Scalar", bound=np.generic)
-#: ``(layer, values [layers, n, width])`` of layers that lie together in a file.
+#: ``(layer, values [layers, n, width])`` of layers that are stored together in a file.
 Parts = Generator[tuple[int, npt.NDArray[Scalar]], None, None]
 
 
@@ -56,9 +56,9 @@ class Segment(Protocol):
     last_step: int
     shape: Shape | None
     path: StoragePath
-    #: Where the writer left them; of all the segment's steps.
+    #: Over all steps of the segment; None if the writer left none.
     sums: ExpertSums | None
-    #: Whether bytes after its last readable step are damaged.
+    #: Whether damage follows its last readable step.
     cut: bool
 
     def steps(self) -> StepRows: ...
@@ -80,7 +80,7 @@ class Segment(Protocol):
 
 
 class OpenSegment:
-    """The journal of a segment that is not sealed: of a live writer, or of a dead one."""
+    """The journal of a segment that is not sealed, by a live or a dead writer."""
 
     def __init__(self, journal: JournalSegment, path: StoragePath) -> None:
         self._journal = journal
@@ -104,7 +104,7 @@ class OpenSegment:
         assert shape is not None
         at_once = layers_at_once(len(self.load_steps()), shape)
         for layer in range(first, last, at_once):
-            # A journal has one position in its file.
+            # The journal's file has one position, which threads would share.
             with reading_faults(self, "loads", self.path), self._reading:
                 values = self._journal.read_layers(layer, min(layer + at_once, last))
             yield layer, values
@@ -120,16 +120,16 @@ class OpenSegment:
         return self._journal.placements
 
     def sums_are_true(self) -> bool:
-        return True  # it has none
+        return True  # it has no sums
 
 
 def layers_at_once(steps: int, shape: Shape) -> int:
-    """As many layers of so many steps as lie in a row group, which is decoded as a whole."""
+    """How many layers of so many steps are in a row group, which is decoded as a whole."""
     return max(1, ROW_GROUP_VALUES // (max(1, steps) * shape.num_physical_experts))
 
 
 def require_regular(path: StoragePath) -> None:
-    """Raise FormatError for what is no plain file: a pipe would be waited for, a link leads outside."""
+    """Raise FormatError unless it is a plain file: a pipe would block, a link can lead outside the dump."""
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
         raise FormatError("it is a symbolic link, which is not followed")
@@ -138,7 +138,7 @@ def require_regular(path: StoragePath) -> None:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether the reader has no memory or may open no more files: that is no fault of the file."""
+    """Whether the reader ran out of memory or open files, which is no fault of the file."""
     no_files = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
     return no_files or isinstance(error, MemoryError)
 

@@ -16,34 +16,34 @@ from urllib.parse import urlencode
 
 from eplb_analyze.errors import DumpError
 
-#: What an address may say behind its ``?``, by scheme.
+#: Options of an address after its ``?``, by scheme.
 OPTIONS = {
     "s3": ("region", "endpoint_override", "scheme", "anonymous"),
     "gs": ("endpoint_override", "scheme", "anonymous"),
 }
 
 
-#: An answer that does not come in this time is asked for again, three times in all.
+#: Timeouts, after which a request is sent again, three times in all.
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0
 
 
 RETRY_SECONDS = 30
 
 
-#: Smaller objects are fetched whole, with one request.
+#: Objects up to this size are fetched with one request.
 SMALL_BYTES = 64 << 10
 
 
-#: Frames are read one after another; so much of them is fetched at once.
+#: Frames are read in order; this much is fetched at once.
 FRAMES_BYTES = 1 << 20
 
 
 class UnreachableError(DumpError):
-    """A bucket cannot be read or written now: that says nothing of the dump in it."""
+    """A bucket cannot be read or written now, whatever the state of the dump in it."""
 
 
 class Entry(Protocol):
-    """What is in a folder. :class:`os.DirEntry` has it all."""
+    """An entry of a folder. :class:`os.DirEntry` has all of it."""
 
     @property
     def name(self) -> str: ...
@@ -56,9 +56,9 @@ class Entry(Protocol):
 
 @contextmanager
 def translate_network_errors(where: object) -> Iterator[None]:
-    """Errors of the network become UnreachableError: one line that says what to do.
+    """Turn network errors into UnreachableError, one line that says what to do.
 
-    Those that are of the file stay OSError, as a folder's: FileNotFoundError where it is gone.
+    Errors of the file stay OSError, as for a local file: FileNotFoundError if it is gone.
     """
     try:
         yield
@@ -73,20 +73,20 @@ def translate_network_errors(where: object) -> Iterator[None]:
 
 
 class Remote:
-    """A prefix or an object of a bucket, with the part of :class:`pathlib.Path` that reading a dump takes."""
+    """A prefix or an object of a bucket, with the methods of :class:`StoragePath`."""
 
     def __init__(self, bucket: Bucket, key: str) -> None:
         self.bucket = bucket
-        #: Without slashes at its ends; empty: the bucket.
+        #: Without slashes at its ends; empty for the bucket itself.
         self.key = key
 
     def __str__(self) -> str:
-        """The address as a message has it: without what stands behind the ``?``."""
+        """The address without its options, for messages."""
         return f"{self.bucket.scheme}://{self.bucket.name}/{self.key}".rstrip("/")
 
     @property
     def address(self) -> str:
-        """The address with which the place can be found again."""
+        """The full address, with options."""
         query = urlencode(self.bucket.options)
         return f"{self}?{query}" if query else str(self)
 
@@ -108,7 +108,7 @@ class Remote:
         return self.bucket.children(self.key)
 
     def folder(self, name: str) -> Sequence[Entry]:
-        """The folder of this name in it, if there is one: what lies beside it need not be listed."""
+        """The folder of this name in it, if it exists, without listing what is beside it."""
         below = self / name
         return [_Listed(name, str(below), None)] if below.entries() else []
 
@@ -132,7 +132,7 @@ class Remote:
         return self
 
     def source(self) -> Any:
-        """The object for Arrow; a small one is fetched here and now."""
+        """The object as an Arrow file; a small one is fetched at once."""
         file = self.bucket.file(self.key)
         if file.size() > SMALL_BYTES:
             return file
@@ -150,10 +150,10 @@ class Remote:
             data: bytes = file.read_at(file.size(), 0)
         return data
 
-    # ---- writing: of copies, and nowhere else
+    # ---- writing, which only copies do
 
     def write(self, file: BinaryIO) -> None:
-        """Make an object of a file's content; it is there when all of it is. Raises UnreachableError."""
+        """Write an object, which appears when it is complete. Raises UnreachableError."""
         with translate_network_errors(self), self.bucket.filesystem.open_output_stream(self._path) as stream:
             while data := file.read(8 << 20):
                 stream.write(data)
@@ -221,7 +221,7 @@ class _Listed:
 
 
 class Bucket:
-    """A bucket, and what was seen of it."""
+    """A bucket, with its listing and open files cached."""
 
     def __init__(self, scheme: str, name: str, options: dict[str, str]) -> None:
         self.scheme = scheme
@@ -229,15 +229,15 @@ class Bucket:
         self.options = options
         self._lock = threading.RLock()
         self._filesystem: Any = None
-        #: Prefixes that were listed with all that is below them.
+        #: Prefixes that were listed with everything below them.
         self._roots: list[str] = []
         self._children: dict[str, dict[str, _Listed]] = {}
-        #: Objects that were opened; that holds no connection.
+        #: Opened objects, which hold no connection.
         self._files: dict[str, Any] = {}
 
     @property
     def filesystem(self) -> Any:
-        """Of pyarrow; connections are kept in it."""
+        """The pyarrow filesystem, which keeps connections."""
         with self._lock:
             if self._filesystem is None:
                 with translate_network_errors(Remote(self, "")):
@@ -245,14 +245,14 @@ class Bucket:
             return self._filesystem
 
     def children(self, key: str) -> list[Entry]:
-        """What is below a prefix; the first time it is listed, with all that is below, in few requests."""
+        """The entries of a prefix. The first call lists it with everything below, in few requests."""
         with self._lock:
             if not self._known(key):
                 self._list(key)
             return sorted(self._children.get(key, {}).values(), key=lambda entry: entry.name)
 
     def entry(self, key: str) -> Entry | None:
-        """What a key names, as it was listed; else as it is now. None: nothing."""
+        """The entry of a key as it was listed, or as it is now if it was not; None if there is none."""
         parent, _, name = key.rpartition("/")
         with self._lock:
             if self._known(parent):
@@ -270,7 +270,7 @@ class Bucket:
         return _Listed(name, str(where), info.size if is_file else None, info.mtime_ns or 0)
 
     def file(self, key: str) -> Any:
-        """An object to read ranges of. Raises FileNotFoundError, UnreachableError."""
+        """An object as a file to read ranges from. Raises FileNotFoundError, UnreachableError."""
         file = self._files.get(key)
         if file is None:
             where = Remote(self, key)
@@ -282,7 +282,7 @@ class Bucket:
         return file
 
     def forget(self) -> None:
-        """Know no more of what is there: something was written or deleted."""
+        """Forget the listing, because something was written or deleted."""
         with self._lock:
             self._files, self._roots, self._children = {}, [], {}
 
@@ -301,7 +301,7 @@ class Bucket:
         for info in found:
             path = info.path[len(self.name) + 1 :].rstrip("/")
             size = info.size if info.type == fs.FileType.File else None
-            # Not every service lists the folders on the way.
+            # Not every service lists intermediate folders.
             while path and path != key:
                 parent, _, name = path.rpartition("/")
                 listed = _Listed(name, f"{self.scheme}://{self.name}/{path}", size, info.mtime_ns or 0)
@@ -318,7 +318,7 @@ def _filesystem(scheme: str, bucket: str, options: dict[str, str]) -> Any:
     endpoint, transport = options.get("endpoint_override"), options.get("scheme")
     anonymous = options.get("anonymous", "").lower() in ("true", "1")
     if scheme == "s3" and endpoint is None:
-        # Arrow's own look at these depends on its version.
+        # Whether Arrow reads these variables depends on its version.
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "://" in endpoint:
         transport, _, endpoint = endpoint.partition("://")
@@ -342,7 +342,7 @@ def _filesystem(scheme: str, bucket: str, options: dict[str, str]) -> Any:
     )
 
 
-#: What is in an error's text, and what a user is told.
+#: Patterns of error texts, and what to tell the user.
 _REASONS = (
     (r"NO_SUCH_BUCKET|bucket does not exist", "no such bucket"),
     (
@@ -360,7 +360,7 @@ _REASONS = (
 
 
 def _unreachable(text: str) -> str | None:
-    """What a user is told of an error of the network; None where it is another."""
+    """What to tell the user about a network error; None if it is another error."""
     if "AWS Error" not in text and "google::cloud::Status" not in text and "GCS" not in text:
         return None
     reason = next((said for pattern, said in _REASONS if re.search(pattern, text)), "it cannot be used")

@@ -1,8 +1,8 @@
-"""Where a dump lies: a folder of this machine, or a prefix of a bucket (``s3://``, ``gs://``).
+"""Storage paths: a local folder, or a prefix of a bucket (``s3://``, ``gs://``).
 
-A folder is a :class:`pathlib.Path`. A prefix is a :class:`Remote`, which has of a path what reading a dump
-takes, and reads only the ranges asked for. What is listed is listed once, so that a reader sees a bucket as
-of one moment. Nothing here knows what the files mean.
+A folder is a :class:`pathlib.Path`. A prefix is a :class:`Remote`, which has the methods of a path that
+reading a dump needs, and reads only the ranges asked for. A bucket is listed once, so that a reader sees it
+as of one moment. Nothing here knows what the files mean.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from urllib.parse import parse_qsl
 from eplb_analyze.errors import UsageError
 from eplb_analyze.storage.bucket import OPTIONS, Bucket, Entry, Remote
 
-#: Requests under way at once: waiting is most of what they take.
+#: Concurrent requests, which mostly wait for the network.
 MAX_REQUESTS = 8
 
 P = TypeVar("P", bound="StoragePath")
 
 
 class StoragePath(Protocol):
-    """What this program needs of a path. :class:`pathlib.Path` has it all."""
+    """The methods of a path that readers use. :class:`pathlib.Path` has them all."""
 
     @property
     def name(self) -> str: ...
@@ -44,10 +44,10 @@ class StoragePath(Protocol):
 
 
 def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
-    """The place of a path or an address.
+    """The storage path of a local path or an address.
 
-    An address may end in ``?``, and what else must be said: ``s3://bucket/dumps?region=eu-west-1``.
-    Raises UsageError where it is none that can be read.
+    An address may end in options: ``s3://bucket/dumps?region=eu-west-1``. Raises UsageError if it is
+    invalid.
     """
     if not isinstance(where, str | os.PathLike):
         return where
@@ -59,7 +59,7 @@ def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
     if scheme not in OPTIONS:
         raise UsageError(f"{scheme}:// cannot be read; a dump is a folder, or lies under s3:// or gs://")
     if "@" in rest.split("/")[0]:
-        # It would be shown in messages, and in the list of this machine's processes.
+        # Credentials would show in messages and in the list of processes.
         raise UsageError(f"{scheme}://…@…: credentials do not belong into an address; see docs/storage.md")
     path, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -74,7 +74,7 @@ def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
 
 
 def local(where: StoragePath | str, what: str) -> Path:
-    """A place that must be a folder of this machine, since ``what`` works only there. Raises UsageError."""
+    """Require a local path, the only kind that ``what`` works with. Raises UsageError."""
     where = storage_path(where)
     if isinstance(where, Path):
         return where
@@ -88,7 +88,7 @@ def absolute(where: StoragePath) -> StoragePath:
 
 
 def join(text: str, name: str) -> str:
-    """The text of what is called ``name`` in the folder that ``text`` names."""
+    """The text of the path ``name`` in the folder ``text``."""
     if "://" not in text:
         return os.path.join(text, name)
     path, mark, query = text.partition("?")
@@ -96,7 +96,7 @@ def join(text: str, name: str) -> str:
 
 
 def expand_globs(text: str) -> list[str]:
-    """The folders that a pattern stands for; the name of one that is there stands for itself.
+    """The folders that match a pattern; an existing folder with such a name matches itself only.
 
     Raises UsageError, UnreachableError.
     """
@@ -119,7 +119,7 @@ def expand_globs(text: str) -> list[str]:
 
 
 def entries(folder: StoragePath, only: str | None = None) -> Sequence[Entry]:
-    """What is in a folder, in order of names, or ``only`` what has this one.
+    """The entries of a folder ordered by name, or ``only`` the one of this name.
 
     Raises OSError, UnreachableError.
     """
@@ -131,19 +131,19 @@ def entries(folder: StoragePath, only: str | None = None) -> Sequence[Entry]:
 
 
 def forget_listing(where: StoragePath) -> None:
-    """Forget how it was listed: something has changed."""
+    """Forget how a bucket was listed, because something changed."""
     if isinstance(where, Remote):
         where.bucket.forget()
 
 
 def requests_at_once(where: StoragePath) -> int:
-    """How many threads to read or write with: one in a local folder, several if each waits for a network."""
+    """Threads to read or write with: one for a local folder, several for a bucket."""
     return 1 if isinstance(where, Path) else MAX_REQUESTS
 
 
 @contextmanager
 def open_for_arrow(where: StoragePath) -> Iterator[Any]:
-    """A file for Arrow, whose ``size()`` and ``read_at(bytes, offset)`` threads can share.
+    """A file for Arrow, with ``size()`` and ``read_at(bytes, offset)``, that threads can share.
 
     Raises OSError, UnreachableError.
     """
