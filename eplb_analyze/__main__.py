@@ -1,4 +1,4 @@
-"""The program's entry: says what to install where only the writer's half is."""
+"""The entry point of `eplb-analyze`: says what to install if only the writer's packages are there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    # The work is shared by threads of ours; those of numpy's matrix library would only fight them.
+    # We run our own threads; those of numpy's linear algebra library would compete with them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from eplb_analyze.cli import app

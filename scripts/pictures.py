@@ -1,4 +1,4 @@
-"""Makes the pictures of README and docs from real output: `python scripts/pictures.py demo-dump`."""
+"""Makes the pictures in README and docs from real output: `python scripts/pictures.py demo-dump`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new_console() -> Console:
 def save(console: Console, name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     svg = console.export_svg(title="eplb-analyze")
-    # Fonts of the reader's machine: nothing is fetched to show the picture.
+    # Use the reader's fonts: showing the picture must not download anything.
     (IMAGES / f"{name}.svg").write_text(strip_fonts(svg))
 
 

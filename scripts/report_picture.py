@@ -1,4 +1,4 @@
-"""Makes docs/images/report.png of a real report in Chromium: `python scripts/report_picture.py demo-dump`."""
+"""Makes docs/images/report.png from a report in Chromium: `python scripts/report_picture.py demo-dump`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of commands and the last line of defence: no traceback ever reaches a user."""
+"""The registry of commands, and the handler that turns every exception into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ app.command("watch", short_help="How does a run stand that is being written?")(w
 app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)
 
 
-def _version(show: bool) -> None:
+def _print_version(show: bool) -> None:
     if show:
         from importlib.metadata import version
 
@@ -86,26 +86,26 @@ def _version(show: bool) -> None:
 @app.callback()
 def root(
     _version_flag: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Read what eplb_dump recorded: how balanced the experts of a run were, and why not."""
 
 
-def _reason(error: OSError) -> str:
-    """What the system refused, and what helps."""
+def _os_error_message(error: OSError) -> str:
+    """What the system refused, with a hint if there is one."""
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.EMFILE:
         return f"{where}too many open files; allow more with `ulimit -n 4096`"
-    # Arrow says the file in its text, and more than that.
+    # Arrow's message names the file, and has more lines.
     return f"{where}{error.strerror or error}".splitlines()[0]
 
 
 def main() -> None:
-    # Python has None for what was closed; then a print to stderr would go to stdout.
+    # A closed stream is None in Python, and print(file=None) would write errors to stdout.
     sys.stdout = sys.stdout or io.StringIO()
     sys.stderr = sys.stderr or io.StringIO()
-    # Ended by a closed pipe as other programs are, and never by a character the terminal lacks.
+    # A closed pipe ends the program silently, as usual. Characters that the terminal lacks are escaped.
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
@@ -120,7 +120,7 @@ def main() -> None:
         print_message("error", "there is not enough memory for this")
         sys.exit(EXIT_UNUSABLE)
     except OSError as error:
-        print_message("error", _reason(error))
+        print_message("error", _os_error_message(error))
         sys.exit(EXIT_UNUSABLE)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):

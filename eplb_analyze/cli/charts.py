@@ -1,18 +1,32 @@
-"""Bars, heat colors and plots for a terminal."""
+"""Bars, heat colors and plots over steps for a terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from eplb_analyze.cli.console import styled
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    class StepBin(Protocol):
+        """Consecutive steps that are one column of a plot."""
+
+        @property
+        def first_step(self) -> int: ...
+
+        @property
+        def last_step(self) -> int: ...
+
 
 _COLD, _NEUTRAL, _HOT = (58, 110, 190), (236, 236, 226), (214, 48, 39)
+_EIGHTHS_UP, _EIGHTHS_RIGHT = " ▁▂▃▄▅▆▇█", " ▏▎▍▌▋▊▉█"
 
 
 def heat_style(times_mean: float) -> str:
-    """A cell's style by its load over the mean: blue below, pale at 1, red from 2 on."""
+    """The style of a cell by its load over the mean: blue below 1, pale at 1, red from 2 on."""
     if times_mean <= 1:
         low, high, t = _COLD, _NEUTRAL, max(0.0, times_mean)
     else:
@@ -23,12 +37,42 @@ def heat_style(times_mean: float) -> str:
 
 
 def heat(text: str, times_mean: float) -> Text:
-    from rich.text import Text
-
-    return Text(text, style=heat_style(times_mean))
+    return styled((text, heat_style(times_mean)))
 
 
 def bar(share: float, width: int = 12) -> str:
-    """A bar of eighths of blocks, ``share`` in 0 … 1."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+    """A horizontal bar; ``share`` in 0 … 1 fills ``width`` columns."""
+    whole, rest = divmod(round(max(0.0, min(1.0, share)) * width * 8), 8)
+    return _EIGHTHS_RIGHT[8] * whole + (_EIGHTHS_RIGHT[rest] if rest else "")
+
+
+def columns_of_steps(width: int, bins: Sequence[StepBin]) -> int:
+    """How many columns of ``width`` each bin gets."""
+    return max(1, width // len(bins))
+
+
+def vertical_bars(levels: Sequence[int], height: int = 1, repeat: int = 1) -> list[str]:
+    """Bars as ``height`` lines, the top line first. A level is in eighths of a line, 0 is blank."""
+    return [
+        "".join(_EIGHTHS_UP[max(0, min(8, level - 8 * row))] * repeat for level in levels)
+        for row in reversed(range(height))
+    ]
+
+
+def step_axis(
+    bins: Sequence[StepBin], symbols: Sequence[str], marks: dict[str, Iterable[int]], repeat: int = 1
+) -> str:
+    """The line below a plot: a symbol for each bin, and a mark at the bin of each of some steps.
+
+    Args:
+        bins: consecutive bins, each ``repeat`` columns wide.
+        symbols: one character for each bin.
+        marks: the steps that each mark stands at; a later mark replaces an earlier one.
+    """
+    line = [symbol for symbol in symbols for _ in range(repeat)]
+    starts = [part.first_step for part in bins]
+    for mark, steps in marks.items():
+        for step in steps:
+            if starts[0] <= step <= bins[-1].last_step:
+                line[(bisect_right(starts, step) - 1) * repeat] = mark
+    return "".join(line)

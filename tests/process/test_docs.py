@@ -1,4 +1,4 @@
-"""README and docs are true: their examples run, every command is documented and has help."""
+"""The examples in README and docs run, links resolve, and every command is documented and has help."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-#: Run as a whole by CI (tests) and by hand (the demo trains a model for a minute), or needs a GPU's engine.
+#: Lines that CI runs anyway, that take a minute (the demo trains a model), or that need an engine.
 NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ")
 
 
@@ -32,7 +32,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's own dump in it, and the array that docs/import.md imports."""
+    """A folder with the dump that the README writes, and the array that docs/import.md imports."""
     where = tmp_path_factory.mktemp("docs")
     code = next(b for b in blocks(ROOT / "README.md", "python") if "ExpertLoadWriter" in b)
     (array,) = blocks(ROOT / "docs/import.md", "python")
@@ -76,7 +76,7 @@ def test_shell_example_runs(folder: Path, page: str, line: str) -> None:
     assert out
 
 
-def test_scripts_that_the_readme_names_are_there() -> None:
+def test_scripts_named_in_the_readme_exist() -> None:
     named = [line for b in blocks(ROOT / "README.md", "sh") for line in b.splitlines()]
     scripts = [line.split()[1] for line in named if line.startswith("sh ")]
     assert len(scripts) == 2
@@ -85,7 +85,7 @@ def test_scripts_that_the_readme_names_are_there() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_relative_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 

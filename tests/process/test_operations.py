@@ -1,4 +1,4 @@
-"""docs/operations.md: its sizes follow from the measured ones, its examples do what they say."""
+"""docs/operations.md: sizes follow from the measured ones, and the examples do what the page says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def documents() -> list[Any]:
     return [yaml.safe_load(block) for block in blocks]
 
 
-def test_the_examples_are_what_they_say() -> None:
+def test_example_deployments_are_consistent() -> None:
     deployment, group, retention = documents()
     assert [d["kind"] for d in (deployment, group, retention)] == ["Deployment", "LeaderWorkerSet", "CronJob"]
     pods = [
@@ -42,8 +42,8 @@ def test_the_examples_are_what_they_say() -> None:
     subprocess.run(["sh", "-n", "-c", script], check=True)
 
 
-def test_retention_goes_by_the_newest_file(tmp_path: Path) -> None:
-    """A run that is still written is kept, however old its folder; so is one that has just begun."""
+def test_retention_deletes_by_the_newest_file(tmp_path: Path) -> None:
+    """A run that is still written is kept, however old its folder is; so is one that has just started."""
     *_, retention = documents()
     (container,) = retention["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     shell, option = container["command"]
@@ -66,7 +66,7 @@ def test_retention_goes_by_the_newest_file(tmp_path: Path) -> None:
     subprocess.run([shell, option, script.replace(str(tmp_path), str(empty))], check=True)
 
 
-def test_sizes_are_worked_out_from_the_measured_ones() -> None:
+def test_sizes_follow_from_the_measured_ones() -> None:
     measured = (DOCS / "performance.md").read_text()
     (local,) = re.findall(r"one of 32 ranks.*?\| ([\d,]+) B =", measured)
     (summed,) = re.findall(r"Poisson, lognormal rates σ = 0.5.*?\| ([\d,]+) B =", measured)

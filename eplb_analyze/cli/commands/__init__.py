@@ -1,1 +1,1 @@
-"""The commands, one file each: parse, ask the library, show. No figure is computed here."""
+"""The commands, one file each: parse options, call the library, show the report."""

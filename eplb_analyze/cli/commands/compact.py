@@ -1,4 +1,4 @@
-"""`compact`: a run of many rank files becomes a new run of few, with the sums over its ranks."""
+"""`compact`: merge the rank files of a run into a new run of few files, summed over ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`copy`: a run, or a part of it, to another place."""
+"""`copy`: copy a run, or part of it, to another dump."""
 
 from __future__ import annotations
 

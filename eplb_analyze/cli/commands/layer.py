@@ -30,7 +30,7 @@ def layer(
     out = Output(output)
     opened = out.open_run(dump, run, model)
     report = layer_report(opened, layer, step, steps)
-    # A slot's tokens under two placements are of two experts: its table is of the last one only.
+    # A slot that changed its expert mixes two experts' tokens: the slot table covers the last placement.
     changes = report.placement_changes
     placed = layer_report(opened, layer, None, (changes[-1], report.last_step + 1)) if changes else report
     out.show(opened, report.to_json(), lambda console: render(console, report, placed, top))

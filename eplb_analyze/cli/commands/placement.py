@@ -1,4 +1,4 @@
-"""`placement`: who is where, and what changed between two steps?"""
+"""`placement`: which expert is in which slot, and what changed between two steps?"""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def postmortem(
     result = judge(rows, threshold, baseline)
     if cache is not None:
         cache.save_table(result)
-    # What was read is shown, also where it cannot be grouped.
+    # Show the results even if they cannot be grouped.
     grouped = by if by in result.groupable() else None
     out.emit(result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
     if by != grouped:

@@ -1,4 +1,4 @@
-"""`watch`: how does a run stand that is being written?"""
+"""`watch`: a live view of a run that is being written."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def watch(
 
 
 def _live(follow: Callable[[], Follower], dump: Path, interval: float) -> None:
-    """Look again and again, on a screen of its own, until Ctrl-C; then the last look stays."""
+    """Refresh the view on an alternate screen until Ctrl-C, then leave the last one on the terminal."""
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
-    # Whoever ends it, the terminal gets its screen and its cursor back.
+    # SIGTERM must restore the screen and the cursor, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     screen = console(sys.stdout)
     follower: Follower | None = None
@@ -75,7 +75,7 @@ def _live(follow: Callable[[], Follower], dump: Path, interval: float) -> None:
                     look = follower.look()
                     shown = lines(look, screen.width, screen.height)
                 except DumpError as error:
-                    # An engine writes nothing before its first step, and its writer makes the folder.
+                    # The writer creates the folder at the engine's first step: wait for it.
                     if follower is not None or (dump.exists() and not dump.is_dir()):
                         raise
                     shown = [Text(clean(error)), Text("waiting for it; Ctrl-C ends", style="dim")]

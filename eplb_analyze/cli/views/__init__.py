@@ -1,1 +1,1 @@
-"""What each command shows: a report object in, text on a console out. No figure is computed here."""
+"""Views: each prints one report object on a console. No figure is computed here."""

@@ -32,7 +32,7 @@ def render(console: Console, report: CompactReport) -> None:
 
 
 def _gain(before: Side, after: Side) -> str:
-    """What the new run saves or costs, where that is anything."""
+    """What the new run saves or costs, or an empty text if nothing."""
     fewer, saved = before.files - after.files, 1 - after.bytes / before.bytes if before.bytes else 0.0
     share = percent(abs(saved), 0)
     said = [f"{plural(abs(fewer), 'file')} {'fewer' if fewer > 0 else 'more'}"] if fewer else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.console import print_heading, print_line, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, styled, table
 from eplb_analyze.text import clean, counter, figure, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _settings(console: Console, result: Comparison) -> None:
     if not result.settings:
         console.print("settings: the same, as far as they were recorded")
         return
-    more = f" ({SHOWN_SETTINGS} of {len(result.settings)})" if len(result.settings) > SHOWN_SETTINGS else ""
+    more = limited(SHOWN_SETTINGS, len(result.settings))
     listing = table(console, "<setting", "<A", "<B", title=f"set differently{more}")
     for row in result.settings[:SHOWN_SETTINGS]:
         values = (value if isinstance(value, str) else json.dumps(value) for value in (row.a, row.b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import figure, percent, plural
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.experts import ExpertReport
 
-#: A terminal of so many columns has room for the steps in which an expert was hot.
+#: From this many columns on, the table shows the steps in which an expert was hot.
 WIDE = 100
 
 
@@ -59,8 +59,8 @@ def _replication(console: Console, report: ExpertReport) -> None:
         "replicas_on_one_rank": "twice on one rank",
     }
     parts = [f"{counts[key]:,} {name}" for key, name in names.items() if counts[key]]
-    all_well = "no expert has too few or too many replicas"
-    console.print(f"in the last placement, by these loads: {', '.join(parts) or all_well}")
+    none = "no expert has too few or too many replicas"
+    console.print(f"in the last placement, by these loads: {', '.join(parts) or none}")
 
 
 def _drift(console: Console, report: ExpertReport) -> None:
@@ -76,11 +76,10 @@ def _drift(console: Console, report: ExpertReport) -> None:
 def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFrame, top: int) -> None:
     if not len(frame):
         return
-    of = f" ({top} of {len(frame):,})" if len(frame) > top else ""
     layer = ["layer"] if report.layer is None else []
     when = ["hot in steps"] if console.width >= WIDE else []
     columns = ("expert", "× mean", "peak", "hot in", "CV", "replicas", "due", "uneven")
-    listing = table(console, *layer, *columns, *when, title=title + of)
+    listing = table(console, *layer, *columns, *when, title=title + limited(top, len(frame)))
     for row in frame.head(top).to_dicts():
         cells = _cells(row)
         if layer:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.layer import ExpertLoad, LayerReport
 
-#: So few experts are all shown.
+#: Up to this many experts, all are shown.
 FEW_EXPERTS = 12
 
 
 def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
-    """Print a report; ``placed`` is of its steps since the last change of placement."""
+    """Print a report; ``placed`` covers only its steps since the last change of placement."""
 
     when = f"step {report.first_step}"
     if report.steps > 1:
@@ -58,7 +58,7 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
 
 
 def _ranks(console: Console, report: LayerReport, count: Callable[[float], str], mean: float) -> None:
-    """A grid of cells, coloured by load over the mean."""
+    """A grid of cells, colored by load over the mean."""
     from rich.table import Table
     from rich.text import Text
 
@@ -66,7 +66,7 @@ def _ranks(console: Console, report: LayerReport, count: Callable[[float], str],
     width = max(len(load) for _, load, _ in cells)
     tag = max(len(rank) for rank, _, _ in cells)
     per_row = max(1, min(16, (console.width - 2) // (tag + width + 4)))
-    # Rows of a power of two are easier to count in than what just fits.
+    # Rows of 2, 4, 8 or 16 ranks are easy to count in.
     while per_row & (per_row - 1):
         per_row -= 1
     print_line(console, ("tokens by EP rank", "bold"))
@@ -106,7 +106,7 @@ def _expert_table(console: Console, report: LayerReport, title: str, experts: li
 
 
 def _slots(console: Console, report: LayerReport, *, since_change: bool) -> None:
-    """The placement: a row a rank, each slot's logical expert coloured by the slot's load."""
+    """The placement: a row a rank, each slot's logical expert colored by the slot's load."""
     from rich.text import Text
 
     if all(slot.logical is None for slot in report.slots):

@@ -75,7 +75,7 @@ def _changes(console: Console, changes: list[LayerChange]) -> None:
 
 
 def _ranks(console: Console, p: LayerPlacement, change: LayerChange | None) -> None:
-    """A row a rank: the experts in its slots, and those that came and went."""
+    """One row per rank: the experts in its slots, and those that moved in and out."""
     digits = len(str(len(p.replicas) - 1))
     changed = {r.rank: r for r in change.ranks} if change else {}
     columns = ["rank", "<experts in its slots", *(["<in", "<out"] if changed else [])]
@@ -111,7 +111,7 @@ def _experts(console: Console, p: LayerPlacement) -> None:
 
 
 def _replicas(console: Console, layers: list[LayerPlacement]) -> None:
-    """A row a layer and number of replicas; those with one are the rest."""
+    """One row per layer and number of replicas."""
     listing = table(console, "layer", "replicas", "<experts", title="experts by their number of replicas")
     for p in layers:
         for copies in sorted(set(p.replicas), reverse=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.console import print_heading, print_line, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, styled, table
 from eplb_analyze.text import clean, duration, figure, listed, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from eplb_analyze.batch.comparison import Postmortem
     from eplb_analyze.batch.rows import Row
 
-#: A terminal of so many columns has room for where a run was and what it was.
+#: From this many columns on, the table shows engine, EP size, steps and 5th percentile.
 WIDE = 120
 
 
@@ -42,13 +42,13 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
 
 
 def _names(rows: list[Row]) -> dict[int, str]:
-    """What to call each run, by its row: its id; where several dumps have that, its dump's folder."""
+    """A name for each run, by ``id(row)``: its run id, or its dump's folder if several dumps have that id."""
     dumps: dict[str, set[str]] = {}
     of_dump: dict[str, set[str]] = {}
     for row in rows:
         dumps.setdefault(row.run_id, set()).add(row.dump)
         of_dump.setdefault(row.dump, set()).add(row.run_id)
-    # What stands behind the ? of an address is the same for all, and long.
+    # The query of a bucket's address is long, and the same for all.
     folders = {row.dump: row.dump.partition("?")[0] if "://" in row.dump else row.dump for row in rows}
     shared = _shared_folders(list(folders.values()))
 
@@ -62,7 +62,7 @@ def _names(rows: list[Row]) -> dict[int, str]:
 
 
 def _shared_folders(paths: list[str]) -> int:
-    """The length of the folders that all paths begin with; at least one folder of each is left."""
+    """The length of the folders that all paths start with; at least one folder of each path remains."""
     parts = [path.split("/")[:-1] for path in paths]
     shared = 0
     for folders in zip(*parts, strict=False):
@@ -102,7 +102,7 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
 
     wide = console.width >= WIDE
     several = len({row.model for row in rows}) > 1
-    title = f"what lost most first{f' ({len(rows)} of {of:,})' if of > len(rows) else ''}"
+    title = f"what lost most first{limited(len(rows), of)}"
     columns = ["<run", *(["<model"] if several else []), *(["<engine", "EP", "steps"] if wide else [])]
     columns += ["lost", "idle", "balance", *(["p5"] if wide else []), "worst", "helped"]
     columns += ["vs base"] if result.baseline else []
@@ -171,6 +171,6 @@ def _short(text: str, width: int) -> str:
 
 
 def _short_path(text: str, width: int) -> str:
-    """An id is told by its beginning, a folder by its end."""
+    """Shorten an id at its end, and a path at its beginning."""
     text = clean(text)
     return f"…{text[1 - width :]}" if "/" in text and len(text) > width else _short(text, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import counter, figure, percent
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
 
 
 def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggler]) -> None:
-    """Layer × rank: the load over the layer's mean, in as much detail as there is room for."""
+    """Layer × rank: the load over the layer's mean, in as much detail as fits."""
 
     label = max(5, *(len(str(layer.layer)) for layer in report.layers))
     tag = f"{by[0]}{len(costliest) - 1}"
@@ -49,7 +49,7 @@ def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggl
     compact = wide * len(costliest) > room
     width = max(3, len(tag)) if compact else wide
     if compact and width * len(costliest) > room:
-        # Where some are left out nobody could count on to a column without a number.
+        # If columns are left out, readers cannot count, so each column needs its number.
         width = 2 if 2 * len(costliest) <= room else len(tag) + 1
     shown = sorted(m.number for m in costliest[: max(1, room // width)])
     title = f"load of each {by}{', per rank,' if by == 'node' else ''} over the layer's mean"
@@ -73,7 +73,7 @@ def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggl
 
 
 def _header(numbers: list[int], letter: str, width: int) -> str:
-    """The numbers of the columns: of each where there is room, else of every few."""
+    """The numbers of the columns: of each if they fit, else of every few."""
     names = [f"{letter}{number}" for number in numbers]
     every = -(-(len(names[-1]) + 1) // width)
     if every == 1:
@@ -95,9 +95,7 @@ def _tenths(value: float) -> str:
 def _table(console: Console, by: str, costliest: list[Straggler], top: int) -> None:
     shown = costliest[:top]
     count, excess = counter(m.load for m in costliest), counter(round(m.excess_tokens) for m in costliest)
-    title = f"{by}s by what waiting for them cost"
-    if len(costliest) > top:
-        title += f" ({top} of {len(costliest)})"
+    title = f"{by}s by what waiting for them cost{limited(top, len(costliest))}"
     columns = (by, "tokens", "× mean", "slowest in", "excess tokens", "share")
     listing = table(console, *columns, title=title)
     for m in shown:

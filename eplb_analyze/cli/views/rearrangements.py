@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.rearrangements import RearrangementFigures, RearrangementReport
 
-#: A terminal of so many columns has room for whole verdicts.
+#: From this many columns on, the table has room for whole verdicts.
 WIDE = 100
 
-#: Beside the interval that says so, and short enough for 80 columns.
+#: Verdicts that are shortened to fit 80 columns; the interval beside them says the rest.
 SHORT = {"no measurable gain": "no gain seen"}
 
 STYLES = {
@@ -71,7 +71,7 @@ def _help(console: Console, report: RearrangementReport) -> None:
 
 
 def _why(console: Console, rows: list[RearrangementFigures]) -> None:
-    """What lies between predicted and after, how long the gain lasted, and what it cost."""
+    """What explains the difference between predicted and measured, how long the gain lasted, what moved."""
     title = "why after is not as predicted, how long half of the gain lasted, what moved"
     columns = ("<steps", "drift", "uneven split", "<half lasted", "slots", "to ranks", "to nodes")
     listing = table(console, *columns, title=title)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import clean, figure, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
 
 
 def _today(console: Console, result: Replay) -> None:
-    """What was recorded, and how far even splitting is from it."""
+    """The recorded placements, as measured and with evenly split replicas."""
     today, measured = result.today, result.measured_idle_fraction
     listing = table(console, "<today's placements", "balancedness", "idle")
     listing.add_row("as recorded", figure(result.measured_balancedness), percent(measured))
@@ -55,7 +55,7 @@ def _today(console: Console, result: Replay) -> None:
 
 
 def _settings(console: Console, result: Replay, top: int) -> None:
-    """The settings, the best first, and today's among them where it belongs."""
+    """The settings, the best first, with today's in its place among them."""
     from eplb_analyze.replay.replay import rank
 
     outcomes, costs = result.outcomes, result.cost_per_expert_ms is not None
@@ -78,7 +78,7 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         "cost s": lambda result, outcome: figure(outcome.cost_seconds, 2),
         "net s": _net,
     }
-    # 80 columns have room for what differs.
+    # In 80 columns, show only columns that differ.
     if len({setting.ep_size for setting in settings} | {result.today.ep_size}) == 1:
         del columns["ranks"]
     if len(rhythms) == len({interval for interval, _ in rhythms}):
@@ -87,7 +87,7 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         del columns[name]
     if len(columns) > 9:
         columns.pop("balanced", None)
-    more = f" ({top} of {len(outcomes):,})" if top < len(outcomes) else ""
+    more = limited(top, len(outcomes))
     listing = table(console, *columns, title=f"the same loads under other settings, best first{more}")
     listing.padding = (0, 1, 0, 0)
     for outcome in rows:
@@ -124,7 +124,7 @@ def _net(result: Replay, outcome: Outcome) -> Any:
 
 
 def _bounds(console: Console, result: Replay) -> None:
-    """What no placement can be better than, by the numbers of slots and ranks."""
+    """The lower bound of idle time, for each number of slots and ranks."""
     bounds = {
         (outcome.num_physical_experts, outcome.ep_size): outcome.idle_fraction_bound
         for outcome in [result.today, *result.outcomes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import bar, heat
+from eplb_analyze.cli.charts import bar, heat, step_axis, vertical_bars
 from eplb_analyze.cli.console import print_heading, print_line, styled, table
 from eplb_analyze.text import clean, duration, figure, percent, plural
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.summary import Summary
 
 SHOWN_REARRANGEMENTS = 12
-
-SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def render(
@@ -116,32 +114,29 @@ def _figures(console: Console, result: Summary) -> None:
 
 
 def _timeline(console: Console, result: Summary) -> None:
-    """A sparkline of balancedness, with the rearrangements marked below."""
+    """A sparkline of balancedness, with rearrangements marked below it."""
 
     values = [part.balancedness for part in result.timeline]
     known = [v for v in values if v is not None]
     if len(values) < 8 or not known:
         return
     low, high = min(known), max(known)
-    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    line = "".join(" " if v is None else SPARKS[round((v - low) * scale)] for v in values)
-    marks = [" "] * len(values)
-    for change in result.rearrangements:
-        for i, part in enumerate(result.timeline):
-            if part.first_step <= change.first_step <= part.last_step:
-                marks[i] = "▲"
+    scale = 7 / (high - low) if high > low else 0.0
+    (line,) = vertical_bars([0 if v is None else 1 + round((v - low) * scale) for v in values])
+    changes = [change.first_step for change in result.rearrangements]
+    marks = step_axis(result.timeline, " " * len(values), {"▲": changes})
     over = "over time" if _ordered(result) else "by step, in no known order"
     of = f"balancedness {over}, {figure(low)} to {figure(high)}"
     each = result.timeline[0].last_step - result.timeline[0].first_step + 1
     print_line(console, (of, "bold"), ", a mark a step" if each == 1 else f", a mark each {each:,} steps")
     print_line(console, line.rstrip())
     if "▲" in marks:
-        print_line(console, (f"{''.join(marks).rstrip()} rearranged", "dim"))
+        print_line(console, (f"{marks.rstrip()} rearranged", "dim"))
     console.print()
 
 
 def _ordered(result: Summary) -> bool:
-    """Whether steps are in the order of time; an imported run's may not be, and then stretches are none."""
+    """Whether steps are in time order. If not (in an imported run), stretches mean nothing."""
     origin = result.run.origin
     return origin is None or "step_order" not in origin.unknown
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from eplb_analyze.cli.charts import columns_of_steps, step_axis
 from eplb_analyze.cli.console import print_heading, print_line, print_notes
 from eplb_analyze.text import figure, plural
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HEIGHT = 14
 
-#: Columns of the plot that are not bins: the labels of its axis.
+#: Columns of the axis labels.
 MARGIN = 10
 
 
@@ -66,7 +66,7 @@ def plot(result: Timeline, width: int) -> list[Text]:
     """A chart of the bins as lines of text, ``width`` columns and the labels of the axis."""
     from rich.text import Text
 
-    repeat = max(1, width // len(result.bins))
+    repeat = columns_of_steps(width, result.bins)
     low, high = _range(result)
     digits = 3 if high - low >= 0.01 else 5
 
@@ -86,14 +86,14 @@ def plot(result: Timeline, width: int) -> list[Text]:
 
 
 def _range(result: Timeline) -> tuple[float, float]:
-    """The values that the plot spans; a constant lies in its middle."""
+    """The range of values of the plot. A constant is drawn in the middle."""
     low, high = result.min or 0.0, result.max or 0.0
     margin = 0.0 if high - low > 1e-9 else 0.1 * abs(low) or 0.1
     return low - margin, high + margin
 
 
 def _mark(b: Bin, row: int, level: Callable[[float], int]) -> tuple[str, str]:
-    """What a bin has in a row, of two levels, of the plot."""
+    """The character of a bin in one row of the plot, and its style. A row has two levels."""
     if b.mean is None or b.min is None or b.max is None:
         return " ", ""
     mean = level(b.mean)
@@ -106,15 +106,13 @@ def _axis(result: Timeline, repeat: int) -> list[Text]:
     from rich.text import Text
 
     starts = [b.first_step for b in result.bins]
-    marks = ["─" if b.steps else "╌" for b in result.bins for _ in range(repeat)]
-    for step in result.rearrangements:
-        marks[(bisect_right(starts, step) - 1) * repeat] = "▲"
-    for stretch in result.configurations[1:]:
-        marks[(bisect_right(starts, stretch.first_step) - 1) * repeat] = "◆"
+    shapes = [stretch.first_step for stretch in result.configurations[1:]]
+    symbols = ["─" if b.steps else "╌" for b in result.bins]
+    line = step_axis(result.bins, symbols, {"▲": result.rearrangements, "◆": shapes}, repeat)
     labels, last = "", str(result.bins[-1].last_step)
     for i in range(0, len(starts), max(1, len(starts) // 5)):
         name = f"{starts[i]} "
-        if len(labels) <= i * repeat <= len(marks) - len(last) - len(name):
+        if len(labels) <= i * repeat <= len(line) - len(last) - len(name):
             labels = labels.ljust(i * repeat) + name
-    labels = labels.ljust(len(marks) - len(last)) + last
-    return [Text(" " * (MARGIN - 1) + "└" + "".join(marks)), Text(f"{'step':>{MARGIN - 2}}  {labels}")]
+    labels = labels.ljust(len(line) - len(last)) + last
+    return [Text(" " * (MARGIN - 1) + "└" + line), Text(f"{'step':>{MARGIN - 2}}  {labels}")]

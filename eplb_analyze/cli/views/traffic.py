@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
 from eplb_analyze.text import counter, percent
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.traffic import TrafficReport
 
-#: A larger matrix is looked at as a document, or by node.
+#: A larger matrix is not printed.
 SHOWN = 32
 
 
@@ -49,7 +49,7 @@ def _shares(console: Console, report: TrafficReport) -> None:
 
 
 def _layers(console: Console, report: TrafficReport) -> None:
-    """The layers whose traffic leaves most and least."""
+    """The layers from which the most and the fewest tokens leave."""
     by_node = report.ranks_per_node is not None and report.ranks_per_node < report.ep_size
     away = [
         (t.shares.other_node if by_node else 1 - t.shares.same_rank, t.layer)
@@ -64,7 +64,7 @@ def _layers(console: Console, report: TrafficReport) -> None:
 
 
 def _matrix(console: Console, report: TrafficReport) -> None:
-    """Of each source's tokens, the percentage that goes to each destination: the detail there is room for."""
+    """The percentage of each source's tokens that goes to each destination, in as much detail as fits."""
 
     size, letter = len(report.matrix), report.by[0]
     label = max(3, len(f"{letter}{size - 1}"))
@@ -99,10 +99,9 @@ def _cell(share: float, width: int) -> str:
 
 def _receivers(console: Console, report: TrafficReport, top: int) -> None:
     receivers, letter = report.receivers(), report.by[0]
-    of = f" ({top} of {len(receivers)})" if len(receivers) > top else ""
     count = counter(r.tokens for r in receivers)
     columns = (report.by, "tokens", "× mean", "from others", "most from")
-    listing = table(console, *columns, title=f"busiest receivers{of}")
+    listing = table(console, *columns, title=f"busiest receivers{limited(top, len(receivers))}")
     for r in receivers[:top]:
         times = heat(f"{r.times_mean:.2f}", r.times_mean)
         most = "–" if r.busiest_source is None else f"{letter}{r.busiest_source}"

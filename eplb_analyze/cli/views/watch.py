@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import bar, heat
+from eplb_analyze.cli.charts import bar, columns_of_steps, heat, step_axis, vertical_bars
 from eplb_analyze.text import clean, duration, figure, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -15,21 +15,19 @@ if TYPE_CHECKING:
 
     from eplb_analyze.live.watch import Snapshot
 
-#: Rows of the rankings where the screen's height does not say how many there can be.
+#: Rows of the rankings if the height of the screen is not known.
 ROWS = 8
 
-#: Lines of the plot; columns of its axis.
+#: Lines of the plot, and columns of its axis labels.
 HEIGHT, MARGIN = 3, 6
 
-EIGHTHS = " ▁▂▃▄▅▆▇█"
-
-#: Columns of the two rankings, and of the cell of a rank beside them, where there is room for all.
+#: Columns of the two rankings, and of one rank in the list beside them.
 LAYERS, RANKS, CELL = 36, 44, 10
 
-#: A rank's load is coloured from so far off the mean.
-OFF = 0.05
+#: A rank's load is colored if it is at least this far from the mean.
+NOTABLE_DEVIATION = 0.05
 
-#: So long without anything new is worth saying.
+#: The view reports silence that lasts longer.
 QUIET_SECONDS = 3.0
 
 
@@ -39,11 +37,11 @@ def show(console: Console, look: Snapshot) -> None:
 
 
 def lines(look: Snapshot, width: int, height: int | None = None) -> list[Text]:
-    """The view, at most ``width`` columns and ``height`` lines."""
+    """The live view, at most ``width`` columns and ``height`` lines."""
     from rich.text import Text
 
     top = [*_head(look, width), Text(), *_balance(look, width), *_plot(look, width), Text()]
-    bottom = [Text(), *_events(look), *_troubles(look)]
+    bottom = [Text(), *_events(look), *_problems(look)]
     rows = ROWS if height is None else max(1, height - len(top) - len(bottom) - 2)
     found = [*top, *_panels(look, width, rows), *bottom]
     for line in found:
@@ -67,7 +65,7 @@ def _head(look: Snapshot, width: int) -> list[Text]:
 
 
 def _state(look: Snapshot) -> tuple[str, str]:
-    """Who is writing, in a few words, and their style."""
+    """Which ranks are writing, in a few words, and the style of the text."""
     closed = sum(writer.closed for writer in look.writers)
     writing = sum(w.last_step is not None and not w.stopped and not w.closed for w in look.writers)
     ranks = plural(len(look.writers), "rank")
@@ -106,7 +104,7 @@ def _balance(look: Snapshot, width: int) -> list[Text]:
 
 
 def _plot(look: Snapshot, width: int) -> list[Text]:
-    """Balancedness over the steps; the scale is in twentieths, so that it does not move all the time."""
+    """Balancedness over the steps. The scale ends at multiples of 0.05, so that it rarely changes."""
     from rich.text import Text
 
     known = [b.balancedness for b in look.timeline if b.balancedness is not None]
@@ -114,27 +112,24 @@ def _plot(look: Snapshot, width: int) -> list[Text]:
         return []
     low, high = math.floor(min(known) * 20) / 20, math.ceil(max(known) * 20) / 20
     high = max(high, low + 0.05)
-    repeat = max(1, (width - MARGIN) // len(look.timeline))
+    repeat = columns_of_steps(width - MARGIN, look.timeline)
     levels = [
         0 if b.balancedness is None else max(1, round((b.balancedness - low) / (high - low) * HEIGHT * 8))
         for b in look.timeline
     ]
     found = []
-    for row in reversed(range(HEIGHT)):
-        label = {HEIGHT - 1: f"{high:.2f}", 0: f"{low:.2f}"}.get(row, "")
+    for row, bars in enumerate(vertical_bars(levels, HEIGHT, repeat)):
+        label = {0: f"{high:.2f}", HEIGHT - 1: f"{low:.2f}"}.get(row, "")
         line = Text(f"{label:>{MARGIN - 2}} ", style="dim")
-        line.append("".join(EIGHTHS[max(0, min(8, level - 8 * row))] * repeat for level in levels), "cyan")
+        line.append(bars, "cyan")
         found.append(line)
-    starts = [b.first_step for b in look.timeline]
-    marks = ["╌" if b.balancedness is None else "─" for b in look.timeline for _ in range(repeat)]
-    for step in look.rearrangements:
-        if starts[0] <= step <= look.timeline[-1].last_step:
-            marks[(sum(start <= step for start in starts) - 1) * repeat] = "▲"
-    return [*found, Text(" " * (MARGIN - 1) + "".join(marks), style="dim")]
+    symbols = ["╌" if b.balancedness is None else "─" for b in look.timeline]
+    axis = step_axis(look.timeline, symbols, {"▲": look.rearrangements}, repeat)
+    return [*found, Text(" " * (MARGIN - 1) + axis, style="dim")]
 
 
 def _panels(look: Snapshot, width: int, rows: int) -> list[Text]:
-    """The worst layers, the ranks that the others wait for, and the load of all ranks, side by side."""
+    """Side by side: the worst layers, the costliest ranks, and the load of all ranks if there is room."""
     from rich.text import Text
 
     if not look.complete:
@@ -173,11 +168,11 @@ def _panels(look: Snapshot, width: int, rows: int) -> list[Text]:
 
 
 def _load(times_mean: float | None, width: int) -> Text:
-    """A rank's load over the mean; coloured only where it is off, so that the eye finds it."""
+    """A rank's load over the mean, colored only if it differs notably."""
     from rich.text import Text
 
     text = f"{figure(times_mean, 2):>{width}}"
-    off = times_mean is not None and abs(times_mean - 1) >= OFF
+    off = times_mean is not None and abs(times_mean - 1) >= NOTABLE_DEVIATION
     return heat(text, times_mean or 0.0) if off else Text(text)
 
 
@@ -224,8 +219,8 @@ def _events(look: Snapshot) -> list[Text]:
     return [moved, counts]
 
 
-def _troubles(look: Snapshot) -> list[Text]:
-    """What else to know, a line each."""
+def _problems(look: Snapshot) -> list[Text]:
+    """Missing, stopped and restarted ranks, lost steps and findings, one line each."""
     from rich.text import Text
 
     found = []
@@ -261,7 +256,7 @@ def _troubles(look: Snapshot) -> list[Text]:
 
 
 def _named(ranks: list[int]) -> str:
-    """``rank 3``, ``ranks 3, 5 and 7``, at most six by their number."""
+    """``rank 3`` or ``ranks 3, 5 and 7``; at most six are named."""
     shown = [str(rank) for rank in ranks[:6]]
     more = [f"{len(ranks) - 6} more"] if len(ranks) > 6 else []
     *names, last = [*shown, *more]

@@ -1,4 +1,4 @@
-"""The command line through the real program: every command, both forms, and bad input."""
+"""The command line in this process: JSON keys, golden output, and bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eplb_dump.format.session import dump_json
 COMMANDS = {"summary": ["summary"], "layer": ["layer", "1"], "check": ["check"]}
 
 
-#: What differs from run to run: when it began, and how long it took.
+#: Values that differ between runs of the test: start time and durations.
 TIMES = [
     (r"^began .*$", "began <when>, steps over <how long>"),
     (r'"created_unix_ns": \d+', '"created_unix_ns": 0'),
@@ -32,7 +32,7 @@ TIMES = [
 
 @pytest.fixture(scope="module")
 def poor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nobody rearranges, and of 40 steps rank 1 is there for 30; layers 3 and 5 of the model."""
+    """A run without a rearrangement, in which rank 1 recorded 30 of 40 steps; layers 3 and 5."""
     root = tmp_path_factory.mktemp("poor")
     slots = np.array([[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]])
     for rank, steps in ((0, 40), (1, 30)):
@@ -59,7 +59,7 @@ def session(root: Path, rank: int = 0) -> Path:
 
 
 def unwrapped(result: subprocess.CompletedProcess[str]) -> str:
-    """All that was said; where `check` wrapped a long path, in one piece."""
+    """All output, with the paths that `check` wrapped put together again."""
     return result.stderr + result.stdout.replace("\n    ", "")
 
 
@@ -135,8 +135,8 @@ def test_golden_output(good: Path, poor: Path, name: str, command: str, code: in
     assert_golden(name, output)
 
 
-def test_a_summary_says_at_the_top_that_eplb_never_acted(good: Path, poor: Path, tmp_path: Path) -> None:
-    """Of the whole run, whatever the steps asked for; and not where nobody can know."""
+def test_summary_warns_first_that_eplb_never_acted(good: Path, poor: Path, tmp_path: Path) -> None:
+    """For the whole run, whatever --steps says, and not if placements are unknown."""
     never = "EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"
     for steps in ([], ["--steps", "5:20"]):
         assert never in cli("summary", *steps, poor).stdout.splitlines()[1:3]
@@ -150,7 +150,7 @@ def test_a_summary_says_at_the_top_that_eplb_never_acted(good: Path, poor: Path,
     assert "no placement was recorded or readable, so no rearrangement is known" in unknown
 
 
-def test_metrics_both_forms() -> None:
+def test_metrics_lists_all_formulas_in_both_forms() -> None:
     names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm"]
     document = json.loads(cli("metrics", "--output", "json").stdout)
     assert [m["name"] for m in document["metrics"]] == names
@@ -159,7 +159,7 @@ def test_metrics_both_forms() -> None:
 
 
 @pytest.mark.parametrize("command", [["summary"], ["layer", "1", "--step", "3"], ["layer", "0"], ["check"]])
-def test_text_fits_80_columns_and_has_no_colour_in_a_pipe(good: Path, command: list[str]) -> None:
+def test_piped_text_fits_80_columns_and_has_no_color(good: Path, command: list[str]) -> None:
     result = cli(*command, good)
     assert result.returncode == 0
     assert "\x1b" not in result.stdout
@@ -179,7 +179,7 @@ def test_layer_is_readable_with_few_and_many_ranks(tmp_path: Path, ep_size: int)
     assert f"hottest: rank {ep_size - 1} " in result.stdout
 
 
-def test_dump_from_the_environment_and_the_current_folder(
+def test_dump_defaults_to_the_environment_then_to_the_current_folder(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_argument = cli("summary", good).stdout
@@ -188,7 +188,7 @@ def test_dump_from_the_environment_and_the_current_folder(
     assert cli("summary").stdout == by_argument
 
 
-def test_range_of_steps(good: Path) -> None:
+def test_steps_option_limits_the_range(good: Path) -> None:
     document = json.loads(cli("summary", "--steps", "10:15", "-o", "json", good).stdout)
     assert (document["steps"]["first"], document["steps"]["last"], document["steps"]["seen"]) == (10, 14, 5)
     assert document["rearrangements"] == []
@@ -196,7 +196,7 @@ def test_range_of_steps(good: Path) -> None:
     assert (document["first_step"], document["last_step"], document["steps"]) == (35, 39, 5)
 
 
-def test_the_newest_run_is_picked_and_said(tmp_path: Path) -> None:
+def test_newest_run_is_chosen_and_named(tmp_path: Path) -> None:
     write(tmp_path, run_id="old", steps=3)
     write(tmp_path, run_id="new", steps=4)
     result = cli("summary", "-o", "json", tmp_path)
@@ -205,7 +205,7 @@ def test_the_newest_run_is_picked_and_said(tmp_path: Path) -> None:
     assert json.loads(cli("summary", "--run", "old", "-o", "json", tmp_path).stdout)["steps"]["seen"] == 3
 
 
-def test_the_larger_model_is_picked_and_said(tmp_path: Path) -> None:
+def test_larger_model_is_chosen_and_named(tmp_path: Path) -> None:
     write(tmp_path)
     with ExpertLoadWriter(tmp_path, model="draft", num_logical_experts=4, ep_size=2, run_id="r") as writer:
         writer.record(None, np.ones((1, 4), int), np.arange(4).reshape(1, 4))
@@ -224,23 +224,23 @@ def test_the_larger_model_is_picked_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 class TestBadInput:
-    def test_no_such_folder(self, command: str, tmp_path: Path) -> None:
+    def test_missing_folder_is_an_error(self, command: str, tmp_path: Path) -> None:
         one_error(cli(*COMMANDS[command], tmp_path / "nowhere"), 3, "nowhere", "no such folder")
 
-    def test_empty_folder(self, command: str, tmp_path: Path) -> None:
+    def test_empty_folder_is_an_error(self, command: str, tmp_path: Path) -> None:
         one_error(cli(*COMMANDS[command], tmp_path), 3, str(tmp_path), "no run in it")
 
-    def test_a_file(self, command: str, tmp_path: Path) -> None:
+    def test_file_in_place_of_a_folder_is_an_error(self, command: str, tmp_path: Path) -> None:
         (tmp_path / "f").write_text("x")
         one_error(cli(*COMMANDS[command], tmp_path / "f"), 3, "it is a file")
 
-    def test_no_such_run(self, command: str, good: Path) -> None:
+    def test_unknown_run_lists_the_known_ones(self, command: str, good: Path) -> None:
         one_error(cli(*COMMANDS[command], "--run", "zz", good), 2, "no run 'zz'", "there are: r")
 
-    def test_no_such_model(self, command: str, good: Path) -> None:
+    def test_unknown_model_lists_the_known_ones(self, command: str, good: Path) -> None:
         one_error(cli(*COMMANDS[command], "--model", "zz", good), 2, "no model 'zz'", "org/moe")
 
-    def test_future_major_version(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_newer_major_version_is_rejected(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         for rank in (0, 1):
             path = session(root, rank) / SESSION_FILE
@@ -249,40 +249,40 @@ class TestBadInput:
             path.write_bytes(dump_json({**document, "format_version": "2.0"}))
         one_error(cli(*COMMANDS[command], root), 3, "format 2.0, newer than this program reads", "upgrade")
 
-    def test_garbage_beside_the_files(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_unknown_file_is_a_warning(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         (session(root) / "notes.bin").write_bytes(os.urandom(100))
         result = cli(*COMMANDS[command], root)
         assert result.returncode == 0
         assert "notes.bin" in (unwrapped(result) if command == "check" else result.stderr)
 
-    def test_garbage_segment(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_garbage_segment_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         (session(root) / "loads-000099.parquet").write_bytes(os.urandom(5000))
         self.faulty(command, root, "loads-000099.parquet", still_recorded=40)
 
-    def test_garbage_journal(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_garbage_journal_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         (session(root) / "journal-000099.frames").write_bytes(os.urandom(5000))
         self.faulty(command, root, "journal-000099.frames", still_recorded=40)
 
-    def test_truncated_segment(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_truncated_segment_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         path = session(root) / "loads-000001.parquet"
         path.write_bytes(path.read_bytes()[:-100])
         self.faulty(command, root, "loads-000001.parquet", still_recorded=24)
 
-    def test_missing_segment(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_missing_segment_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         (session(root) / "loads-000001.parquet").unlink()
         self.faulty(command, root, "loads-000001.parquet", still_recorded=24)
 
-    def test_missing_steps_file(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_missing_steps_file_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         (session(root) / "steps-000001.parquet").unlink()
         self.faulty(command, root, "steps-000001.parquet", still_recorded=24)
 
-    def test_a_flipped_bit_in_a_page(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_flipped_bit_in_a_page_is_detected(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         path = session(root) / "loads-000001.parquet"
         data = bytearray(path.read_bytes())
@@ -293,7 +293,7 @@ class TestBadInput:
         assert result.returncode == (1 if command == "check" else 3)
         assert "Traceback" not in result.stderr
 
-    def test_damaged_manifest(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_damaged_manifest_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         path = session(root) / MANIFEST_FILE
         data = bytearray(path.read_bytes())
@@ -303,7 +303,7 @@ class TestBadInput:
         assert result.returncode == (1 if command == "check" else 3)
         assert MANIFEST_FILE in unwrapped(result)
 
-    def test_damaged_session_file(self, command: str, good: Path, tmp_path: Path) -> None:
+    def test_damaged_session_file_is_named(self, command: str, good: Path, tmp_path: Path) -> None:
         root = shutil.copytree(good, tmp_path / "dump")
         (session(root) / SESSION_FILE).write_text('{"format": "eplb-dump"}')
         result = cli(*COMMANDS[command], root)
@@ -311,7 +311,7 @@ class TestBadInput:
         assert result.returncode == (1 if command == "check" else 3)
         assert SESSION_FILE in unwrapped(result) or command == "layer"
 
-    def test_names_cannot_steer_the_terminal(self, command: str, tmp_path: Path) -> None:
+    def test_names_cannot_control_the_terminal(self, command: str, tmp_path: Path) -> None:
         write(tmp_path, model="evil\x1b[31m[bold]x[/bold]\n\u202e", engine="[red]e\x07", steps=3)
         result = cli(*COMMANDS[command], tmp_path)
         assert result.returncode == 0
@@ -322,7 +322,7 @@ class TestBadInput:
 
     @staticmethod
     def faulty(command: str, root: Path, name: str, *, still_recorded: int) -> None:
-        """The fault is named once, the rest is used, and the exit code tells."""
+        """The fault is named once, the rest is used, and the exit code reports it."""
         result = cli(*COMMANDS[command], "-o", "json", root)
         assert "Traceback" not in result.stderr
         document = json.loads(result.stdout)
@@ -346,11 +346,13 @@ class TestBadInput:
         (["layer", "1", "--step", "999"], ["no step 999", "steps 0 to 39"]),
     ],
 )
-def test_what_the_dump_does_not_have(good: Path, arguments: list[str], words: list[str]) -> None:
+def test_missing_layer_or_step_is_named_with_what_exists(
+    good: Path, arguments: list[str], words: list[str]
+) -> None:
     one_error(cli(*arguments, good), 2, *words)
 
 
-def test_a_range_without_a_step(good: Path) -> None:
+def test_range_without_a_step_is_rejected(good: Path) -> None:
     for command in (["summary"], ["layer", "1"]):
         result = cli(*command, "--steps", "500:600", good)
         one_error(result, 2, "no step of the run is in 500:600", "it has steps 0 to 39")
@@ -369,21 +371,21 @@ def test_a_range_without_a_step(good: Path) -> None:
         ["nonsense"],
     ],
 )
-def test_wrong_usage(good: Path, arguments: list[str]) -> None:
+def test_wrong_usage_exits_with_2(good: Path, arguments: list[str]) -> None:
     result = cli(*arguments, *([good] if arguments != ["layer"] else []))
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
 
 
-def test_a_skipped_step_says_why_it_has_no_loads(tmp_path: Path) -> None:
+def test_step_that_was_not_sampled_says_so(tmp_path: Path) -> None:
     write(tmp_path, interval=10)
     one_error(
         cli("layer", "1", "--step", "15", tmp_path), 2, "step 15", "not sampled", "the one before is 10"
     )
 
 
-def test_a_symbolic_link_is_not_followed(good: Path, tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed(good: Path, tmp_path: Path) -> None:
     root = shutil.copytree(good, tmp_path / "dump")
     outside = tmp_path / "outside.parquet"
     victim = session(root) / "loads-000001.parquet"
@@ -398,7 +400,9 @@ def test_a_symbolic_link_is_not_followed(good: Path, tmp_path: Path) -> None:
     "name", [SESSION_FILE, MANIFEST_FILE, "loads-000001.parquet", "journal-000099.frames"]
 )
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_what_is_no_regular_file_is_not_waited_for(good: Path, tmp_path: Path, name: str, kind: str) -> None:
+def test_pipe_or_folder_in_place_of_a_file_is_rejected_without_waiting(
+    good: Path, tmp_path: Path, name: str, kind: str
+) -> None:
     root = shutil.copytree(good, tmp_path / "dump")
     path = session(root) / name
     path.unlink(missing_ok=True)
@@ -412,7 +416,7 @@ def test_what_is_no_regular_file_is_not_waited_for(good: Path, tmp_path: Path, n
 @pytest.mark.parametrize(
     "claim", [{"num_logical_experts": 10**9}, {"ep_size": 10**9}, {"moe_layers": list(range(10_000))}]
 )
-def test_absurd_metadata_is_refused(good: Path, tmp_path: Path, claim: dict[str, Any]) -> None:
+def test_absurd_metadata_is_rejected(good: Path, tmp_path: Path, claim: dict[str, Any]) -> None:
     root = shutil.copytree(good, tmp_path / "dump")
     for rank in (0, 1):
         path = session(root, rank) / SESSION_FILE
@@ -422,8 +426,8 @@ def test_absurd_metadata_is_refused(good: Path, tmp_path: Path, claim: dict[str,
     one_error(cli("summary", root), 3, "session metadata")
 
 
-def test_a_lying_manifest_is_refused(good: Path, tmp_path: Path) -> None:
-    """Right checksums do not make a claim true: its lists are not that long."""
+def test_manifest_with_false_shape_is_rejected(good: Path, tmp_path: Path) -> None:
+    """The checksums are right, but lists are shorter than the manifest says."""
     root = shutil.copytree(good, tmp_path / "dump")
     for rank in (0, 1):
         path = session(root, rank) / MANIFEST_FILE
@@ -442,7 +446,7 @@ def test_a_lying_manifest_is_refused(good: Path, tmp_path: Path) -> None:
     assert "not as long as the manifest says" in result.stderr
 
 
-def test_a_claim_of_absurd_size_is_refused(good: Path, tmp_path: Path) -> None:
+def test_frame_of_absurd_size_is_rejected(good: Path, tmp_path: Path) -> None:
     root = shutil.copytree(good, tmp_path / "dump")
     folder = session(root)
     head = frames.HEAD.pack(frames.MAGIC, 0xFFFFFFF0, 0, 0)[:12]
@@ -452,20 +456,20 @@ def test_a_claim_of_absurd_size_is_refused(good: Path, tmp_path: Path) -> None:
     assert "journal-000099.frames" in result.stderr
 
 
-def test_numbers_of_any_length(good: Path) -> None:
+def test_numbers_with_too_many_digits_are_usage_errors(good: Path) -> None:
     many = "9" * 5000
     assert cli("summary", "--steps", f"0:{many}", good).returncode == 2
     assert cli("ranks", "--ranks-per-node", many, good).returncode == 2
     assert cli("traffic", "--ranks-per-node", many[:30], good).returncode == 2
 
 
-def test_a_run_that_is_a_symbolic_link_is_named(good: Path, tmp_path: Path) -> None:
+def test_run_folder_that_is_a_symbolic_link_is_named(good: Path, tmp_path: Path) -> None:
     (tmp_path / "run=r").symlink_to(next(good.glob("run=*")))
     one_error(cli("summary", tmp_path), 3, "no run in it", "run=r: a symbolic link, which is not followed")
 
 
-def test_the_name_of_a_phase_cannot_steer_a_terminal(tmp_path: Path) -> None:
-    """No writer of ours would take it; a dump may be a stranger's."""
+def test_phase_name_cannot_control_the_terminal(tmp_path: Path) -> None:
+    """Our writer rejects such a name, but a dump may come from another one."""
     write(tmp_path, ranks=1, scope="global", ep_size=2)
     folder = session(tmp_path)
     write_as_journal(folder, "\x1b[2J\x9b")
@@ -476,7 +480,7 @@ def test_the_name_of_a_phase_cannot_steer_a_terminal(tmp_path: Path) -> None:
 
 
 def write_as_journal(folder: Path, phase: str) -> None:
-    """In a session's folder, instead of what is there: eight steps of this phase."""
+    """Replace the files of a session by a journal of eight steps of this phase."""
     with (folder / MANIFEST_FILE).open("rb") as file:
         opening = next(frames.scan(file, 1 << 20))
     assert isinstance(opening, frames.Frame)
@@ -494,7 +498,7 @@ def write_as_journal(folder: Path, phase: str) -> None:
     )
 
 
-def test_a_shape_that_would_fill_memory(tmp_path: Path) -> None:
+def test_shape_that_would_fill_memory_is_rejected(tmp_path: Path) -> None:
     ranks = 1 << 16
     with ExpertLoadWriter(
         tmp_path, model="m", num_logical_experts=ranks, ep_size=ranks, scope="global", run_id="r"

@@ -1,4 +1,4 @@
-"""What the way out of the commands does apart from any of them: the progress bar."""
+"""The progress bar, and durations as text."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class Terminal(io.StringIO):
 
 
 def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Called in the test: pytest puts a stream of its own in place after the fixtures."""
+    """Replace stderr. Call this in the test: pytest replaces the streams after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     return stream
 
 
-def test_a_bar_shows_how_far_long_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_shows_the_progress_of_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     progress = Progress()
     progress(300, 1000)
     assert "300/1000" in terminal.getvalue()
     progress(1000, 1000)
-    # The cursor, which it hid, is shown again.
+    # The bar hides the cursor and shows it again.
     assert terminal.getvalue().rfind("\x1b[?25h") > terminal.getvalue().rfind("\x1b[?25l") > -1
 
 
-def test_a_result_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_is_gone_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     out = Output(OutputFormat.json)
@@ -49,7 +49,7 @@ def test_a_result_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l")
 
 
-def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_work_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
     progress = Progress()
     progress(1, 2)
@@ -57,7 +57,7 @@ def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_is_not_drawn_into_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
@@ -65,7 +65,7 @@ def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == ""
 
 
-def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal_of(monkeypatch)
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGTERM)
@@ -89,5 +89,5 @@ def test_afterwards_signals_are_what_they_were(monkeypatch: pytest.MonkeyPatch) 
         (1e8, "1,157.4 d"),
     ],
 )
-def test_durations_are_written_in_one_way(seconds: float | None, text: str) -> None:
+def test_duration_uses_the_largest_unit_with_at_least_two(seconds: float | None, text: str) -> None:
     assert text_.duration(seconds) == text
