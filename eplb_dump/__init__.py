@@ -1,8 +1,8 @@
 """The in-engine writer of eplb-dump: per-step expert loads and placements, appended to Parquet.
 
 Only the names below are public; the format that the writer and the reader share is in
-:mod:`eplb_dump.format.schema`. They are imported when first used, as an engine imports this package in
-every process for its plugins, switched on or not.
+:mod:`eplb_dump.format`. They are imported on first use: an engine imports this package in every
+process for its plugins, even if they are not enabled.
 """
 
 from __future__ import annotations

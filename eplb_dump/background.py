@@ -1,8 +1,7 @@
 """The background side of the writer: queue to journal, journal to sealed segments.
 
 Two daemon threads: one drains the queue into the journal at least every flush interval, the other
-seals finished journals, so that a slow disk's fsync never delays the journal. Work is done in few
-large numpy calls, which release the interpreter lock, so that the engine's own Python is not slowed.
+seals finished journals, so that a slow disk's fsync never delays the journal.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from eplb_dump.staging import Entry, release
 
 logger = logging.getLogger("eplb_dump")
 
-#: A batch, and so a frame, holds at most this many steps and about this many bytes. The larger it
-#: is, the fewer calls: after each the thread must win the interpreter lock back from the engine's.
+#: A batch, and so a frame, holds at most this many steps and about this many bytes. Large batches need
+#: fewer numpy calls; after each call the thread has to wait for the interpreter lock.
 BATCH_STEPS = 256
 BATCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a segment is sealed, and how long data may wait for the journal."""
+    """When a segment ends, and how long a step may wait before it is in the journal (seconds)."""
 
     flush_interval: float
     segment_bytes: int
@@ -65,19 +64,19 @@ class Background:
         self._closing = False
         #: Warnings to log, also from the engine's thread, on which logging may do I/O.
         self.notices: deque[str] = deque(maxlen=64)
-        self._noticed: set[str] = set()
+        self._logged: set[str] = set()
         self._written = threading.Condition()
         self._encoder = Encoder(info, self.notices.append)
         # Counters: written by the background threads only, read by anyone.
         self.consumed = 0
         self.rejected = self._encoder.rejected
         self.lost = 0
-        #: Steps that have no row in ``steps``, as recording stopped.
+        #: Steps without a row in ``steps``, because recording stopped.
         self.unlisted = 0
         self.bytes_written = 0
         self.segments_sealed = 0
         self.segments_left_open = 0
-        #: Why recording stopped, once it did.
+        #: Why recording stopped, or None.
         self.off: str | None = None
         self._gave_up = False
         self._to_seal: queue.SimpleQueue[JournalAppender | None] = queue.SimpleQueue()
@@ -95,7 +94,7 @@ class Background:
             self._wake.set()
 
     def wait_consumed(self, count: int, timeout: float) -> bool:
-        """Wait until ``count`` entries are in the journal (True), or time or luck runs out."""
+        """Wait until ``count`` entries are in the journal; False on a timeout or if recording stopped."""
         self._wake.set()
         with self._written:
             self._written.wait_for(lambda: self.consumed >= count or self._gave_up, timeout)
@@ -111,7 +110,7 @@ class Background:
         return not self._drainer.is_alive() and not self._sealer.is_alive()
 
     def abandon_in_child(self) -> None:
-        """After a fork, in the child: the files are the parent's; let go of them."""
+        """Close the files in a forked child, as they belong to the parent."""
         self.off = "the process was forked; make a writer in the child"
         if self._session.journal is not None:
             with contextlib.suppress(OSError):
@@ -120,20 +119,20 @@ class Background:
     # ---- the drainer's thread
 
     def _drain_loop(self) -> None:
-        # Half of the interval, so that a step waits no longer than one interval, writing included.
+        # Half of the interval, so that a step waits at most one interval, including the write.
         period = self._limits.flush_interval / 2
         while True:
             self._wake.wait(period)
             self._wake.clear()
             closing = self._closing
-            self._say_notices()
+            self._log_notices()
             try:
                 self._drain()
                 self._end_segment_if_due()
                 if closing:
                     self._session.end_segment()
                     self._to_seal.put(None)
-            except Exception as error:  # whatever happens here must not reach the engine
+            except Exception as error:  # no error here may reach the engine
                 self._give_up(error)
                 closing = closing or self._closing
             if closing:
@@ -141,14 +140,14 @@ class Background:
                     self._to_seal.put(None)
                 return
 
-    def _say_notices(self) -> None:
+    def _log_notices(self) -> None:
         while self.notices:
-            self._notice(self.notices.popleft())
+            self._log_once(self.notices.popleft())
 
-    def _notice(self, text: str) -> None:
+    def _log_once(self, text: str) -> None:
         """Log a warning, once."""
-        if text not in self._noticed:
-            self._noticed.add(text)
+        if text not in self._logged:
+            self._logged.add(text)
             logger.warning("%s", text)
 
     def _give_up(self, error: Exception) -> None:
@@ -165,7 +164,7 @@ class Background:
             self._written.notify_all()
 
     def _discard(self) -> None:
-        """Give back the buffers of what can no longer be written."""
+        """Drop the queue and release its buffers, as nothing can be written any more."""
         while self._entries:
             entry = self._entries.popleft()
             release([entry.load, entry.placement])
@@ -180,8 +179,8 @@ class Background:
         if self.off is not None:
             self._discard()
             return
-        # What comes meanwhile waits for the next round: with many small batches, the engine's Python
-        # would have to wait for the interpreter lock more often.
+        # Steps that arrive meanwhile wait for the next round: with many small batches, the engine's
+        # thread would have to wait for the interpreter lock more often.
         due = len(self._entries)
         while due > 0:
             batch = self._next_batch()
@@ -189,14 +188,14 @@ class Background:
             self._write(batch)
 
     def _next_batch(self) -> list[Entry]:
-        """Take what goes into one batch off the queue: steps of one segment, loads of one ring."""
+        """Take one batch off the queue: steps of one segment, loads in consecutive buffers of one ring."""
         entries, session = self._entries, self._session
         batch = [entries.popleft()]
         load, ep_size = batch[0].load, batch[0].ep_size
-        if batch[0].status is not Status.REJECTED:  # its step may be a wrong one
+        if batch[0].status is not Status.REJECTED:  # its step number may be wrong
             session.begin_batch(batch[0].step, _shape_of(batch[0]))
         room = BATCH_STEPS
-        # In few words, as the engine's Python waits meanwhile.
+        # Kept short: the engine's thread waits for the interpreter lock meanwhile.
         while entries and len(batch) < room:
             entry = entries[0]
             if entry.step not in session.window and entry.status is not Status.REJECTED:
@@ -256,20 +255,20 @@ class Background:
             try:
                 segment.seal(journal.path)
                 self.segments_sealed += 1
-            except Exception as error:  # the journal stays, is read as well, and can be sealed later
+            except Exception as error:  # the journal stays readable and can be sealed later
                 self.segments_left_open += 1
                 text = "a journal could not be sealed; it stays, and is read as it is"
-                self._notice(f"{text}: {self._folder}: {_reason(error)}")
+                self._log_once(f"{text}: {self._folder}: {_reason(error)}")
             finally:
                 journal.close()
-        self._say_notices()  # those that came up after the drainer's last look
+        self._log_notices()  # those that were added after the drainer ended
         if self.off is None and not self.segments_left_open:
             with contextlib.suppress(OSError, FormatError):
                 manifest.close_manifest(self._folder, self._session.info, self._final_stats())
 
 
 def _reason(error: Exception) -> str:
-    """An error in a few words; the path, if any, is said elsewhere."""
+    """A short text for an error, without a path."""
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"
     return f"{type(error).__name__}: {error}" if str(error) else repr(error)

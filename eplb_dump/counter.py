@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class ExpertLoadCounter:
-    """Counts ``topk_ids`` per MoE layer into one buffer on the device, recorded once per forward pass.
+    """Counts ``topk_ids`` per MoE layer in one buffer on the device, recorded once per forward pass.
 
     Nothing here waits for the device: :meth:`count` may run inside a captured CUDA graph, under
-    ``torch.compile`` and under ``torch.inference_mode``. All calls belong on one stream, or on streams
+    ``torch.compile`` and under ``torch.inference_mode``. Use one stream for all calls, or streams
     that wait for each other.
 
     >>> counter = ExpertLoadCounter(num_moe_layers, num_physical_experts, device="cuda")
@@ -22,9 +22,9 @@ class ExpertLoadCounter:
     >>> counter.record(writer, physical_to_logical_map)         # at the end of each forward pass
 
     Args:
-        num_moe_layers: rows of the buffer, as ``moe_layers`` of the writer has entries.
-        num_physical_experts: expert slots of a layer over all EP ranks, redundant ones included.
-        device: where ``topk_ids`` will be; default: torch's default device.
+        num_moe_layers: rows of the buffer; the writer's ``moe_layers`` has as many entries.
+        num_physical_experts: expert slots per layer on all EP ranks, including redundant ones.
+        device: the device of ``topk_ids``; default: torch's default device.
 
     Attributes:
         load: int32 ``[num_moe_layers, num_physical_experts]``, contiguous; tokens routed to each
@@ -32,7 +32,7 @@ class ExpertLoadCounter:
             engine that records with scope ``"global"`` may all-reduce it in place before :meth:`record`.
 
     Raises:
-        ValueError: there is not at least one layer and one expert.
+        ValueError: there are no layers or no experts.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ExpertLoadCounter:
                 f"num_moe_layers and num_physical_experts must be at least 1, "
                 f"not {num_moe_layers} and {num_physical_experts}"
             )
-        # A buffer made under inference_mode could not be written outside of it.
+        # A buffer made under inference_mode could not be written outside it.
         with torch.inference_mode(False):
             self.load = torch.zeros(num_moe_layers, num_physical_experts, dtype=torch.int32, device=device)
 
@@ -55,17 +55,17 @@ class ExpertLoadCounter:
         """Add one layer's routing to :attr:`load`. In a CUDA graph, every replay adds.
 
         Args:
-            layer_index: the row of :attr:`load`, counting MoE layers from 0; not the model's number.
-            topk_ids: physical expert ids of any integer dtype and any shape, mostly
-                ``[num_tokens, top_k]``, on the device of :attr:`load`. What is below 0 or not below
-                ``num_physical_experts`` is padding and not counted.
-            mask: bool, ``topk_ids.shape[:-1]``, mostly ``[num_tokens]``: which tokens are real, for
+            layer_index: the row of :attr:`load`, the index of the MoE layer from 0.
+            topk_ids: physical expert ids of any integer dtype and any shape, usually
+                ``[num_tokens, top_k]``, on the device of :attr:`load`. Ids outside of 0 to
+                ``num_physical_experts - 1`` are padding and not counted.
+            mask: bool, ``topk_ids.shape[:-1]``, usually ``[num_tokens]``: which tokens are real, for
                 padded batches. In a CUDA graph it may be computed from a static tensor, as
                 ``torch.arange(num_padded, device=device) < num_tokens``.
 
         Raises:
             IndexError: there is no such layer.
-            TypeError: the ids are no integers, or the mask is not bool.
+            TypeError: the ids are not integers, or the mask is not bool.
             ValueError: the mask has another shape.
         """
         num_moe_layers, num_physical_experts = self.load.shape
@@ -96,23 +96,23 @@ class ExpertLoadCounter:
         num_tokens: int | None = None,
         phase: str | None = None,
     ) -> None:
-        """Hand :attr:`load` to the writer and begin anew. Once per forward pass, outside a CUDA graph.
+        """Pass :attr:`load` to the writer and reset it. Once per forward pass, outside a CUDA graph.
 
         Like :meth:`ExpertLoadWriter.record`, whose arguments these are, it neither waits nor raises. The
-        buffer is zeroed whatever became of the step, so that none is counted into the next.
+        buffer is zeroed even if the step was not recorded, so that it does not count into the next.
 
         Args:
-            writer: of as many layers as this counter.
+            writer: has the same number of layers as this counter.
             physical_to_logical_map: integer ``[num_moe_layers, num_physical_experts]``, the logical
-                expert in each slot (-1: none) in this pass; None: as before, or not known.
-            step: the pass's number, growing; None: the writer counts.
-            num_tokens: tokens of this rank in the pass, padding left out, if known.
-            phase: for instance ``"prefill"`` or ``"decode"``.
+                expert in each slot (-1: none) in this pass; None: as before, or unknown.
+            step: the number of the pass, ascending; None: the writer counts.
+            num_tokens: tokens of this rank in the pass, without padding, if known.
+            phase: for example ``"prefill"`` or ``"decode"``.
         """
         writer.record(step, self.load, physical_to_logical_map, num_tokens=num_tokens, phase=phase)
         # On CUDA the writer's copy is only queued, on the current stream; this is queued behind it.
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted: after warm-up, capturing a CUDA graph, or a pass that is skipped."""
+        """Discard the counts: after warm-up, capturing a CUDA graph, or a pass that is skipped."""
         self.load.zero_()

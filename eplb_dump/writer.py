@@ -1,7 +1,7 @@
-"""ExpertLoadWriter: what an engine calls once per forward pass, on its own thread.
+"""ExpertLoadWriter: an engine calls it once per forward pass, on its own thread.
 
-:meth:`ExpertLoadWriter.record` copies and enqueues, nothing else; what happens with it afterwards is
-in :mod:`eplb_dump.background`. docs/reliability.md says what survives which fault.
+:meth:`ExpertLoadWriter.record` copies and enqueues, nothing else; :mod:`eplb_dump.background` writes.
+docs/reliability.md says which data survives which failure.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from eplb_dump.staging import NOTHING, Entry, Staged, Staging
 
 logger = logging.getLogger("eplb_dump")
 
-#: Steps without a load (dummies, drops) that may wait for the journal; more are only counted.
+#: How many steps may wait for the journal, also those without a load; more are only counted.
 _MAX_WAITING = 1 << 16
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
@@ -51,13 +51,13 @@ class WriterStats:
     """The writer's accounting. ``recorded + dummy + not_sampled + dropped + rejected == seen``."""
 
     seen: int = 0
-    #: Accepted; after ``flush()`` returned True, in the journal.
+    #: Accepted; they are in the journal once ``flush()`` has returned True.
     recorded: int = 0
     dummy: int = 0
     not_sampled: int = 0
     dropped: int = 0
     rejected: int = 0
-    #: Steps that have no row in ``steps``, as even that had to be dropped.
+    #: Steps without a row in ``steps``, as even that had to be dropped.
     unlisted: int = 0
     drop_reasons: dict[str, int] = field(default_factory=dict)
     reject_reasons: dict[str, int] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class WriterStats:
 class ExpertLoadWriter:
     """Appends per-step expert loads and placements to a dump, from inside an engine.
 
-    One writer a process and model. With scope ``"local"`` every EP rank has one and records its own
+    One writer per process and model. With scope ``"local"`` every EP rank has one and records its own
     contribution over all physical experts; with ``"global"`` one rank records sums over all ranks.
 
     >>> writer = ExpertLoadWriter("dumps", model="m", num_logical_experts=4, ep_size=2, ep_rank=0)
@@ -78,27 +78,27 @@ class ExpertLoadWriter:
     >>> writer.close()
 
     Args:
-        expert_load_dump_dir: the dump's folder; made where it does not exist.
+        expert_load_dump_dir: the dump's folder; created if it does not exist.
         model: the model's name; a drafter has a writer and a name of its own.
         num_logical_experts: experts of the model in each MoE layer.
-        ep_size: EP ranks over which the physical experts are spread.
+        ep_size: the number of EP ranks that share the physical experts.
         ep_rank: this process's EP rank.
         scope: ``"local"`` or ``"global"``, see above.
-        run_id: common to all ranks of one engine start. Without it EXPERT_LOAD_DUMP_RUN_ID is taken;
-            without that, ranks find each other in the dump's folder (docs/format.md, "Runs").
-        interval: every how many steps one is recorded; the others count as ``not_sampled``.
+        run_id: the same for all ranks of one engine start. Default: EXPERT_LOAD_DUMP_RUN_ID; if that
+            is not set, ranks find each other in the dump's folder (docs/format.md, "Runs").
+        interval: one step out of this many is recorded; the others count as ``not_sampled``.
         moe_layers: the model's own number of each MoE layer, ascending. Default: 0, 1, 2, …
-        ranks_per_node: EP ranks on one node, to tell traffic inside and between nodes.
-        engine, engine_version, engine_config: what is being recorded; the config must be JSON.
-        token_replication: by how much the engine over-counts; loads are divided by it on reading.
-        flush_interval: seconds after which a step is in the journal at the latest.
-        segment_steps, segment_bytes, segment_seconds: a segment is sealed at the first of them.
-        queue_steps, queue_bytes: bounds of the queue to the background thread; when one is reached,
-            the newest step is dropped and counted.
+        ranks_per_node: EP ranks per node, to separate traffic within and between nodes.
+        engine, engine_version, engine_config: a description of the engine; the config must be JSON.
+        token_replication: how many times the engine counts each token; readers divide loads by it.
+        flush_interval: at most this many seconds pass until a step is in the journal.
+        segment_steps, segment_bytes, segment_seconds: a segment is sealed at the first of these limits.
+        queue_steps, queue_bytes: limits of the queue to the background thread; when it is full, new
+            steps are dropped and counted.
 
     Raises:
-        TypeError, ValueError: an argument is wrong. A fault of the file system raises nothing: it is
-            logged once and recording is off, as a recorder must not keep an engine from starting.
+        TypeError, ValueError: an argument is wrong. A file system error raises nothing: it is logged
+            once and recording is off, as a recorder must not keep an engine from starting.
     """
 
     def __init__(
@@ -165,8 +165,8 @@ class ExpertLoadWriter:
             require_integer("queue_bytes", queue_bytes, 1, MAX_NUMBER),
         )
         self._ep_rank, self._ep_size, self._interval = info.ep_rank, info.ep_size, info.interval
-        # One producer at a time: a drafter's thread may record beside the main one. The background
-        # thread never takes this lock, so nothing waits for it.
+        # One producer at a time: a drafter's thread may record at the same time as the main one. The
+        # background thread never takes this lock, so the engine never waits for it.
         self._lock = threading.Lock()
         self._next_step = 0
         self._entries: deque[Entry] = deque()
@@ -219,34 +219,35 @@ class ExpertLoadWriter:
         *,
         ep_size: int | None = None,
     ) -> None:
-        """Note one forward pass. Copies and enqueues; never waits, never raises.
+        """Record one forward pass. Copies and enqueues; never waits, never raises.
 
         Args:
-            step: the pass's number, the same on every rank and growing; None: the writer counts.
+            step: the number of the pass, ascending and the same on every rank; None: the writer counts.
             expert_load: integer ``[num_moe_layers, num_physical_experts]``, tokens routed to each
                 physical expert in this pass; torch (CPU or CUDA) or numpy. On CUDA it is copied
                 asynchronously on the current stream, so it may be overwritten on that stream
                 as soon as this returns.
             physical_to_logical_map: integer, same shape, the logical expert in each slot (-1: none)
-                that was in force in this pass. None: as before, or not known. It is copied only
-                where it may have changed: another tensor, or torch's version counter moved.
+                that was in force in this pass. None: as before, or unknown. It is copied only if it may
+                have changed: it is another tensor, or torch's version counter changed.
             num_tokens: tokens of this rank in the pass, if known.
-            phase: for instance ``"prefill"`` or ``"decode"``.
-            ep_size: the number of EP ranks from this step on, where it changed (elastic EP).
+            phase: for example ``"prefill"`` or ``"decode"``.
+            ep_size: the number of EP ranks from this step on, if it changed (elastic EP).
 
-        What cannot be recorded (a wrong shape or type, negative counts, an expert that does not
-        exist, a step that goes back) is rejected: counted in :meth:`stats`, with a row in ``steps``.
+        A step that cannot be recorded (a wrong shape or type, negative counts, an expert that does not
+        exist, a step number that goes back) is rejected: it is counted in :meth:`stats` and has a row
+        in ``steps``.
         """
         try:
             with self._lock:
                 self._record(step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size)
-        except Exception as error:  # the engine's step must go on, whatever went wrong in here
+        except Exception as error:  # whatever went wrong here, the engine's step must go on
             self._account_for(error)
 
     def skip(self, reason: str = "dummy", step: int | None = None) -> None:
-        """Note a forward pass without a load: ``"dummy"``, ``"not_sampled"`` or ``"dropped"``.
+        """Count a forward pass without a load: ``"dummy"``, ``"not_sampled"`` or ``"dropped"``.
 
-        A dummy pass had no real tokens on this rank: its load counts as zero, not as missing.
+        A dummy pass has no real tokens on this rank: its load counts as zero, not as missing.
         """
         try:
             with self._lock:
@@ -266,9 +267,9 @@ class ExpertLoadWriter:
             self._account_for(error)
 
     def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until all that was recorded before is where a kill cannot reach it.
+        """Wait until everything recorded so far is in the journal, where it survives a crash.
 
-        Returns False where that took longer than ``timeout`` seconds, or recording is off.
+        Returns False if that takes longer than ``timeout`` seconds, or recording is off.
         """
         if self._background is None or self._off is not None:
             return False
@@ -277,8 +278,8 @@ class ExpertLoadWriter:
     def close(self, timeout: float = 5.0) -> bool:
         """Flush, seal and write the final accounting; later records are dropped and counted.
 
-        Returns False where that took longer than ``timeout`` seconds: what is left then is in the
-        journal, which is read as well.
+        Returns False if that takes longer than ``timeout`` seconds. The rest is in the journal then, which
+        readers use as well.
         """
         with self._lock:
             if self._closed:
@@ -290,7 +291,7 @@ class ExpertLoadWriter:
         return self._ended_well
 
     def stats(self) -> WriterStats:
-        """The accounting so far. Counts and their sum agree exactly when no call is under way."""
+        """The accounting so far. Counts and their sum agree exactly while no call is running."""
         background = self._background
         rejected, dropped = self._rejected.copy(), self._dropped.copy()
         accepted, lost, unlisted, bytes_written, sealed = self._accepted, 0, self._unlisted, 0, 0
@@ -370,12 +371,12 @@ class ExpertLoadWriter:
                 self._ep_size = ep_size_before
 
     def _begin(self, step: int | None) -> int | None:
-        """Count a step as seen and give it its number; None where it ends here."""
+        """Count a step as seen and return its number, or None if it was rejected."""
         self._seen += 1
         if step is None:
             number = self._next_step
         elif is_integer(step):
-            # A tensor is not read: on CUDA that would wait for the device.
+            # A tensor is not an integer here: reading it would wait for the device.
             number = int(step)
             if number > MAX_NUMBER:
                 self._rejected[f"a step above {MAX_NUMBER}"] += 1
@@ -464,18 +465,18 @@ class ExpertLoadWriter:
         self._notice(f"a step was rejected and is counted: {reason}")
 
     def _account_for(self, error: Exception) -> None:
-        """A step that an unforeseen error ended before it was counted."""
+        """Count a step that an unexpected error ended."""
         self._rejected[f"an unforeseen {type(error).__name__}"] += 1
         self._unlisted += 1
         self._notice(f"a step was rejected and is counted: an unforeseen {type(error).__name__}")
 
     def _notice(self, text: str) -> None:
-        """Have a warning logged once, by the background thread: logging may do I/O."""
+        """Let the background thread log a warning once, as logging may do I/O."""
         if self._background is not None:
             self._background.notices.append(text)
 
     def _abandon_in_child(self) -> None:
-        """The parent's session goes on in the parent; in the child this writer is off."""
+        """In a forked child this writer is off; the session belongs to the parent."""
         self._lock = threading.Lock()
         self._off = "the process was forked; make a writer in the child"
         self._entries = deque()

@@ -1,6 +1,6 @@
-"""What the engines' plugins share: the switch, what is said, and one run for all ranks of a start.
+"""Shared by the engine plugins: settings, one-time warnings, and one run for all ranks of a start.
 
-Nothing heavy is imported here, as engines load every plugin in every process, switched on or not.
+Nothing heavy is imported here: engines load every plugin in every process, even if it is not enabled.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "EXPERT_LOAD_DUMP_DIR"
 INTERVAL_VARIABLE = "EXPERT_LOAD_DUMP_INTERVAL"
-#: How long a rank waits, once, for EP rank 0 to say which run this start records into.
+#: How long a rank waits, once, for the run id from EP rank 0.
 AGREEMENT_SECONDS = 20.0
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-def say_once(logger: logging.Logger, text: str) -> None:
-    """Log a warning the first time it comes up in this process."""
-    if text not in _said:
-        _said.add(text)
+def warn_once(logger: logging.Logger, text: str) -> None:
+    """Log a warning, once per process."""
+    if text not in _logged:
+        _logged.add(text)
         logger.warning("%s", text)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for."""
+    """The settings in the environment variables."""
 
     folder: str
     interval: int
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings | None:
-        """None where recording is not asked for. Raises ValueError where the asking is wrong."""
+        """None if recording is not enabled. Raises ValueError if a variable is invalid."""
         folder = environment.get(FOLDER_VARIABLE, "")
         if not folder:
             return None
@@ -60,14 +60,14 @@ def open_in_one_run(
 ) -> ExpertLoadWriter:
     """Open this rank's writer in the run of all ranks of one engine start.
 
-    EP rank 0 claims the run and puts its id into the key-value store that torch.distributed keeps
-    from start-up; the others read it there. That happens once, and no rank waits for one that does
-    not record: after ``timeout`` seconds a rank looks for its run in the dump folder instead.
+    EP rank 0 claims the run and puts its id into torch.distributed's key-value store; the others read
+    it there. This happens once. If EP rank 0 does not record, the others wait ``timeout`` seconds and
+    then look for the run in the dump folder.
 
     Args:
-        make: opens the writer in the run given, or, for None, in the one that it finds or makes.
+        make: opens the writer in the given run; for None, in a run that it finds or creates.
         store: a torch.distributed store that all ranks of this start share; None: there is none.
-        key: the same on all ranks, and of no other start or configuration in this store.
+        key: the same on all ranks, and not used by another start or configuration in this store.
     """
     if store is None:
         return make(None)
@@ -81,10 +81,10 @@ def open_in_one_run(
 def read_from_store(
     store: Any, key: str, logger: logging.Logger, timeout: float = AGREEMENT_SECONDS
 ) -> str | None:
-    """What EP rank 0 said under a key of a torch.distributed store; None where it says nothing."""
+    """The value that EP rank 0 put into a torch.distributed store; None if there is none in time."""
     try:
         store.wait([key], timedelta(seconds=timeout))
         return store.get(key).decode() or None
-    except Exception as error:  # a store raises what it likes
-        say_once(logger, f"EP rank 0 did not say which run it records into ({type(error).__name__})")
+    except Exception as error:  # stores raise various errors
+        warn_once(logger, f"EP rank 0 did not say which run it records into ({type(error).__name__})")
         return None

@@ -1,12 +1,12 @@
-"""The plugin for SGLang: records what its expert distribution recorder counts in each forward pass.
+"""The plugin for SGLang: records the counts of its expert distribution recorder in each forward pass.
 
-SGLang has to count, which it does with ``--expert-distribution-recorder-mode stat`` (``--enable-eplb``
-sets it). Every EP rank then writes its own contribution; nothing is sent between ranks.
+SGLang counts only with ``--expert-distribution-recorder-mode stat``, which ``--enable-eplb`` sets.
+Every EP rank then writes its own contribution; nothing is sent between ranks.
 
-SGLang's recorder gathers only between its own start_record and stop_record, and stores what it gathers:
-its buffers grow with every pass. So it is switched on just for the length of a pass, and while SGLang has
-not started recording itself, what was gathered goes to the dump and is not stored. Between passes, which
-is when SGLang looks at that switch and sets it, it is as SGLang left it.
+SGLang's recorder gathers counts only between its own start_record and stop_record, and stores them: its
+buffers grow with every pass. So the plugin switches it on only during a pass. If SGLang itself is not
+recording, the counts go to the dump and are not stored. Between passes, when SGLang reads and sets that
+switch, it is as SGLang left it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from eplb_dump.engines.common import Settings, open_in_one_run, say_once
+from eplb_dump.engines.common import Settings, open_in_one_run, warn_once
 
 if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
@@ -47,9 +47,9 @@ _PARALLEL_ARGUMENTS = (
     "nnodes",
 )
 
-#: Of each model. SGLang makes a new recorder when elastic EP changes the ranks; the dump goes on.
+#: By model. SGLang creates a new recorder when elastic EP changes the ranks; the writer stays.
 _writers: dict[str, ExpertLoadWriter] = {}
-#: Whether the pass under way is a draft model's. Its runner drives the same recorder.
+#: Whether the current pass is a draft model's, which uses the same recorder.
 _drafting = False
 
 
@@ -71,7 +71,7 @@ def register() -> None:
         recorder = original(*args, **kwargs)
         try:
             if isinstance(recorder, expert_distribution._ExpertDistributionRecorderNoop):
-                say_once(
+                warn_once(
                     logger,
                     "expert loads are not recorded: SGLang counts them only with "
                     "--expert-distribution-recorder-mode stat",
@@ -92,7 +92,7 @@ def _off(error: Exception) -> None:
         version = metadata.version("sglang")
     except metadata.PackageNotFoundError:
         version = "of unknown version"
-    say_once(
+    warn_once(
         logger, f"expert loads are not recorded (SGLang {version} goes on): {type(error).__name__}: {error}"
     )
 
@@ -102,9 +102,9 @@ def _attach(recorder: Any, settings: Settings) -> None:
     from sglang.srt.layers.moe.utils import is_moe_input_scattered_across_dp_ranks
 
     parallel = context.get_parallel()
-    # Where MoE input is scattered, each token is routed on one rank; else all ranks of the MoE's TP group
-    # have gathered all tokens and each counts all of them. So says SGLang's own predicate, whose callers
-    # (layers/layer_boundary) lay out the rows of sparse layers by it.
+    # If the MoE input is scattered, each token is routed on one rank. Otherwise all ranks of the MoE's TP
+    # group have gathered all tokens and each rank counts all of them. SGLang's own layers
+    # (layers/layer_boundary) use the same predicate.
     scattered = is_moe_input_scattered_across_dp_ranks()
     if parallel.moe_dp_size > 1 or (scattered and parallel.moe_tp_size > 1):
         raise NotImplementedError("several processes of one EP rank see different tokens")
@@ -127,7 +127,7 @@ def _open_writer(
 
     model = context.get_serving().served_model_name or context.get_model().model_path
     parallel, moe = context.get_parallel(), context.get_exec().moe
-    if parallel.pp_size > 1:  # each stage has EP ranks of its own, and layers
+    if parallel.pp_size > 1:  # each stage has its own EP ranks and layers
         model = f"{model} (pipeline stage {parallel.pp_rank})"
     if model in _writers:
         return _writers[model]
@@ -137,7 +137,7 @@ def _open_writer(
     config |= {name: _plain(getattr(parallel, name, None)) for name in _PARALLEL_ARGUMENTS}
     replication = 1 if scattered else ep_size
     if not scattered and parallel.attn_cp_size > 1:
-        # Whether a prefill's tokens are gathered before the MoE depends on the batch.
+        # Whether the tokens of a prefill are gathered before the MoE depends on the batch.
         replication, config["token_replication"] = 1, "unknown"
 
     def make(run_id: str | None) -> ExpertLoadWriter:
@@ -150,7 +150,7 @@ def _open_writer(
             run_id=run_id,
             interval=settings.interval,
             moe_layers=layers,
-            # A stage's TP group, and with it the EP group, is spread evenly over the stage's nodes.
+            # The TP group of a stage, and so the EP group, is spread evenly over the stage's nodes.
             ranks_per_node=max(1, ep_size // max(1, parallel.nnodes // parallel.pp_size)),
             engine="sglang",
             engine_version=__version__,
@@ -172,32 +172,32 @@ def _plain(value: Any) -> Any:
 
 
 def _watch_for_drafts() -> None:
-    """Know a draft model's passes: its layers are not the target's, and mostly not even counted."""
+    """Detect a draft model's passes: its layers are not the target model's, and usually not counted."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def forward(runner: Any, *args: Any, **kwargs: Any) -> None:
-        global _drafting  # noqa: PLW0603 - as SGLang's recorder, one a process
+        global _drafting  # noqa: PLW0603 - one per process, like SGLang's recorder
         _drafting = bool(getattr(runner, "is_draft_worker", False))
 
-    # Only now, as it would have been imported for it in processes that have no model.
+    # Not earlier: the hook imports the module, also in processes that have no model.
     HookRegistry.register(f"{_RUNNER}.forward", forward, HookType.BEFORE)
     HookRegistry.apply_hooks()
 
 
 class _Recording:
-    """One of SGLang's recorders, and what it gathers on its way into the dump."""
+    """Connects one of SGLang's recorders to a writer."""
 
     def __init__(self, recorder: Any) -> None:
         self._recorder = recorder
         self._accumulator = recorder._accumulator
-        # Read here, so that an attribute that is missing is found before anything was changed.
+        # Read here, so that a missing attribute is found before anything is changed.
         self._start = recorder._on_forward_pass_start
         self._end = recorder._on_forward_pass_end
         self._append = self._accumulator.append
         self._writer: ExpertLoadWriter | None = None
         self._drafting = False
-        #: Whether SGLang itself is recording, as it was when the pass began; between passes, True.
-        self._theirs = True
+        #: Whether SGLang itself was recording when the pass began; between passes, True.
+        self._sglang_records = True
         _ = recorder._recording, recorder._record_current_pass
         shape = recorder._expert_location_metadata.physical_to_logical_map.shape
         self._rows, self.layers = _moe_rows(shape[0])
@@ -210,11 +210,11 @@ class _Recording:
         for gatherer in self._recorder._single_pass_gatherers.values():
             if hasattr(gatherer, "_topk_ids_of_layer"):  # per_token, which fails above 8 experts a token
                 gatherer.on_select_experts = self._guarded(gatherer.on_select_experts)
-        # What SGLang does only because we record must not fail its pass.
+        # SGLang code that runs only because we record must not fail its pass.
         self._start, self._end = self._guarded(self._start), self._guarded(self._end)
 
     def _on_start(self, *args: Any, **kwargs: Any) -> None:
-        self._theirs = self._recorder._recording
+        self._sglang_records = self._recorder._recording
         self._drafting = _drafting
         if self._writer is not None and not self._drafting:
             self._recorder._recording = True
@@ -224,10 +224,12 @@ class _Recording:
         try:
             self._end(*args, **kwargs)
             if self._writer is not None and not self._drafting and not self._recorder._record_current_pass:
-                self._writer.skip("not_sampled")  # by this rank's choice; the ranks' steps stay the same
+                self._writer.skip(
+                    "not_sampled"
+                )  # this rank did not record the pass; step numbers stay the same on all ranks
         finally:
-            self._recorder._recording = self._theirs
-            self._theirs = True
+            self._recorder._recording = self._sglang_records
+            self._sglang_records = True
 
     def _on_append(self, *args: Any, **kwargs: Any) -> Any:
         if self._writer is not None and not self._drafting:
@@ -235,16 +237,16 @@ class _Recording:
                 self._record(*args, **kwargs)
             except Exception as error:
                 self._stop(error)
-        return self._append(*args, **kwargs) if self._theirs else None
+        return self._append(*args, **kwargs) if self._sglang_records else None
 
     def _record(
         self, forward_pass_id: int, gatherer_key: str, single_pass_data: dict[str, Any], outputs: Any
     ) -> None:
         assert self._writer is not None
         metadata = self._recorder._expert_location_metadata
-        # A rebalance comes after the pass, so the map is the one that the pass was routed by. Slices are
-        # views: they cost no kernel, and share the version counter that tells whether the map changed.
-        # SGLang's own number of the pass restarts when elastic EP changes the ranks: the writer counts.
+        # A rebalance comes after the pass, so this is the map that routed the pass. Slices are views:
+        # they launch no kernel and share the version counter that shows whether the map changed. SGLang's
+        # own pass number restarts when elastic EP changes the ranks, so the writer counts.
         self._writer.record(
             None,
             single_pass_data["global_physical_count"][self._rows],
@@ -257,7 +259,7 @@ class _Recording:
             try:
                 return original(*args, **kwargs)
             except Exception as error:
-                if self._theirs:
+                if self._sglang_records:
                     raise
                 self._stop(error)
                 return None
@@ -267,12 +269,12 @@ class _Recording:
     def _stop(self, error: Exception) -> None:
         self._writer = None
         _off(error)
-        if not self._theirs:
+        if not self._sglang_records:
             self._recorder._recording = self._recorder._record_current_pass = False
 
 
 def _moe_rows(num_layers: int) -> tuple[slice, list[int] | None]:
-    """Which of the recorder's rows, one a layer, are MoE layers; all of them where that is not known."""
+    """Which of the recorder's rows, one per layer, are MoE layers; all of them if unknown."""
     from sglang.srt import runtime_context as context
 
     config = context.process_model_config().hf_text_config

@@ -1,9 +1,9 @@
-"""Recording inside unmodified vLLM: a general plugin that looks on at the real ``EplbState.step``.
+"""The plugin for vLLM: wraps ``EplbState.step`` of unmodified vLLM.
 
-vLLM counts each rank's routed tokens into ``expert_load_pass``, but only near a rearrangement or a
-log line. The plugin copies it at every step and asks vLLM's router to count at the steps between;
-what those leave in ``expert_load_pass`` is taken out again before vLLM sees it, so that vLLM's window,
-its placements and its log lines are what they are without the plugin.
+vLLM counts each rank's routed tokens in ``expert_load_pass``, but only shortly before a rearrangement
+or a log line. The plugin copies that tensor in every step, and makes vLLM's router count in the steps
+between. It removes those counts from ``expert_load_pass`` before vLLM reads it, so that vLLM's window,
+placements and log lines are the same as without the plugin.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from eplb_dump.engines.common import Settings, read_from_store, say_once
+from eplb_dump.engines.common import Settings, read_from_store, warn_once
 
 if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
 
-logger = logging.getLogger("vllm.eplb_dump")  # below vLLM's own, so that its handler shows it
+logger = logging.getLogger("vllm.eplb_dump")  # below vLLM's own logger, so that its handler shows it
 
 _MODULE = "vllm.distributed.eplb.eplb_state"
-#: What the plugin relies on; where one is missing, this vLLM is not known and recording stays off.
+#: What the plugin relies on; if any is missing, this vLLM version is not supported and recording is off.
 _STEP_PARAMETERS = ["self", "is_dummy", "is_profile", "log_stats"]
 _MODEL_STATE_FIELDS = {"expert_load_pass", "physical_to_logical_map", "model_name", "model"}
 
 
 def register() -> None:
-    """vLLM's entry point, called in each of its processes. Without EXPERT_LOAD_DUMP_DIR it does nothing."""
+    """vLLM's entry point, called in each of its processes. Does nothing without EXPERT_LOAD_DUMP_DIR."""
     try:
         settings = Settings.from_environment()
         if settings is None or any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -45,31 +45,31 @@ def register() -> None:
         if _MODULE in sys.modules:
             _install(sys.modules[_MODULE], settings)
         else:
-            # Processes that hold no experts never import it, and need not because of us.
+            # Do not import it here: processes without experts do not need it.
             sys.meta_path.insert(0, _AfterImport(settings))
-    except Exception as error:  # an exception out of a plugin ends vLLM
-        say_once(logger, f"expert-load recording is off: {error}")
+    except Exception as error:  # an exception from a plugin ends vLLM
+        warn_once(logger, f"expert-load recording is off: {error}")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets one module be imported as always, and hooks into it right after that.
+    """Lets one module be imported as usual, and hooks into it right after that.
 
-    It stays where it is: other threads may be going through ``sys.meta_path``, and an import that
-    failed may be tried again.
+    It stays in ``sys.meta_path``: other threads may be iterating over that list, and a failed import
+    may be tried again.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._asking = False
+        self._searching = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != _MODULE or self._asking:
+        if name != _MODULE or self._searching:
             return None
-        self._asking = True  # no other thread is here: the import system holds this module's lock
+        self._searching = True  # safe, as the import system holds this module's lock
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._asking = False
+            self._searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -82,7 +82,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _install(module: Any, settings: Settings) -> None:
-    """Wrap ``EplbState.step``, if this vLLM is one that the plugin knows."""
+    """Wrap ``EplbState.step``, if this vLLM version is supported."""
     try:
         state = module.EplbState
         original = state.step
@@ -99,7 +99,7 @@ def _install(module: Any, settings: Settings) -> None:
         if not known:
             raise AttributeError("its EPLB state has another shape")
     except (AttributeError, TypeError, ValueError) as error:
-        say_once(logger, f"expert-load recording is off: vLLM {_version()} is not known ({error})")
+        warn_once(logger, f"expert-load recording is off: vLLM {_version()} is not known ({error})")
         return
 
     @functools.wraps(original)
@@ -117,31 +117,31 @@ def _install(module: Any, settings: Settings) -> None:
 
 @dataclasses.dataclass
 class _Model:
-    """One model's writer, and what of its ``expert_load_pass`` is vLLM's from earlier steps."""
+    """One model's writer, and the counts in ``expert_load_pass`` that are vLLM's from earlier steps."""
 
     state: Any
     writer: ExpertLoadWriter
-    #: Counts of a step that vLLM let stand in ``expert_load_pass``; None: it began at zero.
+    #: Counts that vLLM left in ``expert_load_pass`` after an earlier step; None: it began at zero.
     carry: Any = None
-    #: Which tensor they stand in; elastic EP puts one of another size in its place.
+    #: The tensor that holds them; elastic EP replaces it with one of another size.
     _carried_in: Any = None
 
-    def stand(self, counts: Any) -> None:
+    def keep_counts(self, counts: Any) -> None:
         self.carry, self._carried_in = counts.clone(), counts
 
-    def carry_now(self) -> Any:
-        """The counts that stand, in today's shape: vLLM keeps those of the slots that stay."""
+    def current_carry(self) -> Any:
+        """``carry`` in the tensor's current shape: vLLM keeps the counts of the slots that remain."""
         counts = self.state.expert_load_pass
         if self.carry is not None and counts is not self._carried_in:
-            stay = min(counts.shape[1], self.carry.shape[1])
+            kept = min(counts.shape[1], self.carry.shape[1])
             resized = counts.new_zeros(counts.shape)
-            resized[:, :stay] = self.carry[:, :stay]
+            resized[:, :kept] = self.carry[:, :kept]
             self.carry, self._carried_in = resized, counts
         return self.carry
 
 
 class _Recorder:
-    """Records the models of one EplbState: the drafter and the main model share it."""
+    """Records the models of one EplbState, which the drafter and the main model share."""
 
     def __init__(self, state: Any, module: Any, settings: Settings) -> None:
         self.state = state
@@ -149,20 +149,20 @@ class _Recorder:
         self._settings = settings
         self._off = False
         self._models: dict[str, _Model] = {}
-        #: EP rank and size that the writers were opened for; elastic EP changes them.
-        self._place: tuple[int, int] | None = None
+        #: EP rank and size that the writers were opened for; elastic EP changes both.
+        self._position: tuple[int, int] | None = None
         self._number = next(_states)
-        # A second engine in this process begins a run of its own, and the first one's writers end.
+        # A second engine in this process starts its own run; the writers of the first one are closed.
         weakref.finalize(state, _close_all, self._models).atexit = False
         self._run_id: str | None = None
         self._step = 0
-        #: Whether vLLM itself has the router count in the step under way, and whether we do.
+        #: Whether vLLM makes the router count in the current step, and whether the plugin does.
         self._vllm_counts, self._we_count = True, False
-        #: Whether vLLM takes this step into its window, which zeroes ``expert_load_pass``.
+        #: Whether vLLM adds this step to its window, which zeroes ``expert_load_pass``.
         self._vllm_records = False
 
     def guard(self, part: Any, *arguments: bool) -> None:
-        """Run a part of ours so that whatever goes wrong in it ends the recording and not vLLM."""
+        """Run a part of the plugin; an error in it ends the recording, not vLLM."""
         if self._off:
             return
         try:
@@ -170,52 +170,52 @@ class _Recorder:
         except Exception as error:
             self._off = True
             text = f"expert-load recording is off, vLLM {_version()} goes on: {type(error).__name__}: {error}"
-            say_once(logger, text)
+            warn_once(logger, text)
 
     def before(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
-        """Hand over what this rank routed in the pass that ends here."""
-        if is_profile:  # before the engine serves, and no step of it
+        """Record what this rank routed in the pass that ends here."""
+        if is_profile:  # before the engine serves; not a step
             return
         try:
-            self._hand_over(is_dummy, log_stats)
+            self._record(is_dummy, log_stats)
         finally:
-            self._give_back()
+            self._restore_counts()
 
-    def _hand_over(self, is_dummy: bool, log_stats: bool) -> None:
+    def _record(self, is_dummy: bool, log_stats: bool) -> None:
         group = self._module.get_ep_group()
         place = (group.rank_in_group, group.world_size)
-        if place != self._place or self._models.keys() != self.state.model_states.keys():
+        if place != self._position or self._models.keys() != self.state.model_states.keys():
             self._open_writers(group, place)
         self._vllm_records = self.state._should_record_current_step(log_stats=log_stats)
         for model in self._models.values():
-            if is_dummy:  # vLLM zeroes what the padding of such a pass may have counted
+            if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
                 sampled = self._step % self._settings.interval == 0
                 model.writer.skip("dummy" if sampled else "not_sampled", self._step)
             else:
-                carry, counts = model.carry_now(), model.state.expert_load_pass
+                carry, counts = model.current_carry(), model.state.expert_load_pass
                 load = counts if carry is None else counts - carry
                 placement = model.state.physical_to_logical_map
                 model.writer.record(self._step, load, placement, ep_size=place[1])
 
-    def _give_back(self) -> None:
-        """Leave in ``expert_load_pass`` what would be there without us."""
+    def _restore_counts(self) -> None:
+        """Leave ``expert_load_pass`` as it would be without the plugin."""
         if self._we_count:
             self._we_count = False
             for model in self._models.values():
-                carry = model.carry_now()
+                carry = model.current_carry()
                 if carry is None:
                     model.state.expert_load_pass.zero_()
                 else:
                     model.state.expert_load_pass.copy_(carry)
 
     def after(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
-        """Have the next step counted where vLLM would not."""
+        """Make the router count in the next step, if vLLM would not."""
         for model in self._models.values():
             if is_dummy or (self._vllm_records and not is_profile):
                 model.carry = None
             elif self._vllm_counts and not is_profile:
-                # vLLM counted and did not take it: it stands there still, beside what comes next.
-                model.stand(model.state.expert_load_pass)
+                # vLLM counted but did not add it to its window: it stays, and later counts are added to it.
+                model.keep_counts(model.state.expert_load_pass)
         if is_profile:
             return
         self._step += 1
@@ -229,22 +229,22 @@ class _Recorder:
             self.state.should_record_tensor.fill_(True)
 
     def _open_writers(self, group: Any, place: tuple[int, int]) -> None:
-        """Open writers where there are none yet: at the first step, or in a place that is new.
+        """Open missing writers: at the first step, or when EP rank or size changed.
 
-        All ranks take a step together, so whoever joins a running engine (elastic EP) hears from EP
-        rank 0 not only which run this is but also which step.
+        All ranks take a step together, so a rank that joins a running engine (elastic EP) gets both the
+        run and the step from EP rank 0.
         """
-        if self._place is not None and self._place[0] != place[0]:
+        if self._position is not None and self._position[0] != place[0]:
             _close_all(self._models)
-        new_place, self._place = place != self._place, place
+        new_position, self._position = place != self._position, place
         stage, store = _pipeline_stage(self.state.parallel_config), _store_of(group)
         key = f"eplb_dump/run/{stage}/{place[1]}"
-        if getattr(group, "tcp_store_group", None) is None:  # else the store is of this group only
+        if getattr(group, "tcp_store_group", None) is None:  # otherwise the store belongs to this group
             key += f"/{self._number}"
         if place[0] != 0 and self._run_id is None and store is not None:
-            said = (read_from_store(store, key, logger) or "").split()
-            if len(said) == 2:
-                self._run_id, self._step = said[0], int(said[1])
+            shared = (read_from_store(store, key, logger) or "").split()
+            if len(shared) == 2:
+                self._run_id, self._step = shared[0], int(shared[1])
         for name, state in self.state.model_states.items():
             if name not in self._models:
                 writer = self._open(state, place, stage)
@@ -252,7 +252,7 @@ class _Recorder:
                 self._models[name] = _Model(state, writer)
                 if place[0] == 0 and writer.stats().off is None:
                     logger.info("Recording expert loads to %s", writer.folder)
-        if place[0] == 0 and new_place and store is not None:
+        if place[0] == 0 and new_position and store is not None:
             store.set(key, f"{self._run_id or ''} {self._step}")
 
     def _open(self, state: Any, place: tuple[int, int], stage: int | None) -> ExpertLoadWriter:
@@ -295,18 +295,18 @@ _PARALLEL_SIZES = (
 )
 
 
-#: EplbStates of this process, counted alike on all ranks.
+#: Numbers the EplbStates of this process; the same on all ranks.
 _states = itertools.count()
 
 
 def _close_all(models: dict[str, _Model]) -> None:
-    for model in models.values():  # closing takes its time and is not for the engine's thread
+    for model in models.values():  # closing takes time, which the engine's thread does not have
         threading.Thread(target=model.writer.close, daemon=True).start()
     models.clear()
 
 
 def _pipeline_stage(config: Any) -> int | None:
-    """Which stage this rank is of: each has EP ranks and layers of its own. None: there is one."""
+    """The pipeline stage of this rank; each stage has its own EP ranks and layers. None: only one stage."""
     if config.pipeline_parallel_size == 1:
         return None
     from vllm.distributed.parallel_state import get_pp_group
@@ -319,8 +319,8 @@ def _version() -> str:
 
 
 def _store_of(group: Any) -> Any:
-    """The key-value store that the ranks of this EP group share since their start."""
-    stateless = getattr(group, "tcp_store_group", None)  # of elastic EP
+    """The key-value store that the ranks of this EP group share."""
+    stateless = getattr(group, "tcp_store_group", None)  # with elastic EP
     if stateless is not None:
         return stateless.store
     import torch
@@ -343,9 +343,9 @@ def _layer_numbers(model: Any) -> list[int] | None:
 
 
 def _token_replication(config: Any) -> int:
-    """By how much the sum over ranks counts a token too often.
+    """How many times the sum over ranks counts each token.
 
     The ranks of one tensor-parallel group route the same tokens, unless sequence parallelism splits
-    them. Where a rank gathers the tokens of others before it routes, vLLM counts as many as are its own.
+    them. If a rank gathers the tokens of others before it routes, vLLM still counts only its own share.
     """
     return 1 if config.use_sequence_parallel_moe else int(config.tensor_parallel_size)

@@ -1,7 +1,7 @@
-"""The dump format, in both directions: schemas, session metadata, frames, journal, manifest, segments.
+"""The dump format, reading and writing: schemas, session metadata, frames, journal, manifest, segments.
 
-The reader uses this package and nothing else of ``eplb_dump``.
+``eplb_analyze`` imports only this package of ``eplb_dump``.
 """
 
-#: The version of the package, which ``session.json`` states.
+#: The package version, which ``session.json`` contains.
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """Checksummed frames: the unit in which journals and manifests are appended and read.
 
 A frame is a 16-byte head and a payload; the payload is a small JSON header and raw arrays. The
-head carries a checksum of itself, so that a torn end (the writer was killed in the middle of a
-write) can be told from damage. Nothing here knows what the frames mean.
+head carries a checksum of itself, which distinguishes a torn end (the writer was killed in the
+middle of a write) from damage. Nothing here knows what the frames mean.
 
 ::
 
@@ -31,7 +31,7 @@ from eplb_dump.format.schema import FormatError
 
 MAGIC = b"EPLF"
 HEAD = struct.Struct("<4sIII")
-#: No frame is larger; a head that claims more is damage, and no memory is taken for it.
+#: The largest payload in bytes. A head that claims more is damage; no memory is allocated for it.
 MAX_PAYLOAD = 64 << 20
 _LENGTH = struct.Struct("<I")
 _DTYPES = frozenset({"|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8"})
@@ -40,7 +40,7 @@ Array = npt.NDArray[Any]
 
 
 class NamedFile(Protocol):
-    """A file that can be read: a :class:`pathlib.Path`, or what stands for a file that lies elsewhere."""
+    """A file that can be read: a :class:`pathlib.Path`, or a file in remote storage."""
 
     @property
     def name(self) -> str: ...
@@ -49,7 +49,7 @@ class NamedFile(Protocol):
 
 @dataclass(frozen=True)
 class Frame:
-    """One whole, checksum-verified frame and where it lies in its file."""
+    """One complete, verified frame and its position in the file."""
 
     kind: str
     header: dict[str, Any]
@@ -62,11 +62,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Tail:
-    """How a file of frames ends: where its valid prefix stops, and why."""
+    """Where the valid prefix of a file of frames ends, and why."""
 
     end: int
     size: int
-    #: ``None``: at the end of the file. "torn": in the middle of a frame. "damaged": wrong bytes.
+    #: None: at the end of the file. "torn": inside an unfinished frame. "damaged": wrong bytes.
     fault: str | None = None
 
 
@@ -89,9 +89,9 @@ def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, Array] | N
 
 
 def decode_payload(payload: bytes, start: int) -> Frame:
-    """The frame in a verified payload whose head stands at byte ``start`` of its file.
+    """Decode a verified payload whose head is at byte ``start`` of its file.
 
-    Raises FormatError where the content contradicts itself (checksums do not make it true).
+    Raises FormatError if the content contradicts itself, which a checksum cannot exclude.
     """
     try:
         (text_length,) = _LENGTH.unpack_from(payload)
@@ -118,7 +118,7 @@ def decode_payload(payload: bytes, start: int) -> Frame:
 
 
 def _only_zeros(file: BinaryIO, rest: int) -> bool:
-    if rest > MAX_PAYLOAD:  # more than a write that a power cut took back
+    if rest > MAX_PAYLOAD:  # more than one unfinished write
         return False
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
@@ -127,9 +127,9 @@ def _only_zeros(file: BinaryIO, rest: int) -> bool:
 
 
 def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
-    """The frames of the valid prefix of the first ``size`` bytes, and at last a Tail.
+    """Yield the frames of the valid prefix of the first ``size`` bytes, then a Tail.
 
-    ``size`` bounds the read, so that a file that grows meanwhile is seen as of one moment.
+    ``size`` bounds the read, so that a growing file is read as of one moment.
     """
     position = 0
     while position < size:
@@ -141,7 +141,7 @@ def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
             return
         magic, length, crc, head_crc = HEAD.unpack(head)
         if magic != MAGIC or zlib.crc32(head[:12]) != head_crc or length > MAX_PAYLOAD:
-            # A power cut can leave zeros where data was promised: that is a torn end, too.
+            # After a power cut, unwritten data can read as zeros: that is a torn end, too.
             zeros = not any(head) and _only_zeros(file, size - position)
             yield Tail(position, size, "torn" if zeros else "damaged")
             return

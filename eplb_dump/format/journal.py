@@ -1,8 +1,8 @@
 """The journal: the open segment of a session, an append-only file of frames.
 
-Here stand both sides of it, so that they cannot drift apart: the frames that the writer appends,
-and :class:`JournalSegment`, which reads a journal's valid prefix, live or after a crash. Sealing
-and the reader both go through :class:`JournalSegment`.
+Both sides are here, so that they stay consistent: the frames that the writer appends, and
+:class:`JournalSegment`, which reads a journal's valid prefix, live or after a crash. Sealing and
+the reader both use :class:`JournalSegment`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from eplb_dump.format.schema import (
 )
 from eplb_dump.format.session import SessionInfo
 
-#: No session frame is larger than this; more that cannot be read was something else.
+#: No session frame is larger. A larger file without a readable first frame is damaged.
 _MAX_FIRST_FRAME = 1 << 16
 
 Int64 = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ Int32 = npt.NDArray[np.int32]
 
 
 def lock(fd: int) -> bool | None:
-    """Take a file's lock: True; False where another process has it; None where there are no locks."""
+    """Lock a file. True if it worked, False if another process holds it, None if locks are not supported."""
     try:
         import fcntl
     except ImportError:  # not on Windows, where no engine writes
@@ -61,7 +61,7 @@ def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDAr
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of every load in one segment; a change of it begins a new segment."""
+    """The shape of the loads in one segment; when it changes, a new segment begins."""
 
     ep_size: int
     num_moe_layers: int
@@ -73,7 +73,7 @@ class Shape:
 
     @property
     def impossible(self) -> bool:
-        """Whether no load can have this shape: slots that do not divide, or sizes beyond all sense."""
+        """Whether no load can have this shape: slots that do not divide among ranks, or absurd sizes."""
         return (
             min(self.ep_size, self.num_moe_layers, self.num_physical_experts) < 1
             or self.num_moe_layers > MAX_LAYERS
@@ -86,7 +86,7 @@ class Shape:
 class StepRows:
     """Rows of the ``steps`` table as arrays of one length n.
 
-    ``num_tokens`` and ``phase`` (an index into ``phases``) are -1 where they are not known.
+    ``num_tokens`` and ``phase`` (an index into ``phases``) are -1 if unknown.
     """
 
     step: Int64
@@ -129,13 +129,13 @@ class StepRows:
 
 @dataclass(frozen=True)
 class PlacementRows:
-    """Rows of the ``placements`` table: n changed layers (as indices), each with its slots' experts."""
+    """Rows of the ``placements`` table: n changed layers, each with the experts in its slots."""
 
     step: Int64
     #: Index of the MoE layer, from 0.
     layer: Int32
     ep_size: Int32
-    #: One int32 [num_physical_experts] a row.
+    #: int32 [num_physical_experts] per row.
     physical_to_logical: list[Int32]
 
 
@@ -182,12 +182,12 @@ def phase_codes(phases: Sequence[str | None]) -> tuple[npt.NDArray[np.int16], tu
 
 
 def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> bytes:
-    """``load``: uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]`` of n steps."""
+    """``load``: uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]``; see :func:`narrow`."""
     return frames.encode("loads", {"ep_size": ep_size}, {"step": step, "load": load})
 
 
 def placements_frame(step: Int64, layer: Int32, physical_to_logical: Int32, ep_size: int) -> bytes:
-    """``physical_to_logical``: int32 ``[n, num_physical_experts]``, a row a changed layer."""
+    """``physical_to_logical``: int32 ``[n, num_physical_experts]``, one row per changed layer."""
     arrays: dict[str, npt.NDArray[Any]] = {
         "step": step,
         "layer": layer,
@@ -201,21 +201,21 @@ class _LoadFrame:
     step: Int64
     offset: int
     dtype: np.dtype[Any]
-    #: Which of the frame's steps are committed, and where they go among the segment's steps.
+    #: Indices of the frame's steps that are committed.
     keep: npt.NDArray[np.intp]
 
 
 class JournalAppender:
-    """The writing side: an open journal that only ever holds whole batches of frames."""
+    """The writing side: an open journal, which only ever holds whole batches of frames."""
 
     def __init__(self, folder: Path, info: SessionInfo, seq: int) -> None:
-        """Create the journal. Raises OSError, also where a file of that name exists."""
+        """Create the journal. Raises OSError, also if a file of that name exists."""
         self.path = folder / journal_name(seq)
         self.size = 0
         #: By the monotonic clock, in seconds.
         self.opened_at = time.monotonic()
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        # Held until the journal is sealed, or the process is dead: so others can tell the two apart.
+        # Held until the journal is sealed or the process dies, so that others can tell.
         lock(self._fd)
         try:
             self.append(session_frame(info, seq))
@@ -226,16 +226,16 @@ class JournalAppender:
             raise
 
     def append(self, *parts: bytes) -> None:
-        """Write all parts or none of them. Raises OSError, also where the file was deleted.
+        """Write all parts or none of them. Raises OSError, also if the file was deleted.
 
-        What is written here survives the death of the process; nothing is synced to the disk, as
-        that would protect only against the death of the machine, at a price for every batch.
+        The data survives a crash of the process. It is not synced to the disk: that would protect
+        only against a crash of the machine, and cost time for every batch.
         """
         if os.fstat(self._fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "the journal was deleted while it was written")
         total = sum(map(len, parts))
         try:
-            # One call, so that a batch is torn only by a kill in the middle of it.
+            # One call, so that only a kill in the middle of it tears a batch.
             done = os.writev(self._fd, parts)
             rest = memoryview(b"".join(parts))[done:] if done < total else memoryview(b"")
             while rest:
@@ -251,21 +251,21 @@ class JournalAppender:
 
 
 class UnbegunJournal(FormatError):
-    """A journal so young, or whose writer was killed so early, that its first frame is not whole."""
+    """A journal whose first frame is incomplete: it is just being created, or its writer was killed then."""
 
 
 class JournalSegment:
     """The valid prefix of a journal, as of the moment it was opened.
 
-    The whole prefix is checksummed once on opening; loads stay in the file and are read again a
-    few layers at a time, so that memory does not grow with the segment.
+    Opening verifies the whole prefix. Loads stay in the file and are read again a few layers at a
+    time, so that memory does not grow with the segment.
     """
 
     def __init__(self, path: frames.NamedFile, limit: int | None = None) -> None:
-        """Open and verify; of a growing file no more than ``limit`` bytes, if given.
+        """Open and verify; no more than the first ``limit`` bytes, if given.
 
-        Raises OSError, UnbegunJournal where the session frame is not written yet, and FormatError
-        where it cannot be read.
+        Raises OSError, UnbegunJournal if the session frame is not written yet, and FormatError if
+        the journal cannot be read.
         """
         match = JOURNAL_PATTERN.fullmatch(path.name)
         if match is None:
@@ -273,7 +273,7 @@ class JournalSegment:
         self.path = path
         self.seq = int(match[1])
         self._file: BinaryIO = path.open("rb")
-        # Readers keep journals open for as long as a run is looked at, without a `with` around it.
+        # Readers keep journals open as long as the run is open, without a `with` block.
         self._unclosed = weakref.finalize(self, self._file.close)
         try:
             self._index(limit)
@@ -321,7 +321,7 @@ class JournalSegment:
             _joined([part.ep_size for part in placement_parts], np.int32),
             [slots for part in placement_parts for slots in part.physical_to_logical],
         )
-        # The steps frame of a batch comes last: without it, the batch was torn and does not count.
+        # The steps frame of a batch comes last: without it, the batch is torn and does not count.
         last = int(self.steps.step.max()) if len(self.steps.step) else -1
         committed = np.flatnonzero(placements.step <= last)
         self.placements = PlacementRows(
@@ -383,7 +383,7 @@ class JournalSegment:
         self._file.close()
 
     def __enter__(self) -> JournalSegment:
-        # At the interpreter's exit it would close what the writer's thread is about to seal.
+        # At interpreter exit the finalizer would close the file while the writer's thread seals it.
         self._unclosed.detach()
         return self
 
@@ -399,13 +399,13 @@ def _ep_size(frame: frames.Frame) -> int:
 
 
 def _int64(frame: frames.Frame, name: str) -> Int64:
-    """An array as what the format says it is, whatever type a stranger gave it."""
+    """An array as int64, whatever integer type the file has."""
     array: Int64 = frame.arrays[name].astype(np.int64, copy=False)
     return array
 
 
 def step_rows(frame: frames.Frame) -> StepRows:
-    """The rows of a steps frame. Raises FormatError, and KeyError where an array is not there."""
+    """The rows of a steps frame. Raises FormatError, and KeyError if an array is missing."""
     a = frame.arrays
     phases = tuple(str(name) for name in frame.header["phases"])
     step, time_ns, monotonic_ns = (_int64(frame, name) for name in ("step", "time_ns", "monotonic_ns"))
@@ -422,7 +422,7 @@ def step_rows(frame: frames.Frame) -> StepRows:
 def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]:
     """Steps, byte offset, type and ``(ep_size, layers, physical)`` of a loads frame.
 
-    Raises FormatError, and KeyError where an array is not there.
+    Raises FormatError, and KeyError if an array is missing.
     """
     step, load, ep_size = _int64(frame, "step"), frame.arrays["load"], _ep_size(frame)
     if load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size or load.min(initial=0) < 0:
@@ -431,7 +431,7 @@ def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[in
 
 
 def placement_rows(frame: frames.Frame) -> PlacementRows:
-    """The rows of a placements frame. Raises FormatError, and KeyError where an array is not there."""
+    """The rows of a placements frame. Raises FormatError, and KeyError if an array is missing."""
     maps, step, layer = frame.arrays["physical_to_logical"], _int64(frame, "step"), frame.arrays["layer"]
     if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1]:
         raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")

@@ -34,10 +34,10 @@ class SealedFile:
 
 @dataclass(frozen=True)
 class ExpertSums:
-    """Each slot's tokens summed over steps, so that a reader who wants no more need not read ``loads``.
+    """Each slot's tokens summed over steps, for readers that need no more than that of ``loads``.
 
-    A row is a layer's steps from ``step`` on to its next row's, cut where the layer's placement
-    changed: the slot held one expert all the while.
+    A row covers a layer's steps from ``step`` to the layer's next row. A new row begins when the layer's
+    placement changes, so that each slot holds one expert in all steps of a row.
     """
 
     #: Index of the MoE layer, from 0: int32 [n].
@@ -51,7 +51,7 @@ class ExpertSums:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any], shape: Shape | None) -> ExpertSums | None:
-        """None where the writer left none. Raises FormatError."""
+        """None if the writer wrote none. Raises FormatError."""
         if shape is None or "sum_load" not in arrays:
             return None
         sums = cls(arrays["sum_layer"], arrays["sum_step"], arrays["sum_load"])
@@ -67,7 +67,7 @@ class ExpertSums:
 
 @dataclass(frozen=True)
 class SealedSegment:
-    """What the manifest says of one sealed segment."""
+    """The manifest's entry of one sealed segment."""
 
     seq: int
     first_step: int

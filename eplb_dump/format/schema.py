@@ -1,7 +1,6 @@
-"""The dump format, version 1: folders, file names, table schemas and session metadata.
+"""The dump format, version 1: folder and file names, table schemas and limits.
 
-This is the one module that the writer and the reader share; it holds no I/O beyond turning the
-metadata into text and back. docs/format.md describes every field.
+No I/O happens here. docs/format.md describes every field.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import zlib
 import pyarrow as pa
 
 FORMAT_NAME = "eplb-dump"
-#: (major, minor). A reader refuses a newer major and reads every older one; a newer minor only adds.
+#: (major, minor). A reader rejects a newer major version; a newer minor version only adds.
 FORMAT_VERSION = (1, 0)
 
 SESSION_FILE = "session.json"
@@ -21,15 +20,15 @@ MANIFEST_FILE = "manifest.frames"
 METADATA_KEY = b"eplb_dump"
 TABLES = ("placements", "loads", "steps")
 EMPTY_SLOT = -1
-#: Larger claims are refused before memory is taken for them.
+#: Larger values are rejected before memory is allocated for them.
 MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
-#: Counts are stored as int32; a larger one is a fault of the engine and is rejected.
+#: Counts are stored as int32; a larger one is an error of the engine and is rejected.
 MAX_LOAD = 2**31 - 1
 #: No step, count, size or time in the format is larger, so that sums and differences fit into int64.
 MAX_NUMBER = 2**62
 
 RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX = "run=", "model=", "rank=", "session="
-#: What the names of a dump's folders begin with, from the top down.
+#: The prefixes of a dump's folder names, from the top down.
 LEVEL_PREFIXES = RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 JOURNAL_PATTERN = re.compile(r"journal-(\d{6,})\.frames")
@@ -37,11 +36,11 @@ SEGMENT_PATTERN = re.compile(r"(steps|loads|placements)-(\d{6,})\.parquet")
 
 
 class FormatError(ValueError):
-    """Bytes that are not what the format promises; the text says what is wrong and where."""
+    """Bytes that do not follow the format; the text says what is wrong and where."""
 
 
 class Status(enum.IntEnum):
-    """What became of a step a writer saw. The numbers stand in journals, the names in Parquet."""
+    """What happened to a step. Journals hold the numbers, Parquet files the names."""
 
     RECORDED = 0
     DUMMY = 1
@@ -68,7 +67,7 @@ def _list_of(value_type: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", value_type, nullable=False))
 
 
-#: One row for every step the writer saw.
+#: One row for each step that the writer saw.
 STEPS_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
@@ -79,7 +78,7 @@ STEPS_SCHEMA = pa.schema(
         pa.field("phase", pa.string()),
     ]
 )
-#: One row for every recorded step and MoE layer, ordered by layer, then by step.
+#: One row for each recorded step and MoE layer, ordered by layer, then by step.
 LOADS_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
@@ -89,7 +88,7 @@ LOADS_SCHEMA = pa.schema(
         pa.field("load", _list_of(pa.int32()), nullable=False),
     ]
 )
-#: One row for every layer whose placement changed, from the step at which it was first in force.
+#: One row for each layer whose placement changed, with the first step that it is in force.
 PLACEMENTS_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
@@ -116,7 +115,7 @@ def rank_folder(rank: int) -> str:
 def model_slug(model: str) -> str:
     """A folder name for a model: ``deepseek-ai/DeepSeek-R1`` becomes ``deepseek-ai--DeepSeek-R1``.
 
-    Where other characters had to go, a checksum of the name keeps two models apart.
+    If other characters were replaced, a checksum of the name keeps two models apart.
     """
     slug = re.sub(r"[^A-Za-z0-9._-]", "-", model.replace("/", "--"))[:100].lstrip(".") or "model"
     lossless = slug == model.replace("/", "--")

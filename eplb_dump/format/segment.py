@@ -1,8 +1,8 @@
 """Sealing: a finished journal becomes Parquet segments, listed in the session's manifest.
 
-The order makes every moment safe to be killed in: the segments are written as ``.tmp`` and synced,
-the manifest names them, they are renamed, the journal goes last. While a journal exists it is the
-truth for its segment, and the Parquet files beside it are not read.
+A kill at any moment loses nothing: the segments are written as ``.tmp`` and synced, the manifest
+lists them, they are renamed, and the journal is deleted last. While a journal exists, readers use it
+and ignore the Parquet files of its segment.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from eplb_dump.format.schema import (
 )
 from eplb_dump.format.session import SessionInfo, canonical_json
 
-#: A row group holds about this many slot counts of few layers: one step of one layer is found by
-#: reading one group, and one layer of a long run by reading only its own.
+#: A row group holds about this many counts, of few layers: one group is enough for one step of one
+#: layer, and one layer of a long run needs no other layer's groups.
 ROW_GROUP_VALUES = 1 << 21
-#: So much of a file's end is read to find its footer in.
+#: How many bytes at a file's end are read to find its footer.
 FOOTER_BYTES = 64 << 10
-#: A segment's sums are not kept in the manifest where they are larger than this.
+#: The manifest has no sums of a segment if they are larger than this.
 MAX_SUM_BYTES = 8 << 20
 
 
 def footer(size: int, read_at: Callable[[int, int], bytes]) -> bytes:
-    """A Parquet file's footer, its length and the closing magic; mostly with one read of the file.
+    """A Parquet file's footer, its length and the closing magic, usually with one read.
 
-    ``read_at(count, offset)`` reads of a file of so many bytes. Raises FormatError.
+    ``read_at(count, offset)`` reads from the file, which has ``size`` bytes. Raises FormatError.
     """
     start = max(0, size - FOOTER_BYTES)
     tail = read_at(size - start, start)
@@ -65,7 +65,7 @@ def footer_crc32(path: Path) -> int:
 
 
 def list_column(values: np.ndarray[Any, Any], schema: pa.Schema, name: str) -> pa.Array:
-    """A list column of ``values`` [rows, n] as the schema has it."""
+    """``values`` [rows, n] as the list column ``name`` of a schema."""
     rows, n = values.shape
     if rows * n > 2**31 - 1:
         raise FormatError("a segment with more than 2^31 values cannot be sealed in one row group")
@@ -142,7 +142,7 @@ def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 class Content(Protocol):
-    """What a segment is made of; a journal has it. ``seq`` and ``shape`` are the segment's."""
+    """The content of a segment, for example of a journal. ``seq`` and ``shape`` are the segment's."""
 
     @property
     def info(self) -> SessionInfo: ...
@@ -162,9 +162,9 @@ class Content(Protocol):
 
 
 def seal(journal_path: Path) -> SealedSegment | None:
-    """Turn a journal into sealed segments and remove it. Returns None where it held no step.
+    """Turn a journal into a sealed segment and delete it. Returns None if it held no step.
 
-    Raises OSError (the journal stays and still counts) and FormatError (it is damaged).
+    Raises OSError (the journal stays and remains valid) and FormatError (it is damaged).
     """
     folder = journal_path.parent
     with JournalSegment(journal_path) as journal:
@@ -176,11 +176,11 @@ def seal(journal_path: Path) -> SealedSegment | None:
 
 
 def write_segment(folder: Path, content: Content) -> SealedSegment:
-    """Write a segment that has steps into a session's folder, and list it. Raises OSError, FormatError."""
+    """Write a segment with at least one step, and list it in the manifest. Raises OSError, FormatError."""
     try:
         entry = _write_files(folder, content)
     except BaseException:
-        for table in SCHEMAS:  # a full disk has better use for their space
+        for table in SCHEMAS:  # free the space, as the disk may be full
             with contextlib.suppress(OSError):
                 temporary(folder / segment_name(table, content.seq)).unlink()
         raise
@@ -225,25 +225,25 @@ def _write_files(folder: Path, content: Content) -> SealedSegment:
     if shape is not None and n:
         group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
 
-        tally = _Tally(content)
+        builder = _SumBuilder(content)
 
         def load_parts(metadata: dict[bytes, bytes]) -> Any:
             for first in range(0, shape.num_moe_layers, group):
                 last = min(first + group, shape.num_moe_layers)
                 load = content.read_layers(first, last)
                 for layer in range(first, last):
-                    tally.add(layer, load[layer - first])
+                    builder.add(layer, load[layer - first])
                 yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
 
         write("loads", load_parts, n * shape.num_moe_layers)
-        sums = tally.sums()
+        sums = builder.sums()
     write("steps", lambda metadata: [steps_table(content.steps, metadata)], len(content.steps.step))
     step = content.steps.step
     return SealedSegment(seq, int(step.min()), int(step.max()), shape, files, sums)
 
 
-class _Tally:
-    """Adds up what passes by on its way into ``loads``."""
+class _SumBuilder:
+    """Adds up each slot's tokens while ``loads`` is being written."""
 
     def __init__(self, content: Content) -> None:
         self._steps = content.load_steps
@@ -260,7 +260,7 @@ class _Tally:
         self._loads.append(np.add.reduceat(load, edges, axis=0, dtype=np.int64))
 
     def sums(self) -> ExpertSums | None:
-        """None where they would be large: after so many changes, the loads are as quickly read."""
+        """None if they are large: after so many placement changes, reading the loads is as fast."""
         if sum(load.nbytes for load in self._loads) > MAX_SUM_BYTES:
             return None
         layer, step = (np.array(column) for column in zip(*self._rows, strict=True))

@@ -47,12 +47,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an imported session came from, and what its source does not say; ``origin`` in the metadata.
+    """The source of an imported session; ``origin`` in the metadata.
 
-    ``unknown`` and ``assumed`` map stable codes to sentences; docs/import.md lists the codes.
+    ``unknown`` and ``assumed`` map stable codes to sentences about what the source does not contain;
+    docs/import.md lists the codes.
     """
 
-    #: For instance ``SGLang``, and which of its recordings: ``per_pass``.
+    #: For example ``SGLang`` and, of its recordings, ``per_pass``.
     system: str
     kind: str
     files: tuple[SourceFile, ...] = ()
@@ -65,19 +66,19 @@ class Origin:
         """Raises FormatError."""
         try:
             files = tuple(SourceFile(str(f["name"]), int(f["bytes"])) for f in fields["files"])
-            said = [{str(k): str(v) for k, v in fields[name].items()} for name in ("unknown", "assumed")]
+            notes = [{str(k): str(v) for k, v in fields[name].items()} for name in ("unknown", "assumed")]
             system, kind, version = (str(fields[name]) for name in ("system", "kind", "importer_version"))
-            return cls(system, kind, files, version, *said)
+            return cls(system, kind, files, version, *notes)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"its session metadata has a damaged origin ({error})") from None
 
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """What one writer says of itself: the content of ``session.json``, repeated in every file.
+    """Metadata of one session: the content of ``session.json``, repeated in every file.
 
-    A session is one life of one writer. Shapes are those of the first recorded step (``None``
-    before it); where they change later, each segment's own metadata and rows say so.
+    A session is one life of one writer. Shapes are those of the first recorded step (None before
+    it). If they change later, each segment's own metadata and rows have the new ones.
     """
 
     run_id: str
@@ -93,22 +94,22 @@ class SessionInfo:
     pid: int
     num_moe_layers: int | None = None
     num_physical_experts: int | None = None
-    #: The model's own number of each MoE layer, ascending; ``None``: they are counted from 0.
+    #: The model's own number of each MoE layer, ascending; None: they are numbered from 0.
     moe_layers: tuple[int, ...] | None = None
     ranks_per_node: int | None = None
     engine: str | None = None
     engine_version: str | None = None
     engine_config: dict[str, Any] = field(default_factory=dict)
-    #: The launcher's variables that all ranks of one engine start share.
+    #: The launcher's variables, which all ranks of one engine start share.
     launch: dict[str, str] = field(default_factory=dict)
-    #: By how much the engine over-counts tokens; loads are divided by it on reading.
+    #: How many times the engine counts each token; readers divide loads by it.
     token_replication: int = 1
-    #: Every how many steps one is recorded.
+    #: One step out of this many is recorded.
     interval: int = 1
-    #: A segment never spans a multiple of this many steps, so that ranks seal at the same steps.
+    #: A segment ends at multiples of this many recorded steps, so that ranks seal at the same steps.
     segment_steps: int = 2048
     writer_version: str = ""
-    #: Of an imported session; None: it was recorded.
+    #: The source, if the session was imported.
     origin: Origin | None = None
     format_version: tuple[int, int] = FORMAT_VERSION
 
@@ -121,7 +122,7 @@ class SessionInfo:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SessionInfo:
-        """Check and build. Raises FormatError for a foreign, damaged or newer-major document."""
+        """Raises FormatError if it is not session metadata, damaged, or of a newer major version."""
         if not isinstance(fields, dict) or fields.get("format") != FORMAT_NAME:
             raise FormatError("it is not the metadata of an eplb-dump session")
         version = parse_version(fields.get("format_version"))
@@ -163,11 +164,11 @@ class SessionInfo:
                 raise FormatError(f"its session metadata has no mapping under {name!r}")
 
     def layer_numbers(self, num_moe_layers: int) -> list[int]:
-        """The model's layer number of each MoE layer, as the ``layer`` column has it."""
+        """The model's number of each MoE layer, as in the ``layer`` column."""
         return list(range(num_moe_layers)) if self.moe_layers is None else list(self.moe_layers)
 
 
-#: What a session's numbers can be, also those that a stranger wrote.
+#: The valid range of each number, least and most.
 _RANGES = {
     "num_logical_experts": (1, MAX_EXPERTS),
     "ep_size": (1, MAX_EXPERTS),
@@ -183,12 +184,12 @@ _RANGES = {
 }
 
 
-#: Those that may be null.
+#: The numbers that may be null.
 _OPTIONAL = ("num_moe_layers", "num_physical_experts", "ranks_per_node")
 
 
 def parse_version(text: object) -> tuple[int, int]:
-    """``"1.0"`` to ``(1, 0)``. Raises FormatError for a newer major version or no version."""
+    """``"1.0"`` to ``(1, 0)``. Raises FormatError if the major version is newer or there is none."""
     match = re.fullmatch(r"(\d{1,6})\.(\d{1,6})", text) if isinstance(text, str) else None
     if match is None:
         raise FormatError(f"it has no readable format version ({text!r})")
@@ -206,13 +207,13 @@ def canonical_json(document: object) -> str:
 
 
 def dump_json(document: dict[str, Any]) -> bytes:
-    """A JSON object for a file, with its own checksum in it (member ``crc32``)."""
+    """A JSON object as bytes, with a checksum of itself in its member ``crc32``."""
     crc = zlib.crc32(canonical_json(document).encode())
     return (json.dumps({**document, "crc32": f"{crc:08x}"}, indent=1) + "\n").encode()
 
 
 def load_json(data: bytes) -> dict[str, Any]:
-    """Undo :func:`dump_json`. Raises FormatError where the text or its checksum is not right."""
+    """Read what :func:`dump_json` wrote. Raises FormatError if the text or its checksum is wrong."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -220,7 +221,7 @@ def load_json(data: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise FormatError("it is not a JSON object")
     crc = document.pop("crc32", None)
-    # The version comes first: a newer format may check itself in another way.
+    # Check the version first: a newer format may use another checksum.
     if document.get("format") == FORMAT_NAME:
         parse_version(document.get("format_version"))
     if crc != f"{zlib.crc32(canonical_json(document).encode()):08x}":
