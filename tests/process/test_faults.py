@@ -83,7 +83,7 @@ def kill_after(child: subprocess.Popen[str], seconds: float) -> tuple[float, lis
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_flush_acknowledged_survives_a_kill(tmp_path: Path, seed: int) -> None:
+def test_flushed_steps_survive_kill(tmp_path: Path, seed: int) -> None:
     """At any moment: within a batch, between batches, while segments are being sealed."""
     chance = random.Random(seed)
     child = start_child(KILLED, tmp_path, chance.choice([1, 3, 20]), chance.choice([4, 30, 100_000]), 0)
@@ -106,14 +106,14 @@ for step in range(1_000_000):
 """
 
 
-def test_without_a_flush_a_kill_costs_at_most_one_interval(tmp_path: Path) -> None:
+def test_kill_without_flush_loses_at_most_one_interval(tmp_path: Path) -> None:
     moment, lines = kill_after(start_child(UNFLUSHED, tmp_path), 1.2)
     due = [float(line) for line in lines if float(line) < moment - 0.5]
     assert len(due) > 50
     assert_prefix(only_session(tmp_path), at_least=len(due) - 1)
 
 
-def test_os_exit_loses_nothing_that_was_flushed(tmp_path: Path) -> None:
+def test_os_exit_keeps_flushed_steps(tmp_path: Path) -> None:
     script = """
         import os, sys
         from helpers import load_of, open_writer
@@ -132,7 +132,7 @@ def test_os_exit_loses_nothing_that_was_flushed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["pass", "sys.exit(5)", "raise SystemExit(5)"])
-def test_at_the_end_of_the_interpreter_everything_is_there(tmp_path: Path, end: str) -> None:
+def test_interpreter_exit_writes_everything(tmp_path: Path, end: str) -> None:
     script = f"""
         import sys
         from helpers import load_of, map_of, open_writer
@@ -146,7 +146,7 @@ def test_at_the_end_of_the_interpreter_everything_is_there(tmp_path: Path, end: 
     assert_closed(only_session(tmp_path), 20)
 
 
-def test_at_the_end_of_the_interpreter_a_journal_is_being_sealed(tmp_path: Path) -> None:
+def test_interpreter_exit_waits_for_sealing(tmp_path: Path) -> None:
     script = """
         import sys, threading, time
         from eplb_dump.format.journal import JournalSegment
@@ -171,8 +171,8 @@ def test_at_the_end_of_the_interpreter_a_journal_is_being_sealed(tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_at_the_end_of_a_multiprocessing_child_everything_is_there(tmp_path: Path, method: str) -> None:
-    """Such a child leaves by os._exit, without the interpreter's own exit handlers."""
+def test_exit_of_multiprocessing_child_writes_everything(tmp_path: Path, method: str) -> None:
+    """Such a child exits through os._exit, without the interpreter's exit handlers."""
     (tmp_path / "engine.py").write_text(
         f"""
 import multiprocessing, sys
@@ -202,7 +202,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("leave", ["os._exit(0)", "sys.exit(0)"])
-def test_a_forked_child_does_nothing_and_the_parent_goes_on(tmp_path: Path, leave: str) -> None:
+def test_forked_child_is_off_and_parent_continues(tmp_path: Path, leave: str) -> None:
     script = f"""
         import json, os, sys
         from dataclasses import asdict
@@ -238,7 +238,7 @@ def test_a_forked_child_does_nothing_and_the_parent_goes_on(tmp_path: Path, leav
         assert_closed(only_session(root), 10)
 
 
-def test_a_forked_child_may_have_a_writer_of_its_own(tmp_path: Path) -> None:
+def test_forked_child_can_open_its_own_writer(tmp_path: Path) -> None:
     script = """
         import os, sys
         from helpers import load_of, open_writer
@@ -263,7 +263,7 @@ def test_a_forked_child_may_have_a_writer_of_its_own(tmp_path: Path) -> None:
 
 
 def assert_off(writer: ExpertLoadWriter, caplog: pytest.LogCaptureFixture, reason: str) -> None:
-    """Recording is off for one reason, said once; the engine's calls still count and cost nothing."""
+    """The reason is logged once; the engine's calls are still counted."""
     stats = writer.stats()
     assert_accounted(stats)
     assert reason in str(stats.off)
@@ -283,7 +283,9 @@ def assert_off(writer: ExpertLoadWriter, caplog: pytest.LogCaptureFixture, reaso
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_a_folder_deleted_while_writing(tmp_path: Path, caplog: pytest.LogCaptureFixture, idle: bool) -> None:
+def test_deleted_folder_turns_recording_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, idle: bool
+) -> None:
     """``idle``: before the first step opened a journal."""
     writer = open_writer(tmp_path / "dumps")
     if not idle:
@@ -297,8 +299,8 @@ def test_a_folder_deleted_while_writing(tmp_path: Path, caplog: pytest.LogCaptur
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
-    """As on a full disk, a write ends half-way: the journal is cut back to whole batches."""
+def test_file_size_limit_turns_recording_off(tmp_path: Path) -> None:
+    """As on a full disk, a write ends half-way: the journal is truncated to complete batches."""
     script = """
         import json, logging, resource, sys
         from dataclasses import asdict
@@ -337,8 +339,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("segment_steps", [64, 100_000])
-def test_a_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture, segment_steps: int) -> None:
-    """In the journal or in sealing: what was acknowledged stays readable, and some reason is logged."""
+def test_full_disk_keeps_what_was_written(
+    small_disk: Path, caplog: pytest.LogCaptureFixture, segment_steps: int
+) -> None:
+    """In the journal or in sealing: flushed steps stay readable, and a reason is logged."""
     acknowledged = -1
     with open_writer(small_disk, segment_steps=segment_steps) as writer:
         for step in range(5000):

@@ -1,4 +1,4 @@
-"""Kills and sick file systems: what was flushed is there, and the engine goes on.
+"""Kills and failing file systems: flushed steps survive, and the engine continues.
 
 Child processes do the recording. The longer targets: `sh scripts/test.sh -m long`.
 """
@@ -54,7 +54,7 @@ KILLS = """
                     shared[:8] = struct.pack("<q", step)
                 if pause:
                     time.sleep(pause)
-        # Most are killed while they record, some before they begin.
+        # Most children are killed while they record, some before they begin.
         while rng.random() > 0.01 and shared[8:16] == bytes(8):
             time.sleep(0.001)
         time.sleep(rng.random() ** 2 * 0.25)
@@ -65,14 +65,14 @@ KILLS = """
 
 
 def killed_runs(root: Path, count: int, seed: int) -> Iterator[tuple[Path, int, int]]:
-    """``(dump, steps flushed, steps recorded)`` of children that were killed."""
+    """``(dump, steps flushed, steps recorded)`` of killed children."""
     for line in run_child(KILLS, root, str(count), str(seed), timeout=1200).splitlines():
         number, flushed, seen = map(int, line.split())
         yield root / str(number), flushed, seen
 
 
 def assert_exact_prefix(root: Path, flushed: int, seen: int) -> int:
-    """All that is read is the truth, gapless from step 0 on, and has all that was flushed."""
+    """Check that all steps from 0 on are read without gaps, including every flushed one."""
     try:
         run = open_run(root)
     except DumpError as error:  # killed before its first write
@@ -108,17 +108,17 @@ def kill_and_judge(tmp_path: Path, count: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_hundred_kills(tmp_path: Path, seed: int) -> None:
+def test_hundred_kills_lose_no_flushed_step(tmp_path: Path, seed: int) -> None:
     kill_and_judge(tmp_path, 25, seed)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 110))
-def test_a_thousand_kills(tmp_path: Path, seed: int) -> None:
+def test_thousand_kills_lose_no_flushed_step(tmp_path: Path, seed: int) -> None:
     kill_and_judge(tmp_path, 100, seed)
 
 
-def test_without_flush_at_most_one_interval_is_lost(tmp_path: Path) -> None:
+def test_kill_without_flush_loses_at_most_one_interval(tmp_path: Path) -> None:
     script = """
         import sys, time
         from helpers import load_of, map_of, open_writer
@@ -138,12 +138,12 @@ def test_without_flush_at_most_one_interval_is_lost(tmp_path: Path) -> None:
     last = open_run(tmp_path).steps()["step"].max()
     assert isinstance(last, int)
     lost = [float(moment) for step, moment in recorded if int(step) > last and "." in moment]
-    # An interval, and what a busy machine may need to run the thread that is due.
+    # One interval, and the time a busy machine may need to run the thread.
     assert all(moment > now - 0.5 - 0.5 for moment in lost)
     assert last > 50
 
 
-def test_seal_finishes_what_a_killed_writer_left(tmp_path: Path) -> None:
+def test_seal_recovers_journals_of_killed_writer(tmp_path: Path) -> None:
     (root, _, _), *_ = sorted(killed_runs(tmp_path, 6, 42), key=lambda r: -r[1])
     before = open_run(root)
     loads, placements = before.loads(), before.placements()
@@ -160,7 +160,7 @@ def test_seal_finishes_what_a_killed_writer_left(tmp_path: Path) -> None:
     assert "unsealed_journal" not in {f.code for f in check_run(after).findings}
 
 
-def test_seal_leaves_a_live_writer_alone(tmp_path: Path) -> None:
+def test_seal_skips_live_writer(tmp_path: Path) -> None:
     script = """
         import sys
         from helpers import load_of, map_of, open_writer
@@ -185,12 +185,12 @@ def test_seal_leaves_a_live_writer_alone(tmp_path: Path) -> None:
     assert len(open_run(tmp_path).steps()) == 9
 
 
-# ---- sick file systems, with the real thing where it can be mounted
+# ---- failing file systems, real ones if they can be mounted
 
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Any]:
-    """Mount a small file system at a folder; skips where that is not allowed."""
+    """Mount a small file system at a folder; skip the test if that is not allowed."""
     mounted: list[Path] = []
 
     def mounter(kind: str, megabytes: int) -> Path:
@@ -216,7 +216,7 @@ def mount(tmp_path: Path) -> Iterator[Any]:
         subprocess.run(["umount", "-l", str(where)], check=False)
 
 
-def test_disk_full(mount: Any) -> None:
+def test_full_disk_does_not_stop_engine(mount: Any) -> None:
     root = mount("tmpfs", 2)
     script = """
         import logging, sys
@@ -253,7 +253,7 @@ def test_disk_full(mount: Any) -> None:
     assert [f for f in run.findings if f.severity == "error"] == []
 
 
-def test_a_file_system_that_hangs(mount: Any) -> None:
+def test_hanging_file_system_does_not_stop_engine(mount: Any) -> None:
     root = mount("ext4", 16)
     script = """
         import sys, time
@@ -263,7 +263,7 @@ def test_a_file_system_that_hangs(mount: Any) -> None:
         assert writer.flush()
         print("ready", flush=True)
         sys.stdin.readline()
-        # The parent thaws only after it has read "hung": a record that waited would wait for ever.
+        # The parent thaws only after it has read "hung": a record that waited would wait forever.
         for step in range(1, 400):
             writer.record(None, load_of(step), map_of())
             time.sleep(0.005)
@@ -298,11 +298,11 @@ def test_a_file_system_that_hangs(mount: Any) -> None:
         "recorded": [(recorded,)],
         "dropped": [(dropped,)],
     }
-    # It recovered: the steps after the hang are there.
+    # It recovered: the steps after the hang were written.
     assert states["state"][-10:].to_list() == ["recorded"] * 10
 
 
-def test_permission_lost(tmp_path: Path) -> None:
+def test_lost_permission_does_not_stop_engine(tmp_path: Path) -> None:
     """As another user, as root may write everywhere."""
     script = """
         import logging, os, sys
@@ -339,8 +339,8 @@ def test_permission_lost(tmp_path: Path) -> None:
 # ---- the engine's life
 
 
-def test_sigterm_and_the_engines_own_shutdown_path(tmp_path: Path) -> None:
-    """We install no handler; an engine whose handler exits in order loses nothing."""
+def test_sigterm_with_engine_shutdown_writes_everything(tmp_path: Path) -> None:
+    """The writer installs no handler; an engine whose handler exits normally loses nothing."""
     script = """
         import signal, sys, time
         from helpers import load_of, map_of, open_writer
@@ -368,7 +368,7 @@ def test_sigterm_and_the_engines_own_shutdown_path(tmp_path: Path) -> None:
             assert {s.closed is None for s in run.sessions} == {False}
 
 
-def test_an_exception_in_the_engine_between_records(tmp_path: Path) -> None:
+def test_engine_exception_between_records_loses_nothing(tmp_path: Path) -> None:
     script = """
         import sys
         from helpers import load_of, map_of, open_writer
@@ -384,8 +384,8 @@ def test_an_exception_in_the_engine_between_records(tmp_path: Path) -> None:
     assert len(open_run(tmp_path).steps()) == 20
 
 
-def test_the_wall_clock_jumps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps keep their order by number; the monotonic column tells the true distances."""
+def test_wall_clock_jump_keeps_steps_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps keep their order by number; the monotonic column has the true intervals."""
     real = time.time_ns
     with open_writer(tmp_path, scope="global", flush_interval=0.05) as writer:
         for step in range(20):
@@ -402,7 +402,7 @@ def test_the_wall_clock_jumps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert walls[10] < walls[9]
 
 
-def test_two_processes_with_one_rank_and_folder(tmp_path: Path) -> None:
+def test_two_processes_of_one_rank_write_two_sessions(tmp_path: Path) -> None:
     script = """
         import sys
         from helpers import load_of, map_of, open_writer
@@ -422,8 +422,8 @@ def test_two_processes_with_one_rank_and_folder(tmp_path: Path) -> None:
     assert "overlapping_sessions" in {f.code for f in check_run(run).findings}
 
 
-def test_reading_while_it_is_written(tmp_path: Path) -> None:
-    """Every look is a whole prefix, while segments are sealed under the reader's eyes."""
+def test_run_is_readable_while_it_is_written(tmp_path: Path) -> None:
+    """Every read sees a complete prefix, while segments are being sealed."""
     script = """
         import sys
         from helpers import load_of, map_of, open_writer
@@ -460,10 +460,10 @@ def test_reading_while_it_is_written(tmp_path: Path) -> None:
     assert len(open_run(tmp_path).steps()) == 1500
 
 
-def test_segments_that_came_and_went_while_the_session_was_opened(
+def test_segments_sealed_while_session_is_opened_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One began and another was sealed between two looks at the folder: no hole is between them."""
+    """A segment began and another was sealed between two listings: no gap appears between them."""
     with open_writer(tmp_path, scope="global", segment_steps=8) as writer:
 
         def write(first: int, end: int) -> None:
@@ -495,7 +495,7 @@ def test_segments_that_came_and_went_while_the_session_was_opened(
         assert len(open_run(tmp_path).steps()) == 60
 
 
-def test_the_last_sealed_segment_is_missed_where_it_is_gone(tmp_path: Path) -> None:
+def test_missing_last_segment_is_reported(tmp_path: Path) -> None:
     with open_writer(tmp_path, scope="global", segment_steps=8) as writer:
         for step in range(40):
             writer.record(step, load_of(step), map_of())
@@ -507,8 +507,8 @@ def test_the_last_sealed_segment_is_missed_where_it_is_gone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("size", [0, 1, 16, 100])
-def test_a_journal_that_has_just_been_begun_is_no_damage(tmp_path: Path, size: int) -> None:
-    """A look between the journal's creation and the end of its first write."""
+def test_journal_without_complete_first_frame_is_not_damage(tmp_path: Path, size: int) -> None:
+    """Read between the creation of the journal and the end of its first write."""
     with open_writer(tmp_path, scope="global") as writer:
         writer.record(0, load_of(0), map_of())
     session = writer.folder
@@ -520,7 +520,7 @@ def test_a_journal_that_has_just_been_begun_is_no_damage(tmp_path: Path, size: i
     assert seal_dump(tmp_path).skipped == []
 
 
-def test_accounting_in_the_manifest(tmp_path: Path) -> None:
+def test_manifest_holds_final_accounting(tmp_path: Path) -> None:
     with open_writer(tmp_path, scope="global") as writer:
         for step in range(10):
             writer.record(step, load_of(step), map_of())

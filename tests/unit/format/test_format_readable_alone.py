@@ -1,4 +1,4 @@
-"""A dump is plain Parquet in hive folders: three readers that know nothing of this project agree on it."""
+"""A dump is plain Parquet in hive folders: three independent readers agree on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Cells = dict[tuple[int, int], list[int]]
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every rank misses one step of its own: as a dummy, which counts as zero."""
+    """Each rank has one dummy step, which counts as zero."""
     root = tmp_path_factory.mktemp("dumps")
     for rank in range(RANKS):
         options = {"model": "org/m", "run_id": None, "ep_size": RANKS, "segment_steps": 8}
@@ -106,13 +106,15 @@ def sums_of_duckdb(dump: Path, column: str) -> Cells:
 
 @pytest.mark.parametrize("column", ["load", "rank_load"])
 @pytest.mark.parametrize("sums_of", [sums_of_pyarrow, sums_of_polars, sums_of_duckdb])
-def test_sums_over_ranks(dump: Path, sums_of: Callable[[Path, str], Cells], column: str) -> None:
+def test_documented_query_sums_loads_over_ranks(
+    dump: Path, sums_of: Callable[[Path, str], Cells], column: str
+) -> None:
     found = sums_of(dump, column)
     assert found.keys() == truth()[column].keys()
     assert found == truth()[column]
 
 
-def test_ranks_runs_and_models_are_columns(dump: Path) -> None:
+def test_documented_query_has_ranks_runs_and_models_as_columns(dump: Path) -> None:
     expected = [(rank, "org--m", RANKS, LAYERS * (STEPS - 1)) for rank in range(RANKS)]
     groups = table_of_pyarrow(dump, "loads").group_by(["rank", "model", "ep_size"], use_threads=False)
     rows = groups.aggregate([("step", "count")]).sort_by("rank").to_pylist()
@@ -123,7 +125,7 @@ def test_ranks_runs_and_models_are_columns(dump: Path) -> None:
     assert sql(dump, query, "loads") == expected
 
 
-def test_steps_and_their_status(dump: Path) -> None:
+def test_documented_query_lists_steps_with_status(dump: Path) -> None:
     expected = sorted(
         (step, rank, "dummy" if step == rank + 3 else "recorded", None if step == rank + 3 else step + rank)
         for step in range(STEPS)
@@ -137,7 +139,7 @@ def test_steps_and_their_status(dump: Path) -> None:
     assert sql(dump, query, "steps") == expected
 
 
-def test_the_placement_in_force(dump: Path) -> None:
+def test_documented_query_finds_placement_in_force(dump: Path) -> None:
     expected = [
         (step, layer, map_of(step // 7)[layer].tolist()) for step in (0, 7, 14) for layer in range(LAYERS)
     ]

@@ -1,4 +1,4 @@
-"""Frames: what is written comes back; what was cut, flipped or forged is found, never believed."""
+"""Frames: written frames read back; cut, flipped or forged ones are detected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def head(length: int, payload: bytes = b"") -> bytes:
 
 
 def forged(text: bytes, text_length: int | None = None) -> bytes:
-    """A frame with right checksums around any header text."""
+    """A frame with valid checksums around any header text."""
     payload = struct.pack("<I", len(text) if text_length is None else text_length) + text
     return head(len(payload), payload) + payload
 
@@ -60,7 +60,9 @@ STARTS = np.cumsum([0, *map(len, SMALL)]).tolist()
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=8), HEADERS, ARRAYS), max_size=4))
-def test_round_trip(written: list[tuple[str, dict[str, Any], dict[str, np.ndarray[Any, Any]]]]) -> None:
+def test_encoded_frames_read_back(
+    written: list[tuple[str, dict[str, Any], dict[str, np.ndarray[Any, Any]]]],
+) -> None:
     parts = [frames.encode(*frame) for frame in written]
     data = b"".join(parts)
     whole, tail = scan(data)
@@ -84,15 +86,15 @@ def test_round_trip(written: list[tuple[str, dict[str, Any], dict[str, np.ndarra
         np.array(7, np.int32),
     ],
 )
-def test_any_memory_layout_is_written_in_c_order(array: np.ndarray[Any, Any]) -> None:
+def test_arrays_of_any_layout_are_written_in_c_order(array: np.ndarray[Any, Any]) -> None:
     (frame,), _ = scan(frames.encode("x", {}, {"a": array}))
     assert np.array_equal(frame.arrays["a"], array)
     assert frame.arrays["a"].shape == array.shape
 
 
 @pytest.mark.parametrize("growing", [False, True])
-def test_cut_at_every_byte(growing: bool) -> None:
-    """A cut file, and a file that has grown since its size was taken, are read alike."""
+def test_file_cut_at_any_byte_has_torn_tail(growing: bool) -> None:
+    """A cut file reads like a file that grew after its size was taken."""
     whole, _ = scan(FILE)
     for cut in range(len(FILE) + 1):
         found, tail = scan(FILE, cut) if growing else scan(FILE[:cut])
@@ -102,7 +104,7 @@ def test_cut_at_every_byte(growing: bool) -> None:
         assert tail == Tail(STARTS[complete], cut, None if cut in STARTS else "torn")
 
 
-def test_every_flipped_bit_is_found() -> None:
+def test_any_flipped_bit_is_detected() -> None:
     whole, _ = scan(FILE)
     for position in range(len(FILE) * 8):
         data = bytearray(FILE)
@@ -117,7 +119,7 @@ def test_every_flipped_bit_is_found() -> None:
 
 
 @pytest.mark.parametrize("zeros", [1, 3, 4, 5, 15, 16, 17, 4096, 3 << 20])
-def test_a_tail_of_zeros_is_torn(zeros: int) -> None:
+def test_tail_of_zeros_is_torn(zeros: int) -> None:
     found, tail = scan(FILE + bytes(zeros))
     assert len(found) == len(SMALL)
     assert tail == Tail(len(FILE), len(FILE) + zeros, "torn")
@@ -126,7 +128,7 @@ def test_a_tail_of_zeros_is_torn(zeros: int) -> None:
 @pytest.mark.parametrize(
     "junk", [b"X", b"EPLX", b"\0\0\0X", bytes(5000) + b"\1", b"EPLF" + bytes(40), b"x" * 99]
 )
-def test_a_tail_of_other_bytes_is_damage(junk: bytes) -> None:
+def test_tail_of_other_bytes_is_damaged(junk: bytes) -> None:
     found, tail = scan(FILE + junk)
     assert len(found) == len(SMALL)
     assert tail == Tail(len(FILE), len(FILE) + len(junk), "damaged")
@@ -135,7 +137,7 @@ def test_a_tail_of_other_bytes_is_damage(junk: bytes) -> None:
 @pytest.mark.parametrize(
     ("length", "fault"), [(MAX_PAYLOAD + 1, "damaged"), (2**32 - 1, "damaged"), (MAX_PAYLOAD, "torn")]
 )
-def test_an_absurd_length_takes_no_memory(length: int, fault: str) -> None:
+def test_absurd_length_allocates_no_memory(length: int, fault: str) -> None:
     data = FILE + head(length) + bytes(100)
     tracemalloc.start()
     try:
@@ -147,7 +149,7 @@ def test_an_absurd_length_takes_no_memory(length: int, fault: str) -> None:
     assert tail == Tail(len(FILE), len(data), fault)
 
 
-def test_a_frame_that_no_reader_would_accept_is_not_written() -> None:
+def test_frame_too_large_for_readers_is_not_written() -> None:
     with pytest.raises(ValueError, match="larger than"):
         frames.encode("x", {}, {"a": np.zeros(MAX_PAYLOAD, np.uint8)})
 
@@ -185,7 +187,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("frame", NONSENSE.values(), ids=NONSENSE)
-def test_right_checksums_do_not_make_nonsense_true(frame: bytes) -> None:
+def test_malformed_content_with_valid_checksum_is_rejected(frame: bytes) -> None:
     found, tail = scan(FILE + frame + FILE)
     assert len(found) == len(SMALL)
     assert tail == Tail(len(FILE), 2 * len(FILE) + len(frame), "damaged")

@@ -1,4 +1,4 @@
-"""Dumps of every format version that was ever released are read as what they were."""
+"""Dumps of every released format version read back unchanged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eplb_dump import FORMAT_VERSION
 VERSIONS = sorted((ROOT / "tests/golden").glob("v*"))
 
 
-def test_the_current_version_has_a_golden_dump() -> None:
+def test_current_version_has_golden_dump() -> None:
     assert f"v{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}" in [p.name for p in VERSIONS]
 
 
 @pytest.mark.parametrize("root", VERSIONS, ids=lambda p: p.name)
-def test_golden_dump(root: Path) -> None:
+def test_golden_dump_reads_back(root: Path) -> None:
     truth = json.loads((root / "truth.json").read_text())
     local, placements = np.array(truth["local"]), np.array(truth["placements"])
     run = open_run(root)

@@ -1,8 +1,9 @@
-"""From journal to Parquet: equal content, verified pages, and no moment at which a kill loses a row."""
+"""Journals and sealing: equal content, verified pages, and no kill loses a row."""
 
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -35,7 +36,7 @@ from helpers import (
 
 from eplb_dump.format import frames, journal, segment
 from eplb_dump.format.journal import JournalAppender, JournalSegment, StepRows, UnbegunJournal
-from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest, close_manifest
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     MANIFEST_FILE,
@@ -52,7 +53,7 @@ from eplb_dump.format.session import SessionInfo
 
 @dataclass(frozen=True)
 class Batch:
-    """Steps that one steps frame commits: some recorded, one other, and some changed placements."""
+    """Steps that one steps frame commits: recorded ones, one other, and changed placements."""
 
     first: int
     recorded: int
@@ -135,7 +136,7 @@ def truth_status(batches: tuple[Batch, ...] = BATCHES) -> list[tuple[int, str]]:
 
 
 def assert_sealed(folder: Path, batches: tuple[Batch, ...] = BATCHES) -> None:
-    """Exactly the truth is sealed, nothing else is left, and the manifest describes the files."""
+    """Check that exactly the truth is sealed and that the manifest describes the files."""
     assert sealed_loads(folder).keys() == truth_loads(batches).keys()
     assert_equal_loads(sealed_loads(folder), truth_loads(batches))
     assert placement_rows(folder) == truth_placements(batches)
@@ -160,7 +161,7 @@ def assert_sealed(folder: Path, batches: tuple[Batch, ...] = BATCHES) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_a_journal_reads_back(tmp_path: Path, dtype: type[np.integer[Any]]) -> None:
+def test_journal_reads_back(tmp_path: Path, dtype: type[np.integer[Any]]) -> None:
     batches = tuple(Batch(b.first, b.recorded, dtype, b.placements) for b in BATCHES)
     path, sizes = write_journal(tmp_path, batches)
     with JournalSegment(path) as found:
@@ -185,7 +186,7 @@ def test_a_journal_reads_back(tmp_path: Path, dtype: type[np.integer[Any]]) -> N
     ("largest", "width"),
     [(0, "|u1"), (255, "|u1"), (256, "<u2"), (65535, "<u2"), (65536, "<i4"), (2**31 - 1, "<i4")],
 )
-def test_counts_take_the_least_width_that_holds_them(tmp_path: Path, largest: int, width: str) -> None:
+def test_counts_are_stored_in_narrowest_type(tmp_path: Path, largest: int, width: str) -> None:
     load = np.zeros((LAYERS, SLOTS), np.int64)
     load[1, 3] = largest
     with open_writer(tmp_path) as writer:
@@ -199,8 +200,8 @@ def test_counts_take_the_least_width_that_holds_them(tmp_path: Path, largest: in
     assert_equal_loads(sealed_loads(writer.folder), {0: load})
 
 
-def test_wherever_it_is_cut_a_journal_holds_the_whole_batches_before(tmp_path: Path) -> None:
-    """Also their placements: those of a torn batch were never in force for a recorded step."""
+def test_journal_cut_anywhere_keeps_complete_batches(tmp_path: Path) -> None:
+    """Placements of a torn batch were never in force for a recorded step."""
     path, sizes = write_journal(tmp_path)
     with path.open("rb") as file:
         ends = [item.end for item in frames.scan(file, sizes[-1])]
@@ -220,7 +221,7 @@ def test_wherever_it_is_cut_a_journal_holds_the_whole_batches_before(tmp_path: P
             assert_equal_loads(journal_loads(found), truth_loads(batches))
 
 
-def test_every_flipped_byte_of_a_journal_is_found(tmp_path: Path) -> None:
+def test_any_flipped_byte_of_journal_is_detected(tmp_path: Path) -> None:
     path, sizes = write_journal(tmp_path)
     data = path.read_bytes()
     for position in range(sizes[0], len(data), 3):
@@ -231,8 +232,8 @@ def test_every_flipped_byte_of_a_journal_is_found(tmp_path: Path) -> None:
             assert_equal_loads(journal_loads(found), truth_loads(batches))
 
 
-def test_the_journal_only_ever_holds_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that fails half-way is taken back, and the next one is readable."""
+def test_failed_append_leaves_only_complete_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails half-way is undone, and the next one is readable."""
     appender = JournalAppender(tmp_path, INFO, 0)
     first, second = (b"".join(batch.encode()) for batch in BATCHES[:2])
     real = os.write
@@ -334,8 +335,8 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("content", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_contradictory_journals_are_refused(tmp_path: Path, content: bytes) -> None:
-    """Whole frames with right checksums whose content cannot be true."""
+def test_contradictory_journal_is_rejected(tmp_path: Path, content: bytes) -> None:
+    """Complete frames with valid checksums but impossible content."""
     path = tmp_path / journal_name(0)
     path.write_bytes(content)
     with pytest.raises(FormatError):
@@ -347,7 +348,7 @@ def test_contradictory_journals_are_refused(tmp_path: Path, content: bytes) -> N
 
 
 @pytest.mark.parametrize("narrow", [np.uint8, np.int8, np.int16])
-def test_whatever_type_numbers_have_they_are_read_as_what_they_are(tmp_path: Path, narrow: Any) -> None:
+def test_numbers_of_any_integer_type_are_read(tmp_path: Path, narrow: Any) -> None:
     path = tmp_path / journal_name(0)
     named = {name: np.zeros(1, narrow) for name in ("time_ns", "monotonic_ns", "num_tokens", "phase")}
     path.write_bytes(
@@ -361,19 +362,19 @@ def test_whatever_type_numbers_have_they_are_read_as_what_they_are(tmp_path: Pat
     )
     with JournalSegment(path) as found:
         assert found.load_steps.dtype == found.steps.step.dtype == found.steps.monotonic_ns.dtype == np.int64
-        # As readers do: no sum and no bound of theirs is too large for it.
+        # As readers do: no sum or limit of theirs overflows.
         assert found.steps.step.min(initial=2**62) == found.load_steps[0] == 7
 
 
-def test_frames_of_a_newer_minor_version_are_passed_over(tmp_path: Path) -> None:
+def test_frames_of_newer_minor_version_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / journal_name(0)
     path.write_bytes(_SESSION + frames.encode("novelty", {}) + _loads([0], _LOAD) + _steps(1))
     with JournalSegment(path) as found:
         assert_equal_loads(journal_loads(found), {0: load_of(0)})
 
 
-def test_more_phases_than_a_byte_counts(tmp_path: Path) -> None:
-    """A frame numbers its own phases; a segment of many frames may name any number of them."""
+def test_journal_holds_more_than_256_phases(tmp_path: Path) -> None:
+    """Each frame numbers its own phases; a segment of many frames may have any number of them."""
     with open_writer(tmp_path) as writer:
         for step in range(300):
             writer.record(step, load_of(step), None, phase=f"phase {step}")
@@ -390,7 +391,7 @@ def test_more_phases_than_a_byte_counts(tmp_path: Path) -> None:
 # ---- sealing
 
 
-def test_sealed_tables_are_what_was_written(tmp_path: Path) -> None:
+def test_sealed_tables_hold_what_was_written(tmp_path: Path) -> None:
     path, _ = write_journal(tmp_path)
     entry = seal(path)
     assert entry is not None
@@ -416,7 +417,7 @@ def test_sealed_tables_are_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layers_a_group", [1, 2, 3, 9])
-def test_loads_are_in_order_of_layer_then_step_in_groups_of_whole_layers(
+def test_loads_are_sorted_by_layer_and_step_in_groups_of_whole_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers_a_group: int
 ) -> None:
     truth = truth_loads()
@@ -437,8 +438,8 @@ def test_loads_are_in_order_of_layer_then_step_in_groups_of_whole_layers(
 
 
 @pytest.mark.parametrize("table", list(SCHEMAS))
-def test_a_flipped_bit_in_any_page_is_found_by_pyarrow(tmp_path: Path, table: str) -> None:
-    """The last byte of a column chunk lies in its last page's data."""
+def test_flipped_bit_in_any_page_is_detected_by_pyarrow(tmp_path: Path, table: str) -> None:
+    """The last byte of a column chunk is in the data of its last page."""
     seal(write_journal(tmp_path)[0])
     path = tmp_path / f"{table}-000000.parquet"
     data = path.read_bytes()
@@ -456,7 +457,7 @@ def test_a_flipped_bit_in_any_page_is_found_by_pyarrow(tmp_path: Path, table: st
 
 
 class Killed(BaseException):
-    """Stands for the death of the process: nothing handles it."""
+    """Simulates the death of the process: nothing catches it."""
 
 
 def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
@@ -475,9 +476,7 @@ def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
         patch.setattr(owner, name, dying(getattr(owner, name)))
 
 
-def test_killed_at_any_step_of_sealing_the_journal_stays_the_truth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kill_at_any_step_of_sealing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = 0
     for count in range(100):
         folder = tmp_path / str(count)
@@ -491,7 +490,7 @@ def test_killed_at_any_step_of_sealing_the_journal_stays_the_truth(
             kills += 1
         with JournalSegment(path) as found:
             assert_equal_loads(journal_loads(found), truth_loads())
-        if list(folder.glob("*.parquet")):  # never there before the manifest says what they are
+        if list(folder.glob("*.parquet")):  # they exist only after the manifest lists them
             assert manifest(folder)[-1].kind == "sealed"
         seal(path)
         assert_sealed(folder)
@@ -500,8 +499,8 @@ def test_killed_at_any_step_of_sealing_the_journal_stays_the_truth(
 
 
 @pytest.mark.parametrize("cut", [0, 1, 50, -1])
-def test_killed_in_the_middle_of_a_write_sealing_can_be_repeated(tmp_path: Path, cut: int) -> None:
-    """Torn segments are written anew; a torn manifest must not hide what is appended after it."""
+def test_sealing_can_be_repeated_after_kill_in_a_write(tmp_path: Path, cut: int) -> None:
+    """Torn segments are written again; a torn manifest must not hide later entries."""
     path, _ = write_journal(tmp_path)
     content = path.read_bytes()
     seal(path)
@@ -515,7 +514,7 @@ def test_killed_in_the_middle_of_a_write_sealing_can_be_repeated(tmp_path: Path,
     assert_sealed(tmp_path)
 
 
-def test_a_torn_batch_is_not_sealed(tmp_path: Path) -> None:
+def test_torn_batch_is_not_sealed(tmp_path: Path) -> None:
     path, sizes = write_journal(tmp_path)
     with path.open("r+b") as file:
         file.truncate(sizes[-1] - 1)
@@ -523,7 +522,7 @@ def test_a_torn_batch_is_not_sealed(tmp_path: Path) -> None:
     assert_sealed(tmp_path, BATCHES[:-1])
 
 
-def test_a_damaged_journal_is_left_as_evidence(tmp_path: Path) -> None:
+def test_damaged_journal_is_neither_sealed_nor_deleted(tmp_path: Path) -> None:
     path, sizes = write_journal(tmp_path)
     data = bytearray(path.read_bytes())
     data[sizes[2] + 40] ^= 1
@@ -535,7 +534,7 @@ def test_a_damaged_journal_is_left_as_evidence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batches", [(), (Batch(0, 0),)])
-def test_a_journal_without_loads(tmp_path: Path, batches: tuple[Batch, ...]) -> None:
+def test_journal_without_loads_is_sealed(tmp_path: Path, batches: tuple[Batch, ...]) -> None:
     path, _ = write_journal(tmp_path, batches)
     entry = seal(path)
     files = {p.name for p in tmp_path.iterdir()}
@@ -550,7 +549,7 @@ def test_a_journal_without_loads(tmp_path: Path, batches: tuple[Batch, ...]) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"x" * 30, b"PAR1\xff\xff\0\0PAR1"])
-def test_a_footer_is_only_taken_of_a_whole_parquet_file(tmp_path: Path, content: bytes) -> None:
+def test_footer_of_incomplete_parquet_file_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.parquet").write_bytes(content)
     with pytest.raises(FormatError, match="not a whole Parquet file"):
         footer_crc32(tmp_path / "x.parquet")
@@ -571,7 +570,7 @@ def test_a_footer_is_only_taken_of_a_whole_parquet_file(tmp_path: Path, content:
         {"first_step": None},
     ],
 )
-def test_a_malformed_manifest_entry_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_malformed_manifest_entry_is_rejected(tmp_path: Path, change: dict[str, Any]) -> None:
     entry = seal(write_journal(tmp_path)[0])
     assert entry is not None
     frame = manifest(tmp_path)[-1]
@@ -580,8 +579,8 @@ def test_a_malformed_manifest_entry_is_refused(tmp_path: Path, change: dict[str,
         SealedSegment.from_frame(replace(frame, header={**frame.header, **change}))
 
 
-def test_a_manifest_holds_each_slots_tokens(tmp_path: Path) -> None:
-    """One row a layer and placement: what a reader would add up from ``loads`` itself."""
+def test_manifest_holds_tokens_of_each_slot(tmp_path: Path) -> None:
+    """One row per layer and placement, equal to the sums of ``loads``."""
     entry = seal(write_journal(tmp_path)[0])
     assert entry is not None
     assert entry.sums is not None
@@ -608,7 +607,7 @@ def test_a_manifest_holds_each_slots_tokens(tmp_path: Path) -> None:
         {"sum_layer": np.array([5], np.int32), "sum_step": np.zeros(1, np.int64)},
     ],
 )
-def test_sums_that_contradict_the_shape_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_sums_that_contradict_shape_are_rejected(tmp_path: Path, change: dict[str, Any]) -> None:
     seal(write_journal(tmp_path)[0])
     frame = manifest(tmp_path)[-1]
     with pytest.raises(FormatError, match="sums"):
@@ -616,3 +615,45 @@ def test_sums_that_contradict_the_shape_are_refused(tmp_path: Path, change: dict
     negative = {**frame.arrays, "sum_load": -1 - frame.arrays["sum_load"]}
     with pytest.raises(FormatError, match="sums"):
         SealedSegment.from_frame(replace(frame, arrays=negative))
+
+
+# ---- the manifest
+
+
+def read_manifest(data: bytes, session_id: str | None = None) -> Manifest:
+    return Manifest.read(io.BytesIO(data), len(data), session_id)
+
+
+def test_manifest_reads_valid_prefix(tmp_path: Path) -> None:
+    """A torn end is no fault, damage is one, and what comes before it is read either way."""
+    seal(write_journal(tmp_path)[0])
+    append_manifest(tmp_path, INFO, frames.encode("part", {"first_step": 1, "last_step": 9}))
+    close_manifest(tmp_path, INFO, {"seen": 2})
+    data = (tmp_path / MANIFEST_FILE).read_bytes()
+    whole = read_manifest(data, INFO.session_id)
+    assert (list(whole.entries), whole.part, whole.end, whole.fault) == ([0], (1, 9), len(data), None)
+    assert whole.closed is not None
+    assert whole.closed["stats"] == {"seen": 2}
+    start = manifest(tmp_path)[-1].start
+    torn = read_manifest(data[:-1])
+    assert (list(torn.entries), torn.closed, torn.end, torn.fault) == ([0], None, start, None)
+    damaged = read_manifest(data[:-1] + b"x")
+    assert (list(damaged.entries), damaged.end) == ([0], start)
+    assert damaged.fault == f"damaged from byte {start} on"
+
+
+def test_manifest_of_another_session_is_neither_read_nor_extended(tmp_path: Path) -> None:
+    close_manifest(tmp_path, INFO, {})
+    data = (tmp_path / MANIFEST_FILE).read_bytes()
+    other = read_manifest(data, "other")
+    assert (other.fault, other.closed, other.end) == ("of another session", None, 0)
+    with pytest.raises(FormatError, match="damaged from byte 0 on"):
+        close_manifest(tmp_path, session_info(session_id="other"), {})
+    assert (tmp_path / MANIFEST_FILE).read_bytes() == data
+
+
+def test_manifest_with_malformed_entry_is_not_extended(tmp_path: Path) -> None:
+    """Readers stop at the malformed entry, so a later one would be lost with its journal deleted."""
+    append_manifest(tmp_path, INFO, frames.encode("sealed", {"seq": "x"}))
+    with pytest.raises(FormatError, match="damaged from byte"):
+        close_manifest(tmp_path, INFO, {})

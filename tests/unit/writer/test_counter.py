@@ -1,4 +1,4 @@
-"""ExpertLoadCounter counts what bincount counts; the transformers example records what its routers chose."""
+"""ExpertLoadCounter counts like bincount; the transformers example records its routers' choices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 
 def bincount(ids: Array, experts: int, mask: Array | None = None) -> list[int]:
-    """Ids and mask on the host, counted with what cannot be used on the device."""
+    """The expected counts, computed on the host with bincount."""
     real = ids if mask is None else ids[mask]
     real = real[(real >= 0) & (real < experts)]
     counts: list[int] = torch.bincount(torch.from_numpy(real).flatten(), minlength=experts).tolist()
@@ -68,7 +68,7 @@ def routings(draw: st.DrawFn) -> tuple[str, int, Array, Array | None]:
 
 class TestCounting:
     @given(routings())
-    def test_it_is_a_bincount_of_the_real_ids(self, routing: tuple[str, int, Array, Any]) -> None:
+    def test_counts_equal_bincount_of_valid_ids(self, routing: tuple[str, int, Array, Any]) -> None:
         dtype, experts, ids, mask = routing
         counter = ExpertLoadCounter(2, experts)
         counter.count(
@@ -78,12 +78,12 @@ class TestCounting:
         )
         assert counter.load.tolist() == [[0] * experts, bincount(ids, experts, mask)]
 
-    def test_an_id_above_what_int64_holds_is_padding(self) -> None:
+    def test_id_above_int64_is_padding(self) -> None:
         counter = ExpertLoadCounter(1, EXPERTS)
         counter.count(0, torch.tensor([2**64 - 1, 2**63, 3], dtype=torch.uint64))
         assert counter.load.tolist() == [bincount(np.array([3]), EXPERTS)]
 
-    def test_calls_add_up_and_strides_do_not_matter(self) -> None:
+    def test_calls_add_up_for_any_strides(self) -> None:
         generator = np.random.default_rng(0)
         ids = generator.integers(-1, EXPERTS + 1, (64, 6))
         counter = ExpertLoadCounter(1, EXPERTS)
@@ -93,7 +93,7 @@ class TestCounting:
 
     @pytest.mark.parametrize("made_inside", [True, False])
     @pytest.mark.parametrize("counted_inside", [True, False])
-    def test_inference_mode_may_begin_and_end_anywhere(
+    def test_inference_mode_may_change_between_calls(
         self, tmp_path: Path, made_inside: bool, counted_inside: bool
     ) -> None:
         with torch.inference_mode(made_inside):
@@ -107,7 +107,7 @@ class TestCounting:
         expected = [[0, 1, 2, 1, 0, 0, 0, 0], [0] * EXPERTS]
         assert recorded_loads(tmp_path) == {0: expected, 1: expected}
 
-    def test_the_compiler_takes_it_whole(self) -> None:
+    def test_count_compiles_without_graph_break(self) -> None:
         counter = ExpertLoadCounter(LAYERS, EXPERTS)
 
         @torch.compile(fullgraph=True, backend="aot_eager")  # type: ignore[untyped-decorator]
@@ -123,7 +123,7 @@ class TestCounting:
 
 
 class TestRecording:
-    def test_every_step_is_read_back_alone(self, tmp_path: Path) -> None:
+    def test_each_step_holds_only_its_own_counts(self, tmp_path: Path) -> None:
         generator = np.random.default_rng(0)
         counter, truth = ExpertLoadCounter(LAYERS, EXPERTS), {}
         buffer = counter.load
@@ -150,7 +150,7 @@ class TestRecording:
         assert steps["num_tokens"] == [step % 7 for step in truth]
         assert steps["phase"] == [f"p{step % 7}" for step in truth]
 
-    def test_what_is_not_recorded_is_not_counted_into_the_next_step(self, tmp_path: Path) -> None:
+    def test_counts_of_unrecorded_step_are_discarded(self, tmp_path: Path) -> None:
         counter, ids = ExpertLoadCounter(LAYERS, EXPERTS), torch.tensor([[0, 1]])
         writer = open_writer(tmp_path, num_logical_experts=EXPERTS, scope="global", interval=2)
         for step in (0, 1, 2, 2):  # not sampled, and repeated
@@ -170,17 +170,17 @@ class TestRecording:
 
 class TestErrors:
     @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (-1, 4)])
-    def test_a_counter_of_nothing(self, shape: tuple[int, int]) -> None:
+    def test_counter_without_layers_or_experts_is_rejected(self, shape: tuple[int, int]) -> None:
         with pytest.raises(ValueError, match=f"at least 1, not {shape[0]} and {shape[1]}"):
             ExpertLoadCounter(*shape)
 
     @pytest.mark.parametrize("layer_index", [-1, LAYERS])
-    def test_no_such_layer(self, layer_index: int) -> None:
+    def test_unknown_layer_is_rejected(self, layer_index: int) -> None:
         with pytest.raises(IndexError, match=f"layer_index is {layer_index}, but there are {LAYERS}"):
             ExpertLoadCounter(LAYERS, EXPERTS).count(layer_index, torch.zeros(1, 2, dtype=torch.int32))
 
     @pytest.mark.parametrize("dtype", ["float32", "bool", "complex64"])
-    def test_ids_that_are_no_integers(self, dtype: str) -> None:
+    def test_ids_that_are_not_integers_are_rejected(self, dtype: str) -> None:
         with pytest.raises(TypeError, match=f"integer type, not torch.{dtype}"):
             ExpertLoadCounter(LAYERS, EXPERTS).count(0, torch.zeros(1, 2, dtype=getattr(torch, dtype)))
 
@@ -193,7 +193,7 @@ class TestErrors:
             ((4, 2), "bool", ValueError, r"it is \[4, 2\]"),
         ],
     )
-    def test_a_mask_that_does_not_fit(
+    def test_mask_of_wrong_shape_or_type_is_rejected(
         self, shape: tuple[int, ...], dtype: str, error: type[Exception], text: str
     ) -> None:
         counter = ExpertLoadCounter(LAYERS, EXPERTS)
@@ -205,14 +205,14 @@ class TestErrors:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("check", counter_cuda_check.CHECKS)
-def test_cuda(check: Callable[[Path], None], tmp_path: Path) -> None:
+def test_counter_never_waits_for_cuda_device(check: Callable[[Path], None], tmp_path: Path) -> None:
     check(tmp_path)
 
 
 class TestTransformersExample:
     NEW_TOKENS = 4
 
-    def test_it_records_what_the_routers_chose(self, tmp_path: Path) -> None:
+    def test_example_records_the_routers_choices(self, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
         from examples.transformers_moe import generate, moe_layers, record_expert_load, tiny_qwen3_moe
 
@@ -255,7 +255,7 @@ class TestTransformersExample:
         assert run.loads()["layer"].to_list() == layers * len(truth)
         assert run.placements()["physical_to_logical"].to_list() == [list(range(experts))] * len(layers)
 
-    def test_it_runs_as_a_program_and_its_dump_is_clean(self, tmp_path: Path) -> None:
+    def test_example_runs_as_program_with_clean_dump(self, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
         program = [sys.executable, "-W", "error", ROOT / "examples/transformers_moe.py", tmp_path]
         done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
@@ -274,6 +274,6 @@ class TestTransformersExample:
         assert set(steps.filter(steps["phase"] == "decode")["num_tokens"]) == {6}
         loads = run.loads()
         assert set(loads["layer"]) == {1, 2, 3, 4}
-        # Every token goes to as many experts as the config says, in every layer and step.
+        # Every token goes to 4 experts (top_k) in every layer and step.
         expected = np.repeat(steps["num_tokens"].to_numpy() * 4, 4)
         assert loads["load"].list.sum().to_list() == expected.tolist()

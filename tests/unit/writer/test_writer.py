@@ -1,4 +1,4 @@
-"""ExpertLoadWriter: what an engine hands it comes back bit for bit, or is counted with its reason."""
+"""ExpertLoadWriter: recorded steps read back bit for bit; others are counted with their reason."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, Scope
 from eplb_dump.format.session import SessionInfo, load_json
 
 INT_DTYPES = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
-#: Hands the engine's map of this content over, in one of many ways.
+#: Makes an engine's map of the given content, in one of many ways.
 Hand = Callable[[Array], Any]
 TORCH_DTYPES = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]
 SMALL = load_of(0) % 100
 
 
 class Hostile:
-    """Raises whatever is asked of it, even its own text."""
+    """Raises on every access, even on repr()."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -72,7 +72,7 @@ class Hostile:
 
 
 def closed(writer: ExpertLoadWriter) -> WriterStats:
-    """Close, and check all that holds for every writer without a fault of its files."""
+    """Close, and check what holds for every writer without file errors."""
     assert writer.close(30)
     stats = writer.stats()
     assert stats.off is None
@@ -85,7 +85,7 @@ def closed(writer: ExpertLoadWriter) -> WriterStats:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """While it is not set, no background thread takes anything off its queue."""
+    """Until it is set, no background thread takes anything off its queue."""
     event = threading.Event()
     real = background.Background._drain
 
@@ -155,32 +155,32 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         ({"queue_bytes": 1.5}, "queue_bytes must be an integer, not float"),
     ],
 )
-def test_a_wrong_argument_is_named_at_once(tmp_path: Path, options: dict[str, Any], text: str) -> None:
+def test_wrong_argument_is_named(tmp_path: Path, options: dict[str, Any], text: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         open_writer(tmp_path, **options)
     assert text in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_folder_is_named_at_once() -> None:
+def test_missing_folder_argument_is_named() -> None:
     with pytest.raises(TypeError, match="expert_load_dump_dir"):
         open_writer(None)  # type: ignore[arg-type]
 
 
-def test_a_bad_run_id_in_the_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_run_id_in_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERT_LOAD_DUMP_RUN_ID", "a/b")
     with pytest.raises(ValueError, match=r"run_id must be 1 to 128 letters.*'a/b'"):
         open_writer(tmp_path, run_id=None)
 
 
 @pytest.mark.parametrize("name", ["segment_bytes", "queue_bytes"])
-def test_sizes_above_two_gibibytes_are_sizes(tmp_path: Path, name: str) -> None:
+def test_sizes_above_two_gibibytes_are_accepted(tmp_path: Path, name: str) -> None:
     with open_writer(tmp_path, **{name: 4 << 30}) as writer:
         writer.record(None, SMALL, None)
     assert closed(writer).recorded == 1
 
 
-def test_the_session_says_what_the_writer_was_told(tmp_path: Path) -> None:
+def test_session_file_holds_writer_arguments(tmp_path: Path) -> None:
     eplb: dict[str, Any] = {"window": 1000, "sizes": (1, 2)}
     config = {"eplb": eplb, "graphs": {10: "ten", 9: "nine"}, "none": None}
     with open_writer(
@@ -217,7 +217,7 @@ def test_the_session_says_what_the_writer_was_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*INT_DTYPES, *TORCH_DTYPES], ids=str)
-def test_every_integer_type_comes_back(tmp_path: Path, dtype: Any) -> None:
+def test_any_integer_type_reads_back(tmp_path: Path, dtype: Any) -> None:
     is_torch = isinstance(dtype, torch.dtype)
     top = min((torch.iinfo if is_torch else np.iinfo)(dtype).max, 2**31 - 1)
     truth = {}
@@ -247,7 +247,7 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_any_memory_layout_comes_back(tmp_path: Path, make: Callable[[Any], Any], view: str) -> None:
+def test_any_memory_layout_reads_back(tmp_path: Path, make: Callable[[Any], Any], view: str) -> None:
     tensor = VIEWS[view](make(WIDE))
     placement = VIEWS[view](make(WIDE % LOGICAL))
     with open_writer(tmp_path) as writer:
@@ -270,7 +270,7 @@ KINDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_kind_of_tensor_comes_back(tmp_path: Path, kind: str) -> None:
+def test_any_kind_of_tensor_reads_back(tmp_path: Path, kind: str) -> None:
     tensor = KINDS[kind]
     with open_writer(tmp_path) as writer:
         writer.record(None, tensor, None)
@@ -281,8 +281,10 @@ def test_any_kind_of_tensor_comes_back(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("made_inside", [False, True])
 @pytest.mark.parametrize("first_inside", [False, True])
-def test_inference_mode_does_not_matter(tmp_path: Path, made_inside: bool, first_inside: bool) -> None:
-    """Neither for the tensors nor for the buffers, whichever mode these were allocated under."""
+def test_tensors_of_inference_mode_are_recorded(
+    tmp_path: Path, made_inside: bool, first_inside: bool
+) -> None:
+    """In every combination of the mode of the tensors and the mode of the buffers."""
     truth = {step: load_of(step) for step in range(6)}
     with open_writer(tmp_path) as writer:
         for step, load in truth.items():
@@ -295,7 +297,7 @@ def test_inference_mode_does_not_matter(tmp_path: Path, made_inside: bool, first
     assert len(placement_rows(writer.folder)) == 6 * LAYERS
 
 
-def test_numpy_and_torch_may_alternate(tmp_path: Path) -> None:
+def test_numpy_and_torch_can_alternate(tmp_path: Path) -> None:
     truth = {step: load_of(step) for step in range(8)}
     with open_writer(tmp_path) as writer:
         for step, load in truth.items():
@@ -306,8 +308,8 @@ def test_numpy_and_torch_may_alternate(tmp_path: Path) -> None:
     assert {row[0] for row in placement_rows(writer.folder)} == {0, 4}
 
 
-def test_a_tensor_may_be_overwritten_as_soon_as_record_returns(tmp_path: Path) -> None:
-    """Also while buffers are short: what is recorded is exact, what is not is counted."""
+def test_tensor_can_be_overwritten_after_record_returns(tmp_path: Path) -> None:
+    """Also when buffers run out: recorded loads are exact, dropped ones are counted."""
     tensor = torch.empty((LAYERS, SLOTS), dtype=torch.int64)
     with open_writer(tmp_path, queue_steps=8) as writer:
         for step in range(2000):
@@ -321,7 +323,7 @@ def test_a_tensor_may_be_overwritten_as_soon_as_record_returns(tmp_path: Path) -
     assert_equal_loads(found, {step: load_of(step) for step in found})
 
 
-def test_tokens_phase_and_times_come_back(tmp_path: Path) -> None:
+def test_tokens_phase_and_times_read_back(tmp_path: Path) -> None:
     before = time.time_ns(), time.monotonic_ns()
     with open_writer(tmp_path) as writer:
         writer.record(None, SMALL, None, 17, "prefill")
@@ -408,7 +410,7 @@ def torch_data() -> Hand:
 
 
 def torch_of_numpy_in_place() -> Hand:
-    """torch does not see what numpy does to the memory that they share."""
+    """torch does not notice when numpy changes the memory that they share."""
     hand = numpy_in_place()
     return lambda content: torch.from_numpy(hand(content))
 
@@ -461,10 +463,10 @@ HANDS = [
 
 @pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.__name__)
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_placement_row_is_a_changed_layer(
+def test_only_changed_layers_have_placement_rows(
     tmp_path: Path, hand: Callable[[], Hand], inference: bool
 ) -> None:
-    """However the engine hands its map over, and whenever the background thread looks at it."""
+    """For every way of passing the map, and whenever the background thread runs."""
     give = hand()
     with open_writer(tmp_path) as writer, torch.inference_mode(inference):
         for step in range(10):
@@ -476,8 +478,8 @@ def test_a_placement_row_is_a_changed_layer(
     ]
 
 
-def test_an_unchanged_tensor_is_not_copied_again(tmp_path: Path, gate: threading.Event) -> None:
-    """On a GPU that would be a copy for nothing in every step."""
+def test_unchanged_placement_tensor_is_not_copied_again(tmp_path: Path, gate: threading.Event) -> None:
+    """On a GPU that would be a useless copy in every step."""
     tensor = torch.tensor(map_of())
     with open_writer(tmp_path) as writer:
         for step in range(20):
@@ -489,7 +491,7 @@ def test_an_unchanged_tensor_is_not_copied_again(tmp_path: Path, gate: threading
     assert closed(writer).recorded == 20
 
 
-def test_empty_slots_and_no_placement(tmp_path: Path) -> None:
+def test_empty_slots_and_missing_placement_are_recorded(tmp_path: Path) -> None:
     placement = map_of()
     placement[1, 2:] = -1
     with open_writer(tmp_path) as writer:
@@ -500,7 +502,7 @@ def test_empty_slots_and_no_placement(tmp_path: Path) -> None:
     assert placement_rows(writer.folder) == [(1, n, EP_SIZE, tuple(placement[n])) for n in range(LAYERS)]
 
 
-def test_a_placement_of_a_rejected_load_is_kept(tmp_path: Path) -> None:
+def test_placement_of_rejected_load_is_kept(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
         placement = torch.tensor(map_of())
         writer.record(None, -1 - SMALL, placement)
@@ -512,7 +514,7 @@ def test_a_placement_of_a_rejected_load_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize("fault", ["expert", "below", "shape"])
-def test_loads_under_a_wrong_placement_are_rejected_until_it_is_right(
+def test_loads_are_rejected_while_placement_is_invalid(
     tmp_path: Path, make: Callable[[Any], Any], fault: str
 ) -> None:
     wrong = map_of()[:, :-1] if fault == "shape" else map_of()
@@ -523,7 +525,7 @@ def test_loads_under_a_wrong_placement_are_rejected_until_it_is_right(
             writer.record(None, SMALL, placement)
     stats = closed(writer)
     assert (stats.recorded, stats.rejected) == (3, 3)
-    # Those that came with it, and those that relied on it (also by an unchanged tensor).
+    # Rejected: steps that came with it, and steps that relied on it (also through an unchanged tensor).
     relied = 2 if make is torch.tensor else 1
     assert all("physical_to_logical_map" in reason for reason in stats.reject_reasons)
     assert stats.reject_reasons["the last physical_to_logical_map was not valid"] == relied
@@ -531,8 +533,8 @@ def test_loads_under_a_wrong_placement_are_rejected_until_it_is_right(
     assert [row[0] for row in placement_rows(writer.folder)] == [0, 0, 0]
 
 
-def test_an_asynchronous_rearrangement_of_many_steps_loses_none(tmp_path: Path) -> None:
-    """One layer a step, as asynchronous engines do, at a pace far above theirs."""
+def test_rearrangement_of_one_layer_per_step_drops_nothing(tmp_path: Path) -> None:
+    """One layer per step, as asynchronous engines do."""
     layers, steps = 60, 120
     placement = torch.tensor(map_of(0, layers))
     with open_writer(tmp_path) as writer:
@@ -541,7 +543,7 @@ def test_an_asynchronous_rearrangement_of_many_steps_loses_none(tmp_path: Path) 
             layer = step % layers
             placement[layer] = torch.tensor(map_of(1 + step // layers, layers)[layer])
             writer.record(None, load_of(step, layers=layers), placement)
-            time.sleep(0.003)
+            assert step % 32 or writer.flush(60)  # engines are slower, so the background thread keeps up
     assert closed(writer).recorded == steps
     changes = [row[:2] for row in placement_rows(writer.folder)[layers:]]
     assert changes == [(step, step % layers) for step in range(1, steps)]
@@ -557,13 +559,13 @@ def test_interval_records_every_nth_step(tmp_path: Path) -> None:
     stats = closed(writer)
     assert (stats.seen, stats.recorded, stats.not_sampled) == (10, 4, 6)
     assert_equal_loads(sealed_loads(writer.folder), {n: load_of(n) for n in (0, 3, 6, 9)})
-    # A later step may rely on a map that came between two sampled ones.
+    # A later step may rely on a map that came between two sampled steps.
     assert sorted({row[0] for row in placement_rows(writer.folder)}) == list(range(10))
     assert step_status(writer.folder) == [(n, "not_sampled" if n % 3 else "recorded") for n in range(10)]
     assert len(list(writer.folder.glob("steps-*"))) == 2  # 2 recorded steps each: 0 to 5, 6 to 11
 
 
-def test_skipped_steps_have_their_reason(tmp_path: Path) -> None:
+def test_skipped_steps_keep_their_reason(tmp_path: Path) -> None:
     reasons = ["dummy", "not_sampled", "dropped", "dummy", "holiday"]
     with open_writer(tmp_path) as writer:
         for reason in reasons:
@@ -579,7 +581,7 @@ def test_skipped_steps_have_their_reason(tmp_path: Path) -> None:
     assert step_status(writer.folder) == [*enumerate(status), (9, "dummy"), (10, "recorded")]
 
 
-def test_explicit_steps_may_have_gaps_but_must_grow(tmp_path: Path) -> None:
+def test_step_that_goes_back_is_rejected(tmp_path: Path) -> None:
     steps: list[Any] = [3, np.int32(5), 5, 4, None, 100, 0, -7, None]
     with open_writer(tmp_path) as writer:
         for step in steps:
@@ -633,7 +635,7 @@ BAD_LOADS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", BAD_LOADS)
 @pytest.mark.parametrize("make", [None, np.array, torch.tensor], ids=["first", "after numpy", "after torch"])
-def test_a_bad_load_is_rejected_and_counted(
+def test_bad_load_is_rejected_and_counted(
     tmp_path: Path, kind: str, make: Callable[[Any], Any] | None
 ) -> None:
     good = make or np.array
@@ -658,7 +660,7 @@ BAD_MAPS = {
 
 @pytest.mark.parametrize("kind", BAD_MAPS)
 @pytest.mark.parametrize("make", [None, np.array, torch.tensor], ids=["first", "after numpy", "after torch"])
-def test_a_bad_placement_is_rejected_and_counted(
+def test_bad_placement_is_rejected_and_counted(
     tmp_path: Path, kind: str, make: Callable[[Any], Any] | None
 ) -> None:
     good = make or np.array
@@ -697,7 +699,7 @@ def test_a_bad_placement_is_rejected_and_counted(
     ],
     ids=lambda arguments: next(f"{k}={type(v).__name__}" for k, v in arguments.items()),
 )
-def test_a_bad_step_or_ep_size_is_rejected_and_forgotten(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_bad_step_or_ep_size_is_rejected_and_forgotten(tmp_path: Path, arguments: dict[str, Any]) -> None:
     with open_writer(tmp_path) as writer:
         writer.record(1, load_of(1), map_of())
         writer.record(arguments.get("step"), SMALL, None, ep_size=arguments.get("ep_size"))
@@ -714,7 +716,7 @@ TEXT = "x"
 
 
 @pytest.mark.parametrize("value", [TEXT, -1, 1.5, 2**62, True, object(), Hostile()], ids=type)
-def test_a_bad_num_tokens_or_phase_is_left_out(tmp_path: Path, value: Any) -> None:
+def test_bad_num_tokens_or_phase_is_left_out(tmp_path: Path, value: Any) -> None:
     with open_writer(tmp_path) as writer:
         writer.record(None, SMALL, None, num_tokens=value, phase="x" * 65 if value is TEXT else value)
     assert closed(writer).recorded == 1
@@ -723,14 +725,14 @@ def test_a_bad_num_tokens_or_phase_is_left_out(tmp_path: Path, value: Any) -> No
     ]
 
 
-def test_a_phase_that_is_no_unicode_does_not_stop_sealing(tmp_path: Path) -> None:
+def test_phase_that_is_not_unicode_does_not_stop_sealing(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
         writer.record(None, SMALL, None, phase="\ud800")
     assert closed(writer).recorded == 1
 
 
 @pytest.mark.parametrize("reason", ["", "x" * 999, ["dummy"], {}, object(), Hostile()], ids=type)
-def test_a_bad_reason_or_step_to_skip_is_rejected(tmp_path: Path, reason: Any) -> None:
+def test_skip_with_bad_reason_or_step_is_rejected(tmp_path: Path, reason: Any) -> None:
     with open_writer(tmp_path) as writer:
         writer.skip(reason)
         writer.skip(step=reason)
@@ -739,8 +741,8 @@ def test_a_bad_reason_or_step_to_skip_is_rejected(tmp_path: Path, reason: Any) -
     assert (stats.seen, stats.recorded, stats.rejected) == (3, 1, 2)
 
 
-def test_a_fault_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also where it comes up in the last moment before ``close``."""
+def test_each_warning_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also if it occurs just before ``close``."""
     with open_writer(tmp_path) as writer:
         for _ in range(5):
             writer.record(None, -1 - SMALL, None)
@@ -758,11 +760,11 @@ def test_a_fault_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
 # ---- accounting
 
 LOADS = st.sampled_from(["good", "wider", "deeper", *BAD_LOADS])
-#: "same": of the load's own shape, as an engine hands it over.
+#: "same": of the shape of the load, as engines pass it.
 MAPS = st.sampled_from(["none", "good", "changed", "same", *BAD_MAPS])
 STEPS = st.sampled_from([None, -2, -1, 0, 1, 2, 5, "x", 1.5, 2**70])
 SIZES = st.sampled_from([None, 2, 4, 3, "x"])
-#: Most of what an engine does is right; what is wrong is to be seen between what is right.
+#: Most operations are valid, so that the invalid ones occur between valid ones.
 RIGHT = st.tuples(
     st.just("record"), st.none(), st.just("good"), st.sampled_from(["none", "same", "changed"]), st.none()
 )
@@ -789,14 +791,14 @@ def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int,
         if operation[0] == "record":
             _, change, load, placement, ep_size = operation
             if isinstance(change, int) and change < 2**60:
-                change += step  # now and then repeated or back
+                change += step  # sometimes repeated or going back
             shape = {"wider": {"slots": 2 * SLOTS}, "deeper": {"layers": LAYERS + 1}}.get(load, {})
             load_tensor = BAD_LOADS.get(load, load_of(step, **shape))
             maps = {"none": None, "good": map_of(), "changed": map_of(step)}
             maps["same"] = map_of(step, **shape)
             number = change if isinstance(change, int) else step
             writer.record(change, load_tensor, BAD_MAPS.get(placement, maps.get(placement)), ep_size=ep_size)
-            # What is no number, or one of before, is no step; of two depths the first is the model's.
+            # An invalid or earlier step number is rejected. The first depth recorded is the model's.
             if writer._next_step > step and load in ("good", "wider", "deeper"):
                 handed[number] = load_tensor
         elif operation[0] == "skip":
@@ -809,7 +811,7 @@ def run_operations(writer: ExpertLoadWriter, operations: list[Any]) -> dict[int,
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(OPERATIONS, min_size=5, max_size=30), st.sampled_from([1, 1, 2]), st.sampled_from([3, 2048]))
-def test_every_step_seen_is_accounted_for(operations: list[Any], interval: int, segment_steps: int) -> None:
+def test_all_seen_steps_are_accounted_for(operations: list[Any], interval: int, segment_steps: int) -> None:
     with tempfile.TemporaryDirectory() as root:
         with open_writer(root, interval=interval, segment_steps=segment_steps) as writer:
             handed = run_operations(writer, operations)
@@ -825,10 +827,10 @@ def test_every_step_seen_is_accounted_for(operations: list[Any], interval: int, 
         assert told == {name: getattr(stats, name) for name in told}
 
 
-def test_between_two_calls_the_accounting_is_exact_at_every_moment(
+def test_accounting_is_exact_between_calls(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while the background thread is just rejecting what was accepted."""
+    """Also while the background thread rejects steps that were accepted."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -856,8 +858,8 @@ sys.addaudithook(_audit)
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
-def test_record_and_skip_touch_no_file(tmp_path: Path, make: Callable[[Any], Any]) -> None:
-    """Whatever happens: segments end, steps are dropped and rejected, shapes change."""
+def test_record_and_skip_do_no_io(tmp_path: Path, make: Callable[[Any], Any]) -> None:
+    """Also when segments end, steps are dropped or rejected, and shapes change."""
     global _audited  # noqa: PLW0603 - an audit hook stays for the life of the process
     tensors = [make(load_of(step, slots=8 + 4 * (step > 30))) for step in range(60)]
     maps = [make(map_of(step // 10, slots=8 + 4 * (step > 30))) for step in range(60)]
@@ -877,7 +879,7 @@ def test_record_and_skip_touch_no_file(tmp_path: Path, make: Callable[[Any], Any
     assert [event for event in events if event.startswith(("open", "os.", "socket", "subprocess"))] == []
 
 
-def test_threads_may_record_side_by_side(tmp_path: Path) -> None:
+def test_threads_can_record_concurrently(tmp_path: Path) -> None:
     with open_writer(tmp_path, queue_steps=2048) as writer:
 
         def record() -> None:
@@ -901,7 +903,7 @@ def test_threads_may_record_side_by_side(tmp_path: Path) -> None:
     ("options", "room"),
     [({"queue_steps": 6}, 6), ({"queue_bytes": 10 * LAYERS * SLOTS * 8}, 10), ({"queue_bytes": 1}, 4)],
 )
-def test_a_full_queue_drops_the_newest_steps(
+def test_full_queue_drops_newest_steps(
     tmp_path: Path, gate: threading.Event, options: dict[str, int], room: int
 ) -> None:
     """The engine never waits; the drops are counted and listed."""
@@ -909,7 +911,7 @@ def test_a_full_queue_drops_the_newest_steps(
         began = time.monotonic()
         for step in range(20):
             writer.record(None, load_of(step), map_of())
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 30  # the gate stays closed for a minute
         assert not writer.flush(timeout=0.01)
         assert writer.stats().dropped == 20 - room
         gate.set()
@@ -924,7 +926,7 @@ def test_a_full_queue_drops_the_newest_steps(
 
 
 @pytest.mark.parametrize("kind", ["a text", "float", "torch sparse", "torch meta", "one dimension"])
-def test_a_rejected_step_gives_its_buffers_back(tmp_path: Path, gate: threading.Event, kind: str) -> None:
+def test_rejected_step_frees_its_buffers(tmp_path: Path, gate: threading.Event, kind: str) -> None:
     good = torch.tensor(map_of())
     with open_writer(tmp_path, queue_steps=4) as writer:
         writer.record(None, SMALL, good)
@@ -938,7 +940,7 @@ def test_a_rejected_step_gives_its_buffers_back(tmp_path: Path, gate: threading.
     assert (stats.seen, stats.recorded, stats.rejected) == (204, 4, 200)
 
 
-def test_even_rows_without_loads_are_bounded(
+def test_queue_of_steps_without_loads_is_bounded(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_module, "_MAX_WAITING", 8)
@@ -955,17 +957,17 @@ def test_even_rows_without_loads_are_bounded(
     assert step_status(writer.folder) == [(n, "dummy" if n % 2 else "not_sampled") for n in range(8)]
 
 
-def test_a_step_waits_no_longer_than_the_flush_interval(tmp_path: Path) -> None:
+def test_step_is_written_within_flush_interval(tmp_path: Path) -> None:
     with open_writer(tmp_path, flush_interval=0.2) as writer:
         writer.record(None, load_of(0), None)
         began = time.monotonic()
         while not survived_loads(writer.folder) and time.monotonic() < began + 10:
             time.sleep(0.01)
-        assert time.monotonic() < began + 1  # a busy machine may need more than the interval
+        assert time.monotonic() < began + 5  # a busy machine may need longer than the interval
         assert_equal_loads(survived_loads(writer.folder), {0: load_of(0)})
 
 
-def test_what_flush_acknowledged_is_readable_while_the_writer_is_open(tmp_path: Path) -> None:
+def test_flushed_steps_are_readable_while_writer_is_open(tmp_path: Path) -> None:
     truth: dict[int, Array] = {}
     with open_writer(tmp_path, segment_steps=5, flush_interval=60) as writer:
         for step in range(12):
@@ -980,7 +982,7 @@ def test_what_flush_acknowledged_is_readable_while_the_writer_is_open(tmp_path: 
 # ---- the end
 
 
-def test_close_twice_and_record_after_it(tmp_path: Path) -> None:
+def test_steps_after_close_are_dropped_and_counted(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
     writer.record(None, SMALL, None)
     assert writer.close()
@@ -996,7 +998,7 @@ def test_close_twice_and_record_after_it(tmp_path: Path) -> None:
     assert step_status(writer.folder) == [(0, "recorded")]
 
 
-def test_the_context_manager_closes_also_on_an_error(tmp_path: Path) -> None:
+def test_context_manager_closes_after_exception(tmp_path: Path) -> None:
     with contextlib.suppress(KeyError), open_writer(tmp_path) as writer:
         writer.record(None, SMALL, None)
         raise KeyError
@@ -1004,24 +1006,24 @@ def test_the_context_manager_closes_also_on_an_error(tmp_path: Path) -> None:
     assert [frame.kind for frame in manifest(writer.folder)] == ["session", "sealed", "closed"]
 
 
-def test_close_without_a_step(tmp_path: Path) -> None:
+def test_close_without_steps_succeeds(tmp_path: Path) -> None:
     assert closed(open_writer(tmp_path)).seen == 0
 
 
-def test_close_and_flush_keep_to_their_timeout(tmp_path: Path, gate: threading.Event) -> None:
+def test_close_and_flush_respect_timeout(tmp_path: Path, gate: threading.Event) -> None:
     writer = open_writer(tmp_path)
     writer.record(None, SMALL, None)
     began = time.monotonic()
     assert not writer.flush(0.05)
     assert not writer.close(0.1)
-    assert 0.14 < time.monotonic() - began < 2
+    assert 0.14 < time.monotonic() - began < 30  # the gate stays closed for a minute
     gate.set()
-    writer._background._drainer.join(10)  # type: ignore[union-attr]
-    writer._background._sealer.join(10)  # type: ignore[union-attr]
+    writer._background._drainer.join(60)  # type: ignore[union-attr]
+    writer._background._sealer.join(60)  # type: ignore[union-attr]
     assert_equal_loads(sealed_loads(writer.folder), {0: SMALL})
 
 
-def test_a_journal_that_cannot_be_sealed_stays_readable(
+def test_journal_that_cannot_be_sealed_stays_readable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(path: Path) -> None:
@@ -1037,7 +1039,7 @@ def test_a_journal_that_cannot_be_sealed_stays_readable(
     texts = " ".join(record.getMessage() for record in caplog.records)
     assert texts.count("a journal could not be sealed") == 1  # once, however many
     assert "no room" in texts
-    assert not (writer.folder / MANIFEST_FILE).exists()  # not closed: something is left to be sealed
+    assert not (writer.folder / MANIFEST_FILE).exists()  # not closed: a journal is left to be sealed
 
 
 # ---- segments
@@ -1050,7 +1052,7 @@ def segments(folder: Path, table: str = "steps") -> list[list[int]]:
 
 
 def test_segments_end_at_common_steps(tmp_path: Path) -> None:
-    """At multiples of segment_steps, wherever a writer began: ranks seal alike."""
+    """At multiples of segment_steps, whichever step a writer began at, so that ranks seal alike."""
     with open_writer(tmp_path, segment_steps=4) as writer:
         for step in [*range(2, 10), 11, 12, 25, 26]:
             writer.record(step, load_of(step), map_of())
@@ -1081,7 +1083,7 @@ def test_segments_end_by_time(tmp_path: Path) -> None:
     with open_writer(tmp_path, segment_seconds=0.05, flush_interval=0.02) as writer:
         for step in range(2):
             writer.record(None, load_of(step), None)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while writer.stats().segments_sealed <= step and time.monotonic() < deadline:
                 time.sleep(0.005)
             assert segments(writer.folder) == [[n] for n in range(step + 1)]
@@ -1090,7 +1092,7 @@ def test_segments_end_by_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
 def test_elastic_ep_begins_new_segments_and_loses_nothing(tmp_path: Path, make: Callable[[Any], Any]) -> None:
-    """ep_size grows at step 3, slots at 6, both shrink at 9; the placement is stated anew with each."""
+    """ep_size grows at step 3, slots at 6, both shrink at 9; the placement is stated again each time."""
     shapes = {0: (2, 8), 3: (4, 8), 6: (4, 12), 9: (2, 8)}
     truth, wanted = {}, []
     with open_writer(tmp_path, num_logical_experts=LOGICAL) as writer:
@@ -1113,10 +1115,10 @@ def test_elastic_ep_begins_new_segments_and_loses_nothing(tmp_path: Path, make: 
 
 @pytest.mark.parametrize("generation", [None, 0, 1], ids=["no map", "the same map", "another map"])
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
-def test_a_change_of_ep_size_states_the_whole_placement_anew(
+def test_change_of_ep_size_restates_whole_placement(
     tmp_path: Path, make: Callable[[Any], Any], generation: int | None
 ) -> None:
-    """The same slots lie on other ranks now, also where no layer or only one changed."""
+    """The slots are on other ranks now, also if only one layer or none changed."""
     before = make(map_of())
     after = map_of()
     after[1] = map_of(generation or 0)[1]
@@ -1133,9 +1135,7 @@ def test_a_change_of_ep_size_states_the_whole_placement_anew(
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
-def test_an_old_placement_does_not_fit_a_new_number_of_slots(
-    tmp_path: Path, make: Callable[[Any], Any]
-) -> None:
+def test_old_placement_is_rejected_after_change_of_slots(tmp_path: Path, make: Callable[[Any], Any]) -> None:
     old, new = make(map_of()), make(map_of(slots=12))
     with open_writer(tmp_path) as writer:
         writer.record(0, SMALL, old)
@@ -1147,8 +1147,8 @@ def test_an_old_placement_does_not_fit_a_new_number_of_slots(
     assert [(row[0], len(row[3])) for row in placement_rows(writer.folder)] == [(0, 8)] * 3 + [(2, 12)] * 3
 
 
-def test_a_placement_of_other_slots_is_not_stated_anew(tmp_path: Path) -> None:
-    """No map with the new number of slots: the placement is not known, not the old one."""
+def test_placement_of_old_slots_is_not_restated(tmp_path: Path) -> None:
+    """Without a map of the new number of slots the placement is unknown, not the old one."""
     with open_writer(tmp_path) as writer:
         writer.record(0, SMALL, map_of())
         writer.record(1, load_of(1, slots=12), None, ep_size=4)
@@ -1161,7 +1161,7 @@ def test_a_placement_of_other_slots_is_not_stated_anew(tmp_path: Path) -> None:
 # ---- runs
 
 
-def test_writers_of_the_same_rank_never_overwrite_each_other(tmp_path: Path) -> None:
+def test_writers_of_one_rank_never_overwrite_each_other(tmp_path: Path) -> None:
     writers = [open_writer(tmp_path) for _ in range(3)]
     for step in range(4):
         for n, writer in enumerate(writers):
@@ -1188,7 +1188,7 @@ print(writer.info.run_id)
 
 
 def start_engine(root: Path) -> list[str]:
-    """Four ranks that begin at the same moment; returns their run ids."""
+    """Start four ranks at the same moment; returns their run ids."""
     ranks = [start_child(RANK, root, rank) for rank in range(4)]
     for rank in ranks:
         assert rank.stdout is not None
@@ -1202,7 +1202,7 @@ def start_engine(root: Path) -> list[str]:
     return [out.strip() for out, _ in found]
 
 
-def test_ranks_that_start_together_meet_in_one_run_and_a_restart_makes_the_next(tmp_path: Path) -> None:
+def test_ranks_started_together_share_a_run_and_restart_begins_the_next(tmp_path: Path) -> None:
     assert start_engine(tmp_path) == ["000001"] * 4
     assert start_engine(tmp_path) == ["000002"] * 4
     for run, rank in itertools.product(("000001", "000002"), range(4)):
@@ -1215,7 +1215,7 @@ def claim(root: Path, rank: int) -> str:
     return rendezvous.claim_run(root, session_info(ep_rank=rank, ep_size=16))
 
 
-def test_ranks_that_race_claim_one_run(tmp_path: Path) -> None:
+def test_racing_ranks_claim_one_run(tmp_path: Path) -> None:
     for start in range(10):
         barrier = threading.Barrier(16)
         claimed: list[str] = []
@@ -1243,7 +1243,7 @@ def test_ranks_that_race_claim_one_run(tmp_path: Path) -> None:
         ({"scope": "global"}, False),
     ],
 )
-def test_a_writer_joins_only_a_run_that_it_fits(tmp_path: Path, second: dict[str, Any], joins: bool) -> None:
+def test_writer_joins_only_matching_run(tmp_path: Path, second: dict[str, Any], joins: bool) -> None:
     with (
         open_writer(tmp_path, run_id=None) as one,
         open_writer(tmp_path, **{"run_id": None, "ep_rank": 1, **second}) as other,
@@ -1252,7 +1252,7 @@ def test_a_writer_joins_only_a_run_that_it_fits(tmp_path: Path, second: dict[str
         assert other.info.run_id == ("000001" if joins else "000002")
 
 
-def test_another_launch_or_a_late_one_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_or_late_launch_begins_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_of(rank: int) -> str:
         with open_writer(tmp_path, run_id=None, ep_size=8, ep_rank=rank) as writer:
             return writer.info.run_id
@@ -1265,7 +1265,7 @@ def test_another_launch_or_a_late_one_is_another_run(tmp_path: Path, monkeypatch
     assert run_of(3) == "000003"
 
 
-def test_a_given_run_id_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_run_id_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERT_LOAD_DUMP_RUN_ID", "night-7")
     for rank, run_id, expected in ((0, None, "night-7"), (1, None, "night-7"), (0, "day.8", "day.8")):
         with open_writer(tmp_path, run_id=run_id, ep_rank=rank) as writer:
@@ -1276,7 +1276,7 @@ def test_a_given_run_id_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("given", ["7", "0000007", "20251124093000", "1²", "0"])
-def test_a_given_run_id_of_digits_does_not_disturb_the_next_run(tmp_path: Path, given: str) -> None:
+def test_run_id_of_digits_does_not_affect_next_run_number(tmp_path: Path, given: str) -> None:
     (tmp_path / f"run={given}").mkdir()
     (tmp_path / "run=9.old").mkdir()
     with open_writer(tmp_path, run_id=None) as writer:
@@ -1290,7 +1290,7 @@ def test_a_given_run_id_of_digits_does_not_disturb_the_next_run(tmp_path: Path, 
 
 @pytest.mark.parametrize("run_id", [None, "r"])
 @pytest.mark.parametrize("under", [False, True])
-def test_where_nothing_can_be_written_everything_is_counted(
+def test_unwritable_folder_drops_and_counts_everything(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, run_id: str | None, under: bool
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -1311,7 +1311,7 @@ def test_where_nothing_can_be_written_everything_is_counted(
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_journal_that_cannot_be_written_turns_recording_off(
+def test_journal_write_error_turns_recording_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_writer(tmp_path) as writer:
@@ -1341,10 +1341,10 @@ def test_a_journal_that_cannot_be_written_turns_recording_off(
 
 @pytest.mark.parametrize("segment_steps", [2048, 64])
 @pytest.mark.parametrize(("layers", "at"), [(LAYERS + 1, 40), (5000, 40), (5000, 0)])
-def test_a_rejected_step_takes_no_other_with_it(
+def test_rejected_step_does_not_affect_others(
     tmp_path: Path, layers: int, at: int, segment_steps: int
 ) -> None:
-    """Its map may be as wrong as its load: a map of other layers would make the file unreadable."""
+    """Its map may be wrong, too: a map with other layers would make the file unreadable."""
     wrong = np.zeros((layers, SLOTS), int)
     with open_writer(tmp_path, segment_steps=segment_steps) as writer:
         for step in range(100):
@@ -1359,8 +1359,8 @@ def test_a_rejected_step_takes_no_other_with_it(
     assert {row[3] for row in placement_rows(writer.folder)} == {tuple(row) for row in map_of().tolist()}
 
 
-def test_a_map_before_the_first_load_holds_from_its_step(tmp_path: Path) -> None:
-    """It came with a step that is not sampled; another, of a rejected one, is not believed later."""
+def test_placement_before_first_load_is_valid_from_its_step(tmp_path: Path) -> None:
+    """The placement came with a step that is not sampled."""
     with open_writer(tmp_path, interval=5) as writer:
         for step in range(1, 20):
             writer.record(step, load_of(step), map_of() if step == 2 else None)
