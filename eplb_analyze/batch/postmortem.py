@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eplb_analyze.analysis.summary import SummarySums, bins_of, sums_of
+from eplb_analyze.analysis.summary import summary_of
+from eplb_analyze.analysis.summary_sums import SummarySums, bins_of, sums_of
 from eplb_analyze.batch.cache import ResultCache
 from eplb_analyze.batch.executors import Executor, Local, WorkerDied
 from eplb_analyze.batch.rows import Row, broken_row, row_of
@@ -102,7 +103,7 @@ def _sums_of_all(run: Run) -> SummarySums:
 
 
 def _with_row(target: Target, run: Run, sums: SummarySums) -> RunResult:
-    summary = sums.summary(run)
+    summary = summary_of(sums, run)
     return RunResult(row_of(target.dump, run, sums, summary), summary.to_json())
 
 

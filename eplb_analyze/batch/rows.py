@@ -10,7 +10,8 @@ import numpy as np
 
 from eplb_analyze.analysis.findings import step_findings, summary_findings
 from eplb_analyze.analysis.rearrangements import verdicts
-from eplb_analyze.analysis.summary import Summary, SummarySums
+from eplb_analyze.analysis.summary import Summary
+from eplb_analyze.analysis.summary_sums import SummarySums
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import sum_groups
@@ -126,7 +127,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
             run,
             (
                 (stretch.shape, np.concatenate(stretch.steps), np.concatenate(stretch.values))
-                for stretch in sums.stretches
+                for stretch in sums.configurations
                 if stretch.recorded
             ),
         )

@@ -1,7 +1,7 @@
-"""Where and when rank time was lost, and how much of it a better placement could have saved.
+"""Which layers, ranks and steps lost rank time, and how much of it a better placement could save.
 
-In a step and layer all ranks wait for the slowest: (max − mean) tokens are lost, and laid at that
-rank's door. Sums of one shape of loads, small however long the run.
+In each step and layer all ranks wait for the slowest: (max − mean) tokens are lost and attributed to that
+rank. The sums are of loads of one shape and stay small however long the run is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_dump.format.journal import Int64, Shape
 
-#: A run's time is looked at in about this many equal parts.
+#: A run is divided into about this many bins of equally many steps.
 BINS = 64
-#: Loads summed over this many steps show what lasts; what is gone in the sum was chance.
+#: Imbalance that remains in loads summed over this many steps is persistent; the rest is random.
 WINDOW_STEPS = 128
 
 
@@ -33,7 +33,7 @@ class RankLoss:
 
 @dataclass(frozen=True)
 class StretchLoss:
-    """Steps in which one rank cost one layer more than a layer costs on average."""
+    """Consecutive bins in which one rank cost one layer more than a layer costs on average."""
 
     layer: int
     rank: int
@@ -46,7 +46,7 @@ class StretchLoss:
 
 @dataclass(frozen=True)
 class Bin:
-    """One part of the run's time; None where none of its steps is complete."""
+    """One bin of steps; balancedness is None if none of its steps is complete."""
 
     first_step: int
     last_step: int
@@ -77,15 +77,15 @@ class Windows(NamedTuple):
 
     #: Where each begins in the steps.
     starts: npt.NDArray[np.intp]
-    #: What tells each from all others of the run.
+    #: Identifies each window within the run.
     keys: list[tuple[int, int]]
-    #: In how many of the steps each is.
+    #: The number of steps in each.
     counts: list[int]
 
 
 @dataclass(frozen=True)
 class _Window:
-    """A window that can go on in the steps before or after."""
+    """A window that may continue in the steps before or after."""
 
     key: tuple[int, int]
     steps: int
@@ -97,14 +97,14 @@ class Losses:
     """Sums over blocks of one shape; those of later steps can be merged into them."""
 
     def __init__(self, shape: Shape, bins: Bins, per_token: int) -> None:
-        """``per_token``: token replication, by which recorded loads are larger."""
+        """``per_token``: token replication; recorded loads are this many times too large."""
         self._bins = bins
         self._per_token = per_token
         self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
-        #: What remains of the loss in windows that are whole, in tokens × token replication.
+        #: Loss that remains in complete windows, in tokens × token replication.
         self._lasting = 0.0
         self._longest = 0
-        #: The first window and the last, which sums of other steps may go on with.
+        #: The first and the last window, which other steps may continue.
         self._open: list[_Window] = []
 
     def add(self, steps: Int64, terms: Terms) -> None:
@@ -117,7 +117,7 @@ class Losses:
         """Add loads of some layers, of all steps of these sums.
 
         Args:
-            windows: what :func:`windows` gives of the steps.
+            windows: the result of :func:`windows` for these steps.
             first: index of the first layer.
             load: int64 ``[steps, layers, ep_ranks]``.
         """
@@ -190,15 +190,15 @@ class Losses:
 
 
 def _excess(load: Int64) -> float:
-    """What the slowest ranks have above the mean, in loads ``[..., ep_ranks]``."""
+    """Σ (max − mean) of loads ``[..., ep_ranks]``."""
     return float((load.max(axis=-1) - load.sum(axis=-1) / load.shape[-1]).sum())
 
 
 def windows(steps: Int64, changes: list[int], interval: int) -> Windows:
     """The windows that ascending steps lie in, of ``WINDOW_STEPS`` sampled steps each.
 
-    ``changes``: steps at which a placement changed. Nothing is summed across one, as it can end what
-    would have lasted.
+    ``changes``: steps at which a placement changed. Nothing is summed across one, since it can end an
+    imbalance that would have persisted.
     """
     stretch, number = np.searchsorted(changes, steps, side="right"), steps // (WINDOW_STEPS * interval)
     starts = np.flatnonzero((np.diff(stretch, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0))
@@ -207,7 +207,7 @@ def windows(steps: Int64, changes: list[int], interval: int) -> Windows:
 
 
 def timeline(bins: Bins, steps: Int64, balancedness: Float64) -> list[Bin]:
-    """The mean of each part of the run's time."""
+    """The mean balancedness of each bin."""
     known = ~np.isnan(balancedness)
     at = bins.of(steps[known])
     count = np.bincount(at, minlength=len(bins))

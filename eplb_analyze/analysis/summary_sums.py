@@ -1,0 +1,196 @@
+"""The sums that a summary is made of: added block by block, and merged in order of steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.metrics import formulas
+from eplb_analyze.metrics.formulas import FORMULAS, Terms
+from eplb_analyze.metrics.losses import Bins, Losses, windows
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.placements import logical_sums
+from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import RunInfo
+from eplb_analyze.reader.step_range import StepRange
+from eplb_dump.format.journal import Int64, Shape
+
+
+class ConfigurationSums:
+    """Sums over the complete steps of one configuration."""
+
+    def __init__(self, shape: Shape, info: RunInfo, bins: Bins) -> None:
+        self.shape = shape
+        self.losses = Losses(shape, bins, info.token_replication)
+        self.first = self.last = -1
+        self.recorded = 0
+        self.mean_tokens = self.max_tokens = 0.0
+        self.steps: list[Int64] = []
+        self.values: list[formulas.Float64] = []
+        layers = shape.num_moe_layers
+        self.slowest = np.zeros((layers, shape.ep_size), np.int64)
+        self.logical = np.zeros((layers, info.num_logical_experts), np.int64)
+
+    def add(self, run: Run, block: Block) -> Terms:
+        """Add a block's complete steps, of which there is at least one."""
+        steps, shape = block.recorded, self.shape
+        layers, per_token = shape.num_moe_layers, run.info.token_replication
+        terms = Terms(len(steps), layers, shape.ep_size, per_token)
+        within = windows(steps, run.history.changes, run.info.interval)
+        for first, load in block.rank_load_parts():
+            terms.add(first, load)
+            self.losses.add_lasting(within, first, load)
+        self.losses.add(steps, terms)
+        self.first, self.last, self.recorded = int(steps[0]), int(steps[-1]), len(steps)
+        self.steps.append(steps)
+        self.values.append(FORMULAS["balancedness"].of(terms))
+        self.mean_tokens += float(terms.mean.sum())
+        self.max_tokens += float(terms.maximum.sum())
+        self.slowest += terms.by_slowest()
+        self.logical += logical_sums(block, run.history, self.logical.shape[1])
+        return terms
+
+    def merge(self, later: ConfigurationSums) -> None:
+        if not later.recorded:
+            return
+        self.first = self.first if self.recorded else later.first
+        self.last = later.last
+        self.recorded += later.recorded
+        self.mean_tokens += later.mean_tokens
+        self.max_tokens += later.max_tokens
+        self.steps += later.steps
+        self.values += later.values
+        # Not in place: arrays from another process may be read-only.
+        self.slowest = self.slowest + later.slowest
+        self.logical = self.logical + later.logical
+        self.losses.merge(later.losses)
+
+
+class LayerSums:
+    """Sums over steps of each layer's own ratio: a mean of ratios, in which no loads are added."""
+
+    def __init__(self, layers: int) -> None:
+        self.ratio, self.inverse, self.active = np.zeros(layers), np.zeros(layers), np.zeros(layers)
+
+    def add(self, terms: Terms) -> None:
+        active = terms.active
+        self.ratio += np.where(active, terms.ratio, 0).sum(axis=0)
+        self.inverse += np.where(active, 1 / np.where(active, terms.ratio, 1), 0).sum(axis=0)
+        self.active += active.sum(axis=0)
+
+    def merge(self, later: LayerSums) -> None:
+        self.ratio = self.ratio + later.ratio
+        self.inverse = self.inverse + later.inverse
+        self.active = self.active + later.active
+
+
+class PhaseSums:
+    def __init__(self) -> None:
+        self.steps = 0
+        self.mean_tokens = self.max_tokens = 0.0
+        self.values: list[formulas.Float64] = []
+
+    def add(self, mask: npt.NDArray[np.bool_], terms: Terms, balancedness: formulas.Float64) -> None:
+        self.steps += int(mask.sum())
+        self.mean_tokens += float(terms.mean[mask].sum())
+        self.max_tokens += float(terms.maximum[mask].sum())
+        self.values.append(balancedness[mask])
+
+    def merge(self, later: PhaseSums) -> None:
+        self.steps += later.steps
+        self.mean_tokens += later.mean_tokens
+        self.max_tokens += later.max_tokens
+        self.values += later.values
+
+
+class SummarySums:
+    """Sums over consecutive steps; those of later steps can be merged into them.
+
+    Besides sums it keeps six figures per step, for percentiles.
+    """
+
+    def __init__(self, num_layers: int, bins: Bins) -> None:
+        self.bins = bins
+        self.seen = Completeness()
+        self.steps: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self.values: dict[str, list[formulas.Float64]] = {name: [np.empty(0)] for name in FORMULAS}
+        self.configurations: list[ConfigurationSums] = []
+        self.layers = LayerSums(num_layers)
+        self.phases: dict[str, PhaseSums] = {}
+        self.first_time, self.last_time = np.iinfo(np.int64).max, -1
+        #: Time from a step to the next, in ns; and the first and last step with their times.
+        self.gaps: list[Int64] = []
+        self._first: tuple[int, int] | None = None
+        self._last: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, run: Run, bins: Bins, block: Block) -> SummarySums:
+        sums = cls(run.info.num_layers, bins)
+        sums.seen.add(block)
+        sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
+        sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
+        sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
+        if block.shape is None:
+            return sums
+        # A configuration without any complete step still separates those around it.
+        sums.configurations.append(ConfigurationSums(block.shape, run.info, bins))
+        if len(block.recorded):
+            sums._add(block, sums.configurations[0].add(run, block))
+        return sums
+
+    def _add(self, block: Block, terms: Terms) -> None:
+        self.steps.append(block.recorded)
+        for name, formula in FORMULAS.items():
+            self.values[name].append(formula.of(terms))
+        self.layers.add(terms)
+        phase = block.phase[block.state == StepState.RECORDED]
+        for code in np.unique(phase[phase >= 0]):
+            of_phase = self.phases.setdefault(block.phases[code], PhaseSums())
+            of_phase.add(phase == code, terms, self.values["balancedness"][-1])
+
+    def merge(self, later: SummarySums) -> None:
+        self.seen.merge(later.seen)
+        self.first_time = min(self.first_time, later.first_time)
+        self.last_time = max(self.last_time, later.last_time)
+        if self._last and later._first and later._first[0] == self._last[0] + 1:
+            self.gaps.append(np.array([later._first[1] - self._last[1]]))
+        self.gaps += later.gaps
+        self._first, self._last = self._first or later._first, later._last or self._last
+        self.steps += later.steps
+        for name, values in later.values.items():
+            self.values[name] += values
+        self.layers.merge(later.layers)
+        for name, phase in later.phases.items():
+            self.phases.setdefault(name, PhaseSums()).merge(phase)
+        for stretch in later.configurations:
+            if self.configurations and self.configurations[-1].shape == stretch.shape:
+                self.configurations[-1].merge(stretch)
+            else:
+                self.configurations.append(stretch)
+
+
+def bins_of(run: Run, steps: tuple[int, int] | None = None) -> Bins:
+    """The bins of a run, or of a half-open range of its steps, by which its sums are kept."""
+    first, last = run.step_range
+    low, high = StepRange.of(steps)
+    return Bins(max(low, first or 0), min(high - 1, last or 0))
+
+
+def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
+    """The sums of a run, or of a range of its steps. Call it inside ``run.retry_without_damaged``.
+
+    Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts
+    are read.
+    """
+    run.load_history()
+    edges = [first for first, _ in run.parts()]
+    total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
+    for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block), steps):
+        if block.step[0] in edges:
+            total.merge(part)
+            part = SummarySums(run.info.num_layers, bins)
+        part.merge(sums)
+    total.merge(part)
+    return total
