@@ -56,7 +56,8 @@ def compare(title: str, folder: Path, repeat: int, counts: list[int]) -> None:
     if importlib.util.find_spec("ray"):
         rows += [("ray", count) for count in counts]
     for name, workers in rows:
-        arguments = ["postmortem", str(folder), "--executor", name, "--workers", str(workers)]
+        arguments = ["postmortem", str(folder), "--executor", name]
+        arguments += [] if name == "local" else ["--workers", str(workers)]
         seconds, own, worker = measure(arguments, repeat)
         base = seconds if (name, workers) == ("processes", counts[0]) else base
         ratio = f"{base / seconds:5.2f} ×" if base else "       "
