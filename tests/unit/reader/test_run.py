@@ -99,7 +99,7 @@ def whole(truth: dict[str, Any]) -> tuple[Any, Any, Any]:
     return np.flatnonzero(~truth["dummy"].all(axis=1)), total, truth["dummy"].all(axis=1)
 
 
-def test_loads_come_back_bit_for_bit(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_loads_equal_what_was_recorded(recorded: tuple[Path, dict[str, Any]]) -> None:
     path, truth = recorded
     run = open_run(path)
     steps, total, _ = whole(truth)
@@ -124,7 +124,7 @@ def test_layers_and_columns_can_be_chosen(recorded: tuple[Path, dict[str, Any]])
     np.testing.assert_array_equal(np.array(frame["rank_load"].to_list()), per_rank(total[steps, 3], 4))
 
 
-def test_step_states(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_every_step_has_the_state_of_all_ranks(recorded: tuple[Path, dict[str, Any]]) -> None:
     path, truth = recorded
     frame = open_run(path).steps()
     _, _, nobody = whole(truth)
@@ -136,7 +136,7 @@ def test_step_states(recorded: tuple[Path, dict[str, Any]]) -> None:
     ]
 
 
-def test_placement_as_of_a_step(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_placement_at_a_step(recorded: tuple[Path, dict[str, Any]]) -> None:
     path, truth = recorded
     run = open_run(path)
     # Step 40 is the first under the second placement, unless all ranks idled then.
@@ -152,7 +152,9 @@ def test_placement_as_of_a_step(recorded: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_every_formula_by_step_layer_and_run(recorded: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_formulas_by_step_layer_and_run_equal_the_reference(
+    recorded: tuple[Path, dict[str, Any]], name: str
+) -> None:
     path, truth = recorded
     run = open_run(path)
     steps, total, _ = whole(truth)
@@ -171,7 +173,7 @@ def test_every_formula_by_step_layer_and_run(recorded: tuple[Path, dict[str, Any
         assert by_layer["value"][layer] == pytest.approx(np.nanmean(alone), rel=1e-12)
 
 
-def test_summary_equals_the_truth(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_summary_equals_the_reference(recorded: tuple[Path, dict[str, Any]]) -> None:
     path, truth = recorded
     document = summarize(open_run(path)).to_json()
     steps, total, nobody = whole(truth)
@@ -210,7 +212,7 @@ def test_summary_equals_the_truth(recorded: tuple[Path, dict[str, Any]]) -> None
     assert top["replicas"] == (truth["later_placement"][top["layer"]] == top["logical"]).sum()
 
 
-def test_layer_over_a_change_of_placement(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_layer_counts_experts_by_the_placement_at_each_step(recorded: tuple[Path, dict[str, Any]]) -> None:
     path, truth = recorded
     report = layer_report(open_run(path), 2, steps=(30, 50))
     _, total, _ = whole(truth)
@@ -233,14 +235,14 @@ def test_layer_without_range_takes_the_last_configuration(recorded: tuple[Path, 
     assert "steps 0 to 99 are left out" in report.notes[0]
 
 
-def test_check_is_content(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_check_finds_no_error_in_an_intact_run(recorded: tuple[Path, dict[str, Any]]) -> None:
     report = check_run(open_run(recorded[0]))
     assert report.ok
     # Random placements put two replicas on one rank now and then; nothing else is odd.
     assert {f.code for f in report.findings} == {"replica_on_same_rank"}
 
 
-def test_analysing_writes_nothing(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_analysis_writes_nothing_into_the_dump(recorded: tuple[Path, dict[str, Any]]) -> None:
     def state() -> list[tuple[str, int, int]]:
         files = sorted(p for p in recorded[0].rglob("*"))
         return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -286,7 +288,7 @@ def test_token_replication_is_divided_out(tmp_path: Path) -> None:
     assert run.balancedness(by="run")["value"][0] == pytest.approx((6 + 14) / 2 / 14)
 
 
-def test_layers_go_by_the_models_numbers(tmp_path: Path) -> None:
+def test_layers_have_the_numbers_of_the_model(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     loads = conserving_loads(rng, 5, 3, 16)
     write(tmp_path, loads, placement_of(rng, 3, 16), moe_layers=[3, 5, 9])
@@ -297,7 +299,7 @@ def test_layers_go_by_the_models_numbers(tmp_path: Path) -> None:
     assert [s.load for s in layer_report(run, 9, step=4).slots] == loads[4, 2].tolist()
 
 
-def test_a_step_that_lacks_a_rank_is_in_no_figure(tmp_path: Path) -> None:
+def test_step_that_lacks_a_rank_is_in_no_figure(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     placement = placement_of(rng, LAYERS, 16)
     local = np.stack([conserving_loads(rng, 20, LAYERS, 16) for _ in range(2)], axis=1)
@@ -316,7 +318,7 @@ def test_a_step_that_lacks_a_rank_is_in_no_figure(tmp_path: Path) -> None:
     assert layer_report(run, 1).last_step == 14
 
 
-def test_a_missing_rank_leaves_no_figures(tmp_path: Path) -> None:
+def test_run_that_lacks_a_rank_has_no_figures(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     loads = conserving_loads(rng, 5, LAYERS, 16)
     write(tmp_path, loads, placement_of(rng, LAYERS, 16), scope="local", ep_size=2, ep_rank=1)
@@ -328,7 +330,7 @@ def test_a_missing_rank_leaves_no_figures(tmp_path: Path) -> None:
     assert {"missing_ranks", "no_complete_step"} <= codes
 
 
-def test_a_restarted_rank_repeats_steps(tmp_path: Path) -> None:
+def test_steps_repeated_by_a_restarted_rank_count_once(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     placement = placement_of(rng, LAYERS, 16)
     old, new = conserving_loads(rng, 20, LAYERS, 16), conserving_loads(rng, 20, LAYERS, 16)
@@ -345,7 +347,7 @@ def test_a_restarted_rank_repeats_steps(tmp_path: Path) -> None:
     assert "overlapping_sessions" in {f.code for f in check_run(run).findings}
 
 
-def test_a_session_that_idled_at_a_change_does_not_undo_it(tmp_path: Path) -> None:
+def test_session_that_idled_at_a_change_does_not_undo_it(tmp_path: Path) -> None:
     other = ONE[:, ::-1]
     with two(tmp_path, scope="local") as writer:
         for step in range(20):
@@ -395,7 +397,7 @@ def experts_of(root: Path, steps: tuple[int, int]) -> list[float]:
     return [e.load for e in layer_report(open_run(root), 0, steps=steps).experts]
 
 
-def test_a_map_of_a_step_that_is_not_recorded_counts_for_those_after(tmp_path: Path) -> None:
+def test_placement_of_a_step_not_recorded_holds_for_later_steps(tmp_path: Path) -> None:
     with two(tmp_path, interval=2) as writer:
         writer.record(0, np.array([[10, 90]]), ONE)
         writer.record(1, np.array([[10, 90]]), OTHER)  # not sampled
@@ -410,7 +412,7 @@ def test_a_map_of_a_step_that_is_not_recorded_counts_for_those_after(tmp_path: P
     assert experts_of(tmp_path / "rejected", (3, 4)) == [90, 10]
 
 
-def test_an_ep_size_of_a_step_that_is_not_recorded_counts_for_those_after(tmp_path: Path) -> None:
+def test_ep_size_of_a_step_not_recorded_holds_for_later_steps(tmp_path: Path) -> None:
     load = np.array([[0, 0, 10, 10]])
     with two(tmp_path, interval=2, ep_size=4, num_logical_experts=4) as writer:
         writer.record(0, load, np.arange(4).reshape(1, 4))
@@ -419,7 +421,7 @@ def test_an_ep_size_of_a_step_that_is_not_recorded_counts_for_those_after(tmp_pa
     assert open_run(tmp_path).loads(steps=(2, 3))["ep_size"].to_list() == [1]
 
 
-def test_placements_go_with_the_session_whose_loads_count(tmp_path: Path) -> None:
+def test_placements_come_from_the_session_whose_loads_count(tmp_path: Path) -> None:
     with two(tmp_path) as writer:
         for step in range(100):
             writer.record(step, np.array([[10, 90]]), ONE if step < 80 else OTHER)
@@ -432,7 +434,7 @@ def test_placements_go_with_the_session_whose_loads_count(tmp_path: Path) -> Non
     assert [r.first_step for r in open_run(tmp_path).history.rearrangements()] == [80]
 
 
-def test_a_refused_repeat_changes_nothing(tmp_path: Path) -> None:
+def test_rejected_repeat_of_a_step_changes_nothing(tmp_path: Path) -> None:
     with two(tmp_path) as writer:
         writer.record(0, np.array([[10, 90]]), ONE)
         writer.skip(step=1)
@@ -440,7 +442,7 @@ def test_a_refused_repeat_changes_nothing(tmp_path: Path) -> None:
     assert open_run(tmp_path).steps()["state"].to_list() == ["recorded", "dummy"]
 
 
-def test_global_sums_of_a_step_are_the_lowest_ranks_that_has_it(tmp_path: Path) -> None:
+def test_global_sums_come_from_the_lowest_rank_that_has_the_step(tmp_path: Path) -> None:
     for rank, steps in ((0, range(5)), (1, range(3, 8))):
         with two(tmp_path, ep_rank=rank) as writer:
             for step in steps:
@@ -449,7 +451,7 @@ def test_global_sums_of_a_step_are_the_lowest_ranks_that_has_it(tmp_path: Path) 
     assert [load[0] for load in frame["load"].to_list()] == [10] * 5 + [11] * 3
 
 
-def test_a_rank_that_idles_since_an_elastic_change_does_not_hide_it(tmp_path: Path) -> None:
+def test_rank_idle_since_an_elastic_change_does_not_hide_the_change(tmp_path: Path) -> None:
     wide = np.array([[0, 1, 0, 1]])
     for rank in range(2):
         with two(tmp_path, scope="local", ep_rank=rank) as writer:
@@ -463,7 +465,7 @@ def test_a_rank_that_idles_since_an_elastic_change_does_not_hide_it(tmp_path: Pa
     assert open_run(tmp_path).info.num_physical_experts == 4
 
 
-def test_an_elastic_stretch_without_a_complete_step_still_separates(tmp_path: Path) -> None:
+def test_configuration_without_a_complete_step_separates_those_around_it(tmp_path: Path) -> None:
     for rank in range(2):
         with two(tmp_path, scope="local", ep_rank=rank) as writer:
             for step in range(30):
@@ -475,7 +477,7 @@ def test_an_elastic_stretch_without_a_complete_step_still_separates(tmp_path: Pa
     assert layer_report(open_run(tmp_path), 0).steps == 10
 
 
-def test_a_steps_state_does_not_depend_on_the_range_asked_for(tmp_path: Path) -> None:
+def test_state_of_a_step_does_not_depend_on_the_range(tmp_path: Path) -> None:
     for rank in range(2):
         with two(tmp_path, scope="local", ep_size=3, num_logical_experts=3, ep_rank=rank) as writer:
             for step in range(10):
@@ -487,7 +489,7 @@ def test_a_steps_state_does_not_depend_on_the_range_asked_for(tmp_path: Path) ->
     assert run.steps()["state"][5] == run.steps(steps=(5, 6))["state"][0] == "incomplete"
 
 
-def test_many_phases_in_one_batch(tmp_path: Path) -> None:
+def test_many_phases_in_one_batch_are_kept(tmp_path: Path) -> None:
     with two(tmp_path, flush_interval=30) as writer:
         for step in range(200):
             writer.record(step, np.array([[1, 2]]), ONE, phase=f"decode-bs{step}")
@@ -496,8 +498,10 @@ def test_many_phases_in_one_batch(tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=15, deadline=None)
-def test_round_trip_of_anything(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Random shapes, gaps, dummies and segment sizes: loads and states come back."""
+def test_random_runs_are_read_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Random shapes, gaps, dummies and segment sizes."""
     root = tmp_path_factory.mktemp("any")
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     ranks, layers = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
@@ -535,8 +539,8 @@ def test_round_trip_of_anything(tmp_path_factory: pytest.TempPathFactory, data: 
 
 
 @pytest.mark.skipif(not ROUTING.exists(), reason="the recorded routing is not beside this checkout")
-def test_real_routing(tmp_path: Path) -> None:
-    """GPT-OSS-20B's own routing, 256 decode steps: figures equal numpy's."""
+def test_figures_of_real_routing_equal_numpy(tmp_path: Path) -> None:
+    """256 decode steps as GPT-OSS-20B routed them."""
     counts = arrays(ROUTING)["counts"]
     placement = np.tile(np.arange(32), (24, 1))
     write(tmp_path, counts, placement, num_logical_experts=32, ep_size=8)
@@ -552,7 +556,7 @@ def test_real_routing(tmp_path: Path) -> None:
     assert check_run(run).ok
 
 
-def test_open_a_part_of_the_dump(recorded: tuple[Path, dict[str, Any]]) -> None:
+def test_any_folder_level_of_a_dump_can_be_opened(recorded: tuple[Path, dict[str, Any]]) -> None:
     path, _ = recorded
     assert open_run(path / "run=r1").info.run_id == "r1"
     one_rank = open_run(path / "run=r1" / "model=org--m" / "rank=00001")
@@ -565,7 +569,7 @@ def test_open_a_part_of_the_dump(recorded: tuple[Path, dict[str, Any]]) -> None:
         os.chdir(here)
 
 
-def test_the_phase_of_a_range_with_one_complete_step_is_that_step_s(tmp_path: Path) -> None:
+def test_range_with_one_complete_step_has_its_phase(tmp_path: Path) -> None:
     for rank, steps in ((0, [4, 5]), (1, [5])):
         with two(tmp_path, scope="local", ep_rank=rank) as writer:
             for step in steps:

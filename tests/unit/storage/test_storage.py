@@ -72,7 +72,7 @@ def remote(dump: Path, s3: S3) -> str:
         ("s3://key:topsecret@b/x", "credentials do not belong"),
     ],
 )
-def test_an_address_that_cannot_be(text: str, words: str) -> None:
+def test_invalid_address_is_a_usage_error(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words.split("'", maxsplit=1)[0]) as error:
         storage_path(text)
     assert "topsecret" not in str(error.value)
@@ -81,7 +81,7 @@ def test_an_address_that_cannot_be(text: str, words: str) -> None:
     assert "topsecret" not in result.stderr
 
 
-def test_an_address_and_its_parts() -> None:
+def test_address_has_the_parts_of_a_path() -> None:
     where = storage_path("s3://bucket//dumps/run=r/?region=eu-west-1&endpoint_override=host:9000")
     assert isinstance(where, Remote)
     assert str(where) == "s3://bucket/dumps/run=r"
@@ -95,7 +95,7 @@ def test_an_address_and_its_parts() -> None:
     assert places.join("dumps", "run=r") == "dumps/run=r"
 
 
-def test_work_on_a_network_is_done_side_by_side_and_in_order() -> None:
+def test_requests_run_concurrently_and_keep_their_order() -> None:
     where, at_once, most = storage_path("s3://b"), 0, 0
 
     def work(item: int) -> int:
@@ -150,7 +150,7 @@ READING = {
 @pytest.mark.parametrize(
     ("name", "run"), [*((name, "r") for name in READING), ("summary", "killed"), ("check", "killed")]
 )
-def test_a_bucket_gives_what_a_folder_gives(
+def test_commands_print_the_same_for_a_bucket_as_for_a_folder(
     name: str, run: str, dump: Path, remote: str, s3: S3, tmp_path: Path
 ) -> None:
     written = []
@@ -177,7 +177,7 @@ def test_a_bucket_gives_what_a_folder_gives(
     assert len(written[0]) == ("TMP" in READING[name] and results[0][0] == 0)
 
 
-def test_compare_with_a_folder(dump: Path, remote: str, s3: S3) -> None:
+def test_compare_a_bucket_with_a_folder(dump: Path, remote: str, s3: S3) -> None:
     mixed = cli("compare", "--run-a", "r", "--run-b", "r", "-o", "json", s3.address(remote), dump)
     local = cli("compare", "--run-a", "r", "--run-b", "r", "-o", "json", dump, dump)
     assert (mixed.returncode, json.loads(mixed.stdout)) == (local.returncode, json.loads(local.stdout))
@@ -186,13 +186,13 @@ def test_compare_with_a_folder(dump: Path, remote: str, s3: S3) -> None:
 
 
 @pytest.mark.parametrize("part", ["/run=r", "/run=r/model=org--moe", "/run=r/model=org--moe/rank=00001"])
-def test_a_part_of_a_dump(part: str, dump: Path, remote: str, s3: S3) -> None:
+def test_any_prefix_level_of_a_dump_can_be_opened(part: str, dump: Path, remote: str, s3: S3) -> None:
     there = cli("summary", "-o", "json", s3.address(remote + part))
     here = cli("summary", "-o", "json", f"{dump}{part}")
     assert (there.returncode, there.stdout) == (here.returncode, here.stdout)
 
 
-def test_postmortem_of_a_prefix_and_a_pattern(dump: Path, s3: S3, tmp_path: Path) -> None:
+def test_postmortem_accepts_a_prefix_and_a_pattern(dump: Path, s3: S3, tmp_path: Path) -> None:
     bucket = s3.bucket()
     for name in ("mon/a", "tue/b", "other/c"):
         s3.put(dump, f"{bucket}/dumps/{name}")
@@ -224,7 +224,7 @@ def test_postmortem_of_a_prefix_and_a_pattern(dump: Path, s3: S3, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", ["seal", "watch"])
-def test_what_writes_or_waits_needs_a_folder(command: str, remote: str, s3: S3) -> None:
+def test_commands_that_write_or_follow_need_a_folder(command: str, remote: str, s3: S3) -> None:
     arguments = ["--once"] if command == "watch" else []
     one_error(cli(command, *arguments, s3.address(remote)), 2, f"`{command}` needs a folder", "`copy`")
 
@@ -233,16 +233,16 @@ def test_what_writes_or_waits_needs_a_folder(command: str, remote: str, s3: S3) 
     "command",
     ["compact --to s3://b/x DUMP", "import DUMP --into s3://b/x", "postmortem --save s3://b/x DUMP"],
 )
-def test_what_is_written_into_a_folder_only(
+def test_output_goes_to_folders_only(
     command: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not into one here that is called ``s3:``."""
+    """No local folder named ``s3:`` is created either."""
     monkeypatch.chdir(tmp_path)
     one_error(cli(*command.replace("DUMP", str(dump)).split()), 2, "s3://b/x", "needs a folder")
     assert not [*tmp_path.iterdir()]
 
 
-def test_from_the_environment(dump: Path, remote: str, s3: S3) -> None:
+def test_dump_and_endpoint_come_from_the_environment(dump: Path, remote: str, s3: S3) -> None:
     variables = {"EXPERT_LOAD_DUMP_DIR": f"s3://{remote}", "AWS_ENDPOINT_URL": s3.endpoint}
     assert cli("summary", env=variables).stdout == cli("summary", dump).stdout
 
@@ -266,7 +266,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> tuple[Path, str]:
     return root, s3.put(root)
 
 
-def test_a_step_of_a_layer_is_a_small_part(large: tuple[Path, str], s3: S3) -> None:
+def test_layer_at_one_step_reads_a_small_part_of_the_run(large: tuple[Path, str], s3: S3) -> None:
     root, path = large
     size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     assert size > 12 << 20
@@ -280,7 +280,7 @@ def test_a_step_of_a_layer_is_a_small_part(large: tuple[Path, str], s3: S3) -> N
     assert sum(read["requests"].values()) <= 16
 
 
-def test_a_summary_leaves_the_loads_where_they_are(large: tuple[Path, str], s3: S3) -> None:
+def test_summary_does_not_read_the_loads(large: tuple[Path, str], s3: S3) -> None:
     root, path = large
     loads = sum(file.stat().st_size for file in root.rglob("loads-*"))
     s3.count()
@@ -288,7 +288,7 @@ def test_a_summary_leaves_the_loads_where_they_are(large: tuple[Path, str], s3: 
     assert s3.count()["bytes"] < loads / 2
 
 
-def test_a_run_is_listed_alone_where_it_is_named(dump: Path, s3: S3) -> None:
+def test_named_run_is_listed_alone(dump: Path, s3: S3) -> None:
     path = s3.put(dump)
     for number in range(5):
         s3.put(dump / "run=r", f"{path}/run=other{number}")  # unreadable ones: of another id
@@ -307,7 +307,7 @@ def test_a_run_is_listed_alone_where_it_is_named(dump: Path, s3: S3) -> None:
 # ---- what can go wrong
 
 
-def test_nothing_there(remote: str, s3: S3) -> None:
+def test_missing_prefix_is_an_error(remote: str, s3: S3) -> None:
     bucket = remote.split("/", maxsplit=1)[0]
     one_error(
         cli("summary", s3.address("no-such-bucket-of-ours/x")),
@@ -324,12 +324,12 @@ def test_nothing_there(remote: str, s3: S3) -> None:
     assert result.stdout.count("broken") >= 2
 
 
-def test_wrong_credentials(remote: str, s3: S3) -> None:
+def test_wrong_credentials_are_an_error(remote: str, s3: S3) -> None:
     with s3.strict():
         one_error(cli("summary", s3.address(remote)), 3, f"s3://{remote}", "access denied", "credentials")
 
 
-def test_a_server_that_is_not_there(remote: str) -> None:
+def test_unreachable_server_is_an_error(remote: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -346,7 +346,7 @@ def test_a_server_that_is_not_there(remote: str) -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["session.json", "manifest.frames", "steps-000001", "loads-000001"])
-def test_a_server_that_fails_is_no_damage(
+def test_failing_server_is_not_reported_as_damage(
     key: str, faults: dict[str, Any], words: list[str], remote: str, s3: S3
 ) -> None:
     """One line, no figures without what could not be read, and no more than three attempts each."""
@@ -360,7 +360,7 @@ def test_a_server_that_fails_is_no_damage(
 
 @pytest.mark.parametrize("faults", [{"status": 503}, {"cut": 100, "method": "GET"}, {"delay": 1.0}])
 @pytest.mark.parametrize("key", ["manifest.frames", "loads-000001"])
-def test_a_fault_that_passes_is_not_noticed(
+def test_transient_fault_is_retried(
     key: str, faults: dict[str, Any], dump: Path, remote: str, s3: S3
 ) -> None:
     with s3.failing(key=key, times=1, **faults):
@@ -369,7 +369,7 @@ def test_a_fault_that_passes_is_not_noticed(
     assert result.stdout == cli("summary", "--run", "r", dump).stdout
 
 
-def test_a_server_that_does_not_answer(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_does_not_answer_times_out(remote: str, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_, "ANSWER_SECONDS", 1.0)
     with (
         s3.failing(key="manifest.frames", delay=4.0),
@@ -402,15 +402,15 @@ def spoiled(dump: Path, s3: S3, name: str, change: Any) -> tuple[str, Path]:
     ],
     ids=["gone", "cut short", "flipped bit", "flipped bit in the footer"],
 )
-def test_a_damaged_object_is_damage(change: Any, words: str, dump: Path, s3: S3) -> None:
+def test_damaged_object_is_reported_as_damage(change: Any, words: str, dump: Path, s3: S3) -> None:
     path, _ = spoiled(dump, s3, "loads-000001.parquet", change)
     result = cli("layer", "1", "--run", "r", "-o", "json", s3.address(path))
     one_error(result, 3, "loads-000001.parquet", words)
     assert json.loads(result.stdout)["steps"] == 24
 
 
-def test_an_object_that_goes_while_it_is_read(dump: Path, remote: str, s3: S3) -> None:
-    """It was listed, and is not there when it is opened, or when it is read."""
+def test_object_deleted_while_it_is_read_is_reported(dump: Path, remote: str, s3: S3) -> None:
+    """It is listed, but gone when it is opened or read."""
     for faults in ({"method": "HEAD"}, {"method": "GET"}):
         with s3.failing(key="loads-000001", status=404, **faults):
             result = cli("layer", "1", "--run", "r", "-o", "json", s3.address(remote))
@@ -423,7 +423,7 @@ def test_an_object_that_goes_while_it_is_read(dump: Path, remote: str, s3: S3) -
     assert "it is listed, but not there" in result.stderr
 
 
-def test_names_in_a_bucket_cannot_steer_the_terminal(dump: Path, s3: S3) -> None:
+def test_object_names_cannot_control_the_terminal(dump: Path, s3: S3) -> None:
     path = s3.put(dump / "run=r", f"{s3.bucket()}/run=r")
     files = s3.files()
     rank = next(name for name in s3.get(path) if name.endswith("session.json")).rsplit("/", 1)[0]
@@ -461,7 +461,7 @@ def gcs(dump: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", ["summary", "layer of a step", "check"])
-def test_google_cloud_storage(name: str, dump: Path, gcs: str) -> None:
+def test_commands_read_google_cloud_storage(name: str, dump: Path, gcs: str) -> None:
     there = cli(*READING[name].split(), "--run", "r", "-o", "json", gcs.format("bucket/dumps"))
     here = cli(*READING[name].split(), "--run", "r", "-o", "json", dump)
     assert (there.returncode, there.stdout, there.stderr) == (here.returncode, here.stdout, here.stderr)
@@ -477,6 +477,6 @@ def test_copy_to_and_from_google_cloud_storage(dump: Path, gcs: str, tmp_path: P
             assert (tmp_path / "back" / file.relative_to(dump)).read_bytes() == file.read_bytes()
 
 
-def test_nothing_there_in_google_cloud_storage(gcs: str) -> None:
+def test_missing_prefix_in_google_cloud_storage_is_an_error(gcs: str) -> None:
     one_error(cli("summary", gcs.format("no-such-bucket/x")), 3, "no such bucket")
     one_error(cli("summary", gcs.format("bucket/x")), 3, "nothing is there")
