@@ -63,7 +63,7 @@ def check_run(run: Run) -> CheckReport:
 
 
 def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
-    """Read all loads: checksums, sums per rank, conservation, loads in empty slots."""
+    """Read all loads: verify checksums, sums per rank, conservation and empty slots."""
     steps = Completeness()
     bad_sums: list[int] = []
     unequal: list[int] = []
@@ -199,7 +199,7 @@ def _check_recorded(run: Run) -> list[Finding]:
 
 
 def _check_clocks(run: Run) -> list[Finding]:
-    """Ranks take a step together: where their clocks say otherwise, a clock or the run is not one."""
+    """Ranks take a step together. If their times differ, a clock is wrong or these are several runs."""
     sampled: dict[int, list[tuple[int, float]]] = {}
     for number, session in enumerate(run.sessions):
         offset = session.info.created_unix_ns - session.info.created_monotonic_ns

@@ -1,4 +1,4 @@
-"""The figures of `compare`: whether two runs can be compared at all, and which is better beyond chance."""
+"""The figures of `compare`: whether two runs are comparable, and whether one is significantly better."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int64, Shape
 
-#: Mean tokens a step that differ by more than this factor are another workload.
+#: Runs whose mean tokens per step differ by more than this factor have different workloads.
 TOKEN_FACTOR = 1.25
 #: Routing that differs by less is the same workload, whatever the runs' own drift.
 SMALL_DISTANCE = 0.05
-#: What a step and layer adds to the sums that figures are ratios of: columns of :class:`_Reading`'s terms.
+#: The terms of one step and layer, of whose sums the figures are ratios: columns of ``_Reading.terms``.
 RATIO, ACTIVE, MEAN, MAXIMUM = range(4)
 
 Verdict = Literal["better", "worse", "no difference beyond chance", "not comparable"]
@@ -32,7 +32,7 @@ Verdict = Literal["better", "worse", "no difference beyond chance", "not compara
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of both runs, and B − A with its confidence interval; None where it cannot be given."""
+    """A figure of both runs, and B − A with its confidence interval; None if it is not known."""
 
     a: float | None
     b: float | None
@@ -65,7 +65,7 @@ class Side(Report):
 
     info: RunInfo
     steps: Completeness
-    #: Mean tokens routed in a layer in a step: tokens × top-k.
+    #: Mean tokens routed per layer and step: tokens × top-k.
     tokens_per_step: float | None
     rearrangements: int
 
@@ -87,7 +87,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Setting:
-    """Something that was set differently."""
+    """A setting that differs."""
 
     name: str
     a: Any
@@ -99,7 +99,7 @@ class Comparison(Report):
     a: Side
     b: Side
     verdict: Verdict
-    #: Why they cannot be compared at all, and what to bear in mind where they can.
+    #: Why they are not comparable; and if they are, what limits the comparison.
     reasons: list[str]
     warnings: list[str]
     balancedness: Difference | None
@@ -171,7 +171,7 @@ def _read(run: Run, steps: tuple[int, int] | None) -> _Reading:
 
 
 class _Reading:
-    """What one pass over a run leaves.
+    """The sums of one pass over a run.
 
     Attributes:
         terms: float64 ``[rows, layers + 1, 4]``, the last of the layers being the whole model; a row is
@@ -242,7 +242,7 @@ def _differences(a: formulas.Float64, b: formulas.Float64) -> tuple[Difference, 
 
 
 def _reasons(a: _Reading, b: _Reading) -> Iterator[str]:
-    """Why the figures of two runs have nothing to do with each other."""
+    """Why two runs are not comparable."""
     one, other = a.run.info, b.run.info
     if one.model != other.model:
         yield f"another model: {one.model} and {other.model}"
@@ -261,7 +261,7 @@ def _layers(info: RunInfo) -> str:
 
 
 def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Routing) -> Iterator[str]:
-    """What else may be the cause of a difference, or hide one."""
+    """Other possible causes of a difference, or of none."""
     one, other = a.run.info, b.run.info
     if one.ep_size != other.ep_size:
         yield f"EP size {one.ep_size} and {other.ep_size}: fewer ranks are easier to balance"
@@ -300,7 +300,7 @@ def _distance(a: Int64, b: Int64) -> float | None:
 
 
 def _settings(a: Run, b: Run) -> list[Setting]:
-    """What the sessions say of themselves and of their engines, where it differs."""
+    """Settings in which the sessions or their engines differ."""
     one, other = _stated(a), _stated(b)
     names = [*one, *(name for name in other if name not in one)]
     pairs = ((name, one.get(name), other.get(name)) for name in names)

@@ -31,7 +31,7 @@ class ExpertWindows:
         return max(1, experts // HOT_SET)
 
     def add(self, load: Int64, first: int, last: int, steps: int) -> None:
-        """Add logical loads ``[layers, experts]`` of so many steps, which end no later than the window."""
+        """Add logical loads ``[layers, experts]`` summed over ``steps`` steps, all in the open window."""
         if self._open is None:
             self._open, self._first = np.zeros_like(load), first
             if not self.count:
@@ -46,7 +46,7 @@ class ExpertWindows:
             self._close(self._open)
 
     def finish(self) -> None:
-        """Close the last window; less than half a one would say little, so it counts only if alone."""
+        """Close the last window. Less than half a window is dropped, unless it is the only one."""
         if self._open is not None and (2 * self.filled >= self.size or not self.count):
             self._close(self._open)
 
@@ -66,9 +66,9 @@ class ExpertWindows:
         self._open, self.filled = None, 0
 
     def _compare(self, load: Int64) -> None:
-        """Compare this window's hot sets with those of windows before."""
+        """Compare this window's hot sets with those of earlier windows."""
         experts = load.shape[1]
-        # Of experts with equal loads the lower comes first, so that the set is always the same one.
+        # Experts with equal loads are ordered by number, so the set is deterministic.
         order = load * experts + np.arange(experts)[::-1]
         cut = experts - self.hot_set(experts)
         hottest = (order >= np.partition(order, cut, axis=1)[:, cut, None]) & (load > 0)
@@ -88,7 +88,7 @@ class ExpertWindows:
 
     @property
     def burstiness(self) -> npt.NDArray[np.float64]:
-        """Standard deviation over mean of the shares; NaN where there is nothing to compare."""
+        """Standard deviation over mean of the shares; NaN with fewer than two windows with tokens."""
         n = np.maximum(self.with_tokens, 1)
         mean = self._sum / n
         variance = np.maximum(self._squares / n - mean**2, 0)

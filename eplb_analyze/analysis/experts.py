@@ -29,19 +29,19 @@ from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import EMPTY_SLOT
 
 WINDOW, HOT_FACTOR = 100, 2.0
-#: Hot in this share of the windows is called always hot.
+#: An expert that is hot in this share of the windows is always hot.
 ALWAYS = 0.9
-#: With fewer tokens an expert and window, twice the mean is often chance.
+#: With fewer tokens per expert and window, twice the mean is often random.
 FEW_TOKENS = 30
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a layer's hot set is the same ``lag`` windows later, on average."""
+    """The mean share of a layer's hot set that is still in it ``lag`` windows later."""
 
     lag: int
     overlap: float
-    #: Pairs of windows and layers that this is the mean of.
+    #: The number of (layer, pair of windows) averaged.
     pairs: int
 
 
@@ -50,7 +50,7 @@ class ExpertReport(RunReport):
     """``experts`` has a row a layer and logical expert; docs/cli.md describes its columns."""
 
     layer: int | None
-    #: Of all steps asked for; the figures are over the complete ones from first_step to last_step.
+    #: All requested steps; the figures are over the complete ones from first_step to last_step.
     steps: Completeness
     first_step: int
     last_step: int
@@ -69,7 +69,7 @@ class ExpertReport(RunReport):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many experts are what."""
+        """How many experts have each verdict and flag."""
         frame = self.experts
         verdicts = {v: int((frame["verdict"] == v).sum()) for v in ("always", "bursts", "never")}
         flags = ("cold", "dead", "under_replicated", "over_replicated", "replicas_on_one_rank")
@@ -222,7 +222,7 @@ class _Loads(Sums):
                 layers = range(first - self.layers.start, last - self.layers.start)
                 self._add_layers(layers, block.recorded, bounds, pieces, out)
 
-        # Layers have nothing to do with each other, so threads can share them.
+        # Layers are independent, so threads can share them.
         for _ in ordered_map(work, split_range(self.layers.start, self.layers.stop)):
             pass
         return out
@@ -310,7 +310,7 @@ def _add_between(out: Int64, values: Int32, there: Int64, cuts: npt.NDArray[np.i
     """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
     start, stop = int(there[0]), int(there[-1]) + 1
     rows = values[start:stop] if stop - start == len(there) else values[there]
-    # Twice as fast where no sum can overflow, which is nearly always.
+    # Twice as fast if no sum can overflow, which is nearly always the case.
     narrow = int(rows.max()) * len(rows) < 2**31
     for i, (low, high) in enumerate(itertools.pairwise(cuts)):
         if high > low:

@@ -1,4 +1,4 @@
-"""The figures of `layer`: what each rank, slot and expert of one layer got in a step or range."""
+"""The figures of `layer`: the load of each rank, slot and expert of one layer in a step or range."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RankLoad:
 
 @dataclass(frozen=True)
 class SlotLoad:
-    """A physical expert. ``logical`` is -1 in an empty slot, None where no placement is known."""
+    """A physical expert. ``logical`` is -1 in an empty slot, None if no placement is known."""
 
     physical: int
     rank: int
@@ -55,7 +55,7 @@ class LayerReport(RunReport):
     last_step: int
     #: How many steps the loads are summed over.
     steps: int
-    #: False: of a single step that lacks ranks; what is there is a part of it.
+    #: False for a single step that lacks ranks: its loads are partial.
     complete: bool
     missing_ranks: list[int]
     balancedness: float | None

@@ -1,4 +1,4 @@
-"""The figures of `placement`: who is where at a step, and what changed since another."""
+"""The figures of `placement`: which expert is in which slot at a step, and what changed since another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eplb_dump.format.schema import EMPTY_SLOT
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """The placement of one layer, and what stands out in it."""
+    """The placement of one layer, and its replicas."""
 
     layer: int
     #: The step from which it is in force.
@@ -41,7 +41,7 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class RankChange:
-    """The logical experts that a rank holds and did not before, and the other way round."""
+    """The logical experts that a rank gained and lost."""
 
     rank: int
     experts_in: list[int]
@@ -52,9 +52,9 @@ class RankChange:
 class LayerChange:
     layer: int
     slots_changed: int
-    #: Expert weights that had to come to a rank that did not hold them.
+    #: Expert weights that a rank had to fetch because it did not hold them.
     experts_crossed_ranks: int
-    #: Those that no rank of its node held; None where nodes are not known.
+    #: Weights that no rank of the node held; None if nodes are not known.
     experts_crossed_nodes: int | None
     #: The ranks whose experts changed.
     ranks: list[RankChange]
@@ -66,7 +66,7 @@ class PlacementReport(RunReport):
     #: The step that ``changes`` are since.
     against: int | None
     layers: list[LayerPlacement]
-    #: Of the layers that changed; None without a step to compare with.
+    #: The layers that changed; None without a step to compare with.
     changes: list[LayerChange] | None
     notes: list[str] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ class PlacementReport(RunReport):
 def placement_report(
     run: Run, step: int | None = None, against: int | None = None, layer: int | None = None
 ) -> PlacementReport:
-    """Who is where at a step (default: the last), and what changed since the step ``against``.
+    """The placement at a step (default: the last), and what changed since the step ``against``.
 
     Args:
         layer: the model's number of a layer; default all.

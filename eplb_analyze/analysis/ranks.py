@@ -30,12 +30,12 @@ class Straggler:
     #: Its EP ranks: the one, or those of the node.
     ranks: list[int]
     load: float
-    #: Load of one of its ranks over that of the mean rank.
+    #: The mean load of its ranks over that of all ranks.
     times_mean: float | None
     #: In how many active (step, layer) it, or a rank of the node, was the slowest.
     slowest: int
     slowest_share: float | None
-    #: Σ (max − mean) over these: the tokens that all ranks waited for because of it.
+    #: Σ (max − mean) over these: the tokens for which all ranks waited.
     excess_tokens: float
     #: Of all loss.
     excess_share: float | None
@@ -56,15 +56,15 @@ class RankReport(RunReport):
     steps: Completeness
     first_step: int
     last_step: int
-    #: How many complete steps the figures are over.
+    #: The number of complete steps that the figures are over.
     recorded: int
-    #: (step, layer) with a token.
+    #: The number of (step, layer) with tokens.
     active: int
     #: Σ (max − mean) over (step, layer).
     loss_tokens: float
     idle_fraction: float | None
     ranks: list[Straggler]
-    #: Empty where the dump does not say how many ranks a node has.
+    #: Empty if the dump does not say how many ranks a node has.
     nodes: list[Straggler]
     layers: list[LayerHeat]
     notes: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ def _named(straggler: Straggler, name: str) -> dict[str, Any]:
 
 
 class _RankSums(Sums):
-    """Of one configuration: the loads, and how often which rank was the slowest."""
+    """Sums of one configuration: the loads, and how often each rank was the slowest and at what cost."""
 
     def __init__(self, run: Run, shape: Shape) -> None:
         super().__init__(shape)
@@ -149,7 +149,7 @@ def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | 
 
 
 def require_nodes(run: Run) -> None:
-    """Raise NotInDumpError where the dump does not say how many ranks a node has."""
+    """Raise NotInDumpError if the dump does not say how many ranks a node has."""
     if run.info.ranks_per_node is None:
         raise NotInDumpError(
             f"{run.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"

@@ -22,7 +22,7 @@ from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 
-#: Steps before and after, where the neighbour rearrangements are not nearer.
+#: Steps before and after, unless a neighboring rearrangement is nearer.
 WINDOW = 1000
 #: The gain at first is a mean of this many steps, and it is gone when most of so many are below half of it.
 SMOOTHING = 50
@@ -83,7 +83,7 @@ class RearrangementFigures:
 @dataclass(frozen=True)
 class RearrangementReport(RunReport):
     steps: Completeness
-    #: At most so many steps before and after.
+    #: The most steps before and after.
     window: int
     confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
     rearrangements: list[RearrangementFigures]
@@ -191,7 +191,7 @@ class _Change:
         sizes = [first.ep_sizes[first.index_at(s)] for s in (this.first_step - 1, this.last_step)]
         self.shapes = [Shape(s, layers, len(p)) for s, p in zip(sizes, self.changed[0], strict=True)]
         self.elastic = self.shapes[0] != self.shapes[1]
-        #: Why nothing can be predicted, and the loads of both sides to be spread, where it can.
+        #: Why nothing can be predicted; and if it can, the loads of both sides to spread.
         self.reason: str | None = None
         self.folds: list[_Fold] = []
         known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
@@ -281,7 +281,7 @@ def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
                     T = load[part.start - start : part.stop - start] @ way
                     ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis])
 
-    # Layers have nothing to do with each other, so threads can share them.
+    # Layers are independent, so threads can share them.
     for _ in ordered_map(work, split_range(0, here[0][0].shape.num_moe_layers)):
         pass
     for fold, _, ratio in here:

@@ -22,11 +22,11 @@ DEFAULT_BINS = 100
 
 @dataclass(frozen=True)
 class Bin:
-    """A range of steps; the figures are None where none of them is complete and active."""
+    """A range of steps; the figures are None if none of them is complete and active."""
 
     first_step: int
     last_step: int
-    #: How many steps the figures are over.
+    #: The number of steps that the figures are over.
     steps: int
     mean: float | None
     min: float | None
@@ -46,7 +46,7 @@ class Stretch:
 @dataclass(frozen=True)
 class Timeline(RunReport):
     formula: str
-    #: The model's number of the only layer looked at, None: all.
+    #: The model's number of the layer; None for all layers.
     layer: int | None
     steps: Completeness
     mean: float | None
@@ -59,7 +59,7 @@ class Timeline(RunReport):
     notes: list[str] = field(default_factory=list)
 
     def frame(self) -> pl.DataFrame:
-        """One row a bin: first_step, last_step, steps, mean, min, max."""
+        """One row per bin: first_step, last_step, steps, mean, min, max."""
         schema = dict.fromkeys(("first_step", "last_step", "steps"), pl.Int64)
         schema |= dict.fromkeys(("mean", "min", "max"), pl.Float64)  # type: ignore[arg-type]
         return pl.DataFrame(list(map(asdict, self.bins)), schema=schema)
@@ -106,7 +106,7 @@ def timeline(
 
     Args:
         formula: a name of :data:`eplb_analyze.metrics.formulas.FORMULAS`, or ``"idle_fraction"``.
-        bins: how many; where there are fewer steps, each is a bin.
+        bins: how many; with fewer steps, each step is a bin.
         layer: the model's number of a layer, to look at it alone.
         steps: a half-open range.
 

@@ -1,4 +1,4 @@
-"""The figures of `traffic`: from which rank to which rank, and node, the tokens went.
+"""The figures of `traffic`: tokens by source and destination, rank or node.
 
 With scope local a rank's file holds what that rank contributed to the load of every rank: a row of
 the matrix. Only the sums per rank are read, not single experts.
@@ -21,14 +21,14 @@ from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope
 
-#: So many of the busiest pairs are in the JSON document.
+#: The number of busiest pairs in the JSON document.
 PAIRS = 10
 By = Literal["rank", "node"]
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of the tokens by how far they go; None where it is not known, or there are none."""
+    """Shares of the tokens by how far they go; None if not known, or if there are no tokens."""
 
     same_rank: float | None
     #: To another rank of the same node.
@@ -42,13 +42,13 @@ class Pair:
     destination: int
     tokens: int
     share: float
-    #: Over the mean of the pairs of different ranks (or nodes).
+    #: Over the mean of all pairs of two different ranks (or nodes).
     times_mean: float
 
 
 @dataclass(frozen=True)
 class Receiver:
-    """What a rank (or node) gets, and how much of it from others."""
+    """The tokens that a rank (or node) receives, and how many come from others."""
 
     destination: int
     tokens: int
@@ -70,7 +70,7 @@ class TrafficReport(RunReport):
     by: By
     ep_size: int
     ranks_per_node: int | None
-    #: Of all steps asked for; the figures are over the complete ones from first_step to last_step.
+    #: All requested steps; the figures are over the complete ones from first_step to last_step.
     steps: Completeness
     first_step: int
     last_step: int

@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 #: Fixed, so that the same dump always gives the same interval.
 SEED = 39178
-#: With fewer steps an interval says nothing.
+#: With fewer steps an interval is meaningless.
 MIN_STEPS = 8
 #: A difference below this is rounding.
 ROUNDING = 1e-9
@@ -112,7 +112,7 @@ def _block_sums(values: Float64, length: int) -> Float64:
 
 
 def difference(a: Ratio, b: Ratio) -> Interval | None:
-    """``b`` − ``a``, each resampled by itself; None where one has too few steps, or nothing in them."""
+    """``b`` − ``a``, each resampled on its own; None if one has too few steps, or no tokens in them."""
     if min(len(a.numerator), len(b.numerator)) < MIN_STEPS or a.value is None or b.value is None:
         return None
     rng = np.random.default_rng(SEED)

@@ -19,19 +19,19 @@ Float64 = npt.NDArray[np.float64]
 
 
 class Terms:
-    """What the formulas need of ``T``, which can be added a few layers at a time.
+    """The reductions of ``T`` that the formulas share; layers can be added a few at a time.
 
     Attributes:
         mean, maximum: float64 ``[steps, layers]``, over EP ranks.
         uneven: bool ``[steps, layers]``: the ranks got different numbers of tokens.
-        slowest: intp ``[steps, layers]``, the EP rank with most tokens, of equals the first.
+        slowest: intp ``[steps, layers]``, the EP rank with the most tokens, the first of equal ones.
         rank_mean, rank_maximum: float64 ``[steps, ep_ranks]``, over layers.
     """
 
     _PER_STEP = ("mean", "maximum", "uneven", "slowest", "_rank_total", "_rank_highest")
 
     def __init__(self, steps: int, layers: int, ranks: int, per_token: int = 1) -> None:
-        """``per_token``: how often each token is counted."""
+        """``per_token``: how often the engine counts each token (token replication)."""
         self._layers, self._per_token = layers, per_token
         self.mean: Float64 = np.zeros((steps, layers))
         self.maximum: Float64 = np.zeros((steps, layers))
@@ -63,14 +63,14 @@ class Terms:
 
     @classmethod
     def concat(cls, parts: Sequence[Terms]) -> Terms:
-        """Of one step after another; the parts, at least one, are of one shape."""
+        """The terms of consecutive parts, at least one, all of one shape."""
         joined = cls(0, parts[0]._layers, 0, parts[0]._per_token)
         for name in cls._PER_STEP:
             setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
         return joined
 
     def select(self, steps: npt.NDArray[Any]) -> Terms:
-        """Of some of the steps: an index, or a mask."""
+        """The terms of some steps: an index or a mask."""
         chosen = Terms(0, self._layers, 0, self._per_token)
         for name in self._PER_STEP:
             setattr(chosen, name, getattr(self, name)[steps])
@@ -112,7 +112,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Formula:
-    """A formula with what a reader needs to trust it."""
+    """A formula, its source and its direction."""
 
     name: str
     text: str
@@ -128,7 +128,7 @@ class Formula:
 
 
 def _mean_over_active(values: Float64, active: npt.NDArray[np.bool_]) -> Float64:
-    """Mean over layers ``[steps, layers]`` that are active; NaN where none is."""
+    """Mean over active layers of values ``[steps, layers]``; NaN for steps without one."""
     total: Float64 = np.where(active, values, 0.0).sum(axis=1)
     return _ratio(total, active.sum(axis=1).astype(np.float64))
 
@@ -258,7 +258,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Float64, steps: npt.NDArray[np.int64]) -> Spread:
-        """Over the steps with an active layer; all None where there is none."""
+        """Over the steps with an active layer; all None if there is none."""
         known = ~np.isnan(values)
         values, steps = values[known], steps[known]
         if not len(values):

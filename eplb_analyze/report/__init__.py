@@ -1,5 +1,5 @@
-"""The report: one HTML file that works offline, from the figures of the other commands.
+"""One HTML file that works offline, from the figures of the other commands.
 
-``words`` says them in sentences, ``loads`` sums loads over bins of time, ``document`` puts all of it
-into one JSON document, ``page`` lays that into the template, ``writing`` makes the file.
+``bins`` sums loads over bins of time, ``sentences`` puts figures into words, ``document`` joins both into one
+JSON document, ``page`` embeds it in the template, and ``write`` makes the file.
 """

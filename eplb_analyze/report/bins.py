@@ -24,7 +24,7 @@ from eplb_analyze.reader.placements import LayerHistory, fold
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int32, Int64, Shape
 
-#: A run's time is cut into at most so many bins.
+#: The most bins that a run is divided into.
 MAX_BINS = 128
 #: Packed arrays take at most so many bytes (a third more in base64), whatever the run: with the rest
 #: a report stays below 8 MB.
@@ -36,7 +36,7 @@ NO_EXPERT = 2**16 - 1
 
 
 def bins_that_fit(run: Run) -> int:
-    """So many bins of time that the packed arrays stay within ``MAX_BYTES``, at most ``MAX_BINS``."""
+    """The largest number of bins, up to ``MAX_BINS``, whose packed arrays fit in ``MAX_BYTES``."""
     shapes = {s.shape for session in run.sessions for s in session.segments if s.shape is not None}
     layers = max((shape.num_moe_layers for shape in shapes), default=1)
     slots = max((shape.num_physical_experts for shape in shapes), default=1)
@@ -75,7 +75,7 @@ class LoadBins(Sums):
         }
 
     def _changed(self, history: LayerHistory) -> set[int]:
-        """The bins within which a placement came into force: not with their first step."""
+        """The bins with a change of placement after their first step."""
         steps = np.array([s for s in history.steps if self.edges[0] < s < self.edges[-1]], np.int64)
         return set(self._bin(steps[~np.isin(steps, self.edges)]).tolist())
 
@@ -83,7 +83,7 @@ class LoadBins(Sums):
         return np.searchsorted(self.edges, steps, side="right") - 1
 
     def placement(self, b: int, layer: int) -> Int32 | None:
-        """Who was in the slots of a layer at the end of a bin, None where that is not known."""
+        """The placement of a layer at the end of a bin; None if it is not known."""
         slots = self.histories[layer].at(int(self.edges[b + 1]) - 1)
         return slots if slots is not None and len(slots) == self.shape.num_physical_experts else None
 
@@ -100,14 +100,14 @@ class LoadBins(Sums):
             for low, high, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
                 self._add_layers(range(low, high), steps, bins, pieces)
 
-        # Layers have nothing to do with each other, so threads can share them.
+        # Layers are independent, so threads can share them.
         for _ in ordered_map(work, split_range(0, self.shape.num_moe_layers)):
             pass
 
     def _add_layers(
         self, layers: range, steps: Int64, bins: npt.NDArray[np.intp], pieces: Iterator[Piece]
     ) -> None:
-        """Add some layers' loads, cut where a bin begins or the layer's placement changes."""
+        """Add some layers' loads, cut where a bin starts or the layer's placement changes."""
         starts = np.flatnonzero(np.diff(bins, prepend=-1)).tolist()
         stretches = [list(self.histories[layer].periods(steps)) for layer in layers]
         edges = [sorted({*starts, *(part.start for part, _ in found), len(steps)}) for found in stretches]

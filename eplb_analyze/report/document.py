@@ -150,12 +150,12 @@ def _redacted(finding: Finding) -> dict[str, str]:
 
 
 def _figures(document: dict[str, Any]) -> dict[str, Any]:
-    """A command's document without what the report says once for all."""
+    """A command's document without the parts that the report shows only once."""
     return {key: value for key, value in document.items() if key not in ("run", "steps", "notes")}
 
 
 def _experts(run: Run, steps: tuple[int, int] | None) -> ExpertReport | None:
-    """None where no load has an expert's name, because no placement is known."""
+    """None if no placement is known, so that loads cannot be attributed to experts."""
     try:
         return expert_report(run, steps=steps)
     except DumpError:

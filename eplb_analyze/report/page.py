@@ -16,7 +16,7 @@ from typing import Any
 
 from eplb_analyze.json_report import as_json
 
-#: In the order in which they run; docs/report.md says where the first comes from.
+#: In execution order; docs/report.md gives the source of the first.
 SCRIPTS = ("echarts.min.js", "loads.js", "charts.js", "page.js")
 
 

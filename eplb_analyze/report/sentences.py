@@ -27,7 +27,7 @@ def shape(info: RunInfo) -> str:
 
 
 def began(info: RunInfo) -> str | None:
-    """None where an imported run does not say."""
+    """None if an imported run has no time."""
     if not info.timed:
         return None
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
@@ -92,7 +92,7 @@ def _costliest(summary: Summary) -> str:
 
 
 def _last_configuration(summary: Summary) -> str:
-    """The steps that losses and hot experts are of, where these are not all."""
+    """The steps that losses and hot experts are over, if not all."""
     last = summary.last_configuration_steps
     return _steps(*last) if last is not None and len(summary.configurations) > 1 else ""
 
@@ -136,7 +136,7 @@ def tells_bursts(report: ExpertReport) -> bool:
 
 
 def expert_notes(report: ExpertReport) -> list[str]:
-    """Notes of `experts`, whose option a report lacks; those on bursts only where it tells of them."""
+    """Notes of `experts` without its option names; those on bursts only if the report mentions bursts."""
     option, bursts = "--window", tells_bursts(report)
     return [
         note.replace(option, f"{option} of `experts`")
@@ -163,7 +163,7 @@ def _changes(report: RearrangementReport, acted: bool | None, not_due: str | Non
         if acted is None:
             return "When placements changed is not known, so no rearrangement is."
         if acted is False:
-            return not_due or ""  # in capitals at the top, where it was due
+            return not_due or ""  # shown in capitals at the top if one was due
         return "There is no rearrangement in these steps."
     verdicts = Counter(row.verdict for row in rows).most_common()
     told = ", ".join(f"{count:,} {_VERDICTS[verdict]}" for verdict, count in verdicts)
@@ -176,7 +176,7 @@ def _changes(report: RearrangementReport, acted: bool | None, not_due: str | Non
 
 
 _BURSTS = "always hot, in bursts"
-#: Name, formula, meaning: in the words of docs/metrics.md, where the sources are.
+#: Name, formula, meaning, as in docs/metrics.md, which has the sources.
 _MEANINGS = (
     (
         "balancedness",
@@ -248,7 +248,7 @@ _MEANINGS = (
 
 
 def meanings(*, bursts: bool) -> list[dict[str, str]]:
-    """What each figure means: ``name``, ``formula``, ``text``; of bursts only where they are told of."""
+    """What each figure means: ``name``, ``formula``, ``text``; bursts only if the report mentions them."""
     return [
         {"name": name, "formula": formula, "text": text}
         for name, formula, text in _MEANINGS

@@ -22,7 +22,7 @@ class WrittenReport(RunReport):
     redacted: bool
     #: Of all steps asked for.
     steps: Completeness
-    #: Of time, that the page's reader can choose from; 0 where no step is complete.
+    #: Bins of time that the reader of the page can select; 0 if no step is complete.
     bins: int
 
 
