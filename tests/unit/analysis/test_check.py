@@ -34,13 +34,13 @@ def record(folder: Path, rank: int, placement: Callable[[int], Any], steps: int 
     return opened.folder
 
 
-def test_a_sound_dump_has_none_of_them(tmp_path: Path) -> None:
+def test_intact_dump_has_no_findings(tmp_path: Path) -> None:
     for rank in range(2):
         record(tmp_path, rank, lambda step: map_of(step // 15))
     assert set(codes(tmp_path)) <= {"replica_on_same_rank", "conservation"}
 
 
-def test_more_files_than_a_process_may_hold_open(tmp_path: Path) -> None:
+def test_check_reads_more_files_than_a_process_may_open(tmp_path: Path) -> None:
     write(tmp_path, steps=16 * 40)
     assert len(list(tmp_path.rglob("*.parquet"))) > 2 * 40
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
@@ -52,7 +52,7 @@ def test_more_files_than_a_process_may_hold_open(tmp_path: Path) -> None:
         assert (out.returncode, out.stderr) == (0, ""), command
 
 
-def test_sums_that_are_not_those_of_the_loads(tmp_path: Path) -> None:
+def test_sums_that_differ_from_the_loads_are_found(tmp_path: Path) -> None:
     for rank in range(2):
         folder = record(tmp_path, rank, lambda step: map_of(step // 15))
     session, sealed, closed = manifest(folder)
@@ -66,7 +66,7 @@ def test_sums_that_are_not_those_of_the_loads(tmp_path: Path) -> None:
     assert str(folder) in codes(tmp_path)["sums_differ"]
 
 
-def test_a_rank_whose_clock_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_with_a_wrong_clock_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = writer.time.time_ns
     for rank in range(2):
         ahead = 30 * rank
@@ -77,7 +77,7 @@ def test_a_rank_whose_clock_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "rank 1 by +" in text
 
 
-def test_a_rank_that_was_closed_long_before_the_others(tmp_path: Path) -> None:
+def test_rank_closed_long_before_the_others_is_found(tmp_path: Path) -> None:
     """Also where nobody was killed: a few steps are how ranks end, a tenth of the run is not."""
     for name, end, code in (("few", 37, "incomplete_end"), ("many", 30, "rank_stopped")):
         record(tmp_path / name, 0, lambda step: map_of())
@@ -90,13 +90,13 @@ def test_a_rank_that_was_closed_long_before_the_others(tmp_path: Path) -> None:
         assert finding.severity == ("error" if name == "many" else "warning")
 
 
-def test_a_rank_that_missed_a_placement(tmp_path: Path) -> None:
+def test_rank_that_missed_a_placement_is_found(tmp_path: Path) -> None:
     record(tmp_path, 0, lambda step: map_of(int(step >= 10)))
     record(tmp_path, 1, lambda step: map_of(int(step >= 13)))
     assert "first rank 1 in layer 0 at step 10" in codes(tmp_path)["placement_not_adopted"]
 
 
-def test_a_rank_that_idled_at_a_change_missed_nothing(tmp_path: Path) -> None:
+def test_rank_that_idled_at_a_change_missed_nothing(tmp_path: Path) -> None:
     record(tmp_path, 0, lambda step: map_of(int(step >= 10)))
     with open_writer(tmp_path, ep_rank=1, scope="local") as opened:
         for step in range(40):
@@ -108,7 +108,7 @@ def test_a_rank_that_idled_at_a_change_missed_nothing(tmp_path: Path) -> None:
     assert np.array_equal(open_run(tmp_path).placement(15)["logical"].to_numpy(), map_of(1).ravel())
 
 
-def test_a_rank_that_idled_while_others_changed_and_changed_back(tmp_path: Path) -> None:
+def test_rank_that_idled_during_a_change_and_its_reversal_missed_nothing(tmp_path: Path) -> None:
     record(tmp_path, 0, lambda step: map_of(int(10 <= step < 20)))
     with open_writer(tmp_path, ep_rank=1, scope="local") as opened:
         for step in range(40):
@@ -120,7 +120,7 @@ def test_a_rank_that_idled_while_others_changed_and_changed_back(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("bad", "severity"), [(4, "warning"), (30, "error")])
-def test_a_rank_that_hands_over_no_loads_has_not_stopped(tmp_path: Path, bad: int, severity: str) -> None:
+def test_rank_without_loads_has_not_stopped(tmp_path: Path, bad: int, severity: str) -> None:
     """It is there to the end: what is wrong is said, and where it is little it ends no watchman's night."""
     for rank in range(2):
         with open_writer(tmp_path, ep_rank=rank) as writer:
@@ -135,7 +135,7 @@ def test_a_rank_that_hands_over_no_loads_has_not_stopped(tmp_path: Path, bad: in
     assert cli("summary", tmp_path).returncode == (3 if severity == "error" else 0)
 
 
-def test_where_all_loads_were_rejected_no_command_calls_the_run_whole(tmp_path: Path) -> None:
+def test_no_command_calls_a_run_complete_if_all_loads_were_rejected(tmp_path: Path) -> None:
     for rank in range(2):
         with open_writer(tmp_path, ep_rank=rank) as writer:
             for step in range(20):

@@ -81,7 +81,7 @@ def test_figures_equal_the_formulas(pair: tuple[Path, Any, Any]) -> None:
     assert result.warnings == []
 
 
-def test_the_other_way_round_it_is_worse(pair: tuple[Path, Any, Any]) -> None:
+def test_swapped_runs_give_the_opposite_verdict(pair: tuple[Path, Any, Any]) -> None:
     root, _, _ = pair
     result = compare_runs(open_run(root, "b"), open_run(root, "a"))
     assert (result.verdict, {layer.balancedness.verdict for layer in result.layers}) == ("worse", {"worse"})
@@ -89,7 +89,7 @@ def test_the_other_way_round_it_is_worse(pair: tuple[Path, Any, Any]) -> None:
     assert result.idle_fraction.verdict == "worse"
 
 
-def test_two_runs_of_the_same_differ_by_chance_only(tmp_path: Path) -> None:
+def test_runs_of_the_same_workload_do_not_differ_significantly(tmp_path: Path) -> None:
     found = []
     for seed in range(10):
         write(tmp_path, f"r{seed}", TOGETHER, seed=seed)
@@ -99,7 +99,7 @@ def test_two_runs_of_the_same_differ_by_chance_only(tmp_path: Path) -> None:
     assert found.count("no difference beyond chance") >= 4
 
 
-def test_a_long_run_is_read_in_sums_of_steps(
+def test_steps_of_a_long_run_are_summed_in_groups(
     pair: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, _, _ = pair
@@ -142,7 +142,7 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
     ]
 
 
-def test_text(pair: tuple[Path, Any, Any]) -> None:
+def test_text_output(pair: tuple[Path, Any, Any]) -> None:
     result = cli("compare", "a", "b", pair[0])
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -165,7 +165,7 @@ def test_runs_can_be_named_in_four_ways(pair: tuple[Path, Any, Any], monkeypatch
     assert cli("compare", "a", "b").stdout == by_id
 
 
-def test_a_range_of_steps(pair: tuple[Path, Any, Any]) -> None:
+def test_range_limits_both_runs(pair: tuple[Path, Any, Any]) -> None:
     root, a, _ = pair
     document = json.loads(cli("compare", "--steps", "20:50", "-o", "json", "a", "b", root).stdout)
     assert document["a"]["steps"]["recorded"] == 30
@@ -182,7 +182,7 @@ def test_a_range_of_steps(pair: tuple[Path, Any, Any]) -> None:
         ({"steps": 5}, "B has 5 complete steps with tokens, 8 are needed"),
     ],
 )
-def test_what_cannot_be_compared(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     write(tmp_path, "a", TOGETHER)
     write(tmp_path, "b", APART, **options)
     result = cli("compare", "a", "b", "-o", "json", tmp_path)
@@ -203,7 +203,7 @@ def test_what_cannot_be_compared(tmp_path: Path, options: dict[str, Any], reason
         ({"routing": SKEWED[::-1]}, "another workload: 20% of the tokens go to other experts"),
     ],
 )
-def test_what_is_not_like_for_like_is_said(tmp_path: Path, options: dict[str, Any], warning: str) -> None:
+def test_unlike_conditions_are_warned_about(tmp_path: Path, options: dict[str, Any], warning: str) -> None:
     write(tmp_path, "a", TOGETHER)
     write(tmp_path, "b", APART, seed=1, **options)
     result = cli("compare", "a", "b", "-o", "json", tmp_path)
@@ -213,7 +213,7 @@ def test_what_is_not_like_for_like_is_said(tmp_path: Path, options: dict[str, An
     assert warning in result.stderr
 
 
-def test_bad_input(pair: tuple[Path, Any, Any], tmp_path: Path) -> None:
+def test_invalid_input_is_an_error(pair: tuple[Path, Any, Any], tmp_path: Path) -> None:
     root, _, _ = pair
     one_error(cli("compare", "a", "zz", root), 2, "no run 'zz'", "there are:")
     one_error(cli("compare", root, tmp_path / "nowhere"), 3, "nowhere", "no such folder")

@@ -140,7 +140,7 @@ def test_figures_equal_the_reference(dump: Path, window: int, factor: float) -> 
     assert report.steps.to_json()["incomplete"] == 2
 
 
-def test_one_layer_and_a_range(dump: Path) -> None:
+def test_layer_and_range_limit_the_figures(dump: Path) -> None:
     report = expert_report(open_run(dump), 4, (30, 95), window=20)
     steps = [s for s in complete_steps() if 30 <= s < 95]
     check(report, reference(steps, 20, 2.0), slice(1, 2))
@@ -179,7 +179,7 @@ def write_global(root: Path, loads: list[Array], **options: Any) -> None:
             writer.record(None, load, np.tile(np.arange(load.shape[1]), (len(load), 1)))
 
 
-def test_a_planted_story(tmp_path: Path) -> None:
+def test_planted_hot_and_cold_experts_are_found(tmp_path: Path) -> None:
     """Layer 7's expert 3 becomes hot at step 300, layer 2's expert 5 is always, expert 6 is dead."""
     loads = []
     for step in range(600):
@@ -218,7 +218,7 @@ def test_nothing_is_summed_across_a_change_of_shape(tmp_path: Path) -> None:
     assert report.experts["tokens"].sum() == whole["load"].list.sum().sum()
 
 
-def test_loads_of_unknown_placement_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_loads_without_a_placement_are_left_out_and_counted(tmp_path: Path) -> None:
     with ExpertLoadWriter(
         tmp_path, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global"
     ) as writer:
@@ -230,7 +230,7 @@ def test_loads_of_unknown_placement_are_left_out_and_counted(tmp_path: Path) -> 
     assert "4,000 tokens fell on no known expert" in report.notes[0]
 
 
-def test_without_any_placement(tmp_path: Path) -> None:
+def test_run_without_any_placement_is_an_error(tmp_path: Path) -> None:
     with ExpertLoadWriter(
         tmp_path, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global"
     ) as writer:
@@ -238,14 +238,14 @@ def test_without_any_placement(tmp_path: Path) -> None:
     one_error(cli("experts", tmp_path), 3, "no placement is known")
 
 
-def test_sums_beyond_32_bits(tmp_path: Path) -> None:
+def test_sums_beyond_32_bits_are_exact(tmp_path: Path) -> None:
     write_global(tmp_path, [np.full((1, 4), 2**30)] * 6)
     report = expert_report(open_run(tmp_path), window=3)
     assert report.experts["tokens"].to_list() == [6 * 2**30] * 4
     assert report.experts["peak_times_mean"].to_list() == [1.0] * 4
 
 
-def test_what_is_just_at_a_limit(tmp_path: Path) -> None:
+def test_values_at_a_threshold_count(tmp_path: Path) -> None:
     write_global(tmp_path, [np.array([[1, 5, *[3] * 9]])], ep_size=1)
     cold = expert_report(open_run(tmp_path), hot_factor=3.0).cold
     assert cold["logical"].to_list() == [0]  # 1 of 33 is a third of the mean of 11 experts
@@ -279,7 +279,7 @@ replica over their mean, since the last rearrangement; *: twice on one rank
 """
 
 
-def test_text(tmp_path: Path) -> None:
+def test_text_output(tmp_path: Path) -> None:
     write(tmp_path)
     result = cli("experts", "--window", "10", "--top", "2", tmp_path)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", GOLDEN)
@@ -290,7 +290,7 @@ def test_text(tmp_path: Path) -> None:
     assert "in bursts, the" not in cli("experts", "--window", "10", "--cold", tmp_path).stdout
 
 
-def test_json(tmp_path: Path) -> None:
+def test_json_output(tmp_path: Path) -> None:
     write(tmp_path)
     arguments = ("experts", "--window", "10", "--layer", "1", "-o", "json")
     result = cli(*arguments, tmp_path)
@@ -349,19 +349,19 @@ def test_json(tmp_path: Path) -> None:
         (["--steps", "900:"], "no step of the run is in 900:"),
     ],
 )
-def test_what_the_dump_does_not_have(dump: Path, arguments: list[str], word: str) -> None:
+def test_something_not_in_the_dump_is_a_usage_error(dump: Path, arguments: list[str], word: str) -> None:
     one_error(cli("experts", *arguments, dump), 2, word)
 
 
 @pytest.mark.parametrize("arguments", [["--window", "0"], ["--hot-factor", "1"], ["--hot-factor", "inf"]])
-def test_wrong_usage(dump: Path, arguments: list[str]) -> None:
+def test_invalid_option_is_a_usage_error(dump: Path, arguments: list[str]) -> None:
     result = cli("experts", *arguments, dump)
     assert (result.returncode, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr
     assert arguments[0] in result.stderr
 
 
-def test_a_damaged_segment_is_left_out_and_said(tmp_path: Path) -> None:
+def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
     record(tmp_path)
     path = next(tmp_path.glob("**/rank=00002/**/loads-000001.parquet"))
     path.write_bytes(path.read_bytes()[:-50])
@@ -373,6 +373,6 @@ def test_a_damaged_segment_is_left_out_and_said(tmp_path: Path) -> None:
     assert sum(e["tokens"] for e in document["experts"]) == sum(logical(s).sum() for s in good)
 
 
-def test_no_complete_step(tmp_path: Path) -> None:
+def test_range_without_complete_step_is_unusable(tmp_path: Path) -> None:
     write(tmp_path, ranks=1)
     one_error(cli("experts", tmp_path), 3, "no step of the run is complete")

@@ -143,7 +143,7 @@ def test_figures_equal_plain_loops(tmp_path: Path, ranks: int, window: int) -> N
         assert (row.first_step, row.last_step, row.layers) == (at, at, 1)
 
 
-def test_one_that_takes_many_steps_is_judged_by_the_steps_around_it(tmp_path: Path) -> None:
+def test_rearrangement_over_many_steps_is_judged_by_the_steps_around_it(tmp_path: Path) -> None:
     loads = random_loads(np.random.default_rng(1), 120)
     write(
         tmp_path, loads, lambda step: [APART if step >= 50 else TOGETHER, APART if step >= 60 else TOGETHER]
@@ -164,7 +164,7 @@ def test_only_complete_steps_count(tmp_path: Path) -> None:
     assert_figures(row, before, after, expected(loads, before, after, [TOGETHER] * 2, [APART] * 2))
 
 
-def test_predicted_is_after_where_loads_do_not_drift_and_replicas_split_evenly(tmp_path: Path) -> None:
+def test_prediction_equals_the_result_if_loads_are_steady_and_split_evenly(tmp_path: Path) -> None:
     logical = np.tile(np.array([24, 18, 12, 12, 12, 12, 6, 6]), (2, 1))
     loads = [even(logical * (1 + step % 3), APART if step >= 60 else TOGETHER) for step in range(120)]
     write(tmp_path, np.stack(loads), lambda step: [APART if step >= 60 else TOGETHER] * 2)
@@ -193,7 +193,7 @@ def test_elastic_changes_are_listed_without_a_gain(tmp_path: Path) -> None:
     assert plain.predicted == pytest.approx(plain.before.balancedness)
 
 
-def test_on_other_ranks_the_same_slots_are_others(tmp_path: Path) -> None:
+def test_same_slots_on_other_ranks_are_different(tmp_path: Path) -> None:
     with ExpertLoadWriter(
         tmp_path, model="m", num_logical_experts=LOGICAL, ep_size=4, run_id="r", scope="global"
     ) as writer:
@@ -209,7 +209,7 @@ def test_on_other_ranks_the_same_slots_are_others(tmp_path: Path) -> None:
     assert row.slots_moved == sum(change.slots_changed for change in changes) == 2 * 12
 
 
-def test_too_few_steps_say_so(tmp_path: Path) -> None:
+def test_too_few_steps_are_reported(tmp_path: Path) -> None:
     loads = random_loads(np.random.default_rng(5), 30)
     write(tmp_path, loads, lambda step: [APART if step >= 25 else TOGETHER] * 2)
     (row,) = rearrangement_report(open_run(tmp_path)).rearrangements
@@ -239,7 +239,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(root, np.stack(loads), lambda step: [placement(step)], ranks=2, ep_size=2, ranks_per_node=1)
 
 
-def test_the_story_is_told_right(story: Path) -> None:
+def test_planted_rearrangements_get_the_right_verdicts(story: Path) -> None:
     result = cli("rearrangements", "--window", "200", "-o", "json", story)
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
@@ -281,7 +281,7 @@ def test_the_same_dump_gives_the_same_intervals(story: Path) -> None:
     assert cli("rearrangements", story).stdout == cli("rearrangements", story).stdout
 
 
-def test_text(story: Path) -> None:
+def test_text_output(story: Path) -> None:
     lines = cli("rearrangements", story).stdout.splitlines()
     assert lines[:2] == [
         "rearrangements · org/moe · run r",
@@ -297,7 +297,7 @@ def test_text(story: Path) -> None:
     assert f"{document[0]['lasted']['steps']} steps" in " ".join(table[2])
 
 
-def test_a_range_of_steps(story: Path) -> None:
+def test_range_limits_the_rearrangements(story: Path) -> None:
     document = json.loads(cli("rearrangements", "--steps", "450:600", "-o", "json", story).stdout)
     (row,) = document["rearrangements"]
     assert (row["before"]["first_step"], row["after"]["last_step"]) == (450, 599)
@@ -305,7 +305,7 @@ def test_a_range_of_steps(story: Path) -> None:
     assert "no rearrangement" in cli("rearrangements", "--steps", ":400", story).stdout
 
 
-def test_without_placements(tmp_path: Path) -> None:
+def test_run_without_placements(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
         for _ in range(20):
             writer.record(None, np.ones((1, 4), int), None)
@@ -314,7 +314,7 @@ def test_without_placements(tmp_path: Path) -> None:
     assert "no placement was recorded" in result.stdout
 
 
-def test_bad_input(story: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_an_error(story: Path, tmp_path: Path) -> None:
     one_error(cli("rearrangements", tmp_path), 3, "no run in it")
     one_error(cli("rearrangements", "--run", "zz", story), 2, "no run 'zz'")
     one_error(cli("rearrangements", "--steps", "5000:", story), 2, "no step of the run is in 5000:")
@@ -347,7 +347,7 @@ def test_intervals_cover_the_truth_at_their_rate(steps: int, phi: float) -> None
     assert wide < 1.5 * 2 * 1.96 * estimates.std()
 
 
-def test_an_interval_of_a_ratio_is_of_the_sums() -> None:
+def test_interval_of_a_ratio_is_of_its_sums() -> None:
     rng = np.random.default_rng(9)
     a = Ratio(rng.random(100), 1 + rng.random(100))
     b = Ratio(a.numerator + 1, a.denominator)

@@ -44,7 +44,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
     return folder, loads
 
 
-def test_losses_are_those_of_plain_loops(story: tuple[Path, Array]) -> None:
+def test_losses_equal_plain_loops(story: tuple[Path, Array]) -> None:
     folder, loads = story
     tokens = loads.reshape(len(loads), LAYERS, RANKS, PER_RANK).sum(axis=3)
     by_rank = np.zeros(RANKS)
@@ -67,7 +67,7 @@ def test_losses_are_those_of_plain_loops(story: tuple[Path, Array]) -> None:
     assert loss.window_steps == WINDOW_STEPS
 
 
-def test_the_story_is_told(story: tuple[Path, Array]) -> None:
+def test_summary_reports_the_planted_losses(story: tuple[Path, Array]) -> None:
     folder, loads = story
     result = summarize(open_run(folder)).to_json()
     worst = result["loss"]["stretches"][0]
@@ -94,7 +94,7 @@ def test_the_story_is_told(story: tuple[Path, Array]) -> None:
     assert result["layer_percentiles"]["p50"] == pytest.approx(np.percentile(layers, 50))
 
 
-def test_chance_is_not_persistent_and_a_slow_rank_is(tmp_path: Path) -> None:
+def test_random_imbalance_is_not_persistent_but_a_slow_rank_is(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     placement = {0: np.tile(np.arange(SLOTS), (LAYERS, 1))}
     even = rng.poisson(20, (512, LAYERS, SLOTS))
@@ -110,7 +110,7 @@ def test_chance_is_not_persistent_and_a_slow_rank_is(tmp_path: Path) -> None:
     assert shares[1].persistent_share == 1.0
 
 
-def test_sums_serve_where_a_rank_missed_a_change(tmp_path: Path) -> None:
+def test_sums_are_used_if_a_rank_missed_a_change(tmp_path: Path) -> None:
     """Hot experts from the manifest's sums equal those from the loads, also beside a late statement."""
     rng = np.random.default_rng(2)
     first = np.tile(np.arange(SLOTS), (LAYERS, 1))
@@ -145,7 +145,7 @@ def test_sums_serve_where_a_rank_missed_a_change(tmp_path: Path) -> None:
     assert with_sums[0].share == pytest.approx(share.max())
 
 
-def test_steps_of_no_stated_phase_are_counted(tmp_path: Path) -> None:
+def test_steps_without_a_phase_are_counted(tmp_path: Path) -> None:
     with open_writer(tmp_path, scope="global") as writer:
         for step in range(30):
             writer.record(step, load_of(step), map_of(), phase="decode" if step < 20 else None)
@@ -154,7 +154,7 @@ def test_steps_of_no_stated_phase_are_counted(tmp_path: Path) -> None:
     assert "of no stated phase" not in cli("summary", "--steps", "0:20", tmp_path).stdout
 
 
-def test_what_is_of_the_last_configuration_is_marked(tmp_path: Path) -> None:
+def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
     """Loads of two shapes are not added, so ranks, losses and experts are of the steps since the change."""
     with open_writer(tmp_path, scope="global") as writer:
         for step in range(60):

@@ -58,7 +58,7 @@ def reference(steps: range = range(STEPS), layers: tuple[int, ...] = (0, 1, 2)) 
     return matrix
 
 
-def test_the_matrix_equals_the_reference(dump: Path) -> None:
+def test_matrix_equals_the_reference(dump: Path) -> None:
     report = traffic_report(open_run(dump))
     expected = reference()
     assert np.array_equal(report.matrix, expected)
@@ -79,14 +79,14 @@ def test_the_matrix_equals_the_reference(dump: Path) -> None:
         assert layer.shares.same_rank == pytest.approx(np.trace(own) / own.sum())
 
 
-def test_one_layer_and_a_range(dump: Path) -> None:
+def test_layer_and_range_limit_the_matrix(dump: Path) -> None:
     report = traffic_report(open_run(dump), 4, (10, 40))
     assert np.array_equal(report.matrix, reference(range(10, 40), (1,)))
     assert [t.layer for t in report.layers] == [4]
     assert report.recorded == 29
 
 
-def test_by_node(dump: Path) -> None:
+def test_tokens_are_summed_by_node(dump: Path) -> None:
     expected = reference()
     report = traffic_report(open_run(dump), by="node")
     assert np.array_equal(report.matrix, expected.reshape(2, 2, 2, 2).sum(axis=(1, 3)))
@@ -99,7 +99,7 @@ def test_by_node(dump: Path) -> None:
     ]
 
 
-def test_rankings(dump: Path) -> None:
+def test_pairs_and_receivers_are_ranked(dump: Path) -> None:
     expected = reference()
     report = traffic_report(open_run(dump))
     pairs = report.pairs(100)
@@ -136,12 +136,12 @@ def test_nothing_is_summed_across_a_change_of_ep_size(tmp_path: Path) -> None:
     ("options", "word"),
     [({"scope": "global"}, "its scope is global"), ({"token_replication": 2}, "counted by 2 ranks")],
 )
-def test_where_the_dump_does_not_hold_it(tmp_path: Path, options: dict[str, Any], word: str) -> None:
+def test_dump_without_sources_is_an_error(tmp_path: Path, options: dict[str, Any], word: str) -> None:
     write(tmp_path, ranks=1 if "scope" in options else 2, **options)
     one_error(cli("traffic", tmp_path), 2, "does not hold which rank sent what", word)
 
 
-def test_errors(dump: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_an_error(dump: Path, tmp_path: Path) -> None:
     one_error(cli("traffic", "--layer", "5", dump), 2, "no MoE layer 5")
     one_error(cli("traffic", "--steps", "99:", dump), 2, "no step of the run is in 99:")
     write(tmp_path)
@@ -179,14 +179,14 @@ r0     r1   14,348   14.95 %          0.60
 """
 
 
-def test_text(tmp_path: Path) -> None:
+def test_text_output(tmp_path: Path) -> None:
     write(tmp_path)
     result = cli("traffic", "--ranks-per-node", "2", tmp_path)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", GOLDEN)
 
 
 @pytest.mark.parametrize("ranks", [16, 64])
-def test_many_ranks_fit(tmp_path: Path, ranks: int) -> None:
+def test_output_of_many_ranks_fits_the_width(tmp_path: Path, ranks: int) -> None:
     for rank in range(ranks):
         with ExpertLoadWriter(
             tmp_path, model="m", num_logical_experts=ranks, ep_size=ranks, ep_rank=rank, run_id="r"
@@ -202,7 +202,7 @@ def test_many_ranks_fit(tmp_path: Path, ranks: int) -> None:
         assert (f"\nr{ranks - 1} " in result.stdout) == (ranks < 64)
 
 
-def test_json(tmp_path: Path) -> None:
+def test_json_output(tmp_path: Path) -> None:
     write(tmp_path)
     result = cli("traffic", "-o", "json", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

@@ -101,7 +101,7 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray[Any, Any]:
 # ---- figures
 
 
-def test_figures_are_those_of_the_other_commands(dump: Path, document: dict[str, Any]) -> None:
+def test_figures_equal_those_of_the_other_commands(dump: Path, document: dict[str, Any]) -> None:
     said = {
         name: json.loads(cli(name, *more, "-o", "json", dump).stdout)
         for name, more in {
@@ -118,7 +118,7 @@ def test_figures_are_those_of_the_other_commands(dump: Path, document: dict[str,
     ]
 
 
-def test_words_are_those_figures(dump: Path, document: dict[str, Any]) -> None:
+def test_sentences_state_the_figures(dump: Path, document: dict[str, Any]) -> None:
     text = cli("summary", dump).stdout
     words = " ".join(document["words"])
     s = document["summary"]["balancedness"]
@@ -134,7 +134,7 @@ def test_words_are_those_figures(dump: Path, document: dict[str, Any]) -> None:
     assert "2 rearrangements: " in words
 
 
-def test_experts_have_the_verdicts_of_experts(dump: Path, document: dict[str, Any]) -> None:
+def test_experts_have_the_verdicts_of_the_experts_command(dump: Path, document: dict[str, Any]) -> None:
     told = json.loads(cli("experts", "-o", "json", dump).stdout)
     ours = document["experts"]
     assert {key: ours[key] for key in ("counts", "window", "windows")} == {
@@ -180,7 +180,7 @@ def test_loads_of_every_bin_equal_the_reference(document: dict[str, Any]) -> Non
             np.testing.assert_array_equal(kept, experts[layer])
 
 
-def test_times_are_those_of_the_first_complete_step(dump: Path, document: dict[str, Any]) -> None:
+def test_time_of_a_bin_is_that_of_its_first_complete_step(dump: Path, document: dict[str, Any]) -> None:
     when = dict(open_run(dump).steps().select("step", "time").iter_rows())
     loads = document["loads"]
     for first, ms in zip(loads["edges"], loads["times"], strict=False):
@@ -190,7 +190,7 @@ def test_times_are_those_of_the_first_complete_step(dump: Path, document: dict[s
 
 
 @pytest.mark.parametrize("largest", [100, 65_535, 65_536, 10_000_000])
-def test_packing_keeps_what_16_bits_can(largest: int) -> None:
+def test_packing_rounds_counts_beyond_16_bits_only(largest: int) -> None:
     rng = np.random.default_rng(largest)
     counts = rng.integers(0, largest + 1, (40, 7))
     counts[:, 3] = largest
@@ -207,7 +207,7 @@ def test_token_replication_is_divided_out_by_the_page(tmp_path: Path, document: 
     assert (loads["per_token"], loads["slots"]) == (4, document["loads"]["slots"])
 
 
-def test_a_range_of_steps(dump: Path) -> None:
+def test_range_limits_the_report(dump: Path) -> None:
     found = report_document(open_run(dump), (60, 100))
     loads = found.document["loads"]
     assert (found.bins, loads["edges"]) == (40, list(range(60, 101)))
@@ -234,7 +234,7 @@ def test_elastic_runs_show_loads_of_the_last_configuration(tmp_path: Path) -> No
     assert unpacked(loads["slots"]).sum() == whole["load"].list.sum().sum()
 
 
-def test_without_any_placement(tmp_path: Path) -> None:
+def test_report_without_any_placement(tmp_path: Path) -> None:
     with ExpertLoadWriter(
         tmp_path, model="m", num_logical_experts=4, ep_size=2, run_id="r", scope="global"
     ) as writer:
@@ -246,7 +246,7 @@ def test_without_any_placement(tmp_path: Path) -> None:
     assert any("not known" in sentence for sentence in document["words"])
 
 
-def test_without_a_complete_step(tmp_path: Path) -> None:
+def test_report_without_a_complete_step(tmp_path: Path) -> None:
     write(tmp_path, ranks=1)
     document = report_document(open_run(tmp_path)).document
     assert document["words"] == ["No step is complete, so there are no figures."]
@@ -257,7 +257,7 @@ def test_without_a_complete_step(tmp_path: Path) -> None:
 # ---- the page
 
 
-def test_the_page_needs_nothing_else(document: dict[str, Any]) -> None:
+def test_page_loads_nothing_from_elsewhere(document: dict[str, Any]) -> None:
     data = page(document)
     found = Page(data)
     assert not [
@@ -274,7 +274,7 @@ def test_the_page_needs_nothing_else(document: dict[str, Any]) -> None:
     assert found.data == json.loads(json.dumps(document))
 
 
-def test_names_of_strangers_stay_text(tmp_path: Path) -> None:
+def test_untrusted_names_are_escaped(tmp_path: Path) -> None:
     planted.record(tmp_path, model=HOSTILE, engine=HOSTILE, engine_version="1" + HOSTILE)
     data = page(report_document(open_run(tmp_path)).document)
     found = Page(data)
@@ -287,7 +287,7 @@ def test_names_of_strangers_stay_text(tmp_path: Path) -> None:
     assert found.data["summary"]["run"]["engine"] == shown
 
 
-def test_redact_leaves_no_name(tmp_path: Path) -> None:
+def test_redacted_report_has_no_names(tmp_path: Path) -> None:
     folder = tmp_path / "customer-seven"
     planted.record(folder, model="secret-lab/Unreleased-9B", run_id="night-of-cluster-x", absent=(3,))
     run = open_run(folder)
@@ -309,7 +309,7 @@ def test_redact_leaves_no_name(tmp_path: Path) -> None:
     assert data["banners"] == ["INCOMPLETE: of 4 ranks, these wrote nothing: 3"]
 
 
-def test_redact_hides_findings_that_may_name_something(
+def test_redacted_report_hides_findings_that_may_contain_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files, sessions, and what no one has thought of; not which rank stopped."""
@@ -344,7 +344,7 @@ def write_rank(root: Path, rank: int, steps: int) -> None:
             writer.record(step, np.full((1, 4), 10), np.arange(4)[None])
 
 
-def test_the_largest_report_stays_below_8_mb(tmp_path: Path) -> None:
+def test_largest_report_stays_below_8_mb(tmp_path: Path) -> None:
     """58 layers × 288 slots on 32 ranks, as many bins as fit, counts that nothing can compress, a
     placement that is new every four steps: no length of a run makes a report larger."""
     rng = np.random.default_rng(0)
@@ -369,7 +369,7 @@ def test_the_largest_report_stays_below_8_mb(tmp_path: Path) -> None:
     assert unpacked(document["loads"]["slots"]).sum() == pytest.approx(tokens, rel=1e-4)
 
 
-def test_the_charts_are_the_version_that_the_docs_name() -> None:
+def test_chart_library_is_the_documented_version() -> None:
     text = (ROOT / "docs/report.md").read_text()
     data = (ASSETS / "echarts.min.js").read_bytes()
     version = re.search(r't\.version="([\d.]+)"', data.decode())
@@ -389,7 +389,7 @@ def shown(text: str, file: Path) -> str:
     )  # fmt: skip
 
 
-def test_text_and_json(dump: Path, tmp_path: Path) -> None:
+def test_text_and_json_output(dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     result = cli("report", "--to", file, "--redact", dump)
     assert (result.returncode, result.stderr) == (
@@ -404,7 +404,7 @@ def test_text_and_json(dump: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_nothing_is_overwritten(dump: Path, tmp_path: Path) -> None:
+def test_existing_file_is_not_overwritten(dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text("mine")
     one_error(cli("report", "--to", file, dump), 2, "report.html", "--force")
@@ -415,7 +415,7 @@ def test_nothing_is_overwritten(dump: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_run_that_lacks_a_rank_says_so_as_summary_does(tmp_path: Path) -> None:
+def test_missing_rank_is_reported_as_in_summary(tmp_path: Path) -> None:
     folder, file = tmp_path / "dump", tmp_path / "report.html"
     write(folder, ranks=2, ep_size=3, num_logical_experts=6)
     result = cli("report", "--to", file, folder)
@@ -426,7 +426,7 @@ def test_a_run_that_lacks_a_rank_says_so_as_summary_does(tmp_path: Path) -> None
     assert [line for line in told if line.startswith(("INCOMPLETE", "EPLB"))] == banners
 
 
-def test_a_placement_that_never_changed_is_said_as_summary_does(tmp_path: Path) -> None:
+def test_placement_that_never_changed_is_reported_as_in_summary(tmp_path: Path) -> None:
     folder = tmp_path / "dump"
     write(folder, steps=15, engine="vllm", engine_config={"eplb_config": {"step_interval": 10}})
     banners = report_document(open_run(folder)).document["banners"]
@@ -445,7 +445,7 @@ def test_a_placement_that_never_changed_is_said_as_summary_does(tmp_path: Path) 
         (0, 30, None),
     ],
 )  # fmt: skip
-def test_no_alarm_before_the_engine_could_act(
+def test_no_warning_before_the_first_rearrangement_is_due(
     tmp_path: Path, first: int, interval: int, said: str | None
 ) -> None:
     with ExpertLoadWriter(
@@ -476,13 +476,13 @@ def test_when_a_rearrangement_is_due() -> None:
     assert why_not_due(None, None, 100, 25) is None
 
 
-def test_an_engine_that_states_no_interval_has_the_usual_one() -> None:
+def test_engine_without_a_stated_interval_has_the_default() -> None:
     assert why_not_due(7, 3006, None, None) is None
     said = "No placement changed in 2,999 steps; the engine does not state its interval."
     assert why_not_due(7, 3005, None, None) == said
 
 
-def test_an_engine_that_does_not_balance_is_not_early(tmp_path: Path) -> None:
+def test_engine_without_a_load_balancer_is_never_early(tmp_path: Path) -> None:
     with ExpertLoadWriter(
         tmp_path, model="m", run_id="r", num_logical_experts=4, ep_size=2, scope="global", engine="sglang",
         engine_config={"enable_eplb": False, "eplb_rebalance_num_iterations": 1000},
@@ -493,7 +493,7 @@ def test_an_engine_that_does_not_balance_is_not_early(tmp_path: Path) -> None:
     ]
 
 
-def test_one_window_says_nothing_on_bursts(tmp_path: Path) -> None:
+def test_report_with_one_window_does_not_mention_bursts(tmp_path: Path) -> None:
     write(tmp_path, steps=99)
     document = report_document(open_run(tmp_path)).document
     assert document["experts"]["windows"] == 1
@@ -504,7 +504,7 @@ def test_one_window_says_nothing_on_bursts(tmp_path: Path) -> None:
     assert f"hot, with 2 × the layer's mean or more: {hot}." in " ".join(document["words"])
 
 
-def test_a_damaged_segment_is_left_out_and_said(tmp_path: Path) -> None:
+def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
     folder, file = tmp_path / "dump", tmp_path / "report.html"
     planted.record(folder)
     path = next(folder.glob("**/rank=00002/**/loads-000001.parquet"))
@@ -516,14 +516,14 @@ def test_a_damaged_segment_is_left_out_and_said(tmp_path: Path) -> None:
     assert unpacked(data["loads"]["slots"]).sum() == sum(planted.physical(s).sum() for s in good)
 
 
-def test_write_report_gives_what_it_wrote(dump: Path, tmp_path: Path) -> None:
+def test_write_report_returns_what_it_wrote(dump: Path, tmp_path: Path) -> None:
     written = write_report(open_run(dump), tmp_path / "a.html", top=3)
     assert written.bytes == (tmp_path / "a.html").stat().st_size
     assert (written.bins, written.run_id, written.model) == (MAX_BINS, "monday", "org/planted")
     assert Page((tmp_path / "a.html").read_bytes()).data["top"] == 3
 
 
-def test_every_verdict_has_its_words(tmp_path: Path) -> None:
+def test_every_verdict_has_a_sentence(tmp_path: Path) -> None:
     assert set(sentences._VERDICTS) == set(get_args(Verdict))
     rng = np.random.default_rng(1)
     with ExpertLoadWriter(

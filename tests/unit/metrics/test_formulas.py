@@ -30,7 +30,7 @@ def test_formula_equals_plain_loops(name: str, T: np.ndarray) -> None:
 @pytest.mark.parametrize("name", FORMULAS)
 @given(T=loads)
 @settings(max_examples=50, deadline=None)
-def test_per_layer_is_the_formula_of_a_model_of_one_layer(name: str, T: np.ndarray) -> None:
+def test_per_layer_equals_the_formula_of_a_one_layer_model(name: str, T: np.ndarray) -> None:
     found = formulas.per_layer(FORMULAS[name], T)
     for layer in range(T.shape[1]):
         expected = reference.per_step(name, T[:, layer : layer + 1])
@@ -39,7 +39,7 @@ def test_per_layer_is_the_formula_of_a_model_of_one_layer(name: str, T: np.ndarr
 
 @given(T=loads)
 @settings(max_examples=100, deadline=None)
-def test_bounds(T: np.ndarray) -> None:
+def test_formulas_stay_within_their_bounds(T: np.ndarray) -> None:
     balance, imbalance = (
         formulas.FORMULAS["balancedness"].per_step(T),
         formulas.FORMULAS["imbalance"].per_step(T),
@@ -51,7 +51,7 @@ def test_bounds(T: np.ndarray) -> None:
     assert (np.isnan(imbalance) == ~known).all()
 
 
-def test_the_case_that_vllm_legacy_gets_wrong() -> None:
+def test_vllm_legacy_is_wrong_if_all_layers_have_the_same_skew() -> None:
     T = np.array([[[100.0, 200.0], [100.0, 200.0]]])
     assert formulas.FORMULAS["balancedness"].per_step(T)[0] == 0.75
     assert formulas.FORMULAS["vllm-legacy"].per_step(T)[0] == 1.0
@@ -67,5 +67,5 @@ def test_spread_leaves_out_steps_without_an_active_layer() -> None:
     assert spread.p50 == 0.5
 
 
-def test_spread_of_nothing_is_nothing() -> None:
+def test_spread_of_no_steps_is_none() -> None:
     assert set(vars(Spread.of(np.array([np.nan]), np.array([1]))).values()) == {None}
