@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -254,26 +253,3 @@ class TestTransformersExample:
         assert any(tokens < 6 * width for width, tokens in lengths)  # there was padding
         assert run.loads()["layer"].to_list() == layers * len(truth)
         assert run.placements()["physical_to_logical"].to_list() == [list(range(experts))] * len(layers)
-
-    def test_example_runs_as_program_with_clean_dump(self, tmp_path: Path) -> None:
-        pytest.importorskip("transformers")
-        program = [sys.executable, "-W", "error", ROOT / "examples/transformers_moe.py", tmp_path]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert f"eplb-analyze summary {tmp_path}" in done.stdout
-
-        analyze = Path(sys.executable).with_name("eplb-analyze")
-        checked = subprocess.run([analyze, "check", tmp_path], capture_output=True, text=True, check=False)
-        assert (checked.returncode, checked.stderr) == (0, "")
-        assert "complete and intact" in checked.stdout
-
-        run = open_run(tmp_path)
-        steps = run.steps()
-        assert set(steps["state"]) == {"recorded"}
-        assert steps["phase"].to_list() == (["prefill"] + ["decode"] * 15) * 8
-        assert set(steps.filter(steps["phase"] == "decode")["num_tokens"]) == {6}
-        loads = run.loads()
-        assert set(loads["layer"]) == {1, 2, 3, 4}
-        # Every token goes to 4 experts (top_k) in every layer and step.
-        expected = np.repeat(steps["num_tokens"].to_numpy() * 4, 4)
-        assert loads["load"].list.sum().to_list() == expected.tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import sys
 import tempfile
@@ -35,7 +34,6 @@ from helpers import (
     read_table,
     sealed_loads,
     session_info,
-    start_child,
     step_status,
     survived_loads,
 )
@@ -1171,44 +1169,6 @@ def test_writers_of_one_rank_never_overwrite_each_other(tmp_path: Path) -> None:
         assert_equal_loads(sealed_loads(writer.folder), {step: load_of(step, rank=n) for step in range(4)})
     assert len({writer.folder for writer in writers}) == 3
     assert {writer.folder.parent for writer in writers} == {tmp_path / "run=r" / "model=m" / "rank=00000"}
-
-
-RANK = """
-import sys
-from helpers import load_of, map_of, open_writer
-
-print("ready", flush=True)
-sys.stdin.readline()
-rank = int(sys.argv[2])
-with open_writer(sys.argv[1], run_id=None, ep_size=4, ep_rank=rank) as writer:
-    for step in range(20):
-        writer.record(None, load_of(step, rank), map_of())
-print(writer.info.run_id)
-"""
-
-
-def start_engine(root: Path) -> list[str]:
-    """Start four ranks at the same moment; returns their run ids."""
-    ranks = [start_child(RANK, root, rank) for rank in range(4)]
-    for rank in ranks:
-        assert rank.stdout is not None
-        assert rank.stdout.readline() == "ready\n"
-    for rank in ranks:
-        assert rank.stdin is not None
-        rank.stdin.write("go\n")
-        rank.stdin.flush()
-    found = [rank.communicate(timeout=60) for rank in ranks]
-    assert [(rank.returncode, err) for rank, (_, err) in zip(ranks, found, strict=True)] == [(0, "")] * 4
-    return [out.strip() for out, _ in found]
-
-
-def test_ranks_started_together_share_a_run_and_restart_begins_the_next(tmp_path: Path) -> None:
-    assert start_engine(tmp_path) == ["000001"] * 4
-    assert start_engine(tmp_path) == ["000002"] * 4
-    for run, rank in itertools.product(("000001", "000002"), range(4)):
-        (folder,) = tmp_path.glob(f"run={run}/model=m/rank=0000{rank}/session=*")
-        assert_equal_loads(sealed_loads(folder), {step: load_of(step, rank) for step in range(20)})
-    assert len(list(tmp_path.glob("run=*/*/*/*/session.json"))) == 8
 
 
 def claim(root: Path, rank: int) -> str:

@@ -1,0 +1,75 @@
+"""Engine starts in real processes: ranks find a common run, and an example records a clean dump."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, assert_equal_loads, load_of, sealed_loads, start_child
+
+from eplb_analyze import open_run
+
+RANK = """
+import sys
+from helpers import load_of, map_of, open_writer
+
+print("ready", flush=True)
+sys.stdin.readline()
+rank = int(sys.argv[2])
+with open_writer(sys.argv[1], run_id=None, ep_size=4, ep_rank=rank) as writer:
+    for step in range(20):
+        writer.record(None, load_of(step, rank), map_of())
+print(writer.info.run_id)
+"""
+
+
+def start_engine(root: Path) -> list[str]:
+    """Start four ranks at the same moment; returns their run ids."""
+    ranks = [start_child(RANK, root, rank) for rank in range(4)]
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "ready\n"
+    for rank in ranks:
+        assert rank.stdin is not None
+        rank.stdin.write("go\n")
+        rank.stdin.flush()
+    found = [rank.communicate(timeout=60) for rank in ranks]
+    assert [(rank.returncode, err) for rank, (_, err) in zip(ranks, found, strict=True)] == [(0, "")] * 4
+    return [out.strip() for out, _ in found]
+
+
+def test_ranks_started_together_share_a_run_and_restart_begins_the_next(tmp_path: Path) -> None:
+    assert start_engine(tmp_path) == ["000001"] * 4
+    assert start_engine(tmp_path) == ["000002"] * 4
+    for run, rank in itertools.product(("000001", "000002"), range(4)):
+        (folder,) = tmp_path.glob(f"run={run}/model=m/rank=0000{rank}/session=*")
+        assert_equal_loads(sealed_loads(folder), {step: load_of(step, rank) for step in range(20)})
+    assert len(list(tmp_path.glob("run=*/*/*/*/session.json"))) == 8
+
+
+def test_example_runs_as_program_with_clean_dump(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    program = [sys.executable, "-W", "error", ROOT / "examples/transformers_moe.py", tmp_path]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"eplb-analyze summary {tmp_path}" in done.stdout
+
+    analyze = Path(sys.executable).with_name("eplb-analyze")
+    checked = subprocess.run([analyze, "check", tmp_path], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert "complete and intact" in checked.stdout
+
+    run = open_run(tmp_path)
+    steps = run.steps()
+    assert set(steps["state"]) == {"recorded"}
+    assert steps["phase"].to_list() == (["prefill"] + ["decode"] * 15) * 8
+    assert set(steps.filter(steps["phase"] == "decode")["num_tokens"]) == {6}
+    loads = run.loads()
+    assert set(loads["layer"]) == {1, 2, 3, 4}
+    # Every token goes to 4 experts (top_k) in every layer and step.
+    expected = np.repeat(steps["num_tokens"].to_numpy() * 4, 4)
+    assert loads["load"].list.sum().to_list() == expected.tolist()
