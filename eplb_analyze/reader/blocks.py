@@ -288,7 +288,7 @@ def iter_blocks(
     ranks = sorted({session.info.ep_rank for session in sessions})
     for group in overlapping_segments(sources):
         threads = requests_at_once(group[0].segment.path)
-        parts = list(ordered_map(lambda source: source.segment.steps(), group, threads))
+        parts = [rows for _, rows in ordered_map(Source.rows, group, threads)]
         initial = max(sessions[s.session].info.ep_size for s in group)
         rows = join_rows(parts, ranks, scope, last_shape, initial)
         last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -56,16 +56,42 @@ class StepState(enum.IntEnum):
 
 
 @dataclass(frozen=True)
+class RankRows:
+    """Step rows of one session of one rank.
+
+    Attributes:
+        session: sessions of a rank have ascending numbers; the newest counts.
+        shape: the shape of the loads of the recorded steps.
+        clock_offset_ns: added to a monotonic time it gives ns since 1970, by the clock at the session's
+            start.
+    """
+
+    rank: int
+    session: int
+    rows: StepRows
+    shape: Shape | None
+    clock_offset_ns: int
+
+
+@dataclass(frozen=True)
 class Source:
     """A segment of a block, with its rank and session."""
 
     rank: int
     session: int
     segment: Segment
-    #: Added to a monotonic time it gives ns since 1970, by the clock at the session's start.
+    #: See :class:`RankRows`.
     clock_offset_ns: int
     #: False if its loads turned out to be damaged: its recorded steps count as absent.
     readable: bool
+
+    def rows(self) -> RankRows:
+        """Read the step rows. Raises DamagedSegmentError."""
+        rows = self.segment.steps()
+        if not self.readable:
+            recorded = rows.status == Status.RECORDED
+            rows = replace(rows, status=np.where(recorded, np.uint8(ABSENT), rows.status))
+        return RankRows(self.rank, self.session, rows, self.segment.shape, self.clock_offset_ns)
 
 
 @dataclass
@@ -110,7 +136,7 @@ def same_shape_ranges(rows: JoinedRows, first: int, end: int) -> Iterator[tuple[
 
 
 def join_rows(
-    parts: list[tuple[Source, StepRows]],
+    parts: Sequence[RankRows],
     ranks: list[int],
     scope: Scope,
     last_shape: Shape | None,
@@ -122,7 +148,7 @@ def join_rows(
         last_shape: the shape before this group, if known.
         initial: the ep_size to expect if no shape is known.
     """
-    step = np.unique(np.concatenate([rows.step for _, rows in parts]))
+    step = np.unique(np.concatenate([part.rows.step for part in parts]))
     n = len(step)
     status = np.full((len(ranks), n), ABSENT, np.uint8)
     owner = np.full((len(ranks), n), -1, np.int32)
@@ -135,33 +161,28 @@ def join_rows(
     row_of = {rank: i for i, rank in enumerate(ranks)}
     if last_shape is not None:
         shapes.append(last_shape)
-    for source, rows in sorted(parts, key=lambda part: part[0].session):
-        row = row_of[source.rank]
+    for part in sorted(parts, key=lambda part: part.session):
+        row, rows = row_of[part.rank], part.rows
         phases += [name for name in rows.phases if name not in phases]
         phase_code = np.array([*map(phases.index, rows.phases), -1], np.int64)
         # Of several rows of one rank for a step the weightiest counts; of equals, the newest session's.
-        statuses = rows.status
-        if not source.readable:
-            statuses = np.where(statuses == Status.RECORDED, np.uint8(ABSENT), statuses)
-        recorded = statuses == Status.RECORDED
-        weight = STATUS_WEIGHT[statuses]
+        weight = STATUS_WEIGHT[rows.status]
         for level in np.unique(weight):
             chosen = np.flatnonzero(weight == level)
             at = np.searchsorted(step, rows.step[chosen])
             free = STATUS_WEIGHT[status[row, at]] <= level
             chosen, at = chosen[free], at[free]
-            status[row, at] = statuses[chosen]
-            owner[row, at] = source.session
+            status[row, at] = rows.status[chosen]
+            owner[row, at] = part.session
             num_tokens[row, at] = rows.num_tokens[chosen]
             time_ns[at] = rows.time_ns[chosen]
-            clock_ns[at] = rows.monotonic_ns[chosen] + source.clock_offset_ns
+            clock_ns[at] = rows.monotonic_ns[chosen] + part.clock_offset_ns
             phase[at] = np.where(rows.phase[chosen] >= 0, phase_code[rows.phase[chosen]], phase[at])
-        shape = source.segment.shape
-        if shape is not None:
-            if shape not in shapes:
-                shapes.append(shape)
-            at = np.searchsorted(step, rows.step[recorded])
-            shape_of[row, at] = shapes.index(shape)
+        if part.shape is not None:
+            if part.shape not in shapes:
+                shapes.append(part.shape)
+            at = np.searchsorted(step, rows.step[rows.status == Status.RECORDED])
+            shape_of[row, at] = shapes.index(part.shape)
     state, shape_row = _states(ranks, status, shape_of, shapes, scope, last_shape is not None, initial)
     tokens = np.where(status == Status.RECORDED, num_tokens, -1)
     known = (tokens >= 0).any(axis=0)
