@@ -224,6 +224,8 @@ class FollowedSession:
         try:
             recorded = segment.load_steps()
             rows, placements = segment.steps(), [segment.placements()]
+            # In a damaged segment, rows can be recorded whose loads are not there.
+            rows = rows.select((rows.status != Status.RECORDED) | np.isin(rows.step, recorded))
             if skip:
                 rows = rows.select(rows.step > recorded[min(skip, len(recorded)) - 1])
             if entry.shape is None or skip >= len(recorded):
@@ -361,7 +363,8 @@ def _batch(rows: StepRows, placements: list[PlacementRows], loads: list[tuple[In
         steps, shapes, sums = zip(*loads, strict=True)
         if len(set(shapes)) > 1:
             raise FormatError("it holds loads of two shapes")
-        batch = Batch(rows, placements, shapes[0], np.concatenate(steps), np.concatenate(sums))
+        load = sums[0] if len(sums) == 1 else np.concatenate(sums)
+        batch = Batch(rows, placements, shapes[0], np.concatenate(steps), load)
     if not np.array_equal(batch.step, rows.step[rows.status == Status.RECORDED]):
         raise FormatError("its steps and its loads do not agree")
     return batch

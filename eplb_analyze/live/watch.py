@@ -289,7 +289,7 @@ class Follower:
 
     def _look(self, quiet_seconds: float | None) -> Snapshot:
         window, info = self._window, self._info
-        steps, terms = window.whole()
+        steps, terms = window.complete()
         shape = window.shape
         value = np.empty(0) if terms is None else BALANCEDNESS.of(terms)
         foremost, writers = self._writers()
@@ -325,7 +325,7 @@ class Follower:
             timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
             rearrangements=self._placements.rearrangements(),
             rearrangement=self._placements.newest(*series),
-            shape_changed=None if window.shape_changed is None else window.shape_changed[0],
+            shape_changed=window.shape_changed,
             restarts=window.restarts,
             findings=[Finding("error", "damaged_file", text) for text in self._faults.values()],
         )

@@ -7,12 +7,16 @@ formulas. They come from :mod:`eplb_analyze.live.session`; :mod:`eplb_analyze.li
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from eplb_analyze.live.session import Batch
 from eplb_analyze.metrics.formulas import FORMULAS, Float64, Terms
+from eplb_analyze.reader.join import JoinedRows, RankRows, StepState, join_rows
+from eplb_analyze.reader.step_range import NO_END
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import Scope, Status
 from eplb_dump.format.session import SessionInfo
@@ -72,68 +76,73 @@ class RankState:
         return float(self.steps[-1] - self.steps[0]) / seconds if seconds else None
 
 
-class _Open:
-    """A step that some ranks have stated and others not yet."""
-
-    __slots__ = ("have", "load")
-
-    def __init__(self) -> None:
-        #: The ranks that recorded it or idled, and the sum of what they recorded: int64 [layers, ranks].
-        self.have: set[int] = set()
-        self.load: Int64 | None = None
-
-
 class Window:
-    """The newest ``limit`` steps that some rank recorded, and what is whole of them.
+    """The newest ``limit`` steps that some rank recorded, and the terms of the complete ones.
+
+    Which steps are complete is decided by :mod:`eplb_analyze.reader.join`, as for a run that has ended. Only
+    loads are added up here, as they arrive: the parts of 64 ranks of 1000 steps that wait for another rank
+    would take 1.9 GB (58 layers), their sums take 30 MB.
 
     Attributes:
-        shape: of the newest loads. Where it changes, the window begins anew: nothing is summed across.
-        shape_changed: the first step seen of that shape and the shape before, where it changed.
+        shape: of the newest loads. When it changes, the window starts again: nothing is summed across.
+        shape_changed: the first step of that shape, if the shape changed while it was watched.
         ranks: what each writer has stated.
-        restarts: how often a rank began its steps anew.
+        restarts: how often a rank started its steps again.
     """
 
-    def __init__(self, limit: int, scope: Scope, per_token: int) -> None:
-        """``per_token``: how often each token is counted."""
+    def __init__(self, limit: int, scope: Scope, token_replication: int) -> None:
         self.limit = limit
         self.shape: Shape | None = None
-        self.shape_changed: tuple[int, Shape] | None = None
+        self.shape_changed: int | None = None
         self.ranks: dict[int, RankState] = {}
         self.restarts = 0
         self._scope = scope
-        self._per_token = per_token
-        self._open: dict[int, _Open] = {}
-        self._done: list[tuple[Int64, Terms]] = []
+        self._token_replication = token_replication
+        #: Rows of steps that are not complete, by session and shape; and those that were added since.
+        self._pending: dict[tuple[str, Shape | None], StepRows] = {}
+        self._new: dict[tuple[str, Shape | None], list[StepRows]] = {}
+        self._infos: dict[str, SessionInfo] = {}
+        #: What the ranks recorded of these steps, summed: int64 ``[layers, ep_size]``.
+        self._sums: dict[int, Int64] = {}
+        #: Recorded steps that lack a rank, and which ranks have their part: bool ``[len(ranks), steps]``.
+        self._open: Int64 = np.empty(0, np.int64)
+        self._present = np.empty((0, 0), np.bool_)
+        self._complete: list[tuple[Int64, Terms]] = []
         self._series: list[tuple[Int64, Float64]] = []
-        #: Steps before these are no longer, or not yet, of the window.
-        self._floor = self._since = -1
-        #: The newest step of the shape.
-        self._newest = -1
+        #: Steps before this one are left out.
+        self._floor = -1
 
     def add(self, info: SessionInfo, batch: Batch) -> bool:
-        """Add a rank's batch; its sessions come in the order of their beginning.
+        """Add a rank's batch; its sessions come in the order of their creation.
 
         Returns:
-            Whether it counts: not where a newer session of the rank has begun.
+            False if a newer session of the rank has begun, so that the batch does not count.
         """
         rank = self._rank(info)
         if rank is None:
             return False
         rows = batch.rows
         rank.counts.update(map(Status, rows.status.tolist()))
-        known = np.flatnonzero(rows.status != Status.REJECTED)  # whose number can be a wrong one
+        known = np.flatnonzero(rows.status != Status.REJECTED)  # the number of a rejected step can be wrong
         if len(known):
             first, last = int(rows.step[known[0]]), int(rows.step[known[-1]])
             if rank.last_step < 0 and first <= rank.step_before:
-                self._begin_anew(info.ep_rank)
+                self._start_again(info.ep_rank)
             rank.last_step = max(rank.last_step, last)
             rank.time_ns = int(rows.time_ns[known[-1]])
             rank.add_clock(rows)
-        for step in rows.step[rows.status == Status.DUMMY].tolist():
+        self._infos[info.session_id] = info
+        has_part = (rows.status == Status.RECORDED) | (rows.status == Status.DUMMY)
+        rows = rows.select(has_part & (rows.step >= self._floor))
+        if len(rows.step):
+            self._new.setdefault((info.session_id, batch.shape), []).append(rows)
+        for step, load in zip(batch.step.tolist(), batch.rank_load, strict=True):
             if step >= self._floor:
-                self._open.setdefault(step, _Open()).have.add(info.ep_rank)
-        if batch.shape is not None and self._fits(batch.shape, batch.step):
-            self._add_loads(info.ep_rank, batch)
+                total = self._sums.get(step)
+                if total is None or total.shape != load.shape:
+                    self._sums[step] = load
+                elif self._scope is Scope.LOCAL:  # of several writers of the same sums the first counts
+                    total += load  # the batch is not needed any more
         return True
 
     def _rank(self, info: SessionInfo) -> RankState | None:
@@ -153,44 +162,31 @@ class Window:
             )
         return rank
 
-    def _begin_anew(self, rank: int) -> None:
-        """Forget every step that a rank has a part in: it now states them once more.
+    def _start_again(self, rank: int) -> None:
+        """Forget every step that a rank has a part in: it states them once more.
 
-        All whole steps are among them. Steps that only others have stated may be of their new life.
+        All complete steps are among them. Steps that only others have stated may be of their new life.
         """
         self.restarts += 1
-        self._done, self._series = [], []
-        self._open = {step: part for step, part in self._open.items() if rank not in part.have}
-        self._floor = self._since = self._newest = -1
+        self._complete, self._series = [], []
+        self._merge_new()
+        own = [rows.step for (name, _), rows in self._pending.items() if self._infos[name].ep_rank == rank]
+        forgotten = np.concatenate([np.empty(0, np.int64), *own])
+        self._select_rows(lambda rows: ~np.isin(rows.step, forgotten))
+        for step in forgotten.tolist():
+            self._sums.pop(step, None)
+        self._floor = -1
 
-    def _fits(self, shape: Shape, steps: Int64) -> bool:
-        last = int(steps[-1])
-        if shape == self.shape:
-            self._newest = max(self._newest, last)
-            return True
-        if last < max(self._since, self._newest):
-            return False  # a part of the shape before that comes late, of a rank that left with it, say
-        self._newest = last
-        if self.shape is not None:
-            self.shape_changed = int(steps[0]), self.shape
-            self._since = int(steps[0])
-            self._done, self._series = [], []
-            self._open = {s: p for s, p in self._open.items() if s >= self._since and p.load is None}
-        self.shape = shape
-        return True
+    def _select_rows(self, mask: Callable[[StepRows], npt.NDArray[np.bool_]]) -> None:
+        self._merge_new()
+        selected = {key: rows.select(mask(rows)) for key, rows in self._pending.items()}
+        self._pending = {key: rows for key, rows in selected.items() if len(rows.step)}
 
-    def _add_loads(self, rank: int, batch: Batch) -> None:
-        # Whoever has the sums already has all of them; of several writers the first counts.
-        alone = self._scope is Scope.GLOBAL
-        for step, load in zip(batch.step.tolist(), batch.rank_load, strict=True):
-            if step < max(self._floor, self._since):
-                continue
-            part = self._open.setdefault(step, _Open())
-            if part.load is None:
-                part.load = load
-            elif not alone and rank not in part.have:
-                part.load = part.load + load
-            part.have.add(rank)
+    def _merge_new(self) -> None:
+        for key, rows in self._new.items():
+            before = [self._pending[key]] if key in self._pending else []
+            self._pending[key] = StepRows.concat([*before, *rows])
+        self._new = {}
 
     @property
     def expected(self) -> range:
@@ -198,45 +194,91 @@ class Window:
         return range(self.shape.ep_size if self.shape and self._scope is Scope.LOCAL else 0)
 
     def settle(self) -> None:
-        """Turn steps that all ranks have into terms, and let go of what is too old."""
-        expected = set(self.expected)
-        whole = sorted(step for step, part in self._open.items() if self.shape and expected <= part.have)
-        parts = [(step, self._open.pop(step).load) for step in whole]
-        recorded = [(step, load) for step, load in parts if load is not None]  # else all ranks idled
-        if recorded:
-            steps = np.array([step for step, _ in recorded], np.int64)
-            terms = Terms.of(np.stack([load for _, load in recorded]), self._per_token)
-            self._done.append((steps, terms))
+        """Turn steps that all ranks have into terms, and drop what is too old."""
+        self._open = np.empty(0, np.int64)
+        self._merge_new()
+        if not self._pending:
+            return
+        rows = self._joined()
+        present = (rows.status == Status.RECORDED) | (rows.status == Status.DUMMY)
+        of_shape = self._of_newest_shape(rows)
+        of_shape &= (rows.step >= self._floor) & ~np.isin(rows.step, self._complete_steps())
+        recorded = (rows.status == Status.RECORDED).any(axis=0) & of_shape
+        complete = (rows.state == StepState.RECORDED) & of_shape
+        if complete.any():
+            steps = rows.step[complete]
+            terms = Terms.of(np.stack([self._sums[step] for step in steps.tolist()]), self._token_replication)
+            self._complete.append((steps, terms))
             self._series.append((steps, BALANCEDNESS.of(terms)))
-        self._let_go()
+        waiting = recorded & ~complete
+        self._drop_old(rows.step[waiting])
+        waiting &= rows.step >= self._floor
+        idle = (rows.step >= self._floor) & of_shape & ~recorded & (rows.state != StepState.DUMMY)
+        kept = np.sort(np.concatenate([rows.step[waiting], rows.step[idle][-self.limit :]]))
+        self._open, self._present = rows.step[waiting], present[:, waiting]
+        if len(kept):
+            self._select_rows(lambda some: np.isin(some.step, kept))
+        else:  # every rank has come equally far, as a rule
+            self._pending = {}
+        self._sums = {step: self._sums[step] for step in self._open.tolist()}
 
-    def _let_go(self) -> None:
-        begun = [step for step, part in self._open.items() if part.load is not None]
-        seen = np.sort(np.concatenate([*(steps for steps, _ in self._done), np.array(begun, np.int64)]))
+    def _joined(self) -> JoinedRows:
+        infos = sorted(self._infos.values(), key=lambda info: (info.created_unix_ns, info.session_id))
+        numbers = {info.session_id: number for number, info in enumerate(infos)}
+        parts = [
+            RankRows(self._infos[name].ep_rank, numbers[name], rows, shape, 0)
+            for (name, shape), rows in self._pending.items()
+        ]
+        ep_size = max(info.ep_size for info in infos)
+        return join_rows(parts, sorted(self.ranks), self._scope, self.shape, ep_size)
+
+    def _of_newest_shape(self, rows: JoinedRows) -> npt.NDArray[np.bool_]:
+        """Which of the steps have the newest shape. If it is a new one, the window starts again."""
+        newest = rows.shape[-1]
+        if newest < 0:
+            return np.ones(len(rows.step), np.bool_)
+        shape = rows.shapes[newest]
+        other: npt.NDArray[np.bool_] = rows.shape != newest
+        # Incomplete steps of another shape can be those of ranks that left before it was watched.
+        mixed = bool((other & (rows.state == StepState.RECORDED)).any())
+        if shape != self.shape or mixed:
+            start = int(np.flatnonzero(other)[-1]) + 1 if other.any() else 0
+            if self.shape is not None or mixed:
+                self.shape_changed = int(rows.step[start])
+                self._complete, self._series = [], []
+            self._floor = (
+                max(self._floor, int(rows.step[start])) if other.any() or self.shape else self._floor
+            )
+            self.shape = shape
+        return ~other
+
+    def _complete_steps(self) -> Int64:
+        found: Int64 = np.concatenate([np.empty(0, np.int64), *(steps for steps, _ in self._complete)])
+        return found
+
+    def _drop_old(self, waiting: Int64) -> None:
+        """Drop complete steps that are not among the newest ``limit``; ``waiting`` are recorded ones, too."""
+        seen = np.sort(np.concatenate([self._complete_steps(), waiting]))
         if len(seen) > self.limit:
             self._floor = max(self._floor, int(seen[-self.limit]))
-        self._open = {step: part for step, part in self._open.items() if step >= self._floor}
-        idle = sorted(step for step, part in self._open.items() if part.load is None)
-        for step in idle[: -self.limit]:
-            del self._open[step]
         kept = []
-        for steps, terms in self._done:
+        for steps, terms in self._complete:
             new = steps >= self._floor
             if new.all():
                 kept.append((steps, terms))
             elif new.any():
                 kept.append((steps[new], terms.select(new)))
-        self._done = kept
+        self._complete = kept
         excess = sum(len(steps) for steps, _ in self._series) - SERIES_WINDOWS * self.limit
         while self._series and excess >= len(self._series[0][0]):
             excess -= len(self._series.pop(0)[0])
 
-    def whole(self) -> tuple[Int64, Terms | None]:
+    def complete(self) -> tuple[Int64, Terms | None]:
         """The complete steps, ascending, and their terms; None where there is none."""
-        if not self._done:
+        if not self._complete:
             return np.empty(0, np.int64), None
-        steps = np.concatenate([steps for steps, _ in self._done])
-        terms = Terms.concat([terms for _, terms in self._done])
+        steps = self._complete_steps()
+        terms = Terms.concat([terms for _, terms in self._complete])
         order = np.argsort(steps)
         return steps[order], terms.select(order)
 
@@ -251,16 +293,15 @@ class Window:
     def unfinished(self, gone: set[int]) -> tuple[int, int]:
         """Recorded steps that lack a rank: ``(incomplete, in flight)``.
 
-        In flight are those that every missing rank has yet to come to; those that are ``gone`` will not.
+        A step is in flight if every missing rank has yet to come to it; those that are ``gone`` will not.
         """
-        incomplete = in_flight = 0
-        for step, part in self._open.items():
-            if part.load is not None:
-                missing = [rank for rank in self.expected if rank not in part.have]
-                coming = all(
-                    rank in self.ranks and rank not in gone and self.ranks[rank].last_step < step
-                    for rank in missing
-                )
-                in_flight += coming
-                incomplete += not coming
-        return incomplete, in_flight
+        if not len(self._open):
+            return 0, 0
+        ranks = sorted(self.ranks)
+        last = np.array([NO_END if rank in gone else self.ranks[rank].last_step for rank in ranks])
+        lost = ~self._present & (last[:, np.newaxis] >= self._open)
+        expected = [row for row, rank in enumerate(ranks) if rank in self.expected]
+        incomplete = len(self._open)
+        if len(expected) == len(self.expected):
+            incomplete = int(lost[expected].any(axis=0).sum())
+        return incomplete, len(self._open) - incomplete

@@ -99,6 +99,8 @@ class StepRows:
 
     @classmethod
     def concat(cls, parts: Sequence[StepRows]) -> StepRows:
+        if len(parts) == 1:
+            return parts[0]
         phases = tuple(dict.fromkeys(name for part in parts for name in part.phases))
         index = {name: i for i, name in enumerate(phases)}
         codes = []
