@@ -8,12 +8,12 @@ Needs neither a GPU nor weights, so what SGLang expects of those is stood in for
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers.utils
+from ranks import await_kill, run_ranks
 
 # Imported for constants; torchvision's wheels do not load beside a torch without CUDA.
 transformers.utils.is_torchvision_available()
@@ -239,13 +240,9 @@ def renamed(engine: Rank) -> None:
     engine.forward(2)
 
 
-def until_killed(engine: Rank) -> None:
-    while True:
-        engine.forward()
-        if len(engine.loads) % 10 == 0:
-            (engine.out / f"pid-{engine.rank}.new").write_text(str(os.getpid()))
-            os.replace(engine.out / f"pid-{engine.rank}.new", engine.out / f"pid-{engine.rank}")
-        time.sleep(0.01)
+def killed(engine: Rank) -> None:
+    engine.forward(20)
+    await_kill(engine.rank, 20)
 
 
 def rows(engine: Rank) -> None:
@@ -273,7 +270,7 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "renamed": (renamed, {"expert_distribution_recorder_mode": "per_pass"}),
     "no_predicate": (simple, {}),
     "no_entry": (simple, {}),
-    "kill": (until_killed, {}),
+    "killed": (killed, {}),
     "rows": (rows, {}),
 }
 
@@ -301,6 +298,7 @@ def run(rank: int, out: str, ranks: int, scenario: str) -> None:
     engine = Rank(Path(out), rank, ranks, messages, **arguments)
     happens(engine)
     engine.save()
+    atexit._run_exitfuncs()  # a process that multiprocessing forked skips them
 
 
 def main() -> None:
@@ -308,7 +306,7 @@ def main() -> None:
     (out / "model").mkdir(parents=True, exist_ok=True)
     (out / "model/config.json").write_text(json.dumps(MODEL))
     os.chdir(tempfile.mkdtemp(dir=out))
-    torch.multiprocessing.spawn(run, (str(out), ranks, scenario), nprocs=ranks)
+    run_ranks(ranks, run, str(out), ranks, scenario, kill=scenario == "killed")
 
 
 if __name__ == "__main__":

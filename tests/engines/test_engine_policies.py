@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
-from helpers import ROOT, engines_python
+from engines import run_in
 from policy_problems import KINDS, SHAPES, loads, placements
 
 from eplb_analyze.policies import policy as policies
@@ -34,11 +33,7 @@ def test_placements_are_those_of_the_engines(tmp_path: Path) -> None:
         for p in problems
     ]  # fmt: skip
     (tmp_path / "in.json").write_text(json.dumps(asked))
-    script = [engines_python(), "-W", "ignore", ROOT / "tests/engines/policies.py"]
-    done = subprocess.run(
-        [*script, tmp_path / "in.json", tmp_path / "out.json"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_in("sglang", "policies.py", tmp_path / "in.json", tmp_path / "out.json")
     assert done.returncode == 0, done.stdout + done.stderr
     truth = json.loads((tmp_path / "out.json").read_text())
     for name in ("vllm", "sglang"):

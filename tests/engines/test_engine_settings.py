@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import engines_python
-from vllm_engine import serve
+from engines import run_in, serve
 
 from eplb_analyze import open_run
 from eplb_analyze.replay.replay import replay_run
@@ -50,38 +48,9 @@ def test_recorded_setting_gives_the_placements_of_vllm(
     assert [s["as_recorded"] for s in document["settings"]].count(True) == 1
 
 
-SGLANG = """
-import sys
-from unittest import mock
-import transformers.utils
-transformers.utils.is_torchvision_available()
-for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
-    sys.modules[name] = mock.MagicMock()
-import torch
-for name in ("is_current_stream_capturing", "empty_cache"):
-    setattr(torch.cpu, name, lambda: False)
-from sglang.srt.eplb.eplb_manager import EPLBManager
-
-class Manager(EPLBManager):
-    def __init__(self):
-        self._rebalance_num_iterations, self.at = 7, []
-        self._main_generator = self._entrypoint()
-    def rebalance(self):
-        self.at.append(self.passes + 1)
-        yield from ()
-
-manager = Manager()
-for manager.passes in range(40):
-    manager.on_forward_pass_end()
-print(manager.at)
-"""
-
-
 def test_first_rearrangement_is_that_of_sglang() -> None:
     """The real EPLBManager of SGLang reports after which passes it rebalances."""
-    done = subprocess.run(
-        [engines_python(), "-c", SGLANG], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = run_in("sglang", "sglang_rebalances.py")
     assert done.returncode == 0, done.stderr[-2000:]
     at = json.loads(done.stdout.strip().splitlines()[-1])
     assert at == list(range(first_rearrangement("sglang", 7), 40, 7))

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import serve
 from helpers import ROOT, survived_loads
 from typer.testing import CliRunner
-from vllm_engine import serve
 
 from eplb_analyze import Run, open_run
 from eplb_analyze.analysis.check import check_run

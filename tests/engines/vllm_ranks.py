@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ranks import await_kill, run_ranks
 
 
 def arguments() -> argparse.Namespace:
@@ -104,10 +103,10 @@ def route(topk_ids: Any, layer_state: Any, tokens: int) -> Any:
 class Rank:
     """One process of the engine."""
 
-    def __init__(self, rank: int, port: int, args: argparse.Namespace) -> None:
+    def __init__(self, rank: int, args: argparse.Namespace) -> None:
         import torch
 
-        self.rank, self.port, self.args = rank, port, args
+        self.rank, self.args = rank, args
         torch.set_num_threads(1)
         without_an_accelerator()
         from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
@@ -133,7 +132,7 @@ class Rank:
         self.config.enable_eplb, eplb.num_redundant_experts = True, args.redundant
         with set_current_vllm_config(whole):
             parallel_state.init_distributed_environment(
-                args.world, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo"
+                args.world, rank, f"file://{args.out.absolute()}/store", rank, backend="gloo"
             )
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=self.config.tensor_parallel_size,
@@ -260,9 +259,8 @@ class Rank:
             # What elastic EP's coordinator has: a store of these ranks' own.
             from vllm.distributed.utils import StatelessProcessGroup
 
-            group.tcp_store_group = StatelessProcessGroup.create(
-                "127.0.0.1", self.port + step + 1, self.rank, size
-            )
+            store = torch.distributed.FileStore(str(self.args.out / f"store-{step}"), size)
+            group.tcp_store_group = StatelessProcessGroup(self.rank, size, store)
         self.slots, self.config.data_parallel_size = self.local * size, size
         was_active, self.active = self.active, self.rank < size
         if not self.active:
@@ -304,8 +302,7 @@ class Rank:
             for step in range(args.steps):
                 self.step_number = step
                 if step == args.kill_at:
-                    time.sleep(1.2)  # more than a flush interval, as between two bursts of requests
-                    os.kill(os.getpid(), 9)
+                    await_kill(self.rank, step)
                 if step in self.sizes:
                     self.resize(self.sizes[step], step)
                 if step % (args.steps // 2) == 0:
@@ -355,13 +352,13 @@ class Rank:
         return good
 
 
-def run(rank: int, port: int, args: argparse.Namespace) -> None:
+def run(rank: int, args: argparse.Namespace) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.world),
         "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "INFO",
     }  # fmt: skip
     try:
-        np.savez_compressed(args.out / f"rank{rank}.npz", **Rank(rank, port, args).serve())
+        np.savez_compressed(args.out / f"rank{rank}.npz", **Rank(rank, args).serve())
         import torch
 
         torch.distributed.barrier()
@@ -378,26 +375,7 @@ def run(rank: int, port: int, args: argparse.Namespace) -> None:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run, args=(rank, port, args)) for rank in range(args.world)]
-    for process in ranks:
-        process.start()
-    end = time.monotonic() + 240
-    while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < end:
-        time.sleep(0.05)
-    if args.kill_at >= 0:
-        for process in ranks:
-            process.join(10)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    if args.kill_at >= 0:
-        sys.exit(0 if codes == [-9] * args.world else f"ranks ended with {codes}")
-    if any(codes) or None in codes:
-        sys.exit(f"ranks ended with {codes}")
+    run_ranks(args.world, run, args, kill=args.kill_at >= 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""What the scripts of several ranks share: a process for each rank, all of which may be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from eplb_dump.format.journal import JournalSegment
+from eplb_dump.format.schema import FormatError
+
+SECONDS = 240
+CONTEXT = multiprocessing.get_context("fork")  # what fork_server.py has imported stays imported
+READY_TO_BE_KILLED = CONTEXT.Semaphore(0)
+
+
+def run_ranks(ranks: int, target: Callable[..., None], *arguments: Any, kill: bool = False) -> None:
+    """Run ``target(rank, *arguments)`` in a process for each rank; exits with a message if one fails.
+
+    With ``kill``, all are killed as soon as each has called :func:`await_kill`.
+    """
+    processes = [CONTEXT.Process(target=target, args=(rank, *arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + SECONDS
+    if kill and all(READY_TO_BE_KILLED.acquire(timeout=SECONDS) for _ in range(ranks)):
+        for process in processes:
+            process.kill()
+    running = processes
+    while running and not any(process.exitcode for process in processes) and time.monotonic() < deadline:
+        wait([process.sentinel for process in running], deadline - time.monotonic())
+        running = [process for process in running if process.is_alive()]
+    for process in running:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    if codes != [-signal.SIGKILL if kill else 0] * ranks:
+        sys.exit(f"ranks ended with {codes}")
+
+
+def await_kill(rank: int, steps: int) -> None:
+    """Wait until so many steps of this rank are on disk, then to be killed."""
+    journals = f"run=*/model=*/rank={rank:05d}/session=*/journal-*.frames"
+    found = 0
+    while found < steps:  # the writer flushes once a second
+        time.sleep(0.05)
+        found = 0
+        for path in Path(os.environ["EXPERT_LOAD_DUMP_DIR"]).glob(journals):
+            with contextlib.suppress(FormatError), JournalSegment(path) as journal:
+                found += len(journal.load_steps)
+    READY_TO_BE_KILLED.release()
+    signal.pause()

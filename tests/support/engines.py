@@ -1,0 +1,103 @@
+"""Run scripts that use vLLM or SGLang, which live in an environment of their own.
+
+The scripts are those of ``tests/engines``. Each runs in a process of its own, which is a fork of one that has
+imported the engine already: see ``fork_server.py`` there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from helpers import ROOT, arrays, engines_python
+
+SCRIPTS = ROOT / "tests/engines"
+
+
+def run_in(
+    engine: str, script: str, *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script where ``engine`` ("vllm" or "sglang") is imported already.
+
+    Of the variables EXPERT_LOAD..., it sees only those given here.
+    """
+    with tempfile.TemporaryDirectory(prefix="engine-") as folder:
+        return fork_server(engine).run(
+            [str(SCRIPTS / script), *map(str, arguments)], environment, Path(folder)
+        )
+
+
+def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[str, Any]], Path, str]:
+    """Serve with vLLM and the plugin; the truth of each rank, the dump, and what was printed."""
+    dump = folder / "dump"
+    variables = {"EXPERT_LOAD_DUMP_DIR": str(dump), **environment}
+    done = run_in("vllm", "vllm_ranks.py", "--out", folder / "truth", *options, **variables)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    ranks = sorted((folder / "truth").glob("rank*.npz"))
+    return [arrays(path) for path in ranks], dump, done.stdout + done.stderr
+
+
+class ForkServer:
+    """The process that has imported an engine, and forks one for each script."""
+
+    def __init__(self, engine: str) -> None:
+        options = ["-W", "ignore"] if engine == "sglang" else []
+        self._process = subprocess.Popen(
+            [engines_python(), *options, str(SCRIPTS / "fork_server.py"), engine],
+            env={**inherited(), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # a fork has one thread
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert self._answer() == "ready"
+        atexit.register(self.close)
+
+    def run(
+        self, arguments: list[str], environment: dict[str, str], folder: Path, timeout: float = 280
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one script to its end; after ``timeout`` seconds, it and what it started are killed."""
+        files = [folder / "output", folder / "errors"]
+        job = {"arguments": arguments, "environment": {**inherited(), **environment}}
+        assert self._process.stdin is not None
+        print(json.dumps({**job, "output": str(files[0]), "errors": str(files[1])}), file=self._process.stdin)
+        timer = threading.Timer(timeout, kill_group, [int(self._answer())])
+        timer.start()
+        try:
+            code = int(self._answer())
+        finally:
+            timer.cancel()
+        return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
+
+    def close(self) -> None:
+        with self._process:  # closes its stdin, which ends it
+            pass
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        assert line, "the engine's process has ended: its messages are above"
+        return line
+
+
+@functools.cache
+def fork_server(engine: str) -> ForkServer:
+    return ForkServer(engine)
+
+
+def inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("EXPERT_LOAD")}
+
+
+def kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
