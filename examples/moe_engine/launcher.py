@@ -15,7 +15,7 @@ from .errors import EngineError
 from .rank import EXIT_LOST_PEER, run_rank
 from .text import Bytes
 
-GRACE_SECONDS = 5.0  # for the other ranks to notice that one is gone and to close their recordings
+GRACE_SECONDS = 20.0  # for the other ranks to notice that one is gone and to close their recordings
 
 
 def launch(config: EngineConfig, checkpoint: Path, corpora: dict[str, Bytes], store: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
-from helpers import ROOT, cli, engines_python
+from engines import run_in
+from helpers import cli
 
 from eplb_dump import ExpertLoadWriter
 
-LOCATES = ROOT / "tests/engines/sglang_locates.py"
 LOGICAL, SLOTS, HIDDEN = 6, 8, 5
 #: Of the model in sglang_ranks.py; the others are dense.
 MOE_LAYERS = [2, 3, 4]
@@ -35,10 +34,7 @@ def test_sglang_loads_an_exported_placement(tmp_path: Path) -> None:
     rows = json.loads(file.read_text())["physical_to_logical_map"]
     more.write_text(json.dumps({"physical_to_logical_map": rows, "comment": "no"}))
     fewer.write_text(json.dumps({"physical_to_logical_map": rows[2:]}))
-    done = subprocess.run(
-        [engines_python(), "-W", "ignore", LOCATES, tmp_path, file, more, fewer],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_in("sglang", "sglang_locates.py", tmp_path, file, more, fewer)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.split("RESULT ")[1])
     assert found[str(file)]["physical_to_logical_map"] == [INITIAL, INITIAL, *recorded]

