@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-# .venv with an extra of ours.
+# .venv with one of this project's extras.
 need() {
     extra=$1
     # What was installed, and from which definition, so that a second run installs nothing.
@@ -29,6 +29,19 @@ need_engines() {
         install .venv-engines -r "$wanted/requirements.txt"
         install .venv-engines --no-deps -r "$wanted/no-deps.txt" -e .
         touch "$mark"
+    fi
+}
+
+# A Chromium for the tests of the report. Without one they are skipped, and pytest's last lines say so.
+need_browser() {
+    for name in "${CHROME:-}" chromium chromium-browser google-chrome; do
+        if [ -n "$name" ] && command -v "$name" >/dev/null; then
+            return 0
+        fi
+    done
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        echo "installing chromium ..."
+        { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || true
     fi
 }
 

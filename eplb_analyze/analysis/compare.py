@@ -47,7 +47,7 @@ class Difference:
         if interval is None:
             return cls(a, b, None, None, None, None)
         verdict: Verdict = "no difference beyond chance"
-        if interval.beyond_chance:
+        if interval.is_significant:
             verdict = "better" if interval.value * better > 0 else "worse"
         return cls(a, b, interval.value, interval.low, interval.high, verdict)
 

@@ -96,7 +96,7 @@ def rearrangement_report(
     """Judge every rearrangement that begins in a half-open range of steps (default: all).
 
     Args:
-        window: how many steps before and after to compare; fewer where a neighbour rearrangement, the
+        window: how many steps before and after to compare; fewer where a neighboring rearrangement, the
             range or the run ends sooner.
     """
     if steps is not None:
@@ -303,7 +303,7 @@ def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures
             reason = f"{plural(count, 'complete step')} {where} it, {MIN_STEPS} are needed"
         else:
             verdict = "no measurable gain"
-            if gain.beyond_chance:
+            if gain.is_significant:
                 verdict = "helped" if gain.value > 0 else "hurt"
             predicted, even = (fold.mean() for fold in change.folds) if change.folds else (None, None)
             at_first, lasted = _lasting(change, series, before)
@@ -343,7 +343,7 @@ def _window(steps: Int64, values: formulas.Float64) -> Window:
 def _lasting(
     change: _Change, series: _Series, before: formulas.Float64
 ) -> tuple[float | None, Lasted | None]:
-    """The gain at first, and for how long half of it was there; no length where it is not beyond chance.
+    """The gain at first, and for how long half of it was there; no length if it is not significant.
 
     It is gone in the middle of the first ``SMOOTHING`` steps most of which are below half of it.
     """
@@ -353,7 +353,7 @@ def _lasting(
     at_first = bootstrap.difference(Ratio.mean(before), Ratio.mean(values[:width]))
     if at_first is None:
         return None, None
-    if not at_first.beyond_chance or at_first.value < 0:
+    if not at_first.is_significant or at_first.value < 0:
         return at_first.value, None
     below = np.cumsum(np.append(0, values < before.mean() + at_first.value / 2))
     gone = np.flatnonzero(2 * (below[width:] - below[:-width]) > width)

@@ -34,7 +34,7 @@ class ConfigurationSums:
         self.logical = np.zeros((layers, info.num_logical_experts), np.int64)
 
     def add(self, run: Run, block: Block) -> Terms:
-        """Add a block's complete steps, of which there is at least one."""
+        """Add a block's complete steps; there must be at least one."""
         steps, shape = block.recorded, self.shape
         layers, per_token = shape.num_moe_layers, run.info.token_replication
         terms = Terms(len(steps), layers, shape.ep_size, per_token)

@@ -53,7 +53,7 @@ class Interval:
         return cls(value, float(low), float(high))
 
     @property
-    def beyond_chance(self) -> bool:
+    def is_significant(self) -> bool:
         return self.low > ROUNDING or self.high < -ROUNDING
 
 

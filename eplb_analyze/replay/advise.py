@@ -267,7 +267,7 @@ class TrainTestSplit:
         return Interval.of(ratio.value - cost, drawn - cost)
 
     def _judge(self, gain: Interval, best: Setting | None) -> tuple[Verdict, str]:
-        if not gain.beyond_chance:
+        if not gain.is_significant:
             if best is not None and best.policy == STATIC:
                 return "leave", "no other setting gains anything; to rearrange nothing would be as good"
             return "leave", "the best other setting gains nothing beyond chance"

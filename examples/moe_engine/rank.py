@@ -96,7 +96,7 @@ class Rank:
                 if config.rearrange_every and step and step % config.rearrange_every == 0:
                     self._rearrange(step)
                 self._step(step, recording)
-            self._summarise(time.monotonic() - start)
+            self._summarize(time.monotonic() - start)
         finally:
             closed = recording.close()
         if closed:
@@ -127,7 +127,7 @@ class Rank:
         )
 
     def _rearrange(self, step: int) -> None:
-        """The engine's own EPLB: sum the window over ranks, place anew, move weights, check the outputs."""
+        """The engine's own EPLB: sum the window over ranks, place, move weights, check the outputs."""
         load = torch.stack(list(self.window)).sum(0).cpu()
         dist.all_reduce(load)
         if not load.any():
@@ -152,7 +152,7 @@ class Rank:
         dist.all_reduce(difference, dist.ReduceOp.MAX)
         return float(difference)
 
-    def _summarise(self, seconds: float) -> None:
+    def _summarize(self, seconds: float) -> None:
         totals = torch.tensor([len(self.answered), self.tokens, self.dummy_steps])
         dist.all_reduce(totals)
         requests, tokens, dummy_steps = totals.tolist()

@@ -52,7 +52,7 @@ class Recording:
             self.truth.add(step)
 
     def close(self) -> str | None:
-        """Bring all to disk; what the writer says of it."""
+        """Flush everything to disk. Returns the writer's summary, None if nothing was recorded."""
         if self.truth:
             self.truth.save()
         if not self.writer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,8 +31,12 @@ from eplb_dump import ExpertLoadWriter
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
+NAMES = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, filter(None, NAMES))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no Chromium was found; install it (Debian, Ubuntu: apt-get install chromium) or set CHROME",
+)
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -139,7 +144,7 @@ class Opened:
         return np.array([np.nan if v is None else v for v in values], float).reshape(rows, -1)
 
     def pixel(self, chart: str, row: int, column: int, shape: tuple[int, int]) -> list[int]:
-        """The colour in the lower left of a cell, where no number is written."""
+        """The color in the lower left of a cell, which no number covers."""
         box = self.page.locator(chart).bounding_box()
         assert box
         width = (box["width"] - MAP_LEFT - MAP_RIGHT) / shape[1]
@@ -217,7 +222,7 @@ def test_maps_of_the_whole_run_are_those_of_the_commands(opened: Opened, dump: P
     opened.fine()
 
 
-def test_hovering_tells_of_expert_rank_replicas_and_load(opened: Opened, dump: Path) -> None:
+def test_hovering_shows_expert_rank_replicas_and_load(opened: Opened, dump: Path) -> None:
     by_slot, by_rank, by_expert = planted.sums(0, 399)
     shape = (planted.LAYERS, planted.SLOTS)
     lines = opened.hover("#experts-map", 1, 6, shape)
@@ -482,7 +487,7 @@ def test_one_step_is_not_several(browser: Browser, tmp_path: Path) -> None:
         text = plain(page.evaluate("document.body.innerText"))
         assert re.findall(r"\b1 steps|(\d+) to \1\b", text) == []
         assert "summed over 1 step." in text
-        # A single window cannot tell bursts from what lasts.
+        # A single window cannot distinguish a burst from a permanent load.
         assert "burst" not in text
         assert "--window" not in text
         assert "always hot" not in text

@@ -111,7 +111,7 @@ def test_loads_and_placements_are_exact_and_sglang_is_as_without(mode: str, tmp_
     assert not (theirs.out / "dump").exists()
 
 
-def test_four_ranks_and_what_the_dump_says_of_them(tmp_path: Path) -> None:
+def test_four_ranks_are_recorded_exactly_and_described(tmp_path: Path) -> None:
     ours = engine(tmp_path, "simple", ranks=4)
     assert_exact(ours)
     run = ours.dump()

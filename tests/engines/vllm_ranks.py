@@ -128,7 +128,7 @@ class Rank:
             pipeline_parallel_size=args.pipeline, **size,
         )  # fmt: skip
         whole = VllmConfig(parallel_config=self.config)
-        # vLLM refuses to balance on a CPU, so it is told afterwards.
+        # vLLM refuses to balance on a CPU, so this is set after its checks.
         self.config.enable_eplb, eplb.num_redundant_experts = True, args.redundant
         with set_current_vllm_config(whole):
             parallel_state.init_distributed_environment(

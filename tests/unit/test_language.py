@@ -54,7 +54,12 @@ WORDS = re.compile("|".join(rf"(?<![\w-])(?:{pattern})(?![\w-])" for pattern in 
 #: This file holds the list.
 THIS = "tests/unit/test_language.py"
 #: Pages whose text is still to be rewritten, together with the command line.
-OLD_PAGES = {"README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))}
+OLD_PAGES = {
+    "README.md",
+    "CHANGELOG.md",
+    "eplb_analyze/report/assets/page.js",
+    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+}
 
 
 def tracked() -> list[str]:

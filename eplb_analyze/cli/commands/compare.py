@@ -1,4 +1,4 @@
-"""`compare`: is run B better than run A, beyond chance, on a comparable workload?"""
+"""`compare`: is run B significantly better than run A on a comparable workload?"""
 
 from __future__ import annotations
 

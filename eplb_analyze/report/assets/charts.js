@@ -9,7 +9,7 @@ function channels(hex) {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 }
 
-/* The colour of a load over the mean, as in a terminal: blue below, pale at 1, red from 2 on. */
+/* The color of a load over the mean, as in a terminal: blue below, pale at 1, red from 2 on. */
 function heatColors() {
   const [cold, mean, hot, unknown] = ["--cold", "--mean", "--hot", "--unknown"].map((n) => channels(color(n)));
   return (times) => {

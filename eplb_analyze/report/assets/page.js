@@ -65,7 +65,7 @@ function fill(table, columns, rows) {
   return table;
 }
 
-/* A cell with its load over the mean as a colour. */
+/* A cell with its load over the mean as a color. */
 function heat(times) {
   const box = element("span", { text: figure(times, 2), className: "heat" });
   const [red, green, blue] = heatColors()(times);

@@ -52,7 +52,7 @@ def placement(step: int, *, acts: bool = True) -> Array:
 
 
 def weights(step: int) -> np.ndarray[Any, Any]:
-    """[layers, experts]: shares of the routed tokens, not normalised."""
+    """[layers, experts]: shares of the routed tokens, not normalized."""
     usual = np.array([2, 2, 2, 1, 1.5, 1.5, 1, 1, 2, 1, 1, 1])
     found = np.tile(usual, (LAYERS, 1))
     found[NUMBERS.index(10), 0] = 3.6
