@@ -76,6 +76,14 @@ class RankState:
         return float(self.steps[-1] - self.steps[0]) / seconds if seconds else None
 
 
+@dataclass
+class _StepSum:
+    """The loads of one step, int64 ``[layers, ep_size]``, summed over these ranks."""
+
+    load: Int64
+    ranks: set[int]
+
+
 class Window:
     """The newest ``limit`` steps that some rank recorded, and the terms of the complete ones.
 
@@ -102,8 +110,7 @@ class Window:
         self._pending: dict[tuple[str, Shape | None], StepRows] = {}
         self._new: dict[tuple[str, Shape | None], list[StepRows]] = {}
         self._infos: dict[str, SessionInfo] = {}
-        #: What the ranks recorded of these steps, summed: int64 ``[layers, ep_size]``.
-        self._sums: dict[int, Int64] = {}
+        self._sums: dict[int, _StepSum] = {}
         #: Recorded steps that lack a rank, and which ranks have their part: bool ``[len(ranks), steps]``.
         self._open: Int64 = np.empty(0, np.int64)
         self._present = np.empty((0, 0), np.bool_)
@@ -138,12 +145,19 @@ class Window:
             self._new.setdefault((info.session_id, batch.shape), []).append(rows)
         for step, load in zip(batch.step.tolist(), batch.rank_load, strict=True):
             if step >= self._floor:
-                total = self._sums.get(step)
-                if total is None or total.shape != load.shape:
-                    self._sums[step] = load
-                elif self._scope is Scope.LOCAL:  # of several writers of the same sums the first counts
-                    total += load  # the batch is not needed any more
+                self._add_load(step, info.ep_rank, load)
         return True
+
+    def _add_load(self, step: int, rank: int, load: Int64) -> None:
+        total = self._sums.get(step)
+        if total is None or total.load.shape != load.shape:
+            self._sums[step] = _StepSum(load, {rank})
+        elif self._scope is Scope.GLOBAL:  # every writer has the same sums; the join takes the lowest rank's
+            if rank < min(total.ranks):
+                self._sums[step] = _StepSum(load, {rank})
+        elif rank not in total.ranks:
+            total.load += load  # the array belongs to a batch that nothing else reads
+            total.ranks.add(rank)
 
     def _rank(self, info: SessionInfo) -> RankState | None:
         """The rank's state; None where a newer session of it has begun."""
@@ -207,7 +221,9 @@ class Window:
         complete = (rows.state == StepState.RECORDED) & of_shape
         if complete.any():
             steps = rows.step[complete]
-            terms = Terms.of(np.stack([self._sums[step] for step in steps.tolist()]), self._token_replication)
+            terms = Terms.of(
+                np.stack([self._sums[step].load for step in steps.tolist()]), self._token_replication
+            )
             self._complete.append((steps, terms))
             self._series.append((steps, BALANCEDNESS.of(terms)))
         waiting = recorded & ~complete
@@ -239,8 +255,11 @@ class Window:
             return np.ones(len(rows.step), np.bool_)
         shape = rows.shapes[newest]
         other: npt.NDArray[np.bool_] = rows.shape != newest
-        # Incomplete steps of another shape can be those of ranks that left before it was watched.
-        mixed = bool((other & (rows.state == StepState.RECORDED)).any())
+        # Incomplete steps of another shape do not prove a change: ranks that left long ago may have recorded
+        # them. A rank that recorded both shapes does.
+        recorded = rows.status == Status.RECORDED
+        both = recorded[:, other].any(axis=1) & recorded[:, ~other].any(axis=1)
+        mixed = bool(both.any() or (other & (rows.state == StepState.RECORDED)).any())
         if shape != self.shape or mixed:
             start = int(np.flatnonzero(other)[-1]) + 1 if other.any() else 0
             if self.shape is not None or mixed:
