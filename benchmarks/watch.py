@@ -1,9 +1,9 @@
-"""What a look of `watch` reads and costs, beside what the writers append meanwhile.
+"""What each refresh of `watch` reads and costs while writers append to the run.
 
     python -m benchmarks.watch [--ranks 32] [--rate 20] [--looks 30]
 
-The ranks of one engine write at that rate, scope local, from a process of their own; every second this
-one looks. Bytes are those that the kernel counts for this process (/proc/self/io, `rchar`).
+Another process writes all ranks of one engine at that rate, with scope local. This process refreshes every
+second. The kernel counts the bytes that it reads (`rchar` in /proc/self/io).
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import workload
 from eplb_analyze.live.watch import Follower
 from eplb_dump import ExpertLoadWriter
 
 
 def write(folder: Path, ranks: int, rate: float, ended: multiprocessing.synchronize.Event) -> None:
-    """All ranks of an engine, in lockstep, until told to end."""
-    placement = workload.placement()
-    loads = [workload.loads(32, seed=rank, tokens=118 / ranks) for rank in range(ranks)]
+    """All ranks of an engine, in lockstep, until ``ended`` is set."""
+    # As many slots as the other benchmarks have, rounded up so that every rank has equally many.
+    slots = np.arange(-(-workload.SLOTS // ranks) * ranks) % workload.SLOTS
+    placement = workload.placement()[:, slots]
+    loads = [workload.loads(32, seed=rank, tokens=118 / ranks)[..., slots] for rank in range(ranks)]
     writers = [
         ExpertLoadWriter(
-            folder, model="deepseek-v3", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE,
+            folder, model="deepseek-v3", num_logical_experts=workload.LOGICAL, ep_size=ranks,
             ep_rank=rank, scope="local", run_id="r",
         )
         for rank in range(ranks)
@@ -49,7 +53,7 @@ def read_bytes() -> int:
 
 
 def grown(folder: Path) -> int:
-    """Bytes of the journals now; between two sealings they only grow."""
+    """Bytes of journals and manifests now. They only grow while no segment is sealed."""
     return sum(path.stat().st_size for path in folder.rglob("*.frames"))
 
 
