@@ -25,13 +25,16 @@ from eplb_dump.format.journal import (
     PlacementRows,
     Shape,
     StepRows,
+    check_load_steps,
+    check_placements,
     load_entry,
+    load_shape,
     placement_rows,
+    session_of,
     step_rows,
 )
-from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.manifest import Manifest, SealedSegment
 from eplb_dump.format.schema import (
-    EMPTY_SLOT,
     JOURNAL_PATTERN,
     MANIFEST_FILE,
     MAX_LAYERS,
@@ -190,15 +193,18 @@ class FollowedSession:
         return listed
 
     def _read_manifest(self) -> None:
-        with suppress(FileNotFoundError):
+        new = Manifest(session_id=self.info.session_id)
+        try:
             start = self._manifest.at
             for frame in self._manifest.new():
-                if frame.kind == "sealed":
-                    entry = SealedSegment.from_frame(frame)
-                    if entry.seq >= self._first:  # sealing can lag behind
-                        self._sealed[entry.seq] = entry
-                self.closed = self.closed or frame.kind == "closed"
+                new.add(frame)
                 self._manifest.at = start + frame.end
+        except FileNotFoundError:
+            pass
+        finally:  # also after damage: what was read before it is not read again
+            # A segment before the first wanted one can still be sealed late.
+            self._sealed |= {seq: entry for seq, entry in new.entries.items() if seq >= self._first}
+            self.closed = self.closed or new.closed is not None
 
     def _read_journal(self, seq: int) -> Iterator[Batch]:
         journal = self._journals[seq]
@@ -323,7 +329,7 @@ class _Journal(GrowingFile):
             elif frame.kind == "placements":
                 placements.append(self._placements(frame))
             elif frame.kind == "loads":
-                loads.append(self._loads(frame))
+                loads.append(self._loads(frame, loads[-1][1] if loads else None))
             elif frame.kind == "steps":  # it commits what came before it
                 batch = _batch(step_rows(frame), placements, loads)
                 self.at = start + frame.end
@@ -334,25 +340,18 @@ class _Journal(GrowingFile):
             # Other kinds come from a newer minor version, which only adds.
 
     def _check_owner(self, frame: Frame) -> None:
-        info = SessionInfo.from_dict(frame.header["session"])
-        if (info.session_id, frame.header["seq"]) != (self._info.session_id, self._seq):
+        if session_of(frame, self._seq).session_id != self._info.session_id:
             raise FormatError("its first frame does not introduce this journal")
 
     def _placements(self, frame: Frame) -> PlacementRows:
         rows = placement_rows(frame)
-        layers = MAX_LAYERS if self._info.moe_layers is None else len(self._info.moe_layers)
-        limit = self._info.num_logical_experts
-        for layer, slots in zip(rows.layer, rows.physical_to_logical, strict=True):
-            if not 0 <= layer < layers or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
-                raise FormatError("it holds a placement that is out of range")
+        check_placements(rows, self._info, None)
         return rows
 
-    def _loads(self, frame: Frame) -> tuple[Int64, Shape, Int64]:
+    def _loads(self, frame: Frame, earlier: Shape | None) -> tuple[Int64, Shape, Int64]:
         step, _, _, sizes = load_entry(frame)
-        shape = Shape(*sizes)
-        if shape.impossible or len(self._info.moe_layers or range(sizes[1])) != sizes[1]:
-            raise FormatError(f"it holds loads of an impossible shape ({sizes[1]} × {sizes[2]})")
-        slots = frame.arrays["load"].reshape(sizes[1], len(step), shape.ep_size, -1)
+        shape = load_shape(sizes, self._info, earlier)
+        slots = frame.arrays["load"].reshape(shape.num_moe_layers, len(step), shape.ep_size, -1)
         return step, shape, np.einsum("lnrs->nlr", slots, dtype=np.int64)
 
 
@@ -361,12 +360,9 @@ def _batch(rows: StepRows, placements: list[PlacementRows], loads: list[tuple[In
         batch = _without_loads(rows, placements)
     else:
         steps, shapes, sums = zip(*loads, strict=True)
-        if len(set(shapes)) > 1:
-            raise FormatError("it holds loads of two shapes")
         load = sums[0] if len(sums) == 1 else np.concatenate(sums)
         batch = Batch(rows, placements, shapes[0], np.concatenate(steps), load)
-    if not np.array_equal(batch.step, rows.step[rows.status == Status.RECORDED]):
-        raise FormatError("its steps and its loads do not agree")
+    check_load_steps(batch.step, rows)
     return batch
 
 

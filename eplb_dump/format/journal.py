@@ -26,7 +26,6 @@ from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     MAX_EXPERTS,
     MAX_LAYERS,
-    MAX_LOAD,
     FormatError,
     Status,
     journal_name,
@@ -298,9 +297,7 @@ class JournalSegment:
                 break
             try:
                 if info is None:
-                    if item.kind != "session" or item.header["seq"] != self.seq:
-                        raise FormatError("its first frame does not introduce this journal")
-                    info = SessionInfo.from_dict(item.header["session"])
+                    info = session_of(item, self.seq)
                 elif item.kind == "steps":
                     step_parts.append(step_rows(item))
                 elif item.kind == "loads":
@@ -332,37 +329,20 @@ class JournalSegment:
             placements.ep_size[committed],
             [placements.physical_to_logical[i] for i in committed],
         )
-        self._check_placements()
-
-    def _check_placements(self) -> None:
-        limit = self.info.num_logical_experts
-        layers = MAX_LOAD if self.shape is None else self.shape.num_moe_layers
-        if self.info.moe_layers is not None:
-            layers = min(layers, len(self.info.moe_layers))
-        for layer, slots in zip(self.placements.layer, self.placements.physical_to_logical, strict=True):
-            if not 0 <= layer < layers or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
-                raise FormatError("it holds a placement that is out of range")
+        check_placements(self.placements, info, self.shape)
 
     def _set_loads(self, entries: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]]) -> None:
         recorded = self.steps.step[self.steps.status == Status.RECORDED]
         self.shape: Shape | None = None
         self._loads: list[_LoadFrame] = []
         kept_steps: list[Int64] = [np.empty(0, np.int64)]
-        for step, offset, dtype, (ep_size, layers, physical) in entries:
-            shape = Shape(ep_size, layers, physical)
-            if shape.impossible:
-                raise FormatError(f"it holds loads of an impossible shape ({layers} × {physical})")
-            if self.info.moe_layers is not None and len(self.info.moe_layers) != layers:
-                raise FormatError("it holds loads of another number of layers than its session names")
-            if self.shape not in (None, shape):
-                raise FormatError("it holds loads of two shapes")
-            self.shape = shape
+        for step, offset, dtype, sizes in entries:
+            self.shape = load_shape(sizes, self.info, self.shape)
             keep = np.flatnonzero(np.isin(step, recorded))
             self._loads.append(_LoadFrame(step, offset, dtype, keep))
             kept_steps.append(step[keep])
         self.load_steps: Int64 = np.concatenate(kept_steps)
-        if not np.array_equal(self.load_steps, recorded):
-            raise FormatError("its steps and its loads do not agree")
+        check_load_steps(self.load_steps, self.steps)
 
     def read_layers(self, first: int, last: int) -> Int32:
         """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
@@ -439,3 +419,39 @@ def placement_rows(frame: frames.Frame) -> PlacementRows:
         raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
     ep_size = np.full(len(step), _ep_size(frame), np.int32)
     return PlacementRows(step, layer.astype(np.int32), ep_size, list(maps.astype(np.int32)))
+
+
+def session_of(frame: frames.Frame, seq: int) -> SessionInfo:
+    """The session in the first frame of journal ``seq``. Raises FormatError, KeyError, TypeError."""
+    if frame.kind != "session" or frame.header["seq"] != seq:
+        raise FormatError("its first frame does not introduce this journal")
+    return SessionInfo.from_dict(frame.header["session"])
+
+
+def load_shape(sizes: tuple[int, int, int], info: SessionInfo, earlier: Shape | None) -> Shape:
+    """The shape of a loads frame. Raises FormatError if it contradicts the session or ``earlier``."""
+    shape = Shape(*sizes)
+    if shape.impossible:
+        raise FormatError(f"it holds loads of an impossible shape ({sizes[1]} × {sizes[2]})")
+    if info.moe_layers is not None and len(info.moe_layers) != shape.num_moe_layers:
+        raise FormatError("it holds loads of another number of layers than its session names")
+    if earlier not in (None, shape):
+        raise FormatError("it holds loads of two shapes")
+    return shape
+
+
+def check_load_steps(load_steps: Int64, rows: StepRows) -> None:
+    """Raise FormatError unless the steps with loads are exactly the recorded ones."""
+    if not np.array_equal(load_steps, rows.step[rows.status == Status.RECORDED]):
+        raise FormatError("its steps and its loads do not agree")
+
+
+def check_placements(rows: PlacementRows, info: SessionInfo, shape: Shape | None) -> None:
+    """Raise FormatError if a layer or an expert is out of range. ``shape`` is None if no load is known."""
+    layers = MAX_LAYERS if shape is None else shape.num_moe_layers
+    if info.moe_layers is not None:
+        layers = min(layers, len(info.moe_layers))
+    limit = info.num_logical_experts
+    for layer, slots in zip(rows.layer, rows.physical_to_logical, strict=True):
+        if not 0 <= layer < layers or slots.min(initial=0) < EMPTY_SLOT or slots.max(initial=0) >= limit:
+            raise FormatError("it holds a placement that is out of range")
