@@ -1,7 +1,6 @@
-"""One session followed while it is written: every look reads only what was appended since the last.
+"""Follows one session while it is written: each call reads only what was appended since the last one.
 
-What was read of a journal is not read again when it is sealed. What the ranks' parts add up to is for
-:mod:`eplb_analyze.live.window`.
+A journal that was read to its end is not read again when it is sealed.
 """
 
 from __future__ import annotations
@@ -44,23 +43,23 @@ from eplb_dump.format.schema import (
 )
 from eplb_dump.format.session import SessionInfo
 
-#: Where more than this is new (nobody looked for long), only its end is read.
-SKIM_BYTES = 64 << 20
-#: Of a rank that idles so many times the steps that are asked for are looked through.
-IDLE = 16
-#: What files that are not as they should be, and file systems, raise.
-_WRONG = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
+#: If a journal grew by more than this since the last look, only the wanted steps at its end are read.
+MAX_NEW_BYTES = 64 << 20
+#: How many steps are searched, as a multiple of the wanted ones, if a rank recorded few of them.
+IDLE_FACTOR = 16
+#: What damaged files and file systems raise.
+READ_ERRORS = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a writer appended at once, or had sealed: the part of one rank.
+    """New steps of one rank: one committed batch of its journal, or a sealed segment.
 
     Attributes:
-        rows: the steps it saw.
-        placements: those that it stated; layers are indices.
-        shape: of the loads; None where there are none.
-        step: int64 [n], the recorded steps whose loads are here.
+        rows: all new steps, recorded or not.
+        placements: the new placements; layers are indices.
+        shape: the shape of the loads; None if there are none.
+        step: int64 ``[n]``, the recorded steps.
         rank_load: int64 ``[n, num_moe_layers, ep_size]``, this writer's tokens for each EP rank.
     """
 
@@ -72,15 +71,15 @@ class Batch:
 
 
 class FollowedSession:
-    """A session's files, and how far each was read.
+    """The files of a session and how far each was read.
 
     Attributes:
-        closed: whether the writer ended in order.
-        fault: what could not be read at the last look, naming the file; None: nothing.
+        closed: True if the writer closed the session.
+        fault: the file that could not be read at the last look and why; None if there was no problem.
     """
 
     def __init__(self, folder: Path, info: SessionInfo, want: int) -> None:
-        """``want``: no more recorded steps than these last ones are ever needed at once."""
+        """``want``: how many of the newest recorded steps the caller needs at most."""
         self.folder = folder
         self.info = info
         self.closed = False
@@ -88,63 +87,63 @@ class FollowedSession:
         self.fault: str | None = None
         self._manifest = GrowingFile(folder / MANIFEST_FILE)
         self._journals: dict[int, _Journal] = {}
-        #: Listed in the manifest and not read; of some the first so many recorded steps are left out.
+        #: Sealed segments still to read, and how many recorded steps to skip in each.
         self._sealed: dict[int, SealedSegment] = {}
         self._skip: dict[int, int] = {}
-        #: Segments before this one are older than what was asked for.
+        #: The first segment with wanted steps.
         self._first = 0
-        #: Where entries of older segments that state placements begin in the manifest.
-        self._earlier: list[int] = []
-        #: Journals that `begin` found, and headers of the manifest's entries with where they begin.
-        self._found: dict[int, _Journal] = {}
-        self._listed: dict[int, tuple[int, dict[str, Any]]] = {}
+        #: Bytes of the manifest at which entries of older segments with placements start.
+        self._old_placements: list[int] = []
+        #: From :meth:`begin`: the journals, and the first byte and header of each manifest entry.
+        self._old_journals: dict[int, _Journal] = {}
+        self._old_entries: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def begin(self, want: int, *, placements: bool = False) -> int:
-        """Leave out what is older than the last ``want`` recorded steps; little but headers is read.
+        """Skip all but the last ``want`` recorded steps. Reads little more than headers.
 
         Args:
-            placements: have the first look also state the placements in force there.
+            placements: whether the first look also reports the placements in force at its first step.
 
         Returns:
-            About how many steps the first look will find. What cannot be read is for it to tell.
+            Roughly how many recorded steps the first look will find. That look reports unreadable files.
         """
         found = seen = 0
-        with suppress(*_WRONG):
-            self._take_up_journals()
-            listed = self._skim_manifest()
-            self._take_up_journals()
-            self._found, self._listed = dict(self._journals), listed
+        with suppress(*READ_ERRORS):
+            self._open_new_journals()
+            listed = self._scan_manifest()
+            self._open_new_journals()
+            self._old_journals, self._old_entries = dict(self._journals), listed
             for seq in sorted({*self._journals, *listed}, reverse=True):
-                if found >= want or seen >= IDLE * want:
+                if found >= want or seen >= IDLE_FACTOR * want:
                     break
                 self._first = seq
                 if seq in self._journals:
-                    found += self._journals[seq].leave_out(want - found)
+                    found += self._journals[seq].skip_to_last(want - found)
                     continue
-                entry = SealedSegment.from_frame(self._manifest.frame(listed[seq][0]))
+                entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
                 self._sealed[seq] = entry
                 self._skip[seq] = max(0, _recorded(entry) - (want - found))
                 found += _recorded(entry)
-                # A rank that idles records nothing while others do.
+                # An idle rank records nothing while others do.
                 seen += entry.files["steps"].rows // self.info.interval
             for seq in [seq for seq in self._journals if seq < self._first]:
                 self._journals.pop(seq).close()
             if placements:
                 older = sorted(seq for seq in listed if seq < self._first)
-                self._earlier = [listed[s][0] for s in older if "placements" in listed[s][1]["files"]]
+                self._old_placements = [listed[s][0] for s in older if "placements" in listed[s][1]["files"]]
         return found
 
     def look(self) -> Iterator[Batch]:
-        """What was appended since the last look, in order. What cannot be read goes to ``fault``."""
+        """What was appended since the last look, in order. Problems are stored in ``fault``."""
         self.fault = None
         try:
-            self._take_up_journals()
-            yield from self._placements_before()
+            self._open_new_journals()
+            yield from self._placements_before_first()
             self._read_manifest()
-            # Of what began meanwhile and is listed already, the journal is the truth if it is still there.
-            self._take_up_journals()
+            # If a new segment is already sealed but its journal still exists, the journal is read.
+            self._open_new_journals()
         except (OSError, FormatError, DamagedSegmentError) as error:
-            self.fault = _reason(self.folder, error)
+            self.fault = _describe_error(self.folder, error)
         for seq in sorted({*self._journals, *self._sealed}):
             if seq in self._journals:
                 yield from self._read_journal(seq)
@@ -152,24 +151,24 @@ class FollowedSession:
                 yield from self._read_sealed(self._sealed.pop(seq))
 
     def rows_before(self, step: int) -> Iterator[StepRows]:
-        """Rows that :meth:`begin` left out, back to the first one after ``step``, the newest first.
+        """Rows that :meth:`begin` skipped, newest first, back to the first one after ``step``.
 
-        Nothing but rows of steps is read, and of sealed segments only the one that holds that step. What
-        cannot be read ends them: no figure is asked for there.
+        Reads only step rows, and of the sealed segments only the one with that step. Stops at the first
+        problem, because no figure depends on these rows.
         """
-        newest_first = sorted((s for s in {*self._found, *self._listed} if s <= self._first), reverse=True)
-        with suppress(*_WRONG, DamagedSegmentError):
-            for seq in newest_first:
-                if seq in self._found:
+        old = [seq for seq in {*self._old_journals, *self._old_entries} if seq <= self._first]
+        with suppress(*READ_ERRORS, DamagedSegmentError):
+            for seq in sorted(old, reverse=True):
+                if seq in self._old_journals:
                     if seq < self._first:
-                        self._found[seq].leave_out(0)
-                    yield from self._found[seq].rows_left_out()
-                elif seq - 1 not in self._listed or self._listed[seq - 1][1]["last_step"] <= step:
-                    entry = SealedSegment.from_frame(self._manifest.frame(self._listed[seq][0]))
+                        self._old_journals[seq].skip_to_last(0)
+                    yield from self._old_journals[seq].skipped_rows()
+                elif seq - 1 not in self._old_entries or self._old_entries[seq - 1][1]["last_step"] <= step:
+                    entry = SealedSegment.from_frame(self._manifest.frame_at(self._old_entries[seq][0]))
                     yield ParquetSegment(self.folder, self.info, entry).steps()
 
-    def _take_up_journals(self) -> None:
-        """Open those that are new: so they can be read to their end, also when they are gone."""
+    def _open_new_journals(self) -> None:
+        """Open new journals, so that they can be read to their end even after they are deleted."""
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 match = JOURNAL_PATTERN.fullmatch(entry.name)
@@ -180,15 +179,15 @@ class FollowedSession:
                         journal.open()
                         self._journals[seq] = journal
 
-    def _skim_manifest(self) -> dict[int, tuple[int, dict[str, Any]]]:
-        """Where each sealed segment's entry begins, and its header; its sums stay where they are."""
+    def _scan_manifest(self) -> dict[int, tuple[int, dict[str, Any]]]:
+        """The first byte and header of each sealed segment's entry, without its sums."""
         listed: dict[int, tuple[int, dict[str, Any]]] = {}
         with suppress(FileNotFoundError):
-            for start, end, header in self._manifest.skim():
+            for start, end, header in self._manifest.scan_headers():
                 if header["kind"] == "sealed":
                     listed[int(header["seq"])] = start, header
                 elif header["kind"] == "closed":
-                    break  # it is for the first look
+                    break  # the first look reads it
                 self._manifest.at = end
         return listed
 
@@ -196,7 +195,7 @@ class FollowedSession:
         new = Manifest(session_id=self.info.session_id)
         try:
             start = self._manifest.at
-            for frame in self._manifest.new():
+            for frame in self._manifest.new_frames():
                 new.add(frame)
                 self._manifest.at = start + frame.end
         except FileNotFoundError:
@@ -210,27 +209,27 @@ class FollowedSession:
         journal = self._journals[seq]
         try:
             yield from journal.batches()
-        except _WRONG as error:
-            self.fault = _reason(journal.path, error)
+        except READ_ERRORS as error:
+            self.fault = _describe_error(journal.path, error)
         entry = self._sealed.get(seq)
-        # One that was sealed since the manifest was read is kept in mind: the next look will find it listed.
+        # A journal sealed since the manifest was read stays: the next look finds it in the manifest.
         if journal.removed and entry is not None:
             del self._journals[seq]
-            self._found.pop(seq, None)  # as long as it is open, it takes up space
+            self._old_journals.pop(seq, None)  # an open file keeps its disk space
             if journal.rows >= entry.files["steps"].rows:
                 del self._sealed[seq]
-            else:  # another machine removed it before its end was read
+            else:  # another machine deleted it before its end was read
                 self._skip[seq] = journal.recorded
                 self.fault = None
 
     def _read_sealed(self, entry: SealedSegment) -> Iterator[Batch]:
-        """A sealed segment whose journal was not read, or not to its end."""
+        """Read a sealed segment whose journal was not read to its end."""
         segment = ParquetSegment(self.folder, self.info, entry)
         skip = self._skip.pop(entry.seq, 0)
         try:
             recorded = segment.load_steps()
             rows, placements = segment.steps(), [segment.placements()]
-            # In a damaged segment, rows can be recorded whose loads are not there.
+            # A damaged segment can have recorded rows without loads.
             rows = rows.select((rows.status != Status.RECORDED) | np.isin(rows.step, recorded))
             if skip:
                 rows = rows.select(rows.step > recorded[min(skip, len(recorded)) - 1])
@@ -243,15 +242,15 @@ class FollowedSession:
         except DamagedSegmentError as fault:
             self.fault = str(fault)
 
-    def _placements_before(self) -> Iterator[Batch]:
-        """Of each layer the newest two statements in the segments older than what was asked for."""
+    def _placements_before_first(self) -> Iterator[Batch]:
+        """The newest two placements of each layer in the skipped segments."""
         newer: list[PlacementRows] = []
         stated: Counter[int] = Counter()
-        earlier, self._earlier = self._earlier, []
+        earlier, self._old_placements = self._old_placements, []
         for start in reversed(earlier):
-            entry = SealedSegment.from_frame(self._manifest.frame(start))
+            entry = SealedSegment.from_frame(self._manifest.frame_at(start))
             if (self.folder / journal_name(entry.seq)).exists():
-                self._earlier = earlier  # it is being sealed: the next look will have it
+                self._old_placements = earlier  # it is being sealed: the next look will have it
                 return
             rows = ParquetSegment(self.folder, self.info, entry).placements()
             newer.append(rows)
@@ -264,10 +263,10 @@ class FollowedSession:
 
 
 class _Journal(GrowingFile):
-    """A journal as batches.
+    """A journal that is read one committed batch at a time.
 
     Attributes:
-        rows, recorded: how many steps, and recorded ones, are before ``at``.
+        rows, recorded: how many steps, and recorded steps, are before ``at``.
     """
 
     def __init__(self, folder: Path, info: SessionInfo, seq: int, want: int) -> None:
@@ -276,13 +275,13 @@ class _Journal(GrowingFile):
         self._info = info
         self._seq = seq
         self._want = want
-        #: Where what was left out states placements, and where it lists steps.
-        self._left_out: list[int] = []
-        self._steps_left_out: list[int] = []
+        #: Bytes at which skipped session and placements frames start, and skipped steps frames.
+        self._skipped: list[int] = []
+        self._skipped_steps: list[int] = []
 
-    def leave_out(self, want: int) -> int:
-        """Move on to the last ``want`` recorded steps; about how many steps are left to read."""
-        found = [*self.skim()]
+    def skip_to_last(self, want: int) -> int:
+        """Skip all but the last ``want`` recorded steps. Returns roughly how many are left to read."""
+        found = [*self.scan_headers()]
         left, cut = 0, found[-1][1] if found else self.at
         for start, _, header in reversed(found):
             if left >= want:
@@ -297,32 +296,32 @@ class _Journal(GrowingFile):
             self.rows += _steps_in(header) if header["kind"] == "steps" else 0
             self.recorded += _steps_in(header) if header["kind"] == "loads" else 0
             if header["kind"] in ("session", "placements"):
-                self._left_out.append(start)
-        self._steps_left_out = [start for start, _, header in before if header["kind"] == "steps"]
+                self._skipped.append(start)
+        self._skipped_steps = [start for start, _, header in before if header["kind"] == "steps"]
         self.at = cut
         return left
 
-    def rows_left_out(self) -> Iterator[StepRows]:
-        """The newest first. Raises OSError, FormatError, KeyError."""
-        for start in reversed(self._steps_left_out):
-            yield step_rows(self.frame(start))
+    def skipped_rows(self) -> Iterator[StepRows]:
+        """The skipped step rows, newest first. Raises OSError, FormatError, KeyError."""
+        for start in reversed(self._skipped_steps):
+            yield step_rows(self.frame_at(start))
 
     def batches(self) -> Iterator[Batch]:
-        """What was appended. Raises OSError, FormatError, KeyError, TypeError, IndexError."""
+        """The appended batches. Raises OSError, FormatError, KeyError, TypeError, IndexError."""
         _, size = self.open()
-        if size - self.at > SKIM_BYTES:
-            self.leave_out(self._want)
-        left_out, self._left_out = [self.frame(start) for start in self._left_out], []
-        for frame in left_out:
+        if size - self.at > MAX_NEW_BYTES:
+            self.skip_to_last(self._want)
+        skipped, self._skipped = [self.frame_at(start) for start in self._skipped], []
+        for frame in skipped:
             if frame.kind == "session":
                 self._check_owner(frame)
-        before = [self._placements(frame) for frame in left_out if frame.kind == "placements"]
+        before = [self._placements(frame) for frame in skipped if frame.kind == "placements"]
         if before:
             yield _without_loads(StepRows.concat([]), before)
         start = self.at
         placements: list[PlacementRows] = []
         loads: list[tuple[Int64, Shape, Int64]] = []
-        for frame in self.new():
+        for frame in self.new_frames():
             if frame.kind == "session":
                 self._check_owner(frame)
                 self.at = start + frame.end
@@ -330,7 +329,7 @@ class _Journal(GrowingFile):
                 placements.append(self._placements(frame))
             elif frame.kind == "loads":
                 loads.append(self._loads(frame, loads[-1][1] if loads else None))
-            elif frame.kind == "steps":  # it commits what came before it
+            elif frame.kind == "steps":  # it commits the frames before it
                 batch = _batch(step_rows(frame), placements, loads)
                 self.at = start + frame.end
                 self.rows += len(batch.rows.step)
@@ -371,7 +370,7 @@ def _without_loads(rows: StepRows, placements: list[PlacementRows]) -> Batch:
 
 
 def _steps_in(header: dict[str, Any]) -> int:
-    """How many steps a frame holds, by its header."""
+    """The number of steps in a frame, from its header."""
     return int(header["arrays"]["step"][1][0])
 
 
@@ -380,7 +379,7 @@ def _recorded(entry: SealedSegment) -> int:
     return 0 if loads is None or entry.shape is None else loads.rows // entry.shape.num_moe_layers
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _describe_error(path: Path, error: Exception) -> str:
     if isinstance(error, DamagedSegmentError):
         return str(error)
     reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

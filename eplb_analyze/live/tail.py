@@ -1,7 +1,4 @@
-"""Files of frames that another process appends to, read from where the reading stopped before.
-
-Journals and manifests are such files. What their frames mean is for :mod:`eplb_analyze.live.session`.
-"""
+"""Reads the new frames of a file that another process appends to: a journal or a manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from eplb_analyze.reader.segments import require_regular
 from eplb_dump.format import frames
 from eplb_dump.format.schema import FormatError
 
-#: No frame of ours has a longer header.
+#: The writer never writes a longer header.
 _MAX_HEADER = 1 << 20
 
 
@@ -23,8 +20,8 @@ class GrowingFile:
     """A file of frames and how far it was read.
 
     Attributes:
-        at: what is before this byte was read, or left out.
-        removed: whether the file is gone; what was opened before can still be read to its end.
+        at: the byte at which reading continues.
+        removed: True if the file was deleted. While it is open, it can still be read to its end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,15 +29,15 @@ class GrowingFile:
         self.at = 0
         self.removed = False
         self._file: BinaryIO | None = None
-        #: Its size when nothing more could be read of it.
+        #: The file's size when its last frame was unfinished.
         self._size = -1
-        #: Where it was found damaged, and how often in a row.
+        #: The byte at which it was damaged, and how many times in a row.
         self._damage = (-1, 0)
 
     def open(self) -> tuple[BinaryIO, int]:
-        """The file and its size now. Raises OSError, FormatError where it is a pipe or a link.
+        """The file and its current size. Raises OSError, and FormatError if it is a pipe or a link.
 
-        It is opened anew, since a network file system asks for a file's size when it is opened.
+        Each call opens the file again, because a network file system updates the size only then.
         """
         try:
             require_regular(self.path)
@@ -55,17 +52,17 @@ class GrowingFile:
         assert self._file is not None
         return self._file, os.fstat(self._file.fileno()).st_size
 
-    def new(self) -> Iterator[frames.Frame]:
-        """The frames that were appended. The reader moves ``at`` on when it has what belongs together.
+    def new_frames(self) -> Iterator[frames.Frame]:
+        """The appended frames. The caller advances ``at`` when it has a complete batch.
 
-        A frame's offsets count from ``at`` as it was. Raises OSError, and FormatError where the file is
-        damaged.
+        A frame's offsets count from ``at`` at the time of the call. Raises OSError, and FormatError if the
+        file is damaged.
         """
         file, size = self.open()
-        if size == self._size:  # a killed writer's half frame is not read again and again
+        if size == self._size:  # do not read a killed writer's unfinished frame again
             return
         start, (damaged_at, times) = self.at, self._damage
-        # On a network file system damage can be a write that is under way: it is looked at twice.
+        # On a network file system, an unfinished write can look like damage: try twice.
         if damaged_at == start and times > 1:
             raise FormatError(f"damaged from byte {start} on")
         file.seek(start)
@@ -79,8 +76,8 @@ class GrowingFile:
             else:
                 self._size = size
 
-    def frame(self, start: int) -> frames.Frame:
-        """The frame that begins at a byte. Raises OSError, FormatError."""
+    def frame_at(self, start: int) -> frames.Frame:
+        """The frame that starts at a byte. Raises OSError, FormatError."""
         file, size = self.open()
         file.seek(start)
         item = next(frames.scan(file, size - start))
@@ -88,10 +85,10 @@ class GrowingFile:
             raise FormatError(f"damaged from byte {start} on")
         return item
 
-    def skim(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Where each frame from ``at`` on begins and ends, and its header: its arrays are not read.
+    def scan_headers(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """The first byte, end and header of each frame from ``at`` on, without reading the arrays.
 
-        Nothing is verified, so this is for finding one's way only. It ends where no frame follows.
+        Checksums are not verified: use it only to find frames. It ends at the first incomplete frame.
         """
         file, size = self.open()
         start = self.at

@@ -1,4 +1,4 @@
-"""The figures of `watch`: a run while it is written, over its newest steps."""
+"""Snapshots of a run while it is written, over its newest steps: the library behind `watch`."""
 
 from __future__ import annotations
 
@@ -34,62 +34,62 @@ from eplb_dump.format.schema import (
 )
 from eplb_dump.format.session import SessionInfo
 
-#: The figures are over so many steps.
+#: The default number of steps in the window.
 WINDOW = 1000
-#: A rank so far behind the others has stopped; `check` takes the same time.
+#: A rank that is further behind than this counts as stopped; `check` uses the same limit.
 STOPPED_SECONDS = 3.0
-#: After a reading that took so long, what came meanwhile is read as well.
+#: If reading took longer than this, the data written in the meantime is read, too.
 LONG_SECONDS = 1.0
-#: So many placements of a layer are remembered.
+#: How many placements of each layer are kept.
 PLACEMENTS = 8
-#: What sessions of one run agree in.
+#: Fields that must be equal in all sessions of a run.
 AGREED = ("scope", "num_logical_experts", "moe_layers", "token_replication")
 
 
 @dataclass(frozen=True)
-class LayerLook:
-    """A layer over the complete steps."""
+class LayerSnapshot:
+    """The figures of one layer over the complete steps."""
 
     layer: int
     balancedness: float | None
-    #: The rank that was most often the slowest, and in which share of the uneven steps.
+    #: The rank that was the slowest most often, and its share of the steps with unequal ranks.
     worst_rank: int | None
     worst_rank_share: float | None
 
 
 @dataclass(frozen=True)
-class RankLook:
-    """An EP rank over the complete steps."""
+class RankSnapshot:
+    """The figures of one EP rank over the complete steps."""
 
     rank: int
-    #: Its load over that of the mean rank.
+    #: The rank's load divided by the mean over ranks.
     times_mean: float | None
-    #: In which share of the (step, layer) with tokens the others waited for it; its share of all waiting.
+    #: The share of (step, layer) pairs in which others waited for this rank, and its share of all waiting.
     slowest_share: float | None
     excess_share: float | None
 
 
 @dataclass(frozen=True)
-class WriterLook:
-    """A rank that should write."""
+class WriterSnapshot:
+    """The progress of one writer that the run expects."""
 
     rank: int
-    #: None: it has written nothing yet, or all it handed over was rejected.
+    #: None if no step was accepted yet.
     last_step: int | None
-    #: Steps to the foremost rank.
+    #: How many steps it is behind the rank with the newest step.
     behind: int | None
-    #: These are more than :data:`STOPPED_SECONDS`, or another rank went further and has ended in order.
+    #: It is more than :data:`STOPPED_SECONDS` behind, or another rank got further and was closed.
     stopped: bool
     closed: bool
     sessions: int
-    #: Of the steps that were looked at.
+    #: Counts among the steps that were read.
     dropped: int
     rejected: int
 
 
 @dataclass(frozen=True)
-class RearrangementLook:
-    """The newest rearrangement, and balancedness around it as far as the steps were looked at."""
+class RearrangementSnapshot:
+    """The newest rearrangement, and balancedness before and after it among the steps that were read."""
 
     first_step: int
     last_step: int
@@ -104,7 +104,7 @@ class RearrangementLook:
 
 @dataclass(frozen=True)
 class Snapshot(RunReport):
-    """A run at one moment. Figures are over the complete ones of the newest ``window`` recorded steps."""
+    """A run at one moment. Figures cover the complete steps among the newest ``window`` recorded ones."""
 
     scope: str
     ep_size: int
@@ -112,38 +112,38 @@ class Snapshot(RunReport):
     num_physical_experts: int | None
     newest_step: int | None
     steps_per_second: float | None
-    #: Since something new came.
+    #: Seconds since data was last appended.
     quiet_seconds: float | None
-    #: All writers have ended in order.
+    #: True if all writers closed their sessions.
     closed: bool
     window: int
     first_step: int | None
     last_step: int | None
-    #: The last complete step is about the newest one.
+    #: True if the last complete step is recent, compared with the newest one.
     current: bool
     complete: int
-    #: Steps that lack a rank for good, and steps that a rank has yet to come to.
+    #: Steps that will never be complete, and steps that a rank can still reach.
     incomplete: int
     in_flight: int
     balancedness: Spread
     latest_balancedness: float | None
     idle_fraction: float | None
-    layers: list[LayerLook]
-    ranks: list[RankLook]
-    writers: list[WriterLook]
+    layers: list[LayerSnapshot]
+    ranks: list[RankSnapshot]
+    writers: list[WriterSnapshot]
     timeline: list[Bin]
-    #: The first steps of those that were looked at, and the figures of the newest.
+    #: The first step of each rearrangement that was seen, and the figures of the newest one.
     rearrangements: list[int]
-    rearrangement: RearrangementLook | None
-    #: The first step of the present EP size and slots, where they changed while we looked.
+    rearrangement: RearrangementSnapshot | None
+    #: The first step with the current EP size and slots, if they changed during the watch.
     shape_changed: int | None
-    #: How often a rank began its steps anew while we looked.
+    #: How many times a rank started again at an earlier step during the watch.
     restarts: int
     findings: list[Finding]
 
     @property
     def missing_ranks(self) -> list[int]:
-        """Those that should write and have stated no step yet."""
+        """Expected ranks without an accepted step."""
         return [writer.rank for writer in self.writers if writer.last_step is None]
 
     def to_json(self) -> dict[str, Any]:
@@ -153,73 +153,73 @@ class Snapshot(RunReport):
 
 
 class Follower:
-    """Follows a run, and moves on to a newer one unless one was asked for. It writes nothing.
+    """Follows a run and, unless the caller names one, moves on when a newer run starts. Writes nothing.
 
     Attributes:
-        notes: what a user should be told about what was chosen.
+        notes: messages for the user about which run was chosen.
     """
 
     def __init__(
         self, path: StoragePath | str, run: str | None = None, model: str | None = None, window: int = WINDOW
     ) -> None:
-        """``window``: the figures are over so many steps at most.
+        """``window``: the maximum number of steps that the figures cover.
 
-        Raises DumpError and NotInDumpError, as :func:`eplb_analyze.reader.run.open_run` does, and UsageError
-        where the dump lies in a bucket.
+        Raises DumpError and NotInDumpError like :func:`eplb_analyze.reader.run.open_run`, and UsageError if
+        the dump is in a bucket.
         """
         self._path, self._run, self._model = local(path, "`watch`"), run, model
         self._root = _absolute(self._path)
         self._limit = window
-        #: When something new came, by the monotonic clock.
-        self._came_at: float | None = None
+        #: The monotonic time at which data was last appended.
+        self._appended_at: float | None = None
         self._looked = False
         self._follow(self._path, run)
 
     def look(self) -> Snapshot:
-        """Read what is new, and say how things stand. Raises DumpError."""
+        """Read the appended data and return a snapshot. Raises DumpError."""
         if self._newer_run():
             self._follow(self._path, None)
         elif self._looked and not self._window.ranks and self._root in self._run_folder.parents:
-            self._follow(self._run_folder, None)  # which model is the largest shows with the first step
+            self._follow(self._run_folder, None)  # the largest model is only known after the first step
         for session in self._new_sessions():
             session.begin(self._limit)
             self._sessions.append(session)
-        begun = time.monotonic()
-        came = self._read_all()
-        if time.monotonic() - begun > LONG_SECONDS:
-            came |= self._read_all()  # else those that were read first seem to be behind
+        started = time.monotonic()
+        found_new = self._read_all()
+        if time.monotonic() - started > LONG_SECONDS:
+            found_new |= self._read_all()  # otherwise the ranks read first seem to be behind
         self._looked = True
         now = time.monotonic()
-        if self._came_at is None and self._window.ranks:
+        if self._appended_at is None and self._window.ranks:
             newest = max(rank.time_ns for rank in self._window.ranks.values())
-            self._came_at = now - max(0.0, time.time() - newest / 1e9)
-        elif came:
-            self._came_at = now
-        return self._look(None if self._came_at is None else now - self._came_at)
+            self._appended_at = now - max(0.0, time.time() - newest / 1e9)
+        elif found_new:
+            self._appended_at = now
+        return self._look(None if self._appended_at is None else now - self._appended_at)
 
-    def _follow(self, where: Path, run: str | None) -> None:
-        chosen = choose(where, run, self._model)
+    def _follow(self, path: Path, run: str | None) -> None:
+        chosen = choose(path, run, self._model)
         sessions = [(_absolute(folder), info) for folder, info in chosen.sessions]
         self.notes = chosen.notes
         self._info = sessions[0][1]
         self._model_folder = sessions[0][0].parents[1]
         self._run_folder = self._model_folder.parent
-        begun = (f for f in _folders(self._run_folder.parent, RUN_PREFIX) if _has_session(f))
-        self._runs = {folder.name for folder in begun}
+        started = (f for f in _folders(self._run_folder.parent, RUN_PREFIX) if _has_session(f))
+        self._runs = {folder.name for folder in started}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
         self._placements = _Placements(self._limit)
         self._known = {folder for folder, _ in sessions}
         self._faults: dict[Path, str] = {}
         self._closed: set[str] = set()
         self._looked = False
-        self._came_at = None
+        self._appended_at = None
         self._sessions: list[FollowedSession] = []
         need: dict[int, int] = {}
         for folder, info in reversed(sessions):
             want = need.setdefault(info.ep_rank, self._limit)
-            if want > 0:  # else newer sessions of the rank have all steps that are wanted
+            if want > 0:  # otherwise newer sessions of the rank have all wanted steps
                 self._sessions.append(FollowedSession(folder, info, self._limit))
-                # Every rank states the same placements, so those of before are asked of one.
+                # All ranks write the same placements, so one rank's older ones are enough.
                 first = want == self._limit and info.ep_rank == self._info.ep_rank
                 need[info.ep_rank] -= self._sessions[-1].begin(want, placements=first)
 
@@ -229,10 +229,10 @@ class Follower:
             return False
         for folder in _folders(dump, RUN_PREFIX):
             if folder.name not in self._runs:
-                with suppress(AnalyzeError):  # a run that is just being made, or of another model
-                    begun = choose(folder, None, self._model).sessions[0][1].created_unix_ns
+                with suppress(AnalyzeError):  # the run is being created, or has no such model
+                    created = choose(folder, None, self._model).sessions[0][1].created_unix_ns
                     self._runs.add(folder.name)
-                    if begun > self._info.created_unix_ns:
+                    if created > self._info.created_unix_ns:
                         return True
         return False
 
@@ -255,19 +255,19 @@ class Follower:
                 self._known.add(folder)
 
     def _read_all(self) -> bool:
-        """Add what is new; whether anything is."""
-        came = False
+        """Read all sessions. Returns True if there are new steps."""
+        found_new = False
         for session in sorted(self._sessions, key=lambda s: (s.info.created_unix_ns, s.info.session_id)):
-            came |= self._read(session)
+            found_new |= self._read(session)
         self._window.settle()
         self._reach_back()
-        return came
+        return found_new
 
     def _read(self, session: FollowedSession) -> bool:
-        """Add what is new of a session; whether anything is."""
-        came = False
+        """Read one session. Returns True if it has new steps."""
+        found_new = False
         for batch in session.look():
-            came |= bool(len(batch.rows.step))
+            found_new |= bool(len(batch.rows.step))
             restarts = self._window.restarts
             if self._window.add(session.info, batch):
                 if self._window.restarts > restarts:
@@ -281,9 +281,9 @@ class Follower:
             self._closed.add(session.info.session_id)
         rank = self._window.ranks.get(session.info.ep_rank)
         superseded = rank is not None and rank.session_id != session.info.session_id and rank.last_step >= 0
-        if not came and session.fault is None and (session.closed or superseded):
-            self._sessions.remove(session)  # it has come to its end
-        return came
+        if not found_new and session.fault is None and (session.closed or superseded):
+            self._sessions.remove(session)  # nothing more will be appended
+        return found_new
 
     # ---- figures
 
@@ -292,11 +292,11 @@ class Follower:
         steps, terms = window.complete()
         shape = window.shape
         value = np.empty(0) if terms is None else BALANCEDNESS.of(terms)
-        foremost, writers = self._writers()
+        leader, writers = self._writers()
         incomplete, in_flight = window.unfinished({w.rank for w in writers if w.stopped or w.closed})
         series = window.series()
         first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
-        since = 0.0 if foremost is None or last is None else foremost.seconds_beyond(last)
+        since = 0.0 if leader is None or last is None else leader.seconds_beyond(last)
         total = 0.0 if terms is None else float(terms.maximum.sum())
         return Snapshot(
             run_id=info.run_id,
@@ -305,8 +305,8 @@ class Follower:
             ep_size=info.ep_size if shape is None else shape.ep_size,
             num_layers=None if shape is None else shape.num_moe_layers,
             num_physical_experts=None if shape is None else shape.num_physical_experts,
-            newest_step=None if foremost is None else foremost.last_step,
-            steps_per_second=None if foremost is None else foremost.steps_per_second,
+            newest_step=None if leader is None else leader.last_step,
+            steps_per_second=None if leader is None else leader.steps_per_second,
             quiet_seconds=quiet_seconds,
             closed=bool(writers) and all(writer.closed for writer in writers),
             window=window.limit,
@@ -331,7 +331,7 @@ class Follower:
         )
 
     def _states(self) -> dict[int, RankState | None]:
-        """Of the ranks that should write; None of those that have stated no step."""
+        """The state of each expected rank; None if it has no accepted step."""
         ranks, info = self._window.ranks, self._info
         if info.scope is Scope.GLOBAL:
             expected = sorted(ranks)[:1] or [info.ep_rank]
@@ -340,52 +340,52 @@ class Follower:
         return {r: ranks[r] if r in ranks and ranks[r].last_step >= 0 else None for r in expected}
 
     def _reach_back(self) -> None:
-        """Have the foremost rank's clock go back to where the others are, also before the window.
+        """Extend the leading rank's step times back to the other ranks' steps, also before the window.
 
-        So whether a rank has stopped does not depend on how many steps are looked at.
+        Without it, whether a rank counts as stopped would depend on the size of the window.
         """
         known = [state for state in self._states().values() if state is not None]
-        foremost = _foremost(known)
-        if foremost is None:
+        leader = _leader(known)
+        if leader is None:
             return
-        session = next((s for s in self._sessions if s.info.session_id == foremost.session_id), None)
+        session = next((s for s in self._sessions if s.info.session_id == leader.session_id), None)
         if session is None:
             return
-        # Of those that are further behind than one that has stopped nothing more need be known.
+        # Once one rank is known to have stopped, ranks further behind have stopped, too.
         for step in sorted({state.last_step for state in known}, reverse=True):
             older = session.rows_before(step)
-            while foremost.steps[0] > step and foremost.clock_seconds <= STOPPED_SECONDS:
+            while leader.steps[0] > step and leader.clock_seconds <= STOPPED_SECONDS:
                 rows = next(older, None)
                 if rows is None:
                     break
-                foremost.add_clock(rows)
+                leader.add_clock(rows)
 
-    def _writers(self) -> tuple[RankState | None, list[WriterLook]]:
-        """The foremost rank, None before the first step, and all that should write."""
+    def _writers(self) -> tuple[RankState | None, list[WriterSnapshot]]:
+        """The leading rank (None before the first step) and all expected writers."""
         states = self._states()
         known = [state for state in states.values() if state is not None]
-        foremost = _foremost(known)
-        # Ranks end together: where one ended in order, a rank that did not come so far was killed.
+        leader = _leader(known)
+        # Ranks end together: if one was closed, a rank that did not get as far was killed.
         ended = max((s.last_step for s in known if s.session_id in self._closed), default=-1)
-        writers = [self._writer(rank, state, foremost, ended) for rank, state in states.items()]
-        return foremost, writers
+        writers = [self._writer(rank, state, leader, ended) for rank, state in states.items()]
+        return leader, writers
 
     def _writer(
-        self, rank: int, state: RankState | None, foremost: RankState | None, ended: int
-    ) -> WriterLook:
-        """``ended``: the last step of those that ended in order, -1 where none did."""
-        if state is None or foremost is None:
-            # Whose steps were all rejected has stated no number that can be believed.
+        self, rank: int, state: RankState | None, leader: RankState | None, ended: int
+    ) -> WriterSnapshot:
+        """``ended``: the last step of the closed ranks, -1 if there are none."""
+        if state is None or leader is None:
+            # If all its steps were rejected, their numbers cannot be trusted.
             stated = self._window.ranks.get(rank)
             rejected = 0 if stated is None else stated.counts[Status.REJECTED]
-            return WriterLook(rank, None, None, False, False, 0, 0, rejected)
+            return WriterSnapshot(rank, None, None, False, False, 0, 0, rejected)
         closed = state.session_id in self._closed
-        # By one clock, as those of two hosts can be apart.
-        late = foremost.seconds_beyond(state.last_step) > STOPPED_SECONDS
-        return WriterLook(
+        # Uses one rank's clock, because clocks of two hosts can differ.
+        late = leader.seconds_beyond(state.last_step) > STOPPED_SECONDS
+        return WriterSnapshot(
             rank,
             state.last_step,
-            behind=foremost.last_step - state.last_step,
+            behind=leader.last_step - state.last_step,
             stopped=late or (not closed and state.last_step < ended),
             closed=closed,
             sessions=state.sessions,
@@ -394,12 +394,12 @@ class Follower:
         )
 
 
-def _foremost(states: list[RankState]) -> RankState | None:
+def _leader(states: list[RankState]) -> RankState | None:
     return max(states, key=lambda state: state.last_step, default=None)
 
 
-def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
-    """In order of their numbers."""
+def _layers(terms: Terms, info: SessionInfo) -> list[LayerSnapshot]:
+    """In ascending order."""
     numbers = info.layer_numbers(terms.mean.shape[1])
     ratio, active = np.where(terms.active, terms.ratio, 0.0).sum(axis=0), terms.active.sum(axis=0)
     slowest = terms.by_slowest()
@@ -407,7 +407,7 @@ def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
     for index, number in enumerate(numbers):
         worst = int(slowest[index].argmax()) if slowest[index].any() else None
         found.append(
-            LayerLook(
+            LayerSnapshot(
                 number,
                 float(ratio[index] / active[index]) if active[index] else None,
                 worst,
@@ -417,14 +417,14 @@ def _layers(terms: Terms, info: SessionInfo) -> list[LayerLook]:
     return found
 
 
-def _ranks(terms: Terms) -> list[RankLook]:
-    """In order of their numbers."""
+def _ranks(terms: Terms) -> list[RankSnapshot]:
+    """In ascending order."""
     load = terms.rank_mean.sum(axis=0)
     often = terms.by_slowest().sum(axis=0)
     excess = terms.by_slowest(terms.excess).sum(axis=0)
     active, mean, loss = int(terms.active.sum()), float(load.mean()), float(excess.sum())
     return [
-        RankLook(
+        RankSnapshot(
             rank,
             float(load[rank] / mean) if mean else None,
             float(often[rank] / active) if active else None,
@@ -443,7 +443,7 @@ def _has_session(run: Path) -> bool:
 
 
 def _folders(parent: Path, prefix: str) -> list[Path]:
-    """Those of the format's own names, links left out; none where the parent is gone."""
+    """Folders whose names start with ``prefix``, without links; empty if the parent does not exist."""
     with suppress(OSError), os.scandir(parent) as entries:
         names = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir(follow_symlinks=False)]
         return [parent / name for name in sorted(names)]
@@ -451,16 +451,16 @@ def _folders(parent: Path, prefix: str) -> list[Path]:
 
 
 class _Placements:
-    """The newest placements of each layer, and what the newest change of them did."""
+    """The newest placements of each layer and the effect of the newest rearrangement."""
 
     def __init__(self, window: int) -> None:
-        """``window``: so many steps before and after a rearrangement are compared."""
+        """``window``: how many steps before and after a rearrangement are compared."""
         self._window = window
         self._layers: dict[int, LayerHistory] = {}
-        self._newest: RearrangementLook | None = None
+        self._newest: RearrangementSnapshot | None = None
 
     def add(self, rows: PlacementRows) -> None:
-        """Add what a rank stated. Every rank states the same, one that missed a change later on."""
+        """Add one rank's placements. All ranks write the same; one that missed a change writes it later."""
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
         for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
             history = self._layers.setdefault(layer, LayerHistory())
@@ -470,7 +470,7 @@ class _Placements:
             columns: tuple[list[Any], ...] = history.steps, history.ep_sizes, history.slots
             for column, item in zip(columns, (step, ep_size, slots), strict=True):
                 column.insert(at + 1, item)
-            # A rank that missed this step has stated the same as of a later one.
+            # A rank that missed this step wrote the same placement at a later one.
             again = at + 2 < len(history.steps) and _same(history, at + 2, ep_size, slots)
             for column in columns:
                 del column[at + 2 : at + 2 + again]
@@ -479,14 +479,14 @@ class _Placements:
     def rearrangements(self) -> list[int]:
         return [change.first_step for change in PlacementHistory(self._layers, [], []).rearrangements()]
 
-    def newest(self, steps: Int64, balancedness: Float64) -> RearrangementLook | None:
-        """The newest rearrangement by the steps that are known, ascending, and their balancedness."""
+    def newest(self, steps: Int64, balancedness: Float64) -> RearrangementSnapshot | None:
+        """The newest rearrangement, given the known steps, ascending, and their balancedness."""
         changes = PlacementHistory(self._layers, [], []).rearrangements()
         if not changes:
             return None
         this, old = changes[-1], self._newest
         if old is not None and old.after_steps >= self._window and this.first_step == old.first_step:
-            return old  # by now the steps before it are gone
+            return old  # the steps before it are no longer known
         earliest = changes[-2].last_step if len(changes) > 1 else 0
         known = ~np.isnan(balancedness)
         steps, balancedness = steps[known], balancedness[known]
@@ -499,7 +499,7 @@ class _Placements:
         low, before_end, after_start, high = np.searchsorted(steps, edges)
         before, after = balancedness[low:before_end], balancedness[after_start:high]
         means = [float(side.mean()) if len(side) else None for side in (before, after)]
-        self._newest = RearrangementLook(
+        self._newest = RearrangementSnapshot(
             this.first_step,
             this.last_step,
             len(this.layers),

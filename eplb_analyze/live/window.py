@@ -1,7 +1,7 @@
-"""The last steps of a run while it is written: all ranks joined, sums only, of bounded size.
+"""The newest steps of a run that is being written: all ranks joined, in bounded memory.
 
-What is kept of a step are the tokens on each EP rank, and once all ranks have it, the terms of the
-formulas. They come from :mod:`eplb_analyze.live.session`; :mod:`eplb_analyze.live.watch` explains them.
+For each step it keeps only the tokens on each EP rank and, once the step is complete, the terms of the
+formulas.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import Scope, Status
 from eplb_dump.format.session import SessionInfo
 
-#: Of so many windows of steps the balancedness is kept, to compare with before a rearrangement.
+#: Balancedness is kept for this many windows of steps, to compare steps before and after a rearrangement.
 SERIES_WINDOWS = 4
-#: So long before a rank's newest step its clock is remembered.
+#: Step times are kept this long before a rank's newest step.
 CLOCK_SECONDS = 10.0
 BALANCEDNESS = FORMULAS["balancedness"]
 
 
 @dataclass
 class RankState:
-    """What a rank has stated so far, of its newest session but for ``sessions`` and ``counts``."""
+    """The progress of a rank in its newest session; ``sessions`` and ``counts`` cover all its sessions."""
 
     session_id: str
     created_unix_ns: int
     sessions: int = 1
     last_step: int = -1
-    #: The last step of its session before.
+    #: The last step of its earlier sessions.
     step_before: int = -1
-    #: The newest row's wall clock, ns since 1970.
+    #: The clock time of the newest row, ns since 1970.
     time_ns: int = 0
-    #: Rows by status, since the watch began.
+    #: The number of rows by status since the watch started.
     counts: Counter[Status] = field(default_factory=Counter)
-    #: Its steps of the last :data:`CLOCK_SECONDS` and the one before them, ascending, and when they were.
+    #: The steps of the last :data:`CLOCK_SECONDS` and the one before them, ascending, and their times.
     steps: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
     clock_ns: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
 
     def add_clock(self, rows: StepRows) -> None:
-        """Add rows that are newer than those it has, or older."""
+        """Add rows that are all newer or all older than the known ones."""
         rows = rows.select(rows.status != Status.REJECTED)
         if len(rows.step):
             steps, order = np.unique(np.concatenate([self.steps, rows.step]), return_index=True)
@@ -58,20 +58,20 @@ class RankState:
 
     @property
     def clock_seconds(self) -> float:
-        """How long before its newest step its clock is known."""
+        """How many seconds before the newest step the step times reach back."""
         return float(np.ptp(self.clock_ns)) / 1e9 if len(self.clock_ns) else 0.0
 
     def seconds_beyond(self, step: int) -> float:
-        """How long before its newest step it took the first one after ``step``; 0 where it took none.
+        """Seconds from the first step after ``step`` to the newest step; 0 if there is none.
 
-        Not how long ago it took ``step``: after an idle minute nobody is a minute behind.
+        It does not count from ``step`` itself: after an idle minute no rank is a minute behind.
         """
         at = int(np.searchsorted(self.steps, step, side="right"))
         return float(self.clock_ns[-1] - self.clock_ns[at]) / 1e9 if at < len(self.steps) else 0.0
 
     @property
     def steps_per_second(self) -> float | None:
-        """Over the time that its clock is known."""
+        """The average over the known step times; None if there are fewer than two."""
         seconds = self.clock_seconds
         return float(self.steps[-1] - self.steps[0]) / seconds if seconds else None
 
@@ -87,15 +87,15 @@ class _StepSum:
 class Window:
     """The newest ``limit`` steps that some rank recorded, and the terms of the complete ones.
 
-    Which steps are complete is decided by :mod:`eplb_analyze.reader.join`, as for a run that has ended. Only
-    loads are added up here, as they arrive: the parts of 64 ranks of 1000 steps that wait for another rank
-    would take 1.9 GB (58 layers), their sums take 30 MB.
+    :mod:`eplb_analyze.reader.join` decides which steps are complete, as for a finished run. Loads are summed
+    as they arrive: 1000 steps of 64 ranks and 58 layers that wait for one more rank would take 1.9 GB, their
+    sums take 30 MB.
 
     Attributes:
-        shape: of the newest loads. When it changes, the window starts again: nothing is summed across.
-        shape_changed: the first step of that shape, if the shape changed while it was watched.
-        ranks: what each writer has stated.
-        restarts: how often a rank started its steps again.
+        shape: the shape of the newest loads. When it changes, the window is cleared.
+        shape_changed: the first step with that shape, if it changed during the watch.
+        ranks: the progress of each writer.
+        restarts: how many times a rank started again at an earlier step.
     """
 
     def __init__(self, limit: int, scope: Scope, token_replication: int) -> None:
@@ -106,24 +106,24 @@ class Window:
         self.restarts = 0
         self._scope = scope
         self._token_replication = token_replication
-        #: Rows of steps that are not complete, by session and shape; and those that were added since.
+        #: Rows of incomplete steps by session and shape, and rows added since the last merge.
         self._pending: dict[tuple[str, Shape | None], StepRows] = {}
         self._new: dict[tuple[str, Shape | None], list[StepRows]] = {}
         self._infos: dict[str, SessionInfo] = {}
         self._sums: dict[int, _StepSum] = {}
-        #: Recorded steps that lack a rank, and which ranks have their part: bool ``[len(ranks), steps]``.
+        #: Recorded steps that lack a rank, and which ranks have them: bool ``[len(ranks), steps]``.
         self._open: Int64 = np.empty(0, np.int64)
         self._present = np.empty((0, 0), np.bool_)
         self._complete: list[tuple[Int64, Terms]] = []
         self._series: list[tuple[Int64, Float64]] = []
-        #: Steps before this one are left out.
+        #: Steps before this one are ignored.
         self._floor = -1
 
     def add(self, info: SessionInfo, batch: Batch) -> bool:
-        """Add a rank's batch; its sessions come in the order of their creation.
+        """Add a rank's batch. The sessions of a rank must come in order of creation.
 
         Returns:
-            False if a newer session of the rank has begun, so that the batch does not count.
+            False if the batch was ignored because the rank has a newer session.
         """
         rank = self._rank(info)
         if rank is None:
@@ -160,7 +160,7 @@ class Window:
             total.ranks.add(rank)
 
     def _rank(self, info: SessionInfo) -> RankState | None:
-        """The rank's state; None where a newer session of it has begun."""
+        """The rank's state; None if the rank has a newer session."""
         rank = self.ranks.get(info.ep_rank)
         if rank is None:
             rank = self.ranks[info.ep_rank] = RankState(info.session_id, info.created_unix_ns)
@@ -177,9 +177,9 @@ class Window:
         return rank
 
     def _start_again(self, rank: int) -> None:
-        """Forget every step that a rank has a part in: it states them once more.
+        """Forget all steps that the rank recorded before it restarted, which includes all complete ones.
 
-        All complete steps are among them. Steps that only others have stated may be of their new life.
+        Steps that only other ranks have may come from their own restart, so they stay.
         """
         self.restarts += 1
         self._complete, self._series = [], []
@@ -204,11 +204,11 @@ class Window:
 
     @property
     def expected(self) -> range:
-        """The ranks that a step needs parts of; of sums that one rank writes, none in particular."""
+        """The ranks that must record a step; empty with scope global, where any one rank is enough."""
         return range(self.shape.ep_size if self.shape and self._scope is Scope.LOCAL else 0)
 
     def settle(self) -> None:
-        """Turn steps that all ranks have into terms, and drop what is too old."""
+        """Compute the terms of steps that became complete, and drop old steps."""
         self._open = np.empty(0, np.int64)
         self._merge_new()
         if not self._pending:
@@ -234,7 +234,7 @@ class Window:
         self._open, self._present = rows.step[waiting], present[:, waiting]
         if len(kept):
             self._select_rows(lambda some: np.isin(some.step, kept))
-        else:  # every rank has come equally far, as a rule
+        else:  # the usual case: all ranks are at the same step
             self._pending = {}
         self._sums = {step: self._sums[step] for step in self._open.tolist()}
 
@@ -249,7 +249,7 @@ class Window:
         return join_rows(parts, sorted(self.ranks), self._scope, self.shape, ep_size)
 
     def _of_newest_shape(self, rows: JoinedRows) -> npt.NDArray[np.bool_]:
-        """Which of the steps have the newest shape. If it is a new one, the window starts again."""
+        """A mask of the steps with the newest shape. Clears the window if the shape changed."""
         newest = rows.shape[-1]
         if newest < 0:
             return np.ones(len(rows.step), np.bool_)
@@ -276,7 +276,7 @@ class Window:
         return found
 
     def _drop_old(self, waiting: Int64) -> None:
-        """Drop complete steps that are not among the newest ``limit``; ``waiting`` are recorded ones, too."""
+        """Drop all but the newest ``limit`` of the complete steps and the ``waiting`` incomplete ones."""
         seen = np.sort(np.concatenate([self._complete_steps(), waiting]))
         if len(seen) > self.limit:
             self._floor = max(self._floor, int(seen[-self.limit]))
@@ -293,7 +293,7 @@ class Window:
             excess -= len(self._series.pop(0)[0])
 
     def complete(self) -> tuple[Int64, Terms | None]:
-        """The complete steps, ascending, and their terms; None where there is none."""
+        """The complete steps, ascending, and their terms; None if there are no complete steps."""
         if not self._complete:
             return np.empty(0, np.int64), None
         steps = self._complete_steps()
@@ -302,7 +302,7 @@ class Window:
         return steps[order], terms.select(order)
 
     def series(self) -> tuple[Int64, Float64]:
-        """Steps, ascending, and their balancedness; of more steps than the window has."""
+        """Steps, ascending, and their balancedness, over :data:`SERIES_WINDOWS` windows."""
         if not self._series:
             return np.empty(0, np.int64), np.empty(0)
         steps, values = (np.concatenate(column) for column in zip(*self._series, strict=True))
@@ -310,9 +310,9 @@ class Window:
         return steps[order], values[order]
 
     def unfinished(self, gone: set[int]) -> tuple[int, int]:
-        """Recorded steps that lack a rank: ``(incomplete, in flight)``.
+        """The number of recorded steps that lack a rank: ``(incomplete, in flight)``.
 
-        A step is in flight if every missing rank has yet to come to it; those that are ``gone`` will not.
+        A step is in flight if every missing rank can still reach it. The ranks in ``gone`` cannot.
         """
         if not len(self._open):
             return 0, 0

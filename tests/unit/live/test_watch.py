@@ -1,4 +1,4 @@
-"""`watch`: real writers in real processes, followed while they write; figures are those of `summary`."""
+"""`watch` follows real writers in real processes; its figures are those of `summary`."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ RANK = """
 
 
 class Rank:
-    """A rank of an engine, in a process of its own, that does what it is told and has it flushed."""
+    """A rank of an engine in its own process. It runs one command at a time and flushes after each."""
 
     def __init__(self, root: Path, rank: int, **options: Any) -> None:
         self.process = start_child(RANK, root, rank, repr(options))
 
-    def tell(self, word: str, first: int = 0, last: int = 0, generation: int = 0) -> None:
+    def command(self, word: str, first: int = 0, last: int = 0, generation: int = 0) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(word, first, last, int(generation), file=self.process.stdin, flush=True)
         assert self.process.stdout.readline() == "done\n", self.process.communicate()[1]
 
     def record(self, first: int, last: int, generation: int = 0) -> None:
-        self.tell("record", first, last, generation)
+        self.command("record", first, last, generation)
 
     def kill(self) -> None:
         self.process.kill()
@@ -89,7 +89,7 @@ class Rank:
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[Any]:
-    """Starts ranks; at the end none is left."""
+    """A function that starts ranks. They are killed after the test."""
     started: list[Rank] = []
 
     def start(rank: int, **options: Any) -> Rank:
@@ -102,7 +102,7 @@ def ranks(tmp_path: Path) -> Iterator[Any]:
 
 
 def assert_as_summary(look: Snapshot, root: Path) -> None:
-    """The figures are those that the other commands make of the same steps, read from the files."""
+    """Assert that the figures equal those of the reports over the same steps of the files."""
     assert look.first_step is not None
     assert look.last_step is not None
     steps = look.first_step, look.last_step + 1
@@ -122,12 +122,12 @@ def assert_as_summary(look: Snapshot, root: Path) -> None:
 
 
 def view(look: Snapshot, quiet_seconds: float = 0.0) -> str:
-    """What is shown of it on 80 × 24, as if something new had come so long ago."""
+    """The text on an 80 × 24 terminal, as if data was last appended ``quiet_seconds`` ago."""
     return "\n".join(map(str, lines(replace(look, quiet_seconds=quiet_seconds), 80, 24)))
 
 
 def sealed(root: Path, rank: int, count: int) -> None:
-    """Wait until a rank has sealed so many segments and their journals are gone."""
+    """Wait until a rank has sealed ``count`` segments and deleted their journals."""
     for _ in range(200):
         folder = next(root.glob(f"run=*/model=*/rank=*{rank}/session=*"))
         if len([*folder.glob("steps-*.parquet")]) >= count and len([*folder.glob("journal-*")]) <= 1:
@@ -137,15 +137,17 @@ def sealed(root: Path, rank: int, count: int) -> None:
 
 
 def bytes_read() -> int:
-    """What this process has read, as the kernel counts it."""
+    """The bytes that this process has read, as the kernel counts them."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 # ---- following
 
 
-def test_a_run_is_followed_while_it_is_written_and_sealed(tmp_path: Path, ranks: Any) -> None:
-    """Many segments; the ranks take turns, and every look agrees with what is in the files then."""
+def test_every_look_agrees_with_the_files_while_a_run_is_written_and_sealed(
+    tmp_path: Path, ranks: Any
+) -> None:
+    """There are many segments, and the ranks write in turn."""
     engine = [ranks(rank, segment_steps=16) for rank in range(2)]
     follower: Follower | None = None
     for first in range(0, 120, 12):
@@ -160,15 +162,15 @@ def test_a_run_is_followed_while_it_is_written_and_sealed(tmp_path: Path, ranks:
     assert look.rearrangements == [60]
     assert not look.closed
     for rank in engine:
-        rank.tell("close")
+        rank.command("close")
     ended = follower.look()
     assert ended.closed
     assert ended.timeline == look.timeline
     assert_as_summary(ended, tmp_path)
 
 
-def test_a_rearrangement_is_judged_as_the_command_does(tmp_path: Path, ranks: Any) -> None:
-    """Also where steps of before have left the window, and the series of balancedness has them still."""
+def test_rearrangement_has_the_figures_of_the_rearrangements_report(tmp_path: Path, ranks: Any) -> None:
+    """The steps before it are no longer in the window, but their balancedness is still known."""
     rank = ranks(0, ep_size=2, scope="global", segment_steps=32)
     rank.record(0, 30)
     follower = Follower(tmp_path, window=40)
@@ -186,11 +188,11 @@ def test_a_rearrangement_is_judged_as_the_command_does(tmp_path: Path, ranks: An
     assert this.before == pytest.approx(truth[0].before.balancedness, rel=1e-12)
     assert this.after == pytest.approx(truth[0].after.balancedness, rel=1e-12)
     assert this.gain == pytest.approx(truth[0].gain, rel=1e-9)
-    rank.record(90, 200, generation=1)  # its steps are forgotten, its figures not
+    rank.record(90, 200, generation=1)  # its steps leave the window, its figures stay
     assert follower.look().rearrangement == this
 
 
-def test_parts_of_a_late_rank_join(tmp_path: Path, ranks: Any) -> None:
+def test_steps_of_a_late_rank_become_complete(tmp_path: Path, ranks: Any) -> None:
     first, second = ranks(0), ranks(1)
     first.record(0, 30)
     second.record(0, 10)
@@ -204,23 +206,23 @@ def test_parts_of_a_late_rank_join(tmp_path: Path, ranks: Any) -> None:
     assert_as_summary(look, tmp_path)
 
 
-def test_a_rank_that_idles_a_step_has_its_part_in_it(tmp_path: Path, ranks: Any) -> None:
+def test_step_is_complete_if_a_rank_idled(tmp_path: Path, ranks: Any) -> None:
     first, second = ranks(0), ranks(1)
     for rank, words in ((first, ("record", "dummy")), (second, ("dummy", "dummy"))):
         rank.record(0, 10)
-        rank.tell(words[0], 10, 20)
-        rank.tell(words[1], 20, 30)
+        rank.command(words[0], 10, 20)
+        rank.command(words[1], 20, 30)
     look = Follower(tmp_path).look()
     assert (look.complete, look.last_step, look.newest_step) == (20, 19, 29)
     assert (look.incomplete, look.in_flight) == (0, 0)
     assert_as_summary(look, tmp_path)
 
 
-def test_steps_that_a_rank_rejects_are_counted_and_incomplete(tmp_path: Path, ranks: Any) -> None:
+def test_rejected_steps_are_counted_and_incomplete(tmp_path: Path, ranks: Any) -> None:
     first, second = ranks(0), ranks(1)
     first.record(0, 20)
     second.record(0, 10)
-    second.tell("reject", 10, 13)
+    second.command("reject", 10, 13)
     second.record(13, 20)
     look = Follower(tmp_path).look()
     assert (look.complete, look.incomplete) == (17, 3)
@@ -228,7 +230,7 @@ def test_steps_that_a_rank_rejects_are_counted_and_incomplete(tmp_path: Path, ra
     assert_as_summary(look, tmp_path)
 
 
-def test_the_sums_of_a_global_run(tmp_path: Path, ranks: Any) -> None:
+def test_global_run_needs_only_one_writer(tmp_path: Path, ranks: Any) -> None:
     rank = ranks(0, ep_size=4, scope="global", token_replication=2, interval=2)
     rank.record(0, 30)
     look = Follower(tmp_path).look()
@@ -240,15 +242,15 @@ def test_the_sums_of_a_global_run(tmp_path: Path, ranks: Any) -> None:
 
 
 @pytest.mark.parametrize("segment_steps", [2048, 2])
-def test_a_rank_that_was_killed_has_stopped(tmp_path: Path, ranks: Any, segment_steps: int) -> None:
-    """By the time that the others went on, however few of their steps are looked at."""
+def test_killed_rank_counts_as_stopped(tmp_path: Path, ranks: Any, segment_steps: int) -> None:
+    """It depends on the time since its last step, not on the size of the window."""
     engine = [ranks(rank, segment_steps=segment_steps) for rank in range(2)]
     for rank in engine:
         rank.record(0, 20)
     follower = Follower(tmp_path)
     assert follower.look().complete == 20
     engine[1].kill()
-    for first in range(20, 28):  # at some steps a second, as the clock of rank 0 says
+    for first in range(20, 28):  # two steps per second by the clock of rank 0
         time.sleep(0.5)
         engine[0].record(first, first + 1)
     if segment_steps == 2:
@@ -268,7 +270,7 @@ def test_a_rank_that_was_killed_has_stopped(tmp_path: Path, ranks: Any, segment_
         assert [w.stopped for w in look.writers] == [False, True]
 
 
-def test_who_is_a_step_late_after_an_idle_time_has_not_stopped(tmp_path: Path, ranks: Any) -> None:
+def test_rank_one_step_behind_after_an_idle_time_has_not_stopped(tmp_path: Path, ranks: Any) -> None:
     engine = [ranks(rank) for rank in range(2)]
     for rank in engine:
         rank.record(0, 20)
@@ -281,10 +283,10 @@ def test_who_is_a_step_late_after_an_idle_time_has_not_stopped(tmp_path: Path, r
     assert "● live, 2 of 2 ranks" in view(look)
 
 
-def test_a_long_look_has_no_rank_seem_to_be_behind(
+def test_slow_look_does_not_make_a_rank_seem_behind(
     tmp_path: Path, ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ranks go on while it reads one after the other."""
+    """The ranks keep writing while they are read one after the other."""
     engine = [ranks(rank) for rank in range(2)]
     for rank in engine:
         rank.record(0, 20)
@@ -306,8 +308,8 @@ def test_a_long_look_has_no_rank_seem_to_be_behind(
     assert (look.complete, look.last_step) == (28, 27)
 
 
-def test_a_rank_that_was_killed_before_the_others_ended(tmp_path: Path, ranks: Any) -> None:
-    """However soon they ended: as `check` judges. Ranks that end in order may differ by a step."""
+def test_rank_killed_before_the_others_closed_counts_as_stopped(tmp_path: Path, ranks: Any) -> None:
+    """It counts no matter how soon the others closed, as in `check`. Closed ranks may differ by a step."""
     engine = [ranks(rank, ep_size=4) for rank in range(4)]
     for rank in engine:
         rank.record(0, 20)
@@ -319,7 +321,7 @@ def test_a_rank_that_was_killed_before_the_others_ended(tmp_path: Path, ranks: A
     assert ([w.stopped for w in look.writers], look.in_flight) == ([False] * 4, 5)
     assert "● live, 4 of 4 ranks" in view(look)
     for rank in (0, 1, 3):
-        engine[rank].tell("close")
+        engine[rank].command("close")
     for look in (follower.look(), Follower(tmp_path, window=2).look()):
         assert [w.stopped for w in look.writers] == [False, False, True, False]
         assert [w.closed for w in look.writers] == [True, True, False, True]
@@ -331,8 +333,8 @@ def test_a_rank_that_was_killed_before_the_others_ended(tmp_path: Path, ranks: A
     assert "rank_stopped" in [f.code for f in check_run(open_run(tmp_path)).findings]
 
 
-def test_an_engine_that_restarts_and_counts_anew(tmp_path: Path, ranks: Any) -> None:
-    """All ranks are killed and begin again at 0, under one run id: the new life is shown."""
+def test_engine_that_restarts_at_step_0_clears_the_window(tmp_path: Path, ranks: Any) -> None:
+    """All ranks are killed and start again at step 0 with the same run id: the new steps are shown."""
     engine = [ranks(rank, segment_steps=16) for rank in range(2)]
     for rank in engine:
         rank.record(0, 40)
@@ -358,8 +360,8 @@ def test_an_engine_that_restarts_and_counts_anew(tmp_path: Path, ranks: Any) -> 
     assert_as_summary(look, tmp_path)
 
 
-def test_a_rank_that_restarts_and_goes_on(tmp_path: Path, ranks: Any) -> None:
-    """Nothing is forgotten where a new session goes on, also not by who begins to watch only then."""
+def test_rank_that_restarts_at_the_next_step_keeps_the_window(tmp_path: Path, ranks: Any) -> None:
+    """The same holds for a watch that starts after the restart."""
     engine = [ranks(rank, segment_steps=16) for rank in range(2)]
     for rank in engine:
         rank.record(0, 40)
@@ -373,7 +375,7 @@ def test_a_rank_that_restarts_and_goes_on(tmp_path: Path, ranks: Any) -> None:
         assert_as_summary(look, tmp_path)
 
 
-def test_what_a_kill_left_is_sealed_under_our_eyes(tmp_path: Path, ranks: Any) -> None:
+def test_recovering_a_killed_run_does_not_change_the_figures(tmp_path: Path, ranks: Any) -> None:
     engine = [ranks(rank) for rank in range(2)]
     for rank in engine:
         rank.record(0, 40)
@@ -387,8 +389,8 @@ def test_what_a_kill_left_is_sealed_under_our_eyes(tmp_path: Path, ranks: Any) -
     assert_as_summary(again, tmp_path)
 
 
-def test_nothing_is_summed_across_an_elastic_change(tmp_path: Path) -> None:
-    """EP 2 becomes 4: the window begins anew. Late parts of before are no part of it."""
+def test_change_of_ep_size_clears_the_window(tmp_path: Path) -> None:
+    """EP size 2 becomes 4. Late steps with the old size do not enter the new window."""
     slots = map_of()
     writers = {rank: open_writer(tmp_path, ep_rank=rank) for rank in range(2)}
     for step in range(20):
@@ -412,8 +414,8 @@ def test_nothing_is_summed_across_an_elastic_change(tmp_path: Path) -> None:
     assert all(w.close(20) for w in writers.values())
 
 
-def test_ranks_that_left_long_ago_are_in_no_figure(tmp_path: Path) -> None:
-    """EP 4 became 2, and more than a window of steps has come since: begun now, only these are looked at."""
+def test_ranks_that_left_before_the_window_are_ignored(tmp_path: Path) -> None:
+    """EP size 4 became 2 more than a window ago, and the watch starts only now."""
     slots = map_of()
     writers = [open_writer(tmp_path, ep_rank=rank, ep_size=4, segment_steps=32) for rank in range(4)]
     for step in range(200):
@@ -428,7 +430,7 @@ def test_ranks_that_left_long_ago_are_in_no_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["dummy", "dropped"])
-def test_an_idle_engine_keeps_its_figures(tmp_path: Path, what: str) -> None:
+def test_idle_engine_keeps_its_figures(tmp_path: Path, what: str) -> None:
     writers = [open_writer(tmp_path, ep_rank=rank, segment_steps=32) for rank in range(2)]
     for step in range(400):
         for rank, writer in enumerate(writers):
@@ -441,7 +443,7 @@ def test_an_idle_engine_keeps_its_figures(tmp_path: Path, what: str) -> None:
     assert (look.complete, look.first_step, look.last_step) == (50, 30, 79)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_in_place_of_the_manifest_is_an_error(tmp_path: Path) -> None:
     with open_writer(tmp_path, ep_size=1) as writer:
         writer.record(0, load_of(0), map_of(), ep_size=1)
     manifest = next(tmp_path.rglob(MANIFEST_FILE))
@@ -452,7 +454,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert "not a regular file" in " ".join(out.stderr.split())
 
 
-def test_a_newer_run_is_taken_up(tmp_path: Path) -> None:
+def test_follower_moves_on_to_a_newer_run(tmp_path: Path) -> None:
     follower: Follower | None = None
     for name, steps in (("b", 5), ("a", 7)):
         with open_writer(tmp_path, scope="global", run_id=name) as writer:
@@ -467,8 +469,8 @@ def test_a_newer_run_is_taken_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_order_things_come_in(tmp_path: Path, seed: int) -> None:
-    """Random pieces of random ranks, short segments, idle steps, looks in between: the truth is the files."""
+def test_random_order_of_writes_and_looks_agrees_with_the_files(tmp_path: Path, seed: int) -> None:
+    """Random ranks write random numbers of steps, with short segments, idle steps and looks in between."""
     rng = np.random.default_rng(seed)
     size = int(rng.integers(1, 5))
     options: dict[str, Any] = {"ep_size": size, "segment_steps": int(rng.integers(3, 20))}
@@ -503,8 +505,8 @@ def test_whatever_order_things_come_in(tmp_path: Path, seed: int) -> None:
     assert watched.ranks == fresh.ranks
 
 
-def test_looks_while_many_segments_are_sealed(tmp_path: Path) -> None:
-    """Journals appear, are sealed and vanish in the middle of looks; nothing is lost or called damaged."""
+def test_sealing_during_a_look_loses_nothing(tmp_path: Path) -> None:
+    """Journals are created, sealed and deleted during looks; nothing is lost or reported as damaged."""
     writers = [open_writer(tmp_path, ep_rank=rank, segment_steps=3, flush_interval=0.02) for rank in range(2)]
     ended = threading.Event()
 
@@ -514,7 +516,7 @@ def test_looks_while_many_segments_are_sealed(tmp_path: Path) -> None:
             for rank, writer in enumerate(writers):
                 writer.record(step, load_of(step, rank), map_of(step // 50))
             step += 1
-            time.sleep(0.02)  # sealing keeps up: what lies unsealed for seconds is behind
+            time.sleep(0.02)  # slow enough for sealing to keep up
 
     thread = threading.Thread(target=engine)
     thread.start()
@@ -538,8 +540,8 @@ def test_looks_while_many_segments_are_sealed(tmp_path: Path) -> None:
 # ---- only what is new is read
 
 
-def test_only_what_is_new_is_read(tmp_path: Path, ranks: Any) -> None:
-    """Of journals as they grow and are sealed every byte once, and nothing where nothing is new."""
+def test_only_appended_bytes_are_read(tmp_path: Path, ranks: Any) -> None:
+    """Every byte of a journal is read once, also when it is sealed; without new data, nothing is read."""
     wide = {"layers": 16, "slots": 256}
     rank = ranks(0, scope="global", num_logical_experts=6, segment_steps=64, wide=wide)
     rank.record(0, 8)
@@ -556,7 +558,7 @@ def test_only_what_is_new_is_read(tmp_path: Path, ranks: Any) -> None:
         assert bytes_read() - before >= 8 * a_step
     sealed(tmp_path, 0, 4)
     assert follower.look().findings == []
-    # Beside the journals: what was sealed is listed with its sums, but no Parquet file is opened.
+    # The manifest's entries with their sums are read, too, but no Parquet file.
     listed = (folder / "manifest.frames").stat().st_size
     spare = 5 * a_step
     assert bytes_read() - begun < 256 * a_step + listed + spare
@@ -566,18 +568,18 @@ def test_only_what_is_new_is_read(tmp_path: Path, ranks: Any) -> None:
     assert bytes_read() - before < 1_000
 
 
-def test_who_begins_late_reads_the_end_only(tmp_path: Path, ranks: Any) -> None:
+def test_first_look_at_a_long_journal_reads_only_its_end(tmp_path: Path, ranks: Any) -> None:
     wide = {"layers": 16, "slots": 256}
     rank = ranks(0, scope="global", segment_steps=10_000, wide=wide)
     for first in range(0, 600, 20):
         rank.record(first, first + 20, generation=first >= 200)
     journal = next(tmp_path.rglob("journal-*"))
-    Follower(tmp_path, window=2).look()  # loads what it needs of the program
+    Follower(tmp_path, window=2).look()  # imports modules
     before = bytes_read()
     look = Follower(tmp_path, window=50).look()
     assert bytes_read() - before < journal.stat().st_size / 5
     assert (look.complete, look.first_step, look.last_step) == (50, 550, 599)
-    # The change is known, though not the steps around it.
+    # The change is known, but not the steps around it.
     assert look.rearrangements == [200]
     assert look.rearrangement is not None
     assert (look.rearrangement.before_steps, look.rearrangement.after_steps) == (0, 0)
@@ -585,7 +587,7 @@ def test_who_begins_late_reads_the_end_only(tmp_path: Path, ranks: Any) -> None:
     assert_as_summary(look, tmp_path)
 
 
-def test_segments_that_came_and_were_sealed_between_two_looks(tmp_path: Path, ranks: Any) -> None:
+def test_segments_created_and_sealed_between_two_looks_are_read(tmp_path: Path, ranks: Any) -> None:
     rank = ranks(0, scope="global", segment_steps=16)
     rank.record(0, 20)
     follower = Follower(tmp_path, window=500)
@@ -598,8 +600,8 @@ def test_segments_that_came_and_were_sealed_between_two_looks(tmp_path: Path, ra
     assert_as_summary(look, tmp_path)
 
 
-def test_a_journal_that_was_sealed_in_the_middle_of_a_look(tmp_path: Path, ranks: Any) -> None:
-    """It is gone when it is read, and the manifest as it was read does not list it: nothing counts twice."""
+def test_journal_sealed_during_a_look_counts_once(tmp_path: Path, ranks: Any) -> None:
+    """It is deleted before it is read, and the manifest was read before it listed the segment."""
     rank = ranks(0, scope="global", segment_steps=64)
     rank.record(0, 40)
     follower = Follower(tmp_path)
@@ -620,8 +622,8 @@ def test_a_journal_that_was_sealed_in_the_middle_of_a_look(tmp_path: Path, ranks
     assert_as_summary(look, tmp_path)
 
 
-def test_a_journal_that_another_machine_removed(tmp_path: Path, ranks: Any) -> None:
-    """A network file system does not keep a removed file for its readers: the rest is in the segment."""
+def test_journal_deleted_by_another_machine_is_read_from_its_segment(tmp_path: Path, ranks: Any) -> None:
+    """On a network file system a deleted file cannot be read further; the segment has the rest."""
     rank = ranks(0, scope="global", segment_steps=64)
     rank.record(0, 40)
     follower = Follower(tmp_path)
@@ -637,18 +639,18 @@ def test_a_journal_that_another_machine_removed(tmp_path: Path, ranks: Any) -> N
     assert_as_summary(look, tmp_path)
 
 
-def test_a_closed_run_is_read_from_its_end(tmp_path: Path) -> None:
+def test_closed_run_shows_its_last_steps(tmp_path: Path) -> None:
     write(tmp_path, steps=200)
     look = Follower(tmp_path, window=40).look()
     assert (look.complete, look.first_step, look.last_step, look.closed) == (40, 160, 199, True)
-    assert look.rearrangements == [20]  # stated in a segment long before
+    assert look.rearrangements == [20]  # its placements are in a much older segment
     assert_as_summary(look, tmp_path)
 
 
 # ---- damage
 
 
-def test_damage_is_named_and_what_comes_before_it_is_shown(tmp_path: Path, ranks: Any) -> None:
+def test_damage_is_reported_and_earlier_steps_are_shown(tmp_path: Path, ranks: Any) -> None:
     engine = [ranks(rank) for rank in range(2)]
     for rank in engine:
         rank.record(0, 10)
@@ -674,13 +676,13 @@ def test_damage_is_named_and_what_comes_before_it_is_shown(tmp_path: Path, ranks
 
 
 def steady(text: str) -> str:
-    """Without what differs from run to run."""
+    """Mask what differs between runs."""
     text = re.sub(r"[\d,.]+ steps/s", "<n> steps/s", text)
     return re.sub(r'"(steps_per_second|quiet_seconds)": [\d.]+', r'"\1": 0.0', text)
 
 
 @pytest.mark.parametrize("name", ["watch.txt", "watch.json"])
-def test_golden_output(tmp_path: Path, name: str) -> None:
+def test_output_matches_the_golden_file(tmp_path: Path, name: str) -> None:
     write(tmp_path)
     form = ["--output", "json"] if name.endswith("json") else []
     result = cli("watch", "--once", *form, tmp_path)
@@ -688,7 +690,7 @@ def test_golden_output(tmp_path: Path, name: str) -> None:
     assert_golden(name, steady(result.stdout))
 
 
-def test_a_missing_rank_is_said_and_is_an_exit_code(tmp_path: Path) -> None:
+def test_missing_rank_is_reported_with_exit_code_3(tmp_path: Path) -> None:
     write(tmp_path, ranks=1)
     result = cli("watch", "--once", tmp_path)
     assert result.returncode == 3
@@ -696,7 +698,7 @@ def test_a_missing_rank_is_said_and_is_an_exit_code(tmp_path: Path) -> None:
     assert "no complete step" in result.stdout
 
 
-def test_wrong_usage(tmp_path: Path) -> None:
+def test_wrong_usage_is_an_error(tmp_path: Path) -> None:
     write(tmp_path)
     result = cli("watch", "--once", "--interval", "0", tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
@@ -710,7 +712,7 @@ def test_wrong_usage(tmp_path: Path) -> None:
 
 
 class Terminal:
-    """The real program on a terminal of 80 × 24 of its own."""
+    """The real program on its own 80 × 24 terminal."""
 
     def __init__(self, *arguments: str | Path) -> None:
         program = Path(sys.executable).with_name("eplb-analyze")
@@ -724,7 +726,7 @@ class Terminal:
         self.seen = ""
 
     def until(self, words: str) -> None:
-        """Read on until the words have come."""
+        """Read until the output contains ``words``."""
         deadline = time.monotonic() + 60
         while words not in self.seen:
             assert time.monotonic() < deadline, self.seen
@@ -732,11 +734,11 @@ class Terminal:
                 raise AssertionError(self.seen)
 
     def read(self) -> bool:
-        """Whether anything may still come."""
+        """Read what is available. Returns False at the end of the output."""
         if select.select([self._master], [], [], 0.2)[0]:
             try:
                 data = os.read(self._master, 1 << 16)
-            except OSError:  # its other end is closed
+            except OSError:  # the program closed the terminal
                 return False
             self.seen += data.decode(errors="replace")
         return True
@@ -750,8 +752,8 @@ class Terminal:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_view_is_live_and_leaves_the_terminal_as_it_was(tmp_path: Path, ranks: Any, number: int) -> None:
-    """It waits for a run, follows it, and on Ctrl-C gives screen and cursor back and leaves the last look."""
+def test_live_view_updates_and_restores_the_terminal(tmp_path: Path, ranks: Any, number: int) -> None:
+    """It waits for a run and follows it. Ctrl-C restores screen and cursor and prints the last snapshot."""
     terminal = Terminal("watch", "--interval", "0.2", tmp_path)
     terminal.until("waiting for it")
     engine = [ranks(rank) for rank in range(2)]
@@ -769,8 +771,8 @@ def test_the_view_is_live_and_leaves_the_terminal_as_it_was(tmp_path: Path, rank
     assert "Traceback" not in terminal.seen
 
 
-def test_the_view_waits_for_a_folder(tmp_path: Path) -> None:
-    """The writer makes it; a file is none and will not be one."""
+def test_live_view_waits_for_a_folder(tmp_path: Path) -> None:
+    """The writer creates it later. A file is an error at once."""
     terminal = Terminal("watch", "--interval", "0.2", tmp_path / "later")
     terminal.until("waiting for it")
     assert "no such folder" in " ".join(terminal.seen.split())
@@ -783,7 +785,7 @@ def test_the_view_waits_for_a_folder(tmp_path: Path) -> None:
     assert terminal.process.wait(30) == 3
 
 
-def test_a_json_document_is_complete(tmp_path: Path) -> None:
+def test_json_document_has_all_figures(tmp_path: Path) -> None:
     write(tmp_path, steps=100)
     document = json.loads(cli("watch", "--once", "-o", "json", "--window", "50", tmp_path).stdout)
     assert document["run"] == {"run_id": "r", "model": "org/moe"}
@@ -792,7 +794,7 @@ def test_a_json_document_is_complete(tmp_path: Path) -> None:
     assert [w["last_step"] for w in document["writers"]] == [99, 99]
 
 
-def test_a_rank_that_ended_before_the_others_is_named(tmp_path: Path) -> None:
+def test_rank_closed_before_the_others_is_reported(tmp_path: Path) -> None:
     for rank in range(4):
         with open_writer(tmp_path, ep_rank=rank, ep_size=4) as writer:
             for step in range(10 if rank == 2 else 60):
@@ -802,7 +804,7 @@ def test_a_rank_that_ended_before_the_others_is_named(tmp_path: Path) -> None:
     assert "rank 2 ended 50 steps before others, at step 9" in "\n".join(map(str, lines(look, 80)))
 
 
-def test_where_all_loads_were_rejected_it_says_so(tmp_path: Path) -> None:
+def test_run_with_only_rejected_steps_is_reported(tmp_path: Path) -> None:
     for rank in range(2):
         with open_writer(tmp_path, ep_rank=rank) as writer:
             for step in range(20):
