@@ -464,17 +464,8 @@ class _Placements:
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
         for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
             history = self._layers.setdefault(layer, LayerHistory())
-            at = history.index_at(step)
-            if at >= 0 and (history.steps[at] == step or _same(history, at, ep_size, slots)):
-                continue
-            columns: tuple[list[Any], ...] = history.steps, history.ep_sizes, history.slots
-            for column, item in zip(columns, (step, ep_size, slots), strict=True):
-                column.insert(at + 1, item)
-            # A rank that missed this step wrote the same placement at a later one.
-            again = at + 2 < len(history.steps) and _same(history, at + 2, ep_size, slots)
-            for column in columns:
-                del column[at + 2 : at + 2 + again]
-                del column[:-PLACEMENTS]
+            history.insert(step, ep_size, slots)
+            del history.steps[:-PLACEMENTS], history.ep_sizes[:-PLACEMENTS], history.slots[:-PLACEMENTS]
 
     def rearrangements(self) -> list[int]:
         return [change.first_step for change in PlacementHistory(self._layers, [], []).rearrangements()]
@@ -511,7 +502,3 @@ class _Placements:
             means[1] - means[0] if means[0] is not None and means[1] is not None else None,
         )
         return self._newest
-
-
-def _same(history: LayerHistory, at: int, ep_size: int, slots: Any) -> bool:
-    return history.ep_sizes[at] == ep_size and np.array_equal(history.slots[at], slots)

@@ -38,6 +38,24 @@ class LayerHistory:
     #: Steps from which the placement is unknown until it is stated again; the same in all layers.
     lost: list[int] = field(default_factory=list)
 
+    def insert(self, step: int, ep_size: int, slots: Int32) -> None:
+        """Add the placement that a rank states at ``step``. The first one for a step counts.
+
+        A rank that missed a change states it at a later step, so the earliest statement counts.
+        """
+        i = bisect.bisect_right(self.steps, step)
+        if self.index_at(step) >= 0 and (self.steps[i - 1] == step or self._is_at(i - 1, ep_size, slots)):
+            return
+        if not self.lost and i < len(self.steps) and self._is_at(i, ep_size, slots):
+            self.steps[i] = step
+            return
+        self.steps.insert(i, step)
+        self.ep_sizes.insert(i, ep_size)
+        self.slots.insert(i, slots)
+
+    def _is_at(self, i: int, ep_size: int, slots: Int32) -> bool:
+        return self.ep_sizes[i] == ep_size and np.array_equal(self.slots[i], slots)
+
     def index_at(self, step: int) -> int:
         """Index of the placement in force at a step; -1 before the first and while it is unknown."""
         i = bisect.bisect_right(self.steps, step) - 1
@@ -292,13 +310,7 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
             findings.append(Finding("error", "placement_conflict", text))
     layers: dict[int, LayerHistory] = {}
     for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
-        history = layers.setdefault(layer, LayerHistory(lost=lost))
-        known_before = history.index_at(step) >= 0
-        if known_before and history.ep_sizes[-1] == ep_size and np.array_equal(history.slots[-1], slots):
-            continue
-        history.steps.append(step)
-        history.ep_sizes.append(ep_size)
-        history.slots.append(slots)
+        layers.setdefault(layer, LayerHistory(lost=lost)).insert(step, ep_size, slots)
     return PlacementHistory(layers, lost, findings)
 
 
