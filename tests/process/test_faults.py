@@ -275,7 +275,7 @@ def assert_off(writer: ExpertLoadWriter, caplog: pytest.LogCaptureFixture, reaso
         writer.record(None, load_of(step), map_of())
     assert not writer.flush()
     writer.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30  # each step would wait, were recording on
     after = writer.stats()
     assert_accounted(after)
     assert (after.seen, after.recorded) == (stats.seen + 1000, stats.recorded)
