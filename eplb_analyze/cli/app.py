@@ -34,7 +34,7 @@ from eplb_analyze.cli.commands import (
     traffic,
     watch,
 )
-from eplb_analyze.cli.output import PROGRAM, print_message
+from eplb_analyze.cli.output import PROGRAM, discard, print_message
 from eplb_analyze.errors import EXIT_UNUSABLE, AnalyzeError
 from eplb_analyze.text import clean
 
@@ -112,7 +112,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name=PROGRAM)
+        try:
+            app(prog_name=PROGRAM)
+        finally:
+            sys.stdout.flush()  # here a full disk is an error like any other; at exit it is not
     except AnalyzeError as error:
         print_message("error", error)
         sys.exit(error.exit_code)
@@ -121,6 +124,7 @@ def main() -> None:
         sys.exit(EXIT_UNUSABLE)
     except OSError as error:
         print_message("error", _os_error_message(error))
+        discard(sys.stdout)
         sys.exit(EXIT_UNUSABLE)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):

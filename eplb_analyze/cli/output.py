@@ -6,10 +6,11 @@ import contextlib
 import enum
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
@@ -38,9 +39,17 @@ class OutputFormat(str, enum.Enum):
 
 
 def print_message(kind: str, text: object) -> None:
-    """Print one line on stderr. If that fails, only the exit code reports the problem."""
-    with contextlib.suppress(OSError):
+    """Print one line on stderr. If that fails, the exit code has to do."""
+    try:
         print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: IO[str]) -> None:
+    """Let Python's last flush of what could not be written succeed: its failure changes the exit code."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Output:

@@ -118,10 +118,13 @@ def test_output_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Path)
         (">/dev/null 2>/dev/full", 3, ""),
     ):
         root = folder / "dump" if message else tmp_path
-        result = subprocess.run(
-            ["sh", "-c", f"{PROGRAM} summary {root} {streams}"], capture_output=True, text=True, check=False
-        )
-        assert (result.returncode, result.stderr) == (code, message)
+        for buffering in ({}, {"PYTHONUNBUFFERED": "1"}):
+            variables = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+            result = subprocess.run(
+                ["sh", "-c", f"{PROGRAM} summary {root} {streams}"],
+                capture_output=True, text=True, check=False, env=variables | buffering,
+            )  # fmt: skip
+            assert (result.returncode, result.stderr) == (code, message)
 
 
 @pytest.mark.parametrize("command", [["summary"], ["layer", "1"], ["check"]], ids=lambda words: words[0])

@@ -95,7 +95,7 @@ class TestServing:
         assert (phases != phases[0]).any()
 
     def test_routing_is_skewed(self, run: Run) -> None:
-        """Beyond chance: were all experts equally likely, chi-square would be 15 with a deviation of 5.5."""
+        """If all experts were equally likely, chi-square would be 15 with a deviation of 5.5."""
         load = run.logical_loads().sum(0)
         expected = load.mean(1, keepdims=True)
         assert (((load - expected) ** 2 / expected).sum(1) > 100).all()
