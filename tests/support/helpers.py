@@ -278,19 +278,41 @@ def one_error(result: subprocess.CompletedProcess[str], code: int, *words: str) 
         assert word in lines[0], lines[0]
 
 
-def assert_golden(name: str, output: str) -> None:
+def assert_golden(name: str, output: str, *, tolerance: float = 0.0) -> None:
     """``output`` is what is kept in a file. To renew: run with EPLB_GOLDEN=1 and read the diff.
 
-    Of figures twelve digits count: in which order floats are added up is no promise.
+    Twelve digits of a figure count, as the order in which floats are added is no promise. Figures of a
+    matrix product differ more between processors: with a ``tolerance``, a JSON document is compared
+    number by number.
     """
     path = ROOT / "tests/golden/output" / name
     if os.environ.get("EPLB_GOLDEN"):
         path.write_text(output)
-    assert _rounded(output) == _rounded(path.read_text())
+    if tolerance:
+        assert_close(json.loads(output), json.loads(path.read_text()), tolerance)
+    else:
+        assert _rounded(output) == _rounded(path.read_text())
     if name.endswith(".json"):
         json.loads(output)
     else:
         assert max(map(len, output.splitlines())) <= 80
+
+
+def assert_close(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """Two JSON documents have the same keys in the same order, and floats closer than ``tolerance``."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key, value in expected.items():
+            assert_close(found[key], value, tolerance, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            assert_close(found[number], value, tolerance, f"{where}[{number}]")
+    elif isinstance(expected, float):
+        assert abs(found - expected) <= tolerance, where
+    else:
+        assert found == expected, where
 
 
 def _rounded(text: str) -> str:
