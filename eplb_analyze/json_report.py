@@ -11,17 +11,24 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
+_PLAIN = frozenset({str, int, bool, type(None)})
+
 
 def as_json(value: Any) -> Any:
     """Convert to JSON types: dataclasses to objects, tuples and arrays to lists, NaN and infinity to null.
 
     An object with a method ``to_json`` decides for itself. Any other dataclass becomes its fields, in order.
     """
+    kind = type(value)
+    if kind in _PLAIN:  # first, as a document has thousands of them
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
+        return {key: item if type(item) in _PLAIN else as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):  # numpy's
         return None
     if hasattr(value, "to_json"):
         return value.to_json()
