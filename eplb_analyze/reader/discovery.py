@@ -193,13 +193,17 @@ def _descend(
     yield from walk(root, [])
 
 
-def read_info(folder: StoragePath, names: list[str]) -> SessionInfo:
-    """Read ``session.json``; ``names`` are the four folder levels. Raises FormatError, OSError."""
-    path = folder / SESSION_FILE
+def read_session_file(path: StoragePath) -> SessionInfo:
+    """Read a ``session.json``. Raises FormatError, OSError."""
     require_regular(path)
     if path.stat().st_size > _MAX_SESSION_FILE:
         raise FormatError(f"it is larger than {_MAX_SESSION_FILE >> 20} MiB")
-    info = SessionInfo.from_dict(load_json(path.read_bytes()))
+    return SessionInfo.from_dict(load_json(path.read_bytes()))
+
+
+def read_info(folder: StoragePath, names: list[str]) -> SessionInfo:
+    """Read a session's metadata; ``names`` are the four folder levels. Raises FormatError, OSError."""
+    info = read_session_file(folder / SESSION_FILE)
     expected = [f"{RUN_PREFIX}{info.run_id}", rank_folder(info.ep_rank), f"{SESSION_PREFIX}{info.session_id}"]
     if [names[0], names[2], names[3]] != expected:
         raise FormatError("it belongs to another folder (was a session moved or renamed?)")

@@ -20,7 +20,7 @@ from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.choose import choose_run
-from eplb_analyze.reader.discovery import Discovery, discover
+from eplb_analyze.reader.discovery import Discovery, discover, read_session_file
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
@@ -39,7 +39,7 @@ from eplb_dump.format.schema import (
     FormatError,
     model_slug,
 )
-from eplb_dump.format.session import SessionInfo, load_json
+from eplb_dump.format.session import SessionInfo
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def copy_run(
         if not _in_place(folder, info)
     ]
     if not copies:
-        raise DumpError(f"{source}: no session of run {run_id} can be read")
+        reason = f"; {damaged[0]}" if damaged else ""
+        raise DumpError(f"{source}: no session of run {run_id} can be read{reason}")
     threads = max(storage.requests_at_once(source), storage.requests_at_once(to))
     try:
         touched = [touched for _, touched in ordered_map(_SessionCopy.inspect, copies, threads)]
@@ -228,11 +229,11 @@ class _SessionCopy:
             for seq, entry in selected.entries.items():
                 for table, file in entry.files.items() if seq not in kept else ():
                     wanted.add(file.name)
-                    self._require(file.name, partial(_verify_table, self.info, entry, table))
+                    self._require(file.name, partial(_verify_table, self.info, entry, table), file.bytes)
             if manifest.end:
                 self._take(MANIFEST_FILE, lambda _: None, self._encode(selected))
             self.target.remove_superseded(wanted, selected)
-            self._require(SESSION_FILE, _verify_session)
+            self._require(SESSION_FILE, read_session_file)
 
     def _journals(self) -> dict[int, str]:
         """The names of the journals by the number of their segment, in order."""
@@ -271,7 +272,8 @@ class _SessionCopy:
     def _encode(self, part: Manifest) -> bytes:
         """The file for the copy's manifest."""
         if self.steps is None:
-            return (self.source / MANIFEST_FILE).read_bytes()[: part.end]
+            with (self.source / MANIFEST_FILE).open("rb") as file:
+                return file.read(part.end)
         first, last = cast(tuple[int, int], part.part)
         out = [frames.encode("session", {"session": self.info.to_dict()})]
         out.append(frames.encode("part", {"first_step": first, "last_step": last}))
@@ -280,11 +282,17 @@ class _SessionCopy:
             out.append(frames.encode("closed", part.closed))
         return b"".join(out)
 
-    def _take(self, name: str, verify: Callable[[Path], None], content: bytes | None = None) -> bool:
+    def _take(
+        self,
+        name: str,
+        verify: Callable[[Path], object],
+        content: bytes | None = None,
+        size: int | None = None,
+    ) -> bool:
         """Copy a file; a damaged one is reported and left out. False if it is gone or has nothing to copy."""
         source = self.source / name
         try:
-            self.files[name] = self.target.put(name, source if content is None else content, verify)
+            self.files[name] = self.target.put(name, source if content is None else content, verify, size)
         except UnbegunJournal:
             return False
         except FormatError as error:
@@ -295,8 +303,8 @@ class _SessionCopy:
             return False
         return True
 
-    def _require(self, name: str, verify: Callable[[Path], None]) -> None:
-        if not self._take(name, verify):
+    def _require(self, name: str, verify: Callable[[Path], object], size: int | None = None) -> None:
+        if not self._take(name, verify, size=size):
             self.damaged.append(f"{self.source / name}: it is missing, although the manifest lists it")
 
     def _verify_journal(self, path: Path) -> None:
@@ -315,7 +323,3 @@ def _placements_only(entry: SealedSegment) -> SealedSegment:
 
 def _verify_table(info: SessionInfo, entry: SealedSegment, table: str, path: Path) -> None:
     ParquetSegment(path.parent, info, entry).verify(table)
-
-
-def _verify_session(path: Path) -> None:
-    SessionInfo.from_dict(load_json(path.read_bytes()))

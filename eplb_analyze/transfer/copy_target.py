@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.reader.discovery import read_session_file
 from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest, require_regular
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format import frames
 from eplb_dump.format.files import fsync_file, fsync_folder
 from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedFile
@@ -34,7 +36,7 @@ from eplb_dump.format.schema import (
     SESSION_FILE,
     FormatError,
 )
-from eplb_dump.format.session import SessionInfo, load_json, session_path
+from eplb_dump.format.session import SessionInfo, session_path
 
 #: The mark of an incomplete session: a folder, in a bucket an object.
 UNFINISHED = "copy.tmp"
@@ -146,10 +148,17 @@ class Target:
             with suppress(OSError):  # some file systems keep the lock's file until it is closed
                 self._mark_path.rmdir()
 
-    def put(self, name: str, source: StoragePath | bytes, verify: Callable[[Path], None]) -> tuple[int, bool]:
+    def put(
+        self,
+        name: str,
+        source: StoragePath | bytes,
+        verify: Callable[[Path], object],
+        size: int | None = None,
+    ) -> tuple[int, bool]:
         """Have a file there. Returns its bytes, and whether it was there already.
 
         Args:
+            size: the bytes that the source must have, if the manifest lists them.
             verify: reads the fetched file; raises FormatError or DamagedSegmentError if it is damaged.
 
         Raises:
@@ -160,7 +169,7 @@ class Target:
         """
         fetched, there = self._spool / name, self.folder / name
         try:
-            content = _fetch(source, fetched)
+            content = _fetch(source, fetched, size)
             verify(fetched)
             if _has_content(there, content):
                 return content[0], True
@@ -258,22 +267,41 @@ class Target:
 # ---- content
 
 
-def _fetch(source: StoragePath | bytes, to: Path) -> tuple[int, str]:
-    """Write a file's content to ``to``; its size and SHA-256. Raises OSError, FormatError."""
+def _fetch(source: StoragePath | bytes, to: Path, size: int | None) -> tuple[int, str]:
+    """Write a file's content to ``to``; its size and SHA-256. Raises OSError, FormatError.
+
+    A file of the wrong size is refused before it is fetched: a sparse one could fill the disk.
+    """
     if isinstance(source, bytes):
         with to.open("wb") as write:
             return _digest(io.BytesIO(source), write)
     require_regular(source)
+    if JOURNAL_PATTERN.fullmatch(source.name):
+        size = _journal_size(source)
+        with source.open("rb") as read, to.open("wb") as write:
+            return _digest(read, write, most=size)
+    found = source.stat().st_size
+    if size not in (None, found):
+        raise FormatError(f"it has {found} bytes where the manifest says {size}")
     for _ in range(MAX_READINGS):
         with source.open("rb") as read, to.open("wb") as write:
-            content = _digest(read, write)
-        if JOURNAL_PATTERN.fullmatch(source.name):
-            return content  # its frames have checksums, and it may be growing
+            content = _digest(read, write, most=found)
         # No checksum of a Parquet file covers its first bytes and its page headers, so read it twice.
         with source.open("rb") as read:
-            if _digest(read) == content:
+            if _digest(read, most=found) == content:
                 return content
     raise FormatError(f"{MAX_READINGS} times two readings of it were not the same")
+
+
+def _journal_size(source: StoragePath) -> int:
+    """The bytes of a journal, which may be growing, as of now. Raises FormatError if it is damaged."""
+    with source.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        for item in frames.scan(file, size):
+            if isinstance(item, frames.Tail) and item.fault == "damaged":
+                raise FormatError(f"damaged from byte {item.end} on")
+    return size
 
 
 def _digest(read: BinaryIO, write: BinaryIO | None = None, most: int = NO_END) -> tuple[int, str]:
@@ -307,12 +335,14 @@ def _loses_nothing(there: StoragePath, new: Path) -> bool:
     except FormatError:
         return False
     if JOURNAL_PATTERN.fullmatch(there.name):
+        size = there.stat().st_size
+        if size > new.stat().st_size:
+            return False
         with there.open("rb") as earlier, new.open("rb") as later:
-            content = _digest(earlier)
-            return _digest(later, most=content[0]) == content
+            return _digest(later, most=size) == _digest(earlier, most=size)
     if there.name == SESSION_FILE:  # written twice: again when the first step shows the shape
         try:
-            old, now = (SessionInfo.from_dict(load_json(path.read_bytes())) for path in (there, new))
+            old, now = read_session_file(there), read_session_file(new)
         except FormatError:
             return False
         return old.num_moe_layers is None and old.session_id == now.session_id

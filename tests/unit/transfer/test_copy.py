@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -508,6 +509,39 @@ def test_damaged_file_is_left_out_and_reported(name: str, fault: str, dump: Path
     expected.pop(str(victim.relative_to(root)), None)
     assert content(to) == expected
     assert cli("check", to).returncode == 1
+
+
+@contextmanager
+def small_files_only() -> Iterator[None]:
+    """A write beyond 16 MiB of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "name", ["loads-000001.parquet", "journal-000000.frames", MANIFEST_FILE, SESSION_FILE]
+)
+def test_sparse_file_is_not_fetched(name: str, tmp_path: Path) -> None:
+    """It claims 1 TiB, which would fill the disk, where a reader expects some kB."""
+    root, to = tmp_path / "dump", tmp_path / "copy"
+    with open_writer(root, scope="global", segment_steps=16) as writer:
+        for step in range(40):
+            writer.record(step, load_of(step), map_of())
+    with open_writer(tmp_path / "live", scope="global", run_id="unsealed") as writer:
+        writer.record(0, load_of(0), map_of())
+        assert writer.flush(10)
+        shutil.copytree(tmp_path / "live", root, dirs_exist_ok=True)
+    victim = min(root.rglob(name))
+    with victim.open("ab") as file:
+        file.truncate(1 << 40)
+    with small_files_only():
+        result = cli("copy", "--to", to, "--run", "unsealed" if "journal" in name else "r", root)
+    one_error(result, 3, name)
+    assert not [*to.rglob(name)]
 
 
 def test_session_with_a_damaged_manifest_or_session_file_is_left_out(dump: Path, tmp_path: Path) -> None:
