@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+import functools
+import inspect
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate
 
 import typer
 
-from eplb_analyze.cli.output import OutputFormat
+from eplb_analyze.cli.output import OutputFormat, RunOutput
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 
@@ -100,6 +104,38 @@ CostPerExpertMs = Annotated[
 Workers = Annotated[
     int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1, max=1024)
 ]
+
+#: The help of each command ends with these options, in this order.
+_LAST = ("run", "model", "workers", "output")
+
+
+def about_a_run(command: Callable[Concatenate[RunOutput, ...], None]) -> Callable[..., None]:
+    """Add the argument DUMP and the options --run, --model and --output to a command.
+
+    The command declares only what is its own, after a :class:`RunOutput`, which it gets for these four.
+    """
+
+    def run_command(
+        dump: Dump = Path("."),
+        run: Run = None,
+        model: Model = None,
+        output: Output = OutputFormat.text,
+        **own: Any,
+    ) -> None:
+        command(RunOutput(output, dump, run, model), **own)
+
+    def place(parameter: inspect.Parameter) -> tuple[bool, int]:
+        last = _LAST.index(parameter.name) if parameter.name in _LAST else -1
+        return parameter.default is not inspect.Parameter.empty, last
+
+    *shared, _ = inspect.signature(run_command, eval_str=True).parameters.values()
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    # Typer reads the signature and the annotations.
+    functools.update_wrapper(run_command, command)
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in sorted([*shared, *own], key=place)]
+    run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run_command
 
 
 def parse_choices(

@@ -79,11 +79,11 @@ class Output:
                 more = count - MAX_FINDINGS_OF_A_KIND
                 print_message("warning", f"{more} more of {code}; `{PROGRAM} check` lists all")
 
-    def emit(self, document: dict[str, Any], render: Callable[[Console], None]) -> None:
+    def emit(self, document: Callable[[], dict[str, Any]], render: Callable[[Console], None]) -> None:
         """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
         if self.format is OutputFormat.json:
-            print(json.dumps(as_json(document), indent=2))
+            print(json.dumps(as_json(document()), indent=2))
         elif sys.stdout.isatty():
             render(console(sys.stdout))
         else:
@@ -101,24 +101,6 @@ class Output:
         self.notes(opened.notes)
         return opened
 
-    def show(
-        self,
-        run: Run,
-        document: dict[str, Any],
-        render: Callable[[Console], None],
-        steps: Completeness | None = None,
-    ) -> None:
-        """Print a report about a run. If its steps lost data, exit with 3 after printing it.
-
-        Args:
-            document: the report as JSON.
-            render: prints the report for a person.
-            steps: the steps that the report is about; None: check only what concerns the whole run.
-        """
-        self.emit(document, render)
-        if self.lost_data(run, steps):
-            raise typer.Exit(EXIT_UNUSABLE)
-
     def lost_data(self, run: Run, steps: Completeness | None, name: str = "") -> bool:
         """Print what is wrong with the data of a run; whether figures lack data because of it.
 
@@ -130,3 +112,37 @@ class Output:
         prefix = f"{name}: " if name else ""
         self.findings(replace(finding, text=prefix + finding.text) for finding in findings)
         return any(finding.severity == "error" for finding in findings)
+
+
+class RunOutput(Output):
+    """The output of a command about one run, and which run that is."""
+
+    #: Set by :meth:`open`.
+    run: Run
+
+    def __init__(
+        self, output_format: OutputFormat, dump: StoragePath, run_id: str | None, model: str | None
+    ) -> None:
+        super().__init__(output_format)
+        self.dump, self.run_id, self.model = dump, run_id, model
+
+    def open(self) -> Run:
+        self.run = self.open_run(self.dump, self.run_id, self.model)
+        return self.run
+
+    def show(
+        self,
+        document: Callable[[], dict[str, Any]],
+        render: Callable[[Console], None],
+        steps: Completeness | None = None,
+    ) -> None:
+        """Print a report about the run. If its steps lost data, exit with 3 after printing it.
+
+        Args:
+            document: the report as JSON.
+            render: prints the report for a person.
+            steps: the steps that the report is about; None: check only what concerns the whole run.
+        """
+        self.emit(document, render)
+        if self.lost_data(self.run, steps):
+            raise typer.Exit(EXIT_UNUSABLE)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat, print_message
+from eplb_analyze.cli.output import RunOutput, print_message
 from eplb_analyze.cli.views.advise import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED
 
 
+@options.about_a_run
 def advise(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     policy: options.Policy = None,
     redundant: options.Redundant = None,
     interval: options.Interval = None,
@@ -36,10 +36,7 @@ def advise(
     num_groups: options.NumGroups = 1,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
-    run: options.Run = None,
-    model: options.Model = None,
     workers: options.Workers = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Leave the load balancer as it is, switch it on, or change it to what, with which gain?
 
@@ -48,16 +45,17 @@ def advise(
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
+    run = out.open()
     advice = judge(
-        opened, choices, steps, min_gain=min_gain,
+        run, choices, steps, min_gain=min_gain,
         num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip
     passed = None if fail_below is None else advice.passes(fail_below)
-    document = {**advice.to_json(), "fail_below": fail_below, "passed": passed}
-    steps_used = None if advice.replay is None else advice.replay.part.whole
-    out.show(opened, document, lambda console: render(console, advice), steps_used)
+    out.show(
+        lambda: {**advice.to_json(), "fail_below": fail_below, "passed": passed},
+        lambda console: render(console, advice),
+        None if advice.replay is None else advice.replay.part.whole,
+    )
     if passed is False:
         known = advice.measured_balancedness
         found = "the balancedness is not known" if known is None else f"balancedness {known:.3f}"

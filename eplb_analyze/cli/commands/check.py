@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.check import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED
 
 
-def check(
-    dump: options.Dump = Path("."),
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
-) -> None:
+@options.about_a_run
+def check(out: RunOutput) -> None:
     """Is the dump complete and intact? Reads and verifies every byte of a run; exit 1 if not."""
     from eplb_analyze.analysis.check import check_run
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    report = check_run(opened)
-    out.emit(report.to_json(), lambda console: render(console, opened, report))
+    run = out.open()
+    report = check_run(run)
+    out.emit(report.to_json, lambda console: render(console, run, report))
     if not report.ok:
         raise typer.Exit(EXIT_CHECK_FAILED)

@@ -38,7 +38,7 @@ def compare(
     out = Output(output)
     one, other = _open(out, a, dump, run_a, model), _open(out, b, dump, run_b, model)
     result = compare_runs(one, other, steps)
-    out.emit(result.to_json(), lambda console: render(console, result, top))
+    out.emit(result.to_json, lambda console: render(console, result, top))
     if output is OutputFormat.json:  # the text has them
         for warning in result.warnings:
             print_message("warning", warning)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat, print_message
+from eplb_analyze.cli.output import RunOutput, print_message
 from eplb_analyze.cli.views.copy import render
 from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.storage.path import StoragePath, storage_path
 
 
+@options.about_a_run
 def copy(
+    out: RunOutput,
     to: Annotated[
         StoragePath,
         typer.Option(
@@ -25,14 +26,10 @@ def copy(
             metavar="PLACE",
         ),
     ],
-    dump: options.Dump = Path("."),
     steps: options.Steps = None,
     ranks: Annotated[
         str | None, typer.Option("--ranks", help="Only these, as 0-3,7.", metavar="N,N-N…")
     ] = None,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Bring a run or a part of it to another place, verified; what is there is never written over.
 
@@ -41,10 +38,9 @@ def copy(
     chosen = _parse_ranks(ranks)
     from eplb_analyze.transfer.copy import copy_run
 
-    out = Output(output)
-    report = copy_run(dump, to, run, model, steps, chosen, out.progress)
+    report = copy_run(out.dump, to, out.run_id, out.model, steps, chosen, out.progress)
     out.notes(report.notes)
-    out.emit(report.to_json(), lambda console: render(console, report))
+    out.emit(report.to_json, lambda console: render(console, report))
     for text in report.damaged:
         print_message("error", text)
     if report.damaged:

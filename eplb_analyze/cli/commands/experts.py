@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.experts import render
 
 
+@options.about_a_run
 def experts(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     layer: options.Layer = None,
     hot: Annotated[bool, typer.Option("--hot", help="Only experts that are hot in some window.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="Only experts that are cold over all steps.")] = False,
@@ -25,9 +25,6 @@ def experts(
     ] = 2.0,
     steps: options.Steps = None,
     top: options.Top = 5,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Which experts are hot (always or in bursts), cold or dead, and were the hot ones replicated enough?"""
     from eplb_dump.format.schema import MAX_EXPERTS
@@ -37,8 +34,10 @@ def experts(
         raise typer.BadParameter(what, param_hint="--hot-factor")
     from eplb_analyze.analysis.experts import expert_report
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    report = expert_report(opened, layer, steps, window=window, hot_factor=hot_factor)
-    document = report.to_json(hot=hot, cold=cold)
-    out.show(opened, document, lambda console: render(console, report, top, hot=hot, cold=cold), report.steps)
+    run = out.open()
+    report = expert_report(run, layer, steps, window=window, hot_factor=hot_factor)
+    out.show(
+        lambda: report.to_json(hot=hot, cold=cold),
+        lambda console: render(console, report, top, hot=hot, cold=cold),
+        report.steps,
+    )

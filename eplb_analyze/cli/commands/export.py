@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
@@ -41,10 +41,11 @@ POLICY_OPTIONS = ("--steps", "--window", "--redundant", "--ep-size", "--num-node
 
 
 @app.command("placement", short_help="A placement for an engine to load at its start.")
+@options.about_a_run
 def placement(
+    out: RunOutput,
     target: Annotated[Target, typer.Option("--for", help="Who is to load it.", show_default=False)],
     to: To,
-    dump: options.Dump = Path("."),
     step: Annotated[
         int | None, typer.Option("--step", help="Recorded at this step; default: the last.", min=0)
     ] = None,
@@ -83,9 +84,6 @@ def placement(
         bool, typer.Option("--repair", help="For vllm-ascend: move an expert's copies on one device apart.")
     ] = False,
     force: options.Force = False,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Write a placement, recorded at a step or made by a policy, for an engine to load at its start.
 
@@ -109,13 +107,12 @@ def placement(
         recorded_placement,
     )
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
+    run = out.open()
     if policy is None:
-        found = recorded_placement(opened, step)
+        found = recorded_placement(run, step)
     else:
         found = policy_placement(
-            opened,
+            run,
             policy,
             steps,
             window=window,
@@ -125,7 +122,7 @@ def placement(
             num_groups=num_groups or 1,
         )
     report = export_placement(
-        opened,
+        run,
         target.value,
         to,
         found,
@@ -134,11 +131,13 @@ def placement(
         repair=repair,
         force=force,
     )
-    out.show(opened, report.to_json(), lambda console: render_placement(console, report), found.steps)
+    out.show(report.to_json, lambda console: render_placement(console, report), found.steps)
 
 
 @app.command("loads", short_help="The loads of all complete steps, or their sums.")
+@options.about_a_run
 def loads(
+    out: RunOutput,
     load_format: Annotated[
         LoadFormat,
         typer.Option(
@@ -148,20 +147,15 @@ def loads(
         ),
     ],
     to: To,
-    dump: options.Dump = Path("."),
     layer: Annotated[
         list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")
     ] = None,
     steps: options.Steps = None,
     force: options.Force = False,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Write the loads of all complete steps, by slot and step, or summed by logical expert."""
     from eplb_analyze.transfer.exporters.loads import export_loads
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    report = export_loads(opened, load_format.value, to, steps, layer or None, force=force)
-    out.show(opened, report.to_json(), lambda console: render_loads(console, report), report.steps)
+    run = out.open()
+    report = export_loads(run, load_format.value, to, steps, layer or None, force=force)
+    out.show(report.to_json, lambda console: render_loads(console, report), report.steps)

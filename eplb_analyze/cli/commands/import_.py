@@ -105,7 +105,7 @@ def import_(
         array=array,
     )
     report = import_dump(source, local(into, "`import --into`"), format, options, run_id)
-    Output(output).emit(report.to_json(), lambda console: render(console, report))
+    Output(output).emit(report.to_json, lambda console: render(console, report))
 
 
 def _parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -24,4 +24,4 @@ def metrics(output: options.Output = OutputFormat.text) -> None:
             for f in FORMULAS.values()
         ]
     }
-    Output(output).emit(document, lambda console: render(console, FORMULAS.values()))
+    Output(output).emit(lambda: document, lambda console: render(console, FORMULAS.values()))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.placement import render
 
 
+@options.about_a_run
 def placement(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     step: Annotated[
         int | None, typer.Option("--step", help="As of this step; default: the last.", min=0)
     ] = None,
@@ -26,17 +26,11 @@ def placement(
     experts: Annotated[
         bool, typer.Option("--experts", help="Show the replicas of each expert, too.")
     ] = False,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Which expert is on which rank at a step, how many replicas has it, what changed since another?"""
     from eplb_analyze.analysis.placement import placement_report
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    report = placement_report(opened, step, against, layer)
+    run = out.open()
+    report = placement_report(run, step, against, layer)
     single = layer is not None
-    out.show(
-        opened, report.to_json(), lambda console: render(console, report, single=single, experts=experts)
-    )
+    out.show(report.to_json, lambda console: render(console, report, single=single, experts=experts))

@@ -107,7 +107,7 @@ def postmortem(
         cache.save_table(result)
     # Show the results even if they cannot be grouped.
     grouped = by if by in result.groupable() else None
-    out.emit(result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
+    out.emit(lambda: result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
     if by != grouped:
         raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
     if rows and all(row.status == "broken" for row in rows):

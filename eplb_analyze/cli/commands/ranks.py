@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.ranks import render
 
 
+@options.about_a_run
 def ranks(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     by: options.By = options.Grouping.rank,
     ranks_per_node: options.RanksPerNode = None,
     steps: options.Steps = None,
     top: options.Top = 8,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Which rank or node do the others wait for, in which layers, how often, and what does it cost?"""
     from eplb_analyze.analysis.ranks import rank_report, require_nodes
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
+    run = out.open()
     if by is options.Grouping.node and ranks_per_node is None:
-        require_nodes(opened)
-    report = rank_report(opened, steps, ranks_per_node=ranks_per_node)
-    out.show(opened, report.to_json(), lambda console: render(console, report, by.value, top), report.steps)
+        require_nodes(run)
+    report = rank_report(run, steps, ranks_per_node=ranks_per_node)
+    out.show(report.to_json, lambda console: render(console, report, by.value, top), report.steps)

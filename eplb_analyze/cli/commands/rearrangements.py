@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.rearrangements import render
 
 
+@options.about_a_run
 def rearrangements(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     steps: options.Steps = None,
     window: Annotated[
         int, typer.Option("--window", help="At most so many steps before and after.", min=1)
     ] = 1000,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
     from eplb_analyze.analysis.rearrangements import rearrangement_report
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    report = rearrangement_report(opened, steps, window)
-    out.show(opened, report.to_json(), lambda console: render(console, report), report.steps)
+    run = out.open()
+    report = rearrangement_report(run, steps, window)
+    out.show(report.to_json, lambda console: render(console, report), report.steps)

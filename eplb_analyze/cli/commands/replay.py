@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.replay import render
 
 
+@options.about_a_run
 def replay(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     policy: options.Policy = None,
     redundant: options.Redundant = None,
     interval: options.Interval = None,
@@ -26,10 +26,7 @@ def replay(
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     top: options.Top = 20,
-    run: options.Run = None,
-    model: options.Model = None,
     workers: options.Workers = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """What would another policy, number of redundant experts, interval or window have given?
 
@@ -39,10 +36,9 @@ def replay(
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.replay import replay_run
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
+    run = out.open()
     result = replay_run(
-        opened, choices, steps,
+        run, choices, steps,
         num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip
-    out.show(opened, result.to_json(), lambda console: render(console, result, top), result.part.whole)
+    out.show(result.to_json, lambda console: render(console, result, top), result.part.whole)

@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.report import render
 
 
+@options.about_a_run
 def report(
+    out: RunOutput,
     to: Annotated[
         Path, typer.Option("--to", help="The file to write.", metavar="FILE.html", show_default=False)
     ],
-    dump: options.Dump = Path("."),
     steps: options.Steps = None,
     top: Annotated[
         int, typer.Option("--top", help="How many rows of a ranking to show at first.", min=1)
@@ -25,14 +26,10 @@ def report(
         bool, typer.Option("--redact", help="Leave out names of models, runs, hosts and files.")
     ] = False,
     force: options.Force = False,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """Write one HTML file that works offline: the summary in words, charts over time, heat maps, tables."""
     from eplb_analyze.report.write import write_report
 
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    written = write_report(opened, to, steps, top=top, redact=redact, force=force)
-    out.show(opened, written.to_json(), lambda console: render(console, written), written.steps)
+    run = out.open()
+    written = write_report(run, to, steps, top=top, redact=redact, force=force)
+    out.show(written.to_json, lambda console: render(console, written), written.steps)

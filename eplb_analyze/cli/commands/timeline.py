@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.console import console
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import OutputFormat, RunOutput
 from eplb_analyze.cli.views.timeline import MARGIN, render
 
 
+@options.about_a_run
 def timeline(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     formula: Annotated[
         str, typer.Option("--formula", help="A formula that `metrics` lists, or idle_fraction.")
     ] = "balancedness",
@@ -26,9 +26,6 @@ def timeline(
         int | None, typer.Option("--bins", help="How many; default: 100 in JSON, else what fits.", min=1)
     ] = None,
     steps: options.Steps = None,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """How did balancedness, or another figure, move over the steps of a run?"""
     from eplb_analyze.analysis.timeline import DEFAULT_BINS, NAMES
@@ -38,12 +35,11 @@ def timeline(
         raise typer.BadParameter(
             f"no formula {formula!r}; there are: {', '.join(NAMES)}", param_hint="--formula"
         )
-    out = Output(output)
-    opened = out.open_run(dump, run, model)
-    if output is OutputFormat.text:
+    run = out.open()
+    if out.format is OutputFormat.text:
         fit = max(1, console(sys.stdout).width - MARGIN)
         if bins is not None and bins > fit:
             out.notes([f"{bins} bins do not fit; these are {fit} (--output json gives all)"])
         bins = min(bins or fit, fit)
-    result = compute(opened, formula, bins or DEFAULT_BINS, layer, steps)
-    out.show(opened, result.to_json(), lambda console: render(console, result), result.steps)
+    result = compute(run, formula, bins or DEFAULT_BINS, layer, steps)
+    out.show(result.to_json, lambda console: render(console, result), result.steps)

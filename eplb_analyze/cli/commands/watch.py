@@ -13,7 +13,7 @@ import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.console import console
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import OutputFormat, RunOutput
 from eplb_analyze.cli.views.watch import lines, show
 from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, UsageError
 from eplb_analyze.storage.path import local
@@ -23,33 +23,30 @@ if TYPE_CHECKING:
     from eplb_analyze.live.watch import Follower, Snapshot
 
 
+@options.about_a_run
 def watch(
-    dump: options.Dump = Path("."),
+    out: RunOutput,
     interval: Annotated[float, typer.Option("--interval", help="Seconds between two looks.", min=0.1)] = 1.0,
     window: Annotated[
         int, typer.Option("--window", help="How many of the newest steps the figures are over.", min=1)
     ] = 1000,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
-    run: options.Run = None,
-    model: options.Model = None,
-    output: options.Output = OutputFormat.text,
 ) -> None:
     """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
-    if not once and output is OutputFormat.json:
+    if not once and out.format is OutputFormat.json:
         raise UsageError("the live view is no document: add --once to have one look as JSON")
     if not once and not sys.stdout.isatty():
         raise UsageError("the live view needs a terminal: add --once to have one look printed here")
-    folder = local(dump, "`watch`")
+    folder = local(out.dump, "`watch`")
     from eplb_analyze.live.watch import Follower
 
     if not once:
-        _live(lambda: Follower(folder, run, model, window), folder, interval)
+        _live(lambda: Follower(folder, out.run_id, out.model, window), folder, interval)
         return
-    out = Output(output)
-    follower = Follower(folder, run, model, window)
+    follower = Follower(folder, out.run_id, out.model, window)
     look = follower.look()
     out.notes(follower.notes)
-    out.emit(look.to_json(), lambda console: show(console, look))
+    out.emit(look.to_json, lambda console: show(console, look))
     out.findings(look.findings)
     if look.findings or look.missing_ranks:
         raise typer.Exit(EXIT_UNUSABLE)

@@ -43,7 +43,7 @@ def test_bar_is_gone_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
     out = Output(OutputFormat.json)
     out.progress(1, 2)
-    out.emit({}, lambda console: None)
+    out.emit(dict, lambda console: None)
     drawn = terminal.getvalue()
     assert "1/2" in drawn
     assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l")
