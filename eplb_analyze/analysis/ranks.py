@@ -32,8 +32,9 @@ class Straggler:
     load: float
     #: The mean load of its ranks over that of all ranks.
     times_mean: float | None
-    #: In how many active (step, layer) it, or a rank of the node, was the slowest.
-    slowest: int
+    #: In how many active (step, layer) it, or a rank of the node, was the slowest; a tie of n ranks counts
+    #: 1/n for each.
+    slowest: float
     slowest_share: float | None
     #: Σ (max − mean) over these: the tokens for which all ranks waited.
     excess_tokens: float
@@ -92,7 +93,7 @@ class _RankSums(Sums):
         self.max_tokens = 0.0
         #: [layers, ranks], as recorded: token replication not divided out.
         self.load: Int64 = np.zeros((shape.num_moe_layers, shape.ep_size), np.int64)
-        self.slowest: Int64 = np.zeros(shape.ep_size, np.int64)
+        self.slowest: Float64 = np.zeros(shape.ep_size)
         self.excess: Float64 = np.zeros(shape.ep_size)
 
     def _add(self, block: Block) -> None:
@@ -173,7 +174,7 @@ def _stragglers(run: Run, sums: _RankSums, groups: list[list[int]]) -> list[Stra
     tokens = run.tokens(load)
     found = []
     for number, group in enumerate(groups):
-        slowest, excess = int(sums.slowest[group].sum()), float(sums.excess[group].sum())
+        slowest, excess = float(sums.slowest[group].sum()), float(sums.excess[group].sum())
         total = float(tokens[group].sum())
         found.append(
             Straggler(

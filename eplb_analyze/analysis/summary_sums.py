@@ -30,7 +30,7 @@ class ConfigurationSums:
         self.steps: list[Int64] = []
         self.values: list[formulas.Float64] = []
         layers = shape.num_moe_layers
-        self.slowest = np.zeros((layers, shape.ep_size), np.int64)
+        self.slowest = np.zeros((layers, shape.ep_size))
         self.logical = np.zeros((layers, info.num_logical_experts), np.int64)
 
     def add(self, run: Run, block: Block) -> Terms:

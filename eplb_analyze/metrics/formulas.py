@@ -10,12 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
+
+
+class SlowestRanks(NamedTuple):
+    """One entry for each rank with the most tokens of a step and layer; ties share it equally."""
+
+    #: Indices, intp ``[entries]``.
+    step: npt.NDArray[np.intp]
+    layer: npt.NDArray[np.intp]
+    rank: npt.NDArray[np.intp]
+    #: 1 / the number of tied ranks, float64 ``[entries]``.
+    share: Float64
 
 
 class Terms:
@@ -24,11 +35,10 @@ class Terms:
     Attributes:
         mean, maximum: float64 ``[steps, layers]``, over EP ranks.
         uneven: bool ``[steps, layers]``: the ranks got different numbers of tokens.
-        slowest: intp ``[steps, layers]``, the EP rank with the most tokens, the first of equal ones.
         rank_mean, rank_maximum: float64 ``[steps, ep_ranks]``, over layers.
     """
 
-    _PER_STEP = ("mean", "maximum", "uneven", "slowest", "_rank_total", "_rank_highest")
+    _PER_STEP = ("mean", "maximum", "uneven", "_at_maximum", "_rank_total", "_rank_highest")
 
     def __init__(self, steps: int, layers: int, ranks: int, per_token: int = 1) -> None:
         """``per_token``: how often the engine counts each token (token replication)."""
@@ -36,7 +46,8 @@ class Terms:
         self.mean: Float64 = np.zeros((steps, layers))
         self.maximum: Float64 = np.zeros((steps, layers))
         self.uneven: npt.NDArray[np.bool_] = np.zeros((steps, layers), np.bool_)
-        self.slowest: npt.NDArray[np.intp] = np.zeros((steps, layers), np.intp)
+        #: The ranks with the most tokens, as bits; packed, because a long run has many steps. None if even.
+        self._at_maximum: npt.NDArray[np.uint8] = np.zeros((steps, layers, -(-ranks // 8)), np.uint8)
         self._rank_total: Float64 = np.zeros((steps, ranks))
         self._rank_highest: Float64 = np.zeros((steps, ranks))
 
@@ -56,8 +67,8 @@ class Terms:
         self.mean[:, here] = total / float(counts.shape[2] * self._per_token)
         self.maximum[:, here] = highest / float(self._per_token)
         self.uneven[:, here] = highest * counts.shape[2] > total
-        # Faster than argmax of the counts.
-        self.slowest[:, here] = (counts == highest[:, :, np.newaxis]).argmax(axis=2)
+        at_maximum = np.packbits(counts == highest[:, :, np.newaxis], axis=2)
+        self._at_maximum[:, here] = at_maximum * self.uneven[:, here, np.newaxis]
         self._rank_total += counts.sum(axis=1)
         np.maximum(self._rank_highest, counts.max(axis=1), out=self._rank_highest)
 
@@ -89,15 +100,26 @@ class Terms:
         """max − mean: the tokens for which all ranks wait for the slowest, float64 ``[steps, layers]``."""
         return self.maximum - self.mean
 
-    def by_slowest(self, weights: Float64 | None = None) -> npt.NDArray[Any]:
+    @cached_property
+    def slowest(self) -> SlowestRanks:
+        """The ranks with the most tokens of each step and layer; none if all ranks got the same."""
+        (steps, layers), ranks = self.mean.shape, self._rank_total.shape[1]
+        # numpy finds the true among bools five times as fast as nonzero bytes.
+        at_maximum = np.unpackbits(self._at_maximum, axis=2, count=ranks).view(np.bool_)
+        cell, rank = np.divmod(np.flatnonzero(at_maximum), max(1, ranks))
+        tied = np.bincount(cell, minlength=steps * layers)
+        return SlowestRanks(*np.divmod(cell, max(1, layers)), rank, 1 / tied[cell])
+
+    def by_slowest(self, weights: Float64 | None = None) -> Float64:
         """Sum weights ``[steps, layers]`` by the slowest rank, or count the steps: ``[layers, ep_ranks]``.
 
-        Of several slowest ranks the first counts. If all ranks got the same, none does.
+        Ranks that tie for the slowest share a step's weight equally. If all ranks got the same, none does.
         """
-        size = self.mean.shape[1], self._rank_total.shape[1]
-        cell = (np.arange(size[0]) * size[1] + self.slowest)[self.uneven]
-        chosen = None if weights is None else weights[self.uneven]
-        return np.bincount(cell, chosen, size[0] * size[1]).reshape(size)
+        size, slowest = (self.mean.shape[1], self._rank_total.shape[1]), self.slowest
+        share = slowest.share if weights is None else slowest.share * weights[slowest.step, slowest.layer]
+        cell = slowest.layer * size[1] + slowest.rank
+        total: npt.NDArray[Any] = np.bincount(cell, share, size[0] * size[1]).reshape(size)
+        return total
 
     @cached_property
     def active(self) -> npt.NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """Which layers, ranks and steps lost rank time, and how much of it a better placement could save.
 
 In each step and layer all ranks wait for the slowest: (max − mean) tokens are lost and attributed to that
-rank. The sums are of loads of one shape and stay small however long the run is.
+rank; ranks that tie share them. The sums are of loads of one shape and stay small however long the run is.
 """
 
 from __future__ import annotations
@@ -109,8 +109,10 @@ class Losses:
 
     def add(self, steps: Int64, terms: Terms) -> None:
         _, layers, ranks = self._excess.shape
-        cell = (self._bins.of(steps)[:, None] * layers + np.arange(layers)) * ranks + terms.slowest
-        flat = np.bincount(cell.ravel(), terms.excess.ravel(), self._excess.size)
+        slowest = terms.slowest
+        cell = (self._bins.of(steps)[slowest.step] * layers + slowest.layer) * ranks + slowest.rank
+        excess = slowest.share * terms.excess[slowest.step, slowest.layer]
+        flat = np.bincount(cell, excess, self._excess.size)
         self._excess += flat.reshape(self._excess.shape)
 
     def add_lasting(self, windows: Windows, first: int, load: Int64) -> None:

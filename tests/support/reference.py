@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -38,3 +39,22 @@ def idle_fraction(T: Any) -> float:
     mean = sum(sum(row) / len(row) for step in T for row in np.asarray(step).tolist())
     maximum = sum(max(row) for step in T for row in np.asarray(step).tolist())
     return 1 - mean / maximum
+
+
+def waiting(T: Any) -> tuple[list[list[Fraction]], list[list[Fraction]]]:
+    """How often each rank was the slowest of each layer, and the tokens that it cost, exactly.
+
+    ``T`` of whole tokens, [steps, layers, ranks]; both results are [layers][ranks]. Ties are shared.
+    """
+    _, layers, ranks = np.asarray(T).shape
+    often = [[Fraction(0)] * ranks for _ in range(layers)]
+    cost = [[Fraction(0)] * ranks for _ in range(layers)]
+    for step in np.asarray(T).astype(int).tolist():
+        for layer, row in enumerate(step):
+            top = [rank for rank, tokens in enumerate(row) if tokens == max(row)]
+            if len(top) == ranks:  # nobody waits
+                continue
+            for rank in top:
+                often[layer][rank] += Fraction(1, len(top))
+                cost[layer][rank] += (max(row) - Fraction(sum(row), ranks)) / len(top)
+    return often, cost

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +167,9 @@ def of_experts(first: int, end: int, layer: int) -> Array:
     return found
 
 
-def waiting(first: int = 0, end: int = STOPPED) -> tuple[Counter[int], Counter[int]]:
-    """How often each rank was a layer's slowest, and eight times the tokens that it cost."""
-    often, cost = Counter[int](), Counter[int]()
-    for step in tokens(first, end).tolist():
-        for row in step:
-            slowest = row.index(max(row))
-            often[slowest] += 1
-            cost[slowest] += RANKS * max(row) - sum(row)
+def waiting(first: int = 0, end: int = STOPPED) -> tuple[Any, Any]:
+    """How often each rank was a layer's slowest, and the tokens that it cost: float64 ``[ranks]``."""
+    often, cost = (np.array(each, float).sum(axis=0) for each in reference.waiting(tokens(first, end)))
     return often, cost
 
 
@@ -217,9 +211,9 @@ def test_summary_says_where_time_was_lost(dump: Path) -> None:
     found = document("summary", dump, code=3)
     _, cost = waiting()
     loss = found["loss"]
-    assert loss["tokens"] == pytest.approx(cost.total() / RANKS)
+    assert loss["tokens"] == pytest.approx(cost.sum())
     excess = {rank["rank"]: rank["excess_tokens"] for rank in loss["ranks"]}
-    assert excess == pytest.approx({rank: cost[rank] / RANKS for rank in range(RANKS)})
+    assert excess == pytest.approx(dict(enumerate(cost)))
     assert loss["ranks"][0]["rank"] == 2
     # Layer 7's two bad times, the longer first, to the width of a part of the timeline.
     width = found["timeline"][0]["last_step"] + 1
@@ -295,9 +289,9 @@ def test_ranks(dump: Path) -> None:
     assert found["idle_fraction"] == pytest.approx(reference.idle_fraction(tokens()))
     for rank in found["ranks"]:
         assert rank["load"] == tokens()[:, :, rank["rank"]].sum()
-        assert rank["slowest"] == often[rank["rank"]]
-        assert rank["excess_tokens"] == pytest.approx(cost[rank["rank"]] / RANKS)
-        assert rank["excess_share"] == pytest.approx(cost[rank["rank"]] / cost.total())
+        assert rank["slowest"] == pytest.approx(often[rank["rank"]])
+        assert rank["excess_tokens"] == pytest.approx(cost[rank["rank"]])
+        assert rank["excess_share"] == pytest.approx(cost[rank["rank"]] / cost.sum())
     for name in ("load", "slowest", "excess_tokens"):
         assert max(found["ranks"], key=lambda rank: rank[name])["rank"] == 2, name
     assert found["ranks"][2]["slowest_share"] > 0.8

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 from helpers import cli, load_of, map_of, open_writer
 
 from eplb_analyze import open_run
@@ -47,10 +48,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
 def test_losses_equal_plain_loops(story: tuple[Path, Array]) -> None:
     folder, loads = story
     tokens = loads.reshape(len(loads), LAYERS, RANKS, PER_RANK).sum(axis=3)
-    by_rank = np.zeros(RANKS)
-    for step in tokens:
-        for layer in step:
-            by_rank[layer.argmax()] += layer.max() - layer.mean()
+    by_rank = np.array(reference.waiting(tokens)[1], float).sum(axis=0)
     lasting = 0.0
     for low, high in ((0, 500), (500, 640)):
         for start in range(low - low % WINDOW_STEPS, high, WINDOW_STEPS):
@@ -108,6 +106,30 @@ def test_random_imbalance_is_not_persistent_but_a_slow_rank_is(tmp_path: Path) -
     assert shares[0].persistent_share is not None
     assert shares[0].persistent_share < 0.2
     assert shares[1].persistent_share == 1.0
+
+
+def test_no_rank_is_slower_than_others_at_one_token_per_rank(tmp_path: Path) -> None:
+    """Decoding a few tokens with uniform routing: several ranks share the maximum of most steps."""
+    rng, ranks = np.random.default_rng(8), 16
+    chosen = np.argsort(rng.random((1500, LAYERS, 4, 2 * ranks)), axis=3)[..., :4].reshape(1500, LAYERS, -1)
+    loads = (chosen[..., None] == np.arange(2 * ranks)).sum(axis=2)
+    with open_writer(tmp_path, num_logical_experts=2 * ranks, ep_size=ranks, scope="global") as writer:
+        for step, load in enumerate(loads):
+            writer.record(step, load, np.tile(np.arange(2 * ranks), (LAYERS, 1)))
+            if step % 100 == 0:
+                writer.flush()
+    tokens = loads.reshape(1500, LAYERS, ranks, 2).sum(axis=3)
+    often, cost = (np.array(each, float) for each in reference.waiting(tokens))
+    found = summarize(open_run(tmp_path))
+    assert found.loss is not None
+    assert {r.rank: r.excess_tokens for r in found.loss.ranks} == pytest.approx(
+        dict(enumerate(cost.sum(axis=0)))
+    )
+    for layer, expected in zip(found.layers, often, strict=True):
+        assert (layer.worst_rank, layer.worst_rank_share) == (
+            expected.argmax(), pytest.approx(expected.max() / expected.sum()),
+        )  # fmt: skip
+        assert layer.worst_rank_share < 1.3 / ranks
 
 
 def test_sums_are_used_if_a_rank_missed_a_change(tmp_path: Path) -> None:

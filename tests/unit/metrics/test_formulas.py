@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from eplb_analyze.metrics import formulas
-from eplb_analyze.metrics.formulas import FORMULAS, Spread
+from eplb_analyze.metrics.formulas import FORMULAS, Spread, Terms
 
 loads = hnp.arrays(
     np.float64,
@@ -49,6 +49,43 @@ def test_formulas_stay_within_their_bounds(T: np.ndarray) -> None:
     assert (balance[known] > 0).all()
     assert (imbalance[known] >= 1 - 1e-12).all()
     assert (np.isnan(imbalance) == ~known).all()
+
+
+few_tokens = hnp.arrays(
+    np.int64,
+    st.tuples(st.integers(0, 6), st.integers(1, 4), st.integers(1, 20)),
+    elements=st.one_of(st.integers(0, 2), st.integers(0, 2**40)),
+)
+
+
+@given(T=few_tokens, per_token=st.integers(1, 3), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_ranks_that_tie_share_the_step(T: np.ndarray, per_token: int, data: st.DataObject) -> None:
+    often, cost = (np.array(each, float) for each in reference.waiting(T))
+    cut = data.draw(st.integers(0, T.shape[1]))
+    terms = Terms(len(T), T.shape[1], T.shape[2], per_token)
+    for first, part in ((0, T[:, :cut]), (cut, T[:, cut:])):
+        if part.shape[1]:
+            terms.add(first, part)
+    np.testing.assert_allclose(terms.by_slowest(), often, atol=1e-12)
+    np.testing.assert_allclose(terms.by_slowest(terms.excess), cost / per_token, rtol=1e-9)
+    order = np.array(data.draw(st.permutations(range(len(T)))), np.intp)
+    joined = Terms.concat([terms.select(order[:1]), terms.select(order[1:])])
+    np.testing.assert_allclose(joined.by_slowest(), often, atol=1e-12)
+
+
+def test_every_rank_of_a_uniform_batch_is_the_slowest_about_equally_often() -> None:
+    # A token on average for each rank: in most steps several ranks have the most.
+    rng = np.random.default_rng(8)
+    T = rng.multinomial(32, np.full(32, 1 / 32), (4000, 1))
+    share = Terms.of(T).by_slowest()[0] / len(T)
+    # A share of a step is at most 1, so its variance is at most its mean.
+    assert np.abs(share - 1 / 32).max() < 5 * np.sqrt(1 / 32 / 4000)
+
+
+def test_ranks_with_equal_tokens_are_never_the_slowest() -> None:
+    assert not Terms.of(np.full((3, 2, 5), 7)).by_slowest().any()
+    assert Terms.of(np.array([[[4, 9, 9, 9]]])).by_slowest().tolist() == [[0, *[1 / 3] * 3]]
 
 
 def test_vllm_legacy_is_wrong_if_all_layers_have_the_same_skew() -> None:
