@@ -7,7 +7,6 @@ folded to logical experts: so a long run costs little more than decoding it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,10 @@ import polars as pl
 from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import RunReport
-from eplb_analyze.parallel import ordered_map, split_range
-from eplb_analyze.reader.blocks import Block, Piece
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
-from eplb_analyze.reader.placements import fold, replicas
+from eplb_analyze.reader.placements import Period, fold, replicas, sum_between
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -203,7 +201,7 @@ class _Loads(Sums):
         #: The placement in force at the last step, and the tokens on its slots since it came.
         self.placed: list[Int32 | None] = [None] * len(layers)
         self.slot_tokens = np.zeros((len(layers), shape.num_physical_experts), np.int64)
-        self._histories = [run.history.layer(i) for i in layers]
+        self._history = run.history
 
     def _add(self, block: Block) -> None:
         steps, windows = block.recorded, self.windows
@@ -217,31 +215,15 @@ class _Loads(Sums):
         """Loads by logical expert between bounds in the block's steps: ``[bounds - 1, layers, experts]``."""
         out = np.zeros((len(bounds) - 1, *self.tokens.shape), np.int64)
 
-        def work(share: tuple[int, int]) -> None:
-            for first, last, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
-                layers = range(first - self.layers.start, last - self.layers.start)
-                self._add_layers(layers, block.recorded, bounds, pieces, out)
-
-        # Layers are independent, so threads can share them.
-        for _ in ordered_map(work, split_range(self.layers.start, self.layers.stop)):
-            pass
-        return out
-
-    def _add_layers(
-        self, layers: range, steps: Int64, bounds: list[int], pieces: Iterator[Piece], out: Int64
-    ) -> None:
-        """Add some layers' loads between bounds to ``out [bounds - 1, layers, experts]``."""
-        stretches = [list(self._histories[i].periods(steps)) for i in layers]
-        edges = [sorted({*bounds, *(stretch.start for stretch, _ in found)}) for found in stretches]
-        sums = [np.zeros((len(e) - 1, self.shape.num_physical_experts), np.int64) for e in edges]
-        for values, here, there in pieces:
-            for load, total, cuts in zip(values, sums, edges, strict=True):
-                _add_between(total, load, there, np.searchsorted(here, cuts))
-        for i, found, total, cuts in zip(layers, stretches, sums, edges, strict=True):
-            for stretch, slots in found:
-                low, high = np.searchsorted(cuts, [stretch.start, stretch.stop])
+        def add(layer: int, periods: list[Period], cuts: list[int], sums: Int64) -> None:
+            i = layer - self.layers.start
+            for period, slots in periods:
+                low, high = np.searchsorted(cuts, [period.start, period.stop])
                 in_window = np.searchsorted(bounds, cuts[low:high], side="right") - 1
-                np.add.at(out[:, i], in_window, self._fold(i, total[low:high], slots))
+                np.add.at(out[:, i], in_window, self._fold(i, sums[low:high], slots))
+
+        sum_between(block, self._history, self.layers, bounds, add)
+        return out
 
     def _fold(self, i: int, load: Int64, slots: Int32 | None) -> Int64:
         """Loads ``[n, slots]`` of one layer and placement as ``[n, experts]``; the next in order of steps."""
@@ -304,17 +286,6 @@ class _Loads(Sums):
 
     def _known(self) -> list[tuple[int, Int32]]:
         return [(i, slots) for i, slots in enumerate(self.placed) if slots is not None]
-
-
-def _add_between(out: Int64, values: Int32, there: Int64, cuts: npt.NDArray[np.intp]) -> None:
-    """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
-    start, stop = int(there[0]), int(there[-1]) + 1
-    rows = values[start:stop] if stop - start == len(there) else values[there]
-    # Twice as fast if no sum can overflow, which is nearly always the case.
-    narrow = int(rows.max()) * len(rows) < 2**31
-    for i, (low, high) in enumerate(itertools.pairwise(cuts)):
-        if high > low:
-            out[i] += rows[low:high].sum(axis=0, dtype=np.int32 if narrow else np.int64)
 
 
 def _replication(

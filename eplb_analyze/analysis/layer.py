@@ -166,9 +166,9 @@ def _report(
         steps=sum(len(steps) for _, steps in parts),
         complete=complete,
         missing_ranks=[] if complete else parts[0][0].missing_ranks(first),
-        balancedness=_mean(ratios["balancedness"]),
-        imbalance=_mean(ratios["imbalance"]),
-        idle_fraction=1 - mean_tokens / max_tokens if max_tokens else None,
+        balancedness=formulas.mean_known(ratios["balancedness"]),
+        imbalance=formulas.mean_known(ratios["imbalance"]),
+        idle_fraction=formulas.idle_fraction(mean_tokens, max_tokens),
         ranks=[
             RankLoad(rank, run.count(value))
             for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))
@@ -214,12 +214,6 @@ def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
         )
         for logical, by_rank in enumerate(load.T)
     ]
-
-
-def _mean(parts: list[formulas.Float64]) -> float | None:
-    values = np.concatenate(parts)
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
 
 
 def _phase(block: Block, step: int) -> str | None:

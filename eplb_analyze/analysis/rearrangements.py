@@ -168,9 +168,7 @@ class _Fold:
     values: list[formulas.Float64] = field(default_factory=list)
 
     def mean(self) -> float | None:
-        values = np.concatenate([np.empty(0), *self.values])
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if len(values) else None
+        return formulas.mean_known(self.values)
 
 
 class _Change:

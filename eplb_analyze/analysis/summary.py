@@ -10,13 +10,12 @@ import numpy as np
 from eplb_analyze.analysis.summary_sums import (
     ConfigurationSums,
     LayerSums,
-    PhaseSums,
     SummarySums,
     bins_of,
     sums_of,
 )
 from eplb_analyze.json_report import Report, as_json
-from eplb_analyze.metrics.formulas import FORMULAS, Spread
+from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_known
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss, timeline
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
@@ -192,13 +191,16 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         expected_ranks=run.expected_ranks,
         present_ranks=run.present_ranks,
         spreads={name: Spread.of(value, step) for name, value in values.items()},
-        idle_fraction=_idle(mean_tokens, max_tokens),
+        idle_fraction=idle_fraction(mean_tokens, max_tokens),
         configurations=[_configuration(s) for s in stretches],
         layers=_layer_figures(run, sums.layers, stretches[-1]) if stretches else [],
         hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
         last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
         rearrangements=changes,
-        phases=[_phase_figure(name, phase) for name, phase in sorted(sums.phases.items())],
+        phases=[
+            PhaseFigure(name, p.steps, mean_known(p.values), idle_fraction(p.mean_tokens, p.max_tokens))
+            for name, p in sorted(sums.phases.items())
+        ],
         timeline=timeline(sums.bins, step, values["balancedness"]),
         loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=seconds if timed and sums.last_time >= sums.first_time else None,
@@ -206,34 +208,21 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
 
 
 def _configuration(sums: ConfigurationSums) -> Configuration:
-    value = np.concatenate(sums.values)
-    known = value[~np.isnan(value)]
     return Configuration(
         sums.first,
         sums.last,
         sums.shape.ep_size,
         sums.shape.num_physical_experts,
         sums.recorded,
-        float(known.mean()) if len(known) else None,
-        _idle(sums.mean_tokens, sums.max_tokens),
+        mean_known(sums.values),
+        idle_fraction(sums.mean_tokens, sums.max_tokens),
     )
-
-
-def _phase_figure(name: str, sums: PhaseSums) -> PhaseFigure:
-    value = np.concatenate(sums.values)
-    known = value[~np.isnan(value)]
-    mean = float(known.mean()) if len(known) else None
-    return PhaseFigure(name, sums.steps, mean, _idle(sums.mean_tokens, sums.max_tokens))
 
 
 def _loss(run: Run, stretch: ConfigurationSums) -> Loss:
     losses = stretch.losses
     named = [replace(s, layer=run.info.layers[s.layer]) for s in losses.stretches(WORST_STRETCHES)]
     return Loss(losses.total, losses.lasting_share, losses.longest_window, losses.by_rank(), named)
-
-
-def _idle(mean_tokens: float, max_tokens: float) -> float | None:
-    return 1 - mean_tokens / max_tokens if max_tokens > 0 else None
 
 
 def _layer_figures(run: Run, sums: LayerSums, last: ConfigurationSums) -> list[LayerFigure]:

@@ -68,7 +68,16 @@ class ConfigurationSums:
         self.losses.merge(later.losses)
 
 
-class LayerSums:
+class _Additive:
+    """Sums whose attributes all add up, each with that of later steps."""
+
+    def merge(self, later: _Additive) -> None:
+        for name, value in vars(later).items():
+            # Not in place: arrays from another process may be read-only.
+            setattr(self, name, getattr(self, name) + value)
+
+
+class LayerSums(_Additive):
     """Sums over steps of each layer's own ratio: a mean of ratios, in which no loads are added."""
 
     def __init__(self, layers: int) -> None:
@@ -80,13 +89,8 @@ class LayerSums:
         self.inverse += np.where(active, 1 / np.where(active, terms.ratio, 1), 0).sum(axis=0)
         self.active += active.sum(axis=0)
 
-    def merge(self, later: LayerSums) -> None:
-        self.ratio = self.ratio + later.ratio
-        self.inverse = self.inverse + later.inverse
-        self.active = self.active + later.active
 
-
-class PhaseSums:
+class PhaseSums(_Additive):
     def __init__(self) -> None:
         self.steps = 0
         self.mean_tokens = self.max_tokens = 0.0
@@ -97,12 +101,6 @@ class PhaseSums:
         self.mean_tokens += float(terms.mean[mask].sum())
         self.max_tokens += float(terms.maximum[mask].sum())
         self.values.append(balancedness[mask])
-
-    def merge(self, later: PhaseSums) -> None:
-        self.steps += later.steps
-        self.mean_tokens += later.mean_tokens
-        self.max_tokens += later.max_tokens
-        self.values += later.values
 
 
 class SummarySums:

@@ -259,6 +259,18 @@ def idle_terms(T: Float64) -> tuple[float, float]:
     return float(terms.mean.sum()), float(terms.maximum.sum())
 
 
+def idle_fraction(mean_tokens: float, max_tokens: float) -> float | None:
+    """1 − Σ mean / Σ max; None if no layer was active."""
+    return 1 - mean_tokens / max_tokens if max_tokens > 0 else None
+
+
+def mean_known(parts: Sequence[Float64]) -> float | None:
+    """The mean over steps, without those that have no active layer (NaN); None if all are such."""
+    values = np.concatenate([np.empty(0), *parts])
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
 def per_layer(formula: Formula, T: Float64) -> Float64:
     """A formula for each layer by itself, as if the model had only that one: ``[steps, layers]``."""
     steps, layers, ranks = T.shape

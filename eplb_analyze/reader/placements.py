@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
-from eplb_analyze.parallel import ordered_map
+from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.segments import Segment
@@ -26,6 +26,9 @@ from eplb_dump.format.schema import EMPTY_SLOT, Status
 #: Layers that change at most this many steps apart belong to one rearrangement: asynchronous engines
 #: move one layer at a time, and a transfer can take many steps.
 REARRANGEMENT_GAP = 64
+
+#: Consecutive steps of one placement: where they are among some steps, and the placement, if it is known.
+Period = tuple[slice, Int32 | None]
 
 
 @dataclass
@@ -67,7 +70,7 @@ class LayerHistory:
         i = self.index_at(step)
         return self.slots[i] if i >= 0 else None
 
-    def periods(self, steps: npt.NDArray[np.int64]) -> Iterator[tuple[slice, Int32 | None]]:
+    def periods(self, steps: npt.NDArray[np.int64]) -> Iterator[Period]:
         """Ascending steps split by placement period: ``(slice of steps, placement or None)``."""
         if len(steps):
             changes = sorted(s for s in {*self.steps, *self.lost} if steps[0] < s <= steps[-1])
@@ -258,6 +261,53 @@ def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: i
                 for stretch, slots in history.layer(layer).periods(steps[there]):
                     add(layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64))
     return out
+
+
+def sum_between(
+    block: Block,
+    history: PlacementHistory,
+    layers: range,
+    bounds: Sequence[int],
+    add: Callable[[int, list[Period], list[int], Int64], None],
+) -> None:
+    """Sum a block's loads by slot between bounds and changes of each layer's placement.
+
+    Args:
+        bounds: indices into the block's complete steps, from 0 to their number.
+        add: called once for each layer, from several threads, with the layer, the periods of its
+            placements, the cuts (the bounds and the starts of periods), and the tokens between two cuts,
+            int64 ``[cuts - 1, slots]``.
+
+    Raises DamagedSegmentError.
+    """
+    assert block.shape is not None
+    slots = block.shape.num_physical_experts
+
+    def work(share: tuple[int, int]) -> None:
+        for first, last, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
+            periods = [list(history.layer(i).periods(block.recorded)) for i in range(first, last)]
+            cuts = [sorted({*bounds, *(part.start for part, _ in found)}) for found in periods]
+            sums = [np.zeros((len(edges) - 1, slots), np.int64) for edges in cuts]
+            for values, here, there in pieces:
+                for load, total, edges in zip(values, sums, cuts, strict=True):
+                    _add_between(total, load, there, np.searchsorted(here, edges))
+            for i, layer in enumerate(range(first, last)):
+                add(layer, periods[i], cuts[i], sums[i])
+
+    # Layers are independent, so threads can share them.
+    for _ in ordered_map(work, split_range(layers.start, layers.stop)):
+        pass
+
+
+def _add_between(out: Int64, values: Int64, there: Int64, cuts: npt.NDArray[np.intp]) -> None:
+    """Add to each row of ``out`` the rows of ``values[there]`` between two cuts."""
+    start, stop = int(there[0]), int(there[-1]) + 1
+    rows = values[start:stop] if stop - start == len(there) else values[there]
+    # Twice as fast if no sum can overflow, which is nearly always the case.
+    narrow = int(rows.max()) * len(rows) < 2**31
+    for i, (low, high) in enumerate(itertools.pairwise(cuts)):
+        if high > low:
+            out[i] += rows[low:high].sum(axis=0, dtype=np.int32 if narrow else np.int64)
 
 
 def _cut(

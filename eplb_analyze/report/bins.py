@@ -8,19 +8,16 @@ holds one array and a few rows, and the figures it shows of experts are as exact
 from __future__ import annotations
 
 import base64
-import itertools
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.parallel import ordered_map, split_range
-from eplb_analyze.reader.blocks import Block, Piece
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.reader.placements import LayerHistory, fold
+from eplb_analyze.reader.placements import LayerHistory, Period, fold, sum_between
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int32, Int64, Shape
 
@@ -67,11 +64,11 @@ class LoadBins(Sums):
         self.slots: Int64 = np.zeros((count, layers, shape.num_physical_experts), np.int64)
         self.recorded_steps: Int64 = np.zeros(count, np.int64)
         self.clock_ns: Int64 = np.full(count, -1, np.int64)
-        self.histories = [run.history.layer(index) for index in range(layers)]
+        self._history = run.history
         self.experts: dict[tuple[int, int], Int64] = {
             (b, layer): np.zeros(run.info.num_logical_experts, np.int64)
-            for layer, history in enumerate(self.histories)
-            for b in self._changed(history)
+            for layer in range(layers)
+            for b in self._changed(run.history.layer(layer))
         }
 
     def _changed(self, history: LayerHistory) -> set[int]:
@@ -84,7 +81,7 @@ class LoadBins(Sums):
 
     def placement(self, b: int, layer: int) -> Int32 | None:
         """The placement of a layer at the end of a bin; None if it is not known."""
-        slots = self.histories[layer].at(int(self.edges[b + 1]) - 1)
+        slots = self._history.layer(layer).at(int(self.edges[b + 1]) - 1)
         return slots if slots is not None and len(slots) == self.shape.num_physical_experts else None
 
     def _add(self, block: Block) -> None:
@@ -96,35 +93,19 @@ class LoadBins(Sums):
         clock = block.clock_ns[block.state == StepState.RECORDED]
         self.clock_ns[present[unseen]] = clock[first[unseen]]
 
-        def work(share: tuple[int, int]) -> None:
-            for low, high, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
-                self._add_layers(range(low, high), steps, bins, pieces)
-
-        # Layers are independent, so threads can share them.
-        for _ in ordered_map(work, split_range(0, self.shape.num_moe_layers)):
-            pass
-
-    def _add_layers(
-        self, layers: range, steps: Int64, bins: npt.NDArray[np.intp], pieces: Iterator[Piece]
-    ) -> None:
-        """Add some layers' loads, cut where a bin starts or the layer's placement changes."""
         starts = np.flatnonzero(np.diff(bins, prepend=-1)).tolist()
-        stretches = [list(self.histories[layer].periods(steps)) for layer in layers]
-        edges = [sorted({*starts, *(part.start for part, _ in found), len(steps)}) for found in stretches]
-        sums = [np.zeros((len(cuts) - 1, self.slots.shape[2]), np.int64) for cuts in edges]
-        for values, here, there in pieces:
-            for load, total, cuts in zip(values, sums, edges, strict=True):
-                for row, (low, high) in enumerate(itertools.pairwise(np.searchsorted(here, cuts))):
-                    if high > low:
-                        total[row] += load[there[low:high]].sum(axis=0, dtype=np.int64)
-        for layer, found, total, cuts in zip(layers, stretches, sums, edges, strict=True):
-            for start, load in zip(cuts, total, strict=False):
+
+        def add(layer: int, periods: list[Period], cuts: list[int], sums: Int64) -> None:
+            for start, load in zip(cuts, sums, strict=False):
                 b = int(bins[start])
                 self.slots[b, layer] += load
                 apart = self.experts.get((b, layer))
-                slots = next(slots for part, slots in found if part.start <= start < part.stop)
+                slots = next(slots for part, slots in periods if part.start <= start < part.stop)
                 if apart is not None and slots is not None and len(slots) == len(load):
                     apart += fold(load, slots, len(apart))
+
+        layers = range(self.shape.num_moe_layers)
+        sum_between(block, self._history, layers, [*starts, len(steps)], add)
 
     def packed(self, run: Run) -> dict[str, Any]:
         """For the page's script (``assets/loads.js``), which says what each member is."""
