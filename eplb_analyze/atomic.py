@@ -13,6 +13,7 @@ from typing import IO
 
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format.files import discard, fsync_folder, fsync_folders, rename
 from eplb_dump.format.journal import lock
 from eplb_dump.format.schema import LEVEL_PREFIXES, MODEL_PREFIX, RUN_ID_PATTERN, RUN_PREFIX, model_slug
 
@@ -35,24 +36,9 @@ def whole_file(path: Path, *, replace: bool, durable: bool = True) -> Iterator[I
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _rename_to_free_name(temporary, path)
+        rename(temporary, path, replace=replace, durable=durable)
     finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _rename_to_free_name(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)  # unlike a rename, it fails if the name is taken
-    except FileExistsError:
-        raise
-    except OSError:  # the file system has no hard links
-        if os.path.lexists(path):
-            raise FileExistsError(17, "exists", str(path)) from None
-        os.replace(temporary, path)
+        discard([temporary])
 
 
 @contextmanager
@@ -144,7 +130,11 @@ def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[N
             _begin(new.root, held)
             yield new
             name = f"{MODEL_PREFIX}{model_slug(model)}"
-            os.rename(new.root / f"{RUN_PREFIX}{run_id}" / name, folder / name)
+            made = new.root / f"{RUN_PREFIX}{run_id}" / name
+            for inside, _, _ in os.walk(made):  # the files are synced
+                fsync_folder(Path(inside))
+            rename(made, folder / name)
+            fsync_folders(folder)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -160,7 +150,7 @@ def _begin(root: Path, held: ExitStack) -> None:
     file = held.enter_context((hidden / LOCK).open("wb"))
     if not lock(file.fileno()):  # no locks on this file system
         file.close()
-    os.rename(hidden, root)
+    rename(hidden, root, durable=False)
 
 
 def _remove_abandoned(into: Path) -> None:

@@ -1,7 +1,7 @@
 """The background side of the writer: queue to journal, journal to sealed segments.
 
 Two daemon threads: one drains the queue into the journal at least every flush interval, the other
-seals finished journals, so that a slow disk's fsync never delays the journal.
+seals finished journals and syncs ``session.json``, so that a slow disk's fsync never delays the journal.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from eplb_dump.encoder import Encoder
 from eplb_dump.format import manifest, segment
+from eplb_dump.format.files import fsync_folders
 from eplb_dump.format.journal import JournalAppender, Shape
 from eplb_dump.format.schema import FormatError, Status
 from eplb_dump.format.session import SessionInfo, write_session_file
@@ -79,7 +80,8 @@ class Background:
         #: Why recording stopped, or None.
         self.off: str | None = None
         self._gave_up = False
-        self._to_seal: queue.SimpleQueue[JournalAppender | None] = queue.SimpleQueue()
+        #: For the sealer: journals to seal, metadata to write, and None at the end.
+        self._to_seal: queue.SimpleQueue[JournalAppender | SessionInfo | None] = queue.SimpleQueue()
         self._session = SessionWriter(folder, info, self._to_seal.put)
         name = f"eplb-dump-rank{info.ep_rank}"
         self._sealer = threading.Thread(target=self._seal_loop, name=f"{name}-seal", daemon=True)
@@ -214,7 +216,7 @@ class Background:
         return batch
 
     def _note_shape(self) -> None:
-        """Complete session.json with the shape of the first recorded load."""
+        """Let the sealer complete session.json with the shape of the first recorded load."""
         info, shape = self._session.info, self._session.shape
         if info.num_moe_layers is None and shape is not None:
             self._session.info = dataclasses.replace(
@@ -222,7 +224,7 @@ class Background:
                 num_moe_layers=shape.num_moe_layers,
                 num_physical_experts=shape.num_physical_experts,
             )
-            write_session_file(self._folder, self._session.info)
+            self._to_seal.put(self._session.info)
 
     def _write(self, batch: Sequence[Entry]) -> None:
         """Append one batch, whose loads are in consecutive buffers of one ring."""
@@ -251,20 +253,36 @@ class Background:
     # ---- the sealer's thread
 
     def _seal_loop(self) -> None:
-        while (journal := self._to_seal.get()) is not None:
-            try:
-                segment.seal(journal.path)
-                self.segments_sealed += 1
-            except Exception as error:  # the journal stays readable and can be sealed later
-                self.segments_left_open += 1
-                text = "a journal could not be sealed; it stays, and is read as it is"
-                self._log_once(f"{text}: {self._folder}: {_reason(error)}")
-            finally:
-                journal.close()
+        synced = False  # whether a power cut leaves a session.json
+        while (item := self._to_seal.get()) is not None:
+            if isinstance(item, SessionInfo) or not synced:
+                synced = True
+                self._sync_session(item if isinstance(item, SessionInfo) else self._session.info)
+            if isinstance(item, JournalAppender):
+                self._seal(item)
         self._log_notices()  # those that were added after the drainer ended
         if self.off is None and not self.segments_left_open:
             with contextlib.suppress(OSError, FormatError):
                 manifest.close_manifest(self._folder, self._session.info, self._final_stats())
+
+    def _sync_session(self, info: SessionInfo) -> None:
+        """Write session.json for good. Without it, readers use the session's other files."""
+        try:
+            write_session_file(self._folder, info)
+            fsync_folders(self._folder)
+        except Exception as error:
+            self._log_once(f"session.json could not be synced: {self._folder}: {_reason(error)}")
+
+    def _seal(self, journal: JournalAppender) -> None:
+        try:
+            segment.seal(journal.path)
+            self.segments_sealed += 1
+        except Exception as error:  # the journal stays readable and can be sealed later
+            self.segments_left_open += 1
+            text = "a journal could not be sealed; it stays, and is read as it is"
+            self._log_once(f"{text}: {self._folder}: {_reason(error)}")
+        finally:
+            journal.close()
 
 
 def _reason(error: Exception) -> str:

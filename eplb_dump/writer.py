@@ -189,7 +189,7 @@ class ExpertLoadWriter:
             #: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
             self.folder = session_path(root, self.info)
             self.folder.mkdir(parents=True)
-            write_session_file(self.folder, self.info)
+            write_session_file(self.folder, self.info, durable=False)  # the sealing thread syncs it
         except OSError as error:
             self._off = f"{type(error).__name__}: {error.strerror or error}"
             logger.warning(

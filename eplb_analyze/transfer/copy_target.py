@@ -25,7 +25,7 @@ from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
-from eplb_dump.format.files import fsync_file, fsync_folder
+from eplb_dump.format.files import discard, fsync_file, remove, rename
 from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedFile
 from eplb_dump.format.schema import (
@@ -184,7 +184,7 @@ class Target:
         except DamagedSegmentError as fault:
             raise FormatError(str(fault).removeprefix(f"{fetched}: ")) from None
         finally:
-            fetched.unlink(missing_ok=True)
+            discard([fetched])
 
     def remove_superseded(self, wanted: set[str], manifest: Manifest) -> None:
         """Remove journals that are sealed now and, if the session is incomplete, unwanted files of it."""
@@ -253,15 +253,18 @@ class Target:
         there = self.folder / fetched.name
         if isinstance(there, Path):
             fsync_file(fetched)
-            os.replace(fetched, there)
-            fsync_folder(there.parent)
+            rename(fetched, there)
         else:
             with fetched.open("rb") as file:
                 cast(Remote, there).write(file)
 
     def _remove(self, name: str) -> None:
+        path = self.folder / name
         with suppress(FileNotFoundError):
-            cast(Remote, self.folder / name).unlink()
+            if isinstance(path, Path):
+                remove(path)
+            else:
+                cast(Remote, path).unlink()
 
 
 # ---- content

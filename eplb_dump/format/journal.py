@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_dump.format import frames
+from eplb_dump.format.files import discard
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     JOURNAL_PATTERN,
@@ -222,8 +223,7 @@ class JournalAppender:
             self.append(session_frame(info, seq))
         except OSError:
             self.close()
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+            discard([self.path])
             raise
 
     def append(self, *parts: bytes) -> None:

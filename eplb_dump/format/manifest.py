@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from eplb_dump.format import frames
+from eplb_dump.format.files import fsync_folder
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
@@ -75,6 +76,11 @@ class SealedSegment:
     shape: Shape | None
     files: dict[str, SealedFile]
     sums: ExpertSums | None = None
+
+    @property
+    def step_rows(self) -> int:
+        """How many rows of ``steps`` it has; none in a partial copy that has only its placements."""
+        return self.files["steps"].rows if "steps" in self.files else 0
 
     def to_header(self) -> dict[str, Any]:
         shape = None if self.shape is None else dict(vars(self.shape))
@@ -179,6 +185,17 @@ class Manifest:
             raise FormatError(str(error)) from None
 
 
+def listed_segment(folder: Path, info: SessionInfo, seq: int) -> SealedSegment | None:
+    """The entry of a segment in the session's manifest, if it has one. Raises OSError."""
+    try:
+        with (folder / MANIFEST_FILE).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            return Manifest.read(file, size, info.session_id).entries.get(seq)
+    except FileNotFoundError:
+        return None
+
+
 def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
     """Append a frame to the session's manifest, which begins with a session frame, and sync it.
 
@@ -198,6 +215,8 @@ def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
         file.write(frame)
         file.flush()
         os.fsync(file.fileno())
+    if manifest.end == 0:
+        fsync_folder(folder)
 
 
 def close_manifest(folder: Path, info: SessionInfo, stats: dict[str, Any]) -> None:

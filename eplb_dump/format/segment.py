@@ -1,13 +1,13 @@
 """Sealing: a finished journal becomes Parquet segments, listed in the session's manifest.
 
-A kill at any moment loses nothing: the segments are written as ``.tmp`` and synced, the manifest
-lists them, they are renamed, and the journal is deleted last. While a journal exists, readers use it
-and ignore the Parquet files of its segment.
+A kill or a power cut at any moment loses nothing that was sealed: the segments are written as ``.tmp`` and
+synced, the manifest lists them, they are renamed, and the journal is deleted last. Each of these steps is
+synced before the next one. Readers use the files that the manifest lists if they match it, else the journal:
+a power cut can bring back a deleted journal, also an older or shorter state of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 import zlib
@@ -19,9 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_dump.format.files import fsync_file, publish, temporary
+from eplb_dump.format.files import discard, fsync_file, publish, remove, temporary
 from eplb_dump.format.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
-from eplb_dump.format.manifest import ExpertSums, SealedFile, SealedSegment, append_manifest
+from eplb_dump.format.manifest import (
+    ExpertSums,
+    SealedFile,
+    SealedSegment,
+    append_manifest,
+    listed_segment,
+)
 from eplb_dump.format.schema import (
     METADATA_KEY,
     SCHEMAS,
@@ -164,29 +170,45 @@ class Content(Protocol):
 def seal(journal_path: Path) -> SealedSegment | None:
     """Turn a journal into a sealed segment and delete it. Returns None if it held no step.
 
-    Raises OSError (the journal stays and remains valid) and FormatError (it is damaged).
+    Raises OSError (the journal stays and remains valid) and FormatError (it is damaged, or its segment is
+    sealed already and has more steps).
     """
     folder = journal_path.parent
     with JournalSegment(journal_path) as journal:
         if journal.tail.fault == "damaged":
             raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
         entry = write_segment(folder, journal) if len(journal.steps.step) else None
-    journal_path.unlink()
+    remove(journal_path)
     return entry
 
 
 def write_segment(folder: Path, content: Content) -> SealedSegment:
-    """Write a segment with at least one step, and list it in the manifest. Raises OSError, FormatError."""
+    """Write a segment with at least one step, and list it in the manifest.
+
+    Raises OSError, and FormatError, also if the folder has this segment with more steps.
+    """
+    files = [folder / segment_name(table, content.seq) for table in SCHEMAS]
+    _require_no_longer_one(folder, content, files)
     try:
         entry = _write_files(folder, content)
     except BaseException:
-        for table in SCHEMAS:  # free the space, as the disk may be full
-            with contextlib.suppress(OSError):
-                temporary(folder / segment_name(table, content.seq)).unlink()
+        discard(map(temporary, files))  # free the space, as the disk may be full
         raise
     append_manifest(folder, content.info, entry.to_frame())
     publish(*(folder / file.name for file in entry.files.values()))
     return entry
+
+
+def _require_no_longer_one(folder: Path, content: Content, files: list[Path]) -> None:
+    """Raise FormatError if some of ``files``, sealed or about to be, belong to a segment with more steps."""
+    if not any(path.exists() for file in files for path in (file, temporary(file))):
+        return  # always so in a live writer, whose manifest can be long
+    listed = listed_segment(folder, content.info, content.seq)
+    steps = len(content.steps.step)
+    if listed is not None and listed.step_rows > steps:
+        raise FormatError(
+            f"it has {steps} steps where the manifest lists {listed.step_rows}; it was not sealed"
+        )
 
 
 def _write_files(folder: Path, content: Content) -> SealedSegment:

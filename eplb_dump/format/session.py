@@ -29,12 +29,13 @@ from eplb_dump.format.schema import (
 )
 
 
-def write_session_file(folder: Path, info: SessionInfo) -> None:
+def write_session_file(folder: Path, info: SessionInfo, *, durable: bool = True) -> None:
     """Write or replace ``session.json``. Raises OSError.
 
-    It is not synced: an engine waits for it at its start, and every journal repeats its content.
+    Args:
+        durable: sync it; not while an engine waits for it.
     """
-    replace_file(folder / SESSION_FILE, dump_json(info.to_dict()), durable=False)
+    replace_file(folder / SESSION_FILE, dump_json(info.to_dict()), durable=durable)
 
 
 @dataclass(frozen=True)
