@@ -20,7 +20,8 @@ from eplb_analyze.metrics.formulas import Float64, Spread, Terms
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.discovery import read_info
-from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
+from eplb_analyze.reader.placements import LayerHistory, PlacementHistory, Rearrangement
+from eplb_analyze.reader.rhythm import Rhythm
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.journal import Int64, PlacementRows
 from eplb_dump.format.schema import (
@@ -207,7 +208,7 @@ class Follower:
         started = (f for f in _folders(self._run_folder.parent, RUN_PREFIX) if _has_session(f))
         self._runs = {folder.name for folder in started}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
-        self._placements = _Placements(self._limit)
+        self._placements = _Placements(self._limit, self._info)
         self._known = {folder for folder, _ in sessions}
         self._faults: dict[Path, str] = {}
         self._closed: set[str] = set()
@@ -271,7 +272,7 @@ class Follower:
             restarts = self._window.restarts
             if self._window.add(session.info, batch):
                 if self._window.restarts > restarts:
-                    self._placements = _Placements(self._limit)
+                    self._placements = _Placements(self._limit, self._info)
                 for rows in batch.placements:
                     self._placements.add(rows)
         self._faults.pop(session.folder, None)
@@ -453,9 +454,9 @@ def _folders(parent: Path, prefix: str) -> list[Path]:
 class _Placements:
     """The newest placements of each layer and the effect of the newest rearrangement."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, info: SessionInfo) -> None:
         """``window``: how many steps before and after a rearrangement are compared."""
-        self._window = window
+        self._window, self._info = window, info
         self._layers: dict[int, LayerHistory] = {}
         self._newest: RearrangementSnapshot | None = None
 
@@ -468,11 +469,15 @@ class _Placements:
             del history.steps[:-PLACEMENTS], history.ep_sizes[:-PLACEMENTS], history.slots[:-PLACEMENTS]
 
     def rearrangements(self) -> list[int]:
-        return [change.first_step for change in PlacementHistory(self._layers, [], []).rearrangements()]
+        return [change.first_step for change in self._grouped()]
+
+    def _grouped(self) -> list[Rearrangement]:
+        rhythm = Rhythm.stated(self._info, max(self._layers, default=0) + 1)
+        return PlacementHistory(self._layers, [], [], rhythm).rearrangements()
 
     def newest(self, steps: Int64, balancedness: Float64) -> RearrangementSnapshot | None:
         """The newest rearrangement, given the known steps, ascending, and their balancedness."""
-        changes = PlacementHistory(self._layers, [], []).rearrangements()
+        changes = self._grouped()
         if not changes:
             return None
         this, old = changes[-1], self._newest

@@ -16,16 +16,13 @@ from eplb_analyze.errors import Finding
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.discovery import Session
+from eplb_analyze.reader.rhythm import Change, Rhythm
 from eplb_analyze.reader.segments import Segment
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums
 from eplb_dump.format.schema import EMPTY_SLOT, Status
-
-#: Layers that change at most this many steps apart belong to one rearrangement: asynchronous engines
-#: move one layer at a time, and a transfer can take many steps.
-REARRANGEMENT_GAP = 64
 
 #: Consecutive steps of one placement: where they are among some steps, and the placement, if it is known.
 Period = tuple[slice, Int32 | None]
@@ -98,10 +95,18 @@ class PlacementHistory:
     stated again.
     """
 
-    def __init__(self, layers: dict[int, LayerHistory], lost: list[int], findings: list[Finding]) -> None:
+    def __init__(
+        self,
+        layers: dict[int, LayerHistory],
+        lost: list[int],
+        findings: list[Finding],
+        rhythm: Rhythm | None = None,
+    ) -> None:
+        """``rhythm``: what the engine states, by which changes are grouped into rearrangements."""
         self.layers = layers
         self.lost = lost
         self.findings = findings
+        self.rhythm = rhythm or Rhythm()
 
     def layer(self, index: int) -> LayerHistory:
         return self.layers.get(index, LayerHistory())
@@ -120,11 +125,11 @@ class PlacementHistory:
             return LayerHistory(*parts, [s for s in history.lost if s <= step])
 
         layers = {index: cut(history) for index, history in self.layers.items()}
-        return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings)
+        return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings, self.rhythm)
 
     def rearrangements(self) -> list[Rearrangement]:
         """Changes after the first placement, grouped into rearrangements."""
-        changes: list[tuple[int, int, int]] = []
+        changes: list[Change] = []
         for index, history in self.layers.items():
             for i in range(1, len(history.steps)):
                 if history.index_at(history.steps[i] - 1) < 0:
@@ -133,25 +138,15 @@ class PlacementHistory:
                 # Slots of two shapes are not the same slots.
                 same_shape = before.shape == now.shape and history.ep_sizes[i - 1] == history.ep_sizes[i]
                 moved = int((before != now).sum()) if same_shape else len(now)
-                changes.append((history.steps[i], index, moved))
-        groups: list[list[tuple[int, int, int]]] = []
-        for change in sorted(changes):
-            if groups:
-                current = groups[-1]
-                near = change[0] - current[-1][0] <= REARRANGEMENT_GAP
-                # A layer that changes again begins the next rearrangement.
-                if near and all(change[1] != other[1] for other in current):
-                    current.append(change)
-                    continue
-            groups.append([change])
+                changes.append(Change(history.steps[i], index, moved))
         return [
             Rearrangement(
-                group[0][0],
-                group[-1][0],
-                tuple(sorted(layer for _, layer, _ in group)),
-                sum(moved for _, _, moved in group),
+                group[0].step,
+                group[-1].step,
+                tuple(sorted(change.layer for change in group)),
+                sum(change.slots for change in group),
             )
-            for group in groups
+            for group in self.rhythm.group(changes)
         ]
 
 
@@ -361,7 +356,8 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     layers: dict[int, LayerHistory] = {}
     for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
         layers.setdefault(layer, LayerHistory(lost=lost)).insert(step, ep_size, slots)
-    return PlacementHistory(layers, lost, findings)
+    rhythm = Rhythm.stated(sessions[0].info, max(layers, default=0) + 1) if sessions else None
+    return PlacementHistory(layers, lost, findings, rhythm)
 
 
 def _first_of(steps: list[int]) -> str:
