@@ -230,7 +230,7 @@ class ExpertLoadWriter:
             physical_to_logical_map: integer, same shape, the logical expert in each slot (-1: none)
                 that was in force in this pass. None: as before, or unknown. It is copied only if it may
                 have changed: it is another tensor, or torch's version counter changed.
-            num_tokens: tokens of this rank in the pass, if known.
+            num_tokens: tokens of this rank in the pass (of all ranks with scope ``"global"``), if known.
             phase: for example ``"prefill"`` or ``"decode"``.
             ep_size: the number of EP ranks from this step on, if it changed (elastic EP).
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from eplb_analyze.analysis.conservation import Conservation, steps_text
 from eplb_analyze.analysis.findings import rank_findings, session_findings, step_findings
 from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import RunReport
@@ -66,8 +67,8 @@ def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
     """Read all loads: verify checksums, sums per rank, conservation and empty slots."""
     steps = Completeness()
     bad_sums: list[int] = []
-    unequal: list[int] = []
     on_empty: list[tuple[int, int]] = []
+    conservation = Conservation()
     for block in run.blocks():
         steps.add(block)
         if block.shape is None:
@@ -86,12 +87,10 @@ def _check_blocks(run: Run) -> tuple[Completeness, list[Finding]]:
                 bad_sums += odd
                 on_empty += filled
             if chosen is numbers:
-                total = np.concatenate(totals, axis=1)
-                # A layer without any token is a dense one that the engine lists, too.
-                total = total[:, total.any(axis=0)]
-                if total.shape[1]:
-                    unequal += chosen[total.max(axis=1) != total.min(axis=1)].tolist()
-    return steps, list(_load_findings(run, bad_sums, unequal, on_empty))
+                stated = block.num_tokens[block.state == StepState.RECORDED]
+                conservation.add(chosen, np.concatenate(totals, axis=1), stated)
+    found = [*_load_findings(run, bad_sums, on_empty), *conservation.findings(run)]
+    return steps, found
 
 
 def _check_layers(
@@ -126,16 +125,10 @@ def _loads_on_empty(run: Run, layer: int, steps: Int64, load: Int64) -> list[int
     return found
 
 
-def _load_findings(
-    run: Run, bad_sums: list[int], unequal: list[int], on_empty: list[tuple[int, int]]
-) -> Iterator[Finding]:
+def _load_findings(run: Run, bad_sums: list[int], on_empty: list[tuple[int, int]]) -> Iterator[Finding]:
     if bad_sums:
-        text = f"rank_load is not the sum of load in {_steps_text(bad_sums)}"
+        text = f"rank_load is not the sum of load in {steps_text(bad_sums)}"
         yield Finding("error", "rank_load_mismatch", text)
-    if unequal:
-        text = f"layers got different numbers of tokens in {_steps_text(unequal)}; each step's sum over slots"
-        text += " is tokens × top-k and the same for all layers of a model"
-        yield Finding("error", "conservation", text)
     if on_empty:
         layer, step = on_empty[0]
         text = f"tokens on empty slots, in {len(on_empty)} layer-steps, the first in layer "
@@ -260,8 +253,3 @@ def _check_statements(run: Run) -> list[Finding]:
     text = f"ranks recorded under an old placement after others stated a new one, in {len(found)} cases, the "
     text += f"first rank {rank} in layer {run.info.layers[layer]} at step {step}"
     return [Finding("error", "placement_not_adopted", text)]
-
-
-def _steps_text(steps: list[int]) -> str:
-    unique = sorted(set(steps))
-    return f"{len(unique):,} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"

@@ -184,12 +184,19 @@ def join_rows(
             at = np.searchsorted(step, rows.step[rows.status == Status.RECORDED])
             shape_of[row, at] = shapes.index(part.shape)
     state, shape_row = _states(ranks, status, shape_of, shapes, scope, last_shape is not None, initial)
-    tokens = np.where(status == Status.RECORDED, num_tokens, -1)
-    known = (tokens >= 0).any(axis=0)
-    total = np.where(known, np.where(tokens >= 0, tokens, 0).sum(axis=0), -1)
+    total = _total_tokens(status, num_tokens, scope)
     return JoinedRows(
         step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total, phase, phases
     )
+
+
+def _total_tokens(status: Status8, num_tokens: Int64, scope: Scope) -> Int64:
+    """The tokens of all ranks that recorded a step; -1 unless each of them stated its own: int64 [S]."""
+    recorded = status == Status.RECORDED
+    if scope is Scope.GLOBAL:  # of several ranks that wrote sums for a step the lowest counts
+        recorded &= recorded.cumsum(axis=0) == 1
+    known = recorded.any(axis=0) & ~(recorded & (num_tokens < 0)).any(axis=0)
+    return np.where(known, np.where(recorded, num_tokens, 0).sum(axis=0), -1)
 
 
 def _states(

@@ -26,7 +26,7 @@ from eplb_analyze.reader.run_info import run_info
 from eplb_analyze.reader.segments import DamagedSegmentError, Segment
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.schema import FORMAT_NAME, Scope
 
 if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
@@ -244,6 +244,8 @@ class Run:
         if layer not in self.info.layers:
             numbers = self.info.layers
             known = f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+            if numbers and len(numbers) <= numbers[-1] - numbers[0]:  # others are dense, or no transformers
+                known = listed(numbers, 100)
             raise NotInDumpError(f"{self.path}: no MoE layer {layer}; recorded layers: {known}")
         return self.info.layers.index(layer)
 
@@ -282,7 +284,7 @@ class Run:
         """One row per seen step: step, state, ranks_recorded, time, num_tokens, phase.
 
         ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
-        incomplete. ``num_tokens`` is the sum over the ranks that recorded it.
+        incomplete. ``num_tokens`` is the sum over the ranks that recorded it; null unless each states it.
         """
         from eplb_analyze.reader import dataframes
 

@@ -1,0 +1,111 @@
+"""Tokens are conserved: each MoE layer of a step gets tokens × top-k, and `num_tokens` says how many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import Finding
+from eplb_analyze.reader.run import Run
+from eplb_analyze.text import listed, plural
+from eplb_dump.format.journal import Int64
+
+#: At least this share of the steps must agree on a number of tokens per token, to call the others wrong.
+MAJORITY = 0.5
+
+
+class Conservation:
+    """Each layer's tokens in each complete step, added block by block."""
+
+    def __init__(self) -> None:
+        self._active: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._unequal: list[Int64] = []
+        #: Where some layers got nothing in a whole block: ``(active layers, steps with tokens)``.
+        self._partly: list[tuple[npt.NDArray[np.bool_], Int64]] = []
+        #: ``[3, steps]``: step, stated tokens, tokens of a layer.
+        self._stated: list[Int64] = []
+
+    def add(self, steps: Int64, totals: Int64, num_tokens: Int64) -> None:
+        """Add complete steps.
+
+        Args:
+            steps: int64 ``[S]``.
+            totals: recorded tokens over all slots, int64 ``[S, layers]``.
+            num_tokens: what the writers state, int64 ``[S]``; -1 if one of them does not.
+        """
+        active = np.asarray(totals.any(axis=0))
+        self._active = active if not len(self._active) else self._active | active
+        highest = totals.max(axis=1, initial=0)
+        lowest = totals[:, active].min(axis=1) if active.any() else highest
+        self._unequal.append(steps[highest != lowest])
+        if active.any() and not active.all():
+            self._partly.append((active, steps[highest > 0]))
+        # Where layers differ, their number of tokens is wrong in any case.
+        stated = (num_tokens >= 0) & (highest == lowest)
+        self._stated.append(np.stack([steps, num_tokens, highest])[:, stated])
+
+    def findings(self, run: Run) -> Iterator[Finding]:
+        # A layer that got tokens in another part of the run is an MoE layer.
+        late = [steps for active, steps in self._partly if (self._active & ~active).any()]
+        unequal = np.concatenate([np.empty(0, np.int64), *self._unequal, *late])
+        if len(unequal):
+            text = (
+                f"layers got different numbers of tokens in {steps_text(unequal.tolist())}; each step's sum "
+            )
+            text += "over slots is tokens × top-k and the same for all layers of a model"
+            yield Finding("error", "conservation", text)
+        silent = np.flatnonzero(~self._active & self._active.any())
+        # Without names, a layer without any token can be a dense one that the engine lists, too.
+        if len(silent) and run.sessions[0].info.moe_layers is not None:
+            numbers = listed([run.info.layers[index] for index in silent])
+            which, names = (f"layers {numbers}", "them") if len(silent) > 1 else (f"layer {numbers}", "it")
+            text = f"{which} never got a token, although the writer names {names} among the MoE layers: "
+            text += "tokens are lost there, as all layers of a model get the same number (conservation)"
+            yield Finding("error", "conservation", text)
+        yield from self.token_findings()
+
+    def token_findings(self) -> Iterator[Finding]:
+        """A layer's tokens over the stated tokens must be one constant: top-k × token replication."""
+        yield from _token_findings(np.concatenate([np.empty((3, 0), np.int64), *self._stated], axis=1))
+
+
+def _token_findings(stated: Int64) -> Iterator[Finding]:
+    """``stated``: ``[3, steps]``: step, stated tokens, tokens of a layer."""
+    steps, tokens, load = stated[:, (stated[1:] > 0).any(axis=0)]
+    if not len(steps):
+        return
+    some = tokens > 0
+    if not some.any():
+        yield Finding(
+            "error", "num_tokens", f"tokens without any in num_tokens, in {steps_text(steps.tolist())}"
+        )
+        return
+    # As fractions in lowest terms, which are compared exactly.
+    divisor = np.gcd(load[some], tokens[some])
+    pairs = np.stack([load[some] // divisor, tokens[some] // divisor])
+    values, counts = np.unique(pairs, axis=1, return_counts=True)
+    each, of = values[:, counts.argmax()].tolist()
+    expected = load * of == tokens * each
+    odd = steps[~expected]
+    if not len(odd):
+        return
+    if expected.sum() < max(2, MAJORITY * len(steps)):
+        ratio = load[some] / tokens[some]
+        text = (
+            f"load is not a fixed multiple of num_tokens: {ratio.min():.2f} to {ratio.max():.2f} tokens in a "
+        )
+        text += f"layer for each token of {plural(len(steps), 'step')}"
+    else:
+        more = int((load * of > tokens * each).sum())
+        parts = [f"more in {more:,} (padding counted?)"] * bool(more)
+        parts += [f"fewer in {len(odd) - more:,} (tokens lost?)"] * bool(len(odd) - more)
+        times = f"{each / of:g}"
+        text = f"load is not num_tokens × {times} in {steps_text(odd.tolist())}: {', '.join(parts)}"
+    yield Finding("error", "num_tokens", text)
+
+
+def steps_text(steps: Sequence[int]) -> str:
+    unique = sorted(set(steps))
+    return f"{len(unique):,} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
