@@ -230,7 +230,7 @@ class Bucket:
         self._lock = threading.RLock()
         self._filesystem: Any = None
         #: Prefixes that were listed with everything below them.
-        self._roots: list[str] = []
+        self._roots: set[str] = set()
         self._children: dict[str, dict[str, _Listed]] = {}
         #: Opened objects, which hold no connection.
         self._files: dict[str, Any] = {}
@@ -284,10 +284,12 @@ class Bucket:
     def forget(self) -> None:
         """Forget the listing, because something was written or deleted."""
         with self._lock:
-            self._files, self._roots, self._children = {}, [], {}
+            self._files, self._roots, self._children = {}, set(), {}
 
     def _known(self, key: str) -> bool:
-        return any(not root or key == root or key.startswith(f"{root}/") for root in self._roots)
+        while key and key not in self._roots:
+            key = key.rpartition("/")[0]
+        return key in self._roots
 
     def _list(self, key: str) -> None:
         from pyarrow import fs
@@ -307,7 +309,7 @@ class Bucket:
                 listed = _Listed(name, f"{self.scheme}://{self.name}/{path}", size, info.mtime_ns or 0)
                 self._children.setdefault(parent, {}).setdefault(name, listed)
                 path, size = parent, None
-        self._roots.append(key)
+        self._roots.add(key)
 
 
 def _filesystem(scheme: str, bucket: str, options: dict[str, str]) -> Any:

@@ -7,12 +7,15 @@ as of one moment. Nothing here knows what the files mean.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 from urllib.parse import parse_qsl
@@ -119,15 +122,50 @@ def expand_globs(text: str) -> list[str]:
 
 
 def entries(folder: StoragePath, only: str | None = None) -> Sequence[Entry]:
-    """The entries of a folder ordered by name, or ``only`` the one of this name.
+    """The entries of a folder ordered by name, or ``only`` the one of this name, without listing the others.
 
     Raises OSError, UnreachableError.
     """
     if isinstance(folder, Remote):
         return folder.entries() if only is None else folder.folder(only)
     assert isinstance(folder, Path)
+    if only is not None:
+        return _LocalEntry.of(folder, only)
     with os.scandir(folder) as found:
-        return sorted((e for e in found if only in (None, e.name)), key=lambda entry: entry.name)
+        return sorted(found, key=lambda entry: entry.name)
+
+
+@dataclass(frozen=True)
+class _LocalEntry:
+    """One entry of a local folder, which was not listed: that takes as long as the folder has entries."""
+
+    name: str
+    path: str
+    _stat: os.stat_result
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> list[_LocalEntry]:
+        """The entry of this name, if there is one. Raises OSError."""
+        path = os.path.join(folder, name)
+        if name in ("", ".", "..") or os.path.basename(name) != name:
+            return []
+        try:
+            return [cls(name, path, os.lstat(path))]
+        except ValueError:  # no file can have such a name
+            return []
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return []
+            raise
+
+    def is_symlink(self) -> bool:
+        return stat.S_ISLNK(self._stat.st_mode)
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return stat.S_ISDIR(self.stat(follow_symlinks=follow_symlinks).st_mode)
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        return os.stat(self.path) if follow_symlinks and self.is_symlink() else self._stat
 
 
 def forget_listing(where: StoragePath) -> None:

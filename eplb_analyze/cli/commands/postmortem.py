@@ -124,7 +124,8 @@ def _write_pages(
     from eplb_analyze.batch.postmortem import write_page
 
     files = [(row, cache.report_path(row, "html")) for row in rows if row.status != "broken"]
-    pages = [(row, file) for row, file in files if row in fresh or not file.exists()]
+    was_read = {id(row) for row in fresh}
+    pages = [(row, file) for row, file in files if id(row) in was_read or not file.exists()]
     for done, ((row, _), reason) in enumerate(executor.map(write_page, pages), 1):
         out.progress(done, len(pages))
         if reason is not None:
