@@ -1,5 +1,5 @@
 "use strict";
-/* Charts: a heat map and a line over time, drawn with ECharts; what they show comes from page.js. */
+/* Charts: a heat map and a line over time, drawn with ECharts; page.js provides the data. */
 
 function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -9,7 +9,7 @@ function channels(hex) {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 }
 
-/* The color of a load over the mean, as in a terminal: blue below, pale at 1, red from 2 on. */
+/* The color of a load divided by the mean, as in a terminal: blue below 1, pale at 1, red from 2. */
 function heatColors() {
   const [cold, mean, hot, unknown] = ["--cold", "--mean", "--hot", "--unknown"].map((n) => channels(color(n)));
   return (times) => {
@@ -19,7 +19,7 @@ function heatColors() {
   };
 }
 
-/* ---- what is pointed at */
+/* ---- pointer and tooltips */
 
 const tip = {
   show(lines, event) {
@@ -104,7 +104,7 @@ class HeatMap {
     return {
       animation: false,
       grid: { left: 48, right: 30, top: 4, bottom: 60 },
-      // Only so that dragging zooms; its icons are out of sight.
+      // Needed so that dragging zooms; its icons are hidden.
       toolbox: { left: -200, feature: { dataZoom: { filterMode: "none",
         brushStyle: { color: color("--filler"), borderColor: color("--accent"), borderWidth: 1 } } } },
       xAxis: { ...axis, data: columns, name: columnName, nameGap: 24 },
@@ -122,7 +122,7 @@ class HeatMap {
     };
   }
 
-  /* All cells as one picture of the visible part, so that zooming and choosing steps stay quick. */
+  /* Draws the visible cells as one image, which keeps zooming and selecting steps fast. */
   _paint(area, api) {
     const { values, columns, rows, group, labels, frame } = this.data;
     const [width, height] = api.size([1, 1]).map(Math.abs);
@@ -168,7 +168,7 @@ class HeatMap {
     return { type: "image", style: { image: canvas, x: area.x, y: area.y, width: area.width, height: area.height } };
   }
 
-  /* Where several columns or rows share a pixel, the one furthest from the mean shows. */
+  /* If several columns or rows share a pixel, it shows the one furthest from the mean. */
   _fill(context, left, top, width, height) {
     const { values, columns, rows } = this.data;
     const { width: across, height: down } = context.canvas;
@@ -213,7 +213,7 @@ class HeatMap {
     return found;
   }
 
-  /* [row, column] at an event, or null. */
+  /* [row, column] under the pointer, or null. */
   _cell(event) {
     const at = [event.offsetX, event.offsetY];
     if (!this.data || !this.chart.containPixel({ gridIndex: 0 }, at)) return null;
@@ -263,7 +263,7 @@ class Timeline {
     });
   }
 
-  /* Frame the chosen steps; null: none is chosen. */
+  /* Draw a frame around the selected steps; null: no selection. */
   choose(range) {
     const areas = range ? [{ brushType: "lineX", xAxisIndex: 0, coordRange: range }] : [];
     this.chart.dispatchAction({ type: "brush", areas }, { silent: true });
@@ -274,11 +274,11 @@ class Timeline {
     const [ink, line, accent] = [color("--muted"), color("--line"), color("--accent")];
     const known = bins.filter((bin) => bin.mean !== null);
     const low = Math.min(...known.map((bin) => bin.min)), high = Math.max(...known.map((bin) => bin.max));
-    // Room below for the triangles, and round numbers on the axis.
+    // Leave room for the triangles below, and put round numbers on the axis.
     const pad = Math.max(0.004, (high - low) * 0.15), unit = roundUnit((high - low + 2 * pad) / 4);
     const floor = Math.max(0, Math.floor((low - pad) / unit) * unit);
     const ceiling = Math.min(1, Math.ceil((high + pad / 4) / unit) * unit);
-    // Two points a bin, so that the line is as flat as a mean is.
+    // Two points per bin, because a mean is flat within its bin.
     const points = (value) => bins.flatMap((bin) =>
       [bin.first_step, bin.last_step + 1].map((step) => [step, bin.mean === null ? null : value(bin)]));
     const axis = {
@@ -346,7 +346,7 @@ class Timeline {
     return this.data.bins.findIndex((bin) => step < bin.last_step + 1);
   }
 
-  /* The rearrangement whose triangle an event is on, or null. */
+  /* The rearrangement whose triangle is under the pointer, or null. */
   _mark(event) {
     if (!this.data) return null;
     let found = null, nearest = 9;
@@ -367,7 +367,7 @@ class Timeline {
   }
 }
 
-/* 1, 2 or 5 times a power of ten, about as large. */
+/* A round number of about this size: 1, 2 or 5 times a power of ten. */
 function roundUnit(size) {
   const power = 10 ** Math.floor(Math.log10(size));
   return power * [1, 2, 5, 10].find((n) => n * power >= size * 0.75);

@@ -1,5 +1,5 @@
 "use strict";
-/* Loads: unpacks what eplb_analyze/report/loads.py packed, and adds it up over bins of time. */
+/* Loads: unpacks the arrays of eplb_analyze/report/loads.py and sums them over bins of steps. */
 
 async function inflate(packed) {
   const [rows, width] = packed.shape;
@@ -9,7 +9,7 @@ async function inflate(packed) {
   const bytes = Uint8Array.from(text, (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const octets = new Uint8Array(await new Response(stream).arrayBuffer());
-  const high = out.length; // the low bytes of all numbers come first, then the high ones
+  const high = out.length; // the low bytes of all numbers, then the high bytes
   const step = packed.stride * width;
   for (let i = 0; i < out.length; i++) {
     const value = octets[i] | (octets[high + i] << 8);
@@ -23,23 +23,23 @@ class Loads {
 
   static async of(packed) {
     const self = new Loads();
-    self.edges = packed.edges; // first step of each bin, and the step after the last
-    self.steps = packed.steps; // complete steps in each
-    self.times = packed.times; // ms since 1970 of the first of them
+    self.edges = packed.edges; // the first step of each bin, then the step after the last bin
+    self.steps = packed.steps; // complete steps in each bin
+    self.times = packed.times; // time of its first step, ms since 1970
     self.bins = packed.steps.length;
-    self.layers = packed.layers; // the model's numbers
+    self.layers = packed.layers; // the model's layer numbers
     self.rows = packed.layers.length;
     self.ranks = packed.ep_size;
     self.perRank = packed.slots_per_rank;
     self.slots = packed.slots.shape[1];
     self.experts = packed.experts;
-    self.perToken = packed.per_token; // how often the engine counted each token
+    self.perToken = packed.per_token; // token replication
     self._slots = await inflate(packed.slots);
-    self._units = packed.slots.units; // tokens that a count of a row stands for; null: 1
+    self._units = packed.slots.units; // tokens per count, by row; null: 1
     self._placed = await inflate(packed.placements.slots);
     self._apart = await inflate(packed.apart.experts);
     self._apartUnits = packed.apart.experts.units;
-    // Which row of _placed holds at the end of a bin, from the bins at which it changed; -1: not known.
+    // The row of _placed in force at the end of each bin; -1: not known.
     self._row = new Int32Array(self.bins * self.rows).fill(-1);
     packed.placements.bin.forEach((bin, row) => {
       const layer = packed.placements.layer[row];
@@ -64,7 +64,7 @@ class Loads {
     return out;
   }
 
-  /* Tokens by layer and EP rank of what bySlot gave: Float64Array [layers × ranks]. */
+  /* Tokens by layer and EP rank, from the result of bySlot: Float64Array [layers × ranks]. */
   byRank(bySlot) {
     const out = new Float64Array(this.rows * this.ranks);
     bySlot.forEach((load, i) => {
@@ -83,7 +83,7 @@ class Loads {
     return out;
   }
 
-  /* Tokens of one layer's ranks, bin by bin: Float64Array [ranks × bins]. */
+  /* Tokens of one layer's ranks in each bin: Float64Array [ranks × bins]. */
   rankOverTime(layer) {
     const out = new Float64Array(this.ranks * this.bins);
     for (let b = 0; b < this.bins; b++) {
@@ -94,14 +94,14 @@ class Loads {
     return out;
   }
 
-  /* One layer's experts, bin by bin: Float64Array [bins × experts]. */
+  /* Tokens of one layer's experts in each bin: Float64Array [bins × experts]. */
   expertsOverTime(layer) {
     const out = new Float64Array(this.bins * this.experts);
     for (let b = 0; b < this.bins; b++) this._addExperts(b, layer, out, b * this.experts);
     return out;
   }
 
-  /* Who is in the slots at the end of a bin: Uint16Array [slots], NOBODY where empty; null: not known. */
+  /* The experts in the slots at the end of a bin: Uint16Array [slots], NOBODY if empty; null: not known. */
   placement(bin, layer) {
     const row = this._row[bin * this.rows + layer];
     return row < 0 ? null : this._placed.subarray(row * this.slots, (row + 1) * this.slots);
@@ -136,7 +136,7 @@ class Loads {
   }
 }
 
-/* Each value over the mean of its row; NaN in a row without tokens. */
+/* Each value divided by the mean of its row; NaN in a row without tokens. */
 function timesMean(values, rows) {
   const width = values.length / rows, out = new Float64Array(values.length);
   for (let row = 0; row < rows; row++) {

@@ -1,18 +1,18 @@
 "use strict";
-/* The page: words, tables and charts of the document, and what happens when its reader chooses steps. */
+/* The page: its text, tables and charts, and what changes when the user selects steps. */
 
 const report = JSON.parse(document.getElementById("data").textContent);
 
-/* ---- small things */
+/* ---- helpers */
 
 const byId = (id) => document.getElementById(id);
 
-/* A text in which no line ends between a figure and its unit. */
+/* A text with no line break between a figure and its unit. */
 const glued = (text) => String(text).replace(/(\d) (?=[%×]|(?:s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
 
 const say = (id, text) => void (byId(id).textContent = glued(text));
 
-/* An element; text is text, never markup. */
+/* Make an element. Strings become text nodes, never markup. */
 function element(name, { text, className, title, click, colSpan } = {}, ...children) {
   const made = document.createElement(name);
   if (text !== undefined) made.textContent = glued(text);
@@ -27,7 +27,7 @@ function element(name, { text, className, title, click, colSpan } = {}, ...child
 const figure = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)} %`);
 const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en-US", { maximumFractionDigits: 1 }));
-/* A half to the even number, as the terminal has it. */
+/* Round half to even, as Python does. */
 const whole = (value) => count(Math.round(value) - value === 0.5 ? 2 * Math.round(value / 2) : Math.round(value));
 const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const steps = (first, last) => (first === last ? String(first) : `${first} to ${last}`);
@@ -49,7 +49,7 @@ function signed(value, digits = 3) {
 
 const glide = () => (matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth");
 
-/* A table: columns are names, those that begin with "<" of text; cells are texts or elements. */
+/* Make a table. A column name that starts with "<" is left-aligned; cells are strings or elements. */
 function fill(table, columns, rows) {
   const head = columns.map((name) => element("th", { text: name.replace("<", ""), className: name.startsWith("<") ? "text" : "" }));
   const body = rows.map(({ cells, className, click, title }) => {
@@ -65,7 +65,7 @@ function fill(table, columns, rows) {
   return table;
 }
 
-/* A cell with its load over the mean as a color. */
+/* A cell colored by its load divided by the mean. */
 function heat(times) {
   const box = element("span", { text: figure(times, 2), className: "heat" });
   const [red, green, blue] = heatColors()(times);
@@ -80,7 +80,7 @@ function bar(share) {
   return box;
 }
 
-/* A small line: values over the bins, 1 is the mean; the chosen ones are darker. */
+/* A sparkline of values over bins, 1 is the mean; selected bins are darker. */
 function spark(values, first, last) {
   const [width, height, top] = [132, 22, Math.max(2, ...values.filter((v) => !Number.isNaN(v)))];
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -105,7 +105,7 @@ function spark(values, first, last) {
   return svg;
 }
 
-/* ---- what stands still */
+/* ---- parts of the whole run, drawn once */
 
 function header() {
   const { run } = report.summary;
@@ -179,7 +179,7 @@ function meanings() {
     element("dt", {}, name, element("code", { text: formula })), element("dd", { text })]));
 }
 
-/* ---- what moves */
+/* ---- selection of steps */
 
 const state = { first: 0, last: 0, layer: 0, slots: true, shown: report.top };
 let loads, line, rankMap, expertMap, layerMap;
@@ -187,19 +187,19 @@ let loads, line, rankMap, expertMap, layerMap;
 const bins = () => report.timeline.bins;
 const isWhole = () => state.first === 0 && state.last === bins().length - 1;
 
-/* Choose bins; settled: the frame over them is not being dragged, so it can be put on their edges. */
+/* Select bins. settled: the frame is not being dragged, so it snaps to their edges. */
 function choose(first, last, settled = true) {
   [state.first, state.last] = [first, last];
   if (settled) line.choose(chosenSteps());
   later();
 }
 
-/* The chosen steps [from, to), null: the whole run. */
+/* The selected steps [from, to); null: the whole run. */
 function chosenSteps() {
   return isWhole() ? null : [bins()[state.first].first_step, bins()[state.last].last_step + 1];
 }
 
-/* Choose the bins whose middles are in steps [from, to), at least one. */
+/* Select the bins whose middles are in steps [from, to), at least one. */
 function chooseSteps(from, to, settled = true) {
   const inside = bins().map((bin, i) => [(bin.first_step + bin.last_step + 1) / 2, i])
     .filter(([middle]) => middle >= from && middle < to).map(([, i]) => i);
@@ -208,7 +208,7 @@ function chooseSteps(from, to, settled = true) {
   choose(inside[0], inside[inside.length - 1], settled);
 }
 
-/* The bins that lie in a window of a rearrangement as a whole, or else those nearest to it. */
+/* The bins that lie completely in a rearrangement's window, or else those nearest to it. */
 function chooseWithin(first, last) {
   const inside = bins().map((bin, i) => (bin.first_step >= first && bin.last_step <= last ? i : -1)).filter((i) => i >= 0);
   if (inside.length) choose(inside[0], inside[inside.length - 1]);
@@ -303,7 +303,7 @@ function pickLayer(row) {
   drawLayer();
 }
 
-/* ---- what is pointed at */
+/* ---- tooltips */
 
 function timesOf(value, of) {
   return Number.isNaN(value) ? "no token in this layer" : `${figure(value, 2)} × the layer's mean ${of}`;
@@ -355,7 +355,7 @@ function moved(row) {
   return loads.changed(state.first, state.last, row) ? " (at the end of these steps)" : "";
 }
 
-/* An expert's verdict over all steps, as `experts` gives it; of one window nothing can be said on bursts. */
+/* An expert's verdict over all steps, as in `experts`; a selection is too short to tell bursts. */
 const FLAGS = { under_replicated: "under-replicated", over_replicated: "over-replicated", replicas_on_one_rank: "two replicas share a rank" };
 function flagsOf(row, expert) {
   if (!report.experts) return "";
@@ -487,7 +487,7 @@ function drawTimeline() {
   line.choose(chosenSteps());
 }
 
-/* What is typed moves to the edges of bins, so their width stands beside it. */
+/* Typed steps snap to the edges of bins, so the width of a bin is shown beside the field. */
 function binWidths() {
   const widths = bins().map((bin) => bin.last_step - bin.first_step + 1);
   const [least, most] = [Math.min(...widths), Math.max(...widths)];
@@ -498,7 +498,7 @@ function binWidths() {
 /* ---- light and dark, size, print */
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
-let wanted = null; // what the switch says; null: as the system does
+let wanted = null; // the setting of the switch; null: follow the system
 
 function setTheme() {
   const theme = wanted || (dark.matches ? "dark" : "light");
