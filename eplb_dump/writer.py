@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eplb_dump import process, rendezvous
+from eplb_dump import process, rendezvous, start
 from eplb_dump.arguments import (
     is_integer,
     new_session_id,
@@ -86,6 +86,8 @@ class ExpertLoadWriter:
         scope: ``"local"`` or ``"global"``, see above.
         run_id: the same for all ranks of one engine start. Default: EXPERT_LOAD_DUMP_RUN_ID; if that
             is not set, ranks find each other in the dump's folder (docs/format.md, "Runs").
+        start_id: an id that all ranks of this engine start share and no other start ever has, if the engine
+            knows one; it tells starts apart for certain. It is written into ``session.json``.
         interval: one step out of this many is recorded; the others count as ``not_sampled``.
         moe_layers: the model's own number of each MoE layer, ascending. Default: 0, 1, 2, …
         ranks_per_node: EP ranks per node, to separate traffic within and between nodes.
@@ -111,6 +113,7 @@ class ExpertLoadWriter:
         ep_rank: int = 0,
         scope: str = "local",
         run_id: str | None = None,
+        start_id: str | None = None,
         interval: int = 1,
         moe_layers: Sequence[int] | None = None,
         ranks_per_node: int | None = None,
@@ -151,7 +154,8 @@ class ExpertLoadWriter:
             engine=require_text("engine", engine),
             engine_version=require_text("engine_version", engine_version),
             engine_config=require_json_mapping("engine_config", engine_config),
-            launch=rendezvous.launch_of(os.environ),
+            launch=start.launch_of(os.environ),
+            start=start.own_start(require_text("start_id", start_id)),
             token_replication=require_integer("token_replication", token_replication, 1),
             interval=require_integer("interval", interval, 1),
             segment_steps=require_integer("segment_steps", segment_steps, 1),
@@ -185,7 +189,17 @@ class ExpertLoadWriter:
         """Claim a run, create the session's folder and start the threads; if that fails, recording is off."""
         try:
             if not self.info.run_id:
-                self.info = dataclasses.replace(self.info, run_id=rendezvous.claim_run(root, self.info))
+                claim = rendezvous.claim_run(root, self.info)
+                self.info = dataclasses.replace(self.info, run_id=claim.run_id)
+                if claim.doubt is not None:
+                    logger.warning(
+                        "%s; EP rank %d records into run %s of its own: give all ranks of a start one "
+                        "run id, in %s",
+                        claim.doubt,
+                        self._ep_rank,
+                        claim.run_id,
+                        rendezvous.RUN_ID_VARIABLE,
+                    )
             #: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
             self.folder = session_path(root, self.info)
             self.folder.mkdir(parents=True)

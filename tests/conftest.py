@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eplb_dump import rendezvous
+from eplb_dump import rendezvous, start
 
 if TYPE_CHECKING:
     from s3 import S3
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher's variables around the test run must not leak into what the tests write."""
-    for name in (rendezvous.RUN_ID_VARIABLE, *rendezvous._LAUNCH_VARIABLES):
+    for name in (rendezvous.RUN_ID_VARIABLE, *start.LAUNCH_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 

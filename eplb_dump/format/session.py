@@ -27,6 +27,7 @@ from eplb_dump.format.schema import (
     model_slug,
     rank_folder,
 )
+from eplb_dump.format.start import Start, StartIdentity
 
 
 def write_session_file(folder: Path, info: SessionInfo, *, durable: bool = True) -> None:
@@ -103,6 +104,8 @@ class SessionInfo:
     engine_config: dict[str, Any] = field(default_factory=dict)
     #: The launcher's variables, which all ranks of one engine start share.
     launch: dict[str, str] = field(default_factory=dict)
+    #: The writing process and what else identifies the engine start; None in recordings of before.
+    start: Start | None = None
     #: How many times the engine counts each token; readers divide loads by it.
     token_replication: int = 1
     #: One step out of this many is recorded.
@@ -136,6 +139,8 @@ class SessionInfo:
             values["moe_layers"] = None if layers is None else tuple(int(n) for n in layers)
             origin = values.get("origin")
             values["origin"] = None if origin is None else Origin.from_dict(origin)
+            start = values.get("start")
+            values["start"] = None if start is None else Start.from_dict(start)
             info = cls(**values)
             info._validate()
         except FormatError:
@@ -163,6 +168,10 @@ class SessionInfo:
         for name in ("engine_config", "launch"):
             if not isinstance(getattr(self, name), dict):
                 raise FormatError(f"its session metadata has no mapping under {name!r}")
+
+    @property
+    def start_identity(self) -> StartIdentity:
+        return StartIdentity.of(self.start, self.launch, self.host)
 
     def layer_numbers(self, num_moe_layers: int) -> list[int]:
         """The model's number of each MoE layer, as in the ``layer`` column."""

@@ -30,8 +30,8 @@ ROWS = [
 ]
 WRITER_ROWS = [
     {"eplb_dump.format"},
-    {"eplb_dump.arguments", "eplb_dump.ring", "eplb_dump.rendezvous", "eplb_dump.process"},
-    {"eplb_dump.staging"},
+    {"eplb_dump.arguments", "eplb_dump.ring", "eplb_dump.start", "eplb_dump.process"},
+    {"eplb_dump.staging", "eplb_dump.rendezvous"},
     {"eplb_dump.encoder"},
     {"eplb_dump.background"},
     {"eplb_dump.writer"},
