@@ -82,7 +82,7 @@ def claim_run(root: Path, info: SessionInfo) -> Claim:
     try:
         claim.mkdir(parents=True)
         (claim / CLAIM_FILE).write_bytes(dump_json(info.to_dict()))
-        now_ns = (claim / CLAIM_FILE).stat().st_mtime_ns
+        now_ns = _changed_ns(claim / CLAIM_FILE)
         search = _Search(root, info, now_ns - own_age_ns())
         for _ in range(_ATTEMPTS):
             number, doubt = search.run_to_join()
@@ -178,7 +178,7 @@ class _Search:
             if number in self._foreign:
                 continue
             try:
-                if (self._root / _name(number)).stat().st_mtime_ns < earliest:
+                if _changed_ns(self._root / _name(number)) < earliest:
                     return  # runs are numbered as they are claimed, so all others are older
             except OSError:  # it was removed
                 continue
@@ -200,7 +200,7 @@ class _Search:
 
     def _member(self, path: Path, info: SessionInfo) -> Member:
         own, other = self._own.start, info.start
-        claimed_ns = path.stat().st_mtime_ns
+        claimed_ns = _changed_ns(path)
         alive = None
         if own is not None and other is not None and own.machine == other.machine:
             alive = is_alive(other.process)
@@ -215,13 +215,18 @@ def _is_open(member: Member) -> bool:
 
 def _closed_ns(rank: Path, info: SessionInfo) -> int | None:
     """When a session was closed in order, by the file system's clock; None if it was not."""
+    path = rank / f"{SESSION_PREFIX}{info.session_id}" / MANIFEST_FILE
     try:
-        with (rank / f"{SESSION_PREFIX}{info.session_id}" / MANIFEST_FILE).open("rb") as file:
-            stat = os.fstat(file.fileno())
-            closed = Manifest.read(file, stat.st_size, info.session_id).closed
-            return None if closed is None else stat.st_mtime_ns
+        with path.open("rb") as file:
+            closed = Manifest.read(file, os.fstat(file.fileno()).st_size, info.session_id).closed
+        return None if closed is None else _changed_ns(path)
     except OSError:
         return None
+
+
+def _changed_ns(path: Path) -> int:
+    """When a file or folder was last changed, by the file system's clock."""
+    return path.stat().st_mtime_ns
 
 
 def _rename(draft: Path, place: Path) -> bool:
@@ -241,7 +246,7 @@ def _remove_old_drafts(root: Path, now_ns: int) -> None:
     """Remove what ranks left that were killed while they claimed a place."""
     for draft in root.glob(f"{_DRAFT_PREFIX}*{_DRAFT_SUFFIX}"):
         with contextlib.suppress(OSError):
-            if now_ns - draft.stat().st_mtime_ns > _DRAFT_SECONDS * 1e9:
+            if now_ns - _changed_ns(draft) > _DRAFT_SECONDS * 1e9:
                 shutil.rmtree(draft)
 
 

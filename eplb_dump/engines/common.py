@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,8 @@ FOLDER_VARIABLE = "EXPERT_LOAD_DUMP_DIR"
 INTERVAL_VARIABLE = "EXPERT_LOAD_DUMP_INTERVAL"
 #: How long a rank waits, once, for the run id from EP rank 0.
 AGREEMENT_SECONDS = 20.0
+#: Where the ranks of a start keep its id, in torch.distributed's key-value store.
+START_KEY = "eplb_dump/start"
 
 _logged: set[str] = set()
 
@@ -50,7 +53,7 @@ class Settings:
 
 
 def open_in_one_run(
-    make: Callable[[str | None], ExpertLoadWriter],
+    make: Callable[[str | None, str | None], ExpertLoadWriter],
     *,
     rank: int,
     store: Any,
@@ -62,20 +65,33 @@ def open_in_one_run(
 
     EP rank 0 claims the run and puts its id into torch.distributed's key-value store; the others read
     it there. This happens once. If EP rank 0 does not record, the others wait ``timeout`` seconds and
-    then look for the run in the dump folder.
+    then look for the run in the dump folder, by the id of the start that all ranks know.
 
     Args:
-        make: opens the writer in the given run; for None, in a run that it finds or creates.
+        make: opens the writer in the given run, of a start with the given id; for None, in a run that it
+            finds or creates, of a start without an id.
         store: a torch.distributed store that all ranks of this start share; None: there is none.
         key: the same on all ranks, and not used by another start or configuration in this store.
     """
     if store is None:
-        return make(None)
+        return make(None, None)
+    start_id = agree_on_start(store, START_KEY)
     if rank == 0:
-        writer = make(None)
+        writer = make(None, start_id)
         store.set(key, writer.info.run_id)
         return writer
-    return make(read_from_store(store, key, logger, timeout))
+    return make(read_from_store(store, key, logger, timeout), start_id)
+
+
+def agree_on_start(store: Any, key: str) -> str | None:
+    """An id for this engine start, the same on all ranks that share a torch.distributed store.
+
+    The first rank that asks makes it, so no rank waits. None if the store cannot do that.
+    """
+    try:
+        return store.compare_set(key, "", secrets.token_hex(8)).decode() or None
+    except Exception:  # stores raise various errors
+        return None
 
 
 def read_from_store(

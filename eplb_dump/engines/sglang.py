@@ -140,7 +140,7 @@ def _open_writer(
         # Whether the tokens of a prefill are gathered before the MoE depends on the batch.
         replication, config["token_replication"] = 1, "unknown"
 
-    def make(run_id: str | None) -> ExpertLoadWriter:
+    def make(run_id: str | None, start_id: str | None) -> ExpertLoadWriter:
         return ExpertLoadWriter(
             settings.folder,
             model=model,
@@ -148,6 +148,7 @@ def _open_writer(
             ep_size=ep_size,
             ep_rank=rank,
             run_id=run_id,
+            start_id=start_id,
             interval=settings.interval,
             moe_layers=layers,
             # The TP group of a stage, and so the EP group, is spread evenly over the stage's nodes.

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from eplb_dump.engines.common import Settings, read_from_store, warn_once
+from eplb_dump.engines.common import START_KEY, Settings, agree_on_start, read_from_store, warn_once
 
 if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
@@ -155,6 +155,7 @@ class _Recorder:
         # A second engine in this process starts its own run; the writers of the first one are closed.
         weakref.finalize(state, _close_all, self._models).atexit = False
         self._run_id: str | None = None
+        self._start_id: str | None = None
         self._step = 0
         #: Whether vLLM makes the router count in the current step, and whether the plugin does.
         self._vllm_counts, self._we_count = True, False
@@ -231,20 +232,23 @@ class _Recorder:
     def _open_writers(self, group: Any, place: tuple[int, int]) -> None:
         """Open missing writers: at the first step, or when EP rank or size changed.
 
-        All ranks take a step together, so a rank that joins a running engine (elastic EP) gets both the
-        run and the step from EP rank 0.
+        All ranks take a step together, so a rank that joins a running engine (elastic EP) gets the run, the
+        step and the id of the start from EP rank 0.
         """
         if self._position is not None and self._position[0] != place[0]:
             _close_all(self._models)
         new_position, self._position = place != self._position, place
         stage, store = _pipeline_stage(self.state.parallel_config), _store_of(group)
-        key = f"eplb_dump/run/{stage}/{place[1]}"
+        key, start_key = f"eplb_dump/run/{stage}/{place[1]}", START_KEY
         if getattr(group, "tcp_store_group", None) is None:  # otherwise the store belongs to this group
-            key += f"/{self._number}"
+            key, start_key = f"{key}/{self._number}", f"{START_KEY}/{self._number}"
         if place[0] != 0 and self._run_id is None and store is not None:
             shared = (read_from_store(store, key, logger) or "").split()
-            if len(shared) == 2:
+            if len(shared) >= 2:
                 self._run_id, self._step = shared[0], int(shared[1])
+                self._start_id = shared[2] if len(shared) > 2 else None
+        if self._start_id is None and store is not None:
+            self._start_id = agree_on_start(store, start_key)
         for name, state in self.state.model_states.items():
             if name not in self._models:
                 writer = self._open(state, place, stage)
@@ -253,7 +257,7 @@ class _Recorder:
                 if place[0] == 0 and writer.stats().off is None:
                     logger.info("Recording expert loads to %s", writer.folder)
         if place[0] == 0 and new_position and store is not None:
-            store.set(key, f"{self._run_id or ''} {self._step}")
+            store.set(key, f"{self._run_id or ''} {self._step} {self._start_id or ''}")
 
     def _open(self, state: Any, place: tuple[int, int], stage: int | None) -> ExpertLoadWriter:
         from eplb_dump.writer import ExpertLoadWriter
@@ -268,6 +272,7 @@ class _Recorder:
             ep_rank=place[0],
             scope="local",
             run_id=self._run_id,
+            start_id=self._start_id,
             interval=self._settings.interval,
             moe_layers=_layer_numbers(state.model),
             ranks_per_node=place[1] // nodes if place[1] % nodes == 0 else None,

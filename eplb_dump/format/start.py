@@ -72,7 +72,7 @@ class StartIdentity:
         """Whether both are of one engine start; None: it cannot be known from this.
 
         Two starts of one launcher process, one after the other, are the same by this: only the times of
-        their processes tell them apart.
+        their processes distinguish them.
         """
         if self.id is not None or other.id is not None:
             return None if self.id is None or other.id is None else self.id == other.id

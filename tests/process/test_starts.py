@@ -51,6 +51,95 @@ def test_ranks_started_together_share_a_run_and_restart_begins_the_next(tmp_path
     assert len(list(tmp_path.glob("run=*/*/*/*/session.json"))) == 8
 
 
+#: A launcher whose children are the ranks of one engine start after another, as process 1 of a container may
+#: be. Arguments after the folder, one for each start: how many of 8 ranks come up, how they end, and whether
+#: the last of them comes up when the others have ended. Prints the run ids of each start.
+LAUNCHER = """
+import os, signal, sys
+from helpers import load_of, map_of, open_writer
+
+def rank_main(number, out, go, late):
+    if late is not None:
+        os.read(late, 1)
+    writer = open_writer(sys.argv[1], run_id=None, ep_size=8, ep_rank=number)
+    for step in range(3):
+        writer.record(None, load_of(step, number), map_of())
+    writer.flush()
+    os.write(out, (writer.info.run_id + "\\n").encode())
+    if late is None:
+        os.read(go, 1)
+    writer.close()
+
+def start(ranks, end, late):
+    (told, out), (go, release), (late_go, late_release) = os.pipe(), os.pipe(), os.pipe()
+    pids = []
+    for number in range(ranks):
+        pid = os.fork()
+        if not pid:
+            try:
+                rank_main(number, out, go, late_go if late and number == ranks - 1 else None)
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    os.close(out)
+    lines = os.fdopen(told)
+    runs = [next(lines).strip() for _ in range(ranks - late)]
+    if end == "killed":
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    else:
+        os.write(release, b"x" * (ranks - late))
+    for pid in pids[: ranks - late]:
+        os.waitpid(pid, 0)
+    if late:
+        os.write(late_release, b"x")
+        runs.append(next(lines).strip())
+        os.waitpid(pids[-1], 0)
+    print(*runs, flush=True)
+    lines.close()
+    for end in go, release, late_go, late_release:
+        os.close(end)
+
+print("ready", flush=True)
+sys.stdin.readline()
+for life in sys.argv[2:]:
+    ranks, end, late = life.split()
+    start(int(ranks), end, late == "late")
+"""
+
+
+def launch(root: Path, launchers: list[list[str]]) -> list[list[set[str]]]:
+    """Run launchers at once; returns the run ids of each of their starts."""
+    children = [start_child(LAUNCHER, root, *lives) for lives in launchers]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    found = [child.communicate(timeout=120) for child in children]
+    assert [err for _, err in found] == [""] * len(found)
+    assert not any(child.returncode for child in children)
+    return [[set(line.split()) for line in out.splitlines()] for out, _ in found]
+
+
+@pytest.mark.parametrize(
+    "launchers",
+    [
+        pytest.param([["8 closed prompt"]] * 3, id="at once"),
+        pytest.param([["5 killed prompt", "8 closed prompt"]], id="killed half way, then again"),
+        pytest.param([["5 closed prompt", "8 closed prompt"]], id="ended half way, then again"),
+        pytest.param([["8 closed late"]] * 2, id="the last rank is late"),
+        pytest.param([["3 killed prompt", "8 killed prompt", "8 closed late"]] * 2, id="all together"),
+    ],
+)
+def test_starts_are_neither_mixed_nor_scattered(tmp_path: Path, launchers: list[list[str]]) -> None:
+    found = [runs for starts in launch(tmp_path, launchers) for runs in starts]
+    assert [len(runs) for runs in found] == [1] * len(found), found
+    assert len(set.union(*found)) == sum(map(len, launchers)), found
+
+
 def test_example_runs_as_program_with_clean_dump(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     program = [sys.executable, "-W", "error", ROOT / "examples/transformers_moe.py", tmp_path]

@@ -33,14 +33,13 @@ from helpers import (
     placement_rows,
     read_table,
     sealed_loads,
-    session_info,
     step_status,
     survived_loads,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_dump import ExpertLoadWriter, WriterStats, background, rendezvous
+from eplb_dump import ExpertLoadWriter, WriterStats, background
 from eplb_dump import writer as writer_module
 from eplb_dump.format import journal, segment
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, Scope
@@ -1171,27 +1170,6 @@ def test_writers_of_one_rank_never_overwrite_each_other(tmp_path: Path) -> None:
     assert {writer.folder.parent for writer in writers} == {tmp_path / "run=r" / "model=m" / "rank=00000"}
 
 
-def claim(root: Path, rank: int) -> str:
-    return rendezvous.claim_run(root, session_info(ep_rank=rank, ep_size=16))
-
-
-def test_racing_ranks_claim_one_run(tmp_path: Path) -> None:
-    for start in range(10):
-        barrier = threading.Barrier(16)
-        claimed: list[str] = []
-
-        def race(rank: int, barrier: threading.Barrier = barrier, claimed: list[str] = claimed) -> None:
-            barrier.wait()
-            claimed.append(claim(tmp_path, rank))
-
-        threads = [threading.Thread(target=race, args=(rank,)) for rank in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert claimed == [f"{start + 1:06d}"] * 16
-
-
 @pytest.mark.parametrize(
     ("second", "joins"),
     [
@@ -1210,19 +1188,6 @@ def test_writer_joins_only_matching_run(tmp_path: Path, second: dict[str, Any], 
     ):
         assert one.info.run_id == "000001"
         assert other.info.run_id == ("000001" if joins else "000002")
-
-
-def test_other_or_late_launch_begins_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_of(rank: int) -> str:
-        with open_writer(tmp_path, run_id=None, ep_size=8, ep_rank=rank) as writer:
-            return writer.info.run_id
-
-    assert run_of(0) == "000001"
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert [run_of(1), run_of(2)] == ["000002", "000002"]
-    now = time.time_ns() + int(rendezvous.JOIN_WINDOW_SECONDS * 1e9)
-    monkeypatch.setattr(time, "time_ns", lambda: now)
-    assert run_of(3) == "000003"
 
 
 def test_given_run_id_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
