@@ -214,9 +214,8 @@ def _check_clocks(run: Run) -> list[Finding]:
     ranks = {run.sessions[n].info.ep_rank: s for n, s in skew.items() if abs(s) > SKEW_SECONDS}
     if not ranks:
         return []
-    shown = ", ".join(f"rank {rank} by {s:+,.1f} s" for rank, s in sorted(ranks.items())[:4])
-    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-    text = f"at the same steps ranks' clocks differ from the others', {shown}{more}: clocks that are not set "
+    shown = listed([f"rank {rank} by {s:+,.1f} s" for rank, s in sorted(ranks.items())], 4)
+    text = f"at the same steps ranks' clocks differ from the others', {shown}: clocks that are not set "
     return [Finding("warning", "clock_skew", text + "alike, or two engine starts under one run id")]
 
 

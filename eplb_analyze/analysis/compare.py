@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -96,12 +96,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison(Report):
-    a: Side
-    b: Side
-    verdict: Verdict
     #: Why they are not comparable; and if they are, what limits the comparison.
     reasons: list[str]
     warnings: list[str]
+    verdict: Verdict
+    confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
+    a: Side
+    b: Side
     balancedness: Difference | None
     idle_fraction: Difference | None
     layers: list[LayerDifference]
@@ -114,23 +115,7 @@ class Comparison(Report):
         return not self.reasons
 
     def to_json(self) -> dict[str, Any]:
-        return self.document(
-            {
-                "comparable": self.comparable,
-                "reasons": self.reasons,
-                "warnings": self.warnings,
-                "verdict": self.verdict,
-                "confidence": bootstrap.CONFIDENCE,
-                "a": self.a,
-                "b": self.b,
-                "balancedness": self.balancedness,
-                "idle_fraction": self.idle_fraction,
-                "layers": self.layers,
-                "token_ratio": self.token_ratio,
-                "routing": self.routing,
-                "settings": self.settings,
-            }
-        )
+        return {"comparable": self.comparable} | super().to_json()
 
 
 def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Comparison:
@@ -141,7 +126,7 @@ def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Compar
         nothing = Routing(None, None, None)
         sides = one.side(), other.side()
         return Comparison(
-            *sides, "not comparable", reasons, [], None, None, [], None, nothing, _settings(a, b)
+            reasons, [], "not comparable", *sides, None, None, [], None, nothing, _settings(a, b)
         )
     tokens = one.side().tokens_per_step, other.side().tokens_per_step
     token_ratio = tokens[1] / tokens[0] if tokens[0] and tokens[1] else None
@@ -150,11 +135,11 @@ def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Compar
         _differences(one.terms[:, i], other.terms[:, i]) for i in range(a.info.num_layers + 1)
     ]
     return Comparison(
-        a=one.side(),
-        b=other.side(),
-        verdict=balancedness.verdict or "no difference beyond chance",
         reasons=[],
         warnings=[*_warnings(one, other, token_ratio, routing)],
+        verdict=balancedness.verdict or "no difference beyond chance",
+        a=one.side(),
+        b=other.side(),
         balancedness=balancedness,
         idle_fraction=idle,
         layers=[LayerDifference(n, *pair) for n, pair in zip(a.info.layers, figures, strict=True)],

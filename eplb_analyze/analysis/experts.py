@@ -16,10 +16,9 @@ import polars as pl
 
 from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
-from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.placements import Period, fold, replicas, sum_between
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
@@ -44,15 +43,10 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class ExpertReport(RunReport):
+class ExpertReport(SumsReport):
     """``experts`` has a row a layer and logical expert; docs/cli.md describes its columns."""
 
     layer: int | None
-    #: All requested steps; the figures are over the complete ones from first_step to last_step.
-    steps: Completeness
-    first_step: int
-    last_step: int
-    recorded: int
     window: int
     windows: int
     hot_factor: float
@@ -169,13 +163,8 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
         notes.append("there is only one window, so nothing can be said on bursts; see --window")
     size = windows.hot_set(logical)
     return ExpertReport(
-        run_id=run.info.run_id,
-        model=run.info.model,
+        *sums.head(run, whole),
         layer=layer,
-        steps=whole,
-        first_step=sums.first_step,
-        last_step=sums.last_step,
-        recorded=sums.recorded,
         window=windows.size,
         windows=windows.count,
         hot_factor=windows.hot_factor,

@@ -6,19 +6,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from eplb_analyze.errors import NotInDumpError
-from eplb_analyze.json_report import RunReport
-from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.run import Run
-from eplb_dump.format.journal import Shape
-
-Int64 = npt.NDArray[np.int64]
-Float64 = npt.NDArray[np.float64]
+from eplb_dump.format.journal import Int64, Shape
 
 
 @dataclass(frozen=True)
@@ -52,13 +45,7 @@ class LayerHeat:
 
 
 @dataclass(frozen=True)
-class RankReport(RunReport):
-    #: Of all steps asked for; the figures are over those from first_step to last_step.
-    steps: Completeness
-    first_step: int
-    last_step: int
-    #: The number of complete steps that the figures are over.
-    recorded: int
+class RankReport(SumsReport):
     #: The number of (step, layer) with tokens.
     active: int
     #: Σ (max − mean) over (step, layer).
@@ -133,12 +120,7 @@ def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | 
     loss = float(sums.excess.sum())
     heat = zip(run.info.layers, _heat(sums.load, per_rank), _heat(sums.load, per_node), strict=True)
     return RankReport(
-        run_id=run.info.run_id,
-        model=run.info.model,
-        steps=seen,
-        first_step=sums.first_step,
-        last_step=sums.last_step,
-        recorded=sums.recorded,
+        *sums.head(run, seen),
         active=sums.active,
         loss_tokens=loss,
         idle_fraction=loss / sums.max_tokens if sums.max_tokens else None,
@@ -152,9 +134,7 @@ def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | 
 def require_nodes(run: Run) -> None:
     """Raise NotInDumpError if the dump does not say how many ranks a node has."""
     if run.info.ranks_per_node is None:
-        raise NotInDumpError(
-            f"{run.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
-        )
+        raise run.nodes_unknown()
 
 
 def _nodes(ranks: int, size: int | None) -> list[list[int]]:

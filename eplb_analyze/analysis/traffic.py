@@ -13,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import NotInDumpError
-from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope
@@ -65,16 +63,11 @@ class LayerTraffic:
 
 
 @dataclass(frozen=True)
-class TrafficReport(RunReport):
+class TrafficReport(SumsReport):
     layer: int | None
     by: By
     ep_size: int
     ranks_per_node: int | None
-    #: All requested steps; the figures are over the complete ones from first_step to last_step.
-    steps: Completeness
-    first_step: int
-    last_step: int
-    recorded: int
     shares: Shares
     #: The shares if tokens went to the same ranks whichever rank they came from.
     by_chance: Shares
@@ -168,9 +161,7 @@ def traffic_report(
         raise NotInDumpError(f"{cannot}: {note}")
     ranks_per_node = ranks_per_node or run.info.ranks_per_node
     if by == "node" and ranks_per_node is None:
-        raise NotInDumpError(
-            f"{run.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
-        )
+        raise run.nodes_unknown()
     first, last = (0, run.info.num_layers)
     if layer is not None:
         first = run.layer_index(layer)
@@ -184,16 +175,11 @@ def traffic_report(
         node = None if ranks_per_node is None else rank // ranks_per_node
         matrix = flows.sum(axis=0)
         return TrafficReport(
-            run_id=run.info.run_id,
-            model=run.info.model,
+            *sums.head(run, whole),
             layer=layer,
             by=by,
             ep_size=sums.shape.ep_size,
             ranks_per_node=ranks_per_node,
-            steps=whole,
-            first_step=sums.first_step,
-            last_step=sums.last_step,
-            recorded=sums.recorded,
             shares=_shares(matrix, node),
             by_chance=_shares(np.outer(matrix.sum(axis=1, dtype=float), matrix.sum(axis=0)), node),
             matrix=_by_node(matrix, node) if by == "node" and node is not None else matrix,

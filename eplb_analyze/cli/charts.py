@@ -59,6 +59,15 @@ def vertical_bars(levels: Sequence[int], height: int = 1, repeat: int = 1) -> li
     ]
 
 
+def sparkline(values: Sequence[float | None]) -> str:
+    """One line of bars from the lowest value to the highest; blank where there is no value."""
+    known = [value for value in values if value is not None]
+    low, high = min(known), max(known)
+    scale = 7 / (high - low) if high > low else 0.0
+    (line,) = vertical_bars([0 if value is None else 1 + round((value - low) * scale) for value in values])
+    return line
+
+
 def step_axis(
     bins: Sequence[StepBin], symbols: Sequence[str], marks: dict[str, Iterable[int]], repeat: int = 1
 ) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from eplb_analyze.analysis.experts import ExpertReport
+    from eplb_analyze.analysis.traffic import TrafficReport
+
 #: Nothing is drawn wider: the memory of a plot grows with its columns.
 MAX_COLUMNS = 1000
 
@@ -56,6 +59,14 @@ def print_line(
 
 def print_heading(console: Console, name: str, rest: str = "") -> None:
     print_line(console, (name, "bold"), rest)
+
+
+def print_report_heading(console: Console, report: TrafficReport | ExpertReport) -> str:
+    """Print which model, layer and run a report is about. Returns over which steps it is."""
+    name = report.model if report.layer is None else f"layer {report.layer}"
+    of = "" if report.layer is None else f" · {report.model}"
+    print_heading(console, name, f"{of} · run {report.run_id}")
+    return f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
+from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
 from eplb_dump.format.journal import Shape
+
+
+@dataclass(frozen=True)
+class SumsReport(RunReport):
+    """A report on the sums of one configuration."""
+
+    #: All requested steps; the figures are over the complete ones from first_step to last_step.
+    steps: Completeness
+    first_step: int
+    last_step: int
+    #: The number of complete steps.
+    recorded: int
 
 
 class Sums(ABC):
@@ -25,6 +39,11 @@ class Sums(ABC):
     def steps(self) -> StepRange:
         """From the first to the last complete step."""
         return StepRange(self.first_step, self.last_step + 1)
+
+    def head(self, run: Run, whole: Completeness) -> tuple[str, str, Completeness, int, int, int]:
+        """The fields of a :class:`SumsReport`."""
+        info = run.info
+        return info.run_id, info.model, whole, self.first_step, self.last_step, self.recorded
 
     def add(self, block: Block) -> None:
         """Add the next block, which has at least one complete step."""

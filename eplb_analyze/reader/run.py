@@ -278,6 +278,12 @@ class Run:
         where = "the run" if steps is None else "this range"
         return DumpError(f"{self.path}: no step of {where} is complete (see `check`)")
 
+    def nodes_unknown(self) -> NotInDumpError:
+        """The error to raise if the dump does not say how many ranks a node has."""
+        return NotInDumpError(
+            f"{self.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
+        )
+
     # ---- frames
 
     def steps(self, steps: tuple[int, int] | None = None) -> pl.DataFrame:

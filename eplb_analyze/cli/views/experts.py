@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_line, print_notes, print_report_heading, styled, table
 from eplb_analyze.text import figure, percent, plural
 
 if TYPE_CHECKING:
@@ -20,10 +20,7 @@ WIDE = 100
 
 def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, cold: bool) -> None:
 
-    name = report.model if report.layer is None else f"layer {report.layer}"
-    of = "" if report.layer is None else f" · {report.model}"
-    print_heading(console, name, f"{of} · run {report.run_id}")
-    when = f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
+    when = print_report_heading(console, report)
     console.print(f"{when}, in {plural(report.windows, 'window')} of {report.window:,}")
     counts, factor = report.counts, report.hot_factor
     console.print(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
-from eplb_analyze.text import counter, figure, percent, plural
+from eplb_analyze.text import counter, figure, listed, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,8 +97,7 @@ def _expert_table(console: Console, report: LayerReport, title: str, experts: li
     listing = table(console, *columns, title=title)
     for e in experts:
         times = e.load / mean if mean else 0.0
-        places = ", ".join(f"r{r.rank} ({count(r.load)})" for r in e.ranks[:4])
-        places += f" and {len(e.ranks) - 4} more" if len(e.ranks) > 4 else ""
+        places = listed([f"r{r.rank} ({count(r.load)})" for r in e.ranks], 4)
         share, hot = percent(e.share, 2), heat(f"{times:.2f}", times)
         listing.add_row(str(e.logical), count(e.load), share, hot, str(e.replicas), places)
     console.print(listing)

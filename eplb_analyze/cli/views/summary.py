@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import bar, heat, step_axis, vertical_bars
+from eplb_analyze.cli.charts import bar, heat, sparkline, step_axis
 from eplb_analyze.cli.console import print_heading, print_line, styled, table
-from eplb_analyze.text import clean, duration, figure, percent, plural
+from eplb_analyze.text import clean, duration, figure, listed, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,21 +115,18 @@ def _figures(console: Console, result: Summary) -> None:
 
 def _timeline(console: Console, result: Summary) -> None:
     """A sparkline of balancedness, with rearrangements marked below it."""
-
     values = [part.balancedness for part in result.timeline]
     known = [v for v in values if v is not None]
     if len(values) < 8 or not known:
         return
-    low, high = min(known), max(known)
-    scale = 7 / (high - low) if high > low else 0.0
-    (line,) = vertical_bars([0 if v is None else 1 + round((v - low) * scale) for v in values])
-    changes = [change.first_step for change in result.rearrangements]
-    marks = step_axis(result.timeline, " " * len(values), {"▲": changes})
     over = "over time" if _ordered(result) else "by step, in no known order"
-    of = f"balancedness {over}, {figure(low)} to {figure(high)}"
+    of = f"balancedness {over}, {figure(min(known))} to {figure(max(known))}"
     each = result.timeline[0].last_step - result.timeline[0].first_step + 1
     print_line(console, (of, "bold"), ", a mark a step" if each == 1 else f", a mark each {each:,} steps")
-    print_line(console, line.rstrip())
+    print_line(console, sparkline(values).rstrip())
+    marks = step_axis(
+        result.timeline, " " * len(values), {"▲": [change.first_step for change in result.rearrangements]}
+    )
     if "▲" in marks:
         print_line(console, (f"{marks.rstrip()} rearranged", "dim"))
     console.print()
@@ -232,14 +229,13 @@ def _rearrangements(console: Console, result: Summary, acted: bool | None, early
         elif early is not None:
             console.print(f"{early[0].lower()}{early[1:-1]}")
         return
-    shown = ", ".join(str(r.first_step) for r in changes[:SHOWN_REARRANGEMENTS])
-    more = f" and {len(changes) - SHOWN_REARRANGEMENTS} more" if len(changes) > SHOWN_REARRANGEMENTS else ""
+    shown = listed([r.first_step for r in changes], SHOWN_REARRANGEMENTS)
     moved = sum(r.slots_changed for r in changes) / len(changes)
     average = " on average" if len(changes) > 1 else ""
     print_line(
         console,
         (plural(len(changes), "rearrangement"), "bold"),
-        f" at step {shown}{more}; {moved:,.0f} slots changed{average}",
+        f" at step {shown}; {moved:,.0f} slots changed{average}",
     )
 
 

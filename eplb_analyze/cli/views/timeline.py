@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import columns_of_steps, step_axis
 from eplb_analyze.cli.console import print_heading, print_line, print_notes
-from eplb_analyze.text import figure, plural
+from eplb_analyze.text import figure, listed, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,10 +54,8 @@ def render(console: Console, result: Timeline) -> None:
     if empty:
         console.print(f"╌ {plural(empty, 'bin')} without a complete step that has tokens")
     if result.rearrangements:
-        shown = ", ".join(map(str, result.rearrangements[:8]))
-        more = f" and {len(result.rearrangements) - 8} more" if len(result.rearrangements) > 8 else ""
-        text = f"▲ {plural(len(result.rearrangements), 'rearrangement')}, at step {shown}{more}"
-        console.print(text)
+        count = plural(len(result.rearrangements), "rearrangement")
+        console.print(f"▲ {count}, at step {listed(result.rearrangements)}")
     if len(result.configurations) > 1:
         console.print("◆ ep_size or the number of slots changed")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_line, print_notes, print_report_heading, styled, table
 from eplb_analyze.text import counter, percent
 
 if TYPE_CHECKING:
@@ -19,10 +19,7 @@ SHOWN = 32
 
 def render(console: Console, report: TrafficReport, top: int = 5) -> None:
 
-    name = report.model if report.layer is None else f"layer {report.layer}"
-    of = "" if report.layer is None else f" · {report.model}"
-    print_heading(console, name, f"{of} · run {report.run_id}")
-    when = f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
+    when = print_report_heading(console, report)
     console.print(f"{when}; {counter([report.tokens])(report.tokens)} tokens × experts")
     print_notes(console, report.notes)
     if not report.tokens:

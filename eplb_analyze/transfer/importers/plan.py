@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.text import listed
 from eplb_analyze.transfer.importers.placement_files import PlacementFile, read_placement
 from eplb_analyze.transfer.importers.source import (
     LAST,
@@ -217,12 +218,9 @@ def _all_ranks(reading: Reading, ep_size: int, where: Path) -> None:
             f"{where}: it has a file of rank {beyond[0]}, so there are more than {ep_size} ranks (--ep-size)"
         )
     if missing:
-        shown = ", ".join(map(str, missing[:8])) + (
-            f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        )
         raise DumpError(
-            f"{where}: of {ep_size} ranks, these have no file: {shown}; each rank counted only its own "
-            "tokens, so no step would be complete"
+            f"{where}: of {ep_size} ranks, these have no file: {listed(missing)}; each rank counted only its "
+            "own tokens, so no step would be complete"
         )
 
 

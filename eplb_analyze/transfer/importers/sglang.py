@@ -14,7 +14,7 @@ import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.step_range import NO_END
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_analyze.transfer.importers import torch_files
 from eplb_analyze.transfer.importers.files import Array, integers, listing, one_of, read_json
 from eplb_analyze.transfer.importers.source import (
@@ -57,9 +57,8 @@ def _with_tokens(total: Array, where: str, notes: list[str]) -> Array:
         raise DumpError(f"{where}: no layer has a token")
     if len(layers) < len(total):
         left = np.flatnonzero(total == 0).tolist()
-        shown = ", ".join(map(str, left[:8])) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
         notes.append(
-            f"{plural(len(left), 'layer')} without any token left out, as dense ones are: {shown}; "
+            f"{plural(len(left), 'layer')} without any token left out, as dense ones are: {listed(left)}; "
             "the others keep their numbers"
         )
     return layers
