@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_golden, cli, one_error
+from helpers import cli, one_error
 from small_run import EXPERTS, MOE_LAYERS, Truth, write
 
 from eplb_analyze import open_run
@@ -71,37 +71,6 @@ def test_no_node_figures_if_the_dump_has_no_ranks_per_node(tmp_path: Path) -> No
     assert (rank_report(run).nodes, rank_report(run).layers[0].nodes) == ([], [])
     assert "to nodes" not in cli("placement", "--against", "0", tmp_path).stdout
     one_error(cli("ranks", "--by", "node", tmp_path), 2, "--ranks-per-node")
-
-
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("placement.txt", "placement --experts"),
-        ("placement-against.txt", "placement --against 11"),
-        ("placement-layer.txt", "placement --layer 3 --step 12 --against 9 --experts"),
-        ("placement-layer.json", "placement --layer 3 --step 12 --against 9"),
-    ],
-)
-def test_output_is_golden(local: Truth, name: str, command: str) -> None:
-    form = ["--output", "json"] if name.endswith("json") else []
-    result = cli(*command.split(), *form, local.root)
-    assert result.returncode == 0
-    assert "Traceback" not in result.stderr
-    assert_golden(name, result.stdout)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["placement", "--layer", "4"], ["no MoE layer 4"]),
-        (["placement", "--step", "30"], ["no step 30", "steps 0 to 29"]),
-        (["placement", "--against", "99"], ["no step 99", "steps 0 to 29"]),
-    ],
-)
-def test_something_not_in_the_dump_is_a_usage_error(
-    local: Truth, arguments: list[str], words: list[str]
-) -> None:
-    one_error(cli(*arguments, local.root), 2, *words)
 
 
 def test_unknown_placement_is_an_error(tmp_path: Path) -> None:

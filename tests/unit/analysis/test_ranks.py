@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from helpers import assert_golden, cli, one_error
+from helpers import cli
 from small_run import MOE_LAYERS, Truth, write
 
 from eplb_analyze import open_run
@@ -91,22 +91,6 @@ def test_token_replication_is_divided_out(tmp_path: Path, local: Truth) -> None:
     assert one == pytest.approx(other, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("ranks.txt", "ranks"),
-        ("ranks.json", "ranks"),
-        ("ranks-by-node.txt", "ranks --by node"),
-    ],
-)
-def test_output_is_golden(local: Truth, name: str, command: str) -> None:
-    form = ["--output", "json"] if name.endswith("json") else []
-    result = cli(*command.split(), *form, local.root)
-    assert result.returncode == 0
-    assert "Traceback" not in result.stderr
-    assert_golden(name, result.stdout)
-
-
 @pytest.mark.parametrize("columns", [80, 100])
 @pytest.mark.parametrize("ep_size", [8, 32, 64])
 def test_output_of_many_ranks_and_layers_fits_the_width(tmp_path: Path, ep_size: int, columns: int) -> None:
@@ -157,45 +141,3 @@ def test_equal_ranks_cost_nothing_and_a_layer_without_tokens_has_no_figures(tmp_
     assert "no step has a token" in cli("timeline", "--layer", "1", tmp_path).stdout
     assert cli("ranks", tmp_path).returncode == 0
     assert cli("timeline", tmp_path).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["ranks", "--steps", "50:60"], ["no step of the run is in 50:60"]),
-        (["ranks", "--run", "zz"], ["no run 'zz'"]),
-    ],
-)
-def test_something_not_in_the_dump_is_a_usage_error(
-    local: Truth, arguments: list[str], words: list[str]
-) -> None:
-    one_error(cli(*arguments, local.root), 2, *words)
-
-
-def test_range_without_complete_step_is_unusable(local: Truth) -> None:
-    one_error(cli("ranks", "--steps", "6:8", local.root), 3, "no step of this range is complete")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["ranks", "--by", "x"],
-        ["ranks", "--ranks-per-node", "0"],
-        ["ranks", "--steps", "9"],
-    ],
-)
-def test_invalid_option_is_a_usage_error(local: Truth, arguments: list[str]) -> None:
-    result = cli(*arguments, local.root)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
-
-
-def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
-    write(tmp_path)
-    victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[1]
-    victim.write_bytes(victim.read_bytes()[:-100])
-    result = cli("ranks", "-o", "json", tmp_path)
-    one_error(result, 3, victim.name)
-    steps = json.loads(result.stdout)["steps"]
-    # Of 30 steps one is dummy and one incomplete, both in the first segment of eight.
-    assert (steps["recorded"], steps["incomplete"]) == (20, 9)

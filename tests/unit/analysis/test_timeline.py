@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import reference
-from helpers import assert_golden, cli, one_error
-from small_run import Truth, write
+from helpers import cli
+from small_run import Truth
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.summary import summarize
@@ -73,21 +70,6 @@ def test_unknown_formula_is_rejected(local: Truth) -> None:
         timeline(open_run(local.root), "x")
 
 
-@pytest.mark.parametrize(
-    ("name", "command"),
-    [
-        ("timeline.txt", "timeline --bins 10"),
-        ("timeline.json", "timeline --bins 10"),
-    ],
-)
-def test_output_is_golden(local: Truth, name: str, command: str) -> None:
-    form = ["--output", "json"] if name.endswith("json") else []
-    result = cli(*command.split(), *form, local.root)
-    assert result.returncode == 0
-    assert "Traceback" not in result.stderr
-    assert_golden(name, result.stdout)
-
-
 def test_plot_has_one_column_per_bin(local: Truth) -> None:
     out = cli("timeline", "--bins", "30", local.root).stdout.splitlines()
     axis = next(line for line in out if "└" in line).split("└")[1]
@@ -95,45 +77,3 @@ def test_plot_has_one_column_per_bin(local: Truth) -> None:
     assert [i // 2 for i, c in enumerate(axis) if c == "╌"][::2] == [6, 7]
     wide = cli("timeline", "--bins", "500", local.root)
     assert "500 bins do not fit" in wide.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["timeline", "--layer", "4"], ["no MoE layer 4", "3 to 5"]),
-        (["timeline", "--steps", "50:60"], ["no step of the run is in 50:60"]),
-        (["timeline", "--model", "zz"], ["no model 'zz'"]),
-    ],
-)
-def test_something_not_in_the_dump_is_a_usage_error(
-    local: Truth, arguments: list[str], words: list[str]
-) -> None:
-    one_error(cli(*arguments, local.root), 2, *words)
-
-
-def test_range_without_complete_step_is_unusable(local: Truth) -> None:
-    one_error(cli("timeline", "--steps", "6:8", local.root), 3, "no step of this range is complete")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["timeline", "--formula", "x"],
-        ["timeline", "--bins", "0"],
-    ],
-)
-def test_invalid_option_is_a_usage_error(local: Truth, arguments: list[str]) -> None:
-    result = cli(*arguments, local.root)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
-
-
-def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
-    write(tmp_path)
-    victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[1]
-    victim.write_bytes(victim.read_bytes()[:-100])
-    result = cli("timeline", "-o", "json", tmp_path)
-    one_error(result, 3, victim.name)
-    steps = json.loads(result.stdout)["steps"]
-    # Of 30 steps one is dummy and one incomplete, both in the first segment of eight.
-    assert (steps["recorded"], steps["incomplete"]) == (20, 9)
