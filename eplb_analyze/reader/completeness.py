@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,10 +171,3 @@ class Completeness:
     def accounted_for(self) -> bool:
         """Whether every missing rank recorded why at the time: it dropped or rejected its load."""
         return bool(self.reasons) and all(why != ABSENT for _, why in self.reasons)
-
-
-def completeness(blocks: Iterable[Block]) -> Completeness:
-    result = Completeness()
-    for block in blocks:
-        result.add(block)
-    return result

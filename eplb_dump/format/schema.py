@@ -18,7 +18,6 @@ FORMAT_VERSION = (1, 0)
 SESSION_FILE = "session.json"
 MANIFEST_FILE = "manifest.frames"
 METADATA_KEY = b"eplb_dump"
-TABLES = ("placements", "loads", "steps")
 EMPTY_SLOT = -1
 #: Larger values are rejected before memory is allocated for them.
 MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12

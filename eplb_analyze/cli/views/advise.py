@@ -22,7 +22,6 @@ STYLES = {
 
 
 def render(console: Console, advice: Advice) -> None:
-
     print_heading(console, advice.model, f" · run {advice.run_id}")
     print_line(console, "verdict: ", (advice.verdict, STYLES[advice.verdict]))
     for reason in advice.reasons:
@@ -38,7 +37,6 @@ def render(console: Console, advice: Advice) -> None:
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:
-
     assert advice.replay is not None
     changes = advice.verdict in ("enable", "retune")
     listing = table(console, "<", "today", "advised" if changes else "best other")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: CompactReport) -> None:
-
     before, after = report.before, report.after
     print_line(console, ("compacted ", "bold"), f"run {before.run_id}, {report.model}")
     print_line(console, f"into {report.to} as run {after.run_id}", soft_wrap=True)

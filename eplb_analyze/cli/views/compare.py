@@ -19,7 +19,6 @@ SHOWN_SETTINGS = 20
 
 
 def render(console: Console, result: Comparison, top: int = 5) -> None:
-
     print_heading(console, "compare", f" · {result.b.info.model} · is B better than A?")
     _side(console, "A", result.a)
     _side(console, "B", result.b)
@@ -67,7 +66,6 @@ def _figures(console: Console, result: Comparison, balance: Difference, idle: Di
 
 
 def _difference(row: Difference) -> tuple[str, str, Any]:
-
     interval = "–"
     if row.low is not None and row.high is not None:
         interval = f"{signed(row.low)} … {signed(row.high)}"

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: CopyReport) -> None:
-
     models = ", ".join(report.models)
     print_line(console, ("copied ", "bold"), f"run {report.run_id}, {models}")
     print_line(console, f"into {report.to}", soft_wrap=True)

@@ -19,7 +19,6 @@ WIDE = 100
 
 
 def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, cold: bool) -> None:
-
     when = print_report_heading(console, report)
     console.print(f"{when}, in {plural(report.windows, 'window')} of {report.window:,}")
     counts, factor = report.counts, report.hot_factor
@@ -90,7 +89,6 @@ def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFra
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
-
     due = f"{row['due_replicas']:.1f}"
     return [
         str(row["logical"]),

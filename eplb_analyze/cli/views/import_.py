@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: ImportReport) -> None:
-
     def section(title: str, texts: list[str]) -> None:
         if texts:
             print_line(console, (title, "bold"))

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: PlacementReport, *, single: bool, experts: bool) -> None:
-
     where = f"layer {report.layers[0].layer}, " if single else ""
     since = "" if report.against is None else f" against {report.against}"
     rest = f" · {where}step {report.step}{since} · {report.model} · run {report.run_id}"

@@ -75,7 +75,6 @@ def _shared_folders(paths: list[str]) -> int:
 def _reasons(
     console: Console, result: Postmortem, names: dict[int, str], status: str, style: str, top: int
 ) -> None:
-
     rows = [row for row in result.rows if row.status == status]
     several = len({row.model for row in result.rows if row.model}) > 1
     if rows:
@@ -99,7 +98,6 @@ def _counts(rows: list[Row]) -> str:
 
 
 def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, result: Postmortem) -> None:
-
     wide = console.width >= WIDE
     several = len({row.model for row in rows}) > 1
     title = f"what lost most first{limited(len(rows), of)}"
@@ -146,7 +144,6 @@ def _groups(console: Console, result: Postmortem, by: str) -> None:
 
 
 def _verdict(console: Console, result: Postmortem, names: dict[int, str]) -> None:
-
     asked = []
     if result.threshold is not None:
         asked.append(f"balancedness of at least {result.threshold:g}")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
-
     when = f" · {report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
     print_heading(console, report.model, f" · run {report.run_id}{when}")
     if not report.active:

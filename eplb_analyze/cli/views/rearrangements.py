@@ -28,7 +28,6 @@ STYLES = {
 
 
 def render(console: Console, report: RearrangementReport) -> None:
-
     print_heading(console, "rearrangements", f" · {report.model} · run {report.run_id}")
     print_notes(console, report.notes)
     rows = report.rearrangements
@@ -45,7 +44,6 @@ def render(console: Console, report: RearrangementReport) -> None:
 
 
 def _help(console: Console, report: RearrangementReport) -> None:
-
     title = f"balancedness, means of up to {report.window:,} steps before and after (1 is perfect)"
     columns = ("<steps", "before", "predicted", "after", "gain", "95 % interval", "<")
     listing = table(console, *columns, title=title)

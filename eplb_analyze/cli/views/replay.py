@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, result: Replay, top: int = 20) -> None:
-
     print_heading(console, result.model, f" · run {result.run_id}")
     shape = result.part.shape
     console.print(
@@ -115,7 +114,6 @@ def _saved(result: Replay, outcome: Outcome) -> str:
 
 
 def _net(result: Replay, outcome: Outcome) -> Any:
-
     net = outcome.net_seconds
     if outcome.setting is None:
         return ""

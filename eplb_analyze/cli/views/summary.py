@@ -67,7 +67,6 @@ def render(
 
 
 def _banner(console: Console, result: Summary, acted: bool | None, early: str | None) -> None:
-
     from eplb_analyze.analysis.summary import banners
 
     lines = banners(result, acted, early)
@@ -78,7 +77,6 @@ def _banner(console: Console, result: Summary, acted: bool | None, early: str | 
 
 
 def _data(console: Console, result: Summary) -> None:
-
     from eplb_analyze.analysis.summary import incomplete
 
     counts = result.steps.to_json()
@@ -93,7 +91,6 @@ def _data(console: Console, result: Summary) -> None:
 
 
 def _figures(console: Console, result: Summary) -> None:
-
     listing = table(console, "<", "mean", "p50", "p5", "p95", "worst", "at step")
     balance, imbalance = result.spreads["balancedness"], result.spreads["imbalance"]
     for name, s, worst, at in (
@@ -139,7 +136,6 @@ def _ordered(result: Summary) -> bool:
 
 
 def _losses(console: Console, result: Summary, top: int) -> None:
-
     from eplb_analyze.reader.join import StepState
 
     loss = result.loss
@@ -177,7 +173,6 @@ def _losses(console: Console, result: Summary, top: int) -> None:
 
 
 def _layers(console: Console, result: Summary, top: int) -> None:
-
     active = [layer for layer in result.layers if layer.balancedness is not None]
     worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:top]
     title = f"worst layers ({top} of {len(active)})" if len(active) > top else "layers, the worst first"
@@ -213,7 +208,6 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
 
 
 def _rearrangements(console: Console, result: Summary, acted: bool | None, early: str | None) -> None:
-
     changes = result.rearrangements
     if not changes:
         if acted is None:

@@ -22,7 +22,6 @@ MARGIN = 10
 
 
 def render(console: Console, result: Timeline) -> None:
-
     from eplb_analyze.metrics.formulas import FORMULAS
 
     where = "" if result.layer is None else f" of layer {result.layer}"

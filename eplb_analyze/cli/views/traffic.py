@@ -18,7 +18,6 @@ SHOWN = 32
 
 
 def render(console: Console, report: TrafficReport, top: int = 5) -> None:
-
     when = print_report_heading(console, report)
     console.print(f"{when}; {counter([report.tokens])(report.tokens)} tokens × experts")
     print_notes(console, report.notes)

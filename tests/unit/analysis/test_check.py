@@ -16,7 +16,7 @@ from helpers import LAYERS, cli, load_of, manifest, map_of, open_writer, write
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.findings import summary_findings
-from eplb_analyze.reader.completeness import completeness
+from eplb_analyze.analysis.summary import summarize
 from eplb_dump import writer
 from eplb_dump.format import frames
 from eplb_dump.format.manifest import SealedSegment
@@ -86,7 +86,7 @@ def test_rank_closed_long_before_the_others_is_found(tmp_path: Path) -> None:
         assert {"incomplete_end", "rank_stopped"} & set(found) == {code}
         assert f"the last {40 - end} steps lack ranks: rank 1 has none after {end - 1}" in found[code]
         run = open_run(tmp_path / name)
-        [finding] = [f for f in summary_findings(run, completeness(run.blocks())) if f.code == code]
+        [finding] = [f for f in summary_findings(run, summarize(run).steps) if f.code == code]
         assert finding.severity == ("error" if name == "many" else "warning")
 
 
