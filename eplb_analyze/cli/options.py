@@ -74,7 +74,11 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file if it is 
 # The settings that `replay` and `advise` try: lists, all combined.
 Policy = Annotated[
     str | None,
-    typer.Option("--policy", help="deepseek, sglang, vllm, static, or your module:function.", metavar="A,B…"),
+    typer.Option(
+        "--policy",
+        help="deepseek, sglang, vllm, static, round_robin, or your module:function.",
+        metavar="A,B…",
+    ),
 ]
 Redundant = Annotated[
     str | None, typer.Option("--redundant", help="Numbers of redundant experts.", metavar="N,N…")

@@ -93,7 +93,19 @@ def static(problem: Problem) -> Int32:
     return np.tile(initial(experts, problem.num_physical_experts), (layers, 1))
 
 
-POLICIES: dict[str, Policy] = {"deepseek": deepseek, "sglang": sglang, "vllm": vllm, "static": static}
+def round_robin(problem: Problem) -> Int32:
+    """No rearrangement: expert ``e`` stays on rank ``e % ep_size``; see :func:`dealt`."""
+    layers, experts = problem.weight.shape
+    return np.tile(dealt(experts, problem.num_physical_experts, problem.ep_size), (layers, 1))
+
+
+POLICIES: dict[str, Policy] = {
+    "deepseek": deepseek,
+    "sglang": sglang,
+    "vllm": vllm,
+    "static": static,
+    "round_robin": round_robin,
+}
 
 
 def initial(num_logical_experts: int, num_physical_experts: int) -> Int32:
@@ -102,6 +114,28 @@ def initial(num_logical_experts: int, num_physical_experts: int) -> Int32:
     Every expert once, then the redundant slots: expert 0, 1, …, as often as needed.
     """
     return (np.arange(num_physical_experts) % num_logical_experts).astype(np.int32)
+
+
+def dealt(num_logical_experts: int, num_physical_experts: int, ep_size: int) -> Int32:
+    """The experts of :func:`initial`, dealt to the ranks in turn: int32 ``[num_physical_experts]``.
+
+    Without redundant experts it is vLLM's ``--expert-placement-strategy round_robin``. Raises UsageError if
+    the slots cannot be divided evenly among the ranks.
+    """
+    if num_physical_experts % ep_size:
+        raise UsageError(
+            f"{num_physical_experts} slots cannot be divided evenly among {ep_size} EP ranks, "
+            "which round_robin needs"
+        )
+    slots = initial(num_logical_experts, num_physical_experts)
+    return np.ascontiguousarray(slots.reshape(-1, ep_size).T).reshape(-1)
+
+
+#: Placements that do not depend on loads, by name: what they say, and their slots (experts, slots, ranks).
+INITIAL: dict[str, tuple[str, Callable[[int, int, int], Int32]]] = {
+    "linear": ("expert e is in slot e", lambda experts, slots, ranks: initial(experts, slots)),
+    "round_robin": ("expert e is on rank e % EP size", dealt),
+}
 
 
 def _rebalance(problem: Problem, arithmetic: Arithmetic) -> Int32:

@@ -24,7 +24,14 @@ from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.journal import Int64, PlacementRows, StepRows
 from eplb_dump.format.manifest import SealedSegment
-from eplb_dump.format.schema import EMPTY_SLOT, METADATA_KEY, SCHEMAS, STATUS_LABELS, FormatError
+from eplb_dump.format.schema import (
+    EMPTY_SLOT,
+    METADATA_KEY,
+    SCHEMAS,
+    STATUS_LABELS,
+    WIDE_LOADS_SCHEMA,
+    FormatError,
+)
 from eplb_dump.format.segment import footer
 from eplb_dump.format.session import SessionInfo
 
@@ -100,7 +107,8 @@ class ParquetSegment:
             raise FormatError("it is not the file that the manifest lists")
         SessionInfo.from_dict(own["session"])
         rows = self._entry.files[table].rows
-        if not _plain(file.schema_arrow).equals(SCHEMAS[table]) or metadata.num_rows != rows:
+        schemas = [SCHEMAS[table], *([WIDE_LOADS_SCHEMA] if table == "loads" else [])]
+        if _plain(file.schema_arrow) not in schemas or metadata.num_rows != rows:
             raise FormatError("its columns or rows are not what the format says")
         if table == "loads":
             self._check_widths(metadata)
@@ -206,7 +214,7 @@ class ParquetSegment:
         assert self.shape is not None
         return self._by_layers("rank_load", self.shape.ep_size, first, last)
 
-    def loads(self, first: int, last: int) -> Parts[np.int32]:
+    def loads(self, first: int, last: int) -> Parts[Any]:
         assert self.shape is not None
         return self._by_layers("load", self.shape.num_physical_experts, first, last)
 

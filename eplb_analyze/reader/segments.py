@@ -71,8 +71,8 @@ class Segment(Protocol):
         """
         ...
 
-    def loads(self, first: int, last: int) -> Parts[np.int32]:
-        """Likewise the physical experts' loads: ``(layer, int32 [layers, n, num_physical_experts])``."""
+    def loads(self, first: int, last: int) -> Parts[Any]:
+        """Likewise the physical experts' loads: ``(layer, int32 or int64 [layers, n, physical])``."""
         ...
 
     def placements(self) -> PlacementRows: ...
@@ -99,7 +99,7 @@ class OpenSegment:
     def load_steps(self) -> Int64:
         return self._journal.load_steps
 
-    def loads(self, first: int, last: int) -> Parts[np.int32]:
+    def loads(self, first: int, last: int) -> Parts[Any]:
         shape = self.shape
         assert shape is not None
         at_once = layers_at_once(len(self.load_steps()), shape)

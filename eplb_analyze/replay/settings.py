@@ -15,8 +15,10 @@ from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import MAX_EXPERTS
 
-#: The policy that never rearranges: it has no interval, window or start.
+#: The policy that keeps the placement in force.
 STATIC = "static"
+#: The policies that never rearrange: they have no interval, window or start.
+FIXED = (STATIC, "round_robin")
 #: If the engine's interval is not known, the usual interval is the run divided by this.
 PARTS = 16
 #: The least interval of the grid: moving weights is not free, and no engine rearranges more often by default.
@@ -172,7 +174,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                     )
                 continue
             for policy in policies:
-                if policy == STATIC:
+                if policy in FIXED:
                     found.add(Setting(policy, redundant, ep_size, None, None, None))
                     continue
                 for interval in choices.intervals or _intervals(today.interval, steps):

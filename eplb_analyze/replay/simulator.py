@@ -105,6 +105,8 @@ class Simulation:
     def _initial_placement(self, setting: Setting) -> Int32:
         """The recorded placement; for other slots or ranks, the one that engines start with."""
         slots = self.experts + setting.num_redundant_experts
+        if setting.policy == "round_robin":
+            return np.tile(policies.dealt(self.experts, slots, setting.ep_size), (self.layers, 1))
         if (slots, setting.ep_size) == (self.shape.num_physical_experts, self.shape.ep_size):
             found = [history.at(self._known_from) for history in self.histories]
             # An expert without a slot recorded no tokens, but may get some under this setting.

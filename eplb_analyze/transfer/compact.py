@@ -30,7 +30,7 @@ from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural
-from eplb_dump.format.journal import Int32, Int64, PlacementRows, Shape, StepRows
+from eplb_dump.format.journal import Int32, Int64, Loads, PlacementRows, Shape, StepRows
 from eplb_dump.format.manifest import close_manifest
 from eplb_dump.format.schema import (
     FORMAT_NAME,
@@ -249,36 +249,33 @@ def _most_steps(shape: Shape | None) -> int:
 class _Content:
     """A segment of the new run, in memory; see :class:`~eplb_dump.format.segment.Content`."""
 
-    def __init__(
-        self, where: StoragePath, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows
-    ) -> None:
-        """``where``: the source run, for messages."""
+    def __init__(self, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows) -> None:
         self.info = info
         self.seq = seq
         self.placements = placements
         self.steps = StepRows.concat([part.rows() for part in parts])
         self.load_steps: Int64 = np.concatenate([part.recorded for part in parts])
         self.shape = parts[0].block.shape if len(self.load_steps) else None
-        self._load = self._read(where, parts, self.shape) if self.shape is not None else None
+        self._load = self._read(parts, self.shape) if self.shape is not None else None
 
-    def _read(self, where: StoragePath, parts: list[_Part], shape: Shape) -> Int32:
-        out = np.empty((shape.num_moe_layers, len(self.load_steps), shape.num_physical_experts), np.int32)
+    def _read(self, parts: list[_Part], shape: Shape) -> Loads:
+        sizes = (shape.num_moe_layers, len(self.load_steps), shape.num_physical_experts)
+        out: Loads = np.empty(sizes, np.int32)
         end = 0
         for part in parts:
             steps = part.recorded
             at, end = end, end + len(steps)
             for layer, load in part.block.load_parts(steps) if len(steps) else ():
-                if load.max(initial=0) > MAX_LOAD:
-                    odd = int(steps[(load > MAX_LOAD).any(axis=(1, 2)).argmax()])
-                    raise DumpError(
-                        f"{where}: at step {odd} a sum over ranks is larger than {MAX_LOAD:,}, which the "
-                        "format does not hold; keep the run as it is, or first copy steps without this one "
-                        "(`copy --to PLACE --steps A:B`)"
-                    )
+                if out.itemsize == 4 and load.max(initial=0) > MAX_LOAD:
+                    out = out.astype(np.int64)
                 out[layer : layer + load.shape[1], at:end] = load.transpose(1, 0, 2)
         return out
 
-    def read_layers(self, first: int, last: int) -> Int32:
+    @property
+    def load_type(self) -> npt.DTypeLike:
+        return np.int32 if self._load is None else self._load.dtype
+
+    def read_layers(self, first: int, last: int) -> Loads:
         assert self._load is not None
         return self._load[first:last]
 
@@ -295,7 +292,7 @@ def _write(run: Run, root: Path, run_id: str, lost: dict[str, str]) -> tuple[Cou
         rows = []
         while pending and pending[0][0] <= last:
             rows.append(pending.popleft())
-        content = _Content(run.path, info, seq, parts, _placement_rows(rows))
+        content = _Content(info, seq, parts, _placement_rows(rows))
         write_segment(folder, content)
         counts.update(content.steps.status.tolist())
         counts[StepState.INCOMPLETE] += sum(int((p.state == StepState.INCOMPLETE).sum()) for p in parts)

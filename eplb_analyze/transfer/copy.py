@@ -56,6 +56,8 @@ class CopyReport(Report):
     last_step: int | None
     sessions: int
     files: int
+    #: Of the tables and journals among these files.
+    rows: int
     bytes: int
     #: How many of ``files`` an earlier copy had brought already.
     files_there: int
@@ -136,6 +138,7 @@ def copy_run(
         last_step=None if steps is None or steps[1] >= NO_END else steps[1] - 1,
         sessions=len(readable),
         files=len(files),
+        rows=sum(copy.rows.get(name, 0) for copy in copies for name in copy.files),
         bytes=sum(size for size, _ in files),
         files_there=sum(there for _, there in files),
         segments_left_out=sum(copy.left_out for copy in copies),
@@ -193,6 +196,8 @@ class _SessionCopy:
     target: Target
     #: By name: the bytes of a file that is in the copy now, and whether it was there before.
     files: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    #: By name: the rows of a table or a journal.
+    rows: dict[str, int] = field(default_factory=dict)
     #: Segments without any of the steps asked for.
     left_out: int = 0
     damaged: list[str] = field(default_factory=list)
@@ -230,6 +235,7 @@ class _SessionCopy:
                 for table, file in entry.files.items() if seq not in kept else ():
                     wanted.add(file.name)
                     self._require(file.name, partial(_verify_table, self.info, entry, table), file.bytes)
+                    self.rows[file.name] = file.rows
             if manifest.end:
                 self._take(MANIFEST_FILE, lambda _: None, self._encode(selected))
             self.target.remove_superseded(wanted, selected)
@@ -313,6 +319,9 @@ class _SessionCopy:
                 raise FormatError(f"damaged from byte {journal.tail.end} on")
             if journal.steps.step.min(initial=NO_END) >= StepRange.of(self.steps).end:
                 raise UnbegunJournal("it has no step to copy")
+            layers = 0 if journal.shape is None else journal.shape.num_moe_layers
+            rows = len(journal.steps.step), len(journal.load_steps) * layers, len(journal.placements.step)
+            self.rows[path.name] = sum(rows)
 
 
 def _placements_only(entry: SealedSegment) -> SealedSegment:

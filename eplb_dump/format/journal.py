@@ -27,6 +27,7 @@ from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     MAX_EXPERTS,
     MAX_LAYERS,
+    MAX_LOAD,
     FormatError,
     Status,
     journal_name,
@@ -38,6 +39,8 @@ _MAX_FIRST_FRAME = 1 << 16
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
+#: Counts of slots: int32, or int64 if one is above MAX_LOAD.
+Loads = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def lock(fd: int) -> bool | None:
@@ -167,9 +170,10 @@ def narrow(load: npt.NDArray[Any], largest: int) -> npt.NDArray[Any]:
         load: any integer type, ``[n, num_moe_layers, num_physical_experts]``.
 
     Returns:
-        uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]``, contiguous.
+        uint8, uint16, int32 or int64 ``[num_moe_layers, n, num_physical_experts]``, contiguous.
     """
-    dtype = np.uint8 if largest < 1 << 8 else np.uint16 if largest < 1 << 16 else np.int32
+    types = ((np.uint8, 1 << 8), (np.uint16, 1 << 16), (np.int32, MAX_LOAD + 1))
+    dtype = next((dtype for dtype, end in types if largest < end), np.int64)
     n, layers, physical = load.shape
     out = np.empty((layers, n, physical), dtype)
     np.copyto(out, load.transpose(1, 0, 2), casting="unsafe")
@@ -184,7 +188,7 @@ def phase_codes(phases: Sequence[str | None]) -> tuple[npt.NDArray[np.int16], tu
 
 
 def loads_frame(step: Int64, load: npt.NDArray[Any], ep_size: int) -> bytes:
-    """``load``: uint8, uint16 or int32 ``[num_moe_layers, n, num_physical_experts]``; see :func:`narrow`."""
+    """``load``: as :func:`narrow` returns it."""
     return frames.encode("loads", {"ep_size": ep_size}, {"step": step, "load": load})
 
 
@@ -344,11 +348,16 @@ class JournalSegment:
         self.load_steps: Int64 = np.concatenate(kept_steps)
         check_load_steps(self.load_steps, self.steps)
 
-    def read_layers(self, first: int, last: int) -> Int32:
-        """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
+    @property
+    def load_type(self) -> npt.DTypeLike:
+        """int32, or int64 if a frame has counts that int32 does not hold."""
+        return np.int32 if all(np.can_cast(entry.dtype, np.int32) for entry in self._loads) else np.int64
+
+    def read_layers(self, first: int, last: int) -> Loads:
+        """Loads of MoE layers ``first`` to ``last - 1``: ``load_type [last - first, n, num_physical]``."""
         assert self.shape is not None
         physical = self.shape.num_physical_experts
-        out = np.empty((last - first, len(self.load_steps), physical), np.int32)
+        out = np.empty((last - first, len(self.load_steps), physical), self.load_type)
         at = 0
         for entry in self._loads:
             row_bytes = len(entry.step) * physical * entry.dtype.itemsize

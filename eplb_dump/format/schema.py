@@ -13,7 +13,7 @@ import pyarrow as pa
 
 FORMAT_NAME = "eplb-dump"
 #: (major, minor). A reader rejects a newer major version; a newer minor version only adds.
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 
 SESSION_FILE = "session.json"
 MANIFEST_FILE = "manifest.frames"
@@ -21,7 +21,7 @@ METADATA_KEY = b"eplb_dump"
 EMPTY_SLOT = -1
 #: Larger values are rejected before memory is allocated for them.
 MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
-#: Counts are stored as int32; a larger one is an error of the engine and is rejected.
+#: The largest count of one forward pass, stored as int32; a larger one is an error of the engine.
 MAX_LOAD = 2**31 - 1
 #: No step, count, size or time in the format is larger, so that sums and differences fit into int64.
 MAX_NUMBER = 2**62
@@ -97,6 +97,10 @@ PLACEMENTS_SCHEMA = pa.schema(
     ]
 )
 SCHEMAS = {"steps": STEPS_SCHEMA, "loads": LOADS_SCHEMA, "placements": PLACEMENTS_SCHEMA}
+#: LOADS_SCHEMA of a segment with a count above MAX_LOAD: a sum over passes or ranks, since version 1.1.
+WIDE_LOADS_SCHEMA = LOADS_SCHEMA.set(
+    LOADS_SCHEMA.get_field_index("load"), pa.field("load", _list_of(pa.int64()), nullable=False)
+)
 
 
 def journal_name(seq: int) -> str:

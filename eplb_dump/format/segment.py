@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eplb_dump.format.files import discard, fsync_file, publish, remove, temporary
-from eplb_dump.format.journal import Int32, Int64, JournalSegment, PlacementRows, Shape, StepRows
+from eplb_dump.format.journal import Int64, JournalSegment, Loads, PlacementRows, Shape, StepRows
 from eplb_dump.format.manifest import (
     ExpertSums,
     SealedFile,
@@ -32,6 +33,7 @@ from eplb_dump.format.schema import (
     METADATA_KEY,
     SCHEMAS,
     STATUS_LABELS,
+    WIDE_LOADS_SCHEMA,
     FormatError,
     segment_name,
 )
@@ -80,11 +82,16 @@ def list_column(values: np.ndarray[Any, Any], schema: pa.Schema, name: str) -> p
     return pa.ListArray.from_arrays(pa.array(offsets), flat, type=schema.field(name).type)
 
 
+def loads_schema(dtype: npt.DTypeLike) -> pa.Schema:
+    """The schema of the ``loads`` table for loads of a type, int32 or int64."""
+    return WIDE_LOADS_SCHEMA if np.dtype(dtype).itemsize > 4 else SCHEMAS["loads"]
+
+
 def loads_table(
-    layers: list[int], step: Int64, load: Int32, ep_size: int, metadata: dict[bytes, bytes] | None = None
+    layers: list[int], step: Int64, load: Loads, ep_size: int, metadata: dict[bytes, bytes] | None = None
 ) -> pa.Table:
-    """Rows of the ``loads`` table: ``load`` int32 ``[len(layers), len(step), num_physical]``."""
-    schema = SCHEMAS["loads"].with_metadata(metadata)
+    """Rows of the ``loads`` table: ``load [len(layers), len(step), num_physical]``."""
+    schema = loads_schema(load.dtype).with_metadata(metadata)
     count, n, physical = load.shape
     flat = load.reshape(count * n, physical)
     rank_load = flat.reshape(count * n, ep_size, physical // ep_size).sum(axis=2, dtype=np.int64)
@@ -162,8 +169,13 @@ class Content(Protocol):
     def placements(self) -> PlacementRows: ...
     @property
     def load_steps(self) -> Int64: ...
-    def read_layers(self, first: int, last: int) -> Int32:
-        """Loads of MoE layers ``first`` to ``last - 1``: int32 ``[last - first, n, num_physical]``."""
+    @property
+    def load_type(self) -> npt.DTypeLike:
+        """int32, or int64 if a count is above MAX_LOAD."""
+        ...
+
+    def read_layers(self, first: int, last: int) -> Loads:
+        """Loads of MoE layers ``first`` to ``last - 1``: ``load_type [last - first, n, num_physical]``."""
         ...
 
 
@@ -221,11 +233,11 @@ def _write_files(folder: Path, content: Content) -> SealedSegment:
     }
     files: dict[str, SealedFile] = {}
 
-    def write(table: str, parts: Any, rows: int) -> None:
+    def write(table: str, parts: Any, rows: int, schema: pa.Schema | None = None) -> None:
         metadata = {METADATA_KEY: canonical_json({**base, "table": table}).encode()}
         name = segment_name(table, seq)
         tmp = temporary(folder / name)
-        writer = _open_parquet(tmp, SCHEMAS[table].with_metadata(metadata))
+        writer = _open_parquet(tmp, (schema or SCHEMAS[table]).with_metadata(metadata))
         try:
             for part in parts(metadata):
                 writer.write_table(part, row_group_size=max(1, part.num_rows))
@@ -257,7 +269,7 @@ def _write_files(folder: Path, content: Content) -> SealedSegment:
                     builder.add(layer, load[layer - first])
                 yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
 
-        write("loads", load_parts, n * shape.num_moe_layers)
+        write("loads", load_parts, n * shape.num_moe_layers, loads_schema(content.load_type))
         sums = builder.sums()
     write("steps", lambda metadata: [steps_table(content.steps, metadata)], len(content.steps.step))
     step = content.steps.step
@@ -273,8 +285,8 @@ class _SumBuilder:
         self._rows: list[tuple[int, int]] = []
         self._loads: list[Int64] = []
 
-    def add(self, layer: int, load: Int32) -> None:
-        """``load``: one layer's, int32 ``[len(load_steps), num_physical_experts]``."""
+    def add(self, layer: int, load: Loads) -> None:
+        """``load``: one layer's ``[len(load_steps), num_physical_experts]``."""
         changed = self._placements.step[self._placements.layer == layer]
         edges = np.unique([0, *np.searchsorted(self._steps, changed)])
         edges = edges[edges < len(self._steps)]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from eplb_dump.format.journal import Int32, JournalAppender, Shape, placements_frame
 from eplb_dump.format.session import SessionInfo
@@ -27,8 +28,12 @@ class PlacementEncoder:
         self.current: Int32 | None = None
         self.ep_size = 0
 
-    def encode(self, step: int, placement: Int32, ep_size: int) -> list[bytes]:
+    def encode(
+        self, step: int, placement: Int32, ep_size: int, known: npt.NDArray[np.bool_] | None = None
+    ) -> list[bytes]:
         """The frame of a placement in force from ``step`` on; empty if no layer changed.
+
+        ``known`` [num_moe_layers]: the layers whose placement is known; default all.
 
         Another number of slots or EP ranks changes every layer: its slots are on other ranks.
         """
@@ -37,6 +42,8 @@ class PlacementEncoder:
             changed = np.arange(len(placement))
         else:
             changed = np.flatnonzero((before != placement).any(axis=1))
+        if known is not None:
+            changed = changed[known[changed]]
         self.ep_size = ep_size
         if not len(changed):
             return []

@@ -13,7 +13,7 @@ from eplb_analyze.cli.output import Output, OutputFormat
 from eplb_analyze.cli.views.import_ import render
 from eplb_analyze.storage.path import StoragePath, local, storage_path
 
-FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array")
+FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array", "table")
 
 
 def import_(
@@ -38,8 +38,9 @@ def import_(
         str | None,
         typer.Option(
             "--placement",
-            help="Who was where: an engine's placement file, linear (expert e in slot e), last (SGLang "
-            "per_pass: its last placement held all the time), or unknown.",
+            help="Where the experts were: an engine's placement file, linear (expert e in slot e), "
+            "round_robin (expert e on rank e % EP size), last (SGLang per_pass: its last placement held "
+            "all the time), or unknown.",
         ),
     ] = None,
     num_experts: Annotated[

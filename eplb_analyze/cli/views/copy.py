@@ -18,7 +18,7 @@ def render(console: Console, report: CopyReport) -> None:
     print_line(console, ("copied ", "bold"), f"run {report.run_id}, {models}")
     print_line(console, f"into {report.to}", soft_wrap=True)
     there = f", {report.files_there:,} of them there already" if report.files_there else ""
-    size = f"{report.bytes / 1e6:,.2f} MB"
+    size = f"{plural(report.rows, 'row')}, {report.bytes:,} bytes"
     console.print(
         f"{plural(report.sessions, 'session')}, {plural(report.files, 'file')}{there}, {size}, all verified"
     )

@@ -22,7 +22,8 @@ def render_placement(console: Console, report: PlacementExport) -> None:
     console.print(
         f"{plural(len(placement.layers), 'layer')} of {slots} on {plural(placement.ep_size, 'rank')}"
     )
-    written = f"written for {report.target}: {report.file}, {report.bytes:,} bytes"
+    rows = plural(report.rows, "row")
+    written = f"written for {report.target}: {report.file}, {rows}, {report.bytes:,} bytes"
     print_line(console, written, soft_wrap=True)
     if report.usage:
         print_line(console, "to load it:")
@@ -58,8 +59,8 @@ def render_loads(console: Console, report: LoadExport) -> None:
     when = f"{plural(report.recorded, 'complete step')}, {report.first_step} to {report.last_step}"
     console.print(f"{when}, of {plural(len(report.layers), 'layer')}")
     size = f"{report.bytes:,} bytes"
-    rows = f"{plural(report.rows, 'row')}, " if report.rows is not None else ""
-    print_line(console, f"written as {report.format}: {report.file}, {rows}{size}", soft_wrap=True)
+    rows = plural(report.rows, "row")
+    print_line(console, f"written as {report.format}: {report.file}, {rows}, {size}", soft_wrap=True)
     print_notes(console, report.notes)
 
 

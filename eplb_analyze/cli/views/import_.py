@@ -35,6 +35,7 @@ def render(console: Console, report: ImportReport) -> None:
     console.print(
         steps + (f", {report.not_sampled:,} between them not sampled" if report.not_sampled else "")
     )
+    console.print(f"written: {plural(report.rows, 'row')}, {report.bytes:,} bytes")
     console.print()
     section("not known", list(report.unknown.values()))
     section("taken for granted", list(report.assumed.values()))

@@ -49,8 +49,8 @@ class LoadExport(RunReport):
     recorded: int
     #: The model's numbers.
     layers: list[int]
-    #: None for ``logical-npy``.
-    rows: int | None
+    #: For ``logical-npy``, the layers.
+    rows: int
     notes: list[str]
 
 
@@ -134,7 +134,7 @@ def _write_logical(
         "first_step": sums.first_step,
         "last_step": sums.last_step,
         "recorded": sums.recorded,
-        "rows": None,
+        "rows": len(logical),
         "notes": notes + run.import_caveats(*(() if steps is None else ("step_order",)), *PLACEMENTS),
     }
 
@@ -194,7 +194,8 @@ def logical_loads(
 def schema(run: Run) -> pa.Schema:
     """``load`` is int64, or double if it is divided by the token replication."""
     load = pa.int64() if run.info.token_replication == 1 else pa.float64()
-    about = {"run_id": run.info.run_id, "model": run.info.model, "scope": run.info.scope}
+    names = ("run_id", "model", "scope", "num_logical_experts", "token_replication")
+    about = {name: getattr(run.info, name) for name in names}
     return pa.schema(
         [
             pa.field("step", pa.int64(), nullable=False),
@@ -203,6 +204,7 @@ def schema(run: Run) -> pa.Schema:
             pa.field("rank", pa.int32(), nullable=False),
             pa.field("logical", pa.int32()),
             pa.field("load", load, nullable=False),
+            pa.field("time", pa.timestamp("ns", tz="UTC")),
         ],
         metadata={METADATA_KEY: json.dumps(about)},
     )
@@ -218,7 +220,7 @@ def batches(run: Run, blocks: Iterable[Block], layers: list[int]) -> Iterator[pa
 
     Yields:
         step, layer (the model's number), physical, rank, logical (-1: empty slot; null: the placement is
-        not known), load.
+        not known), load, time (null: not known).
     """
     for block in blocks:
         if block.shape is None or not len(block.recorded):
@@ -232,6 +234,7 @@ def batches(run: Run, blocks: Iterable[Block], layers: list[int]) -> Iterator[pa
 def _of_layer(run: Run, block: Block, layer: int, load: Int64) -> Iterator[pa.RecordBatch]:
     """``load``: int64 [steps, num_physical_experts]."""
     steps, shape = block.recorded, block.shape
+    times = block.time_ns[np.searchsorted(block.step, steps)]
     assert shape is not None
     slots = shape.num_physical_experts
     physical = np.arange(slots, dtype=np.int32)
@@ -250,6 +253,9 @@ def _of_layer(run: Run, block: Block, layer: int, load: Int64) -> Iterator[pa.Re
                 "rank": np.tile(rank, n),
                 "logical": pa.nulls(n * slots, pa.int32()) if placement is None else np.tile(placement, n),
                 "load": values if run.info.token_replication == 1 else run.tokens(values),
+                "time": pa.array(np.repeat(times[here], slots), pa.timestamp("ns", tz="UTC"))
+                if run.info.timed
+                else pa.nulls(n * slots, pa.timestamp("ns", tz="UTC")),
             }
             yield pa.RecordBatch.from_pydict(columns, schema=schema(run))
 

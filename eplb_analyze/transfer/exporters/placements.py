@@ -55,6 +55,8 @@ class PlacementExport(Report):
 
     target: str
     file: Path
+    #: One per layer in the file.
+    rows: int
     bytes: int
     origin: Origin
     placement: Placement
@@ -72,6 +74,7 @@ class PlacementExport(Report):
                 "run": origin.pop("run"),
                 "for": self.target,
                 "file": self.file,
+                "rows": self.rows,
                 "bytes": self.bytes,
                 "origin": origin,
                 "ep_size": self.placement.ep_size,
@@ -244,7 +247,10 @@ def export_placement(
     data = text.encode()
     with atomic.new_file(file, force=force) as out:
         out.write(data)
-    return PlacementExport(target, file, len(data), source.origin, placement, filled, fixed, usage, notes)
+    rows = len(placement.layers)
+    return PlacementExport(
+        target, file, rows, len(data), source.origin, placement, filled, fixed, usage, notes
+    )
 
 
 def _names_layers(run: Run) -> bool:

@@ -1,24 +1,33 @@
 """Plain arrays: ``[layers, experts]`` as deepseek-ai/EPLB, ``[steps, layers, experts]``, vllm-ascend's heat.
 
-The files are .npy, .npz, .pt or .csv, and say nothing but the shape.
+The files are .npy, .npz, .pt, .csv or .json and say nothing but the shape. There is one, or one per rank.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.transfer.importers import torch_files
+from eplb_analyze.transfer.importers import table, torch_files
 from eplb_analyze.transfer.importers.files import (
     MAX_TEXT,
     Array,
+    by_rank,
+    depth_of,
+    integers,
+    json_items,
     listing,
     npz_shapes,
     one_of,
+    rank_of,
+    read_json,
     read_npy,
     read_npz,
     regular,
@@ -27,19 +36,50 @@ from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, orde
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
 PASSES = "of how many forward passes the one step is the sum"
+#: The key of a JSON document with a record for each step, and the keys of its loads.
+HISTORY = "load_history"
+LOGICAL, PHYSICAL = "logical_expert_load", "physical_expert_load"
+#: How many steps are in a chunk.
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The counts of one file, one row per step."""
+
+    layers: int
+    width: int
+    chunks: Callable[[], Iterator[Chunk]]
+    kind: str = "[steps, layers, experts]"
+    by_slot: bool = False
 
 
 def read(path: Path, options: Options) -> Reading:
-    """Counts by logical expert: ``[layers, experts]``, or with steps first. Raises DumpError, UsageError."""
-    path = _file(path, options)
-    array = load(path, options)
-    rows = array[None] if array.ndim == 2 else array
-    reading = _reading("array", path, rows, by_slot=False)
-    reading.num_logical_experts = rows.shape[2]
-    if array.ndim == 2:
+    """Counts by expert: ``[layers, experts]``, or with steps first. Raises DumpError, UsageError."""
+    files = _files(path, options)
+    first = next(iter(files.values()))
+    if table.is_table(first):
+        return table.read(path, files, options)
+    found = {rank: _open(file, options) for rank, file in files.items()}
+    rows = next(iter(found.values()))
+    for rank, other in found.items():
+        if (other.layers, other.width, other.kind) != (rows.layers, rows.width, rows.kind):
+            raise DumpError(f"{files[rank]}: its shape is not that of {first.name}")
+    local = None not in files
+    reading = Reading(
+        "array", rows.kind, list(files.values()), rows.by_slot, Scope.LOCAL if local else Scope.GLOBAL,
+        {rank or 0: each.chunks for rank, each in found.items()}, rows.layers, rows.width,
+    )  # fmt: skip
+    if local:
+        reading.files_of = {rank: [file] for rank, file in files.items() if rank is not None}
+    if not rows.by_slot:
+        reading.num_logical_experts = rows.width
+    if rows.kind == HISTORY:
+        reading.assumed["step_order"] = f"the records of {HISTORY} are in the order of time"
+        reading.unknown["step_numbers"] = "the numbers of steps: records are counted from 0"
+    elif rows.kind == "[layers, experts]":
         reading.unknown["passes"] = PASSES
     else:
-        reading.kind = "[steps, layers, experts]"
         ordered_rows(reading, options, "an array does not say whether its rows are in the order of time")
         reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
     return reading
@@ -47,35 +87,113 @@ def read(path: Path, options: Options) -> Reading:
 
 def read_ascend(path: Path, options: Options) -> Reading:
     """vllm-ascend's heat: ``[layers, ranks, slots of a rank]``, one sum. Raises DumpError, UsageError."""
-    path = _file(path, options)
+    path = one_of(listing(path, options.only), "files") if path.is_dir() else path
     array = load(path, options)
     if array.ndim != 3:
         raise DumpError(f"{path}: it has the shape {array.shape}, not [layers, ranks, slots of a rank]")
     layers, ranks, slots = array.shape
-    reading = _reading("vllm-ascend", path, array.reshape(1, layers, ranks * slots), by_slot=True)
-    reading.kind, reading.ep_size = "heat", ranks
+    rows = _of_array(path, array.reshape(1, layers, ranks * slots), "heat")
+    reading = Reading(
+        "vllm-ascend", rows.kind, [path], True, Scope.GLOBAL, {0: rows.chunks}, layers, rows.width,
+        ep_size=ranks,
+    )  # fmt: skip
     reading.unknown["passes"] = PASSES
     return reading
 
 
-def _file(path: Path, options: Options) -> Path:
-    return one_of(listing(path, options.only), "files") if path.is_dir() else path
-
-
-def _reading(system: str, path: Path, rows: Array, *, by_slot: bool) -> Reading:
-    if rows.shape[1] > MAX_LAYERS or rows.shape[2] > MAX_EXPERTS:
-        raise DumpError(
-            f"{path}: it has {rows.shape[1]:,} layers of {rows.shape[2]:,} experts, which no model has"
+def _files(path: Path, options: Options) -> dict[int | None, Path]:
+    """The one file under None, or a file per rank. Raises DumpError, UsageError."""
+    if path.is_dir():
+        paths = [p for p in listing(path, options.only) if p.suffix in SUFFIXES or options.only is not None]
+        if not paths:
+            raise DumpError(f"{path}: no file in it ends in {', '.join(SUFFIXES)}")
+        if len(paths) > 1:
+            return dict(by_rank(paths).items())
+        path = paths[0]
+    rank = rank_of(path)
+    if rank is not None and options.ep_size != 1 and not table.has_slots(path):
+        # The load is the sum over all ranks: one rank's part would give wrong figures.
+        raise UsageError(
+            f"{path}: by its name the counts ([layers, experts] or rows of layer_id, expert_id, count) are "
+            f"of rank {rank} alone; give the folder that has a file per rank, or rename a file that holds "
+            "the sum over all ranks"
         )
+    return {None: path}
+
+
+#: The names of files that can hold counts.
+SUFFIXES = (".npy", ".npz", ".pt", ".csv", ".parquet", ".json")
+
+
+def _open(path: Path, options: Options) -> _Rows:
+    if _begins_with(path, b"{"):
+        return _history(path)
+    array = load(path, options)
+    if array.ndim == 2:
+        return _of_array(path, array[None], "[layers, experts]")
+    return _of_array(path, array, "[steps, layers, experts]")
+
+
+def _begins_with(path: Path, *starts: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(256).lstrip()[:1] in starts
+
+
+def _of_array(path: Path, rows: Array, kind: str) -> _Rows:
+    _require_possible(path, rows.shape[1:])
 
     def chunks() -> Iterator[Chunk]:
-        for low in range(0, len(rows), 256):
-            steps = np.arange(low, min(low + 256, len(rows)), dtype=np.int64)
-            yield Chunk(steps, np.asarray(rows[low : low + 256]))
+        for low in range(0, len(rows), CHUNK):
+            steps = np.arange(low, min(low + CHUNK, len(rows)), dtype=np.int64)
+            yield Chunk(steps, np.asarray(rows[low : low + CHUNK]))
 
-    return Reading(
-        system, "[layers, experts]", [path], by_slot, Scope.GLOBAL, {0: chunks}, rows.shape[1], rows.shape[2]
-    )
+    return _Rows(rows.shape[1], rows.shape[2], chunks, kind)
+
+
+def _require_possible(path: Path, shape: tuple[int, ...]) -> None:
+    if shape[0] > MAX_LAYERS or shape[1] > MAX_EXPERTS:
+        raise DumpError(f"{path}: it has {shape[0]:,} layers of {shape[1]:,} experts, which no model has")
+
+
+def is_history(path: Path) -> bool:
+    """Whether a JSON document begins with ``load_history``."""
+    with path.open("rb") as file:
+        return re.match(rb'\s*{\s*"' + HISTORY.encode() + rb'"\s*:', file.read(4096)) is not None
+
+
+def _history(path: Path) -> _Rows:
+    """The public data set of the EPLB search task: a record with ``logical_expert_load`` for each step."""
+    first = next(json_items(path, HISTORY), None)
+    if first is None:
+        raise DumpError(f"{path}: its {HISTORY} is empty")
+    key, start = _load_of(*first)
+    _require_possible(path, start.shape)
+
+    def chunks() -> Iterator[Chunk]:
+        held: list[Array] = []
+        count = 0
+        for where, item in json_items(path, HISTORY):
+            own, array = _load_of(where, item)
+            if own != key or array.shape != start.shape:
+                raise DumpError(f"{where}: it has {own} {array.shape}, the first record {key} {start.shape}")
+            held.append(array)
+            if len(held) == CHUNK:
+                yield Chunk(np.arange(count, count + CHUNK, dtype=np.int64), np.stack(held))
+                count, held = count + CHUNK, []
+        if held:
+            yield Chunk(np.arange(count, count + len(held), dtype=np.int64), np.stack(held))
+
+    return _Rows(start.shape[0], start.shape[1], chunks, HISTORY, key == PHYSICAL)
+
+
+def _load_of(where: str, item: Any) -> tuple[str, Array]:
+    """The key and the counts ``[layers, experts]`` of a record."""
+    if isinstance(item, list):
+        return LOGICAL, integers(item, 2, where)
+    keys = [key for key in (LOGICAL, PHYSICAL) if isinstance(item, dict) and key in item]
+    if not keys:
+        raise DumpError(f"{where}: it has no {LOGICAL} or {PHYSICAL}, [layers, experts]")
+    return keys[0], integers(item[keys[0]], 2, f"{where}: {keys[0]}")
 
 
 def load(path: Path, options: Options) -> Array:
@@ -89,6 +207,9 @@ def load(path: Path, options: Options) -> Array:
         array = read_npz(path, name)[name]
     elif start[:4] == b"PK\x03\x04":
         array = torch_files.Arrays(path).of(torch_files.load(path), (2, 3), "the tensor")
+    elif _begins_with(path, b"["):
+        document = read_json(path)
+        array = integers(document, 3 if depth_of(document) == 3 else 2, str(path))
     else:
         array = read_csv(path)
     if array.ndim not in (2, 3) or not array.size:
@@ -132,7 +253,8 @@ def read_csv(path: Path) -> Array:
                 odd = next((c for c in cells if not (c.isascii() and c.isdigit() and len(c) < 19)), None)
                 if odd is not None:
                     raise DumpError(
-                        f"{path}: line {number}: {odd[:20]!r} is no count; a row is a layer's counts"
+                        f"{path}: line {number}: {odd[:20]!r} is no count; a row is a layer's counts "
+                        f"([layers, experts]), or {table.FORM}"
                     )
                 rows.append([int(cell) for cell in cells])
                 if len(rows[-1]) != len(rows[0]):

@@ -11,6 +11,7 @@ from eplb_analyze.transfer.importers import (
     megatron,
     placement_files,
     sglang,
+    table,
     torch_files,
     trtllm,
     vllm,
@@ -34,6 +35,7 @@ READERS: dict[str, Callable[[Path, Options], Reading]] = {
     "megatron": megatron.read,
     "ascend": arrays.read_ascend,
     "array": arrays.read,
+    "table": arrays.read,
 }
 
 
@@ -46,8 +48,10 @@ def detect(path: Path, options: Options) -> str:
         found = {
             _of_file(p)
             for p in listing(path, options.only)
-            if p.suffix in (".pt", ".npz", ".npy", ".jsonl", ".csv")
+            if p.suffix in (".pt", ".npz", ".npy", ".jsonl", ".csv", ".parquet")
         }
+        if not found:
+            found = {_of_file(p) for p in listing(path, options.only) if p.suffix == ".json"}
         if len(found) > 1:
             found.discard("array")  # other files beside a recorder's
         if len(found) == 1:
@@ -70,10 +74,17 @@ def _of_file(path: Path) -> str:
         if any(name.endswith("data.pkl") for name in zip_names(path)):
             return _of_torch(path)
         return "megatron" if "dump_version" in npz_shapes(path) else "array"
+    if table.is_table(path):
+        return "table"
     if start.lstrip()[:1] == b"{":
         return _of_json(path)
     if start and all(48 <= byte < 58 or byte in b",;. \t\r\n" for byte in start):
         return "array"
+    if start.lstrip()[:1] == b"[":
+        raise UsageError(
+            f"{path}: a list can be counts [layers, experts] (--format array) or a placement, which "
+            "--placement takes beside a source of loads; say which"
+        )
     if path.suffix in (".yaml", ".yml"):
         raise _placement_error(path)
     raise DumpError(f"{path}: not of a format known here ({', '.join(READERS)})")
@@ -100,6 +111,8 @@ def _of_torch(path: Path) -> str:
 
 
 def _of_json(path: Path) -> str:
+    if arrays.is_history(path):
+        return "array"
     with path.open("rb") as file:
         line = file.readline(MAX_TEXT + 1)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -110,6 +111,55 @@ def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[str
             yield where, record
 
 
+#: How many bytes of a long JSON document are read at once.
+_JSON_BYTES = 4 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def json_items(path: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """``(where, item)`` of the list under ``key``, the first member of a JSON object of any size.
+
+    Only an item, of at most MAX_TEXT bytes, is in memory at once. Raises DumpError.
+    """
+    regular(path)
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8", errors="strict") as file:
+        text, at, number = file.read(_JSON_BYTES), 0, 0
+        start = re.compile(rf'[ \t\r\n]*{{[ \t\r\n]*"{re.escape(key)}"[ \t\r\n]*:[ \t\r\n]*\[').match(text)
+        if start is None:
+            raise DumpError(f"{path}: it does not begin with the list {key}")
+        at = start.end()
+        try:
+            while True:
+                at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+                if number and text[at : at + 1] == ",":
+                    at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+                elif text[at : at + 1] == "]":
+                    return
+                where = f"{path}: {key}[{number}]"
+                try:
+                    item, end = decoder.raw_decode(text, at)
+                except ValueError as error:
+                    more = file.read(_JSON_BYTES)
+                    if not more or len(text) - at > MAX_TEXT:
+                        raise DumpError(f"{where}: it is not JSON, or longer than {MAX_TEXT >> 20} MiB "
+                                        f"({error})") from None  # fmt: skip
+                    text, at = text[at:] + more, 0
+                    continue
+                yield where, item
+                at, number = end, number + 1
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise DumpError(f"{path}: it is not JSON ({error})") from None
+
+
+def depth_of(value: Any) -> int:
+    """How deeply a JSON list is nested, at most 4."""
+    depth = 0
+    while isinstance(value, list) and value and depth < 4:
+        value, depth = value[0], depth + 1
+    return depth
+
+
 def integers(value: Any, shape_of: int, where: str) -> Array:
     """A nested JSON list as an integer array of ``shape_of`` dimensions. Raises DumpError."""
     try:
@@ -208,6 +258,34 @@ def read_npz(path: Path, *wanted: str) -> dict[str, Array]:
 
 
 # ---- which of several
+
+_RANK = re.compile(r"rank[_-]?(\d{1,6})(?!\d)", re.IGNORECASE)
+
+
+def rank_of(path: Path) -> int | None:
+    """The rank that a file's name says, as in ``expert_distribution_rank3_1744347750.csv``."""
+    match = _RANK.search(path.name)
+    return None if match is None else int(match[1])
+
+
+def by_rank(paths: list[Path]) -> dict[int, Path]:
+    """The files of a recording with one file per rank.
+
+    Raises UsageError if a name says no rank, or several say the same.
+    """
+    found: dict[int, Path] = {}
+    for path in paths:
+        rank = rank_of(path)
+        if rank is None:
+            one_of(paths, "files, of which not all names have a rank (as in rank0)")
+            raise UsageError(f"{path}: its name says no rank, as rank0 does")
+        if rank in found:
+            raise UsageError(
+                f"{path.parent}: rank {rank} has several files ({found[rank].name}, {path.name}), "
+                "of recordings of their own; choose with --only 'PATTERN'"
+            )
+        found[rank] = path
+    return found
 
 
 def one_of(paths: list[Path], what: str) -> Path:

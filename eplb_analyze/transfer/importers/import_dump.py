@@ -40,6 +40,9 @@ class ImportReport(Report):
     complete: int
     not_sampled: int
     files: int
+    #: What was written: rows of all tables, and bytes of all files.
+    rows: int
+    bytes: int
     unknown: dict[str, str]
     assumed: dict[str, str]
     notes: list[str]
@@ -99,6 +102,8 @@ def import_dump(
         complete=written.complete,
         not_sampled=written.not_sampled,
         files=len(reading.files),
+        rows=written.rows,
+        bytes=written.bytes,
         unknown=reading.unknown,
         assumed=reading.assumed,
         notes=reading.notes,

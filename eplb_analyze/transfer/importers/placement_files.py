@@ -6,7 +6,7 @@ maps, vllm-ascend's expert map, and a plain ``[layers, slots]`` (.npy, .json).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class PlacementFile:
 
     slots: Int32
     numbers: tuple[int, ...] | None = None
+    #: The file does not name its layers, so that its only row can hold for all layers of a model.
+    of_any_layer: bool = False
 
 
 def read_placement(path: Path, model: str | None) -> PlacementFile:
@@ -44,12 +46,12 @@ def read_placement(path: Path, model: str | None) -> PlacementFile:
     if path.suffix in (".yaml", ".yml"):
         return _trtllm(path)
     if path.suffix == ".npy":
-        return _checked(path, read_npy(path))
+        return _unnumbered(path, read_npy(path))
     if path.suffix == ".pt":
         document = torch_files.load(path)
         if not isinstance(document, dict) or set(document) != {MAP}:
             raise DumpError(f"{path}: SGLang's placement files hold {MAP} and nothing else")
-        return _checked(path, torch_files.Arrays(path).of(document[MAP], (2,), MAP))
+        return _unnumbered(path, torch_files.Arrays(path).of(document[MAP], (1, 2), MAP))
     if path.suffix == ".jsonl":
         _, document = next(json_lines(path), ("", None))
     else:
@@ -67,7 +69,7 @@ def is_placement(document: object) -> bool:
 
 def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
     if isinstance(document, list):
-        return _checked(path, document)
+        return _unnumbered(path, document)
     if not isinstance(document, dict):
         raise DumpError(f"{path}: it is no placement file that is known here")
     if "initial_global_assignments" in document:  # vLLM PR 41141; layers are counted from 0
@@ -95,7 +97,7 @@ def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
     if MAP not in document or more:
         also = f", and does not know {', '.join(sorted(map(str, more)))[:80]!r}" if more else ""
         raise DumpError(f"{path}: a placement file has {MAP!r}{also}")
-    return _checked(path, document[MAP])
+    return _unnumbered(path, document[MAP])
 
 
 def _ascend(path: Path, layers: Any) -> list[list[int]]:
@@ -178,6 +180,15 @@ def _trtllm(path: Path) -> PlacementFile:
 def _shown(value: object) -> str:
     """An untrusted value for a message: nested lists can be of any length."""
     return repr(value)[:40] if value is None or isinstance(value, int | float | str) else "no number"
+
+
+def _unnumbered(path: Path, rows: Any) -> PlacementFile:
+    """Rows without layer numbers, or one row ``[slots]`` for all layers."""
+    if isinstance(rows, list):
+        rows = [rows] if all(type(n) is int for n in rows[: MAX_EXPERTS + 1]) else rows
+    elif rows.ndim == 1:
+        rows = rows[None]
+    return replace(_checked(path, rows), of_any_layer=True)
 
 
 def _checked(path: Path, rows: Any) -> PlacementFile:

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.policies.policy import INITIAL
 from eplb_analyze.text import listed
 from eplb_analyze.transfer.importers.placement_files import PlacementFile, read_placement
 from eplb_analyze.transfer.importers.source import (
     LAST,
-    LINEAR,
+    MAX_COUNT,
     UNKNOWN,
+    UNKNOWN_ROW,
     Chunk,
     Counts,
     Options,
@@ -23,12 +25,13 @@ from eplb_analyze.transfer.importers.source import (
     count_experts,
     whole_counts,
 )
-from eplb_dump.format.journal import Int32
+from eplb_dump.format.journal import Int32, Loads
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, Scope
 
 UNKNOWN_MODEL = "unknown"
 EXAMPLE = (
-    "--placement linear says that expert e is in slot e, --placement FILE names an engine's placement file"
+    "--placement linear says that expert e is in slot e, round_robin that it is on rank e % EP size, "
+    "--placement FILE names an engine's placement file"
 )
 
 
@@ -43,7 +46,7 @@ class Plan:
     num_physical_experts: int
     token_replication: int
     layers: tuple[int, ...] | None
-    #: The chunks of each rank, with checked loads: int32 ``[n, layers, num_physical_experts]``.
+    #: The chunks of each rank, with checked loads: int32 or int64 ``[n, layers, num_physical_experts]``.
     parts: dict[int, Callable[[], Iterator[Chunk]]]
 
 
@@ -56,7 +59,7 @@ def make_plan(reading: Reading, options: Options) -> Plan:
     ep_size = _ep_size(reading, options, where, wants_placement)
     if wants_placement:
         raise UsageError(f"{where}: {_why_placement(reading)}")
-    placement = _placement(reading, options, where)
+    placement = _placement(reading, options, ep_size, where)
     experts = _experts(reading, options, placement, where)
     if reading.scope is Scope.LOCAL:
         _all_ranks(reading, ep_size, where)
@@ -64,13 +67,16 @@ def make_plan(reading: Reading, options: Options) -> Plan:
     width = reading.width if placement is None else placement.shape[1]
     if width % ep_size or width > MAX_EXPERTS:
         raise UsageError(
-            f"{where}: {width} slots do not divide among {ep_size} ranks; see --ep-size, --placement"
+            f"{where}: {width} slots do not divide among {ep_size} ranks; see --ep-size, --placement, "
+            "--num-experts"
         )
-    if options.token_replication is None:
+    replication = _token_replication(reading, options, where)
+    if replication is None:
         reading.unknown["token_replication"] = (
             "whether tokens are counted several times; taken as once (--token-replication)"
         )
-    reading.unknown["times"] = "when the steps were"
+    if not reading.timed:
+        reading.unknown["times"] = "when the steps were"
     if options.model is None and reading.model is None:
         reading.unknown["model"] = "the model's name (--model)"
     model = options.model or reading.model or UNKNOWN_MODEL
@@ -91,10 +97,17 @@ def make_plan(reading: Reading, options: Options) -> Plan:
         ep_size,
         experts,
         width,
-        options.token_replication or 1,
+        replication or 1,
         layers,
         {rank: part(chunks) for rank, chunks in reading.parts.items()},
     )
+
+
+def _token_replication(reading: Reading, options: Options, where: Path) -> int | None:
+    stated, given = reading.token_replication, options.token_replication
+    if stated is not None and given not in (None, stated):
+        raise UsageError(f"{where}: the source has a token replication of {stated} (--token-replication)")
+    return stated or given
 
 
 def _layers(reading: Reading, options: Options, where: Path) -> tuple[int, ...] | None:
@@ -140,14 +153,14 @@ def _why_placement(reading: Reading) -> str:
     return f"it has counts of experts and does not say on which rank each was: {EXAMPLE}"
 
 
-def _placement(reading: Reading, options: Options, where: Path) -> Int32 | None:
+def _placement(reading: Reading, options: Options, ep_size: int, where: Path) -> Int32 | None:
     """int32 ``[layers, num_physical_experts]`` for all steps; None: the chunks have it, or it is unknown."""
     choice = options.placement
     if choice == LAST:
         if reading.kind not in ("per_pass", "per_token"):
             raise UsageError(f"{where}: --placement last is for SGLang's modes per_pass and per_token")
         return None
-    if reading.placed and choice is not None:
+    if reading.placed and choice == UNKNOWN:
         raise UsageError(f"{where}: the source has its own placements; leave out --placement")
     if choice is None or choice == UNKNOWN:
         if reading.by_slot is False:
@@ -157,14 +170,25 @@ def _placement(reading: Reading, options: Options, where: Path) -> Int32 | None:
         if not reading.placed:
             reading.unknown["placement"] = "which expert is in which slot (--placement)"
         return None
-    if choice == LINEAR:
-        reading.assumed["placement"] = "expert e is in slot e in all steps, as --placement linear says"
-        return np.tile(np.arange(reading.width, dtype=np.int32), (reading.num_layers, 1))
+    if choice in INITIAL:
+        description, row_of = INITIAL[choice]
+        reading.assumed["placement"] = f"{description} in all steps, as --placement {choice} says"
+        experts = options.num_logical_experts or reading.num_logical_experts or reading.width
+        row = row_of(min(experts, reading.width), reading.width, ep_size)
+        return np.tile(row, (reading.num_layers, 1))
+    if not Path(choice).exists():
+        names = ", ".join([*INITIAL, LAST, UNKNOWN])
+        raise UsageError(
+            f"--placement {choice}: no file and no placement is called so; the names are {names}, and a "
+            "file is one that an engine loads at its start"
+        )
     file = read_placement(Path(choice), options.model or reading.model)
     slots = _rows(file, reading, options, Path(choice))
     if reading.by_slot is not False and slots.shape[1] != reading.width:
         raise DumpError(f"{choice}: it has {slots.shape[1]} slots a layer, the loads have {reading.width}")
     reading.assumed["placement"] = f"experts are where {Path(choice).name} says, in all steps"
+    if len(slots) > len(file.slots):
+        reading.assumed["placement"] += f"; its one row holds for all {len(slots)} layers"
     return slots
 
 
@@ -176,13 +200,16 @@ def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -
         if missing:
             raise DumpError(f"{path}: it has no layer {missing[0]}, of which there are loads")
         return file.slots[[file.numbers.index(n) for n in numbers]]
-    if reading.hidden_layers is not None and reading.layers is not None:
+    one = file.of_any_layer and len(file.slots) == 1
+    if reading.hidden_layers is not None and reading.layers is not None and not one:
         if len(file.slots) != reading.hidden_layers:
             raise DumpError(
                 f"{path}: it has {len(file.slots)} layers, but the loads are of {reading.hidden_layers} "
                 "hidden layers: SGLang counts dense ones, too, and would take the wrong row for each"
             )
         return file.slots[list(reading.layers)]
+    if one:
+        return np.repeat(file.slots, reading.num_layers, axis=0)
     if len(file.slots) != reading.num_layers:
         raise DumpError(f"{path}: it has {len(file.slots)} layers, the loads have {reading.num_layers}")
     return file.slots
@@ -263,6 +290,15 @@ def _convert(
     except ValueError as error:
         raise DumpError(f"{error}{_place(chunk, layers)}") from None
     slots = chunk.placement if placement is None else placement
+    if chunk.placement is not None and placement is not None:
+        # The source's own placement; one that a user names can only repeat it.
+        slots = chunk.placement
+        known = slots[:, 0] != UNKNOWN_ROW
+        if slots.shape != placement.shape or not np.array_equal(slots[known], placement[known]):
+            raise UsageError(
+                f"{where}: the source has its own placements, and that of step {chunk.step[0]} is another "
+                "than --placement says; leave out --placement"
+            )
     if divide:
         assert placement is not None
         load = split(load, placement, where)
@@ -282,28 +318,28 @@ def _place(chunk: Chunk, layers: tuple[int, ...] | None) -> str:
     if values.dtype.kind not in "iuf":
         return ""
     with np.errstate(invalid="ignore"):
-        odd = np.argwhere(~((values >= 0) & (values <= 2**31 - 1) & (values == np.floor(values))))
+        odd = np.argwhere(~((values >= 0) & (values <= MAX_COUNT) & (values == np.floor(values))))
     if not len(odd):
         return ""
     row, layer, column = odd[0].tolist()
     return f" (step {chunk.step[row]}, layer {layer if layers is None else layers[layer]}, column {column})"
 
 
-def split(load: Int32, placement: Int32, where: Path) -> Int32:
+def split(load: Loads, placement: Int32, where: Path) -> Loads:
     """Split counts by expert evenly over the expert's slots; the first slots get the remainder.
 
     Args:
-        load: int32 ``[n, layers, experts]``.
+        load: int32 or int64 ``[n, layers, experts]``.
         placement: int32 ``[layers, num_physical_experts]``.
 
     Returns:
-        int32 ``[n, layers, num_physical_experts]``.
+        The same type, ``[n, layers, num_physical_experts]``.
 
     Raises:
         DumpError: an expert with tokens has no slot.
     """
     n, layers, experts = load.shape
-    out = np.zeros((n, layers, placement.shape[1]), np.int32)
+    out: Loads = np.zeros((n, layers, placement.shape[1]), load.dtype)
     for layer, slots in enumerate(placement):
         copies = np.bincount(slots[slots != EMPTY_SLOT], minlength=experts)
         unplaced = np.flatnonzero((copies == 0) & load[:, layer].any(axis=0))

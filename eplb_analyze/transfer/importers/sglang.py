@@ -16,7 +16,7 @@ from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import listed, plural
 from eplb_analyze.transfer.importers import torch_files
-from eplb_analyze.transfer.importers.files import Array, integers, listing, one_of, read_json
+from eplb_analyze.transfer.importers.files import Array, depth_of, integers, listing, one_of, read_json
 from eplb_analyze.transfer.importers.source import (
     LAST,
     Chunk,
@@ -72,7 +72,7 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
     if torch_files.is_tensor(value):
         counts = torch_files.Arrays(path).of(value, (2, 3), "logical_count")
     else:
-        counts = integers(value, 3 if _depth(value) == 3 else 2, f"{path}: logical_count")
+        counts = integers(value, 3 if depth_of(value) == 3 else 2, f"{path}: logical_count")
     rows = counts if counts.ndim == 3 else counts[None]
     if rows.shape[1] > MAX_LAYERS or rows.shape[2] > MAX_EXPERTS:
         raise DumpError(f"{path}: logical_count claims {rows.shape[1]} layers of {rows.shape[2]} experts")
@@ -105,13 +105,6 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
         ordered_rows(reading, options, "rows of a ring buffer are not in the order of time")
     reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
     return reading
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, list) and value and depth < 4:
-        value, depth = value[0], depth + 1
-    return depth
 
 
 # ---- per_pass, per_token: one file per rank, by slot

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_dump.format.journal import Int32, Int64
+from eplb_dump.format.journal import Int32, Int64, Loads
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Scope
 
 Counts = npt.NDArray[Any]
 
-#: The values of ``--placement`` that do not name a file.
-LINEAR, LAST, UNKNOWN = "linear", "last", "unknown"
+#: The largest count of a source: figures are computed in float64, which holds it exactly.
+MAX_COUNT = 2**53
+
+#: The values of ``--placement`` beside names of :data:`~eplb_analyze.policies.policy.INITIAL` and files.
+LAST, UNKNOWN = "last", "unknown"
+#: All slots of a layer in a chunk whose placement of that layer is not known.
+UNKNOWN_ROW = EMPTY_SLOT - 1
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Options:
 
     model: str | None = None
     ep_size: int | None = None
-    #: ``linear``, ``last``, ``unknown``, or the path of a placement file.
+    #: A name of :data:`~eplb_analyze.policies.policy.INITIAL`, ``last``, ``unknown``, or a file's path.
     placement: str | None = None
     num_logical_experts: int | None = None
     token_replication: int | None = None
@@ -52,13 +57,16 @@ class Chunk:
 
     step: Int64
     load: Counts
-    #: int32 ``[layers, num_physical_experts]``, in force in all these steps; None: not in the source.
+    #: int32 ``[layers, num_physical_experts]``, in force in all these steps, UNKNOWN_ROW in layers whose
+    #: placement is not known; None: not in the source.
     placement: Int32 | None = None
     #: If the source has it for these steps.
     ep_size: int | None = None
     #: int64 ``[n]``; -1: not known.
     num_tokens: Int64 | None = None
     phase: tuple[str | None, ...] | None = None
+    #: int64 ``[n]``, ns since 1970, if the source has it.
+    time_ns: Int64 | None = None
 
 
 @dataclass
@@ -86,6 +94,10 @@ class Reading:
     hidden_layers: int | None = None
     #: Whether the chunks have placements.
     placed: bool = False
+    #: Whether the chunks have times.
+    timed: bool = False
+    #: How many times each token was counted, if the source says so.
+    token_replication: int | None = None
     #: Distance between the steps that the source has.
     interval: int = 1
     #: The files of each rank, if ranks have their own.
@@ -105,8 +117,23 @@ def ordered_rows(reading: Reading, options: Options, why: str) -> None:
         reading.unknown["step_order"] = f"the order of steps: {why} (--ordered says that it is that of time)"
 
 
-def whole_counts(values: Counts, where: str) -> Int32:
-    """Counts of any number type as int32 of the same shape. Raises ValueError naming ``where``."""
+def sampling(steps: Int64, notes: list[str]) -> int:
+    """The interval at which steps were sampled; 1 if none. Adds a note if not all steps are there."""
+    gaps = np.diff(steps)
+    # Some records may be missing. If gaps are not multiples of the smallest, there was no interval.
+    least = int(gaps.min()) if len(gaps) else 1
+    interval = least if least <= MAX_LOAD and not (gaps % least).any() else 1
+    if len(gaps) and gaps.max() > 1:
+        every = f"every {interval}" if (gaps == interval).all() else f"{gaps.min()} to {gaps.max()} apart"
+        notes.append(f"the source has only some steps, {every}")
+    return interval
+
+
+def whole_counts(values: Counts, where: str) -> Loads:
+    """Counts of any number type as int32 of the same shape, or as int64 if one is above MAX_LOAD.
+
+    Raises ValueError naming ``where``.
+    """
     if values.dtype.kind not in "iuf":
         raise ValueError(f"{where}: token counts of type {values.dtype}")
     if values.dtype.kind == "f":
@@ -116,9 +143,12 @@ def whole_counts(values: Counts, where: str) -> Int32:
             raise ValueError(f"{where}: a count that is no whole number, so these are no token counts")
     if values.size and values.min().item() < 0:
         raise ValueError(f"{where}: a negative count")
-    if values.size and values.max().item() > MAX_LOAD:
-        raise ValueError(f"{where}: a count above {MAX_LOAD:,}, which the format does not hold")
-    return values.astype(np.int32)
+    largest = values.max().item() if values.size else 0
+    if largest > MAX_COUNT:
+        raise ValueError(f"{where}: a count above 2^53")
+    if largest <= MAX_LOAD:
+        return values.astype(np.int32)
+    return values.astype(np.int64)
 
 
 def plain_int(value: object, low: int, high: int) -> int | None:

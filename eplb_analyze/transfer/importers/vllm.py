@@ -16,9 +16,17 @@ from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.files import integers, json_lines, listing, one_of
-from eplb_analyze.transfer.importers.source import Chunk, Counts, Options, Reading, count_experts, plain_int
+from eplb_analyze.transfer.importers.source import (
+    Chunk,
+    Counts,
+    Options,
+    Reading,
+    count_experts,
+    plain_int,
+    sampling,
+)
 from eplb_dump.format.journal import Int32
-from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, Scope
+from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, Scope
 
 SYSTEM = "vLLM"
 STATS, META = "eplb_load_stats", "eplb_load_meta"
@@ -171,13 +179,7 @@ class _Lines:
             )
         if self.options.renumber:
             self.unknown["step_numbers"] = "the numbers of steps: records are counted from 0 (--renumber)"
-        gaps = np.diff(steps)
-        # Some records may be missing. If gaps are not multiples of the smallest, there was no interval.
-        least = int(gaps.min()) if len(gaps) else 1
-        interval = least if least <= MAX_LOAD and not (gaps % least).any() else 1
-        if len(gaps) and gaps.max() > 1:
-            every = f"every {interval}" if (gaps == interval).all() else f"{gaps.min()} to {gaps.max()} apart"
-            self.notes.append(f"the source has only some steps, {every}")
+        interval = sampling(np.array(steps, np.int64), self.notes)
         return Reading(
             SYSTEM, self.kind, [self.path], True, Scope.GLOBAL, {0: self.chunks}, shape[0], shape[1],
             ep_size=ep_size, model=self.model, num_logical_experts=self.num_logical_experts, placed=True,

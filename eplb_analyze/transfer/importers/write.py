@@ -20,11 +20,11 @@ import numpy as np
 from eplb_analyze.atomic import new_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.transfer.importers.plan import Plan
-from eplb_analyze.transfer.importers.source import Chunk
+from eplb_analyze.transfer.importers.source import UNKNOWN_ROW, Chunk
 from eplb_dump.format import frames, journal
 from eplb_dump.format.journal import Int64, JournalAppender, Shape, StepRows
 from eplb_dump.format.manifest import close_manifest
-from eplb_dump.format.schema import Status
+from eplb_dump.format.schema import MAX_NUMBER, Status
 from eplb_dump.format.segment import seal
 from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
 from eplb_dump.format.session_writer import PlacementEncoder, SessionWriter
@@ -40,13 +40,17 @@ MAX_FILES = 100
 
 @dataclass(frozen=True)
 class Written:
-    """The id of a new run, and how many steps it has."""
+    """The id of a new run, and what it has."""
 
     run_id: str
     #: Steps that at least one rank has, and steps that every rank has.
     steps: int
     complete: int
     not_sampled: int
+    #: Of all tables.
+    rows: int
+    #: Of all files.
+    bytes: int
 
 
 def write(plan: Plan, into: Path, run_id: str | None) -> Written:
@@ -60,12 +64,15 @@ def write(plan: Plan, into: Path, run_id: str | None) -> Written:
     # Not a plain number: an engine that starts meanwhile would join that run.
     with new_run(into, run_id, f"import-{moment}", plan.model) as new:
         sessions = _write_sessions(plan, new.root, new.run_id)
+        size = sum(path.stat().st_size for path in new.root.rglob("*") if path.is_file())
     own = [session.recorded for session in sessions]
     return Written(
         new.run_id,
         len(functools.reduce(np.union1d, own)),
         len(functools.reduce(np.intersect1d, own)),
         max(session.not_sampled for session in sessions),
+        sum(session.rows for session in sessions),
+        size,
     )
 
 
@@ -73,7 +80,9 @@ def _write_sessions(plan: Plan, root: Path, run_id: str) -> list[_Session]:
     from eplb_dump.format import __version__
 
     reading = plan.reading
-    now, clock = time.time_ns(), time.monotonic_ns()
+    now = time.time_ns()
+    # The times of a source become the monotonic clock's, too, which must not be below 0 before the import.
+    clock = now if reading.timed else time.monotonic_ns()
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now / 1e9))
     sessions = []
     for rank, chunks in plan.parts.items():
@@ -117,11 +126,14 @@ class _Session:
     def __init__(self, root: Path, info: SessionInfo) -> None:
         self._folder = session_path(root, info)
         self._folder.mkdir(parents=True)
-        self._writer = SessionWriter(self._folder, info, _seal)
+        self._writer = SessionWriter(self._folder, info, self._seal)
         self._placements = PlacementEncoder()
         self._last: int | None = None
         self._steps: list[Int64] = [np.empty(0, np.int64)]
+        self._tokens = 0.0
         self.not_sampled = 0
+        #: Of all tables.
+        self.rows = 0
 
     @property
     def recorded(self) -> Int64:
@@ -140,20 +152,29 @@ class _Session:
         write_session_file(self._folder, self._writer.info)
         close_manifest(self._folder, self._writer.info, stats)
 
+    def _seal(self, journal: JournalAppender) -> None:
+        journal.close()
+        entry = seal(journal.path)
+        self.rows += 0 if entry is None else sum(file.rows for file in entry.files.values())
+
     def _batches(self, chunk: Chunk) -> Iterator[Chunk]:
         """The chunk in parts of one segment each, none larger than a frame may be."""
         n, layers, width = chunk.load.shape
-        if layers * width * 4 > frames.MAX_PAYLOAD // 2:
+        count = chunk.load.itemsize
+        if layers * width * count > frames.MAX_PAYLOAD // 2:
             raise DumpError(f"{layers:,} layers of {width:,} slots are more than a step of the format holds")
-        most = max(1, BATCH_BYTES // (layers * width * 4))
+        most = max(1, BATCH_BYTES // (layers * width * count))
         segment = chunk.step // self._writer.segment_span
         edges = {0, n, *(np.flatnonzero(np.diff(segment)) + 1).tolist()}
         cuts = sorted(edges | set(range(0, n, most)))
         for low, high in itertools.pairwise(cuts):
-            tokens = None if chunk.num_tokens is None else chunk.num_tokens[low:high]
-            phase = None if chunk.phase is None else chunk.phase[low:high]
             yield replace(
-                chunk, step=chunk.step[low:high], load=chunk.load[low:high], num_tokens=tokens, phase=phase
+                chunk,
+                step=chunk.step[low:high],
+                load=chunk.load[low:high],
+                num_tokens=None if chunk.num_tokens is None else chunk.num_tokens[low:high],
+                phase=None if chunk.phase is None else chunk.phase[low:high],
+                time_ns=None if chunk.time_ns is None else chunk.time_ns[low:high],
             )
 
     def _append(self, chunk: Chunk) -> None:
@@ -172,7 +193,11 @@ class _Session:
         parts = []
         # Most chunks hand over the very array of the chunk before.
         if chunk.placement is not None and chunk.placement is not self._placements.current:
-            parts += self._placements.encode(int(chunk.step[0]), chunk.placement, chunk.ep_size)
+            known = chunk.placement[:, 0] != UNKNOWN_ROW
+            parts += self._placements.encode(int(chunk.step[0]), chunk.placement, chunk.ep_size, known)
+        self._tokens += float(chunk.load.sum(dtype=np.float64))
+        if self._tokens > MAX_NUMBER:
+            raise DumpError(f"its counts add up to more than {MAX_NUMBER:,}, which the format does not hold")
         load = journal.narrow(chunk.load, int(chunk.load.max(initial=0)))
         parts.append(journal.loads_frame(chunk.step, load, chunk.ep_size))
         writer.append(*parts, journal.steps_frame(self._rows(chunk)))
@@ -190,15 +215,13 @@ class _Session:
         phase[at] = codes
         self._steps.append(chunk.step)
         self.not_sampled += len(step) - len(at)
-        # The times are not known, but the columns may not be empty.
+        # If the times are not known, the columns may still not be empty.
         time_ns = np.full(len(step), self._writer.info.created_unix_ns, np.int64)
         clock = np.full(len(step), self._writer.info.created_monotonic_ns, np.int64)
+        if chunk.time_ns is not None:
+            # A step that was not sampled gets the time of the next one that was.
+            time_ns = clock = chunk.time_ns[np.searchsorted(at, np.arange(len(step)))]
         return StepRows(step, time_ns, clock, status, tokens, phase, phases)
-
-
-def _seal(journal: JournalAppender) -> None:
-    journal.close()
-    seal(journal.path)
 
 
 def _with_between(step: Int64, last: int | None, interval: int) -> tuple[Int64, Int64]:

@@ -326,7 +326,10 @@ def test_custom_policy() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nothing", "no policy is called 'nothing': there are deepseek, sglang, vllm, static, and your own"),
+        (
+            "nothing",
+            "no policy is called 'nothing': there are deepseek, sglang, vllm, static, round_robin, and your",
+        ),
         ("mine_of_test:", "no policy is called"),
         (":by_hand", "no policy is called"),
         ("mine_of_test:absent", "the module mine_of_test has no function absent"),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from helpers import assert_golden, cli, load_of, map_of, one_error, open_writer, write
 from s3 import S3
@@ -62,6 +63,9 @@ def test_copy_has_the_same_bytes(dump: Path, tmp_path: Path) -> None:
     document = json.loads(result.stdout)
     assert (document["sessions"], document["files"], document["files_there"]) == (3, len(before), 0)
     assert document["bytes"] == sum(map(len, before.values()))
+    sealed = [pq.read_metadata(path).num_rows for path in dump.rglob("*.parquet")]
+    assert document["rows"] == sum(sealed) > 0
+    assert not [*dump.rglob("journal-*")]
     assert not [*(tmp_path / "new").rglob("*.tmp")]
 
 
@@ -586,5 +590,5 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(dump, "dump")
     result = cli("copy", "--to", "copy", "--steps", "20:30", "--ranks", "0-1", "-o", form, "dump")
     assert (result.returncode, result.stderr) == (0, "")
-    text = re.sub(r'"bytes": \d+', '"bytes": 0', re.sub(r"[\d.]+ MB", "0.00 MB", result.stdout))
+    text = re.sub(r'"bytes": \d+', '"bytes": 0', re.sub(r"[\d,]+ bytes", "0 bytes", result.stdout))
     assert_golden(f"copy.{'txt' if form == 'text' else 'json'}", text)
