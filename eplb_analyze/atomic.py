@@ -1,10 +1,18 @@
-"""Files and runs that appear whole or not at all, and never overwrite anything unasked."""
+"""Files and runs that appear whole or not at all, and never overwrite anything unasked.
+
+What is not whole yet has a temporary name, and its process holds a lock on it: a file's own lock, or that of
+the file ``lock`` in a folder. A temporary name that nobody has locked is what a killed process left. The next
+process that writes into the same folder removes it. Without locks, as on some network file systems, leftovers
+cannot be told from work in progress, and stay.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +23,100 @@ from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.files import discard, fsync_folder, fsync_folders, rename
 from eplb_dump.format.journal import lock
-from eplb_dump.format.schema import LEVEL_PREFIXES, MODEL_PREFIX, RUN_ID_PATTERN, RUN_PREFIX, model_slug
+from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_ID_PATTERN, RUN_PREFIX
+
+#: Temporary names begin with a dot and end in this.
+TEMPORARY = ".eplb.tmp"
+#: The file in a temporary folder whose lock the folder's process holds.
+LOCK = "lock"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is not whole yet."""
+    return name.startswith(".") and name.endswith(TEMPORARY)
+
+
+def hold(folder: Path, held: ExitStack) -> bool | None:
+    """Make a temporary folder, or take over what a killed process left, and lock it until ``held`` ends.
+
+    Returns True; False if another process holds it; None if its file system has no locks. Raises OSError.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / LOCK).open("ab")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        taken = lock(file.fileno())
+        with suppress(FileNotFoundError):
+            if taken and os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                held.enter_context(file)
+                return True
+        file.close()
+        if not taken:
+            return taken
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder."""
+    with suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            if is_temporary(entry.name) and not entry.is_symlink():
+                with suppress(OSError):
+                    _remove_if_abandoned(Path(entry.path), entry.is_dir(follow_symlinks=False))
+
+
+def _remove_if_abandoned(path: Path, is_folder: bool) -> None:
+    locked = path / LOCK if is_folder else path
+    try:
+        fd = os.open(locked, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError:
+        os.rmdir(path)  # an empty folder: its process was killed before it could lock it
+        return
+    try:
+        # Another process may have removed it since, and a third may have made it again.
+        if lock(fd) and os.path.samestat(os.fstat(fd), os.lstat(locked)):
+            if is_folder:
+                remove_held(path)
+            else:
+                os.unlink(path)
+    finally:
+        os.close(fd)
+
+
+def remove_held(folder: Path) -> None:
+    """Remove a folder that this process holds. Raises OSError."""
+    clear(folder)
+    (folder / LOCK).unlink(
+        missing_ok=True
+    )  # last, so that whoever finds the rest can tell that it is abandoned
+    folder.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Remove all but the lock from a folder that this process holds. Raises OSError."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder below the system's temporary folder, for files of this process. Raises OSError."""
+    parent = Path(tempfile.gettempdir())
+    remove_leftovers(parent)
+    folder = Path(tempfile.mkdtemp(prefix=".", suffix=TEMPORARY, dir=parent))
+    with ExitStack() as held:
+        hold(folder, held)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                remove_held(folder)
 
 
 @contextmanager
@@ -29,25 +130,40 @@ def whole_file(path: Path, *, replace: bool, durable: bool = True) -> Iterator[I
     Raises:
         OSError: it cannot be written; FileExistsError if ``replace`` is not set and there is a file.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
+    with ExitStack() as opened:
+        temporary, file, locked = _temporary_file(path, opened)
+        try:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        rename(temporary, path, replace=replace, durable=durable)
-    finally:
-        discard([temporary])
+            if not locked:
+                file.close()  # some systems do not rename an open file; a locked one would seem abandoned
+            rename(temporary, path, replace=replace, durable=durable)
+        finally:
+            discard([temporary])
+
+
+def _temporary_file(path: Path, opened: ExitStack) -> tuple[Path, IO[bytes], bool]:
+    """A new temporary file beside ``path``, and whether it is locked. Raises OSError."""
+    while True:
+        temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}{TEMPORARY}")
+        file = temporary.open("xb")
+        locked = lock(file.fileno())
+        # If another process took it for abandoned before it was locked, it is gone.
+        if locked is None or (locked and os.fstat(file.fileno()).st_nlink):
+            return temporary, opened.enter_context(file), bool(locked)
+        file.close()
 
 
 @contextmanager
 def new_file(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
-    """A :func:`whole_file` that a user asked for.
+    """A :func:`whole_file` that a user asked for. What killed processes left in its folder is removed.
 
     Raises:
         UsageError: it cannot be written, or appeared meanwhile and ``force`` is not set.
     """
+    remove_leftovers(path.parent)
     try:
         with whole_file(path, replace=force) as file:
             yield file
@@ -88,12 +204,6 @@ def require_dump_folder(to: StoragePath) -> None:
         raise UsageError(f"{to}: it lies inside {inside}; give the dump's folder, in which run=… is made")
 
 
-#: The folder in which a run is made; readers ignore its name.
-UNFINISHED = "new.tmp"
-#: In that folder; the process that makes the run holds its lock. Without a holder, it can be removed.
-LOCK = "lock"
-
-
 @dataclass(frozen=True)
 class NewRun:
     """Where a run is made. ``root`` is a dump of its own until the run is complete."""
@@ -103,8 +213,8 @@ class NewRun:
 
 
 @contextmanager
-def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[NewRun]:
-    """A run of one model, which appears in the dump ``into`` if the block ends without an error.
+def new_run(into: Path, run_id: str | None, base: str) -> Iterator[NewRun]:
+    """A run, which appears in the dump ``into`` if the block ends without an error.
 
     Unfinished runs that killed processes left in the dump are removed.
 
@@ -112,67 +222,70 @@ def new_run(into: Path, run_id: str | None, base: str, model: str) -> Iterator[N
         run_id: None: ``base``, or ``base-2`` and so on if that exists.
 
     Raises:
-        UsageError: the run exists, or its id is not valid; ``into`` is inside a run.
+        UsageError: the run exists or is being made, or its id is not valid; ``into`` is inside a run.
         DumpError: the folder cannot be written.
     """
     if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
         raise UsageError(f"--run-id: {run_id!r} must be letters, digits, '.', '_' or '-', at most 128")
     require_dump_folder(into)
-    try:
-        into.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(into)
-        run_id, folder = _claim(into, run_id, base)
-    except OSError as error:
-        raise DumpError(f"{into}: {error.strerror or error}") from None
-    new = NewRun(run_id, folder / UNFINISHED)
+    where = into
     with ExitStack() as held:
         try:
-            _begin(new.root, held)
-            yield new
-            name = f"{MODEL_PREFIX}{model_slug(model)}"
-            made = new.root / f"{RUN_PREFIX}{run_id}" / name
-            for inside, _, _ in os.walk(made):  # the files are synced
-                fsync_folder(Path(inside))
-            rename(made, folder / name)
-            fsync_folders(folder)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise DumpError(f"{folder}: {error.strerror or error}") from None
-            raise
-    shutil.rmtree(new.root, ignore_errors=True)
+            into.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(into)
+            run_id, temporary, locked = _claim(into, run_id, base, held)
+            where = into / f"{RUN_PREFIX}{run_id}"
+            # Without locks, another process can have claimed the same name.
+            root = temporary / secrets.token_hex(4)
+            try:
+                root.mkdir()
+                yield NewRun(run_id, root)
+                _publish(root / where.name, where)
+            finally:
+                _abandon(temporary, root, locked)
+        except OSError as error:
+            raise DumpError(f"{where}: {error.strerror or error}") from None
 
 
-def _begin(root: Path, held: ExitStack) -> None:
-    """Make the folder in which the run is made; it is locked before it has its name."""
-    hidden = root.with_name(f"{secrets.token_hex(4)}.{UNFINISHED}")
-    hidden.mkdir()
-    file = held.enter_context((hidden / LOCK).open("wb"))
-    if not lock(file.fileno()):  # no locks on this file system
-        file.close()
-    rename(hidden, root, durable=False)
-
-
-def _remove_abandoned(into: Path) -> None:
-    """Remove what killed processes left. Without locks they cannot be recognized, and it stays."""
-    for root in into.glob(f"{RUN_PREFIX}*/{UNFINISHED}"):
-        if root.parent.is_symlink() or root.is_symlink():
-            continue
-        with suppress(OSError), (root / LOCK).open("r+b") as file:
-            # Another process may have removed it since, and a third may have made it again.
-            if lock(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), (root / LOCK).stat()):
-                shutil.rmtree(root)
-                root.parent.rmdir()  # fails if a model is in it: the process was killed after it had finished
-
-
-def _claim(into: Path, run_id: str | None, base: str) -> tuple[str, Path]:
-    """Make the run's folder; its id and path."""
+def _claim(into: Path, run_id: str | None, base: str, held: ExitStack) -> tuple[str, Path, bool]:
+    """A free id; the temporary folder that claims it, empty; and whether the folder is locked."""
     numbered = (base + (f"-{number}" if number > 1 else "") for number in range(1, 1000))
     for name in numbered if run_id is None else [run_id]:
         folder = into / f"{RUN_PREFIX}{name}"
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return name, folder
-    if run_id is not None:
-        raise UsageError(f"{folder}: it is there already; choose another --run-id")
-    raise FileExistsError(17, "no name for a run is free")
+        reason = "it is there already"
+        if not os.path.lexists(folder):
+            temporary = into / f".{RUN_PREFIX}{name}{TEMPORARY}"
+            locked = hold(temporary, held)
+            if locked is None:
+                return name, temporary, False
+            if locked and not os.path.lexists(folder):
+                clear(temporary)
+                return name, temporary, True
+            if locked:  # another process has just completed it
+                remove_held(temporary)
+            else:
+                reason = "another process is making it"
+        if run_id is not None:
+            raise UsageError(f"{folder}: {reason}; choose another --run-id")
+    raise FileExistsError(errno.EEXIST, "no name for a run is free", str(into))
+
+
+def _publish(made: Path, run: Path) -> None:
+    """Give a run, whose files are synced, its name. Raises OSError, UsageError."""
+    for inside, _, _ in os.walk(made):
+        fsync_folder(Path(inside))
+    if os.path.lexists(run):  # also an empty folder, which a rename would replace
+        raise UsageError(f"{run}: it appeared meanwhile and stays as it is; choose another --run-id")
+    rename(made, run)
+    fsync_folders(run.parent)
+
+
+def _abandon(temporary: Path, root: Path, locked: bool) -> None:
+    """Remove the temporary folder of a run; what is not removed stays for the next process."""
+    with suppress(OSError):
+        if locked:
+            remove_held(temporary)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+            (temporary / LOCK).unlink(missing_ok=True)
+            temporary.rmdir()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from eplb_analyze.atomic import whole_file
+from eplb_analyze.atomic import remove_leftovers, whole_file
 from eplb_analyze.batch.comparison import Postmortem
 from eplb_analyze.batch.rows import Row
 from eplb_analyze.batch.targets import Target
@@ -44,6 +44,8 @@ class ResultCache:
         try:
             self._rows.mkdir(parents=True, exist_ok=True)
             self._reports.mkdir(exist_ok=True)
+            for path in own:
+                remove_leftovers(path)
         except OSError as error:
             raise UsageError(f"--save {folder}: {error.strerror}; name another folder") from None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from eplb_analyze.analysis.summary import summary_of
 from eplb_analyze.analysis.summary_sums import SummarySums, bins_of, sums_of
+from eplb_analyze.atomic import whole_file
 from eplb_analyze.batch.cache import ResultCache
 from eplb_analyze.batch.executors import Executor, Local, WorkerDied
 from eplb_analyze.batch.rows import Row, broken_row, row_of
@@ -167,12 +168,14 @@ def _merge(results: Iterator[tuple[RunTask, RunResult]]) -> Iterator[RunTask]:
 
 def write_page(task: tuple[Row, Path]) -> str | None:
     """Write the HTML report of a row's run to a path, on a worker; return why it failed, if it did."""
-    from eplb_analyze.report.write import write_report
+    from eplb_analyze.report.write import report_page
 
     row, path = task
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_report(open_run(row.dump, row.run_id, row.model), path, force=True)
+        data = report_page(open_run(row.dump, row.run_id, row.model))
+        with whole_file(path, replace=True, durable=False) as file:
+            file.write(data)
     except AnalyzeError as error:
         return str(error)
     except Exception as error:

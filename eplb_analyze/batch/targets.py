@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from eplb_analyze.atomic import is_temporary
 from eplb_analyze.batch.rows import Row, broken_row
 from eplb_analyze.errors import AnalyzeError
 from eplb_analyze.reader.discovery import discover
@@ -71,7 +72,11 @@ def _below(top: StoragePath, name: str) -> Iterator[_Found]:
             except AnalyzeError as error:
                 fault = str(error)  # unless an unrelated folder only has such a name
         try:
-            inside = [e.name for e in storage.entries(folder) if e.is_dir(follow_symlinks=False)]
+            inside = [
+                entry.name
+                for entry in storage.entries(folder)
+                if entry.is_dir(follow_symlinks=False) and not is_temporary(entry.name)
+            ]
         except (OSError, UnreachableError) as error:
             if folder is not top:
                 reason = f"{folder}: {error.strerror}" if isinstance(error, OSError) else str(error)

@@ -26,6 +26,11 @@ class WrittenReport(RunReport):
     bins: int
 
 
+def report_page(run: Run) -> bytes:
+    """The report of a whole run, as HTML."""
+    return page(report_document(run).document)
+
+
 def write_report(
     run: Run,
     file: Path,

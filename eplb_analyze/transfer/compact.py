@@ -104,7 +104,7 @@ def compact_run(
     _require_intact(opened)
     lost = _lost(opened)
     base = f"{opened.info.run_id[:110]}-compact"
-    with new_run(to, run_id, base, opened.info.model) as new:
+    with new_run(to, run_id, base) as new:
         try:
             counts, info = _write(opened, new.root, new.run_id, lost)
         except DamagedSegmentError as fault:

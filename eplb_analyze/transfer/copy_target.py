@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from eplb_analyze.atomic import LOCK, hold, remove_held, scratch_folder
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.discovery import read_session_file
 from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest, require_regular
@@ -26,7 +26,6 @@ from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
 from eplb_dump.format.files import discard, fsync_file, remove, rename
-from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedFile
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
@@ -40,8 +39,6 @@ from eplb_dump.format.session import SessionInfo, session_path
 
 #: The mark of an incomplete session: a folder, in a bucket an object.
 UNFINISHED = "copy.tmp"
-#: In that folder; a copy holds the lock of this file.
-LOCK = "lock"
 CHUNK_BYTES = 8 << 20
 #: How often a Parquet file is fetched before two readings that differ count as damage.
 MAX_READINGS = 3
@@ -139,10 +136,10 @@ class Target:
             locked = self._lock(held)
             held.callback(self._remove_mark, locked)
             self.inspect()
-            parent = self._mark_path if isinstance(self._mark_path, Path) else None
-            self._spool = Path(
-                held.enter_context(tempfile.TemporaryDirectory(prefix="eplb-copy-", dir=parent))
-            )
+            if isinstance(self._mark_path, Path):
+                self._spool = Path(held.enter_context(tempfile.TemporaryDirectory(dir=self._mark_path)))
+            else:
+                self._spool = held.enter_context(scratch_folder())
             yield
         if isinstance(self._mark_path, Path) and SESSION_FILE in self.names():
             with suppress(OSError):  # some file systems keep the lock's file until it is closed
@@ -210,24 +207,10 @@ class Target:
 
     def _lock(self, held: ExitStack) -> bool:
         """Take the lock; False if there are none. Raises UsageError if another copy has it."""
-        while isinstance(self._mark_path, Path):
-            self._mark()
-            path = self._mark_path / LOCK
-            try:
-                file = path.open("ab")
-            except FileNotFoundError:  # another copy just completed
-                continue
-            taken = lock(file.fileno())
-            with suppress(FileNotFoundError):
-                if taken and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    held.enter_context(file)
-                    return True
-            file.close()
-            if taken is None:
-                break
-            if taken is False:
-                raise UsageError(f"{self.folder}: another copy writes into it; let that end, then copy again")
-        return False
+        taken = hold(self._mark_path, held) if isinstance(self._mark_path, Path) else None
+        if taken is False:
+            raise UsageError(f"{self.folder}: another copy writes into it; let that end, then copy again")
+        return taken is True
 
     def _mark(self) -> None:
         if isinstance(self._mark_path, Path):
@@ -245,9 +228,10 @@ class Target:
             return
         with suppress(OSError):
             if locked:
-                shutil.rmtree(self._mark_path)
-            (self._mark_path / LOCK).unlink(missing_ok=True)
-            self._mark_path.rmdir()
+                remove_held(self._mark_path)
+            else:
+                (self._mark_path / LOCK).unlink(missing_ok=True)
+                self._mark_path.rmdir()
 
     def _publish(self, fetched: Path) -> None:
         there = self.folder / fetched.name

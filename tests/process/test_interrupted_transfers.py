@@ -15,9 +15,10 @@ import pytest
 from helpers import cli, one_error, run_child, start_child, write
 from s3 import S3
 
-from eplb_analyze import open_run
+from eplb_analyze import atomic, open_run
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.errors import DumpError
+from eplb_analyze.atomic import new_file, new_run
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.storage.path import storage_path
 from eplb_analyze.transfer.copy import copy_run
 from eplb_analyze.transfer.importers.import_dump import Options, import_dump
@@ -211,7 +212,7 @@ def test_killed_compact_leaves_no_run_and_its_remains_are_removed(tmp_path: Path
         child.communicate()
     assert not [*to.glob("run=*/model=*")]
     one_error(cli("summary", to), 3, "no run in it")
-    assert [*to.glob("run=r-compact/new.tmp")]
+    assert [p.name for p in to.iterdir()] == [".run=r-compact.eplb.tmp"]
     again = json.loads(cli("compact", "--to", to, "-o", "json", root).stdout)
     assert again["after"]["run_id"] == "r-compact"
     assert [p.name for p in to.iterdir()] == ["run=r-compact"]
@@ -220,26 +221,27 @@ def test_killed_compact_leaves_no_run_and_its_remains_are_removed(tmp_path: Path
 
 
 def test_unfinished_runs_of_killed_processes_are_removed(dump: Path, tmp_path: Path) -> None:
-    """Also under another name, and beside a model that was just completed."""
+    """Also those of other names; folders that only look so are kept."""
     script = """
         import os, signal, sys
         from pathlib import Path
         from eplb_analyze.atomic import new_run
-        with new_run(Path(sys.argv[1]), sys.argv[2], "", "m") as new:
-            os.kill(os.getpid(), signal.SIGTERM)
+        with new_run(Path(sys.argv[1]), sys.argv[2], "") as new:
+            (new.root / "evidence").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     """
     for name in ("x", "y"):
         with start_child(script, tmp_path / name, name) as child:
             child.communicate(timeout=60)
-        assert child.returncode == -signal.SIGTERM
-        (tmp_path / name / f"run={name}").rename(tmp_path / f"run={name}")
+        assert child.returncode == -signal.SIGKILL
+        (tmp_path / name / f".run={name}.eplb.tmp").rename(tmp_path / f".run={name}.eplb.tmp")
         (tmp_path / name).rmdir()
-    assert [p.name for p in (tmp_path / "run=x").iterdir()] == ["new.tmp"]
-    (tmp_path / "run=y/model=m").mkdir()
-    (tmp_path / "run=link").symlink_to(tmp_path / "run=y")
+    kept = {".link.eplb.tmp", ".x.eplb.tmp"}
+    (tmp_path / ".link.eplb.tmp").symlink_to(tmp_path / ".run=y.eplb.tmp")
+    (tmp_path / ".x.eplb.tmp").mkdir()
+    (tmp_path / ".x.eplb.tmp/without a lock").touch()
     assert cli("compact", "--to", tmp_path, dump).returncode == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run=link", "run=r-compact", "run=y"]
-    assert [p.name for p in (tmp_path / "run=y").iterdir()] == ["model=m"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run=r-compact"} | kept
 
 
 # ---- import, export
@@ -273,7 +275,7 @@ def test_export_to_a_full_disk_keeps_the_old_file(dump: Path, tmp_path: Path) ->
     script = """
         import resource, signal, sys
         from pathlib import Path
-        from eplb_analyze import open_run
+        from eplb_analyze import atomic, open_run
         from eplb_analyze.transfer.exporters.loads import export_loads
         from eplb_analyze.errors import UsageError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -289,3 +291,148 @@ def test_export_to_a_full_disk_keeps_the_old_file(dump: Path, tmp_path: Path) ->
     assert all("cannot be written: File too large" in error for error in errors)
     assert file.read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["F"]
+
+
+# ---- killed at any moment
+
+#: Runs a command in forks of itself, which kill themselves before the nth change to the file system, for
+#: every n until one is done before. After each kill it runs the command to its end, and lists all files.
+KILLED_AT_EACH_CHANGE = """
+    import importlib, json, os, pathlib, pkgutil, shutil, signal, sys, warnings
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forks of a process with threads: these are idle
+    import eplb_analyze, eplb_dump.writer, polars, pyarrow.dataset, pyarrow.parquet
+    from eplb_analyze.cli.app import main
+    for module in pkgutil.walk_packages(eplb_analyze.__path__, "eplb_analyze."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    root, arguments, again = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    said = root.with_name("stderr")
+    CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link")
+    WRITING = os.O_WRONLY | os.O_RDWR
+
+    def run(arguments, changes):
+        pid = os.fork()
+        if pid == 0:
+            def audit(event, args):
+                nonlocal changes
+                if event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING):
+                    if str(args[0]).startswith(str(root)):
+                        changes -= 1
+                        if changes < 0:
+                            os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(audit)
+            sys.argv = ["eplb-analyze", *arguments]
+            code = 1
+            try:
+                with open(os.devnull, "w") as sys.stdout, open(said, "w") as sys.stderr:
+                    main()
+                code = 0
+            except SystemExit as error:
+                code = error.code or 0
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def files():
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+    found = []
+    killed = True
+    while killed:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        code = run(arguments, len(found))
+        killed = code == -signal.SIGKILL
+        assert killed or code == 0, (len(found), code, said.read_text())
+        between = files()
+        code = run(again, 1 << 30) if killed else 0
+        found.append((between, code, files(), said.read_text()))
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    write(root, ranks=1, ep_size=1, steps=4)
+    np.save(root / "loads.npy", np.ones((4, 2, 8), np.int32))
+    return root
+
+
+INTERRUPTED = {
+    "compact": "compact --to ROOT --run-id x DUMP",
+    "import": "import --into ROOT --run-id x --format array --ep-size 2 --placement linear DUMP/loads.npy",
+    "copy": "copy --to ROOT DUMP",
+    "report": "report --to ROOT/r.html DUMP",
+    "export loads": "export loads --as csv --to ROOT/x.csv DUMP",
+    "export placement": "export placement --for json --to ROOT/x.json DUMP",
+    "postmortem": "postmortem --save ROOT DUMP",
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_command_killed_before_any_change_completes_when_run_again(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    words = INTERRUPTED[name].replace("ROOT", str(root)).replace("DUMP", str(tiny)).split()
+    force = ["--force"] if name.startswith(("report", "export")) else []
+    script = (KILLED_AT_EACH_CHANGE, root, json.dumps(words), json.dumps([*words, *force]))
+    found = json.loads(run_child(*script, timeout=600))
+    *killed, (undisturbed, *_) = found
+    assert len(killed) >= 3
+    assert undisturbed
+    for number, (between, code, after, said) in enumerate(killed):
+        runs = name in ("compact", "import")
+        there = [file for file in between if ".tmp" not in file]
+        if runs:  # the run is there as a whole, or not at all
+            assert len(there) in (0, len(undisturbed)), number
+        # Killed after it had finished, it refuses to make the same run again.
+        assert code == (2 if runs and there else 0), (number, said)
+        assert len(after) == len(undisturbed), (number, after)
+        assert not [file for file in after if ".tmp" in file], number
+
+
+def test_temporary_file_of_a_live_process_is_kept(tmp_path: Path) -> None:
+    """Two processes write the same file; the second removes what a killed one left, and nothing else."""
+    (tmp_path / ".F.0123abcd.eplb.tmp").write_text("left by a killed process")
+    (tmp_path / ".F.0123abcd.tmp").write_text("another program's")
+    script = """
+        import sys
+        from pathlib import Path
+        from eplb_analyze.atomic import new_file
+        with new_file(Path(sys.argv[1]), force=True) as file:
+            file.write(b"first")
+            print("open", flush=True)
+            sys.stdin.readline()
+    """
+    with start_child(script, tmp_path / "F") as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "open\n"
+        (living,) = tmp_path.glob(".F.*.eplb.tmp")
+        with new_file(tmp_path / "F", force=True) as file:
+            file.write(b"second")
+        assert {path.name for path in tmp_path.iterdir()} == {"F", ".F.0123abcd.tmp", living.name}
+        assert (tmp_path / "F").read_bytes() == b"second"
+        assert child.communicate("\n", timeout=60) == ("", "")
+    assert (tmp_path / "F").read_bytes() == b"first"
+    assert {path.name for path in tmp_path.iterdir()} == {"F", ".F.0123abcd.tmp"}
+
+
+def test_without_locks_two_processes_make_a_run_of_one_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "lock", lambda _: None)
+
+    def make_both() -> None:
+        with new_run(tmp_path, "x", "") as first:
+            with new_run(tmp_path, "x", "") as second:
+                (second.root / "run=x/model=m").mkdir(parents=True)
+            (first.root / "run=x/model=other").mkdir(parents=True)
+
+    with pytest.raises(UsageError, match="it appeared meanwhile"):
+        make_both()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "run=x",
+        "run=x/model=m",
+    ]

@@ -62,7 +62,7 @@ def write(plan: Plan, into: Path, run_id: str | None) -> Written:
     """
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     # Not a plain number: an engine that starts meanwhile would join that run.
-    with new_run(into, run_id, f"import-{moment}", plan.model) as new:
+    with new_run(into, run_id, f"import-{moment}") as new:
         sessions = _write_sessions(plan, new.root, new.run_id)
         size = sum(path.stat().st_size for path in new.root.rglob("*") if path.is_file())
     own = [session.recorded for session in sessions]

@@ -320,10 +320,12 @@ def test_unwritable_target_is_one_error(dump: Path, tmp_path: Path) -> None:
 
 
 def test_unfinished_run_of_a_live_process_is_kept(dump: Path, tmp_path: Path) -> None:
-    with new_run(tmp_path, None, "r-compact", "org/moe") as living:
+    with new_run(tmp_path, None, "r-compact") as living:
         (living.root / "evidence").touch()
         assert compact(dump, tmp_path)["after"]["run_id"] == "r-compact-2"
-        one_error(cli("compact", "--to", tmp_path, "--run-id", "r-compact", dump), 2, "there already")
+        one_error(
+            cli("compact", "--to", tmp_path, "--run-id", "r-compact", dump), 2, "another process is making it"
+        )
         assert (living.root / "evidence").exists()
         (living.root / f"run={living.run_id}/model=org--moe").mkdir(parents=True)
     assert [p.name for p in (tmp_path / "run=r-compact").iterdir()] == ["model=org--moe"]

@@ -187,7 +187,7 @@ def test_failed_upload_is_incomplete_and_continues(dump: Path, s3: S3, tmp_path:
     with s3.failing(key="rank=00001", method="PUT", status=503):
         failed = cli("copy", "--to", s3.address(there), dump, env={"TMPDIR": str(temporary)})
         one_error(failed, 3, "the server fails", "rank=00001")
-    assert not [*temporary.glob("eplb-copy-*")]
+    assert not [*temporary.glob("*.eplb.tmp")]
     result = cli("summary", s3.address(there))
     assert result.returncode == 3
     cli("copy", "--to", s3.address(there), dump)
