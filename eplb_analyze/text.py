@@ -33,6 +33,11 @@ def signed(value: float | None, digits: int = 3) -> str:
     return text[1:] if float(f"{value:.{digits}f}") == 0 else text
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """A confidence interval of a difference."""
+    return "–" if low is None or high is None else f"{signed(low)} … {signed(high)}"
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f} %"
 

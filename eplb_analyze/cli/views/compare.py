@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.console import limited, print_heading, print_line, styled, table
-from eplb_analyze.text import clean, counter, figure, percent, plural, signed
+from eplb_analyze.text import clean, counter, figure, interval, percent, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,11 +66,8 @@ def _figures(console: Console, result: Comparison, balance: Difference, idle: Di
 
 
 def _difference(row: Difference) -> tuple[str, str, Any]:
-    interval = "–"
-    if row.low is not None and row.high is not None:
-        interval = f"{signed(row.low)} … {signed(row.high)}"
     verdict = {"no difference beyond chance": "no difference"}.get(row.verdict or "–", row.verdict or "–")
-    return signed(row.difference), interval, styled((verdict, STYLES.get(verdict, "dim")))
+    return signed(row.difference), interval(row.low, row.high), styled((verdict, STYLES.get(verdict, "dim")))
 
 
 def _layers(console: Console, result: Comparison, top: int) -> None:

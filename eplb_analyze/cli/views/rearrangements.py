@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
-from eplb_analyze.text import figure, plural, signed
+from eplb_analyze.text import figure, interval, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,16 +49,13 @@ def _help(console: Console, report: RearrangementReport) -> None:
     listing = table(console, *columns, title=title)
     short = SHORT if console.width < WIDE else {}
     for row in report.rearrangements:
-        interval = "–"
-        if row.gain_low is not None and row.gain_high is not None:
-            interval = f"{signed(row.gain_low)} … {signed(row.gain_high)}"
         listing.add_row(
             _when(row),
             figure(row.before.balancedness),
             figure(row.predicted),
             figure(row.after.balancedness),
             signed(row.gain),
-            interval,
+            interval(row.gain_low, row.gain_high),
             styled((short.get(row.verdict, row.verdict), STYLES.get(row.verdict, "dim"))),
         )
     console.print(listing)
