@@ -15,7 +15,7 @@ from eplb_analyze.analysis.summary_sums import (
     sums_of,
 )
 from eplb_analyze.json_report import Report, as_json
-from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_known
+from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_known, most_often
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss, timeline
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
@@ -226,20 +226,15 @@ def _loss(run: Run, stretch: ConfigurationSums) -> Loss:
 
 
 def _layer_figures(run: Run, sums: LayerSums, last: ConfigurationSums) -> list[LayerFigure]:
-    figures = []
-    for index, number in enumerate(run.info.layers):
-        active, slowest = sums.active[index], last.slowest[index]
-        known = slowest.sum() > 0
-        figures.append(
-            LayerFigure(
-                number,
-                float(sums.ratio[index] / active) if active else None,
-                float(sums.inverse[index] / active) if active else None,
-                int(slowest.argmax()) if known else None,
-                float(slowest.max() / slowest.sum()) if known else None,
-            )
+    return [
+        LayerFigure(
+            number,
+            float(sums.ratio[index] / active) if active else None,
+            float(sums.inverse[index] / active) if active else None,
+            *most_often(last.slowest[index]),
         )
-    return figures
+        for index, (number, active) in enumerate(zip(run.info.layers, sums.active, strict=True))
+    ]
 
 
 def _hot_experts(run: Run, stretch: ConfigurationSums) -> list[HotExpert]:

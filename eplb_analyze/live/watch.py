@@ -16,7 +16,7 @@ from eplb_analyze.errors import AnalyzeError, Finding
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.live.session import FollowedSession
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
-from eplb_analyze.metrics.formulas import Float64, Spread, Terms
+from eplb_analyze.metrics.formulas import Float64, Spread, Terms, most_often
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.discovery import read_info
@@ -404,18 +404,14 @@ def _layers(terms: Terms, info: SessionInfo) -> list[LayerSnapshot]:
     numbers = info.layer_numbers(terms.mean.shape[1])
     ratio, active = np.where(terms.active, terms.ratio, 0.0).sum(axis=0), terms.active.sum(axis=0)
     slowest = terms.by_slowest()
-    found = []
-    for index, number in enumerate(numbers):
-        worst = int(slowest[index].argmax()) if slowest[index].any() else None
-        found.append(
-            LayerSnapshot(
-                number,
-                float(ratio[index] / active[index]) if active[index] else None,
-                worst,
-                None if worst is None else float(slowest[index, worst] / slowest[index].sum()),
-            )
+    return [
+        LayerSnapshot(
+            number,
+            float(ratio[index] / active[index]) if active[index] else None,
+            *most_often(slowest[index]),
         )
-    return found
+        for index, number in enumerate(numbers)
+    ]
 
 
 def _ranks(terms: Terms) -> list[RankSnapshot]:

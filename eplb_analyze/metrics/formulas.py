@@ -264,6 +264,12 @@ def idle_fraction(mean_tokens: float, max_tokens: float) -> float | None:
     return 1 - mean_tokens / max_tokens if max_tokens > 0 else None
 
 
+def most_often(times: npt.NDArray[Any]) -> tuple[int, float] | tuple[None, None]:
+    """The rank that was the slowest most often, and its share; ``times [ranks]`` says how often each was."""
+    total = times.sum()
+    return (int(times.argmax()), float(times.max() / total)) if total > 0 else (None, None)
+
+
 def mean_known(parts: Sequence[Float64]) -> float | None:
     """The mean over steps, without those that have no active layer (NaN); None if all are such."""
     values = np.concatenate([np.empty(0), *parts])

@@ -159,14 +159,14 @@ class _RankFile:
         self.rank = ranks.pop()
         self.step = np.array(sorted(self.counts), np.int64)
 
-    def chunks(self, layers: Array, placement_from: int | None) -> Iterator[Chunk]:
-        edges = sorted({0, *range(0, len(self.step), 64), *self._cut(placement_from), len(self.step)})
+    def chunks(self, layers: Array, placement_from: int) -> Iterator[Chunk]:
+        placed = int(np.searchsorted(self.step, placement_from))
+        edges = sorted({0, *range(0, len(self.step), 64), placed, len(self.step)})
         for low, high in itertools.pairwise(edges):
             steps = self.step[low:high]
             load = np.stack([self._load(int(step), layers) for step in steps])
-            known = placement_from is not None and int(steps[0]) >= placement_from
             yield Chunk(
-                steps, load, self.slots[layers] if known else None,
+                steps, load, self.slots[layers] if low >= placed else None,
                 num_tokens=np.array([self.tokens.get(int(s), -1) for s in steps], np.int64),
                 phase=tuple(self.phase.get(int(s)) for s in steps),
             )  # fmt: skip
@@ -179,9 +179,6 @@ class _RankFile:
             raise DumpError(str(error)) from None
         total: Int64 = np.sum(parts, axis=0, dtype=np.int64)
         return total
-
-    def _cut(self, step: int | None) -> list[int]:
-        return [] if step is None else [int(np.searchsorted(self.step, step))]
 
 
 def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) -> Reading:
