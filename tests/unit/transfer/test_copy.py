@@ -18,7 +18,7 @@ import pytest
 from helpers import assert_golden, cli, load_of, map_of, one_error, open_writer, write
 from s3 import S3
 
-from eplb_analyze import open_run
+from eplb_analyze import atomic, open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.storage.path import storage_path
 from eplb_analyze.transfer import copy, copy_target
@@ -418,7 +418,7 @@ def test_without_locks_files_of_another_copy_are_kept(
     for victim in damaged.rglob("loads-000001.parquet"):
         victim.unlink()
     to = tmp_path / "to"
-    monkeypatch.setattr(copy_target, "lock", lambda _: None)
+    monkeypatch.setattr(atomic, "lock", lambda _: None)
     clean = Target.remove_superseded
     inner: list[Any] = []
 
