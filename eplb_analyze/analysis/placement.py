@@ -11,6 +11,7 @@ from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_dump.format.schema import EMPTY_SLOT
 
 
@@ -100,6 +101,8 @@ def placement_report(
         sizes = {(before[i].ep_size, now[i].ep_size) for i in both} - {(p.ep_size,) * 2 for p in now.values()}
         for old, new in sorted(sizes):
             notes.append(f"ep_size changed from {old} to {new}: ranks are compared by their numbers")
+        for size in sorted({now[i].ep_size for i in both}):
+            notes += uneven_nodes(size, run.info.ranks_per_node)
         found = [_change(before[i], now[i], run.info.ranks_per_node) for i in both]
         changes = [change for change in found if change.slots_changed]
     return PlacementReport(run.info.run_id, run.info.model, at, against, list(now.values()), changes, notes)

@@ -11,6 +11,7 @@ from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_dump.format.journal import Int64, Shape
 
 
@@ -117,6 +118,7 @@ def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | 
     sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape))
     per_rank = [[rank] for rank in range(sums.shape.ep_size)]
     per_node = _nodes(sums.shape.ep_size, ranks_per_node)
+    notes += uneven_nodes(sums.shape.ep_size, ranks_per_node)
     loss = float(sums.excess.sum())
     heat = zip(run.info.layers, _heat(sums.load, per_rank), _heat(sums.load, per_node), strict=True)
     return RankReport(

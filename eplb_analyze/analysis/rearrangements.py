@@ -18,6 +18,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -114,6 +115,7 @@ def _report(run: Run, steps: tuple[int, int] | None, window: int) -> Rearrangeme
             series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
             _spread(block, folds, run.info.num_logical_experts)
     notes = run.import_caveats("step_order", "placement", "placement_steps", "earlier_placements")
+    notes += uneven_nodes(run.info.ep_size, run.info.ranks_per_node)
     if not run.history.layers:
         notes.append("no placement was recorded, so no rearrangement is known")
     if run.history.lost:

@@ -16,6 +16,7 @@ from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope
 
@@ -170,6 +171,7 @@ def traffic_report(
     def read() -> TrafficReport:
         rank_of = {id(s): session.info.ep_rank for session in run.sessions for s in session.segments}
         sums, whole, notes = last_configuration(run, steps, lambda shape: _Flows(shape, rank_of))
+        notes += uneven_nodes(sums.shape.ep_size, ranks_per_node)
         flows = sums.flows[first:last]
         rank = np.arange(sums.shape.ep_size)
         node = None if ranks_per_node is None else rank // ranks_per_node

@@ -138,9 +138,19 @@ INITIAL: dict[str, tuple[str, Callable[[int, int, int], Int32]]] = {
 }
 
 
+def ungrouped(num_nodes: int, num_groups: int) -> str | None:
+    """What to tell a user whose nodes do not divide the groups: the engines' policies then ignore both."""
+    if num_groups % num_nodes == 0:
+        return None
+    return (
+        f"{num_nodes} nodes do not divide {num_groups} groups of experts; as in the engines, experts are "
+        "then placed without regard to groups and nodes"
+    )
+
+
 def _rebalance(problem: Problem, arithmetic: Arithmetic) -> Int32:
     groups, nodes = problem.num_groups, problem.num_nodes
-    if groups % nodes:
+    if ungrouped(nodes, groups) is not None:
         groups = nodes = 1
     experts = problem.weight.shape[1]
     if experts % groups:

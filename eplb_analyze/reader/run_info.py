@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.reader.discovery import Session
 from eplb_analyze.storage.path import StoragePath
+from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import FORMAT_NAME
 from eplb_dump.format.session import Origin
@@ -41,6 +42,14 @@ class RunInfo:
     def timed(self) -> bool:
         """Whether the times of its steps are known; an imported run may have none."""
         return self.origin is None or "times" not in self.origin.unknown
+
+
+def uneven_nodes(ep_size: int, ranks_per_node: int | None) -> list[str]:
+    """A note, if the ranks do not fill nodes of that size. Fewer ranks than one node holds are no fault."""
+    if ranks_per_node is None or ranks_per_node >= ep_size or ep_size % ranks_per_node == 0:
+        return []
+    rest = plural(ep_size % ranks_per_node, "rank")
+    return [f"{ep_size} EP ranks do not divide into nodes of {ranks_per_node}: the last node has {rest}"]
 
 
 def imported(origin: Origin) -> str:

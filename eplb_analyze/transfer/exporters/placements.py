@@ -15,6 +15,7 @@ from eplb_analyze.json_report import Report, RunReport
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.exporters import engines, vllm_ascend
 from eplb_analyze.transfer.exporters.loads import PLACEMENTS, logical_loads
@@ -155,7 +156,12 @@ def policy_placement(
     ranks = ep_size if ep_size is not None else shape.ep_size
     if slots > MAX_EXPERTS:
         raise UsageError(f"{slots:,} slots are more than a placement holds, which is {MAX_EXPERTS:,}")
-    nodes = num_nodes if num_nodes is not None else _nodes(info.ranks_per_node, ranks)
+    if num_nodes is not None and ranks % num_nodes:
+        raise UsageError(f"--num-nodes: {ranks} EP ranks cannot be divided evenly among {num_nodes} nodes")
+    nodes = num_nodes if num_nodes is not None else _nodes(info.ranks_per_node, ranks, notes)
+    # Nodes that the recording has do not matter for a model without groups, which is the default.
+    if (num_nodes is not None or num_groups > 1) and (note := policies.ungrouped(nodes, num_groups)):
+        notes.append(note)
     problem = policies.Problem(
         weight=weights.logical,
         num_physical_experts=slots,
@@ -181,8 +187,12 @@ def policy_placement(
     return SourcePlacement(placement, origin, weights.logical, whole, notes)
 
 
-def _nodes(ranks_per_node: int | None, ranks: int) -> int:
-    return ranks // ranks_per_node if ranks_per_node and ranks % ranks_per_node == 0 else 1
+def _nodes(ranks_per_node: int | None, ranks: int, notes: list[str]) -> int:
+    """The number of nodes; one, with a note, if the ranks do not fill nodes of the recorded size."""
+    if uneven := uneven_nodes(ranks, ranks_per_node):
+        notes.append(f"{uneven[0]}; the policy is given one node (--num-nodes)")
+        return 1
+    return max(1, ranks // ranks_per_node) if ranks_per_node else 1
 
 
 def _current(run: Run, step: int, ranks: int, slots: int) -> Int32 | None:

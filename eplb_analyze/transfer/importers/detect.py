@@ -85,6 +85,8 @@ def _of_file(path: Path) -> str:
             f"{path}: a list can be counts [layers, experts] (--format array) or a placement, which "
             "--placement takes beside a source of loads; say which"
         )
+    if path.suffix == ".safetensors":
+        return "trtllm"  # which asks for the folder
     if path.suffix in (".yaml", ".yml"):
         raise _placement_error(path)
     raise DumpError(f"{path}: not of a format known here ({', '.join(READERS)})")

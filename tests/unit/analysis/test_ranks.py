@@ -32,7 +32,9 @@ def test_ranks_equal_a_plain_loop(truth: Truth) -> None:
     report = rank_report(open_run(truth.root))
     assert (report.first_step, report.last_step, report.recorded) == (steps[0], steps[-1], len(steps))
     assert report.active == active
-    assert len(report.notes) == (len(steps) < len(truth.T))
+    uneven = ["3 EP ranks do not divide into nodes of 2: the last node has 1 rank"]
+    elastic = len(steps) < len(truth.T)
+    assert (len(report.notes), report.notes[1:]) == ((2, uneven) if elastic else (0, []))
     assert [r.load for r in report.ranks] == sum(T).sum(axis=0).tolist()
     assert [r.slowest for r in report.ranks] == pytest.approx(often)
     np.testing.assert_allclose([r.excess_tokens for r in report.ranks], cost)
@@ -67,6 +69,8 @@ def test_ranks_per_node_can_be_given(tmp_path: Path, local: Truth) -> None:
     # It overrides what the dump says, and the last node may have fewer ranks.
     report = rank_report(open_run(local.root), ranks_per_node=3)
     assert [node.ranks for node in report.nodes] == [[0, 1, 2], [3]]
+    assert report.notes == ["4 EP ranks do not divide into nodes of 3: the last node has 1 rank"]
+    assert rank_report(open_run(local.root), ranks_per_node=8).notes == []
     [one, other] = report.nodes
     assert (one.load, other.load) == (sum(r.load for r in report.ranks[:3]), report.ranks[3].load)
     text = cli("ranks", "--by", "node", "--ranks-per-node", "3", tmp_path).stdout

@@ -385,6 +385,28 @@ def test_nodes_default_to_those_of_the_recording(tmp_path: Path) -> None:
         assert found.origin.num_nodes == nodes
 
 
+def test_nodes_that_divide_neither_ranks_nor_groups_are_not_silent(tmp_path: Path) -> None:
+    run = open_run(record(tmp_path / "dump", ranks_per_node=1))
+    with pytest.raises(UsageError, match="2 EP ranks cannot be divided evenly among 3 nodes"):
+        policy_placement(run, "deepseek", num_nodes=3, num_groups=3)
+    found = policy_placement(run, "deepseek", num_nodes=2, num_groups=3)
+    assert ["2 nodes do not divide 3 groups" in note for note in found.notes] == [True]
+    expected = POLICIES["deepseek"](Problem(logical(complete()), SLOTS, RANKS))
+    assert np.array_equal(found.placement.physical_to_logical_map, expected)
+    assert policy_placement(run, "deepseek").notes == []
+    assert policy_placement(run, "deepseek", num_groups=2).notes == []
+
+
+def test_nodes_that_the_ranks_do_not_fill_are_one_node_with_a_note(tmp_path: Path) -> None:
+    run = open_run(record(tmp_path / "dump", ranks_per_node=3))
+    found = policy_placement(run, "deepseek", redundant=4, ep_size=5, num_groups=2)
+    assert found.origin.num_nodes == 1
+    assert found.notes == [
+        "5 EP ranks do not divide into nodes of 3: the last node has 2 ranks; the policy is given one node "
+        "(--num-nodes)"
+    ]
+
+
 def test_repair_of_a_user_policy_uses_the_window_loads(
     dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
