@@ -92,11 +92,11 @@ class Output:
             render(console(text))
             print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
-    def open_run(self, dump: StoragePath, run: str | None, model: str | None) -> Run:
+    def open_run(self, dump: StoragePath, run: str | None, model: str | None, *, mixed: bool = False) -> Run:
         """Open the run that a command is about, and print how it was chosen."""
         from eplb_analyze.reader.run import open_run
 
-        opened = open_run(dump, run, model)
+        opened = open_run(dump, run, model, mixed=mixed)
         opened.progress = self.progress
         self.notes(opened.notes)
         return opened
@@ -126,8 +126,8 @@ class RunOutput(Output):
         super().__init__(output_format)
         self.dump, self.run_id, self.model = dump, run_id, model
 
-    def open(self) -> Run:
-        self.run = self.open_run(self.dump, self.run_id, self.model)
+    def open(self, *, mixed: bool = False) -> Run:
+        self.run = self.open_run(self.dump, self.run_id, self.model, mixed=mixed)
         return self.run
 
     def show(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.errors import AnalyzeError, Finding
+from eplb_analyze.errors import AnalyzeError, DumpError, Finding
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.live.session import FollowedSession
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
@@ -186,7 +186,11 @@ class Follower:
             session.begin(self._limit)
             self._sessions.append(session)
         started = time.monotonic()
-        found_new = self._read_all()
+        found_new = False if self._several_starts else self._read_all()
+        if self._several_starts:
+            # Two engines with one run id: choose between them, or say that they cannot be separated.
+            self._follow(self._path, self._run)
+            found_new = self._read_all()
         if time.monotonic() - started > LONG_SECONDS:
             found_new |= self._read_all()  # otherwise the ranks read first seem to be behind
         self._looked = True
@@ -200,6 +204,8 @@ class Follower:
 
     def _follow(self, path: Path, run: str | None) -> None:
         chosen = choose(path, run, self._model)
+        if chosen.mixed is not None:
+            raise DumpError(chosen.mixed)
         sessions = [(_absolute(folder), info) for folder, info in chosen.sessions]
         self.notes = chosen.notes
         self._info = sessions[0][1]
@@ -209,7 +215,10 @@ class Follower:
         self._runs = {folder.name for folder in started}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
         self._placements = _Placements(self._limit, self._info)
-        self._known = {folder for folder, _ in sessions}
+        self._known = {folder for folder, _ in sessions} | {_absolute(folder) for folder in chosen.others}
+        #: The newest session of each rank, and whether a session of another engine start was seen.
+        self._newest = {info.ep_rank: info for _, info in sessions}
+        self._several_starts = False
         self._faults: dict[Path, str] = {}
         self._closed: set[str] = set()
         self._looked = False
@@ -252,8 +261,19 @@ class Follower:
                 except (FormatError, OSError) as error:
                     self._faults[folder] = f"{folder}: {error}; session skipped"
                 else:
+                    if self._of_another_start(info):
+                        self._several_starts = True
+                        return
+                    self._newest[info.ep_rank] = info
                     yield FollowedSession(folder, info, self._limit)
                 self._known.add(folder)
+
+    def _of_another_start(self, info: SessionInfo) -> bool:
+        """Whether a new session may be of another engine start under this run id."""
+        before, identity = self._newest.get(info.ep_rank), info.start_identity
+        if before is not None:
+            return identity.same_as(before.start_identity) is not True
+        return identity.id is not None and identity.same_as(self._info.start_identity) is False
 
     def _read_all(self) -> bool:
         """Read all sessions. Returns True if there are new steps."""
@@ -275,6 +295,8 @@ class Follower:
                     self._placements = _Placements(self._limit, self._info)
                 for rows in batch.placements:
                     self._placements.add(rows)
+            elif len(batch.rows.step):
+                self._several_starts = True  # an older session of the rank goes on beside the newer one
         self._faults.pop(session.folder, None)
         if session.fault is not None:
             self._faults[session.folder] = session.fault

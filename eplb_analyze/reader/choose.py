@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.reader.discovery import Discovery, discover
+from eplb_analyze.reader.starts import run_and_start
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.schema import model_slug
 from eplb_dump.format.session import SessionInfo
@@ -19,6 +20,12 @@ class Choice:
     sessions: list[tuple[StoragePath, SessionInfo]]
     findings: list[Finding]
     notes: list[str]
+    #: The run's id, with the number of the start if several starts were given it.
+    run_id: str
+    #: Why its sessions are of several starts that cannot be separated; None if they are of one.
+    mixed: str | None
+    #: Sessions under the same run id that are of other starts.
+    others: list[StoragePath]
 
 
 def choose(path: StoragePath, run: str | None = None, model: str | None = None) -> Choice:
@@ -47,12 +54,25 @@ def choose(path: StoragePath, run: str | None = None, model: str | None = None) 
         slug = matches[0]
     findings += found.findings.get((run, slug), [])
     infos = sorted(models[slug], key=lambda item: (item[1].created_unix_ns, item[1].session_id))
-    return Choice(infos, findings, notes)
+    mixed = found.mixed.get(run)
+    starts = [start for start in found.starts_of(run_and_start(run)[0]) if start != run]
+    return Choice(
+        infos,
+        findings,
+        notes,
+        run,
+        None if mixed is None else f"{path}: {mixed}",
+        [folder for start in starts for folder, _ in found.sessions(start)],
+    )
 
 
 def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[str, list[str]]:
     """The id of the run asked for, or of the newest run, and notes for the user. Raises NotInDumpError."""
     run_ids = found.newest_first()
+    starts = [] if run is None else found.starts_of(run)
+    if starts:
+        note = f"{len(starts)} engine starts were given the run id {run}; this is the newest, {starts[0]}"
+        return starts[0], [f"{note} (choose with --run)"]
     if run is not None and run not in found.runs:
         raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
     if run is not None or len(run_ids) == 1:

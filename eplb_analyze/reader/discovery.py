@@ -13,14 +13,17 @@ from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.segments import (
+    DamagedSegmentError,
     OpenSegment,
     Segment,
     exhausted,
     read_manifest,
     require_regular,
 )
+from eplb_analyze.reader.starts import START_SEPARATOR, MixedStarts, Span, run_and_start, separate
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath, requests_at_once
+from eplb_analyze.text import plural
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
 from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import (
@@ -71,6 +74,12 @@ class Discovery:
     #: ``{run_id: {model slug: [SessionInfo and folder]}}``; no segment is opened yet.
     runs: dict[str, dict[str, list[tuple[StoragePath, SessionInfo]]]]
     findings: dict[tuple[str, str], list[Finding]]
+    #: Runs with the sessions of several starts, which cannot be separated: by id, why.
+    mixed: dict[str, str] = field(default_factory=dict)
+
+    def starts_of(self, run_id: str) -> list[str]:
+        """The ids of a run's starts, newest first, if several starts were given its id."""
+        return [own for own in self.newest_first() if own != run_id and run_and_start(own)[0] == run_id]
 
     def created(self, run_id: str) -> int:
         """When a run began, by its oldest session, in ns since 1970."""
@@ -97,6 +106,7 @@ class Discovery:
 def discover(path: StoragePath, run: str | None = None) -> Discovery:
     """Find the sessions of a dump, or of one run, model, rank or session folder of it.
 
+    If several engine starts were given one run id, each is a run, and has the id with its number: ``r@2``.
     If ``run`` is the id of an existing run, other runs may be left out.
 
     Raises DumpError if the folder does not exist or has no run.
@@ -112,9 +122,9 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         wanted.insert(0, root.name)
         root = root.parent
     shown = path if not wanted else root
-    narrowed = run is not None and not wanted
-    if narrowed:
-        wanted = [f"{RUN_PREFIX}{run}"]
+    narrowed = not wanted and run is not None
+    if run is not None and not wanted:
+        wanted = [f"{RUN_PREFIX}{run_and_start(run)[0]}"]
     found = Discovery(shown, {}, {})
     sessions = list(_descend(shown, wanted, found))
     for (names, folder), info in ordered_map(_info_or_fault, sessions, requests_at_once(shown)):
@@ -137,7 +147,54 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
         odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
         raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
+    for run_id in [*found.runs]:
+        _separate_starts(found, run_id)
     return found
+
+
+def _separate_starts(found: Discovery, run_id: str) -> None:
+    """Replace a run by the engine starts that were given its id, if there are several."""
+    spans: dict[StoragePath, Span | None] = {}
+
+    def span_of(folder: StoragePath, info: SessionInfo) -> Span | None:
+        if folder not in spans:
+            spans[folder] = _span(open_session(folder, info, [], None))
+        return spans[folder]
+
+    starts = separate(found.sessions(run_id), span_of)
+    if isinstance(starts, MixedStarts):
+        found.mixed[run_id] = f"run {run_id}: {starts.reason}"
+    elif len(starts) > 1:
+        models = found.runs.pop(run_id)
+        findings = {key: found.findings.pop(key) for key in [*found.findings] if key[0] == run_id}
+        for number, sessions in enumerate(starts, 1):
+            own_id = f"{run_id}{START_SEPARATOR}{number}"
+            own = {folder for folder, _ in sessions}
+            found.runs[own_id] = {
+                slug: kept for slug, all_ in models.items() if (kept := [s for s in all_ if s[0] in own])
+            }
+            found.findings |= {(own_id, slug): [*some] for (_, slug), some in findings.items()}
+            text = f"{len(starts)} engine starts were given the run id {run_id}; this is {own_id}, of "
+            text += f"{plural(len(sessions), 'session')}, and the others are runs of their own"
+            warning = Finding("warning", "several_starts", text)
+            found.findings.setdefault((own_id, ""), []).append(warning)
+
+
+def _span(session: Session) -> Span | None:
+    """When a session began and ended; None if it has no step that can be read."""
+    segments = sorted((s for s in session.segments if s.last_step >= 0), key=lambda segment: segment.seq)
+    try:
+        first, last = segments[0].steps(), segments[-1].steps()
+    except (IndexError, DamagedSegmentError):
+        return None
+    steps = int(first.time_ns.min()), int(last.time_ns.max())
+    closed = (session.closed or {}).get("closed_unix_ns")
+    end = max(steps[1], closed) if isinstance(closed, int) else steps[1]
+    return Span(
+        (session.info.created_unix_ns, end),
+        steps,
+        (int(first.monotonic_ns.min()), int(last.monotonic_ns.max())),
+    )
 
 
 def _info_or_fault(session: tuple[list[str], StoragePath]) -> SessionInfo | str | None:

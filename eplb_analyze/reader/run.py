@@ -38,24 +38,37 @@ PART_STEPS = 16384
 
 
 def open_run(
-    path: str | os.PathLike[str] | StoragePath, run: str | None = None, model: str | None = None
+    path: str | os.PathLike[str] | StoragePath,
+    run: str | None = None,
+    model: str | None = None,
+    *,
+    mixed: bool = False,
 ) -> Run:
     """Open one run of one model in a dump; by default the newest run and its largest model.
 
     Args:
         path: the dump's folder, or the folder of one run, model, rank or session in it; or such a prefix
             of a bucket, ``s3://…`` or ``gs://…``.
-        run: the run's id.
+        run: the run's id. If several engine starts were given the same, ``r``, they are ``r@1``, ``r@2``
+            and so on, and ``r`` is the newest.
         model: the model's name, or its folder's name.
+        mixed: also open a run of several engine starts that cannot be separated, to check it; its figures
+            are of no engine.
 
     Raises:
-        DumpError: there is no dump, or nothing readable in it.
+        DumpError: there is no dump, or nothing readable in it; or engines that ran at the same time were
+            given one run id and cannot be separated.
         NotInDumpError: the dump has no such run or model.
         UnreachableError: the bucket cannot be read.
     """
     where = storage_path(path)
     chosen = choose(where, run, model)
-    return Run(where, open_sessions(chosen.sessions, chosen.findings), chosen.findings, chosen.notes)
+    if chosen.mixed is not None:
+        if not mixed:
+            raise DumpError(chosen.mixed)
+        chosen.findings.append(Finding("error", "mixed_starts", chosen.mixed))
+    sessions = open_sessions(chosen.sessions, chosen.findings)
+    return Run(where, sessions, chosen.findings, chosen.notes, chosen.run_id)
 
 
 class Run:
@@ -69,7 +82,12 @@ class Run:
     """
 
     def __init__(
-        self, path: StoragePath, sessions: list[Session], findings: list[Finding], notes: list[str]
+        self,
+        path: StoragePath,
+        sessions: list[Session],
+        findings: list[Finding],
+        notes: list[str],
+        run_id: str | None = None,
     ) -> None:
         self.path = path
         self.sessions = sessions
@@ -84,7 +102,7 @@ class Run:
         #: The last step to include; None for all.
         self._last: int | None = None
         self.scope = sessions[0].info.scope
-        self.info = run_info(path, sessions, findings)
+        self.info = run_info(path, sessions, findings, run_id)
 
     def __repr__(self) -> str:
         first, last = self.step_range
@@ -101,7 +119,7 @@ class Run:
             )
             if segments or not session.segments:
                 sessions.append(replace(session, segments=segments, lost=lost))
-        run = Run(self.path, sessions, [*self.findings], self.notes)
+        run = Run(self.path, sessions, [*self.findings], self.notes, self.info.run_id)
         run._last = step
         return run
 

@@ -61,8 +61,10 @@ def imported(origin: Origin) -> str:
     return f"{how}; not known: {unknown or 'nothing'}"
 
 
-def run_info(path: StoragePath, sessions: Sequence[Session], findings: list[Finding]) -> RunInfo:
-    """The info of a run, by its sessions, oldest first.
+def run_info(
+    path: StoragePath, sessions: Sequence[Session], findings: list[Finding], run_id: str | None = None
+) -> RunInfo:
+    """The info of a run, by its sessions, oldest first; ``run_id`` if it has the number of a start.
 
     Segments with another number of MoE layers are removed from their session and added to ``findings``.
 
@@ -79,7 +81,7 @@ def run_info(path: StoragePath, sessions: Sequence[Session], findings: list[Find
     if named is not None and shape.num_moe_layers not in (0, len(named)):
         raise DumpError(f"{path}: it names {len(named)} MoE layers, but has loads of {shape.num_moe_layers}")
     return RunInfo(
-        run_id=first.run_id,
+        run_id=run_id or first.run_id,
         model=first.model,
         engine=first.engine,
         engine_version=first.engine_version,

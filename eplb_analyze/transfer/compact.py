@@ -26,6 +26,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.reader.segments import DamagedSegmentError
+from eplb_analyze.reader.starts import START_SEPARATOR
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
@@ -103,7 +104,7 @@ def compact_run(
     opened.progress = progress
     _require_intact(opened)
     lost = _lost(opened)
-    base = f"{opened.info.run_id[:110]}-compact"
+    base = f"{opened.info.run_id[:110]}-compact".replace(START_SEPARATOR, ".")
     with new_run(to, run_id, base) as new:
         try:
             counts, info = _write(opened, new.root, new.run_id, lost)

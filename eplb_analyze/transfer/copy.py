@@ -22,6 +22,7 @@ from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.choose import choose_run
 from eplb_analyze.reader.discovery import Discovery, discover, read_session_file
 from eplb_analyze.reader.parquet_segment import ParquetSegment
+from eplb_analyze.reader.starts import run_and_start
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.path import StoragePath
@@ -118,7 +119,7 @@ def copy_run(
         if steps is not None and not any(touched):
             raise NotInDumpError(f"{source}: no segment of run {run_id} is in these steps")
         readable = [copy for copy in copies if not copy.unreadable]
-        _copy_all(readable, to / f"{RUN_PREFIX}{run_id}", threads, progress)
+        _copy_all(readable, to / f"{RUN_PREFIX}{run_and_start(run_id)[0]}", threads, progress)
     except OSError as error:
         raise DumpError(f"{error.filename or to}: {error.strerror or error}") from None
     for copy in sorted(copies, key=lambda copy: not copy.unreadable):

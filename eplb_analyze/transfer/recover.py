@@ -56,7 +56,8 @@ def seal_dump(path: StoragePath, run: str | None = None, model: str | None = Non
     """
     path = local(path, "`seal`")
     found = discover(path)
-    runs = found.newest_first() if run is None else [choose_run(found, path, run)[0]]
+    named = None if run is None else found.starts_of(run) or [choose_run(found, path, run)[0]]
+    runs = found.newest_first() if named is None else named
     sessions = [session for run_id in runs for session in found.sessions(run_id, model)]
     if model is not None and not sessions:
         raise NotInDumpError(f"{path}: no model {model!r} in it")

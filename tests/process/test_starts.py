@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, assert_equal_loads, load_of, sealed_loads, start_child
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.check import check_run
 
 RANK = """
 import sys
@@ -57,11 +58,12 @@ def test_ranks_started_together_share_a_run_and_restart_begins_the_next(tmp_path
 LAUNCHER = """
 import os, signal, sys
 from helpers import load_of, map_of, open_writer
+RUN_ID = os.environ.get("EXPERT_LOAD_DUMP_RUN_ID")
 
 def rank_main(number, out, go, late):
     if late is not None:
         os.read(late, 1)
-    writer = open_writer(sys.argv[1], run_id=None, ep_size=8, ep_rank=number)
+    writer = open_writer(sys.argv[1], run_id=RUN_ID, ep_size=8, ep_rank=number)
     for step in range(3):
         writer.record(None, load_of(step, number), map_of())
     writer.flush()
@@ -138,6 +140,20 @@ def test_starts_are_neither_mixed_nor_scattered(tmp_path: Path, launchers: list[
     found = [runs for starts in launch(tmp_path, launchers) for runs in starts]
     assert [len(runs) for runs in found] == [1] * len(found), found
     assert len(set.union(*found)) == sum(map(len, launchers)), found
+
+
+def test_starts_at_once_under_one_run_id_are_separated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERT_LOAD_DUMP_RUN_ID", "deploy-1")
+    launch(tmp_path, [["8 closed prompt"]] * 2)
+    runs = [open_run(tmp_path, f"deploy-1@{number}") for number in (1, 2)]
+    for run in runs:
+        assert sorted(session.info.ep_rank for session in run.sessions) == list(range(8))
+        assert len({session.info.start_identity for session in run.sessions}) == 1
+        codes = {finding.code for finding in check_run(run).findings}
+        assert {"several_starts", "mixed_starts"} & codes == {"several_starts"}
+    assert len({run.sessions[0].info.start_identity for run in runs}) == 2
 
 
 def test_example_runs_as_program_with_clean_dump(tmp_path: Path) -> None:

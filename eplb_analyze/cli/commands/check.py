@@ -15,7 +15,7 @@ def check(out: RunOutput) -> None:
     """Is the dump complete and intact? Reads and verifies every byte of a run; exit 1 if not."""
     from eplb_analyze.analysis.check import check_run
 
-    run = out.open()
+    run = out.open(mixed=True)
     report = check_run(run)
     out.emit(report.to_json, lambda console: render(console, run, report))
     if not report.ok:
