@@ -203,7 +203,7 @@ def _hider(run: Run) -> Callable[[str], str]:
     model = run.info.model
     names = {model, model_slug(model), run.info.run_id, str(run.path), str(run.path.resolve())}
     names |= {part for part in (*model.split("/"), run.path.resolve().name) if part}
-    names |= {info.host for info in infos} | {info.session_id for info in infos}
+    names |= {text for info in infos for text in (info.host, info.session_id, info.run_id)}
     if run.info.origin is not None:
         names |= {part for file in run.info.origin.files for part in (file.name, Path(file.name).name)}
     # The longest first, and as words only: a run may be called "1".

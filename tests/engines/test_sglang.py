@@ -129,6 +129,8 @@ def test_four_ranks_are_recorded_exactly_and_described(tmp_path: Path) -> None:
     assert (config["enable_eplb"], config["moe_a2a_backend"]) == (False, "none")
     assert sorted(s.info.ep_rank for s in run.sessions) == [0, 1, 2, 3]
     assert len({s.info.run_id for s in run.sessions}) == 1
+    (start_id,) = {s.info.start_identity.id for s in run.sessions}
+    assert start_id
 
 
 @pytest.mark.parametrize(("scenario", "replication"), [("scattered", 1), ("dp_attention", 2)])

@@ -186,6 +186,8 @@ def test_elastic_changes_stay_in_one_run(tmp_path: Path) -> None:
     )
     run = assert_true(ranks, dump, "model")
     assert len(list(dump.iterdir())) == 1
+    (start_id,) = {s.info.start_identity.id for s in run.sessions}
+    assert start_id
     sizes = {row["step"]: row["ep_size"] for row in run.loads(experts=False).iter_rows(named=True)}
     assert sizes == {step: 2 if 10 <= step < 25 else 4 for step in range(40)}
 
@@ -193,10 +195,13 @@ def test_elastic_changes_stay_in_one_run(tmp_path: Path) -> None:
 def test_pipeline_stages_are_models_of_one_run(tmp_path: Path) -> None:
     ranks, dump, _ = serve(tmp_path, "--world", "4", "--pipeline", "2")
     assert len(list(dump.iterdir())) == 1
+    ids = set()
     for stage in range(2):
         shown = f"org/main (pipeline stage {stage})"
         run = assert_true(ranks[stage::2], dump, "model", shown=shown)
         assert run.info.layers == tuple(range(3 + 4 * stage, 7 + 4 * stage))
+        ids |= {session.info.start_identity.id for session in run.sessions}
+    assert len(ids - {None}) == len(ids) == 1
 
 
 def test_a_given_run_id_is_kept(tmp_path: Path) -> None:
