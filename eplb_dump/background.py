@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ import numpy as np
 
 from eplb_dump.encoder import Encoder
 from eplb_dump.format import manifest, segment
-from eplb_dump.format.files import fsync_folders
 from eplb_dump.format.journal import JournalAppender, Shape
 from eplb_dump.format.schema import FormatError, Status
-from eplb_dump.format.session import SessionInfo, write_session_file
+from eplb_dump.format.session import SessionInfo, sync_session_file, write_session_file
 from eplb_dump.format.session_writer import SessionWriter
 from eplb_dump.staging import Entry, release
 
@@ -82,6 +82,9 @@ class Background:
         self._gave_up = False
         #: For the sealer: journals to seal, metadata to write, and None at the end.
         self._to_seal: queue.SimpleQueue[JournalAppender | SessionInfo | None] = queue.SimpleQueue()
+        #: Whether a power cut leaves a session.json. From then on, only the sealer replaces it, durably.
+        self._session_synced = False
+        self._session_lock = threading.Lock()
         self._session = SessionWriter(folder, info, self._to_seal.put)
         name = f"eplb-dump-rank{info.ep_rank}"
         self._sealer = threading.Thread(target=self._seal_loop, name=f"{name}-seal", daemon=True)
@@ -132,7 +135,8 @@ class Background:
                 self._drain()
                 self._end_segment_if_due()
                 if closing:
-                    self._session.end_segment()
+                    if self.off is None:
+                        self._session.close(self._final_stats(), sealed=self.segments_sealed)
                     self._to_seal.put(None)
             except Exception as error:  # no error here may reach the engine
                 self._give_up(error)
@@ -216,7 +220,7 @@ class Background:
         return batch
 
     def _note_shape(self) -> None:
-        """Let the sealer complete session.json with the shape of the first recorded load."""
+        """Complete session.json with the shape of the first recorded load."""
         info, shape = self._session.info, self._session.shape
         if info.num_moe_layers is None and shape is not None:
             self._session.info = dataclasses.replace(
@@ -224,6 +228,10 @@ class Background:
                 num_moe_layers=shape.num_moe_layers,
                 num_physical_experts=shape.num_physical_experts,
             )
+            with self._session_lock:
+                if not self._session_synced:
+                    write_session_file(self._folder, self._session.info, durable=False)
+                    return
             self._to_seal.put(self._session.info)
 
     def _write(self, batch: Sequence[Entry]) -> None:
@@ -253,23 +261,24 @@ class Background:
     # ---- the sealer's thread
 
     def _seal_loop(self) -> None:
-        synced = False  # whether a power cut leaves a session.json
         while (item := self._to_seal.get()) is not None:
-            if isinstance(item, SessionInfo) or not synced:
-                synced = True
-                self._sync_session(item if isinstance(item, SessionInfo) else self._session.info)
-            if isinstance(item, JournalAppender):
-                self._seal(item)
+            if isinstance(item, SessionInfo):
+                self._keep_session(partial(write_session_file, self._folder, item))
+                continue
+            with self._session_lock:
+                first, self._session_synced = not self._session_synced, True
+            if first:
+                self._keep_session(partial(sync_session_file, self._folder))
+            self._seal(item)
         self._log_notices()  # those that were added after the drainer ended
         if self.off is None and not self.segments_left_open:
             with contextlib.suppress(OSError, FormatError):
                 manifest.close_manifest(self._folder, self._session.info, self._final_stats())
 
-    def _sync_session(self, info: SessionInfo) -> None:
-        """Write session.json for good. Without it, readers use the session's other files."""
+    def _keep_session(self, write: Callable[[], None]) -> None:
+        """Have session.json survive a power cut. If it does not, readers use the session's other files."""
         try:
-            write_session_file(self._folder, info)
-            fsync_folders(self._folder)
+            write()
         except Exception as error:
             self._log_once(f"session.json could not be synced: {self._folder}: {_reason(error)}")
 

@@ -203,7 +203,7 @@ class ExpertLoadWriter:
             #: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
             self.folder = session_path(root, self.info)
             self.folder.mkdir(parents=True)
-            write_session_file(self.folder, self.info, durable=False)  # the sealing thread syncs it
+            write_session_file(self.folder, self.info, durable=False)  # the sealer syncs it
         except OSError as error:
             self._off = f"{type(error).__name__}: {error.strerror or error}"
             logger.warning(
@@ -392,8 +392,8 @@ class ExpertLoadWriter:
         elif is_integer(step):
             # A tensor is not an integer here: reading it would wait for the device.
             number = int(step)
-            if number > MAX_NUMBER:
-                self._rejected[f"a step above {MAX_NUMBER}"] += 1
+            if number >= MAX_NUMBER:
+                self._rejected[f"a step above {MAX_NUMBER - 1}"] += 1
                 self._unlisted += 1
                 return None
             if number < self._next_step:

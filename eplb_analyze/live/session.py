@@ -87,6 +87,8 @@ class FollowedSession:
         self.fault: str | None = None
         self._manifest = GrowingFile(folder / MANIFEST_FILE)
         self._journals: dict[int, _Journal] = {}
+        #: Journals that a power cut brought back: their sealed segments are read.
+        self._superseded: set[int] = set()
         #: Sealed segments still to read, and how many recorded steps to skip in each.
         self._sealed: dict[int, SealedSegment] = {}
         self._skip: dict[int, int] = {}
@@ -112,6 +114,10 @@ class FollowedSession:
             self._open_new_journals()
             listed = self._scan_manifest()
             self._open_new_journals()
+            for seq in listed.keys() & self._journals.keys():
+                entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
+                if self._supersedes(entry, self._journals[seq].count_rows()):
+                    self._drop_journal(seq)
             self._old_journals, self._old_entries = dict(self._journals), listed
             for seq in sorted({*self._journals, *listed}, reverse=True):
                 if found >= want or seen >= IDLE_FACTOR * want:
@@ -173,7 +179,8 @@ class FollowedSession:
             for entry in entries:
                 match = JOURNAL_PATTERN.fullmatch(entry.name)
                 seq = int(match[1]) if match else -1
-                if seq >= self._first and seq not in self._journals and entry.is_file(follow_symlinks=False):
+                wanted = seq >= self._first and seq not in self._superseded and seq not in self._journals
+                if wanted and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
                         journal = _Journal(self.folder, self.info, seq, self._want)
                         journal.open()
@@ -211,16 +218,26 @@ class FollowedSession:
             yield from journal.batches()
         except READ_ERRORS as error:
             self.fault = _describe_error(journal.path, error)
+        self.closed = self.closed or journal.closed
         entry = self._sealed.get(seq)
         # A journal sealed since the manifest was read stays: the next look finds it in the manifest.
-        if journal.removed and entry is not None:
-            del self._journals[seq]
-            self._old_journals.pop(seq, None)  # an open file keeps its disk space
-            if journal.rows >= entry.files["steps"].rows:
+        if entry is not None and (journal.removed or self._supersedes(entry, journal.rows)):
+            self._drop_journal(seq)
+            if journal.rows >= entry.step_rows:
                 del self._sealed[seq]
             else:  # another machine deleted it before its end was read
                 self._skip[seq] = journal.recorded
                 self.fault = None
+
+    def _supersedes(self, entry: SealedSegment, rows: int) -> bool:
+        """Whether to read a sealed segment rather than the journal beside it, which has so many rows."""
+        return rows < entry.step_rows and not ParquetSegment(self.folder, self.info, entry).damage()
+
+    def _drop_journal(self, seq: int) -> None:
+        journal = self._journals.pop(seq)
+        self._old_journals.pop(seq, None)  # an open file keeps its disk space
+        if not journal.removed:
+            self._superseded.add(seq)
 
     def _read_sealed(self, entry: SealedSegment) -> Iterator[Batch]:
         """Read a sealed segment whose journal was not read to its end."""
@@ -249,7 +266,8 @@ class FollowedSession:
         earlier, self._old_placements = self._old_placements, []
         for start in reversed(earlier):
             entry = SealedSegment.from_frame(self._manifest.frame_at(start))
-            if (self.folder / journal_name(entry.seq)).exists():
+            named = all((self.folder / file.name).exists() for file in entry.files.values())
+            if not named and (self.folder / journal_name(entry.seq)).exists():
                 self._old_placements = earlier  # it is being sealed: the next look will have it
                 return
             rows = ParquetSegment(self.folder, self.info, entry).placements()
@@ -267,11 +285,13 @@ class _Journal(GrowingFile):
 
     Attributes:
         rows, recorded: how many steps, and recorded steps, are before ``at``.
+        closed: True if its last frame was read and says that the writer ended in order.
     """
 
     def __init__(self, folder: Path, info: SessionInfo, seq: int, want: int) -> None:
         super().__init__(folder / journal_name(seq))
         self.rows = self.recorded = 0
+        self.closed = False
         self._info = info
         self._seq = seq
         self._want = want
@@ -300,6 +320,10 @@ class _Journal(GrowingFile):
         self._skipped_steps = [start for start, _, header in before if header["kind"] == "steps"]
         self.at = cut
         return left
+
+    def count_rows(self) -> int:
+        """How many steps are in it, by the headers of its frames."""
+        return sum(_steps_in(header) for _, _, header in self.scan_headers() if header["kind"] == "steps")
 
     def skipped_rows(self) -> Iterator[StepRows]:
         """The skipped step rows, newest first. Raises OSError, FormatError, KeyError."""
@@ -336,6 +360,9 @@ class _Journal(GrowingFile):
                 self.recorded += len(batch.step)
                 placements, loads = [], []
                 yield batch
+            elif frame.kind == "closed":
+                self.closed = True
+                self.at = start + frame.end
             # Other kinds come from a newer minor version, which only adds.
 
     def _check_owner(self, frame: Frame) -> None:

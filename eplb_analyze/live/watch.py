@@ -19,7 +19,7 @@ from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
 from eplb_analyze.metrics.formulas import Float64, Spread, Terms, most_often
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.choose import choose
-from eplb_analyze.reader.discovery import read_info
+from eplb_analyze.reader.metadata import read_info
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory, Rearrangement
 from eplb_analyze.reader.rhythm import Rhythm
 from eplb_analyze.storage.path import StoragePath, local

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.parallel import ordered_map
+from eplb_analyze.reader.metadata import find_info
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.segments import (
     DamagedSegmentError,
@@ -34,15 +35,10 @@ from eplb_dump.format.schema import (
     RUN_PREFIX,
     SEGMENT_PATTERN,
     SESSION_FILE,
-    SESSION_PREFIX,
     FormatError,
     model_slug,
-    rank_folder,
 )
-from eplb_dump.format.session import SessionInfo, load_json
-
-#: session.json is a few kB; a larger one is not read into memory.
-_MAX_SESSION_FILE = 16 << 20
+from eplb_dump.format.session import SessionInfo
 
 
 @dataclass
@@ -74,6 +70,8 @@ class Discovery:
     #: ``{run_id: {model slug: [SessionInfo and folder]}}``; no segment is opened yet.
     runs: dict[str, dict[str, list[tuple[StoragePath, SessionInfo]]]]
     findings: dict[tuple[str, str], list[Finding]]
+    #: Sessions whose ``session.json`` cannot be read; their metadata was taken from other files.
+    rebuilt: list[StoragePath] = field(default_factory=list)
     #: Runs with the sessions of several starts, which cannot be separated: by id, why.
     mixed: dict[str, str] = field(default_factory=dict)
 
@@ -127,17 +125,23 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         wanted = [f"{RUN_PREFIX}{run_and_start(run)[0]}"]
     found = Discovery(shown, {}, {})
     sessions = list(_descend(shown, wanted, found))
-    for (names, folder), info in ordered_map(_info_or_fault, sessions, requests_at_once(shown)):
-        if info is None:
+    for (names, folder), session in ordered_map(find_info, sessions, requests_at_once(shown)):
+        if session.info is None and not session.fault:
             continue
         run_id, model = names[0][len(RUN_PREFIX) :], names[1][len(MODEL_PREFIX) :]
         readable = found.runs.setdefault(run_id, {}).setdefault(model, [])
         findings = found.findings.setdefault((run_id, model), [])
-        if isinstance(info, SessionInfo):
-            readable.append((folder, info))
-        else:
-            text = f"{folder / SESSION_FILE}: {info}; session skipped"
-            findings.append(Finding("error", "damaged_file", text))
+        path_and_fault = f"{folder / SESSION_FILE}: {session.fault}"
+        if session.info is None:
+            findings.append(Finding("error", "damaged_file", f"{path_and_fault}; session skipped"))
+            continue
+        readable.append((folder, session.info))
+        if session.source:
+            found.rebuilt.append(folder)
+            text = (
+                f"{path_and_fault}; its content was taken from {session.source}, and `seal` writes it again"
+            )
+            findings.append(Finding("warning", "session_rebuilt", text))
     if not found.runs and narrowed:
         return discover(path)
     if not found.runs and not isinstance(path, Path) and not path.is_dir():
@@ -197,25 +201,6 @@ def _span(session: Session) -> Span | None:
     )
 
 
-def _info_or_fault(session: tuple[list[str], StoragePath]) -> SessionInfo | str | None:
-    """A session's metadata, or why it cannot be read; None if its writer has just started."""
-    names, folder = session
-    try:
-        try:
-            return read_info(folder, names)
-        except FileNotFoundError:
-            # A writer that was killed here, or is about to continue, has recorded nothing.
-            if {entry.name for entry in places.entries(folder)} <= {f"{SESSION_FILE}.tmp"}:
-                return None
-            return read_info(folder, names)
-    except FormatError as error:
-        return str(error)
-    except OSError as error:
-        if exhausted(error):
-            raise
-        return str(error.strerror)
-
-
 def _descend(
     root: StoragePath, wanted: list[str], found: Discovery
 ) -> Iterator[tuple[list[str], StoragePath]]:
@@ -248,23 +233,6 @@ def _descend(
                 yield from walk(folder / entry.name, [*names, entry.name])
 
     yield from walk(root, [])
-
-
-def read_session_file(path: StoragePath) -> SessionInfo:
-    """Read a ``session.json``. Raises FormatError, OSError."""
-    require_regular(path)
-    if path.stat().st_size > _MAX_SESSION_FILE:
-        raise FormatError(f"it is larger than {_MAX_SESSION_FILE >> 20} MiB")
-    return SessionInfo.from_dict(load_json(path.read_bytes()))
-
-
-def read_info(folder: StoragePath, names: list[str]) -> SessionInfo:
-    """Read a session's metadata; ``names`` are the four folder levels. Raises FormatError, OSError."""
-    info = read_session_file(folder / SESSION_FILE)
-    expected = [f"{RUN_PREFIX}{info.run_id}", rank_folder(info.ep_rank), f"{SESSION_PREFIX}{info.session_id}"]
-    if [names[0], names[2], names[3]] != expected:
-        raise FormatError("it belongs to another folder (was a session moved or renamed?)")
-    return info
 
 
 def open_sessions(found: Sequence[tuple[StoragePath, SessionInfo]], findings: list[Finding]) -> list[Session]:
@@ -355,36 +323,8 @@ def open_session(
         elif entry.name not in (SESSION_FILE, MANIFEST_FILE) and not entry.name.endswith(".tmp"):
             text = f"{entry.path}: not a file of the format; ignored"
             findings.append(Finding("warning", "foreign_file", text))
-    gone: dict[int, StoragePath] = {}
-    for seq, path in sorted(journals.items()):
-        if sizes is not None and path.name not in sizes:
-            continue
-        try:
-            require_regular(path)
-            opened = JournalSegment(path, None if sizes is None else sizes[path.name])
-        except FileNotFoundError:
-            gone[seq] = (
-                path  # sealed since the folder was listed; the manifest, which is read later, lists it
-            )
-            continue
-        except UnbegunJournal as error:
-            findings.append(Finding("info", "torn_journal", f"{path}: {error}"))
-            continue
-        except (FormatError, OSError) as error:
-            if exhausted(error):
-                raise
-            findings.append(Finding("error", "damaged_file", f"{path}: {error}; skipped"))
-            continue
-        session.journals += 1
-        session.segments.append(OpenSegment(opened, path))
-        if opened.tail.fault is not None:
-            lost = opened.tail.size - opened.tail.end
-            if opened.tail.fault == "torn":
-                text = f"{path}: its last {lost} bytes are an unfinished write; all before them was read"
-                findings.append(Finding("info", "torn_journal", text))
-            else:
-                text = f"{path}: damaged from byte {opened.tail.end} on; {lost} bytes skipped"
-                findings.append(Finding("error", "damaged_file", text))
+    opened, gone, faults = _open_journals(journals, sizes)
+    ended = [read.closed for read in opened.values() if read.closed is not None]
     end = _first_after(sizes, journals)
     manifest = _manifest(folder, info, set(gone))
     if manifest.fault is not None:
@@ -398,18 +338,86 @@ def open_session(
         del journals[seq]
     for seq, listed in manifest.entries.items():
         names = [file.name for file in listed.files.values()]
+        sealed = ParquetSegment(folder, info, listed)
         # If its files do not exist, it is missing, not later.
         if end is not None and seq >= end and names and all((folder / n).exists() for n in names):
             session.closed = None  # which came even later
-        elif seq not in journals:
+        elif seq not in journals or ((seq in opened or seq in faults) and sealed.supersedes(opened.get(seq))):
             # A partial copy has at most the placements of segments that it left out.
-            (session.segments if "steps" in listed.files else session.lost).append(
-                ParquetSegment(folder, info, listed)
+            (session.segments if sealed.step_rows else session.lost).append(sealed)
+            if seq in journals:
+                findings += _superseded(journals.pop(seq), opened.pop(seq, None), sealed)
+                faults.pop(seq, None)
+        elif seq in opened and len(opened[seq].steps.step) < sealed.step_rows and not opened[seq].limited:
+            text = (
+                f"{journals[seq]}: it has {len(opened[seq].steps.step)} of the {sealed.step_rows} steps that "
             )
+            text += "the manifest lists, and the sealed files are damaged or missing"
+            findings.append(Finding("error", "damaged_file", text))
         sealed_names -= set(names)
+    session.closed = session.closed or next(iter(ended), None)
+    findings += faults.values()
+    for seq, read in opened.items():
+        session.journals += 1
+        session.segments.append(OpenSegment(read, journals[seq]))
+        findings += _tail_findings(read, journals[seq])
     for name in sorted(sealed_names):
-        if _seq(name) not in journals:
+        if _seq(name) not in journals or _seq(name) in faults:
             text = f"{folder / name}: the session's manifest does not list it; skipped"
             findings.append(Finding("error", "unlisted_file", text))
     session.segments.sort(key=lambda s: (s.first_step, s.seq))
     return session
+
+
+def _open_journals(
+    journals: dict[int, StoragePath], sizes: dict[str, int] | None
+) -> tuple[dict[int, JournalSegment], dict[int, StoragePath], dict[int, Finding]]:
+    """Open a session's journals up to their ``sizes``; those that have no size began later and are left out.
+
+    Returns by their number those opened, those that are gone (sealed since the folder was listed: the
+    manifest, which is read later, lists them), and why the others cannot be read.
+    """
+    opened: dict[int, JournalSegment] = {}
+    gone: dict[int, StoragePath] = {}
+    faults: dict[int, Finding] = {}
+    for seq, path in sorted(journals.items()):
+        if sizes is not None and path.name not in sizes:
+            continue
+        try:
+            require_regular(path)
+            opened[seq] = JournalSegment(path, None if sizes is None else sizes[path.name])
+        except FileNotFoundError:
+            gone[seq] = path
+        except UnbegunJournal as error:
+            faults[seq] = Finding("info", "torn_journal", f"{path}: {error}")
+        except (FormatError, OSError) as error:
+            if exhausted(error):
+                raise
+            faults[seq] = Finding("error", "damaged_file", f"{path}: {error}; skipped")
+    return opened, gone, faults
+
+
+def _tail_findings(journal: JournalSegment, path: StoragePath) -> Iterator[Finding]:
+    """What lies behind the last readable frame of a journal."""
+    lost = journal.tail.size - journal.tail.end
+    if journal.tail.fault == "torn":
+        text = f"{path}: its last {lost} bytes are an unfinished write; all before them was read"
+        yield Finding("info", "torn_journal", text)
+    elif journal.tail.fault is not None:
+        text = f"{path}: damaged from byte {journal.tail.end} on; {lost} bytes skipped"
+        yield Finding("error", "damaged_file", text)
+
+
+def _superseded(
+    path: StoragePath, journal: JournalSegment | None, sealed: ParquetSegment
+) -> Iterator[Finding]:
+    """Close a journal that is not read, as its segment is sealed; report it unless it is equal."""
+    steps = 0
+    if journal is not None:
+        steps = len(journal.steps.step)
+        journal.close()
+    if steps < sealed.step_rows:
+        text = (
+            f"{path}: it has {steps} of {sealed.step_rows} steps; the sealed segment, which has all, is read"
+        )
+        yield Finding("info", "superseded_journal", text)

@@ -18,14 +18,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_analyze.reader.segments import Parts, reading_faults, require_regular
+from eplb_analyze.reader.segments import DamagedSegmentError, Parts, reading_faults, require_regular
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
-from eplb_dump.format.journal import Int64, PlacementRows, StepRows
+from eplb_dump.format.journal import Int64, JournalSegment, PlacementRows, StepRows
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
+    MAX_NUMBER,
     METADATA_KEY,
     SCHEMAS,
     STATUS_LABELS,
@@ -54,6 +55,8 @@ class ParquetSegment:
         self.seq = entry.seq
         self.first_step, self.last_step = entry.first_step, entry.last_step
         self.shape = entry.shape
+        #: How many rows of ``steps`` the manifest lists.
+        self.step_rows = entry.step_rows
         self.sums = entry.sums
         self.cut = False
         #: Footers that were verified, by table.
@@ -156,7 +159,7 @@ class ParquetSegment:
             number = np.array([*map(STATUS_LABELS.index, statuses)], np.uint8)
             phase, phases = _codes(column["phase"])
             return StepRows(
-                step=_numpy(column["step"]),
+                step=_steps(column["step"]),
                 time_ns=_numpy(column["time"].view(pa.int64())),
                 monotonic_ns=_numpy(column["monotonic_ns"]),
                 status=number[status],
@@ -175,7 +178,7 @@ class ParquetSegment:
                     table = self._read(file, "loads", ["step", "layer"], 0)
                     with reading_faults(self, "loads", self.file_path("loads")):
                         n = file.metadata.num_rows // self.shape.num_moe_layers
-                        steps = _numpy(table.column("step").combine_chunks())[:n]
+                        steps = _steps(table.column("step").combine_chunks())[:n]
                         self._check_order(table, 0, steps, n)
                         self._load_steps = steps
         return self._load_steps
@@ -224,6 +227,33 @@ class ParquetSegment:
             for group in range(file.metadata.num_row_groups):
                 self._read(file, table, SCHEMAS[table].names, group)
 
+    def damage(self) -> dict[str, DamagedSegmentError]:
+        """The tables that are missing, damaged or not what the manifest lists. Reads all of them."""
+        found = {}
+        for table in self._entry.files.keys() & SCHEMAS.keys():
+            try:
+                self.verify(table)
+            except DamagedSegmentError as fault:
+                found[table] = fault
+        return found
+
+    def supersedes(self, journal: JournalSegment | None) -> bool:
+        """Whether to read it rather than the journal of its segment, which is beside it.
+
+        A power cut can undo the journal's removal, and bring back an older or shorter state of it. So the
+        journal counts only if the files do not match the manifest, and it has more to offer.
+
+        Args:
+            journal: None if nothing of it can be read.
+        """
+        steps = 0 if journal is None else len(journal.steps.step)
+        if not steps or journal is None:
+            return True
+        if journal.limited or not self.step_rows:  # its writer lives, or a copy has only the placements
+            return False
+        damaged = self.damage().keys()
+        return not damaged or (damaged == {"placements"} and steps < self.step_rows)
+
     def sums_are_true(self) -> bool:
         """Whether the manifest's sums equal those of the loads, all of which are read."""
         sums, shape = self.sums, self.shape
@@ -255,7 +285,7 @@ class ParquetSegment:
             if layers.min(initial=0) < 0:
                 raise FormatError("it names a layer that the session does not have")
             ep_size = _numpy(table.column("ep_size").combine_chunks())
-            return PlacementRows(_numpy(table.column("step").combine_chunks()), layers, ep_size, slots)
+            return PlacementRows(_steps(table.column("step").combine_chunks()), layers, ep_size, slots)
 
 
 def _groups(metadata: pq.FileMetaData) -> Iterator[Any]:
@@ -269,6 +299,14 @@ def _columns(group: Any) -> Iterator[Any]:
 def _numpy(array: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
     values = array.to_numpy(zero_copy_only=False)
     return np.asarray(values)
+
+
+def _steps(array: pa.Array) -> Int64:
+    """Step numbers. Raises FormatError if one is impossible."""
+    steps: Int64 = _numpy(array)
+    if not 0 <= steps.min(initial=0) <= steps.max(initial=0) < MAX_NUMBER:
+        raise FormatError("it holds a step that is no step number")
+    return steps
 
 
 def _filled(array: pa.Array) -> npt.NDArray[Any]:

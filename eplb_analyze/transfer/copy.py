@@ -20,7 +20,8 @@ from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.choose import choose_run
-from eplb_analyze.reader.discovery import Discovery, discover, read_session_file
+from eplb_analyze.reader.discovery import Discovery, discover
+from eplb_analyze.reader.metadata import read_session_file
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.starts import run_and_start
 from eplb_analyze.reader.step_range import NO_END, StepRange
@@ -40,7 +41,7 @@ from eplb_dump.format.schema import (
     FormatError,
     model_slug,
 )
-from eplb_dump.format.session import SessionInfo
+from eplb_dump.format.session import SessionInfo, dump_json
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,10 @@ class _SessionCopy:
             journals = self._journals()  # before the manifest: one that is sealed in between is missed below
             manifest = sound_manifest(self.source, self.info)
             self.target.require_extendable(self._select(manifest))
+            superseded = {
+                seq for seq, name in journals.items() if self._superseded(name, manifest.entries.get(seq))
+            }
+            journals = {seq: name for seq, name in journals.items() if seq not in superseded}
             kept = {seq: name for seq, name in journals.items() if self._take(name, self._verify_journal)}
             if len(kept) < len(journals):
                 manifest = self._manifest_through(journals.keys() - kept.keys(), manifest.end)
@@ -240,6 +245,25 @@ class _SessionCopy:
             if manifest.end:
                 self._take(MANIFEST_FILE, lambda _: None, self._encode(selected))
             self.target.remove_superseded(wanted, selected)
+            self._copy_session_file()
+
+    def _superseded(self, name: str, entry: SealedSegment | None) -> bool:
+        """Whether a journal is only there because a power cut undid its removal."""
+        if entry is None:
+            return False
+        sealed = ParquetSegment(self.source, self.info, entry)
+        try:
+            with JournalSegment(self.source / name) as journal:
+                return sealed.supersedes(journal)
+        except (FormatError, FileNotFoundError):
+            return sealed.supersedes(None)
+
+    def _copy_session_file(self) -> None:
+        try:
+            read_session_file(self.source / SESSION_FILE)
+        except (FormatError, FileNotFoundError):  # the metadata was taken from other files
+            self._take(SESSION_FILE, lambda _: None, dump_json(self.info.to_dict()))
+        else:
             self._require(SESSION_FILE, read_session_file)
 
     def _journals(self) -> dict[int, str]:

@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 
 from eplb_analyze.atomic import LOCK, hold, remove_held, scratch_folder
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.reader.discovery import read_session_file
+from eplb_analyze.reader.metadata import UNFINISHED_COPY, read_session_file
 from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest, require_regular
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
@@ -37,8 +37,6 @@ from eplb_dump.format.schema import (
 )
 from eplb_dump.format.session import SessionInfo, session_path
 
-#: The mark of an incomplete session: a folder, in a bucket an object.
-UNFINISHED = "copy.tmp"
 CHUNK_BYTES = 8 << 20
 #: How often a Parquet file is fetched before two readings that differ count as damage.
 MAX_READINGS = 3
@@ -84,7 +82,7 @@ class Target:
         self.folder = to
         for name in session_path(Path(), info).parts:
             self.folder = self.folder / name
-        self._mark_path = self.folder / UNFINISHED
+        self._mark_path = self.folder / UNFINISHED_COPY
         self._is_source = str(source.resolve()) == str(self.folder.resolve())
         #: A local folder of this process for unverified files, while the target is held.
         self._spool = Path()
@@ -101,7 +99,7 @@ class Target:
             path = path.parent
         self._names = self.names()
         self._complete = SESSION_FILE in self._names
-        if self._names and not self._complete and UNFINISHED not in self._names:
+        if self._names and not self._complete and UNFINISHED_COPY not in self._names:
             raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
 
     def require_extendable(self, manifest: Manifest) -> None:
@@ -221,16 +219,16 @@ class Target:
     def _remove_mark(self, locked: bool) -> None:
         """If the session is complete, remove the mark, and under a lock what killed copies left in it."""
         names = self.names()
-        if not {SESSION_FILE, UNFINISHED} <= names:
+        if not {SESSION_FILE, UNFINISHED_COPY} <= names:
             return
         if not isinstance(self._mark_path, Path):
-            self._remove(UNFINISHED)
+            self._remove(UNFINISHED_COPY)
             return
         with suppress(OSError):
             if locked:
                 remove_held(self._mark_path)
             else:
-                (self._mark_path / LOCK).unlink(missing_ok=True)
+                discard([self._mark_path / LOCK])
                 self._mark_path.rmdir()
 
     def _publish(self, fetched: Path) -> None:

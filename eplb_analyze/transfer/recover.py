@@ -1,20 +1,31 @@
-"""`seal`: seal the journals of crashed writers. Only this changes an existing dump, on request."""
+"""`seal`: complete what crashed writers left. Only this changes an existing dump, on request.
+
+It seals journals, and undoes what a power cut undid: files that were not renamed yet, journals that came back
+although their segment is sealed, a ``session.json`` that is empty. Nothing gets fewer steps by it.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import Report
 from eplb_analyze.reader.choose import choose_run
 from eplb_analyze.reader.discovery import discover
+from eplb_analyze.reader.parquet_segment import ParquetSegment
+from eplb_analyze.reader.segments import read_manifest
 from eplb_analyze.storage.path import StoragePath, local
-from eplb_dump.format.journal import UnbegunJournal, lock
-from eplb_dump.format.schema import JOURNAL_PATTERN, FormatError
+from eplb_dump.format.files import publish, remove, temporary
+from eplb_dump.format.frames import encode
+from eplb_dump.format.journal import JournalSegment, UnbegunJournal, lock
+from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest
+from eplb_dump.format.schema import JOURNAL_PATTERN, SESSION_FILE, FormatError
 from eplb_dump.format.segment import seal
+from eplb_dump.format.session import SessionInfo, write_session_file
 
 #: Without file locks, a journal that was written to in this time may be in use.
 QUIET_SECONDS = 600.0
@@ -40,8 +51,12 @@ class SkippedJournal:
 
 @dataclass(frozen=True)
 class SealReport(Report):
-    sealed: list[SealedJournal]
-    skipped: list[SkippedJournal]
+    sealed: list[SealedJournal] = field(default_factory=list)
+    skipped: list[SkippedJournal] = field(default_factory=list)
+    #: Journals whose segment was sealed already, with all steps.
+    removed: list[str] = field(default_factory=list)
+    #: Sealed files that got their names, and ``session.json`` files written from the session's other files.
+    restored: list[str] = field(default_factory=list)
 
 
 def seal_dump(path: StoragePath, run: str | None = None, model: str | None = None) -> SealReport:
@@ -61,15 +76,66 @@ def seal_dump(path: StoragePath, run: str | None = None, model: str | None = Non
     sessions = [session for run_id in runs for session in found.sessions(run_id, model)]
     if model is not None and not sessions:
         raise NotInDumpError(f"{path}: no model {model!r} in it")
-    report = SealReport([], [])
-    for folder, _ in sessions:
-        for journal in sorted(local(folder, "`seal`").iterdir()):
-            if JOURNAL_PATTERN.fullmatch(journal.name) and not journal.is_symlink():
-                _seal_one(journal, report)
+    report = SealReport()
+    for folder, info in sessions:
+        _seal_session(local(folder, "`seal`"), info, report, rebuilt=folder in found.rebuilt)
     return report
 
 
-def _seal_one(journal: Path, report: SealReport) -> None:
+def _seal_session(folder: Path, info: SessionInfo, report: SealReport, *, rebuilt: bool) -> None:
+    names = sorted(path.name for path in folder.iterdir() if not path.is_symlink())
+    journals = {int(match[1]): folder / match[0] for match in map(JOURNAL_PATTERN.fullmatch, names) if match}
+    if rebuilt:
+        try:
+            write_session_file(folder, info)
+            report.restored.append(str(folder / SESSION_FILE))
+        except OSError as error:
+            _failed(report, folder / SESSION_FILE, error)
+    try:
+        manifest = read_manifest(folder, info)
+    except FormatError:  # sealing a journal reports it
+        manifest = Manifest()
+    listed = manifest.entries
+    for seq in sorted({*journals, *listed}):
+        if seq in journals:
+            _seal_one(journals[seq], info, manifest, report)
+            continue
+        try:
+            _publish(folder, info, listed[seq], report)
+        except OSError as error:
+            _failed(report, folder / listed[seq].files["steps"].name, error)
+
+
+def _publish(folder: Path, info: SessionInfo, entry: SealedSegment, report: SealReport) -> None:
+    """Give the files of a listed segment their names if a power cut came before that. Raises OSError."""
+    waiting = {
+        table: file
+        for table, file in entry.files.items()
+        if not (folder / file.name).exists() and temporary(folder / file.name).is_file()
+    }
+    unnamed = {table: replace(file, name=temporary(Path(file.name)).name) for table, file in waiting.items()}
+    if (
+        waiting
+        and not ParquetSegment(folder, info, replace(entry, files={**entry.files, **unnamed})).damage()
+    ):
+        publish(*(folder / file.name for file in waiting.values()))
+        report.restored.extend(str(folder / file.name) for file in waiting.values())
+
+
+def _keep_closed(path: Path) -> None:
+    """Let the manifest say that a session ended in order, if its journal does. Raises as `seal`."""
+    with suppress(UnbegunJournal), JournalSegment(path) as journal:
+        if journal.closed is not None:
+            append_manifest(path.parent, journal.info, encode("closed", journal.closed))
+
+
+def _failed(report: SealReport, path: Path, error: OSError) -> None:
+    report.skipped.append(SkippedJournal(str(path), "failed", error.strerror or str(error)))
+
+
+def _seal_one(journal: Path, info: SessionInfo, manifest: Manifest, report: SealReport) -> None:
+    seq = int(journal.stem.split("-")[1])
+    listed = manifest.entries.get(seq)
     try:
         with journal.open("r+b") as file:
             locked = lock(file.fileno())
@@ -78,6 +144,14 @@ def _seal_one(journal: Path, report: SealReport) -> None:
             if locked is False or (locked is None and not quiet):
                 report.skipped.append(SkippedJournal(str(journal), "in_use", "its writer is alive"))
                 return
+            if manifest.closed is None:
+                _keep_closed(journal)
+            if listed is not None:
+                _publish(journal.parent, info, listed, report)
+                if listed.step_rows and not ParquetSegment(journal.parent, info, listed).damage():
+                    remove(journal)
+                    report.removed.append(str(journal))
+                    return
             entry = seal(journal)
     except FileNotFoundError:  # sealed meanwhile
         return
@@ -86,9 +160,8 @@ def _seal_one(journal: Path, report: SealReport) -> None:
     except FormatError as error:
         report.skipped.append(SkippedJournal(str(journal), "damaged", str(error)))
     except OSError as error:
-        report.skipped.append(SkippedJournal(str(journal), "failed", error.strerror or str(error)))
+        _failed(report, journal, error)
     else:
-        seq = int(journal.stem.split("-")[1])
         first, last = (None, None) if entry is None else (entry.first_step, entry.last_step)
         sealed = 0 if entry is None else sum(f.bytes for f in entry.files.values())
         report.sealed.append(SealedJournal(str(journal), seq, first, last, size, sealed))

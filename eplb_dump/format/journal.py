@@ -28,6 +28,7 @@ from eplb_dump.format.schema import (
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_LOAD,
+    MAX_NUMBER,
     FormatError,
     Status,
     journal_name,
@@ -202,6 +203,14 @@ def placements_frame(step: Int64, layer: Int32, physical_to_logical: Int32, ep_s
     return frames.encode("placements", {"ep_size": ep_size}, arrays)
 
 
+def closed_frame(stats: dict[str, Any]) -> bytes:
+    """The last frame of a session whose writer ended in order, with its accounting.
+
+    The last journal has it, as it can stay unsealed, and in the end the manifest.
+    """
+    return frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
+
+
 @dataclass(frozen=True)
 class _LoadFrame:
     step: Int64
@@ -288,12 +297,16 @@ class JournalSegment:
 
     def _index(self, limit: int | None) -> None:
         size = self._file.seek(0, 2)
+        #: Whether the file has more than the ``limit``: it is being written.
+        self.limited = limit is not None and limit < size
         size = size if limit is None else min(size, limit)
         self._file.seek(0)
         info: SessionInfo | None = None
         step_parts: list[StepRows] = []
         load_frames: list[tuple[Int64, int, np.dtype[Any], tuple[int, int, int]]] = []
         placement_parts: list[PlacementRows] = []
+        #: The header of the frame that ends a session in order; None if the journal does not have it.
+        self.closed: dict[str, Any] | None = None
         self.tail = frames.Tail(0, size)
         for item in frames.scan(self._file, size):
             if isinstance(item, frames.Tail):
@@ -308,6 +321,8 @@ class JournalSegment:
                     load_frames.append(load_entry(item))
                 elif item.kind == "placements":
                     placement_parts.append(placement_rows(item))
+                elif item.kind == "closed":
+                    self.closed = item.header
                 # Other kinds come from a newer minor version, which only adds.
             except (KeyError, TypeError, IndexError) as error:
                 raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
@@ -404,7 +419,10 @@ def step_rows(frame: frames.Frame) -> StepRows:
     rows = StepRows(step, time_ns, monotonic_ns, a["status"], num_tokens, phase, phases)
     lengths = {array.shape for array in a.values()}
     statuses = 0 <= rows.status.min(initial=0) <= rows.status.max(initial=0) < len(Status)
-    known = statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)
+    numbered = 0 <= rows.step.min(initial=0) <= rows.step.max(initial=0) < MAX_NUMBER
+    known = (
+        numbered and statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)
+    )
     if len(lengths) != 1 or rows.step.ndim != 1 or not known:
         raise FormatError(f"the steps frame at byte {frame.start} contradicts itself")
     return rows
@@ -416,7 +434,8 @@ def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[in
     Raises FormatError, and KeyError if an array is missing.
     """
     step, load, ep_size = _int64(frame, "step"), frame.arrays["load"], _ep_size(frame)
-    if load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size or load.min(initial=0) < 0:
+    wrong_shape = load.ndim != 3 or load.shape[1] != len(step) or load.shape[2] % ep_size
+    if wrong_shape or load.min(initial=0) < 0 or step.min(initial=0) < 0:
         raise FormatError(f"the loads frame at byte {frame.start} contradicts itself")
     return step, frame.offsets["load"], load.dtype, (ep_size, load.shape[0], load.shape[2])
 
@@ -424,7 +443,7 @@ def load_entry(frame: frames.Frame) -> tuple[Int64, int, np.dtype[Any], tuple[in
 def placement_rows(frame: frames.Frame) -> PlacementRows:
     """The rows of a placements frame. Raises FormatError, and KeyError if an array is missing."""
     maps, step, layer = frame.arrays["physical_to_logical"], _int64(frame, "step"), frame.arrays["layer"]
-    if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1]:
+    if maps.ndim != 2 or not step.shape == layer.shape == maps.shape[:1] or step.min(initial=0) < 0:
         raise FormatError(f"the placements frame at byte {frame.start} contradicts itself")
     ep_size = np.full(len(step), _ep_size(frame), np.int32)
     return PlacementRows(step, layer.astype(np.int32), ep_size, list(maps.astype(np.int32)))

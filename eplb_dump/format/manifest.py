@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +11,7 @@ import numpy as np
 
 from eplb_dump.format import frames
 from eplb_dump.format.files import fsync_folder
-from eplb_dump.format.journal import Int32, Int64, Shape
+from eplb_dump.format.journal import Int32, Int64, Shape, closed_frame
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
     MAX_NUMBER,
@@ -185,21 +184,11 @@ class Manifest:
             raise FormatError(str(error)) from None
 
 
-def listed_segment(folder: Path, info: SessionInfo, seq: int) -> SealedSegment | None:
-    """The entry of a segment in the session's manifest, if it has one. Raises OSError."""
-    try:
-        with (folder / MANIFEST_FILE).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            return Manifest.read(file, size, info.session_id).entries.get(seq)
-    except FileNotFoundError:
-        return None
+def append_manifest(folder: Path, info: SessionInfo, item: SealedSegment | bytes) -> None:
+    """Append an entry or a frame to the session's manifest, which begins with a session frame, and sync it.
 
-
-def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
-    """Append a frame to the session's manifest, which begins with a session frame, and sync it.
-
-    Raises OSError, and FormatError if the manifest is damaged.
+    Raises OSError, and FormatError if the manifest is damaged, or lists the entry's segment with more steps:
+    then the entry is of a journal that a power cut shortened.
     """
     path = folder / MANIFEST_FILE
     with path.open("a+b") as file:
@@ -208,6 +197,11 @@ def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
         manifest = Manifest.read(file, size, info.session_id)
         if manifest.fault is not None:
             raise FormatError(f"{MANIFEST_FILE} is damaged from byte {manifest.end} on")
+        frame = item.to_frame() if isinstance(item, SealedSegment) else item
+        if isinstance(item, SealedSegment) and item.seq in manifest.entries:
+            listed = manifest.entries[item.seq].step_rows
+            if item.step_rows < listed:
+                raise FormatError(f"it has {item.step_rows} of the {listed} steps that {MANIFEST_FILE} lists")
         # An unfinished write was about a segment whose journal still exists: it is sealed again.
         file.truncate(manifest.end)
         if manifest.end == 0:
@@ -221,5 +215,4 @@ def append_manifest(folder: Path, info: SessionInfo, frame: bytes) -> None:
 
 def close_manifest(folder: Path, info: SessionInfo, stats: dict[str, Any]) -> None:
     """Append the final accounting, which ends a session. Raises as :func:`append_manifest`."""
-    closed = frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
-    append_manifest(folder, info, closed)
+    append_manifest(folder, info, closed_frame(stats))

@@ -38,6 +38,10 @@ class FormatError(ValueError):
     """Bytes that do not follow the format; the text says what is wrong and where."""
 
 
+class NewerFormatError(FormatError):
+    """Something in a newer major version of the format, which this program must not interpret."""
+
+
 class Status(enum.IntEnum):
     """What happened to a step. Journals hold the numbers, Parquet files the names."""
 

@@ -27,7 +27,6 @@ from eplb_dump.format.manifest import (
     SealedFile,
     SealedSegment,
     append_manifest,
-    listed_segment,
 )
 from eplb_dump.format.schema import (
     METADATA_KEY,
@@ -197,30 +196,16 @@ def seal(journal_path: Path) -> SealedSegment | None:
 def write_segment(folder: Path, content: Content) -> SealedSegment:
     """Write a segment with at least one step, and list it in the manifest.
 
-    Raises OSError, and FormatError, also if the folder has this segment with more steps.
+    Raises OSError, and FormatError, also if the manifest lists this segment with more steps.
     """
-    files = [folder / segment_name(table, content.seq) for table in SCHEMAS]
-    _require_no_longer_one(folder, content, files)
     try:
         entry = _write_files(folder, content)
-    except BaseException:
-        discard(map(temporary, files))  # free the space, as the disk may be full
+        append_manifest(folder, content.info, entry)
+    except Exception:  # free the space, as the disk may be full
+        discard(temporary(folder / segment_name(table, content.seq)) for table in SCHEMAS)
         raise
-    append_manifest(folder, content.info, entry.to_frame())
     publish(*(folder / file.name for file in entry.files.values()))
     return entry
-
-
-def _require_no_longer_one(folder: Path, content: Content, files: list[Path]) -> None:
-    """Raise FormatError if some of ``files``, sealed or about to be, belong to a segment with more steps."""
-    if not any(path.exists() for file in files for path in (file, temporary(file))):
-        return  # always so in a live writer, whose manifest can be long
-    listed = listed_segment(folder, content.info, content.seq)
-    steps = len(content.steps.step)
-    if listed is not None and listed.step_rows > steps:
-        raise FormatError(
-            f"it has {steps} steps where the manifest lists {listed.step_rows}; it was not sealed"
-        )
 
 
 def _write_files(folder: Path, content: Content) -> SealedSegment:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eplb_dump.format.files import replace_file
+from eplb_dump.format.files import fsync_file, fsync_folders, replace_file
 from eplb_dump.format.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -23,6 +23,7 @@ from eplb_dump.format.schema import (
     SESSION_FILE,
     SESSION_PREFIX,
     FormatError,
+    NewerFormatError,
     Scope,
     model_slug,
     rank_folder,
@@ -37,6 +38,12 @@ def write_session_file(folder: Path, info: SessionInfo, *, durable: bool = True)
         durable: sync it; not while an engine waits for it.
     """
     replace_file(folder / SESSION_FILE, dump_json(info.to_dict()), durable=durable)
+
+
+def sync_session_file(folder: Path) -> None:
+    """Have ``session.json``, as it is, and the folders of its path survive a power cut. Raises OSError."""
+    fsync_file(folder / SESSION_FILE)
+    fsync_folders(folder)
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,7 @@ def parse_version(text: object) -> tuple[int, int]:
         raise FormatError(f"it has no readable format version ({text!r})")
     major, minor = int(match[1]), int(match[2])
     if major > FORMAT_VERSION[0]:
-        raise FormatError(
+        raise NewerFormatError(
             f"it is in format {major}.{minor}, newer than this program reads "
             f"({FORMAT_VERSION[0]}.x); upgrade eplb-dump"
         )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_dump.format.journal import Int32, JournalAppender, Shape, placements_frame
+from eplb_dump.format.journal import Int32, JournalAppender, Shape, closed_frame, placements_frame
 from eplb_dump.format.session import SessionInfo
 
 
@@ -92,6 +93,16 @@ class SessionWriter:
             self.journal = JournalAppender(self._folder, self.info, self._seq)
             self._seq += 1
         self.journal.append(*frames)
+
+    def close(self, stats: dict[str, Any], *, sealed: int) -> None:
+        """Append that the writer ended in order, and end the segment. Raises OSError.
+
+        Args:
+            sealed: how many segments are sealed. If not all are, readers find the end in the last journal.
+        """
+        if self.journal is not None or sealed < self._seq:
+            self.append(closed_frame(stats))
+        self.end_segment()
 
     def end_segment(self) -> None:
         """Hand over the open journal, if any; the next batch opens another."""

@@ -17,7 +17,11 @@ def render(console: Console, report: SealReport) -> None:
         steps = "no step" if sealed.first_step is None else f"steps {sealed.first_step} to {sealed.last_step}"
         size = f"{sealed.journal_bytes / 1e6:.2f} MB → {sealed.sealed_bytes / 1e6:.2f} MB"
         print_line(console, f"sealed {sealed.journal}: {steps}, {size}")
+    for removed in report.removed:
+        print_line(console, f"removed {removed}: its segment is sealed, with all steps")
+    for restored in report.restored:
+        print_line(console, f"restored {restored}, which a power cut had undone")
     for skipped in report.skipped:
         print_line(console, f"left {skipped.journal}: {skipped.reason}")
-    if not report.sealed and not report.skipped:
+    if not (report.sealed or report.removed or report.restored or report.skipped):
         print_line(console, "no journal to seal: all writers closed or sealed theirs")

@@ -284,9 +284,9 @@ def _session(session: Any, **header: Any) -> bytes:
     return frames.encode("session", {"session": session, **header})
 
 
-def _map(slots: Any, layer: int = 0, ep_size: Any = 2) -> bytes:
-    """A placements frame of step 0."""
-    arrays = {"step": np.array([0]), "layer": np.array([layer]), "physical_to_logical": slots}
+def _map(slots: Any, layer: int = 0, ep_size: Any = 2, step: int = 0) -> bytes:
+    """A placements frame of one step."""
+    arrays = {"step": np.array([step]), "layer": np.array([layer]), "physical_to_logical": slots}
     return frames.encode("placements", {"ep_size": ep_size}, arrays)
 
 
@@ -304,6 +304,10 @@ CONTRADICTIONS = {
     "columns of two lengths": _SESSION + _steps(2, status=np.zeros(3, np.uint8)),
     "an unknown status": _SESSION + _steps(1, status=np.array([5], np.uint8)),
     "a negative status": _SESSION + _steps(1, status=np.array([-1], np.int8)),
+    "a negative step": _SESSION + _steps(1, step=np.array([-1]), status=np.ones(1, np.uint8)),
+    "a step beyond all numbers": _SESSION + _steps(1, step=np.array([2**62]), status=np.ones(1, np.uint8)),
+    "a negative step with a load": _SESSION + _loads([-1], _LOAD) + _steps(1, step=np.array([-1])),
+    "a placement of a negative step": _SESSION + _map(np.zeros((1, SLOTS), np.int32), step=-1) + _RECORDED,
     "an unknown phase": _SESSION + _steps(1, phase=np.array([0], np.int8)),
     "a negative phase": _SESSION + _steps(1, phase=np.array([-2], np.int8)),
     "steps without columns": _SESSION + frames.encode("steps", {"phases": []}, {"step": np.arange(1)}),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -255,6 +256,29 @@ def test_flipped_bit_in_a_page_header_is_no_wrong_step(tmp_path: Path) -> None:
             with contextlib.suppress(DamagedSegmentError):
                 assert read() == truth, bit
             flip(path, bit)
+
+
+@pytest.mark.parametrize("table", ["steps", "loads", "placements"])
+def test_negative_step_in_a_sealed_file_is_damage(tmp_path: Path, table: str) -> None:
+    """Every checksum is right, so only the content shows that no writer wrote it."""
+    folder = record_three(tmp_path, scope="global")
+    path = folder / f"{table}-000001.parquet"
+    rows = pq.ParquetFile(path).read()
+    step = rows.column("step").to_numpy() - 15
+    column = pa.array(step, rows.schema.field("step").type)
+    rows = rows.set_column(0, rows.schema.field("step"), column)
+    pq.write_table(rows, path, write_page_checksum=True)
+    kept = manifest(folder)
+    file = kept[2].header["files"][table]
+    file.update(bytes=path.stat().st_size, footer_crc32=footer_crc32(path))
+    (folder / MANIFEST_FILE).write_bytes(b"".join(frames.encode(f.kind, f.header, f.arrays) for f in kept))
+    for command in ("summary", "check", "experts", "ranks", "rearrangements"):
+        result = cli(command, tmp_path)
+        assert "internal" not in result.stderr, command
+    assert cli("check", tmp_path).returncode == 1
+    assert f"{path}: it holds a step that is no step number" in {
+        finding.text.removesuffix("; skipped") for finding in check_run(open_run(tmp_path)).findings
+    }
 
 
 # ---- placements that cannot be read

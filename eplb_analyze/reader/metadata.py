@@ -1,0 +1,149 @@
+"""A session's metadata: ``session.json``, or if that cannot be read, what its other files repeat of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eplb_analyze.reader.segments import exhausted, require_regular
+from eplb_analyze.storage import path as places
+from eplb_analyze.storage.path import StoragePath
+from eplb_dump.format import frames
+from eplb_dump.format.schema import (
+    JOURNAL_PATTERN,
+    MANIFEST_FILE,
+    METADATA_KEY,
+    RUN_PREFIX,
+    SEGMENT_PATTERN,
+    SESSION_FILE,
+    SESSION_PREFIX,
+    FormatError,
+    NewerFormatError,
+    rank_folder,
+)
+from eplb_dump.format.segment import footer
+from eplb_dump.format.session import SessionInfo, load_json
+
+#: session.json is a few kB; a larger one is not read into memory.
+_MAX_SESSION_FILE = 16 << 20
+#: The mark of an unfinished copy, whose files do not stand for a session yet.
+UNFINISHED_COPY = "copy.tmp"
+
+
+class _DamagedError(FormatError):
+    """A ``session.json`` with other bytes than its writer wrote."""
+
+
+@dataclass(frozen=True)
+class FoundInfo:
+    """What is known of a session: its metadata, why ``session.json`` cannot be read, or neither."""
+
+    info: SessionInfo | None = None
+    fault: str = ""
+    #: The file from which the metadata was taken instead.
+    source: str = ""
+
+
+def find_info(session: tuple[list[str], StoragePath]) -> FoundInfo:
+    """A session's metadata or why there is none; neither if its writer has just started."""
+    names, folder = session
+    try:
+        try:
+            return FoundInfo(read_info(folder, names))
+        except FileNotFoundError:
+            inside = {entry.name for entry in places.entries(folder)}
+            # A writer that was killed here, or is about to continue, has recorded nothing.
+            if inside <= {f"{SESSION_FILE}.tmp"}:
+                return FoundInfo()
+            if UNFINISHED_COPY in inside or SESSION_FILE in inside:
+                return FoundInfo(read_info(folder, names))
+            return _rebuilt(folder, names, "it is missing")
+    except _DamagedError as error:
+        return _rebuilt(folder, names, str(error))
+    except FormatError as error:
+        return FoundInfo(fault=str(error))
+    except OSError as error:
+        if exhausted(error):
+            raise
+        return FoundInfo(fault=str(error.strerror))
+
+
+def _rebuilt(folder: StoragePath, names: list[str], fault: str) -> FoundInfo:
+    """A session's metadata from its manifest, a journal or a sealed file: all of them repeat it.
+
+    The manifest comes first, as it has checksums; metadata with the shapes of the loads before any without.
+    """
+    found = FoundInfo(fault=fault)
+    own: list[str] = []
+    with suppress(OSError):
+        own = [entry.name for entry in places.entries(folder) if not entry.is_symlink()]
+    for name in sorted(own, key=lambda name: (name != MANIFEST_FILE, name.endswith(".parquet"), name)):
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, pa.ArrowException):
+            if name == MANIFEST_FILE or JOURNAL_PATTERN.fullmatch(name):
+                info = _info_in_frames(folder / name)
+            elif SEGMENT_PATTERN.fullmatch(name):
+                info = _sealed_info(folder / name)
+            else:
+                continue
+            _require_place(info, names)
+            if info.num_moe_layers is not None:
+                return FoundInfo(info, fault, name)
+            if found.info is None:
+                found = FoundInfo(info, fault, name)
+    return found
+
+
+def _info_in_frames(path: StoragePath) -> SessionInfo:
+    """The metadata in the first frame of a journal or manifest. Raises OSError, FormatError, LookupError."""
+    require_regular(path)
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        first = next(frames.scan(file, size), None)
+    if not isinstance(first, frames.Frame):
+        raise FormatError("it has no first frame")
+    return SessionInfo.from_dict(first.header["session"])
+
+
+def read_session_file(path: StoragePath) -> SessionInfo:
+    """Read a ``session.json``. Raises FormatError, OSError."""
+    require_regular(path)
+    if path.stat().st_size > _MAX_SESSION_FILE:
+        raise FormatError(f"it is larger than {_MAX_SESSION_FILE >> 20} MiB")
+    try:
+        document = load_json(path.read_bytes())
+    except NewerFormatError:
+        raise
+    except FormatError as error:
+        raise _DamagedError(str(error)) from None
+    return SessionInfo.from_dict(document)
+
+
+def read_info(folder: StoragePath, names: list[str]) -> SessionInfo:
+    """Read a session's metadata; ``names`` are the four folder levels. Raises FormatError, OSError."""
+    info = read_session_file(folder / SESSION_FILE)
+    _require_place(info, names)
+    return info
+
+
+def _require_place(info: SessionInfo, names: list[str]) -> None:
+    """Raise FormatError if metadata belongs to another folder; ``names`` are the four folder levels."""
+    expected = [f"{RUN_PREFIX}{info.run_id}", rank_folder(info.ep_rank), f"{SESSION_PREFIX}{info.session_id}"]
+    if [names[0], names[2], names[3]] != expected:
+        raise FormatError("it belongs to another folder (was a session moved or renamed?)")
+
+
+def _sealed_info(path: StoragePath) -> SessionInfo:
+    """The metadata in a Parquet file, whose footer no checksum of its own protects.
+
+    Raises OSError, FormatError, LookupError, ArrowException.
+    """
+    require_regular(path)
+    with places.open_for_arrow(path) as source:
+        metadata = pq.read_metadata(pa.BufferReader(footer(source.size(), source.read_at)))
+    return SessionInfo.from_dict(json.loads(metadata.metadata[METADATA_KEY])["session"])
