@@ -118,7 +118,7 @@ def judge(own: SessionInfo, spawned_ns: int, members: Sequence[Member]) -> bool 
     if spawned_ns > min(member.claimed_ns for member in members) + JOIN_WINDOW_SECONDS * 1e9:
         return False
     if None in same:
-        return "its ranks are on other machines, and no launcher variable shows that they are of one start"
+        return "neither a common parent process nor a launcher variable shows whether they are of one start"
     if any(m.alive is False and m.closed_ns is None and m.claimed_ns <= spawned_ns for m in members):
         return False  # a rank was killed before this process was started
     if any(m.alive or max(m.claimed_ns, m.closed_ns or 0) > spawned_ns for m in members):

@@ -34,7 +34,7 @@ def own_start(start_id: str | None) -> Start:
     return Start(
         id=start_id,
         machine=_machine(),
-        process=_process(os.getpid()),
+        process=_process(_own_numbers()[0]),
         parent=_parent(),
         spawned_unix_ns=max(0, time.time_ns() - own_age_ns()),
     )
@@ -42,7 +42,7 @@ def own_start(start_id: str | None) -> Start:
 
 def own_age_ns() -> int:
     """How long ago this process was started, or forked; to 10 ms, as the kernel counts."""
-    stat = _stat(os.getpid())
+    stat = _stat(_own_numbers()[0])
     if stat is None:
         return time.monotonic_ns() - _IMPORTED_NS
     ticks_per_second = os.sysconf("SC_CLK_TCK")
@@ -80,8 +80,20 @@ def _parent() -> str:
     Ranks whose launcher has ended have a parent that all such processes share, often process 1, but the
     group of their launcher.
     """
-    name, group = _process(os.getppid()), os.getpgrp()
-    return name if group == os.getpid() else f"{name}/{group}"
+    parent, group = _own_numbers()[1], os.getpgrp()
+    if not parent:  # it was put into a container from outside, as others may have been
+        return ""
+    return _process(parent) if group == os.getpid() else f"{_process(parent)}/{group}"
+
+
+def _own_numbers() -> tuple[int, int]:
+    """The numbers of this process and its parent, as /proc has them: it may be of an outer namespace."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            number, _, rest = file.read().partition(b" ")
+        return int(number), int(rest.rpartition(b")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return os.getpid(), os.getppid()
 
 
 def _process(pid: int) -> str:

@@ -82,7 +82,7 @@ class StartIdentity:
             return True
         if self.machine == other.machine:
             # One launcher or engine starts all ranks of a machine.
-            return bool(self.parent) and self.parent == other.parent
+            return self.parent == other.parent if self.parent and other.parent else None
         return True if self._one_address() else None
 
     def _one_launch(self) -> bool:

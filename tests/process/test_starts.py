@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +114,10 @@ for life in sys.argv[2:]:
 
 def launch(root: Path, launchers: list[list[str]]) -> list[list[set[str]]]:
     """Run launchers at once; returns the run ids of each of their starts."""
-    children = [start_child(LAUNCHER, root, *lives) for lives in launchers]
+    return launch_children([start_child(LAUNCHER, root, *lives) for lives in launchers])
+
+
+def launch_children(children: list[subprocess.Popen[str]]) -> list[list[set[str]]]:
     for child in children:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -140,6 +145,29 @@ def test_starts_are_neither_mixed_nor_scattered(tmp_path: Path, launchers: list[
     found = [runs for starts in launch(tmp_path, launchers) for runs in starts]
     assert [len(runs) for runs in found] == [1] * len(found), found
     assert len(set.union(*found)) == sum(map(len, launchers)), found
+
+
+#: Runs the launcher as process 1 of a PID namespace of its own, as in a container.
+CONTAINER = """
+import os, sys
+os.execvp("unshare", ["unshare", "--pid", "--fork", sys.argv[1], sys.executable, "-c", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("options", ["--mount-proc", "--kill-child"])
+def test_containers_and_their_restarts_are_neither_mixed_nor_scattered(tmp_path: Path, options: str) -> None:
+    tried = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
+    if shutil.which("unshare") is None or subprocess.run(tried, capture_output=True, check=False).returncode:
+        pytest.skip("no PID namespace can be made here")
+    found: list[set[str]] = []
+    for lives in (["5 killed prompt"], ["5 closed prompt"], ["8 closed late"]):
+        words = [options, textwrap.dedent(LAUNCHER), tmp_path, *lives]
+        found += [runs for starts in launch_children([start_child(CONTAINER, *words)]) for runs in starts]
+    words = [options, textwrap.dedent(LAUNCHER), tmp_path, "8 closed prompt"]
+    together = launch_children([start_child(CONTAINER, *words) for _ in range(2)])
+    found += [runs for starts in together for runs in starts]
+    assert [len(runs) for runs in found] == [1] * 5, found
+    assert len(set.union(*found)) == 5, found
 
 
 def test_starts_at_once_under_one_run_id_are_separated(
