@@ -1,1 +1,1 @@
-"""`postmortem`: many runs, one row each. Finding, reading, caching and comparing them."""
+"""Many runs, one row each: finding, reading, caching and comparing them. The library behind `postmortem`."""

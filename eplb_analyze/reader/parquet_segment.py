@@ -111,7 +111,9 @@ class ParquetSegment:
         SessionInfo.from_dict(own["session"])
         rows = self._entry.files[table].rows
         schemas = [SCHEMAS[table], *([WIDE_LOADS_SCHEMA] if table == "loads" else [])]
-        if _plain(file.schema_arrow) not in schemas or metadata.num_rows != rows:
+        # A newer minor version may add columns.
+        columns = [field for field in _plain(file.schema_arrow) if field.name in SCHEMAS[table].names]
+        if pa.schema(columns) not in schemas or metadata.num_rows != rows:
             raise FormatError("its columns or rows are not what the format says")
         if table == "loads":
             self._check_widths(metadata)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 from eplb_analyze.analysis.experts import ExpertReport
 from eplb_analyze.analysis.rearrangements import RearrangementReport
-from eplb_analyze.analysis.summary import Summary
+from eplb_analyze.analysis.summary import OTHER_FORMULAS, Summary
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run_info import RunInfo
-from eplb_analyze.text import figure, percent, plural, signed
+from eplb_analyze.text import clock_time, figure, percent, plural, signed
 
 TOKENS = (
     "All figures count tokens, not milliseconds: what they say of time is true as far as a rank's time is "
@@ -30,7 +29,7 @@ def began(info: RunInfo) -> str | None:
     """None if an imported run has no time."""
     if not info.timed:
         return None
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
+    return clock_time(info.created_unix_ns)
 
 
 def sentences(
@@ -241,7 +240,7 @@ _MEANINGS = (
     ),
     (
         "other formulas",
-        "; ".join(f"{name}: {FORMULAS[name].text}" for name in ("vllm", "vllm-legacy", "sglang", "trtllm")),
+        "; ".join(f"{name}: {FORMULAS[name].text}" for name in OTHER_FORMULAS),
         "What engines print in their logs, to compare with; vllm-legacy is wrong and only for old logs.",
     ),
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import bar, heat, sparkline, step_axis
 from eplb_analyze.cli.console import print_heading, print_line, styled, table
-from eplb_analyze.text import clean, duration, figure, listed, percent, plural
+from eplb_analyze.text import clean, clock_time, duration, figure, listed, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +29,7 @@ def render(
     info, steps = result.run, result.steps
     print_heading(console, info.model, f" · run {info.run_id}" + (f" · {info.engine}" if info.engine else ""))
     _banner(console, result, acted, early)
-    began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(info.created_unix_ns / 1e9))
+    began = clock_time(info.created_unix_ns)
     if info.origin is not None:
         from eplb_analyze.reader.run_info import imported
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import reference
 from helpers import ROOT, arrays, start_child
@@ -21,6 +23,7 @@ from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader import discovery
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format import segment
 from eplb_dump.format.session import SessionInfo
 
 LAYERS, LOGICAL = 5, 12
@@ -608,3 +611,35 @@ def test_all_ranks_of_a_live_run_are_read_as_of_one_moment(
     assert open_run(tmp_path).step_range == (0, 10)
     for writer in writers:
         writer.close()
+
+
+def test_columns_of_a_newer_minor_version_are_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = pa.field("novelty", pa.float64())
+    open_parquet = segment._open_parquet
+
+    class Longer:
+        def __init__(self, path: Path, schema: pa.Schema) -> None:
+            self.file = open_parquet(path, schema.append(extra))
+
+        def write_table(self, table: pa.Table, **options: Any) -> None:
+            self.file.write_table(table.append_column(extra, pa.array(np.ones(len(table)))), **options)
+
+        def close(self) -> None:
+            self.file.close()
+
+    monkeypatch.setattr(segment, "_open_parquet", Longer)
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global", run_id="r"
+    ) as writer:
+        for step in range(3):
+            writer.record(step, np.full((2, 4), step), np.tile(np.arange(4), (2, 1)))
+        assert writer.close(60)
+    run = open_run(tmp_path)
+    assert len(list(tmp_path.rglob("*.parquet"))) == 3
+    assert all("novelty" in pq.read_schema(path).names for path in tmp_path.rglob("*.parquet"))
+    assert run.steps()["step"].to_list() == [0, 1, 2]
+    assert run.loads()["load"].to_list() == [[step] * 4 for step in range(3) for _ in range(2)]
+    assert run.placement(2)["logical"].to_list() == [0, 1, 2, 3] * 2
+    assert not [f for f in check_run(run).findings if f.severity == "error"]
