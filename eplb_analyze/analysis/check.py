@@ -140,12 +140,13 @@ def _check_placements(run: Run) -> Iterator[Finding]:
     known = 0
     absent: list[str] = []
     doubled: list[str] = []
+    experts = run.history.num_experts(run.info.num_logical_experts, run.info.num_layers).tolist()
     for index, number in enumerate(run.info.layers):
         history = run.history.layer(index)
         known += bool(history.steps)
         for step, ep_size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True):
             where = f"layer {number} from step {step} on"
-            without = np.flatnonzero(replicas(slots, run.info.num_logical_experts) == 0)
+            without = np.flatnonzero(replicas(slots, run.info.num_logical_experts)[: experts[index]] == 0)
             if len(without):
                 absent.append(f"{where}: expert {listed(without.tolist())}")
             ranks = np.sort(slots.reshape(ep_size, -1), axis=1)
@@ -157,6 +158,10 @@ def _check_placements(run: Run) -> Iterator[Finding]:
     if doubled:
         text = f"a rank holds an expert twice, which balances nothing, {_first_of(doubled)}"
         yield Finding("warning", "replica_on_same_rank", text)
+    if fewer := [n for n, own in zip(run.info.layers, experts, strict=True) if own < max(experts)]:
+        text = f"layers have different numbers of experts, {min(experts)} to {max(experts)}; fewer than the "
+        text += f"others: {listed(fewer)}"
+        yield Finding("info", "experts_differ", text)
     if known < len(run.info.layers) and not run.history.lost:
         unknown, all_layers = len(run.info.layers) - known, len(run.info.layers)
         text = f"{unknown} of {all_layers} layers have no placement: the engine gave none"

@@ -17,8 +17,10 @@ LAGS = (1, 2, 5, 10, 20, 50)
 class ExpertWindows:
     """Statistics of each expert over windows, and the last hot sets. The windows are not kept."""
 
-    def __init__(self, size: int, hot_factor: float) -> None:
+    def __init__(self, size: int, hot_factor: float, experts: Int64) -> None:
+        """``experts``: how many experts each layer has, int64 ``[layers]``."""
         self.size, self.hot_factor = size, hot_factor
+        self._experts = experts
         self.count = 0
         #: Complete steps in the open window.
         self.filled = 0
@@ -52,7 +54,9 @@ class ExpertWindows:
 
     def _close(self, load: Int64) -> None:
         total = load.sum(axis=1, keepdims=True)
-        times = np.divide(load * load.shape[1], total, out=np.zeros(load.shape), where=total > 0)
+        times = np.divide(
+            load * self._experts[:, np.newaxis], total, out=np.zeros(load.shape), where=total > 0
+        )
         hot = times >= self.hot_factor
         self.hot += hot
         self.first_hot[hot & (self.first_hot < 0)] = self._first
@@ -70,8 +74,9 @@ class ExpertWindows:
         experts = load.shape[1]
         # Experts with equal loads are ordered by number, so the set is deterministic.
         order = load * experts + np.arange(experts)[::-1]
-        cut = experts - self.hot_set(experts)
-        hottest = (order >= np.partition(order, cut, axis=1)[:, cut, None]) & (load > 0)
+        cut = np.array([experts - self.hot_set(n) for n in self._experts.tolist()])
+        lowest = np.take_along_axis(np.partition(order, np.unique(cut), axis=1), cut[:, np.newaxis], axis=1)
+        hottest = (order >= lowest) & (load > 0)
         for lag, (total, pairs) in self.drift.items():
             if lag <= len(self._hot_sets):
                 before = self._hot_sets[-lag]

@@ -19,7 +19,7 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
-from eplb_analyze.reader.placements import Period, fold, replicas, sum_between
+from eplb_analyze.reader.placements import Period, fold, holdings, replicas, sum_between
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -129,7 +129,8 @@ def expert_report(
 
     def read() -> ExpertReport:
         def start(shape: Shape) -> _Loads:
-            return _Loads(run, shape, range(first, last), ExpertWindows(window, hot_factor))
+            experts = run.history.num_experts(run.info.num_logical_experts, last)[first:]
+            return _Loads(run, shape, range(first, last), experts, ExpertWindows(window, hot_factor, experts))
 
         sums, whole, notes = last_configuration(run, steps, start)
         return _report(
@@ -140,7 +141,7 @@ def expert_report(
 
 
 def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, notes: list[str]) -> ExpertReport:
-    windows, logical = sums.windows, run.info.num_logical_experts
+    windows = sums.windows
     windows.finish()
     numbers = [run.info.layers[i] for i in sums.layers]
     without = [n for n, slots in zip(numbers, sums.placed, strict=True) if slots is None]
@@ -161,7 +162,13 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
         )
     if windows.count < 2:
         notes.append("there is only one window, so nothing can be said on bursts; see --window")
-    size = windows.hot_set(logical)
+    if sums.few_since_change:
+        notes.append(
+            f"replicas are judged by the loads since each layer's last rearrangement; in some layer that is "
+            f"fewer than {FEW_TOKENS} tokens an expert, so that chance decides"
+        )
+    counts = sums.experts.tolist()
+    chance = [windows.hot_set(n) / n for n in counts]
     return ExpertReport(
         *sums.head(run, whole),
         layer=layer,
@@ -170,8 +177,8 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
         hot_factor=windows.hot_factor,
         unknown_tokens=unknown,
         layers_without_placement=without,
-        hot_set=size,
-        chance_overlap=size / logical,
+        hot_set=max(windows.hot_set(n) for n in counts),
+        chance_overlap=chance[0] if len({*counts}) == 1 else sum(chance) / len(chance),
         drift=[Overlap(lag, total / pairs, pairs) for lag, (total, pairs) in windows.drift.items() if pairs],
         experts=experts,
         notes=notes,
@@ -181,9 +188,10 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
 class _Loads(Sums):
     """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
 
-    def __init__(self, run: Run, shape: Shape, layers: range, windows: ExpertWindows) -> None:
+    def __init__(self, run: Run, shape: Shape, layers: range, experts: Int64, windows: ExpertWindows) -> None:
+        """``experts``: how many experts each layer has."""
         super().__init__(shape)
-        self.windows, self.layers = windows, layers
+        self.windows, self.layers, self.experts = windows, layers, experts
         self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)
         #: Tokens on slots of which it is not known, or not true, that they held an expert.
         self.unknown = np.zeros(len(layers), np.int64)
@@ -227,11 +235,18 @@ class _Loads(Sums):
         self.unknown[i] += load.sum() - out.sum()
         return out
 
+    @property
+    def few_since_change(self) -> bool:
+        """Whether a layer's placement is so new that chance decides which expert is short of replicas."""
+        means = self.slot_tokens.sum(axis=1) / self.experts
+        changed = self.slot_tokens.sum(axis=1) < self.tokens.sum(axis=1)
+        return bool((changed & (means < FEW_TOKENS)).any())
+
     def frame(self, run: Run) -> pl.DataFrame:
         """A row a layer whose placement is known and logical expert."""
         windows, logical = self.windows, self.tokens.shape[1]
         known = [i for i, slots in enumerate(self.placed) if slots is not None]
-        tokens = self.tokens[known]
+        tokens, experts = self.tokens[known], self.experts[known, np.newaxis]
         total = tokens.sum(axis=1, keepdims=True)
 
         def of_total(counts: Int64) -> npt.NDArray[np.float64]:
@@ -241,36 +256,30 @@ class _Loads(Sums):
             return share
 
         persistence, hot = windows.persistence[known], windows.hot[known]
-        now = [_replication(slots, self.slot_tokens[i], logical, self.shape) for i, slots in self._known()]
-        copies, uneven, doubled = (np.array(part) for part in zip(*now, strict=True))
-        due = of_total(tokens * self.shape.num_physical_experts)
+        shared = _shared(run, logical)
+        now = [_replication(slots, self.slot_tokens[i], shared, self.shape) for i, slots in self._known()]
         verdict = np.where(hot == 0, "never", np.where(persistence >= ALWAYS, "always", "bursts"))
         columns = {
             "layer": np.repeat(np.array(run.info.layers, np.int32)[self.layers.start :][known], logical),
             "logical": np.tile(np.arange(logical, dtype=np.int32), len(known)),
             "tokens": tokens if run.info.token_replication == 1 else run.tokens(tokens),
             "share": of_total(tokens),
-            "times_mean": of_total(tokens * logical),
+            "times_mean": of_total(tokens * experts),
             "peak_times_mean": windows.peak[known],
             "persistence": persistence,
             "verdict": verdict,
             "first_hot_step": windows.first_hot[known],
             "last_hot_step": windows.last_hot[known],
             "burstiness": windows.burstiness[known],
-            "cold": (total > 0) & (tokens * logical * windows.hot_factor <= total),
+            "cold": (total > 0) & (tokens * experts * windows.hot_factor <= total),
             "dead": (total > 0) & (tokens == 0),
-            "replicas": copies,
-            "due_replicas": due,
-            # By a whole slot: that no placement can give a part of one is nobody's fault.
-            "under_replicated": due - copies >= 1,
-            "over_replicated": (copies - due >= 1) & (copies > 1),
-            "worst_replica": uneven,
-            "replicas_on_one_rank": doubled,
+            **{name: np.array([columns[name] for columns in now]) for name in now[0]},
         }
         frame = pl.DataFrame({name: values.reshape(-1) for name, values in columns.items()})
-        return frame.with_columns(
+        exists = np.arange(logical) < experts
+        return frame.filter(exists.reshape(-1)).with_columns(
             pl.col("first_hot_step", "last_hot_step").replace(-1, None),
-            pl.col("burstiness", "worst_replica").fill_nan(None),
+            pl.col("burstiness", "due_replicas", "worst_replica").fill_nan(None),
         )
 
     def _known(self) -> list[tuple[int, Int32]]:
@@ -278,16 +287,53 @@ class _Loads(Sums):
 
 
 def _replication(
-    slots: Int32, tokens: Int64, logical: int, shape: Shape
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Of each logical expert: replicas, the largest of them over their mean, whether two share a rank."""
+    slots: Int32, tokens: Int64, shared: npt.NDArray[np.bool_], shape: Shape
+) -> dict[str, npt.NDArray[Any]]:
+    """Whether each logical expert has the replicas that it is worth, by the tokens on its slots.
+
+    An expert that every rank holds cannot gain from another replica. A shared expert has a slot on each rank
+    for other reasons than its load, so the others share only the remaining slots and tokens.
+
+    Args:
+        slots: the placement.
+        tokens: on each slot since the placement is in force.
+        shared: the shared experts of the model.
+    """
+    logical = len(shared)
     copies = replicas(slots, logical)
     filled = np.flatnonzero(slots != EMPTY_SLOT)
     largest = np.zeros(logical, np.int64)
     np.maximum.at(largest, slots[filled], tokens[filled])
-    total = np.bincount(slots[filled], tokens[filled], logical)
+    total = np.zeros(logical, np.int64)
+    np.add.at(total, slots[filled], tokens[filled])
     split = (copies > 1) & (total > 0)
-    uneven = np.divide(largest * copies, total, out=np.full(logical, np.nan), where=split)
-    on_rank = np.zeros((logical, shape.ep_size), np.int64)
-    np.add.at(on_rank, (slots[filled], filled // shape.slots_per_rank), 1)
-    return copies, uneven, on_rank.max(axis=1) > 1
+    on_rank = holdings(slots, shape.ep_size, logical)
+    serving = on_rank.any(axis=1)
+    everywhere = (on_rank[serving] > 0).all(axis=0)
+    due = np.full(logical, np.nan)
+    for pool in (np.ones(logical, np.bool_), ~shared):
+        if total[pool].any():
+            due[pool] = total[pool] * int(copies[pool].sum()) / int(total[pool].sum())
+    return {
+        "replicas": copies,
+        "due_replicas": due,
+        # By a whole slot: that no placement can give a part of one is nobody's fault.
+        "under_replicated": (due - copies >= 1) & ~everywhere,
+        "over_replicated": (copies - due >= 1) & (copies > 1) & ~shared,
+        "worst_replica": np.divide(largest * copies, total, out=np.full(logical, np.nan), where=split),
+        "replicas_on_one_rank": on_rank.max(axis=0) > 1,
+    }
+
+
+def _shared(run: Run, logical: int) -> npt.NDArray[np.bool_]:
+    """Experts that each rank holds in every placement of every layer, of several: shared experts.
+
+    Engines that fuse them into the all-to-all give each rank a copy for its own tokens. No load balancer
+    does so in all layers.
+    """
+    shared = np.full(logical, len(run.history.layers) > 1)
+    for history in run.history.layers.values():
+        for ep_size, slots in zip(history.ep_sizes, history.slots, strict=True):
+            held = holdings(slots, ep_size, logical) > 0
+            shared &= held[held.any(axis=1)].all(axis=0)
+    return shared

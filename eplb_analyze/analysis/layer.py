@@ -182,7 +182,7 @@ def _report(
             )
             for physical, value in enumerate(slot_load)
         ],
-        experts=[] if slots is None else _experts(run, slots, logical_load),
+        experts=[] if slots is None else _experts(run, index, slots, logical_load),
         placement_changes=changes,
         phase=_phase(parts[0][0], first) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
     )
@@ -201,9 +201,10 @@ def _report(
     return report
 
 
-def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
+def _experts(run: Run, index: int, slots: Int32, load: Any) -> list[ExpertLoad]:
     total = int(load.sum())
     copies = replicas(slots, load.shape[1])
+    own = int(run.history.num_experts(load.shape[1], index + 1)[index])
     return [
         ExpertLoad(
             logical,
@@ -212,7 +213,7 @@ def _experts(run: Run, slots: Int32, load: Any) -> list[ExpertLoad]:
             int(copies[logical]),
             [RankLoad(int(rank), run.count(by_rank[rank])) for rank in np.flatnonzero(by_rank)],
         )
-        for logical, by_rank in enumerate(load.T)
+        for logical, by_rank in enumerate(load.T[:own])
     ]
 
 

@@ -33,7 +33,7 @@ class LayerPlacement:
     empty_slots: int
     #: For each rank, the logical expert in each of its slots, -1 in an empty one.
     ranks: list[list[int]]
-    #: For each logical expert, how many slots hold it.
+    #: For each logical expert of the layer, how many slots hold it.
     replicas: list[int]
 
     def ranks_of(self, expert: int) -> list[int]:
@@ -120,13 +120,14 @@ def _step(run: Run, step: int | None) -> int:
 def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
     """The placements in force at a step, by layer index."""
     found = {}
+    experts = run.history.num_experts(run.info.num_logical_experts, run.info.num_layers)
     for index in indices:
         history = run.history.layer(index)
         i = history.index_at(step)
         if i < 0:
             continue
         slots = history.slots[i]
-        copies = replicas(slots, run.info.num_logical_experts)
+        copies = replicas(slots, run.info.num_logical_experts)[: experts[index]]
         ranks = slots.reshape(history.ep_sizes[i], -1)
         per_rank = [np.unique(own[own != EMPTY_SLOT], return_counts=True)[1] for own in ranks]
         found[index] = LayerPlacement(

@@ -239,6 +239,7 @@ def _layer_figures(run: Run, sums: LayerSums, last: ConfigurationSums) -> list[L
 
 def _hot_experts(run: Run, stretch: ConfigurationSums) -> list[HotExpert]:
     total = stretch.logical.sum(axis=1, keepdims=True)
+    in_layer = run.history.num_experts(run.info.num_logical_experts, len(total))
     share = np.divide(stretch.logical, total, out=np.zeros(stretch.logical.shape), where=total > 0)
     hottest = np.argsort(-share, axis=None, kind="stable")[:HOT_EXPERTS]
     experts = []
@@ -251,7 +252,7 @@ def _hot_experts(run: Run, stretch: ConfigurationSums) -> list[HotExpert]:
                 run.info.layers[layer],
                 int(logical),
                 float(share[layer, logical]),
-                float(share[layer, logical] * share.shape[1]),
+                float(share[layer, logical] * in_layer[layer]),
                 int(replicas(slots, share.shape[1])[logical]),
             )
         )

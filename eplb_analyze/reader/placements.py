@@ -111,6 +111,22 @@ class PlacementHistory:
     def layer(self, index: int) -> LayerHistory:
         return self.layers.get(index, LayerHistory())
 
+    def num_experts(self, num_logical_experts: int, layers: int) -> Int64:
+        """How many logical experts each of the first ``layers`` layers has: int64 ``[layers]``.
+
+        Layers of one model can have different numbers of experts, numbered from 0: a layer has those up to
+        the highest that one of its placements holds. The layers with the most have all of the model's, and so
+        has a layer without a known placement.
+        """
+        highest = {
+            i: max(int(slots.max(initial=-1)) for slots in h.slots) for i, h in self.layers.items() if h.slots
+        }
+        most = max(highest.values(), default=-1)
+        counts = [
+            highest[i] + 1 if -1 < highest.get(i, most) < most else num_logical_experts for i in range(layers)
+        ]
+        return np.array(counts, np.int64)
+
     @cached_property
     def changes(self) -> list[int]:
         """The steps from which the placement of some layer changes or is unknown, ascending."""

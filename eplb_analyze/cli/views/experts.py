@@ -42,7 +42,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         _table(console, report, "cold", report.cold, top)
     legend = (
         "due: slots that its share is worth (! a slot or more short); uneven: the fullest replica over "
-        "their mean, since the last rearrangement; *: twice on one rank"
+        "their mean; both since the layer's last rearrangement; *: twice on one rank"
     )
     print_line(console, (legend, "dim"))
 
@@ -56,7 +56,7 @@ def _replication(console: Console, report: ExpertReport) -> None:
     }
     parts = [f"{counts[key]:,} {name}" for key, name in names.items() if counts[key]]
     none = "no expert has too few or too many replicas"
-    console.print(f"in the last placement, by these loads: {', '.join(parts) or none}")
+    console.print(f"in the last placement, by the loads since: {', '.join(parts) or none}")
 
 
 def _drift(console: Console, report: ExpertReport) -> None:
@@ -89,7 +89,7 @@ def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFra
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
-    due = f"{row['due_replicas']:.1f}"
+    due = figure(row["due_replicas"], 1)
     return [
         str(row["logical"]),
         heat(f"{row['times_mean']:.2f}", row["times_mean"]),

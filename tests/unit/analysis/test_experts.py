@@ -11,7 +11,11 @@ import pytest
 from helpers import cli, one_error, write
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.experts import ExpertReport, expert_report
+from eplb_analyze.analysis.layer import layer_report
+from eplb_analyze.analysis.placement import placement_report
+from eplb_analyze.analysis.summary import summarize
 from eplb_dump import ExpertLoadWriter
 
 LAYERS, LOGICAL, SLOTS, RANKS, STEPS = 3, 6, 8, 4, 130
@@ -92,9 +96,12 @@ def reference(steps: list[int], window: int, factor: float) -> dict[str, Array]:
     last = steps[-1]
     copies = np.array([[np.sum(slots == e) for e in range(LOGICAL)] for slots in placement(last)])
     doubled, uneven = np.zeros_like(copies, bool), np.full(copies.shape, np.nan)
+    due = np.full(copies.shape, np.nan)
     for layer, slots in enumerate(placement(last)):
         since = [s for s in steps if np.array_equal(placement(s)[layer], slots)]
         tokens = np.sum([physical(s)[layer] for s in since], axis=0)
+        of_expert = np.array([tokens[slots == e].sum() for e in range(LOGICAL)])
+        due[layer] = of_expert / of_expert.sum() * np.sum(slots >= 0)
         for expert in range(LOGICAL):
             own = np.flatnonzero(slots == expert)
             doubled[layer, expert] = len({slot // 2 for slot in own}) < len(own)
@@ -116,9 +123,9 @@ def reference(steps: list[int], window: int, factor: float) -> dict[str, Array]:
         "cold": share * LOGICAL <= 1 / factor,
         "dead": loads.sum(axis=0) == 0,
         "replicas": copies,
-        "due_replicas": share * SLOTS,
-        "under_replicated": share * SLOTS - copies >= 1,
-        "over_replicated": (copies - share * SLOTS >= 1) & (copies > 1),
+        "due_replicas": due,
+        "under_replicated": due - copies >= 1,
+        "over_replicated": (copies - due >= 1) & (copies > 1),
         "worst_replica": uneven,
         "replicas_on_one_rank": doubled,
     }
@@ -259,15 +266,15 @@ org/moe · run r
 40 complete steps, 0 to 39, in 4 windows of 10
 hot in a window: 2 × the layer's mean or more; cold: over all steps 1/2 or less
 of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
-in the last placement, by these loads: 2 under-replicated, 2 over-replicated
+in the last placement, by the loads since: 2 under-replicated
 how much of a layer's hottest is the same some windows later
 (by chance 25 %): after 1: 83 %, 2: 50 %
 
 hot in bursts, the highest peak first (2 of 3)
 layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
 ──────────────────────────────────────────────────────────────────────────
-    0        0     2.20   2.42   50.0 %   0.10          1   3.3 !        –
-    1        3     1.40   2.41   50.0 %   0.71          1   2.1 !        –
+    0        0     2.20   2.42   50.0 %   0.10          1   3.0 !        –
+    1        3     1.40   2.41   50.0 %   0.71          1     0.6        –
 
 cold
 layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
@@ -275,7 +282,8 @@ layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
     0        3     0.39   0.41    0.0 %   0.03          1     0.6        –
 
 due: slots that its share is worth (! a slot or more short); uneven: the fullest
-replica over their mean, since the last rearrangement; *: twice on one rank
+replica over their mean; both since the layer's last rearrangement; *: twice on
+one rank
 """
 
 
@@ -312,7 +320,7 @@ def test_json_output(tmp_path: Path) -> None:
         "hot_factor": 2.0,
         "counts": {
             "experts": 4, "always": 0, "bursts": 2, "never": 2, "cold": 0, "dead": 0, "under_replicated": 1,
-            "over_replicated": 1, "replicas_on_one_rank": 0,
+            "over_replicated": 0, "replicas_on_one_rank": 0,
         },
         "drift": {
             "hot_set": 1,
@@ -334,7 +342,7 @@ def test_json_output(tmp_path: Path) -> None:
         "layer": 1, "logical": 3, "tokens": 16817, "share": 0.35, "times_mean": 1.401,
         "peak_times_mean": 2.41, "persistence": 0.5, "verdict": "bursts", "first_hot_step": 0,
         "last_hot_step": 19, "burstiness": 0.711, "cold": False, "dead": False, "replicas": 1,
-        "due_replicas": 2.102, "under_replicated": True, "over_replicated": False, "worst_replica": None,
+        "due_replicas": 0.607, "under_replicated": False, "over_replicated": False, "worst_replica": None,
         "replicas_on_one_rank": False,
     }  # fmt: skip
     hot = json.loads(cli(*arguments, "--hot", tmp_path).stdout)["experts"]
@@ -376,3 +384,128 @@ def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
 def test_range_without_complete_step_is_unusable(tmp_path: Path) -> None:
     write(tmp_path, ranks=1)
     one_error(cli("experts", tmp_path), 3, "no step of the run is complete")
+
+
+def flags(report: ExpertReport, layer: int, logical: int) -> dict[str, Any]:
+    [row] = report.experts.filter(layer=layer, logical=logical).to_dicts()
+    return row
+
+
+def test_replicas_are_judged_by_the_loads_under_the_placement_they_have(tmp_path: Path) -> None:
+    """Expert 77 is hot from step 100 on and gets 10 replicas at step 200, of the 12 that it is worth."""
+    experts, slots, steps = 96, 120, 300
+    even = np.arange(slots) % experts
+    rest = [e for e in range(experts) if e != 77]
+    after = np.r_[[77] * 10, rest, rest[: slots - 10 - len(rest)]]
+    rng = np.random.default_rng(77)
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=experts, ep_size=4, scope="global", run_id="r"
+    ) as writer:
+        for step in range(steps):
+            placement = after if step >= 200 else even
+            share = np.ones(experts)
+            share[77] = 12 * (experts - 1) / (slots - 12) if step >= 100 else 0.01
+            logical = rng.multinomial(100_000, share / share.sum())
+            load = np.zeros(slots, np.int64)
+            for expert in range(experts):
+                own = np.flatnonzero(placement == expert)
+                load[own] = logical[expert] // len(own)
+                load[own[0]] += logical[expert] % len(own)
+            writer.record(step, load[None], placement[None])
+    row = flags(expert_report(open_run(tmp_path)), 0, 77)
+    assert row["replicas"] == 10
+    assert row["due_replicas"] == pytest.approx(12, abs=0.1)
+    assert (row["under_replicated"], row["over_replicated"]) == (True, False)
+    before = flags(expert_report(open_run(tmp_path), steps=(0, 100)), 0, 77)
+    assert (before["replicas"], before["under_replicated"]) == (1 + (slots - experts > 77), False)
+
+
+def test_too_new_placement_is_noted_and_one_without_tokens_is_not_judged(tmp_path: Path) -> None:
+    placements = [np.array([[0, 1, 2, 3]] * 2), np.array([[3, 2, 1, 0], [0, 1, 2, 3]])]
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global", run_id="r"
+    ) as writer:
+        for step in range(50):
+            load = np.full((2, 4), 40)
+            load[0] = 0 if step == 49 else load[0]
+            writer.record(step, load, placements[step == 49])
+    report = expert_report(open_run(tmp_path))
+    assert any("last rearrangement" in note for note in report.notes)
+    new, old = flags(report, 0, 2), flags(report, 1, 2)
+    assert (new["due_replicas"], new["under_replicated"], new["over_replicated"]) == (None, False, False)
+    assert old["due_replicas"] == 1
+    assert cli("experts", tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("local_tokens", [4, 400])
+def test_shared_expert_on_every_rank_has_the_replicas_it_needs(tmp_path: Path, local_tokens: int) -> None:
+    """Routed experts are judged without it: expert 3 has four times the mean and one slot."""
+    routed, ranks = 12, 4
+    placement = np.array([[*range(r * 3, r * 3 + 3), routed] for r in range(ranks)]).ravel()
+    load = np.where(placement == routed, local_tokens, 100)
+    load[placement == 3] = 400
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=routed + 1, ep_size=ranks, scope="global", run_id="r"
+    ) as writer:
+        for step in range(40):
+            writer.record(step, np.stack([load, load]), np.stack([placement, placement]))
+    report = expert_report(open_run(tmp_path))
+    for layer in range(2):
+        shared, hot = flags(report, layer, routed), flags(report, layer, 3)
+        assert shared["replicas"] == ranks
+        assert (shared["under_replicated"], shared["over_replicated"]) == (False, False)
+        assert hot["due_replicas"] == pytest.approx(400 / 1500 * routed)
+        assert hot["under_replicated"] is True
+    assert report.counts["under_replicated"] == 2
+    assert report.counts["over_replicated"] == 0
+
+
+def test_expert_on_every_rank_in_one_layer_only_can_be_over_replicated(tmp_path: Path) -> None:
+    placement = np.array([[0, 1, 0, 2], [0, 1, 2, 3]])
+    load = np.array([[1, 100, 1, 100], [50, 50, 50, 52]])
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global", run_id="r"
+    ) as writer:
+        for step in range(40):
+            writer.record(step, load, placement)
+    assert flags(expert_report(open_run(tmp_path)), 0, 0)["over_replicated"] is True
+
+
+@pytest.mark.parametrize("spare", ["empty", "replicas"])
+def test_experts_that_a_layer_does_not_have_are_in_no_figure(tmp_path: Path, spare: str) -> None:
+    """Layers of 8, 5 and 3 experts in 8 slots; spare slots are empty or hold replicas."""
+    sizes, numbers = [8, 5, 3], [2, 7, 9]
+    rng = np.random.default_rng(9)
+    placement = np.stack(
+        [np.r_[np.arange(n), [-1] * (8 - n) if spare == "empty" else np.arange(8 - n) % n] for n in sizes]
+    ).astype(np.int64)
+    loads = rng.integers(50, 150, (60, 3, 8)) * (placement >= 0)
+    loads[:, 1, 2] *= 4
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=8, ep_size=2, scope="global", run_id="r", moe_layers=numbers
+    ) as writer:
+        for step, load in enumerate(loads):
+            writer.record(step, load, placement)
+    run = open_run(tmp_path)
+    report = expert_report(run)
+    assert report.experts.group_by("layer", maintain_order=True).len().rows() == [(2, 8), (7, 5), (9, 3)]
+    for layer, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
+        tokens = np.array([loads[:, layer, placement[layer] == e].sum() for e in range(size)])
+        rows = report.experts.filter(layer=number)
+        assert rows["tokens"].to_list() == tokens.tolist()
+        np.testing.assert_allclose(rows["times_mean"].to_numpy(), tokens / tokens.mean())
+        np.testing.assert_allclose(
+            rows["due_replicas"].to_numpy(), tokens / tokens.sum() * (placement[layer] >= 0).sum()
+        )
+        np.testing.assert_array_equal(rows["dead"].to_numpy(), tokens == 0)
+        np.testing.assert_array_equal(rows["cold"].to_numpy(), tokens <= tokens.mean() / 2)
+        assert [e.logical for e in layer_report(run, number).experts] == list(range(size))
+        [placed] = placement_report(run, layer=number).layers
+        assert placed.replicas == [(placement[layer] == e).sum() for e in range(size)]
+        assert placed.replicas_min >= 1
+    hot = {(h.layer, h.logical): h.times_mean for h in summarize(run).hot_experts}
+    layer_7 = np.array([loads[:, 1, placement[1] == e].sum() for e in range(5)])
+    assert hot[7, 2] == pytest.approx(layer_7[2] / layer_7.mean())
+    found = {f.code: f.severity for f in check_run(run).findings}
+    assert "expert_without_slot" not in found
+    assert found["experts_differ"] == "info"
