@@ -241,7 +241,7 @@ def _check_statements(run: Run) -> list[Finding]:
         loads = np.sort(np.concatenate([np.empty(0, np.int64), *(s.load_steps() for s in readable)]))
         for layer, stated in own.items():
             stated.sort(key=lambda row: row[0])
-            history = run.history.layer(layer)
+            history = run.history.stated[layer]
             for (start, slots), (until, _) in itertools.pairwise([*stated, (NO_END, stated[-1][1])]):
                 # Until the others change again: it may be back to what this rank still has.
                 ends = [*history.steps[1:], NO_END][: len(history.steps)]

@@ -13,6 +13,7 @@ from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.series import BoundedSeries
 from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
@@ -180,7 +181,7 @@ class _Reading:
                 self.whole.add(block)
                 if block.shape is not None and len(block.recorded):
                     self.shapes.add(block.shape)
-                    self._add(block.recorded, run.terms(block), block.shape.ep_size)
+                    self._add(block.recorded, run.terms(block), serving(block.shape))
                     self.logical[half] += logical_sums(block, run.history, experts)
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
@@ -257,7 +258,8 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
         )
     for name, reading in (("A", a), ("B", b)):
         if len(reading.shapes) > 1:
-            yield f"{name} changed its EP size or slots: its figures are means over all of its shapes"
+            what = "its EP size, slots or serving ranks"
+            yield f"{name} changed {what}: its figures are means over all of its shapes"
         yield from (f"{name}: {note}" for note in reading.run.import_caveats("step_order", "passes"))
     if token_ratio is not None and not 1 / TOKEN_FACTOR <= token_ratio <= TOKEN_FACTOR:
         yield f"B has {token_ratio:.2f} × the tokens a step, and more tokens are more even by chance alone"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 
 from eplb_analyze.errors import Finding, Severity
 from eplb_analyze.reader.completeness import ABSENT, Completeness
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.text import listed, plural
@@ -43,9 +45,21 @@ def rank_findings(run: Run) -> Iterator[Finding]:
     if missing:
         text = f"of {len(run.expected_ranks)} ranks, {_rank_names(missing)} wrote nothing"
         yield Finding("error", "missing_ranks", text)
+    for one in run.lost_ranks:
+        yield Finding("warning", "rank_lost", _lost_text(run, one))
     if run.scope.value == "global" and len(run.present_ranks) > 1:
         text = f"ranks {listed(run.present_ranks)} all wrote global sums; rank {run.present_ranks[0]}'s count"
         yield Finding("warning", "several_global_writers", text)
+
+
+def _lost_text(run: Run, lost: LostRank) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(lost.time_ns / 1e9))
+    at = f" ({when})" if run.info.timed else ""
+    until = "" if lost.last_step is None else f", until step {lost.last_step}"
+    return (
+        f"rank {lost.rank} was lost: from step {lost.steps.first} on{at}{until} it recorded nothing and got "
+        "no token, while the others went on; figures of these steps are over the ranks that serve"
+    )
 
 
 def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
@@ -54,7 +68,8 @@ def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
         yield Finding("error", "no_steps", "no step was recorded")
         return
     incomplete = steps.count(StepState.INCOMPLETE)
-    last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks}
+    gone = ranks_lost_at(steps.last or 0, run.lost_ranks)
+    last = {rank: steps.last_of_rank.get(rank) for rank in run.expected_ranks if rank not in gone}
     short = {rank: step for rank, step in last.items() if step is None or step < (steps.last or 0)}
     # If no rank ended early, the last steps lack one for the same reasons as earlier steps.
     inside = steps.incomplete_inside if short else incomplete

@@ -13,9 +13,10 @@ from eplb_analyze.metrics import formulas
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import lost_in, serving
 from eplb_analyze.reader.placements import fold, replicas
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import STATUS_LABELS
 
@@ -58,6 +59,8 @@ class LayerReport(RunReport):
     #: False for a single step that lacks ranks: its loads are partial.
     complete: bool
     missing_ranks: list[int]
+    #: Ranks that died before; ``ranks`` are the others.
+    lost_ranks: list[int]
     balancedness: float | None
     imbalance: float | None
     idle_fraction: float | None
@@ -150,8 +153,8 @@ def _report(
                     logical_load[rank] += fold(part[rank], own, experts)
         tokens = run.tokens(load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3))
         for name, values in ratios.items():
-            values.append(formulas.FORMULAS[name].per_step(tokens))
-        mean, maximum = formulas.idle_terms(tokens)
+            values.append(formulas.FORMULAS[name].per_step(tokens, serving(shape)))
+        mean, maximum = formulas.idle_terms(tokens, serving(shape))
         mean_tokens, max_tokens = mean_tokens + mean, max_tokens + maximum
     first, last = int(parts[0][1][0]), int(parts[-1][1][-1])
     slots = history.at(last)
@@ -165,6 +168,7 @@ def _report(
         last_step=last,
         steps=sum(len(steps) for _, steps in parts),
         complete=complete,
+        lost_ranks=[*lost_in(shape)],
         missing_ranks=[] if complete else parts[0][0].missing_ranks(first),
         balancedness=formulas.mean_known(ratios["balancedness"]),
         imbalance=formulas.mean_known(ratios["imbalance"]),
@@ -172,6 +176,7 @@ def _report(
         ranks=[
             RankLoad(rank, run.count(value))
             for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))
+            if rank not in lost_in(shape)
         ],
         slots=[
             SlotLoad(
@@ -186,6 +191,11 @@ def _report(
         placement_changes=changes,
         phase=_phase(parts[0][0], first) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
     )
+    if report.lost_ranks:
+        report.notes.append(
+            f"rank {listed(report.lost_ranks)} is lost: figures are over the "
+            f"{plural(serving(shape), 'rank')} that serve"
+        )
     if slots is None:
         report.notes.append(
             "no placement is known for these steps, so there are no figures per logical expert"

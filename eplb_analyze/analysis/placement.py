@@ -9,9 +9,11 @@ import numpy as np
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import RunReport
+from eplb_analyze.reader.lost import ranks_lost_at
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
+from eplb_analyze.text import listed
 from eplb_dump.format.schema import EMPTY_SLOT
 
 
@@ -69,6 +71,8 @@ class PlacementReport(RunReport):
     layers: list[LayerPlacement]
     #: The layers that changed; None without a step to compare with.
     changes: list[LayerChange] | None
+    #: Ranks that are lost at the step; their slots are empty, and hold no replica.
+    lost_ranks: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -105,7 +109,12 @@ def placement_report(
             notes += uneven_nodes(size, run.info.ranks_per_node)
         found = [_change(before[i], now[i], run.info.ranks_per_node) for i in both]
         changes = [change for change in found if change.slots_changed]
-    return PlacementReport(run.info.run_id, run.info.model, at, against, list(now.values()), changes, notes)
+    lost = [*ranks_lost_at(at, run.lost_ranks)]
+    if lost:
+        notes.append(f"rank {listed(lost)} is lost at step {at}: its slots count as empty")
+    return PlacementReport(
+        run.info.run_id, run.info.model, at, against, list(now.values()), changes, lost, notes
+    )
 
 
 def _step(run: Run, step: int | None) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
+from eplb_analyze.reader.lost import lost_in, serving
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_dump.format.journal import Int64, Shape
@@ -24,7 +25,7 @@ class Straggler:
     #: Its EP ranks: the one, or those of the node.
     ranks: list[int]
     load: float
-    #: The mean load of its ranks over that of all ranks.
+    #: The mean load of its ranks over that of all ranks; None without tokens, or if the ranks are lost.
     times_mean: float | None
     #: In how many active (step, layer) it, or a rank of the node, was the slowest; a tie of n ranks counts
     #: 1/n for each.
@@ -86,7 +87,8 @@ class _RankSums(Sums):
 
     def _add(self, block: Block) -> None:
         shape = self.shape
-        terms = Terms(len(block.recorded), shape.num_moe_layers, shape.ep_size, self._per_token)
+        size = shape.num_moe_layers, shape.ep_size
+        terms = Terms(len(block.recorded), *size, self._per_token, serving(shape))
         for first, load in block.rank_load_parts():
             terms.add(first, load)
             self.load[first : first + load.shape[1]] += load.sum(axis=0)
@@ -120,7 +122,8 @@ def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | 
     per_node = _nodes(sums.shape.ep_size, ranks_per_node)
     notes += uneven_nodes(sums.shape.ep_size, ranks_per_node)
     loss = float(sums.excess.sum())
-    heat = zip(run.info.layers, _heat(sums.load, per_rank), _heat(sums.load, per_node), strict=True)
+    by_rank, by_node = (_heat(sums, groups) for groups in (per_rank, per_node))
+    heat = zip(run.info.layers, by_rank, by_node, strict=True)
     return RankReport(
         *sums.head(run, seen),
         active=sums.active,
@@ -143,16 +146,19 @@ def _nodes(ranks: int, size: int | None) -> list[list[int]]:
     return [list(range(r, min(r + size, ranks))) for r in range(0, ranks, size)] if size else []
 
 
-def _heat(load: Int64, groups: list[list[int]]) -> list[list[float | None]]:
+def _heat(sums: _RankSums, groups: list[list[int]]) -> list[list[float | None]]:
     """For each layer, the mean load of each group's ranks over the layer's mean."""
-    return [
-        [float(row[group].mean() / row.mean()) if row.any() else None for group in groups] for row in load
-    ]
+    return [[_times_mean(row, group, sums.shape) for group in groups] for row in sums.load]
+
+
+def _times_mean(load: Int64, group: list[int], shape: Shape) -> float | None:
+    """The mean load of a group's ranks over that of all, of those that serve; None if there is none."""
+    here = [rank for rank in group if rank not in lost_in(shape)]
+    return float(load[here].mean() / (load.sum() / serving(shape))) if here and load.any() else None
 
 
 def _stragglers(run: Run, sums: _RankSums, groups: list[list[int]]) -> list[Straggler]:
     load, loss = sums.load.sum(axis=0), float(sums.excess.sum())
-    mean = float(load.mean())
     tokens = run.tokens(load)
     found = []
     for number, group in enumerate(groups):
@@ -163,7 +169,7 @@ def _stragglers(run: Run, sums: _RankSums, groups: list[list[int]]) -> list[Stra
                 number=number,
                 ranks=group,
                 load=int(total) if run.info.token_replication == 1 else total,
-                times_mean=float(load[group].mean() / mean) if mean else None,
+                times_mean=_times_mean(load, group, sums.shape),
                 slowest=slowest,
                 slowest_share=slowest / sums.active if sums.active else None,
                 excess_tokens=excess,

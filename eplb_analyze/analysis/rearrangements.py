@@ -16,11 +16,12 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.reader.step_range import StepRange
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 
 #: Steps before and after, unless a neighboring rearrangement is nearer.
@@ -189,13 +190,19 @@ class _Change:
         ]
         first, layers = histories[this.layers[0]], len(histories)
         sizes = [first.ep_sizes[first.index_at(s)] for s in (this.first_step - 1, this.last_step)]
-        self.shapes = [Shape(s, layers, len(p)) for s, p in zip(sizes, self.changed[0], strict=True)]
+        lost = [ranks_lost_at(s, run.lost_ranks) for s in (this.first_step - 1, this.last_step)]
+        self.shapes = [
+            reduced(Shape(size, layers, len(slots)), gone)
+            for size, slots, gone in zip(sizes, self.changed[0], lost, strict=True)
+        ]
         self.elastic = self.shapes[0] != self.shapes[1]
         #: Why nothing can be predicted; and if it can, the loads of both sides to spread.
         self.reason: str | None = None
         self.folds: list[_Fold] = []
         known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
-        if self.elastic:
+        if lost[0] != lost[1]:
+            self.reason = f"other ranks serve: lost before {_listed(lost[0])}, after {_listed(lost[1])}"
+        elif self.elastic:
             self.reason = "EP size {} → {}, {} → {} slots".format(
                 *sizes, *(s.num_physical_experts for s in self.shapes)
             )
@@ -279,7 +286,7 @@ def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
                 for fold, part, ratio in here:
                     way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
                     T = load[part.start - start : part.stop - start] @ way
-                    ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis])
+                    ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis], serving(fold.shape))
 
     # Layers are independent, so threads can share them.
     for _ in ordered_map(work, split_range(0, here[0][0].shape.num_moe_layers)):
@@ -288,6 +295,10 @@ def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
         active = (~np.isnan(ratio)).sum(axis=1)
         value = np.divide(np.nansum(ratio, axis=1), active, out=np.full(len(ratio), np.nan), where=active > 0)
         fold.values.append(value)
+
+
+def _listed(ranks: tuple[int, ...]) -> str:
+    return f"rank {listed(ranks)}" if ranks else "none"
 
 
 def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures:

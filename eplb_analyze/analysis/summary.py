@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.analysis.summary_sums import (
+    ESTIMATED,
     ConfigurationSums,
     LayerSums,
     SummarySums,
@@ -19,6 +20,7 @@ from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss, timeline
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import LostRank, lost_in
 from eplb_analyze.reader.placements import Rearrangement, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
@@ -26,6 +28,8 @@ from eplb_analyze.text import listed, percent, plural
 
 HOT_EXPERTS = 10
 WORST_STRETCHES = 10
+#: So many groups of incomplete steps, by the ranks they lack, are estimated.
+ESTIMATES = 5
 #: Shown besides the two main figures, each under its own name.
 OTHER_FORMULAS = tuple(name for name in FORMULAS if name not in ("balancedness", "imbalance"))
 
@@ -53,14 +57,33 @@ class HotExpert:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Steps of one EP size and number of slots. Nothing is summed across a change of them."""
+    """Steps of one EP size, number of slots and set of serving ranks. Nothing is summed across a change."""
 
     first_step: int
     last_step: int
     ep_size: int
     num_physical_experts: int
+    #: Ranks that died before; the figures are over the others.
+    lost_ranks: tuple[int, ...]
     recorded: int
     balancedness: float | None
+    idle_fraction: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Figures of steps that lack some ranks, by the loads of the others alone.
+
+    The ranks route similar tokens, so a part of a step's load shows its imbalance. Fewer tokens vary more, so
+    it looks a little larger than it was.
+    """
+
+    missing_ranks: tuple[int, ...]
+    first_step: int
+    last_step: int
+    steps: int
+    balancedness: Spread
+    imbalance: Spread
     idle_fraction: float | None
 
 
@@ -93,9 +116,13 @@ class Summary(Report):
     steps: Completeness
     expected_ranks: list[int]
     present_ranks: list[int]
+    #: The ranks that died while the engine went on: figures of the steps without them are over the others.
+    lost_ranks: list[LostRank]
     spreads: dict[str, Spread]
     idle_fraction: float | None
     configurations: list[Configuration]
+    #: Of incomplete steps, the largest group first; their loads are in no other figure.
+    estimates: list[Estimate]
     layers: list[LayerFigure]
     hot_experts: list[HotExpert]
     #: The steps that hot_experts and worst_rank are over: the last configuration's.
@@ -131,6 +158,7 @@ class Summary(Report):
                     "present": len(set(self.expected_ranks) & set(self.present_ranks)),
                     "missing": self.missing_ranks,
                 },
+                "lost_ranks": [lost.to_json() for lost in self.lost_ranks],
                 "duration_seconds": self.duration_seconds,
                 "balancedness": self.spreads["balancedness"],
                 "imbalance": self.spreads["imbalance"],
@@ -141,6 +169,7 @@ class Summary(Report):
                 },
                 "idle_fraction": self.idle_fraction,
                 "configurations": self.configurations,
+                "estimates": self.estimates,
                 "layers": self.layers,
                 "layer_percentiles": self.layer_percentiles,
                 "phases": self.phases,
@@ -190,9 +219,11 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         steps=sums.seen,
         expected_ranks=run.expected_ranks,
         present_ranks=run.present_ranks,
+        lost_ranks=run.lost_ranks,
         spreads={name: Spread.of(value, step) for name, value in values.items()},
         idle_fraction=idle_fraction(mean_tokens, max_tokens),
         configurations=[_configuration(s) for s in stretches],
+        estimates=_estimates(sums),
         layers=_layer_figures(run, sums.layers, stretches[-1]) if stretches else [],
         hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
         last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
@@ -213,10 +244,21 @@ def _configuration(sums: ConfigurationSums) -> Configuration:
         sums.last,
         sums.shape.ep_size,
         sums.shape.num_physical_experts,
+        lost_in(sums.shape),
         sums.recorded,
         mean_known(sums.values),
         idle_fraction(sums.mean_tokens, sums.max_tokens),
     )
+
+
+def _estimates(sums: SummarySums) -> list[Estimate]:
+    found = []
+    for missing, own in sums.estimates.items():
+        steps = np.concatenate(own.steps)
+        balance, imbalance = (Spread.of(np.concatenate(own.values[name]), steps) for name in ESTIMATED)
+        idle = idle_fraction(own.mean_tokens, own.max_tokens)
+        found.append(Estimate(missing, int(steps[0]), int(steps[-1]), len(steps), balance, imbalance, idle))
+    return sorted(found, key=lambda estimate: (-estimate.steps, estimate.missing_ranks))[:ESTIMATES]
 
 
 def _loss(run: Run, stretch: ConfigurationSums) -> Loss:
@@ -272,6 +314,10 @@ def banners(summary: Summary, acted: bool | None, not_due: str | None = None) ->
         lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {listed(summary.missing_ranks)}")
     elif summary.steps.lacks_much:
         lines.append(f"INCOMPLETE: {incomplete(summary)}")
+    for lost in summary.lost_ranks:
+        until = "" if lost.last_step is None else f" to {lost.last_step}"
+        steps = f"from step {lost.steps.first} on" if not until else f"in steps {lost.steps.first}{until}"
+        lines.append(f"RANK LOST: rank {lost.rank} {steps}; figures of these are over the ranks that serve")
     if acted is False and not_due is None:
         redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
         also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""

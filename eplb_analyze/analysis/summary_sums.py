@@ -11,11 +11,15 @@ from eplb_analyze.metrics.losses import Bins, Losses, windows
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.reader.step_range import StepRange
 from eplb_dump.format.journal import Int64, Shape
+
+#: The formulas of which figures of incomplete steps are estimated.
+ESTIMATED = ("balancedness", "imbalance")
 
 
 class ConfigurationSums:
@@ -23,7 +27,7 @@ class ConfigurationSums:
 
     def __init__(self, shape: Shape, info: RunInfo, bins: Bins) -> None:
         self.shape = shape
-        self.losses = Losses(shape, bins, info.token_replication)
+        self.losses = Losses(shape, bins, info.token_replication, serving(shape))
         self.first = self.last = -1
         self.recorded = 0
         self.mean_tokens = self.max_tokens = 0.0
@@ -37,7 +41,7 @@ class ConfigurationSums:
         """Add a block's complete steps; there must be at least one."""
         steps, shape = block.recorded, self.shape
         layers, per_token = shape.num_moe_layers, run.info.token_replication
-        terms = Terms(len(steps), layers, shape.ep_size, per_token)
+        terms = Terms(len(steps), layers, shape.ep_size, per_token, serving(shape))
         within = windows(steps, run.history.changes, run.info.interval)
         for first, load in block.rank_load_parts():
             terms.add(first, load)
@@ -103,6 +107,29 @@ class PhaseSums(_Additive):
         self.values.append(balancedness[mask])
 
 
+class EstimateSums:
+    """Sums over incomplete steps that lack the same ranks, of the loads of the other ranks."""
+
+    def __init__(self) -> None:
+        self.steps: list[Int64] = []
+        self.mean_tokens = self.max_tokens = 0.0
+        self.values: dict[str, list[formulas.Float64]] = {name: [] for name in ESTIMATED}
+
+    def add(self, steps: Int64, terms: Terms) -> None:
+        self.steps.append(steps)
+        self.mean_tokens += float(terms.mean.sum())
+        self.max_tokens += float(terms.maximum.sum())
+        for name in ESTIMATED:
+            self.values[name].append(FORMULAS[name].of(terms))
+
+    def merge(self, later: EstimateSums) -> None:
+        self.steps += later.steps
+        self.mean_tokens += later.mean_tokens
+        self.max_tokens += later.max_tokens
+        for name, values in later.values.items():
+            self.values[name] += values
+
+
 class SummarySums:
     """Sums over consecutive steps; those of later steps can be merged into them.
 
@@ -117,6 +144,8 @@ class SummarySums:
         self.configurations: list[ConfigurationSums] = []
         self.layers = LayerSums(num_layers)
         self.phases: dict[str, PhaseSums] = {}
+        #: By the ranks that the steps lack.
+        self.estimates: dict[tuple[int, ...], EstimateSums] = {}
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
         #: Time from a step to the next, in ns; and the first and last step with their times.
         self.gaps: list[Int64] = []
@@ -132,6 +161,9 @@ class SummarySums:
         sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
         if block.shape is None:
             return sums
+        for missing, steps in block.without_ranks():
+            terms = Terms.of(block.rank_load(steps), run.info.token_replication, serving(block.shape))
+            sums.estimates.setdefault(missing, EstimateSums()).add(steps, terms)
         # A configuration without any complete step still separates those around it.
         sums.configurations.append(ConfigurationSums(block.shape, run.info, bins))
         if len(block.recorded):
@@ -162,6 +194,8 @@ class SummarySums:
         self.layers.merge(later.layers)
         for name, phase in later.phases.items():
             self.phases.setdefault(name, PhaseSums()).merge(phase)
+        for missing, estimate in later.estimates.items():
+            self.estimates.setdefault(missing, EstimateSums()).merge(estimate)
         for stretch in later.configurations:
             if self.configurations and self.configurations[-1].shape == stretch.shape:
                 self.configurations[-1].merge(stretch)

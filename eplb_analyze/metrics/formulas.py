@@ -33,16 +33,24 @@ class Terms:
     """The reductions of ``T`` that the formulas share; layers can be added a few at a time.
 
     Attributes:
-        mean, maximum: float64 ``[steps, layers]``, over EP ranks.
+        mean, maximum: float64 ``[steps, layers]``, over the EP ranks that serve.
         uneven: bool ``[steps, layers]``: the ranks got different numbers of tokens.
         rank_mean, rank_maximum: float64 ``[steps, ep_ranks]``, over layers.
     """
 
     _PER_STEP = ("mean", "maximum", "uneven", "_at_maximum", "_rank_total", "_rank_highest")
 
-    def __init__(self, steps: int, layers: int, ranks: int, per_token: int = 1) -> None:
-        """``per_token``: how often the engine counts each token (token replication)."""
+    def __init__(
+        self, steps: int, layers: int, ranks: int, per_token: int = 1, serving: int | None = None
+    ) -> None:
+        """Terms of no tokens yet.
+
+        Args:
+            per_token: how often the engine counts each token (token replication).
+            serving: how many of the ranks serve; means are over these, and the others have no token.
+        """
         self._layers, self._per_token = layers, per_token
+        self._serving = ranks if serving is None else serving
         self.mean: Float64 = np.zeros((steps, layers))
         self.maximum: Float64 = np.zeros((steps, layers))
         self.uneven: npt.NDArray[np.bool_] = np.zeros((steps, layers), np.bool_)
@@ -52,10 +60,10 @@ class Terms:
         self._rank_highest: Float64 = np.zeros((steps, ranks))
 
     @classmethod
-    def of(cls, counts: npt.NDArray[Any], per_token: int = 1) -> Terms:
+    def of(cls, counts: npt.NDArray[Any], per_token: int = 1, serving: int | None = None) -> Terms:
         """``counts``: ``[steps, layers, ep_ranks]``."""
         steps, layers, ranks = counts.shape
-        terms = cls(steps, layers, ranks, per_token)
+        terms = cls(steps, layers, ranks, per_token, serving)
         terms.add(0, counts)
         return terms
 
@@ -64,9 +72,9 @@ class Terms:
         here = slice(first, first + counts.shape[1])
         total = counts.sum(axis=2)
         highest = counts.max(axis=2)
-        self.mean[:, here] = total / float(counts.shape[2] * self._per_token)
+        self.mean[:, here] = total / float(self._serving * self._per_token)
         self.maximum[:, here] = highest / float(self._per_token)
-        self.uneven[:, here] = highest * counts.shape[2] > total
+        self.uneven[:, here] = highest * self._serving > total
         at_maximum = np.packbits(counts == highest[:, :, np.newaxis], axis=2)
         self._at_maximum[:, here] = at_maximum * self.uneven[:, here, np.newaxis]
         self._rank_total += counts.sum(axis=1)
@@ -144,9 +152,9 @@ class Formula:
     of: Callable[[Terms], Float64]
     warning: str = ""
 
-    def per_step(self, T: Float64) -> Float64:
-        """The formula of ``T``: float64 ``[steps]``."""
-        return self.of(Terms.of(T))
+    def per_step(self, T: Float64, serving: int | None = None) -> Float64:
+        """The formula of ``T``: float64 ``[steps]``; ``serving``: how many of its ranks serve."""
+        return self.of(Terms.of(T, serving=serving))
 
 
 def _mean_over_active(values: Float64, active: npt.NDArray[np.bool_]) -> Float64:
@@ -249,13 +257,13 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-def idle_terms(T: Float64) -> tuple[float, float]:
+def idle_terms(T: Float64, serving: int | None = None) -> tuple[float, float]:
     """Σ_{s,l} mean_r T and Σ_{s,l} max_r T: terms to add over blocks.
 
     The idle fraction is 1 minus their ratio: the share of rank time lost if time is proportional to
-    tokens.
+    tokens. ``serving``: how many of the ranks serve; default all.
     """
-    terms = Terms.of(T)
+    terms = Terms.of(T, serving=serving)
     return float(terms.mean.sum()), float(terms.maximum.sum())
 
 
@@ -277,10 +285,11 @@ def mean_known(parts: Sequence[Float64]) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def per_layer(formula: Formula, T: Float64) -> Float64:
+def per_layer(formula: Formula, T: Float64, serving: int | None = None) -> Float64:
     """A formula for each layer by itself, as if the model had only that one: ``[steps, layers]``."""
     steps, layers, ranks = T.shape
-    return formula.of(Terms.of(T.reshape(steps * layers, 1, ranks))).reshape(steps, layers)
+    terms = Terms.of(T.reshape(steps * layers, 1, ranks), serving=serving)
+    return formula.of(terms).reshape(steps, layers)
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,16 @@ class _Window:
 class Losses:
     """Sums over blocks of one shape; those of later steps can be merged into them."""
 
-    def __init__(self, shape: Shape, bins: Bins, per_token: int) -> None:
-        """``per_token``: token replication; recorded loads are this many times too large."""
+    def __init__(self, shape: Shape, bins: Bins, per_token: int, serving: int | None = None) -> None:
+        """Losses of no steps yet.
+
+        Args:
+            per_token: token replication; recorded loads are this many times too large.
+            serving: how many ranks serve; the others have no token. Default all.
+        """
         self._bins = bins
         self._per_token = per_token
+        self._serving = shape.ep_size if serving is None else serving
         self._excess = np.zeros((len(bins), shape.num_moe_layers, shape.ep_size))
         #: Loss that remains in complete windows, in tokens × token replication.
         self._lasting = 0.0
@@ -124,7 +130,7 @@ class Losses:
             load: int64 ``[steps, layers, ep_ranks]``.
         """
         summed = np.add.reduceat(load, windows.starts, axis=0)
-        self._lasting += _excess(summed[1:-1])
+        self._lasting += self._excess_of(summed[1:-1])
         self._longest = max(windows.counts[1:-1], default=0)
         if not self._open:
             ends = {0, len(windows.keys) - 1}
@@ -148,7 +154,7 @@ class Losses:
             )
         both = [*ends, *others]
         for window in both[1:-1]:
-            self._lasting += _excess(window.load)
+            self._lasting += self._excess_of(window.load)
             self._longest = max(self._longest, window.steps)
         self._open = both if len(both) < 2 else [both[0], both[-1]]
 
@@ -159,7 +165,9 @@ class Losses:
     @property
     def lasting_share(self) -> float | None:
         """The share of the loss that remains in loads summed over a window: persistent imbalance."""
-        lasting = (self._lasting + sum(_excess(window.load) for window in self._open)) / self._per_token
+        lasting = (
+            self._lasting + sum(self._excess_of(window.load) for window in self._open)
+        ) / self._per_token
         return min(1.0, lasting / self.total) if self.total > 0 else None
 
     @property
@@ -187,13 +195,12 @@ class Losses:
                 found.append(StretchLoss(int(layer), int(rank), first, last, excess, self._share(excess)))
         return sorted(found, key=lambda s: (-s.excess_tokens, s.layer, s.rank, s.first_step))[:count]
 
+    def _excess_of(self, load: Int64) -> float:
+        """Σ (max − mean) of loads ``[..., ep_ranks]``."""
+        return float((load.max(axis=-1) - load.sum(axis=-1) / self._serving).sum())
+
     def _share(self, excess: float) -> float:
         return float(excess / self.total) if self.total > 0 else 0.0
-
-
-def _excess(load: Int64) -> float:
-    """Σ (max − mean) of loads ``[..., ep_ranks]``."""
-    return float((load.max(axis=-1) - load.sum(axis=-1) / load.shape[-1]).sum())
 
 
 def windows(steps: Int64, changes: list[int], interval: int) -> Windows:

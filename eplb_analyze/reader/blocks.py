@@ -18,6 +18,7 @@ from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.join import (
+    ABSENT,
     JoinedRows,
     Source,
     StepState,
@@ -25,6 +26,7 @@ from eplb_analyze.reader.join import (
     overlapping_segments,
     same_shape_ranges,
 )
+from eplb_analyze.reader.lost import LostRank, full, serving, serving_ranks
 from eplb_analyze.reader.segments import DamagedSegmentError, Segment, layers_at_once
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
@@ -38,7 +40,7 @@ class Block:
     Attributes:
         step: int64 [S], ascending.
         state: uint8 [S], a :class:`StepState` each.
-        shape: the shape of the loads; None if no rank recorded any.
+        shape: the shape of the loads, without ranks that are lost; None if no rank recorded any.
         ranks: the writer ranks [R] that ``status`` has a row for.
         status: uint8 [R, S], a :class:`~eplb_dump.format.schema.Status` each, or ABSENT.
         time_ns: int64 [S], the wall clock, which can jump.
@@ -85,10 +87,28 @@ class Block:
         }
         return [rank for rank in self.expected_ranks if rank not in have]
 
+    def without_ranks(self) -> Iterator[tuple[tuple[int, ...], Int64]]:
+        """The incomplete steps that lack the rows of some ranks, by these ranks: ``(ranks, steps)``."""
+        bad = np.flatnonzero(
+            (self.state == StepState.INCOMPLETE) & (self.status == Status.RECORDED).any(axis=0)
+        )
+        if self._scope is Scope.GLOBAL or self.shape is None or not len(bad):
+            return
+        expected = np.array(self.expected_ranks)
+        known = np.isin(expected, self.ranks)
+        rows = np.full((len(expected), len(bad)), ABSENT, np.uint8)
+        rows[known] = self.status[np.searchsorted(self.ranks, expected[known])][:, bad]
+        judged = ((rows == Status.RECORDED) | (rows == Status.DUMMY) | (rows == ABSENT)).all(axis=0)
+        rows, bad = rows[:, judged], bad[judged]
+        patterns, which = np.unique(rows == ABSENT, axis=1, return_inverse=True)
+        for number, pattern in enumerate(patterns.T):
+            if pattern.any():
+                yield tuple(expected[pattern].tolist()), self.step[bad[which.reshape(-1) == number]]
+
     @property
     def expected_ranks(self) -> Sequence[int]:
-        """The writers that a complete step needs: all EP ranks, or the one that writes the sums."""
-        return range(self._shape().ep_size) if self._scope is Scope.LOCAL else self.ranks
+        """The writers that a complete step needs: all ranks that serve, or the one that writes the sums."""
+        return serving_ranks(self._shape()) if self._scope is Scope.LOCAL else self.ranks
 
     def rank_load(self, steps: Int64 | None = None) -> Int64:
         """Tokens per EP rank, summed over the writers: int64 ``[len(steps), layers, ep_size]``.
@@ -129,7 +149,7 @@ class Block:
         """The terms of the formulas over the complete steps, for all layers or a range of indices."""
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
-        terms = Terms(len(self.recorded), last - first, shape.ep_size, token_replication)
+        terms = Terms(len(self.recorded), last - first, shape.ep_size, token_replication, serving(shape))
         for layer, load in self.rank_load_parts(first=first, last=last):
             terms.add(layer - first, load)
         return terms
@@ -191,13 +211,13 @@ class Block:
         if not len(steps):
             return
         columns = np.searchsorted(self.step, steps)
-        writers = set(self.expected_ranks)
+        writers, recorded_shape = set(self.expected_ranks), full(self._shape())
         sources = [
             source
             for source in self._sources
             if source.rank in writers
             and source.readable
-            and source.segment.shape == self.shape
+            and source.segment.shape == recorded_shape
             and source.segment.first_step <= steps[-1]
             and source.segment.last_step >= steps[0]
         ]
@@ -264,6 +284,7 @@ def iter_blocks(
     scope: Scope,
     steps: StepRange,
     unreadable: frozenset[int] = frozenset(),
+    lost: Sequence[LostRank] = (),
 ) -> Iterator[Block]:
     """The blocks of a run, in order of steps.
 
@@ -271,6 +292,7 @@ def iter_blocks(
         sessions: all sessions of the run, oldest first.
         steps: the range to stay in.
         unreadable: ``id`` of segments whose loads cannot be read.
+        lost: the ranks that died while the engine went on.
     """
     last_shape = _shape_before(sessions, steps.first)
     sources = [
@@ -290,7 +312,7 @@ def iter_blocks(
         threads = requests_at_once(group[0].segment.path)
         parts = [rows for _, rows in ordered_map(Source.rows, group, threads)]
         initial = max(sessions[s.session].info.ep_size for s in group)
-        rows = join_rows(parts, ranks, scope, last_shape, initial)
+        rows = join_rows(parts, ranks, scope, last_shape, initial, lost)
         last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape
         inside = np.searchsorted(rows.step, steps)
         for start, stop in same_shape_ranges(rows, int(inside[0]), int(inside[1])):

@@ -1,4 +1,7 @@
-"""Configurations: consecutive steps of one EP size and number of slots; loads are never summed across two."""
+"""Configurations: consecutive steps of one EP size, number of slots and set of serving ranks.
+
+Loads are never summed across two.
+"""
 
 from __future__ import annotations
 
@@ -80,8 +83,8 @@ def last_configuration(
         return sums, seen, []
     first, end = earlier[0].first, earlier[-1].end
     note = (
-        f"ep_size or the number of slots changed: steps {first} to {end - 1} are left out, as loads of "
-        f"two shapes are not added (see them with --steps {first}:{end})"
+        f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are left "
+        f"out, as loads of two shapes are not added (see them with --steps {first}:{end})"
     )
     return sums, seen, [note]
 

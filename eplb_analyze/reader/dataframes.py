@@ -16,6 +16,7 @@ import polars as pl
 from eplb_analyze.metrics import formulas
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.placements import PlacementHistory
 from eplb_analyze.reader.step_range import NO_END
 from eplb_dump.format.schema import STATUS_LABELS
@@ -166,7 +167,8 @@ def _by_layer(
     total, count = np.zeros(len(numbers)), np.zeros(len(numbers))
     for block in _complete(blocks):
         for first, load in block.rank_load_parts():
-            values = formulas.per_layer(formula, load / float(token_replication))
+            assert block.shape is not None
+            values = formulas.per_layer(formula, load / float(token_replication), serving(block.shape))
             here = slice(first, first + values.shape[1])
             total[here] += np.nansum(values, axis=0)
             count[here] += (~np.isnan(values)).sum(axis=0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.reader.lost import LostRank, full, ranks_lost_at, reduced, serving_ranks
 from eplb_analyze.reader.segments import Segment
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import Scope, Status
@@ -141,12 +143,14 @@ def join_rows(
     scope: Scope,
     last_shape: Shape | None,
     initial: int,
+    lost: Sequence[LostRank] = (),
 ) -> JoinedRows:
     """Join the rows of a group.
 
     Args:
         last_shape: the shape before this group, if known.
         initial: the ep_size to expect if no shape is known.
+        lost: ranks that a step without them does not lack.
     """
     step = np.unique(np.concatenate([part.rows.step for part in parts]))
     n = len(step)
@@ -160,7 +164,7 @@ def join_rows(
     shapes: list[Shape] = []
     row_of = {rank: i for i, rank in enumerate(ranks)}
     if last_shape is not None:
-        shapes.append(last_shape)
+        shapes.append(full(last_shape))
     for part in sorted(parts, key=lambda part: part.session):
         row, rows = row_of[part.rank], part.rows
         phases += [name for name in rows.phases if name not in phases]
@@ -183,7 +187,10 @@ def join_rows(
                 shapes.append(part.shape)
             at = np.searchsorted(step, rows.step[rows.status == Status.RECORDED])
             shape_of[row, at] = shapes.index(part.shape)
-    state, shape_row = _states(ranks, status, shape_of, shapes, scope, last_shape is not None, initial)
+    shape_row, at_odds = _shapes(shape_of, shapes, last_shape is not None)
+    shape_row = _without_lost(step, shape_row, shapes, lost)
+    state = _states(ranks, status, shape_row, shapes, scope, initial)
+    state[at_odds] = StepState.INCOMPLETE
     total = _total_tokens(status, num_tokens, scope)
     return JoinedRows(
         step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total, phase, phases
@@ -199,17 +206,16 @@ def _total_tokens(status: Status8, num_tokens: Int64, scope: Scope) -> Int64:
     return np.where(known, np.where(recorded, num_tokens, 0).sum(axis=0), -1)
 
 
-def _states(
-    ranks: list[int],
-    status: Status8,
-    shape_of: npt.NDArray[np.int32],
-    shapes: list[Shape],
-    scope: Scope,
-    continued: bool,
-    initial_ep_size: int,
-) -> tuple[Status8, npt.NDArray[np.int32]]:
-    """Each step's :class:`StepState` and shape index, from the ranks' statuses."""
-    n = status.shape[1]
+def _shapes(
+    shape_of: npt.NDArray[np.int32], shapes: list[Shape], continued: bool
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Each step's index into ``shapes``, -1 if unknown, and whether its ranks recorded different ones.
+
+    Args:
+        shape_of: the same of each rank's load, ``[R, S]``.
+        continued: whether the first of ``shapes`` is that of the steps before.
+    """
+    n = shape_of.shape[1]
     shape = shape_of.max(axis=0, initial=-1)
     at_odds = ((shape_of >= 0) & (shape_of != shape)).any(axis=0)
     # A step that no rank recorded has the shape before it or, at the start, after it.
@@ -219,13 +225,44 @@ def _states(
         earlier = 0 if continued else shape[known[0]]
         inherited = shape[known[np.maximum(before, 0)]] if len(known) else np.zeros(n, shape.dtype)
         shape = np.where(before >= 0, inherited, earlier)
-    state = np.full(n, StepState.INCOMPLETE, np.uint8)
+    return shape, at_odds
+
+
+def _without_lost(
+    step: Int64, shape: npt.NDArray[np.int32], shapes: list[Shape], lost: Sequence[LostRank]
+) -> npt.NDArray[np.int32]:
+    """The steps' shapes without the ranks that are lost then; new ones are appended to ``shapes``."""
+    edges = sorted({edge for one in lost for edge in one.steps})
+    cuts = [0, *np.searchsorted(step, edges).tolist(), len(step)]
+    for low, high in itertools.pairwise(cuts):
+        if low == high:
+            continue
+        gone = ranks_lost_at(int(step[low]), lost)
+        for index in np.unique(shape[low:high]) if gone else ():
+            fewer = reduced(shapes[index], gone) if index >= 0 else None
+            if fewer is not None and fewer not in shapes:
+                shapes.append(fewer)
+            if fewer is not None:
+                shape[low:high][shape[low:high] == index] = shapes.index(fewer)
+    return shape
+
+
+def _states(
+    ranks: list[int],
+    status: Status8,
+    shape: npt.NDArray[np.int32],
+    shapes: list[Shape],
+    scope: Scope,
+    initial_ep_size: int,
+) -> Status8:
+    """Each step's :class:`StepState`, from the ranks' statuses and the step's shape."""
+    state = np.full(status.shape[1], StepState.INCOMPLETE, np.uint8)
     for index in np.unique(shape):
         columns = np.flatnonzero(shape == index)
-        size = shapes[index].ep_size if index >= 0 else initial_ep_size
-        expected = [i for i, rank in enumerate(ranks) if rank < size]
+        needed = {*(serving_ranks(shapes[index]) if index >= 0 else range(initial_ep_size))}
+        expected = [i for i, rank in enumerate(ranks) if rank in needed]
         here = status[expected][:, columns]
-        whole = len(expected) == size
+        whole = len(expected) == len(needed)
         if scope is Scope.GLOBAL:  # the lowest rank that has the step holds the sums
             best = STATUS_WEIGHT[status[:, columns]].argmax(axis=0)
             here, whole = status[best, columns][None], True
@@ -239,5 +276,4 @@ def _states(
             np.where(had, StepState.RECORDED, StepState.INCOMPLETE),
             np.where(present, gravest, StepState.INCOMPLETE),
         )
-    state[at_odds] = StepState.INCOMPLETE
-    return state, shape
+    return state

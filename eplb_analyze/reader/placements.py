@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from eplb_analyze.errors import Finding
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.discovery import Session
+from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.rhythm import Change, Rhythm
 from eplb_analyze.reader.segments import Segment
 from eplb_analyze.reader.step_range import NO_END
@@ -101,8 +102,18 @@ class PlacementHistory:
         lost: list[int],
         findings: list[Finding],
         rhythm: Rhythm | None = None,
+        stated: dict[int, LayerHistory] | None = None,
+        lost_ranks: Sequence[LostRank] = (),
     ) -> None:
-        """``rhythm``: what the engine states, by which changes are grouped into rearrangements."""
+        """A history of ``layers``.
+
+        Args:
+            rhythm: what the engine states, by which changes are grouped into rearrangements.
+            stated: the placements as stated, if lost ranks have slots in ``layers`` no more.
+            lost_ranks: those ranks.
+        """
+        self.stated = layers if stated is None else stated
+        self.lost_ranks = lost_ranks
         self.layers = layers
         self.lost = lost
         self.findings = findings
@@ -133,7 +144,7 @@ class PlacementHistory:
         return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
 
     def truncated_at(self, step: int) -> PlacementHistory:
-        """The history as it was when ``step`` was the last step."""
+        """The history as it was when ``step`` was the last step; call it before :meth:`without`."""
 
         def cut(history: LayerHistory) -> LayerHistory:
             count = bisect.bisect_right(history.steps, step)
@@ -143,8 +154,30 @@ class PlacementHistory:
         layers = {index: cut(history) for index, history in self.layers.items()}
         return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings, self.rhythm)
 
+    def without(self, lost: Sequence[LostRank]) -> PlacementHistory:
+        """The history with empty slots on ranks that are lost, from the step of the loss on.
+
+        Engines leave the old experts there, or fill in any: nothing serves them.
+        """
+        if not lost:
+            return self
+        edges = {edge for one in lost for edge in one.steps}
+        layers = {}
+        for index, history in self.layers.items():
+            served = layers[index] = LayerHistory(lost=history.lost)
+            for step in sorted({*history.steps, *(e for e in edges if e < NO_END)}):
+                i = history.index_at(step)
+                if i >= 0:
+                    size = history.ep_sizes[i]
+                    slots = _emptied(history.slots[i], size, ranks_lost_at(step, lost))
+                    served.insert(step, size, slots)
+        return PlacementHistory(layers, self.lost, self.findings, self.rhythm, self.layers, lost)
+
     def rearrangements(self) -> list[Rearrangement]:
-        """Changes after the first placement, grouped into rearrangements."""
+        """Changes after the first placement, grouped into rearrangements.
+
+        That a rank is lost or comes back changes what is served, but moves no expert.
+        """
         changes: list[Change] = []
         for index, history in self.layers.items():
             for i in range(1, len(history.steps)):
@@ -154,7 +187,12 @@ class PlacementHistory:
                 # Slots of two shapes are not the same slots.
                 same_shape = before.shape == now.shape and history.ep_sizes[i - 1] == history.ep_sizes[i]
                 moved = int((before != now).sum()) if same_shape else len(now)
-                changes.append(Change(history.steps[i], index, moved))
+                if same_shape and self.lost_ranks:
+                    step, size = history.steps[i], history.ep_sizes[i]
+                    away = {*ranks_lost_at(step - 1, self.lost_ranks), *ranks_lost_at(step, self.lost_ranks)}
+                    moved = int((_emptied(before, size, away) != _emptied(now, size, away)).sum())
+                if moved:
+                    changes.append(Change(history.steps[i], index, moved))
         return [
             Rearrangement(
                 group[0].step,
@@ -164,6 +202,16 @@ class PlacementHistory:
             )
             for group in self.rhythm.group(changes)
         ]
+
+
+def _emptied(slots: Int32, ep_size: int, ranks: Iterable[int]) -> Int32:
+    """A placement with empty slots on some ranks."""
+    gone = [rank for rank in ranks if rank < ep_size]
+    if not gone:
+        return slots
+    by_rank = slots.reshape(ep_size, -1).copy()
+    by_rank[gone] = EMPTY_SLOT
+    return by_rank.reshape(-1)
 
 
 def fold(load: npt.NDArray[Any], slots: Int32, num_logical_experts: int) -> npt.NDArray[Any]:

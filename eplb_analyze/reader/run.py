@@ -21,6 +21,7 @@ from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.discovery import Session, open_sessions
+from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
 from eplb_analyze.reader.segments import DamagedSegmentError, Segment
@@ -98,6 +99,8 @@ class Run:
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
         self._reading = False
         self._history: PlacementHistory | None = None
+        self._lost_ranks: list[LostRank] | None = None
+        #: Guards the placements and the lost ranks, which threads may ask for.
         self._history_lock = threading.RLock()
         #: The last step to include; None for all.
         self._last: int | None = None
@@ -159,11 +162,26 @@ class Run:
 
     @property
     def expected_ranks(self) -> list[int]:
-        """The ranks that should have written: every EP rank, or the one that writes the sums."""
+        """The ranks that should have written: every EP rank, or the one that writes the sums.
+
+        Without those that were lost before the first step.
+        """
         if self.scope is Scope.GLOBAL:
             return self.present_ranks[:1]
         sizes = [s.shape.ep_size for session in self.sessions for s in session.segments if s.shape]
-        return list(range(max(sizes, default=self.sessions[0].info.ep_size)))
+        every = range(max(sizes, default=self.sessions[0].info.ep_size))
+        lost = {one.rank for one in self.lost_ranks} - {*self.present_ranks}
+        return [rank for rank in every if rank not in lost]
+
+    @property
+    def lost_ranks(self) -> list[LostRank]:
+        """The ranks that died while the engine went on without them, in order of ranks and steps."""
+        with self._history_lock:
+            if self._lost_ranks is None:
+                self._lost_ranks = self.retry_without_damaged(
+                    lambda: find_lost(self.sessions, self.scope, frozenset(self._unreadable["loads"]))
+                )
+            return self._lost_ranks
 
     def blocks(self, steps: tuple[int, int] | None = None) -> Iterator[Block]:
         """The run's blocks in order of steps; see :class:`~eplb_analyze.reader.blocks.Block`."""
@@ -180,9 +198,8 @@ class Run:
             self._report(block, steps)
 
     def _blocks(self, steps: tuple[int, int] | None) -> Iterator[Block]:
-        return iter_blocks(
-            self.sessions, self.scope, StepRange.of(steps), frozenset(self._unreadable["loads"])
-        )
+        lost, unreadable = self.lost_ranks, frozenset(self._unreadable["loads"])
+        return iter_blocks(self.sessions, self.scope, StepRange.of(steps), unreadable, lost)
 
     def _report(self, done: Block, steps: tuple[int, int] | None) -> None:
         first, last = (0 if step is None else step for step in self.step_range)
@@ -223,26 +240,29 @@ class Run:
                 raise DumpError(str(fault))
             sessions[0].segments = [s for s in sessions[0].segments if s is not segment]
             sessions[0].lost.append(segment)
-        self._history = None
+        self._history = self._lost_ranks = None
         finding = Finding("error", "damaged_file", f"{fault}; skipped")
         if finding not in self.findings:
             self.findings.append(finding)
 
     @property
     def history(self) -> PlacementHistory:
-        """The placements of the run, by layer index."""
+        """The placements of the run, by layer index. The slots of a lost rank are empty."""
         return self.load_history()
 
     def load_history(self) -> PlacementHistory:
         """Read the placements, unless they are read already. Call it before threads share the run."""
         with self._history_lock:
             if self._history is None:
-                history = self.retry_without_damaged(
-                    lambda: read_history(self.sessions, frozenset(self._unreadable["placements"]))
-                )
-                self._history = history if self._last is None else history.truncated_at(self._last)
+                history = self.retry_without_damaged(self._read_history)
+                self._history = history
                 self.findings += [f for f in history.findings if f not in self.findings]
             return self._history
+
+    def _read_history(self) -> PlacementHistory:
+        history = read_history(self.sessions, frozenset(self._unreadable["placements"]))
+        history = history if self._last is None else history.truncated_at(self._last)
+        return history.without(self.lost_ranks)
 
     def readable(self, segment: Segment) -> bool:
         """Whether the loads of a segment are in figures; False once they turned out to be damaged."""

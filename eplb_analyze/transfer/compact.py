@@ -150,6 +150,11 @@ def _lost(run: Run) -> dict[str, str]:
     if summary.missing_ranks:
         ranks = plural(len(summary.expected_ranks), "rank")
         raise DumpError(f"{run.path}: of {ranks}, {listed(summary.missing_ranks)} wrote nothing; {refused}")
+    for lost in summary.lost_ranks:
+        first = lost.steps.first
+        text = f"rank {lost.rank} was lost at step {first}, which sums over all ranks cannot show"
+        remedy = f"first copy the steps before (`copy --to PLACE --steps :{first}`)" if first else "keep it"
+        raise DumpError(f"{run.path}: {text}, so it is not compacted; {remedy}")
     count = steps.count(StepState.INCOMPLETE)
     if not count:
         return {}

@@ -49,12 +49,15 @@ def render(
     if result.spreads["balancedness"].mean is None:
         what = "no token in any complete step" if result.configurations else "no complete step"
         console.print(f"{what}, so there are no figures")
+        _estimates(console, result)
         return
     _figures(console, result)
+    _estimates(console, result)
     _timeline(console, result)
     if len(result.configurations) > 1 and result.last_configuration_steps is not None:
         first, last = result.last_configuration_steps
-        text = f"EP size or slots changed: ranks, losses, experts below are of steps {first} to {last}"
+        text = "EP size, slots or serving ranks changed: "
+        text += f"ranks, losses, experts below are of steps {first} to {last}"
         print_line(console, (text, "yellow"))
         console.print()
     _layers(console, result, top)
@@ -107,6 +110,18 @@ def _figures(console: Console, result: Summary) -> None:
     parts = [f"{name} {figure(result.spreads[name].mean)}" for name in OTHER_FORMULAS]
     print_line(console, (f"others: {', '.join(parts)}", "dim"))
     console.print()
+
+
+def _estimates(console: Console, result: Summary) -> None:
+    """Figures of steps that lack ranks, if these are more than the tail of a killed run."""
+    shown = result.estimates if result.missing_ranks or result.steps.lacks_much else []
+    for e in shown:
+        steps = f"{plural(e.steps, 'step')}, {e.first_step} to {e.last_step}, without rank "
+        print_line(console, ("ESTIMATE ", "bold yellow"), f"of {steps}{listed(e.missing_ranks)}:")
+        figures = f"balancedness {figure(e.balancedness.mean)}, imbalance {figure(e.imbalance.mean)}"
+        console.print(f"{figures}, idle {percent(e.idle_fraction)}, by the loads of the other ranks alone")
+    if shown:
+        console.print()
 
 
 def _timeline(console: Console, result: Summary) -> None:
@@ -239,7 +254,7 @@ def _configurations(console: Console, result: Summary) -> None:
     for c in result.configurations:
         listing.add_row(
             f"{c.first_step} to {c.last_step}",
-            str(c.ep_size),
+            f"{c.ep_size - len(c.lost_ranks)} of {c.ep_size}" if c.lost_ranks else str(c.ep_size),
             str(c.num_physical_experts),
             f"{c.recorded:,}",
             figure(c.balancedness),

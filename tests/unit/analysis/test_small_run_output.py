@@ -37,7 +37,7 @@ def test_output_is_golden(local: Truth, name: str, command: str) -> None:
     [
         ("ranks --steps 50:60", ["no step of the run is in 50:60"]),
         ("ranks --run zz", ["no run 'zz'"]),
-        ("timeline --layer 4", ["no MoE layer 4", "3 to 5"]),
+        ("timeline --layer 4", ["no MoE layer 4", "3, 5"]),
         ("timeline --steps 50:60", ["no step of the run is in 50:60"]),
         ("timeline --model zz", ["no model 'zz'"]),
         ("placement --layer 4", ["no MoE layer 4"]),

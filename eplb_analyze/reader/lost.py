@@ -1,0 +1,193 @@
+"""Ranks that died while the engine went on without them (fault-tolerant expert parallelism).
+
+A rank can be missing because it died or because its recording did. The other ranks' loads show which: an
+engine sends no token to the slots of a rank that it gave up, but many to one that serves unrecorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb_analyze.reader.discovery import Session
+from eplb_analyze.reader.segments import Segment
+from eplb_analyze.reader.step_range import NO_END, StepRange
+from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.schema import Scope
+
+#: An even share of the tokens must be at least this many for their absence to be no chance.
+MIN_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class LostRank:
+    """A rank that serves no more, and the steps without it; they end if it comes back."""
+
+    rank: int
+    steps: StepRange
+    #: The wall clock at the first step without it, ns since 1970.
+    time_ns: int
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step without it; None if it did not come back."""
+        return None if self.steps.end >= NO_END else self.steps.end - 1
+
+    def to_json(self) -> dict[str, int | None]:
+        steps = {"first_step": self.steps.first, "last_step": self.last_step}
+        return {"rank": self.rank, **steps, "unix_ns": self.time_ns}
+
+
+@dataclass(frozen=True)
+class ReducedShape(Shape):
+    """The shape of loads of an engine that lost ranks; their numbers and slots stay, without any token."""
+
+    lost: tuple[int, ...] = ()
+
+
+def ranks_lost_at(step: int, lost: Sequence[LostRank]) -> tuple[int, ...]:
+    """The ranks that are lost at a step, ascending."""
+    return tuple(sorted({one.rank for one in lost if one.steps.first <= step < one.steps.end}))
+
+
+def lost_in(shape: Shape) -> tuple[int, ...]:
+    """The ranks that are lost in steps of this shape."""
+    return shape.lost if isinstance(shape, ReducedShape) else ()
+
+
+def serving(shape: Shape) -> int:
+    """How many ranks serve in steps of this shape: means over ranks are over these."""
+    return shape.ep_size - len(lost_in(shape))
+
+
+def serving_ranks(shape: Shape) -> list[int]:
+    return [rank for rank in range(shape.ep_size) if rank not in lost_in(shape)]
+
+
+def full(shape: Shape) -> Shape:
+    """The shape as recorded, with all ranks."""
+    return Shape(shape.ep_size, shape.num_moe_layers, shape.num_physical_experts)
+
+
+def reduced(shape: Shape, lost: tuple[int, ...]) -> Shape:
+    """A recorded shape without the ranks that it has and that are lost."""
+    there = tuple(rank for rank in lost if rank < shape.ep_size)
+    if not there:
+        return shape
+    return ReducedShape(shape.ep_size, shape.num_moe_layers, shape.num_physical_experts, there)
+
+
+def find_lost(sessions: Sequence[Session], scope: Scope, unreadable: frozenset[int]) -> list[LostRank]:
+    """The lost ranks of a run, in order of ranks and steps.
+
+    Loads are read only if a rank has no rows where others have some. With scope ``global`` one rank writes
+    for all, so nothing shows that another one is lost. Raises DamagedSegmentError.
+
+    Args:
+        unreadable: ``id`` of segments whose loads cannot be read.
+    """
+    if scope is Scope.GLOBAL:
+        return []
+    segments = [
+        (session.info.ep_rank, segment)
+        for session in sessions
+        for segment in session.segments
+        if segment.shape is not None and segment.last_step >= 0 and id(segment) not in unreadable
+    ]
+    found = []
+    tokens = _Tokens()
+    for rank in range(max((s.shape.ep_size for _, s in segments if s.shape), default=0)):
+        # Those that were recorded under a shape without this rank say nothing about it.
+        others = [s for own, s in segments if own != rank and s.shape and s.shape.ep_size > rank]
+        own_rows = [s for session in sessions if session.info.ep_rank == rank for s in session.segments]
+        for gap in _gaps(own_rows, others):
+            lost = _lost(rank, gap, others, tokens)
+            if lost is not None:
+                found.append(lost)
+    return found
+
+
+def _gaps(own: Sequence[Segment], others: Sequence[Segment]) -> Iterator[StepRange]:
+    """The ranges of steps in which other segments have rows and a rank's own do not."""
+    if not others:
+        return
+    begin, end = min(s.first_step for s in others), max(s.last_step for s in others) + 1
+    for segment in sorted((s for s in own if s.last_step >= 0), key=lambda s: s.first_step):
+        if segment.first_step > begin:
+            yield StepRange(begin, segment.first_step)
+        begin = max(begin, segment.last_step + 1)
+    if begin < end:
+        yield StepRange(begin, NO_END)
+
+
+def _lost(rank: int, gap: StepRange, others: Sequence[Segment], tokens: _Tokens) -> LostRank | None:
+    """The end of a gap, in which no token went to the rank; None if there is none, or hardly any token."""
+    inside = [s for s in others if s.first_step < gap.end and s.last_step >= gap.first]
+    inside.sort(key=lambda s: -s.last_step)
+    if inside and tokens.serves_at_the_end(rank, inside[0], gap):
+        return None  # it serves, and is not recorded
+    first = gap.first
+    parts: list[tuple[Int64, Int64]] = []  # steps, and their tokens on all ranks
+    for segment in inside:
+        if segment.last_step < first:
+            continue
+        if _unused(rank, segment) and gap.first <= segment.first_step and segment.last_step < gap.end:
+            assert segment.sums is not None
+            parts.append((np.array([segment.first_step]), np.array([segment.sums.load.sum()])))
+            continue
+        steps, by_rank = tokens.by_rank(segment)
+        there = (steps >= first) & (steps < gap.end)
+        parts.append((steps[there], by_rank[there].sum(axis=1)))
+        # Until here it served.
+        first = max(first, int(steps[there & (by_rank[:, rank] > 0)].max(initial=-1)) + 1)
+    total = sum(int(values[steps >= first].sum()) for steps, values in parts)
+    after = [s for s in inside if s.last_step >= first]
+    if not after or total < MIN_TOKENS * max(s.shape.ep_size for s in after if s.shape):
+        return None
+    return LostRank(rank, StepRange(first, gap.end), _time_at(first, after))
+
+
+def _unused(rank: int, segment: Segment) -> bool:
+    """Whether the sums of a segment say that it has no token for a rank."""
+    if segment.sums is None or segment.shape is None:
+        return False
+    width = segment.shape.slots_per_rank
+    return not segment.sums.load[:, rank * width : (rank + 1) * width].any()
+
+
+class _Tokens:
+    """Tokens on each rank, by segment; each is read once for all missing ranks."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Int64] = {}
+
+    def by_rank(self, segment: Segment) -> tuple[Int64, Int64]:
+        """The recorded steps and their tokens over all layers: int64 ``[steps]``, ``[steps, ep_size]``."""
+        assert segment.shape is not None
+        return segment.load_steps(), self._read(segment, segment.shape.num_moe_layers)
+
+    def serves_at_the_end(self, rank: int, segment: Segment, gap: StepRange) -> bool:
+        """Whether the last recorded step in a gap has tokens for a rank, by the first layer.
+
+        The ranks of a killed engine end at different steps: then this is all that is read.
+        """
+        there = np.flatnonzero(segment.load_steps() < gap.end)
+        return bool(len(there) and self._read(segment, 1)[there[-1], rank])
+
+    def _read(self, segment: Segment, layers: int) -> Int64:
+        key = id(segment), layers
+        if key not in self._known:
+            assert segment.shape is not None
+            total = np.zeros((len(segment.load_steps()), segment.shape.ep_size), np.int64)
+            for first, load in segment.rank_loads(0, layers):
+                total += load[: max(0, layers - first)].sum(axis=0)
+            self._known[key] = total
+        return self._known[key]
+
+
+def _time_at(step: int, segments: Sequence[Segment]) -> int:
+    """The wall clock at the first step of some segments from ``step`` on, ns since 1970."""
+    first = min(segments, key=lambda s: (max(step, s.first_step), s.first_step)).steps()
+    return int(first.time_ns[np.searchsorted(first.step, step)])

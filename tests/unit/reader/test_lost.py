@@ -1,0 +1,318 @@
+"""A rank dies and the engine goes on, or only its recording ends. Truth is recomputed from the loads."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import cli
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from eplb_analyze import open_run
+from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.experts import expert_report
+from eplb_analyze.analysis.layer import layer_report
+from eplb_analyze.analysis.placement import placement_report
+from eplb_analyze.analysis.ranks import rank_report
+from eplb_analyze.analysis.rearrangements import rearrangement_report
+from eplb_analyze.analysis.summary import summarize
+from eplb_dump import ExpertLoadWriter
+
+LAYERS, EXPERTS, RANKS, WIDTH = 2, 6, 4, 3
+SLOTS = RANKS * WIDTH
+BEFORE = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]] * LAYERS)
+#: Slots 6 to 8 are on rank 2; SGLang fills those of a dead rank with expert 0.
+AFTER = np.array([[0, 1, 2, 3, 4, 5, 0, 0, 0, 0, 1, 2]] * LAYERS)
+
+
+@dataclass
+class Engine:
+    """Writes a dump; each rank either serves, or is dead, or serves without recording."""
+
+    root: Path
+    steps: int = 60
+    #: ``{rank: (first, end)}``: steps in which it is dead; in those its slots get no token.
+    dead: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: ``{rank: (first, end)}``: steps that it does not record.
+    silent: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: The engine notices a death so many steps late: until then tokens go to the dead rank.
+    delay: int = 0
+    placements: dict[int, Any] = field(default_factory=lambda: {0: BEFORE})
+    options: dict[str, Any] = field(default_factory=dict)
+    #: What was recorded: ``{(step, rank): load}``.
+    loads: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    def run(self, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        writers: dict[int, ExpertLoadWriter] = {}
+        for step in range(self.steps):
+            gone = [r for r, (first, end) in self.dead.items() if first <= step < end]
+            masked = [r for r, (first, end) in self.dead.items() if first + self.delay <= step < end]
+            placement = self.placements[max(s for s in self.placements if s <= step)]
+            for rank in range(RANKS):
+                load = rng.integers(20, 30, (LAYERS, RANKS, WIDTH))
+                load[:, masked] = 0
+                load = load.reshape(LAYERS, SLOTS)
+                # All layers get the same number of tokens.
+                load[:, self.serving(step)[0] * WIDTH] += load.sum(axis=1).max() - load.sum(axis=1)
+                first, end = self.silent.get(rank, (0, 0))
+                if rank in gone or first <= step < end:
+                    if rank in writers and (rank in gone or end >= self.steps):
+                        writers.pop(rank).close()
+                    continue
+                if rank not in writers:
+                    writers[rank] = ExpertLoadWriter(
+                        self.root, model="m", num_logical_experts=EXPERTS, ep_size=RANKS, ep_rank=rank,
+                        run_id="r", **self.options,
+                    )  # fmt: skip
+                writers[rank].record(step, load, placement)
+                self.loads[step, rank] = load
+        for writer in writers.values():
+            writer.close()
+
+    def serving(self, step: int) -> list[int]:
+        return [
+            r
+            for r in range(RANKS)
+            if r not in self.dead or not self.dead[r][0] + self.delay <= step < self.dead[r][1]
+        ]
+
+    def complete(self, step: int) -> bool:
+        return all((step, rank) in self.loads for rank in self.serving(step))
+
+    def tokens(self, step: int) -> Any:
+        """Tokens ``[layers, serving ranks]`` of what was recorded."""
+        total = sum(load for (s, _), load in self.loads.items() if s == step)
+        return total.reshape(LAYERS, RANKS, WIDTH).sum(axis=2)[:, self.serving(step)]
+
+    def balancedness(self, step: int) -> float:
+        T = self.tokens(step)
+        return float((T.mean(axis=1) / T.max(axis=1)).mean())
+
+
+def test_figures_after_a_loss_are_over_the_ranks_that_serve(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 40: AFTER})
+    engine.run()
+    run = open_run(tmp_path)
+    [lost] = run.lost_ranks
+    assert (lost.rank, lost.steps.first, lost.last_step) == (2, 40, None)
+    frame = run.balancedness(by="step")
+    assert frame["step"].to_list() == list(range(60))
+    np.testing.assert_allclose(frame["value"].to_numpy(), [engine.balancedness(s) for s in range(60)])
+    summary = summarize(run)
+    parts = [(c.first_step, c.last_step, c.lost_ranks, c.recorded) for c in summary.configurations]
+    assert parts == [(0, 39, (), 40), (40, 59, (2,), 20)]
+    for part, steps in zip(summary.configurations, (range(40), range(40, 60)), strict=True):
+        assert part.balancedness == pytest.approx(np.mean([engine.balancedness(s) for s in steps]))
+        mean = sum(engine.tokens(s).mean(axis=1).sum() for s in steps)
+        most = sum(engine.tokens(s).max(axis=1).sum() for s in steps)
+        assert part.idle_fraction == pytest.approx(1 - mean / most)
+    assert summary.loss is not None
+    assert summary.loss.tokens == pytest.approx(most - mean)
+    assert summary.estimates == []
+    by_layer = run.balancedness(by="layer")["value"].to_list()
+    ratios = [engine.tokens(s).mean(axis=1) / engine.tokens(s).max(axis=1) for s in range(60)]
+    np.testing.assert_allclose(by_layer, np.mean(ratios, axis=0))
+
+
+def test_every_command_leaves_out_the_lost_rank(tmp_path: Path) -> None:
+    engine = Engine(
+        tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 45: AFTER}, options={"segment_steps": 8}
+    )
+    engine.run(1)
+    run = open_run(tmp_path)
+    # From 40 to 44 the old placement is in force, without the rank's slots.
+    for step, stated in ((39, BEFORE), (42, BEFORE), (50, AFTER)):
+        placed = placement_report(run, step).layers[0]
+        kept = [s for s in range(SLOTS) if step < 40 or s // WIDTH != 2]
+        assert placed.replicas == [int(np.sum(stated[0][kept] == e)) for e in range(EXPERTS)]
+    layer = layer_report(run, 1, steps=(46, 60))
+    T = [engine.tokens(s)[1] for s in range(46, 60)]
+    assert [r.rank for r in layer.ranks] == [0, 1, 3]
+    assert [r.load for r in layer.ranks] == np.sum(T, axis=0).tolist()
+    assert layer.balancedness == pytest.approx(np.mean([t.mean() / t.max() for t in T]))
+    assert layer.lost_ranks == [2]
+    ranks = rank_report(run)
+    assert ranks.first_step == 40
+    after = np.sum([engine.tokens(s).sum(axis=0) for s in range(40, 60)], axis=0)
+    times = [r.times_mean for r in ranks.ranks]
+    assert times.pop(2) is None
+    np.testing.assert_allclose(times, after / after.mean())
+    experts = expert_report(run)
+    assert experts.first_step == 40
+    for row in experts.experts.filter(layer=0).to_dicts():
+        assert row["replicas"] == int(np.sum(AFTER[0][[0, 1, 2, 3, 4, 5, 9, 10, 11]] == row["logical"]))
+    # A loss moves no expert; the rearrangement at 45 is judged by steps of the same ranks.
+    changes = rearrangement_report(run).rearrangements
+    assert [(c.first_step, c.slots_moved) for c in changes] == [(45, 3 * LAYERS)]
+    assert (changes[0].before.first_step, changes[0].before.last_step) == (40, 44)
+
+
+def test_check_and_summary_say_when_a_rank_was_lost(tmp_path: Path) -> None:
+    Engine(tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 40: AFTER}).run()
+    found = {f.code: f for f in check_run(open_run(tmp_path)).findings}
+    assert found["rank_lost"].severity == "warning"
+    assert found["rank_lost"].text.startswith("rank 2 was lost: from step 40 on (20")
+    assert not {"rank_stopped", "incomplete_steps", "incomplete_end", "placement_not_adopted"} & set(found)
+    result = cli("summary", tmp_path)
+    assert result.returncode == 0
+    assert "RANK LOST: rank 2 from step 40 on" in result.stdout
+    assert "3 of 4" in result.stdout
+    assert cli("check", tmp_path).returncode == 0
+
+
+def test_change_of_placement_with_a_loss_has_no_gain(tmp_path: Path) -> None:
+    Engine(tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 40: AFTER}).run()
+    [change] = rearrangement_report(open_run(tmp_path)).rearrangements
+    assert (change.verdict, change.gain, change.slots_moved) == ("elastic", None, 3 * LAYERS)
+    assert change.reason == "other ranks serve: lost before none, after rank 2"
+
+
+@pytest.mark.parametrize("segment_steps", [8, 2048])
+def test_rank_that_only_stops_recording_is_not_lost(tmp_path: Path, segment_steps: int) -> None:
+    engine = Engine(tmp_path, silent={1: (20, 60)}, options={"segment_steps": segment_steps})
+    engine.run()
+    run = open_run(tmp_path)
+    assert run.lost_ranks == []
+    summary = summarize(run)
+    assert summary.steps.to_json()["recorded"] == 20
+    assert summary.spreads["balancedness"].mean == pytest.approx(
+        np.mean([engine.balancedness(s) for s in range(20)])
+    )
+    [estimate] = summary.estimates
+    assert (estimate.missing_ranks, estimate.first_step, estimate.last_step) == ((1,), 20, 59)
+    assert estimate.steps == 40
+    T = [engine.tokens(s) for s in range(20, 60)]
+    values = [(t.mean(axis=1) / t.max(axis=1)).mean() for t in T]
+    assert estimate.balancedness.mean == pytest.approx(np.mean(values))
+    assert estimate.balancedness.min_step == 20 + int(np.argmin(values))
+    assert estimate.imbalance.mean == pytest.approx(
+        np.mean([(t.max(axis=1) / t.mean(axis=1)).mean() for t in T])
+    )
+    idle = 1 - sum(t.mean(axis=1).sum() for t in T) / sum(t.max(axis=1).sum() for t in T)
+    assert estimate.idle_fraction == pytest.approx(idle)
+    result = cli("summary", tmp_path)
+    assert result.returncode == 3
+    assert "ESTIMATE of 40 steps, 20 to 59, without rank 1:" in result.stdout
+
+
+def test_run_in_which_a_rank_never_recorded_has_only_estimates(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, silent={3: (0, 60)})
+    engine.run()
+    run = open_run(tmp_path)
+    assert (run.lost_ranks, run.expected_ranks) == ([], [0, 1, 2, 3])
+    summary = summarize(run)
+    assert summary.spreads["balancedness"].mean is None
+    [estimate] = summary.estimates
+    assert (estimate.missing_ranks, estimate.steps) == ((3,), 60)
+    assert estimate.balancedness.mean == pytest.approx(np.mean([engine.balancedness(s) for s in range(60)]))
+    result = cli("summary", tmp_path)
+    assert (result.returncode, "ESTIMATE of 60 steps" in result.stdout) == (3, True)
+    assert {"missing_ranks", "no_complete_step"} <= {f.code for f in check_run(run).findings}
+
+
+def test_rank_lost_before_the_recording_began(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, dead={0: (0, 99)}, placements={0: AFTER})
+    engine.run()
+    run = open_run(tmp_path)
+    assert run.expected_ranks == [1, 2, 3]
+    assert summarize(run).spreads["balancedness"].mean == pytest.approx(
+        np.mean([engine.balancedness(s) for s in range(60)])
+    )
+
+
+def test_ranks_of_a_killed_engine_are_not_lost(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, silent={0: (57, 60), 1: (58, 60), 2: (55, 60)})
+    engine.run()
+    run = open_run(tmp_path)
+    assert run.lost_ranks == []
+    assert summarize(run).steps.to_json()["incomplete"] == 5
+
+
+def test_few_tokens_are_no_evidence_of_a_loss(tmp_path: Path) -> None:
+    for rank in range(2):
+        with ExpertLoadWriter(
+            tmp_path, model="m", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="r"
+        ) as writer:
+            for step in range(30 if rank == 0 else 20):
+                writer.record(step, np.array([[1, 0, int(step < 20), 0]]), np.array([[0, 1, 2, 3]]))
+    assert open_run(tmp_path).lost_ranks == []
+
+
+def test_loss_in_a_shape_that_changes_concerns_the_ranks_it_has(tmp_path: Path) -> None:
+    """Ranks 2 and 3 leave in order at step 20; rank 1 of the remaining two dies at step 40."""
+    rng = np.random.default_rng(3)
+    loads: dict[tuple[int, int], Any] = {}
+    for rank in range(4):
+        with ExpertLoadWriter(
+            tmp_path, model="m", num_logical_experts=4, ep_size=4, ep_rank=rank, run_id="r"
+        ) as writer:
+            for step in range({0: 60, 1: 40}.get(rank, 20)):
+                size = 4 if step < 20 else 2
+                load = rng.integers(50, 90, (1, 8))
+                load[:, 4:] *= step < 40
+                loads[step, rank] = load
+                placement = np.array([[0, 1, 2, 3, 0, 1, 2, 3]])
+                writer.record(step, load, placement, ep_size=size)
+    run = open_run(tmp_path)
+    assert [(one.rank, one.steps.first) for one in run.lost_ranks] == [(1, 40)]
+    shapes = [(c.ep_size, c.lost_ranks, c.recorded) for c in summarize(run).configurations]
+    assert shapes == [(4, (), 20), (2, (), 20), (2, (1,), 20)]
+    value = run.balancedness(by="step")["value"].to_numpy()
+    assert (value[40:] == 1).all()
+    T = sum(loads[30, r] for r in range(2)).reshape(2, -1).sum(axis=1)
+    assert value[30] == pytest.approx(T.mean() / T.max())
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_losses_and_returns_give_the_recomputed_figures(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    steps = 40
+    root = tmp_path_factory.mktemp("lost")
+    ranks = data.draw(st.lists(st.integers(0, RANKS - 1), max_size=2, unique=True))
+    dead = {}
+    for rank in ranks:
+        first = data.draw(st.integers(1, steps - 12))
+        back = data.draw(st.one_of(st.none(), st.integers(first + 8, steps - 2)))
+        dead[rank] = (first, steps + 9 if back is None else back)
+    silent = {}
+    others = [rank for rank in range(RANKS) if rank not in dead]
+    if data.draw(st.booleans()):
+        silent[data.draw(st.sampled_from(others))] = (data.draw(st.integers(1, steps - 1)), steps)
+    engine = Engine(
+        root, steps, dead, silent, data.draw(st.integers(0, 3)),
+        options={"segment_steps": data.draw(st.sampled_from([5, 16, 2048]))},
+    )  # fmt: skip
+    engine.run(data.draw(st.integers(0, 99)))
+    run = open_run(root)
+    found = {(one.rank, one.steps.first, one.last_step) for one in run.lost_ranks}
+    delay = engine.delay
+    truth = {(r, a + delay, b - 1 if b < steps else None) for r, (a, b) in dead.items()}
+    assert found == truth
+    complete = [step for step in range(steps) if engine.complete(step)]
+    frame = run.balancedness(by="step")
+    assert frame["step"].to_list() == complete
+    np.testing.assert_allclose(frame["value"].to_numpy(), [engine.balancedness(s) for s in complete])
+    for step, index in itertools.product((0, steps // 2, steps - 1), range(LAYERS)):
+        slots = run.history.layer(index).at(step)
+        serving = np.isin(np.arange(SLOTS) // WIDTH, engine.serving(step))
+        assert slots is not None
+        assert slots.tolist() == np.where(serving, BEFORE[index], -1).tolist()
+    if complete:
+        mean = summarize(run).spreads["balancedness"].mean
+        assert mean == pytest.approx(np.mean([engine.balancedness(s) for s in complete]))
+
+
+def test_run_that_lost_a_rank_is_compacted_up_to_the_loss_only(tmp_path: Path) -> None:
+    Engine(tmp_path / "d", dead={2: (40, 99)}).run()
+    result = cli("compact", tmp_path / "d", "--to", tmp_path / "c")
+    assert result.returncode != 0
+    assert "rank 2 was lost at step 40" in result.stderr
+    assert "--steps :40" in result.stderr
