@@ -40,6 +40,8 @@ class Problem:
     num_groups: int = 1
     #: The placement in force, int32 ``[layers, num_physical_experts]``; None if there is none of this shape.
     current: Int32 | None = None
+    #: How many experts each layer has, int64 ``[layers]``; its others have no weight. None: all of them.
+    experts: Int64 | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or not self.weight.size:
@@ -210,8 +212,17 @@ def named(name: str) -> Policy:
 def place(policy: Policy, problem: Problem) -> Int32:
     """The policy's placement, checked: int32 ``[layers, num_physical_experts]`` that holds each expert.
 
-    The policy works on copies. Raises UsageError if it fails or its answer is not a placement.
+    The policy works on copies. Layers with different numbers of experts are placed apart, each as a problem
+    that has no others. Raises UsageError if it fails or its answer is not a placement.
     """
+    if problem.experts is not None:
+        placed = np.empty((len(problem.weight), problem.num_physical_experts), np.int32)
+        for count in np.unique(problem.experts).tolist():
+            same = problem.experts == count
+            current = None if problem.current is None else problem.current[same]
+            weight = problem.weight[same, :count]
+            placed[same] = place(policy, replace(problem, weight=weight, current=current, experts=None))
+        return placed
     current = None if problem.current is None else problem.current.copy()
     name = getattr(policy, "__name__", type(policy).__name__)
     try:

@@ -26,7 +26,7 @@ from eplb_analyze.reader.join import (
     overlapping_segments,
     same_shape_ranges,
 )
-from eplb_analyze.reader.lost import LostRank, full, serving, serving_ranks
+from eplb_analyze.reader.lost import LostRank, full, lost_in, remaining, serving, serving_ranks, serving_slots
 from eplb_analyze.reader.segments import DamagedSegmentError, Segment, layers_at_once
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
@@ -70,6 +70,10 @@ class Block:
         self.num_tokens = rows.num_tokens[low:high]
         self.phase = rows.phase[low:high]
         self.phases = rows.phases
+
+    def serving_only(self) -> Block:
+        """The block without its lost ranks; itself if there are none."""
+        return self if self.shape is None or not lost_in(self.shape) else ServingBlock(self)
 
     @property
     def recorded(self) -> Int64:
@@ -235,6 +239,34 @@ class Block:
             _, here, there = np.intersect1d(np.where(counts, steps, -1), load_steps, return_indices=True)
             if len(here):
                 yield source.segment, here, there
+
+
+class ServingBlock(Block):
+    """A block as of an engine that has only the ranks that serve, numbered from 0 again.
+
+    Its :meth:`pieces` are as recorded, with all slots.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.__dict__.update(block.__dict__)
+        self._block, recorded = block, block._shape()
+        self._slots, self._ranks = serving_slots(recorded), serving_ranks(recorded)
+        self.shape = remaining(recorded)
+
+    def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
+        return self._block.matches(steps)
+
+    def rank_load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        for layer, load in self._block.rank_load_parts(steps, first, last):
+            yield layer, load[:, :, self._ranks]
+
+    def load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        for layer, load in self._block.load_parts(steps, first, last):
+            yield layer, load[:, :, self._slots]
 
 
 #: A segment's ``loads`` or ``rank_loads``, from one layer to another.

@@ -66,6 +66,18 @@ def serving_ranks(shape: Shape) -> list[int]:
     return [rank for rank in range(shape.ep_size) if rank not in lost_in(shape)]
 
 
+def serving_slots(shape: Shape) -> list[int]:
+    """The slots of the ranks that serve."""
+    width = shape.slots_per_rank
+    return [rank * width + slot for rank in serving_ranks(shape) for slot in range(width)]
+
+
+def remaining(shape: Shape) -> Shape:
+    """The shape of an engine that has only the ranks that serve, numbered from 0 again."""
+    count = serving(shape)
+    return Shape(count, shape.num_moe_layers, count * shape.slots_per_rank)
+
+
 def full(shape: Shape) -> Shape:
     """The shape as recorded, with all ranks."""
     return Shape(shape.ep_size, shape.num_moe_layers, shape.num_physical_experts)

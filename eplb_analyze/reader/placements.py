@@ -173,6 +173,17 @@ class PlacementHistory:
                     served.insert(step, size, slots)
         return PlacementHistory(layers, self.lost, self.findings, self.rhythm, self.layers, lost)
 
+    def serving_only(self) -> PlacementHistory:
+        """The history of an engine that has only the ranks that serve, numbered from 0 again."""
+        layers = {}
+        for index, history in self.layers.items():
+            own = layers[index] = LayerHistory(lost=history.lost)
+            for step, size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True):
+                gone = [rank for rank in ranks_lost_at(step, self.lost_ranks) if rank < size]
+                left = np.delete(slots.reshape(size, -1), gone, axis=0)
+                own.insert(step, len(left), left.reshape(-1))
+        return PlacementHistory(layers, self.lost, self.findings, self.rhythm)
+
     def rearrangements(self) -> list[Rearrangement]:
         """Changes after the first placement, grouped into rearrangements.
 

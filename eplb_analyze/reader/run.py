@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ class Run:
         self._lost_ranks: list[LostRank] | None = None
         #: Guards the placements and the lost ranks, which threads may ask for.
         self._history_lock = threading.RLock()
+        self._serving_only = False
         #: The last step to include; None for all.
         self._last: int | None = None
         self.scope = sessions[0].info.scope
@@ -124,6 +126,18 @@ class Run:
                 sessions.append(replace(session, segments=segments, lost=lost))
         run = Run(self.path, sessions, [*self.findings], self.notes, self.info.run_id)
         run._last = step
+        return run
+
+    def serving_only(self) -> Run:
+        """The run as of an engine that has only the ranks that serve at a time, numbered from 0 again.
+
+        So what would have been, without a lost rank, can be replayed. Use it inside
+        :meth:`retry_without_damaged` of this run.
+        """
+        if not self.lost_ranks:
+            return self
+        run = copy.copy(self)
+        run._history, run._reading, run._serving_only = None, True, True
         return run
 
     def import_caveats(self, *codes: str) -> list[str]:
@@ -199,7 +213,8 @@ class Run:
 
     def _blocks(self, steps: tuple[int, int] | None) -> Iterator[Block]:
         lost, unreadable = self.lost_ranks, frozenset(self._unreadable["loads"])
-        return iter_blocks(self.sessions, self.scope, StepRange.of(steps), unreadable, lost)
+        blocks = iter_blocks(self.sessions, self.scope, StepRange.of(steps), unreadable, lost)
+        return map(Block.serving_only, blocks) if self._serving_only else blocks
 
     def _report(self, done: Block, steps: tuple[int, int] | None) -> None:
         first, last = (0 if step is None else step for step in self.step_range)
@@ -262,7 +277,8 @@ class Run:
     def _read_history(self) -> PlacementHistory:
         history = read_history(self.sessions, frozenset(self._unreadable["placements"]))
         history = history if self._last is None else history.truncated_at(self._last)
-        return history.without(self.lost_ranks)
+        history = history.without(self.lost_ranks)
+        return history.serving_only() if self._serving_only else history
 
     def readable(self, segment: Segment) -> bool:
         """Whether the loads of a segment are in figures; False once they turned out to be damaged."""

@@ -13,13 +13,14 @@ from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_of_configurations
+from eplb_analyze.reader.lost import lost_in, remaining
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
 from eplb_analyze.replay.setting_run import Move, Placed
 from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64, Shape
 
 
@@ -71,7 +72,8 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     if earlier:
         starts_from = sums.first_step
         notes.append(
-            f"ep_size or the number of slots changed: only steps {sums.first_step} to {sums.last_step} are "
+            "ep_size or the number of slots changed, or a rank was lost: only steps "
+            f"{sums.first_step} to {sums.last_step} are "
             f"replayed (those before with --steps {earlier[-1].first}:{sums.first_step})"
         )
     between = np.concatenate(sums.gaps)
@@ -79,7 +81,11 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     seconds = float(np.median(between)) / 1e9 if timed else None
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
     notes += run.import_caveats(*codes)
-    return ReplayedSteps(sums.steps, sums.shape, sums.recorded, starts_from, seconds, whole, notes)
+    if lost_in(sums.shape):
+        notes.append(
+            f"rank {listed(lost_in(sums.shape))} is lost: the ranks that serve are replayed without it"
+        )
+    return ReplayedSteps(sums.steps, remaining(sums.shape), sums.recorded, starts_from, seconds, whole, notes)
 
 
 @dataclass(frozen=True)
@@ -205,16 +211,17 @@ def replay_run(
 
     def play() -> Replay:
         part = last_steps(run, steps)
-        today = recorded(run, part.shape)
-        settings, notes = _settings(run, today, choices, part.recorded * run.info.interval)
+        own = run.serving_only()
+        today = recorded(own, part.shape)
+        settings, notes = _settings(own, today, choices, part.recorded * run.info.interval)
         named = [(setting, policy.named(setting.policy)) for setting in settings]
         simulation = Simulation(
-            run, part.steps, part.shape, part.origin, named,
+            own, part.steps, part.shape, part.origin, named,
             recorded_steps=part.recorded, num_groups=num_groups,
         )  # fmt: skip
         if keep_placements:
-            for own in simulation.setting_runs:
-                own.kept = list(own.placed)
+            for played in simulation.setting_runs:
+                played.kept = list(played.placed)
         simulation.play(workers)
         return _result(simulation, part, today, cost_per_expert_ms, [*part.notes, *notes])
 

@@ -84,9 +84,17 @@ class SettingRun:
     """One setting, played block by block."""
 
     def __init__(
-        self, setting: Setting, policy: Policy, placement: Int32, origin: int, num_nodes: int, num_groups: int
+        self,
+        setting: Setting,
+        policy: Policy,
+        placement: Int32,
+        origin: int,
+        num_nodes: int,
+        num_groups: int,
+        experts: Int64 | None = None,
     ) -> None:
-        self.setting = setting
+        """``experts``: how many experts each layer has; default all."""
+        self.setting, self._experts = setting, experts
         self.slots = placement.shape[1]
         self.window = setting.window or 0
         self.moves: list[Move] = []
@@ -112,7 +120,7 @@ class SettingRun:
                 continue
             current = self.placed[-1][1]
             size = self.slots, self.setting.ep_size, self._nodes, self._groups
-            new = policies.place(self._policy, Problem(weight, *size, current))
+            new = policies.place(self._policy, Problem(weight, *size, current, self._experts))
             self.moves.append(Move.of(step, current, new, self.setting.ep_size, weight.shape[1]))
             self.placed.append((step, new))
         if self.kept is not None:

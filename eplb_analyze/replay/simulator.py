@@ -78,8 +78,18 @@ class Simulation:
         self.layers, self.experts = run.info.num_layers, run.info.num_logical_experts
         self.histories = [run.history.layer(i) for i in range(self.layers)]
         self._known_from = self._first_known()
+        #: How many experts each layer has.
+        self.in_layer = run.history.num_experts(self.experts, self.layers)
         self.setting_runs = [
-            SettingRun(s, policy, self._initial_placement(s), origin, _nodes(run, s.ep_size), num_groups)
+            SettingRun(
+                s,
+                policy,
+                self._initial_placement(s),
+                origin,
+                _nodes(run, s.ep_size),
+                num_groups,
+                self.in_layer,
+            )
             for s, policy in settings
         ]
         self.scores = Scores([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size])
@@ -110,10 +120,15 @@ class Simulation:
         if (slots, setting.ep_size) == (self.shape.num_physical_experts, self.shape.ep_size):
             found = [history.at(self._known_from) for history in self.histories]
             # An expert without a slot recorded no tokens, but may get some under this setting.
-            whole = [f for f in found if f is not None and len(np.unique(f[f >= 0])) == self.experts]
+            counts = self.in_layer.tolist()
+            whole = [
+                f
+                for f, count in zip(found, counts, strict=True)
+                if f is not None and len(np.unique(f[f >= 0])) == count
+            ]
             if len(whole) == self.layers and all(len(f) == slots for f in whole):
                 return np.stack(whole)
-        return np.tile(policies.initial(self.experts, slots), (self.layers, 1))
+        return np.stack([policies.initial(count, slots) for count in self.in_layer.tolist()])
 
     def play(self, workers: int | None = None) -> None:
         """Call it once, inside ``run.retry_without_damaged``.

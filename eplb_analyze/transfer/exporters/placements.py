@@ -169,6 +169,7 @@ def policy_placement(
         num_nodes=nodes,
         num_groups=num_groups,
         current=_current(run, weights.last_step, ranks, slots),
+        experts=run.history.num_experts(info.num_logical_experts, info.num_layers),
     )
     rows = np.asarray(policies.place(place, problem), np.int32)
     origin = Origin(

@@ -383,3 +383,15 @@ def test_inconsistent_problem_is_rejected(name: str, changes: dict[str, Any], sa
     fits: dict[str, Any] = {"weight": np.ones((1, 4)), "num_physical_experts": 6, "ep_size": 2}
     with pytest.raises(UsageError, match=says):
         place(named(name), Problem(**fits | changes))
+
+
+@pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm", "static"])
+def test_layers_with_fewer_experts_are_placed_as_problems_of_their_own(name: str) -> None:
+    rng = np.random.default_rng(12)
+    counts = np.array([8, 5, 8, 3])
+    weight = rng.integers(1, 100, (4, 8)) * (np.arange(8) < counts[:, None])
+    placed = place(POLICIES[name], Problem(weight, 12, 4, experts=counts))
+    for layer, count in enumerate(counts.tolist()):
+        own = place(POLICIES[name], Problem(weight[[layer], :count], 12, 4))
+        assert placed[layer].tolist() == own[0].tolist()
+        assert set(placed[layer].tolist()) == set(range(count))

@@ -21,6 +21,8 @@ from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.replay.replay import replay_run
+from eplb_analyze.replay.settings import Setting
 from eplb_dump import ExpertLoadWriter
 
 LAYERS, EXPERTS, RANKS, WIDTH = 2, 6, 4, 3
@@ -316,3 +318,16 @@ def test_run_that_lost_a_rank_is_compacted_up_to_the_loss_only(tmp_path: Path) -
     assert result.returncode != 0
     assert "rank 2 was lost at step 40" in result.stderr
     assert "--steps :40" in result.stderr
+
+
+def test_replay_after_a_loss_is_of_the_ranks_that_serve(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, dead={1: (20, 99)}, placements={0: AFTER})
+    engine.run(2)
+    kept = [slot for slot in range(SLOTS) if slot // WIDTH != 1]
+    played = replay_run(open_run(tmp_path), [Setting("static", 3, 3, None, None, None)])
+    assert (played.first_step, played.scored) == (20, 40)
+    measured = [engine.balancedness(s) for s in range(20, 60)]
+    assert played.measured_balancedness == pytest.approx(np.mean(measured))
+    [outcome] = played.outcomes
+    assert (outcome.ep_size, outcome.num_physical_experts) == (3, len(kept))
+    assert any("rank 1 is lost" in note for note in played.notes)
