@@ -14,10 +14,10 @@ from typing import Any
 
 from eplb_dump.format.session import SessionInfo
 
-#: Without any rhythm (two single changes), layers that change at most this many steps apart belong together.
+#: Without anything stated, single layers that change at most this many steps apart belong together.
 FALLBACK_GAP = 64
 #: Gaps within a rearrangement and gaps between two differ at least by this factor.
-SCALES = 4.0
+SCALES = 3.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Rhythm:
             return self.sampling if at_once else FALLBACK_GAP
         # Half of the gaps or more are within rearrangements if these take several steps each.
         upper = gaps[(len(gaps) - 1) // 2 :]
-        ratio, small = max(((b / a, a) for a, b in itertools.pairwise(upper)), default=(1.0, 0))
+        large = [(b / a, a) for a, b in itertools.pairwise(upper) if b > FALLBACK_GAP]
+        ratio, small = max(large, default=(1.0, 0))
         if ratio >= SCALES:
             return small
         # One pace throughout: layer after layer, until the first layer changes again.
