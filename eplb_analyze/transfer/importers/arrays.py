@@ -107,6 +107,8 @@ def _files(path: Path, options: Options) -> dict[int | None, Path]:
         paths = [p for p in listing(path, options.only) if p.suffix in SUFFIXES or options.only is not None]
         if not paths:
             raise DumpError(f"{path}: no file in it ends in {', '.join(SUFFIXES)}")
+        # As in `detect`: a .json beside other files is usually a configuration.
+        paths = [p for p in paths if p.suffix != ".json"] or paths
         if len(paths) > 1:
             return dict(by_rank(paths).items())
         path = paths[0]

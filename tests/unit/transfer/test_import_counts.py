@@ -99,6 +99,8 @@ def test_long_csv_of_each_rank_is_summed_over_ranks(tmp_path: Path) -> None:
         long_csv(
             tmp_path / f"csv/expert_distribution_rank{rank}_timestamp17443477{rank}.csv", load[rank], first=3
         )
+    (tmp_path / "csv/config.json").write_text("{}")
+    (tmp_path / "csv/server.log").write_text("ready")
     report, run = do(tmp_path / "csv", tmp_path, ep_size=4, placement="linear")
     assert (report.ranks, report.files, report.scope) == (4, 4, "local")
     np.testing.assert_array_equal(loads(run), load.sum(axis=0)[None])

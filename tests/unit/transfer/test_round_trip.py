@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from polars.testing import assert_frame_equal
 
 from eplb_analyze import open_run
@@ -26,6 +26,7 @@ from eplb_analyze.transfer.importers.source import Options
 from eplb_dump import ExpertLoadWriter
 
 FORMS = ("csv", "parquet")
+TARGETS = ("sglang", "trtllm", "vllm-ascend", "vllm-mapping", "json")
 
 
 @st.composite
@@ -159,26 +160,30 @@ def test_counts_up_to_two_to_the_forty_come_back(
         assert sums == slots.sum(axis=0).tolist()
 
 
-@given(recording=recordings(), target=st.sampled_from(["sglang", "trtllm", "vllm-mapping", "json"]))
+@given(recording=recordings(), target=st.sampled_from(TARGETS))
 @settings(max_examples=25, deadline=None)
 def test_placement_comes_back_from_every_form(recording: dict[str, Any], target: str) -> None:
     recording |= {"placed_from": 0, "empty": False, "moe_layers": None}
+    # vllm-ascend cannot load a rank that holds an expert twice.
+    ascend = target == "vllm-ascend"
+    assume(not ascend or recording["slots"] // recording["ranks"] <= recording["experts"])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         source = record(root / "dump", **recording)
         placed = recorded_placement(source)
         file = root / {"trtllm": "p.yaml"}.get(target, "p.json")
-        report = export_placement(source, target, file, placed, num_hidden_layers=recording["layers"])
+        hidden = recording["layers"] if target == "sglang" else None
+        report = export_placement(source, target, file, placed, num_hidden_layers=hidden, repair=ascend)
         assert (report.rows, report.bytes) == (recording["layers"], file.stat().st_size)
-        assert read_placement(file, None).slots.tolist() == placed.placement.physical_to_logical_map.tolist()
+        written = report.placement.physical_to_logical_map.tolist()
+        if not ascend:
+            assert written == placed.placement.physical_to_logical_map.tolist()
+        assert read_placement(file, None).slots.tolist() == written
         np.save(root / "load.npy", np.ones((recording["layers"], recording["experts"]), np.int64))
         import_dump(
             root / "load.npy", root / "new", options=Options(ep_size=recording["ranks"], placement=str(file))
         )
-        found, last = open_run(root / "new").placements(), source.loads()["step"].max()
-        assert found["physical_to_logical"].to_list() == (
-            source.placement(last)["logical"].to_numpy().reshape(recording["layers"], -1).tolist()
-        )
+        assert open_run(root / "new").placements()["physical_to_logical"].to_list() == written
 
 
 @pytest.mark.parametrize("form", FORMS)
