@@ -35,7 +35,7 @@ from eplb_dump.arguments import (
 from eplb_dump.background import Background, Limits
 from eplb_dump.encoder import LAST_MAP_INVALID
 from eplb_dump.format import __version__
-from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, Status
+from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, MAX_PHASE, Status
 from eplb_dump.format.session import SessionInfo, session_path, write_session_file
 from eplb_dump.staging import NOTHING, Entry, Staged, Staging
 
@@ -436,7 +436,9 @@ class ExpertLoadWriter:
         if isinstance(phase, str):
             # Of a subclass, such as a member of an enumeration, only its text.
             phase = str.__str__(phase)
-        if phase is not None and not (isinstance(phase, str) and len(phase) <= 64 and phase.isprintable()):
+        if phase is not None and not (
+            isinstance(phase, str) and len(phase) <= MAX_PHASE and phase.isprintable()
+        ):
             self._notice("phase is not a short text and is left out")
             phase = None
         fills_up = staged is not NOTHING and self._staging.take(staged)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_analyze.reader.parquet_pages import decoded_bytes
 from eplb_analyze.reader.segments import DamagedSegmentError, Parts, reading_faults, require_regular
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
@@ -27,6 +30,7 @@ from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     MAX_NUMBER,
+    MAX_PHASE,
     METADATA_KEY,
     SCHEMAS,
     STATUS_LABELS,
@@ -37,7 +41,11 @@ from eplb_dump.format.segment import footer
 from eplb_dump.format.session import SessionInfo
 
 #: A segment that decodes to more than this at once is hostile: the writer makes none.
-MAX_DECODED_BYTES = 1 << 30
+MAX_DECODED_BYTES = 512 << 20
+#: What a value takes in a page, at most, with its levels; a short column has some more for its dictionary.
+NUMBER_BYTES, TEXT_BYTES, PAGE_BYTES = 10, 5 + 4 * MAX_PHASE, 64 << 10
+#: A chunk of numbers that is no larger is harmless, and not checked: Zstandard makes at most 16 MiB of it.
+HARMLESS_BYTES = 512
 #: Columns of the table ``steps`` that are read as dictionary codes: most of their texts are equal.
 TEXT_COLUMNS = ["status", "phase"]
 
@@ -68,7 +76,7 @@ class ParquetSegment:
         return self.path if entry is None else self.path / entry.name
 
     @contextmanager
-    def _open(self, table: str) -> Iterator[pq.ParquetFile]:
+    def _open(self, table: str) -> Iterator[_TableFile]:
         """The file of a table, verified the first time it is opened."""
         path, known = self.file_path(table), self._metadata.get(table)
         with ExitStack() as opened:
@@ -88,7 +96,9 @@ class ParquetSegment:
                 if known is None:
                     self._check_footer(file, table)
                     self._metadata[table] = file.metadata
-            yield file
+            # In a bucket, each page of a large file would be a request.
+            checked = table != "loads" or isinstance(path, Path) or isinstance(source, pa.BufferReader)
+            yield _TableFile(file, source.read_at if checked else None)
 
     def _check_size(self, path: StoragePath, table: str) -> None:
         require_regular(path)
@@ -120,7 +130,7 @@ class ParquetSegment:
         # Not the size that the file claims: a value stored once can stand for any number of values.
         sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
         if (max(sizes, default=0) if table == "loads" else sum(sizes)) > MAX_DECODED_BYTES:
-            raise FormatError(f"more than {MAX_DECODED_BYTES >> 30} GiB would have to be read at once")
+            raise FormatError(f"more than {MAX_DECODED_BYTES >> 20} MiB would have to be read at once")
 
     def _check_widths(self, metadata: pq.FileMetaData) -> None:
         """Check that the lists have the lengths of the shape before memory is allocated for them."""
@@ -134,12 +144,13 @@ class ParquetSegment:
                 if width is not None and column.num_values != group.num_rows * width:
                     raise FormatError("its lists are not as long as the manifest says")
 
-    def _read(
-        self, file: pq.ParquetFile, table: str, columns: list[str], group: int | None = None
-    ) -> pa.Table:
+    def _read(self, opened: _TableFile, table: str, columns: list[str], group: int | None = None) -> pa.Table:
         """Some columns of a row group, or of all."""
+        file = opened.file
         with reading_faults(self, table, self.file_path(table)):
             wanted = list(range(file.metadata.num_row_groups)) if group is None else [group]
+            if opened.read_at is not None:
+                _check_pages(opened.read_at, file.metadata, wanted, columns)
             return file.read_row_groups(wanted, columns=columns, use_threads=False).combine_chunks()
 
     def _read_all(self, table: str, columns: list[str]) -> pa.Table | None:
@@ -179,7 +190,7 @@ class ParquetSegment:
                     # Every layer has the same steps, so the first row group has them all.
                     table = self._read(file, "loads", ["step", "layer"], 0)
                     with reading_faults(self, "loads", self.file_path("loads")):
-                        n = file.metadata.num_rows // self.shape.num_moe_layers
+                        n = file.file.metadata.num_rows // self.shape.num_moe_layers
                         steps = _steps(table.column("step").combine_chunks())[:n]
                         self._check_order(table, 0, steps, n)
                         self._load_steps = steps
@@ -226,7 +237,7 @@ class ParquetSegment:
     def verify(self, table: str) -> None:
         """Read the whole file of a table, which checks every checksum in it. Raises DamagedSegmentError."""
         with self._open(table) as file:
-            for group in range(file.metadata.num_row_groups):
+            for group in range(file.file.metadata.num_row_groups):
                 self._read(file, table, SCHEMAS[table].names, group)
 
     def damage(self) -> dict[str, DamagedSegmentError]:
@@ -288,6 +299,29 @@ class ParquetSegment:
                 raise FormatError("it names a layer that the session does not have")
             ep_size = _numpy(table.column("ep_size").combine_chunks())
             return PlacementRows(_steps(table.column("step").combine_chunks()), layers, ep_size, slots)
+
+
+@dataclass(frozen=True)
+class _TableFile:
+    """The open file of a table; ``read_at`` is None if its pages are not checked."""
+
+    file: pq.ParquetFile
+    read_at: Callable[[int, int], bytes] | None
+
+
+def _check_pages(
+    read_at: Callable[[int, int], bytes], metadata: pq.FileMetaData, groups: list[int], columns: list[str]
+) -> None:
+    """Raise FormatError if pages would take more memory than their values can need."""
+    for group in groups:
+        for column in _columns(metadata.row_group(group)):
+            name = column.path_in_schema.split(".")[0]
+            text = name in TEXT_COLUMNS
+            if name not in columns or (not text and column.total_compressed_size <= HARMLESS_BYTES):
+                continue
+            size, values = decoded_bytes(read_at, column), column.num_values
+            if size > values * (TEXT_BYTES if text else NUMBER_BYTES) + PAGE_BYTES:
+                raise FormatError(f"its column {name!r} takes {size:,} bytes for {values:,} values")
 
 
 def _groups(metadata: pq.FileMetaData) -> Iterator[Any]:

@@ -21,6 +21,8 @@ METADATA_KEY = b"eplb_dump"
 EMPTY_SLOT = -1
 #: Larger values are rejected before memory is allocated for them.
 MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
+#: Characters of a step's phase.
+MAX_PHASE = 64
 #: The largest count of one forward pass, stored as int32; a larger one is an error of the engine.
 MAX_LOAD = 2**31 - 1
 #: No step, count, size or time in the format is larger, so that sums and differences fit into int64.

@@ -411,7 +411,7 @@ def test_small_file_that_decodes_to_much_data_is_refused(
     run = open_run(tmp_path)
     assert run.steps().is_empty()
     assert {f.text.split(": ")[1] for f in run.findings} >= {
-        "more than 0 GiB would have to be read at once; skipped"
+        "more than 0 MiB would have to be read at once; skipped"
     }
     monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * 6)
     assert len(open_run(tmp_path).steps()) == 30
