@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from batches import EP_SIZE, EVEN, EXPERTS, LAYERS, SKEWED, record
+from batches import EP_SIZE, EVEN, EXPERTS, LAYERS, SKEWED, lose_metadata, record
 
 from eplb_analyze import open_run
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format.session import dump_json, load_json
 
 RUNS, BROKEN, TORN, GROWING = 300, 20, 20, 20
 LONG, LONG_STEPS = 3, 40_000
@@ -52,16 +53,16 @@ def _cut(dump: Path) -> None:
 
 
 def _invalid_session(dump: Path) -> None:
-    next(dump.rglob("session.json")).write_text('{"format": ')
+    lose_metadata(dump, '{"format": ')
 
 
 def _no_session(dump: Path) -> None:
-    next(dump.rglob("session.json")).unlink()
+    lose_metadata(dump, None)
 
 
 def _another_format(dump: Path) -> None:
     path = next(dump.rglob("session.json"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    path.write_bytes(dump_json({**load_json(path.read_bytes()), "format_version": "99.0"}))
 
 
 BREAKS: list[Callable[[Path], None]] = [_cut, _invalid_session, _no_session, _another_format]

@@ -66,10 +66,17 @@ def record_batch(root: Path) -> Batch:
     damaged = sorted((root / "c/d/e").rglob("loads-*.parquet"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-40])
     record(root / "f", "broken", EVEN)
-    session = next((root / "f").rglob("session.json"))
-    session.write_text("{")
+    lose_metadata(root / "f", "{")
     (root / "empty").mkdir()
     return Batch(root, truth)
+
+
+def lose_metadata(dump: Path, content: str | None) -> None:
+    """Damage ``session.json``, which gets this content or goes, and all files that repeat it."""
+    session = next(dump.rglob("session.json"))
+    for path in session.parent.iterdir():
+        path.write_bytes(b"damaged")
+    session.unlink() if content is None else session.write_text(content)
 
 
 def postmortem(root: Path, *more: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from batches import EP_SIZE, EVEN, SKEWED, Batch, postmortem, record
+from batches import EP_SIZE, EVEN, SKEWED, Batch, lose_metadata, postmortem, record
 from helpers import assert_golden, cli, one_error
 
 from eplb_analyze import open_run
@@ -187,8 +187,7 @@ def test_runs_with_the_same_id_are_named_by_their_folders(tmp_path: Path) -> Non
         record(tmp_path / "all" / name, "monday", routing)
     record(tmp_path / "all" / "other", "tuesday", EVEN)
     shutil.copytree(tmp_path / "all/night-1", tmp_path / "all/night-3")
-    (session,) = (tmp_path / "all/night-3").glob("run=*/model=*/rank=*/session=*/session.json")
-    session.unlink()
+    lose_metadata(tmp_path / "all/night-3", None)
     lines = cli("postmortem", tmp_path / "all").stdout.splitlines()
     names = [line.split()[0] for line in lines if line.endswith("complete")]
     assert names[0] == "night-2"
