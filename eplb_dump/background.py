@@ -1,7 +1,8 @@
 """The background side of the writer: queue to journal, journal to sealed segments.
 
-Two daemon threads: one drains the queue into the journal at least every flush interval, the other
-seals finished journals and syncs ``session.json``, so that a slow disk's fsync never delays the journal.
+Two daemon threads: one opens the session and drains the queue into the journal at least every flush
+interval, the other seals finished journals and syncs ``session.json``, so that a slow disk's fsync never
+delays the journal. No other thread touches a file, so no file system can hold the engine up.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from eplb_dump import process, rendezvous
+from eplb_dump.accounting import Accounting, WriterStats
 from eplb_dump.encoder import Encoder
 from eplb_dump.format import manifest, segment
 from eplb_dump.format.journal import JournalAppender, Shape
-from eplb_dump.format.schema import FormatError, Status
-from eplb_dump.format.session import SessionInfo, sync_session_file, write_session_file
+from eplb_dump.format.schema import Status
+from eplb_dump.format.session import SessionInfo, session_path, sync_session_file, write_session_file
 from eplb_dump.format.session_writer import SessionWriter
-from eplb_dump.staging import Entry, release
+from eplb_dump.latch import Latch
+from eplb_dump.staging import Entry
 
 logger = logging.getLogger("eplb_dump")
 
@@ -46,105 +47,172 @@ class Limits:
     segment_seconds: float
 
 
-class Background:
-    """Owns the files of one session. Everything but :meth:`wake` runs on its own threads."""
+def warn(text: str) -> None:
+    """Log a warning. A log handler that raises must harm neither the engine nor the recording."""
+    with contextlib.suppress(Exception):
+        logger.warning("%s", text)
 
-    def __init__(
-        self,
-        folder: Path,
-        info: SessionInfo,
-        entries: deque[Entry],
-        limits: Limits,
-        final_stats: Callable[[], dict[str, Any]],
-    ) -> None:
-        self._folder = folder
-        self._entries = entries
-        self._limits = limits
-        self._final_stats = final_stats
-        self._wake = threading.Event()
-        self._closing = False
-        #: Warnings to log, also from the engine's thread, on which logging may do I/O.
+
+class Background:
+    """Owns the files of one session.
+
+    What the engine's thread calls (:meth:`wake`, :meth:`wait_written`, :meth:`request_close`, :meth:`close`)
+    can be called in a signal handler, also in one that interrupted the same call.
+
+    Attributes:
+        info: the session; its run is known once the session is open.
+        folder: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
+        notices: warnings to log, also from the engine's thread, on which logging may do I/O.
+        off: why recording stopped, or None.
+        closed_well: everything is sealed, and so is the final accounting.
+    """
+
+    def __init__(self, root: Path, info: SessionInfo, accounting: Accounting, limits: Limits) -> None:
+        self.info = info
+        self.folder = session_path(root, info)
         self.notices: deque[str] = deque(maxlen=64)
-        self._logged: set[str] = set()
-        self._written = threading.Condition()
-        self._encoder = Encoder(info, self.notices.append)
-        # Counters: written by the background threads only, read by anyone.
-        self.consumed = 0
-        self.rejected = self._encoder.rejected
-        self.lost = 0
-        #: Steps without a row in ``steps``, because recording stopped.
-        self.unlisted = 0
-        self.bytes_written = 0
-        self.segments_sealed = 0
-        self.segments_left_open = 0
-        #: Why recording stopped, or None.
         self.off: str | None = None
-        self._gave_up = False
+        self.closed_well = False
+        self._root = root
+        self._accounting = accounting
+        self._limits = limits
+        #: What the drainer waits for: None, or a latch to set once the queue is written. Unlike
+        #: ``threading.Event``, it may be filled in a signal handler.
+        self._wakes: queue.SimpleQueue[Latch | None] = queue.SimpleQueue()
+        self._awake = self._closing = False
+        self._flushes: list[Latch] = []
+        self._opened, self._ended = Latch(), Latch()
+        self._logged: set[str] = set()
+        self._segments_sealed = self._segments_left_open = 0
         #: For the sealer: journals to seal, metadata to write, and None at the end.
         self._to_seal: queue.SimpleQueue[JournalAppender | SessionInfo | None] = queue.SimpleQueue()
         #: Whether a power cut leaves a session.json. From then on, only the sealer replaces it, durably.
         self._session_synced = False
         self._session_lock = threading.Lock()
-        self._session = SessionWriter(folder, info, self._to_seal.put)
+        self._encoder = Encoder(info, self.notices.append)
+        self._session: SessionWriter | None = None
         name = f"eplb-dump-rank{info.ep_rank}"
         self._sealer = threading.Thread(target=self._seal_loop, name=f"{name}-seal", daemon=True)
         self._drainer = threading.Thread(target=self._drain_loop, name=name, daemon=True)
 
-    def start(self) -> None:
-        self._sealer.start()
-        self._drainer.start()
+    def start(self, timeout: float) -> None:
+        """Start the threads, and wait up to ``timeout`` seconds until the session is open."""
+        process.register(self)
+        try:
+            self._sealer.start()
+            self._drainer.start()
+        except (RuntimeError, MemoryError) as error:  # the interpreter is shutting down, or no thread is left
+            self._turn_off(f"no background thread: {error}")
+            self._to_seal.put(None)
+            self._end()
+        else:
+            if not self._opened.wait(timeout):
+                text = "its file system does not respond; recording begins when it does"
+                warn(f"expert-load recording waits for {self._root}, the engine goes on: {text}")
 
     def wake(self) -> None:
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._awake:
+            self._awake = True
+            self._wakes.put(None)
 
-    def wait_consumed(self, count: int, timeout: float) -> bool:
-        """Wait until ``count`` entries are in the journal; False on a timeout or if recording stopped."""
-        self._wake.set()
-        with self._written:
-            self._written.wait_for(lambda: self.consumed >= count or self._gave_up, timeout)
-        return self.consumed >= count and self.off is None
+    def wait_written(self, timeout: float) -> bool:
+        """Wait until all that is queued is in the journal; False on a timeout or if recording stopped."""
+        if self.off is not None:
+            return False
+        written = Latch()
+        self._wakes.put(written)
+        return (self._accounting.ended or written.wait(timeout)) and self.off is None
+
+    def request_close(self) -> None:
+        """Drain, seal and write the final accounting; does not wait for it."""
+        self._closing = True
+        self._accounting.refuse("the writer is closed")
+        self._wakes.put(None)
 
     def close(self, timeout: float) -> bool:
-        """Drain, seal and write the final accounting, within ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
-        self._closing = True
-        self._wake.set()
-        self._drainer.join(timeout)
-        self._sealer.join(max(0.0, deadline - time.monotonic()))
-        return not self._drainer.is_alive() and not self._sealer.is_alive()
+        """Close, and wait for it; False if it takes longer than ``timeout`` seconds or something failed."""
+        self.request_close()
+        self._ended.wait(timeout)
+        return self.closed_well
+
+    def stats(self) -> WriterStats:
+        return self._accounting.stats(self.off, self._segments_sealed, self._segments_left_open)
 
     def abandon_in_child(self) -> None:
-        """Close the files in a forked child, as they belong to the parent."""
+        """In a forked child: the threads are gone, and the files belong to the parent."""
         self.off = "the process was forked; make a writer in the child"
-        if self._session.journal is not None:
-            with contextlib.suppress(OSError):
-                self._session.journal.close()
+        self._accounting.refuse("recording is off")
+        self._accounting.abandon_in_child()
+        self._wakes = queue.SimpleQueue()
+        self._ended = Latch()
+        self._ended.set()
+        self._close_journal()
 
     # ---- the drainer's thread
 
     def _drain_loop(self) -> None:
-        # Half of the interval, so that a step waits at most one interval, including the write.
-        period = self._limits.flush_interval / 2
-        while True:
-            self._wake.wait(period)
-            self._wake.clear()
-            closing = self._closing
-            self._log_notices()
-            try:
+        try:
+            self._open()
+            self._opened.set()
+            closing = False
+            while not closing:
+                self._wait_for_work()
+                closing = self._closing  # what was queued before is drained now
                 self._drain()
+                self._confirm_flushes()
                 self._end_segment_if_due()
-                if closing:
-                    if self.off is None:
-                        self._session.close(self._final_stats(), sealed=self.segments_sealed)
-                    self._to_seal.put(None)
-            except Exception as error:  # no error here may reach the engine
-                self._give_up(error)
-                closing = closing or self._closing
-            if closing:
-                if self.off is not None:
-                    self._to_seal.put(None)
-                return
+                self._log_notices()
+            self._accounting.ended = True
+            stats = dataclasses.asdict(self.stats())
+            self._opened_session().close(stats, sealed=self._segments_sealed)
+        except BaseException as error:  # no error here may reach the engine, and none may go unnoticed
+            self.off = "out of memory"  # in case that there is no memory for the reason
+            with contextlib.suppress(BaseException):
+                self._turn_off(_reason(error))
+            self._close_journal()
+        finally:
+            self._accounting.refuse("recording is off")
+            self._accounting.ended = True
+            self._opened.set()
+            self._collect_flushes()
+            self._confirm_flushes()
+            self._to_seal.put(None)
+
+    def _open(self) -> None:
+        """Claim a run and create the session's folder."""
+        if not self.info.run_id:
+            claim = rendezvous.claim_run(self._root, self.info)
+            self.info = dataclasses.replace(self.info, run_id=claim.run_id)
+            if claim.doubt is not None:
+                own = f"EP rank {self.info.ep_rank} records into run {claim.run_id} of its own"
+                remedy = f"give all ranks of a start one run id, in {rendezvous.RUN_ID_VARIABLE}"
+                warn(f"{claim.doubt}; {own}: {remedy}")
+        self.folder = session_path(self._root, self.info)
+        self.folder.mkdir(parents=True)
+        write_session_file(self.folder, self.info, durable=False)  # the sealer syncs it
+        self._session = SessionWriter(self.folder, self.info, self._to_seal.put)
+
+    def _opened_session(self) -> SessionWriter:
+        assert self._session is not None
+        return self._session
+
+    def _wait_for_work(self) -> None:
+        # Half of the interval, so that a step waits at most one interval, including the write.
+        with contextlib.suppress(queue.Empty):
+            latch = self._wakes.get(timeout=self._limits.flush_interval / 2)
+            self._flushes += [] if latch is None else [latch]
+        self._collect_flushes()
+        self._awake = False
+
+    def _collect_flushes(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                latch = self._wakes.get_nowait()
+                self._flushes += [] if latch is None else [latch]
+
+    def _confirm_flushes(self) -> None:
+        while self._flushes:
+            self._flushes.pop().set()
 
     def _log_notices(self) -> None:
         while self.notices:
@@ -154,56 +222,44 @@ class Background:
         """Log a warning, once."""
         if text not in self._logged:
             self._logged.add(text)
-            logger.warning("%s", text)
+            warn(text)
 
-    def _give_up(self, error: Exception) -> None:
-        if self.off is None:
-            self.off = _reason(error)
-            logger.warning("expert-load recording is off, the engine goes on: %s: %s", self._folder, self.off)
-        if self._session.journal is not None:
-            with contextlib.suppress(OSError):
-                self._session.journal.close()
-            self._session.journal = None
-        self._discard()
-        with self._written:
-            self._gave_up = True
-            self._written.notify_all()
+    def _turn_off(self, reason: str) -> None:
+        self.off = reason
+        self._accounting.refuse("recording is off")
+        place = self.folder if self._session is not None else f"cannot write to {self._root}"
+        warn(f"expert-load recording is off, the engine goes on: {place}: {reason}")
 
-    def _discard(self) -> None:
-        """Drop the queue and release its buffers, as nothing can be written any more."""
-        while self._entries:
-            entry = self._entries.popleft()
-            release([entry.load, entry.placement])
-            self._lose([entry.status])
-
-    def _lose(self, status: Sequence[int]) -> None:
-        self.consumed += len(status)
-        self.unlisted += len(status)
-        self.lost += sum(s == Status.RECORDED for s in status)
+    def _close_journal(self) -> None:
+        """Close the open journal, which stays as it is."""
+        journal = None if self._session is None else self._session.journal
+        if journal is not None:
+            with contextlib.suppress(Exception):
+                journal.close()
 
     def _drain(self) -> None:
-        if self.off is not None:
-            self._discard()
-            return
         # Steps that arrive meanwhile wait for the next round: with many small batches, the engine's
         # thread would have to wait for the interpreter lock more often.
-        due = len(self._entries)
+        due = len(self._accounting.entries)
         while due > 0:
             batch = self._next_batch()
             due -= len(batch)
             self._write(batch)
 
     def _next_batch(self) -> list[Entry]:
-        """Take one batch off the queue: steps of one segment, loads in consecutive buffers of one ring."""
-        entries, session = self._entries, self._session
-        batch = [entries.popleft()]
+        """The next batch of the queue: steps of one segment, loads in consecutive buffers of one ring.
+
+        It stays in the queue until it is in the journal, so that it is counted whatever goes wrong.
+        """
+        entries, session = self._accounting.entries, self._opened_session()
+        batch = [entries[0]]
         load, ep_size = batch[0].load, batch[0].ep_size
         if batch[0].status is not Status.REJECTED:  # its step number may be wrong
             session.begin_batch(batch[0].step, _shape_of(batch[0]))
-        room = BATCH_STEPS
+        room, due = BATCH_STEPS, len(entries)
         # Kept short: the engine's thread waits for the interpreter lock meanwhile.
-        while entries and len(batch) < room:
-            entry = entries[0]
+        while len(batch) < min(room, due):
+            entry = entries[len(batch)]
             if entry.step not in session.window and entry.status is not Status.REJECTED:
                 break
             if entry.load is not None:
@@ -214,87 +270,106 @@ class Background:
                     break
                 room = min(BATCH_STEPS, 1 + BATCH_BYTES // entry.load[0].slot_bytes)
                 load, ep_size = entry.load, entry.ep_size
-            batch.append(entries.popleft())
+            batch.append(entry)
         if load is not None and session.shape is None:
-            session.shape = Shape(ep_size, *load[0].shape)
+            session.shape = Shape(ep_size, *load.ring.shape)
         return batch
 
-    def _note_shape(self) -> None:
+    def _note_shape(self, session: SessionWriter) -> None:
         """Complete session.json with the shape of the first recorded load."""
-        info, shape = self._session.info, self._session.shape
-        if info.num_moe_layers is None and shape is not None:
-            self._session.info = dataclasses.replace(
-                info,
-                num_moe_layers=shape.num_moe_layers,
-                num_physical_experts=shape.num_physical_experts,
+        if session.info.num_moe_layers is None and session.shape is not None:
+            session.info = dataclasses.replace(
+                session.info,
+                num_moe_layers=session.shape.num_moe_layers,
+                num_physical_experts=session.shape.num_physical_experts,
             )
             with self._session_lock:
                 if not self._session_synced:
-                    write_session_file(self._folder, self._session.info, durable=False)
+                    write_session_file(self.folder, session.info, durable=False)
                     return
-            self._to_seal.put(self._session.info)
+            self._to_seal.put(session.info)
 
     def _write(self, batch: Sequence[Entry]) -> None:
         """Append one batch, whose loads are in consecutive buffers of one ring."""
-        status = np.array([entry.status for entry in batch], np.uint8)
-        try:
-            frames = self._encoder.encode(batch, status, self._session.window.start)
-            if (status == Status.RECORDED).any():
-                self._note_shape()
-            self._session.append(*frames)
-        except Exception:
-            self._lose(status.tolist())
-            raise
-        self.bytes_written += sum(map(len, frames))
-        with self._written:
-            self.consumed += len(batch)
-            self._written.notify_all()
+        session = self._opened_session()
+        encoded = self._encoder.encode(batch, session.window.start)
+        if (encoded.status == Status.RECORDED).any():
+            self._note_shape(session)
+        written = self._accounting.written.plus(encoded)
+        session.append(*encoded.frames)
+        self._accounting.move(len(batch), written)
 
     def _end_segment_if_due(self) -> None:
-        journal = self._session.journal
+        session = self._opened_session()
+        journal = session.journal
         if journal is not None and (
             journal.size >= self._limits.segment_bytes
             or time.monotonic() - journal.opened_at >= self._limits.segment_seconds
         ):
-            self._session.end_segment()
+            session.end_segment()
 
     # ---- the sealer's thread
 
     def _seal_loop(self) -> None:
-        while (item := self._to_seal.get()) is not None:
-            if isinstance(item, SessionInfo):
-                self._keep_session(partial(write_session_file, self._folder, item))
-                continue
-            with self._session_lock:
-                first, self._session_synced = not self._session_synced, True
-            if first:
-                self._keep_session(partial(sync_session_file, self._folder))
-            self._seal(item)
-        self._log_notices()  # those that were added after the drainer ended
-        if self.off is None and not self.segments_left_open:
-            with contextlib.suppress(OSError, FormatError):
-                manifest.close_manifest(self._folder, self._session.info, self._final_stats())
+        more = True
+        while more:
+            with contextlib.suppress(BaseException):  # whatever it is, the next journal can be sealed
+                more = self._handle(self._to_seal.get())
+        with contextlib.suppress(BaseException):
+            self._close_session()
+        with contextlib.suppress(BaseException):
+            self._log_notices()  # those that were added after the drainer ended
+        self._end()
+
+    def _handle(self, item: JournalAppender | SessionInfo | None) -> bool:
+        """Seal a journal, or write metadata; False at the end."""
+        if item is None:
+            return False
+        if isinstance(item, SessionInfo):
+            self._keep_session(partial(write_session_file, self.folder, item))
+            return True
+        with self._session_lock:
+            first, self._session_synced = not self._session_synced, True
+        if first:
+            self._keep_session(partial(sync_session_file, self.folder))
+        self._seal(item)
+        return True
 
     def _keep_session(self, write: Callable[[], None]) -> None:
         """Have session.json survive a power cut. If it does not, readers use the session's other files."""
         try:
             write()
         except Exception as error:
-            self._log_once(f"session.json could not be synced: {self._folder}: {_reason(error)}")
+            self._log_once(f"session.json could not be synced: {self.folder}: {_reason(error)}")
 
     def _seal(self, journal: JournalAppender) -> None:
         try:
             segment.seal(journal.path)
-            self.segments_sealed += 1
-        except Exception as error:  # the journal stays readable and can be sealed later
-            self.segments_left_open += 1
+            self._segments_sealed += 1
+        except BaseException as error:  # the journal stays readable and can be sealed later
+            self._segments_left_open += 1
             text = "a journal could not be sealed; it stays, and is read as it is"
-            self._log_once(f"{text}: {self._folder}: {_reason(error)}")
-        finally:
+            self._log_once(f"{text}: {self.folder}: {_reason(error)}")
+        try:
             journal.close()
+        except OSError as error:  # it was read for sealing; what could not be read back was not sealed
+            self._log_once(f"a journal could not be closed: {self.folder}: {_reason(error)}")
+
+    def _close_session(self) -> None:
+        if self._session is None or self.off is not None or self._segments_left_open:
+            return
+        try:
+            manifest.close_manifest(self.folder, self._session.info, dataclasses.asdict(self.stats()))
+            self.closed_well = True
+        except Exception as error:
+            self._log_once(f"the final accounting could not be written: {self.folder}: {_reason(error)}")
+
+    def _end(self) -> None:
+        process.unregister(self)
+        self._ended.set()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """A short text for an error, without a path."""
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"
@@ -303,4 +378,4 @@ def _reason(error: Exception) -> str:
 
 def _shape_of(entry: Entry) -> Shape | None:
     """The shape of an entry's load, if it has one."""
-    return None if entry.load is None else Shape(entry.ep_size, *entry.load[0].shape)
+    return None if entry.load is None else Shape(entry.ep_size, *entry.load.ring.shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +17,28 @@ from eplb_dump.format.journal import Int32, StepRows
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Status
 from eplb_dump.format.session import SessionInfo
 from eplb_dump.format.session_writer import PlacementEncoder
-from eplb_dump.staging import Buffer, Entry, release
+from eplb_dump.ring import Buffer
+from eplb_dump.staging import Entry
 
 LAST_MAP_INVALID = "the last physical_to_logical_map was not valid"
 
 
-class Encoder:
-    """Turns the steps of one session into frames, batch by batch.
+class Encoded(NamedTuple):
+    """A batch as it is written."""
 
-    Attributes:
-        rejected: how many loads were rejected here, by reason.
-    """
+    #: Placements, then loads, then the steps frame that commits them.
+    frames: list[bytes]
+    #: uint8 [steps], each step's.
+    status: npt.NDArray[np.uint8]
+    #: How many loads could not be recorded, by reason.
+    rejected: Counter[str]
+
+
+class Encoder:
+    """Turns the steps of one session into frames, batch by batch."""
 
     def __init__(self, info: SessionInfo, notify: Callable[[str], None]) -> None:
         """``notify`` gets warnings, which may come more than once."""
-        self.rejected: Counter[str] = Counter()
         self._notify = notify
         self._num_logical_experts = info.num_logical_experts
         #: None until a load tells it.
@@ -42,14 +49,15 @@ class Encoder:
         #: A placement from before ``num_moe_layers`` was known, its step and EP size.
         self._early: tuple[Int32, int, int] | None = None
 
-    def encode(self, batch: Sequence[Entry], status: npt.NDArray[np.uint8], first_step: int) -> list[bytes]:
-        """The frames of a batch: placements, then loads, then the steps frame that commits them.
+    def encode(self, batch: Sequence[Entry], first_step: int) -> Encoded:
+        """Encode a batch, and reject what cannot be recorded.
 
         Args:
             batch: its loads are in consecutive buffers of one ring, which are released.
-            status: uint8 [len(batch)], each step's; set to rejected if its load cannot be recorded.
             first_step: no placement is stated for a step before this one.
         """
+        status = np.array([entry.status for entry in batch], np.uint8)
+        rejected: Counter[str] = Counter()
         staged = [i for i, entry in enumerate(batch) if entry.load is not None]
         frames: list[bytes] = []
         if staged:
@@ -64,25 +72,21 @@ class Encoder:
         if staged:
             load = ring.host[low : high + 1]
             largest, faults = _check_loads(load, [faults[i] for i in staged])
-            self._reject(staged, faults, status)
+            for i, fault in zip(staged, faults, strict=True):
+                if fault is not None:
+                    status[i] = Status.REJECTED
+                    rejected[fault] += 1
+            for fault in rejected:
+                self._notify(f"a step was rejected and is counted: {fault}")
             good = [i for i, fault in enumerate(faults) if fault is None]
             if good:
                 steps = np.array([batch[staged[i]].step for i in good], np.int64)
                 chosen = load if len(good) == len(load) else load[good]
                 ep_size = batch[staged[0]].ep_size
                 frames.append(journal.loads_frame(steps, journal.narrow(chosen, largest), ep_size))
-            ring.release(len(staged))
+            ring.release(batch[staged[-1]].load)
         frames.append(journal.steps_frame(_rows(batch, status)))
-        return frames
-
-    def _reject(
-        self, staged: Sequence[int], faults: Sequence[str | None], status: npt.NDArray[np.uint8]
-    ) -> None:
-        for i, fault in zip(staged, faults, strict=True):
-            if fault is not None:
-                status[i] = Status.REJECTED
-                self.rejected[fault] += 1
-                self._notify(f"a step was rejected and is counted: {fault}")
+        return Encoded(frames, status, rejected)
 
     # ---- placements
 
@@ -91,7 +95,7 @@ class Encoder:
         given = [entry.placement for entry in batch if entry.placement is not None]
         for entry in batch:
             if entry.load is None and entry.placement is not None:  # else the load's event covers both
-                entry.placement[0].wait(entry.placement[1], entry.placement[1])
+                entry.placement.ring.wait(entry.placement.number, entry.placement.number)
         differs = iter(self._differing(batch, given))
         frames: list[bytes] = []
         faults: list[str | None] = []
@@ -102,23 +106,23 @@ class Encoder:
                 continue
             # `differs` compares with the placement before this one, which may not have been taken.
             if next(differs) or not taken:
-                ring, index = entry.placement
-                raw = ring.host[index]
-                shape = None if entry.load is None else tuple(entry.load[0].shape)
+                raw = entry.placement.ring.host[entry.placement.number]
+                shape = None if entry.load is None else tuple(entry.load.ring.shape)
                 taken = shape is not None or self._fits(raw, entry.step, entry.ep_size)
                 if taken:
                     frames += self._take_placement(raw, entry.step, entry.ep_size, shape)
             faults.append(self._fault)
-        release(given)
+        for buffer in given:
+            buffer.ring.release(buffer)
         return frames, faults
 
     def _differing(self, batch: Sequence[Entry], given: Sequence[Buffer]) -> list[bool]:
         """Which of the given placements may differ from the one before it, compared in one pass."""
         if not given:
             return []
-        ring, low = given[0]
-        high = given[-1][1]
-        if given[-1][0] is not ring or high - low + 1 != len(given):
+        ring, low, _ = given[0]
+        high = given[-1].number
+        if given[-1].ring is not ring or high - low + 1 != len(given):
             return [True] * len(given)
         maps = ring.host[low : high + 1]
         last = self._placements.current
@@ -159,7 +163,7 @@ class Encoder:
         assert entry.load is not None
         current = self._placements.current
         # After a change of shape the placement is not known.
-        if current is None or current.shape != tuple(entry.load[0].shape):
+        if current is None or current.shape != tuple(entry.load.ring.shape):
             return []
         return self._placements.encode(entry.step, current, entry.ep_size)
 
@@ -182,7 +186,7 @@ def _loads_of(batch: Sequence[Entry], staged: Sequence[int]) -> tuple[Any, int, 
     first, last = batch[staged[0]].load, batch[staged[-1]].load
     assert first is not None
     assert last is not None
-    return first[0], first[1], last[1]
+    return first.ring, first.number, last.number
 
 
 def _check_loads(load: npt.NDArray[Any], faults: list[str | None]) -> tuple[int, list[str | None]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,15 +26,30 @@ class StagingError(ValueError):
     """A tensor cannot be staged; the text completes "expert_load is ..."."""
 
 
+class Buffer(NamedTuple):
+    """One buffer of a ring. What it holds is in ``ring.host[number]``."""
+
+    ring: Ring
+    number: int
+    #: How many buffers of the ring have been taken, from the first on, once this one is.
+    taken: int
+
+
 class Ring:
     """``count`` buffers for tensors like ``example``, taken and released in order.
 
-    The engine's thread fills the next free buffer and takes it once its step is queued; until then the
-    buffer stays free, so that a step that fails has nothing to undo. The background thread releases.
-    Neither waits for the other: each writes a counter of its own.
+    The engine's thread fills the next free buffer and takes it just before its step is queued; until then
+    the buffer stays free, so that a step that fails has nothing to undo. The background thread releases.
+    Neither waits for the other: each writes a counter of its own, and sets it instead of adding to it. So a
+    buffer that was taken for a step that a signal handler then interrupted is free again once the next
+    one is released.
 
     Attributes:
         host: numpy array ``[count, layers, physical]``, all buffers.
+        taken: how many buffers have been taken so far.
+        released: how many of them are free again.
+        marks: whether :meth:`mark` does anything.
+        many: with so many in use, the background thread should be woken.
     """
 
     __slots__ = (
@@ -46,15 +61,17 @@ class Ring:
         "_dtype",
         "_events",
         "_plain",
-        "_released",
         "_streams",
-        "_taken",
         "_targets",
         "count",
         "host",
         "is_torch",
+        "many",
+        "marks",
+        "released",
         "shape",
         "slot_bytes",
+        "taken",
     )
 
     def __init__(self, example: Any, count: int) -> None:
@@ -66,17 +83,19 @@ class Ring:
         if example.ndim != 2 or 0 in example.shape:
             raise StagingError(f"of shape {tuple(example.shape)}, not [layers, physical experts]")
         self.count = count
+        self.many = max(1, count // 4)
         self.shape = example.shape
         self._dtype = example.dtype
         self._device: Any = None
         self._current_stream: Any = None
         self._events: list[Any] = []
+        self.marks = False
         #: The stream that each event was last recorded on.
         self._streams: list[int] = []
         self._bytes: list[memoryview] = []
         self._addresses: list[int] = []
         self._plain: Any = None
-        self._taken = self._released = self._base = 0
+        self.taken = self.released = self._base = 0
         if self.is_torch:
             self._allocate_torch(torch, example)
         else:
@@ -106,6 +125,7 @@ class Ring:
             # blocking: the background thread sleeps until the event instead of spinning.
             self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
             self._streams = [0] * self.count
+            self.marks = True
             self._current_stream = torch.cuda.current_stream
 
     # ---- the engine's thread
@@ -118,19 +138,21 @@ class Ring:
             and (not self.is_torch or tensor.device == self._device)
         )
 
-    def free(self) -> int:
-        """The index of the next free buffer, or -1 if all are in use."""
-        used = self._taken - self._released
+    def free(self) -> Buffer | None:
+        """The next free buffer, or None if all are in use."""
+        taken = self.taken
+        used = taken - self.released
         if used >= self.count:
-            return -1
+            return None
         if not used:  # start over, with the buffers that are still in the processor's cache
-            self._base = self._taken
-        return (self._taken - self._base) % self.count
+            self._base = taken
+        # Faster than Buffer(...): this runs once per step.
+        return tuple.__new__(Buffer, (self, (taken - self._base) % self.count, taken + 1))
 
-    def take(self) -> int:
-        """Mark the next free buffer as in use, as its step is being queued; how many are in use."""
-        self._taken += 1
-        return self._taken - self._released
+    def take(self, buffer: Buffer) -> bool:
+        """Mark the buffer that :meth:`free` returned as in use; whether many are."""
+        self.taken = buffer.taken
+        return self.taken - self.released >= self.many
 
     def fill(self, index: int, tensor: Any) -> None:
         """Start to copy a tensor that fits. Never waits for a device."""
@@ -166,6 +188,6 @@ class Ring:
                     done.add(self._streams[index])
                     self._events[index].synchronize()
 
-    def release(self, count: int) -> None:
-        """Free the ``count`` buffers that were taken first."""
-        self._released += count
+    def release(self, buffer: Buffer) -> None:
+        """Free a buffer and all that were taken before it."""
+        self.released = buffer.taken

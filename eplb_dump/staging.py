@@ -5,19 +5,15 @@ Nothing is taken before the step is queued, so a step that is refused leaves not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Status
-from eplb_dump.ring import Ring, StagingError
+from eplb_dump.ring import Buffer, Ring, StagingError
 
 #: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
 _PLACEMENT_BUFFERS = 64
-
-#: A buffer: its ring and its index.
-Buffer: TypeAlias = tuple[Ring, int]
 
 
 class Entry(NamedTuple):
@@ -35,7 +31,7 @@ class Entry(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """Filled buffers of one step, not taken yet."""
+    """Filled buffers of one step, which are taken just before the step is queued."""
 
     load: Buffer | None = None
     placement: Buffer | None = None
@@ -67,14 +63,12 @@ class Staging:
         """``num_moe_layers``: as many as the writer's ``moe_layers`` names, if it was given."""
         self.placement_lost = False
         self._named_layers = num_moe_layers
-        #: Of the first load that was queued.
+        #: Of the first load that was queued; None until a load comes that needs another ring.
         self._num_moe_layers: int | None = None
         self._queue_steps = queue_steps
         self._queue_bytes = queue_bytes
         self._loads: Ring | None = None
         self._placements: Ring | None = None
-        #: The background thread is woken when this many loads wait.
-        self._many = 1
         self._changes = ChangeDetector()
         #: The ring of the load that the last placement came with. With another ring, and so another
         #: shape, an unchanged placement is staged again, to be rejected.
@@ -93,81 +87,80 @@ class Staging:
         if ring.shape[1] % ep_size:
             reason = f"{ring.shape[1]} physical experts do not divide among {ep_size} EP ranks"
             return Refused(reason, "ep_size")
-        index = ring.free()
-        if index < 0:
+        target = ring.free()
+        if target is None:
             return _QUEUE_IS_FULL
+        index = target[1]
         buffer = None
         try:
-            if placement is not None and not (
-                self._staged_with is ring and self._changes.unchanged(placement)
-            ):
-                buffer = self._copy_placement(placement)
-                if buffer is None:
-                    return _QUEUE_IS_FULL
+            if placement is not None:
+                if self._staged_with is ring and self._changes.unchanged(placement):
+                    self.placement_lost = False  # it is the one that was queued last
+                else:
+                    buffer = self._copy_placement(placement)
+                    if buffer is None:
+                        return _QUEUE_IS_FULL
             ring.fill(index, load)
-            ring.mark(index)  # of both copies
+            if ring.marks:
+                ring.mark(index)  # of both copies
         except StagingError as error:
             return Refused(f"physical_to_logical_map is {error}", "placement")
         except Exception as error:
             return Refused(f"the copy failed: {type(error).__name__}", "placement")
         # Faster than Staged(...): this runs once per step.
-        return tuple.__new__(Staged, ((ring, index), buffer, placement))
+        return tuple.__new__(Staged, (target, buffer, placement))
 
     def stage_placement(self, placement: Any) -> Staged:
         """Copy a placement whose load is not recorded, as later steps may rely on it ("None: as before").
 
-        Raises whatever the tensor raises; ``placement_lost`` is set unless the placement is queued.
+        Raises whatever the tensor raises.
         """
-        if placement is None or self._changes.unchanged(placement):
+        if placement is None:
             return NOTHING
-        self.placement_lost = True
+        if self._changes.unchanged(placement):
+            self.placement_lost = False
+            return NOTHING
         buffer = self._copy_placement(placement)
         if buffer is None:
             return NOTHING
-        buffer[0].mark(buffer[1])
+        buffer.ring.mark(buffer.number)
         return Staged(None, buffer, placement)
 
-    def take(self, staged: Staged) -> bool:
-        """Mark the buffers of a step as in use, as it is being queued.
+    def lose_placement(self) -> None:
+        """A placement was handed over that may not be queued."""
+        self.placement_lost = True
 
-        Returns:
-            Whether the queue fills up, so that the background thread should be woken.
-        """
-        load, placement, tensor = staged
-        fills_up = False
-        if load is not None:
-            fills_up = load[0].take() >= self._many
-            if self._num_moe_layers is None:
-                self._num_moe_layers = load[0].shape[0]
-        if placement is not None:
-            fills_up = placement[0].take() * 4 > placement[0].count or fills_up
-            self._changes.remember(tensor)
-            self._staged_with = None if load is None else load[0]
-            self.placement_lost = False
-        return fills_up
+    def note_queued(self, staged: Staged) -> None:
+        """Remember a placement, once its step is queued."""
+        self._changes.remember(staged.placement_tensor)
+        self._staged_with = None if staged.load is None else staged.load.ring
+        self.placement_lost = False
 
     def _copy_placement(self, placement: Any) -> Buffer | None:
-        """Start to copy a placement; None if all buffers are in use."""
+        """Start to copy a placement; None if all buffers are in use.
+
+        Until its step is queued, the placement counts as lost, whatever goes wrong or interrupts.
+        """
+        self.lose_placement()
         if self._placements is None or not self._placements.fits(placement):
             self._placements = self._ring_for_placements(placement)
-        index = self._placements.free()
-        if index < 0:
-            return None
-        self._placements.fill(index, placement)
-        return self._placements, index
+        buffer = self._placements.free()
+        if buffer is not None:
+            self._placements.fill(buffer.number, placement)
+        return buffer
 
     def _ring_for_loads(self, load: Any) -> Ring:
         """Raises StagingError."""
-        count = self._count(load)
-        ring = Ring(load, count)
+        ring = Ring(load, self._count(load))
         layers, slots = ring.shape
         if self._named_layers not in (None, layers):
             raise StagingError(f"of {layers} layers, but moe_layers names {self._named_layers}")
         if layers > MAX_LAYERS or slots > MAX_EXPERTS:
             raise StagingError(f"of {layers} layers × {slots} slots, more than the format holds")
+        if self._loads is not None and self._loads.taken:
+            self._num_moe_layers = self._loads.shape[0]
         if self._num_moe_layers not in (None, layers):
             raise StagingError(f"of {layers} layers, but was of {self._num_moe_layers}")
-        self._many = max(1, count // 4)
         return ring
 
     def _ring_for_placements(self, placement: Any) -> Ring:
@@ -180,13 +173,6 @@ class Staging:
     def _count(self, tensor: Any) -> int:
         """How many buffers for tensors like this one the queue may have."""
         return min(self._queue_steps, max(4, self._queue_bytes // max(1, _bytes_of(tensor))))
-
-
-def release(buffers: Iterable[Buffer | None]) -> None:
-    """Free buffers, each the one of its ring that was taken first."""
-    for buffer in buffers:
-        if buffer is not None:
-            buffer[0].release(1)
 
 
 def _bytes_of(tensor: Any) -> int:

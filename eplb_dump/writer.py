@@ -6,19 +6,17 @@ docs/reliability.md says which data survives which failure.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
+import contextlib
 import os
 import socket
-import threading
 import time
-from collections import Counter, deque
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eplb_dump import process, rendezvous, start
+from eplb_dump.accounting import IDLE, PLACED, RUNNING, Accounting, WriterStats
 from eplb_dump.arguments import (
     is_integer,
     new_session_id,
@@ -36,35 +34,17 @@ from eplb_dump.background import Background, Limits
 from eplb_dump.encoder import LAST_MAP_INVALID
 from eplb_dump.format import __version__
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, MAX_PHASE, Status
-from eplb_dump.format.session import SessionInfo, session_path, write_session_file
+from eplb_dump.format.session import SessionInfo
 from eplb_dump.staging import NOTHING, Entry, Staged, Staging
 
-logger = logging.getLogger("eplb_dump")
+__all__ = ["ExpertLoadWriter", "WriterStats"]
 
+#: The constructor waits so long for the file system; after that, the session is opened in the background.
+OPEN_SECONDS = 2.0
 #: How many steps may wait for the journal, also those without a load; more are only counted.
 _MAX_WAITING = 1 << 16
+_NESTED = "a signal handler interrupted another call"
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
-
-
-@dataclass(frozen=True)
-class WriterStats:
-    """The writer's accounting. ``recorded + dummy + not_sampled + dropped + rejected == seen``."""
-
-    seen: int = 0
-    #: Accepted; they are in the journal once ``flush()`` has returned True.
-    recorded: int = 0
-    dummy: int = 0
-    not_sampled: int = 0
-    dropped: int = 0
-    rejected: int = 0
-    #: Steps without a row in ``steps``, as even that had to be dropped.
-    unlisted: int = 0
-    drop_reasons: dict[str, int] = field(default_factory=dict)
-    reject_reasons: dict[str, int] = field(default_factory=dict)
-    bytes_written: int = 0
-    segments_sealed: int = 0
-    #: Why recording stopped before ``close``, or None.
-    off: str | None = None
 
 
 class ExpertLoadWriter:
@@ -169,57 +149,22 @@ class ExpertLoadWriter:
             require_integer("queue_bytes", queue_bytes, 1, MAX_NUMBER),
         )
         self._ep_rank, self._ep_size, self._interval = info.ep_rank, info.ep_size, info.interval
-        # One producer at a time: a drafter's thread may record at the same time as the main one. The
-        # background thread never takes this lock, so the engine never waits for it.
-        self._lock = threading.Lock()
         self._next_step = 0
-        self._entries: deque[Entry] = deque()
-        self._enqueued = 0
-        self._seen = self._dummy = self._not_sampled = self._accepted = self._unlisted = 0
-        self._dropped: Counter[str] = Counter()
-        self._rejected: Counter[str] = Counter()
-        self._closed = self._ended_well = False
-        self._off: str | None = None
-        self._background: Background | None = None
-        self.info = info
-        self._start(root, limits)
-        process.register(self, self._abandon_in_child)
+        self._accounting = Accounting()
+        self._background = Background(root, info, self._accounting, limits)
+        # A writer that is dropped ends like one that is closed. At exit, eplb_dump.process does that.
+        weakref.finalize(self, self._background.request_close).atexit = False
+        self._background.start(OPEN_SECONDS)
 
-    def _start(self, root: Path, limits: Limits) -> None:
-        """Claim a run, create the session's folder and start the threads; if that fails, recording is off."""
-        try:
-            if not self.info.run_id:
-                claim = rendezvous.claim_run(root, self.info)
-                self.info = dataclasses.replace(self.info, run_id=claim.run_id)
-                if claim.doubt is not None:
-                    logger.warning(
-                        "%s; EP rank %d records into run %s of its own: give all ranks of a start one "
-                        "run id, in %s",
-                        claim.doubt,
-                        self._ep_rank,
-                        claim.run_id,
-                        rendezvous.RUN_ID_VARIABLE,
-                    )
-            #: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
-            self.folder = session_path(root, self.info)
-            self.folder.mkdir(parents=True)
-            write_session_file(self.folder, self.info, durable=False)  # the sealer syncs it
-        except OSError as error:
-            self._off = f"{type(error).__name__}: {error.strerror or error}"
-            logger.warning(
-                "expert-load recording is off, the engine goes on: cannot write to %s: %s", root, self._off
-            )
-            self.folder = session_path(root, self.info)
-            return
-        background = Background(
-            self.folder, self.info, self._entries, limits, lambda: dataclasses.asdict(self.stats())
-        )
-        try:
-            background.start()
-            self._background = background
-        except RuntimeError as error:  # the interpreter is shutting down, or no thread is available
-            self._off = f"no background thread: {error}"
-            logger.warning("expert-load recording is off, the engine goes on: %s", self._off)
+    @property
+    def info(self) -> SessionInfo:
+        """The session's metadata. The run is known once the session is open."""
+        return self._background.info
+
+    @property
+    def folder(self) -> Path:
+        """``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``"""
+        return self._background.folder
 
     # ---- the engine's thread
 
@@ -252,88 +197,71 @@ class ExpertLoadWriter:
         exist, a step number that goes back) is rejected: it is counted in :meth:`stats` and has a row
         in ``steps``.
         """
+        accounting = self._accounting
         try:
-            with self._lock:
-                self._record(step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size)
-        except Exception as error:  # whatever went wrong here, the engine's step must go on
-            self._account_for(error)
+            with accounting.calls:
+                accounting.seen += 1
+                if accounting.state is not IDLE:
+                    accounting.dropped[_NESTED] += 1
+                    if physical_to_logical_map is not None:
+                        self._staging.lose_placement()
+                    return
+                try:
+                    accounting.state = RUNNING
+                    self._record(step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size)
+                except Exception as error:  # whatever went wrong here, the engine's step must go on
+                    self._account_for(error)
+                except BaseException:  # raised by a signal handler
+                    if physical_to_logical_map is not None:
+                        self._staging.lose_placement()
+                    raise
+                finally:
+                    accounting.state = IDLE
+        except Exception:  # there is no memory at all, not even to count the step
+            pass
 
     def skip(self, reason: str = "dummy", step: int | None = None) -> None:
         """Count a forward pass without a load: ``"dummy"``, ``"not_sampled"`` or ``"dropped"``.
 
         A dummy pass has no real tokens on this rank: its load counts as zero, not as missing.
         """
+        accounting = self._accounting
         try:
-            with self._lock:
-                number = self._begin(step)
-                if number is None:
+            with accounting.calls:
+                accounting.seen += 1
+                if accounting.state is not IDLE:
+                    accounting.dropped[_NESTED] += 1
                     return
-                status = _SKIP_REASONS.get(reason) if isinstance(reason, str) else None
-                if status is None:
-                    text = reason[:40] if isinstance(reason, str) else type(reason).__name__
-                    self._reject(number, f"skip for the unknown reason {text!r}")
-                elif status is Status.DROPPED:
-                    self._drop(number, "by the engine")
-                elif self._enqueue(number, status):
-                    self._dummy += status is Status.DUMMY
-                    self._not_sampled += status is Status.NOT_SAMPLED
-        except Exception as error:
-            self._account_for(error)
+                try:
+                    accounting.state = RUNNING
+                    self._skip(reason, step)
+                except Exception as error:
+                    self._account_for(error)
+                finally:
+                    accounting.state = IDLE
+        except Exception:
+            pass
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything recorded so far is in the journal, where it survives a crash.
 
         Returns False if that takes longer than ``timeout`` seconds, or recording is off.
         """
-        if self._background is None or self._off is not None:
-            return False
-        return self._background.wait_consumed(self._enqueued, timeout)
+        return self._background.wait_written(timeout)
 
     def close(self, timeout: float = 5.0) -> bool:
         """Flush, seal and write the final accounting; later records are dropped and counted.
 
-        Returns False if that takes longer than ``timeout`` seconds. The rest is in the journal then, which
-        readers use as well.
+        Can be called in a signal handler. Returns False if it takes longer than ``timeout`` seconds, if
+        recording stopped before, or if a segment could not be sealed. What was written is in a journal then,
+        which readers use as well.
         """
-        with self._lock:
-            if self._closed:
-                return self._ended_well
-            self._closed = True
-        process.unregister(self)
-        if self._background is not None and self._off is None:
-            self._ended_well = self._background.close(timeout)
-        return self._ended_well
+        process.unregister(self._background)
+        return self._background.close(timeout)
 
     def stats(self) -> WriterStats:
-        """The accounting so far. Counts and their sum agree exactly while no call is running."""
-        background = self._background
-        rejected, dropped = self._rejected.copy(), self._dropped.copy()
-        accepted, lost, unlisted, bytes_written, sealed = self._accepted, 0, self._unlisted, 0, 0
-        off = self._off
-        if background is not None:
-            late = background.rejected.copy()
-            rejected.update(late)
-            accepted -= late.total()
-            lost = background.lost
-            unlisted += background.unlisted
-            bytes_written, sealed = background.bytes_written, background.segments_sealed
-            off = off or background.off
-        if lost:
-            dropped["recording stopped"] += lost
-        return WriterStats(
-            seen=self._seen,
-            recorded=accepted - lost,
-            dummy=self._dummy,
-            not_sampled=self._not_sampled,
-            dropped=sum(dropped.values()),
-            rejected=sum(rejected.values()),
-            unlisted=unlisted,
-            drop_reasons=dict(dropped),
-            reject_reasons=dict(rejected),
-            bytes_written=bytes_written,
-            segments_sealed=sealed,
-            off=off,
-        )
+        """The accounting so far. Counts and their sum agree exactly."""
+        return self._background.stats()
 
     def __enter__(self) -> ExpertLoadWriter:
         return self
@@ -352,10 +280,13 @@ class ExpertLoadWriter:
         phase: str | None,
         ep_size: int | None,
     ) -> None:
-        number = self._begin(step)
+        number = self._next_step if step is None else self._check_step(step)
         if number is None:
+            if placement is not None:
+                self._staging.lose_placement()
             return
-        if self._stopped() is not None:
+        self._next_step = number + 1
+        if self._accounting.refuses is not None:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
             return
         sampled = self._interval == 1 or number % self._interval == 0
@@ -370,11 +301,11 @@ class ExpertLoadWriter:
                 self._reject(number, f"ep_size is not an integer above EP rank {self._ep_rank}")
                 return
         if not sampled:
-            self._not_sampled += self._enqueue(number, Status.NOT_SAMPLED, self._stage_alone(placement))
+            self._enqueue(number, Status.NOT_SAMPLED, self._stage_alone(placement))
             return
         staged = self._staging.stage(expert_load, placement, self._ep_size)
         if isinstance(staged, Staged):
-            self._accepted += self._enqueue(number, Status.RECORDED, staged, num_tokens, phase)
+            self._enqueue(number, Status.RECORDED, staged, num_tokens, phase)
         elif staged.cause == "queue":
             self._drop(number, staged.reason, placement)
         elif staged.cause == "expert_load":
@@ -384,32 +315,37 @@ class ExpertLoadWriter:
             if staged.cause == "ep_size":
                 self._ep_size = ep_size_before
 
-    def _begin(self, step: int | None) -> int | None:
-        """Count a step as seen and return its number, or None if it was rejected."""
-        self._seen += 1
-        if step is None:
-            number = self._next_step
-        elif is_integer(step):
-            # A tensor is not an integer here: reading it would wait for the device.
-            number = int(step)
-            if number >= MAX_NUMBER:
-                self._rejected[f"a step above {MAX_NUMBER - 1}"] += 1
-                self._unlisted += 1
-                return None
-            if number < self._next_step:
-                why = f"steps must grow: {'repeated' if number == self._next_step - 1 else 'went back'}"
-                if number >= 0:
-                    self._reject(number, f"{why} (pass None to let the writer count)")
-                else:
-                    self._rejected["a negative step"] += 1
-                    self._unlisted += 1
-                return None
-        else:
-            self._rejected[f"step is a {type(step).__name__}, not an int"] += 1
-            self._unlisted += 1
-            return None
+    def _skip(self, reason: str, step: int | None) -> None:
+        number = self._next_step if step is None else self._check_step(step)
+        if number is None:
+            return
         self._next_step = number + 1
-        return number
+        status = _SKIP_REASONS.get(reason) if isinstance(reason, str) else None
+        if status is None:
+            text = reason[:40] if isinstance(reason, str) else type(reason).__name__
+            self._reject(number, f"skip for the unknown reason {text!r}")
+        elif status is Status.DROPPED:
+            self._drop(number, "by the engine")
+        else:
+            self._enqueue(number, status)
+
+    def _check_step(self, step: int) -> int | None:
+        """The number of a step that the engine numbered, or None if it was rejected."""
+        if not is_integer(step):
+            # A tensor is not an integer here: reading it would wait for the device.
+            self._count_rejected(f"step is a {type(step).__name__}, not an int")
+            return None
+        number = int(step)
+        if number >= MAX_NUMBER:
+            self._count_rejected(f"a step above {MAX_NUMBER - 1}")
+        elif number >= self._next_step:
+            return number
+        elif number < 0:
+            self._count_rejected("a negative step")
+        else:
+            why = f"steps must grow: {'repeated' if number == self._next_step - 1 else 'went back'}"
+            self._reject(number, f"{why} (pass None to let the writer count)")
+        return None
 
     def _enqueue(
         self,
@@ -418,16 +354,17 @@ class ExpertLoadWriter:
         staged: Staged = NOTHING,
         num_tokens: int | None = None,
         phase: str | None = None,
-    ) -> bool:
-        """Queue a row for ``steps`` and its buffers; False if the queue is full or recording stopped."""
-        why = self._stopped() if staged is NOTHING else None  # else it was checked before staging
-        if why is None and len(self._entries) >= _MAX_WAITING:
+    ) -> None:
+        """Queue a row for ``steps`` and its buffers; drop it if the queue is full or recording stopped."""
+        accounting = self._accounting
+        entries = accounting.entries
+        why = accounting.refuses
+        if why is None and len(entries) >= _MAX_WAITING:
             why = "the queue is full"
         if why is not None:
-            if status in (Status.RECORDED, Status.DUMMY, Status.NOT_SAMPLED):
-                self._dropped[why] += 1
-            self._unlisted += 1
-            return False
+            if accounting.state is not PLACED:
+                self._count_dropped(why)
+            return
         if num_tokens is None:
             num_tokens = -1
         elif not is_integer(num_tokens) or not 0 <= num_tokens < MAX_NUMBER:
@@ -441,24 +378,26 @@ class ExpertLoadWriter:
         ):
             self._notice("phase is not a short text and is left out")
             phase = None
-        fills_up = staged is not NOTHING and self._staging.take(staged)
-        now, monotonic = time.time_ns(), time.monotonic_ns()
         load, placement, _ = staged
+        now, monotonic = time.time_ns(), time.monotonic_ns()
         fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)
-        # Faster than Entry(...): this runs once per step.
-        self._entries.append(tuple.__new__(Entry, fields))
-        self._enqueued += 1
-        if fills_up and self._background is not None:
+        entry = tuple.__new__(Entry, fields)  # faster than Entry(...): this runs once per step
+        # A signal handler may end this call at any point. Buffers that are taken for nothing are released
+        # with the next ones, and a placement that is not remembered is copied again; any other order would
+        # mix up steps or placements.
+        fills_up = False
+        if load is not None:
+            ring, _, taken = load
+            ring.taken = taken  # as Ring.take, without the call
+            fills_up = taken - ring.released >= ring.many
+        if placement is not None:
+            fills_up = placement.ring.take(placement) or fills_up
+        entries.append(entry)
+        accounting.state = PLACED
+        if placement is not None:
+            self._staging.note_queued(staged)
+        if fills_up:
             self._background.wake()
-        return True
-
-    def _stopped(self) -> str | None:
-        if self._closed:
-            return "the writer is closed"
-        background = self._background
-        if background is None or background.off is not None:
-            return "recording is off"
-        return None
 
     def _stage_alone(self, placement: Any) -> Staged:
         """Stage a placement whose load is not recorded."""
@@ -469,32 +408,33 @@ class ExpertLoadWriter:
             return NOTHING
 
     def _drop(self, step: int, reason: str, placement: Any = None) -> None:
-        self._dropped[reason] += 1
+        self._count_dropped(reason)
         self._enqueue(step, Status.DROPPED, self._stage_alone(placement))
-        if self._background is not None:
-            self._background.wake()
+        self._background.wake()
         self._notice(f"steps are dropped and counted: {reason}")
 
     def _reject(self, step: int, reason: str, placement: Any = None) -> None:
-        self._rejected[reason] += 1
+        self._count_rejected(reason)
         self._enqueue(step, Status.REJECTED, self._stage_alone(placement))
         self._notice(f"a step was rejected and is counted: {reason}")
 
+    def _count_dropped(self, reason: str) -> None:
+        self._accounting.dropped[reason] += 1
+        self._accounting.state = PLACED
+
+    def _count_rejected(self, reason: str) -> None:
+        self._accounting.rejected[reason] += 1
+        self._accounting.state = PLACED
+
     def _account_for(self, error: Exception) -> None:
-        """Count a step that an unexpected error ended."""
-        self._rejected[f"an unforeseen {type(error).__name__}"] += 1
-        self._unlisted += 1
-        self._notice(f"a step was rejected and is counted: an unforeseen {type(error).__name__}")
+        """Count a step that an unexpected error ended, if it is not counted yet."""
+        with contextlib.suppress(Exception):  # what fails here, Accounting.stats counts as interrupted
+            reason = f"an unforeseen {type(error).__name__}"
+            if self._accounting.state is RUNNING:
+                self._count_rejected(reason)
+            self._notice(f"a step was rejected and is counted: {reason}")
 
     def _notice(self, text: str) -> None:
         """Let the background thread log a warning once, as logging may do I/O."""
-        if self._background is not None:
+        if self._accounting.refuses is None:
             self._background.notices.append(text)
-
-    def _abandon_in_child(self) -> None:
-        """In a forked child this writer is off; the session belongs to the parent."""
-        self._lock = threading.Lock()
-        self._off = "the process was forked; make a writer in the child"
-        self._entries = deque()
-        if self._background is not None:
-            self._background.abandon_in_child()

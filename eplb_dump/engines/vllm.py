@@ -243,10 +243,10 @@ class _Recorder:
         if getattr(group, "tcp_store_group", None) is None:  # otherwise the store belongs to this group
             key, start_key = f"{key}/{self._number}", f"{START_KEY}/{self._number}"
         if place[0] != 0 and self._run_id is None and store is not None:
-            shared = (read_from_store(store, key, logger) or "").split()
-            if len(shared) >= 2:
-                self._run_id, self._step = shared[0], int(shared[1])
-                self._start_id = shared[2] if len(shared) > 2 else None
+            shared = (read_from_store(store, key, logger) or "").split(" ")
+            if len(shared) >= 2:  # the run is missing if EP rank 0 does not record, or has no run yet
+                self._run_id, self._step = shared[0] or None, int(shared[1])
+                self._start_id = (shared[2] or None) if len(shared) > 2 else None
         if self._start_id is None and store is not None:
             self._start_id = agree_on_start(store, start_key)
         for name, state in self.state.model_states.items():

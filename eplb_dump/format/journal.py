@@ -248,20 +248,27 @@ class JournalAppender:
         if os.fstat(self._fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "the journal was deleted while it was written")
         total = sum(map(len, parts))
+        end = self.size + total
         try:
             # One call, so that only a kill in the middle of it tears a batch.
             done = os.writev(self._fd, parts)
             rest = memoryview(b"".join(parts))[done:] if done < total else memoryview(b"")
             while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError:
+                done = os.write(self._fd, rest)
+                if not done:
+                    raise OSError(errno.EIO, "nothing was written")
+                rest = rest[done:]
+        except BaseException:  # also if there is no memory, after the write
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             raise
-        self.size += total
+        self.size = end
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Close the file, once. Raises OSError; the descriptor is free again all the same."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class UnbegunJournal(FormatError):
@@ -289,6 +296,8 @@ class JournalSegment:
         self._file: BinaryIO = path.open("rb")
         # Readers keep journals open as long as the run is open, without a `with` block.
         self._unclosed = weakref.finalize(self, self._file.close)
+        # Not at interpreter exit: a thread may still be sealing this journal then.
+        self._unclosed.atexit = False
         try:
             self._index(limit)
         except BaseException:

@@ -30,9 +30,16 @@ ROWS = [
 ]
 WRITER_ROWS = [
     {"eplb_dump.format"},
-    {"eplb_dump.arguments", "eplb_dump.ring", "eplb_dump.start", "eplb_dump.process"},
+    {
+        "eplb_dump.arguments",
+        "eplb_dump.latch",
+        "eplb_dump.process",
+        "eplb_dump.ring",
+        "eplb_dump.start",
+    },
     {"eplb_dump.staging", "eplb_dump.rendezvous"},
     {"eplb_dump.encoder"},
+    {"eplb_dump.accounting"},
     {"eplb_dump.background"},
     {"eplb_dump.writer"},
     {"eplb_dump.counter", "eplb_dump.engines"},

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_dump import ExpertLoadWriter, WriterStats, background
+from eplb_dump import ExpertLoadWriter, WriterStats
 from eplb_dump import writer as writer_module
 from eplb_dump.format import journal, segment
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, Scope
@@ -78,21 +78,6 @@ def closed(writer: ExpertLoadWriter) -> WriterStats:
     recorded = [step for step, status in step_status(writer.folder) if status == "recorded"]
     assert list(sealed_loads(writer.folder)) == recorded
     return stats
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Until it is set, no background thread takes anything off its queue."""
-    event = threading.Event()
-    real = background.Background._drain
-
-    def wait_and_drain(self: background.Background) -> None:
-        event.wait(60)
-        real(self)
-
-    monkeypatch.setattr(background.Background, "_drain", wait_and_drain)
-    yield event
-    event.set()
 
 
 # ---- the constructor
@@ -483,7 +468,10 @@ def test_unchanged_placement_tensor_is_not_copied_again(tmp_path: Path, gate: th
             if step == 10:
                 tensor[0, 0] = 5
             writer.record(None, SMALL, tensor if step % 2 else tensor[:])
-        assert [i for i, entry in enumerate(writer._entries) if entry.placement is not None] == [0, 10]
+        assert [i for i, entry in enumerate(writer._accounting.entries) if entry.placement is not None] == [
+            0,
+            10,
+        ]
         gate.set()
     assert closed(writer).recorded == 20
 
@@ -1015,8 +1003,7 @@ def test_close_and_flush_respect_timeout(tmp_path: Path, gate: threading.Event) 
     assert not writer.close(0.1)
     assert 0.14 < time.monotonic() - began < 30  # the gate stays closed for a minute
     gate.set()
-    writer._background._drainer.join(60)  # type: ignore[union-attr]
-    writer._background._sealer.join(60)  # type: ignore[union-attr]
+    writer._background._ended.wait(60)
     assert_equal_loads(sealed_loads(writer.folder), {0: SMALL})
 
 
