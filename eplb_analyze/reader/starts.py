@@ -60,7 +60,7 @@ def separate(
     by_rank: dict[tuple[str, int], list[Found]] = defaultdict(list)
     for found in sessions:
         by_rank[found[1].model, found[1].ep_rank].append(found)
-    ids = {info.start_identity.id for _, info in sessions} - {None}
+    ids = {info.start.id for _, info in sessions if info.start is not None} - {None}
     if len(ids) <= 1 and all(len(own) == 1 for own in by_rank.values()):
         return [list(sessions)]
     groups = _Group.all_of(sessions, span_of)
