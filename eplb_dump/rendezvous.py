@@ -119,8 +119,9 @@ def judge(own: SessionInfo, spawned_ns: int, members: Sequence[Member]) -> bool 
         return False
     if None in same:
         return "neither a common parent process nor a launcher variable shows whether they are of one start"
-    if any(m.alive is False and m.closed_ns is None and m.claimed_ns <= spawned_ns for m in members):
-        return False  # a rank was killed before this process was started
+    killed = [m for m in members if m.alive is False and m.closed_ns is None]
+    if len(killed) == len(members) or any(m.claimed_ns <= spawned_ns for m in killed):
+        return False  # also a process from a pool can have been started before the ranks that were killed
     if any(m.alive or max(m.claimed_ns, m.closed_ns or 0) > spawned_ns for m in members):
         return True  # they ran at the same time
     if any(m.alive is None and m.closed_ns is None for m in members):
@@ -204,7 +205,7 @@ class _Search:
         alive = None
         if own is not None and other is not None and own.machine == other.machine:
             alive = is_alive(other.process)
-        if alive or claimed_ns > self._spawned_ns:
+        if alive or (alive is None and claimed_ns > self._spawned_ns):
             return Member(info, claimed_ns, path.parent, alive)
         return Member(info, claimed_ns, path.parent, alive, _closed_ns(path.parent, info))
 

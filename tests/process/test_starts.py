@@ -126,7 +126,11 @@ def launch_children(children: list[subprocess.Popen[str]]) -> list[list[set[str]
         child.stdin.write("go\n")
         child.stdin.flush()
     found = [child.communicate(timeout=120) for child in children]
-    assert [err for _, err in found] == [""] * len(found)
+    # Whether the ranks of another container still run is not visible; only in that case a rank may warn.
+    messages = [line for _, err in found for line in err.splitlines()]
+    assert all("neither a common parent process nor a launcher variable" in line for line in messages), (
+        messages
+    )
     assert not any(child.returncode for child in children)
     return [[set(line.split()) for line in out.splitlines()] for out, _ in found]
 

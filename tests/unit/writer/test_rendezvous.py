@@ -101,7 +101,9 @@ def test_recording_of_before_is_identified_by_host_and_parent() -> None:
         ([member(0, 5)], 604, True),
         ([member(0, 5)], 606, False),  # an engine that the launcher started later
         ([member(0, 5), member(1, 900)], 1, True),  # a rank that comes up late
-        ([member(0, 5, alive=False)], 1, True),  # killed, but both were started before
+        ([member(0, 5, alive=False)], 1, False),  # killed: what follows is a restart, if from a pool
+        ([member(0, 5, alive=False), member(1, 5)], 1, True),  # killed, but the others go on
+        ([member(0, 5, alive=False, closed=7)], 1, True),
         ([member(0, 5, alive=False)], 9, False),  # killed, then started again
         ([member(0, 5, alive=False), member(1, 5)], 9, False),
         ([member(0, 5, alive=False, closed=7)], 6, True),
@@ -264,6 +266,7 @@ def lives(draw: st.DrawFn) -> list[Rank]:
         machines = draw(st.integers(1, 2))
         kind = draw(st.sampled_from(["slurm", "master", "id"] if machines > 1 else ["parent", "id", "slurm"]))
         begin = draw(st.integers(0, 2000))
+        pooled = None  # when the processes of the next life were started, if before the last one ended
         for _ in range(draw(st.integers(1, 3))):  # restarts by one launcher
             number, size = next(numbers), draw(st.integers(2, 6))
             launch = {"slurm": {**SLURM, "SLURM_JOB_ID": str(launcher)}, "master": MASTER}.get(kind, {})
@@ -290,8 +293,9 @@ def lives(draw: st.DrawFn) -> list[Rank]:
                         parent=f"{launcher}@1/{launcher}",
                     ),
                 )
-                spawned = begin + draw(st.integers(0, 90))
+                spawned = (begin if pooled is None else pooled) + draw(st.integers(0, 90))
                 ranks.append(Rank(number, info, spawned, claims[rank], end, not killed))
+            pooled = begin if killed and machines == 1 and draw(st.booleans()) else None
             begin = end + 1 + draw(st.integers(0, 1000))
     return ranks
 
