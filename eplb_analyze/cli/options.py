@@ -95,7 +95,10 @@ Start = Annotated[
     typer.Option("--start", help="Steps to the first rearrangement; default: as the engine.", metavar="N,N…"),
 ]
 NumGroups = Annotated[
-    int, typer.Option("--num-groups", help="Groups of experts that the model has, for policies.", min=1)
+    int | None,
+    typer.Option(
+        "--num-groups", help="Groups of experts that the model has; default: as recorded, else 1.", min=1
+    ),
 ]
 CostPerExpertMs = Annotated[
     float | None,

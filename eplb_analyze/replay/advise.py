@@ -19,7 +19,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
-from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments
+from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments, not_due
 from eplb_analyze.replay.simulator import NotReplayableError
 from eplb_analyze.text import plural
 
@@ -29,6 +29,9 @@ TRAINING = 0.6
 GOOD_ENOUGH = 0.8
 #: A gain below this share of the time is not worth a change.
 MIN_GAIN = 0.02
+#: A change is advised if the gain is above 0 by so many standard errors: one verdict in 2,000 is by chance,
+#: because a verdict is asked for about every run.
+SURE = 3.3
 #: With fewer steps there is no verdict.
 MIN_SCORED = 64
 
@@ -65,8 +68,11 @@ class Advice(RunReport):
     """
 
     verdict: Verdict
-    #: Why, in sentences; for ``not enough data``, what is missing.
+    #: Why, in sentences; for ``not enough data``, what is missing. If the load balancer does not work, that
+    #: comes first.
     reasons: list[str]
+    #: What is wrong with the load balancer, also the first of the reasons; None: nothing that is known.
+    fault: str | None = None
     #: The best setting of the training part, whatever the verdict; None if none could be tried.
     best: Judged | None = None
     today: Judged | None = None
@@ -99,6 +105,7 @@ class Advice(RunReport):
             {
                 "verdict": self.verdict,
                 "reasons": self.reasons,
+                "fault": self.fault,
                 "advised": self.best if self.verdict in CHANGES else None,
                 "best": self.best,
                 "today": self.today,
@@ -129,7 +136,7 @@ def advise(
     steps: tuple[int, int] | None = None,
     *,
     min_gain: float = MIN_GAIN,
-    num_groups: int = 1,
+    num_groups: int | None = None,
     cost_per_expert_ms: float | None = None,
     workers: int | None = None,
 ) -> Advice:
@@ -152,14 +159,39 @@ def advise(
         )  # fmt: skip
     except NotReplayableError as missing:
         return Advice(*names, "not enough data", [str(missing)], min_gain=min_gain)
-    return TrainTestSplit(played, min_gain, run.info.engine).advice()
+    return TrainTestSplit(played, min_gain, run.info.engine, out_of_order(run, played)).advice()
+
+
+#: With so many rearrangements due and none made, the load balancer has stopped.
+STOPPED = 2
+
+
+def out_of_order(run: Run, played: Replay) -> str | None:
+    """What is wrong with a load balancer that is on and does not rearrange; None: nothing, or not known."""
+    today, test = played.recorded, played.self_test
+    if today.enabled is False or today.interval is None or not run.placements_recorded:
+        return None
+    every = f"a rearrangement is due every {plural(today.interval, 'step')}"
+    changes = run.history.rearrangements()
+    if not changes:
+        if not_due(run) is not None:
+            return None
+        text = f"EPLB NEVER ACTED: {every}, and no placement changed"
+    elif test is not None and test.missed >= STOPPED:
+        text = f"EPLB STOPPED ACTING: {every}, and no placement changed after step {changes[-1].last_step}"
+    else:
+        return None
+    if test is not None and test.time_saved.is_significant and test.time_saved.value > 0:
+        text += f"; as configured, it would have saved {test.time_saved.value:.1%} of the time"
+    return f"{text}. Find out why before you change its setting"
 
 
 class TrainTestSplit:
     """A replay split into steps for choosing a setting and steps for judging it."""
 
-    def __init__(self, played: Replay, min_gain: float, engine: str | None) -> None:
-        self.played, self.min_gain, self.engine = played, min_gain, engine
+    def __init__(self, played: Replay, min_gain: float, engine: str | None, fault: str | None = None) -> None:
+        """``fault``: what is wrong with the load balancer, which is said before anything else."""
+        self.played, self.min_gain, self.engine, self.fault = played, min_gain, engine, fault
         scores = played.scores
         columns = len(scores.step)
         cut = int(TRAINING * columns)
@@ -171,6 +203,9 @@ class TrainTestSplit:
         missing = self._missing()
         if missing:
             return self._verdict("not enough data", [missing])
+        test = played.self_test
+        if test is not None and test.doubt is not None and not self.fault:
+            return self._verdict("not enough data", [test.doubt])
         candidates = [i for i in range(len(played.outcomes)) if self._is_candidate(i)]
         if not candidates:
             steps = self.split - played.first_step
@@ -180,11 +215,12 @@ class TrainTestSplit:
             return self._verdict("not enough data", [text + "a longer recording, or a shorter --interval"])
         gains = {i: self._gain(i, self.training) for i in candidates}
         best = self._choose(gains)
-        gain = self._interval(best)
-        if gain is None:
+        judged = self._interval(best)
+        if judged is None:
             text = f"fewer than {MIN_STEPS} steps with tokens are left to judge a setting on"
             return self._verdict("not enough data", [text])
-        verdict, reason = self._judge(gain, played.outcomes[best].setting)
+        gain, error = judged
+        verdict, reason = self._judge(gain, gain.value > SURE * error, played.outcomes[best].setting)
         return self._verdict(verdict, [reason], best, gain, gains[best])
 
     def _missing(self) -> str | None:
@@ -256,18 +292,22 @@ class TrainTestSplit:
             return None
         return 1e3 * saved * seconds / more
 
-    def _interval(self, index: int) -> Interval | None:
-        """The gain in the judged part, resampled as one series because both settings saw the same steps."""
+    def _interval(self, index: int) -> tuple[Interval, float] | None:
+        """The gain in the judged part, and its standard error.
+
+        Resampled as one series, because both settings saw the same steps.
+        """
         ratio, cost = self._ratio(index, self.judging), self._cost(index, self.judging)
         some = ratio.denominator > 0
         ratio = Ratio(ratio.numerator[some], ratio.denominator[some])
         if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
             return None
         drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
-        return Interval.of(ratio.value - cost, drawn - cost)
+        return Interval.of(ratio.value - cost, drawn - cost), float(drawn.std())
 
-    def _judge(self, gain: Interval, best: Setting | None) -> tuple[Verdict, str]:
-        if not gain.is_significant:
+    def _judge(self, gain: Interval, sure: bool, best: Setting | None) -> tuple[Verdict, str]:
+        """``sure``: the gain is above 0 beyond doubt."""
+        if not sure and not (gain.is_significant and gain.value < 0):
             if best is not None and best.policy == STATIC:
                 return "leave", "no other setting gains anything; to rearrange nothing would be as good"
             return "leave", "the best other setting gains nothing beyond chance"
@@ -302,7 +342,8 @@ class TrainTestSplit:
             played.run_id,
             played.model,
             verdict,
-            reasons,
+            reasons if self.fault is None else [self.fault, *reasons],
+            fault=self.fault,
             best=None if best is None else self._judged(played.outcomes[best], played.rows[best]),
             today=self._judged(played.today, TODAY),
             gain=gain,
@@ -334,5 +375,5 @@ class TrainTestSplit:
             return []
         return [
             f"replicas did not share their tokens evenly: {100 * (measured - even):.1f} points of the idle "
-            "fraction come from that, more than the gain, which takes even splitting for granted"
+            "fraction come from that, more than the gain, which assumes that each token goes to any replica"
         ]

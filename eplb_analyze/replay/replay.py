@@ -15,10 +15,13 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_of_configurations
 from eplb_analyze.reader.lost import lost_in, remaining
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.replay.dispatch import Dispatch
 from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
+from eplb_analyze.replay.selftest import UNKNOWN_GROUPS, RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
-from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
+from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, num_nodes, recorded
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64, Shape
@@ -148,9 +151,13 @@ class Replay(RunReport):
     #: The time of these steps and of those between sampled ones, from ``step_seconds``.
     seconds: float | None
     cost_per_expert_ms: float | None
-    #: The recorded placements, with tokens split evenly over replicas as in all settings.
+    #: The recorded placements, with tokens dealt to replicas as in all settings.
     today: Outcome
-    #: As recorded, with tokens split as they were.
+    #: How tokens are dealt to replicas.
+    dispatch: Dispatch
+    #: The recorded setting replayed; None if it is not known, or there are too few steps.
+    self_test: SelfTest | None
+    #: As recorded, with tokens where they went.
     measured_balancedness: float | None
     measured_idle_fraction: float | None
     outcomes: list[Outcome]
@@ -177,6 +184,8 @@ class Replay(RunReport):
                     "balancedness": self.measured_balancedness,
                     "idle_fraction": self.measured_idle_fraction,
                 },
+                "dispatch": {"in_rounds": self.dispatch.in_rounds},
+                "self_test": None if self.self_test is None else self.self_test.to_json(),
                 "today": self.today.to_json() | _stated(self.recorded),
                 "settings": [o.to_json() | {"as_recorded": o.setting == own} for o in self.outcomes],
                 "notes": self.notes,
@@ -189,7 +198,7 @@ def replay_run(
     choices: Choices | Sequence[Setting] | None = None,
     steps: tuple[int, int] | None = None,
     *,
-    num_groups: int = 1,
+    num_groups: int | None = None,
     cost_per_expert_ms: float | None = None,
     workers: int | None = None,
     keep_placements: bool = False,
@@ -199,6 +208,7 @@ def replay_run(
     Args:
         choices: a grid of settings, or the settings themselves; default: the grid that suits the run.
         num_groups: of experts, as the model has them: policies keep a group on one node if they can.
+            Default: what the engine stated, else one.
         cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.
         workers: threads; the result does not depend on them. Default: one for each core.
         keep_placements: also return all placements, which takes memory.
@@ -211,19 +221,34 @@ def replay_run(
 
     def play() -> Replay:
         part = last_steps(run, steps)
-        own = run.serving_only()
-        today = recorded(own, part.shape)
-        settings, notes = _settings(own, today, choices, part.recorded * run.info.interval)
-        named = [(setting, policy.named(setting.policy)) for setting in settings]
+        serving = run.serving_only()
+        today = recorded(serving, part.shape)
+        settings, notes = _settings(serving, today, choices, part.recorded * run.info.interval)
+        tried, own = len(settings), today.setting()
+        if own is not None and own not in settings:  # replayed, too, as a test
+            settings = [*settings, own]
+        groups = num_groups or today.num_groups
         simulation = Simulation(
-            own, part.steps, part.shape, part.origin, named,
-            recorded_steps=part.recorded, num_groups=num_groups,
+            serving, part.steps, part.shape, part.origin,
+            [(setting, policy.named(setting.policy)) for setting in settings],
+            recorded_steps=part.recorded, num_groups=groups or 1,
+            num_nodes=lambda ep_size: num_nodes(serving, today, ep_size),
         )  # fmt: skip
         if keep_placements:
-            for played in simulation.setting_runs:
-                played.kept = list(played.placed)
+            for each in simulation.setting_runs[:tried]:
+                each.kept = list(each.placed)
+        test = None if own is None else RecordedSettingTest(simulation, settings.index(own), today)
         simulation.play(workers)
-        return _result(simulation, part, today, cost_per_expert_ms, [*part.notes, *notes])
+        tested = None if test is None else test.result(groups)
+        ranks = part.shape.ep_size
+        nodes = num_nodes(serving, today, ranks)
+        ignored = None if groups is None else policy.ungrouped(nodes, groups)
+        notes = [*part.notes, *notes, *uneven_nodes(ranks, run.info.ranks_per_node), *filter(None, [ignored])]
+        if tested is not None and tested.doubt is not None:
+            notes.insert(0, tested.doubt)
+        elif today.policy is not None and tested is None and groups is None and nodes > 1:
+            notes.append(UNKNOWN_GROUPS)
+        return _result(simulation, part, today, tested, tried, cost_per_expert_ms, notes)
 
     return run.retry_without_damaged(play)
 
@@ -237,14 +262,20 @@ def _settings(
 
 
 def _result(
-    simulation: Simulation, part: ReplayedSteps, today: Recorded, cost_ms: float | None, notes: list[str]
+    simulation: Simulation,
+    part: ReplayedSteps,
+    today: Recorded,
+    tested: SelfTest | None,
+    tried: int,
+    cost_ms: float | None,
+    notes: list[str],
 ) -> Replay:
     run, scores = simulation.run, simulation.scores
     seconds = None
     if part.step_seconds is not None:
         seconds = part.step_seconds * simulation.scored * run.info.interval
     as_today = _today(simulation)
-    outcomes = [_outcome(simulation, row) for row in range(len(simulation.setting_runs))]
+    outcomes = [_outcome(simulation, row) for row in range(tried)]
     if cost_ms is not None:
         as_today = replace(as_today, cost_seconds=as_today.weights_moved_busiest_rank * cost_ms / 1e3)
     outcomes = [_against(outcome, as_today, seconds, cost_ms) for outcome in outcomes]
@@ -273,6 +304,8 @@ def _result(
         seconds=seconds,
         cost_per_expert_ms=cost_ms,
         today=as_today,
+        dispatch=simulation.dispatch,
+        self_test=tested,
         measured_balancedness=scores.balancedness_of(MEASURED),
         measured_idle_fraction=scores.idle_fraction_of(MEASURED),
         outcomes=[outcomes[row] for row in order],

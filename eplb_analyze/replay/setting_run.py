@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +102,8 @@ class SettingRun:
         self.placed: Placed = [(-1, placement)]
         #: All placements, if asked for.
         self.kept: Placed | None = None
+        #: Called with each rearrangement: the step from which it holds, and the placement.
+        self.on_move: Callable[[int, Int32], None] | None = None
         self._policy, self._nodes, self._groups = policy, num_nodes, num_groups
         self._first = origin + (setting.start or 0)
 
@@ -123,6 +125,8 @@ class SettingRun:
             new = policies.place(self._policy, Problem(weight, *size, current, self._experts))
             self.moves.append(Move.of(step, current, new, self.setting.ep_size, weight.shape[1]))
             self.placed.append((step, new))
+            if self.on_move is not None:
+                self.on_move(step, new)
         if self.kept is not None:
             self.kept += self.placed[1:]
 

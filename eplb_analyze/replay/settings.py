@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from eplb_analyze.errors import UsageError
+from eplb_analyze.metrics.formulas import Float64, sglang
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import plural
-from eplb_dump.format.journal import Shape
+from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import MAX_EXPERTS
 
 #: The policy that keeps the placement in force.
@@ -52,10 +56,17 @@ class Recorded:
     start: int | None
     #: Whether the engine balances; None: it does not say.
     enabled: bool | None
+    #: The groups of experts and the nodes that the engine gives its policy.
+    num_groups: int | None = None
+    num_nodes: int | None = None
+    #: The engine rearranges only if the utilization is at most this; None: always.
+    max_utilization: float | None = None
 
     def setting(self) -> Setting | None:
-        """The setting to replay, if all of it is known."""
+        """The setting to replay, if all of it is known; None also if the engine skips rearrangements."""
         if self.policy is None or self.interval is None or self.window is None or self.start is None:
+            return None
+        if self.max_utilization is not None or self.enabled is False:
             return None
         shape = self.num_redundant_experts, self.ep_size
         return Setting(self.policy, *shape, self.interval, self.window, self.start)
@@ -70,7 +81,8 @@ def recorded(run: Run, shape: Shape) -> Recorded:
     stated = run.sessions[0].info.engine_config
     config: dict[str, Any] = stated if isinstance(stated, dict) else {}
     redundant = shape.num_physical_experts - run.info.num_logical_experts
-    policy = interval = window = start = enabled = None
+    policy = interval = window = start = enabled = max_utilization = None
+    groups, nodes = _count(config.get("num_expert_groups")), _count(config.get("num_nodes"))
     if run.info.engine == "vllm":
         eplb = config.get("eplb_config")
         eplb = eplb if isinstance(eplb, dict) else {}
@@ -78,10 +90,17 @@ def recorded(run: Run, shape: Shape) -> Recorded:
         interval, window = _count(eplb.get("step_interval")), _count(eplb.get("window_size"))
     elif run.info.engine == "sglang":
         enabled = config.get("enable_eplb") if isinstance(config.get("enable_eplb"), bool) else None
-        known = ("auto", "deepseek", "deepseek_hierarchical")
-        policy = "sglang" if config.get("eplb_algorithm") in known else None
+        algorithm = config.get("eplb_algorithm")
+        policy = "sglang" if algorithm in ("auto", "deepseek", "deepseek_hierarchical") else None
+        if algorithm == "deepseek":  # never hierarchical
+            groups = 1
+        nodes = _count(config.get("nnodes"))
+        interval = _count(config.get("eplb_rebalance_num_iterations"))
         # Its buffer of loads is as long as the interval unless set otherwise.
-        interval = window = _count(config.get("eplb_rebalance_num_iterations"))
+        window = _count(config.get("expert_distribution_recorder_buffer_size")) or interval
+        threshold = config.get("eplb_min_rebalancing_utilization_threshold")
+        if isinstance(threshold, int | float) and not math.isclose(threshold, 1):  # as EPLBManager
+            max_utilization = float(threshold)
     if interval is None and enabled is not False:
         first, _ = run.step_range
         steps = [change.first_step for change in run.history.rearrangements()]
@@ -90,7 +109,17 @@ def recorded(run: Run, shape: Shape) -> Recorded:
         start = steps[0] - (first or 0) if steps else None
     if interval is not None and start is None:
         start = first_rearrangement(run.info.engine, interval)
-    return Recorded(policy, redundant, shape.ep_size, interval, window, start, enabled)
+    return Recorded(
+        policy, redundant, shape.ep_size, interval, window, start, enabled, groups, nodes, max_utilization
+    )
+
+
+def num_nodes(run: Run, today: Recorded, ep_size: int) -> int:
+    """The nodes of so many ranks; one if their number is not known or does not divide the ranks."""
+    if today.num_nodes is not None and ep_size == today.ep_size:
+        return today.num_nodes if ep_size % today.num_nodes == 0 else 1
+    on_node = run.info.ranks_per_node
+    return ep_size // on_node if on_node and ep_size % on_node == 0 else 1
 
 
 def first_rearrangement(engine: str | None, interval: int) -> int:
@@ -213,7 +242,47 @@ def not_due(run: Run) -> str | None:
     """Why the engine had no reason to rearrange yet; None also if it says that it does not balance."""
     info = run.info
     setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
-    return None if setting.enabled is False else why_not_due(*run.step_range, setting.interval, setting.start)
+    if setting.enabled is False:
+        return None
+    return why_not_due(*run.step_range, setting.interval, setting.start) or _too_balanced(run, setting)
+
+
+#: SGLang judges the mean over at most so many steps (``EPLB_BALANCEDNESS_WINDOW_SIZES``).
+UTILIZATION_STEPS = 1000
+
+
+def _too_balanced(run: Run, setting: Recorded) -> str | None:
+    """Why an engine with a threshold of utilization never rearranged; None: it should have.
+
+    SGLang compares the mean of its balancedness over the steps since a rearrangement was due last.
+    """
+    limit, interval, start = setting.max_utilization, setting.interval, setting.start
+    if limit is None or interval is None or start is None:
+        return None
+
+    def utilization() -> tuple[Int64, Float64]:
+        parts = [(block.recorded, sglang(run.terms(block))) for block in run.blocks()]
+        return np.concatenate([s for s, _ in parts]), np.concatenate([v for _, v in parts])
+
+    steps, values = run.retry_without_damaged(utilization)
+    if not len(steps):
+        return None
+    # The rearrangement, counted from 0, that the engine judges each step for.
+    origin = int(steps[0]) + start
+    judged = (steps - origin) // interval + 1
+    due = origin + judged * interval
+    counts = (judged >= 0) & (due <= steps[-1]) & (steps >= due - UTILIZATION_STEPS) & ~np.isnan(values)
+    if not counts.any():
+        return None
+    _, group = np.unique(judged[counts], return_inverse=True)
+    least = float((np.bincount(group, values[counts]) / np.bincount(group)).min())
+    if least <= limit:
+        return None
+    return (
+        f"No placement changed: the engine rearranges only if the utilization is at most {limit:g} "
+        f"(eplb_min_rebalancing_utilization_threshold), and it was at least {least:.3f} whenever a "
+        "rearrangement was due."
+    )
 
 
 def why_not_due(first: int | None, last: int | None, interval: int | None, start: int | None) -> str | None:

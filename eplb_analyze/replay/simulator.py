@@ -2,13 +2,14 @@
 
 The loads of a block are folded to logical experts once for all settings. When a setting rearranges, its
 policy sees the sums over the steps of a window before, and nothing else. Every step is scored with the tokens
-of an expert split evenly over its replicas. :mod:`eplb_analyze.replay.replay` turns scores into figures.
+of an expert dealt to its replicas as in :mod:`eplb_analyze.replay.dispatch`.
+:mod:`eplb_analyze.replay.replay` turns scores into figures.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -21,9 +22,10 @@ from eplb_analyze.parallel import split_range
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.placements import LayerHistory, even_shares, fold
+from eplb_analyze.reader.placements import LayerHistory, fold
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.replay.dispatch import Dispatch, Spread, random_bits, rank_loads, replica_draws
 from eplb_analyze.replay.scores import ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, MEASURED, Scores
 from eplb_analyze.replay.setting_run import PrefixSums, SettingRun
 from eplb_analyze.replay.settings import Setting
@@ -31,8 +33,11 @@ from eplb_dump.format.journal import Int32, Int64, Shape
 
 #: The bound is computed from sums over steps: about this many for each run, counting each layer's.
 BOUND_SUMS = 1 << 17
-#: Multiplications in one product; OpenBLAS starts threads at twice as many.
-SMALL_PRODUCT = 1 << 17
+#: How tokens are dealt to replicas is measured in so many steps.
+DISPATCH_STEPS = 256
+#: A short run's tokens are dealt several times, so that about this many layers of steps are dealt.
+DEALS = 1 << 15
+MAX_REPEATS = 16
 
 #: Number of slots and of EP ranks.
 Size = tuple[int, int]
@@ -51,6 +56,7 @@ class Simulation:
         bounds: lower bound of the tokens of the busiest ranks, summed over layers and steps, by size.
         scored, left_out: complete steps scored, and those without a known placement.
         first_step, last_step: of the steps scored.
+        dispatch: how tokens are dealt to replicas, as measured in the recorded loads.
         unplaced: tokens on slots that hold no expert, which only ``MEASURED`` counts.
     """
 
@@ -63,18 +69,20 @@ class Simulation:
         settings: Sequence[tuple[Setting, Policy]],
         *,
         recorded_steps: int,
+        num_nodes: Callable[[int], int],
         num_groups: int = 1,
     ) -> None:
         """
         Args:
             origin: the step that the starts of settings are counted from.
             recorded_steps: about how many steps are complete.
+            num_nodes: the number of nodes, given the EP size.
             num_groups: of experts, as the model has them.
 
         Raises:
             NotReplayableError: the placement of a layer is not known in any step.
         """
-        self.run, self.steps, self.shape = run, steps, shape
+        self.run, self.steps, self.shape, self.num_nodes = run, steps, shape, num_nodes
         self.layers, self.experts = run.info.num_layers, run.info.num_logical_experts
         self.histories = [run.history.layer(i) for i in range(self.layers)]
         self._known_from = self._first_known()
@@ -86,7 +94,7 @@ class Simulation:
                 policy,
                 self._initial_placement(s),
                 origin,
-                _nodes(run, s.ep_size),
+                num_nodes(s.ep_size),
                 num_groups,
                 self.in_layer,
             )
@@ -98,8 +106,10 @@ class Simulation:
             sizes.add((shape.num_physical_experts, shape.ep_size))
         self.bounds: dict[Size, float] = dict.fromkeys(sorted(sizes), 0.0)
         self.bound_steps = max(1, recorded_steps * self.layers // BOUND_SUMS)
+        self.repeats = max(1, min(MAX_REPEATS, DEALS // max(1, recorded_steps * self.layers)))
         self.first_step = self.last_step = -1
         self.scored = self.left_out = self.unplaced = 0
+        self.dispatch = Dispatch()
 
     def _first_known(self) -> int:
         """The first step from which the placements of all layers are known."""
@@ -135,6 +145,7 @@ class Simulation:
 
         The result does not depend on the number of threads.
         """
+        self.dispatch = self._recorded_dispatch()
         past = PrefixSums(self.layers, self.experts, self.steps.first)
         longest = max((own.window for own in self.setting_runs), default=0)
         last = self.steps.first - 1
@@ -156,6 +167,22 @@ class Simulation:
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
+
+    def _recorded_dispatch(self) -> Dispatch:
+        """As measured in the first steps; tokens are independent if these have no replicas."""
+        found, left = Spread(self.run.info.token_replication), DISPATCH_STEPS
+        for block in self.run.blocks(self.steps):
+            steps = self._with_placement(block)[:left]
+            left -= len(steps)
+            parts = block.load_parts(steps, 0, self.layers) if len(steps) else ()
+            for first, loads in parts:
+                for layer, load in enumerate(loads.transpose(1, 0, 2), first):
+                    for period, slots in self.histories[layer].periods(steps):
+                        if slots is not None:
+                            found.add(load[period], slots)
+            if not left:
+                break
+        return found.dispatch()
 
     def _with_placement(self, block: Block) -> Int64:
         """The block's complete steps in which the placement of every layer is known."""
@@ -182,43 +209,38 @@ class Simulation:
 
     def _score_layer(self, loads: _LogicalLoads, layer: int) -> tuple[Float64, list[float]]:
         """Of one layer, the sums of :class:`Scores` but for ``ACTIVE``, and the bound of each size."""
-        steps, load = loads.steps, loads.logical[layer].astype(np.float64)
+        steps, load = loads.steps, loads.logical[layer]
         changes = self.histories[layer].periods(steps)
         today = [(int(steps[period.start]), slots) for period, slots in changes if slots is not None]
         placed = [[(step, slots[layer]) for step, slots in own.placed] for own in self.setting_runs]
         terms = np.zeros((4, len(placed) + 2, len(steps)))
         maximum, mean = terms[MAXIMUM], terms[MEAN]
+        inverse = np.zeros(maximum.shape)
         edges = {*range(0, len(steps), self.bound_steps), len(steps)}
-        for row, placements in enumerate([*placed, today]):
+        every = [*placed, today]
+        # The same bits for all settings, so that as little as possible of a difference is chance.
+        draws = max(replica_draws(slots) for placements in every for _, slots in placements)
+        streams = range(layer, self.repeats * self.layers, self.layers)
+        deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
+        for row, placements in enumerate(every):
             cuts = [0, *np.searchsorted(steps, [step for step, _ in placements[1:]]).tolist(), len(steps)]
             for (_, slots), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
-                    share = even_shares(slots, int(self.scores.ep_size[row]), self.experts)
-                    maximum[row, low:high] = _product(load[low:high], share).max(axis=1)
+                    maximum[row, low:high], inverse[row, low:high] = self.dispatch.busiest_rank(
+                        load[low:high],
+                        slots,
+                        int(self.scores.ep_size[row]),
+                        deals[:, low:high],
+                    )
             edges.update(cuts)
         maximum[MEASURED] = loads.measured[layer]
-        mean[:] = load.sum(axis=1) / self.scores.ep_size[:, None]
+        mean[:] = load.sum(axis=1, dtype=np.int64) / self.scores.ep_size[:, None]
         mean[MEASURED] = loads.tokens[layer] / self.shape.ep_size
-        np.divide(mean, maximum, out=terms[BALANCEDNESS], where=maximum > 0)
+        np.divide(1, maximum[MEASURED], out=inverse[MEASURED], where=maximum[MEASURED] > 0)
+        terms[BALANCEDNESS] = mean * inverse
         # No placement changes within a sum, so the bound of its busiest rank is one of its steps together.
-        sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0)
+        sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0, dtype=np.float64)
         return terms, [float(policies.lower_bound(sums, *size).sum()) for size in self.bounds]
-
-
-def _product(load: Float64, share: Float64) -> Float64:
-    """``load @ share``, a few rows at a time.
-
-    For such small products the linear algebra library starts no threads, which would compete with ours, and
-    they fit the processor's caches.
-    """
-    out = np.empty((len(load), share.shape[1]))
-    rows = max(1, SMALL_PRODUCT // share.size)
-    whole = len(load) - len(load) % rows
-    np.matmul(
-        load[:whole].reshape(-1, rows, len(share)), share, out=out[:whole].reshape(-1, rows, out.shape[1])
-    )
-    np.matmul(load[whole:], share, out=out[whole:])
-    return out
 
 
 class _LogicalLoads:
@@ -247,7 +269,7 @@ class _LogicalLoads:
                 self.tokens[layer] = load.sum(axis=1)
                 # No sum of these is larger. int32 halves the memory of a block, 120 MB for a large model.
                 narrow = load.astype(np.int32) if self.tokens[layer].max() < 2**31 else load
-                self.measured[layer] = _by_rank(narrow, ranks).max(axis=1)
+                self.measured[layer] = rank_loads(narrow, ranks).max(axis=1)
                 out = np.empty((len(load), self._experts), narrow.dtype)
                 for period, slots in self._histories[layer].periods(self.steps):
                     assert slots is not None
@@ -255,20 +277,6 @@ class _LogicalLoads:
                 unplaced += int(self.tokens[layer].sum() - out.sum(dtype=np.int64))
                 self.logical[layer] = out
         return unplaced
-
-
-def _by_rank(load: npt.NDArray[Any], ranks: int) -> npt.NDArray[Any]:
-    """Sum loads ``[steps, slots]`` by rank, four times as fast as along the last axis."""
-    slots = load.reshape(len(load), ranks, -1)
-    total = slots[:, :, 0].copy()
-    for slot in range(1, slots.shape[2]):
-        total += slots[:, :, slot]
-    return total
-
-
-def _nodes(run: Run, ep_size: int) -> int:
-    on_node = run.info.ranks_per_node
-    return ep_size // on_node if on_node and ep_size % on_node == 0 else 1
 
 
 def _cores() -> int:

@@ -29,9 +29,12 @@ _MOE_ARGUMENTS = (
     "eplb_algorithm",
     "eplb_rebalance_num_iterations",
     "eplb_rebalance_layers_per_chunk",
+    "eplb_min_rebalancing_utilization_threshold",
     "ep_num_redundant_experts",
     "ep_dispatch_algorithm",
     "expert_distribution_recorder_mode",
+    "expert_distribution_recorder_buffer_size",
+    "init_expert_location",
     "moe_a2a_backend",
     "deepep_mode",
     "elastic_ep_backend",
@@ -135,6 +138,7 @@ def _open_writer(
     ep_size = metadata.ep_size
     config = {name: _plain(getattr(moe, name, None)) for name in _MOE_ARGUMENTS}
     config |= {name: _plain(getattr(parallel, name, None)) for name in _PARALLEL_ARGUMENTS}
+    config["num_expert_groups"] = _expert_groups()
     replication = 1 if scattered else ep_size
     if not scattered and parallel.attn_cp_size > 1:
         # Whether the tokens of a prefill are gathered before the MoE depends on the batch.
@@ -166,6 +170,20 @@ def _open_writer(
     key = f"eplb_dump/{model}"
     _writers[model] = open_in_one_run(make, rank=rank, store=store, key=key, logger=logger)
     return _writers[model]
+
+
+def _expert_groups() -> int | None:
+    """The number of expert groups that SGLang's policy is given; None if this version does not say."""
+    from sglang.srt import runtime_context as context
+
+    try:
+        from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+
+        found = ModelConfigForExpertLocation.from_model_config(context.process_model_config())
+        # SGLang balances a model without groups as one group.
+        return int(found.num_groups or 1)
+    except Exception:  # recording goes on without it
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -284,6 +284,9 @@ class _Recorder:
                     for name, value in vars(config.eplb_config).items()
                     if isinstance(value, bool | int | float | str | None)
                 },
+                # What the policy is given beside the loads.
+                "num_expert_groups": getattr(state.model, "num_expert_groups", None),
+                "num_nodes": nodes if place[1] % nodes == 0 else 1,
                 **{name: getattr(config, name, None) for name in _PARALLEL_SIZES},
             },
             token_replication=_token_replication(config),

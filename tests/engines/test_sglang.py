@@ -127,6 +127,9 @@ def test_four_ranks_are_recorded_exactly_and_described(tmp_path: Path) -> None:
     assert (config["expert_distribution_recorder_mode"], config["ep_num_redundant_experts"]) == ("stat", 2)
     assert (config["tp_size"], config["ep_size"], config["nnodes"]) == (4, 4, 1)
     assert (config["enable_eplb"], config["moe_a2a_backend"]) == (False, "none")
+    assert config["eplb_min_rebalancing_utilization_threshold"] == 1.0
+    assert config["expert_distribution_recorder_buffer_size"] == -1
+    assert config["num_expert_groups"] == 1
     assert sorted(s.info.ep_rank for s in run.sessions) == [0, 1, 2, 3]
     assert len({s.info.run_id for s in run.sessions}) == 1
     (start_id,) = {s.info.start_identity.id for s in run.sessions}

@@ -121,6 +121,7 @@ def test_what_is_recorded_is_true(tmp_path: Path, name: str) -> None:
     assert info.ranks_per_node == len(ranks)
     config: Any = info.engine_config
     assert config["eplb_config"]["step_interval"] == 10
+    assert (config["num_expert_groups"], config["num_nodes"]) == (1, 1)
     assert config["eplb_config"]["use_async"] is ("--async" in options)
     assert len({p.tobytes() for key, p in ranks[0].items() if key.endswith("model/placement")}) > 1
     if "--draft-layers" in options:

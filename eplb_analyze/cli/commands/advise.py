@@ -33,7 +33,7 @@ def advise(
             max=1,
         ),
     ] = None,
-    num_groups: options.NumGroups = 1,
+    num_groups: options.NumGroups = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     workers: options.Workers = None,

@@ -22,7 +22,7 @@ def replay(
         str | None, typer.Option("--ep-size", help="Numbers of EP ranks.", metavar="N,N…")
     ] = None,
     start: options.Start = None,
-    num_groups: options.NumGroups = 1,
+    num_groups: options.NumGroups = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     top: options.Top = 20,

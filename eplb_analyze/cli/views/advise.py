@@ -23,8 +23,10 @@ STYLES = {
 
 def render(console: Console, advice: Advice) -> None:
     print_heading(console, advice.model, f" · run {advice.run_id}")
+    if advice.fault is not None:
+        print_line(console, (advice.fault, "bold red"))
     print_line(console, "verdict: ", (advice.verdict, STYLES[advice.verdict]))
-    for reason in advice.reasons:
+    for reason in advice.reasons[advice.fault is not None :]:
         print_line(console, reason)
     print_notes(console, advice.notes)
     if advice.best is not None and advice.today is not None:
@@ -75,7 +77,7 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
     tokens = (
         "tokens are not milliseconds: this is the time of the ranks with most tokens, as if a step were "
-        "nothing but its experts, and replicas shared evenly"
+        "nothing but its experts, and each token went to any replica of its expert"
     )
     print_line(console, (tokens, "dim"))
 

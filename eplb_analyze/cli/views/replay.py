@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from eplb_analyze.replay.replay import Outcome, Replay
 
 
+#: From this share of tokens on, the legend says that they are dealt in rounds.
+MOSTLY = 0.5
+
+
 def render(console: Console, result: Replay, top: int = 20) -> None:
     print_heading(console, result.model, f" · run {result.run_id}")
     shape = result.part.shape
@@ -34,19 +38,23 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         legend += "; cost: of moving; net: time saved less what moving costs more than today (! a loss)"
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
+    if result.dispatch.in_rounds >= MOSTLY:
+        legend += "; tokens are dealt to the replicas of an expert in rounds, as recorded"
+    else:
+        legend += "; each token goes to any replica of its expert"
     print_line(console, (legend, "dim"))
 
 
 def _today(console: Console, result: Replay) -> None:
-    """The recorded placements, as measured and with evenly split replicas."""
+    """The recorded placements, as measured and replayed."""
     today, measured = result.today, result.measured_idle_fraction
     listing = table(console, "<today's placements", "balancedness", "idle")
     listing.add_row("as recorded", figure(result.measured_balancedness), percent(measured))
-    listing.add_row("with even splitting", figure(today.balancedness), percent(today.idle_fraction))
+    listing.add_row("replayed", figure(today.balancedness), percent(today.idle_fraction))
     console.print(listing)
     if measured is not None and today.idle_fraction is not None:
         apart = signed(100 * (measured - today.idle_fraction), 1)
-        console.print(f"replicas that share unevenly: {apart} points of idle, which no setting below has")
+        console.print(f"by how replicas shared tokens: {apart} points of idle, which no setting below has")
     if result.cost_per_expert_ms is not None and result.seconds is not None:
         step = 1e3 * (result.part.step_seconds or 0.0)
         console.print(f"these steps took {result.seconds:,.1f} s, {step:,.1f} ms each (the median)")

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_golden, cli, one_error, write
+from helpers import assert_golden, cli, one_error, open_writer, write
 
 from eplb_analyze import open_run
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.replay.advise import Advice, advise
+from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.settings import Choices, Recorded, Setting, engine_arguments
 from eplb_dump import ExpertLoadWriter
@@ -306,3 +307,62 @@ def test_golden(tmp_path: Path, form: str, kind: str) -> None:
 def test_confidence_is_that_of_the_bootstrap(tmp_path: Path) -> None:
     advice: Advice = advise(open_run(record(tmp_path, "steady")), GRID)
     assert advice.to_json()["confidence"] == bootstrap.CONFIDENCE
+
+
+# ---- uniform routing
+
+
+def uniform(root: Path, tokens_per_expert: float, seed: int, *, steps: int = 250, top_k: int = 4) -> Path:
+    """Every token goes to ``top_k`` experts, all sets of them alike; two layers, no redundant experts."""
+    rng, experts = np.random.default_rng(seed), 32
+    with open_writer(root, num_logical_experts=experts, ep_size=8, scope="global") as writer:
+        for step in range(steps):
+            tokens = max(1, round(tokens_per_expert * experts / top_k))
+            if tokens <= 64:
+                chosen = np.argsort(rng.random((2, tokens, experts)), axis=2)[:, :, :top_k].reshape(2, -1)
+                load = np.stack([np.bincount(layer, minlength=experts) for layer in chosen])
+            else:
+                load = rng.multinomial(tokens * top_k, [1 / experts] * experts, 2)
+            writer.record(step, load, np.tile(np.arange(experts), (2, 1)))
+            if step % 100 == 0:
+                writer.flush()
+    return root
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tokens_per_expert", [0.5, 1, 2, 4, 10, 50, 1000])
+def test_uniform_routing_is_left_as_it_is(tmp_path: Path, tokens_per_expert: float, seed: int) -> None:
+    """Redundant experts would seem to help if their tokens could be halved: by 5% at 4 tokens per expert."""
+    advice = advise(open_run(uniform(tmp_path, tokens_per_expert, seed)))
+    assert advice.verdict == "leave"
+    assert advice.replay is not None
+    today = advice.replay.today.idle_fraction
+    for outcome in advice.replay.outcomes:
+        assert outcome.idle_fraction is not None
+        assert today is not None
+        # Random placements of equal experts have equal idle fractions, but for the noise of these steps.
+        assert today - outcome.idle_fraction < 0.04 / max(1, tokens_per_expert) ** 0.5
+
+
+def test_redundant_experts_do_not_help_at_few_tokens(tmp_path: Path) -> None:
+    """The time that they save by replay is that of routing simulated token by token."""
+    rng = np.random.default_rng(0)
+    run = open_run(uniform(tmp_path, 4, 7, steps=1200))
+    setting = Setting("deepseek", 32, 8, 400, 400, 400)
+    played = replay_run(run, [setting], keep_placements=True)
+    assert played.placements is not None
+    today = dealt = 0.0
+    for block in run.blocks():
+        loads = np.concatenate([part for _, part in block.load_parts(block.recorded, 0, 2)], axis=1)
+        for step, load in zip(block.recorded.tolist(), loads, strict=True):
+            placed = next(slots for first, slots in reversed(played.placements[0]) if first <= step)
+            today += load.reshape(2, 8, -1).sum(axis=2).max(axis=1).sum()
+            for layer in range(2):
+                per_slot = np.zeros(64, int)
+                for expert in range(32):
+                    at = np.flatnonzero(placed[layer] == expert)
+                    chosen = at[rng.integers(len(at), size=load[layer, expert])]
+                    np.add.at(per_slot, chosen, 1)
+                dealt += per_slot.reshape(8, -1).sum(axis=1).max()
+    assert played.outcomes[0].time_saved == pytest.approx(1 - dealt / today, abs=0.005)
+    assert -0.03 < 1 - dealt / today < 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,20 +88,29 @@ def logical(step: int) -> Array:
     return out
 
 
-def tokens(loads: Array, slots: Array, ranks: int) -> list[list[float]]:
-    """Tokens of each layer and rank, split evenly over the slots of each expert."""
+#: How often the tokens of a step are dealt for a figure.
+DEALS = 60
+
+
+def tokens(loads: Array, slots: Array, ranks: int, rng: np.random.Generator) -> list[list[int]]:
+    """Tokens of each layer and rank, each token on any of its expert's slots."""
     found = []
     for layer in range(LAYERS):
-        per_rank = [0.0] * ranks
-        row = slots[layer].tolist()
-        for slot, expert in enumerate(row):
-            if expert >= 0:
-                per_rank[slot * ranks // len(row)] += loads[layer, expert] / row.count(expert)
-        found.append(per_rank)
+        per_slot = np.zeros(len(slots[layer]), np.int64)
+        for expert in set(slots[layer].tolist()) - {-1}:
+            at = np.flatnonzero(slots[layer] == expert)
+            per_slot[at] = rng.multinomial(loads[layer, expert], [1 / len(at)] * len(at))
+        found.append(per_slot.reshape(ranks, -1).sum(axis=1).tolist())
     return found
 
 
-def figures(per_step: list[list[list[float]]]) -> tuple[float, float]:
+def dealt(placed: list[tuple[Array, Array]], ranks: int) -> tuple[float, float]:
+    """Balancedness and idle fraction of steps given by logical loads and placement, dealt many times."""
+    rng = np.random.default_rng(0)
+    return figures([tokens(*step, ranks, rng) for _ in range(DEALS) for step in placed])
+
+
+def figures(per_step: list[list[list[int]]]) -> tuple[float, float]:
     """Balancedness and idle fraction of tokens by step, layer and rank."""
     ratios, mean, longest = [], 0.0, 0.0
     for step in per_step:
@@ -143,8 +153,8 @@ def replay_in_loops(setting: Setting) -> tuple[list[tuple[int, Array]], tuple[fl
                 now = policy.POLICIES[setting.policy](problem)
                 placed.append((step, now))
         if step in complete_steps():
-            per_step.append(tokens(logical(step), now, setting.ep_size))
-    return placed, figures(per_step)
+            per_step.append((logical(step), now))
+    return placed, dealt(per_step, setting.ep_size)
 
 
 SETTINGS = [
@@ -171,21 +181,22 @@ def test_settings_agree_with_plain_loops(dump: Path, workers: int) -> None:
         assert [step for step, _ in kept[1:]] == [step for step, _ in placed[1:]]
         for (_, found), (_, true) in zip(kept, placed, strict=True):
             np.testing.assert_array_equal(found, true)
-        assert outcome.balancedness == pytest.approx(balancedness, rel=1e-12)
-        assert outcome.idle_fraction == pytest.approx(idle, rel=1e-12)
+        assert outcome.balancedness == pytest.approx(balancedness, abs=0.005)
+        assert outcome.idle_fraction == pytest.approx(idle, abs=0.005)
         fetched = [moves(a, b, outcome.ep_size) for (_, a), (_, b) in itertools.pairwise(placed)]
         assert [move.weights for move in outcome.moves] == [sum(ranks) for ranks in fetched]
         assert [move.busiest_rank for move in outcome.moves] == [max(ranks) for ranks in fetched]
         assert result.today.idle_fraction is not None
-        assert outcome.idle_fraction_saved == pytest.approx(result.today.idle_fraction - idle, abs=1e-12)
+        saved = result.today.idle_fraction - outcome.idle_fraction
+        assert outcome.idle_fraction_saved == pytest.approx(saved, abs=1e-12)
     idle_fractions = [outcome.idle_fraction or 0.0 for outcome in result.outcomes]
     assert idle_fractions == sorted(idle_fractions)
 
 
 def test_today_has_the_recorded_placements_and_measured_figures(dump: Path) -> None:
     result = replay_run(open_run(dump), SETTINGS[:1])
-    today = figures([tokens(logical(step), placement(step), RANKS) for step in complete_steps()])
-    assert (result.today.balancedness, result.today.idle_fraction) == pytest.approx(today, rel=1e-12)
+    today = dealt([(logical(step), placement(step)) for step in complete_steps()], RANKS)
+    assert (result.today.balancedness, result.today.idle_fraction) == pytest.approx(today, abs=0.005)
     measured = figures(
         [load(step).reshape(LAYERS, RANKS, -1).sum(axis=2).tolist() for step in complete_steps()]
     )
@@ -445,9 +456,11 @@ def test_tokens_on_empty_slots_count_only_as_measured(tmp_path: Path) -> None:
         for step in range(8):
             writer.record(step, np.array([[0, 0, 5, 0, 0, 0], [3, 1, 0, 1, 1, 2]]), slots)
     found = replay_run(open_run(tmp_path), Choices(policies=["static"]))
-    # Layer 0: 2.5 / 5. Layer 1: 4 / 4 as recorded; split evenly, the first rank has 1 + 5 / 2.
+    # Layer 0: 2.5 / 5. Layer 1: 4 / 4 as recorded. Dealt, k of the 5 tokens of expert 0 are on the first
+    # rank, beside one of expert 1, and 5 - k on the second, beside two.
     assert found.measured_balancedness == pytest.approx((0.5 + 1) / 2)
-    assert found.today.balancedness == pytest.approx(4 / 4.5)
+    ways = [math.comb(5, k) / 2**5 * 4 / max(1 + k, 7 - k) for k in range(6)]
+    assert found.today.balancedness == pytest.approx(sum(ways), abs=0.06)  # of 8 steps, dealt 16 times
 
 
 def test_jump_of_step_numbers_costs_no_work(tmp_path: Path) -> None:

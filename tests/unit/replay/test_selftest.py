@@ -1,0 +1,260 @@
+"""The recorded setting replayed: engines that place experts as the replay does, and others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import cli, open_writer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eplb_analyze import open_run
+from eplb_analyze.policies import Problem, named, place
+from eplb_analyze.replay.advise import advise
+from eplb_analyze.replay.replay import Replay, replay_run
+from eplb_analyze.replay.selftest import groups_on_nodes
+
+Array = np.ndarray[Any, Any]
+LAYERS, EXPERTS, REDUNDANT, RANKS = 2, 32, 8, 8
+SLOTS = EXPERTS + REDUNDANT
+
+
+def record(
+    root: Path,
+    *,
+    engine: str = "vllm",
+    nodes: int = 2,
+    groups: int = 8,
+    interval: int = 40,
+    used: int | None = None,
+    window: int | None = None,
+    lag: int = 0,
+    dealt: str = "random",
+    steps: int = 320,
+    **config: Any,
+) -> Path:
+    """Record an engine that places experts by its own policy.
+
+    Args:
+        used: the window of loads that the policy is given, if not what the engine states.
+        lag: steps until each next layer moves, as in an asynchronous engine.
+        dealt: how replicas share tokens: ``random`` or ``rounds``.
+        config: what the engine states beside its interval and window.
+    """
+    rng = np.random.default_rng(22)
+    share = rng.gamma(1, 1, (LAYERS, EXPERTS))
+    share[:, : EXPERTS // 4] *= 4  # hot experts in neighboring groups
+    share /= share.sum(axis=1, keepdims=True)
+    window = window or interval
+    now = np.tile(np.r_[np.arange(EXPERTS), np.arange(REDUNDANT)], (LAYERS, 1)).astype(np.int32)
+    planned, due, past = now, 0, []
+    if engine == "vllm":
+        start = interval // 4
+        stated = {"eplb_config": {"step_interval": interval, "window_size": window, "policy": "default"}}
+    else:
+        start = interval + 1
+        stated = {"enable_eplb": True, "eplb_algorithm": "auto", "eplb_rebalance_num_iterations": interval}
+    with open_writer(
+        root, num_logical_experts=EXPERTS, ep_size=RANKS, ranks_per_node=RANKS // nodes, scope="global",
+        engine=engine, engine_config=stated | config,
+    ) as writer:  # fmt: skip
+        for step in range(steps):
+            if step >= start and (step - start) % interval == 0:
+                weight = np.sum(past[-(used or window) :], axis=0)
+                planned, due = (
+                    place(named(engine), Problem(weight, SLOTS, RANKS, nodes, groups, now)),
+                    step,
+                )
+            now = np.stack([(planned if step >= due + lag * i else now)[i] for i in range(LAYERS)])
+            logical = np.stack([rng.multinomial(6000, row) for row in share])
+            past.append(logical)
+            load = np.zeros((LAYERS, SLOTS), np.int64)
+            for layer, expert in np.ndindex(LAYERS, EXPERTS):
+                at = np.flatnonzero(now[layer] == expert)
+                tokens = int(logical[layer, expert])
+                if dealt == "random":
+                    load[layer, at] = rng.multinomial(tokens, [1 / len(at)] * len(at))
+                else:
+                    load[layer, at] = tokens // len(at) + (np.arange(len(at)) < tokens % len(at))
+            writer.record(step, load, now)
+            if step % 100 == 0:
+                writer.flush()
+    return root
+
+
+def replayed(root: Path, **options: Any) -> tuple[Replay, Any]:
+    result = replay_run(open_run(root), **options)
+    assert result.self_test is not None
+    return result, result.self_test
+
+
+@pytest.mark.parametrize("dealt", ["random", "rounds"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_recorded_setting_gives_the_recorded_placements_and_balancedness(
+    tmp_path: Path, engine: str, dealt: str
+) -> None:
+    record(tmp_path, engine=engine, dealt=dealt, num_expert_groups=8)
+    result, test = replayed(tmp_path)
+    assert result.recorded.num_groups == 8
+    assert (test.doubt, test.missed) == (None, 0)
+    assert test.compared > 5
+    # SGLang's first window lacks a step, because this loop's has no step -1.
+    assert test.same_placements >= test.compared - (engine == "sglang")
+    assert result.measured_balancedness == pytest.approx(test.balancedness, abs=0.004)
+    assert result.measured_balancedness == pytest.approx(test.recorded_balancedness, abs=0.004)
+    assert (result.dispatch.in_rounds > 0.9) == (dealt == "rounds")
+    assert not any("group" in note for note in result.notes)
+
+
+def test_groups_that_are_not_recorded_are_asked_for(tmp_path: Path) -> None:
+    """vLLM keeps groups on nodes; a recording that does not say so is replayed with one group."""
+    record(tmp_path)
+    result, test = replayed(tmp_path)
+    assert test.same_placements == 0
+    assert test.time_saved.low > 0.01
+    assert result.notes[0] == test.doubt
+    assert "supply the number with --num-groups 8" in test.doubt
+    given, right = replayed(tmp_path, num_groups=8)
+    assert (right.doubt, right.same_placements) == (None, right.compared)
+    assert right.balancedness == pytest.approx(right.recorded_balancedness)
+    assert given.notes == []
+
+
+@pytest.mark.parametrize(("engine", "nodes", "groups"), [("sglang", 4, 4), ("vllm", 2, 2), ("sglang", 2, 16)])
+def test_other_engines_and_groups_are_recognized(
+    tmp_path: Path, engine: str, nodes: int, groups: int
+) -> None:
+    record(tmp_path, engine=engine, nodes=nodes, groups=groups, nnodes=nodes)
+    _, test = replayed(tmp_path)
+    assert test.doubt is not None
+    assert f"--num-groups {groups}" in test.doubt
+    assert replayed(tmp_path, num_groups=groups)[1].doubt is None
+
+
+def test_output_says_that_the_replay_differs_above_its_table(tmp_path: Path) -> None:
+    record(tmp_path)
+    done = cli("replay", tmp_path)
+    text = " ".join(done.stdout.split())
+    assert text.index("the replay does not reproduce the recording") < text.index(
+        "the same loads under other"
+    )
+    document = json.loads(cli("replay", tmp_path, "-o", "json").stdout)
+    assert document["self_test"]["holds"] is False
+    advised = json.loads(cli("advise", tmp_path, "-o", "json").stdout)
+    assert (advised["verdict"], advised["advised"], advised["engine_arguments"]) == (
+        "not enough data",
+        None,
+        None,
+    )
+    assert "--num-groups 8" in advised["reasons"][0]
+    assert json.loads(cli("advise", tmp_path, "--num-groups", "8", "-o", "json").stdout)["verdict"] == "leave"
+
+
+def test_window_that_is_not_the_engines_is_doubted_if_it_matters(tmp_path: Path) -> None:
+    """The engine says that it balances by 40 steps, and balances by the first ones."""
+    root = tmp_path / "far"
+    record(root, num_expert_groups=1, groups=1, nodes=1, used=10_000)
+    assert replayed(root)[1].doubt is None  # routing is steady: an older window gives as good placements
+    wrong = tmp_path / "wrong"
+    record(wrong, num_expert_groups=8, nodes=2, groups=1)  # says 8 groups, places as if there were one
+    _, test = replayed(wrong)
+    assert test.doubt is not None
+    assert "--window" in test.doubt
+
+
+def test_layers_that_move_late_are_no_reason_to_doubt(tmp_path: Path) -> None:
+    record(tmp_path, lag=9, num_expert_groups=8)
+    _, test = replayed(tmp_path)
+    assert test.doubt is None
+    assert test.same_placements == test.compared > 5
+
+
+def test_recorded_setting_is_tested_if_other_settings_are_asked_for(tmp_path: Path) -> None:
+    record(tmp_path)
+    done = json.loads(cli("replay", "--policy", "static", tmp_path, "-o", "json").stdout)
+    assert {setting["policy"] for setting in done["settings"]} == {"static"}
+    assert done["self_test"]["holds"] is False
+
+
+@pytest.mark.parametrize("stops", [0, 160])
+def test_load_balancer_that_does_not_act_comes_before_other_advice(tmp_path: Path, stops: int) -> None:
+    """The engine says that it rearranges every 40 steps, and does not, or not any more."""
+    rng = np.random.default_rng(1)
+    share = np.where(np.arange(EXPERTS) < 4, 8.0, 1.0)
+    now = np.tile(np.r_[np.arange(EXPERTS), np.arange(REDUNDANT)], (LAYERS, 1)).astype(np.int32)
+    stated = {"eplb_config": {"step_interval": 40, "window_size": 40}, "num_expert_groups": 1}
+    with open_writer(
+        tmp_path,
+        num_logical_experts=EXPERTS,
+        ep_size=RANKS,
+        scope="global",
+        engine="vllm",
+        engine_config=stated,
+    ) as writer:
+        for step in range(400):
+            if step < stops and step >= 10 and (step - 10) % 40 == 0:
+                now = np.roll(now, 1, axis=1)
+            copies = np.bincount(now[0], minlength=EXPERTS)
+            per_slot = (share / copies)[now[0]]
+            writer.record(step, rng.multinomial(8000, per_slot / per_slot.sum(), LAYERS), now)
+            if step % 100 == 0:
+                writer.flush()
+    advice = advise(open_run(tmp_path))
+    assert advice.fault is not None
+    assert advice.reasons[0] == advice.fault
+    assert advice.fault.startswith("EPLB STOPPED ACTING" if stops else "EPLB NEVER ACTED")
+    assert len(advice.reasons) == 2
+    lines = cli("advise", tmp_path).stdout.splitlines()
+    assert lines[1].startswith("EPLB ")
+    assert any(line.startswith("verdict: ") for line in lines[2:])
+
+
+# ---- groups seen in placements
+
+
+def groups_in_loops(placements: list[Array], experts: int, nodes: int) -> int | None:
+    for groups in range(nodes, experts, nodes):
+        if experts % groups:
+            continue
+        alone = True
+        for slots in placements:
+            for row in slots.tolist():
+                seen: dict[int, set[int]] = {}
+                for slot, expert in enumerate(row):
+                    if expert >= 0:
+                        seen.setdefault(expert * groups // experts, set()).add(slot * nodes // len(row))
+                alone &= all(len(each) == 1 for each in seen.values())
+        if alone:
+            return groups
+    return None
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    nodes=st.sampled_from([2, 4]),
+    groups=st.sampled_from([4, 8, 12]),
+    shuffled=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_groups_seen_in_placements_are_those_of_plain_loops(
+    seed: int, nodes: int, groups: int, shuffled: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.gamma(0.5, 100, (3, 24)).astype(np.int64)
+    placed = place(named("deepseek"), Problem(weight, 32, 8, nodes, groups))
+    if shuffled:
+        placed = rng.permuted(placed, axis=1)
+    found = groups_on_nodes([placed], 24, nodes)
+    assert found == groups_in_loops([placed], 24, nodes)
+    if not shuffled:
+        assert found is not None
+        assert found <= groups
+
+
+def test_groups_cannot_be_seen_on_one_node() -> None:
+    assert groups_on_nodes([np.array([[0, 1, 2, 3]])], 4, 1) is None
+    assert groups_on_nodes([], 4, 2) is None
