@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Status
+from eplb_dump.format.schema import MAX_CELLS, MAX_EXPERTS, MAX_LAYERS, Status
 from eplb_dump.ring import Buffer, Ring, StagingError
 
 #: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
@@ -155,7 +155,7 @@ class Staging:
         layers, slots = ring.shape
         if self._named_layers not in (None, layers):
             raise StagingError(f"of {layers} layers, but moe_layers names {self._named_layers}")
-        if layers > MAX_LAYERS or slots > MAX_EXPERTS:
+        if layers > MAX_LAYERS or slots > MAX_EXPERTS or layers * slots > MAX_CELLS:
             raise StagingError(f"of {layers} layers × {slots} slots, more than the format holds")
         if self._loads is not None and self._loads.taken:
             self._num_moe_layers = self._loads.shape[0]

@@ -25,7 +25,7 @@ from eplb_analyze.reader.segments import DamagedSegmentError, Parts, reading_fau
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
-from eplb_dump.format.journal import Int64, JournalSegment, PlacementRows, StepRows
+from eplb_dump.format.journal import Int64, JournalSegment, PlacementRows, StepRows, load_shape
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
@@ -41,7 +41,7 @@ from eplb_dump.format.segment import footer
 from eplb_dump.format.session import SessionInfo
 
 #: A segment that decodes to more than this at once is hostile: the writer makes none.
-MAX_DECODED_BYTES = 512 << 20
+MAX_DECODED_BYTES, MAX_LOADS_BYTES = 512 << 20, 1 << 30
 #: What a value takes in a page, at most, with its levels; a short column has some more for its dictionary.
 NUMBER_BYTES, TEXT_BYTES, PAGE_BYTES = 10, 5 + 4 * MAX_PHASE, 64 << 10
 #: A chunk of numbers that is no larger is harmless, and not checked: Zstandard makes at most 16 MiB of it.
@@ -129,14 +129,18 @@ class ParquetSegment:
             self._check_widths(metadata)
         # Not the size that the file claims: a value stored once can stand for any number of values.
         sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
-        if (max(sizes, default=0) if table == "loads" else sum(sizes)) > MAX_DECODED_BYTES:
-            raise FormatError(f"more than {MAX_DECODED_BYTES >> 20} MiB would have to be read at once")
+        at_once, most = sum(sizes), MAX_DECODED_BYTES
+        if table == "loads":  # which is read by row groups
+            at_once, most = max(sizes, default=0), MAX_LOADS_BYTES
+        if at_once > most:
+            raise FormatError(f"more than {most >> 20} MiB would have to be read at once")
 
     def _check_widths(self, metadata: pq.FileMetaData) -> None:
         """Check that the lists have the lengths of the shape before memory is allocated for them."""
         shape = self.shape
         if shape is None or metadata.num_rows % shape.num_moe_layers:
             raise FormatError("its rows are not those of the layers that the manifest says")
+        load_shape((shape.ep_size, shape.num_moe_layers, shape.num_physical_experts), self._info, None)
         wanted = {"rank_load": shape.ep_size, "load": shape.num_physical_experts}
         for group in _groups(metadata):
             for column in _columns(group):

@@ -25,6 +25,7 @@ from eplb_dump.format.files import discard
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     JOURNAL_PATTERN,
+    MAX_CELLS,
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_LOAD,
@@ -82,6 +83,7 @@ class Shape:
             min(self.ep_size, self.num_moe_layers, self.num_physical_experts) < 1
             or self.num_moe_layers > MAX_LAYERS
             or self.num_physical_experts > MAX_EXPERTS
+            or self.num_moe_layers * self.num_physical_experts > MAX_CELLS
             or self.num_physical_experts % self.ep_size != 0
         )
 
@@ -470,6 +472,10 @@ def load_shape(sizes: tuple[int, int, int], info: SessionInfo, earlier: Shape | 
     shape = Shape(*sizes)
     if shape.impossible:
         raise FormatError(f"it holds loads of an impossible shape ({sizes[1]} × {sizes[2]})")
+    if shape.num_moe_layers * info.num_logical_experts > MAX_CELLS:
+        raise FormatError(
+            f"its {shape.num_moe_layers} layers × {info.num_logical_experts} experts are too many"
+        )
     if info.moe_layers is not None and len(info.moe_layers) != shape.num_moe_layers:
         raise FormatError("it holds loads of another number of layers than its session names")
     if earlier not in (None, shape):

@@ -21,6 +21,8 @@ METADATA_KEY = b"eplb_dump"
 EMPTY_SLOT = -1
 #: Larger values are rejected before memory is allocated for them.
 MAX_EXPERTS, MAX_LAYERS = 1 << 16, 1 << 12
+#: Layers times slots, and layers times logical experts: readers hold some arrays with a number for each.
+MAX_CELLS = 1 << 20
 #: Characters of a step's phase.
 MAX_PHASE = 64
 #: The largest count of one forward pass, stored as int32; a larger one is an error of the engine.

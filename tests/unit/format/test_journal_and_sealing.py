@@ -35,7 +35,14 @@ from helpers import (
 )
 
 from eplb_dump.format import frames, journal, segment
-from eplb_dump.format.journal import JournalAppender, JournalSegment, StepRows, UnbegunJournal
+from eplb_dump.format.journal import (
+    JournalAppender,
+    JournalSegment,
+    Shape,
+    StepRows,
+    UnbegunJournal,
+    load_shape,
+)
 from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest, close_manifest
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
@@ -349,6 +356,37 @@ def test_contradictory_journal_is_rejected(tmp_path: Path, content: bytes) -> No
         seal(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("layers", "slots", "experts", "possible"),
+    [
+        (16, 65536, 65536, True),
+        (4096, 256, 256, True),
+        (17, 65536, 6, False),
+        (4096, 258, 6, False),
+        (17, 2, 65536, False),
+        (4097, 2, 2, False),
+        (1, 65538, 2, False),
+    ],
+)
+def test_layers_times_slots_or_experts_are_bounded(
+    layers: int, slots: int, experts: int, possible: bool
+) -> None:
+    """Readers hold arrays of that size."""
+    info = session_info(num_logical_experts=experts)
+    if possible:
+        assert load_shape((2, layers, slots), info, None) == Shape(2, layers, slots)
+    else:
+        with pytest.raises(FormatError, match=r"impossible shape|too many"):
+            load_shape((2, layers, slots), info, None)
+
+
+def test_writer_rejects_loads_of_more_layers_and_slots_than_readers_take(tmp_path: Path) -> None:
+    with open_writer(tmp_path, scope="global") as writer:
+        writer.record(0, np.zeros((17, 65536), np.uint8), None)
+        assert writer.flush(10)
+        assert (writer.stats().seen, writer.stats().rejected) == (1, 1)
 
 
 @pytest.mark.parametrize("narrow", [np.uint8, np.int8, np.int16])
