@@ -1077,7 +1077,7 @@ def test_links_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "what").write_text("hello")
     refused(DumpError, tmp_path / "what", tmp_path, "not of a format known", **LINEAR)
     names = ("no file and no placement", "linear, round_robin, last, unknown")
-    for wrong in (str(tmp_path / "no.json"), "round-robbin"):
+    for wrong in (str(tmp_path / "no.json"), "roundrobin"):
         refused(UsageError, tmp_path / "a.npy", tmp_path, *names, ep_size=2, placement=wrong)
     source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
     (source / "rank1.safetensors").unlink()
