@@ -34,7 +34,7 @@ def open_writer(folder: str | Path, **options: Any) -> ExpertLoadWriter:
 
 def wait_for_room(writer: ExpertLoadWriter) -> None:
     """An engine does not wait; here the producer does, to find the rate at which nothing is dropped."""
-    while writer._loads is not None and writer._loads.used > writer._loads.count // 2:
+    while (ring := writer._staging._loads) is not None and ring.taken - ring.released > ring.count // 2:
         time.sleep(0.0002)
 
 

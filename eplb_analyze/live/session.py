@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from eplb_analyze.live.tail import GrowingFile
 from eplb_analyze.reader.parquet_segment import ParquetSegment
@@ -47,6 +48,8 @@ from eplb_dump.format.session import SessionInfo
 MAX_NEW_BYTES = 64 << 20
 #: How many steps are searched, as a multiple of the wanted ones, if a rank recorded few of them.
 IDLE_FACTOR = 16
+#: Up to so many slots per rank it is faster to add one slot of all ranks after another.
+FEW_SLOTS = 16
 #: What damaged files and file systems raise.
 READ_ERRORS = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
 
@@ -378,7 +381,18 @@ class _Journal(GrowingFile):
         step, _, _, sizes = load_entry(frame)
         shape = load_shape(sizes, self._info, earlier)
         slots = frame.arrays["load"].reshape(shape.num_moe_layers, len(step), shape.ep_size, -1)
-        return step, shape, np.einsum("lnrs->nlr", slots, dtype=np.int64)
+        return step, shape, _sum_slots(slots)
+
+
+def _sum_slots(slots: npt.NDArray[Any]) -> Int64:
+    """Tokens of each rank, int64 ``[steps, layers, ep_size]``, from ``[layers, steps, ep_size, slots]``."""
+    if slots.shape[3] > FEW_SLOTS:
+        summed: Int64 = np.einsum("lnrs->nlr", slots, dtype=np.int64)
+        return summed
+    total: Int64 = slots[..., 0].astype(np.int64)
+    for slot in range(1, slots.shape[3]):
+        total += slots[..., slot]
+    return total.transpose(1, 0, 2)
 
 
 def _batch(rows: StepRows, placements: list[PlacementRows], loads: list[tuple[Int64, Shape, Int64]]) -> Batch:

@@ -298,6 +298,8 @@ class Window:
             return np.empty(0, np.int64), None
         steps = self._complete_steps()
         terms = Terms.concat([terms for _, terms in self._complete])
+        if (np.diff(steps) > 0).all():  # the usual case
+            return steps, terms
         order = np.argsort(steps)
         return steps[order], terms.select(order)
 

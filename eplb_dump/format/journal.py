@@ -124,6 +124,9 @@ class StepRows:
         )
 
     def select(self, mask: npt.NDArray[Any]) -> StepRows:
+        """The rows of an index or a mask; itself if the mask selects all."""
+        if mask.dtype == np.bool_ and mask.all():
+            return self
         return StepRows(
             self.step[mask],
             self.time_ns[mask],
