@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import queue
 import threading
 import time
@@ -83,6 +84,8 @@ class Background:
         self._flushes: list[Latch] = []
         self._opened, self._ended = Latch(), Latch()
         self._logged: set[str] = set()
+        #: The reasons that the sealer has told of.
+        self._faults: set[str] = set()
         self._segments_sealed = self._segments_left_open = 0
         #: For the sealer: journals to seal, metadata to write, and None at the end.
         self._to_seal: queue.SimpleQueue[JournalAppender | SessionInfo | None] = queue.SimpleQueue()
@@ -131,8 +134,11 @@ class Background:
 
     def close(self, timeout: float) -> bool:
         """Close, and wait for it; False if it takes longer than ``timeout`` seconds or something failed."""
+        deadline = time.monotonic() + timeout
         self.request_close()
-        self._ended.wait(timeout)
+        if self._ended.wait(timeout):
+            for thread in (self._drainer, self._sealer):
+                _wait_until_gone(thread, deadline)
         return self.closed_well
 
     def stats(self) -> WriterStats:
@@ -318,7 +324,8 @@ class Background:
         with contextlib.suppress(BaseException):
             self._close_session()
         with contextlib.suppress(BaseException):
-            self._log_notices()  # those that were added after the drainer ended
+            if self.off is None:
+                self._log_notices()  # those that were added after the drainer ended
         self._end()
 
     def _handle(self, item: JournalAppender | SessionInfo | None) -> bool:
@@ -340,7 +347,7 @@ class Background:
         try:
             write()
         except Exception as error:
-            self._log_once(f"session.json could not be synced: {self.folder}: {_reason(error)}")
+            self._note_fault("session.json could not be synced", error)
 
     def _seal(self, journal: JournalAppender) -> None:
         try:
@@ -348,12 +355,22 @@ class Background:
             self._segments_sealed += 1
         except BaseException as error:  # the journal stays readable and can be sealed later
             self._segments_left_open += 1
-            text = "a journal could not be sealed; it stays, and is read as it is"
-            self._log_once(f"{text}: {self.folder}: {_reason(error)}")
+            self._note_fault("a journal could not be sealed; it stays, and is read as it is", error)
         try:
             journal.close()
         except OSError as error:  # it was read for sealing; what could not be read back was not sealed
-            self._log_once(f"a journal could not be closed: {self.folder}: {_reason(error)}")
+            self._note_fault("a journal could not be closed", error)
+
+    def _note_fault(self, text: str, error: BaseException) -> None:
+        """Have a fault of the session's files logged, once.
+
+        By the drainer, later: if the same fault turns recording off, that is said and nothing else. Nor is
+        the same reason repeated for each file that it strikes; what it did is in the accounting.
+        """
+        reason = _reason(error)
+        if reason not in self._faults:
+            self._faults.add(reason)
+            self.notices.append(f"{text}: {self.folder}: {reason}")
 
     def _close_session(self) -> None:
         if self._session is None or self.off is not None or self._segments_left_open:
@@ -362,11 +379,22 @@ class Background:
             manifest.close_manifest(self.folder, self._session.info, dataclasses.asdict(self.stats()))
             self.closed_well = True
         except Exception as error:
-            self._log_once(f"the final accounting could not be written: {self.folder}: {_reason(error)}")
+            self._note_fault("the final accounting could not be written", error)
 
     def _end(self) -> None:
         process.unregister(self)
         self._ended.set()
+
+
+def _wait_until_gone(thread: threading.Thread, deadline: float) -> None:
+    """Wait for the last moments of a thread that is about to end, up to a time of ``time.monotonic``.
+
+    ``Thread.join`` takes locks that are not re-entrant, so a signal handler must not call it. The kernel
+    can be asked without a lock; on systems without /proc this does not wait.
+    """
+    number = thread.native_id
+    while number is not None and os.path.exists(f"/proc/self/task/{number}") and time.monotonic() < deadline:
+        time.sleep(0.0005)
 
 
 def _reason(error: BaseException) -> str:

@@ -114,7 +114,11 @@ class ExpertLoadWriter:
             require_integer("segment_bytes", segment_bytes, 1, MAX_NUMBER),
             require_seconds("segment_seconds", segment_seconds),
         )
-        now, host = time.time_ns(), socket.gethostname()
+        host = socket.gethostname()
+        now, monotonic = (
+            time.time_ns(),
+            time.monotonic_ns(),
+        )  # together: their difference aligns ranks' clocks
         info = SessionInfo(
             run_id=require_run_id(rendezvous.environment_run_id() if run_id is None else run_id) or "",
             model=require_name("model", model),
@@ -124,7 +128,7 @@ class ExpertLoadWriter:
             num_logical_experts=require_integer("num_logical_experts", num_logical_experts, 1, MAX_EXPERTS),
             ep_size=require_integer("ep_size", ep_size, 1, MAX_EXPERTS),
             created_unix_ns=now,
-            created_monotonic_ns=time.monotonic_ns(),
+            created_monotonic_ns=monotonic,
             host=host,
             pid=os.getpid(),
             moe_layers=require_layers(moe_layers),

@@ -282,6 +282,22 @@ def assert_off(writer: ExpertLoadWriter, caplog: pytest.LogCaptureFixture, reaso
     assert len(caplog.records) == 1
 
 
+def test_folder_deleted_while_segments_end_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same fault strikes session.json, a journal to seal, and the next journal."""
+    writer = open_writer(tmp_path / "dumps", segment_steps=2)
+    writer.record(0, load_of(0), map_of())
+    assert writer.flush(60)
+    shutil.rmtree(tmp_path / "dumps")
+    for step in range(2, 5):
+        writer.record(step, load_of(step), map_of())
+    assert not writer.flush(60)
+    assert not writer.close(60)
+    assert_off(writer, caplog, "FileNotFoundError")
+    assert writer.stats().segments_left_open == 1
+
+
 @pytest.mark.parametrize("idle", [False, True])
 def test_deleted_folder_turns_recording_off(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, idle: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 import tempfile
 import threading
@@ -1249,6 +1250,24 @@ def test_journal_write_error_turns_recording_off(
     rows = step_status(writer.folder)
     assert rows == [(step, "recorded") for step in range(3)]
     assert stats.seen - stats.unlisted == len(rows)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_closed_writer_has_no_thread(tmp_path: Path, nested: bool) -> None:
+    """Also when a signal handler closes it that interrupted ``close``."""
+    writer = open_writer(tmp_path)
+    writer.record(None, SMALL, None)
+    background = writer._background
+    if nested:
+        signal.signal(signal.SIGALRM, lambda *_: writer.close(60))
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        assert writer.close(60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert not background._drainer.is_alive()
+    assert not background._sealer.is_alive()
 
 
 @pytest.mark.parametrize("segment_steps", [2048, 64])
