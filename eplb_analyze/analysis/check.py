@@ -154,7 +154,7 @@ def _check_placements(run: Run) -> Iterator[Finding]:
             if twice.any():
                 doubled.append(f"{where}: rank {int(np.flatnonzero(twice.any(axis=1))[0])}")
     if absent:
-        yield Finding("error", "expert_without_slot", f"no slot holds an expert, {_first_of(absent)}")
+        yield Finding("error", "expert_without_slot", f"experts have no slot, {_first_of(absent)}")
     if doubled:
         text = f"a rank holds an expert twice, which balances nothing, {_first_of(doubled)}"
         yield Finding("warning", "replica_on_same_rank", text)

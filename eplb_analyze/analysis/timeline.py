@@ -161,8 +161,8 @@ def _timeline(
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
         notes.append(
-            f"ep_size or the number of slots changed, at step {at}: figures are means of steps, "
-            "and no loads of two shapes are added"
+            f"ep_size or the number of slots changed, or a rank was lost, at step {at}: figures are means "
+            "of steps, and no loads of two shapes are added"
         )
     return Timeline(
         run_id=run.info.run_id,

@@ -153,6 +153,12 @@ class RecordedSettingTest:
                 f"{text}. The engine kept each of {groups} groups of experts on one node, the policy was "
                 f"given {plural(num_groups or 1, 'group')}: supply the number with --num-groups {groups}"
             )
+        if self._simulation.num_nodes(self._today.ep_size) == 1:
+            return (
+                f"{text}. It was replayed on one node, where --num-groups changes nothing. If the engine "
+                "kept expert groups on several nodes, the recording must state `ranks_per_node`; otherwise "
+                "supply --window, --start or --policy"
+            )
         if num_groups is None:
             return f"{text}. The number of expert groups was not recorded: supply it with --num-groups"
         return f"{text}. Supply what the engine's policy had: --num-groups, --window, --start or --policy"

@@ -153,7 +153,12 @@ def _lost(run: Run) -> dict[str, str]:
     for lost in summary.lost_ranks:
         first = lost.steps.first
         text = f"rank {lost.rank} was lost at step {first}, which sums over all ranks cannot show"
-        remedy = f"first copy the steps before (`copy --to PLACE --steps :{first}`)" if first else "keep it"
+        remedy = "keep it"
+        if first:
+            remedy = (
+                f"first copy the steps before (`copy --to PLACE --steps :{first}`, or fewer steps: a copy "
+                f"has whole segments, and none of them may hold step {first})"
+            )
         raise DumpError(f"{run.path}: {text}, so it is not compacted; {remedy}")
     count = steps.count(StepState.INCOMPLETE)
     if not count:

@@ -20,7 +20,7 @@ def render(console: Console, report: SealReport) -> None:
     for removed in report.removed:
         print_line(console, f"removed {removed}: its segment is sealed, with all steps")
     for restored in report.restored:
-        print_line(console, f"restored {restored}, which a power cut had undone")
+        print_line(console, f"restored {restored}, which was missing or could not be read")
     for skipped in report.skipped:
         print_line(console, f"left {skipped.journal}: {skipped.reason}")
     if not (report.sealed or report.removed or report.restored or report.skipped):

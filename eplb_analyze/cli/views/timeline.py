@@ -56,7 +56,7 @@ def render(console: Console, result: Timeline) -> None:
         count = plural(len(result.rearrangements), "rearrangement")
         console.print(f"▲ {count}, at step {listed(result.rearrangements)}")
     if len(result.configurations) > 1:
-        console.print("◆ ep_size or the number of slots changed")
+        console.print("◆ ep_size or the number of slots changed, or a rank was lost")
 
 
 def plot(result: Timeline, width: int) -> list[Text]:

@@ -124,6 +124,13 @@ def test_groups_that_are_not_recorded_are_asked_for(tmp_path: Path) -> None:
     assert given.notes == []
 
 
+def test_groups_are_not_asked_for_on_one_node(tmp_path: Path) -> None:
+    """With one node, a number of groups does not change the placements."""
+    record(tmp_path, num_nodes=1)
+    for groups in (None, 8):
+        assert "`ranks_per_node`" in replayed(tmp_path, num_groups=groups)[1].doubt
+
+
 @pytest.mark.parametrize(("engine", "nodes", "groups"), [("sglang", 4, 4), ("vllm", 2, 2), ("sglang", 2, 16)])
 def test_other_engines_and_groups_are_recognized(
     tmp_path: Path, engine: str, nodes: int, groups: int
