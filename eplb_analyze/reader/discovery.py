@@ -195,6 +195,7 @@ def _span(session: Session) -> Span | None:
     closed = (session.closed or {}).get("closed_unix_ns")
     end = max(steps[1], closed) if isinstance(closed, int) else steps[1]
     return Span(
+        (segments[0].first_step, max(segment.last_step for segment in segments)),
         (session.info.created_unix_ns, end),
         steps,
         (int(first.monotonic_ns.min()), int(last.monotonic_ns.max())),

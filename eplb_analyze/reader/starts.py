@@ -28,6 +28,8 @@ T = TypeVar("T")
 class Span:
     """The beginning and end of a session, in ns: since 1970, and by its machine's monotonic clock."""
 
+    #: Its first and last step.
+    steps: tuple[int, int]
     #: From its creation until it was closed, or else its last step.
     life_unix_ns: tuple[int, int]
     #: From its first to its last step.
@@ -68,9 +70,10 @@ def separate(
     for part in parts:
         if any(a.excludes(b) for a, b in itertools.combinations(part, 2)):
             return _mixed(by_rank)
-    starts = [_Group([found for group in part for found in group.sessions], span_of) for part in parts]
-    if any(start.has_two_engines() for start in starts):
+    whole = [_Group([found for group in part for found in group.sessions], span_of) for part in parts]
+    if any(start.has_two_engines() for start in whole):
         return _mixed(by_rank)
+    starts = [_Group(life, span_of) for start in whole for life in start.lives()]
     return [start.sessions for start in sorted(starts, key=lambda start: start.created_ns)]
 
 
@@ -121,6 +124,44 @@ class _Group:
         pairs = (pair for key in shared for pair in itertools.product(self.by_rank[key], other.by_rank[key]))
         return any(_overlap(self._life(a), self._life(b)) for a, b in pairs)
 
+    def lives(self) -> list[list[Found]]:
+        """The sessions by the lives of an engine that one launcher started again, oldest first.
+
+        Between two lives no rank ran, and a rank of the first came again as another process that repeats its
+        steps. Who came again while others ran was restarted, as was who continues the numbers: ranks that
+        wait for a restarted one take no step either. Who came for the first time was late.
+        """
+        if self.identity.id is not None or all(len(own) == 1 for own in self.by_rank.values()):
+            return [self.sessions]
+        lives: list[list[Found]] = []
+        end = 0
+        for found in sorted(self.sessions, key=lambda found: self._life(found)[0]):
+            begin, own_end = self._life(found)
+            if not lives or begin > end:
+                lives.append([])
+            lives[-1].append(found)
+            end = max(end, own_end)
+        starts = lives[:1]
+        for life in lives[1:]:
+            if not _processes(life) & _processes(starts[-1]) and self._repeats(life, starts[-1]):
+                starts.append(life)
+            else:
+                starts[-1] += life
+        return starts
+
+    def _repeats(self, life: list[Found], before: list[Found]) -> bool:
+        """Whether a rank has steps again that it had before."""
+        known: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for folder, info in before:
+            if (span := self._span_of(folder, info)) is not None:
+                known[info.model, info.ep_rank].append(span.steps)
+        return any(
+            _overlap(span.steps, steps)
+            for folder, info in life
+            if (span := self._span_of(folder, info)) is not None
+            for steps in known[info.model, info.ep_rank]
+        )
+
     def has_two_engines(self) -> bool:
         """Whether sessions of a rank have steps at the same time."""
         return any(
@@ -149,6 +190,14 @@ class _Group:
         if start is not None and other_start is not None and start.machine == other_start.machine:
             return _overlap(first.steps_monotonic_ns, second.steps_monotonic_ns)
         return _overlap(first.steps_unix_ns, second.steps_unix_ns)
+
+
+def _processes(sessions: Sequence[Found]) -> set[tuple[str, str]]:
+    """The machine and name of each process; in recordings of before, its host and number."""
+    return {
+        (info.host, str(info.pid)) if info.start is None else (info.start.machine, info.start.process)
+        for _, info in sessions
+    }
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:

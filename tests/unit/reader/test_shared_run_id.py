@@ -45,6 +45,7 @@ class Sessions:
         machine: str = "m",
         parent: str = "1@1",
         id: str | None = None,
+        steps: tuple[int, int] = (0, 9),
         **fields: Any,
     ) -> Path:
         number = len(self.found)
@@ -55,7 +56,7 @@ class Sessions:
         folder = Path(f"session-{number}")
         self.found.append((folder, info))
         times = None if seconds is None else (began, seconds[1] * SECOND)
-        self._spans[folder] = None if times is None else Span(times, times, times)
+        self._spans[folder] = None if times is None else Span(steps, times, times, times)
         return folder
 
     def span(self, folder: Path, info: SessionInfo) -> Span | None:
@@ -132,6 +133,48 @@ def test_engine_that_is_started_again_by_another_launcher_is_another_start(elsew
     first = {dump.add(rank, (0, 20)) for rank in range(3)}
     second = {dump.add(rank, (30 + rank, 60), **elsewhere) for rank in range(3)}
     assert dump.separated() == [first, second]
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("launch", [{}, SLURM])
+def test_engine_that_its_own_launcher_starts_again_is_another_start(
+    machines: int, launch: dict[str, str]
+) -> None:
+    dump = Sessions()
+    parts = [
+        {
+            dump.add(rank, (30 * life + rank, 30 * life + 20), machine=f"m{rank % machines}", launch=launch)
+            for rank in range(4)
+        }
+        for life in range(3)
+    ]
+    assert dump.separated() == parts
+
+
+def test_writer_that_a_process_opens_again_stays_in_its_start() -> None:
+    dump = Sessions()
+    process = Start(None, "m", "7@1", "1@1")
+    own = {dump.add(rank, (30 * life, 30 * life + 20), start=process) for life, rank in [(0, 0), (1, 0)]}
+    assert dump.separated() == [own]
+
+
+def test_rank_that_continues_its_steps_after_a_pause_of_all_stays_in_its_start() -> None:
+    dump = Sessions()
+    own = {dump.add(0, (0, 20)), dump.add(1, (0, 20)), dump.add(1, (30, 60), steps=(10, 19))}
+    assert dump.separated() == [own]
+
+
+def test_rank_that_comes_up_after_another_ended_stays_in_its_start() -> None:
+    dump = Sessions()
+    first = {dump.add(0, (0, 5)), dump.add(1, (10, 60))}
+    second = {dump.add(1, (70, 80))}
+    assert dump.separated() == [first, second]
+
+
+def test_start_id_alone_says_what_one_start_is() -> None:
+    dump = Sessions()
+    own = {dump.add(0, (30 * life, 30 * life + 20), id="a") for life in range(2)}
+    assert dump.separated() == [own]
 
 
 def test_replicas_that_ended_within_a_moment_are_not_taken_for_restarts() -> None:
