@@ -17,7 +17,8 @@ _PLAIN = frozenset({str, int, bool, type(None)})
 def as_json(value: Any) -> Any:
     """Convert to JSON types: dataclasses to objects, tuples and arrays to lists, NaN and infinity to null.
 
-    An object with a method ``to_json`` decides for itself. Any other dataclass becomes its fields, in order.
+    An object with a method ``to_json`` chooses its keys. Any other dataclass becomes its fields, in order. A
+    data frame becomes a list of its rows, converted one by one, as there may be a million.
     """
     kind = type(value)
     if kind in _PLAIN:  # first, as a document has thousands of them
@@ -31,9 +32,11 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):  # numpy's
         return None
     if hasattr(value, "to_json"):
-        return value.to_json()
+        return as_json(value.to_json())
     if is_dataclass(value):
         return as_json(_fields(value))
+    if hasattr(value, "iter_rows"):  # a frame of polars, which this module does not import
+        return [as_json(row) for row in value.iter_rows(named=True)]
     if hasattr(value, "tolist"):  # numpy, which this module does not import
         return as_json(value.tolist())
     return str(value) if isinstance(value, PurePath) else value

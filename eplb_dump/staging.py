@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eplb_dump.format.schema import MAX_CELLS, MAX_EXPERTS, MAX_LAYERS, Status
+from eplb_dump.format.schema import Status, holds
 from eplb_dump.ring import Buffer, Ring, StagingError
 
 #: Buffers for placements of tensors that count their versions: they change rarely, or a layer a step.
@@ -59,10 +59,13 @@ class Staging:
             is not known until the next one comes.
     """
 
-    def __init__(self, num_moe_layers: int | None, queue_steps: int, queue_bytes: int) -> None:
+    def __init__(
+        self, num_moe_layers: int | None, num_logical_experts: int, queue_steps: int, queue_bytes: int
+    ) -> None:
         """``num_moe_layers``: as many as the writer's ``moe_layers`` names, if it was given."""
         self.placement_lost = False
         self._named_layers = num_moe_layers
+        self._num_logical_experts = num_logical_experts
         #: Of the first load that was queued; None until a load comes that needs another ring.
         self._num_moe_layers: int | None = None
         self._queue_steps = queue_steps
@@ -155,8 +158,10 @@ class Staging:
         layers, slots = ring.shape
         if self._named_layers not in (None, layers):
             raise StagingError(f"of {layers} layers, but moe_layers names {self._named_layers}")
-        if layers > MAX_LAYERS or slots > MAX_EXPERTS or layers * slots > MAX_CELLS:
-            raise StagingError(f"of {layers} layers × {slots} slots, more than the format holds")
+        experts = self._num_logical_experts
+        for width, what in ((slots, "slots"), (experts, "logical experts")):
+            if not holds(layers, width):
+                raise StagingError(f"of {layers} layers × {width} {what}, more than the format holds")
         if self._loads is not None and self._loads.taken:
             self._num_moe_layers = self._loads.shape[0]
         if self._num_moe_layers not in (None, layers):

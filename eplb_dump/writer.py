@@ -33,7 +33,7 @@ from eplb_dump.arguments import (
 from eplb_dump.background import Background, Limits
 from eplb_dump.encoder import LAST_MAP_INVALID
 from eplb_dump.format import __version__
-from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, MAX_PHASE, Status
+from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, MAX_PHASE, Status, holds
 from eplb_dump.format.session import SessionInfo
 from eplb_dump.staging import NOTHING, Entry, Staged, Staging
 
@@ -147,8 +147,14 @@ class ExpertLoadWriter:
         )
         if info.ep_rank >= info.ep_size:
             raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
+        if info.moe_layers is not None and not holds(len(info.moe_layers), info.num_logical_experts):
+            raise ValueError(
+                f"moe_layers names {len(info.moe_layers)} layers; with {num_logical_experts} logical experts "
+                "each, that is more than the format holds"
+            )
         self._staging = Staging(
             None if info.moe_layers is None else len(info.moe_layers),
+            info.num_logical_experts,
             require_integer("queue_steps", queue_steps, 1),
             require_integer("queue_bytes", queue_bytes, 1, MAX_NUMBER),
         )

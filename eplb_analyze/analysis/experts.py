@@ -97,7 +97,7 @@ class ExpertReport(SumsReport):
                 "drift": drift,
                 "unknown_tokens": self.unknown_tokens,
                 "layers_without_placement": self.layers_without_placement,
-                "experts": shown.to_dicts(),
+                "experts": shown,
                 "notes": self.notes,
             }
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eplb_analyze.json_report import as_json
 from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
@@ -60,10 +61,11 @@ class RankReport(SumsReport):
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return super().to_json() | {
+        figures = {
             "ranks": [_named(rank, "rank") for rank in self.ranks],
             "nodes": [{**_named(node, "node"), "ranks": node.ranks} for node in self.nodes],
         }
+        return super().to_json() | as_json(figures)
 
 
 def _named(straggler: Straggler, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
+import itertools
 import json
 import os
 import sys
@@ -17,7 +18,6 @@ import typer
 from eplb_analyze.cli.console import console
 from eplb_analyze.cli.progress import Progress
 from eplb_analyze.errors import EXIT_UNUSABLE
-from eplb_analyze.json_report import as_json
 from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ def print_message(kind: str, text: object) -> None:
         print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
     except OSError:
         discard(sys.stderr)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print a document of JSON types in pieces: one of all experts of a large model has hundreds of MB."""
+    pieces = json.JSONEncoder(indent=2, allow_nan=False).iterencode(document)
+    while text := "".join(itertools.islice(pieces, 1 << 16)):
+        sys.stdout.write(text)
+    sys.stdout.write("\n")
 
 
 def discard(stream: IO[str]) -> None:
@@ -83,7 +91,7 @@ class Output:
         """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
         if self.format is OutputFormat.json:
-            print(json.dumps(as_json(document()), indent=2))
+            print_json(document())
         elif sys.stdout.isatty():
             render(console(sys.stdout))
         else:

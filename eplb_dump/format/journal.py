@@ -25,13 +25,13 @@ from eplb_dump.format.files import discard
 from eplb_dump.format.schema import (
     EMPTY_SLOT,
     JOURNAL_PATTERN,
-    MAX_CELLS,
     MAX_EXPERTS,
     MAX_LAYERS,
     MAX_LOAD,
     MAX_NUMBER,
     FormatError,
     Status,
+    holds,
     journal_name,
 )
 from eplb_dump.format.session import SessionInfo
@@ -81,9 +81,7 @@ class Shape:
         """Whether no load can have this shape: slots that do not divide among ranks, or absurd sizes."""
         return (
             min(self.ep_size, self.num_moe_layers, self.num_physical_experts) < 1
-            or self.num_moe_layers > MAX_LAYERS
-            or self.num_physical_experts > MAX_EXPERTS
-            or self.num_moe_layers * self.num_physical_experts > MAX_CELLS
+            or not holds(self.num_moe_layers, self.num_physical_experts)
             or self.num_physical_experts % self.ep_size != 0
         )
 
@@ -475,7 +473,7 @@ def load_shape(sizes: tuple[int, int, int], info: SessionInfo, earlier: Shape | 
     shape = Shape(*sizes)
     if shape.impossible:
         raise FormatError(f"it holds loads of an impossible shape ({sizes[1]} × {sizes[2]})")
-    if shape.num_moe_layers * info.num_logical_experts > MAX_CELLS:
+    if not holds(shape.num_moe_layers, info.num_logical_experts):
         raise FormatError(
             f"its {shape.num_moe_layers} layers × {info.num_logical_experts} experts are too many"
         )

@@ -38,6 +38,11 @@ JOURNAL_PATTERN = re.compile(r"journal-(\d{6,})\.frames")
 SEGMENT_PATTERN = re.compile(r"(steps|loads|placements)-(\d{6,})\.parquet")
 
 
+def holds(layers: int, width: int) -> bool:
+    """Whether the format holds loads of so many layers, with ``width`` slots or logical experts in each."""
+    return layers <= MAX_LAYERS and width <= MAX_EXPERTS and layers * width <= MAX_CELLS
+
+
 class FormatError(ValueError):
     """Bytes that do not follow the format; the text says what is wrong and where."""
 

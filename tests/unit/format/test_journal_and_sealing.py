@@ -382,11 +382,18 @@ def test_layers_times_slots_or_experts_are_bounded(
             load_shape((2, layers, slots), info, None)
 
 
-def test_writer_rejects_loads_of_more_layers_and_slots_than_readers_take(tmp_path: Path) -> None:
-    with open_writer(tmp_path, scope="global") as writer:
-        writer.record(0, np.zeros((17, 65536), np.uint8), None)
+@pytest.mark.parametrize(("slots", "experts"), [(65536, 6), (2, 65536)])
+def test_writer_rejects_loads_of_more_layers_than_readers_take(
+    tmp_path: Path, slots: int, experts: int
+) -> None:
+    """It learns how many layers there are from the first load."""
+    with open_writer(tmp_path, scope="global", num_logical_experts=experts) as writer:
+        writer.record(0, np.zeros((17, slots), np.uint8), None)
+        writer.record(1, np.zeros((16, slots), np.uint8), None)
         assert writer.flush(10)
-        assert (writer.stats().seen, writer.stats().rejected) == (1, 1)
+        stats = writer.stats()
+    assert (stats.seen, stats.rejected, stats.recorded) == (2, 1, 1)
+    assert list(sealed_loads(writer.folder)) == [1]
 
 
 @pytest.mark.parametrize("narrow", [np.uint8, np.int8, np.int16])

@@ -110,6 +110,11 @@ def closed(writer: ExpertLoadWriter) -> WriterStats:
         ({"moe_layers": [-1]}, "each of moe_layers must be at least 0, not -1"),
         ({"moe_layers": ["a"]}, "each of moe_layers must be an integer, not str"),
         ({"moe_layers": 5}, "moe_layers must be"),
+        ({"moe_layers": range(4097)}, "moe_layers names 4097 layers"),
+        (
+            {"moe_layers": range(17), "num_logical_experts": 65536},
+            "moe_layers names 17 layers; with 65536 logical experts each, that is more than the format holds",
+        ),
         ({"engine": 5}, "engine must be a text, not int"),
         ({"engine_version": (1, 2)}, "engine_version must be a text, not tuple"),
         ({"engine_config": [1]}, "engine_config must be a mapping, not list"),
