@@ -61,11 +61,12 @@ class RankReport(SumsReport):
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        figures = {
+        figures: dict[str, Any] = {
             "ranks": [_named(rank, "rank") for rank in self.ranks],
             "nodes": [{**_named(node, "node"), "ranks": node.ranks} for node in self.nodes],
         }
-        return super().to_json() | as_json(figures)
+        figures = as_json(figures)
+        return super().to_json() | figures
 
 
 def _named(straggler: Straggler, name: str) -> dict[str, Any]:
