@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.ma  # pyarrow imports it when it first needs it; a fork must not meet an import
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,7 +113,9 @@ def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> p
     return pa.Table.from_arrays(
         [
             pa.array(rows.step),
-            pa.array(rows.time_ns).cast(SCHEMAS["steps"].field("time").type),
+            # Not a cast, for which pyarrow.compute would be imported while sealing: a child that is forked
+            # in the middle of an import has half of the module, for ever.
+            pa.array(rows.time_ns).view(SCHEMAS["steps"].field("time").type),
             pa.array(rows.monotonic_ns),
             pa.array(labels[rows.status], pa.string()),
             pa.array(rows.num_tokens, mask=rows.num_tokens < 0),

@@ -259,6 +259,22 @@ def test_forked_child_can_open_its_own_writer(tmp_path: Path) -> None:
         assert_closed(folder, steps)
 
 
+def test_recording_imports_nothing(tmp_path: Path) -> None:
+    """A child forked in the middle of an import in a background thread has half of a module, for ever."""
+    script = """
+        import sys
+        from helpers import load_of, map_of, open_writer
+
+        writer = open_writer(sys.argv[1], segment_steps=4)
+        before = set(sys.modules)
+        for step in range(10):
+            writer.record(step, load_of(step), map_of(step))
+        assert writer.close(60)
+        print(*sorted(set(sys.modules) - before))
+    """
+    assert run_child(script, tmp_path).split() == []
+
+
 # ---- folders and disks
 
 
