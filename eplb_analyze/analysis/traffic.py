@@ -15,8 +15,10 @@ import numpy.typing as npt
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
+from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
+from eplb_analyze.text import listed
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope
 
@@ -74,6 +76,8 @@ class TrafficReport(SumsReport):
     by_chance: Shares
     #: Tokens from the source (row) to the destination (column), by rank or by node.
     matrix: Int64
+    #: The ranks, or the nodes, that were lost: no mean is over them.
+    lost: list[int]
     layers: list[LayerTraffic]
     notes: list[str]
 
@@ -85,7 +89,8 @@ class TrafficReport(SumsReport):
         """The busiest pairs of two different ranks (or nodes)."""
         flows = self.matrix.copy()
         np.fill_diagonal(flows, 0)
-        mean = flows.sum() / max(1, flows.size - len(flows))
+        serving = len(flows) - len(self.lost)
+        mean = flows.sum() / max(1, serving * (serving - 1))
         order = np.argsort(-flows, axis=None, kind="stable")[:most]
         rows, columns = np.unravel_index(order, flows.shape)
         return [
@@ -97,9 +102,9 @@ class TrafficReport(SumsReport):
         ]
 
     def receivers(self) -> list[Receiver]:
-        """All ranks (or nodes), the busiest first."""
+        """The ranks (or nodes) that serve, the busiest first."""
         got = self.matrix.sum(axis=0)
-        mean = self.tokens / len(got)
+        mean = self.tokens / (len(got) - len(self.lost))
         return [
             Receiver(
                 int(i),
@@ -109,6 +114,7 @@ class TrafficReport(SumsReport):
                 int(self.matrix[:, i].argmax()) if got[i] else None,
             )
             for i in np.argsort(-got, kind="stable")
+            if i not in self.lost
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -176,6 +182,9 @@ def traffic_report(
         rank = np.arange(sums.shape.ep_size)
         node = None if ranks_per_node is None else rank // ranks_per_node
         matrix = flows.sum(axis=0)
+        lost = sorted(lost_in(sums.shape))
+        if lost:
+            notes.append(f"lost in these steps, and in no mean: rank {listed(lost)}")
         return TrafficReport(
             *sums.head(run, whole),
             layer=layer,
@@ -185,6 +194,7 @@ def traffic_report(
             shares=_shares(matrix, node),
             by_chance=_shares(np.outer(matrix.sum(axis=1, dtype=float), matrix.sum(axis=0)), node),
             matrix=_by_node(matrix, node) if by == "node" and node is not None else matrix,
+            lost=lost if by == "rank" or node is None else _whole_nodes(lost, node),
             layers=[
                 LayerTraffic(number, int(own.sum()), _shares(own, node))
                 for number, own in zip(run.info.layers[first:last], flows, strict=True)
@@ -193,6 +203,12 @@ def traffic_report(
         )
 
     return run.retry_without_damaged(read)
+
+
+def _whole_nodes(lost: list[int], node: npt.NDArray[np.int64]) -> list[int]:
+    """The nodes of which all ranks are lost."""
+    serving = np.delete(node, lost)
+    return [int(number) for number in np.unique(node) if number not in serving]
 
 
 class _Flows(Sums):

@@ -22,9 +22,11 @@ from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_configuration
+from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.text import listed
 from eplb_dump.format.journal import Int64, Shape
 
 #: Codes of what the source of an imported run may leave unknown about placements.
@@ -101,24 +103,32 @@ def _write_long(
     """The members of the report that are known once the file is written."""
     whole = Completeness()
     recorded: list[Int64] = []
+    lost: set[int] = set()
 
     def counted() -> Iterator[Block]:
         for block, _ in run.over_blocks(lambda _: None, steps):
             whole.add(block)
             if block.shape is not None and len(block.recorded):
                 recorded.append(block.recorded)
+                lost.update(lost_in(block.shape))
             yield block
 
     rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
     if not recorded:
         raise DumpError(f"{run.path}: no step of these is complete (see `check`)")
+    notes = run.import_caveats("step_order", *PLACEMENTS)
+    if lost:
+        notes.append(
+            "the file cannot show which ranks were lost, so figures of its import are means over all ranks; "
+            f"lost in some of these steps: rank {listed(sorted(lost))}"
+        )
     return {
         "steps": whole,
         "first_step": int(recorded[0][0]),
         "last_step": int(recorded[-1][-1]),
         "recorded": sum(map(len, recorded)),
         "rows": rows,
-        "notes": run.import_caveats("step_order", *PLACEMENTS),
+        "notes": notes,
     }
 
 

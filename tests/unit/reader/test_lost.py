@@ -21,8 +21,10 @@ from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.traffic import traffic_report
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.settings import Setting
+from eplb_analyze.transfer.exporters.loads import export_loads
 from eplb_dump import ExpertLoadWriter
 
 LAYERS, EXPERTS, RANKS, WIDTH = 2, 6, 4, 3
@@ -153,6 +155,33 @@ def test_every_command_leaves_out_the_lost_rank(tmp_path: Path) -> None:
     changes = rearrangement_report(run).rearrangements
     assert [(c.first_step, c.slots_moved) for c in changes] == [(45, 3 * LAYERS)]
     assert (changes[0].before.first_step, changes[0].before.last_step) == (40, 44)
+
+
+def test_traffic_after_a_loss_has_means_over_the_ranks_that_serve(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, dead={2: (20, 60)}, options={"ranks_per_node": 2})
+    engine.run()
+    sent = np.zeros((RANKS, RANKS))
+    for (step, rank), load in engine.loads.items():
+        if step >= 20:
+            sent[rank] += load.reshape(LAYERS, RANKS, WIDTH).sum(axis=(0, 2))
+    report = traffic_report(open_run(tmp_path))
+    assert report.notes[-1] == "lost in these steps, and in no mean: rank 2"
+    got = {receiver.destination: receiver.times_mean for receiver in report.receivers()}
+    assert got == pytest.approx({r: sent[:, r].sum() / (sent.sum() / 3) for r in (0, 1, 3)})
+    others = sent.sum() - np.trace(sent)
+    assert report.pairs(1)[0].times_mean == pytest.approx(
+        (sent - np.diag(np.diag(sent))).max() / (others / 6)
+    )
+    nodes = {receiver.destination for receiver in traffic_report(open_run(tmp_path), by="node").receivers()}
+    assert nodes == {0, 1}
+
+
+def test_export_of_loads_says_that_it_cannot_show_a_loss(tmp_path: Path) -> None:
+    Engine(tmp_path / "dump", dead={2: (20, 60)}).run()
+    run = open_run(tmp_path / "dump")
+    (note,) = export_loads(run, "csv", tmp_path / "all.csv").notes
+    assert note.endswith("lost in some of these steps: rank 2")
+    assert not export_loads(run, "csv", tmp_path / "before.csv", steps=(0, 20)).notes
 
 
 def test_check_and_summary_say_when_a_rank_was_lost(tmp_path: Path) -> None:
