@@ -17,7 +17,7 @@ from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.reader.placements import replicas
+from eplb_analyze.reader.placements import LayerHistory, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
 from eplb_analyze.reader.step_range import NO_END
@@ -241,7 +241,7 @@ def _check_statements(run: Run) -> list[Finding]:
         loads = np.sort(np.concatenate([np.empty(0, np.int64), *(s.load_steps() for s in readable)]))
         for layer, stated in own.items():
             stated.sort(key=lambda row: row[0])
-            history = run.history.stated[layer]
+            history = run.history.stated.get(layer, LayerHistory())
             for (start, slots), (until, _) in itertools.pairwise([*stated, (NO_END, stated[-1][1])]):
                 # Until the others change again: it may be back to what this rank still has.
                 ends = [*history.steps[1:], NO_END][: len(history.steps)]

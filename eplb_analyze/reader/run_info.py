@@ -13,9 +13,6 @@ from eplb_dump.format.journal import Shape
 from eplb_dump.format.schema import FORMAT_NAME
 from eplb_dump.format.session import Origin
 
-#: Far more than any engine has: 100 layers on 10,000 ranks.
-MAX_LAYER_RANKS = 1 << 20
-
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -69,13 +66,12 @@ def run_info(
     Segments with another number of MoE layers are removed from their session and added to ``findings``.
 
     Raises:
-        DumpError: the sessions contradict each other, or a shape is too large to read.
+        DumpError: the sessions contradict each other.
     """
     first = sessions[0].info
     _require_agreement(sessions)
     # The newest shape stands for the run; summary lists all shapes.
     shape = _newest_shape(sessions)
-    _require_possible_size(path, sessions)
     _remove_other_layers(sessions, shape.num_moe_layers, findings)
     named = first.moe_layers
     if named is not None and shape.num_moe_layers not in (0, len(named)):
@@ -118,15 +114,6 @@ def _newest_shape(sessions: Sequence[Session]) -> Shape:
         return max(segments, key=lambda item: (item[0].last_step, item[0].first_step))[1]
     info = sessions[0].info
     return Shape(info.ep_size, info.num_moe_layers or 0, info.num_physical_experts or 0)
-
-
-def _require_possible_size(path: StoragePath, sessions: Sequence[Session]) -> None:
-    """Sums are kept by layer, rank and part of the run's time, so a hostile shape would fill memory."""
-    shapes = {s.shape for session in sessions for s in session.segments if s.shape}
-    for shape in shapes:
-        if shape.num_moe_layers * shape.ep_size > MAX_LAYER_RANKS:
-            claim = f"{shape.num_moe_layers:,} layers on {shape.ep_size:,} ranks"
-            raise DumpError(f"{path}: it claims {claim}, which is more than is read at once")
 
 
 def _remove_other_layers(sessions: Sequence[Session], num_moe_layers: int, findings: list[Finding]) -> None:

@@ -186,8 +186,9 @@ def test_run_that_grows_while_it_is_read_is_complete(hundreds: Hundreds, rows: l
         ) as writer:  # fmt: skip
             for step in range(10**6):
                 writer.record(step, load, SLOTS)
-                if stop.wait(0.001):
+                if stop.wait(0.005):
                     break
+            assert writer.close(300)  # each of its many segments is synced
 
     writing = threading.Thread(target=grow)
     writing.start()

@@ -27,7 +27,8 @@ writer = open_writer(sys.argv[1], flush_interval=0.02, segment_steps=64)
 def handler(*_):
     calls = {"close": writer.close, "flush": writer.flush, "stats": writer.stats, "record": record}
     result = calls[sys.argv[2]]()
-    print(json.dumps([result is not False, asdict(writer.stats())]), flush=True)
+    # Not print: the signal can arrive before the other print has returned.
+    os.write(1, json.dumps([result is not False, asdict(writer.stats())]).encode())
     os._exit(7)
 
 def record():

@@ -503,13 +503,3 @@ def write_as_journal(folder: Path, phase: str) -> None:
         + frames.encode("loads", {"ep_size": 2}, {"step": step, "load": load})
         + frames.encode("steps", {"phases": [phase]}, rows)
     )
-
-
-def test_shape_that_would_fill_memory_is_rejected(tmp_path: Path) -> None:
-    ranks = 1 << 16
-    with ExpertLoadWriter(
-        tmp_path, model="m", num_logical_experts=ranks, ep_size=ranks, scope="global", run_id="r"
-    ) as writer:
-        writer.record(0, np.ones((17, ranks), np.int64), np.tile(np.arange(ranks), (17, 1)))
-        assert writer.flush(60)
-    one_error(cli("summary", tmp_path), 3, "17 layers on 65,536 ranks")
