@@ -17,7 +17,7 @@ from power_cut import Disk, restore
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, NotInDumpError
 from eplb_analyze.live.watch import Follower
 from eplb_analyze.transfer.copy import copy_run
 from eplb_analyze.transfer.recover import seal_dump
@@ -74,8 +74,8 @@ def test_power_cut_at_any_call_loses_no_sealed_step(
             left = restore(moment.cut(seed), writer.folder, root, tmp_path / f"{number}-{seed}")
             try:
                 found = recorded(left)
-            except DumpError:
-                assert not moment.promised, moment.call
+            except (DumpError, NotInDumpError):  # no session, or no load
+                assert moment.promised * steps <= idle, moment.call
                 continue
             assert set(found) >= set(range(idle, moment.promised * steps)), (moment.call, seed)
             if moment.promised:
