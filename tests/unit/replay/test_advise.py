@@ -46,12 +46,15 @@ def record(
     ) as writer:
         for step in range(steps):
             hot = 4 * (step // 50 % 4 if kind == "moving" else 0)
-            popular = np.ones(EXPERTS)
+            popular = np.ones(EXPERTS, np.int64)
             if kind != "noise" and not (kind == "turned" and step >= 0.6 * steps):
                 popular[hot : hot + 4] = 5
             if rearrange and step and step % rearrange == 0:
                 slots = slots[:, ::-1]
-            writer.record(step, rng.multinomial(2000, popular[slots[0]] / popular.sum(), size=2), slots)
+            # Integers only: what draws of floats give depends on the processor's mathematical library.
+            chances = np.repeat(np.arange(EXPERTS), popular[slots[0]])
+            tokens = chances[rng.integers(len(chances), size=(2, 2000))]
+            writer.record(step, np.stack([np.bincount(own, minlength=EXPERTS) for own in tokens]), slots)
     return root
 
 

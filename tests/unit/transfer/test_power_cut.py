@@ -31,7 +31,10 @@ STEPS = 40
 def recorded(root: Path) -> list[int]:
     """The complete steps that a reader shows, with the right loads."""
     run = open_run(root)
-    rows = run.loads(layers=[0]).rows(named=True)
+    try:
+        rows = run.loads(layers=[0]).rows(named=True)
+    except NotInDumpError:  # no load was recorded yet
+        return []
     for row in rows:
         assert row["load"] == load_of(row["step"])[0].tolist(), row["step"]
     return [row["step"] for row in rows]
@@ -74,7 +77,7 @@ def test_power_cut_at_any_call_loses_no_sealed_step(
             left = restore(moment.cut(seed), writer.folder, root, tmp_path / f"{number}-{seed}")
             try:
                 found = recorded(left)
-            except (DumpError, NotInDumpError):  # no session, or no load
+            except DumpError:  # no session
                 assert moment.promised * steps <= idle, moment.call
                 continue
             assert set(found) >= set(range(idle, moment.promised * steps)), (moment.call, seed)
