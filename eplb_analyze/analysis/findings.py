@@ -58,7 +58,7 @@ def _lost_text(run: Run, lost: LostRank) -> str:
     until = "" if lost.last_step is None else f", until step {lost.last_step}"
     return (
         f"rank {lost.rank} was lost: from step {lost.steps.first} on{at}{until} it recorded nothing and got "
-        "no token, while the others went on; figures of these steps are over the ranks that serve"
+        "no token, while the others went on; figures of these steps cover the other ranks"
     )
 
 

@@ -317,7 +317,7 @@ def banners(summary: Summary, acted: bool | None, not_due: str | None = None) ->
     for lost in summary.lost_ranks:
         until = "" if lost.last_step is None else f" to {lost.last_step}"
         steps = f"from step {lost.steps.first} on" if not until else f"in steps {lost.steps.first}{until}"
-        lines.append(f"RANK LOST: rank {lost.rank} {steps}; figures of these are over the ranks that serve")
+        lines.append(f"RANK LOST: rank {lost.rank} {steps}; figures of these steps cover the other ranks")
     if acted is False and not_due is None:
         redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
         also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""

@@ -30,16 +30,21 @@ print(writer.info.run_id)
 """
 
 
+def release(children: list[subprocess.Popen[str]]) -> None:
+    """Let all children go at the same moment, once each is ready."""
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+
+
 def start_engine(root: Path) -> list[str]:
     """Start four ranks at the same moment; returns their run ids."""
     ranks = [start_child(RANK, root, rank) for rank in range(4)]
-    for rank in ranks:
-        assert rank.stdout is not None
-        assert rank.stdout.readline() == "ready\n"
-    for rank in ranks:
-        assert rank.stdin is not None
-        rank.stdin.write("go\n")
-        rank.stdin.flush()
+    release(ranks)
     found = [rank.communicate(timeout=60) for rank in ranks]
     assert [(rank.returncode, err) for rank, (_, err) in zip(ranks, found, strict=True)] == [(0, "")] * 4
     return [out.strip() for out, _ in found]
@@ -118,13 +123,7 @@ def launch(root: Path, launchers: list[list[str]]) -> list[list[set[str]]]:
 
 
 def launch_children(children: list[subprocess.Popen[str]]) -> list[list[set[str]]]:
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
+    release(children)
     found = [child.communicate(timeout=120) for child in children]
     # Whether the ranks of another container still run is not visible; only in that case a rank may warn.
     messages = [line for _, err in found for line in err.splitlines()]

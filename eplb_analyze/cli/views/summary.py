@@ -172,7 +172,7 @@ def _losses(console: Console, result: Summary, top: int) -> None:
             steps = f"{s.first_step} to {s.last_step}"
             listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
         console.print(listing)
-    ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top])
+    ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
     console.print(f"costliest ranks (share of all loss): {ranks}")
     console.print()
     if result.phases:
