@@ -85,6 +85,8 @@ def sums_of_polars(dump: Path, column: str) -> Cells:
 
 
 def sql(dump: Path, query: str, table: str) -> list[tuple[Any, ...]]:
+    if table != "steps" and int(duckdb.__version__.split(".")[0]) < 2:
+        pytest.skip(f"DuckDB {duckdb.__version__} does not read the encoding of integers that {table} has")
     source = f"read_parquet('{dump}/*/*/*/*/{table}-*.parquet', hive_partitioning = true)"
     with duckdb.connect() as connection:
         rows: list[tuple[Any, ...]] = connection.execute(query.format(source=source)).fetchall()
