@@ -1,0 +1,320 @@
+"""What imbalance cost in milliseconds per step, by the times between steps: the cost in `summary`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.json_report import Report
+from eplb_analyze.metrics.bootstrap import Interval
+from eplb_analyze.metrics.cost import Bool, Cost, CostStatus, Float64, Work, fit
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.run import Run
+from eplb_dump.format.journal import Int64
+
+#: A long run is sampled: the loads of about this many steps are read, in evenly spaced blocks.
+SAMPLE_STEPS = 8192
+#: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
+#: time is flat while reading its weights is the limit, and grows with its tokens later.
+TOKENS_PER_SLOT = (32, 256)
+#: Around a step with a new placement this many steps are left out.
+PAUSE_STEPS = 1
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """An estimate and its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, interval: Interval, scale: float = 1.0) -> Milliseconds:
+        return cls(interval.value * scale, interval.low * scale, interval.high * scale)
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """The cost of imbalance in the steps of one phase.
+
+    Attributes:
+        steps: how many steps the phase has in the sample.
+        steps_used: how many of them the fit explains.
+        step_ms: the median step time.
+        share_of_step: the cost divided by the mean time of the steps used.
+    """
+
+    status: CostStatus
+    message: str
+    steps: int
+    steps_used: int
+    ms_per_step: Milliseconds | None
+    share_of_step: Milliseconds | None
+    step_ms: float | None
+    r2: float | None
+
+
+@dataclass(frozen=True)
+class RunCost(Report):
+    """The cost of imbalance over all phases that have one.
+
+    Attributes:
+        basis: what the step times are: `host`, the time between steps by the writer's clock.
+        idle_gaps, pauses: steps left out because the engine waited, or because a placement changed.
+    """
+
+    status: CostStatus
+    basis: str
+    message: str
+    ms_per_step: Milliseconds | None
+    share_of_step: Milliseconds | None
+    step_ms_p50: float | None
+    step_ms_p95: float | None
+    r2: float | None
+    steps_used: int
+    idle_gaps: int
+    pauses: int
+    phases: dict[str, PhaseCost]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.document(
+            {
+                "status": self.status,
+                "basis": self.basis,
+                "ms_per_step": self.ms_per_step,
+                "share_of_step": self.share_of_step,
+                "step_ms": {"p50": self.step_ms_p50, "p95": self.step_ms_p95},
+                "r2": self.r2,
+                "steps_used": self.steps_used,
+                "excluded": {"idle_gaps": self.idle_gaps, "pauses": self.pauses},
+                "message": self.message,
+                "phases": self.phases,
+            }
+        )
+
+
+def cost_of(run: Run, steps: tuple[int, int] | None = None) -> RunCost:
+    """The cost of imbalance in a run, or in a half-open range of its steps."""
+    if steps is not None:
+        run.require(steps)
+    return run.retry_without_damaged(lambda: _cost_of(run, steps))
+
+
+def _cost_of(run: Run, steps: tuple[int, int] | None) -> RunCost:
+    if not run.info.timed:
+        return _unknown("the recording has no step times")
+    sample = _Sample.of(run, steps)
+    if sample is None:
+        return _unknown("no step is complete")
+    pauses = _near(sample.step, run.load_history().changes)
+    fits: list[tuple[str, Bool, Cost]] = []
+    for name, mask in _phases(sample):
+        sample.choose_times(mask)
+        fits.append((name, mask, fit(sample.ms[mask], sample.work.select(mask), pauses[mask])))
+    return _total(sample, pauses, fits)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The steps that the cost is fitted to.
+
+    Attributes:
+        step: int64 ``[n]``, complete steps, ascending.
+        ms: float64 ``[n]``, their durations; NaN if unknown.
+        since_last, until_next: float64 ``[n]``, ms between the step and its neighbors, of which one is the
+            duration.
+        phase: the phase that the engine named, or None.
+        per_slot: float64 ``[n]``, the mean tokens of a slot.
+    """
+
+    step: Int64
+    ms: Float64
+    since_last: Float64
+    until_next: Float64
+    work: Work
+    phase: list[str | None]
+    per_slot: Float64
+
+    @classmethod
+    def of(cls, run: Run, steps: tuple[int, int] | None) -> _Sample | None:
+        clock: list[tuple[Int64, Int64]] = []
+        found: list[tuple[Int64, Work, list[str | None], int]] = []
+        blocks = list(run.blocks(steps))
+        wanted = _spread([len(block.recorded) for block in blocks])
+        for block, wants in zip(blocks, wanted, strict=True):
+            clock.append((block.step, block.clock_ns))
+            if wants and block.shape is not None:
+                names = [block.phases[code] if code >= 0 else None for code in _of_recorded(block)]
+                slots = block.shape.num_moe_layers * block.shape.slots_per_rank
+                found.append((block.recorded, _work(block, run.info.token_replication), names, slots))
+        if not found:
+            return None
+        step = np.concatenate([part[0] for part in found])
+        work = Work.concat([part[1] for part in found])
+        widths = np.repeat([part[3] for part in found], [len(part[0]) for part in found])
+        seen, time = (np.concatenate(values) for values in zip(*clock, strict=True))
+        apart = np.where(np.diff(seen) == 1, np.diff(time) / 1e6, np.nan)
+        at = np.searchsorted(seen, step)
+        return cls(
+            step,
+            np.full(len(step), np.nan),
+            np.insert(apart, 0, np.nan)[at],
+            np.append(apart, np.nan)[at],
+            work,
+            [name for part in found for name in part[2]],
+            work.tokens / widths,
+        )
+
+    def choose_times(self, steps: Bool) -> None:
+        """Set the durations of some steps, all of one phase.
+
+        An engine that waits for its device records a step when it has ended; one that only launches kernels
+        records it when the last one has. Which of the two it is, the number of tokens shows, since a step
+        with more of them takes longer. Imbalance is not looked at, or chance would decide in its favor.
+        """
+        times = self.since_last[steps], self.until_next[steps]
+        last, next_ = (_rank_correlation(self.work.tokens[steps], ms) for ms in times)
+        self.ms[steps] = times[next_ > last]
+
+
+def _spread(sizes: list[int]) -> list[bool]:
+    """Which blocks to read, so that about :data:`SAMPLE_STEPS` steps are read, evenly over the run."""
+    every = max(1.0, sum(sizes) / SAMPLE_STEPS)
+    wanted, taken, passed = [], 0, 0
+    for size in sizes:
+        passed += size
+        wanted.append(bool(size) and taken * every < passed)
+        taken += size if wanted[-1] else 0
+    return wanted
+
+
+def _of_recorded(block: Block) -> list[int]:
+    codes: list[int] = block.phase[block.state == StepState.RECORDED].tolist()
+    return codes
+
+
+def _work(block: Block, per_token: int) -> Work:
+    """The work of a block's complete steps, a few layers at a time."""
+    assert block.shape is not None
+    total: Work | None = None
+    for _, load in block.load_parts():
+        by_rank = load.reshape(*load.shape[:2], block.shape.ep_size, -1)
+        layers = Work.of((by_rank > 0).sum(axis=3), by_rank.sum(axis=3) / per_token)
+        total = layers if total is None else total.plus(layers)
+    assert total is not None
+    return total
+
+
+def _rank_correlation(a: Float64, b: Float64) -> float:
+    """Spearman's, over the steps with a duration; 0 if one of them never varies."""
+    known = np.isfinite(b)
+    if known.sum() < 3:
+        return 0.0
+    first, second = (np.unique(values[known], return_inverse=True)[1].astype(float) for values in (a, b))
+    return float(np.corrcoef(first, second)[0, 1]) if first.std() > 0 and second.std() > 0 else 0.0
+
+
+def _near(step: Int64, changes: list[int]) -> Bool:
+    """The steps at which a placement changed, and :data:`PAUSE_STEPS` before and after."""
+    near = np.array(
+        [change + d for change in changes for d in range(-PAUSE_STEPS, PAUSE_STEPS + 1)], np.int64
+    )
+    return np.isin(step, near)
+
+
+def _phases(sample: _Sample) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Name and steps of each phase: the engine's, else by tokens per slot."""
+    named = np.array([name is not None for name in sample.phase])
+    for name in sorted({name for name in sample.phase if name is not None}):
+        yield name, np.array([phase == name for phase in sample.phase])
+    edges = (0, *TOKENS_PER_SLOT, np.inf)
+    for low, high in itertools.pairwise(edges):
+        mask = ~named & (sample.per_slot > low) & (sample.per_slot <= high)
+        if mask.any():
+            yield (
+                f"up to {high} tokens per slot" if np.isfinite(high) else f"over {low} tokens per slot",
+                mask,
+            )
+
+
+def _total(sample: _Sample, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) -> RunCost:
+    """All phases together: each counts by its number of steps."""
+    phases = {name: _phase_cost(sample.ms[mask], cost) for name, mask, cost in fits}
+    used = np.zeros(len(sample.step), np.bool_)
+    expected = np.full(len(sample.step), np.nan)
+    for _, mask, cost in fits:
+        used[mask], expected[mask] = cost.used, cost.expected
+    idle = np.isfinite(expected) & ~used & (sample.ms > expected)
+    known = [
+        (int(mask.sum()), cost) for _, mask, cost in fits if cost.status is not CostStatus.NOT_IDENTIFIABLE
+    ]
+    if not known:
+        reasons = {phase.message for phase in phases.values()}
+        return _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)
+    steps = sum(count for count, _ in known)
+    intervals = [(count / steps, cost.ms_per_step) for count, cost in known if cost.ms_per_step is not None]
+    value = sum(share * i.value for share, i in intervals)
+    low = value - float(np.sqrt(sum((share * (i.value - i.low)) ** 2 for share, i in intervals)))
+    high = value + float(np.sqrt(sum((share * (i.high - i.value)) ** 2 for share, i in intervals)))
+    interval = Interval(value, max(0.0, low), high)
+    measured = any(cost.status is CostStatus.MEASURED for _, cost in known)
+    status = CostStatus.MEASURED if measured else CostStatus.NO_MEASURABLE_COST
+    mean = sum(count / steps * (cost.mean_ms or 0.0) for count, cost in known)
+    times, residuals = sample.ms[used], (sample.ms - expected)[used]
+    p50, p95 = (float(v) for v in np.percentile(times, [50, 95]))
+    return RunCost(
+        status=status,
+        basis="host",
+        message=_sentence(status, interval, mean),
+        ms_per_step=Milliseconds.of(interval),
+        share_of_step=Milliseconds.of(interval, 1 / mean),
+        step_ms_p50=p50,
+        step_ms_p95=p95,
+        r2=max(0.0, 1 - float(residuals.var() / times.var())) if times.var() > 0 else None,
+        steps_used=int(used.sum()),
+        idle_gaps=int(idle.sum()),
+        pauses=int(pauses.sum()),
+        phases=phases,
+    )
+
+
+def _phase_cost(ms: Float64, cost: Cost) -> PhaseCost:
+    measured, known = cost.ms_per_step, cost.status is not CostStatus.NOT_IDENTIFIABLE
+    message = cost.reason
+    if known and measured is not None and cost.mean_ms is not None:
+        message = _sentence(cost.status, measured, cost.mean_ms)
+    return PhaseCost(
+        cost.status,
+        message,
+        len(ms),
+        int(cost.used.sum()),
+        Milliseconds.of(measured) if known and measured else None,
+        Milliseconds.of(measured, 1 / cost.mean_ms) if known and measured and cost.mean_ms else None,
+        float(np.median(ms[cost.used])) if cost.used.any() else None,
+        cost.r2,
+    )
+
+
+def _sentence(status: CostStatus, interval: Interval, mean_ms: float) -> str:
+    digits = max(0, 2 - int(np.floor(np.log10(max(mean_ms, 1e-3)))))
+    value, low, high, mean = (
+        f"{v:.{digits}f}" for v in (interval.value, interval.low, interval.high, mean_ms)
+    )
+    if status is CostStatus.MEASURED:
+        return f"imbalance costs {value} ms of each {mean} ms step (95 % CI {low} to {high})"
+    if float(high) == 0:
+        high = f"{10.0**-digits:.{digits}f}"
+    return f"no measurable cost: at most {high} ms of each {mean} ms step"
+
+
+def _unknown(reason: str, phases: dict[str, PhaseCost] | None = None) -> RunCost:
+    message = f"not measurable in this run: {reason}"
+    status = CostStatus.NOT_IDENTIFIABLE
+    return RunCost(status, "host", message, None, None, None, None, None, 0, 0, 0, phases or {})
