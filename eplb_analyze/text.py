@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -37,6 +38,35 @@ def signed(value: float | None, digits: int = 3) -> str:
 def interval(low: float | None, high: float | None) -> str:
     """A confidence interval of a difference."""
     return "–" if low is None or high is None else f"{signed(low)} … {signed(high)}"
+
+
+def milliseconds(
+    value: float | None, low: float | None = None, high: float | None = None, *, sign: bool = False
+) -> str:
+    """``0.35 ms (0.31 to 0.39)``, or ``8.24 ms`` without an interval; in as many digits as matter.
+
+    Args:
+        sign: of a difference: write + too.
+    """
+    if value is None:
+        return "–"
+    bounds = [] if low is None or high is None else [low, high]
+    largest = max(abs(number) for number in (value, *bounds))
+    digits = (1 if bounds else 2) - _exponent(largest)
+    if bounds and bounds[0] < bounds[1]:
+        digits = max(digits, -_exponent(bounds[1] - bounds[0]))
+    digits = min(max(0, digits), 4)
+
+    def text(number: float) -> str:
+        signed_text = signed(number, digits)
+        return signed_text if sign else signed_text.removeprefix("+")
+
+    return f"{text(value)} ms" + (f" ({text(bounds[0])} to {text(bounds[1])})" if bounds else "")
+
+
+def _exponent(value: float) -> int:
+    """Of the power of ten of the first digit; 0 of nothing."""
+    return math.floor(math.log10(value)) if value > 0 else 0
 
 
 def percent(value: float | None, digits: int = 1) -> str:

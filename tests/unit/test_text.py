@@ -1,0 +1,28 @@
+"""Tests of numbers as text."""
+
+import pytest
+
+from eplb_analyze.text import milliseconds
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0.3512, 0.311, 0.389), "0.35 ms (0.31 to 0.39)"),
+        ((903.4, 880.2, 925.1), "903 ms (880 to 925)"),
+        ((2.93, 2.51, 3.3), "2.9 ms (2.5 to 3.3)"),
+        ((5.021, 5.012, 5.034), "5.02 ms (5.01 to 5.03)"),
+        ((-0.123, -0.201, 0.04), "−0.12 ms (−0.20 to 0.04)"),
+        ((0.0, 0.0, 0.0123), "0.000 ms (0.000 to 0.012)"),
+        ((0.0, 0.0, 0.0), "0.0 ms (0.0 to 0.0)"),
+        ((8.2412,), "8.24 ms"),
+        ((1234.5,), "1234 ms"),
+        ((None,), "–"),
+    ],
+)
+def test_milliseconds_have_as_many_digits_as_matter(values: tuple[float | None, ...], text: str) -> None:
+    assert milliseconds(*values) == text
+
+
+def test_milliseconds_of_a_difference_have_their_sign() -> None:
+    assert milliseconds(0.12, 0.05, 0.2, sign=True) == "+0.12 ms (+0.05 to +0.20)"
