@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,17 @@ import numpy.typing as npt
 
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.bootstrap import Interval
-from eplb_analyze.metrics.cost import Bool, Cost, CostStatus, Float64, Work, fit
+from eplb_analyze.metrics.cost import (
+    Bool,
+    Cost,
+    CostStatus,
+    Driver,
+    Excess,
+    Float64,
+    StepTimes,
+    Work,
+    fit,
+)
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
@@ -49,6 +59,8 @@ class PhaseCost:
         steps_used: how many of them the fit explains.
         step_ms: the median step time.
         share_of_step: the cost divided by the mean time of the steps used.
+        driver: what makes the slowest rank slow: balancing tokens saves nothing if only active experts do.
+            None if the cost is not measured or the run cannot tell.
     """
 
     status: CostStatus
@@ -59,6 +71,7 @@ class PhaseCost:
     share_of_step: Milliseconds | None
     step_ms: float | None
     r2: float | None
+    driver: Driver | None
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,10 @@ class RunCost(Report):
     """The cost of imbalance over all phases that have one.
 
     Attributes:
-        basis: what the step times are: `host`, the time between steps by the writer's clock.
+        basis: what the step times are: `engine`, its own; `device`, by CUDA events; `host`, the time between
+            steps by the writer's clock; `kernel_times`, of another machine.
         idle_gaps, pauses: steps left out because the engine waited, or because a placement changed.
+        prices: the fitted models by phase, which price other imbalances.
     """
 
     status: CostStatus
@@ -82,6 +97,20 @@ class RunCost(Report):
     idle_gaps: int
     pauses: int
     phases: dict[str, PhaseCost]
+    prices: dict[str, Cost] = field(default_factory=dict, repr=False)
+
+    def price(self, excess: Mapping[str, tuple[int, Excess]]) -> Interval | None:
+        """ms per step of an imbalance, or of the difference of two, over the phases whose price is known.
+
+        Args:
+            excess: by phase, the number of steps and their mean excess.
+        """
+        known = [
+            (steps, price)
+            for phase, (steps, own) in excess.items()
+            if phase in self.prices and (price := self.prices[phase].price(own)) is not None
+        ]
+        return _combined(known)
 
     def to_json(self) -> dict[str, Any]:
         return self.document(
@@ -100,25 +129,42 @@ class RunCost(Report):
         )
 
 
-def cost_of(run: Run, steps: tuple[int, int] | None = None) -> RunCost:
-    """The cost of imbalance in a run, or in a half-open range of its steps."""
+def cost_of(
+    run: Run,
+    steps: tuple[int, int] | None = None,
+    *,
+    timings: StepTimes | None = None,
+    gpu: str | None = None,
+) -> RunCost:
+    """The cost of imbalance in a run, or in a half-open range of its steps.
+
+    Args:
+        timings: step times that another program measured; default those of the recording.
+        gpu: the name of a GPU: if the run does not show the cost, estimate it from kernel times.
+    """
     if steps is not None:
         run.require(steps)
-    return run.retry_without_damaged(lambda: _cost_of(run, steps))
+    return run.retry_without_damaged(lambda: _cost_of(run, steps, timings))
 
 
-def _cost_of(run: Run, steps: tuple[int, int] | None) -> RunCost:
-    if not run.info.timed:
+def _cost_of(run: Run, steps: tuple[int, int] | None, timings: StepTimes | None) -> RunCost:
+    if not run.info.timed and timings is None:
         return _unknown("the recording has no step times")
     sample = _Sample.of(run, steps)
     if sample is None:
         return _unknown("no step is complete")
     pauses = _near(sample.step, run.load_history().changes)
+    basis = "host"
+    if timings is not None:
+        basis = timings.basis
+        _, here, there = np.intersect1d(sample.step, timings.step, assume_unique=True, return_indices=True)
+        sample.ms[here] = timings.ms[there]
     fits: list[tuple[str, Bool, Cost]] = []
     for name, mask in _phases(sample):
-        sample.choose_times(mask)
+        if timings is None:
+            sample.choose_times(mask)
         fits.append((name, mask, fit(sample.ms[mask], sample.work.select(mask), pauses[mask])))
-    return _total(sample, pauses, fits)
+    return _total(sample, basis, pauses, fits)
 
 
 @dataclass(frozen=True)
@@ -244,7 +290,19 @@ def _phases(sample: _Sample) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
             )
 
 
-def _total(sample: _Sample, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) -> RunCost:
+def _combined(parts: list[tuple[int, Interval]]) -> Interval | None:
+    """Independent intervals of parts of a run, each counts by its number of steps; None of none."""
+    steps = sum(count for count, _ in parts)
+    if not steps:
+        return None
+    shares = [(count / steps, interval) for count, interval in parts]
+    value = sum(share * i.value for share, i in shares)
+    low = float(np.sqrt(sum((share * (i.value - i.low)) ** 2 for share, i in shares)))
+    high = float(np.sqrt(sum((share * (i.high - i.value)) ** 2 for share, i in shares)))
+    return Interval(value, value - low, value + high)
+
+
+def _total(sample: _Sample, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) -> RunCost:
     """All phases together: each counts by its number of steps."""
     phases = {name: _phase_cost(sample.ms[mask], cost) for name, mask, cost in fits}
     used = np.zeros(len(sample.step), np.bool_)
@@ -255,15 +313,12 @@ def _total(sample: _Sample, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) ->
     known = [
         (int(mask.sum()), cost) for _, mask, cost in fits if cost.status is not CostStatus.NOT_IDENTIFIABLE
     ]
-    if not known:
+    interval = _combined([(n, cost.ms_per_step) for n, cost in known if cost.ms_per_step is not None])
+    if interval is None:
         reasons = {phase.message for phase in phases.values()}
         return _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)
     steps = sum(count for count, _ in known)
-    intervals = [(count / steps, cost.ms_per_step) for count, cost in known if cost.ms_per_step is not None]
-    value = sum(share * i.value for share, i in intervals)
-    low = value - float(np.sqrt(sum((share * (i.value - i.low)) ** 2 for share, i in intervals)))
-    high = value + float(np.sqrt(sum((share * (i.high - i.value)) ** 2 for share, i in intervals)))
-    interval = Interval(value, max(0.0, low), high)
+    interval = Interval(interval.value, max(0.0, interval.low), interval.high)
     measured = any(cost.status is CostStatus.MEASURED for _, cost in known)
     status = CostStatus.MEASURED if measured else CostStatus.NO_MEASURABLE_COST
     mean = sum(count / steps * (cost.mean_ms or 0.0) for count, cost in known)
@@ -271,7 +326,7 @@ def _total(sample: _Sample, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) ->
     p50, p95 = (float(v) for v in np.percentile(times, [50, 95]))
     return RunCost(
         status=status,
-        basis="host",
+        basis=basis,
         message=_sentence(status, interval, mean),
         ms_per_step=Milliseconds.of(interval),
         share_of_step=Milliseconds.of(interval, 1 / mean),
@@ -282,6 +337,7 @@ def _total(sample: _Sample, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) ->
         idle_gaps=int(idle.sum()),
         pauses=int(pauses.sum()),
         phases=phases,
+        prices={name: cost for name, _, cost in fits},
     )
 
 
@@ -299,6 +355,7 @@ def _phase_cost(ms: Float64, cost: Cost) -> PhaseCost:
         Milliseconds.of(measured, 1 / cost.mean_ms) if known and measured and cost.mean_ms else None,
         float(np.median(ms[cost.used])) if cost.used.any() else None,
         cost.r2,
+        cost.driver,
     )
 
 

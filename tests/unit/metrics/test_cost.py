@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from eplb_analyze.metrics.cost import EXCHANGE_RATES, MIN_STEPS, CostStatus, Work, fit
+from eplb_analyze.metrics.bootstrap import Interval
+from eplb_analyze.metrics.cost import EXCHANGE_RATES, MIN_STEPS, CostStatus, Driver, Excess, Work, fit
 
 LAYERS, RANKS, SLOTS, TOP_K = 6, 8, 8, 4
 Array = Any
@@ -152,14 +153,41 @@ def test_few_steps_are_not_enough() -> None:
     assert "99 steps" in fit(ms, some.work).reason
 
 
-def test_times_of_something_else_are_not_fitted() -> None:
-    """Half of the steps waited for requests, each as long as chance would have it."""
+def test_an_interval_stays_true_if_half_of_the_steps_waited() -> None:
+    """They waited for requests, each as long as chance would have it."""
     some = engine(3)
-    ms, _ = some.times(0, 0.05, noise=0.01)
+    ms, truth = some.times(0, 0.05, noise=0.01)
     rng = np.random.default_rng(0)
     ms += np.where(rng.random(len(ms)) < 0.55, rng.exponential(200, len(ms)), 0)
-    found = fit(ms, some.work)
-    assert found.status is not CostStatus.MEASURED
+    found = fit(ms, some.work).ms_per_step
+    assert found is None or found.low <= truth <= found.high
+
+
+def test_a_price_is_that_of_the_fitted_model(engines: list[Engine]) -> None:
+    """All excess costs what imbalance costs; none costs nothing; half of it half."""
+    for (a, b), some in zip([(0.0, 0.05), (0.2, 0.0), (0.2, 0.02)], engines, strict=False):
+        cost, excess = fit(some.times(a, b, noise=0.01)[0], some.work), some.work.excess()
+        assert cost.price(excess) == cost.ms_per_step
+        assert cost.price(excess - excess) == Interval(0.0, 0.0, 0.0)
+        half = cost.price(half_of(excess))
+        assert half is not None
+        assert cost.ms_per_step is not None
+        assert half.value == pytest.approx(cost.ms_per_step.value / 2)
+        gain = cost.price(half_of(excess) - excess)
+        assert gain is not None
+        assert gain.high < 0
+    assert fit(np.full(600, np.nan), some.work).price(excess) is None
+
+
+def half_of(excess: Excess) -> Excess:
+    return Excess(excess.active / 2, excess.tokens / 2)
+
+
+def test_driver_is_what_makes_steps_slow(engines: list[Engine]) -> None:
+    for some in engines[:6]:
+        for (a, b), driver in (((0.0, 0.05), Driver.TOKENS), ((0.5, 0.0), Driver.ACTIVE_EXPERTS)):
+            assert fit(some.times(a, b, noise=0.002)[0], some.work).driver is driver
+        assert fit(some.times(0, 0)[0], some.work).driver is None
 
 
 def test_equal_steps_cannot_tell_what_imbalance_costs() -> None:
