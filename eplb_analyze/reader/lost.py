@@ -15,7 +15,7 @@ from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.segments import Segment
 from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_dump.format.journal import Int64, Shape
-from eplb_dump.format.schema import Scope
+from eplb_dump.format.schema import Scope, Status
 
 #: An even share of the tokens must be at least this many for their absence to be no chance.
 MIN_TOKENS = 100
@@ -94,8 +94,8 @@ def reduced(shape: Shape, lost: tuple[int, ...]) -> Shape:
 def find_lost(sessions: Sequence[Session], scope: Scope, unreadable: frozenset[int]) -> list[LostRank]:
     """The lost ranks of a run, in order of ranks and steps.
 
-    Loads are read only if a rank has no rows where others have some. With scope ``global`` one rank writes
-    for all, so nothing shows that another one is lost. Raises DamagedSegmentError.
+    Loads are read only if a rank has no part in steps that others recorded. With scope ``global`` one rank
+    writes for all, so nothing shows that another one is lost. Raises DamagedSegmentError.
 
     Args:
         unreadable: ``id`` of segments whose loads cannot be read.
@@ -113,30 +113,66 @@ def find_lost(sessions: Sequence[Session], scope: Scope, unreadable: frozenset[i
     for rank in range(max((s.shape.ep_size for _, s in segments if s.shape), default=0)):
         # Those that were recorded under a shape without this rank say nothing about it.
         others = [s for own, s in segments if own != rank and s.shape and s.shape.ep_size > rank]
-        own_rows = [s for session in sessions if session.info.ep_rank == rank for s in session.segments]
-        for gap in _gaps(own_rows, others):
+        own = [session for session in sessions if session.info.ep_rank == rank]
+        for gap in _gaps(own, others):
             lost = _lost(rank, gap, others, tokens)
             if lost is not None:
                 found.append(lost)
     return found
 
 
-def _gaps(own: Sequence[Segment], others: Sequence[Segment]) -> Iterator[StepRange]:
-    """The ranges of steps in which other segments have rows and a rank's own do not."""
+def _gaps(own: Sequence[Session], others: Sequence[Segment]) -> Iterator[StepRange]:
+    """The ranges of steps in which other ranks may have recorded some and a rank has no part."""
     if not others:
         return
     begin, end = min(s.first_step for s in others), max(s.last_step for s in others) + 1
-    for segment in sorted((s for s in own if s.last_step >= 0), key=lambda s: s.first_step):
-        if segment.first_step > begin:
-            yield StepRange(begin, segment.first_step)
-        begin = max(begin, segment.last_step + 1)
+    parts = (
+        part for session in own for segment in session.segments for part in _parts(session, segment, others)
+    )
+    for part in sorted(parts):
+        if part.first > begin:
+            yield StepRange(begin, part.first)
+        begin = max(begin, part.end)
     if begin < end:
         yield StepRange(begin, NO_END)
 
 
+def _parts(session: Session, segment: Segment, others: Sequence[Segment]) -> Iterator[StepRange]:
+    """A segment's steps, cut where other ranks recorded steps in which this rank has no part.
+
+    Its rows are read only if its counts leave room for such steps.
+    """
+    first, end = segment.first_step, segment.last_step + 1
+    if end <= first:
+        return
+    if segment.step_rows == end - first and _all_recorded(session, segment):
+        yield StepRange(first, end)
+        return
+    rows = segment.steps()
+    own = np.unique(rows.step[(rows.status == Status.RECORDED) | (rows.status == Status.DUMMY)])
+    theirs = [s.load_steps() for s in others if s.first_step < end and s.last_step >= first]
+    lacking = np.setdiff1d(np.concatenate([np.empty(0, np.int64), *theirs]), own)
+    lacking = lacking[(lacking >= first) & (lacking < end)]
+    if not len(lacking):
+        yield StepRange(first, end)
+        return
+    for piece in np.split(own, np.unique(np.searchsorted(own, lacking))):
+        if len(piece):
+            yield StepRange(int(piece[0]), int(piece[-1]) + 1)
+
+
+def _all_recorded(session: Session, segment: Segment) -> bool:
+    """Whether each of a segment's rows is of a step that the rank recorded, idled in or left to sampling."""
+    every = session.info.interval
+    if segment.recorded == segment.last_step // every - (segment.first_step - 1) // every:
+        return True
+    stats = (session.closed or {}).get("stats")
+    return isinstance(stats, dict) and stats.get("dropped") == stats.get("rejected") == 0
+
+
 def _lost(rank: int, gap: StepRange, others: Sequence[Segment], tokens: _Tokens) -> LostRank | None:
     """The end of a gap, in which no token went to the rank; None if there is none, or hardly any token."""
-    inside = [s for s in others if s.first_step < gap.end and s.last_step >= gap.first]
+    inside = [s for s in others if _recorded_in(s, gap)]
     inside.sort(key=lambda s: -s.last_step)
     if inside and tokens.serves_at_the_end(rank, inside[0], gap):
         return None  # it serves, and is not recorded
@@ -159,6 +195,15 @@ def _lost(rank: int, gap: StepRange, others: Sequence[Segment], tokens: _Tokens)
     if not after or total < MIN_TOKENS * max(s.shape.ep_size for s in after if s.shape):
         return None
     return LostRank(rank, StepRange(first, gap.end), _time_at(first, after))
+
+
+def _recorded_in(segment: Segment, steps: StepRange) -> bool:
+    if segment.first_step >= steps.end or segment.last_step < steps.first:
+        return False
+    if steps.first <= segment.first_step and segment.last_step < steps.end:
+        return True
+    low, high = np.searchsorted(segment.load_steps(), steps)
+    return bool(low < high)
 
 
 def _unused(rank: int, segment: Segment) -> bool:

@@ -63,8 +63,10 @@ class ParquetSegment:
         self.seq = entry.seq
         self.first_step, self.last_step = entry.first_step, entry.last_step
         self.shape = entry.shape
-        #: How many rows of ``steps`` the manifest lists.
+        #: As the manifest lists them.
         self.step_rows = entry.step_rows
+        loads = entry.files.get("loads")
+        self.recorded = loads.rows // entry.shape.num_moe_layers if loads and entry.shape else 0
         self.sums = entry.sums
         self.cut = False
         #: Footers that were verified, by table.

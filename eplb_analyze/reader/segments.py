@@ -55,6 +55,9 @@ class Segment(Protocol):
     first_step: int
     last_step: int
     shape: Shape | None
+    #: How many rows of ``steps`` it has, and how many steps with loads.
+    step_rows: int
+    recorded: int
     path: StoragePath
     #: Over all steps of the segment; None if the writer left none.
     sums: ExpertSums | None
@@ -91,6 +94,7 @@ class OpenSegment:
         self.seq = journal.seq
         self.shape = journal.shape
         steps = journal.steps.step
+        self.step_rows, self.recorded = len(steps), len(journal.load_steps)
         self.first_step, self.last_step = int(steps.min(initial=NO_END)), int(steps.max(initial=-1))
 
     def steps(self) -> StepRows:

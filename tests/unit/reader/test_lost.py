@@ -22,6 +22,7 @@ from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.analysis.traffic import traffic_report
+from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.settings import Setting
 from eplb_analyze.transfer.exporters.loads import export_loads
@@ -48,6 +49,10 @@ class Engine:
     delay: int = 0
     placements: dict[int, Any] = field(default_factory=lambda: {0: BEFORE})
     options: dict[str, Any] = field(default_factory=dict)
+    #: ``{rank: (first, end)}``: steps that its writer drops.
+    dropped: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: A dead rank that comes back goes on with its writer, so its gap is inside one session and segment.
+    same_writer: bool = False
     #: What was recorded: ``{(step, rank): load}``.
     loads: dict[tuple[int, int], Any] = field(default_factory=dict)
 
@@ -65,8 +70,12 @@ class Engine:
                 # All layers get the same number of tokens.
                 load[:, self.serving(step)[0] * WIDTH] += load.sum(axis=1).max() - load.sum(axis=1)
                 first, end = self.silent.get(rank, (0, 0))
+                dropped = self.dropped.get(rank, (0, 0))
+                if dropped[0] <= step < dropped[1]:
+                    writers[rank].skip("dropped")
+                    continue
                 if rank in gone or first <= step < end:
-                    if rank in writers and (rank in gone or end >= self.steps):
+                    if rank in writers and ((rank in gone and not self.same_writer) or end >= self.steps):
                         writers.pop(rank).close()
                     continue
                 if rank not in writers:
@@ -204,6 +213,69 @@ def test_change_of_placement_with_a_loss_has_no_gain(tmp_path: Path) -> None:
     assert change.reason == "other ranks serve: lost before none, after rank 2"
 
 
+@pytest.mark.parametrize("segment_steps", [16, 2048])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_loss_inside_one_segment_of_the_rank_is_found(
+    tmp_path: Path, segment_steps: int, interval: int
+) -> None:
+    """The rank's writer lives on, and has rows on both sides of the steps without it."""
+    options = {"segment_steps": segment_steps, "interval": interval}
+    engine = Engine(
+        tmp_path, dead={2: (21, 41)}, silent={1: (10, 16)}, delay=3, options=options, same_writer=True
+    )
+    engine.run(4)
+    engine.loads = {key: load for key, load in engine.loads.items() if key[0] % interval == 0}
+    run = open_run(tmp_path)
+    [lost] = run.lost_ranks
+    assert lost.rank == 2
+    sampled = range(0, 60, interval)
+    assert [s for s in sampled if s in range(*lost.steps)] == [s for s in sampled if 24 <= s < 41]
+    complete = [s for s in sampled if engine.complete(s)]
+    assert complete == [s for s in sampled if not 10 <= s < 16 and not 21 <= s < 24]
+    frame = run.balancedness(by="step")
+    assert frame["step"].to_list() == complete
+    np.testing.assert_allclose(frame["value"].to_numpy(), [engine.balancedness(s) for s in complete])
+
+
+def test_steps_dropped_after_the_engine_gave_a_rank_up_are_of_the_loss(tmp_path: Path) -> None:
+    """Rank 1 drops steps while it serves, and again after the engine masked it, before it dies at 50."""
+    engine = Engine(tmp_path, dead={1: (35, 99)}, dropped={1: (30, 50)}, options={"segment_steps": 64})
+    engine.run(5)
+    run = open_run(tmp_path)
+    assert [(one.rank, one.steps.first, one.last_step) for one in run.lost_ranks] == [(1, 35, None)]
+    complete = [*range(30), *range(35, 60)]
+    assert [s for s in range(60) if engine.complete(s)] == complete
+    assert run.balancedness(by="step")["step"].to_list() == complete
+    summary = summarize(run)
+    assert summary.steps.to_json()["incomplete"] == 5
+    mean = np.mean([engine.balancedness(s) for s in complete])
+    assert summary.spreads["balancedness"].mean == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("dummies", [False, True])
+def test_rows_of_a_healthy_run_are_not_read_to_find_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dummies: bool
+) -> None:
+    writers = [
+        ExpertLoadWriter(
+            tmp_path, model="m", num_logical_experts=2, ep_size=2, ep_rank=rank, run_id="r",
+            segment_steps=8, interval=3,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for step in range(40):
+        for rank, writer in enumerate(writers):
+            if dummies and rank == step // 3 % 2:
+                writer.skip("dummy")
+            else:
+                writer.record(step, np.array([[500, 500]]), np.array([[0, 1]]))
+    for writer in writers:
+        writer.close()
+    run = open_run(tmp_path)
+    monkeypatch.setattr(ParquetSegment, "steps", lambda _: pytest.fail("steps are read"))
+    assert run.lost_ranks == []
+
+
 @pytest.mark.parametrize("segment_steps", [8, 2048])
 def test_rank_that_only_stops_recording_is_not_lost(tmp_path: Path, segment_steps: int) -> None:
     engine = Engine(tmp_path, silent={1: (20, 60)}, options={"segment_steps": segment_steps})
@@ -320,6 +392,7 @@ def test_any_losses_and_returns_give_the_recomputed_figures(
     engine = Engine(
         root, steps, dead, silent, data.draw(st.integers(0, 3)),
         options={"segment_steps": data.draw(st.sampled_from([5, 16, 2048]))},
+        same_writer=data.draw(st.booleans()),
     )  # fmt: skip
     engine.run(data.draw(st.integers(0, 99)))
     run = open_run(root)
