@@ -162,6 +162,8 @@ def session_findings(run: Run) -> Iterator[Finding]:
         if journals:
             text = f"{plural(journals, 'journal')}{whose} not sealed: read here, but not by other programs "
             yield Finding("info", "unsealed_journal", text + "(see `seal`)")
+    if any(finding.code == "mixed_starts" for finding in run.findings):
+        return  # which says why sessions overlap
     for rank in run.present_ranks:
         own = [s for s in run.sessions if s.info.ep_rank == rank and s.segments]
         for older, newer in itertools.pairwise(own):

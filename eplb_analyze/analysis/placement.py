@@ -32,6 +32,7 @@ class LayerPlacement:
     replicated: int
     #: How often a rank holds an expert more than once.
     twice_on_a_rank: int
+    #: Of ranks that are not lost.
     empty_slots: int
     #: For each rank, the logical expert in each of its slots, -1 in an empty one.
     ranks: list[list[int]]
@@ -71,7 +72,7 @@ class PlacementReport(RunReport):
     layers: list[LayerPlacement]
     #: The layers that changed; None without a step to compare with.
     changes: list[LayerChange] | None
-    #: Ranks that are lost at the step; their slots are empty, and hold no replica.
+    #: Ranks that are lost at the step; their slots are shown as empty, and are in no count.
     lost_ranks: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -89,6 +90,7 @@ def placement_report(
     """
     indices = range(run.info.num_layers) if layer is None else [run.layer_index(layer)]
     at = _step(run, step)
+    lost = [*ranks_lost_at(at, run.lost_ranks)]
     now = _known(run, at, indices)
     notes = []
     absent = len(indices) - len(now)
@@ -107,11 +109,10 @@ def placement_report(
             notes.append(f"ep_size changed from {old} to {new}: ranks are compared by their numbers")
         for size in sorted({now[i].ep_size for i in both}):
             notes += uneven_nodes(size, run.info.ranks_per_node)
-        found = [_change(before[i], now[i], run.info.ranks_per_node) for i in both]
+        found = [_change(before[i], now[i], run.info.ranks_per_node, lost) for i in both]
         changes = [change for change in found if change.slots_changed]
-    lost = [*ranks_lost_at(at, run.lost_ranks)]
     if lost:
-        notes.append(f"rank {listed(lost)} is lost at step {at}: its slots count as empty")
+        notes.append(f"rank {listed(lost)} is lost at step {at}: its slots are in no count")
     return PlacementReport(
         run.info.run_id, run.info.model, at, against, list(now.values()), changes, lost, notes
     )
@@ -129,6 +130,7 @@ def _step(run: Run, step: int | None) -> int:
 def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
     """The placements in force at a step, by layer index."""
     found = {}
+    lost = ranks_lost_at(step, run.lost_ranks)
     experts = run.history.num_experts(run.info.num_logical_experts, run.info.num_layers)
     for index in indices:
         history = run.history.layer(index)
@@ -148,7 +150,7 @@ def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
             replicas_max=int(copies.max()),
             replicated=int((copies > 1).sum()),
             twice_on_a_rank=sum(int((counts > 1).sum()) for counts in per_rank),
-            empty_slots=int((slots == EMPTY_SLOT).sum()),
+            empty_slots=sum(int((own == EMPTY_SLOT).sum()) for r, own in enumerate(ranks) if r not in lost),
             ranks=ranks.tolist(),
             replicas=copies.tolist(),
         )
@@ -158,12 +160,16 @@ def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
     return found
 
 
-def _change(before: LayerPlacement, now: LayerPlacement, ranks_per_node: int | None) -> LayerChange:
+def _change(
+    before: LayerPlacement, now: LayerPlacement, ranks_per_node: int | None, lost: list[int]
+) -> LayerChange:
+    """What changed; the slots of a rank that is ``lost`` now did not change, they are gone."""
     size = max(before.ep_size, now.ep_size)
     held, holds = ([_experts(p, rank) for rank in range(size)] for p in (before, now))
     came = [(rank, expert) for rank in range(size) for expert in holds[rank] - held[rank]]
-    old, new = np.ravel(before.ranks), np.ravel(now.ranks)
-    same_shape = (before.ep_size, len(old)) == (now.ep_size, len(new))
+    here = [rank for rank in range(now.ep_size) if rank not in lost]
+    new = np.array(now.ranks)[here]
+    same_shape = (before.ep_size, before.num_physical_experts) == (now.ep_size, now.num_physical_experts)
     to_nodes = None
     if ranks_per_node:
         on_node = {(rank // ranks_per_node, expert) for rank, own in enumerate(held) for expert in own}
@@ -171,13 +177,13 @@ def _change(before: LayerPlacement, now: LayerPlacement, ranks_per_node: int | N
     return LayerChange(
         layer=now.layer,
         # Slots of two shapes are not the same slots.
-        slots_changed=int((old != new).sum()) if same_shape else len(new),
+        slots_changed=int((np.array(before.ranks)[here] != new).sum()) if same_shape else new.size,
         experts_crossed_ranks=len(came),
         experts_crossed_nodes=to_nodes,
         ranks=[
             RankChange(rank, sorted(holds[rank] - held[rank]), sorted(held[rank] - holds[rank]))
             for rank in range(size)
-            if holds[rank] != held[rank]
+            if holds[rank] != held[rank] and rank not in lost
         ],
     )
 

@@ -241,6 +241,8 @@ USUAL_INTERVAL = 3000
 def not_due(run: Run) -> str | None:
     """Why the engine had no reason to rearrange yet; None also if it says that it does not balance."""
     info = run.info
+    if info.ep_size == 1:
+        return "The run has one EP rank, so there is nothing to balance."
     setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
     if setting.enabled is False:
         return None

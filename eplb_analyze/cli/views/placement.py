@@ -24,9 +24,9 @@ def render(console: Console, report: PlacementReport, *, single: bool, experts: 
         _changed(console, report.changes)
     console.print()
     if single:
-        _ranks(console, report.layers[0], changes.get(report.layers[0].layer))
+        _ranks(console, report.layers[0], changes.get(report.layers[0].layer), report.lost_ranks)
     elif report.changes is None:
-        _layers(console, report.layers)
+        _layers(console, report.layers, report.lost_ranks)
     elif report.changes:
         _changes(console, report.changes)
     if experts:
@@ -45,12 +45,14 @@ def _changed(console: Console, changes: list[LayerChange]) -> None:
     console.print(f"{slots} changed in {plural(len(changes), 'layer')}; {crossed}{across}")
 
 
-def _layers(console: Console, layers: list[LayerPlacement]) -> None:
+def _layers(console: Console, layers: list[LayerPlacement], lost: list[int]) -> None:
     columns = ("layer", "since step", "ranks", "slots", "replicas", "replicated", "doubled", "empty")
     listing = table(console, *columns)
     for p in layers:
         span = f"{p.replicas_min}" + (f"–{p.replicas_max}" if p.replicas_max > p.replicas_min else "")
-        cells = (p.ep_size, p.num_physical_experts, span, p.replicated, p.twice_on_a_rank, p.empty_slots)
+        serving = sum(rank not in lost for rank in range(p.ep_size))
+        slots = p.num_physical_experts // p.ep_size * serving
+        cells = (serving, slots, span, p.replicated, p.twice_on_a_rank, p.empty_slots)
         listing.add_row(str(p.layer), str(p.since), *map(str, cells))
     console.print(listing)
     console.print("replicated: with several replicas; doubled: twice on a rank; empty: slots")
@@ -73,14 +75,14 @@ def _changes(console: Console, changes: list[LayerChange]) -> None:
     console.print(listing)
 
 
-def _ranks(console: Console, p: LayerPlacement, change: LayerChange | None) -> None:
+def _ranks(console: Console, p: LayerPlacement, change: LayerChange | None, lost: list[int]) -> None:
     """One row per rank: the experts in its slots, and those that moved in and out."""
     digits = len(str(len(p.replicas) - 1))
     changed = {r.rank: r for r in change.ranks} if change else {}
     columns = ["rank", "<experts in its slots", *(["<in", "<out"] if changed else [])]
     listing = table(console, *columns)
     for rank, slots in enumerate(p.ranks):
-        cells = " ".join(f"{'·' if e < 0 else e:>{digits}}" for e in slots)
+        cells = " ".join(f"{'·' if e < 0 else e:>{digits}}" for e in slots) if rank not in lost else "lost"
         moved = changed.get(rank)
         came, went = (moved.experts_in, moved.experts_out) if moved else ([], [])
         listing.add_row(f"r{rank}", cells, *([_numbers(came), _numbers(went)] if changed else []))

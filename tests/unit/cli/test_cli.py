@@ -150,6 +150,23 @@ def test_summary_warns_first_that_eplb_never_acted(good: Path, poor: Path, tmp_p
     assert "no placement was recorded or readable, so no rearrangement is known" in unknown
 
 
+def test_run_of_one_rank_has_nothing_to_balance(tmp_path: Path) -> None:
+    """Also if the engine says that it does not balance, or that a rearrangement was due."""
+    for number, config in enumerate(({}, {"enable_eplb": False}, {"eplb_config": {"step_interval": 5}})):
+        folder = tmp_path / str(number)
+        with ExpertLoadWriter(
+            folder, model="m", num_logical_experts=3, ep_size=1, run_id="r", engine_config=config
+        ) as writer:
+            for step in range(4000):
+                writer.record(step, np.array([[9, 1, 5, 4]]), np.array([[0, 1, 2, 0]]))
+                if step % 500 == 0:
+                    writer.flush()
+        shown = cli("summary", folder)
+        assert shown.returncode == 0
+        assert "NEVER" not in shown.stdout
+        assert "nothing to balance" in " ".join(shown.stdout.split())
+
+
 def test_metrics_lists_all_formulas_in_both_forms() -> None:
     names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm"]
     document = json.loads(cli("metrics", "--output", "json").stdout)

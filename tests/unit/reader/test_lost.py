@@ -166,6 +166,27 @@ def test_every_command_leaves_out_the_lost_rank(tmp_path: Path) -> None:
     assert (changes[0].before.first_step, changes[0].before.last_step) == (40, 44)
 
 
+def test_slots_of_a_lost_rank_are_in_no_count_of_placement(tmp_path: Path) -> None:
+    Engine(tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 40: AFTER}).run()
+    report = placement_report(open_run(tmp_path), 50, against=30)
+    kept = np.array([s for s in range(SLOTS) if s // WIDTH != 2])
+    moved = int((BEFORE[0] != AFTER[0])[kept].sum())
+    assert report.changes is not None
+    assert [c.slots_changed for c in report.changes] == [moved] * LAYERS
+    assert [[r.rank for r in c.ranks] for c in report.changes] == [[3]] * LAYERS
+    assert [p.empty_slots for p in report.layers] == [0] * LAYERS
+    text = cli("placement", tmp_path).stdout
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] in (["0"], ["1"])]
+    assert [row[2:4] + row[-1:] for row in rows] == [["3", "9", "0"]] * LAYERS
+    single = cli("placement", tmp_path, "--layer", 0).stdout
+    assert "r2   lost" in single
+    assert "empty" not in single
+    # The loss alone, before the engine rearranged, changed no slot.
+    later = tmp_path / "later"
+    Engine(later, dead={2: (40, 99)}, placements={0: BEFORE, 50: AFTER}).run()
+    assert placement_report(open_run(later), 45, against=30).changes == []
+
+
 def test_traffic_after_a_loss_has_means_over_the_ranks_that_serve(tmp_path: Path) -> None:
     engine = Engine(tmp_path, dead={2: (20, 60)}, options={"ranks_per_node": 2})
     engine.run()

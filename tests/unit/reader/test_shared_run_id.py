@@ -372,6 +372,7 @@ def test_check_fails_on_engines_that_cannot_be_separated(
     done = cli("check", tmp_path)
     assert done.returncode == 1
     assert "mixed_starts" in done.stdout
+    assert "overlapping_sessions" not in done.stdout  # the same fact
     with pytest.raises(DumpError, match="two engines recorded"):
         open_run(tmp_path)
     row = json.loads(cli("postmortem", tmp_path, "--output", "json").stdout)["runs"][0]
