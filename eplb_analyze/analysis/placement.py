@@ -130,7 +130,7 @@ def _step(run: Run, step: int | None) -> int:
 def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
     """The placements in force at a step, by layer index."""
     found = {}
-    lost = ranks_lost_at(step, run.lost_ranks)
+    dead = ranks_lost_at(step, run.lost_ranks)
     experts = run.history.num_experts(run.info.num_logical_experts, run.info.num_layers)
     for index in indices:
         history = run.history.layer(index)
@@ -150,7 +150,7 @@ def _known(run: Run, step: int, indices: Any) -> dict[int, LayerPlacement]:
             replicas_max=int(copies.max()),
             replicated=int((copies > 1).sum()),
             twice_on_a_rank=sum(int((counts > 1).sum()) for counts in per_rank),
-            empty_slots=sum(int((own == EMPTY_SLOT).sum()) for r, own in enumerate(ranks) if r not in lost),
+            empty_slots=sum(int((own == EMPTY_SLOT).sum()) for r, own in enumerate(ranks) if r not in dead),
             ranks=ranks.tolist(),
             replicas=copies.tolist(),
         )
