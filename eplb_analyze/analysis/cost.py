@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.analysis.cost_sample import CostSample, sample_of
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import (
+    MIN_STEPS,
     Bool,
     Cost,
     CostStatus,
@@ -20,16 +22,11 @@ from eplb_analyze.metrics.cost import (
     Excess,
     Float64,
     StepTimes,
-    Work,
     fit,
 )
-from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int64
 
-#: A long run is sampled: the loads of about this many steps are read, in evenly spaced blocks.
-SAMPLE_STEPS = 8192
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
 #: time is flat while reading its weights is the limit, and grows with its tokens later.
 TOKENS_PER_SLOT = (32, 256)
@@ -144,118 +141,40 @@ def cost_of(
     """
     if steps is not None:
         run.require(steps)
-    return run.retry_without_damaged(lambda: _cost_of(run, steps, timings))
+    sample = run.retry_without_damaged(lambda: sample_of(run, steps))
+    return cost_of_sample(run, sample, timings)
 
 
-def _cost_of(run: Run, steps: tuple[int, int] | None, timings: StepTimes | None) -> RunCost:
+def cost_of_sample(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
+    """The cost of imbalance in the steps of a sample; see :func:`cost_of`."""
     if not run.info.timed and timings is None:
         return _unknown("the recording has no step times")
-    sample = _Sample.of(run, steps)
-    if sample is None:
-        return _unknown("no step is complete")
+    if not len(sample.step):
+        return _unknown(f"fewer than {MIN_STEPS} steps are complete")
     pauses = _near(sample.step, run.load_history().changes)
-    basis = "host"
+    basis, ms = "host", np.full(len(sample.step), np.nan)
     if timings is not None:
         basis = timings.basis
         _, here, there = np.intersect1d(sample.step, timings.step, assume_unique=True, return_indices=True)
-        sample.ms[here] = timings.ms[there]
+        ms[here] = timings.ms[there]
     fits: list[tuple[str, Bool, Cost]] = []
     for name, mask in _phases(sample):
         if timings is None:
-            sample.choose_times(mask)
-        fits.append((name, mask, fit(sample.ms[mask], sample.work.select(mask), pauses[mask])))
-    return _total(sample, basis, pauses, fits)
+            ms[mask] = _durations(sample, mask)
+        fits.append((name, mask, fit(ms[mask], sample.work.select(mask), pauses[mask])))
+    return _total(ms, basis, pauses, fits)
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """The steps that the cost is fitted to.
+def _durations(sample: CostSample, steps: Bool) -> Float64:
+    """The durations of some steps, all of one phase, ms.
 
-    Attributes:
-        step: int64 ``[n]``, complete steps, ascending.
-        ms: float64 ``[n]``, their durations; NaN if unknown.
-        since_last, until_next: float64 ``[n]``, ms between the step and its neighbors, of which one is the
-            duration.
-        phase: the phase that the engine named, or None.
-        per_slot: float64 ``[n]``, the mean tokens of a slot.
+    An engine that waits for its device records a step when it has ended; one that only launches kernels
+    records it when the last one has. Which of the two it is, the number of tokens shows, since a step with
+    more of them takes longer. Imbalance is not looked at, or chance would decide in its favor.
     """
-
-    step: Int64
-    ms: Float64
-    since_last: Float64
-    until_next: Float64
-    work: Work
-    phase: list[str | None]
-    per_slot: Float64
-
-    @classmethod
-    def of(cls, run: Run, steps: tuple[int, int] | None) -> _Sample | None:
-        clock: list[tuple[Int64, Int64]] = []
-        found: list[tuple[Int64, Work, list[str | None], int]] = []
-        blocks = list(run.blocks(steps))
-        wanted = _spread([len(block.recorded) for block in blocks])
-        for block, wants in zip(blocks, wanted, strict=True):
-            clock.append((block.step, block.clock_ns))
-            if wants and block.shape is not None:
-                names = [block.phases[code] if code >= 0 else None for code in _of_recorded(block)]
-                slots = block.shape.num_moe_layers * block.shape.slots_per_rank
-                found.append((block.recorded, _work(block, run.info.token_replication), names, slots))
-        if not found:
-            return None
-        step = np.concatenate([part[0] for part in found])
-        work = Work.concat([part[1] for part in found])
-        widths = np.repeat([part[3] for part in found], [len(part[0]) for part in found])
-        seen, time = (np.concatenate(values) for values in zip(*clock, strict=True))
-        apart = np.where(np.diff(seen) == 1, np.diff(time) / 1e6, np.nan)
-        at = np.searchsorted(seen, step)
-        return cls(
-            step,
-            np.full(len(step), np.nan),
-            np.insert(apart, 0, np.nan)[at],
-            np.append(apart, np.nan)[at],
-            work,
-            [name for part in found for name in part[2]],
-            work.tokens / widths,
-        )
-
-    def choose_times(self, steps: Bool) -> None:
-        """Set the durations of some steps, all of one phase.
-
-        An engine that waits for its device records a step when it has ended; one that only launches kernels
-        records it when the last one has. Which of the two it is, the number of tokens shows, since a step
-        with more of them takes longer. Imbalance is not looked at, or chance would decide in its favor.
-        """
-        times = self.since_last[steps], self.until_next[steps]
-        last, next_ = (_rank_correlation(self.work.tokens[steps], ms) for ms in times)
-        self.ms[steps] = times[next_ > last]
-
-
-def _spread(sizes: list[int]) -> list[bool]:
-    """Which blocks to read, so that about :data:`SAMPLE_STEPS` steps are read, evenly over the run."""
-    every = max(1.0, sum(sizes) / SAMPLE_STEPS)
-    wanted, taken, passed = [], 0, 0
-    for size in sizes:
-        passed += size
-        wanted.append(bool(size) and taken * every < passed)
-        taken += size if wanted[-1] else 0
-    return wanted
-
-
-def _of_recorded(block: Block) -> list[int]:
-    codes: list[int] = block.phase[block.state == StepState.RECORDED].tolist()
-    return codes
-
-
-def _work(block: Block, per_token: int) -> Work:
-    """The work of a block's complete steps, a few layers at a time."""
-    assert block.shape is not None
-    total: Work | None = None
-    for _, load in block.load_parts():
-        by_rank = load.reshape(*load.shape[:2], block.shape.ep_size, -1)
-        layers = Work.of((by_rank > 0).sum(axis=3), by_rank.sum(axis=3) / per_token)
-        total = layers if total is None else total.plus(layers)
-    assert total is not None
-    return total
+    times = sample.since_last[steps], sample.until_next[steps]
+    last, next_ = (_rank_correlation(sample.work.tokens[steps], ms) for ms in times)
+    return times[next_ > last]
 
 
 def _rank_correlation(a: Float64, b: Float64) -> float:
@@ -275,7 +194,7 @@ def _near(step: Int64, changes: list[int]) -> Bool:
     return np.isin(step, near)
 
 
-def _phases(sample: _Sample) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+def _phases(sample: CostSample) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
     """Name and steps of each phase: the engine's, else by tokens per slot."""
     named = np.array([name is not None for name in sample.phase])
     for name in sorted({name for name in sample.phase if name is not None}):
@@ -302,14 +221,14 @@ def _combined(parts: list[tuple[int, Interval]]) -> Interval | None:
     return Interval(value, value - low, value + high)
 
 
-def _total(sample: _Sample, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) -> RunCost:
+def _total(ms: Float64, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) -> RunCost:
     """All phases together: each counts by its number of steps."""
-    phases = {name: _phase_cost(sample.ms[mask], cost) for name, mask, cost in fits}
-    used = np.zeros(len(sample.step), np.bool_)
-    expected = np.full(len(sample.step), np.nan)
+    phases = {name: _phase_cost(ms[mask], cost) for name, mask, cost in fits}
+    used = np.zeros(len(ms), np.bool_)
+    expected = np.full(len(ms), np.nan)
     for _, mask, cost in fits:
         used[mask], expected[mask] = cost.used, cost.expected
-    idle = np.isfinite(expected) & ~used & (sample.ms > expected)
+    idle = np.isfinite(expected) & ~used & (ms > expected)
     known = [
         (int(mask.sum()), cost) for _, mask, cost in fits if cost.status is not CostStatus.NOT_IDENTIFIABLE
     ]
@@ -322,7 +241,7 @@ def _total(sample: _Sample, basis: str, pauses: Bool, fits: list[tuple[str, Bool
     measured = any(cost.status is CostStatus.MEASURED for _, cost in known)
     status = CostStatus.MEASURED if measured else CostStatus.NO_MEASURABLE_COST
     mean = sum(count / steps * (cost.mean_ms or 0.0) for count, cost in known)
-    times, residuals = sample.ms[used], (sample.ms - expected)[used]
+    times, residuals = ms[used], (ms - expected)[used]
     p50, p95 = (float(v) for v in np.percentile(times, [50, 95]))
     return RunCost(
         status=status,

@@ -1,0 +1,147 @@
+"""The steps that the cost of imbalance is fitted to: how long they took, and what the ranks did in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb_analyze.metrics.cost import EXCHANGE_RATES, MIN_STEPS, Float64, Work
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.run import Run
+from eplb_dump.format.journal import Int64
+
+#: Loads are large, so those of a long run are not all read: about this many steps, with this many values.
+SAMPLE_STEPS, SAMPLE_VALUES = 8192, 1 << 25
+
+
+class Sampling:
+    """Which blocks of a run are in its sample: evenly spaced, so that parts of a run can be read apart."""
+
+    def __init__(self, run: Run, first: int, last: int) -> None:
+        """``first``, ``last``: the range of steps to sample."""
+        segments = [
+            (session.info.ep_rank, segment, segment.shape)
+            for session in run.sessions
+            for segment in session.segments
+            if segment.shape is not None and segment.first_step <= last and segment.last_step >= first
+        ]
+        self._first = np.array([segment.first_step for _, segment, _ in segments], np.float64)
+        self._length = np.array([segment.last_step + 1 for _, segment, _ in segments]) - self._first
+        self._values = np.array(
+            [s.recorded * shape.num_moe_layers * shape.num_physical_experts for _, s, shape in segments],
+            np.float64,
+        )
+        steps: dict[int, int] = {}
+        for rank, segment, _ in segments:
+            steps[rank] = steps.get(rank, 0) + segment.recorded
+        #: At most so many steps are complete.
+        self.steps = min(max(steps.values(), default=0), last + 1 - first)
+        self._before_first = self._before(first)
+        self._total = self._before(last + 1) - self._before_first
+        self._share = min(1.0, SAMPLE_STEPS / max(1, self.steps), SAMPLE_VALUES / max(1.0, self._total))
+
+    def _before(self, step: int) -> float:
+        """How many values the segments have before a step."""
+        return float(self._values @ np.clip((step - self._first) / self._length, 0, 1))
+
+    def wants(self, block: Block) -> bool:
+        if self.steps < MIN_STEPS or not len(block.recorded):
+            return False
+        if self._share == 1:
+            return True
+        edges = int(block.step[0]), int(block.step[-1]) + 1
+        low, high = (self._before(step) - self._before_first for step in edges)
+        if high <= low:
+            return False
+        apart = self._total / max(1, int(self._share * self._total / (high - low)))
+        return bool((np.ceil(low / apart - 0.5) + 0.5) * apart < high)
+
+
+@dataclass
+class CostSample:
+    """The sampled steps of one block or of consecutive ones, to which those of later blocks can be added.
+
+    Attributes:
+        step: int64 ``[n]``, complete steps, ascending.
+        since_last, until_next: float64 ``[n]``, ms between the step and its neighbors; NaN if unknown.
+        work: of these steps.
+        per_slot: float64 ``[n]``, the mean tokens of a slot.
+        phase: of each step, as the engine named it, or None.
+        first, last: number and clock, ns, of the first and last step seen, sampled or not.
+    """
+
+    step: Int64
+    since_last: Float64
+    until_next: Float64
+    work: Work
+    per_slot: Float64
+    phase: list[str | None]
+    first: tuple[int, int] | None = None
+    last: tuple[int, int] | None = None
+
+    @classmethod
+    def empty(cls) -> CostSample:
+        none, wide = np.empty(0), np.empty((0, len(EXCHANGE_RATES)))
+        return cls(np.empty(0, np.int64), none, none, Work(none, none, wide, wide), none, [])
+
+    @classmethod
+    def of(cls, run: Run, sampling: Sampling, block: Block) -> CostSample:
+        """A block's complete steps, if the sample wants them."""
+        first, last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
+        sample = cls.empty()
+        if block.shape is not None and sampling.wants(block):
+            chosen = block.state == StepState.RECORDED
+            apart = np.where(np.diff(block.step) == 1, np.diff(block.clock_ns) / 1e6, np.nan)
+            work = _work(block, run.info.token_replication)
+            sample = cls(
+                block.step[chosen],
+                np.insert(apart, 0, np.nan)[chosen],
+                np.append(apart, np.nan)[chosen],
+                work,
+                work.tokens / (block.shape.num_moe_layers * block.shape.slots_per_rank),
+                [block.phases[code] if code >= 0 else None for code in block.phase[chosen].tolist()],
+            )
+        sample.first, sample.last = first, last
+        return sample
+
+    def merge(self, later: CostSample) -> None:
+        if self.last and later.first and later.first[0] == self.last[0] + 1:
+            apart = (later.first[1] - self.last[1]) / 1e6
+            if len(self.step) and self.step[-1] == self.last[0]:
+                self.until_next[-1] = apart
+            if len(later.step) and later.step[0] == later.first[0]:
+                later.since_last[0] = apart
+        if len(later.step):
+            self.step = np.concatenate([self.step, later.step])
+            self.since_last = np.concatenate([self.since_last, later.since_last])
+            self.until_next = np.concatenate([self.until_next, later.until_next])
+            self.work = Work.concat([self.work, later.work])
+            self.per_slot = np.concatenate([self.per_slot, later.per_slot])
+            self.phase += later.phase
+        self.first, self.last = self.first or later.first, later.last or self.last
+
+
+def sample_of(run: Run, steps: tuple[int, int] | None = None) -> CostSample:
+    """The sample of a run, or of a half-open range of its steps."""
+    first, last = run.step_range
+    low, high = (0, -1) if first is None or last is None else (first, last)
+    if steps is not None:
+        low, high = max(low, steps[0]), min(high, steps[1] - 1)
+    sampling, total = Sampling(run, low, high), CostSample.empty()
+    for _, sample in run.over_blocks(lambda block: CostSample.of(run, sampling, block), steps):
+        total.merge(sample)
+    return total
+
+
+def _work(block: Block, per_token: int) -> Work:
+    """The work of a block's complete steps, a few layers at a time."""
+    assert block.shape is not None
+    total: Work | None = None
+    for _, load in block.load_parts():
+        by_rank = load.reshape(*load.shape[:2], block.shape.ep_size, -1)
+        layers = Work.of(np.count_nonzero(by_rank, axis=3), by_rank.sum(axis=3) / per_token)
+        total = layers if total is None else total.plus(layers)
+    assert total is not None
+    return total
