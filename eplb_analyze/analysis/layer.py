@@ -29,7 +29,7 @@ class RankLoad:
 
 @dataclass(frozen=True)
 class SlotLoad:
-    """A physical expert. ``logical`` is -1 in an empty slot, None if no placement is known."""
+    """A physical expert. ``logical`` is -1 in an empty slot, None if unknown or not the same in all steps."""
 
     physical: int
     rank: int
@@ -59,7 +59,7 @@ class LayerReport(RunReport):
     #: False for a single step that lacks ranks: its loads are partial.
     complete: bool
     missing_ranks: list[int]
-    #: Ranks that died before; ``ranks`` are the others.
+    #: Ranks that died before; ``ranks`` and ``slots`` are those of the others.
     lost_ranks: list[int]
     balancedness: float | None
     imbalance: float | None
@@ -67,7 +67,7 @@ class LayerReport(RunReport):
     ranks: list[RankLoad]
     slots: list[SlotLoad]
     experts: list[ExpertLoad]
-    #: Steps in the range at which the layer's placement changed; slots show the last placement.
+    #: Steps in the range at which the layer's placement changed.
     placement_changes: list[int]
     phase: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -143,11 +143,14 @@ def _report(
     ratios: dict[str, list[formulas.Float64]] = {"balancedness": [], "imbalance": []}
     mean_tokens = max_tokens = 0.0
     history = run.history.layer(index)
+    held: list[Int32 | None] = []  # the placements in force
     for block, steps in parts:
         load = block.loads(index, index + 1, steps)[:, 0]
         slot_load += load.sum(axis=0)
-        for stretch, slots in history.periods(steps):
-            if slots is not None and len(slots) == load.shape[1]:
+        for stretch, placed in history.periods(steps):
+            slots = placed if placed is not None and len(placed) == load.shape[1] else None
+            held.append(slots)
+            if slots is not None:
                 part = load[stretch].sum(axis=0).reshape(shape.ep_size, -1)
                 for rank, own in enumerate(slots.reshape(shape.ep_size, -1)):
                     logical_load[rank] += fold(part[rank], own, experts)
@@ -157,8 +160,7 @@ def _report(
         mean, maximum = formulas.idle_terms(tokens, serving(shape))
         mean_tokens, max_tokens = mean_tokens + mean, max_tokens + maximum
     first, last = int(parts[0][1][0]), int(parts[-1][1][-1])
-    slots = history.at(last)
-    slots = slots if slots is not None and len(slots) == shape.num_physical_experts else None
+    slots = held[-1]
     changes = [s for s in history.steps if first < s <= last]
     report = LayerReport(
         run_id=run.info.run_id,
@@ -179,13 +181,11 @@ def _report(
             if rank not in lost_in(shape)
         ],
         slots=[
-            SlotLoad(
-                physical,
-                physical // shape.slots_per_rank,
-                None if slots is None else int(slots[physical]),
-                run.count(value),
+            SlotLoad(physical, physical // shape.slots_per_rank, expert, run.count(value))
+            for physical, (value, expert) in enumerate(
+                zip(slot_load, _same_in_all(held, len(slot_load)), strict=True)
             )
-            for physical, value in enumerate(slot_load)
+            if physical // shape.slots_per_rank not in lost_in(shape)
         ],
         experts=[] if slots is None else _experts(run, index, slots, logical_load),
         placement_changes=changes,
@@ -209,6 +209,15 @@ def _report(
             "experts are counted by the placement in force at each step, their replicas are those of the last"
         )
     return report
+
+
+def _same_in_all(placements: list[Int32 | None], slots: int) -> list[int | None]:
+    """Each slot's expert; None if it is not known in all placements, or not the same."""
+    known = [placed for placed in placements if placed is not None]
+    if len(known) < len(placements):
+        return [None] * slots
+    same = (np.array(known) == known[-1]).all(axis=0)
+    return [int(expert) if stays else None for expert, stays in zip(known[-1], same, strict=True)]
 
 
 def _experts(run: Run, index: int, slots: Int32, load: Any) -> list[ExpertLoad]:

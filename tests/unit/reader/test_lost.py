@@ -150,6 +150,10 @@ def test_every_command_leaves_out_the_lost_rank(tmp_path: Path) -> None:
     assert [r.load for r in layer.ranks] == np.sum(T, axis=0).tolist()
     assert layer.balancedness == pytest.approx(np.mean([t.mean() / t.max() for t in T]))
     assert layer.lost_ranks == [2]
+    by_slot = sum(load for (s, _), load in engine.loads.items() if s >= 46)[1]
+    kept = [s for s in range(SLOTS) if s // WIDTH != 2]
+    shown = [(s.physical, s.load, s.logical) for s in layer.slots]
+    assert shown == [(s, by_slot[s], AFTER[1][s]) for s in kept]
     ranks = rank_report(run)
     assert ranks.first_step == 40
     after = np.sum([engine.tokens(s).sum(axis=0) for s in range(40, 60)], axis=0)

@@ -239,7 +239,14 @@ def test_layer_counts_experts_by_the_placement_at_each_step(recorded: tuple[Path
         np.add.at(logical, truth["placement"][truth["placement_at"][step], 2], total[step, 2])
     assert [e.load for e in report.experts] == logical.tolist()
     assert report.placement_changes == [40]
-    assert [s.logical for s in report.slots] == truth["placement"][1, 2].tolist()
+    before, after = truth["placement"][:2, 2]
+    assert (before != after).any()
+    assert [s.logical for s in report.slots] == [
+        int(b) if a == b else None for b, a in zip(before, after, strict=True)
+    ]
+    since = layer_report(open_run(path), 2, steps=(40, 50))
+    assert [s.logical for s in since.slots] == after.tolist()
+    assert [s.load for s in since.slots] == total[40:50, 2].sum(axis=0).tolist()
 
 
 def test_layer_without_range_takes_the_last_configuration(recorded: tuple[Path, dict[str, Any]]) -> None:
