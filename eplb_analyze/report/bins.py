@@ -17,6 +17,7 @@ import numpy.typing as npt
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.placements import LayerHistory, Period, fold, sum_between
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -123,6 +124,7 @@ class LoadBins(Sums):
             "times": [None if t < 0 else t // 1_000_000 for t in self.clock_ns.tolist()],
             "ep_size": self.shape.ep_size,
             "slots_per_rank": self.shape.slots_per_rank,
+            "lost_ranks": list(lost_in(self.shape)),
             "experts": run.info.num_logical_experts,
             "layers": list(run.info.layers),
             "per_token": run.info.token_replication,

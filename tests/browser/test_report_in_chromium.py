@@ -582,6 +582,41 @@ def test_odd_runs_are_shown(browser: Browser, tmp_path: Path, kind: str) -> None
             assert opened.hover("#experts-map", 0, 3, (2, 4))[2] == "whose slot it is, is not known"
 
 
+def test_lost_rank_and_empty_slots_are_in_no_mean_and_no_replica(browser: Browser, tmp_path: Path) -> None:
+    """Rank 1 of 4 dies at step 20; its slots keep experts that nobody serves, and slot 7 is empty."""
+    rng = np.random.default_rng(2)
+    placement = np.array([[0, 1, 0, 0, 2, 3, 0, -1]])
+    loads = rng.integers(40, 60, (60, 4, 1, 8)) * (placement >= 0)
+    loads[:, :, :, 0] += 200
+    loads[20:, :, :, 2:4] = 0
+    for rank in range(4):
+        with ExpertLoadWriter(
+            tmp_path / "dump", model="m", num_logical_experts=4, ep_size=4, ep_rank=rank, run_id="r"
+        ) as writer:
+            for step in range(20 if rank == 1 else 60):
+                writer.record(step, loads[step, rank], placement)
+    total = loads[20:, [0, 2, 3]].sum(axis=(0, 1, 2))
+    kept = [0, 1, 4, 5, 6, 7]
+    with opened_for(browser, tmp_path) as opened:
+        by_rank = total.reshape(4, 2).sum(axis=1)
+        times = np.where(np.arange(4) == 1, np.nan, by_rank * 3 / total.sum())
+        np.testing.assert_allclose(opened.map_values("rankMap"), times[np.newaxis])
+        by_slot = np.full(8, np.nan)
+        by_slot[kept] = total[kept] * 6 / total.sum()
+        np.testing.assert_allclose(opened.map_values("expertMap"), by_slot[np.newaxis])
+        over_time = opened.map_values("layerMap")
+        assert np.isnan(over_time[1]).all()
+        np.testing.assert_allclose(np.nanmean(over_time[:, -1]), 1)
+        share = (total[0] + total[6]) / total.sum()
+        lines = opened.hover("#experts-map", 0, 0, (1, 8))
+        assert lines[4] == f"2 replicas, on ranks 0, 3; due: {5 * share:.1f}"
+        assert opened.hover("#experts-map", 0, 2, (1, 8))[1:] == ["the rank is lost"]
+        assert opened.hover("#ranks-map", 0, 1, (1, 4))[1:] == ["the rank is lost"]
+        hot = plain(opened.page.locator("#hot-table tbody tr").first.inner_text()).split("\t")
+        assert hot[5:7] == ["2", f"{5 * share:.1f} !"]
+        assert "a lost rank" in opened.page.inner_text("#layer-unknown-text")
+
+
 def write_loads(root: Path, loads: list[Any], slots: list[Any], **options: Any) -> None:
     """Record loads ``[layers, slots]`` a step and their placements, already summed over two ranks."""
     with ExpertLoadWriter(

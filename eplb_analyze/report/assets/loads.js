@@ -31,6 +31,7 @@ class Loads {
     self.rows = packed.layers.length;
     self.ranks = packed.ep_size;
     self.perRank = packed.slots_per_rank;
+    self.lost = new Set(packed.lost_ranks); // the engine went on without these; no mean has them
     self.slots = packed.slots.shape[1];
     self.experts = packed.experts;
     self.perToken = packed.per_token; // token replication
@@ -117,6 +118,11 @@ class Loads {
     return Math.floor(slot / this.perRank);
   }
 
+  /* How many slots of a placement hold an expert: what its tokens can be spread over. */
+  filled(placed) {
+    return placed.reduce((sum, expert) => sum + (expert !== Loads.NOBODY), 0);
+  }
+
   _unit(bin, layer) {
     return (this._units ? this._units[bin * this.rows + layer] : 1) / this.perToken;
   }
@@ -136,14 +142,13 @@ class Loads {
   }
 }
 
-/* Each value divided by the mean of its row; NaN in a row without tokens. */
-function timesMean(values, rows) {
-  const width = values.length / rows, out = new Float64Array(values.length);
+/* Each value divided by the mean of its row over the columns that serve; NaN in others and without tokens. */
+function timesMean(values, rows, serves = () => true) {
+  const width = values.length / rows, out = new Float64Array(values.length).fill(NaN);
+  const columns = [...Array(width).keys()].filter(serves);
   for (let row = 0; row < rows; row++) {
-    let total = 0;
-    for (let c = 0; c < width; c++) total += values[row * width + c];
-    for (let c = 0; c < width; c++)
-      out[row * width + c] = total > 0 ? (values[row * width + c] * width) / total : NaN;
+    const total = columns.reduce((sum, c) => sum + values[row * width + c], 0);
+    if (total > 0) for (const c of columns) out[row * width + c] = (values[row * width + c] * columns.length) / total;
   }
   return out;
 }

@@ -241,8 +241,8 @@ function drawChosen() {
   byId("chosen").classList.toggle("part", !isWhole());
   const bySlot = loads.bySlot(first, last), byRank = loads.byRank(bySlot), byExpert = loads.byExpert(first, last);
   Object.assign(state, { bySlot, byRank, byExpert });
-  state.timesRank = timesMean(byRank, loads.rows);
-  state.timesSlot = timesMean(bySlot, loads.rows);
+  state.timesRank = timesMean(byRank, loads.rows, (rank) => !loads.lost.has(rank));
+  state.timesSlot = timesMean(bySlot, loads.rows, (slot) => !loads.lost.has(loads.rankOf(slot)));
   state.timesExpert = timesMean(byExpert, loads.rows);
   drawMaps();
   drawLayer();
@@ -272,12 +272,14 @@ function drawMaps() {
 }
 
 function drawLayer() {
-  const over = loads.rankOverTime(state.layer), { bins: n, ranks } = loads;
+  const over = loads.rankOverTime(state.layer), { bins: n, ranks, lost } = loads;
+  const serving = [...Array(ranks).keys()].filter((rank) => !lost.has(rank));
   const times = new Float64Array(over.length);
   for (let b = 0; b < n; b++) {
     let total = 0;
     for (let r = 0; r < ranks; r++) total += over[r * n + b];
-    for (let r = 0; r < ranks; r++) times[r * n + b] = total > 0 ? (over[r * n + b] * ranks) / total : NaN;
+    for (let r = 0; r < ranks; r++)
+      times[r * n + b] = total > 0 && !lost.has(r) ? (over[r * n + b] * serving.length) / total : NaN;
   }
   layerMap.show({
     values: times, rows: [...Array(ranks).keys()].map(String), columns: bins().map((bin) => String(bin.first_step)),
@@ -286,14 +288,15 @@ function drawLayer() {
     tip: (rank, b) => [
       [`Layer ${loads.layers[state.layer]}, rank ${rank}`, "head"],
       [`${stepsNamed(bins()[b].first_step, bins()[b].last_step)}, ${plural(loads.steps[b], "complete step")}`],
-      [loads.steps[b] ? `${count(over[rank * n + b])} tokens, ${timesOf(times[rank * n + b], "rank")}` : "not known"],
+      [loads.steps[b] ? tokensOf(over[rank * n + b], times[rank * n + b], "rank", rank) : "not known"],
     ],
   });
   const empty = loads.steps.includes(0);
   byId("layer-unknown").hidden = !times.some(Number.isNaN);
   say("layer-unknown-text", [
     empty && (report.timeline.configurations.length > 1 ? "no complete step of the last configuration" : "no complete step"),
-    loads.steps.some((k, b) => k > 0 && Number.isNaN(times[b])) && "no token in this layer",
+    loads.steps.some((k, b) => k > 0 && Number.isNaN(times[serving[0] * n + b])) && "no token in this layer",
+    lost.size > 0 && "a lost rank",
   ].filter(Boolean).join(", or "));
 }
 
@@ -309,11 +312,15 @@ function timesOf(value, of) {
   return Number.isNaN(value) ? "no token in this layer" : `${figure(value, 2)} × the layer's mean ${of}`;
 }
 
+function tokensOf(load, times, of, rank) {
+  return loads.lost.has(rank) ? "the rank is lost" : `${count(load)} tokens, ${timesOf(times, of)}`;
+}
+
 function rankTip(row, rank) {
   const i = row * loads.ranks + rank, placed = loads.placement(state.last, row);
   const lines = [[`Layer ${loads.layers[row]}, rank ${rank}`, "head"],
-    [`${count(state.byRank[i])} tokens, ${timesOf(state.timesRank[i], "rank")}`]];
-  if (placed) {
+    [tokensOf(state.byRank[i], state.timesRank[i], "rank", rank)]];
+  if (placed && !loads.lost.has(rank)) {
     const own = [...placed.subarray(rank * loads.perRank, (rank + 1) * loads.perRank)];
     lines.push([`experts ${own.map((e) => (e === Loads.NOBODY ? "empty" : e)).slice(0, 24).join(", ")}${own.length > 24 ? " …" : ""}${moved(row)}`]);
   }
@@ -324,7 +331,8 @@ function slotTip(row, slot) {
   const i = row * loads.slots + slot, placed = loads.placement(state.last, row);
   const expert = placed ? placed[slot] : null;
   const lines = [[`Layer ${loads.layers[row]}, slot ${slot} on rank ${loads.rankOf(slot)}`, "head"],
-    [`${count(state.bySlot[i])} tokens, ${timesOf(state.timesSlot[i], "slot")}`]];
+    [tokensOf(state.bySlot[i], state.timesSlot[i], "slot", loads.rankOf(slot))]];
+  if (loads.lost.has(loads.rankOf(slot))) return lines;
   if (expert === null) lines.push(["whose slot it is, is not known"]);
   else if (expert === Loads.NOBODY) lines.push([`empty slot${moved(row)}`]);
   else lines.push([`logical expert ${expert}${moved(row)}`], ...expertLines(row, expert));
@@ -344,7 +352,7 @@ function expertLines(row, expert, alone = false) {
   const lines = [[alone ? all : `the expert has ${all}, ${figure(state.timesExpert[i], 2)} × the mean expert`]];
   if (placed) {
     const where = [...new Set(own.map((slot) => loads.rankOf(slot)))];
-    lines.push([`${plural(own.length, "replica")}, on rank${where.length === 1 ? "" : "s"} ${where.join(", ")}; due: ${figure(share * loads.slots, 1)}${alone ? moved(row) : ""}`]);
+    lines.push([`${plural(own.length, "replica")}, on rank${where.length === 1 ? "" : "s"} ${where.join(", ")}; due: ${figure(share * loads.filled(placed), 1)}${alone ? moved(row) : ""}`]);
   }
   const flags = flagsOf(row, expert);
   if (flags) lines.push([`over all steps: ${flags}`, "muted"]);
@@ -381,7 +389,7 @@ function drawHot() {
   const rows = order.slice(0, state.shown).map((i) => {
     const row = Math.floor(i / loads.experts), expert = i % loads.experts;
     const placed = loads.placement(last, row), own = ranksOf(placed, expert), share = timesExpert[i] / loads.experts;
-    const due = share * loads.slots, short = placed && due - own.length >= 1;
+    const due = placed && share * loads.filled(placed), short = placed && due - own.length >= 1;
     const where = [...new Set(own.map((slot) => loads.rankOf(slot)))];
     return {
       click: () => pickLayer(row), title: "Show this layer over time",
