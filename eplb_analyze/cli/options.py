@@ -97,8 +97,14 @@ Start = Annotated[
 NumGroups = Annotated[
     int | None,
     typer.Option(
-        "--num-groups", help="Groups of experts that the model has; default: as recorded, else 1.", min=1
+        "--num-groups",
+        help="Groups of experts that the model has; default: as recorded, else as the placements show.",
+        min=1,
     ),
+]
+NumNodes = Annotated[
+    int | None,
+    typer.Option("--num-nodes", help="Nodes of the recorded ranks; default: as --num-groups.", min=1),
 ]
 CostPerExpertMs = Annotated[
     float | None,

@@ -137,13 +137,15 @@ def advise(
     *,
     min_gain: float = MIN_GAIN,
     num_groups: int | None = None,
+    num_nodes: int | None = None,
     cost_per_expert_ms: float | None = None,
     workers: int | None = None,
 ) -> Advice:
     """Advise whether another setting is better over a half-open range of steps (default: all).
 
     Args:
-        choices, num_groups, cost_per_expert_ms, workers: see :func:`~eplb_analyze.replay.replay.replay`.
+        choices, num_groups, num_nodes, cost_per_expert_ms, workers: see
+            :func:`~eplb_analyze.replay.replay.replay_run`.
         min_gain: a smaller share of the time is not worth a change.
 
     Raises:
@@ -154,8 +156,8 @@ def advise(
     names = run.info.run_id, run.info.model
     try:
         played = replay_run(
-            run, choices, steps,
-            num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+            run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
+            cost_per_expert_ms=cost_per_expert_ms, workers=workers,
         )  # fmt: skip
     except NotReplayableError as missing:
         return Advice(*names, "not enough data", [str(missing)], min_gain=min_gain)

@@ -18,13 +18,17 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.dispatch import Dispatch
+from eplb_analyze.replay.grouping import Grouping, Groupings
 from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
-from eplb_analyze.replay.selftest import UNKNOWN_GROUPS, RecordedSettingTest, SelfTest
+from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
-from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, num_nodes, recorded
+from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64, Shape
+
+#: If the least number of groups that the placements show does not reproduce them, so many more are tried.
+FINER_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class Replay(RunReport):
 
     part: ReplayedSteps
     recorded: Recorded
+    #: The groups and nodes that policies were given.
+    grouping: Grouping
     #: Steps scored, the same for all settings; complete steps without a known placement are left out.
     first_step: int
     last_step: int
@@ -180,6 +186,7 @@ class Replay(RunReport):
                 "seconds": self.seconds,
                 "cost_per_expert_ms": self.cost_per_expert_ms,
                 "recorded": self.recorded,
+                "grouping": self.grouping.to_json(),
                 "measured": {
                     "balancedness": self.measured_balancedness,
                     "idle_fraction": self.measured_idle_fraction,
@@ -199,6 +206,7 @@ def replay_run(
     steps: tuple[int, int] | None = None,
     *,
     num_groups: int | None = None,
+    num_nodes: int | None = None,
     cost_per_expert_ms: float | None = None,
     workers: int | None = None,
     keep_placements: bool = False,
@@ -207,8 +215,9 @@ def replay_run(
 
     Args:
         choices: a grid of settings, or the settings themselves; default: the grid that suits the run.
-        num_groups: of experts, as the model has them: policies keep a group on one node if they can.
-            Default: what the engine stated, else one.
+        num_groups, num_nodes: of experts, as the model has them, and of the recorded ranks: policies keep a
+            group on one node if they can. Default: what the engine stated, else what the recorded placements
+            show, else one.
         cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.
         workers: threads; the result does not depend on them. Default: one for each core.
         keep_placements: also return all placements, which takes memory.
@@ -216,39 +225,51 @@ def replay_run(
     Raises:
         NotInDumpError: the dump has no such step.
         DumpError: no step is complete, or no placement is known.
-        UsageError: a setting or policy is impossible.
+        UsageError: a setting or policy is impossible, or the nodes do not divide the ranks.
     """
 
     def play() -> Replay:
         part = last_steps(run, steps)
         serving = run.serving_only()
         today = recorded(serving, part.shape)
+        groupings = Groupings(serving, today, part.shape, num_groups, num_nodes)
         settings, notes = _settings(serving, today, choices, part.recorded * run.info.interval)
         tried, own = len(settings), today.setting()
         if own is not None and own not in settings:  # replayed, too, as a test
             settings = [*settings, own]
-        groups = num_groups or today.num_groups
-        simulation = Simulation(
-            serving, part.steps, part.shape, part.origin,
-            [(setting, policy.named(setting.policy)) for setting in settings],
-            recorded_steps=part.recorded, num_groups=groups or 1,
-            num_nodes=lambda ep_size: num_nodes(serving, today, ep_size),
-        )  # fmt: skip
-        if keep_placements:
-            for each in simulation.setting_runs[:tried]:
-                each.kept = list(each.placed)
-        test = None if own is None else RecordedSettingTest(simulation, settings.index(own), today)
-        simulation.play(workers)
-        tested = None if test is None else test.result(groups)
-        ranks = part.shape.ep_size
-        nodes = num_nodes(serving, today, ranks)
-        ignored = None if groups is None else policy.ungrouped(nodes, groups)
-        notes = [*part.notes, *notes, *uneven_nodes(ranks, run.info.ranks_per_node), *filter(None, [ignored])]
+
+        def simulated(grouping: Grouping, settings: list[Setting]) -> tuple[Simulation, SelfTest | None]:
+            simulation = Simulation(
+                serving, part.steps, part.shape, part.origin,
+                [(setting, policy.named(setting.policy)) for setting in settings],
+                recorded_steps=part.recorded, num_groups=grouping.num_groups,
+                num_nodes=lambda ranks: (
+                    grouping.num_nodes if ranks == part.shape.ep_size else grouping.nodes(ranks)
+                ),
+            )  # fmt: skip
+            if keep_placements:
+                for each in simulation.setting_runs[:tried]:
+                    each.kept = list(each.placed)
+            test = None if own is None else RecordedSettingTest(simulation, settings.index(own), today)
+            simulation.play(workers)
+            return simulation, None if test is None else test.result(grouping, groupings.seen_groups)
+
+        chosen, *finer = groupings.likely
+        simulation, tested = simulated(chosen, settings)
+        if own is not None and tested is not None and not tested.reproduced:
+            for grouping in finer[:FINER_TRIED]:
+                again = simulated(grouping, [own])[1]
+                if again is not None and again.reproduced:
+                    chosen = grouping
+                    simulation, tested = simulated(chosen, settings)
+                    break
+        notes = [*part.notes, *notes, *groupings.notes, *groupings.note(chosen)]
+        for ranks in sorted({setting.ep_size for setting in settings} - {part.shape.ep_size}):
+            uneven = uneven_nodes(ranks, chosen.ranks_per_node)
+            notes += [f"{note}; policies are given one node" for note in uneven]
         if tested is not None and tested.doubt is not None:
             notes.insert(0, tested.doubt)
-        elif today.policy is not None and tested is None and groups is None and nodes > 1:
-            notes.append(UNKNOWN_GROUPS)
-        return _result(simulation, part, today, tested, tried, cost_per_expert_ms, notes)
+        return _result(simulation, part, today, chosen, tested, tried, cost_per_expert_ms, notes)
 
     return run.retry_without_damaged(play)
 
@@ -265,6 +286,7 @@ def _result(
     simulation: Simulation,
     part: ReplayedSteps,
     today: Recorded,
+    grouping: Grouping,
     tested: SelfTest | None,
     tried: int,
     cost_ms: float | None,
@@ -297,6 +319,7 @@ def _result(
         model=run.info.model,
         part=part,
         recorded=today,
+        grouping=grouping,
         first_step=simulation.first_step,
         last_step=simulation.last_step,
         scored=simulation.scored,

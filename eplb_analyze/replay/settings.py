@@ -114,14 +114,6 @@ def recorded(run: Run, shape: Shape) -> Recorded:
     )
 
 
-def num_nodes(run: Run, today: Recorded, ep_size: int) -> int:
-    """The nodes of so many ranks; one if their number is not known or does not divide the ranks."""
-    if today.num_nodes is not None and ep_size == today.ep_size:
-        return today.num_nodes if ep_size % today.num_nodes == 0 else 1
-    on_node = run.info.ranks_per_node
-    return ep_size // on_node if on_node and ep_size % on_node == 0 else 1
-
-
 def first_rearrangement(engine: str | None, interval: int) -> int:
     """The step, from the run's first, from which an engine's first rearrangement holds.
 

@@ -34,6 +34,7 @@ def advise(
         ),
     ] = None,
     num_groups: options.NumGroups = None,
+    num_nodes: options.NumNodes = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     workers: options.Workers = None,
@@ -48,7 +49,7 @@ def advise(
     run = out.open()
     advice = judge(
         run, choices, steps, min_gain=min_gain,
-        num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip
     passed = None if fail_below is None else advice.passes(fail_below)
     out.show(

@@ -23,6 +23,7 @@ def replay(
     ] = None,
     start: options.Start = None,
     num_groups: options.NumGroups = None,
+    num_nodes: options.NumNodes = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     top: options.Top = 20,
@@ -39,6 +40,6 @@ def replay(
     run = out.open()
     result = replay_run(
         run, choices, steps,
-        num_groups=num_groups, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip
     out.show(result.to_json, lambda console: render(console, result, top), result.part.whole)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb_analyze import open_run
-from eplb_analyze.replay.settings import Recorded, not_due, num_nodes, recorded
+from eplb_analyze.replay.grouping import Groupings
+from eplb_analyze.replay.settings import Recorded, not_due, recorded
 from eplb_dump.format.journal import Shape
 
 EXPERTS, RANKS, LAYERS = 16, 4, 2
@@ -169,7 +170,10 @@ def test_configuration_of_vllm(tmp_path: Path) -> None:
 def test_nodes_are_those_of_the_engine_else_of_the_recording(tmp_path: Path) -> None:
     run = open_run(sglang(tmp_path, ONE, nnodes=2))
     today = recorded(run, SHAPE)
-    assert [num_nodes(run, today, size) for size in (4, 8)] == [2, 1]  # the recording does not say of 8 ranks
+    found = Groupings(run, today, SHAPE, None, None).likely[0]
+    assert (found.num_nodes, found.nodes(8), found.nodes(7)) == (2, 4, 1)
     other = Recorded(None, 0, 4, None, None, None, None, num_nodes=3)
-    assert num_nodes(run, other, 4) == 1
+    uneven = Groupings(run, other, SHAPE, None, None)
+    assert uneven.likely[0].num_nodes == 1
+    assert "4 EP ranks do not divide into 3 nodes" in uneven.notes[0]
     assert math.isclose(today.max_utilization or 0, 0.8)
