@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,8 +11,10 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.segments import Segment
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64
+from eplb_dump.format.schema import Scope, Status
 
 #: At least this share of the steps must agree on a number of tokens per token, to call the others wrong.
 MAJORITY = 0.5
@@ -64,16 +68,68 @@ class Conservation:
             text = f"{which} never got a token, although the writer names {names} among the MoE layers: "
             text += "tokens are lost there, as all layers of a model get the same number (conservation)"
             yield Finding("error", "conservation", text)
-        yield from self.token_findings()
+        totals = [*self.token_findings()]
+        yield from totals or self._rank_findings(run)
 
     def token_findings(self) -> Iterator[Finding]:
         """A layer's tokens over the stated tokens must be one constant: top-k × token replication."""
-        yield from _token_findings(np.concatenate([np.empty((3, 0), np.int64), *self._stated], axis=1))
+        yield from _token_findings(self._with_tokens())
+
+    def _with_tokens(self) -> Int64:
+        stated: Int64 = np.concatenate([np.empty((3, 0), np.int64), *self._stated], axis=1)
+        return stated[:, (stated[1:] > 0).any(axis=0)]
+
+    def _rank_findings(self, run: Run) -> Iterator[Finding]:
+        """Ranks that contradict their own `num_tokens` in ways that cancel in the sums over ranks.
+
+        Only a warning: an engine may split its tokens over ranks in other ways than it states. If it counts a
+        token several times, the load of a rank has tokens of others, too, and nothing is known.
+        """
+        _, tokens, load = self._with_tokens()
+        if run.scope is not Scope.LOCAL or run.info.token_replication > 1 or not (tokens > 0).any():
+            return
+        each, of = _constant(tokens, load)
+        layer = int(np.argmax(self._active))
+        odd: dict[int, list[int]] = defaultdict(list)
+        judged = 0
+        for session in run.sessions:
+            for segment in filter(run.readable, session.segments):
+                steps, stated, own = _own_tokens(segment, layer)
+                judged += len(steps)
+                odd[session.info.ep_rank] += steps[own * of != stated * each].tolist()
+        if sum(map(len, odd.values())) > (1 - MAJORITY) * judged:
+            return
+        parts = [f"rank {rank} in {steps_text(steps)}" for rank, steps in sorted(odd.items()) if steps]
+        if parts:
+            text = f"ranks' own load is not their num_tokens × {each / of:g}, although the sums over ranks "
+            yield Finding("warning", "num_tokens", f"{text}are: {listed(parts, 4)}")
+
+
+def _own_tokens(segment: Segment, layer: int) -> tuple[Int64, Int64, Int64]:
+    """A rank's recorded steps with a stated number of tokens, that number, and its tokens in a layer."""
+    rows = segment.steps()
+    rows = rows.select((rows.status == Status.RECORDED) & (rows.num_tokens >= 0))
+    if segment.shape is None or layer >= segment.shape.num_moe_layers or not len(rows.step):
+        return (np.empty(0, np.int64),) * 3
+    with contextlib.closing(segment.rank_loads(layer, layer + 1)) as parts:
+        first, load = next(parts)
+    steps, here, there = np.intersect1d(rows.step, segment.load_steps(), return_indices=True)
+    return steps, rows.num_tokens[here], load[layer - first][there].sum(axis=1)
+
+
+def _constant(tokens: Int64, load: Int64) -> tuple[int, int]:
+    """The most frequent ``load / tokens``, over steps with tokens, in lowest terms to compare it exactly."""
+    some = tokens > 0
+    divisor = np.gcd(load[some], tokens[some])
+    pairs = np.stack([load[some] // divisor, tokens[some] // divisor])
+    values, counts = np.unique(pairs, axis=1, return_counts=True)
+    each, of = values[:, counts.argmax()].tolist()
+    return each, of
 
 
 def _token_findings(stated: Int64) -> Iterator[Finding]:
-    """``stated``: ``[3, steps]``: step, stated tokens, tokens of a layer."""
-    steps, tokens, load = stated[:, (stated[1:] > 0).any(axis=0)]
+    """``stated``: ``[3, steps]``: step, stated tokens, tokens of a layer; at least one of them in each."""
+    steps, tokens, load = stated
     if not len(steps):
         return
     some = tokens > 0
@@ -82,11 +138,7 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
             "error", "num_tokens", f"tokens without any in num_tokens, in {steps_text(steps.tolist())}"
         )
         return
-    # As fractions in lowest terms, which are compared exactly.
-    divisor = np.gcd(load[some], tokens[some])
-    pairs = np.stack([load[some] // divisor, tokens[some] // divisor])
-    values, counts = np.unique(pairs, axis=1, return_counts=True)
-    each, of = values[:, counts.argmax()].tolist()
+    each, of = _constant(tokens, load)
     expected = load * of == tokens * each
     odd = steps[~expected]
     if not len(odd):

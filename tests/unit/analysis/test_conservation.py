@@ -67,6 +67,53 @@ def test_padding_and_lost_tokens_are_counted(tmp_path: Path, ranks: int, padded:
     assert (f"fewer in {lost}" in text) == bool(lost)
 
 
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_tokens_stated_by_the_wrong_rank_are_found(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """What one rank states too many another states too few, so the sums over ranks are right."""
+    steps, ranks = 12, 4
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    tokens = rng.integers(10, 40, (steps, ranks))
+    stated, odd = tokens.copy(), {}
+    for step in data.draw(st.lists(st.integers(0, steps - 1), max_size=5, unique=True)):
+        more, fewer = data.draw(st.permutations(range(ranks)))[:2]
+        shift = data.draw(st.integers(1, 9))
+        stated[step, more] += shift
+        stated[step, fewer] -= shift
+        odd[step] = {more, fewer}
+    root = tmp_path_factory.mktemp("run")
+    loads = [[routed(rng, n) for n in row] for row in tokens.tolist()]
+    runs = [list(zip(row, said, strict=True)) for row, said in zip(loads, stated.tolist(), strict=True)]
+    record(root, runs, ep_size=ranks, segment_steps=5)
+    found = [f for f in check_run(open_run(root)).findings if f.code == "num_tokens"]
+    if not odd:
+        assert found == []
+        return
+    [finding] = found
+    assert finding.severity == "warning"
+    assert f"their num_tokens × {TOP_K}, although the sums over ranks are: " in finding.text
+    told = []
+    for rank in range(ranks):
+        own = sorted(step for step, both in odd.items() if rank in both)
+        if own:
+            steps_text = f"{len(own)} steps, the first {own[0]}" if len(own) > 1 else f"step {own[0]}"
+            told.append(f"rank {rank} in {steps_text}")
+    assert finding.text.endswith("are: " + ", ".join(told))
+
+
+def test_ranks_that_split_their_tokens_otherwise_than_stated_are_no_contradiction(tmp_path: Path) -> None:
+    """Each rank states the tokens of its group and routes half of them, more or less."""
+    rng = np.random.default_rng(1)
+    steps = []
+    for step in range(30):
+        parts = [10 + step % 3, 14 - step % 3]
+        steps.append([(routed(rng, n), 24) for n in parts])
+    record(tmp_path, steps)
+    assert not [f for f in check_run(open_run(tmp_path)).findings if f.code == "num_tokens"]
+
+
 def test_step_in_which_a_rank_does_not_state_its_tokens_is_not_judged(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     steps = [
