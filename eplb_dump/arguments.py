@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eplb_dump.format.schema import RUN_ID_PATTERN, Scope
+from eplb_dump.format.schema import MAX_NUMBER, RUN_ID_PATTERN, Scope
 
 #: Three decades; a thread cannot wait for much longer.
 _MOST_SECONDS = 1e9
@@ -31,6 +31,12 @@ def new_session_id(now_ns: int, host: str) -> str:
 def is_integer(value: Any) -> bool:
     """Whether it is an int or a numpy integer. A tensor is not: reading it would wait for the device."""
     return type(value) is int or isinstance(value, np.integer)
+
+
+def is_duration(value: Any) -> bool:
+    """Whether it is a Python or numpy number, at least 0 and finite."""
+    number = type(value) is float or is_integer(value) or isinstance(value, np.floating)
+    return number and bool(0 <= value < MAX_NUMBER)
 
 
 def require_integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:

@@ -95,6 +95,7 @@ class ExpertLoadCounter:
         step: int | None = None,
         num_tokens: int | None = None,
         phase: str | None = None,
+        step_ms: float | None = None,
     ) -> None:
         """Pass :attr:`load` to the writer and reset it. Once per forward pass, outside a CUDA graph.
 
@@ -108,8 +109,11 @@ class ExpertLoadCounter:
             step: the number of the pass, ascending; None: the writer counts.
             num_tokens: tokens of this rank in the pass, without padding, if known.
             phase: for example ``"prefill"`` or ``"decode"``.
+            step_ms: the engine's own time of the pass in ms, if it knows it.
         """
-        writer.record(step, self.load, physical_to_logical_map, num_tokens=num_tokens, phase=phase)
+        writer.record(
+            step, self.load, physical_to_logical_map, num_tokens=num_tokens, phase=phase, step_ms=step_ms
+        )
         # On CUDA the writer's copy is only queued, on the current stream; this is queued behind it.
         self.reset()
 

@@ -206,7 +206,7 @@ def _check_loads(load: npt.NDArray[Any], faults: list[str | None]) -> tuple[int,
 
 
 def _rows(batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> StepRows:
-    step, time_ns, monotonic_ns, _, num_tokens, phase, *_ = zip(*batch, strict=True)
+    step, time_ns, monotonic_ns, _, num_tokens, phase, step_ms, *_ = zip(*batch, strict=True)
     codes, phases = journal.phase_codes(phase)
     return StepRows(
         step=np.array(step, np.int64),
@@ -215,5 +215,7 @@ def _rows(batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> StepRows:
         status=status,
         num_tokens=np.array(num_tokens, np.int64),
         phase=codes,
+        step_ms=np.array(step_ms, np.float32),  # None becomes NaN
+        device_ms=journal.unknown_ms(len(batch)),
         phases=phases,
     )

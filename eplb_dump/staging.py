@@ -25,6 +25,7 @@ class Entry(NamedTuple):
     status: Status
     num_tokens: int
     phase: str | None
+    step_ms: float | None
     ep_size: int
     load: Buffer | None
     placement: Buffer | None

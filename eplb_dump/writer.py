@@ -18,6 +18,7 @@ from typing import Any
 from eplb_dump import process, rendezvous, start
 from eplb_dump.accounting import IDLE, PLACED, RUNNING, Accounting, WriterStats
 from eplb_dump.arguments import (
+    is_duration,
     is_integer,
     new_session_id,
     require_integer,
@@ -187,6 +188,7 @@ class ExpertLoadWriter:
         phase: str | None = None,
         *,
         ep_size: int | None = None,
+        step_ms: float | None = None,
     ) -> None:
         """Record one forward pass. Copies and enqueues; never waits, never raises.
 
@@ -202,6 +204,7 @@ class ExpertLoadWriter:
             num_tokens: tokens of this rank in the pass (of all ranks with scope ``"global"``), if known.
             phase: for example ``"prefill"`` or ``"decode"``.
             ep_size: the number of EP ranks from this step on, if it changed (elastic EP).
+            step_ms: the engine's own time of the pass in ms, if it knows it.
 
         A step that cannot be recorded (a wrong shape or type, negative counts, an expert that does not
         exist, a step number that goes back) is rejected: it is counted in :meth:`stats` and has a row
@@ -218,7 +221,9 @@ class ExpertLoadWriter:
                     return
                 try:
                     accounting.state = RUNNING
-                    self._record(step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size)
+                    self._record(
+                        step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size, step_ms
+                    )
                 except Exception as error:  # whatever went wrong here, the engine's step must go on
                     self._account_for(error)
                 except BaseException:  # raised by a signal handler
@@ -289,6 +294,7 @@ class ExpertLoadWriter:
         num_tokens: int | None,
         phase: str | None,
         ep_size: int | None,
+        step_ms: float | None,
     ) -> None:
         number = self._next_step if step is None else self._check_step(step)
         if number is None:
@@ -315,7 +321,7 @@ class ExpertLoadWriter:
             return
         staged = self._staging.stage(expert_load, placement, self._ep_size)
         if isinstance(staged, Staged):
-            self._enqueue(number, Status.RECORDED, staged, num_tokens, phase)
+            self._enqueue(number, Status.RECORDED, staged, num_tokens, phase, step_ms)
         elif staged.cause == "queue":
             self._drop(number, staged.reason, placement)
         elif staged.cause == "expert_load":
@@ -364,6 +370,7 @@ class ExpertLoadWriter:
         staged: Staged = NOTHING,
         num_tokens: int | None = None,
         phase: str | None = None,
+        step_ms: float | None = None,
     ) -> None:
         """Queue a row for ``steps`` and its buffers; drop it if the queue is full or recording stopped."""
         accounting = self._accounting
@@ -388,9 +395,12 @@ class ExpertLoadWriter:
         ):
             self._notice("phase is not a short text and is left out")
             phase = None
+        if step_ms is not None and not is_duration(step_ms):
+            self._notice("step_ms is not a time in ms and is left out")
+            step_ms = None
         load, placement, _ = staged
         now, monotonic = time.time_ns(), time.monotonic_ns()
-        fields = (step, now, monotonic, status, num_tokens, phase, self._ep_size, load, placement)
+        fields = (step, now, monotonic, status, num_tokens, phase, step_ms, self._ep_size, load, placement)
         entry = tuple.__new__(Entry, fields)  # faster than Entry(...): this runs once per step
         # A signal handler may end this call at any point. Buffers that are taken for nothing are released
         # with the next ones, and a placement that is not remembered is copied again; any other order would

@@ -46,6 +46,9 @@ class Block:
         time_ns: int64 [S], the wall clock, which can jump.
         clock_ns: int64 [S], ns since 1970 by the session's monotonic clock, which cannot.
         num_tokens, phase: int64 [S]; -1 if unknown; phase is an index into ``phases``.
+        step_ms: float64 [S], the engine's own time of the pass in ms; NaN if unknown. The largest over the
+            ranks that recorded the step.
+        device_ms: likewise the time on the device, from CUDA events.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Block:
         self.time_ns = rows.time_ns[low:high]
         self.clock_ns = rows.clock_ns[low:high]
         self.num_tokens = rows.num_tokens[low:high]
+        self.step_ms = rows.step_ms[low:high]
+        self.device_ms = rows.device_ms[low:high]
         self.phase = rows.phase[low:high]
         self.phases = rows.phases
 

@@ -28,6 +28,8 @@ _STEPS_SCHEMA: dict[str, Any] = {
     "time": pl.Datetime("ns", "UTC"),
     "num_tokens": pl.Int64,
     "phase": pl.String,
+    "step_ms": pl.Float64,
+    "device_ms": pl.Float64,
 }
 _SPREAD_SCHEMA: dict[str, Any] = {
     "value": pl.Float64,
@@ -58,6 +60,8 @@ def _steps(block: Block) -> pl.DataFrame:
             "time": pl.Series(block.time_ns).cast(pl.Datetime("ns", "UTC")),
             "num_tokens": np.where(block.num_tokens >= 0, block.num_tokens, -1),
             "phase": phases[block.phase].tolist(),
+            "step_ms": pl.Series(block.step_ms, nan_to_null=True),
+            "device_ms": pl.Series(block.device_ms, nan_to_null=True),
         },
         schema=_STEPS_SCHEMA,
     ).with_columns(pl.col("num_tokens").replace(-1, None))

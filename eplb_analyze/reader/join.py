@@ -13,7 +13,7 @@ import numpy.typing as npt
 from eplb_analyze.reader.lost import LostRank, full, ranks_lost_at, reduced, serving_ranks
 from eplb_analyze.reader.segments import Segment
 from eplb_dump.format.journal import Int64, Shape, StepRows
-from eplb_dump.format.schema import Scope, Status
+from eplb_dump.format.schema import DURATIONS, Scope, Status
 
 #: At most this many steps are joined at once (segments of one run normally end at common steps).
 MAX_BLOCK_STEPS = 4096
@@ -38,6 +38,7 @@ STATUS_WEIGHT[Status.RECORDED] = 3
 STATUS_WEIGHT[ABSENT] = -1
 
 
+Float64 = npt.NDArray[np.float64]
 Status8 = npt.NDArray[np.uint8]
 
 
@@ -111,6 +112,8 @@ class JoinedRows:
     time_ns: Int64
     clock_ns: Int64
     num_tokens: Int64
+    step_ms: Float64
+    device_ms: Float64
     phase: npt.NDArray[np.int64]
     phases: list[str]
 
@@ -158,6 +161,7 @@ def join_rows(
     owner = np.full((len(ranks), n), -1, np.int32)
     time_ns, clock_ns = np.zeros(n, np.int64), np.zeros(n, np.int64)
     num_tokens = np.full((len(ranks), n), -1, np.int64)
+    durations = np.full((len(DURATIONS), len(ranks), n), np.nan, np.float32)
     phase = np.full(n, -1, np.int64)
     phases: list[str] = []
     shape_of = np.full((len(ranks), n), -1, np.int32)
@@ -179,6 +183,8 @@ def join_rows(
             status[row, at] = rows.status[chosen]
             owner[row, at] = part.session
             num_tokens[row, at] = rows.num_tokens[chosen]
+            for column, name in enumerate(DURATIONS):
+                durations[column, row, at] = getattr(rows, name)[chosen]
             time_ns[at] = rows.time_ns[chosen]
             clock_ns[at] = rows.monotonic_ns[chosen] + part.clock_offset_ns
             phase[at] = np.where(rows.phase[chosen] >= 0, phase_code[rows.phase[chosen]], phase[at])
@@ -192,9 +198,12 @@ def join_rows(
     state = _states(ranks, status, shape_row, shapes, scope, initial)
     state[at_odds] = StepState.INCOMPLETE
     total = _total_tokens(status, num_tokens, scope)
+    # A step takes as long as its slowest rank; only ranks that recorded it count.
+    step_ms, device_ms = np.fmax.reduce(durations, axis=1, where=status == Status.RECORDED, initial=np.nan)
     return JoinedRows(
-        step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total, phase, phases
-    )
+        step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total,
+        step_ms.astype(np.float64), device_ms.astype(np.float64), phase, phases,
+    )  # fmt: skip
 
 
 def _total_tokens(status: Status8, num_tokens: Int64, scope: Scope) -> Int64:

@@ -25,16 +25,26 @@ from eplb_analyze.reader.segments import DamagedSegmentError, Parts, reading_fau
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
-from eplb_dump.format.journal import Int64, JournalSegment, PlacementRows, StepRows, load_shape
+from eplb_dump.format.journal import (
+    Float32,
+    Int64,
+    JournalSegment,
+    PlacementRows,
+    StepRows,
+    impossible_ms,
+    load_shape,
+    unknown_ms,
+)
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.schema import (
+    DURATIONS,
     EMPTY_SLOT,
+    KNOWN_SCHEMAS,
     MAX_NUMBER,
     MAX_PHASE,
     METADATA_KEY,
     SCHEMAS,
     STATUS_LABELS,
-    WIDE_LOADS_SCHEMA,
     FormatError,
 )
 from eplb_dump.format.segment import footer
@@ -122,10 +132,9 @@ class ParquetSegment:
             raise FormatError("it is not the file that the manifest lists")
         SessionInfo.from_dict(own["session"])
         rows = self._entry.files[table].rows
-        schemas = [SCHEMAS[table], *([WIDE_LOADS_SCHEMA] if table == "loads" else [])]
         # A newer minor version may add columns.
         columns = [field for field in _plain(file.schema_arrow) if field.name in SCHEMAS[table].names]
-        if pa.schema(columns) not in schemas or metadata.num_rows != rows:
+        if pa.schema(columns) not in KNOWN_SCHEMAS[table] or metadata.num_rows != rows:
             raise FormatError("its columns or rows are not what the format says")
         if table == "loads":
             self._check_widths(metadata)
@@ -166,17 +175,17 @@ class ParquetSegment:
             return self._read(file, table, columns)
 
     def steps(self) -> StepRows:
-        names = ["step", "time", "monotonic_ns", "status", "num_tokens", "phase"]
-        table = self._read_all("steps", names)
+        table = self._read_all("steps", SCHEMAS["steps"].names)
         if table is None:
             return StepRows.concat([])
         with reading_faults(self, "steps", self.file_path("steps")):
-            column = {name: table.column(name).combine_chunks() for name in names}
+            column = {name: table.column(name).combine_chunks() for name in table.column_names}
             status, statuses = _codes(column["status"])
             if not set(statuses) <= set(STATUS_LABELS) or status.min(initial=0) < 0:
                 raise FormatError("it holds an unknown status")
             number = np.array([*map(STATUS_LABELS.index, statuses)], np.uint8)
             phase, phases = _codes(column["phase"])
+            step_ms, device_ms = (_milliseconds(column.get(name), len(table)) for name in DURATIONS)
             return StepRows(
                 step=_steps(column["step"]),
                 time_ns=_numpy(column["time"].view(pa.int64())),
@@ -184,6 +193,8 @@ class ParquetSegment:
                 status=number[status],
                 num_tokens=_filled(column["num_tokens"]),
                 phase=phase.astype(np.int32),
+                step_ms=step_ms,
+                device_ms=device_ms,
                 phases=tuple(phases),
             )
 
@@ -356,6 +367,16 @@ def _filled(array: pa.Array) -> npt.NDArray[Any]:
     if array.null_count == len(array):
         return np.full(len(array), -1, np.int64)
     return _numpy(array.fill_null(-1) if array.null_count else array)
+
+
+def _milliseconds(array: pa.Array | None, n: int) -> Float32:
+    """Durations of n steps, NaN for null or if the file has no such column. Raises FormatError."""
+    if array is None or array.null_count == n:
+        return unknown_ms(n)
+    values: Float32 = _numpy(array)
+    if impossible_ms(values):
+        raise FormatError("it holds a duration that is negative or infinite")
+    return values
 
 
 def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]:

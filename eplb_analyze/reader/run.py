@@ -341,10 +341,11 @@ class Run:
     # ---- frames
 
     def steps(self, steps: tuple[int, int] | None = None) -> pl.DataFrame:
-        """One row per seen step: step, state, ranks_recorded, time, num_tokens, phase.
+        """One row per seen step: step, state, ranks_recorded, time, num_tokens, phase, step_ms, device_ms.
 
         ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
         incomplete. ``num_tokens`` is the sum over the ranks that recorded it; null unless each states it.
+        ``step_ms`` and ``device_ms`` are the largest of them.
         """
         from eplb_analyze.reader import dataframes
 

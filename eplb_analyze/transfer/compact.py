@@ -216,7 +216,8 @@ class _Part:
         phase = block.phase[here].astype(np.int32)
         return StepRows(
             block.step[here], block.time_ns[here], block.clock_ns[here], status, block.num_tokens[here],
-            phase, tuple(block.phases),
+            phase, block.step_ms[here].astype(np.float32), block.device_ms[here].astype(np.float32),
+            tuple(block.phases),
         )  # fmt: skip
 
 

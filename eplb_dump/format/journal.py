@@ -23,6 +23,7 @@ import numpy.typing as npt
 from eplb_dump.format import frames
 from eplb_dump.format.files import discard
 from eplb_dump.format.schema import (
+    DURATIONS,
     EMPTY_SLOT,
     JOURNAL_PATTERN,
     MAX_EXPERTS,
@@ -41,6 +42,7 @@ _MAX_FIRST_FRAME = 1 << 16
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
 #: Counts of slots: int32, or int64 if one is above MAX_LOAD.
 Loads = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -90,7 +92,8 @@ class Shape:
 class StepRows:
     """Rows of the ``steps`` table as arrays of one length n.
 
-    ``num_tokens`` and ``phase`` (an index into ``phases``) are -1 if unknown.
+    ``num_tokens`` and ``phase`` (an index into ``phases``) are -1 if unknown; ``step_ms`` and ``device_ms``
+    are NaN.
     """
 
     step: Int64
@@ -99,6 +102,8 @@ class StepRows:
     status: npt.NDArray[np.uint8]
     num_tokens: Int64
     phase: npt.NDArray[np.signedinteger[Any]]
+    step_ms: Float32
+    device_ms: Float32
     phases: tuple[str, ...] = ()
 
     @classmethod
@@ -118,6 +123,8 @@ class StepRows:
             status=_joined([part.status for part in parts], np.uint8),
             num_tokens=_joined([part.num_tokens for part in parts], np.int64),
             phase=_joined(codes, np.int32),
+            step_ms=_joined([part.step_ms for part in parts], np.float32),
+            device_ms=_joined([part.device_ms for part in parts], np.float32),
             phases=phases,
         )
 
@@ -132,6 +139,8 @@ class StepRows:
             self.status[mask],
             self.num_tokens[mask],
             self.phase[mask],
+            self.step_ms[mask],
+            self.device_ms[mask],
             self.phases,
         )
 
@@ -152,7 +161,18 @@ def session_frame(info: SessionInfo, seq: int) -> bytes:
     return frames.encode("session", {"session": info.to_dict(), "seq": seq})
 
 
+def unknown_ms(n: int) -> Float32:
+    """Durations of n steps, all unknown."""
+    return np.full(n, np.nan, np.float32)
+
+
+def impossible_ms(ms: npt.NDArray[Any]) -> bool:
+    """Whether a duration is negative or infinite; NaN is unknown."""
+    return bool(((ms < 0) | np.isinf(ms)).any())
+
+
 def steps_frame(rows: StepRows) -> bytes:
+    durations = {name: getattr(rows, name) for name in DURATIONS}
     return frames.encode(
         "steps",
         {"phases": list(rows.phases)},
@@ -163,6 +183,8 @@ def steps_frame(rows: StepRows) -> bytes:
             "status": rows.status,
             "num_tokens": rows.num_tokens,
             "phase": rows.phase,
+            # As their bits: readers of 1.0 take only frames of integers. Left out if all are unknown.
+            **{name: ms.view(np.int32) for name, ms in durations.items() if not np.isnan(ms).all()},
         },
     )
 
@@ -422,20 +444,32 @@ def _int64(frame: frames.Frame, name: str) -> Int64:
     return array
 
 
+def _milliseconds(frame: frames.Frame, name: str, n: int) -> Float32:
+    """The durations of a steps frame. Raises FormatError if they are not float32 in the bits of an int32."""
+    array = frame.arrays.get(name)
+    if array is None:
+        return unknown_ms(n)
+    if array.dtype != np.int32:
+        raise FormatError(f"the steps frame at byte {frame.start} has {name} of type {array.dtype}")
+    return array.view(np.float32)
+
+
 def step_rows(frame: frames.Frame) -> StepRows:
     """The rows of a steps frame. Raises FormatError, and KeyError if an array is missing."""
     a = frame.arrays
     phases = tuple(str(name) for name in frame.header["phases"])
     step, time_ns, monotonic_ns = (_int64(frame, name) for name in ("step", "time_ns", "monotonic_ns"))
     num_tokens, phase = _int64(frame, "num_tokens"), _int64(frame, "phase")
-    rows = StepRows(step, time_ns, monotonic_ns, a["status"], num_tokens, phase, phases)
+    step_ms, device_ms = (_milliseconds(frame, name, len(step)) for name in DURATIONS)
+    rows = StepRows(step, time_ns, monotonic_ns, a["status"], num_tokens, phase, step_ms, device_ms, phases)
     lengths = {array.shape for array in a.values()}
     statuses = 0 <= rows.status.min(initial=0) <= rows.status.max(initial=0) < len(Status)
     numbered = 0 <= rows.step.min(initial=0) <= rows.step.max(initial=0) < MAX_NUMBER
     known = (
         numbered and statuses and -1 <= rows.phase.min(initial=0) <= rows.phase.max(initial=-1) < len(phases)
     )
-    if len(lengths) != 1 or rows.step.ndim != 1 or not known:
+    wrong = len(lengths) != 1 or rows.step.ndim != 1 or not known
+    if wrong or impossible_ms(step_ms) or impossible_ms(device_ms):
         raise FormatError(f"the steps frame at byte {frame.start} contradicts itself")
     return rows
 

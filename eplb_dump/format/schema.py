@@ -88,8 +88,12 @@ STEPS_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),
         pa.field("num_tokens", pa.int64()),
         pa.field("phase", pa.string()),
+        pa.field("step_ms", pa.float32()),
+        pa.field("device_ms", pa.float32()),
     ]
 )
+#: The columns of ``steps`` with durations in ms, since version 1.1; older files do not have them.
+DURATIONS = "step_ms", "device_ms"
 #: One row for each recorded step and MoE layer, ordered by layer, then by step.
 LOADS_SCHEMA = pa.schema(
     [
@@ -114,6 +118,12 @@ SCHEMAS = {"steps": STEPS_SCHEMA, "loads": LOADS_SCHEMA, "placements": PLACEMENT
 WIDE_LOADS_SCHEMA = LOADS_SCHEMA.set(
     LOADS_SCHEMA.get_field_index("load"), pa.field("load", _list_of(pa.int64()), nullable=False)
 )
+#: Every schema that a table of a file can have, without columns of a newer minor version.
+KNOWN_SCHEMAS = {
+    "steps": [STEPS_SCHEMA, pa.schema([field for field in STEPS_SCHEMA if field.name not in DURATIONS])],
+    "loads": [LOADS_SCHEMA, WIDE_LOADS_SCHEMA],
+    "placements": [PLACEMENTS_SCHEMA],
+}
 
 
 def journal_name(seq: int) -> str:

@@ -120,6 +120,8 @@ def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> p
             pa.array(labels[rows.status], pa.string()),
             pa.array(rows.num_tokens, mask=rows.num_tokens < 0),
             pa.array(phases[rows.phase], pa.string()),
+            pa.array(rows.step_ms, mask=np.isnan(rows.step_ms)),
+            pa.array(rows.device_ms, mask=np.isnan(rows.device_ms)),
         ],
         schema=SCHEMAS["steps"].with_metadata(metadata),
     )
@@ -141,6 +143,7 @@ def _placements_table(rows: PlacementRows, layers: list[int], metadata: dict[byt
 def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     plain = {"step": "DELTA_BINARY_PACKED", "layer": "DELTA_BINARY_PACKED"}
     split = {f"{f.name}.list.element": "BYTE_STREAM_SPLIT" for f in schema if pa.types.is_list(f.type)}
+    split |= {f.name: "BYTE_STREAM_SPLIT" for f in schema if pa.types.is_floating(f.type)}
     times = {n: "DELTA_BINARY_PACKED" for n in ("time", "monotonic_ns", "num_tokens") if n in schema.names}
     encoding = {n: e for n, e in {**plain, **split, **times}.items() if n.split(".")[0] in schema.names}
     return pq.ParquetWriter(

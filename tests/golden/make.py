@@ -1,4 +1,6 @@
-"""Makes the golden dump of the current format version: run once a version, then never again.
+"""Makes a golden dump of the current format version: run once a version, then never again.
+
+v1.1 was made before ``steps`` had durations, v1.1-durations after.
 
 Everything in it is fixed but the session's time, host, process and chance. One session was closed, one
 was left as a kill leaves it: a sealed segment, then an open journal with a torn end.
@@ -35,6 +37,8 @@ def main(root: Path) -> None:
     local[:, :, 0, 5] = 0  # the empty slot gets nothing
     local[:, :, 0, 4] += tokens[:, None] - local[:, :, 0].sum(axis=2)
     local[5, 1] = 0
+    # Rank 1 knows the time of every third step only.
+    step_ms = [[8 + n / 1024, 9 - n / 2048 if step % 3 == 0 else None] for step, n in enumerate(tokens)]
     for rank in range(ranks):
         writer = ExpertLoadWriter(
             root, model="golden/moe", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="golden",
@@ -51,6 +55,7 @@ def main(root: Path) -> None:
                 placements[int(step >= 6)],
                 num_tokens=int(tokens[step]),
                 phase="decode",
+                step_ms=step_ms[step][rank],
             )
         assert writer.flush()
         if rank == 0:
@@ -69,6 +74,7 @@ def main(root: Path) -> None:
         for name, data in left.items():
             (writer.folder / name).write_bytes(data)
     truth = {"local": local.tolist(), "placements": placements.tolist(), "tokens": tokens.tolist()}
+    truth["step_ms"] = step_ms
     (root / "truth.json").write_text(json.dumps(truth))
 
 
@@ -77,6 +83,6 @@ if __name__ == "__main__":
         Path(
             sys.argv[1]
             if len(sys.argv) > 1
-            else Path(__file__).parent / f"v{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}"
+            else Path(__file__).parent / f"v{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}-durations"
         )
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eplb_dump.format.journal import Int32, Int64, Loads
+from eplb_dump.format.journal import Float32, Int32, Int64, Loads
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Scope
 
 Counts = npt.NDArray[Any]
@@ -65,6 +65,8 @@ class Chunk:
     #: int64 ``[n]``; -1: not known.
     num_tokens: Int64 | None = None
     phase: tuple[str | None, ...] | None = None
+    #: float32 ``[n]``, the engine's own time of each pass in ms; NaN: not known.
+    step_ms: Float32 | None = None
     #: int64 ``[n]``, ns since 1970, if the source has it.
     time_ns: Int64 | None = None
 

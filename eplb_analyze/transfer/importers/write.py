@@ -174,6 +174,7 @@ class _Session:
                 load=chunk.load[low:high],
                 num_tokens=None if chunk.num_tokens is None else chunk.num_tokens[low:high],
                 phase=None if chunk.phase is None else chunk.phase[low:high],
+                step_ms=None if chunk.step_ms is None else chunk.step_ms[low:high],
                 time_ns=None if chunk.time_ns is None else chunk.time_ns[low:high],
             )
 
@@ -213,6 +214,8 @@ class _Session:
         codes, phases = journal.phase_codes([None] if chunk.phase is None else chunk.phase)
         phase = np.full(len(step), -1, np.int16)
         phase[at] = codes
+        step_ms = journal.unknown_ms(len(step))
+        step_ms[at] = np.nan if chunk.step_ms is None else chunk.step_ms
         self._steps.append(chunk.step)
         self.not_sampled += len(step) - len(at)
         # If the times are not known, the columns may still not be empty.
@@ -221,7 +224,8 @@ class _Session:
         if chunk.time_ns is not None:
             # A step that was not sampled gets the time of the next one that was.
             time_ns = clock = chunk.time_ns[np.searchsorted(at, np.arange(len(step)))]
-        return StepRows(step, time_ns, clock, status, tokens, phase, phases)
+        unknown = journal.unknown_ms(len(step))
+        return StepRows(step, time_ns, clock, status, tokens, phase, step_ms, unknown, phases)
 
 
 def _with_between(step: Int64, last: int | None, interval: int) -> tuple[Int64, Int64]:

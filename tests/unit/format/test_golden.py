@@ -33,6 +33,9 @@ def test_golden_dump_reads_back(root: Path) -> None:
     for step in range(12):
         expected = placements[int(step >= 6)]
         np.testing.assert_array_equal(run.placement(step)["logical"].to_numpy().reshape(2, 6), expected)
+    stated = [[ms for ms in both if ms is not None] for both in truth.get("step_ms", [[]] * 12)]
+    assert run.steps()["step_ms"].to_list() == [max(both, default=None) for both in stated]
+    assert run.steps()["device_ms"].to_list() == [None] * 12
     assert summarize(run).to_json()["rearrangements"] == [6]
     assert [run.info.ranks_per_node, run.info.interval] == [1, 1]
     assert [s.info.engine_config for s in run.sessions] == [{"window": 8}] * 2

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -92,6 +93,9 @@ class Batch:
             status=np.array([Status.RECORDED] * self.recorded + [Status.DUMMY], np.uint8),
             num_tokens=np.where(all_steps % 2, all_steps * 10, -1),
             phase=np.array([step % 3 - 1 for step in all_steps], np.int8),
+            step_ms=np.where(all_steps % 2, np.nan, all_steps / 8).astype(np.float32),
+            # Of the second batch alone, so that frames with and without durations meet.
+            device_ms=np.full(n, 2.5 if self.first == 4 else np.nan, np.float32),
             phases=("prefill", f"phase-{self.first}"),
         )
         return [*parts, journal.steps_frame(rows)]
@@ -142,6 +146,16 @@ def truth_status(batches: tuple[Batch, ...] = BATCHES) -> list[tuple[int, str]]:
     return rows
 
 
+def truth_durations() -> list[list[float | None]]:
+    """``step_ms`` and ``device_ms`` of all steps."""
+    steps = [step for step, _ in truth_status()]
+    return [[None if s % 2 else s / 8 for s in steps], [2.5 if 4 <= s < 7 else None for s in steps]]
+
+
+def durations(column: Any) -> list[float | None]:
+    return [None if math.isnan(ms) else ms for ms in column.tolist()]
+
+
 def assert_sealed(folder: Path, batches: tuple[Batch, ...] = BATCHES) -> None:
     """Check that exactly the truth is sealed and that the manifest describes the files."""
     assert sealed_loads(folder).keys() == truth_loads(batches).keys()
@@ -184,6 +198,7 @@ def test_journal_reads_back(tmp_path: Path, dtype: type[np.integer[Any]]) -> Non
         firsts = [batch.first for batch in BATCHES for _ in range(batch.recorded + 1)]
         third = [(None, "prefill", f"phase-{first}") for first in firsts]
         assert names == [choice[step % 3] for choice, step in zip(third, steps, strict=True)]
+        assert [durations(found.steps.step_ms), durations(found.steps.device_ms)] == truth_durations()
         assert [p.tolist() for p in found.placements.physical_to_logical] == [
             slots.tolist() for batch in BATCHES for _, _, slots in batch.placements
         ]
@@ -276,6 +291,10 @@ def _steps(n: int, **arrays: Any) -> bytes:
     return frames.encode("steps", {"phases": []}, {**rows, **arrays})
 
 
+def _bits(*ms: float) -> Any:
+    return np.array(ms, np.float32).view(np.int32)
+
+
 def _loads(steps: Any, load: Any, ep_size: Any = 2) -> bytes:
     return frames.encode("loads", {"ep_size": ep_size}, {"step": np.array(steps), "load": load})
 
@@ -309,6 +328,10 @@ CONTRADICTIONS = {
     "begun beyond all time": _session({**INFO.to_dict(), "created_unix_ns": 10**30}, seq=0),
     "no session": _steps(1),
     "columns of two lengths": _SESSION + _steps(2, status=np.zeros(3, np.uint8)),
+    "a negative duration": _SESSION + _RECORDED + _steps(1, step_ms=_bits(-0.5)),
+    "an infinite duration": _SESSION + _RECORDED + _steps(1, device_ms=_bits(np.inf)),
+    "a duration in other bits": _SESSION + _RECORDED + _steps(1, step_ms=np.zeros(1, np.int64)),
+    "a duration too many": _SESSION + _RECORDED + _steps(1, step_ms=_bits(1, 2)),
     "an unknown status": _SESSION + _steps(1, status=np.array([5], np.uint8)),
     "a negative status": _SESSION + _steps(1, status=np.array([-1], np.int8)),
     "a negative step": _SESSION + _steps(1, step=np.array([-1]), status=np.ones(1, np.uint8)),
@@ -422,6 +445,13 @@ def test_frames_of_newer_minor_version_are_skipped(tmp_path: Path) -> None:
         assert_equal_loads(journal_loads(found), {0: load_of(0)})
 
 
+def test_unknown_durations_take_no_bytes_of_a_journal() -> None:
+    """So journals without them are those of before."""
+    with_time, without = (BATCHES[1].encode()[-1], BATCHES[2].encode()[-1])
+    assert b"device_ms" in with_time
+    assert b"device_ms" not in without
+
+
 def test_journal_holds_more_than_256_phases(tmp_path: Path) -> None:
     """Each frame numbers its own phases; a segment of many frames may have any number of them."""
     with open_writer(tmp_path) as writer:
@@ -459,6 +489,7 @@ def test_sealed_tables_hold_what_was_written(tmp_path: Path) -> None:
     ]
     assert [row["monotonic_ns"] for row in rows] == [row["step"] * 1000 for row in rows]
     assert [row["num_tokens"] for row in rows] == [r["step"] * 10 if r["step"] % 2 else None for r in rows]
+    assert [[row[name] for row in rows] for name in ("step_ms", "device_ms")] == truth_durations()
     first = {step: batch.first for batch in BATCHES for step in range(batch.first, batch.first + 9)}
     assert [row["phase"] for row in rows] == [
         (None, "prefill", f"phase-{first[row['step']]}")[row["step"] % 3] for row in rows

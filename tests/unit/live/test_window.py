@@ -8,7 +8,7 @@ from helpers import session_info
 
 from eplb_analyze.live.session import Batch
 from eplb_analyze.live.window import Window
-from eplb_dump.format.journal import Shape, StepRows
+from eplb_dump.format.journal import Shape, StepRows, unknown_ms
 from eplb_dump.format.schema import Scope, Status
 
 
@@ -17,7 +17,8 @@ def batch(first: int, last: int, load: list[int]) -> Batch:
     step = np.arange(first, last)
     n = len(step)
     status, phase = np.full(n, Status.RECORDED, np.uint8), np.full(n, -1)
-    rows = StepRows(step, step * 1_000, step * 1_000, status, np.full(n, -1), phase)
+    unknown = unknown_ms(n)
+    rows = StepRows(step, step * 1_000, step * 1_000, status, np.full(n, -1), phase, unknown, unknown)
     rank_load = np.tile(np.array(load, np.int64), (n, 1, 1))
     return Batch(rows, [], Shape(len(load), 1, len(load)), step, rank_load)
 

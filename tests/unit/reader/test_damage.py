@@ -39,7 +39,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest
 from eplb_dump.format import frames
-from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
+from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, STEPS_SCHEMA
 from eplb_dump.format.segment import footer_crc32
 
 
@@ -50,7 +50,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written = root.with_name("written")
     writer = open_writer(written, scope="global", segment_steps=4, num_logical_experts=6)
     for step in range(6):
-        writer.record(step, load_of(step), map_of(step // 3), num_tokens=step, phase="decode")
+        writer.record(
+            step, load_of(step), map_of(step // 3), num_tokens=step, phase="decode", step_ms=step / 4 or None
+        )
         assert writer.flush(60)
     deadline = time.monotonic() + 60
     while len(list(written.rglob("journal-*"))) > 1 and time.monotonic() < deadline:
@@ -81,6 +83,9 @@ def read_run(run: Run) -> Content:
         for block in run.blocks():
             columns = block.step, block.state, block.status, block.time_ns, block.num_tokens, block.phase
             steps += [*(column.tolist() for column in columns), block.phases]
+            steps += [
+                repr(ms.tolist()) for ms in (block.step_ms, block.device_ms)
+            ]  # NaN is not equal to itself
             if len(block.recorded):
                 load = block.loads(0, run.info.num_layers)
                 by_rank = load.reshape(*load.shape[:2], run.info.ep_size, -1).sum(axis=3)
@@ -247,7 +252,7 @@ def test_flipped_bit_in_a_page_header_is_no_wrong_step(tmp_path: Path) -> None:
 
     def read() -> dict[str, Any]:
         rows = open_run(tmp_path).sessions[0].segments[0].steps()
-        return {name: value.tolist() for name, value in vars(rows).items() if name != "phases"}
+        return {name: repr(value.tolist()) for name, value in vars(rows).items() if name != "phases"}
 
     truth = read()
     for page in (column.dictionary_page_offset, column.data_page_offset):
@@ -407,11 +412,11 @@ def test_small_file_that_decodes_to_much_data_is_refused(
 ) -> None:
     """A repeated value takes hardly any bytes, so the file size does not bound memory. Nothing is read."""
     record_three(tmp_path, scope="global")
-    monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * 6 - 1)
+    monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * len(STEPS_SCHEMA) - 1)
     run = open_run(tmp_path)
     assert run.steps().is_empty()
     assert {f.text.split(": ")[1] for f in run.findings} >= {
         "more than 0 MiB would have to be read at once; skipped"
     }
-    monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * 6)
+    monkeypatch.setattr(parquet_segment, "MAX_DECODED_BYTES", 8 * 10 * len(STEPS_SCHEMA))
     assert len(open_run(tmp_path).steps()) == 30

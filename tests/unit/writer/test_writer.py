@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import sys
 import tempfile
@@ -323,6 +324,7 @@ def test_tokens_phase_and_times_read_back(tmp_path: Path) -> None:
     steps = read_table(writer.folder, "steps")
     assert steps["num_tokens"].to_pylist() == [17, 0, None, 2**40]
     assert steps["phase"].to_pylist() == ["prefill", "decode", None, "prefill"]
+    assert steps["step_ms"].to_pylist() == steps["device_ms"].to_pylist() == [None] * 4
     for column, low, high in zip(("time", "monotonic_ns"), before, after, strict=True):
         values = steps[column].cast("int64").to_pylist()
         assert [low, *values, high] == sorted([low, *values, high])
@@ -704,6 +706,30 @@ def test_bad_step_or_ep_size_is_rejected_and_forgotten(tmp_path: Path, arguments
 
 
 TEXT = "x"
+
+
+def test_step_ms_reads_back(tmp_path: Path) -> None:
+    with open_writer(tmp_path) as writer:
+        for value in (8.25, None, 3, np.float32(0.5), np.float64(0), np.int16(7)):
+            writer.record(None, SMALL, None, step_ms=value)
+        writer.skip()
+    closed(writer)
+    assert read_table(writer.folder, "steps")["step_ms"].to_pylist() == [8.25, None, 3, 0.5, 0, 7, None]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -0.1, np.float32("nan"), 2**62, 1e300, True, TEXT, torch.ones(1), Hostile()],
+    ids=type,
+)
+def test_step_ms_that_is_no_time_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: Any
+) -> None:
+    with open_writer(tmp_path) as writer:
+        writer.record(None, SMALL, None, step_ms=value)
+    assert closed(writer).recorded == 1
+    assert read_table(writer.folder, "steps")["step_ms"].to_pylist() == [None]
+    assert "step_ms is not a time in ms and is left out" in caplog.text
 
 
 @pytest.mark.parametrize("value", [TEXT, -1, 1.5, 2**62, True, object(), Hostile()], ids=type)
