@@ -136,8 +136,8 @@ def cost_of(
     """The cost of imbalance in a run, or in a half-open range of its steps.
 
     Args:
-        timings: step times that another program measured; default those of the recording.
-        gpu: the name of a GPU: if the run does not show the cost, estimate it from kernel times.
+        timings: step times that another program measured; default `run.timings`, else the recording's own.
+        gpu: a GPU whose kernel times estimate the cost if the run does not show it.
     """
     if steps is not None:
         run.require(steps)
@@ -147,6 +147,7 @@ def cost_of(
 
 def cost_of_sample(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
     """The cost of imbalance in the steps of a sample; see :func:`cost_of`."""
+    timings = run.timings if timings is None else timings
     if not run.info.timed and timings is None:
         return _unknown("the recording has no step times")
     if not len(sample.step):

@@ -60,6 +60,17 @@ Steps = Annotated[
 ]
 Layer = Annotated[int | None, typer.Option("--layer", help="One layer; default: all.")]
 
+# What a step took, for the cost in milliseconds.
+Timings = Annotated[
+    Path | None,
+    typer.Option(
+        "--timings",
+        help="Step times that another program measured: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, or a "
+        "table; default: those of the recording.",
+        metavar="FILE",
+    ),
+]
+
 # How to show it.
 Top = Annotated[int, typer.Option("--top", help="How many rows of a ranking to show.", min=1)]
 Output = Annotated[

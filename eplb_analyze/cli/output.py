@@ -21,6 +21,8 @@ from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from eplb_analyze.errors import Finding
@@ -109,6 +111,14 @@ class Output:
         self.notes(opened.notes)
         return opened
 
+    def join_times(self, run: Run, timings: Path | None, name: str = "") -> None:
+        """Let the cost of imbalance in a run come from the times in a file."""
+        if timings is not None:
+            from eplb_analyze.transfer.step_times import read_step_times
+
+            run.timings = read_step_times(run, timings)
+            self.notes([f"{name}: {run.timings.note}" if name else run.timings.note])
+
     def lost_data(self, run: Run, steps: Completeness | None, name: str = "") -> bool:
         """Print what is wrong with the data of a run; whether figures lack data because of it.
 
@@ -134,8 +144,9 @@ class RunOutput(Output):
         super().__init__(output_format)
         self.dump, self.run_id, self.model = dump, run_id, model
 
-    def open(self, *, mixed: bool = False) -> Run:
+    def open(self, *, mixed: bool = False, timings: Path | None = None) -> Run:
         self.run = self.open_run(self.dump, self.run_id, self.model, mixed=mixed)
+        self.join_times(self.run, timings)
         return self.run
 
     def show(

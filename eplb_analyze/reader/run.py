@@ -34,6 +34,8 @@ from eplb_dump.format.schema import FORMAT_NAME, Scope
 if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     import polars as pl
 
+    from eplb_analyze.metrics.cost import StepTimes
+
 T = TypeVar("T")
 #: Steps in a part of a run, about: some seconds of work for one core.
 PART_STEPS = 16384
@@ -80,6 +82,7 @@ class Run:
         info: what the run is.
         findings: faults found so far; reading can add to them.
         notes: for the user, about the choice of run and model.
+        timings: step times that another program measured; the cost of imbalance uses them first.
         progress: called during long work with the number of steps done and the total.
     """
 
@@ -96,6 +99,7 @@ class Run:
         self.findings = findings
         self.notes = notes
         self.progress: Callable[[int, int], None] = lambda done, of: None
+        self.timings: StepTimes | None = None
         #: By table, the ``id`` of segments where it is unreadable; they stay in the sessions.
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
         self._reading = False
@@ -125,7 +129,7 @@ class Run:
             if segments or not session.segments:
                 sessions.append(replace(session, segments=segments, lost=lost))
         run = Run(self.path, sessions, [*self.findings], self.notes, self.info.run_id)
-        run._last = step
+        run._last, run.timings = step, self.timings
         return run
 
     def serving_only(self) -> Run:

@@ -29,6 +29,12 @@ def compare(
     run_b: Annotated[
         str | None, typer.Option("--run-b", help="The run in folder B; default: newest.")
     ] = None,
+    timings_a: Annotated[
+        Path | None, typer.Option("--timings-a", help="As --timings of `summary`, of run A.", metavar="FILE")
+    ] = None,
+    timings_b: Annotated[
+        Path | None, typer.Option("--timings-b", help="The same, of run B.", metavar="FILE")
+    ] = None,
     model: options.Model = None,
     output: options.Output = OutputFormat.text,
 ) -> None:
@@ -37,6 +43,8 @@ def compare(
 
     out = Output(output)
     one, other = _open(out, a, dump, run_a, model), _open(out, b, dump, run_b, model)
+    out.join_times(one, timings_a, "A")
+    out.join_times(other, timings_b, "B")
     result = compare_runs(one, other, steps)
     out.emit(result.to_json, lambda console: render(console, result, top))
     if output is OutputFormat.json:  # the text has them

@@ -15,6 +15,7 @@ from eplb_analyze.cli.views.rearrangements import render
 def rearrangements(
     out: RunOutput,
     steps: options.Steps = None,
+    timings: options.Timings = None,
     window: Annotated[
         int, typer.Option("--window", help="At most so many steps before and after.", min=1)
     ] = 1000,
@@ -22,6 +23,6 @@ def rearrangements(
     """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
     from eplb_analyze.analysis.rearrangements import rearrangement_report
 
-    run = out.open()
+    run = out.open(timings=timings)
     report = rearrangement_report(run, steps, window)
     out.show(report.to_json, lambda console: render(console, report), report.steps)

@@ -26,6 +26,7 @@ def replay(
     num_nodes: options.NumNodes = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
+    timings: options.Timings = None,
     top: options.Top = 20,
     workers: options.Workers = None,
 ) -> None:
@@ -37,7 +38,7 @@ def replay(
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.replay import replay_run
 
-    run = out.open()
+    run = out.open(timings=timings)
     result = replay_run(
         run, choices, steps,
         num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,

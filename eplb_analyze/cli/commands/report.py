@@ -19,6 +19,7 @@ def report(
         Path, typer.Option("--to", help="The file to write.", metavar="FILE.html", show_default=False)
     ],
     steps: options.Steps = None,
+    timings: options.Timings = None,
     top: Annotated[
         int, typer.Option("--top", help="How many rows of a ranking to show at first.", min=1)
     ] = 10,
@@ -30,6 +31,6 @@ def report(
     """Write one HTML file that works offline: the summary in words, charts over time, heat maps, tables."""
     from eplb_analyze.report.write import write_report
 
-    run = out.open()
+    run = out.open(timings=timings)
     written = write_report(run, to, steps, top=top, redact=redact, force=force)
     out.show(written.to_json, lambda console: render(console, written), written.steps)

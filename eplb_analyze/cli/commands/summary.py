@@ -11,13 +11,14 @@ from eplb_analyze.cli.views.summary import render
 def summary(
     out: RunOutput,
     steps: options.Steps = None,
+    timings: options.Timings = None,
     top: options.Top = 5,
 ) -> None:
     """How balanced was the run, when was it worst, which layers and experts, is my data complete?"""
     from eplb_analyze.analysis.summary import summarize
     from eplb_analyze.replay.settings import not_due
 
-    run = out.open()
+    run = out.open(timings=timings)
     result = summarize(run, steps)
     # None: not known.
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None

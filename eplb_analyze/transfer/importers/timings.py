@@ -1,0 +1,345 @@
+"""Step times that another program measured: the formats that ``--timings`` takes.
+
+| format | source |
+| --- | --- |
+| vLLM's iteration log | ``LoggingStatLogger._log_iteration_details`` in vllm/v1/metrics/loggers.py, 0.33.0 |
+| forward pass metrics | ``ForwardPassMetrics`` in sglang/srt/observability/forward_pass_metrics.py, 0.5.23; a line of Dynamo's trace holds one, see ``dynamo.fpm.trace.v1`` in Dynamo's "Forward Pass Metrics Trace Reference" |
+| iteration statistics | ``IterationStats`` in TensorRT-LLM's executor, as its ``/metrics`` returns them |
+| a table | CSV or Parquet with ``step`` or ``time``, and ``ms`` |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from eplb_analyze.errors import DumpError
+from eplb_analyze.transfer.importers.files import MAX_TEXT, parse_json, regular
+from eplb_dump.format.journal import Int64
+
+Float64 = npt.NDArray[np.float64]
+
+#: The most entries of a file, and of series in it: one for each engine or rank, and each of its starts.
+MAX_ENTRIES, MAX_SERIES = 1 << 24, 1024
+#: The most bytes of a file when it is unpacked.
+MAX_UNPACKED = 8 << 30
+#: The name of a table as a source.
+TABLE = "the table"
+#: The longest step, a day.
+MAX_MS = 86_400_000.0
+ITERATION = re.compile(
+    rb"Iteration\((\d{1,15})\): \d+ context requests, (\d{1,12}) context tokens, "
+    rb"\d+ generation requests, (\d{1,12}) generation tokens, iteration elapsed time: (\d{1,9}\.?\d{0,9}) ms"
+)
+#: Which engine wrote a line: since 0.29 the front end logs for all of them, before each logged for itself.
+ENGINE = re.compile(rb"Engine (\d{1,6}): Iteration|EngineCore_DP(\d{1,6})\b")
+FORM = (
+    "no step times; --timings takes vLLM's log with --enable-logging-iteration-details, forward pass metrics "
+    "of SGLang or Dynamo, TensorRT-LLM's iteration statistics, or a table with step or time, and ms"
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The times of one engine or rank, in the order of its steps.
+
+    Attributes:
+        source: what wrote them.
+        step: int64 ``[n]``, ascending, by the source's own counter; None if it has none.
+        time: float64 ``[n]``, ascending, seconds since 1970, when an entry was written; None if not known.
+        ms: float64 ``[n]``, above 0.
+        tokens: float64 ``[n]``, NaN if not known.
+    """
+
+    source: str
+    step: Int64 | None
+    time: Float64 | None
+    ms: Float64
+    tokens: Float64
+
+
+@dataclass
+class _Entries:
+    step: array[int] = field(default_factory=lambda: array("q"))
+    time: array[float] = field(default_factory=lambda: array("d"))
+    ms: array[float] = field(default_factory=lambda: array("d"))
+    tokens: array[float] = field(default_factory=lambda: array("d"))
+
+
+class _Collector:
+    """Sorts entries by engine; where a counter goes back, the engine started again."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.count = 0
+        self._starts: dict[Any, list[_Entries]] = {}
+
+    def add(
+        self, where: str, key: Any, ms: Any, step: Any = -1, time: Any = math.nan, tokens: Any = math.nan
+    ) -> None:
+        """Add an entry; ``step`` −1 and ``time`` NaN if there is none. Raises DumpError."""
+        ms, time, tokens = (
+            _number(where, name, v) for name, v in (("time", ms), ("clock", time), ("tokens", tokens))
+        )
+        if type(step) is not int or not -1 <= step < 1 << 62:
+            raise DumpError(f"{where}: {step!r} is not the number of a step")
+        if not 0 <= ms <= MAX_MS:
+            raise DumpError(f"{where}: a step of {ms:g} ms")
+        starts = self._starts.setdefault(key, [_Entries()])
+        last = starts[-1]
+        if step >= 0 and last.step and step <= last.step[-1]:
+            starts.append(last := _Entries())
+        self.count += 1
+        if self.count > MAX_ENTRIES or len(self._starts) + len(starts) > MAX_SERIES:
+            what = (
+                f"{MAX_ENTRIES:,} entries"
+                if self.count > MAX_ENTRIES
+                else f"{MAX_SERIES:,} engines or starts"
+            )
+            raise DumpError(f"{where}: more than {what}; cut out the part of this run")
+        # 0 ms: a rank that had nothing to do, or a heartbeat.
+        if ms > 0:
+            for values, value in ((last.step, step), (last.time, time), (last.ms, ms), (last.tokens, tokens)):
+                values.append(value)
+
+    def series(self) -> list[Series]:
+        return [self._series(entries) for starts in self._starts.values() for entries in starts if entries.ms]
+
+    def _series(self, entries: _Entries) -> Series:
+        step, time = np.array(entries.step, np.int64), np.array(entries.time)
+        ms, tokens = np.array(entries.ms), np.array(entries.tokens)
+        timed = bool(np.isfinite(time).all())
+        if timed:
+            order = np.argsort(time, kind="stable")
+            step, time, ms, tokens = step[order], time[order], ms[order], tokens[order]
+        counted = bool((step >= 0).all() and (np.diff(step) > 0).all())
+        return Series(self.source, step if counted else None, time if timed else None, ms, tokens)
+
+
+def read_series(path: Path) -> list[Series]:
+    """Read the step times in a file, one series for each engine or rank.
+
+    Raises DumpError: the file cannot be read or has no step times.
+    """
+    regular(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PAR1":
+        return _table(path, _read_parquet(path))
+    try:
+        with _open(path) as text:
+            first = text.readline(MAX_TEXT)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DumpError(f"{path}: {error}") from None
+    if b"Iteration(" not in first and "ms" in _header(first):
+        return _table(path, _read_csv(path, first))
+    is_json = first.lstrip()[:1] in (b"{", b"[")
+    # vLLM can log lines of JSON, too.
+    found = (is_json and _json(path).series()) or _vllm(path).series()
+    if not found:
+        raise DumpError(f"{path}: {FORM}")
+    return found
+
+
+def _open(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and text of each line, also of a .gz file. Raises DumpError."""
+    size = number = 0
+    with _open(path) as file:
+        while True:
+            try:
+                line = file.readline(MAX_TEXT + 1)
+            except (OSError, EOFError, zlib.error) as error:
+                # A .jsonl.gz that its writer still has open has no end.
+                if number and isinstance(error, EOFError):
+                    return
+                raise DumpError(f"{path}: line {number + 1}: {error}") from None
+            if not line:
+                return
+            number, size = number + 1, size + len(line)
+            if len(line) > MAX_TEXT or size > MAX_UNPACKED:
+                raise DumpError(f"{path}: line {number}: too long, or more than {MAX_UNPACKED >> 30} GiB")
+            yield number, line
+
+
+def _vllm(path: Path) -> _Collector:
+    collector = _Collector("vLLM's iteration log")
+    for number, line in _lines(path):
+        if b"Iteration(" not in line:
+            continue
+        match = ITERATION.search(line)
+        if match is None:
+            continue
+        engine = ENGINE.search(line)
+        key = next((name for name in engine.groups() if name), b"") if engine else b""
+        step, context, generation = int(match[1]), int(match[2]), int(match[3])
+        collector.add(f"{path}: line {number}", key, float(match[4]), step, tokens=context + generation)
+    return collector
+
+
+def _json(path: Path) -> _Collector:
+    """One object a line, or lists of them, as from polling TensorRT-LLM's /metrics; or one document."""
+    collector = _Collector("")
+    for where, record in _records(path):
+        if "iterLatencyMS" in record:
+            source = "TensorRT-LLM's iteration statistics"
+            batch = _object(record, "inflightBatchingStats")
+            tokens = _sum(batch, "numCtxTokens", "numGenRequests")
+            collector.add(
+                where,
+                record.get("attentionDpRank"),
+                record["iterLatencyMS"],
+                record.get("iter", -1),
+                tokens=tokens,
+            )
+        elif "wall_time" in (metrics := _object(_object(record, "event") or record, "fpm") or record):
+            source = "forward pass metrics"
+            event = _object(record, "event") or record
+            seen = event.get("observed_at_unix_ms")
+            time = math.nan if seen is None else _number(where, "observed_at_unix_ms", seen) / 1e3
+            # The sequence number of the publisher, which counts heartbeats, too.
+            tokens = _sum(_object(metrics, "scheduled_requests"), "sum_prefill_tokens", "num_decode_requests")
+            wall = _number(where, "wall_time", metrics["wall_time"]) * 1e3
+            key = (str(metrics.get("worker_id")), str(metrics.get("dp_rank")))
+            collector.add(where, key, wall, metrics.get("counter_id", -1), time, tokens)
+        else:
+            continue
+        if collector.source not in ("", source):
+            raise DumpError(f"{where}: {source}, after {collector.source}")
+        collector.source = source
+    return collector
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _lines(path):
+        where = f"{path}: line {number}"
+        if not line.strip():
+            continue
+        try:
+            found = parse_json(line, where)
+        except DumpError:
+            if number == 1 and path.stat().st_size <= MAX_TEXT:
+                with _open(path) as file:
+                    whole = file.read(MAX_TEXT + 1)
+                yield from _items(parse_json(whole, str(path)), str(path))
+                return
+            # The last line of a writer that was killed.
+            if number > 1 and not line.endswith(b"\n"):
+                return
+            raise
+        yield from _items(found, where)
+
+
+def _items(found: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for record in found if isinstance(found, list) else [found]:
+        if not isinstance(record, dict):
+            raise DumpError(f"{where}: it is no JSON object")
+        yield where, record
+
+
+def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _number(where: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+        raise DumpError(f"{where}: {name}: {value!r} is not a number"[:300])
+    return float(value)
+
+
+def _sum(record: dict[str, Any], *names: str) -> float:
+    values = [record.get(name) for name in names]
+    known = [float(v) for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    return sum(known) if len(known) == len(names) else math.nan
+
+
+# ---- tables
+
+
+def _header(first: bytes) -> list[str]:
+    text = first.decode(errors="replace").removeprefix("\ufeff")
+    return [name.strip().strip('"').lower() for name in text.split(",")]
+
+
+def _read_csv(path: Path, first: bytes) -> pa.Table:
+    try:
+        with _open(path) as file:
+            return pacsv.read_csv(
+                file, read_options=pacsv.ReadOptions(column_names=_header(first), skip_rows=1)
+            )
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+        raise DumpError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        names = [name for name in file.schema_arrow.names if name.lower() in ("step", "time", "ms", "tokens")]
+        if file.metadata.num_rows > MAX_ENTRIES:
+            raise DumpError(f"{path}: more than {MAX_ENTRIES:,} entries; cut out the part of this run")
+        table = file.read(columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise DumpError(f"{path}: {str(error).splitlines()[0]}") from None
+    return table.rename_columns([name.lower() for name in names])
+
+
+def _table(path: Path, table: pa.Table) -> list[Series]:
+    if "ms" not in table.column_names or not {"step", "time"} & set(table.column_names):
+        raise DumpError(
+            f"{path}: its columns are {', '.join(table.column_names)[:200]}; a table has step or time, and ms"
+        )
+    if table.num_rows > MAX_ENTRIES or not table.num_rows:
+        raise DumpError(f"{path}: {table.num_rows:,} entries; cut out the part of this run")
+    columns = {
+        name: _column(path, table, name)
+        for name in ("step", "time", "ms", "tokens")
+        if name in table.column_names
+    }
+    by = columns["step" if "step" in columns else "time"]
+    order = np.argsort(by, kind="stable")
+    if "step" in columns and (bad := np.flatnonzero((by < 0) | (by > 1 << 53) | (by % 1 != 0))).size:
+        raise DumpError(f"{path}: row {bad[0] + 1}: step {by[bad[0]]:g}")
+    if "step" in columns and (twice := np.flatnonzero(np.diff(by[order]) == 0)).size:
+        raise DumpError(f"{path}: row {order[twice[0] + 1] + 1}: step {by[order][twice[0]]:.0f} comes twice")
+    ms = columns["ms"]
+    if (bad := np.flatnonzero(~((ms >= 0) & (ms <= MAX_MS)))).size:
+        raise DumpError(f"{path}: row {bad[0] + 1}: a step of {ms[bad[0]]:g} ms")
+    order = order[ms[order] > 0]
+    step = by[order].astype(np.int64) if "step" in columns else None
+    time = None if "step" in columns else by[order]
+    tokens = columns.get("tokens", np.full(len(ms), np.nan))
+    return [Series(TABLE, step, time, ms[order], tokens[order])]
+
+
+def _column(path: Path, table: pa.Table, name: str) -> Float64:
+    """A column as numbers; clock times as seconds since 1970, without a zone in UTC."""
+    column = table.column(name)
+    if name == "time" and pa.types.is_timestamp(column.type):
+        microseconds = pc.cast(column, pa.timestamp("us", column.type.tz), safe=False)
+        column = pc.divide(pc.cast(pc.cast(microseconds, pa.int64()), pa.float64()), 1e6)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise DumpError(f"{path}: column {name}: {column.type}, not numbers")
+    values = column.to_numpy().astype(np.float64)
+    if name != "tokens" and (bad := np.flatnonzero(~np.isfinite(values))).size:
+        raise DumpError(f"{path}: row {bad[0] + 1}: {name} is missing")
+    return cast(Float64, values)
