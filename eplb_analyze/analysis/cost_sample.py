@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_analyze.metrics.cost import EXCHANGE_RATES, MIN_STEPS, Float64, Work
+from eplb_analyze.metrics.cost import MIN_STEPS, Float64, Work
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
@@ -83,8 +83,8 @@ class CostSample:
 
     @classmethod
     def empty(cls) -> CostSample:
-        none, wide = np.empty(0), np.empty((0, len(EXCHANGE_RATES)))
-        return cls(np.empty(0, np.int64), none, none, Work(none, none, wide, wide), none, [])
+        none = np.empty(0)
+        return cls(np.empty(0, np.int64), none, none, Work.empty(), none, [])
 
     @classmethod
     def of(cls, run: Run, sampling: Sampling, block: Block) -> CostSample:

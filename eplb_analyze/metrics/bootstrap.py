@@ -65,6 +65,13 @@ def autocorrelation(values: Float64) -> float:
     return min(max(rho + (1 + 3 * rho) / len(values), 0.0), 0.97)
 
 
+def correlation(before: Float64, after: Float64) -> float:
+    """:func:`autocorrelation` by pairs of neighbors, of which the series may have lost some."""
+    scale = float(np.sqrt((before @ before) * (after @ after)))
+    rho = float(before @ after) / scale if scale > 0 else 0.0
+    return min(max(rho + (1 + 3 * rho) / max(len(after), 1), 0.0), 0.97)
+
+
 def block_length(n: int, rho: float) -> int:
     """Steps in a block: what is best for the mean of ``n`` steps of an AR(1) series.
 
@@ -102,6 +109,14 @@ def resample(ratio: Ratio, rng: np.random.Generator) -> Float64:
     drawn = np.divide(numerator, denominator, out=np.full(RESAMPLES, value), where=denominator > 0)
     spread: Float64 = value + (drawn - value) * widening(n, rho, length)
     return spread
+
+
+def standard_error(values: Float64) -> float:
+    """Of the mean: the deviation of :func:`resample` without drawing, which is known exactly."""
+    n, rho = len(values), autocorrelation(values)
+    length = block_length(n, rho)
+    sums = _block_sums(values, length)
+    return float(sums.std() / np.sqrt(n * length)) * widening(n, rho, length)
 
 
 def _block_sums(values: Float64, length: int) -> Float64:

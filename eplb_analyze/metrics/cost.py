@@ -15,34 +15,37 @@ Arrays in, arrays out.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.metrics.bootstrap import SEED, Interval, Ratio, resample
+from eplb_analyze.metrics.bootstrap import Interval, correlation, standard_error
 from eplb_analyze.text import percent
 
 Float64 = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
+
 #: a / b: how many tokens cost as much as one more active expert. The fit tries each, because it decides
 #: which rank is the slowest. Infinite: only active experts count; 0: only tokens count.
-EXCHANGE_RATES = (np.inf, 256.0, 64.0, 16.0, 0.0)
+EXCHANGE_RATES = (np.inf, *(2.0**power for power in range(10, 1, -1)), 0.0)
 #: With fewer steps nothing is fitted.
 MIN_STEPS = 100
 #: If a larger share of the steps does not follow the model, the times measure something else.
 MAX_EXCLUDED = 0.4
-#: Tukey's biweight: 95 % efficient if noise is normal; residuals above this many standard deviations have
-#: no influence.
-BIWEIGHT = 4.685
-#: The 95 % quantile of χ² with one degree of freedom: if twice the log-likelihood is lower by more, a cost
-#: does not explain the times.
-PLAUSIBLE = 3.84
+#: A step whose time is off by more than this many standard deviations waited for something else.
+WAITED = 4.0
+#: Of the curve of time over tokens, at most.
+MAX_BENDS = 16
+#: A cost that lowers twice the log-likelihood by more does not explain the times. The 95 % quantile of χ² is
+#: 3.84 for one unknown and 5.99 for two; the exchange rate is a second unknown, but only in part, as rates
+#: explain similar things. Chosen by simulation; `benchmarks.cost` checks it on other seeds.
+PLAUSIBLE = 5.0
 #: If the cost can be nothing but also more than this share of step time, the recording cannot tell.
 MAX_UNKNOWN = 0.25
 
@@ -70,19 +73,13 @@ class Excess(NamedTuple):
     The difference of two is what one placement saves beside another.
 
     Attributes:
-        active, tokens: float64 ``[len(EXCHANGE_RATES)]``.
+        effort: float64 ``[len(EXCHANGE_RATES)]``, see :func:`_effort`.
     """
 
-    active: Float64
-    tokens: Float64
+    effort: Float64
 
     def __sub__(self, other: Excess) -> Excess:
-        return Excess(self.active - other.active, self.tokens - other.tokens)
-
-    @property
-    def effort(self) -> Float64:
-        """Both in one unit, see :func:`_effort`: float64 ``[len(EXCHANGE_RATES)]``."""
-        return _effort(self.active, self.tokens)
+        return Excess(self.effort - other.effort)
 
 
 class Work(NamedTuple):
@@ -91,26 +88,30 @@ class Work(NamedTuple):
     Attributes:
         tokens: float64 ``[n]``, the mean over ranks of N: proportional to the step's tokens.
         active: float64 ``[n]``, the mean over ranks of the active experts.
-        slowest_active, slowest_tokens: float64 ``[n, len(EXCHANGE_RATES)]``, active experts and tokens of
-            each layer's slowest rank at this exchange rate.
+        slowest: float64 ``[n, len(EXCHANGE_RATES)]``, the effort of each layer's slowest rank.
     """
 
     tokens: Float64
     active: Float64
-    slowest_active: Float64
-    slowest_tokens: Float64
+    slowest: Float64
 
     @classmethod
     def of(cls, active: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> Work:
         """``active``, ``tokens``: ``[n, layers, ep_ranks]``."""
-        steps, _, ranks = active.shape
-        slowest = np.empty((2, steps, len(EXCHANGE_RATES)))
-        for k, rate in enumerate(EXCHANGE_RATES):
-            effort = tokens if rate == 0 else active if np.isinf(rate) else active + tokens / rate
-            rank = effort.argmax(axis=2)[:, :, np.newaxis]
-            for of_rate, values in zip(slowest, (active, tokens), strict=True):
-                of_rate[:, k] = np.take_along_axis(values, rank, axis=2).sum(axis=(1, 2))
-        return cls(tokens.sum(axis=(1, 2)) / ranks, active.sum(axis=(1, 2)) / ranks, *slowest)
+        ranks = active.shape[2]
+        # Exact, as counts are below 2^24 and exchange rates powers of 2; half as many bytes.
+        experts, counts = active.astype(np.float32), tokens.astype(np.float32)
+        slowest = [
+            _effort(experts, counts, rate).max(axis=2).sum(axis=1, dtype=np.float64)
+            for rate in EXCHANGE_RATES
+        ]
+        return cls(
+            tokens.sum(axis=(1, 2)) / ranks, active.sum(axis=(1, 2)) / ranks, np.stack(slowest, axis=1)
+        )
+
+    @classmethod
+    def empty(cls) -> Work:
+        return cls(np.empty(0), np.empty(0), np.empty((0, len(EXCHANGE_RATES))))
 
     @classmethod
     def concat(cls, parts: Sequence[Work]) -> Work:
@@ -127,10 +128,8 @@ class Work(NamedTuple):
 
     def excess(self) -> Excess:
         """What the slowest ranks have more than the mean, on average over the steps."""
-        return Excess(
-            self.slowest_active.mean(axis=0) - self.active.mean(),
-            self.slowest_tokens.mean(axis=0) - self.tokens.mean(),
-        )
+        mean = [_effort(self.active, self.tokens, rate).mean() for rate in EXCHANGE_RATES]
+        return Excess(self.slowest.mean(axis=0) - mean)
 
 
 class CostStatus(str, enum.Enum):
@@ -152,7 +151,7 @@ class Driver(str, enum.Enum):
 
 
 class Rate(NamedTuple):
-    """The time of a unit of work under one exchange rate, ms, with the interval in which it is plausible."""
+    """The time of a unit of effort, ms; ``exchange``: an index into :data:`EXCHANGE_RATES`."""
 
     exchange: int
     ms: Interval
@@ -170,6 +169,7 @@ class Cost:
         expected: float64 ``[n]``, the fitted time of each step, ms; NaN if not fitted.
         reason: why the cost is not identifiable.
         rates: those that explain the times, the best one first.
+        driver: what makes the slowest rank slow; None if no cost is measured or the times do not show it.
     """
 
     status: CostStatus
@@ -180,16 +180,7 @@ class Cost:
     expected: Float64
     reason: str = ""
     rates: tuple[Rate, ...] = ()
-
-    @property
-    def driver(self) -> Driver | None:
-        """What makes the slowest rank slow; None if there is no measured cost or the run cannot tell."""
-        if self.status is not CostStatus.MEASURED:
-            return None
-        found = {EXCHANGE_RATES[rate.exchange] for rate in self.rates}
-        if {np.inf, 0.0} <= found:
-            return None
-        return Driver.ACTIVE_EXPERTS if np.inf in found else Driver.TOKENS if 0 in found else Driver.BOTH
+    driver: Driver | None = None
 
     def price(self, excess: Excess) -> Interval | None:
         """ms per step of an imbalance, or of the difference of two; None if unknown."""
@@ -200,10 +191,9 @@ class Cost:
 
 def _price(rates: Sequence[Rate], excess: Excess) -> Interval:
     """Of the best rate; the interval is the union over all."""
-    units = excess.effort
-    prices = [[units[k] * ms for ms in (rate.value, rate.low, rate.high)] for k, rate in rates]
+    prices = [[float(excess.effort[k] * bound) for bound in (ms.value, ms.low, ms.high)] for k, ms in rates]
     bounds = [bound for price in prices for bound in price[1:]]
-    return Interval(float(prices[0][0]), float(min(bounds)), float(max(bounds)))
+    return Interval(prices[0][0], min(bounds), max(bounds))
 
 
 def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
@@ -227,37 +217,48 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
     if usable.sum() < MIN_STEPS:
         return _unknown(ms, f"only {usable.sum()} steps have a usable time; {MIN_STEPS} are needed")
     times, done = ms[usable], work.select(usable)
-    usual, efforts = _usual(done.tokens), _effort(done.slowest_active, done.slowest_tokens)
-    noise = _noise(times, np.column_stack([usual, efforts]))
-    flat = _Model.fit(times, usual, noise)
-    alike = np.abs(efforts - usual @ np.linalg.lstsq(usual, efforts)[0]).max(axis=0) < 1e-6 * efforts.mean()
-    if alike.all():
-        return _unknown(ms, "imbalance never varied")
-    models = [_Model.fit(times, np.column_stack([usual, effort]), noise) for effort in efforts.T]
-    # A time is not negative: where it would be, the flat model is the best that this exchange rate has.
-    order = sorted(range(len(models)), key=lambda k: models[k].loss if models[k].last > 0 else np.inf)
-    best = models[order[0]] if models[order[0]].last > 0 else flat
-    follows = np.abs(best.residuals) < BIWEIGHT * noise
+    usual = _usual(done.tokens)
+    residuals, follows = _without_waits(times, np.column_stack([usual, done.slowest]))
     if follows.mean() < 1 - MAX_EXCLUDED:
         return _unknown(ms, f"{percent(1 - follows.mean())} of the steps waited for something else")
-    # How much steps that depend on each other, or noise that is not normal, exaggerate the likelihood.
-    exaggeration = min(models, key=lambda model: model.loss).exaggeration(noise)
-    left = {k: PLAUSIBLE - 2 * (models[k].loss - best.loss) / exaggeration for k in order if not alike[k]}
-    found = [Rate(k, models[k].interval(noise, float(np.sqrt(x)))) for k, x in left.items() if x > 0]
-    if not found:
-        return _unknown(ms, "no model explains the times")
+    white = _whitening(residuals, follows)
+    models = _models(white(times), white(_standardized(usual)), white(done.slowest))
+    if not models:
+        return _unknown(ms, "imbalance never varied")
+    # A time is not negative: where it would be, the best is that this effort explains nothing.
+    models.sort(key=lambda model: -model.gain if model.rate > 0 else 0.0)
+    most = models[0].gain if models[0].rate > 0 else 0.0
+    found = [
+        Rate(model.exchange, rates)
+        for model in models
+        if (rates := model.interval(PLAUSIBLE - most + model.gain)) is not None
+    ]
+    columns = _standardized(np.column_stack([usual, done.slowest[:, found[0].exchange]]))
+    residuals = times - columns @ _weighted(columns, times, follows)
     interval = _price(found, done.excess())
     used, expected = np.zeros(len(ms), np.bool_), np.full(len(ms), np.nan)
-    used[usable], expected[usable] = follows, times - best.residuals
+    used[usable], expected[usable] = follows, times - residuals
     mean, variance = float(ms[used].mean()), float(ms[used].var())
-    r2 = max(0.0, 1 - float(best.residuals[follows].var()) / variance) if variance > 0 else None
+    r2 = max(0.0, 1 - float(residuals[follows].var()) / variance) if variance > 0 else None
     status, reason = CostStatus.MEASURED, ""
     if not interval.is_significant:
         status = CostStatus.NO_MEASURABLE_COST
         if interval.high > MAX_UNKNOWN * mean:
             status = CostStatus.NOT_IDENTIFIABLE
             reason = "imbalance varied too little beside the noise of step times"
-    return Cost(status, interval, r2, mean, used, expected, reason, tuple(found))
+    driver = _driver(found, done) if status is CostStatus.MEASURED else None
+    return Cost(status, interval, r2, mean, used, expected, reason, tuple(found), driver)
+
+
+def _driver(rates: Sequence[Rate], work: Work) -> Driver | None:
+    """By the share of tokens in the effort, under all rates that explain the times."""
+    active, tokens = float(work.active.mean()), float(work.tokens.mean())
+    shares = [tokens / (active * EXCHANGE_RATES[rate.exchange] + tokens) for rate in rates]
+    if max(shares) < 0.25:
+        return Driver.ACTIVE_EXPERTS
+    if min(shares) > 0.75:
+        return Driver.TOKENS
+    return Driver.BOTH if max(shares) - min(shares) < 0.5 else None
 
 
 def _unknown(ms: Float64, reason: str) -> Cost:
@@ -265,101 +266,114 @@ def _unknown(ms: Float64, reason: str) -> Cost:
     return Cost(CostStatus.NOT_IDENTIFIABLE, None, None, None, none, np.full(len(ms), np.nan), reason)
 
 
-def _effort(active: Float64, tokens: Float64) -> Float64:
-    """Work under each exchange rate, the last axis: in active experts, or in tokens where only they count."""
-    rates = np.array(EXCHANGE_RATES)
-    return np.where(rates == 0, tokens, active + tokens / np.where(rates == 0, 1, rates))
+def _effort(active: Floats, tokens: Floats, rate: float) -> Floats:
+    """Work in active experts; if only tokens count, in tokens. float32 or float64."""
+    return tokens if rate == 0 else active + tokens * (1 / rate)
 
 
 class _Model(NamedTuple):
-    """One way to explain step times.
+    """What effort at one exchange rate explains.
 
     Attributes:
-        columns: float64 ``[n, p]``.
-        coefficients: float64 ``[p]``, ms.
-        residuals: float64 ``[n]``, ms.
-        loss: the sum of Tukey's ρ, in units of a log-likelihood.
+        exchange: an index into :data:`EXCHANGE_RATES`.
+        rate: the time of a unit of work, ms; below 0 if that fits best.
+        deviation: its standard error.
+        gain: twice what it adds to the log-likelihood.
     """
 
-    columns: Float64
-    coefficients: Float64
-    residuals: Float64
-    loss: float
+    exchange: int
+    rate: float
+    deviation: float
+    gain: float
 
-    @classmethod
-    def fit(cls, times: Float64, columns: Float64, noise: float) -> _Model:
-        standard, deviation = _standardized(columns)
-        residuals = times - standard @ _least_deviations(standard, times)
-        coefficients = np.zeros(columns.shape[1])
-        for _ in range(30):
-            weights = np.maximum(0, 1 - (residuals / (BIWEIGHT * noise)) ** 2) ** 2
-            coefficients = _weighted(standard, times, weights)
-            before, residuals = residuals, times - standard @ coefficients
-            if np.abs(residuals - before).max() < 1e-6 * noise:
-                break
-        u2 = np.minimum((residuals / (BIWEIGHT * noise)) ** 2, 1)
-        loss = float((1 - (1 - u2) ** 3).sum()) * BIWEIGHT**2 / 6
-        return cls(columns, coefficients / deviation, residuals, loss)
+    def interval(self, room: float) -> Interval | None:
+        """The rates that take at most ``room`` from twice the log-likelihood; None if none is positive."""
+        if room <= 0:
+            return None
+        aside = float(np.sqrt(room)) * self.deviation
+        rates = (max(0.0, rate) for rate in (self.rate, self.rate - aside, self.rate + aside))
+        return Interval(*rates) if self.rate + aside > 0 else None
 
-    @property
-    def last(self) -> float:
-        """The coefficient of the last column, ms per unit; below 0 if that fits best."""
-        return float(self.coefficients[-1])
 
-    def interval(self, noise: float, deviations: float) -> Interval:
-        """The last coefficient, at least 0, and so many standard deviations to both sides."""
-        drawn = self.last + resample(Ratio.mean(self._influence(noise)[0]), np.random.default_rng(SEED))
-        tail = NormalDist().cdf(-deviations)
-        low, high = np.quantile(drawn, [tail, 1 - tail])
-        return Interval(*(max(0.0, float(ms)) for ms in (self.last, low, high)))
+def _models(times: Float64, usual: Float64, efforts: Float64) -> list[_Model]:
+    """Least squares of times on the usual columns and one effort, for each that varies."""
+    basis, size, _ = np.linalg.svd(usual, full_matrices=False)
+    basis = basis[:, size > 1e-9 * size[0]]
+    left = times - basis @ (basis.T @ times)
+    varying = efforts - basis @ (basis.T @ efforts)
+    n, free = len(times), len(times) - basis.shape[1] - 1
+    square = (varying**2).sum(axis=0)
+    models = []
+    for k in np.flatnonzero(square > 1e-12 * (efforts**2).sum(axis=0)):
+        column = varying[:, k]
+        rate = float(column @ left / square[k])
+        residuals = left - rate * column
+        # Less weight to a residual of a step that draws the line to itself (MacKinnon and White 1985, HC3).
+        leverage = (basis**2).sum(axis=1) + column**2 / square[k]
+        deviation = standard_error(column * residuals / (1 - np.minimum(leverage, 0.99)) * (n / square[k]))
+        variance = float(residuals @ residuals) / free
+        models.append((_Model(int(k), rate, deviation, rate**2 * square[k] / variance), variance / square[k]))
+    if not models:
+        return []
+    # By how much steps that depend on each other, or noise of changing strength, exaggerate the likelihood.
+    best, variance = max(models, key=lambda model: model[0].gain)
+    exaggeration = best.deviation**2 / variance
+    return [model._replace(gain=model.gain / exaggeration) for model, _ in models]
 
-    def exaggeration(self, noise: float) -> float:
-        """The variance of the last coefficient beside what the likelihood says."""
-        influence, curvature = self._influence(noise)
-        drawn = resample(Ratio.mean(influence), np.random.default_rng(SEED))
-        return max(float(drawn.var()) * curvature, 1e-12)
 
-    def _influence(self, noise: float) -> tuple[Float64, float]:
-        """What each step adds to the error of the last coefficient, times the number of steps ``[n]``;
-        and the curvature of the loss along it."""
-        u = self.residuals / (BIWEIGHT * noise)
-        inside = np.abs(u) < 1
-        psi = np.where(inside, self.residuals * (1 - u**2) ** 2, 0.0)
-        slope = np.where(inside, (1 - u**2) * (1 - 5 * u**2), 0.0)
-        n, p = self.columns.shape
-        standard, deviation = _standardized(self.columns)
-        towards = _inverse(standard.T @ (standard * slope[:, np.newaxis]) / n)[-1]
-        values: Float64 = standard @ towards * psi * np.sqrt(n / (n - p)) / deviation[-1]
-        return values, float(n * deviation[-1] ** 2 / max(towards[-1], 1e-12) / noise**2)
+def _without_waits(times: Float64, columns: Float64) -> tuple[Float64, Bool]:
+    """The residuals of the columns' best fit, and the steps that follow it."""
+    columns = _standardized(columns)
+    residuals = times - columns @ _least_deviations(columns, times)
+    for _ in range(3):
+        scale = max(float(np.median(np.abs(residuals))) / 0.6745, 1e-6 * float(np.median(times)))
+        follows = np.abs(residuals) < WAITED * scale
+        residuals = times - columns @ _weighted(columns, times, follows)
+    return residuals, follows
+
+
+def _whitening(residuals: Float64, follows: Bool) -> Callable[[Float64], Float64]:
+    """A function that takes from values, float64 ``[n, ...]``, what lasts from step to step; without waits.
+
+    Noise that lasts, as of growing contexts, looks like an effect of imbalance, which lasts, too. If it is
+    an AR(1) series, that of such differences is white (Prais and Winsten 1954).
+    """
+    after = np.append(False, follows[:-1])
+    pairs = np.flatnonzero(after & follows)
+    rho = correlation(residuals[pairs - 1], residuals[pairs])
+
+    def whitened(values: Float64) -> Float64:
+        rows = values.reshape(len(values), -1)
+        differences = rows - rho * np.roll(rows, 1, axis=0)
+        alone = np.sqrt(1 - rho**2) * rows
+        white: Float64 = np.where(after[:, np.newaxis], differences, alone)[follows]
+        return white[:, 0] if values.ndim == 1 else white
+
+    return whitened
 
 
 def _usual(tokens: Float64) -> Float64:
-    """Columns for the time that a number of tokens takes anyhow: constant, linear, bent at two points.
+    """Columns for the time that a number of tokens takes anyhow: constant, linear, bent at some points.
 
-    Time is flat while memory is the limit and grows later. Without the bends, the tokens of the slowest
-    rank would explain that curve.
+    Time is flat while memory is the limit and grows later, or by steps if batches are padded. Without the
+    bends, the work of the slowest rank would explain that curve.
     """
-    bends = np.unique(np.quantile(tokens, [1 / 3, 2 / 3]))
+    knots = min(MAX_BENDS, len(tokens) // 40)
+    bends = np.unique(np.quantile(tokens, np.linspace(0, 1, knots + 2)[1:-1]))
     return np.column_stack([np.ones(len(tokens)), tokens, *(np.maximum(tokens - bend, 0) for bend in bends)])
 
 
-def _noise(times: Float64, columns: Float64) -> float:
-    """The standard deviation of what no model explains, by the median of absolute residuals."""
-    columns, _ = _standardized(columns)
-    residuals = times - columns @ _least_deviations(columns, times)
-    return max(float(np.median(np.abs(residuals))) / 0.6745, 1e-6 * float(np.median(times)))
-
-
-def _standardized(columns: Float64) -> tuple[Float64, Float64]:
-    """Columns with mean 0 and deviation 1 after the constant first one, and the deviations they had."""
-    centered = columns - columns.mean(axis=0)
+def _standardized(columns: Float64) -> Float64:
+    """Columns with mean 0 and deviation 1 after the constant first one."""
+    centered: Float64 = columns - columns.mean(axis=0)
     centered[:, 0] = columns[:, 0]
     deviation = centered.std(axis=0)
     deviation[deviation <= 1e-9 * np.abs(columns).max(axis=0)] = 1.0
-    return centered / deviation, deviation
+    standard: Float64 = centered / deviation
+    return standard
 
 
-def _weighted(columns: Float64, values: Float64, weights: Float64) -> Float64:
+def _weighted(columns: Float64, values: Float64, weights: npt.NDArray[Any]) -> Float64:
     """Weighted least squares."""
     gram = columns.T @ (columns * weights[:, np.newaxis])
     solution: Float64 = _inverse(gram) @ (columns.T @ (weights * values))

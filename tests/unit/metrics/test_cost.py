@@ -59,13 +59,10 @@ def test_work_is_that_of_each_layers_slowest_rank() -> None:
     work = some.work
     for k, rate in enumerate(EXCHANGE_RATES):
         for step in range(5):
-            active = tokens = 0
+            effort = 0.0
             for a, n in zip(some.active[step], some.tokens[step], strict=True):
-                effort = n if rate == 0 else a if np.isinf(rate) else a + n / rate
-                rank = int(np.argmax(effort))
-                active, tokens = active + a[rank], tokens + n[rank]
-            assert work.slowest_active[step, k] == active
-            assert work.slowest_tokens[step, k] == tokens
+                effort += max(n if rate == 0 else a if np.isinf(rate) else a + n / rate)
+            assert work.slowest[step, k] == pytest.approx(effort)
     assert work.tokens == pytest.approx(some.tokens.sum(axis=(1, 2)) / RANKS)
     assert work.active == pytest.approx(some.active.sum(axis=(1, 2)) / RANKS)
 
@@ -169,18 +166,14 @@ def test_a_price_is_that_of_the_fitted_model(engines: list[Engine]) -> None:
         cost, excess = fit(some.times(a, b, noise=0.01)[0], some.work), some.work.excess()
         assert cost.price(excess) == cost.ms_per_step
         assert cost.price(excess - excess) == Interval(0.0, 0.0, 0.0)
-        half = cost.price(half_of(excess))
+        half = cost.price(Excess(excess.effort / 2))
         assert half is not None
         assert cost.ms_per_step is not None
         assert half.value == pytest.approx(cost.ms_per_step.value / 2)
-        gain = cost.price(half_of(excess) - excess)
+        gain = cost.price(Excess(excess.effort / 2) - excess)
         assert gain is not None
         assert gain.high < 0
     assert fit(np.full(600, np.nan), some.work).price(excess) is None
-
-
-def half_of(excess: Excess) -> Excess:
-    return Excess(excess.active / 2, excess.tokens / 2)
 
 
 def test_driver_is_what_makes_steps_slow(engines: list[Engine]) -> None:
