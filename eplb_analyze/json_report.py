@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
@@ -27,6 +28,8 @@ def as_json(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: item if type(item) in _PLAIN else as_json(item) for key, item in value.items()}
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):  # numpy's

@@ -288,7 +288,7 @@ def _sentence(status: CostStatus, interval: Interval, mean_ms: float) -> str:
         return f"imbalance costs {value} ms of each {mean} ms step (95 % CI {low} to {high})"
     if float(high) == 0:
         high = f"{10.0**-digits:.{digits}f}"
-    return f"no measurable cost: at most {high} ms of each {mean} ms step"
+    return f"imbalance has no measurable cost: at most {high} ms of each {mean} ms step"
 
 
 def _unknown(reason: str, phases: dict[str, PhaseCost] | None = None) -> RunCost:

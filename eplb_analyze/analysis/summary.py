@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from eplb_analyze.analysis.cost import RunCost, cost_of_sample
 from eplb_analyze.analysis.summary_sums import (
     ESTIMATED,
     ConfigurationSums,
@@ -120,6 +121,7 @@ class Summary(Report):
     lost_ranks: list[LostRank]
     spreads: dict[str, Spread]
     idle_fraction: float | None
+    cost: RunCost
     configurations: list[Configuration]
     #: Of incomplete steps, the largest group first; their loads are in no other figure.
     estimates: list[Estimate]
@@ -168,6 +170,7 @@ class Summary(Report):
                     if name not in ("balancedness", "imbalance")
                 },
                 "idle_fraction": self.idle_fraction,
+                "cost": self.cost,
                 "configurations": self.configurations,
                 "estimates": self.estimates,
                 "layers": self.layers,
@@ -222,6 +225,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         lost_ranks=run.lost_ranks,
         spreads={name: Spread.of(value, step) for name, value in values.items()},
         idle_fraction=idle_fraction(mean_tokens, max_tokens),
+        cost=cost_of_sample(run, sums.cost),
         configurations=[_configuration(s) for s in stretches],
         estimates=_estimates(sums),
         layers=_layer_figures(run, sums.layers, stretches[-1]) if stretches else [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Terms
 from eplb_analyze.metrics.losses import Bins, Losses, windows
@@ -146,6 +147,7 @@ class SummarySums:
         self.phases: dict[str, PhaseSums] = {}
         #: By the ranks that the steps lack.
         self.estimates: dict[tuple[int, ...], EstimateSums] = {}
+        self.cost = CostSample.empty()
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
         #: Time from a step to the next, in ns; and the first and last step with their times.
         self.gaps: list[Int64] = []
@@ -153,12 +155,14 @@ class SummarySums:
         self._last: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, run: Run, bins: Bins, block: Block) -> SummarySums:
+    def of(cls, run: Run, bins: Bins, block: Block, sampling: Sampling | None = None) -> SummarySums:
         sums = cls(run.info.num_layers, bins)
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
         sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
         sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
+        if sampling is not None:
+            sums.cost = CostSample.of(run, sampling, block)
         if block.shape is None:
             return sums
         for missing, steps in block.without_ranks():
@@ -192,6 +196,7 @@ class SummarySums:
         for name, values in later.values.items():
             self.values[name] += values
         self.layers.merge(later.layers)
+        self.cost.merge(later.cost)
         for name, phase in later.phases.items():
             self.phases.setdefault(name, PhaseSums()).merge(phase)
         for missing, estimate in later.estimates.items():
@@ -218,8 +223,9 @@ def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     """
     run.load_history()
     edges = [first for first, _ in run.parts()]
+    sampling = Sampling(run, int(bins.edges[0]), bins.last) if run.info.timed else None
     total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
-    for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block), steps):
+    for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block, sampling), steps):
         if block.step[0] in edges:
             total.merge(part)
             part = SummarySums(run.info.num_layers, bins)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import bar, heat, sparkline, step_axis
 from eplb_analyze.cli.console import print_heading, print_line, styled, table
+from eplb_analyze.cli.views import cost
 from eplb_analyze.text import clean, clock_time, duration, figure, listed, percent, plural
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def render(
         console.print(f"{what}, so there are no figures")
         _estimates(console, result)
         return
+    cost.render(console, result.cost)
+    console.print()
     _figures(console, result)
     _estimates(console, result)
     _timeline(console, result)
@@ -103,8 +106,7 @@ def _figures(console: Console, result: Summary) -> None:
         listing.add_row(styled((name, "bold")), *cells, str(at))
     console.print(listing)
     idle = percent(result.idle_fraction)
-    text = " of rank time (if time is proportional to tokens)"
-    print_line(console, "idle fraction ", (idle, "bold"), text)
+    print_line(console, "idle fraction ", (idle, "bold"), cost.idle(result.cost))
     from eplb_analyze.analysis.summary import OTHER_FORMULAS
 
     parts = [f"{name} {figure(result.spreads[name].mean)}" for name in OTHER_FORMULAS]
@@ -160,7 +162,7 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         console,
         "a better placement could remove at most ",
         (most, "bold"),
-        f" of the idle time: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
+        f" of the excess tokens: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
         "the rest is chance within a step",
     )
     console.print()

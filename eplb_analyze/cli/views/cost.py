@@ -1,0 +1,61 @@
+"""Shows what imbalance cost in milliseconds, phase by phase, or why that is not known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.console import print_line
+from eplb_analyze.text import clean, percent, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.cost import PhaseCost, RunCost
+
+STYLES = {"measured": "bold red", "no_measurable_cost": "bold green", "not_identifiable": "bold yellow"}
+#: What step times are, by basis.
+TIMES = {
+    "engine": "the engine's step times",
+    "device": "times on the device",
+    "host": "times between steps",
+    "kernel_times": "kernel times of another machine",
+}
+#: Phases with a smaller share of the steps are only counted, unless their cost is known.
+SMALL_PHASE = 0.05
+
+
+def render(console: Console, cost: RunCost) -> None:
+    """A line for each phase, or one if there is only one."""
+    steps = sum(phase.steps for phase in cost.phases.values())
+    shown = {
+        name: phase
+        for name, phase in cost.phases.items()
+        if phase.ms_per_step is not None or phase.steps >= SMALL_PHASE * steps
+    }
+    if cost.ms_per_step is None:
+        print_line(console, (f"cost of imbalance {cost.message}", STYLES["not_identifiable"]))
+        return
+    for name, phase in shown.items():
+        _phase(console, phase, f"{clean(name)}: " if len(shown) > 1 else "")
+    rest = steps - sum(phase.steps for phase in shown.values())
+    parts = [f"by {TIMES[cost.basis]}, {cost.steps_used:,} of {plural(steps, 'step')}"]
+    parts += [] if cost.r2 is None else [f"R² {cost.r2:.2f}"]
+    parts += [f"{plural(rest, 'step')} of rare phases not measured"] if rest else []
+    print_line(console, (", ".join(parts), "dim"))
+
+
+def _phase(console: Console, phase: PhaseCost, prefix: str) -> None:
+    text = phase.message if phase.ms_per_step is not None else f"cost not measurable: {phase.message}"
+    share = phase.share_of_step if phase.status == "measured" else None
+    more = "" if share is None else f", {percent(share.estimate)} of step time"
+    print_line(console, prefix, (text, STYLES.get(phase.status, "")), more)
+    if phase.driver == "active_experts":
+        text = "only the number of active experts counts: balancing tokens gains nothing"
+        print_line(console, (text, "bold"), indent=2)
+
+
+def idle(cost: RunCost) -> str:
+    """What an idle fraction, which counts tokens, says of time."""
+    if cost.ms_per_step is not None:
+        return " by tokens, not by time: its cost in time is above"
+    return " by tokens: time lost only if time grows with tokens"

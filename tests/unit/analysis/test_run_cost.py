@@ -1,0 +1,118 @@
+"""The cost of imbalance in a run's phases, next to what was planted in its step times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import cli
+from timed_run import TimedRun, write_timed
+
+from eplb_analyze import open_run
+from eplb_analyze.analysis import cost_sample
+from eplb_analyze.analysis.cost import cost_of
+from eplb_analyze.analysis.cost_sample import Sampling, sample_of
+from eplb_analyze.metrics.cost import CostStatus
+
+
+@pytest.fixture(scope="module")
+def costly(tmp_path_factory: pytest.TempPathFactory) -> TimedRun:
+    return write_timed(tmp_path_factory.mktemp("costly"), 0.02)
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> TimedRun:
+    return write_timed(tmp_path_factory.mktemp("free"), 0.0)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> TimedRun:
+    return write_timed(tmp_path_factory.mktemp("short"), 0.02, steps=60)
+
+
+def test_planted_cost_is_measured(costly: TimedRun) -> None:
+    found = cost_of(open_run(costly.root))
+    assert found.status is CostStatus.MEASURED
+    assert found.ms_per_step is not None
+    assert found.ms_per_step.estimate == pytest.approx(costly.cost.mean(), rel=0.05)
+    assert 0 < found.ms_per_step.high - found.ms_per_step.low < 0.1 * costly.cost.mean()
+    assert found.step_ms_p50 == pytest.approx(np.median(costly.ms), rel=0.02)
+
+
+def test_range_of_steps_has_its_own_cost(costly: TimedRun) -> None:
+    found = cost_of(open_run(costly.root), (100, 300)).ms_per_step
+    assert found is not None
+    assert found.estimate == pytest.approx(costly.cost[100:300].mean(), rel=0.1)
+
+
+def test_phases_are_apart(tmp_path: Path) -> None:
+    run = write_timed(tmp_path, 0.02, phases=("decode", "prefill"), slow={"prefill": 20.0}, steps=600)
+    found = cost_of(open_run(tmp_path))
+    assert list(found.phases) == ["decode", "prefill"]
+    for start, name in enumerate(found.phases):
+        phase = found.phases[name]
+        assert phase.steps == 300
+        assert phase.step_ms == pytest.approx(np.median(run.ms[start::2]), rel=0.02)
+        assert phase.ms_per_step is not None
+        assert phase.ms_per_step.estimate == pytest.approx(run.cost[start::2].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_summary_says_which_run_is_costly_free_or_not_measurable(
+    costly: TimedRun, free: TimedRun, short: TimedRun, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    texts = [" ".join(cli("summary", run.root).stdout.split()) for run in (costly, free, short)]
+    words = [
+        "imbalance costs ",
+        "imbalance has no measurable cost: at most ",
+        "cost of imbalance not measurable in this run: ",
+    ]
+    assert [[word in text for word in words] for text in texts] == np.eye(3, dtype=bool).tolist()
+    assert ["its cost in time is above" in text for text in texts] == [True, True, False]
+
+
+def test_summary_json_is_the_cost_of_the_run(costly: TimedRun, short: TimedRun) -> None:
+    document = json.loads(cli("summary", costly.root, "--output", "json").stdout)["cost"]
+    assert document == cost_of(open_run(costly.root)).to_json()
+    assert list(document) == [
+        *("status", "basis", "ms_per_step", "share_of_step", "step_ms", "r2", "steps_used", "excluded"),
+        *("message", "phases"),
+    ]
+    document = json.loads(cli("summary", short.root, "--output", "json").stdout)["cost"]
+    assert document["status"] == "not_identifiable"
+    assert document["ms_per_step"] is None
+    assert "100 " in document["message"]
+
+
+def test_sample_of_small_segments_is_that_of_the_whole(costly: TimedRun, tmp_path: Path) -> None:
+    write_timed(tmp_path, 0.02, segment_steps=16)
+    one, other = (sample_of(open_run(folder)) for folder in (costly.root, tmp_path))
+    assert len(one.step) == 400
+    for name in ("step", "since_last", "until_next", "per_slot"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    np.testing.assert_allclose(one.since_last[1:], costly.ms[1:], atol=1e-5)
+    np.testing.assert_array_equal(one.until_next[:-1], one.since_last[1:])
+    assert one.work.tokens == pytest.approx(costly.tokens.mean(axis=2).sum(axis=1))
+
+
+@pytest.mark.parametrize("steps", [(0, 400), (37, 333)])
+def test_long_run_is_sampled_evenly(
+    tmp_path: Path, steps: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_timed(tmp_path, 0.02, segment_steps=16)
+    monkeypatch.setattr(cost_sample, "SAMPLE_STEPS", 100)
+    run = open_run(tmp_path)
+    sampling = Sampling(run, steps[0], steps[1] - 1)
+    wanted = [block.recorded[0] for block in run.blocks(steps) if sampling.wants(block)]
+    assert 3 <= len(wanted) <= 9
+    assert np.diff(wanted).max() <= 2 * np.diff(wanted).min()
+
+
+def test_loads_of_a_huge_run_are_read_at_least_once(
+    costly: TimedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_sample, "SAMPLE_VALUES", 10)
+    assert len(sample_of(open_run(costly.root)).step) > 0
