@@ -90,6 +90,7 @@ class ExpertReport(SumsReport):
                 "first_step": self.first_step,
                 "last_step": self.last_step,
                 "recorded": self.recorded,
+                "missing_ranks": self.missing_ranks,
                 "window": self.window,
                 "windows": self.windows,
                 "hot_factor": self.hot_factor,
@@ -120,7 +121,7 @@ def expert_report(
 
     Raises:
         NotInDumpError: the dump has no such layer or step.
-        DumpError: no complete step, or no placement, is in the range.
+        DumpError: no step that some rank recorded, or no placement, is in the range.
     """
     if window < 1 or not hot_factor > 1:
         raise ValueError("window must be at least 1, and hot_factor more than 1")
@@ -132,7 +133,7 @@ def expert_report(
             experts = run.history.num_experts(run.info.num_logical_experts, last)[first:]
             return _Loads(run, shape, range(first, last), experts, ExpertWindows(window, hot_factor, experts))
 
-        sums, whole, notes = last_configuration(run, steps, start)
+        sums, whole, notes = last_configuration(run, steps, start, estimate=True)
         return _report(
             run, layer, sums, whole, [*notes, *run.import_caveats("step_order", "earlier_placements")]
         )

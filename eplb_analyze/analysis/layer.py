@@ -56,7 +56,7 @@ class LayerReport(RunReport):
     last_step: int
     #: How many steps the loads are summed over.
     steps: int
-    #: False for a single step that lacks ranks: its loads are partial.
+    #: False for steps that lack ranks: their loads are partial.
     complete: bool
     missing_ranks: list[int]
     #: Ranks that died before; ``ranks`` and ``slots`` are those of the others.
@@ -80,11 +80,12 @@ def layer_report(
 
     Args:
         step: one step; an incomplete one is shown as far as it is there, and marked.
-        steps: a half-open range; its complete steps are summed. Neither: all steps.
+        steps: a half-open range; its complete steps are summed, if there are none, those that lack the same
+            ranks. Neither: all steps.
 
     Raises:
         NotInDumpError: the dump has no such layer or step.
-        DumpError: no complete step is in the range.
+        DumpError: no step of the range was recorded.
     """
     index = run.layer_index(layer)
     if step is not None:
@@ -114,8 +115,8 @@ def _no_loads(run: Run, step: int, state: int) -> str:
 
 
 def _range(run: Run, layer: int, index: int, steps: tuple[int, int] | None) -> LayerReport:
-    found, _, notes = last_configuration(run, steps, _Blocks)
-    report = _report(run, layer, index, found.blocks, complete=True)
+    found, _, notes = last_configuration(run, steps, _Blocks, estimate=True)
+    report = _report(run, layer, index, found.blocks, complete=not found.missing)
     report.notes.extend(notes)
     return report
 

@@ -112,7 +112,7 @@ def rank_report(
 
     Raises:
         NotInDumpError: no step of the run is in the range.
-        DumpError: no step in it is complete.
+        DumpError: no step in it was recorded.
     """
     return run.retry_without_damaged(
         lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node)
@@ -120,7 +120,7 @@ def rank_report(
 
 
 def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | None) -> RankReport:
-    sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape))
+    sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape), estimate=True)
     per_rank = [[rank] for rank in range(sums.shape.ep_size)]
     per_node = _nodes(sums.shape.ep_size, ranks_per_node)
     notes += uneven_nodes(sums.shape.ep_size, ranks_per_node)

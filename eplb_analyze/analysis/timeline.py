@@ -11,7 +11,7 @@ import polars as pl
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import blocks_by_configuration
+from eplb_analyze.reader.configurations import blocks_by_configuration, estimate_notes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
 
@@ -49,6 +49,8 @@ class Timeline(RunReport):
     #: The model's number of the layer; None for all layers.
     layer: int | None
     steps: Completeness
+    #: Ranks that all steps lack: the figures are estimates, by the loads of the others.
+    missing_ranks: list[int]
     mean: float | None
     min: float | None
     max: float | None
@@ -104,6 +106,8 @@ def timeline(
 ) -> Timeline:
     """A formula over the complete steps of a run, in bins of equally many steps.
 
+    If there is none, over those that lack the same ranks, as an estimate.
+
     Args:
         formula: a name of :data:`eplb_analyze.metrics.formulas.FORMULAS`, or ``"idle_fraction"``.
         bins: how many; with fewer steps, each step is a bin.
@@ -116,7 +120,7 @@ def timeline(
     Raises:
         ValueError: there is no such formula.
         NotInDumpError: the dump has no such layer, or no step in the range.
-        DumpError: no step in the range is complete.
+        DumpError: no step in the range was recorded.
     """
     if formula not in NAMES:
         raise ValueError(f"no formula {formula!r}; there are: {', '.join(NAMES)}")
@@ -139,7 +143,10 @@ def _timeline(
     parts = _Bins(np.array([first + i * (end - first) // count for i in range(count + 1)], np.int64))
     seen = Completeness()
     shapes: dict[int, Stretch] = {}
-    for number, block in blocks_by_configuration(run, steps, seen):
+    missing: tuple[int, ...] = ()
+    recorded = 0
+    for number, block in blocks_by_configuration(run, steps, seen, estimate=True):
+        missing, recorded = block.missing, recorded + len(block.recorded)
         assert block.shape is not None
         terms = run.terms(block) if index is None else run.terms(block, index, index + 1)
         if formula == IDLE_FRACTION:
@@ -157,7 +164,9 @@ def _timeline(
         [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]
     )
     total = float(parts.weight.sum())
-    notes = run.import_caveats("step_order")
+    ends = [*shapes.values()]
+    notes = estimate_notes(missing, recorded, ends[0].first_step, ends[-1].last_step)
+    notes += run.import_caveats("step_order")
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
         notes.append(
@@ -170,6 +179,7 @@ def _timeline(
         formula=formula,
         layer=None if index is None else run.info.layers[index],
         steps=seen,
+        missing_ranks=[*missing],
         mean=float(parts.total.sum()) / total if total else None,
         min=float(parts.low.min()) if total else None,
         max=float(parts.high.max()) if total else None,

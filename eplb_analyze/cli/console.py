@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.experts import ExpertReport
     from eplb_analyze.analysis.traffic import TrafficReport
+    from eplb_analyze.reader.configurations import SumsReport
 
 #: Nothing is drawn wider: the memory of a plot grows with its columns.
 MAX_COLUMNS = 1000
@@ -66,7 +67,13 @@ def print_report_heading(console: Console, report: TrafficReport | ExpertReport)
     name = report.model if report.layer is None else f"layer {report.layer}"
     of = "" if report.layer is None else f" · {report.model}"
     print_heading(console, name, f"{of} · run {report.run_id}")
-    return f"{report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
+    return steps_of(report)
+
+
+def steps_of(report: SumsReport) -> str:
+    """Over which steps the figures of a report are."""
+    kind = "incomplete" if report.missing_ranks else "complete"
+    return f"{report.recorded:,} {kind} steps, {report.first_step} to {report.last_step}"
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:

@@ -49,7 +49,10 @@ class Block:
         step_ms: float64 [S], the engine's own time of the pass in ms; NaN if unknown. The largest over the
             ranks that recorded the step.
         device_ms: likewise the time on the device, from CUDA events.
+        missing: the ranks that its complete steps lack, as it is an :class:`EstimateBlock`.
     """
+
+    missing: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -272,6 +275,20 @@ class ServingBlock(Block):
     ) -> Iterator[tuple[int, Int64]]:
         for layer, load in self._block.load_parts(steps, first, last):
             yield layer, load[:, :, self._slots]
+
+
+class EstimateBlock(Block):
+    """A block in which steps that lack the rows of just these ranks count as complete, and no others.
+
+    Their loads are those that the other ranks recorded, a sample of the same routing.
+    """
+
+    def __init__(self, block: Block, missing: tuple[int, ...]) -> None:
+        self.__dict__.update(block.__dict__)
+        self.missing = missing
+        steps = dict(block.without_ranks()).get(missing, np.empty(0, np.int64))
+        others = np.where(block.state == StepState.RECORDED, np.uint8(StepState.INCOMPLETE), block.state)
+        self.state = np.where(np.isin(block.step, steps), np.uint8(StepState.RECORDED), others)
 
 
 #: A segment's ``loads`` or ``rank_loads``, from one layer to another.

@@ -6,15 +6,18 @@ Loads are never summed across two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from eplb_analyze.json_report import RunReport
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, EstimateBlock
 from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Shape
 
 
@@ -28,6 +31,8 @@ class SumsReport(RunReport):
     last_step: int
     #: The number of complete steps.
     recorded: int
+    #: Ranks that all steps lack: the figures are estimates, by the loads of the others.
+    missing_ranks: list[int]
 
 
 class Sums(ABC):
@@ -37,16 +42,18 @@ class Sums(ABC):
         self.shape = shape
         self.first_step = self.last_step = -1
         self.recorded = 0
+        #: Ranks that all of the steps lack, if the sums are for an estimate.
+        self.missing: tuple[int, ...] = ()
 
     @property
     def steps(self) -> StepRange:
         """From the first to the last complete step."""
         return StepRange(self.first_step, self.last_step + 1)
 
-    def head(self, run: Run, whole: Completeness) -> tuple[str, str, Completeness, int, int, int]:
+    def head(self, run: Run, whole: Completeness) -> tuple[str, str, Completeness, int, int, int, list[int]]:
         """The fields of a :class:`SumsReport`."""
-        info = run.info
-        return info.run_id, info.model, whole, self.first_step, self.last_step, self.recorded
+        ids, steps = (run.info.run_id, run.info.model), (self.first_step, self.last_step, self.recorded)
+        return *ids, whole, *steps, [*self.missing]
 
     def add(self, block: Block) -> None:
         """Add the next block, which has at least one complete step."""
@@ -54,6 +61,7 @@ class Sums(ABC):
         self.first_step = self.first_step if self.recorded else int(steps[0])
         self.last_step = int(steps[-1])
         self.recorded += len(steps)
+        self.missing = block.missing
         self._add(block)
 
     @abstractmethod
@@ -64,42 +72,45 @@ S = TypeVar("S", bound=Sums)
 
 
 def last_configuration(
-    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
+    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S], *, estimate: bool = False
 ) -> tuple[S, Completeness, list[str]]:
     """Sum the last configuration in a half-open range of steps (default: all) in one pass.
 
     Call it inside ``run.retry_without_damaged``.
 
+    Args:
+        estimate: as in :func:`blocks_by_configuration`.
+
     Returns:
-        The sums, the completeness of all steps of the range, and a note if an earlier configuration was
-        left out.
+        The sums, the completeness of all steps of the range, and notes: that they are for an estimate, and
+        that an earlier configuration was left out.
 
     Raises:
         NotInDumpError: no step of the run is in the range.
         DumpError: no step in it is complete.
     """
-    sums, seen, earlier = last_of_configurations(run, steps, start)
-    if not earlier:
-        return sums, seen, []
-    first, end = earlier[0].first, earlier[-1].end
-    note = (
-        f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are left "
-        f"out, as loads of two shapes are not added (see them with --steps {first}:{end})"
-    )
-    return sums, seen, [note]
+    sums, seen, earlier = last_of_configurations(run, steps, start, estimate=estimate)
+    notes = estimate_notes(sums.missing, sums.recorded, sums.first_step, sums.last_step)
+    if earlier:
+        first, end = earlier[0].first, earlier[-1].end
+        notes.append(
+            f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are "
+            f"left out, as loads of two shapes are not added (see them with --steps {first}:{end})"
+        )
+    return sums, seen, notes
 
 
 def last_of_configurations(
-    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
+    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S], *, estimate: bool = False
 ) -> tuple[S, Completeness, list[StepRange]]:
-    """:func:`last_configuration` with the steps of each earlier configuration in place of the note."""
+    """:func:`last_configuration` with the steps of each earlier configuration in place of the notes."""
     if steps is not None:
         run.require(steps)
     seen = Completeness()
     sums: S | None = None
     earlier: list[StepRange] = []
     current = -1
-    for number, block in blocks_by_configuration(run, steps, seen):
+    for number, block in blocks_by_configuration(run, steps, seen, estimate=estimate):
         if sums is None or number != current:
             if sums is not None:
                 earlier.append(sums.steps)
@@ -112,19 +123,47 @@ def last_of_configurations(
 
 
 def blocks_by_configuration(
-    run: Run, steps: tuple[int, int] | None, seen: Completeness
+    run: Run, steps: tuple[int, int] | None, seen: Completeness, *, estimate: bool = False
 ) -> Iterator[tuple[int, Block]]:
     """The blocks that have complete steps, each with the number of its configuration from 0.
 
     Every block is counted in ``seen``. A shape without a complete step still separates the configurations
     around it.
+
+    Args:
+        estimate: if no step is complete, take the largest group of steps that lack the rows of the same
+            ranks. So complete steps and others are never mixed.
     """
-    number, shape = -1, None
-    for block in run.blocks(steps):
+    lacking: Counter[tuple[int, ...]] = Counter()
+
+    def count(block: Block) -> Block:
         seen.add(block)
+        if estimate:
+            lacking.update({missing: len(own) for missing, own in block.without_ranks()})
+        return block
+
+    yield from _numbered(map(count, run.blocks(steps)))
+    if lacking and not seen.count(StepState.RECORDED):
+        missing = min(lacking, key=lambda ranks: (-lacking[ranks], ranks))
+        yield from _numbered(EstimateBlock(block, missing) for block in run.blocks(steps))
+
+
+def _numbered(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
+    number, shape = -1, None
+    for block in blocks:
         if block.shape is None:
             continue
         if block.shape != shape:
             number, shape = number + 1, block.shape
         if len(block.recorded):
             yield number, block
+
+
+def estimate_notes(missing: Sequence[int], steps: int, first: int, last: int) -> list[str]:
+    """The label of figures of steps that lack ranks; none if they are complete."""
+    if not missing:
+        return []
+    text = (
+        f"ESTIMATE of {plural(steps, 'step')}, {first} to {last}, without rank {listed(missing)}: no step is "
+    )
+    return [f"{text}complete, and figures are by the loads of the other ranks alone"]

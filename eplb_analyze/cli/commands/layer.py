@@ -9,6 +9,7 @@ import typer
 from eplb_analyze.cli import options
 from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.layer import render
+from eplb_analyze.errors import EXIT_UNUSABLE
 
 
 @options.about_a_run
@@ -30,3 +31,5 @@ def layer(
     changes = report.placement_changes
     placed = layer_report(run, layer, None, (changes[-1], report.last_step + 1)) if changes else report
     out.show(report.to_json, lambda console: render(console, report, placed, top))
+    if step is None and not report.complete:  # an estimate, as in every command over a range
+        raise typer.Exit(EXIT_UNUSABLE)

@@ -28,7 +28,7 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
     print_heading(
         console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}"
     )
-    if not report.complete:
+    if not report.complete and report.steps == 1:
         ranks = ", ".join(map(str, report.missing_ranks))
         text = f"INCOMPLETE: rank {ranks} not recorded in this step; the loads below are only a part"
         print_line(console, (text, "bold red"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, steps_of, styled, table
 from eplb_analyze.text import counter, figure, percent
 
 if TYPE_CHECKING:
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
-    when = f" · {report.recorded:,} complete steps, {report.first_step} to {report.last_step}"
-    print_heading(console, report.model, f" · run {report.run_id}{when}")
+    print_heading(console, report.model, f" · run {report.run_id} · {steps_of(report)}")
     if not report.active:
         console.print("no tokens")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.analysis.traffic import traffic_report
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.replay.replay import replay_run
@@ -342,6 +344,82 @@ def test_run_in_which_a_rank_never_recorded_has_only_estimates(tmp_path: Path) -
     result = cli("summary", tmp_path)
     assert (result.returncode, "ESTIMATE of 60 steps" in result.stdout) == (3, True)
     assert {"missing_ranks", "no_complete_step"} <= {f.code for f in check_run(run).findings}
+
+
+@pytest.mark.parametrize(
+    ("silent", "steps"),
+    [
+        ({3: (0, 60)}, None),
+        ({1: (20, 60)}, (20, 60)),
+        # Rank 0 stops, too: the larger group of steps that lack the same ranks counts.
+        ({3: (0, 60), 0: (50, 60)}, None),
+        ({3: (0, 60), 0: (10, 60)}, (4, 60)),
+    ],
+)
+def test_every_command_estimates_steps_that_lack_ranks_by_the_others(
+    tmp_path: Path, silent: dict[int, tuple[int, int]], steps: tuple[int, int] | None
+) -> None:
+    engine = Engine(tmp_path, silent=silent, placements={0: BEFORE, 30: AFTER}, options={"segment_steps": 16})
+    engine.run(6)
+    run = open_run(tmp_path)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for step in range(*(steps or (0, 60))):
+        lack = tuple(rank for rank in range(RANKS) if (step, rank) not in engine.loads)
+        groups.setdefault(lack, []).append(step)
+    missing, own = max(groups.items(), key=lambda group: len(group[1]))
+    assert missing
+    T = [engine.tokens(s) for s in own]
+    mean, most = (
+        sum(f(t) for t in T) for f in (lambda t: t.mean(axis=1).sum(), lambda t: t.max(axis=1).sum())
+    )
+
+    ranks = rank_report(run, steps)
+    span = (own[0], own[-1], len(own), [*missing])
+    assert (ranks.first_step, ranks.last_step, ranks.recorded, ranks.missing_ranks) == span
+    assert ranks.idle_fraction == pytest.approx(1 - mean / most)
+    assert [r.load for r in ranks.ranks] == np.sum(T, axis=(0, 1)).tolist()
+    assert ranks.steps.to_json()["recorded"] == 0
+    over_time = timeline(run, bins=100, steps=steps)
+    assert over_time.missing_ranks == [*missing]
+    values = {b.first_step: b.mean for b in over_time.bins if b.steps}
+    assert values == pytest.approx({s: engine.balancedness(s) for s in own})
+    layer = layer_report(run, 1, steps=steps)
+    assert (layer.complete, layer.missing_ranks, layer.steps) == (False, [*missing], len(own))
+    assert [r.load for r in layer.ranks] == np.sum(T, axis=0)[1].tolist()
+    logical = np.zeros(EXPERTS, int)
+    for (step, _), load in engine.loads.items():
+        if step in own:
+            np.add.at(logical, (BEFORE if step < 30 else AFTER)[1], load[1])
+    assert [e.load for e in layer.experts] == logical.tolist()
+    experts = expert_report(run, 1, steps)
+    assert experts.missing_ranks == [*missing]
+    assert experts.experts["tokens"].to_list() == logical.tolist()
+
+    label = (
+        f"ESTIMATE of {len(own)} steps, {own[0]} to {own[-1]}, without rank {', '.join(map(str, missing))}: "
+    )
+    chosen = [] if steps is None else ["--steps", f"{steps[0]}:{steps[1]}"]
+    for command in (["ranks"], ["timeline"], ["experts"], ["layer", 1]):
+        shown = cli(*command, tmp_path, *chosen)
+        assert shown.returncode == 3
+        assert label in " ".join(shown.stdout.split())
+        assert "complete steps" not in shown.stdout.replace("incomplete steps", "")
+        document = json.loads(cli(*command, tmp_path, *chosen, "--output", "json").stdout)
+        assert document["missing_ranks"] == [*missing]
+    for command in (["traffic"], ["replay"]):
+        assert "complete" in cli(*command, tmp_path, *chosen).stderr
+
+
+def test_complete_steps_are_never_mixed_with_estimates(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, silent={1: (5, 60)})
+    engine.run(7)
+    run = open_run(tmp_path)
+    reports = rank_report(run), expert_report(run)
+    for report in reports:
+        assert (report.last_step, report.recorded, report.missing_ranks) == (4, 5, [])
+    assert layer_report(run, 0).steps == 5
+    assert timeline(run).missing_ranks == []
+    assert timeline(run).mean == pytest.approx(np.mean([engine.balancedness(s) for s in range(5)]))
 
 
 def test_rank_lost_before_the_recording_began(tmp_path: Path) -> None:
