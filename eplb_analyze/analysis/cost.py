@@ -25,11 +25,14 @@ from eplb_analyze.metrics.cost import (
     fit,
 )
 from eplb_analyze.reader.run import Run
+from eplb_analyze.text import milliseconds
 from eplb_dump.format.journal import Int64
 
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
 #: time is flat while reading its weights is the limit, and grows with its tokens later.
 TOKENS_PER_SLOT = (32, 256)
+#: Step time is flat if imbalance costs at most this share of it.
+FLAT = 0.02
 #: Around a step with a new placement this many steps are left out.
 PAUSE_STEPS = 1
 
@@ -58,6 +61,7 @@ class PhaseCost:
         share_of_step: the cost divided by the mean time of the steps used.
         driver: what makes the slowest rank slow: balancing tokens saves nothing if only active experts do.
             None if the cost is not measured or the run cannot tell.
+        regime: what the time of a step depends on, in words.
     """
 
     status: CostStatus
@@ -69,6 +73,7 @@ class PhaseCost:
     step_ms: float | None
     r2: float | None
     driver: Driver | None
+    regime: str
 
 
 @dataclass(frozen=True)
@@ -148,22 +153,31 @@ def cost_of(
 def cost_of_sample(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
     """The cost of imbalance in the steps of a sample; see :func:`cost_of`."""
     timings = run.timings if timings is None else timings
-    if not run.info.timed and timings is None:
-        return _unknown("the recording has no step times")
     if not len(sample.step):
         return _unknown(f"fewer than {MIN_STEPS} steps are complete")
     pauses = _near(sample.step, run.load_history().changes)
-    basis, ms = "host", np.full(len(sample.step), np.nan)
-    if timings is not None:
-        basis = timings.basis
-        _, here, there = np.intersect1d(sample.step, timings.step, assume_unique=True, return_indices=True)
-        ms[here] = timings.ms[there]
+    basis, ms = _times(sample, timings)
+    if basis == "host" and not run.info.timed:
+        return _unknown("the recording has no step times")
     fits: list[tuple[str, Bool, Cost]] = []
     for name, mask in _phases(sample):
-        if timings is None:
+        if basis == "host":
             ms[mask] = _durations(sample, mask)
         fits.append((name, mask, fit(ms[mask], sample.work.select(mask), pauses[mask])))
-    return _total(ms, basis, pauses, fits)
+    return _total(sample, ms, basis, pauses, fits)
+
+
+def _times(sample: CostSample, timings: StepTimes | None) -> tuple[str, Float64]:
+    """What the step times are, and float64 ``[n]``, ms: the best there are; of ``host`` none yet."""
+    unknown = np.full(len(sample.step), np.nan)
+    if timings is not None:
+        _, here, there = np.intersect1d(sample.step, timings.step, assume_unique=True, return_indices=True)
+        unknown[here] = timings.ms[there]
+        return timings.basis, unknown
+    for basis, ms in (("engine", sample.step_ms), ("device", sample.device_ms)):
+        if np.isfinite(ms).mean() > 0.5:
+            return basis, ms
+    return "host", unknown
 
 
 def _durations(sample: CostSample, steps: Bool) -> Float64:
@@ -222,9 +236,11 @@ def _combined(parts: list[tuple[int, Interval]]) -> Interval | None:
     return Interval(value, value - low, value + high)
 
 
-def _total(ms: Float64, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Cost]]) -> RunCost:
+def _total(
+    sample: CostSample, ms: Float64, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Cost]]
+) -> RunCost:
     """All phases together: each counts by its number of steps."""
-    phases = {name: _phase_cost(ms[mask], cost) for name, mask, cost in fits}
+    phases = {name: _phase_cost(ms[mask], sample.num_tokens[mask], cost) for name, mask, cost in fits}
     used = np.zeros(len(ms), np.bool_)
     expected = np.full(len(ms), np.nan)
     for _, mask, cost in fits:
@@ -261,11 +277,12 @@ def _total(ms: Float64, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Co
     )
 
 
-def _phase_cost(ms: Float64, cost: Cost) -> PhaseCost:
+def _phase_cost(ms: Float64, tokens: Int64, cost: Cost) -> PhaseCost:
     measured, known = cost.ms_per_step, cost.status is not CostStatus.NOT_IDENTIFIABLE
-    message = cost.reason
+    message, regime = cost.reason, ""
     if known and measured is not None and cost.mean_ms is not None:
         message = _sentence(cost.status, measured, cost.mean_ms)
+        regime = _regime(cost, tokens[cost.used])
     return PhaseCost(
         cost.status,
         message,
@@ -276,19 +293,34 @@ def _phase_cost(ms: Float64, cost: Cost) -> PhaseCost:
         float(np.median(ms[cost.used])) if cost.used.any() else None,
         cost.r2,
         cost.driver,
+        regime,
     )
 
 
 def _sentence(status: CostStatus, interval: Interval, mean_ms: float) -> str:
-    digits = max(0, 2 - int(np.floor(np.log10(max(mean_ms, 1e-3)))))
-    value, low, high, mean = (
-        f"{v:.{digits}f}" for v in (interval.value, interval.low, interval.high, mean_ms)
-    )
+    step = milliseconds(mean_ms)
     if status is CostStatus.MEASURED:
-        return f"imbalance costs {value} ms of each {mean} ms step (95 % CI {low} to {high})"
-    if float(high) == 0:
-        high = f"{10.0**-digits:.{digits}f}"
-    return f"imbalance has no measurable cost: at most {high} ms of each {mean} ms step"
+        estimate, bounds = milliseconds(interval.value, interval.low, interval.high).split(" ms (")
+        return f"imbalance costs {estimate} ms of each {step} step (95 % CI {bounds}"
+    return f"imbalance has no measurable cost: at most {milliseconds(interval.high)} of each {step} step"
+
+
+def _regime(cost: Cost, tokens: Int64) -> str:
+    """What the time of a step depends on."""
+    of = f"of {np.median(tokens):,.0f} tokens " if len(tokens) and tokens.min() > 0 else ""
+    if cost.status is CostStatus.NO_MEASURABLE_COST:
+        if cost.ms_per_step and cost.mean_ms and cost.ms_per_step.high > FLAT * cost.mean_ms:
+            return "a smaller cost would not show"
+        return f"flat: steps {of}take as long with balanced loads"
+    if cost.driver is Driver.ACTIVE_EXPERTS:
+        return (
+            f"steps {of}wait for the rank with the most active experts; balancing tokens alone saves nothing"
+        )
+    if cost.driver is Driver.TOKENS:
+        return f"steps {of}wait for the rank with the most tokens"
+    if cost.driver is Driver.BOTH:
+        return f"steps {of}wait for the rank with the most active experts and tokens"
+    return "whether tokens or active experts make a rank slow does not show"
 
 
 def _unknown(reason: str, phases: dict[str, PhaseCost] | None = None) -> RunCost:

@@ -15,6 +15,8 @@ from eplb_dump.format.journal import Int64
 #: Loads are large, so those of a long run are not all read: about this many steps, with this many values.
 SAMPLE_STEPS, SAMPLE_VALUES = 8192, 1 << 25
 
+_ARRAYS = ("step", "since_last", "until_next", "step_ms", "device_ms", "num_tokens", "per_slot")
+
 
 class Sampling:
     """Which blocks of a run are in its sample: evenly spaced, so that parts of a run can be read apart."""
@@ -66,6 +68,8 @@ class CostSample:
     Attributes:
         step: int64 ``[n]``, complete steps, ascending.
         since_last, until_next: float64 ``[n]``, ms between the step and its neighbors; NaN if unknown.
+        step_ms, device_ms: float64 ``[n]``, what the engine and the device recorded; NaN if unknown.
+        num_tokens: int64 ``[n]``; -1 if unknown.
         work: of these steps.
         per_slot: float64 ``[n]``, the mean tokens of a slot.
         phase: of each step, as the engine named it, or None.
@@ -75,6 +79,9 @@ class CostSample:
     step: Int64
     since_last: Float64
     until_next: Float64
+    step_ms: Float64
+    device_ms: Float64
+    num_tokens: Int64
     work: Work
     per_slot: Float64
     phase: list[str | None]
@@ -83,8 +90,8 @@ class CostSample:
 
     @classmethod
     def empty(cls) -> CostSample:
-        none = np.empty(0)
-        return cls(np.empty(0, np.int64), none, none, Work.empty(), none, [])
+        steps, none = np.empty(0, np.int64), np.empty(0)
+        return cls(steps, none, none, none, none, steps, Work.empty(), none, [])
 
     @classmethod
     def of(cls, run: Run, sampling: Sampling, block: Block) -> CostSample:
@@ -99,6 +106,9 @@ class CostSample:
                 block.step[chosen],
                 np.insert(apart, 0, np.nan)[chosen],
                 np.append(apart, np.nan)[chosen],
+                block.step_ms[chosen],
+                block.device_ms[chosen],
+                block.num_tokens[chosen],
                 work,
                 work.tokens / (block.shape.num_moe_layers * block.shape.slots_per_rank),
                 [block.phases[code] if code >= 0 else None for code in block.phase[chosen].tolist()],
@@ -114,11 +124,9 @@ class CostSample:
             if len(later.step) and later.step[0] == later.first[0]:
                 later.since_last[0] = apart
         if len(later.step):
-            self.step = np.concatenate([self.step, later.step])
-            self.since_last = np.concatenate([self.since_last, later.since_last])
-            self.until_next = np.concatenate([self.until_next, later.until_next])
+            for name in _ARRAYS:
+                setattr(self, name, np.concatenate([getattr(self, name), getattr(later, name)]))
             self.work = Work.concat([self.work, later.work])
-            self.per_slot = np.concatenate([self.per_slot, later.per_slot])
             self.phase += later.phase
         self.first, self.last = self.first or later.first, later.last or self.last
 

@@ -49,9 +49,8 @@ def _phase(console: Console, phase: PhaseCost, prefix: str) -> None:
     share = phase.share_of_step if phase.status == "measured" else None
     more = "" if share is None else f", {percent(share.estimate)} of step time"
     print_line(console, prefix, (text, STYLES.get(phase.status, "")), more)
-    if phase.driver == "active_experts":
-        text = "only the number of active experts counts: balancing tokens gains nothing"
-        print_line(console, (text, "bold"), indent=2)
+    if phase.regime:
+        print_line(console, phase.regime, indent=2)
 
 
 def idle(cost: RunCost) -> str:
