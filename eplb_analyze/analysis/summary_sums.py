@@ -223,7 +223,8 @@ def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     """
     run.load_history()
     edges = [first for first, _ in run.parts()]
-    sampling = Sampling(run, int(bins.edges[0]), bins.last) if run.info.timed else None
+    timed = run.info.timed or run.timings is not None
+    sampling = Sampling(run, int(bins.edges[0]), bins.last) if timed else None
     total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
     for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block, sampling), steps):
         if block.step[0] in edges:

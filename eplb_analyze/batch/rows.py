@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.findings import step_findings, summary_findings
 from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums
 from eplb_analyze.json_report import Report
+from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import sum_groups
 from eplb_analyze.reader.run import Run
@@ -57,7 +59,12 @@ class Row(Report):
     idle_fraction: float | None = None
     #: Share of the loss that a better placement could remove at most.
     persistent_share: float | None = None
-    #: idle fraction × steps × interval × step_seconds × ranks: assumes that time is proportional to tokens.
+    #: What imbalance costs, as in `summary`: its status, ms per step and their 95 % interval.
+    cost_status: str | None = None
+    cost_ms_per_step: float | None = None
+    cost_ms_low: float | None = None
+    cost_ms_high: float | None = None
+    #: That cost × steps × interval × ranks; 0 if no cost can be measured, None if it is not known.
     lost_rank_seconds: float | None = None
     worst_layer: int | None = None
     #: The rank to which most of the loss is attributed, and its share of the loss.
@@ -93,9 +100,10 @@ class Row(Report):
         return self.difference_high is not None and self.difference_high < 0
 
     @property
-    def lost(self) -> tuple[bool, float, float]:
-        """The sort key: rows with figures, then by rank time lost, then by idle fraction."""
-        return (self.status != "broken", self.lost_rank_seconds or 0.0, self.idle_fraction or 0.0)
+    def lost(self) -> tuple[bool, float, bool, float]:
+        """The sort key: rows with figures, by GPU time lost; then those not measured, by idle fraction."""
+        unknown = self.lost_rank_seconds is None
+        return (self.status != "broken", self.lost_rank_seconds or 0.0, unknown, self.idle_fraction or 0.0)
 
 
 def broken_row(dump: str, run_id: str, model: str, reason: str) -> Row:
@@ -114,11 +122,9 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
     known = [layer for layer in summary.layers if layer.balancedness is not None]
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
-    lost = None
-    if step_seconds is not None and summary.idle_fraction is not None:
-        rank_steps = sum(c.recorded * c.ep_size * (c.idle_fraction or 0.0) for c in summary.configurations)
-        # A sampled step stands for those that were not sampled.
-        lost = rank_steps * info.interval * step_seconds
+    # A sampled step stands for those that were not sampled.
+    rank_steps = info.interval * sum(c.recorded * c.ep_size for c in summary.configurations)
+    cost = summary.cost.ms_per_step
     faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
     balances = np.concatenate(sums.values["balancedness"])
     judged = [
@@ -155,7 +161,11 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         balancedness_p5=balance.p5,
         idle_fraction=summary.idle_fraction,
         persistent_share=None if loss is None else loss.persistent_share,
-        lost_rank_seconds=lost,
+        cost_status=summary.cost.status.value,
+        cost_ms_per_step=None if cost is None else cost.estimate,
+        cost_ms_low=None if cost is None else cost.low,
+        cost_ms_high=None if cost is None else cost.high,
+        lost_rank_seconds=_lost_seconds(summary.cost, rank_steps),
         worst_layer=None if worst is None else worst.layer,
         worst_rank=None if costliest is None else costliest.rank,
         worst_rank_share=None if costliest is None else costliest.share,
@@ -169,6 +179,17 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         config=run.engine_config,
         series=_series(balances),
     )
+
+
+def _lost_seconds(cost: RunCost, rank_steps: int) -> float | None:
+    """The time that ranks lost in the phases whose cost is known; ``rank_steps``: Σ over steps of ranks."""
+    if cost.ms_per_step is None:
+        return None
+    if cost.status is CostStatus.NO_MEASURABLE_COST:
+        return 0.0
+    known = sum(phase.steps for phase in cost.phases.values() if phase.ms_per_step is not None)
+    share = known / sum(phase.steps for phase in cost.phases.values())
+    return cost.ms_per_step.estimate / 1e3 * share * rank_steps
 
 
 def _series(balancedness: Float64) -> list[tuple[float, int]]:

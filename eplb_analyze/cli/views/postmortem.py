@@ -25,9 +25,7 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     known = [row for row in rows if row.status != "broken"]
     print_heading(console, plural(len(runs), "run"), _counts(rows))
     if known:
-        lost = [row.lost_rank_seconds for row in known if row.lost_rank_seconds is not None]
-        text = f"{duration(sum(lost))} of ranks' time lost to imbalance, if time is proportional to tokens"
-        console.print(text if lost else "how much time was lost is not known: imported without times")
+        print_line(console, _lost(known))
     console.print()
     if by is not None:
         _groups(console, result, by)
@@ -39,6 +37,19 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     if save is not None:
         console.print()
         print_line(console, f"saved: {save}: runs.parquet, reports/", soft_wrap=True)
+
+
+def _lost(rows: list[Row]) -> str:
+    """The measured time that GPUs lost, and in how many runs it is known."""
+    status = [row.cost_status for row in rows]
+    measured, free = (status.count(name) for name in ("measured", "no_measurable_cost"))
+    parts = [f"no measurable cost in {plural(free, 'run')}"] if free else []
+    unknown = len(rows) - measured - free
+    parts += [f"not measurable in {plural(unknown, 'run')}"] if unknown else []
+    if measured:
+        seconds = sum(row.lost_rank_seconds or 0.0 for row in rows)
+        parts = [f"{duration(seconds)} of GPU time lost, measured in {plural(measured, 'run')}", *parts]
+    return f"imbalance: {'; '.join(parts)}"
 
 
 def _names(rows: list[Row]) -> dict[int, str]:
@@ -111,7 +122,7 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         model = row.model if wide else row.model.rpartition("/")[2]
         cells += [_short(model, 30 if wide else 8)] if several else []
         cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
-        cells += [duration(row.lost_rank_seconds), percent(row.idle_fraction)]
+        cells += [_lost_of(row), percent(row.idle_fraction)]
         cells += [styled((figure(row.balancedness), "bold red" if id(row) in failed else ""))]
         cells += [figure(row.balancedness_p5)] if wide else []
         cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
@@ -121,10 +132,15 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         listing.add_row(*cells)
     console.print(listing)
     legend = (
-        "lost: time of ranks that waited; worst: the least balanced layer and the costliest rank; "
+        "lost: GPU time that imbalance cost, – if that cannot be measured; idle: by tokens, not by time; "
+        "worst: the least balanced layer and the costliest rank; "
         "helped: of the rearrangements that can be judged"
     )
     print_line(console, (legend, "dim"))
+
+
+def _lost_of(row: Row) -> str:
+    return "none" if row.cost_status == "no_measurable_cost" else duration(row.lost_rank_seconds)
 
 
 def _groups(console: Console, result: Postmortem, by: str) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from batches import EP_SIZE, EVEN, SKEWED, Batch, lose_metadata, postmortem, record
+from batches import EVEN, SKEWED, Batch, lose_metadata, postmortem, record
 from helpers import assert_golden, cli, one_error
+from timed_run import TimedRun, write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.summary import summarize
@@ -39,7 +40,6 @@ def test_rows_hold_the_figures_of_each_run(batch: Batch) -> None:
         assert row["balancedness"] == pytest.approx((T.mean(axis=2) / T.max(axis=2)).mean())
         idle = 1 - T.mean(axis=2).sum() / T.max(axis=2).sum()
         assert row["idle_fraction"] == pytest.approx(idle)
-        assert row["lost_rank_seconds"] == pytest.approx(idle * len(T) * EP_SIZE * row["step_seconds"])
         cost = np.array(reference.waiting(T)[1], float).sum(axis=0)
         assert row["worst_rank"] == cost.argmax()
         assert row["worst_rank_share"] == pytest.approx(cost.max() / cost.sum())
@@ -63,11 +63,38 @@ def test_rows_agree_with_summary(batch: Batch) -> None:
         assert row["persistent_share"] == summary["loss"]["persistent_share"]
 
 
-def test_rows_are_sorted_by_lost_time_with_broken_runs_last(batch: Batch) -> None:
+def test_rows_are_sorted_by_lost_time_with_broken_runs_last(timed: dict[str, TimedRun], batch: Batch) -> None:
+    rows = postmortem(timed["costly"].root.parent, batch.root / "a")["runs"]
+    names = [row["run_id"] for row in rows]
+    assert names[:2] == ["sampled", "costly"]
+    assert names.index("good") < names.index("free")
     rows = postmortem(batch.root)["runs"]
-    lost = [row["lost_rank_seconds"] for row in rows if row["status"] != "broken"]
-    assert lost == sorted(lost, reverse=True)
     assert [row["run_id"] for row in rows if row["status"] == "broken"] == [rows[-1]["run_id"]]
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TimedRun]:
+    """Runs whose step times show a cost, none, and the cost in every fourth step."""
+    root = tmp_path_factory.mktemp("timed")
+    return {
+        "costly": write_timed(root / "costly", 0.02, run_id="costly"),
+        "free": write_timed(root / "free", 0.0, run_id="free"),
+        "sampled": write_timed(root / "sampled", 0.01, run_id="sampled", steps=1600, interval=4),
+    }
+
+
+def test_lost_time_is_the_measured_cost_of_all_steps_and_ranks(timed: dict[str, TimedRun]) -> None:
+    rows = {row["run_id"]: row for row in postmortem(timed["costly"].root.parent)["runs"]}
+    for name in ("costly", "sampled"):
+        assert rows[name]["cost_status"] == "measured"
+        lost = timed[name].cost.sum() / 1e3 * timed[name].tokens.shape[2]
+        assert rows[name]["lost_rank_seconds"] == pytest.approx(lost, rel=0.05)
+        assert rows[name]["cost_ms_low"] < rows[name]["cost_ms_per_step"] < rows[name]["cost_ms_high"]
+    assert rows["free"]["cost_status"] == "no_measurable_cost"
+    assert rows["free"]["lost_rank_seconds"] == 0
+    assert rows["free"]["idle_fraction"] > 0.1
+    text = " ".join(cli("postmortem", timed["costly"].root.parent).stdout.split())
+    assert "of GPU time lost, measured in 2 runs; no measurable cost in 1 run" in text
 
 
 def test_long_run_is_read_in_parts(batch: Batch) -> None:
@@ -123,13 +150,6 @@ def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
     assert summary == json.loads(json.dumps(before))
 
 
-def test_sampled_run_loses_as_much_time_as_the_full_run(tmp_path: Path) -> None:
-    for interval in (1, 10):
-        record(tmp_path, f"every-{interval}", SKEWED, steps=600, interval=interval)
-    one, ten = (row["lost_rank_seconds"] / row["step_seconds"] for row in rows_by_id(tmp_path))
-    assert ten == pytest.approx(one, rel=0.05)
-
-
 def test_figures_do_not_depend_on_segments(tmp_path: Path) -> None:
     """Segments end at arbitrary steps, which must not show in any figure.
 
@@ -163,8 +183,8 @@ def test_import_without_times_has_no_lost_time(tmp_path: Path) -> None:
     document = postmortem(tmp_path / "dump")["runs"][0]
     assert document["idle_fraction"] > 0
     assert document["lost_rank_seconds"] is document["step_seconds"] is None
-    text = cli("postmortem", tmp_path / "dump").stdout
-    assert "how much time was lost is not known" in text
+    assert document["cost_status"] == "not_identifiable"
+    assert "imbalance: not measurable in 1 run" in cli("postmortem", tmp_path / "dump").stdout
 
 
 def test_rearrangement_that_cannot_be_judged_is_not_counted(tmp_path: Path) -> None:
