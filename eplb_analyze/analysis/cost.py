@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from eplb_analyze.analysis.cost_sample import CostSample, sample_of
 from eplb_analyze.json_report import Report
@@ -160,7 +159,7 @@ def cost_of_sample(run: Run, sample: CostSample, timings: StepTimes | None = Non
     if basis == "host" and not run.info.timed:
         return _unknown("the recording has no step times")
     fits: list[tuple[str, Bool, Cost]] = []
-    for name, mask in _phases(sample):
+    for name, mask in phases_of(sample.phase, sample.per_slot):
         if basis == "host":
             ms[mask] = _durations(sample, mask)
         fits.append((name, mask, fit(ms[mask], sample.work.select(mask), pauses[mask])))
@@ -209,14 +208,14 @@ def _near(step: Int64, changes: list[int]) -> Bool:
     return np.isin(step, near)
 
 
-def _phases(sample: CostSample) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """Name and steps of each phase: the engine's, else by tokens per slot."""
-    named = np.array([name is not None for name in sample.phase])
-    for name in sorted({name for name in sample.phase if name is not None}):
-        yield name, np.array([phase == name for phase in sample.phase])
+def phases_of(phases: Sequence[str | None], per_slot: Float64) -> Iterator[tuple[str, Bool]]:
+    """Name and steps of each phase: the engine's, else by the mean tokens of a slot."""
+    named = np.array([name is not None for name in phases], np.bool_)
+    for name in sorted({name for name in phases if name is not None}):
+        yield name, np.array([phase == name for phase in phases])
     edges = (0, *TOKENS_PER_SLOT, np.inf)
     for low, high in itertools.pairwise(edges):
-        mask = ~named & (sample.per_slot > low) & (sample.per_slot <= high)
+        mask = ~named & (per_slot > low) & (per_slot <= high)
         if mask.any():
             yield (
                 f"up to {high} tokens per slot" if np.isfinite(high) else f"over {low} tokens per slot",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of
+from eplb_analyze.analysis.pauses import pauses_of
+from eplb_analyze.analysis.worth import PlacementGain
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap, formulas
-from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
@@ -29,6 +33,9 @@ WINDOW = 1000
 #: The gain at first is a mean of this many steps, and it is gone when most of so many are below half of it.
 SMOOTHING = 50
 BALANCEDNESS = formulas.FORMULAS["balancedness"]
+
+#: Figures in ms need the loads and times of single steps.
+NOT_ASKED = "judged by sums"
 
 Verdict = Literal[
     "helped", "helped at first", "hurt", "no measurable gain", "no-op", "elastic", "not measured"
@@ -80,6 +87,14 @@ class RearrangementFigures:
     #: Expert weights that a rank, or a rank's node, had to fetch from another; None: not known.
     experts_crossed_ranks: int | None
     experts_crossed_nodes: int | None
+    #: What the steps at the change took beyond the usual time; else why it is not known.
+    pause_ms: Milliseconds | None = None
+    pause_reason: str | None = NOT_ASKED
+    #: What the same tokens, of steps after, cost less under the new placement; else why it is not known.
+    gain_ms_per_step: Milliseconds | None = None
+    gain_ms_reason: str | None = NOT_ASKED
+    #: Steps after which the gain has paid for the pause; None if it is not above 0, or one of them not known.
+    break_even_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,32 +104,41 @@ class RearrangementReport(RunReport):
     window: int
     confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
     rearrangements: list[RearrangementFigures]
+    #: The fit that gains are priced by; None if there is no rearrangement.
+    cost: RunCost | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def rearrangement_report(
-    run: Run, steps: tuple[int, int] | None = None, window: int = WINDOW
+    run: Run, steps: tuple[int, int] | None = None, window: int = WINDOW, *, cost: RunCost | None = None
 ) -> RearrangementReport:
     """Judge every rearrangement that begins in a half-open range of steps (default: all).
 
     Args:
+        cost: of imbalance in the run, which prices gains; default
+            :func:`~eplb_analyze.analysis.cost.cost_of`.
         window: how many steps before and after to compare; fewer where a neighboring rearrangement, the
             range or the run ends sooner.
     """
     if steps is not None:
         run.require(steps)
-    return run.retry_without_damaged(lambda: _report(run, steps, window))
+    return run.retry_without_damaged(lambda: _report(run, steps, window, cost))
 
 
-def _report(run: Run, steps: tuple[int, int] | None, window: int) -> RearrangementReport:
+def _report(
+    run: Run, steps: tuple[int, int] | None, window: int, cost: RunCost | None
+) -> RearrangementReport:
     changes = _changes(run, steps, window)
+    if changes and cost is None:
+        cost = cost_of(run)
+    gains = [change.worth for change in changes if change.worth is not None]
     folds = [fold for change in changes for fold in change.folds]
     whole, series = Completeness(), _Series()
     for block in run.blocks(steps):
         whole.add(block)
         if block.shape is not None and len(block.recorded):
             series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
-            _spread(block, folds, run.info.num_logical_experts)
+            _spread(run, block, folds, gains)
     notes = run.import_caveats("step_order", "placement", "placement_steps", "earlier_placements")
     notes += uneven_nodes(run.info.ep_size, run.info.ranks_per_node)
     if not run.history.layers:
@@ -122,8 +146,33 @@ def _report(run: Run, steps: tuple[int, int] | None, window: int) -> Rearrangeme
     if run.history.lost:
         at = ", ".join(map(str, run.history.lost[:5]))
         notes.append(f"placements are lost from step {at} on; until they are stated again no change is known")
-    rows = [_figures(run, change, series) for change in changes]
-    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, notes)
+    pauses = pauses_of(run, [change.this for change in changes])
+    rows = [
+        _in_ms(_figures(run, change, series), change, pause, cost)
+        for change, pause in zip(changes, pauses, strict=True)
+    ]
+    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, cost, notes)
+
+
+def _in_ms(
+    row: RearrangementFigures, change: _Change, pause: Interval | str, cost: RunCost | None
+) -> RearrangementFigures:
+    gain: Interval | str = change.reason or "elastic"
+    if change.worth is not None and cost is not None:
+        gain = change.worth.priced(cost)
+    lasting = None
+    if isinstance(pause, Interval) and isinstance(gain, Interval) and gain.low > 0:
+        lasting = math.ceil(pause.value / gain.value)
+    known = [None if isinstance(each, str) else Milliseconds.of(each) for each in (pause, gain)]
+    why = [each if isinstance(each, str) else None for each in (pause, gain)]
+    return replace(
+        row,
+        pause_ms=known[0],
+        pause_reason=why[0],
+        gain_ms_per_step=known[1],
+        gain_ms_reason=why[1],
+        break_even_steps=lasting,
+    )
 
 
 def verdicts(
@@ -199,6 +248,7 @@ class _Change:
         #: Why nothing can be predicted; and if it can, the loads of both sides to spread.
         self.reason: str | None = None
         self.folds: list[_Fold] = []
+        self.worth: PlacementGain | None = None
         known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
         if lost[0] != lost[1]:
             self.reason = f"other ranks serve: lost before {_listed(lost[0])}, after {_listed(lost[1])}"
@@ -220,6 +270,7 @@ class _Change:
                 _Fold(self.before, self.shapes[0], known_old, known_new),
                 _Fold(self.after, self.shapes[0], known_new, known_new),
             ]
+            self.worth = PlacementGain(self.after, self.shapes[0], known_old, known_new)
         self.no_op = False
         self.crossed_ranks: int | None = None
         self.crossed_nodes: int | None = None
@@ -267,9 +318,9 @@ class _Series:
         return step[low:high][own], value[low:high][own]
 
 
-def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
-    """Add a block's steps to the folds they belong to, one layer in memory at a time."""
-    steps = block.recorded
+def _spread(run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGain]) -> None:
+    """Add a block's steps to the folds and gains they belong to, one layer in memory at a time."""
+    steps, experts = block.recorded, run.info.num_logical_experts
     here = []
     for fold in folds:
         low, high = np.searchsorted(steps, fold.steps)
@@ -278,11 +329,19 @@ def _spread(block: Block, folds: list[_Fold], experts: int) -> None:
             here.append((fold, slice(low, high), ratio))
     if not here:
         return
+    dealt = [
+        (gain, np.searchsorted(steps, own))
+        for gain in gains
+        if len(own := gain.start(block, run.info.token_replication))
+    ]
     start, stop = min(s.start for _, s, _ in here), max(s.stop for _, s, _ in here)
 
     def work(share: tuple[int, int]) -> None:
         for first, loads in block.load_parts(steps[start:stop], *share):
-            for layer, load in enumerate(loads.transpose(1, 0, 2).astype(np.float64), first):
+            for layer, whole in enumerate(loads.transpose(1, 0, 2), first):
+                for gain, at in dealt:
+                    gain.add(layer, whole[at - start], experts)
+                load = whole.astype(np.float64)
                 for fold, part, ratio in here:
                     way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
                     T = load[part.start - start : part.stop - start] @ way

@@ -73,7 +73,7 @@ class Excess(NamedTuple):
     The difference of two is what one placement saves beside another.
 
     Attributes:
-        effort: float64 ``[len(EXCHANGE_RATES)]``, see :func:`_effort`.
+        effort: float64 ``[len(EXCHANGE_RATES)]``, see :func:`effort_of`.
     """
 
     effort: Float64
@@ -102,7 +102,7 @@ class Work(NamedTuple):
         # Exact, as counts are below 2^24 and exchange rates powers of 2; half as many bytes.
         experts, counts = active.astype(np.float32), tokens.astype(np.float32)
         slowest = [
-            _effort(experts, counts, rate).max(axis=2).sum(axis=1, dtype=np.float64)
+            effort_of(experts, counts, rate).max(axis=2).sum(axis=1, dtype=np.float64)
             for rate in EXCHANGE_RATES
         ]
         return cls(
@@ -128,7 +128,7 @@ class Work(NamedTuple):
 
     def excess(self) -> Excess:
         """What the slowest ranks have more than the mean, on average over the steps."""
-        mean = [_effort(self.active, self.tokens, rate).mean() for rate in EXCHANGE_RATES]
+        mean = [effort_of(self.active, self.tokens, rate).mean() for rate in EXCHANGE_RATES]
         return Excess(self.slowest.mean(axis=0) - mean)
 
 
@@ -266,7 +266,7 @@ def _unknown(ms: Float64, reason: str) -> Cost:
     return Cost(CostStatus.NOT_IDENTIFIABLE, None, None, None, none, np.full(len(ms), np.nan), reason)
 
 
-def _effort(active: Floats, tokens: Floats, rate: float) -> Floats:
+def effort_of(active: Floats, tokens: Floats, rate: float) -> Floats:
     """Work in active experts; if only tokens count, in tokens. float32 or float64."""
     return tokens if rate == 0 else active + tokens * (1 / rate)
 

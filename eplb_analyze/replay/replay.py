@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.json_report import RunReport
+from eplb_analyze.metrics.dispatch import Dispatch
 from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
@@ -17,7 +18,6 @@ from eplb_analyze.reader.lost import lost_in, remaining
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.reader.step_range import StepRange
-from eplb_analyze.replay.dispatch import Dispatch
 from eplb_analyze.replay.grouping import Grouping, Groupings
 from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest

@@ -2,7 +2,7 @@
 
 The loads of a block are folded to logical experts once for all settings. When a setting rearranges, its
 policy sees the sums over the steps of a window before, and nothing else. Every step is scored with the tokens
-of an expert dealt to its replicas as in :mod:`eplb_analyze.replay.dispatch`.
+of an expert dealt to its replicas as in :mod:`eplb_analyze.metrics.dispatch`.
 :mod:`eplb_analyze.replay.replay` turns scores into figures.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import DumpError
+from eplb_analyze.metrics.dispatch import Dispatch, Spread, random_bits, rank_loads, replica_draws
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.parallel import split_range
 from eplb_analyze.policies import policy as policies
@@ -25,7 +26,6 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, fold
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
-from eplb_analyze.replay.dispatch import Dispatch, Spread, random_bits, rank_loads, replica_draws
 from eplb_analyze.replay.scores import ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, MEASURED, Scores
 from eplb_analyze.replay.setting_run import PrefixSums, SettingRun
 from eplb_analyze.replay.settings import Setting
@@ -226,7 +226,7 @@ class Simulation:
             cuts = [0, *np.searchsorted(steps, [step for step, _ in placements[1:]]).tolist(), len(steps)]
             for (_, slots), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
-                    maximum[row, low:high], inverse[row, low:high] = self.dispatch.busiest_rank(
+                    maximum[row, low:high], inverse[row, low:high], _ = self.dispatch.busiest_rank(
                         load[low:high],
                         slots,
                         int(self.scores.ep_size[row]),

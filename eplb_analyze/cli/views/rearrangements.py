@@ -6,11 +6,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
-from eplb_analyze.text import figure, interval, plural, signed
+from eplb_analyze.text import figure, interval, milliseconds, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from eplb_analyze.analysis.cost import Milliseconds
     from eplb_analyze.analysis.rearrangements import RearrangementFigures, RearrangementReport
 
 #: From this many columns on, the table has room for whole verdicts.
@@ -41,6 +42,7 @@ def render(console: Console, report: RearrangementReport) -> None:
     console.print()
     _help(console, report)
     _why(console, rows)
+    _milliseconds(console, rows)
 
 
 def _help(console: Console, report: RearrangementReport) -> None:
@@ -79,6 +81,34 @@ def _why(console: Console, rows: list[RearrangementFigures]) -> None:
         cells = ["–" if count is None else f"{count:,}" for count in moved]
         listing.add_row(_when(row), signed(row.drift), signed(row.uneven_split), lasted, *cells)
     console.print(listing)
+
+
+def _milliseconds(console: Console, rows: list[RearrangementFigures]) -> None:
+    """What each cost and gains, and after how many steps it has paid."""
+    console.print()
+    known = [row for row in rows if row.pause_ms is not None or row.gain_ms_per_step is not None]
+    if known:
+        title = "what it cost and gains in time, with 95 % intervals"
+        listing = table(console, "<steps", "pause", "gain per step", "paid after", title=title)
+        for row in known:
+            steps = "–" if row.break_even_steps is None else plural(row.break_even_steps, "step")
+            cells = (_ms(row.pause_ms), _ms(row.gain_ms_per_step, sign=True), steps)
+            listing.add_row(_when(row), *cells)
+        console.print(listing)
+        legend = (
+            "pause: what the steps at the change took beyond the usual time; gain: what the same tokens, of "
+            "steps after, cost less under the new placement than under the one before"
+        )
+        print_line(console, (legend, "dim"))
+    reasons = Counter(f"pause not measurable: {row.pause_reason}" for row in rows if row.pause_reason)
+    reasons.update(f"gain in ms not measurable: {row.gain_ms_reason}" for row in rows if row.gain_ms_reason)
+    for reason, count in reasons.items():
+        of = "" if count == len(rows) else f" ({plural(count, 'rearrangement')})"
+        print_line(console, (f"{reason}{of}", "yellow"))
+
+
+def _ms(value: Milliseconds | None, sign: bool = False) -> str:
+    return "–" if value is None else milliseconds(value.estimate, value.low, value.high, sign=sign)
 
 
 def _when(row: RearrangementFigures) -> str:

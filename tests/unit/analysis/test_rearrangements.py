@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import cli, one_error
+from planted import record_engine, slowest_work
 from reference import per_step
 
 from eplb_analyze import open_run
@@ -267,13 +269,14 @@ def test_planted_rearrangements_get_the_right_verdicts(story: Path) -> None:
 
 def test_json_has_the_stable_keys(story: Path) -> None:
     document = json.loads(cli("rearrangements", "-o", "json", story).stdout)
-    assert set(document) == {"run", "steps", "window", "confidence", "rearrangements", "notes"}
+    assert set(document) == {"run", "steps", "window", "confidence", "rearrangements", "cost", "notes"}
     assert document["run"] == {"run_id": "r", "model": "org/moe"}
     assert (document["window"], document["confidence"], document["notes"]) == (1000, 0.95, [])
     assert list(document["rearrangements"][0]) == [
         "first_step", "last_step", "layers", "verdict", "reason", "before", "predicted", "after", "gain",
         "gain_low", "gain_high", "drift", "uneven_split", "gain_at_first", "lasted", "slots_moved",
-        "experts_crossed_ranks", "experts_crossed_nodes",
+        "experts_crossed_ranks", "experts_crossed_nodes", "pause_ms", "pause_reason", "gain_ms_per_step",
+        "gain_ms_reason", "break_even_steps",
     ]  # fmt: skip
 
 
@@ -356,3 +359,73 @@ def test_interval_of_a_ratio_is_of_its_sums() -> None:
     assert found.value == pytest.approx(100 / a.denominator.sum())
     assert found.low < found.value < found.high
     assert bootstrap.difference(Ratio.mean(np.ones(7)), Ratio.mean(np.ones(100))) is None
+
+
+# ---- milliseconds
+
+
+@pytest.mark.parametrize("lag", [0, 7])
+def test_planted_pause_of_900_ms_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int
+) -> None:
+    """Synchronous, and of an engine that moves its three layers seven steps apart."""
+    record_engine(tmp_path, monkeypatch, steps=250, pause_ms=900, lag=lag)
+    rows = rearrangement_report(open_run(tmp_path)).rearrangements
+    assert len(rows) == 2
+    for row in rows:
+        assert row.pause_ms is not None
+        assert row.pause_ms.estimate == pytest.approx(900, rel=0.05)
+        assert row.pause_ms.low < 900 < row.pause_ms.high
+
+
+@pytest.mark.parametrize(
+    ("per_token_ms", "per_expert_ms"), [(0.02, 0.0), (0.0, 0.5)], ids=["tokens", "active experts"]
+)
+def test_gain_is_the_planted_cost_of_the_same_tokens_under_both_placements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_token_ms: float, per_expert_ms: float
+) -> None:
+    truth = record_engine(
+        tmp_path, monkeypatch, steps=500, interval=200, pause_ms=90, tokens=60 if per_expert_ms else 400,
+        per_token_ms=per_token_ms, per_expert_ms=per_expert_ms,
+    )  # fmt: skip
+    first, _ = rearrangement_report(open_run(tmp_path)).rearrangements
+    rates = per_token_ms, per_expert_ms
+    after = truth.logical[200:400]
+    expected = np.mean(
+        [
+            slowest_work(logical, truth.placements[0], *rates, 4)
+            - slowest_work(logical, truth.placements[300], *rates, 4)
+            for logical in after
+        ]
+    )
+    gain, pause = first.gain_ms_per_step, first.pause_ms
+    assert gain is not None
+    assert pause is not None
+    assert gain.low <= expected <= gain.high
+    assert gain.estimate == pytest.approx(expected, rel=0.2, abs=0.02)
+    if gain.low > 0:
+        assert first.break_even_steps == math.ceil(pause.estimate / gain.estimate)
+    assert (per_token_ms > 0) <= (gain.low > 0)
+
+
+def test_free_imbalance_has_no_gain_in_ms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_engine(tmp_path, monkeypatch, steps=350, interval=150, pause_ms=90)
+    row = rearrangement_report(open_run(tmp_path)).rearrangements[0]
+    assert row.verdict == "helped"
+    assert row.gain_ms_per_step is not None
+    assert row.gain_ms_per_step.low <= 0 <= row.gain_ms_per_step.high
+    assert row.break_even_steps is None
+    output = " ".join(cli("rearrangements", tmp_path).stdout.split())
+    assert "what it cost and gains in time" in output
+
+
+def test_pause_and_gain_that_are_not_measurable_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_engine(tmp_path, monkeypatch, steps=60, interval=50, pause_ms=90)
+    document = json.loads(cli("rearrangements", tmp_path, "-o", "json").stdout)["rearrangements"][0]
+    assert document["pause_ms"]["estimate"] == pytest.approx(90, rel=0.05)
+    assert document["gain_ms_per_step"] is None
+    assert document["break_even_steps"] is None
+    assert "fewer than 100 steps" in document["gain_ms_reason"]
+    assert "gain in ms not measurable: fewer" in " ".join(cli("rearrangements", tmp_path).stdout.split())

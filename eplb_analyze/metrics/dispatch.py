@@ -12,6 +12,7 @@ The draws are a hash of step, layer and replica, so the result depends on nothin
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.metrics.cost import effort_of
 from eplb_analyze.metrics.formulas import Float64
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.schema import EMPTY_SLOT
@@ -76,23 +78,33 @@ class Dispatch:
                 out[:, at] = (rounds + chosen) * self.token_replication + (again if remaining == 1 else 0)
         return out
 
-    def busiest_rank(self, load: Counts, slots: Int32, ranks: int, deals: Bits) -> tuple[Float64, Float64]:
+    def busiest_rank(
+        self, load: Counts, slots: Int32, ranks: int, deals: Bits, rates: Sequence[float] = ()
+    ) -> tuple[Float64, Float64, Float64]:
         """The tokens of the busiest rank and their inverse (0 if there are none), each the mean over deals.
 
         Args:
             load, slots: as for :meth:`slot_loads`.
             deals: bits for each deal ``[deals, steps, n]``.
+            rates: of :data:`~eplb_analyze.metrics.cost.EXCHANGE_RATES`.
 
         Returns:
-            float64 ``[steps]`` each.
+            float64 ``[steps]`` each, and the effort of the slowest rank at each rate ``[len(rates), steps]``.
         """
         if not replica_draws(slots):  # nothing to deal
             deals = deals[:1]
         bits = deals.reshape(len(deals) * len(load), -1 if deals.size else 0)
         dealt = self.slot_loads(np.tile(load, (len(deals), 1)) if len(deals) > 1 else load, slots, bits)
-        busiest = rank_loads(dealt, ranks).max(axis=1).reshape(len(deals), len(load)).astype(np.float64)
+        tokens = rank_loads(dealt, ranks)
+        busiest = tokens.max(axis=1).astype(np.float64)
         inverse = np.divide(1, busiest, out=np.zeros(busiest.shape), where=busiest > 0)
-        return busiest.mean(axis=0), inverse.mean(axis=0)
+        slowest = []
+        if len(rates):
+            active = rank_loads((dealt > 0).astype(np.int16), ranks).astype(np.float32)
+            counts = (tokens / self.token_replication).astype(np.float32)
+            slowest = [effort_of(active, counts, rate).max(axis=1).astype(np.float64) for rate in rates]
+        means = np.stack([busiest, inverse, *slowest]).reshape(-1, len(deals), len(load)).mean(axis=1)
+        return means[0], means[1], means[2:]
 
 
 def rank_loads(load: Counts, ranks: int) -> Counts:

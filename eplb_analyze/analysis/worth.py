@@ -1,0 +1,116 @@
+"""What a rearrangement gains in ms per step: the same tokens under the placement before and the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.analysis.cost import RunCost, phases_of
+from eplb_analyze.metrics.bootstrap import Interval, Ratio
+from eplb_analyze.metrics.cost import EXCHANGE_RATES, CostStatus, Float64
+from eplb_analyze.metrics.dispatch import Dispatch, random_bits, replica_draws
+from eplb_analyze.metrics.prices import combined, worth
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.placements import fold
+from eplb_analyze.reader.step_range import StepRange
+from eplb_dump.format.journal import Int32, Int64, Shape
+
+#: About so many steps after a rearrangement are dealt again, each so many times.
+STEPS, DEALS = 128, 4
+#: A gain is known if this share of the steps has a price.
+PRICED = 0.5
+
+
+class PlacementGain:
+    """Steps after a rearrangement, to be added block by block.
+
+    Their tokens are dealt to the replicas of both placements in the same way, so neither a change of traffic
+    nor how evenly the engine really dealt them is in the difference.
+    """
+
+    def __init__(self, after: StepRange, shape: Shape, old: Sequence[Int32], new: Sequence[Int32]) -> None:
+        """``after``: steps under the placement ``new``, by layer; ``old`` is the one before."""
+        self._after, self._shape, self._old, self._new = after, shape, old, new
+        self._stride = max(1, (after.end - after.first) // STEPS)
+        #: Of each block: work saved ``[layers, len(EXCHANGE_RATES), n]``, tokens ``[layers, n]``, and phases.
+        self._saved: list[Float64] = []
+        self._tokens: list[Float64] = []
+        self._phases: list[str | None] = []
+
+    def start(self, block: Block, token_replication: int) -> Int64:
+        """The steps of a block whose loads :meth:`add` wants; none if it is not called."""
+        self._dispatch = Dispatch(token_replication=token_replication)
+        steps = block.recorded
+        within = (steps >= self._after.first) & (steps < self._after.end)
+        self._steps: Int64 = steps[within & ((steps - self._after.first) % self._stride == 0)]
+        if block.shape != self._shape:
+            self._steps = self._steps[:0]
+        if len(self._steps):
+            layers, n = len(self._new), len(self._steps)
+            self._saved.append(np.zeros((layers, len(EXCHANGE_RATES), n)))
+            self._tokens.append(np.zeros((layers, n)))
+            self._phases += phase_names(block, self._steps)
+        return self._steps
+
+    def add(self, layer: int, load: npt.NDArray[Any], experts: int) -> None:
+        """The loads of a layer in these steps: integers ``[n, slots]``."""
+        old, new = self._old[layer], self._new[layer]
+        self._tokens[-1][layer] = load.sum(axis=1) / self._dispatch.token_replication
+        if np.array_equal(old, new):
+            return
+        draws = max(replica_draws(old), replica_draws(new))
+        streams = range(layer, layer + DEALS * len(self._new), len(self._new))
+        deals = np.stack([random_bits(self._steps, stream, draws) for stream in streams])
+        logical = fold(load, new, experts)
+        before, after = (
+            self._dispatch.busiest_rank(logical, slots, self._shape.ep_size, deals, EXCHANGE_RATES)[2]
+            for slots in (old, new)
+        )
+        self._saved[-1][layer] = before - after
+
+    def priced(self, cost: RunCost) -> Interval | str:
+        """ms per step, or why it is not known."""
+        if not self._saved:
+            return "no complete step after it"
+        saved = np.concatenate([each.sum(axis=0) for each in self._saved], axis=1)
+        tokens = np.concatenate([each.sum(axis=0) for each in self._tokens])
+        per_slot = tokens / (self._shape.num_moe_layers * self._shape.num_physical_experts)
+        parts = {
+            name: (int(mask.sum()), dict(enumerate(map(Ratio.mean, saved[:, mask]))))
+            for name, mask in phases_of(self._phases, per_slot)
+        }
+        return price_of(cost, parts, len(per_slot))
+
+
+def price_of(
+    cost: RunCost, parts: Mapping[str, tuple[float, Mapping[int, Ratio]]], steps: float
+) -> Interval | str:
+    """ms per step of work saved, over the phases that have a price; or why it is not known.
+
+    Args:
+        parts: by phase, its number of steps and the work that they save at each exchange rate.
+        steps: all of them.
+    """
+    found = [
+        (count, price)
+        for name, (count, saved) in parts.items()
+        if name in cost.prices
+        and cost.prices[name].status is not CostStatus.NOT_IDENTIFIABLE
+        and (price := worth(cost.prices[name].rates, saved)) is not None
+    ]
+    known = sum(count for count, _ in found)
+    if known < PRICED * steps or not known:
+        reason = cost.message if not cost.prices or not found else "most of the steps are in other phases"
+        return reason.removeprefix("not measurable in this run: ")
+    total = combined([(count / known, price) for count, price in found])
+    assert total is not None
+    return total
+
+
+def phase_names(block: Block, steps: Int64) -> list[str | None]:
+    """What the engine calls the phase of some of a block's steps."""
+    codes = block.phase[np.searchsorted(block.step, steps)].tolist()
+    return [block.phases[code] if code >= 0 else None for code in codes]

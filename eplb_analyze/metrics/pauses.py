@@ -1,0 +1,91 @@
+"""How long a rearrangement paused the engine: what the steps around it took beyond the usual time.
+
+Arrays in, arrays out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, standard_error
+from eplb_analyze.metrics.cost import WAITED
+from eplb_analyze.metrics.formulas import Float64
+from eplb_analyze.text import plural
+from eplb_dump.format.journal import Int64
+
+Bool = npt.NDArray[np.bool_]
+
+#: The usual time is that of so many steps before and as many after.
+NEIGHBORS = 100
+#: The pause is between the steps before and after the change, but a writer may see a change a step late.
+MARGIN = 1
+
+
+def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64) -> Interval | str:
+    """The pause of one rearrangement, ms, with its 95 % interval; or why it is not known.
+
+    Around a step at which a layer changed, all time beyond the usual counts. Between such steps of a
+    rearrangement that takes many, an idle gap must not count: a step's excess is bounded by what the steps
+    around the rearrangement show. The interval is that of the sum of as many usual steps.
+
+    Args:
+        step: int64 ``[n]``, ascending.
+        ms: float64 ``[n]``, the time since the step before; NaN if unknown.
+        kind: int64 ``[n]``, the phase of each step; the usual time is that of the phase.
+        changed: the steps at which a layer changed, ascending.
+        others: those of all rearrangements.
+    """
+    if np.isfinite(ms[np.isin(step, changed)]).sum() < len(changed):
+        return "a step is missing beside it, so the time between is not known"
+    low, high = np.searchsorted(step, [changed[0] - MARGIN, changed[-1] + MARGIN + 1])
+    near, known = _near(step, others), np.isfinite(ms)
+    before = np.flatnonzero(known[:low] & ~near[:low])[-NEIGHBORS:]
+    after = high + np.flatnonzero(known[high:] & ~near[high:])[:NEIGHBORS]
+    usual = np.concatenate([before, after])
+    if len(usual) < MIN_STEPS:
+        return f"{plural(len(usual), 'step')} around it with a known time, {MIN_STEPS} are needed"
+    # An engine that waits for its device records a step when it ends, others when it begins.
+    residuals = min(
+        (_residuals(ms, each, usual) for each in (kind, np.roll(kind, 1))),
+        key=lambda found: float(np.abs(found[usual]).mean()),
+    )
+    deviation = float(np.median(np.abs(residuals[usual]))) / 0.6745
+    bound = WAITED * max(deviation, 1e-6 * float(np.median(ms[usual])))
+    ordinary = np.clip(residuals, -bound, bound)
+    span = np.zeros(len(step), np.bool_)
+    span[low:high] = known[low:high]
+    own = _near(step, changed)
+    excess = np.where(own, residuals, ordinary)[span] - ordinary[usual].mean()
+    count = len(excess)
+    half = 1.96 * standard_error(ordinary[usual]) * math.sqrt(len(usual) * count + count**2)
+    value = float(excess.sum())
+    return Interval(max(0.0, value), max(0.0, value - half), max(0.0, value + half))
+
+
+def _near(step: Int64, changed: Int64) -> Bool:
+    return np.isin(step, (changed[:, np.newaxis] + np.arange(-MARGIN, MARGIN + 1)).ravel())
+
+
+def _residuals(ms: Float64, kind: Int64, usual: Int64) -> Float64:
+    """The time beyond the median of usual steps of the same kind; of all if that has few."""
+    out = ms - np.median(ms[usual])
+    for each in np.unique(kind[usual]).tolist():
+        same = usual[kind[usual] == each]
+        if len(same) >= MIN_STEPS:
+            out[kind == each] = ms[kind == each] - np.median(ms[same])
+    return out
+
+
+def mean_of(pauses: list[Interval]) -> Interval | None:
+    """The mean pause of rearrangements, with how much they differ; None of none."""
+    if not pauses:
+        return None
+    values = np.array([pause.value for pause in pauses])
+    mean, count = float(values.mean()), len(values)
+    spread = 1.96 * float(values.std(ddof=1)) / np.sqrt(count) if count > 1 else 0.0
+    sides = [np.array([p.value - p.low for p in pauses]), np.array([p.high - p.value for p in pauses])]
+    below, above = (float(np.hypot(np.sqrt((side**2).sum()) / count, spread)) for side in sides)
+    return Interval(mean, max(0.0, mean - below), mean + above)
