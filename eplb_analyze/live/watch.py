@@ -19,9 +19,11 @@ from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
 from eplb_analyze.metrics.formulas import Float64, Spread, Terms, most_often
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.choose import choose
+from eplb_analyze.reader.lost import ranks_lost_at, serving_ranks
 from eplb_analyze.reader.metadata import read_info
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory, Rearrangement
 from eplb_analyze.reader.rhythm import Rhythm
+from eplb_analyze.reader.step_range import NO_END
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.journal import Int64, PlacementRows
 from eplb_dump.format.schema import (
@@ -81,6 +83,8 @@ class WriterSnapshot:
     behind: int | None
     #: It is more than :data:`STOPPED_SECONDS` behind, or another rank got further and was closed.
     stopped: bool
+    #: It stopped, and the engine goes on without it: the other ranks send it no token.
+    lost: bool
     closed: bool
     sessions: int
     #: Counts among the steps that were read.
@@ -145,7 +149,7 @@ class Snapshot(RunReport):
     @property
     def missing_ranks(self) -> list[int]:
         """Expected ranks without an accepted step."""
-        return [writer.rank for writer in self.writers if writer.last_step is None]
+        return [writer.rank for writer in self.writers if writer.last_step is None and not writer.lost]
 
     def to_json(self) -> dict[str, Any]:
         document = super().to_json()
@@ -282,6 +286,7 @@ class Follower:
             found_new |= self._read(session)
         self._window.settle()
         self._reach_back()
+        self._window.give_up({w.rank for w in self._writers()[1] if w.stopped or w.last_step is None})
         return found_new
 
     def _read(self, session: FollowedSession) -> bool:
@@ -331,7 +336,7 @@ class Follower:
             newest_step=None if leader is None else leader.last_step,
             steps_per_second=None if leader is None else leader.steps_per_second,
             quiet_seconds=quiet_seconds,
-            closed=bool(writers) and all(writer.closed for writer in writers),
+            closed=any(w.closed for w in writers) and all(w.closed or w.lost for w in writers),
             window=window.limit,
             first_step=first,
             last_step=last,
@@ -343,7 +348,7 @@ class Follower:
             latest_balancedness=float(value[-1]) if len(value) and value[-1] == value[-1] else None,
             idle_fraction=1 - float(terms.mean.sum()) / total if terms is not None and total else None,
             layers=[] if terms is None else _layers(terms, info),
-            ranks=[] if terms is None else _ranks(terms),
+            ranks=[] if terms is None else _ranks(terms, serving_ranks(shape) if shape else []),
             writers=writers,
             timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
             rearrangements=self._placements.rearrangements(),
@@ -359,7 +364,8 @@ class Follower:
         if info.scope is Scope.GLOBAL:
             expected = sorted(ranks)[:1] or [info.ep_rank]
         else:
-            expected = [*(self._window.expected or range(info.ep_size))]
+            lost = ranks_lost_at(NO_END - 1, self._window.lost)
+            expected = sorted({*(self._window.expected or range(info.ep_size)), *lost})
         return {r: ranks[r] if r in ranks and ranks[r].last_step >= 0 else None for r in expected}
 
     def _reach_back(self) -> None:
@@ -397,11 +403,12 @@ class Follower:
         self, rank: int, state: RankState | None, leader: RankState | None, ended: int
     ) -> WriterSnapshot:
         """``ended``: the last step of the closed ranks, -1 if there are none."""
+        lost = rank in ranks_lost_at(NO_END - 1, self._window.lost)
         if state is None or leader is None:
             # If all its steps were rejected, their numbers cannot be trusted.
             stated = self._window.ranks.get(rank)
             rejected = 0 if stated is None else stated.counts[Status.REJECTED]
-            return WriterSnapshot(rank, None, None, False, False, 0, 0, rejected)
+            return WriterSnapshot(rank, None, None, False, lost, False, 0, 0, rejected)
         closed = state.session_id in self._closed
         # Uses one rank's clock, because clocks of two hosts can differ.
         late = leader.seconds_beyond(state.last_step) > STOPPED_SECONDS
@@ -410,6 +417,7 @@ class Follower:
             state.last_step,
             behind=leader.last_step - state.last_step,
             stopped=late or (not closed and state.last_step < ended),
+            lost=lost,
             closed=closed,
             sessions=state.sessions,
             dropped=state.counts[Status.DROPPED],
@@ -436,12 +444,12 @@ def _layers(terms: Terms, info: SessionInfo) -> list[LayerSnapshot]:
     ]
 
 
-def _ranks(terms: Terms) -> list[RankSnapshot]:
-    """In ascending order."""
+def _ranks(terms: Terms, serving: list[int]) -> list[RankSnapshot]:
+    """In ascending order, those that serve."""
     load = terms.rank_mean.sum(axis=0)
     often = terms.by_slowest().sum(axis=0)
     excess = terms.by_slowest(terms.excess).sum(axis=0)
-    active, mean, loss = int(terms.active.sum()), float(load.mean()), float(excess.sum())
+    active, mean, loss = int(terms.active.sum()), float(load[serving].mean()), float(excess.sum())
     return [
         RankSnapshot(
             rank,
@@ -449,7 +457,7 @@ def _ranks(terms: Terms) -> list[RankSnapshot]:
             float(often[rank] / active) if active else None,
             float(excess[rank] / loss) if loss else None,
         )
-        for rank in range(len(load))
+        for rank in serving
     ]
 
 

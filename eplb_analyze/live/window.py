@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ import numpy.typing as npt
 from eplb_analyze.live.session import Batch
 from eplb_analyze.metrics.formulas import FORMULAS, Float64, Terms
 from eplb_analyze.reader.join import JoinedRows, RankRows, StepState, join_rows
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.reader.lost import MIN_TOKENS, LostRank, full, serving, serving_ranks
+from eplb_analyze.reader.step_range import NO_END, StepRange
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import Scope, Status
 from eplb_dump.format.session import SessionInfo
@@ -95,6 +96,7 @@ class Window:
         shape: the shape of the newest loads. When it changes, the window is cleared.
         shape_changed: the first step with that shape, if it changed during the watch.
         ranks: the progress of each writer.
+        lost: ranks that the engine goes on without; steps are complete without them.
         restarts: how many times a rank started again at an earlier step.
     """
 
@@ -104,6 +106,7 @@ class Window:
         self.shape_changed: int | None = None
         self.ranks: dict[int, RankState] = {}
         self.restarts = 0
+        self.lost: list[LostRank] = []
         self._scope = scope
         self._token_replication = token_replication
         #: Rows of incomplete steps by session and shape, and rows added since the last merge.
@@ -138,6 +141,7 @@ class Window:
             rank.last_step = max(rank.last_step, last)
             rank.time_ns = int(rows.time_ns[known[-1]])
             rank.add_clock(rows)
+            self._returned(info.ep_rank, rows.step[known])
         self._infos[info.session_id] = info
         has_part = (rows.status == Status.RECORDED) | (rows.status == Status.DUMMY)
         rows = rows.select(has_part & (rows.step >= self._floor))
@@ -182,6 +186,7 @@ class Window:
         Steps that only other ranks have may come from their own restart, so they stay.
         """
         self.restarts += 1
+        self.lost = []
         self._complete, self._series = [], []
         self._merge_new()
         own = [rows.step for (name, _), rows in self._pending.items() if self._infos[name].ep_rank == rank]
@@ -203,9 +208,35 @@ class Window:
         self._new = {}
 
     @property
-    def expected(self) -> range:
+    def expected(self) -> list[int]:
         """The ranks that must record a step; empty with scope global, where any one rank is enough."""
-        return range(self.shape.ep_size if self.shape and self._scope is Scope.LOCAL else 0)
+        return serving_ranks(self.shape) if self.shape and self._scope is Scope.LOCAL else []
+
+    def give_up(self, ranks: set[int]) -> None:
+        """Take ranks that stopped for lost, if the others' newest steps send them nothing."""
+        lost = [one for rank in sorted(ranks & {*self.expected}) if (one := self._lost(rank)) is not None]
+        if lost:
+            self.lost += lost
+            self.settle()
+
+    def _returned(self, rank: int, steps: Int64) -> None:
+        """End the loss of a rank that has steps again; those before the loss can come late."""
+        for number, one in enumerate(self.lost):
+            later = steps[steps >= one.steps.first]
+            if one.rank == rank and len(later):
+                self.lost[number] = replace(one, steps=one.steps.clip(0, int(later[0])))
+
+    def _lost(self, rank: int) -> LostRank | None:
+        last = self.ranks[rank].last_step if rank in self.ranks else -1
+        steps = self._open[self._open > last]
+        if not len(steps) or self._sums[int(steps[-1])].load[:, rank].any():
+            return None
+        by_rank = np.stack([self._sums[step].load.sum(axis=0) for step in steps.tolist()])
+        served = np.flatnonzero(by_rank[:, rank])
+        without = steps[served[-1] + 1 :] if len(served) else steps
+        if by_rank[-len(without) :].sum() < MIN_TOKENS * by_rank.shape[1]:
+            return None
+        return LostRank(rank, StepRange(int(without[0])), 0)
 
     def settle(self) -> None:
         """Compute the terms of steps that became complete, and drop old steps."""
@@ -222,7 +253,9 @@ class Window:
         if complete.any():
             steps = rows.step[complete]
             terms = Terms.of(
-                np.stack([self._sums[step].load for step in steps.tolist()]), self._token_replication
+                np.stack([self._sums[step].load for step in steps.tolist()]),
+                self._token_replication,
+                None if self.shape is None else serving(self.shape),
             )
             self._complete.append((steps, terms))
             self._series.append((steps, BALANCEDNESS.of(terms)))
@@ -246,7 +279,7 @@ class Window:
             for (name, shape), rows in self._pending.items()
         ]
         ep_size = max(info.ep_size for info in infos)
-        return join_rows(parts, sorted(self.ranks), self._scope, self.shape, ep_size)
+        return join_rows(parts, sorted(self.ranks), self._scope, self.shape, ep_size, self.lost)
 
     def _of_newest_shape(self, rows: JoinedRows) -> npt.NDArray[np.bool_]:
         """A mask of the steps with the newest shape. Clears the window if the shape changed."""
@@ -263,7 +296,11 @@ class Window:
         if shape != self.shape or mixed:
             start = int(np.flatnonzero(other)[-1]) + 1 if other.any() else 0
             if self.shape is not None or mixed:
-                self.shape_changed = int(rows.step[start])
+                before = [rows.shapes[i] for i in np.unique(rows.shape[other]) if i >= 0]
+                before += [] if self.shape is None else [self.shape]
+                # A loss changes over which ranks figures are, not what the engine has.
+                if any(full(one) != full(shape) for one in before):
+                    self.shape_changed = int(rows.step[start])
                 self._complete, self._series = [], []
             self._floor = (
                 max(self._floor, int(rows.step[start])) if other.any() or self.shape else self._floor

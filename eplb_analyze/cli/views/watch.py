@@ -67,7 +67,7 @@ def _head(look: Snapshot, width: int) -> list[Text]:
 def _state(look: Snapshot) -> tuple[str, str]:
     """Which ranks are writing, in a few words, and the style of the text."""
     closed = sum(writer.closed for writer in look.writers)
-    writing = sum(w.last_step is not None and not w.stopped and not w.closed for w in look.writers)
+    writing = sum(w.last_step is not None and not (w.stopped or w.closed or w.lost) for w in look.writers)
     ranks = plural(len(look.writers), "rank")
     quiet = look.quiet_seconds or 0.0
     if look.newest_step is None:
@@ -230,14 +230,18 @@ def _problems(look: Snapshot) -> list[Text]:
         found.append(f"nothing from {_named(silent)}")
     if refused:
         found.append(f"nothing but rejected steps from {_named(refused)}")
-    stopped = [w for w in look.writers if w.stopped]
+    lost = [w for w in look.writers if w.lost]
+    if lost:
+        at = ", ".join(f"{w.last_step:,}" if w.last_step is not None else "none" for w in lost[:6])
+        found.append(f"{_named([w.rank for w in lost])} lost, last step {at}: the engine goes on without it")
+    stopped = [w for w in look.writers if w.stopped and not w.lost]
     if stopped:
         first = min(stopped, key=lambda w: w.last_step or 0)
         since = (
             f"{first.behind:,} steps ago" if len(stopped) == 1 else f"the first {first.behind:,} steps ago"
         )
         found.append(f"{_named([w.rank for w in stopped])} stopped {since}, at step {first.last_step:,}")
-    early = [w for w in look.writers if w.closed and not w.stopped and w.behind]
+    early = [w for w in look.writers if w.closed and not w.stopped and not w.lost and w.behind]
     if early:
         first = max(early, key=lambda w: w.behind or 0)
         ahead = plural(first.behind or 0, "step")

@@ -41,6 +41,7 @@ from eplb_analyze.cli.views.watch import lines
 from eplb_analyze.live.watch import Follower, Snapshot
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.transfer.recover import seal_dump
+from eplb_dump import ExpertLoadWriter
 from eplb_dump.format.schema import MANIFEST_FILE
 
 RANK = """
@@ -268,6 +269,83 @@ def test_killed_rank_counts_as_stopped(tmp_path: Path, ranks: Any, segment_steps
         look = Follower(tmp_path, window=window).look()
         assert (look.complete, look.incomplete, look.in_flight) == (0, window, 0)
         assert [w.stopped for w in look.writers] == [False, True]
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+def test_rank_that_the_engine_goes_on_without_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """Rank 1 of 3 dies at step 20 and is back at 40; rank 2 stops recording at 30, and serves on."""
+    monkeypatch.setattr("eplb_analyze.live.watch.STOPPED_SECONDS", 0.0)
+    loads = np.random.default_rng(1).integers(60, 90, (50, 3, 2, 6))
+    loads[20:40, :, :, 2:4] = 0
+    placement = np.tile(np.arange(6), (2, 1))
+    options: dict[str, Any] = {"model": "m", "num_logical_experts": 6, "ep_size": 3, "run_id": "r"}
+    writers = {rank: ExpertLoadWriter(tmp_path, ep_rank=rank, **options) for rank in range(3)}
+
+    def record(first: int, end: int, *ranks: int) -> None:
+        for step in range(first, end):
+            for rank in ranks:
+                if rank not in writers:
+                    writers[rank] = ExpertLoadWriter(tmp_path, ep_rank=rank, **options)
+                writers[rank].record(step, loads[step, rank], placement)
+        assert all(writer.flush(60) for writer in writers.values())
+
+    def balancedness(steps: range, ranks: list[int]) -> float:
+        T = loads[steps, :][:, ranks].sum(axis=1).reshape(len(steps), 2, 3, 2).sum(axis=3)[:, :, ranks]
+        return float((T.mean(axis=2) / T.max(axis=2)).mean())
+
+    follower = None
+    record(0, 20, 0, 1, 2)
+    chunk = 10 if looks == 1 else 5
+    for first in range(20, 30, chunk):
+        if looks > 1:
+            follower = follower or Follower(tmp_path)
+            follower.look()
+        record(first, first + chunk, 0, 2)
+    look = (follower or Follower(tmp_path)).look()
+    assert [w.lost for w in look.writers] == [False, True, False]
+    assert (look.first_step, look.complete, look.incomplete, look.in_flight) == (20, 10, 0, 0)
+    assert look.balancedness.mean == pytest.approx(balancedness(range(20, 30), [0, 2]))
+    assert [r.rank for r in look.ranks] == [0, 2]
+    assert np.mean([r.times_mean or 0 for r in look.ranks]) == pytest.approx(1)
+    assert look.shape_changed is None
+    text = view(look)
+    assert "rank 1 lost, last step 19: the engine goes on without it" in text
+    assert "stopped" not in text
+    assert "● live, 2 of 3 ranks" in text
+
+    writers.pop(1).close()
+    follower = follower or Follower(tmp_path)
+    follower.look()
+    record(30, 40, 0)
+    look = follower.look()
+    assert [(w.stopped, w.lost) for w in look.writers][1:] == [(True, True), (True, False)]
+    assert "rank 2 stopped" in view(look)
+    record(30, 40, 2)
+    record(40, 50, 0, 1, 2)
+    look = follower.look()
+    assert [w.lost for w in look.writers] == [False] * 3
+    assert (look.first_step, look.complete, look.shape_changed) == (40, 10, None)
+    assert look.balancedness.mean == pytest.approx(balancedness(range(40, 50), [0, 1, 2]))
+    for writer in writers.values():
+        writer.close()
+
+
+def test_run_that_ends_without_its_lost_rank_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eplb_analyze.live.watch.STOPPED_SECONDS", 0.0)
+    load = np.array([[500, 0]])
+    for rank, steps in enumerate((20, 0)):
+        with ExpertLoadWriter(
+            tmp_path, model="m", num_logical_experts=2, ep_size=2, ep_rank=rank, run_id="r"
+        ) as writer:
+            for step in range(steps):
+                writer.record(step, load, np.array([[0, 1]]))
+    look = Follower(tmp_path).look()
+    assert (look.closed, look.missing_ranks, look.complete) == (True, [], 20)
+    assert cli("watch", "--once", tmp_path).returncode == 0
 
 
 def test_rank_one_step_behind_after_an_idle_time_has_not_stopped(tmp_path: Path, ranks: Any) -> None:
