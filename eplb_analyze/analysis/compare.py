@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of_sample
+from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
@@ -61,6 +63,17 @@ class LayerDifference:
 
 
 @dataclass(frozen=True)
+class StepTime:
+    """The step time of a phase, and how much of its difference imbalance explains."""
+
+    phase: str
+    #: ms, the mean over steps without idle gaps and pauses.
+    step_ms: Difference
+    #: B's imbalance less A's at the price that was measured, in whichever run is more certain of it.
+    imbalance_ms: Milliseconds | None
+
+
+@dataclass(frozen=True)
 class Side(Report):
     """One of the two runs."""
 
@@ -106,6 +119,10 @@ class Comparison(Report):
     b: Side
     balancedness: Difference | None
     idle_fraction: Difference | None
+    #: Of the phases that both have; empty if there are none, or their times are not known.
+    step_times: list[StepTime]
+    #: Why imbalance explains nothing of the step times.
+    unexplained: str | None
     layers: list[LayerDifference]
     token_ratio: float | None
     routing: Routing
@@ -127,7 +144,7 @@ def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Compar
         nothing = Routing(None, None, None)
         sides = one.side(), other.side()
         return Comparison(
-            reasons, [], "not comparable", *sides, None, None, [], None, nothing, _settings(a, b)
+            reasons, [], "not comparable", *sides, None, None, [], None, [], None, nothing, _settings(a, b)
         )
     tokens = one.side().tokens_per_step, other.side().tokens_per_step
     token_ratio = tokens[1] / tokens[0] if tokens[0] and tokens[1] else None
@@ -135,6 +152,8 @@ def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Compar
     *figures, (balancedness, idle) = [
         _differences(one.terms[:, i], other.terms[:, i]) for i in range(a.info.num_layers + 1)
     ]
+    costs = cost_of_sample(a, one.cost), cost_of_sample(b, other.cost)
+    times = _step_times(*costs)
     return Comparison(
         reasons=[],
         warnings=[*_warnings(one, other, token_ratio, routing)],
@@ -143,6 +162,8 @@ def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Compar
         b=other.side(),
         balancedness=balancedness,
         idle_fraction=idle,
+        step_times=times,
+        unexplained=None if any(row.imbalance_ms for row in times) else _unexplained(*costs),
         layers=[LayerDifference(n, *pair) for n, pair in zip(a.info.layers, figures, strict=True)],
         token_ratio=token_ratio,
         routing=routing,
@@ -164,6 +185,7 @@ class _Reading:
             a step, or the sum of a few consecutive ones in a long run.
         logical: int64 ``[2, layers, num_logical_experts]``, tokens in the first and second half.
         shapes: of the loads.
+        cost: the sample that the cost of imbalance is fitted to.
     """
 
     def __init__(self, run: Run, steps: tuple[int, int] | None) -> None:
@@ -175,10 +197,13 @@ class _Reading:
         self._tokens = 0.0
         low, high = StepRange.of(steps)
         first, last = (step or 0 for step in run.step_range)
+        self.cost = CostSample.empty()
+        sampling = Sampling(run, max(first, low), min(last + 1, high) - 1)
         middle = (max(first, low) + min(last + 1, high)) // 2
         for half, part in enumerate(((low, middle), (middle, high))):
             for block in run.blocks(part):
                 self.whole.add(block)
+                self.cost.merge(CostSample.of(run, sampling, block))
                 if block.shape is not None and len(block.recorded):
                     self.shapes.add(block.shape)
                     self._add(block.recorded, run.terms(block), serving(block.shape))
@@ -224,6 +249,29 @@ def _differences(a: formulas.Float64, b: formulas.Float64) -> tuple[Difference, 
     return (
         Difference.of(balance[0].value, balance[1].value, more, better=1),
         Difference.of(idle[0], idle[1], less, better=-1),
+    )
+
+
+def _step_times(a: RunCost, b: RunCost) -> list[StepTime]:
+    rows = []
+    for phase in (name for name in a.used if name in b.used):
+        one, other = a.used[phase], b.used[phase]
+        longer = bootstrap.difference(Ratio.mean(one.ms), Ratio.mean(other.ms))
+        if longer is None:
+            continue
+        step_ms = Difference.of(float(one.ms.mean()), float(other.ms.mean()), longer, better=-1)
+        models = [cost.prices[phase] for cost in (a, b) if phase in cost.prices]
+        prices = [price for model in models if (price := model.price(other.excess - one.excess)) is not None]
+        price = min(prices, key=lambda price: price.high - price.low, default=None)
+        rows.append(StepTime(phase, step_ms, None if price is None else Milliseconds.of(price)))
+    return rows
+
+
+def _unexplained(a: RunCost, b: RunCost) -> str:
+    if a.used and b.used and not a.used.keys() & b.used.keys():
+        return "the runs have no phase in common"
+    return "; ".join(
+        f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.ms_per_step
     )
 
 

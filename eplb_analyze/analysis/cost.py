@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from eplb_analyze.metrics.cost import (
     Excess,
     Float64,
     StepTimes,
+    Work,
     fit,
 )
 from eplb_analyze.reader.run import Run
@@ -75,6 +76,13 @@ class PhaseCost:
     regime: str
 
 
+class UsedSteps(NamedTuple):
+    """The steps of a phase without idle gaps and pauses: float64 ``[n]``, ms; and their mean excess."""
+
+    ms: Float64
+    excess: Excess
+
+
 @dataclass(frozen=True)
 class RunCost(Report):
     """The cost of imbalance over all phases that have one.
@@ -84,6 +92,7 @@ class RunCost(Report):
             steps by the writer's clock; `kernel_times`, of another machine.
         idle_gaps, pauses: steps left out because the engine waited, or because a placement changed.
         prices: the fitted models by phase, which price other imbalances.
+        used: by phase, if it has steps with a usable time.
     """
 
     status: CostStatus
@@ -99,6 +108,7 @@ class RunCost(Report):
     pauses: int
     phases: dict[str, PhaseCost]
     prices: dict[str, Cost] = field(default_factory=dict, repr=False)
+    used: dict[str, UsedSteps] = field(default_factory=dict, repr=False)
 
     def price(self, excess: Mapping[str, tuple[int, Excess]]) -> Interval | None:
         """ms per step of an imbalance, or of the difference of two, over the phases whose price is known.
@@ -240,6 +250,8 @@ def _total(
 ) -> RunCost:
     """All phases together: each counts by its number of steps."""
     phases = {name: _phase_cost(ms[mask], sample.num_tokens[mask], cost) for name, mask, cost in fits}
+    each = {name: _used(ms[mask], sample.work.select(mask), cost, pauses[mask]) for name, mask, cost in fits}
+    timed = {name: steps for name, steps in each.items() if steps is not None}
     used = np.zeros(len(ms), np.bool_)
     expected = np.full(len(ms), np.nan)
     for _, mask, cost in fits:
@@ -251,7 +263,8 @@ def _total(
     interval = _combined([(n, cost.ms_per_step) for n, cost in known if cost.ms_per_step is not None])
     if interval is None:
         reasons = {phase.message for phase in phases.values()}
-        return _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)
+        unknown = _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)
+        return replace(unknown, basis=basis, used=timed)
     steps = sum(count for count, _ in known)
     interval = Interval(interval.value, max(0.0, interval.low), interval.high)
     measured = any(cost.status is CostStatus.MEASURED for _, cost in known)
@@ -273,7 +286,17 @@ def _total(
         pauses=int(pauses.sum()),
         phases=phases,
         prices={name: cost for name, _, cost in fits},
+        used=timed,
     )
+
+
+def _used(ms: Float64, work: Work, cost: Cost, pauses: Bool) -> UsedSteps | None:
+    """The steps that were fitted, or if none were, those that take no more than thrice the median."""
+    used = cost.used
+    if not used.any():
+        known = np.isfinite(ms) & ~pauses
+        used = known & (ms < 3 * (np.median(ms[known]) if known.any() else 0.0))
+    return UsedSteps(ms[used], work.select(used).excess()) if used.any() else None
 
 
 def _phase_cost(ms: Float64, tokens: Int64, cost: Cost) -> PhaseCost:

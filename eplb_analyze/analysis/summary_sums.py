@@ -155,14 +155,13 @@ class SummarySums:
         self._last: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, run: Run, bins: Bins, block: Block, sampling: Sampling | None = None) -> SummarySums:
+    def of(cls, run: Run, bins: Bins, block: Block, sampling: Sampling) -> SummarySums:
         sums = cls(run.info.num_layers, bins)
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
         sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
         sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
-        if sampling is not None:
-            sums.cost = CostSample.of(run, sampling, block)
+        sums.cost = CostSample.of(run, sampling, block)
         if block.shape is None:
             return sums
         for missing, steps in block.without_ranks():
@@ -223,8 +222,7 @@ def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     """
     run.load_history()
     edges = [first for first, _ in run.parts()]
-    timed = run.info.timed or run.timings is not None
-    sampling = Sampling(run, int(bins.edges[0]), bins.last) if timed else None
+    sampling = Sampling(run, int(bins.edges[0]), bins.last)
     total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
     for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block, sampling), steps):
         if block.step[0] in edges:

@@ -55,7 +55,17 @@ def _figures(console: Console, result: Comparison, balance: Difference, idle: Di
     cells = ["–" if value is None else count(round(value)) for value in tokens]
     ratio = "" if result.token_ratio is None else f"× {result.token_ratio:.2f}"
     listing.add_row("tokens a step", *cells, ratio, "", "")
+    for times in result.step_times:
+        ms, part = times.step_ms, times.imbalance_ms
+        name = "step ms" if len(result.step_times) == 1 else f"step ms, {clean(times.phase)}"
+        listing.add_row(name, figure(ms.a), figure(ms.b), *_difference(ms))
+        if part is not None:
+            bounds = interval(part.low, part.high)
+            listing.add_row("  by imbalance", "", "", signed(part.estimate), bounds, "")
     console.print(listing)
+    if result.unexplained:
+        text = f"how much of it imbalance explains is not known: {result.unexplained}"
+        print_line(console, (text if result.step_times else f"step times: {result.unexplained}", "yellow"))
     routing = result.routing
     if routing.distance is not None:
         console.print(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import cli, one_error
 from reference import idle_fraction, per_step
+from timed_run import write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.compare import compare_runs
@@ -122,7 +123,7 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
     document = json.loads(result.stdout)
     assert list(document) == [
         "comparable", "reasons", "warnings", "verdict", "confidence", "a", "b", "balancedness",
-        "idle_fraction", "layers", "token_ratio", "routing", "settings",
+        "idle_fraction", "step_times", "unexplained", "layers", "token_ratio", "routing", "settings",
     ]  # fmt: skip
     assert (document["comparable"], document["verdict"], document["confidence"]) == (True, "better", 0.95)
     assert list(document["a"]) == [
@@ -220,3 +221,35 @@ def test_invalid_input_is_an_error(pair: tuple[Path, Any, Any], tmp_path: Path) 
     one_error(cli("compare", "a", "b", tmp_path), 3, "no run in it")
     one_error(cli("compare", "--steps", "900:", "a", "b", root), 2, "no step of the run is in 900:")
     assert cli("compare", "a").returncode == 2
+
+
+def test_imbalance_explains_the_planted_part_of_the_step_time(tmp_path: Path) -> None:
+    """B is more even, and each of its prefill steps takes 8 ms more for another reason."""
+    phases = ("decode", "prefill")
+    a = write_timed(tmp_path / "a", 0.02, seed=1, skew=2.0, phases=phases)
+    b = write_timed(tmp_path / "b", 0.02, seed=2, skew=0.5, phases=phases, slow={"prefill": 8.0})
+    rows = compare_runs(open_run(a.root), open_run(b.root)).step_times
+    assert [row.phase for row in rows] == [*phases]
+    for start, row in enumerate(rows):
+        ms, cost = ([values[start::2].mean() for values in pair] for pair in ((a.ms, b.ms), (a.cost, b.cost)))
+        assert (row.step_ms.a, row.step_ms.b) == pytest.approx(ms, rel=0.02)
+        assert row.step_ms.difference == pytest.approx(ms[1] - ms[0], abs=0.1)
+        assert row.step_ms.verdict == ("worse" if start else "better")
+        assert row.imbalance_ms is not None
+        assert row.imbalance_ms.estimate == pytest.approx(cost[1] - cost[0], rel=0.1)
+        assert row.imbalance_ms.low < row.imbalance_ms.estimate < row.imbalance_ms.high
+    text = cli("compare", a.root, b.root).stdout
+    assert text.count("by imbalance") == 2
+    document = json.loads(cli("compare", a.root, b.root, "--output", "json").stdout)
+    assert document["step_times"][0]["imbalance_ms"]["estimate"] == rows[0].imbalance_ms.estimate
+    assert document["unexplained"] is None
+
+
+def test_step_times_without_a_known_price_are_not_explained(tmp_path: Path) -> None:
+    for name, steps in (("a", 300), ("b", 60)):
+        write_timed(tmp_path / name, 0.02, steps=steps)
+    result = compare_runs(open_run(tmp_path / "a"), open_run(tmp_path / "b"))
+    assert result.step_times == []
+    assert result.unexplained is not None
+    assert "B: cost not measurable in this run" in result.unexplained
+    assert "step times: B: cost not measurable" in cli("compare", tmp_path / "a", tmp_path / "b").stdout
