@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eplb_analyze.metrics.cost import MIN_STEPS, Float64, Work
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
 from eplb_dump.format.journal import Int64
@@ -149,7 +149,7 @@ def _work(block: Block, per_token: int) -> Work:
     total: Work | None = None
     for _, load in block.load_parts():
         by_rank = load.reshape(*load.shape[:2], block.shape.ep_size, -1)
-        layers = Work.of(np.count_nonzero(by_rank, axis=3), by_rank.sum(axis=3) / per_token)
+        layers = Work.of(active_experts(load, block.shape.ep_size), by_rank.sum(axis=3) / per_token)
         total = layers if total is None else total.plus(layers)
     assert total is not None
     return total

@@ -10,7 +10,7 @@ import numpy as np
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import formulas
-from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in, serving
@@ -64,6 +64,8 @@ class LayerReport(RunReport):
     balancedness: float | None
     imbalance: float | None
     idle_fraction: float | None
+    #: Of the rank with the most slots that have a token; the mean over steps.
+    active_experts: float | None
     ranks: list[RankLoad]
     slots: list[SlotLoad]
     experts: list[ExpertLoad]
@@ -142,6 +144,7 @@ def _report(
     # By rank and logical expert, as the placements in force had it.
     logical_load = np.zeros((shape.ep_size, experts), np.int64)
     ratios: dict[str, list[formulas.Float64]] = {"balancedness": [], "imbalance": []}
+    active: list[formulas.Float64] = []
     mean_tokens = max_tokens = 0.0
     history = run.history.layer(index)
     held: list[Int32 | None] = []  # the placements in force
@@ -158,6 +161,8 @@ def _report(
         tokens = run.tokens(load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3))
         for name, values in ratios.items():
             values.append(formulas.FORMULAS[name].per_step(tokens, serving(shape)))
+        experts_with_tokens = active_experts(load[:, np.newaxis], shape.ep_size)
+        active.append(formulas.ACTIVE_EXPERTS.per_step(experts_with_tokens))
         mean, maximum = formulas.idle_terms(tokens, serving(shape))
         mean_tokens, max_tokens = mean_tokens + mean, max_tokens + maximum
     first, last = int(parts[0][1][0]), int(parts[-1][1][-1])
@@ -176,6 +181,7 @@ def _report(
         balancedness=formulas.mean_known(ratios["balancedness"]),
         imbalance=formulas.mean_known(ratios["imbalance"]),
         idle_fraction=formulas.idle_fraction(mean_tokens, max_tokens),
+        active_experts=formulas.mean_known(active),
         ranks=[
             RankLoad(rank, run.count(value))
             for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))

@@ -9,14 +9,14 @@ import numpy.typing as npt
 import polars as pl
 
 from eplb_analyze.json_report import RunReport
-from eplb_analyze.metrics.formulas import FORMULAS, Float64
+from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import blocks_by_configuration, estimate_notes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
 
 IDLE_FRACTION = "idle_fraction"
-NAMES = (*FORMULAS, IDLE_FRACTION)
+NAMES = (*FORMULAS, ACTIVE_EXPERTS.name, IDLE_FRACTION)
 DEFAULT_BINS = 100
 
 
@@ -109,7 +109,7 @@ def timeline(
     If there is none, over those that lack the same ranks, as an estimate.
 
     Args:
-        formula: a name of :data:`eplb_analyze.metrics.formulas.FORMULAS`, or ``"idle_fraction"``.
+        formula: one of :data:`NAMES`.
         bins: how many; with fewer steps, each step is a bin.
         layer: the model's number of a layer, to look at it alone.
         steps: a half-open range.
@@ -148,10 +148,15 @@ def _timeline(
     for number, block in blocks_by_configuration(run, steps, seen, estimate=True):
         missing, recorded = block.missing, recorded + len(block.recorded)
         assert block.shape is not None
-        terms = run.terms(block) if index is None else run.terms(block, index, index + 1)
-        if formula == IDLE_FRACTION:
+        layers = (0, None) if index is None else (index, index + 1)
+        if formula == ACTIVE_EXPERTS.name:
+            terms = block.active_terms(*layers)
+            value, weight = ACTIVE_EXPERTS.of(terms), np.ones(len(terms.mean))
+        elif formula == IDLE_FRACTION:
+            terms = run.terms(block, *layers)
             value, weight = 1 - FORMULAS["vllm"].of(terms), terms.maximum.sum(axis=1)
         else:
+            terms = run.terms(block, *layers)
             value, weight = FORMULAS[formula].of(terms), np.ones(len(terms.mean))
         parts.add(block.recorded, value, weight)
         begin = shapes[number].first_step if number in shapes else int(block.recorded[0])

@@ -148,11 +148,17 @@ class Formula:
     text: str
     source: str
     better: Literal["higher", "lower"]
-    perfect: float
+    #: None if it depends on the loads.
+    perfect: float | None
     of: Callable[[Terms], Float64]
     warning: str = ""
 
-    def per_step(self, T: Float64, serving: int | None = None) -> Float64:
+    @property
+    def direction(self) -> str:
+        """``higher is better, 1 is perfect``."""
+        return f"{self.better} is better" + ("" if self.perfect is None else f", {self.perfect:g} is perfect")
+
+    def per_step(self, T: npt.NDArray[Any], serving: int | None = None) -> Float64:
         """The formula of ``T``: float64 ``[steps]``; ``serving``: how many of its ranks serve."""
         return self.of(Terms.of(T, serving=serving))
 
@@ -201,6 +207,21 @@ def trtllm(terms: Terms) -> Float64:
     return imbalance(terms) - 1.0
 
 
+def most_active(terms: Terms) -> Float64:
+    """Mean over active layers of max_r A, if ``terms`` are of A; decides the time of small batches."""
+    return _mean_over_active(terms.maximum, terms.active)
+
+
+#: Of ``A``, the number of slots on each EP rank with at least one token, in place of ``T``.
+ACTIVE_EXPERTS = Formula(
+    "active-experts",
+    "mean over active layers of max_r A, A[s, l, r] = slots of rank r with at least one token",
+    "METRO, arXiv 2512.09277",
+    "lower",
+    None,
+    most_active,
+)
+#: Of ``T``.
 FORMULAS: dict[str, Formula] = {
     formula.name: formula
     for formula in (

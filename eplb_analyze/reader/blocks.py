@@ -166,6 +166,15 @@ class Block:
             terms.add(layer - first, load)
         return terms
 
+    def active_terms(self, first: int = 0, last: int | None = None) -> Terms:
+        """:meth:`terms` of the number of slots with at least one token, in place of tokens."""
+        shape = self._shape()
+        last = shape.num_moe_layers if last is None else last
+        terms = Terms(len(self.recorded), last - first, shape.ep_size, serving=serving(shape))
+        for layer, load in self.load_parts(first=first, last=last):
+            terms.add(layer - first, active_experts(load, shape.ep_size))
+        return terms
+
     def pieces(
         self,
         read: Read,
@@ -247,6 +256,12 @@ class Block:
             _, here, there = np.intersect1d(np.where(counts, steps, -1), load_steps, return_indices=True)
             if len(here):
                 yield source.segment, here, there
+
+
+def active_experts(load: npt.NDArray[Any], ep_size: int) -> npt.NDArray[np.intp]:
+    """How many slots of each rank have a token; ``load [n, layers, physical]``: ``[n, layers, ep_size]``."""
+    active: npt.NDArray[np.intp] = np.count_nonzero(load.reshape(*load.shape[:2], ep_size, -1), axis=3)
+    return active
 
 
 class ServingBlock(Block):

@@ -26,6 +26,8 @@ def _one_step(name: str, T: Any) -> float:
         return sum(maxima[i] / means[i] for i in active) / len(active)
     if name == "trtllm":
         return sum(maxima[i] / means[i] - 1 for i in active) / len(active)
+    if name == "active-experts":  # of slots with a token in place of T
+        return sum(maxima[i] for i in active) / len(active)
     if name == "vllm":
         return sum(means) / sum(maxima)
     if name == "sglang":

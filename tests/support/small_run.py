@@ -21,6 +21,8 @@ class Truth:
 
     root: Path
     T: dict[int, Any] = field(default_factory=dict)
+    #: Slots with a token [layers, ranks] of the same steps.
+    active: dict[int, Any] = field(default_factory=dict)
     #: physical_to_logical [layers, slots] of every step that some rank recorded.
     maps: dict[int, Any] = field(default_factory=dict)
 
@@ -83,7 +85,8 @@ def write(
             else:
                 own[rank] = 0
         if step not in (6, 7):
-            truth.T[step] = own.sum(axis=0).reshape(2, ep_size, -1).sum(axis=2)
+            by_rank = own.sum(axis=0).reshape(2, ep_size, -1)
+            truth.T[step], truth.active[step] = by_rank.sum(axis=2), (by_rank > 0).sum(axis=2)
         if step != 6:
             truth.maps[step] = placement
     for writer in writers:

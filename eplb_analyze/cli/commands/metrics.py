@@ -9,8 +9,9 @@ from eplb_analyze.cli.views.metrics import render
 
 def metrics(output: options.Output = OutputFormat.text) -> None:
     """The balance formulas of the field, what each means and where it comes from."""
-    from eplb_analyze.metrics.formulas import FORMULAS
+    from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 
+    formulas = [*FORMULAS.values(), ACTIVE_EXPERTS]
     document = {
         "metrics": [
             {
@@ -21,7 +22,7 @@ def metrics(output: options.Output = OutputFormat.text) -> None:
                 "perfect": f.perfect,
                 "warning": f.warning or None,
             }
-            for f in FORMULAS.values()
+            for f in formulas
         ]
     }
-    Output(output).emit(lambda: document, lambda console: render(console, FORMULAS.values()))
+    Output(output).emit(lambda: document, lambda console: render(console, formulas))

@@ -40,6 +40,8 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
         f"balancedness {figure(report.balancedness)}, imbalance {figure(report.imbalance)}{of_steps}; "
         f"idle {percent(report.idle_fraction)}"
     )
+    of_steps = ", mean of the steps" if report.steps > 1 else ""
+    console.print(f"active experts on the rank with most: {figure(report.active_experts, 1)}{of_steps}")
     tokens = f"{counter([total])(total)} tokens"
     if not mean:
         console.print("no tokens")

@@ -19,7 +19,7 @@ def render(console: Console, formulas: Iterable[Formula]) -> None:
     print_line(console)
     for f in formulas:
         print_line(console, (f.name, "bold"), f"  {f.text}")
-        facts = f"{f.better} is better, {f.perfect:g} is perfect; source: {f.source}"
+        facts = f"{f.direction}; source: {f.source}"
         print_line(console, (facts, "dim"), indent=4)
         if f.warning:
             print_line(console, (f.warning, "yellow"), indent=4)

@@ -22,7 +22,7 @@ MARGIN = 10
 
 
 def render(console: Console, result: Timeline) -> None:
-    from eplb_analyze.metrics.formulas import FORMULAS
+    from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 
     where = "" if result.layer is None else f" of layer {result.layer}"
     print_heading(console, f"{result.formula}{where}", f" · {result.model} · run {result.run_id}")
@@ -30,8 +30,8 @@ def render(console: Console, result: Timeline) -> None:
     if not known:
         console.print("no step has a token in it")
         return
-    formula = FORMULAS.get(result.formula)
-    better = f"{formula.better} is better, {formula.perfect:g} is perfect" if formula else "0 is perfect"
+    formula = {**FORMULAS, ACTIVE_EXPERTS.name: ACTIVE_EXPERTS}.get(result.formula)
+    better = formula.direction if formula else "0 is perfect"
     spread = f"mean {figure(result.mean)}, {figure(result.min)} to {figure(result.max)}"
     console.print(f"{spread} over {plural(known, 'step')}; {better}")
     if formula is None:

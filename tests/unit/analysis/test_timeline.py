@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import reference
 from helpers import cli
-from small_run import Truth
+from small_run import MOE_LAYERS, Truth
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.analysis.timeline import timeline
-from eplb_analyze.metrics.formulas import FORMULAS
+from eplb_analyze.analysis.timeline import NAMES, timeline
 
 
 @pytest.mark.parametrize("bins", [1, 7, 1000])
 @pytest.mark.parametrize("layer", [None, 5])
-@pytest.mark.parametrize("formula", [*FORMULAS, "idle_fraction"])
+@pytest.mark.parametrize("formula", NAMES)
 def test_bins_equal_a_plain_loop(truth: Truth, formula: str, layer: int | None, bins: int) -> None:
     result = timeline(open_run(truth.root), formula, bins, layer)
     count = min(bins, 30)
@@ -26,7 +26,8 @@ def test_bins_equal_a_plain_loop(truth: Truth, formula: str, layer: int | None, 
     sizes = {b.last_step - b.first_step + 1 for b in result.bins}
     assert max(sizes) - min(sizes) <= 1
     rows = slice(None) if layer is None else slice(1, 2)
-    T = {s: t[rows] for s, t in truth.T.items() if t[rows].any()}
+    counts = truth.active if formula == "active-experts" else truth.T
+    T = {s: t[rows] for s, t in counts.items() if t[rows].any()}
     for b in result.bins:
         here = [T[s] for s in T if b.first_step <= s <= b.last_step]
         assert b.steps == len(here)
@@ -41,6 +42,14 @@ def test_bins_equal_a_plain_loop(truth: Truth, formula: str, layer: int | None, 
             assert (b.mean, b.min, b.max) == pytest.approx((np.mean(values), min(values), max(values)))
     known = [b for b in result.bins if b.min is not None]
     assert (result.min, result.max) == (min(b.min for b in known), max(b.max for b in known))
+
+
+def test_active_experts_of_a_layer_are_those_of_its_timeline(local: Truth) -> None:
+    run = open_run(local.root)
+    for layer in MOE_LAYERS:
+        assert layer_report(run, layer).active_experts == timeline(run, "active-experts", 1, layer).mean
+    expected = reference.per_step("active-experts", [local.active[3][:1]])[0]
+    assert layer_report(run, MOE_LAYERS[0], step=3).active_experts == expected
 
 
 def test_one_bin_equals_the_summary(truth: Truth) -> None:
