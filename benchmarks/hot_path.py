@@ -165,6 +165,19 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
 
             line(f"{state}: record", measure(record, steps, before), bare)
             measure(strict, 200, before)
+
+            def begin(i: int, w: ExpertLoadWriter = writer) -> None:
+                torch.cuda.set_sync_debug_mode("error")
+                w.begin_step()
+                torch.cuda.set_sync_debug_mode("default")
+
+            line(f"{state}: begin_step, with two mode switches", measure(begin, 200, before), bare)
+
+            def timed(i: int, w: ExpertLoadWriter = writer) -> None:
+                w.begin_step()
+                w.record(None, batch[i % 64], placement)
+
+            line(f"{state}: begin_step and record", measure(timed, steps, before), bare)
             with torch.inference_mode():
                 uncounted = placement.clone()
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from eplb_dump.events import Events
 from eplb_dump.format import journal
-from eplb_dump.format.journal import Int32, StepRows
+from eplb_dump.format.journal import Float32, Int32, StepRows
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_LOAD, Status
 from eplb_dump.format.session import SessionInfo
 from eplb_dump.format.session_writer import PlacementEncoder
-from eplb_dump.ring import Buffer
+from eplb_dump.ring import Buffer, Ring
 from eplb_dump.staging import Entry
 
 LAST_MAP_INVALID = "the last physical_to_logical_map was not valid"
@@ -46,6 +47,8 @@ class Encoder:
         self._placements = PlacementEncoder()
         #: Why the last placement cannot be used; loads under it are rejected.
         self._fault: str | None = None
+        #: The last step with a load.
+        self._last_step = -2
         #: A placement from before ``num_moe_layers`` was known, its step and EP size.
         self._early: tuple[Int32, int, int] | None = None
 
@@ -60,9 +63,13 @@ class Encoder:
         rejected: Counter[str] = Counter()
         staged = [i for i, entry in enumerate(batch) if entry.load is not None]
         frames: list[bytes] = []
+        device_ms = journal.unknown_ms(len(batch))
         if staged:
-            ring, low, high = _loads_of(batch, staged)
-            ring.wait(low, high)  # also for the placements that were copied beside the loads
+            ring, first, last = _loads_of(batch, staged)
+            low, high = first.number, last.number
+            ring.wait(first, last)  # also for the placements that were copied beside the loads
+            if ring.events is not None:
+                device_ms[staged] = [self._elapsed_ms(ring.events, batch[i]) for i in staged]
             self._num_moe_layers = ring.shape[0]
             frames += self._early_placement(first_step)
             if batch[staged[0]].placement is None:
@@ -84,9 +91,16 @@ class Encoder:
                 chosen = load if len(good) == len(load) else load[good]
                 ep_size = batch[staged[0]].ep_size
                 frames.append(journal.loads_frame(steps, journal.narrow(chosen, largest), ep_size))
-            ring.release(batch[staged[-1]].load)
-        frames.append(journal.steps_frame(_rows(batch, status)))
+            ring.release(last)
+        frames.append(journal.steps_frame(_rows(batch, status, device_ms)))
         return Encoded(frames, status, rejected)
+
+    def _elapsed_ms(self, events: Events, entry: Entry) -> float:
+        """The step's time on the device, NaN if unknown."""
+        assert entry.load is not None
+        follows = entry.step == self._last_step + 1
+        self._last_step = entry.step
+        return events.elapsed_ms(entry.load.taken, follows=follows)
 
     # ---- placements
 
@@ -95,7 +109,7 @@ class Encoder:
         given = [entry.placement for entry in batch if entry.placement is not None]
         for entry in batch:
             if entry.load is None and entry.placement is not None:  # else the load's event covers both
-                entry.placement.ring.wait(entry.placement.number, entry.placement.number)
+                entry.placement.ring.wait(entry.placement, entry.placement)
         differs = iter(self._differing(batch, given))
         frames: list[bytes] = []
         faults: list[str | None] = []
@@ -181,12 +195,12 @@ class Encoder:
         return self._placements.encode(step, raw.astype(np.int32), ep_size)
 
 
-def _loads_of(batch: Sequence[Entry], staged: Sequence[int]) -> tuple[Any, int, int]:
+def _loads_of(batch: Sequence[Entry], staged: Sequence[int]) -> tuple[Ring, Buffer, Buffer]:
     """The ring of a batch's loads, and its first and last buffer."""
     first, last = batch[staged[0]].load, batch[staged[-1]].load
     assert first is not None
     assert last is not None
-    return first.ring, first.number, last.number
+    return first.ring, first, last
 
 
 def _check_loads(load: npt.NDArray[Any], faults: list[str | None]) -> tuple[int, list[str | None]]:
@@ -205,7 +219,7 @@ def _check_loads(load: npt.NDArray[Any], faults: list[str | None]) -> tuple[int,
     return MAX_LOAD, found
 
 
-def _rows(batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> StepRows:
+def _rows(batch: Sequence[Entry], status: npt.NDArray[np.uint8], device_ms: Float32) -> StepRows:
     step, time_ns, monotonic_ns, _, num_tokens, phase, step_ms, *_ = zip(*batch, strict=True)
     codes, phases = journal.phase_codes(phase)
     return StepRows(
@@ -216,6 +230,6 @@ def _rows(batch: Sequence[Entry], status: npt.NDArray[np.uint8]) -> StepRows:
         num_tokens=np.array(num_tokens, np.int64),
         phase=codes,
         step_ms=np.array(step_ms, np.float32),  # None becomes NaN
-        device_ms=journal.unknown_ms(len(batch)),
+        device_ms=device_ms,
         phases=phases,
     )

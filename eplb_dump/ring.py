@@ -3,17 +3,20 @@
 The buffers of a ring have one shape and type and follow one another in memory, so that the
 background thread can work on many steps in one call. Filling, taking and releasing a buffer
 allocates nothing. A CUDA tensor is copied asynchronously on the engine's current stream, and an
-event tells the background thread when the copy is done. torch is never imported here: it is used
-only if the engine has imported it.
+event (:mod:`eplb_dump.events`) tells the background thread when the copy is done. torch is never
+imported here: it is used only if the engine has imported it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from eplb_dump.events import Events
 
 # Not ctypes.memmove, which releases the interpreter lock for the few microseconds of the copy. A thread
 # that releases the lock and takes it back at once, in every step, starves the thread that waits for it.
@@ -48,7 +51,7 @@ class Ring:
         host: numpy array ``[count, layers, physical]``, all buffers.
         taken: how many buffers have been taken so far.
         released: how many of them are free again.
-        marks: whether :meth:`mark` does anything.
+        events: of the stream that fills the buffers; None if filling them is done at once (not CUDA).
         many: with so many in use, the background thread should be woken.
     """
 
@@ -56,18 +59,15 @@ class Ring:
         "_addresses",
         "_base",
         "_bytes",
-        "_current_stream",
         "_device",
         "_dtype",
-        "_events",
         "_plain",
-        "_streams",
         "_targets",
         "count",
+        "events",
         "host",
         "is_torch",
         "many",
-        "marks",
         "released",
         "shape",
         "slot_bytes",
@@ -87,11 +87,7 @@ class Ring:
         self.shape = example.shape
         self._dtype = example.dtype
         self._device: Any = None
-        self._current_stream: Any = None
-        self._events: list[Any] = []
-        self.marks = False
-        #: The stream that each event was last recorded on.
-        self._streams: list[int] = []
+        self.events: Events | None = None
         self._bytes: list[memoryview] = []
         self._addresses: list[int] = []
         self._plain: Any = None
@@ -123,10 +119,8 @@ class Ring:
             self._addresses = [buffer.data_ptr() for buffer in self._targets]
         if on_gpu:
             # blocking: the background thread sleeps until the event instead of spinning.
-            self._events = [torch.cuda.Event(blocking=True) for _ in range(self.count)]
-            self._streams = [0] * self.count
-            self.marks = True
-            self._current_stream = torch.cuda.current_stream
+            event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
+            self.events = Events(self.count, self._device, event, torch.cuda.current_stream)
 
     # ---- the engine's thread
 
@@ -169,24 +163,12 @@ class Ring:
         else:
             np.copyto(self._targets[index], tensor)
 
-    def mark(self, index: int) -> None:
-        """Record an event on the stream, behind all copies so far (CUDA only)."""
-        if self._events:
-            stream = self._current_stream(self._device)
-            self._events[index].record(stream)
-            self._streams[index] = stream.cuda_stream
-
     # ---- the background thread
 
-    def wait(self, first: int, last: int) -> None:
-        """Wait until buffers ``first`` to ``last`` are filled, without the interpreter lock."""
-        if self._events:
-            # A stream works in order, so waiting for its last event is enough.
-            done: set[int] = set()
-            for index in range(last, first - 1, -1):
-                if self._streams[index] not in done:
-                    done.add(self._streams[index])
-                    self._events[index].synchronize()
+    def wait(self, first: Buffer, last: Buffer) -> None:
+        """Wait until all buffers from ``first`` to ``last`` are filled, without the interpreter lock."""
+        if self.events is not None:
+            self.events.wait(first.taken, last.taken)
 
     def release(self, buffer: Buffer) -> None:
         """Free a buffer and all that were taken before it."""

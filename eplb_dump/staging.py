@@ -78,8 +78,20 @@ class Staging:
         #: shape, an unchanged placement is staged again, to be rejected.
         self._staged_with: Ring | None = None
 
-    def stage(self, load: Any, placement: Any, ep_size: int) -> Staged | Refused:
-        """Copy a load, and its placement if it may have changed. Never waits."""
+    def begin_step(self, call: int) -> None:
+        """A forward pass begins, to be recorded by the writer's call number ``call``.
+
+        Raises whatever torch raises.
+        """
+        ring = self._loads
+        if ring is not None and ring.events is not None:
+            ring.events.begin(ring.taken + 1, call)
+
+    def stage(self, load: Any, placement: Any, ep_size: int, call: int) -> Staged | Refused:
+        """Copy a load, and its placement if it may have changed. Never waits.
+
+        ``call``: how many calls the writer has seen, with this one.
+        """
         ring = self._loads
         try:
             if ring is None or not ring.fits(load):
@@ -105,8 +117,8 @@ class Staging:
                     if buffer is None:
                         return _QUEUE_IS_FULL
             ring.fill(index, load)
-            if ring.marks:
-                ring.mark(index)  # of both copies
+            if ring.events is not None:
+                ring.events.mark(target[2], call)  # of both copies
         except StagingError as error:
             return Refused(f"physical_to_logical_map is {error}", "placement")
         except Exception as error:
@@ -127,7 +139,8 @@ class Staging:
         buffer = self._copy_placement(placement)
         if buffer is None:
             return NOTHING
-        buffer.ring.mark(buffer.number)
+        if buffer.ring.events is not None:
+            buffer.ring.events.mark(buffer.taken)
         return Staged(None, buffer, placement)
 
     def lose_placement(self) -> None:

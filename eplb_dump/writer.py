@@ -179,6 +179,22 @@ class ExpertLoadWriter:
 
     # ---- the engine's thread
 
+    def begin_step(self) -> None:
+        """Mark that a forward pass begins. Optional; queues one CUDA event, never waits, never raises.
+
+        Call it right before the pass, with the stream of the pass as the current one. Then ``device_ms`` is
+        the time on the device from here to the next :meth:`record`, without what the engine waited for before
+        the pass; otherwise it is the time since the ``record`` of the step before. Does nothing until the
+        first load on CUDA was recorded.
+        """
+        accounting = self._accounting
+        try:
+            with accounting.calls:
+                if accounting.state is IDLE and accounting.refuses is None:
+                    self._staging.begin_step(accounting.seen + 1)
+        except Exception:  # whatever is wrong with the device, the engine will find out
+            pass
+
     def record(
         self,
         step: int | None,
@@ -319,7 +335,7 @@ class ExpertLoadWriter:
         if not sampled:
             self._enqueue(number, Status.NOT_SAMPLED, self._stage_alone(placement))
             return
-        staged = self._staging.stage(expert_load, placement, self._ep_size)
+        staged = self._staging.stage(expert_load, placement, self._ep_size, self._accounting.seen)
         if isinstance(staged, Staged):
             self._enqueue(number, Status.RECORDED, staged, num_tokens, phase, step_ms)
         elif staged.cause == "queue":

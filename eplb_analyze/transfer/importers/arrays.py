@@ -1,11 +1,13 @@
 """Plain arrays: ``[layers, experts]`` as deepseek-ai/EPLB, ``[steps, layers, experts]``, vllm-ascend's heat.
 
-The files are .npy, .npz, .pt, .csv or .json and say nothing but the shape. There is one, or one per rank.
+The files are .npy, .npz, .pt, .csv or .json. They say nothing but the shape; only a .npz file can have more.
+There is one file, or one per rank.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.transfer.importers import table, torch_files
+from eplb_analyze.transfer.importers import step_columns, table, torch_files
 from eplb_analyze.transfer.importers.files import (
     MAX_TEXT,
     Array,
@@ -32,7 +34,9 @@ from eplb_analyze.transfer.importers.files import (
     read_npz,
     regular,
 )
-from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, ordered_rows
+from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, count_experts, ordered_rows
+from eplb_analyze.transfer.importers.step_columns import StepColumns
+from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
 PASSES = "of how many forward passes the one step is the sum"
@@ -52,6 +56,7 @@ class _Rows:
     chunks: Callable[[], Iterator[Chunk]]
     kind: str = "[steps, layers, experts]"
     by_slot: bool = False
+    placement: Int32 | None = None
 
 
 def read(path: Path, options: Options) -> Reading:
@@ -72,7 +77,10 @@ def read(path: Path, options: Options) -> Reading:
     )  # fmt: skip
     if local:
         reading.files_of = {rank: [file] for rank, file in files.items() if rank is not None}
-    if not rows.by_slot:
+    if rows.placement is not None:
+        reading.placed = True
+        reading.num_logical_experts = count_experts(rows.placement)
+    elif not rows.by_slot:
         reading.num_logical_experts = rows.width
     if rows.kind == HISTORY:
         reading.assumed["step_order"] = f"the records of {HISTORY} are in the order of time"
@@ -136,6 +144,11 @@ def _open(path: Path, options: Options) -> _Rows:
     return _of_array(path, array, "[steps, layers, experts]")
 
 
+def _is_npz(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and path.suffix != ".pt"
+
+
 def _begins_with(path: Path, *starts: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(256).lstrip()[:1] in starts
@@ -143,13 +156,15 @@ def _begins_with(path: Path, *starts: bytes) -> bool:
 
 def _of_array(path: Path, rows: Array, kind: str) -> _Rows:
     _require_possible(path, rows.shape[1:])
+    columns = step_columns.read(path, rows.shape) if _is_npz(path) else StepColumns()
+    cuts = sorted({*range(0, len(rows), CHUNK), *columns.changes(), len(rows)})
 
     def chunks() -> Iterator[Chunk]:
-        for low in range(0, len(rows), CHUNK):
-            steps = np.arange(low, min(low + CHUNK, len(rows)), dtype=np.int64)
-            yield Chunk(steps, np.asarray(rows[low : low + CHUNK]))
+        for low, high in itertools.pairwise(cuts):
+            yield columns.chunk(low, high, np.asarray(rows[low:high]))
 
-    return _Rows(rows.shape[1], rows.shape[2], chunks, kind)
+    placement = columns.placement
+    return _Rows(rows.shape[1], rows.shape[2], chunks, kind, placement is not None, placement)
 
 
 def _require_possible(path: Path, shape: tuple[int, ...]) -> None:
@@ -204,7 +219,7 @@ def load(path: Path, options: Options) -> Array:
         start = file.read(6)
     if start == b"\x93NUMPY":
         array = read_npy(path)
-    elif start[:4] == b"PK\x03\x04" and path.suffix != ".pt":
+    elif _is_npz(path):
         name = _choose(path, options.array)
         array = read_npz(path, name)[name]
     elif start[:4] == b"PK\x03\x04":
@@ -227,17 +242,19 @@ def _choose(path: Path, wanted: str | None) -> str:
             raise UsageError(f"{path}: no array {wanted!r} in it; there are: {', '.join(list(shapes)[:10])}")
         return wanted
     fitting = [
-        name for name, (shape, dtype) in shapes.items() if len(shape) in (2, 3) and dtype.kind in "iuf"
+        name
+        for name, (shape, dtype) in shapes.items()
+        if len(shape) in (2, 3) and dtype.kind in "iuf" and name not in step_columns.NAMES
     ]
     if not fitting:
         raise DumpError(
             f"{path}: no array of counts in it; there are: {', '.join(list(shapes)[:10]) or 'none'}"
         )
-    if len(fitting) > 1:
+    if len(fitting) > 1 and "load" not in fitting:
         raise UsageError(
             f"{path}: several arrays could be the counts; choose with --array: {', '.join(fitting[:10])}"
         )
-    return fitting[0]
+    return "load" if "load" in fitting else fitting[0]
 
 
 def read_csv(path: Path) -> Array:

@@ -587,7 +587,7 @@ def test_trtllm_has_loads_of_all_ranks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1))
     np.testing.assert_array_equal(placement_at(run, 9), MAP)
     assert run.info.num_logical_experts == EXPERTS
-    _, run = do(source, tmp_path, ep_size=EP, placement="unknown", num_logical_experts=EXPERTS)
+    _, run = do(source, tmp_path, ep_size=EP, placement="linear")
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1))
     assert "placement" in unknown(run)
     _, run = do(source, tmp_path, ep_size=EP, placement="linear")
@@ -789,6 +789,82 @@ def test_three_dimensions_need_a_format(tmp_path: Path) -> None:
     _, run = do(tmp_path / "heat.npy", tmp_path, "ascend", num_logical_experts=40)
     np.testing.assert_array_equal(loads(run)[1][0], heat.reshape(LAYERS, -1))
     assert run.info.ep_size == EP
+
+
+STEPS = 300  # more than a chunk
+
+
+def step_columns() -> dict[str, Any]:
+    """Counts of slots whose placement changes in steps 5 and 280, and a value of each column in each step."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, 900, STEPS)
+    return {
+        "load": rng.multinomial(2 * tokens[:, None], [1 / SLOTS] * SLOTS, (STEPS, LAYERS)),
+        "physical_to_logical_map": np.stack([(MAP + (s >= 5) + (s >= 280)) % EXPERTS for s in range(STEPS)]),
+        "step_ms": np.where(np.arange(STEPS) % 7 == 3, np.nan, rng.uniform(5, 9, STEPS)),
+        "num_tokens": np.where(np.arange(STEPS) == 2, -1, tokens),
+        "phase": np.array([("prefill", "", "decode")[s % 3] for s in range(STEPS)]),
+    }
+
+
+def test_columns_beside_the_counts_are_imported(tmp_path: Path) -> None:
+    columns = step_columns()
+    np.savez(tmp_path / "all.npz", **columns)
+    _, run = do(tmp_path / "all.npz", tmp_path, ep_size=EP, ordered=True)
+    np.testing.assert_array_equal(loads(run)[1], columns["load"])
+    for step in (0, 4, 5, 279, 280, STEPS - 1):
+        found = run.placement(step)["logical"].to_numpy().reshape(LAYERS, SLOTS)
+        np.testing.assert_array_equal(found, columns["physical_to_logical_map"][step])
+    frame = run.steps()
+    known = [None if np.isnan(ms) else float(np.float32(ms)) for ms in columns["step_ms"]]
+    assert frame["step_ms"].to_list() == known
+    assert frame["num_tokens"].to_list() == [None if n < 0 else n for n in columns["num_tokens"].tolist()]
+    assert frame["phase"].to_list() == [text or None for text in columns["phase"].tolist()]
+    assert "placement" not in unknown(run)
+
+
+def test_one_column_or_one_placement_for_all_steps_is_enough(tmp_path: Path) -> None:
+    columns = step_columns()
+    np.savez(tmp_path / "ms.npz", counts=columns["load"], step_ms=np.arange(STEPS))
+    _, run = do(tmp_path / "ms.npz", tmp_path, ep_size=EP, placement="linear")
+    assert run.steps()["step_ms"].to_list() == list(range(STEPS))
+    assert run.steps()["num_tokens"].null_count() == STEPS
+    np.savez(tmp_path / "map.npz", load=columns["load"], physical_to_logical_map=MAP)
+    _, run = do(tmp_path / "map.npz", tmp_path, ep_size=EP)
+    np.testing.assert_array_equal(run.placement(9)["logical"].to_numpy().reshape(LAYERS, SLOTS), MAP)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        (
+            "step_ms",
+            np.ones(STEPS - 1),
+            f"its step_ms has the shape ({STEPS - 1},), the counts need ({STEPS},)",
+        ),
+        ("step_ms", np.ones((STEPS, 1)), "its step_ms has the shape"),
+        ("step_ms", np.full(STEPS, -1.0), "must be times in ms"),
+        ("step_ms", np.full(STEPS, np.inf), "must be times in ms"),
+        ("step_ms", np.full(STEPS, "1"), "must be times in ms"),
+        ("num_tokens", np.ones(STEPS + 1, int), "its num_tokens has the shape"),
+        ("num_tokens", np.ones(STEPS), "must be whole numbers"),
+        ("num_tokens", np.full(STEPS, -2), "must be whole numbers"),
+        ("phase", np.array(["decode"]), "its phase has the shape"),
+        ("phase", np.full(STEPS, "x" * 65), "must be texts"),
+        ("phase", np.zeros(STEPS, int), "must be texts"),
+        (
+            "physical_to_logical_map",
+            np.zeros((LAYERS, SLOTS - 1), int),
+            "its physical_to_logical_map has the",
+        ),
+        ("physical_to_logical_map", np.full((LAYERS, SLOTS), -2), "must name the expert in each slot"),
+    ],
+)
+def test_columns_that_do_not_fit_the_counts_are_refused(
+    tmp_path: Path, name: str, value: Any, text: str
+) -> None:
+    np.savez(tmp_path / "x.npz", **{**step_columns(), name: value})
+    refused(DumpError, tmp_path / "x.npz", tmp_path, text, ep_size=EP)
 
 
 def test_long_source_is_written_in_segments(tmp_path: Path) -> None:
