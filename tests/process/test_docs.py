@@ -32,11 +32,11 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the dump that the README writes, and the array that docs/import.md imports."""
+    """A folder with the dump that the README writes, and the arrays that docs/import.md imports."""
     where = tmp_path_factory.mktemp("docs")
     code = next(b for b in blocks(ROOT / "README.md", "python") if "ExpertLoadWriter" in b)
-    (array,) = blocks(ROOT / "docs/import.md", "python")
-    for part in (code, array):
+    imported = blocks(ROOT / "docs/import.md", "python")
+    for part in (code, *imported):
         subprocess.run([sys.executable, "-W", "error", "-c", part], cwd=where, check=True)
     return where
 
