@@ -333,10 +333,10 @@ def _without_waits(times: Float64, columns: Float64) -> tuple[Float64, Bool]:
 
 
 def _whitening(residuals: Float64, follows: Bool) -> Callable[[Float64], Float64]:
-    """A function that takes from values, float64 ``[n, ...]``, what lasts from step to step; without waits.
+    """A function that takes autocorrelated noise out of values, float64 ``[n, ...]``, and drops waits.
 
-    Noise that lasts, as of growing contexts, looks like an effect of imbalance, which lasts, too. If it is
-    an AR(1) series, that of such differences is white (Prais and Winsten 1954).
+    Slow noise, as of growing contexts, looks like an effect of imbalance, which is slow, too. If it is an
+    AR(1) series, the noise of such differences is white (Prais and Winsten 1954).
     """
     after = np.append(False, follows[:-1])
     pairs = np.flatnonzero(after & follows)

@@ -168,7 +168,7 @@ def test_run_of_one_rank_has_nothing_to_balance(tmp_path: Path) -> None:
 
 
 def test_metrics_lists_all_formulas_in_both_forms() -> None:
-    names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm"]
+    names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm", "active-experts"]
     document = json.loads(cli("metrics", "--output", "json").stdout)
     assert [m["name"] for m in document["metrics"]] == names
     text = cli("metrics").stdout
