@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eplb_analyze.analysis.cost_sample import CostSample, sample_of
+from eplb_analyze.analysis.kernel_cost import ASSUMED, Estimate, estimate
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import (
@@ -151,17 +152,62 @@ def cost_of(
 
     Args:
         timings: step times that another program measured; default `run.timings`, else the recording's own.
-        gpu: a GPU whose kernel times estimate the cost if the run does not show it.
+        gpu: a GPU whose kernel times estimate the cost if the run does not show it; default `run.gpu`.
     """
     if steps is not None:
         run.require(steps)
     sample = run.retry_without_damaged(lambda: sample_of(run, steps))
-    return cost_of_sample(run, sample, timings)
+    return cost_of_sample(run, sample, timings, gpu)
 
 
-def cost_of_sample(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
+def cost_of_sample(
+    run: Run, sample: CostSample, timings: StepTimes | None = None, gpu: str | None = None
+) -> RunCost:
     """The cost of imbalance in the steps of a sample; see :func:`cost_of`."""
-    timings = run.timings if timings is None else timings
+    cost, gpu = _measured(run, sample, run.timings if timings is None else timings), gpu or run.gpu
+    if gpu is None or cost.status is not CostStatus.NOT_IDENTIFIABLE or not sample.first or not sample.last:
+        return cost
+    return _estimated(cost, gpu, estimate(run, gpu, (sample.first[0], sample.last[0] + 1)))
+
+
+def _estimated(cost: RunCost, gpu: str, found: dict[str, Estimate] | str) -> RunCost:
+    """The estimate from kernel times, for a cost that is not measurable."""
+    if isinstance(found, str):
+        return replace(cost, message=f"{cost.message}; not estimated: {found}")
+    # The phases' errors are not independent.
+    bounds = [(own.cost.value, own.cost.low, own.cost.high) for own in found.values()]
+    total = Interval(*np.average(bounds, axis=0, weights=[own.steps for own in found.values()]).tolist())
+
+    def text(interval: Interval) -> str:
+        value = milliseconds(interval.value, interval.low, interval.high)
+        return f"imbalance would cost {value} a step by kernel times of {gpu.upper()}"
+
+    return replace(
+        cost,
+        status=CostStatus.ESTIMATED,
+        basis="kernel_times",
+        message=f"{text(total)}, {ASSUMED}; the run does not show it",
+        ms_per_step=Milliseconds.of(total),
+        steps_used=sum(own.steps for own in found.values()),
+        phases={
+            name: PhaseCost(
+                status=CostStatus.ESTIMATED,
+                message=text(own.cost),
+                steps=own.steps,
+                steps_used=own.steps,
+                ms_per_step=Milliseconds.of(own.cost),
+                share_of_step=None,
+                step_ms=None,
+                r2=None,
+                driver=None,
+                regime="",
+            )
+            for name, own in found.items()
+        },
+    )
+
+
+def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCost:
     if not len(sample.step):
         return _unknown(f"fewer than {MIN_STEPS} steps are complete")
     pauses = _near(sample.step, run.load_history().changes)

@@ -31,6 +31,14 @@ def parse_steps(text: str) -> StepRange:
     return steps
 
 
+class GpuName(str, enum.Enum):
+    """The keys of :data:`eplb_analyze.metrics.kernel_times.KERNELS`."""
+
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
+
+
 class Grouping(str, enum.Enum):
     rank = "rank"
     node = "node"
@@ -68,6 +76,12 @@ Timings = Annotated[
         help="Step times that another program measured: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, or a "
         "table; default: those of the recording.",
         metavar="FILE",
+    ),
+]
+Gpu = Annotated[
+    GpuName | None,
+    typer.Option(
+        "--gpu", help="If the run does not show its cost, estimate it from this GPU's kernel times."
     ),
 ]
 

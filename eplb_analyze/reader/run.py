@@ -83,6 +83,7 @@ class Run:
         findings: faults found so far; reading can add to them.
         notes: for the user, about the choice of run and model.
         timings: step times that another program measured; the cost of imbalance uses them first.
+        gpu: whose kernel times estimate the cost of imbalance if the run does not show it.
         progress: called during long work with the number of steps done and the total.
     """
 
@@ -100,6 +101,7 @@ class Run:
         self.notes = notes
         self.progress: Callable[[int, int], None] = lambda done, of: None
         self.timings: StepTimes | None = None
+        self.gpu: str | None = None
         #: By table, the ``id`` of segments where it is unreadable; they stay in the sessions.
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
         self._reading = False
@@ -129,7 +131,7 @@ class Run:
             if segments or not session.segments:
                 sessions.append(replace(session, segments=segments, lost=lost))
         run = Run(self.path, sessions, [*self.findings], self.notes, self.info.run_id)
-        run._last, run.timings = step, self.timings
+        run._last, run.timings, run.gpu = step, self.timings, self.gpu
         return run
 
     def serving_only(self) -> Run:

@@ -38,6 +38,7 @@ def advise(
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
+    gpu: options.Gpu = None,
     workers: options.Workers = None,
 ) -> None:
     """Leave the load balancer as it is, switch it on, or change it to what, with which gain?
@@ -47,7 +48,7 @@ def advise(
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge
 
-    run = out.open(timings=timings)
+    run = out.open(timings=timings, gpu=gpu)
     advice = judge(
         run, choices, steps, min_gain=min_gain,
         num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,

@@ -27,6 +27,7 @@ def replay(
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
+    gpu: options.Gpu = None,
     top: options.Top = 20,
     workers: options.Workers = None,
 ) -> None:
@@ -38,7 +39,7 @@ def replay(
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.replay import replay_run
 
-    run = out.open(timings=timings)
+    run = out.open(timings=timings, gpu=gpu)
     result = replay_run(
         run, choices, steps,
         num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,

@@ -20,6 +20,7 @@ def report(
     ],
     steps: options.Steps = None,
     timings: options.Timings = None,
+    gpu: options.Gpu = None,
     top: Annotated[
         int, typer.Option("--top", help="How many rows of a ranking to show at first.", min=1)
     ] = 10,
@@ -31,6 +32,6 @@ def report(
     """Write one HTML file that works offline: the summary in words, charts over time, heat maps, tables."""
     from eplb_analyze.report.write import write_report
 
-    run = out.open(timings=timings)
+    run = out.open(timings=timings, gpu=gpu)
     written = write_report(run, to, steps, top=top, redact=redact, force=force)
     out.show(written.to_json, lambda console: render(console, written), written.steps)

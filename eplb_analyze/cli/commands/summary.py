@@ -12,13 +12,14 @@ def summary(
     out: RunOutput,
     steps: options.Steps = None,
     timings: options.Timings = None,
+    gpu: options.Gpu = None,
     top: options.Top = 5,
 ) -> None:
     """How balanced was the run, when was it worst, which layers and experts, is my data complete?"""
     from eplb_analyze.analysis.summary import summarize
     from eplb_analyze.replay.settings import not_due
 
-    run = out.open(timings=timings)
+    run = out.open(timings=timings, gpu=gpu)
     result = summarize(run, steps)
     # None: not known.
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None

@@ -18,7 +18,7 @@ TIMES = {
     "engine": "the engine's step times",
     "device": "times on the device",
     "host": "times between steps",
-    "kernel_times": "kernel times of another machine",
+    "kernel_times": "published kernel times of DeepSeek-V3 in fp8, not of this run",
 }
 #: Phases with a smaller share of the steps are only counted, unless their cost is known.
 SMALL_PHASE = 0.05
