@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.bootstrap import Interval, correlation, standard_error
-from eplb_analyze.text import percent
+from eplb_analyze.text import percent, plural
 
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
@@ -215,7 +215,7 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
     if excluded is not None:
         usable &= ~excluded
     if usable.sum() < MIN_STEPS:
-        return _unknown(ms, f"only {usable.sum()} steps have a usable time; {MIN_STEPS} are needed")
+        return _unknown(ms, f"{plural(int(usable.sum()), 'step')} with a usable time; {MIN_STEPS} are needed")
     times, done = ms[usable], work.select(usable)
     usual = _usual(done.tokens)
     residuals, follows = _without_waits(times, np.column_stack([usual, done.slowest]))
