@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.metadata import find_info
+from eplb_analyze.reader.metadata import find_info, rebuilt_manifest
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.segments import (
     DamagedSegmentError,
@@ -328,6 +328,13 @@ def open_session(
     ended = [read.closed for read in opened.values() if read.closed is not None]
     end = _first_after(sizes, journals)
     manifest = _manifest(folder, info, set(gone))
+    if sealed_names and all(entry.name != MANIFEST_FILE for entry in inside) and not manifest.entries:
+        manifest = rebuilt_manifest(folder, info)
+        text = (
+            f"{folder / MANIFEST_FILE}: it is missing; segments were taken as their files say, and whether "
+        )
+        text += "the writer ended in order is not known; `seal` writes it again"
+        findings.append(Finding("warning", "manifest_rebuilt", text))
     if manifest.fault is not None:
         text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
         findings.append(Finding("error", "damaged_file", text))

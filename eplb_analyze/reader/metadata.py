@@ -1,19 +1,29 @@
-"""A session's metadata: ``session.json``, or if that cannot be read, what its other files repeat of it."""
+"""A session's metadata: ``session.json``, or if that cannot be read, what its other files repeat of it.
+
+Likewise the manifest.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_analyze.reader.segments import exhausted, require_regular
+from eplb_analyze.reader.parquet_segment import ParquetSegment
+from eplb_analyze.reader.segments import DamagedSegmentError, exhausted, require_regular
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
+from eplb_dump.format.journal import Shape
+from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     MANIFEST_FILE,
@@ -24,6 +34,7 @@ from eplb_dump.format.schema import (
     SESSION_PREFIX,
     FormatError,
     NewerFormatError,
+    Status,
     rank_folder,
 )
 from eplb_dump.format.segment import footer
@@ -31,6 +42,8 @@ from eplb_dump.format.session import SessionInfo, load_json
 
 #: session.json is a few kB; a larger one is not read into memory.
 _MAX_SESSION_FILE = 16 << 20
+#: What reading a damaged file raises.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError, pa.ArrowException)
 #: The mark of an unfinished copy, whose files do not stand for a session yet.
 UNFINISHED_COPY = "copy.tmp"
 
@@ -83,7 +96,7 @@ def _rebuilt(folder: StoragePath, names: list[str], fault: str) -> FoundInfo:
     with suppress(OSError):
         own = [entry.name for entry in places.entries(folder) if not entry.is_symlink()]
     for name in sorted(own, key=lambda name: (name != MANIFEST_FILE, name.endswith(".parquet"), name)):
-        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError, pa.ArrowException):
+        with suppress(*_UNREADABLE):
             if name == MANIFEST_FILE or JOURNAL_PATTERN.fullmatch(name):
                 info = _info_in_frames(folder / name)
             elif SEGMENT_PATTERN.fullmatch(name):
@@ -139,11 +152,56 @@ def _require_place(info: SessionInfo, names: list[str]) -> None:
 
 
 def _sealed_info(path: StoragePath) -> SessionInfo:
-    """The metadata in a Parquet file, whose footer no checksum of its own protects.
+    """The metadata in a Parquet file. Raises ``_UNREADABLE``."""
+    return SessionInfo.from_dict(_own_metadata(path)[0]["session"])
 
-    Raises OSError, FormatError, LookupError, ArrowException.
+
+def _own_metadata(path: StoragePath) -> tuple[dict[str, Any], bytes, int, int]:
+    """What we wrote into a Parquet file's footer, the footer, and the file's bytes and rows.
+
+    No checksum of its own protects the footer. Raises ``_UNREADABLE``.
     """
     require_regular(path)
     with places.open_for_arrow(path) as source:
-        metadata = pq.read_metadata(pa.BufferReader(footer(source.size(), source.read_at)))
-    return SessionInfo.from_dict(json.loads(metadata.metadata[METADATA_KEY])["session"])
+        size = source.size()
+        data = footer(size, source.read_at)
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    return json.loads(metadata.metadata[METADATA_KEY]), data, size, metadata.num_rows
+
+
+def rebuilt_manifest(folder: StoragePath, info: SessionInfo) -> Manifest:
+    """The manifest of a session that has none any more, by its sealed files.
+
+    A segment is listed if its files are of this session, and each step that they call recorded has loads. It
+    has no sums, and there is no final accounting. That a file of placements is missing cannot be seen.
+    """
+    manifest = Manifest(session_id=info.session_id)
+    files: dict[int, dict[str, StoragePath]] = defaultdict(dict)
+    for entry in places.entries(folder):
+        match = SEGMENT_PATTERN.fullmatch(entry.name)
+        if match and not entry.is_symlink():
+            files[int(match[2])][match[1]] = folder / entry.name
+    for seq, tables in sorted(files.items()):
+        with suppress(*_UNREADABLE, DamagedSegmentError):
+            manifest.entries[seq] = _sealed_entry(folder, info, seq, tables)
+    return manifest
+
+
+def _sealed_entry(
+    folder: StoragePath, info: SessionInfo, seq: int, tables: dict[str, StoragePath]
+) -> SealedSegment:
+    """The manifest's entry of a segment. Raises ``_UNREADABLE`` and DamagedSegmentError."""
+    listed: dict[str, SealedFile] = {}
+    shape = None
+    for table, path in tables.items():
+        own, data, size, rows = _own_metadata(path)
+        if own["session"]["session_id"] != info.session_id:
+            raise FormatError("it is of another session")
+        shape = None if own["shape"] is None else Shape(**own["shape"])
+        listed[table] = SealedFile(path.name, size, rows, zlib.crc32(data))
+    entry = SealedSegment(seq, 0, 0, shape, listed)
+    segment = ParquetSegment(folder, info, entry)
+    steps = segment.steps()
+    if not np.array_equal(steps.step[steps.status == Status.RECORDED], segment.load_steps()):
+        raise FormatError("not all of its recorded steps have loads")
+    return replace(entry, first_step=int(steps.step.min()), last_step=int(steps.step.max()))

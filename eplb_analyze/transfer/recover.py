@@ -1,7 +1,8 @@
 """`seal`: complete what crashed writers left. Only this changes an existing dump, on request.
 
 It seals journals, and undoes what a power cut undid: files that were not renamed yet, journals that came back
-although their segment is sealed, a ``session.json`` that is empty. Nothing gets fewer steps by it.
+although their segment is sealed, a ``session.json`` that is empty. It writes a manifest that is gone again.
+Nothing gets fewer steps by it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import Report
 from eplb_analyze.reader.choose import choose_run
 from eplb_analyze.reader.discovery import discover
+from eplb_analyze.reader.metadata import rebuilt_manifest
 from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.segments import read_manifest
 from eplb_analyze.storage.path import StoragePath, local
@@ -23,7 +26,7 @@ from eplb_dump.format.files import publish, remove, temporary
 from eplb_dump.format.frames import encode
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal, lock
 from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest
-from eplb_dump.format.schema import JOURNAL_PATTERN, SESSION_FILE, FormatError
+from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SESSION_FILE, FormatError
 from eplb_dump.format.segment import seal
 from eplb_dump.format.session import SessionInfo, write_session_file
 
@@ -55,7 +58,7 @@ class SealReport(Report):
     skipped: list[SkippedJournal] = field(default_factory=list)
     #: Journals whose segment was sealed already, with all steps.
     removed: list[str] = field(default_factory=list)
-    #: Sealed files that got their names, and ``session.json`` files written from the session's other files.
+    #: Sealed files that got their names, and ``session.json`` files and manifests written from other files.
     restored: list[str] = field(default_factory=list)
 
 
@@ -95,6 +98,14 @@ def _seal_session(folder: Path, info: SessionInfo, report: SealReport, *, rebuil
         manifest = read_manifest(folder, info)
     except FormatError:  # sealing a journal reports it
         manifest = Manifest()
+    try:
+        if not (folder / MANIFEST_FILE).exists() and not any(map(_in_use, journals.values())):
+            manifest = rebuilt_manifest(folder, info)
+            for entry in manifest.entries.values():
+                append_manifest(folder, info, entry)
+            report.restored.extend([str(folder / MANIFEST_FILE)] * bool(manifest.entries))
+    except OSError as error:
+        _failed(report, folder / MANIFEST_FILE, error)
     listed = manifest.entries
     for seq in sorted({*journals, *listed}):
         if seq in journals:
@@ -133,15 +144,25 @@ def _failed(report: SealReport, path: Path, error: OSError) -> None:
     report.skipped.append(SkippedJournal(str(path), "failed", error.strerror or str(error)))
 
 
+def _written_to(file: BinaryIO) -> bool:
+    """Whether a writer uses an open journal. If not, it is locked for as long as the file is open."""
+    locked = lock(file.fileno())
+    quiet = time.time() - os.fstat(file.fileno()).st_mtime > QUIET_SECONDS
+    return locked is False or (locked is None and not quiet)
+
+
+def _in_use(journal: Path) -> bool:
+    with journal.open("r+b") as file:
+        return _written_to(file)
+
+
 def _seal_one(journal: Path, info: SessionInfo, manifest: Manifest, report: SealReport) -> None:
     seq = int(journal.stem.split("-")[1])
     listed = manifest.entries.get(seq)
     try:
         with journal.open("r+b") as file:
-            locked = lock(file.fileno())
             size = os.fstat(file.fileno()).st_size
-            quiet = time.time() - os.fstat(file.fileno()).st_mtime > QUIET_SECONDS
-            if locked is False or (locked is None and not quiet):
+            if _written_to(file):
                 report.skipped.append(SkippedJournal(str(journal), "in_use", "its writer is alive"))
                 return
             if manifest.closed is None:
