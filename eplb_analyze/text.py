@@ -52,7 +52,7 @@ def milliseconds(
         return "–"
     bounds = [] if low is None or high is None else [low, high]
     largest = max(abs(number) for number in (value, *bounds))
-    digits = (1 if bounds else 2) - _exponent(largest)
+    digits = (1 if bounds or largest < 1 else 2) - _exponent(largest)
     if bounds and bounds[0] < bounds[1]:
         digits = max(digits, -_exponent(bounds[1] - bounds[0]))
     digits = min(max(0, digits), 4)

@@ -271,7 +271,7 @@ def _unexplained(a: RunCost, b: RunCost) -> str:
     if a.used and b.used and not a.used.keys() & b.used.keys():
         return "the runs have no phase in common"
     return "; ".join(
-        f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.ms_per_step
+        f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.prices or not cost.ms_per_step
     )
 
 

@@ -26,7 +26,7 @@ from eplb_analyze.metrics.cost import (
     fit,
 )
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import milliseconds
+from eplb_analyze.text import milliseconds, plural
 from eplb_dump.format.journal import Int64
 
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
@@ -36,6 +36,15 @@ TOKENS_PER_SLOT = (32, 256)
 FLAT = 0.02
 #: Around a step with a new placement this many steps are left out.
 PAUSE_STEPS = 1
+
+
+#: What step times are, by basis.
+TIMES = {
+    "engine": "the engine's step times",
+    "device": "times on the device",
+    "host": "times between steps",
+    "kernel_times": "published kernel times of DeepSeek-V3 in fp8, not of this run",
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,13 @@ class RunCost(Report):
     phases: dict[str, PhaseCost]
     prices: dict[str, Cost] = field(default_factory=dict, repr=False)
     used: dict[str, UsedSteps] = field(default_factory=dict, repr=False)
+
+    @property
+    def evidence(self) -> str:
+        """What the cost was fitted to, in words."""
+        steps = sum(phase.steps for phase in self.phases.values())
+        text = f"by {TIMES.get(self.basis, self.basis)}, {self.steps_used:,} of {plural(steps, 'step')}"
+        return text if self.r2 is None else f"{text}, R² {self.r2:.2f}"
 
     def price(self, excess: Mapping[str, tuple[int, Excess]]) -> Interval | None:
         """ms per step of an imbalance, or of the difference of two, over the phases whose price is known.

@@ -83,7 +83,7 @@ def report_document(
     summary = summarize(run, steps)
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None
     early = not_due(run) if acted is False else None
-    changes = rearrangement_report(run, steps)
+    changes = rearrangement_report(run, steps, cost=summary.cost if steps is None else None)
     notes = list(changes.notes)
     figures: dict[str, Any] = {}
     packed: dict[str, Any] | None = None
@@ -118,6 +118,8 @@ def report_document(
         "banners": banners(summary, acted, early),
         "not_due": early,
         "words": sentences.sentences(summary, experts, changes, acted, early),
+        "tokens": sentences.tokens(summary),
+        "cost": sentences.cost(summary),
         "summary": summary.to_json(),
         "incomplete": incomplete(summary) if summary.steps.incomplete_share else None,
         "gaps": summary.steps.gaps[:10],
@@ -138,7 +140,6 @@ def report_document(
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "redacted": redact,
         "top": top,
-        "tokens": sentences.TOKENS,
         "meanings": sentences.meanings(bursts=experts is not None and sentences.tells_bursts(experts)),
         "loads": packed,
     }

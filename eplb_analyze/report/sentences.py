@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
+from eplb_analyze.analysis.cost import PhaseCost
 from eplb_analyze.analysis.experts import ExpertReport
 from eplb_analyze.analysis.rearrangements import RearrangementReport
 from eplb_analyze.analysis.summary import OTHER_FORMULAS, Summary
+from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run_info import RunInfo
-from eplb_analyze.text import clock_time, figure, percent, plural, signed
+from eplb_analyze.text import clock_time, figure, milliseconds, percent, plural, signed
 
-TOKENS = (
-    "All figures count tokens, not milliseconds: what they say of time is true as far as a rank's time is "
-    "proportional to its tokens."
-)
+
+def tokens(summary: Summary) -> str:
+    """What the other figures say of time."""
+    if summary.cost.ms_per_step is None:
+        return f"All figures count tokens, not milliseconds; the cost of imbalance is {summary.cost.message}."
+    return "All other figures count tokens, not milliseconds."
+
+
+def cost(summary: Summary) -> dict[str, Any]:
+    """What imbalance cost, as the page shows it: ``tile`` (value, text), ``text``, ``rows`` by phase."""
+    found = summary.cost
+    ms, share = found.ms_per_step, found.share_of_step
+    if ms is None:
+        tile, text = ["not measured", found.message.partition(": ")[2]], _cost(summary)
+    elif share is None:
+        value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
+        tile, text = [value, f"({bounds} estimated from kernel times, not measured"], _cost(summary)
+    else:
+        of = f"of each {milliseconds(ms.high / share.high if share.high else found.step_ms_p50)} step"
+        value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
+        tile = [value, f"{of}, {percent(share.estimate)} (95 % CI {bounds}"]
+        if found.status is not CostStatus.MEASURED:
+            tile = ["none", f"that can be measured: at most {milliseconds(ms.high)} {of}"]
+        text = (
+            f"{_cost(summary)} Step time p50 {milliseconds(found.step_ms_p50)}, p95 "
+            f"{milliseconds(found.step_ms_p95)}; {found.evidence}. Left out: "
+            f"{plural(found.idle_gaps, 'idle gap')}, {plural(found.pauses, 'step')} at rearrangements."
+        )
+    return {"tile": tile, "text": text, "rows": [_phase(*item) for item in found.phases.items()]}
+
+
+def _phase(name: str, cost: PhaseCost) -> list[str]:
+    ms, share = cost.ms_per_step, cost.share_of_step
+    known = "–" if ms is None else milliseconds(ms.estimate, ms.low, ms.high)
+    if ms is not None and cost.status is not CostStatus.MEASURED:
+        known = f"none measurable (≤ {milliseconds(ms.high)})"
+    part = percent(share.estimate if share and cost.status is CostStatus.MEASURED else None)
+    why = cost.regime or cost.message
+    return [name, f"{cost.steps:,}", milliseconds(cost.step_ms), known, part, figure(cost.r2, 2), why]
 
 
 def shape(info: RunInfo) -> str:
@@ -46,7 +84,7 @@ def sentences(
     if summary.spreads["balancedness"].mean is None:
         what = "No complete step has a token" if summary.configurations else "No step is complete"
         return [f"{what}, so there are no figures."]
-    parts = [_balancedness(summary), _idle(summary), _costliest(summary), _hottest(summary)]
+    parts = [_balancedness(summary), _cost(summary), _idle(summary), _costliest(summary), _hottest(summary)]
     if experts is not None:
         parts.append(_replication(experts))
     parts.append(_changes(changes, acted, not_due))
@@ -63,8 +101,17 @@ def _balancedness(summary: Summary) -> str:
     )
 
 
+def _cost(summary: Summary) -> str:
+    found = summary.cost.message
+    return (
+        f"{found[0].upper()}{found[1:]}."
+        if summary.cost.ms_per_step
+        else f"What imbalance cost in time is {found}."
+    )
+
+
 def _idle(summary: Summary) -> str:
-    text = f"{percent(summary.idle_fraction)} of rank time went to waiting for the slowest rank"
+    text = f"The mean rank had {percent(summary.idle_fraction)} fewer tokens than the slowest"
     loss = summary.loss
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return f"{text}."
@@ -84,7 +131,7 @@ def _costliest(summary: Summary) -> str:
     last = _last_configuration(summary)
     who = f"In {last} rank" if last else "Rank"
     return (
-        f"{who} {rank.rank} cost most: {percent(rank.share, 0)} of all loss was laid at its door. The "
+        f"{who} {rank.rank} had most excess tokens, {percent(rank.share, 0)} of all. The "
         f"costliest stretch is layer {worst.layer} on rank {worst.rank}, "
         f"{_steps(worst.first_step, worst.last_step)}, with {percent(worst.share)} of it."
     )
@@ -191,15 +238,22 @@ _MEANINGS = (
     (
         "idle fraction",
         "1 − Σ mean_r T / Σ max_r T over steps and layers",
-        "The share of rank time lost to waiting for the slowest rank, if time is proportional to tokens. "
-        "It is not measured time.",
+        "By how much less the mean rank has to do than the slowest, in tokens. It is not time: a step may "
+        "take as long with a tenth of the tokens.",
+    ),
+    (
+        "cost of imbalance",
+        "Σ over layers of (max_r − mean_r) of a · active experts + b · tokens",
+        "What a perfect balance of the same loads would save in each step, in ms. The times a and b are "
+        "fitted to the recorded step times; idle gaps and steps at rearrangements are left out. The interval "
+        "is of 95 %; if it contains 0, no cost can be measured.",
     ),
     (
         "loss, excess tokens",
         "max_r T − mean_r T",
-        "In a step and layer all ranks wait for the slowest, and so many tokens are lost; they are laid at "
-        "that rank's door (of several the first). What remains where loads are summed over 128 steps is "
-        "persistent, and a better placement could remove at most that; the rest is chance within a step.",
+        "In a step and layer all ranks wait for the slowest, which has so many tokens more than the mean; "
+        "they are attributed to that rank (of several the first). What remains where loads are summed over "
+        "128 steps is persistent, and a better placement could remove at most that; the rest is chance.",
     ),
     (
         "× mean",

@@ -182,7 +182,10 @@ def test_it_loads_and_shows_what_the_document_says(opened: Opened, dump: Path) -
     assert "run monday · example" in page.inner_text("#subtitle")
     assert f"{summary.spreads['balancedness'].mean:.3f}" in page.inner_text("#tiles")
     assert f"{100 * (summary.idle_fraction or 0):.1f}{NO_BREAK}%" in page.inner_text("#tiles")
-    assert page.locator("#words li").count() == 6
+    assert page.locator("#words li").count() == 7
+    cost = page.inner_text("#cost-text").replace(NO_BREAK, " ")
+    assert summary.cost.message.removeprefix("imbalance ") in cost
+    assert page.locator("#cost-table tbody tr").count() == len(summary.cost.phases)
     assert page.locator("#meanings dt").count() == page.locator("#meanings dd").count() > 8
     for chart in ("#timeline", "#ranks-map", "#experts-map", "#layer-map"):
         colours = page.evaluate(

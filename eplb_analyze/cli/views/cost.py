@@ -13,13 +13,6 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.cost import PhaseCost, RunCost
 
 STYLES = {"measured": "bold red", "no_measurable_cost": "bold green", "not_identifiable": "bold yellow"}
-#: What step times are, by basis.
-TIMES = {
-    "engine": "the engine's step times",
-    "device": "times on the device",
-    "host": "times between steps",
-    "kernel_times": "published kernel times of DeepSeek-V3 in fp8, not of this run",
-}
 #: Phases with a smaller share of the steps are only counted, unless their cost is known.
 SMALL_PHASE = 0.05
 
@@ -38,10 +31,9 @@ def render(console: Console, cost: RunCost) -> None:
     for name, phase in shown.items():
         _phase(console, phase, f"{clean(name)}: " if len(shown) > 1 else "")
     rest = steps - sum(phase.steps for phase in shown.values())
-    parts = [f"by {TIMES[cost.basis]}, {cost.steps_used:,} of {plural(steps, 'step')}"]
-    parts += [] if cost.r2 is None else [f"R² {cost.r2:.2f}"]
-    parts += [f"{plural(rest, 'step')} of rare phases not measured"] if rest else []
-    print_line(console, (", ".join(parts), "dim"))
+    print_line(console, (cost.evidence, "dim"))
+    if rest:
+        print_line(console, (f"and {plural(rest, 'step')} of rare phases, not measured", "dim"))
 
 
 def _phase(console: Console, phase: PhaseCost, prefix: str) -> None:

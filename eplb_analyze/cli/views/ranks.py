@@ -23,7 +23,7 @@ def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
     costliest = sorted(members, key=lambda m: (-m.excess_tokens, m.number))
     worst = costliest[0]
     idle = percent(report.idle_fraction)
-    console.print(f"idle {idle} of rank time (if time is proportional to tokens)")
+    console.print(f"idle {idle} by tokens; `summary` shows what imbalance cost in time")
     if report.loss_tokens:
         share, often = percent(worst.excess_share), percent(worst.slowest_share)
         text = (

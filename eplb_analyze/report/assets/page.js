@@ -8,7 +8,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
 /* A text with no line break between a figure and its unit. */
-const glued = (text) => String(text).replace(/(\d) (?=[%×]|(?:s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
+const glued = (text) => String(text).replace(/(\d) (?=[%×]|(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
 
 const say = (id, text) => void (byId(id).textContent = glued(text));
 
@@ -122,18 +122,18 @@ function header() {
 }
 
 function tiles() {
-  const { summary } = report, s = summary.balancedness, i = summary.imbalance, { steps: seen } = summary;
+  const { summary } = report, s = summary.balancedness, { steps: seen } = summary;
   const verdicts = {};
   for (const row of report.rearrangements.rearrangements) verdicts[row.verdict] = (verdicts[row.verdict] || 0) + 1;
   const told = Object.entries(verdicts).sort((a, b) => b[1] - a[1]).map(([verdict, n]) => `${n} ${verdict}`);
   const lost = summary.loss && summary.loss.persistent_share;
-  const last = summary.hot_experts_steps, idle = summary.configurations.length > 1 ? `the idle time in steps ${steps(...last)}` : "it";
+  const last = summary.hot_experts_steps, excess = `the excess${summary.configurations.length > 1 ? ` in steps ${steps(...last)}` : ""}`;
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
   const much = report.banners.some((text) => text.startsWith("INCOMPLETE"));
   const all = [
+    ["cost of imbalance", ...report.cost.tile],
     ["balancedness", figure(s.mean), s.mean === null ? (seen.recorded ? "no complete step has a token" : "no complete step") : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
-    ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "of rank time" : `at most ${percent(lost, 0)} of ${idle} a better placement could remove`],
-    ["imbalance, max / mean", figure(i.mean), i.mean === null ? "" : `p95 ${figure(i.p95)}, worst ${figure(i.max)} at step ${i.max_step}`],
+    ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "by tokens, not by time" : `by tokens; a better placement could remove at most ${percent(lost, 0)} of ${excess}`],
     ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ") || (report.not_due ? "none was due" : "")],
     ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, much],
     ["ranks that wrote", `${summary.ranks.present} of ${summary.ranks.expected}`, summary.ranks.missing.length ? `missing: ${ranksNamed(summary.ranks.missing)}` : `scope ${summary.run.scope}`, summary.ranks.missing.length > 0],
@@ -143,6 +143,14 @@ function tiles() {
       element("div", { text: name, className: "muted small" }),
       element("div", { text: value, className: "value" }),
       element("div", { text, className: "muted small" }))));
+}
+
+function cost() {
+  byId("cost").hidden = report.summary.idle_fraction === null;
+  say("cost-text", report.cost.text);
+  if (report.cost.rows.length)
+    fill(byId("cost-table"), ["<phase", "steps", "median step", "cost per step", "of step time", "R²", "<"],
+      report.cost.rows.map((cells) => ({ cells })));
 }
 
 function completeness() {
@@ -439,7 +447,7 @@ function drawLost() {
   byId("lost").hidden = !summary.layers.length;
   if (!summary.layers.length) return;
   const top = report.top;
-  say("lost-text", "In a step and layer all ranks wait for the slowest: max − mean tokens are lost, laid at that rank's door. If time is proportional to tokens.");
+  say("lost-text", "In a step and layer all ranks wait for the slowest; its tokens above the mean are excess tokens, attributed to that rank.");
   const part = (title, table) => element("div", {}, element("h3", { text: title }), element("div", { className: "scroll" }, table));
   const worst = [...summary.layers].filter((l) => l.balancedness !== null).sort((a, b) => a.balancedness - b.balancedness || a.layer - b.layer);
   const parts = [part(`Worst layers (${Math.min(top, worst.length)} of ${worst.length})`,
@@ -576,6 +584,7 @@ async function start() {
   setTheme();
   header();
   tiles();
+  cost();
   completeness();
   meanings();
   drawRearrangements();

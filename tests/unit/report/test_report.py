@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 import report_dump as planted
 from helpers import ROOT, assert_golden, cli, one_error, write
+from timed_run import write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.rearrangements import Verdict
+from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.errors import Finding
 from eplb_analyze.replay.settings import why_not_due
 from eplb_analyze.report import sentences
@@ -538,3 +540,22 @@ def test_every_verdict_has_a_sentence(tmp_path: Path) -> None:
     out = cli("report", "--to", tmp_path / "page.html", tmp_path / "dump")
     assert out.returncode == 0, out.stderr
     assert "helped at first, until the load drifted" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(("price", "value"), [(0.02, " ms"), (0.0, "none")])
+def test_cost_section_says_what_summary_says(tmp_path: Path, price: float, value: str) -> None:
+    write_timed(tmp_path, price, phases=("decode", "prefill"))
+    cost = summarize(open_run(tmp_path)).cost
+    told = report_document(open_run(tmp_path)).document["cost"]
+    assert value in told["tile"][0]
+    assert cost.message[1:] in told["text"]
+    assert [row[0] for row in told["rows"]] == ["decode", "prefill"]
+    assert [row[1] for row in told["rows"]] == ["200", "200"]
+
+
+def test_cost_that_cannot_be_measured_is_no_figure(tmp_path: Path) -> None:
+    write_timed(tmp_path, 0.02, steps=60)
+    document = report_document(open_run(tmp_path)).document
+    assert document["cost"]["tile"][0] == "not measured"
+    assert "not measurable in this run" in document["cost"]["text"]
+    assert "not measurable in this run" in document["tokens"]
