@@ -270,9 +270,8 @@ def _step_times(a: RunCost, b: RunCost) -> list[StepTime]:
 def _unexplained(a: RunCost, b: RunCost) -> str:
     if a.used and b.used and not a.used.keys() & b.used.keys():
         return "the runs have no phase in common"
-    return "; ".join(
-        f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.prices or not cost.ms_per_step
-    )
+    reasons = [f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.prices]
+    return "; ".join(reasons) or "what imbalance costs is not known in these phases"
 
 
 def _reasons(a: _Reading, b: _Reading) -> Iterator[str]:
