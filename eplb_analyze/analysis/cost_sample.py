@@ -69,7 +69,7 @@ class CostSample:
         step: int64 ``[n]``, complete steps, ascending.
         since_last, until_next: float64 ``[n]``, ms between the step and its neighbors; NaN if unknown.
         step_ms, device_ms: float64 ``[n]``, what the engine and the device recorded; NaN if unknown.
-        num_tokens: int64 ``[n]``; -1 if unknown.
+        num_tokens: int64 ``[n]``, each token once; -1 if unknown.
         work: of these steps.
         per_slot: float64 ``[n]``, the mean tokens of a slot.
         phase: of each step, as the engine named it, or None.
@@ -108,7 +108,7 @@ class CostSample:
                 np.append(apart, np.nan)[chosen],
                 block.step_ms[chosen],
                 block.device_ms[chosen],
-                block.num_tokens[chosen],
+                block.num_tokens[chosen] // run.info.num_tokens_replication,
                 work,
                 work.tokens / (block.shape.num_moe_layers * block.shape.slots_per_rank),
                 [block.phases[code] if code >= 0 else None for code in block.phase[chosen].tolist()],

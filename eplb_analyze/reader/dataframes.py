@@ -44,12 +44,12 @@ _SPREAD_SCHEMA: dict[str, Any] = {
 }
 
 
-def steps(blocks: Iterable[Block]) -> pl.DataFrame:
-    parts = [_steps(block) for block in blocks]
+def steps(blocks: Iterable[Block], token_replication: int) -> pl.DataFrame:
+    parts = [_steps(block, token_replication) for block in blocks]
     return pl.concat(parts) if parts else pl.DataFrame(schema=_STEPS_SCHEMA)
 
 
-def _steps(block: Block) -> pl.DataFrame:
+def _steps(block: Block, token_replication: int) -> pl.DataFrame:
     labels = np.array([*STATUS_LABELS, StepState.INCOMPLETE.label], object)
     phases = np.array([*block.phases, None], object)
     return pl.DataFrame(
@@ -58,7 +58,7 @@ def _steps(block: Block) -> pl.DataFrame:
             "state": labels[block.state].tolist(),
             "ranks_recorded": (block.status == StepState.RECORDED).sum(axis=0).astype(np.int32),
             "time": pl.Series(block.time_ns).cast(pl.Datetime("ns", "UTC")),
-            "num_tokens": np.where(block.num_tokens >= 0, block.num_tokens, -1),
+            "num_tokens": block.num_tokens // token_replication,  # -1 stays
             "phase": phases[block.phase].tolist(),
             "step_ms": pl.Series(block.step_ms, nan_to_null=True),
             "device_ms": pl.Series(block.device_ms, nan_to_null=True),

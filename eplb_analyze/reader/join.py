@@ -20,6 +20,8 @@ MAX_BLOCK_STEPS = 4096
 
 
 ABSENT = 255
+#: The phase of a step that ranks are in with different ones.
+MIXED = "mixed"
 
 
 #: Which of several rows for one step counts: recorded before dummy before any other.
@@ -162,7 +164,7 @@ def join_rows(
     time_ns, clock_ns = np.zeros(n, np.int64), np.zeros(n, np.int64)
     num_tokens = np.full((len(ranks), n), -1, np.int64)
     durations = np.full((len(DURATIONS), len(ranks), n), np.nan, np.float32)
-    phase = np.full(n, -1, np.int64)
+    phase = np.full((len(ranks), n), -1, np.int64)
     phases: list[str] = []
     shape_of = np.full((len(ranks), n), -1, np.int32)
     shapes: list[Shape] = []
@@ -187,7 +189,8 @@ def join_rows(
                 durations[column, row, at] = getattr(rows, name)[chosen]
             time_ns[at] = rows.time_ns[chosen]
             clock_ns[at] = rows.monotonic_ns[chosen] + part.clock_offset_ns
-            phase[at] = np.where(rows.phase[chosen] >= 0, phase_code[rows.phase[chosen]], phase[at])
+            named = rows.phase[chosen] >= 0
+            phase[row, at[named]] = phase_code[rows.phase[chosen][named]]
         if part.shape is not None:
             if part.shape not in shapes:
                 shapes.append(part.shape)
@@ -202,8 +205,19 @@ def join_rows(
     step_ms, device_ms = np.fmax.reduce(durations, axis=1, where=status == Status.RECORDED, initial=np.nan)
     return JoinedRows(
         step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total,
-        step_ms.astype(np.float64), device_ms.astype(np.float64), phase, phases,
+        step_ms.astype(np.float64), device_ms.astype(np.float64), _phase(phase, phases), phases,
     )  # fmt: skip
+
+
+def _phase(of_rank: Int64, phases: list[str]) -> Int64:
+    """Each step's index into ``phases``, from its ranks' ``[R, S]``; that of ``MIXED`` if they differ."""
+    phase: Int64 = of_rank.max(axis=0, initial=-1)
+    mixed = (of_rank != phase) & (of_rank >= 0)
+    if mixed.any():
+        if MIXED not in phases:
+            phases.append(MIXED)
+        phase[mixed.any(axis=0)] = phases.index(MIXED)
+    return phase
 
 
 def _total_tokens(status: Status8, num_tokens: Int64, scope: Scope) -> Int64:

@@ -350,12 +350,15 @@ class Run:
         """One row per seen step: step, state, ranks_recorded, time, num_tokens, phase, step_ms, device_ms.
 
         ``state`` is that of the whole run: recorded, dummy, not_sampled, dropped, rejected or
-        incomplete. ``num_tokens`` is the sum over the ranks that recorded it; null unless each states it.
-        ``step_ms`` and ``device_ms`` are the largest of them.
+        incomplete. ``num_tokens`` is the sum over the ranks that recorded it, each token once; null
+        unless each states it. ``phase`` is "mixed" if they are in different ones. ``step_ms`` and
+        ``device_ms`` are the largest of them.
         """
         from eplb_analyze.reader import dataframes
 
-        return self.retry_without_damaged(lambda: dataframes.steps(self.blocks(steps)))
+        return self.retry_without_damaged(
+            lambda: dataframes.steps(self.blocks(steps), self.info.num_tokens_replication)
+        )
 
     def loads(
         self,

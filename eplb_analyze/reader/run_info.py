@@ -10,7 +10,7 @@ from eplb_analyze.reader.discovery import Session
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape
-from eplb_dump.format.schema import FORMAT_NAME
+from eplb_dump.format.schema import FORMAT_NAME, Scope
 from eplb_dump.format.session import Origin
 
 
@@ -34,6 +34,11 @@ class RunInfo:
     created_unix_ns: int
     #: Where an imported run came from, with all files; None if it was recorded.
     origin: Origin | None = None
+
+    @property
+    def num_tokens_replication(self) -> int:
+        """How often the sum of what the ranks state as ``num_tokens`` counts a token."""
+        return 1 if self.scope == Scope.GLOBAL else self.token_replication
 
     @property
     def timed(self) -> bool:

@@ -50,6 +50,17 @@ _PARALLEL_ARGUMENTS = (
     "nnodes",
 )
 
+#: SGLang's forward modes in the words that all engines share; others as SGLang calls them. With speculative
+#: decoding, the target model's decodes verify drafts. An idle rank takes part in the phase of the others.
+_PHASES = {
+    "EXTEND": "prefill",
+    "SPLIT_PREFILL": "prefill",
+    "DECODE": "decode",
+    "TARGET_VERIFY": "decode",
+    "MIXED": "mixed",
+    "IDLE": None,
+}
+
 #: By model. SGLang creates a new recorder when elastic EP changes the ranks; the writer stays.
 _writers: dict[str, ExpertLoadWriter] = {}
 #: Whether the current pass is a draft model's, which uses the same recorder.
@@ -113,10 +124,27 @@ def _attach(recorder: Any, settings: Settings) -> None:
         raise NotImplementedError("several processes of one EP rank see different tokens")
     if parallel.moe_tp_rank > 0:
         return  # the same tokens as on moe_tp_rank 0
-    recording = _Recording(recorder)
+    recording = _Recording(recorder, _token_counter(scattered))
     recording.attach(_open_writer(recorder, settings, recording.layers, scattered))
     if context.get_spec().speculative_algorithm is not None:
         _watch_for_drafts()
+
+
+def _token_counter(scattered: bool) -> Callable[[Any], int | None]:
+    """What tells from a ForwardBatch how many tokens this rank counts, without padding; None: not known."""
+    from sglang.srt import runtime_context as context
+
+    parallel = context.get_parallel()
+    if parallel.attn_cp_size > 1 or (scattered and parallel.attn_tp_size > 1):
+        return lambda batch: None  # split into parts of the padded tokens
+    if scattered or parallel.attn_dp_size == 1:
+        return lambda batch: batch.global_num_token_non_padded_cpu
+
+    def gathered(batch: Any) -> int | None:
+        of_ranks = batch.global_num_tokens_cpu
+        return sum(of_ranks) if of_ranks is not None and len(of_ranks) == parallel.attn_dp_size else None
+
+    return gathered
 
 
 def _open_writer(
@@ -206,8 +234,11 @@ def _watch_for_drafts() -> None:
 class _Recording:
     """Connects one of SGLang's recorders to a writer."""
 
-    def __init__(self, recorder: Any) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Any, count_tokens: Callable[[Any], int | None]) -> None:
+        self._recorder, self._count_tokens = recorder, count_tokens
+        #: Of the pass that runs, where known.
+        self._phase: str | None = None
+        self._tokens: int | None = None
         self._accumulator = recorder._accumulator
         # Read here, so that a missing attribute is found before anything is changed.
         self._start = recorder._on_forward_pass_start
@@ -237,7 +268,17 @@ class _Recording:
         self._drafting = _drafting
         if self._writer is not None and not self._drafting:
             self._recorder._recording = True
+            self._describe(*args, **kwargs)
         self._start(*args, **kwargs)
+
+    def _describe(self, forward_batch: Any) -> None:
+        self._phase = self._tokens = None
+        try:
+            mode = forward_batch.forward_mode.name
+            self._phase = _PHASES.get(mode, mode.lower())
+            self._tokens = self._count_tokens(forward_batch)
+        except Exception as error:
+            warn_once(logger, f"phases or tokens of steps are not recorded: {type(error).__name__}: {error}")
 
     def _on_end(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -270,6 +311,8 @@ class _Recording:
             None,
             single_pass_data["global_physical_count"][self._rows],
             metadata.physical_to_logical_map[self._rows],
+            self._tokens,
+            self._phase,
             ep_size=metadata.ep_size,
         )
 

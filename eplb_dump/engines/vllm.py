@@ -14,21 +14,19 @@ import importlib.abc
 import importlib.util
 import inspect
 import itertools
-import logging
 import re
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from eplb_dump.engines.common import START_KEY, Settings, agree_on_start, read_from_store, warn_once
+from eplb_dump.engines.vllm_pass import RUNNERS, CurrentPass, logger, version, watch_runner
 
 if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
-
-logger = logging.getLogger("vllm.eplb_dump")  # below vLLM's own logger, so that its handler shows it
 
 _MODULE = "vllm.distributed.eplb.eplb_state"
 #: What the plugin relies on; if any is missing, this vLLM version is not supported and recording is off.
@@ -42,42 +40,43 @@ def register() -> None:
         settings = Settings.from_environment()
         if settings is None or any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
             return
-        if _MODULE in sys.modules:
-            _install(sys.modules[_MODULE], settings)
-        else:
-            # Do not import it here: processes without experts do not need it.
-            sys.meta_path.insert(0, _AfterImport(settings))
+        hooks: dict[str, Callable[[Any], None]] = dict.fromkeys(RUNNERS, watch_runner)
+        hooks[_MODULE] = lambda module: _install(module, settings)
+        # Do not import them here: processes without experts do not need them.
+        sys.meta_path.insert(0, _AfterImport(hooks))
+        for name in hooks.keys() & sys.modules.keys():
+            hooks[name](sys.modules[name])
     except Exception as error:  # an exception from a plugin ends vLLM
         warn_once(logger, f"expert-load recording is off: {error}")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets one module be imported as usual, and hooks into it right after that.
+    """Lets modules be imported as usual, and calls a hook right after that.
 
     It stays in ``sys.meta_path``: other threads may be iterating over that list, and a failed import
     may be tried again.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._searching = False
+    def __init__(self, hooks: dict[str, Callable[[Any], None]]) -> None:
+        self._hooks = hooks
+        self._searching: set[str] = set()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if name != _MODULE or self._searching:
+        if name not in self._hooks or name in self._searching:
             return None
-        self._searching = True  # safe, as the import system holds this module's lock
+        self._searching.add(name)  # safe, as the import system holds this module's lock
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._searching = False
+            self._searching.discard(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_install(module: ModuleType) -> None:
+            def execute_and_hook(module: ModuleType) -> None:
                 execute(module)
-                _install(module, self._settings)
+                self._hooks[name](module)
 
-            spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_hook  # type: ignore[method-assign]
         return spec
 
 
@@ -99,20 +98,37 @@ def _install(module: Any, settings: Settings) -> None:
         if not known:
             raise AttributeError("its EPLB state has another shape")
     except (AttributeError, TypeError, ValueError) as error:
-        warn_once(logger, f"expert-load recording is off: vLLM {_version()} is not known ({error})")
+        warn_once(logger, f"expert-load recording is off: vLLM {version()} is not known ({error})")
         return
+
+    def recorder_of(self: Any) -> _Recorder:
+        found: _Recorder | None = self.__dict__.get("eplb_dump")
+        if found is None:
+            found = self.__dict__["eplb_dump"] = _Recorder(self, module, settings)
+        return found
 
     @functools.wraps(original)
     def step(self: Any, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
-        recorder = self.__dict__.get("eplb_dump")
-        if recorder is None:
-            recorder = self.__dict__["eplb_dump"] = _Recorder(self, module, settings)
+        recorder = recorder_of(self)
         recorder.guard(recorder.before, is_dummy, is_profile, log_stats)
         original(self, is_dummy, is_profile, log_stats)
         recorder.guard(recorder.after, is_dummy, is_profile, log_stats)
 
-    step.eplb_dump = True  # type: ignore[attr-defined]
+    step.eplb_dump = recorder_of  # type: ignore[attr-defined]
     state.step = step
+    prepare = getattr(state, "prepare_forward", None)
+    if prepare is None:
+        return
+
+    @functools.wraps(prepare)
+    def prepare_forward(
+        self: Any, model_config: Any, num_unpadded_tokens: int, *more: Any, **named: Any
+    ) -> None:
+        recorder = recorder_of(self)
+        recorder.current.note(recorder.forward, model_config, num_unpadded_tokens)
+        prepare(self, model_config, num_unpadded_tokens, *more, **named)
+
+    state.prepare_forward = prepare_forward
 
 
 @dataclasses.dataclass
@@ -147,6 +163,7 @@ class _Recorder:
         self.state = state
         self._module = module
         self._settings = settings
+        self.current = CurrentPass()
         self._off = False
         self._models: dict[str, _Model] = {}
         #: EP rank and size that the writers were opened for; elastic EP changes both.
@@ -170,8 +187,12 @@ class _Recorder:
             part(*arguments)
         except Exception as error:
             self._off = True
-            text = f"expert-load recording is off, vLLM {_version()} goes on: {type(error).__name__}: {error}"
+            text = f"expert-load recording is off, vLLM {version()} goes on: {type(error).__name__}: {error}"
             warn_once(logger, text)
+
+    def forward(self, model_config: Any, num_unpadded_tokens: int) -> None:
+        """A model begins its forward pass."""
+        self.current.begins(model_config, num_unpadded_tokens)
 
     def before(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Record what this rank routed in the pass that ends here."""
@@ -188,15 +209,19 @@ class _Recorder:
         if place != self._position or self._models.keys() != self.state.model_states.keys():
             self._open_writers(group, place)
         self._vllm_records = self.state._should_record_current_step(log_stats=log_stats)
-        for model in self._models.values():
+        sampled = self._step % self._settings.interval == 0
+        phase = self.current.phase() if sampled and not is_dummy else None
+        # It gives each rank a part of the padded tokens.
+        split = self.state.parallel_config.use_sequence_parallel_moe
+        for name, model in self._models.items():
             if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
-                sampled = self._step % self._settings.interval == 0
                 model.writer.skip("dummy" if sampled else "not_sampled", self._step)
             else:
                 carry, counts = model.current_carry(), model.state.expert_load_pass
                 load = counts if carry is None else counts - carry
                 placement = model.state.physical_to_logical_map
-                model.writer.record(self._step, load, placement, ep_size=place[1])
+                tokens = None if split else self.current.tokens(name)
+                model.writer.record(self._step, load, placement, tokens, phase, ep_size=place[1])
 
     def _restore_counts(self) -> None:
         """Leave ``expert_load_pass`` as it would be without the plugin."""
@@ -211,6 +236,7 @@ class _Recorder:
 
     def after(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Make the router count in the next step, if vLLM would not."""
+        self.current.clear()
         for model in self._models.values():
             if is_dummy or (self._vllm_records and not is_profile):
                 model.carry = None
@@ -277,7 +303,7 @@ class _Recorder:
             moe_layers=_layer_numbers(state.model),
             ranks_per_node=place[1] // nodes if place[1] % nodes == 0 else None,
             engine="vllm",
-            engine_version=_version(),
+            engine_version=version(),
             engine_config={
                 "eplb_config": {
                     name: value
@@ -320,10 +346,6 @@ def _pipeline_stage(config: Any) -> int | None:
     from vllm.distributed.parallel_state import get_pp_group
 
     return int(get_pp_group().rank_in_group)
-
-
-def _version() -> str:
-    return str(getattr(sys.modules.get("vllm"), "__version__", "of unknown version"))
 
 
 def _store_of(group: Any) -> Any:

@@ -27,7 +27,9 @@ MODULES = {
         "vllm.distributed.eplb.eplb_state",
         "vllm.distributed.device_communicators.cpu_communicator",
         "vllm.plugins",
+        "vllm.v1.core.sched.async_scheduler",
         "vllm.v1.executor",
+        "vllm.v1.worker.gpu_model_runner",  # but not V2's, so that the plugin sees it imported
         "pyarrow.parquet",
     ],
     "sglang": [

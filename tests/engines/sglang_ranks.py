@@ -2,7 +2,8 @@
 
 ``python sglang_ranks.py OUT RANKS SCENARIO`` in an environment that has SGLang. Real are the plugins'
 loader, ServerArgs and the published context, ExpertLocationMetadata, the recorder, gloo, and
-ModelRunner.forward down to where it would run the model; the routing is made up and saved as the truth.
+ModelRunner.forward of a ForwardBatch down to where it would run the model; the batches and the routing are
+made up and saved as the truth.
 Needs neither a GPU nor weights, so what SGLang expects of those is stood in for below.
 """
 
@@ -71,7 +72,7 @@ class Rank:
 
     def __init__(self, out: Path, rank: int, ranks: int, messages: Messages, **arguments: Any) -> None:
         from sglang.srt.eplb import expert_distribution, expert_location
-        from sglang.srt.layers.moe.utils import initialize_moe_config
+        from sglang.srt.layers.moe import utils as moe
         from sglang.srt.model_executor.model_runner import ModelRunner
         from sglang.srt.plugins import load_plugins
         from sglang.srt.runtime_context import SpawnRanks, process_model_config, publish
@@ -97,7 +98,7 @@ class Rank:
             **arguments,
         )
         publish(server, role="scheduler", ranks=SpawnRanks(world_rank=rank))
-        initialize_moe_config()
+        moe.initialize_moe_config()
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=ranks
         )
@@ -107,7 +108,13 @@ class Rank:
         expert_location.set_global_expert_location_metadata(self.metadata)
         self.recorder = expert_distribution.ExpertDistributionRecorder.init_new(self.metadata, rank=rank)
         expert_distribution.set_global_expert_distribution_recorder(self.recorder)
-        self.random = np.random.default_rng([rank, 7])
+        self.scattered = getattr(moe, "is_moe_input_scattered_across_dp_ranks", bool)()
+        # Ranks that count all tokens route them alike.
+        self.random = np.random.default_rng([rank if self.scattered else 0, 7])
+        self.batches = np.random.default_rng(8)  # the same on all ranks
+        self.dp_ranks = arguments.get("dp_size", 1)
+        self.phases: list[str] = []
+        self.tokens: list[int] = []
         self.loads: list[np.ndarray] = []
         self.maps: list[np.ndarray] = []
         self.switch: list[bool] = []
@@ -143,9 +150,9 @@ class Rank:
     def route(self, is_draft: bool = False) -> None:
         """The part of a forward pass that the recorder sees."""
         loads = np.zeros((LAYERS, SLOTS), np.int64)
-        tokens = self.batch.input_ids.shape[0]
         for layer in range(DENSE, LAYERS):
-            slots = self.random.integers(-1, SLOTS, (tokens, self.top_k))  # -1: a padded token
+            slots = self.random.integers(0, SLOTS, (self.routed + 3, self.top_k))
+            slots[self.routed :] = -1  # padded tokens
             loads[layer] = np.bincount(slots[slots >= 0], minlength=SLOTS)
             with self.recorder.with_current_layer(layer):
                 self.recorder.on_select_experts(topk_ids=torch.from_numpy(slots.astype(np.int32)))
@@ -153,17 +160,39 @@ class Rank:
             self.loads.append(loads)
             self.maps.append(self.metadata.physical_to_logical_map.numpy().copy())
 
-    def forward(self, passes: int = 1, *, draft: bool = False) -> None:
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    def choose(self) -> str:
+        """The next pass, as SGLang's scheduler describes it to a rank; its phase."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
-        for _ in range(passes):
-            tokens = int(self.random.integers(1, 20))
-            self.batch = mock.Mock(
-                forward_mode=ForwardMode.DECODE,
-                input_ids=torch.arange(tokens),
-                positions=torch.arange(tokens),
-                extend_seq_lens_cpu=None,
+        modes = ["EXTEND", "DECODE", "MIXED", "TARGET_VERIFY", "SPLIT_PREFILL"]
+        chosen = [modes[self.batches.integers(len(modes))] for _ in range(self.dp_ranks)]
+        counts = self.batches.integers(1, 20, self.dp_ranks)
+        if self.dp_ranks > 1 and self.batches.random() < 0.3:
+            chosen[0], counts[0] = "IDLE", 0
+        own = self.rank * self.dp_ranks // self.ranks
+        tokens, mode = int(counts[own]), chosen[own]
+        self.routed = tokens if self.scattered else int(counts.sum())
+        ids = torch.arange(tokens)
+        self.batch = ForwardBatch(
+            ForwardMode[mode], batch_size=tokens, input_ids=ids, positions=ids, req_pool_indices=ids,
+            seq_lens=ids, out_cache_loc=ids, seq_lens_sum=tokens,
+        )  # fmt: skip
+        self.batch._init_num_token_non_padded(device="cpu", is_draft_worker=False)
+        if self.dp_ranks > 1:
+            everyone = mock.Mock(
+                global_num_tokens=counts.tolist(), global_num_tokens_for_logprob=counts.tolist()
             )
+            self.batch.init_mlp_sync_metadata(everyone, "cpu")
+        return {"SPLIT_PREFILL": "prefill", "EXTEND": "prefill", "MIXED": "mixed", "IDLE": ""}.get(
+            mode, "decode"
+        )
+
+    def forward(self, passes: int = 1, *, draft: bool = False) -> None:
+        for _ in range(passes):
+            phase = self.choose()
+            if not draft:
+                self.phases.append(phase)
+                self.tokens.append(self.routed)
             with torch.inference_mode():  # as the scheduler's event loop does
                 (self.draft_runner if draft else self.runner).forward(self.batch)
             accumulator = getattr(self.recorder, "_accumulator", None)
@@ -174,7 +203,13 @@ class Rank:
                 self.stored.append(accumulator._global_physical_count_of_buffered_step._size)
 
     def save(self) -> None:
-        np.savez(self.out / f"truth-{self.rank}.npz", loads=self.loads, maps=self.maps)
+        np.savez(
+            self.out / f"truth-{self.rank}.npz",
+            loads=self.loads,
+            maps=self.maps,
+            phases=self.phases,
+            tokens=self.tokens,
+        )
         said = {"messages": self.messages.texts, "switch": self.switch, "stored": self.stored}
         (self.out / f"said-{self.rank}.json").write_text(json.dumps(said))
         for writer in open_writers():
@@ -265,6 +300,7 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "off": (simple, {"expert_distribution_recorder_mode": None}),
     "simple": (simple, {}),
     "scattered": (simple, {"moe_a2a_backend": "mooncake"}),
+    "scattered_dp": (simple, {"moe_a2a_backend": "mooncake", "enable_dp_attention": True, "dp_size": 2}),
     "dp_attention": (simple, {"enable_dp_attention": True, "dp_size": 2}),
     "drafts": (with_drafts, {"speculative_algorithm": "NGRAM"}),
     "renamed": (renamed, {"expert_distribution_recorder_mode": "per_pass"}),

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engines import run_in
+from engines import described, run_in
 from helpers import arrays, cli
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.check import check_run
 from eplb_analyze.reader.run import Run
 
 LAYERS, DENSE, LOGICAL, SLOTS = 5, 2, 6, 8
@@ -95,6 +96,18 @@ def assert_exact(ours: Engine) -> None:
         found = run.placement(step)["logical"].to_numpy().reshape(len(MOE_LAYERS), SLOTS)
         assert (found == true[MOE_LAYERS]).all(), step
     assert not run.findings
+    assert_described(ours)
+
+
+def assert_described(ours: Engine, *, tokens: bool = True) -> None:
+    """Every rank's phases and tokens, which agree with its load."""
+    run = ours.dump()
+    for rank in range(ours.ranks):
+        true = arrays(ours.out / f"truth-{rank}.npz")
+        steps = range(0, len(true["phases"]), run.info.interval)
+        stated = {step: (true["phases"][step], true["tokens"][step] if tokens else -1) for step in steps}
+        assert described(run, rank) == stated
+    assert [f for f in check_run(run).findings if f.severity == "error"] == []
 
 
 @pytest.mark.parametrize("mode", ["stat", "per_pass"])
@@ -136,7 +149,9 @@ def test_four_ranks_are_recorded_exactly_and_described(tmp_path: Path) -> None:
     assert start_id
 
 
-@pytest.mark.parametrize(("scenario", "replication"), [("scattered", 1), ("dp_attention", 2)])
+@pytest.mark.parametrize(
+    ("scenario", "replication"), [("scattered", 1), ("scattered_dp", 1), ("dp_attention", 2)]
+)
 def test_how_often_a_token_is_counted(scenario: str, replication: int, tmp_path: Path) -> None:
     ours = engine(tmp_path, scenario, EXPERT_LOAD_DUMP_INTERVAL="2")
     run = ours.dump()
@@ -145,6 +160,8 @@ def test_how_often_a_token_is_counted(scenario: str, replication: int, tmp_path:
     true = ours.truth("loads").sum(0)[::2, MOE_LAYERS] / replication
     found = run.loads()["load"].to_list()
     assert (np.array(found).reshape(true.shape) == true).all()
+    # In a group of attention's tensor parallelism, each rank gets a part of the padded tokens.
+    assert_described(ours, tokens=scenario != "scattered")
 
 
 def test_a_draft_models_passes_are_no_steps(tmp_path: Path) -> None:

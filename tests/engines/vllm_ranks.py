@@ -2,14 +2,16 @@
 
 Runs in the engines' environment: ``python tests/engines/vllm_ranks.py --out FOLDER --world 4 …``. The wheel
 is unmodified, plugins are loaded as vLLM loads them, ``step`` rearranges for real: weights move
-between the ranks and are checked. Faked are only what a machine without a GPU lacks: the model, the
-router's kernel (a torch twin) and three entry points of torch. The truth of each rank stands in
-FOLDER/rank<n>.npz.
+between the ranks and are checked, requests are scheduled by vLLM's scheduler, and the model runner's
+``execute_model`` is entered. Faked are only what a machine without a GPU lacks: the model, which runs in
+place of the rest of ``execute_model``, the router's kernel (a torch twin) and three entry points of torch.
+The truth of each rank stands in FOLDER/rank<n>.npz.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from ranks import await_kill, run_ranks
+from vllm_requests import Pass, Requests
 
 
 def arguments() -> argparse.Namespace:
@@ -28,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     for name, value in {
         "world": 2, "steps": 40, "layers": 4, "draft-layers": 0, "logical": 16, "redundant": 4, "topk": 2,
-        "tokens": 128, "seed": 0, "window": 4, "interval": 10, "log-interval": 1, "kill-at": -1,
+        "seed": 0, "window": 4, "interval": 10, "log-interval": 1, "kill-at": -1,
         "pipeline": 1,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -37,8 +40,11 @@ def arguments() -> argparse.Namespace:
         "--dummies", type=float, default=0.0, help="chance that a rank has no tokens in a step"
     )
     parser.add_argument("--elastic", default="", help="EP sizes from steps on, as in 15:2,30:4")
-    for name in ("async", "no-log", "profile-step", "v2-controller", "without-plugin", "break-vllm"):
+    for name in ("async", "no-log", "profile-step", "v2", "without-plugin", "break-vllm"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--schedule-ahead", action="store_true", help="asynchronous scheduling")
+    parser.add_argument("--speculate", action="store_true", help="with drafts")
+    parser.add_argument("--break-runner", choices=("", "output", "runner"), default="")
     return parser.parse_args()
 
 
@@ -100,6 +106,41 @@ def route(topk_ids: Any, layer_state: Any, tokens: int) -> Any:
     return load
 
 
+class Ran(Exception):
+    """vLLM's execute_model ends here, as the stand-in for its model has run."""
+
+
+def runner(rank: Rank, v2: bool) -> Any:
+    """vLLM's model runner, whose ``execute_model`` calls ``rank.run_models`` before anything else."""
+    from vllm.v1.worker import gpu_model_runner
+
+    if not v2:
+
+        class V1(gpu_model_runner.GPUModelRunner):
+            def __init__(self) -> None: ...
+
+            @property
+            def execute_model_state(self) -> None:
+                rank.run_models()
+                raise Ran
+
+            eplb_state = property(lambda self: rank.state)
+
+        return V1()
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    class V2(GPUModelRunner):
+        def __init__(self) -> None: ...
+
+        def update_pp_decode_requests(self) -> None:
+            rank.run_models()
+            raise Ran
+
+        eplb = property(lambda self: rank.controller)
+
+    return V2()
+
+
 class Rank:
     """One process of the engine."""
 
@@ -158,6 +199,8 @@ class Rank:
         self.slots = args.logical + args.redundant
         self.local = self.slots // ep_size
         self.step_number = -1
+        self.running: Pass | None = None
+        self.saved: dict[str, Any] = {}
         self.logged: list[tuple[Any, ...]] = []
         handler = logging.Handler()
         handler.emit = self._caught  # type: ignore[method-assign]
@@ -168,11 +211,18 @@ class Rank:
         self.models = [self._model("draft", args.draft_layers, "org/draft")] if args.draft_layers else []
         self.models.append(self._model("model", args.layers, "org/main"))
         self.build_state()
+        # The ranks of one tensor-parallel group share their requests.
+        seed = [args.seed, 0 if args.parallel == "tp" else rank + 1]
+        self.own = np.random.default_rng(seed)
+        self.popularity = 1.0 / np.arange(1, args.logical + 1) ** 1.2
+        self.order: dict[str, Any] = {}
+        self.requests = Requests(seed, v2=args.v2, ahead=args.schedule_ahead, drafts=args.speculate)
+        self.runner = runner(self, args.v2)
 
     def build_state(self) -> None:
         import torch
 
-        if self.args.v2_controller:
+        if self.args.v2:
             from vllm.v1.worker.gpu.eplb_utils import EPLBController
 
             self.controller = EPLBController(self.config, torch.device("cpu"))
@@ -287,15 +337,10 @@ class Rank:
     def serve(self) -> dict[str, Any]:
         import torch
 
-        args = self.args
-        # The same on every rank: who is hot, who is idle. Then the rank's own tokens, which the ranks
-        # of one tensor-parallel group share.
+        args, saved = self.args, self.saved
+        # The same on every rank: who is hot, who is idle.
         shared = np.random.default_rng(args.seed)
-        own = np.random.default_rng([args.seed, 0 if args.parallel == "tp" else self.rank + 1])
-        popularity = 1.0 / np.arange(1, args.logical + 1) ** 1.2
         idle = shared.random((args.steps, args.world)) < (args.dummies if args.parallel == "dp" else 0)
-        order = {}
-        saved: dict[str, Any] = {}
         with torch.inference_mode():  # as vLLM's worker
             if args.profile_step:
                 self.state.step(True, True, log_stats=False)
@@ -307,36 +352,52 @@ class Rank:
                     self.resize(self.sizes[step], step)
                 if step % (args.steps // 2) == 0:
                     for name, model, _ in self.models:
-                        order[name] = [shared.permutation(args.logical) for _ in model.moe_layers]
-                dummy = bool(idle[step, self.rank])
-                tokens = 1 if dummy else int(own.integers(args.tokens // 2, args.tokens * 3 // 2))
+                        self.order[name] = [shared.permutation(args.logical) for _ in model.moe_layers]
                 if not self.active:
                     continue
+                dummy = bool(idle[step, self.rank])
                 saved[f"{step}/dummy"] = np.array(dummy)
-                for name, model, config in self.models:
-                    if not dummy:
-                        self.state.prepare_forward(config, tokens)
-                    load = np.zeros((model.num_moe_layers, self.slots), np.int32)
-                    for index, layer in enumerate(model.moe_layers):
-                        keys = np.log(popularity) + own.gumbel(size=(-(-tokens // 64) * 64, args.logical))
-                        ids = order[name][index][np.argsort(-keys, axis=1)[:, : args.topk]]
-                        state = layer.eplb_state
-                        counted = route(
-                            torch.from_numpy(ids), state, int(state.num_unpadded_tokens_tensors[0])
-                        )
-                        if not dummy:
-                            load[index] = counted[: self.slots]
-                    saved[f"{step}/{name}/load"] = load
-                    placement = self.model_state(config).physical_to_logical_map
-                    saved[f"{step}/{name}/placement"] = placement.numpy().astype(np.int32)
+                self.running = None if dummy else self.requests.next()
+                if self.running is None or args.break_runner == "runner":
+                    self.run_models()
+                else:
+                    with contextlib.suppress(Ran):
+                        broken = args.break_runner == "output"
+                        self.runner.execute_model(object() if broken else self.running.output)
+                    saved[f"{step}/phase"] = np.array(self.running.phase)
+                    saved[f"{step}/tokens"] = np.array(self.running.tokens)
                 if self.controller is not None:
                     self.controller.step(is_dummy=dummy)
                 else:
                     self.state.step(dummy, False, log_stats=self.config.eplb_config.log_balancedness)
                 assert self.sizes or self._weights_moved(), "the weights are not where the placement says"
+                if self.running is not None:
+                    self.requests.ran(self.running)
                 torch.distributed.barrier(group=self.parallel_state.get_ep_group().cpu_group)
         saved["logged"] = np.array([json.dumps(line) for line in self.logged])
         return saved
+
+    def run_models(self) -> None:
+        """The forward passes of the main model, then of the drafter."""
+        import torch
+
+        args, step, dummy = self.args, self.step_number, self.running is None
+        tokens = 1 if self.running is None else self.running.tokens
+        for name, model, config in reversed(self.models):
+            if not dummy:
+                self.state.prepare_forward(config, tokens)
+            load = np.zeros((model.num_moe_layers, self.slots), np.int32)
+            for index, layer in enumerate(model.moe_layers):
+                padded = -(-tokens // 64) * 64
+                keys = np.log(self.popularity) + self.own.gumbel(size=(padded, args.logical))
+                ids = self.order[name][index][np.argsort(-keys, axis=1)[:, : args.topk]]
+                state = layer.eplb_state
+                counted = route(torch.from_numpy(ids), state, int(state.num_unpadded_tokens_tensors[0]))
+                if not dummy:
+                    load[index] = counted[: self.slots]
+            self.saved[f"{step}/{name}/load"] = load
+            placement = self.model_state(config).physical_to_logical_map
+            self.saved[f"{step}/{name}/placement"] = placement.numpy().astype(np.int32)
 
     def _weights_moved(self) -> bool:
         """Whether this rank holds the weights of the experts that the placement says."""

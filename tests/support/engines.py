@@ -20,6 +20,8 @@ from typing import Any
 
 from helpers import ROOT, arrays, engines_python
 
+from eplb_analyze import Run
+
 SCRIPTS = ROOT / "tests/engines"
 
 
@@ -44,6 +46,18 @@ def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[st
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = sorted((folder / "truth").glob("rank*.npz"))
     return [arrays(path) for path in ranks], dump, done.stdout + done.stderr
+
+
+def described(run: Run, rank: int) -> dict[int, tuple[str, int]]:
+    """Phase ("" if unknown) and tokens (-1) of the steps for which a rank stated one of them."""
+    found = {}
+    for session in run.sessions:
+        for segment in session.segments if session.info.ep_rank == rank else ():
+            rows = segment.steps()
+            for step, phase, tokens in zip(rows.step, rows.phase, rows.num_tokens, strict=True):
+                if phase >= 0 or tokens >= 0:
+                    found[int(step)] = (rows.phases[phase] if phase >= 0 else "", int(tokens))
+    return found
 
 
 class ForkServer:

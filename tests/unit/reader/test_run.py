@@ -518,6 +518,17 @@ def test_many_phases_in_one_batch_are_kept(tmp_path: Path) -> None:
     assert open_run(tmp_path).steps()["phase"].to_list() == [f"decode-bs{step}" for step in range(200)]
 
 
+def test_ranks_in_different_phases_make_a_mixed_step_and_tokens_count_once(tmp_path: Path) -> None:
+    phases = [["prefill", "decode", "decode"], ["decode", "decode", None]]
+    for rank in (0, 1):
+        with two(tmp_path, scope="local", ep_rank=rank, token_replication=2) as writer:
+            for step, phase in enumerate(phases[rank]):
+                writer.record(step, np.array([[1, 2]]), ONE, num_tokens=6 + step, phase=phase)
+    steps = open_run(tmp_path).steps()
+    assert steps["phase"].to_list() == ["mixed", "decode", "decode"]
+    assert steps["num_tokens"].to_list() == [6, 7, 8]
+
+
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_random_runs_are_read_back_exactly(
