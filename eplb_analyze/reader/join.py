@@ -163,7 +163,12 @@ def join_rows(
     owner = np.full((len(ranks), n), -1, np.int32)
     time_ns, clock_ns = np.zeros(n, np.int64), np.zeros(n, np.int64)
     num_tokens = np.full((len(ranks), n), -1, np.int64)
-    durations = np.full((len(DURATIONS), len(ranks), n), np.nan, np.float32)
+    # Of the ranks that recorded a step; most runs have no durations, or one kind of them.
+    durations = {
+        name: np.full((len(ranks), n), np.nan, np.float32)
+        for name in DURATIONS
+        if not all(np.isnan(getattr(part.rows, name)).all() for part in parts)
+    }
     phase = np.full((len(ranks), n), -1, np.int64)
     phases: list[str] = []
     shape_of = np.full((len(ranks), n), -1, np.int32)
@@ -185,8 +190,9 @@ def join_rows(
             status[row, at] = rows.status[chosen]
             owner[row, at] = part.session
             num_tokens[row, at] = rows.num_tokens[chosen]
-            for column, name in enumerate(DURATIONS):
-                durations[column, row, at] = getattr(rows, name)[chosen]
+            if level == STATUS_WEIGHT[Status.RECORDED]:
+                for name, of_rank in durations.items():
+                    of_rank[row, at] = getattr(rows, name)[chosen]
             time_ns[at] = rows.time_ns[chosen]
             clock_ns[at] = rows.monotonic_ns[chosen] + part.clock_offset_ns
             named = rows.phase[chosen] >= 0
@@ -201,11 +207,14 @@ def join_rows(
     state = _states(ranks, status, shape_row, shapes, scope, initial)
     state[at_odds] = StepState.INCOMPLETE
     total = _total_tokens(status, num_tokens, scope)
-    # A step takes as long as its slowest rank; only ranks that recorded it count.
-    step_ms, device_ms = np.fmax.reduce(durations, axis=1, where=status == Status.RECORDED, initial=np.nan)
+    # A step takes as long as its slowest rank.
+    step_ms, device_ms = (
+        np.fmax.reduce(durations[name]).astype(np.float64) if name in durations else np.full(n, np.nan)
+        for name in DURATIONS
+    )
     return JoinedRows(
         step, ranks, status, owner, state, shape_row, shapes, time_ns, clock_ns, total,
-        step_ms.astype(np.float64), device_ms.astype(np.float64), _phase(phase, phases), phases,
+        step_ms, device_ms, _phase(phase, phases), phases,
     )  # fmt: skip
 
 
