@@ -10,13 +10,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import re
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from eplb_analyze.errors import DumpError
@@ -39,14 +40,15 @@ MAX_ENTRIES, MAX_SERIES = 1 << 24, 1024
 MAX_UNPACKED = 8 << 30
 #: The name of a table as a source.
 TABLE = "the table"
-#: The longest step, a day.
-MAX_MS = 86_400_000.0
+#: The longest step, a day; and the largest number of anything, which a JSON number can exceed.
+MAX_MS, MAX_NUMBER = 86_400_000.0, 1 << 62
 ITERATION = re.compile(
     rb"Iteration\((\d{1,15})\): \d+ context requests, (\d{1,12}) context tokens, "
     rb"\d+ generation requests, (\d{1,12}) generation tokens, iteration elapsed time: (\d{1,9}\.?\d{0,9}) ms"
 )
 #: Which engine wrote a line: since 0.29 the front end logs for all of them, before each logged for itself.
 ENGINE = re.compile(rb"Engine (\d{1,6}): Iteration|EngineCore_DP(\d{1,6})\b")
+TOO_MANY = f"more than {MAX_ENTRIES:,} entries, or {MAX_SERIES:,} engines and starts; cut out this run's part"
 FORM = (
     "no step times; --timings takes vLLM's log with --enable-logging-iteration-details, forward pass metrics "
     "of SGLang or Dynamo, TensorRT-LLM's iteration statistics, or a table with step or time, and ms"
@@ -105,12 +107,7 @@ class _Collector:
             starts.append(last := _Entries())
         self.count += 1
         if self.count > MAX_ENTRIES or len(self._starts) + len(starts) > MAX_SERIES:
-            what = (
-                f"{MAX_ENTRIES:,} entries"
-                if self.count > MAX_ENTRIES
-                else f"{MAX_SERIES:,} engines or starts"
-            )
-            raise DumpError(f"{where}: more than {what}; cut out the part of this run")
+            raise DumpError(f"{where}: {TOO_MANY}")
         # 0 ms: a rank that had nothing to do, or a heartbeat.
         if ms > 0:
             for values, value in ((last.step, step), (last.time, time), (last.ms, ms), (last.tokens, tokens)):
@@ -139,14 +136,14 @@ def read_series(path: Path) -> list[Series]:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PAR1":
-        return _table(path, _read_parquet(path))
+        return _table(path, _read_parquet(path), "row", 1)
     try:
         with _open(path) as text:
             first = text.readline(MAX_TEXT)
     except (OSError, EOFError, zlib.error) as error:
         raise DumpError(f"{path}: {error}") from None
     if b"Iteration(" not in first and "ms" in _header(first):
-        return _table(path, _read_csv(path, first))
+        return _table(path, _read_csv(path), "line", 2)
     is_json = first.lstrip()[:1] in (b"{", b"[")
     # vLLM can log lines of JSON, too.
     found = (is_json and _json(path).series()) or _vllm(path).series()
@@ -262,84 +259,111 @@ def _object(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _number(where: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MAX_NUMBER:
         raise DumpError(f"{where}: {name}: {value!r} is not a number"[:300])
     return float(value)
 
 
 def _sum(record: dict[str, Any], *names: str) -> float:
     values = [record.get(name) for name in names]
-    known = [float(v) for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    known = [float(v) for v in values if type(v) is int and abs(v) <= MAX_NUMBER]
     return sum(known) if len(known) == len(names) else math.nan
 
 
 # ---- tables
 
 
-def _header(first: bytes) -> list[str]:
-    text = first.decode(errors="replace").removeprefix("\ufeff")
-    return [name.strip().strip('"').lower() for name in text.split(",")]
+#: The columns of a table that are read.
+COLUMNS = ("step", "time", "ms", "tokens")
 
 
-def _read_csv(path: Path, first: bytes) -> pa.Table:
+def _header(line: bytes) -> list[str]:
+    return [text.lower() for text in _cells(line.removeprefix(b"\xef\xbb\xbf"))]
+
+
+def _cells(line: bytes) -> list[str]:
+    return [text.strip().strip('"') for text in line.decode(errors="replace").split(",")]
+
+
+def _read_csv(path: Path) -> dict[str, Float64]:
+    columns: dict[str, array[float]] = {}
+    names: list[str] = []
+    for number, line in _lines(path):
+        cells = _cells(line)
+        if number == 1:
+            names = _header(line)
+            columns = {name: array("d") for name in COLUMNS if name in names}
+        elif cells != [""]:
+            if len(cells) != len(names):
+                raise DumpError(f"{path}: line {number}: {len(cells)} cells in {len(names)} columns")
+            for name, text in zip(names, cells, strict=True):
+                if name in columns:
+                    columns[name].append(_cell(f"{path}: line {number}", name, text))
+        if len(columns.get("ms", ())) > MAX_ENTRIES:
+            raise DumpError(f"{path}: line {number}: {TOO_MANY}")
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def _cell(where: str, name: str, text: str) -> float:
+    """A number, or a clock time as seconds since 1970; without a zone it is UTC."""
+    with contextlib.suppress(ValueError):
+        return float(text) if text or name != "tokens" else math.nan
     try:
-        with _open(path) as file:
-            return pacsv.read_csv(
-                file, read_options=pacsv.ReadOptions(column_names=_header(first), skip_rows=1)
-            )
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        raise DumpError(f"{path}: {str(error).splitlines()[0]}") from None
+        if name != "time":
+            raise ValueError
+        # Python before 3.11 does not read a Z.
+        moment = datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    except (ValueError, OverflowError):
+        raise DumpError(f"{where}: {name}: {text[:40]!r} is not a number"[:300]) from None
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path) -> dict[str, Float64]:
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-        names = [name for name in file.schema_arrow.names if name.lower() in ("step", "time", "ms", "tokens")]
         if file.metadata.num_rows > MAX_ENTRIES:
-            raise DumpError(f"{path}: more than {MAX_ENTRIES:,} entries; cut out the part of this run")
-        table = file.read(columns=names)
-    except (pa.ArrowException, OSError) as error:
+            raise DumpError(f"{path}: {TOO_MANY}")
+        names = {field.name: field.type for field in file.schema_arrow if field.name.lower() in COLUMNS}
+        for name, kind in names.items():
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_timestamp(kind)):
+                raise DumpError(f"{path}: column {name}: {kind}, not numbers")
+        table = file.read(columns=list(names))
+    except (pa.ArrowException, OSError, ValueError) as error:  # a name may be no UTF-8
         raise DumpError(f"{path}: {str(error).splitlines()[0]}") from None
-    return table.rename_columns([name.lower() for name in names])
+    columns = {}
+    for name, kind in names.items():
+        values, scale = table.column(name), 1.0
+        if pa.types.is_timestamp(kind):
+            values, scale = pc.cast(pc.cast(values, pa.timestamp("us", kind.tz), safe=False), pa.int64()), 1e6
+        columns[name.lower()] = values.to_numpy().astype(np.float64) / scale
+    return columns
 
 
-def _table(path: Path, table: pa.Table) -> list[Series]:
-    if "ms" not in table.column_names or not {"step", "time"} & set(table.column_names):
-        raise DumpError(
-            f"{path}: its columns are {', '.join(table.column_names)[:200]}; a table has step or time, and ms"
-        )
-    if table.num_rows > MAX_ENTRIES or not table.num_rows:
-        raise DumpError(f"{path}: {table.num_rows:,} entries; cut out the part of this run")
-    columns = {
-        name: _column(path, table, name)
-        for name in ("step", "time", "ms", "tokens")
-        if name in table.column_names
-    }
-    by = columns["step" if "step" in columns else "time"]
+def _table(path: Path, columns: dict[str, Float64], unit: str, first: int) -> list[Series]:
+    """``unit``, ``first``: how rows are called, and the number of the first."""
+    if "ms" not in columns or not {"step", "time"} & columns.keys():
+        raise DumpError(f"{path}: {FORM}")
+
+    def reject(bad: npt.NDArray[np.bool_], fault: Callable[[int], str]) -> None:
+        if bad.any():
+            row = int(bad.argmax())
+            raise DumpError(f"{path}: {unit} {row + first}: {fault(row)}")
+
+    for name in columns.keys() - {"tokens"}:
+        values = columns[name]
+        reject(~np.isfinite(values), lambda row, name=name: f"{name} is missing")  # type: ignore[misc]
+    ms, by = columns["ms"], columns["step" if "step" in columns else "time"]
+    reject((ms < 0) | (ms > MAX_MS), lambda row: f"a step of {ms[row]:g} ms")
     order = np.argsort(by, kind="stable")
-    if "step" in columns and (bad := np.flatnonzero((by < 0) | (by > 1 << 53) | (by % 1 != 0))).size:
-        raise DumpError(f"{path}: row {bad[0] + 1}: step {by[bad[0]]:g}")
-    if "step" in columns and (twice := np.flatnonzero(np.diff(by[order]) == 0)).size:
-        raise DumpError(f"{path}: row {order[twice[0] + 1] + 1}: step {by[order][twice[0]]:.0f} comes twice")
-    ms = columns["ms"]
-    if (bad := np.flatnonzero(~((ms >= 0) & (ms <= MAX_MS)))).size:
-        raise DumpError(f"{path}: row {bad[0] + 1}: a step of {ms[bad[0]]:g} ms")
+    if "step" in columns:
+        reject((by < 0) | (by > 1 << 53) | (by % 1 != 0), lambda row: f"step {by[row]:g}")
+        again = np.zeros(len(by), np.bool_)
+        again[order[1:]] = np.diff(by[order]) == 0
+        reject(again, lambda row: f"step {by[row]:.0f} comes twice")
     order = order[ms[order] > 0]
-    step = by[order].astype(np.int64) if "step" in columns else None
-    time = None if "step" in columns else by[order]
-    tokens = columns.get("tokens", np.full(len(ms), np.nan))
-    return [Series(TABLE, step, time, ms[order], tokens[order])]
-
-
-def _column(path: Path, table: pa.Table, name: str) -> Float64:
-    """A column as numbers; clock times as seconds since 1970, without a zone in UTC."""
-    column = table.column(name)
-    if name == "time" and pa.types.is_timestamp(column.type):
-        microseconds = pc.cast(column, pa.timestamp("us", column.type.tz), safe=False)
-        column = pc.divide(pc.cast(pc.cast(microseconds, pa.int64()), pa.float64()), 1e6)
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise DumpError(f"{path}: column {name}: {column.type}, not numbers")
-    values = column.to_numpy().astype(np.float64)
-    if name != "tokens" and (bad := np.flatnonzero(~np.isfinite(values))).size:
-        raise DumpError(f"{path}: row {bad[0] + 1}: {name} is missing")
-    return cast(Float64, values)
+    if not len(order):
+        raise DumpError(f"{path}: {FORM}")
+    tokens = columns.get("tokens", np.full(len(ms), np.nan))[order]
+    if "step" in columns:
+        return [Series(TABLE, by[order].astype(np.int64), None, ms[order], tokens)]
+    return [Series(TABLE, None, by[order], ms[order], tokens)]

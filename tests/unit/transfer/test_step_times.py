@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +16,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 from helpers import cli, one_error, open_writer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.cost import cost_of
@@ -164,17 +168,19 @@ class TestBadInput:
             ('{"iter": 1, "iterLatencyMS": 2}\n{broken}\n', "line 2: it is not JSON"),
             ('{"iter": 1, "iterLatencyMS": NaN}\n', "a step of nan ms"),
             ('{"iter": 1, "iterLatencyMS": -1}\n', "line 1: a step of -1 ms"),
+            ('{"iter": 1, "iterLatencyMS": 1' + "0" * 400 + "}\n", "line 1: time: 1000"),
             ('{"iter": 1.5, "iterLatencyMS": 1}\n', "1.5 is not the number of a step"),
             ('{"iter": 1, "iterLatencyMS": 1}\n[3]\n', "line 2: it is no JSON object"),
             ('{"iter": 1, "iterLatencyMS": 1}\n{"wall_time": 1}\n', "after TensorRT-LLM's"),
-            ("a,ms\n1,2\n", "its columns are a, ms"),
-            ("step,ms\n1,2\n1,3\n", "row 2: step 1 comes twice"),
-            ("step,ms\n1,2\n2,\n", "row 2: ms is missing"),
-            ("step,ms\n1,fast\n", "column ms: string"),
-            ("step,ms\n1,2\n-3,2\n", "row 2: step -3"),
-            ("step,ms\n1,2\n2,1e30\n", "row 2: a step of 1e+30 ms"),
-            ("step,ms\n1,2,3\n", "Expected 2 columns, got 3"),
-            ("time,ms\nnoon,2\n", "column time: string"),
+            ("a,ms\n1,2\n", "no step times"),
+            ("step,ms\n1,2\n1,3\n", "line 3: step 1 comes twice"),
+            ("step,ms\n1,2\n2,\n", "line 3: ms: '' is not a number"),
+            ("step,ms\n1,2\n2,nan\n", "line 3: ms is missing"),
+            ("step,ms\n1,fast\n", "line 2: ms: 'fast' is not a number"),
+            ("step,ms\n1,2\n-3,2\n", "line 3: step -3"),
+            ("step,ms\n1,2\n2,1e30\n", "line 3: a step of 1e+30 ms"),
+            ("step,ms\n1,2,3\n", "line 2: 3 cells in 2 columns"),
+            ("time,ms\nnoon,2\n", "line 2: time: 'noon' is not a number"),
         ],
     )
     def test_the_error_names_file_and_line(self, tmp_path: Path, text: str, words: str) -> None:
@@ -201,6 +207,45 @@ class TestBadInput:
         (tmp_path / "times").write_bytes(damage)
         with pytest.raises(DumpError, match="times"):
             read_series(tmp_path / "times")
+
+    @pytest.mark.parametrize(
+        ("table", "words"),
+        [
+            ({"step": ["1"], "ms": [1.0]}, "column step: string"),
+            ({"step": [1, None], "ms": [1.0, 2.0]}, "row 2: step is missing"),
+            ({"step": [1], "time": [1]}, "no step times"),
+            ({"step": [3, 2, 3], "ms": [1, 1, 1]}, "row 3: step 3 comes twice"),
+        ],
+    )
+    def test_parquet_tables(self, tmp_path: Path, table: dict[str, Any], words: str) -> None:
+        pq.write_table(pa.table(table), tmp_path / "times")
+        with pytest.raises(DumpError, match=words):
+            read_series(tmp_path / "times")
+
+    @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        number=st.integers(0, 4),
+        changes=st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=3)), min_size=1, max_size=4),
+    )
+    def test_any_damage_is_an_error_or_leaves_series(
+        self, tmp_path: Path, number: int, changes: list[tuple[int, bytes]]
+    ) -> None:
+        texts = [
+            "".join(VLLM[0].format(engine=0, step=i, tokens=5, ms=2) + "\n" for i in range(4)),
+            "".join(json.dumps(dynamo({**FPM, "counter_id": i}, i)) + "\n" for i in range(3)),
+            json.dumps([TRTLLM, {**TRTLLM, "iter": 155}]),
+            "step,ms,tokens\n1,2,3\n2,3,\n",
+        ]
+        table = io.BytesIO()
+        pq.write_table(pa.table({"time": [1.5, 2.5], "ms": [1.0, 2.0]}), table)
+        data = bytearray([*(text.encode() for text in texts), table.getvalue()][number])
+        for at, new in changes:
+            data[at % len(data) : at % len(data) + 1] = new
+        (tmp_path / "times").write_bytes(data)
+        with contextlib.suppress(DumpError):
+            for one in read_series(tmp_path / "times"):
+                assert len(one.ms) == len(one.tokens) > 0
+                assert (one.ms > 0).all()
 
 
 STEPS, FIRST = 400, 30
