@@ -197,6 +197,8 @@ class _Part:
     block: Block
     low: int
     high: int
+    #: How often the block's ``num_tokens`` count a token; the new rank counts it once.
+    replication: int
 
     @property
     def state(self) -> npt.NDArray[np.uint8]:
@@ -215,7 +217,8 @@ class _Part:
         status = np.where(self.state == StepState.INCOMPLETE, np.uint8(Status.DROPPED), self.state)
         phase = block.phase[here].astype(np.int32)
         return StepRows(
-            block.step[here], block.time_ns[here], block.clock_ns[here], status, block.num_tokens[here],
+            block.step[here], block.time_ns[here], block.clock_ns[here], status,
+            block.num_tokens[here] // self.replication,  # -1 stays
             phase, block.step_ms[here].astype(np.float32), block.device_ms[here].astype(np.float32),
             tuple(block.phases),
         )  # fmt: skip
@@ -227,7 +230,8 @@ def _parts(run: Run) -> Iterator[_Part]:
     for block in run.blocks():
         edges = {0, len(block.step), *(np.flatnonzero(np.diff(block.step // window)) + 1).tolist()}
         cuts = sorted(edges | set(range(0, len(block.step), _most_steps(block.shape))))
-        yield from (_Part(block, low, high) for low, high in itertools.pairwise(cuts))
+        replication = run.info.num_tokens_replication
+        yield from (_Part(block, low, high, replication) for low, high in itertools.pairwise(cuts))
 
 
 def _segments(run: Run) -> Iterator[list[_Part]]:
