@@ -159,9 +159,7 @@ def report(phase: Phase, folder: str, products: Any, whole: Any, clock: Any, cou
     run = open_run(folder, model=phase.name)
     recorded = np.concatenate([block.device_ms for block in run.blocks()])
     truth = float((products.max(axis=2) - products.mean(axis=2)).sum(axis=1).mean())
-    print(
-        f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms by events, {clock.mean():.3f} by the clock"
-    )
+    print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms")
     for name, times in (("events", whole), ("a synchronized clock", clock)):
         low, median, high = np.nanpercentile(recorded / times, [1, 50, 99])
         print(f"   device_ms / {name}: median {median:.4f}, p1 to p99 {low:.4f} to {high:.4f}")
@@ -171,7 +169,7 @@ def report(phase: Phase, folder: str, products: Any, whole: Any, clock: Any, cou
     if known is not None:
         verdict = "contains" if known.low <= truth <= known.high else "MISSES"
         print(
-            f"   {known.low:.4f} to {known.high:.4f} {verdict} the truth; {known.estimate / truth:.3f} x the truth"
+            f"   {known.low:.4f} to {known.high:.4f} {verdict} it; {known.estimate / truth:.3f} x the truth"
         )
     pauses = [
         row.pause_ms.estimate for row in rearrangement_report(run).rearrangements if row.pause_ms is not None
