@@ -98,11 +98,14 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, active: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> Work:
         """``active``, ``tokens``: ``[n, layers, ep_ranks]``."""
-        ranks = active.shape[2]
-        # Exact, as counts are below 2^24 and exchange rates powers of 2; half as many bytes.
-        experts, counts = active.astype(np.float32), tokens.astype(np.float32)
+        steps, layers, ranks = active.shape
+        # Exact, as counts are below 2^24 and exchange rates powers of 2; half as many bytes. Ranks first, so
+        # that the maximum is over whole arrays.
+        experts, counts = (
+            np.ascontiguousarray(values.reshape(-1, ranks).T, np.float32) for values in (active, tokens)
+        )
         slowest = [
-            effort_of(experts, counts, rate).max(axis=2).sum(axis=1, dtype=np.float64)
+            effort_of(experts, counts, rate).max(axis=0).reshape(steps, layers).sum(axis=1, dtype=np.float64)
             for rate in EXCHANGE_RATES
         ]
         return cls(
