@@ -103,7 +103,9 @@ def price_of(
     ]
     known = sum(count for count, _ in found)
     if known < PRICED * steps or not known:
-        reason = cost.message if not cost.prices or not found else "most of the steps are in other phases"
+        if cost.status is CostStatus.ESTIMATED:
+            return "kernel times estimate what imbalance costs, not what a placement gains"
+        reason = "most of the steps are in phases without a price" if found else cost.message
         return reason.removeprefix("not measurable in this run: ")
     total = combined([(count / known, price) for count, price in found])
     assert total is not None

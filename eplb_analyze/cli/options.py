@@ -131,6 +131,21 @@ NumNodes = Annotated[
     int | None,
     typer.Option("--num-nodes", help="Nodes of the recorded ranks; default: as --num-groups.", min=1),
 ]
+
+
+class SortBy(str, enum.Enum):
+    tokens = "tokens"
+    active = "active"
+    ms = "ms"
+
+
+Objective = Annotated[
+    SortBy | None,
+    typer.Option(
+        "--objective",
+        help="Judge by tokens, active experts or ms per step; default: ms if measured, else tokens.",
+    ),
+]
 CostPerExpertMs = Annotated[
     float | None,
     typer.Option(

@@ -7,15 +7,19 @@ its gain there has a confidence interval. Loads and placements come from :mod:`e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from eplb_analyze.analysis.cost import Milliseconds
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.pricing import Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
@@ -58,13 +62,15 @@ class Judged:
     idle_fraction: float | None
     rearrangements: int
     weights_moved: int
+    active_experts: float | None = None
 
 
 @dataclass(frozen=True)
 class Advice(RunReport):
     """``gain`` is the share of today's time that ``best`` saves in the judged part.
 
-    It assumes that time is proportional to tokens.
+    By objective ``ms`` that is ``net_ms_per_step`` beside the median step; by ``tokens`` the tokens of the
+    ranks with most of them are time, and by ``active`` the active experts.
     """
 
     verdict: Verdict
@@ -77,6 +83,11 @@ class Advice(RunReport):
     best: Judged | None = None
     today: Judged | None = None
     gain: Interval | None = None
+    #: What imbalance costs less, minus the pauses of rearrangements beyond today's; None: not measurable.
+    net_ms_per_step: Milliseconds | None = None
+    gain_ms_per_step: Milliseconds | None = None
+    #: The pause of a rearrangement at which there is no gain left; None if there are no more than today.
+    break_even_pause_ms: float | None = None
     training_gain: float | None = None
     #: The time to fetch one expert of one layer at which there is no gain left; None if the setting moves no
     #: more than today, or if times are not known.
@@ -111,6 +122,13 @@ class Advice(RunReport):
                 "today": self.today,
                 "recorded": replay and replay.recorded,
                 "gain": self.gain,
+                "objective": replay and replay.objective,
+                "objective_reason": replay and replay.objective_reason,
+                "net_ms_per_step": self.net_ms_per_step,
+                "gain_ms_per_step": self.gain_ms_per_step,
+                "pause": replay and replay.pause,
+                "break_even_pause_ms": self.break_even_pause_ms,
+                "cost": replay and replay.cost,
                 "confidence": bootstrap.CONFIDENCE,
                 "training_gain": self.training_gain,
                 "break_even_ms": self.break_even_ms,
@@ -136,6 +154,7 @@ def advise(
     steps: tuple[int, int] | None = None,
     *,
     min_gain: float = MIN_GAIN,
+    objective: Objective | None = None,
     num_groups: int | None = None,
     num_nodes: int | None = None,
     cost_per_expert_ms: float | None = None,
@@ -147,6 +166,8 @@ def advise(
         choices, num_groups, num_nodes, cost_per_expert_ms, workers: see
             :func:`~eplb_analyze.replay.replay.replay_run`.
         min_gain: a smaller share of the time is not worth a change.
+        objective: what a setting is judged by; default ``ms``, or ``tokens`` if the recording has no step
+            times. In ms nothing is advised that is not measurable.
 
     Raises:
         NotInDumpError: the dump has no such step.
@@ -157,10 +178,13 @@ def advise(
     try:
         played = replay_run(
             run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
-            cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+            objective=objective, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
         )  # fmt: skip
     except NotReplayableError as missing:
         return Advice(*names, "not enough data", [str(missing)], min_gain=min_gain)
+    timed = played.part.step_seconds is not None or bool(played.cost.prices)
+    if objective is None and timed:
+        played = replace(played, objective=Objective.MS)
     return TrainTestSplit(played, min_gain, run.info.engine, out_of_order(run, played)).advice()
 
 
@@ -215,6 +239,8 @@ class TrainTestSplit:
                 f"no setting tried rearranges in the first {plural(steps, 'step')}, on which one is chosen: "
             )
             return self._verdict("not enough data", [text + "a longer recording, or a shorter --interval"])
+        if self.in_ms and (unknown := self._unknown_cost()) is not None:
+            return self._verdict("leave", [unknown])
         gains = {i: self._gain(i, self.training) for i in candidates}
         best = self._choose(gains)
         judged = self._interval(best)
@@ -222,7 +248,8 @@ class TrainTestSplit:
             text = f"fewer than {MIN_STEPS} steps with tokens are left to judge a setting on"
             return self._verdict("not enough data", [text])
         gain, error = judged
-        verdict, reason = self._judge(gain, gain.value > SURE * error, played.outcomes[best].setting)
+        sure = gain.value > SURE * error and gains[best] > 0
+        verdict, reason = self._judge(gain, sure, played.outcomes[best].setting)
         return self._verdict(verdict, [reason], best, gain, gains[best])
 
     def _missing(self) -> str | None:
@@ -246,13 +273,55 @@ class TrainTestSplit:
             return same and bool(today.moves)
         return any(move.step < self.split for move in outcome.moves)
 
+    @property
+    def in_ms(self) -> bool:
+        return self.played.objective is Objective.MS
+
+    def _unknown_cost(self) -> str | None:
+        """Why no setting can be judged in ms."""
+        cost = self.played.cost
+        why = price if isinstance(price := gain(cost, self.played.scores, TODAY), str) else None
+        if why is None and self.step_ms is None:
+            why = "the recording has no step times"
+        if why is None:
+            return None
+        return (
+            f"what a setting gains is not measurable in this run: {why}. "
+            "--objective tokens says what it would gain if time were proportional to tokens"
+        )
+
+    @property
+    def step_ms(self) -> float | None:
+        """The median time of a step."""
+        seconds = self.played.part.step_seconds
+        return self.played.cost.step_ms_p50 if seconds is None else 1e3 * seconds
+
+    def _priced(self, index: int, part: slice) -> tuple[Interval, Interval] | None:
+        """What a setting gains in a part, and that less the pauses beyond today's: ms per step."""
+        played = self.played
+        saved = gain(played.cost, played.scores, played.rows[index], part)
+        if isinstance(saved, str):
+            return None
+        # Rearrangements come at a rate: how many fall into a part depends on where it was cut.
+        left = net(saved, played.pause, played.outcomes[index].moves, played.today.moves, self._engine_steps)
+        return saved, left
+
+    @property
+    def _engine_steps(self) -> int:
+        return self.played.last_step + 1 - self.played.first_step
+
     def _gain(self, index: int, part: slice) -> float:
         """Share of today's time saved in a part, minus the cost of moving weights beyond today's."""
+        if self.in_ms:
+            priced = self._priced(index, part)
+            return -np.inf if priced is None or self.step_ms is None else priced[1].value / self.step_ms
         ratio = self._ratio(index, part)
         return (ratio.value or 0.0) - self._cost(index, part)
 
     def _ratio(self, index: int, part: slice) -> Ratio:
-        maximum = self.played.scores.maximum
+        scores = self.played.scores
+        active = self.played.objective is Objective.ACTIVE
+        maximum = scores.active_experts if active else scores.maximum
         today = maximum[TODAY, part]
         return Ratio(today - maximum[self.played.rows[index], part], today)
 
@@ -281,7 +350,7 @@ class TrainTestSplit:
         """The best of the training part; of equally good ones, the one with fewest slots, then moves."""
         best = max(gains.values())
         near = best - self.min_gain / 2
-        if self.played.cost_per_expert_ms is None:
+        if self.played.cost_per_expert_ms is None and not self.in_ms:
             near = min(near, GOOD_ENOUGH * best)
         outcomes = self.played.outcomes
         good = [i for i, gain in gains.items() if gain >= near]
@@ -294,11 +363,25 @@ class TrainTestSplit:
             return None
         return 1e3 * saved * seconds / more
 
+    def _longest_pause(self, index: int, saved: Interval) -> float | None:
+        """The pause of a rearrangement that uses up the gain."""
+        more = len(self.played.outcomes[index].moves) - len(self.played.today.moves)
+        if more <= 0 or saved.value <= bootstrap.ROUNDING:
+            return None
+        return saved.value * self._engine_steps / more
+
     def _interval(self, index: int) -> tuple[Interval, float] | None:
         """The gain in the judged part, and its standard error.
 
         Resampled as one series, because both settings saw the same steps.
         """
+        if self.in_ms:
+            priced = self._priced(index, self.judging)
+            if priced is None or self.step_ms is None:
+                return None
+            share = combined([(1 / self.step_ms, priced[1])])
+            assert share is not None
+            return share, max(share.value - share.low, share.high - share.value) / 1.96
         ratio, cost = self._ratio(index, self.judging), self._cost(index, self.judging)
         some = ratio.denominator > 0
         ratio = Ratio(ratio.numerator[some], ratio.denominator[some])
@@ -309,18 +392,29 @@ class TrainTestSplit:
 
     def _judge(self, gain: Interval, sure: bool, best: Setting | None) -> tuple[Verdict, str]:
         """``sure``: the gain is above 0 beyond doubt."""
+        cost = self.played.cost
+        what = "net of pauses" if self.in_ms else "by tokens"
         if not sure and not (gain.is_significant and gain.value < 0):
+            if self.in_ms and cost.status is not CostStatus.MEASURED:
+                return "leave", cost.message
             if best is not None and best.policy == STATIC:
                 return "leave", "no other setting gains anything; to rearrange nothing would be as good"
-            return "leave", "the best other setting gains nothing beyond chance"
+            return "leave", f"the best other setting has no measurable gain {what}"
         if gain.value < 0:
+            if self.in_ms:
+                return "leave", "no other setting gains more than its rearrangements pause the engine"
             return "leave", "what was best in the first part is worse than today's in the rest"
         if gain.value < self.min_gain:
             return "leave", f"the best other setting gains less than {self.min_gain:.1%} (--min-gain)"
         recorded = self.played.recorded
         if self.played.today.moves or (recorded.interval is not None and recorded.enabled is not False):
-            return "retune", "another setting gains beyond chance"
-        return "enable", "the experts were never rearranged, and rearranging them gains beyond chance"
+            if best is not None and best.policy == STATIC:
+                return "retune", "rearrangements cost more than they gain"
+            return "retune", f"another setting has a significant gain {what}"
+        return (
+            "enable",
+            f"the experts were never rearranged, and rearranging them has a significant gain {what}",
+        )
 
     def _verdict(
         self,
@@ -340,6 +434,7 @@ class TrainTestSplit:
                 ScoredSteps(self.split, played.last_step, played.scored - first),
             ]
         setting = None if best is None or verdict not in CHANGES else played.outcomes[best].setting
+        priced = None if best is None else self._priced(best, self.judging)
         return Advice(
             played.run_id,
             played.model,
@@ -349,6 +444,11 @@ class TrainTestSplit:
             best=None if best is None else self._judged(played.outcomes[best], played.rows[best]),
             today=self._judged(played.today, TODAY),
             gain=gain,
+            gain_ms_per_step=None if priced is None else Milliseconds.of(priced[0]),
+            net_ms_per_step=None if priced is None else Milliseconds.of(priced[1]),
+            break_even_pause_ms=None
+            if best is None or priced is None
+            else self._longest_pause(best, priced[0]),
             training_gain=training_gain,
             break_even_ms=None if best is None else self._break_even(best),
             engine_arguments=None if setting is None else engine_arguments(self.engine, setting),
@@ -368,6 +468,7 @@ class TrainTestSplit:
             scores.idle_fraction_of(row, self.judging),
             len(moves),
             sum(move.weights for move in moves),
+            scores.active_experts_of(row, self.judging),
         )
 
     def _warnings(self, gain: Interval | None) -> list[str]:

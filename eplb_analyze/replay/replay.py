@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of
 from eplb_analyze.json_report import RunReport
+from eplb_analyze.metrics.bootstrap import Interval
+from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.dispatch import Dispatch
 from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
@@ -19,6 +23,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.grouping import Grouping, Groupings
+from eplb_analyze.replay.pricing import Objective, Pause, gain, lines_of, net, pause_of
 from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
@@ -97,7 +102,7 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The figures of one setting. Seconds assume that time is proportional to tokens."""
+    """The figures of one setting. Shares and seconds are by tokens, only ``ms_per_step`` by measured time."""
 
     #: None: the recorded placements.
     setting: Setting | None
@@ -115,6 +120,12 @@ class Outcome:
     cost_seconds: float | None = None
     #: Seconds saved, minus the cost of moving weights beyond today's.
     net_seconds: float | None = None
+    #: Slots with a token of the rank with most of them: means over active layers and steps.
+    active_experts: float | None = None
+    #: The fitted price of the work saved beside today's placements; None if not measurable.
+    gain_ms_per_step: Milliseconds | None = None
+    #: The gain less the pauses of rearrangements beyond today's.
+    net_ms_per_step: Milliseconds | None = None
 
     @property
     def weights_moved(self) -> int:
@@ -147,6 +158,12 @@ class Replay(RunReport):
 
     part: ReplayedSteps
     recorded: Recorded
+    #: What settings are sorted by, and why.
+    objective: Objective
+    objective_reason: str
+    #: Of imbalance in the run, which prices settings.
+    cost: RunCost
+    pause: Pause
     #: The groups and nodes that policies were given.
     grouping: Grouping
     #: Steps scored, the same for all settings; complete steps without a known placement are left out.
@@ -186,7 +203,11 @@ class Replay(RunReport):
                 "seconds": self.seconds,
                 "cost_per_expert_ms": self.cost_per_expert_ms,
                 "recorded": self.recorded,
-                "grouping": self.grouping.to_json(),
+                "grouping": self.grouping,
+                "objective": self.objective,
+                "objective_reason": self.objective_reason,
+                "cost": self.cost,
+                "pause": self.pause,
                 "measured": {
                     "balancedness": self.measured_balancedness,
                     "idle_fraction": self.measured_idle_fraction,
@@ -207,6 +228,7 @@ def replay_run(
     *,
     num_groups: int | None = None,
     num_nodes: int | None = None,
+    objective: Objective | None = None,
     cost_per_expert_ms: float | None = None,
     workers: int | None = None,
     keep_placements: bool = False,
@@ -218,6 +240,8 @@ def replay_run(
         num_groups, num_nodes: of experts, as the model has them, and of the recorded ranks: policies keep a
             group on one node if they can. Default: what the engine stated, else what the recorded placements
             show, else one.
+        objective: what outcomes are sorted by; default ``ms`` if the cost of imbalance is measured, else
+            ``tokens``.
         cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.
         workers: threads; the result does not depend on them. Default: one for each core.
         keep_placements: also return all placements, which takes memory.
@@ -235,6 +259,7 @@ def replay_run(
         groupings = Groupings(serving, today, part.shape, num_groups, num_nodes)
         settings, notes = _settings(serving, today, choices, part.recorded * run.info.interval)
         tried, own = len(settings), today.setting()
+        cost, pause = cost_of(run), pause_of(run, cost_per_expert_ms)
         if own is not None and own not in settings:  # replayed, too, as a test
             settings = [*settings, own]
 
@@ -242,7 +267,7 @@ def replay_run(
             simulation = Simulation(
                 serving, part.steps, part.shape, part.origin,
                 [(setting, policy.named(setting.policy)) for setting in settings],
-                recorded_steps=part.recorded, num_groups=grouping.num_groups,
+                recorded_steps=part.recorded, num_groups=grouping.num_groups, lines=lines_of(cost),
                 num_nodes=lambda ranks: (
                     grouping.num_nodes if ranks == part.shape.ep_size else grouping.nodes(ranks)
                 ),
@@ -269,7 +294,9 @@ def replay_run(
             notes += [f"{note}; policies are given one node" for note in uneven]
         if tested is not None and tested.doubt is not None:
             notes.insert(0, tested.doubt)
-        return _result(simulation, part, today, chosen, tested, tried, cost_per_expert_ms, notes)
+        return _result(
+            simulation, part, today, chosen, tested, tried, objective, cost, pause, cost_per_expert_ms, notes
+        )
 
     return run.retry_without_damaged(play)
 
@@ -289,6 +316,9 @@ def _result(
     grouping: Grouping,
     tested: SelfTest | None,
     tried: int,
+    objective: Objective | None,
+    cost: RunCost,
+    pause: Pause,
     cost_ms: float | None,
     notes: list[str],
 ) -> Replay:
@@ -301,7 +331,16 @@ def _result(
     if cost_ms is not None:
         as_today = replace(as_today, cost_seconds=as_today.weights_moved_busiest_rank * cost_ms / 1e3)
     outcomes = [_against(outcome, as_today, seconds, cost_ms) for outcome in outcomes]
-    order = sorted(range(len(outcomes)), key=lambda row: (*rank(outcomes[row]), row))
+    steps = simulation.scored * run.info.interval
+    outcomes = [_in_ms(o, as_today, gain(cost, scores, row), pause, steps) for row, o in enumerate(outcomes)]
+    if objective is None:
+        measured = cost.status is CostStatus.MEASURED
+        objective = Objective.MS if measured else Objective.TOKENS
+        why = cost.message
+    else:
+        why = "as asked for"
+    sort_key = functools.partial(rank, objective=objective)
+    order = sorted(range(len(outcomes)), key=lambda row: (*sort_key(outcomes[row]), row))
     if simulation.left_out:
         notes.append(
             f"{plural(simulation.left_out, 'complete step')} left out: a layer's placement is not known there"
@@ -319,6 +358,10 @@ def _result(
         model=run.info.model,
         part=part,
         recorded=today,
+        objective=objective,
+        objective_reason=why,
+        cost=cost,
+        pause=pause,
         grouping=grouping,
         first_step=simulation.first_step,
         last_step=simulation.last_step,
@@ -353,6 +396,7 @@ def _figures(simulation: Simulation, row: int, slots: int) -> dict[str, Any]:
         "num_physical_experts": slots,
         "balancedness": scores.balancedness_of(row),
         "idle_fraction": scores.idle_fraction_of(row),
+        "active_experts": scores.active_experts_of(row),
         "idle_fraction_bound": max(0.0, 1 - float(scores.mean[row].sum()) / bound) if bound else None,
     }
 
@@ -391,9 +435,27 @@ def _against(outcome: Outcome, today: Outcome, seconds: float | None, cost_ms: f
     )
 
 
-def rank(outcome: Outcome) -> tuple[float, float, int, int]:
-    """The sort key: net gain if known, else the idle fraction; then fewer slots and fewer weights moved."""
-    net = -outcome.net_seconds if outcome.net_seconds is not None else np.inf
+def _in_ms(outcome: Outcome, today: Outcome, saved: Interval | str, pause: Pause, steps: int) -> Outcome:
+    """The outcome with its worth in time, if that is known."""
+    if isinstance(saved, str):
+        return outcome
+    left = net(saved, pause, outcome.moves, today.moves, steps)
+    return replace(outcome, gain_ms_per_step=Milliseconds.of(saved), net_ms_per_step=Milliseconds.of(left))
+
+
+def rank(outcome: Outcome, objective: Objective) -> tuple[float, float, int, int]:
+    """The sort key: the objective; then the idle fraction, fewer slots and fewer weights moved.
+
+    Today's placements have a net gain of 0.
+    """
+    first = np.inf
+    if objective is Objective.MS:
+        known = outcome.net_ms_per_step
+        first = 0.0 if outcome.setting is None else -known.estimate if known is not None else np.inf
+    elif objective is Objective.ACTIVE:
+        first = np.inf if outcome.active_experts is None else round(outcome.active_experts, 9)
+    elif outcome.net_seconds is not None:
+        first = -outcome.net_seconds
     idle = outcome.idle_fraction if outcome.idle_fraction is not None else np.inf
     # Differences by rounding do not count.
-    return (net, round(idle, 9), outcome.num_physical_experts, outcome.weights_moved)
+    return (first, round(idle, 9), outcome.num_physical_experts, outcome.weights_moved)

@@ -12,8 +12,12 @@ from eplb_dump.format.journal import Int64
 
 #: The rows after those of the settings: the recorded placements split evenly, and the loads as recorded.
 TODAY, MEASURED = -2, -1
-#: The figures of a step.
-ACTIVE, BALANCEDNESS, MAXIMUM, MEAN = range(4)
+#: The figures of a step; then the efforts of :attr:`Scores.lines`, and the steps that they are of.
+ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, ACTIVE_EXPERTS = range(5)
+FIGURES = 5
+
+#: An effort that has a price: a phase, and an index into :data:`eplb_analyze.metrics.cost.EXCHANGE_RATES`.
+Line = tuple[str, int]
 
 ALL = slice(None)
 
@@ -26,12 +30,17 @@ class Scores:
     Attributes:
         ep_size: int ``[rows]``.
         step: int64 ``[columns]``, the first step of each.
+        lines: the efforts that have a price.
     """
 
-    def __init__(self, ep_size: Sequence[int]) -> None:
-        self.ep_size = np.array(ep_size)
-        #: ``[4, rows, columns]``: see :attr:`active` and the properties after it.
-        self._series = BoundedSeries.empty((4, len(ep_size), 0), axis=-1)
+    def __init__(self, ep_size: Sequence[int], lines: Sequence[Line] = ()) -> None:
+        self.ep_size, self.lines = np.array(ep_size), list(lines)
+        #: ``[figures, rows, columns]``: see :attr:`active` and the properties after it.
+        self._series = BoundedSeries.empty((self.figures, len(ep_size), 0), axis=-1)
+
+    @property
+    def figures(self) -> int:
+        return FIGURES + 2 * len(self.lines)
 
     @property
     def step(self) -> Int64:
@@ -59,18 +68,36 @@ class Scores:
         """Tokens of the mean rank of each layer."""
         return self._sum(MEAN)
 
+    @property
+    def active_experts(self) -> Float64:
+        """Slots with a token of the rank with most of them, the mean over active layers."""
+        return self._sum(ACTIVE_EXPERTS)
+
+    def effort(self, line: Line, row: int, columns: slice) -> Float64:
+        """Of the slowest rank, summed over layers, in the steps of the line's phase; 0 if as recorded."""
+        return self._sum(FIGURES + self.lines.index(line))[row, columns]
+
+    def steps_of(self, line: Line, columns: slice) -> Float64:
+        """How many steps are of the line's phase."""
+        return self._sum(FIGURES + len(self.lines) + self.lines.index(line))[TODAY, columns]
+
     def _sum(self, index: int) -> Float64:
         found: Float64 = self._series.sums[index]
         return found
 
     def add(self, steps: Int64, sums: Float64) -> None:
-        """Add steps ``[n]`` with their sums ``[4, rows, n]``."""
+        """Add steps ``[n]`` with their sums ``[figures, rows, n]``."""
         self._series.add(steps, sums)
 
     def balancedness_of(self, row: int, columns: slice = ALL) -> float | None:
         """Mean over the steps with an active layer."""
         active = float(self.active[row, columns].sum())
         return float(self.balancedness[row, columns].sum()) / active if active else None
+
+    def active_experts_of(self, row: int, columns: slice = ALL) -> float | None:
+        """Mean over the steps with an active layer; None of the loads as recorded."""
+        active = float(self.active[row, columns].sum())
+        return float(self.active_experts[row, columns].sum()) / active if active and row != MEASURED else None
 
     def idle_fraction_of(self, row: int, columns: slice = ALL) -> float | None:
         maximum = float(self.maximum[row, columns].sum())

@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.analysis.cost import phases_of
+from eplb_analyze.analysis.worth import phase_names
 from eplb_analyze.errors import DumpError
+from eplb_analyze.metrics.cost import EXCHANGE_RATES
 from eplb_analyze.metrics.dispatch import Dispatch, Spread, random_bits, rank_loads, replica_draws
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.parallel import split_range
@@ -26,7 +29,17 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, fold
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.step_range import StepRange
-from eplb_analyze.replay.scores import ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, MEASURED, Scores
+from eplb_analyze.replay.scores import (
+    ACTIVE,
+    ACTIVE_EXPERTS,
+    BALANCEDNESS,
+    FIGURES,
+    MAXIMUM,
+    MEAN,
+    MEASURED,
+    Line,
+    Scores,
+)
 from eplb_analyze.replay.setting_run import PrefixSums, SettingRun
 from eplb_analyze.replay.settings import Setting
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -71,6 +84,7 @@ class Simulation:
         recorded_steps: int,
         num_nodes: Callable[[int], int],
         num_groups: int = 1,
+        lines: Sequence[Line] = (),
     ) -> None:
         """
         Args:
@@ -78,6 +92,7 @@ class Simulation:
             recorded_steps: about how many steps are complete.
             num_nodes: the number of nodes, given the EP size.
             num_groups: of experts, as the model has them.
+            lines: the efforts that are scored, too.
 
         Raises:
             NotReplayableError: the placement of a layer is not known in any step.
@@ -100,7 +115,9 @@ class Simulation:
             )
             for s, policy in settings
         ]
-        self.scores = Scores([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size])
+        self.scores = Scores([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size], lines)
+        #: Active experts are a figure of all settings.
+        self._exchanges = sorted({0, *(exchange for _, exchange in lines)})
         sizes = {(own.slots, own.setting.ep_size) for own in self.setting_runs}
         if shape.num_physical_experts >= self.experts:  # else experts have no slot, and there is no bound
             sizes.add((shape.num_physical_experts, shape.ep_size))
@@ -163,7 +180,7 @@ class Simulation:
                 for played in [pool.submit(own.play, past, after, steps) for own in self.setting_runs]:
                     played.result()
                 past.forget(last - longest)
-                self._score(loads, pool)
+                self._score(loads, phase_names(block, steps), pool)
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
@@ -194,27 +211,38 @@ class Simulation:
                     known[period] = False
         return steps[known]
 
-    def _score(self, loads: _LogicalLoads, pool: Executor) -> None:
-        sums = np.zeros((4, len(self.setting_runs) + 2, len(loads.steps)))
-        active = np.zeros(sums.shape[1:])
+    def _score(self, loads: _LogicalLoads, phases: list[str | None], pool: Executor) -> None:
+        rows, steps = len(self.setting_runs) + 2, len(loads.steps)
+        terms = np.zeros((MEAN + 1 + len(self._exchanges), rows, steps))
+        active = np.zeros((rows, steps))
         # Added up in the order of layers, so that rounding does not depend on which thread is first.
-        for terms, bounds in pool.map(lambda layer: self._score_layer(loads, layer), range(self.layers)):
-            sums += terms
-            active += terms[MAXIMUM] > 0
+        for own, bounds in pool.map(lambda layer: self._score_layer(loads, layer), range(self.layers)):
+            terms += own
+            active += own[MAXIMUM] > 0
             for size, bound in zip(self.bounds, bounds, strict=True):
                 self.bounds[size] += bound
+        sums, efforts = np.zeros((self.scores.figures, rows, steps)), terms[MEAN + 1 :]
+        sums[: MEAN + 1] = terms[: MEAN + 1]
         sums[ACTIVE] = active > 0
+        sums[ACTIVE_EXPERTS] = efforts[0] / np.maximum(active, 1)
         sums[BALANCEDNESS] /= np.maximum(active, 1)
+        slots = self.layers * self.shape.num_physical_experts * self.run.info.token_replication
+        of_phase = dict(phases_of(phases, loads.tokens.sum(axis=0) / slots))
+        for at, (phase, exchange) in enumerate(self.scores.lines, FIGURES):
+            own_steps = of_phase.get(phase, np.zeros(steps, np.bool_))
+            sums[at] = efforts[self._exchanges.index(exchange)] * own_steps
+            sums[at + len(self.scores.lines)] = own_steps
         self.scores.add(loads.steps, sums)
 
     def _score_layer(self, loads: _LogicalLoads, layer: int) -> tuple[Float64, list[float]]:
-        """Of one layer, the sums of :class:`Scores` but for ``ACTIVE``, and the bound of each size."""
+        """One layer's first sums of :class:`Scores` without ``ACTIVE``, then its efforts; its bounds."""
         steps, load = loads.steps, loads.logical[layer]
         changes = self.histories[layer].periods(steps)
         today = [(int(steps[period.start]), slots) for period, slots in changes if slots is not None]
         placed = [[(step, slots[layer]) for step, slots in own.placed] for own in self.setting_runs]
-        terms = np.zeros((4, len(placed) + 2, len(steps)))
+        terms = np.zeros((MEAN + 1 + len(self._exchanges), len(placed) + 2, len(steps)))
         maximum, mean = terms[MAXIMUM], terms[MEAN]
+        rates = [EXCHANGE_RATES[exchange] for exchange in self._exchanges]
         inverse = np.zeros(maximum.shape)
         edges = {*range(0, len(steps), self.bound_steps), len(steps)}
         every = [*placed, today]
@@ -226,11 +254,11 @@ class Simulation:
             cuts = [0, *np.searchsorted(steps, [step for step, _ in placements[1:]]).tolist(), len(steps)]
             for (_, slots), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
-                    maximum[row, low:high], inverse[row, low:high], _ = self.dispatch.busiest_rank(
-                        load[low:high],
-                        slots,
-                        int(self.scores.ep_size[row]),
-                        deals[:, low:high],
+                    part = slice(low, high)
+                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = (
+                        self.dispatch.busiest_rank(
+                            load[part], slots, int(self.scores.ep_size[row]), deals[:, part], rates
+                        )
                     )
             edges.update(cuts)
         maximum[MEASURED] = loads.measured[layer]

@@ -35,6 +35,7 @@ def advise(
     ] = None,
     num_groups: options.NumGroups = None,
     num_nodes: options.NumNodes = None,
+    objective: options.Objective = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
@@ -47,11 +48,14 @@ def advise(
     """
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge
+    from eplb_analyze.replay.pricing import Objective
 
     run = out.open(timings=timings, gpu=gpu)
     advice = judge(
         run, choices, steps, min_gain=min_gain,
-        num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        num_groups=num_groups, num_nodes=num_nodes,
+        objective=None if objective is None else Objective(objective),
+        cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip
     passed = None if fail_below is None else advice.passes(fail_below)
     out.show(

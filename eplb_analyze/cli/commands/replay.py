@@ -24,6 +24,7 @@ def replay(
     start: options.Start = None,
     num_groups: options.NumGroups = None,
     num_nodes: options.NumNodes = None,
+    objective: options.Objective = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
@@ -37,11 +38,13 @@ def replay(
     after, beside today's placements. Options take lists, as in --interval 100,500.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
+    from eplb_analyze.replay.pricing import Objective
     from eplb_analyze.replay.replay import replay_run
 
     run = out.open(timings=timings, gpu=gpu)
     result = replay_run(
-        run, choices, steps,
-        num_groups=num_groups, num_nodes=num_nodes, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
+        objective=None if objective is None else Objective(objective),
+        cost_per_expert_ms=cost_per_expert_ms, workers=workers,
     )  # fmt: skip
     out.show(result.to_json, lambda console: render(console, result, top), result.part.whole)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
-from eplb_analyze.text import clean, figure, percent, plural, signed
+from eplb_analyze.cli.views.replay import pause_sentence
+from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,19 +54,24 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
     listing.add_section()
     listing.add_row("balancedness", figure(today.balancedness), figure(best.balancedness))
     listing.add_row("idle", percent(today.idle_fraction), percent(best.idle_fraction))
+    listing.add_row("active experts", figure(today.active_experts, 1), figure(best.active_experts, 1))
     listing.add_row("rearrangements", f"{today.rearrangements:,}", f"{best.rearrangements:,}")
     listing.add_row("weights moved", f"{today.weights_moved:,}", f"{best.weights_moved:,}")
     console.print(listing)
     console.print()
-    if advice.gain is not None:
+    if advice.replay.objective == "ms":
+        _in_ms(console, advice)
+    elif advice.gain is not None:
         low, high = (signed(100 * value, 1) for value in (advice.gain.low, advice.gain.high))
         paid = "" if advice.replay.cost_per_expert_ms is None else ", less what moving costs more"
-        gain = f"{signed(100 * advice.gain.value, 1)} % of the time (95 %: {low} … {high})"
+        active = advice.replay.objective == "active"
+        what = "the active experts of the ranks with most" if active else "the time, by tokens"
+        gain = f"{signed(100 * advice.gain.value, 1)} % of {what} (95 %: {low} … {high})"
         print_line(console, "saves ", (gain, "bold"), paid)
-    if advice.break_even_ms is not None:
-        console.print(
-            f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
-        )
+        if advice.break_even_ms is not None:
+            console.print(
+                f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
+            )
     if advice.trained is not None and advice.judged is not None:
         chosen, judged = (f"{s.first_step} to {s.last_step}" for s in (advice.trained, advice.judged))
         console.print(
@@ -75,11 +81,34 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
     if advice.engine_arguments is not None:
         console.print("to start the engine so:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
-    tokens = (
-        "tokens are not milliseconds: this is the time of the ranks with most tokens, as if a step were "
-        "nothing but its experts, and each token went to any replica of its expert"
+    basis = (
+        f"by the cost fitted to this run's step times: {advice.replay.cost.message}; each token goes to any "
+        "replica of its expert"
     )
-    print_line(console, (tokens, "dim"))
+    if advice.replay.objective != "ms":
+        why = advice.replay.cost.message.removeprefix("not measurable in this run: ")
+        known = "not measurable" if advice.replay.cost.ms_per_step is None else "by the run's step times"
+        basis = (
+            "expected by tokens, as if a step were nothing but its experts, and each token went to any "
+            f"replica of its expert; milliseconds {known}: {why}"
+        )
+    print_line(console, (basis, "dim"))
+
+
+def _in_ms(console: Console, advice: Advice) -> None:
+    assert advice.replay is not None
+    net, gain = advice.net_ms_per_step, advice.gain_ms_per_step
+    if net is None or gain is None:
+        return
+    text = milliseconds(net.estimate, net.low, net.high, sign=True)
+    share = "" if advice.gain is None else f", {signed(100 * advice.gain.value, 1)} % of the median step"
+    print_line(console, "net gain per step ", (text, "bold"), share)
+    work = milliseconds(gain.estimate, gain.low, gain.high, sign=True)
+    print_line(console, f"of that, work of the slowest ranks: {work}; the rest is pauses")
+    print_line(console, pause_sentence(advice.replay.pause))
+    if advice.break_even_pause_ms is not None:
+        pause = milliseconds(advice.break_even_pause_ms)
+        print_line(console, f"used up if a rearrangement pauses the engine for {pause}")
 
 
 def _count(setting: Setting | Recorded, name: str) -> str:

@@ -5,16 +5,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
-from eplb_analyze.text import clean, figure, percent, plural, signed
+from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from eplb_analyze.analysis.cost import Milliseconds
+    from eplb_analyze.replay.pricing import Pause
     from eplb_analyze.replay.replay import Outcome, Replay
 
 
 #: From this share of tokens on, the legend says that they are dealt in rounds.
 MOSTLY = 0.5
+
+
+OBJECTIVES = {"tokens": "tokens", "active": "active experts", "ms": "net ms per step"}
+
+
+def pause_sentence(pause: Pause) -> str:
+    """What each rearrangement is taken to cost."""
+    ms = milliseconds(pause.ms.value, pause.ms.low, pause.ms.high)
+    if pause.basis == "measured":
+        return f"pause of a rearrangement: {ms}, the mean of {plural(pause.count, 'rearrangement')}"
+    if pause.basis == "given":
+        return (
+            f"pause of a rearrangement: {milliseconds(pause.ms.value)} for each expert of a layer, as given"
+        )
+    return f"pause of a rearrangement: assumed to be {milliseconds(pause.ms.value)}, as none was measured"
 
 
 def render(console: Console, result: Replay, top: int = 20) -> None:
@@ -26,15 +43,23 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         f"{plural(shape.num_moe_layers, 'layer')}"
     )
     print_notes(console, result.notes)
+    print_line(console, f"sorted by {OBJECTIVES[result.objective.value]}: {result.objective_reason}")
+    if result.objective == "ms":
+        print_line(console, pause_sentence(result.pause))
     console.print()
     _today(console, result)
     _settings(console, result, top)
     _bounds(console, result)
-    legend = "idle: share of rank time lost, if time is proportional to tokens; "
-    if result.cost_per_expert_ms is None:
+    legend = "idle: share of rank time lost by tokens; "
+    in_ms = result.objective == "ms"
+    if in_ms:
+        legend += "gain: by the cost fitted to the run's step times; net: less pauses, ms per step, 95 % CI; "
+    elif result.cost_per_expert_ms is None:
         legend += "saved: points of today's idle; "
+    if result.objective != "tokens":
+        legend += "active: experts with a token on the rank with most of them; "
     legend += "moved: expert weights that ranks fetched"
-    if result.cost_per_expert_ms is not None:
+    if result.cost_per_expert_ms is not None and not in_ms:
         legend += "; cost: of moving; net: time saved less what moving costs more than today (! a loss)"
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
@@ -66,7 +91,8 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     from eplb_analyze.replay.replay import rank
 
     outcomes, costs = result.outcomes, result.cost_per_expert_ms is not None
-    above = sum(rank(outcome) <= rank(result.today) for outcome in outcomes)
+    today = rank(result.today, result.objective)
+    above = sum(rank(outcome, result.objective) <= today for outcome in outcomes)
     rows: list[Outcome] = [*outcomes[:above], result.today, *outcomes[above:]]
     kept = {id(outcome) for outcome in [*outcomes[:top], result.today]}
     settings = [outcome.setting for outcome in outcomes if outcome.setting is not None]
@@ -81,6 +107,9 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         "balanced": lambda result, outcome: figure(outcome.balancedness),
         "idle": lambda result, outcome: percent(outcome.idle_fraction),
         "saved": _saved,
+        "active": lambda result, outcome: figure(outcome.active_experts, 1),
+        "gain ms": lambda result, outcome: _ms(outcome.gain_ms_per_step).partition(" ")[0],
+        "net ms": lambda result, outcome: _ms(outcome.net_ms_per_step),
         "moved": lambda result, outcome: f"{outcome.weights_moved:,}",
         "cost s": lambda result, outcome: figure(outcome.cost_seconds, 2),
         "net s": _net,
@@ -90,8 +119,14 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         del columns["ranks"]
     if len(rhythms) == len({interval for interval, _ in rhythms}):
         del columns["start"]
-    for name in ("balanced", "saved") if costs else ("cost s", "net s"):
-        del columns[name]
+    shown = {
+        "ms": ("active", "gain ms", "net ms"),
+        "active": ("balanced", "idle", "active"),
+        "tokens": ("idle", "cost s", "net s") if costs else ("balanced", "idle", "saved"),
+    }[result.objective.value]
+    for name in ("balanced", "idle", "saved", "active", "gain ms", "net ms", "cost s", "net s"):
+        if name not in shown:
+            del columns[name]
     if len(columns) > 9:
         columns.pop("balanced", None)
     more = limited(top, len(outcomes))
@@ -114,6 +149,14 @@ def _policy(result: Replay, outcome: Outcome) -> str:
 def _number(result: Replay, outcome: Outcome, name: str) -> str:
     value = getattr(outcome.setting or result.recorded, name)
     return "–" if value is None else f"{value:,}"
+
+
+def _ms(value: Milliseconds | None) -> str:
+    if value is None:
+        return ""
+    if not value.low < value.high:
+        return signed(value.estimate, 2)
+    return milliseconds(value.estimate, value.low, value.high, sign=True).replace(" ms", "")
 
 
 def _saved(result: Replay, outcome: Outcome) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import assert_golden, cli, one_error
+from planted import SteadyClock
 
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
@@ -62,10 +63,17 @@ def record(root: Path, **options: Any) -> None:
                     writer.record(step, rank_load(rank, step), placement(step))
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
+
+
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("replay")
-    record(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eplb_dump.writer.time", SteadyClock())
+        record(root)
     return root
 
 

@@ -1,0 +1,98 @@
+"""What settings are worth in ms per step: work saved, at the fitted price, less the pauses they add."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eplb_analyze.analysis.cost import Milliseconds, RunCost
+from eplb_analyze.analysis.pauses import pauses_of
+from eplb_analyze.analysis.worth import price_of
+from eplb_analyze.metrics.bootstrap import Interval, Ratio
+from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.metrics.pauses import mean_of
+from eplb_analyze.metrics.prices import combined
+from eplb_analyze.reader.placements import Rearrangement
+from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.scores import ALL, TODAY, Line, Scores
+from eplb_analyze.replay.setting_run import Move
+
+#: If no pause was measured, and none is given, a rearrangement is assumed to take so long, ms: synchronous
+#: engines take from a tenth of a second to several seconds.
+ASSUMED_PAUSE_MS = 1000.0
+
+
+class Objective(str, enum.Enum):
+    """What settings are sorted by."""
+
+    TOKENS = "tokens"
+    ACTIVE = "active"
+    MS = "ms"
+
+
+@dataclass(frozen=True)
+class Pause:
+    """What a rearrangement costs: ``ms`` each, or for each expert weight that its busiest rank fetches."""
+
+    ms: Interval
+    basis: Literal["measured", "given", "assumed"]
+    #: How many were measured.
+    count: int = 0
+
+    def units(self, moves: Sequence[Move]) -> int:
+        return sum(move.busiest_rank for move in moves) if self.basis == "given" else len(moves)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ms": Milliseconds.of(self.ms), "basis": self.basis, "rearrangements": self.count}
+
+
+def pause_of(run: Run, cost_per_expert_ms: float | None) -> Pause:
+    """As given, else as measured in the run, else assumed; call it inside ``run.retry_without_damaged``."""
+    if cost_per_expert_ms is not None:
+        return Pause(Interval(*[cost_per_expert_ms] * 3), "given")
+    changes = [change for change in run.history.rearrangements() if not _elastic(run, change)]
+    found = [pause for pause in pauses_of(run, changes) if isinstance(pause, Interval)]
+    mean = mean_of(found)
+    if mean is None:
+        return Pause(Interval(*[ASSUMED_PAUSE_MS] * 3), "assumed")
+    return Pause(mean, "measured", len(found))
+
+
+def _elastic(run: Run, change: Rearrangement) -> bool:
+    """Whether the number of ranks or slots changed, too, which takes longer."""
+    layer = run.history.layer(change.layers[0])
+    i = layer.index_at(change.first_step)
+    return layer.ep_sizes[i] != layer.ep_sizes[i - 1] or len(layer.slots[i]) != len(layer.slots[i - 1])
+
+
+def lines_of(cost: RunCost) -> list[Line]:
+    """The efforts that have a price, by phase and exchange rate."""
+    return [
+        (phase, rate.exchange)
+        for phase, own in cost.prices.items()
+        if own.status is not CostStatus.NOT_IDENTIFIABLE
+        for rate in own.rates
+    ]
+
+
+def gain(cost: RunCost, scores: Scores, row: int, columns: slice = ALL) -> Interval | str:
+    """ms per step that a setting saves beside today's placements, or why it is not known."""
+    if scores.ep_size[row] != scores.ep_size[TODAY]:
+        return "the number of ranks differs"
+    parts: dict[str, tuple[float, dict[int, Ratio]]] = {}
+    for line in scores.lines:
+        steps = scores.steps_of(line, columns)
+        if steps.any():
+            saved = (scores.effort(line, TODAY, columns) - scores.effort(line, row, columns))[steps > 0]
+            ratios = parts.setdefault(line[0], (float(steps.sum()), {}))[1]
+            ratios[line[1]] = Ratio(saved, steps[steps > 0])
+    return price_of(cost, parts, float(scores.active[TODAY, columns].sum()))
+
+
+def net(saved: Interval, pause: Pause, new: Sequence[Move], old: Sequence[Move], steps: float) -> Interval:
+    """The gain less the pauses of rearrangements beyond today's, ms per step; ``steps``: of the engine."""
+    total = combined([(1.0, saved), ((pause.units(old) - pause.units(new)) / steps, pause.ms)])
+    assert total is not None
+    return total

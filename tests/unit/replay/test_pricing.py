@@ -1,0 +1,184 @@
+"""Settings in ms per step, on engines whose cost of imbalance and pauses are planted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import cli
+from planted import EXPERTS, LAYERS, RANKS, SLOTS, Planted, record_engine, slowest_work
+
+from eplb_analyze import open_run
+from eplb_analyze.replay.advise import advise
+from eplb_analyze.replay.pricing import Objective
+from eplb_analyze.replay.replay import rank, replay_run
+from eplb_analyze.replay.settings import Choices, Setting
+
+REDUNDANT = SLOTS - EXPERTS
+PER_TOKEN = 0.02
+#: The hot experts change every 150 steps, and the engine rearranges every 300: more often is better.
+DRIFTING = {"steps": 900, "interval": 300, "drift": 150, "skew": 12.0}
+OFTEN = Choices(policies=["deepseek", "static"], redundant=[REDUNDANT], intervals=[50], windows=[50])
+
+
+def work_under(
+    truth: Planted, placements: list[tuple[int, np.ndarray]], per_token: float, per_expert: float
+) -> float:
+    """The mean time of the slowest ranks, ms per step, under placements by the step from which each holds."""
+    total = 0.0
+    for step, logical in enumerate(truth.logical):
+        slots = [placed for first, placed in placements if first <= step][-1]
+        total += slowest_work(logical, slots, per_token, per_expert, draws=2)
+    return total / len(truth.logical)
+
+
+@pytest.mark.parametrize(
+    ("per_token", "per_expert"), [(PER_TOKEN, 0.0), (0.0, 0.4)], ids=["tokens", "active"]
+)
+def test_gain_of_a_setting_is_the_planted_time_of_its_placements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_token: float, per_expert: float
+) -> None:
+    truth = record_engine(
+        tmp_path, monkeypatch, per_token_ms=per_token, per_expert_ms=per_expert, pause_ms=900,
+        tokens=30 if per_expert else 400, **(DRIFTING | {"steps": 500}),
+    )  # fmt: skip
+    result = replay_run(open_run(tmp_path), OFTEN, keep_placements=True)
+    assert result.objective is Objective.MS
+    assert result.placements is not None
+    today = work_under(truth, list(enumerate(truth.placements)), per_token, per_expert)
+    for outcome, placements in zip(result.outcomes, result.placements, strict=True):
+        expected = today - work_under(truth, [(0, placements[0][1]), *placements[1:]], per_token, per_expert)
+        gain, net = outcome.gain_ms_per_step, outcome.net_ms_per_step
+        assert gain is not None
+        assert net is not None
+        assert gain.low - 0.02 <= expected <= gain.high + 0.02
+        pauses = 900 * (len(outcome.moves) - len(result.today.moves)) / 500
+        assert net.estimate == pytest.approx(gain.estimate - pauses, rel=0.02, abs=0.02)
+        assert net.low < net.estimate < net.high or not outcome.moves
+    nets = [outcome.net_ms_per_step.estimate for outcome in result.outcomes if outcome.net_ms_per_step]
+    assert nets == sorted(nets, reverse=True)
+
+
+@pytest.mark.parametrize(("pause_ms", "verdict"), [(2.0, "retune"), (900.0, "leave")])
+def test_retune_turns_into_leave_if_pauses_do_not_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_ms: float, verdict: str
+) -> None:
+    record_engine(tmp_path, monkeypatch, per_token_ms=PER_TOKEN, pause_ms=pause_ms, **DRIFTING)
+    run = open_run(tmp_path)
+    choices = replace(OFTEN, policies=["deepseek"])
+    advice = advise(run, choices)
+    net, gain = advice.net_ms_per_step, advice.gain_ms_per_step
+    assert (advice.verdict, advice.replay and advice.replay.objective) == (verdict, Objective.MS)
+    assert net is not None
+    assert gain is not None
+    assert gain.low > 0
+    assert (net.low > 0, net.high < 0) == (verdict == "retune", verdict == "leave")
+    assert advice.replay is not None
+    assert advice.replay.pause.basis == "measured"
+    if pause_ms > 100:  # else the steps vary by more
+        assert advice.replay.pause.ms.value == pytest.approx(pause_ms, rel=0.05)
+    # By tokens it looks alike.
+    assert advise(run, choices, objective=Objective.TOKENS).verdict == "retune"
+    document = json.loads(cli("advise", tmp_path, "--interval", "50", "--window", "50", "--redundant", "4",
+                              "--policy", "deepseek", "-o", "json").stdout)  # fmt: skip
+    assert document["verdict"] == verdict
+    assert document["net_ms_per_step"]["estimate"] == pytest.approx(net.estimate)
+    text = " ".join(cli("advise", tmp_path, "--interval", "50", "--redundant", "4").stdout.split())
+    assert "the mean of 2 rearrangements" in text
+    assert "by the cost fitted to this run's step times" in text
+
+
+def test_rearrangements_that_cost_more_than_they_gain_are_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imbalance costs nothing here, so each pause is a loss."""
+    record_engine(tmp_path, monkeypatch, steps=900, interval=100, pause_ms=900)
+    advice = advise(open_run(tmp_path), OFTEN)
+    assert (advice.verdict, advice.reasons) == ("retune", ["rearrangements cost more than they gain"])
+    assert advice.best is not None
+    assert advice.best.setting == Setting("static", REDUNDANT, RANKS, None, None, None)
+    assert advice.net_ms_per_step is not None
+    assert advice.net_ms_per_step.estimate == pytest.approx(8 * 900 / 900, rel=0.05)
+
+
+def test_free_imbalance_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gain by tokens is worth nothing if steps take as long with balanced loads."""
+    record_engine(tmp_path, monkeypatch, **(DRIFTING | {"interval": 10_000}))
+    run = open_run(tmp_path)
+    advice = advise(run, OFTEN)
+    assert advice.verdict == "leave"
+    assert advice.net_ms_per_step is not None
+    assert advice.replay is not None
+    assert advice.replay.pause.basis == "assumed"
+    assert advise(run, OFTEN, objective=Objective.TOKENS).verdict == "enable"
+
+
+def test_costly_imbalance_is_worth_enabling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_engine(tmp_path, monkeypatch, per_token_ms=0.2, steps=900, interval=10_000, skew=12.0)
+    choices = Choices(
+        policies=["deepseek"], redundant=[REDUNDANT], intervals=[400], windows=[100], starts=[100]
+    )
+    advice = advise(open_run(tmp_path), choices)
+    assert advice.verdict == "enable"
+    assert advice.net_ms_per_step is not None
+    assert advice.net_ms_per_step.low > 0
+    given = advise(open_run(tmp_path), choices, cost_per_expert_ms=1e6)
+    assert (given.verdict, given.replay and given.replay.pause.basis) == ("leave", "given")
+
+
+def test_what_is_not_measurable_is_not_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_engine(tmp_path, monkeypatch, steps=95, interval=10_000, per_token_ms=PER_TOKEN)
+    advice = advise(open_run(tmp_path), Choices(intervals=[20], windows=[20]))
+    assert (advice.verdict, advice.net_ms_per_step) == ("leave", None)
+    assert "not measurable in this run: fewer than 100 steps are complete" in advice.reasons[0]
+    assert json.loads(cli("advise", tmp_path, "-o", "json").stdout)["net_ms_per_step"] is None
+
+
+@pytest.mark.parametrize("objective", ["tokens", "active", "ms"])
+def test_settings_are_sorted_by_the_objective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    record_engine(
+        tmp_path, monkeypatch, steps=300, interval=100, per_token_ms=PER_TOKEN, pause_ms=20, tokens=40
+    )
+    run = open_run(tmp_path)
+    result = replay_run(run, objective=Objective(objective))
+    key = {
+        "tokens": lambda o: o.idle_fraction,
+        "active": lambda o: o.active_experts,
+        "ms": lambda o: -o.net_ms_per_step.estimate,
+    }[objective]
+    values = [round(key(outcome), 9) for outcome in result.outcomes]
+    assert values == sorted(values)
+    assert rank(result.outcomes[0], result.objective) <= rank(result.outcomes[-1], result.objective)
+    text = cli("replay", "--objective", objective, tmp_path).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert ("active" in text, "net ms" in text) == (objective != "tokens", objective == "ms")
+
+
+def test_active_experts_are_those_of_the_recorded_placements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = record_engine(tmp_path, monkeypatch, steps=120, interval=50, tokens=30)
+    result = replay_run(open_run(tmp_path))
+    pairs = zip(truth.logical, truth.placements, strict=True)
+    expected = np.mean([slowest_work(logical, slots, 0, 1) / LAYERS for logical, slots in pairs])
+    assert result.today.active_experts == pytest.approx(expected, rel=0.02)
+
+
+def test_run_without_times_is_judged_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = record_engine(tmp_path / "recorded", monkeypatch, steps=200, interval=10_000, skew=12.0)
+    np.savez(tmp_path / "loads.npz", load=np.stack(truth.logical))
+    done = cli("import", tmp_path / "loads.npz", "--into", tmp_path / "imported", "--model", "m",
+               "--num-experts", str(EXPERTS), "--ep-size", str(RANKS), "--placement", "linear",
+               "--ordered")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(cli("advise", tmp_path / "imported", "-o", "json").stdout)
+    assert (document["objective"], document["net_ms_per_step"]) == ("tokens", None)
+    assert document["verdict"] == "enable"
+    text = " ".join(cli("advise", tmp_path / "imported").stdout.split())
+    assert "expected by tokens" in text
+    assert "milliseconds not measurable: the recording has no step times" in text
