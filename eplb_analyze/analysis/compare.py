@@ -203,11 +203,13 @@ class _Reading:
         for half, part in enumerate(((low, middle), (middle, high))):
             for block in run.blocks(part):
                 self.whole.add(block)
-                self.cost.merge(CostSample.of(run, sampling, block))
+                terms = None
                 if block.shape is not None and len(block.recorded):
                     self.shapes.add(block.shape)
-                    self._add(block.recorded, run.terms(block), serving(block.shape))
+                    terms = run.terms(block)
+                    self._add(block.recorded, terms, serving(block.shape))
                     self.logical[half] += logical_sums(block, run.history, experts)
+                self.cost.merge(CostSample.of(run, sampling, block, terms))
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
         self._tokens += float(terms.mean.sum()) * ranks

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 from eplb_analyze.metrics.cost import MIN_STEPS, Float64, Work
+from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
@@ -16,6 +18,10 @@ from eplb_dump.format.journal import Int64
 SAMPLE_STEPS, SAMPLE_VALUES = 8192, 1 << 25
 
 _ARRAYS = ("step", "since_last", "until_next", "step_ms", "device_ms", "num_tokens", "per_slot")
+
+#: If all but this share of slots and steps have tokens, all are taken to, and loads, which are large, are not
+#: read. Tokens come in bursts: this share of a slot's tokens is taken to arrive independently.
+QUIET, BURSTS = 1e-3, 0.25
 
 
 class Sampling:
@@ -95,14 +101,14 @@ class CostSample:
         return cls(steps, none, none, none, none, steps, Work.empty(), none, [])
 
     @classmethod
-    def of(cls, run: Run, sampling: Sampling, block: Block) -> CostSample:
-        """A block's complete steps, if the sample wants them."""
+    def of(cls, run: Run, sampling: Sampling, block: Block, terms: Terms | None = None) -> CostSample:
+        """A block's complete steps, if the sample wants them; ``terms``: of these, if they are known."""
         first, last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
         sample = cls.empty()
         if block.shape is not None and sampling.wants(block):
             chosen = block.state == StepState.RECORDED
             apart = np.where(np.diff(block.step) == 1, np.diff(block.clock_ns) / 1e6, np.nan)
-            work = _work(block, run.info.token_replication)
+            work = _work(block, run.terms(block) if terms is None else terms, run.info.token_replication)
             sample = cls(
                 block.step[chosen],
                 np.insert(apart, 0, np.nan)[chosen],
@@ -144,13 +150,52 @@ def sample_of(run: Run, steps: tuple[int, int] | None = None) -> CostSample:
     return total
 
 
-def _work(block: Block, per_token: int) -> Work:
-    """The work of a block's complete steps, a few layers at a time."""
+def _work(block: Block, terms: Terms, per_token: int) -> Work:
+    """The work of a block's complete steps, whose terms are known."""
     assert block.shape is not None
-    total: Work | None = None
-    for _, load in block.load_parts():
-        by_rank = load.reshape(*load.shape[:2], block.shape.ep_size, -1)
-        layers = Work.of(active_experts(load, block.shape.ep_size), by_rank.sum(axis=3) / per_token)
-        total = layers if total is None else total.plus(layers)
-    assert total is not None
-    return total
+    constant = _active_by_sums(block)
+    if constant is not None:
+        active, rate = constant
+        work = Work.of_all_active(active, terms.mean, terms.maximum)
+        few = np.quantile(work.tokens, 0.01) / max(1.0, work.tokens.mean())
+        if np.exp(-BURSTS * few * rate / per_token).mean() < QUIET:
+            return work
+    ranks = block.shape.ep_size
+    return functools.reduce(
+        Work.plus,
+        (
+            Work.of(
+                active_experts(load, ranks), load.reshape(*load.shape[:2], ranks, -1).sum(axis=3) / per_token
+            )
+            for _, load in block.load_parts()  # a few layers at a time
+        ),
+    )
+
+
+def _active_by_sums(block: Block) -> tuple[int, Float64] | None:
+    """The slots in use of a rank, summed over layers, and the tokens per step of every slot in use.
+
+    By the sums in the manifest, under all placements of a block. None if they do not tell, or if ranks or
+    placements differ in the number.
+    """
+    assert block.shape is not None
+    found = [(segment.sums, segment.load_steps()) for segment, _, _ in block.matches(block.recorded)]
+    sums, steps = found[0]
+    if sums is None or sums.load.shape[1] != block.shape.num_physical_experts:
+        return None
+    load = np.zeros_like(sums.load)
+    for own, own_steps in found:
+        pairs = () if own is None else ((own_steps, steps), (own.layer, sums.layer), (own.step, sums.step))
+        if own is None or not all(np.array_equal(*pair) for pair in pairs):
+            return None
+        load += own.load
+    starts = np.searchsorted(steps, sums.step)
+    ends = np.where(np.diff(sums.layer, append=-1) == 0, np.roll(starts, -1), len(steps))
+    some = ends > starts
+    load, rate = load[some], load[some] / (ends - starts)[some, np.newaxis]
+    used = (load > 0).reshape(len(load), block.shape.ep_size, -1).sum(axis=2)
+    of_layer = np.zeros(block.shape.num_moe_layers, np.int64)
+    of_layer[sums.layer[some]] = used[:, 0]
+    if (used != of_layer[sums.layer[some], np.newaxis]).any():
+        return None
+    return int(of_layer.sum()), rate[load > 0]

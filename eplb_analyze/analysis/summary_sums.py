@@ -161,16 +161,18 @@ class SummarySums:
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
         sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
         sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
-        sums.cost = CostSample.of(run, sampling, block)
         if block.shape is None:
+            sums.cost = CostSample.of(run, sampling, block)
             return sums
         for missing, steps in block.without_ranks():
             terms = Terms.of(block.rank_load(steps), run.info.token_replication, serving(block.shape))
             sums.estimates.setdefault(missing, EstimateSums()).add(steps, terms)
         # A configuration without any complete step still separates those around it.
         sums.configurations.append(ConfigurationSums(block.shape, run.info, bins))
-        if len(block.recorded):
-            sums._add(block, sums.configurations[0].add(run, block))
+        found = sums.configurations[0].add(run, block) if len(block.recorded) else None
+        if found is not None:
+            sums._add(block, found)
+        sums.cost = CostSample.of(run, sampling, block, found)
         return sums
 
     def _add(self, block: Block, terms: Terms) -> None:

@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Postmortem(Report):
-    #: The run that lost most rank time first; broken runs last.
+    #: The run that lost most GPU time first; broken runs last.
     rows: list[Row]
     threshold: float | None = None
     baseline: str | None = None

@@ -113,6 +113,16 @@ class Work(NamedTuple):
         )
 
     @classmethod
+    def of_all_active(cls, active: float, mean: Float64, maximum: Float64) -> Work:
+        """If the ranks have equally many active experts in every step: their number, summed over layers.
+
+        ``mean``, ``maximum``: the tokens of the ranks, ``[n, layers]``.
+        """
+        experts, most = np.full(len(mean), float(active)), maximum.sum(axis=1)
+        slowest = [effort_of(experts, most, rate).astype(np.float64) for rate in EXCHANGE_RATES]
+        return cls(mean.sum(axis=1), experts, np.stack(slowest, axis=1))
+
+    @classmethod
     def empty(cls) -> Work:
         return cls(np.empty(0), np.empty(0), np.empty((0, len(EXCHANGE_RATES))))
 

@@ -281,8 +281,8 @@ FORMULAS: dict[str, Formula] = {
 def idle_terms(T: Float64, serving: int | None = None) -> tuple[float, float]:
     """Σ_{s,l} mean_r T and Σ_{s,l} max_r T: terms to add over blocks.
 
-    The idle fraction is 1 minus their ratio: the share of rank time lost if time is proportional to
-    tokens. ``serving``: how many of the ranks serve; default all.
+    The idle fraction is 1 minus their ratio: by how much less the mean rank has to do than the slowest.
+    ``serving``: how many of the ranks serve; default all.
     """
     terms = Terms.of(T, serving=serving)
     return float(terms.mean.sum()), float(terms.maximum.sum())

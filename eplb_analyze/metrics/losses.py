@@ -1,7 +1,7 @@
-"""Which layers, ranks and steps lost rank time, and how much of it a better placement could save.
+"""Which layers, ranks and steps have excess tokens, and how many of them a better placement could save.
 
-In each step and layer all ranks wait for the slowest: (max − mean) tokens are lost and attributed to that
-rank; ranks that tie share them. The sums are of loads of one shape and stay small however long the run is.
+In each step and layer all ranks wait for the slowest: (max − mean) tokens are in excess and attributed to
+that rank; ranks that tie share them. The sums are of loads of one shape and stay small in any run.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def render(console: Console, result: Timeline) -> None:
     spread = f"mean {figure(result.mean)}, {figure(result.min)} to {figure(result.max)}"
     console.print(f"{spread} over {plural(known, 'step')}; {better}")
     if formula is None:
-        console.print("the share of rank time lost if time is proportional to tokens")
+        console.print("by tokens, not by time; `summary` shows what imbalance cost in time")
     for warning in [formula.warning] if formula and formula.warning else []:
         print_line(console, (warning, "yellow"))
     print_notes(console, result.notes)

@@ -91,7 +91,7 @@ def _balance(look: Snapshot, width: int) -> list[Text]:
     spread = look.balancedness
     line = Text.assemble("balancedness ", (figure(spread.mean), "bold"))
     line.append(f" · now {figure(look.latest_balancedness)}" if look.current else "")
-    line.append(f" · p5 {figure(spread.p5)} · idle {percent(look.idle_fraction)} of rank time")
+    line.append(f" · p5 {figure(spread.p5)} · idle {percent(look.idle_fraction)} by tokens")
     over = f"over {plural(look.complete, 'complete step')}, {look.first_step:,} to {look.last_step:,}"
     if spread.min_step is not None:
         over += f"; worst {figure(spread.min)} at step {spread.min_step:,}"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import cli
-from timed_run import TimedRun, write_timed
+from helpers import cli, open_writer
+from timed_run import LAYERS, RANKS, SLOTS, TimedRun, write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis import cost_sample
 from eplb_analyze.analysis.cost import cost_of
 from eplb_analyze.analysis.cost_sample import Sampling, sample_of
-from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.metrics.cost import CostStatus, Work
+from eplb_analyze.reader.blocks import Block
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,31 @@ def test_sample_of_small_segments_is_that_of_the_whole(costly: TimedRun, tmp_pat
     np.testing.assert_allclose(one.since_last[1:], costly.ms[1:], atol=1e-5)
     np.testing.assert_array_equal(one.until_next[:-1], one.since_last[1:])
     assert one.work.tokens == pytest.approx(costly.tokens.mean(axis=2).sum(axis=1))
+
+
+@pytest.mark.parametrize("tokens", [1.0, 30.0, 200.0])
+def test_work_without_reading_loads_is_that_of_the_loads(
+    tmp_path: Path, tokens: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 200 tokens of each slot all experts are active, with 1 they are not, nor in every tenth step."""
+    rng = np.random.default_rng(0)
+    mean = np.full((200, 1, 1), tokens)
+    mean[::10] = min(tokens, 2.0) if tokens == 30 else tokens
+    loads = rng.poisson(mean, size=(200, LAYERS, SLOTS))
+    read = []
+    original = Block.load_parts
+    monkeypatch.setattr(Block, "load_parts", lambda *args: read.append(1) or original(*args))
+    changed = np.array([np.arange(SLOTS), np.arange(SLOTS)[::-1]])
+    with open_writer(tmp_path, scope="global", ep_size=RANKS, num_logical_experts=SLOTS) as writer:
+        for step, load in enumerate(loads):
+            writer.record(step, load, changed if step >= 90 else changed[::-1])
+            assert step % 100 or writer.flush(60)
+    work = sample_of(open_run(tmp_path)).work
+    assert bool(read) == (tokens < 200)
+    by_rank = loads.reshape(200, LAYERS, RANKS, -1)
+    expected = Work.of((by_rank > 0).sum(axis=3), by_rank.sum(axis=3))
+    for found, truth in zip(work, expected, strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [(0, 400), (37, 333)])
