@@ -4,7 +4,7 @@
 | --- | --- |
 | vLLM's iteration log | ``LoggingStatLogger._log_iteration_details`` in vllm/v1/metrics/loggers.py, 0.33.0 |
 | forward pass metrics | ``ForwardPassMetrics`` in sglang/srt/observability/forward_pass_metrics.py, 0.5.23; a line of Dynamo's trace holds one, see ``dynamo.fpm.trace.v1`` in Dynamo's "Forward Pass Metrics Trace Reference" |
-| iteration statistics | ``IterationStats`` in TensorRT-LLM's executor, as its ``/metrics`` returns them |
+| iteration statistics | ``IterationStats`` in TensorRT-LLM's executor and what its PyTorch backend adds (``hostStepTimeMS``, ``gpuForwardTimeMS``, ``schedulerMode``), as ``/metrics`` returns them |
 | a table | CSV or Parquet with ``step`` or ``time``, and ``ms`` |
 """  # noqa: E501
 
@@ -46,7 +46,9 @@ ITERATION = re.compile(
     rb"Iteration\((\d{1,15})\): \d+ context requests, (\d{1,12}) context tokens, "
     rb"\d+ generation requests, (\d{1,12}) generation tokens, iteration elapsed time: (\d{1,9}\.?\d{0,9}) ms"
 )
-#: Which engine wrote a line: since 0.29 the front end logs for all of them, before each logged for itself.
+#: By preference: an iteration's time on the device, on the host, from its start to the use of its results.
+TRTLLM_TIMES = ("gpuForwardTimeMS", "hostStepTimeMS", "iterLatencyMS")
+#: Whose iteration a line is: in 0.27.1 and later the front end logs for all engines, earlier each for itself.
 ENGINE = re.compile(rb"Engine (\d{1,6}): Iteration|EngineCore_DP(\d{1,6})\b")
 TOO_MANY = f"more than {MAX_ENTRIES:,} entries, or {MAX_SERIES:,} engines and starts; cut out this run's part"
 FORM = (
@@ -197,17 +199,15 @@ def _json(path: Path) -> _Collector:
     """One object a line, or lists of them, as from polling TensorRT-LLM's /metrics; or one document."""
     collector = _Collector("")
     for where, record in _records(path):
-        if "iterLatencyMS" in record:
+        if "iter" in record and (name := next((n for n in TRTLLM_TIMES if record.get(n) is not None), "")):
             source = "TensorRT-LLM's iteration statistics"
-            batch = _object(record, "inflightBatchingStats")
-            tokens = _sum(batch, "numCtxTokens", "numGenRequests")
-            collector.add(
-                where,
-                record.get("attentionDpRank"),
-                record["iterLatencyMS"],
-                record.get("iter", -1),
-                tokens=tokens,
-            )
+            if name == TRTLLM_TIMES[-1] and record.get("schedulerMode") == "overlap":
+                raise DumpError(
+                    f"{where}: {name} spans two iterations of an overlap scheduler; no other time is there"
+                )
+            tokens = _sum(_object(record, "inflightBatchingStats"), "numCtxTokens", "numGenRequests")
+            rank = record.get("attentionDpRank"), record.get("rank")
+            collector.add(where, str(rank), record[name], record["iter"], tokens=tokens)
         elif "wall_time" in (metrics := _object(_object(record, "event") or record, "fpm") or record):
             source = "forward pass metrics"
             event = _object(record, "event") or record

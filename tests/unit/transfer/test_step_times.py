@@ -26,7 +26,7 @@ from eplb_analyze.transfer import step_times
 from eplb_analyze.transfer.importers.timings import Series, read_series
 from eplb_analyze.transfer.step_times import read_step_times
 
-#: Lines of vLLM 0.33.0's front end, of its engine core in 0.28, and of a log without a prefix.
+#: Lines of vLLM 0.33.0's front end, of an engine's own process in earlier releases, and without a prefix.
 VLLM = [
     "(APIServer pid=7) INFO 11-26 17:53:00 [loggers.py:199] Engine {engine:03}: Iteration({step}): 1 context "
     "requests, {tokens} context tokens, 0 generation requests, 0 generation tokens, iteration elapsed time: "
@@ -134,6 +134,17 @@ class TestFormats:
         assert one.step is not None
         assert (one.step.tolist(), one.tokens.tolist()) == ([154, 155, 156, 157], [259] * 4)
         assert one.ms.tolist() == [TRTLLM["iterLatencyMS"]] * 4
+
+    def test_tensorrt_llm_names_several_times(self, tmp_path: Path) -> None:
+        """With an overlap scheduler iterLatencyMS spans two iterations."""
+        records = [{**TRTLLM, "schedulerMode": "overlap", "hostStepTimeMS": 4.0}]
+        for rank in (0, 1):
+            records.append({**records[0], "gpuForwardTimeMS": 3.0 + rank, "rank": rank})
+        series = read_series(lines(tmp_path / "stats", map(json.dumps, records)))
+        assert [one.ms.tolist() for one in series] == [[4.0], [3.0], [4.0]]
+        path = lines(tmp_path / "stats", [json.dumps({**TRTLLM, "schedulerMode": "overlap"})])
+        with pytest.raises(DumpError, match="line 1: iterLatencyMS spans two iterations"):
+            read_series(path)
 
     @pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet"])
     def test_tables_are_put_in_order(self, tmp_path: Path, kind: str) -> None:
