@@ -270,6 +270,8 @@ class _Recording:
             self._recorder._recording = True
             self._describe(*args, **kwargs)
         self._start(*args, **kwargs)
+        if self._writer is not None and not self._drafting:
+            self._writer.begin_step()
 
     def _describe(self, forward_batch: Any) -> None:
         self._phase = self._tokens = None

@@ -192,7 +192,9 @@ class _Recorder:
 
     def forward(self, model_config: Any, num_unpadded_tokens: int) -> None:
         """A model begins its forward pass."""
-        self.current.begins(model_config, num_unpadded_tokens)
+        name = self.current.begins(model_config, num_unpadded_tokens)
+        if name in self._models and self._step % self._settings.interval == 0:
+            self._models[name].writer.begin_step()
 
     def before(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Record what this rank routed in the pass that ends here."""

@@ -114,6 +114,9 @@ class Rank:
         self.batches = np.random.default_rng(8)  # the same on all ranks
         self.dp_ranks = arguments.get("dp_size", 1)
         self.phases: list[str] = []
+        self.begins = 0
+        self.began: list[int] = []
+        self.note_begins()
         self.tokens: list[int] = []
         self.loads: list[np.ndarray] = []
         self.maps: list[np.ndarray] = []
@@ -136,6 +139,18 @@ class Rank:
 
         self.runner, self.draft_runner = Runner(False), Runner(True)
 
+    def note_begins(self) -> None:
+        """Count how often a writer is told, before each pass, that it begins."""
+        from eplb_dump.writer import ExpertLoadWriter
+
+        begin = ExpertLoadWriter.begin_step
+
+        def begin_step(writer: ExpertLoadWriter) -> None:
+            self.begins += 1
+            begin(writer)
+
+        ExpertLoadWriter.begin_step = begin_step  # type: ignore[method-assign]
+
     def located(self, placement: torch.Tensor) -> Any:
         from sglang.srt.eplb.expert_location import ExpertLocationMetadata
 
@@ -149,6 +164,8 @@ class Rank:
 
     def route(self, is_draft: bool = False) -> None:
         """The part of a forward pass that the recorder sees."""
+        self.began.append(self.begins)
+        self.begins = 0
         loads = np.zeros((LAYERS, SLOTS), np.int64)
         for layer in range(DENSE, LAYERS):
             slots = self.random.integers(0, SLOTS, (self.routed + 3, self.top_k))
@@ -210,7 +227,12 @@ class Rank:
             phases=self.phases,
             tokens=self.tokens,
         )
-        said = {"messages": self.messages.texts, "switch": self.switch, "stored": self.stored}
+        said = {
+            "messages": self.messages.texts,
+            "switch": self.switch,
+            "stored": self.stored,
+            "began": self.began,
+        }
         (self.out / f"said-{self.rank}.json").write_text(json.dumps(said))
         for writer in open_writers():
             assert writer.flush()

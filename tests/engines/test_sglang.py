@@ -167,6 +167,7 @@ def test_how_often_a_token_is_counted(scenario: str, replication: int, tmp_path:
 def test_a_draft_models_passes_are_no_steps(tmp_path: Path) -> None:
     ours = engine(tmp_path, "drafts", ranks=1)
     assert len(ours.said(0, "switch")) == 15
+    assert ours.said(0, "began") == [1, 1, 0, 0, 0] * 3
     assert ours.truth("loads").shape[1] == 6
     assert_exact(ours)
 

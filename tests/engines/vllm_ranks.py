@@ -148,6 +148,7 @@ class Rank:
         import torch
 
         self.rank, self.args = rank, args
+        self.began: dict[str, list[int]] = {}
         torch.set_num_threads(1)
         without_an_accelerator()
         from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
@@ -193,6 +194,7 @@ class Rank:
             from vllm.plugins import load_general_plugins
 
             load_general_plugins()
+            self.note_begins()
         from vllm.distributed.eplb import eplb_state
 
         self.eplb = eplb_state
@@ -218,6 +220,18 @@ class Rank:
         self.order: dict[str, Any] = {}
         self.requests = Requests(seed, v2=args.v2, ahead=args.schedule_ahead, drafts=args.speculate)
         self.runner = runner(self, args.v2)
+
+    def note_begins(self) -> None:
+        """Note the steps in which a writer is told that a forward pass begins."""
+        from eplb_dump.writer import ExpertLoadWriter
+
+        begin = ExpertLoadWriter.begin_step
+
+        def begin_step(writer: ExpertLoadWriter) -> None:
+            self.began.setdefault(writer.info.model, []).append(self.step_number)
+            begin(writer)
+
+        ExpertLoadWriter.begin_step = begin_step  # type: ignore[method-assign]
 
     def build_state(self) -> None:
         import torch
@@ -374,6 +388,7 @@ class Rank:
                 if self.running is not None:
                     self.requests.ran(self.running)
                 torch.distributed.barrier(group=self.parallel_state.get_ep_group().cpu_group)
+        saved["began"] = np.array(json.dumps(self.began))
         saved["logged"] = np.array([json.dumps(line) for line in self.logged])
         return saved
 
