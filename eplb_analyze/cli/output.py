@@ -111,9 +111,8 @@ class Output:
         self.notes(opened.notes)
         return opened
 
-    def join_times(self, run: Run, timings: Path | None, gpu: enum.Enum | None, name: str = "") -> None:
-        """Let the cost of imbalance come from the times in a file, or else from a GPU's kernels."""
-        run.gpu = None if gpu is None else gpu.value
+    def join_times(self, run: Run, timings: Path | None, name: str = "") -> None:
+        """Let the cost of imbalance in a run come from the times in a file."""
         if timings is not None:
             from eplb_analyze.transfer.step_times import read_step_times
 
@@ -147,7 +146,8 @@ class RunOutput(Output):
 
     def open(self, *, mixed: bool = False, timings: Path | None = None, gpu: enum.Enum | None = None) -> Run:
         self.run = self.open_run(self.dump, self.run_id, self.model, mixed=mixed)
-        self.join_times(self.run, timings, gpu)
+        self.run.gpu = None if gpu is None else gpu.value
+        self.join_times(self.run, timings)
         return self.run
 
     def show(

@@ -49,7 +49,7 @@ def cost(summary: Summary) -> dict[str, Any]:
 def _phase(name: str, cost: PhaseCost) -> list[str]:
     ms, share = cost.ms_per_step, cost.share_of_step
     known = "–" if ms is None else milliseconds(ms.estimate, ms.low, ms.high)
-    if ms is not None and cost.status is not CostStatus.MEASURED:
+    if ms is not None and cost.status is CostStatus.NO_MEASURABLE_COST:
         known = f"none measurable (≤ {milliseconds(ms.high)})"
     part = percent(share.estimate if share and cost.status is CostStatus.MEASURED else None)
     why = cost.regime or cost.message

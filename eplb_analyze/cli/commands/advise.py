@@ -39,7 +39,6 @@ def advise(
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
-    gpu: options.Gpu = None,
     workers: options.Workers = None,
 ) -> None:
     """Leave the load balancer as it is, switch it on, or change it to what, with which gain?
@@ -50,7 +49,7 @@ def advise(
     from eplb_analyze.replay.advise import advise as judge
     from eplb_analyze.replay.pricing import Objective
 
-    run = out.open(timings=timings, gpu=gpu)
+    run = out.open(timings=timings)
     advice = judge(
         run, choices, steps, min_gain=min_gain,
         num_groups=num_groups, num_nodes=num_nodes,

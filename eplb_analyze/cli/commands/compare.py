@@ -35,7 +35,6 @@ def compare(
     timings_b: Annotated[
         Path | None, typer.Option("--timings-b", help="The same, of run B.", metavar="FILE")
     ] = None,
-    gpu: options.Gpu = None,
     model: options.Model = None,
     output: options.Output = OutputFormat.text,
 ) -> None:
@@ -44,8 +43,8 @@ def compare(
 
     out = Output(output)
     one, other = _open(out, a, dump, run_a, model), _open(out, b, dump, run_b, model)
-    out.join_times(one, timings_a, gpu, "A")
-    out.join_times(other, timings_b, gpu, "B")
+    out.join_times(one, timings_a, "A")
+    out.join_times(other, timings_b, "B")
     result = compare_runs(one, other, steps)
     out.emit(result.to_json, lambda console: render(console, result, top))
     if output is OutputFormat.json:  # the text has them

@@ -16,7 +16,6 @@ def rearrangements(
     out: RunOutput,
     steps: options.Steps = None,
     timings: options.Timings = None,
-    gpu: options.Gpu = None,
     window: Annotated[
         int, typer.Option("--window", help="At most so many steps before and after.", min=1)
     ] = 1000,
@@ -24,6 +23,6 @@ def rearrangements(
     """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
     from eplb_analyze.analysis.rearrangements import rearrangement_report
 
-    run = out.open(timings=timings, gpu=gpu)
+    run = out.open(timings=timings)
     report = rearrangement_report(run, steps, window)
     out.show(report.to_json, lambda console: render(console, report), report.steps)

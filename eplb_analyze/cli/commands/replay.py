@@ -28,7 +28,6 @@ def replay(
     cost_per_expert_ms: options.CostPerExpertMs = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
-    gpu: options.Gpu = None,
     top: options.Top = 20,
     workers: options.Workers = None,
 ) -> None:
@@ -41,7 +40,7 @@ def replay(
     from eplb_analyze.replay.pricing import Objective
     from eplb_analyze.replay.replay import replay_run
 
-    run = out.open(timings=timings, gpu=gpu)
+    run = out.open(timings=timings)
     result = replay_run(
         run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),

@@ -109,7 +109,7 @@ def test_runs_that_the_tables_do_not_cover(tmp_path: Path) -> None:
     assert "of the steps a rank has more tokens than in the kernel times" in cost.message
 
 
-def test_the_command_line_labels_it(dump: Path) -> None:
+def test_the_command_line_labels_it(dump: Path, tmp_path: Path) -> None:
     assert {gpu.value for gpu in GpuName} == set(KERNELS)
     text = cli("summary", "--gpu", "b200", dump).stdout
     assert "imbalance would cost" in text
@@ -117,3 +117,7 @@ def test_the_command_line_labels_it(dump: Path) -> None:
     cost = json.loads(cli("summary", "--gpu", "b200", "-o", "json", dump).stdout)["cost"]
     assert (cost["status"], cost["basis"]) == ("estimated", "kernel_times")
     assert cli("summary", "--gpu", "v100", dump).returncode == 2
+    page = tmp_path / "report.html"
+    assert cli("report", "--gpu", "b200", "--to", page, dump).returncode == 0
+    assert "estimated from kernel times, not measured" in page.read_text()
+    assert "none measurable" not in page.read_text()
