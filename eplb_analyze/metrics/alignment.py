@@ -16,7 +16,7 @@ MIN_CORRELATION = 0.3
 CLEARLY = 5.0
 #: A logarithm that varies less (2 %) shows nothing.
 MIN_DEVIATION = 0.02
-#: Shifts at which fewer elements meet are not looked at.
+#: Of fewer elements nothing is concluded.
 MIN_OVERLAP = 20
 
 
@@ -64,13 +64,13 @@ def best_shift(a: Float64, b: Float64, expected: int, within: int | None = None)
     """The shift at which two series fit best; None if they have too little in common at every shift.
 
     Args:
-        a, b: as for :func:`correlations`; at least half of the shorter one must meet the other.
+        a, b: as for :func:`correlations`. Shifts at which less than half as many elements meet as at another
+            are not looked at.
         expected: the shift to prefer unless another one is clearly better.
         within: how far from that another one may be.
     """
     shifts, found, pairs = correlations(a, b)
-    shorter = min(int(np.isfinite(values).sum()) for values in (a, b))
-    enough = pairs >= max(MIN_OVERLAP, shorter / 2)
+    enough = pairs >= max(MIN_OVERLAP, pairs.max() / 2)
     if within is not None:
         enough &= np.abs(shifts - expected) <= within
     if not enough.any():

@@ -33,6 +33,12 @@ def test_a_planted_shift_is_found(shift: int, noise: float) -> None:
     assert (found.by, found.is_clear) == (shift, True)
 
 
+def test_a_part_fits_a_whole_of_which_little_is_known() -> None:
+    whole = np.random.default_rng(6).normal(size=20_000)
+    known = np.where(np.arange(20_000) // 100 % 5 == 0, whole, np.nan)
+    assert best_shift(whole[7000:9000], known, 0) == (7000, pytest.approx(1.0), True)
+
+
 def test_a_shift_of_a_periodic_series_is_not_clear() -> None:
     wave = np.sin(np.arange(600) * 2 * np.pi / 20)
     found = best_shift(wave[3:], wave, 7)
