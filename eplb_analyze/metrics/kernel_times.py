@@ -4,7 +4,7 @@ The coefficients are fitted to the rows of uniform routing in the tables ``widee
 ``wideep_generation_moe_perf`` of ``ai-dynamo/aiconfigurator`` at ``095f58a51`` (Apache-2.0). The rows are
 times of SGLang 0.5.10 in one MoE layer of DeepSeek-V3 (256 experts, hidden 7168, intermediate 2048, top 8,
 fp8) in DeepEP's layouts, on the rank with the most tokens, for EP sizes 2 to 256. docs/metrics.md states the
-errors in the other rows.
+errors in the other rows; benchmarks/kernel_times.py computes both.
 
 Arrays in, arrays out.
 """
@@ -57,15 +57,15 @@ DECODE, PREFILL = "decode", "prefill"
 KERNELS = {
     "h100": {
         DECODE: Kernel(0.02164, 0.01363, 6.829e-05, 0.0, 0.105, 1 << 15),
-        PREFILL: Kernel(0.1791, 0.01845, 7.396e-05, 0.3485, 0.121, 1 << 17),
+        PREFILL: Kernel(0.1791, 0.01845, 7.396e-05, 0.3485, 0.140, 1 << 17),
     },
     "h200": {
-        DECODE: Kernel(0.02090, 0.007786, 6.691e-05, 0.0, 0.120, 1 << 15),
-        PREFILL: Kernel(0.1774, 0.01293, 6.771e-05, 0.3341, 0.147, 1 << 17),
+        DECODE: Kernel(0.02090, 0.007786, 6.691e-05, 0.0, 0.114, 1 << 15),
+        PREFILL: Kernel(0.1774, 0.01293, 6.771e-05, 0.3341, 0.155, 1 << 17),
     },
     "b200": {
-        DECODE: Kernel(0.01947, 0.005986, 4.357e-05, 0.0, 0.161, 1 << 15),
-        PREFILL: Kernel(0.1723, 0.007512, 4.272e-05, 0.2694, 0.108, 1 << 17),
+        DECODE: Kernel(0.01947, 0.005986, 4.357e-05, 0.0, 0.145, 1 << 15),
+        PREFILL: Kernel(0.1723, 0.007512, 4.272e-05, 0.2694, 0.106, 1 << 17),
     },
 }
 
