@@ -31,7 +31,7 @@ WITHIN = 0.05
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     torch.cuda.set_device(args.device)

@@ -6,8 +6,9 @@ Every GPU is an EP rank. In each MoE layer it multiplies the tokens of its exper
 grouped matrix product, and then all ranks meet in an all-reduce, so that a step takes as long as its slowest
 ranks. Each phase routes a number of tokens with a skew that changes from step to step.
 
-The truth is measured beside it: the device time that each rank spent in each layer's product, whose
-Σ_layers (max_r − mean_r) perfect balance would save. The recording knows nothing of it.
+The truth is measured afterwards, without the recording: every GPU takes the products of all ranks alone, and
+the truth is Σ_layers (max_r − mean_r) of their times, which perfect balance would save. (Times of one GPU, as
+two GPUs differ a little with equal loads, too; the mean over GPUs; the median of some tries.)
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from eplb_dump import ExpertLoadWriter
 LAYERS, SLOTS_PER_RANK, WIDTH, TOP_K = 4, 32, 4096, 4
 #: Steps between two new placements, which take PAUSE_S in the phases with pauses.
 PERIOD, PAUSE_S = 300, 0.9
+#: How often each product is timed alone.
+TRIES = 3
 
 
 class Phase(NamedTuple):
@@ -84,19 +87,49 @@ def counts_of(phase: Phase, steps: int, slots: int) -> Any:
     return out
 
 
-def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, Any, Any]:
-    """Run and record the steps. Device times of all ranks: products float64 ``[steps, layers, ranks]``;
-    of rank 0: whole steps by events, by a synchronized clock, and the pauses, ms."""
+class Products:
+    """The matrix products of all ranks, which every GPU can take."""
+
+    def __init__(self, counts: Any) -> None:
+        """``counts``: int64 ``[steps, layers, slots]``."""
+        self.by_rank = counts.reshape(*counts.shape[:2], -1, SLOTS_PER_RANK)
+        self.rows_of = self.by_rank.sum(axis=3)
+        self._offsets = torch.from_numpy(self.by_rank.cumsum(axis=3).astype(np.int32)).cuda()
+        self._weights = [self._random(SLOTS_PER_RANK, WIDTH, WIDTH) for _ in range(2)]
+        self._rows = self._random(int(self.rows_of.max()), WIDTH)
+
+    @staticmethod
+    def _random(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    def take(self, step: int, layer: int, rank: int) -> None:
+        rows = self.rows_of[step, layer, rank]
+        if rows:
+            torch._grouped_mm(
+                self._rows[:rows], self._weights[layer % 2], offs=self._offsets[step, layer, rank]
+            )
+
+    def times(self) -> Any:
+        """Device time of each product alone, the median of some tries, ms: ``[steps, layers, ranks]``."""
+        tries = np.empty((TRIES, *self.rows_of.shape))
+        for times in tries:
+            marks = []
+            for at in np.ndindex(*self.rows_of.shape):
+                marks.append((event(), event()))
+                marks[-1][0].record()
+                self.take(*at)
+                marks[-1][1].record()
+            torch.cuda.synchronize()
+            times.flat = [start.elapsed_time(end) for start, end in marks]
+        return np.median(tries, axis=0)
+
+
+def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any, Any]:
+    """Run and record the steps. The true cost; each step's time by events, by a synchronized clock; ms."""
     ranks = dist.get_world_size()
     slots = ranks * SLOTS_PER_RANK
     counts = counts_of(phase, steps, slots)
-    weights = [
-        torch.randn(SLOTS_PER_RANK, WIDTH, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-    ]
-    own = counts.reshape(steps, LAYERS, ranks, SLOTS_PER_RANK)[:, :, rank]
-    rows = torch.randn(int(own.sum(axis=2).max()), WIDTH, device="cuda", dtype=torch.bfloat16)
-    offsets = torch.from_numpy(own.cumsum(axis=2).astype(np.int32)).cuda()
-    totals = own.sum(axis=2)
+    products = Products(counts)
     # What this rank routed itself: the ranks add up to the counts.
     load = torch.from_numpy(counts // ranks + (rank < counts % ranks)).to("cuda", torch.int32)
     placement = torch.arange(slots, device="cuda", dtype=torch.int64).repeat(LAYERS, 1)
@@ -105,21 +138,15 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
         folder, model=phase.name, num_logical_experts=slots, ep_size=ranks, ep_rank=rank, run_id="gpu-cost",
         queue_bytes=1 << 30,
     )  # fmt: skip
-    stamps = [[event() for _ in range(2 * LAYERS + 2)] for _ in range(steps)]
+    stamps = [(event(), event()) for _ in range(steps)]
     clock = np.zeros(steps)
 
     def step(number: int) -> None:
-        events = iter(stamps[number])
-        next(events).record()
+        stamps[number][0].record()
         for layer in range(LAYERS):
-            next(events).record()
-            if totals[number, layer]:
-                torch._grouped_mm(
-                    rows[: totals[number, layer]], weights[layer % 2], offs=offsets[number, layer]
-                )
-            next(events).record()
+            products.take(number, layer, rank)
             dist.all_reduce(meet)
-        next(events).record()
+        stamps[number][1].record()
 
     for number in range(min(30, steps)):  # compile, allocate, connect
         step(number)
@@ -135,22 +162,18 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
         writer.record(number, load[number], placement, phase=phase.name)
         torch.cuda.current_stream().synchronize()  # as an engine does that needs the new tokens
         clock[number] = (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
     writer.close(60)
-    products = torch.tensor(
-        [[e[1 + 2 * i].elapsed_time(e[2 + 2 * i]) for i in range(LAYERS)] for e in stamps], device="cuda"
-    )
-    gathered = [torch.empty_like(products) for _ in range(ranks)]
-    dist.all_gather(gathered, products)
-    whole = np.array([e[0].elapsed_time(e[-1]) for e in stamps])
-    return torch.stack(gathered, dim=2).double().cpu().numpy(), whole, clock, counts
+    times = products.times()
+    truth = torch.tensor((times.max(axis=2) - times.mean(axis=2)).sum(axis=1).mean(), device="cuda")
+    dist.all_reduce(truth)
+    return float(truth) / ranks, np.array([start.elapsed_time(end) for start, end in stamps]), clock
 
 
 def event() -> Any:
     return torch.cuda.Event(enable_timing=True)
 
 
-def report(phase: Phase, folder: str, products: Any, whole: Any, clock: Any, counts: Any) -> None:
+def report(phase: Phase, folder: str, truth: float, whole: Any, clock: Any) -> None:
     """Print the recorded cost beside the true one."""
     from eplb_analyze import open_run
     from eplb_analyze.analysis.cost import cost_of
@@ -158,7 +181,6 @@ def report(phase: Phase, folder: str, products: Any, whole: Any, clock: Any, cou
 
     run = open_run(folder, model=phase.name)
     recorded = np.concatenate([block.device_ms for block in run.blocks()])
-    truth = float((products.max(axis=2) - products.mean(axis=2)).sum(axis=1).mean())
     print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms")
     for name, times in (("events", whole), ("a synchronized clock", clock)):
         low, median, high = np.nanpercentile(recorded / times, [1, 50, 99])
