@@ -169,7 +169,7 @@ def join_rows(
         for name in DURATIONS
         if not all(np.isnan(getattr(part.rows, name)).all() for part in parts)
     }
-    phase = np.full((len(ranks), n), -1, np.int64)
+    phase = np.full((len(ranks), n), -1, np.int32)
     phases: list[str] = []
     shape_of = np.full((len(ranks), n), -1, np.int32)
     shapes: list[Shape] = []
@@ -218,9 +218,9 @@ def join_rows(
     )  # fmt: skip
 
 
-def _phase(of_rank: Int64, phases: list[str]) -> Int64:
+def _phase(of_rank: npt.NDArray[np.int32], phases: list[str]) -> Int64:
     """Each step's index into ``phases``, from its ranks' ``[R, S]``; that of ``MIXED`` if they differ."""
-    phase: Int64 = of_rank.max(axis=0, initial=-1)
+    phase: Int64 = of_rank.max(axis=0, initial=-1).astype(np.int64)
     mixed = (of_rank != phase) & (of_rank >= 0)
     if mixed.any():
         if MIXED not in phases:

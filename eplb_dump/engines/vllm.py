@@ -118,6 +118,7 @@ def _install(module: Any, settings: Settings) -> None:
     state.step = step
     prepare = getattr(state, "prepare_forward", None)
     if prepare is None:
+        warn_once(logger, f"tokens of steps are not recorded: vLLM {version()} is not known")
         return
 
     @functools.wraps(prepare)

@@ -29,6 +29,7 @@ def assert_true(
     interval: int = 1,
     shown: str | None = None,
     phases: bool = True,
+    tokens: bool = True,
 ) -> Run:
     """Loads, phases and tokens at every step on every rank, placements with their steps, and completeness."""
     run = open_run(dump, model=shown or {"model": "org/main", "draft": "org/draft (draft)"}[name])
@@ -50,7 +51,10 @@ def assert_true(
             np.testing.assert_array_equal(found[step], load, err_msg=f"rank {rank}, step {step}")
         assert described(run, rank) == {
             # vLLM does not say how many tokens a drafter takes.
-            step: (str(truth[f"{step}/phase"]), int(truth[f"{step}/tokens"]) if name == "model" else -1)
+            step: (
+                str(truth[f"{step}/phase"]),
+                int(truth[f"{step}/tokens"]) if name == "model" and tokens else -1,
+            )
             for step in real
             if phases
         }
@@ -142,6 +146,7 @@ SCENARIOS = {
     "async, dummies": ["--world", "2", "--async", "--dummies", "0.3", "--schedule-ahead"],
     "async, four ranks": ["--world", "4", "--async", "--steps", "30"],
     "tensor parallel": ["--world", "2", "--parallel", "tp"],
+    "sequence parallel": ["--world", "2", "--parallel", "tp", "--split-tokens"],
     "model runner v2, after a profile step": ["--world", "2", "--v2", "--profile-step", "--speculate"],
     "model runner v2, scheduled ahead": ["--world", "2", "--v2", "--schedule-ahead", "--dummies", "0.2"],
 }  # fmt: skip
@@ -151,11 +156,12 @@ SCENARIOS = {
 def test_what_is_recorded_is_true(tmp_path: Path, name: str) -> None:
     options = SCENARIOS[name]
     ranks, dump, _ = serve(tmp_path, *options)
-    run = assert_true(ranks, dump, "model")
+    split = "--split-tokens" in options
+    run = assert_true(ranks, dump, "model", tokens=not split)
     info = run.sessions[0].info
     assert (info.engine, info.engine_version) == ("vllm", "0.33.0")
     assert info.moe_layers == (3, 4, 5, 6)
-    assert info.token_replication == (2 if "tp" in options else 1)
+    assert info.token_replication == (2 if "tp" in options and not split else 1)
     assert info.ranks_per_node == len(ranks)
     config: Any = info.engine_config
     assert config["eplb_config"]["step_interval"] == 10
@@ -285,11 +291,11 @@ def test_where_it_cannot_record_vllm_goes_on(
     assert not list(dump.glob("**/*.parquet"))
 
 
-@pytest.mark.parametrize("broken", ["output", "runner"])
+@pytest.mark.parametrize("broken", ["output", "runner", "tokens"])
 def test_where_passes_are_not_known_loads_are_still_recorded(tmp_path: Path, broken: str) -> None:
     ranks, dump, printed = serve(tmp_path, "--steps", "12", "--break-runner", broken)
-    assert printed.count("phases and tokens of steps are not recorded") == len(ranks)
-    assert_true(ranks, dump, "model", phases=False)
+    assert printed.count("tokens of steps are not recorded") == len(ranks)
+    assert_true(ranks, dump, "model", phases=broken == "tokens", tokens=False)
 
 
 def test_without_the_variable_there_is_nothing(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--schedule-ahead", action="store_true", help="asynchronous scheduling")
     parser.add_argument("--speculate", action="store_true", help="with drafts")
-    parser.add_argument("--break-runner", choices=("", "output", "runner"), default="")
+    parser.add_argument("--break-runner", choices=("", "output", "runner", "tokens"), default="")
+    parser.add_argument("--split-tokens", action="store_true", help="sequence parallelism")
     return parser.parse_args()
 
 
@@ -185,6 +186,13 @@ class Rank:
         self.active = True
         if self.sizes:  # only now, as its groups need a coordinator of vLLM's front end
             self.config.enable_elastic_ep, self.config.elastic_ep_max_dp_size = True, args.world
+        if args.split_tokens:
+            ParallelConfig.use_sequence_parallel_moe = property(lambda _: True)
+        from vllm.distributed.eplb.eplb_state import EplbState
+
+        self.prepare_forward = EplbState.prepare_forward
+        if args.break_runner == "tokens":
+            del EplbState.prepare_forward
         if args.break_vllm:
             import vllm.distributed.eplb.eplb_state as broken
 
@@ -400,7 +408,7 @@ class Rank:
         tokens = 1 if self.running is None else self.running.tokens
         for name, model, config in reversed(self.models):
             if not dummy:
-                self.state.prepare_forward(config, tokens)
+                getattr(type(self.state), "prepare_forward", self.prepare_forward)(self.state, config, tokens)
             load = np.zeros((model.num_moe_layers, self.slots), np.int32)
             for index, layer in enumerate(model.moe_layers):
                 padded = -(-tokens // 64) * 64
