@@ -246,6 +246,10 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
         for model in models
         if (rates := model.interval(PLAUSIBLE - most + model.gain)) is not None
     ]
+    if not found:  # all are below 0 by more than their errors: the bounds of rates estimated as 0
+        found = [
+            Rate(model.exchange, Interval(0.0, 0.0, np.sqrt(PLAUSIBLE) * model.deviation)) for model in models
+        ]
     columns = _standardized(np.column_stack([usual, done.slowest[:, found[0].exchange]]))
     residuals = times - columns @ _weighted(columns, times, follows)
     interval = _price(found, done.excess())
@@ -315,6 +319,7 @@ def _models(times: Float64, usual: Float64, efforts: Float64) -> list[_Model]:
     left = times - basis @ (basis.T @ times)
     varying = efforts - basis @ (basis.T @ efforts)
     n, free = len(times), len(times) - basis.shape[1] - 1
+    rounding = (1e-6 * float(np.abs(times).mean())) ** 2  # times without any noise, as of a simulator
     square = (varying**2).sum(axis=0)
     models = []
     for k in np.flatnonzero(square > 1e-12 * (efforts**2).sum(axis=0)):
@@ -324,7 +329,8 @@ def _models(times: Float64, usual: Float64, efforts: Float64) -> list[_Model]:
         # Less weight to a residual of a step that draws the line to itself (MacKinnon and White 1985, HC3).
         leverage = (basis**2).sum(axis=1) + column**2 / square[k]
         deviation = standard_error(column * residuals / (1 - np.minimum(leverage, 0.99)) * (n / square[k]))
-        variance = float(residuals @ residuals) / free
+        variance = max(float(residuals @ residuals) / free, rounding)
+        deviation = max(deviation, float(np.sqrt(rounding / square[k])))
         models.append((_Model(int(k), rate, deviation, rate**2 * square[k] / variance), variance / square[k]))
     if not models:
         return []

@@ -183,6 +183,35 @@ def test_driver_is_what_makes_steps_slow(engines: list[Engine]) -> None:
         assert fit(some.times(0, 0)[0], some.work).driver is None
 
 
+@pytest.mark.parametrize("rate", EXCHANGE_RATES)
+def test_cost_is_exact_without_noise(engines: list[Engine], rate: float) -> None:
+    for some in engines[:3]:
+        a, b = (0.0, 0.05) if rate == 0 else (0.2, 0.2 / rate)
+        ms, truth = some.times(a, b, noise=0.0)
+        found = fit(ms, some.work).ms_per_step
+        assert found is not None
+        assert found.value == pytest.approx(truth, rel=1e-3)
+
+
+def test_work_that_saves_time_costs_nothing(engines: list[Engine]) -> None:
+    """Times fall with the work of the slowest rank, which no engine does."""
+    for some in engines[:3]:
+        ms = 500 - some.times(0.5, 0.05, noise=0.0)[0] + 0.01 * some.noise
+        found = fit(ms, some.work)
+        assert found.status is CostStatus.NO_MEASURABLE_COST
+        assert found.ms_per_step is not None
+        assert found.ms_per_step.value == 0
+
+
+def test_slow_drift_of_step_times_is_not_a_cost(engines: list[Engine]) -> None:
+    """Step times grow by half over the run, as contexts do, while the skew drifts by chance."""
+    for some in engines[:6]:
+        ms = some.times(0, 0, noise=0.005)[0] * np.linspace(1, 1.5, len(some.noise))
+        found = fit(ms, some.work).ms_per_step
+        assert found is not None
+        assert found.low < 0.01 * ms.mean()
+
+
 def test_equal_steps_cannot_tell_what_imbalance_costs() -> None:
     """If imbalance never varies, no step time can be attributed to it."""
     some = engine(0)
