@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from eplb_analyze.metrics.cost import (
     Work,
     fit,
 )
+from eplb_analyze.metrics.prices import weighted
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import milliseconds, plural
 from eplb_dump.format.journal import Int64
@@ -126,19 +127,6 @@ class RunCost(Report):
         steps = sum(phase.steps for phase in self.phases.values())
         text = f"by {TIMES.get(self.basis, self.basis)}, {self.steps_used:,} of {plural(steps, 'step')}"
         return text if self.r2 is None else f"{text}, R² {self.r2:.2f}"
-
-    def price(self, excess: Mapping[str, tuple[int, Excess]]) -> Interval | None:
-        """ms per step of an imbalance, or of the difference of two, over the phases whose price is known.
-
-        Args:
-            excess: by phase, the number of steps and their mean excess.
-        """
-        known = [
-            (steps, price)
-            for phase, (steps, own) in excess.items()
-            if phase in self.prices and (price := self.prices[phase].price(own)) is not None
-        ]
-        return _combined(known)
 
     def to_json(self) -> dict[str, Any]:
         return self.document(
@@ -295,18 +283,6 @@ def phases_of(phases: Sequence[str | None], per_slot: Float64) -> Iterator[tuple
             )
 
 
-def _combined(parts: list[tuple[int, Interval]]) -> Interval | None:
-    """Independent intervals of parts of a run, each counts by its number of steps; None of none."""
-    steps = sum(count for count, _ in parts)
-    if not steps:
-        return None
-    shares = [(count / steps, interval) for count, interval in parts]
-    value = sum(share * i.value for share, i in shares)
-    low = float(np.sqrt(sum((share * (i.value - i.low)) ** 2 for share, i in shares)))
-    high = float(np.sqrt(sum((share * (i.high - i.value)) ** 2 for share, i in shares)))
-    return Interval(value, value - low, value + high)
-
-
 def _total(
     sample: CostSample, ms: Float64, basis: str, pauses: Bool, fits: list[tuple[str, Bool, Cost]]
 ) -> RunCost:
@@ -322,7 +298,7 @@ def _total(
     known = [
         (int(mask.sum()), cost) for _, mask, cost in fits if cost.status is not CostStatus.NOT_IDENTIFIABLE
     ]
-    interval = _combined([(n, cost.ms_per_step) for n, cost in known if cost.ms_per_step is not None])
+    interval = weighted([(n, cost.ms_per_step) for n, cost in known if cost.ms_per_step is not None])
     if interval is None:
         reasons = {phase.message for phase in phases.values()}
         unknown = _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)

@@ -12,7 +12,7 @@ from eplb_analyze.analysis.cost import RunCost, phases_of
 from eplb_analyze.metrics.bootstrap import Interval, Ratio
 from eplb_analyze.metrics.cost import EXCHANGE_RATES, CostStatus, Float64
 from eplb_analyze.metrics.dispatch import Dispatch, random_bits, replica_draws
-from eplb_analyze.metrics.prices import combined, worth
+from eplb_analyze.metrics.prices import weighted, worth
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import fold
 from eplb_analyze.reader.step_range import StepRange
@@ -107,7 +107,7 @@ def price_of(
             return "kernel times estimate what imbalance costs, not what a placement gains"
         reason = "most of the steps are in phases without a price" if found else cost.message
         return reason.removeprefix("not measurable in this run: ")
-    total = combined([(count / known, price) for count, price in found])
+    total = weighted(found)
     assert total is not None
     return total
 

@@ -58,3 +58,9 @@ def combined(parts: Sequence[tuple[float, Interval]]) -> Interval | None:
         for sides in ([v - low for v, low, _ in scaled], [high - v for v, _, high in scaled])
     )
     return Interval(value, value - below, value + above)
+
+
+def weighted(parts: Sequence[tuple[float, Interval]]) -> Interval | None:
+    """The mean of independent intervals, each of so many steps; None of none."""
+    steps = sum(count for count, _ in parts)
+    return combined([(count / steps, interval) for count, interval in parts]) if steps else None
