@@ -196,6 +196,6 @@ def _active_by_sums(block: Block) -> tuple[int, Float64] | None:
     used = (load > 0).reshape(len(load), block.shape.ep_size, -1).sum(axis=2)
     of_layer = np.zeros(block.shape.num_moe_layers, np.int64)
     of_layer[sums.layer[some]] = used[:, 0]
-    if (used != of_layer[sums.layer[some], np.newaxis]).any():
+    if not load.any() or (used != of_layer[sums.layer[some], np.newaxis]).any():
         return None
     return int(of_layer.sum()), rate[load > 0]

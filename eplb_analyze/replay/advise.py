@@ -19,7 +19,7 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.run import Run
-from eplb_analyze.replay.pricing import Objective, gain, net
+from eplb_analyze.replay.pricing import ASSUMED_PAUSE_MS, Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
@@ -249,7 +249,9 @@ class TrainTestSplit:
             return self._verdict("not enough data", [text])
         gain, error = judged
         sure = gain.value > SURE * error and gains[best] > 0
-        verdict, reason = self._judge(gain, sure, played.outcomes[best].setting)
+        priced = self._priced(best, self.judging) if self.in_ms else None
+        work = 0.0 if priced is None else priced[0].value
+        verdict, reason = self._judge(gain, sure, played.outcomes[best].setting, work)
         return self._verdict(verdict, [reason], best, gain, gains[best])
 
     def _missing(self) -> str | None:
@@ -390,8 +392,10 @@ class TrainTestSplit:
         drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
         return Interval.of(ratio.value - cost, drawn - cost), float(drawn.std())
 
-    def _judge(self, gain: Interval, sure: bool, best: Setting | None) -> tuple[Verdict, str]:
-        """``sure``: the gain is above 0 beyond doubt."""
+    def _judge(
+        self, gain: Interval, sure: bool, best: Setting | None, gain_of_work: float
+    ) -> tuple[Verdict, str]:
+        """``sure``: the gain is above 0 beyond doubt; ``gain_of_work``: without pauses, if in ms."""
         cost = self.played.cost
         what = "net of pauses" if self.in_ms else "by tokens"
         if not sure and not (gain.is_significant and gain.value < 0):
@@ -402,7 +406,11 @@ class TrainTestSplit:
             return "leave", f"the best other setting has no measurable gain {what}"
         if gain.value < 0:
             if self.in_ms:
-                return "leave", "no other setting gains more than its rearrangements pause the engine"
+                if gain_of_work <= 0:
+                    return "leave", "no other setting saves the slowest ranks any time"
+                assumed = self.played.pause.basis == "assumed"
+                pauses = f", at {ASSUMED_PAUSE_MS / 1e3:g} s each (none was measured)" if assumed else ""
+                return "leave", f"no other setting gains more than its rearrangements cost in pauses{pauses}"
             return "leave", "what was best in the first part is worse than today's in the rest"
         if gain.value < self.min_gain:
             return "leave", f"the best other setting gains less than {self.min_gain:.1%} (--min-gain)"
