@@ -393,16 +393,11 @@ def _standardized(columns: Float64) -> Float64:
 
 
 def _weighted(columns: Float64, values: Float64, weights: npt.NDArray[Any]) -> Float64:
-    """Weighted least squares."""
+    """Weighted least squares; collinear columns share what they explain."""
     gram = columns.T @ (columns * weights[:, np.newaxis])
-    solution: Float64 = _inverse(gram) @ (columns.T @ (weights * values))
+    gram.flat[:: len(gram) + 1] += 1e-10 * gram.trace()
+    solution: Float64 = np.linalg.solve(gram, columns.T @ (weights * values))
     return solution
-
-
-def _inverse(gram: Float64) -> Float64:
-    """Of a symmetric matrix; collinear columns share what they explain."""
-    inverse: Any = np.linalg.pinv(gram, rcond=1e-10, hermitian=True)
-    return np.asarray(inverse, np.float64)
 
 
 def _least_deviations(columns: Float64, values: Float64) -> Float64:
