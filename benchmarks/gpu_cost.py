@@ -8,7 +8,8 @@ ranks. Each phase routes a number of tokens with a skew that changes from step t
 
 The truth is measured afterwards, without the recording: every GPU takes the products of all ranks alone, and
 the truth is Σ_layers (max_r − mean_r) of their times, which perfect balance would save. (Times of one GPU, as
-two GPUs differ a little with equal loads, too; the mean over GPUs; the median of some tries.)
+two GPUs differ a little with equal loads, too; the mean over GPUs; the median of some tries; in proportion to
+the mean product while serving, as a GPU without pauses is slower.)
 """
 
 from __future__ import annotations
@@ -102,25 +103,24 @@ class Products:
     def _random(*shape: int) -> Any:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    def take(self, step: int, layer: int, rank: int) -> None:
-        rows = self.rows_of[step, layer, rank]
+    def take(self, step: int, layer: int, rank: int) -> tuple[Any, Any]:
+        """Queue a product; the events around it."""
+        rows, around = self.rows_of[step, layer, rank], (event(), event())
+        around[0].record()
         if rows:
             torch._grouped_mm(
                 self._rows[:rows], self._weights[layer % 2], offs=self._offsets[step, layer, rank]
             )
+        around[1].record()
+        return around
 
     def times(self) -> Any:
         """Device time of each product alone, the median of some tries, ms: ``[steps, layers, ranks]``."""
         tries = np.empty((TRIES, *self.rows_of.shape))
         for times in tries:
-            marks = []
-            for at in np.ndindex(*self.rows_of.shape):
-                marks.append((event(), event()))
-                marks[-1][0].record()
-                self.take(*at)
-                marks[-1][1].record()
+            around = [self.take(*at) for at in np.ndindex(*self.rows_of.shape)]
             torch.cuda.synchronize()
-            times.flat = [start.elapsed_time(end) for start, end in marks]
+            times.flat = [start.elapsed_time(end) for start, end in around]
         return np.median(tries, axis=0)
 
 
@@ -139,12 +139,13 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any,
         queue_bytes=1 << 30,
     )  # fmt: skip
     stamps = [(event(), event()) for _ in range(steps)]
+    around = np.empty((steps, LAYERS, 2), object)
     clock = np.zeros(steps)
 
     def step(number: int) -> None:
         stamps[number][0].record()
         for layer in range(LAYERS):
-            products.take(number, layer, rank)
+            around[number, layer] = products.take(number, layer, rank)
             dist.all_reduce(meet)
         stamps[number][1].record()
 
@@ -163,7 +164,9 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any,
         torch.cuda.current_stream().synchronize()  # as an engine does that needs the new tokens
         clock[number] = (time.perf_counter() - start) * 1e3
     writer.close(60)
+    serving = np.mean([start.elapsed_time(end) for start, end in around.reshape(-1, 2)])
     times = products.times()
+    times *= serving / times[:, :, rank].mean()
     truth = torch.tensor((times.max(axis=2) - times.mean(axis=2)).sum(axis=1).mean(), device="cuda")
     dist.all_reduce(truth)
     return float(truth) / ranks, np.array([start.elapsed_time(end) for start, end in stamps]), clock

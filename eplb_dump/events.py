@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: Reading an event holds the interpreter lock for 2 µs; after so many, the engine may have it.
-READS_AT_ONCE = 8
+READS_AT_ONCE = 32
 
 
 class Events:
