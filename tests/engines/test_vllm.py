@@ -217,6 +217,7 @@ def test_it_changes_nothing(tmp_path: Path, name: str) -> None:
         assert len({p.tobytes() for key, p in ranks[0].items() if key.endswith("placement")}) > 1
     for one, other in zip(ranks, without, strict=True):
         assert one.keys() == other.keys()
+        assert json.loads(str(one.pop("began"))) != {} == json.loads(str(other.pop("began")))
         # When vLLM's thread has moved a layer's weights is chance; which placement it moves to is not.
         keys = ["27/model/placement"] if "--async" in options else list(one)
         for key in keys:
