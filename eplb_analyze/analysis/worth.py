@@ -18,8 +18,8 @@ from eplb_analyze.reader.placements import fold
 from eplb_analyze.reader.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 
-#: About so many steps after a rearrangement are dealt again, each so many times.
-STEPS, DEALS = 128, 4
+#: About so many steps after a rearrangement are dealt again; with few layers several times, up to MAX_DEALS.
+STEPS, LAYERS_DEALT, MAX_DEALS = 128, 1 << 12, 4
 #: A gain is known if this share of the steps has a price.
 PRICED = 0.5
 
@@ -62,7 +62,9 @@ class PlacementGain:
         if np.array_equal(old, new):
             return
         draws = max(replica_draws(old), replica_draws(new))
-        streams = range(layer, layer + DEALS * len(self._new), len(self._new))
+        layers = len(self._new)
+        repeats = min(MAX_DEALS, max(1, LAYERS_DEALT // (STEPS * layers)))
+        streams = range(layer, layer + repeats * layers, layers)
         deals = np.stack([random_bits(self._steps, stream, draws) for stream in streams])
         logical = fold(load, new, experts)
         before, after = (
