@@ -64,7 +64,7 @@ class Row(Report):
     cost_ms_per_step: float | None = None
     cost_ms_low: float | None = None
     cost_ms_high: float | None = None
-    #: That cost × steps × interval × ranks; 0 if no cost can be measured, None if it is not known.
+    #: That cost in measured phases × steps × interval × ranks; 0 if none can be measured, None if not known.
     lost_rank_seconds: float | None = None
     worst_layer: int | None = None
     #: The rank to which most of the loss is attributed, and its share of the loss.
@@ -182,14 +182,12 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
 
 
 def _lost_seconds(cost: RunCost, rank_steps: int) -> float | None:
-    """The time that ranks lost in the phases whose cost is known; ``rank_steps``: Σ over steps of ranks."""
+    """The time that ranks lost in phases whose cost is measured; ``rank_steps``: Σ over steps of ranks."""
     if cost.ms_per_step is None:
         return None
-    if cost.status is CostStatus.NO_MEASURABLE_COST:
-        return 0.0
-    known = sum(phase.steps for phase in cost.phases.values() if phase.ms_per_step is not None)
-    share = known / sum(phase.steps for phase in cost.phases.values())
-    return cost.ms_per_step.estimate / 1e3 * share * rank_steps
+    measured = [phase for phase in cost.phases.values() if phase.status is CostStatus.MEASURED]
+    ms = sum(phase.ms_per_step.estimate * phase.steps for phase in measured if phase.ms_per_step)
+    return ms / 1e3 / sum(phase.steps for phase in cost.phases.values()) * rank_steps
 
 
 def _series(balancedness: Float64) -> list[tuple[float, int]]:

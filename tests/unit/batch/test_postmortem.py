@@ -248,3 +248,12 @@ def test_golden(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) ->
     out = cli("postmortem", ".", "gone", "--by", "model", "--baseline", "run-1", "--output", output)
     assert out.returncode == 1
     assert_golden(f"postmortem.{'txt' if output == 'text' else 'json'}", out.stdout)
+
+
+def test_phases_without_a_measurable_cost_lose_no_time(tmp_path: Path) -> None:
+    run = write_timed(tmp_path, 0.02, phases=("decode", "prefill"), slow={"prefill": 4000.0}, steps=600)
+    phases = json.loads(cli("summary", tmp_path, "--output", "json").stdout)["cost"]["phases"]
+    assert [phases[name]["status"] == "measured" for name in ("decode", "prefill")] == [True, False]
+    [row] = postmortem(tmp_path)["runs"]
+    lost = run.cost[::2].sum() / 1e3 * run.tokens.shape[2]
+    assert row["lost_rank_seconds"] == pytest.approx(lost, rel=0.1)
