@@ -39,6 +39,13 @@ SURE = 3.3
 #: With fewer steps there is no verdict.
 MIN_SCORED = 64
 
+#: What a gain is, in the words of a reason.
+BASES = {
+    Objective.TOKENS: "by tokens",
+    Objective.ACTIVE: "by active experts",
+    Objective.MS: "net of pauses",
+}
+
 Verdict = Literal["leave", "enable", "retune", "not enough data"]
 #: The verdicts that advise a setting.
 CHANGES = ("enable", "retune")
@@ -397,7 +404,7 @@ class TrainTestSplit:
     ) -> tuple[Verdict, str]:
         """``sure``: the gain is above 0 beyond doubt; ``gain_of_work``: without pauses, if in ms."""
         cost = self.played.cost
-        what = "net of pauses" if self.in_ms else "by tokens"
+        what = BASES[self.played.objective]
         if not sure and not (gain.is_significant and gain.value < 0):
             if self.in_ms and cost.status is not CostStatus.MEASURED:
                 return "leave", cost.message

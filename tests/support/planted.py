@@ -137,3 +137,13 @@ def slowest_work(
             work = per_token_ms * rank.sum(axis=1) + per_expert_ms * (rank > 0).sum(axis=1)
             total += float(work.max())
     return total / draws
+
+
+def without_ms(document: Any) -> Any:
+    """A document without the fit and what it prices: with steady times these are rounding errors."""
+    if isinstance(document, list):
+        return [without_ms(item) for item in document]
+    if not isinstance(document, dict):
+        return document
+    fitted = {"cost", "gain_ms_per_step", "net_ms_per_step", "break_even_pause_ms"}
+    return {key: without_ms(value) for key, value in document.items() if key not in fitted}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
-from eplb_analyze.cli.views.replay import pause_sentence
+from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         why = advice.replay.cost.message.removeprefix("not measurable in this run: ")
         known = "not measurable" if advice.replay.cost.ms_per_step is None else "by the run's step times"
         basis = (
-            "expected by tokens, as if a step were nothing but its experts, and each token went to any "
-            f"replica of its expert; milliseconds {known}: {why}"
+            f"expected by {OBJECTIVES[advice.replay.objective.value]}, as if a step were nothing but its "
+            f"experts, and each token went to any replica of its expert; milliseconds {known}: {why}"
         )
     print_line(console, (basis, "dim"))
 

@@ -182,3 +182,16 @@ def test_run_without_times_is_judged_by_tokens(tmp_path: Path, monkeypatch: pyte
     text = " ".join(cli("advise", tmp_path / "imported").stdout.split())
     assert "expected by tokens" in text
     assert "milliseconds not measurable: the recording has no step times" in text
+
+
+def test_advice_by_active_experts_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_engine(tmp_path, monkeypatch, steps=200, interval=50, tokens=400)
+    advice = advise(open_run(tmp_path), Choices(redundant=[0], intervals=[50]), objective=Objective.ACTIVE)
+    assert advice.gain is not None
+    # Each of 4 ranks has 4 slots in place of 5, all with a token.
+    assert advice.gain.value == pytest.approx(1 / 5, abs=0.02)
+    assert advice.reasons == ["another setting has a significant gain by active experts"]
+    options = ("--objective", "active", "--redundant", "0", "--interval", "50")
+    text = " ".join(cli("advise", tmp_path, *options).stdout.split())
+    assert "of the active experts of the ranks with most" in text
+    assert "expected by active experts" in text
