@@ -11,6 +11,7 @@ import pytest
 from helpers import cli, open_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import SteadyClock
 
 from eplb_analyze import open_run
 from eplb_analyze.policies import Problem, named, place
@@ -23,6 +24,12 @@ from eplb_dump.format.journal import Shape
 Array = np.ndarray[Any, Any]
 LAYERS, EXPERTS, REDUNDANT, RANKS = 2, 32, 8, 8
 SLOTS = EXPERTS + REDUNDANT
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No verdict depends on how long this machine takes to record."""
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
 
 
 def record(
