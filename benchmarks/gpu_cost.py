@@ -8,8 +8,8 @@ ranks. Each phase routes a number of tokens with a skew that changes from step t
 
 The truth is measured afterwards, without the recording: every GPU takes the products of all ranks alone, and
 the truth is Σ_layers (max_r − mean_r) of their times, which perfect balance would save. (Times of one GPU, as
-two GPUs differ a little with equal loads, too; the mean over GPUs; the median of some tries; in proportion to
-the mean product while serving, as a GPU without pauses is slower.)
+two GPUs differ a little with equal loads, too; the mean over GPUs; the median of some tries; times the slope
+of the products while serving over those alone, as a GPU without pauses is slower.)
 """
 
 from __future__ import annotations
@@ -164,9 +164,15 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any,
         torch.cuda.current_stream().synchronize()  # as an engine does that needs the new tokens
         clock[number] = (time.perf_counter() - start) * 1e3
     writer.close(60)
-    serving = np.mean([start.elapsed_time(end) for start, end in around.reshape(-1, 2)])
+    serving = [start.elapsed_time(end) for start, end in around.reshape(-1, 2)]
     times = products.times()
-    times *= serving / times[:, :, rank].mean()
+    alone = times[:, :, rank].ravel()
+    if phase.skew:
+        slope, constant = np.polyfit(alone, serving, 1)
+        print(
+            f"{phase.name}, rank {rank}: serving takes {slope:.3f} x the time alone + {constant * 1e3:.1f} µs"
+        )
+        times *= slope
     truth = torch.tensor((times.max(axis=2) - times.mean(axis=2)).sum(axis=1).mean(), device="cuda")
     dist.all_reduce(truth)
     return float(truth) / ranks, np.array([start.elapsed_time(end) for start, end in stamps]), clock
