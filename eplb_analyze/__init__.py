@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from eplb_analyze.errors import UsageError as UsageError
     from eplb_analyze.live.watch import Follower as Follower
     from eplb_analyze.metrics.formulas import FORMULAS as FORMULAS
+    from eplb_analyze.reader.recorded_setting import Setting as Setting
     from eplb_analyze.reader.run import Run as Run
     from eplb_analyze.reader.run import open_run as open_run
     from eplb_analyze.reader.run_info import RunInfo as RunInfo
-    from eplb_analyze.reader.segments import DamagedSegmentError as DamagedSegmentError
-    from eplb_analyze.reader.step_range import StepRange as StepRange
     from eplb_analyze.replay.advise import Advice as Advice
     from eplb_analyze.replay.advise import advise as advise
     from eplb_analyze.replay.replay import Replay as Replay
     from eplb_analyze.replay.replay import replay_run as replay_run
     from eplb_analyze.replay.settings import Choices as Choices
-    from eplb_analyze.replay.settings import Setting as Setting
+    from eplb_analyze.sessions.segments import DamagedSegmentError as DamagedSegmentError
+    from eplb_analyze.sessions.step_range import StepRange as StepRange
     from eplb_analyze.storage.bucket import UnreachableError as UnreachableError
 
 _EXPORTS = {
@@ -68,13 +68,14 @@ _EXPORTS = {
     "errors": ["AnalyzeError", "DumpError", "Finding", "NotInDumpError", "UsageError"],
     "live.watch": ["Follower"],
     "metrics.formulas": ["FORMULAS"],
+    "reader.recorded_setting": ["Setting"],
     "reader.run": ["Run", "open_run"],
     "reader.run_info": ["RunInfo"],
-    "reader.segments": ["DamagedSegmentError"],
-    "reader.step_range": ["StepRange"],
     "replay.advise": ["Advice", "advise"],
     "replay.replay": ["Replay", "replay_run"],
-    "replay.settings": ["Choices", "Setting"],
+    "replay.settings": ["Choices"],
+    "sessions.segments": ["DamagedSegmentError"],
+    "sessions.step_range": ["StepRange"],
     "storage.bucket": ["UnreachableError"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

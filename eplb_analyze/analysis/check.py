@@ -20,7 +20,7 @@ from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import LayerHistory, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.schema import EMPTY_SLOT

@@ -19,7 +19,7 @@ from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int64, Shape
 

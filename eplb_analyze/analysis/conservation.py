@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.segments import Segment
+from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.schema import Scope, Status

@@ -11,7 +11,7 @@ from eplb_analyze.reader.completeness import ABSENT, Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.schema import FORMAT_NAME
 

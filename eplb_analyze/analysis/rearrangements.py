@@ -24,7 +24,7 @@ from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 

@@ -13,7 +13,7 @@ from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import blocks_by_configuration, estimate_notes
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 
 IDLE_FRACTION = "idle_fraction"
 NAMES = (*FORMULAS, ACTIVE_EXPERTS.name, IDLE_FRACTION)

@@ -15,7 +15,7 @@ from eplb_analyze.metrics.dispatch import Dispatch, random_bits, replica_draws
 from eplb_analyze.metrics.prices import weighted, worth
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import fold
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 
 #: About so many steps after a rearrangement are dealt again; with few layers several times, up to MAX_DEALS.

@@ -14,8 +14,8 @@ from eplb_analyze.batch.comparison import Postmortem
 from eplb_analyze.batch.rows import Row
 from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, DumpError, UsageError
-from eplb_analyze.reader.discovery import discover
-from eplb_analyze.reader.segments import require_regular
+from eplb_analyze.sessions.discovery import discover
+from eplb_analyze.sessions.segments import require_regular
 from eplb_analyze.storage import path as storage
 from eplb_dump.format.schema import MODEL_PREFIX, RUN_PREFIX, FormatError, model_slug
 from eplb_dump.format.session import dump_json, load_json

@@ -22,7 +22,7 @@ from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, Finding
 from eplb_analyze.metrics.losses import Bins
 from eplb_analyze.reader.run import Run, open_run
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 
 
 @dataclass(frozen=True)

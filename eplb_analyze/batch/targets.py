@@ -9,7 +9,7 @@ from pathlib import Path
 from eplb_analyze.atomic import is_temporary
 from eplb_analyze.batch.rows import Row, broken_row
 from eplb_analyze.errors import AnalyzeError
-from eplb_analyze.reader.discovery import discover
+from eplb_analyze.sessions.discovery import discover
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import UnreachableError
 from eplb_analyze.storage.path import StoragePath

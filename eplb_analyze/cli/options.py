@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate
 import typer
 
 from eplb_analyze.cli.output import OutputFormat, RunOutput
-from eplb_analyze.reader.step_range import NO_END, StepRange
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.live.tail import GrowingFile
-from eplb_analyze.reader.parquet_segment import ParquetSegment
-from eplb_analyze.reader.segments import DamagedSegmentError
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_dump.format.frames import Frame
 from eplb_dump.format.journal import (
     Int64,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from eplb_analyze.reader.segments import require_regular
+from eplb_analyze.sessions.segments import require_regular
 from eplb_dump.format import frames
 from eplb_dump.format.schema import FormatError
 

@@ -20,10 +20,10 @@ from eplb_analyze.metrics.formulas import Float64, Spread, Terms, most_often
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.lost import ranks_lost_at, serving_ranks
-from eplb_analyze.reader.metadata import read_info
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory, Rearrangement
 from eplb_analyze.reader.rhythm import Rhythm
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.metadata import read_info
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.journal import Int64, PlacementRows
 from eplb_dump.format.schema import (

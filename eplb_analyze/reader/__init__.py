@@ -1,1 +1,1 @@
-"""From files to one truth per step."""
+"""From sessions to one truth per step."""

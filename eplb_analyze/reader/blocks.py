@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.join import (
     ABSENT,
     JoinedRows,
@@ -27,8 +26,9 @@ from eplb_analyze.reader.join import (
     same_shape_ranges,
 )
 from eplb_analyze.reader.lost import LostRank, full, lost_in, remaining, serving, serving_ranks, serving_slots
-from eplb_analyze.reader.segments import DamagedSegmentError, Segment, layers_at_once
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.discovery import Session
+from eplb_analyze.sessions.segments import DamagedSegmentError, Segment, layers_at_once
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope, Status

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
-from eplb_analyze.reader.discovery import Discovery, discover
-from eplb_analyze.reader.starts import run_and_start
+from eplb_analyze.sessions.discovery import Discovery, discover
+from eplb_analyze.sessions.starts import run_and_start
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.schema import model_slug
 from eplb_dump.format.session import SessionInfo

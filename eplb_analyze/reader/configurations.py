@@ -16,7 +16,7 @@ from eplb_analyze.reader.blocks import Block, EstimateBlock
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Shape
 

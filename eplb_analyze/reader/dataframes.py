@@ -18,7 +18,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.placements import PlacementHistory
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_dump.format.schema import STATUS_LABELS
 
 _STEPS_SCHEMA: dict[str, Any] = {

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.reader.lost import LostRank, full, ranks_lost_at, reduced, serving_ranks
-from eplb_analyze.reader.segments import Segment
+from eplb_analyze.sessions.segments import Segment
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import DURATIONS, Scope, Status
 

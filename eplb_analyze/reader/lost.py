@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_analyze.reader.discovery import Session
-from eplb_analyze.reader.segments import Segment
-from eplb_analyze.reader.step_range import NO_END, StepRange
+from eplb_analyze.sessions.discovery import Session
+from eplb_analyze.sessions.segments import Segment
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope, Status
 

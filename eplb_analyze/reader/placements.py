@@ -15,11 +15,11 @@ import numpy.typing as npt
 from eplb_analyze.errors import Finding
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.discovery import Session
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.rhythm import Change, Rhythm
-from eplb_analyze.reader.segments import Segment
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.discovery import Session
+from eplb_analyze.sessions.segments import Segment
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums

@@ -21,12 +21,12 @@ from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
-from eplb_analyze.reader.discovery import Session, open_sessions
 from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
-from eplb_analyze.reader.segments import DamagedSegmentError, Segment
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.discovery import Session, open_sessions
+from eplb_analyze.sessions.segments import DamagedSegmentError, Segment
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.schema import FORMAT_NAME, Scope

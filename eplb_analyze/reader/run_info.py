@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from eplb_analyze.errors import DumpError, Finding
-from eplb_analyze.reader.discovery import Session
+from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape

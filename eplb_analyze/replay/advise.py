@@ -18,12 +18,13 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.prices import combined
+from eplb_analyze.reader.recorded_setting import Setting, not_due
 from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.pricing import ASSUMED_PAUSE_MS, Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.setting_run import Move
-from eplb_analyze.replay.settings import STATIC, Choices, Setting, engine_arguments, not_due
+from eplb_analyze.replay.settings import STATIC, Choices, engine_arguments
 from eplb_analyze.replay.simulator import NotReplayableError
 from eplb_analyze.text import plural
 

@@ -16,9 +16,9 @@ import numpy as np
 from eplb_analyze.errors import UsageError
 from eplb_analyze.policies.policy import ungrouped
 from eplb_analyze.reader.placements import PlacementHistory, crossings, holdings
+from eplb_analyze.reader.recorded_setting import Recorded
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
-from eplb_analyze.replay.settings import Recorded
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Int32, Int64, Shape
 

@@ -19,16 +19,17 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, last_of_configurations
 from eplb_analyze.reader.lost import lost_in, remaining
+from eplb_analyze.reader.recorded_setting import Recorded, Setting, recorded
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
-from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.grouping import Grouping, Groupings
 from eplb_analyze.replay.pricing import Objective, Pause, gain, lines_of, net, pause_of
 from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
-from eplb_analyze.replay.settings import Choices, Recorded, Setting, grid, recorded
+from eplb_analyze.replay.settings import Choices, grid
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64, Shape
 

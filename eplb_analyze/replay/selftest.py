@@ -16,9 +16,9 @@ import numpy.typing as npt
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.placements import Rearrangement
+from eplb_analyze.reader.recorded_setting import Recorded
 from eplb_analyze.replay.grouping import Grouping
 from eplb_analyze.replay.scores import TODAY
-from eplb_analyze.replay.settings import Recorded
 from eplb_analyze.replay.simulator import Simulation
 from eplb_analyze.text import figure, plural
 from eplb_dump.format.journal import Int32

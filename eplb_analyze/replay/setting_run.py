@@ -14,7 +14,7 @@ import numpy.typing as npt
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy, Problem
 from eplb_analyze.reader.placements import crossings, holdings
-from eplb_analyze.replay.settings import Setting
+from eplb_analyze.reader.recorded_setting import Setting
 from eplb_dump.format.journal import Int32, Int64
 
 #: Placements by the step from which each holds.

@@ -1,22 +1,16 @@
-"""Settings of a load balancer: the one that a run was recorded under, and grids of others to try."""
+"""Settings of a load balancer to try, and how an engine is told to use one."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-import numpy as np
-
 from eplb_analyze.errors import UsageError
-from eplb_analyze.metrics.formulas import Float64, sglang
+from eplb_analyze.reader.recorded_setting import Recorded, Setting, first_rearrangement
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import plural
-from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import MAX_EXPERTS
 
 #: The policy that keeps the placement in force.
@@ -27,102 +21,6 @@ FIXED = (STATIC, "round_robin")
 PARTS = 16
 #: The least interval of the grid: moving weights is not free, and no engine rearranges more often by default.
 LEAST_INTERVAL = 16
-
-
-@dataclass(frozen=True, order=True)
-class Setting:
-    """When and how experts are rearranged. Steps are the engine's."""
-
-    policy: str
-    num_redundant_experts: int
-    ep_size: int
-    #: Steps from one rearrangement to the next; None: it never rearranges.
-    interval: int | None
-    #: Steps before a rearrangement whose loads the policy sees.
-    window: int | None
-    #: The step from which the first rearrangement holds, counted from the run's first step.
-    start: int | None
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The setting that a run was recorded under, as far as it is known; None: not known."""
-
-    policy: str | None
-    num_redundant_experts: int
-    ep_size: int
-    interval: int | None
-    window: int | None
-    start: int | None
-    #: Whether the engine balances; None: it does not say.
-    enabled: bool | None
-    #: The groups of experts and the nodes that the engine gives its policy.
-    num_groups: int | None = None
-    num_nodes: int | None = None
-    #: The engine rearranges only if the utilization is at most this; None: always.
-    max_utilization: float | None = None
-
-    def setting(self) -> Setting | None:
-        """The setting to replay, if all of it is known; None also if the engine skips rearrangements."""
-        if self.policy is None or self.interval is None or self.window is None or self.start is None:
-            return None
-        if self.max_utilization is not None or self.enabled is False:
-            return None
-        shape = self.num_redundant_experts, self.ep_size
-        return Setting(self.policy, *shape, self.interval, self.window, self.start)
-
-
-def recorded(run: Run, shape: Shape) -> Recorded:
-    """The setting that the run's engine states; an interval or start it does not state, from its placements.
-
-    Args:
-        shape: the shape of the steps in question; elastic runs have several.
-    """
-    stated = run.sessions[0].info.engine_config
-    config: dict[str, Any] = stated if isinstance(stated, dict) else {}
-    redundant = shape.num_physical_experts - run.info.num_logical_experts
-    policy = interval = window = start = enabled = max_utilization = None
-    groups, nodes = _count(config.get("num_expert_groups")), _count(config.get("num_nodes"))
-    if run.info.engine == "vllm":
-        eplb = config.get("eplb_config")
-        eplb = eplb if isinstance(eplb, dict) else {}
-        policy = "vllm" if eplb.get("policy", "default") == "default" else None
-        interval, window = _count(eplb.get("step_interval")), _count(eplb.get("window_size"))
-    elif run.info.engine == "sglang":
-        enabled = config.get("enable_eplb") if isinstance(config.get("enable_eplb"), bool) else None
-        algorithm = config.get("eplb_algorithm")
-        policy = "sglang" if algorithm in ("auto", "deepseek", "deepseek_hierarchical") else None
-        if algorithm == "deepseek":  # never hierarchical
-            groups = 1
-        nodes = _count(config.get("nnodes"))
-        interval = _count(config.get("eplb_rebalance_num_iterations"))
-        # Its buffer of loads is as long as the interval unless set otherwise.
-        window = _count(config.get("expert_distribution_recorder_buffer_size")) or interval
-        threshold = config.get("eplb_min_rebalancing_utilization_threshold")
-        if isinstance(threshold, int | float) and not math.isclose(threshold, 1):  # as EPLBManager
-            max_utilization = float(threshold)
-    if interval is None and enabled is not False:
-        first, _ = run.step_range
-        steps = [change.first_step for change in run.history.rearrangements()]
-        if len(steps) > 1:
-            interval = max(1, round(median(b - a for a, b in itertools.pairwise(steps))))
-        start = steps[0] - (first or 0) if steps else None
-    if interval is not None and start is None:
-        start = first_rearrangement(run.info.engine, interval)
-    return Recorded(
-        policy, redundant, shape.ep_size, interval, window, start, enabled, groups, nodes, max_utilization
-    )
-
-
-def first_rearrangement(engine: str | None, interval: int) -> int:
-    """The step, from the run's first, from which an engine's first rearrangement holds.
-
-    vLLM (0.33, ``EplbState.add_model``) starts with three quarters of the interval behind it. SGLang (0.5.23,
-    ``EPLBManager``) rebalances in the pass after a whole interval.
-    """
-    if engine == "vllm":
-        return max(1, interval // 4)
-    return interval + 1 if engine == "sglang" else interval
 
 
 def engine_arguments(engine: str | None, setting: Setting) -> str | None:
@@ -144,11 +42,6 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
             f"--expert-distribution-recorder-buffer-size {setting.window}"
         )
     return None
-
-
-def _count(value: Any) -> int | None:
-    """A positive integer of the recorded configuration, which can hold anything."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 @dataclass(frozen=True)
@@ -224,85 +117,3 @@ def _windows(engine: str | None, interval: int, today: int | None) -> set[int]:
 def _order(setting: Setting) -> tuple[Any, ...]:
     numbers = (setting.interval, setting.window, setting.start)
     return (setting.ep_size, setting.num_redundant_experts, setting.policy, *(n or 0 for n in numbers))
-
-
-#: The interval of an engine that does not state it: vLLM's default; SGLang's is 1,000.
-USUAL_INTERVAL = 3000
-
-
-def not_due(run: Run) -> str | None:
-    """Why the engine had no reason to rearrange yet; None also if it says that it does not balance."""
-    info = run.info
-    if info.ep_size == 1:
-        return "The run has one EP rank, so there is nothing to balance."
-    setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
-    if setting.enabled is False:
-        return None
-    return why_not_due(*run.step_range, setting.interval, setting.start) or _too_balanced(run, setting)
-
-
-#: SGLang judges the mean over at most so many steps (``EPLB_BALANCEDNESS_WINDOW_SIZES``).
-UTILIZATION_STEPS = 1000
-
-
-def _too_balanced(run: Run, setting: Recorded) -> str | None:
-    """Why an engine with a threshold of utilization never rearranged; None: it should have.
-
-    SGLang compares the mean of its balancedness over the steps since a rearrangement was due last.
-    """
-    limit, interval, start = setting.max_utilization, setting.interval, setting.start
-    if limit is None or interval is None or start is None:
-        return None
-
-    def utilization() -> tuple[Int64, Float64]:
-        parts = [(block.recorded, sglang(run.terms(block))) for block in run.blocks()]
-        return np.concatenate([s for s, _ in parts]), np.concatenate([v for _, v in parts])
-
-    steps, values = run.retry_without_damaged(utilization)
-    if not len(steps):
-        return None
-    # The rearrangement, counted from 0, that the engine judges each step for.
-    origin = int(steps[0]) + start
-    judged = (steps - origin) // interval + 1
-    due = origin + judged * interval
-    counts = (judged >= 0) & (due <= steps[-1]) & (steps >= due - UTILIZATION_STEPS) & ~np.isnan(values)
-    if not counts.any():
-        return None
-    _, group = np.unique(judged[counts], return_inverse=True)
-    least = float((np.bincount(group, values[counts]) / np.bincount(group)).min())
-    if least <= limit:
-        return None
-    return (
-        f"No placement changed: the engine rearranges only if the utilization is at most {limit:g} "
-        f"(eplb_min_rebalancing_utilization_threshold), and it was at least {least:.3f} whenever a "
-        "rearrangement was due."
-    )
-
-
-def why_not_due(first: int | None, last: int | None, interval: int | None, start: int | None) -> str | None:
-    """Why no rearrangement was due in a run's steps, in a sentence; None: one was due.
-
-    Counts by the engine's own step numbers, because recording can start long after the engine did.
-
-    Args:
-        first, last: the run's first and last step.
-        interval: steps from one rearrangement to the next, if the engine states it; if not, none is due
-            before :data:`USUAL_INTERVAL` steps.
-        start: the step from which the engine's first rearrangement holds.
-    """
-    if first is None or last is None:
-        return None
-    if interval is None or start is None:
-        steps = last - first + 1
-        if steps >= USUAL_INTERVAL:
-            return None
-        return f"No placement changed in {plural(steps, 'step')}; the engine does not state its interval."
-    # A placement that holds from the first step on is not a change. And none is due before a whole interval:
-    # some engines act early, but may need steps to move the weights.
-    due = start + max(0, (first - start) // interval + 1) * interval
-    if last >= max(due, interval):
-        return None
-    every = plural(interval, "step")
-    if last < interval:
-        return f"No placement changed: the engine's interval of {every} was not reached by step {last}."
-    return f"No placement changed: none was due from step {first} to {last}, with an interval of {every}."

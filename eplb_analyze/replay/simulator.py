@@ -27,8 +27,8 @@ from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, fold
+from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.step_range import StepRange
 from eplb_analyze.replay.scores import (
     ACTIVE,
     ACTIVE_EXPERTS,
@@ -41,7 +41,7 @@ from eplb_analyze.replay.scores import (
     Scores,
 )
 from eplb_analyze.replay.setting_run import PrefixSums, SettingRun
-from eplb_analyze.replay.settings import Setting
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 
 #: The bound is computed from sums over steps: about this many for each run, counting each layer's.

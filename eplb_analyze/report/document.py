@@ -25,9 +25,9 @@ from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import last_configuration
+from eplb_analyze.reader.recorded_setting import not_due
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
-from eplb_analyze.replay.settings import not_due
 from eplb_analyze.report import sentences
 from eplb_analyze.report.bins import LoadBins, bins_that_fit
 from eplb_analyze.text import clean

@@ -25,9 +25,9 @@ from eplb_analyze.json_report import Report
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
-from eplb_analyze.reader.segments import DamagedSegmentError
-from eplb_analyze.reader.starts import START_SEPARATOR
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.segments import DamagedSegmentError
+from eplb_analyze.sessions.starts import START_SEPARATOR
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage import path
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural

@@ -20,11 +20,11 @@ from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.choose import choose_run
-from eplb_analyze.reader.discovery import Discovery, discover
-from eplb_analyze.reader.metadata import read_session_file
-from eplb_analyze.reader.parquet_segment import ParquetSegment
-from eplb_analyze.reader.starts import run_and_start
-from eplb_analyze.reader.step_range import NO_END, StepRange
+from eplb_analyze.sessions.discovery import Discovery, discover
+from eplb_analyze.sessions.metadata import read_session_file
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.starts import run_and_start
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import plural

@@ -18,9 +18,9 @@ from typing import BinaryIO, cast
 
 from eplb_analyze.atomic import LOCK, hold, remove_held, scratch_folder
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.reader.metadata import UNFINISHED_COPY, read_session_file
-from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest, require_regular
-from eplb_analyze.reader.step_range import NO_END, StepRange
+from eplb_analyze.sessions.metadata import UNFINISHED_COPY, read_session_file
+from eplb_analyze.sessions.segments import DamagedSegmentError, read_manifest, require_regular
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import Remote
 from eplb_analyze.storage.path import StoragePath

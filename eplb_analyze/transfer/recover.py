@@ -17,10 +17,10 @@ from typing import BinaryIO
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import Report
 from eplb_analyze.reader.choose import choose_run
-from eplb_analyze.reader.discovery import discover
-from eplb_analyze.reader.metadata import rebuilt_manifest
-from eplb_analyze.reader.parquet_segment import ParquetSegment
-from eplb_analyze.reader.segments import read_manifest
+from eplb_analyze.sessions.discovery import discover
+from eplb_analyze.sessions.metadata import rebuilt_manifest
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.segments import read_manifest
 from eplb_analyze.storage.path import StoragePath, local
 from eplb_dump.format.files import publish, remove, temporary
 from eplb_dump.format.frames import encode

@@ -10,8 +10,8 @@ import pytest
 from engines import run_in, serve
 
 from eplb_analyze import open_run
+from eplb_analyze.reader.recorded_setting import first_rearrangement
 from eplb_analyze.replay.replay import replay_run
-from eplb_analyze.replay.settings import first_rearrangement
 
 
 @pytest.mark.parametrize(

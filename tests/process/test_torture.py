@@ -21,7 +21,7 @@ from helpers import assert_accounted, load_of, map_of, open_writer, run_child, s
 from eplb_analyze import DumpError, open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.reader import discovery
+from eplb_analyze.sessions import discovery
 from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.transfer.recover import seal_dump
 from eplb_dump.format import journal

@@ -17,7 +17,7 @@ def summary(
 ) -> None:
     """How balanced was the run, when was it worst, which layers and experts, is my data complete?"""
     from eplb_analyze.analysis.summary import summarize
-    from eplb_analyze.replay.settings import not_due
+    from eplb_analyze.reader.recorded_setting import not_due
 
     run = out.open(timings=timings, gpu=gpu)
     result = summarize(run, steps)

@@ -11,8 +11,8 @@ from eplb_analyze.text import clean, figure, milliseconds, percent, plural, sign
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from eplb_analyze.reader.recorded_setting import Recorded, Setting
     from eplb_analyze.replay.advise import Advice, Judged
-    from eplb_analyze.replay.settings import Recorded, Setting
 
 STYLES = {
     "enable": "bold yellow",

@@ -25,7 +25,7 @@ from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.step_range import StepRange
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed
 from eplb_dump.format.journal import Int64, Shape
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.reader.segments import require_regular
+from eplb_analyze.sessions.segments import require_regular
 from eplb_dump.format.schema import FormatError
 
 #: The most bytes of a JSON document or a line; a DeepSeek-V3 record has a third of a MB.

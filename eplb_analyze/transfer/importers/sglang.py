@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed, plural
 from eplb_analyze.transfer.importers import torch_files
 from eplb_analyze.transfer.importers.files import Array, depth_of, integers, listing, one_of, read_json

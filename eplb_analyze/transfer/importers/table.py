@@ -24,7 +24,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.transfer.importers.files import regular
 from eplb_analyze.transfer.importers.source import (
     MAX_COUNT,

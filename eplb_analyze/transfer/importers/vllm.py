@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.errors import DumpError, UsageError
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.importers.files import integers, json_lines, listing, one_of
 from eplb_analyze.transfer.importers.source import (

@@ -33,11 +33,11 @@ from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.errors import Finding, NotInDumpError
-from eplb_analyze.reader import parquet_segment
-from eplb_analyze.reader.parquet_segment import ParquetSegment
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
-from eplb_analyze.reader.segments import DamagedSegmentError, read_manifest
+from eplb_analyze.sessions import parquet_segment
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.segments import DamagedSegmentError, read_manifest
 from eplb_dump.format import frames
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, STEPS_SCHEMA
 from eplb_dump.format.segment import footer_crc32

@@ -24,9 +24,9 @@ from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.analysis.traffic import traffic_report
-from eplb_analyze.reader.parquet_segment import ParquetSegment
+from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.replay import replay_run
-from eplb_analyze.replay.settings import Setting
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.transfer.exporters.loads import export_loads
 from eplb_dump import ExpertLoadWriter
 

@@ -22,7 +22,7 @@ from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics.formulas import FORMULAS
-from eplb_analyze.reader import discovery
+from eplb_analyze.sessions import discovery
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format import segment
 from eplb_dump.format.session import SessionInfo

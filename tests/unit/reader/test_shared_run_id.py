@@ -20,8 +20,8 @@ from eplb_analyze import DumpError, open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.live.watch import Follower
-from eplb_analyze.reader.discovery import discover
-from eplb_analyze.reader.starts import Found, MixedStarts, Span, run_and_start, separate
+from eplb_analyze.sessions.discovery import discover
+from eplb_analyze.sessions.starts import Found, MixedStarts, Span, run_and_start, separate
 from eplb_dump import ExpertLoadWriter, start
 from eplb_dump.format.session import SessionInfo
 from eplb_dump.format.start import Start

@@ -16,12 +16,13 @@ from planted import SteadyClock, without_ms
 from eplb_analyze import open_run
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.policies import policy
+from eplb_analyze.reader.recorded_setting import Recorded, Setting
 from eplb_analyze.replay.advise import Advice
 from eplb_analyze.replay.advise import advise as advise_run
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.scores import TODAY
-from eplb_analyze.replay.settings import Choices, Recorded, Setting, engine_arguments
+from eplb_analyze.replay.settings import Choices, engine_arguments
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, RANKS, STEPS = 16, 4, 400

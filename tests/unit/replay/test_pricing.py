@@ -12,10 +12,11 @@ from helpers import cli
 from planted import EXPERTS, LAYERS, RANKS, SLOTS, Planted, record_engine, slowest_work
 
 from eplb_analyze import open_run
+from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.advise import advise
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import rank, replay_run
-from eplb_analyze.replay.settings import Choices, Setting
+from eplb_analyze.replay.settings import Choices
 
 REDUNDANT = SLOTS - EXPERTS
 PER_TOKEN = 0.02

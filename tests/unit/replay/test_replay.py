@@ -20,9 +20,10 @@ from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics import series
 from eplb_analyze.policies import policy
+from eplb_analyze.reader.recorded_setting import Setting, recorded
 from eplb_analyze.replay import simulator
 from eplb_analyze.replay.replay import Outcome, Replay, last_steps, replay_run
-from eplb_analyze.replay.settings import Choices, Setting, grid, recorded
+from eplb_analyze.replay.settings import Choices, grid
 from eplb_analyze.transfer.importers.import_dump import Options, import_dump
 from eplb_dump import ExpertLoadWriter
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb_analyze import open_run
+from eplb_analyze.reader.recorded_setting import Recorded, not_due, recorded
 from eplb_analyze.replay.grouping import Groupings
-from eplb_analyze.replay.settings import Recorded, not_due, recorded
 from eplb_dump.format.journal import Shape
 
 EXPERTS, RANKS, LAYERS = 16, 4, 2

@@ -27,7 +27,7 @@ from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.rearrangements import Verdict
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.errors import Finding
-from eplb_analyze.replay.settings import why_not_due
+from eplb_analyze.reader.recorded_setting import why_not_due
 from eplb_analyze.report import sentences
 from eplb_analyze.report.bins import MAX_BINS, MAX_BYTES, bins_that_fit, pack
 from eplb_analyze.report.document import report_document

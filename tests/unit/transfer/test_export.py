@@ -20,8 +20,8 @@ from eplb_analyze import atomic, open_run
 from eplb_analyze.cli.commands.export import LoadFormat, Target
 from eplb_analyze.errors import UsageError
 from eplb_analyze.policies.policy import POLICIES, Problem
+from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.replay import replay_run
-from eplb_analyze.replay.settings import Setting
 from eplb_analyze.transfer.exporters import loads as long_form
 from eplb_analyze.transfer.exporters import vllm_ascend
 from eplb_analyze.transfer.exporters.engines import ENGINES, sglang, trtllm, vllm_mapping

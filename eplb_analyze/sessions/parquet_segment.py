@@ -20,8 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_analyze.reader.parquet_pages import decoded_bytes
-from eplb_analyze.reader.segments import DamagedSegmentError, Parts, reading_faults, require_regular
+from eplb_analyze.sessions.parquet_pages import decoded_bytes
+from eplb_analyze.sessions.segments import DamagedSegmentError, Parts, reading_faults, require_regular
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath

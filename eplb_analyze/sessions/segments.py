@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from eplb_analyze.errors import DumpError
-from eplb_analyze.reader.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage import bucket
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format.journal import Int64, JournalSegment, PlacementRows, Shape, StepRows

@@ -13,7 +13,7 @@ from helpers import cli, load_of, manifest, map_of, one_error, open_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_analyze.reader.parquet_pages import decoded_bytes
+from eplb_analyze.sessions.parquet_pages import decoded_bytes
 from eplb_dump.format import frames
 from eplb_dump.format.manifest import SealedFile
 from eplb_dump.format.schema import MANIFEST_FILE, FormatError

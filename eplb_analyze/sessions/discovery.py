@@ -11,9 +11,9 @@ from pathlib import Path
 
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.metadata import find_info, rebuilt_manifest
-from eplb_analyze.reader.parquet_segment import ParquetSegment
-from eplb_analyze.reader.segments import (
+from eplb_analyze.sessions.metadata import find_info, rebuilt_manifest
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.segments import (
     DamagedSegmentError,
     OpenSegment,
     Segment,
@@ -21,7 +21,7 @@ from eplb_analyze.reader.segments import (
     read_manifest,
     require_regular,
 )
-from eplb_analyze.reader.starts import START_SEPARATOR, MixedStarts, Span, run_and_start, separate
+from eplb_analyze.sessions.starts import START_SEPARATOR, MixedStarts, Span, run_and_start, separate
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath, requests_at_once
 from eplb_analyze.text import plural

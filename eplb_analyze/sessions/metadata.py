@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eplb_analyze.reader.parquet_segment import ParquetSegment
-from eplb_analyze.reader.segments import DamagedSegmentError, exhausted, require_regular
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
+from eplb_analyze.sessions.segments import DamagedSegmentError, exhausted, require_regular
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames

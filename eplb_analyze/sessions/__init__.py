@@ -1,0 +1,1 @@
+"""The sessions of a dump and their segments, as files hold them."""
