@@ -6,10 +6,8 @@ Every GPU is an EP rank. In each MoE layer it multiplies the tokens of its exper
 grouped matrix product, and then all ranks meet in an all-reduce, so that a step takes as long as its slowest
 ranks. Each phase routes a number of tokens with a skew that changes from step to step.
 
-The truth is measured afterwards, without the recording: every GPU takes the products of all ranks alone, and
-the truth is Σ_layers (max_r − mean_r) of their times, which perfect balance would save. (Times of one GPU, as
-two GPUs differ a little with equal loads, too; the mean over GPUs; the median of some tries; times the slope
-of the products while serving over those alone, as a GPU without pauses is slower.)
+The truth is measured beside it, in steps that are not recorded: after each step, all ranks take the work of
+one rank, of each rank in turn. The mean of these steps is what perfect balance would take.
 """
 
 from __future__ import annotations
@@ -29,8 +27,6 @@ from eplb_dump import ExpertLoadWriter
 LAYERS, SLOTS_PER_RANK, WIDTH, TOP_K = 4, 32, 4096, 4
 #: Steps between two new placements, which take PAUSE_S in the phases with pauses.
 PERIOD, PAUSE_S = 300, 0.9
-#: How often each product is timed alone.
-TRIES = 3
 
 
 class Phase(NamedTuple):
@@ -103,29 +99,17 @@ class Products:
     def _random(*shape: int) -> Any:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    def take(self, step: int, layer: int, rank: int) -> tuple[Any, Any]:
-        """Queue a product; the events around it."""
-        rows, around = self.rows_of[step, layer, rank], (event(), event())
-        around[0].record()
+    def take(self, step: int, layer: int, rank: int) -> None:
+        """Queue a product of a rank."""
+        rows = self.rows_of[step, layer, rank]
         if rows:
             torch._grouped_mm(
                 self._rows[:rows], self._weights[layer % 2], offs=self._offsets[step, layer, rank]
             )
-        around[1].record()
-        return around
-
-    def times(self) -> Any:
-        """Device time of each product alone, the median of some tries, ms: ``[steps, layers, ranks]``."""
-        tries = np.empty((TRIES, *self.rows_of.shape))
-        for times in tries:
-            around = [self.take(*at) for at in np.ndindex(*self.rows_of.shape)]
-            torch.cuda.synchronize()
-            times.flat = [start.elapsed_time(end) for start, end in around]
-        return np.median(tries, axis=0)
 
 
-def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any, Any]:
-    """Run and record the steps. The true cost; each step's time by events, by a synchronized clock; ms."""
+def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, Any]:
+    """Run and record the steps. Each one's time, with its work balanced, and by a synchronized clock; ms."""
     ranks = dist.get_world_size()
     slots = ranks * SLOTS_PER_RANK
     counts = counts_of(phase, steps, slots)
@@ -138,19 +122,18 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any,
         folder, model=phase.name, num_logical_experts=slots, ep_size=ranks, ep_rank=rank, run_id="gpu-cost",
         queue_bytes=1 << 30,
     )  # fmt: skip
-    stamps = [(event(), event()) for _ in range(steps)]
-    around = np.empty((steps, LAYERS, 2), object)
+    events = [[(event(), event()) for _ in range(1 + ranks)] for _ in range(steps)]
     clock = np.zeros(steps)
 
-    def step(number: int) -> None:
-        stamps[number][0].record()
+    def step(number: int, of: int, start: Any, end: Any) -> None:
+        start.record()
         for layer in range(LAYERS):
-            around[number, layer] = products.take(number, layer, rank)
+            products.take(number, layer, of)
             dist.all_reduce(meet)
-        stamps[number][1].record()
+        end.record()
 
     for number in range(min(30, steps)):  # compile, allocate, connect
-        step(number)
+        step(number, rank, event(), event())
     torch.cuda.synchronize()
     dist.barrier()
     for number in range(steps):
@@ -159,30 +142,23 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[float, Any,
             time.sleep(PAUSE_S)
         start = time.perf_counter()
         writer.begin_step()
-        step(number)
+        step(number, rank, *events[number][0])
         writer.record(number, load[number], placement, phase=phase.name)
         torch.cuda.current_stream().synchronize()  # as an engine does that needs the new tokens
         clock[number] = (time.perf_counter() - start) * 1e3
+        for of in range(ranks):
+            step(number, of, *events[number][1 + of])
+        torch.cuda.current_stream().synchronize()
     writer.close(60)
-    serving = [start.elapsed_time(end) for start, end in around.reshape(-1, 2)]
-    times = products.times()
-    alone = times[:, :, rank].ravel()
-    if phase.skew:
-        slope, constant = np.polyfit(alone, serving, 1)
-        print(
-            f"{phase.name}, rank {rank}: serving takes {slope:.3f} x the time alone + {constant * 1e3:.1f} µs"
-        )
-        times *= slope
-    truth = torch.tensor((times.max(axis=2) - times.mean(axis=2)).sum(axis=1).mean(), device="cuda")
-    dist.all_reduce(truth)
-    return float(truth) / ranks, np.array([start.elapsed_time(end) for start, end in stamps]), clock
+    times = np.array([[start.elapsed_time(end) for start, end in one] for one in events])
+    return times[:, 0], times[:, 1:].mean(axis=1), clock
 
 
 def event() -> Any:
     return torch.cuda.Event(enable_timing=True)
 
 
-def report(phase: Phase, folder: str, truth: float, whole: Any, clock: Any) -> None:
+def report(phase: Phase, folder: str, whole: Any, balanced: Any, clock: Any) -> None:
     """Print the recorded cost beside the true one."""
     from eplb_analyze import open_run
     from eplb_analyze.analysis.cost import cost_of
@@ -190,12 +166,17 @@ def report(phase: Phase, folder: str, truth: float, whole: Any, clock: Any) -> N
 
     run = open_run(folder, model=phase.name)
     recorded = np.concatenate([block.device_ms for block in run.blocks()])
+    truth = float((whole - balanced).mean())
+    error = 1.96 * float((whole - balanced).std()) / len(whole) ** 0.5
     print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms")
     for name, times in (("events", whole), ("a synchronized clock", clock)):
         low, median, high = np.nanpercentile(recorded / times, [1, 50, 99])
         print(f"   device_ms / {name}: median {median:.4f}, p1 to p99 {low:.4f} to {high:.4f}")
     cost = cost_of(run)
-    print(f"   true cost {truth:.4f} ms; recorded: {cost.message} (basis {cost.basis}, R² {cost.r2})")
+    print(
+        f"   true cost {truth:.4f} ± {error:.4f} ms; "
+        f"recorded: {cost.message} (basis {cost.basis}, R² {cost.r2})"
+    )
     known = cost.ms_per_step
     if known is not None:
         verdict = "contains" if known.low <= truth <= known.high else "MISSES"
