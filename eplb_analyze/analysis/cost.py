@@ -214,7 +214,8 @@ def _estimated(cost: RunCost, gpu: str, found: dict[str, Estimate] | str) -> Run
 def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCost:
     if not len(sample.step):
         return _unknown(f"fewer than {MIN_STEPS} steps are complete")
-    pauses = _near(sample.step, run.load_history().changes)
+    first = run.step_range[0] or 0
+    pauses = _near(sample.step, [step for step in run.load_history().changes if step > first])
     basis, ms = _times(sample, timings)
     if basis == "host" and not run.info.timed:
         return _unknown("the recording has no step times")

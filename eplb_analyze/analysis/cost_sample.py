@@ -160,14 +160,16 @@ def _work(block: Block, terms: Terms, per_token: int) -> Work:
         few = np.quantile(work.tokens, 0.01) / max(1.0, work.tokens.mean())
         if np.exp(-BURSTS * few * rate / per_token).mean() < QUIET:
             return work
-    ranks = block.shape.ep_size
+    serving = block.serving_only()
+    assert serving.shape is not None
+    ranks = serving.shape.ep_size
     return functools.reduce(
         Work.plus,
         (
             Work.of(
                 active_experts(load, ranks), load.reshape(*load.shape[:2], ranks, -1).sum(axis=3) / per_token
             )
-            for _, load in block.load_parts()  # a few layers at a time
+            for _, load in serving.load_parts()  # a few layers at a time
         ),
     )
 

@@ -96,6 +96,7 @@ class _Times(NamedTuple):
 
 def _times_of(run: Run, gpu: str, sampling: Sampling, block: Block) -> dict[str, _Times]:
     """The times of a block's complete steps, by kernel."""
+    block = block.serving_only()
     if block.shape is None or not sampling.wants(block):
         return {}
     steps = len(block.recorded)

@@ -42,6 +42,8 @@ MAX_EXCLUDED = 0.4
 WAITED = 4.0
 #: Of the curve of time over tokens, at most.
 MAX_BENDS = 16
+#: Of the curve of time over the run, at most; its bends are equally far apart.
+MAX_TURNS = 4
 #: A cost that lowers twice the log-likelihood by more does not explain the times. The 95 % quantile of χ² is
 #: 3.84 for one unknown and 5.99 for two; the exchange rate is a second unknown, but only in part, as rates
 #: explain similar things. Chosen by simulation; `benchmarks.cost` checks it on other seeds.
@@ -372,14 +374,25 @@ def _whitening(residuals: Float64, follows: Bool) -> Callable[[Float64], Float64
 
 
 def _usual(tokens: Float64) -> Float64:
-    """Columns for the time that a number of tokens takes anyhow: constant, linear, bent at some points.
+    """Columns for the time that a step takes anyhow: by its number of tokens, and by when it was.
 
-    Time is flat while memory is the limit and grows later, or by steps if batches are padded. Without the
-    bends, the work of the slowest rank would explain that curve.
+    Both are lines, bent at some points. Time is flat while memory is the limit and grows later, or by steps
+    if batches are padded. It also drifts slowly over a run (a warming device, longer contexts), and so does
+    imbalance. Without the bends, the work of the slowest rank would explain these curves.
     """
-    knots = min(MAX_BENDS, len(tokens) // 40)
+    n = len(tokens)
+    knots = min(MAX_BENDS, n // 40)
     bends = np.unique(np.quantile(tokens, np.linspace(0, 1, knots + 2)[1:-1]))
-    return np.column_stack([np.ones(len(tokens)), tokens, *(np.maximum(tokens - bend, 0) for bend in bends)])
+    at = np.linspace(-1, 1, n)
+    turns = np.linspace(-1, 1, min(MAX_TURNS, n // 100) + 2)[:-1]
+    return np.column_stack(
+        [
+            np.ones(n),
+            tokens,
+            *(np.maximum(tokens - bend, 0) for bend in bends),
+            *(np.maximum(at - turn, 0) for turn in turns),
+        ]
+    )
 
 
 def _standardized(columns: Float64) -> Float64:

@@ -40,6 +40,7 @@ def test_planted_cost_is_measured(costly: TimedRun) -> None:
     assert found.ms_per_step.estimate == pytest.approx(costly.cost.mean(), rel=0.05)
     assert 0 < found.ms_per_step.high - found.ms_per_step.low < 0.1 * costly.cost.mean()
     assert found.step_ms_p50 == pytest.approx(np.median(costly.ms), rel=0.02)
+    assert found.pauses == 0  # the first placement is no rearrangement
 
 
 def test_range_of_steps_has_its_own_cost(costly: TimedRun) -> None:

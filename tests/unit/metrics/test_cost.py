@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -210,6 +211,21 @@ def test_slow_drift_of_step_times_is_not_a_cost(engines: list[Engine]) -> None:
         found = fit(ms, some.work).ms_per_step
         assert found is not None
         assert found.low < 0.01 * ms.mean()
+
+
+@pytest.mark.parametrize("curve", [lambda u: u, lambda u: 1 - np.exp(-4 * u), np.square])
+def test_drift_of_times_and_of_skew_together_is_not_a_cost(curve: Callable[[Array], Array]) -> None:
+    """A device grows warm, or contexts grow, while the skew grows, too: both are curves over the run."""
+    measured = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        n = 800
+        logits = rng.normal(size=(n, 3, 32)) * np.linspace(0.3, 1.2, n)[:, np.newaxis, np.newaxis]
+        share = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+        load = rng.poisson(share * 4 * rng.integers(16, 64, n)[:, np.newaxis, np.newaxis]).reshape(n, 3, 4, 8)
+        ms = 8 * (1 + 0.05 * curve(np.linspace(0, 1, n))) + 0.08 * rng.normal(size=n)
+        measured += fit(ms, Work.of((load > 0).sum(axis=3), load.sum(axis=3))).status is CostStatus.MEASURED
+    assert measured <= 2
 
 
 def test_equal_steps_cannot_tell_what_imbalance_costs() -> None:

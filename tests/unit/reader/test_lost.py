@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
+from eplb_analyze.analysis.cost_sample import sample_of
 from eplb_analyze.analysis.experts import expert_report
 from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.placement import placement_report
@@ -24,6 +25,7 @@ from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.analysis.traffic import traffic_report
+from eplb_analyze.metrics.cost import EXCHANGE_RATES
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
@@ -133,6 +135,16 @@ def test_figures_after_a_loss_are_over_the_ranks_that_serve(tmp_path: Path) -> N
     by_layer = run.balancedness(by="layer")["value"].to_list()
     ratios = [engine.tokens(s).mean(axis=1) / engine.tokens(s).max(axis=1) for s in range(60)]
     np.testing.assert_allclose(by_layer, np.mean(ratios, axis=0))
+
+
+def test_the_cost_is_beside_the_mean_of_the_ranks_that_serve(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, steps=160, dead={2: (60, 999)}, placements={0: BEFORE, 60: AFTER})
+    engine.run()
+    work = sample_of(open_run(tmp_path)).work
+    np.testing.assert_allclose(work.tokens, [engine.tokens(s).mean(axis=1).sum() for s in range(160)])
+    np.testing.assert_allclose(work.active, LAYERS * WIDTH)  # every slot in use has tokens
+    slowest = [engine.tokens(s).max(axis=1).sum() for s in range(160)]
+    np.testing.assert_allclose(work.slowest[:, EXCHANGE_RATES.index(0.0)], slowest)
 
 
 def test_every_command_leaves_out_the_lost_rank(tmp_path: Path) -> None:
