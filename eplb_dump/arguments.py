@@ -35,8 +35,14 @@ def is_integer(value: Any) -> bool:
 
 def is_duration(value: Any) -> bool:
     """Whether it is a Python or numpy number, at least 0 and finite."""
-    number = type(value) is float or is_integer(value) or isinstance(value, np.floating)
-    return number and bool(0 <= value < MAX_NUMBER)
+    if type(value) is not float:
+        if not is_integer(value) and not isinstance(value, np.floating):
+            return False
+        try:
+            value = float(value)  # a float16 cannot be compared with MAX_NUMBER
+        except Exception:  # an int too large, or a subclass that does anything
+            return False
+    return bool(0 <= value < MAX_NUMBER)
 
 
 def require_integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import math
 import re
 import zlib
@@ -29,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eplb_analyze.errors import DumpError
-from eplb_analyze.transfer.importers.files import MAX_TEXT, parse_json, regular
+from eplb_analyze.transfer.importers.files import MAX_RATIO, MAX_TEXT, parse_json, regular
 from eplb_dump.format.journal import Int64
 
 Float64 = npt.NDArray[np.float64]
@@ -38,6 +39,8 @@ Float64 = npt.NDArray[np.float64]
 MAX_ENTRIES, MAX_SERIES = 1 << 24, 1024
 #: The most bytes of a file when it is unpacked.
 MAX_UNPACKED = 8 << 30
+#: A table's first line is no longer.
+MAX_HEADER = 1 << 16
 #: The name of a table as a source.
 TABLE = "the table"
 #: The longest step, a day; and the largest number of anything, which a JSON number can exceed.
@@ -90,7 +93,9 @@ class _Collector:
     def __init__(self, source: str) -> None:
         self.source = source
         self.count = 0
-        self._starts: dict[Any, list[_Entries]] = {}
+        self._count_starts = 0
+        #: By hash, since a name in a stranger's file can be long.
+        self._starts: dict[int, list[_Entries]] = {}
 
     def add(
         self, where: str, key: Any, ms: Any, step: Any = -1, time: Any = math.nan, tokens: Any = math.nan
@@ -100,15 +105,16 @@ class _Collector:
             _number(where, name, v) for name, v in (("time", ms), ("clock", time), ("tokens", tokens))
         )
         if type(step) is not int or not -1 <= step < 1 << 62:
-            raise DumpError(f"{where}: {step!r} is not the number of a step")
+            raise DumpError(f"{where}: {step!r} is not the number of a step"[:300])
         if not 0 <= ms <= MAX_MS:
             raise DumpError(f"{where}: a step of {ms:g} ms")
-        starts = self._starts.setdefault(key, [_Entries()])
+        starts = self._starts.setdefault(hash(key), [])
+        if not starts or (step >= 0 and starts[-1].step and step <= starts[-1].step[-1]):
+            starts.append(_Entries())
+            self._count_starts += 1
         last = starts[-1]
-        if step >= 0 and last.step and step <= last.step[-1]:
-            starts.append(last := _Entries())
         self.count += 1
-        if self.count > MAX_ENTRIES or len(self._starts) + len(starts) > MAX_SERIES:
+        if self.count > MAX_ENTRIES or self._count_starts > MAX_SERIES:
             raise DumpError(f"{where}: {TOO_MANY}")
         # 0 ms: a rank that had nothing to do, or a heartbeat.
         if ms > 0:
@@ -141,7 +147,7 @@ def read_series(path: Path) -> list[Series]:
         return _table(path, _read_parquet(path), "row", 1)
     try:
         with _open(path) as text:
-            first = text.readline(MAX_TEXT)
+            first = text.readline(MAX_HEADER)
     except (OSError, EOFError, zlib.error) as error:
         raise DumpError(f"{path}: {error}") from None
     if b"Iteration(" not in first and "ms" in _header(first):
@@ -154,15 +160,29 @@ def read_series(path: Path) -> list[Series]:
     return found
 
 
-def _open(path: Path) -> BinaryIO:
+def _packed(path: Path) -> bool:
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _open(path: Path) -> BinaryIO:
+    if not _packed(path):
+        return path.open("rb")
+    # Its own lines are read by Python code.
+    return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(path), 1 << 18))
+
+
+def _most_bytes(path: Path) -> int:
+    """The most bytes of a text: a .gz file of some MB can stand for a GB of empty lines."""
+    if not _packed(path):
+        return MAX_UNPACKED
+    return min(MAX_UNPACKED, max(MAX_TEXT, MAX_RATIO * path.stat().st_size))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and text of each line, also of a .gz file. Raises DumpError."""
     size = number = 0
+    most = _most_bytes(path)
     with _open(path) as file:
         while True:
             try:
@@ -175,8 +195,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             number, size = number + 1, size + len(line)
-            if len(line) > MAX_TEXT or size > MAX_UNPACKED:
-                raise DumpError(f"{path}: line {number}: too long, or more than {MAX_UNPACKED >> 30} GiB")
+            if len(line) > MAX_TEXT or size > most:
+                raise DumpError(
+                    f"{path}: line {number}: it is longer than {MAX_TEXT >> 20} MiB, or the text so far is "
+                    f"longer than {most >> 20:,} MiB"
+                )
             yield number, line
 
 
@@ -292,6 +315,7 @@ def _read_csv(path: Path) -> dict[str, Float64]:
         cells = _cells(line)
         if number == 1:
             names = _header(line)
+            _require_once(path, names)
             columns = {name: array("d") for name in COLUMNS if name in names}
         elif cells != [""]:
             if len(cells) != len(names):
@@ -302,6 +326,13 @@ def _read_csv(path: Path) -> dict[str, Float64]:
         if len(columns.get("ms", ())) > MAX_ENTRIES:
             raise DumpError(f"{path}: line {number}: {TOO_MANY}")
     return {name: np.array(values) for name, values in columns.items()}
+
+
+def _require_once(path: Path, names: list[str]) -> None:
+    """Raise DumpError if several columns have one name: which of them is meant, the file does not say."""
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise DumpError(f"{path}: {names.count(name)} columns are called {name}")
 
 
 def _cell(where: str, name: str, text: str) -> float:
@@ -323,7 +354,9 @@ def _read_parquet(path: Path) -> dict[str, Float64]:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         if file.metadata.num_rows > MAX_ENTRIES:
             raise DumpError(f"{path}: {TOO_MANY}")
-        names = {field.name: field.type for field in file.schema_arrow if field.name.lower() in COLUMNS}
+        fields = [field for field in file.schema_arrow if field.name.lower() in COLUMNS]
+        _require_once(path, [field.name.lower() for field in fields])
+        names = {field.name: field.type for field in fields}
         for name, kind in names.items():
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_timestamp(kind)):
                 raise DumpError(f"{path}: column {name}: {kind}, not numbers")

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,42 @@ class TestBadInput:
                 patch.setattr(f"{module}.{name}", limit)
                 with pytest.raises(DumpError, match="log: line"):
                     read_series(path)
+
+    def test_a_small_file_that_unpacks_to_much_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.gz"
+        path.write_bytes(gzip.compress(b"\n" * (17 << 20)))
+        with pytest.raises(DumpError, match=r"the text so far is longer than 16 MiB"):
+            read_series(path)
+
+    def test_names_of_engines_take_no_memory(self, tmp_path: Path) -> None:
+        path, size, many = tmp_path / "trace", 1 << 20, 50
+        with path.open("w") as file:
+            for i in range(many):
+                file.write(json.dumps({**FPM, "worker_id": f"{i}{'x' * size}"}) + "\n")
+        tracemalloc.start()
+        assert len(read_series(path)) == many
+        assert tracemalloc.get_traced_memory()[1] < many * size / 4
+        tracemalloc.stop()
+
+    def test_starts_of_all_engines_count(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("eplb_analyze.transfer.importers.timings.MAX_SERIES", 8)
+        records = [{**FPM, "worker_id": str(i), "counter_id": 1} for i in range(3) for _ in range(3)]
+        with pytest.raises(DumpError, match="line 9: more than"):
+            read_series(lines(tmp_path / "trace", map(json.dumps, records)))
+
+    def test_an_error_is_short(self, tmp_path: Path) -> None:
+        path = lines(tmp_path / "stats", [json.dumps({**TRTLLM, "iter": "x" * 10_000})])
+        with pytest.raises(DumpError, match="xxx") as error:
+            read_series(path)
+        assert len(str(error.value)) <= 300
+
+    @pytest.mark.parametrize("kind", ["csv", "parquet"])
+    def test_a_column_that_comes_twice_is_rejected(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / f"times.{kind}"
+        table = pa.table([pa.array([1, 2]), pa.array([1.0, 2.0]), pa.array([3.0, 3.0])], ["step", "ms", "ms"])
+        (pacsv.write_csv if kind == "csv" else pq.write_table)(table, path)
+        with pytest.raises(DumpError, match="2 columns are called ms"):
+            read_series(path)
 
     @pytest.mark.parametrize("damage", [b"\x1f\x8bgarbage", b"PAR1garbage", b"\x00\xff" * 100])
     def test_damaged_files(self, tmp_path: Path, damage: bytes) -> None:

@@ -708,20 +708,32 @@ def test_bad_step_or_ep_size_is_rejected_and_forgotten(tmp_path: Path, arguments
 TEXT = "x"
 
 
+class HostileFloat(np.float64):
+    """A number that raises when it is looked at."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("do not look")
+
+    __ge__ = __lt__ = __float__
+
+
 def test_step_ms_reads_back(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
-        for value in (8.25, None, 3, np.float32(0.5), np.float64(0), np.int16(7)):
+        for value in (8.25, None, 3, np.float32(0.5), np.float64(0), np.int16(7), np.float16(2)):
             writer.record(None, SMALL, None, step_ms=value)
         writer.skip()
-    closed(writer)
-    assert read_table(writer.folder, "steps")["step_ms"].to_pylist() == [8.25, None, 3, 0.5, 0, 7, None]
+    assert closed(writer).recorded == 7
+    assert read_table(writer.folder, "steps")["step_ms"].to_pylist() == [8.25, None, 3, 0.5, 0, 7, 2, None]
 
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -0.1, np.float32("nan"), 2**62, 1e300, True, TEXT, torch.ones(1), Hostile()],
+    [
+        math.nan, math.inf, -0.1, np.float32("nan"), np.float16("inf"), np.longdouble("1e4000"), 2**62,
+        10**400, 1e300, True, TEXT, torch.ones(1), Hostile(), HostileFloat(1),
+    ],
     ids=type,
-)
+)  # fmt: skip
 def test_step_ms_that_is_no_time_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, value: Any
 ) -> None:
