@@ -39,6 +39,9 @@ FLAT = 0.02
 PAUSE_STEPS = 1
 
 
+#: Why a cost or a pause in milliseconds is not known, and what to do.
+NO_TIMES = "the recording has no step times; supply them with --timings"
+
 #: What step times are, by basis.
 TIMES = {
     "engine": "the engine's step times",
@@ -126,7 +129,8 @@ class RunCost(Report):
         """What the cost was fitted to, in words."""
         steps = sum(phase.steps for phase in self.phases.values())
         text = f"by {TIMES.get(self.basis, self.basis)}, {self.steps_used:,} of {plural(steps, 'step')}"
-        return text if self.r2 is None else f"{text}, R² {self.r2:.2f}"
+        # Mostly that of the number of tokens: without the words, a flat cost with a high R² seems proven.
+        return text if self.r2 is None else f"{text}, R² {self.r2:.2f} with the number of tokens"
 
     def to_json(self) -> dict[str, Any]:
         return self.document(
@@ -218,7 +222,7 @@ def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCos
     pauses = _near(sample.step, [step for step in run.load_history().changes if step > first])
     basis, ms = _times(sample, timings)
     if basis == "host" and not run.info.timed:
-        return _unknown("the recording has no step times")
+        return _unknown(NO_TIMES)
     fits: list[tuple[str, Bool, Cost]] = []
     for name, mask in phases_of(sample.phase, sample.per_slot):
         if basis == "host":
@@ -303,6 +307,10 @@ def _total(
     if interval is None:
         reasons = {phase.message for phase in phases.values()}
         unknown = _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)
+        if timed:
+            all_ms = np.concatenate([steps.ms for steps in timed.values()])
+            p50, p95 = (float(v) for v in np.percentile(all_ms, [50, 95]))
+            unknown = replace(unknown, step_ms_p50=p50, step_ms_p95=p95)
         return replace(unknown, basis=basis, used=timed)
     steps = sum(count for count, _ in known)
     interval = Interval(interval.value, max(0.0, interval.low), interval.high)
@@ -371,7 +379,7 @@ def _regime(cost: Cost, tokens: Int64) -> str:
     of = f"of {np.median(tokens):,.0f} tokens " if len(tokens) and tokens.min() > 0 else ""
     if cost.status is CostStatus.NO_MEASURABLE_COST:
         if cost.ms_per_step and cost.mean_ms and cost.ms_per_step.high > FLAT * cost.mean_ms:
-            return "a smaller cost would not show"
+            return "a smaller cost would not show in these step times"
         return f"flat: steps {of}take as long with balanced loads"
     if cost.driver is Driver.ACTIVE_EXPERTS:
         return (

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.analysis.cost import NO_TIMES, Milliseconds
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
@@ -292,19 +292,19 @@ class TrainTestSplit:
         cost = self.played.cost
         why = price if isinstance(price := gain(cost, self.played.scores, TODAY), str) else None
         if why is None and self.step_ms is None:
-            why = "the recording has no step times"
+            why = NO_TIMES
         if why is None:
             return None
         return (
             f"what a setting gains is not measurable in this run: {why}. "
-            "--objective tokens says what it would gain if time were proportional to tokens"
+            "--objective tokens shows what it would gain if time were proportional to tokens"
         )
 
     @property
     def step_ms(self) -> float | None:
-        """The median time of a step."""
-        seconds = self.played.part.step_seconds
-        return self.played.cost.step_ms_p50 if seconds is None else 1e3 * seconds
+        """The median time of a step: by what the cost was fitted to, so that both are of the same times."""
+        seconds, fitted = self.played.part.step_seconds, self.played.cost.step_ms_p50
+        return fitted if fitted is not None or seconds is None else 1e3 * seconds
 
     def _priced(self, index: int, part: slice) -> tuple[Interval, Interval] | None:
         """What a setting gains in a part, and that less the pauses beyond today's: ms per step."""

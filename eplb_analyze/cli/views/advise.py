@@ -104,7 +104,10 @@ def _in_ms(console: Console, advice: Advice) -> None:
     share = "" if advice.gain is None else f", {signed(100 * advice.gain.value, 1)} % of the median step"
     print_line(console, "net gain per step ", (text, "bold"), share)
     work = milliseconds(gain.estimate, gain.low, gain.high, sign=True)
-    print_line(console, f"of that, work of the slowest ranks: {work}; the rest is pauses")
+    print_line(
+        console,
+        f"of that, work of the slowest ranks: {work}; the rest is pauses, at the rate of the whole run",
+    )
     print_line(console, pause_sentence(advice.replay.pause))
     if advice.break_even_pause_ms is not None:
         pause = milliseconds(advice.break_even_pause_ms)

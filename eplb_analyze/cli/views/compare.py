@@ -27,7 +27,7 @@ def render(console: Console, result: Comparison, top: int = 5) -> None:
         print_line(console, (reason, "bold red"))
     for warning in result.warnings:
         print_line(console, (f"not like for like: {warning}", "yellow"))
-    print_line(console, "verdict: ", (result.verdict, STYLES.get(result.verdict, "bold")))
+    print_line(console, "verdict by balancedness: ", (result.verdict, STYLES.get(result.verdict, "bold")))
     console.print()
     if result.balancedness is not None and result.idle_fraction is not None:
         _figures(console, result, result.balancedness, result.idle_fraction)

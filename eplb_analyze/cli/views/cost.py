@@ -26,7 +26,7 @@ def render(console: Console, cost: RunCost) -> None:
         if phase.ms_per_step is not None or phase.steps >= SMALL_PHASE * steps
     }
     if cost.ms_per_step is None:
-        print_line(console, (f"cost of imbalance {cost.message}", STYLES["not_identifiable"]))
+        print_line(console, (f"cost of imbalance unknown, {cost.message}", STYLES["not_identifiable"]))
         return
     for name, phase in shown.items():
         _phase(console, phase, f"{clean(name)}: " if len(shown) > 1 else "")
@@ -37,9 +37,10 @@ def render(console: Console, cost: RunCost) -> None:
 
 
 def _phase(console: Console, phase: PhaseCost, prefix: str) -> None:
-    text = phase.message if phase.ms_per_step is not None else f"cost not measurable: {phase.message}"
-    share = phase.share_of_step if phase.status == "measured" else None
-    more = "" if share is None else f", {percent(share.estimate)} of step time"
+    text = phase.message if phase.ms_per_step is not None else f"cost unknown: {phase.message}"
+    share = phase.share_of_step
+    bound = None if share is None else share.estimate if phase.status == "measured" else share.high
+    more = "" if bound is None else f", {percent(bound)} of step time"
     print_line(console, prefix, (text, STYLES.get(phase.status, "")), more)
     if phase.regime:
         print_line(console, phase.regime, indent=2)

@@ -45,7 +45,7 @@ def _lost(rows: list[Row]) -> str:
     measured, free = (status.count(name) for name in ("measured", "no_measurable_cost"))
     parts = [f"no measurable cost in {plural(free, 'run')}"] if free else []
     unknown = len(rows) - measured - free
-    parts += [f"not measurable in {plural(unknown, 'run')}"] if unknown else []
+    parts += [f"unknown in {plural(unknown, 'run')}"] if unknown else []
     if measured:
         seconds = sum(row.lost_rank_seconds or 0.0 for row in rows)
         parts = [f"{duration(seconds)} of GPU time lost, measured in {plural(measured, 'run')}", *parts]

@@ -148,7 +148,7 @@ def test_text_output(pair: tuple[Path, Any, Any]) -> None:
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "compare · org/moe · is B better than A?"
-    assert "verdict: better" in lines
+    assert "verdict by balancedness: better" in lines
     assert "layers: 3 better, 0 worse, 0 no difference beyond chance" in lines
     document = json.loads(cli("compare", "a", "b", "-o", "json", pair[0]).stdout)["balancedness"]
     row = next(line.split() for line in lines if line.startswith("balancedness"))
@@ -193,7 +193,7 @@ def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any],
     text = cli("compare", "a", "b", tmp_path)
     assert text.returncode == 1
     assert reason in text.stdout.splitlines()
-    assert "verdict: not comparable" in text.stdout
+    assert "verdict by balancedness: not comparable" in text.stdout
 
 
 @pytest.mark.parametrize(

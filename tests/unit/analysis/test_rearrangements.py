@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import cli, one_error
-from planted import record_engine, slowest_work
+from planted import PlantedClock, record_engine, slowest_work
 from reference import per_step
 
 from eplb_analyze import open_run
@@ -376,6 +376,49 @@ def test_planted_pause_of_900_ms_is_measured(
         assert row.pause_ms is not None
         assert row.pause_ms.estimate == pytest.approx(900, rel=0.05)
         assert row.pause_ms.low < 900 < row.pause_ms.high
+
+
+@pytest.mark.parametrize(
+    ("clock_ms", "in_step", "in_clock"),
+    [(0.5, True, False), (9.0, False, True), (9.0, True, True)],
+    ids=["recorded afterwards", "between steps", "within a step"],
+)
+def test_pause_by_the_engines_times_if_the_clock_is_not_the_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock_ms: float, in_step: bool, in_clock: bool
+) -> None:
+    clock, rng = PlantedClock(), np.random.default_rng(4)
+    monkeypatch.setattr("eplb_dump.writer.time", clock)
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=LOGICAL, ep_size=4, run_id="r", scope="global"
+    ) as writer:
+        for step in range(120):
+            pause = 900.0 * (step == 60)
+            clock.ns += int(1e6 * (clock_ms + pause * in_clock))
+            ms = 8 + float(rng.normal(0, 0.1)) + pause * in_step
+            placement = np.array([APART if step >= 60 else TOGETHER] * 2)
+            writer.record(step, rng.integers(1, 9, (2, 12)), placement, step_ms=ms)
+    (row,) = rearrangement_report(open_run(tmp_path)).rearrangements
+    assert row.pause_ms is not None
+    assert row.pause_ms.estimate == pytest.approx(900, rel=0.05)
+
+
+def test_imported_step_times_measure_the_pause(tmp_path: Path) -> None:
+    """The import has no clock, only the engine's times."""
+    rng, steps = np.random.default_rng(5), 120
+    ms = 8 + rng.normal(0, 0.1, steps)
+    ms[60] += 900
+    np.savez(
+        tmp_path / "run.npz",
+        load=rng.integers(1, 9, (steps, 2, 12)),
+        physical_to_logical_map=np.array([[APART if step >= 60 else TOGETHER] * 2 for step in range(steps)]),
+        step_ms=ms,
+    )
+    options = ("--ep-size", 4, "--ordered", "--model", "m")
+    assert cli("import", tmp_path / "run.npz", "--into", tmp_path / "dump", *options).returncode == 0
+    (row,) = rearrangement_report(open_run(tmp_path / "dump")).rearrangements
+    assert row.pause_ms is not None
+    assert row.pause_ms.estimate == pytest.approx(900, rel=0.05)
+    assert row.pause_ms.low < 900 < row.pause_ms.high
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_summary_says_which_run_is_costly_free_or_not_measurable(
     words = [
         "imbalance costs ",
         "imbalance has no measurable cost: at most ",
-        "cost of imbalance not measurable in this run: ",
+        "cost of imbalance unknown, not measurable in this run: ",
     ]
     assert [[word in text for word in words] for text in texts] == np.eye(3, dtype=bool).tolist()
     assert ["its cost in time is above" in text for text in texts] == [True, True, False]

@@ -184,7 +184,7 @@ def test_import_without_times_has_no_lost_time(tmp_path: Path) -> None:
     assert document["idle_fraction"] > 0
     assert document["lost_rank_seconds"] is document["step_seconds"] is None
     assert document["cost_status"] == "not_identifiable"
-    assert "imbalance: not measurable in 1 run" in cli("postmortem", tmp_path / "dump").stdout
+    assert "imbalance: unknown in 1 run" in cli("postmortem", tmp_path / "dump").stdout
 
 
 def test_rearrangement_that_cannot_be_judged_is_not_counted(tmp_path: Path) -> None:

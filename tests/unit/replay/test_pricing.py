@@ -182,7 +182,7 @@ def test_run_without_times_is_judged_by_tokens(tmp_path: Path, monkeypatch: pyte
     assert document["verdict"] == "enable"
     text = " ".join(cli("advise", tmp_path / "imported").stdout.split())
     assert "expected by tokens" in text
-    assert "milliseconds not measurable: the recording has no step times" in text
+    assert "milliseconds not measurable: the recording has no step times; supply them with --timings" in text
 
 
 def test_advice_by_active_experts_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
