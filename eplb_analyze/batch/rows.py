@@ -64,7 +64,8 @@ class Row(Report):
     cost_ms_per_step: float | None = None
     cost_ms_low: float | None = None
     cost_ms_high: float | None = None
-    #: That cost in measured phases × steps × interval × ranks; 0 if none can be measured, None if not known.
+    #: That cost in measured phases × steps × interval × ranks that serve; 0 if none can be measured, None if
+    #: not known.
     lost_rank_seconds: float | None = None
     worst_layer: int | None = None
     #: The rank to which most of the loss is attributed, and its share of the loss.
@@ -123,7 +124,9 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
     # A sampled step stands for those that were not sampled.
-    rank_steps = info.interval * sum(c.recorded * c.ep_size for c in summary.configurations)
+    rank_steps = info.interval * sum(
+        c.recorded * (c.ep_size - len(c.lost_ranks)) for c in summary.configurations
+    )
     cost = summary.cost.ms_per_step
     faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
     balances = np.concatenate(sums.values["balancedness"])
@@ -182,7 +185,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
 
 
 def _lost_seconds(cost: RunCost, rank_steps: int) -> float | None:
-    """The time that ranks lost in phases whose cost is measured; ``rank_steps``: Σ over steps of ranks."""
+    """The time that ranks lost in measured phases; ``rank_steps``: Σ over steps of the ranks that serve."""
     if cost.ms_per_step is None:
         return None
     measured = [phase for phase in cost.phases.values() if phase.status is CostStatus.MEASURED]

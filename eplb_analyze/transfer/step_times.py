@@ -37,8 +37,11 @@ MAX_STEPS_AWAY = 20
 #: The longest delay in seconds between a call of `record` and what the other program writes; and how many of
 #: its entries, and differences between the two, are looked at to find it.
 MAX_DELAY, DELAY_EVENTS, MAX_DIFFERENCES = 1.0, 2000, 1 << 22
-#: The match must hold in each of so many parts: a step that one side did not count shifts the rest.
-PARTS, NEIGHBORS = 4, 3
+#: The match must hold in each of so many parts: a step that one side did not count shifts the rest. The
+#: largest parts are looked at by correlation, too, and everywhere; small ones would fit somewhere by chance.
+PARTS, NEIGHBORS = (4, 16, 64), 3
+#: Two values of :func:`evidence` that differ by less are as large.
+AS_LARGE = 0.1
 
 
 def read_step_times(run: Run, path: Path) -> StepTimes:
@@ -65,7 +68,7 @@ def read_step_times(run: Run, path: Path) -> StepTimes:
     np.maximum.at(ms, where, np.concatenate([match.ms for match in found]))
     largest = max(found, key=lambda match: len(match.step))
     note = f"{len(step):,} of {len(recorded.step):,} steps have a time from {series[0].source}, {largest.how}"
-    if len(series) > 1:
+    if len(found) > 1:
         note += f"; the slowest of {len(found)} engines or ranks counts"
     if reasons:
         note += f", {plural(len(reasons), 'other')} left out: {reasons[0]}"
@@ -149,9 +152,13 @@ def _match(recorded: _Recorded, series: Series) -> _Matched:
     else:
         how += "; correlation " + ", ".join(f"{r:.2f} with {kind}" for kind, r in agreement.items())
         kind, best = next(iter(agreement.items()))
-        # A table may hold another kind of time, by the recording's own steps.
-        if best < MIN_CORRELATION and not (series.source == TABLE and series.time is None):
-            raise UsageError(f"its times are of other steps: correlation {best:.2f} with {kind} of this run")
+        if best < MIN_CORRELATION:
+            # A table may hold another kind of time, by the recording's own steps.
+            if series.source != TABLE or series.time is not None:
+                raise UsageError(
+                    f"its times are of other steps: correlation {best:.2f} with {kind} of this run"
+                )
+            how += ", which does not show that they are of the same steps"
         _require_everywhere(recorded.step, mine[inside], theirs, at[inside])
     return _Matched(recorded.step[at[inside]], series.ms[inside], how)
 
@@ -246,19 +253,61 @@ def _nearest(clock: Float64, times: Float64) -> Int64:
 
 
 def _require_everywhere(step: Int64, mine: Float64, theirs: Float64, at: Int64) -> None:
-    """Raise UsageError if a part of the run fits clearly better when it is shifted by a few steps."""
-    for part in np.array_split(np.arange(len(at)), PARTS):
-        scores = []
-        for by in range(-NEIGHBORS, NEIGHBORS + 1):
-            there = at[part] + by
-            inside = (there >= 0) & (there < len(theirs))
-            a, b = mine[part][inside], theirs[there[inside]]
-            r = correlation(a, b)
-            scores.append(standard_errors(r, int((np.isfinite(a) & np.isfinite(b)).sum())))
-        best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else NEIGHBORS
-        if scores[best] > scores[NEIGHBORS] + CLEARLY:
-            first, last = (int(step[at[i]]) for i in (part[0], part[-1]))
-            raise UsageError(
-                f"its steps do not stay with the recording's: steps {first}-{last} fit better by "
-                f"{best - NEIGHBORS:+d}; cut the file at the place"
-            )
+    """Raise UsageError if a part of the run fits clearly better when it is shifted."""
+    for parts in PARTS:
+        if parts > PARTS[0] and len(at) < parts * MIN_OVERLAP:
+            return
+        for part in np.array_split(np.arange(len(at)), parts):
+            near = range(-NEIGHBORS, NEIGHBORS + 1)
+            fits = {by: _Fit.of(mine[part], theirs, at[part] + by) for by in near}
+            if parts == PARTS[0]:
+                far = _far(mine[part], theirs, at[part])
+                fits[far] = _Fit.of(mine[part], theirs, at[part] + far)
+            found = {by: fit for by, fit in fits.items() if fit.is_same and not fits[0].is_similar}
+            if parts == PARTS[0]:
+                found |= {by: fits[by] for by in near if fits[by].score > fits[0].score + CLEARLY}
+            if found:
+                best = max(found, key=lambda by: found[by].score)
+                first, last = (int(step[at[i]]) for i in (part[0], part[-1]))
+                raise UsageError(
+                    f"its steps do not stay with the recording's: steps {first}-{last} fit better by "
+                    f"{best:+d}; cut the file at the place"
+                )
+
+
+class _Fit(NamedTuple):
+    """How well a part fits at one place.
+
+    Attributes:
+        score: its correlation, in standard errors; -inf if it does not vary.
+        same: the share of values that are as large, which some outliers do not change.
+    """
+
+    score: float
+    same: float
+
+    @classmethod
+    def of(cls, mine: Float64, theirs: Float64, there: Int64) -> _Fit:
+        inside = (there >= 0) & (there < len(theirs))
+        a, b = mine[inside], theirs[there[inside]]
+        known = np.isfinite(a) & np.isfinite(b)
+        score = float(standard_errors(correlation(a, b), int(known.sum())))
+        same = float((np.abs(a - b) < AS_LARGE)[known].mean()) if known.any() else 0.0
+        return cls(-np.inf if np.isnan(score) else score, same)
+
+    @property
+    def is_same(self) -> bool:
+        return self.same > 0.8
+
+    @property
+    def is_similar(self) -> bool:
+        return self.same > 0.5
+
+
+def _far(mine: Float64, theirs: Float64, at: Int64) -> int:
+    """By how much a part must be shifted to fit best, at any distance."""
+    first = int(at.min())
+    own = np.full(int(at.max()) + 1 - first, np.nan)
+    own[at - first] = mine
+    shift = best_shift(own, theirs, first)
+    return 0 if shift is None else shift.by - first

@@ -257,3 +257,31 @@ def test_phases_without_a_measurable_cost_lose_no_time(tmp_path: Path) -> None:
     [row] = postmortem(tmp_path)["runs"]
     lost = run.cost[::2].sum() / 1e3 * run.tokens.shape[2]
     assert row["lost_rank_seconds"] == pytest.approx(lost, rel=0.1)
+
+
+def test_a_rank_that_is_lost_loses_no_time_to_imbalance(tmp_path: Path) -> None:
+    """Three of four ranks serve from step 300 on; the others no longer wait for it."""
+    rng = np.random.default_rng(5)
+    steps, width, price, cost, rank_steps = 600, 2, 0.02, 0.0, 0
+    placement = np.tile(np.arange(8), (2, 1))
+    writers = [
+        ExpertLoadWriter(tmp_path, model="m", num_logical_experts=8, ep_size=4, ep_rank=rank, run_id="r")
+        for rank in range(4)
+    ]
+    for step in range(steps):
+        serving = 4 if step < 300 else 3
+        load = np.zeros((2, 4, width), np.int64)
+        load[:, :serving] = rng.poisson(rng.uniform(20, 120, (2, serving, 1)), (2, serving, width))
+        load[:, 0, 0] += 100 + load.sum(axis=(1, 2)).max() - load.sum(axis=(1, 2))
+        tokens = serving * load.sum(axis=2)  # each serving rank records the same
+        ms = 5 + price * tokens.max(axis=1).sum() + 0.02 * rng.normal()
+        cost += price * (tokens.max(axis=1) - tokens.sum(axis=1) / serving).sum() / steps
+        rank_steps += serving
+        for writer_ in writers[:serving]:
+            writer_.record(step, load.reshape(2, -1), placement, phase="decode", step_ms=ms)
+            assert step % 100 or writer_.flush(60)
+    for writer_ in writers:
+        assert writer_.close(60)
+    assert [one.rank for one in open_run(tmp_path).lost_ranks] == [3]
+    [row] = postmortem(tmp_path)["runs"]
+    assert row["lost_rank_seconds"] == pytest.approx(cost * rank_steps / 1e3, rel=0.02)

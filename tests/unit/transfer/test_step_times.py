@@ -373,6 +373,16 @@ class TestByStep:
             cli("summary", dump, "--timings", path), 2, "do not stay with the recording's", "fit better"
         )
 
+    @pytest.mark.parametrize(("begin", "lost"), [(200, 40), (372, 1), (300, 2)])
+    def test_a_log_that_lacks_lines_and_counts_on_is_rejected(
+        self, tmp_path: Path, dump: Path, truth: Any, begin: int, lost: int
+    ) -> None:
+        """Also if few steps follow, or the rest is far away."""
+        path = log(tmp_path / "log", truth, steps=range(begin))
+        log(path, truth, -lost, steps=range(begin + lost, STEPS))
+        with pytest.raises(UsageError, match="do not stay with the recording's"):
+            read_step_times(open_run(dump), path)
+
     def test_too_few_steps_in_common(self, tmp_path: Path, dump: Path, truth: Any) -> None:
         path = log(tmp_path / "log", truth, steps=range(10))
         one_error(cli("summary", dump, "--timings", path), 2, "only 10 of its 10 steps are in the recording")
