@@ -35,8 +35,8 @@ class Sampling:
             for segment in session.segments
             if segment.shape is not None and segment.first_step <= last and segment.last_step >= first
         ]
-        self._first = np.array([segment.first_step for _, segment, _ in segments], np.float64)
-        # Differences of integers: steps can be above 2^53.
+        # Differences are of integers: steps can be above 2^53.
+        self._first = np.array([segment.first_step for _, segment, _ in segments], np.int64)
         self._length = np.array([s.last_step + 1 - s.first_step for _, s, _ in segments], np.float64)
         self._values = np.array(
             [s.recorded * shape.num_moe_layers * shape.num_physical_experts for _, s, shape in segments],

@@ -31,6 +31,7 @@ def write_timed(
     skew: float = 1.0,
     phases: tuple[str, ...] = (),
     slow: dict[str, float] | None = None,
+    first: int = 0,
     **options: Any,
 ) -> TimedRun:
     """A step takes 5 ms, ``price`` ms for each token of each layer's slowest rank, and 1 % noise.
@@ -38,6 +39,7 @@ def write_timed(
     Args:
         skew: how much hotter than others the rank is that is hot in a step, at most.
         phases: of steps, in turn; a phase in ``slow`` takes so many ms more.
+        first: the number of the first step.
     """
     rng = np.random.default_rng(seed)
     weights = np.ones((steps, LAYERS, RANKS))
@@ -59,6 +61,6 @@ def write_timed(
     ):
         for step, load in enumerate(loads):
             clock.return_value = int(ends[step])
-            assert opened.record(step, load, placement, phase=names[step]) is None
+            assert opened.record(first + step, load, placement, phase=names[step]) is None
             assert step % 100 or opened.flush(60)
     return TimedRun(root, ms, cost, tokens)

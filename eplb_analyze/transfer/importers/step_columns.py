@@ -16,6 +16,8 @@ from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_NUMBER, MAX_PHA
 PLACEMENT = "physical_to_logical_map"
 #: The names of the arrays; any other can be the counts.
 NAMES = "step_ms", "num_tokens", "phase", PLACEMENT
+#: Figures are by phase, so texts that differ in each step, such as ids, are none.
+MAX_PHASES = 256
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ def read(path: Path, shape: tuple[int, ...]) -> StepColumns:
 def _step_ms(path: Path, values: Array | None) -> Float32 | None:
     if values is None:
         return None
-    if values.dtype.kind not in "iuf" or impossible_ms(values) or (values >= MAX_NUMBER).any():
+    # A float16 cannot be compared with MAX_NUMBER.
+    ms = values.astype(np.float64) if values.dtype.kind in "iuf" else None
+    if ms is None or impossible_ms(ms) or (ms >= MAX_NUMBER).any():
         raise DumpError(f"{path}: its step_ms must be times in ms, 0 or more (NaN: not known)")
-    return values.astype(np.float32)
+    return ms.astype(np.float32)
 
 
 def _num_tokens(path: Path, values: Array | None) -> Int64 | None:
@@ -92,6 +96,11 @@ def _phase(path: Path, values: Array | None) -> tuple[str | None, ...] | None:
     texts: list[str] = values.tolist()
     if values.dtype.kind != "U" or not all(len(t) <= MAX_PHASE and t.isprintable() for t in set(texts)):
         raise DumpError(f"{path}: its phase must be texts of at most {MAX_PHASE} characters ('': not known)")
+    if len(set(texts)) > MAX_PHASES:
+        raise DumpError(
+            f"{path}: its phase has {len(set(texts)):,} different texts; a phase is a kind of step, "
+            f"as decode, and at most {MAX_PHASES} are told apart"
+        )
     return tuple(text or None for text in texts)
 
 

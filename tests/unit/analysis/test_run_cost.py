@@ -125,11 +125,13 @@ def test_work_without_reading_loads_is_that_of_the_loads(
         np.testing.assert_allclose(found, truth, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", [0, 2**61 + 1])
 @pytest.mark.parametrize("steps", [(0, 400), (37, 333)])
 def test_long_run_is_sampled_evenly(
-    tmp_path: Path, steps: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, steps: tuple[int, int], first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_timed(tmp_path, 0.02, segment_steps=16)
+    write_timed(tmp_path, 0.02, segment_steps=16, first=first)
+    steps = first + steps[0], first + steps[1]
     monkeypatch.setattr(cost_sample, "SAMPLE_STEPS", 100)
     run = open_run(tmp_path)
     sampling = Sampling(run, steps[0], steps[1] - 1)

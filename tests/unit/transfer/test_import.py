@@ -829,6 +829,10 @@ def test_one_column_or_one_placement_for_all_steps_is_enough(tmp_path: Path) -> 
     _, run = do(tmp_path / "ms.npz", tmp_path, ep_size=EP, placement="linear")
     assert run.steps()["step_ms"].to_list() == list(range(STEPS))
     assert run.steps()["num_tokens"].null_count() == STEPS
+    np.savez(tmp_path / "half.npz", load=columns["load"], step_ms=np.full(STEPS, 3, np.float16))
+    _, run = do(tmp_path / "half.npz", tmp_path, ep_size=EP, placement="linear")
+    assert set(run.steps()["step_ms"].to_list()) == {3.0}
+
     np.savez(tmp_path / "map.npz", load=columns["load"], physical_to_logical_map=MAP)
     _, run = do(tmp_path / "map.npz", tmp_path, ep_size=EP)
     np.testing.assert_array_equal(run.placement(9)["logical"].to_numpy().reshape(LAYERS, SLOTS), MAP)
@@ -852,6 +856,7 @@ def test_one_column_or_one_placement_for_all_steps_is_enough(tmp_path: Path) -> 
         ("phase", np.array(["decode"]), "its phase has the shape"),
         ("phase", np.full(STEPS, "x" * 65), "must be texts"),
         ("phase", np.zeros(STEPS, int), "must be texts"),
+        ("phase", np.array([f"request-{i}" for i in range(STEPS)]), "its phase has 300 different texts"),
         (
             "physical_to_logical_map",
             np.zeros((LAYERS, SLOTS - 1), int),
