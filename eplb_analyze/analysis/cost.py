@@ -306,7 +306,8 @@ def _total(
     interval = weighted([(n, cost.ms_per_step) for n, cost in known if cost.ms_per_step is not None])
     if interval is None:
         reasons = {phase.message for phase in phases.values()}
-        unknown = _unknown(reasons.pop() if len(reasons) == 1 else "see the phases", phases)
+        name, largest = max(phases.items(), key=lambda item: item[1].steps)
+        unknown = _unknown(largest.message if len(reasons) == 1 else f"{largest.message} ({name})", phases)
         if timed:
             all_ms = np.concatenate([steps.ms for steps in timed.values()])
             p50, p95 = (float(v) for v in np.percentile(all_ms, [50, 95]))

@@ -61,6 +61,15 @@ def test_phases_are_apart(tmp_path: Path) -> None:
         assert phase.ms_per_step.estimate == pytest.approx(run.cost[start::2].mean(), rel=0.1)
 
 
+def test_reason_is_that_of_the_largest_phase_if_phases_differ(tmp_path: Path) -> None:
+    write_timed(tmp_path, 0.02, phases=("decode", "decode", "prefill"), steps=120)
+    found = cost_of(open_run(tmp_path))
+    reasons = {name: phase.message for name, phase in found.phases.items()}
+    assert len(set(reasons.values())) == 2
+    assert found.message == f"not measurable in this run: {reasons['decode']} (decode)"
+    assert f"cost of imbalance unknown, {found.message}" in " ".join(cli("summary", tmp_path).stdout.split())
+
+
 @pytest.mark.parametrize("columns", [80, 160])
 def test_summary_says_which_run_is_costly_free_or_not_measurable(
     costly: TimedRun, free: TimedRun, short: TimedRun, columns: int, monkeypatch: pytest.MonkeyPatch
