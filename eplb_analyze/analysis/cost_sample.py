@@ -124,17 +124,18 @@ class CostSample:
         return sample
 
     def merge(self, later: CostSample) -> None:
+        """Add the steps after these. Arrays of another process are read-only, so new ones are made."""
+        joint = len(self.step)
+        for name in _ARRAYS:
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(later, name)]))
+        self.work = Work.concat([self.work, later.work])
+        self.phase = self.phase + later.phase
         if self.last and later.first and later.first[0] == self.last[0] + 1:
             apart = (later.first[1] - self.last[1]) / 1e6
-            if len(self.step) and self.step[-1] == self.last[0]:
-                self.until_next[-1] = apart
-            if len(later.step) and later.step[0] == later.first[0]:
-                later.since_last[0] = apart
-        if len(later.step):
-            for name in _ARRAYS:
-                setattr(self, name, np.concatenate([getattr(self, name), getattr(later, name)]))
-            self.work = Work.concat([self.work, later.work])
-            self.phase += later.phase
+            if joint and self.step[joint - 1] == self.last[0]:
+                self.until_next[joint - 1] = apart
+            if joint < len(self.step) and self.step[joint] == later.first[0]:
+                self.since_last[joint] = apart
         self.first, self.last = self.first or later.first, later.last or self.last
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from timed_run import LAYERS, RANKS, SLOTS, TimedRun, write_timed
 from eplb_analyze import open_run
 from eplb_analyze.analysis import cost_sample
 from eplb_analyze.analysis.cost import cost_of
-from eplb_analyze.analysis.cost_sample import Sampling, sample_of
+from eplb_analyze.analysis.cost_sample import CostSample, Sampling, sample_of
 from eplb_analyze.metrics.cost import CostStatus, Work
 from eplb_analyze.reader.blocks import Block
 
@@ -41,6 +42,29 @@ def test_planted_cost_is_measured(costly: TimedRun) -> None:
     assert 0 < found.ms_per_step.high - found.ms_per_step.low < 0.1 * costly.cost.mean()
     assert found.step_ms_p50 == pytest.approx(np.median(costly.ms), rel=0.02)
     assert found.pauses == 0  # the first placement is no rearrangement
+
+
+def test_parts_of_another_process_merge_to_the_whole(costly: TimedRun) -> None:
+    run = open_run(costly.root)
+    last = run.step_range[1]
+    assert last is not None
+    sampling = Sampling(run, 0, last)
+    parts = [
+        sample
+        for low in range(0, last + 1, 70)
+        for _, sample in run.over_blocks(partial(CostSample.of, run, sampling), (low, low + 70))
+    ]
+    for part in parts:
+        for value in vars(part).values():
+            if isinstance(value, np.ndarray):  # as pickled arrays are, if they come through shared memory
+                value.flags.writeable = False
+    for part in parts[1:]:
+        parts[0].merge(part)
+    whole = sample_of(run)
+    for name, value in vars(whole).items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(getattr(parts[0], name), value, name)
+    assert (parts[0].first, parts[0].last, parts[0].phase) == (whole.first, whole.last, whole.phase)
 
 
 def test_range_of_steps_has_its_own_cost(costly: TimedRun) -> None:
