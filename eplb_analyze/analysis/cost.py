@@ -228,6 +228,8 @@ def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCos
         if basis == "host":
             ms[mask] = _durations(sample, mask)
         fits.append((name, mask, fit(ms[mask], sample.work.select(mask), pauses[mask])))
+    if not fits:
+        return _unknown("no step has tokens")
     return _total(sample, ms, basis, pauses, fits)
 
 

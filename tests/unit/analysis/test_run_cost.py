@@ -44,6 +44,16 @@ def test_planted_cost_is_measured(costly: TimedRun) -> None:
     assert found.pauses == 0  # the first placement is no rearrangement
 
 
+def test_run_without_a_token_has_no_cost(tmp_path: Path) -> None:
+    with open_writer(tmp_path, num_logical_experts=2, ep_size=2, scope="global") as writer:
+        for _ in range(150):
+            writer.record(None, np.zeros((1, 2), int), np.array([[0, 1]]))
+    found = cost_of(open_run(tmp_path))
+    assert found.message.endswith("no step has tokens")
+    assert found.phases == {}
+    assert "no token in any complete step" in cli("summary", tmp_path).stdout
+
+
 def test_parts_of_another_process_merge_to_the_whole(costly: TimedRun) -> None:
     run = open_run(costly.root)
     last = run.step_range[1]
