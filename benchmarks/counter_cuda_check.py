@@ -9,10 +9,8 @@ torch.cuda.set_sync_debug_mode("error").
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.cuda import no_synchronization
 from eplb_dump import ExpertLoadCounter, ExpertLoadWriter
 
 LAYERS, EXPERTS, TOKENS, TOP_K = 3, 64, 128, 8
@@ -50,7 +49,7 @@ def eager_steps_are_exact(folder: Path) -> None:
         mask = generator.random((LAYERS, tokens)) < 0.7
         on_device = torch.from_numpy(ids).to("cuda", dtype)
         mask_on_device = torch.from_numpy(mask).cuda()
-        with torch.inference_mode(step % 2 == 0), no_synchronisation():
+        with torch.inference_mode(step % 2 == 0), no_synchronization():
             for layer in range(LAYERS):
                 counter.count(layer, on_device[layer], mask_on_device[layer])
             counter.record(writer, num_tokens=tokens)
@@ -79,10 +78,10 @@ def replays_of_a_captured_graph_are_exact(folder: Path) -> None:
             ids, real = random_ids(generator, TOKENS), int(generator.integers(TOKENS + 1))
             static_ids.copy_(torch.from_numpy(ids))
             num_tokens.fill_(real)
-            with no_synchronisation():
+            with no_synchronization():
                 replay()
             load += load_of(ids, np.broadcast_to(np.arange(TOKENS) < real, (LAYERS, TOKENS)))
-        with no_synchronisation():
+        with no_synchronization():
             counter.record(writer)
         truth.append(load)
     assert_recorded(writer, truth)
@@ -97,7 +96,7 @@ def a_busy_stream_is_not_waited_for(folder: Path) -> None:
     counter.count(0, on_device[0][0])  # every kernel is loaded by then: that may wait
     counter.record(writer)
     torch.cuda.synchronize()
-    with no_synchronisation():
+    with no_synchronization():
         torch.cuda._sleep(1_000_000_000)  # cycles, more than half a second
         for step in on_device:
             for layer in range(LAYERS):
@@ -140,18 +139,6 @@ def assert_recorded(writer: ExpertLoadWriter, truth: list[np.ndarray]) -> None:
     for step, load in enumerate(truth):
         for layer in range(LAYERS):
             assert found[step, layer] == load[layer].tolist(), f"step {step}, layer {layer}"
-
-
-@contextlib.contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """An error where the host waits for the device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is a prototype, says torch
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(work: Callable[[], Any]) -> Callable[[], None]:

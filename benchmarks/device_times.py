@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks import workload
+from benchmarks.cuda import no_synchronization
 from eplb_dump import ExpertLoadWriter
 
 #: The goal: as close to the truth as this.
@@ -176,18 +175,6 @@ class Bench:
             f"{'no begin_step, streams and buffers change':54s} steps with a time: {known}  {verdict(good)}"
         )
         return good
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    """An error where the host waits for the device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is a prototype, says torch
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def compared(name: str, found: Any, truth: Any) -> bool:

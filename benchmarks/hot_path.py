@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import workload
+from benchmarks.cuda import no_synchronization
 from eplb_dump import ExpertLoadWriter
 
 
@@ -157,11 +158,8 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
                 w.record(None, batch[i % 64], placement)
 
             def strict(i: int, w: ExpertLoadWriter = writer) -> None:
-                torch.cuda.set_sync_debug_mode("error")
-                try:
+                with no_synchronization():
                     w.record(None, batch[i % 64], placement)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
 
             line(f"{state}: record", measure(record, steps, before), bare)
             measure(strict, 200, before)
