@@ -25,6 +25,7 @@ from eplb_analyze.metrics.cost import (
     Work,
     fit,
 )
+from eplb_analyze.metrics.pauses import beside
 from eplb_analyze.metrics.prices import weighted
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import milliseconds, plural
@@ -35,10 +36,6 @@ from eplb_dump.format.journal import Int64
 TOKENS_PER_SLOT = (32, 256)
 #: Step time is flat if imbalance costs at most this share of it.
 FLAT = 0.02
-#: Around a step with a new placement this many steps are left out.
-PAUSE_STEPS = 1
-
-
 #: Why a cost or a pause in milliseconds is not known, and what to do.
 NO_TIMES = "the recording has no step times; supply them with --timings"
 
@@ -219,7 +216,8 @@ def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCos
     if not len(sample.step):
         return _unknown(f"fewer than {MIN_STEPS} steps are complete")
     first = run.step_range[0] or 0
-    pauses = _near(sample.step, [step for step in run.load_history().changes if step > first])
+    changes = [step for step in run.load_history().changes if step > first]
+    pauses = beside(sample.step, np.array(changes, np.int64))
     basis, ms = _times(sample, timings)
     if basis == "host" and not run.info.timed:
         return _unknown(NO_TIMES)
@@ -235,15 +233,12 @@ def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCos
 
 def _times(sample: CostSample, timings: StepTimes | None) -> tuple[str, Float64]:
     """What the step times are, and float64 ``[n]``, ms: the best there are; of ``host`` none yet."""
-    unknown = np.full(len(sample.step), np.nan)
     if timings is not None:
-        _, here, there = np.intersect1d(sample.step, timings.step, assume_unique=True, return_indices=True)
-        unknown[here] = timings.ms[there]
-        return timings.basis, unknown
+        return timings.basis, timings.of(sample.step)
     for basis, ms in (("engine", sample.step_ms), ("device", sample.device_ms)):
         if np.isfinite(ms).mean() > 0.5:
             return basis, ms
-    return "host", unknown
+    return "host", np.full(len(sample.step), np.nan)
 
 
 def _durations(sample: CostSample, steps: Bool) -> Float64:
@@ -265,14 +260,6 @@ def _rank_correlation(a: Float64, b: Float64) -> float:
         return 0.0
     first, second = (np.unique(values[known], return_inverse=True)[1].astype(float) for values in (a, b))
     return float(np.corrcoef(first, second)[0, 1]) if first.std() > 0 and second.std() > 0 else 0.0
-
-
-def _near(step: Int64, changes: list[int]) -> Bool:
-    """The steps at which a placement changed, and :data:`PAUSE_STEPS` before and after."""
-    near = np.array(
-        [change + d for change in changes for d in range(-PAUSE_STEPS, PAUSE_STEPS + 1)], np.int64
-    )
-    return np.isin(step, near)
 
 
 def phases_of(phases: Sequence[str | None], per_slot: Float64) -> Iterator[tuple[str, Bool]]:

@@ -118,25 +118,33 @@ class CostSample:
                 block.num_tokens[chosen] // run.info.num_tokens_replication,
                 work,
                 work.tokens / (block.shape.num_moe_layers * block.shape.slots_per_rank),
-                [block.phases[code] if code >= 0 else None for code in block.phase[chosen].tolist()],
+                block.phase_names(block.recorded),
             )
         sample.first, sample.last = first, last
         return sample
 
     def merge(self, later: CostSample) -> None:
-        """Add the steps after these. Arrays of another process are read-only, so new ones are made."""
+        """Add the steps after these; ``later`` is not changed."""
         joint = len(self.step)
-        for name in _ARRAYS:
-            setattr(self, name, np.concatenate([getattr(self, name), getattr(later, name)]))
-        self.work = Work.concat([self.work, later.work])
-        self.phase = self.phase + later.phase
+        if len(later.step):
+            for name in _ARRAYS:
+                setattr(self, name, np.concatenate([getattr(self, name), getattr(later, name)]))
+            self.work = Work.concat([self.work, later.work])
+            self.phase = self.phase + later.phase
         if self.last and later.first and later.first[0] == self.last[0] + 1:
             apart = (later.first[1] - self.last[1]) / 1e6
             if joint and self.step[joint - 1] == self.last[0]:
-                self.until_next[joint - 1] = apart
+                self.until_next = _with(self.until_next, joint - 1, apart)
             if joint < len(self.step) and self.step[joint] == later.first[0]:
-                self.since_last[joint] = apart
+                self.since_last = _with(self.since_last, joint, apart)
         self.first, self.last = self.first or later.first, later.last or self.last
+
+
+def _with(values: Float64, at: int, value: float) -> Float64:
+    """A copy with one value set: arrays of another process are read-only."""
+    values = values.copy()
+    values[at] = value
+    return values
 
 
 def sample_of(run: Run, steps: tuple[int, int] | None = None) -> CostSample:

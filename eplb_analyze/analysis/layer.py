@@ -196,7 +196,9 @@ def _report(
         ],
         experts=[] if slots is None else _experts(run, index, slots, logical_load),
         placement_changes=changes,
-        phase=_phase(parts[0][0], first) if len(parts) == 1 and len(parts[0][1]) == 1 else None,
+        phase=parts[0][0].phase_names(np.array([first]))[0]
+        if len(parts) == 1 and len(parts[0][1]) == 1
+        else None,
     )
     if report.lost_ranks:
         report.notes.append(
@@ -241,8 +243,3 @@ def _experts(run: Run, index: int, slots: Int32, load: Any) -> list[ExpertLoad]:
         )
         for logical, by_rank in enumerate(load.T[:own])
     ]
-
-
-def _phase(block: Block, step: int) -> str | None:
-    code = int(block.phase[np.searchsorted(block.step, step)])
-    return block.phases[code] if code >= 0 else None

@@ -7,7 +7,6 @@ import numpy as np
 from eplb_analyze.analysis.cost import NO_TIMES
 from eplb_analyze.metrics import pauses
 from eplb_analyze.metrics.bootstrap import Interval
-from eplb_analyze.metrics.cost import StepTimes
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import Rearrangement
@@ -40,7 +39,7 @@ class StepClock:
         ms = np.full(len(step), np.nan)
         if run.info.timed:
             ms[1:] = np.where(np.diff(step) == 1, np.diff(clock) / 1e6, np.nan)
-        engine = own if run.timings is None else _timings(run.timings, step)
+        engine = own if run.timings is None else run.timings.of(step)
         both = np.isfinite(ms) & np.isfinite(engine)
         afterwards = both.any() and np.median(ms[both]) < AFTERWARDS * np.median(engine[both])
         # Where both are good, the clock is better: the engine may not count a pause as part of a step.
@@ -55,14 +54,6 @@ class StepClock:
             )
             for each in rearrangements
         ]
-
-
-def _timings(timings: StepTimes, step: Int64) -> Float64:
-    """The times that another program measured, of each step; NaN if it has none."""
-    ms = np.full(len(step), np.nan)
-    _, here, there = np.intersect1d(step, timings.step, assume_unique=True, return_indices=True)
-    ms[here] = timings.ms[there]
-    return ms
 
 
 def pauses_of(run: Run, rearrangements: list[Rearrangement]) -> list[Interval | str]:

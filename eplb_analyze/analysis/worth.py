@@ -52,7 +52,7 @@ class PlacementGain:
             layers, n = len(self._new), len(self._steps)
             self._saved.append(np.zeros((layers, len(EXCHANGE_RATES), n)))
             self._tokens.append(np.zeros((layers, n)))
-            self._phases += phase_names(block, self._steps)
+            self._phases += block.phase_names(self._steps)
         return self._steps
 
     def add(self, layer: int, load: npt.NDArray[Any], experts: int) -> None:
@@ -112,9 +112,3 @@ def price_of(
     total = weighted(found)
     assert total is not None
     return total
-
-
-def phase_names(block: Block, steps: Int64) -> list[str | None]:
-    """What the engine calls the phase of some of a block's steps."""
-    codes = block.phase[np.searchsorted(block.step, steps)].tolist()
-    return [block.phases[code] if code >= 0 else None for code in codes]

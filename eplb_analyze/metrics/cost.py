@@ -68,6 +68,13 @@ class StepTimes:
     basis: str
     note: str
 
+    def of(self, steps: Int64) -> Float64:
+        """The time of each of these steps, which are distinct; NaN if it has none."""
+        ms = np.full(len(steps), np.nan)
+        _, here, there = np.intersect1d(steps, self.step, assume_unique=True, return_indices=True)
+        ms[here] = self.ms[there]
+        return ms
+
 
 class Excess(NamedTuple):
     """What the slowest rank has more than the mean over ranks: the sum over layers, the mean over steps.

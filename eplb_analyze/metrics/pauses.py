@@ -41,7 +41,7 @@ def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64
     if np.isfinite(ms[np.isin(step, changed)]).sum() < len(changed):
         return "a step is missing beside it, so the time between is not known"
     low, high = np.searchsorted(step, [changed[0] - MARGIN, changed[-1] + MARGIN + 1])
-    near, known = _near(step, others), np.isfinite(ms)
+    near, known = beside(step, others), np.isfinite(ms)
     before = np.flatnonzero(known[:low] & ~near[:low])[-NEIGHBORS:]
     after = high + np.flatnonzero(known[high:] & ~near[high:])[:NEIGHBORS]
     usual = np.concatenate([before, after])
@@ -57,7 +57,7 @@ def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64
     ordinary = np.clip(residuals, -bound, bound)
     span = np.zeros(len(step), np.bool_)
     span[low:high] = known[low:high]
-    own = _near(step, changed)
+    own = beside(step, changed)
     excess = np.where(own, residuals, ordinary)[span] - ordinary[usual].mean()
     count = len(excess)
     half = 1.96 * standard_error(ordinary[usual]) * math.sqrt(len(usual) * count + count**2)
@@ -65,7 +65,8 @@ def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64
     return Interval(max(0.0, value), max(0.0, value - half), max(0.0, value + half))
 
 
-def _near(step: Int64, changed: Int64) -> Bool:
+def beside(step: Int64, changed: Int64) -> Bool:
+    """The steps at which a layer changed, and :data:`MARGIN` before and after: bool ``[n]``."""
     return np.isin(step, (changed[:, np.newaxis] + np.arange(-MARGIN, MARGIN + 1)).ravel())
 
 

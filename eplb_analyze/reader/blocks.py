@@ -89,6 +89,11 @@ class Block:
         recorded: Int64 = self.step[self.state == StepState.RECORDED]
         return recorded
 
+    def phase_names(self, steps: Int64) -> list[str | None]:
+        """What the engine calls the phase of each of some steps of this block."""
+        codes = self.phase[np.searchsorted(self.step, steps)].tolist()
+        return [self.phases[code] if code >= 0 else None for code in codes]
+
     def missing_ranks(self, step: int) -> list[int]:
         """The ranks whose part of a step is missing."""
         column = int(np.searchsorted(self.step, step))

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import phases_of
-from eplb_analyze.analysis.worth import phase_names
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics.cost import EXCHANGE_RATES
 from eplb_analyze.metrics.dispatch import Dispatch, Spread, random_bits, rank_loads, replica_draws
@@ -180,7 +179,7 @@ class Simulation:
                 for played in [pool.submit(own.play, past, after, steps) for own in self.setting_runs]:
                     played.result()
                 past.forget(last - longest)
-                self._score(loads, phase_names(block, steps), pool)
+                self._score(loads, block.phase_names(steps), pool)
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
