@@ -6,8 +6,10 @@ Every GPU is an EP rank. In each MoE layer it multiplies the tokens of its exper
 grouped matrix product, and then all ranks meet in an all-reduce, so that a step takes as long as its slowest
 ranks. Each phase routes a number of tokens with a skew that changes from step to step.
 
-The truth is measured beside it, in steps that are not recorded: after each step, all ranks take the work of
-one rank, of each rank in turn. The mean of these steps is what perfect balance would take.
+The truth is measured beside it, in steps that are not recorded: after each recorded step, it is taken again,
+and then with its experts dealt to the ranks so that all have about equal work: all ranks take one hand, of
+each rank in turn, and the mean of these is what perfect balance takes. All of these begin on an idle device,
+and their order changes from step to step. The phase with equal loads is the control: its true cost is 0.
 """
 
 from __future__ import annotations
@@ -84,6 +86,18 @@ def counts_of(phase: Phase, steps: int, slots: int) -> Any:
     return out
 
 
+def dealt(counts: Any) -> Any:
+    """The same tokens of each expert, in slots of ranks that have about equal numbers of tokens and experts.
+
+    The experts are dealt in order of their tokens: 0, 1, 1, 0, 0, 1 ... for two ranks.
+    """
+    ranks = counts.shape[2] // SLOTS_PER_RANK
+    turns = [list(range(ranks)), list(reversed(range(ranks)))]
+    owner = np.array([rank for turn in range(SLOTS_PER_RANK) for rank in turns[turn % 2]])
+    by_tokens = -np.sort(-counts, axis=2)
+    return np.concatenate([by_tokens[:, :, owner == rank] for rank in range(ranks)], axis=2)
+
+
 class Products:
     """The matrix products of all ranks, which every GPU can take."""
 
@@ -108,12 +122,16 @@ class Products:
             )
 
 
-def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, Any]:
-    """Run and record the steps. Each one's time, with its work balanced, and by a synchronized clock; ms."""
+def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any]:
+    """Run and record the steps.
+
+    Returns:
+        Times in ms: by events, float64 ``[steps, 2 + ranks]``, and by a clock, ``[steps]``.
+    """
     ranks = dist.get_world_size()
     slots = ranks * SLOTS_PER_RANK
     counts = counts_of(phase, steps, slots)
-    products = Products(counts)
+    products = Products(np.concatenate([counts, dealt(counts)], axis=2))
     # What this rank routed itself: the ranks add up to the counts.
     load = torch.from_numpy(counts // ranks + (rank < counts % ranks)).to("cuda", torch.int32)
     placement = torch.arange(slots, device="cuda", dtype=torch.int64).repeat(LAYERS, 1)
@@ -122,7 +140,9 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
         folder, model=phase.name, num_logical_experts=slots, ep_size=ranks, ep_rank=rank, run_id="gpu-cost",
         queue_bytes=1 << 30,
     )  # fmt: skip
-    events = [[(event(), event()) for _ in range(1 + ranks)] for _ in range(steps)]
+    # The recorded step, the step again, and the step with each rank's work after dealing.
+    events = [[(event(), event()) for _ in range(2 + ranks)] for _ in range(steps)]
+    work = [rank, rank, *range(ranks, 2 * ranks)]
     clock = np.zeros(steps)
 
     def step(number: int, of: int, start: Any, end: Any) -> None:
@@ -146,19 +166,20 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
         writer.record(number, load[number], placement, phase=phase.name)
         torch.cuda.current_stream().synchronize()  # as an engine does that needs the new tokens
         clock[number] = (time.perf_counter() - start) * 1e3
-        for of in range(ranks):
-            step(number, of, *events[number][1 + of])
-        torch.cuda.current_stream().synchronize()
+        for turn in range(1 + ranks):
+            which = 1 + (number + turn) % (1 + ranks)
+            step(number, work[which], *events[number][which])
+            torch.cuda.current_stream().synchronize()
     writer.close(60)
     times = np.array([[start.elapsed_time(end) for start, end in one] for one in events])
-    return times[:, 0], times[:, 1:].mean(axis=1), clock
+    return times, clock
 
 
 def event() -> Any:
     return torch.cuda.Event(enable_timing=True)
 
 
-def report(phase: Phase, folder: str, whole: Any, balanced: Any, clock: Any) -> None:
+def report(phase: Phase, folder: str, times: Any, clock: Any) -> None:
     """Print the recorded cost beside the true one."""
     from eplb_analyze import open_run
     from eplb_analyze.analysis.cost import cost_of
@@ -166,11 +187,11 @@ def report(phase: Phase, folder: str, whole: Any, balanced: Any, clock: Any) -> 
 
     run = open_run(folder, model=phase.name)
     recorded = np.concatenate([block.device_ms for block in run.blocks()])
-    truth = float((whole - balanced).mean())
-    error = 1.96 * float((whole - balanced).std()) / len(whole) ** 0.5
-    print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms")
-    for name, times in (("events", whole), ("a synchronized clock", clock)):
-        low, median, high = np.nanpercentile(recorded / times, [1, 50, 99])
+    whole, extra = times[:, 0], times[:, 1] - times[:, 2:].mean(axis=1)
+    truth, error = float(extra.mean()), 1.96 * float(extra.std()) / len(extra) ** 0.5
+    print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms, again {times[:, 1].mean():.3f} ms")
+    for name, own in (("events", whole), ("a synchronized clock", clock)):
+        low, median, high = np.nanpercentile(recorded / own, [1, 50, 99])
         print(f"   device_ms / {name}: median {median:.4f}, p1 to p99 {low:.4f} to {high:.4f}")
     cost = cost_of(run)
     print(
