@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost, cost_of_sample
+from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary_sums import (
     ESTIMATED,
     ConfigurationSums,
@@ -135,6 +136,8 @@ class Summary(Report):
     #: Of the last configuration.
     loss: Loss | None
     duration_seconds: float | None
+    #: The costliest first.
+    incidents: list[Incident]
 
     @property
     def missing_ranks(self) -> list[int]:
@@ -171,6 +174,7 @@ class Summary(Report):
                 },
                 "idle_fraction": self.idle_fraction,
                 "cost": self.cost,
+                "incidents": self.incidents,
                 "configurations": self.configurations,
                 "estimates": self.estimates,
                 "layers": self.layers,
@@ -239,6 +243,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         timeline=timeline(sums.bins, step, values["balancedness"]),
         loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=seconds if timed and sums.last_time >= sums.first_time else None,
+        incidents=[],
     )
 
 

@@ -1,0 +1,97 @@
+"""Incidents: consecutive steps in which a layer or a rank departs from its usual balance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eplb_analyze.analysis.cost import Milliseconds
+
+CauseKind = Literal[
+    "expert_hot",
+    "rearrangement",
+    "uneven_replicas",
+    "rank_lost",
+    "eplb_stopped",
+    "traffic_shift",
+    "few_tokens",
+    "unknown",
+]
+EndKind = Literal["rearrangement", "traffic", "rank_back", "run_end"]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a layer departs from its usual balance.
+
+    Attributes:
+        expert: the logical expert, if one explains the incident.
+        layer: the number of the expert's layer in the model.
+        from_times_mean, to_times_mean: the expert's tokens, divided by the mean over the layer's experts,
+            before and during the incident.
+        replicas: of the expert, during the incident.
+    """
+
+    kind: CauseKind
+    expert: int | None = None
+    layer: int | None = None
+    from_times_mean: float | None = None
+    to_times_mean: float | None = None
+    replicas: int | None = None
+
+
+@dataclass(frozen=True)
+class EndedBy:
+    """What ended an incident, and the first step after it; with ``run_end`` the run's last step.
+
+    Attributes:
+        replicas: of the cause's expert from that step on, if a rearrangement ended the incident.
+    """
+
+    kind: EndKind
+    step: int
+    replicas: int | None = None
+
+
+@dataclass(frozen=True)
+class IncidentCost:
+    """What an incident cost beyond the layer's usual imbalance.
+
+    Attributes:
+        ms_per_step: by the fitted cost model; None if this run has no measured cost.
+        tokens_per_step: increase of max over ranks - mean over ranks, summed over the incident's layers.
+    """
+
+    ms_per_step: Milliseconds | None
+    tokens_per_step: float
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Consecutive steps in which one layer, or several at once, depart from their usual balance.
+
+    Attributes:
+        layer: its number in the model; None if several layers depart together.
+        layers: the numbers of all layers that depart, ascending.
+        ranks: the EP ranks with more tokens than usual, the worst first; empty if they change from step to
+            step.
+        first_step, last_step: both in the incident.
+        since, until: the clock times of these steps, ISO 8601 in UTC; None if the run has no times.
+        peak_imbalance: the worst layer's max over ranks / mean over ranks, at its highest over the incident,
+            averaged over up to 10 steps.
+        usual_imbalance: the same layer's usual figure, outside of the incident.
+        ended_by: None if not known.
+    """
+
+    layer: int | None
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+    first_step: int
+    last_step: int
+    since: str | None
+    until: str | None
+    peak_imbalance: float
+    usual_imbalance: float
+    cause: Cause
+    ended_by: EndedBy | None
+    cost: IncidentCost
