@@ -1,7 +1,7 @@
 """ExpertLoadWriter: an engine calls it once per forward pass, on its own thread.
 
 :meth:`ExpertLoadWriter.record` copies and enqueues, nothing else; :mod:`eplb_dump.background` writes.
-docs/reliability.md says which data survives which failure.
+docs/operate/reliability.md says which data survives which failure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Make the environments if needed and pass all checks: format, lint, types, spelling, tests.
+# Make the environments if needed and pass all checks: format, lint, types, spelling, documentation, tests.
 #
 #   sh scripts/test.sh                    everything
-#   sh scripts/test.sh lint               format, lint, types, spelling
+#   sh scripts/test.sh lint               format, lint, types, spelling, documentation
 #   sh scripts/test.sh unit               the tests of tests/unit; likewise process, engines, browser
 #   sh scripts/test.sh PATH OPTION ...    what pytest takes
 . "$(dirname "$0")/env.sh"
@@ -12,6 +12,7 @@ lint() {
     ruff check .
     mypy
     codespell
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 }
 
 # A file per worker: the fixtures of a file are made once.

@@ -157,8 +157,8 @@ class Ray:
         except Exception as error:
             sys.stdout = self._stdout
             text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            remedy = "; is it the address of its head, and is the cluster's token here (docs/scale.md)?"
-            raise UsageError(f"Ray cannot be had: {text}{remedy if address else ''}") from None
+            remedy = "; check the address of its head and the cluster's token (docs/investigate/many-runs.md)"
+            raise UsageError(f"Ray does not start: {text}{remedy if address else ''}") from None
         self._ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def map(

@@ -1,6 +1,6 @@
-"""Policies: which expert goes into which slot, given the loads of a window; and a bound that none can beat.
+"""Policies: which expert goes into which slot, given the loads of a window, and a bound for any placement.
 
-The engines' policies, each exact slot by slot (docs/policies.md), and a user's own as ``module:function``.
+The engines' policies are exact slot by slot (docs/tune/policies.md); a user's own is ``module:function``.
 All are pure functions of a :class:`Problem`; the algorithm that the engines share is in
 :mod:`eplb_analyze.policies.deepseek`.
 """

@@ -16,7 +16,7 @@ from typing import Any
 
 from eplb_analyze.json_report import as_json
 
-#: In execution order; docs/report.md gives the source of the first.
+#: In execution order; docs/investigate/report.md gives the source of the first.
 SCRIPTS = ("echarts.min.js", "loads.js", "charts.js", "page.js")
 
 

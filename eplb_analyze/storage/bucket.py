@@ -350,8 +350,8 @@ _REASONS = (
     (
         r"ACCESS_DENIED|INVALID_ACCESS_KEY|InvalidAccessKeyId|SIGNATURE|SignatureDoesNotMatch|TOKEN"
         r"|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|default credentials",
-        "access denied: the credentials are missing, wrong or not for this (docs/storage.md says where "
-        "they are taken from)",
+        "access denied: the credentials are missing, wrong or lack a permission "
+        "(docs/operate/storage.md lists where they are read from)",
     ),
     (r"HTTP status 301|redirect", "it lies in another region: put ?region=… behind the address"),
     (r"curlCode: 28|DEADLINE_EXCEEDED", "no answer in time"),

@@ -63,7 +63,9 @@ def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
         raise UsageError(f"{scheme}:// cannot be read; a dump is a folder, or lies under s3:// or gs://")
     if "@" in rest.split("/")[0]:
         # Credentials would show in messages and in the list of processes.
-        raise UsageError(f"{scheme}://…@…: credentials do not belong into an address; see docs/storage.md")
+        raise UsageError(
+            f"{scheme}://…@…: credentials do not belong into an address; see docs/operate/storage.md"
+        )
     path, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name in options:

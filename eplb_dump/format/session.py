@@ -59,7 +59,7 @@ class Origin:
     """The source of an imported session; ``origin`` in the metadata.
 
     ``unknown`` and ``assumed`` map stable codes to sentences about what the source does not contain;
-    docs/import.md lists the codes.
+    docs/record/import.md lists the codes.
     """
 
     #: For example ``SGLang`` and, of its recordings, ``per_pass``.

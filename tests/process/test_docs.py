@@ -17,9 +17,13 @@ from typer.main import get_command
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 #: Lines that CI runs anyway, that take a minute (the demo trains a model), or that need an engine.
 NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ")
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,10 +36,10 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the dump that the README writes, and the arrays that docs/import.md imports."""
+    """A folder with the dump that the README writes, and the arrays that docs/record/import.md imports."""
     where = tmp_path_factory.mktemp("docs")
     code = next(b for b in blocks(ROOT / "README.md", "python") if "ExpertLoadWriter" in b)
-    imported = blocks(ROOT / "docs/import.md", "python")
+    imported = blocks(ROOT / "docs/record/import.md", "python")
     for part in (code, *imported):
         subprocess.run([sys.executable, "-W", "error", "-c", part], cwd=where, check=True)
     return where
@@ -53,7 +57,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 def python_examples() -> list[tuple[str, str]]:
-    return [(p.name, code) for p in PAGES for code in blocks(p, "python")]
+    return [(name(p), code) for p in PAGES for code in blocks(p, "python")]
 
 
 @pytest.mark.parametrize(("page", "code"), python_examples())
@@ -64,7 +68,7 @@ def test_python_example_runs(folder: Path, tmp_path: Path, page: str, code: str)
 
 
 def shell_lines() -> list[tuple[str, str]]:
-    lines = [(p.name, line) for p in PAGES for b in blocks(p, "sh") for line in b.splitlines()]
+    lines = [(name(p), line) for p in PAGES for b in blocks(p, "sh") for line in b.splitlines()]
     return [(page, line) for page, line in lines if not line.startswith(NOT_RUN_HERE)]
 
 
@@ -84,10 +88,23 @@ def test_scripts_named_in_the_readme_exist() -> None:
         subprocess.run(["sh", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_resolve(page: Path) -> None:
+    """`mkdocs build --strict` checks anchors and links within docs, too; this also covers the other pages."""
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_pages_named_in_code_and_text_exist() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [
+        ROOT / line for line in listed.stdout.splitlines() if line.endswith((".py", ".md", ".sh", ".toml"))
+    ]
+    named = {
+        page for file in files if file.exists() for page in re.findall(r"docs/[\w/-]+\.md", file.read_text())
+    }
+    assert len(named) > 10
+    assert sorted(page for page in named if not (ROOT / page).exists()) == []
 
 
 @pytest.mark.parametrize("command", commands())

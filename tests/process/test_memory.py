@@ -19,7 +19,7 @@ from helpers import ROOT
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format.schema import MAX_CELLS, MAX_EXPERTS
 
-#: docs/reliability.md states this bound: what any recording takes, and more in proportion to layers × slots.
+#: The bound in docs/operate/reliability.md: what any recording takes, and more for each layer × slot.
 BASE_BYTES, CELL_BYTES = 512 << 20, 2 << 10
 STEPS, RANKS = 4, 2
 #: Each command that reads a run. ``replay`` and ``advise`` compute placements, which takes most of the time.

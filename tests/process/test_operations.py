@@ -1,4 +1,4 @@
-"""docs/operations.md: sizes follow from the measured ones, and the examples do what the page says."""
+"""docs/operate/cluster.md: sizes follow from the measured ones, and the examples do what the page says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT
 
 DOCS = ROOT / "docs"
-PAGE = (DOCS / "operations.md").read_text()
+PAGE = (DOCS / "operate/cluster.md").read_text()
 
 
 def documents() -> list[Any]:

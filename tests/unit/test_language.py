@@ -58,7 +58,7 @@ OLD_PAGES = {
     "README.md",
     "CHANGELOG.md",
     "eplb_analyze/report/assets/page.js",
-    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+    *(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")),
 }
 
 

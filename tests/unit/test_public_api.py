@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT, write
 
 import eplb_analyze
+import eplb_dump
 
 
 def test_every_public_name_can_be_imported_and_is_listed() -> None:
@@ -32,6 +33,15 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_the_library_page_names_only_public_names() -> None:
     named = re.findall(r"eplb_analyze\.(\w+)", (ROOT / "docs/library.md").read_text())
     assert set(named) <= set(eplb_analyze.__all__)
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    documented = re.findall(r"^::: (\w+)\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    for module in (eplb_analyze, eplb_dump):
+        values = {"FORMAT_VERSION", "__version__"}
+        assert {name for package, name in documented if package == module.__name__} == set(
+            module.__all__
+        ) - values
 
 
 def test_repr_of_a_run_says_what_it_is(tmp_path: Path) -> None:

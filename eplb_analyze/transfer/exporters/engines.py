@@ -126,7 +126,7 @@ def vllm_mapping_usage(placement: Placement, path: str) -> str:
 
 
 def plain_json(placement: Placement, origin: dict[str, Any]) -> str:
-    """Everything known about a placement, for a user's own programs; docs/export.md describes the keys.
+    """Everything known about a placement, for a user's own programs; docs/tune/export.md describes the keys.
 
     One line per layer; an empty slot is -1.
 

@@ -372,7 +372,7 @@ def test_largest_report_stays_below_8_mb(tmp_path: Path) -> None:
 
 
 def test_chart_library_is_the_documented_version() -> None:
-    text = (ROOT / "docs/report.md").read_text()
+    text = (ROOT / "docs/investigate/report.md").read_text()
     data = (ASSETS / "echarts.min.js").read_bytes()
     version = re.search(r't\.version="([\d.]+)"', data.decode())
     assert version

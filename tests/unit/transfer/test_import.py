@@ -1277,7 +1277,7 @@ def test_codes_are_documented() -> None:
     source = "".join(p.read_text() for p in (ROOT / "eplb_analyze/transfer/importers").glob("*.py"))
     codes = set(re.findall(r'(?:unknown|assumed)\[\s*"(\w+)"\s*\]', source)) | {"steps"}
     assert {"step_order", "passes", "token_source"} < codes
-    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/import.md").read_text(), re.MULTILINE)
+    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/record/import.md").read_text(), re.MULTILINE)
     assert codes <= set(documented)
 
 
