@@ -16,7 +16,7 @@ The truth is measured beside it, in two ways, in steps that are not recorded:
   for each other's jitter.
 
 All of these begin on an idle device, and their order changes from step to step. The phase with equal loads is
-the control: its true cost is 0.
+the control: perfect balance saves it nothing, and its waits are jitter alone.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
     """Run and record the steps.
 
     Returns:
-        Times in ms: by events, float64 ``[steps, 2 + ranks]``; of waits and by a clock, ``[steps]``.
+        Times in ms: by events, float64 ``[steps, 3 + ranks]``; of waits and by a clock, ``[steps]``.
     """
     ranks = dist.get_world_size()
     slots = ranks * SLOTS_PER_RANK
@@ -147,9 +147,9 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
         folder, model=phase.name, num_logical_experts=slots, ep_size=ranks, ep_rank=rank, run_id="gpu-cost",
         queue_bytes=1 << 30,
     )  # fmt: skip
-    # The recorded step, the step again, and the step with each rank's work after dealing.
-    events = [[(event(), event()) for _ in range(2 + ranks)] for _ in range(steps)]
-    work = [rank, rank, *range(ranks, 2 * ranks)]
+    # The recorded step; again, with events around the products; again; with each rank's work after dealing.
+    work = [rank, rank, rank, *range(ranks, 2 * ranks)]
+    events = [[(event(), event()) for _ in work] for _ in range(steps)]
     clock = np.zeros(steps)
 
     around = [[(event(), event()) for _ in range(LAYERS)] for _ in range(steps)]
@@ -179,8 +179,8 @@ def serve(phase: Phase, rank: int, folder: str, steps: int) -> tuple[Any, Any, A
         writer.record(number, load[number], placement, phase=phase.name)
         torch.cuda.current_stream().synchronize()  # as an engine does that needs the new tokens
         clock[number] = (time.perf_counter() - start) * 1e3
-        for turn in range(1 + ranks):
-            which = 1 + (number + turn) % (1 + ranks)
+        for turn in range(1, len(work)):
+            which = 1 + (number + turn) % (len(work) - 1)
             step(number, work[which], *events[number][which], around[number] if which == 1 else None)
             torch.cuda.current_stream().synchronize()
     writer.close(60)
@@ -209,8 +209,8 @@ def report(phase: Phase, folder: str, times: Any, waits: Any, clock: Any) -> Non
     run = open_run(folder, model=phase.name)
     recorded = np.concatenate([block.device_ms for block in run.blocks()])
     whole = times[:, 0]
-    truths = {"waits": waits, "balance": times[:, 1] - times[:, 2:].mean(axis=1)}
-    print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms, again {times[:, 1].mean():.3f} ms")
+    truths = {"waits": waits, "balance": times[:, 2] - times[:, 3:].mean(axis=1)}
+    print(f"== {phase.name}: {len(whole)} steps of {whole.mean():.3f} ms, again {times[:, 2].mean():.3f} ms")
     for name, own in (("events", whole), ("a synchronized clock", clock)):
         low, median, high = np.nanpercentile(recorded / own, [1, 50, 99])
         print(f"   device_ms / {name}: median {median:.4f}, p1 to p99 {low:.4f} to {high:.4f}")
