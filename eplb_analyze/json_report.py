@@ -12,7 +12,16 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
+#: The version of every JSON document that a command prints or saves. It goes up if a key is removed or
+#: changes its meaning, not if one is added.
+SCHEMA_VERSION = 1
+
 _PLAIN = frozenset({str, int, bool, type(None)})
+
+
+def versioned(document: dict[str, Any]) -> dict[str, Any]:
+    """A JSON document as users get it, with the key ``schema_version``."""
+    return {"schema_version": SCHEMA_VERSION, **document}
 
 
 def as_json(value: Any) -> Any:

@@ -14,6 +14,7 @@ from eplb_analyze.batch.comparison import Postmortem
 from eplb_analyze.batch.rows import Row
 from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, DumpError, UsageError
+from eplb_analyze.json_report import versioned
 from eplb_analyze.sessions.discovery import discover
 from eplb_analyze.sessions.segments import require_regular
 from eplb_analyze.storage import path as storage
@@ -66,7 +67,7 @@ class ResultCache:
     def store(self, target: Target, row: Row, summary: dict[str, Any] | None) -> None:
         """Keep the summary, if there is one, and the row, if it is complete. Raises DumpError."""
         if summary is not None:
-            text = json.dumps(summary, indent=2)
+            text = json.dumps(versioned(summary), indent=2)
             _replace(self.report_path(row, "json"), lambda file: file.write(text.encode()))
         if row.status == "complete" and target in self._keys:
             data = dump_json({"version": VERSION, **asdict(row)})

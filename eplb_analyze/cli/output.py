@@ -18,6 +18,7 @@ import typer
 from eplb_analyze.cli.console import console
 from eplb_analyze.cli.progress import Progress
 from eplb_analyze.errors import EXIT_UNUSABLE
+from eplb_analyze.json_report import versioned
 from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Output:
         """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
         if self.format is OutputFormat.json:
-            print_json(document())
+            print_json(versioned(document()))
         elif sys.stdout.isatty():
             render(console(sys.stdout))
         else:
