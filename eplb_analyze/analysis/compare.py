@@ -1,22 +1,26 @@
-"""The figures of `compare`: whether two runs are comparable, and whether one is significantly better."""
+"""The figures of `compare`: whether B is better than A, by how much, and which layers and experts differ.
+
+A and B are two runs, or two ranges of steps of one run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
 
 import numpy as np
 
-from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of_sample
+from eplb_analyze.analysis.compare_experts import ExpertDifference, ExpertSums, expert_differences
+from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of, cost_of_sample
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
+from eplb_analyze.errors import UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.series import BoundedSeries
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import serving
-from eplb_analyze.reader.placements import logical_sums
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.sessions.step_range import StepRange
@@ -30,7 +34,12 @@ SMALL_DISTANCE = 0.05
 #: The terms of one step and layer, of whose sums the figures are ratios: columns of ``_Reading.terms``.
 RATIO, ACTIVE, MEAN, MAXIMUM = range(4)
 
-Verdict = Literal["better", "worse", "no difference beyond chance", "not comparable"]
+#: Differences of the idle fraction up to which they are negligible, slight, moderate.
+NEGLIGIBLE, SLIGHT, MODERATE = 0.002, 0.02, 0.1
+
+NO_DIFFERENCE: Final = "no significant difference"
+Verdict = Literal["better", "worse", "no significant difference", "not comparable"]
+Size = Literal["negligible", "slight", "moderate", "large"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Difference:
     def of(cls, a: float | None, b: float | None, interval: Interval | None, better: int) -> Difference:
         if interval is None:
             return cls(a, b, None, None, None, None)
-        verdict: Verdict = "no difference beyond chance"
+        verdict: Verdict = NO_DIFFERENCE
         if interval.is_significant:
             verdict = "better" if interval.value * better > 0 else "worse"
         return cls(a, b, interval.value, interval.low, interval.high, verdict)
@@ -58,6 +67,9 @@ class Difference:
 @dataclass(frozen=True)
 class LayerDifference:
     layer: int
+    #: Of the difference of the idle fraction; the parts of all layers are 1 in sum, and a layer in which the
+    #: difference goes the other way has a part below 0. None if the idle fractions do not differ.
+    part: float | None
     balancedness: Difference
     idle_fraction: Difference
 
@@ -75,12 +87,13 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Side(Report):
-    """One of the two runs."""
+    """A or B."""
 
     info: RunInfo
     steps: Completeness
     #: Mean tokens routed per layer and step: tokens × top-k.
     tokens_per_step: float | None
+    #: In these steps.
     rearrangements: int
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +126,10 @@ class Comparison(Report):
     #: Why they are not comparable; and if they are, what limits the comparison.
     reasons: list[str]
     warnings: list[str]
+    #: By the idle fraction.
     verdict: Verdict
+    #: Of a significant difference.
+    size: Size | None
     confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
     a: Side
     b: Side
@@ -124,6 +140,8 @@ class Comparison(Report):
     #: Why imbalance explains nothing of the step times.
     unexplained: str | None
     layers: list[LayerDifference]
+    #: The experts that explain the layers' differences, those of the layer with the largest part first.
+    experts: list[ExpertDifference]
     token_ratio: float | None
     routing: Routing
     settings: list[Setting]
@@ -136,43 +154,102 @@ class Comparison(Report):
         return {"comparable": self.comparable} | super().to_json()
 
 
-def compare_runs(a: Run, b: Run, steps: tuple[int, int] | None = None) -> Comparison:
-    """Compare two runs, or the same half-open range of steps of both: is B better than A?"""
-    one, other = _read(a, steps), _read(b, steps)
+def compare_runs(
+    a: Run,
+    b: Run,
+    steps: tuple[int, int] | None = None,
+    *,
+    steps_a: tuple[int, int] | None = None,
+    steps_b: tuple[int, int] | None = None,
+) -> Comparison:
+    """Compare two runs, or ranges of their steps: is B better than A?
+
+    Args:
+        steps: a half-open range of steps of both.
+        steps_a, steps_b: other ranges for A and B.
+
+    Raises:
+        NotInDumpError: a run has no step in its range.
+        UsageError: A and B have steps of the same run in common.
+    """
+    ranges = StepRange.of(steps_a or steps), StepRange.of(steps_b or steps)
+    _require_apart(a, b, *ranges)
+    one, other = _read(a, ranges[0]), _read(b, ranges[1])
     reasons = [*_reasons(one, other)]
     if reasons:
         nothing = Routing(None, None, None)
-        sides = one.side(), other.side()
         return Comparison(
-            reasons, [], "not comparable", *sides, None, None, [], None, [], None, nothing, _settings(a, b)
-        )
+            reasons, [], "not comparable", None, one.side(), other.side(), None, None, [], None, [], [], None,
+            nothing, _settings(a, b),
+        )  # fmt: skip
     tokens = one.side().tokens_per_step, other.side().tokens_per_step
     token_ratio = tokens[1] / tokens[0] if tokens[0] and tokens[1] else None
-    routing = _routing(one.logical, other.logical)
+    routing = _routing(one.experts.tokens, other.experts.tokens)
     *figures, (balancedness, idle) = [
         _differences(one.terms[:, i], other.terms[:, i]) for i in range(a.info.num_layers + 1)
     ]
-    costs = cost_of_sample(a, one.cost), cost_of_sample(b, other.cost)
+    parts = _parts(one, other)
+    order = sorted(range(len(figures)), key=lambda i: -parts[i])
+    ratios = other.max_over_mean - one.max_over_mean
+    explained = [
+        (i, a.info.layers[i], float(ratios[i])) for i in order if figures[i][1].verdict in ("better", "worse")
+    ]
+    costs = one.run_cost(), other.run_cost()
     times = _step_times(*costs)
+    differs = bool(idle.difference) and abs(idle.difference or 0.0) > bootstrap.ROUNDING
     return Comparison(
         reasons=[],
         warnings=[*_warnings(one, other, token_ratio, routing)],
-        verdict=balancedness.verdict or "no difference beyond chance",
+        verdict=idle.verdict or NO_DIFFERENCE,
+        size=_size(idle),
         a=one.side(),
         b=other.side(),
         balancedness=balancedness,
         idle_fraction=idle,
         step_times=times,
         unexplained=None if any(row.imbalance_ms for row in times) else _unexplained(*costs),
-        layers=[LayerDifference(n, *pair) for n, pair in zip(a.info.layers, figures, strict=True)],
+        layers=[
+            LayerDifference(layer, float(part) if differs else None, *pair)
+            for layer, part, pair in zip(a.info.layers, parts, figures, strict=True)
+        ],
+        experts=expert_differences(one.experts, other.experts, explained, (a.info.ep_size, b.info.ep_size)),
         token_ratio=token_ratio,
         routing=routing,
         settings=_settings(a, b),
     )
 
 
-def _read(run: Run, steps: tuple[int, int] | None) -> _Reading:
-    if steps is not None:
+def _require_apart(a: Run, b: Run, steps_a: StepRange, steps_b: StepRange) -> None:
+    """Steps that are in both say nothing of a difference. Raises UsageError."""
+    same = (a.info.run_id, a.info.model) == (b.info.run_id, b.info.model) and str(a.path) == str(b.path)
+    both = steps_a.clip(*steps_b)
+    if same and both.first < both.end:
+        raise UsageError(
+            "A and B have steps of the same run in common; name another run (--run-b), or ranges that do not "
+            "overlap (--steps-a, --steps-b)"
+        )
+
+
+def _size(idle: Difference) -> Size | None:
+    if idle.verdict not in ("better", "worse") or idle.difference is None:
+        return None
+    sizes: list[tuple[float, Size]] = [(NEGLIGIBLE, "negligible"), (SLIGHT, "slight"), (MODERATE, "moderate")]
+    return next((name for most, name in sizes if abs(idle.difference) < most), "large")
+
+
+def _parts(a: _Reading, b: _Reading) -> formulas.Float64:
+    """Each layer's part of the difference of the idle fraction: float64 ``[layers]``, 1 in sum.
+
+    The idle fraction is x / (1 + x) of a sum over layers, x = Σ (max − mean) / Σ mean. By these summands, a
+    layer that did not change has no part, however much another one did.
+    """
+    difference = b.lost_by_layer - a.lost_by_layer
+    total = difference.sum()
+    return difference / total if total else np.zeros(len(difference))
+
+
+def _read(run: Run, steps: StepRange) -> _Reading:
+    if steps != StepRange():
         run.require(steps)
     return run.retry_without_damaged(lambda: _Reading(run, steps))
 
@@ -183,19 +260,19 @@ class _Reading:
     Attributes:
         terms: float64 ``[rows, layers + 1, 4]``, the last of the layers being the whole model; a row is
             a step, or the sum of a few consecutive ones in a long run.
-        logical: int64 ``[2, layers, num_logical_experts]``, tokens in the first and second half.
+        experts: of the first and second half of the steps.
         shapes: of the loads.
         cost: the sample that the cost of imbalance is fitted to.
     """
 
-    def __init__(self, run: Run, steps: tuple[int, int] | None) -> None:
-        self.run, self.whole = run, Completeness()
-        layers, experts = run.info.num_layers, run.info.num_logical_experts
+    def __init__(self, run: Run, steps: StepRange) -> None:
+        self.run, self.whole, self._steps = run, Completeness(), steps
+        layers = run.info.num_layers
         self._series = BoundedSeries.empty((0, layers + 1, 4), axis=0)
-        self.logical = np.zeros((2, layers, experts), np.int64)
+        self.experts = ExpertSums(layers, run.info.num_logical_experts)
         self.shapes: set[Shape] = set()
         self._tokens = 0.0
-        low, high = StepRange.of(steps)
+        low, high = steps
         first, last = (step or 0 for step in run.step_range)
         self.cost = CostSample.empty()
         sampling = Sampling(run, max(first, low), min(last + 1, high) - 1)
@@ -208,7 +285,7 @@ class _Reading:
                     self.shapes.add(block.shape)
                     terms = run.terms(block)
                     self._add(block.recorded, terms, serving(block.shape))
-                    self.logical[half] += logical_sums(block, run.history, experts)
+                    self.experts.add(half, block, run.history)
                 self.cost.merge(CostSample.of(run, sampling, block, terms))
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
@@ -220,13 +297,36 @@ class _Reading:
         return self._series.sums
 
     @property
+    def max_over_mean(self) -> formulas.Float64:
+        """Tokens of each layer's slowest rank over those of its mean rank: float64 ``[layers]``."""
+        sums = self.terms[:, :-1].sum(axis=0)
+        found: formulas.Float64 = sums[:, MAXIMUM] / np.maximum(1e-9, sums[:, MEAN])
+        return found
+
+    @property
+    def lost_by_layer(self) -> formulas.Float64:
+        """(max − mean) of each layer by the mean tokens of all: float64 ``[layers]``."""
+        sums = self.terms[:, :-1].sum(axis=0)
+        found: formulas.Float64 = (sums[:, MAXIMUM] - sums[:, MEAN]) / max(1e-9, sums[:, MEAN].sum())
+        return found
+
+    def run_cost(self) -> RunCost:
+        """The cost by the times of these steps, with prices of the whole run if these steps show none."""
+        found = cost_of_sample(self.run, self.cost)
+        if found.ms_per_step is not None or self._steps == StepRange():
+            return found
+        return replace(found, prices=cost_of(self.run).prices)
+
+    @property
     def active_rows(self) -> int:
         return int((self.terms[:, -1, ACTIVE] > 0).sum())
 
     def side(self) -> Side:
         active = self.terms[:, :-1, ACTIVE].sum()
         tokens = self._tokens / float(active) if active else None
-        return Side(self.run.info, self.whole, tokens, len(self.run.history.rearrangements()))
+        changes = self.run.history.rearrangements()
+        within = [c for c in changes if self._steps.first < c.first_step < self._steps.end]
+        return Side(self.run.info, self.whole, tokens, len(within))
 
 
 def _rows(terms: formulas.Terms) -> formulas.Float64:
@@ -322,11 +422,11 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
         )
 
 
-def _routing(a: Int64, b: Int64) -> Routing:
+def _routing(a: formulas.Float64, b: formulas.Float64) -> Routing:
     return Routing(_distance(a.sum(axis=0), b.sum(axis=0)), _distance(*a), _distance(*b))
 
 
-def _distance(a: Int64, b: Int64) -> float | None:
+def _distance(a: formulas.Float64, b: formulas.Float64) -> float | None:
     """Mean over layers of the total variation distance of shares; of ``[layers, experts]`` each."""
     known = (a.sum(axis=1) > 0) & (b.sum(axis=1) > 0)
     if not known.any():

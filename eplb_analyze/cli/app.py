@@ -60,7 +60,7 @@ app.command("traffic", short_help="From which rank to which did the tokens go?")
 app.command("rearrangements", short_help="Did each rearrangement help, and for how long?")(
     rearrangements.rearrangements
 )
-app.command("compare", short_help="Is run B better than run A, beyond chance?")(compare.compare)
+app.command("compare", short_help="Compare two runs, or two ranges of steps of one run.")(compare.compare)
 app.command("replay", short_help="What would other settings have given?")(replay.replay)
 app.command("advise", short_help="Leave the load balancer as it is, or change it to what?")(advise.advise)
 app.command("postmortem", short_help="Over many runs: which were bad, and why?")(postmortem.postmortem)

@@ -308,29 +308,36 @@ def spread_evenly(old: Int32, new: Int32, ep_size: int, num_logical_experts: int
 def logical_sums(block: Block, history: PlacementHistory, num_logical_experts: int) -> Int64:
     """Tokens of each logical expert over a block's complete steps: int64 ``[layers, experts]``.
 
-    Slots whose placement is unknown are left out. Loads are read only if the writer left no sums, or if
-    its sums include steps that do not count. Raises DamagedSegmentError.
+    Slots whose placement is unknown are left out. Raises DamagedSegmentError.
     """
     assert block.shape is not None
     out = np.zeros((block.shape.num_moe_layers, num_logical_experts), np.int64)
+    for layer, slots, load in placed_sums(block, history):
+        out[layer] += fold(load, slots, num_logical_experts)
+    return out
 
-    def add(layer: int, slots: Int32 | None, load: Int64) -> None:
-        if slots is not None and len(slots) == len(load):
-            out[layer] += fold(load, slots, num_logical_experts)
 
+def placed_sums(block: Block, history: PlacementHistory) -> Iterator[tuple[int, Int32, Int64]]:
+    """``(layer, slots, load)``: sums over a block's complete steps, each under one placement.
+
+    Sums whose placement is unknown are left out. Loads are read only if the writer left no sums, or if its
+    sums include steps that do not count. Raises DamagedSegmentError.
+    """
+    assert block.shape is not None
     for segment, _, there in block.matches(block.recorded):
         steps = segment.load_steps()
         if segment.sums is not None and len(there) == len(steps):
             parts = _cut(segment.sums, steps, history)
             if parts is not None:
                 for layer, slots, load in parts:
-                    add(layer, slots, load)
+                    if slots is not None and len(slots) == len(load):
+                        yield layer, slots, load
                 continue
-        for first, loads in segment.loads(0, len(out)):
+        for first, loads in segment.loads(0, block.shape.num_moe_layers):
             for layer, load in enumerate(loads, first):
                 for stretch, slots in history.layer(layer).periods(steps[there]):
-                    add(layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64))
-    return out
+                    if slots is not None and len(slots) == load.shape[1]:
+                        yield layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64)
 
 
 def sum_between(

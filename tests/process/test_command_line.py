@@ -29,7 +29,7 @@ ARGUMENTS = {
     "experts": "dump",
     "traffic": "dump",
     "rearrangements": "dump",
-    "compare": "dump dump",
+    "compare": "--steps-a :12 --steps-b 12: dump",
     "replay": "--policy deepseek --interval 10 --window 10 dump",
     "advise": "--policy deepseek --interval 10 --window 10 dump",
     "postmortem": "dump",

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, write
 from typer.main import get_command
 
 from eplb_analyze.analysis.check import check_run
@@ -36,12 +36,14 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the dump that the README writes, and the arrays that docs/record/import.md imports."""
+    """The dump of the README, the arrays that docs/record/import.md imports, and two dumps of 40 steps."""
     where = tmp_path_factory.mktemp("docs")
     code = next(b for b in blocks(ROOT / "README.md", "python") if "ExpertLoadWriter" in b)
     imported = blocks(ROOT / "docs/record/import.md", "python")
     for part in (code, *imported):
         subprocess.run([sys.executable, "-W", "error", "-c", part], cwd=where, check=True)
+    for dump in ("old-dump", "new-dump"):
+        write(where / dump, steps=40)
     return where
 
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "experts": "dump",
     "traffic": "dump",
     "rearrangements": "dump",
-    "compare": "dump dump",
+    "compare": "--steps-a :12 --steps-b 12: dump",
     "replay": "--policy deepseek --interval 2 --window 2 dump",
     "advise": "--policy deepseek --interval 2 --window 2 dump",
     "postmortem": "dump",

@@ -1,9 +1,9 @@
-"""`compare`: is run B significantly better than run A on a comparable workload?"""
+"""`compare`: is B better than A, by how much, and why? Two runs, or two ranges of steps of one run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,54 +11,74 @@ from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, OutputFormat, print_message
 from eplb_analyze.cli.views.compare import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_UNUSABLE
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
-
-if TYPE_CHECKING:
-    from eplb_analyze.reader.run import Run
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="A dump's folder, or a run's id in DUMP.", metavar="A")],
-    b: Annotated[str, typer.Argument(help="The same, of the run to judge.", metavar="B")],
-    dump: options.Dump = Path("."),
-    steps: options.Steps = None,
-    top: options.Top = 5,
+    a: Annotated[
+        StoragePath,
+        typer.Argument(
+            help="The dump, or run=… folder, of the baseline.",
+            parser=storage_path,
+            metavar="A",
+            envvar="EXPERT_LOAD_DUMP_DIR",
+            show_default="the current folder",
+        ),
+    ] = Path("."),
+    b: Annotated[
+        StoragePath | None,
+        typer.Argument(
+            help="The dump, or run=… folder, to judge; default: A.", parser=storage_path, metavar="B"
+        ),
+    ] = None,
     run_a: Annotated[
-        str | None, typer.Option("--run-a", help="The run in folder A; default: newest.")
+        str | None, typer.Option("--run-a", help="A run's id in A; default: the newest.")
     ] = None,
     run_b: Annotated[
-        str | None, typer.Option("--run-b", help="The run in folder B; default: newest.")
+        str | None, typer.Option("--run-b", help="A run's id in B; default: that of A, or the newest.")
     ] = None,
+    steps: options.Steps = None,
+    steps_a: Annotated[
+        StepRange | None,
+        typer.Option("--steps-a", help="As --steps, of A.", metavar="A:B", parser=options.parse_steps),
+    ] = None,
+    steps_b: Annotated[
+        StepRange | None,
+        typer.Option("--steps-b", help="As --steps, of B.", metavar="A:B", parser=options.parse_steps),
+    ] = None,
+    top: options.Top = 5,
     timings_a: Annotated[
-        Path | None, typer.Option("--timings-a", help="As --timings of `summary`, of run A.", metavar="FILE")
+        Path | None, typer.Option("--timings-a", help="As --timings of `summary`, for A.", metavar="FILE")
     ] = None,
     timings_b: Annotated[
-        Path | None, typer.Option("--timings-b", help="The same, of run B.", metavar="FILE")
+        Path | None, typer.Option("--timings-b", help="As --timings of `summary`, for B.", metavar="FILE")
     ] = None,
     model: options.Model = None,
     output: options.Output = OutputFormat.text,
 ) -> None:
-    """Is run B better than run A, beyond chance, and are the two comparable at all?"""
+    """Compare two runs, or two ranges of steps of one run: is B better than A, by how much, and why?
+
+    The verdict separates whether a difference is statistically significant from how large it is, and names
+    the layers and experts behind it.
+    """
     from eplb_analyze.analysis.compare import compare_runs
 
     out = Output(output)
-    one, other = _open(out, a, dump, run_a, model), _open(out, b, dump, run_b, model)
+    if b is None and run_b is None:
+        run_b = run_a
+    one = out.open_run(a, run_a, model)
+    other = out.open_run(a if b is None else b, run_b, model)
     out.join_times(one, timings_a, "A")
     out.join_times(other, timings_b, "B")
-    result = compare_runs(one, other, steps)
+    result = compare_runs(one, other, steps, steps_a=steps_a, steps_b=steps_b)
     out.emit(result.to_json, lambda console: render(console, result, top))
     if output is OutputFormat.json:  # the text has them
         for warning in result.warnings:
             print_message("warning", warning)
     code = EXIT_DONE if result.comparable else EXIT_CHECK_FAILED
-    for name, opened, side in (("A", one, result.a), ("B", other, result.b)):
+    sides = {"A": (one, result.a), "B": (other, result.b)}
+    for name, (opened, side) in sides.items():
         if out.lost_data(opened, side.steps, name):
             code = EXIT_UNUSABLE
     raise typer.Exit(code)
-
-
-def _open(out: Output, name: str, dump: StoragePath, run: str | None, model: str | None) -> Run:
-    """Open the newest or named run of a folder; a name that is no folder is a run's id in ``dump``."""
-    if run is None and "/" not in name and not Path(name).exists():
-        return out.open_run(dump, name, model)
-    return out.open_run(storage_path(name), run, model)

@@ -13,14 +13,19 @@ from reference import idle_fraction, per_step
 from timed_run import write_timed
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.compare import compare_runs
+from eplb_analyze.analysis.compare import Difference, _size, compare_runs
 from eplb_analyze.metrics import series
+from eplb_analyze.metrics.bootstrap import Interval
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, EP_SIZE, LAYERS = 8, 4, 3
 SKEWED = [0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
 #: The two hot experts on one rank, or on two.
 TOGETHER, APART = [0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 1, 3, 4, 5, 6, 7]
+
+
+#: The options that name the runs of a dump.
+AB = ("--run-a", "a", "--run-b", "b")
 
 
 def write(
@@ -97,7 +102,7 @@ def test_runs_of_the_same_workload_do_not_differ_significantly(tmp_path: Path) -
     for seed in range(0, 10, 2):
         result = compare_runs(open_run(tmp_path, f"r{seed}"), open_run(tmp_path, f"r{seed + 1}"))
         found.append(result.verdict)
-    assert found.count("no difference beyond chance") >= 4
+    assert found.count("no significant difference") >= 4
 
 
 def test_steps_of_a_long_run_are_summed_in_groups(
@@ -118,12 +123,13 @@ def test_steps_of_a_long_run_are_summed_in_groups(
 
 
 def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
-    result = cli("compare", "a", "b", "-o", "json", pair[0])
+    result = cli("compare", *AB, "-o", "json", pair[0])
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert list(document) == [
-        "comparable", "reasons", "warnings", "verdict", "confidence", "a", "b", "balancedness",
-        "idle_fraction", "step_times", "unexplained", "layers", "token_ratio", "routing", "settings",
+        "comparable", "reasons", "warnings", "verdict", "size", "confidence", "a", "b", "balancedness",
+        "idle_fraction", "step_times", "unexplained", "layers", "experts", "token_ratio", "routing",
+        "settings",
     ]  # fmt: skip
     assert (document["comparable"], document["verdict"], document["confidence"]) == (True, "better", 0.95)
     assert list(document["a"]) == [
@@ -134,7 +140,7 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
     difference = ["a", "b", "difference", "low", "high", "verdict"]
     assert list(document["balancedness"]) == list(document["idle_fraction"]) == difference
     assert [list(layer) for layer in document["layers"]] == [
-        ["layer", "balancedness", "idle_fraction"]
+        ["layer", "part", "balancedness", "idle_fraction"]
     ] * LAYERS
     assert list(document["routing"]) == ["distance", "within_a", "within_b"]
     assert document["settings"] == [
@@ -144,13 +150,12 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
 
 
 def test_text_output(pair: tuple[Path, Any, Any]) -> None:
-    result = cli("compare", "a", "b", pair[0])
+    result = cli("compare", *AB, pair[0])
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "compare · org/moe · is B better than A?"
-    assert "verdict by balancedness: better" in lines
-    assert "layers: 3 better, 0 worse, 0 no difference beyond chance" in lines
-    document = json.loads(cli("compare", "a", "b", "-o", "json", pair[0]).stdout)["balancedness"]
+    assert "layers: 3 better, 0 worse, 0 not significant" in lines
+    document = json.loads(cli("compare", *AB, "-o", "json", pair[0]).stdout)["balancedness"]
     row = next(line.split() for line in lines if line.startswith("balancedness"))
     assert row[1:4] == [f"{document['a']:.3f}", f"{document['b']:.3f}", f"{document['difference']:+.3f}"]
     assert any(line.split() == ["engine_config.eplb.window", "100", "200"] for line in lines)
@@ -158,17 +163,18 @@ def test_text_output(pair: tuple[Path, Any, Any]) -> None:
 
 def test_runs_can_be_named_in_four_ways(pair: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     root, _, _ = pair
-    by_id = cli("compare", "a", "b", root).stdout
-    assert cli("compare", "a", "b", env={"EXPERT_LOAD_DUMP_DIR": str(root)}).stdout == by_id
+    by_id = cli("compare", *AB, root).stdout
+    assert by_id.startswith("compare")
+    assert cli("compare", *AB, env={"EXPERT_LOAD_DUMP_DIR": str(root)}).stdout == by_id
     assert cli("compare", root / "run=a", root / "run=b").stdout == by_id
-    assert cli("compare", "--run-a", "a", "--run-b", "b", root, root).stdout == by_id
+    assert cli("compare", *AB, root, root).stdout == by_id
     monkeypatch.chdir(root)
-    assert cli("compare", "a", "b").stdout == by_id
+    assert cli("compare", *AB).stdout == by_id
 
 
 def test_range_limits_both_runs(pair: tuple[Path, Any, Any]) -> None:
     root, a, _ = pair
-    document = json.loads(cli("compare", "--steps", "20:50", "-o", "json", "a", "b", root).stdout)
+    document = json.loads(cli("compare", "--steps", "20:50", "-o", "json", *AB, root).stdout)
     assert document["a"]["steps"]["recorded"] == 30
     value = float(np.mean(per_step("balancedness", ranks_of(a[20:50]))))
     assert document["balancedness"]["a"] == pytest.approx(value)
@@ -186,14 +192,14 @@ def test_range_limits_both_runs(pair: tuple[Path, Any, Any]) -> None:
 def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     write(tmp_path, "a", TOGETHER)
     write(tmp_path, "b", APART, **options)
-    result = cli("compare", "a", "b", "-o", "json", tmp_path)
+    result = cli("compare", *AB, "-o", "json", tmp_path)
     document = json.loads(result.stdout)
     assert (result.returncode, document["verdict"], document["reasons"]) == (1, "not comparable", [reason])
     assert (document["comparable"], document["balancedness"], document["layers"]) == (False, None, [])
-    text = cli("compare", "a", "b", tmp_path)
+    text = cli("compare", *AB, tmp_path)
     assert text.returncode == 1
     assert reason in text.stdout.splitlines()
-    assert "verdict by balancedness: not comparable" in text.stdout
+    assert "NOT COMPARABLE" in text.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +213,7 @@ def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any],
 def test_unlike_conditions_are_warned_about(tmp_path: Path, options: dict[str, Any], warning: str) -> None:
     write(tmp_path, "a", TOGETHER)
     write(tmp_path, "b", APART, seed=1, **options)
-    result = cli("compare", "a", "b", "-o", "json", tmp_path)
+    result = cli("compare", *AB, "-o", "json", tmp_path)
     document = json.loads(result.stdout)
     assert (result.returncode, document["comparable"], len(document["warnings"])) == (0, True, 1)
     assert warning in document["warnings"][0]
@@ -216,11 +222,12 @@ def test_unlike_conditions_are_warned_about(tmp_path: Path, options: dict[str, A
 
 def test_invalid_input_is_an_error(pair: tuple[Path, Any, Any], tmp_path: Path) -> None:
     root, _, _ = pair
-    one_error(cli("compare", "a", "zz", root), 2, "no run 'zz'", "there are:")
+    one_error(cli("compare", "--run-a", "a", "--run-b", "zz", root), 2, "no run 'zz'", "there are:")
     one_error(cli("compare", root, tmp_path / "nowhere"), 3, "nowhere", "no such folder")
-    one_error(cli("compare", "a", "b", tmp_path), 3, "no run in it")
-    one_error(cli("compare", "--steps", "900:", "a", "b", root), 2, "no step of the run is in 900:")
-    assert cli("compare", "a").returncode == 2
+    one_error(cli("compare", *AB, tmp_path), 3, "no run in it")
+    one_error(cli("compare", "--steps", "900:", *AB, root), 2, "no step of the run is in 900:")
+    for overlapping in ([], ["--steps-a", "0:60", "--steps-b", "59:120"]):
+        one_error(cli("compare", "--run-a", "a", *overlapping, root), 2, "in common", "--steps-b")
 
 
 def test_imbalance_explains_the_planted_part_of_the_step_time(tmp_path: Path) -> None:
@@ -239,7 +246,7 @@ def test_imbalance_explains_the_planted_part_of_the_step_time(tmp_path: Path) ->
         assert row.imbalance_ms.estimate == pytest.approx(cost[1] - cost[0], rel=0.1)
         assert row.imbalance_ms.low < row.imbalance_ms.estimate < row.imbalance_ms.high
     text = cli("compare", a.root, b.root).stdout
-    assert text.count("by imbalance") == 2
+    assert text.count("from imbalance") == 2
     document = json.loads(cli("compare", a.root, b.root, "--output", "json").stdout)
     assert document["step_times"][0]["imbalance_ms"]["estimate"] == rows[0].imbalance_ms.estimate
     assert document["unexplained"] is None
@@ -253,3 +260,105 @@ def test_step_times_without_a_known_price_are_not_explained(tmp_path: Path) -> N
     assert result.unexplained is not None
     assert "B: cost not measurable in this run" in result.unexplained
     assert "step times: B: cost not measurable" in cli("compare", tmp_path / "a", tmp_path / "b").stdout
+
+
+# ---- what differs
+
+#: Expert 5 of layer 1 gets three times the usual tokens from step 120 on; from 240 on a rearrangement
+#: gives it three slots.
+HOT, HELPED, LAST = 120, 240, 360
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The dump, and tokens ``[steps, layers, experts]``. 9 experts in 12 slots on 4 ranks."""
+    root = tmp_path_factory.mktemp("story")
+    rng = np.random.default_rng(5)
+    usual = np.r_[np.arange(9), 0, 1, 2]
+    helped = np.r_[np.arange(9), 5, 1, 5]
+    logical = np.zeros((LAST, 3, 9), np.int64)
+    with ExpertLoadWriter(
+        root, scope="global", run_id="r", model="org/moe", num_logical_experts=9, ep_size=4
+    ) as writer:
+        for step in range(LAST):
+            weights = np.ones((3, 9))
+            weights[1, 5] = 3 if step >= HOT else 1
+            maps = np.array([usual, helped if step >= HELPED else usual, usual])
+            loads = np.zeros((3, 12), np.int64)
+            for layer in range(3):
+                logical[step, layer] = rng.multinomial(1800, weights[layer] / weights[layer].sum())
+                for expert in range(9):
+                    slots = np.flatnonzero(maps[layer] == expert)
+                    even = np.full(len(slots), 1 / len(slots))
+                    loads[layer, slots] = rng.multinomial(logical[step, layer, expert], even)
+            writer.record(step, loads, maps)
+            assert step % 100 or writer.flush()
+    return root, logical
+
+
+def test_the_layer_and_the_expert_behind_a_difference_are_named(story: tuple[Path, Any]) -> None:
+    root, logical = story
+    run = open_run(root)
+    result = compare_runs(run, run, steps_a=(0, HOT), steps_b=(HOT, HELPED))
+    assert (result.verdict, result.size) == ("worse", "moderate")
+    parts = {layer.layer: layer.part for layer in result.layers}
+    assert sum(part or 0.0 for part in parts.values()) == pytest.approx(1)
+    assert parts[1] == pytest.approx(1, abs=0.1)
+    assert [(row.layer, row.expert) for row in result.experts] == [(1, 5)]
+    row = result.experts[0]
+    shares = [
+        logical[low:high, 1, 5].sum() / logical[low:high, 1].sum() for low, high in ((0, 120), (120, 240))
+    ]
+    assert (row.share_a, row.share_b) == pytest.approx(shares)
+    assert (row.replicas_a, row.replicas_b) == pytest.approx((1, 1))
+    text = " ".join(cli("compare", "--steps-a", "0:120", "--steps-b", "120:240", root).stdout.split())
+    said = f"all from layer 1: expert 5 went from {shares[0]:.1%} to {shares[1]:.1%} of tokens"
+    assert "WORSE: " in text
+    assert said in text
+
+
+def test_parts_add_up_to_the_difference_of_the_idle_fraction(story: tuple[Path, Any]) -> None:
+    run = open_run(story[0])
+    result = compare_runs(run, run, steps_a=(0, HOT), steps_b=(HELPED, LAST))
+    lost = []
+    for low, high in ((0, HOT), (HELPED, LAST)):
+        T = np.concatenate([block.rank_load() for block in run.blocks((low, high))])
+        slowest, mean = T.max(axis=2).sum(axis=0), T.mean(axis=2).sum(axis=0)
+        lost.append((slowest - mean) / mean.sum())
+    change = lost[1] - lost[0]
+    assert [layer.part for layer in result.layers] == pytest.approx(change / change.sum())
+    assert result.idle_fraction is not None
+    idle = [part.sum() / (1 + part.sum()) for part in lost]
+    assert result.idle_fraction.difference == pytest.approx(idle[1] - idle[0])
+
+
+def test_replicas_that_a_rearrangement_added_are_named(story: tuple[Path, Any]) -> None:
+    root, logical = story
+    run = open_run(root)
+    result = compare_runs(run, run, steps_a=(HOT, HELPED), steps_b=(HELPED, LAST))
+    assert (result.verdict, result.size) == ("better", "large")
+    assert (result.experts[0].layer, result.experts[0].expert) == (1, 5)
+    assert (result.experts[0].replicas_a, result.experts[0].replicas_b) == pytest.approx((1, 3))
+    text = " ".join(cli("compare", "--steps-a", "120:240", "--steps-b", "240:360", root).stdout.split())
+    share = logical[HELPED:, 1, 5].sum() / logical[HELPED:, 1].sum()
+    assert f"expert 5 ({share:.1%} of tokens) went from 1 to 3 replicas" in text
+
+
+def test_nothing_is_named_if_nothing_differs(story: tuple[Path, Any]) -> None:
+    root, _ = story
+    run = open_run(root)
+    result = compare_runs(run, run, steps_a=(0, 60), steps_b=(60, HOT))
+    assert (result.verdict, result.size, result.experts) == ("no significant difference", None, [])
+    text = cli("compare", "--steps-a", "0:60", "--steps-b", "60:120", root).stdout
+    assert "NO SIGNIFICANT DIFFERENCE: idle time changed by" in " ".join(text.split())
+    assert "expert" not in text.split("settings")[0].replace("other experts", "")
+
+
+def test_significance_and_size_are_two_things() -> None:
+    def size(difference: float, half: float) -> str | None:
+        interval = Interval(difference, difference - half, difference + half)
+        return _size(Difference.of(0.1, 0.1 + difference, interval, better=-1))
+
+    assert size(0.05, 0.06) is None
+    found = [size(difference, 0.0001) for difference in (0.001, -0.006, 0.05, -0.3)]
+    assert found == ["negligible", "slight", "moderate", "large"]

@@ -422,7 +422,7 @@ def test_compare(dump: Path, idle_dump: Path) -> None:
     best = max(found["layers"], key=lambda layer: layer["balancedness"]["difference"])
     assert (best["layer"], best["balancedness"]["verdict"]) == (7, "better")
     before = document("compare --steps 300:500", idle_dump, dump, code=0)
-    assert before["verdict"] == "no difference beyond chance"
+    assert before["verdict"] == "no significant difference"
 
 
 def test_check(dump: Path, idle_dump: Path) -> None:
