@@ -18,8 +18,9 @@ from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+INCIDENT = "docs/investigate/incident.md"
 #: Lines that CI runs anyway, that take a minute (the demo trains a model), or that need an engine.
-NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ")
+NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ", "python -m examples.")
 
 
 def name(page: Path) -> str:
@@ -44,6 +45,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run([sys.executable, "-W", "error", "-c", part], cwd=where, check=True)
     for dump in ("old-dump", "new-dump"):
         write(where / dump, steps=40)
+    return where
+
+
+@pytest.fixture(scope="module")
+def incident(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recording that docs/investigate/incident.md investigates, made by its own command."""
+    where = tmp_path_factory.mktemp("incident")
+    command = next(line for block in blocks(ROOT / INCIDENT, "sh") for line in block.splitlines())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=where, env=environment, check=True)
     return where
 
 
@@ -75,11 +86,23 @@ def shell_lines() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "line"), shell_lines())
-def test_shell_example_runs(folder: Path, page: str, line: str) -> None:
+def test_shell_example_runs(request: pytest.FixtureRequest, page: str, line: str) -> None:
+    folder = request.getfixturevalue("incident" if page == INCIDENT else "folder")
     out = run(folder, *shlex.split(line))
     if "json" in line:
         json.loads(out)
     assert out
+
+
+def test_the_incident_is_the_planted_one(incident: Path) -> None:
+    """The walk-through names a layer, an expert, a rearrangement and their steps; the recording has them."""
+    found = json.loads(
+        run(incident, "eplb-analyze", "experts", "--layer", "12", "--output", "json", "incident")
+    )
+    hot = [expert for expert in found["experts"] if expert["verdict"] != "never"]
+    assert [(expert["logical"], expert["first_hot_step"]) for expert in hot] == [(77, 1000)]
+    moved = json.loads(run(incident, "eplb-analyze", "rearrangements", "--output", "json", "incident"))
+    assert [(r["first_step"], r["verdict"]) for r in moved["rearrangements"]] == [(2000, "helped")]
 
 
 def test_scripts_named_in_the_readme_exist() -> None:
