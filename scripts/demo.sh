@@ -7,4 +7,4 @@ python -m examples.moe_engine --dump demo-dump
 echo
 eplb-analyze summary demo-dump
 echo
-eplb-analyze layer 2 --steps 100:120 demo-dump
+eplb-analyze layer 2 --steps 100-119 demo-dump

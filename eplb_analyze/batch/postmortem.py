@@ -41,7 +41,7 @@ class RunResult:
     """The result of a task: the run's row, or what is needed before there is one."""
 
     row: Row | None = None
-    #: As ``eplb-analyze summary --output json`` prints it; None if the run is broken.
+    #: As ``eplb-analyze summary --json`` prints it; None if the run is broken.
     summary: dict[str, Any] | None = None
     #: The run is long: read these parts first.
     parts: list[RunTask] = field(default_factory=list)

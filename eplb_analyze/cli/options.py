@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate
 
 import typer
 
-from eplb_analyze.cli.output import OutputFormat, RunOutput
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 
@@ -21,14 +21,34 @@ if TYPE_CHECKING:
 
 
 def parse_steps(text: str) -> StepRange:
-    """Parse ``A:B``, a half-open range."""
-    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text)
-    if match is None or text == ":":
-        raise typer.BadParameter(f"{text!r} is not A:B, for instance 100:200", param_hint="--steps")
-    steps = StepRange(int(match[1] or 0), int(match[2] or NO_END))
+    """Parse ``A-B``: steps A to B, both included; either may be left out."""
+    match = re.fullmatch(r"([0-9]{0,18})-([0-9]{0,18})", text)
+    if match is None or text == "-":
+        raise typer.BadParameter(_instead_of(text))
+    steps = StepRange(int(match[1] or 0), int(match[2]) + 1 if match[2] else NO_END)
     if steps.first >= steps.end:
-        raise typer.BadParameter(f"{text!r} is an empty range", param_hint="--steps")
+        raise typer.BadParameter(f"{text!r} holds no step: its end is before its start")
     return steps
+
+
+def _instead_of(text: str) -> str:
+    """What to write instead of a range of steps that is not one."""
+    if re.fullmatch(r"[0-9]{1,18}", text):
+        return f"{text!r} is one step; write --step {text}"
+    half_open = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})", text)
+    if text != ":" and half_open and (not half_open[2] or int(half_open[2]) > int(half_open[1] or 0)):
+        steps = StepRange(int(half_open[1] or 0), int(half_open[2] or NO_END))
+        return f"{text!r} is not a range of steps; write --steps {steps}, which includes both ends"
+    return f"{text!r} is not a range of steps; write A-B, A- or -B, for example 100-199"
+
+
+def one_range(steps: StepRange | None, step: int | None) -> StepRange | None:
+    """The range that --steps or --step asks for; None for all steps."""
+    if step is None:
+        return steps
+    if steps is not None:
+        raise typer.BadParameter("give either --step or --steps", param_hint="--step")
+    return StepRange(step, step + 1)
 
 
 class GpuName(str, enum.Enum):
@@ -61,11 +81,12 @@ Steps = Annotated[
     StepRange | None,
     typer.Option(
         "--steps",
-        help="Steps A to B − 1, as A:B; either may be left out.",
-        metavar="A:B",
+        help="Only steps A to B, both included; A- and -B leave one end open.",
+        metavar="A-B",
         parser=parse_steps,
     ),
 ]
+Step = Annotated[int | None, typer.Option("--step", help="Only this step.", metavar="N", min=0)]
 Layer = Annotated[int | None, typer.Option("--layer", help="One layer; default: all.")]
 
 # What a step took, for the cost in milliseconds.
@@ -87,14 +108,15 @@ Gpu = Annotated[
 
 # How to show it.
 Top = Annotated[int, typer.Option("--top", help="How many rows of a ranking to show.", min=1)]
-Output = Annotated[
-    OutputFormat, typer.Option("--output", "-o", help="text, or one JSON document.", case_sensitive=False)
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 By = Annotated[Grouping, typer.Option("--by", help="Show ranks or nodes.")]
 RanksPerNode = Annotated[
     int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1, max=65536)
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")]
+File = Annotated[
+    Path, typer.Option("--output", "-o", help="The file to write.", metavar="FILE", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
 # The settings that `replay` and `advise` try: lists, all combined.
 Policy = Annotated[
@@ -159,23 +181,26 @@ Workers = Annotated[
 ]
 
 #: The help of each command ends with these options, in this order.
-_LAST = ("run", "model", "workers", "output")
+_LAST = ("run", "model", "workers", "json")
 
 
 def about_a_run(command: Callable[Concatenate[RunOutput, ...], None]) -> Callable[..., None]:
-    """Add the argument DUMP and the options --run, --model and --output to a command.
+    """Add the argument DUMP and the options --run, --model and --json to a command.
 
     The command declares only what is its own, after a :class:`RunOutput`, which it gets for these four.
+    A command with --steps also gets --step, unless it has its own: one step as a range.
     """
 
     def run_command(
         dump: Dump = Path("."),
         run: Run = None,
         model: Model = None,
-        output: Output = OutputFormat.text,
+        json: Json = False,
         **own: Any,
     ) -> None:
-        command(RunOutput(output, dump, run, model), **own)
+        if single_step is not None:
+            own["steps"] = one_range(own["steps"], own.pop("step"))
+        command(RunOutput(dump, run, model, json=json), **own)
 
     def place(parameter: inspect.Parameter) -> tuple[bool, int]:
         last = _LAST.index(parameter.name) if parameter.name in _LAST else -1
@@ -183,12 +208,23 @@ def about_a_run(command: Callable[Concatenate[RunOutput, ...], None]) -> Callabl
 
     *shared, _ = inspect.signature(run_command, eval_str=True).parameters.values()
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    single_step = _single_step(own)
+    if single_step is not None:
+        own.insert(1 + [p.name for p in own].index("steps"), single_step)
     # Typer reads the signature and the annotations.
     functools.update_wrapper(run_command, command)
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in sorted([*shared, *own], key=place)]
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run_command
+
+
+def _single_step(own: list[inspect.Parameter]) -> inspect.Parameter | None:
+    """The parameter for --step, if a command has --steps and no --step of its own."""
+    names = [parameter.name for parameter in own]
+    if "steps" not in names or "step" in names:
+        return None
+    return inspect.Parameter("step", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Step)
 
 
 def parse_choices(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import io
 import itertools
 import json
@@ -22,6 +21,7 @@ from eplb_analyze.json_report import versioned
 from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
+    import enum
     from pathlib import Path
 
     from rich.console import Console
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 PROGRAM = "eplb-analyze"
 #: More findings of one kind would push the result out of sight.
 MAX_FINDINGS_OF_A_KIND = 10
-
-
-class OutputFormat(str, enum.Enum):
-    text = "text"
-    json = "json"
 
 
 def print_message(kind: str, text: object) -> None:
@@ -66,8 +61,8 @@ def discard(stream: IO[str]) -> None:
 class Output:
     """Prints the result of a command, its notes and its findings."""
 
-    def __init__(self, output_format: OutputFormat) -> None:
-        self.format = output_format
+    def __init__(self, *, json: bool) -> None:
+        self.json = json
         self.progress = Progress()
 
     def notes(self, notes: Iterable[str]) -> None:
@@ -93,7 +88,7 @@ class Output:
     def emit(self, document: Callable[[], dict[str, Any]], render: Callable[[Console], None]) -> None:
         """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
-        if self.format is OutputFormat.json:
+        if self.json:
             print_json(versioned(document()))
         elif sys.stdout.isatty():
             render(console(sys.stdout))
@@ -139,10 +134,8 @@ class RunOutput(Output):
     #: Set by :meth:`open`.
     run: Run
 
-    def __init__(
-        self, output_format: OutputFormat, dump: StoragePath, run_id: str | None, model: str | None
-    ) -> None:
-        super().__init__(output_format)
+    def __init__(self, dump: StoragePath, run_id: str | None, model: str | None, *, json: bool) -> None:
+        super().__init__(json=json)
         self.dump, self.run_id, self.model = dump, run_id, model
 
     def open(self, *, mixed: bool = False, timings: Path | None = None, gpu: enum.Enum | None = None) -> Run:

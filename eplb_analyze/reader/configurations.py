@@ -95,7 +95,7 @@ def last_configuration(
         first, end = earlier[0].first, earlier[-1].end
         notes.append(
             f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are "
-            f"left out, as loads of two shapes are not added (see them with --steps {first}:{end})"
+            f"left out, as loads of two shapes are not added (see them with --steps {first}-{end - 1})"
         )
     return sums, seen, notes
 

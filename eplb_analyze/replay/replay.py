@@ -87,7 +87,7 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
         notes.append(
             "ep_size or the number of slots changed, or a rank was lost: only steps "
             f"{sums.first_step} to {sums.last_step} are "
-            f"replayed (those before with --steps {earlier[-1].first}:{sums.first_step})"
+            f"replayed (those before with --steps {earlier[-1].first}-{sums.first_step - 1})"
         )
     between = np.concatenate(sums.gaps)
     timed = len(between) and run.info.timed

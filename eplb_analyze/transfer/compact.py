@@ -156,7 +156,7 @@ def _lost(run: Run) -> dict[str, str]:
         remedy = "keep it"
         if first:
             remedy = (
-                f"first copy the steps before (`copy --to PLACE --steps :{first}`, or fewer steps: a copy "
+                f"first copy the steps before (`copy --to PLACE --steps -{first - 1}`, or fewer: a copy "
                 f"has whole segments, and none of them may hold step {first})"
             )
         raise DumpError(f"{run.path}: {text}, so it is not compacted; {remedy}")
@@ -166,7 +166,7 @@ def _lost(run: Run) -> dict[str, str]:
     share = f"{100 * steps.incomplete_share:.1f} %"
     many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
     if steps.lacks_much:
-        whole = "A:B" if steps.incomplete_inside else f"{steps.first}:{(steps.last_whole or 0) + 1}"
+        whole = "A-B" if steps.incomplete_inside else f"{steps.first}-{steps.last_whole or 0}"
         remedy = f"first copy the part that is whole (`copy --to PLACE --steps {whole}`)"
         raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
     incomplete_tail = not steps.incomplete_inside and steps.ends_together

@@ -207,7 +207,7 @@ def test_a_wrong_setting_is_told_once(tmp_path: Path) -> None:
 
 def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> None:
     engine(tmp_path, "killed")
-    done = cli("summary", tmp_path / "dump", "--output", "json")
+    done = cli("summary", tmp_path / "dump", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["run"]["model"] == "tiny/moe"

@@ -27,8 +27,8 @@ def test_sglang_loads_an_exported_placement(tmp_path: Path) -> None:
         for step in range(3):
             writer.record(step, np.ones((3, SLOTS), np.int64), np.array(recorded))
     file, more, fewer = (tmp_path / name for name in ("file.json", "more.json", "fewer.json"))
-    command = ["export", "placement", "--for", "sglang", "--num-hidden-layers", str(HIDDEN), "--to", file]
-    result = cli(*command, "-o", "json", tmp_path / "dump")
+    command = ["export", "placement", "--for", "sglang", "--num-hidden-layers", str(HIDDEN), "-o", file]
+    result = cli(*command, "--json", tmp_path / "dump")
     assert result.returncode == 0, result.stderr
     assert "--ep-num-redundant-experts 2" in json.loads(result.stdout)["usage"]
     rows = json.loads(file.read_text())["physical_to_logical_map"]

@@ -73,7 +73,7 @@ def assert_true(
 def vllm_balancedness(dump: Path, step: int) -> float:
     shown = CliRunner().invoke(
         app,
-        ["summary", str(dump), "--model", "org/main", "--steps", f"{step}:{step + 1}", "--output", "json"],
+        ["summary", str(dump), "--model", "org/main", "--step", str(step), "--json"],
     )
     assert shown.exit_code == 0, shown.output
     return float(json.loads(shown.stdout)["metrics"]["vllm"])

@@ -31,7 +31,7 @@ def test_every_executor_gives_the_same_rows(batch: Batch, executor: str) -> None
     root, _ = batch
     out = subprocess.run(
         [
-            sys.executable, "-m", "eplb_analyze", "postmortem", root, "--output", "json",
+            sys.executable, "-m", "eplb_analyze", "postmortem", root, "--json",
             "--executor", executor, "--workers", "2",
         ],
         capture_output=True, text=True, check=True, timeout=300,
@@ -63,7 +63,7 @@ def test_ray_joins_a_running_cluster(batch: Batch) -> None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", ports[1]), 1):
                 break
         address = f"ray://127.0.0.1:{ports[1]}"
-        program = [sys.executable, "-m", "eplb_analyze", "postmortem", "--output", "json"]
+        program = [sys.executable, "-m", "eplb_analyze", "postmortem", "--json"]
         more = [root / "a", "--executor", "ray", "--ray-address", address]
         out = subprocess.run(
             [*program, *more], env=environment, capture_output=True, text=True, check=False, timeout=120

@@ -29,14 +29,14 @@ ARGUMENTS = {
     "experts": "dump",
     "traffic": "dump",
     "rearrangements": "dump",
-    "compare": "--steps-a :12 --steps-b 12: dump",
+    "compare": "--steps-a -11 --steps-b 12- dump",
     "replay": "--policy deepseek --interval 10 --window 10 dump",
     "advise": "--policy deepseek --interval 10 --window 10 dump",
     "postmortem": "dump",
-    "report": "--to report.html --force dump",
+    "report": "-o report.html --force dump",
     "check": "dump",
-    "export placement": "--for json --to placement.json --force dump",
-    "export loads": "--as csv --to loads.csv --force dump",
+    "export placement": "--for json -o placement.json --force dump",
+    "export loads": "--as csv -o loads.csv --force dump",
     "import": "loads.npy --format array --into imported --model m --ep-size 2 --placement linear",
     "copy": "--to copied dump",
     "compact": "--to compacted-{form} dump",
@@ -74,7 +74,7 @@ def test_every_command_works_as_a_process(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, form: str
 ) -> None:
     monkeypatch.chdir(folder)
-    arguments = f"{command} {ARGUMENTS[command].format(form=form)} --output {form}".split()
+    arguments = f"{command} {ARGUMENTS[command].format(form=form)}".split() + ["--json"] * (form == "json")
     result = cli_process(*arguments)
     assert (result.returncode, result.stderr) == (0, "")
     if form == "json":
@@ -101,7 +101,7 @@ def test_a_closed_pipe_ends_the_program_silently(folder: Path) -> None:
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
 def test_program_works_without_a_closed_stream(dump: Path, closed: str) -> None:
     next(dump.glob("run=*/model=*/rank=*0/session=*/loads-000001.parquet")).unlink()
-    line = f"{PROGRAM} summary --output json {dump} {closed}"
+    line = f"{PROGRAM} summary --json {dump} {closed}"
     result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 3
     if closed == "2>&-":

@@ -44,7 +44,7 @@ class Hundreds:
 
 
 def program(root: Path) -> list[str | Path]:
-    return [sys.executable, "-m", "eplb_analyze", "postmortem", root, "--output", "json"]
+    return [sys.executable, "-m", "eplb_analyze", "postmortem", root, "--json"]
 
 
 def _cut(dump: Path) -> None:

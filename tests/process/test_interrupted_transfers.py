@@ -92,7 +92,7 @@ def with_file_limit(limit: int, *arguments: object) -> subprocess.CompletedProce
 
 def test_journal_of_a_killed_writer_is_copied(tmp_path: Path) -> None:
     kill_writers(tmp_path / "dump", 1, "global")
-    result = cli("copy", "--to", tmp_path / "copy", "-o", "json", tmp_path / "dump")
+    result = cli("copy", "--to", tmp_path / "copy", "--json", tmp_path / "dump")
     assert result.returncode == 0
     assert any("not sealed" in note for note in json.loads(result.stdout)["notes"])
     assert content(tmp_path / "copy") == content(tmp_path / "dump")
@@ -114,7 +114,7 @@ def test_killed_copy_is_incomplete_and_continues(dump: Path, s3: S3, tmp_path: P
     assert result.returncode == 3
     assert SESSION_FILE in result.stderr
     assert cli("check", tmp_path).returncode == 1
-    again = json.loads(cli("copy", "--to", tmp_path, "-o", "json", source).stdout)
+    again = json.loads(cli("copy", "--to", tmp_path, "--json", source).stdout)
     assert 0 < again["files_there"] < again["files"]
     assert content(tmp_path) == content(dump)
     assert not [*tmp_path.rglob("*.tmp")]
@@ -149,7 +149,7 @@ def test_copies_of_a_run_being_written_have_its_first_steps(tmp_path: Path) -> N
         assert report.damaged == []
         found = loads(to)
         assert found == truth[: len(found)]
-        checked = json.loads(cli("check", "-o", "json", to).stdout)
+        checked = json.loads(cli("check", "--json", to).stdout)
         # The loads of this test are not conserved.
         known = {"not_closed", "unsealed_journal", "torn_journal", "conservation"}
         assert {f["code"] for f in checked["findings"]} <= known
@@ -184,7 +184,7 @@ def test_copy_to_a_full_disk_is_incomplete_and_continues(dump: Path, tmp_path: P
 
 def test_compacted_run_of_killed_writers_states_its_open_end(tmp_path: Path) -> None:
     kill_writers(tmp_path / "dump", 2, "local")
-    result = cli("compact", "--to", tmp_path / "new", "-o", "json", tmp_path / "dump")
+    result = cli("compact", "--to", tmp_path / "new", "--json", tmp_path / "dump")
     assert (result.returncode, result.stderr) == (0, "")
     assert "2 sessions of the source did not end in order" in json.loads(result.stdout)["unknown"]["end"]
     assert loads(tmp_path / "new") == loads(tmp_path / "dump")
@@ -213,11 +213,11 @@ def test_killed_compact_leaves_no_run_and_its_remains_are_removed(tmp_path: Path
     assert not [*to.glob("run=*/model=*")]
     one_error(cli("summary", to), 3, "no run in it")
     assert [p.name for p in to.iterdir()] == [".run=r-compact.eplb.tmp"]
-    again = json.loads(cli("compact", "--to", to, "-o", "json", root).stdout)
+    again = json.loads(cli("compact", "--to", to, "--json", root).stdout)
     assert again["after"]["run_id"] == "r-compact"
     assert [p.name for p in to.iterdir()] == ["run=r-compact"]
     assert not [*to.rglob("*.tmp")]
-    assert json.loads(cli("check", "-o", "json", to).stdout)["steps"]["recorded"] == 1024
+    assert json.loads(cli("check", "--json", to).stdout)["steps"]["recorded"] == 1024
 
 
 def test_unfinished_runs_of_killed_processes_are_removed(dump: Path, tmp_path: Path) -> None:
@@ -363,9 +363,9 @@ INTERRUPTED = {
     "compact": "compact --to ROOT --run-id x DUMP",
     "import": "import --into ROOT --run-id x --format array --ep-size 2 --placement linear DUMP/loads.npy",
     "copy": "copy --to ROOT DUMP",
-    "report": "report --to ROOT/r.html DUMP",
-    "export loads": "export loads --as csv --to ROOT/x.csv DUMP",
-    "export placement": "export placement --for json --to ROOT/x.json DUMP",
+    "report": "report -o ROOT/r.html DUMP",
+    "export loads": "export loads --as csv -o ROOT/x.csv DUMP",
+    "export placement": "export placement --for json -o ROOT/x.json DUMP",
     "postmortem": "postmortem --save ROOT DUMP",
 }
 

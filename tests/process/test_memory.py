@@ -33,14 +33,14 @@ COMMANDS = {
     "experts": "dump",
     "traffic": "dump",
     "rearrangements": "dump",
-    "compare": "--steps-a :12 --steps-b 12: dump",
+    "compare": "--steps-a -11 --steps-b 12- dump",
     "replay": "--policy deepseek --interval 2 --window 2 dump",
     "advise": "--policy deepseek --interval 2 --window 2 dump",
     "postmortem": "dump",
-    "report": "--to report.html --force dump",
+    "report": "-o report.html --force dump",
     "check": "dump",
-    "export placement": "--for json --to placement.json --force dump",
-    "export loads": "--as csv --to loads.csv --force dump",
+    "export placement": "--for json -o placement.json --force dump",
+    "export loads": "--as csv -o loads.csv --force dump",
     "copy": "--to copied dump",
     "compact": "--to compacted dump",
     "watch": "--once dump",
@@ -101,7 +101,7 @@ def test_peak_memory_is_within_the_documented_bound(recorded: tuple[Path, int], 
     peak = folder / f"peak of {command}"
     with (folder / "output.json").open("wb") as out:  # experts writes 600 MB
         result = subprocess.run(
-            [sys.executable, "-c", MEASURED, peak, *words, "--output", "json"],
+            [sys.executable, "-c", MEASURED, peak, *words, "--json"],
             cwd=folder, stdout=out, stderr=subprocess.PIPE, text=True, timeout=600, check=False,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

@@ -81,7 +81,7 @@ def lose_metadata(dump: Path, content: str | None) -> None:
 
 def postmortem(root: Path, *more: str | Path) -> dict[str, Any]:
     """The JSON document of `postmortem`."""
-    out = cli("postmortem", root, "--output", "json", *more)
+    out = cli("postmortem", root, "--json", *more)
     assert out.returncode == 0, out.stderr
     found: dict[str, Any] = json.loads(out.stdout)
     return found

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat, print_message
+from eplb_analyze.cli.output import Output, print_message
 from eplb_analyze.cli.views.compare import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_UNUSABLE
 from eplb_analyze.sessions.step_range import StepRange
@@ -41,11 +41,11 @@ def compare(
     steps: options.Steps = None,
     steps_a: Annotated[
         StepRange | None,
-        typer.Option("--steps-a", help="As --steps, of A.", metavar="A:B", parser=options.parse_steps),
+        typer.Option("--steps-a", help="As --steps, of A.", metavar="A-B", parser=options.parse_steps),
     ] = None,
     steps_b: Annotated[
         StepRange | None,
-        typer.Option("--steps-b", help="As --steps, of B.", metavar="A:B", parser=options.parse_steps),
+        typer.Option("--steps-b", help="As --steps, of B.", metavar="A-B", parser=options.parse_steps),
     ] = None,
     top: options.Top = 5,
     timings_a: Annotated[
@@ -55,7 +55,7 @@ def compare(
         Path | None, typer.Option("--timings-b", help="As --timings of `summary`, for B.", metavar="FILE")
     ] = None,
     model: options.Model = None,
-    output: options.Output = OutputFormat.text,
+    json: options.Json = False,
 ) -> None:
     """Compare two runs, or two ranges of steps of one run: is B better than A, by how much, and why?
 
@@ -64,7 +64,7 @@ def compare(
     """
     from eplb_analyze.analysis.compare import compare_runs
 
-    out = Output(output)
+    out = Output(json=json)
     if b is None and run_b is None:
         run_b = run_a
     one = out.open_run(a, run_a, model)
@@ -73,7 +73,7 @@ def compare(
     out.join_times(other, timings_b, "B")
     result = compare_runs(one, other, steps, steps_a=steps_a, steps_b=steps_b)
     out.emit(result.to_json, lambda console: render(console, result, top))
-    if output is OutputFormat.json:  # the text has them
+    if json:  # the text has them
         for warning in result.warnings:
             print_message("warning", warning)
     code = EXIT_DONE if result.comparable else EXIT_CHECK_FAILED

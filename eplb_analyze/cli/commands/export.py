@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
     help="Write a placement for an engine to load at its start, or the loads for another program.",
-    epilog="Nothing is written into a dump, and no file replaced without --force. Both take --output json.",
+    epilog="Nothing is written into a dump, and no file replaced without --force. Both take --json.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -35,7 +34,6 @@ class LoadFormat(str, enum.Enum):
     logical_npy = "logical-npy"
 
 
-To = Annotated[Path, typer.Option("--to", help="The file to write.", metavar="FILE", show_default=False)]
 #: Options that need --policy.
 POLICY_OPTIONS = ("--steps", "--window", "--redundant", "--ep-size", "--num-nodes", "--num-groups")
 
@@ -45,7 +43,7 @@ POLICY_OPTIONS = ("--steps", "--window", "--redundant", "--ep-size", "--num-node
 def placement(
     out: RunOutput,
     target: Annotated[Target, typer.Option("--for", help="Who is to load it.", show_default=False)],
-    to: To,
+    file: options.File,
     step: Annotated[
         int | None, typer.Option("--step", help="Recorded at this step; default: the last.", min=0)
     ] = None,
@@ -88,7 +86,7 @@ def placement(
     """Write a placement, recorded at a step or made by a policy, for an engine to load at its start.
 
     A row of `replay` becomes a file with its settings: --policy, --window, --redundant and --ep-size,
-    and --steps :B for the placement that it would have made at step B.
+    and --steps -N for the placement that it would have made after step N.
     """
     given = dict(zip(POLICY_OPTIONS, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
     if policy is None:
@@ -124,7 +122,7 @@ def placement(
     report = export_placement(
         run,
         target.value,
-        to,
+        file,
         found,
         num_hidden_layers=num_hidden_layers,
         first_layer=first_layer,
@@ -146,7 +144,7 @@ def loads(
             show_default=False,
         ),
     ],
-    to: To,
+    file: options.File,
     layer: Annotated[
         list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")
     ] = None,
@@ -157,5 +155,5 @@ def loads(
     from eplb_analyze.transfer.exporters.loads import export_loads
 
     run = out.open()
-    report = export_loads(run, load_format.value, to, steps, layer or None, force=force)
+    report = export_loads(run, load_format.value, file, steps, layer or None, force=force)
     out.show(report.to_json, lambda console: render_loads(console, report), report.steps)

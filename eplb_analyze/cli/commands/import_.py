@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import Output
 from eplb_analyze.cli.views.import_ import render
 from eplb_analyze.storage.path import StoragePath, local, storage_path
 
@@ -52,7 +52,7 @@ def import_(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option("--layers", help="The model's numbers of the layers: A:B, or a list with commas."),
+        typer.Option("--layers", help="The model's numbers of the layers: A-B, or a list with commas."),
     ] = None,
     ordered: Annotated[
         bool, typer.Option("--ordered", help="The source's rows are in the order of time.")
@@ -71,7 +71,7 @@ def import_(
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="The new run's id; default: the time of import.")
     ] = None,
-    output: options.Output = OutputFormat.text,
+    json: options.Json = False,
 ) -> None:
     """Make a run of ours of SGLang's, TensorRT-LLM's, vLLM's, Megatron's or other load recordings.
 
@@ -106,20 +106,20 @@ def import_(
         array=array,
     )
     report = import_dump(source, local(into, "`import --into`"), format, options, run_id)
-    Output(output).emit(report.to_json, lambda console: render(console, report))
+    Output(json=json).emit(report.to_json, lambda console: render(console, report))
 
 
 def _parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Parse ``3:61`` or ``3,5,7`` into ascending layer numbers."""
+    """Parse ``3-60`` or ``3,5,7`` into ascending layer numbers."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    match = re.fullmatch(r"(\d{1,6})-(\d{1,6})", text)
     if match:
-        numbers = list(range(int(match[1]), int(match[2])))
+        numbers = list(range(int(match[1]), int(match[2]) + 1))
     elif re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
         numbers = [int(n) for n in text.split(",")]
     else:
         numbers = []
     if not numbers or numbers != sorted(set(numbers)):
-        raise typer.BadParameter(f"{text!r} is neither A:B nor an ascending list", param_hint="--layers")
+        raise typer.BadParameter(f"{text!r} is neither A-B nor an ascending list", param_hint="--layers")
     return tuple(numbers)

@@ -16,13 +16,13 @@ from eplb_analyze.errors import EXIT_UNUSABLE
 def layer(
     out: RunOutput,
     layer: Annotated[int, typer.Argument(help="The layer's number in the model.", metavar="LAYER")],
-    step: Annotated[int | None, typer.Option("--step", help="One step.", min=0)] = None,
+    step: options.Step = None,
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
     """What did each rank, slot and expert of a layer get, in a step, a range or the whole run?"""
     if step is not None and steps is not None:
-        raise typer.BadParameter("give one of --step and --steps", param_hint="--step")
+        raise typer.BadParameter("give either --step or --steps", param_hint="--step")
     from eplb_analyze.analysis.layer import layer_report
 
     run = out.open()

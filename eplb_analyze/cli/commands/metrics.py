@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import Output
 from eplb_analyze.cli.views.metrics import render
 
 
-def metrics(output: options.Output = OutputFormat.text) -> None:
+def metrics(json: options.Json = False) -> None:
     """The balance formulas of the field, what each means and where it comes from."""
     from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 
@@ -25,4 +25,4 @@ def metrics(output: options.Output = OutputFormat.text) -> None:
             for f in formulas
         ]
     }
-    Output(output).emit(lambda: document, lambda console: render(console, formulas))
+    Output(json=json).emit(lambda: document, lambda console: render(console, formulas))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eplb_analyze.cli import options
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import Output
 from eplb_analyze.cli.views.postmortem import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_UNUSABLE, UsageError
 from eplb_analyze.storage.path import local, storage_path
@@ -66,7 +66,7 @@ def postmortem(
     ray_address: Annotated[
         str | None, typer.Option("--ray-address", help="Of your cluster; default: start a local one.")
     ] = None,
-    output: options.Output = OutputFormat.text,
+    json: options.Json = False,
 ) -> None:
     """Over many runs, in one table: which lost most, why, whether EPLB helped, what cannot be read?
 
@@ -85,7 +85,7 @@ def postmortem(
         raise UsageError("--workers: --executor local has none; name processes or ray")
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address: add --executor ray")
-    out = Output(output)
+    out = Output(json=json)
     targets = list(find(places or ["."]))
     if baseline is not None:
         require_baseline(baseline, targets)

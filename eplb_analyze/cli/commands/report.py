@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,9 +14,7 @@ from eplb_analyze.cli.views.report import render
 @options.about_a_run
 def report(
     out: RunOutput,
-    to: Annotated[
-        Path, typer.Option("--to", help="The file to write.", metavar="FILE.html", show_default=False)
-    ],
+    file: options.File,
     steps: options.Steps = None,
     timings: options.Timings = None,
     gpu: options.Gpu = None,
@@ -33,5 +30,5 @@ def report(
     from eplb_analyze.report.write import write_report
 
     run = out.open(timings=timings, gpu=gpu)
-    written = write_report(run, to, steps, top=top, redact=redact, force=force)
+    written = write_report(run, file, steps, top=top, redact=redact, force=force)
     out.show(written.to_json, lambda console: render(console, written), written.steps)

@@ -9,7 +9,7 @@ import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.console import console
-from eplb_analyze.cli.output import OutputFormat, RunOutput
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.timeline import MARGIN, render
 
 
@@ -36,10 +36,10 @@ def timeline(
             f"no formula {formula!r}; there are: {', '.join(NAMES)}", param_hint="--formula"
         )
     run = out.open()
-    if out.format is OutputFormat.text:
+    if not out.json:
         fit = max(1, console(sys.stdout).width - MARGIN)
         if bins is not None and bins > fit:
-            out.notes([f"{bins} bins do not fit; these are {fit} (--output json gives all)"])
+            out.notes([f"{bins} bins do not fit; these are {fit} (--json gives all)"])
         bins = min(bins or fit, fit)
     result = compute(run, formula, bins or DEFAULT_BINS, layer, steps)
     out.show(result.to_json, lambda console: render(console, result), result.steps)

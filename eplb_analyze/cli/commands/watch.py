@@ -13,7 +13,7 @@ import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.console import console
-from eplb_analyze.cli.output import OutputFormat, RunOutput
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.watch import lines, show
 from eplb_analyze.errors import EXIT_UNUSABLE, DumpError, UsageError
 from eplb_analyze.storage.path import local
@@ -33,7 +33,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
 ) -> None:
     """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
-    if not once and out.format is OutputFormat.json:
+    if not once and out.json:
         raise UsageError("the live view is no document: add --once to have one look as JSON")
     if not once and not sys.stdout.isatty():
         raise UsageError("the live view needs a terminal: add --once to have one look printed here")

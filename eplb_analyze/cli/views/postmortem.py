@@ -95,7 +95,7 @@ def _reasons(
         where = f"run {names[id(row)]}{of}: " if names[id(row)] else ""
         print_line(console, (f"{status} ", style), f"{where}{row.reason}")
     if len(rows) > top:
-        console.print(f"and {len(rows) - top} more {status}; --output json lists all")
+        console.print(f"and {len(rows) - top} more {status}; --json lists all")
 
 
 def _counts(rows: list[Row]) -> str:

@@ -67,7 +67,7 @@ def _matrix(console: Console, report: TrafficReport) -> None:
     room = console.width - label - 1
     width = next((w for w in (6, 3) if w * size <= room), 2)
     if size > SHOWN or width * size > room:
-        console.print(f"the matrix of {size} {report.by}s is in --output json, or try --by node\n")
+        console.print(f"the matrix of {size} {report.by}s is in --json, or try --by node\n")
         return
     title = f"% of a {report.by}'s tokens (row) that go to each {report.by} (column)"
     print_line(console, (title + (", ++ is 10 or more" if width == 2 else ""), "bold"))

@@ -123,7 +123,7 @@ def test_steps_of_a_long_run_are_summed_in_groups(
 
 
 def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
-    result = cli("compare", *AB, "-o", "json", pair[0])
+    result = cli("compare", *AB, "--json", pair[0])
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert list(document) == [
@@ -155,7 +155,7 @@ def test_text_output(pair: tuple[Path, Any, Any]) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0] == "compare · org/moe · is B better than A?"
     assert "layers: 3 better, 0 worse, 0 not significant" in lines
-    document = json.loads(cli("compare", *AB, "-o", "json", pair[0]).stdout)["balancedness"]
+    document = json.loads(cli("compare", *AB, "--json", pair[0]).stdout)["balancedness"]
     row = next(line.split() for line in lines if line.startswith("balancedness"))
     assert row[1:4] == [f"{document['a']:.3f}", f"{document['b']:.3f}", f"{document['difference']:+.3f}"]
     assert any(line.split() == ["engine_config.eplb.window", "100", "200"] for line in lines)
@@ -174,7 +174,7 @@ def test_runs_can_be_named_in_four_ways(pair: tuple[Path, Any, Any], monkeypatch
 
 def test_range_limits_both_runs(pair: tuple[Path, Any, Any]) -> None:
     root, a, _ = pair
-    document = json.loads(cli("compare", "--steps", "20:50", "-o", "json", *AB, root).stdout)
+    document = json.loads(cli("compare", "--steps", "20-49", "--json", *AB, root).stdout)
     assert document["a"]["steps"]["recorded"] == 30
     value = float(np.mean(per_step("balancedness", ranks_of(a[20:50]))))
     assert document["balancedness"]["a"] == pytest.approx(value)
@@ -192,7 +192,7 @@ def test_range_limits_both_runs(pair: tuple[Path, Any, Any]) -> None:
 def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     write(tmp_path, "a", TOGETHER)
     write(tmp_path, "b", APART, **options)
-    result = cli("compare", *AB, "-o", "json", tmp_path)
+    result = cli("compare", *AB, "--json", tmp_path)
     document = json.loads(result.stdout)
     assert (result.returncode, document["verdict"], document["reasons"]) == (1, "not comparable", [reason])
     assert (document["comparable"], document["balancedness"], document["layers"]) == (False, None, [])
@@ -213,7 +213,7 @@ def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any],
 def test_unlike_conditions_are_warned_about(tmp_path: Path, options: dict[str, Any], warning: str) -> None:
     write(tmp_path, "a", TOGETHER)
     write(tmp_path, "b", APART, seed=1, **options)
-    result = cli("compare", *AB, "-o", "json", tmp_path)
+    result = cli("compare", *AB, "--json", tmp_path)
     document = json.loads(result.stdout)
     assert (result.returncode, document["comparable"], len(document["warnings"])) == (0, True, 1)
     assert warning in document["warnings"][0]
@@ -225,8 +225,8 @@ def test_invalid_input_is_an_error(pair: tuple[Path, Any, Any], tmp_path: Path) 
     one_error(cli("compare", "--run-a", "a", "--run-b", "zz", root), 2, "no run 'zz'", "there are:")
     one_error(cli("compare", root, tmp_path / "nowhere"), 3, "nowhere", "no such folder")
     one_error(cli("compare", *AB, tmp_path), 3, "no run in it")
-    one_error(cli("compare", "--steps", "900:", *AB, root), 2, "no step of the run is in 900:")
-    for overlapping in ([], ["--steps-a", "0:60", "--steps-b", "59:120"]):
+    one_error(cli("compare", "--steps", "900-", *AB, root), 2, "no step of the run is in 900-")
+    for overlapping in ([], ["--steps-a", "0-59", "--steps-b", "59-119"]):
         one_error(cli("compare", "--run-a", "a", *overlapping, root), 2, "in common", "--steps-b")
 
 
@@ -247,7 +247,7 @@ def test_imbalance_explains_the_planted_part_of_the_step_time(tmp_path: Path) ->
         assert row.imbalance_ms.low < row.imbalance_ms.estimate < row.imbalance_ms.high
     text = cli("compare", a.root, b.root).stdout
     assert text.count("from imbalance") == 2
-    document = json.loads(cli("compare", a.root, b.root, "--output", "json").stdout)
+    document = json.loads(cli("compare", a.root, b.root, "--json").stdout)
     assert document["step_times"][0]["imbalance_ms"]["estimate"] == rows[0].imbalance_ms.estimate
     assert document["unexplained"] is None
 
@@ -311,7 +311,7 @@ def test_the_layer_and_the_expert_behind_a_difference_are_named(story: tuple[Pat
     ]
     assert (row.share_a, row.share_b) == pytest.approx(shares)
     assert (row.replicas_a, row.replicas_b) == pytest.approx((1, 1))
-    text = " ".join(cli("compare", "--steps-a", "0:120", "--steps-b", "120:240", root).stdout.split())
+    text = " ".join(cli("compare", "--steps-a", "0-119", "--steps-b", "120-239", root).stdout.split())
     said = f"all from layer 1: expert 5 went from {shares[0]:.1%} to {shares[1]:.1%} of tokens"
     assert "WORSE: " in text
     assert said in text
@@ -339,7 +339,7 @@ def test_replicas_that_a_rearrangement_added_are_named(story: tuple[Path, Any]) 
     assert (result.verdict, result.size) == ("better", "large")
     assert (result.experts[0].layer, result.experts[0].expert) == (1, 5)
     assert (result.experts[0].replicas_a, result.experts[0].replicas_b) == pytest.approx((1, 3))
-    text = " ".join(cli("compare", "--steps-a", "120:240", "--steps-b", "240:360", root).stdout.split())
+    text = " ".join(cli("compare", "--steps-a", "120-239", "--steps-b", "240-359", root).stdout.split())
     share = logical[HELPED:, 1, 5].sum() / logical[HELPED:, 1].sum()
     assert f"expert 5 ({share:.1%} of tokens) went from 1 to 3 replicas" in text
 
@@ -349,7 +349,7 @@ def test_nothing_is_named_if_nothing_differs(story: tuple[Path, Any]) -> None:
     run = open_run(root)
     result = compare_runs(run, run, steps_a=(0, 60), steps_b=(60, HOT))
     assert (result.verdict, result.size, result.experts) == ("no significant difference", None, [])
-    text = cli("compare", "--steps-a", "0:60", "--steps-b", "60:120", root).stdout
+    text = cli("compare", "--steps-a", "0-59", "--steps-b", "60-119", root).stdout
     assert "NO SIGNIFICANT DIFFERENCE: idle time changed by" in " ".join(text.split())
     assert "expert" not in text.split("settings")[0].replace("other experts", "")
 

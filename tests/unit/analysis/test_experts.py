@@ -300,7 +300,7 @@ def test_text_output(tmp_path: Path) -> None:
 
 def test_json_output(tmp_path: Path) -> None:
     write(tmp_path)
-    arguments = ("experts", "--window", "10", "--layer", "1", "-o", "json")
+    arguments = ("experts", "--window", "10", "--layer", "1", "--json")
     result = cli(*arguments, tmp_path)
     document = json.loads(result.stdout)
     assert (result.returncode, result.stderr) == (0, "")
@@ -355,7 +355,7 @@ def test_json_output(tmp_path: Path) -> None:
     ("arguments", "word"),
     [
         (["--layer", "5"], "no MoE layer 5"),
-        (["--steps", "900:"], "no step of the run is in 900:"),
+        (["--steps", "900-"], "no step of the run is in 900-"),
     ],
 )
 def test_something_not_in_the_dump_is_a_usage_error(dump: Path, arguments: list[str], word: str) -> None:
@@ -374,7 +374,7 @@ def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
     record(tmp_path)
     path = next(tmp_path.glob("**/rank=00002/**/loads-000001.parquet"))
     path.write_bytes(path.read_bytes()[:-50])
-    result = cli("experts", "-o", "json", tmp_path)
+    result = cli("experts", "--json", tmp_path)
     one_error(result, 3, "loads-000001.parquet")
     document = json.loads(result.stdout)
     good = [s for s in complete_steps() if not 48 <= s < 96 or idle(2, s)]

@@ -114,10 +114,10 @@ def test_the_command_line_labels_it(dump: Path, tmp_path: Path) -> None:
     text = cli("summary", "--gpu", "b200", dump).stdout
     assert "imbalance would cost" in text
     assert "not of this run" in " ".join(text.split())
-    cost = json.loads(cli("summary", "--gpu", "b200", "-o", "json", dump).stdout)["cost"]
+    cost = json.loads(cli("summary", "--gpu", "b200", "--json", dump).stdout)["cost"]
     assert (cost["status"], cost["basis"]) == ("estimated", "kernel_times")
     assert cli("summary", "--gpu", "v100", dump).returncode == 2
     page = tmp_path / "report.html"
-    assert cli("report", "--gpu", "b200", "--to", page, dump).returncode == 0
+    assert cli("report", "--gpu", "b200", "-o", page, dump).returncode == 0
     assert "estimated from kernel times, not measured" in page.read_text()
     assert "none measurable" not in page.read_text()

@@ -63,9 +63,9 @@ def test_node_figures_combine_those_of_its_ranks(truth: Truth) -> None:
 
 def test_ranks_per_node_can_be_given(tmp_path: Path, local: Truth) -> None:
     write(tmp_path, ranks_per_node=None)
-    said = json.loads(cli("ranks", "-o", "json", local.root).stdout)
+    said = json.loads(cli("ranks", "--json", local.root).stdout)
     assert said["nodes"]
-    assert json.loads(cli("ranks", "--ranks-per-node", "2", "-o", "json", tmp_path).stdout) == said
+    assert json.loads(cli("ranks", "--ranks-per-node", "2", "--json", tmp_path).stdout) == said
     # It overrides what the dump says, and the last node may have fewer ranks.
     report = rank_report(open_run(local.root), ranks_per_node=3)
     assert [node.ranks for node in report.nodes] == [[0, 1, 2], [3]]
@@ -137,7 +137,7 @@ def test_each_column_is_numbered_if_ranks_are_left_out(tmp_path: Path) -> None:
 def test_equal_ranks_cost_nothing_and_a_layer_without_tokens_has_no_figures(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=2, ep_size=2, scope="global") as writer:
         writer.record(None, np.array([[5, 5], [0, 0]]), np.array([[0, 1]] * 2))
-    document = json.loads(cli("ranks", "-o", "json", tmp_path).stdout)
+    document = json.loads(cli("ranks", "--json", tmp_path).stdout)
     assert (document["active"], document["loss_tokens"], document["idle_fraction"]) == (1, 0, 0)
     assert [r["slowest"] for r in document["ranks"]] == [0, 0]
     assert [r["excess_share"] for r in document["ranks"]] == [None, None]

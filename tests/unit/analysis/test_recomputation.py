@@ -93,7 +93,7 @@ def generate(root: Path, seed: int, **kind: Any) -> Path:
 
 
 def shown(command: str, run: Path, *options: str) -> Any:
-    result = cli(*command.split(), *options, "--output", "json", run)
+    result = cli(*command.split(), *options, "--json", run)
     assert result.returncode in (0, 3), result.stderr
     return json.loads(result.stdout)
 

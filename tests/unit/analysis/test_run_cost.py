@@ -120,13 +120,13 @@ def test_summary_says_which_run_is_costly_free_or_not_measurable(
 
 
 def test_summary_json_is_the_cost_of_the_run(costly: TimedRun, short: TimedRun) -> None:
-    document = json.loads(cli("summary", costly.root, "--output", "json").stdout)["cost"]
+    document = json.loads(cli("summary", costly.root, "--json").stdout)["cost"]
     assert document == cost_of(open_run(costly.root)).to_json()
     assert list(document) == [
         *("status", "basis", "ms_per_step", "share_of_step", "step_ms", "r2", "steps_used", "excluded"),
         *("message", "phases"),
     ]
-    document = json.loads(cli("summary", short.root, "--output", "json").stdout)["cost"]
+    document = json.loads(cli("summary", short.root, "--json").stdout)["cost"]
     assert document["status"] == "not_identifiable"
     assert document["ms_per_step"] is None
     assert "100 " in document["message"]

@@ -25,7 +25,7 @@ from small_run import Truth, write
     ],
 )
 def test_output_is_golden(local: Truth, name: str, command: str) -> None:
-    form = ["--output", "json"] if name.endswith("json") else []
+    form = ["--json"] if name.endswith("json") else []
     result = cli(*command.split(), *form, local.root)
     assert result.returncode == 0
     assert "Traceback" not in result.stderr
@@ -35,10 +35,10 @@ def test_output_is_golden(local: Truth, name: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("ranks --steps 50:60", ["no step of the run is in 50:60"]),
+        ("ranks --steps 50-59", ["no step of the run is in 50-59"]),
         ("ranks --run zz", ["no run 'zz'"]),
         ("timeline --layer 4", ["no MoE layer 4", "3, 5"]),
-        ("timeline --steps 50:60", ["no step of the run is in 50:60"]),
+        ("timeline --steps 50-59", ["no step of the run is in 50-59"]),
         ("timeline --model zz", ["no model 'zz'"]),
         ("placement --layer 4", ["no MoE layer 4"]),
         ("placement --step 30", ["no step 30", "steps 0 to 29"]),
@@ -51,7 +51,7 @@ def test_something_not_in_the_dump_is_a_usage_error(local: Truth, command: str, 
 
 @pytest.mark.parametrize("command", ["ranks", "timeline"])
 def test_range_without_complete_step_is_unusable(local: Truth, command: str) -> None:
-    one_error(cli(command, "--steps", "6:8", local.root), 3, "no step of this range is complete")
+    one_error(cli(command, "--steps", "6-7", local.root), 3, "no step of this range is complete")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_damaged_segment_is_left_out(tmp_path: Path, command: str) -> None:
     write(tmp_path)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[1]
     victim.write_bytes(victim.read_bytes()[:-100])
-    result = cli(command, "-o", "json", tmp_path)
+    result = cli(command, "--json", tmp_path)
     one_error(result, 3, victim.name)
     steps = json.loads(result.stdout)["steps"]
     # Of 30 steps one is dummy and one incomplete, both in the first segment of eight.

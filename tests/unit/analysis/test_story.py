@@ -137,7 +137,7 @@ def idle_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def document(command: str, *dumps: Path, code: int) -> dict[str, Any]:
-    result = cli(*command.split(), "--output", "json", *dumps)
+    result = cli(*command.split(), "--json", *dumps)
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
@@ -235,7 +235,7 @@ def test_summary_says_where_time_was_lost(dump: Path) -> None:
 @pytest.mark.parametrize(("first", "end", "hottest"), [(200, 300, 2), (300, 400, 6), (500, 600, 1)])
 def test_layer_7(dump: Path, first: int, end: int, hottest: int) -> None:
     """Before its expert is hot, while it is on one rank, and on three."""
-    found = document(f"layer 7 --steps {first}:{end}", dump, code=0)
+    found = document(f"layer 7 --steps {first}-{end - 1}", dump, code=0)
     assert (found["first_step"], found["last_step"], found["steps"]) == (first, end - 1, 100)
     by_rank = tokens(first, end)[:, NUMBERS.index(7)].sum(axis=0)
     assert [rank["load"] for rank in found["ranks"]] == by_rank.tolist()
@@ -276,7 +276,7 @@ def test_experts(dump: Path) -> None:
         peaks = [of_experts(first, first + 100, layer) for first in range(0, STOPPED, 100)]
         assert expert["peak_times_mean"] == pytest.approx(max(p[logical] / p.mean() for p in peaks))
     # Since the drift expert 9 is worth four slots and has one.
-    late = document("experts --hot --layer 7 --steps 700:", dump, code=3)["experts"]
+    late = document("experts --hot --layer 7 --steps 700-", dump, code=3)["experts"]
     assert {e["logical"]: (e["verdict"], e["under_replicated"]) for e in late} == {
         9: ("always", True),
         3: ("always", False),
@@ -403,14 +403,14 @@ def test_traffic(dump: Path) -> None:
     assert found["shares"]["other_node"] == pytest.approx(1 - inside / matrix.sum())
     # Nothing was planted to keep tokens near: they go where chance sends them.
     assert found["shares"]["same_rank"] == pytest.approx(found["shares_by_chance"]["same_rank"], abs=0.001)
-    layer = document("traffic --layer 7 --steps 300:500", dump, code=0)
+    layer = document("traffic --layer 7 --steps 300-499", dump, code=0)
     assert layer["matrix"] == by_rank[300:500, :, NUMBERS.index(7)].sum(axis=(0, 3)).tolist()
     assert layer["receivers"][0]["destination"] == 6
 
 
 def test_compare(dump: Path, idle_dump: Path) -> None:
     """Better than the run that nobody rearranged, in the 200 steps for which it helped, and only then."""
-    found = document("compare --steps 500:700", idle_dump, dump, code=0)
+    found = document("compare --steps 500-699", idle_dump, dump, code=0)
     assert (found["comparable"], found["warnings"], found["verdict"]) == (True, [], "better")
     sides = found["balancedness"]
     assert sides["a"] == pytest.approx(balance(500, 700, acts=False))
@@ -421,7 +421,7 @@ def test_compare(dump: Path, idle_dump: Path) -> None:
     assert found["idle_fraction"]["difference"] == pytest.approx(idle[1] - idle[0])
     best = max(found["layers"], key=lambda layer: layer["balancedness"]["difference"])
     assert (best["layer"], best["balancedness"]["verdict"]) == (7, "better")
-    before = document("compare --steps 300:500", idle_dump, dump, code=0)
+    before = document("compare --steps 300-499", idle_dump, dump, code=0)
     assert before["verdict"] == "no significant difference"
 
 

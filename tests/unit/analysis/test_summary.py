@@ -173,7 +173,7 @@ def test_steps_without_a_phase_are_counted(tmp_path: Path) -> None:
             writer.record(step, load_of(step), map_of(), phase="decode" if step < 20 else None)
     told = cli("summary", tmp_path).stdout
     assert "and 10 steps of no stated phase" in told
-    assert "of no stated phase" not in cli("summary", "--steps", "0:20", tmp_path).stdout
+    assert "of no stated phase" not in cli("summary", "--steps", "0-19", tmp_path).stdout
 
 
 def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:

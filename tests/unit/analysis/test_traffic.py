@@ -145,7 +145,7 @@ def test_dump_without_sources_is_an_error(tmp_path: Path, options: dict[str, Any
 
 def test_invalid_input_is_an_error(dump: Path, tmp_path: Path) -> None:
     one_error(cli("traffic", "--layer", "5", dump), 2, "no MoE layer 5")
-    one_error(cli("traffic", "--steps", "99:", dump), 2, "no step of the run is in 99:")
+    one_error(cli("traffic", "--steps", "99-", dump), 2, "no step of the run is in 99-")
     write(tmp_path)
     one_error(cli("traffic", "--by", "node", tmp_path), 2, "how many ranks a node has", "--ranks-per-node")
     assert cli("traffic", "--by", "node", "--ranks-per-node", "0", dump).returncode == 2
@@ -200,13 +200,13 @@ def test_output_of_many_ranks_fits_the_width(tmp_path: Path, ranks: int) -> None
         result = cli("traffic", tmp_path, env={"COLUMNS": str(columns)})
         assert result.returncode == 0
         assert max(map(len, result.stdout.splitlines())) <= columns
-        assert ("the matrix of 64 ranks is in --output json" in result.stdout) == (ranks == 64)
+        assert ("the matrix of 64 ranks is in --json" in result.stdout) == (ranks == 64)
         assert (f"\nr{ranks - 1} " in result.stdout) == (ranks < 64)
 
 
 def test_json_output(tmp_path: Path) -> None:
     write(tmp_path)
-    result = cli("traffic", "-o", "json", tmp_path)
+    result = cli("traffic", "--json", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     for pair in document["pairs"]:

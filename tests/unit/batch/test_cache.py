@@ -147,7 +147,7 @@ def test_unusual_names_can_be_saved(tmp_path: Path) -> None:
     record(tmp_path / "plain/dump", "r", SKEWED, engine="m\ud800")
     (tmp_path / "plain").rename(tmp_path / os.fsdecode(b"d\xff"))
     record(tmp_path / "long", "x" * 128, SKEWED, model="y" * 150)
-    out = cli("postmortem", tmp_path, "--save", tmp_path / "out", "--output", "json")
+    out = cli("postmortem", tmp_path, "--save", tmp_path / "out", "--json")
     assert out.returncode == 0, out.stderr
     rows = {row["run_id"][0]: row for row in json.loads(out.stdout)["runs"]}
     assert rows["x"]["status"] == "complete"
@@ -165,7 +165,7 @@ def test_saved_report_of_a_damaged_run_agrees_with_summary(tmp_path: Path) -> No
         sorted(dump.rglob("steps-*.parquet"))[-1].unlink()
         assert cli("postmortem", dump, "--save", saved).returncode == 0
         [report] = (saved / "reports").glob("*.json")
-        assert json.loads(report.read_text()) == json.loads(cli("summary", dump, "-o", "json").stdout)
+        assert json.loads(report.read_text()) == json.loads(cli("summary", dump, "--json").stdout)
 
 
 def test_nothing_is_saved_through_a_link_into_a_dump(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ def test_group_figures_are_means_over_steps(batch: Batch) -> None:
 def test_threshold_and_baseline_set_the_exit_code(batch: Batch) -> None:
     root = batch.root / "a"
     assert cli("postmortem", root, "--threshold", "0.1").returncode == 0
-    out = cli("postmortem", root, "--threshold", "0.7", "--output", "json")
+    out = cli("postmortem", root, "--threshold", "0.7", "--json")
     assert out.returncode == 1
     assert [row["run_id"] for row in json.loads(out.stdout)["failed"]] == ["bad"]
-    out = cli("postmortem", root, "--baseline", "good", "--output", "json")
+    out = cli("postmortem", root, "--baseline", "good", "--json")
     assert out.returncode == 1
     assert [row["run_id"] for row in json.loads(out.stdout)["failed"]] == ["bad"]
     assert cli("postmortem", root, "--baseline", "bad").returncode == 0

@@ -57,7 +57,7 @@ def test_rows_hold_the_figures_of_each_run(batch: Batch) -> None:
 def test_rows_agree_with_summary(batch: Batch) -> None:
     root, _ = batch
     for row in postmortem(root / "a", root / "long")["runs"]:
-        out = cli("summary", row["dump"], "--run", row["run_id"], "--output", "json")
+        out = cli("summary", row["dump"], "--run", row["run_id"], "--json")
         summary = json.loads(out.stdout)
         assert row["balancedness"] == summary["balancedness"]["mean"]
         assert row["idle_fraction"] == summary["idle_fraction"]
@@ -162,7 +162,7 @@ def test_figures_do_not_depend_on_segments(tmp_path: Path) -> None:
     for name in ("persistent_share", "balancedness", "idle_fraction"):
         assert [row[name] for row in rows] == pytest.approx([rows[0][name]] * 3, rel=1e-12)
     assert all(row["step_seconds"] for row in rows)
-    lengths = [json.loads(cli("summary", tmp_path, "--run", n, "-o", "json").stdout) for n in "abc"]
+    lengths = [json.loads(cli("summary", tmp_path, "--run", n, "--json").stdout) for n in "abc"]
     assert [summary["loss"]["window_steps"] for summary in lengths] == [128] * 3
 
 
@@ -246,14 +246,16 @@ def test_golden(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) ->
     for i, routing in enumerate((SKEWED, EVEN)):
         record(tmp_path, f"run-{i}", routing, seed=i, engine="vllm")
     monkeypatch.chdir(tmp_path)
-    out = cli("postmortem", ".", "gone", "--by", "model", "--baseline", "run-1", "--output", output)
+    out = cli(
+        "postmortem", ".", "gone", "--by", "model", "--baseline", "run-1", *["--json"] * (output == "json")
+    )
     assert out.returncode == 1
     assert_golden(f"postmortem.{'txt' if output == 'text' else 'json'}", out.stdout)
 
 
 def test_phases_without_a_measurable_cost_lose_no_time(tmp_path: Path) -> None:
     run = write_timed(tmp_path, 0.02, phases=("decode", "prefill"), slow={"prefill": 4000.0}, steps=600)
-    phases = json.loads(cli("summary", tmp_path, "--output", "json").stdout)["cost"]["phases"]
+    phases = json.loads(cli("summary", tmp_path, "--json").stdout)["cost"]["phases"]
     assert [phases[name]["status"] == "measured" for name in ("decode", "prefill")] == [True, False]
     [row] = postmortem(tmp_path)["runs"]
     lost = run.cost[::2].sum() / 1e3 * run.tokens.shape[2]

@@ -67,7 +67,7 @@ def unwrapped(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_summary_json_has_the_stable_keys(good: Path) -> None:
-    result = cli("summary", "--output", "json", good)
+    result = cli("summary", "--json", good)
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     run_keys = {"run_id", "model", "engine", "ep_size", "num_layers", "num_logical_experts"}
@@ -87,7 +87,7 @@ def test_summary_json_has_the_stable_keys(good: Path) -> None:
 
 
 def test_layer_json_has_the_stable_keys(good: Path) -> None:
-    result = cli("layer", "1", "--step", "30", "-o", "json", good)
+    result = cli("layer", "1", "--step", "30", "--json", good)
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert (document["layer"], document["first_step"], document["last_step"]) == (1, 30, 30)
@@ -101,7 +101,7 @@ def test_layer_json_has_the_stable_keys(good: Path) -> None:
 
 
 def test_check_json_has_the_stable_keys(good: Path) -> None:
-    result = cli("check", "-o", "json", good)
+    result = cli("check", "--json", good)
     document = json.loads(result.stdout)
     assert (result.returncode, document["ok"], document["findings"]) == (0, True, [])
 
@@ -125,7 +125,7 @@ def test_check_json_has_the_stable_keys(good: Path) -> None:
 )
 def test_golden_output(good: Path, poor: Path, name: str, command: str, code: int) -> None:
     *words, which = command.split()
-    form = ["--output", "json"] if name.endswith("json") else []
+    form = ["--json"] if name.endswith("json") else []
     result = cli(*words, *form, {"good": good, "poor": poor}[which])
     assert result.returncode == code
     assert "Traceback" not in result.stderr
@@ -138,9 +138,9 @@ def test_golden_output(good: Path, poor: Path, name: str, command: str, code: in
 def test_summary_warns_first_that_eplb_never_acted(good: Path, poor: Path, tmp_path: Path) -> None:
     """For the whole run, whatever --steps says, and not if placements are unknown."""
     never = "EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"
-    for steps in ([], ["--steps", "5:20"]):
+    for steps in ([], ["--steps", "5-19"]):
         assert never in cli("summary", *steps, poor).stdout.splitlines()[1:3]
-    part = cli("summary", "--steps", "5:15", good).stdout
+    part = cli("summary", "--steps", "5-14", good).stdout
     assert "NEVER" not in part
     assert "no rearrangement in these steps" in part
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
@@ -169,7 +169,7 @@ def test_run_of_one_rank_has_nothing_to_balance(tmp_path: Path) -> None:
 
 def test_metrics_lists_all_formulas_in_both_forms() -> None:
     names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm", "active-experts"]
-    document = json.loads(cli("metrics", "--output", "json").stdout)
+    document = json.loads(cli("metrics", "--json").stdout)
     assert [m["name"] for m in document["metrics"]] == names
     text = cli("metrics").stdout
     assert all(name in text for name in names)
@@ -206,34 +206,35 @@ def test_dump_defaults_to_the_environment_then_to_the_current_folder(
 
 
 def test_steps_option_limits_the_range(good: Path) -> None:
-    document = json.loads(cli("summary", "--steps", "10:15", "-o", "json", good).stdout)
+    document = json.loads(cli("summary", "--steps", "10-14", "--json", good).stdout)
     assert (document["steps"]["first"], document["steps"]["last"], document["steps"]["seen"]) == (10, 14, 5)
     assert document["rearrangements"] == []
-    document = json.loads(cli("layer", "1", "--steps", "35:", "-o", "json", good).stdout)
+    one = cli("summary", "--step", "12", "--json", good).stdout
+    assert one == cli("summary", "--steps", "12-12", "--json", good).stdout
+    assert json.loads(one)["steps"]["seen"] == 1
+    document = json.loads(cli("layer", "1", "--steps", "35-", "--json", good).stdout)
     assert (document["first_step"], document["last_step"], document["steps"]) == (35, 39, 5)
 
 
 def test_newest_run_is_chosen_and_named(tmp_path: Path) -> None:
     write(tmp_path, run_id="old", steps=3)
     write(tmp_path, run_id="new", steps=4)
-    result = cli("summary", "-o", "json", tmp_path)
+    result = cli("summary", "--json", tmp_path)
     assert json.loads(result.stdout)["run"]["run_id"] == "new"
     assert "2 runs" in result.stderr
-    assert json.loads(cli("summary", "--run", "old", "-o", "json", tmp_path).stdout)["steps"]["seen"] == 3
+    assert json.loads(cli("summary", "--run", "old", "--json", tmp_path).stdout)["steps"]["seen"] == 3
 
 
 def test_larger_model_is_chosen_and_named(tmp_path: Path) -> None:
     write(tmp_path)
     with ExpertLoadWriter(tmp_path, model="draft", num_logical_experts=4, ep_size=2, run_id="r") as writer:
         writer.record(None, np.ones((1, 4), int), np.arange(4).reshape(1, 4))
-    result = cli("summary", "-o", "json", tmp_path)
+    result = cli("summary", "--json", tmp_path)
     assert json.loads(result.stdout)["run"]["model"] == "org/moe"
     assert "draft" in result.stderr
-    other = cli("check", "--model", "draft", "-o", "json", tmp_path)
+    other = cli("check", "--model", "draft", "--json", tmp_path)
     assert "missing_ranks" in other.stdout
-    assert (
-        json.loads(cli("summary", "--model", "org/moe", "-o", "json", tmp_path).stdout)["steps"]["seen"] == 40
-    )
+    assert json.loads(cli("summary", "--model", "org/moe", "--json", tmp_path).stdout)["steps"]["seen"] == 40
 
 
 # ---- bad input: one clear line and an exit code
@@ -347,7 +348,7 @@ class TestBadInput:
     @staticmethod
     def faulty(command: str, root: Path, name: str, *, still_recorded: int) -> None:
         """The fault is named once, the rest is used, and the exit code reports it."""
-        result = cli(*COMMANDS[command], "-o", "json", root)
+        result = cli(*COMMANDS[command], "--json", root)
         assert "Traceback" not in result.stderr
         document = json.loads(result.stdout)
         if command == "check":
@@ -378,8 +379,8 @@ def test_missing_layer_or_step_is_named_with_what_exists(
 
 def test_range_without_a_step_is_rejected(good: Path) -> None:
     for command in (["summary"], ["layer", "1"]):
-        result = cli(*command, "--steps", "500:600", good)
-        one_error(result, 2, "no step of the run is in 500:600", "it has steps 0 to 39")
+        result = cli(*command, "--steps", "500-599", good)
+        one_error(result, 2, "no step of the run is in 500-599", "it has steps 0 to 39")
 
 
 @pytest.mark.parametrize(
@@ -388,10 +389,12 @@ def test_range_without_a_step_is_rejected(good: Path) -> None:
         ["layer", "x"],
         ["layer"],
         ["layer", "1", "--step", "-4"],
-        ["layer", "1", "--step", "4", "--steps", "1:2"],
+        ["layer", "1", "--step", "4", "--steps", "1-2"],
         ["summary", "--steps", "9"],
-        ["summary", "--steps", "9:3"],
-        ["summary", "--output", "xml"],
+        ["summary", "--steps", "9-2"],
+        ["summary", "--steps", "1-8"],
+        ["summary", "--step", "1", "--steps", "1-9"],
+        ["summary", "--json=xml"],
         ["nonsense"],
     ],
 )
@@ -482,7 +485,7 @@ def test_frame_of_absurd_size_is_rejected(good: Path, tmp_path: Path) -> None:
 
 def test_numbers_with_too_many_digits_are_usage_errors(good: Path) -> None:
     many = "9" * 5000
-    assert cli("summary", "--steps", f"0:{many}", good).returncode == 2
+    assert cli("summary", "--steps", f"0-{many}", good).returncode == 2
     assert cli("ranks", "--ranks-per-node", many, good).returncode == 2
     assert cli("traffic", "--ranks-per-node", many[:30], good).returncode == 2
 

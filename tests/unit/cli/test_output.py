@@ -10,7 +10,7 @@ import pytest
 
 from eplb_analyze import text as text_
 from eplb_analyze.cli import progress as progress_
-from eplb_analyze.cli.output import Output, OutputFormat
+from eplb_analyze.cli.output import Output
 from eplb_analyze.cli.progress import Progress
 
 
@@ -41,7 +41,7 @@ def test_bar_shows_the_progress_of_long_work(monkeypatch: pytest.MonkeyPatch) ->
 def test_bar_is_gone_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
     monkeypatch.setattr(progress_, "DELAY_SECONDS", 0.0)
-    out = Output(OutputFormat.json)
+    out = Output(json=True)
     out.progress(1, 2)
     out.emit(dict, lambda console: None)
     drawn = terminal.getvalue()

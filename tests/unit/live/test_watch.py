@@ -762,7 +762,7 @@ def steady(text: str) -> str:
 @pytest.mark.parametrize("name", ["watch.txt", "watch.json"])
 def test_output_matches_the_golden_file(tmp_path: Path, name: str) -> None:
     write(tmp_path)
-    form = ["--output", "json"] if name.endswith("json") else []
+    form = ["--json"] if name.endswith("json") else []
     result = cli("watch", "--once", *form, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert_golden(name, steady(result.stdout))
@@ -782,7 +782,7 @@ def test_wrong_usage_is_an_error(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert "interval" in result.stderr
     one_error(cli("watch", tmp_path), 2, "needs a terminal", "add --once")
-    one_error(cli("watch", "--output", "json", tmp_path), 2, "add --once")
+    one_error(cli("watch", "--json", tmp_path), 2, "add --once")
     one_error(cli("watch", "--once", tmp_path / "not-there"), 3, "no such folder")
     (tmp_path / "empty").mkdir()
     one_error(cli("watch", "--once", tmp_path / "empty"), 3, "no run in it")
@@ -865,7 +865,7 @@ def test_live_view_waits_for_a_folder(tmp_path: Path) -> None:
 
 def test_json_document_has_all_figures(tmp_path: Path) -> None:
     write(tmp_path, steps=100)
-    document = json.loads(cli("watch", "--once", "-o", "json", "--window", "50", tmp_path).stdout)
+    document = json.loads(cli("watch", "--once", "--json", "--window", "50", tmp_path).stdout)
     assert document["run"] == {"run_id": "r", "model": "org/moe"}
     assert (document["complete"], document["first_step"], document["last_step"]) == (50, 50, 99)
     assert {b["first_step"] for b in document["timeline"]} == set(range(50, 100))

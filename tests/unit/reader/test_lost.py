@@ -410,13 +410,13 @@ def test_every_command_estimates_steps_that_lack_ranks_by_the_others(
     label = (
         f"ESTIMATE of {len(own)} steps, {own[0]} to {own[-1]}, without rank {', '.join(map(str, missing))}: "
     )
-    chosen = [] if steps is None else ["--steps", f"{steps[0]}:{steps[1]}"]
+    chosen = [] if steps is None else ["--steps", f"{steps[0]}-{steps[1] - 1}"]
     for command in (["ranks"], ["timeline"], ["experts"], ["layer", 1]):
         shown = cli(*command, tmp_path, *chosen)
         assert shown.returncode == 3
         assert label in " ".join(shown.stdout.split())
         assert "complete steps" not in shown.stdout.replace("incomplete steps", "")
-        document = json.loads(cli(*command, tmp_path, *chosen, "--output", "json").stdout)
+        document = json.loads(cli(*command, tmp_path, *chosen, "--json").stdout)
         assert document["missing_ranks"] == [*missing]
     for command in (["traffic"], ["replay"]):
         assert "complete" in cli(*command, tmp_path, *chosen).stderr
@@ -534,7 +534,7 @@ def test_run_that_lost_a_rank_is_compacted_up_to_the_loss_only(tmp_path: Path) -
     result = cli("compact", tmp_path / "d", "--to", tmp_path / "c")
     assert result.returncode != 0
     assert "rank 2 was lost at step 40" in result.stderr
-    assert "--steps :40" in result.stderr
+    assert "--steps -39" in result.stderr
 
 
 def test_replay_after_a_loss_is_of_the_ranks_that_serve(tmp_path: Path) -> None:

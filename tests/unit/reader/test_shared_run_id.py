@@ -339,14 +339,14 @@ def test_a_start_is_copied_compacted_and_sealed_by_its_number(
     assert run.info.run_id == "deploy-1.1-compact"
     assert summarize(run).to_json()["balancedness"]["mean"] == pytest.approx(mean)
     assert cli("seal", tmp_path / "dump", "--run", "deploy-1").returncode == 0
-    found = json.loads(cli("postmortem", tmp_path / "dump", "--output", "json").stdout)
+    found = json.loads(cli("postmortem", tmp_path / "dump", "--json").stdout)
     assert sorted(row["run_id"] for row in found["runs"]) == ["deploy-1@1", "deploy-1@2"]
 
 
 COMMANDS = [
     ["summary"], ["layer", "0"], ["ranks"], ["timeline"], ["experts"], ["placement"], ["traffic"],
-    ["rearrangements"], ["replay"], ["advise"], ["report", "--to", "report.html"], ["watch", "--once"],
-    ["compact", "--to", "out"], ["export", "loads", "--to", "loads.csv", "--as", "csv"],
+    ["rearrangements"], ["replay"], ["advise"], ["report", "-o", "report.html"], ["watch", "--once"],
+    ["compact", "--to", "out"], ["export", "loads", "-o", "loads.csv", "--as", "csv"],
 ]  # fmt: skip
 
 
@@ -375,7 +375,7 @@ def test_check_fails_on_engines_that_cannot_be_separated(
     assert "overlapping_sessions" not in done.stdout  # the same fact
     with pytest.raises(DumpError, match="two engines recorded"):
         open_run(tmp_path)
-    row = json.loads(cli("postmortem", tmp_path, "--output", "json").stdout)["runs"][0]
+    row = json.loads(cli("postmortem", tmp_path, "--json").stdout)["runs"][0]
     assert row["status"] == "broken"
     assert "two engines recorded" in row["reason"]
     # One rank of one engine can still be looked at.

@@ -264,9 +264,7 @@ def test_engine_arguments() -> None:
 @pytest.mark.parametrize(("least", "code"), [("0.3", 0), ("0.9", 1)])
 def test_fail_below_sets_the_exit_code(tmp_path: Path, least: str, code: int) -> None:
     root = record(tmp_path, "steady")
-    done = cli(
-        "advise", "--objective", "tokens", "--interval", "50", "--fail-below", least, "-o", "json", root
-    )
+    done = cli("advise", "--objective", "tokens", "--interval", "50", "--fail-below", least, "--json", root)
     document = json.loads(done.stdout)
     assert (done.returncode, document["passed"], document["fail_below"]) == (code, not code, float(least))
     assert 0.3 < document["measured"]["balancedness"] < 0.9
@@ -299,7 +297,7 @@ def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, steps=200)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
     victim.write_bytes(victim.read_bytes()[:-100])
-    result = cli("advise", "-o", "json", tmp_path)
+    result = cli("advise", "--json", tmp_path)
     one_error(result, 3, victim.name)
     assert json.loads(result.stdout)["steps"]["incomplete"] == 16
 
@@ -314,7 +312,7 @@ def test_golden(tmp_path: Path, form: str, kind: str, monkeypatch: pytest.Monkey
     # numpy's order of equal loads, which vLLM's policy follows, depends on the processor.
     monkeypatch.setattr(policy, "VLLM", replace(policy.VLLM, order=stable_order))
     root = record(tmp_path, kind, rearrange=100)
-    with_json = ["-o", "json"] if form == "json" else []
+    with_json = ["--json"] if form == "json" else []
     result = cli(
         "advise", "--objective", "tokens", "--redundant", "0", "--interval", "10,50", *with_json, root
     )

@@ -84,7 +84,7 @@ def test_retune_turns_into_leave_if_pauses_do_not_pay(
     # By tokens it looks alike.
     assert advise(run, choices, objective=Objective.TOKENS).verdict == "retune"
     document = json.loads(cli("advise", tmp_path, "--interval", "50", "--window", "50", "--redundant", "4",
-                              "--policy", "deepseek", "-o", "json").stdout)  # fmt: skip
+                              "--policy", "deepseek", "--json").stdout)  # fmt: skip
     assert document["verdict"] == verdict
     assert document["net_ms_per_step"]["estimate"] == pytest.approx(net.estimate)
     text = " ".join(cli("advise", tmp_path, "--interval", "50", "--redundant", "4").stdout.split())
@@ -135,7 +135,7 @@ def test_what_is_not_measurable_is_not_advised(tmp_path: Path, monkeypatch: pyte
     advice = advise(open_run(tmp_path), Choices(intervals=[20], windows=[20]))
     assert (advice.verdict, advice.net_ms_per_step) == ("leave", None)
     assert "not measurable in this run: fewer than 100 steps are complete" in advice.reasons[0]
-    assert json.loads(cli("advise", tmp_path, "-o", "json").stdout)["net_ms_per_step"] is None
+    assert json.loads(cli("advise", tmp_path, "--json").stdout)["net_ms_per_step"] is None
 
 
 @pytest.mark.parametrize("objective", ["tokens", "active", "ms"])
@@ -177,7 +177,7 @@ def test_run_without_times_is_judged_by_tokens(tmp_path: Path, monkeypatch: pyte
                "--num-experts", str(EXPERTS), "--ep-size", str(RANKS), "--placement", "linear",
                "--ordered")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    document = json.loads(cli("advise", tmp_path / "imported", "-o", "json").stdout)
+    document = json.loads(cli("advise", tmp_path / "imported", "--json").stdout)
     assert (document["objective"], document["net_ms_per_step"]) == ("tokens", None)
     assert document["verdict"] == "enable"
     text = " ".join(cli("advise", tmp_path / "imported").stdout.split())

@@ -321,7 +321,7 @@ def test_custom_policy_sees_only_the_window(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "rolling", raising=False)
     arguments = ["--policy", "rolling:roll", "--redundant", "0", "--interval", "4", "--window", "2"]
-    done = cli("replay", *arguments, "-o", "json", "dump")
+    done = cli("replay", *arguments, "--json", "dump")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "seen.txt").read_text().split("\n")[:2] == [f"{3**2 + 3**3} 2", f"{3**6 + 3**7} 2"]
     assert [s["policy"] for s in json.loads(done.stdout)["settings"]] == ["rolling:roll"]
@@ -396,7 +396,7 @@ def test_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
             )
     result = replay_run(open_run(tmp_path), [Setting("deepseek", 4, 4, 20, 20, 20)])
     assert (result.first_step, result.last_step, result.scored) == (30, 89, 60)
-    assert "only steps 30 to 89 are replayed (those before with --steps 0:30)" in result.notes[0]
+    assert "only steps 30 to 89 are replayed (those before with --steps 0-29)" in result.notes[0]
     # Starts count from the change.
     assert [move.step for move in result.outcomes[0].moves] == [50, 70]
     before = replay_run(open_run(tmp_path), steps=(0, 30))
@@ -432,7 +432,7 @@ def test_run_without_step_order_is_rejected(tmp_path: Path) -> None:
     assert cli("import", source, "--into", tmp_path / "a", *given).returncode == 0
     one_error(cli("replay", tmp_path / "a"), 3, "order of steps")
     assert cli("import", source, "--into", tmp_path / "b", "--ordered", *given).returncode == 0
-    result = json.loads(cli("replay", "-o", "json", tmp_path / "b").stdout)
+    result = json.loads(cli("replay", "--json", tmp_path / "b").stdout)
     assert (result["scored"], result["seconds"]) == (20, None)
     assert any("--ordered" in note for note in result["notes"])
 
@@ -497,7 +497,7 @@ def test_damaged_segment_is_left_out(tmp_path: Path) -> None:
     record(tmp_path)
     victim = sorted(tmp_path.glob("run=*/model=*/rank=00001/session=*/loads-*.parquet"))[2]
     victim.write_bytes(victim.read_bytes()[:-100])
-    result = cli("replay", "-o", "json", tmp_path)
+    result = cli("replay", "--json", tmp_path)
     one_error(result, 3, victim.name)
     # The segment has steps 32 to 47.
     assert json.loads(result.stdout)["scored"] == len([s for s in complete_steps() if not 32 <= s < 48])
@@ -545,7 +545,7 @@ def test_malformed_option_is_rejected(dump: Path, arguments: list[str], words: l
         (["--redundant", "100000000"], ["65,536 slots"]),
         (["--ep-size", "100000000"], ["65,536 slots"]),
         (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),
-        (["--steps", "500:600"], ["no step of the run is in 500:600"]),
+        (["--steps", "500-599"], ["no step of the run is in 500-599"]),
         (["--run", "zz"], ["no run 'zz'"]),
     ],
 )
@@ -573,7 +573,7 @@ GRID = ["--interval", "10,40", "--window", "10", "--redundant", "0,4"]
     ("name", "arguments"),
     [
         ("replay.txt", GRID),
-        ("replay.json", [*GRID[:4], "--redundant", "4", "--policy", "vllm", "-o", "json"]),
+        ("replay.json", [*GRID[:4], "--redundant", "4", "--policy", "vllm", "--json"]),
         ("replay-sizes.txt", [*GRID, "--ep-size", "2,4", "--start", "5,10", "--top", "6"]),
     ],
 )

@@ -161,7 +161,7 @@ def test_gain_of_an_unknown_engine_is_that_of_its_groups(
     assert not any("groups of experts" in note for note in ungrouped.notes)
     best, promised = (max(o.time_saved or 0 for o in result.outcomes) for result in (found, ungrouped))
     assert promised > best + 0.005
-    document = json.loads(cli("replay", tmp_path, "-o", "json").stdout)
+    document = json.loads(cli("replay", tmp_path, "--json").stdout)
     assert document["grouping"] == {"num_groups": groups, "num_nodes": nodes, "from_placements": True}
 
 
@@ -195,7 +195,7 @@ def test_nodes_that_the_recording_lacks_are_supplied(tmp_path: Path) -> None:
     result, test = replayed(tmp_path, num_nodes=2)
     assert test.doubt is None
     assert result.grouping.num_groups == 8
-    options = ("--num-nodes", "2", "--num-groups", "8", "-o", "json")
+    options = ("--num-nodes", "2", "--num-groups", "8", "--json")
     for command in ("replay", "advise"):
         done = cli(command, tmp_path, *options)
         assert done.returncode == 0
@@ -225,16 +225,16 @@ def test_output_says_that_the_replay_differs_above_its_table(tmp_path: Path) -> 
     assert text.index("the replay does not reproduce the recording") < text.index(
         "the same loads under other"
     )
-    document = json.loads(cli("replay", tmp_path, "--num-groups", "1", "-o", "json").stdout)
+    document = json.loads(cli("replay", tmp_path, "--num-groups", "1", "--json").stdout)
     assert document["self_test"]["holds"] is False
-    advised = json.loads(cli("advise", tmp_path, "--num-groups", "1", "-o", "json").stdout)
+    advised = json.loads(cli("advise", tmp_path, "--num-groups", "1", "--json").stdout)
     assert (advised["verdict"], advised["advised"], advised["engine_arguments"]) == (
         "not enough data",
         None,
         None,
     )
     assert "--num-groups 8" in advised["reasons"][0]
-    assert json.loads(cli("advise", tmp_path, "-o", "json").stdout)["verdict"] == "leave"
+    assert json.loads(cli("advise", tmp_path, "--json").stdout)["verdict"] == "leave"
 
 
 def test_window_that_is_not_the_engines_is_doubted_if_it_matters(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_layers_that_move_late_are_no_reason_to_doubt(tmp_path: Path) -> None:
 
 def test_recorded_setting_is_tested_if_other_settings_are_asked_for(tmp_path: Path) -> None:
     record(tmp_path)
-    done = json.loads(cli("replay", "--policy", "static", "--num-groups", "1", tmp_path, "-o", "json").stdout)
+    done = json.loads(cli("replay", "--policy", "static", "--num-groups", "1", tmp_path, "--json").stdout)
     assert {setting["policy"] for setting in done["settings"]} == {"static"}
     assert done["self_test"]["holds"] is False
 

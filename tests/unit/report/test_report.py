@@ -106,7 +106,7 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 def test_figures_equal_those_of_the_other_commands(dump: Path, document: dict[str, Any]) -> None:
     said = {
-        name: json.loads(cli(name, *more, "-o", "json", dump).stdout)
+        name: json.loads(cli(name, *more, "--json", dump).stdout)
         for name, more in {
             "summary": (), "ranks": (), "rearrangements": (), "timeline": ("--bins", str(MAX_BINS)),
         }.items()
@@ -139,7 +139,7 @@ def test_sentences_state_the_figures(dump: Path, document: dict[str, Any]) -> No
 
 
 def test_experts_have_the_verdicts_of_the_experts_command(dump: Path, document: dict[str, Any]) -> None:
-    told = json.loads(cli("experts", "-o", "json", dump).stdout)
+    told = json.loads(cli("experts", "--json", dump).stdout)
     ours = document["experts"]
     assert {key: ours[key] for key in ("counts", "window", "windows")} == {
         key: told[key] for key in ("counts", "window", "windows")
@@ -395,14 +395,14 @@ def shown(text: str, file: Path) -> str:
 
 def test_text_and_json_output(dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    result = cli("report", "--to", file, "--redact", dump)
+    result = cli("report", "-o", file, "--redact", dump)
     assert (result.returncode, result.stderr) == (
         0,
         "eplb-analyze: warning: 2 steps lack a rank and are in no figure: rank 1 absent in 2\n",
     )
     assert_golden("report.txt", shown(result.stdout, file))
     assert Page(file.read_bytes()).data["redacted"]
-    again = cli("report", "--to", file, "--force", "-o", "json", dump)
+    again = cli("report", "-o", file, "--force", "--json", dump)
     assert_golden("report.json", shown(again.stdout, file))
     assert json.loads(again.stdout)["bytes"] == file.stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -411,18 +411,18 @@ def test_text_and_json_output(dump: Path, tmp_path: Path) -> None:
 def test_existing_file_is_not_overwritten(dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text("mine")
-    one_error(cli("report", "--to", file, dump), 2, "report.html", "--force")
+    one_error(cli("report", "-o", file, dump), 2, "report.html", "--force")
     assert file.read_text() == "mine"
-    one_error(cli("report", "--to", dump / "report.html", dump), 2, "lies in the dump")
-    one_error(cli("report", "--to", tmp_path / "no/report.html", dump), 2, "no folder")
-    one_error(cli("report", "--to", tmp_path / "new.html", "--steps", "900:", dump), 2, "900:")
+    one_error(cli("report", "-o", dump / "report.html", dump), 2, "lies in the dump")
+    one_error(cli("report", "-o", tmp_path / "no/report.html", dump), 2, "no folder")
+    one_error(cli("report", "-o", tmp_path / "new.html", "--steps", "900-", dump), 2, "900-")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_missing_rank_is_reported_as_in_summary(tmp_path: Path) -> None:
     folder, file = tmp_path / "dump", tmp_path / "report.html"
     write(folder, ranks=2, ep_size=3, num_logical_experts=6)
-    result = cli("report", "--to", file, folder)
+    result = cli("report", "-o", file, folder)
     assert result.returncode == 3
     banners = Page(file.read_bytes()).data["banners"]
     assert banners
@@ -513,7 +513,7 @@ def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
     planted.record(folder)
     path = next(folder.glob("**/rank=00002/**/loads-000001.parquet"))
     path.write_bytes(path.read_bytes()[:-50])
-    one_error(cli("report", "--to", file, folder), 3, "loads-000001.parquet")
+    one_error(cli("report", "-o", file, folder), 3, "loads-000001.parquet")
     data = Page(file.read_bytes()).data
     good = [s for s in planted.complete_steps() if not 64 <= s < 128 or planted.idle(2, s)]
     assert sum(data["loads"]["steps"]) == len(good) == data["summary"]["steps"]["recorded"]
@@ -539,7 +539,7 @@ def test_every_verdict_has_a_sentence(tmp_path: Path) -> None:
             slots = np.array([[0, 1, 2, 3]]) if step < 200 else np.array([[2, 1, 0, 3]])
             writer.record(step, np.array([[hot, 30, 30, 30]]), slots)
             assert step % 300 < 299 or writer.flush()
-    out = cli("report", "--to", tmp_path / "page.html", tmp_path / "dump")
+    out = cli("report", "-o", tmp_path / "page.html", tmp_path / "dump")
     assert out.returncode == 0, out.stderr
     assert "helped at first, until the load drifted" in (tmp_path / "page.html").read_text()
 

@@ -74,7 +74,7 @@ def figures(where: Path, run: str | None = None) -> dict[str, Any]:
 
 
 def compact(source: Path | str, to: Path, *arguments: str) -> dict[str, Any]:
-    result = cli("compact", "--to", to, *arguments, "-o", "json", source)
+    result = cli("compact", "--to", to, *arguments, "--json", source)
     assert (result.returncode, result.stderr) == (0, "")
     document: dict[str, Any] = json.loads(result.stdout)
     return document
@@ -124,7 +124,7 @@ def test_loads_are_the_sums_over_ranks(tmp_path: Path) -> None:
 def test_commands_print_the_same_figures(dump: Path, tmp_path: Path) -> None:
     compact(dump, tmp_path)
     for command in ("summary", "layer 3", "ranks", "experts", "rearrangements", "timeline --bins 4"):
-        texts = [cli(*command.split(), "-o", "json", where).stdout for where in (dump, tmp_path)]
+        texts = [cli(*command.split(), "--json", where).stdout for where in (dump, tmp_path)]
         old, new = (json.loads(_rounded(text)) for text in texts)
         for document in (old, new):
             document.pop("run")
@@ -136,7 +136,7 @@ def test_commands_print_the_same_figures(dump: Path, tmp_path: Path) -> None:
                 document.get("steps", {}).pop(key, None) if isinstance(document.get("steps"), dict) else None
         assert new == old, command
     one_error(cli("traffic", tmp_path), 2, "does not hold which rank sent what")
-    checked = json.loads(cli("check", "-o", "json", tmp_path).stdout)
+    checked = json.loads(cli("check", "--json", tmp_path).stdout)
     (made,) = [f["text"] for f in checked["findings"] if f["code"] == "imported"]
     assert "made by compact of run=r/model=org--moe" in made
     assert "incomplete steps" in made
@@ -219,11 +219,11 @@ def test_run_with_many_incomplete_steps_is_refused(tmp_path: Path) -> None:
     root, to = tmp_path / "dump", tmp_path / "new"
     write_with_killed_rank(root, 23)
     assert cli("summary", root).returncode == 3
-    said = ("36 steps (60.0 %) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0:24")
+    said = ("36 steps (60.0 %) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0-23")
     one_error(cli("compact", "--to", to, root), 3, str(root), *said)
     assert not to.exists()
     # The fix that the message suggests works.
-    assert cli("copy", "--to", tmp_path / "part", "--steps", "0:24", root).returncode == 0
+    assert cli("copy", "--to", tmp_path / "part", "--steps", "0-23", root).returncode == 0
     document = compact(tmp_path / "part", to)
     assert (document["steps"]["recorded"], document["incomplete"]) == (24, 0)
     assert "segments that touch steps 0 to 23" in document["unknown"]["other_steps"]
@@ -247,7 +247,7 @@ def test_run_without_one_of_its_ranks_is_refused(tmp_path: Path) -> None:
 
 def test_cause_of_few_incomplete_steps_stays_known(dump: Path, tmp_path: Path) -> None:
     compact(dump, tmp_path)
-    old, new = (cli("check", "-o", "json", where) for where in (dump, tmp_path))
+    old, new = (cli("check", "--json", where) for where in (dump, tmp_path))
     assert old.returncode == new.returncode == 1
     texts = {f["code"]: f["text"] for f in json.loads(new.stdout)["findings"]}
     said = "1 step (1.9 %) lacked a rank in the run it was made of: rank 2 dropped in 1"
@@ -266,7 +266,7 @@ def test_incomplete_tail_stays_a_warning(tmp_path: Path) -> None:
     write_with_killed_rank(tmp_path / "dump", 57)
     compact(tmp_path / "dump", tmp_path / "new")
     for where in (tmp_path / "dump", tmp_path / "new"):
-        checked = json.loads(cli("check", "-o", "json", where).stdout)
+        checked = json.loads(cli("check", "--json", where).stdout)
         found = {f["code"]: f["severity"] for f in checked["findings"]}
         assert found["incomplete_end"] == "warning"
         assert not {"incomplete_steps", "rank_stopped"} & found.keys()
@@ -352,7 +352,7 @@ def test_target_inside_a_run_is_refused_before_anything_is_written(
 def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dump, "dump")
-    result = cli("compact", "--to", "new", "-o", form, "dump")
+    result = cli("compact", "--to", "new", *["--json"] * (form == "json"), "dump")
     assert (result.returncode, result.stderr) == (0, "")
     text = re.sub(r'"(bytes|summary_seconds)": [\d.e-]+', r'"\1": 0', result.stdout)
     text = re.sub(r"\d+ % (smaller|larger)", "0 % smaller", text)

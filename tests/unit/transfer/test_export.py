@@ -91,7 +91,7 @@ def logical(steps: list[int]) -> Array:
 
 
 def write_placement(dump: Path, file: Path, target: str, *options: str | int) -> dict[str, Any]:
-    command = ["export", "placement", "--for", target, "--to", str(file), "-o", "json", *map(str, options)]
+    command = ["export", "placement", "--for", target, "-o", str(file), "--json", *map(str, options)]
     result = cli(*command, dump)
     assert result.returncode == 0, result.stderr
     document: dict[str, Any] = json.loads(result.stdout)
@@ -195,7 +195,7 @@ def test_duplicate_expert_on_a_device_is_refused_or_repaired(dump: Path, tmp_pat
     write_placement(dump, tmp_path / "fine.json", "vllm-ascend", "--step", 30)
     assert np.array_equal(read_vllm_ascend((tmp_path / "fine.json").read_text()), placement(30))
     file = tmp_path / "double.json"
-    command = ["export", "placement", "--for", "vllm-ascend", "--to", str(file), "--step", "10", str(dump)]
+    command = ["export", "placement", "--for", "vllm-ascend", "-o", str(file), "--step", "10", str(dump)]
     one_error(cli(*command), 2, "expert 1 stands twice on device 0 in layer 2", "--repair")
     assert not file.exists()
     document = write_placement(dump, file, "vllm-ascend", "--step", 10, "--repair")
@@ -323,7 +323,7 @@ def test_assumptions_of_an_imported_run_are_noted(tmp_path: Path) -> None:
     dump = tmp_path / "dump"
     result = cli("import", source, "--ep-size", "2", "--placement", "linear", "--into", dump)
     assert result.returncode == 0, result.stderr
-    target = ["--for", "json", "--to", tmp_path / "F"]
+    target = ["--for", "json", "-o", tmp_path / "F"]
     for more in ([], ["--force", "--policy", "deepseek"]):
         result = cli("export", "placement", *target, *more, dump)
         assert "taken for granted of this run, imported from" in " ".join(result.stdout.split())
@@ -337,9 +337,9 @@ def test_assumptions_of_an_imported_run_are_noted(tmp_path: Path) -> None:
     ("options", "steps", "shape"),
     [
         ([], complete(), (SLOTS, RANKS)),
-        (["--steps", ":25", "--window", 10], complete(15, 25), (SLOTS, RANKS)),
+        (["--steps", "-24", "--window", 10], complete(15, 25), (SLOTS, RANKS)),
         (["--window", 12, "--redundant", 0], complete(28), (LOGICAL, RANKS)),
-        (["--steps", "5:20", "--redundant", 6, "--ep-size", 4], complete(5, 20), (12, 4)),
+        (["--steps", "5-19", "--redundant", 6, "--ep-size", 4], complete(5, 20), (12, 4)),
     ],
 )
 def test_policy_gets_the_loads_of_the_window(
@@ -418,7 +418,7 @@ def test_repair_of_a_user_policy_uses_the_window_loads(
     )
     target = tmp_path / "out.json"
     options = ["--policy", "policy_of_test_export:doubled", "--repair"]
-    command = ["export", "placement", "--for", "vllm-ascend", "--to", str(target), *options, str(dump)]
+    command = ["export", "placement", "--for", "vllm-ascend", "-o", str(target), *options, str(dump)]
     monkeypatch.syspath_prepend(tmp_path)
     result = cli(*command)
     # Expert 0 has three replicas on two devices: one goes to the expert with the most tokens per replica.
@@ -438,26 +438,26 @@ def test_repair_of_a_user_policy_uses_the_window_loads(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--for", "sglang", "--to", "F.json"], ["--num-hidden-layers", "every hidden layer"]),
-        (["--for", "sglang", "--to", "F.json", "--num-hidden-layers", "4"], ["more than 4 hidden layers"]),
-        (["--for", "sglang", "--to", "F.txt", "--num-hidden-layers", "6"], [".json"]),
-        (["--for", "trtllm", "--to", "F.yaml", "--first-layer", "3"], ["names its layers", "1 to 4"]),
-        (["--for", "trtllm", "--to", "F.yaml", "--step", "99"], ["no step 99", "0 to 39"]),
-        (["--for", "json", "--to", "F", "--policy", "none"], ["no policy is called 'none'", "deepseek"]),
-        (["--for", "json", "--to", "F", "--policy", "static", "--redundant", "1"], ["7 slots", "2 EP ranks"]),
-        (["--for", "json", "--to", "F", "--policy", "static", "--steps", "50:"], ["no step of the run"]),
-        (["--for", "json", "--to", "F", "--policy", "static", "--redundant", "1000000000"], ["65,536"]),
-        (["--for", "sglang", "--to", "F.json", "--num-hidden-layers", "1000000000"], ["4,096"]),
-        (["--for", "json", "--to", "nowhere/F"], ["there is no folder"]),
-        (["--for", "json", "--to", "."], ["is a folder"]),
-        (["--for", "json", "--to", "DUMP/F"], ["lies in the dump"]),
-        (["--for", "json", "--to", "DUMP/run=r/F"], ["lies in the dump"]),
+        (["--for", "sglang", "-o", "F.json"], ["--num-hidden-layers", "every hidden layer"]),
+        (["--for", "sglang", "-o", "F.json", "--num-hidden-layers", "4"], ["more than 4 hidden layers"]),
+        (["--for", "sglang", "-o", "F.txt", "--num-hidden-layers", "6"], [".json"]),
+        (["--for", "trtllm", "-o", "F.yaml", "--first-layer", "3"], ["names its layers", "1 to 4"]),
+        (["--for", "trtllm", "-o", "F.yaml", "--step", "99"], ["no step 99", "0 to 39"]),
+        (["--for", "json", "-o", "F", "--policy", "none"], ["no policy is called 'none'", "deepseek"]),
+        (["--for", "json", "-o", "F", "--policy", "static", "--redundant", "1"], ["7 slots", "2 EP ranks"]),
+        (["--for", "json", "-o", "F", "--policy", "static", "--steps", "50-"], ["no step of the run"]),
+        (["--for", "json", "-o", "F", "--policy", "static", "--redundant", "1000000000"], ["65,536"]),
+        (["--for", "sglang", "-o", "F.json", "--num-hidden-layers", "1000000000"], ["4,096"]),
+        (["--for", "json", "-o", "nowhere/F"], ["there is no folder"]),
+        (["--for", "json", "-o", "."], ["is a folder"]),
+        (["--for", "json", "-o", "DUMP/F"], ["lies in the dump"]),
+        (["--for", "json", "-o", "DUMP/run=r/F"], ["lies in the dump"]),
     ],
 )
 def test_impossible_placement_is_one_error(
     options: list[str], words: list[str], dump: Path, tmp_path: Path
 ) -> None:
-    at = options.index("--to") + 1
+    at = options.index("-o") + 1
     name = options[at]
     target = dump / name[5:] if name.startswith("DUMP") else tmp_path / name
     one_error(cli("export", "placement", *options[:at], target, *options[at + 1 :], dump), 2, *words)
@@ -469,7 +469,7 @@ def test_impossible_placement_is_one_error(
     ("options", "hint"),
     [
         (["--for", "json", "--window", "5"], "--window"),
-        (["--for", "json", "--steps", "5:"], "--steps"),
+        (["--for", "json", "--steps", "5-"], "--steps"),
         (["--for", "json", "--redundant", "0"], "--redundant"),
         (["--for", "json", "--step", "5", "--policy", "static"], "--step"),
         (["--for", "json", "--repair"], "--repair"),
@@ -478,7 +478,7 @@ def test_impossible_placement_is_one_error(
     ],
 )
 def test_conflicting_options_are_refused(options: list[str], hint: str, dump: Path, tmp_path: Path) -> None:
-    result = cli("export", "placement", *options, "--to", tmp_path / "F", dump)
+    result = cli("export", "placement", *options, "-o", tmp_path / "F", dump)
     assert result.returncode == 2
     assert hint in result.stderr
     assert "Traceback" not in result.stderr
@@ -489,24 +489,24 @@ def test_existing_file_is_replaced_only_with_force(dump: Path, tmp_path: Path) -
     file = tmp_path / "F"
     file.write_text("mine")
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
-        one_error(cli("export", *command, "--to", file, dump), 2, "is there already", "--force")
+        one_error(cli("export", *command, "-o", file, dump), 2, "is there already", "--force")
         assert file.read_text() == "mine"
-        assert cli("export", *command, "--to", file, "--force", dump).returncode == 0
+        assert cli("export", *command, "-o", file, "--force", dump).returncode == 0
         assert file.read_text() != "mine"
         file.write_text("mine")
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    one_error(cli("export", "placement", "--for", "json", "--to", link, dump), 2, "is there already")
+    one_error(cli("export", "placement", "--for", "json", "-o", link, dump), 2, "is there already")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F", "link"]
     # Replacing a device would destroy it: as root, /dev/null would become a file.
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
-        one_error(cli("export", *command, "--to", pipe, "--force", dump), 2, "device or pipe")
+        one_error(cli("export", *command, "-o", pipe, "--force", dump), 2, "device or pipe")
         link = tmp_path / f"link-{command[0]}"
         link.symlink_to(tmp_path / "elsewhere")
         (tmp_path / "elsewhere").write_text("mine")
-        one_error(cli("export", *command, "--to", link, "--force", dump), 2, "symbolic link")
+        one_error(cli("export", *command, "-o", link, "--force", dump), 2, "symbolic link")
         assert (link.is_symlink(), link.read_text()) == (True, "mine")
     assert pipe.is_fifo()
 
@@ -532,16 +532,16 @@ def test_empty_slots_and_unknown_placements_are_refused(tmp_path: Path) -> None:
         for step in range(6):
             writer.record(step, np.ones((2, 4), np.int64), None if step < 3 else rows)
     for target in ENGINES:
-        command = ["export", "placement", "--for", target, "--to", str(tmp_path / "F.json")]
+        command = ["export", "placement", "--for", target, "-o", str(tmp_path / "F.json")]
         hidden = ["--num-hidden-layers", "2"] if target == "sglang" else []
         result = cli(*command, *hidden, tmp_path / "dump")
         one_error(result, 2, "layer 0 has 1 empty slots", "--for json")
     write_placement(tmp_path / "dump", tmp_path / "p.json", "json")
     assert json.loads((tmp_path / "p.json").read_text())["physical_to_logical_map"] == rows.tolist()
-    command = ["export", "placement", "--for", "trtllm", "--to", str(tmp_path / "F"), "--step", "1"]
+    command = ["export", "placement", "--for", "trtllm", "-o", str(tmp_path / "F"), "--step", "1"]
     one_error(cli(*command, tmp_path / "dump"), 2, "no placement is known at step 1")
-    policy = ["export", "placement", "--for", "json", "--to", str(tmp_path / "F"), "--policy", "deepseek"]
-    one_error(cli(*policy, "--steps", ":3", tmp_path / "dump"), 3, "placement is not known in these steps")
+    policy = ["export", "placement", "--for", "json", "-o", str(tmp_path / "F"), "--policy", "deepseek"]
+    one_error(cli(*policy, "--steps", "-2", tmp_path / "dump"), 3, "placement is not known in these steps")
     result = cli(*policy, tmp_path / "dump")
     assert "steps before 3 are left out" in result.stdout
     # Slot 3 of layer 0 was empty and still got one token per step.
@@ -637,15 +637,15 @@ def expected_rows(
     ("options", "steps", "layers"),
     [
         ([], complete(), NUMBERS),
-        (["--steps", "18:27"], complete(18, 27), NUMBERS),
-        (["--layer", "4", "--layer", "1", "--steps", ":14"], complete(0, 14), [1, 4]),
+        (["--steps", "18-26"], complete(18, 27), NUMBERS),
+        (["--layer", "4", "--layer", "1", "--steps", "-13"], complete(0, 14), [1, 4]),
     ],
 )
 def test_long_form_has_one_row_per_step_layer_and_slot(
     name: str, options: list[str], steps: list[int], layers: list[int], dump: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "loads"
-    result = cli("export", "loads", "--as", name, "--to", file, "-o", "json", *options, dump)
+    result = cli("export", "loads", "--as", name, "-o", file, "--json", *options, dump)
     assert result.returncode == 0, result.stderr
     expected = expected_rows(steps, layers)
     assert READERS[name](file) == expected
@@ -653,7 +653,7 @@ def test_long_form_has_one_row_per_step_layer_and_slot(
     assert (document["rows"], document["recorded"]) == (len(expected), len(steps))
     assert (document["first_step"], document["last_step"]) == (steps[0], steps[-1])
     assert (document["layers"], document["bytes"]) == (layers, file.stat().st_size)
-    assert document["steps"]["incomplete"] == (0 if "18:27" in options else 1)
+    assert document["steps"]["incomplete"] == (0 if "18-26" in options else 1)
 
 
 def test_parquet_file_names_its_run_and_has_checksums(dump: Path, tmp_path: Path) -> None:
@@ -690,10 +690,10 @@ def test_unknown_placement_is_null(tmp_path: Path) -> None:
         assert [rows[2, 0, slot][1] for slot in range(4)] == [0, 1, 2, -1]
 
 
-@pytest.mark.parametrize("options", [[], ["--steps", "15:33"], ["--layer", "4"]])
+@pytest.mark.parametrize("options", [[], ["--steps", "15-32"], ["--layer", "4"]])
 def test_logical_npy_has_the_sums_for_deepseek_eplb(options: list[str], dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "weight"
-    result = cli("export", "loads", "--as", "logical-npy", "--to", file, *options, dump)
+    result = cli("export", "loads", "--as", "logical-npy", "-o", file, *options, dump)
     assert result.returncode == 0, result.stderr
     weight = np.load(file, allow_pickle=False)
     expected = logical(complete(15, 33) if "--steps" in options else complete())
@@ -718,7 +718,7 @@ def test_damaged_segment_is_left_out_and_reported(dump: Path, tmp_path: Path) ->
     data[group.column(group.num_columns - 1).data_page_offset + 60] ^= 0xFF
     segment.write_bytes(data)
     for name, read in READERS.items():
-        result = cli("export", "loads", "--as", name, "--to", tmp_path / name, copy)
+        result = cli("export", "loads", "--as", name, "-o", tmp_path / name, copy)
         one_error_of_damage = [line for line in result.stderr.splitlines() if "loads-000001" in line]
         assert (result.returncode, len(one_error_of_damage)) == (3, 1)
         # Without this segment of rank 1, steps 16 to 31 are incomplete.
@@ -728,9 +728,9 @@ def test_damaged_segment_is_left_out_and_reported(dump: Path, tmp_path: Path) ->
 
 def test_no_file_without_a_complete_step(dump: Path, tmp_path: Path) -> None:
     for name in LoadFormat:
-        command = ["export", "loads", "--as", name.value, "--to", str(tmp_path / "F")]
-        one_error(cli(*command, "--steps", "13:14", dump), 3, "complete")
-        one_error(cli(*command, "--steps", "70:", dump), 2, "no step of the run")
+        command = ["export", "loads", "--as", name.value, "-o", str(tmp_path / "F")]
+        one_error(cli(*command, "--steps", "13-13", dump), 3, "complete")
+        one_error(cli(*command, "--steps", "70-", dump), 2, "no step of the run")
         one_error(cli(*command, "--layer", "3", dump), 2, "no MoE layer 3")
     assert list(tmp_path.iterdir()) == []
 
@@ -751,9 +751,9 @@ def test_commands_have_help(command: str) -> None:
 
 @pytest.mark.parametrize("form", ["txt", "json"])
 def test_golden_output(form: str, dump: Path, tmp_path: Path) -> None:
-    output = ["--output", "json"] if form == "json" else []
+    output = ["--json"] if form == "json" else []
     commands = {
-        "export-placement": ["placement", "--for", "sglang", "--num-hidden-layers", "6", "--to", "s.json"],
+        "export-placement": ["placement", "--for", "sglang", "--num-hidden-layers", "6", "-o", "s.json"],
         "export-policy": [
             "placement",
             "--for",
@@ -762,10 +762,10 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path) -> None:
             "deepseek",
             "--window",
             "20",
-            "--to",
+            "-o",
             "t.yaml",
         ],
-        "export-loads": ["loads", "--as", "parquet", "--layer", "2", "--to", "l.parquet"],
+        "export-loads": ["loads", "--as", "parquet", "--layer", "2", "-o", "l.parquet"],
     }
     for name, (*command, file) in commands.items():
         result = cli("export", *command, tmp_path / file, *output, dump)

@@ -912,14 +912,14 @@ def test_origin_is_reported(tmp_path: Path) -> None:
     summary = cli("summary", tmp_path / "d")
     assert "imported from SGLang, stat; not known: step order" in " ".join(summary.stdout.split())
     assert "NEVER ACTED" not in summary.stdout
-    document = json.loads(cli("summary", "-o", "json", tmp_path / "d").stdout)
+    document = json.loads(cli("summary", "--json", tmp_path / "d").stdout)
     assert document["run"]["origin"] == origin
     assert document["duration_seconds"] is None
-    codes = [f["code"] for f in json.loads(cli("check", "-o", "json", tmp_path / "d").stdout)["findings"]]
+    codes = [f["code"] for f in json.loads(cli("check", "--json", tmp_path / "d").stdout)["findings"]]
     assert codes == ["imported"]
     for command in ("timeline", "rearrangements", "experts"):
         assert "order of steps" in " ".join(cli(command, tmp_path / "d").stdout.split())
-    compared = cli("compare", "--steps-a", ":1", "--steps-b", "1:", tmp_path / "d")
+    compared = cli("compare", "--steps-a", "-0", "--steps-b", "1-", tmp_path / "d")
     assert compared.returncode in (0, 1)
 
 
@@ -1252,7 +1252,7 @@ def test_command_prints_what_is_unknown(tmp_path: Path) -> None:
     os.chdir(tmp_path)
     try:
         text = cli(*arguments, "r1")
-        document = cli(*arguments, "r2", "--output", "json")
+        document = cli(*arguments, "r2", "--json")
         again = cli(*arguments, "r1")
         by_variable = cli("import", source, env={"EXPERT_LOAD_DUMP_DIR": str(tmp_path / "other")})
     finally:
@@ -1286,7 +1286,8 @@ def test_wrong_usage_is_one_error(tmp_path: Path) -> None:
     base = ["import", tmp_path / "a.npy", "--into", tmp_path / "d"]
     for more, word in (
         (["--format", "x"], "no format"),
-        (["--layers", "5:3"], "--layers"),
+        (["--layers", "5-3"], "--layers"),
+        (["--layers", "3:5"], "--layers"),
         (["--layers", "1,1"], "--layers"),
         (["--ep-size", "0"], "--ep-size"),
         (["--ep-size", "99999999"], "--ep-size"),

@@ -390,12 +390,12 @@ def test_manifest_that_is_gone_is_rebuilt_from_the_sealed_files(tmp_path: Path) 
     assert run.balancedness(by="step").equals(before.filter(pl.col("step").is_in(kept)))
     assert "unlisted_file" in {f.code for f in run.findings}
 
-    restored = json.loads(cli("seal", root, "--output", "json").stdout)["restored"]
+    restored = json.loads(cli("seal", root, "--json").stdout)["restored"]
     assert {*restored} == {str(folder / MANIFEST_FILE) for folder in (first, second)}
     run = open_run(root)
     assert "manifest_rebuilt" not in {f.code for f in run.findings}
     assert run.balancedness(by="step").equals(before.filter(pl.col("step").is_in(kept)))
-    assert json.loads(cli("seal", root, "--output", "json").stdout)["restored"] == []
+    assert json.loads(cli("seal", root, "--json").stdout)["restored"] == []
 
 
 def test_manifest_is_not_rebuilt_while_its_writer_lives(tmp_path: Path) -> None:
@@ -411,5 +411,5 @@ def test_manifest_is_not_rebuilt_while_its_writer_lives(tmp_path: Path) -> None:
             manifests = [*tmp_path.rglob(MANIFEST_FILE)]
             time.sleep(0.01)
         manifests[0].unlink()
-        assert json.loads(cli("seal", tmp_path, "--output", "json").stdout)["restored"] == []
+        assert json.loads(cli("seal", tmp_path, "--json").stdout)["restored"] == []
         assert not manifests[0].exists()

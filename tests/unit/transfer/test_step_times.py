@@ -405,7 +405,7 @@ class TestByStep:
 
     def test_the_command_line_reports_the_match(self, tmp_path: Path, dump: Path, truth: Any) -> None:
         path = log(tmp_path / "log", truth)
-        result = cli("summary", "--timings", path, "-o", "json", dump)
+        result = cli("summary", "--timings", path, "--json", dump)
         assert result.returncode == 0
         assert "note: 400 of 400 steps have a time" in result.stderr
         one_error(cli("summary", "--timings", tmp_path / "none", dump), 3, "none: No such file")
