@@ -20,21 +20,58 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.experts import ExpertReport
     from eplb_analyze.analysis.traffic import TrafficReport
+    from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.configurations import SumsReport
 
 #: Nothing is drawn wider: the memory of a plot grows with its columns.
 MAX_COLUMNS = 1000
 
 
-def console(file: IO[str]) -> Console:
-    """A console; if it is not a terminal, it has 80 columns or what COLUMNS says."""
+def console(file: IO[str], clock: RunClock | None = None) -> Console:
+    """A console; if it is not a terminal, it has 80 columns or what COLUMNS says.
+
+    ``clock``: of the run whose steps are printed on it, for :func:`step_label` and the like.
+    """
     from rich.console import Console
 
     columns = os.environ.get("COLUMNS", "")
     width = None
     if not file.isatty():
         width = min(int(columns), MAX_COLUMNS) if re.fullmatch("0*[1-9][0-9]{0,8}", columns) else 80
-    return Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    made = Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    made.run_clock = clock  # type: ignore[attr-defined]
+    return made
+
+
+def step_label(console: Console, step: int) -> str:
+    """``step 1000 (03:12:04)``; without the time if it is not known."""
+    clock = _clock(console)
+    return f"step {step}" if clock is None else clock.label(step)
+
+
+def steps_label(console: Console, first: int, last: int) -> str:
+    """``steps 1000-1999 (03:12:04-03:31:58)``; a range of one step is that step's label."""
+    clock = _clock(console)
+    if clock is not None:
+        return clock.range_label(first, last)
+    return f"steps {first}-{last}" if first != last else f"step {first}"
+
+
+def step_time(console: Console, step: int) -> str:
+    """The time of a step for a cell of a table, ``03:12:04``; empty if it is not known."""
+    clock = _clock(console)
+    return "" if clock is None else clock.time(step)
+
+
+def times_known(console: Console) -> bool:
+    """Whether a table of steps has a column of times."""
+    clock = _clock(console)
+    return clock is not None and clock.known
+
+
+def _clock(console: Console) -> RunClock | None:
+    found: RunClock | None = getattr(console, "run_clock", None)
+    return found
 
 
 def styled(*parts: str | tuple[str, str]) -> Text:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.errors import Finding
+    from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.completeness import Completeness
     from eplb_analyze.reader.run import Run
     from eplb_analyze.storage.path import StoragePath
@@ -64,6 +65,8 @@ class Output:
     def __init__(self, *, json: bool) -> None:
         self.json = json
         self.progress = Progress()
+        #: Of the run whose steps are printed; None if there are several runs.
+        self.clock: RunClock | None = None
 
     def notes(self, notes: Iterable[str]) -> None:
         self.progress.end()
@@ -91,11 +94,11 @@ class Output:
         if self.json:
             print_json(versioned(document()))
         elif sys.stdout.isatty():
-            render(console(sys.stdout))
+            render(console(sys.stdout, self.clock))
         else:
             # In a pipe nobody needs the blanks that fill a table's cells.
             text = io.StringIO()
-            render(console(text))
+            render(console(text, self.clock))
             print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
     def open_run(self, dump: StoragePath, run: str | None, model: str | None, *, mixed: bool = False) -> Run:
@@ -140,6 +143,7 @@ class RunOutput(Output):
 
     def open(self, *, mixed: bool = False, timings: Path | None = None, gpu: enum.Enum | None = None) -> Run:
         self.run = self.open_run(self.dump, self.run_id, self.model, mixed=mixed)
+        self.clock = self.run.clock
         self.run.gpu = None if gpu is None else gpu.value
         self.join_times(self.run, timings)
         return self.run

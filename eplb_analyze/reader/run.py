@@ -21,6 +21,7 @@ from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
+from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
@@ -107,6 +108,7 @@ class Run:
         self._reading = False
         self._history: PlacementHistory | None = None
         self._lost_ranks: list[LostRank] | None = None
+        self._clock: RunClock | None = None
         #: Guards the placements and the lost ranks, which threads may ask for.
         self._history_lock = threading.RLock()
         self._serving_only = False
@@ -173,6 +175,13 @@ class Run:
         if self.history.lost:
             return False
         return bool(self.history.layers) and not stated.keys() & {"placement", "earlier_placements"}
+
+    @property
+    def clock(self) -> RunClock:
+        """The time of each step, and the steps at a time."""
+        if self._clock is None:
+            self._clock = RunClock(str(self.path), self.sessions, timed=self.info.timed)
+        return self._clock
 
     # ---- what was seen
 

@@ -198,6 +198,14 @@ class ParquetSegment:
                 phases=tuple(phases),
             )
 
+    def step_times(self) -> tuple[Int64, Int64]:
+        table = self._read_all("steps", ["step", "monotonic_ns"])
+        if table is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        with reading_faults(self, "steps", self.file_path("steps")):
+            step, clock = (table.column(name).combine_chunks() for name in table.column_names)
+            return _steps(step), _numpy(clock)
+
     def load_steps(self) -> Int64:
         if self._load_steps is None:
             if "loads" not in self._entry.files or self.shape is None:

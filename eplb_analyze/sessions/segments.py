@@ -65,6 +65,10 @@ class Segment(Protocol):
     cut: bool
 
     def steps(self) -> StepRows: ...
+    def step_times(self) -> tuple[Int64, Int64]:
+        """Number and monotonic clock of each row of ``steps``, ns. Raises DamagedSegmentError."""
+        ...
+
     def load_steps(self) -> Int64: ...
     def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
         """Sums per rank of layers ``first`` to ``last - 1``, as they lie together in the file.
@@ -99,6 +103,9 @@ class OpenSegment:
 
     def steps(self) -> StepRows:
         return self._journal.steps
+
+    def step_times(self) -> tuple[Int64, Int64]:
+        return self._journal.steps.step, self._journal.steps.monotonic_ns
 
     def load_steps(self) -> Int64:
         return self._journal.load_steps

@@ -1,0 +1,324 @@
+"""The clock of a run: the time of each step, and the steps at a time.
+
+The time of a step is the time at which it was recorded, at the end of its forward pass. Each rank of at most
+five, spread over the run's ranks, gives its own: the session's monotonic clock, which is never set, added to
+the host's clock at the start of the session. The (lower) median of these counts, so that neither a rank
+whose clock is wrong by minutes nor a clock that is set back during a session has an effect.
+
+Between two sessions the clocks can be set back. Then times occur twice: a range of times holds the steps of
+both, from the first step at or after its beginning to the last one at or before its end.
+
+Reads only two columns of the ``steps`` tables, of the segments that are needed; memory does not grow with
+the run, except by some numbers per segment.
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eplb_analyze.errors import NotInDumpError, UsageError
+from eplb_analyze.parallel import ordered_map
+from eplb_analyze.reader.join import Source, overlapping_segments
+from eplb_analyze.sessions.segments import DamagedSegmentError
+from eplb_analyze.sessions.step_range import StepRange
+from eplb_analyze.storage.path import requests_at_once
+from eplb_analyze.text import duration
+from eplb_dump.format.journal import Int64
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eplb_analyze.sessions.discovery import Session
+
+#: So many ranks' clocks are read; the median is right as long as three of them are.
+CLOCKS = 5
+#: A step that was recorded longer after the one before was not in progress all that time: the engine was
+#: idle, or restarted.
+LONGEST_STEP_NS = 60 * 10**9
+#: The times of so many groups of segments stay in memory.
+KEPT_GROUPS = 64
+_MISSING = np.iinfo(np.int64).max
+SECOND_NS = 10**9
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Steps of a group of segments, ascending, and the time of each, ns since 1970: int64 [n]."""
+
+    step: Int64
+    unix_ns: Int64
+
+
+class RunClock:
+    """The time of each step of a run.
+
+    Attributes:
+        known: whether the times are known; an imported run may have none.
+        zone: the time zone of the texts; UTC unless it is set.
+    """
+
+    def __init__(self, name: str, sessions: Sequence[Session], *, timed: bool = True) -> None:
+        """``name`` names the run in errors; ``timed`` is that of its info."""
+        self.zone: datetime.tzinfo = datetime.timezone.utc
+        self._name = name
+        self._timed = timed
+        sources = [
+            Source(
+                session.info.ep_rank,
+                number,
+                segment,
+                session.info.created_unix_ns - session.info.created_monotonic_ns,
+                True,
+            )
+            for number, session in enumerate(sessions)
+            for segment in session.segments
+            if segment.last_step >= 0
+        ]
+        self._groups = [_some_ranks(group) for group in overlapping_segments(sources)]
+        self._first = np.array([group[0].segment.first_step for group in self._groups], np.int64)
+        self._kept: OrderedDict[int, _Times] = OrderedDict()
+        self._spans: tuple[Int64, Int64] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def known(self) -> bool:
+        return self._timed and bool(self._groups)
+
+    # ---- from steps to times
+
+    def unix_ns(self, step: int) -> int | None:
+        """When a step was recorded, ns since 1970; that of the step before if the run lacks it.
+
+        None if the times are not known.
+        """
+        if not self.known:
+            return None
+        number = max(0, int(np.searchsorted(self._first, step, side="right")) - 1)
+        times = self._times(number)
+        if not len(times.step):
+            return None
+        return int(times.unix_ns[max(0, int(np.searchsorted(times.step, step, side="right")) - 1)])
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The times of the first and the last step, ns since 1970; None if they are not known."""
+        if not self.known:
+            return None
+        first, last = self.unix_ns(int(self._first[0])), self.unix_ns(np.iinfo(np.int64).max)
+        return None if first is None or last is None else (first, last)
+
+    def iso(self, step: int | None) -> str | None:
+        """The time of a step as ISO 8601 in UTC, ``2026-11-26T03:12:04.250Z``, as JSON documents have it."""
+        return None if step is None else iso(self.unix_ns(step))
+
+    def time(self, step: int) -> str:
+        """The time of a step for a table: ``03:12:04``, with the date if the run spans days; else ``""``."""
+        unix_ns = self.unix_ns(step)
+        return "" if unix_ns is None else self.text(unix_ns)
+
+    def label(self, step: int) -> str:
+        """``step 1000 (03:12:04)``; without the time if it is not known."""
+        time = self.time(step)
+        return f"step {step} ({time})" if time else f"step {step}"
+
+    def range_label(self, first: int, last: int) -> str:
+        """``steps 1000-1999 (03:12:04-03:31:58)``; a range of one step is its label."""
+        if first == last:
+            return self.label(first)
+        times = [self.time(step) for step in (first, last)]
+        return f"steps {first}-{last}" + (f" ({self._range(*times)})" if all(times) else "")
+
+    def text(self, unix_ns: int) -> str:
+        """A time in the run's zone, with its date if the run spans days."""
+        return f"{self._local(unix_ns):{'%Y-%m-%d ' if self._spans_days else ''}%H:%M:%S}"
+
+    def span_text(self) -> str:
+        """``2026-11-26 03:02:11-04:11:40 UTC (1.2 h)``: when the run was; ``""`` if it is not known."""
+        span = self.span
+        if span is None:
+            return ""
+        first, last = (self._local(unix_ns) for unix_ns in span)
+        begin, end = f"{first:%Y-%m-%d %H:%M:%S}", f"{last:%H:%M:%S}"
+        times = f"{begin} to {last:%Y-%m-%d} {end}" if self._spans_days else f"{begin}-{end}"
+        return f"{times} {self.zone_name} ({duration((span[1] - span[0]) / SECOND_NS)})"
+
+    @property
+    def zone_name(self) -> str:
+        """``UTC``, or the zone's own name at the beginning of the run, for instance ``CET``."""
+        span = self.span
+        return self._local(span[0] if span else 0).tzname() or str(self.zone)
+
+    def _range(self, first: str, last: str) -> str:
+        return f"{first} to {last}" if self._spans_days else f"{first}-{last}"
+
+    @property
+    def _spans_days(self) -> bool:
+        span = self.span
+        return span is not None and self._local(span[0]).date() != self._local(span[1]).date()
+
+    def _local(self, unix_ns: int) -> datetime.datetime:
+        return local_time(unix_ns, self.zone)
+
+    # ---- from times to steps
+
+    def at(self, unix_ns: int) -> int:
+        """The step in progress at a time, or the first one after it if the engine was idle.
+
+        A step is in progress from the moment the step before was recorded until it is recorded itself.
+
+        Raises UsageError if the times are not known, NotInDumpError if the time is outside of the run.
+        """
+        begin, end = self.require()
+        if not begin <= unix_ns <= end:
+            raise self.outside(f"{self._zoned(unix_ns)} is")
+        return self._first_from(unix_ns)
+
+    def between(self, since: int | None, until: int | None) -> StepRange:
+        """The steps in progress from one time to another, both ns since 1970; None: from or to the end.
+
+        A step recorded more than a minute after the one before is in the range only if it was recorded in
+        it: the engine was idle or restarted before.
+
+        Raises UsageError if the times are not known, NotInDumpError if no step was in progress.
+        """
+        begin, end = self.require()
+        if since is not None and until is not None and since > until:
+            raise UsageError(f"--since {self._zoned(since)} is after --until {self._zoned(until)}")
+        if since is not None and since > end:
+            raise self.outside(f"{self._zoned(since)} is")
+        if until is not None and until < begin:
+            raise self.outside(f"{self._zoned(until)} is")
+        since, until = begin if since is None else since, end if until is None else until
+        first, last = self._first_from(since), self._last_until(until)
+        if first > last:
+            raise NotInDumpError(
+                f"{self._name}: no step was in progress from {self._zoned(since)} to {self._zoned(until)}"
+            )
+        return StepRange(first, last + 1)
+
+    def outside(self, what: str) -> NotInDumpError:
+        """The error to raise if ``what`` is outside of the run."""
+        return NotInDumpError(f"{self._name}: {what} outside of the run, which was {self.span_text()}")
+
+    def require(self) -> tuple[int, int]:
+        """The span. Raises UsageError if the times are not known."""
+        if not self._timed:
+            raise UsageError(
+                f"{self._name}: the times of its steps are not known, because it was imported without them; "
+                "select steps with --steps"
+            )
+        span = self.span
+        if span is None:
+            raise NotInDumpError(f"{self._name}: it has no step yet")
+        return span
+
+    def _zoned(self, unix_ns: int) -> str:
+        local = self._local(unix_ns)
+        return f"{local:%Y-%m-%d %H:%M:%S} {local.tzname()}"
+
+    def _first_from(self, unix_ns: int) -> int:
+        """The first step at or after a time that is not after the run's latest."""
+        _, latest = self._group_spans()
+        number = int(np.argmax(latest >= unix_ns)) if (latest >= unix_ns).any() else len(latest) - 1
+        times = self._times(number)
+        later = np.flatnonzero(times.unix_ns >= unix_ns)
+        return int(times.step[later[0] if len(later) else -1])
+
+    def _last_until(self, unix_ns: int) -> int:
+        """The last step in progress at a time that is not before the run's earliest."""
+        earliest, _ = self._group_spans()
+        before = np.flatnonzero(earliest <= unix_ns)
+        number = int(before[-1]) if len(before) else 0
+        times = self._times(number)
+        earlier = np.flatnonzero(times.unix_ns <= unix_ns)
+        here = int(earlier[-1]) if len(earlier) else 0
+        step, recorded = int(times.step[here]), int(times.unix_ns[here])
+        following = self._following(number, here)
+        # A step that was recorded at this very time is the one in progress.
+        if following is not None and recorded < unix_ns and following[1] - recorded <= LONGEST_STEP_NS:
+            return following[0]
+        return step
+
+    def _following(self, number: int, index: int) -> tuple[int, int] | None:
+        """The step after one of a group, and its time."""
+        times, index = self._times(number), index + 1
+        while index >= len(times.step):
+            number, index = number + 1, 0
+            if number >= len(self._groups):
+                return None
+            times = self._times(number)
+        return int(times.step[index]), int(times.unix_ns[index])
+
+    # ---- reading
+
+    def _group_spans(self) -> tuple[Int64, Int64]:
+        """The earliest and latest time of each group of segments, int64 each; reads all of them once."""
+        if self._spans is None:
+            parts = [self._times(number).unix_ns for number in range(len(self._groups))]
+            earliest = [int(part.min(initial=_MISSING)) for part in parts]
+            latest = [int(part.max(initial=-1)) for part in parts]
+            self._spans = np.array(earliest, np.int64), np.array(latest, np.int64)
+        return self._spans
+
+    def _times(self, number: int) -> _Times:
+        with self._lock:
+            found = self._kept.pop(number, None)
+            if found is None:
+                found = _median(self._groups[number])
+                if len(self._kept) >= KEPT_GROUPS:
+                    self._kept.popitem(last=False)
+            self._kept[number] = found
+            return found
+
+
+def _some_ranks(group: list[Source]) -> list[Source]:
+    """The sources of at most ``CLOCKS`` ranks, spread over all, in order of steps."""
+    ranks = sorted({source.rank for source in group})
+    if len(ranks) > CLOCKS:
+        ranks = [ranks[i] for i in np.linspace(0, len(ranks) - 1, CLOCKS).round().astype(int)]
+    return [source for source in group if source.rank in ranks]
+
+
+def _median(group: Iterable[Source]) -> _Times:
+    """The times of a group's steps. A damaged table is left out; other commands report it."""
+    rows: list[tuple[Source, tuple[Int64, Int64]]] = []
+    group = list(group)
+
+    def read(source: Source) -> tuple[Int64, Int64]:
+        try:
+            return source.segment.step_times()
+        except DamagedSegmentError:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+
+    rows = list(ordered_map(read, group, requests_at_once(group[0].segment.path)))
+    step = np.unique(np.concatenate([own for _, (own, _) in rows]))
+    ranks = sorted({source.rank for source in group})
+    clocks = np.full((len(ranks), len(step)), _MISSING, np.int64)
+    # A rank's newest session counts.
+    for source, (own, monotonic) in sorted(rows, key=lambda row: row[0].session):
+        clocks[ranks.index(source.rank), np.searchsorted(step, own)] = monotonic + source.clock_offset_ns
+    clocks.sort(axis=0)
+    middle = ((clocks != _MISSING).sum(axis=0) - 1) // 2
+    return _Times(step, clocks[middle, np.arange(len(step))])
+
+
+def local_time(unix_ns: int, zone: datetime.tzinfo) -> datetime.datetime:
+    """A time as a date and time of day, without fractions of a second."""
+    # Not from a float, which would round up to the next second, nor by the platform's limits.
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    return (epoch + datetime.timedelta(seconds=unix_ns // SECOND_NS)).astimezone(zone)
+
+
+def iso(unix_ns: int | None) -> str | None:
+    """ISO 8601 in UTC with milliseconds, ``2026-11-26T03:12:04.250Z``; None for None."""
+    if unix_ns is None:
+        return None
+    whole = local_time(unix_ns, datetime.timezone.utc)
+    return f"{whole:%Y-%m-%dT%H:%M:%S}.{unix_ns % SECOND_NS // 10**6:03d}Z"
