@@ -48,8 +48,6 @@ from eplb_dump.format.session import SessionInfo
 MAX_NEW_BYTES = 64 << 20
 #: How many steps are searched, as a multiple of the wanted ones, if a rank recorded few of them.
 IDLE_FACTOR = 16
-#: Up to so many slots per rank it is faster to add one slot of all ranks after another.
-FEW_SLOTS = 16
 #: What damaged files and file systems raise.
 READ_ERRORS = (OSError, FormatError, LookupError, TypeError, ValueError, AttributeError)
 
@@ -63,14 +61,15 @@ class Batch:
         placements: the new placements; layers are indices.
         shape: the shape of the loads; None if there are none.
         step: int64 ``[n]``, the recorded steps.
-        rank_load: int64 ``[n, num_moe_layers, ep_size]``, this writer's tokens for each EP rank.
+        load: integers ``[n, num_moe_layers, slots]``, this writer's tokens for each slot, or for each EP rank
+            if the steps come from a sealed segment, which holds sums of ranks.
     """
 
     rows: StepRows
     placements: list[PlacementRows]
     shape: Shape | None
     step: Int64
-    rank_load: Int64
+    load: npt.NDArray[Any]
 
 
 class FollowedSession:
@@ -347,7 +346,7 @@ class _Journal(GrowingFile):
             yield _without_loads(StepRows.concat([]), before)
         start = self.at
         placements: list[PlacementRows] = []
-        loads: list[tuple[Int64, Shape, Int64]] = []
+        loads: list[tuple[Int64, Shape, npt.NDArray[Any]]] = []
         for frame in self.new_frames():
             if frame.kind == "session":
                 self._check_owner(frame)
@@ -377,30 +376,22 @@ class _Journal(GrowingFile):
         check_placements(rows, self._info, None)
         return rows
 
-    def _loads(self, frame: Frame, earlier: Shape | None) -> tuple[Int64, Shape, Int64]:
+    def _loads(self, frame: Frame, earlier: Shape | None) -> tuple[Int64, Shape, npt.NDArray[Any]]:
         step, _, _, sizes = load_entry(frame)
         shape = load_shape(sizes, self._info, earlier)
-        slots = frame.arrays["load"].reshape(shape.num_moe_layers, len(step), shape.ep_size, -1)
-        return step, shape, _sum_slots(slots)
+        return step, shape, frame.arrays["load"].transpose(1, 0, 2)
 
 
-def _sum_slots(slots: npt.NDArray[Any]) -> Int64:
-    """Tokens of each rank, int64 ``[steps, layers, ep_size]``, from ``[layers, steps, ep_size, slots]``."""
-    if slots.shape[3] > FEW_SLOTS:
-        summed: Int64 = np.einsum("lnrs->nlr", slots, dtype=np.int64)
-        return summed
-    total: Int64 = slots[..., 0].astype(np.int64)
-    for slot in range(1, slots.shape[3]):
-        total += slots[..., slot]
-    return total.transpose(1, 0, 2)
-
-
-def _batch(rows: StepRows, placements: list[PlacementRows], loads: list[tuple[Int64, Shape, Int64]]) -> Batch:
+def _batch(
+    rows: StepRows,
+    placements: list[PlacementRows],
+    loads: list[tuple[Int64, Shape, npt.NDArray[Any]]],
+) -> Batch:
     if not loads:
         batch = _without_loads(rows, placements)
     else:
-        steps, shapes, sums = zip(*loads, strict=True)
-        load = sums[0] if len(sums) == 1 else np.concatenate(sums)
+        steps, shapes, parts = zip(*loads, strict=True)
+        load = parts[0] if len(parts) == 1 else np.concatenate(parts)
         batch = Batch(rows, placements, shapes[0], np.concatenate(steps), load)
     check_load_steps(batch.step, rows)
     return batch

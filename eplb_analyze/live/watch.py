@@ -14,12 +14,24 @@ import numpy as np
 
 from eplb_analyze.errors import AnalyzeError, DumpError, Finding
 from eplb_analyze.json_report import RunReport
+from eplb_analyze.live.alerts import (
+    BLOCK_STEPS,
+    BLOCKS,
+    Alert,
+    Departure,
+    DepartureFinder,
+    risen_expert,
+    signals,
+    slowest_ranks,
+    utc,
+)
+from eplb_analyze.live.experts import ExpertWindow, placement, replica_counts
 from eplb_analyze.live.session import FollowedSession
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
-from eplb_analyze.metrics.formulas import Float64, Spread, Terms, most_often
+from eplb_analyze.metrics.formulas import Float64, Spread, Terms, idle_fraction, most_often
 from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.choose import choose
-from eplb_analyze.reader.lost import ranks_lost_at, serving_ranks
+from eplb_analyze.reader.lost import ranks_lost_at, serving_ranks, serving_slots
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory, Rearrangement
 from eplb_analyze.reader.rhythm import Rhythm
 from eplb_analyze.sessions.metadata import read_info
@@ -45,6 +57,12 @@ STOPPED_SECONDS = 3.0
 LONG_SECONDS = 1.0
 #: How many placements of each layer are kept.
 PLACEMENTS = 8
+#: How many hot experts and alerts a snapshot has.
+HOT_EXPERTS, ALERTS = 8, 4
+#: An expert is hot if its load per replica is at least this many times the mean load of an expert.
+HOT = 1.5
+#: A rearrangement this near to the end of an incident ended it.
+TURN_STEPS = BLOCKS * BLOCK_STEPS
 #: Fields that must be equal in all sessions of a run.
 AGREED = ("scope", "num_logical_experts", "moe_layers", "token_replication")
 
@@ -70,6 +88,34 @@ class RankSnapshot:
     #: The share of (step, layer) pairs in which others waited for this rank, and its share of all waiting.
     slowest_share: float | None
     excess_share: float | None
+
+
+@dataclass(frozen=True)
+class RecentSnapshot:
+    """The figures of the complete steps in the last 10 s before the newest step."""
+
+    first_step: int
+    last_step: int
+    complete: int
+    balancedness: float | None
+    idle_fraction: float | None
+    layers: list[LayerSnapshot]
+    ranks: list[RankSnapshot]
+
+
+@dataclass(frozen=True)
+class HotExpert:
+    """A logical expert with a high load per replica.
+
+    ``times_mean``: its tokens divided by the mean over the layer's experts, over the window and over the last
+    10 s, as far as the steps were read from journals.
+    """
+
+    layer: int
+    expert: int
+    times_mean: float
+    recent_times_mean: float | None
+    replicas: int
 
 
 @dataclass(frozen=True)
@@ -135,6 +181,13 @@ class Snapshot(RunReport):
     idle_fraction: float | None
     layers: list[LayerSnapshot]
     ranks: list[RankSnapshot]
+    #: None if no complete step is that new.
+    recent: RecentSnapshot | None
+    #: The highest load per replica first, and how many steps they are of.
+    hot_experts: list[HotExpert]
+    expert_steps: int
+    #: In order of their first steps.
+    alerts: list[Alert]
     writers: list[WriterSnapshot]
     timeline: list[Bin]
     #: The first step of each rearrangement that was seen, and the figures of the newest one.
@@ -218,7 +271,7 @@ class Follower:
         started = (f for f in _folders(self._run_folder.parent, RUN_PREFIX) if _has_session(f))
         self._runs = {folder.name for folder in started}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
-        self._placements = _Placements(self._limit, self._info)
+        self._forget()
         self._known = {folder for folder, _ in sessions} | {_absolute(folder) for folder in chosen.others}
         #: The newest session of each rank, and whether a session of another engine start was seen.
         self._newest = {info.ep_rank: info for _, info in sessions}
@@ -236,6 +289,14 @@ class Follower:
                 # All ranks write the same placements, so one rank's older ones are enough.
                 first = want == self._limit and info.ep_rank == self._info.ep_rank
                 need[info.ep_rank] -= self._sessions[-1].begin(want, placements=first)
+
+    def _forget(self) -> None:
+        """Start without a known placement, expert or alert."""
+        self._placements = _Placements(self._limit, self._info)
+        self._experts = ExpertWindow(self._limit, self._info.num_logical_experts)
+        self._departures = DepartureFinder()
+        self._alerts: dict[int, Alert] = {}
+        self._shape_of_news = self._window.shape
 
     def _newer_run(self) -> bool:
         dump = self._run_folder.parent
@@ -287,7 +348,25 @@ class Follower:
         self._window.settle()
         self._reach_back()
         self._window.give_up({w.rank for w in self._writers()[1] if w.stopped or w.last_step is None})
+        self._take_news()
         return found_new
+
+    def _take_news(self) -> None:
+        """Add the steps that became complete to the sums of experts and to the search for incidents."""
+        window, recent = self._window, self._first_recent()
+        if window.shape != self._shape_of_news:
+            self._shape_of_news, self._departures = window.shape, DepartureFinder()
+        for news in window.take_news():
+            self._experts.add(news, self._placements.layers, recent)
+            if window.shape is not None:
+                values = signals(news.terms, serving_ranks(window.shape))
+                self._departures.add(news.step, news.time_ns, values)
+        self._experts.trim(window.first_step, recent)
+
+    def _first_recent(self) -> int:
+        """The first step of the last 10 s before the newest step."""
+        leader = _leader([state for state in self._states().values() if state is not None])
+        return 0 if leader is None else leader.first_recent
 
     def _read(self, session: FollowedSession) -> bool:
         """Read one session. Returns True if it has new steps."""
@@ -297,7 +376,7 @@ class Follower:
             restarts = self._window.restarts
             if self._window.add(session.info, batch):
                 if self._window.restarts > restarts:
-                    self._placements = _Placements(self._limit, self._info)
+                    self._forget()
                 for rows in batch.placements:
                     self._placements.add(rows)
             elif len(batch.rows.step):
@@ -325,7 +404,7 @@ class Follower:
         series = window.series()
         first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
         since = 0.0 if leader is None or last is None else leader.seconds_beyond(last)
-        total = 0.0 if terms is None else float(terms.maximum.sum())
+        hot_experts, expert_steps = self._hot_experts()
         return Snapshot(
             run_id=info.run_id,
             model=info.model,
@@ -346,9 +425,13 @@ class Follower:
             in_flight=in_flight,
             balancedness=Spread.of(value, steps),
             latest_balancedness=float(value[-1]) if len(value) and value[-1] == value[-1] else None,
-            idle_fraction=1 - float(terms.mean.sum()) / total if terms is not None and total else None,
+            idle_fraction=None if terms is None else _idle_fraction(terms),
             layers=[] if terms is None else _layers(terms, info),
             ranks=[] if terms is None else _ranks(terms, serving_ranks(shape) if shape else []),
+            recent=self._recent(steps, terms),
+            hot_experts=hot_experts,
+            expert_steps=expert_steps,
+            alerts=[] if terms is None else self._look_for_alerts(steps, terms),
             writers=writers,
             timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
             rearrangements=self._placements.rearrangements(),
@@ -356,6 +439,107 @@ class Follower:
             shape_changed=window.shape_changed,
             restarts=window.restarts,
             findings=[Finding("error", "damaged_file", text) for text in self._faults.values()],
+        )
+
+    def _recent(self, steps: Int64, terms: Terms | None) -> RecentSnapshot | None:
+        low = int(np.searchsorted(steps, self._first_recent()))
+        if terms is None or low == len(steps):
+            return None
+        recent, shape = terms.select(np.arange(low, len(steps))), self._window.shape
+        return RecentSnapshot(
+            int(steps[low]),
+            int(steps[-1]),
+            len(steps) - low,
+            Spread.of(BALANCEDNESS.of(recent), steps[low:]).mean,
+            _idle_fraction(recent),
+            _layers(recent, self._info),
+            _ranks(recent, serving_ranks(shape) if shape else []),
+        )
+
+    def _replicas(self) -> Int64:
+        """How many slots of ranks that serve hold each expert: int64 ``[layers, num_logical_experts]``."""
+        shape = self._window.shape
+        assert shape is not None
+        slots = placement(
+            self._placements.layers, NO_END - 1, shape.num_moe_layers, shape.num_physical_experts
+        )
+        return replica_counts(slots[:, serving_slots(shape)], self._info.num_logical_experts)
+
+    def _hot_experts(self) -> tuple[list[HotExpert], int]:
+        """The experts with the highest load per replica, and over how many steps."""
+        total = self._experts.between(0, NO_END)
+        shape = self._window.shape
+        if total is None or shape is None or total.tokens.shape[0] != shape.num_moe_layers:
+            return [], 0
+        recent, replicas = self._experts.between(self._first_recent(), NO_END), self._replicas()
+        times = total.times_mean
+        now = times if recent is None or recent.tokens.shape != total.tokens.shape else recent.times_mean
+        per_replica = np.maximum(times, now) / np.maximum(1, replicas)
+        per_replica[replicas == 0] = 0.0
+        count = min(HOT_EXPERTS, per_replica.size)
+        largest = np.argpartition(-per_replica, count - 1, axis=None)[:count]
+        numbers = self._info.layer_numbers(shape.num_moe_layers)
+        order = sorted(largest.tolist(), key=lambda cell: (-per_replica.flat[cell], cell))
+        return [
+            HotExpert(
+                numbers[layer],
+                expert,
+                float(times[layer, expert]),
+                None if now is times else float(now[layer, expert]),
+                int(replicas[layer, expert]),
+            )
+            for layer, expert in (divmod(cell, times.shape[1]) for cell in order)
+            if per_replica[layer, expert] >= HOT
+        ], total.steps
+
+    def _look_for_alerts(self, steps: Int64, terms: Terms) -> list[Alert]:
+        found = self._departures.found
+        del found[:-ALERTS]
+        for one in found:
+            known = self._alerts.get(one.first_step)
+            if known is None or known.last_step is None:
+                self._alerts[one.first_step] = self._alert(one, steps, terms)
+        self._alerts = {one.first_step: self._alerts[one.first_step] for one in found}
+        return [*self._alerts.values()]
+
+    def _alert(self, one: Departure, steps: Int64, terms: Terms) -> Alert:
+        """An alert as it is known now; what left the window is as it was known before."""
+        known = self._alerts.get(one.first_step)
+        layers = terms.mean.shape[1]
+        ended = one.last_step is not None and not one.open
+        end = one.last_step + 1 if one.last_step is not None and ended else NO_END
+        fall = {signal: usual - one.lowest.get(signal, usual) for signal, usual in one.signals.items()}
+        order = sorted(fall, key=lambda signal: (signal >= layers, -fall[signal]))
+        worst, of_layers = order[0], [signal for signal in order if signal < layers]
+        lowest, usual = one.lowest.get(worst, one.signals[worst]), one.signals[worst]
+        serving = serving_ranks(self._window.shape) if self._window.shape else []
+        ranks = tuple(serving[signal - layers] for signal in order if signal >= layers)
+        expert = None
+        low, high = np.searchsorted(steps, [one.first_step, end])
+        if of_layers and low < high:
+            ranks = slowest_ranks(terms.select(np.arange(low, high)), worst)
+            before = self._experts.between(0, one.first_step)
+            since = self._experts.between(one.first_step, end)
+            expert = risen_expert(before, since, worst, self._replicas())
+        if known is not None:  # what left the window is as it was
+            ranks = ranks or known.ranks
+        changes = self._placements.rearrangements() if ended else []
+        numbers = self._info.layer_numbers(layers)
+        cause = known if expert is None else expert
+        return Alert(
+            layers=tuple(numbers[signal] for signal in of_layers),
+            ranks=ranks,
+            first_step=one.first_step,
+            since=utc(one.first_ns),
+            last_step=one.last_step if ended else None,
+            until=utc(one.last_ns) if ended and one.last_ns is not None else None,
+            peak_imbalance=1 / lowest if worst < layers else -lowest,
+            usual_imbalance=1 / usual if worst < layers else -usual,
+            expert=None if cause is None else cause.expert,
+            from_times_mean=None if cause is None else cause.from_times_mean,
+            to_times_mean=None if cause is None else cause.to_times_mean,
+            replicas=None if cause is None else cause.replicas,
+            rearrangement=next((step for step in changes if abs(step - end) <= TURN_STEPS), None),
         )
 
     def _states(self) -> dict[int, RankState | None]:
@@ -429,6 +613,10 @@ def _leader(states: list[RankState]) -> RankState | None:
     return max(states, key=lambda state: state.last_step, default=None)
 
 
+def _idle_fraction(terms: Terms) -> float | None:
+    return idle_fraction(float(terms.mean.sum()), float(terms.maximum.sum()))
+
+
 def _layers(terms: Terms, info: SessionInfo) -> list[LayerSnapshot]:
     """In ascending order."""
     numbers = info.layer_numbers(terms.mean.shape[1])
@@ -483,14 +671,14 @@ class _Placements:
     def __init__(self, window: int, info: SessionInfo) -> None:
         """``window``: how many steps before and after a rearrangement are compared."""
         self._window, self._info = window, info
-        self._layers: dict[int, LayerHistory] = {}
+        self.layers: dict[int, LayerHistory] = {}
         self._newest: RearrangementSnapshot | None = None
 
     def add(self, rows: PlacementRows) -> None:
         """Add one rank's placements. All ranks write the same; one that missed a change writes it later."""
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
         for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
-            history = self._layers.setdefault(layer, LayerHistory())
+            history = self.layers.setdefault(layer, LayerHistory())
             history.insert(step, ep_size, slots)
             del history.steps[:-PLACEMENTS], history.ep_sizes[:-PLACEMENTS], history.slots[:-PLACEMENTS]
 
@@ -498,8 +686,8 @@ class _Placements:
         return [change.first_step for change in self._grouped()]
 
     def _grouped(self) -> list[Rearrangement]:
-        rhythm = Rhythm.stated(self._info, max(self._layers, default=0) + 1)
-        return PlacementHistory(self._layers, [], [], rhythm).rearrangements()
+        rhythm = Rhythm.stated(self._info, max(self.layers, default=0) + 1)
+        return PlacementHistory(self.layers, [], [], rhythm).rearrangements()
 
     def newest(self, steps: Int64, balancedness: Float64) -> RearrangementSnapshot | None:
         """The newest rearrangement, given the known steps, ascending, and their balancedness."""

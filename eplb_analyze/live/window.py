@@ -1,7 +1,7 @@
 """The newest steps of a run that is being written: all ranks joined, in bounded memory.
 
-For each step it keeps only the tokens on each EP rank and, once the step is complete, the terms of the
-formulas.
+For each incomplete step it keeps the tokens of each slot, summed over the ranks that wrote it. Of a complete
+step it keeps the terms of the formulas, and hands its slots on once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ SERIES_WINDOWS = 4
 #: Step times are kept this long before a rank's newest step.
 CLOCK_SECONDS = 10.0
 BALANCEDNESS = FORMULAS["balancedness"]
+#: Up to so many slots per rank it is faster to add one slot of all ranks after another.
+FEW_SLOTS = 16
 
 
 @dataclass
@@ -58,6 +61,14 @@ class RankState:
             self.steps, self.clock_ns = steps[first:], clock_ns[first:]
 
     @property
+    def first_recent(self) -> int:
+        """The first step of the last :data:`CLOCK_SECONDS`."""
+        if not len(self.steps):
+            return 0
+        horizon = int(self.clock_ns[-1]) - round(CLOCK_SECONDS * 1e9)
+        return int(self.steps[np.searchsorted(self.clock_ns, horizon)])
+
+    @property
     def clock_seconds(self) -> float:
         """How many seconds before the newest step the step times reach back."""
         return float(np.ptp(self.clock_ns)) / 1e9 if len(self.clock_ns) else 0.0
@@ -77,12 +88,62 @@ class RankState:
         return float(self.steps[-1] - self.steps[0]) / seconds if seconds else None
 
 
+def _sum_slots(load: npt.NDArray[Any], ep_size: int) -> Int64:
+    """Tokens of each rank, int64 ``[..., ep_size]``, from those of each slot or rank ``[..., slots]``."""
+    by_rank = load.reshape(*load.shape[:-1], ep_size, -1)
+    if by_rank.shape[-1] > FEW_SLOTS:
+        summed: Int64 = by_rank.sum(axis=-1, dtype=np.int64)
+        return summed
+    total: Int64 = by_rank[..., 0].astype(np.int64)
+    for slot in range(1, by_rank.shape[-1]):
+        total += by_rank[..., slot]
+    return total
+
+
 @dataclass
 class _StepSum:
-    """The loads of one step, int64 ``[layers, ep_size]``, summed over these ranks."""
+    """The loads of one step, ``[layers, slots]``, summed over these ranks.
 
-    load: Int64
+    ``[layers, ep_size]`` if a part of it was read from a sealed segment.
+    """
+
+    load: npt.NDArray[Any]
     ranks: set[int]
+    ep_size: int
+
+    @classmethod
+    def of(cls, load: npt.NDArray[Any], rank: int, ep_size: int) -> _StepSum:
+        # Half the memory, and faster, if the sum over any number of ranks cannot overflow.
+        return cls(load.astype(np.int32 if load.dtype.itemsize <= 2 else np.int64), {rank}, ep_size)
+
+    def add(self, load: npt.NDArray[Any], rank: int) -> None:
+        if load.shape != self.load.shape:
+            self.load, load = self.by_rank(), _sum_slots(load, self.ep_size)
+        elif load.dtype.itemsize > 2:
+            self.load = self.load.astype(np.int64, copy=False)
+        self.load += load
+        self.ranks.add(rank)
+
+    def by_rank(self) -> Int64:
+        """int64 ``[layers, ep_size]``."""
+        return _sum_slots(self.load, self.ep_size)
+
+
+@dataclass(frozen=True)
+class CompleteSteps:
+    """Steps that became complete.
+
+    Attributes:
+        step: int64 ``[n]``, ascending.
+        time_ns: int64 ``[n]``, clock times, ns since 1970.
+        terms: the terms of the formulas.
+        load: integers ``[n, layers, slots]``, the tokens of each slot; None if only those of ranks are known.
+    """
+
+    step: Int64
+    time_ns: Int64
+    terms: Terms
+    load: npt.NDArray[Any] | None
 
 
 class Window:
@@ -119,6 +180,7 @@ class Window:
         self._present = np.empty((0, 0), np.bool_)
         self._complete: list[tuple[Int64, Terms]] = []
         self._series: list[tuple[Int64, Float64]] = []
+        self._news: list[CompleteSteps] = []
         #: Steps before this one are ignored.
         self._floor = -1
 
@@ -147,21 +209,22 @@ class Window:
         rows = rows.select(has_part & (rows.step >= self._floor))
         if len(rows.step):
             self._new.setdefault((info.session_id, batch.shape), []).append(rows)
-        for step, load in zip(batch.step.tolist(), batch.rank_load, strict=True):
-            if step >= self._floor:
-                self._add_load(step, info.ep_rank, load)
+        if batch.shape is not None:
+            for step, load in zip(batch.step.tolist(), batch.load, strict=True):
+                if step >= self._floor:
+                    self._add_load(step, info.ep_rank, load, batch.shape)
         return True
 
-    def _add_load(self, step: int, rank: int, load: Int64) -> None:
+    def _add_load(self, step: int, rank: int, load: npt.NDArray[Any], shape: Shape) -> None:
         total = self._sums.get(step)
-        if total is None or total.load.shape != load.shape:
-            self._sums[step] = _StepSum(load, {rank})
-        elif self._scope is Scope.GLOBAL:  # every writer has the same sums; the join takes the lowest rank's
+        # Every writer of scope global has the same sums; the join takes the lowest rank's.
+        if total is None or total.ep_size != shape.ep_size or len(total.load) != len(load):
+            self._sums[step] = _StepSum.of(load, rank, shape.ep_size)
+        elif self._scope is Scope.GLOBAL:
             if rank < min(total.ranks):
-                self._sums[step] = _StepSum(load, {rank})
+                self._sums[step] = _StepSum.of(load, rank, shape.ep_size)
         elif rank not in total.ranks:
-            total.load += load  # the array belongs to a batch that nothing else reads
-            total.ranks.add(rank)
+            total.add(load, rank)
 
     def _rank(self, info: SessionInfo) -> RankState | None:
         """The rank's state; None if the rank has a newer session."""
@@ -187,7 +250,7 @@ class Window:
         """
         self.restarts += 1
         self.lost = []
-        self._complete, self._series = [], []
+        self._complete, self._series, self._news = [], [], []
         self._merge_new()
         own = [rows.step for (name, _), rows in self._pending.items() if self._infos[name].ep_rank == rank]
         forgotten = np.concatenate([np.empty(0, np.int64), *own])
@@ -229,9 +292,9 @@ class Window:
     def _lost(self, rank: int) -> LostRank | None:
         last = self.ranks[rank].last_step if rank in self.ranks else -1
         steps = self._open[self._open > last]
-        if not len(steps) or self._sums[int(steps[-1])].load[:, rank].any():
+        if not len(steps) or self._sums[int(steps[-1])].by_rank()[:, rank].any():
             return None
-        by_rank = np.stack([self._sums[step].load.sum(axis=0) for step in steps.tolist()])
+        by_rank = np.stack([self._sums[step].by_rank().sum(axis=0) for step in steps.tolist()])
         served = np.flatnonzero(by_rank[:, rank])
         without = steps[served[-1] + 1 :] if len(served) else steps
         if by_rank[-len(without) :].sum() < MIN_TOKENS * by_rank.shape[1]:
@@ -252,12 +315,12 @@ class Window:
         complete = (rows.state == StepState.RECORDED) & of_shape
         if complete.any():
             steps = rows.step[complete]
-            terms = Terms.of(
-                np.stack([self._sums[step].load for step in steps.tolist()]),
-                self._token_replication,
-                None if self.shape is None else serving(self.shape),
-            )
+            assert self.shape is not None
+            sums = [self._sums[step] for step in steps.tolist()]
+            load, by_rank = _stacked(sums, self.shape.num_physical_experts)
+            terms = Terms.of(by_rank, self._token_replication, serving(self.shape))
             self._complete.append((steps, terms))
+            self._news.append(CompleteSteps(steps, rows.time_ns[complete], terms, load))
             self._series.append((steps, BALANCEDNESS.of(terms)))
         waiting = recorded & ~complete
         self._drop_old(rows.step[waiting])
@@ -301,7 +364,7 @@ class Window:
                 # A loss changes over which ranks figures are, not what the engine has.
                 if any(full(one) != full(shape) for one in before):
                     self.shape_changed = int(rows.step[start])
-                self._complete, self._series = [], []
+                self._complete, self._series, self._news = [], [], []
             self._floor = (
                 max(self._floor, int(rows.step[start])) if other.any() or self.shape else self._floor
             )
@@ -340,6 +403,16 @@ class Window:
         order = np.argsort(steps)
         return steps[order], terms.select(order)
 
+    def take_news(self) -> list[CompleteSteps]:
+        """The steps that became complete since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    @property
+    def first_step(self) -> int:
+        """Figures cover no step before this one."""
+        return max(0, self._floor)
+
     def series(self) -> tuple[Int64, Float64]:
         """Steps, ascending, and their balancedness, over :data:`SERIES_WINDOWS` windows."""
         if not self._series:
@@ -363,3 +436,11 @@ class Window:
         if len(expected) == len(self.expected):
             incomplete = int(lost[expected].any(axis=0).sum())
         return incomplete, len(self._open) - incomplete
+
+
+def _stacked(sums: list[_StepSum], slots: int) -> tuple[npt.NDArray[Any] | None, Int64]:
+    """The tokens of each slot of some steps, or None if some are known by rank only, and of each rank."""
+    if all(total.load.shape[1] == slots for total in sums):
+        load = np.stack([total.load for total in sums])
+        return load, _sum_slots(load, sums[0].ep_size)
+    return None, np.stack([total.by_rank() for total in sums])

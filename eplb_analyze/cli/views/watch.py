@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import bar, columns_of_steps, heat, step_axis, vertical_bars
-from eplb_analyze.text import clean, duration, figure, percent, plural, signed
+from eplb_analyze.text import clean, duration, figure, listed, percent, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from eplb_analyze.live.watch import Snapshot
+    from eplb_analyze.live.alerts import Alert
+    from eplb_analyze.live.watch import HotExpert, LayerSnapshot, RankSnapshot, Snapshot
 
 #: Rows of the rankings if the height of the screen is not known.
 ROWS = 8
@@ -21,8 +23,11 @@ ROWS = 8
 #: Lines of the plot, and columns of its axis labels.
 HEIGHT, MARGIN = 3, 6
 
-#: Columns of the two rankings, and of one rank in the list beside them.
-LAYERS, RANKS, CELL = 36, 44, 10
+#: The least span of the plot, so that a steady run looks steady.
+SPAN = 0.1
+
+#: Columns of the rankings, and of one rank in the list beside them.
+LAYERS, RANKS, EXPERTS, CELL = 37, 43, 38, 10
 
 #: A rank's load is colored if it is at least this far from the mean.
 NOTABLE_DEVIATION = 0.05
@@ -40,8 +45,9 @@ def lines(look: Snapshot, width: int, height: int | None = None) -> list[Text]:
     """The live view, at most ``width`` columns and ``height`` lines."""
     from rich.text import Text
 
-    top = [*_head(look, width), Text(), *_balance(look, width), *_plot(look, width), Text()]
-    bottom = [Text(), *_events(look), *_problems(look)]
+    top = [*_head(look, width), *_alerts(look, width), Text()]
+    top += [*_balance(look), *_plot(look, width), Text()]
+    bottom = [Text(), *_hot_experts(look, width), *_events(look), *_problems(look)]
     rows = ROWS if height is None else max(1, height - len(top) - len(bottom) - 2)
     found = [*top, *_panels(look, width, rows), *bottom]
     for line in found:
@@ -83,18 +89,55 @@ def _state(look: Snapshot) -> tuple[str, str]:
     return f"● live, {writing} of {ranks}", "green" if writing == len(look.writers) else "yellow"
 
 
-def _balance(look: Snapshot, width: int) -> list[Text]:
+def _alerts(look: Snapshot, width: int) -> list[Text]:
+    """Each incident in a line or two: the lasting ones in color, those that ended dim."""
+    from rich.text import Text
+
+    found = []
+    for alert in look.alerts:
+        style = "bold red" if alert.last_step is None else "dim"
+        parts = textwrap.wrap(_alert(alert), width, subsequent_indent="  ")
+        found += [Text(clean(part), style=style) for part in parts]
+    return found
+
+
+def _alert(alert: Alert) -> str:
+    where = [f"layer {alert.layers[0]}"] if len(alert.layers) == 1 else []
+    if len(alert.layers) > 1:
+        where = [f"layers {listed(alert.layers, 4)}"]
+    where += [_named([*alert.ranks])] if alert.ranks else []
+    size = f"{alert.peak_imbalance:.1f}x the mean, usually {alert.usual_imbalance:.1f}x"
+    cause = ""
+    if alert.expert is not None and alert.from_times_mean is not None and alert.to_times_mean is not None:
+        cause = (
+            f"; expert {alert.expert} rose from {alert.from_times_mean:.1f}x to {alert.to_times_mean:.1f}x"
+        )
+        cause += f" with {plural(alert.replicas or 0, 'replica')}"
+    since = alert.since[11:19]
+    if alert.last_step is None or alert.until is None:
+        return f"! INCIDENT since {since}, step {alert.first_step:,}: {', '.join(where)} at {size}{cause}"
+    ended = f"ended {alert.until[11:19]}, step {alert.last_step:,}"
+    if alert.rearrangement is not None:
+        ended += f", by the rearrangement at step {alert.rearrangement:,}"
+    return f"incident {since}, step {alert.first_step:,}, {ended}: {', '.join(where)} at {size}{cause}"
+
+
+def _balance(look: Snapshot) -> list[Text]:
     from rich.text import Text
 
     if not look.complete:
         return [Text("no complete step yet" if not look.incomplete else "no complete step", style="yellow")]
-    spread = look.balancedness
+    spread, recent = look.balancedness, look.recent
     line = Text.assemble("balancedness ", (figure(spread.mean), "bold"))
-    line.append(f" · now {figure(look.latest_balancedness)}" if look.current else "")
-    line.append(f" · p5 {figure(spread.p5)} · idle {percent(look.idle_fraction)} by tokens")
+    if recent is not None:
+        line.append(", last 10 s ").append(figure(recent.balancedness), "bold")
+    line.append(f", now {figure(look.latest_balancedness)}" if look.current else "")
+    line.append(f" · idle {percent(look.idle_fraction)}")
+    line.append("" if recent is None else f", last 10 s {percent(recent.idle_fraction)}")
     over = f"over {plural(look.complete, 'complete step')}, {look.first_step:,} to {look.last_step:,}"
+    over += f"; p5 {figure(spread.p5)}"
     if spread.min_step is not None:
-        over += f"; worst {figure(spread.min)} at step {spread.min_step:,}"
+        over += f", worst {figure(spread.min)} at step {spread.min_step:,}"
     found = [line, Text(over, style="dim")]
     if not look.current:
         since = plural((look.newest_step or 0) - (look.last_step or 0), "step") + " ago"
@@ -104,14 +147,16 @@ def _balance(look: Snapshot, width: int) -> list[Text]:
 
 
 def _plot(look: Snapshot, width: int) -> list[Text]:
-    """Balancedness over the steps. The scale ends at multiples of 0.05, so that it rarely changes."""
+    """Balancedness over the steps. The scale rarely changes: it ends at multiples of 0.05."""
     from rich.text import Text
 
     known = [b.balancedness for b in look.timeline if b.balancedness is not None]
     if not known:
         return []
     low, high = math.floor(min(known) * 20) / 20, math.ceil(max(known) * 20) / 20
-    high = max(high, low + 0.05)
+    high = max(high, low + SPAN)
+    if high > 1:
+        low, high = 1 - max(SPAN, 1 - low), 1.0
     repeat = columns_of_steps(width - MARGIN, look.timeline)
     levels = [
         0 if b.balancedness is None else max(1, round((b.balancedness - low) / (high - low) * HEIGHT * 8))
@@ -129,42 +174,109 @@ def _plot(look: Snapshot, width: int) -> list[Text]:
 
 
 def _panels(look: Snapshot, width: int, rows: int) -> list[Text]:
-    """Side by side: the worst layers, the costliest ranks, and the load of all ranks if there is room."""
+    """Side by side: the worst layers, the costliest ranks, hot experts and all ranks if there is room."""
     from rich.text import Text
 
     if not look.complete:
         return []
-    layers = [Text("worst layers", style="bold"), Text("layer  balanced  slowest rank", style="dim")]
-    for layer in sorted(look.layers, key=lambda x: (x.balancedness is None, x.balancedness or 0.0))[:rows]:
-        line = Text(f"{layer.layer:>5}  {figure(layer.balancedness):>8}  ")
-        if layer.worst_rank is not None and layer.worst_rank_share is not None:
-            line.append(f"r{layer.worst_rank:<4}{percent(layer.worst_rank_share, 0):>6} ")
-            line.append(bar(layer.worst_rank_share, 5), "red")
-        layers.append(line)
-    ranks = [
-        Text("the others wait for", style="bold"),
-        Text("rank  × mean  slowest in  of waiting", style="dim"),
-    ]
-    most = max((rank.excess_share or 0.0 for rank in look.ranks), default=0.0) or 1.0
-    for rank in sorted(look.ranks, key=lambda r: (-(r.excess_share or 0.0), r.rank))[:rows]:
-        line = Text(f"{f'r{rank.rank}':>4}  ")
-        line.append_text(_load(rank.times_mean, 6))
-        line.append(f"{percent(rank.slowest_share):>12}{percent(rank.excess_share):>12} ")
-        line.append(bar((rank.excess_share or 0.0) / most, 5), "red")
-        ranks.append(line)
-    columns = (width - LAYERS - RANKS) // CELL
-    panels, widths = [layers, ranks], [LAYERS, RANKS]
+    panels, widths = [_layers(look, rows), _ranks(look, rows)], [LAYERS, RANKS]
+    if _has_expert_panel(look, width):
+        panels, widths = [*panels, _experts(look.hot_experts[:rows])], [*widths, EXPERTS]
+    columns = (width - sum(widths)) // CELL
     if columns * rows >= len(look.ranks):
-        down = -(-len(look.ranks) // columns)
-        loads = [Text("load of all ranks, × mean", style="bold"), Text()]
+        now = look.ranks if look.recent is None else look.recent.ranks
+        down = -(-len(now) // columns)
+        title = "load of all ranks, × mean" + ("" if look.recent is None else ", last 10 s")
+        loads = [Text(title, style="bold"), Text()]
         for row in range(down):
             line = Text()
-            for rank in look.ranks[row::down]:
+            for rank in now[row::down]:
                 line.append(f"{f'r{rank.rank}':>5}", "dim")
                 line.append_text(_load(rank.times_mean, 5))
             loads.append(line)
         panels, widths = [*panels, loads], [*widths, columns * CELL]
     return list(_beside(panels, widths))
+
+
+def _layers(look: Snapshot, rows: int) -> list[Text]:
+    from rich.text import Text
+
+    recent = {} if look.recent is None else {layer.layer: layer for layer in look.recent.layers}
+
+    def worse(layer: LayerSnapshot) -> float:
+        both = [layer.balancedness, recent[layer.layer].balancedness if recent else None]
+        return min((value for value in both if value is not None), default=1.0)
+
+    lines = [Text("worst layers", style="bold"), Text("layer  balanced   10 s  slowest rank", style="dim")]
+    for layer in sorted(look.layers, key=worse)[:rows]:
+        now = recent.get(layer.layer, layer)
+        line = Text(f"{layer.layer:>5}  {figure(layer.balancedness):>8}  ")
+        line.append(f"{figure(now.balancedness if recent else None):>5}  ")
+        if now.worst_rank is not None and now.worst_rank_share is not None:
+            line.append(f"r{now.worst_rank:<3}{percent(now.worst_rank_share, 0):>5} ")
+            line.append(bar(now.worst_rank_share, 3), "red")
+        lines.append(line)
+    return lines
+
+
+def _ranks(look: Snapshot, rows: int) -> list[Text]:
+    """A full bar is all waiting in the last 10 s."""
+    from rich.text import Text
+
+    recent = {} if look.recent is None else {rank.rank: rank for rank in look.recent.ranks}
+
+    def cost(rank: RankSnapshot) -> tuple[float, int]:
+        both = [rank.excess_share, recent[rank.rank].excess_share if rank.rank in recent else None]
+        return -max((value for value in both if value is not None), default=0.0), rank.rank
+
+    lines = [
+        Text("the others wait for", style="bold"),
+        Text("rank  × mean   10 s  of waiting   10 s", style="dim"),
+    ]
+    for rank in sorted(look.ranks, key=cost)[:rows]:
+        now = recent.get(rank.rank)
+        line = Text(f"{f'r{rank.rank}':>4}  ")
+        line.append_text(_load(rank.times_mean, 6))
+        line.append("  ").append_text(_load(None if now is None else now.times_mean, 5))
+        share = None if now is None else now.excess_share
+        line.append(f"  {percent(rank.excess_share, 0):>10}  {percent(share, 0):>5} ")
+        line.append(bar((rank.excess_share if now is None else share) or 0.0, 4), "red")
+        lines.append(line)
+    return lines
+
+
+def _experts(experts: Sequence[HotExpert]) -> list[Text]:
+    from rich.text import Text
+
+    lines = [
+        Text("hot experts", style="bold"),
+        Text("layer  expert  × mean   10 s  replicas", style="dim"),
+    ]
+    for one in experts:
+        line = Text(f"{one.layer:>5}  {one.expert:>6}  {figure(one.times_mean, 1):>6}  ")
+        lines.append(line.append(f"{figure(one.recent_times_mean, 1):>5}  {one.replicas:>8}"))
+    return lines
+
+
+def _has_expert_panel(look: Snapshot, width: int) -> bool:
+    return bool(look.hot_experts) and width >= LAYERS + RANKS + EXPERTS
+
+
+def _hot_experts(look: Snapshot, width: int) -> list[Text]:
+    """The hot experts in one line, if there is no room for a panel of them."""
+    from rich.text import Text
+
+    if not look.complete or not look.hot_experts or _has_expert_panel(look, width):
+        return []
+    line = "hot experts, × mean in the last 10 s: "
+    parts: list[str] = []
+    for one in look.hot_experts:
+        times = one.times_mean if one.recent_times_mean is None else one.recent_times_mean
+        part = f"layer {one.layer} expert {one.expert} {times:.1f} ({plural(one.replicas, 'replica')})"
+        if len(line) + len(", ".join([*parts, part])) > width:
+            break
+        parts.append(part)
+    return [Text(line + ", ".join(parts))] if parts else []
 
 
 def _load(times_mean: float | None, width: int) -> Text:
