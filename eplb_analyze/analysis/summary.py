@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,12 +18,14 @@ from eplb_analyze.analysis.summary_sums import (
     sums_of,
 )
 from eplb_analyze.json_report import Report, as_json
+from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_known, most_often
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss, timeline
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank, lost_in
 from eplb_analyze.reader.placements import Rearrangement, replicas
+from eplb_analyze.reader.recorded_setting import not_due
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.text import listed, percent, plural
@@ -34,6 +36,21 @@ WORST_STRETCHES = 10
 ESTIMATES = 5
 #: Shown besides the two main figures, each under its own name.
 OTHER_FORMULAS = tuple(name for name in FORMULAS if name not in ("balancedness", "imbalance"))
+
+VerdictKind = Literal["balanced", "mostly_balanced", "imbalanced", "eplb_never_acted", "incomplete_data"]
+#: A run is balanced from this mean balancedness on, and imbalanced below the other.
+BALANCED, IMBALANCED = 0.95, 0.8
+#: A run is imbalanced, too, if imbalance measurably costs at least this share of the step time.
+COSTLY = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to think of a run first; docs/cli.md lists the rules, and the first that applies decides."""
+
+    verdict: VerdictKind
+    #: The rule that gave the verdict, with the run's figures: a sentence.
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,16 @@ class Summary(Report):
     duration_seconds: float | None
     #: The costliest first.
     incidents: list[Incident]
+    #: Whether a placement changed in the whole run; None: not known.
+    acted: bool | None
+    #: If none changed: why no rearrangement was due yet; None: one was.
+    not_due: str | None
+    #: The clock times of the first and the last step, ns since 1970; None if the run has no times.
+    clock_ns: tuple[int, int] | None
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict_of(self)
 
     @property
     def missing_ranks(self) -> list[int]:
@@ -157,6 +184,7 @@ class Summary(Report):
         return self.document(
             {
                 "run": run,
+                "verdict": self.verdict,
                 "steps": self.steps,
                 "ranks": {
                     "expected": len(self.expected_ranks),
@@ -219,8 +247,8 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
     changes = run.history.rearrangements()
     if steps is not None:
         changes = [r for r in changes if steps[0] <= r.first_step < steps[1]]
-    seconds = (sums.last_time - sums.first_time) / 1e9
-    timed = run.info.timed
+    timed = run.info.timed and sums.last_time >= sums.first_time
+    acted = bool(run.history.rearrangements()) if run.placements_recorded else None
     return Summary(
         run=run.info,
         steps=sums.seen,
@@ -242,8 +270,11 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         ],
         timeline=timeline(sums.bins, step, values["balancedness"]),
         loss=_loss(run, stretches[-1]) if stretches else None,
-        duration_seconds=seconds if timed and sums.last_time >= sums.first_time else None,
+        duration_seconds=(sums.last_time - sums.first_time) / 1e9 if timed else None,
         incidents=[],
+        acted=acted,
+        not_due=not_due(run) if acted is False else None,
+        clock_ns=(sums.first_time, sums.last_time) if timed else None,
     )
 
 
@@ -310,32 +341,58 @@ def _hot_experts(run: Run, stretch: ConfigurationSums) -> list[HotExpert]:
     return experts
 
 
-def banners(summary: Summary, acted: bool | None, not_due: str | None = None) -> list[str]:
-    """Critical warnings in capitals, which stand out in a pipe too.
+def verdict_of(summary: Summary) -> Verdict:
+    for kind, text in warnings(summary):
+        if kind in ("incomplete_data", "eplb_never_acted"):
+            return Verdict(kind, text)
+    mean = summary.spreads["balancedness"].mean
+    if mean is None:
+        what = "No complete step has a token." if summary.configurations else "No step is complete."
+        return Verdict("incomplete_data", what)
+    share = summary.cost.share_of_step
+    if summary.cost.status is CostStatus.MEASURED and share is not None and share.estimate >= COSTLY:
+        cost = f"Imbalance costs {percent(share.estimate)} of step time"
+        return Verdict("imbalanced", f"{cost}; {percent(COSTLY, 0)} or more is imbalanced.")
+    if mean < IMBALANCED:
+        return Verdict("imbalanced", f"Mean balancedness is {mean:.3f}, below {IMBALANCED}.")
+    if mean < BALANCED:
+        return Verdict(
+            "mostly_balanced", f"Mean balancedness is {mean:.3f}, between {IMBALANCED} and {BALANCED}."
+        )
+    above = f"Mean balancedness is {mean:.3f}, at least {BALANCED}"
+    if summary.incidents:
+        return Verdict(
+            "mostly_balanced", f"{above}, but there is {plural(len(summary.incidents), 'incident')}."
+        )
+    return Verdict("balanced", f"{above}, and there is no incident.")
 
-    Args:
-        acted: whether a placement changed in the whole run; None: not known.
-        not_due: why no rearrangement was due yet (then nothing is wrong), or None.
-    """
-    lines = []
+
+def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"], str]]:
+    """What limits or explains all figures, each with its kind: sentences, the gravest first."""
+    found: list[tuple[VerdictKind | Literal["rank_lost"], str]] = []
+    ranks = plural(len(summary.expected_ranks), "rank")
     if summary.missing_ranks:
-        ranks = plural(len(summary.expected_ranks), "rank")
-        lines.append(f"INCOMPLETE: of {ranks}, these wrote nothing: {listed(summary.missing_ranks)}")
+        found.append(
+            ("incomplete_data", f"Of {ranks}, these wrote nothing: {listed(summary.missing_ranks)}.")
+        )
     elif summary.steps.lacks_much:
-        lines.append(f"INCOMPLETE: {incomplete(summary)}")
+        found.append(("incomplete_data", f"{incomplete(summary)}."))
     for lost in summary.lost_ranks:
-        until = "" if lost.last_step is None else f" to {lost.last_step}"
-        steps = f"from step {lost.steps.first} on" if not until else f"in steps {lost.steps.first}{until}"
-        lines.append(f"RANK LOST: rank {lost.rank} {steps}; figures of these steps cover the other ranks")
-    if acted is False and not_due is None:
+        until = "" if lost.last_step is None else f"-{lost.last_step}"
+        steps = f"steps {lost.steps.first}{until}" if until else f"step {lost.steps.first} on"
+        when = f"in {steps}" if until else f"from {steps}"
+        found.append(
+            ("rank_lost", f"Rank {lost.rank} is lost {when}; figures of these steps cover the others.")
+        )
+    if summary.acted is False and summary.not_due is None:
         redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
         also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""
-        lines.append(f"EPLB NEVER ACTED: the placement{also} never changed")
-    return lines
+        found.append(("eplb_never_acted", f"The placement{also} never changed."))
+    return found
 
 
 def incomplete(summary: Summary) -> str:
     """How many steps lack a rank, and which rank."""
     steps = summary.steps
     count = plural(steps.count(StepState.INCOMPLETE), "step")
-    return f"{count} ({percent(steps.incomplete_share)}) in no figure: {steps.why_incomplete()}"
+    return f"{count} ({percent(steps.incomplete_share)}) are in no figure: {steps.why_incomplete()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -59,13 +60,44 @@ def vertical_bars(levels: Sequence[int], height: int = 1, repeat: int = 1) -> li
     ]
 
 
-def sparkline(values: Sequence[float | None]) -> str:
-    """One line of bars from the lowest value to the highest; blank where there is no value."""
+#: A sparkline spans at least this much, or else the noise of a flat run would fill it.
+SPAN = 0.1
+
+
+def sparkline(values: Sequence[float | None], repeat: int = 1) -> tuple[str, float, float]:
+    """One line of bars of figures in 0 … 1; blank where there is no value.
+
+    Returns:
+        The line, and the figures of an empty and of a full bar. They are multiples of 0.05, at least
+        :data:`SPAN` apart.
+    """
     known = [value for value in values if value is not None]
-    low, high = min(known), max(known)
-    scale = 7 / (high - low) if high > low else 0.0
-    (line,) = vertical_bars([0 if value is None else 1 + round((value - low) * scale) for value in values])
-    return line
+    high = min(1.0, math.ceil(20 * max(known)) / 20)
+    low = max(0.0, min(math.floor(20 * min(known)) / 20, high - SPAN))
+    high = max(high, low + SPAN)
+    scale = 7 / (high - low)
+    levels = [0 if value is None else 1 + round((value - low) * scale) for value in values]
+    (line,) = vertical_bars(levels, repeat=repeat)
+    return line, low, high
+
+
+def labeled_marks(bins: Sequence[StepBin], marks: Iterable[tuple[int, str]], repeat: int = 1) -> str:
+    """The line below a plot with ``^label`` at the bin of each ``(step, label)``; labels if they fit."""
+    starts, width = [part.first_step for part in bins], len(bins) * repeat
+    columns: dict[int, str] = {}
+    for step, label in marks:
+        if starts[0] <= step <= bins[-1].last_step:
+            columns.setdefault((bisect_right(starts, step) - 1) * repeat, label)
+    line, end = [" "] * width, 0
+    places = sorted(columns)
+    for column, following in zip(places, [*places, width + 1][1:], strict=True):
+        label = columns[column]
+        text, at = f"^{label}", column
+        if column + len(text) >= following:
+            text, at = (f"{label}^", column - len(label)) if column - len(label) >= end else ("^", column)
+        line[at : at + len(text)] = text
+        end = at + len(text) + 1
+    return "".join(line).rstrip()
 
 
 def step_axis(

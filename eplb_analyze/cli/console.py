@@ -95,6 +95,27 @@ def print_line(
     console.print(Padding(text, (0, 0, 0, indent)) if indent else text, soft_wrap=soft_wrap)
 
 
+def print_fields(console: Console, fields: Iterable[tuple[str, str]], indent: int = 0) -> None:
+    """Print ``name  text`` lines, the texts below each other and wrapped there.
+
+    The text of ``next`` is a command to be copied, so it is not wrapped.
+    """
+    from rich.padding import Padding
+    from rich.table import Table
+
+    fields = list(fields)
+    wide = max((len(name) for name, _ in fields), default=0)
+    for name, text in fields:
+        if name == "next":
+            print_line(console, " " * indent, (f"{name:<{wide}}", "dim"), f"  {text}", soft_wrap=True)
+            continue
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(width=wide)
+        grid.add_column(overflow="fold")
+        grid.add_row(styled((name, "dim")), styled(text))
+        console.print(Padding(grid, (0, 0, 0, indent)))
+
+
 def print_heading(console: Console, name: str, rest: str = "") -> None:
     print_line(console, (name, "bold"), rest)
 

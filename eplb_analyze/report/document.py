@@ -20,15 +20,14 @@ from eplb_analyze.analysis.experts import ExpertReport, expert_report
 from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
-from eplb_analyze.analysis.summary import banners, incomplete, summarize
+from eplb_analyze.analysis.summary import incomplete, summarize
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import last_configuration
-from eplb_analyze.reader.recorded_setting import not_due
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
-from eplb_analyze.report import sentences
+from eplb_analyze.report import answer, sentences
 from eplb_analyze.report.bins import LoadBins, bins_that_fit
 from eplb_analyze.text import clean
 from eplb_dump.format.schema import model_slug
@@ -81,8 +80,6 @@ def report_document(
         NotInDumpError: no step of the run is in the range.
     """
     summary = summarize(run, steps)
-    acted = bool(run.history.rearrangements()) if run.placements_recorded else None
-    early = not_due(run) if acted is False else None
     changes = rearrangement_report(run, steps, cost=summary.cost if steps is None else None)
     notes = list(changes.notes)
     figures: dict[str, Any] = {}
@@ -112,12 +109,12 @@ def report_document(
     findings = [f for f in summary_findings(run, summary.steps) if f.severity != "info"]
     said = {
         "title": run.info.model,
-        "began": sentences.began(run.info),
-        "shape": sentences.shape(run.info) if run.info.num_layers else None,
+        "when": answer.when(summary),
+        "shape": answer.shape(run.info) if run.info.num_layers else None,
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
-        "banners": banners(summary, acted, early),
-        "not_due": early,
-        "words": sentences.sentences(summary, experts, changes, acted, early),
+        "answer": vars(answer.answer_of(summary)),
+        "not_due": summary.not_due,
+        "words": sentences.sentences(summary, experts, changes),
         "tokens": sentences.tokens(summary),
         "cost": sentences.cost(summary),
         "summary": summary.to_json(),

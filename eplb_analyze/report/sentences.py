@@ -12,8 +12,8 @@ from eplb_analyze.analysis.summary import OTHER_FORMULAS, Summary
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.reader.run_info import RunInfo
-from eplb_analyze.text import clock_time, figure, milliseconds, percent, plural, signed
+from eplb_analyze.report.answer import cost_sentence
+from eplb_analyze.text import figure, milliseconds, percent, plural, signed
 
 
 def tokens(summary: Summary) -> str:
@@ -28,10 +28,10 @@ def cost(summary: Summary) -> dict[str, Any]:
     found = summary.cost
     ms, share = found.ms_per_step, found.share_of_step
     if ms is None:
-        tile, text = ["not measured", found.message.partition(": ")[2]], _cost(summary)
+        tile, text = ["not measured", found.message.partition(": ")[2]], cost_sentence(found)
     elif share is None:
         value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
-        tile, text = [value, f"({bounds} estimated from kernel times, not measured"], _cost(summary)
+        tile, text = [value, f"({bounds} estimated from kernel times, not measured"], cost_sentence(found)
     else:
         of = f"of each {milliseconds(ms.high / share.high if share.high else found.step_ms_p50)} step"
         value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
@@ -39,7 +39,7 @@ def cost(summary: Summary) -> dict[str, Any]:
         if found.status is not CostStatus.MEASURED:
             tile = ["none", f"that can be measured: at most {milliseconds(ms.high)} {of}"]
         text = (
-            f"{_cost(summary)} Step time p50 {milliseconds(found.step_ms_p50)}, p95 "
+            f"{cost_sentence(found)} Step time p50 {milliseconds(found.step_ms_p50)}, p95 "
             f"{milliseconds(found.step_ms_p95)}; {found.evidence}. Left out: "
             f"{plural(found.idle_gaps, 'idle gap')}, {plural(found.pauses, 'step')} at rearrangements."
         )
@@ -56,38 +56,18 @@ def _phase(name: str, cost: PhaseCost) -> list[str]:
     return [name, f"{cost.steps:,}", milliseconds(cost.step_ms), known, part, figure(cost.r2, 2), why]
 
 
-def shape(info: RunInfo) -> str:
-    """``58 MoE layers × 256 experts in 288 slots on 32 EP ranks``."""
-    layers, experts = plural(info.num_layers, "MoE layer"), plural(info.num_logical_experts, "expert")
-    slots = plural(info.num_physical_experts, "slot")
-    return f"{layers} × {experts} in {slots} on {plural(info.ep_size, 'EP rank')}"
-
-
-def began(info: RunInfo) -> str | None:
-    """None if an imported run has no time."""
-    if not info.timed:
-        return None
-    return clock_time(info.created_unix_ns)
-
-
 def sentences(
     summary: Summary,
     experts: ExpertReport | None,
     changes: RearrangementReport,
-    acted: bool | None,
-    not_due: str | None,
 ) -> list[str]:
-    """The run in a few sentences; without a complete step it is one.
-
-    ``acted`` and ``not_due`` are as in :func:`eplb_analyze.analysis.summary.banners`.
-    """
+    """The run in a few sentences beside the answer; none without a complete step."""
     if summary.spreads["balancedness"].mean is None:
-        what = "No complete step has a token" if summary.configurations else "No step is complete"
-        return [f"{what}, so there are no figures."]
-    parts = [_balancedness(summary), _cost(summary), _idle(summary), _costliest(summary), _hottest(summary)]
+        return []
+    parts = [_balancedness(summary), _idle(summary), _costliest(summary), _hottest(summary)]
     if experts is not None:
         parts.append(_replication(experts))
-    parts.append(_changes(changes, acted, not_due))
+    parts.append(_changes(changes, summary))
     return [part for part in parts if part]
 
 
@@ -101,26 +81,8 @@ def _balancedness(summary: Summary) -> str:
     )
 
 
-def _cost(summary: Summary) -> str:
-    found = summary.cost.message
-    return (
-        f"{found[0].upper()}{found[1:]}."
-        if summary.cost.ms_per_step
-        else f"What imbalance cost in time is {found}."
-    )
-
-
 def _idle(summary: Summary) -> str:
-    text = f"The mean rank had {percent(summary.idle_fraction)} fewer tokens than the slowest"
-    loss = summary.loss
-    if loss is None or not loss.tokens or loss.persistent_share is None:
-        return f"{text}."
-    last = _last_configuration(summary)
-    better, of = (f"In {last} a better", "it") if last else ("A better", "that")
-    return (
-        f"{text}. {better} placement could remove at most {percent(loss.persistent_share, 0)} of {of}: what "
-        f"lasts in loads summed over {plural(loss.window_steps, 'step')}. The rest is chance within a step."
-    )
+    return f"The mean rank had {percent(summary.idle_fraction)} fewer tokens than the slowest."
 
 
 def _costliest(summary: Summary) -> str:
@@ -203,13 +165,13 @@ _VERDICTS = {
 }
 
 
-def _changes(report: RearrangementReport, acted: bool | None, not_due: str | None) -> str:
+def _changes(report: RearrangementReport, summary: Summary) -> str:
     rows = report.rearrangements
     if not rows:
-        if acted is None:
+        if summary.acted is None:
             return "When placements changed is not known, so no rearrangement is."
-        if acted is False:
-            return not_due or ""  # shown in capitals at the top if one was due
+        if summary.acted is False:
+            return summary.not_due or ""  # shown in capitals at the top if one was due
         return "There is no rearrangement in these steps."
     verdicts = Counter(row.verdict for row in rows).most_common()
     told = ", ".join(f"{count:,} {_VERDICTS[verdict]}" for verdict, count in verdicts)

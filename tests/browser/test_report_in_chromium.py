@@ -25,6 +25,7 @@ from eplb_analyze import open_run
 from eplb_analyze.analysis.experts import expert_report
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.report.answer import cost_sentence
 from eplb_analyze.report.write import write_report
 from eplb_dump import ExpertLoadWriter
 
@@ -182,9 +183,12 @@ def test_it_loads_and_shows_what_the_document_says(opened: Opened, dump: Path) -
     assert "run monday · example" in page.inner_text("#subtitle")
     assert f"{summary.spreads['balancedness'].mean:.3f}" in page.inner_text("#tiles")
     assert f"{100 * (summary.idle_fraction or 0):.1f}{NO_BREAK}%" in page.inner_text("#tiles")
-    assert page.locator("#words li").count() == 7
+    assert page.locator("#words li").count() == 6
     cost = page.inner_text("#cost-text").replace(NO_BREAK, " ")
-    assert summary.cost.message.removeprefix("imbalance ") in cost
+    assert cost.startswith(cost_sentence(summary.cost))
+    answer = page.inner_text("#answer").replace(NO_BREAK, " ")
+    assert cost_sentence(summary.cost) in answer
+    assert f"balancedness {summary.spreads['balancedness'].mean:.3f}" in page.inner_text("#verdict")
     assert page.locator("#cost-table tbody tr").count() == len(summary.cost.phases)
     assert page.locator("#meanings dt").count() == page.locator("#meanings dd").count() > 8
     for chart in ("#timeline", "#ranks-map", "#experts-map", "#layer-map"):
@@ -517,8 +521,8 @@ def test_incomplete_data_stands_at_the_top(browser: Browser, tmp_path: Path) -> 
     write(tmp_path / "dump", ranks=1)
     with opened_for(browser, tmp_path) as opened:
         page = opened.page
-        assert page.inner_text("#banners").startswith("INCOMPLETE: of 2 ranks, these wrote nothing: 1")
-        assert page.inner_text("#words") == "No step is complete, so there are no figures."
+        assert page.inner_text("#banners").startswith("INCOMPLETE DATA: Of 2 ranks, these wrote nothing: 1.")
+        assert page.inner_text("#verdict") == "INCOMPLETE DATA"
         assert not page.locator("#charts").is_visible()
         assert "missing: rank 1" in page.inner_text("#tiles")
         assert "ranks missing\trank 1" in page.inner_text("#complete-tables")

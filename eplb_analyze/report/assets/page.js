@@ -111,14 +111,31 @@ function header() {
   const { run } = report.summary;
   byId("title").textContent = report.title;
   const engine = run.engine && `${run.engine}${run.engine_version ? ` ${run.engine_version}` : ""}`;
-  const parts = [report.redacted ? "names hidden" : `run ${run.run_id}`, engine, report.imported, report.began && `began ${report.began}`,
+  const parts = [report.redacted ? "names hidden" : `run ${run.run_id}`, engine, report.imported, report.when,
     report.shape && `${report.shape}, scope ${run.scope}`];
   say("subtitle", parts.filter(Boolean).join(" · "));
-  byId("banners").replaceChildren(...report.banners.map((text) => element("p", { text, className: "banner" })));
+  byId("banners").replaceChildren(...report.answer.warnings.map((text) => element("p", { text, className: "banner" })));
   byId("words").replaceChildren(...report.words.map((text) => element("li", { text })));
   say("tokens", report.summary.idle_fraction === null ? "" : report.tokens);
   byId("notes").replaceChildren(...report.notes.map((text) => element("li", { text: `note: ${text}` })));
   say("made", `Written by ${report.program}, ${report.made}.`);
+}
+
+/* The same sentences as `summary`: verdict, cost, incidents. A click on an incident selects its steps. */
+function answer() {
+  const { title, figures, sentences, incidents } = report.answer;
+  byId("answer").dataset.verdict = report.summary.verdict.verdict;
+  byId("verdict").replaceChildren(title, element("span", { text: figures && ` ${figures}`, className: "muted" }));
+  byId("verdict").title = report.summary.verdict.rule;
+  byId("answer-text").replaceChildren(...sentences.map((text) => element("p", { text })));
+  byId("incident-count").textContent = incidents.length ? plural(incidents.length, "incident") : figures && "no incidents";
+  byId("incidents").replaceChildren(...incidents.map(({ head, parts }, i) => {
+    const { first_step: first, last_step: last } = report.summary.incidents[i];
+    return element("div", { className: "incident" },
+      element("button", { text: head, className: "quiet", title: "Choose these steps", click: () => chooseWithin(first, last) }),
+      element("dl", {}, ...parts.flatMap(([name, text]) => [element("dt", { text: name }),
+        element("dd", {}, name === "next" ? element("code", { text }) : glued(text))])));
+  }));
 }
 
 function tiles() {
@@ -129,7 +146,7 @@ function tiles() {
   const lost = summary.loss && summary.loss.persistent_share;
   const last = summary.hot_experts_steps, excess = `the excess${summary.configurations.length > 1 ? ` in steps ${steps(...last)}` : ""}`;
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
-  const much = report.banners.some((text) => text.startsWith("INCOMPLETE"));
+  const much = report.summary.verdict.verdict === "incomplete_data";
   const all = [
     ["cost of imbalance", ...report.cost.tile],
     ["balancedness", figure(s.mean), s.mean === null ? (seen.recorded ? "no complete step has a token" : "no complete step") : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
@@ -583,6 +600,7 @@ function listen() {
 async function start() {
   setTheme();
   header();
+  answer();
   tiles();
   cost();
   completeness();

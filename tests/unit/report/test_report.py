@@ -25,7 +25,6 @@ from timed_run import write_timed
 from eplb_analyze import open_run
 from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.rearrangements import Verdict
-from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import versioned
 from eplb_analyze.reader.recorded_setting import why_not_due
@@ -123,12 +122,13 @@ def test_figures_equal_those_of_the_other_commands(dump: Path, document: dict[st
 
 
 def test_sentences_state_the_figures(dump: Path, document: dict[str, Any]) -> None:
-    text = cli("summary", dump).stdout
+    text = cli("summary", "--full", dump).stdout
     words = " ".join(document["words"])
     s = document["summary"]["balancedness"]
+    assert document["answer"]["figures"] == f"balancedness {s['mean']:.3f} (5th percentile {s['p5']:.3f})"
     assert f"Balancedness was {s['mean']:.3f} on average over 396 steps" in words
     assert f"the worst {s['min']:.3f} at step {s['min_step']}." in words
-    idle = re.search(r"idle fraction ([\d.]+ %)", text)
+    idle = re.search(r"idle fraction ([\d.]+ ?%)", text)
     assert idle
     assert words.count(idle[1]) == 1
     hot = document["summary"]["hot_experts"][0]
@@ -253,7 +253,8 @@ def test_report_without_any_placement(tmp_path: Path) -> None:
 def test_report_without_a_complete_step(tmp_path: Path) -> None:
     write(tmp_path, ranks=1)
     document = report_document(open_run(tmp_path)).document
-    assert document["words"] == ["No step is complete, so there are no figures."]
+    assert document["words"] == []
+    assert (document["answer"]["title"], document["answer"]["figures"]) == ("INCOMPLETE DATA", "")
     assert document["loads"] is document["timeline"] is None
     assert document["findings"]
 
@@ -310,7 +311,7 @@ def test_redacted_report_has_no_names(tmp_path: Path) -> None:
     assert (data["title"], data["redacted"]) == ("a model", True)
     assert "missing_ranks" in {f["code"] for f in data["findings"]}
     assert "of 4 ranks, rank 3 wrote nothing" in {f["text"] for f in data["findings"]}
-    assert data["banners"] == ["INCOMPLETE: of 4 ranks, these wrote nothing: 3"]
+    assert data["answer"]["warnings"] == ["INCOMPLETE DATA: Of 4 ranks, these wrote nothing: 3."]
 
 
 def test_redacted_report_hides_findings_that_may_contain_names(
@@ -424,18 +425,19 @@ def test_missing_rank_is_reported_as_in_summary(tmp_path: Path) -> None:
     write(folder, ranks=2, ep_size=3, num_logical_experts=6)
     result = cli("report", "-o", file, folder)
     assert result.returncode == 3
-    banners = Page(file.read_bytes()).data["banners"]
-    assert banners
-    told = cli("summary", folder).stdout.splitlines()
-    assert [line for line in told if line.startswith(("INCOMPLETE", "EPLB"))] == banners
+    warnings = Page(file.read_bytes()).data["answer"]["warnings"]
+    assert warnings
+    assert all(line.partition(": ")[2] in cli("summary", folder).stdout for line in warnings)
 
 
 def test_placement_that_never_changed_is_reported_as_in_summary(tmp_path: Path) -> None:
     folder = tmp_path / "dump"
     write(folder, steps=15, engine="vllm", engine_config={"eplb_config": {"step_interval": 10}})
-    banners = report_document(open_run(folder)).document["banners"]
-    assert banners == ["EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"]
-    assert banners[0] in cli("summary", folder).stdout
+    answer = report_document(open_run(folder)).document["answer"]
+    never = "The placement and its 2 redundant experts never changed."
+    assert answer["warnings"] == [f"EPLB NEVER ACTED: {never}"]
+    told = cli("summary", folder).stdout
+    assert f"{answer['title']}  {answer['figures']}\n{never}\n" in told
 
 
 @pytest.mark.parametrize(
@@ -459,14 +461,14 @@ def test_no_warning_before_the_first_rearrangement_is_due(
         for step in range(first, first + 40):
             writer.record(step, np.full((1, 6), 10), np.array([[0, 1, 2, 3, 0, 1]]))
     document = report_document(open_run(tmp_path)).document
-    alarm = ["EPLB NEVER ACTED: the placement and its 2 redundant experts never changed"]
-    assert document["banners"] == ([] if said else alarm)
+    alarm = ["EPLB NEVER ACTED: The placement and its 2 redundant experts never changed."]
+    assert document["answer"]["warnings"] == ([] if said else alarm)
     assert document["not_due"] == said
     assert (document["words"][-1] == said) is (said is not None)
     told = cli("summary", tmp_path).stdout
     assert ("NEVER ACTED" in told) is (said is None)
     if said:
-        assert said[1:-1] in " ".join(told.split())
+        assert said in " ".join(told.split())
 
 
 def test_when_a_rearrangement_is_due() -> None:
@@ -492,8 +494,8 @@ def test_engine_without_a_load_balancer_is_never_early(tmp_path: Path) -> None:
         engine_config={"enable_eplb": False, "eplb_rebalance_num_iterations": 1000},
     ) as writer:  # fmt: skip
         writer.record(None, np.full((1, 4), 10), np.arange(4)[None])
-    assert report_document(open_run(tmp_path)).document["banners"] == [
-        "EPLB NEVER ACTED: the placement never changed"
+    assert report_document(open_run(tmp_path)).document["answer"]["warnings"] == [
+        "EPLB NEVER ACTED: The placement never changed."
     ]
 
 
@@ -547,10 +549,11 @@ def test_every_verdict_has_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("price", "value"), [(0.02, " ms"), (0.0, "none")])
 def test_cost_section_says_what_summary_says(tmp_path: Path, price: float, value: str) -> None:
     write_timed(tmp_path, price, phases=("decode", "prefill"))
-    cost = summarize(open_run(tmp_path)).cost
-    told = report_document(open_run(tmp_path)).document["cost"]
+    document = report_document(open_run(tmp_path)).document
+    told = document["cost"]
     assert value in told["tile"][0]
-    assert cost.message[1:] in told["text"]
+    assert document["answer"]["sentences"][0] in told["text"]
+    assert document["answer"]["sentences"][0] in " ".join(cli("summary", tmp_path).stdout.split())
     assert [row[0] for row in told["rows"]] == ["decode", "prefill"]
     assert [row[1] for row in told["rows"]] == ["200", "200"]
 
@@ -559,5 +562,5 @@ def test_cost_that_cannot_be_measured_is_no_figure(tmp_path: Path) -> None:
     write_timed(tmp_path, 0.02, steps=60)
     document = report_document(open_run(tmp_path)).document
     assert document["cost"]["tile"][0] == "not measured"
-    assert "not measurable in this run" in document["cost"]["text"]
+    assert document["cost"]["text"].startswith("The cost of imbalance is not known: ")
     assert "not measurable in this run" in document["tokens"]

@@ -1,0 +1,156 @@
+"""Shows the tables of `summary --full`: formulas, layers, losses, phases, hot experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eplb_analyze.cli.charts import bar, heat
+from eplb_analyze.cli.console import print_line, styled, table
+from eplb_analyze.cli.views import cost
+from eplb_analyze.text import clean, figure, percent, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_analyze.analysis.summary import Summary
+
+
+def render(console: Console, result: Summary, top: int = 5) -> None:
+    """Print the tables; a run without figures has none."""
+    if result.spreads["balancedness"].mean is None:
+        return
+    console.print(f"scope {result.run.scope}, {_data(result)}")
+    console.print()
+    cost.render(console, result.cost)
+    console.print()
+    _figures(console, result)
+    if len(result.configurations) > 1 and result.last_configuration_steps is not None:
+        first, last = result.last_configuration_steps
+        text = "EP size, slots or serving ranks changed: "
+        text += f"ranks, losses and experts below are of steps {first}-{last}"
+        print_line(console, (text, "yellow"))
+        console.print()
+    _layers(console, result, top)
+    _losses(console, result, top)
+    _hot_experts(console, result, top)
+    if len(result.configurations) > 1:
+        _configurations(console, result)
+
+
+def _data(result: Summary) -> str:
+    counts = result.steps.to_json()
+    names = ("recorded", "dummy", "not_sampled", "dropped", "rejected", "incomplete", "missing")
+    parts = [f"{counts[n]:,} {n.replace('_', ' ')}" for n in names if counts[n]]
+    return f"steps {counts['first']}-{counts['last']}: {', '.join(parts)}"
+
+
+def _figures(console: Console, result: Summary) -> None:
+    listing = table(console, "<", "mean", "p50", "p5", "p95", "worst", "at step")
+    balance, imbalance = result.spreads["balancedness"], result.spreads["imbalance"]
+    for name, s, worst, at in (
+        ("balancedness (1 is perfect)", balance, balance.min, balance.min_step),
+        ("imbalance, max / mean", imbalance, imbalance.max, imbalance.max_step),
+    ):
+        cells = [figure(v) for v in (s.mean, s.p50, s.p5, s.p95, worst)]
+        listing.add_row(styled((name, "bold")), *cells, str(at))
+    console.print(listing)
+    idle = percent(result.idle_fraction)
+    print_line(console, "idle fraction ", (idle, "bold"), cost.idle(result.cost))
+    from eplb_analyze.analysis.summary import OTHER_FORMULAS
+
+    parts = [f"{name} {figure(result.spreads[name].mean)}" for name in OTHER_FORMULAS]
+    print_line(console, (f"others: {', '.join(parts)}", "dim"))
+    console.print()
+
+
+def ordered(result: Summary) -> bool:
+    """Whether steps are in time order. If not (in an imported run), stretches mean nothing."""
+    origin = result.run.origin
+    return origin is None or "step_order" not in origin.unknown
+
+
+def _losses(console: Console, result: Summary, top: int) -> None:
+    from eplb_analyze.reader.join import StepState
+
+    loss = result.loss
+    if loss is None or not loss.tokens or loss.persistent_share is None:
+        return
+    most = percent(loss.persistent_share, 0)
+    print_line(
+        console,
+        "a better placement could remove at most ",
+        (most, "bold"),
+        f" of the excess tokens: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
+        "the rest is chance within a step",
+    )
+    console.print()
+    if loss.stretches and ordered(result):
+        listing = table(
+            console, "layer", "rank", "<steps", "excess tokens", "of all loss", title="worst stretches"
+        )
+        for s in loss.stretches[:top]:
+            steps = f"{s.first_step} to {s.last_step}"
+            listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
+        console.print(listing)
+    ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
+    console.print(f"costliest ranks (share of all loss): {ranks}")
+    console.print()
+    if result.phases:
+        listing = table(console, "<phase", "steps", "balancedness", "idle")
+        for p in result.phases:
+            listing.add_row(clean(p.phase), f"{p.steps:,}", figure(p.balancedness), percent(p.idle_fraction))
+        console.print(listing)
+        rest = result.steps.count(StepState.RECORDED) - sum(p.steps for p in result.phases)
+        if rest:
+            print_line(console, (f"and {plural(rest, 'step')} of no stated phase", "dim"))
+        console.print()
+
+
+def _layers(console: Console, result: Summary, top: int) -> None:
+    active = [layer for layer in result.layers if layer.balancedness is not None]
+    worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:top]
+    title = f"worst layers ({top} of {len(active)})" if len(active) > top else "layers, the worst first"
+    listing = table(
+        console, "layer", "balancedness", "<", "imbalance", "slowest rank", "in steps", title=title
+    )
+    for layer in worst:
+        listing.add_row(
+            str(layer.layer),
+            figure(layer.balancedness),
+            bar(layer.balancedness or 0.0),
+            heat(figure(layer.imbalance), layer.imbalance or 0.0),
+            "–" if layer.worst_rank is None else str(layer.worst_rank),
+            percent(layer.worst_rank_share, 0),
+        )
+    console.print(listing)
+    if result.layer_percentiles and len(active) > top:
+        parts = ", ".join(f"{name} {figure(v)}" for name, v in result.layer_percentiles.items())
+        print_line(console, (f"balancedness over layers: {parts}", "dim"))
+    console.print()
+
+
+def _hot_experts(console: Console, result: Summary, top: int) -> None:
+    if not result.hot_experts:
+        return
+    title = "hottest experts (share of the layer)"
+    listing = table(console, "layer", "expert", "share", "× mean", "replicas", title=title)
+    for e in result.hot_experts[:top]:
+        times = heat(f"{e.times_mean:.2f}", e.times_mean)
+        listing.add_row(str(e.layer), str(e.logical), percent(e.share, 2), times, str(e.replicas))
+    console.print(listing)
+    console.print()
+
+
+def _configurations(console: Console, result: Summary) -> None:
+    title = "configurations: the shape changed, and nothing is summed across"
+    listing = table(console, "<steps", "EP", "slots", "recorded", "balancedness", "idle", title=title)
+    for c in result.configurations:
+        listing.add_row(
+            f"{c.first_step} to {c.last_step}",
+            f"{c.ep_size - len(c.lost_ranks)} of {c.ep_size}" if c.lost_ranks else str(c.ep_size),
+            str(c.num_physical_experts),
+            f"{c.recorded:,}",
+            figure(c.balancedness),
+            percent(c.idle_fraction),
+        )
+    console.print(listing)

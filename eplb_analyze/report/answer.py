@@ -1,0 +1,306 @@
+"""The sentences that `summary` and the report page begin with: what was wrong, when, its cost, what to do.
+
+Every sentence that both show is composed here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eplb_analyze.analysis.cost import TIMES, RunCost
+from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.summary import warnings
+from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.text import duration, figure, listed, milliseconds, percent, plural
+
+if TYPE_CHECKING:
+    from eplb_analyze.analysis.summary import Summary
+    from eplb_analyze.reader.run_info import RunInfo
+
+PROGRAM = "eplb-analyze"
+#: The verdict and the warnings as they stand out, in a pipe too.
+TITLES = {
+    "balanced": "BALANCED",
+    "mostly_balanced": "MOSTLY BALANCED",
+    "imbalanced": "IMBALANCED",
+    "eplb_never_acted": "EPLB NEVER ACTED",
+    "incomplete_data": "INCOMPLETE DATA",
+    "rank_lost": "RANK LOST",
+}
+#: An incident that costs less than this share of the step cannot explain a doubled step time.
+EXPLAINS_LITTLE = 0.5
+
+
+@dataclass(frozen=True)
+class Told:
+    """One incident in words: when and where, then ``(name, text)`` of its cause, cost, end, next command."""
+
+    head: str
+    parts: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a person reads first."""
+
+    #: `BALANCED` and the like.
+    title: str
+    #: The balancedness behind it; empty if there is none.
+    figures: str
+    #: What limits all figures; each starts with words in capitals, which may be the title.
+    warnings: list[str]
+    #: What imbalance costs, and how much of that better placement can recover.
+    sentences: list[str]
+    incidents: list[Told]
+
+
+def answer_of(summary: Summary) -> Answer:
+    verdict, spread = summary.verdict, summary.spreads["balancedness"]
+    figures = ""
+    if spread.mean is not None:
+        figures = f"balancedness {figure(spread.mean)} (5th percentile {figure(spread.p5)})"
+    found = warnings(summary)
+    return Answer(
+        title=TITLES[verdict.verdict],
+        figures=figures,
+        warnings=[f"{TITLES[kind]}: {text}" for kind, text in found],
+        sentences=[
+            *([] if figures or found else [verdict.rule]),
+            *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
+        ],
+        incidents=[told(incident, summary) for incident in summary.incidents],
+    )
+
+
+def heading(info: RunInfo) -> tuple[str, str]:
+    """``("deepseek-ai/DeepSeek-V3", "on vllm 0.33.0, run wed-deploy-42")``."""
+    engine = "" if not info.engine else f" on {info.engine}{' ' * bool(info.engine_version)}"
+    return (
+        info.model,
+        f"{engine}{info.engine_version or ''}, run {info.run_id}" if engine else f", run {info.run_id}",
+    )
+
+
+def when(summary: Summary) -> str:
+    """``2026-11-26 03:02:11-04:11:40 UTC (1.2 h), 3,000 steps``."""
+    seen = plural(summary.steps.seen, "step")
+    if summary.clock_ns is None:
+        return f"clock times are not known, {seen}"
+    first, last = (time.gmtime(ns / 1e9) for ns in summary.clock_ns)
+    same = first[:3] == last[:3]
+    end = time.strftime("%H:%M:%S" if same else "%Y-%m-%d %H:%M:%S", last)
+    start = time.strftime("%Y-%m-%d %H:%M:%S", first)
+    if start.endswith(end):
+        return f"{start} UTC, {seen}"
+    return f"{start}{'-' if same else ' to '}{end} UTC ({duration(summary.duration_seconds)}), {seen}"
+
+
+def shape(info: RunInfo) -> str:
+    """``58 MoE layers, 256 experts in 288 slots on 32 EP ranks``."""
+    layers, experts = plural(info.num_layers, "MoE layer"), plural(info.num_logical_experts, "expert")
+    slots = plural(info.num_physical_experts, "slot")
+    return f"{layers}, {experts} in {slots} on {plural(info.ep_size, 'EP rank')}"
+
+
+def data(summary: Summary) -> tuple[bool, str]:
+    """Whether all data is there, and in words."""
+    steps = summary.steps
+    expected, present = len(summary.expected_ranks), len(summary.expected_ranks) - len(summary.missing_ranks)
+    if not steps.seen:
+        return False, "no step was recorded"
+    if summary.run.scope == "global":
+        who = f"one writer recorded the sum over {plural(summary.run.ep_size, 'EP rank')}"
+    else:
+        who = f"{present} of {plural(expected, 'rank')}"
+    names = {
+        StepState.INCOMPLETE: "lack a rank",
+        StepState.DROPPED: "dropped",
+        StepState.REJECTED: "rejected",
+        StepState.NOT_SAMPLED: "not sampled",
+    }
+    problems = [f"{steps.count(state):,} {name}" for state, name in names.items() if steps.count(state)]
+    if steps.missing:
+        problems.append(f"{steps.missing:,} seen by no rank")
+    dummy = steps.count(StepState.DUMMY)
+    idle = f"; {plural(dummy, 'step')} without tokens" if dummy else ""
+    if not problems and present == expected:
+        return True, f"data complete: {who}, no missing steps{idle}"
+    what = f"of the steps, {', '.join(problems)}" if problems else "no missing steps"
+    return False, f"data incomplete: {who}; {what}{idle}"
+
+
+def cost_sentence(cost: RunCost) -> str:
+    ms, share = cost.ms_per_step, cost.share_of_step
+    if ms is None:
+        return f"The cost of imbalance is not known: {cost.message.partition(': ')[2] or cost.message}."
+    value = milliseconds(ms.estimate, ms.low, ms.high)
+    if share is None:
+        return (
+            f"Imbalance would cost {value} per step, by {TIMES[cost.basis]}. The run does not show its cost."
+        )
+    estimate, _, bounds = value.partition(" (")
+    step = milliseconds(ms.high / share.high if share.high else cost.step_ms_p50)
+    by = TIMES.get(cost.basis, cost.basis)
+    if cost.status is CostStatus.MEASURED:
+        return (
+            f"Imbalance costs {estimate} of each {step} step, {percent(share.estimate)} "
+            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}."
+        )
+    most = f"at most {milliseconds(ms.high)} of each {step} step ({percent(share.high)})"
+    return f"Imbalance has no measurable cost: {most}, by {by}."
+
+
+def _recoverable(summary: Summary) -> list[str]:
+    """How much of the excess better placement can recover, if that is known."""
+    loss = summary.loss
+    if loss is None or not loss.tokens or loss.persistent_share is None:
+        return []
+    of = "that" if summary.cost.status is CostStatus.MEASURED else "the excess tokens"
+    last, where = summary.last_configuration_steps, ""
+    if last is not None and len(summary.configurations) > 1:
+        where = f" in steps {last[0]}-{last[1]}"
+    most = percent(loss.persistent_share, 0)
+    text = f"Better placement can recover at most {most} of {of}{where}"
+    return [f"{text}; the rest varies from step to step." if loss.persistent_share < 0.995 else f"{text}."]
+
+
+# ---- incidents
+
+
+def told(incident: Incident, summary: Summary) -> Told:
+    """An incident in words. Its cost is compared with the median step."""
+    return Told(
+        head=_head(incident, summary),
+        parts=[
+            ("cause", cause_sentence(incident)),
+            ("cost", _cost(incident, summary.cost)),
+            ("end", _end(incident)),
+            ("next", next_command(incident)),
+        ],
+    )
+
+
+def steps_text(first: int, last: int) -> str:
+    """``step 7``, or ``steps 7-9`` with both ends included."""
+    return f"step {first}" if first == last else f"steps {first}-{last}"
+
+
+def _head(incident: Incident, summary: Summary) -> str:
+    clock = ""
+    if incident.since is not None and incident.until is not None:
+        since, until = _clock(incident.since), _clock(incident.until)
+        day = incident.since[:10]
+        start = summary.clock_ns and time.strftime("%Y-%m-%d", time.gmtime(summary.clock_ns[0] / 1e9))
+        clock = f"{'' if start == day else f'{day} '}{since}{'' if since == until else f'-{until}'}, "
+    at = f" at {incident.peak_imbalance:.1f}x the mean" if incident.peak_imbalance else ""
+    return f"{clock}{steps_text(incident.first_step, incident.last_step)}: {_where(incident)}{at}"
+
+
+def _clock(iso: str) -> str:
+    """The time of day of an ISO 8601 time."""
+    return iso[11:19]
+
+
+def _where(incident: Incident) -> str:
+    parts = []
+    if incident.layer is not None:
+        parts.append(f"layer {incident.layer}")
+    elif incident.layers:
+        count = len(incident.layers)
+        layers = listed(incident.layers, 3)
+        parts.append(f"layers {layers}" if count < 4 else f"{count} layers ({layers})")
+    if incident.ranks:
+        parts.append(f"rank{'s' * (len(incident.ranks) > 1)} {listed(incident.ranks, 4)}")
+    return ", ".join(parts) or "all layers"
+
+
+def cause_sentence(incident: Incident) -> str:
+    cause = incident.cause
+    expert = "" if cause.expert is None else f"expert {cause.expert}"
+    if expert and incident.layer is None and cause.layer is not None:
+        expert += f" of layer {cause.layer}"
+    change = ""
+    if cause.from_times_mean is not None and cause.to_times_mean is not None:
+        change = f"rose from {_times(cause.from_times_mean)} to {_times(cause.to_times_mean)} the mean load"
+    replicas = "" if cause.replicas is None else f"had {plural(cause.replicas, 'replica')}"
+    match cause.kind:
+        case "expert_hot":
+            return f"{expert or 'an expert'} {' and '.join(filter(None, (change or 'became hot', replicas)))}"
+        case "rearrangement":
+            who = (
+                f"; {expert} {replicas} afterwards"
+                if expert and replicas
+                else f"; {expert} lost most"
+                if expert
+                else ""
+            )
+            return f"the rearrangement at step {incident.first_step} made the balance worse{who}"
+        case "uneven_replicas":
+            return f"the replicas of {expert or 'an expert'} share its tokens unevenly" + (
+                f" (it {replicas})" if replicas else ""
+            )
+        case "rank_lost":
+            return f"{_where(incident) if incident.ranks else 'a rank'} stopped"
+        case "eplb_stopped":
+            return "EPLB stopped rearranging while the load drifted"
+        case "traffic_shift":
+            return "the traffic changed: the experts of most layers shifted at the same time"
+        case "few_tokens":
+            return "too few tokens per step to balance over the ranks"
+        case _:
+            return "no cause found"
+
+
+def _times(value: float) -> str:
+    return f"{value:.1f}x" if value < 10 else f"{value:.0f}x"
+
+
+def _cost(incident: Incident, cost: RunCost) -> str:
+    ms = incident.cost.ms_per_step
+    if ms is None:
+        tokens = incident.cost.tokens_per_step
+        return f"{tokens:,.0f} more tokens per step on the slowest rank than usual; not known in ms"
+    value = milliseconds(ms.estimate, ms.low, ms.high, sign=True).replace(
+        " ms (", " ms per step while it lasted (95% CI "
+    )
+    step = cost.step_ms_p50
+    if not step:
+        return value
+    share = f"{value}, {percent(ms.estimate / step)} of the step"
+    return f"{share}; too little to explain a doubled TPOT" if ms.high < EXPLAINS_LITTLE * step else share
+
+
+def _end(incident: Incident) -> str:
+    ended, expert = incident.ended_by, incident.cause.expert
+    if ended is None:
+        return "not known"
+    match ended.kind:
+        case "rearrangement":
+            text = f"the rearrangement at step {ended.step}"
+            if expert is None or ended.replicas is None:
+                return text
+            return f"{text} gave expert {expert} {plural(ended.replicas, 'replica')}"
+        case "traffic":
+            return f"the traffic changed back at step {ended.step}"
+        case "rank_back":
+            return f"the rank is back from step {ended.step} on"
+        case _:
+            return f"still going on when the recording ends (step {ended.step})"
+
+
+def next_command(incident: Incident) -> str:
+    """The command that shows more of an incident."""
+    within = f"--steps {incident.first_step}-{incident.last_step}"
+    layer = incident.layer if incident.layer is not None else incident.cause.layer
+    match incident.cause.kind:
+        case "rank_lost":
+            return f"{PROGRAM} check"
+        case "rearrangement" | "eplb_stopped":
+            return f"{PROGRAM} rearrangements"
+        case "traffic_shift" | "few_tokens":
+            return f"{PROGRAM} experts {within}"
+        case _:
+            return f"{PROGRAM} ranks {within}" if layer is None else f"{PROGRAM} layer {layer} {within}"

@@ -1,0 +1,156 @@
+"""The sentences that `summary` and the report begin with, for every verdict, incident and end."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from helpers import load_of, map_of, open_writer
+
+from eplb_analyze import open_run
+from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
+from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
+from eplb_analyze.cli.views.summary import MARKS, render
+from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.report.answer import TITLES, answer_of, cost_sentence, told
+
+HOT = Incident(
+    layer=12,
+    layers=(12,),
+    ranks=(14,),
+    first_step=10,
+    last_step=19,
+    since="2026-11-26T03:12:04Z",
+    until="2026-11-26T03:31:58Z",
+    peak_imbalance=2.2,
+    usual_imbalance=1.1,
+    cause=Cause("expert_hot", 77, 12, 1.0, 11.0, 1),
+    ended_by=EndedBy("rearrangement", 20, 10),
+    cost=IncidentCost(Milliseconds(0.9, 0.7, 1.1), 500.0),
+)
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    root = tmp_path_factory.mktemp("run")
+    with open_writer(root, scope="global") as writer:
+        for step in range(40):
+            writer.record(step, load_of(step), map_of(step // 20))
+    return summarize(open_run(root))
+
+
+def measured(summary: Summary, share: float = 0.03) -> Summary:
+    ms = Milliseconds(24 * share, 23 * share, 25 * share)
+    cost = replace(
+        summary.cost,
+        status=CostStatus.MEASURED,
+        basis="host",
+        ms_per_step=ms,
+        share_of_step=Milliseconds(share, 23 / 24 * share, 25 / 24 * share),
+        step_ms_p50=24.0,
+    )
+    return replace(summary, cost=cost)
+
+
+def balanced(summary: Summary, mean: float, **changes: Any) -> Summary:
+    spread = replace(summary.spreads["balancedness"], mean=mean, p5=mean - 0.01)
+    return replace(summary, spreads={**summary.spreads, "balancedness": spread}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("mean", "changes", "verdict"),
+    [
+        (0.96, {}, "balanced"),
+        (0.96, {"incidents": [HOT]}, "mostly_balanced"),
+        (0.94, {}, "mostly_balanced"),
+        (0.8, {}, "mostly_balanced"),
+        (0.79, {}, "imbalanced"),
+        (0.96, {"acted": False}, "eplb_never_acted"),
+        (0.96, {"acted": False, "not_due": "Not due."}, "balanced"),
+        (0.96, {"acted": None}, "balanced"),
+        (0.96, {"present_ranks": [], "acted": False}, "incomplete_data"),
+    ],
+)
+def test_first_rule_that_applies_gives_the_verdict(
+    summary: Summary, mean: float, changes: dict[str, Any], verdict: str
+) -> None:
+    given = balanced(summary, mean, **changes)
+    assert given.verdict.verdict == verdict
+    answer = answer_of(given)
+    assert answer.title == TITLES[verdict]
+    assert answer.figures == f"balancedness {mean:.3f} (5th percentile {mean - 0.01:.3f})"
+    assert given.to_json()["verdict"] == {"verdict": verdict, "rule": given.verdict.rule}
+
+
+def test_run_whose_imbalance_costs_a_twentieth_of_its_time_is_imbalanced(summary: Summary) -> None:
+    assert measured(balanced(summary, 0.96), 0.06).verdict.verdict == "imbalanced"
+    assert measured(balanced(summary, 0.96), 0.04).verdict.verdict == "balanced"
+
+
+def test_every_verdict_and_cause_has_words() -> None:
+    assert set(get_args(VerdictKind)) | {"rank_lost"} == set(TITLES)
+    assert set(get_args(CauseKind)) == set(MARKS)
+
+
+def test_cost_is_given_with_its_share_and_basis(summary: Summary) -> None:
+    known = cost_sentence(measured(summary).cost)
+    assert known.startswith("Imbalance costs 0.72 ms of each 24.0 ms step, 3.0")
+    assert known.endswith("(95% CI 0.69 to 0.75 ms), measured by times between steps.")
+    unknown = cost_sentence(summary.cost)
+    assert unknown == "The cost of imbalance is not known: fewer than 100 steps are complete."
+
+
+def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summary) -> None:
+    found = told(HOT, replace(measured(summary), clock_ns=None))
+    assert found.head == ("2026-11-26 03:12:04-03:31:58, steps 10-19: layer 12, rank 14 at 2.2x the mean")
+    parts = dict(found.parts)
+    assert parts["cause"] == "expert 77 rose from 1.0x to 11x the mean load and had 1 replica"
+    assert parts["cost"].startswith("+0.9 ms per step while it lasted (95% CI +0.7 to +1.1), 3.8")
+    assert parts["cost"].endswith("of the step; too little to explain a doubled TPOT")
+    assert parts["end"] == "the rearrangement at step 20 gave expert 77 10 replicas"
+    assert parts["next"] == "eplb-analyze layer 12 --steps 10-19"
+
+
+@pytest.mark.parametrize("kind", get_args(CauseKind))
+@pytest.mark.parametrize("layer", [None, 12])
+def test_every_cause_is_told_without_unknown_figures(summary: Summary, kind: Any, layer: int | None) -> None:
+    bare = replace(
+        HOT, layer=layer, ranks=(), since=None, until=None, cause=Cause(kind), ended_by=None,
+        cost=IncidentCost(None, 1234.0),
+    )  # fmt: skip
+    found = told(bare, summary)
+    text = " ".join([found.head, *(part for _, part in found.parts)])
+    assert "None" not in text
+    assert "1,234 more tokens per step" in text
+    assert found.head.startswith("steps 10-19: layer")
+
+
+@pytest.mark.parametrize("kind", get_args(EndKind))
+def test_every_end_names_its_step(summary: Summary, kind: Any) -> None:
+    found = dict(told(replace(HOT, ended_by=EndedBy(kind, 4711)), summary).parts)
+    assert "4711" in found["end"]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_answer_fits_the_terminal_and_commands_are_not_broken(summary: Summary, width: int) -> None:
+    from rich.console import Console
+
+    given = measured(replace(summary, incidents=[HOT, replace(HOT, cause=Cause("rearrangement"))] * 2))
+    out = io.StringIO()
+    render(Console(file=out, width=width, highlight=False, markup=False), given, full=True)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "4 incidents" in lines
+    assert sum("next   eplb-analyze layer 12 --steps 10-19" in line for line in lines) == 2
+    assert any(line.lstrip().startswith("^hot expert") for line in lines)
+
+
+def test_summary_without_a_step_shows_no_figures(tmp_path: Path) -> None:
+    open_writer(tmp_path, scope="global").close()
+    answer = answer_of(summarize(open_run(tmp_path)))
+    assert (answer.title, answer.figures) == ("INCOMPLETE DATA", "")
+    assert answer.sentences == ["No step is complete."]
