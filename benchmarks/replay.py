@@ -42,9 +42,9 @@ def main() -> None:
         for count in args.settings:
             redundant = REDUNDANT[: 1 + (count > len(INTERVALS))]
             intervals = INTERVALS[: -(-count // len(redundant))]
-            command = [program, "replay", "--policy", "vllm", "--window", "1000"]
-            command += ["--redundant", ",".join(map(str, redundant))]
-            command += ["--interval", ",".join(map(str, intervals))]
+            command = [program, "replay", "--policy", "vllm", "--window-steps", "1000"]
+            command += ["--redundant-experts", ",".join(map(str, redundant))]
+            command += ["--interval-steps", ",".join(map(str, intervals))]
             for workers in dict.fromkeys((1, cores)):
                 seconds, peak = measure([*command, "--workers", str(workers), folder], args.repeat)
                 name = f"{len(redundant) * len(intervals)} settings, {workers} threads"

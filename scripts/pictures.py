@@ -33,7 +33,7 @@ def main(dump: str) -> None:
     rearrangements.render(console, rearrangement_report(run))
     console.print("\n$ eplb-analyze ranks demo-dump", style="bold")
     ranks.render(console, rank_report(run), "rank")
-    console.print("\n$ eplb-analyze experts --window 20 demo-dump", style="bold")
+    console.print("\n$ eplb-analyze experts --window-steps 20 demo-dump", style="bold")
     experts.render(console, expert_report(run, window=20), hot=False, cold=False)
     save(console, "questions")
 

@@ -159,10 +159,10 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     if 0 < per_window < FEW_TOKENS:
         notes.append(
             f"an expert has {per_window:.1f} tokens in a window on average, so that a burst may be chance; "
-            "a larger --window says more"
+            "a larger --window-steps says more"
         )
     if windows.count < 2:
-        notes.append("there is only one window, so nothing can be said on bursts; see --window")
+        notes.append("there is only one window, so nothing can be said on bursts; see --window-steps")
     if sums.few_since_change:
         notes.append(
             f"replicas are judged by the loads since each layer's last rearrangement; in some layer that is "

@@ -161,7 +161,7 @@ def session_findings(run: Run) -> Iterator[Finding]:
         journals = sum(s.journals for s in run.sessions if (s.closed is not None) is ended)
         if journals:
             text = f"{plural(journals, 'journal')}{whose} not sealed: read here, but not by other programs "
-            yield Finding("info", "unsealed_journal", text + "(see `seal`)")
+            yield Finding("info", "unsealed_journal", text + "(see `recover`)")
     if any(finding.code == "mixed_starts" for finding in run.findings):
         return  # which says why sessions overlap
     for rank in run.present_ranks:

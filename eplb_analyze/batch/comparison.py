@@ -64,18 +64,18 @@ class Group:
 class Postmortem(Report):
     #: The run that lost most GPU time first; broken runs last.
     rows: list[Row]
-    threshold: float | None = None
+    fail_below: float | None = None
     baseline: str | None = None
 
     @property
     def failed(self) -> list[Row]:
         """Rows below the threshold, worse than the baseline, or that cannot be judged."""
-        if self.threshold is None and self.baseline is None:
+        if self.fail_below is None and self.baseline is None:
             return []
         return [row for row in self.rows if self._fails(row)]
 
     def _fails(self, row: Row) -> bool:
-        too_low = self.threshold is not None and (row.balancedness or 0.0) < self.threshold
+        too_low = self.fail_below is not None and (row.balancedness or 0.0) < self.fail_below
         return self.not_judged(row) is not None or too_low or row.worse_than_baseline
 
     def not_judged(self, row: Row) -> str | None:
@@ -100,7 +100,7 @@ class Postmortem(Report):
                 "runs": self.rows,
                 "groups": [] if by is None else self.groups(by),
                 "by": by,
-                "threshold": self.threshold,
+                "fail_below": self.fail_below,
                 "baseline": self.baseline,
                 "failed": [
                     {"dump": row.dump, "run_id": row.run_id, "model": row.model} for row in self.failed
@@ -127,11 +127,11 @@ class Postmortem(Report):
         return pl.DataFrame(rows, schema=schema)
 
 
-def judge(rows: Iterable[Row], threshold: float | None = None, baseline: str | None = None) -> Postmortem:
+def judge(rows: Iterable[Row], fail_below: float | None = None, baseline: str | None = None) -> Postmortem:
     """The rows sorted, and compared with the baseline.
 
     Args:
-        threshold: the balancedness that a run must have.
+        fail_below: the balancedness that a run must have.
         baseline: the name of a run, as :func:`require_baseline` takes it.
 
     Raises:
@@ -143,7 +143,7 @@ def judge(rows: Iterable[Row], threshold: float | None = None, baseline: str | N
         if named.status == "broken":
             raise NotInDumpError(f"--baseline {baseline}: it has no figures: {named.reason}")
         rows = compare(named, rows)
-    return Postmortem(sorted(rows, key=lambda row: row.lost, reverse=True), threshold, baseline)
+    return Postmortem(sorted(rows, key=lambda row: row.lost, reverse=True), fail_below, baseline)
 
 
 AnyRun = TypeVar("AnyRun", Target, Row, Target | Row)

@@ -19,16 +19,16 @@ from eplb_analyze.cli.commands import (
     copy,
     experts,
     export,
+    formulas,
     import_,
     layer,
-    metrics,
     placement,
     postmortem,
     ranks,
     rearrangements,
+    recover,
     replay,
     report,
-    seal,
     summary,
     timeline,
     traffic,
@@ -70,9 +70,9 @@ app.add_typer(export.app, name="export", short_help="Write what engines load at 
 app.command("import", short_help="Read another system's recording into a dump.")(import_.import_)
 app.command("copy", short_help="Bring a run, or a part of it, to another place.")(copy.copy)
 app.command("compact", short_help="Write a run anew, in few files that hold the sums.")(compact.compact)
-app.command("metrics", short_help="The balance formulas, with their sources.")(metrics.metrics)
+app.command("formulas", short_help="The balance formulas, with their sources.")(formulas.formulas)
 app.command("watch", short_help="How does a run stand that is being written?")(watch.watch)
-app.command("seal", short_help="Turn what killed writers left into Parquet.")(seal.seal)
+app.command("recover", short_help="Recover recordings from crashed writers.")(recover.recover)
 
 
 def _print_version(show: bool) -> None:

@@ -128,14 +128,14 @@ Policy = Annotated[
     ),
 ]
 Redundant = Annotated[
-    str | None, typer.Option("--redundant", help="Numbers of redundant experts.", metavar="N,N…")
+    str | None, typer.Option("--redundant-experts", help="Numbers of redundant experts.", metavar="N,N…")
 ]
 Interval = Annotated[
-    str | None, typer.Option("--interval", help="Steps between two rearrangements.", metavar="N,N…")
+    str | None, typer.Option("--interval-steps", help="Steps between two rearrangements.", metavar="N,N…")
 ]
 Window = Annotated[
     str | None,
-    typer.Option("--window", help="Steps before a rearrangement that it is made from.", metavar="N,N…"),
+    typer.Option("--window-steps", help="Steps before a rearrangement that it is made from.", metavar="N,N…"),
 ]
 Start = Annotated[
     str | None,
@@ -244,9 +244,9 @@ def parse_choices(
         named(name)  # reject unknown policies before reading anything
     return Choices(
         policies=names,
-        redundant=_numbers(redundant, "--redundant", 0),
-        intervals=_numbers(interval, "--interval", 1),
-        windows=_numbers(window, "--window", 1),
+        redundant=_numbers(redundant, "--redundant-experts", 0),
+        intervals=_numbers(interval, "--interval-steps", 1),
+        windows=_numbers(window, "--window-steps", 1),
         ep_sizes=_numbers(ep_size, "--ep-size", 1),
         starts=_numbers(start, "--start", 0),
     )

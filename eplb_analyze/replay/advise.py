@@ -246,7 +246,9 @@ class TrainTestSplit:
             text = (
                 f"no setting tried rearranges in the first {plural(steps, 'step')}, on which one is chosen: "
             )
-            return self._verdict("not enough data", [text + "a longer recording, or a shorter --interval"])
+            return self._verdict(
+                "not enough data", [text + "a longer recording, or a shorter --interval-steps"]
+            )
         if self.in_ms and (unknown := self._unknown_cost()) is not None:
             return self._verdict("leave", [unknown])
         gains = {i: self._gain(i, self.training) for i in candidates}

@@ -150,10 +150,10 @@ class RecordedSettingTest:
         if grouping.num_nodes == 1:
             return (
                 f"{text}. It was replayed on one node, where --num-groups changes nothing. If the engine "
-                "kept expert groups on several nodes, supply --num-nodes; otherwise --window, --start or "
-                "--policy"
+                "kept expert groups on several nodes, supply --num-nodes; otherwise --window-steps, "
+                "--start or --policy"
             )
         return (
-            f"{text}. Supply what the engine's policy had: --num-groups, --num-nodes, --window, --start or "
-            "--policy"
+            f"{text}. Supply what the engine's policy had: --num-groups, --num-nodes, --window-steps, "
+            "--start or --policy"
         )

@@ -145,7 +145,7 @@ def tells_bursts(report: ExpertReport) -> bool:
 
 def expert_notes(report: ExpertReport) -> list[str]:
     """Notes of `experts` without its option names; those on bursts only if the report mentions bursts."""
-    option, bursts = "--window", tells_bursts(report)
+    option, bursts = "--window-steps", tells_bursts(report)
     return [
         note.replace(option, f"{option} of `experts`")
         for note in report.notes

@@ -138,9 +138,7 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         readable.append((folder, session.info))
         if session.source:
             found.rebuilt.append(folder)
-            text = (
-                f"{path_and_fault}; its content was taken from {session.source}, and `seal` writes it again"
-            )
+            text = f"{path_and_fault}; its content was taken from {session.source}; `recover` writes it again"
             findings.append(Finding("warning", "session_rebuilt", text))
     if not found.runs and narrowed:
         return discover(path)
@@ -333,7 +331,7 @@ def open_session(
         text = (
             f"{folder / MANIFEST_FILE}: it is missing; segments were taken as their files say, and whether "
         )
-        text += "the writer ended in order is not known; `seal` writes it again"
+        text += "the writer ended in order is not known; `recover` writes it again"
         findings.append(Finding("warning", "manifest_rebuilt", text))
     if manifest.fault is not None:
         text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"

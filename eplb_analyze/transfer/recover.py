@@ -1,4 +1,4 @@
-"""`seal`: complete what crashed writers left. Only this changes an existing dump, on request.
+"""`recover`: complete what crashed writers left. Only this changes an existing dump, on request.
 
 It seals journals, and undoes what a power cut undid: files that were not renamed yet, journals that came back
 although their segment is sealed, a ``session.json`` that is empty. It writes a manifest that is gone again.
@@ -53,7 +53,7 @@ class SkippedJournal:
 
 
 @dataclass(frozen=True)
-class SealReport(Report):
+class RecoverReport(Report):
     sealed: list[SealedJournal] = field(default_factory=list)
     skipped: list[SkippedJournal] = field(default_factory=list)
     #: Journals whose segment was sealed already, with all steps.
@@ -62,7 +62,7 @@ class SealReport(Report):
     restored: list[str] = field(default_factory=list)
 
 
-def seal_dump(path: StoragePath, run: str | None = None, model: str | None = None) -> SealReport:
+def recover_dump(path: StoragePath, run: str | None = None, model: str | None = None) -> RecoverReport:
     """Seal the journals of crashed writers, in all runs and models or in the ones given.
 
     A writer holds its journal's lock as long as it lives, on any host. If the file system has no locks, a
@@ -72,20 +72,20 @@ def seal_dump(path: StoragePath, run: str | None = None, model: str | None = Non
         DumpError, NotInDumpError: there is no such dump, run or model.
         UsageError: it is in a bucket.
     """
-    path = local(path, "`seal`")
+    path = local(path, "`recover`")
     found = discover(path)
     named = None if run is None else found.starts_of(run) or [choose_run(found, path, run)[0]]
     runs = found.newest_first() if named is None else named
     sessions = [session for run_id in runs for session in found.sessions(run_id, model)]
     if model is not None and not sessions:
         raise NotInDumpError(f"{path}: no model {model!r} in it")
-    report = SealReport()
+    report = RecoverReport()
     for folder, info in sessions:
-        _seal_session(local(folder, "`seal`"), info, report, rebuilt=folder in found.rebuilt)
+        _seal_session(local(folder, "`recover`"), info, report, rebuilt=folder in found.rebuilt)
     return report
 
 
-def _seal_session(folder: Path, info: SessionInfo, report: SealReport, *, rebuilt: bool) -> None:
+def _seal_session(folder: Path, info: SessionInfo, report: RecoverReport, *, rebuilt: bool) -> None:
     names = sorted(path.name for path in folder.iterdir() if not path.is_symlink())
     journals = {int(match[1]): folder / match[0] for match in map(JOURNAL_PATTERN.fullmatch, names) if match}
     if rebuilt:
@@ -117,7 +117,7 @@ def _seal_session(folder: Path, info: SessionInfo, report: SealReport, *, rebuil
             _failed(report, folder / listed[seq].files["steps"].name, error)
 
 
-def _publish(folder: Path, info: SessionInfo, entry: SealedSegment, report: SealReport) -> None:
+def _publish(folder: Path, info: SessionInfo, entry: SealedSegment, report: RecoverReport) -> None:
     """Give the files of a listed segment their names if a power cut came before that. Raises OSError."""
     waiting = {
         table: file
@@ -134,13 +134,13 @@ def _publish(folder: Path, info: SessionInfo, entry: SealedSegment, report: Seal
 
 
 def _keep_closed(path: Path) -> None:
-    """Let the manifest say that a session ended in order, if its journal does. Raises as `seal`."""
+    """Let the manifest say that a session ended in order, if its journal does. Raises as `recover`."""
     with suppress(UnbegunJournal), JournalSegment(path) as journal:
         if journal.closed is not None:
             append_manifest(path.parent, journal.info, encode("closed", journal.closed))
 
 
-def _failed(report: SealReport, path: Path, error: OSError) -> None:
+def _failed(report: RecoverReport, path: Path, error: OSError) -> None:
     report.skipped.append(SkippedJournal(str(path), "failed", error.strerror or str(error)))
 
 
@@ -156,7 +156,7 @@ def _in_use(journal: Path) -> bool:
         return _written_to(file)
 
 
-def _seal_one(journal: Path, info: SessionInfo, manifest: Manifest, report: SealReport) -> None:
+def _seal_one(journal: Path, info: SessionInfo, manifest: Manifest, report: RecoverReport) -> None:
     seq = int(journal.stem.split("-")[1])
     listed = manifest.entries.get(seq)
     try:

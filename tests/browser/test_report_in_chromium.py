@@ -496,7 +496,7 @@ def test_one_step_is_not_several(browser: Browser, tmp_path: Path) -> None:
         assert "summed over 1 step." in text
         # A single window cannot distinguish a burst from a permanent load.
         assert "burst" not in text
-        assert "--window" not in text
+        assert "--window-steps" not in text
         assert "always hot" not in text
         ticks = page.evaluate(
             "line.chart.getModel().getComponent('xAxis').axis.getTicksCoords().map((t) => t.tickValue)"

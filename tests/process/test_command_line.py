@@ -30,8 +30,8 @@ ARGUMENTS = {
     "traffic": "dump",
     "rearrangements": "dump",
     "compare": "--steps-a -11 --steps-b 12- dump",
-    "replay": "--policy deepseek --interval 10 --window 10 dump",
-    "advise": "--policy deepseek --interval 10 --window 10 dump",
+    "replay": "--policy deepseek --interval-steps 10 --window-steps 10 dump",
+    "advise": "--policy deepseek --interval-steps 10 --window-steps 10 dump",
     "postmortem": "dump",
     "report": "-o report.html --force dump",
     "check": "dump",
@@ -40,9 +40,9 @@ ARGUMENTS = {
     "import": "loads.npy --format array --into imported --model m --ep-size 2 --placement linear",
     "copy": "--to copied dump",
     "compact": "--to compacted-{form} dump",
-    "metrics": "",
+    "formulas": "",
     "watch": "--once dump",
-    "seal": "dump",
+    "recover": "dump",
 }
 
 

@@ -20,7 +20,7 @@ import pytest
 from helpers import load_of, start_child
 
 from eplb_analyze import open_run
-from eplb_analyze.transfer.recover import seal_dump
+from eplb_analyze.transfer.recover import recover_dump
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -142,7 +142,7 @@ def cut_and_judge(disk: Disk, tmp_path: Path, number: int, rng: random.Random) -
         found = steps_of(dump)
         assert found == list(range(len(found)))
         assert len(found) >= sealed * steps, (disk.kind, number)
-        seal_dump(dump)
+        recover_dump(dump)
         assert steps_of(dump)[: len(found)] == found
     for path in (image, left):
         path.unlink(missing_ok=True)

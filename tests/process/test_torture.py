@@ -23,7 +23,7 @@ from eplb_analyze.analysis.check import check_run
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.sessions import discovery
 from eplb_analyze.storage.path import StoragePath
-from eplb_analyze.transfer.recover import seal_dump
+from eplb_analyze.transfer.recover import recover_dump
 from eplb_dump.format import journal
 
 # ---- SIGKILL
@@ -147,7 +147,7 @@ def test_seal_recovers_journals_of_killed_writer(tmp_path: Path) -> None:
     (root, _, _), *_ = sorted(killed_runs(tmp_path, 6, 42), key=lambda r: -r[1])
     before = open_run(root)
     loads, placements = before.loads(), before.placements()
-    report = seal_dump(root)
+    report = recover_dump(root)
     assert [s.code for s in report.skipped] == []
     assert len(report.sealed) >= 1
     for left in root.rglob("journal-*"):  # the kill came at its first write
@@ -156,7 +156,7 @@ def test_seal_recovers_journals_of_killed_writer(tmp_path: Path) -> None:
     after = open_run(root)
     assert after.loads().equals(loads)
     assert after.placements().equals(placements)
-    assert seal_dump(root).sealed == []
+    assert recover_dump(root).sealed == []
     assert "unsealed_journal" not in {f.code for f in check_run(after).findings}
 
 
@@ -177,7 +177,7 @@ def test_seal_skips_live_writer(tmp_path: Path) -> None:
     with start_child(script, tmp_path) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        report = seal_dump(tmp_path)
+        report = recover_dump(tmp_path)
         assert [s.code for s in report.skipped] == ["in_use"]
         assert report.sealed == []
         _, err = child.communicate("", timeout=30)
@@ -555,7 +555,7 @@ def test_journal_without_complete_first_frame_is_not_damage(tmp_path: Path, size
     run = open_run(tmp_path)
     assert [f.code for f in run.findings if f.severity != "info"] == []
     assert run.steps()["step"].to_list() == [0]
-    assert seal_dump(tmp_path).skipped == []
+    assert recover_dump(tmp_path).skipped == []
 
 
 def test_manifest_holds_final_accounting(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ class Recomputation:
         }
 
     def expert_figures(self, window: int, factor: float = 2.0) -> Iterator[dict[str, Any]]:
-        """A row per layer and logical expert whose layer has tokens: ``experts --window N``."""
+        """A row per layer and logical expert whose layer has tokens: ``experts --window-steps N``."""
         steps = self.last_configuration()
         logical = np.array([self.logical(step) for step in steps])
         cuts = [slice(low, low + window) for low in range(0, len(steps), window)]

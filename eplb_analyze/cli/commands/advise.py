@@ -28,7 +28,7 @@ def advise(
         float | None,
         typer.Option(
             "--fail-below",
-            help="Exit with 1 where the recorded balancedness is below, or not known.",
+            help="Exit with 1 if the recorded balancedness is below X or unknown.",
             min=0,
             max=1,
         ),

@@ -18,7 +18,7 @@ def experts(
     hot: Annotated[bool, typer.Option("--hot", help="Only experts that are hot in some window.")] = False,
     cold: Annotated[bool, typer.Option("--cold", help="Only experts that are cold over all steps.")] = False,
     window: Annotated[
-        int, typer.Option("--window", help="So many complete steps are one window.", min=1)
+        int, typer.Option("--window-steps", help="So many complete steps are one window.", min=1)
     ] = 100,
     hot_factor: Annotated[
         float, typer.Option("--hot-factor", help="Hot: at least so many times the layer's mean.")

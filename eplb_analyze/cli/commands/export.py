@@ -35,7 +35,14 @@ class LoadFormat(str, enum.Enum):
 
 
 #: Options that need --policy.
-POLICY_OPTIONS = ("--steps", "--window", "--redundant", "--ep-size", "--num-nodes", "--num-groups")
+POLICY_OPTIONS = (
+    "--steps",
+    "--window-steps",
+    "--redundant-experts",
+    "--ep-size",
+    "--num-nodes",
+    "--num-groups",
+)
 
 
 @app.command("placement", short_help="A placement for an engine to load at its start.")
@@ -54,11 +61,13 @@ def placement(
     steps: options.Steps = None,
     window: Annotated[
         int | None,
-        typer.Option("--window", help="Of these steps, show the policy the last N.", min=1),
+        typer.Option("--window-steps", help="Of these steps, show the policy the last N.", min=1),
     ] = None,
     redundant: Annotated[
         int | None,
-        typer.Option("--redundant", help="Redundant experts for the policy; default: as recorded.", min=0),
+        typer.Option(
+            "--redundant-experts", help="Redundant experts for the policy; default: as recorded.", min=0
+        ),
     ] = None,
     ep_size: Annotated[
         int | None, typer.Option("--ep-size", help="EP ranks for the policy; default: as recorded.", min=1)
@@ -85,8 +94,8 @@ def placement(
 ) -> None:
     """Write a placement, recorded at a step or made by a policy, for an engine to load at its start.
 
-    A row of `replay` becomes a file with its settings: --policy, --window, --redundant and --ep-size,
-    and --steps -N for the placement that it would have made after step N.
+    A row of `replay` becomes a file with its settings: --policy, --window-steps, --redundant-experts and
+    --ep-size, and --steps -N for the placement that it would have made after step N.
     """
     given = dict(zip(POLICY_OPTIONS, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
     if policy is None:

@@ -58,7 +58,7 @@ def import_(
         bool, typer.Option("--ordered", help="The source's rows are in the order of time.")
     ] = False,
     window: Annotated[
-        bool, typer.Option("--window", help="vLLM snapshots: the sums over a window, not single steps.")
+        bool, typer.Option("--window-sums", help="vLLM snapshots: the sums over a window, not single steps.")
     ] = False,
     renumber: Annotated[
         bool, typer.Option("--renumber", help="vLLM: count records in their order, whatever step they name.")

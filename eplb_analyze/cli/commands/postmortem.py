@@ -32,15 +32,13 @@ def postmortem(
     by: Annotated[
         str | None,
         typer.Option(
-            "--by", help="Group by model, engine, ep_size … or a name of the engine's configuration."
+            "--group-by", help="Group by model, engine, ep_size … or a name of the engine's configuration."
         ),
     ] = None,
     top: Annotated[int, typer.Option("--top", help="How many runs to show in text.", min=1)] = 20,
-    threshold: Annotated[
+    fail_below: Annotated[
         float | None,
-        typer.Option(
-            "--threshold", help="Exit with 1 where a run's mean balancedness is below.", min=0, max=1
-        ),
+        typer.Option("--fail-below", help="Exit with 1 if a mean balancedness is below X.", min=0, max=1),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -102,14 +100,14 @@ def postmortem(
             _write_pages(out, cache, rows, fresh, chosen)
     finally:
         chosen.close()
-    result = judge(rows, threshold, baseline)
+    result = judge(rows, fail_below, baseline)
     if cache is not None:
         cache.save_table(result)
     # Show the results even if they cannot be grouped.
     grouped = by if by in result.groupable() else None
     out.emit(lambda: result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
     if by != grouped:
-        raise UsageError(f"--by {by}: no run has this; there are: {', '.join(result.groupable())}")
+        raise UsageError(f"--group-by {by}: no run has this; there are: {', '.join(result.groupable())}")
     if rows and all(row.status == "broken" for row in rows):
         raise typer.Exit(EXIT_UNUSABLE)
     if result.failed:

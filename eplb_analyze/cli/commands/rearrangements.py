@@ -17,7 +17,7 @@ def rearrangements(
     steps: options.Steps = None,
     timings: options.Timings = None,
     window: Annotated[
-        int, typer.Option("--window", help="At most so many steps before and after.", min=1)
+        int, typer.Option("--window-steps", help="At most so many steps before and after.", min=1)
     ] = 1000,
 ) -> None:
     """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""

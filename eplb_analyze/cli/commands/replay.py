@@ -34,7 +34,7 @@ def replay(
     """What would another policy, number of redundant experts, interval or window have given?
 
     Each combination is replayed on the recorded loads: placed from past steps only, scored on the steps
-    after, beside today's placements. Options take lists, as in --interval 100,500.
+    after, beside today's placements. Options take lists, as in --interval-steps 100,500.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.pricing import Objective

@@ -17,7 +17,7 @@ from eplb_analyze.cli.views.timeline import MARGIN, render
 def timeline(
     out: RunOutput,
     formula: Annotated[
-        str, typer.Option("--formula", help="A formula that `metrics` lists, or idle_fraction.")
+        str, typer.Option("--formula", help="A formula that `formulas` lists, or idle_fraction.")
     ] = "balancedness",
     layer: Annotated[
         int | None, typer.Option("--layer", help="One layer alone, by its number in the model.")

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 @options.about_a_run
 def watch(
     out: RunOutput,
-    interval: Annotated[float, typer.Option("--interval", help="Seconds between two looks.", min=0.1)] = 1.0,
+    interval: Annotated[
+        float, typer.Option("--refresh-seconds", help="Seconds between two updates.", min=0.1)
+    ] = 1.0,
     window: Annotated[
-        int, typer.Option("--window", help="How many of the newest steps the figures are over.", min=1)
+        int, typer.Option("--window-steps", help="How many of the newest steps the figures are over.", min=1)
     ] = 1000,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
 ) -> None:

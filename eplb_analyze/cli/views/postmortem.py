@@ -161,8 +161,8 @@ def _groups(console: Console, result: Postmortem, by: str) -> None:
 
 def _verdict(console: Console, result: Postmortem, names: dict[int, str]) -> None:
     asked = []
-    if result.threshold is not None:
-        asked.append(f"balancedness of at least {result.threshold:g}")
+    if result.fail_below is not None:
+        asked.append(f"balancedness of at least {result.fail_below:g}")
     if result.baseline is not None:
         asked.append(f"no worse than {result.baseline}")
     if not asked:

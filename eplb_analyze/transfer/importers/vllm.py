@@ -205,11 +205,13 @@ class _Snapshots(_Lines):
         self.model = model if isinstance(model, str) and model else self.model
         size = plain_int(record.get("window_size"), 1, NO_END) or "an unknown number of"
         if self.options.window:
-            self.assumed["passes"] = f"each step is the sum over a window of {size} forward passes (--window)"
+            self.assumed["passes"] = (
+                f"each step is the sum over a window of {size} forward passes (--window-sums)"
+            )
         elif "window_expert_load" in record:
             self.beside = (
                 f"sums over {size} forward passes stand beside each step's own load and were left out; "
-                "--window imports them instead"
+                "--window-sums imports them instead"
             )
         return step, load, slots, plain_int(record.get("world_size"), 1, MAX_EXPERTS)
 

@@ -289,18 +289,20 @@ one rank
 
 def test_text_output(tmp_path: Path) -> None:
     write(tmp_path)
-    result = cli("experts", "--window", "10", "--top", "2", tmp_path)
+    result = cli("experts", "--window-steps", "10", "--top", "2", tmp_path)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", GOLDEN)
-    wide = cli("experts", "--window", "10", "--layer", "1", "--hot", tmp_path, env={"COLUMNS": "120"}).stdout
+    wide = cli(
+        "experts", "--window-steps", "10", "--layer", "1", "--hot", tmp_path, env={"COLUMNS": "120"}
+    ).stdout
     assert max(map(len, wide.splitlines())) > 80
     assert "0 … 19" in wide
     assert "\ncold" not in wide
-    assert "in bursts, the" not in cli("experts", "--window", "10", "--cold", tmp_path).stdout
+    assert "in bursts, the" not in cli("experts", "--window-steps", "10", "--cold", tmp_path).stdout
 
 
 def test_json_output(tmp_path: Path) -> None:
     write(tmp_path)
-    arguments = ("experts", "--window", "10", "--layer", "1", "--json")
+    arguments = ("experts", "--window-steps", "10", "--layer", "1", "--json")
     result = cli(*arguments, tmp_path)
     document = json.loads(result.stdout)
     assert (result.returncode, result.stderr) == (0, "")
@@ -362,7 +364,9 @@ def test_something_not_in_the_dump_is_a_usage_error(dump: Path, arguments: list[
     one_error(cli("experts", *arguments, dump), 2, word)
 
 
-@pytest.mark.parametrize("arguments", [["--window", "0"], ["--hot-factor", "1"], ["--hot-factor", "inf"]])
+@pytest.mark.parametrize(
+    "arguments", [["--window-steps", "0"], ["--hot-factor", "1"], ["--hot-factor", "inf"]]
+)
 def test_invalid_option_is_a_usage_error(dump: Path, arguments: list[str]) -> None:
     result = cli("experts", *arguments, dump)
     assert (result.returncode, result.stdout) == (2, "")

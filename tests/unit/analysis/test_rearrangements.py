@@ -242,7 +242,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_planted_rearrangements_get_the_right_verdicts(story: Path) -> None:
-    result = cli("rearrangements", "--window", "200", "--json", story)
+    result = cli("rearrangements", "--window-steps", "200", "--json", story)
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     first, second = document["rearrangements"]
@@ -321,7 +321,7 @@ def test_invalid_input_is_an_error(story: Path, tmp_path: Path) -> None:
     one_error(cli("rearrangements", tmp_path), 3, "no run in it")
     one_error(cli("rearrangements", "--run", "zz", story), 2, "no run 'zz'")
     one_error(cli("rearrangements", "--steps", "5000-", story), 2, "no step of the run is in 5000-")
-    assert cli("rearrangements", "--window", "0", story).returncode == 2
+    assert cli("rearrangements", "--window-steps", "0", story).returncode == 2
 
 
 # ---- intervals

@@ -164,7 +164,7 @@ def test_figures_equal_a_recomputation_without_the_project(tmp_path: Path, kind:
         for name in ("balancedness", "imbalance"):
             assert close(layer[name], expected[name]), (number, name)
 
-    rows = {(row["layer"], row["logical"]): row for row in shown("experts --window 5", run)["experts"]}
+    rows = {(row["layer"], row["logical"]): row for row in shown("experts --window-steps 5", run)["experts"]}
     assert experts.keys() <= rows.keys()
     for key, figures in experts.items():
         assert_equal(rows[key], figures, f"expert {key}")

@@ -353,7 +353,7 @@ def test_placement(dump: Path) -> None:
 
 
 def test_rearrangements(dump: Path) -> None:
-    found = document("rearrangements --window 200", dump, code=3)
+    found = document("rearrangements --window-steps 200", dump, code=3)
     first, second = found["rearrangements"]
     assert (first["first_step"], first["last_step"], first["layers"]) == (REARRANGED, REARRANGED, 2)
     assert (first["verdict"], first["reason"]) == ("helped", None)

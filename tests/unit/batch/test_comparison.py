@@ -1,4 +1,4 @@
-"""`postmortem --by`, `--threshold` and `--baseline`: rows grouped, judged and compared."""
+"""`postmortem --group-by`, `--fail-below` and `--baseline`: rows grouped, judged and compared."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from eplb_analyze.metrics.bootstrap import Ratio, difference
 
 def test_group_figures_are_means_over_steps(batch: Batch) -> None:
     root, truth = batch
-    groups = {group["value"]: group for group in postmortem(root, "--by", "engine")["groups"]}
+    groups = {group["value"]: group for group in postmortem(root, "--group-by", "engine")["groups"]}
     assert set(groups) == {"vllm", "sglang", "–"}
     assert groups["vllm"]["runs"] == 2
     both = np.concatenate([truth["bad"], truth["good"]]).astype(float)
     assert groups["vllm"]["balancedness"] == pytest.approx((both.mean(axis=2) / both.max(axis=2)).mean())
     assert groups["–"]["broken"] == 1
-    by_config = {group["value"]: group["runs"] for group in postmortem(root, "--by", "eplb.window")["groups"]}
+    by_config = {
+        group["value"]: group["runs"] for group in postmortem(root, "--group-by", "eplb.window")["groups"]
+    }
     assert by_config == {"9": 1, "–": 5}
-    one_error(cli("postmortem", root, "--by", "nonsense"), 2, "--by nonsense", "eplb.window")
+    one_error(cli("postmortem", root, "--group-by", "nonsense"), 2, "--group-by nonsense", "eplb.window")
 
 
 def test_threshold_and_baseline_set_the_exit_code(batch: Batch) -> None:
     root = batch.root / "a"
-    assert cli("postmortem", root, "--threshold", "0.1").returncode == 0
-    out = cli("postmortem", root, "--threshold", "0.7", "--json")
+    assert cli("postmortem", root, "--fail-below", "0.1").returncode == 0
+    out = cli("postmortem", root, "--fail-below", "0.7", "--json")
     assert out.returncode == 1
     assert [row["run_id"] for row in json.loads(out.stdout)["failed"]] == ["bad"]
     out = cli("postmortem", root, "--baseline", "good", "--json")
@@ -40,7 +42,7 @@ def test_threshold_and_baseline_set_the_exit_code(batch: Batch) -> None:
     assert [row["run_id"] for row in json.loads(out.stdout)["failed"]] == ["bad"]
     assert cli("postmortem", root, "--baseline", "bad").returncode == 0
     # A run that cannot be judged does not pass.
-    assert cli("postmortem", batch.root / "a", batch.root / "f", "--threshold", "0.1").returncode == 1
+    assert cli("postmortem", batch.root / "a", batch.root / "f", "--fail-below", "0.1").returncode == 1
     one_error(cli("postmortem", root, "--baseline", "nobody"), 2, "no run is called so", "bad, good")
 
 

@@ -218,7 +218,7 @@ def test_runs_with_the_same_id_are_named_by_their_folders(tmp_path: Path) -> Non
 
 def test_control_characters_are_escaped(tmp_path: Path) -> None:
     record(tmp_path, "r", EVEN, model="evil\x1b[2J[red]", engine="\x1b]0;x\x07")
-    out = cli("postmortem", tmp_path, "--by", "model", env={"COLUMNS": "140"})
+    out = cli("postmortem", tmp_path, "--group-by", "model", env={"COLUMNS": "140"})
     assert out.returncode == 0
     assert "\x1b" not in out.stdout + out.stderr
     assert "\\x1b[2J[red]" in out.stdout
@@ -247,7 +247,14 @@ def test_golden(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) ->
         record(tmp_path, f"run-{i}", routing, seed=i, engine="vllm")
     monkeypatch.chdir(tmp_path)
     out = cli(
-        "postmortem", ".", "gone", "--by", "model", "--baseline", "run-1", *["--json"] * (output == "json")
+        "postmortem",
+        ".",
+        "gone",
+        "--group-by",
+        "model",
+        "--baseline",
+        "run-1",
+        *["--json"] * (output == "json"),
     )
     assert out.returncode == 1
     assert_golden(f"postmortem.{'txt' if output == 'text' else 'json'}", out.stdout)

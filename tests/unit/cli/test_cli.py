@@ -171,11 +171,11 @@ def test_run_of_one_rank_has_nothing_to_balance(tmp_path: Path) -> None:
         assert "nothing to balance" in " ".join(shown.stdout.split())
 
 
-def test_metrics_lists_all_formulas_in_both_forms() -> None:
+def test_formulas_lists_all_formulas_in_both_forms() -> None:
     names = ["balancedness", "imbalance", "vllm", "vllm-legacy", "sglang", "trtllm", "active-experts"]
-    document = json.loads(cli("metrics", "--json").stdout)
-    assert [m["name"] for m in document["metrics"]] == names
-    text = cli("metrics").stdout
+    document = json.loads(cli("formulas", "--json").stdout)
+    assert [m["name"] for m in document["formulas"]] == names
+    text = cli("formulas").stdout
     assert all(name in text for name in names)
 
 
@@ -396,7 +396,7 @@ def test_range_without_a_step_is_rejected(good: Path) -> None:
         ["layer", "1", "--step", "4", "--steps", "1-2"],
         ["summary", "--steps", "9"],
         ["summary", "--steps", "9-2"],
-        ["summary", "--steps", "1-8"],
+        ["summary", "--steps", "1:9"],
         ["summary", "--step", "1", "--steps", "1-9"],
         ["summary", "--json=xml"],
         ["nonsense"],

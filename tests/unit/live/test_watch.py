@@ -40,7 +40,7 @@ from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.cli.views.watch import lines
 from eplb_analyze.live.watch import Follower, Snapshot
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.transfer.recover import seal_dump
+from eplb_analyze.transfer.recover import recover_dump
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format.schema import MANIFEST_FILE
 
@@ -461,7 +461,7 @@ def test_recovering_a_killed_run_does_not_change_the_figures(tmp_path: Path, ran
     look = follower.look()
     for rank in engine:
         rank.kill()
-    assert len(seal_dump(tmp_path).sealed) == 2
+    assert len(recover_dump(tmp_path).sealed) == 2
     again = follower.look()
     assert (again.complete, again.timeline, again.findings) == (40, look.timeline, [])
     assert_as_summary(again, tmp_path)
@@ -778,9 +778,9 @@ def test_missing_rank_is_reported_with_exit_code_3(tmp_path: Path) -> None:
 
 def test_wrong_usage_is_an_error(tmp_path: Path) -> None:
     write(tmp_path)
-    result = cli("watch", "--once", "--interval", "0", tmp_path)
+    result = cli("watch", "--once", "--refresh-seconds", "0", tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "interval" in result.stderr
+    assert "--refresh-seconds" in result.stderr
     one_error(cli("watch", tmp_path), 2, "needs a terminal", "add --once")
     one_error(cli("watch", "--json", tmp_path), 2, "add --once")
     one_error(cli("watch", "--once", tmp_path / "not-there"), 3, "no such folder")
@@ -832,7 +832,7 @@ class Terminal:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_live_view_updates_and_restores_the_terminal(tmp_path: Path, ranks: Any, number: int) -> None:
     """It waits for a run and follows it. Ctrl-C restores screen and cursor and prints the last snapshot."""
-    terminal = Terminal("watch", "--interval", "0.2", tmp_path)
+    terminal = Terminal("watch", "--refresh-seconds", "0.2", tmp_path)
     terminal.until("waiting for it")
     engine = [ranks(rank) for rank in range(2)]
     for rank in engine:
@@ -851,7 +851,7 @@ def test_live_view_updates_and_restores_the_terminal(tmp_path: Path, ranks: Any,
 
 def test_live_view_waits_for_a_folder(tmp_path: Path) -> None:
     """The writer creates it later. A file is an error at once."""
-    terminal = Terminal("watch", "--interval", "0.2", tmp_path / "later")
+    terminal = Terminal("watch", "--refresh-seconds", "0.2", tmp_path / "later")
     terminal.until("waiting for it")
     assert "no such folder" in " ".join(terminal.seen.split())
     write(tmp_path / "later")
@@ -865,7 +865,7 @@ def test_live_view_waits_for_a_folder(tmp_path: Path) -> None:
 
 def test_json_document_has_all_figures(tmp_path: Path) -> None:
     write(tmp_path, steps=100)
-    document = json.loads(cli("watch", "--once", "--json", "--window", "50", tmp_path).stdout)
+    document = json.loads(cli("watch", "--once", "--json", "--window-steps", "50", tmp_path).stdout)
     assert document["run"] == {"run_id": "r", "model": "org/moe"}
     assert (document["complete"], document["first_step"], document["last_step"]) == (50, 50, 99)
     assert {b["first_step"] for b in document["timeline"]} == set(range(50, 100))

@@ -18,7 +18,7 @@ from eplb_analyze import open_run
 from eplb_analyze.reader.join import RankRows, join_rows
 from eplb_analyze.transfer.compact import compact_run
 from eplb_analyze.transfer.copy import copy_run
-from eplb_analyze.transfer.recover import seal_dump
+from eplb_analyze.transfer.recover import recover_dump
 from eplb_dump.format.journal import Shape, StepRows
 from eplb_dump.format.schema import Scope, Status
 
@@ -69,7 +69,7 @@ def test_durations_are_the_slowest_ranks_also_after_a_kill_and_in_copies(
             assert found(root) == truth
         assert found(root) == truth
         assert found(killed) == truth
-        seal_dump(killed)
+        recover_dump(killed)
         assert list(killed.rglob("steps-*.parquet"))
         assert found(killed) == truth
         copy_run(root, copy)

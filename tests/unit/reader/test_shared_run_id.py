@@ -338,7 +338,7 @@ def test_a_start_is_copied_compacted_and_sealed_by_its_number(
     run = open_run(tmp_path / "compact")
     assert run.info.run_id == "deploy-1.1-compact"
     assert summarize(run).to_json()["balancedness"]["mean"] == pytest.approx(mean)
-    assert cli("seal", tmp_path / "dump", "--run", "deploy-1").returncode == 0
+    assert cli("recover", tmp_path / "dump", "--run", "deploy-1").returncode == 0
     found = json.loads(cli("postmortem", tmp_path / "dump", "--json").stdout)
     assert sorted(row["run_id"] for row in found["runs"]) == ["deploy-1@1", "deploy-1@2"]
 

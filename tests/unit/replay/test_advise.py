@@ -264,7 +264,9 @@ def test_engine_arguments() -> None:
 @pytest.mark.parametrize(("least", "code"), [("0.3", 0), ("0.9", 1)])
 def test_fail_below_sets_the_exit_code(tmp_path: Path, least: str, code: int) -> None:
     root = record(tmp_path, "steady")
-    done = cli("advise", "--objective", "tokens", "--interval", "50", "--fail-below", least, "--json", root)
+    done = cli(
+        "advise", "--objective", "tokens", "--interval-steps", "50", "--fail-below", least, "--json", root
+    )
     document = json.loads(done.stdout)
     assert (done.returncode, document["passed"], document["fail_below"]) == (code, not code, float(least))
     assert 0.3 < document["measured"]["balancedness"] < 0.9
@@ -284,7 +286,7 @@ def test_fail_below_fails_if_the_balancedness_is_unknown(tmp_path: Path) -> None
     [
         (["--min-gain", "2"], ["--min-gain"]),
         (["--fail-below", "x"], ["--fail-below"]),
-        (["--window", "0"], ["from 1 on"]),
+        (["--window-steps", "0"], ["from 1 on"]),
     ],
 )
 def test_malformed_option_is_rejected(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
@@ -314,7 +316,15 @@ def test_golden(tmp_path: Path, form: str, kind: str, monkeypatch: pytest.Monkey
     root = record(tmp_path, kind, rearrange=100)
     with_json = ["--json"] if form == "json" else []
     result = cli(
-        "advise", "--objective", "tokens", "--redundant", "0", "--interval", "10,50", *with_json, root
+        "advise",
+        "--objective",
+        "tokens",
+        "--redundant-experts",
+        "0",
+        "--interval-steps",
+        "10,50",
+        *with_json,
+        root,
     )
     assert (result.returncode, result.stderr) == (0, "")
     output = result.stdout

@@ -83,11 +83,14 @@ def test_retune_turns_into_leave_if_pauses_do_not_pay(
         assert advice.replay.pause.ms.value == pytest.approx(pause_ms, rel=0.05)
     # By tokens it looks alike.
     assert advise(run, choices, objective=Objective.TOKENS).verdict == "retune"
-    document = json.loads(cli("advise", tmp_path, "--interval", "50", "--window", "50", "--redundant", "4",
-                              "--policy", "deepseek", "--json").stdout)  # fmt: skip
+    document = json.loads(cli("advise", tmp_path, "--interval-steps", "50", "--window-steps", "50",
+                              "--redundant-experts", "4", "--policy", "deepseek",
+                              "--json").stdout)  # fmt: skip
     assert document["verdict"] == verdict
     assert document["net_ms_per_step"]["estimate"] == pytest.approx(net.estimate)
-    text = " ".join(cli("advise", tmp_path, "--interval", "50", "--redundant", "4").stdout.split())
+    text = " ".join(
+        cli("advise", tmp_path, "--interval-steps", "50", "--redundant-experts", "4").stdout.split()
+    )
     assert "the mean of 2 rearrangements" in text
     assert "by the cost fitted to this run's step times" in text
 
@@ -192,7 +195,7 @@ def test_advice_by_active_experts_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     # Each of 4 ranks has 4 slots in place of 5, all with a token.
     assert advice.gain.value == pytest.approx(1 / 5, abs=0.02)
     assert advice.reasons == ["another setting has a significant gain by active experts"]
-    options = ("--objective", "active", "--redundant", "0", "--interval", "50")
+    options = ("--objective", "active", "--redundant-experts", "0", "--interval-steps", "50")
     text = " ".join(cli("advise", tmp_path, *options).stdout.split())
     assert "of the active experts of the ranks with most" in text
     assert "expected by active experts" in text

@@ -320,7 +320,16 @@ def test_custom_policy_sees_only_the_window(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "rolling", raising=False)
-    arguments = ["--policy", "rolling:roll", "--redundant", "0", "--interval", "4", "--window", "2"]
+    arguments = [
+        "--policy",
+        "rolling:roll",
+        "--redundant-experts",
+        "0",
+        "--interval-steps",
+        "4",
+        "--window-steps",
+        "2",
+    ]
     done = cli("replay", *arguments, "--json", "dump")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "seen.txt").read_text().split("\n")[:2] == [f"{3**2 + 3**3} 2", f"{3**6 + 3**7} 2"]
@@ -378,7 +387,9 @@ def test_moving_weights_costs_time(tmp_path: Path) -> None:
         cost = outcome.weights_moved_busiest_rank * dear / 1e3
         assert outcome.cost_seconds == pytest.approx(cost)
         assert outcome.net_seconds == pytest.approx((outcome.time_saved or 0) * free.seconds - cost)
-    text = cli("replay", "--interval", "10", "--redundant", "16", "--cost-per-expert-ms", "1e6", root).stdout
+    text = cli(
+        "replay", "--interval-steps", "10", "--redundant-experts", "16", "--cost-per-expert-ms", "1e6", root
+    ).stdout
     assert "−" in text
     assert " !" in text
 
@@ -521,10 +532,10 @@ def test_default_grid(dump: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--interval", "ten"], ["--interval", "whole numbers"]),
-        (["--interval", "0"], ["whole numbers from 1 on"]),
-        (["--window", "5,,6"], ["--window"]),
-        (["--redundant", "-1"], ["--redundant"]),
+        (["--interval-steps", "ten"], ["--interval-steps", "whole numbers"]),
+        (["--interval-steps", "0"], ["whole numbers from 1 on"]),
+        (["--window-steps", "5,,6"], ["--window-steps"]),
+        (["--redundant-experts", "-1"], ["--redundant-experts"]),
         (["--cost-per-expert-ms", "-1"], ["--cost-per-expert-ms"]),
         (["--steps", "9"], ["--steps"]),
     ],
@@ -541,8 +552,8 @@ def test_malformed_option_is_rejected(dump: Path, arguments: list[str], words: l
     [
         (["--policy", "magic"], ["magic", "deepseek"]),
         (["--policy", "json:nothing"], ["json:nothing"]),
-        (["--redundant", "3"], ["3 redundant ones do not lie evenly on 4 ranks"]),
-        (["--redundant", "100000000"], ["65,536 slots"]),
+        (["--redundant-experts", "3"], ["3 redundant ones do not lie evenly on 4 ranks"]),
+        (["--redundant-experts", "100000000"], ["65,536 slots"]),
         (["--ep-size", "100000000"], ["65,536 slots"]),
         (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),
         (["--steps", "500-599"], ["no step of the run is in 500-599"]),
@@ -566,14 +577,14 @@ def rounded(text: str) -> float:
     return round(float(text), 9)
 
 
-GRID = ["--interval", "10,40", "--window", "10", "--redundant", "0,4"]
+GRID = ["--interval-steps", "10,40", "--window-steps", "10", "--redundant-experts", "0,4"]
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
         ("replay.txt", GRID),
-        ("replay.json", [*GRID[:4], "--redundant", "4", "--policy", "vllm", "--json"]),
+        ("replay.json", [*GRID[:4], "--redundant-experts", "4", "--policy", "vllm", "--json"]),
         ("replay-sizes.txt", [*GRID, "--ep-size", "2,4", "--start", "5,10", "--top", "6"]),
     ],
 )

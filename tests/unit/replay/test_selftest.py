@@ -246,7 +246,7 @@ def test_window_that_is_not_the_engines_is_doubted_if_it_matters(tmp_path: Path)
     record(wrong, num_expert_groups=8, nodes=2, groups=1)  # says 8 groups, places as if there were one
     _, test = replayed(wrong)
     assert test.doubt is not None
-    assert "--window" in test.doubt
+    assert "--window-steps" in test.doubt
 
 
 def test_layers_that_move_late_are_no_reason_to_doubt(tmp_path: Path) -> None:

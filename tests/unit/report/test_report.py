@@ -505,7 +505,7 @@ def test_report_with_one_window_does_not_mention_bursts(tmp_path: Path) -> None:
     assert document["experts"]["windows"] == 1
     said = json.dumps([document[key] for key in ("words", "notes", "meanings")])
     assert "burst" not in said
-    assert "--window" not in said
+    assert "--window-steps" not in said
     hot = document["experts"]["counts"]["always"]
     assert f"hot, with 2 × the layer's mean or more: {hot}." in " ".join(document["words"])
 

@@ -139,7 +139,7 @@ READING = {
     "traffic": "traffic",
     "rearrangements": "rearrangements",
     "check": "check",
-    "replay": "replay --interval 10",
+    "replay": "replay --interval-steps 10",
     "advise": "advise",
     "export placement": "export placement --for json -o TMP/placement.json",
     "export loads": "export loads --as csv -o TMP/loads.csv",
@@ -225,7 +225,7 @@ def test_postmortem_accepts_a_prefix_and_a_pattern(dump: Path, s3: S3, tmp_path:
     assert s3.count()["bytes"] <= 2 * 2 * sessions
 
 
-@pytest.mark.parametrize("command", ["seal", "watch"])
+@pytest.mark.parametrize("command", ["recover", "watch"])
 def test_commands_that_write_or_follow_need_a_folder(command: str, remote: str, s3: S3) -> None:
     arguments = ["--once"] if command == "watch" else []
     one_error(cli(command, *arguments, s3.address(remote)), 2, f"`{command}` needs a folder", "`copy`")

@@ -337,9 +337,9 @@ def test_assumptions_of_an_imported_run_are_noted(tmp_path: Path) -> None:
     ("options", "steps", "shape"),
     [
         ([], complete(), (SLOTS, RANKS)),
-        (["--steps", "-24", "--window", 10], complete(15, 25), (SLOTS, RANKS)),
-        (["--window", 12, "--redundant", 0], complete(28), (LOGICAL, RANKS)),
-        (["--steps", "5-19", "--redundant", 6, "--ep-size", 4], complete(5, 20), (12, 4)),
+        (["--steps", "-24", "--window-steps", 10], complete(15, 25), (SLOTS, RANKS)),
+        (["--window-steps", 12, "--redundant-experts", 0], complete(28), (LOGICAL, RANKS)),
+        (["--steps", "5-19", "--redundant-experts", 6, "--ep-size", 4], complete(5, 20), (12, 4)),
     ],
 )
 def test_policy_gets_the_loads_of_the_window(
@@ -444,9 +444,12 @@ def test_repair_of_a_user_policy_uses_the_window_loads(
         (["--for", "trtllm", "-o", "F.yaml", "--first-layer", "3"], ["names its layers", "1 to 4"]),
         (["--for", "trtllm", "-o", "F.yaml", "--step", "99"], ["no step 99", "0 to 39"]),
         (["--for", "json", "-o", "F", "--policy", "none"], ["no policy is called 'none'", "deepseek"]),
-        (["--for", "json", "-o", "F", "--policy", "static", "--redundant", "1"], ["7 slots", "2 EP ranks"]),
+        (
+            ["--for", "json", "-o", "F", "--policy", "static", "--redundant-experts", "1"],
+            ["7 slots", "2 EP ranks"],
+        ),
         (["--for", "json", "-o", "F", "--policy", "static", "--steps", "50-"], ["no step of the run"]),
-        (["--for", "json", "-o", "F", "--policy", "static", "--redundant", "1000000000"], ["65,536"]),
+        (["--for", "json", "-o", "F", "--policy", "static", "--redundant-experts", "1000000000"], ["65,536"]),
         (["--for", "sglang", "-o", "F.json", "--num-hidden-layers", "1000000000"], ["4,096"]),
         (["--for", "json", "-o", "nowhere/F"], ["there is no folder"]),
         (["--for", "json", "-o", "."], ["is a folder"]),
@@ -468,9 +471,9 @@ def test_impossible_placement_is_one_error(
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        (["--for", "json", "--window", "5"], "--window"),
+        (["--for", "json", "--window-steps", "5"], "--window-steps"),
         (["--for", "json", "--steps", "5-"], "--steps"),
-        (["--for", "json", "--redundant", "0"], "--redundant"),
+        (["--for", "json", "--redundant-experts", "0"], "--redundant-experts"),
         (["--for", "json", "--step", "5", "--policy", "static"], "--step"),
         (["--for", "json", "--repair"], "--repair"),
         (["--for", "trtllm", "--num-hidden-layers", "6"], "--num-hidden-layers"),
@@ -760,7 +763,7 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path) -> None:
             "trtllm",
             "--policy",
             "deepseek",
-            "--window",
+            "--window-steps",
             "20",
             "-o",
             "t.yaml",

@@ -1,4 +1,4 @@
-"""After a power cut: sealed steps are there, whatever the disk kept of the rest, and `seal` loses nothing."""
+"""After a power cut: sealed steps are there, whatever the disk kept of the rest; `recover` loses nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from eplb_analyze.analysis.check import check_run
 from eplb_analyze.errors import DumpError, NotInDumpError
 from eplb_analyze.live.watch import Follower
 from eplb_analyze.transfer.copy import copy_run
-from eplb_analyze.transfer.recover import seal_dump
+from eplb_analyze.transfer.recover import recover_dump
 from eplb_dump import ExpertLoadWriter
 from eplb_dump.format import segment
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, journal_name
@@ -88,7 +88,7 @@ def test_power_cut_at_any_call_loses_no_sealed_step(
             assert set(found) >= set(range(idle, moment.promised * steps)), (moment.call, seed)
             if moment.promised:
                 assert "session_rebuilt" not in {f.code for f in open_run(left).findings}, moment.call
-            seal_dump(left)
+            recover_dump(left)
             assert set(recorded(left)) >= set(found), (moment.call, seed)
             lost += len(found) < 3 * steps - idle
             shutil.rmtree(left)
@@ -223,7 +223,7 @@ def test_reader_and_seal_keep_what_is_there(
         copy_run(root, root.parent / "copy")
         assert recorded(root.parent / "copy") == found
 
-    report = seal_dump(root)
+    report = recover_dump(root)
     assert len(recorded(root)) >= expected
     if listed and not table:
         assert digests(folder) == before
@@ -263,7 +263,7 @@ def test_files_that_were_not_renamed_yet_get_their_names(
         (folder / name).rename(folder / f"{name}.tmp")
     (folder / journal_name(0)).write_bytes(b"")
     assert errors(root)
-    report = seal_dump(root)
+    report = recover_dump(root)
     assert [Path(name).name for name in report.restored] == ["loads-000000.parquet", "steps-000000.parquet"]
     assert recorded(root) == list(range(STEPS))
     assert not errors(root)
@@ -309,7 +309,7 @@ def test_session_file_is_rebuilt(unsealed: Path, content: bytes | None, source: 
     assert recorded(unsealed) == list(readable)
     summary = cli("summary", unsealed)
     assert "session.json" in summary.stdout + summary.stderr
-    assert str(path) in seal_dump(unsealed).restored
+    assert str(path) in recover_dump(unsealed).restored
     assert path.read_bytes() == whole
     assert "session_rebuilt" not in {f.code for f in open_run(unsealed).findings}
 
@@ -360,7 +360,7 @@ def test_writer_that_ended_in_order_unsealed_is_not_called_killed(
     assert Follower(root).look().closed
     assert not Follower(killed).look().closed
     for dump in (root, killed):
-        seal_dump(dump)
+        recover_dump(dump)
         assert recorded(dump) == list(range(20))
     assert not not_closed(root)
     assert not_closed(killed)
@@ -390,12 +390,12 @@ def test_manifest_that_is_gone_is_rebuilt_from_the_sealed_files(tmp_path: Path) 
     assert run.balancedness(by="step").equals(before.filter(pl.col("step").is_in(kept)))
     assert "unlisted_file" in {f.code for f in run.findings}
 
-    restored = json.loads(cli("seal", root, "--json").stdout)["restored"]
+    restored = json.loads(cli("recover", root, "--json").stdout)["restored"]
     assert {*restored} == {str(folder / MANIFEST_FILE) for folder in (first, second)}
     run = open_run(root)
     assert "manifest_rebuilt" not in {f.code for f in run.findings}
     assert run.balancedness(by="step").equals(before.filter(pl.col("step").is_in(kept)))
-    assert json.loads(cli("seal", root, "--json").stdout)["restored"] == []
+    assert json.loads(cli("recover", root, "--json").stdout)["restored"] == []
 
 
 def test_manifest_is_not_rebuilt_while_its_writer_lives(tmp_path: Path) -> None:
@@ -411,5 +411,5 @@ def test_manifest_is_not_rebuilt_while_its_writer_lives(tmp_path: Path) -> None:
             manifests = [*tmp_path.rglob(MANIFEST_FILE)]
             time.sleep(0.01)
         manifests[0].unlink()
-        assert json.loads(cli("seal", tmp_path, "--json").stdout)["restored"] == []
+        assert json.loads(cli("recover", tmp_path, "--json").stdout)["restored"] == []
         assert not manifests[0].exists()

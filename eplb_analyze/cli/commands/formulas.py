@@ -1,19 +1,19 @@
-"""`metrics`: the balance formulas, with their sources."""
+"""`formulas`: the balance formulas, with their sources."""
 
 from __future__ import annotations
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output
-from eplb_analyze.cli.views.metrics import render
+from eplb_analyze.cli.views.formulas import render
 
 
-def metrics(json: options.Json = False) -> None:
+def formulas(json: options.Json = False) -> None:
     """The balance formulas of the field, what each means and where it comes from."""
     from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 
-    formulas = [*FORMULAS.values(), ACTIVE_EXPERTS]
+    known = [*FORMULAS.values(), ACTIVE_EXPERTS]
     document = {
-        "metrics": [
+        "formulas": [
             {
                 "name": f.name,
                 "formula": f.text,
@@ -22,7 +22,7 @@ def metrics(json: options.Json = False) -> None:
                 "perfect": f.perfect,
                 "warning": f.warning or None,
             }
-            for f in formulas
+            for f in known
         ]
     }
-    Output(json=json).emit(lambda: document, lambda console: render(console, formulas))
+    Output(json=json).emit(lambda: document, lambda console: render(console, known))

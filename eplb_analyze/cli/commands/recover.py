@@ -1,4 +1,4 @@
-"""`seal`: turn the journals of killed writers into sealed segments."""
+"""`recover`: turn the journals of killed writers into sealed segments."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.output import RunOutput
-from eplb_analyze.cli.views.seal import render
+from eplb_analyze.cli.views.recover import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED
 
 
 @options.about_a_run
-def seal(out: RunOutput) -> None:
-    """Turn the journals of killed writers into Parquet, for other programs to read.
+def recover(out: RunOutput) -> None:
+    """Recover recordings from crashed writers: turn their journals into Parquet for other programs.
 
     All runs, unless --run or --model says otherwise. The only command that changes a run; a
     journal whose writer is alive is left alone. Exit 1 if one was skipped.
     """
-    from eplb_analyze.transfer.recover import seal_dump
+    from eplb_analyze.transfer.recover import recover_dump
 
-    report = seal_dump(out.dump, out.run_id, out.model)
+    report = recover_dump(out.dump, out.run_id, out.model)
     out.emit(report.to_json, lambda console: render(console, report))
     if report.skipped:
         raise typer.Exit(EXIT_CHECK_FAILED)

@@ -1,4 +1,4 @@
-"""Shows which journals `seal` turned into Parquet, and which it left alone."""
+"""Shows which journals `recover` turned into Parquet, and which it left alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from eplb_analyze.cli.console import print_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.transfer.recover import SealReport
+    from eplb_analyze.transfer.recover import RecoverReport
 
 
-def render(console: Console, report: SealReport) -> None:
+def render(console: Console, report: RecoverReport) -> None:
     for sealed in report.sealed:
         steps = "no step" if sealed.first_step is None else f"steps {sealed.first_step} to {sealed.last_step}"
         size = f"{sealed.journal_bytes / 1e6:.2f} MB → {sealed.sealed_bytes / 1e6:.2f} MB"
