@@ -159,8 +159,6 @@ class Summary(Report):
     acted: bool | None
     #: If none changed: why no rearrangement was due yet; None: one was.
     not_due: str | None
-    #: The clock times of the first and the last step, ns since 1970; None if the run has no times.
-    clock_ns: tuple[int, int] | None
 
     @property
     def verdict(self) -> Verdict:
@@ -274,7 +272,6 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         incidents=[],
         acted=acted,
         not_due=not_due(run) if acted is False else None,
-        clock_ns=(sums.first_time, sums.last_time) if timed else None,
     )
 
 

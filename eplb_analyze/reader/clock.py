@@ -139,15 +139,20 @@ class RunClock:
         """A time in the run's zone, with its date if the run spans days."""
         return f"{self._local(unix_ns):{'%Y-%m-%d ' if self._spans_days else ''}%H:%M:%S}"
 
-    def span_text(self) -> str:
-        """``2026-11-26 03:02:11-04:11:40 UTC (1.2 h)``: when the run was; ``""`` if it is not known."""
-        span = self.span
-        if span is None:
+    def span_text(self, steps: tuple[int, int] | None = None) -> str:
+        """``2026-11-26 03:02:11-04:11:40 UTC (1.2 h)``: when the run, or its steps from a first to a last
+        one, took place; ``""`` if that is not known."""
+        begin, end = self.span or (None, None)
+        if steps is not None:
+            begin, end = (self.unix_ns(step) for step in steps)
+        if begin is None or end is None:
             return ""
-        first, last = (self._local(unix_ns) for unix_ns in span)
-        begin, end = f"{first:%Y-%m-%d %H:%M:%S}", f"{last:%H:%M:%S}"
-        times = f"{begin} to {last:%Y-%m-%d} {end}" if self._spans_days else f"{begin}-{end}"
-        return f"{times} {self.zone_name} ({duration((span[1] - span[0]) / SECOND_NS)})"
+        first, last = self._local(begin), self._local(end)
+        start, stop = f"{first:%Y-%m-%d %H:%M:%S}", f"{last:%H:%M:%S}"
+        if first == last:
+            return f"{start} {self.zone_name}"
+        times = f"{start}-{stop}" if first.date() == last.date() else f"{start} to {last:%Y-%m-%d} {stop}"
+        return f"{times} {self.zone_name} ({duration((end - begin) / SECOND_NS)})"
 
     @property
     def zone_name(self) -> str:

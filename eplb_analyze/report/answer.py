@@ -5,7 +5,6 @@ Every sentence that both show is composed here, and nowhere else.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,11 @@ from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.text import duration, figure, listed, milliseconds, percent, plural
+from eplb_analyze.text import figure, listed, milliseconds, percent, plural
 
 if TYPE_CHECKING:
     from eplb_analyze.analysis.summary import Summary
+    from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.run_info import RunInfo
 
 PROGRAM = "eplb-analyze"
@@ -57,7 +57,7 @@ class Answer:
     incidents: list[Told]
 
 
-def answer_of(summary: Summary) -> Answer:
+def answer_of(summary: Summary, clock: RunClock) -> Answer:
     verdict, spread = summary.verdict, summary.spreads["balancedness"]
     figures = ""
     if spread.mean is not None:
@@ -71,7 +71,7 @@ def answer_of(summary: Summary) -> Answer:
             *([] if figures or found else [verdict.rule]),
             *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
         ],
-        incidents=[told(incident, summary) for incident in summary.incidents],
+        incidents=[told(incident, summary, clock) for incident in summary.incidents],
     )
 
 
@@ -84,18 +84,13 @@ def heading(info: RunInfo) -> tuple[str, str]:
     )
 
 
-def when(summary: Summary) -> str:
+def when(summary: Summary, clock: RunClock) -> str:
     """``2026-11-26 03:02:11-04:11:40 UTC (1.2 h), 3,000 steps``."""
-    seen = plural(summary.steps.seen, "step")
-    if summary.clock_ns is None:
-        return f"clock times are not known, {seen}"
-    first, last = (time.gmtime(ns / 1e9) for ns in summary.clock_ns)
-    same = first[:3] == last[:3]
-    end = time.strftime("%H:%M:%S" if same else "%Y-%m-%d %H:%M:%S", last)
-    start = time.strftime("%Y-%m-%d %H:%M:%S", first)
-    if start.endswith(end):
-        return f"{start} UTC, {seen}"
-    return f"{start}{'-' if same else ' to '}{end} UTC ({duration(summary.duration_seconds)}), {seen}"
+    steps = summary.steps
+    seen = plural(steps.seen, "step")
+    if steps.first is None or steps.last is None:
+        return seen
+    return f"{clock.span_text((steps.first, steps.last)) or 'clock times are not known'}, {seen}"
 
 
 def shape(info: RunInfo) -> str:
@@ -170,10 +165,10 @@ def _recoverable(summary: Summary) -> list[str]:
 # ---- incidents
 
 
-def told(incident: Incident, summary: Summary) -> Told:
+def told(incident: Incident, summary: Summary, clock: RunClock) -> Told:
     """An incident in words. Its cost is compared with the median step."""
     return Told(
-        head=_head(incident, summary),
+        head=_head(incident, clock),
         parts=[
             ("cause", cause_sentence(incident)),
             ("cost", _cost(incident, summary.cost)),
@@ -188,20 +183,13 @@ def steps_text(first: int, last: int) -> str:
     return f"step {first}" if first == last else f"steps {first}-{last}"
 
 
-def _head(incident: Incident, summary: Summary) -> str:
-    clock = ""
-    if incident.since is not None and incident.until is not None:
-        since, until = _clock(incident.since), _clock(incident.until)
-        day = incident.since[:10]
-        start = summary.clock_ns and time.strftime("%Y-%m-%d", time.gmtime(summary.clock_ns[0] / 1e9))
-        clock = f"{'' if start == day else f'{day} '}{since}{'' if since == until else f'-{until}'}, "
-    at = f" at {incident.peak_imbalance:.1f}x the mean" if incident.peak_imbalance else ""
-    return f"{clock}{steps_text(incident.first_step, incident.last_step)}: {_where(incident)}{at}"
-
-
-def _clock(iso: str) -> str:
-    """The time of day of an ISO 8601 time."""
-    return iso[11:19]
+def _head(incident: Incident, clock: RunClock) -> str:
+    first, last = incident.first_step, incident.last_step
+    since, until = clock.time(first), clock.time(last)
+    if since and since != until:
+        since += f"{' to ' if ' ' in since else '-'}{until}"
+    times = f"{since}, " if since else ""
+    return f"{times}{steps_text(first, last)}: {_where(incident)} at {incident.peak_imbalance:.1f}x the mean"
 
 
 def _where(incident: Incident) -> str:

@@ -109,10 +109,10 @@ def report_document(
     findings = [f for f in summary_findings(run, summary.steps) if f.severity != "info"]
     said = {
         "title": run.info.model,
-        "when": answer.when(summary),
+        "when": answer.when(summary, run.clock),
         "shape": answer.shape(run.info) if run.info.num_layers else None,
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
-        "answer": vars(answer.answer_of(summary)),
+        "answer": vars(answer.answer_of(summary, run.clock)),
         "not_due": summary.not_due,
         "words": sentences.sentences(summary, experts, changes),
         "tokens": sentences.tokens(summary),

@@ -493,7 +493,7 @@ def test_one_step_is_not_several(browser: Browser, tmp_path: Path) -> None:
         page = opened.page
         text = plain(page.evaluate("document.body.innerText"))
         assert re.findall(r"\b1 steps|(\d+) to \1\b", text) == []
-        assert "summed over 1 step." in text
+        assert "UTC, 1 step ·" in text
         # A single window cannot distinguish a burst from a permanent load.
         assert "burst" not in text
         assert "--window-steps" not in text

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from eplb_analyze.cli import options
 from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.ranks import render
@@ -14,6 +18,10 @@ def ranks(
     ranks_per_node: options.RanksPerNode = None,
     steps: options.Steps = None,
     top: options.Top = 8,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Also show layers whose ranks are all within 10% of the mean."),
+    ] = False,
 ) -> None:
     """Which rank or node do the others wait for, in which layers, how often, and what does it cost?"""
     from eplb_analyze.analysis.ranks import rank_report, require_nodes
@@ -22,4 +30,6 @@ def ranks(
     if by is options.Grouping.node and ranks_per_node is None:
         require_nodes(run)
     report = rank_report(run, steps, ranks_per_node=ranks_per_node)
-    out.show(report.to_json, lambda console: render(console, report, by.value, top), report.steps)
+    out.show(
+        report.to_json, lambda console: render(console, report, by.value, top, every=every), report.steps
+    )

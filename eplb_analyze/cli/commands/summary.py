@@ -27,4 +27,4 @@ def summary(
 
     run = out.open(timings=timings, gpu=gpu)
     result = summarize(run, steps)
-    out.show(result.to_json, lambda console: render(console, result, top, full=full), result.steps)
+    out.show(result.to_json, lambda console: render(console, result, run.clock, top, full=full), result.steps)

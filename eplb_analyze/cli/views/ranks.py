@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
 from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, steps_of, styled, table
-from eplb_analyze.text import counter, figure, percent
+from eplb_analyze.text import counter, figure, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.analysis.ranks import RankReport, Straggler
+    from eplb_analyze.analysis.ranks import LayerHeat, RankReport, Straggler
 
 
-def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
+#: A layer is even if no rank's load differs from the layer's mean by more than this share.
+EVEN = 0.1
+
+
+def render(console: Console, report: RankReport, by: str, top: int = 8, *, every: bool = False) -> None:
+    """``every``: show the layers in which all ranks are within ``EVEN`` of the mean, too."""
     print_heading(console, report.model, f" · run {report.run_id} · {steps_of(report)}")
     if not report.active:
         console.print("no tokens")
@@ -33,13 +38,36 @@ def render(console: Console, report: RankReport, by: str, top: int = 8) -> None:
         print_line(console, "waiting most for ", *text)
     print_notes(console, report.notes)
     console.print()
-    _grid(console, report, by, costliest)
+    _grid(console, report, by, costliest, every)
     _table(console, by, costliest, top)
 
 
-def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggler]) -> None:
+def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggler], every: bool) -> None:
     """Layer × rank: the load over the layer's mean, in as much detail as fits."""
+    layers = [layer for layer in report.layers if every or _unevenness(layer, by)[0] > EVEN]
+    even = len(report.layers) - len(layers)
+    if layers:
+        uneven, number, value, layer_number = max((*_unevenness(layer, by), layer.layer) for layer in layers)
+        if uneven > EVEN:
+            text = f"layer {layer_number}, {by} {number}: {value:.2f}x the mean"
+            print_line(console, "farthest from the mean: ", (text, "bold red" if value > 1 else "bold"))
+        _cells(console, report, by, costliest, layers)
+    if even:
+        of = plural(len(report.layers), "layer")
+        print_line(console, f"{even} of {of} within {percent(EVEN, 0)}; --all shows them")
+        console.print()
 
+
+def _unevenness(layer: LayerHeat, by: str) -> tuple[float, int, float]:
+    """By how much one rank or node differs most from the layer's mean, which, and its load over the mean."""
+    values = layer.nodes if by == "node" else layer.ranks
+    known = [(abs(value - 1), number, value) for number, value in enumerate(values) if value is not None]
+    return max(known, default=(0.0, 0, 1.0))
+
+
+def _cells(
+    console: Console, report: RankReport, by: str, costliest: list[Straggler], layers: list[LayerHeat]
+) -> None:
     label = max(5, *(len(str(layer.layer)) for layer in report.layers))
     tag = f"{by[0]}{len(costliest) - 1}"
     room = console.width - label - 1
@@ -58,7 +86,7 @@ def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggl
     if left_out:
         console.print(f"the {len(shown)} of {len(costliest)} {by}s that cost most")
     print_line(console, (f"{'layer':>{label}} {_header(shown, by[0], width)}", "dim"))
-    for layer in report.layers:
+    for layer in layers:
         values = layer.nodes if by == "node" else layer.ranks
         cells = styled(f"{layer.layer:>{label}} ")
         for number in shown:

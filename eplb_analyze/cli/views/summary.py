@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import columns_of_steps, labeled_marks, sparkline
@@ -15,8 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.analysis.summary import Summary
+    from eplb_analyze.reader.clock import RunClock
 
-SHOWN_INCIDENTS, SHOWN_REARRANGEMENTS = 5, 8
+SHOWN_INCIDENTS, SHOWN_REARRANGEMENTS, TIMED_REARRANGEMENTS = 5, 8, 3
 STYLES = {
     "balanced": "bold green",
     "mostly_balanced": "bold",
@@ -37,9 +37,9 @@ MARKS = {
 }
 
 
-def render(console: Console, result: Summary, top: int = 5, *, full: bool = False) -> None:
-    found = answer.answer_of(result)
-    _head(console, result)
+def render(console: Console, result: Summary, clock: RunClock, top: int = 5, *, full: bool = False) -> None:
+    found = answer.answer_of(result, clock)
+    _head(console, result, clock)
     console.print()
     print_line(
         console, (found.title, STYLES[result.verdict.verdict]), f"  {found.figures}" if found.figures else ""
@@ -52,8 +52,8 @@ def render(console: Console, result: Summary, top: int = 5, *, full: bool = Fals
     if not found.figures:
         return
     _incidents(console, found.incidents, top)
-    _timeline(console, result)
-    _rearrangements(console, result)
+    _timeline(console, result, clock)
+    _rearrangements(console, result, clock)
     if full:
         console.print()
         summary_tables.render(console, result, top)
@@ -63,14 +63,14 @@ def render(console: Console, result: Summary, top: int = 5, *, full: bool = Fals
         )
 
 
-def _head(console: Console, result: Summary) -> None:
+def _head(console: Console, result: Summary, clock: RunClock) -> None:
     info = result.run
     print_heading(console, *answer.heading(info))
     if info.origin is not None:
         from eplb_analyze.reader.run_info import imported
 
         print_line(console, (imported(info.origin), "yellow"))
-    print_line(console, answer.when(result))
+    print_line(console, answer.when(result, clock))
     if info.num_layers:
         print_line(console, answer.shape(info))
     complete, text = answer.data(result)
@@ -104,7 +104,7 @@ def _incidents(console: Console, incidents: list[answer.Told], top: int) -> None
         )
 
 
-def _timeline(console: Console, result: Summary) -> None:
+def _timeline(console: Console, result: Summary, clock: RunClock) -> None:
     """A sparkline of balancedness; below it the marks of incidents and rearrangements, and the clock."""
     bins = result.timeline
     values = [part.balancedness for part in bins]
@@ -130,17 +130,18 @@ def _timeline(console: Console, result: Summary) -> None:
     below = labeled_marks(bins, marks, repeat)
     if below:
         print_line(console, (below, "dim"))
-    if result.clock_ns is not None and summary_tables.ordered(result):
-        start, end = (time.strftime("%H:%M:%S", time.gmtime(ns / 1e9)) for ns in result.clock_ns)
+    if clock.known and summary_tables.ordered(result):
+        start, end = clock.time(bins[0].first_step), clock.time(bins[-1].last_step)
         print_line(console, (f"{start}{end:>{max(len(end) + 1, width - len(start))}}", "dim"))
 
 
-def _rearrangements(console: Console, result: Summary) -> None:
+def _rearrangements(console: Console, result: Summary, clock: RunClock) -> None:
     changes = result.rearrangements
     if changes:
-        shown = listed([change.first_step for change in changes], SHOWN_REARRANGEMENTS)
-        s = "" if len(changes) == 1 else "s"
-        print_line(console, f"{plural(len(changes), 'rearrangement')}, at step{s} {shown}")
+        steps = [change.first_step for change in changes]
+        few = len(steps) <= TIMED_REARRANGEMENTS
+        shown = listed([clock.label(step) if few else f"step {step}" for step in steps], SHOWN_REARRANGEMENTS)
+        print_line(console, f"{plural(len(changes), 'rearrangement')}: {shown}")
     elif result.acted is None:
         why = "no placement was recorded or readable"
         if result.run.origin is not None:

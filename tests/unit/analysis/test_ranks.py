@@ -110,11 +110,27 @@ def test_output_of_many_ranks_and_layers_fits_the_width(tmp_path: Path, ep_size:
         result = cli(command, tmp_path, env={"COLUMNS": str(columns)})
         assert result.returncode == 0, result.stderr
         assert max(map(len, result.stdout.splitlines())) <= columns
-    out = cli("ranks", tmp_path, env={"COLUMNS": str(columns)}).stdout
+    out = cli("ranks", "--all", tmp_path, env={"COLUMNS": str(columns)}).stdout
     assert "waiting most for rank 0:" in out
     row = next(line for line in out.splitlines() if line.split()[:1] == ["6"])
     assert "++" in row or "2." in row or "3." in row
     assert next(line for line in out.splitlines() if line.split()[:1] == ["7"]).split()[1] == "–"
+
+
+def test_only_uneven_layers_are_shown_and_the_worst_cell_is_named(tmp_path: Path) -> None:
+    load = np.full((4, 16), 100)
+    load[2, 5], load[3, 1], load[1, 0] = 40, 130, 109
+    options: dict[str, Any] = {"num_logical_experts": 16, "ep_size": 16, "scope": "global"}
+    with ExpertLoadWriter(tmp_path, model="m", moe_layers=[3, 4, 5, 6], **options) as writer:
+        writer.record(None, load, np.tile(np.arange(16), (4, 1)))
+    out = cli("ranks", tmp_path).stdout.splitlines()
+    assert "farthest from the mean: layer 5, rank 5: 0.42x the mean" in out
+    shown = [line.split()[0] for line in out if line.split()[:1] in (["3"], ["4"], ["5"], ["6"])]
+    assert shown == ["5", "6"]
+    assert any(line.startswith("2 of 4 layers within 10") and "--all shows them" in line for line in out)
+    everything = cli("ranks", "--all", tmp_path).stdout
+    assert "--all" not in everything
+    assert all(f"\n    {layer} " in everything for layer in (3, 4, 5, 6))
 
 
 def test_each_column_is_numbered_if_ranks_are_left_out(tmp_path: Path) -> None:
@@ -125,7 +141,7 @@ def test_each_column_is_numbered_if_ranks_are_left_out(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=64, ep_size=64, scope="global") as writer:
         for one in load:
             writer.record(None, one, np.arange(64)[None])
-    out = cli("ranks", tmp_path).stdout
+    out = cli("ranks", "--all", tmp_path).stdout
     names, cells = (next(li for li in out.splitlines() if li.split()[:1] == [w]) for w in ("layer", "0"))
     shown = names.split()[1:]
     assert len(shown) == len(cells.split()) - 1

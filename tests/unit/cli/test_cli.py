@@ -24,6 +24,7 @@ COMMANDS = {"summary": ["summary"], "layer": ["layer", "1"], "check": ["check"]}
 
 #: Values that differ between runs of the test: start time and durations.
 TIMES = [
+    (r"\(\d\d:\d\d:\d\d\)", "(<time>)"),
     (r"^20.* UTC( \(.*\))?, ", "<when>, "),
     (r"^\d\d:\d\d:\d\d +\d\d:\d\d:\d\d$", "<start and end>"),
     (r'"created_unix_ns": \d+', '"created_unix_ns": 0'),

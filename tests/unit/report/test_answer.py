@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, 
 from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
 from eplb_analyze.cli.views.summary import MARKS, render
 from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.report.answer import TITLES, answer_of, cost_sentence, told
 
 HOT = Incident(
@@ -32,6 +34,20 @@ HOT = Incident(
     ended_by=EndedBy("rearrangement", 20, 10),
     cost=IncidentCost(Milliseconds(0.9, 0.7, 1.1), 500.0),
 )
+
+
+class Clock(RunClock):
+    """Steps 10 to 19 begin at 03:12:04 and take a minute each; no other step's time is known."""
+
+    def __init__(self, *, known: bool = True) -> None:
+        super().__init__("r", [], timed=known)
+
+    def unix_ns(self, step: int) -> int | None:
+        return (START + 60 * (step - 10)) * 10**9 if self._timed and 10 <= step < 20 else None
+
+
+START = calendar.timegm((2026, 11, 26, 3, 12, 4))
+CLOCK = Clock()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +96,7 @@ def test_first_rule_that_applies_gives_the_verdict(
 ) -> None:
     given = balanced(summary, mean, **changes)
     assert given.verdict.verdict == verdict
-    answer = answer_of(given)
+    answer = answer_of(given, CLOCK)
     assert answer.title == TITLES[verdict]
     assert answer.figures == f"balancedness {mean:.3f} (5th percentile {mean - 0.01:.3f})"
     assert given.to_json()["verdict"] == {"verdict": verdict, "rule": given.verdict.rule}
@@ -105,8 +121,8 @@ def test_cost_is_given_with_its_share_and_basis(summary: Summary) -> None:
 
 
 def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summary) -> None:
-    found = told(HOT, replace(measured(summary), clock_ns=None))
-    assert found.head == ("2026-11-26 03:12:04-03:31:58, steps 10-19: layer 12, rank 14 at 2.2x the mean")
+    found = told(HOT, measured(summary), CLOCK)
+    assert found.head == "03:12:04-03:21:04, steps 10-19: layer 12, rank 14 at 2.2x the mean"
     parts = dict(found.parts)
     assert parts["cause"] == "expert 77 rose from 1.0x to 11x the mean load and had 1 replica"
     assert parts["cost"].startswith("+0.9 ms per step while it lasted (95% CI +0.7 to +1.1), 3.8")
@@ -122,7 +138,7 @@ def test_every_cause_is_told_without_unknown_figures(summary: Summary, kind: Any
         HOT, layer=layer, ranks=(), since=None, until=None, cause=Cause(kind), ended_by=None,
         cost=IncidentCost(None, 1234.0),
     )  # fmt: skip
-    found = told(bare, summary)
+    found = told(bare, summary, Clock(known=False))
     text = " ".join([found.head, *(part for _, part in found.parts)])
     assert "None" not in text
     assert "1,234 more tokens per step" in text
@@ -131,7 +147,7 @@ def test_every_cause_is_told_without_unknown_figures(summary: Summary, kind: Any
 
 @pytest.mark.parametrize("kind", get_args(EndKind))
 def test_every_end_names_its_step(summary: Summary, kind: Any) -> None:
-    found = dict(told(replace(HOT, ended_by=EndedBy(kind, 4711)), summary).parts)
+    found = dict(told(replace(HOT, ended_by=EndedBy(kind, 4711)), summary, CLOCK).parts)
     assert "4711" in found["end"]
 
 
@@ -141,7 +157,7 @@ def test_answer_fits_the_terminal_and_commands_are_not_broken(summary: Summary, 
 
     given = measured(replace(summary, incidents=[HOT, replace(HOT, cause=Cause("rearrangement"))] * 2))
     out = io.StringIO()
-    render(Console(file=out, width=width, highlight=False, markup=False), given, full=True)
+    render(Console(file=out, width=width, highlight=False, markup=False), given, CLOCK, full=True)
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert "4 incidents" in lines
@@ -151,6 +167,6 @@ def test_answer_fits_the_terminal_and_commands_are_not_broken(summary: Summary, 
 
 def test_summary_without_a_step_shows_no_figures(tmp_path: Path) -> None:
     open_writer(tmp_path, scope="global").close()
-    answer = answer_of(summarize(open_run(tmp_path)))
+    answer = answer_of(summarize(open_run(tmp_path)), CLOCK)
     assert (answer.title, answer.figures) == ("INCOMPLETE DATA", "")
     assert answer.sentences == ["No step is complete."]
