@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost, cost_of_sample
+from eplb_analyze.analysis.incident_series import incidents_of
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary_sums import (
     ESTIMATED,
@@ -153,7 +154,7 @@ class Summary(Report):
     #: Of the last configuration.
     loss: Loss | None
     duration_seconds: float | None
-    #: The costliest first.
+    #: In order of steps.
     incidents: list[Incident]
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
@@ -247,6 +248,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         changes = [r for r in changes if steps[0] <= r.first_step < steps[1]]
     timed = run.info.timed and sums.last_time >= sums.first_time
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None
+    cost = cost_of_sample(run, sums.cost)
     return Summary(
         run=run.info,
         steps=sums.seen,
@@ -255,7 +257,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         lost_ranks=run.lost_ranks,
         spreads={name: Spread.of(value, step) for name, value in values.items()},
         idle_fraction=idle_fraction(mean_tokens, max_tokens),
-        cost=cost_of_sample(run, sums.cost),
+        cost=cost,
         configurations=[_configuration(s) for s in stretches],
         estimates=_estimates(sums),
         layers=_layer_figures(run, sums.layers, stretches[-1]) if stretches else [],
@@ -269,7 +271,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         timeline=timeline(sums.bins, step, values["balancedness"]),
         loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=(sums.last_time - sums.first_time) / 1e9 if timed else None,
-        incidents=[],
+        incidents=run.retry_without_damaged(lambda: incidents_of(run, sums.balance, cost)),
         acted=acted,
         not_due=not_due(run) if acted is False else None,
     )

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
+from eplb_analyze.analysis.incident_series import BalanceValues
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Terms
 from eplb_analyze.metrics.losses import Bins, Losses, windows
@@ -134,7 +135,7 @@ class EstimateSums:
 class SummarySums:
     """Sums over consecutive steps; those of later steps can be merged into them.
 
-    Besides sums it keeps six figures per step, for percentiles.
+    Besides sums it keeps six figures per step, for percentiles, and the balance of each layer, for incidents.
     """
 
     def __init__(self, num_layers: int, bins: Bins) -> None:
@@ -148,6 +149,7 @@ class SummarySums:
         #: By the ranks that the steps lack.
         self.estimates: dict[tuple[int, ...], EstimateSums] = {}
         self.cost = CostSample.empty()
+        self.balance = BalanceValues(bins)
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
         #: Time from a step to the next, in ns; and the first and last step with their times.
         self.gaps: list[Int64] = []
@@ -180,6 +182,7 @@ class SummarySums:
         for name, formula in FORMULAS.items():
             self.values[name].append(formula.of(terms))
         self.layers.add(terms)
+        self.balance.add(block, terms)
         phase = block.phase[block.state == StepState.RECORDED]
         for code in np.unique(phase[phase >= 0]):
             of_phase = self.phases.setdefault(block.phases[code], PhaseSums())
@@ -198,6 +201,7 @@ class SummarySums:
             self.values[name] += values
         self.layers.merge(later.layers)
         self.cost.merge(later.cost)
+        self.balance.merge(later.balance)
         for name, phase in later.phases.items():
             self.phases.setdefault(name, PhaseSums()).merge(phase)
         for missing, estimate in later.estimates.items():

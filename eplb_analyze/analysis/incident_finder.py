@@ -1,0 +1,656 @@
+"""Find the incidents of a run: departures of layers from their usual balance, their edges, causes and cost.
+
+The first pass looks for departures in each layer's balancedness per step (:mod:`metrics.change_points`).
+Then only the loads around the edges of a departure are read, to name ranks, experts and the cause
+(:mod:`metrics.incident_causes`), and to find the exact steps: the share of the expert that became hot shows
+an edge more clearly than the balance of its layer.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
+from eplb_analyze.metrics.change_points import MIN_STEPS, departures
+from eplb_analyze.metrics.formulas import Float64
+from eplb_analyze.metrics.incident_causes import (
+    EXPLAINED,
+    Explanation,
+    LayerSample,
+    explain,
+    folded,
+    mean_balance,
+    refined,
+    worst_ranks,
+)
+from eplb_analyze.reader.lost import LostRank
+from eplb_analyze.reader.placements import PlacementHistory, Rearrangement
+from eplb_analyze.sessions.step_range import NO_END
+from eplb_dump.format.journal import Int64
+
+#: Loads of so many steps on each side of an edge are read.
+WINDOW = 200
+#: Edges of two layers at most so many steps apart are of one departure.
+TOGETHER = 6
+#: A departure of at least this share of the layers is of all.
+ALL_LAYERS = 0.3
+#: Of a departure of all layers, so many are looked at for the cause.
+LOOKED_AT = 3
+#: The load balancer stopped if no rearrangement came for so many of the usual intervals.
+STOPPED = 2.2
+#: What is reported lowers balancedness by at least this much.
+LEAST_DROP = 0.04
+#: Causes that concern all layers by nature; the layers differ in how much of it shows.
+OF_TRAFFIC = ("traffic_shift", "few_tokens", "unknown")
+#: Such incidents of different layers are one if they have this share of their steps in common.
+IN_COMMON = 0.3
+
+
+@dataclass(frozen=True)
+class BalanceSeries:
+    """Balancedness of each layer over a run; in a long run a value is of several steps.
+
+    Attributes:
+        steps: int64 ``[n]``, ascending: the (first) step of each value.
+        ratio: float32 ``[n, layers]``, mean over ranks / max over ranks; NaN if no layer was active.
+        phase: int64 ``[n]``; -1 if not named.
+        shape: int64 ``[n]``; consecutive equal numbers are of one configuration.
+        last: the last step.
+        steps_per_value: how many steps a value is of, at most.
+    """
+
+    steps: Int64
+    ratio: npt.NDArray[np.float32]
+    phase: Int64
+    shape: Int64
+    last: int
+    steps_per_value: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.last + 1
+
+    def step_at(self, index: int) -> int:
+        """The step of a value; behind the last one, the first step after the run."""
+        return int(self.steps[index]) if index < len(self.steps) else self.end
+
+
+class LayerLoads(Protocol):
+    """The loads of a run, of one layer at a time."""
+
+    history: PlacementHistory
+    lost_ranks: Sequence[LostRank]
+    num_logical: int
+    #: Layer numbers in the model, and how many logical experts each layer has.
+    layers: Sequence[int]
+    experts: Int64
+    token_replication: int
+
+    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+        """The complete steps of a half-open range, of one configuration: that of its middle."""
+
+    def time_of(self, step: int) -> str | None:
+        """ISO 8601, UTC; None if the run has no times."""
+
+    def price(self, before: LayerSample, during: LayerSample, layers: int) -> Any:
+        """What the difference of imbalance of a layer like this costs, times ``layers``: ms, or None."""
+
+
+@dataclass(frozen=True)
+class LayerWindow:
+    """Consecutive recorded steps of one layer: ``load`` int64 ``[n, slots]``."""
+
+    steps: Int64
+    load: npt.NDArray[Any]
+    ranks: int
+    serving: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A departure of some layers, in steps: ``end`` is the first step after it."""
+
+    layers: tuple[int, ...]
+    first: int
+    end: int
+    drop: float
+    everywhere: bool
+
+
+def find_incidents(series: BalanceSeries, loads: LayerLoads) -> list[Incident]:
+    """The incidents of a run, in order of steps."""
+    if len(series.steps) < 3 * MIN_STEPS:
+        return []
+    values = _comparable(series)
+    found = _grouped(series, _departures(series, values))
+    finder = _Finder(series, loads, values)
+    incidents = [incident for one in loads.lost_ranks for incident in finder.of_lost(one)]
+    incidents += finder.stopped([one for one in found if one.everywhere])
+    for one in found:
+        if any(_same(one, other) for other in incidents):
+            continue
+        incidents += finder.of(one)
+    merged = _of_traffic(_without_repeated(_of_rearrangements(incidents, loads)), loads)
+    return sorted(merged, key=lambda i: (i.first_step, i.last_step, i.layers))
+
+
+def _same(found: _Found, known: Incident) -> bool:
+    """Whether a departure is a part of what is known to be an incident of all layers."""
+    inside = min(found.end, known.last_step + 1) - max(found.first, known.first_step)
+    return known.cause.kind in ("rank_lost", "eplb_stopped") and inside > 0.7 * (found.end - found.first)
+
+
+def _comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:
+    """The balance of each layer, and as the last row of all, without NaN and differences between phases.
+
+    float32 ``[layers + 1, n]``; one row if there is one layer.
+    """
+    values = np.ascontiguousarray(series.ratio.T)
+    missing = np.isnan(values)
+    if missing.any():
+        for row, gone in zip(values, missing, strict=True):
+            row[gone] = np.median(row[~gone]) if not gone.all() else 1.0
+    phases, counts = np.unique(series.phase, return_counts=True)
+    if len(phases) > 1:
+        usual = np.median(values[:, series.phase == phases[counts.argmax()]], axis=1, keepdims=True)
+        for phase in phases:
+            of_phase = series.phase == phase
+            values[:, of_phase] += usual - np.median(values[:, of_phase], axis=1, keepdims=True)
+    if len(values) == 1:
+        return values
+    return np.concatenate([values, values.mean(axis=0, keepdims=True)])
+
+
+def _departures(series: BalanceSeries, values: npt.NDArray[np.float32]) -> list[tuple[int, int, int, float]]:
+    """``(layer, index, index after, drop)``; the layer after the last stands for all."""
+    cuts = np.flatnonzero(np.diff(series.shape)) + 1
+    found = []
+    for low, high in zip([0, *cuts], [*cuts, len(series.steps)], strict=True):
+        for layer, own in enumerate(departures(values[:, low:high])):
+            found += [(layer, low + one.first, low + one.end, one.drop) for one in own]
+    return found
+
+
+def _grouped(series: BalanceSeries, found: list[tuple[int, int, int, float]]) -> list[_Found]:
+    """Departures of several layers with the same edges become one."""
+    layers = series.ratio.shape[1]
+    near = TOGETHER if series.steps_per_value == 1 else 2
+
+    def together(a: tuple[int, int, int, float], b: tuple[int, int, int, float], most: int) -> bool:
+        return abs(a[1] - b[1]) <= most and abs(a[2] - b[2]) <= most
+
+    left = sorted(found, key=lambda one: (one[0] != layers, -one[3]))
+    groups: list[list[tuple[int, int, int, float]]] = []
+    while left:
+        head = left.pop(0)
+        everywhere = head[0] == layers
+        own = [one for one in left if one[0] != head[0] and together(head, one, 20 if everywhere else near)]
+        if everywhere and len(own) < max(2, ALL_LAYERS * layers):
+            continue  # the mean over layers moved, but only some of them did
+        left = [one for one in left if one not in own]
+        groups.append([head, *own])
+    result = []
+    for group in groups:
+        members = sorted({one[0] for one in group if one[0] < layers})
+        everywhere = len(members) >= max(2, ALL_LAYERS * layers)
+        head = group[0]
+        first, end = (int(np.median([one[i] for one in group])) for i in (1, 2))
+        if head[0] == layers:
+            first, end = head[1], head[2]
+        drop = max(one[3] for one in group)
+        result.append(_Found(tuple(members), series.step_at(first), series.step_at(end), drop, everywhere))
+    wide = [one for one in result if one.everywhere]
+    near_steps = 25 * series.steps_per_value
+
+    def leftover(one: _Found) -> bool:
+        """Whether it is of a layer in which a departure of all layers was found with other edges."""
+        return any(
+            one.first >= other.first - near_steps
+            and one.end <= other.end + near_steps
+            and (abs(one.first - other.first) <= near_steps or abs(one.end - other.end) <= near_steps)
+            and one.drop < 2 * other.drop
+            for other in wide
+        )
+
+    return [one for one in result if one.everywhere or not leftover(one)]
+
+
+class _Finder:
+    def __init__(self, series: BalanceSeries, loads: LayerLoads, values: npt.NDArray[np.float32]) -> None:
+        self._series, self._loads, self._values = series, loads, values
+        self._reach = 20 + 2 * series.steps_per_value
+
+    def of(self, found: _Found) -> list[Incident]:
+        """The incidents that a departure is: one, unless several layers have causes of their own."""
+        if not found.everywhere:
+            own = [self._of_layer(layer, found, (layer,)) for layer in found.layers]
+            return [incident for incident in own if incident is not None]
+        drops = [(-self._drop(layer, found), layer) for layer in found.layers]
+        looked_at = [layer for _, layer in sorted(drops)[:LOOKED_AT]]
+        each = [self._of_layer(layer, found, found.layers) for layer in looked_at]
+        known = [incident for incident in each if incident is not None]
+        if not known:
+            return []
+        kinds = Counter(incident.cause.kind for incident in known)
+        kind = kinds.most_common(1)[0][0]
+        chosen = next(incident for incident in known if incident.cause.kind == kind)
+        # Each expert that is hot in a layer of its own is a change of all layers' traffic.
+        of_all: CauseKind = "traffic_shift" if kind == "expert_hot" else kind
+        firsts = sorted(i.first_step for i in known if i.cause.kind == kind)
+        lasts = sorted(i.last_step for i in known if i.cause.kind == kind)
+        return [
+            _with(
+                chosen,
+                layer=None if len(found.layers) > 1 else chosen.layer,
+                layers=tuple(self._loads.layers[layer] for layer in found.layers),
+                ranks=_common([incident.ranks for incident in known]),
+                first_step=firsts[len(firsts) // 2],
+                last_step=lasts[len(lasts) // 2],
+                since=self._loads.time_of(firsts[len(firsts) // 2]),
+                until=self._loads.time_of(lasts[len(lasts) // 2]),
+                cause=Cause(of_all),
+                ended_by=chosen.ended_by,
+            )
+        ]
+
+    def _drop(self, layer: int, found: _Found) -> float:
+        low, high = np.searchsorted(self._series.steps, [found.first, found.end])
+        before = self._values[layer, max(0, low - WINDOW) : low]
+        return (
+            float(before.mean() - self._values[layer, low:high].mean()) if len(before) and high > low else 0.0
+        )
+
+    # ---- one layer
+
+    def _of_layer(self, layer: int, found: _Found, layers: tuple[int, ...]) -> Incident | None:
+        loads, series = self._loads, self._series
+        history = loads.history.layer(layer)
+        changes = [step for step in history.steps if step > int(series.steps[0])]
+        first, end = found.first, found.end
+        span = WINDOW + self._reach
+        head = loads.read(layer, first - span, min(first + span, end + span))
+        tail = head if end + WINDOW <= first + span else loads.read(layer, end - span, end + span)
+        guard = max(1, min(5, (end - first) // 5)) + series.steps_per_value - 1
+        change = _nearest(changes, first, guard + 5)
+        since = first if change is None else change
+        before = self._sample(
+            layer, head, first - WINDOW, min(first, since) - (guard if change is None else 0), last=True
+        )
+        during = self._sample(
+            layer,
+            head,
+            max(first, since) + (guard if change is None else 0),
+            min(end - guard, first + span),
+            last=False,
+        )
+        if before is None or during is None:
+            return None
+        why = explain(before, during, change is not None, int(loads.experts[layer]))
+        rank = self._stopped_rank(before, during)
+        if rank is not None:
+            why = Explanation("rank_lost")
+        if why.kind == "rearrangement" and change is not None:
+            first = change
+        else:
+            at = self._edge(layer, head, why, first, guard, (None, end))
+            first = first if at is None else at
+        ended, end = self._end(layer, tail, why, before, during, changes, (first, end), guard)
+        if end - first < MIN_STEPS - 2:
+            first, end = found.first, found.end
+        if why.kind == "unknown" and end - first < MIN_STEPS:
+            return None
+        if before.balance - during.balance < LEAST_DROP and len(layers) == 1:
+            return None
+        ranks = (rank,) if rank is not None else worst_ranks(before, during)
+        return self._incident(layer, layers, ranks, (first, end), why, ended, before, during)
+
+    def _stopped_rank(self, before: LayerSample, during: LayerSample) -> int | None:
+        """A rank that had tokens and has none any more."""
+        if before.ranks != during.ranks or before.serving < 2:
+            return None
+        gone = np.flatnonzero((during.times_mean == 0) & (before.times_mean > 0.2))
+        return int(gone[0]) if len(gone) == 1 else None
+
+    def _sample(
+        self, layer: int, window: LayerWindow, first: int, end: int, last: bool
+    ) -> LayerSample | None:
+        """The steps of a range that are in one placement period: the last or the first in it."""
+        low, high = (int(i) for i in np.searchsorted(window.steps, [first, end]))
+        if high - low < 4:
+            return None
+        history = self._loads.history.layer(layer)
+        periods = list(history.periods(window.steps[low:high]))
+        if not periods:
+            return None
+        usable = [p for p in periods if p[0].stop - p[0].start >= 4] or periods
+        where, slots = usable[-1] if last else usable[0]
+        if slots is not None and len(slots) != window.load.shape[1]:
+            slots = None
+        return LayerSample(
+            window.load[low + where.start : low + where.stop],
+            slots,
+            window.ranks,
+            window.serving,
+            self._loads.num_logical,
+        )
+
+    def _edge(
+        self,
+        layer: int,
+        window: LayerWindow,
+        why: Explanation,
+        at: int,
+        guard: int,
+        limits: tuple[int | None, int | None],
+    ) -> int | None:
+        """The exact step of an edge near ``at``, by what tells the two sides apart best."""
+        steps = window.steps
+        low = 0 if limits[0] is None else int(np.searchsorted(steps, limits[0]))
+        high = len(steps) if limits[1] is None else int(np.searchsorted(steps, limits[1]))
+        middle = int(np.searchsorted(steps, at))
+        left, right = (
+            slice(max(low, middle - WINDOW), middle - guard),
+            slice(middle + guard, min(high, middle + WINDOW)),
+        )
+        for features in self._features(layer, window, why):
+            a, b = (
+                features[left.start : max(left.start, left.stop)],
+                features[right.start : max(right.start, right.stop)],
+            )
+            start = max(low, middle - max(self._reach, 60))
+            stop = min(high, middle + max(self._reach, 60))
+            here = refined(a, features[start:stop], b, middle - start, self._reach)
+            if here is not None and start + here < len(steps):
+                return int(steps[start + here])
+        return None
+
+    def _features(self, layer: int, window: LayerWindow, why: Explanation) -> list[Float64]:
+        """What may show an edge, the best first: float64 ``[n, features]`` each."""
+        total = window.load.sum(axis=1, keepdims=True).astype(np.float64)
+        by_slot = window.load / np.maximum(1, total)
+        by_rank = by_slot.reshape(len(by_slot), window.ranks, -1).sum(axis=2)
+        if why.kind == "few_tokens":
+            return [total]
+        if why.kind in ("uneven_replicas", "rank_lost"):
+            return [by_slot, by_rank]
+        logical = np.zeros((len(window.load), self._loads.num_logical))
+        for where, slots in self._loads.history.layer(layer).periods(window.steps):
+            if slots is None or len(slots) != window.load.shape[1]:
+                return [by_slot, by_rank]
+            logical[where] = folded(window.load[where], slots, self._loads.num_logical)
+        return [logical / np.maximum(1, total), by_rank]
+
+    def _end(
+        self,
+        layer: int,
+        window: LayerWindow,
+        why: Explanation,
+        before: LayerSample,
+        during: LayerSample,
+        changes: list[int],
+        span: tuple[int, int],
+        guard: int,
+    ) -> tuple[EndedBy | None, int]:
+        """What ended it, and the first step after it."""
+        first, end = span
+        series = self._series
+        if end >= series.end:
+            return EndedBy("run_end", series.last), series.end
+        change = _nearest(changes, end, guard + 5)
+        if change is not None and change > first:
+            after = self._sample(layer, window, change, change + WINDOW, last=False)
+            until = self._sample(layer, window, max(first + guard, change - WINDOW), change, last=True)
+            if (
+                after is not None
+                and until is not None
+                and after.slots is not None
+                and until.slots is not None
+            ):
+                stays = mean_balance(after.share, until.split_of(False), after.serving)
+                now = mean_balance(after.share, after.split_of(False), after.serving)
+                if now - stays >= EXPLAINED * (before.balance - during.balance):
+                    expert = why.expert
+                    replicas = None if expert is None else int((after.slots == expert).sum())
+                    return EndedBy("rearrangement", change, replicas), change
+        at = self._edge(layer, window, why, end, guard, (first, None))
+        end = end if at is None or at <= first else at
+        kind: EndKind = "rank_back" if why.kind == "rank_lost" else "traffic"
+        return EndedBy(kind, end), end
+
+    # ---- all layers
+
+    def of_lost(self, lost: LostRank) -> list[Incident]:
+        """The steps without a rank that died."""
+        series, loads = self._series, self._loads
+        last = series.last if lost.steps.end >= NO_END else min(series.last, lost.steps.end - 1)
+        low, high = np.searchsorted(series.steps, [lost.steps.first, last + 1])
+        if high <= low:
+            return []
+        before, during = series.ratio[max(0, low - WINDOW) : low], series.ratio[low:high]
+        usual = float(np.nanmean(before)) if np.isfinite(before).any() else float(np.nanmean(during))
+        back = lost.steps.end < NO_END and last + 1 <= series.last
+        one = Incident(
+            layer=None if len(loads.layers) > 1 else loads.layers[0],
+            layers=tuple(loads.layers),
+            ranks=(lost.rank,),
+            first_step=lost.steps.first,
+            last_step=last,
+            since=loads.time_of(lost.steps.first),
+            until=loads.time_of(last),
+            peak_imbalance=1 / _lowest(np.nanmean(during, axis=1)),
+            usual_imbalance=1 / usual,
+            cause=Cause("rank_lost"),
+            ended_by=EndedBy("rank_back", last + 1) if back else EndedBy("run_end", series.last),
+            cost=IncidentCost(None, 0.0),
+        )
+        return [one]
+
+    def stopped(self, abrupt: Sequence[_Found]) -> list[Incident]:
+        """Steps in which the load balancer acted no more, while balance went down.
+
+        ``abrupt``: departures of all layers; one that explains most of such steps has another cause.
+        """
+        series, loads = self._series, self._loads
+        acted = [r.first_step for r in loads.history.rearrangements() if r.first_step > int(series.steps[0])]
+        if len(acted) < 3 or len(np.unique(series.shape)) > 1:
+            return []
+        usual = float(np.median(np.diff(acted)))
+        found = []
+        for step, following in zip(acted[2:], [*acted[3:], series.end], strict=True):
+            if following - step <= STOPPED * usual:
+                continue
+            first = step + round(usual)
+            if any(min(d.end, following) - max(d.first, first) > 0.5 * (d.end - d.first) for d in abrupt):
+                continue
+            low, high = (int(i) for i in np.searchsorted(series.steps, [first, following]))
+            start = int(np.searchsorted(series.steps, acted[0]))
+            middle = int(np.searchsorted(series.steps, step))
+            before, during = self._values[:, start:middle], self._values[:, low:high]
+            if before.shape[1] < MIN_STEPS or during.shape[1] < MIN_STEPS:
+                continue
+            drop = (before.mean(axis=1) - during.mean(axis=1))[: series.ratio.shape[1]]
+            layers = tuple(int(i) for i in np.flatnonzero(drop > LEAST_DROP + 0.01))
+            if len(layers) < max(1, ALL_LAYERS * len(drop)) or drop.mean() < LEAST_DROP:
+                continue
+            worst = int(drop.argmax())
+            ended = following < series.end
+            one = self._of_span(worst, layers, (first, following), Explanation("eplb_stopped"))
+            if one is not None:
+                kind: EndKind = "rearrangement" if ended else "run_end"
+                found.append(_with(one, ended_by=EndedBy(kind, following if ended else series.last)))
+        return found
+
+    def _of_span(
+        self, layer: int, layers: tuple[int, ...], span: tuple[int, int], why: Explanation
+    ) -> Incident | None:
+        """An incident with known edges; the loads are compared before and at its end."""
+        first, end = span
+        head = self._loads.read(layer, first - WINDOW, first)
+        tail = self._loads.read(layer, max(first, end - WINDOW), end)
+        before = self._sample(layer, head, first - WINDOW, first, last=True)
+        during = self._sample(layer, tail, max(first, end - WINDOW), end, last=True)
+        if before is None or during is None:
+            return None
+        return self._incident(layer, layers, worst_ranks(before, during), span, why, None, before, during)
+
+    def _incident(
+        self,
+        layer: int,
+        layers: tuple[int, ...],
+        ranks: tuple[int, ...],
+        span: tuple[int, int],
+        why: Explanation,
+        ended: EndedBy | None,
+        before: LayerSample,
+        during: LayerSample,
+    ) -> Incident:
+        series, loads = self._series, self._loads
+        first, last = span[0], span[1] - 1
+        low, high = (int(i) for i in np.searchsorted(series.steps, span))
+        inside = series.ratio[min(low, high - 1) : max(high, low + 1), layer]
+        tokens = (_excess(during) - _excess(before)) / loads.token_replication * len(layers)
+        cause = Cause(
+            cast(CauseKind, why.kind),
+            why.expert,
+            None if why.expert is None else loads.layers[layer],
+            why.from_times_mean,
+            why.to_times_mean,
+            why.replicas,
+        )
+        return Incident(
+            layer=loads.layers[layer] if len(layers) == 1 else None,
+            layers=tuple(loads.layers[i] for i in layers),
+            ranks=ranks,
+            first_step=first,
+            last_step=last,
+            since=loads.time_of(first),
+            until=loads.time_of(last),
+            peak_imbalance=1 / _lowest(inside),
+            usual_imbalance=1 / before.balance,
+            cause=cause,
+            ended_by=ended,
+            cost=IncidentCost(loads.price(before, during, len(layers)), tokens),
+        )
+
+
+def _excess(sample: LayerSample) -> float:
+    """Mean over steps of max over ranks - mean over ranks, in recorded counts."""
+    return float((sample.rank_load.max(axis=1) - sample.tokens / sample.serving).mean())
+
+
+def _lowest(values: npt.NDArray[np.floating[Any]]) -> float:
+    """The lowest mean of 10 consecutive values, or of all if they are fewer."""
+    known = values[np.isfinite(values)].astype(np.float64)
+    if not len(known):
+        return 1.0
+    width = min(10, len(known))
+    total = np.concatenate([[0.0], np.cumsum(known)])
+    return max(1e-6, float(((total[width:] - total[:-width]) / width).min()))
+
+
+def _nearest(changes: list[int], step: int, most: int) -> int | None:
+    """The change nearest to a step, at most so many steps away."""
+    at = bisect.bisect_left(changes, step)
+    near = [change for change in changes[max(0, at - 1) : at + 1] if abs(change - step) <= most]
+    return min(near, key=lambda change: abs(change - step)) if near else None
+
+
+def _common(ranks: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The ranks that are among the worst of most layers."""
+    counts = Counter(rank for own in ranks for rank in own)
+    return tuple(rank for rank, count in counts.most_common() if count > len(ranks) / 2)
+
+
+def _with(incident: Incident, **values: Any) -> Incident:
+    return Incident(**{**vars(incident), **values})
+
+
+def _of_rearrangements(incidents: list[Incident], loads: LayerLoads) -> list[Incident]:
+    """One incident for the layers that one rearrangement made worse."""
+    change_of = _change_of(loads)
+    out: list[Incident] = []
+    groups: dict[int, list[Incident]] = {}
+    for one in incidents:
+        change = change_of(one) if one.cause.kind == "rearrangement" and one.layer is not None else None
+        if change is None:
+            out.append(one)
+        else:
+            groups.setdefault(change.first_step, []).append(one)
+    return out + [_joined(group, loads) for group in groups.values()]
+
+
+def _without_repeated(incidents: list[Incident]) -> list[Incident]:
+    """Without those of a layer that turned out to end where a longer one of the same layer does."""
+    return [
+        one
+        for one in incidents
+        if not any(
+            other is not one
+            and other.layers == one.layers
+            and other.last_step == one.last_step
+            and (other.first_step, id(other)) < (one.first_step, id(one))
+            for other in incidents
+        )
+    ]
+
+
+def _of_traffic(incidents: list[Incident], loads: LayerLoads) -> list[Incident]:
+    """One incident for the layers in which a change of traffic shows at about the same time."""
+    out = [one for one in incidents if one.cause.kind not in OF_TRAFFIC]
+    groups: list[list[Incident]] = []
+    left = [one for one in incidents if one.cause.kind in OF_TRAFFIC]
+    for one in sorted(left, key=lambda i: (-len(i.layers), i.first_step - i.last_step)):
+        for group in groups:
+            head = group[0]
+            common = min(one.last_step, head.last_step) - max(one.first_step, head.first_step) + 1
+            either = max(one.last_step, head.last_step) - min(one.first_step, head.first_step) + 1
+            if common >= IN_COMMON * either or abs(one.first_step - head.first_step) <= 2 * TOGETHER:
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return out + [_joined(group, loads) for group in groups]
+
+
+def _joined(group: list[Incident], loads: LayerLoads) -> Incident:
+    """One incident for several of different layers: the steps and the cause of the first."""
+    if len(group) == 1:
+        return group[0]
+    head = max(group, key=lambda i: (len(i.layers), i.peak_imbalance))
+    layers = tuple(sorted({layer for i in group for layer in i.layers}))
+    costs = [i.cost.ms_per_step for i in group]
+    known = [cost for cost in costs if cost is not None]
+    total = None
+    if len(known) == len(costs):
+        total = Milliseconds(*(sum(getattr(c, name) for c in known) for name in ("estimate", "low", "high")))
+    first, last = head.first_step, head.last_step
+    if head.cause.kind == "rearrangement":
+        first, last = min(i.first_step for i in group), max(i.last_step for i in group)
+    return _with(
+        head,
+        layer=None if len(layers) > 1 else head.layer,
+        layers=layers,
+        ranks=_common([i.ranks for i in group]),
+        first_step=first,
+        last_step=last,
+        since=loads.time_of(first),
+        until=loads.time_of(last),
+        cost=IncidentCost(total, sum(i.cost.tokens_per_step for i in group)),
+    )
+
+
+def _change_of(loads: LayerLoads) -> Callable[[Incident], Rearrangement | None]:
+    changes = loads.history.rearrangements()
+
+    def find(incident: Incident) -> Rearrangement | None:
+        return next((r for r in changes if r.first_step <= incident.first_step <= r.last_step), None)
+
+    return find

@@ -1,0 +1,138 @@
+"""What the incident finder reads: the balance of each layer, kept in one pass over a run, and some loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.analysis.cost import Milliseconds, RunCost
+from eplb_analyze.analysis.incident_finder import BalanceSeries, LayerWindow, find_incidents
+from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.metrics.cost import Work
+from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.metrics.incident_causes import LayerSample
+from eplb_analyze.metrics.losses import Bins
+from eplb_analyze.metrics.prices import weighted
+from eplb_analyze.reader.blocks import Block, active_experts
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.lost import LostRank, serving
+from eplb_analyze.reader.run import Run
+from eplb_dump.format.journal import Int64, Shape
+
+#: A run is kept as at most about so many values per layer; in a longer one a value is of several steps.
+MOST_VALUES = 32768
+
+
+class _Part(NamedTuple):
+    """Values of consecutive steps of one block."""
+
+    steps: Int64
+    ratio: npt.NDArray[np.float32]
+    #: An index into ``phases`` each, or -1.
+    phase: Int64
+    phases: tuple[str, ...]
+    shape: Shape
+
+
+class BalanceValues:
+    """The balancedness of each layer, in order of steps; values of later steps can be merged into it."""
+
+    def __init__(self, bins: Bins) -> None:
+        first = int(bins.edges[0]) if len(bins) else 0
+        self.steps_per_value = max(1, -(-(bins.last + 1 - first) // MOST_VALUES))
+        self._parts: list[_Part] = []
+
+    def add(self, block: Block, terms: Terms) -> None:
+        """Add the complete steps of a block; ``terms``: of these."""
+        assert block.shape is not None
+        steps, ratio = block.recorded, terms.ratio.astype(np.float32)
+        phase = block.phase[block.state == StepState.RECORDED]
+        if self.steps_per_value > 1:
+            starts = np.flatnonzero(np.diff(steps // self.steps_per_value, prepend=-1))
+            active = np.add.reduceat(terms.active, starts, axis=0, dtype=np.float32)
+            total = np.add.reduceat(np.where(terms.active, ratio, np.float32(0)), starts, axis=0)
+            ratio = np.divide(total, active, out=np.full_like(total, np.nan), where=active > 0)
+            steps, phase = steps[starts], np.full(len(starts), -1)
+        self._parts.append(_Part(steps, ratio, phase, tuple(block.phases), block.shape))
+
+    def merge(self, later: BalanceValues) -> None:
+        self._parts += later._parts
+
+    def series(self) -> BalanceSeries | None:
+        """All values; None if there are none, or if the number of layers changes."""
+        if not self._parts or len({part.ratio.shape[1] for part in self._parts}) > 1:
+            return None
+        codes: dict[str, int] = {}
+        phases, shapes, number = [], [], 0
+        for before, part in zip([self._parts[0], *self._parts], self._parts, strict=False):
+            number += before.shape != part.shape
+            shapes.append(np.full(len(part.steps), number))
+            own = np.array([codes.setdefault(name, len(codes)) for name in part.phases] + [-1], np.int64)
+            phases.append(own[part.phase])
+        return BalanceSeries(
+            np.concatenate([part.steps for part in self._parts]),
+            np.concatenate([part.ratio for part in self._parts]),
+            np.concatenate(phases),
+            np.concatenate(shapes),
+            int(self._parts[-1].steps[-1]) + self.steps_per_value - 1,
+            self.steps_per_value,
+        )
+
+
+class RunLoads:
+    """The loads of a run, read around the edges of departures. See :class:`LayerLoads`."""
+
+    def __init__(self, run: Run, cost: RunCost) -> None:
+        self._run = run
+        self._prices = [
+            (phase.steps, cost.prices[name]) for name, phase in cost.phases.items() if name in cost.prices
+        ]
+        self.history = run.history
+        self.lost_ranks: Sequence[LostRank] = run.lost_ranks
+        self.num_logical = run.info.num_logical_experts
+        self.layers: Sequence[int] = run.info.layers
+        self.experts = run.history.num_experts(self.num_logical, len(self.layers))
+        self.token_replication = run.info.token_replication
+
+    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+        middle = (first + end) // 2
+        blocks = [
+            b for b in self._run.blocks((max(0, first), end)) if len(b.recorded) and b.shape is not None
+        ]
+        if not blocks:
+            return LayerWindow(np.empty(0, np.int64), np.empty((0, 1), np.int64), 1, 1)
+        chosen = min(blocks, key=lambda block: int(np.abs(block.recorded - middle).min())).shape
+        same = [block for block in blocks if block.shape == chosen]
+        assert chosen is not None
+        return LayerWindow(
+            np.concatenate([block.recorded for block in same]),
+            np.concatenate([block.loads(layer, layer + 1)[:, 0] for block in same]),
+            chosen.ep_size,
+            serving(chosen),
+        )
+
+    def time_of(self, step: int) -> str | None:
+        return self._run.clock.iso(step)
+
+    def price(self, before: LayerSample, during: LayerSample, layers: int) -> Milliseconds | None:
+        if before.ranks != during.ranks:
+            return None
+        excess = [
+            Work.of(
+                active_experts(sample.load[:, np.newaxis], sample.ranks),
+                sample.rank_load[:, np.newaxis] / self.token_replication,
+            ).excess()
+            for sample in (before, during)
+        ]
+        found = [(steps, price.price(excess[1] - excess[0])) for steps, price in self._prices]
+        total = weighted([(steps, price) for steps, price in found if price is not None])
+        return None if total is None else Milliseconds.of(total, layers)
+
+
+def incidents_of(run: Run, values: BalanceValues, cost: RunCost) -> list[Incident]:
+    """The incidents of a run; call it inside ``run.retry_without_damaged``."""
+    series = values.series()
+    return [] if series is None else find_incidents(series, RunLoads(run, cost))
