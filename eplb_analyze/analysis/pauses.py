@@ -60,6 +60,6 @@ def pauses_of(run: Run, rearrangements: list[Rearrangement]) -> list[Interval | 
     """The pauses of some rearrangements; call it inside ``run.retry_without_damaged``."""
     clock = StepClock()
     if rearrangements:
-        for block in run.blocks():
+        for block in run.all_phases.blocks():  # what happens beside a change is of any phase
             clock.add(block)
     return clock.pauses(run, rearrangements)

@@ -233,7 +233,10 @@ def summarize(run: Run, steps: tuple[int, int] | None = None) -> Summary:
 
 
 def _summarize(run: Run, steps: tuple[int, int] | None) -> Summary:
-    return summary_of(sums_of(run, steps, bins_of(run, steps)), run, steps)
+    sums = sums_of(run, steps, bins_of(run, steps))
+    if run.phase is not None and not sums.seen.seen:
+        raise run.nothing_complete(steps)
+    return summary_of(sums, run, steps)
 
 
 def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None) -> Summary:

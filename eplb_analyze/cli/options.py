@@ -17,6 +17,9 @@ from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 
 if TYPE_CHECKING:
+    import datetime
+
+    from eplb_analyze.reader.moment import Moment
     from eplb_analyze.replay.settings import Choices
 
 
@@ -85,6 +88,60 @@ Steps = Annotated[
         metavar="A-B",
         parser=parse_steps,
     ),
+]
+
+
+def parse_moment(text: str) -> Moment:
+    """A time of a run; see :mod:`eplb_analyze.reader.moment`."""
+    from eplb_analyze.reader.moment import Moment
+
+    try:
+        return Moment.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def parse_zone(name: str) -> datetime.tzinfo:
+    """A time zone by its IANA name."""
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise typer.BadParameter(
+            f"{name!r} is not a time zone that this machine knows; write an IANA name, for example "
+            "Europe/Berlin",
+            param_hint="--tz",
+        ) from None
+
+
+Since = Annotated[
+    Any,
+    typer.Option(
+        "--since",
+        help="Only steps from this time on: 03:12, 03:12:30, ISO 8601, or -10m before the run's end.",
+        metavar="T",
+        parser=parse_moment,
+    ),
+]
+Until = Annotated[
+    Any, typer.Option("--until", help="Only steps up to this time.", metavar="T", parser=parse_moment)
+]
+At = Annotated[
+    Any,
+    typer.Option("--at", help="Only the step in progress at this time.", metavar="T", parser=parse_moment),
+]
+TimeZone = Annotated[
+    Any,
+    typer.Option(
+        "--tz",
+        help="The time zone of times without an offset and of printed times, as Europe/Berlin; default: UTC.",
+        metavar="NAME",
+        parser=parse_zone,
+    ),
+]
+Phase = Annotated[
+    str | None, typer.Option("--phase", help="Only steps of this phase, for example decode.", metavar="NAME")
 ]
 Step = Annotated[int | None, typer.Option("--step", help="Only this step.", metavar="N", min=0)]
 Layer = Annotated[int | None, typer.Option("--layer", help="One layer; default: all.")]
@@ -180,15 +237,23 @@ Workers = Annotated[
     int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1, max=1024)
 ]
 
+#: Options that select steps by time, in the order of the help.
+_TIMES = {"since": Since, "until": Until, "at": At, "phase": Phase, "tz": TimeZone}
 #: The help of each command ends with these options, in this order.
 _LAST = ("run", "model", "workers", "json")
 
 
-def about_a_run(command: Callable[Concatenate[RunOutput, ...], None]) -> Callable[..., None]:
+def about_a_run(
+    command: Callable[Concatenate[RunOutput, ...], None], *, phases: bool = True
+) -> Callable[..., None]:
     """Add the argument DUMP and the options --run, --model and --json to a command.
 
-    The command declares only what is its own, after a :class:`RunOutput`, which it gets for these four.
-    A command with --steps also gets --step, unless it has its own: one step as a range.
+    The command declares only what is its own, after a :class:`RunOutput`, which it gets for these four. A
+    command with --steps also gets --step, unless it has its own (one step as a range), --since, --until,
+    --at, --phase and --tz, and one with --step alone --at and --tz: it sees the steps that they select.
+
+    Args:
+        phases: False: its result is not of the steps of a phase.
     """
 
     def run_command(
@@ -198,9 +263,12 @@ def about_a_run(command: Callable[Concatenate[RunOutput, ...], None]) -> Callabl
         json: Json = False,
         **own: Any,
     ) -> None:
+        out = RunOutput(dump, run, model, json=json)
+        asked = {name: own.pop(name, None) for name in _TIMES}
         if single_step is not None:
-            own["steps"] = one_range(own["steps"], own.pop("step"))
-        command(RunOutput(dump, run, model, json=json), **own)
+            asked["step"] = own.pop("step")
+        _select(out, own, **asked)
+        command(out, **own)
 
     def place(parameter: inspect.Parameter) -> tuple[bool, int]:
         last = _LAST.index(parameter.name) if parameter.name in _LAST else -1
@@ -209,14 +277,61 @@ def about_a_run(command: Callable[Concatenate[RunOutput, ...], None]) -> Callabl
     *shared, _ = inspect.signature(run_command, eval_str=True).parameters.values()
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     single_step = _single_step(own)
+    names = [parameter.name for parameter in own]
     if single_step is not None:
-        own.insert(1 + [p.name for p in own].index("steps"), single_step)
+        own.insert(1 + names.index("steps"), single_step)
+    if "steps" in names or "step" in names:
+        after = 1 + max(i for i, parameter in enumerate(own) if parameter.name in ("steps", "step"))
+        left_out = {
+            *(() if phases else ("phase",)),
+            *(() if "steps" in names else ("since", "until", "phase")),
+        }
+        own[after:after] = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in _TIMES.items()
+            if name not in left_out
+        ]
     # Typer reads the signature and the annotations.
     functools.update_wrapper(run_command, command)
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in sorted([*shared, *own], key=place)]
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run_command
+
+
+def _select(
+    out: RunOutput,
+    own: dict[str, Any],
+    *,
+    since: Moment | None,
+    until: Moment | None,
+    at: Moment | None,
+    tz: datetime.tzinfo | None,
+    phase: str | None,
+    step: int | None = None,
+) -> None:
+    """Set the steps that a command sees to those selected by number and by time."""
+    steps = one_range(own.get("steps"), step)
+    if "steps" in own:
+        own["steps"] = steps
+    out.zone, out.phase = tz, phase
+    if since is None and until is None and at is None:
+        return
+    one = step if step is not None else own.get("step")
+    if at is not None and not all(other is None for other in (since, until, one, steps)):
+        raise typer.BadParameter("it selects one step; give no other range", param_hint="--at")
+    if one is not None:
+        raise typer.BadParameter("it selects one step; give no range of time", param_hint="--step")
+    run = out.opened()
+    if at is not None:
+        step = run.clock.at(at.unix_ns(run.clock))
+        own.update({"step": step} if "step" in own else {"steps": StepRange(step, step + 1)})
+    else:
+        own["steps"] = run.clock.between(
+            None if since is None else since.unix_ns(run.clock),
+            None if until is None else until.unix_ns(run.clock),
+            steps,
+        )
 
 
 def _single_step(own: list[inspect.Parameter]) -> inspect.Parameter | None:

@@ -21,6 +21,7 @@ from eplb_analyze.json_report import versioned
 from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
+    import datetime
     import enum
     from pathlib import Path
 
@@ -137,15 +138,34 @@ class RunOutput(Output):
     #: Set by :meth:`open`.
     run: Run
 
-    def __init__(self, dump: StoragePath, run_id: str | None, model: str | None, *, json: bool) -> None:
+    def __init__(
+        self, dump: StoragePath, run_id: str | None, model: str | None, *, json: bool = False
+    ) -> None:
         super().__init__(json=json)
         self.dump, self.run_id, self.model = dump, run_id, model
+        #: The zone of printed times; None for UTC.
+        self.zone: datetime.tzinfo | None = None
+        #: The only phase whose steps are in the figures.
+        self.phase: str | None = None
+        self._opened: Run | None = None
+
+    def opened(self, *, mixed: bool = False) -> Run:
+        """The run with all its steps, opened once."""
+        if self._opened is None:
+            self._opened = self.open_run(self.dump, self.run_id, self.model, mixed=mixed)
+            if self.zone is not None:
+                self._opened.clock.zone = self.zone
+        return self._opened
 
     def open(self, *, mixed: bool = False, timings: Path | None = None, gpu: enum.Enum | None = None) -> Run:
-        self.run = self.open_run(self.dump, self.run_id, self.model, mixed=mixed)
+        """The run that the figures are of: that of the phase, if one was asked for."""
+        self.run = self.opened(mixed=mixed)
         self.clock = self.run.clock
         self.run.gpu = None if gpu is None else gpu.value
+        # Another program's times are matched with the steps of all phases.
         self.join_times(self.run, timings)
+        if self.phase is not None:
+            self.run = self.run.of_phase(self.phase)
         return self.run
 
     def show(

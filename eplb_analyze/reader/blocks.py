@@ -33,6 +33,11 @@ from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.schema import Scope, Status
 
+#: No step's phase; that of a step without one is -1.
+NO_PHASE = -2
+#: The attributes of a block with a value for each step.
+_BY_STEP = ("step", "state", "time_ns", "clock_ns", "num_tokens", "step_ms", "device_ms", "phase")
+
 
 class Block:
     """Consecutive seen steps of one shape.
@@ -50,9 +55,11 @@ class Block:
             ranks that recorded the step.
         device_ms: likewise the time on the device, from CUDA events.
         missing: the ranks that its complete steps lack, as it is an :class:`EstimateBlock`.
+        one_phase: whether steps of other phases are left out, as it is a :class:`PhaseBlock`.
     """
 
     missing: tuple[int, ...] = ()
+    one_phase: bool = False
 
     def __init__(
         self,
@@ -295,6 +302,20 @@ class ServingBlock(Block):
     ) -> Iterator[tuple[int, Int64]]:
         for layer, load in self._block.load_parts(steps, first, last):
             yield layer, load[:, :, self._slots]
+
+
+class PhaseBlock(Block):
+    """A block without the steps of other phases, which may leave it without any."""
+
+    one_phase = True
+
+    def __init__(self, block: Block, phase: str) -> None:
+        self.__dict__.update(block.__dict__)
+        code = block.phases.index(phase) if phase in block.phases else NO_PHASE
+        chosen = np.flatnonzero(block.phase == code)
+        self._owner, self.status = block._owner[:, chosen], block.status[:, chosen]
+        for name in _BY_STEP:
+            setattr(self, name, getattr(block, name)[chosen])
 
 
 class EstimateBlock(Block):

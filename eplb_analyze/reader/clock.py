@@ -185,8 +185,12 @@ class RunClock:
             raise self.outside(f"{self._zoned(unix_ns)} is")
         return self._first_from(unix_ns)
 
-    def between(self, since: int | None, until: int | None) -> StepRange:
+    def between(
+        self, since: int | None, until: int | None, steps: tuple[int, int] | None = None
+    ) -> StepRange:
         """The steps in progress from one time to another, both ns since 1970; None: from or to the end.
+
+        Of ``steps``, a half-open range, if it is given.
 
         A step recorded more than a minute after the one before is in the range only if it was recorded in
         it: the engine was idle or restarted before.
@@ -206,7 +210,13 @@ class RunClock:
             raise NotInDumpError(
                 f"{self._name}: no step was in progress from {self._zoned(since)} to {self._zoned(until)}"
             )
-        return StepRange(first, last + 1)
+        found = StepRange(first, last + 1)
+        both = StepRange.of(steps).clip(*found)
+        if both.first >= both.end:
+            raise NotInDumpError(
+                f"{self._name}: steps {found} were in progress then, none of {StepRange.of(steps)}"
+            )
+        return both
 
     def outside(self, what: str) -> NotInDumpError:
         """The error to raise if ``what`` is outside of the run."""

@@ -27,7 +27,7 @@ class Completeness:
     """Counts over the blocks of a run (or of a range of its steps), merged in order of steps.
 
     Every step from the first to the last is seen or missing, and every seen step is in exactly one
-    of the other counts.
+    of the other counts. If only steps of one phase count, none is missing: such a step has no phase.
     """
 
     first: int | None = None
@@ -49,10 +49,12 @@ class Completeness:
     last_clock_ns: int = 0
     whole_clock_ns: int | None = None
     incomplete_since_whole: int = 0
+    #: Whether steps of other phases are left out.
+    one_phase: bool = False
 
     @classmethod
     def of(cls, block: Block) -> Completeness:
-        result = cls()
+        result = cls(one_phase=block.one_phase)
         if not len(block.step):
             return result
         steps = block.step
@@ -89,7 +91,7 @@ class Completeness:
                     self.reasons[rank, name] += count
 
     def _gap(self, first: int, last: int) -> None:
-        if last >= first:
+        if last >= first and not self.one_phase:
             self.missing += last - first + 1
             self.gaps = [*self.gaps, (first, last)][:MAX_GAPS]
 
@@ -101,6 +103,7 @@ class Completeness:
         """Add the counts of steps that all come after these."""
         if later.first is None:
             return
+        self.one_phase |= later.one_phase
         if self.last is None:
             self.first, self.first_clock_ns = later.first, later.first_clock_ns
         else:

@@ -146,7 +146,7 @@ def _too_balanced(run: Run, setting: Recorded) -> str | None:
         return None
 
     def utilization() -> tuple[Int64, Float64]:
-        parts = [(block.recorded, sglang(run.terms(block))) for block in run.blocks()]
+        parts = [(block.recorded, sglang(run.terms(block))) for block in run.all_phases.blocks()]
         return np.concatenate([s for s, _ in parts]), np.concatenate([v for _, v in parts])
 
     steps, values = run.retry_without_damaged(utilization)

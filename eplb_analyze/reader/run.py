@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
@@ -19,9 +20,10 @@ import numpy.typing as npt
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block, iter_blocks, parts
+from eplb_analyze.reader.blocks import Block, PhaseBlock, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.clock import RunClock
+from eplb_analyze.reader.join import MIXED
 from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
@@ -85,6 +87,7 @@ class Run:
         notes: for the user, about the choice of run and model.
         timings: step times that another program measured; the cost of imbalance uses them first.
         gpu: whose kernel times estimate the cost of imbalance if the run does not show it.
+        phase: the only phase whose steps are in its figures; None for all.
         progress: called during long work with the number of steps done and the total.
     """
 
@@ -112,6 +115,9 @@ class Run:
         #: Guards the placements and the lost ranks, which threads may ask for.
         self._history_lock = threading.RLock()
         self._serving_only = False
+        #: The run that it is one phase of, and the phase.
+        self._all_phases: Run | None = None
+        self.phase: str | None = None
         #: The last step to include; None for all.
         self._last: int | None = None
         self.scope = sessions[0].info.scope
@@ -134,7 +140,8 @@ class Run:
                 sessions.append(replace(session, segments=segments, lost=lost))
         run = Run(self.path, sessions, [*self.findings], self.notes, self.info.run_id)
         run._last, run.timings, run.gpu = step, self.timings, self.gpu
-        return run
+        run.clock.zone = self.clock.zone
+        return run if self.phase is None else run.of_phase(self.phase)
 
     def serving_only(self) -> Run:
         """The run as of an engine that has only the ranks that serve at a time, numbered from 0 again.
@@ -147,6 +154,35 @@ class Run:
         run = copy.copy(self)
         run._history, run._reading, run._serving_only = None, True, True
         return run
+
+    def of_phase(self, phase: str) -> Run:
+        """The run with the steps of one phase only, for instance ``"decode"``.
+
+        Its blocks leave out all other steps, so every figure is over steps of the phase. What does not come
+        from steps (placements, their changes, the clock) is that of the whole run.
+
+        Raises NotInDumpError if no step of the run has the phase.
+        """
+        phases: dict[str, None] = {}
+        for segment in (segment for session in self.sessions for segment in session.segments):
+            with contextlib.suppress(DamagedSegmentError):
+                phases |= dict.fromkeys(segment.steps().phases)
+            if phase in phases:
+                break
+        else:
+            if phase != MIXED or len(phases) < 2:
+                known = (
+                    f"its phases are {listed(sorted(phases), 20)}" if phases else "its steps state no phase"
+                )
+                raise NotInDumpError(f"{self.path}: no step of the run has the phase {phase!r}; {known}")
+        run = copy.copy(self)
+        run._all_phases, run.phase = self.all_phases, phase
+        return run
+
+    @property
+    def all_phases(self) -> Run:
+        """The run with the steps of all phases; itself, unless it is one phase of a run."""
+        return self if self._all_phases is None else self._all_phases
 
     def import_caveats(self, *codes: str) -> list[str]:
         """One note for each fact that an answer needs and an imported run lacks or assumes.
@@ -228,7 +264,12 @@ class Run:
 
     def _blocks(self, steps: tuple[int, int] | None) -> Iterator[Block]:
         lost, unreadable = self.lost_ranks, frozenset(self._unreadable["loads"])
-        blocks = iter_blocks(self.sessions, self.scope, StepRange.of(steps), unreadable, lost)
+        blocks: Iterator[Block] = iter_blocks(
+            self.sessions, self.scope, StepRange.of(steps), unreadable, lost
+        )
+        if self.phase is not None:
+            of_phase = (PhaseBlock(block, self.phase) for block in blocks)
+            blocks = (block for block in of_phase if len(block.step))
         return map(Block.serving_only, blocks) if self._serving_only else blocks
 
     def _report(self, done: Block, steps: tuple[int, int] | None) -> None:
@@ -345,6 +386,8 @@ class Run:
     def nothing_complete(self, steps: tuple[int, int] | None) -> DumpError:
         """The error to raise if no step of the run, or of the range asked for, is complete."""
         where = "the run" if steps is None else "this range"
+        if self.phase is not None:
+            where = f"phase {self.phase} in {where}"
         return DumpError(f"{self.path}: no step of {where} is complete (see `check`)")
 
     def nodes_unknown(self) -> NotInDumpError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.storage.path import StoragePath, storage_path
 
 
-@options.about_a_run
+@functools.partial(options.about_a_run, phases=False)
 def copy(
     out: RunOutput,
     to: Annotated[
