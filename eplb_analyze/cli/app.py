@@ -29,6 +29,7 @@ from eplb_analyze.cli.commands import (
     recover,
     replay,
     report,
+    runs,
     summary,
     timeline,
     traffic,
@@ -51,6 +52,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("summary", short_help="How balanced was the run, and is the data complete?")(summary.summary)
+app.command("runs", short_help="List the runs of a dump, one line each.")(runs.runs)
 app.command("layer", short_help="What did each rank, slot and expert of a layer get?")(layer.layer)
 app.command("ranks", short_help="Which rank or node do the others wait for?")(ranks.ranks)
 app.command("timeline", short_help="How did a figure move over the steps?")(timeline.timeline)

@@ -78,7 +78,10 @@ Dump = Annotated[
         show_default="the current folder",
     ),
 ]
-Run = Annotated[str | None, typer.Option("--run", help="A run's id; default: the newest run.")]
+Run = Annotated[
+    str | None,
+    typer.Option("--run", help="A run's id, or a beginning that only one has; default: the newest run."),
+]
 Model = Annotated[str | None, typer.Option("--model", help="A model's name, where the run has several.")]
 Steps = Annotated[
     StepRange | None,

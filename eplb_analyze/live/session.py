@@ -19,7 +19,7 @@ import numpy.typing as npt
 from eplb_analyze.live.tail import GrowingFile
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError
-from eplb_dump.format.frames import Frame
+from eplb_dump.format.frames import Frame, steps_in
 from eplb_dump.format.journal import (
     Int64,
     PlacementRows,
@@ -309,14 +309,14 @@ class _Journal(GrowingFile):
             if left >= want:
                 break
             if header["kind"] == "loads":
-                left += _steps_in(header)
+                left += steps_in(header)
                 cut = start
         before = [item for item in found if item[0] < cut]
         if left < want or not before:
-            return max(left, sum(_steps_in(h) for _, _, h in found if h["kind"] == "steps"))
+            return max(left, sum(steps_in(h) for _, _, h in found if h["kind"] == "steps"))
         for start, _, header in before:
-            self.rows += _steps_in(header) if header["kind"] == "steps" else 0
-            self.recorded += _steps_in(header) if header["kind"] == "loads" else 0
+            self.rows += steps_in(header) if header["kind"] == "steps" else 0
+            self.recorded += steps_in(header) if header["kind"] == "loads" else 0
             if header["kind"] in ("session", "placements"):
                 self._skipped.append(start)
         self._skipped_steps = [start for start, _, header in before if header["kind"] == "steps"]
@@ -325,7 +325,7 @@ class _Journal(GrowingFile):
 
     def count_rows(self) -> int:
         """How many steps are in it, by the headers of its frames."""
-        return sum(_steps_in(header) for _, _, header in self.scan_headers() if header["kind"] == "steps")
+        return sum(steps_in(header) for _, _, header in self.scan_headers() if header["kind"] == "steps")
 
     def skipped_rows(self) -> Iterator[StepRows]:
         """The skipped step rows, newest first. Raises OSError, FormatError, KeyError."""
@@ -399,11 +399,6 @@ def _batch(
 
 def _without_loads(rows: StepRows, placements: list[PlacementRows]) -> Batch:
     return Batch(rows, placements, None, np.empty(0, np.int64), np.empty((0, 0, 0), np.int64))
-
-
-def _steps_in(header: dict[str, Any]) -> int:
-    """The number of steps in a frame, from its header."""
-    return int(header["arrays"]["step"][1][0])
 
 
 def _recorded(entry: SealedSegment) -> int:

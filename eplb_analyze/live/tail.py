@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,6 @@ from typing import Any, BinaryIO
 from eplb_analyze.sessions.segments import require_regular
 from eplb_dump.format import frames
 from eplb_dump.format.schema import FormatError
-
-#: The writer never writes a longer header.
-_MAX_HEADER = 1 << 20
 
 
 class GrowingFile:
@@ -78,34 +74,11 @@ class GrowingFile:
 
     def frame_at(self, start: int) -> frames.Frame:
         """The frame that starts at a byte. Raises OSError, FormatError."""
-        file, size = self.open()
-        file.seek(start)
-        item = next(frames.scan(file, size - start))
-        if isinstance(item, frames.Tail):
-            raise FormatError(f"damaged from byte {start} on")
-        return item
+        return frames.frame_at(*self.open(), start)
 
     def scan_headers(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """The first byte, end and header of each frame from ``at`` on, without reading the arrays.
-
-        Checksums are not verified: use it only to find frames. It ends at the first incomplete frame.
-        """
-        file, size = self.open()
-        start = self.at
-        while start + frames.HEAD.size + 4 <= size:
-            file.seek(start)
-            magic, length, _, _ = frames.HEAD.unpack(file.read(frames.HEAD.size))
-            end = start + frames.HEAD.size + length
-            header_length = int.from_bytes(file.read(4), "little")
-            if magic != frames.MAGIC or end > size or header_length > min(length, _MAX_HEADER):
-                return
-            try:
-                header = json.loads(file.read(header_length))
-                header["kind"], header["arrays"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                return
-            yield start, end, header
-            start = end
+        """The first byte, end and header of each frame from ``at`` on; see :func:`frames.scan_headers`."""
+        yield from frames.scan_headers(*self.open(), self.at)
 
     def close(self) -> None:
         if self._file is not None:

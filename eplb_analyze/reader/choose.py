@@ -8,8 +8,12 @@ from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.sessions.discovery import Discovery, discover
 from eplb_analyze.sessions.starts import run_and_start
 from eplb_analyze.storage.path import StoragePath
+from eplb_analyze.text import listed
 from eplb_dump.format.schema import model_slug
 from eplb_dump.format.session import SessionInfo
+
+#: So many runs are named in an error.
+MAX_CANDIDATES = 10
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,34 @@ def choose(path: StoragePath, run: str | None = None, model: str | None = None) 
 
 
 def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[str, list[str]]:
-    """The id of the run asked for, or of the newest run, and notes for the user. Raises NotInDumpError."""
+    """The id of the run asked for, or of the newest run, and notes for the user.
+
+    Args:
+        run: its id, or a beginning of the id that no other run has; None for the newest run.
+
+    Raises:
+        NotInDumpError: no run or several are meant.
+    """
     run_ids = found.newest_first()
-    starts = [] if run is None else found.starts_of(run)
+    if run is None:
+        if len(run_ids) == 1:
+            return run_ids[0], []
+        note = f"{path} has {len(run_ids)} runs; using the newest, {run_ids[0]}. Choose another with --run"
+        return run_ids[0], [f"{note}; `eplb-analyze runs` lists them"]
+    if run in found.runs:
+        return run, []
+    starts = found.starts_of(run)
     if starts:
         note = f"{len(starts)} engine starts were given the run id {run}; this is the newest, {starts[0]}"
         return starts[0], [f"{note} (choose with --run)"]
-    if run is not None and run not in found.runs:
-        raise NotInDumpError(f"{path}: no run {run!r}; there are: {', '.join(run_ids[:10])}")
-    if run is not None or len(run_ids) == 1:
-        return run or run_ids[0], []
-    return run_ids[0], [
-        f"{len(run_ids)} runs in {path}; this is the newest, {run_ids[0]} (choose with --run)"
-    ]
+    matches = [run_id for run_id in run_ids if run_id.startswith(run)]
+    if not matches:
+        some = listed(run_ids, MAX_CANDIDATES)
+        raise NotInDumpError(f"{path}: no run {run!r}; there are: {some}; `eplb-analyze runs` lists all")
+    ids = list(dict.fromkeys(run_and_start(run_id)[0] for run_id in matches))
+    if len(ids) > 1:
+        raise NotInDumpError(f"{path}: {run!r} is the beginning of {listed(ids, MAX_CANDIDATES)}; write more")
+    return choose_run(found, path, ids[0])
 
 
 def _size(info: SessionInfo) -> int:

@@ -56,8 +56,8 @@ def open_run(
     Args:
         path: the dump's folder, or the folder of one run, model, rank or session in it; or such a prefix
             of a bucket, ``s3://…`` or ``gs://…``.
-        run: the run's id. If several engine starts were given the same, ``r``, they are ``r@1``, ``r@2``
-            and so on, and ``r`` is the newest.
+        run: the run's id, or a beginning of it that no other run has. If several engine starts were given
+            the same, ``r``, they are ``r@1``, ``r@2`` and so on, and ``r`` is the newest.
         model: the model's name, or its folder's name.
         mixed: also open a run of several engine starts that cannot be separated, to check it; its figures
             are of no engine.

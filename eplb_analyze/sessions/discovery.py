@@ -105,7 +105,7 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
     """Find the sessions of a dump, or of one run, model, rank or session folder of it.
 
     If several engine starts were given one run id, each is a run, and has the id with its number: ``r@2``.
-    If ``run`` is the id of an existing run, other runs may be left out.
+    If ``run`` is the id of an existing run, or the beginning of some, other runs may be left out.
 
     Raises DumpError if the folder does not exist or has no run.
     """
@@ -123,9 +123,34 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
     narrowed = not wanted and run is not None
     if run is not None and not wanted:
         wanted = [f"{RUN_PREFIX}{run_and_start(run)[0]}"]
-    found = Discovery(shown, {}, {})
-    sessions = list(_descend(shown, wanted, found))
-    for (names, folder), session in ordered_map(find_info, sessions, requests_at_once(shown)):
+    found = _find(shown, wanted)
+    if not found.runs and narrowed:
+        found = _find(shown, [], f"{RUN_PREFIX}{run}")
+    if not found.runs and narrowed:
+        return discover(path)
+    if not found.runs and not isinstance(path, Path) and not path.is_dir():
+        what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
+        raise DumpError(f"{path}: {what}")
+    if not found.runs:
+        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
+        odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
+        raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
+    return found
+
+
+def discover_folder(dump: StoragePath, name: str) -> Discovery:
+    """The runs in one folder ``run=…`` of a dump: none if its writers have only just begun.
+
+    Raises DumpError if the folder cannot be listed.
+    """
+    return _find(dump, [name])
+
+
+def _find(root: StoragePath, wanted: list[str], prefix: str = RUN_PREFIX) -> Discovery:
+    """The sessions of a dump, in folders of these names by level; in runs whose folders have the prefix."""
+    found = Discovery(root, {}, {})
+    sessions = list(_descend(root, wanted, found, prefix))
+    for (names, folder), session in ordered_map(find_info, sessions, requests_at_once(root)):
         if session.info is None and not session.fault:
             continue
         run_id, model = names[0][len(RUN_PREFIX) :], names[1][len(MODEL_PREFIX) :]
@@ -140,15 +165,6 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
             found.rebuilt.append(folder)
             text = f"{path_and_fault}; its content was taken from {session.source}; `recover` writes it again"
             findings.append(Finding("warning", "session_rebuilt", text))
-    if not found.runs and narrowed:
-        return discover(path)
-    if not found.runs and not isinstance(path, Path) and not path.is_dir():
-        what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
-        raise DumpError(f"{path}: {what}")
-    if not found.runs:
-        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
-        odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
-        raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
     for run_id in [*found.runs]:
         _separate_starts(found, run_id)
     return found
@@ -201,9 +217,9 @@ def _span(session: Session) -> Span | None:
 
 
 def _descend(
-    root: StoragePath, wanted: list[str], found: Discovery
+    root: StoragePath, wanted: list[str], found: Discovery, prefix: str
 ) -> Iterator[tuple[list[str], StoragePath]]:
-    """``(folder names, session folder)`` of all sessions below ``root``."""
+    """``(folder names, session folder)`` of all sessions in runs whose folders have the prefix."""
 
     def walk(folder: StoragePath, names: list[str]) -> Iterator[tuple[list[str], StoragePath]]:
         level = len(names)
@@ -222,7 +238,7 @@ def _descend(
             found.findings.setdefault((names[0][len(RUN_PREFIX) :], ""), []).append(finding)
             return
         for entry in inside:
-            if not entry.name.startswith(LEVEL_PREFIXES[level]):
+            if not entry.name.startswith(LEVEL_PREFIXES[level] if level else prefix):
                 continue
             if entry.is_symlink():
                 run_id = (names[0] if names else entry.name)[len(RUN_PREFIX) :]

@@ -31,6 +31,8 @@ from eplb_dump.format.schema import FormatError
 
 MAGIC = b"EPLF"
 HEAD = struct.Struct("<4sIII")
+#: The largest JSON header in bytes.
+MAX_HEADER = 1 << 20
 #: The largest payload in bytes. A head that claims more is damage; no memory is allocated for it.
 MAX_PAYLOAD = 64 << 20
 _LENGTH = struct.Struct("<I")
@@ -160,3 +162,50 @@ def scan(file: BinaryIO, size: int) -> Iterator[Frame | Tail]:
         yield frame
         position = frame.end
     yield Tail(position, size)
+
+
+def scan_headers(file: BinaryIO, size: int, start: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield the first byte, end and JSON header of each frame from ``start`` on, without reading the arrays.
+
+    The checksum of the payload, which covers the header, is not verified: use it to find frames, or for an
+    overview. It ends at the first incomplete or damaged frame.
+    """
+    while start + HEAD.size + _LENGTH.size <= size:
+        file.seek(start)
+        head = file.read(HEAD.size)
+        if len(head) < HEAD.size:
+            return
+        magic, length, _, head_crc = HEAD.unpack(head)
+        end = start + HEAD.size + length
+        header_length = int.from_bytes(file.read(_LENGTH.size), "little")
+        intact = magic == MAGIC and zlib.crc32(head[:12]) == head_crc
+        if not intact or end > size or header_length > min(length, MAX_HEADER):
+            return
+        try:
+            header = json.loads(file.read(header_length))
+            header["kind"], header["arrays"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        yield start, end, header
+        start = end
+
+
+def frame_at(file: BinaryIO, size: int, start: int) -> Frame:
+    """The verified frame that starts at a byte. Raises OSError, FormatError."""
+    file.seek(start)
+    item = next(scan(file, size - start))
+    if isinstance(item, Tail):
+        raise FormatError(f"damaged from byte {start} on")
+    return item
+
+
+def damaged_at(file: BinaryIO, size: int, start: int) -> bool:
+    """Whether there are wrong bytes at ``start``: neither a frame, nor the unfinished write of one."""
+    file.seek(start)
+    item = next(scan(file, size - start))
+    return isinstance(item, Tail) and item.fault == "damaged"
+
+
+def steps_in(header: dict[str, Any]) -> int:
+    """The number of steps in a frame of a journal, from its JSON header."""
+    return int(header["arrays"]["step"][1][0])

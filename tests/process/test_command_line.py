@@ -22,6 +22,7 @@ PROGRAM = Path(sys.executable).with_name("eplb-analyze")
 #: Arguments for each command, in a folder that holds ``dump`` and ``loads.npy``. A new command needs a line.
 ARGUMENTS = {
     "summary": "dump",
+    "runs": "dump",
     "layer": "1 dump",
     "ranks": "dump",
     "timeline": "dump",

@@ -316,7 +316,7 @@ def test_each_replica_under_one_run_id_has_its_own_figures(
     for asked in (None, "deploy-1"):
         run = open_run(tmp_path, asked)
         assert run.info.run_id == "deploy-1@2"
-        assert any("choose with --run" in note for note in run.notes)
+        assert any("--run" in note for note in run.notes)
     done = cli("summary", tmp_path, "--run", "deploy-1")
     assert done.returncode == 0
     assert "2 engine starts were given the run id deploy-1" in done.stderr
