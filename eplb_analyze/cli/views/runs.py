@@ -140,7 +140,10 @@ def _notes(console: Console, lines: list[RunLine], hidden: list[str]) -> None:
         print_line(console, f"and {len(damaged) - MAX_FAULTS:,} more damaged runs; --json explains all")
     notes = []
     if any(_state(line) == "not closed" for line in lines):
-        notes.append("not closed: no writer ended it and none wrote in the last minute; it crashed or idles")
+        notes.append(
+            "not closed: its writers did not end it and wrote nothing in the last minute. The engine is idle "
+            "or crashed; after a crash, `eplb-analyze recover` finishes the files"
+        )
     if hidden:
         notes.append(f"no room for {listed(hidden)}: --json has all")
     if notes:
