@@ -5,7 +5,7 @@ A and B are two runs, or two ranges of steps of one run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
@@ -24,7 +24,7 @@ from eplb_analyze.reader.lost import serving
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.sessions.step_range import StepRange
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int64, Shape
 
 #: Runs whose mean tokens per step differ by more than this factor have different workloads.
@@ -251,7 +251,7 @@ def _parts(a: _Reading, b: _Reading) -> formulas.Float64:
 def _read(run: Run, steps: StepRange) -> _Reading:
     if steps != StepRange():
         run.require(steps)
-    return run.retry_without_damaged(lambda: _Reading(run, steps))
+    return run.retry_without_damaged(lambda: _Reading(run.estimated(steps), steps))
 
 
 class _Reading:
@@ -385,10 +385,17 @@ def _reasons(a: _Reading, b: _Reading) -> Iterator[str]:
         yield f"other layers: {_layers(one)} and {_layers(other)}"
     if one.num_logical_experts != other.num_logical_experts:
         yield f"other experts: {one.num_logical_experts} and {other.num_logical_experts} a layer"
+    if a.run.missing_ranks != b.run.missing_ranks:
+        lacks = [f"{name} lacks {_ranks(side.run.missing_ranks)}" for name, side in (("A", a), ("B", b))]
+        yield f"{' and '.join(lacks)} in all steps: an estimate is only compared with one by the same ranks"
     for name, reading in (("A", a), ("B", b)):
         if reading.active_rows < MIN_STEPS:
-            count = plural(reading.active_rows, "complete step")
+            count = plural(reading.active_rows, "step" if reading.run.missing_ranks else "complete step")
             yield f"{name} has {count} with tokens, {MIN_STEPS} are needed"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {listed(ranks)}" if ranks else "no rank"
 
 
 def _layers(info: RunInfo) -> str:
@@ -398,6 +405,12 @@ def _layers(info: RunInfo) -> str:
 def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Routing) -> Iterator[str]:
     """Other possible causes of a difference, or of none."""
     one, other = a.run.info, b.run.info
+    if missing := a.run.missing_ranks:
+        ranks = len(a.run.expected_ranks)
+        yield (
+            f"estimate from {ranks - len(missing)} of {ranks} ranks: no step is complete, and the loads of "
+            f"{_ranks(missing)} are missing from A and B"
+        )
     if one.ep_size != other.ep_size:
         yield f"EP size {one.ep_size} and {other.ep_size}: fewer ranks are easier to balance"
     if one.num_physical_experts != other.num_physical_experts:

@@ -170,7 +170,7 @@ def _timeline(
     )
     total = float(parts.weight.sum())
     ends = [*shapes.values()]
-    notes = estimate_notes(missing, recorded, ends[0].first_step, ends[-1].last_step)
+    notes = estimate_notes(run, missing, recorded, ends[0].first_step, ends[-1].last_step)
     notes += run.import_caveats("step_order")
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])

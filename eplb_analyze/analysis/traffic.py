@@ -78,6 +78,8 @@ class TrafficReport(SumsReport):
     matrix: Int64
     #: The ranks, or the nodes, that were lost: no mean is over them.
     lost: list[int]
+    #: The ranks, or the nodes, of which nothing was recorded: what they sent is not known.
+    missing_sources: list[int]
     layers: list[LayerTraffic]
     notes: list[str]
 
@@ -90,7 +92,8 @@ class TrafficReport(SumsReport):
         flows = self.matrix.copy()
         np.fill_diagonal(flows, 0)
         serving = len(flows) - len(self.lost)
-        mean = flows.sum() / max(1, serving * (serving - 1))
+        sources = serving - len(self.missing_sources)
+        mean = flows.sum() / max(1, sources * (serving - 1))
         order = np.argsort(-flows, axis=None, kind="stable")[:most]
         rows, columns = np.unravel_index(order, flows.shape)
         return [
@@ -128,6 +131,7 @@ class TrafficReport(SumsReport):
                 "first_step": self.first_step,
                 "last_step": self.last_step,
                 "recorded": self.recorded,
+                "missing_ranks": self.missing_ranks,
                 "tokens": self.tokens,
                 "shares": self.shares,
                 "shares_by_chance": self.by_chance,
@@ -176,7 +180,9 @@ def traffic_report(
 
     def read() -> TrafficReport:
         rank_of = {id(s): session.info.ep_rank for session in run.sessions for s in session.segments}
-        sums, whole, notes = last_configuration(run, steps, lambda shape: _Flows(shape, rank_of))
+        sums, whole, notes = last_configuration(
+            run, steps, lambda shape: _Flows(shape, rank_of), estimate=True
+        )
         notes += uneven_nodes(sums.shape.ep_size, ranks_per_node)
         flows = sums.flows[first:last]
         rank = np.arange(sums.shape.ep_size)
@@ -185,6 +191,9 @@ def traffic_report(
         lost = sorted(lost_in(sums.shape))
         if lost:
             notes.append(f"lost in these steps, and in no mean: rank {listed(lost)}")
+        missing = [*sums.missing]
+        if missing:
+            notes.append(f"what rank {listed(missing)} sent is not known, and in no figure")
         return TrafficReport(
             *sums.head(run, whole),
             layer=layer,
@@ -195,6 +204,7 @@ def traffic_report(
             by_chance=_shares(np.outer(matrix.sum(axis=1, dtype=float), matrix.sum(axis=0)), node),
             matrix=_by_node(matrix, node) if by == "node" and node is not None else matrix,
             lost=lost if by == "rank" or node is None else _whole_nodes(lost, node),
+            missing_sources=missing if by == "rank" or node is None else _whole_nodes(missing, node),
             layers=[
                 LayerTraffic(number, int(own.sum()), _shares(own, node))
                 for number, own in zip(run.info.layers[first:last], flows, strict=True)

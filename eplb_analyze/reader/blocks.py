@@ -36,7 +36,9 @@ from eplb_dump.format.schema import Scope, Status
 #: No step's phase; that of a step without one is -1.
 NO_PHASE = -2
 #: The attributes of a block with a value for each step.
-_BY_STEP = ("step", "state", "time_ns", "clock_ns", "num_tokens", "step_ms", "device_ms", "phase")
+_BY_STEP = (
+    "step", "state", "state_as_joined", "time_ns", "clock_ns", "num_tokens", "step_ms", "device_ms", "phase",
+)  # fmt: skip
 
 
 class Block:
@@ -45,6 +47,7 @@ class Block:
     Attributes:
         step: int64 [S], ascending.
         state: uint8 [S], a :class:`StepState` each.
+        state_as_joined: likewise, also in an :class:`EstimateBlock` as it is: incomplete.
         shape: the shape of the loads, without ranks that are lost; None if no rank recorded any.
         ranks: the writer ranks [R] that ``status`` has a row for.
         status: uint8 [R, S], a :class:`~eplb_dump.format.schema.Status` each, or ABSENT.
@@ -74,7 +77,7 @@ class Block:
         self._owner = rows.owner[:, low:high]
         self._scope = scope
         self.step = rows.step[low:high]
-        self.state = rows.state[low:high]
+        self.state = self.state_as_joined = rows.state[low:high]
         self.status = rows.status[:, low:high]
         self.ranks = rows.ranks
         self.shape = shape
@@ -307,10 +310,9 @@ class ServingBlock(Block):
 class PhaseBlock(Block):
     """A block without the steps of other phases, which may leave it without any."""
 
-    one_phase = True
-
     def __init__(self, block: Block, phase: str) -> None:
         self.__dict__.update(block.__dict__)
+        self.one_phase = True
         code = block.phases.index(phase) if phase in block.phases else NO_PHASE
         chosen = np.flatnonzero(block.phase == code)
         self._owner, self.status = block._owner[:, chosen], block.status[:, chosen]

@@ -65,13 +65,13 @@ class Completeness:
             there = np.flatnonzero(block.status[row] < len(Status))
             if len(there):
                 result.last_of_rank[rank] = int(steps[there[-1]])
-        result.states.update(Counter(block.state.tolist()))
+        result.states.update(Counter(block.state_as_joined.tolist()))
         result.first_clock_ns, result.last_clock_ns = int(block.clock_ns[0]), int(block.clock_ns[-1])
         result._add_incomplete(block)
         return result
 
     def _add_incomplete(self, block: Block) -> None:
-        bad = block.state == StepState.INCOMPLETE
+        bad = block.state_as_joined == StepState.INCOMPLETE
         whole = np.flatnonzero(~bad)
         if len(whole):
             self.incomplete_inside = int(bad[: whole[-1]].sum())

@@ -6,15 +6,13 @@ Loads are never summed across two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from eplb_analyze.json_report import RunReport
-from eplb_analyze.reader.blocks import Block, EstimateBlock
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
@@ -90,7 +88,7 @@ def last_configuration(
         DumpError: no step in it is complete.
     """
     sums, seen, earlier = last_of_configurations(run, steps, start, estimate=estimate)
-    notes = estimate_notes(sums.missing, sums.recorded, sums.first_step, sums.last_step)
+    notes = estimate_notes(run, sums.missing, sums.recorded, sums.first_step, sums.last_step)
     if earlier:
         first, end = earlier[0].first, earlier[-1].end
         notes.append(
@@ -131,21 +129,15 @@ def blocks_by_configuration(
     around it.
 
     Args:
-        estimate: if no step is complete, take the largest group of steps that lack the rows of the same
-            ranks. So complete steps and others are never mixed.
+        estimate: if no step is complete, of the ranks that are there: :meth:`Run.estimated
+            <eplb_analyze.reader.run.Run.estimated>`.
     """
-    lacking: Counter[tuple[int, ...]] = Counter()
 
     def count(block: Block) -> Block:
         seen.add(block)
-        if estimate:
-            lacking.update({missing: len(own) for missing, own in block.without_ranks()})
         return block
 
-    yield from _numbered(map(count, run.blocks(steps)))
-    if lacking and not seen.count(StepState.RECORDED):
-        missing = min(lacking, key=lambda ranks: (-lacking[ranks], ranks))
-        yield from _numbered(EstimateBlock(block, missing) for block in run.blocks(steps))
+    yield from _numbered(map(count, (run.estimated(steps) if estimate else run).blocks(steps)))
 
 
 def _numbered(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
@@ -159,11 +151,13 @@ def _numbered(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
             yield number, block
 
 
-def estimate_notes(missing: Sequence[int], steps: int, first: int, last: int) -> list[str]:
+def estimate_notes(run: Run, missing: Sequence[int], steps: int, first: int, last: int) -> list[str]:
     """The label of figures of steps that lack ranks; none if they are complete."""
     if not missing:
         return []
-    text = (
-        f"ESTIMATE of {plural(steps, 'step')}, {first} to {last}, without rank {listed(missing)}: no step is "
-    )
-    return [f"{text}complete, and figures are by the loads of the other ranks alone"]
+    ranks = len(run.expected_ranks)
+    return [
+        f"estimate from {ranks - len(missing)} of {ranks} ranks, without rank {listed(missing)}: no step is "
+        f"complete, so figures are by the loads of the ranks that are there, in {plural(steps, 'step')}, "
+        f"{first}-{last}"
+    ]

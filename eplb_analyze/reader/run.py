@@ -10,6 +10,7 @@ import contextlib
 import copy
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block, PhaseBlock, iter_blocks, parts
+from eplb_analyze.reader.blocks import Block, EstimateBlock, PhaseBlock, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.join import MIXED
@@ -118,6 +119,8 @@ class Run:
         #: The run that it is one phase of, and the phase.
         self._all_phases: Run | None = None
         self.phase: str | None = None
+        #: The ranks without which steps count as complete; empty: only complete ones do.
+        self._without: tuple[int, ...] = ()
         #: The last step to include; None for all.
         self._last: int | None = None
         self.scope = sessions[0].info.scope
@@ -183,6 +186,30 @@ class Run:
     def all_phases(self) -> Run:
         """The run with the steps of all phases; itself, unless it is one phase of a run."""
         return self if self._all_phases is None else self._all_phases
+
+    def estimated(self, steps: tuple[int, int] | None = None) -> Run:
+        """A run whose figures are estimates by the ranks that are there, if a range has no complete step.
+
+        In it, the largest group of the range's steps that lack the rows of the same ranks counts as complete,
+        and no other step does, so that complete steps and others are never mixed. The loads are a sample of
+        the same routing. If a step is complete, or none lacks ranks, it is this run. Use it inside
+        :meth:`retry_without_damaged` of this run.
+        """
+        lacking: Counter[tuple[int, ...]] = Counter()
+        for block in self._blocks(steps):
+            if len(block.recorded):
+                return self
+            lacking.update({missing: len(own) for missing, own in block.without_ranks()})
+        if not lacking:
+            return self
+        run = copy.copy(self)
+        run._without = min(lacking, key=lambda ranks: (-lacking[ranks], ranks))
+        return run
+
+    @property
+    def missing_ranks(self) -> tuple[int, ...]:
+        """The ranks that an estimate lacks; empty if figures are of complete steps."""
+        return self._without
 
     def import_caveats(self, *codes: str) -> list[str]:
         """One note for each fact that an answer needs and an imported run lacks or assumes.
@@ -270,6 +297,8 @@ class Run:
         if self.phase is not None:
             of_phase = (PhaseBlock(block, self.phase) for block in blocks)
             blocks = (block for block in of_phase if len(block.step))
+        if self._without:
+            blocks = (EstimateBlock(block, self._without) for block in blocks)
         return map(Block.serving_only, blocks) if self._serving_only else blocks
 
     def _report(self, done: Block, steps: tuple[int, int] | None) -> None:

@@ -17,7 +17,7 @@ from eplb_analyze.metrics.dispatch import Dispatch
 from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import Sums, last_of_configurations
+from eplb_analyze.reader.configurations import Sums, estimate_notes, last_of_configurations
 from eplb_analyze.reader.lost import lost_in, remaining
 from eplb_analyze.reader.recorded_setting import Recorded, Setting, recorded
 from eplb_analyze.reader.run import Run
@@ -53,6 +53,8 @@ class ReplayedSteps:
     #: Of all steps of the requested range.
     whole: Completeness
     notes: list[str]
+    #: Ranks that all of the steps lack: the figures are estimates, by the loads of the others.
+    missing_ranks: list[int] = field(default_factory=list)
 
 
 class _StepTimes(Sums):
@@ -81,7 +83,8 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     if "step_order" in unknown:
         raise NotReplayableError(f"{run.path}: not known of this imported run: {unknown['step_order']}")
     sums, whole, earlier = last_of_configurations(run, steps, _StepTimes)
-    starts_from, notes = run.step_range[0] or 0, []
+    starts_from = run.step_range[0] or 0
+    notes = estimate_notes(run, sums.missing, sums.recorded, sums.first_step, sums.last_step)
     if earlier:
         starts_from = sums.first_step
         notes.append(
@@ -98,7 +101,9 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
         notes.append(
             f"rank {listed(lost_in(sums.shape))} is lost: the ranks that serve are replayed without it"
         )
-    return ReplayedSteps(sums.steps, remaining(sums.shape), sums.recorded, starts_from, seconds, whole, notes)
+    return ReplayedSteps(
+        sums.steps, remaining(sums.shape), sums.recorded, starts_from, seconds, whole, notes, [*sums.missing]
+    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,7 @@ class Replay(RunReport):
         return self.document(
             {
                 "steps": self.part.whole,
+                "missing_ranks": self.part.missing_ranks,
                 "first_step": self.first_step,
                 "last_step": self.last_step,
                 "scored": self.scored,
@@ -254,13 +260,14 @@ def replay_run(
     """
 
     def play() -> Replay:
-        part = last_steps(run, steps)
-        serving = run.serving_only()
+        estimated = run.estimated(steps)
+        part = last_steps(estimated, steps)
+        serving = estimated.serving_only()
         today = recorded(serving, part.shape)
         groupings = Groupings(serving, today, part.shape, num_groups, num_nodes)
         settings, notes = _settings(serving, today, choices, part.recorded * run.info.interval)
         tried, own = len(settings), today.setting()
-        cost, pause = cost_of(run), pause_of(run, cost_per_expert_ms)
+        cost, pause = cost_of(estimated), pause_of(estimated, cost_per_expert_ms)
         if own is not None and own not in settings:  # replayed, too, as a test
             settings = [*settings, own]
 

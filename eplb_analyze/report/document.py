@@ -25,6 +25,7 @@ from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import last_configuration
+from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
 from eplb_analyze.report import answer, sentences
@@ -85,11 +86,13 @@ def report_document(
     figures: dict[str, Any] = {}
     packed: dict[str, Any] | None = None
     experts = None
-    if summary.spreads["balancedness"].mean is not None:
+    if summary.spreads["balancedness"].mean is not None or (
+        summary.estimates and not summary.steps.count(StepState.RECORDED)
+    ):
         over_time = timeline(run, bins=bins_that_fit(run), steps=steps)
         edges = np.array([*(b.first_step for b in over_time.bins), over_time.bins[-1].last_step + 1])
         loads, _, left_out = run.retry_without_damaged(
-            lambda: last_configuration(run, steps, lambda shape: LoadBins(run, shape, edges))
+            lambda: last_configuration(run, steps, lambda shape: LoadBins(run, shape, edges), estimate=True)
         )
         experts = _experts(run, steps)
         ranks = rank_report(run, steps)

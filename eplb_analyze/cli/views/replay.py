@@ -37,8 +37,9 @@ def pause_sentence(pause: Pause) -> str:
 def render(console: Console, result: Replay, top: int = 20) -> None:
     print_heading(console, result.model, f" · run {result.run_id}")
     shape = result.part.shape
+    kind = "incomplete step" if result.part.missing_ranks else "complete step"
     console.print(
-        f"{plural(result.scored, 'complete step')}, {result.first_step} to {result.last_step}; "
+        f"{plural(result.scored, kind)}, {result.first_step} to {result.last_step}; "
         f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
         f"{plural(shape.num_moe_layers, 'layer')}"
     )

@@ -87,6 +87,11 @@ def export_loads(
     write = _write_logical if format == "logical-npy" else _write_long
 
     def export() -> LoadExport:
+        if missing := run.estimated(steps).missing_ranks:
+            raise DumpError(
+                f"{run.path}: every step lacks the loads of rank {listed(missing)}, and a file of loads "
+                "cannot say so; nothing is written (`summary`, `experts` and `replay` show estimates)"
+            )
         with atomic.new_file(file, force=force) as out:
             written = write(run, format, out, steps, chosen)
             size = out.tell()
@@ -165,12 +170,15 @@ class LogicalSums(Sums):
 
 
 def logical_loads(
-    run: Run, steps: tuple[int, int] | None, window: int | None = None
+    run: Run, steps: tuple[int, int] | None, window: int | None = None, *, estimate: bool = False
 ) -> tuple[LogicalSums, Completeness, list[str]]:
     """The loads of the last configuration in the last ``window`` steps of a range.
 
     Call it in ``run.retry_without_damaged``. Also returns the completeness of the steps, and notes on
     what was left out.
+
+    Args:
+        estimate: as in :func:`eplb_analyze.reader.configurations.blocks_by_configuration`.
 
     Raises:
         NotInDumpError, DumpError: the dump has no such step, or a layer's placement is not known there.
@@ -188,7 +196,7 @@ def logical_loads(
     if known >= high:
         raise DumpError(f"{run.path}: a layer's placement is not known in these steps")
     sums, whole, notes = last_configuration(
-        run, (max(low, known), high), lambda shape: LogicalSums(run, shape)
+        run, (max(low, known), high), lambda shape: LogicalSums(run, shape), estimate=estimate
     )
     if known > max(low, first or 0):
         notes.append(f"steps before {known} are left out: a layer's placement is not known there")

@@ -148,7 +148,9 @@ def policy_placement(
         DumpError: no step of these is complete, or no placement is known there.
     """
     place = policies.named(policy)
-    weights, whole, notes = run.retry_without_damaged(lambda: logical_loads(run, steps, window))
+    weights, whole, notes = run.retry_without_damaged(
+        lambda: logical_loads(run, steps, window, estimate=True)
+    )
     info, shape = run.info, weights.shape
     if not weights.logical.any():
         raise DumpError(f"{run.path}: no token was routed in these steps, so a policy has nothing to go by")

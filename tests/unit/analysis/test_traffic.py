@@ -216,6 +216,7 @@ def test_json_output(tmp_path: Path) -> None:
         assert set(receiver) == names
     assert [(p.pop("source"), p.pop("tokens")) for p in document.pop("pairs")] == [(1, 33569), (0, 14348)]
     assert [r["tokens"] for r in document.pop("receivers")] == [67221, 28779]
+    assert document.pop("schema_version") == 1
     assert document == {
         "run": {"run_id": "r", "model": "org/moe"},
         "layer": None,
@@ -229,6 +230,7 @@ def test_json_output(tmp_path: Path) -> None:
         "first_step": 0,
         "last_step": 39,
         "recorded": 40,
+        "missing_ranks": [],
         "tokens": 96000,
         "shares": {"same_rank": pytest.approx(48083 / 96000), "same_node": None, "other_node": None},
         "shares_by_chance": {"same_rank": pytest.approx(0.5), "same_node": None, "other_node": None},

@@ -340,7 +340,7 @@ def test_rank_that_only_stops_recording_is_not_lost(tmp_path: Path, segment_step
     assert estimate.idle_fraction == pytest.approx(idle)
     result = cli("summary", tmp_path)
     assert result.returncode == 3
-    assert "ESTIMATE of 40 steps, 20 to 59, without rank 1:" in result.stdout
+    assert "estimate from 3 of 4 ranks, steps 20-59, without rank 1:" in result.stdout
 
 
 def test_run_in_which_a_rank_never_recorded_has_only_estimates(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_run_in_which_a_rank_never_recorded_has_only_estimates(tmp_path: Path) -
     assert (estimate.missing_ranks, estimate.steps) == ((3,), 60)
     assert estimate.balancedness.mean == pytest.approx(np.mean([engine.balancedness(s) for s in range(60)]))
     result = cli("summary", tmp_path)
-    assert (result.returncode, "ESTIMATE of 60 steps" in result.stdout) == (3, True)
+    assert (result.returncode, "estimate from 3 of 4 ranks, steps 0-59" in result.stdout) == (3, True)
     assert {"missing_ranks", "no_complete_step"} <= {f.code for f in check_run(run).findings}
 
 
@@ -407,19 +407,18 @@ def test_every_command_estimates_steps_that_lack_ranks_by_the_others(
     assert experts.missing_ranks == [*missing]
     assert experts.experts["tokens"].to_list() == logical.tolist()
 
-    label = (
-        f"ESTIMATE of {len(own)} steps, {own[0]} to {own[-1]}, without rank {', '.join(map(str, missing))}: "
-    )
+    label = f"estimate from {RANKS - len(missing)} of {RANKS} ranks, without rank "
+    label += f"{', '.join(map(str, missing))}: no step is complete"
+    span = f"in {len(own)} steps, {own[0]}-{own[-1]}"
     chosen = [] if steps is None else ["--steps", f"{steps[0]}-{steps[1] - 1}"]
-    for command in (["ranks"], ["timeline"], ["experts"], ["layer", 1]):
+    for command in (["ranks"], ["timeline"], ["experts"], ["layer", 1], ["traffic"]):
         shown = cli(*command, tmp_path, *chosen)
         assert shown.returncode == 3
         assert label in " ".join(shown.stdout.split())
+        assert span in " ".join(shown.stdout.split())
         assert "complete steps" not in shown.stdout.replace("incomplete steps", "")
         document = json.loads(cli(*command, tmp_path, *chosen, "--json").stdout)
         assert document["missing_ranks"] == [*missing]
-    for command in (["traffic"], ["replay"]):
-        assert "complete" in cli(*command, tmp_path, *chosen).stderr
 
 
 def test_complete_steps_are_never_mixed_with_estimates(tmp_path: Path) -> None:
