@@ -6,13 +6,15 @@ import enum
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate
 
 import typer
 
-from eplb_analyze.cli.output import RunOutput
+from eplb_analyze.cli.output import PROGRAM, RunOutput
+from eplb_analyze.errors import UsageError
 from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 
@@ -69,13 +71,31 @@ class Grouping(str, enum.Enum):
 
 # Which run, and what of it.
 Dump = Annotated[
-    StoragePath,
+    StoragePath | None,
     typer.Argument(
-        help="The dump's folder or s3://… or gs://…, or one run=… folder in it.",
+        help="A dump: a folder, s3://… or gs://…, or one run=… folder in it.",
         parser=storage_path,
-        metavar="DUMP",
+        metavar="[DUMP]",
         envvar="EXPERT_LOAD_DUMP_DIR",
         show_default="the current folder",
+    ),
+]
+Source = Annotated[
+    StoragePath,
+    typer.Argument(
+        help="A dump: a folder, s3://… or gs://…, or one run=… folder in it.",
+        parser=storage_path,
+        metavar="SRC",
+        show_default=False,
+    ),
+]
+Destination = Annotated[
+    StoragePath,
+    typer.Argument(
+        help="The dump to write into: a folder, s3://… or gs://….",
+        parser=storage_path,
+        metavar="DST",
+        show_default=False,
     ),
 ]
 Run = Annotated[
@@ -246,27 +266,44 @@ _TIMES = {"since": Since, "until": Until, "at": At, "phase": Phase, "tz": TimeZo
 _LAST = ("run", "model", "workers", "json")
 
 
+def find_dump() -> StoragePath:
+    """The current folder, for a command without DUMP.
+
+    Raises UsageError if it is neither a dump nor in one.
+    """
+    from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX
+
+    here = Path()
+    if here.absolute().name.startswith(LEVEL_PREFIXES) or any(here.glob(f"{RUN_PREFIX}*")):
+        return here
+    command = " ".join([PROGRAM, *sys.argv[1:], "/path/to/dump"])
+    raise UsageError(
+        f"no dump is given, and the current folder is not one; write `{command}`, or set EXPERT_LOAD_DUMP_DIR"
+    )
+
+
 def about_a_run(
     command: Callable[Concatenate[RunOutput, ...], None], *, phases: bool = True
 ) -> Callable[..., None]:
-    """Add the argument DUMP and the options --run, --model and --json to a command.
+    """Add the argument DUMP, and the options --run, --model and --json, to a command.
 
     The command declares only what is its own, after a :class:`RunOutput`, which it gets for these four. A
     command with --steps also gets --step, unless it has its own (one step as a range), --since, --until,
     --at, --phase and --tz, and one with --step alone --at and --tz: it sees the steps that they select.
+    In a command with a ``destination``, DUMP is SRC, and must be given.
 
     Args:
         phases: False: its result is not of the steps of a phase.
     """
 
     def run_command(
-        dump: Dump = Path("."),
+        dump: Dump = None,
         run: Run = None,
         model: Model = None,
         json: Json = False,
         **own: Any,
     ) -> None:
-        out = RunOutput(dump, run, model, json=json)
+        out = RunOutput(find_dump() if dump is None else dump, run, model, json=json)
         asked = {name: own.pop(name, None) for name in _TIMES}
         if single_step is not None:
             asked["step"] = own.pop("step")
@@ -277,8 +314,10 @@ def about_a_run(
         last = _LAST.index(parameter.name) if parameter.name in _LAST else -1
         return parameter.default is not inspect.Parameter.empty, last
 
-    *shared, _ = inspect.signature(run_command, eval_str=True).parameters.values()
+    dump, *shared, _ = inspect.signature(run_command, eval_str=True).parameters.values()
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    if any(parameter.name == "destination" for parameter in own):
+        dump = dump.replace(default=inspect.Parameter.empty, annotation=Source)
     single_step = _single_step(own)
     names = [parameter.name for parameter in own]
     if single_step is not None:
@@ -296,7 +335,7 @@ def about_a_run(
         ]
     # Typer reads the signature and the annotations.
     functools.update_wrapper(run_command, command)
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in sorted([*shared, *own], key=place)]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in sorted([dump, *shared, *own], key=place)]
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run_command

@@ -156,7 +156,7 @@ def _lost(run: Run) -> dict[str, str]:
         remedy = "keep it"
         if first:
             remedy = (
-                f"first copy the steps before (`copy --to PLACE --steps -{first - 1}`, or fewer: a copy "
+                f"first copy the steps before (`copy --steps -{first - 1} SRC DST`, or fewer: a copy "
                 f"has whole segments, and none of them may hold step {first})"
             )
         raise DumpError(f"{run.path}: {text}, so it is not compacted; {remedy}")
@@ -167,7 +167,7 @@ def _lost(run: Run) -> dict[str, str]:
     many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
     if steps.lacks_much:
         whole = "A-B" if steps.incomplete_inside else f"{steps.first}-{steps.last_whole or 0}"
-        remedy = f"first copy the part that is whole (`copy --to PLACE --steps {whole}`)"
+        remedy = f"first copy the part that is whole (`copy --steps {whole} SRC DST`)"
         raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
     incomplete_tail = not steps.incomplete_inside and steps.ends_together
     text = f"{many} lacked a rank in the run it was made of: {why}"

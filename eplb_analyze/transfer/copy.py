@@ -100,7 +100,7 @@ def copy_run(
     run_id, notes = choose_run(found, source, run)
     dump = found.root.resolve()
     if isinstance(dump, Path) and isinstance(to, Path) and dump in to.resolve().parents:
-        raise UsageError(f"{to}: it lies inside the dump that is copied; name another --to")
+        raise UsageError(f"{to}: it lies inside the dump that is copied; name another destination")
     chosen = _choose_sessions(found, source, run_id, model, ranks)
     damaged = [f.text for f in found.findings_of(run_id) if f.severity == "error"]
     copies = [

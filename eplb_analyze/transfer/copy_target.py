@@ -114,7 +114,7 @@ class Target:
             held = "more than the steps asked for"
             if there.part is not None:
                 held = f"a copy of steps {StepRange(there.part[0], there.part[1] + 1)} only"
-            raise UsageError(f"{self.folder}: it holds {held}, and stays as it is; name another --to")
+            raise UsageError(f"{self.folder}: it holds {held}, and stays as it is; name another destination")
         if not (_files(there) <= _files(manifest) and there.closed in (None, manifest.closed)):
             path = self.folder / MANIFEST_FILE
             raise UsageError(f"{path}: it is there with another content, and stays as it is")

@@ -92,7 +92,7 @@ def with_file_limit(limit: int, *arguments: object) -> subprocess.CompletedProce
 
 def test_journal_of_a_killed_writer_is_copied(tmp_path: Path) -> None:
     kill_writers(tmp_path / "dump", 1, "global")
-    result = cli("copy", "--to", tmp_path / "copy", "--json", tmp_path / "dump")
+    result = cli("copy", "--json", tmp_path / "dump", tmp_path / "copy")
     assert result.returncode == 0
     assert any("not sealed" in note for note in json.loads(result.stdout)["notes"])
     assert content(tmp_path / "copy") == content(tmp_path / "dump")
@@ -103,7 +103,7 @@ def test_killed_copy_is_incomplete_and_continues(dump: Path, s3: S3, tmp_path: P
     source = s3.address(s3.put(dump))
     with (
         s3.failing(key=f"{session_of(dump, 1).name}/loads", delay=30),
-        start_child(PROGRAM, "copy", "--to", tmp_path, source) as program,
+        start_child(PROGRAM, "copy", source, tmp_path) as program,
     ):
         complete = [session_of(dump, rank).relative_to(dump) / SESSION_FILE for rank in (0, 2)]
         wait_until(lambda: all((tmp_path / name).exists() for name in complete))
@@ -114,7 +114,7 @@ def test_killed_copy_is_incomplete_and_continues(dump: Path, s3: S3, tmp_path: P
     assert result.returncode == 3
     assert SESSION_FILE in result.stderr
     assert cli("check", tmp_path).returncode == 1
-    again = json.loads(cli("copy", "--to", tmp_path, "--json", source).stdout)
+    again = json.loads(cli("copy", "--json", source, tmp_path).stdout)
     assert 0 < again["files_there"] < again["files"]
     assert content(tmp_path) == content(dump)
     assert not [*tmp_path.rglob("*.tmp")]
@@ -160,11 +160,11 @@ def test_second_copy_into_a_session_is_refused(dump: Path, s3: S3, tmp_path: Pat
     source = s3.address(s3.put(dump))
     with (
         s3.failing(key="loads-000002", delay=1),
-        start_child(PROGRAM, "copy", "--to", tmp_path, source) as first,
+        start_child(PROGRAM, "copy", source, tmp_path) as first,
     ):
         wait_until(lambda: [*tmp_path.rglob("loads-000001.parquet")])
         first.send_signal(signal.SIGSTOP)  # however long the second one takes, the first is not done
-        one_error(cli("copy", "--to", tmp_path, dump), 2, "another copy writes into it")
+        one_error(cli("copy", dump, tmp_path), 2, "another copy writes into it")
         first.send_signal(signal.SIGCONT)
         first.communicate(timeout=60)
         assert first.returncode == 0
@@ -173,9 +173,9 @@ def test_second_copy_into_a_session_is_refused(dump: Path, s3: S3, tmp_path: Pat
 
 
 def test_copy_to_a_full_disk_is_incomplete_and_continues(dump: Path, tmp_path: Path) -> None:
-    one_error(with_file_limit(3000, "copy", "--to", tmp_path, dump), 3, "too large")
+    one_error(with_file_limit(3000, "copy", dump, tmp_path), 3, "too large")
     assert cli("summary", tmp_path).returncode == 3
-    assert cli("copy", "--to", tmp_path, dump).returncode == 0
+    assert cli("copy", dump, tmp_path).returncode == 0
     assert content(tmp_path) == content(dump)
 
 
@@ -184,7 +184,7 @@ def test_copy_to_a_full_disk_is_incomplete_and_continues(dump: Path, tmp_path: P
 
 def test_compacted_run_of_killed_writers_states_its_open_end(tmp_path: Path) -> None:
     kill_writers(tmp_path / "dump", 2, "local")
-    result = cli("compact", "--to", tmp_path / "new", "--json", tmp_path / "dump")
+    result = cli("compact", "--json", tmp_path / "dump", tmp_path / "new")
     assert (result.returncode, result.stderr) == (0, "")
     assert "2 sessions of the source did not end in order" in json.loads(result.stdout)["unknown"]["end"]
     assert loads(tmp_path / "new") == loads(tmp_path / "dump")
@@ -192,7 +192,7 @@ def test_compacted_run_of_killed_writers_states_its_open_end(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("limit", [100, 1500])
 def test_compact_to_a_full_disk_leaves_nothing(limit: int, dump: Path, tmp_path: Path) -> None:
-    one_error(with_file_limit(limit, "compact", "--to", tmp_path, dump), 3, "too large")
+    one_error(with_file_limit(limit, "compact", dump, tmp_path), 3, "too large")
     assert not [*tmp_path.iterdir()]
 
 
@@ -206,14 +206,14 @@ def test_killed_compact_leaves_no_run_and_its_remains_are_removed(tmp_path: Path
             writer.record(step, rng.integers(0, 200, (32, 256)), np.arange(256) + np.zeros((32, 1), int))
             if step % 32 == 31:
                 assert writer.flush(60)
-    with start_child(PROGRAM, "compact", "--to", to, root) as child:
+    with start_child(PROGRAM, "compact", root, to) as child:
         wait_until(lambda: [*to.rglob("*.parquet*")])
         child.send_signal(signal.SIGKILL)
         child.communicate()
     assert not [*to.glob("run=*/model=*")]
     one_error(cli("summary", to), 3, "no run in it")
     assert [p.name for p in to.iterdir()] == [".run=r-compact.eplb.tmp"]
-    again = json.loads(cli("compact", "--to", to, "--json", root).stdout)
+    again = json.loads(cli("compact", "--json", root, to).stdout)
     assert again["after"]["run_id"] == "r-compact"
     assert [p.name for p in to.iterdir()] == ["run=r-compact"]
     assert not [*to.rglob("*.tmp")]
@@ -240,7 +240,7 @@ def test_unfinished_runs_of_killed_processes_are_removed(dump: Path, tmp_path: P
     (tmp_path / ".link.eplb.tmp").symlink_to(tmp_path / ".run=y.eplb.tmp")
     (tmp_path / ".x.eplb.tmp").mkdir()
     (tmp_path / ".x.eplb.tmp/without a lock").touch()
-    assert cli("compact", "--to", tmp_path, dump).returncode == 0
+    assert cli("compact", dump, tmp_path).returncode == 0
     assert {p.name for p in tmp_path.iterdir()} == {"run=r-compact"} | kept
 
 
@@ -360,9 +360,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 INTERRUPTED = {
-    "compact": "compact --to ROOT --run-id x DUMP",
-    "import": "import --into ROOT --run-id x --format array --ep-size 2 --placement linear DUMP/loads.npy",
-    "copy": "copy --to ROOT DUMP",
+    "compact": "compact --run-id x DUMP ROOT",
+    "import": "import --run-id x --format array --ep-size 2 --placement linear DUMP/loads.npy ROOT",
+    "copy": "copy DUMP ROOT",
     "report": "report -o ROOT/r.html DUMP",
     "export loads": "export loads --as csv -o ROOT/x.csv DUMP",
     "export placement": "export placement --for json -o ROOT/x.json DUMP",

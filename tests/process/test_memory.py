@@ -41,8 +41,8 @@ COMMANDS = {
     "check": "dump",
     "export placement": "--for json -o placement.json --force dump",
     "export loads": "--as csv -o loads.csv --force dump",
-    "copy": "--to copied dump",
-    "compact": "--to compacted dump",
+    "copy": "dump copied",
+    "compact": "dump compacted",
     "watch": "--once dump",
 }
 #: Runs a command, then writes its peak in KiB (VmHWM) to a file.

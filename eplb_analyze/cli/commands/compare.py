@@ -17,19 +17,19 @@ from eplb_analyze.storage.path import StoragePath, storage_path
 
 def compare(
     a: Annotated[
-        StoragePath,
+        StoragePath | None,
         typer.Argument(
             help="The dump, or run=… folder, of the baseline.",
             parser=storage_path,
-            metavar="A",
+            metavar="[A]",
             envvar="EXPERT_LOAD_DUMP_DIR",
             show_default="the current folder",
         ),
-    ] = Path("."),
+    ] = None,
     b: Annotated[
         StoragePath | None,
         typer.Argument(
-            help="The dump, or run=… folder, to judge; default: A.", parser=storage_path, metavar="B"
+            help="The dump, or run=… folder, to judge; default: A.", parser=storage_path, metavar="[B]"
         ),
     ] = None,
     run_a: Annotated[
@@ -65,6 +65,7 @@ def compare(
     from eplb_analyze.analysis.compare import compare_runs
 
     out = Output(json=json)
+    a = options.find_dump() if a is None else a
     if b is None and run_b is None:
         run_b = run_a
     one = out.open_run(a, run_a, model)

@@ -12,34 +12,25 @@ from eplb_analyze.cli import options
 from eplb_analyze.cli.output import RunOutput, print_message
 from eplb_analyze.cli.views.copy import render
 from eplb_analyze.errors import EXIT_UNUSABLE
-from eplb_analyze.storage.path import StoragePath, storage_path
 
 
 @functools.partial(options.about_a_run, phases=False)
 def copy(
     out: RunOutput,
-    to: Annotated[
-        StoragePath,
-        typer.Option(
-            "--to",
-            help="The dump to copy into: a folder, s3://… or gs://….",
-            parser=storage_path,
-            metavar="PLACE",
-        ),
-    ],
+    destination: options.Destination,
     steps: options.Steps = None,
     ranks: Annotated[
         str | None, typer.Option("--ranks", help="Only these, as 0-3,7.", metavar="N,N-N…")
     ] = None,
 ) -> None:
-    """Bring a run or a part of it to another place, verified; what is there is never written over.
+    """Copy a run or a part of it, and verify the copy. Existing files are never overwritten.
 
-    Steps are copied in whole segments. The same copy once more goes on where one was interrupted.
+    Steps are copied in whole segments. To continue an interrupted copy, run the same command again.
     """
     chosen = _parse_ranks(ranks)
     from eplb_analyze.transfer.copy import copy_run
 
-    report = copy_run(out.dump, to, out.run_id, out.model, steps, chosen, out.progress)
+    report = copy_run(out.dump, destination, out.run_id, out.model, steps, chosen, out.progress)
     out.notes(report.notes)
     out.emit(report.to_json, lambda console: render(console, report))
     for text in report.damaged:

@@ -17,14 +17,17 @@ FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array", "table")
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="A file of another system, or the folder of its files.")],
-    into: Annotated[
+    source: Annotated[
+        Path, typer.Argument(help="A file of another system, or the folder of its files.", metavar="SRC")
+    ],
+    destination: Annotated[
         StoragePath,
-        typer.Option(
-            "--into",
+        typer.Argument(
             help="The dump, a folder, to write a new run into.",
-            envvar="EXPERT_LOAD_DUMP_DIR",
             parser=storage_path,
+            metavar="DST",
+            envvar="EXPERT_LOAD_DUMP_DIR",
+            show_default=False,
         ),
     ],
     format: Annotated[
@@ -73,9 +76,9 @@ def import_(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Make a run of ours of SGLang's, TensorRT-LLM's, vLLM's, Megatron's or other load recordings.
+    """Convert recordings of SGLang, TensorRT-LLM, vLLM, Megatron or another system into a run.
 
-    What the source does not say is asked for, or written down as not known.
+    If the source lacks a fact, the command asks for it, or the new run says that it is unknown.
     """
     if format is not None and format not in FORMATS:
         raise typer.BadParameter(
@@ -105,7 +108,7 @@ def import_(
         only=only,
         array=array,
     )
-    report = import_dump(source, local(into, "`import --into`"), format, options, run_id)
+    report = import_dump(source, local(destination, "`import`"), format, options, run_id)
     Output(json=json).emit(report.to_json, lambda console: render(console, report))
 
 

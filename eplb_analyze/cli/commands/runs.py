@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from eplb_analyze.cli import options
@@ -12,14 +10,14 @@ from eplb_analyze.cli.views.runs import render
 from eplb_analyze.errors import EXIT_UNUSABLE
 
 
-def runs(dump: options.Dump = Path("."), json: options.Json = False) -> None:
+def runs(dump: options.Dump = None, json: options.Json = False) -> None:
     """List the runs of a dump, the newest last: model, engine, time, ranks, steps, state and size.
 
     Reads headers only, so it is quick. A run that cannot be read has a line that says so.
     """
     from eplb_analyze.batch.runs import list_runs
 
-    found = list_runs(dump)
+    found = list_runs(options.find_dump() if dump is None else dump)
     Output(json=json).emit(found.to_json, lambda console: render(console, found))
     if all(line.ranks_expected is None for line in found.runs):
         raise typer.Exit(EXIT_UNUSABLE)

@@ -414,7 +414,7 @@ def test_imported_step_times_measure_the_pause(tmp_path: Path) -> None:
         step_ms=ms,
     )
     options = ("--ep-size", 4, "--ordered", "--model", "m")
-    assert cli("import", tmp_path / "run.npz", "--into", tmp_path / "dump", *options).returncode == 0
+    assert cli("import", tmp_path / "run.npz", *options, tmp_path / "dump").returncode == 0
     (row,) = rearrangement_report(open_run(tmp_path / "dump")).rearrangements
     assert row.pause_ms is not None
     assert row.pause_ms.estimate == pytest.approx(900, rel=0.05)

@@ -88,7 +88,7 @@ def generate(root: Path, seed: int, **kind: Any) -> Path:
             writer.close()
     if not kind.get("compact"):
         return root / "run=r"
-    assert cli("compact", "--to", root / "new", "--run-id", "r", root).returncode == 0
+    assert cli("compact", "--run-id", "r", root, root / "new").returncode == 0
     return root / "new/run=r"
 
 

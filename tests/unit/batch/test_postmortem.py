@@ -173,12 +173,11 @@ def test_import_without_times_has_no_lost_time(tmp_path: Path) -> None:
         tmp_path / "loads.npy",
         "--model",
         "m",
-        "--into",
-        tmp_path / "dump",
         "--ep-size",
         "2",
         "--placement",
         "linear",
+        tmp_path / "dump",
     )
     assert done.returncode == 0, done.stderr
     document = postmortem(tmp_path / "dump")["runs"][0]

@@ -208,6 +208,18 @@ def test_dump_defaults_to_the_environment_then_to_the_current_folder(
     assert cli("summary", env={"EXPERT_LOAD_DUMP_DIR": str(good)}).stdout == by_argument
     monkeypatch.chdir(good)
     assert cli("summary").stdout == by_argument
+    monkeypatch.chdir(next(good.glob("run=*/model=*")))
+    assert cli("summary").stdout == by_argument
+
+
+def test_command_without_a_dump_shows_what_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli("layer", "1", "--steps", "3-5")
+    one_error(
+        result, 2, "no dump", "write `eplb-analyze layer 1 --steps 3-5 /path/to/dump`", "EXPERT_LOAD_DUMP_DIR"
+    )
+    one_error(cli("compare"), 2, "write `eplb-analyze compare /path/to/dump`")
+    assert "Missing argument 'DST'" in cli("copy", tmp_path).stderr
 
 
 def test_steps_option_limits_the_range(good: Path) -> None:

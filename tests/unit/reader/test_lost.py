@@ -530,7 +530,7 @@ def test_any_losses_and_returns_give_the_recomputed_figures(
 
 def test_run_that_lost_a_rank_is_compacted_up_to_the_loss_only(tmp_path: Path) -> None:
     Engine(tmp_path / "d", dead={2: (40, 99)}).run()
-    result = cli("compact", tmp_path / "d", "--to", tmp_path / "c")
+    result = cli("compact", tmp_path / "d", tmp_path / "c")
     assert result.returncode != 0
     assert "rank 2 was lost at step 40" in result.stderr
     assert "--steps -39" in result.stderr

@@ -328,12 +328,12 @@ def test_a_start_is_copied_compacted_and_sealed_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (mean, _) = record_replicas(tmp_path / "dump", ["a", "b"], monkeypatch)
-    done = cli("copy", tmp_path / "dump", "--run", "deploy-1@1", "--to", tmp_path / "copy")
+    done = cli("copy", tmp_path / "dump", "--run", "deploy-1@1", tmp_path / "copy")
     assert done.returncode == 0
     run = open_run(tmp_path / "copy")
     assert (run.info.run_id, len(run.sessions)) == ("deploy-1", 2)
     assert summarize(run).to_json()["balancedness"]["mean"] == pytest.approx(mean)
-    done = cli("compact", tmp_path / "dump", "--run", "deploy-1@1", "--to", tmp_path / "compact")
+    done = cli("compact", tmp_path / "dump", "--run", "deploy-1@1", tmp_path / "compact")
     assert done.returncode == 0, done.stderr
     run = open_run(tmp_path / "compact")
     assert run.info.run_id == "deploy-1.1-compact"
@@ -346,7 +346,7 @@ def test_a_start_is_copied_compacted_and_sealed_by_its_number(
 COMMANDS = [
     ["summary"], ["layer", "0"], ["ranks"], ["timeline"], ["experts"], ["placement"], ["traffic"],
     ["rearrangements"], ["replay"], ["advise"], ["report", "-o", "report.html"], ["watch", "--once"],
-    ["compact", "--to", "out"], ["export", "loads", "-o", "loads.csv", "--as", "csv"],
+    ["compact", "out"], ["export", "loads", "-o", "loads.csv", "--as", "csv"],
 ]  # fmt: skip
 
 

@@ -176,9 +176,9 @@ def test_active_experts_are_those_of_the_recorded_placements(
 def test_run_without_times_is_judged_by_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = record_engine(tmp_path / "recorded", monkeypatch, steps=200, interval=10_000, skew=12.0)
     np.savez(tmp_path / "loads.npz", load=np.stack(truth.logical))
-    done = cli("import", tmp_path / "loads.npz", "--into", tmp_path / "imported", "--model", "m",
+    done = cli("import", tmp_path / "loads.npz", "--model", "m",
                "--num-experts", str(EXPERTS), "--ep-size", str(RANKS), "--placement", "linear",
-               "--ordered")  # fmt: skip
+               "--ordered", tmp_path / "imported")  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(cli("advise", tmp_path / "imported", "--json").stdout)
     assert (document["objective"], document["net_ms_per_step"]) == ("tokens", None)

@@ -440,9 +440,9 @@ def test_run_without_step_order_is_rejected(tmp_path: Path) -> None:
     np.savez(tmp_path / "counts.npz", counts=np.ones((20, 2, 4), np.int32))
     given = ["--ep-size", "2", "--placement", "linear", "--model", "m"]
     source = tmp_path / "counts.npz"
-    assert cli("import", source, "--into", tmp_path / "a", *given).returncode == 0
+    assert cli("import", source, *given, tmp_path / "a").returncode == 0
     one_error(cli("replay", tmp_path / "a"), 3, "order of steps")
-    assert cli("import", source, "--into", tmp_path / "b", "--ordered", *given).returncode == 0
+    assert cli("import", source, "--ordered", *given, tmp_path / "b").returncode == 0
     result = json.loads(cli("replay", "--json", tmp_path / "b").stdout)
     assert (result["scored"], result["seconds"]) == (20, None)
     assert any("--ordered" in note for note in result["notes"])

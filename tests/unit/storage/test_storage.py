@@ -233,7 +233,7 @@ def test_commands_that_write_or_follow_need_a_folder(command: str, remote: str, 
 
 @pytest.mark.parametrize(
     "command",
-    ["compact --to s3://b/x DUMP", "import DUMP --into s3://b/x", "postmortem --save s3://b/x DUMP"],
+    ["compact DUMP s3://b/x", "import DUMP s3://b/x", "postmortem --save s3://b/x DUMP"],
 )
 def test_output_goes_to_folders_only(
     command: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -472,8 +472,8 @@ def test_commands_read_google_cloud_storage(name: str, dump: Path, gcs: str) -> 
 
 def test_copy_to_and_from_google_cloud_storage(dump: Path, gcs: str, tmp_path: Path) -> None:
     target = gcs.format("bucket/copied")
-    assert cli("copy", "--to", target, "--run", "r", dump).returncode == 0
-    assert cli("copy", "--to", tmp_path / "back", target).returncode == 0
+    assert cli("copy", "--run", "r", dump, target).returncode == 0
+    assert cli("copy", target, tmp_path / "back").returncode == 0
     for file in (dump / "run=r").rglob("*"):
         if file.is_file():
             assert (tmp_path / "back" / file.relative_to(dump)).read_bytes() == file.read_bytes()

@@ -74,7 +74,7 @@ def figures(where: Path, run: str | None = None) -> dict[str, Any]:
 
 
 def compact(source: Path | str, to: Path, *arguments: str) -> dict[str, Any]:
-    result = cli("compact", "--to", to, *arguments, "--json", source)
+    result = cli("compact", *arguments, "--json", source, to)
     assert (result.returncode, result.stderr) == (0, "")
     document: dict[str, Any] = json.loads(result.stdout)
     return document
@@ -220,10 +220,10 @@ def test_run_with_many_incomplete_steps_is_refused(tmp_path: Path) -> None:
     write_with_killed_rank(root, 23)
     assert cli("summary", root).returncode == 3
     said = ("36 steps (60.0 %) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0-23")
-    one_error(cli("compact", "--to", to, root), 3, str(root), *said)
+    one_error(cli("compact", root, to), 3, str(root), *said)
     assert not to.exists()
     # The fix that the message suggests works.
-    assert cli("copy", "--to", tmp_path / "part", "--steps", "0-23", root).returncode == 0
+    assert cli("copy", "--steps", "0-23", root, tmp_path / "part").returncode == 0
     document = compact(tmp_path / "part", to)
     assert (document["steps"]["recorded"], document["incomplete"]) == (24, 0)
     assert "segments that touch steps 0 to 23" in document["unknown"]["other_steps"]
@@ -240,9 +240,7 @@ def test_run_without_one_of_its_ranks_is_refused(tmp_path: Path) -> None:
                 load = np.full((3, slots), step + rank)
                 writer.record(step, load, np.arange(slots) % 6 + np.zeros((3, 1), int), ep_size=size)
     assert cli("summary", root).returncode == 3
-    one_error(
-        cli("compact", "--to", tmp_path / "new", root), 3, "of 3 ranks, 2 wrote nothing", "not compacted"
-    )
+    one_error(cli("compact", root, tmp_path / "new"), 3, "of 3 ranks, 2 wrote nothing", "not compacted")
 
 
 def test_cause_of_few_incomplete_steps_stays_known(dump: Path, tmp_path: Path) -> None:
@@ -285,13 +283,13 @@ def test_damaged_run_is_refused(name: str, fault: str, dump: Path, tmp_path: Pat
     data = bytearray(victim.read_bytes())
     data[20] ^= 1
     victim.unlink() if fault == "gone" else victim.write_bytes(data)
-    one_error(cli("compact", "--to", tmp_path / "new", root), 3, name, "not compacted")
+    one_error(cli("compact", root, tmp_path / "new"), 3, name, "not compacted")
     assert not [*(tmp_path / "new").rglob("*")] if (tmp_path / "new").exists() else True
 
 
 def test_run_without_a_complete_step_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "dump", ranks=1)
-    one_error(cli("compact", "--to", tmp_path / "new", tmp_path / "dump"), 3, "no step is complete")
+    one_error(cli("compact", tmp_path / "dump", tmp_path / "new"), 3, "no step is complete")
     assert not (tmp_path / "new").exists()
 
 
@@ -300,7 +298,7 @@ def test_sums_above_the_largest_count_of_a_rank_are_kept(tmp_path: Path) -> None
         with open_writer(tmp_path / "dump", ep_rank=rank) as writer:
             for step in range(3):
                 writer.record(step, np.full((1, 8), 2**31 - 1 - step), np.arange(8)[None] % 6)
-    assert cli("compact", "--to", tmp_path / "new", tmp_path / "dump").returncode == 0
+    assert cli("compact", tmp_path / "dump", tmp_path / "new").returncode == 0
     assert open_run(tmp_path / "new").loads()["load"].to_list() == [
         [2 * (2**31 - 1 - step)] * 8 for step in range(3)
     ]
@@ -309,23 +307,21 @@ def test_sums_above_the_largest_count_of_a_rank_are_kept(tmp_path: Path) -> None
 def test_taken_or_invalid_run_id_is_refused(dump: Path, tmp_path: Path) -> None:
     compact(dump, tmp_path, "--run-id", "x")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    one_error(cli("compact", "--to", tmp_path, "--run-id", "x", dump), 2, "there already", "--run-id")
-    one_error(cli("compact", "--to", tmp_path, "--run-id", "../x", dump), 2, "--run-id")
+    one_error(cli("compact", "--run-id", "x", dump, tmp_path), 2, "there already", "--run-id")
+    one_error(cli("compact", "--run-id", "../x", dump, tmp_path), 2, "--run-id")
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_unwritable_target_is_one_error(dump: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    one_error(cli("compact", "--to", tmp_path / "file/x", dump), 3, "file", "Not a directory")
+    one_error(cli("compact", dump, tmp_path / "file/x"), 3, "file", "Not a directory")
 
 
 def test_unfinished_run_of_a_live_process_is_kept(dump: Path, tmp_path: Path) -> None:
     with new_run(tmp_path, None, "r-compact") as living:
         (living.root / "evidence").touch()
         assert compact(dump, tmp_path)["after"]["run_id"] == "r-compact-2"
-        one_error(
-            cli("compact", "--to", tmp_path, "--run-id", "r-compact", dump), 2, "another process is making it"
-        )
+        one_error(cli("compact", "--run-id", "r-compact", dump, tmp_path), 2, "another process is making it")
         assert (living.root / "evidence").exists()
         (living.root / f"run={living.run_id}/model=org--moe").mkdir(parents=True)
     assert [p.name for p in (tmp_path / "run=r-compact").iterdir()] == ["model=org--moe"]
@@ -339,9 +335,9 @@ def test_target_inside_a_run_is_refused_before_anything_is_written(
 ) -> None:
     root = shutil.copytree(dump, tmp_path / "dump")
     before = sorted(root.rglob("*"))
-    one_error(cli("compact", "--to", root / inside, root), 2, "lies inside run=r", "give the dump's folder")
+    one_error(cli("compact", root, root / inside), 2, "lies inside run=r", "give the dump's folder")
     (tmp_path / "link").symlink_to(root / "run=r")
-    one_error(cli("compact", "--to", tmp_path / "link/x", root), 2, "lies inside run=r")
+    one_error(cli("compact", root, tmp_path / "link/x"), 2, "lies inside run=r")
     assert sorted(root.rglob("*")) == before
 
 
@@ -352,7 +348,7 @@ def test_target_inside_a_run_is_refused_before_anything_is_written(
 def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dump, "dump")
-    result = cli("compact", "--to", "new", *["--json"] * (form == "json"), "dump")
+    result = cli("compact", *["--json"] * (form == "json"), "dump", "new")
     assert (result.returncode, result.stderr) == (0, "")
     text = re.sub(r'"(bytes|summary_seconds)": [\d.e-]+', r'"\1": 0', result.stdout)
     text = re.sub(r"\d+ % (smaller|larger)", "0 % smaller", text)

@@ -57,7 +57,7 @@ def loads(where: str | Path, first: int, end: int) -> list[Any]:
 
 def test_copy_has_the_same_bytes(dump: Path, tmp_path: Path) -> None:
     before = content(dump)
-    result = cli("copy", "--to", tmp_path / "new/place", "--json", dump)
+    result = cli("copy", "--json", dump, tmp_path / "new/place")
     assert (result.returncode, result.stderr) == (0, "")
     assert content(tmp_path / "new/place") == before == content(dump)
     document = json.loads(result.stdout)
@@ -70,28 +70,28 @@ def test_copy_has_the_same_bytes(dump: Path, tmp_path: Path) -> None:
 
 
 def test_same_copy_again_changes_nothing(dump: Path, tmp_path: Path) -> None:
-    cli("copy", "--to", tmp_path, dump)
+    cli("copy", dump, tmp_path)
     times = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
-    again = json.loads(cli("copy", "--to", tmp_path, "--json", dump).stdout)
+    again = json.loads(cli("copy", "--json", dump, tmp_path).stdout)
     assert again["files_there"] == again["files"] == len(content(dump))
     assert {f: f.stat().st_mtime_ns for f in times if f.is_file()} == {
         f: t for f, t in times.items() if f.is_file()
     }
     assert content(tmp_path) == content(dump)
-    onto_itself = json.loads(cli("copy", "--to", dump, "--json", dump).stdout)
+    onto_itself = json.loads(cli("copy", "--json", dump, dump).stdout)
     assert onto_itself["files_there"] == onto_itself["files"]
 
 
 def test_copy_to_a_bucket_and_back_has_the_same_bytes(dump: Path, s3: S3, tmp_path: Path) -> None:
     there, other = f"{s3.bucket()}/dumps", f"{s3.bucket()}/x"
-    assert cli("copy", "--to", s3.address(there), dump).returncode == 0
+    assert cli("copy", dump, s3.address(there)).returncode == 0
     assert s3.get(there) == content(dump)
-    assert cli("copy", "--to", s3.address(other), s3.address(there)).returncode == 0
+    assert cli("copy", s3.address(there), s3.address(other)).returncode == 0
     assert s3.get(other) == content(dump)
-    assert cli("copy", "--to", tmp_path, s3.address(other)).returncode == 0
+    assert cli("copy", s3.address(other), tmp_path).returncode == 0
     assert content(tmp_path) == content(dump)
     s3.count()
-    again = json.loads(cli("copy", "--to", s3.address(there), "--json", dump).stdout)
+    again = json.loads(cli("copy", "--json", dump, s3.address(there)).stdout)
     assert again["files_there"] == again["files"]
     assert "PUT" not in s3.count()["requests"]
 
@@ -101,15 +101,15 @@ def test_one_run_or_one_model_is_copied(tmp_path: Path) -> None:
     write(root, run_id="old", steps=3)
     write(root, run_id="new", steps=3)
     write(root, run_id="new", steps=3, model="draft")
-    newest = cli("copy", "--to", tmp_path / "a", root)
+    newest = cli("copy", root, tmp_path / "a")
     assert "2 runs" in newest.stderr
     assert sorted(p.name for p in (tmp_path / "a").glob("run=*/model=*")) == ["model=draft", "model=org--moe"]
-    cli("copy", "--to", tmp_path / "b", "--run", "new", "--model", "draft", root)
+    cli("copy", "--run", "new", "--model", "draft", root, tmp_path / "b")
     assert [p.name for p in (tmp_path / "b").glob("run=*/model=*")] == ["model=draft"]
-    cli("copy", "--to", tmp_path / "b", "--run", "old", root)
+    cli("copy", "--run", "old", root, tmp_path / "b")
     assert sorted(p.name for p in (tmp_path / "b").glob("run=*")) == ["run=new", "run=old"]
-    one_error(cli("copy", "--to", tmp_path / "c", "--run", "zz", root), 2, "no run 'zz'")
-    one_error(cli("copy", "--to", tmp_path / "c", "--model", "zz", root), 2, "no model 'zz'")
+    one_error(cli("copy", "--run", "zz", root, tmp_path / "c"), 2, "no run 'zz'")
+    one_error(cli("copy", "--model", "zz", root, tmp_path / "c"), 2, "no model 'zz'")
     assert not (tmp_path / "c").exists()
 
 
@@ -122,7 +122,7 @@ def test_step_range_copies_whole_segments_and_earlier_placements(
 ) -> None:
     """The earlier placements are needed to know the logical experts of the loads."""
     target = s3.address(f"{s3.bucket()}/part") if to_bucket else str(tmp_path)
-    document = json.loads(cli("copy", "--to", target, "--steps", "20-29", "--json", dump).stdout)
+    document = json.loads(cli("copy", "--steps", "20-29", "--json", dump, target).stdout)
     assert (document["first_step"], document["last_step"]) == (20, 29)
     assert document["segments_left_out"] == 3 * 2
     assert loads(target, 16, 32) == loads(dump, 16, 32)
@@ -138,8 +138,8 @@ def test_step_range_copies_whole_segments_and_earlier_placements(
 
 
 def test_part_of_a_part_is_copied(dump: Path, tmp_path: Path) -> None:
-    cli("copy", "--to", tmp_path / "a", "--steps", "20-", dump)
-    cli("copy", "--to", tmp_path / "b", "--steps", "35-", tmp_path / "a")
+    cli("copy", "--steps", "20-", dump, tmp_path / "a")
+    cli("copy", "--steps", "35-", tmp_path / "a", tmp_path / "b")
     assert open_run(tmp_path / "b").step_range == (32, 39)
     assert loads(tmp_path / "b", 32, 40) == loads(dump, 32, 40)
     assert open_run(tmp_path / "b").placements().rows() == open_run(dump).placements().rows()
@@ -147,14 +147,14 @@ def test_part_of_a_part_is_copied(dump: Path, tmp_path: Path) -> None:
 
 
 def test_ranks_are_copied_apart_and_completed_later(dump: Path, tmp_path: Path) -> None:
-    document = json.loads(cli("copy", "--to", tmp_path, "--ranks", "0-1", "--json", dump).stdout)
+    document = json.loads(cli("copy", "--ranks", "0-1", "--json", dump, tmp_path).stdout)
     assert (document["ranks"], document["sessions"]) == ([0, 1], 2)
     assert content(tmp_path) == {k: v for k, v in content(dump).items() if "rank=00002" not in k}
     codes = {f["code"] for f in json.loads(cli("check", "--json", tmp_path).stdout)["findings"]}
     assert "missing_ranks" in codes
     assert "damaged_file" not in codes
     # The other rank can be copied later, which completes the run.
-    cli("copy", "--to", tmp_path, "--ranks", "2", dump)
+    cli("copy", "--ranks", "2", dump, tmp_path)
     assert content(tmp_path) == content(dump)
 
 
@@ -171,7 +171,7 @@ def test_ranks_are_copied_apart_and_completed_later(dump: Path, tmp_path: Path) 
 def test_missing_ranks_and_steps_are_refused(
     arguments: list[str], words: str, dump: Path, tmp_path: Path
 ) -> None:
-    result = cli("copy", "--to", tmp_path / "new", *arguments, dump)
+    result = cli("copy", *arguments, dump, tmp_path / "new")
     assert result.returncode == 2
     assert words in result.stderr.replace("\n", " ")
     assert not (tmp_path / "new").exists()
@@ -185,12 +185,12 @@ def test_failed_upload_is_incomplete_and_continues(dump: Path, s3: S3, tmp_path:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     with s3.failing(key="rank=00001", method="PUT", status=503):
-        failed = cli("copy", "--to", s3.address(there), dump, env={"TMPDIR": str(temporary)})
+        failed = cli("copy", dump, s3.address(there), env={"TMPDIR": str(temporary)})
         one_error(failed, 3, "the server fails", "rank=00001")
     assert not [*temporary.glob("*.eplb.tmp")]
     result = cli("summary", s3.address(there))
     assert result.returncode == 3
-    cli("copy", "--to", s3.address(there), dump)
+    cli("copy", dump, s3.address(there))
     assert s3.get(there) == content(dump)
 
 
@@ -202,7 +202,7 @@ def test_all_sessions_of_a_rank_are_marked_before_the_first_is_copied(tmp_path: 
     source = s3.address(s3.put(root))
     second = sessions(root)[1].name
     with s3.failing(key=f"{second}/loads", status=503):
-        one_error(cli("copy", "--to", tmp_path / "copy", source), 3, "the server fails")
+        one_error(cli("copy", source, tmp_path / "copy"), 3, "the server fails")
     result = cli("summary", "--json", tmp_path / "copy")
     assert result.returncode == 3
     assert second in result.stderr
@@ -223,14 +223,14 @@ def test_journal_of_an_earlier_attempt_is_removed_once_it_is_sealed(tmp_path: Pa
         assert writer.flush(10)
         (source,) = sessions(root)
         assert [p.name for p in source.glob("journal*")] == ["journal-000000.frames"]
-        cli("copy", "--to", to, root)
+        cli("copy", root, to)
         (copied,) = sessions(to)
         (copied / SESSION_FILE).unlink()  # as if the copy had been killed
         (copied / UNFINISHED_COPY).mkdir()
         for step in range(4, 12):
             writer.record(step, load_of(step), map_of())
     assert not [*source.glob("journal*")]
-    assert cli("copy", "--to", to, root).returncode == 0
+    assert cli("copy", root, to).returncode == 0
     assert content(to) == content(root)
     assert loads(to, 0, 12) == loads(root, 0, 12)
 
@@ -239,11 +239,11 @@ def test_journal_of_an_earlier_attempt_is_removed_once_it_is_sealed(tmp_path: Pa
 
 
 def test_different_file_in_the_target_is_kept(dump: Path, tmp_path: Path) -> None:
-    cli("copy", "--to", tmp_path, dump)
+    cli("copy", dump, tmp_path)
     victim = sessions(tmp_path, 1)[0] / "loads-000001.parquet"
     victim.write_bytes(victim.read_bytes()[:-1] + b"X")
     before = content(tmp_path)
-    one_error(cli("copy", "--to", tmp_path, dump), 2, str(victim), "stays as it is")
+    one_error(cli("copy", dump, tmp_path), 2, str(victim), "stays as it is")
     assert content(tmp_path) == before
 
 
@@ -251,14 +251,14 @@ def test_folder_with_foreign_files_is_refused(dump: Path, tmp_path: Path) -> Non
     folder = tmp_path / sessions(dump, 1)[0].relative_to(dump)
     folder.mkdir(parents=True)
     (folder / "loads-000000.parquet").write_bytes(b"mine")
-    one_error(cli("copy", "--to", tmp_path, dump), 2, str(folder), "no copy began")
+    one_error(cli("copy", dump, tmp_path), 2, str(folder), "no copy began")
     assert (folder / "loads-000000.parquet").read_bytes() == b"mine"
 
 
 def test_part_onto_the_whole_run_is_refused(dump: Path, tmp_path: Path) -> None:
-    cli("copy", "--to", tmp_path, dump)
-    said = ("it holds more than the steps asked for", "name another --to")
-    one_error(cli("copy", "--to", tmp_path, "--steps", "20-", dump), 2, *said)
+    cli("copy", dump, tmp_path)
+    said = ("it holds more than the steps asked for", "name another destination")
+    one_error(cli("copy", "--steps", "20-", dump, tmp_path), 2, *said)
     assert content(tmp_path) == content(dump)
     assert not [*tmp_path.rglob("*.tmp")]
 
@@ -267,7 +267,7 @@ def test_part_onto_the_whole_run_is_refused(dump: Path, tmp_path: Path) -> None:
     "to", ["TMP/run=r", "TMP/run=r/inner", "s3://b/dumps/run=x/model=y", "s3://b/run=x/y"]
 )
 def test_target_inside_a_run_is_refused(to: str, dump: Path, tmp_path: Path) -> None:
-    one_error(cli("copy", "--to", to.replace("TMP", str(tmp_path)), dump), 2, "give the dump's folder")
+    one_error(cli("copy", dump, to.replace("TMP", str(tmp_path))), 2, "give the dump's folder")
 
 
 def test_symbolic_link_in_the_target_is_refused(dump: Path, tmp_path: Path) -> None:
@@ -275,10 +275,10 @@ def test_symbolic_link_in_the_target_is_refused(dump: Path, tmp_path: Path) -> N
     (tmp_path / "to").mkdir()
     link = tmp_path / "to/run=r"
     link.symlink_to(tmp_path / "elsewhere")
-    one_error(cli("copy", "--to", tmp_path / "to", dump), 2, str(link), "symbolic link")
+    one_error(cli("copy", dump, tmp_path / "to"), 2, str(link), "symbolic link")
     assert not [*(tmp_path / "elsewhere").iterdir()]
     (tmp_path / "inside").symlink_to(dump / "run=r")
-    one_error(cli("copy", "--to", tmp_path / "inside/x", dump), 2, "lies inside run=r")
+    one_error(cli("copy", dump, tmp_path / "inside/x"), 2, "lies inside run=r")
 
 
 def test_damaged_file_is_added_after_its_repair(dump: Path, tmp_path: Path) -> None:
@@ -286,23 +286,23 @@ def test_damaged_file_is_added_after_its_repair(dump: Path, tmp_path: Path) -> N
     victim = sessions(root, 1)[0] / "loads-000001.parquet"
     data = victim.read_bytes()
     victim.write_bytes(data[:-30])
-    assert cli("copy", "--to", to, root).returncode == 3
+    assert cli("copy", root, to).returncode == 3
     assert cli("check", to).returncode == 1
     victim.write_bytes(data)
-    assert cli("copy", "--to", to, root).returncode == 0
+    assert cli("copy", root, to).returncode == 0
     assert content(to) == content(dump)
 
 
 def test_good_copy_of_a_file_stays_when_its_source_is_damaged(dump: Path, tmp_path: Path) -> None:
     """A copy continues, and its file is better than the source's now."""
     root, to = shutil.copytree(dump, tmp_path / "dump"), tmp_path / "copy"
-    cli("copy", "--to", to, root)
+    cli("copy", root, to)
     folder = sessions(to, 1)[0]
     (folder / SESSION_FILE).unlink()
     (folder / UNFINISHED_COPY).mkdir()
     victim = sessions(root, 1)[0] / "loads-000001.parquet"
     victim.write_bytes(victim.read_bytes()[:-30])
-    one_error(cli("copy", "--to", to, root), 3, str(victim))
+    one_error(cli("copy", root, to), 3, str(victim))
     assert content(to) == content(dump)
 
 
@@ -310,19 +310,19 @@ def test_good_copy_of_a_file_stays_when_its_source_is_damaged(dump: Path, tmp_pa
 def test_part_is_extended_if_all_of_it_stays(to_bucket: bool, dump: Path, s3: S3, tmp_path: Path) -> None:
     path = f"{s3.bucket()}/part"
     target = s3.address(path) if to_bucket else str(tmp_path)
-    cli("copy", "--to", target, "--steps", "20-29", "--ranks", "0-1", dump)
+    cli("copy", "--steps", "20-29", "--ranks", "0-1", dump, target)
     before = s3.get(path) if to_bucket else content(tmp_path)
-    said = ("it holds a copy of steps 20-29 only", "name another --to")
-    one_error(cli("copy", "--to", target, "--steps", "0-9", dump), 2, *said)
+    said = ("it holds a copy of steps 20-29 only", "name another destination")
+    one_error(cli("copy", "--steps", "0-9", dump, target), 2, *said)
     # Rank 2 was not begun either, and nothing is left behind.
     assert (s3.get(path) if to_bucket else content(tmp_path)) == before
     assert not [*tmp_path.rglob("*.tmp")]
     assert not sessions(tmp_path, 2)
-    assert cli("copy", "--to", target, "--steps", "0-29", dump).returncode == 0
+    assert cli("copy", "--steps", "0-29", dump, target).returncode == 0
     assert open_run(target).step_range == (0, 31)
     assert loads(target, 0, 32) == loads(dump, 0, 32)
     assert json.loads(cli("check", "--json", target).stdout)["ok"]
-    assert cli("copy", "--to", target, dump).returncode == 0
+    assert cli("copy", dump, target).returncode == 0
     assert (s3.get(path) if to_bucket else content(tmp_path)) == content(dump)
 
 
@@ -333,11 +333,11 @@ def test_copy_grows_with_a_live_run(tmp_path: Path) -> None:
             for step in range(first, end):
                 writer.record(step, load_of(step), map_of())
             assert writer.flush(10)
-            result = cli("copy", "--to", to, root)
+            result = cli("copy", root, to)
             assert result.returncode == 0, result.stderr
             assert loads(to, 0, 30) == loads(root, 0, 30)
             assert len(loads(to, 0, 30)) == 3 * end
-    assert cli("copy", "--to", to, root).returncode == 0
+    assert cli("copy", root, to).returncode == 0
     assert content(to) == content(root)
 
 
@@ -349,7 +349,7 @@ def test_journal_without_a_step_is_left_out(tmp_path: Path) -> None:
         if file.name != SESSION_FILE:
             file.unlink()
     (source / "journal-000000.frames").write_bytes(b"")
-    assert cli("copy", "--to", tmp_path / "copy", tmp_path / "dump").returncode == 0
+    assert cli("copy", tmp_path / "dump", tmp_path / "copy").returncode == 0
     assert [p.name for p in sessions(tmp_path / "copy")[0].iterdir()] == [SESSION_FILE]
 
 
@@ -403,7 +403,7 @@ def test_segment_sealed_during_the_copy_leaves_no_gap(
     assert len(found) >= 3 * 12
     checked = json.loads(cli("check", "--json", to).stdout)
     assert {f["code"] for f in checked["findings"]} <= {"not_closed", "unsealed_journal", "conservation"}
-    assert cli("copy", "--to", to, root).returncode == 0
+    assert cli("copy", root, to).returncode == 0
     assert content(to) == content(root)
 
 
@@ -487,7 +487,7 @@ def test_session_in_the_wrong_model_folder_is_left_out(tmp_path: Path) -> None:
     before = content(model)
     for file in (model.parent / "model=other").rglob("loads-*"):
         file.unlink()
-    result = cli("copy", "--to", to, root)
+    result = cli("copy", root, to)
     one_error(result, 3, "model=other", "it is of model 'org/moe'")
     assert content(to / model.relative_to(root)) == before
     assert [p.name for p in to.glob("run=*/model=*")] == [model.name]
@@ -505,7 +505,7 @@ def test_damaged_file_is_left_out_and_reported(name: str, fault: str, dump: Path
     victim.write_bytes(data if fault == "flipped" else data[:-30])
     if fault == "gone":
         victim.unlink()
-    result = cli("copy", "--to", to, "--json", root)
+    result = cli("copy", "--json", root, to)
     one_error(result, 3, str(victim))
     assert UNFINISHED_COPY not in result.stderr
     assert len(json.loads(result.stdout)["damaged"]) == 1
@@ -545,7 +545,7 @@ def test_sparse_file_is_not_fetched(name: str, tmp_path: Path) -> None:
     with victim.open("ab") as file:
         file.truncate(1 << 40)
     with small_files_only():
-        result = cli("copy", "--to", to, "--run", "unsealed" if "journal" in name else "r", root)
+        result = cli("copy", "--run", "unsealed" if "journal" in name else "r", root, to)
     one_error(result, 3, name)
     assert not [*to.rglob(name)]
 
@@ -558,14 +558,14 @@ def test_session_with_a_damaged_manifest_is_left_out_and_a_session_file_rebuilt(
     data = bytearray(manifest.read_bytes())
     data[-20] ^= 1
     manifest.write_bytes(data)
-    one_error(cli("copy", "--to", tmp_path / "a", root), 3, str(manifest), "damaged from byte")
+    one_error(cli("copy", root, tmp_path / "a"), 3, str(manifest), "damaged from byte")
     # The other sessions are copied, and nothing of this one.
     rank = "rank=00001"
     assert content(tmp_path / "a") == {k: v for k, v in content(dump).items() if rank not in k}
     assert not [*(tmp_path / "a").rglob(f"{rank}*")]
     shutil.copy(sessions(dump, 1)[0] / MANIFEST_FILE, manifest)
     (manifest.parent / SESSION_FILE).write_text("{}")
-    assert cli("copy", "--to", tmp_path / "b", root).returncode == 0
+    assert cli("copy", root, tmp_path / "b").returncode == 0
     assert content(tmp_path / "b") == content(dump)
 
 
@@ -574,14 +574,14 @@ def test_symbolic_link_in_the_source_is_not_followed(dump: Path, tmp_path: Path)
     victim = sessions(root, 1)[0] / "loads-000001.parquet"
     outside = victim.rename(tmp_path / "outside")
     victim.symlink_to(outside)
-    one_error(cli("copy", "--to", tmp_path / "copy", root), 3, str(victim), "symbolic link")
+    one_error(cli("copy", root, tmp_path / "copy"), 3, str(victim), "symbolic link")
     assert not [*(tmp_path / "copy").rglob("loads-000001.parquet")][2:]
 
 
 def test_unwritable_target_is_one_error(dump: Path, s3: S3, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    one_error(cli("copy", "--to", tmp_path / "file/x", dump), 3, "file", "Not a directory")
-    one_error(cli("copy", "--to", s3.address("no-such-bucket-of-ours/x"), dump), 3, "no such bucket")
+    one_error(cli("copy", dump, tmp_path / "file/x"), 3, "file", "Not a directory")
+    one_error(cli("copy", dump, s3.address("no-such-bucket-of-ours/x")), 3, "no such bucket")
 
 
 # ---- output
@@ -591,9 +591,7 @@ def test_unwritable_target_is_one_error(dump: Path, s3: S3, tmp_path: Path) -> N
 def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(dump, "dump")
-    result = cli(
-        "copy", "--to", "copy", "--steps", "20-29", "--ranks", "0-1", *["--json"] * (form == "json"), "dump"
-    )
+    result = cli("copy", "--steps", "20-29", "--ranks", "0-1", *["--json"] * (form == "json"), "dump", "copy")
     assert (result.returncode, result.stderr) == (0, "")
     text = re.sub(r'"bytes": \d+', '"bytes": 0', re.sub(r"[\d,]+ bytes", "0 bytes", result.stdout))
     assert_golden(f"copy.{'txt' if form == 'text' else 'json'}", text)

@@ -321,7 +321,7 @@ def test_assumptions_of_an_imported_run_are_noted(tmp_path: Path) -> None:
     source = tmp_path / "weights.npy"
     np.save(source, np.arange(24).reshape(3, 8))
     dump = tmp_path / "dump"
-    result = cli("import", source, "--ep-size", "2", "--placement", "linear", "--into", dump)
+    result = cli("import", source, "--ep-size", "2", "--placement", "linear", dump)
     assert result.returncode == 0, result.stderr
     target = ["--for", "json", "-o", tmp_path / "F"]
     for more in ([], ["--force", "--policy", "deepseek"]):

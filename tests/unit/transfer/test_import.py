@@ -891,14 +891,13 @@ def test_origin_is_reported(tmp_path: Path) -> None:
     result = cli(
         "import",
         source,
-        "--into",
-        tmp_path / "d",
         "--ep-size",
         "4",
         "--placement",
         "linear",
         "--model",
         "org/moe",
+        tmp_path / "d",
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert "order of steps" in result.stdout
@@ -1247,7 +1246,7 @@ def test_whole_counts_keep_their_values(values: Any) -> None:
 def test_command_prints_what_is_unknown(tmp_path: Path) -> None:
     load = local_loads(3).sum(axis=1)
     source = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i + 1), load[i], MAP) for i in range(3)))
-    arguments = ["import", "x.jsonl", "--into", "dump", "--run-id"]
+    arguments = ["import", "x.jsonl", "dump", "--run-id"]
     here = Path.cwd()
     os.chdir(tmp_path)
     try:
@@ -1283,7 +1282,7 @@ def test_codes_are_documented() -> None:
 
 def test_wrong_usage_is_one_error(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 4), np.int64))
-    base = ["import", tmp_path / "a.npy", "--into", tmp_path / "d"]
+    base = ["import", tmp_path / "a.npy", tmp_path / "d"]
     for more, word in (
         (["--format", "x"], "no format"),
         (["--layers", "5-3"], "--layers"),
@@ -1296,7 +1295,7 @@ def test_wrong_usage_is_one_error(tmp_path: Path) -> None:
         assert (result.returncode, result.stdout) == (2, "")
         assert word in result.stderr
     one_error(cli(*base), 2, "a.npy", "--ep-size")
-    one_error(cli("import", tmp_path / "b\x1b[31m.npy", "--into", tmp_path / "d"), 3, "no such file")
+    one_error(cli("import", tmp_path / "b\x1b[31m.npy", tmp_path / "d"), 3, "no such file")
     result = cli("import", tmp_path / "a.npy")
     assert result.returncode == 2
-    assert "--into" in result.stderr
+    assert "'DST'" in result.stderr
