@@ -66,8 +66,9 @@ class RearrangementFigures:
 
     first_step: int
     last_step: int
-    #: How many layers changed.
+    #: How many layers changed, and their numbers in the model.
     layers: int
+    layer_numbers: list[int]
     verdict: Verdict
     reason: str | None
     before: Window
@@ -87,6 +88,8 @@ class RearrangementFigures:
     #: Expert weights that a rank, or a rank's node, had to fetch from another; None: not known.
     experts_crossed_ranks: int | None
     experts_crossed_nodes: int | None
+    #: The weights that ranks had to fetch, in GB of 10^9 bytes; None unless the size of an expert is given.
+    moved_gb: float | None = None
     #: What the steps at the change took beyond the usual time; else why it is not known.
     pause_ms: Milliseconds | None = None
     pause_reason: str | None = NOT_ASKED
@@ -110,7 +113,12 @@ class RearrangementReport(RunReport):
 
 
 def rearrangement_report(
-    run: Run, steps: tuple[int, int] | None = None, window: int = WINDOW, *, cost: RunCost | None = None
+    run: Run,
+    steps: tuple[int, int] | None = None,
+    window: int = WINDOW,
+    *,
+    cost: RunCost | None = None,
+    expert_mb: float | None = None,
 ) -> RearrangementReport:
     """Judge every rearrangement that begins in a half-open range of steps (default: all).
 
@@ -119,10 +127,20 @@ def rearrangement_report(
             :func:`~eplb_analyze.analysis.cost.cost_of`.
         window: how many steps before and after to compare; fewer where a neighboring rearrangement, the
             range or the run ends sooner.
+        expert_mb: the weights of one expert of one layer, in MB of 10^6 bytes; gives the GB moved.
     """
     if steps is not None:
         run.require(steps)
-    return run.retry_without_damaged(lambda: _report(run, steps, window, cost))
+    report = run.retry_without_damaged(lambda: _report(run, steps, window, cost))
+    if expert_mb is None:
+        return report
+    rows = [
+        row
+        if row.experts_crossed_ranks is None
+        else replace(row, moved_gb=row.experts_crossed_ranks * expert_mb / 1000)
+        for row in report.rearrangements
+    ]
+    return replace(report, rearrangements=rows)
 
 
 def _report(
@@ -386,6 +404,7 @@ def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures
         first_step=this.first_step,
         last_step=this.last_step,
         layers=len(this.layers),
+        layer_numbers=[run.info.layers[index] for index in this.layers],
         verdict=verdict,
         reason=reason,
         before=_window(before_steps, before),

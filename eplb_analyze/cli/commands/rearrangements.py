@@ -19,10 +19,16 @@ def rearrangements(
     window: Annotated[
         int, typer.Option("--window-steps", help="At most so many steps before and after.", min=1)
     ] = 1000,
+    expert_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--expert-mb", help="MB of one expert's weights in one layer: shows the GB moved.", min=0
+        ),
+    ] = None,
 ) -> None:
     """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
     from eplb_analyze.analysis.rearrangements import rearrangement_report
 
     run = out.open(timings=timings)
-    report = rearrangement_report(run, steps, window)
+    report = rearrangement_report(run, steps, window, expert_mb=expert_mb)
     out.show(report.to_json, lambda console: render(console, report), report.steps)

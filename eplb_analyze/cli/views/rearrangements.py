@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
-from eplb_analyze.text import figure, interval, milliseconds, plural, signed
+from eplb_analyze.cli.console import (
+    print_fields,
+    print_heading,
+    print_line,
+    print_notes,
+    steps_label,
+    styled,
+    table,
+)
+from eplb_analyze.text import figure, interval, listed, milliseconds, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,6 +24,9 @@ if TYPE_CHECKING:
 
 #: From this many columns on, the table has room for whole verdicts.
 WIDE = 100
+
+#: So many rearrangements are told in words, and so many layers are listed one by one.
+TOLD, FEW_LAYERS = 5, 6
 
 #: Verdicts that are shortened to fit 80 columns; the interval beside them says the rest.
 SHORT = {"no measurable gain": "no gain seen"}
@@ -39,10 +50,69 @@ def render(console: Console, report: RearrangementReport) -> None:
     counts = Counter(row.verdict for row in rows)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     console.print(f"{plural(len(rows), 'rearrangement')}: {told}")
+    for row in rows[:TOLD]:
+        _sentences(console, row)
+    if len(rows) > TOLD:
+        print_line(console, f"and {len(rows) - TOLD:,} more: the tables have all of them", indent=2)
     console.print()
     _help(console, report)
     _why(console, rows)
     _milliseconds(console, rows)
+
+
+def _sentences(console: Console, row: RearrangementFigures) -> None:
+    """One rearrangement in words: what it changed, its gain and pause in ms, when it pays, what it moved."""
+    style = STYLES.get(row.verdict, "dim")
+    when = steps_label(console, row.first_step, row.last_step)
+    print_line(console, (when, "bold"), ": ", (row.verdict, style), indent=2)
+    numbers = row.layer_numbers
+    few = len(numbers) <= FEW_LAYERS
+    layers = ("layer " if len(numbers) == 1 else "layers ") + (
+        listed(numbers) if few else f"{_ranges(numbers)} ({len(numbers)})"
+    )
+    slots = plural(row.slots_moved, "slot")
+    fetched = row.experts_crossed_ranks
+    moved = "" if fetched is None else f"; ranks fetched the weights of {plural(fetched, 'expert')}"
+    if row.moved_gb is not None:
+        moved += f", {row.moved_gb:,.1f} GB"
+    parts = [("changed", f"{slots} in {layers}{moved}")]
+    if row.gain is not None:
+        before, after = row.before.balancedness, row.after.balancedness
+        parts.append(("balance", f"{figure(before)} before, {figure(after)} after ({signed(row.gain)})"))
+    time = _time(row)
+    if time:
+        parts.append(("time", time))
+    print_fields(console, parts, indent=4)
+
+
+def _time(row: RearrangementFigures) -> str:
+    """Gain, pause and break-even in one sentence; empty if neither is known."""
+    gain, pause = row.gain_ms_per_step, row.pause_ms
+    if gain is None and pause is None:
+        return ""
+    paused = "pause not measurable" if pause is None else f"paused {milliseconds(pause.estimate)}"
+    if gain is None:
+        return f"{paused}; gain in ms not measurable"
+    if gain.low <= 0 <= gain.high:
+        gained = "no measurable gain in ms per step"
+    else:
+        verb = "saves" if gain.estimate > 0 else "costs"
+        gained = f"{verb} {milliseconds(abs(gain.estimate))} per step"
+    if row.break_even_steps is not None:
+        return f"{paused}, {gained}: pays for itself after {plural(row.break_even_steps, 'step')}"
+    pays = "" if pause is None or gain.low > 0 else ": does not pay for its pause"
+    return f"{paused}, {gained}{pays}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``3-10, 12-60``: consecutive numbers as ranges."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return listed([f"{a}-{b}" if a < b else str(a) for a, b in ranges])
 
 
 def _help(console: Console, report: RearrangementReport) -> None:

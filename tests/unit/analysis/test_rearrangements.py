@@ -18,6 +18,7 @@ from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.rearrangements import RearrangementFigures, rearrangement_report
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import Ratio
+from eplb_analyze.text import milliseconds, plural
 from eplb_dump import ExpertLoadWriter
 
 LOGICAL, EP_SIZE, SLOTS = 8, 4, 12
@@ -269,14 +270,23 @@ def test_planted_rearrangements_get_the_right_verdicts(story: Path) -> None:
 
 def test_json_has_the_stable_keys(story: Path) -> None:
     document = json.loads(cli("rearrangements", "--json", story).stdout)
-    assert set(document) == {"run", "steps", "window", "confidence", "rearrangements", "cost", "notes"}
+    assert set(document) == {
+        "schema_version",
+        "run",
+        "steps",
+        "window",
+        "confidence",
+        "rearrangements",
+        "cost",
+        "notes",
+    }
     assert document["run"] == {"run_id": "r", "model": "org/moe"}
     assert (document["window"], document["confidence"], document["notes"]) == (1000, 0.95, [])
     assert list(document["rearrangements"][0]) == [
-        "first_step", "last_step", "layers", "verdict", "reason", "before", "predicted", "after", "gain",
-        "gain_low", "gain_high", "drift", "uneven_split", "gain_at_first", "lasted", "slots_moved",
-        "experts_crossed_ranks", "experts_crossed_nodes", "pause_ms", "pause_reason", "gain_ms_per_step",
-        "gain_ms_reason", "break_even_steps",
+        "first_step", "last_step", "layers", "layer_numbers", "verdict", "reason", "before",
+        "predicted", "after", "gain", "gain_low", "gain_high", "drift", "uneven_split", "gain_at_first",
+        "lasted", "slots_moved", "experts_crossed_ranks", "experts_crossed_nodes", "moved_gb",
+        "pause_ms", "pause_reason", "gain_ms_per_step", "gain_ms_reason", "break_even_steps",
     ]  # fmt: skip
 
 
@@ -449,6 +459,14 @@ def test_gain_is_the_planted_cost_of_the_same_tokens_under_both_placements(
     if gain.low > 0:
         assert first.break_even_steps == math.ceil(pause.estimate / gain.estimate)
     assert (per_token_ms > 0) <= (gain.low > 0)
+    said = " ".join(cli("rearrangements", "--expert-mb", "100", tmp_path).stdout.split())
+    assert f"paused {milliseconds(pause.estimate)}" in said
+    if first.break_even_steps is not None:
+        assert f"pays for itself after {plural(first.break_even_steps, 'step')}" in said
+    assert first.experts_crossed_ranks is not None
+    assert f"{first.experts_crossed_ranks * 100 / 1000:,.1f} GB" in said
+    assert first.layer_numbers == [0, 1, 2]
+    assert "in layers 0, 1, 2" in said
 
 
 def test_free_imbalance_has_no_gain_in_ms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,6 +478,7 @@ def test_free_imbalance_has_no_gain_in_ms(tmp_path: Path, monkeypatch: pytest.Mo
     assert row.break_even_steps is None
     output = " ".join(cli("rearrangements", tmp_path).stdout.split())
     assert "what it cost and gains in time" in output
+    assert "no measurable gain in ms per step: does not pay for its pause" in output
 
 
 def test_pause_and_gain_that_are_not_measurable_say_why(
