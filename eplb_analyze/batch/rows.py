@@ -10,6 +10,7 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.findings import step_findings, summary_findings
+from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums
@@ -17,6 +18,7 @@ from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import sum_groups
+from eplb_analyze.reader.clock import iso
 from eplb_analyze.reader.run import Run
 
 #: A row keeps a run's balancedness over time in at most this many sums, for comparisons.
@@ -40,6 +42,9 @@ class Row(Report):
     engine_version: str | None = None
     #: ISO 8601, UTC.
     created: str | None = None
+    #: The clock times of the first and the last step, ISO 8601, UTC; None if an imported run has none.
+    first_time: str | None = None
+    last_time: str | None = None
     scope: str | None = None
     ep_size: int | None = None
     num_layers: int | None = None
@@ -71,6 +76,18 @@ class Row(Report):
     #: The rank to which most of the loss is attributed, and its share of the loss.
     worst_rank: int | None = None
     worst_rank_share: float | None = None
+    #: How many incidents, and the worst of them: the one with the most tokens for which ranks waited longer.
+    incidents: int = 0
+    incident_cause: str | None = None
+    incident_layer: int | None = None
+    incident_expert: int | None = None
+    incident_rank: int | None = None
+    incident_first_step: int | None = None
+    incident_last_step: int | None = None
+    #: ISO 8601, UTC.
+    incident_since: str | None = None
+    incident_until: str | None = None
+    incident_peak_imbalance: float | None = None
     rearrangements: int = 0
     #: Rearrangements with complete steps before and after, and no change of shape.
     judged: int = 0
@@ -129,6 +146,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
     )
     cost = summary.cost.ms_per_step
     faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
+    span = run.clock.span
     balances = np.concatenate(sums.values["balancedness"])
     judged = [
         figures.verdict
@@ -150,6 +168,8 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         engine=info.engine,
         engine_version=info.engine_version,
         created=datetime.fromtimestamp(info.created_unix_ns / 1e9, timezone.utc).isoformat(),
+        first_time=iso(span[0]) if span else None,
+        last_time=iso(span[1]) if span else None,
         scope=info.scope,
         ep_size=info.ep_size,
         num_layers=info.num_layers,
@@ -172,6 +192,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         worst_layer=None if worst is None else worst.layer,
         worst_rank=None if costliest is None else costliest.rank,
         worst_rank_share=None if costliest is None else costliest.share,
+        **_worst_incident(summary.incidents),
         rearrangements=len(judged),
         judged=sum(verdict not in ("not measured", "elastic") for verdict in judged),
         helped=judged.count("helped"),
@@ -182,6 +203,25 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         config=run.engine_config,
         series=_series(balances),
     )
+
+
+def _worst_incident(incidents: list[Incident]) -> dict[str, Any]:
+    """The fields of a row about incidents."""
+    if not incidents:
+        return {}
+    worst = max(incidents, key=lambda i: i.cost.tokens_per_step * (i.last_step - i.first_step + 1))
+    return {
+        "incidents": len(incidents),
+        "incident_cause": worst.cause.kind,
+        "incident_layer": worst.layer if worst.cause.layer is None else worst.cause.layer,
+        "incident_expert": worst.cause.expert,
+        "incident_rank": worst.ranks[0] if worst.ranks else None,
+        "incident_first_step": worst.first_step,
+        "incident_last_step": worst.last_step,
+        "incident_since": worst.since,
+        "incident_until": worst.until,
+        "incident_peak_imbalance": worst.peak_imbalance,
+    }
 
 
 def _lost_seconds(cost: RunCost, rank_steps: int) -> float | None:

@@ -113,30 +113,54 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
     several = len({row.model for row in rows}) > 1
     title = f"what lost most first{limited(len(rows), of)}"
     columns = ["<run", *(["<model"] if several else []), *(["<engine", "EP", "steps"] if wide else [])]
-    columns += ["lost", "idle", "balance", *(["p5"] if wide else []), "worst", "helped"]
-    columns += ["vs base"] if result.baseline else []
-    listing = table(console, *columns, "<data", title=title)
+    columns += [*(["<began, UTC"] if wide else []), "lost", "idle", "balance"]
+    columns += [*(["p5"] if wide else []), "<incidents", *(["worst"] if wide else [])]
+    # A narrow table has no room for all: incomplete runs are listed below it, too.
+    helped = wide or not result.baseline
+    columns += [*(["helped"] if helped else []), *(["vs base"] if result.baseline else [])]
+    listing = table(console, *columns, *(["<data"] if wide else []), title=title)
     failed = {id(row) for row in result.failed}
     for row in rows:
-        cells: list[Any] = [_short_path(names[id(row)], 40 if wide else 11 if several else 20)]
+        state = "" if row.status == "complete" else "yellow"
+        name = _short_path(names[id(row)], 40 if wide else 11 if several else 20)
         model = row.model if wide else row.model.rpartition("/")[2]
+        cells: list[Any] = [styled((name, "" if wide else state))]
         cells += [_short(model, 30 if wide else 8)] if several else []
         cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
+        cells += [(row.first_time or "–")[:16].replace("T", " ")] if wide else []
         cells += [_lost_of(row), percent(row.idle_fraction)]
         cells += [styled((figure(row.balancedness), "bold red" if id(row) in failed else ""))]
         cells += [figure(row.balancedness_p5)] if wide else []
-        cells += [f"l{row.worst_layer} r{row.worst_rank}"] if row.worst_rank is not None else ["–"]
-        cells += [f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"]
+        cells += [_incidents(row, wide)]
+        if wide:
+            cells += [f"l{row.worst_layer} r{row.worst_rank}" if row.worst_rank is not None else "–"]
+        if helped:
+            cells += [
+                f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"
+            ]
         cells += [signed(row.difference)] if result.baseline else []
-        cells += [row.status if row.status == "complete" else styled((row.status, "yellow"))]
+        cells += [styled((row.status, state))] if wide else []
         listing.add_row(*cells)
     console.print(listing)
     legend = (
         "lost: GPU time that imbalance cost, – if that cannot be measured; idle: by tokens, not by time; "
-        "worst: the least balanced layer and the costliest rank; "
-        "helped: of the rearrangements that can be judged"
+        "incidents: how many; of the worst, the layer, the expert or rank, and when it began (UTC)"
     )
+    legend += "; worst: the least balanced layer and the costliest rank" if wide else ""
+    legend += "; helped: of the rearrangements that can be judged" if helped else ""
     print_line(console, (legend, "dim"))
+
+
+def _incidents(row: Row, wide: bool) -> str:
+    """How many, and the worst: ``2: layer 12 expert 77, 03:12``, or ``2: L12 E77 03:12``."""
+    if not row.incidents:
+        return "none" if row.status != "broken" else "–"
+    names = (("layer ", row.incident_layer), ("expert ", row.incident_expert))
+    if row.incident_expert is None:
+        names = (names[0], ("rank ", row.incident_rank))
+    parts = [f"{name if wide else name[0].upper()}{number}" for name, number in names if number is not None]
+    since = row.incident_since[11:16] if row.incident_since else f"step {row.incident_first_step}"
+    return f"{row.incidents}: {' '.join(parts)}{',' if wide and parts else ''} {since}"
 
 
 def _lost_of(row: Row) -> str:

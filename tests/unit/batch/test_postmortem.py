@@ -208,7 +208,7 @@ def test_runs_with_the_same_id_are_named_by_their_folders(tmp_path: Path) -> Non
     record(tmp_path / "all" / "other", "tuesday", EVEN)
     shutil.copytree(tmp_path / "all/night-1", tmp_path / "all/night-3")
     lose_metadata(tmp_path / "all/night-3", None)
-    lines = cli("postmortem", tmp_path / "all").stdout.splitlines()
+    lines = cli("postmortem", tmp_path / "all", env={"COLUMNS": "160"}).stdout.splitlines()
     names = [line.split()[0] for line in lines if line.endswith("complete")]
     assert names[0] == "night-2"
     assert sorted(names) == ["night-1", "night-2", "tuesday"]
