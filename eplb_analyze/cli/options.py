@@ -256,6 +256,15 @@ CostPerExpertMs = Annotated[
         min=0,
     ),
 ]
+ExpertMb = Annotated[
+    float | None,
+    typer.Option(
+        "--expert-mb",
+        help="MB of one expert's weights in one layer; shows memory and moved weights in GB.",
+        min=0,
+        metavar="MB",
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1, max=1024)
 ]

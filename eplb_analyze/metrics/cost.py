@@ -248,7 +248,9 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
     if not models:
         return _unknown(ms, "imbalance never varied")
     # A time is not negative: where it would be, the best is that this effort explains nothing.
-    models.sort(key=lambda model: -model.gain if model.rate > 0 else 0.0)
+    # Of rates that explain the times equally well, the one with most weight on tokens comes first: if active
+    # experts never varied, nothing is known of their price, and it must not decide.
+    models.sort(key=lambda model: (-round(model.gain, 6) if model.rate > 0 else 0.0, -model.exchange))
     most = models[0].gain if models[0].rate > 0 else 0.0
     found = [
         Rate(model.exchange, rates)

@@ -18,15 +18,18 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.prices import combined
-from eplb_analyze.reader.recorded_setting import Setting, not_due
+from eplb_analyze.reader.recorded_setting import Recorded, Setting, not_due, recorded
 from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.changes import SURE, Changes, one_at_a_time
 from eplb_analyze.replay.pricing import ASSUMED_PAUSE_MS, Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
+from eplb_analyze.replay.selftest import SelfTest
 from eplb_analyze.replay.setting_run import Move
 from eplb_analyze.replay.settings import STATIC, Choices, engine_arguments
 from eplb_analyze.replay.simulator import NotReplayableError
 from eplb_analyze.text import plural
+from eplb_dump.format.journal import Shape
 
 #: The share of the steps on which a setting is chosen.
 TRAINING = 0.6
@@ -34,9 +37,6 @@ TRAINING = 0.6
 GOOD_ENOUGH = 0.8
 #: A gain below this share of the time is not worth a change.
 MIN_GAIN = 0.02
-#: A change is advised if the gain is above 0 by so many standard errors: one verdict in 2,000 is by chance,
-#: because a verdict is asked for about every run.
-SURE = 3.3
 #: With fewer steps there is no verdict.
 MIN_SCORED = 64
 
@@ -47,7 +47,7 @@ BASES = {
     Objective.MS: "net of pauses",
 }
 
-Verdict = Literal["leave", "enable", "retune", "not enough data"]
+Verdict = Literal["leave", "enable", "retune", "fix", "not enough data"]
 #: The verdicts that advise a setting.
 CHANGES = ("enable", "retune")
 
@@ -85,7 +85,8 @@ class Advice(RunReport):
     #: Why, in sentences; for ``not enough data``, what is missing. If the load balancer does not work, that
     #: comes first.
     reasons: list[str]
-    #: What is wrong with the load balancer, also the first of the reasons; None: nothing that is known.
+    #: What is wrong with the load balancer, also the first of the reasons; None: nothing that is known. The
+    #: verdict is then ``fix``: a setting of a load balancer that does not act has no effect.
     fault: str | None = None
     #: The best setting of the training part, whatever the verdict; None if none could be tried.
     best: Judged | None = None
@@ -105,6 +106,8 @@ class Advice(RunReport):
     trained: ScoredSteps | None = None
     judged: ScoredSteps | None = None
     min_gain: float = MIN_GAIN
+    #: What each change of one part of the setting gains by itself; None if none was tried.
+    changes: Changes | None = None
     #: The replay behind it; None if the run cannot be replayed.
     replay: Replay | None = None
     notes: list[str] = field(default_factory=list)
@@ -139,6 +142,7 @@ class Advice(RunReport):
                 "cost": replay and replay.cost,
                 "confidence": bootstrap.CONFIDENCE,
                 "training_gain": self.training_gain,
+                "changes": self.changes,
                 "break_even_ms": self.break_even_ms,
                 "engine_arguments": self.engine_arguments,
                 "min_gain": self.min_gain,
@@ -166,6 +170,7 @@ def advise(
     num_groups: int | None = None,
     num_nodes: int | None = None,
     cost_per_expert_ms: float | None = None,
+    expert_mb: float | None = None,
     workers: int | None = None,
 ) -> Advice:
     """Advise whether another setting is better over a half-open range of steps (default: all).
@@ -174,6 +179,7 @@ def advise(
         choices, num_groups, num_nodes, cost_per_expert_ms, workers: see
             :func:`~eplb_analyze.replay.replay.replay_run`.
         min_gain: a smaller share of the time is not worth a change.
+        expert_mb: the size of the weights of one expert of one layer, in MB.
         objective: what a setting is judged by; default ``ms``, or ``tokens`` if the recording has no step
             times. In ms nothing is advised that is not measurable.
 
@@ -189,20 +195,31 @@ def advise(
             objective=objective, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
         )  # fmt: skip
     except NotReplayableError as missing:
-        return Advice(*names, "not enough data", [str(missing)], min_gain=min_gain)
+        info = run.info
+        setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
+        fault = out_of_order(run, setting, None)
+        reasons = [str(missing)] if fault is None else [fault, str(missing)]
+        return Advice(
+            *names, "not enough data" if fault is None else "fix", reasons, fault, min_gain=min_gain
+        )
     timed = played.part.step_seconds is not None or bool(played.cost.prices)
     if objective is None and timed:
         played = replace(played, objective=Objective.MS)
-    return TrainTestSplit(played, min_gain, run.info.engine, out_of_order(run, played)).advice()
+    fault = out_of_order(run, played.recorded, played.self_test)
+    return TrainTestSplit(played, min_gain, run.info.engine, fault, expert_mb).advice()
 
 
 #: With so many rearrangements due and none made, the load balancer has stopped.
 STOPPED = 2
 
 
-def out_of_order(run: Run, played: Replay) -> str | None:
-    """What is wrong with a load balancer that is on and does not rearrange; None: nothing, or not known."""
-    today, test = played.recorded, played.self_test
+def out_of_order(run: Run, today: Recorded, test: SelfTest | None) -> str | None:
+    """What is wrong with a load balancer that is on and does not rearrange; None: nothing, or not known.
+
+    Args:
+        today: the setting of the run.
+        test: that setting replayed, if it could be.
+    """
     if today.enabled is False or today.interval is None or not run.placements_recorded:
         return None
     every = f"a rearrangement is due every {plural(today.interval, 'step')}"
@@ -210,22 +227,31 @@ def out_of_order(run: Run, played: Replay) -> str | None:
     if not changes:
         if not_due(run) is not None:
             return None
-        text = f"EPLB NEVER ACTED: {every}, and no placement changed"
+        first, last = run.step_range
+        text = f"EPLB NEVER ACTED: {every}, but no placement changed from step {first} to {last}"
     elif test is not None and test.missed >= STOPPED:
-        text = f"EPLB STOPPED ACTING: {every}, and no placement changed after step {changes[-1].last_step}"
+        text = f"EPLB STOPPED ACTING: {every}, but no placement changed after step {changes[-1].last_step}"
     else:
         return None
     if test is not None and test.time_saved.is_significant and test.time_saved.value > 0:
-        text += f"; as configured, it would have saved {test.time_saved.value:.1%} of the time"
+        text += f"; as configured, it would have saved {test.time_saved.value:.1%} of the time, by tokens"
     return f"{text}. Find out why before you change its setting"
 
 
 class TrainTestSplit:
     """A replay split into steps for choosing a setting and steps for judging it."""
 
-    def __init__(self, played: Replay, min_gain: float, engine: str | None, fault: str | None = None) -> None:
+    def __init__(
+        self,
+        played: Replay,
+        min_gain: float,
+        engine: str | None,
+        fault: str | None = None,
+        expert_mb: float | None = None,
+    ) -> None:
         """``fault``: what is wrong with the load balancer, which is said before anything else."""
         self.played, self.min_gain, self.engine, self.fault = played, min_gain, engine, fault
+        self.expert_mb = expert_mb
         scores = played.scores
         columns = len(scores.step)
         cut = int(TRAINING * columns)
@@ -451,6 +477,8 @@ class TrainTestSplit:
                 ScoredSteps(played.first_step, self.split - 1, first),
                 ScoredSteps(self.split, played.last_step, played.scored - first),
             ]
+        if self.fault is not None:
+            verdict = "fix"
         setting = None if best is None or verdict not in CHANGES else played.outcomes[best].setting
         priced = None if best is None else self._priced(best, self.judging)
         return Advice(
@@ -468,6 +496,7 @@ class TrainTestSplit:
             if best is None or priced is None
             else self._longest_pause(best, priced[0]),
             training_gain=training_gain,
+            changes=self._changes(),
             break_even_ms=None if best is None else self._break_even(best),
             engine_arguments=None if setting is None else engine_arguments(self.engine, setting),
             trained=scored[0],
@@ -476,6 +505,13 @@ class TrainTestSplit:
             replay=played,
             notes=[*played.notes, *(self._warnings(gain) if verdict in CHANGES else [])],
         )
+
+    def _changes(self) -> Changes | None:
+        """None if a replay of the recorded setting contradicts the recording, or too few steps are left."""
+        test = self.played.self_test
+        if self._missing() or (test is not None and test.doubt is not None and not self.fault):
+            return None
+        return one_at_a_time(self.played, self.judging, self.step_ms, self.min_gain, self.expert_mb)
 
     def _judged(self, outcome: Outcome, row: int) -> Judged:
         scores = self.played.scores

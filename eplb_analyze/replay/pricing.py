@@ -77,15 +77,17 @@ def lines_of(cost: RunCost) -> list[Line]:
     ]
 
 
-def gain(cost: RunCost, scores: Scores, row: int, columns: slice = ALL) -> Interval | str:
-    """ms per step that a setting saves beside today's placements, or why it is not known."""
-    if scores.ep_size[row] != scores.ep_size[TODAY]:
+def gain(
+    cost: RunCost, scores: Scores, row: int, columns: slice = ALL, reference: int = TODAY
+) -> Interval | str:
+    """ms per step that a setting saves beside today's placements, or another row; or why it is not known."""
+    if scores.ep_size[row] != scores.ep_size[reference]:
         return "the number of ranks differs"
     parts: dict[str, tuple[float, dict[int, Ratio]]] = {}
     for line in scores.lines:
         steps = scores.steps_of(line, columns)
         if steps.any():
-            saved = (scores.effort(line, TODAY, columns) - scores.effort(line, row, columns))[steps > 0]
+            saved = (scores.effort(line, reference, columns) - scores.effort(line, row, columns))[steps > 0]
             ratios = parts.setdefault(line[0], (float(steps.sum()), {}))[1]
             ratios[line[1]] = Ratio(saved, steps[steps > 0])
     return price_of(cost, parts, float(scores.active[TODAY, columns].sum()))

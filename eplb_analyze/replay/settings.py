@@ -60,9 +60,10 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     """The settings to try, and notes on combinations left out.
 
     Defaults: the engine's policy (``deepseek`` if not known) and ``static``; no redundant experts, as many as
-    today, and one more per rank; intervals of a quarter of, once and four times today's (if not known, a
-    64th, 16th and 4th of the steps, but at least 16); windows of the interval and of today's window (if not
-    known, of four intervals; for SGLang, of the interval only); the engine's first rearrangement.
+    today, and one more per rank (two more only with today's interval and window); intervals of a quarter of,
+    once and four times today's (if not known, a 64th, 16th and 4th of the steps, but at least 16); windows of
+    the interval and of today's window (if not known, of four intervals; for SGLang, of the interval only);
+    the engine's first rearrangement.
 
     Args:
         steps: the number of steps to replay; default intervals leave room for two rearrangements.
@@ -78,7 +79,10 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
         least = -experts % ep_size
         if experts + max([least, *(choices.redundant or ())]) > MAX_EXPERTS:
             raise UsageError(f"more than {MAX_EXPERTS:,} slots are more than a placement holds")
-        usual = {least, today.num_redundant_experts, max(least, today.num_redundant_experts) + ep_size}
+        some = max(least, today.num_redundant_experts)
+        usual = {least, today.num_redundant_experts, some + ep_size}
+        if choices.redundant is None and experts + some + 2 * ep_size <= MAX_EXPERTS:
+            found |= _two_more(engine, policies, some + 2 * ep_size, ep_size, today, choices, steps)
         for redundant in sorted(usual) if choices.redundant is None else choices.redundant:
             if (experts + redundant) % ep_size or redundant < 0:
                 if choices.redundant is not None or choices.ep_sizes is not None:
@@ -107,6 +111,35 @@ def _intervals(today: int | None, steps: int) -> list[int]:
     least = 1 if today else LEAST_INTERVAL
     fitting = {max(least, i) for i in (usual // 4, usual, usual * 4) if i}
     return sorted(i for i in fitting if i <= steps // 2) or [max(1, steps // PARTS)]
+
+
+def _two_more(
+    engine: str | None,
+    policies: Sequence[str],
+    redundant: int,
+    ep_size: int,
+    today: Recorded,
+    choices: Choices,
+    steps: int,
+) -> set[Setting]:
+    """So many redundant experts, the rest as close to today's as the choices have it."""
+    policy = next((name for name in policies if name not in FIXED), None)
+    if policy is None:
+        return set()
+    interval = _nearest(choices.intervals or _intervals(today.interval, steps), usual_interval(today, steps))
+    usual = sorted(choices.windows or _windows(engine, interval, today.window))
+    window = _nearest(usual, today.window or interval)
+    start = (choices.starts or [first_rearrangement(engine, interval)])[0]
+    return {Setting(policy, redundant, ep_size, interval, window, start)}
+
+
+def usual_interval(today: Recorded, steps: int) -> int:
+    """Today's interval; if it is not known, what is usual for so many steps."""
+    return today.interval or max(1, steps // PARTS)
+
+
+def _nearest(values: Sequence[int], today: int) -> int:
+    return min(values, key=lambda value: abs(value - today))
 
 
 def _windows(engine: str | None, interval: int, today: int | None) -> set[int]:

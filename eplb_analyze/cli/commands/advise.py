@@ -37,6 +37,7 @@ def advise(
     num_nodes: options.NumNodes = None,
     objective: options.Objective = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
+    expert_mb: options.ExpertMb = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
     workers: options.Workers = None,
@@ -54,7 +55,7 @@ def advise(
         run, choices, steps, min_gain=min_gain,
         num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),
-        cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb, workers=workers,
     )  # fmt: skip
     passed = None if fail_below is None else advice.passes(fail_below)
     out.show(

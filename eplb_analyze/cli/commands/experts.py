@@ -23,13 +23,6 @@ def experts(
     hot_factor: Annotated[
         float, typer.Option("--hot-factor", help="Hot: at least so many times the layer's mean.")
     ] = 2.0,
-    all_placements: Annotated[
-        bool,
-        typer.Option(
-            "--all-placements",
-            help="Judge replicas by the loads of all steps, not by those since the last rearrangement.",
-        ),
-    ] = False,
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
@@ -42,9 +35,7 @@ def experts(
     from eplb_analyze.analysis.experts import expert_report
 
     run = out.open()
-    report = expert_report(
-        run, layer, steps, window=window, hot_factor=hot_factor, all_placements=all_placements
-    )
+    report = expert_report(run, layer, steps, window=window, hot_factor=hot_factor)
     out.show(
         lambda: report.to_json(hot=hot, cold=cold),
         lambda console: render(console, report, top, hot=hot, cold=cold),

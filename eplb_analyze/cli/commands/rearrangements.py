@@ -19,12 +19,7 @@ def rearrangements(
     window: Annotated[
         int, typer.Option("--window-steps", help="At most so many steps before and after.", min=1)
     ] = 1000,
-    expert_mb: Annotated[
-        float | None,
-        typer.Option(
-            "--expert-mb", help="MB of one expert's weights in one layer: shows the GB moved.", min=0
-        ),
-    ] = None,
+    expert_mb: options.ExpertMb = None,
 ) -> None:
     """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
     from eplb_analyze.analysis.rearrangements import rearrangement_report

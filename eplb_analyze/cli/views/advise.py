@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
 from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
@@ -13,30 +13,150 @@ if TYPE_CHECKING:
 
     from eplb_analyze.reader.recorded_setting import Recorded, Setting
     from eplb_analyze.replay.advise import Advice, Judged
+    from eplb_analyze.replay.changes import Change, Changes
 
 STYLES = {
     "enable": "bold yellow",
     "retune": "bold yellow",
+    "fix": "bold red",
     "leave": "bold green",
     "not enough data": "bold red",
 }
+VERDICTS = {
+    "enable": "ENABLE EPLB",
+    "retune": "CHANGE THE SETTING",
+    "fix": "FIX EPLB FIRST",
+    "leave": "LEAVE IT AS IT IS",
+    "not enough data": "NOT ENOUGH DATA",
+}
+RESULTS = {"gain": "bold green", "loss": "bold red", "no gain": "", "unknown": "dim"}
 
 
 def render(console: Console, advice: Advice) -> None:
     print_heading(console, advice.model, f" · run {advice.run_id}")
     if advice.fault is not None:
         print_line(console, (advice.fault, "bold red"))
-    print_line(console, "verdict: ", (advice.verdict, STYLES[advice.verdict]))
-    for reason in advice.reasons[advice.fault is not None :]:
+    reasons = advice.reasons[advice.fault is not None :]
+    if advice.verdict in ("enable", "retune"):
+        reasons = [_advised(advice), *reasons]
+    first = f": {reasons[0]}" if reasons else ""
+    print_line(console, (VERDICTS[advice.verdict], STYLES[advice.verdict]), first)
+    for reason in reasons[1:]:
         print_line(console, reason)
+    if advice.changes is not None:
+        for line in redundancy(advice.changes):
+            print_line(console, line)
     print_notes(console, advice.notes)
+    if advice.changes is not None and advice.changes.rows:
+        console.print()
+        _changes(console, advice, advice.changes)
     if advice.best is not None and advice.today is not None:
         console.print()
         _evidence(console, advice, advice.best, advice.today)
     if advice.replay is not None:
         known, idle = figure(advice.measured_balancedness), percent(advice.replay.measured_idle_fraction)
-        steps = f"steps {advice.replay.first_step} to {advice.replay.last_step}"
-        console.print(f"recorded in {steps}: balancedness {known}, idle {idle}")
+        steps = f"steps {advice.replay.first_step}-{advice.replay.last_step}"
+        console.print(f"recorded in {steps}: balancedness {known}, idle {idle} by tokens")
+
+
+def _advised(advice: Advice) -> str:
+    """``vllm, 32 redundant experts, every 100 steps, window 500, saves 0.8 ms per step``."""
+    setting = None if advice.best is None else advice.best.setting
+    assert setting is not None
+    text = f"{clean(setting.policy)}, {plural(setting.num_redundant_experts, 'redundant expert')}"
+    if setting.interval is not None:
+        text += f", every {plural(setting.interval, 'step')}, window {setting.window or 0:,}"
+    net = advice.net_ms_per_step
+    if advice.replay is not None and advice.replay.objective == "ms" and net is not None:
+        return f"{text}, saves {milliseconds(net.estimate, net.low, net.high)} per step"
+    basis = (
+        "active experts" if advice.replay is not None and advice.replay.objective == "active" else "tokens"
+    )
+    return (
+        text
+        if advice.gain is None
+        else f"{text}, saves {100 * advice.gain.value:.1f}% of the time, by {basis}"
+    )
+
+
+def redundancy(changes: Changes) -> list[str]:
+    """Whether to add redundant experts, in a sentence; nothing if no other number was tried."""
+    base = changes.base.num_redundant_experts
+    rows = [change for change in changes.rows if change.part == "redundant experts"]
+    more = [change for change in rows if change.setting.num_redundant_experts > base]
+    fewer = [change for change in rows if change.setting.num_redundant_experts < base]
+    lines = []
+    if more:
+        each = "; ".join(f"{change.setting.num_redundant_experts}: {change.result}" for change in more)
+        better = [change for change in more if change.result == "gain"]
+        text = "Redundant experts: do not add any" if not better else "Redundant experts: more of them help"
+        if all(change.result == "unknown" for change in more):
+            text = "Redundant experts: what more of them gain is not known"
+        lines.append(f"{text} ({each}; now {base})")
+    free = [change for change in fewer if change.result in ("no gain", "gain")]
+    if free and not any(change.result == "gain" for change in more):
+        least = min(free, key=lambda change: change.setting.num_redundant_experts)
+        effect = "you gain" if least.result == "gain" else "you lose nothing"
+        number = least.setting.num_redundant_experts
+        freed = _memory(least).removeprefix("−")
+        lines.append(f"With {number} instead of {base}, {effect}, and each GPU holds {freed} less")
+    return lines
+
+
+def _changes(console: Console, advice: Advice, changes: Changes) -> None:
+    """One change at a time, beside the base setting."""
+    base = changes.base
+    every = plural(base.interval or 0, "step")
+    text = f"{clean(base.policy)}, {base.num_redundant_experts} redundant, every {every}"
+    text += f", window {base.window or 0:,}"
+    what = "today's setting" if changes.base_is_today else "a setting near today's"
+    print_line(console, ("one change at a time", "bold"), f", from {what}: {text}")
+    unit = {
+        "ms": "net ms per step (95% CI)",
+        "tokens": "% of time saved, by tokens",
+        "active": "% of experts saved",
+    }
+    listing = table(console, "<change", "<to", unit[changes.basis.value], "<", "<memory per GPU")
+    for change in changes.rows:
+        result = styled((change.result, RESULTS[change.result]))
+        listing.add_row(change.part, _value(base, change), _saved(change), result, _memory(change))
+    console.print(listing)
+    if changes.basis.value == "ms" and advice.replay is not None:
+        print_line(console, (pause_sentence(advice.replay.pause), "dim"))
+    elif changes.basis.value == "tokens":
+        why = "a step takes longer than its experts, and pauses are not included, so steps gain less"
+        print_line(console, (f"by tokens, not by time: {why}", "dim"))
+
+
+def _value(base: Setting, change: Change) -> str:
+    setting = change.setting
+    if change.part == "redundant experts":
+        return f"{setting.num_redundant_experts:,}"
+    if change.part == "window":
+        return f"{setting.window or 0:,}"
+    if change.part == "interval":
+        window = "" if setting.window == base.window else f", window {setting.window or 0:,}"
+        return f"{setting.interval or 0:,}{window}"
+    return clean(setting.policy)
+
+
+def _saved(change: Change) -> str:
+    net, gain = change.net_ms_per_step, change.gain
+    if net is not None:
+        return milliseconds(net.estimate, net.low, net.high, sign=True).replace(" ms", "")
+    if gain is None:
+        return "–"
+    value, low, high = (signed(100 * bound, 1) for bound in (gain.value, gain.low, gain.high))
+    return f"{value} ({low} to {high})"
+
+
+def _memory(change: Change) -> str:
+    """``+2.6 GB``, or ``+58 experts`` if their size is not known."""
+    if not change.experts_per_gpu:
+        return "same"
+    sign = "+" if change.experts_per_gpu > 0 else "−"
+    experts = plural(abs(change.experts_per_gpu), "expert")
+    return f"{sign}{experts}" if change.gb_per_gpu is None else f"{sign}{abs(change.gb_per_gpu):.1f} GB"
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:

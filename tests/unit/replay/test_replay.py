@@ -520,7 +520,11 @@ def test_default_grid(dump: Path) -> None:
     today = recorded(run, part.shape)
     settings, notes = grid(run, today, Choices(), 6400)
     assert notes == []
-    assert {s.num_redundant_experts for s in settings} == {0, 4, 8}
+    assert {s.num_redundant_experts for s in settings} == {0, 4, 8, 12}
+    # Two more on each rank, but only as today otherwise.
+    assert [s for s in settings if s.num_redundant_experts == 12] == [
+        Setting("deepseek", 12, 4, 400, 400, 400)
+    ]
     assert {(s.interval, s.window) for s in settings if s.policy == "deepseek"} == {
         (100, 100), (100, 400), (400, 400), (400, 1600), (1600, 1600), (1600, 6400)
     }  # fmt: skip

@@ -293,7 +293,8 @@ def test_load_balancer_that_does_not_act_comes_before_other_advice(tmp_path: Pat
     assert len(advice.reasons) == 2
     lines = cli("advise", tmp_path).stdout.splitlines()
     assert lines[1].startswith("EPLB ")
-    assert any(line.startswith("verdict: ") for line in lines[2:])
+    assert advice.verdict == "fix"
+    assert any(line.startswith("FIX EPLB FIRST: ") for line in lines[2:])
 
 
 # ---- groups seen in placements

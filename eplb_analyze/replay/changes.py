@@ -1,0 +1,180 @@
+"""What each change of one part of a setting gains by itself: redundancy, interval, window or policy.
+
+The rest stays as in a base setting: today's, or, if that is not known, the one tried that is closest to it.
+The gain is taken in the judged part of the run alone; no row is chosen by its gain, so none needs a training
+part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.metrics import bootstrap
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.metrics.prices import combined
+from eplb_analyze.reader.recorded_setting import Setting
+from eplb_analyze.replay.pricing import Objective, gain, net
+from eplb_analyze.replay.replay import Replay
+from eplb_analyze.replay.settings import FIXED, usual_interval
+
+#: Why: see :data:`eplb_analyze.replay.advise.SURE`.
+SURE = 3.3
+
+Part = Literal["redundant experts", "interval", "window", "policy"]
+Result = Literal["gain", "no gain", "loss", "unknown"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from the base in one part.
+
+    Attributes:
+        gain: the share of the time that it saves beside the base; None if not known.
+        net_ms_per_step: the same in ms, less the pauses of rearrangements beyond the base's; None unless the
+            run's step times show it.
+        result: ``gain`` or ``loss`` if it is at least the least gain and beyond doubt.
+        experts_per_gpu: expert weights that each GPU holds more, over all layers.
+        gb_per_gpu: their size; None if the size of an expert is not known.
+    """
+
+    part: Part
+    setting: Setting
+    gain: Interval | None
+    net_ms_per_step: Milliseconds | None
+    result: Result
+    experts_per_gpu: int
+    gb_per_gpu: float | None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """``basis``: what time is assumed to be; by ``tokens`` and ``active`` a step gains less than that."""
+
+    base: Setting
+    base_is_today: bool
+    basis: Objective
+    rows: list[Change]
+
+
+def one_at_a_time(
+    played: Replay, judging: slice, step_ms: float | None, min_gain: float, expert_mb: float | None
+) -> Changes | None:
+    """The changes among the settings tried, or None if there is none to compare them with.
+
+    Args:
+        judging: the columns of the scores to take gains in.
+        step_ms: the median time of a step.
+    """
+    own = played.recorded.setting()
+    base = _base(played, own)
+    if base is None:
+        return None
+    basis = played.objective
+    if basis is Objective.MS and (
+        step_ms is None or isinstance(gain(played.cost, played.scores, played.rows[base], judging), str)
+    ):
+        basis = Objective.TOKENS
+    of = played.outcomes[base].setting
+    assert of is not None
+    rows = []
+    for index, outcome in enumerate(played.outcomes):
+        part = None if outcome.setting is None else part_changed(of, outcome.setting)
+        if part is None or outcome.setting is None:
+            continue
+        saved, net_ms = _gain(played, index, base, judging, basis, step_ms)
+        slots = (outcome.num_physical_experts - played.outcomes[base].num_physical_experts) // of.ep_size
+        experts = slots * played.part.shape.num_moe_layers
+        size = None if expert_mb is None else experts * expert_mb / 1e3
+        rows.append(Change(part, outcome.setting, saved, net_ms, _result(saved, min_gain), experts, size))
+    rows.sort(key=_order)
+    return Changes(of, of == own, basis, rows)
+
+
+def _base(played: Replay, own: Setting | None) -> int | None:
+    """The index of today's setting, or of the closest one that rearranges."""
+    today = played.recorded
+    usual = usual_interval(today, played.last_step + 1 - played.first_step)
+    found: list[tuple[tuple[float, ...], int]] = []
+    for index, outcome in enumerate(played.outcomes):
+        setting = outcome.setting
+        if setting is None or setting.ep_size != today.ep_size:
+            continue
+        if setting == own:
+            return index
+        if setting.interval is None or not outcome.moves:
+            continue
+        far = (
+            abs(setting.num_redundant_experts - today.num_redundant_experts),
+            abs(setting.interval - usual),
+            abs((setting.window or 0) - (today.window or setting.interval)),
+        )
+        found.append(((setting.policy != today.policy, *map(float, far)), index))
+    return min(found)[1] if found else None
+
+
+def part_changed(base: Setting, other: Setting) -> Part | None:
+    """The only part in which two settings of one EP size differ; None if there is none, or several.
+
+    A window as long as the interval follows it, and so does the start.
+    """
+    if base.ep_size != other.ep_size:
+        return None
+    redundant = base.num_redundant_experts != other.num_redundant_experts
+    if base.policy != other.policy:
+        same_rhythm = (base.interval, base.window) == (other.interval, other.window)
+        return "policy" if not redundant and (other.policy in FIXED or same_rhythm) else None
+    interval, window = base.interval != other.interval, base.window != other.window
+    if interval and window and base.window == base.interval and other.window == other.interval:
+        window = False
+    changed: list[Part] = []
+    changed += ["redundant experts"] if redundant else []
+    changed += ["interval"] if interval else []
+    changed += ["window"] if window else []
+    return changed[0] if len(changed) == 1 else None
+
+
+def _order(change: Change) -> tuple[int, str, int]:
+    setting = change.setting
+    parts: tuple[Part, ...] = ("redundant experts", "interval", "window", "policy")
+    number = {
+        "redundant experts": setting.num_redundant_experts,
+        "interval": setting.interval,
+        "window": setting.window,
+    }.get(change.part)
+    return parts.index(change.part), setting.policy, number or 0
+
+
+def _gain(
+    played: Replay, index: int, base: int, part: slice, basis: Objective, step_ms: float | None
+) -> tuple[Interval | None, Milliseconds | None]:
+    """The share of the base's time that a setting saves; and in ms per step, if that is the basis."""
+    scores, row, reference = played.scores, played.rows[index], played.rows[base]
+    if basis is Objective.MS and step_ms is not None:
+        saved = gain(played.cost, scores, row, part, reference)
+        if isinstance(saved, str):
+            return None, None
+        steps = played.last_step + 1 - played.first_step
+        moves = played.outcomes[index].moves, played.outcomes[base].moves
+        left = net(saved, played.pause, *moves, steps)
+        return combined([(1 / step_ms, left)]), Milliseconds.of(left)
+    maximum = scores.active_experts if basis is Objective.ACTIVE else scores.maximum
+    before, after = maximum[reference, part], maximum[row, part]
+    some = before > 0
+    if some.sum() < MIN_STEPS:
+        return None, None
+    ratio = Ratio((before - after)[some], before[some])
+    drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
+    return Interval.of(ratio.value or 0.0, drawn), None
+
+
+def _result(saved: Interval | None, min_gain: float) -> Result:
+    if saved is None:
+        return "unknown"
+    error = max(saved.value - saved.low, saved.high - saved.value) / 1.96
+    if abs(saved.value) < max(min_gain, SURE * error):
+        return "no gain"
+    return "gain" if saved.value > 0 else "loss"

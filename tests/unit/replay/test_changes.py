@@ -1,0 +1,177 @@
+"""What one change of a setting gains by itself, against times and tokens that are computed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import cli, open_writer
+from planted import EXPERTS, LAYERS, RANKS, SLOTS, SteadyClock, record_engine
+
+from eplb_analyze import open_run
+from eplb_analyze.reader.recorded_setting import Setting
+from eplb_analyze.replay.advise import advise
+from eplb_analyze.replay.changes import part_changed
+from eplb_analyze.replay.pricing import Objective
+from eplb_analyze.replay.replay import replay_run
+from eplb_analyze.replay.settings import Choices
+
+BASE = Setting("vllm", 32, 8, 500, 1000, 125)
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        (BASE, None),
+        (Setting("vllm", 64, 8, 500, 1000, 125), "redundant experts"),
+        (Setting("vllm", 32, 8, 125, 1000, 31), "interval"),
+        (Setting("vllm", 32, 8, 500, 500, 125), "window"),
+        (Setting("deepseek", 32, 8, 500, 1000, 125), "policy"),
+        (Setting("static", 32, 8, None, None, None), "policy"),
+        (Setting("static", 64, 8, None, None, None), None),
+        (Setting("vllm", 64, 8, 125, 1000, 31), None),
+        (Setting("vllm", 64, 4, 500, 1000, 125), None),
+        (Setting("vllm", 32, 8, 125, 125, 31), None),
+    ],
+)
+def test_settings_that_differ_in_one_part_are_changes(other: Setting, part: str | None) -> None:
+    assert part_changed(BASE, other) == part
+
+
+def test_window_that_follows_the_interval_is_the_same_change() -> None:
+    one, other = (Setting("sglang", 32, 8, interval, interval, interval + 1) for interval in (500, 125))
+    assert part_changed(one, other) == "interval"
+
+
+def busiest(logical: Any, placement: Any, draws: int = 3) -> float:
+    """Tokens of the slowest ranks of a step ``[layers, experts]``, dealt by numpy, summed over layers."""
+    rng = np.random.default_rng(2)
+    total = 0.0
+    for _ in range(draws):
+        for tokens, slots in zip(logical, placement, strict=True):
+            load = np.zeros(len(slots))
+            for expert, count in enumerate(tokens.tolist()):
+                at = np.flatnonzero(slots == expert)
+                load[at] = rng.multinomial(count, [1 / len(at)] * len(at))
+            total += load.reshape(RANKS, -1).sum(axis=1).max()
+    return total / draws
+
+
+def test_gain_of_a_change_is_the_planted_time_less_the_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    price, pause, steps = 0.02, 40.0, 500
+    truth = record_engine(
+        tmp_path, monkeypatch, per_token_ms=price, pause_ms=pause, steps=steps, interval=100, skew=12.0
+    )
+    choices = Choices(policies=["deepseek"], redundant=[0, 4, 8], intervals=[100], windows=[100])
+    run = open_run(tmp_path)
+    found = advise(run, choices, expert_mb=500.0).changes
+    assert found is not None
+    assert (found.basis, found.base.num_redundant_experts) == (Objective.MS, 4)
+    played = replay_run(run, choices, keep_placements=True)
+    assert played.placements is not None
+    judged = range(int(0.6 * steps), steps)
+    times, moves = {}, {}
+    for outcome, placed in zip(played.outcomes, played.placements, strict=True):
+        assert outcome.setting is not None
+        number = outcome.setting.num_redundant_experts
+        under = [[slots for first, slots in placed if first <= step][-1] for step in judged]
+        times[number] = price * np.mean(
+            [busiest(truth.logical[s], p) for s, p in zip(judged, under, strict=True)]
+        )
+        moves[number] = len(outcome.moves)
+    assert [(row.part, row.setting.num_redundant_experts) for row in found.rows] == [
+        ("redundant experts", 0),
+        ("redundant experts", 8),
+    ]
+    for row in found.rows:
+        number = row.setting.num_redundant_experts
+        expected = times[4] - times[number] - pause * (moves[number] - moves[4]) / steps
+        assert row.net_ms_per_step is not None
+        assert row.net_ms_per_step.low - 0.05 <= expected <= row.net_ms_per_step.high + 0.05
+        assert row.experts_per_gpu == (number - 4) // RANKS * LAYERS
+        assert row.gb_per_gpu == pytest.approx(row.experts_per_gpu * 0.5)
+
+
+def record(root: Path, share: Any, *, redundant: int = 0, steps: int = 300, seed: int = 1) -> Path:
+    """An engine that never rearranges and states no setting; experts have these shares of 4,000 tokens."""
+    rng = np.random.default_rng(seed)
+    slots = np.r_[np.arange(EXPERTS), np.arange(redundant)].astype(np.int32)
+    copies = np.bincount(slots, minlength=EXPERTS)
+    per_slot = (np.asarray(share) / np.sum(share) / copies)[slots]
+    with open_writer(root, num_logical_experts=EXPERTS, ep_size=RANKS, scope="global") as writer:
+        for step in range(steps):
+            writer.record(step, rng.multinomial(4000, per_slot, LAYERS), np.tile(slots, (LAYERS, 1)))
+            assert step % 100 or writer.flush(60)
+    return root
+
+
+def text_of(*arguments: str | Path) -> str:
+    return " ".join(cli("advise", *arguments).stdout.split())
+
+
+def test_replicas_of_one_hot_expert_are_worth_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expert 3 has 10 of 25 parts of the tokens, and its rank holds three more experts: 13 parts."""
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
+    root = record(tmp_path, np.where(np.arange(EXPERTS) == 3, 10.0, 1.0))
+    found = advise(open_run(root), objective=Objective.TOKENS).changes
+    assert found is not None
+    rows = {row.setting.num_redundant_experts: row for row in found.rows if row.part == "redundant experts"}
+    assert sorted(rows) == [4, 8]
+    assert {row.result for row in rows.values()} == {"gain"}
+    # With replicas ranks are even, with a fourth of the tokens each.
+    assert rows[8].gain is not None
+    assert rows[8].gain.value == pytest.approx(1 - 0.25 / (13 / 25), abs=0.05)
+    text = text_of("--objective", "tokens", "--expert-mb", "44", root)
+    assert "Redundant experts: more of them help (4: gain; 8: gain; now 0)" in text
+    assert f"+{LAYERS * 0.044:.1f} GB" in text
+    document = json.loads(cli("advise", "--objective", "tokens", "--json", root).stdout)
+    assert [row["part"] for row in document["changes"]["rows"]] == [row.part for row in found.rows]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_change_gains_anything_if_experts_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
+    root = record(tmp_path, np.ones(EXPERTS), seed=seed)
+    found = advise(open_run(root), objective=Objective.TOKENS).changes
+    assert found is not None
+    assert [row.result for row in found.rows if row.result == "gain"] == []
+    assert "Redundant experts: do not add any" in text_of("--objective", "tokens", root)
+
+
+def test_engine_that_never_acted_is_to_be_fixed_first(tmp_path: Path) -> None:
+    """It is configured to rearrange every 40 steps, and its one hot expert never gets a replica."""
+    stated = {"eplb_config": {"step_interval": 40, "window_size": 40}, "num_expert_groups": 1}
+    now = np.r_[np.arange(EXPERTS), np.arange(SLOTS - EXPERTS)].astype(np.int32)
+    share = np.where(np.arange(EXPERTS) == 9, 8.0, 1.0) / np.bincount(now, minlength=EXPERTS)
+    rng = np.random.default_rng(4)
+    with open_writer(
+        tmp_path,
+        num_logical_experts=EXPERTS,
+        ep_size=RANKS,
+        scope="global",
+        engine="vllm",
+        engine_config=stated,
+    ) as writer:
+        for step in range(300):
+            chance = share[now] / share[now].sum()
+            writer.record(step, rng.multinomial(4000, chance, LAYERS), np.tile(now, (LAYERS, 1)))
+            assert step % 100 or writer.flush(60)
+    advice = advise(open_run(tmp_path), objective=Objective.TOKENS)
+    assert (advice.verdict, advice.to_json()["advised"], advice.engine_arguments) == ("fix", None, None)
+    assert advice.changes is not None
+    assert advice.changes.base_is_today
+    lines = cli("advise", "--objective", "tokens", tmp_path).stdout.splitlines()
+    assert lines[1].startswith("EPLB NEVER ACTED: a rearrangement is due every 40 steps, but no placement")
+    assert any(line.startswith("FIX EPLB FIRST: ") for line in lines)
+    # A replay is not needed to say so.
+    few = advise(open_run(tmp_path), steps=(0, 40), objective=Objective.TOKENS)
+    assert (few.verdict, few.fault and few.fault[:16]) == ("fix", "EPLB NEVER ACTED")
