@@ -34,6 +34,11 @@ TITLES = {
 EXPLAINS_LITTLE = 0.5
 
 
+def _percent(value: float | None, digits: int = 1) -> str:
+    """As English text has it: ``12%``."""
+    return percent(value, digits).replace(" ", "")
+
+
 @dataclass(frozen=True)
 class Told:
     """One incident in words: when and where, then ``(name, text)`` of its cause, cost, end, next command."""
@@ -141,10 +146,10 @@ def cost_sentence(cost: RunCost) -> str:
     by = TIMES.get(cost.basis, cost.basis)
     if cost.status is CostStatus.MEASURED:
         return (
-            f"Imbalance costs {estimate} of each {step} step, {percent(share.estimate)} "
+            f"Imbalance costs {estimate} of each {step} step, {_percent(share.estimate)} "
             f"(95% CI {bounds.rstrip(')')} ms), measured by {by}."
         )
-    most = f"at most {milliseconds(ms.high)} of each {step} step ({percent(share.high)})"
+    most = f"at most {milliseconds(ms.high)} of each {step} step ({_percent(share.high)})"
     return f"Imbalance has no measurable cost: {most}, by {by}."
 
 
@@ -157,7 +162,7 @@ def _recoverable(summary: Summary) -> list[str]:
     last, where = summary.last_configuration_steps, ""
     if last is not None and len(summary.configurations) > 1:
         where = f" in steps {last[0]}-{last[1]}"
-    most = percent(loss.persistent_share, 0)
+    most = _percent(loss.persistent_share, 0)
     text = f"Better placement can recover at most {most} of {of}{where}"
     return [f"{text}; the rest varies from step to step." if loss.persistent_share < 0.995 else f"{text}."]
 
@@ -257,7 +262,7 @@ def _cost(incident: Incident, cost: RunCost) -> str:
     step = cost.step_ms_p50
     if not step:
         return value
-    share = f"{value}, {percent(ms.estimate / step)} of the step"
+    share = f"{value}, {_percent(ms.estimate / step)} of the step"
     return f"{share}; too little to explain a doubled TPOT" if ms.high < EXPLAINS_LITTLE * step else share
 
 

@@ -87,16 +87,12 @@ def _idle(summary: Summary) -> str:
 
 def _costliest(summary: Summary) -> str:
     loss = summary.loss
-    if loss is None or not loss.tokens or not loss.stretches:
+    if loss is None or not loss.tokens:
         return ""
-    rank, worst = loss.ranks[0], loss.stretches[0]
+    rank = loss.ranks[0]
     last = _last_configuration(summary)
     who = f"In {last} rank" if last else "Rank"
-    return (
-        f"{who} {rank.rank} had most excess tokens, {percent(rank.share, 0)} of all. The "
-        f"costliest stretch is layer {worst.layer} on rank {worst.rank}, "
-        f"{_steps(worst.first_step, worst.last_step)}, with {percent(worst.share)} of it."
-    )
+    return f"{who} {rank.rank} had the most excess tokens, {percent(rank.share, 0)} of all."
 
 
 def _last_configuration(summary: Summary) -> str:
@@ -106,7 +102,7 @@ def _last_configuration(summary: Summary) -> str:
 
 
 def _steps(first: int, last: int) -> str:
-    return f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"step {first}" if first == last else f"steps {first}-{last}"
 
 
 def _hottest(summary: Summary) -> str:
@@ -116,7 +112,7 @@ def _hottest(summary: Summary) -> str:
     last = _last_configuration(summary)
     which = f"In {last} the" if last else "The"
     return (
-        f"{which} hottest expert is number {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of "
+        f"{which} hottest expert is expert {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of "
         f"the layer's tokens, {hot.times_mean:.2f} × the mean, in {plural(hot.replicas, 'slot')} at the end."
     )
 
@@ -131,11 +127,11 @@ def _replication(report: ExpertReport) -> str:
         )
     else:
         hot += f"hot, with {report.hot_factor:g} × the layer's mean or more: {counts['always']:,}"
-    named = (("under_replicated", "too few"), ("over_replicated", "too many"))
-    wrong = [f"with {name}: {counts[key]:,}" for key, name in named if counts[key]]
-    if not wrong:
-        return f"{hot}. By these loads none has too few or too many replicas in the last placement."
-    return f"{hot}. By these loads and their replicas in the last placement, {', '.join(wrong)}."
+    few, many = counts["under_replicated"], counts["over_replicated"]
+    if not few and not many:
+        return f"{hot}. By the loads since the last rearrangement no expert has too few or too many replicas."
+    wrong = [f"{n:,} with too {word}" for n, word in ((few, "few"), (many, "many")) if n]
+    return f"{hot}. Replicas, judged by the loads since the last rearrangement: {', '.join(wrong)}."
 
 
 def tells_bursts(report: ExpertReport) -> bool:
@@ -179,7 +175,7 @@ def _changes(report: RearrangementReport, summary: Summary) -> str:
     gains = [row for row in rows if row.gain is not None and row.verdict in ("helped", "hurt")]
     if gains:
         most = max(gains, key=lambda row: abs(row.gain or 0.0))
-        text += f" The largest effect, {signed(most.gain)} balancedness, had that at step {most.first_step}."
+        text += f" The largest effect, {signed(most.gain)} balancedness, was at step {most.first_step}."
     return text
 
 

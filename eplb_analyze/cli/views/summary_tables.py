@@ -78,18 +78,18 @@ def _losses(console: Console, result: Summary, top: int) -> None:
     most = percent(loss.persistent_share, 0)
     print_line(
         console,
-        "a better placement could remove at most ",
+        "better placement could remove at most ",
         (most, "bold"),
         f" of the excess tokens: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
-        "the rest is chance within a step",
+        "the rest varies from step to step",
     )
     console.print()
     if loss.stretches and ordered(result):
-        listing = table(
-            console, "layer", "rank", "<steps", "excess tokens", "of all loss", title="worst stretches"
-        )
+        width = result.timeline[0].last_step - result.timeline[0].first_step + 1
+        title = "worst stretches" + (f", in parts of {width:,} steps" if width > 1 else "")
+        listing = table(console, "layer", "rank", "<steps", "excess tokens", "of all loss", title=title)
         for s in loss.stretches[:top]:
-            steps = f"{s.first_step} to {s.last_step}"
+            steps = f"{s.first_step}-{s.last_step}"
             listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
         console.print(listing)
     ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
@@ -146,7 +146,7 @@ def _configurations(console: Console, result: Summary) -> None:
     listing = table(console, "<steps", "EP", "slots", "recorded", "balancedness", "idle", title=title)
     for c in result.configurations:
         listing.add_row(
-            f"{c.first_step} to {c.last_step}",
+            f"{c.first_step}-{c.last_step}",
             f"{c.ep_size - len(c.lost_ranks)} of {c.ep_size}" if c.lost_ranks else str(c.ep_size),
             str(c.num_physical_experts),
             f"{c.recorded:,}",
