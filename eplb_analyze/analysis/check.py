@@ -192,7 +192,7 @@ def _check_recorded(run: Run) -> list[Finding]:
             rows = segment.steps()
             if not np.array_equal(rows.step[rows.status == StepState.RECORDED], segment.load_steps()):
                 odd.append(segment.path)
-    text = "`steps` and `loads` do not tell of the same steps, in "
+    text = "`steps` and `loads` list different steps, in "
     return [Finding("error", "steps_differ", text + str(path)) for path in dict.fromkeys(odd)]
 
 

@@ -157,7 +157,7 @@ def session_findings(run: Run) -> Iterator[Finding]:
         end = "the end" if part[1] >= NO_END - 1 else str(part[1])
         text = f"a copy of a part of the run: the segments that touch steps {part[0]} to {end}"
         yield Finding("info", "partial_copy", text)
-    for ended, whose in ((False, ""), (True, " of writers that ended in order")):
+    for ended, whose in ((False, ""), (True, " of closed writers")):
         journals = sum(s.journals for s in run.sessions if (s.closed is not None) is ended)
         if journals:
             text = f"{plural(journals, 'journal')}{whose} not sealed: read here, but not by other programs "

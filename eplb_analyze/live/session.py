@@ -287,7 +287,7 @@ class _Journal(GrowingFile):
 
     Attributes:
         rows, recorded: how many steps, and recorded steps, are before ``at``.
-        closed: True if its last frame was read and says that the writer ended in order.
+        closed: True if its last frame was read and marks the writer as closed.
     """
 
     def __init__(self, folder: Path, info: SessionInfo, seq: int, want: int) -> None:

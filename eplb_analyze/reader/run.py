@@ -221,11 +221,11 @@ class Run:
         origin = self.info.origin
         if origin is None:
             return []
-        said = (("not known", origin.unknown), ("taken for granted", origin.assumed))
-        source = "of a run of ours" if origin.system == FORMAT_NAME else f"imported from {origin.system}"
+        lists = (("unknown", origin.unknown), ("assumed", origin.assumed))
+        source = "made from another run" if origin.system == FORMAT_NAME else f"imported from {origin.system}"
         return [
             f"{how} of this run, {source}: {texts[code]}"
-            for how, texts in said
+            for how, texts in lists
             for code in codes
             if code in texts
         ]

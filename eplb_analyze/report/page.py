@@ -1,8 +1,8 @@
 """The page: the template of ``assets`` with the document, scripts and styles in it; nothing is fetched.
 
-What comes out of a dump may come from a stranger. It stands in the page as JSON only, in which no tag can
-end or begin, and the scripts make text of it, never markup. The content security policy lets the page's
-own scripts run, by their hashes, and nothing else, and no request out.
+Text from a dump is untrusted. The page holds it as JSON only, in which no tag can end or begin, and scripts
+insert it as text, never as markup. The content security policy allows the page's own scripts, by their
+hashes, and nothing else: no requests.
 """
 
 from __future__ import annotations

@@ -165,9 +165,9 @@ def _changes(report: RearrangementReport, summary: Summary) -> str:
     rows = report.rearrangements
     if not rows:
         if summary.acted is None:
-            return "When placements changed is not known, so no rearrangement is."
+            return "It is unknown when placements changed, so rearrangements are unknown, too."
         if summary.acted is False:
-            return summary.not_due or ""  # shown in capitals at the top if one was due
+            return summary.not_due or ""  # if one was due, a warning in capitals comes first
         return "There is no rearrangement in these steps."
     verdicts = Counter(row.verdict for row in rows).most_common()
     told = ", ".join(f"{count:,} {_VERDICTS[verdict]}" for verdict, count in verdicts)
@@ -216,8 +216,8 @@ _MEANINGS = (
     (
         "× mean",
         "a rank's, slot's or expert's tokens / the layer's mean of these",
-        "Colours of the heat maps: blue below the mean, red from twice the mean on. Loads of the chosen "
-        "steps are added up first, so chance within a step is gone.",
+        "Colors of the heat maps: blue below the mean, red from twice the mean on. Loads of the chosen "
+        "steps are added up first, which removes random variation from step to step.",
     ),
     (
         "share",
@@ -233,8 +233,8 @@ _MEANINGS = (
     (
         _BURSTS,
         "share of windows with 2 × the layer's mean or more",
-        "Always: in nine of ten windows, where another replica helps for good. In bursts: in fewer, and gone "
-        "before the next rearrangement, maybe.",
+        "Always: in nine of ten windows; another replica helps permanently. In bursts: in fewer; the "
+        "burst may be over before the next rearrangement.",
     ),
     (
         "rearrangement",

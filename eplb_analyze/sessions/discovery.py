@@ -347,7 +347,7 @@ def open_session(
         text = (
             f"{folder / MANIFEST_FILE}: it is missing; segments were taken as their files say, and whether "
         )
-        text += "the writer ended in order is not known; `recover` writes it again"
+        text += "the writer was closed is unknown; `recover` writes it again"
         findings.append(Finding("warning", "manifest_rebuilt", text))
     if manifest.fault is not None:
         text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"

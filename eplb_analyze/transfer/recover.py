@@ -134,7 +134,7 @@ def _publish(folder: Path, info: SessionInfo, entry: SealedSegment, report: Reco
 
 
 def _keep_closed(path: Path) -> None:
-    """Let the manifest say that a session ended in order, if its journal does. Raises as `recover`."""
+    """Mark a session in its manifest as closed if its journal is. Raises as `recover`."""
     with suppress(UnbegunJournal), JournalSegment(path) as journal:
         if journal.closed is not None:
             append_manifest(path.parent, journal.info, encode("closed", journal.closed))

@@ -229,9 +229,9 @@ def placements_frame(step: Int64, layer: Int32, physical_to_logical: Int32, ep_s
 
 
 def closed_frame(stats: dict[str, Any]) -> bytes:
-    """The last frame of a session whose writer ended in order, with its accounting.
+    """The last frame of a session whose writer was closed, with its accounting.
 
-    The last journal has it, as it can stay unsealed, and in the end the manifest.
+    The last journal has it, because it can stay unsealed, and finally the manifest.
     """
     return frames.encode("closed", {"closed_unix_ns": time.time_ns(), "stats": stats})
 

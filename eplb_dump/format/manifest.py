@@ -115,7 +115,7 @@ class SealedSegment:
         if self.shape is not None:
             numbers += vars(self.shape).values()
         if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
-            raise FormatError("its entry of a sealed segment has a number that is none")
+            raise FormatError("its entry of a sealed segment has an invalid number")
         if self.shape is not None and self.shape.impossible:
             raise FormatError("its entry of a sealed segment has an impossible shape")
         if any(f.name != segment_name(t, self.seq) for t, f in self.files.items() if t in SCHEMAS):

@@ -95,7 +95,7 @@ class SessionWriter:
         self.journal.append(*frames)
 
     def close(self, stats: dict[str, Any], *, sealed: int) -> None:
-        """Append that the writer ended in order, and end the segment. Raises OSError.
+        """Append that the writer was closed, and end the segment. Raises OSError.
 
         Args:
             sealed: how many segments are sealed. If not all are, readers find the end in the last journal.

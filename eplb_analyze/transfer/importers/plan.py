@@ -198,7 +198,7 @@ def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -
     if file.numbers is not None and numbers is not None:
         missing = sorted(set(numbers) - set(file.numbers))
         if missing:
-            raise DumpError(f"{path}: it has no layer {missing[0]}, of which there are loads")
+            raise DumpError(f"{path}: it has no layer {missing[0]}, but the source has loads of it")
         return file.slots[[file.numbers.index(n) for n in numbers]]
     one = file.of_any_layer and len(file.slots) == 1
     if reading.hidden_layers is not None and reading.layers is not None and not one:

@@ -94,7 +94,7 @@ class _Collector:
         self.source = source
         self.count = 0
         self._count_starts = 0
-        #: By hash, since a name in a stranger's file can be long.
+        #: By hash, since a name in an untrusted file can be long.
         self._starts: dict[int, list[_Entries]] = {}
 
     def add(

@@ -135,7 +135,7 @@ class _Lines:
                     f"step {step} again, with another load" if step in seen else f"step {step} after {last}"
                 )
                 raise UsageError(
-                    f"{where}: {what}: the steps began anew, or two engines wrote into one file; split it, "
+                    f"{where}: {what}: the steps start again, or two engines wrote into one file; split it, "
                     "or count its records in their order with --renumber"
                 )
             seen[step], last = digest, step
@@ -210,7 +210,7 @@ class _Snapshots(_Lines):
             )
         elif "window_expert_load" in record:
             self.beside = (
-                f"sums over {size} forward passes stand beside each step's own load and were left out; "
+                f"sums over {size} forward passes, recorded with each step's load, were left out; "
                 "--window-sums imports them instead"
             )
         return step, load, slots, plain_int(record.get("world_size"), 1, MAX_EXPERTS)

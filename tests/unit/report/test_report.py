@@ -247,7 +247,7 @@ def test_report_without_any_placement(tmp_path: Path) -> None:
     document = report_document(open_run(tmp_path)).document
     assert document["experts"] is None
     assert document["loads"]["placements"]["bin"] == []
-    assert any("not known" in sentence for sentence in document["words"])
+    assert any("unknown" in sentence for sentence in document["words"])
 
 
 def test_report_without_a_complete_step(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs: one that ended in order, the newer one killed."""
+    """Two runs: one that was closed, the newer one killed."""
     root = tmp_path_factory.mktemp("dump")
     write(root, engine="an engine", ranks_per_node=1)
     for rank in (0, 1):

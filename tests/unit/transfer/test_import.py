@@ -422,7 +422,7 @@ def test_sglang_stat_rows_become_steps(tmp_path: Path) -> None:
     report, run = do(tmp_path / "s", tmp_path, ep_size=EP, placement="linear", ordered=True)
     assert loads(run)[0] == [0, 1, 2, 3, 4, 5]
     assert "step_order" not in unknown(run)
-    assert "taken for granted" in timeline(run).notes[0]
+    assert "assumed" in timeline(run).notes[0]
 
 
 def test_sglang_stat_needs_a_placement(tmp_path: Path) -> None:

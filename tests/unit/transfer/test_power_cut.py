@@ -331,14 +331,14 @@ def test_copy_writes_a_rebuilt_session_file(unsealed: Path, tmp_path: Path) -> N
     assert "session_rebuilt" not in {f.code for f in open_run(tmp_path / "copy").findings}
 
 
-# ---- ended in order, or killed
+# ---- closed, or killed
 
 
 def not_closed(root: Path) -> bool:
     return "not_closed" in {f.code for f in check_run(open_run(root)).findings}
 
 
-def test_writer_that_ended_in_order_unsealed_is_not_called_killed(
+def test_writer_that_was_closed_unsealed_is_not_called_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path) -> Any:
@@ -354,7 +354,7 @@ def test_writer_that_ended_in_order_unsealed_is_not_called_killed(
         killed = shutil.copytree(root, tmp_path / "killed")
         writer.close(60)
     texts = {f.code: f.text for f in check_run(open_run(root)).findings}
-    assert "of writers that ended in order not sealed" in texts["unsealed_journal"]
+    assert "of closed writers not sealed" in texts["unsealed_journal"]
     assert not not_closed(root)
     assert not_closed(killed)
     assert Follower(root).look().closed

@@ -107,7 +107,7 @@ def test_recording_of_before_is_identified_by_host_and_parent() -> None:
         ([member(0, 5, alive=False)], 9, False),  # killed, then started again
         ([member(0, 5, alive=False), member(1, 5)], 9, False),
         ([member(0, 5, alive=False, closed=7)], 6, True),
-        ([member(0, 5, alive=False, closed=7)], 9, False),  # ended in order, then started again
+        ([member(0, 5, alive=False, closed=7)], 9, False),  # closed, then started again
         ([member(0, 5, alive=False, closed=7), member(1, 8, alive=False, closed=12)], 9, True),
         ([member(3, 5)], 1, False),  # its own rank is taken
     ],
