@@ -23,8 +23,8 @@ BLOCK_STEPS, BLOCKS = 10, 2
 #: What is usual is the mean of up to so many blocks, at least so many.
 USUAL_BLOCKS, MIN_USUAL_BLOCKS = 50, 5
 #: A departure is at least this much of balancedness or of the mean load, and at least so many standard
-#: deviations of single steps.
-DEPARTURE, DEVIATIONS = 0.05, 2.0
+#: deviations of single steps, and of blocks, which vary more if one step resembles the next.
+DEPARTURE, DEVIATIONS, BLOCK_DEVIATIONS = 0.05, 2.0, 5.0
 #: An expert explains a departure if its share rose to at least so many times what it was, and the mean.
 RISEN = 1.5
 
@@ -142,9 +142,12 @@ class DepartureFinder:
         count = known.sum(axis=0)
         enough = np.maximum(count, 1)
         usual = np.where(known, means, 0.0).sum(axis=0) / enough
-        deviation = np.sqrt(np.maximum(0.0, np.where(known, variances, 0.0).sum(axis=0) / enough))
+        within = np.where(known, variances, 0.0).sum(axis=0) / enough
+        between = (np.where(known, means, usual) - usual) ** 2
+        deviations = np.sqrt(np.maximum(0.0, [within, between.sum(axis=0) / enough]))
+        least = np.maximum(DEVIATIONS * deviations[0], BLOCK_DEVIATIONS * deviations[1])
         usual[count < MIN_USUAL_BLOCKS] = np.nan
-        return usual, usual - np.maximum(DEPARTURE, DEVIATIONS * deviation)
+        return usual, usual - np.maximum(DEPARTURE, least)
 
     def _begin(self, signals: npt.NDArray[np.intp], usual: Float64, limit: Float64) -> None:
         """Signals that depart within the same blocks are one departure."""

@@ -34,7 +34,7 @@ def watch(
     ] = 1000,
     once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
 ) -> None:
-    """How does a run stand that is being written: balance, layers, ranks, drops? Ctrl-C ends it."""
+    """Show a live view of a run while it is written: balance, hot experts, incidents. Ctrl-C ends it."""
     if not once and out.json:
         raise UsageError("the live view is no document: add --once to have one look as JSON")
     if not once and not sys.stdout.isatty():

@@ -39,6 +39,16 @@ def test_drift_and_noise_begin_no_alert(seed: int) -> None:
     assert found(values(seed, 2000)) == []
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_in_which_one_step_resembles_the_next_begins_no_alert(seed: int) -> None:
+    """Successive steps have a correlation of 0.8, so means of 10 steps vary more than twice as much."""
+    rng = np.random.default_rng(seed)
+    noise = np.zeros((3000, 30))
+    for step in range(1, len(noise)):
+        noise[step] = 0.8 * noise[step - 1] + 0.6 * rng.normal(0, 0.04, noise.shape[1])
+    assert found(0.8 + noise, 500) == []
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("length", [30, 100, 700])
 def test_planted_incident_begins_and_ends_one_alert(length: int, chunk: int) -> None:
