@@ -380,11 +380,10 @@ def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"],
     elif summary.steps.lacks_much:
         found.append(("incomplete_data", f"{incomplete(summary)}."))
     for lost in summary.lost_ranks:
-        until = "" if lost.last_step is None else f"-{lost.last_step}"
-        steps = f"steps {lost.steps.first}{until}" if until else f"step {lost.steps.first} on"
-        when = f"in {steps}" if until else f"from {steps}"
+        first, last = lost.steps.first, lost.last_step
+        steps = f"from step {first} on" if last is None else f"in steps {first}-{last}"
         found.append(
-            ("rank_lost", f"Rank {lost.rank} is lost {when}; figures of these steps cover the others.")
+            ("rank_lost", f"rank {lost.rank} {steps}; figures of these steps cover the other ranks.")
         )
     if summary.acted is False and summary.not_due is None:
         redundant = summary.run.num_physical_experts - summary.run.num_logical_experts

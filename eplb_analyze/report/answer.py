@@ -59,6 +59,8 @@ class Answer:
     warnings: list[str]
     #: What imbalance costs, and how much of that better placement can recover.
     sentences: list[str]
+    #: Figures of steps that lack ranks, if these are more than the tail of a killed run.
+    estimates: list[str]
     incidents: list[Told]
 
 
@@ -76,6 +78,7 @@ def answer_of(summary: Summary, clock: RunClock) -> Answer:
             *([] if figures or found else [verdict.rule]),
             *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
         ],
+        estimates=_estimates(summary),
         incidents=[told(incident, summary, clock) for incident in summary.incidents],
     )
 
@@ -165,6 +168,17 @@ def _recoverable(summary: Summary) -> list[str]:
     most = _percent(loss.persistent_share, 0)
     text = f"Better placement can recover at most {most} of {of}{where}"
     return [f"{text}; the rest varies from step to step." if loss.persistent_share < 0.995 else f"{text}."]
+
+
+def _estimates(summary: Summary) -> list[str]:
+    ranks = summary.run.ep_size
+    return [
+        f"estimate from {ranks - len(e.missing_ranks)} of {ranks} ranks, "
+        f"{steps_text(e.first_step, e.last_step)}, without rank {listed(e.missing_ranks)}: "
+        f"balancedness {figure(e.balancedness.mean)}, imbalance {figure(e.imbalance.mean)}, "
+        f"idle {_percent(e.idle_fraction)}"
+        for e in (summary.estimates if summary.missing_ranks or summary.steps.lacks_much else ())
+    ]
 
 
 # ---- incidents

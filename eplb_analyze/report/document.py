@@ -23,6 +23,7 @@ from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import incomplete, summarize
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
+from eplb_analyze.json_report import as_json
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import last_configuration
 from eplb_analyze.reader.join import StepState
@@ -115,7 +116,7 @@ def report_document(
         "when": answer.when(summary, run.clock),
         "shape": answer.shape(run.info) if run.info.num_layers else None,
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
-        "answer": vars(answer.answer_of(summary, run.clock)),
+        "answer": as_json(answer.answer_of(summary, run.clock)),
         "not_due": summary.not_due,
         "words": sentences.sentences(summary, experts, changes),
         "tokens": sentences.tokens(summary),

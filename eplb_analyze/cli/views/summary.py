@@ -8,7 +8,7 @@ from eplb_analyze.cli.charts import columns_of_steps, labeled_marks, sparkline
 from eplb_analyze.cli.console import print_fields, print_heading, print_line
 from eplb_analyze.cli.views import summary_tables
 from eplb_analyze.report import answer
-from eplb_analyze.text import figure, listed, percent, plural
+from eplb_analyze.text import listed, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,8 @@ def render(console: Console, result: Summary, clock: RunClock, top: int = 5, *, 
         print_line(console, (text.removeprefix(f"{found.title}: "), "bold red"))
     for text in found.sentences:
         print_line(console, text)
-    _estimates(console, result)
+    for text in found.estimates:
+        print_line(console, (text, "yellow"))
     if not found.figures:
         return
     _incidents(console, found.incidents, top)
@@ -75,19 +76,6 @@ def _head(console: Console, result: Summary, clock: RunClock) -> None:
         print_line(console, answer.shape(info))
     complete, text = answer.data(result)
     print_line(console, text if complete else (text, "yellow"))
-
-
-def _estimates(console: Console, result: Summary) -> None:
-    """Figures of steps that lack ranks, if these are more than the tail of a killed run."""
-    for e in result.estimates if result.missing_ranks or result.steps.lacks_much else ():
-        lost, ranks = len(e.missing_ranks), result.run.ep_size
-        print_line(
-            console,
-            (f"estimate from {ranks - lost} of {ranks} ranks", "bold yellow"),
-            f", {answer.steps_text(e.first_step, e.last_step)}, without rank {listed(e.missing_ranks)}: "
-            f"balancedness {figure(e.balancedness.mean)}, imbalance {figure(e.imbalance.mean)}, "
-            f"idle {percent(e.idle_fraction)}",
-        )
 
 
 def _incidents(console: Console, incidents: list[answer.Told], top: int) -> None:

@@ -123,11 +123,11 @@ function header() {
 
 /* The same sentences as `summary`: verdict, cost, incidents. A click on an incident selects its steps. */
 function answer() {
-  const { title, figures, sentences, incidents } = report.answer;
+  const { title, figures, sentences, estimates, incidents } = report.answer;
   byId("answer").dataset.verdict = report.summary.verdict.verdict;
   byId("verdict").replaceChildren(title, element("span", { text: figures && ` ${figures}`, className: "muted" }));
   byId("verdict").title = report.summary.verdict.rule;
-  byId("answer-text").replaceChildren(...sentences.map((text) => element("p", { text })));
+  byId("answer-text").replaceChildren(...[...sentences, ...estimates].map((text) => element("p", { text })));
   byId("incident-count").textContent = incidents.length ? plural(incidents.length, "incident") : figures && "no incidents";
   byId("incidents").replaceChildren(...incidents.map(({ head, parts }, i) => {
     const { first_step: first, last_step: last } = report.summary.incidents[i];

@@ -255,7 +255,8 @@ def test_report_without_a_complete_step(tmp_path: Path) -> None:
     document = report_document(open_run(tmp_path)).document
     assert document["words"] == []
     assert (document["answer"]["title"], document["answer"]["figures"]) == ("INCOMPLETE DATA", "")
-    assert document["loads"] is document["timeline"] is None
+    assert document["timeline"]["missing_ranks"] == [1]
+    assert document["answer"]["estimates"][0].startswith("estimate from 1 of 2 ranks, ")
     assert document["findings"]
 
 
