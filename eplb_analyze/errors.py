@@ -37,7 +37,9 @@ class UsageError(AnalyzeError):
 class Finding:
     """A fact about a dump that affects its figures. ``error``: they lack data or cannot be trusted."""
 
+    #: `error`: figures lack data or cannot be trusted. `warning`: they may. `info`: no harm.
     severity: Severity
     #: Stable, for programs, for instance ``damaged_file``; docs/cli.md lists them under "check".
     code: str
+    #: The fact in a sentence.
     text: str

@@ -46,8 +46,11 @@ Size = Literal["negligible", "slight", "moderate", "large"]
 class Difference:
     """A figure of both runs, and B − A with its confidence interval; None if it is not known."""
 
+    #: The figure of A.
     a: float | None
+    #: The figure of B.
     b: float | None
+    #: B less A.
     difference: float | None
     low: float | None
     high: float | None
@@ -107,8 +110,11 @@ class Side(Report):
 class Routing:
     """Distance of the experts' shares, a mean over layers in 0 … 1; and of the halves of each run."""
 
+    #: How far apart the shares of experts in A and in B are: 0 equal, 1 disjoint.
     distance: float | None
+    #: The same between the two halves of A.
     within_a: float | None
+    #: The same between the two halves of B.
     within_b: float | None
 
 
@@ -117,7 +123,9 @@ class Setting:
     """A setting that differs."""
 
     name: str
+    #: The value in A.
     a: Any
+    #: The value in B.
     b: Any
 
 
@@ -125,13 +133,16 @@ class Setting:
 class Comparison(Report):
     #: Why they are not comparable; and if they are, what limits the comparison.
     reasons: list[str]
+    #: What limits the comparison.
     warnings: list[str]
     #: By the idle fraction.
     verdict: Verdict
     #: Of a significant difference.
     size: Size | None
     confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
+    #: What is compared.
     a: Side
+    #: What it is compared with.
     b: Side
     balancedness: Difference | None
     idle_fraction: Difference | None
@@ -142,7 +153,9 @@ class Comparison(Report):
     layers: list[LayerDifference]
     #: The experts that explain the layers' differences, those of the layer with the largest part first.
     experts: list[ExpertDifference]
+    #: Tokens per step of B divided by those of A.
     token_ratio: float | None
+    #: How different the routing is.
     routing: Routing
     settings: list[Setting]
 

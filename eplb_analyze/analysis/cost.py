@@ -79,6 +79,7 @@ class PhaseCost:
     message: str
     steps: int
     steps_used: int
+    #: Milliseconds per step that perfect balance of the same tokens would save.
     ms_per_step: Milliseconds | None
     share_of_step: Milliseconds | None
     step_ms: float | None
@@ -109,11 +110,14 @@ class RunCost(Report):
     status: CostStatus
     basis: str
     message: str
+    #: Milliseconds per step that perfect balance of the same tokens would save.
     ms_per_step: Milliseconds | None
+    #: The same as a share of the step.
     share_of_step: Milliseconds | None
     step_ms_p50: float | None
     step_ms_p95: float | None
     r2: float | None
+    #: Steps that the cost was fitted to.
     steps_used: int
     idle_gaps: int
     pauses: int
@@ -136,9 +140,11 @@ class RunCost(Report):
                 "basis": self.basis,
                 "ms_per_step": self.ms_per_step,
                 "share_of_step": self.share_of_step,
+                #: Milliseconds of a step.
                 "step_ms": {"p50": self.step_ms_p50, "p95": self.step_ms_p95},
                 "r2": self.r2,
                 "steps_used": self.steps_used,
+                #: Steps left out because the engine waited, or a placement changed.
                 "excluded": {"idle_gaps": self.idle_gaps, "pauses": self.pauses},
                 "message": self.message,
                 "phases": self.phases,

@@ -36,7 +36,9 @@ FEW_TOKENS = 30
 class Overlap:
     """The mean share of a layer's hot set that is still in it ``lag`` windows later."""
 
+    #: Windows between the two hot sets.
     lag: int
+    #: The share of a hot set that is in the other one.
     overlap: float
     #: The number of (layer, pair of windows) averaged.
     pairs: int
@@ -48,8 +50,11 @@ class ExpertReport(SumsReport):
 
     layer: int | None
     window: int
+    #: How many windows the steps were cut into.
     windows: int
+    #: An expert is hot in a window in which it has this many times the mean.
     hot_factor: float
+    #: Tokens on slots of which the expert is not known.
     unknown_tokens: float
     layers_without_placement: list[int]
     #: The size of a layer's hot set, and what two such sets picked by chance have in common.
@@ -95,6 +100,7 @@ class ExpertReport(SumsReport):
                 "windows": self.windows,
                 "hot_factor": self.hot_factor,
                 "counts": self.counts,
+                #: How much of a layer's hot set stays hot.
                 "drift": drift,
                 "unknown_tokens": self.unknown_tokens,
                 "layers_without_placement": self.layers_without_placement,

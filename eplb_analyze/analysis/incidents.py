@@ -32,6 +32,7 @@ class Cause:
         replicas: of the expert, during the incident.
     """
 
+    #: What caused the incident. `few_tokens`: too few tokens to balance; `unknown`: no cause was found.
     kind: CauseKind
     expert: int | None = None
     layer: int | None = None
@@ -48,6 +49,7 @@ class EndedBy:
         replicas: of the cause's expert from that step on, if a rearrangement ended the incident.
     """
 
+    #: What ended the incident. `traffic`: tokens went elsewhere, without a rearrangement.
     kind: EndKind
     step: int
     replicas: int | None = None
@@ -92,6 +94,7 @@ class Incident:
     until: str | None
     peak_imbalance: float
     usual_imbalance: float
+    #: Why it happened.
     cause: Cause
     ended_by: EndedBy | None
     cost: IncidentCost

@@ -26,7 +26,9 @@ class LayerPlacement:
     since: int
     ep_size: int
     num_physical_experts: int
+    #: Replicas of the expert that has fewest.
     replicas_min: int
+    #: Replicas of the expert that has most.
     replicas_max: int
     #: Logical experts with more than one replica.
     replicated: int
@@ -48,7 +50,9 @@ class RankChange:
     """The logical experts that a rank gained and lost."""
 
     rank: int
+    #: Logical experts that the rank got.
     experts_in: list[int]
+    #: Logical experts that the rank gave up.
     experts_out: list[int]
 
 

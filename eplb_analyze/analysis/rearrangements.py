@@ -57,6 +57,7 @@ class Lasted:
     """Steps for which at least half of the gain at first was there, and what ended them."""
 
     steps: int
+    #: When the gain was half gone, or what ended the measurement before that.
     until: Literal["half gone", "next rearrangement", "end"]
 
 
@@ -71,30 +72,40 @@ class RearrangementFigures:
     layer_numbers: list[int]
     verdict: Verdict
     reason: str | None
+    #: The steps before it.
     before: Window
     #: Balancedness of the loads before, split evenly over the replicas of the new placement.
     predicted: float | None
+    #: The steps after it.
     after: Window
+    #: Balancedness after less before.
     gain: float | None
+    #: The lower end of its confidence interval.
     gain_low: float | None
+    #: The upper end of its confidence interval.
     gain_high: float | None
     #: After − predicted is the sum of these two.
     drift: float | None
     uneven_split: float | None
     #: The gain of the first ``SMOOTHING`` steps after.
     gain_at_first: float | None
+    #: How long the gain lasted.
     lasted: Lasted | None
+    #: Slots that hold another expert than before.
     slots_moved: int
     #: Expert weights that a rank, or a rank's node, had to fetch from another; None: not known.
     experts_crossed_ranks: int | None
+    #: Of these, weights that no rank of the node held before; None if ranks per node is not known.
     experts_crossed_nodes: int | None
     #: The weights that ranks had to fetch, in GB of 10^9 bytes; None unless the size of an expert is given.
     moved_gb: float | None = None
     #: What the steps at the change took beyond the usual time; else why it is not known.
     pause_ms: Milliseconds | None = None
+    #: Why the pause is not known.
     pause_reason: str | None = NOT_ASKED
     #: What the same tokens, of steps after, cost less under the new placement; else why it is not known.
     gain_ms_per_step: Milliseconds | None = None
+    #: Why the gain in milliseconds is not known.
     gain_ms_reason: str | None = NOT_ASKED
     #: Steps after which the gain has paid for the pause; None if it is not above 0, or one of them not known.
     break_even_steps: int | None = None

@@ -127,6 +127,7 @@ class Loss:
     persistent_share: float | None
     window_steps: int
     ranks: list[RankLoss]
+    #: The stretches of steps with most of the loss.
     stretches: list[StretchLoss]
 
 
@@ -186,7 +187,9 @@ class Summary(Report):
                 "verdict": self.verdict,
                 "steps": self.steps,
                 "ranks": {
+                    #: Ranks that should have written.
                     "expected": len(self.expected_ranks),
+                    #: Ranks of those that wrote.
                     "present": len(set(self.expected_ranks) & set(self.present_ranks)),
                     "missing": self.missing_ranks,
                 },
@@ -194,6 +197,7 @@ class Summary(Report):
                 "duration_seconds": self.duration_seconds,
                 "balancedness": self.spreads["balancedness"],
                 "imbalance": self.spreads["imbalance"],
+                #: The means of the other formulas, by name; [Metrics](metrics.md) has them.
                 "metrics": {
                     name: self.spreads[name].mean
                     for name in FORMULAS
@@ -212,6 +216,7 @@ class Summary(Report):
                 "hot_experts": self.hot_experts,
                 "hot_experts_steps": self.last_configuration_steps,
                 "rearrangements": [r.first_step for r in self.rearrangements],
+                #: The same with the last step, the number of layers and of slots that changed.
                 "rearrangement_details": [
                     {
                         "first_step": r.first_step,

@@ -54,7 +54,9 @@ class Receiver:
     destination: int
     tokens: int
     times_mean: float
+    #: The share of its tokens that came from other ranks or nodes.
     from_others: float | None
+    #: The rank or node that sent it most.
     busiest_source: int | None
 
 
@@ -68,9 +70,11 @@ class LayerTraffic:
 @dataclass(frozen=True)
 class TrafficReport(SumsReport):
     layer: int | None
+    #: Whether sources and destinations are ranks or nodes.
     by: By
     ep_size: int
     ranks_per_node: int | None
+    #: The shares of all tokens that stayed on the rank, on the node, or left it.
     shares: Shares
     #: The shares if tokens went to the same ranks whichever rank they came from.
     by_chance: Shares

@@ -31,8 +31,11 @@ _FIELDS = {f.name for f in fields(Row)} - {"series", "faults", "config"}
 class Group:
     """Runs with a value in common. Figures are means over steps; balancedness over steps with tokens."""
 
+    #: What the runs of the group have in common.
     value: str
+    #: Runs of the group.
     runs: int
+    #: Runs of the group that have no figures.
     broken: int
     steps: int
     balancedness: float | None
@@ -65,6 +68,7 @@ class Postmortem(Report):
     #: The run that lost most GPU time first; broken runs last.
     rows: list[Row]
     fail_below: float | None = None
+    #: The option `--baseline`.
     baseline: str | None = None
 
     @property
@@ -98,10 +102,13 @@ class Postmortem(Report):
         return self.document(
             {
                 "runs": self.rows,
+                #: The groups of `--group-by`.
                 "groups": [] if by is None else self.groups(by),
+                #: The option `--group-by`.
                 "by": by,
                 "fail_below": self.fail_below,
                 "baseline": self.baseline,
+                #: Runs that did not pass `--fail-below` or `--baseline`.
                 "failed": [
                     {"dump": row.dump, "run_id": row.run_id, "model": row.model} for row in self.failed
                 ],

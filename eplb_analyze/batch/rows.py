@@ -44,6 +44,7 @@ class Row(Report):
     created: str | None = None
     #: The clock times of the first and the last step, ISO 8601, UTC; None if an imported run has none.
     first_time: str | None = None
+    #: The time of the last step, ISO 8601, UTC.
     last_time: str | None = None
     scope: str | None = None
     ep_size: int | None = None
@@ -60,40 +61,57 @@ class Row(Report):
     #: Median time from one step to the next; None also if an imported run has no times.
     step_seconds: float | None = None
     balancedness: float | None = None
+    #: The 5th percentile of balancedness over steps.
     balancedness_p5: float | None = None
     idle_fraction: float | None = None
     #: Share of the loss that a better placement could remove at most.
     persistent_share: float | None = None
     #: What imbalance costs, as in `summary`: its status, ms per step and their 95 % interval.
     cost_status: str | None = None
+    #: Milliseconds per step that imbalance costs.
     cost_ms_per_step: float | None = None
+    #: The lower end of its 95% confidence interval.
     cost_ms_low: float | None = None
+    #: The upper end of its 95% confidence interval.
     cost_ms_high: float | None = None
     #: That cost in measured phases × steps × interval × ranks that serve; 0 if none can be measured, None if
     #: not known.
     lost_rank_seconds: float | None = None
+    #: The least balanced layer.
     worst_layer: int | None = None
     #: The rank to which most of the loss is attributed, and its share of the loss.
     worst_rank: int | None = None
     worst_rank_share: float | None = None
     #: How many incidents, and the worst of them: the one with the most tokens for which ranks waited longer.
     incidents: int = 0
+    #: The cause of the worst incident, as in `summary`.
     incident_cause: str | None = None
+    #: The layer of that incident; null for a rank across layers.
     incident_layer: int | None = None
+    #: The hot expert.
     incident_expert: int | None = None
+    #: The first of its ranks.
     incident_rank: int | None = None
+    #: Its first step.
     incident_first_step: int | None = None
+    #: Its last step, included.
     incident_last_step: int | None = None
     #: ISO 8601, UTC.
     incident_since: str | None = None
+    #: When it ended, ISO 8601, UTC.
     incident_until: str | None = None
+    #: The highest imbalance in it.
     incident_peak_imbalance: float | None = None
     rearrangements: int = 0
     #: Rearrangements with complete steps before and after, and no change of shape.
     judged: int = 0
+    #: Rearrangements that improved balancedness.
     helped: int = 0
+    #: Rearrangements whose gain did not last.
     helped_at_first: int = 0
+    #: Rearrangements that made balancedness worse.
     hurt: int = 0
+    #: Rearrangements after which every rank holds the same experts as before.
     no_op: int = 0
     #: Codes of the errors and warnings that `check` reports.
     faults: list[str] = field(default_factory=list)
@@ -103,7 +121,9 @@ class Row(Report):
     series: list[tuple[float, int]] = field(default_factory=list)
     #: Balancedness minus the baseline's, with its confidence interval.
     difference: float | None = None
+    #: The lower end of its confidence interval.
     difference_low: float | None = None
+    #: The upper end of its confidence interval.
     difference_high: float | None = None
     #: Why there is no difference although there is a baseline.
     not_compared: str | None = None

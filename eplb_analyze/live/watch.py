@@ -114,6 +114,7 @@ class HotExpert:
     layer: int
     expert: int
     times_mean: float
+    #: Likewise in the last seconds.
     recent_times_mean: float | None
     replicas: int
 
@@ -131,6 +132,7 @@ class WriterSnapshot:
     stopped: bool
     #: It stopped, and the engine goes on without it: the other ranks send it no token.
     lost: bool
+    #: The writer ended in order.
     closed: bool
     sessions: int
     #: Counts among the steps that were read.
@@ -146,10 +148,15 @@ class RearrangementSnapshot:
     last_step: int
     layers: int
     slots_changed: int
+    #: Mean balancedness before it.
     before: float | None
+    #: Over so many steps.
     before_steps: int
+    #: Mean balancedness after it.
     after: float | None
+    #: Over so many steps.
     after_steps: int
+    #: Balancedness after less before.
     gain: float | None
 
 
@@ -161,7 +168,9 @@ class Snapshot(RunReport):
     ep_size: int
     num_layers: int | None
     num_physical_experts: int | None
+    #: The newest step that a rank wrote.
     newest_step: int | None
+    #: Steps per second of the engine.
     steps_per_second: float | None
     #: Seconds since data was last appended.
     quiet_seconds: float | None
@@ -175,6 +184,7 @@ class Snapshot(RunReport):
     complete: int
     #: Steps that will never be complete, and steps that a rank can still reach.
     incomplete: int
+    #: Steps that a rank can still reach.
     in_flight: int
     balancedness: Spread
     latest_balancedness: float | None
@@ -185,13 +195,16 @@ class Snapshot(RunReport):
     recent: RecentSnapshot | None
     #: The highest load per replica first, and how many steps they are of.
     hot_experts: list[HotExpert]
+    #: Over so many steps.
     expert_steps: int
     #: In order of their first steps.
     alerts: list[Alert]
+    #: The writer of each rank.
     writers: list[WriterSnapshot]
     timeline: list[Bin]
     #: The first step of each rearrangement that was seen, and the figures of the newest one.
     rearrangements: list[int]
+    #: The newest rearrangement.
     rearrangement: RearrangementSnapshot | None
     #: The first step with the current EP size and slots, if they changed during the watch.
     shape_changed: int | None

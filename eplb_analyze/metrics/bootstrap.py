@@ -42,6 +42,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Interval:
+    #: The estimate.
     value: float
     low: float
     high: float

@@ -90,21 +90,28 @@ class Advice(RunReport):
     fault: str | None = None
     #: The best setting of the training part, whatever the verdict; None if none could be tried.
     best: Judged | None = None
+    #: The recorded placements in the judged steps.
     today: Judged | None = None
+    #: The share of time saved in the judged steps.
     gain: Interval | None = None
     #: What imbalance costs less, minus the pauses of rearrangements beyond today's; None: not measurable.
     net_ms_per_step: Milliseconds | None = None
+    #: The gain without pauses.
     gain_ms_per_step: Milliseconds | None = None
     #: The pause of a rearrangement at which there is no gain left; None if there are no more than today.
     break_even_pause_ms: float | None = None
+    #: The gain in the steps that the setting was chosen on.
     training_gain: float | None = None
     #: The time to fetch one expert of one layer at which there is no gain left; None if the setting moves no
     #: more than today, or if times are not known.
     break_even_ms: float | None = None
     #: How to start the engine with the advised setting, if known.
     engine_arguments: str | None = None
+    #: The steps that the setting was chosen on.
     trained: ScoredSteps | None = None
+    #: The steps that it is judged on.
     judged: ScoredSteps | None = None
+    #: The option `--min-gain`.
     min_gain: float = MIN_GAIN
     #: What each change of one part of the setting gains by itself; None if none was tried.
     changes: Changes | None = None
@@ -148,8 +155,10 @@ class Advice(RunReport):
                 "min_gain": self.min_gain,
                 "trained": self.trained,
                 "judged": self.judged,
+                #: How many settings were tried.
                 "settings_tried": 0 if replay is None else len(replay.outcomes),
                 "cost_per_expert_ms": replay and replay.cost_per_expert_ms,
+                #: What was recorded in the judged steps.
                 "measured": {
                     "balancedness": self.measured_balancedness,
                     "idle_fraction": replay and replay.measured_idle_fraction,

@@ -41,6 +41,7 @@ class Change:
         gb_per_gpu: their size; None if the size of an expert is not known.
     """
 
+    #: The part of the setting that is changed.
     part: Part
     setting: Setting
     gain: Interval | None
@@ -54,9 +55,12 @@ class Change:
 class Changes:
     """``basis``: what time is assumed to be; by ``tokens`` and ``active`` a step gains less than that."""
 
+    #: The setting that each row changes in one part.
     base: Setting
+    #: Whether that is the recorded setting.
     base_is_today: bool
     basis: Objective
+    #: One changed part each.
     rows: list[Change]
 
 

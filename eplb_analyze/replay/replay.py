@@ -175,7 +175,9 @@ class Replay(RunReport):
     #: Steps scored, the same for all settings; complete steps without a known placement are left out.
     first_step: int
     last_step: int
+    #: Steps that the settings are judged by.
     scored: int
+    #: Complete steps in which the placement of a layer is not known.
     left_out: int
     #: The time of these steps and of those between sampled ones, from ``step_seconds``.
     seconds: float | None
@@ -215,13 +217,16 @@ class Replay(RunReport):
                 "objective_reason": self.objective_reason,
                 "cost": self.cost,
                 "pause": self.pause,
+                #: What was recorded in these steps.
                 "measured": {
                     "balancedness": self.measured_balancedness,
                     "idle_fraction": self.measured_idle_fraction,
                 },
+                #: How tokens are dealt among replicas.
                 "dispatch": {"in_rounds": self.dispatch.in_rounds},
                 "self_test": None if self.self_test is None else self.self_test.to_json(),
                 "today": self.today.to_json() | _stated(self.recorded),
+                #: The settings, the best first.
                 "settings": [o.to_json() | {"as_recorded": o.setting == own} for o in self.outcomes],
                 "notes": self.notes,
             }

@@ -35,11 +35,13 @@ class SelfTest:
     """The recorded setting replayed, beside the recorded placements, with tokens dealt alike."""
 
     balancedness: float | None
+    #: The recorded balancedness of the compared steps.
     recorded_balancedness: float | None
     #: The share of the recorded placements' time that the replay saves; near 0 if it does as the engine did.
     time_saved: Interval
     #: Replayed rearrangements after which every rank holds the recorded experts, of those compared.
     same_placements: int
+    #: Replayed rearrangements that were compared.
     compared: int
     #: Replayed rearrangements since the last recorded one, or since the first step.
     missed: int

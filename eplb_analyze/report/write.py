@@ -19,6 +19,7 @@ class WrittenReport(RunReport):
 
     file: Path
     bytes: int
+    #: Whether names were replaced.
     redacted: bool
     #: Of all steps asked for.
     steps: Completeness

@@ -70,7 +70,9 @@ class CompactReport(Report):
     source: str
     to: str
     model: str
+    #: The files of the source.
     before: Side
+    #: The files of the compact run.
     after: Side
     #: Number of steps of the new run by status.
     steps: dict[str, int]

@@ -51,6 +51,7 @@ class CopyReport(Report):
     source: str
     to: str
     run_id: str
+    #: The models of the run.
     models: list[str]
     #: The ranks and steps asked for; None: all.
     ranks: list[int] | None

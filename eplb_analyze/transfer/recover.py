@@ -37,10 +37,13 @@ QUIET_SECONDS = 600.0
 @dataclass(frozen=True)
 class SealedJournal:
     journal: str
+    #: The number of the segment.
     seq: int
     first_step: int | None
     last_step: int | None
+    #: Bytes of the journal.
     journal_bytes: int
+    #: Bytes of the Parquet files made of it.
     sealed_bytes: int
 
 
@@ -54,7 +57,9 @@ class SkippedJournal:
 
 @dataclass(frozen=True)
 class RecoverReport(Report):
+    #: Journals that became Parquet files.
     sealed: list[SealedJournal] = field(default_factory=list)
+    #: Journals that were left as they are.
     skipped: list[SkippedJournal] = field(default_factory=list)
     #: Journals whose segment was sealed already, with all steps.
     removed: list[str] = field(default_factory=list)

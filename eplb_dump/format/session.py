@@ -64,8 +64,10 @@ class Origin:
 
     #: For example ``SGLang`` and, of its recordings, ``per_pass``.
     system: str
+    #: The kind of its recordings.
     kind: str
     files: tuple[SourceFile, ...] = ()
+    #: The version of eplb-dump that imported it.
     importer_version: str = ""
     unknown: dict[str, str] = field(default_factory=dict)
     assumed: dict[str, str] = field(default_factory=dict)

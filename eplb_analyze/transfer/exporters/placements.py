@@ -73,10 +73,12 @@ class PlacementExport(Report):
         return self.document(
             {
                 "run": origin.pop("run"),
+                #: The target engine.
                 "for": self.target,
                 "file": self.file,
                 "rows": self.rows,
                 "bytes": self.bytes,
+                #: Where the placement comes from.
                 "origin": origin,
                 "ep_size": self.placement.ep_size,
                 "num_layers": len(self.placement.layers),

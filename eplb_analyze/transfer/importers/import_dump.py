@@ -22,8 +22,11 @@ class ImportReport(Report):
 
     source: str
     format: str
+    #: The system that recorded.
     system: str
+    #: The kind of its recordings.
     kind: str
+    #: The dump that got the run.
     into: str
     run_id: str
     model: str
