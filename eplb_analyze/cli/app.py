@@ -7,7 +7,8 @@ import io
 import os
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -35,46 +36,137 @@ from eplb_analyze.cli.commands import (
     traffic,
     watch,
 )
+from eplb_analyze.cli.help import (
+    DATA,
+    DECIDE,
+    DRILL_DOWN,
+    LOOK,
+    MANY_RUNS,
+    REFERENCE,
+    Command,
+    Group,
+    examples,
+)
 from eplb_analyze.cli.output import PROGRAM, discard, print_message
-from eplb_analyze.errors import EXIT_UNUSABLE, AnalyzeError
+from eplb_analyze.errors import EXIT_UNUSABLE, EXIT_USAGE, AnalyzeError
 from eplb_analyze.text import clean
 
+#: Typer has its own copy of click, or click itself.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 DEBUG_VARIABLE = "EPLB_ANALYZE_DEBUG"
 
 app = typer.Typer(
     name=PROGRAM,
-    help="Read what eplb_dump recorded: how balanced the experts of a run were, and why not.",
-    epilog="Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 the dump is unusable or damaged.",
+    cls=Group,
+    help="Explain how balanced the experts of a mixture-of-experts run were, and what to do about it.",
+    epilog="Exit codes:\n"
+    "0  done\n1  a check or a threshold failed\n2  wrong usage\n3  the dump is unusable or incomplete",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("summary", short_help="How balanced was the run, and is the data complete?")(summary.summary)
-app.command("runs", short_help="List the runs of a dump, one line each.")(runs.runs)
-app.command("layer", short_help="What did each rank, slot and expert of a layer get?")(layer.layer)
-app.command("ranks", short_help="Which rank or node do the others wait for?")(ranks.ranks)
-app.command("timeline", short_help="How did a figure move over the steps?")(timeline.timeline)
-app.command("placement", short_help="Who is where, and what changed?")(placement.placement)
-app.command("experts", short_help="Which experts are hot, cold or dead; replicated enough?")(experts.experts)
-app.command("traffic", short_help="From which rank to which did the tokens go?")(traffic.traffic)
-app.command("rearrangements", short_help="Did each rearrangement help, and for how long?")(
-    rearrangements.rearrangements
+
+
+def _add(group: str, name: str, command: Callable[..., None], short_help: str, *used: str) -> None:
+    """Register a command. ``used`` are the examples in its help, which a test runs."""
+    app.command(name, cls=Command, rich_help_panel=group, short_help=short_help, epilog=examples(*used))(
+        command
+    )
+
+
+_add(
+    LOOK, "summary", summary.summary, "Show the verdict, the cost and the incidents of a run.",
+    "summary dump", "summary --steps 2-7 --json dump",
+)  # fmt: skip
+_add(LOOK, "runs", runs.runs, "List the runs of a dump.", "runs dump", "runs --json dump")
+_add(
+    LOOK, "watch", watch.watch, "Show a live view of a run.",
+    "watch --once dump", "watch --once --window-steps 500 --json dump",
+)  # fmt: skip
+_add(
+    LOOK, "report", report.report, "Write one HTML file that works offline.",
+    "report -o report.html dump", "report -o redacted.html --redact --steps 2-7 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "layer", layer.layer, "Show what each rank, slot and expert of a layer got.",
+    "layer 1 dump", "layer 1 --steps 2-7 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "experts", experts.experts, "Show hot, cold and dead experts, and their replicas.",
+    "experts dump", "experts --hot --layer 1 --window-steps 5 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "ranks", ranks.ranks, "Show the rank or node that the others wait for.",
+    "ranks dump", "ranks --by node --ranks-per-node 1 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "timeline", timeline.timeline, "Plot a figure over the steps of a run.",
+    "timeline dump", "timeline --formula idle_fraction --layer 1 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "placement", placement.placement, "Show which expert is in which slot, and what changed.",
+    "placement dump", "placement --step 8 --against 2 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "traffic", traffic.traffic, "Show how many tokens each rank sent to each other.",
+    "traffic dump", "traffic --layer 1 --steps 2-7 dump",
+)  # fmt: skip
+_add(
+    DRILL_DOWN, "rearrangements", rearrangements.rearrangements,
+    "Show whether each rearrangement helped, and for how long.",
+    "rearrangements dump", "rearrangements --window-steps 200 --json dump",
+)  # fmt: skip
+_add(
+    DECIDE, "compare", compare.compare, "Compare two runs, or two ranges of steps of one run.",
+    "compare old-dump dump", "compare --steps-a -11 --steps-b 12- dump",
+)  # fmt: skip
+_add(
+    DECIDE, "replay", replay.replay, "Replay the recorded loads under other settings.",
+    "replay --policy deepseek,static --redundant-experts 2,4 dump",
+    "replay --interval-steps 4 --window-steps 4 --top 5 dump",
+)  # fmt: skip
+_add(
+    DECIDE, "advise", advise.advise, "Recommend load-balancer settings.",
+    "advise dump", "advise --redundant-experts 2 --fail-below 0.5 dump",
+)  # fmt: skip
+_add(
+    MANY_RUNS, "postmortem", postmortem.postmortem, "Rank many runs by what imbalance cost them.",
+    "postmortem dump", "postmortem --group-by model --fail-below 0.1 dump",
+)  # fmt: skip
+_add(
+    DATA,
+    "check",
+    check.check,
+    "Verify that a dump is complete and intact.",
+    "check dump",
+    "check --json dump",
 )
-app.command("compare", short_help="Compare two runs, or two ranges of steps of one run.")(compare.compare)
-app.command("replay", short_help="What would other settings have given?")(replay.replay)
-app.command("advise", short_help="Leave the load balancer as it is, or change it to what?")(advise.advise)
-app.command("postmortem", short_help="Over many runs: which were bad, and why?")(postmortem.postmortem)
-app.command("report", short_help="One HTML file that works offline, to send around.")(report.report)
-app.command("check", short_help="Is the dump complete and intact?")(check.check)
-app.add_typer(export.app, name="export", short_help="Write what engines load at their start, or the loads.")
-app.command("import", short_help="Read another system's recording into a dump.")(import_.import_)
-app.command("copy", short_help="Bring a run, or a part of it, to another place.")(copy.copy)
-app.command("compact", short_help="Write a run anew, in few files that hold the sums.")(compact.compact)
-app.command("formulas", short_help="The balance formulas, with their sources.")(formulas.formulas)
-app.command("watch", short_help="How does a run stand that is being written?")(watch.watch)
-app.command("recover", short_help="Recover recordings from crashed writers.")(recover.recover)
+_add(
+    DATA, "import", import_.import_, "Convert a recording of another system into a run.",
+    "import load.npy imported --ep-size 2 --placement linear",
+    "import load.npy imported --ep-size 2 --placement linear --json",
+)  # fmt: skip
+app.add_typer(
+    export.app, name="export", rich_help_panel=DATA,
+    short_help="Write placements for engines, or loads for other programs.",
+)  # fmt: skip
+_add(
+    DATA, "copy", copy.copy, "Copy a run, or a part of it.",
+    "copy dump copied", "copy --steps 2-7 --ranks 0-1 dump part",
+)  # fmt: skip
+_add(
+    DATA, "compact", compact.compact, "Merge the rank files of a run into one compact run.",
+    "compact dump compacted", "compact --run-id small dump compacted",
+)  # fmt: skip
+_add(
+    DATA, "recover", recover.recover, "Recover recordings from crashed writers.",
+    "recover dump", "recover --json dump",
+)  # fmt: skip
+_add(
+    REFERENCE, "formulas", formulas.formulas, "Explain the balance formulas, with their sources.",
+    "formulas", "formulas --json",
+)  # fmt: skip
 
 
 def _print_version(show: bool) -> None:
@@ -91,7 +183,7 @@ def root(
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Read what eplb_dump recorded: how balanced the experts of a run were, and why not."""
+    """Explain how balanced the experts of a mixture-of-experts run were, and what to do about it."""
 
 
 def _os_error_message(error: OSError) -> str:
@@ -101,6 +193,13 @@ def _os_error_message(error: OSError) -> str:
         return f"{where}too many open files; allow more with `ulimit -n 4096`"
     # Arrow's message names the file, and has more lines.
     return f"{where}{error.strerror or error}".splitlines()[0]
+
+
+def _usage_error_message(error: Any) -> str:
+    """What is wrong with the command line, and how to see what is right."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else PROGRAM
+    return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
 
 
 def main() -> None:
@@ -115,9 +214,13 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            app(prog_name=PROGRAM)
+            code = app(prog_name=PROGRAM, standalone_mode=False)
         finally:
             sys.stdout.flush()  # here a full disk is an error like any other; at exit it is not
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        print_message("error", _usage_error_message(error))
+        sys.exit(EXIT_USAGE)
     except AnalyzeError as error:
         print_message("error", error)
         sys.exit(error.exit_code)

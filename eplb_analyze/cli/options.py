@@ -75,7 +75,7 @@ Dump = Annotated[
     typer.Argument(
         help="A dump: a folder, s3://… or gs://…, or one run=… folder in it.",
         parser=storage_path,
-        metavar="[DUMP]",
+        metavar="DUMP",
         envvar="EXPERT_LOAD_DUMP_DIR",
         show_default="the current folder",
     ),
@@ -100,14 +100,18 @@ Destination = Annotated[
 ]
 Run = Annotated[
     str | None,
-    typer.Option("--run", help="A run's id, or a beginning that only one has; default: the newest run."),
+    typer.Option(
+        "--run", metavar="ID", help="A run's id, or a beginning that only one has; default: the newest run."
+    ),
 ]
-Model = Annotated[str | None, typer.Option("--model", help="A model's name, where the run has several.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="A model's name, if the run has several.")
+]
 Steps = Annotated[
     StepRange | None,
     typer.Option(
         "--steps",
-        help="Only steps A to B, both included; A- and -B leave one end open.",
+        help="Select steps A to B, both included; A- and -B leave one end open.",
         metavar="A-B",
         parser=parse_steps,
     ),
@@ -142,17 +146,17 @@ Since = Annotated[
     Any,
     typer.Option(
         "--since",
-        help="Only steps from this time on: 03:12, 03:12:30, ISO 8601, or -10m before the run's end.",
+        help="Select steps from this time on: 03:12, 03:12:30, ISO 8601, or -10m before the run's end.",
         metavar="T",
         parser=parse_moment,
     ),
 ]
 Until = Annotated[
-    Any, typer.Option("--until", help="Only steps up to this time.", metavar="T", parser=parse_moment)
+    Any, typer.Option("--until", help="Select steps up to this time.", metavar="T", parser=parse_moment)
 ]
 At = Annotated[
     Any,
-    typer.Option("--at", help="Only the step in progress at this time.", metavar="T", parser=parse_moment),
+    typer.Option("--at", help="Select the step in progress at this time.", metavar="T", parser=parse_moment),
 ]
 TimeZone = Annotated[
     Any,
@@ -164,18 +168,19 @@ TimeZone = Annotated[
     ),
 ]
 Phase = Annotated[
-    str | None, typer.Option("--phase", help="Only steps of this phase, for example decode.", metavar="NAME")
+    str | None,
+    typer.Option("--phase", help="Select steps of this phase, for example decode.", metavar="NAME"),
 ]
-Step = Annotated[int | None, typer.Option("--step", help="Only this step.", metavar="N", min=0)]
-Layer = Annotated[int | None, typer.Option("--layer", help="One layer; default: all.")]
+Step = Annotated[int | None, typer.Option("--step", help="Select one step.", metavar="N", min=0)]
+Layer = Annotated[int | None, typer.Option("--layer", metavar="N", help="One layer; default: all.")]
 
 # What a step took, for the cost in milliseconds.
 Timings = Annotated[
     Path | None,
     typer.Option(
         "--timings",
-        help="Step times that another program measured: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, or a "
-        "table; default: those of the recording.",
+        help="Use step times that another program measured: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, "
+        "or a table. Default: those of the recording.",
         metavar="FILE",
     ),
 ]
@@ -187,11 +192,18 @@ Gpu = Annotated[
 ]
 
 # How to show it.
-Top = Annotated[int, typer.Option("--top", help="How many rows of a ranking to show.", min=1)]
+Top = Annotated[int, typer.Option("--top", metavar="N", help="Show this many rows of a ranking.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 By = Annotated[Grouping, typer.Option("--by", help="Show ranks or nodes.")]
 RanksPerNode = Annotated[
-    int | None, typer.Option("--ranks-per-node", help="Default: what the dump says.", min=1, max=65536)
+    int | None,
+    typer.Option(
+        "--ranks-per-node",
+        metavar="N",
+        help="The number of ranks on a node; default: as recorded.",
+        min=1,
+        max=65536,
+    ),
 ]
 File = Annotated[
     Path, typer.Option("--output", "-o", help="The file to write.", metavar="FILE", show_default=False)
@@ -219,19 +231,24 @@ Window = Annotated[
 ]
 Start = Annotated[
     str | None,
-    typer.Option("--start", help="Steps to the first rearrangement; default: as the engine.", metavar="N,N…"),
+    typer.Option(
+        "--start", help="Steps to the first rearrangement; default: as in the engine.", metavar="N,N…"
+    ),
 ]
 NumGroups = Annotated[
     int | None,
     typer.Option(
         "--num-groups",
+        metavar="N",
         help="Groups of experts that the model has; default: as recorded, else as the placements show.",
         min=1,
     ),
 ]
 NumNodes = Annotated[
     int | None,
-    typer.Option("--num-nodes", help="Nodes of the recorded ranks; default: as --num-groups.", min=1),
+    typer.Option(
+        "--num-nodes", metavar="N", help="Nodes of the recorded ranks; default: as --num-groups.", min=1
+    ),
 ]
 
 
@@ -252,7 +269,8 @@ CostPerExpertMs = Annotated[
     float | None,
     typer.Option(
         "--cost-per-expert-ms",
-        help="What a rank needs to fetch one expert of one layer; makes gains net.",
+        metavar="X",
+        help="The time a rank needs to fetch one expert of one layer; makes gains net.",
         min=0,
     ),
 ]
@@ -266,7 +284,10 @@ ExpertMb = Annotated[
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", help="Threads; default: one a core.", min=1, max=1024)
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", help="Use this many threads; default: one per core.", min=1, max=1024
+    ),
 ]
 
 #: Options that select steps by time, in the order of the help.

@@ -22,12 +22,19 @@ def advise(
     start: options.Start = None,
     min_gain: Annotated[
         float,
-        typer.Option("--min-gain", help="A smaller share of the time is not worth a change.", min=0, max=1),
+        typer.Option(
+            "--min-gain",
+            metavar="X",
+            help="Do not recommend a change for a smaller share of the time.",
+            min=0,
+            max=1,
+        ),
     ] = 0.02,
     fail_below: Annotated[
         float | None,
         typer.Option(
             "--fail-below",
+            metavar="X",
             help="Exit with 1 if the recorded balancedness is below X or unknown.",
             min=0,
             max=1,
@@ -42,7 +49,7 @@ def advise(
     timings: options.Timings = None,
     workers: options.Workers = None,
 ) -> None:
-    """Leave the load balancer as it is, switch it on, or change it to what, with which gain?
+    """Recommend load-balancer settings, with the gain that each change brings.
 
     The settings of `replay` are tried; the best on the first 60 % of the steps is judged on the rest.
     """

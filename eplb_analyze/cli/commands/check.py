@@ -12,7 +12,7 @@ from eplb_analyze.errors import EXIT_CHECK_FAILED
 
 @options.about_a_run
 def check(out: RunOutput) -> None:
-    """Is the dump complete and intact? Reads and verifies every byte of a run; exit 1 if not."""
+    """Verify that a dump is complete and intact: every byte of a run is read. Exit code 1 if it is not."""
     from eplb_analyze.analysis.check import check_run
 
     run = out.open(mixed=True)

@@ -17,7 +17,10 @@ def compact(
     out: RunOutput,
     destination: options.Destination,
     run_id: Annotated[
-        str | None, typer.Option("--run-id", help="The new run's id; default: the old one's, and -compact.")
+        str | None,
+        typer.Option(
+            "--run-id", metavar="ID", help="The new run's id; default: the old one's, and -compact."
+        ),
     ] = None,
 ) -> None:
     """Merge the rank files of a run into one compact run: the sums over its ranks. SRC is not changed.

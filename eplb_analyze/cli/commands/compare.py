@@ -21,7 +21,7 @@ def compare(
         typer.Argument(
             help="The dump, or run=… folder, of the baseline.",
             parser=storage_path,
-            metavar="[A]",
+            metavar="A",
             envvar="EXPERT_LOAD_DUMP_DIR",
             show_default="the current folder",
         ),
@@ -29,14 +29,15 @@ def compare(
     b: Annotated[
         StoragePath | None,
         typer.Argument(
-            help="The dump, or run=… folder, to judge; default: A.", parser=storage_path, metavar="[B]"
+            help="The dump, or run=… folder, to judge; default: A.", parser=storage_path, metavar="B"
         ),
     ] = None,
     run_a: Annotated[
-        str | None, typer.Option("--run-a", help="A run's id in A; default: the newest.")
+        str | None, typer.Option("--run-a", metavar="ID", help="A run's id in A; default: the newest.")
     ] = None,
     run_b: Annotated[
-        str | None, typer.Option("--run-b", help="A run's id in B; default: that of A, or the newest.")
+        str | None,
+        typer.Option("--run-b", metavar="ID", help="A run's id in B; default: that of A, or the newest."),
     ] = None,
     steps: options.Steps = None,
     steps_a: Annotated[

@@ -15,18 +15,26 @@ from eplb_analyze.cli.views.experts import render
 def experts(
     out: RunOutput,
     layer: options.Layer = None,
-    hot: Annotated[bool, typer.Option("--hot", help="Only experts that are hot in some window.")] = False,
-    cold: Annotated[bool, typer.Option("--cold", help="Only experts that are cold over all steps.")] = False,
+    hot: Annotated[
+        bool, typer.Option("--hot", help="Show only experts that are hot in some window.")
+    ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Show only experts that are cold over all steps.")
+    ] = False,
     window: Annotated[
-        int, typer.Option("--window-steps", help="So many complete steps are one window.", min=1)
+        int,
+        typer.Option("--window-steps", metavar="N", help="The number of complete steps in a window.", min=1),
     ] = 100,
     hot_factor: Annotated[
-        float, typer.Option("--hot-factor", help="Hot: at least so many times the layer's mean.")
+        float,
+        typer.Option(
+            "--hot-factor", metavar="X", help="Call an expert hot from this many times the layer's mean."
+        ),
     ] = 2.0,
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
-    """Which experts are hot (always or in bursts), cold or dead, and were the hot ones replicated enough?"""
+    """Show hot (always or in bursts), cold and dead experts, and whether they have the replicas they need."""
     from eplb_dump.format.schema import MAX_EXPERTS
 
     if not 1 < hot_factor <= MAX_EXPERTS:

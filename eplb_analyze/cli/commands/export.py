@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from eplb_analyze.cli import options
+from eplb_analyze.cli.help import Command, Group, examples
 from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
+    cls=Group,
     help="Write a placement for an engine to load at its start, or the loads for another program.",
-    epilog="Nothing is written into a dump, and no file replaced without --force. Both take --json.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 
@@ -45,47 +46,78 @@ POLICY_OPTIONS = (
 )
 
 
-@app.command("placement", short_help="A placement for an engine to load at its start.")
+@app.command(
+    "placement",
+    cls=Command,
+    short_help="Write a placement for an engine to load at its start.",
+    epilog=examples(
+        "export placement --for vllm-mapping --step 4 -o 4.map dump",
+        "export placement --for json --policy deepseek -o new.json dump",
+    ),
+)
 @options.about_a_run
 def placement(
     out: RunOutput,
-    target: Annotated[Target, typer.Option("--for", help="Who is to load it.", show_default=False)],
+    target: Annotated[Target, typer.Option("--for", help="The target engine.", show_default=False)],
     file: options.File,
     step: Annotated[
-        int | None, typer.Option("--step", help="Recorded at this step; default: the last.", min=0)
+        int | None,
+        typer.Option(
+            "--step",
+            metavar="N",
+            help="Export the placement recorded at this step; default: the last.",
+            min=0,
+        ),
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option("--policy", help="Not recorded, but this policy's: a name, or module:function."),
+        typer.Option(
+            "--policy",
+            metavar="NAME",
+            help="Export the placement that this policy makes: a name, or module:function.",
+        ),
     ] = None,
     steps: options.Steps = None,
     window: Annotated[
         int | None,
-        typer.Option("--window-steps", help="Of these steps, show the policy the last N.", min=1),
+        typer.Option(
+            "--window-steps", metavar="N", help="Show the policy only the last N of these steps.", min=1
+        ),
     ] = None,
     redundant: Annotated[
         int | None,
         typer.Option(
-            "--redundant-experts", help="Redundant experts for the policy; default: as recorded.", min=0
+            "--redundant-experts",
+            metavar="N",
+            help="Redundant experts for the policy; default: as recorded.",
+            min=0,
         ),
     ] = None,
     ep_size: Annotated[
-        int | None, typer.Option("--ep-size", help="EP ranks for the policy; default: as recorded.", min=1)
+        int | None,
+        typer.Option("--ep-size", metavar="N", help="EP ranks for the policy; default: as recorded.", min=1),
     ] = None,
     num_nodes: Annotated[
-        int | None, typer.Option("--num-nodes", help="Nodes for the policy; default: as recorded.", min=1)
+        int | None,
+        typer.Option("--num-nodes", metavar="N", help="Nodes for the policy; default: as recorded.", min=1),
     ] = None,
     num_groups: Annotated[
         int | None,
-        typer.Option("--num-groups", help="Expert groups to keep on a node; default: 1, none.", min=1),
+        typer.Option(
+            "--num-groups", metavar="N", help="Expert groups to keep on a node; default: 1, none.", min=1
+        ),
     ] = None,
     num_hidden_layers: Annotated[
         int | None,
-        typer.Option("--num-hidden-layers", help="The model's, dense ones included, for SGLang.", min=1),
+        typer.Option(
+            "--num-hidden-layers", metavar="N", help="The model's, dense ones included, for SGLang.", min=1
+        ),
     ] = None,
     first_layer: Annotated[
         int | None,
-        typer.Option("--first-layer", help="The first layer's number, where the dump has none.", min=0),
+        typer.Option(
+            "--first-layer", metavar="N", help="The first layer's number, if the dump has none.", min=0
+        ),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="For vllm-ascend: move an expert's copies on one device apart.")
@@ -141,7 +173,15 @@ def placement(
     out.show(report.to_json, lambda console: render_placement(console, report), found.steps)
 
 
-@app.command("loads", short_help="The loads of all complete steps, or their sums.")
+@app.command(
+    "loads",
+    cls=Command,
+    short_help="Write the loads of all complete steps, or their sums.",
+    epilog=examples(
+        "export loads --as parquet -o loads.parquet dump",
+        "export loads --as csv --layer 1 --steps 2-7 -o loads.csv dump",
+    ),
+)
 @options.about_a_run
 def loads(
     out: RunOutput,
@@ -155,7 +195,8 @@ def loads(
     ],
     file: options.File,
     layer: Annotated[
-        list[int] | None, typer.Option("--layer", help="Only this layer; may be given several times.")
+        list[int] | None,
+        typer.Option("--layer", metavar="N", help="Only this layer; may be given several times."),
     ] = None,
     steps: options.Steps = None,
     force: options.Force = False,

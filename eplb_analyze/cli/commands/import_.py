@@ -31,34 +31,40 @@ def import_(
         ),
     ],
     format: Annotated[
-        str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; default: told by the content.")
+        str | None,
+        typer.Option("--format", metavar="NAME", help=f"{', '.join(FORMATS)}; default: told by the content."),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model's name.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="The model's name.")] = None,
     ep_size: Annotated[
-        int | None, typer.Option("--ep-size", help="How many EP ranks there were.", min=1)
+        int | None, typer.Option("--ep-size", metavar="N", help="How many EP ranks there were.", min=1)
     ] = None,
     placement: Annotated[
         str | None,
         typer.Option(
             "--placement",
+            metavar="NAME|FILE",
             help="Where the experts were: an engine's placement file, linear (expert e in slot e), "
             "round_robin (expert e on rank e % EP size), last (SGLang per_pass: its last placement held "
             "all the time), or unknown.",
         ),
     ] = None,
     num_experts: Annotated[
-        int | None, typer.Option("--num-experts", help="The model's experts in a layer.", min=1)
+        int | None, typer.Option("--num-experts", metavar="N", help="The model's experts in a layer.", min=1)
     ] = None,
     token_replication: Annotated[
         int | None,
-        typer.Option("--token-replication", help="How many times each token was counted.", min=1),
+        typer.Option(
+            "--token-replication", metavar="N", help="How many times each token was counted.", min=1
+        ),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option("--layers", help="The model's numbers of the layers: A-B, or a list with commas."),
+        typer.Option(
+            "--layers", metavar="A-B", help="The model's numbers of the layers: A-B, or a list with commas."
+        ),
     ] = None,
     ordered: Annotated[
-        bool, typer.Option("--ordered", help="The source's rows are in the order of time.")
+        bool, typer.Option("--ordered", help="The rows of the source are in time order.")
     ] = False,
     window: Annotated[
         bool, typer.Option("--window-sums", help="vLLM snapshots: the sums over a window, not single steps.")
@@ -68,11 +74,18 @@ def import_(
     ] = False,
     only: Annotated[
         str | None,
-        typer.Option("--only", help="Which files of a folder: a pattern, for instance '*_pid42.npz'."),
+        typer.Option(
+            "--only",
+            metavar="PATTERN",
+            help="Which files of a folder: a pattern, for instance '*_pid42.npz'.",
+        ),
     ] = None,
-    array: Annotated[str | None, typer.Option("--array", help="Which array of a .npz file.")] = None,
+    array: Annotated[
+        str | None, typer.Option("--array", metavar="NAME", help="Which array of a .npz file.")
+    ] = None,
     run_id: Annotated[
-        str | None, typer.Option("--run-id", help="The new run's id; default: the time of import.")
+        str | None,
+        typer.Option("--run-id", metavar="ID", help="The new run's id; default: the time of import."),
     ] = None,
     json: options.Json = False,
 ) -> None:

@@ -20,7 +20,7 @@ def layer(
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
-    """What did each rank, slot and expert of a layer get, in a step, a range or the whole run?"""
+    """Show what each rank, slot and expert of a layer got, in a step, a range or the whole run."""
     if step is not None and steps is not None:
         raise typer.BadParameter("give either --step or --steps", param_hint="--step")
     from eplb_analyze.analysis.layer import layer_report

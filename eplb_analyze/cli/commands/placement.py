@@ -15,19 +15,23 @@ from eplb_analyze.cli.views.placement import render
 def placement(
     out: RunOutput,
     step: Annotated[
-        int | None, typer.Option("--step", help="As of this step; default: the last.", min=0)
+        int | None,
+        typer.Option(
+            "--step", metavar="N", help="Show the placement at this step. Default: the last.", min=0
+        ),
     ] = None,
     against: Annotated[
-        int | None, typer.Option("--against", help="Say what changed since this step.", min=0)
+        int | None, typer.Option("--against", metavar="N", help="Show what changed since this step.", min=0)
     ] = None,
     layer: Annotated[
-        int | None, typer.Option("--layer", help="One layer in full, by its number in the model.")
+        int | None,
+        typer.Option("--layer", metavar="N", help="Show one layer in full, by its number in the model."),
     ] = None,
     experts: Annotated[
         bool, typer.Option("--experts", help="Show the replicas of each expert, too.")
     ] = False,
 ) -> None:
-    """Which expert is on which rank at a step, how many replicas has it, what changed since another?"""
+    """Show which expert is on which rank at a step, its replicas, and what changed since another step."""
     from eplb_analyze.analysis.placement import placement_report
 
     run = out.open()

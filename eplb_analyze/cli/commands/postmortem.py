@@ -32,17 +32,23 @@ def postmortem(
     by: Annotated[
         str | None,
         typer.Option(
-            "--group-by", help="Group by model, engine, ep_size … or a name of the engine's configuration."
+            "--group-by",
+            metavar="NAME",
+            help="Group by model, engine, ep_size … or a name of the engine's configuration.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option("--top", help="How many runs to show in text.", min=1)] = 20,
+    top: Annotated[int, typer.Option("--top", metavar="N", help="Show this many runs in text.", min=1)] = 20,
     fail_below: Annotated[
         float | None,
-        typer.Option("--fail-below", help="Exit with 1 if a mean balancedness is below X.", min=0, max=1),
+        typer.Option(
+            "--fail-below", metavar="X", help="Exit with 1 if a mean balancedness is below X.", min=0, max=1
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", help="A run's id; exit with 1 where a run is worse, beyond chance."),
+        typer.Option(
+            "--baseline", metavar="ID", help="A run's id; exit with 1 if a run is significantly worse."
+        ),
     ] = None,
     save: Annotated[
         Path | None,
@@ -56,17 +62,30 @@ def postmortem(
     html: Annotated[
         bool, typer.Option("--html", help="With --save: an HTML report of each run, too.")
     ] = False,
-    executor: Annotated[str, typer.Option("--executor", help="local, processes or ray.")] = "local",
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="NAME", help="local, processes or ray.")
+    ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Of processes and a local Ray; default one a core.", min=1, max=1024),
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Run this many processes; default: one per core.",
+            min=1,
+            max=1024,
+        ),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option("--ray-address", help="Of your cluster; default: start a local one.")
+        str | None,
+        typer.Option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="The address of your Ray cluster; default: start a local one.",
+        ),
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Over many runs, in one table: which lost most, why, whether EPLB helped, what cannot be read?
+    """Rank many runs by what imbalance cost them: why, whether EPLB helped, and what cannot be read.
 
     A run that cannot be read is a row that says why. With --save, a batch that was interrupted goes on
     where it was, and runs that did not change are not read again.

@@ -23,7 +23,7 @@ def ranks(
         typer.Option("--all", help="Also show layers whose ranks are all within 10% of the mean."),
     ] = False,
 ) -> None:
-    """Which rank or node do the others wait for, in which layers, how often, and what does it cost?"""
+    """Show the rank or node that the others wait for: in which layers, how often, and at what cost."""
     from eplb_analyze.analysis.ranks import rank_report, require_nodes
 
     run = out.open()

@@ -17,11 +17,14 @@ def rearrangements(
     steps: options.Steps = None,
     timings: options.Timings = None,
     window: Annotated[
-        int, typer.Option("--window-steps", help="At most so many steps before and after.", min=1)
+        int,
+        typer.Option(
+            "--window-steps", metavar="N", help="Compare at most this many steps before and after.", min=1
+        ),
     ] = 1000,
     expert_mb: options.ExpertMb = None,
 ) -> None:
-    """Did each rearrangement help: before, predicted, after, the gain, how long it lasted, what moved?"""
+    """Show whether each rearrangement helped: before, predicted, after, the gain, and what moved."""
     from eplb_analyze.analysis.rearrangements import rearrangement_report
 
     run = out.open(timings=timings)

@@ -31,7 +31,7 @@ def replay(
     top: options.Top = 20,
     workers: options.Workers = None,
 ) -> None:
-    """What would another policy, number of redundant experts, interval or window have given?
+    """Replay the recorded loads under another policy, redundancy, interval or window.
 
     Each combination is replayed on the recorded loads: placed from past steps only, scored on the steps
     after, beside today's placements. Options take lists, as in --interval-steps 100,500.

@@ -17,17 +17,21 @@ from eplb_analyze.cli.views.timeline import MARGIN, render
 def timeline(
     out: RunOutput,
     formula: Annotated[
-        str, typer.Option("--formula", help="A formula that `formulas` lists, or idle_fraction.")
+        str,
+        typer.Option("--formula", metavar="NAME", help="A formula that `formulas` lists, or idle_fraction."),
     ] = "balancedness",
     layer: Annotated[
-        int | None, typer.Option("--layer", help="One layer alone, by its number in the model.")
+        int | None, typer.Option("--layer", metavar="N", help="Plot one layer, by its number in the model.")
     ] = None,
     bins: Annotated[
-        int | None, typer.Option("--bins", help="How many; default: 100 in JSON, else what fits.", min=1)
+        int | None,
+        typer.Option(
+            "--bins", metavar="N", help="Use this many bins; default: 100 in JSON, else what fits.", min=1
+        ),
     ] = None,
     steps: options.Steps = None,
 ) -> None:
-    """How did balancedness, or another figure, move over the steps of a run?"""
+    """Plot balancedness, or another figure, over the steps of a run."""
     from eplb_analyze.analysis.timeline import DEFAULT_BINS, NAMES
     from eplb_analyze.analysis.timeline import timeline as compute
 

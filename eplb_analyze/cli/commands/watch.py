@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 def watch(
     out: RunOutput,
     interval: Annotated[
-        float, typer.Option("--refresh-seconds", help="Seconds between two updates.", min=0.1)
+        float,
+        typer.Option("--refresh-seconds", metavar="SECONDS", help="Seconds between two updates.", min=0.1),
     ] = 1.0,
     window: Annotated[
-        int, typer.Option("--window-steps", help="How many of the newest steps the figures are over.", min=1)
+        int,
+        typer.Option(
+            "--window-steps", metavar="N", help="Compute figures over this many of the newest steps.", min=1
+        ),
     ] = 1000,
-    once: Annotated[bool, typer.Option("--once", help="Look once, print it, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one view, and end.")] = False,
 ) -> None:
     """Show a live view of a run while it is written: balance, hot experts, incidents. Ctrl-C ends it."""
     if not once and out.json:

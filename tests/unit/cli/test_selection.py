@@ -101,7 +101,7 @@ def test_range_of_time_selects_the_steps_in_progress(
     "command",
     [
         ["summary"], ["layer", "0"], ["experts"], ["ranks"], ["timeline"], ["traffic"], ["rearrangements"],
-        ["replay", "--interval", "5", "--policy", "static"], ["advise", "--policy", "static"],
+        ["replay", "--interval-steps", "5", "--policy", "static"], ["advise", "--policy", "static"],
     ],
 )  # fmt: skip
 def test_every_command_takes_times_as_it_takes_steps(dump: Path, command: list[str]) -> None:
@@ -116,7 +116,7 @@ def test_step_at_a_time_is_that_step(dump: Path) -> None:
 
 
 def test_copy_and_export_take_times(dump: Path, tmp_path: Path) -> None:
-    assert cli("copy", dump, "--to", tmp_path / "copy", "--since", "00:00:20").returncode == 0
+    assert cli("copy", dump, tmp_path / "copy", "--since", "00:00:20").returncode == 0
     assert open_run(tmp_path / "copy").step_range == (48, 59)
     options = (
         "--as",
@@ -180,7 +180,7 @@ def test_imported_run_without_times_is_refused(tmp_path: Path) -> None:
     "command",
     [
         ["summary"], ["layer", "0"], ["experts"], ["ranks"], ["timeline"], ["traffic"],
-        ["replay", "--interval", "5", "--policy", "static"],
+        ["replay", "--interval-steps", "5", "--policy", "static"],
     ],
 )  # fmt: skip
 def test_figures_of_a_phase_are_over_its_steps_only(dump: Path, command: list[str]) -> None:

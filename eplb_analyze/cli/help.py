@@ -1,0 +1,89 @@
+"""What ``--help`` prints: commands in groups, examples, colors on a terminal, plain text in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from eplb_analyze.cli.console import console
+
+#: The groups of commands, in the order of the help.
+LOOK, DRILL_DOWN, DECIDE = "Look", "Drill down", "Decide"
+MANY_RUNS, DATA, REFERENCE = "Many runs", "Data", "Reference"
+
+
+def examples(*commands: str) -> str:
+    """The epilog of a command: two commands to copy, a line each."""
+    return "\n".join(["Examples:", *(f"eplb-analyze {command}" for command in commands)])
+
+
+def examples_of(epilog: str) -> list[str]:
+    """The commands in an epilog of :func:`examples`."""
+    return epilog.splitlines()[1:]
+
+
+def _no_type(ctx: Any) -> str:
+    return ""
+
+
+if TYPE_CHECKING:
+    _Base = TyperCommand
+else:
+    _Base = object
+
+
+class _Readable(_Base):
+    """Help without the names of Python's types, and without colors and boxes in a pipe.
+
+    The epilog is a title and lines that are not wrapped, so that they can be copied.
+    """
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if param.param_type_name == "argument":  # Typer writes ``DUMP <StoragePath>``
+                param.display_type = param.display_type_rich = _no_type
+            elif param.is_flag:  # on a terminal ``--json <bool>``
+                param.metavar = ""
+        return params
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if not sys.stdout.isatty():
+            self.rich_markup_mode = None
+            super().format_help(ctx, formatter)
+            return
+        epilog, self.epilog = self.epilog, None
+        super().format_help(ctx, formatter)
+        title, *lines = epilog.splitlines() if epilog else [""]
+        out = console(sys.stdout)
+        out.print(f" {title}", style="bold")
+        for line in lines:
+            out.print(f"   {line}", soft_wrap=True)
+
+    def format_epilog(self, _: Any, formatter: Any) -> None:
+        if self.epilog:
+            title, *lines = self.epilog.splitlines()
+            formatter.write(f"\n{title}\n")
+            formatter.write("".join(f"  {line}\n" for line in lines))
+
+
+class Command(_Readable, TyperCommand):
+    """A command; its epilog is of :func:`examples`."""
+
+
+class Group(_Readable, TyperGroup):
+    """A group of commands, listed in the panels that they are registered with, also in a pipe."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            panel = getattr(command, "rich_help_panel", None)
+            title = panel if isinstance(panel, str) else "Commands"
+            panels.setdefault(title, []).append((name, command.short_help or ""))
+        longest = max(len(name) for rows in panels.values() for name, _ in rows)
+        for title, rows in panels.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(longest), text) for name, text in rows])
