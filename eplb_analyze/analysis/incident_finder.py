@@ -48,6 +48,8 @@ LOOKED_AT = 3
 STOPPED = 2.2
 #: What is reported lowers balancedness by at least this much.
 LEAST_DROP = 0.04
+#: Without a cause, a departure of less than twice the minimum length must be at least as large as this.
+UNEXPLAINED_DROP = 0.1
 #: Causes that concern all layers by nature; the layers differ in how much of it shows.
 OF_TRAFFIC = ("traffic_shift", "few_tokens", "unknown")
 #: Such incidents of different layers are one if they have this share of their steps in common.
@@ -133,11 +135,14 @@ def find_incidents(series: BalanceSeries, loads: LayerLoads) -> list[Incident]:
     found = _grouped(series, _departures(series, values))
     finder = _Finder(series, loads, values)
     incidents = [incident for one in loads.lost_ranks for incident in finder.of_lost(one)]
-    incidents += finder.stopped([one for one in found if one.everywhere])
+    incidents += finder.stopped(
+        [one for one in found if len(one.layers) >= ALL_LAYERS * series.ratio.shape[1]]
+    )
     for one in found:
-        if any(_same(one, other) for other in incidents):
+        known = [other for other in incidents if _same(one, other)]
+        if any(other.cause.kind == "rank_lost" for other in known):
             continue
-        incidents += finder.of(one)
+        incidents += [own for own in finder.of(one) if not known or _has_own_cause(own)]
     merged = _of_traffic(_without_repeated(_of_rearrangements(incidents, loads)), loads)
     return sorted(merged, key=lambda i: (i.first_step, i.last_step, i.layers))
 
@@ -148,12 +153,22 @@ def _same(found: _Found, known: Incident) -> bool:
     return known.cause.kind in ("rank_lost", "eplb_stopped") and inside > 0.7 * (found.end - found.first)
 
 
+def _has_own_cause(incident: Incident) -> bool:
+    """Whether it is more than the drift of the experts' loads while the load balancer does not act."""
+    cause = incident.cause
+    grew = (cause.to_times_mean or 0) >= 2 * (cause.from_times_mean or 0)
+    return cause.kind in ("rearrangement", "uneven_replicas") or (cause.kind == "expert_hot" and grew)
+
+
 def _comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:
     """The balance of each layer, and as the last row of all, without NaN and differences between phases.
 
     float32 ``[layers + 1, n]``; one row if there is one layer.
     """
-    values = np.ascontiguousarray(series.ratio.T)
+    n, layers = series.ratio.shape
+    every = np.empty((layers + (layers > 1), n), np.float32)
+    values = every[:layers]
+    values[:] = series.ratio.T
     missing = np.isnan(values)
     if missing.any():
         for row, gone in zip(values, missing, strict=True):
@@ -164,9 +179,9 @@ def _comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:
         for phase in phases:
             of_phase = series.phase == phase
             values[:, of_phase] += usual - np.median(values[:, of_phase], axis=1, keepdims=True)
-    if len(values) == 1:
-        return values
-    return np.concatenate([values, values.mean(axis=0, keepdims=True)])
+    if layers > 1:
+        values.mean(axis=0, out=every[layers])
+    return every
 
 
 def _departures(series: BalanceSeries, values: npt.NDArray[np.float32]) -> list[tuple[int, int, int, float]]:
@@ -305,7 +320,7 @@ class _Finder:
         ended, end = self._end(layer, tail, why, before, during, changes, (first, end), guard)
         if end - first < MIN_STEPS - 2:
             first, end = found.first, found.end
-        if why.kind == "unknown" and end - first < MIN_STEPS:
+        if why.kind == "unknown" and end - first < 2 * MIN_STEPS and found.drop < UNEXPLAINED_DROP:
             return None
         if before.balance - during.balance < LEAST_DROP and len(layers) == 1:
             return None

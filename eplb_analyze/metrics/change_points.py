@@ -80,7 +80,9 @@ def departures(values: npt.NDArray[np.floating]) -> list[list[Departure]]:
     chosen = np.arange(series)
     if n >= COARSE_FROM:
         whole = n // COARSE
-        means = values[:, : whole * COARSE].reshape(series, whole, COARSE).mean(axis=2, dtype=np.float64)
+        means = np.empty((series, whole))
+        for row, own in zip(means, values, strict=True):  # one by one, which copies no more than one
+            own[: whole * COARSE].reshape(whole, COARSE).mean(axis=1, dtype=np.float64, out=row)
         chosen = np.flatnonzero(_highest(means, _COARSE_WINDOWS) > COARSE_THRESHOLD)
     for index in chosen:
         found[index] = _departures(values[index].astype(np.float64))
@@ -159,13 +161,18 @@ def _departures(values: Float64) -> list[Departure]:
         if edge.jump < 0:
             open_.append(edge)
             continue
-        ended = [drop for drop in open_ if _makes_good(edge, drop)]
-        if ended:
-            # That which the edge is most like; those that began later end with it.
-            drop = min(ended, key=lambda drop: abs(np.log(-edge.jump / drop.jump)))
-            found.append(Departure(drop.at, edge.at, -drop.jump))
-            open_ = [other for other in open_ if other.at < drop.at and other not in ended]
-            found += [Departure(other.at, edge.at, -other.jump) for other in ended if other.at < drop.at]
+        ended = [drop for drop in open_ if _brings_back(edge, drop) or edge.jump >= -0.8 * drop.jump]
+        if not ended:
+            continue
+        # That which the edge is most like; those that began later end with it, and those before if it brings
+        # back their level, too.
+        own = min(ended, key=lambda drop: abs(np.log(-edge.jump / drop.jump)))
+        before = [drop for drop in open_ if drop.at < own.at]
+        found += [
+            Departure(drop.at, edge.at, -drop.jump)
+            for drop in [own, *(drop for drop in before if _brings_back(edge, drop))]
+        ]
+        open_ = [drop for drop in before if not _brings_back(edge, drop)]
     n = len(values)
     found += [
         Departure(drop.at, n, -drop.jump) for drop in open_[:1] if drop.at >= max(5 * MIN_STEPS, n // 10)
@@ -174,9 +181,9 @@ def _departures(values: Float64) -> list[Departure]:
     return sorted(_without_nested(usual))
 
 
-def _makes_good(edge: _Edge, drop: _Edge) -> bool:
-    """Whether an edge brings the level back to near what it was before a drop, or up by nearly as much."""
-    return edge.after >= drop.before + drop.jump / 2 or edge.jump >= -0.8 * drop.jump
+def _brings_back(edge: _Edge, drop: _Edge) -> bool:
+    """Whether the level after an edge is near that before a drop."""
+    return edge.after >= drop.before + drop.jump / 2
 
 
 def _without_nested(found: list[Departure]) -> list[Departure]:
@@ -204,16 +211,20 @@ def _edges(values: Float64) -> list[_Edge]:
     todo = [(0, len(values))]
     while todo:
         low, high = todo.pop()
-        at = _best_cut(total, noise.contrasts[:, 0], low, high, least)
-        if at is None:
+        best = _best_cut(total, noise.contrasts[:, 0], low, high, least)
+        if best is None:
             continue
-        at = split(values[max(low, at - 160) : min(high, at + 160)], at - max(low, at - 160), 20) + max(
-            low, at - 160
-        )
-        at = min(max(at, low + MIN_STEPS - 2), high - MIN_STEPS + 2)
+        at, earlier, later = best
+        at = _refined(values, at, max(low, at - earlier), min(high, at + later))
         cuts.append(at)
         todo += [(low, at), (at, high)]
     cuts.sort()
+    for _ in range(2):  # now that the edges on both sides are known
+        bounds = [0, *cuts, len(values)]
+        cuts = [
+            _refined(values, at, max(low, at - 160), min(high, at + 160))
+            for low, at, high in zip(bounds, cuts, bounds[2:], strict=False)
+        ]
     bounds = [0, *cuts, len(values)]
     found = []
     for number, at in enumerate(cuts, 1):
@@ -228,12 +239,22 @@ def _edges(values: Float64) -> list[_Edge]:
     return found
 
 
+def _refined(values: Float64, at: int, low: int, high: int) -> int:
+    """The most likely edge near ``at`` between two others."""
+    side = MIN_STEPS - 2
+    if high - low < 2 * side:
+        return at
+    return min(max(low + split(values[low:high], at - low, 20), low + side), high - side)
+
+
 def _level(values: Float64) -> float:
     return float(np.median(values)) if len(values) > 40 else float(values.mean())
 
 
-def _best_cut(total: Float64, noise: Float64, low: int, high: int, least: float) -> int | None:
-    """The index in ``low`` to ``high`` with the clearest change of level, or None."""
+def _best_cut(
+    total: Float64, noise: Float64, low: int, high: int, least: float
+) -> tuple[int, int, int] | None:
+    """The index with the clearest change of level, and how many values on each side show it; or None."""
     side = MIN_STEPS - 2
     if high - low < 2 * side:
         return None
@@ -247,7 +268,7 @@ def _best_cut(total: Float64, noise: Float64, low: int, high: int, least: float)
         ratio = np.where(size >= least, size, 0) / np.maximum(error, 1e-9)
         top = int(ratio.argmax())
         if ratio[top] > THRESHOLD and ratio[top] > best:
-            best, where = float(ratio[top]), int(at[top])
+            best, where = float(ratio[top]), (int(at[top]), int(left[top]), int(right[top]))
     return where
 
 

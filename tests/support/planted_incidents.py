@@ -156,23 +156,25 @@ class Shape:
     slots: int
 
 
-def shape_of(rng: Any, steps: int | None = None) -> Shape:
+def shape_of(rng: Any, steps: int | None = None, cells: int = CELLS) -> Shape:
     steps = int(np.exp(rng.uniform(np.log(300), np.log(20_000)))) if steps is None else steps
     ranks = int(rng.choice([4, 8, 16, 32, 64]))
     experts = ranks * int(rng.choice([2, 4, 8] if ranks < 64 else [2, 4]))
     slots = experts + ranks * int(rng.choice([1, 2]))
-    layers = int(np.clip(CELLS // (steps * slots), 1, rng.choice([2, 4, 8, 16])))
+    layers = int(np.clip(cells // (steps * slots), 1, rng.choice([2, 4, 8, 16])))
     return Shape(steps, layers, ranks, experts, slots)
 
 
-def make_run(seed: int, causes: tuple[str, ...] = (), steps: int | None = None) -> PlantedRun:
+def make_run(
+    seed: int, causes: tuple[str, ...] = (), steps: int | None = None, cells: int = CELLS
+) -> PlantedRun:
     """A run with one incident of each of these causes, none of which overlap; a clean run without any.
 
     The background: popularity of experts drifts, a load balancer acts now and then, the number of tokens
     follows the time of day and varies from step to step, and routing of one step is correlated.
     """
     rng = np.random.default_rng(seed)
-    shape = shape_of(rng, steps)
+    shape = shape_of(rng, steps, cells)
     if "rank_lost" in causes or "uneven_replicas" in causes:
         shape.layers = max(2, shape.layers)
     n, layers, experts = shape.steps, shape.layers, shape.experts
@@ -334,7 +336,7 @@ def _changed(share: Array, truth: Truth) -> Array:
     share = share.copy()
     if truth.kind == "expert_hot":
         own = share[truth.layer]
-        own[truth.expert] = truth.detail["times"] / len(own)
+        own[truth.expert] = min(0.8, truth.detail["times"] / len(own))
         others = np.arange(len(own)) != truth.expert
         own[others] *= (1 - own[truth.expert]) / own[others].sum()
     elif truth.kind == "traffic_shift":
