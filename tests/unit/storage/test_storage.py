@@ -306,6 +306,18 @@ def test_named_run_is_listed_alone(dump: Path, s3: S3) -> None:
     assert named["bytes"] == sum(file.stat().st_size for file in (*session, *manifests))
 
 
+def test_runs_lists_a_bucket_as_it_lists_a_folder(dump: Path, remote: str, s3: S3) -> None:
+    local, there = (json.loads(cli("runs", "--json", where).stdout) for where in (dump, s3.address(remote)))
+    assert [line["run_id"] for line in local["runs"]] == ["r", "killed"]
+    for document in (local, there):
+        assert [line.pop("state") for line in document["runs"]] in (
+            ["closed", "open"],
+            ["closed", "not closed"],
+        )
+    assert there == local
+    one_error(cli("runs", s3.address(f"{remote}/nothing")), 3, "nothing is there")
+
+
 # ---- what can go wrong
 
 
