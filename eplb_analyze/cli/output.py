@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -39,9 +41,15 @@ MAX_FINDINGS_OF_A_KIND = 10
 
 
 def print_message(kind: str, text: object) -> None:
-    """Print one line on stderr. If that fails, the exit code has to do."""
+    """Print one line on stderr, wrapped on a terminal. If that fails, the exit code has to do."""
+    line = f"{PROGRAM}: {kind}: {clean(text)}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(
+            line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     try:
-        print(f"{PROGRAM}: {kind}: {clean(text)}", file=sys.stderr)
+        print(line, file=sys.stderr)
     except OSError:
         discard(sys.stderr)
 

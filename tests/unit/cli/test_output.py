@@ -1,4 +1,4 @@
-"""The progress bar, and durations as text."""
+"""The progress bar, messages, and durations as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from eplb_analyze import text as text_
 from eplb_analyze.cli import progress as progress_
-from eplb_analyze.cli.output import Output
+from eplb_analyze.cli.output import Output, print_message
 from eplb_analyze.cli.progress import Progress
 
 
@@ -91,3 +91,17 @@ def test_signal_handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_duration_uses_the_largest_unit_with_at_least_two(seconds: float | None, text: str) -> None:
     assert text_.duration(seconds) == text
+
+
+def test_messages_wrap_at_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "steps " * 40
+    print_message("note", text.strip())
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    print_message("note", text.strip())
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3
+    assert all(len(line) <= 60 and line.endswith("steps") for line in lines)
