@@ -201,7 +201,7 @@ def advise(
     try:
         played = replay_run(
             run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
-            objective=objective, cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+            objective=objective, cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb, workers=workers,
         )  # fmt: skip
     except NotReplayableError as missing:
         info = run.info
@@ -412,7 +412,9 @@ class TrainTestSplit:
 
     def _longest_pause(self, index: int, saved: Interval) -> float | None:
         """The pause of a rearrangement that uses up the gain."""
-        more = len(self.played.outcomes[index].moves) - len(self.played.today.moves)
+        pause, outcomes = self.played.pause, (self.played.outcomes[index], self.played.today)
+        count = len if pause.basis == "given" else pause.units
+        more = count(outcomes[0].moves) - count(outcomes[1].moves)
         if more <= 0 or saved.value <= bootstrap.ROUNDING:
             return None
         return saved.value * self._engine_steps / more

@@ -34,18 +34,33 @@ class Objective(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Pause:
-    """What a rearrangement costs: ``ms`` each, or for each expert weight that its busiest rank fetches."""
+    """What a rearrangement costs: ``ms`` each, or for each expert weight that its busiest rank fetches.
+
+    A measured pause is that of rearrangements that moved ``weights``. Those that move more take longer in
+    proportion; those that move less are assumed to take as long.
+    """
 
     ms: Interval
     basis: Literal["measured", "given", "assumed"]
     #: How many were measured.
     count: int = 0
+    #: The expert weights that the busiest rank fetched in each of them, the mean; None if not measured.
+    weights: float | None = None
 
-    def units(self, moves: Sequence[Move]) -> int:
-        return sum(move.busiest_rank for move in moves) if self.basis == "given" else len(moves)
+    def units(self, moves: Sequence[Move]) -> float:
+        """How many times ``ms`` some rearrangements take."""
+        weights = sum(move.busiest_rank for move in moves)
+        if self.basis == "given":
+            return weights
+        return max(len(moves), weights / self.weights) if self.weights else len(moves)
+
+    def seconds(self, moves: Sequence[Move]) -> float | None:
+        """The time of some rearrangements; None if it is only assumed."""
+        return None if self.basis == "assumed" else self.units(moves) * self.ms.value / 1e3
 
     def to_json(self) -> dict[str, Any]:
-        return {"ms": Milliseconds.of(self.ms), "basis": self.basis, "rearrangements": self.count}
+        measured = {"rearrangements": self.count, "weights_moved_busiest_rank": self.weights}
+        return {"ms": Milliseconds.of(self.ms), "basis": self.basis, **measured}
 
 
 def pause_of(run: Run, cost_per_expert_ms: float | None) -> Pause:

@@ -123,8 +123,9 @@ class Outcome:
     idle_fraction_saved: float | None = None
     #: 1 − Σ max / today's Σ max; None if the EP size differs from today's.
     time_saved: float | None = None
+    #: The pauses of its rearrangements, measured or by the given cost of an expert; None if only assumed.
     cost_seconds: float | None = None
-    #: Seconds saved, minus the cost of moving weights beyond today's.
+    #: Seconds saved, minus the pauses beyond today's.
     net_seconds: float | None = None
     #: Slots with a token of the rank with most of them: means over active layers and steps.
     active_experts: float | None = None
@@ -132,6 +133,8 @@ class Outcome:
     gain_ms_per_step: Milliseconds | None = None
     #: The gain less the pauses of rearrangements beyond today's.
     net_ms_per_step: Milliseconds | None = None
+    #: The expert weights fetched by all ranks; None if the size of an expert is not known.
+    moved_gb: float | None = None
 
     @property
     def weights_moved(self) -> int:
@@ -242,6 +245,7 @@ def replay_run(
     num_nodes: int | None = None,
     objective: Objective | None = None,
     cost_per_expert_ms: float | None = None,
+    expert_mb: float | None = None,
     workers: int | None = None,
     keep_placements: bool = False,
 ) -> Replay:
@@ -255,6 +259,7 @@ def replay_run(
         objective: what outcomes are sorted by; default ``ms`` if the cost of imbalance is measured, else
             ``tokens``.
         cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.
+        expert_mb: the weights of one expert of one layer, in MB of 10^6 bytes; gives the GB moved.
         workers: threads; the result does not depend on them. Default: one for each core.
         keep_placements: also return all placements, which takes memory.
 
@@ -308,8 +313,9 @@ def replay_run(
         if tested is not None and tested.doubt is not None:
             notes.insert(0, tested.doubt)
         return _result(
-            simulation, part, today, chosen, tested, tried, objective, cost, pause, cost_per_expert_ms, notes
-        )
+            simulation, part, today, chosen, tested, tried, objective, cost, pause, cost_per_expert_ms,
+            expert_mb, notes,
+        )  # fmt: skip
 
     return run.retry_without_damaged(play)
 
@@ -333,6 +339,7 @@ def _result(
     cost: RunCost,
     pause: Pause,
     cost_ms: float | None,
+    expert_mb: float | None,
     notes: list[str],
 ) -> Replay:
     run, scores = simulation.run, simulation.scores
@@ -340,10 +347,22 @@ def _result(
     if part.step_seconds is not None:
         seconds = part.step_seconds * simulation.scored * run.info.interval
     as_today = _today(simulation)
+    if pause.basis == "measured" and as_today.moves:
+        pause = replace(pause, weights=as_today.weights_moved_busiest_rank / len(as_today.moves))
     outcomes = [_outcome(simulation, row) for row in range(tried)]
-    if cost_ms is not None:
-        as_today = replace(as_today, cost_seconds=as_today.weights_moved_busiest_rank * cost_ms / 1e3)
-    outcomes = [_against(outcome, as_today, seconds, cost_ms) for outcome in outcomes]
+    # Beside other numbers of ranks, whose net gain is not known, settings are sorted by what all have.
+    priced = pause
+    if cost_ms is None and any(o.ep_size != part.shape.ep_size for o in outcomes):
+        priced = replace(pause, basis="assumed")
+    paid = priced.seconds(as_today.moves)
+    as_today = replace(
+        as_today, cost_seconds=paid, net_seconds=None if paid is None or seconds is None else 0.0
+    )
+    outcomes = [_against(outcome, as_today, seconds, priced) for outcome in outcomes]
+    if expert_mb is not None:
+        as_today, *outcomes = [
+            replace(o, moved_gb=o.weights_moved * expert_mb / 1e3) for o in (as_today, *outcomes)
+        ]
     steps = simulation.scored * run.info.interval
     outcomes = [_in_ms(o, as_today, gain(cost, scores, row), pause, steps) for row, o in enumerate(outcomes)]
     if objective is None:
@@ -430,18 +449,17 @@ def _today(simulation: Simulation) -> Outcome:
     return Outcome(setting=None, moves=moves, **_figures(simulation, TODAY, slots))
 
 
-def _against(outcome: Outcome, today: Outcome, seconds: float | None, cost_ms: float | None) -> Outcome:
+def _against(outcome: Outcome, today: Outcome, seconds: float | None, pause: Pause) -> Outcome:
     """The outcome with what it saves compared with today."""
     if outcome.idle_fraction is None or today.idle_fraction is None:
         return outcome
-    time_saved = cost = net = None
+    time_saved = net = None
+    cost = pause.seconds(outcome.moves)
     if outcome.ep_size == today.ep_size:
         # Σ max is Σ mean / (1 − idle), and Σ mean depends only on the EP size.
         time_saved = 1 - (1 - today.idle_fraction) / (1 - outcome.idle_fraction)
-    if cost_ms is not None:
-        cost = outcome.weights_moved_busiest_rank * cost_ms / 1e3
-        if time_saved is not None and seconds is not None and today.cost_seconds is not None:
-            net = time_saved * seconds - (cost - today.cost_seconds)
+    if cost is not None and time_saved is not None and seconds is not None and today.cost_seconds is not None:
+        net = time_saved * seconds - (cost - today.cost_seconds)
     saved = today.idle_fraction - outcome.idle_fraction
     return replace(
         outcome, idle_fraction_saved=saved, time_saved=time_saved, cost_seconds=cost, net_seconds=net
@@ -459,7 +477,7 @@ def _in_ms(outcome: Outcome, today: Outcome, saved: Interval | str, pause: Pause
 def rank(outcome: Outcome, objective: Objective) -> tuple[float, float, int, int]:
     """The sort key: the objective; then the idle fraction, fewer slots and fewer weights moved.
 
-    Today's placements have a net gain of 0.
+    Today's placements have a net gain of 0, if gains are known.
     """
     first = np.inf
     if objective is Objective.MS:

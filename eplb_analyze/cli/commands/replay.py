@@ -26,6 +26,7 @@ def replay(
     num_nodes: options.NumNodes = None,
     objective: options.Objective = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
+    expert_mb: options.ExpertMb = None,
     steps: options.Steps = None,
     timings: options.Timings = None,
     top: options.Top = 20,
@@ -44,6 +45,6 @@ def replay(
     result = replay_run(
         run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),
-        cost_per_expert_ms=cost_per_expert_ms, workers=workers,
+        cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb, workers=workers,
     )  # fmt: skip
     out.show(result.to_json, lambda console: render(console, result, top), result.part.whole)

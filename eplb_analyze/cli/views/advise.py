@@ -113,13 +113,19 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
     print_line(console, ("one change at a time", "bold"), f", from {what}: {text}")
     unit = {
         "ms": "net ms per step (95% CI)",
-        "tokens": "% of time saved, by tokens",
-        "active": "% of experts saved",
+        "tokens": "% of time, by tokens",
+        "active": "% of active experts",
     }
     listing = table(console, "<change", "<to", unit[changes.basis.value], "<", "<memory per GPU")
     for change in changes.rows:
         result = styled((change.result, RESULTS[change.result]))
-        listing.add_row(change.part, _value(base, change), _saved(change), result, _memory(change))
+        listing.add_row(
+            change.part.removesuffix(" experts"),
+            _value(base, change),
+            _saved(change),
+            result,
+            _memory(change),
+        )
     console.print(listing)
     if changes.basis.value == "ms" and advice.replay is not None:
         print_line(console, (pause_sentence(advice.replay.pause), "dim"))

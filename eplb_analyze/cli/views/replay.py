@@ -44,8 +44,11 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         f"{plural(shape.num_moe_layers, 'layer')}"
     )
     print_notes(console, result.notes)
-    print_line(console, f"sorted by {OBJECTIVES[result.objective.value]}: {result.objective_reason}")
-    if result.objective == "ms":
+    by = OBJECTIVES[result.objective.value]
+    if result.objective == "tokens" and _costs(result):
+        by = "net gain by tokens"
+    print_line(console, f"sorted by {by}: {result.objective_reason}")
+    if result.objective == "ms" or _costs(result):
         print_line(console, pause_sentence(result.pause))
     console.print()
     _today(console, result)
@@ -55,13 +58,15 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     in_ms = result.objective == "ms"
     if in_ms:
         legend += "gain: by the cost fitted to the run's step times; net: less pauses, ms per step, 95 % CI; "
-    elif result.cost_per_expert_ms is None:
+    elif not _costs(result):
         legend += "saved: points of today's idle; "
     if result.objective != "tokens":
         legend += "active: experts with a token on the rank with most of them; "
     legend += "moved: expert weights that ranks fetched"
-    if result.cost_per_expert_ms is not None and not in_ms:
-        legend += "; cost: of moving; net: time saved less what moving costs more than today (! a loss)"
+    if _costs(result) and not in_ms:
+        legend += (
+            "; net: time saved if a step were nothing but its experts, less pauses beyond today's (! a loss)"
+        )
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
     if result.dispatch.in_rounds >= MOSTLY:
@@ -81,7 +86,7 @@ def _today(console: Console, result: Replay) -> None:
     if measured is not None and today.idle_fraction is not None:
         apart = signed(100 * (measured - today.idle_fraction), 1)
         console.print(f"by how replicas shared tokens: {apart} points of idle, which no setting below has")
-    if result.cost_per_expert_ms is not None and result.seconds is not None:
+    if _costs(result) and result.seconds is not None:
         step = 1e3 * (result.part.step_seconds or 0.0)
         console.print(f"these steps took {result.seconds:,.1f} s, {step:,.1f} ms each (the median)")
     console.print()
@@ -91,7 +96,8 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     """The settings, the best first, with today's in its place among them."""
     from eplb_analyze.replay.replay import rank
 
-    outcomes, costs = result.outcomes, result.cost_per_expert_ms is not None
+    outcomes, costs = result.outcomes, _costs(result)
+    sized = result.today.moved_gb is not None
     today = rank(result.today, result.objective)
     above = sum(rank(outcome, result.objective) <= today for outcome in outcomes)
     rows: list[Outcome] = [*outcomes[:above], result.today, *outcomes[above:]]
@@ -111,8 +117,8 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         "active": lambda result, outcome: figure(outcome.active_experts, 1),
         "gain ms": lambda result, outcome: _ms(outcome.gain_ms_per_step).partition(" ")[0],
         "net ms": lambda result, outcome: _ms(outcome.net_ms_per_step),
-        "moved": lambda result, outcome: f"{outcome.weights_moved:,}",
-        "cost s": lambda result, outcome: figure(outcome.cost_seconds, 2),
+        "GB moved" if sized else "moved": _moved,
+        "pauses s": lambda result, outcome: figure(outcome.cost_seconds, 2),
         "net s": _net,
     }
     # In 80 columns, show only columns that differ.
@@ -123,15 +129,18 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     shown = {
         "ms": ("active", "gain ms", "net ms"),
         "active": ("balanced", "idle", "active"),
-        "tokens": ("idle", "cost s", "net s") if costs else ("balanced", "idle", "saved"),
+        "tokens": ("idle", "pauses s", "net s") if costs else ("balanced", "idle", "saved"),
     }[result.objective.value]
-    for name in ("balanced", "idle", "saved", "active", "gain ms", "net ms", "cost s", "net s"):
+    for name in ("balanced", "idle", "saved", "active", "gain ms", "net ms", "pauses s", "net s"):
         if name not in shown:
             del columns[name]
     if len(columns) > 9:
         columns.pop("balanced", None)
+        columns.pop("pauses s", None)
     more = limited(top, len(outcomes))
-    listing = table(console, *columns, title=f"the same loads under other settings, best first{more}")
+    listing = table(
+        console, *columns, title=f"the same loads under other settings, {_first(result)} first{more}"
+    )
     listing.padding = (0, 1, 0, 0)
     for outcome in rows:
         if id(outcome) in kept:
@@ -139,6 +148,22 @@ def _settings(console: Console, result: Replay, top: int) -> None:
             listing.add_row(*cells, style="bold" if outcome.setting is None else "")
     console.print(listing)
     console.print()
+
+
+def _costs(result: Replay) -> bool:
+    """Whether settings have a net gain by tokens."""
+    return any(outcome.net_seconds is not None for outcome in result.outcomes)
+
+
+def _first(result: Replay) -> str:
+    """What the settings are sorted by."""
+    if result.objective == "ms" or (result.objective == "tokens" and _costs(result)):
+        return "largest net gain"
+    return "fewest active experts" if result.objective == "active" else "least idle"
+
+
+def _moved(result: Replay, outcome: Outcome) -> str:
+    return f"{outcome.weights_moved:,}" if outcome.moved_gb is None else f"{outcome.moved_gb:,.1f}"
 
 
 def _policy(result: Replay, outcome: Outcome) -> str:
