@@ -54,6 +54,10 @@ class ExpertReport(SumsReport):
     windows: int
     #: An expert is hot in a window in which it has this many times the mean.
     hot_factor: float
+    #: Whether replicas are judged by the loads of all steps, not by those under the placement they are in.
+    all_placements: bool
+    #: The first step of the newest placement that replicas are judged in; None if no placement is known.
+    placement_first_step: int | None
     #: Tokens on slots of which the expert is not known.
     unknown_tokens: float
     layers_without_placement: list[int]
@@ -99,6 +103,8 @@ class ExpertReport(SumsReport):
                 "window": self.window,
                 "windows": self.windows,
                 "hot_factor": self.hot_factor,
+                "all_placements": self.all_placements,
+                "placement_first_step": self.placement_first_step,
                 "counts": self.counts,
                 #: How much of a layer's hot set stays hot.
                 "drift": drift,
@@ -117,6 +123,7 @@ def expert_report(
     *,
     window: int = WINDOW,
     hot_factor: float = HOT_FACTOR,
+    all_placements: bool = False,
 ) -> ExpertReport:
     """The experts of a run, or of one layer, by the model's layer number.
 
@@ -124,6 +131,8 @@ def expert_report(
         steps: a half-open range of steps; default all.
         window: so many complete steps are one window.
         hot_factor: an expert is hot in a window with this many times the layer's mean, or more.
+        all_placements: judge the replicas of the last placement by the loads of all steps; default by the
+            loads since that placement.
 
     Raises:
         NotInDumpError: the dump has no such layer or step.
@@ -137,7 +146,14 @@ def expert_report(
     def read() -> ExpertReport:
         def start(shape: Shape) -> _Loads:
             experts = run.history.num_experts(run.info.num_logical_experts, last)[first:]
-            return _Loads(run, shape, range(first, last), experts, ExpertWindows(window, hot_factor, experts))
+            return _Loads(
+                run,
+                shape,
+                range(first, last),
+                experts,
+                ExpertWindows(window, hot_factor, experts),
+                all_placements,
+            )
 
         sums, whole, notes = last_configuration(run, steps, start, estimate=True)
         return _report(
@@ -169,7 +185,7 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
         )
     if windows.count < 2:
         notes.append("there is only one window, so nothing can be said on bursts; see --window-steps")
-    if sums.few_since_change:
+    if not sums.all_placements and sums.few_since_change:
         notes.append(
             f"replicas are judged by the loads since each layer's last rearrangement; in some layer that is "
             f"fewer than {FEW_TOKENS} tokens an expert, so that chance decides"
@@ -182,6 +198,8 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
         window=windows.size,
         windows=windows.count,
         hot_factor=windows.hot_factor,
+        all_placements=sums.all_placements,
+        placement_first_step=sums.placement_first_step,
         unknown_tokens=unknown,
         layers_without_placement=without,
         hot_set=max(windows.hot_set(n) for n in counts),
@@ -195,10 +213,19 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
 class _Loads(Sums):
     """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
 
-    def __init__(self, run: Run, shape: Shape, layers: range, experts: Int64, windows: ExpertWindows) -> None:
+    def __init__(
+        self,
+        run: Run,
+        shape: Shape,
+        layers: range,
+        experts: Int64,
+        windows: ExpertWindows,
+        all_placements: bool,
+    ) -> None:
         """``experts``: how many experts each layer has."""
         super().__init__(shape)
         self.windows, self.layers, self.experts = windows, layers, experts
+        self.all_placements = all_placements
         self.tokens = np.zeros((len(layers), run.info.num_logical_experts), np.int64)
         #: Tokens on slots of which it is not known, or not true, that they held an expert.
         self.unknown = np.zeros(len(layers), np.int64)
@@ -243,6 +270,13 @@ class _Loads(Sums):
         return out
 
     @property
+    def placement_first_step(self) -> int | None:
+        """From when on the last placement of all layers is in force."""
+        histories = [self._history.layer(i) for i in self.layers]
+        since = [h.steps[at] for h in histories if (at := h.index_at(self.last_step)) >= 0]
+        return max(self.first_step, *since) if since else None
+
+    @property
     def few_since_change(self) -> bool:
         """Whether a layer's placement is so new that chance decides which expert is short of replicas."""
         means = self.slot_tokens.sum(axis=1) / self.experts
@@ -264,7 +298,17 @@ class _Loads(Sums):
 
         persistence, hot = windows.persistence[known], windows.hot[known]
         shared = _shared(run, logical)
-        now = [_replication(slots, self.slot_tokens[i], shared, self.shape) for i, slots in self._known()]
+        now = [
+            _replication(
+                slots,
+                self.slot_tokens[i],
+                self.tokens[i] if self.all_placements else None,
+                int(self.experts[i]),
+                shared,
+                self.shape,
+            )
+            for i, slots in self._known()
+        ]
         verdict = np.where(hot == 0, "never", np.where(persistence >= ALWAYS, "always", "bursts"))
         columns = {
             "layer": np.repeat(np.array(run.info.layers, np.int32)[self.layers.start :][known], logical),
@@ -286,7 +330,7 @@ class _Loads(Sums):
         exists = np.arange(logical) < experts
         return frame.filter(exists.reshape(-1)).with_columns(
             pl.col("first_hot_step", "last_hot_step").replace(-1, None),
-            pl.col("burstiness", "due_replicas", "worst_replica").fill_nan(None),
+            pl.col("burstiness", "due_replicas", "placement_times_mean", "worst_replica").fill_nan(None),
         )
 
     def _known(self) -> list[tuple[int, Int32]]:
@@ -294,7 +338,12 @@ class _Loads(Sums):
 
 
 def _replication(
-    slots: Int32, tokens: Int64, shared: npt.NDArray[np.bool_], shape: Shape
+    slots: Int32,
+    tokens: Int64,
+    judged: Int64 | None,
+    experts: int,
+    shared: npt.NDArray[np.bool_],
+    shape: Shape,
 ) -> dict[str, npt.NDArray[Any]]:
     """Whether each logical expert has the replicas that it is worth, by the tokens on its slots.
 
@@ -304,6 +353,8 @@ def _replication(
     Args:
         slots: the placement.
         tokens: on each slot since the placement is in force.
+        judged: the tokens of each expert that its replicas are judged by; None: those on its slots.
+        experts: how many the layer has.
         shared: the shared experts of the model.
     """
     logical = len(shared)
@@ -313,7 +364,10 @@ def _replication(
     np.maximum.at(largest, slots[filled], tokens[filled])
     total = np.zeros(logical, np.int64)
     np.add.at(total, slots[filled], tokens[filled])
-    split = (copies > 1) & (total > 0)
+    uneven = np.divide(
+        largest * copies, total, out=np.full(logical, np.nan), where=(copies > 1) & (total > 0)
+    )
+    total = total if judged is None else judged
     on_rank = holdings(slots, shape.ep_size, logical)
     serving = on_rank.any(axis=1)
     everywhere = (on_rank[serving] > 0).all(axis=0)
@@ -321,13 +375,15 @@ def _replication(
     for pool in (np.ones(logical, np.bool_), ~shared):
         if total[pool].any():
             due[pool] = total[pool] * int(copies[pool].sum()) / int(total[pool].sum())
+    times = total * experts / total.sum() if total.any() else np.full(logical, np.nan)
     return {
+        "placement_times_mean": times,
         "replicas": copies,
         "due_replicas": due,
         # By a whole slot: that no placement can give a part of one is nobody's fault.
         "under_replicated": (due - copies >= 1) & ~everywhere,
         "over_replicated": (copies - due >= 1) & (copies > 1) & ~shared,
-        "worst_replica": np.divide(largest * copies, total, out=np.full(logical, np.nan), where=split),
+        "worst_replica": uneven,
         "replicas_on_one_rank": on_rank.max(axis=0) > 1,
     }
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from eplb_analyze.text import clean
+from eplb_analyze.text import clean, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,11 @@ def steps_label(console: Console, first: int, last: int) -> str:
     if clock is not None:
         return clock.range_label(first, last)
     return f"steps {first}-{last}" if first != last else f"step {first}"
+
+
+def range_text(console: Console, first: int, last: int) -> str:
+    """:func:`steps_label` without the word: ``1000-1999 (03:12:04-03:31:58)``."""
+    return steps_label(console, first, last).split(" ", 1)[1]
 
 
 def step_time(console: Console, step: int) -> str:
@@ -125,13 +130,14 @@ def print_report_heading(console: Console, report: TrafficReport | ExpertReport)
     name = report.model if report.layer is None else f"layer {report.layer}"
     of = "" if report.layer is None else f" · {report.model}"
     print_heading(console, name, f"{of} · run {report.run_id}")
-    return steps_of(report)
+    return steps_of(console, report)
 
 
-def steps_of(report: SumsReport) -> str:
+def steps_of(console: Console, report: SumsReport) -> str:
     """Over which steps the figures of a report are."""
     kind = "incomplete" if report.missing_ranks else "complete"
-    return f"{report.recorded:,} {kind} steps, {report.first_step} to {report.last_step}"
+    count = plural(report.recorded, f"{kind} step")
+    return f"{count}, {range_text(console, report.first_step, report.last_step)}"
 
 
 def print_notes(console: Console, notes: Iterable[str]) -> None:

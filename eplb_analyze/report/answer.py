@@ -189,9 +189,9 @@ def told(incident: Incident, summary: Summary, clock: RunClock) -> Told:
     return Told(
         head=_head(incident, clock),
         parts=[
-            ("cause", cause_sentence(incident)),
+            ("cause", cause_sentence(incident, clock)),
             ("cost", _cost(incident, summary.cost)),
-            ("end", _end(incident)),
+            ("end", _end(incident, clock)),
             ("next", next_command(incident)),
         ],
     )
@@ -224,7 +224,7 @@ def _where(incident: Incident) -> str:
     return ", ".join(parts) or "all layers"
 
 
-def cause_sentence(incident: Incident) -> str:
+def cause_sentence(incident: Incident, clock: RunClock) -> str:
     cause = incident.cause
     expert = "" if cause.expert is None else f"expert {cause.expert}"
     if expert and incident.layer is None and cause.layer is not None:
@@ -244,7 +244,7 @@ def cause_sentence(incident: Incident) -> str:
                 if expert
                 else ""
             )
-            return f"the rearrangement at step {incident.first_step} made the balance worse{who}"
+            return f"the rearrangement at {clock.label(incident.first_step)} made the balance worse{who}"
         case "uneven_replicas":
             return f"the replicas of {expert or 'an expert'} share its tokens unevenly" + (
                 f" (it {replicas})" if replicas else ""
@@ -280,22 +280,22 @@ def _cost(incident: Incident, cost: RunCost) -> str:
     return f"{share}; too little to explain a doubled TPOT" if ms.high < EXPLAINS_LITTLE * step else share
 
 
-def _end(incident: Incident) -> str:
+def _end(incident: Incident, clock: RunClock) -> str:
     ended, expert = incident.ended_by, incident.cause.expert
     if ended is None:
         return "not known"
     match ended.kind:
         case "rearrangement":
-            text = f"the rearrangement at step {ended.step}"
+            text = f"the rearrangement at {clock.label(ended.step)}"
             if expert is None or ended.replicas is None:
                 return text
             return f"{text} gave expert {expert} {plural(ended.replicas, 'replica')}"
         case "traffic":
-            return f"the traffic changed back at step {ended.step}"
+            return f"the traffic changed back at {clock.label(ended.step)}"
         case "rank_back":
-            return f"the rank is back from step {ended.step} on"
+            return f"the rank is back from {clock.label(ended.step)} on"
         case _:
-            return f"still going on when the recording ends (step {ended.step})"
+            return f"still going on when the recording ends, at {clock.label(ended.step)}"
 
 
 def next_command(incident: Incident) -> str:

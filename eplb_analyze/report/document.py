@@ -118,7 +118,7 @@ def report_document(
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
         "answer": as_json(answer.answer_of(summary, run.clock)),
         "not_due": summary.not_due,
-        "words": sentences.sentences(summary, experts, changes),
+        "words": sentences.sentences(summary, experts, changes, run.clock),
         "tokens": sentences.tokens(summary),
         "cost": sentences.cost(summary),
         "summary": summary.to_json(),

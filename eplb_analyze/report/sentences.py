@@ -11,6 +11,7 @@ from eplb_analyze.analysis.rearrangements import RearrangementReport
 from eplb_analyze.analysis.summary import OTHER_FORMULAS, Summary
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS
+from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.report.answer import cost_sentence
 from eplb_analyze.text import figure, milliseconds, percent, plural, signed
@@ -60,24 +61,28 @@ def sentences(
     summary: Summary,
     experts: ExpertReport | None,
     changes: RearrangementReport,
+    clock: RunClock,
 ) -> list[str]:
     """The run in a few sentences beside the answer; none without a complete step."""
     if summary.spreads["balancedness"].mean is None:
         return []
-    parts = [_balancedness(summary), _idle(summary), _costliest(summary), _hottest(summary)]
+    parts = [_balancedness(summary, clock), _idle(summary), _costliest(summary), _hottest(summary)]
     if experts is not None:
         parts.append(_replication(experts))
-    parts.append(_changes(changes, summary))
+    parts.append(_changes(changes, summary, clock))
     return [part for part in parts if part]
 
 
-def _balancedness(summary: Summary) -> str:
+def _balancedness(summary: Summary, clock: RunClock) -> str:
     s, count = summary.spreads["balancedness"], summary.steps.count(StepState.RECORDED)
+    if s.min_step is None:
+        return ""
+    at = clock.label(s.min_step)
     if count == 1:
-        return f"Balancedness was {figure(s.mean)} in the only complete step, {s.min_step} (1 is perfect)."
+        return f"Balancedness was {figure(s.mean)} in the only complete step, {at} (1 is perfect)."
     return (
         f"Balancedness was {figure(s.mean)} on average over {plural(count, 'step')} (1 is perfect); "
-        f"one step in twenty was below {figure(s.p5)}, the worst {figure(s.min)} at step {s.min_step}."
+        f"one step in twenty was below {figure(s.p5)}, the worst {figure(s.min)} at {at}."
     )
 
 
@@ -161,7 +166,7 @@ _VERDICTS = {
 }
 
 
-def _changes(report: RearrangementReport, summary: Summary) -> str:
+def _changes(report: RearrangementReport, summary: Summary, clock: RunClock) -> str:
     rows = report.rearrangements
     if not rows:
         if summary.acted is None:
@@ -175,7 +180,8 @@ def _changes(report: RearrangementReport, summary: Summary) -> str:
     gains = [row for row in rows if row.gain is not None and row.verdict in ("helped", "hurt")]
     if gains:
         most = max(gains, key=lambda row: abs(row.gain or 0.0))
-        text += f" The largest effect, {signed(most.gain)} balancedness, was at step {most.first_step}."
+        at = clock.label(most.first_step)
+        text += f" The largest effect, {signed(most.gain)} balancedness, was at {at}."
     return text
 
 

@@ -31,6 +31,13 @@ def experts(
             "--hot-factor", metavar="X", help="Call an expert hot from this many times the layer's mean."
         ),
     ] = 2.0,
+    all_placements: Annotated[
+        bool,
+        typer.Option(
+            "--all-placements",
+            help="Judge replicas by the loads of all steps, not by those since the last rearrangement.",
+        ),
+    ] = False,
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
@@ -43,7 +50,9 @@ def experts(
     from eplb_analyze.analysis.experts import expert_report
 
     run = out.open()
-    report = expert_report(run, layer, steps, window=window, hot_factor=hot_factor)
+    report = expert_report(
+        run, layer, steps, window=window, hot_factor=hot_factor, all_placements=all_placements
+    )
     out.show(
         lambda: report.to_json(hot=hot, cold=cold),
         lambda console: render(console, report, top, hot=hot, cold=cold),

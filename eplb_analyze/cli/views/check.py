@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_line
+from eplb_analyze.cli.console import print_line, steps_label
 from eplb_analyze.text import plural
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def render(console: Console, run: Run, report: CheckReport) -> None:
     steps = report.steps.to_json()
     parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in steps.items() if count]
     parts = [part for part in parts if not part.endswith((" first", " last"))]
-    print_line(console, f"steps {steps['first']} to {steps['last']}: {', '.join(parts)}")
+    first, last = steps["first"], steps["last"]
+    seen = "no step" if first is None or last is None else steps_label(console, first, last)
+    print_line(console, f"{seen}: {', '.join(parts)}")
     damaged = any(finding.code == "damaged_file" for finding in report.findings)
     verified = "" if damaged else ", all checksums right"
     ranks, sessions = plural(len(run.present_ranks), "rank"), plural(len(run.sessions), "session")

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import limited, print_line, print_notes, print_report_heading, styled, table
+from eplb_analyze.cli.console import (
+    limited,
+    print_line,
+    print_notes,
+    print_report_heading,
+    step_label,
+    step_time,
+    steps_label,
+    styled,
+    table,
+    times_known,
+)
 from eplb_analyze.text import figure, percent, plural
 
 if TYPE_CHECKING:
@@ -14,21 +25,19 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.experts import ExpertReport
 
-#: From this many columns on, the table shows the steps in which an expert was hot.
+#: From this many columns on, the table has all columns.
 WIDE = 100
 
 
 def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, cold: bool) -> None:
     when = print_report_heading(console, report)
-    console.print(f"{when}, in {plural(report.windows, 'window')} of {report.window:,}")
+    print_line(console, f"{when}, in {plural(report.windows, 'window')} of {report.window:,}")
+    _replicas(console, report)
+    _hottest(console, report)
     counts, factor = report.counts, report.hot_factor
-    console.print(
-        f"hot in a window: {factor:g} × the layer's mean or more; cold: over all steps 1/{factor:g} or less"
-    )
     verdicts = f"{counts['always']:,} always hot, {counts['bursts']:,} in bursts, {counts['never']:,} never"
-    text = f"of {plural(counts['experts'], 'expert')} {verdicts}; {counts['cold']:,} cold"
-    console.print(f"{text}, {counts['dead']:,} of them dead" if counts["dead"] else text)
-    _replication(console, report)
+    dead = f", {counts['dead']:,} of them dead" if counts["dead"] else ""
+    print_line(console, f"of {plural(counts['experts'], 'expert')} {verdicts}; {counts['cold']:,} cold{dead}")
     _drift(console, report)
     print_notes(console, report.notes)
     console.print()
@@ -40,23 +49,55 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         _table(console, report, "hot in bursts, the highest peak first", bursts, top)
     if cold or not hot:
         _table(console, report, "cold", report.cold, top)
+    judged = "of all steps" if report.all_placements else "since the layer's last rearrangement"
     legend = (
-        "due: slots that its share is worth (! a slot or more short); uneven: the fullest replica over "
-        "their mean; both since the layer's last rearrangement; *: twice on one rank"
+        f"hot in a window: {factor:g}x the layer's mean or more; cold: 1/{factor:g} or less over all steps; "
+        f"now: over the layer's mean, by the loads {judged}; due: slots that this load is worth (! a slot or "
+        "more short); *: two replicas on one rank"
     )
-    print_line(console, (legend, "dim"))
+    wide = "; uneven: the fullest replica over their mean" if console.width >= WIDE else ""
+    print_line(console, (legend + wide, "dim"))
 
 
-def _replication(console: Console, report: ExpertReport) -> None:
-    counts = report.counts
+def _replicas(console: Console, report: ExpertReport) -> None:
+    """Whether the replicas of the last placement fit the loads, and which loads these are."""
+    counts, since = report.counts, report.placement_first_step
     names = {
-        "under_replicated": "under-replicated",
-        "over_replicated": "over-replicated",
-        "replicas_on_one_rank": "twice on one rank",
+        "under_replicated": "too few",
+        "over_replicated": "too many",
+        "replicas_on_one_rank": "two on one rank",
     }
-    parts = [f"{counts[key]:,} {name}" for key, name in names.items() if counts[key]]
-    none = "no expert has too few or too many replicas"
-    console.print(f"in the last placement, by the loads since: {', '.join(parts) or none}")
+    wrong = [f"{plural(counts[key], 'expert')} with {name}" for key, name in names.items() if counts[key]]
+    loads = "all steps"
+    if since is not None and since > report.first_step and not report.all_placements:
+        loads = f"{steps_label(console, since, report.last_step)}, since the last rearrangement"
+    found = (", ".join(wrong), "bold") if wrong else "no expert has too few or too many"
+    print_line(console, "replicas: ", found, f" (by the loads of {loads})")
+
+
+def _hottest(console: Console, report: ExpertReport) -> None:
+    """The expert that is hottest now and the one with the highest peak, with the steps of their heat."""
+    hot = report.hot
+    if not len(hot):
+        return
+    # The last window is complete if it has at least half of its steps.
+    now = hot.filter(hot["last_hot_step"] > report.last_step - report.window)
+    peaks = hot.sort("peak_times_mean", descending=True, maintain_order=True).head(1).to_dicts()
+    shown = []
+    for row in now.sort("placement_times_mean", descending=True, nulls_last=True).head(1).to_dicts():
+        shown.append((row["layer"], row["logical"]))
+        times, since = row["placement_times_mean"], step_label(console, row["first_hot_step"])
+        at = "" if times is None else f", {times:.1f}x the mean"
+        print_line(console, "hottest now: ", (_name(row), "bold"), f"{at}, hot since {since}")
+    for row in peaks:
+        if (row["layer"], row["logical"]) not in shown:
+            steps = steps_label(console, row["first_hot_step"], row["last_hot_step"])
+            times = f", {row['peak_times_mean']:.1f}x the mean in {steps}"
+            print_line(console, "highest peak: ", (_name(row), "bold"), times)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"expert {row['logical']} of layer {row['layer']}"
 
 
 def _drift(console: Console, report: ExpertReport) -> None:
@@ -65,38 +106,44 @@ def _drift(console: Console, report: ExpertReport) -> None:
     lags = [f"{d.lag}: {percent(d.overlap, 0)}" for d in report.drift]
     hottest = "hottest" if report.hot_set == 1 else f"{report.hot_set} hottest"
     chance = percent(report.chance_overlap, 0)
-    console.print(f"how much of a layer's {hottest} is the same some windows later")
-    console.print(f"(by chance {chance}): after {', '.join(lags)}")
+    print_line(
+        console,
+        f"a layer's {hottest} that are the same some windows later (by chance {chance}): {', '.join(lags)}",
+    )
 
 
 def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFrame, top: int) -> None:
     if not len(frame):
         return
+    wide, timed = console.width >= WIDE, times_known(console)
     layer = ["layer"] if report.layer is None else []
-    when = ["hot in steps"] if console.width >= WIDE else []
-    columns = ("expert", "× mean", "peak", "hot in", "CV", "replicas", "due", "uneven")
-    listing = table(console, *layer, *columns, *when, title=title + limited(top, len(frame)))
+    mean = ["× mean"] if wide else []  # over all steps
+    more = ["hot in", "CV"] if wide else []
+    uneven = ["uneven"] if wide else []
+    columns = ("expert", "now", *mean, "peak", *more, "replicas", "due", *uneven, "<hot in steps")
+    listing = table(
+        console, *layer, *columns, *(["<since"] if timed else []), title=title + limited(top, len(frame))
+    )
     for row in frame.head(top).to_dicts():
-        cells = _cells(row)
-        if layer:
-            cells.insert(0, str(row["layer"]))
-        if when:
-            first, last = row["first_hot_step"], row["last_hot_step"]
-            cells.append("–" if first is None else f"{first} … {last}")
+        first, last = row["first_hot_step"], row["last_hot_step"]
+        cells = [*([str(row["layer"])] if layer else []), *_cells(row, wide)]
+        cells.append("–" if first is None else f"{first}-{last}")
+        if timed:
+            cells.append("–" if first is None else step_time(console, first))
         listing.add_row(*cells)
     console.print(listing)
     console.print()
 
 
-def _cells(row: dict[str, Any]) -> list[Any]:
-    due = figure(row["due_replicas"], 1)
+def _cells(row: dict[str, Any], wide: bool) -> list[Any]:
+    due, now = figure(row["due_replicas"], 1), row["placement_times_mean"]
     return [
         str(row["logical"]),
-        heat(f"{row['times_mean']:.2f}", row["times_mean"]),
+        heat(figure(now, 2), now or 0.0),
+        *([f"{row['times_mean']:.2f}"] if wide else []),
         f"{row['peak_times_mean']:.2f}",
-        percent(row["persistence"]),
-        figure(row["burstiness"], 2),
+        *([percent(row["persistence"]), figure(row["burstiness"], 2)] if wide else []),
         f"{row['replicas']}{'*' if row['replicas_on_one_rank'] else ''}",
         styled((f"{due} !", "bold red")) if row["under_replicated"] else f"{due}  ",
-        figure(row["worst_replica"], 2),
+        *([figure(row["worst_replica"], 2)] if wide else []),
     ]

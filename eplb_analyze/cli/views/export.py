@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_heading, print_line, print_notes
+from eplb_analyze.cli.console import (
+    print_heading,
+    print_line,
+    print_notes,
+    range_text,
+    step_label,
+    steps_label,
+)
 from eplb_analyze.text import plural
 
 if TYPE_CHECKING:
@@ -16,7 +23,9 @@ if TYPE_CHECKING:
 
 def render_placement(console: Console, report: PlacementExport) -> None:
     origin, placement = report.origin, report.placement
-    print_heading(console, "placement", f" · {_source(origin)} · {origin.model} · run {origin.run_id}")
+    print_heading(
+        console, "placement", f" · {_source(console, origin)} · {origin.model} · run {origin.run_id}"
+    )
     redundant = f"{placement.num_redundant_experts or 'none'} redundant"
     slots = f"{plural(placement.num_physical_experts, 'slot')} ({redundant})"
     console.print(
@@ -38,10 +47,13 @@ def render_placement(console: Console, report: PlacementExport) -> None:
     print_notes(console, report.notes)
 
 
-def _source(origin: Origin) -> str:
-    if origin.policy is None:
-        return f"recorded at step {origin.step}"
-    return f"{origin.policy} on steps {origin.first_step} to {origin.last_step}"
+def _source(console: Console, origin: Origin) -> str:
+    first, last = origin.first_step, origin.last_step
+    if origin.step is not None:
+        return f"recorded at {step_label(console, origin.step)}"
+    if first is None or last is None:
+        return f"{origin.policy}"
+    return f"{origin.policy} on {steps_label(console, first, last)}"
 
 
 def _repair(report: PlacementExport) -> str:
@@ -56,7 +68,8 @@ def _repair(report: PlacementExport) -> str:
 
 def render_loads(console: Console, report: LoadExport) -> None:
     print_heading(console, "loads", f" · {report.model} · run {report.run_id}")
-    when = f"{plural(report.recorded, 'complete step')}, {report.first_step} to {report.last_step}"
+    steps = range_text(console, report.first_step, report.last_step)
+    when = f"{plural(report.recorded, 'complete step')}, {steps}"
     console.print(f"{when}, of {plural(len(report.layers), 'layer')}")
     size = f"{report.bytes:,} bytes"
     rows = plural(report.rows, "row")

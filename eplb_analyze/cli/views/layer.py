@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, table
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, range_text, step_label, table
 from eplb_analyze.text import counter, figure, listed, percent, plural
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ FEW_EXPERTS = 12
 def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
     """Print a report; ``placed`` covers only its steps since the last change of placement."""
 
-    when = f"step {report.first_step}"
+    when = step_label(console, report.first_step)
     if report.steps > 1:
-        when = f"{report.steps:,} steps, {report.first_step} to {report.last_step}"
+        when = f"{report.steps:,} steps, {range_text(console, report.first_step, report.last_step)}"
     phase = f" ({report.phase})" if report.phase else ""
     print_heading(
         console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}"
@@ -116,7 +116,9 @@ def _slots(console: Console, report: LayerReport, *, since_change: bool) -> None
     count = counter(r.load for r in report.ranks)
     digits = max(len(str(s.logical)) for s in report.slots)
     title = (
-        f"placement since step {report.first_step}, with the tokens since" if since_change else "placement"
+        f"placement since {step_label(console, report.first_step)}, with the tokens since"
+        if since_change
+        else "placement"
     )
     listing = table(console, "rank", "tokens", "<experts in its slots", title=title)
     per_line = max(1, (console.width - 20) // (digits + 2))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_heading, print_notes, table
-from eplb_analyze.text import plural
+from eplb_analyze.cli.console import print_heading, print_line, print_notes, step_label, table, times_known
+from eplb_analyze.text import listed, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.analysis.placement import LayerChange, LayerPlacement, PlacementReport
 
+#: More changes of placement are in `rearrangements`, with their times.
+MOST_TIMES = 4
+
 
 def render(console: Console, report: PlacementReport, *, single: bool, experts: bool) -> None:
     where = f"layer {report.layers[0].layer}, " if single else ""
-    since = "" if report.against is None else f" against {report.against}"
-    rest = f" · {where}step {report.step}{since} · {report.model} · run {report.run_id}"
+    since = "" if report.against is None else f" against {step_label(console, report.against)}"
+    rest = f" · {where}{step_label(console, report.step)}{since} · {report.model} · run {report.run_id}"
     print_heading(console, "placement", rest)
     print_notes(console, report.notes)
     changes = {change.layer: change for change in report.changes or []}
@@ -56,6 +59,9 @@ def _layers(console: Console, layers: list[LayerPlacement], lost: list[int]) -> 
         listing.add_row(str(p.layer), str(p.since), *map(str, cells))
     console.print(listing)
     console.print("replicated: with several replicas; doubled: twice on a rank; empty: slots")
+    if times_known(console):
+        since = sorted({p.since for p in layers}, reverse=True)
+        print_line(console, f"since {listed([step_label(console, step) for step in since], MOST_TIMES)}")
 
 
 def _changes(console: Console, changes: list[LayerChange]) -> None:
@@ -91,7 +97,7 @@ def _ranks(console: Console, p: LayerPlacement, change: LayerChange | None, lost
     if gone:
         console.print(f"no longer there: {', '.join(f'r{rank}' for rank in gone)}")
     span = f"{p.replicas_min} to {p.replicas_max}" if p.replicas_max > p.replicas_min else f"{p.replicas_min}"
-    facts = [f"in force since step {p.since}", f"replicas {span}"]
+    facts = [f"in force since {step_label(console, p.since)}", f"replicas {span}"]
     facts.append(f"{plural(p.replicated, 'expert')} with more than one")
     if p.twice_on_a_rank:
         facts.append(f"{p.twice_on_a_rank} twice on a rank")

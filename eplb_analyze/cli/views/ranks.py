@@ -20,7 +20,7 @@ EVEN = 0.1
 
 def render(console: Console, report: RankReport, by: str, top: int = 8, *, every: bool = False) -> None:
     """``every``: show the layers in which all ranks are within ``EVEN`` of the mean, too."""
-    print_heading(console, report.model, f" · run {report.run_id} · {steps_of(report)}")
+    print_heading(console, report.model, f" · run {report.run_id} · {steps_of(console, report)}")
     if not report.active:
         console.print("no tokens")
         return

@@ -10,9 +10,11 @@ from eplb_analyze.cli.console import (
     print_heading,
     print_line,
     print_notes,
+    step_time,
     steps_label,
     styled,
     table,
+    times_known,
 )
 from eplb_analyze.text import figure, interval, listed, milliseconds, plural, signed
 
@@ -133,14 +135,26 @@ def _help(console: Console, report: RearrangementReport) -> None:
     console.print(listing)
     for row in report.rearrangements:
         if row.reason is not None:
-            print_line(console, (f"{_when(row)}: {row.reason}", "yellow"))
+            print_line(
+                console, (f"{steps_label(console, row.first_step, row.last_step)}: {row.reason}", "yellow")
+            )
     console.print()
 
 
 def _why(console: Console, rows: list[RearrangementFigures]) -> None:
     """What explains the difference between predicted and measured, how long the gain lasted, what moved."""
     title = "why after is not as predicted, how long half of the gain lasted, what moved"
-    columns = ("<steps", "drift", "uneven split", "<half lasted", "slots", "to ranks", "to nodes")
+    timed = times_known(console)
+    columns = (
+        "<steps",
+        *(("<time",) if timed else ()),
+        "drift",
+        "uneven split",
+        "<half lasted",
+        "slots",
+        "to ranks",
+        "to nodes",
+    )
     listing = table(console, *columns, title=title)
     for row in rows:
         lasted = "–"
@@ -149,7 +163,8 @@ def _why(console: Console, rows: list[RearrangementFigures]) -> None:
             lasted = f"{still}{plural(row.lasted.steps, 'step')}"
         moved = (row.slots_moved, row.experts_crossed_ranks, row.experts_crossed_nodes)
         cells = ["–" if count is None else f"{count:,}" for count in moved]
-        listing.add_row(_when(row), signed(row.drift), signed(row.uneven_split), lasted, *cells)
+        time = (step_time(console, row.first_step),) if timed else ()
+        listing.add_row(_when(row), *time, signed(row.drift), signed(row.uneven_split), lasted, *cells)
     console.print(listing)
 
 
@@ -182,4 +197,4 @@ def _ms(value: Milliseconds | None, sign: bool = False) -> str:
 
 
 def _when(row: RearrangementFigures) -> str:
-    return str(row.first_step) if row.first_step == row.last_step else f"{row.first_step}–{row.last_step}"
+    return str(row.first_step) if row.first_step == row.last_step else f"{row.first_step}-{row.last_step}"

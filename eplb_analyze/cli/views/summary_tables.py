@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import bar, heat
-from eplb_analyze.cli.console import print_line, styled, table
+from eplb_analyze.cli.console import print_line, step_time, styled, table, times_known
 from eplb_analyze.cli.views import cost
 from eplb_analyze.text import clean, figure, percent, plural
 
@@ -87,10 +87,11 @@ def _losses(console: Console, result: Summary, top: int) -> None:
     if loss.stretches and ordered(result):
         width = result.timeline[0].last_step - result.timeline[0].first_step + 1
         title = "worst stretches" + (f", in parts of {width:,} steps" if width > 1 else "")
-        listing = table(console, "layer", "rank", "<steps", "excess tokens", "of all loss", title=title)
+        columns = ("<steps", *_time_column(console), "excess tokens", "of all loss")
+        listing = table(console, "layer", "rank", *columns, title=title)
         for s in loss.stretches[:top]:
-            steps = f"{s.first_step}-{s.last_step}"
-            listing.add_row(str(s.layer), str(s.rank), steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
+            steps = (f"{s.first_step}-{s.last_step}", *_time(console, s.first_step))
+            listing.add_row(str(s.layer), str(s.rank), *steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
         console.print(listing)
     ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
     console.print(f"costliest ranks (share of all loss): {ranks}")
@@ -143,10 +144,12 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
 
 def _configurations(console: Console, result: Summary) -> None:
     title = "configurations: the shape changed, and nothing is summed across"
-    listing = table(console, "<steps", "EP", "slots", "recorded", "balancedness", "idle", title=title)
+    columns = ("EP", "slots", "recorded", "balancedness", "idle")
+    listing = table(console, "<steps", *_time_column(console), *columns, title=title)
     for c in result.configurations:
         listing.add_row(
             f"{c.first_step}-{c.last_step}",
+            *_time(console, c.first_step),
             f"{c.ep_size - len(c.lost_ranks)} of {c.ep_size}" if c.lost_ranks else str(c.ep_size),
             str(c.num_physical_experts),
             f"{c.recorded:,}",
@@ -154,3 +157,12 @@ def _configurations(console: Console, result: Summary) -> None:
             percent(c.idle_fraction),
         )
     console.print(listing)
+
+
+def _time_column(console: Console) -> tuple[str, ...]:
+    """The column of the times at which steps began; none if the times are not known."""
+    return ("<since",) if times_known(console) else ()
+
+
+def _time(console: Console, step: int) -> tuple[str, ...]:
+    return (step_time(console, step),) if times_known(console) else ()

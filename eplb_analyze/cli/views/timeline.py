@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import columns_of_steps, step_axis
-from eplb_analyze.cli.console import print_heading, print_line, print_notes
+from eplb_analyze.cli.console import (
+    print_heading,
+    print_line,
+    print_notes,
+    step_label,
+    step_time,
+    times_known,
+)
 from eplb_analyze.text import figure, listed, plural
 
 if TYPE_CHECKING:
@@ -40,8 +47,14 @@ def render(console: Console, result: Timeline) -> None:
         print_line(console, (warning, "yellow"))
     print_notes(console, result.notes)
     console.print()
-    for line in plot(result, console.width - MARGIN):
+    plotted = plot(result, console.width - MARGIN)
+    for line in plotted:
         console.print(line, no_wrap=True, overflow="crop")
+    if times_known(console):
+        start, end = (step_time(console, s) for s in (result.bins[0].first_step, result.bins[-1].last_step))
+        width = len(plotted[-1].plain) - MARGIN - len(start)
+        if width > len(end):
+            console.print(f"{'time':>{MARGIN - 2}}  {start}{end:>{width}}")
     console.print()
     sizes = sorted({b.last_step - b.first_step + 1 for b in result.bins})
     each = " or ".join(f"{size:,}" for size in sizes) + (" step" if sizes == [1] else " steps")
@@ -54,7 +67,9 @@ def render(console: Console, result: Timeline) -> None:
         console.print(f"╌ {plural(empty, 'bin')} without a complete step that has tokens")
     if result.rearrangements:
         count = plural(len(result.rearrangements), "rearrangement")
-        console.print(f"▲ {count}, at step {listed(result.rearrangements)}")
+        console.print(
+            f"▲ {count}, at {listed([step_label(console, step) for step in result.rearrangements])}"
+        )
     if len(result.configurations) > 1:
         console.print("◆ ep_size or the number of slots changed, or a rank was lost")
 

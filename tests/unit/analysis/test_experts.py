@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cli, one_error, write
+from helpers import cli, one_error, open_writer, write
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
@@ -263,39 +264,88 @@ def test_values_at_a_threshold_count(tmp_path: Path) -> None:
 
 GOLDEN = """\
 org/moe · run r
-40 complete steps, 0 to 39, in 4 windows of 10
-hot in a window: 2 × the layer's mean or more; cold: over all steps 1/2 or less
+40 complete steps, 0-39 (03:12:04-03:12:04), in 4 windows of 10
+replicas: 2 experts with too few (by the loads of steps 20-39
+(03:12:04-03:12:04), since the last rearrangement)
+hottest now: expert 0 of layer 1, 2.0x the mean, hot since step 30 (03:12:04)
+highest peak: expert 0 of layer 0, 2.4x the mean in steps 0-19
+(03:12:04-03:12:04)
 of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
-in the last placement, by the loads since: 2 under-replicated
-how much of a layer's hottest is the same some windows later
-(by chance 25 %): after 1: 83 %, 2: 50 %
+a layer's hottest that are the same some windows later (by chance 25 %): 1: 83
+%, 2: 50 %
 
 hot in bursts, the highest peak first (2 of 3)
-layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
-──────────────────────────────────────────────────────────────────────────
-    0        0     2.20   2.42   50.0 %   0.10          1   3.0 !        –
-    1        3     1.40   2.41   50.0 %   0.71          1     0.6        –
+layer   expert    now   peak   replicas     due   hot in steps   since
+─────────────────────────────────────────────────────────────────────────
+    0        0   1.98   2.42          1   3.0 !   0-19           03:12:04
+    1        3   0.40   2.41          1     0.6   0-19           03:12:04
 
 cold
-layer   expert   × mean   peak   hot in     CV   replicas     due   uneven
-──────────────────────────────────────────────────────────────────────────
-    0        3     0.39   0.41    0.0 %   0.03          1     0.6        –
+layer   expert    now   peak   replicas     due   hot in steps   since
+──────────────────────────────────────────────────────────────────────
+    0        3   0.39   0.41          1     0.6   –              –
 
-due: slots that its share is worth (! a slot or more short); uneven: the fullest
-replica over their mean; both since the layer's last rearrangement; *: twice on
+hot in a window: 2x the layer's mean or more; cold: 1/2 or less over all steps;
+now: over the layer's mean, by the loads since the layer's last rearrangement;
+due: slots that this load is worth (! a slot or more short); *: two replicas on
 one rank
 """
+
+
+@pytest.fixture(scope="module")
+def cooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Expert 0 is hot in steps 100 to 199; from step 200 on it has three replicas, and an even load."""
+    root = tmp_path_factory.mktemp("cooled")
+    alone, thrice = np.array([[0, 1, 2, 3, 4, 5, 6, 7]]), np.array([[0, 1, 2, 3, 4, 5, 0, 0]])
+    with open_writer(root, num_logical_experts=8, ep_size=2, scope="global") as writer:
+        for step in range(400):
+            share = np.full(8, 100.0)
+            share[0] = 1000 if 100 <= step < 200 else 100
+            slots = thrice if step >= 200 else alone
+            copies = np.bincount(slots[0], minlength=8)
+            writer.record(step, (share[slots] / copies[slots]).astype(int), slots)
+    return root
+
+
+def test_replicas_are_judged_under_the_placement_they_are_in(cooled: Path) -> None:
+    """Not by the load that an earlier placement had to serve with one replica."""
+
+    def row(**options: Any) -> dict[str, Any]:
+        return expert_report(open_run(cooled), **options).experts.row(0, named=True)
+
+    now, whole, hot = row(), row(all_placements=True), row(steps=(100, 200))
+    assert (now["replicas"], now["over_replicated"], now["under_replicated"]) == (3, True, False)
+    # Of 6 experts with slots, 99 of 599 tokens since step 200; 8 experts' mean.
+    assert now["placement_times_mean"] == pytest.approx(99 * 8 / 599)
+    assert (now["first_hot_step"], now["last_hot_step"]) == (100, 199)
+    assert whole["replicas"] == 3
+    assert whole["placement_times_mean"] == whole["times_mean"] > 2
+    assert not whole["over_replicated"]
+    assert (hot["replicas"], hot["under_replicated"]) == (1, True)
+
+
+def test_hottest_expert_is_named_with_step_and_clock_time(cooled: Path) -> None:
+    told = " ".join(cli("experts", cooled).stdout.split())
+    assert re.search(
+        r"highest peak: expert 0 of layer 0, 4\.7x the mean in steps 100-199 \(\d\d:\d\d:\d\d-", told
+    )
+    assert "by the loads of steps 200-399 (" in told
+    assert "1 expert with too many" in told
+    early = " ".join(cli("experts", "--steps", "-199", cooled).stdout.split())
+    assert re.search(r"hottest now: expert 0 of layer 0, 3\.5x the mean, hot since step 100 \(", early)
+    assert "(by the loads of all steps)" in early
 
 
 def test_text_output(tmp_path: Path) -> None:
     write(tmp_path)
     result = cli("experts", "--window-steps", "10", "--top", "2", tmp_path)
-    assert (result.returncode, result.stderr, result.stdout) == (0, "", GOLDEN)
+    told = re.sub(r"\d\d:\d\d:\d\d", "03:12:04", result.stdout)
+    assert (result.returncode, result.stderr, told) == (0, "", GOLDEN)
     wide = cli(
         "experts", "--window-steps", "10", "--layer", "1", "--hot", tmp_path, env={"COLUMNS": "120"}
     ).stdout
     assert max(map(len, wide.splitlines())) > 80
-    assert "0 … 19" in wide
+    assert "0-19" in wide
     assert "\ncold" not in wide
     assert "in bursts, the" not in cli("experts", "--window-steps", "10", "--cold", tmp_path).stdout
 
@@ -308,6 +358,7 @@ def test_json_output(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     experts = document.pop("experts")
     assert document == {
+        "schema_version": 1,
         "run": {"run_id": "r", "model": "org/moe"},
         "layer": 1,
         "steps": {
@@ -321,6 +372,8 @@ def test_json_output(tmp_path: Path) -> None:
         "window": 10,
         "windows": 4,
         "hot_factor": 2.0,
+        "all_placements": False,
+        "placement_first_step": 20,
         "counts": {
             "experts": 4, "always": 0, "bursts": 2, "never": 2, "cold": 0, "dead": 0, "under_replicated": 1,
             "over_replicated": 0, "replicas_on_one_rank": 0,
@@ -339,13 +392,21 @@ def test_json_output(tmp_path: Path) -> None:
     }  # fmt: skip
     assert [e["logical"] for e in experts] == [0, 1, 2, 3]
     expert_3 = dict(experts[3])
-    for name in ("share", "times_mean", "peak_times_mean", "burstiness", "due_replicas"):
+    for name in (
+        "share",
+        "times_mean",
+        "peak_times_mean",
+        "burstiness",
+        "due_replicas",
+        "placement_times_mean",
+    ):
         expert_3[name] = round(expert_3[name], 3)
     assert expert_3 == {
         "layer": 1, "logical": 3, "tokens": 16817, "share": 0.35, "times_mean": 1.401,
         "peak_times_mean": 2.41, "persistence": 0.5, "verdict": "bursts", "first_hot_step": 0,
-        "last_hot_step": 19, "burstiness": 0.711, "cold": False, "dead": False, "replicas": 1,
-        "due_replicas": 0.607, "under_replicated": False, "over_replicated": False, "worst_replica": None,
+        "last_hot_step": 19, "burstiness": 0.711, "cold": False, "dead": False,
+        "placement_times_mean": 0.405, "replicas": 1, "due_replicas": 0.607,
+        "under_replicated": False, "over_replicated": False, "worst_replica": None,
         "replicas_on_one_rank": False,
     }  # fmt: skip
     hot = json.loads(cli(*arguments, "--hot", tmp_path).stdout)["experts"]

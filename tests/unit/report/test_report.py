@@ -127,7 +127,7 @@ def test_sentences_state_the_figures(dump: Path, document: dict[str, Any]) -> No
     s = document["summary"]["balancedness"]
     assert document["answer"]["figures"] == f"balancedness {s['mean']:.3f} (5th percentile {s['p5']:.3f})"
     assert f"Balancedness was {s['mean']:.3f} on average over 396 steps" in words
-    assert f"the worst {s['min']:.3f} at step {s['min_step']}." in words
+    assert f"the worst {s['min']:.3f} at step {s['min_step']} (" in words
     idle = re.search(r"idle fraction ([\d.]+ ?%)", text)
     assert idle
     assert words.count(idle[1]) == 1
