@@ -1,41 +1,49 @@
-"""Makes the pictures in README and docs from real output: `python scripts/pictures.py demo-dump`."""
+"""Makes the pictures of commands in README and docs: `python -m scripts.pictures DUMP`.
+
+DUMP is the recording that `python -m examples.incident incident` makes; its name is in the pictures.
+"""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 from rich.console import Console
-
-from eplb_analyze import open_run
-from eplb_analyze.analysis.experts import expert_report
-from eplb_analyze.analysis.layer import layer_report
-from eplb_analyze.analysis.ranks import rank_report
-from eplb_analyze.analysis.rearrangements import rearrangement_report
-from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.cli.views import experts, layer, ranks, rearrangements, summary
+from rich.text import Text
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
+#: Picture -> the commands whose output it shows, and how many lines of each.
+PICTURES = {
+    "demo": [("summary", 40)],
+    "questions": [("layer 12 --step 1500", 22), ("experts --layer 12", 40), ("rearrangements", 40)],
+}
 
 
 def main(dump: str) -> None:
-    run = open_run(dump)
-    console = new_console()
-    console.print("$ eplb-analyze summary demo-dump", style="bold")
-    summary.render(console, summarize(run))
-    console.print("\n$ eplb-analyze layer 2 --step 200 demo-dump", style="bold")
-    report = layer_report(run, 2, step=200)
-    layer.render(console, report, report)
-    save(console, "demo")
-    console = new_console()
-    console.print("$ eplb-analyze rearrangements demo-dump", style="bold")
-    rearrangements.render(console, rearrangement_report(run))
-    console.print("\n$ eplb-analyze ranks demo-dump", style="bold")
-    ranks.render(console, rank_report(run), "rank")
-    console.print("\n$ eplb-analyze experts --window-steps 20 demo-dump", style="bold")
-    experts.render(console, expert_report(run, window=20), hot=False, cold=False)
-    save(console, "questions")
+    for name, commands in PICTURES.items():
+        console = new_console()
+        for number, (command, lines) in enumerate(commands):
+            console.print(
+                f"{'' if number == 0 else chr(10)}$ eplb-analyze {command} {Path(dump).name}", style="bold"
+            )
+            console.print(Text.from_ansi("\n".join(printed([*command.split(), dump]).splitlines()[:lines])))
+        save(console, name)
+
+
+def printed(arguments: list[str]) -> str:
+    """What the command prints on a color terminal of 80 columns."""
+    environment = {**os.environ, "COLUMNS": "80", "FORCE_COLOR": "1", "COLORTERM": "truecolor"}
+    result = subprocess.run(
+        [sys.executable, "-m", "eplb_analyze", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    return result.stdout
 
 
 def new_console() -> Console:
@@ -60,4 +68,4 @@ def strip_fonts(svg: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo-dump")
+    main(sys.argv[1])

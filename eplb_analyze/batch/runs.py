@@ -59,7 +59,7 @@ class RunLine(Report):
     last_step: int | None
     #: Steps that were seen by the rank that saw most.
     steps: int
-    #: `closed`: all writers ended in order. `open`: a writer has not ended, and wrote in the last minute.
+    #: `closed`: all writers were closed. `open`: a writer has not ended, and wrote in the last minute.
     #: `not closed`: a writer has not ended and wrote nothing in the last minute: it was killed, or its engine
     #: idles.
     state: State

@@ -40,7 +40,7 @@ class SessionOverview:
 
     info: SessionInfo
     segments: list[SegmentOverview] = field(default_factory=list)
-    #: Whether its writer ended in order.
+    #: Whether its writer was closed.
     closed: bool = False
     #: The size of its files on disk, and when one of them was written last, in seconds since 1970.
     size_bytes: int = 0
