@@ -112,7 +112,7 @@ def test_runs_that_the_tables_do_not_cover(tmp_path: Path) -> None:
 def test_the_command_line_labels_it(dump: Path, tmp_path: Path) -> None:
     assert {gpu.value for gpu in GpuName} == set(KERNELS)
     text = cli("summary", "--gpu", "b200", dump).stdout
-    assert "imbalance would cost" in text
+    assert "Imbalance would cost" in text
     assert "not of this run" in " ".join(text.split())
     cost = json.loads(cli("summary", "--gpu", "b200", "--json", dump).stdout)["cost"]
     assert (cost["status"], cost["basis"]) == ("estimated", "kernel_times")

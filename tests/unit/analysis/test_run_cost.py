@@ -51,7 +51,7 @@ def test_run_without_a_token_has_no_cost(tmp_path: Path) -> None:
     found = cost_of(open_run(tmp_path))
     assert found.message.endswith("no step has tokens")
     assert found.phases == {}
-    assert "no token in any complete step" in cli("summary", tmp_path).stdout
+    assert "No complete step has a token." in cli("summary", tmp_path).stdout
 
 
 def test_parts_of_another_process_merge_to_the_whole(costly: TimedRun) -> None:
@@ -101,7 +101,8 @@ def test_reason_is_that_of_the_largest_phase_if_phases_differ(tmp_path: Path) ->
     reasons = {name: phase.message for name, phase in found.phases.items()}
     assert len(set(reasons.values())) == 2
     assert found.message == f"not measurable in this run: {reasons['decode']} (decode)"
-    assert f"cost of imbalance unknown, {found.message}" in " ".join(cli("summary", tmp_path).stdout.split())
+    told = " ".join(cli("summary", "--full", tmp_path).stdout.split())
+    assert f"cost of imbalance unknown, {found.message}" in told
 
 
 @pytest.mark.parametrize("columns", [80, 160])
@@ -109,7 +110,7 @@ def test_summary_says_which_run_is_costly_free_or_not_measurable(
     costly: TimedRun, free: TimedRun, short: TimedRun, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    texts = [" ".join(cli("summary", run.root).stdout.split()) for run in (costly, free, short)]
+    texts = [" ".join(cli("summary", "--full", run.root).stdout.split()) for run in (costly, free, short)]
     words = [
         "imbalance costs ",
         "imbalance has no measurable cost: at most ",

@@ -238,7 +238,7 @@ def test_check_and_summary_say_when_a_rank_was_lost(tmp_path: Path) -> None:
     assert found["rank_lost"].severity == "warning"
     assert found["rank_lost"].text.startswith("rank 2 was lost: from step 40 on (20")
     assert not {"rank_stopped", "incomplete_steps", "incomplete_end", "placement_not_adopted"} & set(found)
-    result = cli("summary", tmp_path)
+    result = cli("summary", "--full", tmp_path)
     assert result.returncode == 0
     assert "RANK LOST: rank 2 from step 40 on" in result.stdout
     assert "3 of 4" in result.stdout

@@ -414,7 +414,7 @@ def test_sglang_stat_rows_become_steps(tmp_path: Path) -> None:
     assert any("2 rows" in note for note in report.notes)
     assert any("1 layer" in note for note in report.notes)
     assert {"step_order", "step_numbers", "times", "token_replication", "model"} == unknown(run)
-    text = cli("summary", str(run.path)).stdout
+    text = cli("summary", "--full", str(run.path)).stdout
     assert "worst stretches" not in text
     assert "costliest ranks" in text
     assert "no rearrangement is known" in cli("rearrangements", str(run.path)).stdout
