@@ -14,7 +14,8 @@ from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
     cls=Group,
-    help="Write a placement for an engine to load at its start, or the loads for another program.",
+    help="Write a placement for an engine to load at its start, or the loads for another program.\n\n"
+    "Nothing is written into a dump. Both commands take --json.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
