@@ -25,6 +25,7 @@ WORDS = {
     "dead": "Whether it got no token.",
     "destination": "The rank or node that received the tokens.",
     "dropped": "Steps that the writer dropped because its queue was full.",
+    "placement_times_mean": "Its load over the layer's mean, by the loads that judge its replicas.",
     "due_replicas": "The number of replicas that its load is worth; null without a token.",
     "dummy": "Steps in which all ranks ran without real tokens.",
     "dump": "The dump's folder or address.",
