@@ -127,9 +127,9 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     document = json.loads(result.stdout)
     assert list(document) == [
-        "comparable", "reasons", "warnings", "verdict", "size", "confidence", "a", "b", "balancedness",
-        "idle_fraction", "step_times", "unexplained", "layers", "experts", "token_ratio", "routing",
-        "settings",
+        "schema_version", "comparable", "reasons", "warnings", "verdict", "size", "confidence", "a", "b",
+        "balancedness", "idle_fraction", "step_times", "unexplained", "layers", "experts", "token_ratio",
+        "routing", "settings",
     ]  # fmt: skip
     assert (document["comparable"], document["verdict"], document["confidence"]) == (True, "better", 0.95)
     assert list(document["a"]) == [
