@@ -132,7 +132,7 @@ class WriterSnapshot:
     stopped: bool
     #: It stopped, and the engine goes on without it: the other ranks send it no token.
     lost: bool
-    #: The writer ended in order.
+    #: The writer was closed.
     closed: bool
     sessions: int
     #: Counts among the steps that were read.
