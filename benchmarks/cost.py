@@ -2,8 +2,8 @@
 
     python -m benchmarks.cost [--runs 600] [--recordings 60]
 
-Each run has its own shape, skew, noise and length. Of ``flat`` no cost may be measured in more than 5 % of
-the runs; of the other kinds the 95 % intervals cover the planted cost in 90 to 98 %. The simulation shares
+Each run has its own shape, skew, noise and length. Of ``flat`` no cost may be measured in more than 5% of
+the runs; of the other kinds the 95% intervals cover the planted cost in 90 to 98%. The simulation shares
 no code with the model. Its constants were chosen on seeds below 1,000, so the default seeds are others.
 """
 

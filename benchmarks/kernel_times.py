@@ -125,11 +125,11 @@ def main(folder: Path) -> None:
                 f"per_token {kernel.per_token:.4g}, floor {kernel.floor:.4g}; passing {passing:.3g}"
             )
             print(
-                "  error of the time, median and 90 %: {:.1%}, {:.1%}".format(*np.quantile(error, [0.5, 0.9]))
+                "  error of the time, median and 90%: {:.1%}, {:.1%}".format(*np.quantile(error, [0.5, 0.9]))
             )
             print("  two rows of nearly equal skew: {:.1%}, {:.1%}".format(*np.quantile(twins, [0.5, 0.9])))
             within = np.quantile(cost, 0.95)
-            print(f"  95 % of costs are within {within:.1%} of the time; {len(skewed)} rows")
+            print(f"  95% of costs are within {within:.1%} of the time; {len(skewed)} rows")
 
 
 if __name__ == "__main__":

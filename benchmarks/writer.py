@@ -112,7 +112,7 @@ def loop(rounds: int, steps: int) -> None:
                 if writer is not None:
                     writer.close(60)
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"{name:13s} {state:32s} {middle:+6.2f} % [{low:+.2f} … {high:+.2f}], {dropped} dropped")
+            print(f"{name:13s} {state:32s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}], {dropped} dropped")
 
 
 # ---- as fast as it will go

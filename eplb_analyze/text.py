@@ -70,7 +70,7 @@ def _exponent(value: float) -> int:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def clock_time(unix_ns: float) -> str:

@@ -50,7 +50,7 @@ TIMES = {
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """An estimate and its 95 % interval."""
+    """An estimate and its 95% interval."""
 
     estimate: float
     low: float
@@ -366,7 +366,7 @@ def _sentence(status: CostStatus, interval: Interval, mean_ms: float) -> str:
     step = milliseconds(mean_ms)
     if status is CostStatus.MEASURED:
         estimate, bounds = milliseconds(interval.value, interval.low, interval.high).split(" ms (")
-        return f"imbalance costs {estimate} ms of each {step} step (95 % CI {bounds}"
+        return f"imbalance costs {estimate} ms of each {step} step (95% CI {bounds}"
     return f"imbalance has no measurable cost: at most {milliseconds(interval.high)} of each {step} step"
 
 

@@ -66,7 +66,7 @@ class Row(Report):
     idle_fraction: float | None = None
     #: Share of the loss that a better placement could remove at most.
     persistent_share: float | None = None
-    #: What imbalance costs, as in `summary`: its status, ms per step and their 95 % interval.
+    #: What imbalance costs, as in `summary`: its status, ms per step and their 95% interval.
     cost_status: str | None = None
     #: Milliseconds per step that imbalance costs.
     cost_ms_per_step: float | None = None

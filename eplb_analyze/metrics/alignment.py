@@ -14,7 +14,7 @@ Int64 = npt.NDArray[np.int64]
 MIN_CORRELATION = 0.3
 #: A shift is better than another if their correlations differ by so many standard errors.
 CLEARLY = 5.0
-#: A logarithm that varies less (2 %) shows nothing.
+#: A logarithm that varies less (2%) shows nothing.
 MIN_DEVIATION = 0.02
 #: Of fewer elements nothing is concluded.
 MIN_OVERLAP = 20

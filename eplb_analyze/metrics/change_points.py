@@ -21,7 +21,7 @@ MIN_STEPS = 10
 #: A departure must lower the series by so much, and by so many standard deviations of single values.
 MIN_EFFECT, MIN_DEVIATIONS = 0.04, 1.25
 #: A contrast must exceed so many of its standard errors. A run has millions of contrasts; 5.6 keeps the
-#: chance that normal noise exceeds it below 1 % in 20,000 steps of 58 layers.
+#: chance that normal noise exceeds it below 1% in 20,000 steps of 58 layers.
 THRESHOLD = 5.6
 #: At an edge the level must change by so many standard errors in excess of a common slope of both sides.
 CLEAR = 4.0

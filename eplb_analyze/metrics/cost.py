@@ -44,7 +44,7 @@ WAITED = 4.0
 MAX_BENDS = 16
 #: Of the curve of time over the run, at most; its bends are equally far apart.
 MAX_TURNS = 4
-#: A cost that lowers twice the log-likelihood by more does not explain the times. The 95 % quantile of χ² is
+#: A cost that lowers twice the log-likelihood by more does not explain the times. The 95% quantile of χ² is
 #: 3.84 for one unknown and 5.99 for two; the exchange rate is a second unknown, but only in part, as rates
 #: explain similar things. Chosen by simulation; `benchmarks.cost` checks it on other seeds.
 PLAUSIBLE = 5.0
@@ -184,7 +184,7 @@ class Cost:
     """What imbalance cost in the steps of one phase.
 
     Attributes:
-        ms_per_step: the cost with its 95 % interval, at least 0; None if nothing was fitted.
+        ms_per_step: the cost with its 95% interval, at least 0; None if nothing was fitted.
         r2: the share of the variance of step time that the model explains, over the steps used.
         mean_ms: the mean step time over the steps used.
         used: bool ``[n]``, the steps that follow the model.

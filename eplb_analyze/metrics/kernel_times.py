@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
         per_expert: ms to read the weights of an active expert.
         per_token: ms to multiply a token of a tile.
         floor: ms of the shortest call.
-        error: in 95 % of the rows that were not fitted, the cost of skew is off by at most this share of
+        error: in 95% of the rows that were not fitted, the cost of skew is off by at most this share of
             the time of the call.
         max_tokens: the most tokens of a rank in the tables, in tiles.
     """

@@ -25,7 +25,7 @@ MARGIN = 1
 
 
 def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64) -> Interval | str:
-    """The pause of one rearrangement, ms, with its 95 % interval; or why it is not known.
+    """The pause of one rearrangement, ms, with its 95% interval; or why it is not known.
 
     Around a step at which a layer changed, all time beyond the usual counts. Between such steps of a
     rearrangement that takes many, an idle gap must not count: a step's excess is bounded by what the steps

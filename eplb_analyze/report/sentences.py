@@ -36,7 +36,7 @@ def cost(summary: Summary) -> dict[str, Any]:
     else:
         of = f"of each {milliseconds(ms.high / share.high if share.high else found.step_ms_p50)} step"
         value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
-        tile = [value, f"{of}, {percent(share.estimate)} (95 % CI {bounds}"]
+        tile = [value, f"{of}, {percent(share.estimate)} (95% CI {bounds}"]
         if found.status is not CostStatus.MEASURED:
             tile = ["none", f"that can be measured: at most {milliseconds(ms.high)} {of}"]
         text = (
@@ -210,7 +210,7 @@ _MEANINGS = (
         "Σ over layers of (max_r − mean_r) of a · active experts + b · tokens",
         "What a perfect balance of the same loads would save in each step, in ms. The times a and b are "
         "fitted to the recorded step times; idle gaps and steps at rearrangements are left out. The interval "
-        "is of 95 %; if it contains 0, no cost can be measured.",
+        "is of 95%; if it contains 0, no cost can be measured.",
     ),
     (
         "loss, excess tokens",
@@ -247,7 +247,7 @@ _MEANINGS = (
         "balancedness before, predicted, after",
         "A change of placement after the first; layers that change within 64 steps of each other are one. "
         "Before and after are means over up to 1,000 complete steps on either side. Predicted: the loads "
-        "before, split evenly over the replicas of the new placement. The interval of the gain (95 %) is a "
+        "before, split evenly over the replicas of the new placement. The interval of the gain (95%) is a "
         "block bootstrap's; a verdict of helped or hurt means that it does not contain 0.",
     ),
     (

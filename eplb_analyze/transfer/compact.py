@@ -165,7 +165,7 @@ def _lost(run: Run) -> dict[str, str]:
     count = steps.count(StepState.INCOMPLETE)
     if not count:
         return {}
-    share = f"{100 * steps.incomplete_share:.1f} %"
+    share = f"{100 * steps.incomplete_share:.1f}%"
     many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
     if steps.lacks_much:
         whole = "A-B" if steps.incomplete_inside else f"{steps.first}-{steps.last_whole or 0}"

@@ -223,7 +223,7 @@ def test_maps_of_the_whole_run_are_those_of_the_commands(opened: Opened, dump: P
     for row, hot in zip(rows, summarize(run).hot_experts, strict=False):
         cells = plain(row).split("\t")
         assert (int(cells[0]), int(cells[1])) == (hot.layer, hot.logical)
-        assert cells[2:4] == [f"{100 * hot.share:.2f} %", f"{hot.times_mean:.2f}"]
+        assert cells[2:4] == [f"{100 * hot.share:.2f}%", f"{hot.times_mean:.2f}"]
         assert int(cells[5]) == hot.replicas
     assert len(rows) == 10
     opened.fine()
@@ -239,7 +239,7 @@ def test_hovering_shows_expert_rank_replicas_and_load(opened: Opened, dump: Path
     assert lines[2] == "logical expert 2 (at the end of these steps)"
     assert (
         lines[3]
-        == f"the expert has {100 * share:.2f} % of the layer's tokens, {6 * share:.2f} × the mean expert"
+        == f"the expert has {100 * share:.2f}% of the layer's tokens, {6 * share:.2f} × the mean expert"
     )
     assert lines[4] == f"3 replicas, on ranks 1, 3; due: {8 * share:.1f}"
     row = expert_report(open_run(dump)).experts.row(
@@ -278,7 +278,7 @@ def test_dragging_chooses_steps_and_the_maps_are_of_these(opened: Opened) -> Non
     # Layer 3's expert 3 was hot only then, and the table says so.
     cells = plain(page.locator("#hot-table tbody tr").first.inner_text()).split("\t")
     share = by_expert[0, 3] / by_expert[0].sum()
-    assert cells[:5] == ["3", "3", f"{100 * share:.2f} %", f"{6 * share:.2f}", f"{by_expert[0, 3]:,}"]
+    assert cells[:5] == ["3", "3", f"{100 * share:.2f}%", f"{6 * share:.2f}", f"{by_expert[0, 3]:,}"]
     lines = opened.hover("#ranks-map", 0, 1, (planted.LAYERS, planted.RANKS))
     assert lines[1] == f"{by_rank[0, 1]:,} tokens, {times_mean(by_rank)[0, 1]:.2f} × the layer's mean rank"
     # The hottest rank of the map is painted red, the coldest blue.

@@ -34,7 +34,7 @@ def write_timed(
     first: int = 0,
     **options: Any,
 ) -> TimedRun:
-    """A step takes 5 ms, ``price`` ms for each token of each layer's slowest rank, and 1 % noise.
+    """A step takes 5 ms, ``price`` ms for each token of each layer's slowest rank, and 1% noise.
 
     Args:
         skew: how much hotter than others the rank is that is hot in a step, at most.

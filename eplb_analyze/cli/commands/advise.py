@@ -51,7 +51,7 @@ def advise(
 ) -> None:
     """Recommend load-balancer settings, with the gain that each change brings.
 
-    The settings of `replay` are tried; the best on the first 60 % of the steps is judged on the rest.
+    The settings of `replay` are tried; the best on the first 60% of the steps is judged on the rest.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge

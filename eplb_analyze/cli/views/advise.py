@@ -192,7 +192,7 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         paid = "" if advice.replay.cost_per_expert_ms is None else ", less what moving costs more"
         active = advice.replay.objective == "active"
         what = "the active experts of the ranks with most" if active else "the time, by tokens"
-        gain = f"{signed(100 * advice.gain.value, 1)} % of {what} (95 %: {low} … {high})"
+        gain = f"{signed(100 * advice.gain.value, 1)}% of {what} (95%: {low} … {high})"
         print_line(console, "saves ", (gain, "bold"), paid)
         if advice.break_even_ms is not None:
             console.print(
@@ -227,7 +227,7 @@ def _in_ms(console: Console, advice: Advice) -> None:
     if net is None or gain is None:
         return
     text = milliseconds(net.estimate, net.low, net.high, sign=True)
-    share = "" if advice.gain is None else f", {signed(100 * advice.gain.value, 1)} % of the median step"
+    share = "" if advice.gain is None else f", {signed(100 * advice.gain.value, 1)}% of the median step"
     print_line(console, "net gain per step ", (text, "bold"), share)
     work = milliseconds(gain.estimate, gain.low, gain.high, sign=True)
     print_line(

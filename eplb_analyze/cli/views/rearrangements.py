@@ -119,7 +119,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def _help(console: Console, report: RearrangementReport) -> None:
     title = f"balancedness, means of up to {report.window:,} steps before and after (1 is perfect)"
-    columns = ("<steps", "before", "predicted", "after", "gain", "95 % interval", "<")
+    columns = ("<steps", "before", "predicted", "after", "gain", "95% interval", "<")
     listing = table(console, *columns, title=title)
     short = SHORT if console.width < WIDE else {}
     for row in report.rearrangements:
@@ -173,7 +173,7 @@ def _milliseconds(console: Console, rows: list[RearrangementFigures]) -> None:
     console.print()
     known = [row for row in rows if row.pause_ms is not None or row.gain_ms_per_step is not None]
     if known:
-        title = "what it cost and gains in time, with 95 % intervals"
+        title = "what it cost and gains in time, with 95% intervals"
         listing = table(console, "<steps", "pause", "gain per step", "paid after", title=title)
         for row in known:
             steps = "–" if row.break_even_steps is None else plural(row.break_even_steps, "step")

@@ -57,7 +57,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     legend = "idle: share of rank time lost by tokens; "
     in_ms = result.objective == "ms"
     if in_ms:
-        legend += "gain: by the cost fitted to the run's step times; net: less pauses, ms per step, 95 % CI; "
+        legend += "gain: by the cost fitted to the run's step times; net: less pauses, ms per step, 95% CI; "
     elif not _costs(result):
         legend += "saved: points of today's idle; "
     if result.objective != "tokens":

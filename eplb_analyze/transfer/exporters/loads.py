@@ -202,7 +202,7 @@ def logical_loads(
         notes.append(f"steps before {known} are left out: a layer's placement is not known there")
     no_expert = 1 - sums.logical.sum() / max(1, sums.physical)
     if no_expert > 0:
-        notes.append(f"{100 * no_expert:.2g} % of the tokens fell on slots of no expert and are left out")
+        notes.append(f"{100 * no_expert:.2g}% of the tokens fell on slots of no expert and are left out")
     return sums, whole, notes
 
 

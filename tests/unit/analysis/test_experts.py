@@ -271,8 +271,8 @@ hottest now: expert 0 of layer 1, 2.0x the mean, hot since step 30 (03:12:04)
 highest peak: expert 0 of layer 0, 2.4x the mean in steps 0-19
 (03:12:04-03:12:04)
 of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
-a layer's hottest that are the same some windows later (by chance 25 %): 1: 83
-%, 2: 50 %
+a layer's hottest that are the same some windows later (by chance 25%): 1: 83
+%, 2: 50%
 
 hot in bursts, the highest peak first (2 of 3)
 layer   expert    now   peak   replicas     due   hot in steps   since

@@ -157,10 +157,10 @@ org/moe · run r
 40 complete steps, 0-39 (03:12:04-03:12:04); 96,000 tokens × experts
                            of the tokens   by chance
 ────────────────────────────────────────────────────
-stay on their rank                50.1 %      50.0 %
-go to a rank of the node          49.9 %      50.0 %
-cross nodes                        0.0 %       0.0 %
-tokens that leave their rank: from 49.8 % in layer 1 to 50.0 % in layer 0
+stay on their rank                50.1%      50.0%
+go to a rank of the node          49.9%      50.0%
+cross nodes                        0.0%       0.0%
+tokens that leave their rank: from 49.8% in layer 1 to 50.0% in layer 0
 
 % of a rank's tokens (row) that go to each rank (column)
        r0    r1
@@ -171,14 +171,14 @@ all  70.0  30.0
 busiest receivers
 rank   tokens   × mean   from others   most from
 ────────────────────────────────────────────────
-  r0   67,221     1.40        49.9 %          r0
-  r1   28,779     0.60        49.9 %          r1
+  r0   67,221     1.40        49.9%          r0
+  r1   28,779     0.60        49.9%          r1
 
 busiest pairs of two ranks
 from   to   tokens    of all   × mean pair
 ──────────────────────────────────────────
-r1     r0   33,569   34.97 %          1.40
-r0     r1   14,348   14.95 %          0.60
+r1     r0   33,569   34.97%          1.40
+r0     r1   14,348   14.95%          0.60
 """
 
 

@@ -77,7 +77,7 @@ def test_work_adds_up_over_layers() -> None:
 
 @pytest.mark.parametrize(("a", "b"), [(0.0, 0.01), (0.06, 0.0), (0.05, 0.005)])
 def test_interval_covers_the_planted_cost(engines: list[Engine], a: float, b: float) -> None:
-    """24 intervals of 95 %: fewer than 19 cover with a probability below 1 in 1,000."""
+    """24 intervals of 95%: fewer than 19 cover with a probability below 1 in 1,000."""
     covered = 0
     for some in engines:
         ms, truth = some.times(a, b)
@@ -88,7 +88,7 @@ def test_interval_covers_the_planted_cost(engines: list[Engine], a: float, b: fl
 
 
 def test_no_cost_is_measured_where_there_is_none(engines: list[Engine]) -> None:
-    """At most 5 % are; 6 of 24 or more have a probability below 1 in 1,000."""
+    """At most 5% are; 6 of 24 or more have a probability below 1 in 1,000."""
     found = [fit(some.times(0, 0)[0], some.work).status for some in engines]
     assert found.count(CostStatus.MEASURED) < 6
 

@@ -62,7 +62,7 @@ def test_time_of_the_slowest_rank_is_that_of_the_tables(
 
 @pytest.mark.parametrize("gpu", KERNELS)
 def test_what_skew_costs_is_that_of_the_tables(gpu: str) -> None:
-    """A skewed row less the uniform row of as many tokens; the stated error holds for 95 % of the rows."""
+    """A skewed row less the uniform row of as many tokens; the stated error holds for 95% of the rows."""
     uniform = {row[:4]: row[5] for row in ROWS if row[4] is None}
     for _, phase, ep_size, tokens, exponent, ms in (row for row in ROWS if row[0] == gpu and row[4]):
         skewed, even = (

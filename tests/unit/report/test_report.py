@@ -133,7 +133,7 @@ def test_sentences_state_the_figures(dump: Path, document: dict[str, Any]) -> No
     assert words.count(idle[1]) == 1
     hot = document["summary"]["hot_experts"][0]
     assert (hot["layer"], hot["logical"]) == (4, 4)
-    assert f"The hottest expert is expert 4 of layer 4: {100 * hot['share']:.2f} %" in words
+    assert f"The hottest expert is expert 4 of layer 4: {100 * hot['share']:.2f}%" in words
     assert len(document["rearrangements"]["rearrangements"]) == 2
     assert "2 rearrangements: " in words
 

@@ -219,7 +219,7 @@ def test_run_with_many_incomplete_steps_is_refused(tmp_path: Path) -> None:
     root, to = tmp_path / "dump", tmp_path / "new"
     write_with_killed_rank(root, 23)
     assert cli("summary", root).returncode == 3
-    said = ("36 steps (60.0 %) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0-23")
+    said = ("36 steps (60.0%) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0-23")
     one_error(cli("compact", root, to), 3, str(root), *said)
     assert not to.exists()
     # The fix that the message suggests works.
@@ -248,7 +248,7 @@ def test_cause_of_few_incomplete_steps_stays_known(dump: Path, tmp_path: Path) -
     old, new = (cli("check", "--json", where) for where in (dump, tmp_path))
     assert old.returncode == new.returncode == 1
     texts = {f["code"]: f["text"] for f in json.loads(new.stdout)["findings"]}
-    said = "1 step (1.9 %) lacked a rank in the run it was made of: rank 2 dropped in 1"
+    said = "1 step (1.9%) lacked a rank in the run it was made of: rank 2 dropped in 1"
     assert texts["incomplete_steps"] == said
     assert "queue" not in texts["dropped_steps"]
     old, new = (cli("summary", where) for where in (dump, tmp_path))
@@ -351,7 +351,7 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytes
     result = cli("compact", *["--json"] * (form == "json"), "dump", "new")
     assert (result.returncode, result.stderr) == (0, "")
     text = re.sub(r'"(bytes|summary_seconds)": [\d.e-]+', r'"\1": 0', result.stdout)
-    text = re.sub(r"\d+ % (smaller|larger)", "0 % smaller", text)
+    text = re.sub(r"\d+ % (smaller|larger)", "0% smaller", text)
     text = re.sub(r"\d\.\d\d +\d\.\d\d s", "0.00   0.00 s", text)
     assert_golden(f"compact.{'txt' if form == 'text' else 'json'}", text)
     assert (next(Path("new").rglob(SESSION_FILE))).exists()
@@ -361,7 +361,7 @@ def test_gain_mentions_only_what_changed() -> None:
     def side(files: int, size: int) -> Side:
         return Side("r", 1, files, size, 0.0)
 
-    assert _gain(side(9, 1000), side(5, 250)) == "4 files fewer, 75 % smaller; "
-    assert _gain(side(5, 1000), side(5, 1100)) == "10 % larger; "
+    assert _gain(side(9, 1000), side(5, 250)) == "4 files fewer, 75% smaller; "
+    assert _gain(side(5, 1000), side(5, 1100)) == "10% larger; "
     assert _gain(side(4, 1000), side(5, 1001)) == "1 file more; "
     assert _gain(side(5, 1000), side(5, 1000)) == _gain(side(5, 0), side(5, 0)) == ""

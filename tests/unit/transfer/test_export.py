@@ -548,7 +548,7 @@ def test_empty_slots_and_unknown_placements_are_refused(tmp_path: Path) -> None:
     result = cli(*policy, tmp_path / "dump")
     assert "steps before 3 are left out" in result.stdout
     # Slot 3 of layer 0 was empty and still got one token per step.
-    assert "12 % of the tokens fell on slots of no expert" in result.stdout
+    assert "12% of the tokens fell on slots of no expert" in result.stdout
 
 
 def test_missing_layer_numbers_are_assumed_or_given(tmp_path: Path) -> None:
