@@ -236,10 +236,11 @@ def out_of_order(run: Run, today: Recorded, test: SelfTest | None) -> str | None
     if not changes:
         if not_due(run) is not None:
             return None
-        first, last = run.step_range
-        text = f"EPLB NEVER ACTED: {every}, but no placement changed from step {first} to {last}"
+        steps = run.clock.range_label(*(step or 0 for step in run.step_range))
+        text = f"EPLB NEVER ACTED: {every}, but no placement changed in {steps}"
     elif test is not None and test.missed >= STOPPED:
-        text = f"EPLB STOPPED ACTING: {every}, but no placement changed after step {changes[-1].last_step}"
+        last = run.clock.label(changes[-1].last_step)
+        text = f"EPLB STOPPED ACTING: {every}, but no placement changed after {last}"
     else:
         return None
     if test is not None and test.time_saved.is_significant and test.time_saved.value > 0:

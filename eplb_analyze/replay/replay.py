@@ -88,8 +88,8 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     if earlier:
         starts_from = sums.first_step
         notes.append(
-            "ep_size or the number of slots changed, or a rank was lost: only steps "
-            f"{sums.first_step} to {sums.last_step} are "
+            "ep_size or the number of slots changed, or a rank was lost: only "
+            f"{run.clock.range_label(sums.first_step, sums.last_step)} are "
             f"replayed (those before with --steps {earlier[-1].first}-{sums.first_step - 1})"
         )
     between = np.concatenate(sums.gaps)

@@ -74,6 +74,6 @@ def advise(
         known = advice.measured_balancedness
         found = "the balancedness is not known" if known is None else f"balancedness {known:.3f}"
         if known is not None and advice.replay is not None:
-            found += f" in steps {advice.replay.first_step} to {advice.replay.last_step}"
+            found += f" in {run.clock.range_label(advice.replay.first_step, advice.replay.last_step)}"
         print_message("error", f"{found}, --fail-below {fail_below:g}")
         raise typer.Exit(EXIT_CHECK_FAILED)

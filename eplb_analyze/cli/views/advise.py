@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import (
+    print_heading,
+    print_line,
+    print_notes,
+    range_text,
+    steps_label,
+    styled,
+    table,
+)
 from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
@@ -55,8 +63,8 @@ def render(console: Console, advice: Advice) -> None:
         _evidence(console, advice, advice.best, advice.today)
     if advice.replay is not None:
         known, idle = figure(advice.measured_balancedness), percent(advice.replay.measured_idle_fraction)
-        steps = f"steps {advice.replay.first_step}-{advice.replay.last_step}"
-        console.print(f"recorded in {steps}: balancedness {known}, idle {idle} by tokens")
+        steps = steps_label(console, advice.replay.first_step, advice.replay.last_step)
+        print_line(console, f"recorded in {steps}: balancedness {known}, idle {idle} by tokens")
 
 
 def _advised(advice: Advice) -> str:
@@ -199,10 +207,12 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
                 f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
             )
     if advice.trained is not None and advice.judged is not None:
-        chosen, judged = (f"{s.first_step} to {s.last_step}" for s in (advice.trained, advice.judged))
-        console.print(
+        parts = advice.trained, advice.judged
+        chosen, judged = (range_text(console, part.first_step, part.last_step) for part in parts)
+        print_line(
+            console,
             f"chosen from {plural(len(advice.replay.outcomes), 'setting')} on steps {chosen}, judged on "
-            f"{judged}, whose figures these are"
+            f"{judged}, whose figures these are",
         )
     if advice.engine_arguments is not None:
         console.print("to start the engine so:")

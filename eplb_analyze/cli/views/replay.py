@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, styled, table
+from eplb_analyze.cli.console import (
+    limited,
+    print_heading,
+    print_line,
+    print_notes,
+    range_text,
+    styled,
+    table,
+)
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -38,10 +46,11 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     print_heading(console, result.model, f" · run {result.run_id}")
     shape = result.part.shape
     kind = "incomplete step" if result.part.missing_ranks else "complete step"
-    console.print(
-        f"{plural(result.scored, kind)}, {result.first_step} to {result.last_step}; "
+    print_line(
+        console,
+        f"{plural(result.scored, kind)}, {range_text(console, result.first_step, result.last_step)}; "
         f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
-        f"{plural(shape.num_moe_layers, 'layer')}"
+        f"{plural(shape.num_moe_layers, 'layer')}",
     )
     print_notes(console, result.notes)
     by = OBJECTIVES[result.objective.value]

@@ -407,9 +407,12 @@ def test_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
             writer.record(
                 step, rng.poisson(20, (2, slots)), np.tile(np.arange(slots) % 8, (2, 1)), ep_size=size
             )
-    result = replay_run(open_run(tmp_path), [Setting("deepseek", 4, 4, 20, 20, 20)])
+    run = open_run(tmp_path)
+    result = replay_run(run, [Setting("deepseek", 4, 4, 20, 20, 20)])
     assert (result.first_step, result.last_step, result.scored) == (30, 89, 60)
-    assert "only steps 30 to 89 are replayed (those before with --steps 0-29)" in result.notes[0]
+    assert run.clock.range_label(30, 89).startswith("steps 30-89 (")
+    only = f"only {run.clock.range_label(30, 89)} are replayed (those before with --steps 0-29)"
+    assert only in result.notes[0]
     # Starts count from the change.
     assert [move.step for move in result.outcomes[0].moves] == [50, 70]
     before = replay_run(open_run(tmp_path), steps=(0, 30))
