@@ -1,6 +1,6 @@
 """The figures of `compare`: whether B is better than A, by how much, and which layers and experts differ.
 
-A and B are two runs, or two ranges of steps of one run.
+A and B are two runs, or two phases or ranges of steps of one run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import numpy as np
 from eplb_analyze.analysis.compare_experts import ExpertDifference, ExpertSums, expert_differences
 from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of, cost_of_sample
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
+from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of
+from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.summary_sums import bins_of
 from eplb_analyze.errors import UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap, formulas
@@ -93,11 +96,15 @@ class Side(Report):
     """A or B."""
 
     info: RunInfo
+    #: The only phase whose steps count; null: all of them.
+    phase: str | None
     steps: Completeness
     #: Mean tokens routed per layer and step: tokens × top-k.
     tokens_per_step: float | None
-    #: In these steps.
+    #: The number of rearrangements in these steps.
     rearrangements: int
+    #: In these steps, in their order.
+    incidents: list[Incident]
 
     def to_json(self) -> dict[str, Any]:
         names = ["run_id", "model", "engine", "engine_version", "ep_size", "num_layers"]
@@ -140,9 +147,9 @@ class Comparison(Report):
     #: Of a significant difference.
     size: Size | None
     confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
-    #: What is compared.
+    #: The baseline.
     a: Side
-    #: What it is compared with.
+    #: What is judged.
     b: Side
     balancedness: Difference | None
     idle_fraction: Difference | None
@@ -157,6 +164,7 @@ class Comparison(Report):
     token_ratio: float | None
     #: How different the routing is.
     routing: Routing
+    #: Settings of the runs and their engines that differ.
     settings: list[Setting]
 
     @property
@@ -178,6 +186,7 @@ def compare_runs(
     """Compare two runs, or ranges of their steps: is B better than A?
 
     Args:
+        a, b: each of all phases, or of one (:meth:`Run.of_phase`).
         steps: a half-open range of steps of both.
         steps_a, steps_b: other ranges for A and B.
 
@@ -207,7 +216,7 @@ def compare_runs(
     explained = [
         (i, a.info.layers[i], float(ratios[i])) for i in order if figures[i][1].verdict in ("better", "worse")
     ]
-    costs = one.run_cost(), other.run_cost()
+    costs = one.cost, other.cost
     times = _step_times(*costs)
     differs = bool(idle.difference) and abs(idle.difference or 0.0) > bootstrap.ROUNDING
     return Comparison(
@@ -234,12 +243,14 @@ def compare_runs(
 
 def _require_apart(a: Run, b: Run, steps_a: StepRange, steps_b: StepRange) -> None:
     """Steps that are in both say nothing of a difference. Raises UsageError."""
+    if a.phase is not None and b.phase is not None and a.phase != b.phase:
+        return
     same = (a.info.run_id, a.info.model) == (b.info.run_id, b.info.model) and str(a.path) == str(b.path)
     both = steps_a.clip(*steps_b)
     if same and both.first < both.end:
         raise UsageError(
-            "A and B have steps of the same run in common; name another run (--run-b), or ranges that do not "
-            "overlap (--steps-a, --steps-b)"
+            "A and B have steps of the same run in common; name another run (--run-b), ranges that do not "
+            "overlap (--steps-a, --steps-b), or two phases (--phase-a, --phase-b)"
         )
 
 
@@ -275,7 +286,8 @@ class _Reading:
             a step, or the sum of a few consecutive ones in a long run.
         experts: of the first and second half of the steps.
         shapes: of the loads.
-        cost: the sample that the cost of imbalance is fitted to.
+        cost: of imbalance, by the times of these steps; prices are of the whole run if these steps show none.
+        incidents: in these steps.
     """
 
     def __init__(self, run: Run, steps: StepRange) -> None:
@@ -287,7 +299,7 @@ class _Reading:
         self._tokens = 0.0
         low, high = steps
         first, last = (step or 0 for step in run.step_range)
-        self.cost = CostSample.empty()
+        sample, balance = CostSample.empty(), BalanceValues(bins_of(run, steps))
         sampling = Sampling(run, max(first, low), min(last + 1, high) - 1)
         middle = (max(first, low) + min(last + 1, high)) // 2
         for half, part in enumerate(((low, middle), (middle, high))):
@@ -299,7 +311,10 @@ class _Reading:
                     terms = run.terms(block)
                     self._add(block.recorded, terms, serving(block.shape))
                     self.experts.add(half, block, run.history)
-                self.cost.merge(CostSample.of(run, sampling, block, terms))
+                    balance.add(block, terms)
+                sample.merge(CostSample.of(run, sampling, block, terms))
+        self.cost = self._cost(sample)
+        self.incidents = incidents_of(run, balance, self.cost)
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
         self._tokens += float(terms.mean.sum()) * ranks
@@ -323,9 +338,8 @@ class _Reading:
         found: formulas.Float64 = (sums[:, MAXIMUM] - sums[:, MEAN]) / max(1e-9, sums[:, MEAN].sum())
         return found
 
-    def run_cost(self) -> RunCost:
-        """The cost by the times of these steps, with prices of the whole run if these steps show none."""
-        found = cost_of_sample(self.run, self.cost)
+    def _cost(self, sample: CostSample) -> RunCost:
+        found = cost_of_sample(self.run, sample)
         if found.ms_per_step is not None or self._steps == StepRange():
             return found
         return replace(found, prices=cost_of(self.run).prices)
@@ -339,7 +353,7 @@ class _Reading:
         tokens = self._tokens / float(active) if active else None
         changes = self.run.history.rearrangements()
         within = [c for c in changes if self._steps.first < c.first_step < self._steps.end]
-        return Side(self.run.info, self.whole, tokens, len(within))
+        return Side(self.run.info, self.run.phase, self.whole, tokens, len(within), self.incidents)
 
 
 def _rows(terms: formulas.Terms) -> formulas.Float64:
@@ -384,7 +398,7 @@ def _step_times(a: RunCost, b: RunCost) -> list[StepTime]:
 
 def _unexplained(a: RunCost, b: RunCost) -> str:
     if a.used and b.used and not a.used.keys() & b.used.keys():
-        return "the runs have no phase in common"
+        return "A and B have no phase in common"
     reasons = [f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.prices]
     return "; ".join(reasons) or "what imbalance costs is not known in these phases"
 

@@ -21,6 +21,7 @@ from eplb_analyze.storage.path import StoragePath, storage_path
 if TYPE_CHECKING:
     import datetime
 
+    from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.moment import Moment
     from eplb_analyze.replay.settings import Choices
 
@@ -399,11 +400,17 @@ def _select(
         step = run.clock.at(at.unix_ns(run.clock))
         own.update({"step": step} if "step" in own else {"steps": StepRange(step, step + 1)})
     else:
-        own["steps"] = run.clock.between(
-            None if since is None else since.unix_ns(run.clock),
-            None if until is None else until.unix_ns(run.clock),
-            steps,
-        )
+        own["steps"] = in_time(run.clock, steps, since, until)
+
+
+def in_time(
+    clock: RunClock, steps: StepRange | None, since: Moment | None, until: Moment | None
+) -> StepRange | None:
+    """The steps of a range that were in progress from one time to another; the range without such times."""
+    if since is None and until is None:
+        return steps
+    begin, end = (None if moment is None else moment.unix_ns(clock) for moment in (since, until))
+    return clock.between(begin, end, steps)
 
 
 def _single_step(own: list[inspect.Parameter]) -> inspect.Parameter | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eplb_analyze.analysis.cost import TIMES, RunCost
+from eplb_analyze.analysis.cost import TIMES, Milliseconds, RunCost
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus
@@ -197,6 +197,13 @@ def told(incident: Incident, summary: Summary, clock: RunClock) -> Told:
     )
 
 
+def in_a_line(incident: Incident, clock: RunClock) -> str:
+    """When and where an incident was, its cause, and its cost in ms if that is known."""
+    ms = incident.cost.ms_per_step
+    cost = "" if ms is None else f"; {_per_step(ms)}"
+    return f"{_head(incident, clock)}; {cause_sentence(incident, clock)}{cost}"
+
+
 def steps_text(first: int, last: int) -> str:
     """``step 7``, or ``steps 7-9`` with both ends included."""
     return f"step {first}" if first == last else f"steps {first}-{last}"
@@ -270,14 +277,16 @@ def _cost(incident: Incident, cost: RunCost) -> str:
     if ms is None:
         tokens = incident.cost.tokens_per_step
         return f"{tokens:,.0f} more tokens per step on the slowest rank than usual; not known in ms"
-    value = milliseconds(ms.estimate, ms.low, ms.high, sign=True).replace(
-        " ms (", " ms per step while it lasted (95% CI "
-    )
-    step = cost.step_ms_p50
+    value, step = _per_step(ms), cost.step_ms_p50
     if not step:
         return value
     share = f"{value}, {_percent(ms.estimate / step)} of the step"
     return f"{share}; too little to explain a doubled TPOT" if ms.high < EXPLAINS_LITTLE * step else share
+
+
+def _per_step(ms: Milliseconds) -> str:
+    text = milliseconds(ms.estimate, ms.low, ms.high, sign=True)
+    return text.replace(" ms (", " ms per step while it lasted (95% CI ")
 
 
 def _end(incident: Incident, clock: RunClock) -> str:

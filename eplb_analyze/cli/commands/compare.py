@@ -1,18 +1,20 @@
-"""`compare`: is B better than A, by how much, and why? Two runs, or two ranges of steps of one run."""
+"""`compare`: is B better than A, by how much, and why? Two runs, or two parts of one run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.output import Output, print_message
-from eplb_analyze.cli.views.compare import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED, EXIT_DONE, EXIT_UNUSABLE
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
+
+if TYPE_CHECKING:
+    from eplb_analyze.reader.run import Run
 
 
 def compare(
@@ -48,6 +50,16 @@ def compare(
         StepRange | None,
         typer.Option("--steps-b", help="As --steps, of B.", metavar="A-B", parser=options.parse_steps),
     ] = None,
+    since: options.Since = None,
+    until: options.Until = None,
+    phase: options.Phase = None,
+    phase_a: Annotated[
+        str | None, typer.Option("--phase-a", help="As --phase, of A.", metavar="NAME")
+    ] = None,
+    phase_b: Annotated[
+        str | None, typer.Option("--phase-b", help="As --phase, of B.", metavar="NAME")
+    ] = None,
+    tz: options.TimeZone = None,
     top: options.Top = 5,
     timings_a: Annotated[
         Path | None, typer.Option("--timings-a", help="As --timings of `summary`, for A.", metavar="FILE")
@@ -58,29 +70,43 @@ def compare(
     model: options.Model = None,
     json: options.Json = False,
 ) -> None:
-    """Compare two runs, or two ranges of steps of one run: is B better than A, by how much, and why?
+    """Compare two runs, or two phases or ranges of steps of one run: is B better than A, and why?
 
     The verdict separates whether a difference is statistically significant from how large it is, and names
     the layers and experts behind it.
     """
     from eplb_analyze.analysis.compare import compare_runs
+    from eplb_analyze.cli.views.compare import render
 
     out = Output(json=json)
     a = options.find_dump() if a is None else a
     if b is None and run_b is None:
         run_b = run_a
-    one = out.open_run(a, run_a, model)
-    other = out.open_run(a if b is None else b, run_b, model)
-    out.join_times(one, timings_a, "A")
-    out.join_times(other, timings_b, "B")
-    result = compare_runs(one, other, steps, steps_a=steps_a, steps_b=steps_b)
-    out.emit(result.to_json, lambda console: render(console, result, top))
+
+    def opened(
+        name: str, dump: StoragePath, run_id: str | None, timings: Path | None,
+        own: StepRange | None, phase: str | None,
+    ) -> tuple[Run, StepRange | None]:  # fmt: skip
+        run = out.open_run(dump, run_id, model)
+        if tz is not None:
+            run.clock.zone = tz
+        # Another program's times are matched with the steps of all phases.
+        out.join_times(run, timings, name)
+        chosen = options.in_time(run.clock, own or steps, since, until)
+        return run if phase is None else run.of_phase(phase), chosen
+
+    one, in_a = opened("A", a, run_a, timings_a, steps_a, phase if phase_a is None else phase_a)
+    other, in_b = opened(
+        "B", a if b is None else b, run_b, timings_b, steps_b, phase if phase_b is None else phase_b
+    )
+    result = compare_runs(one, other, steps_a=in_a, steps_b=in_b)
+    out.emit(result.to_json, lambda console: render(console, result, (one.clock, other.clock), top))
     if json:  # the text has them
         for warning in result.warnings:
             print_message("warning", warning)
     code = EXIT_DONE if result.comparable else EXIT_CHECK_FAILED
     sides = {"A": (one, result.a), "B": (other, result.b)}
-    for name, (opened, side) in sides.items():
-        if out.lost_data(opened, side.steps, name):
+    for name, (run, side) in sides.items():
+        if out.lost_data(run, side.steps, name):
             code = EXIT_UNUSABLE
     raise typer.Exit(code)

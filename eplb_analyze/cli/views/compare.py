@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from eplb_analyze.cli.console import limited, print_heading, print_line, styled, table
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.report.answer import in_a_line, steps_text
 from eplb_analyze.text import clean, counter, figure, interval, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.compare import Comparison, Difference, LayerDifference, Side
     from eplb_analyze.analysis.compare_experts import ExpertDifference
+    from eplb_analyze.reader.clock import RunClock
 
 STYLES = {"better": "bold green", "worse": "bold red", "not comparable": "bold red"}
 #: How the size of a difference qualifies the verdict.
@@ -25,10 +28,12 @@ MIN_PART = 0.01
 SHOWN_SETTINGS = 20
 
 
-def render(console: Console, result: Comparison, top: int = 5) -> None:
+def render(console: Console, result: Comparison, clocks: tuple[RunClock, RunClock], top: int = 5) -> None:
+    """Print a comparison; ``clocks`` are those of A and B."""
     print_heading(console, "compare", f" · {result.b.info.model} · is B better than A?")
-    _side(console, "A", result.a)
-    _side(console, "B", result.b)
+    sides = list(zip("AB", (result.a, result.b), clocks, strict=True))
+    for name, side, clock in sides:
+        _side(console, name, side, clock)
     console.print()
     style = "" if result.size == "negligible" else STYLES.get(result.verdict, "bold")
     print_line(console, (verdict(result), style or "bold"), why(result))
@@ -36,6 +41,8 @@ def render(console: Console, result: Comparison, top: int = 5) -> None:
         print_line(console, text)
     for warning in result.warnings:
         print_line(console, (f"not like for like: {warning}", "yellow"))
+    for name, side, clock in sides:
+        _incidents(console, name, side, clock, top)
     console.print()
     if result.balancedness is not None and result.idle_fraction is not None:
         _figures(console, result, result.balancedness, result.idle_fraction)
@@ -146,14 +153,31 @@ def _in_time(result: Comparison) -> list[str]:
     return lines
 
 
-def _side(console: Console, name: str, side: Side) -> None:
-    info, steps = side.info, side.steps.to_json()
+def _side(console: Console, name: str, side: Side, clock: RunClock) -> None:
+    info, steps = side.info, side.steps
+    when = ""
+    if steps.first is not None and steps.last is not None:
+        # With the date: A and B may be of different days.
+        span = clock.span_text((steps.first, steps.last))
+        when = f", {steps_text(steps.first, steps.last)}" + (f", {span}" if span else "")
+    phase = "" if side.phase is None else f"{clean(side.phase)} "
     print_line(
         console,
-        f"{name}  {info.run_id}, {steps['recorded']:,} complete steps in {steps['first']}-{steps['last']}; "
+        f"{name}  {info.run_id}{when}: {plural(steps.count(StepState.RECORDED), f'complete {phase}step')}, "
         f"{info.num_physical_experts} slots on {plural(info.ep_size, 'EP rank')}, "
         f"{plural(side.rearrangements, 'rearrangement') if side.rearrangements else 'no rearrangement'}",
     )
+
+
+def _incidents(console: Console, name: str, side: Side, clock: RunClock, top: int) -> None:
+    """A line for each incident, the first ones of many."""
+    if not side.incidents:
+        print_line(console, f"no incidents in {name}")
+    for incident in side.incidents[:top]:
+        print_line(console, (f"incident in {name}: ", "bold"), in_a_line(incident, clock))
+    rest = len(side.incidents) - top
+    if rest > 0:
+        print_line(console, f"and {plural(rest, 'more incident')} in {name}; `summary` shows all")
 
 
 def _figures(console: Console, result: Comparison, balance: Difference, idle: Difference) -> None:

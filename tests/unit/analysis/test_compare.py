@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,15 @@ from timed_run import write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.compare import Difference, _size, compare_runs
+from eplb_analyze.analysis.incidents import Cause, Incident, IncidentCost
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.cli.console import console
+from eplb_analyze.cli.views.compare import _incidents
+from eplb_analyze.json_report import as_json
 from eplb_analyze.metrics import series
 from eplb_analyze.metrics.bootstrap import Interval
+from eplb_analyze.reader.clock import RunClock
+from eplb_analyze.report.answer import in_a_line
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, EP_SIZE, LAYERS = 8, 4, 3
@@ -134,7 +143,7 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
     assert (document["comparable"], document["verdict"], document["confidence"]) == (True, "better", 0.95)
     assert list(document["a"]) == [
         "run_id", "model", "engine", "engine_version", "ep_size", "num_layers", "num_logical_experts",
-        "num_physical_experts", "steps", "tokens_per_step", "rearrangements",
+        "num_physical_experts", "phase", "steps", "tokens_per_step", "rearrangements", "incidents",
     ]  # fmt: skip
     assert (document["a"]["run_id"], document["b"]["run_id"]) == ("a", "b")
     difference = ["a", "b", "difference", "low", "high", "verdict"]
@@ -342,6 +351,39 @@ def test_replicas_that_a_rearrangement_added_are_named(story: tuple[Path, Any]) 
     text = " ".join(cli("compare", "--steps-a", "120-239", "--steps-b", "240-359", root).stdout.split())
     share = logical[HELPED:, 1, 5].sum() / logical[HELPED:, 1].sum()
     assert f"expert 5 ({share:.1%} of tokens) went from 1 to 3 replicas" in text
+
+
+def test_incidents_of_either_side_are_told_in_a_line(story: tuple[Path, Any]) -> None:
+    root, _ = story
+    run = open_run(root)
+    result = compare_runs(run, run, steps_a=(0, 60), steps_b=(60, LAST))
+    assert result.a.incidents == []
+    assert result.b.incidents == summarize(run, (60, LAST)).incidents
+    (incident,) = result.b.incidents
+    assert (incident.layer, incident.cause.expert) == (1, 5)
+    assert (incident.first_step, incident.last_step) == (HOT, HELPED - 1)
+    options = "--steps-a", "0-59", "--steps-b", "60-359"
+    text = " ".join(cli("compare", *options, root).stdout.split())
+    assert "no incidents in A" in text
+    assert f"incident in B: {in_a_line(incident, run.clock)}" in text
+    assert f"B r, steps 60-359, {run.clock.span_text((60, 359))}: 300 complete steps" in text
+    document = json.loads(cli("compare", *options, "--json", root).stdout)
+    assert document["a"]["incidents"] == []
+    assert document["b"]["incidents"] == as_json(result.b.incidents)
+
+
+def test_incidents_beyond_the_top_are_counted() -> None:
+    def incident(first: int) -> Incident:
+        cost = IncidentCost(None, 9.0)
+        return Incident(2, (2,), (), first, first + 9, None, None, 2.0, 1.1, Cause("unknown"), None, cost)
+
+    side: Any = SimpleNamespace(incidents=[incident(20 * i) for i in range(5)])
+    clock = RunClock("r", [])
+    text = io.StringIO()
+    _incidents(console(text), "B", side, clock, 3)
+    lines = text.getvalue().splitlines()
+    assert lines[2] == "incident in B: steps 40-49: layer 2 at 2.0x the mean; no cause found"
+    assert lines[3:] == ["and 2 more incidents in B; `summary` shows all"]
 
 
 def test_nothing_is_named_if_nothing_differs(story: tuple[Path, Any]) -> None:

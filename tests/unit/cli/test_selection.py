@@ -223,3 +223,38 @@ def test_report_is_of_the_phase(dump: Path, tmp_path: Path) -> None:
 def test_advice_is_from_the_steps_of_a_phase(dump: Path) -> None:
     advice = document("advise", dump, "--phase", "decode", "--policy", "static")
     assert advice["reasons"][0].startswith("45 complete steps")
+
+
+# ---- both sides of `compare`
+
+
+def sides(*arguments: str | Path) -> dict[str, Any]:
+    return {name: side for name, side in document("compare", *arguments).items() if name in ("a", "b")}
+
+
+def test_phases_of_a_run_are_compared(dump: Path) -> None:
+    found = sides("--phase-a", "decode", "--phase-b", "prefill", dump)
+    assert [(side["phase"], side["steps"]["recorded"]) for side in found.values()] == [
+        ("decode", 45), ("prefill", 15),
+    ]  # fmt: skip
+    assert found["b"]["tokens_per_step"] > 5 * found["a"]["tokens_per_step"]
+    text = cli("compare", "--phase-a", "decode", "--phase-b", "prefill", dump).stdout
+    assert "45 complete decode steps" in " ".join(text.split())
+    one_error(cli("compare", "--phase", "decode", dump), 2, "in common", "--phase-a, --phase-b")
+    one_error(cli("compare", "--phase-a", "decode", dump), 2, "in common")
+    one_error(cli("compare", "--phase-a", "", dump), 2, "no step of the run has the phase ''")
+
+
+def test_phase_and_times_apply_to_both_sides(dump: Path) -> None:
+    halves = "--steps-a", "-29", "--steps-b", "30-"
+    found = sides(*halves, "--phase", "decode", dump)
+    assert [(side["phase"], side["steps"]["recorded"]) for side in found.values()] == [
+        ("decode", 22), ("decode", 23),
+    ]  # fmt: skip
+    by_time = sides(*halves, "--since", "23:59:35", "--until", "00:00:20", dump)
+    assert by_time == sides("--steps-a", "5-29", "--steps-b", "30-50", dump)
+    local = ("--since", "00:59:35", "--until", "01:00:20", "--tz", "Europe/Berlin")
+    assert sides(*halves, *local, dump) == by_time
+    text = " ".join(cli("compare", *halves, *local, dump).stdout.split())
+    assert "A r, steps 5-29, 2026-11-27 00:59:35-00:59:59 CET (24.0 s): 25 complete steps" in text
+    one_error(cli("compare", *halves, "--since", "00:00:10", dump), 2, "none of 0-29")

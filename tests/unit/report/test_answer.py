@@ -18,7 +18,7 @@ from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
 from eplb_analyze.cli.views.summary import MARKS, render
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.reader.clock import RunClock
-from eplb_analyze.report.answer import TITLES, answer_of, cost_sentence, told
+from eplb_analyze.report.answer import TITLES, answer_of, cost_sentence, in_a_line, told
 
 HOT = Incident(
     layer=12,
@@ -129,6 +129,14 @@ def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summar
     assert parts["cost"].endswith("of the step; too little to explain a doubled TPOT")
     assert parts["end"] == "the rearrangement at step 20 gave expert 77 10 replicas"
     assert parts["next"] == "eplb-analyze layer 12 --steps 10-19"
+
+
+def test_incident_in_a_line_has_its_cause_and_its_cost_in_ms_if_known() -> None:
+    line = in_a_line(HOT, CLOCK)
+    head = "03:12:04-03:21:04, steps 10-19: layer 12, rank 14 at 2.2x the mean; "
+    cause = "expert 77 rose from 1.0x to 11x the mean load and had 1 replica"
+    assert line.startswith(f"{head}{cause}; +0.9 ms per step while it lasted (95% CI +0.7 to +1.1)")
+    assert in_a_line(replace(HOT, cost=IncidentCost(None, 1234.0)), CLOCK) == head + cause
 
 
 @pytest.mark.parametrize("kind", get_args(CauseKind))
