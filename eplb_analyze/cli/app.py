@@ -58,7 +58,7 @@ DEBUG_VARIABLE = "EPLB_ANALYZE_DEBUG"
 app = typer.Typer(
     name=PROGRAM,
     cls=Group,
-    help="Explain how balanced the experts of a mixture-of-experts run were, and what to do about it.",
+    help="Show how balanced the experts of a run were, what imbalance cost, and what to change.",
     epilog="Exit codes:\n"
     "0  done\n1  a check or a threshold failed\n2  wrong usage\n3  the dump is unusable or incomplete",
     no_args_is_help=True,
@@ -97,7 +97,7 @@ _add(
     "experts dump", "experts --hot --layer 1 --window-steps 5 dump",
 )  # fmt: skip
 _add(
-    DRILL_DOWN, "ranks", ranks.ranks, "Show the rank or node that the others wait for.",
+    DRILL_DOWN, "ranks", ranks.ranks, "Show which rank or node the others wait for.",
     "ranks dump", "ranks --by node --ranks-per-node 1 dump",
 )  # fmt: skip
 _add(
@@ -109,7 +109,7 @@ _add(
     "placement dump", "placement --step 8 --against 2 dump",
 )  # fmt: skip
 _add(
-    DRILL_DOWN, "traffic", traffic.traffic, "Show how many tokens each rank sent to each other.",
+    DRILL_DOWN, "traffic", traffic.traffic, "Show how many tokens went from rank to rank.",
     "traffic dump", "traffic --layer 1 --steps 2-7 dump",
 )  # fmt: skip
 _add(
@@ -183,7 +183,7 @@ def root(
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Explain how balanced the experts of a mixture-of-experts run were, and what to do about it."""
+    """Show how balanced the experts of a run were, what imbalance cost, and what to change."""
 
 
 def _os_error_message(error: OSError) -> str:

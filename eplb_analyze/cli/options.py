@@ -33,7 +33,7 @@ def parse_steps(text: str) -> StepRange:
         raise typer.BadParameter(_instead_of(text))
     steps = StepRange(int(match[1] or 0), int(match[2]) + 1 if match[2] else NO_END)
     if steps.first >= steps.end:
-        raise typer.BadParameter(f"{text!r} holds no step: its end is before its start")
+        raise typer.BadParameter(f"{text!r} selects no step, because its end is before its start")
     return steps
 
 
@@ -53,7 +53,9 @@ def one_range(steps: StepRange | None, step: int | None) -> StepRange | None:
     if step is None:
         return steps
     if steps is not None:
-        raise typer.BadParameter("give either --step or --steps", param_hint="--step")
+        raise typer.BadParameter(
+            "--step and --steps cannot be combined; give one of them", param_hint="--step"
+        )
     return StepRange(step, step + 1)
 
 
@@ -102,11 +104,11 @@ Destination = Annotated[
 Run = Annotated[
     str | None,
     typer.Option(
-        "--run", metavar="ID", help="A run's id, or a beginning that only one has; default: the newest run."
+        "--run", metavar="ID", help="Select a run by its id or a unique prefix; default: the newest run."
     ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="A model's name, if the run has several.")
+    str | None, typer.Option("--model", metavar="NAME", help="Select a model, if the run has several.")
 ]
 Steps = Annotated[
     StepRange | None,
@@ -163,7 +165,7 @@ TimeZone = Annotated[
     Any,
     typer.Option(
         "--tz",
-        help="The time zone of times without an offset and of printed times, as Europe/Berlin; default: UTC.",
+        help="Read and print times in this zone, for example Europe/Berlin; default: UTC.",
         metavar="NAME",
         parser=parse_zone,
     ),
@@ -173,7 +175,7 @@ Phase = Annotated[
     typer.Option("--phase", help="Select steps of this phase, for example decode.", metavar="NAME"),
 ]
 Step = Annotated[int | None, typer.Option("--step", help="Select one step.", metavar="N", min=0)]
-Layer = Annotated[int | None, typer.Option("--layer", metavar="N", help="One layer; default: all.")]
+Layer = Annotated[int | None, typer.Option("--layer", metavar="N", help="Show one layer; default: all.")]
 
 # What a step took, for the cost in milliseconds.
 Timings = Annotated[
@@ -181,7 +183,7 @@ Timings = Annotated[
     typer.Option(
         "--timings",
         help="Use step times that another program measured: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, "
-        "or a table. Default: those of the recording.",
+        "or a table. Default: the recorded step times.",
         metavar="FILE",
     ),
 ]
@@ -194,20 +196,20 @@ Gpu = Annotated[
 
 # How to show it.
 Top = Annotated[int, typer.Option("--top", metavar="N", help="Show this many rows of a ranking.", min=1)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-By = Annotated[Grouping, typer.Option("--by", help="Show ranks or nodes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+By = Annotated[Grouping, typer.Option("--by", help="Group by rank or by node.")]
 RanksPerNode = Annotated[
     int | None,
     typer.Option(
         "--ranks-per-node",
         metavar="N",
-        help="The number of ranks on a node; default: as recorded.",
+        help="Set the number of ranks per node; default: as recorded.",
         min=1,
         max=65536,
     ),
 ]
 File = Annotated[
-    Path, typer.Option("--output", "-o", help="The file to write.", metavar="FILE", show_default=False)
+    Path, typer.Option("--output", "-o", help="Write to this file.", metavar="FILE", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
@@ -216,24 +218,30 @@ Policy = Annotated[
     str | None,
     typer.Option(
         "--policy",
-        help="deepseek, sglang, vllm, static, round_robin, or your module:function.",
+        help="Try deepseek, sglang, vllm, static, round_robin, or your own module:function.",
         metavar="A,B…",
     ),
 ]
 Redundant = Annotated[
-    str | None, typer.Option("--redundant-experts", help="Numbers of redundant experts.", metavar="N,N…")
+    str | None,
+    typer.Option("--redundant-experts", help="Try these numbers of redundant experts.", metavar="N,N…"),
 ]
 Interval = Annotated[
-    str | None, typer.Option("--interval-steps", help="Steps between two rearrangements.", metavar="N,N…")
+    str | None,
+    typer.Option(
+        "--interval-steps", help="Try these numbers of steps between rearrangements.", metavar="N,N…"
+    ),
 ]
 Window = Annotated[
     str | None,
-    typer.Option("--window-steps", help="Steps before a rearrangement that it is made from.", metavar="N,N…"),
+    typer.Option("--window-steps", help="Try placements made from this many past steps.", metavar="N,N…"),
 ]
 Start = Annotated[
     str | None,
     typer.Option(
-        "--start", help="Steps to the first rearrangement; default: as in the engine.", metavar="N,N…"
+        "--start",
+        help="Make the first rearrangement after this many steps; default: as the engine did.",
+        metavar="N,N…",
     ),
 ]
 NumGroups = Annotated[
@@ -241,14 +249,17 @@ NumGroups = Annotated[
     typer.Option(
         "--num-groups",
         metavar="N",
-        help="Groups of experts that the model has; default: as recorded, else as the placements show.",
+        help="Set the number of expert groups; default: as recorded, else inferred from the placements.",
         min=1,
     ),
 ]
 NumNodes = Annotated[
     int | None,
     typer.Option(
-        "--num-nodes", metavar="N", help="Nodes of the recorded ranks; default: as --num-groups.", min=1
+        "--num-nodes",
+        metavar="N",
+        help="Set the number of nodes; default: as recorded, else inferred from the placements.",
+        min=1,
     ),
 ]
 
@@ -271,7 +282,7 @@ CostPerExpertMs = Annotated[
     typer.Option(
         "--cost-per-expert-ms",
         metavar="X",
-        help="The time a rank needs to fetch one expert of one layer; makes gains net.",
+        help="Subtract this time from the gain for each expert of a layer that a rank fetches.",
         min=0,
     ),
 ]
@@ -279,7 +290,7 @@ ExpertMb = Annotated[
     float | None,
     typer.Option(
         "--expert-mb",
-        help="MB of one expert's weights in one layer; shows memory and moved weights in GB.",
+        help="Set the size of one expert's weights in one layer, to show memory and moved weights in GB.",
         min=0,
         metavar="MB",
     ),
@@ -309,7 +320,8 @@ def find_dump() -> StoragePath:
         return here
     command = " ".join([PROGRAM, *sys.argv[1:], "/path/to/dump"])
     raise UsageError(
-        f"no dump is given, and the current folder is not one; write `{command}`, or set EXPERT_LOAD_DUMP_DIR"
+        f"no dump is given, and the current folder is not a dump; write `{command}`, "
+        "or set EXPERT_LOAD_DUMP_DIR"
     )
 
 
@@ -392,9 +404,13 @@ def _select(
         return
     one = step if step is not None else own.get("step")
     if at is not None and not all(other is None for other in (since, until, one, steps)):
-        raise typer.BadParameter("it selects one step; give no other range", param_hint="--at")
+        raise typer.BadParameter(
+            "--at selects one step; leave out the other options that select steps", param_hint="--at"
+        )
     if one is not None:
-        raise typer.BadParameter("it selects one step; give no range of time", param_hint="--step")
+        raise typer.BadParameter(
+            "--step selects one step; leave out --since and --until", param_hint="--step"
+        )
     run = out.opened()
     if at is not None:
         step = run.clock.at(at.unix_ns(run.clock))
@@ -452,6 +468,7 @@ def _numbers(text: str | None, option: str, least: int) -> list[int] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= least for part in parts):
         raise typer.BadParameter(
-            f"{text!r} is not whole numbers from {least} on, as 100,500", param_hint=option
+            f"{text!r} is not a list of whole numbers of at least {least}; write for example 100,500",
+            param_hint=option,
         )
     return sorted({int(part) for part in parts})

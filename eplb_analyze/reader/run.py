@@ -224,7 +224,7 @@ class Run:
         lists = (("unknown", origin.unknown), ("assumed", origin.assumed))
         source = "made from another run" if origin.system == FORMAT_NAME else f"imported from {origin.system}"
         return [
-            f"{how} of this run, {source}: {texts[code]}"
+            f"{how} for this run, {source}: {texts[code]}"
             for how, texts in lists
             for code in codes
             if code in texts

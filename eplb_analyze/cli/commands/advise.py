@@ -1,4 +1,4 @@
-"""`advise`: leave the load balancer as it is, switch it on, or change it to what?"""
+"""`advise`: recommend load-balancer settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def advise(
         typer.Option(
             "--min-gain",
             metavar="X",
-            help="Do not recommend a change for a smaller share of the time.",
+            help="Recommend a change only if it saves at least this share of the time.",
             min=0,
             max=1,
         ),
@@ -35,7 +35,7 @@ def advise(
         typer.Option(
             "--fail-below",
             metavar="X",
-            help="Exit with 1 if the recorded balancedness is below X or unknown.",
+            help="Exit with code 1 if the recorded balancedness is below X or unknown.",
             min=0,
             max=1,
         ),
@@ -51,7 +51,8 @@ def advise(
 ) -> None:
     """Recommend load-balancer settings, with the gain that each change brings.
 
-    The settings of `replay` are tried; the best on the first 60% of the steps is judged on the rest.
+    Tries the same settings as `replay`. Chooses the best on the first 60% of the steps, and judges it on
+    the rest.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge

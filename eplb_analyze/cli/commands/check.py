@@ -12,7 +12,7 @@ from eplb_analyze.errors import EXIT_CHECK_FAILED
 
 @options.about_a_run
 def check(out: RunOutput) -> None:
-    """Verify that a dump is complete and intact: every byte of a run is read. Exit code 1 if it is not."""
+    """Verify that a run is complete and intact. Reads every byte; exits with code 1 if it finds an error."""
     from eplb_analyze.analysis.check import check_run
 
     run = out.open(mixed=True)

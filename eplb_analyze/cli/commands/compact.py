@@ -19,13 +19,14 @@ def compact(
     run_id: Annotated[
         str | None,
         typer.Option(
-            "--run-id", metavar="ID", help="The new run's id; default: the old one's, and -compact."
+            "--run-id", metavar="ID", help="Set the new run's id; default: the old id with -compact appended."
         ),
     ] = None,
 ) -> None:
-    """Merge the rank files of a run into one compact run: the sums over its ranks. SRC is not changed.
+    """Merge the rank files of a run into one compact run that holds the sums over ranks.
 
-    The new run does not say which rank a token came from, so `traffic` does not work with it.
+    SRC does not change. The compact run does not hold which rank a token came from, so `traffic` cannot
+    read it.
     """
     folder = local(destination, "`compact`")
     from eplb_analyze.transfer.compact import compact_run

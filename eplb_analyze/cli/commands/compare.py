@@ -21,7 +21,7 @@ def compare(
     a: Annotated[
         StoragePath | None,
         typer.Argument(
-            help="The dump, or run=… folder, of the baseline.",
+            help="The baseline: a dump, or one run=… folder in it.",
             parser=storage_path,
             metavar="A",
             envvar="EXPERT_LOAD_DUMP_DIR",
@@ -31,24 +31,29 @@ def compare(
     b: Annotated[
         StoragePath | None,
         typer.Argument(
-            help="The dump, or run=… folder, to judge; default: A.", parser=storage_path, metavar="B"
+            help="The dump, or run=… folder, to compare with A; default: A.", parser=storage_path, metavar="B"
         ),
     ] = None,
     run_a: Annotated[
-        str | None, typer.Option("--run-a", metavar="ID", help="A run's id in A; default: the newest.")
+        str | None,
+        typer.Option("--run-a", metavar="ID", help="Select a run of A by its id; default: the newest run."),
     ] = None,
     run_b: Annotated[
         str | None,
-        typer.Option("--run-b", metavar="ID", help="A run's id in B; default: that of A, or the newest."),
+        typer.Option(
+            "--run-b",
+            metavar="ID",
+            help="Select a run of B by its id; default: the same run if B is A, else the newest.",
+        ),
     ] = None,
     steps: options.Steps = None,
     steps_a: Annotated[
         StepRange | None,
-        typer.Option("--steps-a", help="As --steps, of A.", metavar="A-B", parser=options.parse_steps),
+        typer.Option("--steps-a", help="Select steps of A only.", metavar="A-B", parser=options.parse_steps),
     ] = None,
     steps_b: Annotated[
         StepRange | None,
-        typer.Option("--steps-b", help="As --steps, of B.", metavar="A-B", parser=options.parse_steps),
+        typer.Option("--steps-b", help="Select steps of B only.", metavar="A-B", parser=options.parse_steps),
     ] = None,
     since: options.Since = None,
     until: options.Until = None,
@@ -62,18 +67,24 @@ def compare(
     tz: options.TimeZone = None,
     top: options.Top = 5,
     timings_a: Annotated[
-        Path | None, typer.Option("--timings-a", help="As --timings of `summary`, for A.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--timings-a", help="Use this file's step times for A; see `summary --help`.", metavar="FILE"
+        ),
     ] = None,
     timings_b: Annotated[
-        Path | None, typer.Option("--timings-b", help="As --timings of `summary`, for B.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--timings-b", help="Use this file's step times for B; see `summary --help`.", metavar="FILE"
+        ),
     ] = None,
     model: options.Model = None,
     json: options.Json = False,
 ) -> None:
     """Compare two runs, or two phases or ranges of steps of one run: is B better than A, and why?
 
-    The verdict separates whether a difference is statistically significant from how large it is, and names
-    the layers and experts behind it.
+    The verdict states whether the difference is statistically significant, how large it is, and which layers
+    and experts cause it.
     """
     from eplb_analyze.analysis.compare import compare_runs
     from eplb_analyze.cli.views.compare import render

@@ -20,7 +20,8 @@ def copy(
     destination: options.Destination,
     steps: options.Steps = None,
     ranks: Annotated[
-        str | None, typer.Option("--ranks", help="Only these, as 0-3,7.", metavar="N,N-N…")
+        str | None,
+        typer.Option("--ranks", help="Copy only these ranks, for example 0-3,7.", metavar="N,N-N…"),
     ] = None,
 ) -> None:
     """Copy a run or a part of it, and verify the copy. Existing files are never overwritten.
@@ -47,6 +48,8 @@ def _parse_ranks(text: str | None) -> list[int] | None:
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high:
-            raise typer.BadParameter(f"{text!r} is not ranks, as 0-3,7", param_hint="--ranks")
+            raise typer.BadParameter(
+                f"{text!r} is not a list of ranks; write for example 0-3,7", param_hint="--ranks"
+            )
         found |= set(range(low, high + 1))
     return sorted(found)

@@ -23,12 +23,16 @@ def experts(
     ] = False,
     window: Annotated[
         int,
-        typer.Option("--window-steps", metavar="N", help="The number of complete steps in a window.", min=1),
+        typer.Option(
+            "--window-steps", metavar="N", help="Count bursts in windows of this many complete steps.", min=1
+        ),
     ] = 100,
     hot_factor: Annotated[
         float,
         typer.Option(
-            "--hot-factor", metavar="X", help="Call an expert hot from this many times the layer's mean."
+            "--hot-factor",
+            metavar="X",
+            help="Call an expert hot if its load is at least this many times the layer's mean.",
         ),
     ] = 2.0,
     all_placements: Annotated[

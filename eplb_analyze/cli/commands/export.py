@@ -14,8 +14,8 @@ from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
     cls=Group,
-    help="Write a placement for an engine to load at its start, or the loads for another program.\n\n"
-    "Nothing is written into a dump. Both commands take --json.",
+    help="Write a placement for an engine to load when it starts, or loads for another program.\n\n"
+    "Neither command writes into a dump. Both take --json.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -50,7 +50,7 @@ POLICY_OPTIONS = (
 @app.command(
     "placement",
     cls=Command,
-    short_help="Write a placement for an engine to load at its start.",
+    short_help="Write a placement for an engine to load when it starts.",
     epilog=examples(
         "export placement --for vllm-mapping --step 4 -o 4.map dump",
         "export placement --for json --policy deepseek -o new.json dump",
@@ -59,7 +59,9 @@ POLICY_OPTIONS = (
 @options.about_a_run
 def placement(
     out: RunOutput,
-    target: Annotated[Target, typer.Option("--for", help="The target engine.", show_default=False)],
+    target: Annotated[
+        Target, typer.Option("--for", help="Write the format of this engine.", show_default=False)
+    ],
     file: options.File,
     step: Annotated[
         int | None,
@@ -90,57 +92,75 @@ def placement(
         typer.Option(
             "--redundant-experts",
             metavar="N",
-            help="Redundant experts for the policy; default: as recorded.",
+            help="Give the policy this many redundant experts; default: as recorded.",
             min=0,
         ),
     ] = None,
     ep_size: Annotated[
         int | None,
-        typer.Option("--ep-size", metavar="N", help="EP ranks for the policy; default: as recorded.", min=1),
+        typer.Option(
+            "--ep-size", metavar="N", help="Place on this many EP ranks; default: as recorded.", min=1
+        ),
     ] = None,
     num_nodes: Annotated[
         int | None,
-        typer.Option("--num-nodes", metavar="N", help="Nodes for the policy; default: as recorded.", min=1),
+        typer.Option(
+            "--num-nodes", metavar="N", help="Place on this many nodes; default: as recorded.", min=1
+        ),
     ] = None,
     num_groups: Annotated[
         int | None,
         typer.Option(
-            "--num-groups", metavar="N", help="Expert groups to keep on a node; default: 1, none.", min=1
+            "--num-groups",
+            metavar="N",
+            help="Keep each of this many expert groups on one node; default: 1 (no groups).",
+            min=1,
         ),
     ] = None,
     num_hidden_layers: Annotated[
         int | None,
         typer.Option(
-            "--num-hidden-layers", metavar="N", help="The model's, dense ones included, for SGLang.", min=1
+            "--num-hidden-layers",
+            metavar="N",
+            help="For sglang: set the number of the model's hidden layers, dense layers included.",
+            min=1,
         ),
     ] = None,
     first_layer: Annotated[
         int | None,
         typer.Option(
-            "--first-layer", metavar="N", help="The first layer's number, if the dump has none.", min=0
+            "--first-layer",
+            metavar="N",
+            help="Number the layers from N, if the dump does not have their numbers.",
+            min=0,
         ),
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="For vllm-ascend: move an expert's copies on one device apart.")
+        bool,
+        typer.Option("--repair", help="For vllm-ascend: move replicas of one expert to different devices."),
     ] = False,
     force: options.Force = False,
 ) -> None:
-    """Write a placement, recorded at a step or made by a policy, for an engine to load at its start.
+    """Write a recorded placement, or one that a policy makes, for an engine to load when it starts.
 
-    A row of `replay` becomes a file with its settings: --policy, --window-steps, --redundant-experts and
-    --ep-size, and --steps -N for the placement that it would have made after step N.
+    To export a row of `replay`, give its settings (--policy, --window-steps, --redundant-experts, --ep-size).
+    Add --steps -N for the placement that it makes after step N.
     """
     given = dict(zip(POLICY_OPTIONS, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
     if policy is None:
         for name, value in given.items():
             if value is not None:
-                raise typer.BadParameter("it is for a placement made by --policy", param_hint=name)
+                raise typer.BadParameter("this option applies only with --policy", param_hint=name)
     elif step is not None:
-        raise typer.BadParameter("a policy's placement is of --steps, not of one", param_hint="--step")
+        raise typer.BadParameter(
+            "a policy makes a placement from a range of steps; give --steps instead", param_hint="--step"
+        )
     if num_hidden_layers is not None and target is not Target.sglang:
-        raise typer.BadParameter("it is for --for sglang", param_hint="--num-hidden-layers")
+        raise typer.BadParameter(
+            "this option applies only with --for sglang", param_hint="--num-hidden-layers"
+        )
     if repair and target is not Target.vllm_ascend:
-        raise typer.BadParameter("it is for --for vllm-ascend", param_hint="--repair")
+        raise typer.BadParameter("this option applies only with --for vllm-ascend", param_hint="--repair")
     from eplb_analyze.transfer.exporters.placements import (
         export_placement,
         policy_placement,
@@ -190,14 +210,16 @@ def loads(
         LoadFormat,
         typer.Option(
             "--as",
-            help="csv or parquet: a row a step, layer and slot; logical-npy: summed, for deepseek-ai/EPLB.",
+            help="Write a row per step, layer and slot (csv, parquet), or sums per expert (logical-npy).",
             show_default=False,
         ),
     ],
     file: options.File,
     layer: Annotated[
         list[int] | None,
-        typer.Option("--layer", metavar="N", help="Only this layer; may be given several times."),
+        typer.Option(
+            "--layer", metavar="N", help="Write only this layer; repeat the option for several layers."
+        ),
     ] = None,
     steps: options.Steps = None,
     force: options.Force = False,

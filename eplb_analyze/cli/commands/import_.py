@@ -18,12 +18,15 @@ FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array", "table")
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="A file of another system, or the folder of its files.", metavar="SRC")
+        Path,
+        typer.Argument(
+            help="The recording: a file of another system, or a folder of such files.", metavar="SRC"
+        ),
     ],
     destination: Annotated[
         StoragePath,
         typer.Argument(
-            help="The dump, a folder, to write a new run into.",
+            help="The dump, a local folder, to write the new run into.",
             parser=storage_path,
             metavar="DST",
             envvar="EXPERT_LOAD_DUMP_DIR",
@@ -32,66 +35,78 @@ def import_(
     ],
     format: Annotated[
         str | None,
-        typer.Option("--format", metavar="NAME", help=f"{', '.join(FORMATS)}; default: told by the content."),
+        typer.Option("--format", metavar="NAME", help=f"Read as {', '.join(FORMATS)}; default: detected."),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="The model's name.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Set the model's name.")
+    ] = None,
     ep_size: Annotated[
-        int | None, typer.Option("--ep-size", metavar="N", help="How many EP ranks there were.", min=1)
+        int | None, typer.Option("--ep-size", metavar="N", help="Set the number of EP ranks.", min=1)
     ] = None,
     placement: Annotated[
         str | None,
         typer.Option(
             "--placement",
             metavar="NAME|FILE",
-            help="Where the experts were: an engine's placement file, linear (expert e in slot e), "
+            help="State where the experts were: an engine's placement file, linear (expert e in slot e), "
             "round_robin (expert e on rank e % EP size), last (SGLang per_pass: its last placement held "
             "all the time), or unknown.",
         ),
     ] = None,
     num_experts: Annotated[
-        int | None, typer.Option("--num-experts", metavar="N", help="The model's experts in a layer.", min=1)
+        int | None,
+        typer.Option(
+            "--num-experts", metavar="N", help="Set the number of logical experts per layer.", min=1
+        ),
     ] = None,
     token_replication: Annotated[
         int | None,
         typer.Option(
-            "--token-replication", metavar="N", help="How many times each token was counted.", min=1
+            "--token-replication", metavar="N", help="State how many ranks counted each token.", min=1
         ),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layers", metavar="A-B", help="The model's numbers of the layers: A-B, or a list with commas."
+            "--layers", metavar="A-B", help="Set the layers' numbers in the model, for example 3-60 or 3,5,7."
         ),
     ] = None,
     ordered: Annotated[
-        bool, typer.Option("--ordered", help="The rows of the source are in time order.")
+        bool, typer.Option("--ordered", help="State that the rows of the source are in time order.")
     ] = False,
     window: Annotated[
-        bool, typer.Option("--window-sums", help="vLLM snapshots: the sums over a window, not single steps.")
+        bool,
+        typer.Option(
+            "--window-sums", help="vLLM snapshots: import the sums over a window instead of single steps."
+        ),
     ] = False,
     renumber: Annotated[
-        bool, typer.Option("--renumber", help="vLLM: count records in their order, whatever step they name.")
+        bool,
+        typer.Option(
+            "--renumber",
+            help="vLLM: number the records by their order in the file; ignore their step numbers.",
+        ),
     ] = False,
     only: Annotated[
         str | None,
         typer.Option(
             "--only",
             metavar="PATTERN",
-            help="Which files of a folder: a pattern, for instance '*_pid42.npz'.",
+            help="Import only the files of a folder that match this pattern, for example '*_pid42.npz'.",
         ),
     ] = None,
     array: Annotated[
-        str | None, typer.Option("--array", metavar="NAME", help="Which array of a .npz file.")
+        str | None, typer.Option("--array", metavar="NAME", help="Import this array of a .npz file.")
     ] = None,
     run_id: Annotated[
         str | None,
-        typer.Option("--run-id", metavar="ID", help="The new run's id; default: the time of import."),
+        typer.Option("--run-id", metavar="ID", help="Set the new run's id; default: the time of the import."),
     ] = None,
     json: options.Json = False,
 ) -> None:
     """Convert recordings of SGLang, TensorRT-LLM, vLLM, Megatron or another system into a run.
 
-    If the source lacks a fact, the command asks for it, or the new run says that it is unknown.
+    If the source lacks a fact, the command asks for an option, or the new run states what is unknown.
     """
     if format is not None and format not in FORMATS:
         raise typer.BadParameter(

@@ -22,7 +22,9 @@ def layer(
 ) -> None:
     """Show what each rank, slot and expert of a layer got, in a step, a range or the whole run."""
     if step is not None and steps is not None:
-        raise typer.BadParameter("give either --step or --steps", param_hint="--step")
+        raise typer.BadParameter(
+            "--step and --steps cannot be combined; give one of them", param_hint="--step"
+        )
     from eplb_analyze.analysis.layer import layer_report
 
     run = out.open()

@@ -17,11 +17,12 @@ def placement(
     step: Annotated[
         int | None,
         typer.Option(
-            "--step", metavar="N", help="Show the placement at this step. Default: the last.", min=0
+            "--step", metavar="N", help="Show the placement at this step; default: the last step.", min=0
         ),
     ] = None,
     against: Annotated[
-        int | None, typer.Option("--against", metavar="N", help="Show what changed since this step.", min=0)
+        int | None,
+        typer.Option("--against", metavar="N", help="Show what changed from this step to --step.", min=0),
     ] = None,
     layer: Annotated[
         int | None,

@@ -24,7 +24,7 @@ def postmortem(
         list[str] | None,
         typer.Argument(
             metavar="DIR…",
-            help="Folders, s3://… or gs://…, or globs of them, that hold dumps at any depth.",
+            help="Folders, s3://… or gs://… addresses, or globs of them. Dumps are found at any depth.",
             envvar="EXPERT_LOAD_DUMP_DIR",
             show_default="the current folder",
         ),
@@ -34,36 +34,47 @@ def postmortem(
         typer.Option(
             "--group-by",
             metavar="NAME",
-            help="Group by model, engine, ep_size … or a name of the engine's configuration.",
+            help="Group by model, engine, ep_size, … or an entry of the engine's configuration.",
         ),
     ] = None,
-    top: Annotated[int, typer.Option("--top", metavar="N", help="Show this many runs in text.", min=1)] = 20,
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", help="Show this many runs; JSON has all.", min=1)
+    ] = 20,
     fail_below: Annotated[
         float | None,
         typer.Option(
-            "--fail-below", metavar="X", help="Exit with 1 if a mean balancedness is below X.", min=0, max=1
+            "--fail-below",
+            metavar="X",
+            help="Exit with code 1 if a run's mean balancedness is below X.",
+            min=0,
+            max=1,
         ),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            "--baseline", metavar="ID", help="A run's id; exit with 1 if a run is significantly worse."
+            "--baseline",
+            metavar="ID",
+            help="Compare with this run; exit with code 1 if a run is significantly worse.",
         ),
     ] = None,
     save: Annotated[
         Path | None,
         typer.Option(
             "--save",
-            help="Keep runs.parquet, a report of each run and finished results in this folder.",
+            help="Save runs.parquet and each run's report in this folder; continue an interrupted batch.",
             parser=lambda text: local(storage_path(text), "`postmortem --save`"),
             metavar="DIR",
         ),
     ] = None,
     html: Annotated[
-        bool, typer.Option("--html", help="With --save: an HTML report of each run, too.")
+        bool, typer.Option("--html", help="With --save: also write an HTML report of each run.")
     ] = False,
     executor: Annotated[
-        str, typer.Option("--executor", metavar="NAME", help="local, processes or ray.")
+        str,
+        typer.Option(
+            "--executor", metavar="NAME", help="Run in one process (local), in processes, or on Ray (ray)."
+        ),
     ] = "local",
     workers: Annotated[
         int | None,
@@ -80,15 +91,15 @@ def postmortem(
         typer.Option(
             "--ray-address",
             metavar="ADDRESS",
-            help="The address of your Ray cluster; default: start a local one.",
+            help="Connect to this Ray cluster; default: start a local one.",
         ),
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Rank many runs by what imbalance cost them: why, whether EPLB helped, and what cannot be read.
+    """Rank many runs by what imbalance cost them, and show why and whether EPLB helped.
 
-    A run that cannot be read is a row that says why. With --save, a batch that was interrupted goes on
-    where it was, and runs that did not change are not read again.
+    If a run cannot be read, its row says why. With --save, an interrupted batch continues, and runs that
+    did not change are not read again.
     """
     from eplb_analyze.batch.cache import ResultCache
     from eplb_analyze.batch.comparison import judge, require_baseline
@@ -97,11 +108,11 @@ def postmortem(
     from eplb_analyze.batch.targets import find
 
     if html and save is None:
-        raise UsageError("--html: say with --save where the reports go")
+        raise UsageError("--html needs a folder for the reports; add --save DIR")
     if workers is not None and executor == "local":
-        raise UsageError("--workers: --executor local has none; name processes or ray")
+        raise UsageError("--workers does not apply to --executor local; choose --executor processes or ray")
     if ray_address is not None and executor != "ray":
-        raise UsageError("--ray-address: add --executor ray")
+        raise UsageError("--ray-address applies only with --executor ray")
     out = Output(json=json)
     targets = list(find(places or ["."]))
     if baseline is not None:

@@ -20,10 +20,10 @@ def ranks(
     top: options.Top = 8,
     every: Annotated[
         bool,
-        typer.Option("--all", help="Also show layers whose ranks are all within 10% of the mean."),
+        typer.Option("--all", help="Also show layers in which all ranks are within 10% of the mean."),
     ] = False,
 ) -> None:
-    """Show the rank or node that the others wait for: in which layers, how often, and at what cost."""
+    """Show which rank or node the others wait for, in which layers, how often, and at what cost."""
     from eplb_analyze.analysis.ranks import rank_report, require_nodes
 
     run = out.open()

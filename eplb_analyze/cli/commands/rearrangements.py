@@ -24,7 +24,7 @@ def rearrangements(
     ] = 1000,
     expert_mb: options.ExpertMb = None,
 ) -> None:
-    """Show whether each rearrangement helped: before, predicted, after, the gain, and what moved."""
+    """Show whether each rearrangement helped: balancedness before and after, the gain, and what moved."""
     from eplb_analyze.analysis.rearrangements import rearrangement_report
 
     run = out.open(timings=timings)

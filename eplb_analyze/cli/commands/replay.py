@@ -19,7 +19,7 @@ def replay(
     interval: options.Interval = None,
     window: options.Window = None,
     ep_size: Annotated[
-        str | None, typer.Option("--ep-size", help="Numbers of EP ranks.", metavar="N,N…")
+        str | None, typer.Option("--ep-size", help="Try these numbers of EP ranks.", metavar="N,N…")
     ] = None,
     start: options.Start = None,
     num_groups: options.NumGroups = None,
@@ -34,8 +34,8 @@ def replay(
 ) -> None:
     """Replay the recorded loads under another policy, redundancy, interval or window.
 
-    Each combination is replayed on the recorded loads: placed from past steps only, scored on the steps
-    after, beside today's placements. Options take lists, as in --interval-steps 100,500.
+    Each combination of settings places experts by past steps only, and is scored on the steps after. Today's
+    setting is in the same table. Options take lists, for example --interval-steps 100,500.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.pricing import Objective

@@ -13,7 +13,7 @@ from eplb_analyze.errors import EXIT_UNUSABLE
 def runs(dump: options.Dump = None, json: options.Json = False) -> None:
     """List the runs of a dump, the newest last: model, engine, time, ranks, steps, state and size.
 
-    Reads headers only, so it is quick. A run that cannot be read has a line that says so.
+    Reads only headers, so it is quick. If a run cannot be read, its line says why.
     """
     from eplb_analyze.batch.runs import list_runs
 

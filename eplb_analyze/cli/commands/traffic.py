@@ -16,7 +16,7 @@ def traffic(
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
-    """Show how many tokens each rank sent to each other, and how many crossed nodes (scope local only)."""
+    """Show how many tokens each rank sent to each other rank, and how many crossed nodes (scope `local`)."""
     from eplb_analyze.analysis.traffic import traffic_report
 
     run = out.open()

@@ -28,7 +28,7 @@ def watch(
     out: RunOutput,
     interval: Annotated[
         float,
-        typer.Option("--refresh-seconds", metavar="SECONDS", help="Seconds between two updates.", min=0.1),
+        typer.Option("--refresh-seconds", metavar="SECONDS", help="Update the view this often.", min=0.1),
     ] = 1.0,
     window: Annotated[
         int,
@@ -36,13 +36,13 @@ def watch(
             "--window-steps", metavar="N", help="Compute figures over this many of the newest steps.", min=1
         ),
     ] = 1000,
-    once: Annotated[bool, typer.Option("--once", help="Print one view, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and exit.")] = False,
 ) -> None:
     """Show a live view of a run while it is written: balance, hot experts, incidents. Ctrl-C ends it."""
     if not once and out.json:
-        raise UsageError("the live view is no document: add --once to have one look as JSON")
+        raise UsageError("--json prints one view; add --once")
     if not once and not sys.stdout.isatty():
-        raise UsageError("the live view needs a terminal: add --once to have one look printed here")
+        raise UsageError("the live view needs a terminal; add --once to print one view")
     folder = local(out.dump, "`watch`")
     from eplb_analyze.live.watch import Follower
 

@@ -18,7 +18,7 @@ MARKS = {"error": ("✗", "bold red"), "warning": ("!", "yellow"), "info": ("·"
 
 def render(console: Console, run: Run, report: CheckReport) -> None:
     warnings = sum(finding.severity == "warning" for finding in report.findings)
-    verdict = ("complete and intact", "bold green") if report.ok else ("NOT in order", "bold red")
+    verdict = ("complete and intact", "bold green") if report.ok else ("problems found", "bold red")
     if report.ok and warnings:
         verdict = (f"intact, with {plural(warnings, 'warning')}", "bold yellow")
     print_line(console, (f"{run.info.model} · run {run.info.run_id}: ", "bold"), verdict)

@@ -31,12 +31,12 @@ def render(console: Console, report: ImportReport) -> None:
     console.print(f"{layers} × {report.num_logical_experts} experts in {slots}, scope {report.scope}")
     steps = plural(report.steps, "step")
     if report.complete < report.steps:
-        steps += f", of which {report.complete:,} are of all ranks"
+        steps += f", {report.complete:,} of them recorded by all ranks"
     console.print(
         steps + (f", {report.not_sampled:,} between them not sampled" if report.not_sampled else "")
     )
     console.print(f"written: {plural(report.rows, 'row')}, {report.bytes:,} bytes")
     console.print()
     section("not known", list(report.unknown.values()))
-    section("taken for granted", list(report.assumed.values()))
+    section("assumed", list(report.assumed.values()))
     section("also", report.notes)

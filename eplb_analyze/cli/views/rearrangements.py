@@ -30,7 +30,7 @@ WIDE = 100
 #: So many rearrangements are told in words, and so many layers are listed one by one.
 TOLD, FEW_LAYERS = 5, 6
 
-#: Verdicts that are shortened to fit 80 columns; the interval beside them says the rest.
+#: Verdicts that are shortened to fit 80 columns; the interval beside them has the details.
 SHORT = {"no measurable gain": "no gain seen"}
 
 STYLES = {

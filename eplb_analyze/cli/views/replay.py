@@ -220,4 +220,4 @@ def _bounds(console: Console, result: Replay) -> None:
         if bound is not None
     ]
     if parts:
-        console.print(f"no placement whatever idles less than {', '.join(parts)}")
+        console.print(f"lower bound of idle time for any placement: {', '.join(parts)}")

@@ -80,7 +80,7 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         console,
         "better placement could remove at most ",
         (most, "bold"),
-        f" of the excess tokens: what lasts in loads summed over {plural(loss.window_steps, 'step')}; "
+        f" of the excess tokens, which persist in loads summed over {plural(loss.window_steps, 'step')}; "
         "the rest varies from step to step",
     )
     console.print()

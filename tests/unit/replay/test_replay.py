@@ -542,7 +542,7 @@ def test_default_grid(dump: Path) -> None:
     ("arguments", "words"),
     [
         (["--interval-steps", "ten"], ["--interval-steps", "whole numbers"]),
-        (["--interval-steps", "0"], ["whole numbers from 1 on"]),
+        (["--interval-steps", "0"], ["whole numbers of at least 1"]),
         (["--window-steps", "5,,6"], ["--window-steps"]),
         (["--redundant-experts", "-1"], ["--redundant-experts"]),
         (["--cost-per-expert-ms", "-1"], ["--cost-per-expert-ms"]),

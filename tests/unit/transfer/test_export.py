@@ -326,7 +326,7 @@ def test_assumptions_of_an_imported_run_are_noted(tmp_path: Path) -> None:
     target = ["--for", "json", "-o", tmp_path / "F"]
     for more in ([], ["--force", "--policy", "deepseek"]):
         result = cli("export", "placement", *target, *more, dump)
-        assert "assumed of this run, imported from" in " ".join(result.stdout.split())
+        assert "assumed for this run, imported from" in " ".join(result.stdout.split())
 
 
 # ---- placements made by a policy
