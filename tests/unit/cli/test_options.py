@@ -50,5 +50,5 @@ def test_one_step_is_a_range_of_one() -> None:
     assert one_range(None, 9) == StepRange(9, 10)
     assert one_range(StepRange(1, 2), None) == StepRange(1, 2)
     assert one_range(None, None) is None
-    with pytest.raises(typer.BadParameter, match="either --step or --steps"):
+    with pytest.raises(typer.BadParameter, match="--step and --steps cannot be combined"):
         one_range(StepRange(1, 2), 9)
