@@ -59,10 +59,10 @@ def compare(
     until: options.Until = None,
     phase: options.Phase = None,
     phase_a: Annotated[
-        str | None, typer.Option("--phase-a", help="As --phase, of A.", metavar="NAME")
+        str | None, typer.Option("--phase-a", help="Select steps of this phase in A only.", metavar="NAME")
     ] = None,
     phase_b: Annotated[
-        str | None, typer.Option("--phase-b", help="As --phase, of B.", metavar="NAME")
+        str | None, typer.Option("--phase-b", help="Select steps of this phase in B only.", metavar="NAME")
     ] = None,
     tz: options.TimeZone = None,
     top: options.Top = 5,
