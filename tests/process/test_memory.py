@@ -33,7 +33,7 @@ COMMANDS = {
     "experts": "dump",
     "traffic": "dump",
     "rearrangements": "dump",
-    "compare": "--steps-a -11 --steps-b 12- dump",
+    "compare": "--steps-a -1 --steps-b 2- dump",
     "replay": "--policy deepseek --interval-steps 2 --window-steps 2 dump",
     "advise": "--policy deepseek --interval-steps 2 --window-steps 2 dump",
     "postmortem": "dump",
