@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from eplb_analyze.analysis.cost import TIMES, Milliseconds, RunCost
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary import warnings
-from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.text import figure, listed, milliseconds, percent, plural
 
@@ -158,10 +158,17 @@ def cost_sentence(cost: RunCost) -> str:
 
 def _recoverable(summary: Summary) -> list[str]:
     """How much of the excess better placement can recover, if that is known."""
-    loss = summary.loss
+    loss, measured = summary.loss, summary.cost.status is CostStatus.MEASURED
+    drivers = {phase.driver for phase in summary.cost.phases.values() if phase.status is CostStatus.MEASURED}
+    if measured and drivers == {Driver.ACTIVE_EXPERTS}:
+        # A share of the excess tokens says nothing about a time that does not depend on tokens.
+        return [
+            "Steps wait for the rank with the most active experts: balancing tokens alone saves nothing. "
+            f"`{PROGRAM} advise` tries other settings."
+        ]
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return []
-    of = "that" if summary.cost.status is CostStatus.MEASURED else "the excess tokens"
+    of = "that" if measured and Driver.ACTIVE_EXPERTS not in drivers else "the excess tokens"
     last, where = summary.last_configuration_steps, ""
     if last is not None and len(summary.configurations) > 1:
         where = f" in steps {last[0]}-{last[1]}"

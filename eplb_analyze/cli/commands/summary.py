@@ -27,4 +27,9 @@ def summary(
 
     run = out.open(timings=timings, gpu=gpu)
     result = summarize(run, steps)
-    out.show(result.to_json, lambda console: render(console, result, run.clock, top, full=full), result.steps)
+    part = (result.steps.first, result.steps.last) != run.step_range
+    out.show(
+        result.to_json,
+        lambda console: render(console, result, run.clock, top, full=full, part=part),
+        result.steps,
+    )

@@ -106,8 +106,7 @@ def redundancy(changes: Changes) -> list[str]:
         least = min(free, key=lambda change: change.setting.num_redundant_experts)
         effect = "you gain" if least.result == "gain" else "you lose nothing"
         number = least.setting.num_redundant_experts
-        freed = _memory(least).removeprefix("−")
-        lines.append(f"With {number} instead of {base}, {effect}, and each GPU holds {freed} less")
+        lines.append(f"With {number} instead of {base}, {effect}, and each GPU holds {_fewer(least)}")
     return lines
 
 
@@ -171,6 +170,13 @@ def _memory(change: Change) -> str:
     sign = "+" if change.experts_per_gpu > 0 else "−"
     experts = plural(abs(change.experts_per_gpu), "expert")
     return f"{sign}{experts}" if change.gb_per_gpu is None else f"{sign}{abs(change.gb_per_gpu):.1f} GB"
+
+
+def _fewer(change: Change) -> str:
+    """``2.6 GB less``, or ``58 fewer experts`` if their size is not known."""
+    if change.gb_per_gpu is not None:
+        return f"{abs(change.gb_per_gpu):.1f} GB less"
+    return plural(abs(change.experts_per_gpu), "fewer expert")
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:

@@ -147,7 +147,7 @@ def _in_time(result: Comparison) -> list[str]:
         else:
             text = f"{phase} take no significantly different time"
         text = f"In time: {text} ({milliseconds(ms.a)} to {milliseconds(ms.b)})"
-        if part is not None and ms.verdict in ("better", "worse"):
+        if part is not None and (ms.verdict in ("better", "worse") or part.low > 0 or part.high < 0):
             text += f"; imbalance explains {milliseconds(part.estimate, part.low, part.high, sign=True)}"
         lines.append(text)
     return lines
@@ -172,7 +172,8 @@ def _side(console: Console, name: str, side: Side, clock: RunClock) -> None:
 def _incidents(console: Console, name: str, side: Side, clock: RunClock, top: int) -> None:
     """A line for each incident, the first ones of many."""
     if not side.incidents:
-        print_line(console, f"no incidents in {name}")
+        # One that lasts all of a side, or began before it, is no change within it.
+        print_line(console, f"no incident begins in {name}")
     for incident in side.incidents[:top]:
         print_line(console, (f"incident in {name}: ", "bold"), in_a_line(incident, clock))
     rest = len(side.incidents) - top
@@ -215,6 +216,15 @@ def _difference(row: Difference) -> tuple[str, str, Any]:
     return signed(row.difference), interval(row.low, row.high), styled((verdict, STYLES.get(verdict, "dim")))
 
 
+def _telling(result: Comparison) -> list[LayerDifference]:
+    """The layers that differ significantly and make up enough of the whole difference."""
+    return [
+        row
+        for row in result.layers
+        if row.idle_fraction.verdict in ("better", "worse") and abs(row.part or 0.0) >= MIN_PART
+    ]
+
+
 def _layers(console: Console, result: Comparison, top: int) -> None:
     """The layers with most of the difference of the idle fraction."""
     rows = [row for row in result.layers if row.idle_fraction.difference is not None]
@@ -225,7 +235,7 @@ def _layers(console: Console, result: Comparison, top: int) -> None:
     console.print(
         f"layers: {counts['better']} better, {counts['worse']} worse, {rest} not significant{by_chance}"
     )
-    rows = [row for row in rows if row.idle_fraction.verdict in counts and abs(row.part or 0.0) >= MIN_PART]
+    rows = _telling(result)
     if rows and result.size is not None:
         rows.sort(key=lambda row: -abs(row.part or 0.0))
         columns = "layer", "of difference", "idle A", "idle B", "B − A, points", "95% interval"
@@ -242,8 +252,9 @@ def _layers(console: Console, result: Comparison, top: int) -> None:
 
 
 def _experts(console: Console, result: Comparison, top: int) -> None:
-    """The experts that explain the differences of these layers."""
-    rows = result.experts
+    """The experts that explain the differences of the layers above; others explain what hardly matters."""
+    layers = {row.layer for row in _telling(result)}
+    rows = [row for row in result.experts if row.layer in layers]
     if not rows or result.size is None:
         return
     title = (

@@ -49,14 +49,29 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         _table(console, report, "hot in bursts, the highest peak first", bursts, top)
     if cold or not hot:
         _table(console, report, "cold", report.cold, top)
-    judged = "of all steps" if report.all_placements else "since the layer's last rearrangement"
+    judged = _judged(report, "of all steps")
     legend = (
         f"hot in a window: {factor:g}x the layer's mean or more; cold: 1/{factor:g} or less over all steps; "
-        f"now: over the layer's mean, by the loads {judged}; due: slots that this load is worth (! a slot or "
-        "more short); *: two replicas on one rank"
+        f"load: over the layer's mean, by the loads {judged}; due: slots that this load is worth (! a slot "
+        "or more short); *: two replicas on one rank"
     )
-    wide = "; uneven: the fullest replica over their mean" if console.width >= WIDE else ""
+    wide = (
+        "; × mean: by the loads of all steps; uneven: the fullest replica over their mean"
+        if console.width >= WIDE
+        else ""
+    )
     print_line(console, (legend + wide, "dim"))
+
+
+def _since_change(report: ExpertReport) -> bool:
+    """Whether replicas are judged by fewer steps than all: those since a rearrangement."""
+    since = report.placement_first_step
+    return since is not None and since > report.first_step and not report.all_placements
+
+
+def _judged(report: ExpertReport, whole: str) -> str:
+    """The steps whose loads judge replicas; ``whole``: all, in words."""
+    return "since the layer's last rearrangement" if _since_change(report) else whole
 
 
 def _replicas(console: Console, report: ExpertReport) -> None:
@@ -69,14 +84,14 @@ def _replicas(console: Console, report: ExpertReport) -> None:
     }
     wrong = [f"{plural(counts[key], 'expert')} with {name}" for key, name in names.items() if counts[key]]
     loads = "all steps"
-    if since is not None and since > report.first_step and not report.all_placements:
+    if since is not None and _since_change(report):
         loads = f"{steps_label(console, since, report.last_step)}, since the last rearrangement"
     found = (", ".join(wrong), "bold") if wrong else "no expert has too few or too many"
     print_line(console, "replicas: ", found, f" (by the loads of {loads})")
 
 
 def _hottest(console: Console, report: ExpertReport) -> None:
-    """The expert that is hottest now and the one with the highest peak, with the steps of their heat."""
+    """The expert with most load of those still hot, and the one with the highest peak, and when they were."""
     hot = report.hot
     if not len(hot):
         return
@@ -87,8 +102,8 @@ def _hottest(console: Console, report: ExpertReport) -> None:
     for row in now.sort("placement_times_mean", descending=True, nulls_last=True).head(1).to_dicts():
         shown.append((row["layer"], row["logical"]))
         times, since = row["placement_times_mean"], step_label(console, row["first_hot_step"])
-        at = "" if times is None else f", {times:.1f}x the mean"
-        print_line(console, "hottest now: ", (_name(row), "bold"), f"{at}, hot since {since}")
+        at = "" if times is None else f", {times:.1f}x the mean {_judged(report, 'over all steps')}"
+        print_line(console, "hottest of those still hot: ", (_name(row), "bold"), f"{at}, hot since {since}")
     for row in peaks:
         if (row["layer"], row["logical"]) not in shown:
             steps = steps_label(console, row["first_hot_step"], row["last_hot_step"])
@@ -120,7 +135,7 @@ def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFra
     mean = ["× mean"] if wide else []  # over all steps
     more = ["hot in", "CV"] if wide else []
     uneven = ["uneven"] if wide else []
-    columns = ("expert", "now", *mean, "peak", *more, "replicas", "due", *uneven, "<hot in steps")
+    columns = ("expert", "load", *mean, "peak", *more, "replicas", "due", *uneven, "<hot in steps")
     listing = table(
         console, *layer, *columns, *(["<since"] if timed else []), title=title + limited(top, len(frame))
     )

@@ -37,7 +37,16 @@ MARKS = {
 }
 
 
-def render(console: Console, result: Summary, clock: RunClock, top: int = 5, *, full: bool = False) -> None:
+def render(
+    console: Console,
+    result: Summary,
+    clock: RunClock,
+    top: int = 5,
+    *,
+    full: bool = False,
+    part: bool = False,
+) -> None:
+    """``part``: whether the figures are of a part of the run's steps."""
     found = answer.answer_of(result, clock)
     _head(console, result, clock)
     console.print()
@@ -52,7 +61,7 @@ def render(console: Console, result: Summary, clock: RunClock, top: int = 5, *, 
         print_line(console, (text, "yellow"))
     if not found.figures:
         return
-    _incidents(console, found.incidents, top)
+    _incidents(console, found.incidents, top, part=part)
     _timeline(console, result, clock)
     _rearrangements(console, result, clock)
     if full:
@@ -78,9 +87,16 @@ def _head(console: Console, result: Summary, clock: RunClock) -> None:
     print_line(console, text if complete else (text, "yellow"))
 
 
-def _incidents(console: Console, incidents: list[answer.Told], top: int) -> None:
+def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part: bool) -> None:
     console.print()
-    print_line(console, (plural(len(incidents), "incident") if incidents else "no incidents", "bold"))
+    if incidents:
+        print_line(console, (plural(len(incidents), "incident"), "bold"))
+    elif part:
+        # One that lasts all of these steps is no change within them: it is not denied, and not seen.
+        begun = "; `summary` of the whole run shows those that began before"
+        print_line(console, ("no incident begins in these steps", "bold"), begun)
+    else:
+        print_line(console, ("no incidents", "bold"))
     shown = incidents[: max(top, SHOWN_INCIDENTS)]
     for told in shown:
         print_line(console, (told.head, "bold"), indent=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,12 @@ from reference import idle_fraction, per_step
 from timed_run import write_timed
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.compare import Difference, _size, compare_runs
+from eplb_analyze.analysis.compare import Difference, StepTime, _size, compare_runs
+from eplb_analyze.analysis.cost import Milliseconds
 from eplb_analyze.analysis.incidents import Cause, Incident, IncidentCost
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.cli.console import console
-from eplb_analyze.cli.views.compare import _incidents
+from eplb_analyze.cli.views.compare import _experts, _in_time, _incidents
 from eplb_analyze.json_report import as_json
 from eplb_analyze.metrics import series
 from eplb_analyze.metrics.bootstrap import Interval
@@ -364,7 +366,7 @@ def test_incidents_of_either_side_are_told_in_a_line(story: tuple[Path, Any]) ->
     assert (incident.first_step, incident.last_step) == (HOT, HELPED - 1)
     options = "--steps-a", "0-59", "--steps-b", "60-359"
     text = " ".join(cli("compare", *options, root).stdout.split())
-    assert "no incidents in A" in text
+    assert "no incident begins in A" in text
     assert f"incident in B: {in_a_line(incident, run.clock)}" in text
     assert f"B r, steps 60-359, {run.clock.span_text((60, 359))}: 300 complete steps" in text
     document = json.loads(cli("compare", *options, "--json", root).stdout)
@@ -384,6 +386,29 @@ def test_incidents_beyond_the_top_are_counted() -> None:
     lines = text.getvalue().splitlines()
     assert lines[2] == "incident in B: steps 40-49: layer 2 at 2.0x the mean; no cause found"
     assert lines[3:] == ["and 2 more incidents in B; `summary` shows all"]
+
+
+def test_only_experts_of_the_layers_shown_are_named(story: tuple[Path, Any]) -> None:
+    root, _ = story
+    run = open_run(root)
+    result = compare_runs(run, run, steps_a=(HOT, HELPED), steps_b=(HELPED, LAST))
+    other = replace(result.experts[0], layer=2, expert=8)
+    assert next(row for row in result.layers if row.layer == 2).idle_fraction.verdict != "better"
+    text = io.StringIO()
+    _experts(console(text), replace(result, experts=[*result.experts, other]), 100)
+    rows = [line.split() for line in text.getvalue().splitlines()]
+    assert [row[:2] for row in rows if row and row[0].isdigit()] == [["1", str(result.experts[0].expert)]]
+
+
+def test_imbalance_is_named_also_where_the_whole_step_time_does_not_differ() -> None:
+    def lines(low: float) -> list[str]:
+        whole = Difference(23.8, 23.9, 0.1, -0.1, 0.3, "no significant difference")
+        given: Any = SimpleNamespace(step_times=[StepTime("decode", whole, Milliseconds(0.15, low, 0.2))])
+        return _in_time(given)
+
+    told = "In time: steps take no significantly different time (23.8 ms to 23.9 ms)"
+    assert lines(0.1) == [f"{told}; imbalance explains +0.15 ms (+0.10 to +0.20)"]
+    assert lines(-0.1) == [told]
 
 
 def test_nothing_is_named_if_nothing_differs(story: tuple[Path, Any]) -> None:

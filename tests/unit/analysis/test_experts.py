@@ -267,26 +267,27 @@ org/moe · run r
 40 complete steps, 0-39 (03:12:04-03:12:04), in 4 windows of 10
 replicas: 2 experts with too few (by the loads of steps 20-39
 (03:12:04-03:12:04), since the last rearrangement)
-hottest now: expert 0 of layer 1, 2.0x the mean, hot since step 30 (03:12:04)
+hottest of those still hot: expert 0 of layer 1, 2.0x the mean since the layer's
+last rearrangement, hot since step 30 (03:12:04)
 highest peak: expert 0 of layer 0, 2.4x the mean in steps 0-19
 (03:12:04-03:12:04)
 of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
-a layer's hottest that are the same some windows later (by chance 25%): 1: 83
-%, 2: 50%
+a layer's hottest that are the same some windows later (by chance 25%): 1: 83%,
+2: 50%
 
 hot in bursts, the highest peak first (2 of 3)
-layer   expert    now   peak   replicas     due   hot in steps   since
+layer   expert   load   peak   replicas     due   hot in steps   since
 ─────────────────────────────────────────────────────────────────────────
     0        0   1.98   2.42          1   3.0 !   0-19           03:12:04
     1        3   0.40   2.41          1     0.6   0-19           03:12:04
 
 cold
-layer   expert    now   peak   replicas     due   hot in steps   since
+layer   expert   load   peak   replicas     due   hot in steps   since
 ──────────────────────────────────────────────────────────────────────
     0        3   0.39   0.41          1     0.6   –              –
 
 hot in a window: 2x the layer's mean or more; cold: 1/2 or less over all steps;
-now: over the layer's mean, by the loads since the layer's last rearrangement;
+load: over the layer's mean, by the loads since the layer's last rearrangement;
 due: slots that this load is worth (! a slot or more short); *: two replicas on
 one rank
 """
@@ -332,7 +333,10 @@ def test_hottest_expert_is_named_with_step_and_clock_time(cooled: Path) -> None:
     assert "by the loads of steps 200-399 (" in told
     assert "1 expert with too many" in told
     early = " ".join(cli("experts", "--steps", "-199", cooled).stdout.split())
-    assert re.search(r"hottest now: expert 0 of layer 0, 3\.5x the mean, hot since step 100 \(", early)
+    hottest = "hottest of those still hot: expert 0 of layer 0, 3.5x the mean over all steps"
+    assert f"{hottest}, hot since step 100 (" in early
+    assert "by the loads of all steps; due" in early
+    assert "by the loads since the layer's last rearrangement; due" in told
     assert "(by the loads of all steps)" in early
 
 

@@ -65,6 +65,15 @@ def test_losses_equal_plain_loops(story: tuple[Path, Array]) -> None:
     assert loss.window_steps == WINDOW_STEPS
 
 
+def test_incident_that_lasts_all_selected_steps_is_not_denied(story: tuple[Path, Array]) -> None:
+    folder, _ = story
+    whole = cli("summary", folder).stdout
+    assert "\n1 incident\n" in whole
+    within = cli("summary", "--steps", "350-450", folder).stdout
+    assert "no incidents" not in within
+    assert "\nno incident begins in these steps; `summary` of the whole run shows" in within
+
+
 def test_summary_reports_the_planted_losses(story: tuple[Path, Array]) -> None:
     folder, loads = story
     result = summarize(open_run(folder)).to_json()
@@ -185,4 +194,4 @@ def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
     assert "ranks, losses and experts below are of steps 40-59" in told
     assert "of the excess tokens in steps 40-59" in told
     told = " ".join(cli("advise", tmp_path).stdout.split())
-    assert "recorded in steps 40 to 59" in told
+    assert "recorded in steps 40-59 (" in told

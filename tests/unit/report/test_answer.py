@@ -12,11 +12,11 @@ import pytest
 from helpers import load_of, map_of, open_writer
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.analysis.cost import Milliseconds, PhaseCost
 from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
 from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
 from eplb_analyze.cli.views.summary import MARKS, render
-from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.report.answer import TITLES, answer_of, cost_sentence, in_a_line, told
 
@@ -105,6 +105,26 @@ def test_first_rule_that_applies_gives_the_verdict(
 def test_run_whose_imbalance_costs_a_twentieth_of_its_time_is_imbalanced(summary: Summary) -> None:
     assert measured(balanced(summary, 0.96), 0.06).verdict.verdict == "imbalanced"
     assert measured(balanced(summary, 0.96), 0.04).verdict.verdict == "balanced"
+
+
+def test_share_of_excess_tokens_is_not_said_of_a_time_that_active_experts_take(summary: Summary) -> None:
+    def sentences(*drivers: Driver | None) -> list[str]:
+        of = PhaseCost(CostStatus.MEASURED, "", 100, 100, None, None, None, None, None, "")
+        given = measured(balanced(summary, 0.7))
+        phases = {str(i): replace(of, driver=driver) for i, driver in enumerate(drivers)}
+        found = replace(given, cost=replace(given.cost, phases=phases))
+        return answer_of(found, CLOCK).sentences[1:]
+
+    for drivers in ((Driver.TOKENS,), (None,), (Driver.BOTH, Driver.TOKENS)):
+        (sentence,) = sentences(*drivers)
+        assert sentence.startswith("Better placement can recover at most ")
+        assert "% of that" in sentence
+    (sentence,) = sentences(Driver.ACTIVE_EXPERTS, Driver.TOKENS)
+    assert "% of the excess tokens" in sentence
+    assert sentences(Driver.ACTIVE_EXPERTS) == [
+        "Steps wait for the rank with the most active experts: balancing tokens alone saves nothing. "
+        "`eplb-analyze advise` tries other settings."
+    ]
 
 
 def test_every_verdict_and_cause_has_words() -> None:
