@@ -96,12 +96,10 @@ def test_shell_example_runs(request: pytest.FixtureRequest, page: str, line: str
 
 def test_the_incident_is_the_planted_one(incident: Path) -> None:
     """The walk-through names a layer, an expert, a rearrangement and their steps; the recording has them."""
-    found = json.loads(
-        run(incident, "eplb-analyze", "experts", "--layer", "12", "--output", "json", "incident")
-    )
+    found = json.loads(run(incident, "eplb-analyze", "experts", "--layer", "12", "--json", "incident"))
     hot = [expert for expert in found["experts"] if expert["verdict"] != "never"]
     assert [(expert["logical"], expert["first_hot_step"]) for expert in hot] == [(77, 1000)]
-    moved = json.loads(run(incident, "eplb-analyze", "rearrangements", "--output", "json", "incident"))
+    moved = json.loads(run(incident, "eplb-analyze", "rearrangements", "--json", "incident"))
     assert [(r["first_step"], r["verdict"]) for r in moved["rearrangements"]] == [(2000, "helped")]
 
 
