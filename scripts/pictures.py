@@ -18,7 +18,7 @@ IMAGES = Path(__file__).parents[1] / "docs/images"
 #: Picture -> the commands whose output it shows, and how many lines of each.
 PICTURES = {
     "demo": [("summary", 40)],
-    "questions": [("layer 12 --step 1500", 22), ("experts --layer 12", 40), ("rearrangements", 40)],
+    "questions": [("layer 12 --step 1500", 24), ("experts --layer 12", 40), ("rearrangements", 40)],
 }
 
 

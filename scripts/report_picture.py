@@ -1,4 +1,7 @@
-"""Makes docs/images/report.png from a report in Chromium: `python scripts/report_picture.py demo-dump`."""
+"""Makes docs/images/report.png from a report in Chromium: `python -m scripts.report_picture DUMP`.
+
+DUMP is the recording that `python -m examples.incident incident` makes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from eplb_analyze import open_run
 from eplb_analyze.report.write import write_report
 
 IMAGE = Path(__file__).parents[1] / "docs/images/report.png"
-SIZE = {"width": 1280, "height": 1290}
+SIZE = {"width": 1280, "height": 1355}
 
 
 def main(dump: str) -> None:
@@ -25,13 +28,8 @@ def main(dump: str) -> None:
         page = browser.new_page(viewport=SIZE, color_scheme="light")
         page.goto(file.as_uri())
         page.wait_for_selector("html[data-ready=true]")
-        box = page.locator("#timeline").bounding_box()
-        assert box
-        # The steps before the first rearrangement of the demo.
-        page.mouse.move(box["x"] + 52, box["y"] + 60)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 0.218 * box["width"], box["y"] + 60, steps=5)
-        page.mouse.up()
+        page.click(".incident button")
+        page.evaluate("scrollTo(0, 0)")
         page.mouse.move(5, 5)
         page.wait_for_timeout(500)
         page.screenshot(path=IMAGE)
@@ -39,4 +37,4 @@ def main(dump: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo-dump")
+    main(sys.argv[1])

@@ -116,7 +116,7 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
     every = plural(base.interval or 0, "step")
     text = f"{clean(base.policy)}, {base.num_redundant_experts} redundant, every {every}"
     text += f", window {base.window or 0:,}"
-    what = "today's setting" if changes.base_is_today else "a setting near today's"
+    what = "today's setting" if changes.base_is_today else "the tried setting nearest today's"
     print_line(console, ("one change at a time", "bold"), f", from {what}: {text}")
     unit = {
         "ms": "net ms per step (95% CI)",
@@ -134,6 +134,8 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
             _memory(change),
         )
     console.print(listing)
+    if not changes.base_is_today:
+        print_line(console, ("gains are over that setting, not over today's", "dim"))
     if changes.basis.value == "ms" and advice.replay is not None:
         print_line(console, (pause_sentence(advice.replay.pause), "dim"))
     elif changes.basis.value == "tokens":

@@ -20,14 +20,11 @@ FEW_EXPERTS = 12
 
 def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
     """Print a report; ``placed`` covers only its steps since the last change of placement."""
-
+    print_heading(console, f"layer {report.layer}", f" · {report.model} · run {report.run_id}")
     when = step_label(console, report.first_step)
     if report.steps > 1:
         when = f"{report.steps:,} steps, {range_text(console, report.first_step, report.last_step)}"
-    phase = f" ({report.phase})" if report.phase else ""
-    print_heading(
-        console, f"layer {report.layer}", f" · {when}{phase} · {report.model} · run {report.run_id}"
-    )
+    print_line(console, f"{when}, {report.phase}" if report.phase else when)
     if not report.complete and report.steps == 1:
         ranks = ", ".join(map(str, report.missing_ranks))
         text = f"INCOMPLETE: rank {ranks} not recorded in this step; the loads below are only a part"

@@ -143,14 +143,14 @@ def _help(console: Console, report: RearrangementReport) -> None:
 
 def _why(console: Console, rows: list[RearrangementFigures]) -> None:
     """What explains the difference between predicted and measured, how long the gain lasted, what moved."""
-    title = "why after is not as predicted, how long half of the gain lasted, what moved"
+    title = "why after differs from predicted; steps until half the gain was gone; what moved"
     timed = times_known(console)
     columns = (
         "<steps",
         *(("<time",) if timed else ()),
         "drift",
-        "uneven split",
-        "<half lasted",
+        "uneven",
+        "lasted",
         "slots",
         "to ranks",
         "to nodes",
@@ -160,7 +160,7 @@ def _why(console: Console, rows: list[RearrangementFigures]) -> None:
         lasted = "–"
         if row.lasted is not None:
             still = "" if row.lasted.until == "half gone" else "≥ "
-            lasted = f"{still}{plural(row.lasted.steps, 'step')}"
+            lasted = f"{still}{row.lasted.steps:,}"
         moved = (row.slots_moved, row.experts_crossed_ranks, row.experts_crossed_nodes)
         cells = ["–" if count is None else f"{count:,}" for count in moved]
         time = (step_time(console, row.first_step),) if timed else ()

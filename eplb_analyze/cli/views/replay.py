@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: From this share of tokens on, the legend says that they are dealt in rounds.
 MOSTLY = 0.5
 
+#: From this many columns on, the gain has a column beside the net gain.
+WIDE = 100
+
 
 OBJECTIVES = {"tokens": "tokens", "active": "active experts", "ms": "net ms per step"}
 
@@ -65,8 +68,12 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     _bounds(console, result)
     legend = "idle: share of rank time lost by tokens; "
     in_ms = result.objective == "ms"
-    if in_ms:
+    if in_ms and console.width >= WIDE:
         legend += "gain: by the cost fitted to the run's step times; net: less pauses, ms per step, 95% CI; "
+    elif in_ms:
+        legend += (
+            "net: the gain by the cost fitted to the run's step times, less pauses, in ms per step, 95% CI; "
+        )
     elif not _costs(result):
         legend += "saved: points of today's idle; "
     if result.objective != "tokens":
@@ -143,6 +150,8 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     for name in ("balanced", "idle", "saved", "active", "gain ms", "net ms", "pauses s", "net s"):
         if name not in shown:
             del columns[name]
+    if console.width < WIDE:
+        columns.pop("gain ms", None)
     if len(columns) > 9:
         columns.pop("balanced", None)
         columns.pop("pauses s", None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import columns_of_steps, labeled_marks, sparkline
-from eplb_analyze.cli.console import print_fields, print_heading, print_line
+from eplb_analyze.cli.console import print_fields, print_heading, print_line, styled
 from eplb_analyze.cli.views import summary_tables
 from eplb_analyze.report import answer
 from eplb_analyze.text import listed, plural
@@ -109,7 +110,7 @@ def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part
 
 
 def _timeline(console: Console, result: Summary, clock: RunClock) -> None:
-    """A sparkline of balancedness; below it the marks of incidents and rearrangements, and the clock."""
+    """A sparkline of balancedness, red during incidents; below it marks of what began, and the clock."""
     bins = result.timeline
     values = [part.balancedness for part in bins]
     known = [value for value in values if value is not None]
@@ -123,7 +124,11 @@ def _timeline(console: Console, result: Summary, clock: RunClock) -> None:
     title = f"balancedness {over}"
     console.print()
     print_line(console, (title, "bold"), f"{scale:>{max(len(scale) + 2, width - len(title))}}")
-    print_line(console, line.rstrip())
+    bars, starts = styled(line), [part.first_step for part in bins]
+    for incident in result.incidents:
+        first, last = (bisect_right(starts, step) for step in (incident.first_step, incident.last_step))
+        bars.stylize("red", max(0, first - 1) * repeat, last * repeat)
+    console.print(bars)
     marks = [(incident.first_step, MARKS[incident.cause.kind]) for incident in result.incidents]
     ended = {incident.first_step for incident in result.incidents if incident.cause.kind == "rearrangement"}
     marks += [

@@ -62,7 +62,7 @@ def _head(look: Snapshot, width: int) -> list[Text]:
     title = Text.assemble((clean(look.model), "bold"), clean(f" · run {look.run_id}"))
     title.truncate(max(1, width - len(state) - 1), pad=True)
     title.append(f" {state}", style)
-    parts = [] if look.newest_step is None else [f"step {look.newest_step:,}"]
+    parts = [] if look.newest_step is None else [f"step {look.newest_step}"]
     parts += [] if look.steps_per_second is None else [f"{look.steps_per_second:,.1f} steps/s"]
     parts += [f"EP {look.ep_size}, scope {look.scope}"]
     if look.num_layers is not None:
@@ -115,11 +115,11 @@ def _alert(alert: Alert) -> str:
         cause += f" with {plural(alert.replicas or 0, 'replica')}"
     since = alert.since[11:19]
     if alert.last_step is None or alert.until is None:
-        return f"! INCIDENT since {since}, step {alert.first_step:,}: {', '.join(where)} at {size}{cause}"
-    ended = f"ended {alert.until[11:19]}, step {alert.last_step:,}"
+        return f"! INCIDENT since {since}, step {alert.first_step}: {', '.join(where)} at {size}{cause}"
+    ended = f"ended {alert.until[11:19]}, step {alert.last_step}"
     if alert.rearrangement is not None:
-        ended += f", by the rearrangement at step {alert.rearrangement:,}"
-    return f"incident {since}, step {alert.first_step:,}, {ended}: {', '.join(where)} at {size}{cause}"
+        ended += f", by the rearrangement at step {alert.rearrangement}"
+    return f"incident {since}, step {alert.first_step}, {ended}: {', '.join(where)} at {size}{cause}"
 
 
 def _balance(look: Snapshot) -> list[Text]:
@@ -134,14 +134,14 @@ def _balance(look: Snapshot) -> list[Text]:
     line.append(f", now {figure(look.latest_balancedness)}" if look.current else "")
     line.append(f" · idle {percent(look.idle_fraction)}")
     line.append("" if recent is None else f", last 10 s {percent(recent.idle_fraction)}")
-    over = f"over {plural(look.complete, 'complete step')}, {look.first_step:,} to {look.last_step:,}"
+    over = f"over {plural(look.complete, 'complete step')}, {look.first_step}-{look.last_step}"
     over += f"; p5 {figure(spread.p5)}"
     if spread.min_step is not None:
-        over += f", worst {figure(spread.min)} at step {spread.min_step:,}"
+        over += f", worst {figure(spread.min)} at step {spread.min_step}"
     found = [line, Text(over, style="dim")]
     if not look.current:
         since = plural((look.newest_step or 0) - (look.last_step or 0), "step") + " ago"
-        last = f"last complete step {look.last_step:,}, {since}: {figure(look.latest_balancedness)}"
+        last = f"last complete step {look.last_step}, {since}: {figure(look.latest_balancedness)}"
         found.append(Text(last, style="yellow"))
     return found
 
@@ -308,7 +308,7 @@ def _events(look: Snapshot) -> list[Text]:
     if this is None:
         moved = Text("no rearrangement in these steps", style="dim")
     else:
-        moved = Text(f"▲ rearranged at {this.first_step:,}, {plural(this.layers, 'layer')}")
+        moved = Text(f"▲ rearranged at step {this.first_step}, {plural(this.layers, 'layer')}")
         if this.gain is not None:
             moved.append(f": {figure(this.before)} → {figure(this.after)}")
             moved.append(f" ({signed(this.gain)})", "green" if this.gain > 0 else "red")
@@ -344,7 +344,7 @@ def _problems(look: Snapshot) -> list[Text]:
         found.append(f"nothing but rejected steps from {_named(refused)}")
     lost = [w for w in look.writers if w.lost]
     if lost:
-        at = ", ".join(f"{w.last_step:,}" if w.last_step is not None else "none" for w in lost[:6])
+        at = ", ".join(str(w.last_step) if w.last_step is not None else "none" for w in lost[:6])
         found.append(f"{_named([w.rank for w in lost])} lost, last step {at}: the engine goes on without it")
     stopped = [w for w in look.writers if w.stopped and not w.lost]
     if stopped:
@@ -352,13 +352,13 @@ def _problems(look: Snapshot) -> list[Text]:
         since = (
             f"{first.behind:,} steps ago" if len(stopped) == 1 else f"the first {first.behind:,} steps ago"
         )
-        found.append(f"{_named([w.rank for w in stopped])} stopped {since}, at step {first.last_step:,}")
+        found.append(f"{_named([w.rank for w in stopped])} stopped {since}, at step {first.last_step}")
     early = [w for w in look.writers if w.closed and not w.stopped and not w.lost and w.behind]
     if early:
         first = max(early, key=lambda w: w.behind or 0)
         ahead = plural(first.behind or 0, "step")
         since = f"{ahead} before others" if len(early) == 1 else f"the first {ahead} before others"
-        found.append(f"{_named([w.rank for w in early])} ended {since}, at step {first.last_step:,}")
+        found.append(f"{_named([w.rank for w in early])} ended {since}, at step {first.last_step}")
     lossy = [w.rank for w in look.writers if (w.dropped or w.rejected) and w.rank not in refused]
     if lossy:
         found.append(f"steps dropped or rejected by {_named(lossy)}")
@@ -366,7 +366,7 @@ def _problems(look: Snapshot) -> list[Text]:
     if again:
         found.append(f"restarted: {_named(again)}")
     if look.shape_changed is not None:
-        found.append(f"EP size or slots changed at step {look.shape_changed:,}")
+        found.append(f"EP size or slots changed at step {look.shape_changed}")
     found += [finding.text for finding in look.findings]
     return [Text(clean(text), style="yellow") for text in found]
 

@@ -8,7 +8,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
 /* A text with no line break between a figure and its unit. */
-const glued = (text) => String(text).replace(/(\d) (?=[%×]|(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
+const glued = (text) => String(text).replace(/(\d) (?=×|(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
 
 const say = (id, text) => void (byId(id).textContent = glued(text));
 
@@ -25,7 +25,7 @@ function element(name, { text, className, title, click, colSpan } = {}, ...child
 }
 
 const figure = (value, digits = 3) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)} %`);
+const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(digits)}%`);
 const count = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en-US", { maximumFractionDigits: 1 }));
 /* Round half to even, as Python does. */
 const whole = (value) => count(Math.round(value) - value === 0.5 ? 2 * Math.round(value / 2) : Math.round(value));

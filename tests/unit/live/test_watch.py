@@ -661,7 +661,7 @@ def test_first_look_at_a_long_journal_reads_only_its_end(tmp_path: Path, ranks: 
     assert look.rearrangements == [200]
     assert look.rearrangement is not None
     assert (look.rearrangement.before_steps, look.rearrangement.after_steps) == (0, 0)
-    assert "▲ rearranged at 200, 16 layers\n" in view(look)
+    assert "▲ rearranged at step 200, 16 layers\n" in view(look)
     assert_as_summary(look, tmp_path)
 
 
@@ -845,7 +845,7 @@ def test_live_view_updates_and_restores_the_terminal(tmp_path: Path, ranks: Any,
     assert terminal.seen.count("\x1b[?1049h") == terminal.seen.count("\x1b[?1049l") == 1
     assert terminal.seen.rindex("\x1b[?25h") > terminal.seen.rindex("\x1b[?25l")
     _, left = terminal.seen.split("\x1b[?1049l")
-    assert "over 25 complete steps, 0 to 24" in left
+    assert "over 25 complete steps, 0-24" in left
     assert "Traceback" not in terminal.seen
 
 
@@ -859,7 +859,7 @@ def test_live_view_waits_for_a_folder(tmp_path: Path) -> None:
     assert terminal.end(signal.SIGINT) == 0
     (tmp_path / "file").touch()
     terminal = Terminal("watch", tmp_path / "file")
-    terminal.until("it is a file")
+    terminal.until("file;")  # one word, as the message is wrapped
     assert terminal.process.wait(30) == 3
 
 
