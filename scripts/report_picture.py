@@ -16,7 +16,7 @@ from eplb_analyze import open_run
 from eplb_analyze.report.write import write_report
 
 IMAGE = Path(__file__).parents[1] / "docs/images/report.png"
-SIZE = {"width": 1280, "height": 1355}
+SIZE = {"width": 1280, "height": 1325}
 
 
 def main(dump: str) -> None:

@@ -15,7 +15,7 @@ from eplb_analyze.report.page import page
 
 @dataclass(frozen=True)
 class WrittenReport(RunReport):
-    """What was written; docs/cli.md describes the JSON."""
+    """What was written."""
 
     file: Path
     bytes: int

@@ -65,7 +65,7 @@ class Side:
 
 @dataclass(frozen=True)
 class CompactReport(Report):
-    """The new run beside the old one; docs/cli.md describes the JSON."""
+    """The new run beside the old one."""
 
     source: str
     to: str

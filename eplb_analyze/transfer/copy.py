@@ -46,7 +46,7 @@ from eplb_dump.format.session import SessionInfo, dump_json
 
 @dataclass(frozen=True)
 class CopyReport(Report):
-    """What was copied; docs/cli.md describes the JSON."""
+    """What was copied."""
 
     source: str
     to: str

@@ -39,7 +39,7 @@ BATCH_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class LoadExport(RunReport):
-    """What was written; docs/cli.md describes the JSON."""
+    """What was written."""
 
     format: str
     file: Path

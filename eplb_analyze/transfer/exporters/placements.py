@@ -52,7 +52,7 @@ class SourcePlacement:
 
 @dataclass(frozen=True)
 class PlacementExport(Report):
-    """What was written; docs/cli.md describes the JSON."""
+    """What was written."""
 
     target: str
     file: Path

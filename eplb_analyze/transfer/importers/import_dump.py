@@ -18,7 +18,7 @@ __all__ = ["ImportReport", "Options", "import_dump"]
 
 @dataclass(frozen=True)
 class ImportReport(Report):
-    """What was imported, and what is unknown about it; docs/cli.md describes the JSON."""
+    """What was imported, and what is unknown about it."""
 
     source: str
     format: str
