@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from eplb_analyze.batch.rows import Row
 
 #: From this many columns on, the table shows engine, EP size, steps and 5th percentile.
-WIDE = 120
+WIDE = 150
 
 
 def render(console: Console, result: Postmortem, by: str | None, top: int, save: Path | None = None) -> None:
@@ -116,22 +116,22 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
     columns += [*(["<began, UTC"] if wide else []), "lost", "idle", "balance"]
     columns += [*(["p5"] if wide else []), "<incidents", *(["worst"] if wide else [])]
     # A narrow table has no room for all: incomplete runs are listed below it, too.
-    helped = wide or not result.baseline
+    helped = wide or not (result.baseline or several)
     columns += [*(["helped"] if helped else []), *(["vs base"] if result.baseline else [])]
     listing = table(console, *columns, *(["<data"] if wide else []), title=title)
     failed = {id(row) for row in result.failed}
     for row in rows:
         state = "" if row.status == "complete" else "yellow"
-        name = _short_path(names[id(row)], 40 if wide else 11 if several else 20)
-        model = row.model if wide else row.model.rpartition("/")[2]
+        name = _short_path(names[id(row)], (17 if several else 40) if wide else 16 if several else 20)
+        model = row.model.rpartition("/")[2]
         cells: list[Any] = [styled((name, "" if wide else state))]
-        cells += [_short(model, 30 if wide else 8)] if several else []
+        cells += [_short(model, 20 if wide else 12)] if several else []
         cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
         cells += [(row.first_time or "–")[:16].replace("T", " ")] if wide else []
         cells += [_lost_of(row), percent(row.idle_fraction)]
         cells += [styled((figure(row.balancedness), "bold red" if id(row) in failed else ""))]
         cells += [figure(row.balancedness_p5)] if wide else []
-        cells += [_incidents(row, wide)]
+        cells += [_incidents(row, wide and not several)]
         if wide:
             cells += [f"l{row.worst_layer} r{row.worst_rank}" if row.worst_rank is not None else "–"]
         if helped:
@@ -144,7 +144,8 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
     console.print(listing)
     legend = (
         "lost: GPU time that imbalance cost, – if that cannot be measured; idle: by tokens, not by time; "
-        "incidents: how many; of the worst, the layer, the expert or rank, and when it began (UTC)"
+        "incidents: how many; of the worst, the layer (L), the expert (E) or rank (R), and when it began "
+        "(UTC)"
     )
     legend += "; worst: the least balanced layer and the costliest rank" if wide else ""
     legend += "; helped: of the rearrangements that can be judged" if helped else ""
@@ -208,6 +209,9 @@ def _short(text: str, width: int) -> str:
 
 
 def _short_path(text: str, width: int) -> str:
-    """Shorten an id at its end, and a path at its beginning."""
+    """Shorten an id in the middle, as ids often differ only at the end, and a path at its beginning."""
     text = clean(text)
-    return f"…{text[1 - width :]}" if "/" in text and len(text) > width else _short(text, width)
+    if len(text) <= width:
+        return text
+    head = 0 if "/" in text else width // 2
+    return f"{text[:head]}…{text[head + 1 - width :]}"

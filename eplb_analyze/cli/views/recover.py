@@ -24,4 +24,4 @@ def render(console: Console, report: RecoverReport) -> None:
     for skipped in report.skipped:
         print_line(console, f"left {skipped.journal}: {skipped.reason}")
     if not (report.sealed or report.removed or report.restored or report.skipped):
-        print_line(console, "no journal to seal: all writers closed or sealed theirs")
+        print_line(console, "nothing to recover: no writer left a journal")
