@@ -15,7 +15,7 @@ def main() -> None:
         if error.name not in ("typer", "rich", "polars"):
             raise
         print(
-            "eplb-analyze: error: it needs more than the writer: pip install 'eplb-dump[analyze]'",
+            "eplb-analyze: error: the reader is not installed: pip install 'eplb-dump[analyze]'",
             file=sys.stderr,
         )
         sys.exit(2)

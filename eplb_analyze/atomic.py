@@ -168,7 +168,7 @@ def new_file(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
         with whole_file(path, replace=force) as file:
             yield file
     except FileExistsError as error:
-        raise UsageError(f"{error.filename2 or error.filename} is there already") from None
+        raise UsageError(f"{error.filename2 or error.filename} exists already") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -181,19 +181,19 @@ def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
             not exist, or it is inside the dump, where only writers write.
     """
     if os.path.lexists(path) and (path.is_dir() or not force):
-        what = "is a folder" if path.is_dir() else "is there already; --force replaces it"
+        what = "is a folder" if path.is_dir() else "exists already; --force replaces it"
         raise UsageError(f"{path} {what}")
     if path.is_symlink():
-        raise UsageError(f"{path} is a symbolic link, in whose place no file is put; name what it points to")
+        raise UsageError(f"{path} is a symbolic link, which is not replaced; name its target")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is a device or pipe, which no file can take the place of")
+        raise UsageError(f"{path} is a device or pipe, which cannot be replaced; name a file")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}")
     root = dump.resolve()
     while root.name.startswith(LEVEL_PREFIXES):
         root = root.parent
     if isinstance(root, Path) and path.parent.resolve().is_relative_to(root):
-        raise UsageError(f"{path} lies in the dump, which stays as it is; name another folder")
+        raise UsageError(f"{path} is inside the dump, which is never changed; name another folder")
 
 
 def require_dump_folder(to: StoragePath) -> None:
@@ -252,7 +252,7 @@ def _claim(into: Path, run_id: str | None, base: str, held: ExitStack) -> tuple[
     numbered = (base + (f"-{number}" if number > 1 else "") for number in range(1, 1000))
     for name in numbered if run_id is None else [run_id]:
         folder = into / f"{RUN_PREFIX}{name}"
-        reason = "it is there already"
+        reason = "it exists already"
         if not os.path.lexists(folder):
             temporary = into / f".{RUN_PREFIX}{name}{TEMPORARY}"
             locked = hold(temporary, held)
@@ -275,7 +275,7 @@ def _publish(made: Path, run: Path) -> None:
     for inside, _, _ in os.walk(made):
         fsync_folder(Path(inside))
     if os.path.lexists(run):  # also an empty folder, which a rename would replace
-        raise UsageError(f"{run}: it appeared meanwhile and stays as it is; choose another --run-id")
+        raise UsageError(f"{run}: another program has created it meanwhile; choose another --run-id")
     rename(made, run)
     fsync_folders(run.parent)
 

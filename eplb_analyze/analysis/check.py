@@ -156,7 +156,7 @@ def _check_placements(run: Run) -> Iterator[Finding]:
     if absent:
         yield Finding("error", "expert_without_slot", f"experts have no slot, {_first_of(absent)}")
     if doubled:
-        text = f"a rank holds an expert twice, which balances nothing, {_first_of(doubled)}"
+        text = f"a rank holds an expert twice, which does not improve balance, {_first_of(doubled)}"
         yield Finding("warning", "replica_on_same_rank", text)
     if fewer := [n for n, own in zip(run.info.layers, experts, strict=True) if own < max(experts)]:
         text = f"layers have different numbers of experts, {min(experts)} to {max(experts)}; fewer than the "

@@ -457,8 +457,8 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
         yield "routing not compared: no placement is known, so experts are not"
     elif routing.distance > max(SMALL_DISTANCE, 2 * within):
         yield (
-            f"another workload: {routing.distance:.0%} of the tokens go to other experts, between the halves "
-            f"of one run {within:.0%}"
+            f"different workload: {routing.distance:.0%} of the tokens go to other experts; between halves "
+            f"of one run it is {within:.0%}"
         )
 
 

@@ -173,22 +173,22 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     experts = sums.frame(run)
     unknown = run.count(sums.unknown.sum())
     if unknown:
-        notes.append(f"{unknown:,} tokens fell on no known expert and are in no figure")
+        notes.append(f"{unknown:,} tokens fell on no known expert and are left out of all figures")
     if without:
         notes.append(f"{plural(len(without), 'layer')} without a placement left out: {listed(without)}")
     tokens = float(sums.tokens.sum()) / run.info.token_replication
     per_window = tokens / max(1, len(experts) * sums.recorded / min(windows.size, sums.recorded))
     if 0 < per_window < FEW_TOKENS:
         notes.append(
-            f"an expert has {per_window:.1f} tokens in a window on average, so that a burst may be chance; "
-            "a larger --window-steps says more"
+            f"an expert has {per_window:.1f} tokens in a window on average, so a burst may be random; "
+            "a larger --window-steps is more reliable"
         )
     if windows.count < 2:
-        notes.append("there is only one window, so nothing can be said on bursts; see --window-steps")
+        notes.append("there is only one window, so bursts are unknown; choose a smaller --window-steps")
     if not sums.all_placements and sums.few_since_change:
         notes.append(
             f"replicas are judged by the loads since each layer's last rearrangement; in some layer that is "
-            f"fewer than {FEW_TOKENS} tokens an expert, so that chance decides"
+            f"fewer than {FEW_TOKENS} tokens an expert, so random variation decides"
         )
     counts = sums.experts.tolist()
     chance = [windows.hot_set(n) / n for n in counts]

@@ -58,7 +58,7 @@ def _lost_text(run: Run, lost: LostRank) -> str:
     until = "" if lost.last_step is None else f", until step {lost.last_step}"
     return (
         f"rank {lost.rank} was lost: from step {lost.steps.first} on{at}{until} it recorded nothing and got "
-        "no token, while the others went on; figures of these steps cover the other ranks"
+        "no token, while the other ranks continued; figures of these steps cover the other ranks"
     )
 
 
@@ -74,8 +74,9 @@ def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
     # If no rank ended early, the last steps lack one for the same reasons as earlier steps.
     inside = steps.incomplete_inside if short else incomplete
     if inside:
-        lack = "lacks" if inside == 1 else "lack"
-        text = f"{plural(inside, 'step')} {lack} a rank and are in no figure: {steps.why_incomplete()}"
+        lack = "lacks a rank and is" if inside == 1 else "lack a rank and are"
+        why = steps.why_incomplete()
+        text = f"{plural(inside, 'step')} {lack} left out of all figures: {why}"
         minor = steps.accounted_for and not steps.lacks_much
         yield Finding("warning" if minor else "error", "incomplete_steps", text)
     if incomplete > inside:
@@ -83,7 +84,9 @@ def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
     if steps.missing:
         gaps = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in steps.gaps[:5])
         more = " …" if len(steps.gaps) > 5 else ""
-        text = f"no rank saw {plural(steps.missing, 'step')}, or the engine's numbers jump: {gaps}{more}"
+        text = (
+            f"no rank saw {plural(steps.missing, 'step')}, or the engine skipped step numbers: {gaps}{more}"
+        )
         yield Finding("warning", "missing_steps", text)
     lost = _lost_in_source(run)
     yield from lost
@@ -92,7 +95,7 @@ def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
         dropped = "in the run it was made of they lacked a rank, or were dropped"
     for state, remedy in (
         (StepState.DROPPED, dropped),
-        (StepState.REJECTED, "the engine handed over what cannot be a load"),
+        (StepState.REJECTED, "the engine passed values that cannot be loads"),
     ):
         if steps.count(state):
             were = "was" if steps.count(state) == 1 else "were"
@@ -136,11 +139,15 @@ def _incomplete_tail(run: Run, steps: Completeness, tail: int, short: dict[int, 
     if not steps.ends_together or survived or not steps.count(StepState.RECORDED):
         return Finding("error", "rank_stopped", text)
     if closed < set(run.present_ranks):
-        return Finding("warning", "incomplete_end", text + "; a killed engine's ranks do not end at one step")
+        return Finding(
+            "warning", "incomplete_end", text + "; a killed engine's ranks do not end at the same step"
+        )
     # No rank was killed: ranks that close in order end within a few steps of each other.
     if steps.lacks_much:
         return Finding("error", "rank_stopped", text)
-    return Finding("warning", "incomplete_end", text + "; ranks that end in order do not end at one step")
+    return Finding(
+        "warning", "incomplete_end", text + "; ranks that are closed normally do not end at the same step"
+    )
 
 
 def session_findings(run: Run) -> Iterator[Finding]:

@@ -52,7 +52,7 @@ def estimate(run: Run, gpu: str, steps: tuple[int, int]) -> dict[str, Estimate] 
     """
     experts = run.info.num_logical_experts
     if experts != LOGICAL_EXPERTS:
-        return f"the kernel times are of {LOGICAL_EXPERTS} experts a layer, this run has {experts}"
+        return f"the kernel times are of {LOGICAL_EXPERTS} experts per layer, but this run has {experts}"
     return run.retry_without_damaged(lambda: _estimate(run, gpu, steps))
 
 

@@ -116,7 +116,7 @@ def placement_report(
         found = [_change(before[i], now[i], run.info.ranks_per_node, lost) for i in both]
         changes = [change for change in found if change.slots_changed]
     if lost:
-        notes.append(f"rank {listed(lost)} is lost at step {at}: its slots are in no count")
+        notes.append(f"rank {listed(lost)} is lost at step {at}: its slots are not counted")
     return PlacementReport(
         run.info.run_id, run.info.model, at, against, list(now.values()), changes, lost, notes
     )

@@ -174,7 +174,9 @@ def _report(
         notes.append("no placement was recorded, so no rearrangement is known")
     if run.history.lost:
         at = ", ".join(map(str, run.history.lost[:5]))
-        notes.append(f"placements are lost from step {at} on; until they are stated again no change is known")
+        notes.append(
+            f"placements are lost from step {at} on; changes are unknown until the next recorded placements"
+        )
     pauses = pauses_of(run, [change.this for change in changes])
     rows = [
         _in_ms(_figures(run, change, series), change, pause, cost)
@@ -280,7 +282,7 @@ class _Change:
         self.worth: PlacementGain | None = None
         known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
         if lost[0] != lost[1]:
-            self.reason = f"other ranks serve: lost before {_listed(lost[0])}, after {_listed(lost[1])}"
+            self.reason = f"different ranks serve: lost before {_listed(lost[0])}, after {_listed(lost[1])}"
         elif self.elastic:
             self.reason = "EP size {} → {}, {} → {} slots".format(
                 *sizes, *(s.num_physical_experts for s in self.shapes)

@@ -401,4 +401,6 @@ def incomplete(summary: Summary) -> str:
     """How many steps lack a rank, and which rank."""
     steps = summary.steps
     count = plural(steps.count(StepState.INCOMPLETE), "step")
-    return f"{count} ({percent(steps.incomplete_share)}) are in no figure: {steps.why_incomplete()}"
+    return (
+        f"{count} ({percent(steps.incomplete_share)}) are left out of all figures: {steps.why_incomplete()}"
+    )

@@ -194,10 +194,10 @@ def traffic_report(
         matrix = flows.sum(axis=0)
         lost = sorted(lost_in(sums.shape))
         if lost:
-            notes.append(f"lost in these steps, and in no mean: rank {listed(lost)}")
+            notes.append(f"lost in these steps, and left out of means: rank {listed(lost)}")
         missing = [*sums.missing]
         if missing:
-            notes.append(f"what rank {listed(missing)} sent is not known, and in no figure")
+            notes.append(f"what rank {listed(missing)} sent is not known, and is left out")
         return TrafficReport(
             *sums.head(run, whole),
             layer=layer,

@@ -166,7 +166,7 @@ def require_baseline(baseline: str, runs: Sequence[AnyRun]) -> AnyRun:
         return named[0]
     several = named or [run for run in runs if run.run_id]
     texts = [address(run) if named else run.run_id for run in several]
-    what = "several runs are called so, name one as" if named else "no run is called so; there are"
+    what = "several runs have this id; name one as" if named else "no run has this id; there are"
     raise NotInDumpError(f"--baseline {baseline}: {what} {listed(sorted(set(texts)))}")
 
 

@@ -225,7 +225,7 @@ def main() -> None:
         print_message("error", error)
         sys.exit(error.exit_code)
     except MemoryError:
-        print_message("error", "there is not enough memory for this")
+        print_message("error", "not enough memory")
         sys.exit(EXIT_UNUSABLE)
     except OSError as error:
         print_message("error", _os_error_message(error))

@@ -195,7 +195,9 @@ def named(name: str) -> Policy:
     module, _, function = name.partition(":")
     if not (module and function):
         known = ", ".join(POLICIES)
-        raise UsageError(f"no policy is called {name!r}: there are {known}, and your own as module:function")
+        raise UsageError(
+            f"no policy has the name {name!r}; there are {known}, and your own as module:function"
+        )
     if (here := os.getcwd()) not in sys.path:
         # At the end, so that a file in this folder does not hide an installed module.
         sys.path.append(here)

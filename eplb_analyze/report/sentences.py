@@ -202,7 +202,7 @@ _MEANINGS = (
     (
         "idle fraction",
         "1 − Σ mean_r T / Σ max_r T over steps and layers",
-        "By how much less the mean rank has to do than the slowest, in tokens. It is not time: a step may "
+        "How much less work, in tokens, the mean rank has than the slowest. It is not time: a step may "
         "take as long with a tenth of the tokens.",
     ),
     (

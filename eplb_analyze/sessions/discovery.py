@@ -132,7 +132,7 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
         raise DumpError(f"{path}: {what}")
     if not found.runs:
-        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it take a step?"
+        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it run a step?"
         odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
         raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
     return found
@@ -344,9 +344,7 @@ def open_session(
     manifest = _manifest(folder, info, set(gone))
     if sealed_names and all(entry.name != MANIFEST_FILE for entry in inside) and not manifest.entries:
         manifest = rebuilt_manifest(folder, info)
-        text = (
-            f"{folder / MANIFEST_FILE}: it is missing; segments were taken as their files say, and whether "
-        )
+        text = f"{folder / MANIFEST_FILE}: it is missing; segments are read from their files, and whether "
         text += "the writer was closed is unknown; `recover` writes it again"
         findings.append(Finding("warning", "manifest_rebuilt", text))
     if manifest.fault is not None:
@@ -355,7 +353,7 @@ def open_session(
     session.closed, session.part = manifest.closed, manifest.part
     for seq, path in gone.items():
         if seq not in manifest.entries:
-            text = f"{path}: it is listed, but not there; skipped"
+            text = f"{path}: the manifest lists it, but it is missing; skipped"
             findings.append(Finding("error", "damaged_file", text))
         del journals[seq]
     for seq, listed in manifest.entries.items():

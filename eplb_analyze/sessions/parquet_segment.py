@@ -116,7 +116,7 @@ class ParquetSegment:
         require_regular(path)
         size, listed = path.stat().st_size, self._entry.files[table].bytes
         if size != listed:
-            raise FormatError(f"it has {size} bytes where the manifest says {listed}")
+            raise FormatError(f"it has {size} bytes, but the manifest says {listed}")
 
     def _footer(self, source: Any, table: str) -> pq.FileMetaData:
         """The verified footer of a file."""
@@ -135,7 +135,7 @@ class ParquetSegment:
         # A newer minor version may add columns.
         columns = [field for field in _plain(file.schema_arrow) if field.name in SCHEMAS[table].names]
         if pa.schema(columns) not in KNOWN_SCHEMAS[table] or metadata.num_rows != rows:
-            raise FormatError("its columns or rows are not what the format says")
+            raise FormatError("its columns or rows do not match the format")
         if table == "loads":
             self._check_widths(metadata)
         # Not the size that the file claims: a value stored once can stand for any number of values.
@@ -366,7 +366,7 @@ def _steps(array: pa.Array) -> Int64:
     """Step numbers. Raises FormatError if one is impossible."""
     steps: Int64 = _numpy(array)
     if not 0 <= steps.min(initial=0) <= steps.max(initial=0) < MAX_NUMBER:
-        raise FormatError("it holds a step that is no step number")
+        raise FormatError("it holds an invalid step number")
     return steps
 
 
@@ -393,7 +393,7 @@ def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]
     texts = [str(text) for text in array.dictionary.to_pylist()]
     # A damaged page header, which no checksum covers, can hide the dictionary.
     if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(texts):
-        raise FormatError("it names a text that it does not have")
+        raise FormatError("it refers to a text that it does not have")
     return codes, texts
 
 

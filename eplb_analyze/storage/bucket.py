@@ -353,9 +353,9 @@ _REASONS = (
         "access denied: the credentials are missing, wrong or lack a permission "
         "(docs/operate/storage.md lists where they are read from)",
     ),
-    (r"HTTP status 301|redirect", "it lies in another region: put ?region=… behind the address"),
+    (r"HTTP status 301|redirect", "the bucket is in another region; append ?region=… to the address"),
     (r"curlCode: 28|DEADLINE_EXCEEDED", "no answer in time"),
-    (r"curlCode: 18\b", "the connection broke while it was read"),
+    (r"curlCode: 18\b", "the connection broke during the read"),
     (r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|UNAVAILABLE", "the server fails"),
     (r"NETWORK_CONNECTION|curlCode", "it cannot be reached"),
 )

@@ -64,7 +64,7 @@ def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
     if "@" in rest.split("/")[0]:
         # Credentials would show in messages and in the list of processes.
         raise UsageError(
-            f"{scheme}://…@…: credentials do not belong into an address; see docs/operate/storage.md"
+            f"{scheme}://…@…: an address must not contain credentials; see docs/operate/storage.md"
         )
     path, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -83,9 +83,7 @@ def local(where: StoragePath | str, what: str) -> Path:
     where = storage_path(where)
     if isinstance(where, Path):
         return where
-    raise UsageError(
-        f"{where}: {what} needs a folder of this machine; `copy` brings runs from buckets and to them"
-    )
+    raise UsageError(f"{where}: {what} needs a local folder; `copy` copies runs from and to buckets")
 
 
 def absolute(where: StoragePath) -> StoragePath:

@@ -127,7 +127,7 @@ def compact_run(
     )
 
 
-_REFUSED = "what is left of a damaged run would look whole, so it is not compacted (see `check`)"
+_REFUSED = "a compact run would hide the damage, so none is written (see `check`)"
 
 
 def _require_intact(run: Run) -> None:
@@ -148,7 +148,7 @@ def _lost(run: Run) -> dict[str, str]:
     steps = summary.steps
     if not steps.count(StepState.RECORDED):
         raise DumpError(f"{run.path}: no step is complete, so there is nothing to sum")
-    refused = "what remains would look whole, so it is not compacted"
+    refused = "a compact run would hide this, so none is written"
     if summary.missing_ranks:
         ranks = plural(len(summary.expected_ranks), "rank")
         raise DumpError(f"{run.path}: of {ranks}, {listed(summary.missing_ranks)} wrote nothing; {refused}")
@@ -169,7 +169,7 @@ def _lost(run: Run) -> dict[str, str]:
     many, why = f"{plural(count, 'step')} ({share})", steps.why_incomplete()
     if steps.lacks_much:
         whole = "A-B" if steps.incomplete_inside else f"{steps.first}-{steps.last_whole or 0}"
-        remedy = f"first copy the part that is whole (`copy --steps {whole} SRC DST`)"
+        remedy = f"first copy the complete part (`copy --steps {whole} SRC DST`)"
         raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
     incomplete_tail = not steps.incomplete_inside and steps.ends_together
     text = f"{many} lacked a rank in the run it was made of: {why}"
@@ -331,7 +331,7 @@ def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
     unclosed = sum(session.closed is None for session in run.sessions)
     if unclosed:
         unknown["end"] = (
-            f"whether there were more steps: {plural(unclosed, 'session')} of the source did not end in order"
+            f"whether there were more steps: {plural(unclosed, 'session')} of the source were not closed"
         )
     part = next((session.part for session in run.sessions if session.part is not None), None)
     if part is not None:
@@ -391,7 +391,7 @@ def _placement_rows(rows: list[tuple[int, int, int, Int32]]) -> PlacementRows:
 def _verify(root: Path, run_id: str, counts: Counter[int]) -> None:
     """Read the whole new run with its checksums and sums, before it gets its name. Raises DumpError."""
     run = open_run(root, run_id)
-    wrong = f"{root}: what was written is not what was read; it was removed"
+    wrong = f"{root}: the written run differs from its source; it was removed"
     try:
         found: Counter[int] = Counter()
         for segment in run.sessions[0].segments:

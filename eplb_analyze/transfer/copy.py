@@ -186,7 +186,7 @@ def _copy_all(
         gone = copy.files.keys() - copy.target.names()
         if gone:  # without locks, another copy can remove it
             where = copy.target.folder / min(gone)
-            raise DumpError(f"{where}: it was taken away meanwhile; copy once more, alone")
+            raise DumpError(f"{where}: it was removed during the copy; copy again")
 
 
 @dataclass

@@ -100,7 +100,7 @@ class Target:
         self._names = self.names()
         self._complete = SESSION_FILE in self._names
         if self._names and not self._complete and UNFINISHED_COPY not in self._names:
-            raise UsageError(f"{self.folder}: files are in it that no copy began; nothing was written")
+            raise UsageError(f"{self.folder}: it holds files that no copy wrote; nothing was written")
 
     def require_extendable(self, manifest: Manifest) -> None:
         """Raise UsageError if a complete session there has anything that this manifest does not list."""
@@ -109,15 +109,15 @@ class Target:
         try:
             there = sound_manifest(self.folder, self._info)
         except DamagedManifestError as fault:
-            raise UsageError(f"{fault}; it stays as it is") from None
+            raise UsageError(f"{fault}; it was not changed") from None
         if not _covers(manifest, there):
             held = "more than the steps asked for"
             if there.part is not None:
                 held = f"a copy of steps {StepRange(there.part[0], there.part[1] + 1)} only"
-            raise UsageError(f"{self.folder}: it holds {held}, and stays as it is; name another destination")
+            raise UsageError(f"{self.folder}: it holds {held} and was not changed; name another destination")
         if not (_files(there) <= _files(manifest) and there.closed in (None, manifest.closed)):
             path = self.folder / MANIFEST_FILE
-            raise UsageError(f"{path}: it is there with another content, and stays as it is")
+            raise UsageError(f"{path}: it exists with different content, and was not changed")
 
     def begin(self) -> None:
         """Mark the session as incomplete, unless it is complete."""
@@ -169,11 +169,11 @@ class Target:
             if _has_content(there, content):
                 return content[0], True
             if self._complete and (self._is_source or not _loses_nothing(there, fetched)):
-                raise UsageError(f"{there}: it is there with another content, and stays as it is")
+                raise UsageError(f"{there}: it exists with different content, and was not changed")
             self._publish(fetched)
             if not _has_content(there, content):
                 self._remove(name)
-                raise DumpError(f"{there}: what was written is not what lies there; nothing was kept of it")
+                raise DumpError(f"{there}: the written file differs from its source; it was removed")
             self._names.add(name)
             return content[0], False
         except DamagedSegmentError as fault:
@@ -207,7 +207,9 @@ class Target:
         """Take the lock; False if there are none. Raises UsageError if another copy has it."""
         taken = hold(self._mark_path, held) if isinstance(self._mark_path, Path) else None
         if taken is False:
-            raise UsageError(f"{self.folder}: another copy writes into it; let that end, then copy again")
+            raise UsageError(
+                f"{self.folder}: another copy is writing into it; wait until it ends, then copy again"
+            )
         return taken is True
 
     def _mark(self) -> None:
@@ -267,7 +269,7 @@ def _fetch(source: StoragePath | bytes, to: Path, size: int | None) -> tuple[int
             return _digest(read, write, most=size)
     found = source.stat().st_size
     if size not in (None, found):
-        raise FormatError(f"it has {found} bytes where the manifest says {size}")
+        raise FormatError(f"it has {found} bytes, but the manifest says {size}")
     for _ in range(MAX_READINGS):
         with source.open("rb") as read, to.open("wb") as write:
             content = _digest(read, write, most=found)

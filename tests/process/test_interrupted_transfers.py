@@ -164,7 +164,7 @@ def test_second_copy_into_a_session_is_refused(dump: Path, s3: S3, tmp_path: Pat
     ):
         wait_until(lambda: [*tmp_path.rglob("loads-000001.parquet")])
         first.send_signal(signal.SIGSTOP)  # however long the second one takes, the first is not done
-        one_error(cli("copy", dump, tmp_path), 2, "another copy writes into it")
+        one_error(cli("copy", dump, tmp_path), 2, "another copy is writing into it")
         first.send_signal(signal.SIGCONT)
         first.communicate(timeout=60)
         assert first.returncode == 0
@@ -186,7 +186,7 @@ def test_compacted_run_of_killed_writers_states_its_open_end(tmp_path: Path) -> 
     kill_writers(tmp_path / "dump", 2, "local")
     result = cli("compact", "--json", tmp_path / "dump", tmp_path / "new")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "2 sessions of the source did not end in order" in json.loads(result.stdout)["unknown"]["end"]
+    assert "2 sessions of the source were not closed" in json.loads(result.stdout)["unknown"]["end"]
     assert loads(tmp_path / "new") == loads(tmp_path / "dump")
 
 
@@ -430,7 +430,7 @@ def test_without_locks_two_processes_make_a_run_of_one_name_apart(
                 (second.root / "run=x/model=m").mkdir(parents=True)
             (first.root / "run=x/model=other").mkdir(parents=True)
 
-    with pytest.raises(UsageError, match="it appeared meanwhile"):
+    with pytest.raises(UsageError, match="created it meanwhile"):
         make_both()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "run=x",

@@ -155,7 +155,9 @@ def policy_placement(
     )
     info, shape = run.info, weights.shape
     if not weights.logical.any():
-        raise DumpError(f"{run.path}: no token was routed in these steps, so a policy has nothing to go by")
+        raise DumpError(
+            f"{run.path}: no token was routed in these steps, so a policy has no loads to work with"
+        )
     slots = info.num_logical_experts + redundant if redundant is not None else shape.num_physical_experts
     ranks = ep_size if ep_size is not None else shape.ep_size
     if slots > MAX_EXPERTS:
@@ -238,7 +240,7 @@ def export_placement(
     """
     atomic.require_free(file, force=force, dump=run.path)
     if target == "sglang" and file.suffix != ".json":
-        raise UsageError(f"{file}: SGLang reads such a file only where its name ends in .json")
+        raise UsageError(f"{file}: SGLang reads such a file only if its name ends in .json")
     notes = [
         *source.notes,
         *(run.import_caveats("layer_numbers") if target in engines.BY_LAYER_NUMBER else ()),
@@ -290,8 +292,8 @@ def _numbered(
         return replace(placement, layers=tuple(range(first_layer, first_layer + len(placement.layers))))
     if target in engines.BY_LAYER_NUMBER and not _names_layers(run) and not _has_all_rows(run):
         notes.append(
-            "the dump does not name its layers, so the first is taken for the model's layer 0; "
-            "where it has dense layers before, say which with --first-layer"
+            "the dump does not name its layers, so the first is assumed to be the model's layer 0; "
+            "if dense layers come before it, give --first-layer"
         )
     return placement
 

@@ -52,7 +52,7 @@ def repaired(placement: Placement, weight: npt.NDArray[Any] | None = None) -> tu
     if placement.num_physical_experts > experts * devices:
         raise UsageError(
             f"{placement.num_physical_experts // devices} slots a device are more than the model's {experts} "
-            "experts, so one must stand twice on a device, which vllm-ascend cannot load"
+            "experts, so an expert must be twice on a device, which vllm-ascend cannot load"
         )
     rows = placement.physical_to_logical_map.copy()
     layers = swaps = replaced = 0
@@ -123,7 +123,7 @@ def text(placement: Placement) -> str:
             experts, counts = np.unique(own, return_counts=True)
             if (counts > 1).any():
                 raise UsageError(
-                    f"expert {experts[counts > 1][0]} stands twice on device {device} in layer {layer}, "
+                    f"expert {experts[counts > 1][0]} is twice on device {device} in layer {layer}, "
                     "which vllm-ascend cannot load; --repair moves spare copies to other devices"
                 )
     layer_list = [

@@ -83,12 +83,12 @@ def read(path: Path, options: Options) -> Reading:
     elif not rows.by_slot:
         reading.num_logical_experts = rows.width
     if rows.kind == HISTORY:
-        reading.assumed["step_order"] = f"the records of {HISTORY} are in the order of time"
+        reading.assumed["step_order"] = f"the records of {HISTORY} are in time order"
         reading.unknown["step_numbers"] = "the numbers of steps: records are counted from 0"
     elif rows.kind == "[layers, experts]":
         reading.unknown["passes"] = PASSES
     else:
-        ordered_rows(reading, options, "an array does not say whether its rows are in the order of time")
+        ordered_rows(reading, options, "an array does not say whether its rows are in time order")
         reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
     return reading
 
@@ -272,7 +272,7 @@ def read_csv(path: Path) -> Array:
                 odd = next((c for c in cells if not (c.isascii() and c.isdigit() and len(c) < 19)), None)
                 if odd is not None:
                     raise DumpError(
-                        f"{path}: line {number}: {odd[:20]!r} is no count; a row is a layer's counts "
+                        f"{path}: line {number}: {odd[:20]!r} is not a count; a row is a layer's counts "
                         f"([layers, experts]), or {table.FORM}"
                     )
                 rows.append([int(cell) for cell in cells])

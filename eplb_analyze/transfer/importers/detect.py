@@ -60,7 +60,7 @@ def detect(path: Path, options: Options) -> str:
             raise UsageError(
                 f"{path}: files of several formats ({', '.join(sorted(found))}); choose with --only"
             )
-        raise DumpError(f"{path}: no file of a format known here in it")
+        raise DumpError(f"{path}: it holds no file of a supported format")
     return _of_file(path)
 
 
@@ -89,7 +89,7 @@ def _of_file(path: Path) -> str:
         return "trtllm"  # which asks for the folder
     if path.suffix in (".yaml", ".yml"):
         raise _placement_error(path)
-    raise DumpError(f"{path}: not of a format known here ({', '.join(READERS)})")
+    raise DumpError(f"{path}: its format is not supported ({', '.join(READERS)})")
 
 
 def _by_dimensions(path: Path, dimensions: int) -> str:
@@ -122,14 +122,14 @@ def _of_json(path: Path) -> str:
     except DumpError:
         document = read_json(path)  # one document, not JSON lines
     if not isinstance(document, dict):
-        raise DumpError(f"{path}: a JSON document of a kind not known here")
+        raise DumpError(f"{path}: a JSON document of an unknown kind")
     if vllm.is_stats(document) or vllm.is_snapshot(document):
         return "vllm"
     if "logical_count" in document:
         return "sglang"
     if placement_files.is_placement(document):
         raise _placement_error(path)
-    raise DumpError(f"{path}: a JSON document of a kind not known here")
+    raise DumpError(f"{path}: a JSON document of an unknown kind")
 
 
 def _placement_error(path: Path) -> DumpError:

@@ -107,7 +107,7 @@ def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[str
                     return
                 raise
             if not isinstance(record, dict):
-                raise DumpError(f"{where}: it is no JSON object")
+                raise DumpError(f"{where}: it is not a JSON object")
             yield where, record
 
 

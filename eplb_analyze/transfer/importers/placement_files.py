@@ -71,7 +71,7 @@ def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
     if isinstance(document, list):
         return _unnumbered(path, document)
     if not isinstance(document, dict):
-        raise DumpError(f"{path}: it is no placement file that is known here")
+        raise DumpError(f"{path}: it is not a supported placement file")
     if "initial_global_assignments" in document:  # vLLM PR 41141; layers are counted from 0
         rows = _by_number(path, document["initial_global_assignments"])
         if list(rows) != list(range(len(rows))):
@@ -128,7 +128,7 @@ def _by_number(path: Path, assignments: Any) -> dict[int, Any]:
     for key, value in assignments.items():
         text = str(key)
         if not (text.isascii() and text.isdigit() and len(text) < 8):
-            raise DumpError(f"{path}: {text[:20]!r} is no number of a layer")
+            raise DumpError(f"{path}: {text[:20]!r} is not a layer number")
         rows[int(text)] = value
     return dict(sorted(rows.items()))
 
@@ -156,7 +156,7 @@ def _trtllm(path: Path) -> PlacementFile:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DumpError(f"{path}: it is not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(document, dict):
-        raise DumpError(f"{path}: it is no configuration of TensorRT-LLM's load balancer")
+        raise DumpError(f"{path}: it is not a configuration of TensorRT-LLM's load balancer")
     assignments, updates = document.get("initial_global_assignments"), document.get("layer_updates_per_iter")
     if not assignments:
         raise DumpError(

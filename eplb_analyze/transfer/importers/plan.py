@@ -83,7 +83,7 @@ def make_plan(reading: Reading, options: Options) -> Plan:
     try:
         model.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{where}: {model[:40]!r} is no name of a model (--model)") from None
+        raise UsageError(f"{where}: {model[:40]!r} is not a valid model name (--model)") from None
     divide = reading.by_slot is False and placement is not None
     if divide and placement is not None:
         _note_division(reading, placement)
@@ -179,7 +179,7 @@ def _placement(reading: Reading, options: Options, ep_size: int, where: Path) ->
     if not Path(choice).exists():
         names = ", ".join([*INITIAL, LAST, UNKNOWN])
         raise UsageError(
-            f"--placement {choice}: no file and no placement is called so; the names are {names}, and a "
+            f"--placement {choice}: there is no such file or placement; the names are {names}, and a "
             "file is one that an engine loads at its start"
         )
     file = read_placement(Path(choice), options.model or reading.model)

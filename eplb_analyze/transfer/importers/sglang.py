@@ -102,7 +102,7 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
     if not recorder or counts.ndim == 2:
         reading.unknown["passes"] = "of how many forward passes each row is the sum"
     if len(rows) > 1:
-        ordered_rows(reading, options, "rows of a ring buffer are not in the order of time")
+        ordered_rows(reading, options, "rows of a ring buffer are not in time order")
     reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
     return reading
 
@@ -132,7 +132,7 @@ class _RankFile:
         for number, record in enumerate(records):
             where = f"record {number}"
             if not isinstance(record, dict):
-                raise DumpError(f"{path}: {where} is no record")
+                raise DumpError(f"{path}: {where} is not a record")
             step = plain_int(record.get("forward_pass_id"), 0, NO_END)
             rank = plain_int(record.get("rank"), 0, MAX_EXPERTS)
             if step is None or rank is None:

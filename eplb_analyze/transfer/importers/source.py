@@ -114,9 +114,11 @@ class Reading:
 def ordered_rows(reading: Reading, options: Options, why: str) -> None:
     """Note that the order of steps is unknown, unless the user says that it is chronological."""
     if options.ordered:
-        reading.assumed["step_order"] = "rows are in the order of time, as --ordered says"
+        reading.assumed["step_order"] = "rows are in time order, as --ordered says"
     else:
-        reading.unknown["step_order"] = f"the order of steps: {why} (--ordered says that it is that of time)"
+        reading.unknown["step_order"] = (
+            f"the order of steps: {why} (--ordered states that rows are in time order)"
+        )
 
 
 def sampling(steps: Int64, notes: list[str]) -> int:
@@ -142,7 +144,7 @@ def whole_counts(values: Counts, where: str) -> Loads:
         if not np.isfinite(values).all():
             raise ValueError(f"{where}: a count that is NaN or infinite")
         if (values != np.floor(values)).any():
-            raise ValueError(f"{where}: a count that is no whole number, so these are no token counts")
+            raise ValueError(f"{where}: a count that is not a whole number, so these are no token counts")
     if values.size and values.min().item() < 0:
         raise ValueError(f"{where}: a negative count")
     largest = values.max().item() if values.size else 0

@@ -190,7 +190,7 @@ class _Errors:
             error, pa.ArrowException | OSError | UnicodeDecodeError | ValueError
         ) and not isinstance(error, DumpError):
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DumpError(f"{self._path}: it is no long table of numbers ({text})") from None
+            raise DumpError(f"{self._path}: it is not a long table of numbers ({text})") from None
 
 
 @dataclass
@@ -409,8 +409,8 @@ class _Dense:
         odd = np.abs(raw - whole) > 1e-6
         if odd.any():
             raise DumpError(
-                f"{path}: {values[odd][0]:g} is no whole number of tokens; if `export loads` divided it by "
-                "the token replication, give --token-replication"
+                f"{path}: {values[odd][0]:g} is not a whole number of tokens; if `export loads` divided it "
+                "by the token replication, give --token-replication"
             )
         counts: Int64 = whole.astype(np.int64)
         return counts

@@ -272,7 +272,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _items(found: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for record in found if isinstance(found, list) else [found]:
         if not isinstance(record, dict):
-            raise DumpError(f"{where}: it is no JSON object")
+            raise DumpError(f"{where}: it is not a JSON object")
         yield where, record
 
 

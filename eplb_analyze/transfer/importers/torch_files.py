@@ -56,7 +56,7 @@ class Arrays:
 
         where = f"{self._path}: {name}"
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
-            raise DumpError(f"{where}: it is no plain tensor")
+            raise DumpError(f"{where}: it is not a plain tensor")
         if tensor.ndim not in dimensions or not tensor.numel():
             wanted = " or ".join(map(str, dimensions))
             raise DumpError(f"{where}: it has the shape {list(tensor.shape)}, not {wanted} dimensions")

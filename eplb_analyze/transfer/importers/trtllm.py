@@ -41,7 +41,7 @@ class _RankFile:
             # Checks the header and the tensors' sizes against the file's, and maps the file.
             tensors: Any = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
-            raise DumpError(f"{path}: it is no safetensors file, or cut off ({error})") from None
+            raise DumpError(f"{path}: it is not a safetensors file, or it is cut off ({error})") from None
         self.layers: dict[int, set[int]] = {}
         self._tensors = tensors
         for name in tensors.keys():  # noqa: SIM118 - it is not a mapping

@@ -131,7 +131,9 @@ def test_rank_without_loads_has_not_stopped(tmp_path: Path, bad: int, severity: 
     assert not {"rank_stopped", "incomplete_end"} & findings.keys()
     finding = findings["incomplete_steps"]
     assert (finding.code, finding.severity) == ("incomplete_steps", severity)
-    assert finding.text == f"{bad} steps lack a rank and are in no figure: rank 1 rejected in {bad}"
+    assert (
+        finding.text == f"{bad} steps lack a rank and are left out of all figures: rank 1 rejected in {bad}"
+    )
     assert cli("summary", tmp_path).returncode == (3 if severity == "error" else 0)
 
 

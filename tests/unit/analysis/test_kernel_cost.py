@@ -103,7 +103,7 @@ def test_runs_that_the_tables_do_not_cover(tmp_path: Path) -> None:
     other = write(tmp_path / "other", lambda step: loads(step)[:, :128], experts=128)
     cost = cost_of(open_run(other), gpu="h100")
     assert cost.status is CostStatus.NOT_IDENTIFIABLE
-    assert "the kernel times are of 256 experts a layer, this run has 128" in cost.message
+    assert "the kernel times are of 256 experts per layer, but this run has 128" in cost.message
     large = write(tmp_path / "large", lambda step: loads(step) * 1000)
     cost = cost_of(open_run(large), gpu="h100")
     assert "of the steps a rank has more tokens than in the kernel times" in cost.message

@@ -60,7 +60,7 @@ def test_losses_equal_plain_loops(story: tuple[Path, Array]) -> None:
     assert {r.rank: pytest.approx(r.excess_tokens) for r in loss.ranks} == dict(enumerate(by_rank))
     assert [r.share for r in loss.ranks] == sorted((by_rank / by_rank.sum()).tolist(), reverse=True)
     assert loss.persistent_share is not None
-    # The writer's segments have 64 steps, which is in no figure.
+    # The writer's segments have 64 steps, which is left out of all figures.
     assert loss.persistent_share == pytest.approx(lasting / by_rank.sum(), abs=1e-12)
     assert loss.window_steps == WINDOW_STEPS
 

@@ -43,7 +43,7 @@ def test_threshold_and_baseline_set_the_exit_code(batch: Batch) -> None:
     assert cli("postmortem", root, "--baseline", "bad").returncode == 0
     # A run that cannot be judged does not pass.
     assert cli("postmortem", batch.root / "a", batch.root / "f", "--fail-below", "0.1").returncode == 1
-    one_error(cli("postmortem", root, "--baseline", "nobody"), 2, "no run is called so", "bad, good")
+    one_error(cli("postmortem", root, "--baseline", "nobody"), 2, "no run has this id", "bad, good")
 
 
 def test_difference_from_the_baseline_is_a_bootstrap(batch: Batch) -> None:

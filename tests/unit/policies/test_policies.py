@@ -328,10 +328,10 @@ def test_custom_policy() -> None:
     [
         (
             "nothing",
-            "no policy is called 'nothing': there are deepseek, sglang, vllm, static, round_robin, and your",
+            "no policy has the name 'nothing'; there are deepseek, sglang, vllm, static, round_robin",
         ),
-        ("mine_of_test:", "no policy is called"),
-        (":by_hand", "no policy is called"),
+        ("mine_of_test:", "no policy has the name"),
+        (":by_hand", "no policy has the name"),
         ("mine_of_test:absent", "the module mine_of_test has no function absent"),
         ("mine_of_test:number", "the module mine_of_test has no function number"),
         ("no_such_of_test:f", "importing no_such_of_test failed: ModuleNotFoundError"),

@@ -281,7 +281,7 @@ def test_negative_step_in_a_sealed_file_is_damage(tmp_path: Path, table: str) ->
         result = cli(command, tmp_path)
         assert "internal" not in result.stderr, command
     assert cli("check", tmp_path).returncode == 1
-    assert f"{path}: it holds a step that is no step number" in {
+    assert f"{path}: it holds an invalid step number" in {
         finding.text.removesuffix("; skipped") for finding in check_run(open_run(tmp_path)).findings
     }
 

@@ -213,7 +213,7 @@ def test_traffic_after_a_loss_has_means_over_the_ranks_that_serve(tmp_path: Path
         if step >= 20:
             sent[rank] += load.reshape(LAYERS, RANKS, WIDTH).sum(axis=(0, 2))
     report = traffic_report(open_run(tmp_path))
-    assert report.notes[-1] == "lost in these steps, and in no mean: rank 2"
+    assert report.notes[-1] == "lost in these steps, and left out of means: rank 2"
     got = {receiver.destination: receiver.times_mean for receiver in report.receivers()}
     assert got == pytest.approx({r: sent[:, r].sum() / (sent.sum() / 3) for r in (0, 1, 3)})
     others = sent.sum() - np.trace(sent)
@@ -249,7 +249,7 @@ def test_change_of_placement_with_a_loss_has_no_gain(tmp_path: Path) -> None:
     Engine(tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 40: AFTER}).run()
     [change] = rearrangement_report(open_run(tmp_path)).rearrangements
     assert (change.verdict, change.gain, change.slots_moved) == ("elastic", None, 3 * LAYERS)
-    assert change.reason == "other ranks serve: lost before none, after rank 2"
+    assert change.reason == "different ranks serve: lost before none, after rank 2"
 
 
 @pytest.mark.parametrize("segment_steps", [16, 2048])

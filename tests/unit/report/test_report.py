@@ -400,7 +400,7 @@ def test_text_and_json_output(dump: Path, tmp_path: Path) -> None:
     result = cli("report", "-o", file, "--redact", dump)
     assert (result.returncode, result.stderr) == (
         0,
-        "eplb-analyze: warning: 2 steps lack a rank and are in no figure: rank 1 absent in 2\n",
+        "eplb-analyze: warning: 2 steps lack a rank and are left out of all figures: rank 1 absent in 2\n",
     )
     assert_golden("report.txt", shown(result.stdout, file))
     assert Page(file.read_bytes()).data["redacted"]

@@ -69,7 +69,7 @@ def remote(dump: Path, s3: S3) -> str:
         ("s3:///x", "names no bucket"),
         ("s3://b/x?regoin=eu", "no option 'regoin'"),
         ("gs://b/x?region=eu", "no option 'region'"),
-        ("s3://key:topsecret@b/x", "credentials do not belong"),
+        ("s3://key:topsecret@b/x", "must not contain credentials"),
     ],
 )
 def test_invalid_address_is_a_usage_error(text: str, words: str) -> None:
@@ -410,7 +410,7 @@ def spoiled(dump: Path, s3: S3, name: str, change: Any) -> tuple[str, Path]:
     ("change", "words"),
     [
         (lambda data: None, "missing, although the manifest lists it"),
-        (lambda data: data[:-100], "bytes where the manifest says"),
+        (lambda data: data[:-100], "bytes, but the manifest says"),
         (lambda data: data[:100] + bytes([data[100] ^ 4]) + data[101:], "checksum"),
         (lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "footer does not match"),
     ],
@@ -434,7 +434,7 @@ def test_object_deleted_while_it_is_read_is_reported(dump: Path, remote: str, s3
     with s3.failing(key="journal-", status=404):
         result = cli("summary", "--run", "killed", s3.address(remote))
     assert result.returncode == 3
-    assert "it is listed, but not there" in result.stderr
+    assert "the manifest lists it, but it is missing" in result.stderr
 
 
 def test_object_names_cannot_control_the_terminal(dump: Path, s3: S3) -> None:

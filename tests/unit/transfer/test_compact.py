@@ -219,7 +219,7 @@ def test_run_with_many_incomplete_steps_is_refused(tmp_path: Path) -> None:
     root, to = tmp_path / "dump", tmp_path / "new"
     write_with_killed_rank(root, 23)
     assert cli("summary", root).returncode == 3
-    said = ("36 steps (60.0%) lack a rank: rank 1 absent in 36", "would look whole", "--steps 0-23")
+    said = ("36 steps (60.0%) lack a rank: rank 1 absent in 36", "would hide", "--steps 0-23")
     one_error(cli("compact", root, to), 3, str(root), *said)
     assert not to.exists()
     # The fix that the message suggests works.

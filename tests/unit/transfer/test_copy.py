@@ -243,7 +243,7 @@ def test_different_file_in_the_target_is_kept(dump: Path, tmp_path: Path) -> Non
     victim = sessions(tmp_path, 1)[0] / "loads-000001.parquet"
     victim.write_bytes(victim.read_bytes()[:-1] + b"X")
     before = content(tmp_path)
-    one_error(cli("copy", dump, tmp_path), 2, str(victim), "stays as it is")
+    one_error(cli("copy", dump, tmp_path), 2, str(victim), "was not changed")
     assert content(tmp_path) == before
 
 
@@ -251,7 +251,7 @@ def test_folder_with_foreign_files_is_refused(dump: Path, tmp_path: Path) -> Non
     folder = tmp_path / sessions(dump, 1)[0].relative_to(dump)
     folder.mkdir(parents=True)
     (folder / "loads-000000.parquet").write_bytes(b"mine")
-    one_error(cli("copy", dump, tmp_path), 2, str(folder), "no copy began")
+    one_error(cli("copy", dump, tmp_path), 2, str(folder), "no copy wrote")
     assert (folder / "loads-000000.parquet").read_bytes() == b"mine"
 
 
@@ -443,7 +443,7 @@ def test_file_removed_during_the_copy_is_reported(
         for file in tmp_path.rglob("loads-000001.parquet"):
             file.unlink()
 
-    with pytest.raises(DumpError, match="it was taken away meanwhile"):
+    with pytest.raises(DumpError, match="it was removed during the copy"):
         copy_run(storage_path(dump), tmp_path, progress=last)
 
 

@@ -196,7 +196,7 @@ def test_duplicate_expert_on_a_device_is_refused_or_repaired(dump: Path, tmp_pat
     assert np.array_equal(read_vllm_ascend((tmp_path / "fine.json").read_text()), placement(30))
     file = tmp_path / "double.json"
     command = ["export", "placement", "--for", "vllm-ascend", "-o", str(file), "--step", "10", str(dump)]
-    one_error(cli(*command), 2, "expert 1 stands twice on device 0 in layer 2", "--repair")
+    one_error(cli(*command), 2, "expert 1 is twice on device 0 in layer 2", "--repair")
     assert not file.exists()
     document = write_placement(dump, file, "vllm-ascend", "--step", 10, "--repair")
     assert document["repair"] == {"layers": 1, "swaps": 1, "replaced": 0}
@@ -492,14 +492,14 @@ def test_existing_file_is_replaced_only_with_force(dump: Path, tmp_path: Path) -
     file = tmp_path / "F"
     file.write_text("mine")
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
-        one_error(cli("export", *command, "-o", file, dump), 2, "is there already", "--force")
+        one_error(cli("export", *command, "-o", file, dump), 2, "exists already", "--force")
         assert file.read_text() == "mine"
         assert cli("export", *command, "-o", file, "--force", dump).returncode == 0
         assert file.read_text() != "mine"
         file.write_text("mine")
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    one_error(cli("export", "placement", "--for", "json", "-o", link, dump), 2, "is there already")
+    one_error(cli("export", "placement", "--for", "json", "-o", link, dump), 2, "exists already")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F", "link"]
     # Replacing a device would destroy it: as root, /dev/null would become a file.
     pipe = tmp_path / "pipe"
@@ -522,7 +522,7 @@ def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
             out.write(b"new")
             file.write_text("theirs")
 
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         write()
     assert file.read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == ["F"]

@@ -506,7 +506,7 @@ def test_sglang_invalid_counts_are_refused(tmp_path: Path) -> None:
         bomb = [bomb] * 10
     # Two halves add up to a whole number, and four times 2^62 overflows to 0.
     for number, (gatherers, count, placed, word) in enumerate([
-        ("ab", whole + 0.5, slots, "no whole number"),
+        ("ab", whole + 0.5, slots, "not a whole number"),
         ("abcd", torch.tensor([[2**62, 2, 3, 4]]), slots, "above 2^53"),
         ("a", whole, slots + 0.5, "impossible experts"),
         ("a", whole, slots + 2**32, "impossible experts"),
@@ -700,7 +700,7 @@ def test_vllm_interval_is_the_common_gap(
 def test_vllm_invalid_names_are_refused(tmp_path: Path) -> None:
     load = local_loads(1).sum(axis=1)[0]
     odd = lines(tmp_path / "x.jsonl", snapshot(0, load, MAP, model_name="\ud800"))
-    refused(UsageError, odd, tmp_path, "is no name of a model")
+    refused(UsageError, odd, tmp_path, "is not a valid model name")
     long = lines(tmp_path / "y.jsonl", snapshot(0, load, MAP, num_moe_layers="y" * 9999))
     with pytest.raises(DumpError) as raised:
         do(long, tmp_path)
@@ -1155,8 +1155,8 @@ def test_links_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(DumpError, tmp_path / "empty", tmp_path, "no file in it", **LINEAR)
     (tmp_path / "what").write_text("hello")
-    refused(DumpError, tmp_path / "what", tmp_path, "not of a format known", **LINEAR)
-    names = ("no file and no placement", "linear, round_robin, last, unknown")
+    refused(DumpError, tmp_path / "what", tmp_path, "format is not supported", **LINEAR)
+    names = ("no such file or placement", "linear, round_robin, last, unknown")
     for wrong in (str(tmp_path / "no.json"), "roundrobin"):
         refused(UsageError, tmp_path / "a.npy", tmp_path, *names, ep_size=2, placement=wrong)
     source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])

@@ -159,7 +159,7 @@ def test_experts_that_no_row_names_need_an_option(tmp_path: Path) -> None:
     [
         ("layer,expert,count\n0,0,1\n0,0,2\n", "1 rows repeat"),
         ("layer,expert,count\n0,0,-1\n", "negative"),
-        ("layer,expert,count\n0,0,1.5\n", "no whole number"),
+        ("layer,expert,count\n0,0,1.5\n", "not a whole number"),
         ("layer,expert,count\n0,0,inf\n", "infinite"),
         ("layer,expert,count\n0,0,nan\n", "a row without a value of count"),
         ("layer,expert,count\n0,0,9007199254740994\n", "above 2^53"),

@@ -182,7 +182,7 @@ class TestBadInput:
             ('{"iter": 1, "iterLatencyMS": -1}\n', "line 1: a step of -1 ms"),
             ('{"iter": 1, "iterLatencyMS": 1' + "0" * 400 + "}\n", "line 1: time: 1000"),
             ('{"iter": 1.5, "iterLatencyMS": 1}\n', "1.5 is not the number of a step"),
-            ('{"iter": 1, "iterLatencyMS": 1}\n[3]\n', "line 2: it is no JSON object"),
+            ('{"iter": 1, "iterLatencyMS": 1}\n[3]\n', "line 2: it is not a JSON object"),
             ('{"iter": 1, "iterLatencyMS": 1}\n{"wall_time": 1}\n', "after TensorRT-LLM's"),
             ("a,ms\n1,2\n", "no step times"),
             ("step,ms\n1,2\n1,3\n", "line 3: step 1 comes twice"),
