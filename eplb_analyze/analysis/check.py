@@ -220,8 +220,8 @@ def _check_clocks(run: Run) -> list[Finding]:
     if not ranks:
         return []
     shown = listed([f"rank {rank} by {s:+,.1f} s" for rank, s in sorted(ranks.items())], 4)
-    text = f"at the same steps ranks' clocks differ from the others', {shown}: clocks that are not set "
-    return [Finding("warning", "clock_skew", text + "alike, or two engine starts under one run id")]
+    text = f"the clocks of ranks disagree at the same steps, {shown}: clocks are not synchronized, "
+    return [Finding("warning", "clock_skew", text + "or two engine starts have one run id")]
 
 
 def _check_statements(run: Run) -> list[Finding]:
@@ -254,6 +254,6 @@ def _check_statements(run: Run) -> list[Finding]:
     if not found:
         return []
     rank, layer, step = min(found, key=lambda f: (f[2], f[0], f[1]))
-    text = f"ranks recorded under an old placement after others stated a new one, in {len(found)} cases, the "
-    text += f"first rank {rank} in layer {run.info.layers[layer]} at step {step}"
+    text = "ranks recorded under an old placement after other ranks recorded a new one, in "
+    text += f"{len(found)} cases, the first rank {rank} in layer {run.info.layers[layer]} at step {step}"
     return [Finding("error", "placement_not_adopted", text)]

@@ -385,7 +385,7 @@ def _regime(cost: Cost, tokens: Int64) -> str:
         return f"steps {of}wait for the rank with the most tokens"
     if cost.driver is Driver.BOTH:
         return f"steps {of}wait for the rank with the most active experts and tokens"
-    return "whether tokens or active experts make a rank slow does not show"
+    return "the run does not show whether tokens or active experts make a rank slow"
 
 
 def _unknown(reason: str, phases: dict[str, PhaseCost] | None = None) -> RunCost:

@@ -273,7 +273,7 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
         status = CostStatus.NO_MEASURABLE_COST
         if interval.high > MAX_UNKNOWN * mean:
             status = CostStatus.NOT_IDENTIFIABLE
-            reason = "imbalance varied too little beside the noise of step times"
+            reason = "imbalance varied too little compared with the noise of step times"
     driver = _driver(found, done) if status is CostStatus.MEASURED else None
     return Cost(status, interval, r2, mean, used, expected, reason, tuple(found), driver)
 

@@ -47,7 +47,7 @@ def choose(path: StoragePath, run: str | None = None, model: str | None = None) 
         if len(models) > 1:
             others = ", ".join(name for s, name in names.items() if s != slug)
             notes.append(
-                f"the run has other models, too: {others}; this is {names[slug]} (choose with --model)"
+                f"the run also has other models: {others}; this is {names[slug]} (choose with --model)"
             )
     else:
         matches = [s for s, name in names.items() if model in (name, s, model_slug(name))]

@@ -418,8 +418,8 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     findings: list[Finding] = []
     lost = _lost(sessions, unreadable)
     if lost:
-        text = f"placements are lost from step {_first_of(lost)} on: until they are stated again nobody"
-        findings.append(Finding("error", "placements_lost", text + " knows which expert a slot holds"))
+        text = f"placements are lost from step {_first_of(lost)} on: which expert a slot holds is"
+        findings.append(Finding("error", "placements_lost", text + " unknown until the next placement"))
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
     for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
         known = stated.get((step, layer))

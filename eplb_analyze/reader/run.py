@@ -422,7 +422,7 @@ class Run:
     def nodes_unknown(self) -> NotInDumpError:
         """The error to raise if the dump does not say how many ranks a node has."""
         return NotInDumpError(
-            f"{self.path}: the dump does not say how many ranks a node has (say it with --ranks-per-node)"
+            f"{self.path}: the dump does not state the number of ranks per node; give --ranks-per-node"
         )
 
     # ---- frames

@@ -450,7 +450,7 @@ class TrainTestSplit:
             if self.in_ms and cost.status is not CostStatus.MEASURED:
                 return "leave", cost.message
             if best is not None and best.policy == STATIC:
-                return "leave", "no other setting gains anything; to rearrange nothing would be as good"
+                return "leave", "no other setting gains anything; no rearrangements at all would be as good"
             return "leave", f"the best other setting has no measurable gain {what}"
         if gain.value < 0:
             if self.in_ms:

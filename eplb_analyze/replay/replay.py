@@ -378,13 +378,11 @@ def _result(
             f"{plural(simulation.left_out, 'complete step')} left out: a layer's placement is not known there"
         )
     if simulation.unplaced:
-        notes.append(
-            f"{plural(simulation.unplaced, 'token')} on slots without an expert are in no setting's figure"
-        )
+        notes.append(f"{plural(simulation.unplaced, 'token')} on slots without an expert are left out")
     if any(outcome.ep_size != part.shape.ep_size for outcome in outcomes):
         notes.append("fewer ranks are easier to balance: compare settings of one EP size")
     if cost_ms is not None and seconds is None:
-        notes.append("no two steps follow each other, so nothing is known of time, and there is no net gain")
+        notes.append("no two steps follow each other, so step times are unknown, and there is no net gain")
     return Replay(
         run_id=run.info.run_id,
         model=run.info.model,

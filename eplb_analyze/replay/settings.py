@@ -87,8 +87,8 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
             if (experts + redundant) % ep_size or redundant < 0:
                 if choices.redundant is not None or choices.ep_sizes is not None:
                     notes.append(
-                        f"left out: {experts} experts and {redundant} redundant ones do not lie evenly on "
-                        f"{ep_size} ranks"
+                        f"left out: {experts} experts and {redundant} redundant ones cannot be divided "
+                        f"evenly among {ep_size} ranks"
                     )
                 continue
             for policy in policies:

@@ -309,9 +309,9 @@ def _end(incident: Incident, clock: RunClock) -> str:
         case "traffic":
             return f"the traffic changed back at {clock.label(ended.step)}"
         case "rank_back":
-            return f"the rank is back from {clock.label(ended.step)} on"
+            return f"the rank came back at {clock.label(ended.step)}"
         case _:
-            return f"still going on when the recording ends, at {clock.label(ended.step)}"
+            return f"still in progress when the recording ends, at {clock.label(ended.step)}"
 
 
 def next_command(incident: Incident) -> str:

@@ -191,13 +191,14 @@ _MEANINGS = (
     (
         "balancedness",
         FORMULAS["balancedness"].text,
-        "The tokens of the mean rank over those of the fullest, of each layer that has tokens in the step, "
-        "and the mean over these; in (0, 1], 1 is perfect. T is tokens of a step and layer on an EP rank.",
+        "The mean tokens of the ranks divided by the tokens of the fullest rank, for each layer that has "
+        "tokens in the step, averaged over these layers; 1 is perfect. T is tokens of a step and layer on an "
+        "EP rank.",
     ),
     (
         "imbalance",
         FORMULAS["imbalance"].text,
-        "The other way round: how many times the mean the fullest rank has; at least 1.",
+        "The inverse: the tokens of the fullest rank divided by the mean; at least 1.",
     ),
     (
         "idle fraction",
@@ -233,8 +234,8 @@ _MEANINGS = (
     (
         "due replicas",
         "share × number of slots",
-        "So many slots would carry the expert at the mean. One or more above the replicas it has is "
-        "under-replicated, one or more below (with several replicas) over-replicated.",
+        "The number of slots that the expert's load justifies at the mean load per slot. One or more above "
+        "the replicas it has is under-replicated, one or more below (with several replicas) over-replicated.",
     ),
     (
         _BURSTS,

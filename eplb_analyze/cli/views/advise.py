@@ -99,7 +99,7 @@ def redundancy(changes: Changes) -> list[str]:
         better = [change for change in more if change.result == "gain"]
         text = "Redundant experts: do not add any" if not better else "Redundant experts: more of them help"
         if all(change.result == "unknown" for change in more):
-            text = "Redundant experts: what more of them gain is not known"
+            text = "Redundant experts: the gain of more is not known"
         lines.append(f"{text} ({each}; now {base})")
     free = [change for change in fewer if change.result in ("no gain", "gain")]
     if free and not any(change.result == "gain" for change in more):
@@ -219,11 +219,11 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         chosen, judged = (range_text(console, part.first_step, part.last_step) for part in parts)
         print_line(
             console,
-            f"chosen from {plural(len(advice.replay.outcomes), 'setting')} on steps {chosen}, judged on "
-            f"{judged}, whose figures these are",
+            f"chosen from {plural(len(advice.replay.outcomes), 'setting')} on steps {chosen}; the "
+            f"figures above are from steps {judged}",
         )
     if advice.engine_arguments is not None:
-        console.print("to start the engine so:")
+        console.print("to start the engine with this setting:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
     basis = (
         f"by the cost fitted to this run's step times: {advice.replay.cost.message}; each token goes to any "
@@ -233,8 +233,9 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         why = advice.replay.cost.message.removeprefix("not measurable in this run: ")
         known = "not measurable" if advice.replay.cost.ms_per_step is None else "by the run's step times"
         basis = (
-            f"expected by {OBJECTIVES[advice.replay.objective.value]}, as if a step were nothing but its "
-            f"experts, and each token went to any replica of its expert; milliseconds {known}: {why}"
+            f"expected by {OBJECTIVES[advice.replay.objective.value]}, assuming that a step consists only "
+            f"of its experts, and that each token goes to any replica of its expert; "
+            f"milliseconds {known}: {why}"
         )
     print_line(console, (basis, "dim"))
 

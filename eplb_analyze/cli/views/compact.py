@@ -27,7 +27,7 @@ def render(console: Console, report: CompactReport) -> None:
         size, seconds = f"{side.bytes / 1e6:,.2f}", f"{side.summary_seconds:.2f} s"
         listing.add_row(name, f"{side.sessions:,}", f"{side.files:,}", size, seconds)
     console.print(listing)
-    console.print(f"{_gain(before, after)}the sums are verified, and the old run is as it was")
+    console.print(f"{_gain(before, after)}the sums are verified, and the source run is unchanged")
 
 
 def _gain(before: Side, after: Side) -> str:

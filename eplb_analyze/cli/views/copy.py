@@ -17,7 +17,7 @@ def render(console: Console, report: CopyReport) -> None:
     models = ", ".join(report.models)
     print_line(console, ("copied ", "bold"), f"run {report.run_id}, {models}")
     print_line(console, f"into {report.to}", soft_wrap=True)
-    there = f", {report.files_there:,} of them there already" if report.files_there else ""
+    there = f", {report.files_there:,} of them already there" if report.files_there else ""
     size = f"{plural(report.rows, 'row')}, {report.bytes:,} bytes"
     console.print(
         f"{plural(report.sessions, 'session')}, {plural(report.files, 'file')}{there}, {size}, all verified"

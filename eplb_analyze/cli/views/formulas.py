@@ -25,5 +25,5 @@ def render(console: Console, formulas: Iterable[Formula]) -> None:
             print_line(console, (f.warning, "yellow"), indent=4)
     print_line(console)
     print_line(console, ("idle fraction", "bold"), "  1 − Σ_{s,l} mean_r T / Σ_{s,l} max_r T")
-    text = "by how much less the mean rank has to do than the slowest, in tokens, not in time; 0 is perfect"
+    text = "how much less work, in tokens, the mean rank has than the slowest; not time; 0 is perfect"
     print_line(console, (text, "dim"), indent=4)

@@ -181,8 +181,8 @@ def _milliseconds(console: Console, rows: list[RearrangementFigures]) -> None:
             listing.add_row(_when(row), *cells)
         console.print(listing)
         legend = (
-            "pause: what the steps at the change took beyond the usual time; gain: what the same tokens, of "
-            "steps after, cost less under the new placement than under the one before"
+            "pause: how much longer than usual the steps at the change took; gain: how much less the tokens "
+            "of later steps cost under the new placement than they would under the old one"
         )
         print_line(console, (legend, "dim"))
     reasons = Counter(f"pause not measurable: {row.pause_reason}" for row in rows if row.pause_reason)

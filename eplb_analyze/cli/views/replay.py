@@ -80,9 +80,8 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         legend += "active: experts with a token on the rank with most of them; "
     legend += "moved: expert weights that ranks fetched"
     if _costs(result) and not in_ms:
-        legend += (
-            "; net: time saved if a step were nothing but its experts, less pauses beyond today's (! a loss)"
-        )
+        legend += "; net: time saved, assuming that a step consists only of its experts, less pauses "
+        legend += "beyond today's (! a loss)"
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
     if result.dispatch.in_rounds >= MOSTLY:
@@ -101,7 +100,9 @@ def _today(console: Console, result: Replay) -> None:
     console.print(listing)
     if measured is not None and today.idle_fraction is not None:
         apart = signed(100 * (measured - today.idle_fraction), 1)
-        console.print(f"by how replicas shared tokens: {apart} points of idle, which no setting below has")
+        console.print(
+            f"{apart} points of idle come from how replicas shared tokens; no setting below includes them"
+        )
     if _costs(result) and result.seconds is not None:
         step = 1e3 * (result.part.step_seconds or 0.0)
         console.print(f"these steps took {result.seconds:,.1f} s, {step:,.1f} ms each (the median)")

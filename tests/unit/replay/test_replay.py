@@ -535,7 +535,7 @@ def test_default_grid(dump: Path) -> None:
     }  # fmt: skip
     assert all(s.start == s.interval for s in settings)
     _, notes = grid(run, today, Choices(redundant=[4, 5]), 6400)
-    assert notes == ["left out: 8 experts and 5 redundant ones do not lie evenly on 4 ranks"]
+    assert notes == ["left out: 8 experts and 5 redundant ones cannot be divided evenly among 4 ranks"]
 
 
 @pytest.mark.parametrize(
@@ -561,7 +561,7 @@ def test_malformed_option_is_rejected(dump: Path, arguments: list[str], words: l
     [
         (["--policy", "magic"], ["magic", "deepseek"]),
         (["--policy", "json:nothing"], ["json:nothing"]),
-        (["--redundant-experts", "3"], ["3 redundant ones do not lie evenly on 4 ranks"]),
+        (["--redundant-experts", "3"], ["3 redundant ones cannot be divided evenly among 4 ranks"]),
         (["--redundant-experts", "100000000"], ["65,536 slots"]),
         (["--ep-size", "100000000"], ["65,536 slots"]),
         (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),

@@ -415,7 +415,7 @@ def test_existing_file_is_not_overwritten(dump: Path, tmp_path: Path) -> None:
     file.write_text("mine")
     one_error(cli("report", "-o", file, dump), 2, "report.html", "--force")
     assert file.read_text() == "mine"
-    one_error(cli("report", "-o", dump / "report.html", dump), 2, "lies in the dump")
+    one_error(cli("report", "-o", dump / "report.html", dump), 2, "is inside the dump")
     one_error(cli("report", "-o", tmp_path / "no/report.html", dump), 2, "no folder")
     one_error(cli("report", "-o", tmp_path / "new.html", "--steps", "900-", dump), 2, "900-")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -228,7 +228,7 @@ def test_postmortem_accepts_a_prefix_and_a_pattern(dump: Path, s3: S3, tmp_path:
 @pytest.mark.parametrize("command", ["recover", "watch"])
 def test_commands_that_write_or_follow_need_a_folder(command: str, remote: str, s3: S3) -> None:
     arguments = ["--once"] if command == "watch" else []
-    one_error(cli(command, *arguments, s3.address(remote)), 2, f"`{command}` needs a folder", "`copy`")
+    one_error(cli(command, *arguments, s3.address(remote)), 2, f"`{command}` needs a local folder", "`copy`")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_output_goes_to_folders_only(
 ) -> None:
     """No local folder named ``s3:`` is created either."""
     monkeypatch.chdir(tmp_path)
-    one_error(cli(*command.replace("DUMP", str(dump)).split()), 2, "s3://b/x", "needs a folder")
+    one_error(cli(*command.replace("DUMP", str(dump)).split()), 2, "s3://b/x", "needs a local folder")
     assert not [*tmp_path.iterdir()]
 
 

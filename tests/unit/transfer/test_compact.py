@@ -240,7 +240,7 @@ def test_run_without_one_of_its_ranks_is_refused(tmp_path: Path) -> None:
                 load = np.full((3, slots), step + rank)
                 writer.record(step, load, np.arange(slots) % 6 + np.zeros((3, 1), int), ep_size=size)
     assert cli("summary", root).returncode == 3
-    one_error(cli("compact", root, tmp_path / "new"), 3, "of 3 ranks, 2 wrote nothing", "not compacted")
+    one_error(cli("compact", root, tmp_path / "new"), 3, "of 3 ranks, 2 wrote nothing", "none is written")
 
 
 def test_cause_of_few_incomplete_steps_stays_known(dump: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_damaged_run_is_refused(name: str, fault: str, dump: Path, tmp_path: Pat
     data = bytearray(victim.read_bytes())
     data[20] ^= 1
     victim.unlink() if fault == "gone" else victim.write_bytes(data)
-    one_error(cli("compact", root, tmp_path / "new"), 3, name, "not compacted")
+    one_error(cli("compact", root, tmp_path / "new"), 3, name, "none is written")
     assert not [*(tmp_path / "new").rglob("*")] if (tmp_path / "new").exists() else True
 
 
@@ -307,7 +307,7 @@ def test_sums_above_the_largest_count_of_a_rank_are_kept(tmp_path: Path) -> None
 def test_taken_or_invalid_run_id_is_refused(dump: Path, tmp_path: Path) -> None:
     compact(dump, tmp_path, "--run-id", "x")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    one_error(cli("compact", "--run-id", "x", dump, tmp_path), 2, "there already", "--run-id")
+    one_error(cli("compact", "--run-id", "x", dump, tmp_path), 2, "exists already", "--run-id")
     one_error(cli("compact", "--run-id", "../x", dump, tmp_path), 2, "--run-id")
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 

@@ -162,8 +162,8 @@ def test_ranks_are_copied_apart_and_completed_later(dump: Path, tmp_path: Path) 
     ("arguments", "words"),
     [
         (["--ranks", "3"], "nothing of rank 3"),
-        (["--ranks", "1-0"], "not ranks"),
-        (["--ranks", "a"], "not ranks"),
+        (["--ranks", "1-0"], "not a list of ranks"),
+        (["--ranks", "a"], "not a list of ranks"),
         (["--steps", "400-"], "no segment of run r is in these steps"),
         (["--steps", "4"], "--step 4"),
     ],

@@ -453,8 +453,8 @@ def test_repair_of_a_user_policy_uses_the_window_loads(
         (["--for", "sglang", "-o", "F.json", "--num-hidden-layers", "1000000000"], ["4,096"]),
         (["--for", "json", "-o", "nowhere/F"], ["there is no folder"]),
         (["--for", "json", "-o", "."], ["is a folder"]),
-        (["--for", "json", "-o", "DUMP/F"], ["lies in the dump"]),
-        (["--for", "json", "-o", "DUMP/run=r/F"], ["lies in the dump"]),
+        (["--for", "json", "-o", "DUMP/F"], ["is inside the dump"]),
+        (["--for", "json", "-o", "DUMP/run=r/F"], ["is inside the dump"]),
     ],
 )
 def test_impossible_placement_is_one_error(

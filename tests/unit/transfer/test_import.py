@@ -938,7 +938,7 @@ def test_existing_run_is_never_overwritten(tmp_path: Path) -> None:
     assert len({report.run_id for report in reports}) == 3
     import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
     before = sorted((tmp_path / "d").rglob("*"))
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="exists already"):
         import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
     with pytest.raises(UsageError, match="--run-id"):
         import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "../x")
