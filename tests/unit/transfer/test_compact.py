@@ -351,7 +351,7 @@ def test_golden_output(form: str, dump: Path, tmp_path: Path, monkeypatch: pytes
     result = cli("compact", *["--json"] * (form == "json"), "dump", "new")
     assert (result.returncode, result.stderr) == (0, "")
     text = re.sub(r'"(bytes|summary_seconds)": [\d.e-]+', r'"\1": 0', result.stdout)
-    text = re.sub(r"\d+ % (smaller|larger)", "0% smaller", text)
+    text = re.sub(r"\d+% (smaller|larger)", "0% smaller", text)
     text = re.sub(r"\d\.\d\d +\d\.\d\d s", "0.00   0.00 s", text)
     assert_golden(f"compact.{'txt' if form == 'text' else 'json'}", text)
     assert (next(Path("new").rglob(SESSION_FILE))).exists()
