@@ -261,6 +261,7 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
         found = [
             Rate(model.exchange, Interval(0.0, 0.0, np.sqrt(PLAUSIBLE) * model.deviation)) for model in models
         ]
+    plausible, found = found, _possible(found, times[follows], done.slowest[follows])
     columns = _standardized(np.column_stack([usual, done.slowest[:, found[0].exchange]]))
     residuals = times - columns @ _weighted(columns, times, follows)
     interval = _price(found, done.excess())
@@ -274,8 +275,26 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
         if interval.high > MAX_UNKNOWN * mean:
             status = CostStatus.NOT_IDENTIFIABLE
             reason = "imbalance varied too little compared with the noise of step times"
-    driver = _driver(found, done) if status is CostStatus.MEASURED else None
+    driver = _driver(plausible, done) if status is CostStatus.MEASURED else None
     return Cost(status, interval, r2, mean, used, expected, reason, tuple(found), driver)
+
+
+def _possible(rates: list[Rate], ms: Float64, slowest: Float64) -> list[Rate]:
+    """Without what the work of the slowest ranks cannot take: more than the whole of their steps.
+
+    An effort that hardly varied, as of active experts that are all active, has a price with wide bounds.
+    What other settings are worth must not be more than the step for that.
+
+    Args:
+        slowest: float64 ``[n, exchanges]``, of the steps with these times.
+    """
+    most = (ms.mean() / np.maximum(slowest.mean(axis=0), np.finfo(float).tiny)).tolist()
+    found = [
+        Rate(k, Interval(min(price.value, most[k]), price.low, min(price.high, most[k])))
+        for k, price in rates
+        if price.low <= most[k]
+    ]
+    return found or rates
 
 
 def _driver(rates: Sequence[Rate], work: Work) -> Driver | None:

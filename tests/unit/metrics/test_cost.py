@@ -184,6 +184,19 @@ def test_driver_is_what_makes_steps_slow(engines: list[Engine]) -> None:
         assert fit(some.times(0, 0)[0], some.work).driver is None
 
 
+def test_work_of_the_slowest_ranks_takes_no_longer_than_the_step(engines: list[Engine]) -> None:
+    """If all experts are active in all steps, nothing but the step itself bounds the price of one."""
+    for some in engines[:3]:
+        full = Engine(np.full_like(some.active, SLOTS), some.tokens, some.noise)
+        ms, truth = full.times(0.2, 0.05)
+        cost = fit(ms, full.work)
+        assert cost.mean_ms is not None
+        for rate in cost.rates:
+            assert rate.ms.high * full.work.slowest[cost.used, rate.exchange].mean() <= 1.001 * cost.mean_ms
+        assert cost.ms_per_step is not None
+        assert cost.ms_per_step.low <= truth <= cost.ms_per_step.high
+
+
 @pytest.mark.parametrize("rate", EXCHANGE_RATES)
 def test_cost_is_exact_without_noise(engines: list[Engine], rate: float) -> None:
     for some in engines[:3]:
