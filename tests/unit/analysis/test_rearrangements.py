@@ -307,7 +307,7 @@ def test_text_output(story: Path) -> None:
         shown = [row["before"]["balancedness"], row["predicted"], row["after"]["balancedness"]]
         assert cells[1:4] == [f"{value:.3f}" for value in shown]
     assert table[0][-1] == "helped"
-    assert f"{document[0]['lasted']['steps']} steps" in " ".join(table[2])
+    assert f"{document[0]['lasted']['steps']:,}" in table[2]
 
 
 def test_range_limits_the_rearrangements(story: Path) -> None:

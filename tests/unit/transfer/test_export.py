@@ -443,7 +443,7 @@ def test_repair_of_a_user_policy_uses_the_window_loads(
         (["--for", "sglang", "-o", "F.txt", "--num-hidden-layers", "6"], [".json"]),
         (["--for", "trtllm", "-o", "F.yaml", "--first-layer", "3"], ["names its layers", "1 to 4"]),
         (["--for", "trtllm", "-o", "F.yaml", "--step", "99"], ["no step 99", "0 to 39"]),
-        (["--for", "json", "-o", "F", "--policy", "none"], ["no policy is called 'none'", "deepseek"]),
+        (["--for", "json", "-o", "F", "--policy", "none"], ["no policy has the name 'none'", "deepseek"]),
         (
             ["--for", "json", "-o", "F", "--policy", "static", "--redundant-experts", "1"],
             ["7 slots", "2 EP ranks"],
