@@ -1168,7 +1168,7 @@ def test_links_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
 def test_invalid_csv_is_refused(tmp_path: Path) -> None:
     for text, word in (
         ("1,2\n3\n", "line 2 has 1"),
-        ("1,2\n-3,4\n", "'-3' is no count"),
+        ("1,2\n-3,4\n", "'-3' is not a count"),
         ("1,1_0\n2,2\n", "'1_0'"),
         ("", "empty"),
         ("a,b\n1,2\n", "'a'"),
