@@ -51,7 +51,7 @@ def main() -> None:
     others = 0
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
         run = make_run(seed, causes_of(seed))
-        found = find_incidents(run.series(), run)
+        found = find_incidents(run.series(), run).found
         layers = len(run.layers)
         others += sum(all(len(truth.wrong(one, layers)) > 2 for truth in run.truths) for one in found)
         for truth in run.truths:
@@ -77,7 +77,7 @@ def main() -> None:
     alarms = 0
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.clean):
         run = make_run(seed + 1_000_000)
-        found = find_incidents(run.series(), run)
+        found = find_incidents(run.series(), run).found
         alarms += bool(found)
         if found and arguments.verbose:
             print("false alarm", seed, run.load.shape, *found, sep="\n  ")

@@ -314,7 +314,7 @@ class _Reading:
                     balance.add(block, terms)
                 sample.merge(CostSample.of(run, sampling, block, terms))
         self.cost = self._cost(sample)
-        self.incidents = incidents_of(run, balance, self.cost)
+        self.incidents = incidents_of(run, balance, self.cost).found
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
         self._tokens += float(terms.mean.sum()) * ranks

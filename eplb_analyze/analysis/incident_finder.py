@@ -40,6 +40,9 @@ from eplb_dump.format.journal import Int64
 WINDOW = 200
 #: Edges of two layers at most so many steps apart are of one departure.
 TOGETHER = 6
+#: The loads of so many layers are read for the largest departures; smaller ones are counted. More incidents
+#: than this mean that the run has no usual balance.
+EXAMINED = 16
 #: A departure of at least this share of the layers is of all.
 ALL_LAYERS = 0.3
 #: Of a departure of all layers, so many are looked at for the cause.
@@ -127,12 +130,20 @@ class _Found:
     everywhere: bool
 
 
-def find_incidents(series: BalanceSeries, loads: LayerLoads) -> list[Incident]:
-    """The incidents of a run, in order of steps."""
+@dataclass(frozen=True)
+class Incidents:
+    """The incidents of a run, in order of steps, and how many smaller departures are not among them."""
+
+    found: list[Incident]
+    unexamined: int = 0
+
+
+def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:
+    """The incidents of a run."""
     if len(series.steps) < 3 * MIN_STEPS:
-        return []
+        return Incidents([])
     values = _comparable(series)
-    found = _grouped(series, _departures(series, values))
+    found, unexamined = _largest(_grouped(series, _departures(series, values)))
     finder = _Finder(series, loads, values)
     incidents = [incident for one in loads.lost_ranks for incident in finder.of_lost(one)]
     incidents += finder.stopped(
@@ -144,7 +155,19 @@ def find_incidents(series: BalanceSeries, loads: LayerLoads) -> list[Incident]:
             continue
         incidents += [own for own in finder.of(one) if not known or _has_own_cause(own)]
     merged = _of_traffic(_without_repeated(_of_rearrangements(incidents, loads)), loads)
-    return sorted(merged, key=lambda i: (i.first_step, i.last_step, i.layers))
+    return Incidents(sorted(merged, key=lambda i: (i.first_step, i.last_step, i.layers)), unexamined)
+
+
+def _largest(found: list[_Found]) -> tuple[list[_Found], int]:
+    """The departures that cost most, in order of steps, and how many are left out."""
+    kept: list[_Found] = []
+    looks = 0
+    for one in sorted(found, key=lambda f: -f.drop * (f.end - f.first) * len(f.layers)):
+        looks += min(len(one.layers), LOOKED_AT) if one.everywhere else len(one.layers)
+        if kept and looks > EXAMINED:
+            break
+        kept.append(one)
+    return sorted(kept, key=lambda f: (f.first, f.end)), len(found) - len(kept)
 
 
 def _same(found: _Found, known: Incident) -> bool:

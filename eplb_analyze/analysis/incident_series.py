@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import Milliseconds, RunCost
-from eplb_analyze.analysis.incident_finder import BalanceSeries, LayerWindow, find_incidents
-from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.incident_finder import BalanceSeries, Incidents, LayerWindow, find_incidents
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.metrics.incident_causes import LayerSample
@@ -132,7 +131,7 @@ class RunLoads:
         return None if total is None else Milliseconds.of(total, layers)
 
 
-def incidents_of(run: Run, values: BalanceValues, cost: RunCost) -> list[Incident]:
+def incidents_of(run: Run, values: BalanceValues, cost: RunCost) -> Incidents:
     """The incidents of a run; call it inside ``run.retry_without_damaged``."""
     series = values.series()
-    return [] if series is None else find_incidents(series, RunLoads(run, cost))
+    return Incidents([]) if series is None else find_incidents(series, RunLoads(run, cost))

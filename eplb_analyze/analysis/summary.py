@@ -157,6 +157,8 @@ class Summary(Report):
     duration_seconds: float | None
     #: In order of steps.
     incidents: list[Incident]
+    #: Departures of a layer that are smaller than these incidents, whose cause was not looked for.
+    unexamined_departures: int
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
     #: If none changed: why no rearrangement was due yet; None: one was.
@@ -206,6 +208,7 @@ class Summary(Report):
                 "idle_fraction": self.idle_fraction,
                 "cost": self.cost,
                 "incidents": self.incidents,
+                "unexamined_departures": self.unexamined_departures,
                 "configurations": self.configurations,
                 "estimates": self.estimates,
                 "layers": self.layers,
@@ -257,6 +260,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
     timed = run.info.timed and sums.last_time >= sums.first_time
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None
     cost = cost_of_sample(run, sums.cost)
+    incidents = run.retry_without_damaged(lambda: incidents_of(run, sums.balance, cost))
     return Summary(
         run=run.info,
         steps=sums.seen,
@@ -279,7 +283,8 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         timeline=timeline(sums.bins, step, values["balancedness"]),
         loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=(sums.last_time - sums.first_time) / 1e9 if timed else None,
-        incidents=run.retry_without_damaged(lambda: incidents_of(run, sums.balance, cost)),
+        incidents=incidents.found,
+        unexamined_departures=incidents.unexamined,
         acted=acted,
         not_due=not_due(run) if acted is False else None,
     )

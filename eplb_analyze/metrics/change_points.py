@@ -9,12 +9,15 @@ Arrays in, arrays out.
 
 from __future__ import annotations
 
+import heapq
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.formulas import Float64
+
+Int64 = npt.NDArray[np.int64]
 
 #: Shorter departures are not looked for.
 MIN_STEPS = 10
@@ -25,12 +28,15 @@ MIN_EFFECT, MIN_DEVIATIONS = 0.04, 1.25
 THRESHOLD = 5.6
 #: At an edge the level must change by so many standard errors in excess of a common slope of both sides.
 CLEAR = 4.0
+#: Of a series, the clearest; one that changes more often has no usual level to depart from.
+MAX_EDGES = 24
 #: A step must lower the sum of squares by so many variances more than a smooth curve does.
 ABRUPT = 5.0
 #: With fewer values on one side it is a short departure, which no drift is.
 SHORT = 40
 #: Values before and after an edge that are compared.
 WINDOWS = ((10, 80), (80, 10), (40, 40), (160, 160))
+_REACH = max(max(window) for window in WINDOWS)
 #: A first pass over means of so many values, with a lower threshold, chooses the series to look at, if
 #: they are long.
 COARSE, COARSE_THRESHOLD, COARSE_FROM = 5, 4.5, 2000
@@ -207,17 +213,25 @@ def _edges(values: Float64) -> list[_Edge]:
     total = _cumulated(values[np.newaxis])[0]
     single, long_run = float(noise.single[0]), float(noise.long_run[0])
     least = max(MIN_EFFECT, MIN_DEVIATIONS * single)
+    side = MIN_STEPS - 2
+    indices = np.arange(side, len(values) - side + 1)
+    whole = _clearness(total, noise.contrasts[:, 0], indices, 0, len(values), least)
     cuts: list[int] = []
-    todo = [(0, len(values))]
-    while todo:
-        low, high = todo.pop()
-        best = _best_cut(total, noise.contrasts[:, 0], low, high, least)
-        if best is None:
-            continue
-        at, earlier, later = best
-        at = _refined(values, at, max(low, at - earlier), min(high, at + later))
+    todo: list[tuple[float, int, int, int]] = []  # the clearest first
+
+    def look(low: int, high: int) -> None:
+        best = _best_cut(total, noise.contrasts[:, 0], whole, low, high, least)
+        if best is not None:
+            clearness, at, earlier, later = best
+            at = _refined(values, at, max(low, at - earlier), min(high, at + later))
+            heapq.heappush(todo, (-clearness, at, low, high))
+
+    look(0, len(values))
+    while todo and len(cuts) < MAX_EDGES:
+        _, at, low, high = heapq.heappop(todo)
         cuts.append(at)
-        todo += [(low, at), (at, high)]
+        look(low, at)
+        look(at, high)
     cuts.sort()
     for _ in range(2):  # now that the edges on both sides are known
         bounds = [0, *cuts, len(values)]
@@ -251,25 +265,61 @@ def _level(values: Float64) -> float:
     return float(np.median(values)) if len(values) > 40 else float(values.mean())
 
 
-def _best_cut(
-    total: Float64, noise: Float64, low: int, high: int, least: float
-) -> tuple[int, int, int] | None:
-    """The index with the clearest change of level, and how many values on each side show it; or None."""
-    side = MIN_STEPS - 2
-    if high - low < 2 * side:
-        return None
-    at = np.arange(low + side, high - side + 1)
-    best, where = 0.0, None
+class _Clearness(NamedTuple):
+    """How clear a change of level is at some indices, and how many values on each side show it."""
+
+    ratio: Float64
+    left: Int64
+    right: Int64
+
+    def best(self) -> int:
+        return int(self.ratio.argmax())
+
+    def between(self, start: int, stop: int) -> _Clearness:
+        return _Clearness(self.ratio[start:stop], self.left[start:stop], self.right[start:stop])
+
+
+def _clearness(total: Float64, noise: Float64, at: Int64, low: int, high: int, least: float) -> _Clearness:
+    """At the indices ``at``, by values from ``low`` to ``high``; 0 where the change is below ``least``."""
+    best = _Clearness(np.zeros(len(at)), np.zeros(len(at), np.int64), np.zeros(len(at), np.int64))
     for (before, after), deviation in zip(WINDOWS, noise, strict=True):
         left, right = np.minimum(before, at - low), np.minimum(after, high - at)
         contrast = (total[at + right] - total[at]) / right - (total[at] - total[at - left]) / left
         error = deviation * np.sqrt((1 / left + 1 / right) / (1 / before + 1 / after))
         size = np.abs(contrast)
         ratio = np.where(size >= least, size, 0) / np.maximum(error, 1e-9)
-        top = int(ratio.argmax())
-        if ratio[top] > THRESHOLD and ratio[top] > best:
-            best, where = float(ratio[top]), (int(at[top]), int(left[top]), int(right[top]))
-    return where
+        clearer = ratio > best.ratio
+        for values, own in zip(best, (ratio, left, right), strict=True):
+            values[clearer] = own[clearer]
+    return best
+
+
+def _best_cut(
+    total: Float64, noise: Float64, whole: _Clearness, low: int, high: int, least: float
+) -> tuple[float, int, int, int] | None:
+    """The clearest change of level: how clear, its index, how many values on each side show it; or None.
+
+    ``whole``: of the indices ``MIN_STEPS - 2`` and up. Only near the ends of the range does it differ.
+    """
+    side = MIN_STEPS - 2
+    if high - low < 2 * side:
+        return None
+    inner = range(low + _REACH, high - _REACH + 1)
+    if inner:
+        at = np.concatenate([np.arange(low + side, inner.start), np.arange(inner.stop, high - side + 1)])
+    else:
+        at = np.arange(low + side, high - side + 1)
+    found = []
+    for indices, clear in (
+        (at, _clearness(total, noise, at, low, high, least)),
+        (inner, whole.between(inner.start - side, inner.stop - side)),
+    ):
+        if len(indices):
+            top = clear.best()
+            ratio, left, right = (values[top] for values in clear)
+            found.append((float(ratio), int(indices[top]), int(left), int(right)))
+    best = max(found)
+    return best if best[0] > THRESHOLD else None
 
 
 def _jump(before: Float64, after: Float64) -> tuple[float, float]:

@@ -63,6 +63,9 @@ def render(
     if not found.figures:
         return
     _incidents(console, found.incidents, top, part=part)
+    if result.unexamined_departures:
+        more = plural(result.unexamined_departures, "smaller departure")
+        print_line(console, f"and {more} from the usual balance, not examined", indent=2)
     _timeline(console, result, clock)
     _rearrangements(console, result, clock)
     if full:

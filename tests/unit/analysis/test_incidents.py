@@ -25,7 +25,7 @@ def test_most_planted_incidents_are_found_with_edges_layer_rank_expert_and_cause
     right = counted = 0
     for seed in range(1000, 1005):
         run = make_run(seed, (cause,), steps=1000, cells=CELLS)
-        found = find_incidents(run.series(), run)
+        found = find_incidents(run.series(), run).found
         for truth in run.truths:
             counted += truth.counts
             right += truth.counts and any(truth.is_found_as(one, len(run.layers)) for one in found)
@@ -36,19 +36,19 @@ def test_most_planted_incidents_are_found_with_edges_layer_rank_expert_and_cause
 
 def test_clean_runs_report_nothing() -> None:
     runs = [make_run(seed, steps=1000, cells=CELLS) for seed in range(2000, 2010)]
-    assert sum(bool(find_incidents(run.series(), run)) for run in runs) <= 1
+    assert sum(bool(find_incidents(run.series(), run).found) for run in runs) <= 1
 
 
 def test_two_incidents_of_one_run_are_both_found() -> None:
     run = make_run(7, ("rearrangement", "few_tokens"), steps=2000, cells=CELLS)
-    kinds = {one.cause.kind for one in find_incidents(run.series(), run)}
+    kinds = {one.cause.kind for one in find_incidents(run.series(), run).found}
     assert {truth.kind for truth in run.truths if truth.counts} <= kinds
 
 
 def test_incident_of_one_layer_has_its_layer_and_its_tokens_as_cost() -> None:
     for cause in OF_ONE_LAYER:
         run = make_run(1001, (cause,), steps=1000, cells=CELLS)
-        found = [one for one in find_incidents(run.series(), run) if one.cause.kind == cause]
+        found = [one for one in find_incidents(run.series(), run).found if one.cause.kind == cause]
         assert all(one.cost.tokens_per_step > 0 and one.cost.ms_per_step is None for one in found)
         assert all(one.peak_imbalance > one.usual_imbalance for one in found)
 
