@@ -272,7 +272,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert run.steps()["step"].to_list() == list(range(20))
     shown = CliRunner().invoke(app, ["summary", str(dump)])
     assert shown.exit_code == 0
-    assert "20 recorded" in shown.output
+    assert ", 20 steps\n" in shown.output
 
 
 @pytest.mark.parametrize(

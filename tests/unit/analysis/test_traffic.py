@@ -148,7 +148,7 @@ def test_invalid_input_is_an_error(dump: Path, tmp_path: Path) -> None:
     one_error(cli("traffic", "--layer", "5", dump), 2, "no MoE layer 5")
     one_error(cli("traffic", "--steps", "99-", dump), 2, "no step of the run is in 99-")
     write(tmp_path)
-    one_error(cli("traffic", "--by", "node", tmp_path), 2, "how many ranks a node has", "--ranks-per-node")
+    one_error(cli("traffic", "--by", "node", tmp_path), 2, "number of ranks per node", "--ranks-per-node")
     assert cli("traffic", "--by", "node", "--ranks-per-node", "0", dump).returncode == 2
 
 
@@ -157,9 +157,9 @@ org/moe · run r
 40 complete steps, 0-39 (03:12:04-03:12:04); 96,000 tokens × experts
                            of the tokens   by chance
 ────────────────────────────────────────────────────
-stay on their rank                50.1%      50.0%
-go to a rank of the node          49.9%      50.0%
-cross nodes                        0.0%       0.0%
+stay on their rank                 50.1%       50.0%
+go to a rank of the node           49.9%       50.0%
+cross nodes                         0.0%        0.0%
 tokens that leave their rank: from 49.8% in layer 1 to 50.0% in layer 0
 
 % of a rank's tokens (row) that go to each rank (column)
@@ -171,12 +171,12 @@ all  70.0  30.0
 busiest receivers
 rank   tokens   × mean   from others   most from
 ────────────────────────────────────────────────
-  r0   67,221     1.40        49.9%          r0
-  r1   28,779     0.60        49.9%          r1
+  r0   67,221     1.40         49.9%          r0
+  r1   28,779     0.60         49.9%          r1
 
 busiest pairs of two ranks
-from   to   tokens    of all   × mean pair
-──────────────────────────────────────────
+from   to   tokens   of all   × mean pair
+─────────────────────────────────────────
 r1     r0   33,569   34.97%          1.40
 r0     r1   14,348   14.95%          0.60
 """

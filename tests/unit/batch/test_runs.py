@@ -124,8 +124,8 @@ def test_restarted_rank_has_its_steps_once(tmp_path: Path) -> None:
 
 def test_imported_run_without_times_has_none(tmp_path: Path) -> None:
     np.save(tmp_path / "loads.npy", np.arange(80, dtype=np.int64).reshape(10, 2, 4))
-    arguments = ["--format", "array", "--model", "m", "--ep-size", "2", "--placement", "linear", "--into"]
-    result = cli("import", tmp_path / "loads.npy", *arguments, tmp_path / "dump")
+    arguments = ["--format", "array", "--model", "m", "--ep-size", "2", "--placement", "linear"]
+    result = cli("import", *arguments, tmp_path / "loads.npy", tmp_path / "dump")
     assert result.returncode == 0
     (line,) = listed(tmp_path / "dump")
     assert (line["start"], line["end"], line["duration_seconds"]) == (None, None, None)
