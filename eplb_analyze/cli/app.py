@@ -89,7 +89,7 @@ _add(
     "report -o report.html dump", "report -o redacted.html --redact --steps 2-7 dump",
 )  # fmt: skip
 _add(
-    DRILL_DOWN, "layer", layer.layer, "Show what each rank, slot and expert of a layer got.",
+    DRILL_DOWN, "layer", layer.layer, "Show the load of each rank, slot and expert of a layer.",
     "layer 1 dump", "layer 1 --steps 2-7 dump",
 )  # fmt: skip
 _add(
@@ -101,7 +101,7 @@ _add(
     "ranks dump", "ranks --by node --ranks-per-node 1 dump",
 )  # fmt: skip
 _add(
-    DRILL_DOWN, "timeline", timeline.timeline, "Plot a figure over the steps of a run.",
+    DRILL_DOWN, "timeline", timeline.timeline, "Plot a metric over the steps of a run.",
     "timeline dump", "timeline --formula idle_fraction --layer 1 dump",
 )  # fmt: skip
 _add(
@@ -138,12 +138,12 @@ _add(
     DATA,
     "check",
     check.check,
-    "Verify that a dump is complete and intact.",
+    "Verify that a run is complete and intact.",
     "check dump",
     "check --json dump",
 )
 _add(
-    DATA, "import", import_.import_, "Convert a recording of another system into a run.",
+    DATA, "import", import_.import_, "Convert a recording from another system into a run.",
     "import load.npy imported --ep-size 2 --placement linear",
     "import load.npy imported --ep-size 2 --placement linear --json",
 )  # fmt: skip

@@ -149,7 +149,8 @@ Since = Annotated[
     Any,
     typer.Option(
         "--since",
-        help="Select steps from this time on: 03:12, 03:12:30, ISO 8601, or -10m before the run's end.",
+        help="Select steps from this time on: 03:12, 03:12:30, ISO 8601, or -10m (10 minutes before "
+        "the run ends).",
         metavar="T",
         parser=parse_moment,
     ),
@@ -190,7 +191,8 @@ Timings = Annotated[
 Gpu = Annotated[
     GpuName | None,
     typer.Option(
-        "--gpu", help="If the run does not show its cost, estimate it from this GPU's kernel times."
+        "--gpu",
+        help="Estimate the cost of imbalance from this GPU's kernel times, if step times do not show it.",
     ),
 ]
 
@@ -282,7 +284,7 @@ CostPerExpertMs = Annotated[
     typer.Option(
         "--cost-per-expert-ms",
         metavar="X",
-        help="Subtract this time from the gain for each expert of a layer that a rank fetches.",
+        help="Subtract this many ms from the gain each time a rank fetches one expert of one layer.",
         min=0,
     ),
 ]

@@ -51,8 +51,8 @@ def advise(
 ) -> None:
     """Recommend load-balancer settings, with the gain that each change brings.
 
-    Tries the same settings as `replay`. Chooses the best on the first 60% of the steps, and judges it on
-    the rest.
+    The command tries the same settings as `replay`. It chooses a setting on the first 60% of the steps,
+    and judges it on the rest.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge

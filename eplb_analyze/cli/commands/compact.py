@@ -25,8 +25,8 @@ def compact(
 ) -> None:
     """Merge the rank files of a run into one compact run that holds the sums over ranks.
 
-    SRC does not change. The compact run does not hold which rank a token came from, so `traffic` cannot
-    read it.
+    SRC does not change. The compact run does not record the source rank of each token, so `traffic`
+    cannot use it.
     """
     folder = local(destination, "`compact`")
     from eplb_analyze.transfer.compact import compact_run

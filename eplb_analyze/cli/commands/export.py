@@ -14,7 +14,7 @@ from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
     cls=Group,
-    help="Write a placement for an engine to load when it starts, or loads for another program.\n\n"
+    help="Export a placement that an engine reads at startup, or loads for another program.\n\n"
     "Neither command writes into a dump. Both take --json.",
     no_args_is_help=True,
     add_completion=False,
@@ -84,7 +84,10 @@ def placement(
     window: Annotated[
         int | None,
         typer.Option(
-            "--window-steps", metavar="N", help="Show the policy only the last N of these steps.", min=1
+            "--window-steps",
+            metavar="N",
+            help="Give the policy only the last N of the selected steps.",
+            min=1,
         ),
     ] = None,
     redundant: Annotated[

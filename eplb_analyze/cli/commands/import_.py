@@ -49,8 +49,8 @@ def import_(
             "--placement",
             metavar="NAME|FILE",
             help="State where the experts were: an engine's placement file, linear (expert e in slot e), "
-            "round_robin (expert e on rank e % EP size), last (SGLang per_pass: its last placement held "
-            "all the time), or unknown.",
+            "round_robin (expert e on rank e % EP size), last (SGLang per_pass: assume that the "
+            "last placement applied to all steps), or unknown.",
         ),
     ] = None,
     num_experts: Annotated[
@@ -104,7 +104,7 @@ def import_(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Convert recordings of SGLang, TensorRT-LLM, vLLM, Megatron or another system into a run.
+    """Convert recordings from SGLang, TensorRT-LLM, vLLM, Megatron or another system into a run.
 
     If the source lacks a fact, the command asks for an option, or the new run states what is unknown.
     """

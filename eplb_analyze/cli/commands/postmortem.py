@@ -24,7 +24,7 @@ def postmortem(
         list[str] | None,
         typer.Argument(
             metavar="DIR…",
-            help="Folders, s3://… or gs://… addresses, or globs of them. Dumps are found at any depth.",
+            help="Folders, s3://… or gs://… addresses, or glob patterns. Dumps are found at any depth.",
             envvar="EXPERT_LOAD_DUMP_DIR",
             show_default="the current folder",
         ),
@@ -38,7 +38,7 @@ def postmortem(
         ),
     ] = None,
     top: Annotated[
-        int, typer.Option("--top", metavar="N", help="Show this many runs; JSON has all.", min=1)
+        int, typer.Option("--top", metavar="N", help="Show this many runs; --json prints all runs.", min=1)
     ] = 20,
     fail_below: Annotated[
         float | None,
@@ -73,7 +73,9 @@ def postmortem(
     executor: Annotated[
         str,
         typer.Option(
-            "--executor", metavar="NAME", help="Run in one process (local), in processes, or on Ray (ray)."
+            "--executor",
+            metavar="NAME",
+            help="Run in one process (local), in several processes (processes), or on Ray (ray).",
         ),
     ] = "local",
     workers: Annotated[
@@ -98,8 +100,8 @@ def postmortem(
 ) -> None:
     """Rank many runs by what imbalance cost them, and show why and whether EPLB helped.
 
-    If a run cannot be read, its row says why. With --save, an interrupted batch continues, and runs that
-    did not change are not read again.
+    If a run cannot be read, its row shows the reason. With --save, an interrupted batch continues, and runs
+    that did not change are not read again.
     """
     from eplb_analyze.batch.cache import ResultCache
     from eplb_analyze.batch.comparison import judge, require_baseline

@@ -34,8 +34,9 @@ def replay(
 ) -> None:
     """Replay the recorded loads under another policy, redundancy, interval or window.
 
-    Each combination of settings places experts by past steps only, and is scored on the steps after. Today's
-    setting is in the same table. Options take lists, for example --interval-steps 100,500.
+    For each combination of settings, the policy places experts by past steps only. The placement is
+    scored on later steps. The table also includes the recorded setting. Options take lists, for example
+    --interval-steps 100,500.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.pricing import Objective

@@ -13,7 +13,7 @@ from eplb_analyze.errors import EXIT_UNUSABLE
 def runs(dump: options.Dump = None, json: options.Json = False) -> None:
     """List the runs of a dump, the newest last: model, engine, time, ranks, steps, state and size.
 
-    Reads only headers, so it is quick. If a run cannot be read, its line says why.
+    Reads only headers, so it is quick. If a run cannot be read, its row shows the reason.
     """
     from eplb_analyze.batch.runs import list_runs
 

@@ -18,7 +18,9 @@ def timeline(
     out: RunOutput,
     formula: Annotated[
         str,
-        typer.Option("--formula", metavar="NAME", help="A formula that `formulas` lists, or idle_fraction."),
+        typer.Option(
+            "--formula", metavar="NAME", help="Plot this formula from `formulas`, or idle_fraction."
+        ),
     ] = "balancedness",
     layer: Annotated[
         int | None, typer.Option("--layer", metavar="N", help="Plot one layer, by its number in the model.")
@@ -26,12 +28,15 @@ def timeline(
     bins: Annotated[
         int | None,
         typer.Option(
-            "--bins", metavar="N", help="Use this many bins; default: 100 in JSON, else what fits.", min=1
+            "--bins",
+            metavar="N",
+            help="Use this many bins; default: 100 with --json, otherwise as many as fit the terminal.",
+            min=1,
         ),
     ] = None,
     steps: options.Steps = None,
 ) -> None:
-    """Plot balancedness, or another figure, over the steps of a run."""
+    """Plot balancedness or another metric over the steps of a run."""
     from eplb_analyze.analysis.timeline import DEFAULT_BINS, NAMES
     from eplb_analyze.analysis.timeline import timeline as compute
 

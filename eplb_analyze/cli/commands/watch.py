@@ -38,7 +38,10 @@ def watch(
     ] = 1000,
     once: Annotated[bool, typer.Option("--once", help="Print one view and exit.")] = False,
 ) -> None:
-    """Show a live view of a run while it is written: balance, hot experts, incidents. Ctrl-C ends it."""
+    """Show a live view of a run while it is written: balance, hot experts, incidents.
+
+    Press Ctrl-C to exit.
+    """
     if not once and out.json:
         raise UsageError("--json prints one view; add --once")
     if not once and not sys.stdout.isatty():
