@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -71,11 +70,6 @@ def _exponent(value: float) -> int:
 
 def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}%"
-
-
-def clock_time(unix_ns: float) -> str:
-    """``2026-11-26 03:12:04 UTC``, from nanoseconds since 1970."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix_ns / 1e9))
 
 
 def duration(seconds: float | None) -> str:

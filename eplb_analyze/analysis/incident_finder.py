@@ -627,17 +627,10 @@ def _of_rearrangements(incidents: list[Incident], loads: LayerLoads) -> list[Inc
 
 def _without_repeated(incidents: list[Incident]) -> list[Incident]:
     """Without those of a layer that turned out to end where a longer one of the same layer does."""
-    return [
-        one
-        for one in incidents
-        if not any(
-            other is not one
-            and other.layers == one.layers
-            and other.last_step == one.last_step
-            and (other.first_step, id(other)) < (one.first_step, id(one))
-            for other in incidents
-        )
-    ]
+    longest: dict[tuple[tuple[int, ...], int], Incident] = {}
+    for one in sorted(incidents, key=lambda incident: incident.first_step):
+        longest.setdefault((one.layers, one.last_step), one)
+    return list(longest.values())
 
 
 def _of_traffic(incidents: list[Incident], loads: LayerLoads) -> list[Incident]:
