@@ -393,13 +393,7 @@ def iter_blocks(
     """
     last_shape = _shape_before(sessions, steps.first)
     sources = [
-        Source(
-            session.info.ep_rank,
-            number,
-            segment,
-            session.info.created_unix_ns - session.info.created_monotonic_ns,
-            id(segment) not in unreadable,
-        )
+        Source.of(session, number, segment, readable=id(segment) not in unreadable)
         for number, session in enumerate(sessions)
         for segment in session.segments
         if segment.first_step < steps.end and segment.last_step >= steps.first

@@ -70,13 +70,7 @@ class RunClock:
         self._name = name
         self._timed = timed
         sources = [
-            Source(
-                session.info.ep_rank,
-                number,
-                segment,
-                session.info.created_unix_ns - session.info.created_monotonic_ns,
-                True,
-            )
+            Source.of(session, number, segment)
             for number, session in enumerate(sessions)
             for segment in session.segments
             if segment.last_step >= 0

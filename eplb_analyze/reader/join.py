@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.reader.lost import LostRank, full, ranks_lost_at, reduced, serving_ranks
+from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import Segment
 from eplb_dump.format.journal import Int64, Shape, StepRows
 from eplb_dump.format.schema import DURATIONS, Scope, Status
@@ -89,6 +90,12 @@ class Source:
     clock_offset_ns: int
     #: False if its loads turned out to be damaged: its recorded steps count as absent.
     readable: bool
+
+    @classmethod
+    def of(cls, session: Session, number: int, segment: Segment, *, readable: bool = True) -> Source:
+        """A segment of the session with this number."""
+        info = session.info
+        return cls(info.ep_rank, number, segment, info.created_unix_ns - info.created_monotonic_ns, readable)
 
     def rows(self) -> RankRows:
         """Read the step rows. Raises DamagedSegmentError."""
