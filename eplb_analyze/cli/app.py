@@ -58,7 +58,7 @@ DEBUG_VARIABLE = "EPLB_ANALYZE_DEBUG"
 app = typer.Typer(
     name=PROGRAM,
     cls=Group,
-    help="Show how balanced the experts of a run were, what imbalance cost, and what to change.",
+    help="Show how well a run's expert load was balanced, what imbalance cost, and what to change.",
     epilog="Exit codes:\n"
     "0  done\n1  a check or a threshold failed\n2  wrong usage\n3  the dump is unusable or incomplete",
     no_args_is_help=True,
@@ -97,7 +97,7 @@ _add(
     "experts dump", "experts --hot --layer 1 --window-steps 5 dump",
 )  # fmt: skip
 _add(
-    DRILL_DOWN, "ranks", ranks.ranks, "Show which rank or node the others wait for.",
+    DRILL_DOWN, "ranks", ranks.ranks, "Show which rank or node the others had to wait for.",
     "ranks dump", "ranks --by node --ranks-per-node 1 dump",
 )  # fmt: skip
 _add(
@@ -109,7 +109,7 @@ _add(
     "placement dump", "placement --step 8 --against 2 dump",
 )  # fmt: skip
 _add(
-    DRILL_DOWN, "traffic", traffic.traffic, "Show how many tokens went from rank to rank.",
+    DRILL_DOWN, "traffic", traffic.traffic, "Show how many tokens each rank sent to each other rank.",
     "traffic dump", "traffic --layer 1 --steps 2-7 dump",
 )  # fmt: skip
 _add(
@@ -131,7 +131,7 @@ _add(
     "advise dump", "advise --redundant-experts 2 --fail-below 0.5 dump",
 )  # fmt: skip
 _add(
-    MANY_RUNS, "postmortem", postmortem.postmortem, "Rank many runs by what imbalance cost them.",
+    MANY_RUNS, "postmortem", postmortem.postmortem, "Rank many runs by the cost of imbalance.",
     "postmortem dump", "postmortem --group-by model --fail-below 0.1 dump",
 )  # fmt: skip
 _add(
@@ -149,7 +149,7 @@ _add(
 )  # fmt: skip
 app.add_typer(
     export.app, name="export", rich_help_panel=DATA,
-    short_help="Write placements for engines, or loads for other programs.",
+    short_help="Write a placement for an engine, or loads for other programs.",
 )  # fmt: skip
 _add(
     DATA, "copy", copy.copy, "Copy a run, or a part of it.",
@@ -164,7 +164,7 @@ _add(
     "recover dump", "recover --json dump",
 )  # fmt: skip
 _add(
-    REFERENCE, "formulas", formulas.formulas, "Explain the balance formulas, with their sources.",
+    REFERENCE, "formulas", formulas.formulas, "Explain the balance formulas and cite their sources.",
     "formulas", "formulas --json",
 )  # fmt: skip
 
@@ -183,7 +183,7 @@ def root(
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Show how balanced the experts of a run were, what imbalance cost, and what to change."""
+    """Show how well a run's expert load was balanced, what imbalance cost, and what to change."""
 
 
 def _os_error_message(error: OSError) -> str:

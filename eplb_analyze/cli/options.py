@@ -183,8 +183,8 @@ Timings = Annotated[
     Path | None,
     typer.Option(
         "--timings",
-        help="Use step times that another program measured: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, "
-        "or a table. Default: the recorded step times.",
+        help="Use step times from this file: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, or a table; "
+        "default: the recorded step times.",
         metavar="FILE",
     ),
 ]
@@ -192,7 +192,7 @@ Gpu = Annotated[
     GpuName | None,
     typer.Option(
         "--gpu",
-        help="Estimate the cost of imbalance from this GPU's kernel times, if step times do not show it.",
+        help="If step times do not show the cost of imbalance, estimate it from this GPU's kernel times.",
     ),
 ]
 
@@ -236,7 +236,7 @@ Interval = Annotated[
 ]
 Window = Annotated[
     str | None,
-    typer.Option("--window-steps", help="Try placements made from this many past steps.", metavar="N,N…"),
+    typer.Option("--window-steps", help="Try placements computed from this many past steps.", metavar="N,N…"),
 ]
 Start = Annotated[
     str | None,
@@ -284,7 +284,7 @@ CostPerExpertMs = Annotated[
     typer.Option(
         "--cost-per-expert-ms",
         metavar="X",
-        help="Subtract this many ms from the gain each time a rank fetches one expert of one layer.",
+        help="Subtract X ms from the gain each time a rank fetches one expert of one layer.",
         min=0,
     ),
 ]

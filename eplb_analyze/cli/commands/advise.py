@@ -49,10 +49,10 @@ def advise(
     timings: options.Timings = None,
     workers: options.Workers = None,
 ) -> None:
-    """Recommend load-balancer settings, with the gain that each change brings.
+    """Recommend load-balancer settings, and show the gain from each change.
 
-    The command tries the same settings as `replay`. It chooses a setting on the first 60% of the steps,
-    and judges it on the rest.
+    Tries the same settings as `replay`. Chooses the best setting on the first 60% of the steps, and tests it
+    on the rest.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start)
     from eplb_analyze.replay.advise import advise as judge

@@ -25,7 +25,7 @@ def compact(
 ) -> None:
     """Merge the rank files of a run into one compact run that holds the sums over ranks.
 
-    SRC does not change. The compact run does not record the source rank of each token, so `traffic`
+    SRC does not change. The compact run no longer shows which rank each token came from, so `traffic`
     cannot use it.
     """
     folder = local(destination, "`compact`")

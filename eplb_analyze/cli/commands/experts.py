@@ -39,13 +39,13 @@ def experts(
         bool,
         typer.Option(
             "--all-placements",
-            help="Judge replicas by the loads of all steps, not by those since the last rearrangement.",
+            help="Judge replicas by the loads of all steps, not only those since the last rearrangement.",
         ),
     ] = False,
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
-    """Show hot (always or in bursts), cold and dead experts, and whether they have the replicas they need."""
+    """Show experts that are hot (always or in bursts), cold or dead, and whether their replicas fit."""
     from eplb_dump.format.schema import MAX_EXPERTS
 
     if not 1 < hot_factor <= MAX_EXPERTS:

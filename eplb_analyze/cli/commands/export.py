@@ -14,7 +14,7 @@ from eplb_analyze.cli.views.export import render_loads, render_placement
 
 app = typer.Typer(
     cls=Group,
-    help="Export a placement that an engine reads at startup, or loads for another program.\n\n"
+    help="Write a placement that an engine can load at startup, or loads for another program.\n\n"
     "Neither command writes into a dump. Both take --json.",
     no_args_is_help=True,
     add_completion=False,
@@ -50,7 +50,7 @@ POLICY_OPTIONS = (
 @app.command(
     "placement",
     cls=Command,
-    short_help="Write a placement for an engine to load when it starts.",
+    short_help="Write a placement that an engine can load at startup.",
     epilog=examples(
         "export placement --for vllm-mapping --step 4 -o 4.map dump",
         "export placement --for json --policy deepseek -o new.json dump",
@@ -77,7 +77,7 @@ def placement(
         typer.Option(
             "--policy",
             metavar="NAME",
-            help="Export the placement that this policy makes: a name, or module:function.",
+            help="Export the placement that this policy computes: a name, or module:function.",
         ),
     ] = None,
     steps: options.Steps = None,
@@ -144,10 +144,10 @@ def placement(
     ] = False,
     force: options.Force = False,
 ) -> None:
-    """Write a recorded placement, or one that a policy makes, for an engine to load when it starts.
+    """Write a placement, recorded or computed by a policy, that an engine can load at startup.
 
-    To export a row of `replay`, give its settings (--policy, --window-steps, --redundant-experts, --ep-size).
-    Add --steps -N for the placement that it makes after step N.
+    To export the placement of a row in `replay`, pass the row's settings (--policy, --window-steps,
+    --redundant-experts, --ep-size). Add --steps -N to get its placement after step N.
     """
     given = dict(zip(POLICY_OPTIONS, (steps, window, redundant, ep_size, num_nodes, num_groups), strict=True))
     if policy is None:
@@ -213,7 +213,7 @@ def loads(
         LoadFormat,
         typer.Option(
             "--as",
-            help="Write a row per step, layer and slot (csv, parquet), or sums per expert (logical-npy).",
+            help="Write one row per step, layer and slot (csv, parquet), or sums per expert (logical-npy).",
             show_default=False,
         ),
     ],
@@ -227,7 +227,7 @@ def loads(
     steps: options.Steps = None,
     force: options.Force = False,
 ) -> None:
-    """Write the loads of all complete steps, by slot and step, or summed by logical expert."""
+    """Write the loads of all complete steps, either by step and slot or summed by logical expert."""
     from eplb_analyze.transfer.exporters.loads import export_loads
 
     run = out.open()

@@ -8,7 +8,7 @@ from eplb_analyze.cli.views.formulas import render
 
 
 def formulas(json: options.Json = False) -> None:
-    """Explain the balance formulas that engines and papers use: meaning and source of each."""
+    """Explain the balance formulas that engines and papers use, and cite their sources."""
     from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 
     known = [*FORMULAS.values(), ACTIVE_EXPERTS]

@@ -106,7 +106,8 @@ def import_(
 ) -> None:
     """Convert recordings from SGLang, TensorRT-LLM, vLLM, Megatron or another system into a run.
 
-    If the source lacks a fact, the command asks for an option, or the new run states what is unknown.
+    If the source does not contain something that a run needs, the error names the option to add, or the new
+    run records it as unknown.
     """
     if format is not None and format not in FORMATS:
         raise typer.BadParameter(

@@ -38,7 +38,7 @@ def postmortem(
         ),
     ] = None,
     top: Annotated[
-        int, typer.Option("--top", metavar="N", help="Show this many runs; --json prints all runs.", min=1)
+        int, typer.Option("--top", metavar="N", help="Show this many runs; --json always prints all.", min=1)
     ] = 20,
     fail_below: Annotated[
         float | None,
@@ -98,7 +98,7 @@ def postmortem(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Rank many runs by what imbalance cost them, and show why and whether EPLB helped.
+    """Rank many runs by the cost of imbalance, and show its cause and whether EPLB helped.
 
     If a run cannot be read, its row shows the reason. With --save, an interrupted batch continues, and runs
     that did not change are not read again.

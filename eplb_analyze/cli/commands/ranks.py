@@ -23,7 +23,7 @@ def ranks(
         typer.Option("--all", help="Also show layers in which all ranks are within 10% of the mean."),
     ] = False,
 ) -> None:
-    """Show which rank or node the others wait for, in which layers, how often, and at what cost."""
+    """Show which rank or node the others had to wait for, in which layers, how often, and at what cost."""
     from eplb_analyze.analysis.ranks import rank_report, require_nodes
 
     run = out.open()

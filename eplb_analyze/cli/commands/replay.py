@@ -34,8 +34,8 @@ def replay(
 ) -> None:
     """Replay the recorded loads under another policy, redundancy, interval or window.
 
-    For each combination of settings, the policy places experts by past steps only. The placement is
-    scored on later steps. The table also includes the recorded setting. Options take lists, for example
+    For each combination of settings, the policy places experts based on past steps only, and the placement
+    is scored on later steps. The table also includes the recorded setting. Options take lists, for example
     --interval-steps 100,500.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)

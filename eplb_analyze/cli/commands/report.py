@@ -26,7 +26,7 @@ def report(
     ] = False,
     force: options.Force = False,
 ) -> None:
-    """Write one HTML file that works offline: the summary in words, charts over time, heat maps, tables."""
+    """Write one HTML file that works offline, with the summary, charts over time, heat maps and tables."""
     from eplb_analyze.report.write import write_report
 
     run = out.open(timings=timings, gpu=gpu)

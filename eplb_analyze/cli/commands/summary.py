@@ -21,7 +21,7 @@ def summary(
         bool, typer.Option("--full", help="Also show tables of layers, ranks, experts, phases and formulas.")
     ] = False,
 ) -> None:
-    """Show the verdict on a run, what imbalance cost, its incidents, and whether the data is complete."""
+    """Show a verdict on a run, the cost of imbalance, the incidents, and whether the data is complete."""
     from eplb_analyze.analysis.summary import summarize
     from eplb_analyze.cli.views.summary import render
 
