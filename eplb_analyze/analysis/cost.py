@@ -26,9 +26,9 @@ from eplb_analyze.metrics.cost import (
     fit,
 )
 from eplb_analyze.metrics.pauses import beside
-from eplb_analyze.metrics.prices import weighted
+from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import milliseconds, plural
+from eplb_analyze.text import listed, milliseconds, percent, plural
 from eplb_dump.format.journal import Int64
 
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
@@ -97,7 +97,9 @@ class UsedSteps(NamedTuple):
 
 @dataclass(frozen=True)
 class RunCost(Report):
-    """The cost of imbalance over all phases that have one.
+    """The cost of imbalance over all phases whose step times show it.
+
+    A phase without a measurable cost counts as 0, unless no phase has one: then `ms_per_step` bounds all.
 
     Attributes:
         basis: what the step times are: `engine`, its own; `device`, by CUDA events; `host`, the time between
@@ -126,6 +128,46 @@ class RunCost(Report):
     used: dict[str, UsedSteps] = field(default_factory=dict, repr=False)
 
     @property
+    def measured_phases(self) -> list[str]:
+        """The names of the phases with a measured cost."""
+        return [name for name, phase in self.phases.items() if phase.status is CostStatus.MEASURED]
+
+    @property
+    def measured_share(self) -> float:
+        """The share of the steps that are of these phases."""
+        steps = sum(phase.steps for phase in self.phases.values())
+        return sum(self.phases[name].steps for name in self.measured_phases) / steps if steps else 0.0
+
+    def rank_seconds(self, rank_steps: int) -> float | None:
+        """The time that ranks lost: the measured cost of all steps; None if the cost is not known.
+
+        Args:
+            rank_steps: Σ over steps of the ranks that serve.
+        """
+        if self.status is CostStatus.NO_MEASURABLE_COST:
+            return 0.0
+        if self.status is not CostStatus.MEASURED:
+            return None
+        measured = [self.phases[name] for name in self.measured_phases]
+        ms = sum(phase.ms_per_step.estimate * phase.steps for phase in measured if phase.ms_per_step)
+        return ms / 1e3 / max(1, sum(phase.steps for phase in self.phases.values())) * rank_steps
+
+    @property
+    def coverage(self) -> str | None:
+        """Which phases a measured cost is of, in words; None if it is of all."""
+        others = {name: phase for name, phase in self.phases.items() if name not in self.measured_phases}
+        if self.status is not CostStatus.MEASURED or not others:
+            return None
+        free = [name for name, phase in others.items() if phase.status is CostStatus.NO_MEASURABLE_COST]
+        unknown = [name for name in others if name not in free]
+        parts = [
+            f"measured in {listed(self.measured_phases)} ({percent(self.measured_share, 0)} of the steps)"
+        ]
+        parts += [f"no measurable cost in {listed(free)}"] if free else []
+        parts += [f"unknown in {listed(unknown)}"] if unknown else []
+        return "; ".join(parts)
+
+    @property
     def evidence(self) -> str:
         """What the cost was fitted to, in words."""
         steps = sum(phase.steps for phase in self.phases.values())
@@ -140,6 +182,10 @@ class RunCost(Report):
                 "basis": self.basis,
                 "ms_per_step": self.ms_per_step,
                 "share_of_step": self.share_of_step,
+                #: The phases with a measured cost; the others count as 0.
+                "measured_phases": self.measured_phases,
+                #: The share of the steps that are of these phases.
+                "measured_share": self.measured_share,
                 #: Milliseconds of a step.
                 "step_ms": {"p50": self.step_ms_p50, "p95": self.step_ms_p95},
                 "r2": self.r2,
@@ -298,7 +344,11 @@ def _total(
     known = [
         (int(mask.sum()), cost) for _, mask, cost in fits if cost.status is not CostStatus.NOT_IDENTIFIABLE
     ]
-    interval = weighted([(n, cost.ms_per_step) for n, cost in known if cost.ms_per_step is not None])
+    counting = [(n, cost) for n, cost in known if cost.status is CostStatus.MEASURED]
+    measured, steps = bool(counting), sum(count for count, _ in known)
+    # A phase without a measurable cost would only add its noise to what others measurably cost.
+    parts = [(n / steps, c.ms_per_step) for n, c in counting or known if c.ms_per_step is not None]
+    interval = combined(parts)
     if interval is None:
         reasons = {phase.message for phase in phases.values()}
         name, largest = max(phases.items(), key=lambda item: item[1].steps)
@@ -308,9 +358,7 @@ def _total(
             p50, p95 = (float(v) for v in np.percentile(all_ms, [50, 95]))
             unknown = replace(unknown, step_ms_p50=p50, step_ms_p95=p95)
         return replace(unknown, basis=basis, used=timed)
-    steps = sum(count for count, _ in known)
     interval = Interval(interval.value, max(0.0, interval.low), interval.high)
-    measured = any(cost.status is CostStatus.MEASURED for _, cost in known)
     status = CostStatus.MEASURED if measured else CostStatus.NO_MEASURABLE_COST
     mean = sum(count / steps * (cost.mean_ms or 0.0) for count, cost in known)
     times, residuals = ms[used], (ms - expected)[used]

@@ -169,6 +169,14 @@ class Summary(Report):
         return verdict_of(self)
 
     @property
+    def lost_rank_seconds(self) -> float | None:
+        """The time that ranks lost, by the measured cost; see :meth:`RunCost.rank_seconds`."""
+        # A sampled step stands for those that were not sampled.
+        return self.cost.rank_seconds(
+            self.run.interval * sum(c.recorded * (c.ep_size - len(c.lost_ranks)) for c in self.configurations)
+        )
+
+    @property
     def missing_ranks(self) -> list[int]:
         return sorted(set(self.expected_ranks) - set(self.present_ranks))
 
@@ -207,6 +215,9 @@ class Summary(Report):
                 },
                 "idle_fraction": self.idle_fraction,
                 "cost": self.cost,
+                #: The time that ranks lost: the cost in the measured phases × steps × interval × ranks that
+                #: serve; 0 if no cost is measurable, null if it is not known.
+                "lost_rank_seconds": self.lost_rank_seconds,
                 "incidents": self.incidents,
                 "unexamined_departures": self.unexamined_departures,
                 "configurations": self.configurations,

@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.findings import step_findings, summary_findings
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums
 from eplb_analyze.json_report import Report
-from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import sum_groups
 from eplb_analyze.reader.clock import iso
@@ -74,9 +72,10 @@ class Row(Report):
     cost_ms_low: float | None = None
     #: The upper end of its 95% confidence interval.
     cost_ms_high: float | None = None
-    #: That cost in measured phases × steps × interval × ranks that serve; 0 if none can be measured, None if
-    #: not known.
+    #: The time that ranks lost, as in `summary`.
     lost_rank_seconds: float | None = None
+    #: The share of the steps that are of phases with a measured cost.
+    cost_covers: float | None = None
     #: The least balanced layer.
     worst_layer: int | None = None
     #: The rank to which most of the loss is attributed, and its share of the loss.
@@ -160,10 +159,6 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
     known = [layer for layer in summary.layers if layer.balancedness is not None]
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
-    # A sampled step stands for those that were not sampled.
-    rank_steps = info.interval * sum(
-        c.recorded * (c.ep_size - len(c.lost_ranks)) for c in summary.configurations
-    )
     cost = summary.cost.ms_per_step
     faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
     span = run.clock.span
@@ -208,7 +203,8 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         cost_ms_per_step=None if cost is None else cost.estimate,
         cost_ms_low=None if cost is None else cost.low,
         cost_ms_high=None if cost is None else cost.high,
-        lost_rank_seconds=_lost_seconds(summary.cost, rank_steps),
+        lost_rank_seconds=summary.lost_rank_seconds,
+        cost_covers=summary.cost.measured_share if cost is not None else None,
         worst_layer=None if worst is None else worst.layer,
         worst_rank=None if costliest is None else costliest.rank,
         worst_rank_share=None if costliest is None else costliest.share,
@@ -242,15 +238,6 @@ def _worst_incident(incidents: list[Incident]) -> dict[str, Any]:
         "incident_until": worst.until,
         "incident_peak_imbalance": worst.peak_imbalance,
     }
-
-
-def _lost_seconds(cost: RunCost, rank_steps: int) -> float | None:
-    """The time that ranks lost in measured phases; ``rank_steps``: Σ over steps of the ranks that serve."""
-    if cost.ms_per_step is None:
-        return None
-    measured = [phase for phase in cost.phases.values() if phase.status is CostStatus.MEASURED]
-    ms = sum(phase.ms_per_step.estimate * phase.steps for phase in measured if phase.ms_per_step)
-    return ms / 1e3 / sum(phase.steps for phase in cost.phases.values()) * rank_steps
 
 
 def _series(balancedness: Float64) -> list[tuple[float, int]]:

@@ -13,7 +13,7 @@ from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.text import figure, listed, milliseconds, percent, plural
+from eplb_analyze.text import clean, figure, listed, milliseconds, percent, plural
 
 if TYPE_CHECKING:
     from eplb_analyze.analysis.summary import Summary
@@ -150,10 +150,14 @@ def cost_sentence(cost: RunCost) -> str:
     if cost.status is CostStatus.MEASURED:
         return (
             f"Imbalance costs {estimate} of each {step} step, {_percent(share.estimate)} "
-            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}."
+            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}{_coverage(cost)}."
         )
     most = f"at most {milliseconds(ms.high)} of each {step} step ({_percent(share.high)})"
     return f"Imbalance has no measurable cost: {most}, by {by}."
+
+
+def _coverage(cost: RunCost) -> str:
+    return f"; {clean(cost.coverage)}" if cost.coverage else ""
 
 
 def _recoverable(summary: Summary) -> list[str]:

@@ -48,7 +48,12 @@ def _lost(rows: list[Row]) -> str:
     parts += [f"unknown in {plural(unknown, 'run')}"] if unknown else []
     if measured:
         seconds = sum(row.lost_rank_seconds or 0.0 for row in rows)
-        parts = [f"{duration(seconds)} of GPU time lost, measured in {plural(measured, 'run')}", *parts]
+        covered = [(row.cost_covers or 0.0, row.steps) for row in rows if row.cost_status == "measured"]
+        share = sum(own * steps for own, steps in covered) / max(1, sum(steps for _, steps in covered))
+        where = f"{plural(measured, 'run')}" + (
+            f" ({percent(share, 0)} of the steps)" if share < 0.995 else ""
+        )
+        parts = [f"{duration(seconds)} of GPU time lost, measured in {where}", *parts]
     return f"imbalance: {'; '.join(parts)}"
 
 
@@ -143,9 +148,9 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         listing.add_row(*cells)
     console.print(listing)
     legend = (
-        "lost: GPU time that imbalance cost, – if that cannot be measured; idle: by tokens, not by time; "
-        "incidents: how many; of the worst, the layer (L), the expert (E) or rank (R), and when it began "
-        "(UTC)"
+        "lost: GPU time that imbalance cost in phases whose cost can be measured, – if there are none; idle: "
+        "by tokens, not by time; incidents: how many; of the worst, the layer (L), the expert (E) or rank "
+        "(R), and when it began (UTC)"
     )
     legend += "; worst: the least balanced layer and the costliest rank" if wide else ""
     legend += "; helped: of the rearrangements that can be judged" if helped else ""

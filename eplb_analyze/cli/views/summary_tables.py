@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from eplb_analyze.cli.charts import bar, heat
 from eplb_analyze.cli.console import print_line, step_time, styled, table, times_known
 from eplb_analyze.cli.views import cost
-from eplb_analyze.text import clean, figure, percent, plural
+from eplb_analyze.text import clean, duration, figure, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,8 @@ def render(console: Console, result: Summary, top: int = 5) -> None:
     console.print(f"scope {result.run.scope}, {_data(result)}")
     console.print()
     cost.render(console, result.cost)
+    if result.lost_rank_seconds:
+        print_line(console, f"{duration(result.lost_rank_seconds)} of GPU time lost, by that cost")
     console.print()
     _figures(console, result)
     if len(result.configurations) > 1 and result.last_configuration_steps is not None:

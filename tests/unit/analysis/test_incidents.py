@@ -97,6 +97,45 @@ class TestRecording:
         assert incident.ended_by is not None
         assert (incident.ended_by.kind, incident.ended_by.step) == ("run_end", 399)
 
+    @pytest.mark.parametrize("back", [450, None])
+    def test_rank_whose_writer_stops_is_lost_until_it_is_back(self, tmp_path: Path, back: int | None) -> None:
+        """The engine goes on and sends the tokens of rank 2 to rank 3, which has replicas of its experts."""
+        lost, steps, stop = 2, 600, 300
+        rng = np.random.default_rng(4)
+        options: dict[str, Any] = {"num_logical_experts": 12, "ep_size": self.RANKS}
+        placement = np.tile([*range(12), *range(8, 12)], (self.LAYERS, 1))
+        writers = [open_writer(tmp_path, ep_rank=rank, **options) for rank in range(self.RANKS)]
+        for step in range(steps):
+            gone = step >= stop and (back is None or step < back)
+            if step == stop:
+                assert writers[lost].close(60)
+            if step == back:
+                writers[lost] = open_writer(tmp_path, ep_rank=lost, **options)
+            rates = np.full((self.LAYERS, 16), 100.0)
+            rates[:, 8:] = 50
+            if gone:
+                rates[:, 8:12], rates[:, 12:] = 0, 100
+            for rank, writer in enumerate(writers):
+                if rank != lost or not gone:
+                    assert writer.record(step, rng.poisson(rates), placement) is None
+                    assert step % 100 or writer.flush(60)
+        for writer in writers:
+            assert writer.close(60)
+        run = open_run(tmp_path)
+        assert [one.rank for one in run.lost_ranks] == [lost]
+        (incident,) = summarize(run).incidents
+        assert incident.cause.kind == "rank_lost"
+        assert (incident.ranks, incident.layers, incident.layer) == ((lost,), tuple(range(self.LAYERS)), None)
+        last = steps - 1 if back is None else back - 1
+        assert (incident.first_step, incident.last_step) == (stop, last)
+        assert incident.since is not None
+        assert incident.until is not None
+        assert incident.since <= incident.until
+        assert incident.ended_by is not None
+        ended = ("run_end", last) if back is None else ("rank_back", back)
+        assert (incident.ended_by.kind, incident.ended_by.step) == ended
+        assert (incident.cause.expert, incident.cost.ms_per_step) == (None, None)
+
     def test_balanced_run_has_none(self, tmp_path: Path) -> None:
         self.record(tmp_path, 400, range(0))
         assert summarize(open_run(tmp_path)).incidents == []

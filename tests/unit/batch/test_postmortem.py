@@ -23,6 +23,7 @@ from eplb_analyze.batch.postmortem import rows_of
 from eplb_analyze.batch.targets import find
 from eplb_analyze.json_report import versioned
 from eplb_analyze.reader.run import PART_STEPS
+from eplb_analyze.text import duration
 from eplb_dump import ExpertLoadWriter, writer
 
 
@@ -259,13 +260,34 @@ def test_golden(tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) ->
     assert_golden(f"postmortem.{'txt' if output == 'text' else 'json'}", out.stdout)
 
 
-def test_phases_without_a_measurable_cost_lose_no_time(tmp_path: Path) -> None:
-    run = write_timed(tmp_path, 0.02, phases=("decode", "prefill"), slow={"prefill": 4000.0}, steps=600)
-    phases = json.loads(cli("summary", tmp_path, "--json").stdout)["cost"]["phases"]
-    assert [phases[name]["status"] == "measured" for name in ("decode", "prefill")] == [True, False]
+#: Every second step is of decode; of the other phases one has no measurable cost, and one no known cost.
+PHASES = ("decode", "prefill", *["decode", "prefill"] * 29, "decode", "rare")
+
+
+def test_lost_time_is_that_of_summary_and_of_the_phases_with_a_measured_cost(tmp_path: Path) -> None:
+    run = write_timed(tmp_path, 0.02, phases=PHASES, slow={"prefill": 4000.0}, steps=620)
+    summary = json.loads(cli("summary", tmp_path, "--json").stdout)
+    cost = summary["cost"]
+    assert {name: phase["status"] for name, phase in cost["phases"].items()} == {
+        "decode": "measured",
+        "prefill": "no_measurable_cost",
+        "rare": "not_identifiable",
+    }
     [row] = postmortem(tmp_path)["runs"]
-    lost = run.cost[::2].sum() / 1e3 * run.tokens.shape[2]
-    assert row["lost_rank_seconds"] == pytest.approx(lost, rel=0.1)
+    ranks = run.tokens.shape[2]
+    lost = run.cost[::2].sum() / 1e3 * ranks
+    assert row["lost_rank_seconds"] == summary["lost_rank_seconds"] == pytest.approx(lost, rel=0.1)
+    known = 620 - cost["phases"]["rare"]["steps"]
+    assert cost["ms_per_step"]["estimate"] * known / 1e3 * ranks == pytest.approx(lost, rel=0.1)
+    assert (row["cost_ms_per_step"], row["cost_covers"]) == (cost["ms_per_step"]["estimate"], 0.5)
+    assert (cost["measured_phases"], cost["measured_share"]) == (["decode"], 0.5)
+    text = " ".join(cli("summary", tmp_path, "--full").stdout.split())
+    assert "measured in decode (50% of the steps); no measurable cost in prefill; unknown in rare." in text
+    assert f"{duration(summary['lost_rank_seconds'])} of GPU time lost, by that cost" in text
+    text = " ".join(cli("postmortem", tmp_path).stdout.split())
+    assert (
+        f"{duration(row['lost_rank_seconds'])} of GPU time lost, measured in 1 run (50% of the steps)" in text
+    )
 
 
 def test_a_rank_that_is_lost_loses_no_time_to_imbalance(tmp_path: Path) -> None:
