@@ -251,7 +251,8 @@ class Part:
         names = ["on"] if name == "check" and args.dp > 1 else ["off", "on", "off2"]
         check = name == "check" and args.dp == 1
         self.note(event="part", tp=args.tp, dp=args.dp, layers=config.get("num_hidden_layers"),
-                  experts=config.get("num_experts"), redundant=args.redundant, set=args.set)  # fmt: skip
+                  experts=config.get("num_experts"), redundant=args.redundant, set=args.set,
+                  use_async=options["eplb_config"]["use_async"])  # fmt: skip
         self.engines = {one: Engine(one, self.folder, options, check) for one in names}
 
     def note(self, **what: Any) -> None:
@@ -331,6 +332,8 @@ def main() -> None:
     if args.table is not None:
         sys.exit(print_table(args.table))
     args.out = args.out.resolve()
+    # Also then, no engine stays behind on the GPUs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("real_vllm_gpu.sh: error: terminated"))
     failed = False
     try:
         check_environment(args)

@@ -307,7 +307,9 @@ def tokens_rows(parts: list[Part]) -> list[Row]:
 def placement_rows(part: Part) -> list[Row]:
     what = "placements, equal with and without the plugin"
     if part.setting["dp"] > 1:
-        return [(what, "not compared: data parallelism admits requests as they arrive", "")]
+        return [(what, "not compared: with data parallelism, vLLM admits requests as they arrive", "")]
+    if part.setting["use_async"]:
+        return [(what, "not compared: asynchronous EPLB moves each layer when it is ready", "")]
     numbers = [one["number"] for one in part.of("round")]
     found: dict[str, dict[int, Array]] = {"off": {}, "off2": {}}
     steps = 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import described, serve
-from helpers import ROOT, survived_loads
+from helpers import ROOT, arrays, survived_loads
 from typer.testing import CliRunner
 
 from eplb_analyze import Run, open_run
@@ -180,6 +180,32 @@ def test_what_is_recorded_is_true(tmp_path: Path, name: str) -> None:
     if "--draft-layers" in options:
         assert_true(ranks, dump, "draft")
     assert assert_logs_agree(ranks, dump) >= 30
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_probe_of_the_gpu_script_measures_every_step_and_placement(
+    tmp_path: Path, plugin: bool, runner: str
+) -> None:
+    options = ["--probe", "--profile-step", *(["--v2"] if runner == "v2" else [])]
+    options += [] if plugin else ["--without-plugin"]
+    ranks, dump, _ = serve(tmp_path, *options, EPLB_PROBE_PLACEMENTS="1")
+    if plugin:
+        assert_true(ranks, dump, "model")
+    for rank, truth in enumerate(ranks):
+        probed = arrays(tmp_path / f"truth/probe-{rank}.npz")
+        begin, step, before, after, prepare = probed["rows"].T
+        assert len(begin) == 40
+        assert (np.diff(begin) > 0).all()
+        assert (prepare > 0).all()
+        assert (step > before + after).all()
+        assert (np.minimum(before, after) > 0).all() if plugin else not (before + after).any()
+        now: Any = None
+        changes = dict(zip(probed["placement_steps"].tolist(), probed["placements"], strict=True))
+        for number in range(40):
+            now = changes.get(number, now)
+            np.testing.assert_array_equal(now, truth[f"{number}/model/placement"])
+        assert len(changes) > 1
 
 
 QUIET = {

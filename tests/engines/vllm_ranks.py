@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--speculate", action="store_true", help="with drafts")
     parser.add_argument("--break-runner", choices=("", "output", "runner", "tokens"), default="")
     parser.add_argument("--split-tokens", action="store_true", help="sequence parallelism")
+    parser.add_argument("--probe", action="store_true", help="measure as scripts/real_vllm_gpu.sh does")
     return parser.parse_args()
 
 
@@ -203,6 +204,11 @@ class Rank:
 
             load_general_plugins()
             self.note_begins()
+        if args.probe:
+            sys.path.append(str(Path(__file__).parents[2] / "scripts/real_vllm_gpu"))
+            import eplb_probe
+
+            self.probe = eplb_probe.Probe()
         from vllm.distributed.eplb import eplb_state
 
         self.eplb = eplb_state
@@ -396,6 +402,9 @@ class Rank:
                 if self.running is not None:
                     self.requests.ran(self.running)
                 torch.distributed.barrier(group=self.parallel_state.get_ep_group().cpu_group)
+        if args.probe:  # vLLM adds the probe's methods to its worker, which has a model runner
+            self.probe.model_runner = self.runner
+            self.probe.eplb_probe_write(str(args.out / "probe"))
         saved["began"] = np.array(json.dumps(self.began))
         saved["logged"] = np.array([json.dumps(line) for line in self.logged])
         return saved

@@ -22,7 +22,10 @@ def script(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[
 
 def test_table_of_stored_results_needs_no_gpu(tmp_path: Path) -> None:
     (tmp_path / "out/check").mkdir(parents=True)
-    part = {"event": "part", "tp": 2, "dp": 1, "layers": 3, "experts": 8, "redundant": 4, "set": []}
+    part = {
+        "event": "part", "tp": 2, "dp": 1, "layers": 3, "experts": 8, "redundant": 4, "set": [],
+        "use_async": False,
+    }  # fmt: skip
     (tmp_path / "out/check/results.jsonl").write_text(json.dumps(part) + "\n")
     done = script("--table", "out", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

@@ -114,11 +114,12 @@ def note(folder: Path, **what: Any) -> None:
         file.write(json.dumps(what) + "\n")
 
 
-def part_folder(out: Path, name: str, dp: int = 1) -> Path:
+def part_folder(out: Path, name: str, dp: int = 1, use_async: bool = False) -> Path:
     folder = out / name
     for sub in "probe", "tokens":
         (folder / sub).mkdir(parents=True)
-    note(folder, event="part", tp=2 // dp, dp=dp, layers=24, experts=64, redundant=8, set=[])
+    note(folder, event="part", tp=2 // dp, dp=dp, layers=24, experts=64, redundant=8, set=[],
+         use_async=use_async)  # fmt: skip
     note(folder, event="ready", engine="off", vllm="0.33.0", torch="2.11.0", gpu="NVIDIA H100")
     return folder
 
@@ -310,6 +311,11 @@ def test_idle_ranks_are_compared_with_the_log_of_their_own_engine(tmp_path: Path
     assert value(tmp_path, "steps recorded") == "3 of 3 on 2 ranks, and 1 dummy steps"
     assert value(tmp_path, "tokens of a step") == "3 of 3"
     assert "admits requests" in value(tmp_path, "placements")
+
+
+def test_placements_of_asynchronous_engines_are_not_compared(tmp_path: Path) -> None:
+    part_folder(tmp_path, "check", use_async=True)
+    assert value(tmp_path, "placements").startswith("not compared: asynchronous EPLB")
 
 
 def test_stored_results_are_printed_as_one_table(
