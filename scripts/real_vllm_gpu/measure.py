@@ -36,6 +36,8 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 8192, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 PROMPT = 32
+#: Tokens per request in a round: enough steps for a median, and no more than the engine's model length.
+MIN_NEW, MAX_NEW = 50, 4000
 #: Batch and new tokens of the rounds of "check": short ones between, so that ranks are idle under DP.
 CHECKED = (64, 400), (1, 150), (31, 250), (64, 300)
 KILLED_AFTER_S = 4.0
@@ -93,6 +95,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         options.shapes = [Shape.parse(text) for text in options.shapes.split(",")]
     except ValueError:
         parser.error(f"--shapes {options.shapes}: write requests x tokens, such as 128x300,16x300")
+    if any(shape.batch < 1 or not MIN_NEW <= shape.new <= MAX_NEW for shape in options.shapes):
+        parser.error(f"--shapes: a round has 1 request or more, and {MIN_NEW} to {MAX_NEW} tokens for each")
+    if options.rounds < 1:
+        parser.error("--rounds: at least 1")
     if any("=" not in text for text in options.set):
         parser.error("--set takes NAME=VALUE, such as eplb_config.use_async=true")
     if options.tp is None:

@@ -229,13 +229,27 @@ def cost_rows(part: Part) -> list[Row]:
         noise = _ratio(period["off2"] / period["off"])
         rows.append((f"{what}, with over without", _ratio(period["on"] / without), "≤ +0.3%"))
         rows.append((f"{what}, without over without", noise, "the noise"))
-    warm_up = part.probed("on", 0)
-    if warm_up is not None and all(len(one) for one in warm_up.rows):
-        first = [f"{(one[0, BEFORE] + one[0, AFTER]) / 1e6:.1f}" for one in warm_up.rows]
-        rows.append(
-            ("the recorder's own part of the first step, by rank", f"{', '.join(first)} ms", "≤ 2 ms")
-        )
+    rows += [*first_step_rows(part), *complete_rows(part, rounds)]
     return rows
+
+
+def first_step_rows(part: Part) -> list[Row]:
+    warm_up = part.probed("on", 0)
+    if warm_up is None or not all(len(one) for one in warm_up.rows):
+        return []
+    first = [f"{(one[0, BEFORE] + one[0, AFTER]) / 1e6:.1f}" for one in warm_up.rows]
+    return [("the recorder's own part of the first step, by rank", f"{', '.join(first)} ms", "≤ 2 ms")]
+
+
+def complete_rows(part: Part, rounds: list[dict[str, Any]]) -> list[Row]:
+    """Whether the rounds that were timed, and the warm-up, are recorded completely."""
+    made = 0
+    for number in (0, *(one["number"] for one in rounds)):
+        probed = part.probed("on", number)
+        made += sum(map(len, probed.rows)) if probed is not None else 0
+    steps = [step for session in recording(part.folder / "dump") for step in session.steps]
+    kept = sum(step.status in ("recorded", "dummy") for step in steps)
+    return [("steps recorded, of those that were timed", f"{kept:,} of {made:,}", "all")]
 
 
 def _two(off: Array, on: Array) -> str:

@@ -54,6 +54,8 @@ def test_iterations_of_a_log_without_engine_numbers_belong_to_the_first_engine()
     [
         (["--tp", "1"], "two GPUs"),
         (["--shapes", "16by300"], "128x300,16x300"),
+        (["--shapes", "16x20"], "50 to 4000 tokens"),
+        (["--rounds", "0"], "at least 1"),
         (["--parts", "cost,speed"], "speed"),
         (["--set", "dtype"], "NAME=VALUE"),
     ],
@@ -83,7 +85,7 @@ def test_options_of_vllm_are_set_by_their_path() -> None:
 
 @pytest.mark.parametrize("part", ["cost", "check"])
 def test_all_requests_of_a_round_fit_into_one_pass(part: str) -> None:
-    args = measure.arguments(["--shapes", "300x10"])
+    args = measure.arguments(["--shapes", "300x50"])
     options = measure.engine_options(args, part, Path("model"))
     assert options["max_num_seqs"] == 300
     assert options["max_num_batched_tokens"] >= 300 * measure.PROMPT
@@ -216,6 +218,18 @@ def test_sessions_that_were_closed_are_counted(tmp_path: Path, cost: Path, close
         assert value(tmp_path, "orderly") == text
 
 
+def test_step_that_was_timed_but_not_recorded_is_counted(tmp_path: Path, cost: Path) -> None:
+    for rank in range(2):
+        writer = open_writer(cost / "dump", ep_rank=rank)
+        for step in range(STEPS * (ROUNDS + 1) - rank):
+            if step == 9:
+                writer.skip("dummy", step)
+            else:
+                writer.record(step, load_of(step, rank), map_of())
+        writer.close()
+    assert value(tmp_path, "that were timed") == "599 of 600"
+
+
 def tokens_of(step: int) -> int:
     return 100 + step
 
@@ -261,7 +275,7 @@ def check(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def test_steps_and_tokens_are_compared_with_the_log_up_to_the_kill(tmp_path: Path, check: Path) -> None:
-    assert value(tmp_path, "steps recorded") == "79 of 80 on 2 ranks"
+    assert value(tmp_path, "iteration log") == "79 of 80 on 2 ranks"
     # Step 25 of both ranks has another number of tokens, and a rejected step has none.
     assert value(tmp_path, "tokens of a step") == "77 of 80"
 
@@ -308,7 +322,7 @@ def test_idle_ranks_are_compared_with_the_log_of_their_own_engine(tmp_path: Path
                 writer.record(step, load_of(step, rank), map_of(), n)
         writer.close()
     note(folder, event="before the kill", log_bytes=len(LOG))
-    assert value(tmp_path, "steps recorded") == "3 of 3 on 2 ranks, and 1 dummy steps"
+    assert value(tmp_path, "iteration log") == "3 of 3 on 2 ranks, and 1 dummy steps"
     assert value(tmp_path, "tokens of a step") == "3 of 3"
     assert "admits requests" in value(tmp_path, "placements")
 
