@@ -129,14 +129,14 @@ def compare(folder: Path, repeat: int) -> None:
     program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
     bare, peak = measure([sys.executable, "-c", DECODE, str(folder)], repeat)
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
-    print(f"  {'pyarrow: decode load':26s} {bare:6.2f} s   1.00 ×   {peak:5.0f} MiB   ({size / 1e6:,.0f} MB)")
+    print(f"  {'pyarrow: decode load':26s} {bare:6.2f} s   1.00x   {peak:5.0f} MiB   ({size / 1e6:,.0f} MB)")
     rows = [("numpy: balancedness", [sys.executable, "-c", NUMPY, str(folder)])]
     if importlib.util.find_spec("duckdb"):
         rows.append(("DuckDB: of rank_load", [sys.executable, "-c", DUCKDB, str(folder)]))
     rows += [(" ".join(command), [program, *command, str(folder)]) for command in COMMANDS]
     for name, arguments in rows:
         seconds, peak = measure(arguments, repeat)
-        print(f"  {name:26s} {seconds:6.2f} s  {seconds / bare:5.2f} ×   {peak:5.0f} MiB", flush=True)
+        print(f"  {name:26s} {seconds:6.2f} s  {seconds / bare:5.2f}x   {peak:5.0f} MiB", flush=True)
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def compare(title: str, folder: Path, repeat: int, counts: list[int]) -> None:
         arguments += [] if name == "local" else ["--workers", str(workers)]
         seconds, own, worker = measure(arguments, repeat)
         base = seconds if (name, workers) == ("processes", counts[0]) else base
-        ratio = f"{base / seconds:5.2f} ×" if base else "       "
+        ratio = f"{base / seconds:5.2f}x" if base else "       "
         threads = " (threads share the work)" if name == "local" else ""
         memory = f"{own:5d} MiB, a worker {worker:5d} MiB" if name == "processes" else f"{own:5d} MiB"
         print(f"  {name:10s} {workers} {seconds:7.2f} s {ratio}  {memory}{threads}", flush=True)

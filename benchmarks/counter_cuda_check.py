@@ -196,7 +196,7 @@ def timings(tokens: int = 4096, experts: int = 256, calls: int = 200, rounds: in
             least = {name: min(least[name], microseconds(run)) for name, run in runs.items()}
         print(f"{how}, ids [{tokens}, {TOP_K}] on {experts} experts, µs a call:")
         for name, value in least.items():
-            print(f"  {name:24}{value:8.2f}{value / least['scatter_add_']:8.2f} ×")
+            print(f"  {name:24}{value:8.2f}{value / least['scatter_add_']:8.2f}x")
 
 
 if __name__ == "__main__":

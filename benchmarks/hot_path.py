@@ -75,7 +75,7 @@ def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]
 
 def line(name: str, took: Any, base: Any | None = None) -> None:
     p50, p99, worst = np.percentile(took, [50, 99, 100])
-    ratio = "" if base is None else f"   {p50 / np.percentile(base, 50):5.2f} × bare"
+    ratio = "" if base is None else f"   {p50 / np.percentile(base, 50):5.2f}x bare"
     print(f"{name:46s} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}")
 
 

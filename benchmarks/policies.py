@@ -118,7 +118,7 @@ def measure(
 def line(name: str, ours: list[float], theirs: list[float]) -> None:
     own, peer = median(ours) * 1e3, median(theirs) * 1e3
     spread = f"[{min(ours) * 1e3:.1f} … {max(ours) * 1e3:.1f}]"
-    print(f"{name:45s} {own:6.1f} ms {spread:16s} peer {peer:6.1f} ms   {peer / own:6.1f} × as fast")
+    print(f"{name:45s} {own:6.1f} ms {spread:16s} peer {peer:6.1f} ms   {peer / own:6.1f}x as fast")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def size(steps: int) -> None:
         lines = sum(len(json.dumps(load.tolist())) + 1 for load in loads[:20]) / 20
         print(f"{name}: entropy {entropy:,.0f}")
         for peer, value in (("eplb_dump", ours), ("npz", npz), ("torch.save", saved), ("JSON lines", lines)):
-            print(f"    {peer:12s} {value:9,.0f}   {value / entropy:5.2f} ×")
+            print(f"    {peer:12s} {value:9,.0f}   {value / entropy:5.2f}x")
 
 
 # ---- an hour's worth

@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
+
+#: The name of the command.
+PROGRAM = "eplb-analyze"
+
+
+def command_line(
+    command: str, dump: str | None = None, *, run: str | None = None, model: str | None = None
+) -> str:
+    """A command to paste into a shell: ``eplb-analyze layer 12 --run wed-42 /data/dumps``.
+
+    Args:
+        command: the name of the command and its options.
+        dump: a folder or an address; None if the command finds the dump by itself.
+    """
+    options = [
+        f" {name} {shlex.quote(value)}" for name, value in (("--run", run), ("--model", model)) if value
+    ]
+    # A folder whose name begins with a dash is not an option.
+    place = "" if dump is None else " " + shlex.quote(f"./{dump}" if dump.startswith("-") else dump)
+    return f"{PROGRAM} {command}{''.join(options)}{place}"
 
 
 def plural(count: int, word: str) -> str:

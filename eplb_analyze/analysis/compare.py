@@ -451,7 +451,7 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
             yield f"{name} changed {what}: its figures are means over all of its shapes"
         yield from (f"{name}: {note}" for note in reading.run.import_caveats("step_order", "passes"))
     if token_ratio is not None and not 1 / TOKEN_FACTOR <= token_ratio <= TOKEN_FACTOR:
-        yield f"B has {token_ratio:.2f} × the tokens a step, and loads of more tokens are naturally more even"
+        yield f"B has {token_ratio:.2f}x the tokens a step, and loads of more tokens are naturally more even"
     within = max(routing.within_a or 0.0, routing.within_b or 0.0)
     if routing.distance is None:
         yield "routing not compared: no placement is known, so experts are not"

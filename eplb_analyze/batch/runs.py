@@ -53,6 +53,10 @@ class RunLine(Report):
     ranks_present: int
     #: EP ranks that should have written; null if nothing of the run can be read.
     ranks_expected: int | None
+    #: `local`: each rank recorded its own tokens. `global`: one rank recorded the sum over all EP ranks.
+    scope: str | None
+    #: EP ranks of the engine, the most if their number changed.
+    ep_size: int | None
     #: The number of the first step that a rank recorded.
     first_step: int | None
     #: The number of the last step that a rank recorded.
@@ -148,6 +152,7 @@ def _line(found: Discovery, run_id: str, slug: str) -> RunLine:
     segments = [segment for session in sessions for segment in session.segments]
     first = min((segment.first_step for segment in segments), default=None)
     last = max((segment.last_step for segment in segments), default=None)
+    ep_size = max(session.ep_size for session in sessions)
     rows = max(sum(s.step_rows for s in sessions if s.info.ep_rank == rank) for rank in ranks)
     # A rank that was restarted can have steps twice.
     steps = 0 if first is None or last is None else min(rows, last - first + 1)
@@ -161,7 +166,9 @@ def _line(found: Discovery, run_id: str, slug: str) -> RunLine:
         end=None if times is None else _iso(times[1]),
         duration_seconds=None if times is None else (times[1] - times[0]) / 1e9,
         ranks_present=len(ranks),
-        ranks_expected=1 if info.scope is Scope.GLOBAL else max(session.ep_size for session in sessions),
+        ranks_expected=1 if info.scope is Scope.GLOBAL else ep_size,
+        scope=info.scope.value,
+        ep_size=ep_size,
         first_step=first,
         last_step=last,
         steps=steps,
@@ -172,7 +179,9 @@ def _line(found: Discovery, run_id: str, slug: str) -> RunLine:
 
 
 def _unreadable(run_id: str, model: str | None, fault: str) -> RunLine:
-    unknown = dict.fromkeys(("engine", "engine_version", "imported_from", "start", "end", "duration_seconds"))
+    unknown = dict.fromkeys(
+        ("engine", "engine_version", "imported_from", "start", "end", "duration_seconds", "scope", "ep_size")
+    )
     return RunLine(
         run_id=run_id, model=model, **unknown, ranks_present=0, ranks_expected=None, first_step=None,
         last_step=None, steps=0, state="not closed", size_bytes=0, fault=fault,

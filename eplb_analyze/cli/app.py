@@ -47,9 +47,9 @@ from eplb_analyze.cli.help import (
     Group,
     examples,
 )
-from eplb_analyze.cli.output import PROGRAM, discard, print_message
+from eplb_analyze.cli.output import discard, print_message
 from eplb_analyze.errors import EXIT_UNUSABLE, EXIT_USAGE, AnalyzeError
-from eplb_analyze.text import clean
+from eplb_analyze.text import PROGRAM, clean
 
 #: Typer has its own copy of click, or click itself.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -199,7 +199,8 @@ def _usage_error_message(error: Any) -> str:
     """What is wrong with the command line, and how to see what is right."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else PROGRAM
-    return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
+    message = " ".join(error.format_message().split())  # a list of choices has lines and tabs
+    return f"{message.rstrip('.')} (see `{command} --help`)"
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from eplb_analyze.text import clean, plural
+from eplb_analyze.text import clean, command_line, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 1000
 
 
-def console(file: IO[str], clock: RunClock | None = None) -> Console:
+def console(
+    file: IO[str], clock: RunClock | None = None, paste: Callable[[str], str] = command_line
+) -> Console:
     """A console; if it is not a terminal, it has 80 columns or what COLUMNS says.
 
-    ``clock``: of the run whose steps are printed on it, for :func:`step_label` and the like.
+    Args:
+        clock: of the run whose steps are printed on it, for :func:`step_label` and the like.
+        paste: adds to a command what it is about, for :func:`full_command`.
     """
     from rich.console import Console
 
@@ -40,7 +44,14 @@ def console(file: IO[str], clock: RunClock | None = None) -> Console:
         width = min(int(columns), MAX_COLUMNS) if re.fullmatch("0*[1-9][0-9]{0,8}", columns) else 80
     made = Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
     made.run_clock = clock  # type: ignore[attr-defined]
+    made.paste = paste  # type: ignore[attr-defined]
     return made
+
+
+def full_command(console: Console, command: str) -> str:
+    """A command to paste into a shell, about the run that the console's text is about."""
+    paste: Callable[[str], str] = getattr(console, "paste", command_line)
+    return paste(command)
 
 
 def step_label(console: Console, step: int) -> str:

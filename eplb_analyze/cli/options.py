@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,10 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate
 
 import typer
 
-from eplb_analyze.cli.output import PROGRAM, RunOutput
+from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.errors import UsageError
 from eplb_analyze.sessions.step_range import NO_END, StepRange
-from eplb_analyze.storage.path import StoragePath, storage_path
+from eplb_analyze.storage.path import StoragePath, full_text, storage_path
+from eplb_analyze.text import PROGRAM
+
+#: The engine's variable names the dump, so a command needs not.
+DUMP_VARIABLE = "EXPERT_LOAD_DUMP_DIR"
 
 if TYPE_CHECKING:
     import datetime
@@ -79,7 +84,7 @@ Dump = Annotated[
         help="A dump: a folder, s3://… or gs://…, or one run=… folder in it.",
         parser=storage_path,
         metavar="DUMP",
-        envvar="EXPERT_LOAD_DUMP_DIR",
+        envvar=DUMP_VARIABLE,
         show_default="the current folder",
     ),
 ]
@@ -322,9 +327,15 @@ def find_dump() -> StoragePath:
         return here
     command = " ".join([PROGRAM, *sys.argv[1:], "/path/to/dump"])
     raise UsageError(
-        f"no dump is given, and the current folder is not a dump; write `{command}`, "
-        "or set EXPERT_LOAD_DUMP_DIR"
+        f"no dump is given, and the current folder is not a dump; write `{command}`, or set {DUMP_VARIABLE}"
     )
+
+
+def named(dump: StoragePath | None) -> str | None:
+    """The dump as a command has to name it; None if EXPERT_LOAD_DUMP_DIR or the current folder says it."""
+    variable = os.environ.get(DUMP_VARIABLE)
+    text = None if dump is None else full_text(dump)
+    return None if variable and text == full_text(storage_path(variable)) else text
 
 
 def about_a_run(
@@ -349,6 +360,7 @@ def about_a_run(
         **own: Any,
     ) -> None:
         out = RunOutput(find_dump() if dump is None else dump, run, model, json=json)
+        out.named = named(dump)
         asked = {name: own.pop(name, None) for name in _TIMES}
         if single_step is not None:
             asked["step"] = own.pop("step")

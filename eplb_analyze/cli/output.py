@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from eplb_analyze.cli.console import console
 from eplb_analyze.cli.progress import Progress
 from eplb_analyze.errors import EXIT_UNUSABLE
 from eplb_analyze.json_report import versioned
-from eplb_analyze.text import clean
+from eplb_analyze.text import PROGRAM, clean, command_line
 
 if TYPE_CHECKING:
     import datetime
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from eplb_analyze.reader.run import Run
     from eplb_analyze.storage.path import StoragePath
 
-PROGRAM = "eplb-analyze"
 #: More findings of one kind would push the result out of sight.
 MAX_FINDINGS_OF_A_KIND = 10
 
@@ -76,6 +76,12 @@ class Output:
         self.progress = Progress()
         #: Of the run whose steps are printed; None if there are several runs.
         self.clock: RunClock | None = None
+        #: The dump that commands to paste have to name; None if they find it by themselves.
+        self.named: str | None = None
+
+    def paste(self, command: str) -> str:
+        """A command, ``layer 12 --steps 10-19``, to paste into a shell: about what this output is about."""
+        return command_line(command, self.named)
 
     def notes(self, notes: Iterable[str]) -> None:
         self.progress.end()
@@ -95,7 +101,7 @@ class Output:
         for code, count in counts.items():
             if count > MAX_FINDINGS_OF_A_KIND:
                 more = count - MAX_FINDINGS_OF_A_KIND
-                print_message("warning", f"{more} more of {code}; `{PROGRAM} check` lists all")
+                print_message("warning", f"{more} more of {code}; `{self.paste('check')}` lists all")
 
     def emit(self, document: Callable[[], dict[str, Any]], render: Callable[[Console], None]) -> None:
         """Print the document as JSON, or what ``render`` prints for a person."""
@@ -103,11 +109,11 @@ class Output:
         if self.json:
             print_json(versioned(document()))
         elif sys.stdout.isatty():
-            render(console(sys.stdout, self.clock))
+            render(console(sys.stdout, self.clock, self.paste))
         else:
             # In a pipe nobody needs the blanks that fill a table's cells.
             text = io.StringIO()
-            render(console(text, self.clock))
+            render(console(text, self.clock, self.paste))
             print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
     def open_run(self, dump: StoragePath, run: str | None, model: str | None, *, mixed: bool = False) -> Run:
@@ -156,6 +162,11 @@ class RunOutput(Output):
         #: The only phase whose steps are in the figures.
         self.phase: str | None = None
         self._opened: Run | None = None
+
+    def paste(self, command: str) -> str:
+        # Steps were found among those of the phase.
+        phase = f" --phase {shlex.quote(self.phase)}" if self.phase and " --steps " in command else ""
+        return command_line(command + phase, self.named, run=self.run_id, model=self.model)
 
     def opened(self, *, mixed: bool = False) -> Run:
         """The run with all its steps, opened once."""

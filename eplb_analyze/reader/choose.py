@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
 from eplb_analyze.sessions.discovery import Discovery, discover
 from eplb_analyze.sessions.starts import run_and_start
-from eplb_analyze.storage.path import StoragePath
-from eplb_analyze.text import listed
+from eplb_analyze.storage.path import StoragePath, full_text
+from eplb_analyze.text import command_line, listed
 from eplb_dump.format.schema import model_slug
 from eplb_dump.format.session import SessionInfo
 
@@ -84,7 +84,7 @@ def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[st
         if len(run_ids) == 1:
             return run_ids[0], []
         note = f"{path} has {len(run_ids)} runs; using the newest, {run_ids[0]}. Choose another with --run"
-        return run_ids[0], [f"{note}; `eplb-analyze runs` lists them"]
+        return run_ids[0], [f"{note}; `{_runs(path)}` lists them"]
     if run in found.runs:
         return run, []
     starts = found.starts_of(run)
@@ -94,11 +94,15 @@ def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[st
     matches = [run_id for run_id in run_ids if run_id.startswith(run)]
     if not matches:
         some = listed(run_ids, MAX_CANDIDATES)
-        raise NotInDumpError(f"{path}: no run {run!r}; there are: {some}; `eplb-analyze runs` lists all")
+        raise NotInDumpError(f"{path}: no run {run!r}; there are: {some}; `{_runs(path)}` lists all")
     ids = list(dict.fromkeys(run_and_start(run_id)[0] for run_id in matches))
     if len(ids) > 1:
         raise NotInDumpError(f"{path}: {run!r} is the beginning of {listed(ids, MAX_CANDIDATES)}; write more")
     return choose_run(found, path, ids[0])
+
+
+def _runs(path: StoragePath) -> str:
+    return command_line("runs", full_text(path))
 
 
 def _size(info: SessionInfo) -> int:

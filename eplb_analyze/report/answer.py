@@ -5,6 +5,7 @@ Every sentence that both show is composed here, and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,13 @@ from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.text import clean, figure, listed, milliseconds, percent, plural
+from eplb_analyze.text import clean, command_line, figure, listed, milliseconds, percent, plural
 
 if TYPE_CHECKING:
     from eplb_analyze.analysis.summary import Summary
     from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.run_info import RunInfo
 
-PROGRAM = "eplb-analyze"
 #: The verdict and the warnings as they stand out, in a pipe too.
 TITLES = {
     "balanced": "BALANCED",
@@ -30,6 +30,10 @@ TITLES = {
     "incomplete_data": "INCOMPLETE DATA",
     "rank_lost": "RANK LOST",
 }
+#: The command that tells more about a verdict.
+NEXT_COMMANDS = {"imbalanced": "advise", "eplb_never_acted": "advise", "incomplete_data": "check"}
+#: So many of the worst layers and ranks of an imbalanced run are named.
+SHOWN_WORST = 3
 #: An incident that costs less than this share of the step cannot explain a doubled step time.
 EXPLAINS_LITTLE = 0.5
 
@@ -61,10 +65,17 @@ class Answer:
     sentences: list[str]
     #: Figures of steps that lack ranks, if these are more than the tail of a killed run.
     estimates: list[str]
+    #: ``(name, text)`` of the worst layers and ranks, if the run is imbalanced, and of the next command.
+    evidence: list[tuple[str, str]]
     incidents: list[Told]
 
 
-def answer_of(summary: Summary, clock: RunClock) -> Answer:
+#: Makes of a command, ``layer 12 --steps 10-19``, a line to paste into a shell.
+Paste = Callable[[str], str]
+
+
+def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) -> Answer:
+    """The answer about a run; ``paste`` may add to commands which run they are about."""
     verdict, spread = summary.verdict, summary.spreads["balancedness"]
     figures = ""
     if spread.mean is not None:
@@ -79,7 +90,8 @@ def answer_of(summary: Summary, clock: RunClock) -> Answer:
             *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
         ],
         estimates=_estimates(summary),
-        incidents=[told(incident, summary, clock) for incident in summary.incidents],
+        evidence=_evidence(summary, paste),
+        incidents=[told(incident, summary, clock, paste) for incident in summary.incidents],
     )
 
 
@@ -166,10 +178,7 @@ def _recoverable(summary: Summary) -> list[str]:
     drivers = {phase.driver for phase in summary.cost.phases.values() if phase.status is CostStatus.MEASURED}
     if measured and drivers == {Driver.ACTIVE_EXPERTS}:
         # A share of the excess tokens says nothing about a time that does not depend on tokens.
-        return [
-            "Steps wait for the rank with the most active experts: balancing tokens alone saves nothing. "
-            f"`{PROGRAM} advise` tries other settings."
-        ]
+        return ["Steps wait for the rank with the most active experts: balancing tokens alone saves nothing."]
     if loss is None or not loss.tokens or loss.persistent_share is None:
         return []
     of = "that" if measured and Driver.ACTIVE_EXPERTS not in drivers else "the excess tokens"
@@ -192,10 +201,34 @@ def _estimates(summary: Summary) -> list[str]:
     ]
 
 
+def _evidence(summary: Summary, paste: Paste) -> list[tuple[str, str]]:
+    """Where an imbalanced run is imbalanced; and the command that tells more about the verdict."""
+    verdict, loss = summary.verdict.verdict, summary.loss
+    found = []
+    if verdict == "imbalanced":
+        known = [layer for layer in summary.layers if layer.balancedness is not None]
+        worst = sorted(known, key=lambda layer: layer.balancedness or 0.0)[:SHOWN_WORST]
+        if len(worst) > 1:
+            layers = _first_in_full([(la.layer, figure(la.balancedness)) for la in worst], "balancedness {}")
+            found.append(("layers", f"least balanced: {layers}"))
+        if loss is not None and loss.tokens and len(loss.ranks) > 1:
+            shares = [(r.rank, _percent(r.share, 0)) for r in loss.ranks[:SHOWN_WORST] if r.share]
+            ranks = _first_in_full(shares, "{} of the excess tokens")
+            found.append(("ranks", f"the others wait for rank {ranks}"))
+    command = NEXT_COMMANDS.get(verdict)
+    return found if command is None else [*found, ("next", paste(command))]
+
+
+def _first_in_full(figures: list[tuple[int, str]], meaning: str) -> str:
+    """``14 (balancedness 0.715), 15 (0.716)``."""
+    (number, value), *others = figures
+    return listed([f"{number} ({meaning.format(value)})", *(f"{n} ({text})" for n, text in others)])
+
+
 # ---- incidents
 
 
-def told(incident: Incident, summary: Summary, clock: RunClock) -> Told:
+def told(incident: Incident, summary: Summary, clock: RunClock, paste: Paste = command_line) -> Told:
     """An incident in words. Its cost is compared with the median step."""
     return Told(
         head=_head(incident, clock),
@@ -203,7 +236,7 @@ def told(incident: Incident, summary: Summary, clock: RunClock) -> Told:
             ("cause", cause_sentence(incident, clock)),
             ("cost", _cost(incident, summary.cost)),
             ("end", _end(incident, clock)),
-            ("next", next_command(incident)),
+            ("next", paste(next_command(incident))),
         ],
     )
 
@@ -324,10 +357,10 @@ def next_command(incident: Incident) -> str:
     layer = incident.layer if incident.layer is not None else incident.cause.layer
     match incident.cause.kind:
         case "rank_lost":
-            return f"{PROGRAM} check"
+            return "check"
         case "rearrangement" | "eplb_stopped":
-            return f"{PROGRAM} rearrangements"
+            return "rearrangements"
         case "traffic_shift" | "few_tokens":
-            return f"{PROGRAM} experts {within}"
+            return f"experts {within}"
         case _:
-            return f"{PROGRAM} ranks {within}" if layer is None else f"{PROGRAM} layer {layer} {within}"
+            return f"ranks {within}" if layer is None else f"layer {layer} {within}"

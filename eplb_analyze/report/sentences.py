@@ -118,7 +118,7 @@ def _hottest(summary: Summary) -> str:
     which = f"In {last} the" if last else "The"
     return (
         f"{which} hottest expert is expert {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of "
-        f"the layer's tokens, {hot.times_mean:.2f} × the mean, in {plural(hot.replicas, 'slot')} at the end."
+        f"the layer's tokens, {hot.times_mean:.2f}x the mean, in {plural(hot.replicas, 'slot')} at the end."
     )
 
 
@@ -127,11 +127,11 @@ def _replication(report: ExpertReport) -> str:
     hot = f"Of {plural(counts['experts'], 'expert')}, all layers together, "
     if tells_bursts(report):
         hot += (
-            f"always hot: {counts['always']:,}, hot in bursts: {counts['bursts']:,} ({report.hot_factor:g} × "
+            f"always hot: {counts['always']:,}, hot in bursts: {counts['bursts']:,} ({report.hot_factor:g}x "
             f"the layer's mean or more in a window of {plural(report.window, 'step')})"
         )
     else:
-        hot += f"hot, with {report.hot_factor:g} × the layer's mean or more: {counts['always']:,}"
+        hot += f"hot, with {report.hot_factor:g}x the layer's mean or more: {counts['always']:,}"
     few, many = counts["under_replicated"], counts["over_replicated"]
     if not few and not many:
         return f"{hot}. By the loads since the last rearrangement no expert has too few or too many replicas."
@@ -221,7 +221,7 @@ _MEANINGS = (
         "128 steps is persistent, and a better placement could remove at most that; the rest is chance.",
     ),
     (
-        "× mean",
+        "x mean",
         "a rank's, slot's or expert's tokens / the layer's mean of these",
         "Colors of the heat maps: blue below the mean, red from twice the mean on. Loads of the chosen "
         "steps are added up first, which removes random variation from step to step.",
@@ -239,7 +239,7 @@ _MEANINGS = (
     ),
     (
         _BURSTS,
-        "share of windows with 2 × the layer's mean or more",
+        "share of windows with 2x the layer's mean or more",
         "Always: in nine of ten windows; another replica helps permanently. In bursts: in fewer; the "
         "burst may be over before the next rearrangement.",
     ),

@@ -5,6 +5,7 @@ Only folders and files with names of the format are read, and no symbolic link i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from eplb_analyze.sessions.segments import (
 from eplb_analyze.sessions.starts import START_SEPARATOR, MixedStarts, Span, run_and_start, separate
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath, requests_at_once
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
 from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import (
@@ -39,6 +40,11 @@ from eplb_dump.format.schema import (
     model_slug,
 )
 from eplb_dump.format.session import SessionInfo
+
+#: Why a folder may have no run.
+NO_RUN = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it run a step?"
+#: So many folders are searched for dumps, to name them in an error.
+SEARCHED_FOLDERS = 200
 
 
 @dataclass
@@ -101,6 +107,25 @@ class Discovery:
         return sorted(self.runs, key=lambda run_id: (self.created(run_id), run_id), reverse=True)
 
 
+def _dumps_below(top: Path) -> list[Path]:
+    """The dumps below a folder that is not a dump, the nearest first, as far as a short search finds them."""
+    found: list[Path] = []
+    waiting = [top]
+    for _ in range(SEARCHED_FOLDERS):
+        if not waiting:
+            break
+        folder = waiting.pop(0)
+        try:
+            inside = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        except OSError:
+            continue
+        if any(name.startswith(RUN_PREFIX) for name in inside):
+            found.append(folder)
+        else:
+            waiting += [folder / name for name in inside if not name.startswith(".")]
+    return found
+
+
 def discover(path: StoragePath, run: str | None = None) -> Discovery:
     """Find the sessions of a dump, or of one run, model, rank or session folder of it.
 
@@ -132,7 +157,8 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
         raise DumpError(f"{path}: {what}")
     if not found.runs:
-        why = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it run a step?"
+        below = _dumps_below(path) if isinstance(path, Path) else []
+        why = f"these folders in it are dumps: {listed(below, 3)}" if below else NO_RUN
         odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
         raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
     return found
@@ -356,9 +382,9 @@ def open_session(
             text = f"{path}: the manifest lists it, but it is missing; skipped"
             findings.append(Finding("error", "damaged_file", text))
         del journals[seq]
-    for seq, listed in manifest.entries.items():
-        names = [file.name for file in listed.files.values()]
-        sealed = ParquetSegment(folder, info, listed)
+    for seq, in_manifest in manifest.entries.items():
+        names = [file.name for file in in_manifest.files.values()]
+        sealed = ParquetSegment(folder, info, in_manifest)
         # If its files do not exist, it is missing, not later.
         if end is not None and seq >= end and names and all((folder / n).exists() for n in names):
             session.closed = None  # which came even later

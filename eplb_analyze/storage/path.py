@@ -90,6 +90,11 @@ def absolute(where: StoragePath) -> StoragePath:
     return Path(os.path.abspath(where)) if isinstance(where, Path) else where
 
 
+def full_text(where: StoragePath) -> str:
+    """A path as a user has to write it: a folder, or an address with its options."""
+    return where.address if isinstance(where, Remote) else str(where)
+
+
 def join(text: str, name: str) -> str:
     """The text of the path ``name`` in the folder ``text``."""
     if "://" not in text:

@@ -235,11 +235,11 @@ def test_hovering_shows_expert_rank_replicas_and_load(opened: Opened, dump: Path
     lines = opened.hover("#experts-map", 1, 6, shape)
     share = by_expert[1, 2] / by_expert[1].sum()
     assert lines[0] == "Layer 4, slot 6 on rank 3"
-    assert lines[1] == f"{by_slot[1, 6]:,} tokens, {times_mean(by_slot)[1, 6]:.2f} × the layer's mean slot"
+    assert lines[1] == f"{by_slot[1, 6]:,} tokens, {times_mean(by_slot)[1, 6]:.2f}x the layer's mean slot"
     assert lines[2] == "logical expert 2 (at the end of these steps)"
     assert (
         lines[3]
-        == f"the expert has {100 * share:.2f}% of the layer's tokens, {6 * share:.2f} × the mean expert"
+        == f"the expert has {100 * share:.2f}% of the layer's tokens, {6 * share:.2f}x the mean expert"
     )
     assert lines[4] == f"3 replicas, on ranks 1, 3; due: {8 * share:.1f}"
     row = expert_report(open_run(dump)).experts.row(
@@ -249,7 +249,7 @@ def test_hovering_shows_expert_rank_replicas_and_load(opened: Opened, dump: Path
     lines = opened.hover("#ranks-map", 2, 0, (planted.LAYERS, planted.RANKS))
     assert lines[:2] == [
         "Layer 7, rank 0",
-        f"{by_rank[2, 0]:,} tokens, {times_mean(by_rank)[2, 0]:.2f} × the layer's mean rank",
+        f"{by_rank[2, 0]:,} tokens, {times_mean(by_rank)[2, 0]:.2f}x the layer's mean rank",
     ]
     assert lines[2] == "experts 5, 4 (at the end of these steps)"
     opened.page.click("#by-expert")
@@ -280,7 +280,7 @@ def test_dragging_chooses_steps_and_the_maps_are_of_these(opened: Opened) -> Non
     share = by_expert[0, 3] / by_expert[0].sum()
     assert cells[:5] == ["3", "3", f"{100 * share:.2f}%", f"{6 * share:.2f}", f"{by_expert[0, 3]:,}"]
     lines = opened.hover("#ranks-map", 0, 1, (planted.LAYERS, planted.RANKS))
-    assert lines[1] == f"{by_rank[0, 1]:,} tokens, {times_mean(by_rank)[0, 1]:.2f} × the layer's mean rank"
+    assert lines[1] == f"{by_rank[0, 1]:,} tokens, {times_mean(by_rank)[0, 1]:.2f}x the layer's mean rank"
     # The hottest rank of the map is painted red, the coldest blue.
     drawn = times_mean(by_rank)
     for cell, redder in ((drawn.argmax(), True), (drawn.argmin(), False)):

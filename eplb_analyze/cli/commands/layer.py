@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import sys
 from typing import Annotated
 
 import typer
@@ -10,12 +13,29 @@ from eplb_analyze.cli import options
 from eplb_analyze.cli.output import RunOutput
 from eplb_analyze.cli.views.layer import render
 from eplb_analyze.errors import EXIT_UNUSABLE
+from eplb_analyze.text import PROGRAM
+
+
+def _layer_number(text: str) -> int:
+    """A layer's number; if it is something else, the error shows the right order of arguments."""
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    words, right = sys.argv[1:], "layer LAYER DUMP"
+    here = words.index(text) if text in words else len(words)
+    if re.fullmatch("[0-9]{1,9}", "".join(words[here + 1 : here + 2])):
+        words[here : here + 2] = [words[here + 1], text]
+        right = shlex.join(words)
+    raise typer.BadParameter(
+        f"{text!r} is not a number; the layer comes first, then the dump: `{PROGRAM} {right}`"
+    )
 
 
 @options.about_a_run
 def layer(
     out: RunOutput,
-    layer: Annotated[int, typer.Argument(help="The layer's number in the model.", metavar="LAYER")],
+    layer: Annotated[
+        int, typer.Argument(help="The layer's number in the model.", metavar="LAYER", parser=_layer_number)
+    ],
     step: options.Step = None,
     steps: options.Steps = None,
     top: options.Top = 5,

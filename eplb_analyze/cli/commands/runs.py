@@ -18,6 +18,8 @@ def runs(dump: options.Dump = None, json: options.Json = False) -> None:
     from eplb_analyze.batch.runs import list_runs
 
     found = list_runs(options.find_dump() if dump is None else dump)
-    Output(json=json).emit(found.to_json, lambda console: render(console, found))
+    out = Output(json=json)
+    out.named = options.named(dump)
+    out.emit(found.to_json, lambda console: render(console, found))
     if all(line.ranks_expected is None for line in found.runs):
         raise typer.Exit(EXIT_UNUSABLE)

@@ -56,7 +56,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         "or more short); *: two replicas on one rank"
     )
     wide = (
-        "; × mean: by the loads of all steps; uneven: the fullest replica over their mean"
+        "; x mean: by the loads of all steps; uneven: the fullest replica over their mean"
         if console.width >= WIDE
         else ""
     )
@@ -132,7 +132,7 @@ def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFra
         return
     wide, timed = console.width >= WIDE, times_known(console)
     layer = ["layer"] if report.layer is None else []
-    mean = ["× mean"] if wide else []  # over all steps
+    mean = ["x mean"] if wide else []  # over all steps
     more = ["hot in", "CV"] if wide else []
     uneven = ["uneven"] if wide else []
     columns = ("expert", "load", *mean, "peak", *more, "replicas", "due", *uneven, "<hot in steps")

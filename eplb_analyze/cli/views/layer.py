@@ -47,7 +47,7 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
     else:
         times = f"{hottest.load / mean:.2f}"
         summed = ", summed over the steps" if report.steps > 1 else ""
-        console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times} × the mean")
+        console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times}x the mean")
     print_notes(console, report.notes)
     console.print()
     _ranks(console, report, count, mean)
@@ -92,7 +92,7 @@ def _experts(console: Console, report: LayerReport, top: int) -> None:
 def _expert_table(console: Console, report: LayerReport, title: str, experts: list[ExpertLoad]) -> None:
     mean = sum(e.load for e in report.experts) / len(report.experts)
     count = counter(e.load for e in experts)
-    columns = ("expert", "tokens", "share", "× mean", "replicas", "<on ranks (tokens)")
+    columns = ("expert", "tokens", "share", "x mean", "replicas", "<on ranks (tokens)")
     listing = table(console, *columns, title=title)
     for e in experts:
         times = e.load / mean if mean else 0.0

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import limited, print_heading, print_line, styled, table
-from eplb_analyze.text import clean, duration, figure, listed, percent, plural, signed
+from eplb_analyze.cli.console import limited, print_fields, print_heading, print_line, styled, table
+from eplb_analyze.text import clean, command_line, duration, figure, listed, percent, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from eplb_analyze.batch.comparison import Postmortem
     from eplb_analyze.batch.rows import Row
 
 #: From this many columns on, the table shows engine, EP size, steps and 5th percentile.
 WIDE = 150
+#: Columns between two cells of the table; and the least that a name is cut to.
+GAP, LEAST_NAME = 3, 12
 
 
 def render(console: Console, result: Postmortem, by: str | None, top: int, save: Path | None = None) -> None:
@@ -31,6 +35,7 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
         _groups(console, result, by)
     if known:
         _runs(console, known[:top], names, len(known), result)
+        print_fields(console, [("next", _next_command(rows, known[0]))])
     for status, style in (("incomplete", "yellow"), ("broken", "bold red")):
         _reasons(console, result, names, status, style, top)
     _verdict(console, result, names)
@@ -55,6 +60,12 @@ def _lost(rows: list[Row]) -> str:
         )
         parts = [f"{duration(seconds)} of GPU time lost, measured in {where}", *parts]
     return f"imbalance: {'; '.join(parts)}"
+
+
+def _next_command(rows: list[Row], row: Row) -> str:
+    """The command that shows more of a run."""
+    several = sum((other.dump, other.run_id) == (row.dump, row.run_id) for other in rows) > 1
+    return command_line("summary", row.dump, run=row.run_id, model=row.model if several else None)
 
 
 def _names(rows: list[Row]) -> dict[int, str]:
@@ -116,36 +127,50 @@ def _counts(rows: list[Row]) -> str:
 def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, result: Postmortem) -> None:
     wide = console.width >= WIDE
     several = len({row.model for row in rows}) > 1
-    title = f"what lost most first{limited(len(rows), of)}"
-    columns = ["<run", *(["<model"] if several else []), *(["<engine", "EP", "steps"] if wide else [])]
-    columns += [*(["<began, UTC"] if wide else []), "lost", "idle", "balance"]
-    columns += [*(["p5"] if wide else []), "<incidents", *(["worst"] if wide else [])]
-    # A narrow table has no room for all: incomplete runs are listed below it, too.
-    helped = wide or not (result.baseline or several)
-    columns += [*(["helped"] if helped else []), *(["vs base"] if result.baseline else [])]
-    listing = table(console, *columns, *(["<data"] if wide else []), title=title)
     failed = {id(row) for row in result.failed}
-    for row in rows:
-        state = "" if row.status == "complete" else "yellow"
-        name = _short_path(names[id(row)], (17 if several else 40) if wide else 16 if several else 20)
-        model = row.model.rpartition("/")[2]
-        cells: list[Any] = [styled((name, "" if wide else state))]
-        cells += [_short(model, 20 if wide else 12)] if several else []
-        cells += [_short(row.engine or "–", 12), str(row.ep_size), f"{row.steps:,}"] if wide else []
-        cells += [(row.first_time or "–")[:16].replace("T", " ")] if wide else []
-        cells += [_lost_of(row), percent(row.idle_fraction)]
-        cells += [styled((figure(row.balancedness), "bold red" if id(row) in failed else ""))]
-        cells += [figure(row.balancedness_p5)] if wide else []
-        cells += [_incidents(row, wide and not several)]
-        if wide:
-            cells += [f"l{row.worst_layer} r{row.worst_rank}" if row.worst_rank is not None else "–"]
-        if helped:
-            cells += [
-                f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"
-            ]
-        cells += [signed(row.difference)] if result.baseline else []
-        cells += [styled((row.status, state))] if wide else []
-        listing.add_row(*cells)
+
+    def balance(row: Row) -> Text:
+        return styled((figure(row.balancedness), "bold red" if id(row) in failed else ""))
+
+    def helped(row: Row) -> str:
+        return f"{row.helped} of {row.judged}" if row.judged else "–" if row.rearrangements else "none"
+
+    # A narrow table has no room for all: incomplete runs are listed below it, too.
+    columns: list[tuple[str, bool, Callable[[Row], str | Text]]] = [
+        ("<engine", wide, lambda row: _short(row.engine or "–", 12)),
+        ("EP", wide, lambda row: str(row.ep_size)),
+        ("steps", wide, lambda row: f"{row.steps:,}"),
+        ("<began, UTC", wide, lambda row: (row.first_time or "–")[:16].replace("T", " ")),
+        ("lost", True, _lost_of),
+        ("idle", True, lambda row: percent(row.idle_fraction)),
+        ("balance", True, balance),
+        ("p5", wide, lambda row: figure(row.balancedness_p5)),
+        ("<incidents", True, lambda row: _incidents(row, wide and not several)),
+        (
+            "worst",
+            wide,
+            lambda row: f"l{row.worst_layer} r{row.worst_rank}" if row.worst_rank is not None else "–",
+        ),
+        ("helped", wide or not (result.baseline or several), helped),
+        *([("vs base", True, lambda row: signed(row.difference))] if result.baseline else []),
+        ("<data", wide, lambda row: styled((row.status, _state_style(row)))),
+    ]
+    shown = [(name, cell) for name, fits, cell in columns if fits]
+    hidden = [name.lstrip("<").partition(",")[0] for name, fits, _ in columns if not fits]
+    cells = [[cell(row) for _, cell in shown] for row in rows]
+    widths = [
+        max(map(len, [name.lstrip("<"), *own]))
+        for (name, _), own in zip(shown, zip(*cells, strict=True), strict=True)
+    ]
+    models = [clean(row.model.rpartition("/")[2]) for row in rows] if several else []
+    for_name, for_model = _widths(
+        console.width - sum(widths) - GAP * (len(widths) + several), [names[id(row)] for row in rows], models
+    )
+    heads = ["<run", *(["<model"] if several else []), *(name for name, _ in shown)]
+    listing = table(console, *heads, title=f"what lost most first{limited(len(rows), of)}")
+    for number, row in enumerate(rows):
+        name = styled((_short_path(names[id(row)], for_name), "" if wide else _state_style(row)))
+        listing.add_row(name, *([_short_path(models[number], for_model)] if several else []), *cells[number])
     console.print(listing)
     legend = (
         "lost: GPU time that imbalance cost in phases whose cost can be measured, – if there are none; idle: "
@@ -153,8 +178,22 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         "(R), and when it began (UTC)"
     )
     legend += "; worst: the least balanced layer and the costliest rank" if wide else ""
-    legend += "; helped: of the rearrangements that can be judged" if helped else ""
+    legend += "; helped: of the rearrangements that can be judged" if "helped" not in hidden else ""
     print_line(console, (legend, "dim"))
+    if hidden:
+        text = f"no room for {listed(hidden)}: {WIDE} columns show them, --json has all"
+        print_line(console, (text, "dim"))
+
+
+def _widths(room: int, names: list[str], models: list[str]) -> tuple[int, int]:
+    """How wide the names of runs and of models may be, if all other columns leave this much room."""
+    name, model = (max(map(len, texts), default=0) for texts in (names, models))
+    for_model = min(model, max(LEAST_NAME, room - name, room // 2))
+    return max(LEAST_NAME, room - for_model), for_model
+
+
+def _state_style(row: Row) -> str:
+    return "" if row.status == "complete" else "yellow"
 
 
 def _incidents(row: Row, wide: bool) -> str:
@@ -166,7 +205,8 @@ def _incidents(row: Row, wide: bool) -> str:
         names = (names[0], ("rank ", row.incident_rank))
     parts = [f"{name if wide else name[0].upper()}{number}" for name, number in names if number is not None]
     since = row.incident_since[11:16] if row.incident_since else f"step {row.incident_first_step}"
-    return f"{row.incidents}: {' '.join(parts)}{',' if wide and parts else ''} {since}"
+    place = f"{' '.join(parts)}{',' if wide else ''} " if parts else ""
+    return f"{row.incidents}: {place}{since}"
 
 
 def _lost_of(row: Row) -> str:

@@ -109,7 +109,7 @@ def _header(numbers: list[int], letter: str, width: int) -> str:
 
 
 def _tenths(value: float) -> str:
-    """A load over the mean in two characters: +3 is 1.3 × the mean, ++ twice or more, −− nothing."""
+    """A load over the mean in two characters: +3 is 1.3x the mean, ++ twice or more, −− nothing."""
     tenths = round((value - 1) * 10)
     if tenths == 0:
         return "·"
@@ -122,7 +122,7 @@ def _table(console: Console, by: str, costliest: list[Straggler], top: int) -> N
     shown = costliest[:top]
     count, excess = counter(m.load for m in costliest), counter(round(m.excess_tokens) for m in costliest)
     title = f"{by}s by what waiting for them cost{limited(top, len(costliest))}"
-    columns = (by, "tokens", "× mean", "slowest in", "excess tokens", "share")
+    columns = (by, "tokens", "x mean", "slowest in", "excess tokens", "share")
     listing = table(console, *columns, title=title)
     for m in shown:
         listing.add_row(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import print_heading, print_line
+from eplb_analyze.cli.console import full_command, print_heading, print_line
 from eplb_analyze.text import clean, duration, listed, plural
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ def _state_style(line: RunLine) -> str:
 def _incomplete(line: RunLine) -> str:
     missing = line.ranks_expected is None or line.ranks_present < line.ranks_expected
     return "yellow" if missing else ""
+
+
+def _ranks(line: RunLine) -> str:
+    """``31/32`` wrote; or ``sum of 32``, which one rank wrote."""
+    if line.scope == "global":
+        return f"sum of {line.ep_size}"
+    return f"{line.ranks_present}/{'–' if line.ranks_expected is None else line.ranks_expected}"
 
 
 def _engine(line: RunLine) -> str:
@@ -76,9 +83,7 @@ def _columns() -> list[_Column]:
         _Column("duration", lambda line: duration(line.duration_seconds), number=True),
         _Column(
             "ranks",
-            lambda line: (
-                f"{line.ranks_present}/{'–' if line.ranks_expected is None else line.ranks_expected}"
-            ),
+            _ranks,
             number=True,
             style=_incomplete,
         ),
@@ -139,10 +144,12 @@ def _notes(console: Console, lines: list[RunLine], hidden: list[str]) -> None:
     if len(damaged) > MAX_FAULTS:
         print_line(console, f"and {len(damaged) - MAX_FAULTS:,} more damaged runs; --json explains all")
     notes = []
+    if any(line.scope == "global" for line in lines):
+        notes.append("sum of N: one rank recorded the sum over N EP ranks")
     if any(_state(line) == "not closed" for line in lines):
         notes.append(
             "not closed: its writers did not end it and wrote nothing in the last minute. The engine is idle "
-            "or crashed; after a crash, `eplb-analyze recover` finishes the files"
+            f"or crashed; after a crash, `{full_command(console, 'recover')}` finishes the files"
         )
     if hidden:
         notes.append(f"no room for {listed(hidden)}: --json has all")

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import columns_of_steps, labeled_marks, sparkline
-from eplb_analyze.cli.console import print_fields, print_heading, print_line, styled
+from eplb_analyze.cli.console import full_command, print_fields, print_heading, print_line, styled
 from eplb_analyze.cli.views import summary_tables
 from eplb_analyze.report import answer
 from eplb_analyze.text import listed, plural
@@ -48,7 +48,7 @@ def render(
     part: bool = False,
 ) -> None:
     """``part``: whether the figures are of a part of the run's steps."""
-    found = answer.answer_of(result, clock)
+    found = answer.answer_of(result, clock, lambda command: full_command(console, command))
     _head(console, result, clock)
     console.print()
     print_line(
@@ -60,6 +60,7 @@ def render(
         print_line(console, text)
     for text in found.estimates:
         print_line(console, (text, "yellow"))
+    print_fields(console, found.evidence, indent=2)
     if not found.figures:
         return
     _incidents(console, found.incidents, top, part=part)

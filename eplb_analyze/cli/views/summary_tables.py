@@ -136,7 +136,7 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
     if not result.hot_experts:
         return
     title = "hottest experts (share of the layer)"
-    listing = table(console, "layer", "expert", "share", "× mean", "replicas", title=title)
+    listing = table(console, "layer", "expert", "share", "x mean", "replicas", title=title)
     for e in result.hot_experts[:top]:
         times = heat(f"{e.times_mean:.2f}", e.times_mean)
         listing.add_row(str(e.layer), str(e.logical), percent(e.share, 2), times, str(e.replicas))

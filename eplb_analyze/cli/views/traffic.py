@@ -96,7 +96,7 @@ def _cell(share: float, width: int) -> str:
 def _receivers(console: Console, report: TrafficReport, top: int) -> None:
     receivers, letter = report.receivers(), report.by[0]
     count = counter(r.tokens for r in receivers)
-    columns = (report.by, "tokens", "× mean", "from others", "most from")
+    columns = (report.by, "tokens", "x mean", "from others", "most from")
     listing = table(console, *columns, title=f"busiest receivers{limited(top, len(receivers))}")
     for r in receivers[:top]:
         times = heat(f"{r.times_mean:.2f}", r.times_mean)
@@ -113,7 +113,7 @@ def _pairs(console: Console, report: TrafficReport, top: int) -> None:
         return
     count = counter(p.tokens for p in pairs)
     title = f"busiest pairs of two {report.by}s"
-    listing = table(console, "<from", "<to", "tokens", "of all", "× mean pair", title=title)
+    listing = table(console, "<from", "<to", "tokens", "of all", "x mean pair", title=title)
     for p in pairs:
         times = heat(f"{p.times_mean:.2f}", p.times_mean)
         ends = (f"{letter}{p.source}", f"{letter}{p.destination}")

@@ -186,7 +186,7 @@ def _panels(look: Snapshot, width: int, rows: int) -> list[Text]:
     if columns * rows >= len(look.ranks):
         now = look.ranks if look.recent is None else look.recent.ranks
         down = -(-len(now) // columns)
-        title = "load of all ranks, × mean" + ("" if look.recent is None else ", last 10 s")
+        title = "load of all ranks, x mean" + ("" if look.recent is None else ", last 10 s")
         loads = [Text(title, style="bold"), Text()]
         for row in range(down):
             line = Text()
@@ -231,7 +231,7 @@ def _ranks(look: Snapshot, rows: int) -> list[Text]:
 
     lines = [
         Text("the others wait for", style="bold"),
-        Text("rank  × mean   10 s  of waiting   10 s", style="dim"),
+        Text("rank  x mean   10 s  of waiting   10 s", style="dim"),
     ]
     for rank in sorted(look.ranks, key=cost)[:rows]:
         now = recent.get(rank.rank)
@@ -250,7 +250,7 @@ def _experts(experts: Sequence[HotExpert]) -> list[Text]:
 
     lines = [
         Text("hot experts", style="bold"),
-        Text("layer  expert  × mean   10 s  replicas", style="dim"),
+        Text("layer  expert  x mean   10 s  replicas", style="dim"),
     ]
     for one in experts:
         line = Text(f"{one.layer:>5}  {one.expert:>6}  {figure(one.times_mean, 1):>6}  ")
@@ -268,7 +268,7 @@ def _hot_experts(look: Snapshot, width: int) -> list[Text]:
 
     if not look.complete or not look.hot_experts or _has_expert_panel(look, width):
         return []
-    line = "hot experts, × mean in the last 10 s: "
+    line = "hot experts, x mean in the last 10 s: "
     parts: list[str] = []
     for one in look.hot_experts:
         times = one.times_mean if one.recent_times_mean is None else one.recent_times_mean

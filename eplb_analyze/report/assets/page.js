@@ -8,7 +8,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
 /* A text with no line break between a figure and its unit. */
-const glued = (text) => String(text).replace(/(\d) (?=×|(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/× (?=\S)/g, "×\u00a0");
+const glued = (text) => String(text).replace(/(\d) (?=(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/(×|\bx) (?=\S)/g, "$1\u00a0");
 
 const say = (id, text) => void (byId(id).textContent = glued(text));
 
@@ -123,18 +123,19 @@ function header() {
 
 /* The same sentences as `summary`: verdict, cost, incidents. A click on an incident selects its steps. */
 function answer() {
-  const { title, figures, sentences, estimates, incidents } = report.answer;
+  const { title, figures, sentences, estimates, evidence, incidents } = report.answer;
+  const fields = (parts) => element("dl", {}, ...parts.flatMap(([name, text]) => [element("dt", { text: name }),
+    element("dd", {}, name === "next" ? element("code", { text }) : glued(text))]));
   byId("answer").dataset.verdict = report.summary.verdict.verdict;
   byId("verdict").replaceChildren(title, element("span", { text: figures && ` ${figures}`, className: "muted" }));
   byId("verdict").title = report.summary.verdict.rule;
-  byId("answer-text").replaceChildren(...[...sentences, ...estimates].map((text) => element("p", { text })));
+  byId("answer-text").replaceChildren(...[...sentences, ...estimates].map((text) => element("p", { text })), fields(evidence));
   byId("incident-count").textContent = incidents.length ? plural(incidents.length, "incident") : figures && "no incidents";
   byId("incidents").replaceChildren(...incidents.map(({ head, parts }, i) => {
     const { first_step: first, last_step: last } = report.summary.incidents[i];
     return element("div", { className: "incident" },
       element("button", { text: head, className: "quiet", title: "Choose these steps", click: () => chooseWithin(first, last) }),
-      element("dl", {}, ...parts.flatMap(([name, text]) => [element("dt", { text: name }),
-        element("dd", {}, name === "next" ? element("code", { text }) : glued(text))])));
+      fields(parts));
   }));
 }
 
@@ -334,7 +335,7 @@ function pickLayer(row) {
 /* ---- tooltips */
 
 function timesOf(value, of) {
-  return Number.isNaN(value) ? "no token in this layer" : `${figure(value, 2)} × the layer's mean ${of}`;
+  return Number.isNaN(value) ? "no token in this layer" : `${figure(value, 2)}x the layer's mean ${of}`;
 }
 
 function tokensOf(load, times, of, rank) {
@@ -374,7 +375,7 @@ function expertLines(row, expert, alone = false) {
   const i = row * loads.experts + expert, placed = loads.placement(state.last, row), own = ranksOf(placed, expert);
   const share = state.timesExpert[i] / loads.experts;
   const all = `${percent(share, 2)} of the layer's tokens`;
-  const lines = [[alone ? all : `the expert has ${all}, ${figure(state.timesExpert[i], 2)} × the mean expert`]];
+  const lines = [[alone ? all : `the expert has ${all}, ${figure(state.timesExpert[i], 2)}x the mean expert`]];
   if (placed) {
     const where = [...new Set(own.map((slot) => loads.rankOf(slot)))];
     lines.push([`${plural(own.length, "replica")}, on rank${where.length === 1 ? "" : "s"} ${where.join(", ")}; due: ${figure(share * loads.filled(placed), 1)}${alone ? moved(row) : ""}`]);
@@ -424,7 +425,7 @@ function drawHot() {
         spark(history(row, expert), first, last), flagsOf(row, expert) || "–"],
     };
   });
-  fill(byId("hot-table"), ["layer", "expert", "share", "× mean", "tokens", "replicas", "due", "<on ranks", "<× mean over the run", "<over all steps"], rows);
+  fill(byId("hot-table"), ["layer", "expert", "share", "x mean", "tokens", "replicas", "due", "<on ranks", "<x mean over the run", "<over all steps"], rows);
   byId("more").hidden = order.length <= state.shown;
   say("hot-text", `Of ${count(report.experts.counts.experts)} experts those with the largest share of their layer. Replicas and ranks are those at the end of the chosen steps; due: slots that the share is worth (! one or more short). The last column is over all steps${report.experts.windows > 1 ? `, in windows of ${count(report.experts.window)}` : ""}.`);
 }
@@ -474,7 +475,7 @@ function drawLost() {
   if (ranks) {
     const cost = [...ranks.ranks].sort((a, b) => b.excess_tokens - a.excess_tokens || a.rank - b.rank);
     parts.push(part(`Costliest ranks (${Math.min(top, cost.length)} of ${cost.length})`,
-      fill(element("table"), ["rank", "× mean", "slowest in", "of all loss", "<"], cost.slice(0, top).map((r) => ({
+      fill(element("table"), ["rank", "x mean", "slowest in", "of all loss", "<"], cost.slice(0, top).map((r) => ({
         cells: [r.rank, figure(r.times_mean), percent(r.slowest_share), percent(r.excess_share), bar(r.excess_share)] })))));
   }
   if (loss && loss.stretches.length)

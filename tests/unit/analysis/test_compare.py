@@ -217,7 +217,7 @@ def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any],
     ("options", "warning"),
     [
         ({"ep_size": 2}, "EP size 4 and 2"),
-        ({"tokens": 1600}, "B has 2.00 × the tokens a step"),
+        ({"tokens": 1600}, "B has 2.00x the tokens a step"),
         ({"routing": SKEWED[::-1]}, "different workload: 20% of the tokens go to other experts"),
     ],
 )

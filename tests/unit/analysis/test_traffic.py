@@ -169,13 +169,13 @@ tokens that leave their rank: from 49.8% in layer 1 to 50.0% in layer 0
 all  70.0  30.0
 
 busiest receivers
-rank   tokens   × mean   from others   most from
+rank   tokens   x mean   from others   most from
 ────────────────────────────────────────────────
   r0   67,221     1.40         49.9%          r0
   r1   28,779     0.60         49.9%          r1
 
 busiest pairs of two ranks
-from   to   tokens   of all   × mean pair
+from   to   tokens   of all   x mean pair
 ─────────────────────────────────────────
 r1     r0   33,569   34.97%          1.40
 r0     r1   14,348   14.95%          0.60

@@ -52,6 +52,8 @@ def test_line_states_what_was_recorded(tmp_path: Path) -> None:
         "duration_seconds": pytest.approx((times[-1] - times[0]) / 1e9),
         "ranks_present": 2,
         "ranks_expected": 2,
+        "scope": "local",
+        "ep_size": 2,
         "first_step": 0,
         "last_step": 39,
         "steps": 40,
@@ -67,6 +69,11 @@ def test_one_writer_of_sums_is_all_that_is_expected(tmp_path: Path) -> None:
     record(tmp_path, "r", EVEN, steps=5)
     (line,) = listed(tmp_path)
     assert (line["ranks_present"], line["ranks_expected"]) == (1, 1)
+    assert (line["scope"], line["ep_size"]) == ("global", 4)
+    printed = cli("runs", tmp_path).stdout
+    assert "  sum of 4  " in printed
+    assert "sum of N: one rank recorded the sum over N EP ranks" in printed
+    assert "1/1" not in printed
 
 
 def test_newest_run_is_last_and_the_default(tmp_path: Path) -> None:

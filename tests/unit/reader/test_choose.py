@@ -43,13 +43,15 @@ def test_ambiguous_beginning_names_the_candidates(dump: Path, given: str) -> Non
 
 
 def test_unknown_id_names_runs_and_the_command_that_lists_them(dump: Path) -> None:
-    one_error(cli("summary", "--run", "zz", dump), 2, "no run 'zz'", "deploy-12", "`eplb-analyze runs`")
+    one_error(
+        cli("summary", "--run", "zz", dump), 2, "no run 'zz'", "deploy-12", f"`eplb-analyze runs {dump}`"
+    )
 
 
 def test_newest_run_is_used_and_a_note_says_so(dump: Path) -> None:
     result = cli("summary", dump)
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("eplb-analyze: note:")]
-    for words in ("5 runs", "newest, twice@2", "--run", "`eplb-analyze runs`"):
+    for words in ("5 runs", "newest, twice@2", "--run", f"`eplb-analyze runs {dump}`"):
         assert words in note
     assert "note" not in cli("summary", "--run", "test", dump).stderr
 

@@ -122,8 +122,7 @@ def test_share_of_excess_tokens_is_not_said_of_a_time_that_active_experts_take(s
     (sentence,) = sentences(Driver.ACTIVE_EXPERTS, Driver.TOKENS)
     assert "% of the excess tokens" in sentence
     assert sentences(Driver.ACTIVE_EXPERTS) == [
-        "Steps wait for the rank with the most active experts: balancing tokens alone saves nothing. "
-        "`eplb-analyze advise` tries other settings."
+        "Steps wait for the rank with the most active experts: balancing tokens alone saves nothing."
     ]
 
 

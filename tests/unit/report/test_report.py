@@ -508,7 +508,7 @@ def test_report_with_one_window_does_not_mention_bursts(tmp_path: Path) -> None:
     assert "burst" not in said
     assert "--window-steps" not in said
     hot = document["experts"]["counts"]["always"]
-    assert f"hot, with 2 × the layer's mean or more: {hot}." in " ".join(document["words"])
+    assert f"hot, with 2x the layer's mean or more: {hot}." in " ".join(document["words"])
 
 
 def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
