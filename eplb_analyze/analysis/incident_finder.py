@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import Milliseconds
 from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
-from eplb_analyze.metrics.change_points import MIN_STEPS, departures
+from eplb_analyze.metrics.change_points import MIN_STEPS
+from eplb_analyze.metrics.departures import departures
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.incident_causes import (
     EXPLAINED,
@@ -38,6 +39,8 @@ from eplb_dump.format.journal import Int64
 
 #: Loads of so many steps on each side of an edge are read.
 WINDOW = 200
+#: The loads of a departure of at most so many steps are read at once: its edges often lie in one row group.
+READ_WHOLE = 1000
 #: Edges of two layers at most so many steps apart are of one departure.
 TOGETHER = 6
 #: The loads of so many layers are read for the largest departures; smaller ones are counted. More incidents
@@ -212,7 +215,7 @@ def _departures(series: BalanceSeries, values: npt.NDArray[np.float32]) -> list[
     cuts = np.flatnonzero(np.diff(series.shape)) + 1
     found = []
     for low, high in zip([0, *cuts], [*cuts, len(series.steps)], strict=True):
-        for layer, own in enumerate(departures(values[:, low:high])):
+        for layer, own in enumerate(departures(values[:, low:high]).found):
             found += [(layer, low + one.first, low + one.end, one.drop) for one in own]
     return found
 
@@ -314,8 +317,11 @@ class _Finder:
         changes = [step for step in history.steps if step > int(series.steps[0])]
         first, end = found.first, found.end
         span = WINDOW + self._reach
-        head = loads.read(layer, first - span, min(first + span, end + span))
-        tail = head if end + WINDOW <= first + span else loads.read(layer, end - span, end + span)
+        if end - first <= READ_WHOLE:
+            head = tail = loads.read(layer, first - span, end + span)
+        else:
+            head = loads.read(layer, first - span, first + span)
+            tail = loads.read(layer, end - span, end + span)
         guard = max(1, min(5, (end - first) // 5)) + series.steps_per_value - 1
         change = _nearest(changes, first, guard + 5)
         since = first if change is None else change

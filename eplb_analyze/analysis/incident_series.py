@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from eplb_analyze.analysis.cost import Milliseconds, RunCost
 from eplb_analyze.analysis.incident_finder import BalanceSeries, Incidents, LayerWindow, find_incidents
@@ -62,8 +63,17 @@ class BalanceValues:
 
     def series(self) -> BalanceSeries | None:
         """All values; None if there are none, or if the number of layers changes."""
-        if not self._parts or len({part.ratio.shape[1] for part in self._parts}) > 1:
+        layers = {part.ratio.shape[1] for part in self._parts}
+        if len(layers) != 1:
             return None
+        steps = np.concatenate([part.steps for part in self._parts])
+        by_layer = np.empty((layers.pop(), len(steps)), np.float32)
+        at = 0
+        for i, part in enumerate(self._parts):
+            own = by_layer[:, at : at + len(part.steps)].T
+            own[:] = part.ratio
+            self._parts[i] = part._replace(ratio=own)  # which keeps nothing twice
+            at += len(part.steps)
         codes: dict[str, int] = {}
         phases, shapes, number = [], [], 0
         for before, part in zip([self._parts[0], *self._parts], self._parts, strict=False):
@@ -72,8 +82,8 @@ class BalanceValues:
             own = np.array([codes.setdefault(name, len(codes)) for name in part.phases] + [-1], np.int64)
             phases.append(own[part.phase])
         return BalanceSeries(
-            np.concatenate([part.steps for part in self._parts]),
-            np.concatenate([part.ratio for part in self._parts]),
+            steps,
+            by_layer.T,
             np.concatenate(phases),
             np.concatenate(shapes),
             int(self._parts[-1].steps[-1]) + self.steps_per_value - 1,
@@ -95,12 +105,12 @@ class RunLoads:
         self.layers: Sequence[int] = run.info.layers
         self.experts = run.history.num_experts(self.num_logical, len(self.layers))
         self.token_replication = run.info.token_replication
+        #: Of the range that was read last: the layers of one departure are read one after another.
+        self._blocks: tuple[tuple[int, int], list[Block]] = ((0, 0), [])
 
     def read(self, layer: int, first: int, end: int) -> LayerWindow:
         middle = (first + end) // 2
-        blocks = [
-            b for b in self._run.blocks((max(0, first), end)) if len(b.recorded) and b.shape is not None
-        ]
+        blocks = self._joined((max(0, first), end))
         if not blocks:
             return LayerWindow(np.empty(0, np.int64), np.empty((0, 1), np.int64), 1, 1)
         chosen = min(blocks, key=lambda block: int(np.abs(block.recorded - middle).min())).shape
@@ -112,6 +122,13 @@ class RunLoads:
             chosen.ep_size,
             serving(chosen),
         )
+
+    def _joined(self, steps: tuple[int, int]) -> list[Block]:
+        """The blocks of a range with complete steps."""
+        if self._blocks[0] != steps:
+            blocks = self._run.blocks(steps)
+            self._blocks = steps, [b for b in blocks if len(b.recorded) and b.shape is not None]
+        return self._blocks[1]
 
     def time_of(self, step: int) -> str | None:
         return self._run.clock.iso(step)
@@ -133,5 +150,7 @@ class RunLoads:
 
 def incidents_of(run: Run, values: BalanceValues, cost: RunCost) -> Incidents:
     """The incidents of a run; call it inside ``run.retry_without_damaged``."""
+    # Arrow keeps what the pass over the run needed: some 40 MiB, which the loads would come on top of.
+    pa.default_memory_pool().release_unused()
     series = values.series()
     return Incidents([]) if series is None else find_incidents(series, RunLoads(run, cost))

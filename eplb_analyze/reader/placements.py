@@ -189,6 +189,10 @@ class PlacementHistory:
 
         That a rank is lost or comes back changes what is served, but moves no expert.
         """
+        return list(self._rearrangements)
+
+    @cached_property
+    def _rearrangements(self) -> list[Rearrangement]:
         changes: list[Change] = []
         for index, history in self.layers.items():
             for i in range(1, len(history.steps)):
