@@ -286,8 +286,13 @@ class ExpertLoadWriter:
         Can be called in a signal handler. Returns False if it takes longer than ``timeout`` seconds, if
         recording stopped before, or if a segment could not be sealed. What was written is in a journal then,
         which readers use as well.
+
+        With ``timeout=0`` it begins to close, in the background, and returns at once; the exit of the process
+        waits for the rest. An engine that is told to end calls it before it tears anything down, because the
+        process may be killed before it exits.
         """
-        process.unregister(self._background)
+        if timeout > 0:
+            process.unregister(self._background)
         return self._background.close(timeout)
 
     def stats(self) -> WriterStats:

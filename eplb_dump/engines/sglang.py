@@ -12,6 +12,7 @@ switch, it is as SGLang left it.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("eplb_dump")
 
 _RECORDER = "sglang.srt.eplb.expert_distribution.ExpertDistributionRecorder"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_SCHEDULER = "sglang.srt.managers.scheduler"
 _MOE_ARGUMENTS = (
     "enable_eplb",
     "eplb_algorithm",
@@ -128,6 +130,7 @@ def _attach(recorder: Any, settings: Settings) -> None:
     recording.attach(_open_writer(recorder, settings, recording.layers, scattered))
     if context.get_spec().speculative_algorithm is not None:
         _watch_for_drafts()
+    _watch_for_end()
 
 
 def _token_counter(scattered: bool) -> Callable[[Any], int | None]:
@@ -228,6 +231,24 @@ def _watch_for_drafts() -> None:
 
     # Not earlier: the hook imports the module, also in processes that have no model.
     HookRegistry.register(f"{_RUNNER}.forward", forward, HookType.BEFORE)
+    HookRegistry.apply_hooks()
+
+
+def _watch_for_end() -> None:
+    """Begin to close when the scheduler has left its loop: SGLang kills it if its release takes long."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    scheduler = getattr(sys.modules.get(_SCHEDULER), "Scheduler", None)
+    if not hasattr(scheduler, "release_host_resources"):
+        return  # without a scheduler, or in another version, the exit of the process closes
+
+    def release_host_resources(*_: Any, **__: Any) -> None:
+        for writer in _writers.values():
+            writer.close(timeout=0)
+
+    HookRegistry.register(
+        f"{_SCHEDULER}.Scheduler.release_host_resources", release_host_resources, HookType.BEFORE
+    )
     HookRegistry.apply_hooks()
 
 

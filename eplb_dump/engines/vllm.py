@@ -16,13 +16,13 @@ import inspect
 import itertools
 import re
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from eplb_dump.engines.common import START_KEY, Settings, agree_on_start, read_from_store, warn_once
+from eplb_dump.engines.vllm_end import WORKER, watch_worker
 from eplb_dump.engines.vllm_pass import RUNNERS, CurrentPass, logger, version, watch_runner
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def register() -> None:
             return
         hooks: dict[str, Callable[[Any], None]] = dict.fromkeys(RUNNERS, watch_runner)
         hooks[_MODULE] = lambda module: _install(module, settings)
+        hooks[WORKER] = watch_worker
         # Do not import them here: processes without experts do not need them.
         sys.meta_path.insert(0, _AfterImport(hooks))
         for name in hooks.keys() & sys.modules.keys():
@@ -179,6 +180,10 @@ class _Recorder:
         self._vllm_counts, self._we_count = True, False
         #: Whether vLLM adds this step to its window, which zeroes ``expert_load_pass``.
         self._vllm_records = False
+
+    def close(self) -> None:
+        """Begin to close the recording; does not wait for it."""
+        _close_all(self._models)
 
     def guard(self, part: Any, *arguments: bool) -> None:
         """Run a part of the plugin; an error in it ends the recording, not vLLM."""
@@ -337,8 +342,8 @@ _states = itertools.count()
 
 
 def _close_all(models: dict[str, _Model]) -> None:
-    for model in models.values():  # closing takes time, which the engine's thread does not have
-        threading.Thread(target=model.writer.close, daemon=True).start()
+    for model in models.values():
+        model.writer.close(timeout=0)  # sealing takes time, which the engine's thread does not have
     models.clear()
 
 

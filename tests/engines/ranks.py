@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eplb_dump.format.journal import JournalSegment
-from eplb_dump.format.schema import FormatError
+from eplb_dump.format.manifest import Manifest
+from eplb_dump.format.schema import MANIFEST_FILE, FormatError
 
 SECONDS = 240
 CONTEXT = multiprocessing.get_context("fork")  # what fork_server.py has imported stays imported
@@ -43,6 +44,20 @@ def run_ranks(ranks: int, target: Callable[..., None], *arguments: Any, kill: bo
     codes = [process.exitcode for process in processes]
     if codes != [-signal.SIGKILL if kill else 0] * ranks:
         sys.exit(f"ranks ended with {codes}")
+
+
+def await_closed(rank: int, sessions: int) -> None:
+    """Wait until so many sessions of this rank are sealed and closed; exits if that never ends."""
+    root, deadline = Path(os.environ["EXPERT_LOAD_DUMP_DIR"]), time.monotonic() + SECONDS / 2
+    closed = 0
+    while closed < sessions:
+        if time.monotonic() > deadline:
+            sys.exit(f"rank {rank}: {closed} of {sessions} sessions are closed")
+        time.sleep(0.05)
+        closed = 0
+        for path in root.glob(f"run=*/model=*/rank={rank:05d}/session=*/{MANIFEST_FILE}"):
+            with path.open("rb") as file:
+                closed += Manifest.read(file, path.stat().st_size).closed is not None
 
 
 def await_kill(rank: int, steps: int) -> None:

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers.utils
-from ranks import await_kill, run_ranks
+from ranks import await_closed, await_kill, run_ranks
 
 # Imported for constants; torchvision's wheels do not load beside a torch without CUDA.
 transformers.utils.is_torchvision_available()
@@ -302,6 +302,16 @@ def killed(engine: Rank) -> None:
     await_kill(engine.rank, 20)
 
 
+def stuck(engine: Rank) -> None:
+    """The scheduler was asked to end, and does not get done with releasing what it holds: SGLang kills it."""
+    engine.forward(20)
+    engine.save()
+    scheduler = mock.Mock(hisparse_coordinator=None)
+    scheduler.tree_cache.release_host_resources = lambda: await_closed(engine.rank, 1)
+    sys.modules["sglang.srt.managers.scheduler"].Scheduler.release_host_resources(scheduler)
+    os._exit(0)  # like a kill
+
+
 def rows(engine: Rank) -> None:
     """What the plugin makes of configurations of models as SGLang has them."""
     from eplb_dump.engines.sglang import _moe_rows
@@ -329,6 +339,7 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "no_predicate": (simple, {}),
     "no_entry": (simple, {}),
     "killed": (killed, {}),
+    "stuck": (stuck, {}),
     "rows": (rows, {}),
 }
 
@@ -353,6 +364,9 @@ def run(rank: int, out: str, ranks: int, scenario: str) -> None:
 
         load_plugins()
         distribution.ExpertDistributionRecorder = kept
+    if scenario == "stuck":
+        sys.modules.setdefault("setproctitle", mock.MagicMock())
+        import sglang.srt.managers.scheduler  # noqa: F401 - as in a scheduler's process
     engine = Rank(Path(out), rank, ranks, messages, **arguments)
     happens(engine)
     engine.save()

@@ -219,6 +219,13 @@ def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> Non
     assert complete["load"].list.sum().min() > 0
 
 
+def test_killed_while_it_shuts_down_it_is_sealed(tmp_path: Path) -> None:
+    ours = engine(tmp_path, "stuck")
+    assert_exact(ours)
+    assert not list(ours.out.glob("dump/**/journal-*"))
+    assert not {f.code for f in check_run(ours.dump()).findings} & {"not_closed", "incomplete_end"}
+
+
 #: What SGLang 0.5.23 makes of it in the models named; None: all layers are MoE layers, or not known.
 CONFIGS: list[tuple[dict[str, Any], list[int] | None]] = [
     ({"model_type": "deepseek_v3", "first_k_dense_replace": 3, "moe_layer_freq": 1}, [3, 4, 5]),

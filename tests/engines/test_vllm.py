@@ -301,6 +301,18 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert ", 20 steps\n" in shown.output
 
 
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_killed_while_it_shuts_down(tmp_path: Path, runner: str) -> None:
+    """The main model's and the drafter's sessions are sealed although the worker's shutdown never ends."""
+    options = ["--world", "2", "--draft-layers", "2", "--stuck", *(["--v2"] if runner == "v2" else [])]
+    ranks, dump, _ = serve(tmp_path, *options)
+    for name in ("model", "draft"):
+        # Model runner V2 does not mark the drafter's name.
+        run = assert_true(ranks, dump, name, shown="org/draft" if (runner, name) == ("v2", "draft") else None)
+        assert {f.code for f in check_run(run).findings} <= {"replica_on_same_rank"}
+    assert not list(dump.glob("**/journal-*"))
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "said"),
     [

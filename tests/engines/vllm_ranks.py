@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ranks import await_kill, run_ranks
+from ranks import await_closed, await_kill, run_ranks
 from vllm_requests import Pass, Requests
 
 
@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--break-runner", choices=("", "output", "runner", "tokens"), default="")
     parser.add_argument("--split-tokens", action="store_true", help="sequence parallelism")
     parser.add_argument("--probe", action="store_true", help="measure as scripts/real_vllm_gpu.sh does")
+    parser.add_argument("--stuck", action="store_true", help="killed while it shuts down")
     return parser.parse_args()
 
 
@@ -445,13 +446,34 @@ class Rank:
         return good
 
 
+def shut_down_stuck(rank: Rank) -> None:
+    """vLLM's executor shuts down a worker that is not done with it before its sessions are closed."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    class Stuck:
+        model_runner = rank.runner
+
+        def shutdown(self) -> None:
+            await_closed(rank.rank, len(rank.models))
+
+    executor = UniProcExecutor.__new__(UniProcExecutor)
+    executor.driver_worker = WorkerWrapperBase()
+    executor.driver_worker.worker = Stuck()
+    executor.shutdown()
+
+
 def run(rank: int, args: argparse.Namespace) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.world),
         "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "INFO",
     }  # fmt: skip
     try:
-        np.savez_compressed(args.out / f"rank{rank}.npz", **Rank(rank, args).serve())
+        served = Rank(rank, args)
+        np.savez_compressed(args.out / f"rank{rank}.npz", **served.serve())
+        if args.stuck:
+            shut_down_stuck(served)
+            os._exit(0)  # like a kill
         import torch
 
         torch.distributed.barrier()
