@@ -12,10 +12,11 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from eplb_analyze.analysis.compare_experts import ExpertDifference, ExpertSums, expert_differences
-from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of, cost_of_sample
+from eplb_analyze.analysis.cost import RunCost, cost_of, cost_of_sample
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of
 from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary_sums import bins_of
 from eplb_analyze.errors import UsageError
 from eplb_analyze.json_report import Report

@@ -11,6 +11,7 @@ import numpy as np
 
 from eplb_analyze.analysis.cost_sample import CostSample, sample_of
 from eplb_analyze.analysis.kernel_cost import ASSUMED, Estimate, estimate
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import (
@@ -46,19 +47,6 @@ TIMES = {
     "host": "times between steps",
     "kernel_times": "published kernel times of DeepSeek-V3 in fp8, not of this run",
 }
-
-
-@dataclass(frozen=True)
-class Milliseconds:
-    """An estimate and its 95% interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, interval: Interval, scale: float = 1.0) -> Milliseconds:
-        return cls(interval.value * scale, interval.low * scale, interval.high * scale)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,20 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.analysis.cost import Milliseconds
 from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
+from eplb_analyze.analysis.layer_departures import (
+    ALL_LAYERS,
+    LOOKED_AT,
+    TOGETHER,
+    BalanceSeries,
+    Found,
+    comparable,
+    grouped,
+    largest,
+    layer_departures,
+)
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.change_points import MIN_STEPS
-from eplb_analyze.metrics.departures import departures
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.incident_causes import (
     EXPLAINED,
@@ -41,15 +51,6 @@ from eplb_dump.format.journal import Int64
 WINDOW = 200
 #: The loads of a departure of at most so many steps are read at once: its edges often lie in one row group.
 READ_WHOLE = 1000
-#: Edges of two layers at most so many steps apart are of one departure.
-TOGETHER = 6
-#: The loads of so many layers are read for the largest departures; smaller ones are counted. More incidents
-#: than this mean that the run has no usual balance.
-EXAMINED = 16
-#: A departure of at least this share of the layers is of all.
-ALL_LAYERS = 0.3
-#: Of a departure of all layers, so many are looked at for the cause.
-LOOKED_AT = 3
 #: The load balancer stopped if no rearrangement came for so many of the usual intervals.
 STOPPED = 2.2
 #: What is reported lowers balancedness by at least this much.
@@ -62,45 +63,19 @@ OF_TRAFFIC = ("traffic_shift", "few_tokens", "unknown")
 IN_COMMON = 0.3
 
 
-@dataclass(frozen=True)
-class BalanceSeries:
-    """Balancedness of each layer over a run; in a long run a value is of several steps.
-
-    Attributes:
-        steps: int64 ``[n]``, ascending: the (first) step of each value.
-        ratio: float32 ``[n, layers]``, mean over ranks / max over ranks; NaN if no layer was active.
-        phase: int64 ``[n]``; -1 if not named.
-        shape: int64 ``[n]``; consecutive equal numbers are of one configuration.
-        last: the last step.
-        steps_per_value: how many steps a value is of, at most.
-    """
-
-    steps: Int64
-    ratio: npt.NDArray[np.float32]
-    phase: Int64
-    shape: Int64
-    last: int
-    steps_per_value: int = 1
-
-    @property
-    def end(self) -> int:
-        return self.last + 1
-
-    def step_at(self, index: int) -> int:
-        """The step of a value; behind the last one, the first step after the run."""
-        return int(self.steps[index]) if index < len(self.steps) else self.end
-
-
 class LayerLoads(Protocol):
     """The loads of a run, of one layer at a time."""
 
     history: PlacementHistory
     lost_ranks: Sequence[LostRank]
     num_logical: int
-    #: Layer numbers in the model, and how many logical experts each layer has.
+    #: Layer numbers in the model.
     layers: Sequence[int]
-    experts: Int64
     token_replication: int
+
+    @property
+    def experts(self) -> Int64:
+        """How many logical experts each layer has."""
 
     def read(self, layer: int, first: int, end: int) -> LayerWindow:
         """The complete steps of a half-open range, of one configuration: that of its middle."""
@@ -123,17 +98,6 @@ class LayerWindow:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A departure of some layers, in steps: ``end`` is the first step after it."""
-
-    layers: tuple[int, ...]
-    first: int
-    end: int
-    drop: float
-    everywhere: bool
-
-
-@dataclass(frozen=True)
 class Incidents:
     """The incidents of a run, in order of steps, and how many smaller departures are not among them."""
 
@@ -145,35 +109,41 @@ def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:
     """The incidents of a run."""
     if len(series.steps) < 3 * MIN_STEPS:
         return Incidents([])
-    values = _comparable(series)
-    found, unexamined = _largest(_grouped(series, _departures(series, values)))
+    values = comparable(series)
+    return explained(series, values, grouped(series, layer_departures(series, values)), loads, {})
+
+
+def explained(
+    series: BalanceSeries,
+    values: npt.NDArray[np.float32],
+    departures: list[Found],
+    loads: LayerLoads,
+    known: dict[Found, list[Incident]],
+) -> Incidents:
+    """The incidents among some departures: those that are large enough, with their causes and exact edges.
+
+    Args:
+        values: what :func:`comparable` makes of the series.
+        known: the incidents of departures whose loads were read before; new ones are added.
+    """
+    found, unexamined = largest(departures)
     finder = _Finder(series, loads, values)
     incidents = [incident for one in loads.lost_ranks for incident in finder.of_lost(one)]
     incidents += finder.stopped(
         [one for one in found if len(one.layers) >= ALL_LAYERS * series.ratio.shape[1]]
     )
     for one in found:
-        known = [other for other in incidents if _same(one, other)]
-        if any(other.cause.kind == "rank_lost" for other in known):
+        same = [other for other in incidents if _same(one, other)]
+        if any(other.cause.kind == "rank_lost" for other in same):
             continue
-        incidents += [own for own in finder.of(one) if not known or _has_own_cause(own)]
+        if one not in known:
+            known[one] = finder.of(one)
+        incidents += [own for own in known[one] if not same or _has_own_cause(own)]
     merged = _of_traffic(_without_repeated(_of_rearrangements(incidents, loads)), loads)
     return Incidents(sorted(merged, key=lambda i: (i.first_step, i.last_step, i.layers)), unexamined)
 
 
-def _largest(found: list[_Found]) -> tuple[list[_Found], int]:
-    """The departures that cost most, in order of steps, and how many are left out."""
-    kept: list[_Found] = []
-    looks = 0
-    for one in sorted(found, key=lambda f: -f.drop * (f.end - f.first) * len(f.layers)):
-        looks += min(len(one.layers), LOOKED_AT) if one.everywhere else len(one.layers)
-        if kept and looks > EXAMINED:
-            break
-        kept.append(one)
-    return sorted(kept, key=lambda f: (f.first, f.end)), len(found) - len(kept)
-
-
-def _same(found: _Found, known: Incident) -> bool:
+def _same(found: Found, known: Incident) -> bool:
     """Whether a departure is a part of what is known to be an incident of all layers."""
     inside = min(found.end, known.last_step + 1) - max(found.first, known.first_step)
     return known.cause.kind in ("rank_lost", "eplb_stopped") and inside > 0.7 * (found.end - found.first)
@@ -186,90 +156,12 @@ def _has_own_cause(incident: Incident) -> bool:
     return cause.kind in ("rearrangement", "uneven_replicas") or (cause.kind == "expert_hot" and grew)
 
 
-def _comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:
-    """The balance of each layer, and as the last row of all, without NaN and differences between phases.
-
-    float32 ``[layers + 1, n]``; one row if there is one layer.
-    """
-    n, layers = series.ratio.shape
-    every = np.empty((layers + (layers > 1), n), np.float32)
-    values = every[:layers]
-    values[:] = series.ratio.T
-    missing = np.isnan(values)
-    if missing.any():
-        for row, gone in zip(values, missing, strict=True):
-            row[gone] = np.median(row[~gone]) if not gone.all() else 1.0
-    phases, counts = np.unique(series.phase, return_counts=True)
-    if len(phases) > 1:
-        usual = np.median(values[:, series.phase == phases[counts.argmax()]], axis=1, keepdims=True)
-        for phase in phases:
-            of_phase = series.phase == phase
-            values[:, of_phase] += usual - np.median(values[:, of_phase], axis=1, keepdims=True)
-    if layers > 1:
-        values.mean(axis=0, out=every[layers])
-    return every
-
-
-def _departures(series: BalanceSeries, values: npt.NDArray[np.float32]) -> list[tuple[int, int, int, float]]:
-    """``(layer, index, index after, drop)``; the layer after the last stands for all."""
-    cuts = np.flatnonzero(np.diff(series.shape)) + 1
-    found = []
-    for low, high in zip([0, *cuts], [*cuts, len(series.steps)], strict=True):
-        for layer, own in enumerate(departures(values[:, low:high]).found):
-            found += [(layer, low + one.first, low + one.end, one.drop) for one in own]
-    return found
-
-
-def _grouped(series: BalanceSeries, found: list[tuple[int, int, int, float]]) -> list[_Found]:
-    """Departures of several layers with the same edges become one."""
-    layers = series.ratio.shape[1]
-    near = TOGETHER if series.steps_per_value == 1 else 2
-
-    def together(a: tuple[int, int, int, float], b: tuple[int, int, int, float], most: int) -> bool:
-        return abs(a[1] - b[1]) <= most and abs(a[2] - b[2]) <= most
-
-    left = sorted(found, key=lambda one: (one[0] != layers, -one[3]))
-    groups: list[list[tuple[int, int, int, float]]] = []
-    while left:
-        head = left.pop(0)
-        everywhere = head[0] == layers
-        own = [one for one in left if one[0] != head[0] and together(head, one, 20 if everywhere else near)]
-        if everywhere and len(own) < max(2, ALL_LAYERS * layers):
-            continue  # the mean over layers moved, but only some of them did
-        left = [one for one in left if one not in own]
-        groups.append([head, *own])
-    result = []
-    for group in groups:
-        members = sorted({one[0] for one in group if one[0] < layers})
-        everywhere = len(members) >= max(2, ALL_LAYERS * layers)
-        head = group[0]
-        first, end = (int(np.median([one[i] for one in group])) for i in (1, 2))
-        if head[0] == layers:
-            first, end = head[1], head[2]
-        drop = max(one[3] for one in group)
-        result.append(_Found(tuple(members), series.step_at(first), series.step_at(end), drop, everywhere))
-    wide = [one for one in result if one.everywhere]
-    near_steps = 25 * series.steps_per_value
-
-    def leftover(one: _Found) -> bool:
-        """Whether it is of a layer in which a departure of all layers was found with other edges."""
-        return any(
-            one.first >= other.first - near_steps
-            and one.end <= other.end + near_steps
-            and (abs(one.first - other.first) <= near_steps or abs(one.end - other.end) <= near_steps)
-            and one.drop < 2 * other.drop
-            for other in wide
-        )
-
-    return [one for one in result if one.everywhere or not leftover(one)]
-
-
 class _Finder:
     def __init__(self, series: BalanceSeries, loads: LayerLoads, values: npt.NDArray[np.float32]) -> None:
         self._series, self._loads, self._values = series, loads, values
         self._reach = 20 + 2 * series.steps_per_value
 
-    def of(self, found: _Found) -> list[Incident]:
+    def of(self, found: Found) -> list[Incident]:
         """The incidents that a departure is: one, unless several layers have causes of their own."""
         if not found.everywhere:
             own = [self._of_layer(layer, found, (layer,)) for layer in found.layers]
@@ -302,7 +194,7 @@ class _Finder:
             )
         ]
 
-    def _drop(self, layer: int, found: _Found) -> float:
+    def _drop(self, layer: int, found: Found) -> float:
         low, high = np.searchsorted(self._series.steps, [found.first, found.end])
         before = self._values[layer, max(0, low - WINDOW) : low]
         return (
@@ -311,7 +203,7 @@ class _Finder:
 
     # ---- one layer
 
-    def _of_layer(self, layer: int, found: _Found, layers: tuple[int, ...]) -> Incident | None:
+    def _of_layer(self, layer: int, found: Found, layers: tuple[int, ...]) -> Incident | None:
         loads, series = self._loads, self._series
         history = loads.history.layer(layer)
         changes = [step for step in history.steps if step > int(series.steps[0])]
@@ -323,7 +215,7 @@ class _Finder:
             head = loads.read(layer, first - span, first + span)
             tail = loads.read(layer, end - span, end + span)
         guard = max(1, min(5, (end - first) // 5)) + series.steps_per_value - 1
-        change = _nearest(changes, first, guard + 5)
+        change = nearest(changes, first, guard + 5)
         since = first if change is None else change
         before = self._sample(
             layer, head, first - WINDOW, min(first, since) - (guard if change is None else 0), last=True
@@ -448,7 +340,7 @@ class _Finder:
         series = self._series
         if end >= series.end:
             return EndedBy("run_end", series.last), series.end
-        change = _nearest(changes, end, guard + 5)
+        change = nearest(changes, end, guard + 5)
         if change is not None and change > first:
             after = self._sample(layer, window, change, change + WINDOW, last=False)
             until = self._sample(layer, window, max(first + guard, change - WINDOW), change, last=True)
@@ -497,7 +389,7 @@ class _Finder:
         )
         return [one]
 
-    def stopped(self, abrupt: Sequence[_Found]) -> list[Incident]:
+    def stopped(self, abrupt: Sequence[Found]) -> list[Incident]:
         """Steps in which the load balancer acted no more, while balance went down.
 
         ``abrupt``: departures of all layers; one that explains most of such steps has another cause.
@@ -600,7 +492,7 @@ def _lowest(values: npt.NDArray[np.floating[Any]]) -> float:
     return max(1e-6, float(((total[width:] - total[:-width]) / width).min()))
 
 
-def _nearest(changes: list[int], step: int, most: int) -> int | None:
+def nearest(changes: list[int], step: int, most: int) -> int | None:
     """The change nearest to a step, at most so many steps away."""
     at = bisect.bisect_left(changes, step)
     near = [change for change in changes[max(0, at - 1) : at + 1] if abs(change - step) <= most]

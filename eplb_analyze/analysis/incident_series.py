@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eplb_analyze.analysis.cost import Milliseconds, RunCost
-from eplb_analyze.analysis.incident_finder import BalanceSeries, Incidents, LayerWindow, find_incidents
+from eplb_analyze.analysis.cost import RunCost
+from eplb_analyze.analysis.incident_finder import Incidents, LayerWindow, find_incidents
+from eplb_analyze.analysis.layer_departures import BalanceSeries
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.metrics.incident_causes import LayerSample

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.analysis.milliseconds import Milliseconds
 
 CauseKind = Literal[
     "expert_hot",

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of
+from eplb_analyze.analysis.cost import RunCost, cost_of
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
 from eplb_analyze.analysis.worth import PlacementGain
 from eplb_analyze.json_report import RunReport

@@ -1,265 +1,285 @@
-"""Alerts: a layer or a rank departs from its usual balance while the run is written.
+"""Alerts: the incidents that `summary` would report of the newest steps, while the run is written.
 
-Each signal (the balancedness of a layer, the load of a rank over all layers) is compared with itself: a few
-steps with those before them. This is cheap and needs only the past; `summary` finds the exact steps later.
+What is an incident is decided in one place, :mod:`analysis.incident_finder`; this module gives it the newest
+steps again whenever they show a clear change of level. What it cannot know:
+
+- what is usual, beyond the newest :data:`HISTORY` steps;
+- whether a change is abrupt or gradual, before :data:`metrics.change_points.SHORT` steps show it: so long a
+  departure has to last, or it has to have ended, until there is an alert. Later steps can still show that
+  there was none: its alert is withdrawn;
+- what an incident costs in milliseconds;
+- which expert is hot, in steps that were read from sealed segments, by rank only.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.live.experts import ExpertTokens
-from eplb_analyze.metrics.formulas import Float64, Terms
-from eplb_dump.format.journal import Int64
+from eplb_analyze.analysis.incident_finder import WINDOW, explained, nearest
+from eplb_analyze.analysis.incidents import Cause, EndedBy, Incident
+from eplb_analyze.analysis.layer_departures import BalanceSeries, Found, comparable, grouped
+from eplb_analyze.live.recent_loads import RecentLoads
+from eplb_analyze.live.window import CompleteSteps
+from eplb_analyze.metrics.change_points import MIN_STEPS, SHORT, split
+from eplb_analyze.metrics.departures import clear_changes, departures
+from eplb_analyze.reader.lost import LostRank
+from eplb_analyze.reader.placements import PlacementHistory
+from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.session import SessionInfo
 
-#: Steps in a block, and how many blocks in a row begin or end an alert.
-BLOCK_STEPS, BLOCKS = 10, 2
-#: What is usual is the mean of up to so many blocks, at least so many.
-USUAL_BLOCKS, MIN_USUAL_BLOCKS = 50, 5
-#: A departure is at least this much of balancedness or of the mean load, and at least so many standard
-#: deviations of single steps, and of blocks, which vary more if one step resembles the next.
-DEPARTURE, DEVIATIONS, BLOCK_DEVIATIONS = 0.05, 2.0, 5.0
-#: An expert explains a departure if its share rose to at least so many times what it was, and the mean.
-RISEN = 1.5
-
-
-@dataclass
-class Departure:
-    """Signals that depart together. The signals of layers come before those of ranks.
-
-    Attributes:
-        signals: the index of each signal that departed, and its usual value.
-        limits: the value below which each of them departs.
-        open: those that have not come back.
-        lowest: the lowest mean of a block of each signal.
-    """
-
-    first_step: int
-    first_ns: int
-    signals: dict[int, float]
-    limits: dict[int, float]
-    open: set[int]
-    last_step: int | None = None
-    last_ns: int | None = None
-    lowest: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass
-class _Block:
-    step: Int64
-    time_ns: Int64
-    values: Float64
-    mean: Float64 = field(init=False)
-    variance: Float64 = field(init=False)
-
-    def __post_init__(self) -> None:
-        known = ~np.isnan(self.values)
-        count = known.sum(axis=0)
-        filled = np.where(known, self.values, 0.0)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a signal without any value is NaN
-            self.mean = filled.sum(axis=0) / count
-            self.variance = (filled**2).sum(axis=0) / count - self.mean**2
-
-
-class DepartureFinder:
-    """Takes the values of all signals step by step; lower is worse."""
-
-    def __init__(self) -> None:
-        self.found: list[Departure] = []
-        self._newest = -1
-        self._waiting: list[tuple[Int64, Int64, Float64]] = []
-        #: Means and variances of the blocks in which each signal was as usual, NaN in others.
-        self._usual: deque[tuple[Float64, Float64]] = deque(maxlen=USUAL_BLOCKS)
-        #: The blocks in which a departure can have begun or ended.
-        self._blocks: deque[_Block] = deque(maxlen=BLOCKS + 1)
-        #: How many blocks in a row each signal is not what it was: as usual, or departed.
-        self._changed = np.empty(0, np.int64)
-
-    def add(self, step: Int64, time_ns: Int64, values: Float64) -> None:
-        """Add steps that became complete; those older than a known one are left out.
-
-        Args:
-            values: float64 ``[steps, signals]``; NaN if unknown.
-        """
-        if step[0] <= self._newest:
-            return
-        self._newest = int(step[-1])
-        self._waiting.append((step, time_ns, values))
-        if sum(len(part[0]) for part in self._waiting) < BLOCK_STEPS:
-            return
-        steps, times, all_values = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
-        whole = len(steps) // BLOCK_STEPS * BLOCK_STEPS
-        for low in range(0, whole, BLOCK_STEPS):
-            here = slice(low, low + BLOCK_STEPS)
-            self._add(_Block(steps[here], times[here], all_values[here]))
-        rest = slice(whole, None)
-        self._waiting = [(steps[rest], times[rest], all_values[rest])] if whole < len(steps) else []
-
-    def _add(self, block: _Block) -> None:
-        self._blocks.append(block)
-        if len(self._changed) != len(block.mean):
-            self._changed = np.zeros(len(block.mean), np.int64)
-        departed = np.zeros(len(block.mean), np.bool_)
-        departed[[signal for one in self.found for signal in one.open]] = True
-        usual, limit = self._limits(len(block.mean))
-        return_at = limit.copy()
-        for one in self.found:
-            for signal in one.open:  # back to before it departed, and at least half of the way
-                half = (one.signals[signal] + one.lowest[signal]) / 2
-                return_at[signal] = max(one.limits[signal], half)
-        with np.errstate(invalid="ignore"):
-            low = block.mean < limit
-            back = block.mean > return_at
-        changed = np.where(departed, back, low)
-        self._changed = np.where(changed, self._changed + 1, 0)
-        turned = self._changed >= BLOCKS
-        ordinary = ~departed & ~changed
-        self._usual.append(
-            (np.where(ordinary, block.mean, np.nan), np.where(ordinary, block.variance, np.nan))
-        )
-        for signal in np.flatnonzero(turned & departed).tolist():
-            self._end(signal, float(return_at[signal]))
-        begun = np.flatnonzero(turned & ~departed)
-        if len(begun):
-            self._begin(begun, usual, limit)
-        self._changed[turned] = 0
-        for one in self.found:
-            for signal in one.open:
-                one.lowest[signal] = min(one.lowest.get(signal, np.inf), float(block.mean[signal]))
-
-    def _limits(self, signals: int) -> tuple[Float64, Float64]:
-        """The usual value of each signal, and the value below which it departs; NaN while not known."""
-        if len(self._usual) < MIN_USUAL_BLOCKS:
-            return np.full(signals, np.nan), np.full(signals, np.nan)
-        means, variances = (np.stack(column) for column in zip(*self._usual, strict=True))
-        known = ~np.isnan(means)
-        count = known.sum(axis=0)
-        enough = np.maximum(count, 1)
-        usual = np.where(known, means, 0.0).sum(axis=0) / enough
-        within = np.where(known, variances, 0.0).sum(axis=0) / enough
-        between = (np.where(known, means, usual) - usual) ** 2
-        deviations = np.sqrt(np.maximum(0.0, [within, between.sum(axis=0) / enough]))
-        least = np.maximum(DEVIATIONS * deviations[0], BLOCK_DEVIATIONS * deviations[1])
-        usual[count < MIN_USUAL_BLOCKS] = np.nan
-        return usual, usual - np.maximum(DEPARTURE, least)
-
-    def _begin(self, signals: npt.NDArray[np.intp], usual: Float64, limit: Float64) -> None:
-        """Signals that depart within the same blocks are one departure."""
-        step = np.concatenate([block.step for block in self._blocks])
-        times = np.concatenate([block.time_ns for block in self._blocks])
-        values = np.concatenate([block.values for block in self._blocks])
-        last = self._blocks[-1].mean
-        worst = int(signals[np.argmin(last[signals] - usual[signals])])
-        at = _turn((usual[worst] + last[worst]) / 2 - values[:, worst])
-        own, limits = ({int(s): float(level[s]) for s in signals} for level in (usual, limit))
-        for one in self.found:
-            if one.open and one.first_step >= int(step[0]):
-                one.signals |= own
-                one.limits |= limits
-                one.open |= own.keys()
-                return
-        self.found.append(Departure(int(step[at]), int(times[at]), own, limits, {*own}))
-
-    def _end(self, signal: int, middle: float) -> None:
-        one = next(one for one in self.found if signal in one.open)
-        one.open.remove(signal)
-        step = np.concatenate([block.step for block in self._blocks])
-        times = np.concatenate([block.time_ns for block in self._blocks])
-        values = np.concatenate([block.values[:, signal] for block in self._blocks])
-        at = max(0, _turn(values - middle) - 1)
-        if one.last_step is None or step[at] > one.last_step:
-            one.last_step, one.last_ns = int(step[at]), int(times[at])
-
-
-def _turn(values: Float64) -> int:
-    """The index from which values are mostly above 0."""
-    after = np.cumsum(np.nan_to_num(values)[::-1])[::-1]
-    return int(after.argmax())
+#: Balancedness is kept of so many of the newest steps.
+HISTORY = 2048
+#: So many alerts are kept, those that last first.
+ALERTS = 4
+#: Two findings at most so many steps apart can be of one departure.
+NEAR = 20
+#: The mean of so many of the newest steps shows whether a departure has ended, if its edges are not known.
+RECENT = 40
+#: After so many steps the widest windows show a departure: one that does not show was none.
+SETTLED = 160
 
 
 @dataclass(frozen=True)
-class Alert:
+class Alert(Incident):
     """An incident as far as it is known while the run is written.
 
+    ``cost`` has no milliseconds, as these are fitted to a whole run.
+
     Attributes:
-        layers: the numbers of the layers that departed, the worst first; empty if only ranks did.
-        ranks: the EP ranks with the most tokens, the worst first.
-        first_step, since: its first step, and the clock time of it, ISO 8601 in UTC.
-        last_step, until: None while it lasts.
-        peak_imbalance: max over ranks / mean over ranks of the worst layer, or the rank's load / the mean, at
-            its highest over 10 steps.
-        usual_imbalance: the same before.
-        expert: the logical expert of the worst layer whose load per replica rose most; None if none did.
-        from_times_mean, to_times_mean: its tokens / the mean over the layer's experts, before and since.
-        replicas: of the expert, since.
-        rearrangement: the rearrangement that ended it: its first step; None if none did.
+        first_step, last_step: both in the incident; while it lasts, the last one is the newest.
+        ended_by: None while it lasts.
     """
 
-    layers: tuple[int, ...]
-    ranks: tuple[int, ...]
-    first_step: int
-    since: str
-    last_step: int | None
-    until: str | None
-    peak_imbalance: float
-    usual_imbalance: float
-    expert: int | None
-    from_times_mean: float | None
-    to_times_mean: float | None
-    replicas: int | None
-    rearrangement: int | None
+    #: True until it has ended.
+    lasts: bool
 
 
-def utc(unix_ns: int) -> str:
-    """``2026-11-26T03:12:04Z``."""
-    return datetime.fromtimestamp(unix_ns // 10**9, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+@dataclass
+class _Departure:
+    """Of one layer, or in the row after the last one of all: in indices since the watch began."""
+
+    first: int
+    #: None while it lasts.
+    end: int | None
+    drop: float
 
 
-def signals(terms: Terms, serving: Sequence[int]) -> Float64:
-    """The signals of some steps: balancedness of each layer, minus the load of each rank / the mean.
+class AlertFinder:
+    """Takes steps as they become complete, and knows the alerts of the newest ones."""
 
-    A rank below the mean makes nobody wait, so it counts as one at the mean.
-    """
-    load = terms.rank_mean[:, serving]
-    mean = load.mean(axis=1, keepdims=True)
-    of_ranks = np.divide(load, mean, out=np.full(load.shape, np.nan), where=mean > 0)
-    return np.concatenate([terms.ratio, -np.maximum(1.0, of_ranks)], axis=1)
+    def __init__(self, info: SessionInfo) -> None:
+        self._info = info
+        self.alerts: list[Alert] = []
+        self._new: list[CompleteSteps] = []
+        self._series: BalanceSeries | None = None
+        self._times: Int64 = np.empty(0, np.int64)
+        self._phases: dict[str, int] = {}
+        self._shape: Shape | None = None
+        #: How many values were dropped from the start of the series, and up to where they were looked at.
+        self._dropped = self._seen = 0
+        self._departures: list[list[_Departure]] = []
+        #: The incidents that departures turned out to be.
+        self._known: dict[Found, list[Incident]] = {}
+        #: Balancedness before and during alerts that last: the mean over their layers.
+        self._levels: dict[Alert, tuple[float, float]] = {}
 
+    def add(self, news: CompleteSteps) -> None:
+        """Add steps that became complete; those older than a known one are left out."""
+        last = self._new[-1].step[-1] if self._new else self._series.last if self._series else -1
+        if news.step[0] > last:
+            self._new.append(news)
 
-def slowest_ranks(terms: Terms, layer: int) -> tuple[int, ...]:
-    """The ranks that were the slowest of a layer in at least half of the steps, the worst first."""
-    often = terms.by_slowest()[layer]
-    total = often.sum()
-    return tuple(int(rank) for rank in np.argsort(-often) if total > 0 and often[rank] >= total / 2)
+    def look(self, history: PlacementHistory, lost: list[LostRank]) -> list[Alert]:
+        """The newest alerts, in order of steps: all that last, and some that ended."""
+        if not self._new:
+            return self.alerts
+        self._append()
+        series, loads = self._series, self._loads
+        assert series is not None
+        loads.history, loads.lost_ranks = history, lost
+        loads.times = series.steps, self._times
+        if len(series.steps) >= 3 * MIN_STEPS:
+            values = comparable(series)
+            changed = self._find_departures(values)
+            lasting = any(alert.lasts for alert in self.alerts) or any(
+                one.end is None for row in self._departures for one in row
+            )
+            if changed or lasting or lost:
+                self._update(values)
+        loads.trim()
+        self._trim()
+        return self.alerts
 
+    def _append(self) -> None:
+        """Append the new steps to the series."""
+        layers = self._new[0].terms.ratio.shape[1]
+        if self._series is None or self._series.ratio.shape[1] != layers:
+            self._loads = RecentLoads(self._info, layers)
+            self._departures = [[] for _ in range(layers + (layers > 1))]
+            none = np.empty(0, np.int64)
+            self._series = BalanceSeries(none, np.empty((0, layers), np.float32), none, none, -1)
+            self._times, self._dropped, self._seen = none, 0, 0
+        old = self._series
+        number = int(old.shape[-1]) if len(old.shape) else 0
+        phase, shape = [old.phase], [old.shape]
+        for news in self._new:
+            number += self._shape is not None and news.shape != self._shape
+            self._shape = news.shape
+            shape.append(np.full(len(news.step), number))
+            codes = [self._phases.setdefault(name, len(self._phases)) for name in news.phases]
+            phase.append(np.array([*codes, -1], np.int64)[news.phase])
+            self._loads.add(news)
+        self._times = np.concatenate([self._times, *(news.time_ns for news in self._new)])
+        self._series = BalanceSeries(
+            np.concatenate([old.steps, *(news.step for news in self._new)]),
+            np.concatenate([old.ratio, *(news.terms.ratio.astype(np.float32) for news in self._new)]),
+            np.concatenate(phase),
+            np.concatenate(shape),
+            int(self._new[-1].step[-1]),
+        )
+        self._new = []
 
-@dataclass(frozen=True)
-class RisenExpert:
-    """The expert whose load per replica rose most."""
+    def _find_departures(self, values: npt.NDArray[np.float32]) -> bool:
+        """Look again at the layers that changed clearly; returns whether there are any."""
+        assert self._series is not None
+        shape = self._series.shape
+        start = int(np.searchsorted(shape, shape[-1]))  # the steps of this configuration
+        own = values[:, start:].astype(np.float64)
+        if own.shape[1] < 3 * MIN_STEPS:
+            return False
+        first = self._dropped + start
+        changed = np.flatnonzero(clear_changes(own, max(0, self._seen - first)))
+        for row in changed:
+            before = [one for one in self._departures[row] if one.end is not None and one.end <= first]
+            self._departures[row] = before + [
+                _Departure(first + one.first, None if one.end == own.shape[1] else first + one.end, one.drop)
+                for one in departures(own[row : row + 1]).found[0]
+            ]
+        self._seen = self._dropped + len(shape)
+        return bool(len(changed))
 
-    expert: int
-    from_times_mean: float
-    to_times_mean: float
-    replicas: int
+    def _update(self, values: npt.NDArray[np.float32]) -> None:
+        assert self._series is not None
+        series, n = self._series, len(self._series.steps)
+        found = grouped(
+            series,
+            [
+                (row, one.first - self._dropped, n if one.end is None else one.end - self._dropped, one.drop)
+                for row, own in enumerate(self._departures)
+                for one in own
+                if one.first >= self._dropped
+            ],
+        )
+        # Of a shorter one that lasts it is not known whether it is abrupt.
+        late = int(series.steps[max(0, n - SHORT)])
+        found = [one for one in found if one.end < series.end or one.first <= late]
+        known = {one: self._remembered(one) for one in found}
+        self._known = {one: incidents for one, incidents in known.items() if incidents is not None}
+        incidents = explained(series, values, found, self._loads, self._known).found
+        alerts = [self._alert(one) for one in incidents]
+        levels = {alert: self._level(alert, values) for alert in alerts if alert.lasts}
+        for alert in self.alerts:
+            if any(_replaces(one, alert) for one in alerts):
+                continue
+            if not alert.lasts:
+                alerts.append(alert)
+            elif (now := self._settle(alert, values)) is not None:
+                alerts.append(now)
+                levels[now] = self._levels[alert]
+        newest = sorted(alerts, key=lambda alert: (alert.lasts, alert.first_step))[-ALERTS:]
+        self.alerts = sorted(newest, key=lambda alert: (alert.first_step, alert.layers))
+        self._levels = {alert: levels[alert] for alert in self.alerts if alert.lasts}
 
-
-def risen_expert(
-    before: ExpertTokens | None, since: ExpertTokens | None, layer: int, replicas: Int64
-) -> RisenExpert | None:
-    """The expert of a layer that explains a departure; None if no expert's share rose by half.
-
-    ``replicas``: int64 ``[layers, experts]``, now.
-    """
-    if before is None or since is None or before.tokens.shape != since.tokens.shape:
+    def _remembered(self, found: Found) -> list[Incident] | None:
+        """What a departure is, if it was looked at and its loads cannot say more; else None."""
+        assert self._series is not None
+        series, own = self._series, self._known.get(found)
+        if own is not None and found.end < series.last - RECENT:
+            return own
+        for other, incidents in self._known.items():
+            if {*other.layers} & {*found.layers} and abs(other.first - found.first) <= NEAR and incidents:
+                gone = (self._loads.first_step or 0) > other.first - WINDOW
+                full = found.end == series.end and other.end - other.first >= WINDOW
+                if gone or full:
+                    return [self._extended(one, found.end) for one in incidents]
         return None
-    then, now = before.times_mean[layer], since.times_mean[layer]
-    expert = int(np.argmax((now - then) / np.maximum(1, replicas[layer])))
-    if now[expert] < RISEN * max(1.0, then[expert]):
-        return None
-    return RisenExpert(expert, float(then[expert]), float(now[expert]), int(replicas[layer, expert]))
+
+    def _extended(self, incident: Incident, end: int) -> Incident:
+        """The same incident with another end: the first step after it."""
+        assert self._series is not None
+        series = self._series
+        ended = EndedBy("run_end", series.last) if end >= series.end else self._ended_by(incident, end)
+        return replace(incident, last_step=end - 1, until=self._loads.time_of(end - 1), ended_by=ended)
+
+    def _ended_by(self, incident: Incident, end: int) -> EndedBy:
+        changes = [r.first_step for r in self._loads.history.rearrangements()]
+        change = nearest(changes, end, NEAR)
+        return EndedBy("traffic", end) if change is None else EndedBy("rearrangement", change)
+
+    def _alert(self, incident: Incident) -> Alert:
+        lasts = incident.ended_by is not None and incident.ended_by.kind == "run_end"
+        own = {**vars(incident), "ended_by": None if lasts else incident.ended_by}
+        if incident.cause.kind == "traffic_shift" and not self._loads.by_slot(
+            incident.first_step, incident.last_step + 1
+        ):
+            own["cause"] = Cause("unknown")  # the loads of ranks do not show what moved
+        return Alert(**own, lasts=lasts)
+
+    def _signal(self, alert: Alert, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        rows = [self._loads.layers.index(layer) for layer in alert.layers]
+        mean: npt.NDArray[np.float64] = values[rows].mean(axis=0, dtype=np.float64)
+        return mean
+
+    def _level(self, alert: Alert, values: npt.NDArray[np.float32]) -> tuple[float, float]:
+        assert self._series is not None
+        at = int(np.searchsorted(self._series.steps, alert.first_step))
+        signal = self._signal(alert, values)
+        before, during = signal[max(0, at - WINDOW) : at], signal[at:]
+        usual = float(before.mean()) if len(before) else 1.0
+        return usual, float(during.mean()) if len(during) else usual
+
+    def _settle(self, alert: Alert, values: npt.NDArray[np.float32]) -> Alert | None:
+        """An alert whose departure no longer shows, as its beginning is long ago, or as there was none."""
+        assert self._series is not None
+        series, signal = self._series, self._signal(alert, values)
+        usual, low = self._levels[alert]
+        at = int(np.searchsorted(series.steps, alert.first_step))
+        if float(np.median(signal[-RECENT:])) < (usual + low) / 2:
+            last = series.last
+            return replace(alert, last_step=last, until=self._loads.time_of(last))
+        if at >= WINDOW and len(signal) - at <= SETTLED + RECENT:
+            return None
+        inside = signal[at:]
+        end = int(series.steps[min(at + split(inside, len(inside) // 2, len(inside)), len(signal) - 1)])
+        ended = self._extended(alert, end)
+        assert isinstance(ended, Alert)
+        return replace(ended, lasts=False)
+
+    def _trim(self) -> None:
+        assert self._series is not None
+        series, extra = self._series, len(self._series.steps) - HISTORY
+        if extra <= 0:
+            return
+        kept = slice(extra, None)
+        self._series = replace(
+            series,
+            steps=series.steps[kept],
+            ratio=series.ratio[kept],
+            phase=series.phase[kept],
+            shape=series.shape[kept],
+        )
+        self._times, self._dropped = self._times[kept], self._dropped + extra
+        for row, own in enumerate(self._departures):
+            self._departures[row] = [one for one in own if one.first >= self._dropped]
+
+
+def _replaces(new: Alert, old: Alert) -> bool:
+    """Whether an alert is what another one turned out to be."""
+    if not {*new.layers} & {*old.layers}:
+        return False
+    common = min(new.last_step, old.last_step) - max(new.first_step, old.first_step) + 1
+    near = abs(new.first_step - old.first_step) <= NEAR
+    return near or common > (old.last_step - old.first_step + 1) / 2

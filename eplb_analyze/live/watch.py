@@ -6,38 +6,26 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from eplb_analyze.errors import AnalyzeError, DumpError, Finding
-from eplb_analyze.json_report import RunReport
-from eplb_analyze.live.alerts import (
-    BLOCK_STEPS,
-    BLOCKS,
-    Alert,
-    Departure,
-    DepartureFinder,
-    risen_expert,
-    signals,
-    slowest_ranks,
-    utc,
-)
-from eplb_analyze.live.experts import ExpertWindow, placement, replica_counts
+from eplb_analyze.live.alerts import AlertFinder
+from eplb_analyze.live.experts import ExpertWindow
+from eplb_analyze.live.figures import hot_experts, idle_share, layer_figures, rank_figures
+from eplb_analyze.live.placements import RecentPlacements
 from eplb_analyze.live.session import FollowedSession
+from eplb_analyze.live.snapshot import LiveHotExpert, RecentSnapshot, Snapshot, WriterSnapshot
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
-from eplb_analyze.metrics.formulas import Float64, Spread, Terms, idle_fraction, most_often
-from eplb_analyze.metrics.losses import Bin, Bins, timeline
+from eplb_analyze.metrics.formulas import Spread, Terms
+from eplb_analyze.metrics.losses import Bins, timeline
 from eplb_analyze.reader.choose import choose
-from eplb_analyze.reader.lost import ranks_lost_at, serving_ranks, serving_slots
-from eplb_analyze.reader.placements import LayerHistory, PlacementHistory, Rearrangement
-from eplb_analyze.reader.rhythm import Rhythm
+from eplb_analyze.reader.lost import ranks_lost_at, serving_ranks
 from eplb_analyze.sessions.metadata import read_info
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage.path import StoragePath, local
-from eplb_dump.format.journal import Int64, PlacementRows
+from eplb_dump.format.journal import Int64
 from eplb_dump.format.schema import (
     RANK_PREFIX,
     RUN_PREFIX,
@@ -55,172 +43,8 @@ WINDOW = 1000
 STOPPED_SECONDS = 3.0
 #: If reading took longer than this, the data written in the meantime is read, too.
 LONG_SECONDS = 1.0
-#: How many placements of each layer are kept.
-PLACEMENTS = 8
-#: How many hot experts and alerts a snapshot has.
-HOT_EXPERTS, ALERTS = 8, 4
-#: An expert is hot if its load per replica is at least this many times the mean load of an expert.
-HOT = 1.5
-#: A rearrangement this near to the end of an incident ended it.
-TURN_STEPS = BLOCKS * BLOCK_STEPS
 #: Fields that must be equal in all sessions of a run.
 AGREED = ("scope", "num_logical_experts", "moe_layers", "token_replication")
-
-
-@dataclass(frozen=True)
-class LayerSnapshot:
-    """The figures of one layer over the complete steps."""
-
-    layer: int
-    balancedness: float | None
-    #: The rank that was the slowest most often, and its share of the steps with unequal ranks.
-    worst_rank: int | None
-    worst_rank_share: float | None
-
-
-@dataclass(frozen=True)
-class RankSnapshot:
-    """The figures of one EP rank over the complete steps."""
-
-    rank: int
-    #: The rank's load divided by the mean over ranks.
-    times_mean: float | None
-    #: The share of (step, layer) pairs in which others waited for this rank, and its share of all waiting.
-    slowest_share: float | None
-    excess_share: float | None
-
-
-@dataclass(frozen=True)
-class RecentSnapshot:
-    """The figures of the complete steps in the last 10 s before the newest step."""
-
-    first_step: int
-    last_step: int
-    complete: int
-    balancedness: float | None
-    idle_fraction: float | None
-    layers: list[LayerSnapshot]
-    ranks: list[RankSnapshot]
-
-
-@dataclass(frozen=True)
-class HotExpert:
-    """A logical expert with a high load per replica.
-
-    ``times_mean``: its tokens divided by the mean over the layer's experts, over the window and over the last
-    10 s, as far as the steps were read from journals.
-    """
-
-    layer: int
-    expert: int
-    times_mean: float
-    #: Likewise in the last seconds.
-    recent_times_mean: float | None
-    replicas: int
-
-
-@dataclass(frozen=True)
-class WriterSnapshot:
-    """The progress of one writer that the run expects."""
-
-    rank: int
-    #: None if no step was accepted yet.
-    last_step: int | None
-    #: How many steps it is behind the rank with the newest step.
-    behind: int | None
-    #: It is more than :data:`STOPPED_SECONDS` behind, or another rank got further and was closed.
-    stopped: bool
-    #: It stopped, and the engine goes on without it: the other ranks send it no token.
-    lost: bool
-    #: The writer was closed.
-    closed: bool
-    sessions: int
-    #: Counts among the steps that were read.
-    dropped: int
-    rejected: int
-
-
-@dataclass(frozen=True)
-class RearrangementSnapshot:
-    """The newest rearrangement, and balancedness before and after it among the steps that were read."""
-
-    first_step: int
-    last_step: int
-    layers: int
-    slots_changed: int
-    #: Mean balancedness before it.
-    before: float | None
-    #: Over so many steps.
-    before_steps: int
-    #: Mean balancedness after it.
-    after: float | None
-    #: Over so many steps.
-    after_steps: int
-    #: Balancedness after less before.
-    gain: float | None
-
-
-@dataclass(frozen=True)
-class Snapshot(RunReport):
-    """A run at one moment. Figures cover the complete steps among the newest ``window`` recorded ones."""
-
-    scope: str
-    ep_size: int
-    num_layers: int | None
-    num_physical_experts: int | None
-    #: The newest step that a rank wrote.
-    newest_step: int | None
-    #: Steps per second of the engine.
-    steps_per_second: float | None
-    #: Seconds since data was last appended.
-    quiet_seconds: float | None
-    #: True if all writers closed their sessions.
-    closed: bool
-    window: int
-    first_step: int | None
-    last_step: int | None
-    #: True if the last complete step is recent, compared with the newest one.
-    current: bool
-    complete: int
-    #: Steps that will never be complete, and steps that a rank can still reach.
-    incomplete: int
-    #: Steps that a rank can still reach.
-    in_flight: int
-    balancedness: Spread
-    latest_balancedness: float | None
-    idle_fraction: float | None
-    layers: list[LayerSnapshot]
-    ranks: list[RankSnapshot]
-    #: None if no complete step is that new.
-    recent: RecentSnapshot | None
-    #: The highest load per replica first, and how many steps they are of.
-    hot_experts: list[HotExpert]
-    #: Over so many steps.
-    expert_steps: int
-    #: In order of their first steps.
-    alerts: list[Alert]
-    #: The writer of each rank.
-    writers: list[WriterSnapshot]
-    timeline: list[Bin]
-    #: The first step of each rearrangement that was seen, and the figures of the newest one.
-    rearrangements: list[int]
-    #: The newest rearrangement.
-    rearrangement: RearrangementSnapshot | None
-    #: The first step with the current EP size and slots, if they changed during the watch.
-    shape_changed: int | None
-    #: How many times a rank started again at an earlier step during the watch.
-    restarts: int
-    findings: list[Finding]
-
-    @property
-    def missing_ranks(self) -> list[int]:
-        """Expected ranks without an accepted step."""
-        return [writer.rank for writer in self.writers if writer.last_step is None and not writer.lost]
-
-    def to_json(self) -> dict[str, Any]:
-        document = super().to_json()
-        document["balancedness"]["latest"] = document.pop("latest_balancedness")
-        return document
 
 
 class Follower:
@@ -305,11 +129,9 @@ class Follower:
 
     def _forget(self) -> None:
         """Start without a known placement, expert or alert."""
-        self._placements = _Placements(self._limit, self._info)
+        self._placements = RecentPlacements(self._limit, self._info)
         self._experts = ExpertWindow(self._limit, self._info.num_logical_experts)
-        self._departures = DepartureFinder()
-        self._alerts: dict[int, Alert] = {}
-        self._shape_of_news = self._window.shape
+        self._alerts = AlertFinder(self._info)
 
     def _newer_run(self) -> bool:
         dump = self._run_folder.parent
@@ -367,13 +189,9 @@ class Follower:
     def _take_news(self) -> None:
         """Add the steps that became complete to the sums of experts and to the search for incidents."""
         window, recent = self._window, self._first_recent()
-        if window.shape != self._shape_of_news:
-            self._shape_of_news, self._departures = window.shape, DepartureFinder()
         for news in window.take_news():
             self._experts.add(news, self._placements.layers, recent)
-            if window.shape is not None:
-                values = signals(news.terms, serving_ranks(window.shape))
-                self._departures.add(news.step, news.time_ns, values)
+            self._alerts.add(news)
         self._experts.trim(window.first_step, recent)
 
     def _first_recent(self) -> int:
@@ -417,7 +235,7 @@ class Follower:
         series = window.series()
         first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
         since = 0.0 if leader is None or last is None else leader.seconds_beyond(last)
-        hot_experts, expert_steps = self._hot_experts()
+        hottest, expert_steps = self._hot_experts()
         return Snapshot(
             run_id=info.run_id,
             model=info.model,
@@ -438,13 +256,13 @@ class Follower:
             in_flight=in_flight,
             balancedness=Spread.of(value, steps),
             latest_balancedness=float(value[-1]) if len(value) and value[-1] == value[-1] else None,
-            idle_fraction=None if terms is None else _idle_fraction(terms),
-            layers=[] if terms is None else _layers(terms, info),
-            ranks=[] if terms is None else _ranks(terms, serving_ranks(shape) if shape else []),
+            idle_fraction=None if terms is None else idle_share(terms),
+            layers=[] if terms is None else layer_figures(terms, info),
+            ranks=[] if terms is None else rank_figures(terms, serving_ranks(shape) if shape else []),
             recent=self._recent(steps, terms),
-            hot_experts=hot_experts,
+            hot_experts=hottest,
             expert_steps=expert_steps,
-            alerts=[] if terms is None else self._look_for_alerts(steps, terms),
+            alerts=self._alerts.look(self._placements.history(window.lost), window.lost),
             writers=writers,
             timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
             rearrangements=self._placements.rearrangements(),
@@ -464,96 +282,18 @@ class Follower:
             int(steps[-1]),
             len(steps) - low,
             Spread.of(BALANCEDNESS.of(recent), steps[low:]).mean,
-            _idle_fraction(recent),
-            _layers(recent, self._info),
-            _ranks(recent, serving_ranks(shape) if shape else []),
+            idle_share(recent),
+            layer_figures(recent, self._info),
+            rank_figures(recent, serving_ranks(shape) if shape else []),
         )
 
-    def _replicas(self) -> Int64:
-        """How many slots of ranks that serve hold each expert: int64 ``[layers, num_logical_experts]``."""
-        shape = self._window.shape
-        assert shape is not None
-        slots = placement(
-            self._placements.layers, NO_END - 1, shape.num_moe_layers, shape.num_physical_experts
-        )
-        return replica_counts(slots[:, serving_slots(shape)], self._info.num_logical_experts)
-
-    def _hot_experts(self) -> tuple[list[HotExpert], int]:
+    def _hot_experts(self) -> tuple[list[LiveHotExpert], int]:
         """The experts with the highest load per replica, and over how many steps."""
-        total = self._experts.between(0, NO_END)
-        shape = self._window.shape
+        total, shape = self._experts.between(0, NO_END), self._window.shape
         if total is None or shape is None or total.tokens.shape[0] != shape.num_moe_layers:
             return [], 0
-        recent, replicas = self._experts.between(self._first_recent(), NO_END), self._replicas()
-        times = total.times_mean
-        now = times if recent is None or recent.tokens.shape != total.tokens.shape else recent.times_mean
-        per_replica = np.maximum(times, now) / np.maximum(1, replicas)
-        per_replica[replicas == 0] = 0.0
-        count = min(HOT_EXPERTS, per_replica.size)
-        largest = np.argpartition(-per_replica, count - 1, axis=None)[:count]
-        numbers = self._info.layer_numbers(shape.num_moe_layers)
-        order = sorted(largest.tolist(), key=lambda cell: (-per_replica.flat[cell], cell))
-        return [
-            HotExpert(
-                numbers[layer],
-                expert,
-                float(times[layer, expert]),
-                None if now is times else float(now[layer, expert]),
-                int(replicas[layer, expert]),
-            )
-            for layer, expert in (divmod(cell, times.shape[1]) for cell in order)
-            if per_replica[layer, expert] >= HOT
-        ], total.steps
-
-    def _look_for_alerts(self, steps: Int64, terms: Terms) -> list[Alert]:
-        found = self._departures.found
-        del found[:-ALERTS]
-        for one in found:
-            known = self._alerts.get(one.first_step)
-            if known is None or known.last_step is None:
-                self._alerts[one.first_step] = self._alert(one, steps, terms)
-        self._alerts = {one.first_step: self._alerts[one.first_step] for one in found}
-        return [*self._alerts.values()]
-
-    def _alert(self, one: Departure, steps: Int64, terms: Terms) -> Alert:
-        """An alert as it is known now; what left the window is as it was known before."""
-        known = self._alerts.get(one.first_step)
-        layers = terms.mean.shape[1]
-        ended = one.last_step is not None and not one.open
-        end = one.last_step + 1 if one.last_step is not None and ended else NO_END
-        fall = {signal: usual - one.lowest.get(signal, usual) for signal, usual in one.signals.items()}
-        order = sorted(fall, key=lambda signal: (signal >= layers, -fall[signal]))
-        worst, of_layers = order[0], [signal for signal in order if signal < layers]
-        lowest, usual = one.lowest.get(worst, one.signals[worst]), one.signals[worst]
-        serving = serving_ranks(self._window.shape) if self._window.shape else []
-        ranks = tuple(serving[signal - layers] for signal in order if signal >= layers)
-        expert = None
-        low, high = np.searchsorted(steps, [one.first_step, end])
-        if of_layers and low < high:
-            ranks = slowest_ranks(terms.select(np.arange(low, high)), worst)
-            before = self._experts.between(0, one.first_step)
-            since = self._experts.between(one.first_step, end)
-            expert = risen_expert(before, since, worst, self._replicas())
-        if known is not None:  # what left the window is as it was
-            ranks = ranks or known.ranks
-        changes = self._placements.rearrangements() if ended else []
-        numbers = self._info.layer_numbers(layers)
-        cause = known if expert is None else expert
-        return Alert(
-            layers=tuple(numbers[signal] for signal in of_layers),
-            ranks=ranks,
-            first_step=one.first_step,
-            since=utc(one.first_ns),
-            last_step=one.last_step if ended else None,
-            until=utc(one.last_ns) if ended and one.last_ns is not None else None,
-            peak_imbalance=1 / lowest if worst < layers else -lowest,
-            usual_imbalance=1 / usual if worst < layers else -usual,
-            expert=None if cause is None else cause.expert,
-            from_times_mean=None if cause is None else cause.from_times_mean,
-            to_times_mean=None if cause is None else cause.to_times_mean,
-            replicas=None if cause is None else cause.replicas,
-            rearrangement=next((step for step in changes if abs(step - end) <= TURN_STEPS), None),
-        )
+        recent = self._experts.between(self._first_recent(), NO_END)
+        return hot_experts(total, recent, self._placements.replicas(shape), self._info), total.steps
 
     def _states(self) -> dict[int, RankState | None]:
         """The state of each expected rank; None if it has no accepted step."""
@@ -626,42 +366,6 @@ def _leader(states: list[RankState]) -> RankState | None:
     return max(states, key=lambda state: state.last_step, default=None)
 
 
-def _idle_fraction(terms: Terms) -> float | None:
-    return idle_fraction(float(terms.mean.sum()), float(terms.maximum.sum()))
-
-
-def _layers(terms: Terms, info: SessionInfo) -> list[LayerSnapshot]:
-    """In ascending order."""
-    numbers = info.layer_numbers(terms.mean.shape[1])
-    ratio, active = np.where(terms.active, terms.ratio, 0.0).sum(axis=0), terms.active.sum(axis=0)
-    slowest = terms.by_slowest()
-    return [
-        LayerSnapshot(
-            number,
-            float(ratio[index] / active[index]) if active[index] else None,
-            *most_often(slowest[index]),
-        )
-        for index, number in enumerate(numbers)
-    ]
-
-
-def _ranks(terms: Terms, serving: list[int]) -> list[RankSnapshot]:
-    """In ascending order, those that serve."""
-    load = terms.rank_mean.sum(axis=0)
-    often = terms.by_slowest().sum(axis=0)
-    excess = terms.by_slowest(terms.excess).sum(axis=0)
-    active, mean, loss = int(terms.active.sum()), float(load[serving].mean()), float(excess.sum())
-    return [
-        RankSnapshot(
-            rank,
-            float(load[rank] / mean) if mean else None,
-            float(often[rank] / active) if active else None,
-            float(excess[rank] / loss) if loss else None,
-        )
-        for rank in serving
-    ]
-
-
 def _absolute(folder: StoragePath) -> Path:
     return Path(os.path.abspath(local(folder, "`watch`")))
 
@@ -676,61 +380,3 @@ def _folders(parent: Path, prefix: str) -> list[Path]:
         names = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir(follow_symlinks=False)]
         return [parent / name for name in sorted(names)]
     return []
-
-
-class _Placements:
-    """The newest placements of each layer and the effect of the newest rearrangement."""
-
-    def __init__(self, window: int, info: SessionInfo) -> None:
-        """``window``: how many steps before and after a rearrangement are compared."""
-        self._window, self._info = window, info
-        self.layers: dict[int, LayerHistory] = {}
-        self._newest: RearrangementSnapshot | None = None
-
-    def add(self, rows: PlacementRows) -> None:
-        """Add one rank's placements. All ranks write the same; one that missed a change writes it later."""
-        numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
-        for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
-            history = self.layers.setdefault(layer, LayerHistory())
-            history.insert(step, ep_size, slots)
-            del history.steps[:-PLACEMENTS], history.ep_sizes[:-PLACEMENTS], history.slots[:-PLACEMENTS]
-
-    def rearrangements(self) -> list[int]:
-        return [change.first_step for change in self._grouped()]
-
-    def _grouped(self) -> list[Rearrangement]:
-        rhythm = Rhythm.stated(self._info, max(self.layers, default=0) + 1)
-        return PlacementHistory(self.layers, [], [], rhythm).rearrangements()
-
-    def newest(self, steps: Int64, balancedness: Float64) -> RearrangementSnapshot | None:
-        """The newest rearrangement, given the known steps, ascending, and their balancedness."""
-        changes = self._grouped()
-        if not changes:
-            return None
-        this, old = changes[-1], self._newest
-        if old is not None and old.after_steps >= self._window and this.first_step == old.first_step:
-            return old  # the steps before it are no longer known
-        earliest = changes[-2].last_step if len(changes) > 1 else 0
-        known = ~np.isnan(balancedness)
-        steps, balancedness = steps[known], balancedness[known]
-        edges = [
-            max(earliest, this.first_step - self._window),
-            this.first_step,
-            this.last_step,
-            this.last_step + self._window,
-        ]
-        low, before_end, after_start, high = np.searchsorted(steps, edges)
-        before, after = balancedness[low:before_end], balancedness[after_start:high]
-        means = [float(side.mean()) if len(side) else None for side in (before, after)]
-        self._newest = RearrangementSnapshot(
-            this.first_step,
-            this.last_step,
-            len(this.layers),
-            this.slots_changed,
-            means[0],
-            len(before),
-            means[1],
-            len(after),
-            means[1] - means[0] if means[0] is not None and means[1] is not None else None,
-        )
-        return self._newest

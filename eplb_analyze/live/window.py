@@ -7,7 +7,7 @@ step it keeps the terms of the formulas, and hands its slots on once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,12 +138,18 @@ class CompleteSteps:
         time_ns: int64 ``[n]``, clock times, ns since 1970.
         terms: the terms of the formulas.
         load: integers ``[n, layers, slots]``, the tokens of each slot; None if only those of ranks are known.
+        rank_load: int64 ``[n, layers, ep_size]``, the tokens of each rank.
+        phase: int64 ``[n]``, an index into ``phases``; -1 if not named.
     """
 
     step: Int64
     time_ns: Int64
     terms: Terms
     load: npt.NDArray[Any] | None
+    rank_load: Int64
+    phase: Int64
+    phases: Sequence[str]
+    shape: Shape
 
 
 class Window:
@@ -320,7 +326,10 @@ class Window:
             load, by_rank = _stacked(sums, self.shape.num_physical_experts)
             terms = Terms.of(by_rank, self._token_replication, serving(self.shape))
             self._complete.append((steps, terms))
-            self._news.append(CompleteSteps(steps, rows.time_ns[complete], terms, load))
+            time_ns, phase = rows.time_ns[complete], rows.phase[complete]
+            self._news.append(
+                CompleteSteps(steps, time_ns, terms, load, by_rank, phase, rows.phases, self.shape)
+            )
             self._series.append((steps, BALANCEDNESS.of(terms)))
         waiting = recorded & ~complete
         self._drop_old(rows.step[waiting])

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.metrics.change_points import MIN_EFFECT, MIN_STEPS, THRESHOLD, WINDOWS, Edge, edges
+from eplb_analyze.metrics.change_points import (
+    MIN_DEVIATIONS,
+    MIN_EFFECT,
+    MIN_STEPS,
+    THRESHOLD,
+    WINDOWS,
+    Edge,
+    edges,
+)
 from eplb_analyze.metrics.contrasts import (
     NORMAL,
     SingleNoise,
@@ -66,6 +74,28 @@ def departures(values: npt.NDArray[np.floating]) -> Departures:
     return Departures(
         [own for part in parts for own in part.found], np.concatenate([p.restless for p in parts])
     )
+
+
+def clear_changes(values: Float64, since: int) -> npt.NDArray[np.bool_]:
+    """Which series have a clear change of level in some windows that end behind index ``since``.
+
+    If values are added to a series, only these windows can show departures that were not there before.
+
+    Args:
+        values: ``[series, n]``, without NaN.
+    """
+    n, side = values.shape[1], MIN_STEPS - 2
+    single, total = single_noise(values), cumulated(values)
+    least = np.maximum(MIN_EFFECT, MIN_DEVIATIONS * single.all)[:, np.newaxis]
+    clear = np.zeros(len(values), np.bool_)
+    for (before, after), deviation in zip(WINDOWS, contrast_noise(total, single, WINDOWS), strict=True):
+        at = np.arange(max(side, since - after + 1), n - side + 1)
+        left, right = np.minimum(before, at), np.minimum(after, n - at)
+        later, earlier = total[:, at + right] - total[:, at], total[:, at] - total[:, at - left]
+        size = np.abs(later / right - earlier / left)
+        error = deviation[:, np.newaxis] * np.sqrt((1 / left + 1 / right) / (1 / before + 1 / after))
+        clear |= ((size >= least) & (size > THRESHOLD * error)).any(axis=1)
+    return clear
 
 
 def _short(row: npt.NDArray[np.floating]) -> list[Departure]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eplb_analyze.analysis.cost import NO_TIMES, Milliseconds
+from eplb_analyze.analysis.cost import NO_TIMES
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio

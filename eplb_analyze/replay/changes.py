@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from eplb_analyze.analysis.cost import Milliseconds
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.prices import combined

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from eplb_analyze.analysis.cost import Milliseconds, RunCost
+from eplb_analyze.analysis.cost import RunCost
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
 from eplb_analyze.analysis.worth import price_of
 from eplb_analyze.metrics.bootstrap import Interval, Ratio

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.cost import Milliseconds, RunCost, cost_of
+from eplb_analyze.analysis.cost import RunCost, cost_of
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import CostStatus

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eplb_analyze.analysis.cost import TIMES, Milliseconds, RunCost
+from eplb_analyze.analysis.cost import TIMES, RunCost
 from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.reader.join import StepState
@@ -233,7 +234,7 @@ def told(incident: Incident, summary: Summary, clock: RunClock, paste: Paste = c
     return Told(
         head=_head(incident, clock),
         parts=[
-            ("cause", cause_sentence(incident, clock)),
+            ("cause", cause_sentence(incident, clock.label)),
             ("cost", _cost(incident, summary.cost)),
             ("end", _end(incident, clock)),
             ("next", paste(next_command(incident))),
@@ -245,7 +246,7 @@ def in_a_line(incident: Incident, clock: RunClock) -> str:
     """When and where an incident was, its cause, and its cost in ms if that is known."""
     ms = incident.cost.ms_per_step
     cost = "" if ms is None else f"; {_per_step(ms)}"
-    return f"{_head(incident, clock)}; {cause_sentence(incident, clock)}{cost}"
+    return f"{_head(incident, clock)}; {cause_sentence(incident, clock.label)}{cost}"
 
 
 def steps_text(first: int, last: int) -> str:
@@ -259,10 +260,11 @@ def _head(incident: Incident, clock: RunClock) -> str:
     if since and since != until:
         since += f"{' to ' if ' ' in since else '-'}{until}"
     times = f"{since}, " if since else ""
-    return f"{times}{steps_text(first, last)}: {_where(incident)} at {incident.peak_imbalance:.1f}x the mean"
+    return f"{times}{steps_text(first, last)}: {where(incident)} at {incident.peak_imbalance:.1f}x the mean"
 
 
-def _where(incident: Incident) -> str:
+def where(incident: Incident) -> str:
+    """``layer 12, rank 14``."""
     parts = []
     if incident.layer is not None:
         parts.append(f"layer {incident.layer}")
@@ -275,7 +277,8 @@ def _where(incident: Incident) -> str:
     return ", ".join(parts) or "all layers"
 
 
-def cause_sentence(incident: Incident, clock: RunClock) -> str:
+def cause_sentence(incident: Incident, label: Callable[[int], str]) -> str:
+    """Why it happened; ``label``: what a step is called, ``step 1000 (03:12:04)``."""
     cause = incident.cause
     expert = "" if cause.expert is None else f"expert {cause.expert}"
     if expert and incident.layer is None and cause.layer is not None:
@@ -295,13 +298,14 @@ def cause_sentence(incident: Incident, clock: RunClock) -> str:
                 if expert
                 else ""
             )
-            return f"the rearrangement at {clock.label(incident.first_step)} made the balance worse{who}"
+            return f"the rearrangement at {label(incident.first_step)} made the balance worse{who}"
         case "uneven_replicas":
             return f"the replicas of {expert or 'an expert'} share its tokens unevenly" + (
                 f" (it {replicas})" if replicas else ""
             )
         case "rank_lost":
-            return f"{_where(incident) if incident.ranks else 'a rank'} stopped"
+            who = f"rank {listed(incident.ranks)}" if incident.ranks else "a rank"
+            return f"{who} was lost, and the engine went on without it"
         case "eplb_stopped":
             return "EPLB stopped rearranging while the load drifted"
         case "traffic_shift":

@@ -39,7 +39,7 @@ RENEW = "python tests/support/json_page.py"
 REPORTS = {
     "summary": "analysis.summary.Summary",
     "runs": "batch.runs.RunList",
-    "watch": "live.watch.Snapshot",
+    "watch": "live.snapshot.Snapshot",
     "report": "report.write.WrittenReport",
     "layer": "analysis.layer.LayerReport",
     "experts": "analysis.experts.ExpertReport",

@@ -20,7 +20,8 @@ from eplb_analyze.storage.path import local
 from eplb_analyze.text import clean
 
 if TYPE_CHECKING:
-    from eplb_analyze.live.watch import Follower, Snapshot
+    from eplb_analyze.live.snapshot import Snapshot
+    from eplb_analyze.live.watch import Follower
 
 
 @options.about_a_run

@@ -21,7 +21,7 @@ from eplb_analyze.text import figure, interval, listed, milliseconds, plural, si
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.analysis.cost import Milliseconds
+    from eplb_analyze.analysis.milliseconds import Milliseconds
     from eplb_analyze.analysis.rearrangements import RearrangementFigures, RearrangementReport
 
 #: From this many columns on, the table has room for whole verdicts.

@@ -18,7 +18,7 @@ from eplb_analyze.text import clean, figure, milliseconds, percent, plural, sign
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.analysis.cost import Milliseconds
+    from eplb_analyze.analysis.milliseconds import Milliseconds
     from eplb_analyze.replay.pricing import Pause
     from eplb_analyze.replay.replay import Outcome, Replay
 

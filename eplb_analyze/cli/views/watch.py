@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import bar, columns_of_steps, heat, step_axis, vertical_bars
-from eplb_analyze.text import clean, duration, figure, listed, percent, plural, signed
+from eplb_analyze.text import clean, duration, figure, percent, plural, signed
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from eplb_analyze.live.alerts import Alert
-    from eplb_analyze.live.watch import HotExpert, LayerSnapshot, RankSnapshot, Snapshot
+    from eplb_analyze.live.snapshot import LayerSnapshot, LiveHotExpert, RankSnapshot, Snapshot
 
 #: Rows of the rankings if the height of the screen is not known.
 ROWS = 8
@@ -95,31 +95,26 @@ def _alerts(look: Snapshot, width: int) -> list[Text]:
 
     found = []
     for alert in look.alerts:
-        style = "bold red" if alert.last_step is None else "dim"
+        style = "bold red" if alert.lasts else "dim"
         parts = textwrap.wrap(_alert(alert), width, subsequent_indent="  ")
         found += [Text(clean(part), style=style) for part in parts]
     return found
 
 
 def _alert(alert: Alert) -> str:
-    where = [f"layer {alert.layers[0]}"] if len(alert.layers) == 1 else []
-    if len(alert.layers) > 1:
-        where = [f"layers {listed(alert.layers, 4)}"]
-    where += [_named([*alert.ranks])] if alert.ranks else []
+    from eplb_analyze.report.answer import cause_sentence, steps_text, where
+
     size = f"{alert.peak_imbalance:.1f}x the mean, usually {alert.usual_imbalance:.1f}x"
-    cause = ""
-    if alert.expert is not None and alert.from_times_mean is not None and alert.to_times_mean is not None:
-        cause = (
-            f"; expert {alert.expert} rose from {alert.from_times_mean:.1f}x to {alert.to_times_mean:.1f}x"
-        )
-        cause += f" with {plural(alert.replicas or 0, 'replica')}"
-    since = alert.since[11:19]
-    if alert.last_step is None or alert.until is None:
-        return f"! INCIDENT since {since}, step {alert.first_step}: {', '.join(where)} at {size}{cause}"
-    ended = f"ended {alert.until[11:19]}, step {alert.last_step}"
-    if alert.rearrangement is not None:
-        ended += f", by the rearrangement at step {alert.rearrangement}"
-    return f"incident {since}, step {alert.first_step}, {ended}: {', '.join(where)} at {size}{cause}"
+    what = f"{where(alert)} at {size}"
+    if alert.cause.kind != "unknown":  # `summary` knows more
+        what += f"; {cause_sentence(alert, 'step {}'.format)}"
+    since, until = ((time or "")[11:19] for time in (alert.since, alert.until))
+    if alert.lasts:
+        return f"! INCIDENT since {since}, step {alert.first_step}: {what}"
+    ended = ""
+    if alert.ended_by is not None and alert.ended_by.kind == "rearrangement":
+        ended = f"; ended by the rearrangement at step {alert.ended_by.step}"
+    return f"incident {since}-{until}, {steps_text(alert.first_step, alert.last_step)}: {what}{ended}"
 
 
 def _balance(look: Snapshot) -> list[Text]:
@@ -245,7 +240,7 @@ def _ranks(look: Snapshot, rows: int) -> list[Text]:
     return lines
 
 
-def _experts(experts: Sequence[HotExpert]) -> list[Text]:
+def _experts(experts: Sequence[LiveHotExpert]) -> list[Text]:
     from rich.text import Text
 
     lines = [

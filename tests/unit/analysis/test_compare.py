@@ -17,8 +17,8 @@ from timed_run import write_timed
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.compare import Difference, StepTime, _size, compare_runs
-from eplb_analyze.analysis.cost import Milliseconds
 from eplb_analyze.analysis.incidents import Cause, Incident, IncidentCost
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.cli.console import console
 from eplb_analyze.cli.views.compare import _experts, _in_time, _incidents

@@ -1,4 +1,4 @@
-"""Alerts of `watch`: one for each planted incident, none without, and what a look says about it."""
+"""Alerts of `watch`: the incidents that `summary` finds in the same steps, and what a look shows of them."""
 
 from __future__ import annotations
 
@@ -8,88 +8,143 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live_replay import replay
+from planted_incidents import PlantedRun, make_run
 
+from eplb_analyze.analysis.incident_finder import find_incidents
+from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.cli.views.watch import lines
-from eplb_analyze.live.alerts import BLOCK_STEPS, DepartureFinder
-from eplb_analyze.live.watch import Follower, Snapshot
+from eplb_analyze.live.alerts import HISTORY
+from eplb_analyze.live.snapshot import Snapshot
+from eplb_analyze.live.watch import Follower
+from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
 from eplb_dump import ExpertLoadWriter
 
 RANKS, LAYERS, EXPERTS = 4, 5, 16
-SECOND_NS = 1_000_000_000
+#: Steps until there is an alert: 40 that tell a step from a slope, and those between two looks.
+DELAY, STEPS_PER_LOOK = 40, 20
 
 
-def values(seed: int, steps: int) -> Any:
-    """Balancedness of four layers that drifts slowly, with noise."""
+def about(incident: Incident) -> tuple[object, ...]:
+    return incident.layers, incident.first_step, incident.last_step, incident.cause.kind
+
+
+def hot(steps: int, first: int, end: int, times: float = 5.0, seed: int = 0) -> PlantedRun:
+    """Expert 6 of layer 3, on rank 1, has so many times the tokens of others in some steps."""
     rng = np.random.default_rng(seed)
-    drift = 0.03 * np.sin(np.arange(steps) / steps * 2 * np.pi)
-    return 0.9 + drift[:, np.newaxis] + rng.normal(0, 0.02, (steps, 4))
+    mean = np.full((steps, LAYERS, EXPERTS), 100.0)
+    mean[first:end, 3, 6] *= times
+    placement = np.arange(EXPERTS, dtype=np.int32)
+    history = LayerHistory()
+    history.insert(0, RANKS, placement)
+    layers = dict.fromkeys(range(LAYERS), history)
+    load = rng.poisson(mean).astype(np.int32)
+    return PlantedRun(load, RANKS, EXPERTS, PlacementHistory(layers, [], []), [])
 
 
-def found(signal: Any, chunk: int = 7) -> Any:
-    """The departures, if the steps come a few at a time."""
-    finder, steps = DepartureFinder(), np.arange(len(signal))
-    for low in range(0, len(steps), chunk):
-        here = slice(low, low + chunk)
-        finder.add(steps[here], steps[here] * SECOND_NS, signal[here])
-    return finder.found
+@pytest.mark.parametrize("cause", ["expert_hot", "rearrangement", "uneven_replicas", "few_tokens", None])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_one_look_gives_the_incidents_of_summary(cause: str | None, seed: int) -> None:
+    """In runs that are not longer than what is kept, and whose incidents are among the newest four."""
+    run = make_run(3000 + seed, () if cause is None else (cause,), steps=900, cells=300_000)
+    ((_, alerts),) = replay(run, 900)
+    expected = [
+        one for one in find_incidents(run.series(), run).found if one.last_step - one.first_step >= 40
+    ]
+    assert {about(one) for one in expected[-4:]} <= {about(one) for one in alerts}
+    assert len(alerts) <= len(find_incidents(run.series(), run).found)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_drift_and_noise_begin_no_alert(seed: int) -> None:
-    assert found(values(seed, 2000)) == []
+@pytest.mark.parametrize("steps_per_look", [1, 7, STEPS_PER_LOOK])
+def test_planted_incident_is_one_alert_that_begins_soon_and_ends_soon(steps_per_look: int) -> None:
+    run, first, end = hot(700, 300, 500), 300, 500
+    began = ended = None
+    for steps, alerts in replay(run, steps_per_look):
+        if not alerts:
+            assert began is None
+            continue
+        (alert,) = alerts
+        assert (alert.layers, alert.ranks, alert.first_step) == ((3,), (1,), first)
+        assert (alert.cause.kind, alert.cause.expert) == ("expert_hot", 6)
+        began = steps if began is None else began
+        if alert.lasts:
+            assert ended is None
+            assert (alert.last_step, alert.ended_by) == (steps - 1, None)
+        elif ended is None:
+            ended = steps
+    assert began is not None
+    assert first + DELAY <= began <= first + DELAY + steps_per_look
+    assert ended is not None
+    assert ended <= end + DELAY + steps_per_look
+    assert not alert.lasts
+    assert (alert.last_step, alert.ended_by and alert.ended_by.kind) == (end - 1, "traffic")
+    assert [about(one) for one in find_incidents(run.series(), run).found] == [about(alert)]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_in_which_one_step_resembles_the_next_begins_no_alert(seed: int) -> None:
-    """Successive steps have a correlation of 0.8, so means of 10 steps vary more than twice as much."""
-    rng = np.random.default_rng(seed)
-    noise = np.zeros((3000, 30))
-    for step in range(1, len(noise)):
-        noise[step] = 0.8 * noise[step - 1] + 0.6 * rng.normal(0, 0.04, noise.shape[1])
-    assert found(0.8 + noise, 500) == []
+def test_short_incident_is_an_alert_once_it_has_ended() -> None:
+    run = hot(600, 300, 318, times=8)
+    seen = [alerts for _, alerts in replay(run, 5)]
+    assert all(not alert.lasts for alerts in seen for alert in alerts)
+    assert [about(one) for one in seen[-1]] == [((3,), 300, 317, "expert_hot")]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("length", [30, 100, 700])
-def test_planted_incident_begins_and_ends_one_alert(length: int, chunk: int) -> None:
-    signal = values(1, 1000)
-    signal[203 : 203 + length, 2] -= 0.15
-    (one,) = found(signal, chunk)
-    assert {*one.signals} == {2}
-    assert not one.open
-    assert abs(one.first_step - 203) <= 2
-    assert abs(one.last_step - (203 + length - 1)) <= 2
-    assert one.first_ns == one.first_step * SECOND_NS
-    inside = signal[203 : 203 + length, 2]
-    moving = np.convolve(inside, np.full(BLOCK_STEPS, 1 / BLOCK_STEPS), "valid")
-    assert moving.min() <= one.lowest[2] <= inside.mean() + 1e-12
+def test_incident_that_is_longer_than_what_is_kept_stays_one_alert_and_ends() -> None:
+    first, end = 400, 600 + 2 * HISTORY
+    run = hot(end + 400, first, end)
+    seen = dict(replay(run, 50))
+    for steps, alerts in seen.items():
+        if first + DELAY + 50 <= steps < end:
+            assert [(one.first_step, one.lasts, one.cause.expert) for one in alerts] == [(first, True, 6)]
+    (alert,) = seen[len(run.load)] if len(run.load) in seen else [*seen.values()][-1]
+    assert not alert.lasts
+    assert alert.first_step == first
+    assert abs(alert.last_step - (end - 1)) <= 5
 
 
-def test_layers_that_depart_together_are_one_alert_and_later_ones_another() -> None:
-    signal = values(2, 1000)
-    signal[300:400, :3] -= 0.2
-    signal[600:, 3] -= 0.2
-    first, second = found(signal)
-    assert ({*first.signals}, first.open) == ({0, 1, 2}, set())
-    assert ({*second.signals}, second.open, second.last_step) == ({3}, {3}, None)
+@pytest.mark.parametrize("seed", range(2000, 2008))
+def test_clean_run_raises_no_alert(seed: int) -> None:
+    """Of 300 such runs 1% raise one; these do not, nor do those that other versions of numpy draw."""
+    run = make_run(seed, steps=800, cells=250_000)
+    raised = [alerts for _, alerts in replay(run, STEPS_PER_LOOK) if alerts]
+    assert raised == [] or find_incidents(run.series(), run).found != []
 
 
-def test_noise_makes_a_departure_less_remarkable() -> None:
-    """A fall by 0.1 is less than twice the standard deviation of single steps."""
-    rng = np.random.default_rng(3)
-    signal = 0.7 + rng.normal(0, 0.08, (1000, 4))
-    signal[500:, 0] -= 0.1
-    assert found(signal) == []
+def test_planted_runs_raise_the_alerts_that_summary_reports() -> None:
+    """Each incident that summary finds and that lasted for so long was an alert while the run was written."""
+    found = agreed = 0
+    for seed in range(4000, 4006):
+        run = make_run(seed, ("expert_hot", "few_tokens"), steps=1500, cells=400_000)
+        ever = [alert for _, alerts in replay(run, STEPS_PER_LOOK) for alert in alerts]
+        for one in find_incidents(run.series(), run).found:
+            found += 1
+            agreed += any(
+                {*alert.layers} & {*one.layers} and abs(alert.first_step - one.first_step) <= STEPS_PER_LOOK
+                for alert in ever
+            )
+    assert found >= 4
+    assert agreed >= found - 1
 
 
-def test_layer_without_tokens_in_some_steps_is_judged_by_the_others() -> None:
-    signal = values(4, 600)
-    signal[::3, 1] = np.nan
-    signal[:, 2] = np.nan
-    signal[300:, 1] -= 0.2
-    (one,) = found(signal)
-    assert {*one.signals} == {1}
-    assert abs(one.first_step - 300) <= 2
+def test_sums_of_ranks_show_the_incident_but_not_its_cause() -> None:
+    run = hot(700, 300, 500)
+    *_, (_, alerts) = replay(run, STEPS_PER_LOOK, by_rank=True)
+    (alert,) = alerts
+    assert (alert.layers, alert.ranks, alert.cause.kind, alert.cause.expert) == ((3,), (1,), "unknown", None)
+    assert (alert.first_step, alert.last_step) == (300, 499)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_phases_are_not_compared_with_each_other(named: bool) -> None:
+    """A long prefill with few tokens is no departure from the balance of decode, if the phases are named."""
+    run = hot(900, 0, 0)
+    rng = np.random.default_rng(1)
+    prefill = np.zeros(900, np.bool_)
+    for first in (100, 250, 420, 600, 800):
+        prefill[first : first + 60] = True
+    run.load[prefill] = rng.poisson(25, run.load[prefill].shape)
+    phases = ["prefill" if own else "decode" for own in prefill] if named else None
+    seen = [alert for _, alerts in replay(run, STEPS_PER_LOOK, phases=phases) for alert in alerts]
+    assert bool(seen) is not named
 
 
 def record(root: Path, loads: Any, follower: Follower | None, looks: range) -> list[Snapshot]:
@@ -125,24 +180,26 @@ def looks(tmp_path_factory: pytest.TempPathFactory) -> list[Snapshot]:
 
 def test_alert_names_layer_rank_and_expert_and_ends(looks: list[Snapshot]) -> None:
     quiet = [look for look in looks if (look.last_step or 0) < 150]
-    lasting = [look for look in looks if 180 <= (look.last_step or 0) < 250]
+    lasting = [look for look in looks if 150 + DELAY <= (look.last_step or 0) < 250]
     assert [look.alerts for look in quiet] == [[]] * len(quiet)
     for look in lasting:
         (alert,) = look.alerts
-        assert (alert.layers, alert.ranks, alert.last_step, alert.until) == ((3,), (1,), None, None)
-        assert abs(alert.first_step - 150) <= 2
+        assert (alert.layers, alert.ranks, alert.first_step, alert.lasts) == ((3,), (1,), 150, True)
+        assert alert.last_step == look.last_step
         assert alert.peak_imbalance == pytest.approx(900 / (2100 / 4), abs=0.1)
         assert alert.usual_imbalance == pytest.approx(1.05, abs=0.05)
-    named = lasting[-1].alerts[0]
-    assert (named.expert, named.replicas) == (6, 1)
-    assert named.from_times_mean == pytest.approx(1, abs=0.1)
-    assert named.to_times_mean == pytest.approx(600 / (2100 / 16), abs=0.2)
+        cause = alert.cause
+        assert (cause.kind, cause.layer, cause.expert, cause.replicas) == ("expert_hot", 3, 6, 1)
+        assert cause.from_times_mean == pytest.approx(1, abs=0.1)
+        assert cause.to_times_mean == pytest.approx(600 / (2100 / 16), abs=0.2)
     (ended,) = looks[-1].alerts
-    assert ended.last_step is not None
-    assert abs(ended.last_step - 249) <= 2
-    assert ended.expert == 6
+    assert (ended.first_step, ended.last_step, ended.lasts, ended.cause.expert) == (150, 249, False, 6)
+    assert ended.since is not None
     assert ended.until is not None
     assert ended.since <= ended.until
+    document = looks[-1].to_json()["alerts"][0]
+    assert document["cause"]["kind"] == "expert_hot"
+    assert document["lasts"] is False
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -151,13 +208,14 @@ def test_view_fits_and_shows_the_alert_and_the_hot_expert(looks: list[Snapshot],
     shown = text(lasting, width)
     assert max(map(len, shown)) <= width
     joined = " ".join(" ".join(shown).split())
-    since = lasting.alerts[0].since[11:19]
-    step = lasting.alerts[0].first_step
-    assert f"! INCIDENT since {since}, step {step}: layer 3, rank 1 at 1.7x the mean, usually 1.1x;" in joined
+    since = (lasting.alerts[0].since or "")[11:19]
+    assert f"! INCIDENT since {since}, step 150: layer 3, rank 1 at 1.7x the mean, usually 1.1x;" in joined
     assert "expert 6 rose from 1.0x to 4." in joined
+    assert "x the mean load and had 1 replica" in joined
     assert "layer 3 expert 6" in joined if width == 80 else "hot experts" in joined
     joined = " ".join(" ".join(text(looks[-1], width)).split())
-    assert f"incident {since}, step {step}, ended " in joined
+    until = (looks[-1].alerts[0].until or "")[11:19]
+    assert f"incident {since}-{until}, steps 150-249: layer 3, rank 1" in joined
     assert "INCIDENT" not in joined
 
 
@@ -187,8 +245,3 @@ def test_recent_figures_are_those_of_the_last_seconds(
         0,
         pytest.approx(5 * 16 / 20),
     )
-
-
-def test_block_is_short() -> None:
-    """An alert must begin soon, also in an engine with one step per second."""
-    assert BLOCK_STEPS <= 10

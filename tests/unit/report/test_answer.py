@@ -12,8 +12,9 @@ import pytest
 from helpers import load_of, map_of, open_writer
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.cost import Milliseconds, PhaseCost
+from eplb_analyze.analysis.cost import PhaseCost
 from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
+from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
 from eplb_analyze.cli.views.summary import MARKS, render
 from eplb_analyze.metrics.cost import CostStatus, Driver

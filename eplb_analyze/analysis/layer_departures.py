@@ -1,0 +1,156 @@
+"""Which layers of a run depart from their usual balance together: the first pass of the incident finder.
+
+A departure here is no incident yet: :mod:`analysis.incident_finder` looks for its cause in the loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.metrics.departures import departures
+from eplb_dump.format.journal import Int64
+
+#: Edges of two layers at most so many steps apart are of one departure.
+TOGETHER = 6
+#: The loads of so many layers are read for the largest departures; smaller ones are counted. More incidents
+#: than this mean that the run has no usual balance.
+EXAMINED = 16
+#: A departure of at least this share of the layers is of all.
+ALL_LAYERS = 0.3
+#: Of a departure of all layers, so many are looked at for the cause.
+LOOKED_AT = 3
+
+
+@dataclass(frozen=True)
+class BalanceSeries:
+    """Balancedness of each layer over a run; in a long run a value is of several steps.
+
+    Attributes:
+        steps: int64 ``[n]``, ascending: the (first) step of each value.
+        ratio: float32 ``[n, layers]``, mean over ranks / max over ranks; NaN if no layer was active.
+        phase: int64 ``[n]``; -1 if not named.
+        shape: int64 ``[n]``; consecutive equal numbers are of one configuration.
+        last: the last step.
+        steps_per_value: how many steps a value is of, at most.
+    """
+
+    steps: Int64
+    ratio: npt.NDArray[np.float32]
+    phase: Int64
+    shape: Int64
+    last: int
+    steps_per_value: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.last + 1
+
+    def step_at(self, index: int) -> int:
+        """The step of a value; behind the last one, the first step after the run."""
+        return int(self.steps[index]) if index < len(self.steps) else self.end
+
+
+@dataclass(frozen=True)
+class Found:
+    """A departure of some layers, in steps: ``end`` is the first step after it."""
+
+    layers: tuple[int, ...]
+    first: int
+    end: int
+    drop: float
+    everywhere: bool
+
+
+def largest(found: list[Found]) -> tuple[list[Found], int]:
+    """The departures that cost most, in order of steps, and how many are left out."""
+    kept: list[Found] = []
+    looks = 0
+    for one in sorted(found, key=lambda f: -f.drop * (f.end - f.first) * len(f.layers)):
+        looks += min(len(one.layers), LOOKED_AT) if one.everywhere else len(one.layers)
+        if kept and looks > EXAMINED:
+            break
+        kept.append(one)
+    return sorted(kept, key=lambda f: (f.first, f.end)), len(found) - len(kept)
+
+
+def comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:
+    """The balance of each layer, and as the last row of all, without NaN and differences between phases.
+
+    float32 ``[layers + 1, n]``; one row if there is one layer.
+    """
+    n, layers = series.ratio.shape
+    every = np.empty((layers + (layers > 1), n), np.float32)
+    values = every[:layers]
+    values[:] = series.ratio.T
+    missing = np.isnan(values)
+    if missing.any():
+        for row, gone in zip(values, missing, strict=True):
+            row[gone] = np.median(row[~gone]) if not gone.all() else 1.0
+    phases, counts = np.unique(series.phase, return_counts=True)
+    if len(phases) > 1:
+        usual = np.median(values[:, series.phase == phases[counts.argmax()]], axis=1, keepdims=True)
+        for phase in phases:
+            of_phase = series.phase == phase
+            values[:, of_phase] += usual - np.median(values[:, of_phase], axis=1, keepdims=True)
+    if layers > 1:
+        values.mean(axis=0, out=every[layers])
+    return every
+
+
+def layer_departures(
+    series: BalanceSeries, values: npt.NDArray[np.float32]
+) -> list[tuple[int, int, int, float]]:
+    """``(layer, index, index after, drop)``; the layer after the last stands for all."""
+    cuts = np.flatnonzero(np.diff(series.shape)) + 1
+    found = []
+    for low, high in zip([0, *cuts], [*cuts, len(series.steps)], strict=True):
+        for layer, own in enumerate(departures(values[:, low:high]).found):
+            found += [(layer, low + one.first, low + one.end, one.drop) for one in own]
+    return found
+
+
+def grouped(series: BalanceSeries, found: list[tuple[int, int, int, float]]) -> list[Found]:
+    """Departures of several layers with the same edges become one."""
+    layers = series.ratio.shape[1]
+    near = TOGETHER if series.steps_per_value == 1 else 2
+
+    def together(a: tuple[int, int, int, float], b: tuple[int, int, int, float], most: int) -> bool:
+        return abs(a[1] - b[1]) <= most and abs(a[2] - b[2]) <= most
+
+    left = sorted(found, key=lambda one: (one[0] != layers, -one[3]))
+    groups: list[list[tuple[int, int, int, float]]] = []
+    while left:
+        head = left.pop(0)
+        everywhere = head[0] == layers
+        own = [one for one in left if one[0] != head[0] and together(head, one, 20 if everywhere else near)]
+        if everywhere and len(own) < max(2, ALL_LAYERS * layers):
+            continue  # the mean over layers moved, but only some of them did
+        left = [one for one in left if one not in own]
+        groups.append([head, *own])
+    result = []
+    for group in groups:
+        members = sorted({one[0] for one in group if one[0] < layers})
+        everywhere = len(members) >= max(2, ALL_LAYERS * layers)
+        head = group[0]
+        first, end = (int(np.median([one[i] for one in group])) for i in (1, 2))
+        if head[0] == layers:
+            first, end = head[1], head[2]
+        drop = max(one[3] for one in group)
+        result.append(Found(tuple(members), series.step_at(first), series.step_at(end), drop, everywhere))
+    wide = [one for one in result if one.everywhere]
+    near_steps = 25 * series.steps_per_value
+
+    def leftover(one: Found) -> bool:
+        """Whether it is of a layer in which a departure of all layers was found with other edges."""
+        return any(
+            one.first >= other.first - near_steps
+            and one.end <= other.end + near_steps
+            and (abs(one.first - other.first) <= near_steps or abs(one.end - other.end) <= near_steps)
+            and one.drop < 2 * other.drop
+            for other in wide
+        )
+
+    return [one for one in result if one.everywhere or not leftover(one)]
