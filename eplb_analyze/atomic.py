@@ -168,9 +168,9 @@ def new_file(path: Path, *, force: bool) -> Iterator[IO[bytes]]:
         with whole_file(path, replace=force) as file:
             yield file
     except FileExistsError as error:
-        raise UsageError(f"{error.filename2 or error.filename} exists already") from None
+        raise UsageError(f"{error.filename2 or error.filename}: already exists") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
@@ -181,19 +181,19 @@ def require_free(path: Path, *, force: bool, dump: StoragePath) -> None:
             not exist, or it is inside the dump, where only writers write.
     """
     if os.path.lexists(path) and (path.is_dir() or not force):
-        what = "is a folder" if path.is_dir() else "exists already; --force replaces it"
+        what = "is a folder" if path.is_dir() else "already exists; pass --force to replace it"
         raise UsageError(f"{path} {what}")
     if path.is_symlink():
-        raise UsageError(f"{path} is a symbolic link, which is not replaced; name its target")
+        raise UsageError(f"{path} is a symbolic link, which is not replaced; pass its target")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is a device or pipe, which cannot be replaced; name a file")
+        raise UsageError(f"{path} is a device or pipe, which cannot be replaced; choose a file")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no folder {path.parent}")
     root = dump.resolve()
     while root.name.startswith(LEVEL_PREFIXES):
         root = root.parent
     if isinstance(root, Path) and path.parent.resolve().is_relative_to(root):
-        raise UsageError(f"{path} is inside the dump, which is never changed; name another folder")
+        raise UsageError(f"{path} is inside the dump, which is never changed; choose another folder")
 
 
 def require_dump_folder(to: StoragePath) -> None:
@@ -201,7 +201,9 @@ def require_dump_folder(to: StoragePath) -> None:
     parts = to.resolve().parts if isinstance(to, Path) else str(to).split("/")
     inside = next((part for part in parts if part.startswith(LEVEL_PREFIXES)), None)
     if inside is not None:
-        raise UsageError(f"{to}: it lies inside {inside}; give the dump's folder, in which run=… is made")
+        raise UsageError(
+            f"{to}: it is inside {inside}; pass the folder of the dump, in which run=… will be created"
+        )
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def new_run(into: Path, run_id: str | None, base: str) -> Iterator[NewRun]:
         DumpError: the folder cannot be written.
     """
     if run_id is not None and not RUN_ID_PATTERN.fullmatch(run_id):
-        raise UsageError(f"--run-id: {run_id!r} must be letters, digits, '.', '_' or '-', at most 128")
+        raise UsageError(f"--run-id: {run_id!r} must be at most 128 letters, digits, '.', '_' or '-'")
     require_dump_folder(into)
     where = into
     with ExitStack() as held:
@@ -252,7 +254,7 @@ def _claim(into: Path, run_id: str | None, base: str, held: ExitStack) -> tuple[
     numbered = (base + (f"-{number}" if number > 1 else "") for number in range(1, 1000))
     for name in numbered if run_id is None else [run_id]:
         folder = into / f"{RUN_PREFIX}{name}"
-        reason = "it exists already"
+        reason = "it already exists"
         if not os.path.lexists(folder):
             temporary = into / f".{RUN_PREFIX}{name}{TEMPORARY}"
             locked = hold(temporary, held)
@@ -264,10 +266,10 @@ def _claim(into: Path, run_id: str | None, base: str, held: ExitStack) -> tuple[
             if locked:  # another process has just completed it
                 remove_held(temporary)
             else:
-                reason = "another process is making it"
+                reason = "another process is creating it"
         if run_id is not None:
             raise UsageError(f"{folder}: {reason}; choose another --run-id")
-    raise FileExistsError(errno.EEXIST, "no name for a run is free", str(into))
+    raise FileExistsError(errno.EEXIST, "no run id is free", str(into))
 
 
 def _publish(made: Path, run: Path) -> None:
@@ -275,7 +277,7 @@ def _publish(made: Path, run: Path) -> None:
     for inside, _, _ in os.walk(made):
         fsync_folder(Path(inside))
     if os.path.lexists(run):  # also an empty folder, which a rename would replace
-        raise UsageError(f"{run}: another program has created it meanwhile; choose another --run-id")
+        raise UsageError(f"{run}: another program has just created it; choose another --run-id")
     rename(made, run)
     fsync_folders(run.parent)
 

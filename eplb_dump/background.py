@@ -111,7 +111,7 @@ class Background:
         else:
             if not self._opened.wait(timeout):
                 text = "its file system does not respond; recording begins when it does"
-                warn(f"expert-load recording waits for {self._root}, the engine goes on: {text}")
+                warn(f"expert-load recording is waiting for {self._root}; the engine continues: {text}")
 
     def wake(self) -> None:
         if not self._awake:
@@ -146,7 +146,7 @@ class Background:
 
     def abandon_in_child(self) -> None:
         """In a forked child: the threads are gone, and the files belong to the parent."""
-        self.off = "the process was forked; make a writer in the child"
+        self.off = "the process was forked; create a new writer in the child"
         self._accounting.refuse("recording is off")
         self._accounting.abandon_in_child()
         self._wakes = queue.SimpleQueue()
@@ -190,8 +190,8 @@ class Background:
             claim = rendezvous.claim_run(self._root, self.info)
             self.info = dataclasses.replace(self.info, run_id=claim.run_id)
             if claim.doubt is not None:
-                own = f"EP rank {self.info.ep_rank} records into run {claim.run_id} of its own"
-                remedy = f"give all ranks of a start one run id, in {rendezvous.RUN_ID_VARIABLE}"
+                own = f"EP rank {self.info.ep_rank} records into a separate run, {claim.run_id}"
+                remedy = f"set {rendezvous.RUN_ID_VARIABLE} to the same run id on all ranks"
                 warn(f"{claim.doubt}; {own}: {remedy}")
         self.folder = session_path(self._root, self.info)
         self.folder.mkdir(parents=True)
@@ -234,7 +234,7 @@ class Background:
         self.off = reason
         self._accounting.refuse("recording is off")
         place = self.folder if self._session is not None else f"cannot write to {self._root}"
-        warn(f"expert-load recording is off, the engine goes on: {place}: {reason}")
+        warn(f"expert-load recording is off; the engine continues: {place}: {reason}")
 
     def _close_journal(self) -> None:
         """Close the open journal, which stays as it is."""
@@ -355,7 +355,7 @@ class Background:
             self._segments_sealed += 1
         except BaseException as error:  # the journal stays readable and can be sealed later
             self._segments_left_open += 1
-            self._note_fault("a journal could not be sealed; it stays, and is read as it is", error)
+            self._note_fault("a journal could not be sealed; readers read it unsealed", error)
         try:
             journal.close()
         except OSError as error:  # it was read for sealing; what could not be read back was not sealed
@@ -379,7 +379,7 @@ class Background:
             manifest.close_manifest(self.folder, self._session.info, dataclasses.asdict(self.stats()))
             self.closed_well = True
         except Exception as error:
-            self._note_fault("the final accounting could not be written", error)
+            self._note_fault("the final counts could not be written", error)
 
     def _end(self) -> None:
         process.unregister(self)

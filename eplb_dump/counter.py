@@ -83,7 +83,7 @@ class ExpertLoadCounter:
                 raise TypeError(f"mask must be of type torch.bool, not {mask.dtype}")
             if mask.shape != ids.shape[:-1]:
                 shapes = f"{list(mask.shape)}, but topk_ids {list(ids.shape)}"
-                raise ValueError(f"mask must have one entry a token: it is {shapes}")
+                raise ValueError(f"mask must have one entry per token: it is {shapes}")
             counts = counts & mask.unsqueeze(-1)
         self.load[layer_index].scatter_add_(0, slots.flatten(), counts.flatten().int())
 

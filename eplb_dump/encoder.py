@@ -84,7 +84,7 @@ class Encoder:
                     status[i] = Status.REJECTED
                     rejected[fault] += 1
             for fault in rejected:
-                self._notify(f"a step was rejected and is counted: {fault}")
+                self._notify(f"rejected a step; stats() counts rejected steps: {fault}")
             good = [i for i, fault in enumerate(faults) if fault is None]
             if good:
                 steps = np.array([batch[staged[i]].step for i in good], np.int64)
@@ -161,7 +161,7 @@ class Encoder:
             return False
         if raw.shape[0] == self._num_moe_layers and raw.shape[1] % ep_size == 0:
             return True
-        self._notify("a physical_to_logical_map of another shape came without a load; left out")
+        self._notify("a physical_to_logical_map with a different shape came without a load; ignored")
         return False
 
     def _early_placement(self, first_step: int) -> list[bytes]:
@@ -186,10 +186,10 @@ class Encoder:
     ) -> list[bytes]:
         """The frames of a placement, if it is valid; a copy of it is kept to compare the next with."""
         if load_shape not in (None, raw.shape):
-            self._fault = "physical_to_logical_map is not of expert_load's shape"
+            self._fault = "physical_to_logical_map does not have the shape of expert_load"
             return []
         if int(raw.min()) < EMPTY_SLOT or int(raw.max()) >= self._num_logical_experts:
-            self._fault = "physical_to_logical_map names an expert that does not exist"
+            self._fault = "physical_to_logical_map contains an expert that does not exist"
             return []
         self._fault = None
         return self._placements.encode(step, raw.astype(np.int32), ep_size)

@@ -118,14 +118,17 @@ def judge(own: SessionInfo, spawned_ns: int, members: Sequence[Member]) -> bool 
     if spawned_ns > min(member.claimed_ns for member in members) + JOIN_WINDOW_SECONDS * 1e9:
         return False
     if None in same:
-        return "neither a common parent process nor a launcher variable shows whether they are of one start"
+        return (
+            "neither a common parent process nor a launcher variable shows whether they belong to the "
+            "same start"
+        )
     killed = [m for m in members if m.alive is False and m.closed_ns is None]
     if len(killed) == len(members) or any(m.claimed_ns <= spawned_ns for m in killed):
         return False  # also a process from a pool can have been started before the ranks that were killed
     if any(m.alive or max(m.claimed_ns, m.closed_ns or 0) > spawned_ns for m in members):
         return True  # they ran at the same time
     if any(m.alive is None and m.closed_ns is None for m in members):
-        return "its ranks are on other machines and came up before this process was started"
+        return "its ranks are on other machines and started before this process"
     return False
 
 

@@ -101,7 +101,7 @@ class Staging:
         except Exception as error:
             return Refused(f"expert_load cannot be staged: {type(error).__name__}", "expert_load")
         if ring.shape[1] % ep_size:
-            reason = f"{ring.shape[1]} physical experts do not divide among {ep_size} EP ranks"
+            reason = f"{ring.shape[1]} physical experts cannot be divided evenly among {ep_size} EP ranks"
             return Refused(reason, "ep_size")
         target = ring.free()
         if target is None:
@@ -171,15 +171,15 @@ class Staging:
         ring = Ring(load, self._count(load))
         layers, slots = ring.shape
         if self._named_layers not in (None, layers):
-            raise StagingError(f"of {layers} layers, but moe_layers names {self._named_layers}")
+            raise StagingError(f"for {layers} layers, but moe_layers lists {self._named_layers}")
         experts = self._num_logical_experts
         for width, what in ((slots, "slots"), (experts, "logical experts")):
             if not holds(layers, width):
-                raise StagingError(f"of {layers} layers × {width} {what}, more than the format holds")
+                raise StagingError(f"for {layers} layers × {width} {what}, more than the format can store")
         if self._loads is not None and self._loads.taken:
             self._num_moe_layers = self._loads.shape[0]
         if self._num_moe_layers not in (None, layers):
-            raise StagingError(f"of {layers} layers, but was of {self._num_moe_layers}")
+            raise StagingError(f"for {layers} layers, but earlier loads had {self._num_moe_layers}")
         return ring
 
     def _ring_for_placements(self, placement: Any) -> Ring:

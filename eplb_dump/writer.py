@@ -150,8 +150,8 @@ class ExpertLoadWriter:
             raise ValueError(f"ep_rank is {ep_rank}, but must be below ep_size = {ep_size}")
         if info.moe_layers is not None and not holds(len(info.moe_layers), info.num_logical_experts):
             raise ValueError(
-                f"moe_layers names {len(info.moe_layers)} layers; with {num_logical_experts} logical experts "
-                "each, that is more than the format holds"
+                f"moe_layers lists {len(info.moe_layers)} layers; with {num_logical_experts} logical "
+                f"experts each, that is more than the format can store"
             )
         self._staging = Staging(
             None if info.moe_layers is None else len(info.moe_layers),
@@ -360,7 +360,7 @@ class ExpertLoadWriter:
         status = _SKIP_REASONS.get(reason) if isinstance(reason, str) else None
         if status is None:
             text = reason[:40] if isinstance(reason, str) else type(reason).__name__
-            self._reject(number, f"skip for the unknown reason {text!r}")
+            self._reject(number, f"skip was called with the unknown reason {text!r}")
         elif status is Status.DROPPED:
             self._drop(number, "by the engine")
         else:
@@ -380,7 +380,9 @@ class ExpertLoadWriter:
         elif number < 0:
             self._count_rejected("a negative step")
         else:
-            why = f"steps must grow: {'repeated' if number == self._next_step - 1 else 'went back'}"
+            why = (
+                f"step numbers must increase: {'repeated' if number == self._next_step - 1 else 'went back'}"
+            )
             self._reject(number, f"{why} (pass None to let the writer count)")
         return None
 
@@ -406,7 +408,7 @@ class ExpertLoadWriter:
         if num_tokens is None:
             num_tokens = -1
         elif not is_integer(num_tokens) or not 0 <= num_tokens < MAX_NUMBER:
-            self._notice("num_tokens is not a count and is left out")
+            self._notice("num_tokens is not a count; recording the step without it")
             num_tokens = -1
         if isinstance(phase, str):
             # Of a subclass, such as a member of an enumeration, only its text.
@@ -414,10 +416,10 @@ class ExpertLoadWriter:
         if phase is not None and not (
             isinstance(phase, str) and len(phase) <= MAX_PHASE and phase.isprintable()
         ):
-            self._notice("phase is not a short text and is left out")
+            self._notice("phase is not a short text; recording the step without it")
             phase = None
         if step_ms is not None and not is_duration(step_ms):
-            self._notice("step_ms is not a time in ms and is left out")
+            self._notice("step_ms is not a time in ms; recording the step without it")
             step_ms = None
         load, placement, _ = staged
         now, monotonic = time.time_ns(), time.monotonic_ns()
@@ -445,19 +447,19 @@ class ExpertLoadWriter:
         try:
             return self._staging.stage_placement(placement)
         except Exception as error:
-            self._notice(f"a physical_to_logical_map could not be kept: {type(error).__name__}")
+            self._notice(f"a physical_to_logical_map could not be copied: {type(error).__name__}")
             return NOTHING
 
     def _drop(self, step: int, reason: str, placement: Any = None) -> None:
         self._count_dropped(reason)
         self._enqueue(step, Status.DROPPED, self._stage_alone(placement))
         self._background.wake()
-        self._notice(f"steps are dropped and counted: {reason}")
+        self._notice(f"dropped a step; stats() counts dropped steps: {reason}")
 
     def _reject(self, step: int, reason: str, placement: Any = None) -> None:
         self._count_rejected(reason)
         self._enqueue(step, Status.REJECTED, self._stage_alone(placement))
-        self._notice(f"a step was rejected and is counted: {reason}")
+        self._notice(f"rejected a step; stats() counts rejected steps: {reason}")
 
     def _count_dropped(self, reason: str) -> None:
         self._accounting.dropped[reason] += 1
@@ -470,10 +472,10 @@ class ExpertLoadWriter:
     def _account_for(self, error: Exception) -> None:
         """Count a step that an unexpected error ended, if it is not counted yet."""
         with contextlib.suppress(Exception):  # what fails here, Accounting.stats counts as interrupted
-            reason = f"an unforeseen {type(error).__name__}"
+            reason = f"an unexpected {type(error).__name__}"
             if self._accounting.state is RUNNING:
                 self._count_rejected(reason)
-            self._notice(f"a step was rejected and is counted: {reason}")
+            self._notice(f"rejected a step; stats() counts rejected steps: {reason}")
 
     def _notice(self, text: str) -> None:
         """Let the background thread log a warning once, as logging may do I/O."""

@@ -131,7 +131,7 @@ def _load_findings(run: Run, bad_sums: list[int], on_empty: list[tuple[int, int]
         yield Finding("error", "rank_load_mismatch", text)
     if on_empty:
         layer, step = on_empty[0]
-        text = f"tokens on empty slots, in {len(on_empty)} layer-steps, the first in layer "
+        text = f"tokens on empty slots in {len(on_empty)} layer-steps, first in layer "
         text += f"{run.info.layers[layer]} at step {step}"
         yield Finding("error", "load_on_empty_slot", text)
 
@@ -154,17 +154,17 @@ def _check_placements(run: Run) -> Iterator[Finding]:
             if twice.any():
                 doubled.append(f"{where}: rank {int(np.flatnonzero(twice.any(axis=1))[0])}")
     if absent:
-        yield Finding("error", "expert_without_slot", f"experts have no slot, {_first_of(absent)}")
+        yield Finding("error", "expert_without_slot", f"some experts have no slot, {_first_of(absent)}")
     if doubled:
         text = f"a rank holds an expert twice, which does not improve balance, {_first_of(doubled)}"
         yield Finding("warning", "replica_on_same_rank", text)
     if fewer := [n for n, own in zip(run.info.layers, experts, strict=True) if own < max(experts)]:
-        text = f"layers have different numbers of experts, {min(experts)} to {max(experts)}; fewer than the "
+        text = f"layers have different numbers of experts ({min(experts)} to {max(experts)}); fewer than the "
         text += f"others: {listed(fewer)}"
         yield Finding("info", "experts_differ", text)
     if known < len(run.info.layers) and not run.history.lost:
         unknown, all_layers = len(run.info.layers) - known, len(run.info.layers)
-        text = f"{unknown} of {all_layers} layers have no placement: the engine gave none"
+        text = f"{unknown} of {all_layers} layers have no placement, because the engine did not pass one"
         yield Finding("warning", "no_placement", text)
 
 
@@ -180,7 +180,7 @@ def _check_sums(run: Run) -> list[Finding]:
         for segment in session.segments
         if run.readable(segment) and not segment.sums_are_true()
     ]
-    text = "the manifest's sums are not those of the loads, in "
+    text = "the manifest's sums do not match the loads, in "
     return [Finding("error", "sums_differ", text + str(path)) for path in dict.fromkeys(odd)]
 
 
@@ -220,8 +220,10 @@ def _check_clocks(run: Run) -> list[Finding]:
     if not ranks:
         return []
     shown = listed([f"rank {rank} by {s:+,.1f} s" for rank, s in sorted(ranks.items())], 4)
-    text = f"the clocks of ranks disagree at the same steps, {shown}: clocks are not synchronized, "
-    return [Finding("warning", "clock_skew", text + "or two engine starts have one run id")]
+    text = (
+        f"the clocks of ranks disagree at the same steps, {shown}: either the clocks are not synchronized, "
+    )
+    return [Finding("warning", "clock_skew", text + "or two engine starts share one run id")]
 
 
 def _check_statements(run: Run) -> list[Finding]:

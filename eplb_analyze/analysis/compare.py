@@ -250,7 +250,7 @@ def _require_apart(a: Run, b: Run, steps_a: StepRange, steps_b: StepRange) -> No
     both = steps_a.clip(*steps_b)
     if same and both.first < both.end:
         raise UsageError(
-            "A and B have steps of the same run in common; name another run (--run-b), ranges that do not "
+            "A and B share steps of the same run; choose another run (--run-b), ranges that do not "
             "overlap (--steps-a, --steps-b), or two phases (--phase-a, --phase-b)"
         )
 
@@ -401,21 +401,27 @@ def _unexplained(a: RunCost, b: RunCost) -> str:
     if a.used and b.used and not a.used.keys() & b.used.keys():
         return "A and B have no phase in common"
     reasons = [f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.prices]
-    return "; ".join(reasons) or "what imbalance costs is not known in these phases"
+    return "; ".join(reasons) or "the cost of imbalance is not known in these phases"
 
 
 def _reasons(a: _Reading, b: _Reading) -> Iterator[str]:
     """Why two runs are not comparable."""
     one, other = a.run.info, b.run.info
     if one.model != other.model:
-        yield f"another model: {one.model} and {other.model}"
+        yield f"different models: {one.model} and {other.model}"
     if one.layers != other.layers:
-        yield f"other layers: {_layers(one)} and {_layers(other)}"
+        yield f"different layers: {_layers(one)} and {_layers(other)}"
     if one.num_logical_experts != other.num_logical_experts:
-        yield f"other experts: {one.num_logical_experts} and {other.num_logical_experts} a layer"
+        yield (
+            f"different numbers of experts per layer: {one.num_logical_experts} and "
+            f"{other.num_logical_experts}"
+        )
     if a.run.missing_ranks != b.run.missing_ranks:
         lacks = [f"{name} lacks {_ranks(side.run.missing_ranks)}" for name, side in (("A", a), ("B", b))]
-        yield f"{' and '.join(lacks)} in all steps: an estimate is only compared with one by the same ranks"
+        yield (
+            f"{' and '.join(lacks)} in all steps; estimates can be compared only if they come from the "
+            f"same ranks"
+        )
     for name, reading in (("A", a), ("B", b)):
         if reading.active_rows < MIN_STEPS:
             count = plural(reading.active_rows, "step" if reading.run.missing_ranks else "complete step")
@@ -440,26 +446,26 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
             f"{_ranks(missing)} are missing from A and B"
         )
     if one.ep_size != other.ep_size:
-        yield f"EP size {one.ep_size} and {other.ep_size}: fewer ranks are easier to balance"
+        yield f"different EP sizes, {one.ep_size} and {other.ep_size}: fewer ranks are easier to balance"
     if one.num_physical_experts != other.num_physical_experts:
         yield (
-            f"{one.num_physical_experts} and {other.num_physical_experts} slots: more redundant experts are "
-            "easier to balance, and cost memory"
+            f"different numbers of slots, {one.num_physical_experts} and {other.num_physical_experts}: "
+            f"more redundant experts make balancing easier, and cost memory"
         )
     for name, reading in (("A", a), ("B", b)):
         if len(reading.shapes) > 1:
             what = "its EP size, slots or serving ranks"
-            yield f"{name} changed {what}: its figures are means over all of its shapes"
+            yield f"{name} changed {what}: its figures are means over all configurations"
         yield from (f"{name}: {note}" for note in reading.run.import_caveats("step_order", "passes"))
     if token_ratio is not None and not 1 / TOKEN_FACTOR <= token_ratio <= TOKEN_FACTOR:
-        yield f"B has {token_ratio:.2f}x the tokens a step, and loads of more tokens are naturally more even"
+        yield f"B has {token_ratio:.2f}x the tokens per step; with more tokens, loads are naturally more even"
     within = max(routing.within_a or 0.0, routing.within_b or 0.0)
     if routing.distance is None:
-        yield "routing not compared: no placement is known, so experts are not"
+        yield "routing not compared: no placement is known, so tokens cannot be assigned to experts"
     elif routing.distance > max(SMALL_DISTANCE, 2 * within):
         yield (
-            f"different workload: {routing.distance:.0%} of the tokens go to other experts; between halves "
-            f"of one run it is {within:.0%}"
+            f"different workload: {routing.distance:.0%} of the tokens go to different experts; between "
+            f"the halves of one run, {within:.0%} do"
         )
 
 

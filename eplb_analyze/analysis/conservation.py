@@ -66,7 +66,7 @@ class Conservation:
             numbers = listed([run.info.layers[index] for index in silent])
             which, names = (f"layers {numbers}", "them") if len(silent) > 1 else (f"layer {numbers}", "it")
             text = f"{which} never got a token, although the writer names {names} among the MoE layers: "
-            text += "tokens are lost there, as all layers of a model get the same number (conservation)"
+            text += "tokens are lost there, because all layers of a model get the same number of tokens"
             yield Finding("error", "conservation", text)
         totals = [*self.token_findings()]
         yield from totals or self._rank_findings(run)
@@ -135,7 +135,7 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
     some = tokens > 0
     if not some.any():
         yield Finding(
-            "error", "num_tokens", f"tokens without any in num_tokens, in {steps_text(steps.tolist())}"
+            "error", "num_tokens", f"tokens although num_tokens is 0, in {steps_text(steps.tolist())}"
         )
         return
     each, of = _constant(tokens, load)
@@ -151,8 +151,8 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
         text += f"layer for each token of {plural(len(steps), 'step')}"
     else:
         more = int((load * of > tokens * each).sum())
-        parts = [f"more in {more:,} (padding counted?)"] * bool(more)
-        parts += [f"fewer in {len(odd) - more:,} (tokens lost?)"] * bool(len(odd) - more)
+        parts = [f"too many in {more:,} (is padding counted?)"] * bool(more)
+        parts += [f"too few in {len(odd) - more:,} (were tokens lost?)"] * bool(len(odd) - more)
         times = f"{each / of:g}"
         text = f"load is not num_tokens × {times} in {steps_text(odd.tolist())}: {', '.join(parts)}"
     yield Finding("error", "num_tokens", text)
@@ -160,4 +160,4 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
 
 def steps_text(steps: Sequence[int]) -> str:
     unique = sorted(set(steps))
-    return f"{len(unique):,} steps, the first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
+    return f"{len(unique):,} steps, first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"

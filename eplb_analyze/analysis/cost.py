@@ -45,7 +45,7 @@ TIMES = {
     "engine": "the engine's step times",
     "device": "times on the device",
     "host": "times between steps",
-    "kernel_times": "published kernel times of DeepSeek-V3 in fp8, not of this run",
+    "kernel_times": "published kernel times of DeepSeek-V3 in fp8, not times of this run",
 }
 
 
@@ -151,9 +151,9 @@ class RunCost(Report):
         parts = [
             f"measured in {listed(self.measured_phases)} ({percent(self.measured_share, 0)} of the steps)"
         ]
-        parts += [f"no measurable cost in {listed(free)}"] if free else []
+        parts += [f"too small to measure in {listed(free)}"] if free else []
         parts += [f"unknown in {listed(unknown)}"] if unknown else []
-        return "; ".join(parts)
+        return ", ".join(parts)
 
     @property
     def evidence(self) -> str:
@@ -218,14 +218,14 @@ def cost_of_sample(
 def _estimated(cost: RunCost, gpu: str, found: dict[str, Estimate] | str) -> RunCost:
     """The estimate from kernel times, for a cost that is not measurable."""
     if isinstance(found, str):
-        return replace(cost, message=f"{cost.message}; not estimated: {found}")
+        return replace(cost, message=f"{cost.message}; no estimate from kernel times: {found}")
     # The phases' errors are not independent.
     bounds = [(own.cost.value, own.cost.low, own.cost.high) for own in found.values()]
     total = Interval(*np.average(bounds, axis=0, weights=[own.steps for own in found.values()]).tolist())
 
     def text(interval: Interval) -> str:
         value = milliseconds(interval.value, interval.low, interval.high)
-        return f"imbalance would cost {value} a step by kernel times of {gpu.upper()}"
+        return f"imbalance would cost {value} per step, by {gpu.upper()} kernel times"
 
     return replace(
         cost,
@@ -311,10 +311,9 @@ def phases_of(phases: Sequence[str | None], per_slot: Float64) -> Iterator[tuple
     for low, high in itertools.pairwise(edges):
         mask = ~named & (per_slot > low) & (per_slot <= high)
         if mask.any():
-            yield (
-                f"up to {high} tokens per slot" if np.isfinite(high) else f"over {low} tokens per slot",
-                mask,
-            )
+            least = "up to" if low == 0 else f"{low} to"
+            tokens = f"{least} {high}" if np.isfinite(high) else f"over {low}"
+            yield f"steps with {tokens} tokens per slot", mask
 
 
 def _total(
@@ -411,8 +410,8 @@ def _regime(cost: Cost, tokens: Int64) -> str:
     of = f"of {np.median(tokens):,.0f} tokens " if len(tokens) and tokens.min() > 0 else ""
     if cost.status is CostStatus.NO_MEASURABLE_COST:
         if cost.ms_per_step and cost.mean_ms and cost.ms_per_step.high > FLAT * cost.mean_ms:
-            return "a smaller cost would not show in these step times"
-        return f"flat: steps {of}take as long with balanced loads"
+            return "these step times cannot show a smaller cost"
+        return f"steps {of}take no longer with imbalanced loads"
     if cost.driver is Driver.ACTIVE_EXPERTS:
         return (
             f"steps {of}wait for the rank with the most active experts; balancing tokens alone saves nothing"

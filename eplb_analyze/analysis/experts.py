@@ -139,7 +139,7 @@ def expert_report(
         DumpError: no step that some rank recorded, or no placement, is in the range.
     """
     if window < 1 or not hot_factor > 1:
-        raise ValueError("window must be at least 1, and hot_factor more than 1")
+        raise ValueError("window must be at least 1, and hot_factor must be greater than 1")
     index = None if layer is None else run.layer_index(layer)
     first, last = (0, run.info.num_layers) if index is None else (index, index + 1)
 
@@ -169,11 +169,13 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     numbers = [run.info.layers[i] for i in sums.layers]
     without = [n for n, slots in zip(numbers, sums.placed, strict=True) if slots is None]
     if len(without) == len(numbers):
-        raise DumpError(f"{run.path}: no placement is known in these steps, so no load has an expert's name")
+        raise DumpError(
+            f"{run.path}: no placement is known in these steps, so loads cannot be assigned to experts"
+        )
     experts = sums.frame(run)
     unknown = run.count(sums.unknown.sum())
     if unknown:
-        notes.append(f"{unknown:,} tokens fell on no known expert and are left out of all figures")
+        notes.append(f"{unknown:,} tokens went to slots without a known expert; no figure includes them")
     if without:
         notes.append(f"{plural(len(without), 'layer')} without a placement left out: {listed(without)}")
     tokens = float(sums.tokens.sum()) / run.info.token_replication
@@ -184,11 +186,13 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
             "a larger --window-steps is more reliable"
         )
     if windows.count < 2:
-        notes.append("there is only one window, so bursts are unknown; choose a smaller --window-steps")
+        notes.append(
+            "there is only one window, so bursts cannot be detected; choose a smaller --window-steps"
+        )
     if not sums.all_placements and sums.few_since_change:
         notes.append(
-            f"replicas are judged by the loads since each layer's last rearrangement; in some layer that is "
-            f"fewer than {FEW_TOKENS} tokens an expert, so random variation decides"
+            f"replicas are judged by the loads since each layer's last rearrangement; some layers have "
+            f"fewer than {FEW_TOKENS} tokens per expert since then, so the verdicts may be random"
         )
     counts = sums.experts.tolist()
     chance = [windows.hot_set(n) / n for n in counts]

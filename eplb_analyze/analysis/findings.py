@@ -57,8 +57,8 @@ def _lost_text(run: Run, lost: LostRank) -> str:
     at = f" ({when})" if run.info.timed else ""
     until = "" if lost.last_step is None else f", until step {lost.last_step}"
     return (
-        f"rank {lost.rank} was lost: from step {lost.steps.first} on{at}{until} it recorded nothing and got "
-        "no token, while the other ranks continued; figures of these steps cover the other ranks"
+        f"rank {lost.rank} was lost: from step {lost.steps.first} on{at}{until} it recorded nothing and "
+        f"got no tokens, while the other ranks continued; figures of these steps cover only the other ranks"
     )
 
 
@@ -92,10 +92,10 @@ def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
     yield from lost
     dropped = "the queue was full or recording was off; see the writer's stats"
     if lost:
-        dropped = "in the run it was made of they lacked a rank, or were dropped"
+        dropped = "they lacked a rank or were dropped in the original run"
     for state, remedy in (
         (StepState.DROPPED, dropped),
-        (StepState.REJECTED, "the engine passed values that cannot be loads"),
+        (StepState.REJECTED, "the engine passed values that are not valid loads"),
     ):
         if steps.count(state):
             were = "was" if steps.count(state) == 1 else "were"
@@ -140,13 +140,17 @@ def _incomplete_tail(run: Run, steps: Completeness, tail: int, short: dict[int, 
         return Finding("error", "rank_stopped", text)
     if closed < set(run.present_ranks):
         return Finding(
-            "warning", "incomplete_end", text + "; a killed engine's ranks do not end at the same step"
+            "warning",
+            "incomplete_end",
+            text + "; when an engine is killed, its ranks do not stop at the same step",
         )
     # No rank was killed: ranks that close in order end within a few steps of each other.
     if steps.lacks_much:
         return Finding("error", "rank_stopped", text)
     return Finding(
-        "warning", "incomplete_end", text + "; ranks that are closed normally do not end at the same step"
+        "warning",
+        "incomplete_end",
+        text + "; even if ranks close normally, they do not stop at the same step",
     )
 
 
@@ -162,7 +166,7 @@ def session_findings(run: Run) -> Iterator[Finding]:
     part = next((s.part for s in run.sessions if s.part is not None), None)
     if part is not None:
         end = "the end" if part[1] >= NO_END - 1 else str(part[1])
-        text = f"a copy of a part of the run: the segments that touch steps {part[0]} to {end}"
+        text = f"a copy of part of the run: the segments that contain steps {part[0]} to {end}"
         yield Finding("info", "partial_copy", text)
     for ended, whose in ((False, ""), (True, " of closed writers")):
         journals = sum(s.journals for s in run.sessions if (s.closed is not None) is ended)

@@ -52,7 +52,7 @@ def estimate(run: Run, gpu: str, steps: tuple[int, int]) -> dict[str, Estimate] 
     """
     experts = run.info.num_logical_experts
     if experts != LOGICAL_EXPERTS:
-        return f"the kernel times are of {LOGICAL_EXPERTS} experts per layer, but this run has {experts}"
+        return f"the kernel times are for {LOGICAL_EXPERTS} experts per layer, but this run has {experts}"
     return run.retry_without_damaged(lambda: _estimate(run, gpu, steps))
 
 
@@ -68,7 +68,10 @@ def _estimate(run: Run, gpu: str, steps: tuple[int, int]) -> dict[str, Estimate]
     if not seen:
         return f"fewer than {MIN_STEPS} steps are complete"
     if inside < (1 - MAX_OUTSIDE) * seen:
-        return f"in {percent(1 - inside / seen)} of the steps a rank has more tokens than in the kernel times"
+        return (
+            f"in {percent(1 - inside / seen)} of the steps, a rank has more tokens than the kernel "
+            f"times cover"
+        )
     estimates = {}
     for name, times in whole.items():
         if times.inside.any():

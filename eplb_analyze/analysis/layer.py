@@ -112,7 +112,7 @@ def _no_loads(run: Run, step: int, state: int) -> str:
     text = f"{run.path}: step {step} has no loads: it is {label.replace('_', ' ')}"
     if state == StepState.NOT_SAMPLED:
         every = run.info.interval
-        text += f"; every {every}th step was recorded, the one before is {step - step % every}"
+        text += f"; every {every}th step was recorded, the last before it is step {step - step % every}"
     return text
 
 
@@ -202,7 +202,7 @@ def _report(
     )
     if report.lost_ranks:
         report.notes.append(
-            f"rank {listed(report.lost_ranks)} is lost: figures are over the "
+            f"rank {listed(report.lost_ranks)} is lost: figures cover only the "
             f"{plural(serving(shape), 'rank')} that serve"
         )
     if slots is None:
@@ -211,11 +211,12 @@ def _report(
         )
     elif logical_load.sum() < slot_load.sum():
         unknown = int(slot_load.sum() - logical_load.sum())
-        report.notes.append(f"{unknown:,} of {slot_load.sum():,} tokens fell on no known expert")
+        report.notes.append(f"{unknown:,} of {slot_load.sum():,} tokens went to slots without a known expert")
     if changes:
         report.notes.append(
-            f"the placement changed {plural(len(changes), 'time')} in the range, last at step {changes[-1]}; "
-            "experts are counted by the placement in force at each step, their replicas are those of the last"
+            f"the placement changed {plural(len(changes), 'time')} in the range, last at step "
+            f"{changes[-1]}; experts are counted by the placement in force at each step, and their "
+            f"replicas are those of the last placement"
         )
     return report
 

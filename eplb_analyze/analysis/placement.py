@@ -106,7 +106,8 @@ def placement_report(
         both = [index for index in now if index in before]
         if len(both) < len(now):
             notes.append(
-                f"not compared: {len(now) - len(both)} layers, whose placement at step {against} is not known"
+                f"not compared: {len(now) - len(both)} layers, because their placement at step {against} "
+                f"is not known"
             )
         sizes = {(before[i].ep_size, now[i].ep_size) for i in both} - {(p.ep_size,) * 2 for p in now.values()}
         for old, new in sorted(sizes):
@@ -116,7 +117,7 @@ def placement_report(
         found = [_change(before[i], now[i], run.info.ranks_per_node, lost) for i in both]
         changes = [change for change in found if change.slots_changed]
     if lost:
-        notes.append(f"rank {listed(lost)} is lost at step {at}: its slots are not counted")
+        notes.append(f"rank {listed(lost)} is lost at step {at}, so its slots are not counted")
     return PlacementReport(
         run.info.run_id, run.info.model, at, against, list(now.values()), changes, lost, notes
     )

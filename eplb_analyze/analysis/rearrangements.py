@@ -283,7 +283,9 @@ class _Change:
         self.worth: PlacementGain | None = None
         known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
         if lost[0] != lost[1]:
-            self.reason = f"different ranks serve: lost before {_listed(lost[0])}, after {_listed(lost[1])}"
+            self.reason = (
+                f"different ranks serve: lost ranks before {_listed(lost[0])}, after {_listed(lost[1])}"
+            )
         elif self.elastic:
             self.reason = "EP size {} → {}, {} → {} slots".format(
                 *sizes, *(s.num_physical_experts for s in self.shapes)

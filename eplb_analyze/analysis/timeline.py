@@ -123,7 +123,7 @@ def timeline(
         DumpError: no step in the range was recorded.
     """
     if formula not in NAMES:
-        raise ValueError(f"no formula {formula!r}; there are: {', '.join(NAMES)}")
+        raise ValueError(f"no formula {formula!r}; choose one of: {', '.join(NAMES)}")
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     index = None if layer is None else run.layer_index(layer)
@@ -175,8 +175,8 @@ def _timeline(
     if len(shapes) > 1:
         at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
         notes.append(
-            f"ep_size or the number of slots changed, or a rank was lost, at step {at}: figures are means "
-            "of steps, and no loads of two shapes are added"
+            f"ep_size or the number of slots changed, or a rank was lost, at step {at}: loads before and "
+            f"after are not added, and figures are means over steps"
         )
     return Timeline(
         run_id=run.info.run_id,

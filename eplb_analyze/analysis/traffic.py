@@ -166,9 +166,9 @@ def traffic_report(
         NotInDumpError: the dump has no such layer or step, or does not hold who sent what.
         DumpError: no complete step is in the range.
     """
-    cannot = f"{run.path}: the dump does not hold which rank sent what"
+    cannot = f"{run.path}: the dump does not show which rank sent which tokens"
     if run.scope is not Scope.LOCAL:
-        raise NotInDumpError(f"{cannot}: its scope is {run.scope.value}, loads already summed over ranks")
+        raise NotInDumpError(f"{cannot}: with scope {run.scope.value}, loads are already summed over ranks")
     if run.info.token_replication > 1:
         times = run.info.token_replication
         raise NotInDumpError(f"{cannot}: every token is counted by {times} ranks (token replication)")
@@ -194,10 +194,10 @@ def traffic_report(
         matrix = flows.sum(axis=0)
         lost = sorted(lost_in(sums.shape))
         if lost:
-            notes.append(f"lost in these steps, and left out of means: rank {listed(lost)}")
+            notes.append(f"rank {listed(lost)} was lost in these steps and is left out of means")
         missing = [*sums.missing]
         if missing:
-            notes.append(f"what rank {listed(missing)} sent is not known, and is left out")
+            notes.append(f"rank {listed(missing)} did not record what it sent; its tokens are left out")
         return TrafficReport(
             *sums.head(run, whole),
             layer=layer,

@@ -106,7 +106,7 @@ def price_of(
     known = sum(count for count, _ in found)
     if known < PRICED * steps or not known:
         if cost.status is CostStatus.ESTIMATED:
-            return "kernel times estimate what imbalance costs, not what a placement gains"
+            return "kernel times can estimate the cost of imbalance, but not the gain of a placement"
         reason = "most of the steps are in phases without a price" if found else cost.message
         return reason.removeprefix("not measurable in this run: ")
     total = weighted(found)

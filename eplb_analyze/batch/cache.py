@@ -41,14 +41,14 @@ class ResultCache:
         own = [path.resolve() for path in (folder, self._rows, self._reports)]
         for above in (above for path in own for above in (path, *path.parents)):
             if above.name.startswith(RUN_PREFIX) or any(above.glob(f"{RUN_PREFIX}*/{MODEL_PREFIX}*")):
-                raise UsageError(f"--save {folder}: it lies in the dump {above}; name another folder")
+                raise UsageError(f"--save {folder}: it is inside the dump {above}; choose another folder")
         try:
             self._rows.mkdir(parents=True, exist_ok=True)
             self._reports.mkdir(exist_ok=True)
             for path in own:
                 remove_leftovers(path)
         except OSError as error:
-            raise UsageError(f"--save {folder}: {error.strerror}; name another folder") from None
+            raise UsageError(f"--save {folder}: {error.strerror}; choose another folder") from None
 
     def load(self, target: Target) -> Row | None:
         """The kept row of a run that has not changed since. Call it before the run is read."""
@@ -93,7 +93,7 @@ def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         with whole_file(path, replace=True, durable=False) as file:
             write(file)
     except OSError as error:
-        raise DumpError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise DumpError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def content_key(target: Target) -> str:

@@ -166,7 +166,7 @@ def require_baseline(baseline: str, runs: Sequence[AnyRun]) -> AnyRun:
         return named[0]
     several = named or [run for run in runs if run.run_id]
     texts = [address(run) if named else run.run_id for run in several]
-    what = "several runs have this id; name one as" if named else "no run has this id; there are"
+    what = "several runs have this id; choose one of" if named else "no run has this id; the runs are"
     raise NotInDumpError(f"--baseline {baseline}: {what} {listed(sorted(set(texts)))}")
 
 
@@ -185,7 +185,7 @@ def compare(baseline: Row, rows: Iterable[Row]) -> list[Row]:
             return row
         for name in ("model", "num_layers", "num_logical_experts"):
             if getattr(row, name) != getattr(baseline, name):
-                return replace(row, not_compared=f"another {name.removeprefix('num_').replace('_', ' ')}")
+                return replace(row, not_compared=f"different {name.removeprefix('num_').replace('_', ' ')}")
         found = bootstrap.difference(base, _ratio(row))
         if found is None:
             return replace(

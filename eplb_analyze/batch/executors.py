@@ -56,7 +56,7 @@ def create_executor(name: str, workers: int | None = None, ray_address: str | No
         return Processes(workers or os.cpu_count() or 1)
     if name == "ray":
         return Ray(workers, ray_address)
-    raise UsageError(f"no executor {name!r}; there are: {', '.join(NAMES)}")
+    raise UsageError(f"no executor {name!r}; choose one of: {', '.join(NAMES)}")
 
 
 class Local:
@@ -127,7 +127,7 @@ class _PoolResult(Generic[Item, Result]):
             try:
                 return pool.submit(self.work, self.item).result()
             except BrokenProcessPool:
-                return WorkerDied("its worker died twice; was it killed for its memory?")
+                return WorkerDied("its worker process died twice, perhaps because it ran out of memory")
 
     def cancel(self) -> object:
         return self.future.cancel()
@@ -157,7 +157,7 @@ class Ray:
         except Exception as error:
             sys.stdout = self._stdout
             text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            remedy = "; check the address of its head and the cluster's token (docs/investigate/many-runs.md)"
+            remedy = "; check the address and the token of the cluster's head (docs/investigate/many-runs.md)"
             raise UsageError(f"Ray does not start: {text}{remedy if address else ''}") from None
         self._ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
 

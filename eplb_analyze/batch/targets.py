@@ -88,7 +88,7 @@ def _below(top: StoragePath, name: str) -> Iterator[_Found]:
             continue
         for inner in reversed(inside):
             if not isinstance(folder, Path) and "?" in inner:
-                reason = f"{folder / inner}: its name has a ?, which an address cannot contain"
+                reason = f"{folder / inner}: its name contains a ?, which an address cannot contain"
                 yield broken_row(text, "", "", reason), frozenset()
                 continue
             below = storage.join(text, inner)

@@ -190,7 +190,7 @@ def _os_error_message(error: OSError) -> str:
     """What the system refused, with a hint if there is one."""
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.EMFILE:
-        return f"{where}too many open files; allow more with `ulimit -n 4096`"
+        return f"{where}too many open files; raise the limit with `ulimit -n 4096`"
     # Arrow's message names the file, and has more lines.
     return f"{where}{error.strerror or error}".splitlines()[0]
 

@@ -22,12 +22,16 @@ if TYPE_CHECKING:
         def last_step(self) -> int: ...
 
 
+#: A load is colored if it differs from the mean by more than this share.
+NOTABLE = 0.1
 _COLD, _NEUTRAL, _HOT = (58, 110, 190), (236, 236, 226), (214, 48, 39)
 _EIGHTHS_UP, _EIGHTHS_RIGHT = " ▁▂▃▄▅▆▇█", " ▏▎▍▌▋▊▉█"
 
 
 def heat_style(times_mean: float) -> str:
-    """The style of a cell by its load over the mean: blue below 1, pale at 1, red from 2 on."""
+    """The style of a cell by its load over the mean: none near 1, else from blue at 0 to red at 2."""
+    if abs(times_mean - 1) <= NOTABLE:
+        return ""
     if times_mean <= 1:
         low, high, t = _COLD, _NEUTRAL, max(0.0, times_mean)
     else:
@@ -37,8 +41,9 @@ def heat_style(times_mean: float) -> str:
     return f"{ink} on #{r:02x}{g:02x}{b:02x}"
 
 
-def heat(text: str, times_mean: float) -> Text:
-    return styled((text, heat_style(times_mean)))
+def heat(text: str, times_mean: float | None) -> Text:
+    """A cell colored by its load over the mean; not colored if that is unknown."""
+    return styled((text, "" if times_mean is None else heat_style(times_mean)))
 
 
 def bar(share: float, width: int = 12) -> str:

@@ -38,7 +38,7 @@ def parse_steps(text: str) -> StepRange:
         raise typer.BadParameter(_instead_of(text))
     steps = StepRange(int(match[1] or 0), int(match[2]) + 1 if match[2] else NO_END)
     if steps.first >= steps.end:
-        raise typer.BadParameter(f"{text!r} selects no step, because its end is before its start")
+        raise typer.BadParameter(f"{text!r} selects no steps, because its end is before its start")
     return steps
 
 
@@ -59,7 +59,7 @@ def one_range(steps: StepRange | None, step: int | None) -> StepRange | None:
         return steps
     if steps is not None:
         raise typer.BadParameter(
-            "--step and --steps cannot be combined; give one of them", param_hint="--step"
+            "--step and --steps cannot be combined; use one of them", param_hint="--step"
         )
     return StepRange(step, step + 1)
 
@@ -144,8 +144,7 @@ def parse_zone(name: str) -> datetime.tzinfo:
         return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         raise typer.BadParameter(
-            f"{name!r} is not a time zone that this machine knows; write an IANA name, for example "
-            "Europe/Berlin",
+            f"{name!r} is not a known time zone; write an IANA name, for example Europe/Berlin",
             param_hint="--tz",
         ) from None
 
@@ -419,12 +418,10 @@ def _select(
     one = step if step is not None else own.get("step")
     if at is not None and not all(other is None for other in (since, until, one, steps)):
         raise typer.BadParameter(
-            "--at selects one step; leave out the other options that select steps", param_hint="--at"
+            "--at selects one step; remove the other options that select steps", param_hint="--at"
         )
     if one is not None:
-        raise typer.BadParameter(
-            "--step selects one step; leave out --since and --until", param_hint="--step"
-        )
+        raise typer.BadParameter("--step selects one step; remove --since and --until", param_hint="--step")
     run = out.opened()
     if at is not None:
         step = run.clock.at(at.unix_ns(run.clock))
@@ -482,7 +479,7 @@ def _numbers(text: str | None, option: str, least: int) -> list[int] | None:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= least for part in parts):
         raise typer.BadParameter(
-            f"{text!r} is not a list of whole numbers of at least {least}; write for example 100,500",
+            f"{text!r} is not a list of whole numbers of at least {least}; write, for example, 100,500",
             param_hint=option,
         )
     return sorted({int(part) for part in parts})

@@ -155,7 +155,9 @@ class Follower:
                     info = read_info(folder, [*folder.parts[-4:]])
                     odd = [name for name in AGREED if getattr(info, name) != getattr(self._info, name)]
                     if odd:
-                        raise FormatError(f"its {', '.join(odd)} differ from the run's other sessions")
+                        raise FormatError(
+                            f"its {', '.join(odd)} differ from those of the run's other sessions"
+                        )
                 except FileNotFoundError:
                     continue  # the writer is about to write it
                 except (FormatError, OSError) as error:

@@ -237,7 +237,9 @@ def fit(ms: Float64, work: Work, excluded: Bool | None = None) -> Cost:
     if excluded is not None:
         usable &= ~excluded
     if usable.sum() < MIN_STEPS:
-        return _unknown(ms, f"{plural(int(usable.sum()), 'step')} with a usable time; {MIN_STEPS} are needed")
+        return _unknown(
+            ms, f"{plural(int(usable.sum()), 'step')} with a usable time, but {MIN_STEPS} are needed"
+        )
     times, done = ms[usable], work.select(usable)
     usual = _usual(done.tokens)
     residuals, follows = _without_waits(times, np.column_stack([usual, done.slowest]))

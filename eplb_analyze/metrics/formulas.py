@@ -256,7 +256,7 @@ FORMULAS: dict[str, Formula] = {
             "higher",
             1.0,
             vllm_legacy,
-            "wrong: [[100, 200], [100, 200]] gives 1.0 where balancedness is 0.75; kept to read old logs",
+            "wrong: [[100, 200], [100, 200]] gives 1.0, but balancedness is 0.75; kept to read old logs",
         ),
         Formula(
             "sglang",

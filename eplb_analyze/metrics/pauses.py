@@ -39,14 +39,14 @@ def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64
         others: those of all rearrangements.
     """
     if np.isfinite(ms[np.isin(step, changed)]).sum() < len(changed):
-        return "a step is missing beside it, so the time between is not known"
+        return "the step before or after it is missing, so its time is not known"
     low, high = np.searchsorted(step, [changed[0] - MARGIN, changed[-1] + MARGIN + 1])
     near, known = beside(step, others), np.isfinite(ms)
     before = np.flatnonzero(known[:low] & ~near[:low])[-NEIGHBORS:]
     after = high + np.flatnonzero(known[high:] & ~near[high:])[:NEIGHBORS]
     usual = np.concatenate([before, after])
     if len(usual) < MIN_STEPS:
-        return f"{plural(len(usual), 'step')} around it with a known time, {MIN_STEPS} are needed"
+        return f"{plural(len(usual), 'step')} around it with a known time, but {MIN_STEPS} are needed"
     # An engine that waits for its device records a step when it ends, others when it begins.
     residuals = min(
         (_residuals(ms, each, usual) for each in (kind, np.roll(kind, 1))),

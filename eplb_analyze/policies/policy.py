@@ -145,8 +145,8 @@ def ungrouped(num_nodes: int, num_groups: int) -> str | None:
     if num_groups % num_nodes == 0:
         return None
     return (
-        f"{num_nodes} nodes do not divide {num_groups} groups of experts; as in the engines, experts are "
-        "then placed without regard to groups and nodes"
+        f"{num_groups} groups of experts cannot be divided evenly among {num_nodes} nodes; as in the "
+        f"engines, the policy then ignores groups and nodes"
     )
 
 
@@ -195,9 +195,7 @@ def named(name: str) -> Policy:
     module, _, function = name.partition(":")
     if not (module and function):
         known = ", ".join(POLICIES)
-        raise UsageError(
-            f"no policy has the name {name!r}; there are {known}, and your own as module:function"
-        )
+        raise UsageError(f"there is no policy {name!r}; choose {known}, or your own as module:function")
     if (here := os.getcwd()) not in sys.path:
         # At the end, so that a file in this folder does not hide an installed module.
         sys.path.append(here)
@@ -236,9 +234,9 @@ def place(policy: Policy, problem: Problem) -> Int32:
     layers, experts = problem.weight.shape
     shape = (layers, problem.num_physical_experts)
     if answer.shape != shape or answer.dtype.kind not in "iu":
-        raise UsageError(f"policy {name} gave {answer.dtype} {answer.shape}, not integers {shape}")
+        raise UsageError(f"policy {name} returned {answer.dtype} {answer.shape}, not integers {shape}")
     if answer.min() < 0 or answer.max() >= experts:
-        raise UsageError(f"policy {name} placed experts that are not in 0 to {experts - 1}")
+        raise UsageError(f"policy {name} placed experts outside of 0 to {experts - 1}")
     placed = np.zeros((layers, experts), np.bool_)
     placed[np.arange(layers)[:, None], answer] = True
     if not placed.all():

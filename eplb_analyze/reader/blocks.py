@@ -239,7 +239,7 @@ class Block:
 
     def _shape(self) -> Shape:
         if self.shape is None:
-            raise ValueError("no rank recorded a load in these steps")
+            raise ValueError("no rank recorded any load in these steps")
         return self.shape
 
     def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
@@ -365,7 +365,7 @@ class _Cursor:
         with contextlib.closing(self._read(self.segment, first, last)) as parts:
             part = next(parts, None)
         if part is None or not part[0] <= first < part[0] + len(part[1]):
-            reason = "it has fewer layers than it says"
+            reason = "it has fewer layers than it states"
             raise DamagedSegmentError(self.segment, "loads", self.segment.path, reason)
         self._first, self._values = part
         self._last = self._first + len(self._values)

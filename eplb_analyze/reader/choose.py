@@ -40,20 +40,21 @@ def choose(path: StoragePath, run: str | None = None, model: str | None = None) 
     findings = [f for (r, slug), fs in found.findings.items() if r == run for f in fs if slug not in models]
     if not models:
         first = findings[0].text if findings else "it has no session"
-        raise DumpError(f"{path}: nothing readable in run {run}: {first}")
+        raise DumpError(f"{path}: nothing in run {run} can be read: {first}")
     names = {slug: infos[0][1].model for slug, infos in models.items()}
     if model is None:
         slug = max(models, key=lambda s: (max(_size(info) for _, info in models[s]), s))
         if len(models) > 1:
             others = ", ".join(name for s, name in names.items() if s != slug)
             notes.append(
-                f"the run also has other models: {others}; this is {names[slug]} (choose with --model)"
+                f"the run has several models; using {names[slug]}. The others are {others}; choose one "
+                f"with --model"
             )
     else:
         matches = [s for s, name in names.items() if model in (name, s, model_slug(name))]
         if not matches:
             raise NotInDumpError(
-                f"{path}: run {run} has no model {model!r}; there are: {', '.join(names.values())}"
+                f"{path}: run {run} has no model {model!r}; its models are: {', '.join(names.values())}"
             )
         slug = matches[0]
     findings += found.findings.get((run, slug), [])
@@ -89,15 +90,17 @@ def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[st
         return run, []
     starts = found.starts_of(run)
     if starts:
-        note = f"{len(starts)} engine starts were given the run id {run}; this is the newest, {starts[0]}"
-        return starts[0], [f"{note} (choose with --run)"]
+        note = f"{len(starts)} engine starts share the run id {run}; using the newest, {starts[0]}"
+        return starts[0], [f"{note}. Choose another with --run"]
     matches = [run_id for run_id in run_ids if run_id.startswith(run)]
     if not matches:
         some = listed(run_ids, MAX_CANDIDATES)
-        raise NotInDumpError(f"{path}: no run {run!r}; there are: {some}; `{_runs(path)}` lists all")
+        raise NotInDumpError(f"{path}: no run {run!r}; its runs are: {some}; `{_runs(path)}` lists all")
     ids = list(dict.fromkeys(run_and_start(run_id)[0] for run_id in matches))
     if len(ids) > 1:
-        raise NotInDumpError(f"{path}: {run!r} is the beginning of {listed(ids, MAX_CANDIDATES)}; write more")
+        raise NotInDumpError(
+            f"{path}: several run ids begin with {run!r}: {listed(ids, MAX_CANDIDATES)}; write more of the id"
+        )
     return choose_run(found, path, ids[0])
 
 

@@ -208,13 +208,14 @@ class RunClock:
         both = StepRange.of(steps).clip(*found)
         if both.first >= both.end:
             raise NotInDumpError(
-                f"{self._name}: steps {found} were in progress then, none of {StepRange.of(steps)}"
+                f"{self._name}: steps {found} were in progress at that time, but --steps selects "
+                f"{StepRange.of(steps)}"
             )
         return both
 
     def outside(self, what: str) -> NotInDumpError:
         """The error to raise if ``what`` is outside of the run."""
-        return NotInDumpError(f"{self._name}: {what} outside of the run, which was {self.span_text()}")
+        return NotInDumpError(f"{self._name}: {what} outside the time of the run, {self.span_text()}")
 
     def require(self) -> tuple[int, int]:
         """The span. Raises UsageError if the times are not known."""

@@ -164,7 +164,7 @@ class Completeness:
         """The ranks missing from most steps: ``rank 5 absent in 40``."""
         parts = [f"rank {rank} {why} in {count:,}" for (rank, why), count in self.reasons.most_common(3)]
         if not parts:
-            return "ranks recorded loads of different shapes"
+            return "ranks recorded loads with different shapes"
         more = len(
             {rank for rank, _ in self.reasons} - {rank for (rank, _), _ in self.reasons.most_common(3)}
         )

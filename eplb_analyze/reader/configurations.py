@@ -93,7 +93,8 @@ def last_configuration(
         first, end = earlier[0].first, earlier[-1].end
         notes.append(
             f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are "
-            f"left out, as loads of two shapes are not added (see them with --steps {first}-{end - 1})"
+            f"left out, because loads before and after cannot be added (to see them, use --steps "
+            f"{first}-{end - 1})"
         )
     return sums, seen, notes
 
@@ -157,7 +158,7 @@ def estimate_notes(run: Run, missing: Sequence[int], steps: int, first: int, las
         return []
     ranks = len(run.expected_ranks)
     return [
-        f"estimate from {ranks - len(missing)} of {ranks} ranks, without rank {listed(missing)}: no step is "
-        f"complete, so figures are by the loads of the ranks that are there, in {plural(steps, 'step')}, "
+        f"estimate from {ranks - len(missing)} of {ranks} ranks, without rank {listed(missing)}: no step "
+        f"is complete, so figures cover only the ranks that recorded, in {plural(steps, 'step')}, "
         f"{first}-{last}"
     ]

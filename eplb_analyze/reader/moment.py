@@ -80,13 +80,15 @@ class Moment:
         moments = sorted({moment for date in dates for moment in self._on(date, zone)})
         if not moments:
             raise UsageError(
-                f"{self.text} does not exist on {dates[0]} in {zone}, because clocks go forward then; "
-                "give an offset, for example Z for UTC"
+                f"{self.text} does not exist on {dates[0]} in {zone}, because clocks go forward then; add "
+                f"an offset, for example Z for UTC"
             )
         inside = [moment for moment in moments if begin <= moment <= end]
         if len(inside) > 1:
             texts = [local_time(moment, zone).isoformat() for moment in inside[:2]]
-            raise UsageError(f"{self.text} is {len(inside)} times in the run; write {texts[0]} or {texts[1]}")
+            raise UsageError(
+                f"{self.text} occurs {len(inside)} times in the run; write {texts[0]} or {texts[1]}"
+            )
         # Of two that are as near, the first.
         return inside[0] if inside else min(moments, key=lambda moment: max(begin - moment, moment - end))
 

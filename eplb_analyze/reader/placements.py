@@ -422,14 +422,15 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     findings: list[Finding] = []
     lost = _lost(sessions, unreadable)
     if lost:
-        text = f"placements are lost from step {_first_of(lost)} on: which expert a slot holds is"
+        text = f"placements are lost from step {_first_of(lost)} on: the expert in each slot is"
         findings.append(Finding("error", "placements_lost", text + " unknown until the next placement"))
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
     for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
         known = stated.get((step, layer))
         if ep_size < 1 or not len(slots) or len(slots) % ep_size:
             text = (
-                f"at step {step} (layer index {layer}) {len(slots)} slots do not divide among {ep_size} ranks"
+                f"at step {step} (layer index {layer}), {len(slots)} slots cannot be divided evenly among "
+                f"{ep_size} ranks"
             )
             findings.append(Finding("error", "uneven_slots", f"{text}; that placement is left out"))
         elif known is None:

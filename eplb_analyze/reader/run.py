@@ -393,7 +393,7 @@ class Run:
         first, last = self.step_range
         if first is None or last is None or steps[0] > last or steps[1] <= first:
             known = "it has no step yet" if first is None else f"it has steps {first} to {last}"
-            raise NotInDumpError(f"{self.path}: no step of the run is in {StepRange(*steps)}; {known}")
+            raise NotInDumpError(f"{self.path}: the run has no steps in {StepRange(*steps)}; {known}")
 
     @property
     def step_range(self) -> tuple[int | None, int | None]:
@@ -422,7 +422,7 @@ class Run:
     def nodes_unknown(self) -> NotInDumpError:
         """The error to raise if the dump does not say how many ranks a node has."""
         return NotInDumpError(
-            f"{self.path}: the dump does not state the number of ranks per node; give --ranks-per-node"
+            f"{self.path}: the dump does not state the number of ranks per node; pass --ranks-per-node"
         )
 
     # ---- frames
@@ -501,7 +501,7 @@ class Run:
         from eplb_analyze.reader import dataframes
 
         if formula not in formulas.FORMULAS:
-            raise ValueError(f"no formula {formula!r}; there are: {', '.join(formulas.FORMULAS)}")
+            raise ValueError(f"no formula {formula!r}; choose one of: {', '.join(formulas.FORMULAS)}")
         if by not in ("step", "layer", "run"):
             raise ValueError(f'by must be "step", "layer" or "run", not {by!r}')
         chosen = formulas.FORMULAS[formula]

@@ -51,7 +51,10 @@ def uneven_nodes(ep_size: int, ranks_per_node: int | None) -> list[str]:
     if ranks_per_node is None or ranks_per_node >= ep_size or ep_size % ranks_per_node == 0:
         return []
     rest = plural(ep_size % ranks_per_node, "rank")
-    return [f"{ep_size} EP ranks do not divide into nodes of {ranks_per_node}: the last node has {rest}"]
+    return [
+        f"{ep_size} EP ranks cannot be divided evenly into nodes of {ranks_per_node}: the last node "
+        f"has {rest}"
+    ]
 
 
 def imported(origin: Origin) -> str:
@@ -59,7 +62,7 @@ def imported(origin: Origin) -> str:
     unknown = ", ".join(code.replace("_", " ") for code in origin.unknown)
     how = f"imported from {origin.system}, {origin.kind}"
     if origin.system == FORMAT_NAME:
-        how = f"made by {origin.kind} of {', '.join(file.name for file in origin.files)}"
+        how = f"made by {origin.kind} from {', '.join(file.name for file in origin.files)}"
     return f"{how}; not known: {unknown or 'nothing'}"
 
 
@@ -80,7 +83,7 @@ def run_info(
     _remove_other_layers(sessions, shape.num_moe_layers, findings)
     named = first.moe_layers
     if named is not None and shape.num_moe_layers not in (0, len(named)):
-        raise DumpError(f"{path}: it names {len(named)} MoE layers, but has loads of {shape.num_moe_layers}")
+        raise DumpError(f"{path}: it lists {len(named)} MoE layers, but has loads of {shape.num_moe_layers}")
     return RunInfo(
         run_id=run_id or first.run_id,
         model=first.model,
@@ -107,8 +110,8 @@ def _require_agreement(sessions: Sequence[Session]) -> None:
         odd = [n for n in fields if getattr(session.info, n) != getattr(first, n)]
         if odd:
             raise DumpError(
-                f"{session.folder}: its {', '.join(odd)} differ from the run's other sessions; "
-                "writers of two kinds were given one run_id"
+                f"{session.folder}: its {', '.join(odd)} differ from those of the run's other sessions; "
+                f"writers of two kinds share one run_id"
             )
 
 
@@ -128,7 +131,7 @@ def _remove_other_layers(sessions: Sequence[Session], num_moe_layers: int, findi
         for segment in session.segments:
             if segment.shape and segment.shape.num_moe_layers != num_moe_layers:
                 text = f"{segment.path}: segment {segment.seq} has {segment.shape.num_moe_layers} MoE layers"
-                text += f" where the run has {num_moe_layers}; skipped"
+                text += f", but the run has {num_moe_layers}; skipped"
                 findings.append(Finding("error", "layers_differ", text))
             else:
                 kept.append(segment)

@@ -292,7 +292,7 @@ class TrainTestSplit:
         best = self._choose(gains)
         judged = self._interval(best)
         if judged is None:
-            text = f"fewer than {MIN_STEPS} steps with tokens are left to judge a setting on"
+            text = f"fewer than {MIN_STEPS} steps with tokens remain to judge a setting"
             return self._verdict("not enough data", [text])
         gain, error = judged
         sure = gain.value > SURE * error and gains[best] > 0
@@ -335,8 +335,8 @@ class TrainTestSplit:
         if why is None:
             return None
         return (
-            f"what a setting gains is not measurable in this run: {why}. "
-            "--objective tokens shows what it would gain if time were proportional to tokens"
+            f"the gain of a setting is not measurable in this run: {why}. --objective tokens shows the "
+            f"gain if time were proportional to tokens"
         )
 
     @property

@@ -29,8 +29,8 @@ MIN_CHOICES = 40
 MAX_PLACEMENTS = 4096
 
 UNKNOWN_GROUPS = (
-    "the number of expert groups was not recorded and is assumed to be 1; engines keep each group of a model "
-    "on one node, so supply it with --num-groups if the model has groups"
+    "the number of expert groups was not recorded and is assumed to be 1; if the model has groups, pass "
+    "--num-groups, because engines keep each group on one node"
 )
 
 
@@ -80,11 +80,13 @@ class Groupings:
         self.notes: list[str] = []
         groups, nodes = num_groups or today.num_groups, num_nodes or today.num_nodes
         if nodes is not None and ranks % nodes:
-            self.notes.append(f"{ranks} EP ranks do not divide into {nodes} nodes; policies are given one")
+            self.notes.append(
+                f"{ranks} EP ranks cannot be divided evenly among {nodes} nodes; policies assume one node"
+            )
             nodes = 1
         if nodes is None and on_node is not None:
             uneven = uneven_nodes(ranks, on_node)
-            self.notes += [f"{note}; policies are given one node (--num-nodes)" for note in uneven]
+            self.notes += [f"{note}; policies assume one node (--num-nodes)" for note in uneven]
             nodes = 1 if uneven else max(1, ranks // on_node)
         shown = ShownGroups(run.history, shape, run.info.num_logical_experts)
         found = [
@@ -115,8 +117,8 @@ class Groupings:
             return []
         return [
             f"the recorded placements keep each of {chosen.num_groups} groups of experts on one of "
-            f"{plural(chosen.num_nodes, 'node')}, and so do the policies; if the engine has another number, "
-            "give --num-groups and --num-nodes"
+            f"{plural(chosen.num_nodes, 'node')}, and so do the policies; if the engine uses other "
+            f"numbers, pass --num-groups and --num-nodes"
         ]
 
 

@@ -82,7 +82,7 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     origin = run.info.origin
     unknown = {} if origin is None else origin.unknown
     if "step_order" in unknown:
-        raise NotReplayableError(f"{run.path}: not known of this imported run: {unknown['step_order']}")
+        raise NotReplayableError(f"{run.path}: this imported run does not state {unknown['step_order']}")
     sums, whole, earlier = last_of_configurations(run, steps, _StepTimes)
     starts_from = run.step_range[0] or 0
     notes = estimate_notes(run, sums.missing, sums.recorded, sums.first_step, sums.last_step)
@@ -91,7 +91,7 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
         notes.append(
             "ep_size or the number of slots changed, or a rank was lost: only "
             f"{run.clock.range_label(sums.first_step, sums.last_step)} are "
-            f"replayed (those before with --steps {earlier[-1].first}-{sums.first_step - 1})"
+            f"replayed (to replay earlier steps, use --steps {earlier[-1].first}-{sums.first_step - 1})"
         )
     between = np.concatenate(sums.gaps)
     timed = len(between) and run.info.timed
@@ -99,9 +99,7 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
     notes += run.import_caveats(*codes)
     if lost_in(sums.shape):
-        notes.append(
-            f"rank {listed(lost_in(sums.shape))} is lost: the ranks that serve are replayed without it"
-        )
+        notes.append(f"rank {listed(lost_in(sums.shape))} is lost: the replay covers only the other ranks")
     return ReplayedSteps(
         sums.steps, remaining(sums.shape), sums.recorded, starts_from, seconds, whole, notes, [*sums.missing]
     )
@@ -310,7 +308,7 @@ def replay_run(
         notes = [*part.notes, *notes, *groupings.notes, *groupings.note(chosen)]
         for ranks in sorted({setting.ep_size for setting in settings} - {part.shape.ep_size}):
             uneven = uneven_nodes(ranks, chosen.ranks_per_node)
-            notes += [f"{note}; policies are given one node" for note in uneven]
+            notes += [f"{note}; policies assume one node" for note in uneven]
         if tested is not None and tested.doubt is not None:
             notes.insert(0, tested.doubt)
         return _result(
@@ -376,14 +374,15 @@ def _result(
     order = sorted(range(len(outcomes)), key=lambda row: (*sort_key(outcomes[row]), row))
     if simulation.left_out:
         notes.append(
-            f"{plural(simulation.left_out, 'complete step')} left out: a layer's placement is not known there"
+            f"{plural(simulation.left_out, 'complete step')} left out: the placement of a layer is not "
+            f"known in them"
         )
     if simulation.unplaced:
-        notes.append(f"{plural(simulation.unplaced, 'token')} on slots without an expert are left out")
+        notes.append(f"{plural(simulation.unplaced, 'token')} in slots without an expert are left out")
     if any(outcome.ep_size != part.shape.ep_size for outcome in outcomes):
-        notes.append("fewer ranks are easier to balance: compare settings of one EP size")
+        notes.append("fewer ranks are easier to balance: compare only settings with the same EP size")
     if cost_ms is not None and seconds is None:
-        notes.append("no two steps follow each other, so step times are unknown, and there is no net gain")
+        notes.append("no two consecutive steps were recorded, so step times and the net gain are unknown")
     return Replay(
         run_id=run.info.run_id,
         model=run.info.model,

@@ -146,16 +146,15 @@ class RecordedSettingTest:
         if seen_groups is not None and seen_groups != grouping.num_groups:
             return (
                 f"{text}. The engine kept each of {seen_groups} groups of experts on one node, the policy "
-                f"was given {plural(grouping.num_groups, 'group')}: supply the number with --num-groups "
-                f"{seen_groups}"
+                f"was given {plural(grouping.num_groups, 'group')}: pass --num-groups {seen_groups}"
             )
         if grouping.num_nodes == 1:
             return (
-                f"{text}. It was replayed on one node, where --num-groups changes nothing. If the engine "
-                "kept expert groups on several nodes, supply --num-nodes; otherwise --window-steps, "
-                "--start or --policy"
+                f"{text}. It was replayed on one node, where --num-groups has no effect. If the engine "
+                f"kept expert groups on several nodes, pass --num-nodes; otherwise pass --window-steps, "
+                f"--start or --policy"
             )
         return (
-            f"{text}. Supply what the engine's policy had: --num-groups, --num-nodes, --window-steps, "
-            "--start or --policy"
+            f"{text}. Pass the values that the engine's policy used: --num-groups, --num-nodes, "
+            f"--window-steps, --start or --policy"
         )

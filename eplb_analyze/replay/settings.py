@@ -78,7 +78,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     for ep_size in choices.ep_sizes or [today.ep_size]:
         least = -experts % ep_size
         if experts + max([least, *(choices.redundant or ())]) > MAX_EXPERTS:
-            raise UsageError(f"more than {MAX_EXPERTS:,} slots are more than a placement holds")
+            raise UsageError(f"a placement holds at most {MAX_EXPERTS:,} slots")
         some = max(least, today.num_redundant_experts)
         usual = {least, today.num_redundant_experts, some + ep_size}
         if choices.redundant is None and experts + some + 2 * ep_size <= MAX_EXPERTS:
@@ -87,7 +87,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
             if (experts + redundant) % ep_size or redundant < 0:
                 if choices.redundant is not None or choices.ep_sizes is not None:
                     notes.append(
-                        f"left out: {experts} experts and {redundant} redundant ones cannot be divided "
+                        f"left out: {experts} experts plus {redundant} redundant ones cannot be divided "
                         f"evenly among {ep_size} ranks"
                     )
                 continue
@@ -101,7 +101,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                     for window, start in itertools.product(windows, starts):
                         found.add(Setting(policy, redundant, ep_size, interval, window, start))
     if not found:
-        raise UsageError(notes[0] if notes else "there is no setting to try")
+        raise UsageError(notes[0] if notes else "there are no settings to try")
     return sorted(found, key=_order), notes
 
 

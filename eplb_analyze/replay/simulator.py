@@ -133,8 +133,8 @@ class Simulation:
         known = max([first, *(h.steps[0] if h.steps else end for h in self.histories)])
         if known >= end:
             raise NotReplayableError(
-                f"{self.run.path}: the placement of a layer is not known in these steps, so its loads have "
-                "no expert's name; record with physical_to_logical_map"
+                f"{self.run.path}: the placement of a layer is not known in these steps, so its loads "
+                f"cannot be assigned to experts; record with physical_to_logical_map"
             )
         return known
 

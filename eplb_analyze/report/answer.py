@@ -163,14 +163,14 @@ def cost_sentence(cost: RunCost) -> str:
     if cost.status is CostStatus.MEASURED:
         return (
             f"Imbalance costs {estimate} of each {step} step, {_percent(share.estimate)} "
-            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}{_coverage(cost)}."
+            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}.{_coverage(cost)}"
         )
     most = f"at most {milliseconds(ms.high)} of each {step} step ({_percent(share.high)})"
     return f"Imbalance has no measurable cost: {most}, by {by}."
 
 
 def _coverage(cost: RunCost) -> str:
-    return f"; {clean(cost.coverage)}" if cost.coverage else ""
+    return f" The cost is {clean(cost.coverage)}." if cost.coverage else ""
 
 
 def _recoverable(summary: Summary) -> list[str]:
@@ -346,7 +346,7 @@ def _end(incident: Incident, clock: RunClock) -> str:
             text = f"the rearrangement at {clock.label(ended.step)}"
             if expert is None or ended.replicas is None:
                 return text
-            return f"{text} gave expert {expert} {plural(ended.replicas, 'replica')}"
+            return f"{text} gave {plural(ended.replicas, 'replica')} to expert {expert}"
         case "traffic":
             return f"the traffic changed back at {clock.label(ended.step)}"
         case "rank_back":

@@ -138,7 +138,7 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         if not path.exists():
             raise DumpError(f"{path}: no such folder")
         if not path.is_dir():
-            raise DumpError(f"{path}: it is a file; give the folder that holds run=…")
+            raise DumpError(f"{path}: it is a file; pass the folder that contains run=…")
     wanted: list[str] = []
     root = places.absolute(path)
     while root.name.startswith(LEVEL_PREFIXES):
@@ -154,7 +154,7 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
     if not found.runs and narrowed:
         return discover(path)
     if not found.runs and not isinstance(path, Path) and not path.is_dir():
-        what = "it is an object; give the prefix that holds run=…" if path.exists() else "nothing is there"
+        what = "it is an object; pass the prefix that contains run=…" if path.exists() else "nothing is there"
         raise DumpError(f"{path}: {what}")
     if not found.runs:
         below = _dumps_below(path) if isinstance(path, Path) else []
@@ -189,7 +189,10 @@ def _find(root: StoragePath, wanted: list[str], prefix: str = RUN_PREFIX) -> Dis
         readable.append((folder, session.info))
         if session.source:
             found.rebuilt.append(folder)
-            text = f"{path_and_fault}; its content was taken from {session.source}; `recover` writes it again"
+            text = (
+                f"{path_and_fault}; its content was restored from {session.source} for this command; "
+                f"`recover` rewrites it"
+            )
             findings.append(Finding("warning", "session_rebuilt", text))
     for run_id in [*found.runs]:
         _separate_starts(found, run_id)
@@ -218,8 +221,8 @@ def _separate_starts(found: Discovery, run_id: str) -> None:
                 slug: kept for slug, all_ in models.items() if (kept := [s for s in all_ if s[0] in own])
             }
             found.findings |= {(own_id, slug): [*some] for (_, slug), some in findings.items()}
-            text = f"{len(starts)} engine starts were given the run id {run_id}; this is {own_id}, of "
-            text += f"{plural(len(sessions), 'session')}, and the others are runs of their own"
+            text = f"{len(starts)} engine starts share the run id {run_id}; this one is {own_id}, with "
+            text += f"{plural(len(sessions), 'session')}; each of the others is shown as a separate run"
             warning = Finding("warning", "several_starts", text)
             found.findings.setdefault((own_id, ""), []).append(warning)
 
@@ -362,7 +365,7 @@ def open_session(
         elif segment:
             sealed_names.add(entry.name)
         elif entry.name not in (SESSION_FILE, MANIFEST_FILE) and not entry.name.endswith(".tmp"):
-            text = f"{entry.path}: not a file of the format; ignored"
+            text = f"{entry.path}: not an eplb-dump file; ignored"
             findings.append(Finding("warning", "foreign_file", text))
     opened, gone, faults = _open_journals(journals, sizes)
     ended = [read.closed for read in opened.values() if read.closed is not None]
@@ -370,11 +373,11 @@ def open_session(
     manifest = _manifest(folder, info, set(gone))
     if sealed_names and all(entry.name != MANIFEST_FILE for entry in inside) and not manifest.entries:
         manifest = rebuilt_manifest(folder, info)
-        text = f"{folder / MANIFEST_FILE}: it is missing; segments are read from their files, and whether "
-        text += "the writer was closed is unknown; `recover` writes it again"
+        text = f"{folder / MANIFEST_FILE}: it is missing; segments are read from their files; whether "
+        text += "the writer was closed is unknown; `recover` rewrites it"
         findings.append(Finding("warning", "manifest_rebuilt", text))
     if manifest.fault is not None:
-        text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments it lists after that are skipped"
+        text = f"{folder / MANIFEST_FILE}: {manifest.fault}; segments listed after that are skipped"
         findings.append(Finding("error", "damaged_file", text))
     session.closed, session.part = manifest.closed, manifest.part
     for seq, path in gone.items():
@@ -447,7 +450,7 @@ def _tail_findings(journal: JournalSegment, path: StoragePath) -> Iterator[Findi
     """What lies behind the last readable frame of a journal."""
     lost = journal.tail.size - journal.tail.end
     if journal.tail.fault == "torn":
-        text = f"{path}: its last {lost} bytes are an unfinished write; all before them was read"
+        text = f"{path}: its last {lost} bytes are an incomplete write; everything before them was read"
         yield Finding("info", "torn_journal", text)
     elif journal.tail.fault is not None:
         text = f"{path}: damaged from byte {journal.tail.end} on; {lost} bytes skipped"
@@ -464,6 +467,7 @@ def _superseded(
         journal.close()
     if steps < sealed.step_rows:
         text = (
-            f"{path}: it has {steps} of {sealed.step_rows} steps; the sealed segment, which has all, is read"
+            f"{path}: it has {steps} of {sealed.step_rows} steps; the sealed segment has all of them and "
+            f"is read instead"
         )
         yield Finding("info", "superseded_journal", text)

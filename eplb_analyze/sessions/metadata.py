@@ -196,7 +196,7 @@ def _sealed_entry(
     for table, path in tables.items():
         own, data, size, rows = _own_metadata(path)
         if own["session"]["session_id"] != info.session_id:
-            raise FormatError("it is of another session")
+            raise FormatError("it belongs to another session")
         shape = None if own["shape"] is None else Shape(**own["shape"])
         listed[table] = SealedFile(path.name, size, rows, zlib.crc32(data))
     entry = SealedSegment(seq, 0, 0, shape, listed)

@@ -62,7 +62,7 @@ def decoded_bytes(read_at: Callable[[int, int], bytes], column: Any) -> int:
         for kind, encoding in _ENCODING.items():
             page = header.get(kind)
             if isinstance(page, dict) and page.get(encoding) not in ENCODINGS:
-                raise FormatError(f"a page has encoding {page.get(encoding)}, which no writer uses")
+                raise FormatError(f"a page has encoding {page.get(encoding)}, which the writer never uses")
         dictionary = header.get(_DICTIONARY)
         if isinstance(dictionary, dict) and not 0 <= dictionary.get(_NUM_VALUES, -1) <= column.num_values:
             raise FormatError("a dictionary has more entries than there are values")

@@ -150,14 +150,14 @@ class ParquetSegment:
         """Check that the lists have the lengths of the shape before memory is allocated for them."""
         shape = self.shape
         if shape is None or metadata.num_rows % shape.num_moe_layers:
-            raise FormatError("its rows are not those of the layers that the manifest says")
+            raise FormatError("its rows do not match the layers in the manifest")
         load_shape((shape.ep_size, shape.num_moe_layers, shape.num_physical_experts), self._info, None)
         wanted = {"rank_load": shape.ep_size, "load": shape.num_physical_experts}
         for group in _groups(metadata):
             for column in _columns(group):
                 width = wanted.get(column.path_in_schema.split(".")[0])
                 if width is not None and column.num_values != group.num_rows * width:
-                    raise FormatError("its lists are not as long as the manifest says")
+                    raise FormatError("the lengths of its lists do not match the manifest")
 
     def _read(self, opened: _TableFile, table: str, columns: list[str], group: int | None = None) -> pa.Table:
         """Some columns of a row group, or of all."""
@@ -393,7 +393,7 @@ def _codes(array: pa.DictionaryArray) -> tuple[npt.NDArray[np.int64], list[str]]
     texts = [str(text) for text in array.dictionary.to_pylist()]
     # A damaged page header, which no checksum covers, can hide the dictionary.
     if codes.min(initial=0) < -1 or codes.max(initial=-1) >= len(texts):
-        raise FormatError("it refers to a text that it does not have")
+        raise FormatError("it refers to a text that it does not contain")
     return codes, texts
 
 

@@ -81,8 +81,8 @@ def _mixed(by_rank: dict[tuple[str, int], list[Found]]) -> MixedStarts:
     ranks = sorted({rank for (_, rank), own in by_rank.items() if len(own) > 1})
     several = f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"
     return MixedStarts(
-        f"two engines recorded {several} at the same time, and their sessions do not say which belong "
-        "together. Figures would mix the engines; give each engine start a run id of its own"
+        f"two engines recorded {several} at the same time, and their sessions do not show which belong "
+        f"together. Figures would mix the engines; use a separate run id for each engine start"
     )
 
 

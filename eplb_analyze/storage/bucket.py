@@ -350,13 +350,16 @@ _REASONS = (
     (
         r"ACCESS_DENIED|INVALID_ACCESS_KEY|InvalidAccessKeyId|SIGNATURE|SignatureDoesNotMatch|TOKEN"
         r"|HTTP status 40[13]|PERMISSION_DENIED|UNAUTHENTICATED|default credentials",
-        "access denied: the credentials are missing, wrong or lack a permission "
-        "(docs/operate/storage.md lists where they are read from)",
+        "access denied: the credentials are missing, wrong or lack a permission (docs/operate/storage.md "
+        "shows where they are read from)",
     ),
     (r"HTTP status 301|redirect", "the bucket is in another region; append ?region=… to the address"),
-    (r"curlCode: 28|DEADLINE_EXCEEDED", "no answer in time"),
+    (r"curlCode: 28|DEADLINE_EXCEEDED", "the server did not respond in time"),
     (r"curlCode: 18\b", "the connection broke during the read"),
-    (r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|UNAVAILABLE", "the server fails"),
+    (
+        r"HTTP status 5\d\d|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|UNAVAILABLE",
+        "the server reported an internal error",
+    ),
     (r"NETWORK_CONNECTION|curlCode", "it cannot be reached"),
 )
 

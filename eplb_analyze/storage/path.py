@@ -60,7 +60,7 @@ def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
         return Path(where)
     scheme, rest = match[1].lower(), text[match.end() :]
     if scheme not in OPTIONS:
-        raise UsageError(f"{scheme}:// cannot be read; a dump is a folder, or lies under s3:// or gs://")
+        raise UsageError(f"{scheme}:// is not supported; a dump is a folder, s3://… or gs://…")
     if "@" in rest.split("/")[0]:
         # Credentials would show in messages and in the list of processes.
         raise UsageError(
@@ -71,7 +71,7 @@ def storage_path(where: str | os.PathLike[str] | StoragePath) -> StoragePath:
     for name in options:
         if name not in OPTIONS[scheme]:
             known = ", ".join(OPTIONS[scheme])
-            raise UsageError(f"{scheme}://{path}: no option {name!r}; there are: {known}")
+            raise UsageError(f"{scheme}://{path}: no option {name!r}; the options are: {known}")
     bucket, _, key = path.partition("/")
     if not bucket:
         raise UsageError(f"{text}: it names no bucket")

@@ -151,15 +151,17 @@ def _lost(run: Run) -> dict[str, str]:
     refused = "a compact run would hide this, so none is written"
     if summary.missing_ranks:
         ranks = plural(len(summary.expected_ranks), "rank")
-        raise DumpError(f"{run.path}: of {ranks}, {listed(summary.missing_ranks)} wrote nothing; {refused}")
+        raise DumpError(
+            f"{run.path}: rank {listed(summary.missing_ranks)} (of {ranks}) wrote nothing; {refused}"
+        )
     for lost in summary.lost_ranks:
         first = lost.steps.first
         text = f"rank {lost.rank} was lost at step {first}, which sums over all ranks cannot show"
         remedy = "keep it"
         if first:
             remedy = (
-                f"first copy the steps before (`copy --steps -{first - 1} SRC DST`, or fewer: a copy "
-                f"has whole segments, and none of them may hold step {first})"
+                f"first copy the earlier steps (`copy --steps -{first - 1} SRC DST`, or fewer: a copy "
+                f"consists of whole segments, and none of them may contain step {first})"
             )
         raise DumpError(f"{run.path}: {text}, so it is not compacted; {remedy}")
     count = steps.count(StepState.INCOMPLETE)
@@ -172,7 +174,7 @@ def _lost(run: Run) -> dict[str, str]:
         remedy = f"first copy the complete part (`copy --steps {whole} SRC DST`)"
         raise DumpError(f"{run.path}: {many} lack a rank: {why}; {refused}; {remedy}")
     incomplete_tail = not steps.incomplete_inside and steps.ends_together
-    text = f"{many} lacked a rank in the run it was made of: {why}"
+    text = f"{many} lacked a rank in the original run: {why}"
     return {"incomplete_end" if incomplete_tail else "incomplete_steps": text}
 
 
@@ -336,7 +338,7 @@ def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
     part = next((session.part for session in run.sessions if session.part is not None), None)
     if part is not None:
         asked = f"{part[0]} to " + ("the end" if part[1] >= NO_END - 1 else str(part[1]))
-        unknown["other_steps"] = f"the source was a copy of the segments that touch steps {asked}"
+        unknown["other_steps"] = f"the source was a copy of the segments that contain steps {asked}"
     files = [e for session in run.sessions for e in path.entries(session.folder)]
     source = f"{RUN_PREFIX}{first.run_id}/{MODEL_PREFIX}{model_slug(first.model)}"
     origin = Origin(

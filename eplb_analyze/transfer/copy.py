@@ -101,14 +101,15 @@ def copy_run(
     run_id, notes = choose_run(found, source, run)
     dump = found.root.resolve()
     if isinstance(dump, Path) and isinstance(to, Path) and dump in to.resolve().parents:
-        raise UsageError(f"{to}: it lies inside the dump that is copied; name another destination")
+        raise UsageError(f"{to}: it is inside the dump to copy; choose another destination")
     chosen = _choose_sessions(found, source, run_id, model, ranks)
     damaged = [f.text for f in found.findings_of(run_id) if f.severity == "error"]
     copies = [
         _SessionCopy(*session, steps, Target(to, *session)) for session in chosen if _in_place(*session)
     ]
     damaged += [
-        f"{folder / SESSION_FILE}: it is of model {info.model!r}, another folder's; session left out"
+        f"{folder / SESSION_FILE}: it states model {info.model!r}, which does not match its folder; "
+        f"session left out"
         for folder, info in chosen
         if not _in_place(folder, info)
     ]
@@ -119,7 +120,7 @@ def copy_run(
     try:
         touched = [touched for _, touched in ordered_map(_SessionCopy.inspect, copies, threads)]
         if steps is not None and not any(touched):
-            raise NotInDumpError(f"{source}: no segment of run {run_id} is in these steps")
+            raise NotInDumpError(f"{source}: run {run_id} has no segment with these steps")
         readable = [copy for copy in copies if not copy.unreadable]
         _copy_all(readable, to / f"{RUN_PREFIX}{run_and_start(run_id)[0]}", threads, progress)
     except OSError as error:
@@ -129,7 +130,7 @@ def copy_run(
     unsealed = sum(any(map(JOURNAL_PATTERN.fullmatch, copy.files)) for copy in copies)
     if unsealed:
         text = f"{plural(unsealed, 'session')} had a segment that was not sealed yet"
-        notes.append(f"{text}; if the run is still being written, the same copy later adds the rest")
+        notes.append(f"{text}; if the run is still being written, run the same copy later to add the rest")
     files = [file for copy in copies for file in copy.files.values()]
     return CopyReport(
         source=str(source),
@@ -161,7 +162,7 @@ def _choose_sessions(
         return sessions
     absent = sorted(set(ranks) - {info.ep_rank for _, info in sessions})
     if absent:
-        raise NotInDumpError(f"{source}: run {run_id} has nothing of rank {', '.join(map(str, absent[:8]))}")
+        raise NotInDumpError(f"{source}: run {run_id} has no data of rank {', '.join(map(str, absent[:8]))}")
     return [(folder, info) for folder, info in sessions if info.ep_rank in ranks]
 
 
@@ -344,7 +345,7 @@ class _SessionCopy:
             if journal.tail.fault == "damaged":
                 raise FormatError(f"damaged from byte {journal.tail.end} on")
             if journal.steps.step.min(initial=NO_END) >= StepRange.of(self.steps).end:
-                raise UnbegunJournal("it has no step to copy")
+                raise UnbegunJournal("it has no steps to copy")
             layers = 0 if journal.shape is None else journal.shape.num_moe_layers
             rows = len(journal.steps.step), len(journal.load_steps) * layers, len(journal.placements.step)
             self.rows[path.name] = sum(rows)

@@ -100,7 +100,9 @@ class Target:
         self._names = self.names()
         self._complete = SESSION_FILE in self._names
         if self._names and not self._complete and UNFINISHED_COPY not in self._names:
-            raise UsageError(f"{self.folder}: it holds files that no copy wrote; nothing was written")
+            raise UsageError(
+                f"{self.folder}: it contains files that `copy` did not write; nothing was written"
+            )
 
     def require_extendable(self, manifest: Manifest) -> None:
         """Raise UsageError if a complete session there has anything that this manifest does not list."""
@@ -111,10 +113,12 @@ class Target:
         except DamagedManifestError as fault:
             raise UsageError(f"{fault}; it was not changed") from None
         if not _covers(manifest, there):
-            held = "more than the steps asked for"
+            held = "more than the selected steps"
             if there.part is not None:
                 held = f"a copy of steps {StepRange(there.part[0], there.part[1] + 1)} only"
-            raise UsageError(f"{self.folder}: it holds {held} and was not changed; name another destination")
+            raise UsageError(
+                f"{self.folder}: it contains {held} and was not changed; choose another destination"
+            )
         if not (_files(there) <= _files(manifest) and there.closed in (None, manifest.closed)):
             path = self.folder / MANIFEST_FILE
             raise UsageError(f"{path}: it exists with different content, and was not changed")
@@ -207,9 +211,7 @@ class Target:
         """Take the lock; False if there are none. Raises UsageError if another copy has it."""
         taken = hold(self._mark_path, held) if isinstance(self._mark_path, Path) else None
         if taken is False:
-            raise UsageError(
-                f"{self.folder}: another copy is writing into it; wait until it ends, then copy again"
-            )
+            raise UsageError(f"{self.folder}: another copy is writing into it; when it has ended, copy again")
         return taken is True
 
     def _mark(self) -> None:
@@ -277,7 +279,7 @@ def _fetch(source: StoragePath | bytes, to: Path, size: int | None) -> tuple[int
         with source.open("rb") as read:
             if _digest(read, most=found) == content:
                 return content
-    raise FormatError(f"{MAX_READINGS} times two readings of it were not the same")
+    raise FormatError(f"two reads of it differed {MAX_READINGS} times in a row")
 
 
 def _journal_size(source: StoragePath) -> int:

@@ -83,7 +83,7 @@ def recover_dump(path: StoragePath, run: str | None = None, model: str | None = 
     runs = found.newest_first() if named is None else named
     sessions = [session for run_id in runs for session in found.sessions(run_id, model)]
     if model is not None and not sessions:
-        raise NotInDumpError(f"{path}: no model {model!r} in it")
+        raise NotInDumpError(f"{path}: it has no model {model!r}")
     report = RecoverReport()
     for folder, info in sessions:
         _seal_session(local(folder, "`recover`"), info, report, rebuilt=folder in found.rebuilt)

@@ -69,7 +69,7 @@ def read_step_times(run: Run, path: Path) -> StepTimes:
     largest = max(found, key=lambda match: len(match.step))
     note = f"{len(step):,} of {len(recorded.step):,} steps have a time from {series[0].source}, {largest.how}"
     if len(found) > 1:
-        note += f"; the slowest of {len(found)} engines or ranks counts"
+        note += f"; each step takes the time of the slowest of {len(found)} engines or ranks"
     if reasons:
         note += f", {plural(len(reasons), 'other')} left out: {reasons[0]}"
     return StepTimes(step, ms, "engine", note)
@@ -141,14 +141,17 @@ def _match(recorded: _Recorded, series: Series) -> _Matched:
     elif series.step is not None:
         at, how = _by_step(recorded, series.step, mine, theirs)
     else:
-        raise UsageError("its steps are neither in order nor have a clock time")
+        raise UsageError("its steps are unordered and have no clock times")
     inside = at >= 0
     if inside.sum() < MIN_OVERLAP:
         raise UsageError(f"only {inside.sum()} of its {len(at):,} steps are in the recording")
     agreement = {kind: correlation(a[inside], b[at[inside]]) for kind, (a, b) in known.items()}
     agreement = {kind: r for kind, r in agreement.items() if np.isfinite(r)}
     if not agreement:
-        how += "; whether they are of the same steps is not known, since neither tokens nor times vary"
+        how += (
+            "; whether they belong to the same steps cannot be verified, because neither tokens nor "
+            "times vary"
+        )
     else:
         how += "; correlation " + ", ".join(f"{r:.2f} with {kind}" for kind, r in agreement.items())
         kind, best = next(iter(agreement.items()))
@@ -156,9 +159,9 @@ def _match(recorded: _Recorded, series: Series) -> _Matched:
             # A table may hold another kind of time, by the recording's own steps.
             if series.source != TABLE or series.time is not None:
                 raise UsageError(
-                    f"its times are of other steps: correlation {best:.2f} with {kind} of this run"
+                    f"its times belong to other steps: correlation {best:.2f} with {kind} of this run"
                 )
-            how += ", which does not show that they are of the same steps"
+            how += ", which does not show that they belong to the same steps"
         _require_everywhere(recorded.step, mine[inside], theirs, at[inside])
     return _Matched(recorded.step[at[inside]], series.ms[inside], how)
 
@@ -169,7 +172,7 @@ def _by_step(recorded: _Recorded, step: Int64, mine: Float64, theirs: Float64) -
     shift = best_shift(_dense(step, mine), _dense(recorded.step, theirs), expected)
     offset = 0 if shift is None or np.isnan(shift.correlation) else shift.by - expected
     if shift is not None and offset and not shift.is_clear:
-        raise UsageError("its steps are numbered otherwise than the recording's, and several offsets fit")
+        raise UsageError("its step numbers differ from the recording's, and several offsets fit")
     wanted = step + offset
     at = np.searchsorted(recorded.step, wanted).clip(max=len(recorded.step) - 1)
     at = np.where(recorded.step[at] == wanted, at, -1)
@@ -270,8 +273,8 @@ def _require_everywhere(step: Int64, mine: Float64, theirs: Float64, at: Int64) 
                 best = max(found, key=lambda by: found[by].score)
                 first, last = (int(step[at[i]]) for i in (part[0], part[-1]))
                 raise UsageError(
-                    f"its steps do not stay with the recording's: steps {first}-{last} fit better by "
-                    f"{best:+d}; cut the file at the place"
+                    f"its step numbers drift from the recording's: steps {first}-{last} fit better with "
+                    f"an offset of {best:+d}; split the file there"
                 )
 
 

@@ -48,7 +48,7 @@ class Settings:
             return None
         text = environment.get(INTERVAL_VARIABLE, "") or "1"
         if not (text.isascii() and text.isdigit() and 1 <= int(text) < 1 << 31):
-            raise ValueError(f"{INTERVAL_VARIABLE} must be a whole number of steps from 1 on, not {text!r}")
+            raise ValueError(f"{INTERVAL_VARIABLE} must be a whole number of steps, at least 1, not {text!r}")
         return cls(folder, int(text))
 
 
@@ -102,5 +102,5 @@ def read_from_store(
         store.wait([key], timedelta(seconds=timeout))
         return store.get(key).decode() or None
     except Exception as error:  # stores raise various errors
-        warn_once(logger, f"EP rank 0 did not say which run it records into ({type(error).__name__})")
+        warn_once(logger, f"EP rank 0 did not publish its run id ({type(error).__name__})")
         return None

@@ -89,7 +89,7 @@ def register() -> None:
             if isinstance(recorder, expert_distribution._ExpertDistributionRecorderNoop):
                 warn_once(
                     logger,
-                    "expert loads are not recorded: SGLang counts them only with "
+                    "expert-load recording is off: SGLang counts tokens per expert only with "
                     "--expert-distribution-recorder-mode stat",
                 )
             else:
@@ -109,7 +109,7 @@ def _off(error: Exception) -> None:
     except metadata.PackageNotFoundError:
         version = "of unknown version"
     warn_once(
-        logger, f"expert loads are not recorded (SGLang {version} goes on): {type(error).__name__}: {error}"
+        logger, f"expert-load recording is off; SGLang {version} continues: {type(error).__name__}: {error}"
     )
 
 
@@ -123,7 +123,7 @@ def _attach(recorder: Any, settings: Settings) -> None:
     # (layers/layer_boundary) use the same predicate.
     scattered = is_moe_input_scattered_across_dp_ranks()
     if parallel.moe_dp_size > 1 or (scattered and parallel.moe_tp_size > 1):
-        raise NotImplementedError("several processes of one EP rank see different tokens")
+        raise NotImplementedError("several processes of one EP rank count different tokens")
     if parallel.moe_tp_rank > 0:
         return  # the same tokens as on moe_tp_rank 0
     recording = _Recording(recorder, _token_counter(scattered))

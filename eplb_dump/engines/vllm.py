@@ -97,9 +97,9 @@ def _install(module: Any, settings: Settings) -> None:
             and callable(module.get_node_count)
         )
         if not known:
-            raise AttributeError("its EPLB state has another shape")
+            raise AttributeError("its EPLB state has a different layout")
     except (AttributeError, TypeError, ValueError) as error:
-        warn_once(logger, f"expert-load recording is off: vLLM {version()} is not known ({error})")
+        warn_once(logger, f"expert-load recording is off: vLLM {version()} is not supported ({error})")
         return
 
     def recorder_of(self: Any) -> _Recorder:
@@ -119,7 +119,7 @@ def _install(module: Any, settings: Settings) -> None:
     state.step = step
     prepare = getattr(state, "prepare_forward", None)
     if prepare is None:
-        warn_once(logger, f"tokens of steps are not recorded: vLLM {version()} is not known")
+        warn_once(logger, f"the tokens of steps are not recorded: vLLM {version()} is not supported")
         return
 
     @functools.wraps(prepare)
@@ -193,7 +193,9 @@ class _Recorder:
             part(*arguments)
         except Exception as error:
             self._off = True
-            text = f"expert-load recording is off, vLLM {version()} goes on: {type(error).__name__}: {error}"
+            text = (
+                f"expert-load recording is off; vLLM {version()} continues: {type(error).__name__}: {error}"
+            )
             warn_once(logger, text)
 
     def forward(self, model_config: Any, num_unpadded_tokens: int) -> None:

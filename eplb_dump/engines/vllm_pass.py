@@ -48,7 +48,7 @@ class CurrentPass:
         self._off = True
         self.clear()
         warn_once(
-            logger, f"phases and tokens of steps are not recorded: vLLM {version()} is not known ({why})"
+            logger, f"phases and tokens of steps are not recorded: vLLM {version()} is not supported ({why})"
         )
 
     def scheduled(self, output: Any) -> None:
@@ -75,7 +75,7 @@ class CurrentPass:
         if self._off:
             return None
         if self._scheduled is None:
-            self._stop("its model runner has another shape")
+            self._stop("its model runner has a different layout")
             return None
         try:
             return phase(self._scheduled)

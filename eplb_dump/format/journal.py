@@ -362,7 +362,7 @@ class JournalSegment:
                 raise FormatError(f"the frame at byte {item.start} lacks {error}") from None
         if info is None:
             if self.tail.fault != "damaged" and size < _MAX_FIRST_FRAME:
-                raise UnbegunJournal("nothing but an unfinished write is in it")
+                raise UnbegunJournal("it contains only an incomplete write")
             raise FormatError("its first frame cannot be read")
         self.info = info
         self.steps = StepRows.concat(step_parts)
@@ -512,7 +512,7 @@ def load_shape(sizes: tuple[int, int, int], info: SessionInfo, earlier: Shape | 
             f"its {shape.num_moe_layers} layers × {info.num_logical_experts} experts are too many"
         )
     if info.moe_layers is not None and len(info.moe_layers) != shape.num_moe_layers:
-        raise FormatError("it holds loads of another number of layers than its session names")
+        raise FormatError("its loads have a different number of layers than its session states")
     if earlier not in (None, shape):
         raise FormatError("it holds loads of two shapes")
     return shape

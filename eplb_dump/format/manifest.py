@@ -62,7 +62,7 @@ class ExpertSums:
             in_order = np.array_equal(sums.layer[first], np.arange(shape.num_moe_layers))
             if in_order and sums.load.min(initial=0) >= 0:
                 return sums
-        raise FormatError("its sums of a sealed segment contradict its shape")
+        raise FormatError("its sums for a sealed segment contradict the segment's shape")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class SealedSegment:
             segment._validate()
             segment = replace(segment, sums=ExpertSums.from_arrays(frame.arrays, shape))
         except (KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"its entry of a sealed segment is malformed ({error})") from None
+            raise FormatError(f"its entry for a sealed segment is malformed ({error})") from None
         return segment
 
     def _validate(self) -> None:
@@ -115,11 +115,11 @@ class SealedSegment:
         if self.shape is not None:
             numbers += vars(self.shape).values()
         if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
-            raise FormatError("its entry of a sealed segment has an invalid number")
+            raise FormatError("its entry for a sealed segment has an invalid number")
         if self.shape is not None and self.shape.impossible:
-            raise FormatError("its entry of a sealed segment has an impossible shape")
+            raise FormatError("its entry for a sealed segment has an impossible shape")
         if any(f.name != segment_name(t, self.seq) for t, f in self.files.items() if t in SCHEMAS):
-            raise FormatError("its entry of a sealed segment names a foreign file")
+            raise FormatError("its entry for a sealed segment names a foreign file")
 
 
 @dataclass

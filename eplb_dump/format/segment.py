@@ -57,7 +57,7 @@ def footer(size: int, read_at: Callable[[int, int], bytes]) -> bytes:
     tail = read_at(size - start, start)
     length = struct.unpack("<I", tail[-8:-4])[0] + 8 if len(tail) >= 12 else size
     if tail[-4:] != b"PAR1" or length + 4 > size:
-        raise FormatError("it is not a whole Parquet file")
+        raise FormatError("it is not a complete Parquet file")
     return tail[-length:] if length <= len(tail) else read_at(length, size - length)
 
 

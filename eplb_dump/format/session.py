@@ -170,7 +170,7 @@ class SessionInfo:
                 raise FormatError(f"its session metadata says {name} = {value!r}")
         layers = self.moe_layers or ()
         if len(layers) > MAX_LAYERS or not all(0 <= number <= MAX_LOAD for number in layers):
-            raise FormatError(f"its session metadata names {len(layers)} layers, or numbers beyond all sense")
+            raise FormatError(f"its session metadata lists {len(layers)} layers, or impossible layer numbers")
         for name in ("engine", "engine_version"):
             if not isinstance(getattr(self, name), str | None):
                 raise FormatError(f"its session metadata says {name} = {getattr(self, name)!r}")

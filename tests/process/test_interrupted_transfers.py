@@ -430,7 +430,7 @@ def test_without_locks_two_processes_make_a_run_of_one_name_apart(
                 (second.root / "run=x/model=m").mkdir(parents=True)
             (first.root / "run=x/model=other").mkdir(parents=True)
 
-    with pytest.raises(UsageError, match="created it meanwhile"):
+    with pytest.raises(UsageError, match="has just created it"):
         make_both()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "run=x",

@@ -70,4 +70,4 @@ def test_reaching_the_limit_of_open_files_is_not_reported_as_damage(tmp_path: Pa
     *_, done, error, ended = err.splitlines()
     assert (done, ended) == ("100 0", "5 3")
     assert error.startswith("eplb-analyze: error: ")
-    assert error.endswith("too many open files; allow more with `ulimit -n 4096`")
+    assert error.endswith("too many open files; raise the limit with `ulimit -n 4096`")

@@ -49,7 +49,7 @@ def _parse_ranks(text: str | None) -> list[int] | None:
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high:
             raise typer.BadParameter(
-                f"{text!r} is not a list of ranks; write for example 0-3,7", param_hint="--ranks"
+                f"{text!r} is not a list of ranks; write, for example, 0-3,7", param_hint="--ranks"
             )
         found |= set(range(low, high + 1))
     return sorted(found)

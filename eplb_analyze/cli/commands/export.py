@@ -156,7 +156,7 @@ def placement(
                 raise typer.BadParameter("this option applies only with --policy", param_hint=name)
     elif step is not None:
         raise typer.BadParameter(
-            "a policy makes a placement from a range of steps; give --steps instead", param_hint="--step"
+            "a policy computes a placement from a range of steps; use --steps instead", param_hint="--step"
         )
     if num_hidden_layers is not None and target is not Target.sglang:
         raise typer.BadParameter(

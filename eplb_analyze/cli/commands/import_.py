@@ -111,7 +111,7 @@ def import_(
     """
     if format is not None and format not in FORMATS:
         raise typer.BadParameter(
-            f"no format {format!r}; there are: {', '.join(FORMATS)}", param_hint="--format"
+            f"no format {format!r}; choose one of: {', '.join(FORMATS)}", param_hint="--format"
         )
     numbers = _parse_layers(layers)
     from eplb_analyze.transfer.importers.import_dump import Options, import_dump
@@ -153,5 +153,7 @@ def _parse_layers(text: str | None) -> tuple[int, ...] | None:
     else:
         numbers = []
     if not numbers or numbers != sorted(set(numbers)):
-        raise typer.BadParameter(f"{text!r} is neither A-B nor an ascending list", param_hint="--layers")
+        raise typer.BadParameter(
+            f"{text!r} is neither a range A-B nor an ascending list", param_hint="--layers"
+        )
     return tuple(numbers)

@@ -43,7 +43,7 @@ def layer(
     """Show the load of each rank, slot and expert of a layer, in a step, a range or the whole run."""
     if step is not None and steps is not None:
         raise typer.BadParameter(
-            "--step and --steps cannot be combined; give one of them", param_hint="--step"
+            "--step and --steps cannot be combined; use one of them", param_hint="--step"
         )
     from eplb_analyze.analysis.layer import layer_report
 

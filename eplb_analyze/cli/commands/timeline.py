@@ -42,13 +42,13 @@ def timeline(
 
     if formula not in NAMES:
         raise typer.BadParameter(
-            f"no formula {formula!r}; there are: {', '.join(NAMES)}", param_hint="--formula"
+            f"no formula {formula!r}; choose one of: {', '.join(NAMES)}", param_hint="--formula"
         )
     run = out.open()
     if not out.json:
         fit = max(1, console(sys.stdout).width - MARGIN)
         if bins is not None and bins > fit:
-            out.notes([f"{bins} bins do not fit; these are {fit} (--json gives all)"])
+            out.notes([f"{bins} bins do not fit, so {fit} are shown; --json has all"])
         bins = min(bins or fit, fit)
     result = compute(run, formula, bins or DEFAULT_BINS, layer, steps)
     out.show(result.to_json, lambda console: render(console, result), result.steps)

@@ -44,7 +44,7 @@ def watch(
     Press Ctrl-C to exit.
     """
     if not once and out.json:
-        raise UsageError("--json prints one view; add --once")
+        raise UsageError("--json requires --once")
     if not once and not sys.stdout.isatty():
         raise UsageError("the live view needs a terminal; add --once to print one view")
     folder = local(out.dump, "`watch`")
@@ -85,7 +85,7 @@ def _live(follow: Callable[[], Follower], dump: Path, interval: float) -> None:
                     # The writer creates the folder at the engine's first step: wait for it.
                     if follower is not None or (dump.exists() and not dump.is_dir()):
                         raise
-                    shown = [Text(clean(error)), Text("waiting for it; Ctrl-C ends", style="dim")]
+                    shown = [Text(clean(error)), Text("waiting for it; press Ctrl-C to exit", style="dim")]
                 live.update(Group(*shown), refresh=True)
                 time.sleep(max(0.0, due - time.monotonic()))
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ def render(console: Console, run: Run, report: CheckReport) -> None:
     seen = "no step" if first is None or last is None else steps_label(console, first, last)
     print_line(console, f"{seen}: {', '.join(parts)}")
     damaged = any(finding.code == "damaged_file" for finding in report.findings)
-    verified = "" if damaged else ", all checksums right"
+    verified = "" if damaged else ", all checksums correct"
     ranks, sessions = plural(len(run.present_ranks), "rank"), plural(len(run.sessions), "session")
     print_line(console, f"{ranks} in {sessions}{verified}")
     print_line(console)
@@ -38,4 +38,4 @@ def render(console: Console, run: Run, report: CheckReport) -> None:
         print_line(console, (f"{mark} {finding.severity}", style), f" [{finding.code}]")
         print_line(console, finding.text, indent=4)
     if not report.findings:
-        print_line(console, "nothing found")
+        print_line(console, "no problems found")

@@ -139,7 +139,9 @@ def _in_time(result: Comparison) -> list[str]:
         ms, part = times.step_ms, times.imbalance_ms
         if ms.difference is None or ms.a is None or ms.b is None:
             continue
-        phase = f"{clean(times.phase)} steps" if len(result.step_times) > 1 else "steps"
+        name = clean(times.phase)
+        several = len(result.step_times) > 1
+        phase = "steps" if not several else name if name.startswith("steps ") else f"{name} steps"
         if ms.verdict in ("better", "worse"):
             text = (
                 f"{phase} take {milliseconds(abs(ms.difference))} {'longer' if ms.difference > 0 else 'less'}"

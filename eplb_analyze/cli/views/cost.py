@@ -33,7 +33,7 @@ def render(console: Console, cost: RunCost) -> None:
     rest = steps - sum(phase.steps for phase in shown.values())
     print_line(console, (cost.evidence, "dim"))
     if rest:
-        print_line(console, (f"and {plural(rest, 'step')} of rare phases, not measured", "dim"))
+        print_line(console, (f"not measured: {plural(rest, 'step')} of rare phases", "dim"))
 
 
 def _phase(console: Console, phase: PhaseCost, prefix: str) -> None:
@@ -49,5 +49,5 @@ def _phase(console: Console, phase: PhaseCost, prefix: str) -> None:
 def idle(cost: RunCost) -> str:
     """What an idle fraction, which counts tokens, says of time."""
     if cost.ms_per_step is not None:
-        return " by tokens, not by time: its cost in time is above"
-    return " by tokens: time lost only if time grows with tokens"
+        return " (counted in tokens, not time; for the cost in time see above)"
+    return " (counted in tokens; this is lost time only if time is proportional to tokens)"

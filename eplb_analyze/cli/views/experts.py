@@ -32,13 +32,12 @@ WIDE = 100
 def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, cold: bool) -> None:
     when = print_report_heading(console, report)
     print_line(console, f"{when}, in {plural(report.windows, 'window')} of {report.window:,}")
-    _replicas(console, report)
     _hottest(console, report)
+    _replicas(console, report)
     counts, factor = report.counts, report.hot_factor
-    verdicts = f"{counts['always']:,} always hot, {counts['bursts']:,} in bursts, {counts['never']:,} never"
-    dead = f", {counts['dead']:,} of them dead" if counts["dead"] else ""
-    print_line(console, f"of {plural(counts['experts'], 'expert')} {verdicts}; {counts['cold']:,} cold{dead}")
-    _drift(console, report)
+    verdicts = f"{counts['always']:,} always hot, {counts['bursts']:,} hot in bursts, {counts['cold']:,} cold"
+    dead = f" ({counts['dead']:,} dead)" if counts["dead"] else ""
+    print_line(console, f"{plural(counts['experts'], 'expert')}: {verdicts}{dead}")
     print_notes(console, report.notes)
     console.print()
     if hot or not cold:
@@ -46,21 +45,20 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         bursts = report.hot.filter(verdict="bursts").sort(
             "peak_times_mean", descending=True, maintain_order=True
         )
-        _table(console, report, "hot in bursts, the highest peak first", bursts, top)
+        _table(console, report, "hot in bursts, highest peak first", bursts, top)
     if cold or not hot:
         _table(console, report, "cold", report.cold, top)
-    judged = _judged(report, "of all steps")
-    legend = (
-        f"hot in a window: {factor:g}x the layer's mean or more; cold: 1/{factor:g} or less over all steps; "
-        f"load: over the layer's mean, by the loads {judged}; due: slots that this load is worth (! a slot "
-        "or more short); *: two replicas on one rank"
-    )
-    wide = (
-        "; x mean: by the loads of all steps; uneven: the fullest replica over their mean"
-        if console.width >= WIDE
-        else ""
-    )
-    print_line(console, (legend + wide, "dim"))
+    _drift(console, report)
+    judged = _judged(report, "over all steps")
+    legend = [
+        f"hot: at least {factor:g}x the layer's mean in a window; cold: at most 1/{factor:g} over all steps",
+        f"load: times the layer's mean, {judged}; due: replicas that this load justifies (!: one or more "
+        "are missing); *: two replicas on one rank",
+    ]
+    if console.width >= WIDE:
+        legend.append("x mean: load over all steps; uneven: the fullest replica divided by their mean")
+    for text in legend:
+        print_line(console, (text, "dim"))
 
 
 def _since_change(report: ExpertReport) -> bool:
@@ -87,7 +85,7 @@ def _replicas(console: Console, report: ExpertReport) -> None:
     if since is not None and _since_change(report):
         loads = f"{steps_label(console, since, report.last_step)}, since the last rearrangement"
     found = (", ".join(wrong), "bold") if wrong else "no expert has too few or too many"
-    print_line(console, "replicas: ", found, f" (by the loads of {loads})")
+    print_line(console, "replicas: ", found, f" (judged by the loads of {loads})")
 
 
 def _hottest(console: Console, report: ExpertReport) -> None:
@@ -103,7 +101,7 @@ def _hottest(console: Console, report: ExpertReport) -> None:
         shown.append((row["layer"], row["logical"]))
         times, since = row["placement_times_mean"], step_label(console, row["first_hot_step"])
         at = "" if times is None else f", {times:.1f}x the mean {_judged(report, 'over all steps')}"
-        print_line(console, "hottest of those still hot: ", (_name(row), "bold"), f"{at}, hot since {since}")
+        print_line(console, "hottest at the end: ", (_name(row), "bold"), f"{at}, hot since {since}")
     for row in peaks:
         if (row["layer"], row["logical"]) not in shown:
             steps = steps_label(console, row["first_hot_step"], row["last_hot_step"])
@@ -118,13 +116,14 @@ def _name(row: dict[str, Any]) -> str:
 def _drift(console: Console, report: ExpertReport) -> None:
     if not report.drift:
         return
-    lags = [f"{d.lag}: {percent(d.overlap, 0)}" for d in report.drift]
-    hottest = "hottest" if report.hot_set == 1 else f"{report.hot_set} hottest"
+    first, *later = report.drift
+    lags = [f"{percent(first.overlap, 0)} after {plural(first.lag, 'window')}"]
+    lags += [f"{percent(d.overlap, 0)} after {d.lag}" for d in later]
+    hottest = "hottest expert" if report.hot_set == 1 else f"{report.hot_set} hottest experts"
     chance = percent(report.chance_overlap, 0)
-    print_line(
-        console,
-        f"a layer's {hottest} that are the same some windows later (by chance {chance}): {', '.join(lags)}",
-    )
+    text = f"overlap of each layer's {hottest} with those of later windows: {', '.join(lags)} "
+    text += f"(by chance: {chance})"
+    print_line(console, (text, "dim"))
 
 
 def _table(console: Console, report: ExpertReport, title: str, frame: pl.DataFrame, top: int) -> None:
@@ -154,7 +153,7 @@ def _cells(row: dict[str, Any], wide: bool) -> list[Any]:
     due, now = figure(row["due_replicas"], 1), row["placement_times_mean"]
     return [
         str(row["logical"]),
-        heat(figure(now, 2), now or 0.0),
+        heat(figure(now, 2), now),
         *([f"{row['times_mean']:.2f}"] if wide else []),
         f"{row['peak_times_mean']:.2f}",
         *([percent(row["persistence"]), figure(row["burstiness"], 2)] if wide else []),

@@ -167,18 +167,20 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         console.width - sum(widths) - GAP * (len(widths) + several), [names[id(row)] for row in rows], models
     )
     heads = ["<run", *(["<model"] if several else []), *(name for name, _ in shown)]
-    listing = table(console, *heads, title=f"what lost most first{limited(len(rows), of)}")
+    listing = table(console, *heads, title=f"most GPU time lost first{limited(len(rows), of)}")
     for number, row in enumerate(rows):
         name = styled((_short_path(names[id(row)], for_name), "" if wide else _state_style(row)))
         listing.add_row(name, *([_short_path(models[number], for_model)] if several else []), *cells[number])
     console.print(listing)
     legend = (
-        "lost: GPU time that imbalance cost in phases whose cost can be measured, – if there are none; idle: "
-        "by tokens, not by time; incidents: how many; of the worst, the layer (L), the expert (E) or rank "
-        "(R), and when it began (UTC)"
+        "lost: GPU time lost to imbalance, in phases with a measurable cost (– if there are none); idle: "
+        "counted in tokens, not time; incidents: their number, and for the worst its layer (L), expert (E) "
+        "or rank (R), and start (UTC)"
     )
-    legend += "; worst: the least balanced layer and the costliest rank" if wide else ""
-    legend += "; helped: of the rearrangements that can be judged" if "helped" not in hidden else ""
+    legend += "; worst: the least balanced layer and the rank with the most excess tokens" if wide else ""
+    legend += (
+        "; helped: rearrangements that helped, of those that can be judged" if "helped" not in hidden else ""
+    )
     print_line(console, (legend, "dim"))
     if hidden:
         text = f"no room for {listed(hidden)}: {WIDE} columns show them, --json has all"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import heat
+from eplb_analyze.cli.charts import NOTABLE, heat
 from eplb_analyze.cli.console import limited, print_heading, print_line, print_notes, steps_of, styled, table
 from eplb_analyze.text import counter, figure, percent, plural
 
@@ -14,12 +14,8 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.ranks import LayerHeat, RankReport, Straggler
 
 
-#: A layer is even if no rank's load differs from the layer's mean by more than this share.
-EVEN = 0.1
-
-
 def render(console: Console, report: RankReport, by: str, top: int = 8, *, every: bool = False) -> None:
-    """``every``: show the layers in which all ranks are within ``EVEN`` of the mean, too."""
+    """``every``: show the layers in which all ranks are within ``NOTABLE`` of the mean, too."""
     print_heading(console, report.model, f" · run {report.run_id} · {steps_of(console, report)}")
     if not report.active:
         console.print("no tokens")
@@ -28,14 +24,14 @@ def render(console: Console, report: RankReport, by: str, top: int = 8, *, every
     costliest = sorted(members, key=lambda m: (-m.excess_tokens, m.number))
     worst = costliest[0]
     idle = percent(report.idle_fraction)
-    console.print(f"idle {idle} by tokens; `summary` shows what imbalance cost in time")
+    console.print(f"idle {idle}, counted in tokens; `summary` shows the cost in time")
     if report.loss_tokens:
         share, often = percent(worst.excess_share), percent(worst.slowest_share)
         text = (
             (f"{by} {worst.number}", "bold"),
-            f": {share} of it; slowest in {often} of layers × steps",
+            f" causes the most waiting: {share} of it; slowest in {often} of layers × steps",
         )
-        print_line(console, "waiting most for ", *text)
+        print_line(console, *text)
     print_notes(console, report.notes)
     console.print()
     _grid(console, report, by, costliest, every)
@@ -44,17 +40,17 @@ def render(console: Console, report: RankReport, by: str, top: int = 8, *, every
 
 def _grid(console: Console, report: RankReport, by: str, costliest: list[Straggler], every: bool) -> None:
     """Layer × rank: the load over the layer's mean, in as much detail as fits."""
-    layers = [layer for layer in report.layers if every or _unevenness(layer, by)[0] > EVEN]
+    layers = [layer for layer in report.layers if every or _unevenness(layer, by)[0] > NOTABLE]
     even = len(report.layers) - len(layers)
     if layers:
         uneven, number, value, layer_number = max((*_unevenness(layer, by), layer.layer) for layer in layers)
-        if uneven > EVEN:
+        if uneven > NOTABLE:
             text = f"layer {layer_number}, {by} {number}: {value:.2f}x the mean"
             print_line(console, "farthest from the mean: ", (text, "bold red" if value > 1 else "bold"))
         _cells(console, report, by, costliest, layers)
     if even:
         of = plural(len(report.layers), "layer")
-        print_line(console, f"{even} of {of} within {percent(EVEN, 0)}; --all shows them")
+        print_line(console, f"{even} of {of} within {percent(NOTABLE, 0)}; --all shows them")
         console.print()
 
 
@@ -78,13 +74,13 @@ def _cells(
         # If columns are left out, readers cannot count, so each column needs its number.
         width = 2 if 2 * len(costliest) <= room else len(tag) + 1
     shown = sorted(m.number for m in costliest[: max(1, room // width)])
-    title = f"load of each {by}{', per rank,' if by == 'node' else ''} over the layer's mean"
+    title = f"load of each {by}{', per rank,' if by == 'node' else ''} divided by the layer's mean"
     if compact:
-        title += ", in tenths above (+) or below (−) it"
+        title += " (+3: 1.3x, ·: the mean)"
     print_line(console, (title, "bold"))
     left_out = len(costliest) - len(shown)
     if left_out:
-        console.print(f"the {len(shown)} of {len(costliest)} {by}s that cost most")
+        console.print(f"only the {len(shown)} of {len(costliest)} {by}s that cause the most waiting")
     print_line(console, (f"{'layer':>{label}} {_header(shown, by[0], width)}", "dim"))
     for layer in layers:
         values = layer.nodes if by == "node" else layer.ranks
@@ -93,7 +89,7 @@ def _cells(
             value = values[number]
             text = "–" if value is None else _tenths(value) if compact else f"{value:.2f}"
             cell = f"{text:>{width - 1}} " if width > 2 else f"{text:>2}"
-            cells.append_text(styled(cell) if value is None else heat(cell, value))
+            cells.append_text(heat(cell, value))
         console.print(cells)
     console.print()
 
@@ -121,14 +117,14 @@ def _tenths(value: float) -> str:
 def _table(console: Console, by: str, costliest: list[Straggler], top: int) -> None:
     shown = costliest[:top]
     count, excess = counter(m.load for m in costliest), counter(round(m.excess_tokens) for m in costliest)
-    title = f"{by}s by what waiting for them cost{limited(top, len(costliest))}"
-    columns = (by, "tokens", "x mean", "slowest in", "excess tokens", "share")
+    title = f"{by}s that the others wait for most{limited(top, len(costliest))}"
+    columns = (by, "tokens", "x mean", "slowest in", "excess tokens", "of all excess")
     listing = table(console, *columns, title=title)
     for m in shown:
         listing.add_row(
             f"{by[0]}{m.number}",
             count(m.load),
-            heat(figure(m.times_mean, 2), m.times_mean or 0.0),
+            heat(figure(m.times_mean, 2), m.times_mean),
             percent(m.slowest_share),
             excess(round(m.excess_tokens)),
             percent(m.excess_share),

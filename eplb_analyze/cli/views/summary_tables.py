@@ -23,13 +23,13 @@ def render(console: Console, result: Summary, top: int = 5) -> None:
     console.print()
     cost.render(console, result.cost)
     if result.lost_rank_seconds:
-        print_line(console, f"{duration(result.lost_rank_seconds)} of GPU time lost, by that cost")
+        print_line(console, f"GPU time lost to imbalance: {duration(result.lost_rank_seconds)}")
     console.print()
     _figures(console, result)
     if len(result.configurations) > 1 and result.last_configuration_steps is not None:
         first, last = result.last_configuration_steps
         text = "EP size, slots or serving ranks changed: "
-        text += f"ranks, losses and experts below are of steps {first}-{last}"
+        text += f"ranks, losses and experts below cover steps {first}-{last}"
         print_line(console, (text, "yellow"))
         console.print()
     _layers(console, result, top)
@@ -82,21 +82,21 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         console,
         "better placement could remove at most ",
         (most, "bold"),
-        f" of the excess tokens, which persist in loads summed over {plural(loss.window_steps, 'step')}; "
-        "the rest varies from step to step",
+        " of the excess tokens, the share that persists in loads summed over "
+        f"{plural(loss.window_steps, 'step')}; the rest varies from step to step",
     )
     console.print()
     if loss.stretches and ordered(result):
         width = result.timeline[0].last_step - result.timeline[0].first_step + 1
-        title = "worst stretches" + (f", in parts of {width:,} steps" if width > 1 else "")
-        columns = ("<steps", *_time_column(console), "excess tokens", "of all loss")
+        title = "worst periods" + (f", in bins of {width:,} steps" if width > 1 else "")
+        columns = ("<steps", *_time_column(console), "excess tokens", "of all excess")
         listing = table(console, "layer", "rank", *columns, title=title)
         for s in loss.stretches[:top]:
             steps = (f"{s.first_step}-{s.last_step}", *_time(console, s.first_step))
             listing.add_row(str(s.layer), str(s.rank), *steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
         console.print(listing)
     ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
-    console.print(f"costliest ranks (share of all loss): {ranks}")
+    console.print(f"ranks with the most excess tokens (share of all): {ranks}")
     console.print()
     if result.phases:
         listing = table(console, "<phase", "steps", "balancedness", "idle")
@@ -105,14 +105,14 @@ def _losses(console: Console, result: Summary, top: int) -> None:
         console.print(listing)
         rest = result.steps.count(StepState.RECORDED) - sum(p.steps for p in result.phases)
         if rest:
-            print_line(console, (f"and {plural(rest, 'step')} of no stated phase", "dim"))
+            print_line(console, (f"and {plural(rest, 'step')} without a recorded phase", "dim"))
         console.print()
 
 
 def _layers(console: Console, result: Summary, top: int) -> None:
     active = [layer for layer in result.layers if layer.balancedness is not None]
     worst = sorted(active, key=lambda layer: (layer.balancedness or 0.0, layer.layer))[:top]
-    title = f"worst layers ({top} of {len(active)})" if len(active) > top else "layers, the worst first"
+    title = f"worst layers ({top} of {len(active)})" if len(active) > top else "layers, worst first"
     listing = table(
         console, "layer", "balancedness", "<", "imbalance", "slowest rank", "in steps", title=title
     )
@@ -121,7 +121,7 @@ def _layers(console: Console, result: Summary, top: int) -> None:
             str(layer.layer),
             figure(layer.balancedness),
             bar(layer.balancedness or 0.0),
-            heat(figure(layer.imbalance), layer.imbalance or 0.0),
+            heat(figure(layer.imbalance), layer.imbalance),
             "–" if layer.worst_rank is None else str(layer.worst_rank),
             percent(layer.worst_rank_share, 0),
         )
@@ -135,7 +135,7 @@ def _layers(console: Console, result: Summary, top: int) -> None:
 def _hot_experts(console: Console, result: Summary, top: int) -> None:
     if not result.hot_experts:
         return
-    title = "hottest experts (share of the layer)"
+    title = "hottest experts"
     listing = table(console, "layer", "expert", "share", "x mean", "replicas", title=title)
     for e in result.hot_experts[:top]:
         times = heat(f"{e.times_mean:.2f}", e.times_mean)
@@ -145,7 +145,7 @@ def _hot_experts(console: Console, result: Summary, top: int) -> None:
 
 
 def _configurations(console: Console, result: Summary) -> None:
-    title = "configurations: the shape changed, and nothing is summed across"
+    title = "configurations (sums never combine two of them)"
     columns = ("EP", "slots", "recorded", "balancedness", "idle")
     listing = table(console, "<steps", *_time_column(console), *columns, title=title)
     for c in result.configurations:

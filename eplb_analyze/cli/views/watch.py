@@ -29,9 +29,6 @@ SPAN = 0.1
 #: Columns of the rankings, and of one rank in the list beside them.
 LAYERS, RANKS, EXPERTS, CELL = 37, 43, 38, 10
 
-#: A rank's load is colored if it is at least this far from the mean.
-NOTABLE_DEVIATION = 0.05
-
 #: The view reports silence that lasts longer.
 QUIET_SECONDS = 3.0
 
@@ -202,14 +199,13 @@ def _layers(look: Snapshot, rows: int) -> list[Text]:
         both = [layer.balancedness, recent[layer.layer].balancedness if recent else None]
         return min((value for value in both if value is not None), default=1.0)
 
-    lines = [Text("worst layers", style="bold"), Text("layer  balanced   10 s  slowest rank", style="dim")]
+    lines = [Text("worst layers", style="bold"), Text("layer   balance   10 s  slowest", style="dim")]
     for layer in sorted(look.layers, key=worse)[:rows]:
         now = recent.get(layer.layer, layer)
         line = Text(f"{layer.layer:>5}  {figure(layer.balancedness):>8}  ")
         line.append(f"{figure(now.balancedness if recent else None):>5}  ")
         if now.worst_rank is not None and now.worst_rank_share is not None:
-            line.append(f"r{now.worst_rank:<3}{percent(now.worst_rank_share, 0):>5} ")
-            line.append(bar(now.worst_rank_share, 3), "red")
+            line.append(f"r{now.worst_rank:<3} {percent(now.worst_rank_share, 0):>4}")
         lines.append(line)
     return lines
 
@@ -225,7 +221,7 @@ def _ranks(look: Snapshot, rows: int) -> list[Text]:
         return -max((value for value in both if value is not None), default=0.0), rank.rank
 
     lines = [
-        Text("the others wait for", style="bold"),
+        Text("ranks that the others wait for", style="bold"),
         Text("rank  x mean   10 s  of waiting   10 s", style="dim"),
     ]
     for rank in sorted(look.ranks, key=cost)[:rows]:
@@ -235,7 +231,7 @@ def _ranks(look: Snapshot, rows: int) -> list[Text]:
         line.append("  ").append_text(_load(None if now is None else now.times_mean, 5))
         share = None if now is None else now.excess_share
         line.append(f"  {percent(rank.excess_share, 0):>10}  {percent(share, 0):>5} ")
-        line.append(bar((rank.excess_share if now is None else share) or 0.0, 4), "red")
+        line.append(bar((rank.excess_share if now is None else share) or 0.0, 4), "dim")
         lines.append(line)
     return lines
 
@@ -275,12 +271,8 @@ def _hot_experts(look: Snapshot, width: int) -> list[Text]:
 
 
 def _load(times_mean: float | None, width: int) -> Text:
-    """A rank's load over the mean, colored only if it differs notably."""
-    from rich.text import Text
-
-    text = f"{figure(times_mean, 2):>{width}}"
-    off = times_mean is not None and abs(times_mean - 1) >= NOTABLE_DEVIATION
-    return heat(text, times_mean or 0.0) if off else Text(text)
+    """A rank's load over the mean."""
+    return heat(f"{figure(times_mean, 2):>{width}}", times_mean)
 
 
 def _beside(panels: Sequence[Sequence[Text]], widths: Sequence[int]) -> Iterable[Text]:
@@ -340,7 +332,9 @@ def _problems(look: Snapshot) -> list[Text]:
     lost = [w for w in look.writers if w.lost]
     if lost:
         at = ", ".join(str(w.last_step) if w.last_step is not None else "none" for w in lost[:6])
-        found.append(f"{_named([w.rank for w in lost])} lost, last step {at}: the engine goes on without it")
+        found.append(
+            f"{_named([w.rank for w in lost])} lost, last step {at}: the engine continues without it"
+        )
     stopped = [w for w in look.writers if w.stopped and not w.lost]
     if stopped:
         first = min(stopped, key=lambda w: w.last_step or 0)

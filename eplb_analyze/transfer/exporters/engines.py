@@ -38,7 +38,7 @@ def with_all_hidden_layers(placement: Placement, num_hidden_layers: int) -> Plac
     beyond = [layer for layer in placement.layers if layer >= num_hidden_layers]
     if beyond:
         raise UsageError(
-            f"the placement is of layers {placement.layers[0]} to {beyond[-1]}, so the model has more than "
+            f"the placement has layers {placement.layers[0]} to {beyond[-1]}, so the model has more than "
             f"{num_hidden_layers} hidden layers (see num_hidden_layers in its config.json)"
         )
     first = policy.initial(placement.num_logical_experts, placement.num_physical_experts)
@@ -55,8 +55,8 @@ def sglang(placement: Placement) -> str:
     """
     if placement.layers != tuple(range(len(placement.layers))):
         raise UsageError(
-            "SGLang takes row n for hidden layer n, and layers are missing from this placement; "
-            "give --num-hidden-layers"
+            "SGLang uses row n for hidden layer n, and layers are missing from this placement; pass "
+            "--num-hidden-layers"
         )
     require_loadable(placement)
     return json.dumps({"physical_to_logical_map": placement.physical_to_logical_map.tolist()}) + "\n"

@@ -89,8 +89,8 @@ def export_loads(
     def export() -> LoadExport:
         if missing := run.estimated(steps).missing_ranks:
             raise DumpError(
-                f"{run.path}: every step lacks the loads of rank {listed(missing)}, and a file of loads "
-                "cannot say so; nothing is written (`summary`, `experts` and `replay` show estimates)"
+                f"{run.path}: every step lacks the loads of rank {listed(missing)}, and the exported file "
+                f"could not show this; nothing is written (`summary`, `experts` and `replay` show estimates)"
             )
         with atomic.new_file(file, force=force) as out:
             written = write(run, format, out, steps, chosen)
@@ -120,12 +120,12 @@ def _write_long(
 
     rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
     if not recorded:
-        raise DumpError(f"{run.path}: no step of these is complete (see `check`)")
+        raise DumpError(f"{run.path}: none of these steps is complete (see `check`)")
     notes = run.import_caveats("step_order", *PLACEMENTS)
     if lost:
         notes.append(
-            "the file cannot show which ranks were lost, so figures of its import are means over all ranks; "
-            f"lost in some of these steps: rank {listed(sorted(lost))}"
+            f"rank {listed(sorted(lost))} was lost in some of these steps; the file cannot show this, so "
+            "if you import it, means include the lost ranks"
         )
     return {
         "steps": whole,
@@ -199,10 +199,10 @@ def logical_loads(
         run, (max(low, known), high), lambda shape: LogicalSums(run, shape), estimate=estimate
     )
     if known > max(low, first or 0):
-        notes.append(f"steps before {known} are left out: a layer's placement is not known there")
+        notes.append(f"steps before {known} are left out, because the placement of a layer is not known")
     no_expert = 1 - sums.logical.sum() / max(1, sums.physical)
     if no_expert > 0:
-        notes.append(f"{100 * no_expert:.2g}% of the tokens fell on slots of no expert and are left out")
+        notes.append(f"{100 * no_expert:.2g}% of the tokens went to slots without an expert and are left out")
     return sums, whole, notes
 
 

@@ -104,14 +104,14 @@ def recorded_placement(run: Run, step: int | None = None) -> SourcePlacement:
     absent = [layer for layer in run.info.layers if layer not in known]
     if absent:
         raise UsageError(
-            f"at step {report.step} no placement is known for {plural(len(absent), 'layer')}, the first "
+            f"at step {report.step}, no placement is known for {plural(len(absent), 'layer')}, first "
             f"{absent[0]}; choose another --step"
         )
     shapes = {(p.ep_size, p.num_physical_experts) for p in report.layers}
     if len(shapes) > 1:
         raise UsageError(
-            f"at step {report.step} layers have placements of {len(shapes)} shapes, as ep_size or the number "
-            "of slots was being changed; choose another --step"
+            f"at step {report.step}, layers have placements with {len(shapes)} different shapes, because "
+            f"ep_size or the number of slots was changing; choose another --step"
         )
     rows = np.array([p.ranks for p in report.layers], np.int32).reshape(len(known), -1)
     placement = Placement(tuple(known), report.layers[0].ep_size, run.info.num_logical_experts, rows)
@@ -161,7 +161,7 @@ def policy_placement(
     slots = info.num_logical_experts + redundant if redundant is not None else shape.num_physical_experts
     ranks = ep_size if ep_size is not None else shape.ep_size
     if slots > MAX_EXPERTS:
-        raise UsageError(f"{slots:,} slots are more than a placement holds, which is {MAX_EXPERTS:,}")
+        raise UsageError(f"{slots:,} slots are too many; a placement holds at most {MAX_EXPERTS:,}")
     if num_nodes is not None and ranks % num_nodes:
         raise UsageError(f"--num-nodes: {ranks} EP ranks cannot be divided evenly among {num_nodes} nodes")
     nodes = num_nodes if num_nodes is not None else _nodes(info.ranks_per_node, ranks, notes)
@@ -197,7 +197,7 @@ def policy_placement(
 def _nodes(ranks_per_node: int | None, ranks: int, notes: list[str]) -> int:
     """The number of nodes; one, with a note, if the ranks do not fill nodes of the recorded size."""
     if uneven := uneven_nodes(ranks, ranks_per_node):
-        notes.append(f"{uneven[0]}; the policy is given one node (--num-nodes)")
+        notes.append(f"{uneven[0]}; the policy assumes one node (--num-nodes)")
         return 1
     return max(1, ranks // ranks_per_node) if ranks_per_node else 1
 
@@ -292,8 +292,8 @@ def _numbered(
         return replace(placement, layers=tuple(range(first_layer, first_layer + len(placement.layers))))
     if target in engines.BY_LAYER_NUMBER and not _names_layers(run) and not _has_all_rows(run):
         notes.append(
-            "the dump does not name its layers, so the first is assumed to be the model's layer 0; "
-            "if dense layers come before it, give --first-layer"
+            "the dump does not name its layers, so the first is assumed to be the model's layer 0; if "
+            "dense layers come before it, pass --first-layer"
         )
     return placement
 
@@ -306,6 +306,6 @@ def _num_hidden_layers(run: Run, placement: Placement, given: int | None) -> int
     if _has_all_rows(run):
         return len(placement.layers)
     raise UsageError(
-        "SGLang needs a row for every hidden layer, and the dump does not say how many the model has; "
-        "give --num-hidden-layers (num_hidden_layers in the model's config.json)"
+        "SGLang needs a row for every hidden layer, and the dump does not state their number; pass "
+        "--num-hidden-layers (num_hidden_layers in the model's config.json)"
     )

@@ -51,8 +51,8 @@ def repaired(placement: Placement, weight: npt.NDArray[Any] | None = None) -> tu
     experts, devices = placement.num_logical_experts, placement.ep_size
     if placement.num_physical_experts > experts * devices:
         raise UsageError(
-            f"{placement.num_physical_experts // devices} slots a device are more than the model's {experts} "
-            "experts, so an expert must be twice on a device, which vllm-ascend cannot load"
+            f"{placement.num_physical_experts // devices} slots per device exceed the model's {experts} "
+            f"experts, so a device would hold an expert twice, which vllm-ascend cannot load"
         )
     rows = placement.physical_to_logical_map.copy()
     layers = swaps = replaced = 0
@@ -123,8 +123,8 @@ def text(placement: Placement) -> str:
             experts, counts = np.unique(own, return_counts=True)
             if (counts > 1).any():
                 raise UsageError(
-                    f"expert {experts[counts > 1][0]} is twice on device {device} in layer {layer}, "
-                    "which vllm-ascend cannot load; --repair moves spare copies to other devices"
+                    f"device {device} holds expert {experts[counts > 1][0]} twice in layer {layer}, which "
+                    f"vllm-ascend cannot load; pass --repair to move spare copies to other devices"
                 )
     layer_list = [
         {

@@ -39,7 +39,7 @@ from eplb_analyze.transfer.importers.step_columns import StepColumns
 from eplb_dump.format.journal import Int32
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS, Scope
 
-PASSES = "of how many forward passes the one step is the sum"
+PASSES = "how many forward passes the single step sums up"
 #: The key of a JSON document with a record for each step, and the keys of its loads.
 HISTORY = "load_history"
 LOGICAL, PHYSICAL = "logical_expert_load", "physical_expert_load"
@@ -84,12 +84,12 @@ def read(path: Path, options: Options) -> Reading:
         reading.num_logical_experts = rows.width
     if rows.kind == HISTORY:
         reading.assumed["step_order"] = f"the records of {HISTORY} are in time order"
-        reading.unknown["step_numbers"] = "the numbers of steps: records are counted from 0"
+        reading.unknown["step_numbers"] = "the step numbers: records are counted from 0"
     elif rows.kind == "[layers, experts]":
         reading.unknown["passes"] = PASSES
     else:
-        ordered_rows(reading, options, "an array does not say whether its rows are in time order")
-        reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
+        ordered_rows(reading, options, "an array does not state whether its rows are in time order")
+        reading.unknown["step_numbers"] = "the step numbers: rows are counted from 0"
     return reading
 
 
@@ -124,9 +124,8 @@ def _files(path: Path, options: Options) -> dict[int | None, Path]:
     if rank is not None and options.ep_size != 1 and not table.has_slots(path):
         # The load is the sum over all ranks: one rank's part would give wrong figures.
         raise UsageError(
-            f"{path}: by its name the counts ([layers, experts] or rows of layer_id, expert_id, count) are "
-            f"of rank {rank} alone; give the folder that has a file per rank, or rename a file that holds "
-            "the sum over all ranks"
+            f"{path}: its name suggests that it has only the counts of rank {rank}; pass the folder with "
+            f"one file per rank. If the file has the sums over all ranks, rename it"
         )
     return {None: path}
 
@@ -169,7 +168,9 @@ def _of_array(path: Path, rows: Array, kind: str) -> _Rows:
 
 def _require_possible(path: Path, shape: tuple[int, ...]) -> None:
     if shape[0] > MAX_LAYERS or shape[1] > MAX_EXPERTS:
-        raise DumpError(f"{path}: it has {shape[0]:,} layers of {shape[1]:,} experts, which no model has")
+        raise DumpError(
+            f"{path}: it has {shape[0]:,} layers with {shape[1]:,} experts each, more than any model"
+        )
 
 
 def is_history(path: Path) -> bool:
@@ -192,7 +193,9 @@ def _history(path: Path) -> _Rows:
         for where, item in json_items(path, HISTORY):
             own, array = _load_of(where, item)
             if own != key or array.shape != start.shape:
-                raise DumpError(f"{where}: it has {own} {array.shape}, the first record {key} {start.shape}")
+                raise DumpError(
+                    f"{where}: it has {own} {array.shape}, but the first record has {key} {start.shape}"
+                )
             held.append(array)
             if len(held) == CHUNK:
                 yield Chunk(np.arange(count, count + CHUNK, dtype=np.int64), np.stack(held))
@@ -239,7 +242,9 @@ def _choose(path: Path, wanted: str | None) -> str:
     shapes = npz_shapes(path)
     if wanted is not None:
         if wanted not in shapes:
-            raise UsageError(f"{path}: no array {wanted!r} in it; there are: {', '.join(list(shapes)[:10])}")
+            raise UsageError(
+                f"{path}: it has no array {wanted!r}; its arrays are: {', '.join(list(shapes)[:10])}"
+            )
         return wanted
     fitting = [
         name
@@ -248,7 +253,7 @@ def _choose(path: Path, wanted: str | None) -> str:
     ]
     if not fitting:
         raise DumpError(
-            f"{path}: no array of counts in it; there are: {', '.join(list(shapes)[:10]) or 'none'}"
+            f"{path}: it has no array of counts; its arrays are: {', '.join(list(shapes)[:10]) or 'none'}"
         )
     if len(fitting) > 1 and "load" not in fitting:
         raise UsageError(
@@ -260,7 +265,7 @@ def _choose(path: Path, wanted: str | None) -> str:
 def read_csv(path: Path) -> Array:
     """Whole numbers, one row per layer. Raises DumpError."""
     if regular(path) > MAX_TEXT:
-        raise DumpError(f"{path}: a text of more than {MAX_TEXT >> 20} MiB")
+        raise DumpError(f"{path}: it is larger than {MAX_TEXT >> 20} MiB")
     rows: list[list[int]] = []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         try:
@@ -278,7 +283,8 @@ def read_csv(path: Path) -> Array:
                 rows.append([int(cell) for cell in cells])
                 if len(rows[-1]) != len(rows[0]):
                     raise DumpError(
-                        f"{path}: line {number} has {len(rows[-1])} counts, the first {len(rows[0])}"
+                        f"{path}: line {number} has {len(rows[-1])} counts, but the first line has "
+                        f"{len(rows[0])}"
                     )
         except csv.Error as error:
             raise DumpError(f"{path}: {error}") from None

@@ -60,7 +60,7 @@ def detect(path: Path, options: Options) -> str:
             raise UsageError(
                 f"{path}: files of several formats ({', '.join(sorted(found))}); choose with --only"
             )
-        raise DumpError(f"{path}: it holds no file of a supported format")
+        raise DumpError(f"{path}: it contains no file in a supported format")
     return _of_file(path)
 
 
@@ -82,8 +82,8 @@ def _of_file(path: Path) -> str:
         return "array"
     if start.lstrip()[:1] == b"[":
         raise UsageError(
-            f"{path}: a list can be counts [layers, experts] (--format array) or a placement, which "
-            "--placement takes beside a source of loads; say which"
+            f"{path}: the list can be counts [layers, experts] or a placement; for counts, pass --format "
+            f"array; a placement belongs to --placement, together with a source of loads"
         )
     if path.suffix == ".safetensors":
         return "trtllm"  # which asks for the folder
@@ -95,8 +95,8 @@ def _of_file(path: Path) -> str:
 def _by_dimensions(path: Path, dimensions: int) -> str:
     if dimensions == 3:
         raise UsageError(
-            f"{path}: three dimensions can be [steps, layers, experts] (--format array) or vllm-ascend's "
-            "[layers, ranks, slots] (--format ascend); say which"
+            f"{path}: three dimensions can be [steps, layers, experts] or vllm-ascend's [layers, ranks, "
+            f"slots]; pass --format array or --format ascend"
         )
     return "array"
 
@@ -109,7 +109,7 @@ def _of_torch(path: Path) -> str:
         raise _placement_error(path)
     if isinstance(document, dict) and {"records", "logical_count"} & set(document):
         return "sglang"
-    raise DumpError(f"{path}: a .pt file that is neither of SGLang's recorder nor one tensor")
+    raise DumpError(f"{path}: the .pt file is neither from SGLang's recorder nor a single tensor")
 
 
 def _of_json(path: Path) -> str:
@@ -122,17 +122,18 @@ def _of_json(path: Path) -> str:
     except DumpError:
         document = read_json(path)  # one document, not JSON lines
     if not isinstance(document, dict):
-        raise DumpError(f"{path}: a JSON document of an unknown kind")
+        raise DumpError(f"{path}: the JSON document is not in a supported format")
     if vllm.is_stats(document) or vllm.is_snapshot(document):
         return "vllm"
     if "logical_count" in document:
         return "sglang"
     if placement_files.is_placement(document):
         raise _placement_error(path)
-    raise DumpError(f"{path}: a JSON document of an unknown kind")
+    raise DumpError(f"{path}: the JSON document is not in a supported format")
 
 
 def _placement_error(path: Path) -> DumpError:
     return DumpError(
-        f"{path}: a placement, which has no loads in it; --placement takes it beside a source of loads"
+        f"{path}: the file is a placement and contains no loads; pass it as --placement, together with a "
+        f"source of loads"
     )

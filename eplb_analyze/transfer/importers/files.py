@@ -165,7 +165,9 @@ def integers(value: Any, shape_of: int, where: str) -> Array:
     try:
         array = np.array(value)
     except (ValueError, OverflowError, RecursionError):
-        raise DumpError(f"{where}: lists of different lengths, or no numbers") from None
+        raise DumpError(
+            f"{where}: its lists have different lengths, or contain something other than numbers"
+        ) from None
     if array.dtype.kind not in "iu" or array.ndim != shape_of or not array.size:
         raise DumpError(f"{where}: it must be whole numbers in {shape_of} dimensions")
     return array
@@ -233,11 +235,13 @@ def npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
                 # Before anything is unpacked: a header alone can claim 4 GiB.
                 if entry.file_size > max(MAX_SMALL, MAX_RATIO * entry.compress_size):
                     raise DumpError(f"{where}: {entry.compress_size:,} bytes that unpack to "
-                                    f"{entry.file_size:,}, which no recorder writes")  # fmt: skip
+                    f"{entry.file_size:,}, which is suspicious")  # fmt: skip
                 with archive.open(entry) as file:
                     shape, dtype, start = _header(file, where)
                 if math.prod(shape) * dtype.itemsize != entry.file_size - start:
-                    raise DumpError(f"{where}: it claims {shape} of {dtype}, which is not what is there")
+                    raise DumpError(
+                        f"{where}: it claims {shape} of {dtype}, which does not match its content"
+                    )
                 found[name.removesuffix(".npy")] = (shape, dtype)
     except BROKEN_ARCHIVE as error:
         raise DumpError(f"{path}: its archive cannot be read ({error})") from None
@@ -277,12 +281,12 @@ def by_rank(paths: list[Path]) -> dict[int, Path]:
     for path in paths:
         rank = rank_of(path)
         if rank is None:
-            one_of(paths, "files, of which not all names have a rank (as in rank0)")
-            raise UsageError(f"{path}: its name says no rank, as rank0 does")
+            one_of(paths, "files, but not every name contains a rank (as in rank0)")
+            raise UsageError(f"{path}: its name does not contain a rank (as in rank0)")
         if rank in found:
             raise UsageError(
-                f"{path.parent}: rank {rank} has several files ({found[rank].name}, {path.name}), "
-                "of recordings of their own; choose with --only 'PATTERN'"
+                f"{path.parent}: rank {rank} has several files ({found[rank].name}, {path.name}), from "
+                f"different recordings; choose with --only 'PATTERN'"
             )
         found[rank] = path
     return found
@@ -292,6 +296,6 @@ def one_of(paths: list[Path], what: str) -> Path:
     """The only path. Raises UsageError if there are several."""
     if len(paths) > 1:
         names = ", ".join(p.name for p in paths[:4]) + (" …" if len(paths) > 4 else "")
-        raise UsageError(f"{paths[0].parent}: {len(paths)} {what} ({names}), each a recording of its own; "
-                       "name one of them, or choose with --only 'PATTERN'")  # fmt: skip
+        raise UsageError(f"{paths[0].parent}: {len(paths)} {what} ({names}), each a separate recording; "
+        f"pass one of them, or choose with --only 'PATTERN'")  # fmt: skip
     return paths[0]

@@ -76,7 +76,7 @@ def import_dump(
     if options.ep_size is not None and not 1 <= options.ep_size <= MAX_EXPERTS:
         raise ValueError(f"ep_size must be 1 to {MAX_EXPERTS}, not {options.ep_size}")
     if into.exists() and not into.is_dir():
-        raise DumpError(f"{into}: it is a file; give the folder of a dump")
+        raise DumpError(f"{into}: it is a file; pass the folder of a dump")
     if source.is_symlink():
         raise DumpError(f"{source}: a symbolic link, which is not followed")
     if not source.exists():

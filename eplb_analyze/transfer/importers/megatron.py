@@ -41,7 +41,7 @@ class _RankFile:
         if any(a.dtype.kind not in "iu" for a in [*numbers, arrays["loads"]]):
             raise DumpError(f"{path}: its numbers are not all whole numbers")
         if any(arrays[name].ndim for name in _SCALARS):
-            raise DumpError(f"{path}: its sizes are no single numbers")
+            raise DumpError(f"{path}: its sizes are not single numbers")
         self.rank, self.ep_size, _, self.slots = (int(arrays[name]) for name in _SCALARS)
         self.layers = tuple(arrays["layer_numbers"].ravel().tolist())
         self.group = tuple(arrays["ep_group_ranks"].ravel().tolist())
@@ -50,11 +50,11 @@ class _RankFile:
         if self.loads.ndim != 3 or self.loads.shape[2] != self.slots or len(self.layers) > MAX_LAYERS:
             raise DumpError(f"{path}: loads has the shape {self.loads.shape}")
         if counts.shape != (len(self.layers),) or len(self.loads) != len(self.layers) or not self.layers:
-            raise DumpError(f"{path}: loads, layer_numbers and forward_counts are of different lengths")
+            raise DumpError(f"{path}: loads, layer_numbers and forward_counts have different lengths")
         if counts.min() < 0 or counts.max() > self.loads.shape[1]:
             raise DumpError(f"{path}: forward_counts go beyond the {self.loads.shape[1]} rows of loads")
         if not 0 <= self.rank < self.ep_size:
-            raise DumpError(f"{path}: it is of EP rank {self.rank} of {self.ep_size}")
+            raise DumpError(f"{path}: it claims to be from EP rank {self.rank} of {self.ep_size}")
         self.whole, self.begun = int(counts.min()), int(counts.max())
 
     def chunks(self) -> Iterator[Chunk]:
@@ -69,14 +69,14 @@ def read(path: Path, options: Options) -> Reading:
     if path.is_dir() and options.only is None:
         paths = [p for p in paths if is_megatron(p)]
         if not paths:
-            raise DumpError(f"{path}: no {VERSION} in it")
+            raise DumpError(f"{path}: it contains no {VERSION} file")
     files: dict[int, _RankFile] = {}
     for one in paths:
         file = _RankFile(one)
         if file.rank in files:
             raise UsageError(
-                f"{path}: EP rank {file.rank} has several files ({files[file.rank].path.name}, {one.name}), "
-                "of captures or EP groups of their own; choose with --only 'PATTERN'"
+                f"{path}: EP rank {file.rank} has several files ({files[file.rank].path.name}, "
+                f"{one.name}), from different captures or EP groups; choose with --only 'PATTERN'"
             )
         files[file.rank] = file
     first = next(iter(files.values()))
@@ -84,19 +84,20 @@ def read(path: Path, options: Options) -> Reading:
         for what in ("group", "ep_size", "layers", "slots"):
             if getattr(file, what) != getattr(first, what):
                 raise UsageError(
-                    f"{file.path}: its {what} differs from that of {first.path.name}: files of two EP "
-                    "groups; choose with --only 'PATTERN'"
+                    f"{file.path}: its {what} differs from that of {first.path.name}, so the files are "
+                    f"from two EP groups; choose with --only 'PATTERN'"
                 )
     notes = [
-        f"rank {rank}: {plural(file.begun - file.whole, 'forward pass')} left out that not all layers have"
+        f"rank {rank}: {plural(file.begun - file.whole, 'forward pass')} left out, because some layers "
+        f"lack them"
         for rank, file in sorted(files.items())
         if file.begun > file.whole
     ]
     if not any(file.whole for file in files.values()):
-        raise DumpError(f"{path}: no forward pass in it is whole")
+        raise DumpError(f"{path}: it contains no complete forward pass")
     numbers = tuple(sorted(first.layers))
     if numbers != first.layers or len(set(numbers)) != len(numbers) or numbers[0] < 0:
-        raise DumpError(f"{first.path}: layer_numbers are not ascending")
+        raise DumpError(f"{first.path}: layer_numbers are not in ascending order")
     return Reading(
         SYSTEM, "expert loads", [file.path for file in files.values()], True, Scope.LOCAL,
         {rank: file.chunks for rank, file in sorted(files.items())}, len(first.layers), first.slots,

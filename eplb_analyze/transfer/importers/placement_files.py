@@ -75,7 +75,7 @@ def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
     if "initial_global_assignments" in document:  # vLLM PR 41141; layers are counted from 0
         rows = _by_number(path, document["initial_global_assignments"])
         if list(rows) != list(range(len(rows))):
-            raise DumpError(f"{path}: its layers are not counted from 0 on")
+            raise DumpError(f"{path}: its layers are not numbered from 0")
         return _checked(path, list(rows.values()))
     if "layer_list" in document:
         return _checked(path, _ascend(path, document["layer_list"]))
@@ -91,7 +91,7 @@ def _json(path: Path, document: Any, model: str | None) -> PlacementFile:
         found = _checked(path, document[MAP])
         numbers = tuple(plain_int(n, 0, MAX_LAYERS) for n in document["layers"])
         if len(numbers) != len(found.slots) or None in numbers:
-            raise DumpError(f"{path}: its layers are not those of its {MAP}")
+            raise DumpError(f"{path}: its layers do not match its {MAP}")
         return PlacementFile(found.slots, tuple(n for n in numbers if n is not None))
     more = set(document) - {MAP, "version", "format"}
     if MAP not in document or more:
@@ -123,7 +123,7 @@ def _ascend(path: Path, layers: Any) -> list[list[int]]:
 def _by_number(path: Path, assignments: Any) -> dict[int, Any]:
     """``{layer number: slots}``, ascending; the keys can be ints or strings."""
     if not isinstance(assignments, dict) or not 0 < len(assignments) <= MAX_LAYERS:
-        raise DumpError(f"{path}: its initial_global_assignments are no layers")
+        raise DumpError(f"{path}: its initial_global_assignments are not layers")
     rows = {}
     for key, value in assignments.items():
         text = str(key)
@@ -141,7 +141,7 @@ def _trtllm(path: Path) -> PlacementFile:
             f"{path}: reading YAML needs PyYAML: pip install 'eplb-dump[analyze,import]'"
         ) from None
     if regular(path) > MAX_TEXT:
-        raise DumpError(f"{path}: a text of more than {MAX_TEXT >> 20} MiB")
+        raise DumpError(f"{path}: it is larger than {MAX_TEXT >> 20} MiB")
     # Both loaders build plain values only; the first is in C and not always there. Without merge keys (<<),
     # which copy, an alias is only another name of a value, so a small file cannot grow.
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -160,14 +160,14 @@ def _trtllm(path: Path) -> PlacementFile:
     assignments, updates = document.get("initial_global_assignments"), document.get("layer_updates_per_iter")
     if not assignments:
         raise DumpError(
-            f"{path}: it has no initial_global_assignments, so it does not say which expert is in which "
-            "slot; --placement unknown imports loads by slot without it"
+            f"{path}: it has no initial_global_assignments, so it does not state which expert is in which "
+            f"slot; --placement unknown imports loads by slot"
         )
     if updates != 0:
         raise DumpError(
             f"{path}: layer_updates_per_iter is {_shown(updates)}, so the balancer moves experts while "
-            "serving and which one was in a slot later is not known; --placement unknown imports loads by "
-            "slot without it"
+            f"serving, and the file does not state later placements; --placement unknown imports loads by "
+            f"slot"
         )
     rows = _by_number(path, assignments)
     found = _checked(path, list(rows.values()))
@@ -197,7 +197,7 @@ def _checked(path: Path, rows: Any) -> PlacementFile:
         widths = {len(row) if isinstance(row, list) else -1 for row in rows}
         numbers = all(type(n) is int for row in rows if isinstance(row, list) for n in row[: MAX_EXPERTS + 1])
         if len(widths) != 1 or min(widths) < 1 or max(widths) > MAX_EXPERTS or not numbers:
-            raise DumpError(f"{path}: its layers are not lists of experts of one length")
+            raise DumpError(f"{path}: its layers are not lists of experts with equal lengths")
         rows = integers(rows, 2, str(path))
     if (
         rows.ndim != 2
@@ -207,5 +207,5 @@ def _checked(path: Path, rows: Any) -> PlacementFile:
     ):
         raise DumpError(f"{path}: it has the shape {rows.shape}, not [layers, slots]")
     if rows.min() < EMPTY_SLOT or rows.max() >= MAX_EXPERTS:
-        raise DumpError(f"{path}: it names impossible experts")
+        raise DumpError(f"{path}: it contains invalid expert numbers")
     return PlacementFile(rows.astype(np.int32))

@@ -30,8 +30,8 @@ from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, Scope
 
 UNKNOWN_MODEL = "unknown"
 EXAMPLE = (
-    "--placement linear says that expert e is in slot e, round_robin that it is on rank e % EP size, "
-    "--placement FILE names an engine's placement file"
+    "pass --placement linear if expert e is in slot e, --placement round_robin if it is on rank e % EP "
+    "size, or an engine's placement file"
 )
 
 
@@ -67,16 +67,16 @@ def make_plan(reading: Reading, options: Options) -> Plan:
     width = reading.width if placement is None else placement.shape[1]
     if width % ep_size or width > MAX_EXPERTS:
         raise UsageError(
-            f"{where}: {width} slots do not divide among {ep_size} ranks; see --ep-size, --placement, "
-            "--num-experts"
+            f"{where}: {width} slots cannot be divided evenly among {ep_size} ranks; see --ep-size, "
+            f"--placement, --num-experts"
         )
     replication = _token_replication(reading, options, where)
     if replication is None:
         reading.unknown["token_replication"] = (
-            "whether tokens are counted several times; taken as once (--token-replication)"
+            "whether tokens are counted several times; assumed: once (--token-replication)"
         )
     if not reading.timed:
-        reading.unknown["times"] = "when the steps were"
+        reading.unknown["times"] = "the clock times of the steps"
     if options.model is None and reading.model is None:
         reading.unknown["model"] = "the model's name (--model)"
     model = options.model or reading.model or UNKNOWN_MODEL
@@ -106,20 +106,24 @@ def make_plan(reading: Reading, options: Options) -> Plan:
 def _token_replication(reading: Reading, options: Options, where: Path) -> int | None:
     stated, given = reading.token_replication, options.token_replication
     if stated is not None and given not in (None, stated):
-        raise UsageError(f"{where}: the source has a token replication of {stated} (--token-replication)")
+        raise UsageError(
+            f"{where}: the source states a token replication of {stated}; remove --token-replication"
+        )
     return stated or given
 
 
 def _layers(reading: Reading, options: Options, where: Path) -> tuple[int, ...] | None:
     if options.layers is None:
         if reading.layers is None:
-            reading.unknown["layer_numbers"] = "the model's layer numbers: counted from 0 (--layers)"
+            reading.unknown["layer_numbers"] = (
+                "the model's layer numbers; layers are counted from 0 (--layers)"
+            )
         return reading.layers
     if reading.layers is not None and reading.layers != options.layers:
-        raise UsageError(f"{where}: the source itself numbers its layers; leave out --layers")
+        raise UsageError(f"{where}: the source states its layer numbers; remove --layers")
     if len(options.layers) != reading.num_layers:
         raise UsageError(
-            f"{where}: --layers names {len(options.layers)}, but the source has {reading.num_layers}"
+            f"{where}: --layers lists {len(options.layers)} layers, but the source has {reading.num_layers}"
         )
     return options.layers
 
@@ -136,21 +140,21 @@ def _ep_size(reading: Reading, options: Options, where: Path, wants_placement: b
     if reading.scope is Scope.LOCAL:
         ranks = sorted(reading.parts)
         seen = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        text = f"{where}: it does not say how many EP ranks there were (files of {seen} are here)"
-        text += "; give --ep-size"
+        text = f"{where}: it does not state the number of EP ranks (it has files of {seen})"
+        text += "; pass --ep-size"
     else:
-        text = f"{where}: it does not say over how many EP ranks experts were spread; give --ep-size"
-        text += " (1, if only the experts matter)" if reading.by_slot is False else ""
+        text = f"{where}: it does not state the number of EP ranks; pass --ep-size"
+        text += " (1 if you need only experts, not ranks)" if reading.by_slot is False else ""
     raise UsageError(text + (f"; also, {_why_placement(reading)}" if wants_placement else ""))
 
 
 def _why_placement(reading: Reading) -> str:
     if reading.by_slot is None:
         return (
-            f"it does not say whether its {reading.width} counts are of experts or of slots, and where the "
-            f"experts were: {EXAMPLE}, --placement unknown with --num-experts N leaves it open"
+            f"it does not state whether its {reading.width} counts are per expert or per slot, or where "
+            f"the experts were: {EXAMPLE}; if you do not know, pass --placement unknown and --num-experts N"
         )
-    return f"it has counts of experts and does not say on which rank each was: {EXAMPLE}"
+    return f"it has counts per expert and does not state the rank of each expert: {EXAMPLE}"
 
 
 def _placement(reading: Reading, options: Options, ep_size: int, where: Path) -> Int32 | None:
@@ -161,34 +165,37 @@ def _placement(reading: Reading, options: Options, ep_size: int, where: Path) ->
             raise UsageError(f"{where}: --placement last is for SGLang's modes per_pass and per_token")
         return None
     if reading.placed and choice == UNKNOWN:
-        raise UsageError(f"{where}: the source has its own placements; leave out --placement")
+        raise UsageError(f"{where}: the source has its own placements; remove --placement")
     if choice is None or choice == UNKNOWN:
         if reading.by_slot is False:
             raise UsageError(
-                f"{where}: it has counts of experts: without a placement no rank's load is known; {EXAMPLE}"
+                f"{where}: it has counts per expert, so the load of ranks is unknown without a placement: "
+                f"{EXAMPLE}"
             )
         if not reading.placed:
             reading.unknown["placement"] = "which expert is in which slot (--placement)"
         return None
     if choice in INITIAL:
         description, row_of = INITIAL[choice]
-        reading.assumed["placement"] = f"{description} in all steps, as --placement {choice} says"
+        reading.assumed["placement"] = f"{description} in all steps, as given by --placement {choice}"
         experts = options.num_logical_experts or reading.num_logical_experts or reading.width
         row = row_of(min(experts, reading.width), reading.width, ep_size)
         return np.tile(row, (reading.num_layers, 1))
     if not Path(choice).exists():
         names = ", ".join([*INITIAL, LAST, UNKNOWN])
         raise UsageError(
-            f"--placement {choice}: there is no such file or placement; the names are {names}, and a "
-            "file is one that an engine loads at its start"
+            f"--placement {choice}: there is no such file; pass {names}, or a placement file that an "
+            f"engine loads at startup"
         )
     file = read_placement(Path(choice), options.model or reading.model)
     slots = _rows(file, reading, options, Path(choice))
     if reading.by_slot is not False and slots.shape[1] != reading.width:
-        raise DumpError(f"{choice}: it has {slots.shape[1]} slots a layer, the loads have {reading.width}")
-    reading.assumed["placement"] = f"experts are where {Path(choice).name} says, in all steps"
+        raise DumpError(
+            f"{choice}: it has {slots.shape[1]} slots per layer, but the loads have {reading.width}"
+        )
+    reading.assumed["placement"] = f"the placement in {Path(choice).name} is assumed for all steps"
     if len(slots) > len(file.slots):
-        reading.assumed["placement"] += f"; its one row holds for all {len(slots)} layers"
+        reading.assumed["placement"] += f"; its single row applies to all {len(slots)} layers"
     return slots
 
 
@@ -198,20 +205,20 @@ def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -
     if file.numbers is not None and numbers is not None:
         missing = sorted(set(numbers) - set(file.numbers))
         if missing:
-            raise DumpError(f"{path}: it has no layer {missing[0]}, but the source has loads of it")
+            raise DumpError(f"{path}: it has no layer {missing[0]}, but the source has loads for it")
         return file.slots[[file.numbers.index(n) for n in numbers]]
     one = file.of_any_layer and len(file.slots) == 1
     if reading.hidden_layers is not None and reading.layers is not None and not one:
         if len(file.slots) != reading.hidden_layers:
             raise DumpError(
-                f"{path}: it has {len(file.slots)} layers, but the loads are of {reading.hidden_layers} "
-                "hidden layers: SGLang counts dense ones, too, and would take the wrong row for each"
+                f"{path}: it has {len(file.slots)} layers, but the loads have {reading.hidden_layers} "
+                f"hidden layers; SGLang also counts dense layers, so each row would apply to the wrong layer"
             )
         return file.slots[list(reading.layers)]
     if one:
         return np.repeat(file.slots, reading.num_layers, axis=0)
     if len(file.slots) != reading.num_layers:
-        raise DumpError(f"{path}: it has {len(file.slots)} layers, the loads have {reading.num_layers}")
+        raise DumpError(f"{path}: it has {len(file.slots)} layers, but the loads have {reading.num_layers}")
     return file.slots
 
 
@@ -220,13 +227,13 @@ def _experts(reading: Reading, options: Options, placement: Int32 | None, where:
     if stated is None and placement is not None and options.num_logical_experts is None:
         stated = count_experts(placement)
         if stated is None:
-            raise UsageError(f"{where}: the placement does not hold every expert; give --num-experts")
+            raise UsageError(f"{where}: the placement does not contain every expert; pass --num-experts")
     if stated is None:
         stated = options.num_logical_experts
     if stated is None:
         raise UsageError(
-            f"{where}: it has counts of {reading.width} slots and does not say how many experts the model "
-            "has: give --num-experts, or --placement"
+            f"{where}: it has counts for {reading.width} slots and does not state the number of experts; "
+            f"pass --num-experts or --placement"
         )
     if options.num_logical_experts not in (None, stated):
         raise UsageError(
@@ -242,12 +249,12 @@ def _all_ranks(reading: Reading, ep_size: int, where: Path) -> None:
     beyond = [rank for rank in reading.parts if rank >= ep_size]
     if beyond:
         raise UsageError(
-            f"{where}: it has a file of rank {beyond[0]}, so there are more than {ep_size} ranks (--ep-size)"
+            f"{where}: it has a file for rank {beyond[0]}, so there are more than {ep_size} ranks (--ep-size)"
         )
     if missing:
         raise DumpError(
-            f"{where}: of {ep_size} ranks, these have no file: {listed(missing)}; each rank counted only its "
-            "own tokens, so no step would be complete"
+            f"{where}: rank {listed(missing)} (of {ep_size} ranks) has no file; each rank counted only "
+            f"its own tokens, so no step would be complete"
         )
 
 
@@ -262,8 +269,9 @@ def _replicated(reading: Reading, options: Options, where: Path) -> None:
     same = all(a.shape == b.shape and np.array_equal(a, b) for a, b in itertools.pairwise(loads))
     if same and loads[0].any():
         raise UsageError(
-            f"{where}: all {len(loads)} ranks counted the same: where each rank sees all tokens (no "
-            f"attention data parallelism), give --token-replication {len(loads)}, else --token-replication 1"
+            f"{where}: all {len(loads)} ranks have equal counts. If each rank counts all tokens (no "
+            f"attention data parallelism), pass --token-replication {len(loads)}; otherwise pass "
+            f"--token-replication 1"
         )
 
 
@@ -271,8 +279,8 @@ def _note_division(reading: Reading, placement: Int32) -> None:
     held = placement[placement != EMPTY_SLOT]
     if len(held) > reading.width * len(placement):
         reading.assumed["split"] = (
-            "an expert's tokens are split evenly over its slots, in whole tokens: the source has only "
-            "their sum"
+            "an expert's tokens are split evenly over its slots, in whole tokens, because the source has "
+            "only their sum"
         )
 
 
@@ -296,8 +304,8 @@ def _convert(
         known = slots[:, 0] != UNKNOWN_ROW
         if slots.shape != placement.shape or not np.array_equal(slots[known], placement[known]):
             raise UsageError(
-                f"{where}: the source has its own placements, and that of step {chunk.step[0]} is another "
-                "than --placement says; leave out --placement"
+                f"{where}: the source has its own placements, and that of step {chunk.step[0]} differs "
+                f"from --placement; remove --placement"
             )
     if divide:
         assert placement is not None
@@ -307,7 +315,8 @@ def _convert(
     size = ep_size if chunk.ep_size is None else chunk.ep_size
     if load.shape[2] % size:
         raise DumpError(
-            f"{where}: step {chunk.step[0]}: {load.shape[2]} slots do not divide among {size} ranks"
+            f"{where}: step {chunk.step[0]}: {load.shape[2]} slots cannot be divided evenly among {size} "
+            f"ranks"
         )
     return replace(chunk, load=load, placement=slots, ep_size=size)
 

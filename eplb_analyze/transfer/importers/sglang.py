@@ -44,7 +44,9 @@ def read(path: Path, options: Options) -> Reading:
     documents = [(p, torch_files.load(p)) for p in paths]
     for p, document in documents:
         if not isinstance(document, dict) or not {"records", "logical_count"} & set(document):
-            raise DumpError(f"{p}: it is not of SGLang's recorder: neither 'records' nor 'logical_count'")
+            raise DumpError(
+                f"{p}: it is not from SGLang's recorder: it has neither 'records' nor 'logical_count'"
+            )
     if all("records" in document for _, document in documents):
         return _per_pass(documents, options)
     return _stat(one_of(paths, "files"), documents[0][1], options)
@@ -58,8 +60,8 @@ def _with_tokens(total: Array, where: str, notes: list[str]) -> Array:
     if len(layers) < len(total):
         left = np.flatnonzero(total == 0).tolist()
         notes.append(
-            f"{plural(len(left), 'layer')} without any token left out, as dense ones are: {listed(left)}; "
-            "the others keep their numbers"
+            f"{plural(len(left), 'layer')} without tokens left out (they are probably dense): "
+            f"{listed(left)}; the others keep their numbers"
         )
     return layers
 
@@ -83,8 +85,8 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
     if len(empty) and not options.ordered:
         # Unused rows of a ring buffer are not passes.
         notes.append(
-            f"{plural(len(empty), 'row')} without any token left out: an unfilled ring buffer has such rows, "
-            "and so do idle passes"
+            f"{plural(len(empty), 'row')} without tokens left out: they are unused rows of the ring "
+            f"buffer, or idle passes"
         )
         step = np.setdiff1d(step, empty)
 
@@ -100,10 +102,10 @@ def _stat(path: Path, document: dict[str, Any], options: Options) -> Reading:
         layers=tuple(layers.tolist()), hidden_layers=rows.shape[1], notes=notes,
     )  # fmt: skip
     if not recorder or counts.ndim == 2:
-        reading.unknown["passes"] = "of how many forward passes each row is the sum"
+        reading.unknown["passes"] = "how many forward passes each row sums up"
     if len(rows) > 1:
         ordered_rows(reading, options, "rows of a ring buffer are not in time order")
-    reading.unknown["step_numbers"] = "the numbers of steps: rows are counted from 0"
+    reading.unknown["step_numbers"] = "the step numbers: rows are counted from 0"
     return reading
 
 
@@ -121,7 +123,7 @@ class _RankFile:
         arrays = torch_files.Arrays(path)
         slots = arrays.of(document.get(MAP), (2,), MAP)
         if slots.dtype.kind not in "iu" or slots.min() < EMPTY_SLOT or slots.max() >= MAX_EXPERTS:
-            raise DumpError(f"{path}: its {MAP} names impossible experts")
+            raise DumpError(f"{path}: its {MAP} contains invalid expert numbers")
         self.slots: Int32 = slots.astype(np.int32)
         self.counts: dict[int, list[Array]] = {}
         self.tokens: dict[int, int] = {}
@@ -140,7 +142,7 @@ class _RankFile:
             # With two-batch overlap, a pass has several records, each with some of its tokens.
             gatherer = record.get("gatherer_key")
             if not (gatherer is None or isinstance(gatherer, str)):
-                raise DumpError(f"{path}: {where}: its gatherer_key is no text")
+                raise DumpError(f"{path}: {where}: its gatherer_key is not a text")
             key = (step, gatherer)
             if key in seen:
                 raise DumpError(f"{path}: {where} repeats forward pass {step} of gatherer {gatherer!r:.40}")
@@ -148,14 +150,14 @@ class _RankFile:
             ranks.add(rank)
             array = arrays.of(record.get("global_physical_count"), (2,), f"{where}: global_physical_count")
             if array.shape != self.slots.shape:
-                raise DumpError(f"{path}: {where} has counts of another shape than the map")
+                raise DumpError(f"{path}: {where} has counts whose shape differs from the map's")
             self.counts.setdefault(step, []).append(array)
             if isinstance(record.get("input_ids"), list):  # mode per_token
                 self.per_token = True
                 self.tokens[step] = self.tokens.get(step, 0) + len(record["input_ids"])
                 self.phase[step] = PHASES.get(plain_int(record.get("forward_mode"), 0, 99) or 0)
         if len(ranks) > 1:
-            raise DumpError(f"{path}: its records are of several ranks: {sorted(ranks)}")
+            raise DumpError(f"{path}: it has records from several ranks: {sorted(ranks)}")
         self.rank = ranks.pop()
         self.step = np.array(sorted(self.counts), np.int64)
 
@@ -188,17 +190,17 @@ def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) ->
         if file.rank in files:
             raise UsageError(
                 f"{path.parent}: rank {file.rank} has several files ({files[file.rank].path.name}, "
-                f"{path.name}), of recordings of their own; choose with --only 'PATTERN'"
+                f"{path.name}), from different recordings; choose with --only 'PATTERN'"
             )
         files[file.rank] = file
     first = next(iter(files.values()))
     for file in files.values():
         if file.slots.shape != first.slots.shape:
-            raise DumpError(f"{file.path}: it has another shape than {first.path.name}")
+            raise DumpError(f"{file.path}: its shape differs from that of {first.path.name}")
         if not np.array_equal(file.slots, first.slots):
             raise DumpError(
-                f"{file.path}: its last placement is not that of {first.path.name}: the files are of two "
-                "recordings, or were dumped at two moments"
+                f"{file.path}: its last placement differs from that of {first.path.name}: the files are "
+                f"from two recordings, or were dumped at different times"
             )
     if first.slots.shape[0] > MAX_LAYERS or first.slots.shape[1] > MAX_EXPERTS:
         raise DumpError(f"{first.path}: it claims {first.slots.shape} layers and slots")
@@ -222,17 +224,18 @@ def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) ->
     reading.num_logical_experts = _experts_of(first.slots[layers], first.path)
     if throughout:
         reading.assumed["placement"] = (
-            "the last placement was in force in all steps, as --placement last says"
+            "the last placement was in force in all steps, as given by --placement last"
         )
     elif len({int(s) for file in files.values() for s in file.step}) > 1:
         reading.assumed["placement"] = "the last placement was in force in the last step"
         reading.unknown["earlier_placements"] = (
-            "which expert was in which slot before the last step: only the last placement is in the file "
-            "(--placement last says that it never changed)"
+            "which expert was in which slot before the last step: the file has only the last placement "
+            "(if it never changed, pass --placement last)"
         )
     if len(files) > 1 and _only_received(files, layers):
         reading.unknown["token_source"] = (
-            "from which rank tokens came: each rank counted what it received, so `traffic` has no answer"
+            "which rank the tokens came from: each rank counted the tokens that it received, so `traffic` "
+            "cannot use the run"
         )
     return reading
 
@@ -240,7 +243,7 @@ def _per_pass(documents: list[tuple[Path, dict[str, Any]]], options: Options) ->
 def _experts_of(slots: Int32, path: Path) -> int:
     experts = count_experts(slots)
     if experts is None:
-        raise DumpError(f"{path}: its {MAP} lacks experts, or names impossible ones")
+        raise DumpError(f"{path}: its {MAP} lacks experts, or contains invalid expert numbers")
     return experts
 
 

@@ -114,10 +114,10 @@ class Reading:
 def ordered_rows(reading: Reading, options: Options, why: str) -> None:
     """Note that the order of steps is unknown, unless the user says that it is chronological."""
     if options.ordered:
-        reading.assumed["step_order"] = "rows are in time order, as --ordered says"
+        reading.assumed["step_order"] = "rows are in time order, as given by --ordered"
     else:
         reading.unknown["step_order"] = (
-            f"the order of steps: {why} (--ordered states that rows are in time order)"
+            f"the order of steps: {why} (if rows are in time order, pass --ordered)"
         )
 
 
@@ -129,7 +129,7 @@ def sampling(steps: Int64, notes: list[str]) -> int:
     interval = least if least <= MAX_LOAD and not (gaps % least).any() else 1
     if len(gaps) and gaps.max() > 1:
         every = f"every {interval}" if (gaps == interval).all() else f"{gaps.min()} to {gaps.max()} apart"
-        notes.append(f"the source has only some steps, {every}")
+        notes.append(f"the source has only some of the steps, {every}")
     return interval
 
 
@@ -142,9 +142,9 @@ def whole_counts(values: Counts, where: str) -> Loads:
         raise ValueError(f"{where}: token counts of type {values.dtype}")
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
-            raise ValueError(f"{where}: a count that is NaN or infinite")
+            raise ValueError(f"{where}: a count is NaN or infinite")
         if (values != np.floor(values)).any():
-            raise ValueError(f"{where}: a count that is not a whole number, so these are no token counts")
+            raise ValueError(f"{where}: a count is not a whole number, so these are not token counts")
     if values.size and values.min().item() < 0:
         raise ValueError(f"{where}: a negative count")
     largest = values.max().item() if values.size else 0

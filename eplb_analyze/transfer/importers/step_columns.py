@@ -78,7 +78,7 @@ def _step_ms(path: Path, values: Array | None) -> Float32 | None:
     # A float16 cannot be compared with MAX_NUMBER.
     ms = values.astype(np.float64) if values.dtype.kind in "iuf" else None
     if ms is None or impossible_ms(ms) or (ms >= MAX_NUMBER).any():
-        raise DumpError(f"{path}: its step_ms must be times in ms, 0 or more (NaN: not known)")
+        raise DumpError(f"{path}: its step_ms must be times in ms, 0 or more (NaN if unknown)")
     return ms.astype(np.float32)
 
 
@@ -86,7 +86,7 @@ def _num_tokens(path: Path, values: Array | None) -> Int64 | None:
     if values is None:
         return None
     if values.dtype.kind not in "iu" or values.min() < -1 or values.max() >= MAX_NUMBER:
-        raise DumpError(f"{path}: its num_tokens must be whole numbers, 0 or more (-1: not known)")
+        raise DumpError(f"{path}: its num_tokens must be whole numbers, 0 or more (-1 if unknown)")
     return values.astype(np.int64)
 
 
@@ -95,11 +95,13 @@ def _phase(path: Path, values: Array | None) -> tuple[str | None, ...] | None:
         return None
     texts: list[str] = values.tolist()
     if values.dtype.kind != "U" or not all(len(t) <= MAX_PHASE and t.isprintable() for t in set(texts)):
-        raise DumpError(f"{path}: its phase must be texts of at most {MAX_PHASE} characters ('': not known)")
+        raise DumpError(
+            f"{path}: its phase must be texts of at most {MAX_PHASE} characters (empty if unknown)"
+        )
     if len(set(texts)) > MAX_PHASES:
         raise DumpError(
-            f"{path}: its phase has {len(set(texts)):,} different texts; a phase is a kind of step, "
-            f"as decode, and at most {MAX_PHASES} are told apart"
+            f"{path}: its phase has {len(set(texts)):,} different texts; a phase is a kind of step, such "
+            f"as decode, and there can be at most {MAX_PHASES}"
         )
     return tuple(text or None for text in texts)
 

@@ -160,7 +160,9 @@ class _Table:
                 continue
             whole = pa.types.is_integer(column.type)
             if not (whole or (role == "count" and pa.types.is_floating(column.type))):
-                raise DumpError(f"{self.path}: its column {name} has the type {column.type}, not numbers")
+                raise DumpError(
+                    f"{self.path}: its column {name} has the type {column.type}; it must be numeric"
+                )
             may_be_null = role == "expert" and "slot" in self.columns
             if column.null_count and not may_be_null:
                 raise DumpError(f"{self.path}: a row without a value of {name}")
@@ -231,14 +233,14 @@ def read(path: Path, files: dict[int | None, Path], options: Options) -> Reading
     if not extent.rows:
         raise DumpError(f"{path}: it has no row")
     if len(extent.layers) > MAX_LAYERS:
-        raise DumpError(f"{path}: it has {len(extent.layers):,} layers, which no model has")
+        raise DumpError(f"{path}: it has {len(extent.layers):,} layers, more than any model")
     replication = _replication(first, options) if by_slot else None
     width = max(extent.width.values())
     if not by_slot and options.num_logical_experts is not None:
         if options.num_logical_experts < width:
             raise UsageError(
-                f"{path}: it has an expert {width - 1}, so there are more than "
-                f"{options.num_logical_experts} (--num-experts)"
+                f"{path}: it has expert {width - 1}, so the model has more than "
+                f"{options.num_logical_experts} experts (--num-experts)"
             )
         width = options.num_logical_experts
     dense = _Dense(path, tables, extent, width, by_slot, counting, replication or 1)
@@ -256,15 +258,15 @@ def read(path: Path, files: dict[int | None, Path], options: Options) -> Reading
     if "step" in first.columns:
         reading.interval = sampling(extent.steps, reading.notes)
     else:
-        reading.unknown["passes"] = "of how many forward passes the one step is the sum"
+        reading.unknown["passes"] = "how many forward passes the single step sums up"
     if by_slot:
         _placed(reading, first, dense, extent, options)
     else:
         reading.num_logical_experts = width
         if options.num_logical_experts is None and not dense.full:
             reading.assumed["experts"] = (
-                f"the model has {width} experts, the highest number with tokens: rows of zero are left out "
-                "(--num-experts)"
+                f"the model has {width} experts: the highest expert with tokens sets the number, because "
+                f"rows without tokens may be missing (--num-experts)"
             )
     model = first.metadata.get("model")
     reading.model = model if isinstance(model, str) and model else None
@@ -360,7 +362,7 @@ class _Dense:
         cells = math.prod(shape)
         if cells > max(SMALL, MAX_CELLS_PER_ROW * extent.rows):
             raise DumpError(
-                f"{path}: its {extent.rows:,} rows span {cells:,} counts; no recorder leaves out so many"
+                f"{path}: its {extent.rows:,} rows span {cells:,} counts, so too many are missing"
             )
         # One more than the count; 0: no row.
         self._counts = _zeros(path, shape, np.int64)
@@ -374,7 +376,7 @@ class _Dense:
         if filled < extent.rows:
             raise DumpError(
                 f"{path}: {extent.rows - filled:,} rows repeat the step, layer and "
-                f"{'slot' if by_slot else 'expert'} of another; several recordings cannot be added up"
+                f"{'slot' if by_slot else 'expert'} of another; recordings cannot be added up"
             )
         self.full = extent.zeros or filled == cells
 
@@ -409,8 +411,8 @@ class _Dense:
         odd = np.abs(raw - whole) > 1e-6
         if odd.any():
             raise DumpError(
-                f"{path}: {values[odd][0]:g} is not a whole number of tokens; if `export loads` divided it "
-                "by the token replication, give --token-replication"
+                f"{path}: {values[odd][0]:g} is not a whole number of tokens; if `export loads` divided "
+                f"it by the token replication, pass --token-replication"
             )
         counts: Int64 = whole.astype(np.int64)
         return counts
@@ -422,7 +424,9 @@ class _Dense:
             slots, ranks = extent.width[one], extent.ep_size[one]
             here = step == one
             if slots % ranks or (batch["slot"][here] // (slots // ranks) != batch["rank"][here]).any():
-                raise DumpError(f"{path}: step {one}: its {slots} slots do not lie on {ranks} ranks in order")
+                raise DumpError(
+                    f"{path}: step {one}: its {slots} slots are not on {ranks} ranks in ascending order"
+                )
 
     def part(self, index: int) -> Callable[[], Iterator[Chunk]]:
         return lambda: self._chunks(index)

@@ -53,7 +53,9 @@ ITERATION = re.compile(
 TRTLLM_TIMES = ("gpuForwardTimeMS", "hostStepTimeMS", "iterLatencyMS")
 #: Whose iteration a line is: in 0.27.1 and later the front end logs for all engines, earlier each for itself.
 ENGINE = re.compile(rb"Engine (\d{1,6}): Iteration|EngineCore_DP(\d{1,6})\b")
-TOO_MANY = f"more than {MAX_ENTRIES:,} entries, or {MAX_SERIES:,} engines and starts; cut out this run's part"
+TOO_MANY = (
+    f"more than {MAX_ENTRIES:,} entries, or {MAX_SERIES:,} engines and starts; keep only the part of this run"
+)
 FORM = (
     "no step times; --timings takes vLLM's log with --enable-logging-iteration-details, forward pass metrics "
     "of SGLang or Dynamo, TensorRT-LLM's iteration statistics, or a table with step or time, and ms"
@@ -226,7 +228,8 @@ def _json(path: Path) -> _Collector:
             source = "TensorRT-LLM's iteration statistics"
             if name == TRTLLM_TIMES[-1] and record.get("schedulerMode") == "overlap":
                 raise DumpError(
-                    f"{where}: {name} spans two iterations of an overlap scheduler; no other time is there"
+                    f"{where}: {name} spans two iterations of an overlap scheduler, and the record has no "
+                    f"other time"
                 )
             tokens = _sum(_object(record, "inflightBatchingStats"), "numCtxTokens", "numGenRequests")
             rank = record.get("attentionDpRank"), record.get("rank")
@@ -332,7 +335,7 @@ def _require_once(path: Path, names: list[str]) -> None:
     """Raise DumpError if several columns have one name: which of them is meant, the file does not say."""
     for name in COLUMNS:
         if names.count(name) > 1:
-            raise DumpError(f"{path}: {names.count(name)} columns are called {name}")
+            raise DumpError(f"{path}: {names.count(name)} columns have the name {name}")
 
 
 def _cell(where: str, name: str, text: str) -> float:
@@ -392,7 +395,7 @@ def _table(path: Path, columns: dict[str, Float64], unit: str, first: int) -> li
         reject((by < 0) | (by > 1 << 53) | (by % 1 != 0), lambda row: f"step {by[row]:g}")
         again = np.zeros(len(by), np.bool_)
         again[order[1:]] = np.diff(by[order]) == 0
-        reject(again, lambda row: f"step {by[row]:.0f} comes twice")
+        reject(again, lambda row: f"step {by[row]:.0f} occurs twice")
     order = order[ms[order] > 0]
     if not len(order):
         raise DumpError(f"{path}: {FORM}")

@@ -35,8 +35,8 @@ def load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise DumpError(
-            f"{path}: it holds more than tensors and plain values, and objects are not opened: "
-            "they could run code"
+            f"{path}: it contains objects other than tensors and plain values; they are not opened, "
+            f"because they could run code"
         ) from None
     except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -60,11 +60,11 @@ class _RankFile:
 def read(path: Path, options: Options) -> Reading:
     """Raises DumpError, UsageError."""
     if not path.is_dir():
-        raise DumpError(f"{path}: give the folder that holds {META} and rank*.safetensors")
+        raise DumpError(f"{path}: pass the folder that contains {META} and rank*.safetensors")
     meta = read_json(path / META)
     width = plain_int(meta.get("num_experts"), 1, MAX_EXPERTS) if isinstance(meta, dict) else None
     if width is None:
-        raise DumpError(f"{path / META}: it does not say num_experts")
+        raise DumpError(f"{path / META}: it does not state num_experts")
     found = {int(m[1]): p for p in listing(path, options.only) if (m := RANK_FILE.fullmatch(p.name))}
     if not found:
         raise DumpError(f"{path}: no rank*.safetensors in it")
@@ -79,7 +79,7 @@ def read(path: Path, options: Options) -> Reading:
         if len(whole) < len(file.layers):
             less = len(file.layers) - len(whole)
             notes.append(
-                f"rank {rank}: {plural(less, 'iteration')} left out, which lack counts of some layer"
+                f"rank {rank}: {plural(less, 'iteration')} left out, because counts of a layer are missing"
             )
         steps = np.array(whole, np.int64)
         parts[rank] = lambda file=file, steps=steps: file.chunks(steps, layers)  # type: ignore[misc]

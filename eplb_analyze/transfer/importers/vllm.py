@@ -87,10 +87,10 @@ class _Lines:
         if record.get(key) != self._lists or self._array is None:
             slots = self.array(record, key, where)
             if slots.min() < EMPTY_SLOT or slots.max() >= MAX_EXPERTS:
-                raise DumpError(f"{where}: {key} names an impossible expert")
+                raise DumpError(f"{where}: {key} contains an invalid expert number")
             self._lists, self._array = record.get(key), slots.astype(np.int32)
         if self._array.shape != shape:
-            raise DumpError(f"{where}: {key} is not of the load's shape")
+            raise DumpError(f"{where}: {key} does not have the shape of the load")
         return self._array
 
     def experts(self, number: object, slots: Int32, where: str) -> None:
@@ -99,14 +99,16 @@ class _Lines:
         if stated is None and self.num_logical_experts is None:
             stated = count_experts(slots)
             if stated is None:
-                raise UsageError(f"{where}: not every expert is in its map; give --num-experts")
+                raise UsageError(f"{where}: its map does not contain every expert; pass --num-experts")
         if stated is not None and self.num_logical_experts not in (None, stated):
-            raise DumpError(f"{where}: {stated} experts where records before had {self.num_logical_experts}")
+            raise DumpError(
+                f"{where}: it states {stated} experts, but earlier records state {self.num_logical_experts}"
+            )
         self.num_logical_experts = self.num_logical_experts or stated
         assert self.num_logical_experts is not None
         if slots.max() >= self.num_logical_experts:
             raise DumpError(
-                f"{where}: its map names an expert beyond the {self.num_logical_experts} there are"
+                f"{where}: its map contains an expert beyond the {self.num_logical_experts} that exist"
             )
 
     def chunks(self) -> Iterator[Chunk]:
@@ -132,11 +134,13 @@ class _Lines:
                 continue
             if step in seen or step < last:
                 what = (
-                    f"step {step} again, with another load" if step in seen else f"step {step} after {last}"
+                    f"step {step} again, with a different load"
+                    if step in seen
+                    else f"step {step} after {last}"
                 )
                 raise UsageError(
-                    f"{where}: {what}: the steps start again, or two engines wrote into one file; split it, "
-                    "or count its records in their order with --renumber"
+                    f"{where}: {what}: the step numbers restart, or two engines wrote into one file; "
+                    f"split the file, or pass --renumber to count records in file order"
                 )
             seen[step], last = digest, step
             if held and (
@@ -150,7 +154,9 @@ class _Lines:
             yield self._chunk(held)
         self.notes = cut if self.beside is None else [self.beside, *cut]
         if repeated:
-            self.notes.append(f"{plural(repeated, 'record')} left out that repeat a step with the same load")
+            self.notes.append(
+                f"{plural(repeated, 'record')} left out, because they repeat a step with the same load"
+            )
         if others:
             self.notes.append(f"{plural(others, 'record')} of other kinds left out")
 
@@ -166,19 +172,19 @@ class _Lines:
         before: Int32 | None = None
         for chunk in self.chunks():
             if shape and chunk.load.shape[1] != shape[0]:
-                raise DumpError(f"{self.path}: its records are of several numbers of layers")
+                raise DumpError(f"{self.path}: its records have different numbers of layers")
             steps += chunk.step.tolist()
             shape, ep_size = chunk.load.shape[1:], chunk.ep_size
             moved |= before is not None and before is not chunk.placement
             before = chunk.placement
         if not steps:
-            raise DumpError(f"{self.path}: no record in it has a load")
+            raise DumpError(f"{self.path}: none of its records has a load")
         if moved:
             self.unknown["placement_steps"] = (
-                "at which step a placement changed: it is dated to the first record that has it"
+                "at which step a placement changed; it applies from the first record that has it"
             )
         if self.options.renumber:
-            self.unknown["step_numbers"] = "the numbers of steps: records are counted from 0 (--renumber)"
+            self.unknown["step_numbers"] = "the step numbers: records are counted from 0 (--renumber)"
         interval = sampling(np.array(steps, np.int64), self.notes)
         return Reading(
             SYSTEM, self.kind, [self.path], True, Scope.GLOBAL, {0: self.chunks}, shape[0], shape[1],
@@ -227,7 +233,8 @@ class _Stats(_Lines):
         if record.get("record_type") == META:
             if self._meta not in ({}, record):
                 raise DumpError(
-                    f"{where}: another {META} than before: the file is of two engine starts; split it"
+                    f"{where}: its {META} differs from the earlier one, so the file is from two engine "
+                    f"starts; split it"
                 )
             self._meta = record
             name = record.get("model")
@@ -237,7 +244,7 @@ class _Stats(_Lines):
             return None
         step = plain_int(record.get("step"), 0, NO_END)
         if step is None or record.get("version") != 1:
-            raise DumpError(f"{where}: it has no step, or is of another version than 1")
+            raise DumpError(f"{where}: it has no step, or its version is not 1")
         load = self.array(record, "expert_load", where)
         slots = self.placement(record, "p2l_map", load.shape, where)
         both = {**self._meta, **record}

@@ -162,7 +162,7 @@ class _Session:
         n, layers, width = chunk.load.shape
         count = chunk.load.itemsize
         if layers * width * count > frames.MAX_PAYLOAD // 2:
-            raise DumpError(f"{layers:,} layers of {width:,} slots are more than a step of the format holds")
+            raise DumpError(f"{layers:,} layers with {width:,} slots each are more than the format can store")
         most = max(1, BATCH_BYTES // (layers * width * count))
         segment = chunk.step // self._writer.segment_span
         edges = {0, n, *(np.flatnonzero(np.diff(segment)) + 1).tolist()}
@@ -198,7 +198,7 @@ class _Session:
             parts += self._placements.encode(int(chunk.step[0]), chunk.placement, chunk.ep_size, known)
         self._tokens += float(chunk.load.sum(dtype=np.float64))
         if self._tokens > MAX_NUMBER:
-            raise DumpError(f"its counts add up to more than {MAX_NUMBER:,}, which the format does not hold")
+            raise DumpError(f"its counts add up to more than {MAX_NUMBER:,}, which the format cannot store")
         load = journal.narrow(chunk.load, int(chunk.load.max(initial=0)))
         parts.append(journal.loads_frame(chunk.step, load, chunk.ep_size))
         writer.append(*parts, journal.steps_frame(self._rows(chunk)))

@@ -194,9 +194,9 @@ def test_range_limits_both_runs(pair: tuple[Path, Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model": "org/other"}, "another model: org/moe and org/other"),
-        ({"layers": 2}, "other layers: 3 (0 to 2) and 2 (0 to 1)"),
-        ({"num_logical_experts": 9}, "other experts: 8 and 9 a layer"),
+        ({"model": "org/other"}, "different models: org/moe and org/other"),
+        ({"layers": 2}, "different layers: 3 (0 to 2) and 2 (0 to 1)"),
+        ({"num_logical_experts": 9}, "different numbers of experts per layer: 8 and 9"),
         ({"steps": 5}, "B has 5 complete steps with tokens, 8 are needed"),
     ],
 )
@@ -216,9 +216,9 @@ def test_incomparable_runs_have_reasons(tmp_path: Path, options: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "warning"),
     [
-        ({"ep_size": 2}, "EP size 4 and 2"),
-        ({"tokens": 1600}, "B has 2.00x the tokens a step"),
-        ({"routing": SKEWED[::-1]}, "different workload: 20% of the tokens go to other experts"),
+        ({"ep_size": 2}, "different EP sizes, 4 and 2"),
+        ({"tokens": 1600}, "B has 2.00x the tokens per step"),
+        ({"routing": SKEWED[::-1]}, "different workload: 20% of the tokens go to different experts"),
     ],
 )
 def test_unlike_conditions_are_warned_about(tmp_path: Path, options: dict[str, Any], warning: str) -> None:
@@ -233,12 +233,12 @@ def test_unlike_conditions_are_warned_about(tmp_path: Path, options: dict[str, A
 
 def test_invalid_input_is_an_error(pair: tuple[Path, Any, Any], tmp_path: Path) -> None:
     root, _, _ = pair
-    one_error(cli("compare", "--run-a", "a", "--run-b", "zz", root), 2, "no run 'zz'", "there are:")
+    one_error(cli("compare", "--run-a", "a", "--run-b", "zz", root), 2, "no run 'zz'", "its runs are:")
     one_error(cli("compare", root, tmp_path / "nowhere"), 3, "nowhere", "no such folder")
     one_error(cli("compare", *AB, tmp_path), 3, "no run in it")
-    one_error(cli("compare", "--steps", "900-", *AB, root), 2, "no step of the run is in 900-")
+    one_error(cli("compare", "--steps", "900-", *AB, root), 2, "the run has no steps in 900-")
     for overlapping in ([], ["--steps-a", "0-59", "--steps-b", "59-119"]):
-        one_error(cli("compare", "--run-a", "a", *overlapping, root), 2, "in common", "--steps-b")
+        one_error(cli("compare", "--run-a", "a", *overlapping, root), 2, "share steps", "--steps-b")
 
 
 def test_imbalance_explains_the_planted_part_of_the_step_time(tmp_path: Path) -> None:

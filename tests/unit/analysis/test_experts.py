@@ -235,7 +235,7 @@ def test_loads_without_a_placement_are_left_out_and_counted(tmp_path: Path) -> N
     report = expert_report(open_run(tmp_path), window=10)
     assert report.unknown_tokens == 5 * 2 * 400
     assert report.experts["tokens"].to_list() == [15 * 100] * 8
-    assert "4,000 tokens fell on no known expert" in report.notes[0]
+    assert "4,000 tokens went to slots without a known expert" in report.notes[0]
 
 
 def test_run_without_any_placement_is_an_error(tmp_path: Path) -> None:
@@ -265,17 +265,15 @@ def test_values_at_a_threshold_count(tmp_path: Path) -> None:
 GOLDEN = """\
 org/moe · run r
 40 complete steps, 0-39 (03:12:04-03:12:04), in 4 windows of 10
-replicas: 2 experts with too few (by the loads of steps 20-39
-(03:12:04-03:12:04), since the last rearrangement)
-hottest of those still hot: expert 0 of layer 1, 2.0x the mean since the layer's
-last rearrangement, hot since step 30 (03:12:04)
+hottest at the end: expert 0 of layer 1, 2.0x the mean since the layer's last
+rearrangement, hot since step 30 (03:12:04)
 highest peak: expert 0 of layer 0, 2.4x the mean in steps 0-19
 (03:12:04-03:12:04)
-of 8 experts 0 always hot, 3 in bursts, 5 never; 1 cold
-a layer's hottest that are the same some windows later (by chance 25%): 1: 83%,
-2: 50%
+replicas: 2 experts with too few (judged by the loads of steps 20-39
+(03:12:04-03:12:04), since the last rearrangement)
+8 experts: 0 always hot, 3 hot in bursts, 1 cold
 
-hot in bursts, the highest peak first (2 of 3)
+hot in bursts, highest peak first (2 of 3)
 layer   expert   load   peak   replicas     due   hot in steps   since
 ─────────────────────────────────────────────────────────────────────────
     0        0   1.98   2.42          1   3.0 !   0-19           03:12:04
@@ -286,10 +284,12 @@ layer   expert   load   peak   replicas     due   hot in steps   since
 ──────────────────────────────────────────────────────────────────────
     0        3   0.39   0.41          1     0.6   –              –
 
-hot in a window: 2x the layer's mean or more; cold: 1/2 or less over all steps;
-load: over the layer's mean, by the loads since the layer's last rearrangement;
-due: slots that this load is worth (! a slot or more short); *: two replicas on
-one rank
+overlap of each layer's hottest expert with those of later windows: 83% after 1
+window, 50% after 2 (by chance: 25%)
+hot: at least 2x the layer's mean in a window; cold: at most 1/2 over all steps
+load: times the layer's mean, since the layer's last rearrangement; due:
+replicas that this load justifies (!: one or more are missing); *: two replicas
+on one rank
 """
 
 
@@ -330,14 +330,14 @@ def test_hottest_expert_is_named_with_step_and_clock_time(cooled: Path) -> None:
     assert re.search(
         r"highest peak: expert 0 of layer 0, 4\.7x the mean in steps 100-199 \(\d\d:\d\d:\d\d-", told
     )
-    assert "by the loads of steps 200-399 (" in told
+    assert "judged by the loads of steps 200-399 (" in told
     assert "1 expert with too many" in told
     early = " ".join(cli("experts", "--steps", "-199", cooled).stdout.split())
-    hottest = "hottest of those still hot: expert 0 of layer 0, 3.5x the mean over all steps"
+    hottest = "hottest at the end: expert 0 of layer 0, 3.5x the mean over all steps"
     assert f"{hottest}, hot since step 100 (" in early
-    assert "by the loads of all steps; due" in early
-    assert "by the loads since the layer's last rearrangement; due" in told
-    assert "(by the loads of all steps)" in early
+    assert "times the layer's mean, over all steps; due" in early
+    assert "times the layer's mean, since the layer's last rearrangement; due" in told
+    assert "(judged by the loads of all steps)" in early
 
 
 def test_text_output(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_text_output(tmp_path: Path) -> None:
     assert max(map(len, wide.splitlines())) > 80
     assert "0-19" in wide
     assert "\ncold" not in wide
-    assert "in bursts, the" not in cli("experts", "--window-steps", "10", "--cold", tmp_path).stdout
+    assert "in bursts, highest" not in cli("experts", "--window-steps", "10", "--cold", tmp_path).stdout
 
 
 def test_json_output(tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_json_output(tmp_path: Path) -> None:
     ("arguments", "word"),
     [
         (["--layer", "5"], "no MoE layer 5"),
-        (["--steps", "900-"], "no step of the run is in 900-"),
+        (["--steps", "900-"], "the run has no steps in 900-"),
     ],
 )
 def test_something_not_in_the_dump_is_a_usage_error(dump: Path, arguments: list[str], word: str) -> None:

@@ -93,7 +93,7 @@ def test_it_is_used_only_if_the_run_does_not_show_the_cost(dump: Path) -> None:
         {},
     )
     assert {phase.status for phase in cost.phases.values()} == {CostStatus.ESTIMATED}
-    assert "by kernel times of H200, assuming DeepSeek-V3's experts in fp8" in cost.message
+    assert "by H200 kernel times, assuming DeepSeek-V3's experts in fp8" in cost.message
     step = np.arange(0, 2 * STEPS, 2)
     times = StepTimes(step, np.random.default_rng(1).normal(9, 0.1, STEPS), "engine", "")
     assert cost_of(run, timings=times, gpu="h200").basis != "kernel_times"
@@ -103,17 +103,17 @@ def test_runs_that_the_tables_do_not_cover(tmp_path: Path) -> None:
     other = write(tmp_path / "other", lambda step: loads(step)[:, :128], experts=128)
     cost = cost_of(open_run(other), gpu="h100")
     assert cost.status is CostStatus.NOT_IDENTIFIABLE
-    assert "the kernel times are of 256 experts per layer, but this run has 128" in cost.message
+    assert "the kernel times are for 256 experts per layer, but this run has 128" in cost.message
     large = write(tmp_path / "large", lambda step: loads(step) * 1000)
     cost = cost_of(open_run(large), gpu="h100")
-    assert "of the steps a rank has more tokens than in the kernel times" in cost.message
+    assert "of the steps, a rank has more tokens than the kernel times cover" in cost.message
 
 
 def test_the_command_line_labels_it(dump: Path, tmp_path: Path) -> None:
     assert {gpu.value for gpu in GpuName} == set(KERNELS)
     text = cli("summary", "--gpu", "b200", dump).stdout
     assert "Imbalance would cost" in text
-    assert "not of this run" in " ".join(text.split())
+    assert "not times of this run" in " ".join(text.split())
     cost = json.loads(cli("summary", "--gpu", "b200", "--json", dump).stdout)["cost"]
     assert (cost["status"], cost["basis"]) == ("estimated", "kernel_times")
     assert cli("summary", "--gpu", "v100", dump).returncode == 2

@@ -32,7 +32,7 @@ def test_ranks_equal_a_plain_loop(truth: Truth) -> None:
     report = rank_report(open_run(truth.root))
     assert (report.first_step, report.last_step, report.recorded) == (steps[0], steps[-1], len(steps))
     assert report.active == active
-    uneven = ["3 EP ranks do not divide into nodes of 2: the last node has 1 rank"]
+    uneven = ["3 EP ranks cannot be divided evenly into nodes of 2: the last node has 1 rank"]
     elastic = len(steps) < len(truth.T)
     assert (len(report.notes), report.notes[1:]) == ((2, uneven) if elastic else (0, []))
     assert [r.load for r in report.ranks] == sum(T).sum(axis=0).tolist()
@@ -69,12 +69,12 @@ def test_ranks_per_node_can_be_given(tmp_path: Path, local: Truth) -> None:
     # It overrides what the dump says, and the last node may have fewer ranks.
     report = rank_report(open_run(local.root), ranks_per_node=3)
     assert [node.ranks for node in report.nodes] == [[0, 1, 2], [3]]
-    assert report.notes == ["4 EP ranks do not divide into nodes of 3: the last node has 1 rank"]
+    assert report.notes == ["4 EP ranks cannot be divided evenly into nodes of 3: the last node has 1 rank"]
     assert rank_report(open_run(local.root), ranks_per_node=8).notes == []
     [one, other] = report.nodes
     assert (one.load, other.load) == (sum(r.load for r in report.ranks[:3]), report.ranks[3].load)
     text = cli("ranks", "--by", "node", "--ranks-per-node", "3", tmp_path).stdout
-    assert "waiting most for node " in text
+    assert " causes the most waiting: " in text
 
 
 def test_range_before_a_change_of_ep_size_has_the_earlier_ranks(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_output_of_many_ranks_and_layers_fits_the_width(tmp_path: Path, ep_size:
         assert result.returncode == 0, result.stderr
         assert max(map(len, result.stdout.splitlines())) <= columns
     out = cli("ranks", "--all", tmp_path, env={"COLUMNS": str(columns)}).stdout
-    assert "waiting most for rank 0:" in out
+    assert "rank 0 causes the most waiting:" in out
     row = next(line for line in out.splitlines() if line.split()[:1] == ["6"])
     assert "++" in row or "2." in row or "3." in row
     assert next(line for line in out.splitlines() if line.split()[:1] == ["7"]).split()[1] == "–"

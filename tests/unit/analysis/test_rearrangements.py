@@ -330,7 +330,7 @@ def test_run_without_placements(tmp_path: Path) -> None:
 def test_invalid_input_is_an_error(story: Path, tmp_path: Path) -> None:
     one_error(cli("rearrangements", tmp_path), 3, "no run in it")
     one_error(cli("rearrangements", "--run", "zz", story), 2, "no run 'zz'")
-    one_error(cli("rearrangements", "--steps", "5000-", story), 2, "no step of the run is in 5000-")
+    one_error(cli("rearrangements", "--steps", "5000-", story), 2, "the run has no steps in 5000-")
     assert cli("rearrangements", "--window-steps", "0", story).returncode == 2
 
 

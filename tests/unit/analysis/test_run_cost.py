@@ -117,7 +117,7 @@ def test_summary_says_which_run_is_costly_free_or_not_measurable(
         "cost of imbalance unknown, not measurable in this run: ",
     ]
     assert [[word in text for word in words] for text in texts] == np.eye(3, dtype=bool).tolist()
-    assert ["its cost in time is above" in text for text in texts] == [True, True, False]
+    assert ["for the cost in time see above" in text for text in texts] == [True, True, False]
 
 
 def test_summary_json_is_the_cost_of_the_run(costly: TimedRun, short: TimedRun) -> None:

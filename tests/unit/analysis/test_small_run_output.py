@@ -35,10 +35,10 @@ def test_output_is_golden(local: Truth, name: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("ranks --steps 50-59", ["no step of the run is in 50-59"]),
+        ("ranks --steps 50-59", ["the run has no steps in 50-59"]),
         ("ranks --run zz", ["no run 'zz'"]),
         ("timeline --layer 4", ["no MoE layer 4", "3, 5"]),
-        ("timeline --steps 50-59", ["no step of the run is in 50-59"]),
+        ("timeline --steps 50-59", ["the run has no steps in 50-59"]),
         ("timeline --model zz", ["no model 'zz'"]),
         ("placement --layer 4", ["no MoE layer 4"]),
         ("placement --step 30", ["no step 30", "steps 0 to 29"]),

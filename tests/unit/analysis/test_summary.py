@@ -181,8 +181,8 @@ def test_steps_without_a_phase_are_counted(tmp_path: Path) -> None:
         for step in range(30):
             writer.record(step, load_of(step), map_of(), phase="decode" if step < 20 else None)
     told = cli("summary", "--full", tmp_path).stdout
-    assert "and 10 steps of no stated phase" in told
-    assert "of no stated phase" not in cli("summary", "--full", "--steps", "0-19", tmp_path).stdout
+    assert "and 10 steps without a recorded phase" in told
+    assert "without a recorded phase" not in cli("summary", "--full", "--steps", "0-19", tmp_path).stdout
 
 
 def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
         for step in range(60):
             writer.record(step, load_of(step), map_of(), ep_size=2 if step < 40 else 4)
     told = " ".join(cli("summary", "--full", tmp_path).stdout.split())
-    assert "ranks, losses and experts below are of steps 40-59" in told
+    assert "ranks, losses and experts below cover steps 40-59" in told
     assert "of the excess tokens in steps 40-59" in told
     told = " ".join(cli("advise", tmp_path).stdout.split())
     assert "recorded in steps 40-59 (" in told

@@ -75,7 +75,7 @@ def test_rearrangements_are_listed_and_a_range_limits_the_bins(local: Truth) -> 
 
 
 def test_unknown_formula_is_rejected(local: Truth) -> None:
-    with pytest.raises(ValueError, match="no formula 'x'; there are: balancedness"):
+    with pytest.raises(ValueError, match="no formula 'x'; choose one of: balancedness"):
         timeline(open_run(local.root), "x")
 
 

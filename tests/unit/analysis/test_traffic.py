@@ -94,7 +94,7 @@ def test_tokens_are_summed_by_node(dump: Path) -> None:
     assert report.shares == traffic_report(open_run(dump)).shares
     # A last node with fewer ranks.
     other = traffic_report(open_run(dump), by="node", ranks_per_node=3)
-    assert other.notes == ["4 EP ranks do not divide into nodes of 3: the last node has 1 rank"]
+    assert other.notes == ["4 EP ranks cannot be divided evenly into nodes of 3: the last node has 1 rank"]
     uneven = other.matrix
     assert uneven.tolist() == [
         [expected[:3, :3].sum(), expected[:3, 3].sum()],
@@ -137,16 +137,16 @@ def test_nothing_is_summed_across_a_change_of_ep_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"scope": "global"}, "its scope is global"), ({"token_replication": 2}, "counted by 2 ranks")],
+    [({"scope": "global"}, "with scope global"), ({"token_replication": 2}, "counted by 2 ranks")],
 )
 def test_dump_without_sources_is_an_error(tmp_path: Path, options: dict[str, Any], word: str) -> None:
     write(tmp_path, ranks=1 if "scope" in options else 2, **options)
-    one_error(cli("traffic", tmp_path), 2, "does not hold which rank sent what", word)
+    one_error(cli("traffic", tmp_path), 2, "does not show which rank sent which tokens", word)
 
 
 def test_invalid_input_is_an_error(dump: Path, tmp_path: Path) -> None:
     one_error(cli("traffic", "--layer", "5", dump), 2, "no MoE layer 5")
-    one_error(cli("traffic", "--steps", "99-", dump), 2, "no step of the run is in 99-")
+    one_error(cli("traffic", "--steps", "99-", dump), 2, "the run has no steps in 99-")
     write(tmp_path)
     one_error(cli("traffic", "--by", "node", tmp_path), 2, "number of ranks per node", "--ranks-per-node")
     assert cli("traffic", "--by", "node", "--ranks-per-node", "0", dump).returncode == 2

@@ -87,11 +87,11 @@ def test_row_of_a_dead_worker_is_not_kept(tmp_path: Path) -> None:
 
     class Dead(Local):
         def map(self, work: Any, items: Any) -> Any:
-            return ((item, WorkerDied("its worker died")) for item in items)
+            return ((item, WorkerDied("its worker process died")) for item in items)
 
     targets = list(find([str(tmp_path / "dump")]))
     ((row, is_new),) = rows_of(targets, Dead(), ResultCache(tmp_path / "out"))
-    assert (row.status, row.reason, is_new) == ("broken", "its worker died", True)
+    assert (row.status, row.reason, is_new) == ("broken", "its worker process died", True)
     ((row, is_new),) = rows_of(targets, None, ResultCache(tmp_path / "out"))
     assert (row.status, is_new) == ("complete", True)
     ((row, is_new),) = rows_of(targets, None, ResultCache(tmp_path / "out"))

@@ -112,14 +112,14 @@ def test_long_run_is_broken_if_a_part_cannot_be_read(batch: Batch) -> None:
         def map(self, work: Any, items: Any) -> Iterator[Any]:
             for item in items:
                 dies = item.part is not None and item.part[0].first > 0
-                yield item, WorkerDied("its worker died") if dies else work(item)
+                yield item, WorkerDied("its worker process died") if dies else work(item)
 
     targets = find([str(batch.root / "a"), str(batch.root / "long")])
     rows = {row.run_id: row for row, _ in rows_of(targets, DiesOverSecondPart())}
     assert {name: row.status for name, row in rows.items()} == {
         "bad": "complete", "good": "complete", "long": "broken"
     }  # fmt: skip
-    assert rows["long"].reason == "its worker died"
+    assert rows["long"].reason == "its worker process died"
 
 
 def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
@@ -282,8 +282,11 @@ def test_lost_time_is_that_of_summary_and_of_the_phases_with_a_measured_cost(tmp
     assert (row["cost_ms_per_step"], row["cost_covers"]) == (cost["ms_per_step"]["estimate"], 0.5)
     assert (cost["measured_phases"], cost["measured_share"]) == (["decode"], 0.5)
     text = " ".join(cli("summary", tmp_path, "--full").stdout.split())
-    assert "measured in decode (50% of the steps); no measurable cost in prefill; unknown in rare." in text
-    assert f"{duration(summary['lost_rank_seconds'])} of GPU time lost, by that cost" in text
+    assert (
+        "The cost is measured in decode (50% of the steps), too small to measure in prefill, unknown in rare."
+        in text
+    )
+    assert f"GPU time lost to imbalance: {duration(summary['lost_rank_seconds'])}" in text
     text = " ".join(cli("postmortem", tmp_path).stdout.split())
     assert (
         f"{duration(row['lost_rank_seconds'])} of GPU time lost, measured in 1 run (50% of the steps)" in text

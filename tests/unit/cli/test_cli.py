@@ -271,7 +271,7 @@ class TestBadInput:
         one_error(cli(*COMMANDS[command], tmp_path / "f"), 3, "it is a file")
 
     def test_unknown_run_lists_the_known_ones(self, command: str, good: Path) -> None:
-        one_error(cli(*COMMANDS[command], "--run", "zz", good), 2, "no run 'zz'", "there are: r")
+        one_error(cli(*COMMANDS[command], "--run", "zz", good), 2, "no run 'zz'", "its runs are: r")
 
     def test_unknown_model_lists_the_known_ones(self, command: str, good: Path) -> None:
         one_error(cli(*COMMANDS[command], "--model", "zz", good), 2, "no model 'zz'", "org/moe")
@@ -398,7 +398,7 @@ def test_missing_layer_or_step_is_named_with_what_exists(
 def test_range_without_a_step_is_rejected(good: Path) -> None:
     for command in (["summary"], ["layer", "1"]):
         result = cli(*command, "--steps", "500-599", good)
-        one_error(result, 2, "no step of the run is in 500-599", "it has steps 0 to 39")
+        one_error(result, 2, "the run has no steps in 500-599", "it has steps 0 to 39")
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_manifest_with_false_shape_is_rejected(good: Path, tmp_path: Path) -> No
         path.write_bytes(data)
     result = cli("summary", root)
     assert result.returncode == 3
-    assert "not as long as the manifest says" in result.stderr
+    assert "the lengths of its lists do not match the manifest" in result.stderr
 
 
 def test_frame_of_absurd_size_is_rejected(good: Path, tmp_path: Path) -> None:

@@ -634,7 +634,7 @@ def test_journal_without_loads_is_sealed(tmp_path: Path, batches: tuple[Batch, .
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"x" * 30, b"PAR1\xff\xff\0\0PAR1"])
 def test_footer_of_incomplete_parquet_file_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.parquet").write_bytes(content)
-    with pytest.raises(FormatError, match="not a whole Parquet file"):
+    with pytest.raises(FormatError, match="not a complete Parquet file"):
         footer_crc32(tmp_path / "x.parquet")
 
 

@@ -311,7 +311,7 @@ def test_rank_that_the_engine_goes_on_without_is_lost(
     assert np.mean([r.times_mean or 0 for r in look.ranks]) == pytest.approx(1)
     assert look.shape_changed is None
     text = view(look)
-    assert "rank 1 lost, last step 19: the engine goes on without it" in text
+    assert "rank 1 lost, last step 19: the engine continues without it" in text
     assert "stopped" not in text
     assert "● live, 2 of 3 ranks" in text
 

@@ -328,10 +328,10 @@ def test_custom_policy() -> None:
     [
         (
             "nothing",
-            "no policy has the name 'nothing'; there are deepseek, sglang, vllm, static, round_robin",
+            "there is no policy 'nothing'; choose deepseek, sglang, vllm, static, round_robin",
         ),
-        ("mine_of_test:", "no policy has the name"),
-        (":by_hand", "no policy has the name"),
+        ("mine_of_test:", "there is no policy"),
+        (":by_hand", "there is no policy"),
         ("mine_of_test:absent", "the module mine_of_test has no function absent"),
         ("mine_of_test:number", "the module mine_of_test has no function number"),
         ("no_such_of_test:f", "importing no_such_of_test failed: ModuleNotFoundError"),
@@ -349,10 +349,10 @@ def test_unknown_policy_is_rejected(name: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("shape", r"policy shape gave int64 \(1, 4\), not integers \(1, 3\)"),
-        ("fractions", r"policy fractions gave float64 \(1, 3\), not integers"),
+        ("shape", r"policy shape returned int64 \(1, 4\), not integers \(1, 3\)"),
+        ("fractions", r"policy fractions returned float64 \(1, 3\), not integers"),
         ("ragged", "policy ragged failed: ValueError"),
-        ("beyond", "policy beyond placed experts that are not in 0 to 2"),
+        ("beyond", "policy beyond placed experts outside of 0 to 2"),
         ("by_hand", "policy by_hand left expert 2 of layer index 0 without a slot"),
         ("broken", "policy broken failed: ValueError: two lines"),
     ],

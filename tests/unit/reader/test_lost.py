@@ -213,7 +213,7 @@ def test_traffic_after_a_loss_has_means_over_the_ranks_that_serve(tmp_path: Path
         if step >= 20:
             sent[rank] += load.reshape(LAYERS, RANKS, WIDTH).sum(axis=(0, 2))
     report = traffic_report(open_run(tmp_path))
-    assert report.notes[-1] == "lost in these steps, and left out of means: rank 2"
+    assert report.notes[-1] == "rank 2 was lost in these steps and is left out of means"
     got = {receiver.destination: receiver.times_mean for receiver in report.receivers()}
     assert got == pytest.approx({r: sent[:, r].sum() / (sent.sum() / 3) for r in (0, 1, 3)})
     others = sent.sum() - np.trace(sent)
@@ -228,7 +228,7 @@ def test_export_of_loads_says_that_it_cannot_show_a_loss(tmp_path: Path) -> None
     Engine(tmp_path / "dump", dead={2: (20, 60)}).run()
     run = open_run(tmp_path / "dump")
     (note,) = export_loads(run, "csv", tmp_path / "all.csv").notes
-    assert note.endswith("lost in some of these steps: rank 2")
+    assert note.startswith("rank 2 was lost in some of these steps")
     assert not export_loads(run, "csv", tmp_path / "before.csv", steps=(0, 20)).notes
 
 
@@ -249,7 +249,7 @@ def test_change_of_placement_with_a_loss_has_no_gain(tmp_path: Path) -> None:
     Engine(tmp_path, dead={2: (40, 99)}, placements={0: BEFORE, 40: AFTER}).run()
     [change] = rearrangement_report(open_run(tmp_path)).rearrangements
     assert (change.verdict, change.gain, change.slots_moved) == ("elastic", None, 3 * LAYERS)
-    assert change.reason == "different ranks serve: lost before none, after rank 2"
+    assert change.reason == "different ranks serve: lost ranks before none, after rank 2"
 
 
 @pytest.mark.parametrize("segment_steps", [16, 2048])

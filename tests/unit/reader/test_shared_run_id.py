@@ -319,7 +319,7 @@ def test_each_replica_under_one_run_id_has_its_own_figures(
         assert any("--run" in note for note in run.notes)
     done = cli("summary", tmp_path, "--run", "deploy-1")
     assert done.returncode == 0
-    assert "2 engine starts were given the run id deploy-1" in done.stderr
+    assert "2 engine starts share the run id deploy-1" in done.stderr
     look = Follower(tmp_path, "deploy-1@1").look()
     assert look.balancedness.mean == pytest.approx(truth[0])
 
@@ -361,7 +361,9 @@ def test_no_command_prints_figures_of_engines_that_cannot_be_separated(
     if name == "layer":
         words = ["layer", "0", "dump"]
     done = cli(*words)
-    one_error(done, 3, "run deploy-1: two engines recorded ranks 0, 1 at the same time", "run id of its own")
+    one_error(
+        done, 3, "run deploy-1: two engines recorded ranks 0, 1 at the same time", "use a separate run id"
+    )
     assert done.stdout == ""
 
 

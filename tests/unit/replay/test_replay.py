@@ -411,7 +411,7 @@ def test_elastic_run_is_replayed_from_its_last_change(tmp_path: Path) -> None:
     result = replay_run(run, [Setting("deepseek", 4, 4, 20, 20, 20)])
     assert (result.first_step, result.last_step, result.scored) == (30, 89, 60)
     assert run.clock.range_label(30, 89).startswith("steps 30-89 (")
-    only = f"only {run.clock.range_label(30, 89)} are replayed (those before with --steps 0-29)"
+    only = f"only {run.clock.range_label(30, 89)} are replayed (to replay earlier steps, use --steps 0-29)"
     assert only in result.notes[0]
     # Starts count from the change.
     assert [move.step for move in result.outcomes[0].moves] == [50, 70]
@@ -565,7 +565,7 @@ def test_malformed_option_is_rejected(dump: Path, arguments: list[str], words: l
         (["--redundant-experts", "100000000"], ["65,536 slots"]),
         (["--ep-size", "100000000"], ["65,536 slots"]),
         (["--num-groups", "6", "--policy", "deepseek"], ["groups"]),
-        (["--steps", "500-599"], ["no step of the run is in 500-599"]),
+        (["--steps", "500-599"], ["the run has no steps in 500-599"]),
         (["--run", "zz"], ["no run 'zz'"]),
     ],
 )

@@ -141,7 +141,7 @@ def test_groups_that_are_not_recorded_are_those_of_the_placements(tmp_path: Path
     assert (given.notes, given.outcomes) == ([], result.outcomes)
     wrong, doubted = replayed(tmp_path, num_groups=1)
     assert wrong.notes[0] == doubted.doubt
-    assert "supply the number with --num-groups 8" in doubted.doubt
+    assert "pass --num-groups 8" in doubted.doubt
     assert doubted.time_saved.low > 0.01
 
 
@@ -191,7 +191,7 @@ def test_unknown_groups_are_noted_if_no_placement_changed(tmp_path: Path) -> Non
 def test_nodes_that_the_recording_lacks_are_supplied(tmp_path: Path) -> None:
     record(tmp_path, num_nodes=1)
     for groups in (None, 8):
-        assert "supply --num-nodes" in replayed(tmp_path, num_groups=groups)[1].doubt
+        assert "pass --num-nodes" in replayed(tmp_path, num_groups=groups)[1].doubt
     result, test = replayed(tmp_path, num_nodes=2)
     assert test.doubt is None
     assert result.grouping.num_groups == 8
@@ -203,7 +203,9 @@ def test_nodes_that_the_recording_lacks_are_supplied(tmp_path: Path) -> None:
     assert rejected.returncode == 2
     assert "--num-nodes: 8 EP ranks cannot be divided evenly among 3 nodes" in rejected.stderr
     undivided = replay_run(open_run(tmp_path), num_nodes=2, num_groups=1)
-    assert any("2 nodes do not divide 1 groups" in note for note in undivided.notes)
+    assert any(
+        "1 groups of experts cannot be divided evenly among 2 nodes" in note for note in undivided.notes
+    )
 
 
 @pytest.mark.parametrize(("engine", "nodes", "groups"), [("sglang", 4, 4), ("vllm", 2, 2), ("sglang", 2, 16)])

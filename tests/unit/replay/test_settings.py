@@ -175,5 +175,5 @@ def test_nodes_are_those_of_the_engine_else_of_the_recording(tmp_path: Path) -> 
     other = Recorded(None, 0, 4, None, None, None, None, num_nodes=3)
     uneven = Groupings(run, other, SHAPE, None, None)
     assert uneven.likely[0].num_nodes == 1
-    assert "4 EP ranks do not divide into 3 nodes" in uneven.notes[0]
+    assert "4 EP ranks cannot be divided evenly among 3 nodes" in uneven.notes[0]
     assert math.isclose(today.max_utilization or 0, 0.8)

@@ -330,7 +330,7 @@ def test_missing_prefix_is_an_error(remote: str, s3: S3) -> None:
     )
     one_error(cli("summary", s3.address(f"{bucket}/nothing")), 3, f"s3://{bucket}/nothing: nothing is there")
     one_error(cli("summary", s3.address(bucket)), 3, "no run in it")
-    one_error(cli("summary", "--run", "zz", s3.address(remote)), 2, "no run 'zz'", "there are: killed, r")
+    one_error(cli("summary", "--run", "zz", s3.address(remote)), 2, "no run 'zz'", "its runs are: killed, r")
     (name,) = [n for n in s3.get(f"{remote}/run=r") if "rank=00000" in n and n.endswith("session.json")]
     one_error(cli("summary", s3.address(f"{remote}/run=r/{name}")), 3, "it is an object")
     result = cli("postmortem", s3.address(f"{bucket}/nothing"), s3.address("no-such-bucket-of-ours/x"))
@@ -354,7 +354,7 @@ def test_unreachable_server_is_an_error(remote: str) -> None:
 @pytest.mark.parametrize(
     ("faults", "words"),
     [
-        ({"status": 503}, ["the server fails", "503"]),
+        ({"status": 503}, ["the server reported an internal error", "503"]),
         ({"status": 403}, ["access denied"]),
         ({"cut": 100, "method": "GET"}, ["the connection broke"]),
     ],
@@ -387,7 +387,7 @@ def test_server_that_does_not_answer_times_out(remote: str, s3: S3, monkeypatch:
     monkeypatch.setattr(bucket_, "ANSWER_SECONDS", 1.0)
     with (
         s3.failing(key="manifest.frames", delay=4.0),
-        pytest.raises(UnreachableError, match="no answer in time"),
+        pytest.raises(UnreachableError, match="the server did not respond in time"),
     ):
         open_run(s3.address(remote), "r")
 

@@ -135,10 +135,10 @@ def test_commands_print_the_same_figures(dump: Path, tmp_path: Path) -> None:
             for key in ("incomplete", "dropped"):
                 document.get("steps", {}).pop(key, None) if isinstance(document.get("steps"), dict) else None
         assert new == old, command
-    one_error(cli("traffic", tmp_path), 2, "does not hold which rank sent what")
+    one_error(cli("traffic", tmp_path), 2, "does not show which rank sent which tokens")
     checked = json.loads(cli("check", "--json", tmp_path).stdout)
     (made,) = [f["text"] for f in checked["findings"] if f["code"] == "imported"]
-    assert "made by compact of run=r/model=org--moe" in made
+    assert "made by compact from run=r/model=org--moe" in made
     assert "incomplete steps" in made
     assert "made by compact" in cli("summary", tmp_path).stdout
 
@@ -248,7 +248,7 @@ def test_cause_of_few_incomplete_steps_stays_known(dump: Path, tmp_path: Path) -
     old, new = (cli("check", "--json", where) for where in (dump, tmp_path))
     assert old.returncode == new.returncode == 1
     texts = {f["code"]: f["text"] for f in json.loads(new.stdout)["findings"]}
-    said = "1 step (1.9%) lacked a rank in the run it was made of: rank 2 dropped in 1"
+    said = "1 step (1.9%) lacked a rank in the original run: rank 2 dropped in 1"
     assert texts["incomplete_steps"] == said
     assert "queue" not in texts["dropped_steps"]
     old, new = (cli("summary", where) for where in (dump, tmp_path))
@@ -307,7 +307,7 @@ def test_sums_above_the_largest_count_of_a_rank_are_kept(tmp_path: Path) -> None
 def test_taken_or_invalid_run_id_is_refused(dump: Path, tmp_path: Path) -> None:
     compact(dump, tmp_path, "--run-id", "x")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    one_error(cli("compact", "--run-id", "x", dump, tmp_path), 2, "exists already", "--run-id")
+    one_error(cli("compact", "--run-id", "x", dump, tmp_path), 2, "already exists", "--run-id")
     one_error(cli("compact", "--run-id", "../x", dump, tmp_path), 2, "--run-id")
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
@@ -321,7 +321,9 @@ def test_unfinished_run_of_a_live_process_is_kept(dump: Path, tmp_path: Path) ->
     with new_run(tmp_path, None, "r-compact") as living:
         (living.root / "evidence").touch()
         assert compact(dump, tmp_path)["after"]["run_id"] == "r-compact-2"
-        one_error(cli("compact", "--run-id", "r-compact", dump, tmp_path), 2, "another process is making it")
+        one_error(
+            cli("compact", "--run-id", "r-compact", dump, tmp_path), 2, "another process is creating it"
+        )
         assert (living.root / "evidence").exists()
         (living.root / f"run={living.run_id}/model=org--moe").mkdir(parents=True)
     assert [p.name for p in (tmp_path / "run=r-compact").iterdir()] == ["model=org--moe"]
@@ -335,9 +337,9 @@ def test_target_inside_a_run_is_refused_before_anything_is_written(
 ) -> None:
     root = shutil.copytree(dump, tmp_path / "dump")
     before = sorted(root.rglob("*"))
-    one_error(cli("compact", root, root / inside), 2, "lies inside run=r", "give the dump's folder")
+    one_error(cli("compact", root, root / inside), 2, "is inside run=r", "pass the folder of the dump")
     (tmp_path / "link").symlink_to(root / "run=r")
-    one_error(cli("compact", root, tmp_path / "link/x"), 2, "lies inside run=r")
+    one_error(cli("compact", root, tmp_path / "link/x"), 2, "is inside run=r")
     assert sorted(root.rglob("*")) == before
 
 

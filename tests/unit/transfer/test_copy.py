@@ -161,10 +161,10 @@ def test_ranks_are_copied_apart_and_completed_later(dump: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--ranks", "3"], "nothing of rank 3"),
+        (["--ranks", "3"], "no data of rank 3"),
         (["--ranks", "1-0"], "not a list of ranks"),
         (["--ranks", "a"], "not a list of ranks"),
-        (["--steps", "400-"], "no segment of run r is in these steps"),
+        (["--steps", "400-"], "run r has no segment with these steps"),
         (["--steps", "4"], "--step 4"),
     ],
 )
@@ -186,7 +186,7 @@ def test_failed_upload_is_incomplete_and_continues(dump: Path, s3: S3, tmp_path:
     temporary.mkdir()
     with s3.failing(key="rank=00001", method="PUT", status=503):
         failed = cli("copy", dump, s3.address(there), env={"TMPDIR": str(temporary)})
-        one_error(failed, 3, "the server fails", "rank=00001")
+        one_error(failed, 3, "the server reported an internal error", "rank=00001")
     assert not [*temporary.glob("*.eplb.tmp")]
     result = cli("summary", s3.address(there))
     assert result.returncode == 3
@@ -202,7 +202,7 @@ def test_all_sessions_of_a_rank_are_marked_before_the_first_is_copied(tmp_path: 
     source = s3.address(s3.put(root))
     second = sessions(root)[1].name
     with s3.failing(key=f"{second}/loads", status=503):
-        one_error(cli("copy", source, tmp_path / "copy"), 3, "the server fails")
+        one_error(cli("copy", source, tmp_path / "copy"), 3, "the server reported an internal error")
     result = cli("summary", "--json", tmp_path / "copy")
     assert result.returncode == 3
     assert second in result.stderr
@@ -251,13 +251,13 @@ def test_folder_with_foreign_files_is_refused(dump: Path, tmp_path: Path) -> Non
     folder = tmp_path / sessions(dump, 1)[0].relative_to(dump)
     folder.mkdir(parents=True)
     (folder / "loads-000000.parquet").write_bytes(b"mine")
-    one_error(cli("copy", dump, tmp_path), 2, str(folder), "no copy wrote")
+    one_error(cli("copy", dump, tmp_path), 2, str(folder), "`copy` did not write")
     assert (folder / "loads-000000.parquet").read_bytes() == b"mine"
 
 
 def test_part_onto_the_whole_run_is_refused(dump: Path, tmp_path: Path) -> None:
     cli("copy", dump, tmp_path)
-    said = ("it holds more than the steps asked for", "name another destination")
+    said = ("it contains more than the selected steps", "choose another destination")
     one_error(cli("copy", "--steps", "20-", dump, tmp_path), 2, *said)
     assert content(tmp_path) == content(dump)
     assert not [*tmp_path.rglob("*.tmp")]
@@ -267,7 +267,7 @@ def test_part_onto_the_whole_run_is_refused(dump: Path, tmp_path: Path) -> None:
     "to", ["TMP/run=r", "TMP/run=r/inner", "s3://b/dumps/run=x/model=y", "s3://b/run=x/y"]
 )
 def test_target_inside_a_run_is_refused(to: str, dump: Path, tmp_path: Path) -> None:
-    one_error(cli("copy", dump, to.replace("TMP", str(tmp_path))), 2, "give the dump's folder")
+    one_error(cli("copy", dump, to.replace("TMP", str(tmp_path))), 2, "pass the folder of the dump")
 
 
 def test_symbolic_link_in_the_target_is_refused(dump: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_symbolic_link_in_the_target_is_refused(dump: Path, tmp_path: Path) -> N
     one_error(cli("copy", dump, tmp_path / "to"), 2, str(link), "symbolic link")
     assert not [*(tmp_path / "elsewhere").iterdir()]
     (tmp_path / "inside").symlink_to(dump / "run=r")
-    one_error(cli("copy", dump, tmp_path / "inside/x"), 2, "lies inside run=r")
+    one_error(cli("copy", dump, tmp_path / "inside/x"), 2, "is inside run=r")
 
 
 def test_damaged_file_is_added_after_its_repair(dump: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_part_is_extended_if_all_of_it_stays(to_bucket: bool, dump: Path, s3: S3
     target = s3.address(path) if to_bucket else str(tmp_path)
     cli("copy", "--steps", "20-29", "--ranks", "0-1", dump, target)
     before = s3.get(path) if to_bucket else content(tmp_path)
-    said = ("it holds a copy of steps 20-29 only", "name another destination")
+    said = ("it contains a copy of steps 20-29 only", "choose another destination")
     one_error(cli("copy", "--steps", "0-9", dump, target), 2, *said)
     # Rank 2 was not begun either, and nothing is left behind.
     assert (s3.get(path) if to_bucket else content(tmp_path)) == before
@@ -488,7 +488,7 @@ def test_session_in_the_wrong_model_folder_is_left_out(tmp_path: Path) -> None:
     for file in (model.parent / "model=other").rglob("loads-*"):
         file.unlink()
     result = cli("copy", root, to)
-    one_error(result, 3, "model=other", "it is of model 'org/moe'")
+    one_error(result, 3, "model=other", "it states model 'org/moe'")
     assert content(to / model.relative_to(root)) == before
     assert [p.name for p in to.glob("run=*/model=*")] == [model.name]
 

@@ -196,7 +196,7 @@ def test_duplicate_expert_on_a_device_is_refused_or_repaired(dump: Path, tmp_pat
     assert np.array_equal(read_vllm_ascend((tmp_path / "fine.json").read_text()), placement(30))
     file = tmp_path / "double.json"
     command = ["export", "placement", "--for", "vllm-ascend", "-o", str(file), "--step", "10", str(dump)]
-    one_error(cli(*command), 2, "expert 1 is twice on device 0 in layer 2", "--repair")
+    one_error(cli(*command), 2, "device 0 holds expert 1 twice in layer 2", "--repair")
     assert not file.exists()
     document = write_placement(dump, file, "vllm-ascend", "--step", 10, "--repair")
     assert document["repair"] == {"layers": 1, "swaps": 1, "replaced": 0}
@@ -261,7 +261,7 @@ def test_repair_swaps_with_the_closest_load() -> None:
 
 
 def test_unrepairable_placement_is_refused() -> None:
-    with pytest.raises(UsageError, match="more than the model's 2 experts"):
+    with pytest.raises(UsageError, match="exceed the model's 2 experts"):
         vllm_ascend.repaired(make([0, 1, 0, 1, 0, 1], 2, 2))
 
 
@@ -390,7 +390,9 @@ def test_nodes_that_divide_neither_ranks_nor_groups_are_not_silent(tmp_path: Pat
     with pytest.raises(UsageError, match="2 EP ranks cannot be divided evenly among 3 nodes"):
         policy_placement(run, "deepseek", num_nodes=3, num_groups=3)
     found = policy_placement(run, "deepseek", num_nodes=2, num_groups=3)
-    assert ["2 nodes do not divide 3 groups" in note for note in found.notes] == [True]
+    assert ["3 groups of experts cannot be divided evenly among 2 nodes" in note for note in found.notes] == [
+        True
+    ]
     expected = POLICIES["deepseek"](Problem(logical(complete()), SLOTS, RANKS))
     assert np.array_equal(found.placement.physical_to_logical_map, expected)
     assert policy_placement(run, "deepseek").notes == []
@@ -402,7 +404,8 @@ def test_nodes_that_the_ranks_do_not_fill_are_one_node_with_a_note(tmp_path: Pat
     found = policy_placement(run, "deepseek", redundant=4, ep_size=5, num_groups=2)
     assert found.origin.num_nodes == 1
     assert found.notes == [
-        "5 EP ranks do not divide into nodes of 3: the last node has 2 ranks; the policy is given one node "
+        "5 EP ranks cannot be divided evenly into nodes of 3: the last node has 2 ranks; the policy assumes "
+        "one node "
         "(--num-nodes)"
     ]
 
@@ -443,12 +446,15 @@ def test_repair_of_a_user_policy_uses_the_window_loads(
         (["--for", "sglang", "-o", "F.txt", "--num-hidden-layers", "6"], [".json"]),
         (["--for", "trtllm", "-o", "F.yaml", "--first-layer", "3"], ["names its layers", "1 to 4"]),
         (["--for", "trtllm", "-o", "F.yaml", "--step", "99"], ["no step 99", "0 to 39"]),
-        (["--for", "json", "-o", "F", "--policy", "none"], ["no policy has the name 'none'", "deepseek"]),
+        (["--for", "json", "-o", "F", "--policy", "none"], ["there is no policy 'none'", "deepseek"]),
         (
             ["--for", "json", "-o", "F", "--policy", "static", "--redundant-experts", "1"],
             ["7 slots", "2 EP ranks"],
         ),
-        (["--for", "json", "-o", "F", "--policy", "static", "--steps", "50-"], ["no step of the run"]),
+        (
+            ["--for", "json", "-o", "F", "--policy", "static", "--steps", "50-"],
+            ["the run has no steps in 50-"],
+        ),
         (["--for", "json", "-o", "F", "--policy", "static", "--redundant-experts", "1000000000"], ["65,536"]),
         (["--for", "sglang", "-o", "F.json", "--num-hidden-layers", "1000000000"], ["4,096"]),
         (["--for", "json", "-o", "nowhere/F"], ["there is no folder"]),
@@ -492,14 +498,14 @@ def test_existing_file_is_replaced_only_with_force(dump: Path, tmp_path: Path) -
     file = tmp_path / "F"
     file.write_text("mine")
     for command in (["placement", "--for", "json"], ["loads", "--as", "csv"]):
-        one_error(cli("export", *command, "-o", file, dump), 2, "exists already", "--force")
+        one_error(cli("export", *command, "-o", file, dump), 2, "already exists", "--force")
         assert file.read_text() == "mine"
         assert cli("export", *command, "-o", file, "--force", dump).returncode == 0
         assert file.read_text() != "mine"
         file.write_text("mine")
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    one_error(cli("export", "placement", "--for", "json", "-o", link, dump), 2, "exists already")
+    one_error(cli("export", "placement", "--for", "json", "-o", link, dump), 2, "already exists")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["F", "link"]
     # Replacing a device would destroy it: as root, /dev/null would become a file.
     pipe = tmp_path / "pipe"
@@ -522,7 +528,7 @@ def test_file_created_meanwhile_is_kept(tmp_path: Path) -> None:
             out.write(b"new")
             file.write_text("theirs")
 
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         write()
     assert file.read_text() == "theirs"
     assert [p.name for p in tmp_path.iterdir()] == ["F"]
@@ -548,7 +554,7 @@ def test_empty_slots_and_unknown_placements_are_refused(tmp_path: Path) -> None:
     result = cli(*policy, tmp_path / "dump")
     assert "steps before 3 are left out" in result.stdout
     # Slot 3 of layer 0 was empty and still got one token per step.
-    assert "12% of the tokens fell on slots of no expert" in result.stdout
+    assert "12% of the tokens went to slots without an expert" in result.stdout
 
 
 def test_missing_layer_numbers_are_assumed_or_given(tmp_path: Path) -> None:
@@ -733,7 +739,7 @@ def test_no_file_without_a_complete_step(dump: Path, tmp_path: Path) -> None:
     for name in LoadFormat:
         command = ["export", "loads", "--as", name.value, "-o", str(tmp_path / "F")]
         one_error(cli(*command, "--steps", "13-13", dump), 3, "complete")
-        one_error(cli(*command, "--steps", "70-", dump), 2, "no step of the run")
+        one_error(cli(*command, "--steps", "70-", dump), 2, "the run has no steps in 70-")
         one_error(cli(*command, "--layer", "3", dump), 2, "no MoE layer 3")
     assert list(tmp_path.iterdir()) == []
 

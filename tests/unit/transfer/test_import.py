@@ -415,8 +415,8 @@ def test_sglang_stat_rows_become_steps(tmp_path: Path) -> None:
     assert any("1 layer" in note for note in report.notes)
     assert {"step_order", "step_numbers", "times", "token_replication", "model"} == unknown(run)
     text = cli("summary", "--full", str(run.path)).stdout
-    assert "worst stretches" not in text
-    assert "costliest ranks" in text
+    assert "worst periods" not in text
+    assert "ranks with the most excess tokens" in text
     assert "no rearrangement is known" in cli("rearrangements", str(run.path)).stdout
     # With --ordered it was not a ring buffer, so an empty row is an idle pass.
     report, run = do(tmp_path / "s", tmp_path, ep_size=EP, placement="linear", ordered=True)
@@ -429,8 +429,8 @@ def test_sglang_stat_needs_a_placement(tmp_path: Path) -> None:
     source = sglang_stat(tmp_path / "s", hidden(local_loads(3, width=EXPERTS).sum(axis=1), 1))
     refused(UsageError, source, tmp_path, "--ep-size", "--placement")
     refused(UsageError, source, tmp_path, "--placement linear", ep_size=EP)
-    refused(UsageError, source, tmp_path, "no rank's load is known", ep_size=EP, placement="unknown")
-    refused(UsageError, source, tmp_path, "12 slots do not divide", ep_size=5, placement="linear")
+    refused(UsageError, source, tmp_path, "the load of ranks is unknown", ep_size=EP, placement="unknown")
+    refused(UsageError, source, tmp_path, "12 slots cannot be divided evenly", ep_size=5, placement="linear")
     refused(UsageError, source, tmp_path, "per_pass", ep_size=EP, placement="last")
     sglang_stat(source, np.ones((1, 4, EXPERTS)), "second.pt")
     refused(UsageError, source, tmp_path, "2 files", "--only", ep_size=EP, placement="linear")
@@ -508,9 +508,9 @@ def test_sglang_invalid_counts_are_refused(tmp_path: Path) -> None:
     for number, (gatherers, count, placed, word) in enumerate([
         ("ab", whole + 0.5, slots, "not a whole number"),
         ("abcd", torch.tensor([[2**62, 2, 3, 4]]), slots, "above 2^53"),
-        ("a", whole, slots + 0.5, "impossible experts"),
-        ("a", whole, slots + 2**32, "impossible experts"),
-        ([bomb], whole, slots, "gatherer_key is no text"),
+        ("a", whole, slots + 0.5, "invalid expert numbers"),
+        ("a", whole, slots + 2**32, "invalid expert numbers"),
+        ([bomb], whole, slots, "gatherer_key is not a text"),
     ]):  # fmt: skip
         refused(DumpError, source(f"{number}.pt", gatherers, count, placed), tmp_path, word, ep_size=1)
     _, run = do(source("good.pt", "ab", whole, slots), tmp_path, ep_size=1)
@@ -548,7 +548,7 @@ def test_sglang_files_of_two_recordings_are_refused(tmp_path: Path) -> None:
     (source / "later_1.pt").unlink()
     other["last_physical_to_logical_map"] = torch.tensor(hidden(MAP[:, ::-1].copy(), 0))
     torch.save(other, source / "expert_distribution_recorder_9.1_1.pt")
-    refused(DumpError, source, tmp_path, "its last placement is not that of", ep_size=EP)
+    refused(DumpError, source, tmp_path, "its last placement differs from that of", ep_size=EP)
 
 
 def test_equal_counts_of_all_ranks_need_token_replication(tmp_path: Path) -> None:
@@ -571,14 +571,14 @@ def test_counts_of_received_tokens_give_no_traffic(tmp_path: Path) -> None:
     records = {rank: sglang_records(received, rank) for rank in range(EP)}
     _, run = do(sglang_passes(tmp_path / "s", records, hidden(MAP, 0)), tmp_path, ep_size=EP)
     np.testing.assert_array_equal(loads(run)[1], load.sum(axis=1)[:, 1:])
-    with pytest.raises(NotInDumpError, match="each rank counted what it received"):
+    with pytest.raises(NotInDumpError, match="each rank counted the tokens that it received"):
         traffic_report(run)
 
 
 def test_trtllm_has_loads_of_all_ranks(tmp_path: Path) -> None:
     load, layers = local_loads(4), [3, 4, 8]
     source = trtllm(tmp_path / "t", load, layers)
-    refused(UsageError, source, tmp_path, "--ep-size", "--placement", "experts or of slots")
+    refused(UsageError, source, tmp_path, "--ep-size", "--placement", "expert or per slot")
     refused(UsageError, source, tmp_path, "--placement unknown", ep_size=EP)
     refused(UsageError, source, tmp_path, "--num-experts", ep_size=EP, placement="unknown")
     yaml_file = trtllm_yaml(tmp_path / "balancer.yaml", MAP, layers)
@@ -667,7 +667,7 @@ def test_vllm_snapshots_have_loads_and_placements(tmp_path: Path) -> None:
     report, run = do(source, tmp_path)
     assert loads(run)[0] == [10, 20, 30, 40]
     np.testing.assert_array_equal(loads(run)[1], load)
-    assert any("8 records left out that repeat a step" in note for note in report.notes)
+    assert any("8 records left out, because they repeat a step" in note for note in report.notes)
     assert [change.first_step for change in run.history.rearrangements()] == [30]
     np.testing.assert_array_equal(placement_at(run, 29), MAP)
     counts = summarize(run).steps.to_json()
@@ -710,7 +710,7 @@ def test_vllm_invalid_names_are_refused(tmp_path: Path) -> None:
 def test_vllm_restarted_step_numbers_need_an_option(tmp_path: Path) -> None:
     load = local_loads(4).sum(axis=1)
     again = lines(tmp_path / "x.jsonl", *(snapshot(10 * (i % 2), load[i], MAP) for i in range(4)))
-    refused(UsageError, again, tmp_path, "line 3", "step 0 again, with another load", "--renumber")
+    refused(UsageError, again, tmp_path, "line 3", "step 0 again, with a different load", "--renumber")
     back = lines(tmp_path / "y.jsonl", *(snapshot(50 - i, load[i], MAP) for i in range(4)))
     refused(UsageError, back, tmp_path, "step 49 after 50")
     _, run = do(again, tmp_path, renumber=True)
@@ -938,7 +938,7 @@ def test_existing_run_is_never_overwritten(tmp_path: Path) -> None:
     assert len({report.run_id for report in reports}) == 3
     import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
     before = sorted((tmp_path / "d").rglob("*"))
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "mine")
     with pytest.raises(UsageError, match="--run-id"):
         import_dump(tmp_path / "load.npy", tmp_path / "d", None, options, "../x")
@@ -1106,7 +1106,7 @@ def test_invalid_json_is_refused(tmp_path: Path) -> None:
         ("huge", filled(10**30), "whole numbers"),
         ("negative", json.dumps(snapshot(1, load - 10**6, MAP)), "negative"),
         ("map", json.dumps(snapshot(1, load, MAP + 1)), "beyond the 12"),
-        ("shape", json.dumps(snapshot(1, load, MAP[:2])), "not of the load's shape"),
+        ("shape", json.dumps(snapshot(1, load, MAP[:2])), "does not have the shape of the load"),
         ("layers", json.dumps(snapshot(1, load, MAP, num_moe_layers=9)), "num_moe_layers"),
         ("step", json.dumps({**snapshot(1, load, MAP), "step": "1"}), "no step"),
     ):  # fmt: skip
@@ -1156,13 +1156,13 @@ def test_links_pipes_and_missing_files_are_refused(tmp_path: Path) -> None:
     refused(DumpError, tmp_path / "empty", tmp_path, "no file in it", **LINEAR)
     (tmp_path / "what").write_text("hello")
     refused(DumpError, tmp_path / "what", tmp_path, "format is not supported", **LINEAR)
-    names = ("no such file or placement", "linear, round_robin, last, unknown")
+    names = ("there is no such file", "linear, round_robin, last, unknown")
     for wrong in (str(tmp_path / "no.json"), "roundrobin"):
         refused(UsageError, tmp_path / "a.npy", tmp_path, *names, ep_size=2, placement=wrong)
     source = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
     (source / "rank1.safetensors").unlink()
     (source / "rank1.safetensors").symlink_to(source / "rank0.safetensors")
-    refused(DumpError, source, tmp_path, "these have no file: 1", ep_size=EP, placement="linear")
+    refused(DumpError, source, tmp_path, "rank 1 (of 4 ranks) has no file", ep_size=EP, placement="linear")
 
 
 def test_invalid_csv_is_refused(tmp_path: Path) -> None:
@@ -1183,9 +1183,9 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
     refused(UsageError, source, tmp_path, "4 EP ranks, not 8", ep_size=8)
     refused(UsageError, source, tmp_path, "12 experts, not 13", num_logical_experts=13)
     refused(UsageError, source, tmp_path, "its own placements", placement="linear")
-    refused(UsageError, source, tmp_path, "--layers names 2", layers=(1, 2))
+    refused(UsageError, source, tmp_path, "--layers lists 2", layers=(1, 2))
     trt = trtllm(tmp_path / "t", local_loads(1), [3, 4, 8])
-    refused(UsageError, trt, tmp_path, "leave out --layers", layers=(1, 2, 3), ep_size=EP, placement="linear")
+    refused(UsageError, trt, tmp_path, "remove --layers", layers=(1, 2, 3), ep_size=EP, placement="linear")
 
 
 # ---- properties

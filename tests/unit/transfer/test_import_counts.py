@@ -140,7 +140,7 @@ def test_table_with_a_rank_column_is_summed_over_ranks(tmp_path: Path) -> None:
     report, run = do(tmp_path / "a.csv", tmp_path, ep_size=2, placement="linear")
     np.testing.assert_array_equal(loads(run), load.sum(axis=0))
     assert run.loads()["step"].unique().sort().to_list() == [0, 10, 20]
-    assert (report.not_sampled, report.notes) == (18, ["the source has only some steps, every 10"])
+    assert (report.not_sampled, report.notes) == (18, ["the source has only some of the steps, every 10"])
 
 
 def test_experts_that_no_row_names_need_an_option(tmp_path: Path) -> None:
@@ -191,7 +191,11 @@ def test_slots_that_are_not_on_the_ranks_in_order_are_refused(tmp_path: Path) ->
     table = pa.table({"layer": [0] * 4, "physical": range(4), "rank": [0, 1, 0, 1], "load": [1, 2, 3, 4]})
     pq.write_table(table, tmp_path / "a.parquet")
     refused(
-        DumpError, tmp_path / "a.parquet", tmp_path, "do not lie on 2 ranks in order", num_logical_experts=4
+        DumpError,
+        tmp_path / "a.parquet",
+        tmp_path,
+        "are not on 2 ranks in ascending order",
+        num_logical_experts=4,
     )
 
 
@@ -358,7 +362,7 @@ def test_one_row_holds_for_all_layers(tmp_path: Path, form: str) -> None:
     np.save(tmp_path / "load.npy", load)
     report, run = do(tmp_path / "load.npy", tmp_path, "array", ep_size=2, placement=str(file), ordered=True)
     assert run.placement(0)["logical"].to_list() == row * 3
-    assert "one row holds for all 3 layers" in report.assumed["placement"]
+    assert "single row applies to all 3 layers" in report.assumed["placement"]
     found = loads(run)
     for expert in range(4):
         assert (found[:, :, np.array(row) == expert].sum(axis=2) == load[:, :, expert]).all()

@@ -111,10 +111,10 @@ def closed(writer: ExpertLoadWriter) -> WriterStats:
         ({"moe_layers": [-1]}, "each of moe_layers must be at least 0, not -1"),
         ({"moe_layers": ["a"]}, "each of moe_layers must be an integer, not str"),
         ({"moe_layers": 5}, "moe_layers must be"),
-        ({"moe_layers": range(4097)}, "moe_layers names 4097 layers"),
+        ({"moe_layers": range(4097)}, "moe_layers lists 4097 layers"),
         (
             {"moe_layers": range(17), "num_logical_experts": 65536},
-            "moe_layers names 17 layers; with 65536 logical experts each, that is more than the format holds",
+            "moe_layers lists 17 layers; with 65536 logical experts each, that is more than the format",
         ),
         ({"engine": 5}, "engine must be a text, not int"),
         ({"engine_version": (1, 2)}, "engine_version must be a text, not tuple"),
@@ -568,7 +568,7 @@ def test_skipped_steps_keep_their_reason(tmp_path: Path) -> None:
     stats = closed(writer)
     assert (stats.dummy, stats.not_sampled, stats.recorded) == (3, 1, 1)
     assert stats.drop_reasons == {"by the engine": 1}
-    assert stats.reject_reasons == {"skip for the unknown reason 'holiday'": 1}
+    assert stats.reject_reasons == {"skip was called with the unknown reason 'holiday'": 1}
     assert stats.unlisted == 0
     status = [*reasons[:4], "rejected"]
     assert step_status(writer.folder) == [*enumerate(status), (9, "dummy"), (10, "recorded")]
@@ -741,7 +741,7 @@ def test_step_ms_that_is_no_time_is_left_out(
         writer.record(None, SMALL, None, step_ms=value)
     assert closed(writer).recorded == 1
     assert read_table(writer.folder, "steps")["step_ms"].to_pylist() == [None]
-    assert "step_ms is not a time in ms and is left out" in caplog.text
+    assert "step_ms is not a time in ms; recording the step without it" in caplog.text
 
 
 @pytest.mark.parametrize("value", [TEXT, -1, 1.5, 2**62, True, object(), Hostile()], ids=type)
