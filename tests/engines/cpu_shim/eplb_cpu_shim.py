@@ -1,12 +1,14 @@
 """For tests only: lets vLLM's CPU build balance experts, so that a real engine calls EplbState.step().
 
-vLLM refuses EPLB on a CPU, counts only in a Triton kernel, and its CPU kernel of the experts ignores
-expert_map. A general plugin, active with EPLB_CPU_SHIM=1.
+On a CPU, vLLM refuses EPLB, does not count (only a Triton kernel does), ignores expert_map in its kernel of
+the experts, and cannot exchange tokens between data-parallel ranks. A general plugin, active with
+EPLB_CPU_SHIM=1. With EPLB_CPU_SHIM_STUCK=1, ranks get stuck when they shut down, as they do on GPUs.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -46,6 +48,9 @@ def register() -> None:
         _count_in_torch()
         _keep_to_the_expert_map()
         _make_the_state()
+        _exchange_tokens()
+        if os.environ.get("EPLB_CPU_SHIM_STUCK") == "1":
+            _stick_at_the_end()
 
 
 class Platform:
@@ -142,3 +147,44 @@ def _make_the_state() -> None:
             self.eplb_state.add_model(self._moe_model, self.model_config)
 
     Runner.load_model = load_model
+
+
+def _exchange_tokens() -> None:
+    import torch
+    from torch import distributed
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator as Communicator
+
+    def gather(self: Any, rows: Any, sizes: list[int] | None) -> Any:
+        sizes = sizes or [len(rows)] * self.world_size
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded, group=self.cpu_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def all_gatherv(self: Any, given: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
+        return (
+            [gather(self, one, sizes) for one in given]
+            if isinstance(given, list)
+            else gather(self, given, sizes)
+        )
+
+    def reduce_scatterv(self: Any, given: Any, dim: int = -1, sizes: list[int] | None = None) -> Any:
+        total = given.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=self.cpu_group)
+        sizes = sizes or [len(total) // self.world_size] * self.world_size
+        return torch.split(total, sizes)[self.rank_in_group].clone()
+
+    Communicator.all_gatherv, Communicator.reduce_scatterv = all_gatherv, reduce_scatterv
+
+
+def _stick_at_the_end() -> None:
+    """As ``PyNcclCommunicator.destroy``, whose abort blocks while CUDA graphs use the communicator."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator as Communicator
+
+    def destroy(self: Any) -> None:
+        abort = threading.Thread(target=threading.Event().wait, daemon=True)
+        abort.start()
+        abort.join(timeout=5.0)
+
+    Communicator.destroy = destroy
