@@ -124,19 +124,21 @@ def _hottest(summary: Summary) -> str:
 
 def _replication(report: ExpertReport) -> str:
     counts = report.counts
-    hot = f"Of {plural(counts['experts'], 'expert')}, all layers together, "
+    hot = f"Of {plural(counts['experts'], 'expert')} in all layers, "
     if tells_bursts(report):
         hot += (
-            f"always hot: {counts['always']:,}, hot in bursts: {counts['bursts']:,} ({report.hot_factor:g}x "
-            f"the layer's mean or more in a window of {plural(report.window, 'step')})"
+            f"{counts['always']:,} are always hot and {counts['bursts']:,} are hot in bursts: at least "
+            f"{report.hot_factor:g}x the layer's mean in a window of {plural(report.window, 'step')}"
         )
     else:
-        hot += f"hot, with {report.hot_factor:g}x the layer's mean or more: {counts['always']:,}"
+        hot += f"{counts['always']:,} are hot: at least {report.hot_factor:g}x the layer's mean"
     few, many = counts["under_replicated"], counts["over_replicated"]
     if not few and not many:
-        return f"{hot}. By the loads since the last rearrangement no expert has too few or too many replicas."
-    wrong = [f"{n:,} with too {word}" for n, word in ((few, "few"), (many, "many")) if n]
-    return f"{hot}. Replicas, judged by the loads since the last rearrangement: {', '.join(wrong)}."
+        return (
+            f"{hot}. By the loads since the last rearrangement, no expert has too few or too many replicas."
+        )
+    wrong = [f"{n:,} have too {word}" for n, word in ((few, "few"), (many, "many")) if n]
+    return f"{hot}. By the loads since the last rearrangement, {' and '.join(wrong)} replicas."
 
 
 def tells_bursts(report: ExpertReport) -> bool:
@@ -159,7 +161,7 @@ _VERDICTS = {
     "helped": "helped",
     "helped at first": "helped at first, until the load drifted",
     "hurt": "hurt",
-    "no measurable gain": "without a measurable gain",
+    "no measurable gain": "had no measurable gain",
     "no-op": "moved nothing to another rank",
     "elastic": "changed the EP size or the number of slots",
     "not measured": "could not be measured",
@@ -170,7 +172,7 @@ def _changes(report: RearrangementReport, summary: Summary, clock: RunClock) -> 
     rows = report.rearrangements
     if not rows:
         if summary.acted is None:
-            return "It is unknown when placements changed, so rearrangements are unknown, too."
+            return "It is not known when placements changed, so rearrangements are not known either."
         if summary.acted is False:
             return summary.not_due or ""  # if one was due, a warning in capitals comes first
         return "There is no rearrangement in these steps."
@@ -191,76 +193,78 @@ _MEANINGS = (
     (
         "balancedness",
         FORMULAS["balancedness"].text,
-        "The mean tokens of the ranks divided by the tokens of the fullest rank, for each layer that has "
-        "tokens in the step, averaged over these layers; 1 is perfect. T is tokens of a step and layer on an "
-        "EP rank.",
+        "The mean tokens of the ranks divided by the tokens of the busiest rank, averaged over the layers "
+        "that have tokens in the step; 1 is perfect. T: tokens of a step and layer on an EP rank.",
     ),
     (
         "imbalance",
         FORMULAS["imbalance"].text,
-        "The inverse: the tokens of the fullest rank divided by the mean; at least 1.",
+        "The inverse: the tokens of the busiest rank divided by the mean; at least 1.",
     ),
     (
         "idle fraction",
         "1 − Σ mean_r T / Σ max_r T over steps and layers",
-        "How much less work, in tokens, the mean rank has than the slowest. It is not time: a step may "
-        "take as long with a tenth of the tokens.",
+        "How many fewer tokens the mean rank has than the slowest. It is not time: a step may take just as "
+        "long with a tenth of the tokens.",
     ),
     (
         "cost of imbalance",
         "Σ over layers of (max_r − mean_r) of a · active experts + b · tokens",
         "What a perfect balance of the same loads would save in each step, in ms. The times a and b are "
-        "fitted to the recorded step times; idle gaps and steps at rearrangements are left out. The interval "
-        "is of 95%; if it contains 0, no cost can be measured.",
+        "fitted to the recorded step times; idle gaps and steps at rearrangements are left out. If the 95% "
+        "interval contains 0, there is no measurable cost.",
     ),
     (
         "loss, excess tokens",
         "max_r T − mean_r T",
-        "In a step and layer all ranks wait for the slowest, which has so many tokens more than the mean; "
-        "they are attributed to that rank (of several the first). What remains where loads are summed over "
-        "128 steps is persistent, and a better placement could remove at most that; the rest is chance.",
+        "In each step and layer, all ranks wait for the slowest, which has this many tokens more than the "
+        "mean. They are attributed to this rank, or shared by ranks that tie. The part that remains if loads "
+        "are summed over 128 steps is persistent. A better placement can remove at most this part; the rest "
+        "is random variation from step to step.",
     ),
     (
         "x mean",
         "a rank's, slot's or expert's tokens / the layer's mean of these",
-        "Colors of the heat maps: blue below the mean, red from twice the mean on. Loads of the chosen "
-        "steps are added up first, which removes random variation from step to step.",
+        "Colors of the heat maps: blue below the mean, red above it and darkest at twice the mean or more. "
+        "Loads are first summed over the selected steps, which removes random variation from step to step.",
     ),
     (
         "share",
-        "an expert's tokens / all of its layer",
-        "Loads are counted by slot and given to logical experts by the placement in force at each step.",
+        "an expert's tokens / its layer's tokens",
+        "Loads are recorded by slot and assigned to logical experts by the placement in force at each step.",
     ),
     (
         "due replicas",
         "share × number of slots",
-        "The number of slots that the expert's load justifies at the mean load per slot. One or more above "
-        "the replicas it has is under-replicated, one or more below (with several replicas) over-replicated.",
+        "The number of slots that the expert's load justifies at the mean load per slot. If it is at least 1 "
+        "above the number of replicas, the expert is under-replicated; if it is at least 1 below (with "
+        "several replicas), over-replicated.",
     ),
     (
         _BURSTS,
         "share of windows with 2x the layer's mean or more",
-        "Always: in nine of ten windows; another replica helps permanently. In bursts: in fewer; the "
-        "burst may be over before the next rearrangement.",
+        "Always hot: hot in at least nine of ten windows, so another replica helps permanently. In bursts: "
+        "hot in fewer windows; the burst may be over before the next rearrangement.",
     ),
     (
         "rearrangement",
         "balancedness before, predicted, after",
-        "A change of placement after the first; layers that change within 64 steps of each other are one. "
-        "Before and after are means over up to 1,000 complete steps on either side. Predicted: the loads "
-        "before, split evenly over the replicas of the new placement. The interval of the gain (95%) is a "
-        "block bootstrap's; a verdict of helped or hurt means that it does not contain 0.",
+        "A change of placement after the first placement; changes that belong together are one. Before and "
+        "after are means over up to 1,000 complete steps on either side. Predicted: the loads before, split "
+        "evenly over the replicas of the new placement. The 95% interval of the gain comes from a block "
+        "bootstrap; a verdict of helped or hurt means that it does not contain 0.",
     ),
     (
         "complete steps",
-        "recorded by all expected ranks, or idle there",
-        "Every figure is made of these only. A step that lacks a rank is counted as incomplete, and is in "
-        "no figure.",
+        "steps that every expected rank recorded, or idled in",
+        "Figures use only these steps. A step that lacks a rank is counted as incomplete, and no figure "
+        "includes it.",
     ),
     (
         "other formulas",
         "; ".join(f"{name}: {FORMULAS[name].text}" for name in OTHER_FORMULAS),
-        "What engines print in their logs, to compare with; vllm-legacy is wrong and only for old logs.",
+        "The formulas behind the figures in engines' logs, for comparison. vllm-legacy is wrong; it helps to "
+        "read old logs.",
     ),
 )
 

@@ -207,8 +207,8 @@ def _figures(console: Console, result: Comparison, balance: Difference, idle: Di
     if routing.distance is not None:
         print_line(
             console,
-            f"routing: {percent(routing.distance)} of tokens go to other experts; between the halves of A "
-            f"{percent(routing.within_a)}, of B {percent(routing.within_b)}",
+            f"routing: {percent(routing.distance)} of tokens go to different experts (between the halves of A: "
+            f"{percent(routing.within_a)}, of B: {percent(routing.within_b)})",
         )
     console.print()
 
@@ -260,7 +260,7 @@ def _experts(console: Console, result: Comparison, top: int) -> None:
     if not rows or result.size is None:
         return
     title = (
-        f"experts behind it, and what part of the layer's difference they explain{limited(top, len(rows))}"
+        f"experts that cause it, and the part of the layer's difference they explain{limited(top, len(rows))}"
     )
     columns = "layer", "expert", "tokens A", "tokens B", "replicas A", "replicas B", "explains"
     listing = table(console, *columns, title=title)

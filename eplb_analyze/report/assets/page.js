@@ -8,7 +8,7 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
 /* A text with no line break between a figure and its unit. */
-const glued = (text) => String(text).replace(/(\d) (?=(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/(×|\bx) (?=\S)/g, "$1\u00a0");
+const glued = (text) => String(text).replace(/(\d) (?=(?:ms|s|min|h)\b)/g, "$1\u00a0").replace(/(×|\dx) (?=\S)/g, "$1\u00a0");
 
 const say = (id, text) => void (byId(id).textContent = glued(text));
 
@@ -134,7 +134,7 @@ function answer() {
   byId("incidents").replaceChildren(...incidents.map(({ head, parts }, i) => {
     const { first_step: first, last_step: last } = report.summary.incidents[i];
     return element("div", { className: "incident" },
-      element("button", { text: head, className: "quiet", title: "Choose these steps", click: () => chooseWithin(first, last) }),
+      element("button", { text: head, className: "quiet", title: "Select these steps", click: () => chooseWithin(first, last) }),
       fields(parts));
   }));
 }
@@ -183,9 +183,9 @@ function completeness() {
     ["ranks expected", count(ranks.expected)],
     ["ranks that wrote", count(ranks.present)],
     ["ranks missing", ranks.missing.length ? ranksNamed(ranks.missing, 32) : "none"],
-    ["from the first step to the last", seconds === null ? "not known" : duration(seconds)],
+    ["duration", seconds === null ? "not known" : duration(seconds)],
     ["why steps are incomplete", report.incomplete || "–"],
-    ["gaps that no rank saw", report.gaps.length ? report.gaps.map(([a, b]) => steps(a, b)).join("; ") : "none"],
+    ["steps that no rank saw", report.gaps.length ? report.gaps.map(([a, b]) => steps(a, b)).join("; ") : "none"],
   ].map((cells) => ({ cells }));
   byId("complete-tables").replaceChildren(...[what, fill(element("table"), ["<", "<"], facts)]
     .map((table) => element("div", { className: "scroll" }, table)));
@@ -427,19 +427,19 @@ function drawHot() {
   });
   fill(byId("hot-table"), ["layer", "expert", "share", "x mean", "tokens", "replicas", "due", "<on ranks", "<x mean over the run", "<over all steps"], rows);
   byId("more").hidden = order.length <= state.shown;
-  say("hot-text", `Of ${count(report.experts.counts.experts)} experts those with the largest share of their layer. Replicas and ranks are those at the end of the chosen steps; due: slots that the share is worth (! one or more short). The last column is over all steps${report.experts.windows > 1 ? `, in windows of ${count(report.experts.window)}` : ""}.`);
+  say("hot-text", `The experts with the largest share of their layer's tokens, out of ${count(report.experts.counts.experts)}. Replicas and ranks: at the end of the selected steps. Due: the replicas that the share justifies (!: one or more are missing). The last column covers all steps${report.experts.windows > 1 ? `, in windows of ${count(report.experts.window)}` : ""}.`);
 }
 
 function drawRearrangements() {
   const { rearrangements: rows, confidence, window: around } = report.rearrangements;
   byId("rearrangements-table").hidden = !rows.length;
   if (!rows.length) {
-    say("rearrangements-text", report.not_due || "None in these steps, or none is known.");
+    say("rearrangements-text", report.not_due || "No rearrangement is known in these steps.");
     return;
   }
-  say("rearrangements-text", `Balancedness, means of up to ${count(around)} complete steps before and after; ${percent(confidence, 0)} interval of the gain. ${report.loads ? "Before and after show the maps of these steps." : ""}`);
+  say("rearrangements-text", `Mean balancedness of up to ${count(around)} complete steps before and after, with the ${percent(confidence, 0)} interval of the gain. ${report.loads ? "Click before or after to see the maps of these steps." : ""}`);
   const view = (side) => (side.first_step === null || !report.loads ? figure(side.balancedness)
-    : element("button", { className: "link", text: figure(side.balancedness), title: `Choose ${stepsNamed(side.first_step, side.last_step)}`,
+    : element("button", { className: "link", text: figure(side.balancedness), title: `Select ${stepsNamed(side.first_step, side.last_step)}`,
       click: () => chooseWithin(side.first_step, side.last_step) }));
   fill(byId("rearrangements-table"),
     ["<steps", "<verdict", "before", "predicted", "after", "gain", "interval", "<half of it lasted", "layers", "slots moved", "to other ranks", "to other nodes", "<"],
@@ -465,7 +465,7 @@ function drawLost() {
   byId("lost").hidden = !summary.layers.length;
   if (!summary.layers.length) return;
   const top = report.top;
-  say("lost-text", "In a step and layer all ranks wait for the slowest; its tokens above the mean are excess tokens, attributed to that rank.");
+  say("lost-text", "In each step and layer, all ranks wait for the slowest. Its tokens above the mean are excess tokens and are attributed to it.");
   const part = (title, table) => element("div", {}, element("h3", { text: title }), element("div", { className: "scroll" }, table));
   const worst = [...summary.layers].filter((l) => l.balancedness !== null).sort((a, b) => a.balancedness - b.balancedness || a.layer - b.layer);
   const parts = [part(`Worst layers (${Math.min(top, worst.length)} of ${worst.length})`,
@@ -474,20 +474,20 @@ function drawLost() {
       cells: [l.layer, figure(l.balancedness), bar(l.balancedness), figure(l.imbalance), l.worst_rank === null ? "–" : l.worst_rank, percent(l.worst_rank_share, 0)] }))))];
   if (ranks) {
     const cost = [...ranks.ranks].sort((a, b) => b.excess_tokens - a.excess_tokens || a.rank - b.rank);
-    parts.push(part(`Costliest ranks (${Math.min(top, cost.length)} of ${cost.length})`,
-      fill(element("table"), ["rank", "x mean", "slowest in", "of all loss", "<"], cost.slice(0, top).map((r) => ({
+    parts.push(part(`Ranks that the others wait for (${Math.min(top, cost.length)} of ${cost.length})`,
+      fill(element("table"), ["rank", "x mean", "slowest in", "of all excess", "<"], cost.slice(0, top).map((r) => ({
         cells: [r.rank, figure(r.times_mean), percent(r.slowest_share), percent(r.excess_share), bar(r.excess_share)] })))));
   }
   if (loss && loss.stretches.length)
-    parts.push(part("Costliest stretches", fill(element("table"), ["layer", "rank", "<steps", "excess tokens", "of all loss"],
+    parts.push(part("Worst periods", fill(element("table"), ["layer", "rank", "<steps", "excess tokens", "of all excess"],
       loss.stretches.slice(0, top).map((s) => ({
-        click: report.loads && (() => { toLayer(s.layer); chooseSteps(s.first_step, s.last_step + 1); }), title: "Show this layer and choose these steps",
+        click: report.loads && (() => { toLayer(s.layer); chooseSteps(s.first_step, s.last_step + 1); }), title: "Show this layer and select these steps",
         cells: [s.layer, s.rank, steps(s.first_step, s.last_step), whole(s.excess_tokens), percent(s.share)] })))));
   if (summary.phases.length)
     parts.push(part("Phases", fill(element("table"), ["<phase", "steps", "balancedness", "idle"],
       summary.phases.map((p) => ({ cells: [p.phase, count(p.steps), figure(p.balancedness), percent(p.idle_fraction)] })))));
   if (summary.configurations.length > 1)
-    parts.push(part("Configurations: nothing is summed across", fill(element("table"), ["<steps", "EP", "slots", "recorded", "balancedness", "idle"],
+    parts.push(part("Configurations (sums never combine two of them)", fill(element("table"), ["<steps", "EP", "slots", "recorded", "balancedness", "idle"],
       summary.configurations.map((c) => ({ cells: [steps(c.first_step, c.last_step), c.ep_size, c.num_physical_experts, count(c.recorded), figure(c.balancedness), percent(c.idle_fraction)] })))));
   byId("lost-tables").replaceChildren(...parts);
 }

@@ -247,7 +247,7 @@ def test_report_without_any_placement(tmp_path: Path) -> None:
     document = report_document(open_run(tmp_path)).document
     assert document["experts"] is None
     assert document["loads"]["placements"]["bin"] == []
-    assert any("unknown" in sentence for sentence in document["words"])
+    assert any("not known" in sentence for sentence in document["words"])
 
 
 def test_report_without_a_complete_step(tmp_path: Path) -> None:
@@ -508,7 +508,7 @@ def test_report_with_one_window_does_not_mention_bursts(tmp_path: Path) -> None:
     assert "burst" not in said
     assert "--window-steps" not in said
     hot = document["experts"]["counts"]["always"]
-    assert f"hot, with 2x the layer's mean or more: {hot}." in " ".join(document["words"])
+    assert f"{hot} are hot: at least 2x the layer's mean." in " ".join(document["words"])
 
 
 def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
