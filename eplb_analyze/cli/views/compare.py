@@ -207,8 +207,8 @@ def _figures(console: Console, result: Comparison, balance: Difference, idle: Di
     if routing.distance is not None:
         print_line(
             console,
-            f"routing: {percent(routing.distance)} of tokens go to different experts (between the halves of A: "
-            f"{percent(routing.within_a)}, of B: {percent(routing.within_b)})",
+            f"routing: {percent(routing.distance)} of tokens go to different experts (between the halves of "
+            f"A: {percent(routing.within_a)}, of B: {percent(routing.within_b)})",
         )
     console.print()
 
