@@ -3,7 +3,8 @@
 What is an incident is decided in one place, :mod:`analysis.incident_finder`; this module gives it the newest
 steps again whenever they show a clear change of level. What it cannot know:
 
-- what is usual, beyond the newest :data:`HISTORY` steps;
+- what is usual, beyond the newest :data:`HISTORY` steps, or before there are
+  :data:`metrics.contrasts.SLOW_FROM`: until then there is no alert but for a rank that is lost;
 - whether a change is abrupt or gradual, before :data:`metrics.change_points.SHORT` steps show it: so long a
   departure has to last, or it has to have ended, until there is an alert. Later steps can still show that
   there was none: its alert is withdrawn;
@@ -23,7 +24,8 @@ from eplb_analyze.analysis.incidents import Cause, EndedBy, Incident
 from eplb_analyze.analysis.layer_departures import BalanceSeries, Found, comparable, grouped
 from eplb_analyze.live.recent_loads import RecentLoads
 from eplb_analyze.live.window import CompleteSteps
-from eplb_analyze.metrics.change_points import MIN_STEPS, SHORT, split
+from eplb_analyze.metrics.change_points import SHORT, split
+from eplb_analyze.metrics.contrasts import SLOW_FROM
 from eplb_analyze.metrics.departures import clear_changes, departures
 from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import PlacementHistory
@@ -101,14 +103,13 @@ class AlertFinder:
         assert series is not None
         loads.history, loads.lost_ranks = history, lost
         loads.times = series.steps, self._times
-        if len(series.steps) >= 3 * MIN_STEPS:
-            values = comparable(series)
-            changed = self._find_departures(values)
-            lasting = any(alert.lasts for alert in self.alerts) or any(
-                one.end is None for row in self._departures for one in row
-            )
-            if changed or lasting or lost:
-                self._update(values)
+        values = comparable(series)
+        changed = self._find_departures(values)
+        lasting = any(alert.lasts for alert in self.alerts) or any(
+            one.end is None for row in self._departures for one in row
+        )
+        if changed or lasting or lost:
+            self._update(values)
         loads.trim()
         self._trim()
         return self.alerts
@@ -148,7 +149,7 @@ class AlertFinder:
         shape = self._series.shape
         start = int(np.searchsorted(shape, shape[-1]))  # the steps of this configuration
         own = values[:, start:].astype(np.float64)
-        if own.shape[1] < 3 * MIN_STEPS:
+        if own.shape[1] < SLOW_FROM:
             return False
         first = self._dropped + start
         changed = np.flatnonzero(clear_changes(own, max(0, self._seen - first)))

@@ -20,6 +20,9 @@ _SAMPLE = 2000
 #: 1 / the median of the absolute value of a standard normal variable.
 NORMAL = 1.4826
 
+#: From so many values on, slow variation counts as noise; with fewer, much of it looks like changes of level.
+SLOW_FROM = 600
+
 #: How many values before and after an index are compared.
 Windows = tuple[tuple[int, int], ...]
 
@@ -48,7 +51,7 @@ def single_noise(values: Float64) -> SingleNoise:
     """The noise of each series ``[series, n]``, whatever changes of level it has in a small part."""
     n = values.shape[1]
     every = max(1, n // _SAMPLE)
-    far = 30 if n >= 600 else min(10, n // 4)
+    far = 30 if n >= SLOW_FROM else min(10, n // 4)
     near, distant = (
         NORMAL / np.sqrt(2) * np.median(np.abs(values[:, lag::every] - values[:, :-lag:every]), axis=1)
         for lag in (1, far)

@@ -17,6 +17,7 @@ from eplb_analyze.cli.views.watch import lines
 from eplb_analyze.live.alerts import HISTORY
 from eplb_analyze.live.snapshot import Snapshot
 from eplb_analyze.live.watch import Follower
+from eplb_analyze.metrics.contrasts import SLOW_FROM
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
 from eplb_dump import ExpertLoadWriter
 
@@ -57,7 +58,7 @@ def test_one_look_gives_the_incidents_of_summary(cause: str | None, seed: int) -
 
 @pytest.mark.parametrize("steps_per_look", [1, 7, STEPS_PER_LOOK])
 def test_planted_incident_is_one_alert_that_begins_soon_and_ends_soon(steps_per_look: int) -> None:
-    run, first, end = hot(700, 300, 500), 300, 500
+    run, first, end = hot(1100, 700, 900), 700, 900
     began = ended = None
     for steps, alerts in replay(run, steps_per_look):
         if not alerts:
@@ -82,14 +83,14 @@ def test_planted_incident_is_one_alert_that_begins_soon_and_ends_soon(steps_per_
 
 
 def test_short_incident_is_an_alert_once_it_has_ended() -> None:
-    run = hot(600, 300, 318, times=8)
+    run = hot(1000, 700, 718, times=8)
     seen = [alerts for _, alerts in replay(run, 5)]
     assert all(not alert.lasts for alerts in seen for alert in alerts)
-    assert [about(one) for one in seen[-1]] == [((3,), 300, 317, "expert_hot")]
+    assert [about(one) for one in seen[-1]] == [((3,), 700, 717, "expert_hot")]
 
 
 def test_incident_that_is_longer_than_what_is_kept_stays_one_alert_and_ends() -> None:
-    first, end = 400, 600 + 2 * HISTORY
+    first, end = 700, 900 + 2 * HISTORY
     run = hot(end + 400, first, end)
     seen = dict(replay(run, 50))
     for steps, alerts in seen.items():
@@ -125,12 +126,20 @@ def test_planted_runs_raise_the_alerts_that_summary_reports() -> None:
     assert agreed >= found - 1
 
 
+def test_there_is_no_alert_before_the_usual_variation_is_known() -> None:
+    """A few hundred steps of a restless engine look like departures."""
+    run = hot(800, 200, 400)
+    seen = dict(replay(run, STEPS_PER_LOOK))
+    assert all(not alerts for steps, alerts in seen.items() if steps < SLOW_FROM)
+    assert [about(one) for one in seen[800]] == [((3,), 200, 399, "expert_hot")]
+
+
 def test_sums_of_ranks_show_the_incident_but_not_its_cause() -> None:
-    run = hot(700, 300, 500)
+    run = hot(1100, 700, 900)
     *_, (_, alerts) = replay(run, STEPS_PER_LOOK, by_rank=True)
     (alert,) = alerts
     assert (alert.layers, alert.ranks, alert.cause.kind, alert.cause.expert) == ((3,), (1,), "unknown", None)
-    assert (alert.first_step, alert.last_step) == (300, 499)
+    assert (alert.first_step, alert.last_step) == (700, 899)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -171,20 +180,20 @@ def text(look: Snapshot, width: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory: pytest.TempPathFactory) -> list[Snapshot]:
-    """Expert 6 of layer 3, on rank 1, has 6 times the tokens in steps 150 to 249."""
+    """Expert 6 of layer 3, on rank 1, has 6 times the tokens in steps 650 to 749."""
     rng = np.random.default_rng(5)
-    mean = np.full((360, LAYERS, EXPERTS), 100.0)
-    mean[150:250, 3, 6] = 600
-    return record(tmp_path_factory.mktemp("dump"), rng.poisson(mean), None, range(39, 360, 20))
+    mean = np.full((860, LAYERS, EXPERTS), 100.0)
+    mean[650:750, 3, 6] = 600
+    return record(tmp_path_factory.mktemp("dump"), rng.poisson(mean), None, range(39, 860, 20))
 
 
 def test_alert_names_layer_rank_and_expert_and_ends(looks: list[Snapshot]) -> None:
-    quiet = [look for look in looks if (look.last_step or 0) < 150]
-    lasting = [look for look in looks if 150 + DELAY <= (look.last_step or 0) < 250]
+    quiet = [look for look in looks if (look.last_step or 0) < 650]
+    lasting = [look for look in looks if 650 + DELAY <= (look.last_step or 0) < 750]
     assert [look.alerts for look in quiet] == [[]] * len(quiet)
     for look in lasting:
         (alert,) = look.alerts
-        assert (alert.layers, alert.ranks, alert.first_step, alert.lasts) == ((3,), (1,), 150, True)
+        assert (alert.layers, alert.ranks, alert.first_step, alert.lasts) == ((3,), (1,), 650, True)
         assert alert.last_step == look.last_step
         assert alert.peak_imbalance == pytest.approx(900 / (2100 / 4), abs=0.1)
         assert alert.usual_imbalance == pytest.approx(1.05, abs=0.05)
@@ -193,7 +202,7 @@ def test_alert_names_layer_rank_and_expert_and_ends(looks: list[Snapshot]) -> No
         assert cause.from_times_mean == pytest.approx(1, abs=0.1)
         assert cause.to_times_mean == pytest.approx(600 / (2100 / 16), abs=0.2)
     (ended,) = looks[-1].alerts
-    assert (ended.first_step, ended.last_step, ended.lasts, ended.cause.expert) == (150, 249, False, 6)
+    assert (ended.first_step, ended.last_step, ended.lasts, ended.cause.expert) == (650, 749, False, 6)
     assert ended.since is not None
     assert ended.until is not None
     assert ended.since <= ended.until
@@ -204,28 +213,30 @@ def test_alert_names_layer_rank_and_expert_and_ends(looks: list[Snapshot]) -> No
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_view_fits_and_shows_the_alert_and_the_hot_expert(looks: list[Snapshot], width: int) -> None:
-    lasting = next(look for look in looks if (look.last_step or 0) >= 219)
+    lasting = next(look for look in looks if (look.last_step or 0) >= 719)
     shown = text(lasting, width)
     assert max(map(len, shown)) <= width
     joined = " ".join(" ".join(shown).split())
-    since = (lasting.alerts[0].since or "")[11:19]
-    assert f"! INCIDENT since {since}, step 150: layer 3, rank 1 at 1.7x the mean, usually 1.1x;" in joined
+    (alert,) = lasting.alerts
+    since = (alert.since or "")[11:19]
+    size = f"{alert.peak_imbalance:.1f}x the mean, usually {alert.usual_imbalance:.1f}x"
+    assert f"! INCIDENT since {since}, step 650: layer 3, rank 1 at {size}; expert 6" in joined
     assert "expert 6 rose from 1.0x to 4." in joined
     assert "x the mean load and had 1 replica" in joined
     assert "layer 3 expert 6" in joined if width == 80 else "hot experts" in joined
     joined = " ".join(" ".join(text(looks[-1], width)).split())
     until = (looks[-1].alerts[0].until or "")[11:19]
-    assert f"incident {since}-{until}, steps 150-249: layer 3, rank 1" in joined
+    assert f"incident {since}-{until}, steps 650-749: layer 3, rank 1" in joined
     assert "INCIDENT" not in joined
 
 
 def test_hot_experts_are_the_sums_of_the_steps_in_the_window(looks: list[Snapshot]) -> None:
-    look = next(look for look in looks if look.last_step == 239)
+    look = next(look for look in looks if look.last_step == 739)
     (hot,) = look.hot_experts
-    assert look.expert_steps == 240
+    assert look.expert_steps == 400
     assert (hot.layer, hot.expert, hot.replicas) == (3, 6, 1)
-    tokens = 150 * 100 + 90 * 600
-    assert hot.times_mean == pytest.approx(tokens / ((tokens + 15 * 240 * 100) / 16), rel=0.02)
+    tokens = 310 * 100 + 90 * 600
+    assert hot.times_mean == pytest.approx(tokens / ((tokens + 15 * 400 * 100) / 16), rel=0.02)
 
 
 def test_recent_figures_are_those_of_the_last_seconds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eplb_analyze.metrics.departures import COARSE_FROM, RESTLESS, Departure, departures
+from eplb_analyze.metrics.departures import COARSE_FROM, RESTLESS, Departure, clear_changes, departures
 
 
 def series(n: int, seed: int = 0, noise: float = 0.01) -> np.ndarray:
@@ -121,3 +121,26 @@ def test_series_shorter_than_what_is_looked_at_in_means_is_found_alike() -> None
         values[0, 700:760] -= 0.1
         ((found,),) = departures(values).found
         assert (found.first, found.end) == (700, 760)
+
+
+def test_only_windows_that_end_behind_an_index_show_a_clear_change() -> None:
+    rng = np.random.default_rng(1)
+    values = 0.9 + rng.normal(0, 0.01, (3, 1000))
+    values[1, 500:] -= 0.1
+    assert clear_changes(values, 0).tolist() == [False, True, False]
+    assert clear_changes(values[:, :502], 0).tolist() == [False] * 3
+    assert clear_changes(values[:, :520], 502).tolist() == [False, True, False]
+    # Windows that end behind 900 begin behind 580.
+    assert clear_changes(values, 640).tolist() == [False, True, False]
+    assert clear_changes(values, 900).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_series_without_a_clear_change_has_no_departure(seed: int) -> None:
+    values = 0.8 + np.random.default_rng(seed).normal(0, 0.05, (4, 900))
+    values[0, 300:330] -= 0.1
+    values[1, 300:400] -= 0.05
+    clear = clear_changes(values, 0)
+    for row, own in enumerate(departures(values).found):
+        assert clear[row] or not own
+    assert clear[0]
