@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -99,10 +99,16 @@ class LayerWindow:
 
 @dataclass(frozen=True)
 class Incidents:
-    """The incidents of a run, in order of steps, and how many smaller departures are not among them."""
+    """The incidents of a run, in order of steps.
+
+    Attributes:
+        unexamined: how many smaller departures are not among them.
+        restless: how many layers change their balance so often that only much larger drops are departures.
+    """
 
     found: list[Incident]
     unexamined: int = 0
+    restless: int = 0
 
 
 def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:
@@ -110,7 +116,9 @@ def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:
     if len(series.steps) < 3 * MIN_STEPS:
         return Incidents([])
     values = comparable(series)
-    return explained(series, values, grouped(series, layer_departures(series, values)), loads, {})
+    departures = layer_departures(series, values)
+    incidents = explained(series, values, grouped(series, departures.found), loads, {})
+    return replace(incidents, restless=departures.restless)
 
 
 def explained(

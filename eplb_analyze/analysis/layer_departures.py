@@ -6,6 +6,7 @@ A departure here is no incident yet: :mod:`analysis.incident_finder` looks for i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,7 @@ from eplb_dump.format.journal import Int64
 
 #: Edges of two layers at most so many steps apart are of one departure.
 TOGETHER = 6
-#: The loads of so many layers are read for the largest departures; smaller ones are counted. More incidents
-#: than this mean that the run has no usual balance.
+#: The loads of so many layers are read for the largest departures; smaller ones are counted.
 EXAMINED = 16
 #: A departure of at least this share of the layers is of all.
 ALL_LAYERS = 0.3
@@ -100,16 +100,28 @@ def comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:
     return every
 
 
-def layer_departures(
-    series: BalanceSeries, values: npt.NDArray[np.float32]
-) -> list[tuple[int, int, int, float]]:
-    """``(layer, index, index after, drop)``; the layer after the last stands for all."""
+class LayerDepartures(NamedTuple):
+    """The departures of each layer, and how many layers are restless.
+
+    Attributes:
+        found: ``(layer, index, index after, drop)``; the layer after the last stands for all.
+        restless: see :func:`~eplb_analyze.metrics.departures.departures`.
+    """
+
+    found: list[tuple[int, int, int, float]]
+    restless: int
+
+
+def layer_departures(series: BalanceSeries, values: npt.NDArray[np.float32]) -> LayerDepartures:
+    """``values``: what :func:`comparable` makes of the series."""
     cuts = np.flatnonzero(np.diff(series.shape)) + 1
-    found = []
+    found, restless = [], np.zeros(len(values), np.bool_)
     for low, high in zip([0, *cuts], [*cuts, len(series.steps)], strict=True):
-        for layer, own in enumerate(departures(values[:, low:high]).found):
+        here = departures(values[:, low:high])
+        restless |= here.restless
+        for layer, own in enumerate(here.found):
             found += [(layer, low + one.first, low + one.end, one.drop) for one in own]
-    return found
+    return LayerDepartures(found, int(restless[: series.ratio.shape[1]].sum()))
 
 
 def grouped(series: BalanceSeries, found: list[tuple[int, int, int, float]]) -> list[Found]:

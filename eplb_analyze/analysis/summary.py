@@ -159,6 +159,8 @@ class Summary(Report):
     incidents: list[Incident]
     #: Departures of a layer that are smaller than these incidents, whose cause was not looked for.
     unexamined_departures: int
+    #: Layers whose balance changes abruptly all the time: only much larger drops are incidents there.
+    restless_layers: int
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
     #: If none changed: why no rearrangement was due yet; None: one was.
@@ -220,6 +222,7 @@ class Summary(Report):
                 "lost_rank_seconds": self.lost_rank_seconds,
                 "incidents": self.incidents,
                 "unexamined_departures": self.unexamined_departures,
+                "restless_layers": self.restless_layers,
                 "configurations": self.configurations,
                 "estimates": self.estimates,
                 "layers": self.layers,
@@ -296,6 +299,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         duration_seconds=(sums.last_time - sums.first_time) / 1e9 if timed else None,
         incidents=incidents.found,
         unexamined_departures=incidents.unexamined,
+        restless_layers=incidents.restless,
         acted=acted,
         not_due=not_due(run) if acted is False else None,
     )

@@ -111,18 +111,19 @@ def _short(row: npt.NDArray[np.floating]) -> list[Departure]:
 def _long(values: npt.NDArray[np.floating]) -> Departures:
     """The departures of series that are first looked at in means."""
     coarse = _Coarse(values)
-    often = coarse.changes() > RESTLESS
     result = Departures([[] for _ in values], np.zeros(len(values), np.bool_))
+    usual: dict[int, _Usual] = {}
+    for index in np.flatnonzero(coarse.changes() > RESTLESS).tolist():
+        own = coarse.usual(index)
+        if own.least_drop > 2 * MIN_EFFECT:  # otherwise it is at its usual level most of the time
+            usual[index], result.restless[index] = own, True
     for index in coarse.chosen().tolist():
-        usual = coarse.usual(index) if often[index] else None
-        if usual is not None and usual.least_drop <= 2 * MIN_EFFECT:
-            usual = None  # it is at its usual level most of the time
-        result.restless[index] = usual is not None
-        where = coarse.where(index, None if usual is None else usual.lowest)
+        where = coarse.where(index, usual[index].lowest if index in usual else None)
         if len(where):
             row = values[index : index + 1].astype(np.float64)
-            own = _of(row, single_noise(row), coarse.errors[:, index : index + 1], where)
-            result.found[index].extend(one for one in own if usual is None or one.drop >= usual.least_drop)
+            found = _of(row, single_noise(row), coarse.errors[:, index : index + 1], where)
+            least = usual[index].least_drop if index in usual else 0.0
+            result.found[index].extend(one for one in found if one.drop >= least)
     return result
 
 

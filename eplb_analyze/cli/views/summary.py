@@ -67,6 +67,13 @@ def render(
     if result.unexamined_departures:
         more = plural(result.unexamined_departures, "smaller departure")
         print_line(console, f"and {more} from the usual balance, not examined", indent=2)
+    if result.restless_layers:
+        print_line(
+            console,
+            f"{result.restless_layers} of {plural(result.run.num_layers, 'layer')} have no usual balance: it"
+            " changes abruptly all the time. Only much larger drops count as incidents there.",
+            indent=2,
+        )
     _timeline(console, result, clock)
     _rearrangements(console, result, clock)
     if full:

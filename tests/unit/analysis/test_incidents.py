@@ -13,6 +13,7 @@ from planted_incidents import CAUSES, OF_ONE_LAYER, make_run
 from eplb_analyze import open_run
 from eplb_analyze.analysis.incident_finder import find_incidents
 from eplb_analyze.analysis.incident_series import MOST_VALUES, BalanceValues
+from eplb_analyze.analysis.layer_departures import BalanceSeries
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics.losses import Bins
 
@@ -51,6 +52,18 @@ def test_incident_of_one_layer_has_its_layer_and_its_tokens_as_cost() -> None:
         found = [one for one in find_incidents(run.series(), run).found if one.cause.kind == cause]
         assert all(one.cost.tokens_per_step > 0 and one.cost.ms_per_step is None for one in found)
         assert all(one.peak_imbalance > one.usual_imbalance for one in found)
+
+
+def test_layers_without_a_usual_balance_are_counted() -> None:
+    """Layers 0 and 2 get another level every 100 steps, as with traffic that changes all the time."""
+    run, n = make_run(2000, steps=300, cells=CELLS), 6000
+    rng = np.random.default_rng(5)
+    ratio = (0.8 + 0.01 * rng.standard_normal((n, 4))).astype(np.float32)
+    for layer in (0, 2):
+        ratio[:, layer] += np.repeat(rng.uniform(-0.1, 0.1, n // 100), 100)
+    series = BalanceSeries(np.arange(n), ratio, np.full(n, -1), np.zeros(n, np.int64), n - 1)
+    incidents = find_incidents(series, run)
+    assert (incidents.found, incidents.unexamined, incidents.restless) == ([], 0, 2)
 
 
 class TestRecording:

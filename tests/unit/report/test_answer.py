@@ -193,6 +193,20 @@ def test_answer_fits_the_terminal_and_commands_are_not_broken(summary: Summary, 
     assert any(line.lstrip().startswith("^hot expert") for line in lines)
 
 
+def test_summary_says_which_departures_it_does_not_list(summary: Summary) -> None:
+    from rich.console import Console
+
+    def text(given: Summary) -> str:
+        render(Console(file=(out := io.StringIO()), width=160), given, CLOCK, full=False)
+        return out.getvalue()
+
+    assert "no usual balance" not in text(summary)
+    assert "not examined" not in text(summary)
+    shown = text(replace(summary, unexamined_departures=3, restless_layers=2))
+    assert "and 3 smaller departures from the usual balance, not examined" in shown
+    assert f"2 of {summary.run.num_layers} layers have no usual balance" in shown
+
+
 def test_summary_without_a_step_shows_no_figures(tmp_path: Path) -> None:
     open_writer(tmp_path, scope="global").close()
     answer = answer_of(summarize(open_run(tmp_path)), CLOCK)
