@@ -7,6 +7,7 @@ of ``analysis``, ``replay``, ``live``, ``transfer``, ``report`` and ``batch``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
@@ -52,6 +53,65 @@ def as_json(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy, which this module does not import
         return as_json(value.tolist())
     return str(value) if isinstance(value, PurePath) else value
+
+
+def time_key(key: str, value: Any = 0) -> str | None:
+    """The key of a step's clock time, ``first_time`` of ``first_step``; None if the key is of something else.
+
+    Args:
+        value: what the document has there; a step is an integer, or null.
+    """
+    if value is not None and type(value) is not int:
+        return None
+    if (key == "step" or key.endswith("_step")) and not key.endswith(("per_step", "of_step")):
+        return f"{key[:-4]}time"
+    if key in ("first", "last", "against") or (key == "since" and value is not None):
+        return f"{key}_time"
+    return None
+
+
+def with_times(document: dict[str, Any], time_of: Callable[[int], str | None]) -> dict[str, Any]:
+    """A document of JSON types that has the clock time beside each step.
+
+    An object that states times by itself, ``since``, stays as it is.
+
+    Args:
+        time_of: the time of a step, ISO 8601 in UTC; called once for each step, in order.
+    """
+    times = {step: time_of(step) for step in sorted(set(_steps(document)))}
+
+    def timed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [timed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        result = {}
+        for key, item in value.items():
+            result[key] = timed(item)
+            beside = _time_key(value, key)
+            if beside is not None:
+                result[beside] = None if item is None else times[item]
+        return result
+
+    found: dict[str, Any] = timed(document)
+    return found
+
+
+def _steps(value: Any) -> Iterator[int]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _steps(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _steps(item)
+            if item is not None and _time_key(value, key) is not None:
+                yield item
+
+
+def _time_key(document: dict[str, Any], key: str) -> str | None:
+    found = time_key(key, document[key])
+    states_times = "since" in document and key != "since"
+    return None if found is None or found in document or states_times else found
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
+from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.text import listed, plural
@@ -21,7 +22,7 @@ MAJORITY = 0.5
 
 
 class Conservation:
-    """Each layer's tokens in each complete step, added block by block."""
+    """Each layer's tokens in each complete step, added block by block; later ones can be merged into them."""
 
     def __init__(self) -> None:
         self._active: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -31,26 +32,40 @@ class Conservation:
         #: ``[3, steps]``: step, stated tokens, tokens of a layer.
         self._stated: list[Int64] = []
 
-    def add(self, steps: Int64, totals: Int64, num_tokens: Int64) -> None:
+    def add(self, steps: Int64, totals: Int64 | Float64, num_tokens: Int64) -> None:
         """Add complete steps.
 
         Args:
             steps: int64 ``[S]``.
-            totals: recorded tokens over all slots, int64 ``[S, layers]``.
+            totals: recorded tokens over all slots ``[S, layers]``; floats must be equal where tokens are.
             num_tokens: what the writers state, int64 ``[S]``; -1 if one of them does not.
         """
         active = np.asarray(totals.any(axis=0))
-        self._active = active if not len(self._active) else self._active | active
+        self._active = _either(self._active, active)
         highest = totals.max(axis=1, initial=0)
-        lowest = totals[:, active].min(axis=1) if active.any() else highest
+        lowest = (totals if active.all() else totals[:, active]).min(axis=1) if active.any() else highest
         self._unequal.append(steps[highest != lowest])
         if active.any() and not active.all():
             self._partly.append((active, steps[highest > 0]))
         # Where layers differ, their number of tokens is wrong in any case.
         stated = (num_tokens >= 0) & (highest == lowest)
-        self._stated.append(np.stack([steps, num_tokens, highest])[:, stated])
+        tokens = np.rint(highest).astype(np.int64)
+        self._stated.append(np.stack([steps, num_tokens, tokens])[:, stated])
+
+    def merge(self, later: Conservation) -> None:
+        self._active = _either(self._active, later._active)
+        self._unequal += later._unequal
+        self._partly += later._partly
+        self._stated += later._stated
 
     def findings(self, run: Run) -> Iterator[Finding]:
+        """What contradicts conservation in sums over ranks or, if nothing does, in the ranks' own loads."""
+        yield from self.findings_of_sums(run)
+        if not any(True for _ in self.token_findings()):
+            yield from self._rank_findings(run)
+
+    def findings_of_sums(self, run: Run) -> Iterator[Finding]:
+        """What contradicts conservation in the sums over ranks. Reads nothing."""
         # A layer that got tokens in another part of the run is an MoE layer.
         late = [steps for active, steps in self._partly if (self._active & ~active).any()]
         unequal = np.concatenate([np.empty(0, np.int64), *self._unequal, *late])
@@ -68,8 +83,7 @@ class Conservation:
             text = f"{which} never got a token, although the writer names {names} among the MoE layers: "
             text += "tokens are lost there, because all layers of a model get the same number of tokens"
             yield Finding("error", "conservation", text)
-        totals = [*self.token_findings()]
-        yield from totals or self._rank_findings(run)
+        yield from self.token_findings()
 
     def token_findings(self) -> Iterator[Finding]:
         """A layer's tokens over the stated tokens must be one constant: top-k × token replication."""
@@ -103,6 +117,10 @@ class Conservation:
         if parts:
             text = f"ranks' own load is not their num_tokens × {each / of:g}, although the sums over ranks "
             yield Finding("warning", "num_tokens", f"{text}are: {listed(parts, 4)}")
+
+
+def _either(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    return one | other if len(one) and len(other) else other if len(other) else one
 
 
 def _own_tokens(segment: Segment, layer: int) -> tuple[Int64, Int64, Int64]:

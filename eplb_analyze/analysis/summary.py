@@ -18,6 +18,7 @@ from eplb_analyze.analysis.summary_sums import (
     bins_of,
     sums_of,
 )
+from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import Report, as_json
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_known, most_often
@@ -163,6 +164,9 @@ class Summary(Report):
     restless_layers: int
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
+    #: How loads contradict each other or `num_tokens`, as far as their sums over ranks show it; `check` reads
+    #: more.
+    contradictions: list[Finding]
     #: If none changed: why no rearrangement was due yet; None: one was.
     not_due: str | None
 
@@ -205,6 +209,7 @@ class Summary(Report):
                     "present": len(set(self.expected_ranks) & set(self.present_ranks)),
                     "missing": self.missing_ranks,
                 },
+                "contradictions": self.contradictions,
                 "lost_ranks": [lost.to_json() for lost in self.lost_ranks],
                 "duration_seconds": self.duration_seconds,
                 "balancedness": self.spreads["balancedness"],
@@ -301,6 +306,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         unexamined_departures=incidents.unexamined,
         restless_layers=incidents.restless,
         acted=acted,
+        contradictions=[*sums.conservation.findings_of_sums(run)],
         not_due=not_due(run) if acted is False else None,
     )
 

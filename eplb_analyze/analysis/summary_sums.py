@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.analysis.conservation import Conservation
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_series import BalanceValues
 from eplb_analyze.metrics import formulas
@@ -148,6 +149,7 @@ class SummarySums:
         self.phases: dict[str, PhaseSums] = {}
         #: By the ranks that the steps lack.
         self.estimates: dict[tuple[int, ...], EstimateSums] = {}
+        self.conservation = Conservation()
         self.cost = CostSample.empty()
         self.balance = BalanceValues(bins)
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
@@ -183,7 +185,9 @@ class SummarySums:
             self.values[name].append(formula.of(terms))
         self.layers.add(terms)
         self.balance.add(block, terms)
-        phase = block.phase[block.state == StepState.RECORDED]
+        complete = block.state == StepState.RECORDED
+        self.conservation.add(block.recorded, terms.recorded, block.num_tokens[complete])
+        phase = block.phase[complete]
         for code in np.unique(phase[phase >= 0]):
             of_phase = self.phases.setdefault(block.phases[code], PhaseSums())
             of_phase.add(phase == code, terms, self.values["balancedness"][-1])
@@ -200,6 +204,7 @@ class SummarySums:
         for name, values in later.values.items():
             self.values[name] += values
         self.layers.merge(later.layers)
+        self.conservation.merge(later.conservation)
         self.cost.merge(later.cost)
         self.balance.merge(later.balance)
         for name, phase in later.phases.items():

@@ -20,6 +20,7 @@ from eplb_analyze.batch.executors import Executor, Local, WorkerDied
 from eplb_analyze.batch.rows import Row, broken_row, row_of
 from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, Finding
+from eplb_analyze.json_report import with_times
 from eplb_analyze.metrics.losses import Bins
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.sessions.step_range import StepRange
@@ -105,7 +106,8 @@ def _sums_of_all(run: Run) -> SummarySums:
 
 def _with_row(target: Target, run: Run, sums: SummarySums) -> RunResult:
     summary = summary_of(sums, run)
-    return RunResult(row_of(target.dump, run, sums, summary), summary.to_json())
+    document = with_times(summary.to_json(), run.clock.iso)
+    return RunResult(row_of(target.dump, run, sums, summary), document)
 
 
 def _broken(target: Target, reason: str) -> RunResult:

@@ -115,6 +115,13 @@ Run = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Select a model, if the run has several.")
 ]
+OneRun = Annotated[
+    str | None,
+    typer.Option("--run", metavar="ID", help="Select a run by its id or a unique prefix; default: all runs."),
+]
+OneModel = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Select a model; default: all models.")
+]
 Steps = Annotated[
     StepRange | None,
     typer.Option(
@@ -160,7 +167,13 @@ Since = Annotated[
     ),
 ]
 Until = Annotated[
-    Any, typer.Option("--until", help="Select steps up to this time.", metavar="T", parser=parse_moment)
+    Any,
+    typer.Option(
+        "--until",
+        help="Select steps up to this time; the one in progress then is included.",
+        metavar="T",
+        parser=parse_moment,
+    ),
 ]
 At = Annotated[
     Any,
@@ -338,7 +351,7 @@ def named(dump: StoragePath | None) -> str | None:
 
 
 def about_a_run(
-    command: Callable[Concatenate[RunOutput, ...], None], *, phases: bool = True
+    command: Callable[Concatenate[RunOutput, ...], None], *, phases: bool = True, all_runs: bool = False
 ) -> Callable[..., None]:
     """Add the argument DUMP, and the options --run, --model and --json, to a command.
 
@@ -349,6 +362,7 @@ def about_a_run(
 
     Args:
         phases: False: its result is not of the steps of a phase.
+        all_runs: Whether it is about all runs and models unless one is selected.
     """
 
     def run_command(
@@ -371,6 +385,9 @@ def about_a_run(
         return parameter.default is not inspect.Parameter.empty, last
 
     dump, *shared, _ = inspect.signature(run_command, eval_str=True).parameters.values()
+    if all_runs:
+        run, model, *others = shared
+        shared = [run.replace(annotation=OneRun), model.replace(annotation=OneModel), *others]
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
     if any(parameter.name == "destination" for parameter in own):
         dump = dump.replace(default=inspect.Parameter.empty, annotation=Source)

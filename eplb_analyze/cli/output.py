@@ -20,7 +20,7 @@ import typer
 from eplb_analyze.cli.console import console
 from eplb_analyze.cli.progress import Progress
 from eplb_analyze.errors import EXIT_UNUSABLE
-from eplb_analyze.json_report import versioned
+from eplb_analyze.json_report import versioned, with_times
 from eplb_analyze.text import PROGRAM, clean, command_line
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class Output:
         self.progress = Progress()
         #: Of the run whose steps are printed; None if there are several runs.
         self.clock: RunClock | None = None
+        #: Of several runs: by the key of what a document says of each.
+        self.clocks: dict[str, RunClock] = {}
         #: The dump that commands to paste have to name; None if they find it by themselves.
         self.named: str | None = None
 
@@ -107,7 +109,7 @@ class Output:
         """Print the document as JSON, or what ``render`` prints for a person."""
         self.progress.end()
         if self.json:
-            print_json(versioned(document()))
+            print_json(versioned(self._with_times(document())))
         elif sys.stdout.isatty():
             render(console(sys.stdout, self.clock, self.paste))
         else:
@@ -115,6 +117,13 @@ class Output:
             text = io.StringIO()
             render(console(text, self.clock, self.paste))
             print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+    def _with_times(self, document: dict[str, Any]) -> dict[str, Any]:
+        if self.clock is not None:
+            return with_times(document, self.clock.iso)
+        for key, clock in self.clocks.items():
+            document[key] = with_times(document[key], clock.iso)
+        return document
 
     def open_run(self, dump: StoragePath, run: str | None, model: str | None, *, mixed: bool = False) -> Run:
         """Open the run that a command is about, and print how it was chosen."""

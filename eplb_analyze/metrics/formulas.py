@@ -96,6 +96,11 @@ class Terms:
         return chosen
 
     @property
+    def recorded(self) -> Float64:
+        """Tokens over all slots as recorded, float64 ``[steps, layers]``; equal where the tokens are."""
+        return self.mean * (self._serving * self._per_token)
+
+    @property
     def rank_mean(self) -> Float64:
         return self._rank_total / (self._layers * self._per_token)
 

@@ -148,6 +148,16 @@ def data(summary: Summary) -> tuple[bool, str]:
     return False, f"data incomplete: {who}; {what}{idle}"
 
 
+def contradiction(summary: Summary, paste: Paste = command_line) -> str | None:
+    """The first way in which loads contradict each other or what engines state, in a sentence."""
+    if not summary.contradictions:
+        return None
+    first = summary.contradictions[0]
+    what = "num_tokens" if first.code == "num_tokens" else "each other"
+    fact = first.text.partition("; ")[0].partition(": ")[0]
+    return f"loads contradict {what}: {fact}; `{paste('check')}` explains it"
+
+
 def cost_sentence(cost: RunCost) -> str:
     ms, share = cost.ms_per_step, cost.share_of_step
     if ms is None:

@@ -111,6 +111,7 @@ def report_document(
         packed = loads.packed(run)
     notes = list(dict.fromkeys(notes))
     findings = [f for f in summary_findings(run, summary.steps) if f.severity != "info"]
+    findings += summary.contradictions
     said = {
         "title": run.info.model,
         "when": answer.when(summary, run.clock),

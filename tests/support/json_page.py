@@ -31,7 +31,7 @@ from command_lines import ARGUMENTS
 from helpers import ROOT, cli, write
 from json_words import WORDS
 
-from eplb_analyze.json_report import SCHEMA_VERSION
+from eplb_analyze.json_report import SCHEMA_VERSION, time_key
 
 PAGE = ROOT / "docs/json.md"
 RENEW = "python tests/support/json_page.py"
@@ -104,7 +104,7 @@ class Page:
     def section(self, cls: type) -> Section:
         if cls not in self.sections:
             self.sections[cls] = Section(cls.__name__, _intro(cls))
-            self.sections[cls].keys = _keys(cls)
+            self.sections[cls].keys = _timed(_keys(cls))
             for key in self.sections[cls].keys.values():
                 if key.of is not None:
                     self.section(key.of)
@@ -135,7 +135,9 @@ class Page:
         """Add the keys of a real object that the classes do not show."""
         for name, item in value.items():
             section.seen.add(prefix + name)
-            key = section.keys.setdefault(prefix + name, Key(_kind_of(item)))
+            step = next((one for one in value if time_key(one, value[one]) == name), None)
+            unknown = Key(_kind_of(item)) if step is None else Key("string or null", _time_of(step))
+            key = section.keys.setdefault(prefix + name, unknown)
             if not key.kind or key.kind == "null":
                 key.kind = _kind_of(item)
             items = list(item.values()) if key.is_map and isinstance(item, dict) else [item]
@@ -150,6 +152,24 @@ class Page:
             self.observe(self.section(key.of), item)
         elif isinstance(item, dict) and not key.is_map:
             self.observe(section, item, f"{name}.")
+
+
+def _timed(keys: dict[str, Key]) -> dict[str, Key]:
+    """The keys with those of clock times, which the command line puts beside steps."""
+    found: dict[str, Key] = {}
+    for name, key in keys.items():
+        found[name] = key
+        prefix, _, word = name.rpartition(".")
+        within = f"{prefix}." if prefix else ""
+        beside = time_key(word) if key.kind.removesuffix(" or null") == "integer" else None
+        states_times = f"{within}since" in keys and word != "since"
+        if beside is not None and within + beside not in keys and not states_times:
+            found[within + beside] = Key("string or null", _time_of(word))
+    return found
+
+
+def _time_of(step: str) -> str:
+    return f"The clock time of `{step}`."
 
 
 def _root(name: str) -> str:
@@ -491,6 +511,9 @@ _HEAD = """# JSON documents
 `--json` prints exactly one JSON document on stdout. Every document has the key
 `schema_version`, now {version}. It goes up if a key is removed or changes its meaning. New keys can appear at
 any time.
+
+Each step has its clock time beside it, ISO 8601 in UTC: `first_time` beside `first_step`, `time` beside
+`step`. It is null if the times of the run are not known. `watch` and `copy` do not have these times.
 
 A value that is not known is null. `a.b` is the key `b` of the object `a`; `a[].b` is the key `b` of each
 object in the list `a`. [Metrics](metrics.md) has the formulas, [Commands](cli.md) the options.

@@ -111,6 +111,7 @@ def compare(
         "B", a if b is None else b, run_b, timings_b, steps_b, phase if phase_b is None else phase_b
     )
     result = compare_runs(one, other, steps_a=in_a, steps_b=in_b)
+    out.clocks = {"a": one.clock, "b": other.clock}
     out.emit(result.to_json, lambda console: render(console, result, (one.clock, other.clock), top))
     if json:  # the text has them
         for warning in result.warnings:

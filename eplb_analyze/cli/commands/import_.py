@@ -49,8 +49,8 @@ def import_(
             "--placement",
             metavar="NAME|FILE",
             help="State where the experts were: an engine's placement file, linear (expert e in slot e), "
-            "round_robin (expert e on rank e % EP size), last (SGLang per_pass: assume that the "
-            "last placement applied to all steps), or unknown.",
+            "round_robin (expert e on rank e % EP size), last (assume that the last placement of "
+            "SGLang's per_pass recording applied to all steps), or unknown.",
         ),
     ] = None,
     num_experts: Annotated[
@@ -77,14 +77,15 @@ def import_(
     window: Annotated[
         bool,
         typer.Option(
-            "--window-sums", help="vLLM snapshots: import the sums over a window instead of single steps."
+            "--window-sums",
+            help="Import the sums over a window from vLLM's snapshots, instead of single steps.",
         ),
     ] = False,
     renumber: Annotated[
         bool,
         typer.Option(
             "--renumber",
-            help="vLLM: number the records by their order in the file; ignore their step numbers.",
+            help="Number vLLM's records by their order in the file, and ignore their step numbers.",
         ),
     ] = False,
     only: Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import typer
 
 from eplb_analyze.cli import options
@@ -10,7 +12,7 @@ from eplb_analyze.cli.views.recover import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED
 
 
-@options.about_a_run
+@functools.partial(options.about_a_run, all_runs=True)
 def recover(out: RunOutput) -> None:
     """Recover recordings from crashed writers: turn their journals into Parquet for other programs.
 

@@ -97,6 +97,9 @@ def _head(console: Console, result: Summary, clock: RunClock) -> None:
         print_line(console, answer.shape(info))
     complete, text = answer.data(result)
     print_line(console, text if complete else (text, "yellow"))
+    doubt = answer.contradiction(result, lambda command: full_command(console, command))
+    if doubt is not None:
+        print_line(console, (doubt, "yellow"))
 
 
 def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part: bool) -> None:

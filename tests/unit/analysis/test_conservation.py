@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import write
+from helpers import cli, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -204,3 +205,38 @@ def test_any_run_of_one_constant_is_right_and_any_other_is_not(data: st.DataObje
         first = min(wrong)
         expected = f"{len(wrong)} steps, first {first}" if len(wrong) > 1 else f"step {first}"
         assert expected in finding.text
+
+
+def test_summary_hints_at_contradicting_loads_and_names_check(tmp_path: Path) -> None:
+    """By the sums that it reads anyway: of each layer, and of what the writers state; as a merge of parts."""
+    rng = np.random.default_rng(5)
+    good = [[(routed(rng, 20), 20)] for _ in range(12)]
+    unequal = [*good[:4], [(routed(rng, 20) + np.outer([0, 1], np.arange(EXPERTS) == 0), None)], *good[5:]]
+    fewer = [*good[:4], [(routed(rng, 19), 20)], *good[5:]]
+    for name, steps, fact in (
+        ("good", good, None),
+        ("unequal", unequal, "loads contradict each other: layers got different numbers of tokens in step 4"),
+        ("fewer", fewer, "loads contradict num_tokens: load is not num_tokens × 3 in step 4"),
+    ):
+        record(tmp_path / name, steps)
+        out = " ".join(cli("summary", tmp_path / name).stdout.split())
+        assert ("loads contradict" in out) == (fact is not None)
+        if fact is not None:
+            assert f"{fact}; `eplb-analyze check {tmp_path / name}` explains it" in out
+        found = json.loads(cli("summary", "--json", tmp_path / name).stdout)["contradictions"]
+        assert [f["code"] for f in found] == [code for code, _ in findings(tmp_path / name)]
+
+
+def test_merged_parts_find_what_the_whole_finds(tmp_path: Path) -> None:
+    """A layer without tokens in one part only, and steps whose layers differ in another."""
+    record(tmp_path, [[(routed(np.random.default_rng(1), 5), 5)]])
+    run = open_run(tmp_path)
+    totals = np.array([[15, 15], [15, 0], [15, 0], [15, 15], [15, 12]])
+    whole, merged = Conservation(), Conservation()
+    whole.add(np.arange(5), totals, np.full(5, 5))
+    for part in (slice(0, 1), slice(1, 3), slice(3, 5)):
+        one = Conservation()
+        one.add(np.arange(5)[part], totals[part] / 1.0, np.full(5, 5)[part])
+        merged.merge(one)
+    assert [*merged.findings_of_sums(run)] == [*whole.findings_of_sums(run)]
+    assert "in 3 steps, the first 1" in next(whole.findings_of_sums(run)).text

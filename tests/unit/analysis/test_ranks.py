@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from helpers import cli
+from helpers import cli, without_times
 from small_run import MOE_LAYERS, Truth, write
 
 from eplb_analyze import open_run
@@ -63,9 +63,10 @@ def test_node_figures_combine_those_of_its_ranks(truth: Truth) -> None:
 
 def test_ranks_per_node_can_be_given(tmp_path: Path, local: Truth) -> None:
     write(tmp_path, ranks_per_node=None)
-    said = json.loads(cli("ranks", "--json", local.root).stdout)
+    said = without_times(json.loads(cli("ranks", "--json", local.root).stdout))
     assert said["nodes"]
-    assert json.loads(cli("ranks", "--ranks-per-node", "2", "--json", tmp_path).stdout) == said
+    given = json.loads(cli("ranks", "--ranks-per-node", "2", "--json", tmp_path).stdout)
+    assert without_times(given) == said
     # It overrides what the dump says, and the last node may have fewer ranks.
     report = rank_report(open_run(local.root), ranks_per_node=3)
     assert [node.ranks for node in report.nodes] == [[0, 1, 2], [3]]

@@ -75,8 +75,8 @@ def test_summary_json_has_the_stable_keys(good: Path) -> None:
     run_keys = {"run_id", "model", "engine", "ep_size", "num_layers", "num_logical_experts"}
     assert run_keys | {"num_physical_experts", "scope"} <= set(document["run"])
     assert set(document["steps"]) == {
-        "first", "last", "seen", "recorded", "dummy", "not_sampled", "dropped", "rejected", "incomplete",
-        "missing",
+        "first", "first_time", "last", "last_time", "seen", "recorded", "dummy", "not_sampled", "dropped",
+        "rejected", "incomplete", "missing",
     }  # fmt: skip
     assert set(document["ranks"]) == {"expected", "present", "missing"}
     assert {"mean", "p50", "p5", "min", "min_step"} <= set(document["balancedness"])
