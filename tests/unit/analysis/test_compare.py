@@ -418,7 +418,7 @@ def test_nothing_is_named_if_nothing_differs(story: tuple[Path, Any]) -> None:
     assert (result.verdict, result.size, result.experts) == ("no significant difference", None, [])
     text = cli("compare", "--steps-a", "0-59", "--steps-b", "60-119", root).stdout
     assert "NO SIGNIFICANT DIFFERENCE: idle time changed by" in " ".join(text.split())
-    assert "expert" not in text.split("settings")[0].replace("other experts", "")
+    assert "expert" not in text.split("settings")[0].replace("different experts", "")
 
 
 def test_significance_and_size_are_two_things() -> None:

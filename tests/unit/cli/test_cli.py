@@ -426,7 +426,11 @@ def test_wrong_usage_exits_with_2(good: Path, arguments: list[str]) -> None:
 def test_step_that_was_not_sampled_says_so(tmp_path: Path) -> None:
     write(tmp_path, interval=10)
     one_error(
-        cli("layer", "1", "--step", "15", tmp_path), 2, "step 15", "not sampled", "the one before is 10"
+        cli("layer", "1", "--step", "15", tmp_path),
+        2,
+        "step 15",
+        "not sampled",
+        "the last before it is step 10",
     )
 
 

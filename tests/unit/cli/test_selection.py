@@ -240,8 +240,8 @@ def test_phases_of_a_run_are_compared(dump: Path) -> None:
     assert found["b"]["tokens_per_step"] > 5 * found["a"]["tokens_per_step"]
     text = cli("compare", "--phase-a", "decode", "--phase-b", "prefill", dump).stdout
     assert "45 complete decode steps" in " ".join(text.split())
-    one_error(cli("compare", "--phase", "decode", dump), 2, "in common", "--phase-a, --phase-b")
-    one_error(cli("compare", "--phase-a", "decode", dump), 2, "in common")
+    one_error(cli("compare", "--phase", "decode", dump), 2, "share steps", "--phase-a, --phase-b")
+    one_error(cli("compare", "--phase-a", "decode", dump), 2, "share steps")
     one_error(cli("compare", "--phase-a", "", dump), 2, "no step of the run has the phase ''")
 
 
@@ -257,4 +257,4 @@ def test_phase_and_times_apply_to_both_sides(dump: Path) -> None:
     assert sides(*halves, *local, dump) == by_time
     text = " ".join(cli("compare", *halves, *local, dump).stdout.split())
     assert "A r, steps 5-29, 2026-11-27 00:59:35-00:59:59 CET (24.0 s): 25 complete steps" in text
-    one_error(cli("compare", *halves, "--since", "00:00:10", dump), 2, "none of 0-29")
+    one_error(cli("compare", *halves, "--since", "00:00:10", dump), 2, "--steps selects 0-29")

@@ -226,7 +226,7 @@ def test_run_with_many_incomplete_steps_is_refused(tmp_path: Path) -> None:
     assert cli("copy", "--steps", "0-23", root, tmp_path / "part").returncode == 0
     document = compact(tmp_path / "part", to)
     assert (document["steps"]["recorded"], document["incomplete"]) == (24, 0)
-    assert "segments that touch steps 0 to 23" in document["unknown"]["other_steps"]
+    assert "segments that contain steps 0 to 23" in document["unknown"]["other_steps"]
     assert figures(to)["loads"] == open_run(root).loads((0, 24)).rows()
 
 
@@ -240,7 +240,9 @@ def test_run_without_one_of_its_ranks_is_refused(tmp_path: Path) -> None:
                 load = np.full((3, slots), step + rank)
                 writer.record(step, load, np.arange(slots) % 6 + np.zeros((3, 1), int), ep_size=size)
     assert cli("summary", root).returncode == 3
-    one_error(cli("compact", root, tmp_path / "new"), 3, "of 3 ranks, 2 wrote nothing", "none is written")
+    one_error(
+        cli("compact", root, tmp_path / "new"), 3, "rank 2 (of 3 ranks) wrote nothing", "none is written"
+    )
 
 
 def test_cause_of_few_incomplete_steps_stays_known(dump: Path, tmp_path: Path) -> None:

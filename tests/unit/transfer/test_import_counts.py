@@ -112,7 +112,15 @@ def test_one_file_of_several_ranks_is_refused(tmp_path: Path, suffix: str) -> No
     load = RNG.integers(1, 50, (2, 8))
     source = tmp_path / f"stats_rank1{suffix}"
     long_csv(source, load) if suffix == ".csv" else np.save(source, load)
-    refused(UsageError, source, tmp_path, "of rank 1 alone", "a file per rank", ep_size=2, placement="linear")
+    refused(
+        UsageError,
+        source,
+        tmp_path,
+        "only the counts of rank 1",
+        "one file per rank",
+        ep_size=2,
+        placement="linear",
+    )
     _, run = do(source, tmp_path, ep_size=1, placement="linear")
     np.testing.assert_array_equal(loads(run), load[None])
 
@@ -126,7 +134,7 @@ def test_arrays_of_each_rank_are_summed_over_ranks(tmp_path: Path) -> None:
     _, run = do(tmp_path / "ranks", tmp_path, "array", **options)
     np.testing.assert_array_equal(loads(run), load.sum(axis=0))
     (tmp_path / "ranks/rank_1.npy").unlink()
-    refused(UsageError, tmp_path / "ranks", tmp_path, "of rank 0 alone", format="array", **options)
+    refused(UsageError, tmp_path / "ranks", tmp_path, "only the counts of rank 0", format="array", **options)
     np.save(tmp_path / "ranks/again_rank0.npy", load[0])
     refused(UsageError, tmp_path / "ranks", tmp_path, "rank 0 has several files", format="array", **options)
 
@@ -151,7 +159,7 @@ def test_experts_that_no_row_names_need_an_option(tmp_path: Path) -> None:
     report, run = do(source, tmp_path, ep_size=2, placement="linear", num_logical_experts=8)
     np.testing.assert_array_equal(loads(run), load[None])
     assert "experts" not in report.assumed
-    refused(UsageError, source, tmp_path, "an expert 4", ep_size=2, placement="linear", num_logical_experts=4)
+    refused(UsageError, source, tmp_path, "expert 4", ep_size=2, placement="linear", num_logical_experts=4)
 
 
 @pytest.mark.parametrize(

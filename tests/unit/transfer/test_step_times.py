@@ -363,7 +363,7 @@ class TestByStep:
     def test_times_of_another_run_are_rejected(self, tmp_path: Path, dump: Path, truth: Any) -> None:
         other = np.random.default_rng(6).permutation(truth[0]), truth[1]
         one_error(
-            cli("summary", dump, "--timings", log(tmp_path / "log", other)), 2, "--timings", "of other steps"
+            cli("summary", dump, "--timings", log(tmp_path / "log", other)), 2, "--timings", "to other steps"
         )
 
     def test_a_counter_that_loses_a_step_is_rejected(self, tmp_path: Path, dump: Path, truth: Any) -> None:
