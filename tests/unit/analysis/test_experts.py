@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cli, one_error, open_writer, write
+from helpers import cli, one_error, open_writer, without_times, write
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
@@ -358,7 +358,7 @@ def test_json_output(tmp_path: Path) -> None:
     write(tmp_path)
     arguments = ("experts", "--window-steps", "10", "--layer", "1", "--json")
     result = cli(*arguments, tmp_path)
-    document = json.loads(result.stdout)
+    document = without_times(json.loads(result.stdout))
     assert (result.returncode, result.stderr) == (0, "")
     experts = document.pop("experts")
     assert document == {

@@ -134,7 +134,7 @@ def test_missing_report_is_written_again(tmp_path: Path) -> None:
 def test_save_folder_must_be_outside_dumps(tmp_path: Path) -> None:
     record(tmp_path / "dump", "r", SKEWED)
     for inside in ("dump", "dump/saved", "dump/run=r", "dump/run=r/model=org_moe/deep"):
-        one_error(cli("postmortem", tmp_path, "--save", tmp_path / inside), 2, "lies in the dump")
+        one_error(cli("postmortem", tmp_path, "--save", tmp_path / inside), 2, "it is inside the dump")
     assert [path.name for path in (tmp_path / "dump").iterdir()] == ["run=r"]
     (tmp_path / "file").write_text("")
     one_error(cli("postmortem", tmp_path, "--save", tmp_path / "file"), 2, "file", "another folder")
@@ -173,4 +173,4 @@ def test_nothing_is_saved_through_a_link_into_a_dump(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "reports").symlink_to(tmp_path / "all/a")
-    one_error(cli("postmortem", tmp_path / "all/a", "--save", saved), 2, "lies in the dump")
+    one_error(cli("postmortem", tmp_path / "all/a", "--save", saved), 2, "it is inside the dump")

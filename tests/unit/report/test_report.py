@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import report_dump as planted
-from helpers import ROOT, assert_golden, cli, one_error, write
+from helpers import ROOT, assert_golden, cli, one_error, without_times, write
 from timed_run import write_timed
 
 from eplb_analyze import open_run
@@ -105,7 +105,7 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray[Any, Any]:
 
 def test_figures_equal_those_of_the_other_commands(dump: Path, document: dict[str, Any]) -> None:
     said = {
-        name: json.loads(cli(name, *more, "--json", dump).stdout)
+        name: without_times(json.loads(cli(name, *more, "--json", dump).stdout))
         for name, more in {
             "summary": (), "ranks": (), "rearrangements": (), "timeline": ("--bins", str(MAX_BINS)),
         }.items()
