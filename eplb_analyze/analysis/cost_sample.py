@@ -107,12 +107,11 @@ class CostSample:
         sample = cls.empty()
         if block.shape is not None and sampling.wants(block):
             chosen = block.state == StepState.RECORDED
-            apart = np.where(np.diff(block.step) == 1, np.diff(block.clock_ns) / 1e6, np.nan)
             work = _work(block, run.terms(block) if terms is None else terms, run.info.token_replication)
             sample = cls(
                 block.step[chosen],
-                np.insert(apart, 0, np.nan)[chosen],
-                np.append(apart, np.nan)[chosen],
+                block.since_last_ms[chosen],
+                block.until_next_ms[chosen],
                 block.step_ms[chosen],
                 block.device_ms[chosen],
                 block.num_tokens[chosen] // run.info.num_tokens_replication,

@@ -10,6 +10,7 @@ import numpy as np
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import formulas
+from eplb_analyze.metrics.losses import Bin, Bins, timeline
 from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.join import StepState
@@ -72,6 +73,8 @@ class LayerReport(RunReport):
     #: Steps in the range at which the layer's placement changed.
     placement_changes: list[int]
     phase: str | None = None
+    #: The mean balancedness of equal parts of these steps.
+    timeline: list[Bin] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -199,6 +202,11 @@ def _report(
         phase=parts[0][0].phase_names(np.array([first]))[0]
         if len(parts) == 1 and len(parts[0][1]) == 1
         else None,
+        timeline=timeline(
+            Bins(first, last),
+            np.concatenate([steps for _, steps in parts]),
+            np.concatenate(ratios["balancedness"]),
+        ),
     )
     if report.lost_ranks:
         report.notes.append(

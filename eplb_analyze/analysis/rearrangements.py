@@ -23,6 +23,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
+from eplb_analyze.reader.recorded_setting import not_due, overdue
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.sessions.step_range import StepRange
@@ -122,6 +123,10 @@ class RearrangementReport(RunReport):
     #: The fit that gains are priced by; None if there is no rearrangement.
     cost: RunCost | None = None
     notes: list[str] = field(default_factory=list)
+    #: If no placement changed in the whole run: why no rearrangement was due yet; null if one was.
+    not_due: str | None = None
+    #: If none changed, and one was due: how many steps ran, and the interval that the engine states.
+    overdue: str | None = None
 
 
 def rearrangement_report(
@@ -183,7 +188,11 @@ def _report(
         _in_ms(_figures(run, change, series), change, pause, cost)
         for change, pause in zip(changes, pauses, strict=True)
     ]
-    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, cost, notes)
+    why = due = None
+    if run.placements_recorded and not run.history.rearrangements():
+        why = not_due(run)
+        due = overdue(run) if why is None else None
+    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, cost, notes, why, due)
 
 
 def _in_ms(

@@ -27,7 +27,7 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank, lost_in
 from eplb_analyze.reader.placements import Rearrangement, replicas
-from eplb_analyze.reader.recorded_setting import not_due
+from eplb_analyze.reader.recorded_setting import not_due, overdue
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.text import listed, percent, plural
@@ -124,7 +124,8 @@ class Loss:
 
     tokens: float
     #: The share that remains if loads are summed over ``window_steps`` steps: the most that a better
-    #: placement could remove. The rest is random variation within a step.
+    #: placement could remove. The rest is random variation within a step. None if fewer than 96 steps were
+    #: summed: chance would count as persistent.
     persistent_share: float | None
     window_steps: int
     ranks: list[RankLoss]
@@ -169,6 +170,8 @@ class Summary(Report):
     contradictions: list[Finding]
     #: If none changed: why no rearrangement was due yet; None: one was.
     not_due: str | None
+    #: If none changed, and one was due: how many steps ran, and the interval that the engine states.
+    overdue: str | None
 
     @property
     def verdict(self) -> Verdict:
@@ -278,6 +281,8 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         changes = [r for r in changes if steps[0] <= r.first_step < steps[1]]
     timed = run.info.timed and sums.last_time >= sums.first_time
     acted = bool(run.history.rearrangements()) if run.placements_recorded else None
+    why = not_due(run) if acted is False else None
+    whole = (sums.seen.first, sums.seen.last) if steps is None and run.phase is None else None
     cost = cost_of_sample(run, sums.cost)
     incidents = run.retry_without_damaged(lambda: incidents_of(run, sums.balance, cost))
     return Summary(
@@ -307,7 +312,8 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         restless_layers=incidents.restless,
         acted=acted,
         contradictions=[*sums.conservation.findings_of_sums(run)],
-        not_due=not_due(run) if acted is False else None,
+        not_due=why,
+        overdue=overdue(run, whole) if acted is False and why is None else None,
     )
 
 
@@ -419,7 +425,8 @@ def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"],
     if summary.acted is False and summary.not_due is None:
         redundant = summary.run.num_physical_experts - summary.run.num_logical_experts
         also = f" and its {plural(redundant, 'redundant expert')}" if redundant > 0 else ""
-        found.append(("eplb_never_acted", f"The placement{also} never changed."))
+        due = f": {summary.overdue}" if summary.overdue else ""
+        found.append(("eplb_never_acted", f"The placement{also} never changed{due}."))
     return found
 
 

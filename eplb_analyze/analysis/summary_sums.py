@@ -153,8 +153,8 @@ class SummarySums:
         self.cost = CostSample.empty()
         self.balance = BalanceValues(bins)
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
-        #: Time from a step to the next, in ns; and the first and last step with their times.
-        self.gaps: list[Int64] = []
+        #: Time from the step before to each step, ms; and the first and last step with their times.
+        self.step_ms: list[formulas.Float64] = []
         self._first: tuple[int, int] | None = None
         self._last: tuple[int, int] | None = None
 
@@ -163,7 +163,7 @@ class SummarySums:
         sums = cls(run.info.num_layers, bins)
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
-        sums.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
+        sums.step_ms.append(block.since_last_ms[np.isfinite(block.since_last_ms)])
         sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
         if block.shape is None:
             sums.cost = CostSample.of(run, sampling, block)
@@ -197,8 +197,8 @@ class SummarySums:
         self.first_time = min(self.first_time, later.first_time)
         self.last_time = max(self.last_time, later.last_time)
         if self._last and later._first and later._first[0] == self._last[0] + 1:
-            self.gaps.append(np.array([later._first[1] - self._last[1]]))
-        self.gaps += later.gaps
+            self.step_ms.append(np.array([later._first[1] - self._last[1]]) / 1e6)
+        self.step_ms += later.step_ms
         self._first, self._last = self._first or later._first, later._last or self._last
         self.steps += later.steps
         for name, values in later.values.items():

@@ -154,8 +154,8 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
     errors = [f for f in findings if f.severity == "error"]
     recorded = sum(c.recorded for c in summary.configurations)
     balance = summary.spreads["balancedness"]
-    gaps = np.concatenate([np.empty(0, np.int64), *sums.gaps])
-    step_seconds = float(np.median(gaps)) / 1e9 if len(gaps) and info.timed else None
+    ms = np.concatenate([np.empty(0), *sums.step_ms])
+    step_seconds = float(np.median(ms)) / 1e3 if len(ms) and info.timed else None
     known = [layer for layer in summary.layers if layer.balancedness is not None]
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None

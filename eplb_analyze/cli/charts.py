@@ -7,10 +7,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from eplb_analyze.cli.console import styled
+from eplb_analyze.cli.console import print_line, step_time, styled
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
+
+    from eplb_analyze.metrics.losses import Bin
 
     class StepBin(Protocol):
         """Consecutive steps that are one column of a plot."""
@@ -84,6 +87,48 @@ def sparkline(values: Sequence[float | None], repeat: int = 1) -> tuple[str, flo
     levels = [0 if value is None else 1 + round((value - low) * scale) for value in values]
     (line,) = vertical_bars(levels, repeat=repeat)
     return line, low, high
+
+
+#: With fewer bins a sparkline shows nothing.
+LEAST_BINS = 8
+
+
+def print_sparkline(
+    console: Console,
+    title: str,
+    bins: Sequence[Bin],
+    *,
+    red: Iterable[tuple[int, int]] = (),
+    marks: Iterable[tuple[int, str]] = (),
+    times: bool = True,
+) -> None:
+    """Print balancedness by bins of steps: a blank line, the title with the scale, the bars, marks, times.
+
+    Args:
+        red: first and last steps whose bars are red.
+        marks: steps, and what begins there.
+        times: whether the steps are in time order.
+    """
+    values = [part.balancedness for part in bins]
+    if len(values) < LEAST_BINS or all(value is None for value in values):
+        return
+    repeat = columns_of_steps(console.width, bins)
+    line, low, high = sparkline(values, repeat)
+    width = len(values) * repeat
+    scale = f"{low:.2f} to {high:.2f}"
+    console.print()
+    print_line(console, (title, "bold"), f"{scale:>{max(len(scale) + 2, width - len(title))}}")
+    bars, starts = styled(line), [part.first_step for part in bins]
+    for first, last in red:
+        begin, end = (bisect_right(starts, step) for step in (first, last))
+        bars.stylize("red", max(0, begin - 1) * repeat, end * repeat)
+    console.print(bars)
+    below = labeled_marks(bins, marks, repeat)
+    if below:
+        print_line(console, (below, "dim"))
+    since, until = step_time(console, bins[0].first_step), step_time(console, bins[-1].last_step)
+    if times and since and until:
+        print_line(console, (f"{since}{until:>{max(len(until) + 1, width - len(since))}}", "dim"))
 
 
 def labeled_marks(bins: Sequence[StepBin], marks: Iterable[tuple[int, str]], repeat: int = 1) -> str:

@@ -19,6 +19,8 @@ from eplb_dump.format.journal import Int64, Shape
 BINS = 64
 #: Imbalance that remains in loads summed over this many steps is persistent; the rest is random.
 WINDOW_STEPS = 128
+#: What remains in fewer steps is chance as well. Less than a window, as some of its steps can be incomplete.
+LEAST_STEPS = 96
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,12 @@ class Losses:
 
     @property
     def lasting_share(self) -> float | None:
-        """The share of the loss that remains in loads summed over a window: persistent imbalance."""
+        """The share of the loss that remains in loads summed over a window: persistent imbalance.
+
+        None if all windows have fewer than ``LEAST_STEPS`` steps.
+        """
+        if self.longest_window < LEAST_STEPS:
+            return None
         lasting = (
             self._lasting + sum(self._excess_of(window.load) for window in self._open)
         ) / self._per_token

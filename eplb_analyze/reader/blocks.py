@@ -37,7 +37,8 @@ from eplb_dump.format.schema import Scope, Status
 NO_PHASE = -2
 #: The attributes of a block with a value for each step.
 _BY_STEP = (
-    "step", "state", "state_as_joined", "time_ns", "clock_ns", "num_tokens", "step_ms", "device_ms", "phase",
+    "step", "state", "state_as_joined", "time_ns", "clock_ns", "since_last_ms", "until_next_ms", "num_tokens",
+    "step_ms", "device_ms", "phase",
 )  # fmt: skip
 
 
@@ -53,6 +54,8 @@ class Block:
         status: uint8 [R, S], a :class:`~eplb_dump.format.schema.Status` each, or ABSENT.
         time_ns: int64 [S], the wall clock, which can jump.
         clock_ns: int64 [S], ns since 1970 by the session's monotonic clock, which cannot.
+        since_last_ms, until_next_ms: float64 [S], ms by ``clock_ns`` from the step before, and to the next
+            one. It may be of a phase that is left out; NaN if it is not in the block or was not seen.
         num_tokens, phase: int64 [S]; -1 if unknown; phase is an index into ``phases``.
         step_ms: float64 [S], the engine's own time of the pass in ms; NaN if unknown. The largest over the
             ranks that recorded the step.
@@ -83,6 +86,9 @@ class Block:
         self.shape = shape
         self.time_ns = rows.time_ns[low:high]
         self.clock_ns = rows.clock_ns[low:high]
+        apart = np.where(np.diff(self.step) == 1, np.diff(self.clock_ns) / 1e6, np.nan)
+        self.since_last_ms = np.insert(apart, 0, np.nan)
+        self.until_next_ms = np.append(apart, np.nan)
         self.num_tokens = rows.num_tokens[low:high]
         self.step_ms = rows.step_ms[low:high]
         self.device_ms = rows.device_ms[low:high]

@@ -132,6 +132,27 @@ def not_due(run: Run) -> str | None:
     return why_not_due(*run.step_range, setting.interval, setting.start) or _too_balanced(run, setting)
 
 
+def overdue(run: Run, steps: tuple[int | None, int | None] | None = None) -> str | None:
+    """How many steps ran without the rearrangement that was due, and the interval that the engine states.
+
+    None if there is no step.
+
+    Args:
+        steps: the first and the last one; default those of the run, which may grow while it is read.
+    """
+    info = run.info
+    setting = recorded(run, Shape(info.ep_size, info.num_layers, info.num_physical_experts))
+    first, last = run.step_range if steps is None else steps
+    if first is None or last is None:
+        return None
+    ran = f"{plural(last - first + 1, 'step')} ran"
+    if setting.enabled is False:
+        return f"{ran} with EPLB switched off (enable_eplb)"
+    if setting.interval is None:
+        return f"{ran}, and the engine states no interval (the default of vLLM is {USUAL_INTERVAL:,} steps)"
+    return f"{ran} with an interval of {plural(setting.interval, 'step')}"
+
+
 #: SGLang judges the mean over at most so many steps (``EPLB_BALANCEDNESS_WINDOW_SIZES``).
 UTILIZATION_STEPS = 1000
 

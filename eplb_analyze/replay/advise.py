@@ -27,7 +27,7 @@ from eplb_analyze.replay.replay import Outcome, Replay, replay_run
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.selftest import SelfTest
 from eplb_analyze.replay.setting_run import Move
-from eplb_analyze.replay.settings import STATIC, Choices, engine_arguments
+from eplb_analyze.replay.settings import FIXED, STATIC, Choices, engine_arguments
 from eplb_analyze.replay.simulator import NotReplayableError
 from eplb_analyze.text import plural
 from eplb_dump.format.journal import Shape
@@ -232,16 +232,16 @@ def out_of_order(run: Run, today: Recorded, test: SelfTest | None) -> str | None
     """
     if today.enabled is False or today.interval is None or not run.placements_recorded:
         return None
-    every = f"a rearrangement is due every {plural(today.interval, 'step')}"
+    every = f"a rearrangement was due every {plural(today.interval, 'step')}"
     changes = run.history.rearrangements()
     if not changes:
         if not_due(run) is not None:
             return None
         steps = run.clock.range_label(*(step or 0 for step in run.step_range))
-        text = f"EPLB NEVER ACTED: {every}, but no placement changed in {steps}"
+        text = f"EPLB never acted: {every}, but no placement changed in {steps}"
     elif test is not None and test.missed >= STOPPED:
         last = run.clock.label(changes[-1].last_step)
-        text = f"EPLB STOPPED ACTING: {every}, but no placement changed after {last}"
+        text = f"EPLB stopped acting: {every}, but no placement changed after {last}"
     else:
         return None
     if test is not None and test.time_saved.is_significant and test.time_saved.value > 0:
@@ -278,14 +278,9 @@ class TrainTestSplit:
         if test is not None and test.doubt is not None and not self.fault:
             return self._verdict("not enough data", [test.doubt])
         candidates = [i for i in range(len(played.outcomes)) if self._is_candidate(i)]
+        untried = self._never_rearranges(candidates)
         if not candidates:
-            steps = self.split - played.first_step
-            text = (
-                f"no setting tried rearranges in the first {plural(steps, 'step')}, on which one is chosen: "
-            )
-            return self._verdict(
-                "not enough data", [text + "a longer recording, or a shorter --interval-steps"]
-            )
+            return self._verdict("not enough data", [untried or "no setting was tried but today's"])
         if self.in_ms and (unknown := self._unknown_cost()) is not None:
             return self._verdict("leave", [unknown])
         gains = {i: self._gain(i, self.training) for i in candidates}
@@ -299,6 +294,8 @@ class TrainTestSplit:
         priced = self._priced(best, self.judging) if self.in_ms else None
         work = 0.0 if priced is None else priced[0].value
         verdict, reason = self._judge(gain, sure, played.outcomes[best].setting, work)
+        if untried is not None and verdict not in CHANGES:
+            return self._verdict("not enough data", [untried], best, gain, gains[best])
         return self._verdict(verdict, [reason], best, gain, gains[best])
 
     def _missing(self) -> str | None:
@@ -311,16 +308,31 @@ class TrainTestSplit:
             return f"fewer than {MIN_STEPS} steps with tokens in a part of the run"
         return None
 
+    def _never_rearranges(self, candidates: Sequence[int]) -> str | None:
+        """What to try if no setting that rearranges can be judged, although one was tried; else None."""
+        rearranging = [
+            i
+            for i, outcome in enumerate(self.played.outcomes)
+            if outcome.setting is not None and outcome.setting.policy not in FIXED
+        ]
+        if not rearranging or not set(rearranging).isdisjoint(candidates):
+            return None
+        steps = self.split - self.played.first_step
+        return (
+            f"no setting tried rearranges in the first {plural(steps, 'step')}, on which one is chosen: a "
+            "longer recording, or a shorter --interval-steps"
+        )
+
     def _is_candidate(self, index: int) -> bool:
-        """Whether the setting differs from today's, and rearranges in the training part."""
+        """Whether the setting differs from today's, and acts in the training part."""
         outcome, today = self.played.outcomes[index], self.played.today
         setting = outcome.setting
         same = (outcome.num_physical_experts, outcome.ep_size) == (today.num_physical_experts, today.ep_size)
         if setting is None or outcome.ep_size != today.ep_size or setting == self.played.recorded.setting():
             return False
-        if setting.policy == STATIC:  # switches rearranging off if it is on
-            return same and bool(today.moves)
-        return any(move.step < self.split for move in outcome.moves)
+        if setting.policy == STATIC:  # another redundancy, or rearranging is switched off
+            return not same or bool(today.moves)
+        return setting.policy in FIXED or any(move.step < self.split for move in outcome.moves)
 
     @property
     def in_ms(self) -> bool:
@@ -450,8 +462,9 @@ class TrainTestSplit:
         if not sure and not (gain.is_significant and gain.value < 0):
             if self.in_ms and cost.status is not CostStatus.MEASURED:
                 return "leave", cost.message
-            if best is not None and best.policy == STATIC:
-                return "leave", "no other setting gains anything; no rearrangements at all would be as good"
+            if best is not None and best.policy == STATIC and gain.low > -self.min_gain:
+                as_good = f"{self._static(best)} would be as good in the judged steps"
+                return "leave", f"no other setting gains anything; {as_good}"
             return "leave", f"the best other setting has no measurable gain {what}"
         if gain.value < 0:
             if self.in_ms:
@@ -464,14 +477,27 @@ class TrainTestSplit:
         if gain.value < self.min_gain:
             return "leave", f"the best other setting gains less than {self.min_gain:.1%} (--min-gain)"
         recorded = self.played.recorded
-        if self.played.today.moves or (recorded.interval is not None and recorded.enabled is not False):
-            if best is not None and best.policy == STATIC:
+        acts = recorded.interval is not None and recorded.enabled is not False
+        if best is not None and best.policy == STATIC:
+            if best.num_redundant_experts == recorded.num_redundant_experts:
                 return "retune", "rearrangements cost more than they gain"
+            return "retune", f"{self._static(best)} would have a significant gain {what}"
+        if self.played.today.moves or acts or (best is not None and best.policy in FIXED):
             return "retune", f"another setting has a significant gain {what}"
         return (
             "enable",
             f"the experts were never rearranged, and rearranging them has a significant gain {what}",
         )
+
+    def _static(self, setting: Setting) -> str:
+        """A setting that never rearranges, beside today's, in words."""
+        recorded, number = self.played.recorded, setting.num_redundant_experts
+        parts = []
+        if number != recorded.num_redundant_experts:
+            parts.append(f"{plural(number, 'redundant expert')} instead of {recorded.num_redundant_experts}")
+        if self.played.today.moves:
+            parts.append("no rearrangements at all")
+        return " and ".join(parts)
 
     def _verdict(
         self,
@@ -511,13 +537,18 @@ class TrainTestSplit:
             training_gain=training_gain,
             changes=self._changes(),
             break_even_ms=None if best is None else self._break_even(best),
-            engine_arguments=None if setting is None else engine_arguments(self.engine, setting),
+            engine_arguments=None if setting is None else self._arguments(setting),
             trained=scored[0],
             judged=scored[1],
             min_gain=self.min_gain,
             replay=played,
             notes=[*played.notes, *(self._warnings(gain) if verdict in CHANGES else [])],
         )
+
+    def _arguments(self, setting: Setting) -> str | None:
+        """How to start the engine; None for a recorded placement that no engine starts with."""
+        same = setting.num_redundant_experts == self.played.recorded.num_redundant_experts
+        return None if setting.policy == STATIC and same else engine_arguments(self.engine, setting)
 
     def _changes(self) -> Changes | None:
         """None if a replay of the recorded setting contradicts the recording, or too few steps are left."""

@@ -1,8 +1,9 @@
-"""What each change of one part of a setting gains by itself: redundancy, interval, window or policy.
+"""What each change of one part of a setting gains over today: redundancy, interval, window or policy.
 
 The rest stays as in a base setting: today's, or, if that is not known, the one tried that is closest to it.
-The gain is taken in the judged part of the run alone; no row is chosen by its gain, so none needs a training
-part.
+Every gain is over what was recorded: today's placements and pauses, in the judged part of the run alone. What
+the change does by itself is another figure if the base is not what was recorded: replicas cannot take the
+credit for rearranging. No row is chosen by its gain, so none needs a training part.
 """
 
 from __future__ import annotations
@@ -18,34 +19,39 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.pricing import Objective, gain, net
-from eplb_analyze.replay.replay import Replay
-from eplb_analyze.replay.settings import FIXED, usual_interval
+from eplb_analyze.replay.replay import Outcome, Replay
+from eplb_analyze.replay.scores import TODAY
+from eplb_analyze.replay.settings import FIXED, STATIC, usual_interval
 
 #: Why: see :data:`eplb_analyze.replay.advise.SURE`.
 SURE = 3.3
 
-Part = Literal["redundant experts", "interval", "window", "policy"]
+#: ``none``: the base itself, if it is not what was recorded.
+Part = Literal["none", "redundant experts", "interval", "window", "policy"]
 Result = Literal["gain", "no gain", "loss", "unknown"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs from the base in one part.
+    """A setting that differs from the base in at most one part.
 
     Attributes:
-        gain: the share of the time that it saves beside the base; None if not known.
-        net_ms_per_step: the same in ms, less the pauses of rearrangements beyond the base's; None unless the
+        gain: the share of today's time that it saves; None if not known.
+        net_ms_per_step: the same in ms, less the pauses of rearrangements beyond today's; None unless the
             run's step times show it.
-        result: ``gain`` or ``loss`` if it is at least the least gain and beyond doubt.
-        experts_per_gpu: expert weights that each GPU holds more, over all layers.
+        alone: the share of the base's time that the change saves; of today's if the base is what was
+            recorded, or if the row is the base or never rearranges.
+        result: of ``alone``: ``gain`` or ``loss`` if it is at least the least gain and beyond doubt.
+        experts_per_gpu: expert weights that each GPU holds more than today, over all layers.
         gb_per_gpu: their size; None if the size of an expert is not known.
     """
 
-    #: The part of the setting that is changed.
+    #: The part of the base that is changed.
     part: Part
     setting: Setting
     gain: Interval | None
     net_ms_per_step: Milliseconds | None
+    alone: Interval | None
     result: Result
     experts_per_gpu: int
     gb_per_gpu: float | None
@@ -55,9 +61,9 @@ class Change:
 class Changes:
     """``basis``: what time is assumed to be; by ``tokens`` and ``active`` a step gains less than that."""
 
-    #: The setting that each row changes in one part.
+    #: The setting that each row changes in one part; gains are over what was recorded, whatever this is.
     base: Setting
-    #: Whether that is the recorded setting.
+    #: Whether the recorded placements are those of this setting.
     base_is_today: bool
     basis: Objective
     #: One changed part each.
@@ -67,48 +73,52 @@ class Changes:
 def one_at_a_time(
     played: Replay, judging: slice, step_ms: float | None, min_gain: float, expert_mb: float | None
 ) -> Changes | None:
-    """The changes among the settings tried, or None if there is none to compare them with.
+    """The changes among the settings tried, or None if there is none.
 
     Args:
         judging: the columns of the scores to take gains in.
         step_ms: the median time of a step.
     """
-    own = played.recorded.setting()
+    own, today = played.recorded.setting(), played.today
     base = _base(played, own)
     if base is None:
         return None
     basis = played.objective
     if basis is Objective.MS and (
-        step_ms is None or isinstance(gain(played.cost, played.scores, played.rows[base], judging), str)
+        step_ms is None or isinstance(gain(played.cost, played.scores, TODAY, judging), str)
     ):
         basis = Objective.TOKENS
-    of = played.outcomes[base].setting
-    assert of is not None
+    parts = [None if o.setting is None else _part(base, own, o, today) for o in played.outcomes]
+    based_on = parts.index("none") if "none" in parts else None
     rows = []
-    for index, outcome in enumerate(played.outcomes):
-        part = None if outcome.setting is None else part_changed(of, outcome.setting)
+    for index, (outcome, part) in enumerate(zip(played.outcomes, parts, strict=True)):
         if part is None or outcome.setting is None:
             continue
-        saved, net_ms = _gain(played, index, base, judging, basis, step_ms)
-        slots = (outcome.num_physical_experts - played.outcomes[base].num_physical_experts) // of.ep_size
+        saved, net_ms = _gain(played, index, None, judging, basis, step_ms)
+        alone = saved
+        if part != "none" and based_on is not None and outcome.setting.policy != STATIC:
+            alone, _ = _gain(played, index, based_on, judging, basis, step_ms)
+        slots = (outcome.num_physical_experts - today.num_physical_experts) // outcome.ep_size
         experts = slots * played.part.shape.num_moe_layers
         size = None if expert_mb is None else experts * expert_mb / 1e3
-        rows.append(Change(part, outcome.setting, saved, net_ms, _result(saved, min_gain), experts, size))
+        rows.append(
+            Change(part, outcome.setting, saved, net_ms, alone, _result(alone, min_gain), experts, size)
+        )
     rows.sort(key=_order)
-    return Changes(of, of == own, basis, rows)
+    return Changes(base, base == own, basis, rows)
 
 
-def _base(played: Replay, own: Setting | None) -> int | None:
-    """The index of today's setting, or of the closest one that rearranges."""
+def _base(played: Replay, own: Setting | None) -> Setting | None:
+    """Today's setting; if it is not known or was not tried, the closest one that rearranges."""
     today = played.recorded
+    tried = [outcome.setting for outcome in played.outcomes]
+    if own is not None and own in tried:
+        return own
     usual = usual_interval(today, played.last_step + 1 - played.first_step)
-    found: list[tuple[tuple[float, ...], int]] = []
-    for index, outcome in enumerate(played.outcomes):
-        setting = outcome.setting
+    found: list[tuple[tuple[float, ...], Setting]] = []
+    for setting, outcome in zip(tried, played.outcomes, strict=True):
         if setting is None or setting.ep_size != today.ep_size:
             continue
-        if setting == own:
-            return index
         if setting.interval is None or not outcome.moves:
             continue
         far = (
@@ -116,8 +126,22 @@ def _base(played: Replay, own: Setting | None) -> int | None:
             abs(setting.interval - usual),
             abs((setting.window or 0) - (today.window or setting.interval)),
         )
-        found.append(((setting.policy != today.policy, *map(float, far)), index))
+        found.append(((setting.policy != today.policy, *map(float, far)), setting))
     return min(found)[1] if found else None
+
+
+def _part(base: Setting, own: Setting | None, outcome: Outcome, today: Outcome) -> Part | None:
+    """The only part in which a setting tried differs from the base, or from what was recorded."""
+    setting = outcome.setting
+    assert setting is not None
+    if setting == base:
+        # Worth a row if it does not do what was recorded: the engine never acted, or the recorded setting is
+        # not known.
+        return None if setting == own and bool(outcome.moves) == bool(today.moves) else "none"
+    if setting.policy == STATIC and not today.moves and setting.ep_size == today.ep_size:
+        same = outcome.num_physical_experts == today.num_physical_experts
+        return None if same else "redundant experts"
+    return part_changed(base, setting)
 
 
 def part_changed(base: Setting, other: Setting) -> Part | None:
@@ -143,7 +167,7 @@ def part_changed(base: Setting, other: Setting) -> Part | None:
 
 def _order(change: Change) -> tuple[int, str, int]:
     setting = change.setting
-    parts: tuple[Part, ...] = ("redundant experts", "interval", "window", "policy")
+    parts: tuple[Part, ...] = ("none", "redundant experts", "interval", "window", "policy")
     number = {
         "redundant experts": setting.num_redundant_experts,
         "interval": setting.interval,
@@ -153,17 +177,20 @@ def _order(change: Change) -> tuple[int, str, int]:
 
 
 def _gain(
-    played: Replay, index: int, base: int, part: slice, basis: Objective, step_ms: float | None
+    played: Replay, index: int, base: int | None, part: slice, basis: Objective, step_ms: float | None
 ) -> tuple[Interval | None, Milliseconds | None]:
-    """The share of the base's time that a setting saves; and in ms per step, if that is the basis."""
-    scores, row, reference = played.scores, played.rows[index], played.rows[base]
+    """The share of the base's time that a setting saves; and in ms per step, if that is the basis.
+
+    ``base``: the index of its outcome; None: what was recorded.
+    """
+    scores, row = played.scores, played.rows[index]
+    reference, old = (TODAY, played.today) if base is None else (played.rows[base], played.outcomes[base])
     if basis is Objective.MS and step_ms is not None:
         saved = gain(played.cost, scores, row, part, reference)
         if isinstance(saved, str):
             return None, None
         steps = played.last_step + 1 - played.first_step
-        moves = played.outcomes[index].moves, played.outcomes[base].moves
-        left = net(saved, played.pause, *moves, steps)
+        left = net(saved, played.pause, played.outcomes[index].moves, old.moves, steps)
         return combined([(1 / step_ms, left)]), Milliseconds.of(left)
     maximum = scores.active_experts if basis is Objective.ACTIVE else scores.maximum
     before, after = maximum[reference, part], maximum[row, part]

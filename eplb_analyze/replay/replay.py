@@ -15,6 +15,7 @@ from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.dispatch import Dispatch
+from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
@@ -32,7 +33,7 @@ from eplb_analyze.replay.settings import Choices, grid
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
-from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.journal import Shape
 
 #: If the least number of groups that the placements show does not reproduce them, so many more are tried.
 FINER_TRIED = 3
@@ -59,14 +60,14 @@ class ReplayedSteps:
 
 
 class _StepTimes(Sums):
-    """The time from each step to the next, in ns."""
+    """The time from the step before to each step, which may follow one of a phase that is left out."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
-        self.gaps: list[Int64] = []
+        self.ms: list[Float64] = []
 
     def _add(self, block: Block) -> None:
-        self.gaps.append(np.diff(block.clock_ns)[np.diff(block.step) == 1])
+        self.ms.append(block.since_last_ms[np.isfinite(block.since_last_ms)])
 
 
 def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
@@ -93,9 +94,8 @@ def last_steps(run: Run, steps: tuple[int, int] | None = None) -> ReplayedSteps:
             f"{run.clock.range_label(sums.first_step, sums.last_step)} are "
             f"replayed (to replay earlier steps, use --steps {earlier[-1].first}-{sums.first_step - 1})"
         )
-    between = np.concatenate(sums.gaps)
-    timed = len(between) and run.info.timed
-    seconds = float(np.median(between)) / 1e9 if timed else None
+    ms = np.concatenate(sums.ms)
+    seconds = float(np.median(ms)) / 1e3 if len(ms) and run.info.timed else None
     codes = ("step_order", "placement", "placement_steps", "earlier_placements", "passes", "split")
     notes += run.import_caveats(*codes)
     if lost_in(sums.shape):

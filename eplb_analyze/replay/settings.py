@@ -26,6 +26,8 @@ LEAST_INTERVAL = 16
 def engine_arguments(engine: str | None, setting: Setting) -> str | None:
     """The arguments that start the engine with a setting; None if it has no such setting or is not known.
 
+    Of the settings that never rearrange, only the placement without EPLB, one slot for each expert, has any.
+
     The names are those of vLLM 0.33 (``EPLBConfig``) and SGLang 0.5.23 (``ServerArgs``).
     """
     if engine == "vllm" and setting.policy == "vllm":
@@ -35,6 +37,8 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
             "window_size": setting.window,
         }
         return f"--enable-eplb --eplb-config '{json.dumps(config)}'"
+    if engine == "vllm" and setting.policy == STATIC and not setting.num_redundant_experts:
+        return "--no-enable-eplb"
     if engine == "sglang" and setting.policy == "sglang":
         return (
             f"--enable-eplb --ep-num-redundant-experts {setting.num_redundant_experts} "
@@ -66,7 +70,8 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     the engine's first rearrangement.
 
     Args:
-        steps: the number of steps to replay; default intervals leave room for two rearrangements.
+        steps: the number of steps to replay; default intervals leave room for two rearrangements, today's for
+            one.
 
     Raises:
         UsageError: no combination is possible.
@@ -95,8 +100,8 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                 if policy in FIXED:
                     found.add(Setting(policy, redundant, ep_size, None, None, None))
                     continue
-                for interval in choices.intervals or _intervals(today.interval, steps):
-                    windows = choices.windows or _windows(engine, interval, today.window)
+                for interval in choices.intervals or _intervals(engine, today.interval, steps):
+                    windows = choices.windows or _windows(engine, interval, today.window, steps)
                     starts = choices.starts or [first_rearrangement(engine, interval)]
                     for window, start in itertools.product(windows, starts):
                         found.add(Setting(policy, redundant, ep_size, interval, window, start))
@@ -105,12 +110,18 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     return sorted(found, key=_order), notes
 
 
-def _intervals(today: int | None, steps: int) -> list[int]:
-    """A quarter of, once and four times today's interval, if they leave room for two rearrangements."""
+def _intervals(engine: str | None, today: int | None, steps: int) -> list[int]:
+    """A quarter of, once and four times today's interval, if they leave room for two rearrangements.
+
+    Today's has to leave room for one: without it, no change of another part could be seen by itself.
+    """
     usual = today or max(1, steps // PARTS)
     least = 1 if today else LEAST_INTERVAL
-    fitting = {max(least, i) for i in (usual // 4, usual, usual * 4) if i}
-    return sorted(i for i in fitting if i <= steps // 2) or [max(1, steps // PARTS)]
+    intervals = {max(least, i) for i in (usual // 4, usual, usual * 4) if i}
+    fitting = {i for i in intervals if i <= steps // 2} or {max(1, steps // PARTS)}
+    if today is not None and first_rearrangement(engine, today) < steps:
+        fitting.add(today)
+    return sorted(fitting)
 
 
 def _two_more(
@@ -126,8 +137,10 @@ def _two_more(
     policy = next((name for name in policies if name not in FIXED), None)
     if policy is None:
         return set()
-    interval = _nearest(choices.intervals or _intervals(today.interval, steps), usual_interval(today, steps))
-    usual = sorted(choices.windows or _windows(engine, interval, today.window))
+    interval = _nearest(
+        choices.intervals or _intervals(engine, today.interval, steps), usual_interval(today, steps)
+    )
+    usual = sorted(choices.windows or _windows(engine, interval, today.window, steps))
     window = _nearest(usual, today.window or interval)
     start = (choices.starts or [first_rearrangement(engine, interval)])[0]
     return {Setting(policy, redundant, ep_size, interval, window, start)}
@@ -142,9 +155,10 @@ def _nearest(values: Sequence[int], today: int) -> int:
     return min(values, key=lambda value: abs(value - today))
 
 
-def _windows(engine: str | None, interval: int, today: int | None) -> set[int]:
+def _windows(engine: str | None, interval: int, today: int | None, steps: int) -> set[int]:
     # SGLang refuses a window longer than the interval.
-    return {interval} if engine == "sglang" else {interval, today or 4 * interval}
+    windows = {interval} if engine == "sglang" else {interval, today or 4 * interval}
+    return {window for window in windows if window <= steps} or {min(windows)}
 
 
 def _order(setting: Setting) -> tuple[Any, ...]:

@@ -14,11 +14,12 @@ from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
+from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.text import clean, command_line, figure, listed, milliseconds, percent, plural
 
 if TYPE_CHECKING:
-    from eplb_analyze.analysis.summary import Summary
+    from eplb_analyze.analysis.summary import Loss, Summary
     from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.run_info import RunInfo
 
@@ -190,15 +191,23 @@ def _recoverable(summary: Summary) -> list[str]:
     if measured and drivers == {Driver.ACTIVE_EXPERTS}:
         # A share of the excess tokens says nothing about a time that does not depend on tokens.
         return ["Steps wait for the rank with the most active experts: balancing tokens alone saves nothing."]
-    if loss is None or not loss.tokens or loss.persistent_share is None:
+    if loss is None or not loss.tokens:
         return []
-    of = "that" if measured and Driver.ACTIVE_EXPERTS not in drivers else "the excess tokens"
     last, where = summary.last_configuration_steps, ""
     if last is not None and len(summary.configurations) > 1:
         where = f" in steps {last[0]}-{last[1]}"
+    if loss.persistent_share is None:
+        return [f"{too_few_steps(loss)}{where}."]
+    of = "that" if measured and Driver.ACTIVE_EXPERTS not in drivers else "the excess tokens"
     most = _percent(loss.persistent_share, 0)
     text = f"Better placement can recover at most {most} of {of}{where}"
     return [f"{text}; the rest varies from step to step." if loss.persistent_share < 0.995 else f"{text}."]
+
+
+def too_few_steps(loss: Loss) -> str:
+    """Why the share that a better placement can recover is not known."""
+    steps = f"{loss.window_steps:,}; {LEAST_STEPS} are needed"
+    return f"Too few steps under one placement ({steps}) to tell how much better placement can recover"
 
 
 def _estimates(summary: Summary) -> list[str]:

@@ -52,6 +52,7 @@ def layer(
     # A slot that changed its expert mixes two experts' tokens: the slot table covers the last placement.
     changes = report.placement_changes
     placed = layer_report(run, layer, None, (changes[-1], report.last_step + 1)) if changes else report
-    out.show(report.to_json, lambda console: render(console, report, placed, top))
+    ordered = run.info.origin is None or "step_order" not in run.info.origin.unknown
+    out.show(report.to_json, lambda console: render(console, report, placed, top, ordered=ordered))
     if step is None and not report.complete:  # an estimate, as in every command over a range
         raise typer.Exit(EXIT_UNUSABLE)

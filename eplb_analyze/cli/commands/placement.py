@@ -31,6 +31,9 @@ def placement(
     experts: Annotated[
         bool, typer.Option("--experts", help="Show the replicas of each expert, too.")
     ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also show layers whose figures are those of most layers.")
+    ] = False,
 ) -> None:
     """Show which expert is on which rank at a step, its replicas, and what changed since another step."""
     from eplb_analyze.analysis.placement import placement_report
@@ -38,4 +41,7 @@ def placement(
     run = out.open()
     report = placement_report(run, step, against, layer)
     single = layer is not None
-    out.show(report.to_json, lambda console: render(console, report, single=single, experts=experts))
+    out.show(
+        report.to_json,
+        lambda console: render(console, report, single=single, experts=experts, every=every),
+    )

@@ -8,7 +8,6 @@ from eplb_analyze.cli.console import (
     print_heading,
     print_line,
     print_notes,
-    range_text,
     steps_label,
     styled,
     table,
@@ -42,18 +41,17 @@ RESULTS = {"gain": "bold green", "loss": "bold red", "no gain": "", "unknown": "
 
 def render(console: Console, advice: Advice) -> None:
     print_heading(console, advice.model, f" · run {advice.run_id}")
-    if advice.fault is not None:
-        print_line(console, (advice.fault, "bold red"))
-    reasons = advice.reasons[advice.fault is not None :]
+    reasons = list(advice.reasons)
     if advice.verdict in ("enable", "retune"):
         reasons = [_advised(advice), *reasons]
     first = f": {reasons[0]}" if reasons else ""
     print_line(console, (VERDICTS[advice.verdict], STYLES[advice.verdict]), first)
     for reason in reasons[1:]:
-        print_line(console, reason)
+        print_line(console, reason[:1].upper() + reason[1:])
     if advice.changes is not None:
-        for line in redundancy(advice.changes):
+        for line in redundancy(advice.changes, advice.min_gain):
             print_line(console, line)
+    _steps(console, advice)
     print_notes(console, advice.notes)
     if advice.changes is not None and advice.changes.rows:
         console.print()
@@ -67,11 +65,22 @@ def render(console: Console, advice: Advice) -> None:
         print_line(console, f"recorded in {steps}: balancedness {known}, idle {idle} by tokens")
 
 
+def _steps(console: Console, advice: Advice) -> None:
+    """Which steps the settings are judged on, and why not on all of them."""
+    if advice.trained is None or advice.judged is None:
+        return
+    parts = advice.trained, advice.judged
+    chosen, judged = (steps_label(console, part.first_step, part.last_step) for part in parts)
+    text = f"The gains are those in {judged}; the setting was chosen in {chosen}"
+    print_line(console, f"{text}. `replay` shows the gains in all of them.")
+
+
 def _advised(advice: Advice) -> str:
     """``vllm, 32 redundant experts, every 100 steps, window 500, saves 0.8 ms per step``."""
     setting = None if advice.best is None else advice.best.setting
     assert setting is not None
-    text = f"{clean(setting.policy)}, {plural(setting.num_redundant_experts, 'redundant expert')}"
+    policy = "no rearrangements" if setting.policy == "static" else clean(setting.policy)
+    text = f"{policy}, {plural(setting.num_redundant_experts, 'redundant expert')}"
     if setting.interval is not None:
         text += f", every {plural(setting.interval, 'step')}, window {setting.window or 0:,}"
     net = advice.net_ms_per_step
@@ -87,12 +96,27 @@ def _advised(advice: Advice) -> str:
     )
 
 
-def redundancy(changes: Changes) -> list[str]:
-    """Whether to add redundant experts, in a sentence; nothing if no other number was tried."""
+def redundancy(changes: Changes, min_gain: float) -> list[str]:
+    """Whether to add redundant experts, in a sentence; nothing if no other number was tried.
+
+    Fewer of them lose nothing only if a loss of ``min_gain`` of the time is excluded.
+    """
     base = changes.base.num_redundant_experts
-    rows = [change for change in changes.rows if change.part == "redundant experts"]
-    more = [change for change in rows if change.setting.num_redundant_experts > base]
-    fewer = [change for change in rows if change.setting.num_redundant_experts < base]
+    rows: dict[int, Change] = {}  # one of each number, with or without rearrangements
+
+    def worth(change: Change) -> tuple[bool, bool, bool]:
+        """Of fewer the better one, of two as good the simpler; of more what replicas can do if placed."""
+        fixed = change.setting.interval is None
+        if change.setting.num_redundant_experts > base:
+            return not fixed, False, False
+        return change.result == "gain", _loses_nothing(change, min_gain), fixed
+
+    for change in changes.rows:
+        number = change.setting.num_redundant_experts
+        if change.part == "redundant experts" and (number not in rows or worth(change) > worth(rows[number])):
+            rows[number] = change
+    more = [rows[number] for number in sorted(rows) if number > base]
+    fewer = [rows[number] for number in sorted(rows) if number < base]
     lines = []
     if more:
         each = "; ".join(f"{change.setting.num_redundant_experts}: {change.result}" for change in more)
@@ -101,23 +125,50 @@ def redundancy(changes: Changes) -> list[str]:
         if all(change.result == "unknown" for change in more):
             text = "Redundant experts: the gain of more is not known"
         lines.append(f"{text} ({each}; now {base})")
-    free = [change for change in fewer if change.result in ("no gain", "gain")]
+    free = [change for change in fewer if _loses_nothing(change, min_gain)]
     if free and not any(change.result == "gain" for change in more):
-        least = min(free, key=lambda change: change.setting.num_redundant_experts)
-        effect = "you gain" if least.result == "gain" else "you lose nothing"
-        number = least.setting.num_redundant_experts
-        lines.append(f"With {number} instead of {base}, {effect}, and each GPU holds {_fewer(least)}")
+        least = free[0]
+        static = least.setting.policy == "static" and changes.base.policy != "static"
+        number, also = least.setting.num_redundant_experts, ""
+        if static:
+            also = " and no rearrangements"
+        elif not changes.base_is_today:
+            also = f" (each with {_text(changes.base, redundant=False)})"
+        over_today = static or changes.base_is_today
+        effect = f"you gain {_gained(least, over_today)}" if least.result == "gain" else "you lose nothing"
+        text = f"With {number} redundant experts instead of today's {base}{also}, {effect}"
+        lines.append(f"{text}, and each GPU holds {_fewer(least)}")
     return lines
+
+
+def _loses_nothing(change: Change, min_gain: float) -> bool:
+    bounded = change.alone is not None and change.alone.low > -min_gain
+    return change.result == "gain" or (change.result == "no gain" and bounded)
+
+
+def _gained(change: Change, over_today: bool) -> str:
+    """``0.39 ms per step (0.31 to 0.46)``; as a share if not in ms, or if not over today: ``1.2% of ...``."""
+    net, gain = change.net_ms_per_step, change.alone
+    if net is not None and over_today:
+        value, _, bounds = milliseconds(net.estimate, net.low, net.high).partition(" (")
+        return f"{value} per step ({bounds}"
+    return "" if gain is None else f"{100 * gain.value:.1f}% of the time"
+
+
+def _text(setting: Setting, *, redundant: bool = True) -> str:
+    """``vllm, 32 redundant, every 500 steps, window 1,000``; ``no rearrangements, 32 redundant``."""
+    parts = ["no rearrangements" if setting.policy == "static" else clean(setting.policy)]
+    parts += [f"{setting.num_redundant_experts:,} redundant"] if redundant else []
+    if setting.interval is not None:
+        parts += [f"every {plural(setting.interval, 'step')}", f"window {setting.window or 0:,}"]
+    return ", ".join(parts)
 
 
 def _changes(console: Console, advice: Advice, changes: Changes) -> None:
     """One change at a time, beside the base setting."""
     base = changes.base
-    every = plural(base.interval or 0, "step")
-    text = f"{clean(base.policy)}, {base.num_redundant_experts} redundant, every {every}"
-    text += f", window {base.window or 0:,}"
     what = "today's setting" if changes.base_is_today else "the tried setting nearest today's"
-    print_line(console, ("one change at a time", "bold"), f", from {what}: {text}")
+    print_line(console, ("gain over today, one change at a time", "bold"), f" from {what}: {_text(base)}")
     unit = {
         "ms": "net ms per step (95% CI)",
         "tokens": "% of time, by tokens",
@@ -127,15 +178,16 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
     for change in changes.rows:
         result = styled((change.result, RESULTS[change.result]))
         listing.add_row(
-            change.part.removesuffix(" experts"),
-            _value(base, change),
+            "as above" if change.part == "none" else change.part.removesuffix(" experts"),
+            _change_to(base, change),
             _saved(change),
             result,
             _memory(change),
         )
     console.print(listing)
-    if not changes.base_is_today:
-        print_line(console, ("gains are over that setting, not over today's", "dim"))
+    if any(change.part == "none" for change in changes.rows):
+        legend = "the word judges a change alone, over the first row; the first row and static over today"
+        print_line(console, (legend, "dim"))
     if changes.basis.value == "ms" and advice.replay is not None:
         print_line(console, (pause_sentence(advice.replay.pause), "dim"))
     elif changes.basis.value == "tokens":
@@ -143,16 +195,17 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
         print_line(console, (f"by tokens, not by time: {why}", "dim"))
 
 
-def _value(base: Setting, change: Change) -> str:
+def _change_to(base: Setting, change: Change) -> str:
     setting = change.setting
     if change.part == "redundant experts":
-        return f"{setting.num_redundant_experts:,}"
+        also = ", static" if setting.policy != base.policy else ""
+        return f"{setting.num_redundant_experts:,}{also}"
     if change.part == "window":
         return f"{setting.window or 0:,}"
     if change.part == "interval":
         window = "" if setting.window == base.window else f", window {setting.window or 0:,}"
         return f"{setting.interval or 0:,}{window}"
-    return clean(setting.policy)
+    return "" if change.part == "none" else clean(setting.policy)
 
 
 def _saved(change: Change) -> str:
@@ -214,14 +267,6 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
             console.print(
                 f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
             )
-    if advice.trained is not None and advice.judged is not None:
-        parts = advice.trained, advice.judged
-        chosen, judged = (range_text(console, part.first_step, part.last_step) for part in parts)
-        print_line(
-            console,
-            f"chosen from {plural(len(advice.replay.outcomes), 'setting')} on steps {chosen}; the "
-            f"figures above are from steps {judged}",
-        )
     if advice.engine_arguments is not None:
         console.print("to start the engine with this setting:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)

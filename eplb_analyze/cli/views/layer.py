@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import heat
+from eplb_analyze.cli.charts import heat, print_sparkline
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, range_text, step_label, table
 from eplb_analyze.text import counter, figure, listed, percent, plural
 
@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 FEW_EXPERTS = 12
 
 
-def render(console: Console, report: LayerReport, placed: LayerReport, top: int = 5) -> None:
-    """Print a report; ``placed`` covers only its steps since the last change of placement."""
+def render(
+    console: Console, report: LayerReport, placed: LayerReport, top: int = 5, *, ordered: bool = True
+) -> None:
+    """Print a report; ``placed`` covers only its steps since the last change of placement.
+
+    ``ordered``: whether steps are in time order.
+    """
     print_heading(console, f"layer {report.layer}", f" · {report.model} · run {report.run_id}")
     when = step_label(console, report.first_step)
     if report.steps > 1:
@@ -49,6 +54,13 @@ def render(console: Console, report: LayerReport, placed: LayerReport, top: int 
         summed = ", summed over the steps" if report.steps > 1 else ""
         console.print(f"{tokens}{summed}; hottest: rank {hottest.rank} with {times}x the mean")
     print_notes(console, report.notes)
+    print_sparkline(
+        console,
+        f"balancedness {'over time' if ordered else 'by step, in no known order'}",
+        report.timeline,
+        marks=[(step, "rearrangement") for step in report.placement_changes],
+        times=ordered,
+    )
     console.print()
     _ranks(console, report, count, mean)
     if report.experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_heading, print_line, print_notes, step_label, table, times_known
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 MOST_TIMES = 4
 
 
-def render(console: Console, report: PlacementReport, *, single: bool, experts: bool) -> None:
+def render(
+    console: Console, report: PlacementReport, *, single: bool, experts: bool, every: bool = False
+) -> None:
+    """``every``: show the layers whose figures are those of most layers, too."""
     where = f"layer {report.layers[0].layer}, " if single else ""
     since = "" if report.against is None else f" against {step_label(console, report.against)}"
     rest = f" · {where}{step_label(console, report.step)}{since} · {report.model} · run {report.run_id}"
@@ -29,7 +33,7 @@ def render(console: Console, report: PlacementReport, *, single: bool, experts: 
     if single:
         _ranks(console, report.layers[0], changes.get(report.layers[0].layer), report.lost_ranks)
     elif report.changes is None:
-        _layers(console, report.layers, report.lost_ranks)
+        _layers(console, report.layers, report.lost_ranks, every)
     elif report.changes:
         _changes(console, report.changes)
     if experts:
@@ -48,20 +52,43 @@ def _changed(console: Console, changes: list[LayerChange]) -> None:
     console.print(f"{slots} changed in {plural(len(changes), 'layer')}; {crossed}{across}")
 
 
-def _layers(console: Console, layers: list[LayerPlacement], lost: list[int]) -> None:
-    columns = ("layer", "since step", "ranks", "slots", "replicas", "replicated", "doubled", "empty")
-    listing = table(console, *columns)
-    for p in layers:
-        span = f"{p.replicas_min}" + (f"–{p.replicas_max}" if p.replicas_max > p.replicas_min else "")
-        serving = sum(rank not in lost for rank in range(p.ep_size))
-        slots = p.num_physical_experts // p.ep_size * serving
-        cells = (serving, slots, span, p.replicated, p.twice_on_a_rank, p.empty_slots)
-        listing.add_row(str(p.layer), str(p.since), *map(str, cells))
-    console.print(listing)
-    console.print("replicated: with several replicas; doubled: twice on a rank; empty: slots")
-    if times_known(console):
-        since = sorted({p.since for p in layers}, reverse=True)
-        print_line(console, f"since {listed([step_label(console, step) for step in since], MOST_TIMES)}")
+def _layers(console: Console, layers: list[LayerPlacement], lost: list[int], every: bool) -> None:
+    """What most layers have in common in a sentence, and a row for each that differs (``every``: for all)."""
+    rows = {p.layer: _figures(p, lost) for p in layers}
+    usual, count = Counter(rows.values()).most_common(1)[0]
+    if count > 1:
+        since, ranks, slots, replicas, replicated, doubled, empty = usual
+        also = f", {plural(doubled, 'expert')} twice on a rank" if doubled else ""
+        also += f", {plural(empty, 'empty slot')}" if empty else ""
+        who = f"all {count} layers" if count == len(layers) else f"{count} of {len(layers)} layers"
+        print_line(
+            console,
+            (who, "bold"),
+            f": since {step_label(console, since)}, {plural(slots, 'slot')} on {plural(ranks, 'rank')}, "
+            f"{replicas} replicas of each expert, several of {plural(replicated, 'expert')}{also}",
+        )
+    shown = layers if every or count == 1 else [p for p in layers if rows[p.layer] != usual]
+    if shown:
+        console.print()
+        columns = ("layer", "since step", "ranks", "slots", "replicas", "replicated", "doubled", "empty")
+        listing = table(console, *columns, title=None if shown is layers else "layers that differ")
+        for p in shown:
+            listing.add_row(str(p.layer), *map(str, rows[p.layer]))
+        console.print(listing)
+        console.print("replicated: with several replicas; doubled: twice on a rank; empty: slots")
+        if times_known(console):
+            steps = sorted({p.since for p in shown}, reverse=True)
+            print_line(console, f"since {listed([step_label(console, step) for step in steps], MOST_TIMES)}")
+    if shown is not layers:
+        print_line(console, (f"--all shows a row for each of {len(layers)} layers", "dim"))
+
+
+def _figures(p: LayerPlacement, lost: list[int]) -> tuple[int, int, int, str, int, int, int]:
+    """The cells of a layer's row, without its number."""
+    replicas = f"{p.replicas_min}" + (f"-{p.replicas_max}" if p.replicas_max > p.replicas_min else "")
+    serving = sum(rank not in lost for rank in range(p.ep_size))
+    slots = p.num_physical_experts // p.ep_size * serving
+    return p.since, serving, slots, replicas, p.replicated, p.twice_on_a_rank, p.empty_slots
 
 
 def _changes(console: Console, changes: list[LayerChange]) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import (
+    full_command,
     print_fields,
     print_heading,
     print_line,
@@ -46,8 +47,7 @@ def render(console: Console, report: RearrangementReport) -> None:
     print_notes(console, report.notes)
     rows = report.rearrangements
     if not rows:
-        never = "no rearrangement: the placement never changed in these steps"
-        console.print("no rearrangement is known" if report.notes else never)
+        _none(console, report)
         return
     counts = Counter(row.verdict for row in rows)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
@@ -60,6 +60,26 @@ def render(console: Console, report: RearrangementReport) -> None:
     _help(console, report)
     _why(console, rows)
     _milliseconds(console, rows)
+
+
+def _none(console: Console, report: RearrangementReport) -> None:
+    """Why there is no rearrangement, and what to run next."""
+    from eplb_analyze.report import answer
+
+    if report.overdue is not None:
+        print_line(
+            console,
+            (answer.TITLES["eplb_never_acted"], "bold red"),
+            f": {report.overdue}, and no placement changed.",
+        )
+    elif report.not_due is not None:
+        print_line(console, report.not_due)
+    elif report.notes:
+        print_line(console, "no rearrangement is known")
+    else:
+        print_line(console, "no rearrangement: the placement never changed in these steps")
+    if report.overdue is not None or report.not_due is not None:
+        print_fields(console, [("next", full_command(console, "advise"))], indent=2)
 
 
 def _sentences(console: Console, row: RearrangementFigures) -> None:

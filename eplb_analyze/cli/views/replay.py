@@ -9,7 +9,7 @@ from eplb_analyze.cli.console import (
     print_heading,
     print_line,
     print_notes,
-    range_text,
+    steps_label,
     styled,
     table,
 )
@@ -51,10 +51,12 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     kind = "incomplete step" if result.part.missing_ranks else "complete step"
     print_line(
         console,
-        f"{plural(result.scored, kind)}, {range_text(console, result.first_step, result.last_step)}; "
-        f"{shape.num_physical_experts} slots on {plural(shape.ep_size, 'EP rank')}, "
-        f"{plural(shape.num_moe_layers, 'layer')}",
+        f"{plural(result.scored, kind)}; {plural(shape.num_physical_experts, 'slot')} on "
+        f"{plural(shape.ep_size, 'EP rank')}, {plural(shape.num_moe_layers, 'layer')}",
     )
+    steps = steps_label(console, result.first_step, result.last_step)
+    advises = "`advise` judges a setting in the last 40% of them, which its choice did not see."
+    print_line(console, f"The gains are those in all of {steps}; {advises}")
     print_notes(console, result.notes)
     by = OBJECTIVES[result.objective.value]
     if result.objective == "tokens" and _costs(result):

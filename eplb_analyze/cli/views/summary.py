@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import columns_of_steps, labeled_marks, sparkline
-from eplb_analyze.cli.console import full_command, print_fields, print_heading, print_line, styled
+from eplb_analyze.cli.charts import print_sparkline
+from eplb_analyze.cli.console import full_command, print_fields, print_heading, print_line
 from eplb_analyze.cli.views import summary_tables
 from eplb_analyze.report import answer
 from eplb_analyze.text import listed, plural
@@ -74,7 +73,7 @@ def render(
             " changes abruptly all the time. Only much larger drops count as incidents there.",
             indent=2,
         )
-    _timeline(console, result, clock)
+    _timeline(console, result)
     _rearrangements(console, result, clock)
     if full:
         console.print()
@@ -123,26 +122,8 @@ def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part
         )
 
 
-def _timeline(console: Console, result: Summary, clock: RunClock) -> None:
+def _timeline(console: Console, result: Summary) -> None:
     """A sparkline of balancedness, red during incidents; below it marks of what began, and the clock."""
-    bins = result.timeline
-    values = [part.balancedness for part in bins]
-    known = [value for value in values if value is not None]
-    if len(values) < 8 or not known:
-        return
-    repeat = columns_of_steps(console.width, bins)
-    line, low, high = sparkline(values, repeat)
-    width = len(values) * repeat
-    over = "over time" if summary_tables.ordered(result) else "by step, in no known order"
-    scale = f"{low:.2f} to {high:.2f}"
-    title = f"balancedness {over}"
-    console.print()
-    print_line(console, (title, "bold"), f"{scale:>{max(len(scale) + 2, width - len(title))}}")
-    bars, starts = styled(line), [part.first_step for part in bins]
-    for incident in result.incidents:
-        first, last = (bisect_right(starts, step) for step in (incident.first_step, incident.last_step))
-        bars.stylize("red", max(0, first - 1) * repeat, last * repeat)
-    console.print(bars)
     marks = [(incident.first_step, MARKS[incident.cause.kind]) for incident in result.incidents]
     ended = {incident.first_step for incident in result.incidents if incident.cause.kind == "rearrangement"}
     marks += [
@@ -150,12 +131,15 @@ def _timeline(console: Console, result: Summary, clock: RunClock) -> None:
         for change in result.rearrangements
         if change.first_step not in ended
     ]
-    below = labeled_marks(bins, marks, repeat)
-    if below:
-        print_line(console, (below, "dim"))
-    if clock.known and summary_tables.ordered(result):
-        start, end = clock.time(bins[0].first_step), clock.time(bins[-1].last_step)
-        print_line(console, (f"{start}{end:>{max(len(end) + 1, width - len(start))}}", "dim"))
+    ordered = summary_tables.ordered(result)
+    print_sparkline(
+        console,
+        f"balancedness {'over time' if ordered else 'by step, in no known order'}",
+        result.timeline,
+        red=[(incident.first_step, incident.last_step) for incident in result.incidents],
+        marks=marks,
+        times=ordered,
+    )
 
 
 def _rearrangements(console: Console, result: Summary, clock: RunClock) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from eplb_analyze.cli.charts import bar, heat
 from eplb_analyze.cli.console import print_line, step_time, styled, table, times_known
 from eplb_analyze.cli.views import cost
+from eplb_analyze.report import answer
 from eplb_analyze.text import clean, duration, figure, percent, plural
 
 if TYPE_CHECKING:
@@ -75,16 +76,18 @@ def _losses(console: Console, result: Summary, top: int) -> None:
     from eplb_analyze.reader.join import StepState
 
     loss = result.loss
-    if loss is None or not loss.tokens or loss.persistent_share is None:
+    if loss is None or not loss.tokens:
         return
-    most = percent(loss.persistent_share, 0)
-    print_line(
-        console,
-        "better placement could remove at most ",
-        (most, "bold"),
-        " of the excess tokens, the share that persists in loads summed over "
-        f"{plural(loss.window_steps, 'step')}; the rest varies from step to step",
-    )
+    if loss.persistent_share is not None:
+        print_line(
+            console,
+            "better placement could remove at most ",
+            (percent(loss.persistent_share, 0), "bold"),
+            " of the excess tokens, the share that persists in loads summed over "
+            f"{plural(loss.window_steps, 'step')}; the rest varies from step to step",
+        )
+    else:
+        print_line(console, answer.too_few_steps(loss))
     console.print()
     if loss.stretches and ordered(result):
         width = result.timeline[0].last_step - result.timeline[0].first_step + 1

@@ -77,3 +77,19 @@ def test_unknown_placement_is_an_error(tmp_path: Path) -> None:
     with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=2, ep_size=2, scope="global") as writer:
         writer.record(None, np.ones((1, 2), int), None)
     one_error(cli("placement", tmp_path), 2, "no placement is known at step 0")
+
+
+def test_layers_alike_are_one_sentence_and_the_others_rows(tmp_path: Path) -> None:
+    """Layer 5 of eight has three replicas of an expert; the others have two of two experts."""
+    usual, other = [0, 1, 2, 0, 1, 3], [0, 1, 2, 0, 3, 0]
+    placed = np.array([other if layer == 5 else usual for layer in range(8)])
+    with ExpertLoadWriter(tmp_path, model="m", num_logical_experts=4, ep_size=2, scope="global") as writer:
+        for step in range(3):
+            writer.record(step, np.ones((8, 6), int), placed)
+    lines = cli("placement", tmp_path).stdout.splitlines()
+    assert any(line.startswith("7 of 8 layers: since step 0") for line in lines)
+    assert [line.split()[0] for line in lines if line[:5].strip().isdigit()] == ["5"]
+    assert "--all shows a row for each of 8 layers" in lines
+    lines = cli("placement", "--all", tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines if line[:5].strip().isdigit()] == [str(n) for n in range(8)]
+    assert not any("--all" in line for line in lines)

@@ -279,6 +279,8 @@ def test_json_has_the_stable_keys(story: Path) -> None:
         "rearrangements",
         "cost",
         "notes",
+        "not_due",
+        "overdue",
     }
     assert document["run"] == {"run_id": "r", "model": "org/moe"}
     assert (document["window"], document["confidence"], document["notes"]) == (1000, 0.95, [])

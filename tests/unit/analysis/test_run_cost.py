@@ -17,6 +17,8 @@ from eplb_analyze.analysis.cost import cost_of
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling, sample_of
 from eplb_analyze.metrics.cost import CostStatus, Work
 from eplb_analyze.reader.blocks import Block
+from eplb_analyze.replay.replay import replay_run
+from eplb_analyze.replay.settings import Choices
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,19 @@ def test_phases_are_apart(tmp_path: Path) -> None:
         assert phase.step_ms == pytest.approx(np.median(run.ms[start::2]), rel=0.02)
         assert phase.ms_per_step is not None
         assert phase.ms_per_step.estimate == pytest.approx(run.cost[start::2].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_steps_of_one_phase_keep_their_times_if_phases_alternate(tmp_path: Path, name: str) -> None:
+    """No two steps of a phase follow each other. Each step's time is its own, whatever came before."""
+    planted = write_timed(tmp_path, 0.02, phases=("decode", "prefill"), slow={"prefill": 20.0}, steps=600)
+    run = open_run(tmp_path)
+    whole, alone = cost_of(run).phases[name], cost_of(run.of_phase(name)).phases[name]
+    assert alone.status is whole.status is CostStatus.MEASURED
+    assert (alone.ms_per_step, alone.step_ms) == (whole.ms_per_step, whole.step_ms)
+    start = ("decode", "prefill").index(name)
+    played = replay_run(run.of_phase(name), Choices(policies=["static"]))
+    assert played.part.step_seconds == pytest.approx(np.median(planted.ms[start::2]) / 1e3, rel=0.02)
 
 
 def test_reason_is_that_of_the_largest_phase_if_phases_differ(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,42 @@ def test_random_imbalance_is_not_persistent_but_a_slow_rank_is(tmp_path: Path) -
     assert shares[1].persistent_share == 1.0
 
 
+@pytest.mark.parametrize("steps", [1, 60, 95, 96, 200])
+def test_few_steps_do_not_tell_what_better_placement_can_recover(tmp_path: Path, steps: int) -> None:
+    """All imbalance is chance, but in one step all of it would remain."""
+    even = np.random.default_rng(2).poisson(20, (steps, LAYERS, SLOTS))
+    record(tmp_path, even, {0: np.tile(np.arange(SLOTS), (LAYERS, 1))})
+    loss = summarize(open_run(tmp_path)).loss
+    assert loss is not None
+    text = " ".join(cli("summary", "--full", tmp_path).stdout.split())
+    if steps < 96:
+        assert loss.persistent_share is None
+        too_few = (
+            f"Too few steps under one placement ({steps}; 96 are needed) to tell how much better placement"
+        )
+        assert text.count(too_few) == 2
+        assert "at most" not in text
+    else:
+        assert loss.persistent_share is not None
+        assert loss.persistent_share < 0.3
+        assert "Too few steps" not in text
+
+
+def test_layer_shows_its_own_balancedness_over_time(story: tuple[Path, Array]) -> None:
+    folder, loads = story
+    tokens = loads[:, 1].reshape(len(loads), RANKS, PER_RANK).sum(axis=2)
+    ratio = tokens.mean(axis=1) / tokens.max(axis=1)
+    parts = json.loads(cli("layer", "1", "--json", folder).stdout)["timeline"]
+    assert (parts[0]["first_step"], parts[-1]["last_step"]) == (0, len(loads) - 1)
+    for part in parts:
+        mean = ratio[part["first_step"] : part["last_step"] + 1].mean()
+        assert part["balancedness"] == pytest.approx(mean)
+    text = cli("layer", "1", folder).stdout
+    assert "balancedness over time" in text
+    assert "^rearrangement" in text
+    assert "balancedness over time" not in cli("layer", "1", "--step", "7", folder).stdout
+
+
 def test_no_rank_is_slower_than_others_at_one_token_per_rank(tmp_path: Path) -> None:
     """Decoding a few tokens with uniform routing: several ranks share the maximum of most steps."""
     rng, ranks = np.random.default_rng(8), 16
@@ -192,6 +229,6 @@ def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
             writer.record(step, load_of(step), map_of(), ep_size=2 if step < 40 else 4)
     told = " ".join(cli("summary", "--full", tmp_path).stdout.split())
     assert "ranks, losses and experts below cover steps 40-59" in told
-    assert "of the excess tokens in steps 40-59" in told
+    assert "how much better placement can recover in steps 40-59" in told
     told = " ".join(cli("advise", tmp_path).stdout.split())
     assert "recorded in steps 40-59 (" in told

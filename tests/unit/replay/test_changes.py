@@ -75,6 +75,9 @@ def test_gain_of_a_change_is_the_planted_time_less_the_pauses(
     played = replay_run(run, choices, keep_placements=True)
     assert played.placements is not None
     judged = range(int(0.6 * steps), steps)
+    layers = [run.history.layer(i) for i in range(LAYERS)]
+    now = [[layer.at(step) for layer in layers] for step in judged]
+    today = price * np.mean([busiest(truth.logical[s], p) for s, p in zip(judged, now, strict=True)])
     times, moves = {}, {}
     for outcome, placed in zip(played.outcomes, played.placements, strict=True):
         assert outcome.setting is not None
@@ -85,12 +88,13 @@ def test_gain_of_a_change_is_the_planted_time_less_the_pauses(
         )
         moves[number] = len(outcome.moves)
     assert [(row.part, row.setting.num_redundant_experts) for row in found.rows] == [
+        ("none", 4),  # the engine states no setting
         ("redundant experts", 0),
         ("redundant experts", 8),
     ]
     for row in found.rows:
         number = row.setting.num_redundant_experts
-        expected = times[4] - times[number] - pause * (moves[number] - moves[4]) / steps
+        expected = today - times[number] - pause * (moves[number] - len(played.today.moves)) / steps
         assert row.net_ms_per_step is not None
         assert row.net_ms_per_step.low - 0.05 <= expected <= row.net_ms_per_step.high + 0.05
         assert row.experts_per_gpu == (number - 4) // RANKS * LAYERS
@@ -122,7 +126,11 @@ def test_replicas_of_one_hot_expert_are_worth_their_memory(
     root = record(tmp_path, np.where(np.arange(EXPERTS) == 3, 10.0, 1.0))
     found = advise(open_run(root), objective=Objective.TOKENS).changes
     assert found is not None
-    rows = {row.setting.num_redundant_experts: row for row in found.rows if row.part == "redundant experts"}
+    rows = {
+        row.setting.num_redundant_experts: row
+        for row in found.rows
+        if row.part == "redundant experts" and row.setting.policy != "static"
+    }
     assert sorted(rows) == [4, 8]
     assert {row.result for row in rows.values()} == {"gain"}
     # With replicas ranks are even, with a fourth of the tokens each.
@@ -170,8 +178,76 @@ def test_engine_that_never_acted_is_to_be_fixed_first(tmp_path: Path) -> None:
     assert advice.changes is not None
     assert advice.changes.base_is_today
     lines = cli("advise", "--objective", "tokens", tmp_path).stdout.splitlines()
-    assert lines[1].startswith("EPLB NEVER ACTED: a rearrangement is due every 40 steps, but no placement")
-    assert any(line.startswith("FIX EPLB FIRST: ") for line in lines)
+    first = "FIX EPLB FIRST: EPLB never acted: a rearrangement was due every 40 steps"
+    assert lines[1].startswith(first)
+    assert sum("FIX" in line or "never acted" in line for line in lines) == 1
     # A replay is not needed to say so.
     few = advise(open_run(tmp_path), steps=(0, 40), objective=Objective.TOKENS)
-    assert (few.verdict, few.fault and few.fault[:16]) == ("fix", "EPLB NEVER ACTED")
+    assert (few.verdict, few.fault and few.fault[:16]) == ("fix", "EPLB never acted")
+
+
+def test_static_setting_with_other_redundancy_is_advised_if_it_is_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas of the first four experts make the last rank the busiest; without them all ranks are even."""
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
+    root = record(tmp_path, np.where(np.arange(EXPERTS) % 4 == 0, 4.0, 1.0), redundant=4)
+    advice = advise(open_run(root), objective=Objective.TOKENS)
+    assert (advice.verdict, advice.best and advice.best.setting) == (
+        "retune", Setting("static", 0, RANKS, None, None, None),
+    )  # fmt: skip
+    assert advice.gain is not None
+    assert advice.gain.low > 0
+    assert advice.changes is not None
+    found = [row for row in advice.changes.rows if row.setting == advice.best.setting]
+    assert [(row.part, row.result) for row in found] == [("redundant experts", "gain")]
+    assert found[0].gain == advice.gain  # both are over what was recorded
+    text = text_of("--objective", "tokens", root)
+    assert "CHANGE THE SETTING: no rearrangements, 0 redundant experts, saves" in text
+    assert "With 0 redundant experts instead of today's 4 and no rearrangements, you gain" in text
+
+
+def test_both_commands_print_the_steps_that_they_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
+    root = record(tmp_path, np.ones(EXPERTS))
+    clock = open_run(root).clock
+    advice, played = (
+        json.loads(cli(name, "--objective", "tokens", "--json", root).stdout) for name in ("advise", "replay")
+    )
+    for part, first, last in (
+        (advice["trained"], 0, 179),
+        (advice["judged"], 180, 299),
+        (played, 0, 299),
+    ):
+        assert (part["first_step"], part["last_step"]) == (first, last)
+        assert (part["first_time"], part["last_time"]) == (clock.iso(first), clock.iso(last))
+    judged, chosen = (clock.range_label(*steps) for steps in ((180, 299), (0, 179)))
+    assert f"The gains are those in {judged}; the setting was chosen in {chosen}" in text_of(root)
+    text = " ".join(cli("replay", root).stdout.split())
+    whole = clock.range_label(0, 299)
+    assert f"The gains are those in all of {whole}; `advise` judges a setting in the last 40% of them" in text
+
+
+def test_replicas_do_not_take_the_credit_for_rearranging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hot experts are on the last rank. Rearranging alone makes all ranks even; replicas add nothing."""
+    monkeypatch.setattr("eplb_dump.writer.time", SteadyClock())
+    root = record(tmp_path, np.where(np.arange(EXPERTS) >= EXPERTS - RANKS, 5.0, 1.0))
+    found = advise(open_run(root), objective=Objective.TOKENS).changes
+    assert found is not None
+    base = next(row for row in found.rows if row.part == "none")
+    # That rank has 20 of 32 parts; rearranged, each rank has 8.
+    assert base.gain is not None
+    assert base.gain.value == pytest.approx(1 - 8 / 20, abs=0.05)
+    assert (base.alone, base.result) == (base.gain, "gain")
+    rows = [row for row in found.rows if row.part == "redundant experts" and row.setting.interval]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.gain is not None
+        assert row.alone is not None
+        assert 1 - row.gain.value == pytest.approx((1 - base.gain.value) * (1 - row.alone.value))
+        assert row.result != "gain"
+    assert "Redundant experts: do not add any" in text_of("--objective", "tokens", root)

@@ -198,7 +198,8 @@ def test_advice_by_active_experts_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert advice.gain is not None
     # Each of 4 ranks has 4 slots in place of 5, all with a token.
     assert advice.gain.value == pytest.approx(1 / 5, abs=0.02)
-    assert advice.reasons == ["another setting has a significant gain by active experts"]
+    best = "0 redundant experts instead of 4 and no rearrangements at all"
+    assert advice.reasons == [f"{best} would have a significant gain by active experts"]
     options = ("--objective", "active", "--redundant-experts", "0", "--interval-steps", "50")
     text = " ".join(cli("advise", tmp_path, *options).stdout.split())
     assert "of the active experts of the ranks with most" in text

@@ -112,7 +112,7 @@ def test_advice_says_nothing_of_a_fault_if_the_engine_was_not_to_act(tmp_path: P
     assert (quiet.verdict, quiet.replay and quiet.replay.self_test) == ("leave", None)
     broken = advise(open_run(sglang(tmp_path / "broken", even, threshold=1.0)))
     assert broken.fault is not None
-    assert broken.reasons[0].startswith("EPLB NEVER ACTED: a rearrangement is due every 40 steps")
+    assert broken.reasons[0].startswith("EPLB never acted: a rearrangement was due every 40 steps")
     off = advise(open_run(sglang(tmp_path / "off", even, threshold=1.0, enable_eplb=False)))
     assert off.fault is None
 

@@ -111,7 +111,8 @@ def test_run_whose_imbalance_costs_a_twentieth_of_its_time_is_imbalanced(summary
 def test_share_of_excess_tokens_is_not_said_of_a_time_that_active_experts_take(summary: Summary) -> None:
     def sentences(*drivers: Driver | None) -> list[str]:
         of = PhaseCost(CostStatus.MEASURED, "", 100, 100, None, None, None, None, None, "")
-        given = measured(balanced(summary, 0.7))
+        assert summary.loss is not None
+        given = measured(balanced(summary, 0.7, loss=replace(summary.loss, persistent_share=0.4)))
         phases = {str(i): replace(of, driver=driver) for i, driver in enumerate(drivers)}
         found = replace(given, cost=replace(given.cost, phases=phases))
         return answer_of(found, CLOCK).sentences[1:]

@@ -435,10 +435,14 @@ def test_placement_that_never_changed_is_reported_as_in_summary(tmp_path: Path) 
     folder = tmp_path / "dump"
     write(folder, steps=15, engine="vllm", engine_config={"eplb_config": {"step_interval": 10}})
     answer = report_document(open_run(folder)).document["answer"]
-    never = "The placement and its 2 redundant experts never changed."
-    assert answer["warnings"] == [f"EPLB NEVER ACTED: {never}"]
-    told = cli("summary", folder).stdout
-    assert f"{answer['title']}  {answer['figures']}\n{never}\n" in told
+    never = "never changed: 15 steps ran with an interval of 10 steps."
+    warning = f"The placement and its 2 redundant experts {never}"
+    assert answer["warnings"] == [f"EPLB NEVER ACTED: {warning}"]
+    told = " ".join(cli("summary", folder).stdout.split())
+    assert f"{answer['title']} {answer['figures']} {warning} " in told
+    told = " ".join(cli("rearrangements", folder).stdout.split())
+    ran = never.removeprefix("never changed: ").rstrip(".")
+    assert f"EPLB NEVER ACTED: {ran}, and no placement changed. next eplb-analyze advise" in told
 
 
 @pytest.mark.parametrize(
@@ -462,14 +466,16 @@ def test_no_warning_before_the_first_rearrangement_is_due(
         for step in range(first, first + 40):
             writer.record(step, np.full((1, 6), 10), np.array([[0, 1, 2, 3, 0, 1]]))
     document = report_document(open_run(tmp_path)).document
-    alarm = ["EPLB NEVER ACTED: The placement and its 2 redundant experts never changed."]
-    assert document["answer"]["warnings"] == ([] if said else alarm)
+    warnings = document["answer"]["warnings"]
+    assert len(warnings) == (said is None)
+    assert all(f"never changed: 40 steps ran with an interval of {interval:,} steps." in w for w in warnings)
     assert document["not_due"] == said
     assert (document["words"][-1] == said) is (said is not None)
-    told = cli("summary", tmp_path).stdout
-    assert ("NEVER ACTED" in told) is (said is None)
-    if said:
-        assert said in " ".join(told.split())
+    for command in ("summary", "rearrangements"):
+        told = " ".join(cli(command, tmp_path).stdout.split())
+        assert ("NEVER ACTED" in told) is (said is None)
+        assert said is None or said in told
+        assert "eplb-analyze advise" in told or command == "summary"
 
 
 def test_when_a_rearrangement_is_due() -> None:
@@ -495,9 +501,9 @@ def test_engine_without_a_load_balancer_is_never_early(tmp_path: Path) -> None:
         engine_config={"enable_eplb": False, "eplb_rebalance_num_iterations": 1000},
     ) as writer:  # fmt: skip
         writer.record(None, np.full((1, 4), 10), np.arange(4)[None])
-    assert report_document(open_run(tmp_path)).document["answer"]["warnings"] == [
-        "EPLB NEVER ACTED: The placement never changed."
-    ]
+    (warning,) = report_document(open_run(tmp_path)).document["answer"]["warnings"]
+    off = "The placement never changed: 1 step ran with EPLB switched off (enable_eplb)."
+    assert warning.startswith(f"EPLB NEVER ACTED: {off}")
 
 
 def test_report_with_one_window_does_not_mention_bursts(tmp_path: Path) -> None:
