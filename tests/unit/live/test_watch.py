@@ -782,7 +782,7 @@ def test_wrong_usage_is_an_error(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert "--refresh-seconds" in result.stderr
     one_error(cli("watch", tmp_path), 2, "needs a terminal", "add --once")
-    one_error(cli("watch", "--json", tmp_path), 2, "add --once")
+    one_error(cli("watch", "--json", tmp_path), 2, "--json requires --once")
     one_error(cli("watch", "--once", tmp_path / "not-there"), 3, "no such folder")
     (tmp_path / "empty").mkdir()
     one_error(cli("watch", "--once", tmp_path / "empty"), 3, "no run in it")
