@@ -1,28 +1,41 @@
 """How many planted incidents `summary` finds, and how often it reports one in a run without.
 
-    python -m benchmarks.incidents [--runs 400] [--clean 400] [--first-seed 100000] [--verbose]
+    python -m benchmarks.incidents [--runs 400] [--clean 400] [--recordings 40] [--first-seed 100000]
 
 A planted incident counts if its mean effect on its layer's balancedness is above 0.05 and above twice the
-standard deviation of single steps. It is right if both edges are within 2 steps and layer, rank, expert and
-cause are right. Runs have 300 to 20,000 steps, 4 to 64 EP ranks and a drifting background, and one to three
-incidents of 10 to 5,000 steps. Thresholds were chosen on other seeds.
+standard deviation of single steps. The effect is by comparison with the same steps without the incident.
+It is right if both edges are within 2 steps and layer, rank, expert and cause are right. Runs have 300 to
+20,000 steps, 4 to 64 EP ranks and a drifting background, and one to three incidents of 10 to 5,000 steps.
+Thresholds were chosen on other seeds.
+
+`--runs` and `--clean` give the finder the sums of generated loads. `--recordings` of each kind (at most an
+eighth as many layers) are written by the writer with planted clock times, by all ranks if there are up to 8
+and by one otherwise, and `eplb-analyze summary --json` reads them. The goals are 95% right and at most 2% of
+the clean runs with an incident.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from eplb_analyze.analysis.incident_finder import find_incidents
+from eplb_analyze.analysis.incidents import Incident
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 
-from planted_incidents import CAUSES, make_run
+from planted_incidents import CAUSES, CELLS, PlantedRun, Truth, make_run
+from recorded_incidents import incidents_of, record
 
 
 def causes_of(seed: int) -> tuple[str, ...]:
@@ -35,54 +48,98 @@ def causes_of(seed: int) -> tuple[str, ...]:
     return (first, *map(str, rng.choice(others, int(rng.choice([0, 0, 1, 2])))))
 
 
+def by_sums(run: PlantedRun, seed: int) -> list[Incident]:
+    return find_incidents(run.series(), run).found
+
+
+def by_recording(run: PlantedRun, seed: int) -> list[Incident]:
+    """What `summary --json` prints of the run's recording; its clock times are checked."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        times = record(run, Path(folder), patch, local=run.ranks <= 8, seed=seed)
+        patch.undo()
+        command = [sys.executable, "-m", "eplb_analyze", "summary", "--json", folder]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return incidents_of(json.loads(text), times)
+
+
+class Tally:
+    """What was found in the runs of one kind."""
+
+    def __init__(self) -> None:
+        self.planted: Counter[str] = Counter()
+        self.counted: Counter[str] = Counter()
+        self.right: Counter[str] = Counter()
+        self.faults: Counter[Any] = Counter()
+        self.runs = self.others = 0
+
+    def add(self, run: PlantedRun, found: list[Incident]) -> list[tuple[Truth, list[str]]]:
+        """Judge a run; the incidents that were not found as they are."""
+        layers, wrongs = len(run.layers), []
+        self.runs += 1
+        self.others += sum(all(len(truth.wrong(one, layers)) > 2 for truth in run.truths) for one in found)
+        for truth in run.truths:
+            self.planted[truth.kind] += 1
+            if not truth.counts:
+                continue
+            self.counted[truth.kind] += 1
+            wrong = min((truth.wrong(one, layers) for one in found), key=len, default=["missed"])
+            self.right[truth.kind] += not wrong
+            if wrong:
+                self.faults[truth.kind, tuple(wrong) if len(wrong) < 3 else ("missed",)] += 1
+                wrongs.append((truth, wrong))
+        return wrongs
+
+    def __str__(self) -> str:
+        rows = ["| cause | planted | large enough | right |", "| --- | --- | --- | --- |"]
+        for kind in CAUSES:
+            share = self.right[kind] / max(1, self.counted[kind])
+            right = f"{self.right[kind]} ({share:.1%})"
+            rows.append(f"| `{kind}` | {self.planted[kind]} | {self.counted[kind]} | {right} |")
+        share = self.right.total() / max(1, self.counted.total())
+        right = f"{self.right.total()} ({share:.1%})"
+        rows.append(f"| all | {self.planted.total()} | {self.counted.total()} | {right} |")
+        wrong = [f"{kind} {'+'.join(what)} {n}" for (kind, what), n in self.faults.most_common()]
+        rows.append(f"wrong: {', '.join(wrong) or 'none'}")
+        rows.append(f"reported besides: {self.others} in {self.runs} runs")
+        return "\n".join(rows)
+
+
+def evaluate(
+    find: Callable[[PlantedRun, int], list[Incident]], runs: int, clean: int, cells: int, arguments: Any
+) -> None:
+    tally, first, alarms = Tally(), arguments.first_seed, 0
+    for seed in range(first, first + runs):
+        run = make_run(seed, causes_of(seed), cells=cells)
+        found = find(run, seed)
+        for truth, wrong in tally.add(run, found):
+            if arguments.verbose:
+                print(seed, run.load.shape, truth, wrong, *found, sep="\n  ")
+    if runs:
+        print(tally, flush=True)
+    for seed in range(first, first + clean):
+        run = make_run(seed + 1_000_000, cells=cells)
+        found = find(run, seed)
+        alarms += bool(found)
+        if found and arguments.verbose:
+            print("false alarm", seed, run.load.shape, *found, sep="\n  ")
+    if clean:
+        print(f"clean runs with an incident: {alarms} of {clean} ({alarms / clean:.1%})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=400)
     parser.add_argument("--clean", type=int, default=400)
+    parser.add_argument("--recordings", type=int, default=0)
     parser.add_argument("--first-seed", type=int, default=100_000)
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
-    planted: Counter[str] = Counter()
-    counted: Counter[str] = Counter()
-    right: Counter[str] = Counter()
-    faults: Counter[Any] = Counter()
-    others = 0
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
-        run = make_run(seed, causes_of(seed))
-        found = find_incidents(run.series(), run).found
-        layers = len(run.layers)
-        others += sum(all(len(truth.wrong(one, layers)) > 2 for truth in run.truths) for one in found)
-        for truth in run.truths:
-            planted[truth.kind] += 1
-            if not truth.counts:
-                continue
-            counted[truth.kind] += 1
-            wrong = min((truth.wrong(one, layers) for one in found), key=len, default=["missed"])
-            right[truth.kind] += not wrong
-            if wrong:
-                faults[truth.kind, tuple(wrong) if len(wrong) < 3 else ("missed",)] += 1
-                if arguments.verbose:
-                    print(seed, run.load.shape, truth, wrong, *found, sep="\n  ")
-    if arguments.runs:
-        print("| cause | planted | large enough | right |\n| --- | --- | --- | --- |")
-        for kind in CAUSES:
-            share = right[kind] / max(1, counted[kind])
-            print(f"| `{kind}` | {planted[kind]} | {counted[kind]} | {right[kind]} ({share:.1%}) |")
-        share = right.total() / max(1, counted.total())
-        print(f"| all | {planted.total()} | {counted.total()} | {right.total()} ({share:.1%}) |")
-        print("wrong:", ", ".join(f"{kind} {'+'.join(what)} {n}" for (kind, what), n in faults.most_common()))
-        print(f"reported besides: {others} in {arguments.runs} runs")
-    alarms = 0
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.clean):
-        run = make_run(seed + 1_000_000)
-        found = find_incidents(run.series(), run).found
-        alarms += bool(found)
-        if found and arguments.verbose:
-            print("false alarm", seed, run.load.shape, *found, sep="\n  ")
-    if arguments.clean:
-        print(f"clean runs with an incident: {alarms} of {arguments.clean} ({alarms / arguments.clean:.1%})")
+    evaluate(by_sums, arguments.runs, arguments.clean, CELLS, arguments)
+    if arguments.recordings:
+        print("recordings:")
+        evaluate(by_recording, arguments.recordings, arguments.recordings, CELLS // 8, arguments)
 
 
 if __name__ == "__main__":

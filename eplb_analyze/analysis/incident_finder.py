@@ -12,7 +12,7 @@ import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from eplb_analyze.metrics.change_points import MIN_STEPS
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.incident_causes import (
     EXPLAINED,
+    FEWER,
     Explanation,
     LayerSample,
     explain,
@@ -95,6 +96,24 @@ class LayerWindow:
     load: npt.NDArray[Any]
     ranks: int
     serving: int
+
+
+class _Sides(NamedTuple):
+    """Steps before and during a departure of a layer.
+
+    Attributes:
+        why: why they differ.
+        change: the step at which the layer's placement changed, if that was near the first step.
+        guard: so many steps next to the edges are in neither.
+        end: the first step after the departure.
+    """
+
+    before: LayerSample
+    during: LayerSample
+    why: Explanation
+    change: int | None
+    guard: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -215,29 +234,19 @@ class _Finder:
         loads, series = self._loads, self._series
         history = loads.history.layer(layer)
         changes = [step for step in history.steps if step > int(series.steps[0])]
-        first, end = found.first, found.end
+        first = found.first
         span = WINDOW + self._reach
-        if end - first <= READ_WHOLE:
-            head = tail = loads.read(layer, first - span, end + span)
-        else:
-            head = loads.read(layer, first - span, first + span)
-            tail = loads.read(layer, end - span, end + span)
-        guard = max(1, min(5, (end - first) // 5)) + series.steps_per_value - 1
-        change = nearest(changes, first, guard + 5)
-        since = first if change is None else change
-        before = self._sample(
-            layer, head, first - WINDOW, min(first, since) - (guard if change is None else 0), last=True
-        )
-        during = self._sample(
-            layer,
-            head,
-            max(first, since) + (guard if change is None else 0),
-            min(end - guard, first + span),
-            last=False,
-        )
-        if before is None or during is None:
+        read_to = (found.end if found.end - first <= READ_WHOLE else first) + span
+        head = loads.read(layer, first - span, read_to)
+        # If tokens fell, they show better than balance when that was over: drift can hide the return.
+        until = self._few_tokens_until(first)
+        sides = None if until is None else self._sides(layer, head, changes, first, until)
+        if sides is None or sides.why.kind != "few_tokens":
+            sides = self._sides(layer, head, changes, first, found.end)
+        if sides is None:
             return None
-        why = explain(before, during, change is not None, int(loads.experts[layer]))
+        before, during, why, change, guard, end = sides
+        tail = head if end + WINDOW <= read_to else loads.read(layer, end - span, end + span)
         rank = self._stopped_rank(before, during)
         if rank is not None:
             why = Explanation("rank_lost")
@@ -255,6 +264,42 @@ class _Finder:
             return None
         ranks = (rank,) if rank is not None else worst_ranks(before, during)
         return self._incident(layer, layers, ranks, (first, end), why, ended, before, during)
+
+    def _sides(
+        self, layer: int, head: LayerWindow, changes: list[int], first: int, end: int
+    ) -> _Sides | None:
+        """The steps before and during a departure, and why they differ; None if there are too few."""
+        guard = max(1, min(5, (end - first) // 5)) + self._series.steps_per_value - 1
+        change = nearest(changes, first, guard + 5)
+        since, apart = (first, guard) if change is None else (change, 0)
+        before = self._sample(layer, head, first - WINDOW, min(first, since) - apart, last=True)
+        stop = min(end - guard, first + WINDOW + self._reach)
+        during = self._sample(layer, head, max(first, since) + apart, stop, last=False)
+        if before is None or during is None:
+            return None
+        why = explain(before, during, change is not None, int(self._loads.experts[layer]))
+        return _Sides(before, during, why, change, guard, end)
+
+    def _few_tokens_until(self, first: int) -> int | None:
+        """The first step after those with few tokens, if tokens fell at about ``first``; else None."""
+        series = self._series
+        at = int(np.searchsorted(series.steps, first))
+        before = series.tokens[max(0, at - 40) : max(0, at - 5)]
+        after = series.tokens[at + 1 : at + MIN_STEPS]
+        if not len(before) or not len(after):
+            return None
+        was, is_ = float(np.median(before)), float(np.median(after))
+        if not 0 < is_ < FEWER * was:
+            return None
+        later = series.tokens[at + MIN_STEPS :] > np.sqrt(was * is_)
+        if len(later) < MIN_STEPS:
+            return series.end
+        # Of most of the steps, so that a single prefill among decode steps is no end.
+        most = np.convolve(later, np.ones(MIN_STEPS), "valid") > MIN_STEPS / 2
+        if not most.any():
+            return series.end
+        start = int(most.argmax())
+        return series.step_at(at + MIN_STEPS + start + int(later[start:].argmax()))
 
     def _stopped_rank(self, before: LayerSample, during: LayerSample) -> int | None:
         """A rank that had tokens and has none any more."""
@@ -412,7 +457,10 @@ class _Finder:
             if following - step <= STOPPED * usual:
                 continue
             first = step + round(usual)
-            if any(min(d.end, following) - max(d.first, first) > 0.5 * (d.end - d.first) for d in abrupt):
+            if any(
+                min(d.end, following) - max(d.first, first) > 0.5 * (d.end - d.first) and self._at_once(d)
+                for d in abrupt
+            ):
                 continue
             low, high = (int(i) for i in np.searchsorted(series.steps, [first, following]))
             start = int(np.searchsorted(series.steps, acted[0]))
@@ -431,6 +479,15 @@ class _Finder:
                 kind: EndKind = "rearrangement" if ended else "run_end"
                 found.append(_with(one, ended_by=EndedBy(kind, following if ended else series.last)))
         return found
+
+    def _at_once(self, found: Found) -> bool:
+        """Whether most of a departure's drop comes within some steps, not over the whole of it."""
+        low, high = np.searchsorted(self._series.steps, [found.first, found.end])
+        own = self._values[list(found.layers)].mean(axis=0)
+        near = own[max(0, low - 13) : low - 3], own[low + 3 : min(high, low + 13)]
+        whole = own[max(0, low - WINDOW) : low], own[low:high]
+        falls = [float(b.mean() - d.mean()) if len(b) and len(d) else 0.0 for b, d in (near, whole)]
+        return falls[0] >= 0.5 * falls[1]
 
     def _of_span(
         self, layer: int, layers: tuple[int, ...], span: tuple[int, int], why: Explanation

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.incident_finder import Incidents, LayerWindow, find_incidents
-from eplb_analyze.analysis.layer_departures import BalanceSeries
+from eplb_analyze.analysis.layer_departures import BalanceSeries, tokens_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms
@@ -33,6 +33,7 @@ class _Part(NamedTuple):
 
     steps: Int64
     ratio: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.float32]
     #: An index into ``phases`` each, or -1.
     phase: Int64
     phases: tuple[str, ...]
@@ -51,14 +52,17 @@ class BalanceValues:
         """Add the complete steps of a block; ``terms``: of these."""
         assert block.shape is not None
         steps, ratio = block.recorded, terms.ratio.astype(np.float32)
+        tokens = tokens_of(terms)
         phase = block.phase[block.state == StepState.RECORDED]
         if self.steps_per_value > 1:
             starts = np.flatnonzero(np.diff(steps // self.steps_per_value, prepend=-1))
             active = np.add.reduceat(terms.active, starts, axis=0, dtype=np.float32)
             total = np.add.reduceat(np.where(terms.active, ratio, np.float32(0)), starts, axis=0)
             ratio = np.divide(total, active, out=np.full_like(total, np.nan), where=active > 0)
+            tokens = np.add.reduceat(tokens, starts)
+            tokens /= np.diff(starts, append=len(steps))
             steps, phase = steps[starts], np.full(len(starts), -1)
-        self._parts.append(_Part(steps, ratio, phase, tuple(block.phases), block.shape))
+        self._parts.append(_Part(steps, ratio, tokens, phase, tuple(block.phases), block.shape))
 
     def merge(self, later: BalanceValues) -> None:
         self._parts += later._parts
@@ -86,6 +90,7 @@ class BalanceValues:
         return BalanceSeries(
             steps,
             by_layer.T,
+            np.concatenate([part.tokens for part in self._parts]),
             np.concatenate(phases),
             np.concatenate(shapes),
             int(self._parts[-1].steps[-1]) + self.steps_per_value - 1,

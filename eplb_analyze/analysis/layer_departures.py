@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.departures import departures
+from eplb_analyze.metrics.formulas import Terms
 from eplb_dump.format.journal import Int64
 
 #: Edges of two layers at most so many steps apart are of one departure.
@@ -26,11 +27,12 @@ LOOKED_AT = 3
 
 @dataclass(frozen=True)
 class BalanceSeries:
-    """Balancedness of each layer over a run; in a long run a value is of several steps.
+    """Balancedness of each layer and tokens over a run; in a long run a value is of several steps.
 
     Attributes:
         steps: int64 ``[n]``, ascending: the (first) step of each value.
         ratio: float32 ``[n, layers]``, mean over ranks / max over ranks; NaN if no layer was active.
+        tokens: float32 ``[n]``, per step and layer, in a unit that one configuration keeps.
         phase: int64 ``[n]``; -1 if not named.
         shape: int64 ``[n]``; consecutive equal numbers are of one configuration.
         last: the last step.
@@ -39,6 +41,7 @@ class BalanceSeries:
 
     steps: Int64
     ratio: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.float32]
     phase: Int64
     shape: Int64
     last: int
@@ -51,6 +54,12 @@ class BalanceSeries:
     def step_at(self, index: int) -> int:
         """The step of a value; behind the last one, the first step after the run."""
         return int(self.steps[index]) if index < len(self.steps) else self.end
+
+
+def tokens_of(terms: Terms) -> npt.NDArray[np.float32]:
+    """Tokens of each step per layer and rank that serves, as a series has them: float32 ``[steps]``."""
+    tokens: npt.NDArray[np.float32] = terms.mean.mean(axis=1).astype(np.float32)
+    return tokens
 
 
 @dataclass(frozen=True)

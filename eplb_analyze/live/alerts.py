@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from eplb_analyze.analysis.incident_finder import WINDOW, explained, nearest
 from eplb_analyze.analysis.incidents import Cause, EndedBy, Incident
-from eplb_analyze.analysis.layer_departures import BalanceSeries, Found, comparable, grouped
+from eplb_analyze.analysis.layer_departures import BalanceSeries, Found, comparable, grouped, tokens_of
 from eplb_analyze.live.recent_loads import RecentLoads
 from eplb_analyze.live.window import CompleteSteps
 from eplb_analyze.metrics.change_points import SHORT, split
@@ -121,7 +121,9 @@ class AlertFinder:
             self._loads = RecentLoads(self._info, layers)
             self._departures = [[] for _ in range(layers + (layers > 1))]
             none = np.empty(0, np.int64)
-            self._series = BalanceSeries(none, np.empty((0, layers), np.float32), none, none, -1)
+            self._series = BalanceSeries(
+                none, np.empty((0, layers), np.float32), np.empty(0, np.float32), none, none, -1
+            )
             self._times, self._dropped, self._seen = none, 0, 0
         old = self._series
         number = int(old.shape[-1]) if len(old.shape) else 0
@@ -137,6 +139,7 @@ class AlertFinder:
         self._series = BalanceSeries(
             np.concatenate([old.steps, *(news.step for news in self._new)]),
             np.concatenate([old.ratio, *(news.terms.ratio.astype(np.float32) for news in self._new)]),
+            np.concatenate([old.tokens, *(tokens_of(news.terms) for news in self._new)]),
             np.concatenate(phase),
             np.concatenate(shape),
             int(self._new[-1].step[-1]),
@@ -269,6 +272,7 @@ class AlertFinder:
             series,
             steps=series.steps[kept],
             ratio=series.ratio[kept],
+            tokens=series.tokens[kept],
             phase=series.phase[kept],
             shape=series.shape[kept],
         )

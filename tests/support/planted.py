@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from clocks import PlantedClock
 from helpers import open_writer
 
 from eplb_analyze.policies import Problem, named, place
 
 Array = np.ndarray[Any, Any]
 LAYERS, EXPERTS, SLOTS, RANKS = 3, 16, 20, 4
-
-
-class PlantedClock:
-    """In place of the writer's ``time``: its clocks stand still until the test moves them."""
-
-    def __init__(self) -> None:
-        self.ns = 1_700_000_000 * 10**9
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    def time_ns(self) -> int:
-        return self.ns
-
-    def monotonic_ns(self) -> int:
-        return self.ns
-
-
-class SteadyClock(PlantedClock):
-    """All steps take 1 ms, so that step times show nothing of imbalance, on any machine."""
-
-    def time_ns(self) -> int:
-        self.ns += 10**6
-        return self.ns
 
 
 @dataclass

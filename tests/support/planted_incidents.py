@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,8 @@ class PlantedRun:
 
     def series(self) -> BalanceSeries:
         n = len(self.load)
-        return BalanceSeries(np.arange(n), self.ratio(), np.full(n, -1), np.zeros(n, np.int64), n - 1)
+        tokens = self.load.mean(axis=(1, 2), dtype=np.float32)
+        return BalanceSeries(np.arange(n), self.ratio(), tokens, np.full(n, -1), np.zeros(n, np.int64), n - 1)
 
 
 def place(load: Array, ranks: int, slots: int) -> Array:
@@ -201,6 +203,7 @@ def make_run(
 
     acts = _acts(rng, n, interval, truths)
     maps, history = _placements(shape, popularity, acts, truths, rng)
+    usual = _Usual(shape, maps, popularity, np.random.default_rng([seed, 1]))
     load = np.empty((n, layers, shape.slots), np.int32)
     hour = 1 + day * np.sin(2 * np.pi * np.arange(n) / max(n, 3000) + rng.uniform(0, 6))
     walk = np.zeros(n)
@@ -208,6 +211,7 @@ def make_run(
     for i in range(1, n):
         walk[i] = 0.9 * walk[i - 1] + 0.44 * noise[i]
     amount = tokens * hour * np.exp(swing * walk)
+    usual_amount = amount.copy()
     for truth in truths:
         if truth.kind == "few_tokens":
             amount[truth.first : truth.end] *= truth.detail["share"]
@@ -218,6 +222,9 @@ def make_run(
     edges = [e for e in edges if 0 <= e <= n]
     for low, high in itertools.pairwise(edges):
         share = popularity((low + high) // 2)
+        for truth in truths:
+            if truth.first <= low < truth.end:
+                usual.add(truth, low, share, usual_amount[low:high], jitter)
         for truth in truths:
             if truth.first <= low < truth.detail.get("until", truth.end):
                 share = _changed(share, truth)
@@ -235,7 +242,7 @@ def make_run(
                 rates = rates * factor[:, slots]
             load[low:high, layer] = rng.poisson(rates)
     run = PlantedRun(load, shape.ranks, experts, history, truths)
-    _measure(run)
+    _measure(run, usual)
     return run
 
 
@@ -365,18 +372,49 @@ def _uneven(weight: Array, slots: Array, layer: int, truth: Truth, shape: Shape)
     return weight
 
 
-def _measure(run: PlantedRun) -> None:
+class _Usual:
+    """The balance that the steps of each incident would have without it."""
+
+    def __init__(self, shape: Shape, maps: list[LayerHistory], popularity: Any, rng: Any) -> None:
+        self._shape, self._maps, self._popularity, self._rng = shape, maps, popularity, rng
+        self._ratios: dict[int, list[Array]] = {}
+        self._placed = functools.cache(self._place)
+
+    def add(self, truth: Truth, low: int, share: Array, amount: Array, jitter: float) -> None:
+        """Add steps from ``low`` on, of these tokens, popularity and jitter."""
+        shape, ratios = self._shape, []
+        for layer in range(shape.layers) if truth.layer is None else [truth.layer]:
+            slots = self._slots(truth, layer, low)
+            rates = amount[:, None] * (share[layer] / np.bincount(slots, minlength=shape.experts))[slots]
+            if jitter > 0.02:
+                rates = (
+                    rates * np.exp(jitter * self._rng.standard_normal((len(rates), shape.experts)))[:, slots]
+                )
+            rank = self._rng.poisson(rates).reshape(len(rates), shape.ranks, -1).sum(axis=2)
+            ratios.append(rank.mean(axis=1) / np.maximum(1, rank.max(axis=1)))
+        self._ratios.setdefault(id(truth), []).append(np.mean(ratios, axis=0))
+
+    def _slots(self, truth: Truth, layer: int, step: int) -> Array:
+        if truth.kind == "eplb_stopped":  # of the last rearrangement that should have been
+            interval = truth.detail["interval"]
+            return self._placed(layer, step - (step - truth.first) % interval)
+        slots = self._maps[layer].at(truth.first - 1)
+        assert slots is not None
+        return slots
+
+    def _place(self, layer: int, step: int) -> Array:
+        return place(self._popularity(step - 5)[layer], self._shape.ranks, self._shape.slots)
+
+    def balance(self, truth: Truth) -> float:
+        return float(np.concatenate(self._ratios[id(truth)]).mean())
+
+
+def _measure(run: PlantedRun, usual: _Usual) -> None:
     """The effect of each incident on its layer's balancedness, and the noise of single steps."""
     ratio = run.ratio()
     for truth in run.truths:
         own = ratio[:, truth.layer] if truth.layer is not None else np.nanmean(ratio, axis=1)
-        before = own[max(0, truth.first - 200) : truth.first]
-        if truth.kind == "eplb_stopped":
-            before = own[: truth.first - truth.detail["interval"]]
-        others = [t for t in run.truths if t is not truth and t.end < truth.first]
-        if others:
-            before = own[max(others[-1].end, truth.first - 200) : truth.first]
-        truth.effect = float(np.nanmean(before) - np.nanmean(own[truth.first : truth.end]))
+        truth.effect = usual.balance(truth) - float(np.nanmean(own[truth.first : truth.end]))
         layer = ratio[:, truth.layer] if truth.layer is not None else ratio[:, 0]
         truth.deviation = float(
             np.nanstd(np.diff(layer[max(0, truth.first - 200) : truth.first])) / np.sqrt(2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from clocks import steady_clock
 
 from eplb_dump import ExpertLoadWriter
 
@@ -46,6 +47,7 @@ def loads(step: int, writers: int, slots: int) -> Any:
     return (slot * slot * 7 + slot * step * 5 + rank * 11 + layer * 17 + step * step * 3) % 23
 
 
+@steady_clock(20)
 def write(
     root: Path, *, scope: str = "local", elastic: bool = False, steps: int = 30, **options: Any
 ) -> Truth:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import open_writer
-from planted_incidents import CAUSES, OF_ONE_LAYER, make_run
+from helpers import cli, open_writer
+from planted_incidents import CAUSES, OF_ONE_LAYER, PlantedRun, make_run
+from recorded_incidents import incidents_of, record
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.incident_finder import find_incidents
 from eplb_analyze.analysis.incident_series import MOST_VALUES, BalanceValues
+from eplb_analyze.analysis.incidents import EndedBy, Incident
 from eplb_analyze.analysis.layer_departures import BalanceSeries
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics.losses import Bins
+from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
 
 #: Small runs: steps × layers × slots.
 CELLS = 500_000
+
+
+def facts(incident: Incident) -> Any:
+    """All that a recording and the sums of its loads have in common: not the times."""
+    own = incident
+    return (own.layer, own.layers, own.ranks, own.first_step, own.last_step, own.cause, own.ended_by)
 
 
 @pytest.mark.parametrize("cause", CAUSES)
@@ -61,9 +71,78 @@ def test_layers_without_a_usual_balance_are_counted() -> None:
     ratio = (0.8 + 0.01 * rng.standard_normal((n, 4))).astype(np.float32)
     for layer in (0, 2):
         ratio[:, layer] += np.repeat(rng.uniform(-0.1, 0.1, n // 100), 100)
-    series = BalanceSeries(np.arange(n), ratio, np.full(n, -1), np.zeros(n, np.int64), n - 1)
+    series = BalanceSeries(
+        np.arange(n), ratio, np.ones(n, np.float32), np.full(n, -1), np.zeros(n, np.int64), n - 1
+    )
     incidents = find_incidents(series, run)
     assert (incidents.found, incidents.unexamined, incidents.restless) == ([], 0, 2)
+
+
+def test_few_tokens_end_when_tokens_come_back_also_if_balance_does_not() -> None:
+    """Meanwhile one rank's experts grew hotter, so that the balance after is as much like that during."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(1000)
+    rates = np.full((1000, 2, 16), 400.0)
+    rates[:, :, :4] *= 1 + 0.4 * np.clip((steps - 200) / 100, 0, 1)[:, None, None]
+    rates[200:300] /= 60
+    layers = {}
+    for layer in range(2):
+        layers[layer] = LayerHistory()
+        layers[layer].insert(0, 4, np.arange(16, dtype=np.int32))
+    history = PlacementHistory(layers, [], [])
+    run = PlantedRun(rng.poisson(rates).astype(np.int32), 4, 16, history, [])
+    (incident,) = find_incidents(run.series(), run).found
+    assert incident.cause.kind == "few_tokens"
+    assert (incident.first_step, incident.last_step) == (200, 299)
+    assert incident.ended_by == EndedBy("traffic", 300)
+
+
+def test_balance_that_falls_while_the_load_balancer_does_not_act_is_no_abrupt_change_of_traffic() -> None:
+    runs = [make_run(seed, ("eplb_stopped",)) for seed in (400145, 400173, 400187)]
+    found = [
+        any(
+            run.truths[0].is_found_as(one, len(run.layers)) for one in find_incidents(run.series(), run).found
+        )
+        for run in runs
+    ]
+    assert sum(found) >= 2  # the margin as above
+
+
+class TestPlantedRecordings:
+    """Written by the writer, read by the command: its incidents are those that the sums of the loads show.
+
+    This holds for every seed. How many of them are right, `python -m benchmarks.incidents` measures.
+    """
+
+    @pytest.mark.parametrize("cause", CAUSES)
+    def test_summary_reports_what_the_sums_show_with_the_planted_clock_times(
+        self, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = make_run(CAUSES.index(cause), (cause,), steps=600, cells=CELLS // 4)
+        times = record(run, tmp_path, monkeypatch)
+        result = cli("summary", "--json", tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        reported = incidents_of(json.loads(result.stdout), times)
+        assert [facts(one) for one in reported] == [
+            facts(one) for one in find_incidents(run.series(), run).found
+        ]
+
+    def test_rank_that_stops_recording_is_lost_in_exactly_those_steps(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = next(
+            run
+            for seed in range(100)
+            if (run := make_run(seed, ("rank_lost",), steps=400, cells=40_000)).ranks == 4
+            and run.load.sum(axis=(1, 2)).min() >= 4 * 200
+        )
+        (truth,) = run.truths
+        times = record(run, tmp_path, monkeypatch, local=True)
+        reported = incidents_of(json.loads(cli("summary", "--json", tmp_path).stdout), times)
+        (lost,) = [one for one in reported if one.cause.kind == "rank_lost"]
+        assert (lost.layers, lost.ranks) == (tuple(run.layers), truth.ranks)
+        assert (lost.first_step, lost.last_step) == (truth.first, truth.end - 1)
+        assert lost.ended_by == EndedBy("rank_back", truth.end)
 
 
 class TestRecording:

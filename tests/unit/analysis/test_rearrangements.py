@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clocks import PlantedClock
 from helpers import cli, one_error, without_times
-from planted import PlantedClock, record_engine, slowest_work
+from planted import record_engine, slowest_work
 from reference import per_step
 
 from eplb_analyze import open_run

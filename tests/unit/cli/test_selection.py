@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from clocks import PlantedClock
 from helpers import cli, one_error
 
 from eplb_analyze import open_run
@@ -22,22 +22,6 @@ START = 1_795_737_570 * SECOND
 STEPS, LAYERS, SLOTS = 60, 2, 6
 
 
-class Clock:
-    """The writer's clocks, which both show ``ns``."""
-
-    def __init__(self, ns: int) -> None:
-        self.ns = ns
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    def time_ns(self) -> int:
-        return self.ns
-
-    def monotonic_ns(self) -> int:
-        return self.ns
-
-
 def phase_of(step: int) -> str:
     return "prefill" if step % 4 == 0 else "decode"
 
@@ -49,7 +33,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     placements = [np.array([[0, 1, 2, 3, 0, 1]] * LAYERS), np.array([[0, 1, 2, 3, 2, 1]] * LAYERS)]
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(2):
-            clock = Clock(START)
+            clock = PlantedClock(START)
             patch.setattr(writer, "time", clock)
             with ExpertLoadWriter(
                 root, model="m", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="r", segment_steps=16

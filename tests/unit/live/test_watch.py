@@ -761,7 +761,7 @@ def steady(text: str) -> str:
 
 @pytest.mark.parametrize("name", ["watch.txt", "watch.json"])
 def test_output_matches_the_golden_file(tmp_path: Path, name: str) -> None:
-    write(tmp_path)
+    write(tmp_path, step_ms=50)
     form = ["--json"] if name.endswith("json") else []
     result = cli("watch", "--once", *form, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clocks import SteadyClock
 from helpers import assert_golden, cli, one_error, open_writer, write
-from planted import SteadyClock, without_ms
+from planted import without_ms
 
 from eplb_analyze import open_run
 from eplb_analyze.metrics import bootstrap

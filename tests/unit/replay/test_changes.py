@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cli, open_writer
-from planted import EXPERTS, LAYERS, RANKS, SLOTS, SteadyClock, record_engine
+from clocks import SteadyClock
+from helpers import cli, open_vllm_writer, open_writer
+from planted import EXPERTS, LAYERS, RANKS, SLOTS, record_engine
 
 from eplb_analyze import open_run
 from eplb_analyze.reader.recorded_setting import Setting
@@ -161,14 +162,7 @@ def test_engine_that_never_acted_is_to_be_fixed_first(tmp_path: Path) -> None:
     now = np.r_[np.arange(EXPERTS), np.arange(SLOTS - EXPERTS)].astype(np.int32)
     share = np.where(np.arange(EXPERTS) == 9, 8.0, 1.0) / np.bincount(now, minlength=EXPERTS)
     rng = np.random.default_rng(4)
-    with open_writer(
-        tmp_path,
-        num_logical_experts=EXPERTS,
-        ep_size=RANKS,
-        scope="global",
-        engine="vllm",
-        engine_config=stated,
-    ) as writer:
+    with open_vllm_writer(tmp_path, EXPERTS, RANKS, stated) as writer:
         for step in range(300):
             chance = share[now] / share[now].sum()
             writer.record(step, rng.multinomial(4000, chance, LAYERS), np.tile(now, (LAYERS, 1)))

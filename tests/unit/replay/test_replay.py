@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clocks import SteadyClock, steady_clock
 from helpers import assert_golden, cli, one_error
-from planted import SteadyClock, without_ms
+from planted import without_ms
 
 from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
@@ -72,8 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("replay")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eplb_dump.writer.time", SteadyClock())
+    with steady_clock():
         record(root)
     return root
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cli, open_writer
+from clocks import SteadyClock
+from helpers import cli, open_vllm_writer, open_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import SteadyClock
 
 from eplb_analyze import open_run
 from eplb_analyze.policies import Problem, named, place
@@ -272,14 +272,7 @@ def test_load_balancer_that_does_not_act_comes_before_other_advice(tmp_path: Pat
     share = np.where(np.arange(EXPERTS) < 4, 8.0, 1.0)
     now = np.tile(np.r_[np.arange(EXPERTS), np.arange(REDUNDANT)], (LAYERS, 1)).astype(np.int32)
     stated = {"eplb_config": {"step_interval": 40, "window_size": 40}, "num_expert_groups": 1}
-    with open_writer(
-        tmp_path,
-        num_logical_experts=EXPERTS,
-        ep_size=RANKS,
-        scope="global",
-        engine="vllm",
-        engine_config=stated,
-    ) as writer:
+    with open_vllm_writer(tmp_path, EXPERTS, RANKS, stated) as writer:
         for step in range(400):
             if step < stops and step >= 10 and (step - 10) % 40 == 0:
                 now = np.roll(now, 1, axis=1)

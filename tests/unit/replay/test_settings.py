@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cli, open_writer
+from helpers import cli, open_vllm_writer, open_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,14 +154,7 @@ def test_configuration_of_sglang(
 
 def test_configuration_of_vllm(tmp_path: Path) -> None:
     stated = {"eplb_config": {"step_interval": 9, "window_size": 5}, "num_expert_groups": 4, "num_nodes": 2}
-    with open_writer(
-        tmp_path,
-        num_logical_experts=EXPERTS,
-        ep_size=RANKS,
-        scope="global",
-        engine="vllm",
-        engine_config=stated,
-    ) as writer:
+    with open_vllm_writer(tmp_path, EXPERTS, RANKS, stated) as writer:
         writer.record(None, ONE[0], np.tile(np.arange(EXPERTS), (LAYERS, 1)))
     found = recorded(open_run(tmp_path), SHAPE)
     assert (found.num_groups, found.num_nodes, found.interval, found.window) == (4, 2, 9, 5)

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import report_dump as planted
+from clocks import steady_clock
 from helpers import ROOT, assert_golden, cli, one_error, without_times, write
 from timed_run import write_timed
 
@@ -42,7 +43,8 @@ HOSTILE = "</script><script>window.stolen=1</script><img src=x onerror=window.st
 @pytest.fixture(scope="module")
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
-    planted.record(root)
+    with steady_clock(50):
+        planted.record(root)
     return root
 
 

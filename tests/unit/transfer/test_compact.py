@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clocks import steady_clock
 from helpers import (
     Array,
     _rounded,
@@ -39,7 +40,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dump")
     rng = np.random.default_rng(3)
     for rank in range(3):
-        with open_writer(
+        with steady_clock(50), open_writer(
             root, model="org/moe", ep_rank=rank, ep_size=3, num_logical_experts=6, segment_steps=8,
             moe_layers=[3, 5], engine="an engine", engine_config={"eplb": {"window": 10}}, ranks_per_node=2,
             token_replication=2,

@@ -31,7 +31,7 @@ from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 steps in segments of 16; placements change at 20."""
     root = tmp_path_factory.mktemp("dump")
-    write(root, ranks=3, ep_size=3)
+    write(root, ranks=3, ep_size=3, step_ms=50)
     return root
 
 

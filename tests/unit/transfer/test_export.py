@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from clocks import steady_clock
 from helpers import ROOT, arrays, assert_golden, cli, one_error
 
 from eplb_analyze import atomic, open_run
@@ -57,7 +58,7 @@ def record(root: Path, **options: Any) -> Path:
         "moe_layers": NUMBERS, "segment_steps": 16,
     }  # fmt: skip
     for rank in range(RANKS):
-        with ExpertLoadWriter(root, ep_rank=rank, **{**defaults, **options}) as writer:
+        with steady_clock(50), ExpertLoadWriter(root, ep_rank=rank, **{**defaults, **options}) as writer:
             for step in range(STEPS):
                 if step == INCOMPLETE and rank == 1:
                     writer.skip("dropped")
