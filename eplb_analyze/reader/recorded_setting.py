@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -92,7 +90,7 @@ def recorded(run: Run, shape: Shape) -> Recorded:
         first, _ = run.step_range
         steps = [change.first_step for change in run.history.rearrangements()]
         if len(steps) > 1:
-            interval = max(1, round(median(b - a for a, b in itertools.pairwise(steps))))
+            interval = max(1, round(float(np.median(np.diff(steps)))))
         start = steps[0] - (first or 0) if steps else None
     if interval is not None and start is None:
         start = first_rearrangement(run.info.engine, interval)
