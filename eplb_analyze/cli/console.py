@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from eplb_analyze.text import clean, command_line, plural
+from eplb_analyze.text import clean, command_line, listed, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,6 +175,14 @@ def table(console: Console, *columns: str, title: str | None = None) -> Table:
         justify: Any = "left" if name.startswith("<") else "right"
         result.add_column(styled(name.lstrip("<")), justify=justify)
     return result
+
+
+def print_hidden(console: Console, columns: Iterable[str], wide: int) -> None:
+    """Name the columns of a table that there was no room for; a console of ``wide`` columns shows them."""
+    names = [name.lstrip("<").partition(",")[0] for name in columns]
+    if names:
+        text = f"no room for {listed(names, 10)}: {wide} columns show them, --json has all"
+        print_line(console, (text, "dim"))
 
 
 def limited(shown: int, total: int) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from eplb_analyze.cli.charts import heat
 from eplb_analyze.cli.console import (
     limited,
+    print_hidden,
     print_line,
     print_notes,
     print_report_heading,
@@ -59,6 +60,8 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         legend.append("x mean: load over all steps; uneven: the fullest replica divided by their mean")
     for text in legend:
         print_line(console, (text, "dim"))
+    if console.width < WIDE and (len(report.hot) or len(report.cold)):
+        print_hidden(console, ("x mean", "hot in", "CV", "uneven"), WIDE)
 
 
 def _since_change(report: ExpertReport) -> bool:

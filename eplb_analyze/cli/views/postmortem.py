@@ -6,7 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.console import limited, print_fields, print_heading, print_line, styled, table
+from eplb_analyze.cli.console import (
+    limited,
+    print_fields,
+    print_heading,
+    print_hidden,
+    print_line,
+    styled,
+    table,
+)
 from eplb_analyze.text import clean, command_line, duration, figure, listed, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -156,7 +164,7 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         ("<data", wide, lambda row: styled((row.status, _state_style(row)))),
     ]
     shown = [(name, cell) for name, fits, cell in columns if fits]
-    hidden = [name.lstrip("<").partition(",")[0] for name, fits, _ in columns if not fits]
+    hidden = [name for name, fits, _ in columns if not fits]
     cells = [[cell(row) for _, cell in shown] for row in rows]
     widths = [
         max(map(len, [name.lstrip("<"), *own]))
@@ -182,9 +190,7 @@ def _runs(console: Console, rows: list[Row], names: dict[int, str], of: int, res
         "; helped: rearrangements that helped, of those that can be judged" if "helped" not in hidden else ""
     )
     print_line(console, (legend, "dim"))
-    if hidden:
-        text = f"no room for {listed(hidden)}: {WIDE} columns show them, --json has all"
-        print_line(console, (text, "dim"))
+    print_hidden(console, hidden, WIDE)
 
 
 def _widths(room: int, names: list[str], models: list[str]) -> tuple[int, int]:

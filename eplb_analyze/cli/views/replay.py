@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from eplb_analyze.cli.console import (
     limited,
     print_heading,
+    print_hidden,
     print_line,
     print_notes,
     steps_label,
@@ -153,11 +154,10 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     for name in ("balanced", "idle", "saved", "active", "gain ms", "net ms", "pauses s", "net s"):
         if name not in shown:
             del columns[name]
+    hidden = []
     if console.width < WIDE:
-        columns.pop("gain ms", None)
-    if len(columns) > 9:
-        columns.pop("balanced", None)
-        columns.pop("pauses s", None)
+        left_out = ("gain ms", *(("balanced", "pauses s") if len(columns) > 9 else ()))
+        hidden = [name for name in left_out if columns.pop(name, None)]
     more = limited(top, len(outcomes))
     listing = table(
         console, *columns, title=f"the same loads under other settings, {_first(result)} first{more}"
@@ -168,6 +168,7 @@ def _settings(console: Console, result: Replay, top: int) -> None:
             cells = [cell(result, outcome) for cell in columns.values()]
             listing.add_row(*cells, style="bold" if outcome.setting is None else "")
     console.print(listing)
+    print_hidden(console, hidden, WIDE)
     console.print()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from eplb_analyze import text as text_
 from eplb_analyze.cli import progress as progress_
+from eplb_analyze.cli.console import console, print_hidden
 from eplb_analyze.cli.output import Output, print_message
 from eplb_analyze.cli.progress import Progress
 
@@ -105,3 +106,9 @@ def test_messages_wrap_at_words_on_a_terminal_only(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 3
     assert all(len(line) <= 60 and line.endswith("steps") for line in lines)
+
+
+def test_columns_without_room_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    print_hidden(console(sys.stdout), ["<began, UTC", "p5"], 150)
+    print_hidden(console(sys.stdout), [], 150)
+    assert capsys.readouterr().out == "no room for began, p5: 150 columns show them, --json has all\n"
