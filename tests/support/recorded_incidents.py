@@ -59,14 +59,17 @@ def incidents_of(document: dict[str, Any], times: Array) -> list[Incident]:
     """The incidents of ``summary --json``, whose clock times must be the planted ones, to a millisecond."""
     found = []
     for row in document["incidents"]:
-        for step, time in (("first_step", "since"), ("last_step", "until")):
-            shown = datetime.datetime.fromisoformat(row[time].replace("Z", "+00:00")).timestamp()
-            assert abs(shown - times[row[step]] / 1e9) < 0.0011, (row, times[row[step]])
+        ended = dict(row["ended_by"])
+        shown = {row["first_step"]: row["since"], row["last_step"]: row["until"]}
+        shown[ended["step"]] = ended.pop("time")
+        for step, text in shown.items():
+            time = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+            assert abs(time - times[step] / 1e9) < 0.0011, (row, times[step])
         values = {
             "layers": tuple(row["layers"]),
             "ranks": tuple(row["ranks"]),
             "cause": Cause(**row["cause"]),
-            "ended_by": row["ended_by"] and EndedBy(**row["ended_by"]),
+            "ended_by": EndedBy(**ended),
             "cost": IncidentCost(None, row["cost"]["tokens_per_step"]),
         }
         found.append(Incident(**{**row, **values}))
