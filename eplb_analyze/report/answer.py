@@ -365,7 +365,7 @@ def _end(incident: Incident, clock: RunClock) -> str:
             text = f"the rearrangement at {clock.label(ended.step)}"
             if expert is None or ended.replicas is None:
                 return text
-            return f"{text} gave {plural(ended.replicas, 'replica')} to expert {expert}"
+            return f"{text} gave the expert {plural(ended.replicas, 'replica')}"
         case "traffic":
             return f"the traffic changed back at {clock.label(ended.step)}"
         case "rank_back":

@@ -127,18 +127,24 @@ def _replication(report: ExpertReport) -> str:
     hot = f"Of {plural(counts['experts'], 'expert')} in all layers, "
     if tells_bursts(report):
         hot += (
-            f"{counts['always']:,} are always hot and {counts['bursts']:,} are hot in bursts: at least "
+            f"{_are(counts['always'])} always hot and {_are(counts['bursts'])} hot in bursts: at least "
             f"{report.hot_factor:g}x the layer's mean in a window of {plural(report.window, 'step')}"
         )
     else:
-        hot += f"{counts['always']:,} are hot: at least {report.hot_factor:g}x the layer's mean"
+        hot += f"{_are(counts['always'])} hot: at least {report.hot_factor:g}x the layer's mean"
     few, many = counts["under_replicated"], counts["over_replicated"]
     if not few and not many:
         return (
             f"{hot}. By the loads since the last rearrangement, no expert has too few or too many replicas."
         )
-    wrong = [f"{n:,} have too {word}" for n, word in ((few, "few"), (many, "many")) if n]
+    wrong = [
+        f"{n:,} {'has' if n == 1 else 'have'} too {word}" for n, word in ((few, "few"), (many, "many")) if n
+    ]
     return f"{hot}. By the loads since the last rearrangement, {' and '.join(wrong)} replicas."
+
+
+def _are(count: int) -> str:
+    return f"{count:,} {'is' if count == 1 else 'are'}"
 
 
 def tells_bursts(report: ExpertReport) -> bool:

@@ -57,7 +57,7 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         "are missing); *: two replicas on one rank",
     ]
     if console.width >= WIDE:
-        legend.append("x mean: load over all steps; uneven: the fullest replica divided by their mean")
+        legend.append("x mean: load over all steps; uneven: the busiest replica divided by the mean of all")
     for text in legend:
         print_line(console, (text, "dim"))
     if console.width < WIDE and (len(report.hot) or len(report.cold)):

@@ -148,7 +148,7 @@ def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summar
     assert parts["cause"] == "expert 77 rose from 1.0x to 11x the mean load and had 1 replica"
     assert parts["cost"].startswith("+0.9 ms per step while it lasted (95% CI +0.7 to +1.1), 3.8")
     assert parts["cost"].endswith("of the step; too little to explain a doubled TPOT")
-    assert parts["end"] == "the rearrangement at step 20 gave 10 replicas to expert 77"
+    assert parts["end"] == "the rearrangement at step 20 gave the expert 10 replicas"
     assert parts["next"] == "eplb-analyze layer 12 --steps 10-19"
 
 

@@ -516,7 +516,9 @@ def test_report_with_one_window_does_not_mention_bursts(tmp_path: Path) -> None:
     assert "burst" not in said
     assert "--window-steps" not in said
     hot = document["experts"]["counts"]["always"]
-    assert f"{hot} are hot: at least 2x the layer's mean." in " ".join(document["words"])
+    assert f"{hot} {'is' if hot == 1 else 'are'} hot: at least 2x the layer's mean." in " ".join(
+        document["words"]
+    )
 
 
 def test_damaged_segment_is_left_out_and_reported(tmp_path: Path) -> None:
