@@ -89,7 +89,7 @@ def claim_run(root: Path, info: SessionInfo) -> Claim:
             if number is not None:
                 if _rename(claim, root / _name(number) / slug / rank):
                     return Claim(f"{number:06d}")
-                continue  # another process has claimed this rank: the run is of another start
+                continue  # another process has claimed this rank: the run belongs to another start
             number = search.newest + 1
             if _rename(draft, root / _name(number)):
                 _remove_old_drafts(root, now_ns)
@@ -189,7 +189,7 @@ class _Search:
             yield number
 
     def _members(self, number: int) -> list[Member]:
-        """The members of a run; none if it is of another start, or they cannot be read."""
+        """The members of a run; none if it belongs to another start, or they cannot be read."""
         members: list[Member] = []
         try:
             for path in (self._root / _name(number)).glob(f"{MODEL_PREFIX}*/{RANK_PREFIX}*/{CLAIM_FILE}"):

@@ -75,7 +75,7 @@ class WriterSnapshot:
     behind: int | None
     #: It is more than :data:`STOPPED_SECONDS` behind, or another rank got further and was closed.
     stopped: bool
-    #: It stopped, and the engine goes on without it: the other ranks send it no token.
+    #: It stopped, and the engine continues without it: the other ranks send it no token.
     lost: bool
     #: The writer was closed.
     closed: bool

@@ -163,7 +163,7 @@ class Window:
         shape: the shape of the newest loads. When it changes, the window is cleared.
         shape_changed: the first step with that shape, if it changed during the watch.
         ranks: the progress of each writer.
-        lost: ranks that the engine goes on without; steps are complete without them.
+        lost: ranks that the engine continues without; steps are complete without them.
         restarts: how many times a rank started again at an earlier step.
     """
 

@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def impossible(self) -> bool:
-        """Whether no load can have this shape: slots that do not divide among ranks, or absurd sizes."""
+        """Whether no load can have this shape: slots that ranks cannot share evenly, or absurd sizes."""
         return (
             min(self.ep_size, self.num_moe_layers, self.num_physical_experts) < 1
             or not holds(self.num_moe_layers, self.num_physical_experts)

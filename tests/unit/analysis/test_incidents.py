@@ -191,7 +191,7 @@ class TestRecording:
 
     @pytest.mark.parametrize("back", [450, None])
     def test_rank_whose_writer_stops_is_lost_until_it_is_back(self, tmp_path: Path, back: int | None) -> None:
-        """The engine goes on and sends the tokens of rank 2 to rank 3, which has replicas of its experts."""
+        """The engine continues and sends the tokens of rank 2 to rank 3, with replicas of its experts."""
         lost, steps, stop = 2, 600, 300
         rng = np.random.default_rng(4)
         options: dict[str, Any] = {"num_logical_experts": 12, "ep_size": self.RANKS}

@@ -1,4 +1,4 @@
-"""A rank dies and the engine goes on, or only its recording ends. Truth is recomputed from the loads."""
+"""A rank dies and the engine continues, or only its recording ends. Truth is recomputed from the loads."""
 
 from __future__ import annotations
 
