@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from eplb_analyze.analysis.cost import RunCost
-from eplb_analyze.analysis.incident_finder import Incidents, LayerWindow, find_incidents
+from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
 from eplb_analyze.analysis.layer_departures import BalanceSeries, tokens_of
+from eplb_analyze.analysis.layer_loads import LayerWindow
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms

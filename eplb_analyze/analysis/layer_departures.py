@@ -1,6 +1,6 @@
 """Which layers of a run depart from their usual balance together: the first pass of the incident finder.
 
-A departure here is no incident yet: :mod:`analysis.incident_finder` looks for its cause in the loads.
+A departure here is no incident yet: :mod:`analysis.incident_explainer` looks for its cause in the loads.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.analysis.incident_finder import WINDOW, explained, nearest
+from eplb_analyze.analysis.incident_explainer import WINDOW, nearest
+from eplb_analyze.analysis.incident_finder import explained
 from eplb_analyze.analysis.incidents import Cause, EndedBy, Incident
 from eplb_analyze.analysis.layer_departures import BalanceSeries, Found, comparable, grouped, tokens_of
 from eplb_analyze.live.recent_loads import RecentLoads

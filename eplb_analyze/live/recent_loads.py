@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.analysis.incident_finder import WINDOW, LayerWindow
+from eplb_analyze.analysis.incident_explainer import WINDOW
+from eplb_analyze.analysis.layer_loads import LayerWindow
 from eplb_analyze.live.window import CompleteSteps
 from eplb_analyze.metrics.incident_causes import LayerSample
 from eplb_analyze.reader.clock import iso
@@ -30,7 +31,7 @@ class _Part(NamedTuple):
 
 
 class RecentLoads:
-    """See :class:`eplb_analyze.analysis.incident_finder.LayerLoads`; it has the newest steps only.
+    """See :class:`eplb_analyze.analysis.layer_loads.LayerLoads`; it has the newest steps only.
 
     Attributes:
         times: clock times by step, ns since 1970; whoever adds steps sets it.

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.incident_finder import LayerWindow
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.layer_departures import BalanceSeries
+from eplb_analyze.analysis.layer_loads import LayerWindow
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
 
 Array = np.ndarray[Any, Any]
