@@ -22,7 +22,7 @@ from eplb_analyze.batch.cache import ResultCache
 from eplb_analyze.batch.executors import Local, WorkerDied
 from eplb_analyze.batch.postmortem import rows_of
 from eplb_analyze.batch.targets import find
-from eplb_analyze.json_report import versioned
+from eplb_analyze.json_report import versioned, with_times
 from eplb_analyze.reader.run import PART_STEPS
 from eplb_analyze.text import duration
 from eplb_dump import ExpertLoadWriter
@@ -145,7 +145,8 @@ def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
                     yield item, function(item)
 
         go_on(PART_STEPS + 500, 2, slots)
-        before = summarize(open_run(dump)).to_json()
+        run = open_run(dump)
+        before = with_times(summarize(run).to_json(), run.clock.iso)
         cache = ResultCache(tmp_path / "saved")
         [(row, _)] = rows_of(find([str(dump)]), Slow(), cache)
     assert (row.ep_size, row.rearrangements, row.steps) == (2, 0, PART_STEPS + 500)
