@@ -272,7 +272,7 @@ def test_killed_rank_counts_as_stopped(tmp_path: Path, ranks: Any, segment_steps
 
 
 @pytest.mark.parametrize("looks", [1, 3])
-def test_rank_that_the_engine_goes_on_without_is_lost(
+def test_rank_that_the_engine_continues_without_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
 ) -> None:
     """Rank 1 of 3 dies at step 20 and is back at 40; rank 2 stops recording at 30, and serves on."""

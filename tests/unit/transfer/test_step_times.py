@@ -243,7 +243,7 @@ class TestBadInput:
         assert len(str(error.value)) <= 300
 
     @pytest.mark.parametrize("kind", ["csv", "parquet"])
-    def test_a_column_that_comes_twice_is_rejected(self, tmp_path: Path, kind: str) -> None:
+    def test_a_column_that_occurs_twice_is_rejected(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / f"times.{kind}"
         table = pa.table([pa.array([1, 2]), pa.array([1.0, 2.0]), pa.array([3.0, 3.0])], ["step", "ms", "ms"])
         (pacsv.write_csv if kind == "csv" else pq.write_table)(table, path)
