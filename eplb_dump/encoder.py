@@ -49,6 +49,8 @@ class Encoder:
         self._fault: str | None = None
         #: The last step with a load.
         self._last_step = -2
+        #: The last buffer with a load, and what it held.
+        self._last_total: tuple[Buffer | None, npt.NDArray[Any]] = None, np.empty(0)
         #: A placement from before ``num_moe_layers`` was known, its step and EP size.
         self._early: tuple[Int32, int, int] | None = None
 
@@ -77,8 +79,10 @@ class Encoder:
         changes, faults = self._take_placements(batch)
         frames += changes
         if staged:
-            load = ring.host[low : high + 1]
-            largest, faults = _check_loads(load, [faults[i] for i in staged])
+            load, unknown = self._counted(ring.host[low : high + 1], [batch[i] for i in staged])
+            largest, faults = _check_loads(
+                load, [faults[i] or why for i, why in zip(staged, unknown, strict=True)]
+            )
             for i, fault in zip(staged, faults, strict=True):
                 if fault is not None:
                     status[i] = Status.REJECTED
@@ -94,6 +98,30 @@ class Encoder:
             ring.release(last)
         frames.append(journal.steps_frame(_rows(batch, status, device_ms)))
         return Encoded(frames, status, rejected)
+
+    def _counted(
+        self, totals: npt.NDArray[Any], entries: Sequence[Entry]
+    ) -> tuple[npt.NDArray[Any], list[str | None]]:
+        """What was counted in each pass, of the loads ``[n, layers, physical]`` that were handed over.
+
+        And why that is not known: an engine that does not zero its counts says what they count on from.
+        """
+        buffers = [entry.load for entry in entries if entry.load is not None]
+        before = [self._last_total[0], *buffers[:-1]]
+        counted = totals
+        faults: list[str | None] = [None] * len(entries)
+        for i, entry in enumerate(entries):
+            if not entry.since:
+                continue
+            if counted is totals:
+                counted = totals.copy()
+            last = before[i]
+            if last is None or last.taken != entry.since or last.ring is not buffers[i].ring:
+                faults[i] = "expert_load counts on from another step than the one before"
+            else:
+                counted[i] -= totals[i - 1] if i else self._last_total[1]
+        self._last_total = buffers[-1], totals[-1].copy()
+        return counted, faults
 
     def _elapsed_ms(self, events: Events, entry: Entry) -> float:
         """The step's time on the device, NaN if unknown."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
+
+from eplb_dump.device import Device
 
 #: Reading an event holds the interpreter lock for 2 µs; after so many, the engine may have it.
 READS_AT_ONCE = 32
@@ -25,7 +26,6 @@ class Events:
         "_began",
         "_begin_streams",
         "_calls",
-        "_current_stream",
         "_device",
         "_ends",
         "_size",
@@ -33,39 +33,34 @@ class Events:
         "_streams",
     )
 
-    def __init__(
-        self, buffers: int, device: Any, new: Callable[[], Any], current_stream: Callable[[Any], Any]
-    ) -> None:
-        """``new`` makes an event with timing, ``current_stream`` is that of torch.cuda."""
+    def __init__(self, buffers: int, device: Device) -> None:
         self._size = buffers + 1
         self._device = device
-        self._current_stream = current_stream
-        # torch makes the event of the device when it is first recorded, so those without use cost nothing.
-        self._starts = [new() for _ in range(self._size)]
-        self._ends = [new() for _ in range(self._size)]
+        self._starts = [device.new_event() for _ in range(self._size)]
+        self._ends = [device.new_event() for _ in range(self._size)]
         #: The stream that each of ``_ends`` was last recorded on.
-        self._streams = [0] * self._size
+        self._streams: list[Any] = [None] * self._size
         #: The number of the writer's call that recorded it.
         self._calls = [-1] * self._size
         #: The stream on which the same step began; None if the engine did not say that it began.
-        self._begin_streams: list[int | None] = [None] * self._size
+        self._begin_streams: list[Any] = [None] * self._size
         #: The number of the call that is to record the step that began last, and the stream.
-        self._began = -1, 0
+        self._began: tuple[int, Any] = -1, None
 
     # ---- the engine's thread
 
     def begin(self, step: int, call: int) -> None:
         """A forward pass begins, whose load the writer's call number ``call`` is to record."""
-        stream = self._current_stream(self._device)
-        self._starts[step % self._size].record(stream)
-        self._began = call, stream.cuda_stream
+        stream = self._device.stream()
+        self._device.record(self._starts[step % self._size], stream)
+        self._began = call, stream
 
     def mark(self, step: int, call: int = -1) -> None:
         """All copies of a step are on the stream."""
         at = step % self._size
-        stream = self._current_stream(self._device)
-        self._ends[at].record(stream)
-        self._streams[at] = stream.cuda_stream
+        stream = self._device.stream()
+        self._device.record(self._ends[at], stream)
+        self._streams[at] = stream
         began, begin_stream = self._began
         self._begin_streams[at] = begin_stream if began == call else None
         self._calls[at] = call
@@ -75,12 +70,12 @@ class Events:
     def wait(self, first: int, last: int) -> None:
         """Wait until the copies of steps ``first`` to ``last`` are done, without the interpreter lock."""
         # A stream works in order, so waiting for its last event is enough.
-        done: set[int] = set()
+        done = set()
         for step in range(last, first - 1, -1):
             at = step % self._size
             if self._streams[at] not in done:
                 done.add(self._streams[at])
-                self._ends[at].synchronize()
+                self._device.wait(self._ends[at])
 
     def elapsed_ms(self, step: int, *, follows: bool) -> float:
         """The time of a step on the device, after :meth:`wait`; NaN if it is not known.
@@ -100,7 +95,7 @@ class Events:
         if step % READS_AT_ONCE == 0:
             time.sleep(0)
         try:
-            elapsed = float(start.elapsed_time(self._ends[at]))
+            elapsed = self._device.elapsed_ms(start, self._ends[at])
         except Exception:  # for example, one of them was recorded while a CUDA graph was captured
             return math.nan
         return elapsed if 0 <= elapsed < math.inf else math.nan

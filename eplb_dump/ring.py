@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from eplb_dump.device import Device, device_of
 from eplb_dump.events import Events
 
 # Not ctypes.memmove, which releases the interpreter lock for the few microseconds of the copy. A thread
@@ -59,9 +60,15 @@ class Ring:
         "_addresses",
         "_base",
         "_bytes",
+        "_copy",
         "_device",
         "_dtype",
+        "_last",
+        "_last_but_one",
+        "_marks",
+        "_not_copied",
         "_plain",
+        "_queued_on",
         "_targets",
         "count",
         "events",
@@ -91,6 +98,13 @@ class Ring:
         self._bytes: list[memoryview] = []
         self._addresses: list[int] = []
         self._plain: Any = None
+        self._copy: Callable[[int, int, int], object] | None = None
+        self._queued_on: Device | None = None
+        #: The last element of each buffer on a device, and a value that no tensor has there.
+        self._marks: memoryview | None = None
+        self._not_copied = 0
+        #: The buffers that were filled last.
+        self._last = self._last_but_one = 0
         self.taken = self.released = self._base = 0
         if self.is_torch:
             self._allocate_torch(torch, example)
@@ -108,19 +122,23 @@ class Ring:
         if example.layout != torch.strided or example.device.type == "meta":
             raise StagingError(f"of layout {example.layout} on {example.device}")
         self._device = example.device
-        on_gpu = self._device.type == "cuda"
+        device = self._queued_on = device_of(example)
         # A buffer made under inference_mode could not be written outside it.
         with torch.inference_mode(False):
-            block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=on_gpu)
+            block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=device is not None)
             self.host = block.numpy()
             self._targets = list(block)
-        if self._device.type == "cpu":
+        if device is not None:
+            self._copy = device.copy
+            self.events = Events(self.count, device)
+            self._marks = self.host[:, -1, -1].data
+            limits = np.iinfo(self.host.dtype)
+            self._not_copied = limits.min or limits.max
+        elif self._device.type == "cpu":
+            self._copy = _memmove
+        if self._copy is not None:
             self._plain = torch.Tensor
             self._addresses = [buffer.data_ptr() for buffer in self._targets]
-        if on_gpu:
-            # blocking: the background thread sleeps until the event instead of spinning.
-            event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
-            self.events = Events(self.count, self._device, event, torch.cuda.current_stream)
 
     # ---- the engine's thread
 
@@ -151,17 +169,28 @@ class Ring:
     def fill(self, index: int, tensor: Any) -> None:
         """Start to copy a tensor that fits. Never waits for a device."""
         if self.is_torch:
+            if self._marks is not None:
+                self._note_progress(index)
             # A subclass may keep its values elsewhere, and a null pointer means that there is no memory.
-            if self._addresses and type(tensor) is self._plain and tensor.is_contiguous():
+            if self._copy is not None and type(tensor) is self._plain and tensor.is_contiguous():
                 address = tensor.data_ptr()
                 if address:
-                    _memmove(self._addresses[index], address, self.slot_bytes)
+                    self._copy(self._addresses[index], address, self.slot_bytes)
                     return
             self._targets[index].copy_(tensor, non_blocking=True)
         elif tensor.flags.c_contiguous:
             self._bytes[index][:] = tensor.data.cast("B")
         else:
             np.copyto(self._targets[index], tensor)
+
+    def _note_progress(self, index: int) -> None:
+        """Tell the device whether it keeps up: what was copied two steps ago has arrived, or it lags."""
+        marks, device = self._marks, self._queued_on
+        assert marks is not None
+        assert device is not None
+        device.keep_lock(marks[self._last_but_one] != self._not_copied)
+        marks[index] = self._not_copied
+        self._last_but_one, self._last = self._last, index
 
     # ---- the background thread
 

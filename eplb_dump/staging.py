@@ -29,6 +29,8 @@ class Entry(NamedTuple):
     ep_size: int
     load: Buffer | None
     placement: Buffer | None
+    #: The number of the buffer that holds what the load counts on from; 0: it counts from zero.
+    since: int
 
 
 class Staged(NamedTuple):
@@ -77,6 +79,13 @@ class Staging:
         #: The ring of the load that the last placement came with. With another ring, and so another
         #: shape, an unchanged placement is staged again, to be rejected.
         self._staged_with: Ring | None = None
+
+    def prepare(self, load: Any, placement: Any) -> None:
+        """Allocate the buffers for a load and a placement like these. Raises what :class:`Ring` raises."""
+        if self._loads is None:
+            self._loads = self._ring_for_loads(load)
+        if self._placements is None and placement is not None:
+            self._placements = self._ring_for_placements(placement)
 
     def begin_step(self, call: int) -> None:
         """A forward pass begins, to be recorded by the writer's call number ``call``.
@@ -149,7 +158,7 @@ class Staging:
 
     def note_queued(self, staged: Staged) -> None:
         """Remember a placement, once its step is queued."""
-        self._changes.remember(staged.placement_tensor)
+        self._changes.remember(staged.placement_tensor, staged.placement)
         self._staged_with = None if staged.load is None else staged.load.ring
         self.placement_lost = False
 
@@ -159,6 +168,7 @@ class Staging:
         Until its step is queued, the placement counts as lost, whatever goes wrong or interrupts.
         """
         self.lose_placement()
+        self._changes.forget()
         if self._placements is None or not self._placements.fits(placement):
             self._placements = self._ring_for_placements(placement)
         buffer = self._placements.free()
@@ -207,25 +217,32 @@ def _root(tensor: Any) -> Any:
 
 
 class ChangeDetector:
-    """Knows, without reading a tensor, that it certainly has not changed since the last time.
+    """Knows that a tensor certainly has not changed since it was last remembered. Never waits for a device.
 
-    torch counts in-place writes in a version counter that views share. numpy arrays and inference
-    tensors have none, so they always may have changed.
+    torch counts in-place writes in a version counter that views share. numpy arrays and inference tensors
+    have none: in ordinary memory their values are compared, which costs less than the copy that it saves.
+    On a device they always may have changed.
     """
 
-    __slots__ = ("_last", "_version")
+    __slots__ = ("_last", "_values", "_version")
 
     def __init__(self) -> None:
         self._last: Any = None
         self._version: int | None = None
+        #: The values of ``_last`` in bytes, if it has no version and they can be compared.
+        self._values: bytearray | None = None
 
     def unchanged(self, tensor: Any) -> bool:
-        if self._version is None:
-            return False
         last = self._last
-        if tensor is not last and not self._same_storage(tensor, last):
+        if self._version is not None:
+            same = tensor is last or self._same_storage(tensor, last)
+            return same and bool(tensor._version == self._version)
+        if self._values is None:
             return False
-        return bool(tensor._version == self._version)
+        if type(tensor) is not type(last) or tensor.shape != last.shape or tensor.dtype != last.dtype:
+            return False
+        values = _values_of(tensor)
+        return values is not None and bool(self._values == values)
 
     @staticmethod
     def _same_storage(tensor: Any, last: Any) -> bool:
@@ -241,9 +258,18 @@ class ChangeDetector:
             and tensor.stride() == last.stride()
         )
 
-    def remember(self, tensor: Any) -> None:
+    def forget(self) -> None:
+        """Another placement may be queued next."""
+        self._version = self._values = None
+
+    def remember(self, tensor: Any, copy: Buffer | None) -> None:
+        """``copy``: of a tensor in ordinary memory, a buffer that has its values."""
+        self.forget()
         self._last = tensor
-        self._version = self.version(tensor)
+        version = self.version(tensor)
+        if version is None and copy is not None and copy.ring.events is None:
+            self._values = bytearray(copy.ring.host[copy.number])
+        self._version = version
 
     @staticmethod
     def version(tensor: Any) -> int | None:
@@ -253,3 +279,12 @@ class ChangeDetector:
             return int(tensor._version)
         except RuntimeError:  # an inference tensor
             return None
+
+
+def _values_of(tensor: Any) -> memoryview | None:
+    """The bytes of a contiguous tensor in ordinary memory. ``bytearray`` compares them in one call."""
+    if not isinstance(tensor, np.ndarray):
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+        tensor = tensor.numpy()
+    return tensor.data.cast("B") if tensor.flags.c_contiguous else None

@@ -179,6 +179,17 @@ class ExpertLoadWriter:
 
     # ---- the engine's thread
 
+    def prepare(self, expert_load: Any, physical_to_logical_map: Any = None) -> None:
+        """Allocate the buffers for tensors like these, which the first :meth:`record` does otherwise.
+
+        Optional, for a time when the engine does not serve yet: page-locked memory takes tens of ms. What the
+        tensors hold does not matter. Never raises; if it fails, :meth:`record` says why.
+        """
+        accounting = self._accounting
+        with contextlib.suppress(Exception), accounting.calls:
+            if accounting.state is IDLE:
+                self._staging.prepare(expert_load, physical_to_logical_map)
+
     def begin_step(self) -> None:
         """Mark that a forward pass begins. Optional; queues one CUDA event, never waits, never raises.
 
@@ -205,7 +216,8 @@ class ExpertLoadWriter:
         *,
         ep_size: int | None = None,
         step_ms: float | None = None,
-    ) -> None:
+        since: int = 0,
+    ) -> int:
         """Record one forward pass. Copies and enqueues; never waits, never raises.
 
         Args:
@@ -221,6 +233,11 @@ class ExpertLoadWriter:
             phase: for example ``"prefill"`` or ``"decode"``.
             ep_size: the number of EP ranks from this step on, if it changed (elastic EP).
             step_ms: the engine's own time of the pass in ms, if it knows it.
+            since: what the last call returned, if ``expert_load`` was not zeroed after it: it is a running
+                total then, and the difference to that call's is recorded. 0: it counts this pass alone.
+
+        Returns:
+            A number for ``since`` in the next call; 0 if this step's counts were not taken.
 
         A step that cannot be recorded (a wrong shape or type, negative counts, an expert that does not
         exist, a step number that goes back) is rejected: it is counted in :meth:`stats` and has a row
@@ -234,11 +251,11 @@ class ExpertLoadWriter:
                     accounting.dropped[_NESTED] += 1
                     if physical_to_logical_map is not None:
                         self._staging.lose_placement()
-                    return
+                    return 0
                 try:
                     accounting.state = RUNNING
-                    self._record(
-                        step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size, step_ms
+                    return self._record(
+                        step, expert_load, physical_to_logical_map, num_tokens, phase, ep_size, step_ms, since
                     )
                 except Exception as error:  # whatever went wrong here, the engine's step must go on
                     self._account_for(error)
@@ -250,6 +267,7 @@ class ExpertLoadWriter:
                     accounting.state = IDLE
         except Exception:  # there is no memory at all, not even to count the step
             pass
+        return 0
 
     def skip(self, reason: str = "dummy", step: int | None = None) -> None:
         """Count a forward pass without a load: ``"dummy"``, ``"not_sampled"`` or ``"dropped"``.
@@ -316,34 +334,35 @@ class ExpertLoadWriter:
         phase: str | None,
         ep_size: int | None,
         step_ms: float | None,
-    ) -> None:
+        since: int,
+    ) -> int:
         number = self._next_step if step is None else self._check_step(step)
         if number is None:
             if placement is not None:
                 self._staging.lose_placement()
-            return
+            return 0
         self._next_step = number + 1
         if self._accounting.refuses is not None:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
-            return
+            return 0
         sampled = self._interval == 1 or number % self._interval == 0
         if sampled and placement is None and self._staging.placement_lost:
             self._reject(number, LAST_MAP_INVALID)
-            return
+            return 0
         ep_size_before = self._ep_size
         if ep_size is not None and ep_size is not ep_size_before:
             if is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
                 self._ep_size = int(ep_size)
             elif sampled:
                 self._reject(number, f"ep_size is not an integer above EP rank {self._ep_rank}")
-                return
+                return 0
         if not sampled:
             self._enqueue(number, Status.NOT_SAMPLED, self._stage_alone(placement))
-            return
+            return 0
         staged = self._staging.stage(expert_load, placement, self._ep_size, self._accounting.seen)
         if isinstance(staged, Staged):
-            self._enqueue(number, Status.RECORDED, staged, num_tokens, phase, step_ms)
-        elif staged.cause == "queue":
+            return self._enqueue(number, Status.RECORDED, staged, num_tokens, phase, step_ms, since)
+        if staged.cause == "queue":
             self._drop(number, staged.reason, placement)
         elif staged.cause == "expert_load":
             self._reject(number, staged.reason, placement)
@@ -351,6 +370,7 @@ class ExpertLoadWriter:
             self._reject(number, staged.reason)
             if staged.cause == "ep_size":
                 self._ep_size = ep_size_before
+        return 0
 
     def _skip(self, reason: str, step: int | None) -> None:
         number = self._next_step if step is None else self._check_step(step)
@@ -394,8 +414,12 @@ class ExpertLoadWriter:
         num_tokens: int | None = None,
         phase: str | None = None,
         step_ms: float | None = None,
-    ) -> None:
-        """Queue a row for ``steps`` and its buffers; drop it if the queue is full or recording stopped."""
+        since: int = 0,
+    ) -> int:
+        """Queue a row for ``steps`` and its buffers; drop it if the queue is full or recording stopped.
+
+        Returns the number of the load's buffer, 0 if there is none.
+        """
         accounting = self._accounting
         entries = accounting.entries
         why = accounting.refuses
@@ -404,7 +428,7 @@ class ExpertLoadWriter:
         if why is not None:
             if accounting.state is not PLACED:
                 self._count_dropped(why)
-            return
+            return 0
         if num_tokens is None:
             num_tokens = -1
         elif not is_integer(num_tokens) or not 0 <= num_tokens < MAX_NUMBER:
@@ -423,12 +447,14 @@ class ExpertLoadWriter:
             step_ms = None
         load, placement, _ = staged
         now, monotonic = time.time_ns(), time.monotonic_ns()
-        fields = (step, now, monotonic, status, num_tokens, phase, step_ms, self._ep_size, load, placement)
+        ep_size = self._ep_size
+        fields = (step, now, monotonic, status, num_tokens, phase, step_ms, ep_size, load, placement, since)
         entry = tuple.__new__(Entry, fields)  # faster than Entry(...): this runs once per step
         # A signal handler may end this call at any point. Buffers that are taken for nothing are released
         # with the next ones, and a placement that is not remembered is copied again; any other order would
         # mix up steps or placements.
         fills_up = False
+        taken = 0
         if load is not None:
             ring, _, taken = load
             ring.taken = taken  # as Ring.take, without the call
@@ -441,6 +467,7 @@ class ExpertLoadWriter:
             self._staging.note_queued(staged)
         if fills_up:
             self._background.wake()
+        return taken
 
     def _stage_alone(self, placement: Any) -> Staged:
         """Stage a placement whose load is not recorded."""

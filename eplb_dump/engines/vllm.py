@@ -1,13 +1,14 @@
 """The plugin for vLLM: wraps ``EplbState.step`` of unmodified vLLM.
 
 vLLM counts each rank's routed tokens in ``expert_load_pass``, but only shortly before a rearrangement
-or a log line. The plugin copies that tensor in every step, and makes vLLM's router count in the steps
-between. It removes those counts from ``expert_load_pass`` before vLLM reads it, so that vLLM's window,
-placements and log lines are the same as without the plugin.
+or a log line. The plugin makes vLLM's router count in the steps between, too, and copies the tensor in
+every step. It lets those counts add up, which costs nothing, and removes them before vLLM reads the tensor,
+so that vLLM's window, placements and log lines are the same as without the plugin.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.abc
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from eplb_dump.writer import ExpertLoadWriter
 
 _MODULE = "vllm.distributed.eplb.eplb_state"
+#: Sets the switch that makes the router count in the next step.
+_SWITCH = "_update_layer_should_record"
+#: Beside ``step``, what reads or changes ``expert_load_pass``: elastic EP does.
+_READERS = ("reconfigure_physical_expert_slots", "update_mapping")
+#: The plugin's counts add up over at most so many steps: vLLM counts in int32.
+_STEPS_OF_TOTAL = 1024
 #: What the plugin relies on; if any is missing, this vLLM version is not supported and recording is off.
 _STEP_PARAMETERS = ["self", "is_dummy", "is_profile", "log_stats"]
 _MODEL_STATE_FIELDS = {"expert_load_pass", "physical_to_logical_map", "model_name", "model"}
@@ -117,6 +124,18 @@ def _install(module: Any, settings: Settings) -> None:
 
     step.eplb_dump = recorder_of  # type: ignore[attr-defined]
     state.step = step
+    switch = getattr(state, _SWITCH, None)
+    if switch is not None:
+
+        @functools.wraps(switch)
+        def set_switch(self: Any, *arguments: Any, **named: Any) -> None:
+            if not recorder_of(self).keeps_counting():
+                switch(self, *arguments, **named)
+
+        setattr(state, _SWITCH, set_switch)
+    for name in _READERS:
+        if hasattr(state, name):
+            setattr(state, name, _restore_first(getattr(state, name)))
     prepare = getattr(state, "prepare_forward", None)
     if prepare is None:
         warn_once(logger, f"the tokens of steps are not recorded: vLLM {version()} is not supported")
@@ -133,6 +152,19 @@ def _install(module: Any, settings: Settings) -> None:
     state.prepare_forward = prepare_forward
 
 
+def _restore_first(method: Any) -> Any:
+    """A method of EplbState that finds ``expert_load_pass`` as it would be without the plugin."""
+
+    @functools.wraps(method)
+    def restored(self: Any, *arguments: Any, **named: Any) -> Any:
+        recorder = self.__dict__.get("eplb_dump")
+        if recorder is not None:
+            recorder.guard(recorder.restore_counts)
+        return method(self, *arguments, **named)
+
+    return restored
+
+
 @dataclasses.dataclass
 class _Model:
     """One model's writer, and the counts in ``expert_load_pass`` that are vLLM's from earlier steps."""
@@ -143,9 +175,24 @@ class _Model:
     carry: Any = None
     #: The tensor that holds them; elastic EP replaces it with one of another size.
     _carried_in: Any = None
+    #: Whether ``expert_load_pass`` holds counts that are the plugin's.
+    ours: bool = False
+    #: What :meth:`ExpertLoadWriter.record` is told and returns, if the plugin's counts add up.
+    since: int = 0
+
+    def restore(self) -> None:
+        """Leave ``expert_load_pass`` as it would be without the plugin."""
+        if self.ours:
+            carry = self.current_carry()
+            if carry is None:
+                self.state.expert_load_pass.zero_()
+            else:
+                self.state.expert_load_pass.copy_(carry)
+        self.ours, self.since = False, 0
 
     def keep_counts(self, counts: Any) -> None:
         self.carry, self._carried_in = counts.clone(), counts
+        self.ours, self.since = False, 0
 
     def current_carry(self) -> Any:
         """``carry`` in the tensor's current shape: vLLM keeps the counts of the slots that remain."""
@@ -176,10 +223,16 @@ class _Recorder:
         self._run_id: str | None = None
         self._start_id: str | None = None
         self._step = 0
-        #: Whether vLLM makes the router count in the current step, and whether the plugin does.
-        self._vllm_counts, self._we_count = True, False
+        #: Whether vLLM makes the router count in the current step.
+        self._vllm_counts = True
+        #: Whether the router counts in the current step, though vLLM does not make it.
+        self._we_count = False
         #: Whether vLLM adds this step to its window, which zeroes ``expert_load_pass``.
         self._vllm_records = False
+        #: vLLM's switch for the router, once it is known to be on.
+        self._switched_on: Any = None
+        #: Whether vLLM asks :meth:`keeps_counting` before it sets the switch.
+        self._switch_is_ours = hasattr(getattr(module.EplbState, _SWITCH, None), "__wrapped__")
 
     def close(self) -> None:
         """Begin to close the recording; does not wait for it."""
@@ -197,6 +250,8 @@ class _Recorder:
                 f"expert-load recording is off; vLLM {version()} continues: {type(error).__name__}: {error}"
             )
             warn_once(logger, text)
+            with contextlib.suppress(Exception):
+                self.restore_counts()
 
     def forward(self, model_config: Any, num_unpadded_tokens: int) -> None:
         """A model begins its forward pass."""
@@ -207,63 +262,87 @@ class _Recorder:
     def before(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Record what this rank routed in the pass that ends here."""
         if is_profile:  # before the engine serves; not a step
+            self._prepare()
             return
-        try:
-            self._record(is_dummy, log_stats)
-        finally:
-            self._restore_counts()
-
-    def _record(self, is_dummy: bool, log_stats: bool) -> None:
         group = self._module.get_ep_group()
         place = (group.rank_in_group, group.world_size)
         if place != self._position or self._models.keys() != self.state.model_states.keys():
             self._open_writers(group, place)
         self._vllm_records = self.state._should_record_current_step(log_stats=log_stats)
         sampled = self._step % self._settings.interval == 0
-        phase = self.current.phase() if sampled and not is_dummy else None
+        if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
+            for model in self._models.values():
+                model.writer.skip("dummy" if sampled else "not_sampled", self._step)
+            return
+        phase = self.current.phase() if sampled else None
         # It gives each rank a part of the padded tokens.
         split = self.state.parallel_config.use_sequence_parallel_moe
         for name, model in self._models.items():
-            if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
-                model.writer.skip("dummy" if sampled else "not_sampled", self._step)
-            else:
-                carry, counts = model.current_carry(), model.state.expert_load_pass
-                load = counts if carry is None else counts - carry
-                placement = model.state.physical_to_logical_map
-                tokens = None if split else self.current.tokens(name)
-                model.writer.record(self._step, load, placement, tokens, phase, ep_size=place[1])
+            self._record(model, None if split else self.current.tokens(name), phase, place[1])
 
-    def _restore_counts(self) -> None:
+    def _record(self, model: _Model, tokens: int | None, phase: str | None, ep_size: int) -> None:
+        carry, counts = model.current_carry(), model.state.expert_load_pass
+        load = counts if carry is None else counts - carry
+        placement = model.state.physical_to_logical_map
+        model.ours = model.ours or self._we_count
+        model.since = model.writer.record(
+            self._step, load, placement, tokens, phase, ep_size=ep_size, since=model.since
+        )
+        if model.ours:
+            adds_up = (
+                model.since
+                and carry is None
+                and self._settings.interval == 1
+                and self._step % _STEPS_OF_TOTAL
+            )
+            if self._vllm_records or (self._we_count and not adds_up):
+                model.restore()
+
+    def restore_counts(self) -> None:
         """Leave ``expert_load_pass`` as it would be without the plugin."""
-        if self._we_count:
-            self._we_count = False
-            for model in self._models.values():
-                carry = model.current_carry()
-                if carry is None:
-                    model.state.expert_load_pass.zero_()
-                else:
-                    model.state.expert_load_pass.copy_(carry)
+        for model in self._models.values():
+            model.restore()
+
+    def keeps_counting(self) -> bool:
+        """Make the router count in the next step, if that is to be recorded; False: vLLM decides."""
+        switch = self.state.should_record_tensor
+        if self._off or switch is None or (self._step + 1) % self._settings.interval or not self._models:
+            self._switched_on = None
+            return False
+        if switch is not self._switched_on:
+            switch.fill_(True)
+            self._switched_on = switch
+        return True
 
     def after(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
-        """Make the router count in the next step, if vLLM would not."""
+        """Take note of whether vLLM counts in the next step, which then has to find its own counts."""
         self.current.clear()
-        for model in self._models.values():
-            if is_dummy or (self._vllm_records and not is_profile):
-                model.carry = None
-            elif self._vllm_counts and not is_profile:
-                # vLLM counted but did not add it to its window: it stays, and later counts are added to it.
-                model.keep_counts(model.state.expert_load_pass)
         if is_profile:
             return
+        for model in self._models.values():
+            if is_dummy or self._vllm_records:  # vLLM has zeroed it
+                model.carry, model.ours, model.since = None, False, 0
+            elif self._vllm_counts:
+                # vLLM counted but did not add it to its window: it stays, and later counts are added to it.
+                model.keep_counts(model.state.expert_load_pass)
+        if not self._switch_is_ours:
+            self._switched_on = None
+            self.keeps_counting()
         self._step += 1
         self._vllm_counts = self.state._should_record_current_step(log_stats=log_stats)
-        self._we_count = (
-            not self._vllm_counts
-            and self._step % self._settings.interval == 0
-            and self.state.should_record_tensor is not None
-        )
-        if self._we_count:
-            self.state.should_record_tensor.fill_(True)
+        self._we_count = not self._vllm_counts and self._switched_on is not None
+        if self._vllm_counts:
+            self.restore_counts()
+
+    def _prepare(self) -> None:
+        """While vLLM measures its memory: what would otherwise take the first step tens of ms."""
+        config = self.state.parallel_config
+        if self._position is not None or getattr(config, "enable_elastic_ep", False):
+            return  # a rank that joins a running engine learns of its run and its step later
+        group = self._module.get_ep_group()
+        self._open_writers(group, (group.rank_in_group, group.world_size))
+        for model in self._models.values():
+            model.writer.prepare(model.state.expert_load_pass, model.state.physical_to_logical_map)
 
     def _open_writers(self, group: Any, place: tuple[int, int]) -> None:
         """Open missing writers: at the first step, or when EP rank or size changed.

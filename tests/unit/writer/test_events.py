@@ -30,45 +30,43 @@ class Device:
     """Two streams, on which work is done as soon as it is queued, by a clock in ms."""
 
     clock: float = 0.0
-    stream: int = 0
+    current: int = 0
     #: Whether a recorded event cannot be read, as one that a CUDA graph captured.
     captured: bool = False
     made: list[Event] = field(default_factory=list)
 
-    @property
-    def cuda_stream(self) -> int:
-        return self.stream
+    copy = None
 
-    def event(self) -> Event:
+    def keep_lock(self, keep: bool) -> None: ...
+
+    def stream(self) -> int:
+        return self.current
+
+    def new_event(self) -> Event:
         self.made.append(Event())
         return self.made[-1]
 
-    def current_stream(self, device: Any) -> Device:
-        return self
+    def record(self, event: Event, stream: int) -> None:
+        event.time, event.captured, event.awaited = self.clock, self.captured, False
+        event.stream = stream
 
-    def events(self, buffers: int) -> Events:
-        return Events(buffers, None, self.event, self.current_stream)
+    def wait(self, event: Event) -> None:
+        event.awaited = True
+
+    def elapsed_ms(self, start: Event, end: Event) -> float:
+        if start.captured or end.captured or start.time is None or end.time is None:
+            raise RuntimeError("CUDA driver error 400")
+        return end.time - start.time
 
 
+@dataclass
 class Event:
-    """What :class:`Events` uses of ``torch.cuda.Event``."""
+    """What :class:`Device` records."""
 
-    def __init__(self) -> None:
-        self.time: float | None = None
-        self.captured = self.awaited = False
-        self.stream = -1
-
-    def record(self, stream: Device) -> None:
-        self.time, self.captured, self.awaited = stream.clock, stream.captured, False
-        self.stream = stream.stream
-
-    def synchronize(self) -> None:
-        self.awaited = True
-
-    def elapsed_time(self, end: Event) -> float:
-        if self.captured or end.captured or self.time is None or end.time is None:
-            raise RuntimeError("CUDA error: invalid resource handle")
-        return end.time - self.time
+    time: float | None = None
+    captured: bool = False
+    awaited: bool = False
+    stream: int = -1
 
 
 class Engine:
@@ -77,7 +75,7 @@ class Engine:
     def __init__(self, device: Device, patch: pytest.MonkeyPatch) -> None:
         def on_device(example: Any, count: int) -> ring.Ring:
             made = ring.Ring(example, count)
-            made.events = device.events(count)
+            made.events = Events(count, device)
             return made
 
         patch.setattr(staging, "Ring", on_device)
@@ -101,7 +99,7 @@ class Engine:
             staged.load.ring.take(staged.load)
         if not lost:
             buffer = None if staged is None else staged.load
-            self.queue.append(Entry(step, 0, 0, status, -1, None, None, 2, buffer, None))
+            self.queue.append(Entry(step, 0, 0, status, -1, None, None, 2, buffer, None, 0))
         return True
 
     def drain(self, most: int) -> None:
@@ -151,14 +149,14 @@ def test_time_is_that_of_its_step_or_unknown(happens: list[tuple[str, int]]) -> 
         ring_slots: int | None = None
         for what, ms in happens:
             device.clock += ms
-            here = None if device.captured else (device.clock, device.stream)
+            here = None if device.captured else (device.clock, device.current)
             if what == "begin":
                 engine.begin()
                 began = None if ring_slots is None else (here,)
             elif what == "drain":
                 engine.drain(ms)
             elif what == "other stream":
-                device.stream = 1 - device.stream
+                device.current = 1 - device.current
             elif what == "captured":
                 device.captured = not device.captured
             elif what == "other shape":
@@ -209,7 +207,7 @@ def test_pass_is_timed_without_the_wait_in_front_if_the_engine_says_that_it_begi
 def test_all_copies_are_awaited_on_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Device(), monkeypatch)
     for step, stream in enumerate([0, 1, 1, 0]):
-        engine.device.stream = stream
+        engine.device.current = stream
         engine.call(step, np.zeros((LAYERS, SLOTS), np.int64))
     last = {stream: [e for e in engine.device.made if e.stream == stream][-1] for stream in (0, 1)}
     engine.drain(4)
