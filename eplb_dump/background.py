@@ -29,6 +29,7 @@ from eplb_dump.format.schema import Status
 from eplb_dump.format.session import SessionInfo, session_path, sync_session_file, write_session_file
 from eplb_dump.format.session_writer import SessionWriter
 from eplb_dump.latch import Latch
+from eplb_dump.ring import Buffer
 from eplb_dump.staging import Entry
 
 logger = logging.getLogger("eplb_dump")
@@ -255,11 +256,13 @@ class Background:
     def _next_batch(self) -> list[Entry]:
         """The next batch of the queue: steps of one segment, loads in consecutive buffers of one ring.
 
+        So are the placements, if there are several.
+
         It stays in the queue until it is in the journal, so that it is counted whatever goes wrong.
         """
         entries, session = self._accounting.entries, self._opened_session()
         batch = [entries[0]]
-        load, ep_size = batch[0].load, batch[0].ep_size
+        load, placement, ep_size = batch[0].load, batch[0].placement, batch[0].ep_size
         if batch[0].status is not Status.REJECTED:  # its step number may be wrong
             session.begin_batch(batch[0].step, _shape_of(batch[0]))
         room, due = BATCH_STEPS, len(entries)
@@ -272,10 +275,14 @@ class Background:
                 if load is None:  # the first load decides the shape
                     if session.shape not in (None, _shape_of(entry)):
                         break
-                elif entry.load[0] is not load[0] or entry.load[1] != load[1] + 1 or entry.ep_size != ep_size:
+                elif entry.ep_size != ep_size or not _follows(entry.load, load):
                     break
                 room = min(BATCH_STEPS, 1 + BATCH_BYTES // entry.load[0].slot_bytes)
                 load, ep_size = entry.load, entry.ep_size
+            if entry.placement is not None:
+                if placement is not None and not _follows(entry.placement, placement):
+                    break
+                placement = entry.placement
             batch.append(entry)
         if load is not None and session.shape is None:
             session.shape = Shape(ep_size, *load.ring.shape)
@@ -402,6 +409,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"
     return f"{type(error).__name__}: {error}" if str(error) else repr(error)
+
+
+def _follows(buffer: Buffer, last: Buffer) -> bool:
+    """Whether a buffer is right behind another one in memory."""
+    return buffer[0] is last[0] and buffer[1] == last[1] + 1
 
 
 def _shape_of(entry: Entry) -> Shape | None:

@@ -58,7 +58,8 @@ class Encoder:
         """Encode a batch, and reject what cannot be recorded.
 
         Args:
-            batch: its loads are in consecutive buffers of one ring, which are released.
+            batch: its loads are in consecutive buffers of one ring, and so are its placements; both are
+                released.
             first_step: no placement is stated for a step before this one.
         """
         status = np.array([entry.status for entry in batch], np.uint8)
@@ -164,8 +165,6 @@ class Encoder:
             return []
         ring, low, _ = given[0]
         high = given[-1].number
-        if given[-1].ring is not ring or high - low + 1 != len(given):
-            return [True] * len(given)
         maps = ring.host[low : high + 1]
         last = self._placements.current
         first = (

@@ -273,12 +273,8 @@ class ChangeDetector:
 
     @staticmethod
     def version(tensor: Any) -> int | None:
-        if isinstance(tensor, np.ndarray):
-            return None
-        try:
-            return int(tensor._version)
-        except RuntimeError:  # an inference tensor
-            return None
+        # An inference tensor has none; asking for it all the same raises, which takes longer than a copy.
+        return None if isinstance(tensor, np.ndarray) or tensor.is_inference() else int(tensor._version)
 
 
 def _values_of(tensor: Any) -> memoryview | None:
