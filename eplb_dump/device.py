@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from typing import Any, Protocol
 
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
@@ -22,12 +21,18 @@ class Device(Protocol):
     """A device on which the engine's thread queues copies and events. None of it waits for the device.
 
     Attributes:
-        copy: copies bytes on the device into page-locked memory: target address, source address, size. On
-            the current stream. None: torch's ``copy_`` is to be used.
+        copies_by_address: whether there is :meth:`copy`; else torch's ``copy_`` is to be used.
+        keeps_lock: whether calls of the engine's thread keep the interpreter lock, if the device can choose.
     """
 
-    @property
-    def copy(self) -> Callable[[int, int, int], None] | None: ...
+    copies_by_address: bool
+    keeps_lock: bool
+
+    def copy(self, target: int, source: int, size: int, event: Any) -> Any:
+        """Copy bytes on the device into page-locked memory, with an event behind it if one is given.
+
+        On the current stream, which is returned.
+        """
 
     def stream(self) -> Any:
         """The stream on which the engine works now; streams can be compared and hashed."""
@@ -43,9 +48,6 @@ class Device(Protocol):
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """The time between two events. Raises if one of them cannot be read."""
-
-    def keep_lock(self, keep: bool) -> None:
-        """Whether calls of the engine's thread keep the interpreter lock, if the device can choose."""
 
 
 def device_of(tensor: Any) -> Device | None:
@@ -69,12 +71,16 @@ _devices: dict[Any, Device] = {}
 class Torch:
     """torch's public calls."""
 
-    copy: None = None
+    copies_by_address = False
 
     def __init__(self, device: Any) -> None:
+        self.keeps_lock = False
         torch: Any = sys.modules["torch"]
         self._device = device
         self._cuda = torch.cuda
+
+    def copy(self, target: int, source: int, size: int, event: Any) -> Any:
+        raise NotImplementedError
 
     def stream(self) -> Any:
         return self._cuda.current_stream(self._device)
@@ -91,9 +97,6 @@ class Torch:
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
         return float(start.elapsed_time(end))
-
-    def keep_lock(self, keep: bool) -> None:
-        pass
 
 
 class _Calls:
@@ -123,7 +126,10 @@ class Driver:
     Raises OSError, AttributeError or RuntimeError if this driver or this torch lacks something.
     """
 
+    copies_by_address = True
+
     def __init__(self, index: int) -> None:
+        self.keeps_lock = True
         torch: Any = sys.modules["torch"]
         self._index = index
         self._current_stream = torch._C._cuda_getCurrentRawStream
@@ -132,7 +138,6 @@ class Driver:
         self._keeping, self._releasing = (
             _Calls(kind("libcuda.so.1")) for kind in (ctypes.PyDLL, ctypes.CDLL)
         )
-        self._calls = self._keeping
         context = ctypes.c_void_p()
         with self._on_device(index):
             _check(self._keeping.context(ctypes.byref(context)))
@@ -140,12 +145,19 @@ class Driver:
             raise RuntimeError("torch has no CUDA context")
         self._context = context.value
 
-    def copy(self, target: int, source: int, size: int) -> None:
-        if self._current_device() == self._index:
-            _check(self._calls.copy(target, source, size, self._current_stream(self._index)))
-        else:
+    def copy(self, target: int, source: int, size: int, event: int | None) -> int:
+        calls = self._keeping if self.keeps_lock else self._releasing
+        stream: int = self._current_stream(self._index)
+        if (
+            not stream and self._current_device() != self._index
+        ):  # 0 is the default stream of the current device
             with self._on_device(self._index):
-                _check(self._calls.copy(target, source, size, self._current_stream(self._index)))
+                code = calls.copy(target, source, size, 0) or (event and calls.record(event, 0))
+        else:
+            code = calls.copy(target, source, size, stream) or (event and calls.record(event, stream))
+        if code:
+            raise RuntimeError(f"CUDA driver error {code}")
+        return stream
 
     def stream(self) -> int:
         stream: int = self._current_stream(self._index)
@@ -158,7 +170,7 @@ class Driver:
         return event.value
 
     def record(self, event: int, stream: int) -> None:
-        _check(self._calls.record(event, stream))
+        _check((self._keeping if self.keeps_lock else self._releasing).record(event, stream))
 
     def wait(self, event: int) -> None:
         _check(self._keeping.enter(self._context))  # of this thread, which has none
@@ -168,9 +180,6 @@ class Driver:
         took = ctypes.c_float()
         _check(self._keeping.elapsed(ctypes.byref(took), start, end))
         return took.value
-
-    def keep_lock(self, keep: bool) -> None:
-        self._calls = self._keeping if keep else self._releasing
 
 
 def _check(code: int) -> None:

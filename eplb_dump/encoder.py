@@ -148,9 +148,9 @@ class Encoder:
                 faults.append(LAST_MAP_INVALID if self._fault is not None else None)
                 continue
             # `differs` compares with the placement before this one, which may not have been taken.
-            if next(differs) or not taken:
+            shape = None if entry.load is None else tuple(entry.load.ring.shape)
+            if next(differs) or not taken or shape not in (None, tuple(entry.placement.ring.shape)):
                 raw = entry.placement.ring.host[entry.placement.number]
-                shape = None if entry.load is None else tuple(entry.load.ring.shape)
                 taken = shape is not None or self._fits(raw, entry.step, entry.ep_size)
                 if taken:
                     frames += self._take_placement(raw, entry.step, entry.ep_size, shape)

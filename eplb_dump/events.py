@@ -55,13 +55,15 @@ class Events:
         self._device.record(self._starts[step % self._size], stream)
         self._began = call, stream
 
-    def mark(self, step: int, call: int = -1) -> None:
-        """All copies of a step are on the stream."""
+    def end(self, step: int) -> Any:
+        """The event to record behind all copies of a step."""
+        return self._ends[step % self._size]
+
+    def ended(self, step: int, stream: Any, call: int = -1) -> None:
+        """The event is recorded on a stream."""
         at = step % self._size
-        stream = self._device.stream()
-        self._device.record(self._ends[at], stream)
-        self._streams[at] = stream
         began, begin_stream = self._began
+        self._streams[at] = stream
         self._begin_streams[at] = begin_stream if began == call else None
         self._calls[at] = call
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from eplb_dump.device import Device, device_of
+from eplb_dump.device import device_of
 from eplb_dump.events import Events
 
 # Not ctypes.memmove, which releases the interpreter lock for the few microseconds of the copy. A thread
@@ -60,15 +59,16 @@ class Ring:
         "_addresses",
         "_base",
         "_bytes",
-        "_copy",
         "_device",
+        "_device_calls",
         "_dtype",
         "_last",
         "_last_but_one",
         "_marks",
         "_not_copied",
         "_plain",
-        "_queued_on",
+        "_seen",
+        "_source",
         "_targets",
         "count",
         "events",
@@ -98,8 +98,10 @@ class Ring:
         self._bytes: list[memoryview] = []
         self._addresses: list[int] = []
         self._plain: Any = None
-        self._copy: Callable[[int, int, int], object] | None = None
-        self._queued_on: Device | None = None
+        self._device_calls: Any = None
+        #: The tensor that was copied last, and its address, if it can be copied by address.
+        self._seen: Any = None
+        self._source = 0
         #: The last element of each buffer on a device, and a value that no tensor has there.
         self._marks: memoryview | None = None
         self._not_copied = 0
@@ -122,33 +124,42 @@ class Ring:
         if example.layout != torch.strided or example.device.type == "meta":
             raise StagingError(f"of layout {example.layout} on {example.device}")
         self._device = example.device
-        device = self._queued_on = device_of(example)
+        device = self._device_calls = device_of(example)
         # A buffer made under inference_mode could not be written outside it.
         with torch.inference_mode(False):
             block = torch.empty((self.count, *self.shape), dtype=self._dtype, pin_memory=device is not None)
             self.host = block.numpy()
             self._targets = list(block)
         if device is not None:
-            self._copy = device.copy
             self.events = Events(self.count, device)
             self._marks = self.host[:, -1, -1].data
             limits = np.iinfo(self.host.dtype)
             self._not_copied = limits.min or limits.max
-        elif self._device.type == "cpu":
-            self._copy = _memmove
-        if self._copy is not None:
+        if self._device.type == "cpu" if device is None else device.copies_by_address:
             self._plain = torch.Tensor
             self._addresses = [buffer.data_ptr() for buffer in self._targets]
 
     # ---- the engine's thread
 
     def fits(self, tensor: Any) -> Any:
-        """Whether a tensor has this ring's shape, type and device. Raises whatever the tensor raises."""
-        return (
-            tensor.shape == self.shape
-            and tensor.dtype == self._dtype
-            and (not self.is_torch or tensor.device == self._device)
-        )
+        """Whether a tensor has this ring's shape, type and device. Raises whatever the tensor raises.
+
+        An engine hands over the same tensor in every step: the same object at the same address is not looked
+        at again, which with cold caches takes longer than the copy.
+        """
+        if tensor is self._seen and tensor.data_ptr() == self._source:
+            return True
+        self._seen = None
+        if tensor.shape != self.shape or tensor.dtype != self._dtype:
+            return False
+        if self.is_torch:
+            if tensor.device != self._device:
+                return False
+            # A subclass may keep its values elsewhere, and a null pointer means that there is no memory.
+            if self._addresses and type(tensor) is self._plain and tensor.is_contiguous():
+                self._source = tensor.data_ptr()
+                self._seen = tensor if self._source else None
+        return True
 
     def free(self) -> Buffer | None:
         """The next free buffer, or None if all are in use."""
@@ -166,31 +177,32 @@ class Ring:
         self.taken = buffer.taken
         return self.taken - self.released >= self.many
 
-    def fill(self, index: int, tensor: Any) -> None:
-        """Start to copy a tensor that fits. Never waits for a device."""
-        if self.is_torch:
-            if self._marks is not None:
-                self._note_progress(index)
-            # A subclass may keep its values elsewhere, and a null pointer means that there is no memory.
-            if self._copy is not None and type(tensor) is self._plain and tensor.is_contiguous():
-                address = tensor.data_ptr()
-                if address:
-                    self._copy(self._addresses[index], address, self.slot_bytes)
-                    return
+    def fill(self, index: int, tensor: Any, event: Any = None) -> Any:
+        """Start to copy a tensor for which :meth:`fits` was just true. Never waits for a device.
+
+        Returns the stream on which the copy is queued, and the event behind it, if one is given.
+        """
+        device, marks = self._device_calls, self._marks
+        if marks is not None:
+            # What was copied two steps ago has arrived, or the device lags.
+            device.keeps_lock = marks[self._last_but_one] != self._not_copied
+            marks[index] = self._not_copied
+            self._last_but_one, self._last = self._last, index
+        if tensor is self._seen:
+            if device is not None:
+                return device.copy(self._addresses[index], self._source, self.slot_bytes, event)
+            _memmove(self._addresses[index], self._source, self.slot_bytes)
+        elif self.is_torch:
             self._targets[index].copy_(tensor, non_blocking=True)
         elif tensor.flags.c_contiguous:
             self._bytes[index][:] = tensor.data.cast("B")
         else:
             np.copyto(self._targets[index], tensor)
-
-    def _note_progress(self, index: int) -> None:
-        """Tell the device whether it keeps up: what was copied two steps ago has arrived, or it lags."""
-        marks, device = self._marks, self._queued_on
-        assert marks is not None
-        assert device is not None
-        device.keep_lock(marks[self._last_but_one] != self._not_copied)
-        marks[index] = self._not_copied
-        self._last_but_one, self._last = self._last, index
+        if event is None:
+            return None
+        stream = device.stream()
+        device.record(event, stream)
+        return stream
 
     # ---- the background thread
 

@@ -115,7 +115,6 @@ class Staging:
         target = ring.free()
         if target is None:
             return _QUEUE_IS_FULL
-        index = target[1]
         buffer = None
         try:
             if placement is not None:
@@ -125,9 +124,11 @@ class Staging:
                     buffer = self._copy_placement(placement)
                     if buffer is None:
                         return _QUEUE_IS_FULL
-            ring.fill(index, load)
-            if ring.events is not None:
-                ring.events.mark(target[2], call)  # of both copies
+            events = ring.events
+            if events is None:
+                ring.fill(target[1], load)
+            else:  # behind both copies
+                events.ended(target[2], ring.fill(target[1], load, events.end(target[2])), call)
         except StagingError as error:
             return Refused(f"physical_to_logical_map is {error}", "placement")
         except Exception as error:
@@ -145,16 +146,16 @@ class Staging:
         if self._changes.unchanged(placement):
             self.placement_lost = False
             return NOTHING
-        buffer = self._copy_placement(placement)
-        if buffer is None:
-            return NOTHING
-        if buffer.ring.events is not None:
-            buffer.ring.events.mark(buffer.taken)
-        return Staged(None, buffer, placement)
+        buffer = self._copy_placement(placement, alone=True)
+        return NOTHING if buffer is None else Staged(None, buffer, placement)
 
     def lose_placement(self) -> None:
         """A placement was handed over that may not be queued."""
         self.placement_lost = True
+
+    def queues_placement(self) -> None:
+        """A placement is about to be queued: the one before it is no longer the last."""
+        self._changes.forget()
 
     def note_queued(self, staged: Staged) -> None:
         """Remember a placement, once its step is queued."""
@@ -162,18 +163,22 @@ class Staging:
         self._staged_with = None if staged.load is None else staged.load.ring
         self.placement_lost = False
 
-    def _copy_placement(self, placement: Any) -> Buffer | None:
-        """Start to copy a placement; None if all buffers are in use.
+    def _copy_placement(self, placement: Any, *, alone: bool = False) -> Buffer | None:
+        """Start to copy a placement; None if all buffers are in use. ``alone``: no load is copied behind it.
 
         Until its step is queued, the placement counts as lost, whatever goes wrong or interrupts.
         """
         self.lose_placement()
-        self._changes.forget()
         if self._placements is None or not self._placements.fits(placement):
             self._placements = self._ring_for_placements(placement)
-        buffer = self._placements.free()
+        ring = self._placements
+        buffer = ring.free()
         if buffer is not None:
-            self._placements.fill(buffer.number, placement)
+            if alone and ring.events is not None:
+                stream = ring.fill(buffer.number, placement, ring.events.end(buffer.taken))
+                ring.events.ended(buffer.taken, stream)
+            else:
+                ring.fill(buffer.number, placement)
         return buffer
 
     def _ring_for_loads(self, load: Any) -> Ring:

@@ -161,6 +161,8 @@ class ExpertLoadWriter:
         )
         self._ep_rank, self._ep_size, self._interval = info.ep_rank, info.ep_size, info.interval
         self._next_step = 0
+        #: A phase that has been checked.
+        self._last_phase: str | None = None
         self._accounting = Accounting()
         self._background = Background(root, info, self._accounting, limits)
         # A writer that is dropped ends like one that is closed. At exit, eplb_dump.process does that.
@@ -336,11 +338,15 @@ class ExpertLoadWriter:
         step_ms: float | None,
         since: int,
     ) -> int:
-        number = self._next_step if step is None else self._check_step(step)
-        if number is None:
-            if placement is not None:
-                self._staging.lose_placement()
-            return 0
+        if type(step) is int and self._next_step <= step < MAX_NUMBER:
+            number = step
+        else:
+            checked = self._next_step if step is None else self._check_step(step)
+            if checked is None:
+                if placement is not None:
+                    self._staging.lose_placement()
+                return 0
+            number = checked
         self._next_step = number + 1
         if self._accounting.refuses is not None:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
@@ -429,19 +435,11 @@ class ExpertLoadWriter:
             if accounting.state is not PLACED:
                 self._count_dropped(why)
             return 0
-        if num_tokens is None:
-            num_tokens = -1
-        elif not is_integer(num_tokens) or not 0 <= num_tokens < MAX_NUMBER:
-            self._notice("num_tokens is not a count; recording the step without it")
-            num_tokens = -1
-        if isinstance(phase, str):
-            # Of a subclass, such as a member of an enumeration, only its text.
-            phase = str.__str__(phase)
-        if phase is not None and not (
-            isinstance(phase, str) and len(phase) <= MAX_PHASE and phase.isprintable()
-        ):
-            self._notice("phase is not a short text; recording the step without it")
-            phase = None
+        # In the order of what an engine gives in every step.
+        if type(num_tokens) is not int or not 0 <= num_tokens < MAX_NUMBER:
+            num_tokens = self._checked_tokens(num_tokens)
+        if phase is not self._last_phase:
+            phase = self._last_phase = self._checked_phase(phase)
         if step_ms is not None and not is_duration(step_ms):
             self._notice("step_ms is not a time in ms; recording the step without it")
             step_ms = None
@@ -461,6 +459,7 @@ class ExpertLoadWriter:
             fills_up = taken - ring.released >= ring.many
         if placement is not None:
             fills_up = placement.ring.take(placement) or fills_up
+            self._staging.queues_placement()
         entries.append(entry)
         accounting.state = PLACED
         if placement is not None:
@@ -468,6 +467,24 @@ class ExpertLoadWriter:
         if fills_up:
             self._background.wake()
         return taken
+
+    def _checked_tokens(self, num_tokens: Any) -> int:
+        if num_tokens is None:
+            return -1
+        if is_integer(num_tokens) and 0 <= num_tokens < MAX_NUMBER:
+            return int(num_tokens)
+        self._notice("num_tokens is not a count; recording the step without it")
+        return -1
+
+    def _checked_phase(self, phase: Any) -> str | None:
+        if isinstance(phase, str):
+            # Of a subclass, such as a member of an enumeration, only its text.
+            text = str.__str__(phase)
+            if len(text) <= MAX_PHASE and text.isprintable():
+                return text
+        if phase is not None:
+            self._notice("phase is not a short text; recording the step without it")
+        return None
 
     def _stage_alone(self, placement: Any) -> Staged:
         """Stage a placement whose load is not recorded."""

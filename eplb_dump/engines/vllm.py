@@ -129,7 +129,7 @@ def _install(module: Any, settings: Settings) -> None:
 
         @functools.wraps(switch)
         def set_switch(self: Any, *arguments: Any, **named: Any) -> None:
-            if not recorder_of(self).keeps_counting():
+            if not recorder_of(self).keeps_counting(*arguments, **named):
                 switch(self, *arguments, **named)
 
         setattr(state, _SWITCH, set_switch)
@@ -220,11 +220,21 @@ class _Recorder:
         self._number = next(_states)
         # A second engine in this process starts its own run; the writers of the first one are closed.
         weakref.finalize(state, _close_all, self._models).atexit = False
+        self._ep_size = 0
+        #: Whether the plugin's counts may add up: without steps between that are not recorded.
+        self._adds_up = settings.interval == 1
         self._run_id: str | None = None
         self._start_id: str | None = None
         self._step = 0
-        #: Whether vLLM makes the router count in the current step.
-        self._vllm_counts = True
+        #: Whether vLLM makes the router count in the current step, and in the next one.
+        self._vllm_counts = self._vllm_counts_next = True
+        #: The ``log_stats`` for which vLLM was asked that.
+        self._asked_for: bool | None = None
+        config = state.parallel_config
+        #: EP rank and size change with elastic EP only.
+        self._place_may_change = bool(getattr(config, "enable_elastic_ep", False))
+        #: Then it gives each rank a part of the padded tokens.
+        self._splits_tokens = bool(config.use_sequence_parallel_moe)
         #: Whether the router counts in the current step, though vLLM does not make it.
         self._we_count = False
         #: Whether vLLM adds this step to its window, which zeroes ``expert_load_pass``.
@@ -264,47 +274,62 @@ class _Recorder:
         if is_profile:  # before the engine serves; not a step
             self._prepare()
             return
-        group = self._module.get_ep_group()
-        place = (group.rank_in_group, group.world_size)
-        if place != self._position or self._models.keys() != self.state.model_states.keys():
-            self._open_writers(group, place)
-        self._vllm_records = self.state._should_record_current_step(log_stats=log_stats)
-        sampled = self._step % self._settings.interval == 0
+        state = self.state
+        if self._place_may_change or len(self._models) != len(state.model_states):
+            group = self._module.get_ep_group()
+            place = (group.rank_in_group, group.world_size)
+            if place != self._position or self._models.keys() != state.model_states.keys():
+                self._open_writers(group, place)
+        if log_stats is self._asked_for and not self._place_may_change:
+            self._vllm_records = self._vllm_counts
+        else:
+            self._vllm_records = state._should_record_current_step(log_stats=log_stats)
         if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
+            sampled = self._step % self._settings.interval == 0
             for model in self._models.values():
                 model.writer.skip("dummy" if sampled else "not_sampled", self._step)
             return
-        phase = self.current.phase() if sampled else None
-        # It gives each rank a part of the padded tokens.
-        split = self.state.parallel_config.use_sequence_parallel_moe
+        current = self.current
+        phase = current.phase()
         for name, model in self._models.items():
-            self._record(model, None if split else self.current.tokens(name), phase, place[1])
+            tokens = None if self._splits_tokens else current.tokens.get(name)
+            self._record(model, tokens, phase)
 
-    def _record(self, model: _Model, tokens: int | None, phase: str | None, ep_size: int) -> None:
-        carry, counts = model.current_carry(), model.state.expert_load_pass
-        load = counts if carry is None else counts - carry
-        placement = model.state.physical_to_logical_map
-        model.ours = model.ours or self._we_count
-        model.since = model.writer.record(
-            self._step, load, placement, tokens, phase, ep_size=ep_size, since=model.since
+    def _record(self, model: _Model, tokens: int | None, phase: str | None) -> None:
+        state, carry = model.state, model.carry
+        load = state.expert_load_pass
+        if carry is not None:
+            carry = model.current_carry()
+            load = load - carry
+        if self._we_count:
+            model.ours = True
+        model.since = since = model.writer.record(
+            self._step,
+            load,
+            state.physical_to_logical_map,
+            tokens,
+            phase,
+            ep_size=self._ep_size,
+            since=model.since,
         )
-        if model.ours:
-            adds_up = (
-                model.since
-                and carry is None
-                and self._settings.interval == 1
-                and self._step % _STEPS_OF_TOTAL
-            )
-            if self._vllm_records or (self._we_count and not adds_up):
-                model.restore()
+        if model.ours and (
+            self._vllm_records
+            or not self._adds_up
+            or not since
+            or carry is not None
+            or not self._step % _STEPS_OF_TOTAL
+        ):
+            model.restore()
 
     def restore_counts(self) -> None:
         """Leave ``expert_load_pass`` as it would be without the plugin."""
         for model in self._models.values():
             model.restore()
 
-    def keeps_counting(self) -> bool:
+    def keeps_counting(self, log_stats: bool = False) -> bool:
         """Make the router count in the next step, if that is to be recorded; False: vLLM decides."""
+        self._asked_for = log_stats
+        self._vllm_counts_next = self.state._should_record_current_step(log_stats=log_stats)
         switch = self.state.should_record_tensor
         if self._off or switch is None or (self._step + 1) % self._settings.interval or not self._models:
             self._switched_on = None
@@ -319,17 +344,18 @@ class _Recorder:
         self.current.clear()
         if is_profile:
             return
-        for model in self._models.values():
-            if is_dummy or self._vllm_records:  # vLLM has zeroed it
+        if is_dummy or self._vllm_records:  # vLLM has zeroed it
+            for model in self._models.values():
                 model.carry, model.ours, model.since = None, False, 0
-            elif self._vllm_counts:
-                # vLLM counted but did not add it to its window: it stays, and later counts are added to it.
+        elif self._vllm_counts:
+            # vLLM counted but did not add it to its window: it stays, and later counts are added to it.
+            for model in self._models.values():
                 model.keep_counts(model.state.expert_load_pass)
         if not self._switch_is_ours:
             self._switched_on = None
-            self.keeps_counting()
+            self.keeps_counting(log_stats)
         self._step += 1
-        self._vllm_counts = self.state._should_record_current_step(log_stats=log_stats)
+        self._vllm_counts = self._vllm_counts_next
         self._we_count = not self._vllm_counts and self._switched_on is not None
         if self._vllm_counts:
             self.restore_counts()
@@ -353,6 +379,7 @@ class _Recorder:
         if self._position is not None and self._position[0] != place[0]:
             _close_all(self._models)
         new_position, self._position = place != self._position, place
+        self._ep_size = place[1]
         stage, store = _pipeline_stage(self.state.parallel_config), _store_of(group)
         key, start_key = f"eplb_dump/run/{stage}/{place[1]}", START_KEY
         if getattr(group, "tcp_store_group", None) is None:  # otherwise the store belongs to this group

@@ -31,8 +31,8 @@ class CurrentPass:
 
     def __init__(self) -> None:
         self._scheduled: Any = None
-        #: By model, as they begin their forward passes; None: not known.
-        self._tokens: dict[str, int | None] = {}
+        #: By model, as they begin their forward passes; None, or no entry: not known.
+        self.tokens: dict[str, int | None] = {}
         self._names: dict[int, str] = {}
         self._off = False
 
@@ -53,7 +53,7 @@ class CurrentPass:
 
     def scheduled(self, output: Any) -> None:
         """The model runner is about to run what the scheduler chose."""
-        self._scheduled, self._tokens = output, {}
+        self._scheduled, self.tokens = output, {}
 
     def begins(self, model_config: Any, num_tokens: int) -> str | None:
         """A forward pass begins: the key of its model, if it is that model's first in this pass."""
@@ -62,14 +62,11 @@ class CurrentPass:
         name = self._names.get(id(model_config))
         if name is None:
             name = self._names[id(model_config)] = model_config.compute_hash()
-        if name in self._tokens:
+        if name in self.tokens:
             return None
         # The main model is first. A drafter may run several times, in a CUDA graph unseen from here.
-        self._tokens[name] = None if self._tokens else num_tokens
+        self.tokens[name] = None if self.tokens else num_tokens
         return name
-
-    def tokens(self, name: str) -> int | None:
-        return self._tokens.get(name)
 
     def phase(self) -> str | None:
         if self._off:
@@ -84,7 +81,7 @@ class CurrentPass:
             return None
 
     def clear(self) -> None:
-        self._scheduled, self._tokens = None, {}
+        self._scheduled, self.tokens = None, {}
 
 
 def watch_runner(module: Any) -> None:
@@ -116,7 +113,9 @@ def phase(scheduled: Any) -> str:
     """
     cached, drafts = scheduled.scheduled_cached_reqs, scheduled.scheduled_spec_decode_tokens
     given, outputs, resumed = scheduled.num_scheduled_tokens, cached.num_output_tokens, cached.resumed_req_ids
-    undrafted = scheduled.total_num_scheduled_tokens - sum(map(len, drafts.values()))
+    undrafted = scheduled.total_num_scheduled_tokens
+    if drafts:
+        undrafted -= sum(map(len, drafts.values()))
     if not (scheduled.scheduled_new_reqs or resumed or undrafted > len(given) or 0 in outputs):
         return "decode"
     decodes = (

@@ -35,9 +35,11 @@ class Device:
     captured: bool = False
     made: list[Event] = field(default_factory=list)
 
-    copy = None
+    copies_by_address: bool = False
+    keeps_lock: bool = True
 
-    def keep_lock(self, keep: bool) -> None: ...
+    def copy(self, target: int, source: int, size: int, event: Event) -> int:
+        raise NotImplementedError
 
     def stream(self) -> int:
         return self.current
@@ -75,7 +77,7 @@ class Engine:
     def __init__(self, device: Device, patch: pytest.MonkeyPatch) -> None:
         def on_device(example: Any, count: int) -> ring.Ring:
             made = ring.Ring(example, count)
-            made.events = Events(count, device)
+            made.events, made._device_calls = Events(count, device), device
             return made
 
         patch.setattr(staging, "Ring", on_device)
