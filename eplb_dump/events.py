@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from eplb_dump.device import Device
@@ -55,15 +56,11 @@ class Events:
         self._device.record(self._starts[step % self._size], stream)
         self._began = call, stream
 
-    def end(self, step: int) -> Any:
-        """The event to record behind all copies of a step."""
-        return self._ends[step % self._size]
-
-    def ended(self, step: int, stream: Any, call: int = -1) -> None:
-        """The event is recorded on a stream."""
+    def mark(self, step: int, fill: Callable[..., Any], index: int, tensor: Any, call: int = -1) -> None:
+        """Copy a step's last tensor with a ring's ``fill``, and record the step's event behind the copy."""
         at = step % self._size
+        self._streams[at] = fill(index, tensor, self._ends[at])
         began, begin_stream = self._began
-        self._streams[at] = stream
         self._begin_streams[at] = begin_stream if began == call else None
         self._calls[at] = call
 

@@ -128,7 +128,7 @@ class Staging:
             if events is None:
                 ring.fill(target[1], load)
             else:  # behind both copies
-                events.ended(target[2], ring.fill(target[1], load, events.end(target[2])), call)
+                events.mark(target[2], ring.fill, target[1], load, call)
         except StagingError as error:
             return Refused(f"physical_to_logical_map is {error}", "placement")
         except Exception as error:
@@ -175,8 +175,7 @@ class Staging:
         buffer = ring.free()
         if buffer is not None:
             if alone and ring.events is not None:
-                stream = ring.fill(buffer.number, placement, ring.events.end(buffer.taken))
-                ring.events.ended(buffer.taken, stream)
+                ring.events.mark(buffer.taken, ring.fill, buffer.number, placement)
             else:
                 ring.fill(buffer.number, placement)
         return buffer
