@@ -136,9 +136,10 @@ class Encoder:
     def _take_placements(self, batch: Sequence[Entry]) -> tuple[list[bytes], list[str | None]]:
         """The frames of placements that changed; and for each entry why its placement cannot be used."""
         given = [entry.placement for entry in batch if entry.placement is not None]
-        for entry in batch:
-            if entry.load is None and entry.placement is not None:  # else the load's event covers both
-                entry.placement.ring.wait(entry.placement, entry.placement)
+        # With a load, its event covers both.
+        alone = [entry.placement for entry in batch if entry.load is None and entry.placement is not None]
+        if alone:
+            alone[0].ring.wait(alone[0], alone[-1])
         differs = iter(self._differing(batch, given))
         frames: list[bytes] = []
         faults: list[str | None] = []

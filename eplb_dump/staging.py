@@ -228,10 +228,12 @@ class ChangeDetector:
     On a device they always may have changed.
     """
 
-    __slots__ = ("_last", "_values", "_version")
+    __slots__ = ("_counted", "_last", "_values", "_version")
 
     def __init__(self) -> None:
         self._last: Any = None
+        #: Whether ``_last`` counts its versions.
+        self._counted = True
         self._version: int | None = None
         #: The values of ``_last`` in bytes, if it has no version and they can be compared.
         self._values: bytearray | None = None
@@ -268,9 +270,11 @@ class ChangeDetector:
 
     def remember(self, tensor: Any, copy: Buffer | None) -> None:
         """``copy``: of a tensor in ordinary memory, a buffer that has its values."""
+        # Asking an inference tensor releases the interpreter lock, which must not happen in every step.
+        known = tensor is self._last and not self._counted
+        version = None if known else self.version(tensor)
         self.forget()
-        self._last = tensor
-        version = self.version(tensor)
+        self._last, self._counted = tensor, version is not None
         if version is None and copy is not None and copy.ring.events is None:
             self._values = bytearray(copy.ring.host[copy.number])
         self._version = version
