@@ -51,14 +51,16 @@ def spin(seconds: float) -> None:
 
 
 def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
-    """Microseconds of each call, the first tenth left out."""
-    took = np.empty(steps)
+    """Microseconds of each call, without the first tenth and those that return 0: their step was dropped."""
+    took = np.full(steps, np.nan)
     for i in range(steps):
         before()
         start = time.perf_counter_ns()
-        call(i)
-        took[i] = time.perf_counter_ns() - start
-    return took[steps // 10 :] / 1e3
+        taken = call(i)
+        if not isinstance(taken, int) or taken:
+            took[i] = time.perf_counter_ns() - start
+    took = took[steps // 10 :] / 1e3
+    return took[~np.isnan(took)]
 
 
 def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]) -> Any:
@@ -76,7 +78,7 @@ def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]
 def line(name: str, took: Any, base: Any | None = None) -> None:
     p50, p99, worst = np.percentile(took, [50, 99, 100])
     ratio = "" if base is None else f"   {p50 / np.percentile(base, 50):5.2f}x bare"
-    print(f"{name:46s} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}")
+    print(f"{name:46s} {len(took):5d} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}")
 
 
 def cpu(folder: str, steps: int, pace_ms: float) -> None:
@@ -154,8 +156,8 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
             writer.record(None, batch[0], placement)
             torch.cuda.synchronize()
 
-            def record(i: int, w: ExpertLoadWriter = writer) -> None:
-                w.record(None, batch[i % 64], placement)
+            def record(i: int, w: ExpertLoadWriter = writer) -> int:
+                return w.record(None, batch[i % 64], placement)
 
             def strict(i: int, w: ExpertLoadWriter = writer) -> None:
                 with no_synchronization():
@@ -171,16 +173,16 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
 
             line(f"{state}: begin_step, with two mode switches", measure(begin, 200, before), bare)
 
-            def timed(i: int, w: ExpertLoadWriter = writer) -> None:
+            def timed(i: int, w: ExpertLoadWriter = writer) -> int:
                 w.begin_step()
-                w.record(None, batch[i % 64], placement)
+                return w.record(None, batch[i % 64], placement)
 
             line(f"{state}: begin_step and record", measure(timed, steps, before), bare)
             with torch.inference_mode():
                 uncounted = placement.clone()
 
-                def record_both(i: int, w: ExpertLoadWriter = writer, m: Any = uncounted) -> None:
-                    w.record(None, batch[i % 64], m)
+                def record_both(i: int, w: ExpertLoadWriter = writer, m: Any = uncounted) -> int:
+                    return w.record(None, batch[i % 64], m)
 
                 took = measure(record_both, steps, before)
             line(f"{state}: record, map an inference tensor", took, bare)

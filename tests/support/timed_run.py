@@ -61,6 +61,6 @@ def write_timed(
     ):
         for step, load in enumerate(loads):
             clock.return_value = int(ends[step])
-            assert opened.record(first + step, load, placement, phase=names[step]) > 0
+            opened.record(first + step, load, placement, phase=names[step])
             assert step % 100 or opened.flush(60)
     return TimedRun(root, ms, cost, tokens)

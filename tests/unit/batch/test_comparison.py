@@ -67,6 +67,6 @@ def test_run_that_cannot_be_compared_does_not_pass(tmp_path: Path) -> None:
     last = " ".join(out.stdout.split("no worse than")[1].split())
     assert "2 cannot be judged" in last
     assert "short (fewer than 8 steps with tokens" in last
-    assert "else (another model)" in last
+    assert "else (different model)" in last
     assert "did not pass" not in last
     one_error(cli("postmortem", tmp_path, "--baseline", "base"), 2, "several", str(tmp_path / "b/run=base"))

@@ -73,7 +73,10 @@ def test_table_names_the_worst_incident_and_fits(tmp_path: Path, width: int, tex
     found = shown(row(tmp_path, SHORT, LONG), width)
     assert text in found
     assert "…" not in found
-    assert max(map(len, found.splitlines())) <= width
+    lines = [
+        line for line in found.splitlines() if not line.startswith("next  ")
+    ]  # to be pasted: never wrapped
+    assert max(map(len, lines)) <= width
 
 
 @pytest.mark.parametrize(("width", "text"), [(80, "1: L12 R3 03:12"), (160, "1: layer 12 rank 3, 03:12")])
