@@ -104,7 +104,7 @@ def test_incident_that_is_longer_than_what_is_kept_stays_one_alert_and_ends() ->
 
 @pytest.mark.parametrize("seed", range(2000, 2008))
 def test_clean_run_raises_no_alert(seed: int) -> None:
-    """None of 94 such runs with other seeds did. An alert is right if ``summary`` reports an incident, too."""
+    """None of 94 such runs with other seeds did. An alert is right if ``summary`` has an incident, too."""
     run = make_run(seed, steps=800, cells=250_000)
     raised = [alerts for _, alerts in replay(run, STEPS_PER_LOOK) if alerts]
     assert raised == [] or find_incidents(run.series(), run).found != []
