@@ -174,7 +174,7 @@ def test_a_draft_models_passes_are_no_steps(tmp_path: Path) -> None:
 
 def test_per_token_is_recorded_until_it_fails_and_sglang_goes_on(tmp_path: Path) -> None:
     ours = engine(tmp_path, "per_token", ranks=1)
-    said = [text for text in ours.said(0, "messages") if "expert loads" in text]
+    said = [text for text in ours.said(0, "messages") if "expert-load recording is off" in text]
     assert len(said) == 1
     assert "SGLang 0." in said[0]
     assert len(ours.said(0, "switch")) == 4
@@ -186,7 +186,7 @@ def test_per_token_is_recorded_until_it_fails_and_sglang_goes_on(tmp_path: Path)
 @pytest.mark.parametrize("scenario", ["no_predicate", "no_entry", "renamed", "off"])
 def test_where_sglang_is_not_as_known_it_goes_on_and_is_told_once(scenario: str, tmp_path: Path) -> None:
     ours = engine(tmp_path, scenario, ranks=1)
-    said = [text for text in ours.said(0, "messages") if "expert loads" in text]
+    said = [text for text in ours.said(0, "messages") if "expert-load recording is off" in text]
     assert len(said) == 1
     assert ("--expert-distribution-recorder-mode stat" if scenario == "off" else "SGLang 0.") in said[0]
     if scenario == "renamed":  # SGLang itself stored the passes, before and after
