@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def parse_steps(text: str) -> StepRange:
-    """Parse ``A-B``: steps A to B, both included; either may be left out."""
+    """Parse ``M-N``: steps M to N, both included; either may be left out."""
     match = re.fullmatch(r"([0-9]{0,18})-([0-9]{0,18})", text)
     if match is None or text == "-":
         raise typer.BadParameter(_instead_of(text))
@@ -50,7 +50,7 @@ def _instead_of(text: str) -> str:
     if text != ":" and half_open and (not half_open[2] or int(half_open[2]) > int(half_open[1] or 0)):
         steps = StepRange(int(half_open[1] or 0), int(half_open[2] or NO_END))
         return f"{text!r} is not a range of steps; write --steps {steps}, which includes both ends"
-    return f"{text!r} is not a range of steps; write A-B, A- or -B, for example 100-199"
+    return f"{text!r} is not a range of steps; write M-N, M- or -N, for example 100-199"
 
 
 def one_range(steps: StepRange | None, step: int | None) -> StepRange | None:
@@ -126,8 +126,8 @@ Steps = Annotated[
     StepRange | None,
     typer.Option(
         "--steps",
-        help="Select steps A to B, both included; A- and -B leave one end open.",
-        metavar="A-B",
+        help="Select steps M to N, both included; M- and -N leave one end open.",
+        metavar="M-N",
         parser=parse_steps,
     ),
 ]
@@ -170,7 +170,7 @@ Until = Annotated[
     Any,
     typer.Option(
         "--until",
-        help="Select steps up to this time; the one in progress then is included.",
+        help="Select steps up to this time, including the one in progress.",
         metavar="T",
         parser=parse_moment,
     ),
@@ -200,8 +200,8 @@ Timings = Annotated[
     Path | None,
     typer.Option(
         "--timings",
-        help="Use step times from this file: a log of vLLM, SGLang, Dynamo or TensorRT-LLM, or a table; "
-        "default: the recorded step times.",
+        help="Take step times from this file: a vLLM, SGLang, Dynamo or TensorRT-LLM log, or a table (CSV, "
+        "…); default: the recorded step times.",
         metavar="FILE",
     ),
 ]

@@ -24,5 +24,5 @@ class StepRange(NamedTuple):
         return StepRange(max(self.first, first), min(self.end, end))
 
     def __str__(self) -> str:
-        """``A-B`` as the option ``--steps`` takes it: both ends included, ``A-`` without an end."""
+        """``M-N`` as the option ``--steps`` takes it: both ends included, ``M-`` without an end."""
         return f"{self.first}-{'' if self.end >= NO_END else self.end - 1}"

@@ -25,7 +25,7 @@ def advise(
         typer.Option(
             "--min-gain",
             metavar="X",
-            help="Recommend a change only if it saves at least this share of the time.",
+            help="Recommend a change only if it saves at least this fraction of the step time.",
             min=0,
             max=1,
         ),

@@ -49,11 +49,11 @@ def compare(
     steps: options.Steps = None,
     steps_a: Annotated[
         StepRange | None,
-        typer.Option("--steps-a", help="Select steps of A only.", metavar="A-B", parser=options.parse_steps),
+        typer.Option("--steps-a", help="Select steps of A only.", metavar="M-N", parser=options.parse_steps),
     ] = None,
     steps_b: Annotated[
         StepRange | None,
-        typer.Option("--steps-b", help="Select steps of B only.", metavar="A-B", parser=options.parse_steps),
+        typer.Option("--steps-b", help="Select steps of B only.", metavar="M-N", parser=options.parse_steps),
     ] = None,
     since: options.Since = None,
     until: options.Until = None,

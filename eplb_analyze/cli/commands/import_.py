@@ -68,7 +68,7 @@ def import_(
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layers", metavar="A-B", help="Set the layers' numbers in the model, for example 3-60 or 3,5,7."
+            "--layers", metavar="M-N", help="Set the layers' numbers in the model, for example 3-60 or 3,5,7."
         ),
     ] = None,
     ordered: Annotated[
@@ -155,6 +155,6 @@ def _parse_layers(text: str | None) -> tuple[int, ...] | None:
         numbers = []
     if not numbers or numbers != sorted(set(numbers)):
         raise typer.BadParameter(
-            f"{text!r} is neither a range A-B nor an ascending list", param_hint="--layers"
+            f"{text!r} is neither a range M-N nor an ascending list", param_hint="--layers"
         )
     return tuple(numbers)

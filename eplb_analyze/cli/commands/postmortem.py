@@ -100,8 +100,8 @@ def postmortem(
 ) -> None:
     """Rank many runs by the cost of imbalance, and show its cause and whether EPLB helped.
 
-    If a run cannot be read, its row shows the reason. With --save, an interrupted batch continues, and runs
-    that did not change are not read again.
+    If a run cannot be read, its row shows the reason. With --save, an interrupted batch continues, and
+    unchanged runs are skipped.
     """
     from eplb_analyze.batch.cache import ResultCache
     from eplb_analyze.batch.comparison import judge, require_baseline

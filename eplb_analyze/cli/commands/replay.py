@@ -35,8 +35,8 @@ def replay(
     """Replay the recorded loads under another policy, redundancy, interval or window.
 
     For each combination of settings, the policy places experts based on past steps only, and the placement
-    is scored on later steps. The table also includes the recorded setting. Options take lists, for example
-    --interval-steps 100,500.
+    is scored on later steps. The table also includes the recorded setting. Options take comma-separated
+    lists, for example 100,500.
     """
     choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
     from eplb_analyze.replay.pricing import Objective

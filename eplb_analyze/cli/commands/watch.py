@@ -33,13 +33,11 @@ def watch(
     ] = 1.0,
     window: Annotated[
         int,
-        typer.Option(
-            "--window-steps", metavar="N", help="Compute figures over this many of the newest steps.", min=1
-        ),
+        typer.Option("--window-steps", metavar="N", help="Use the newest N steps.", min=1),
     ] = 1000,
     once: Annotated[bool, typer.Option("--once", help="Print one view and exit.")] = False,
 ) -> None:
-    """Show a live view of a run while it is written: balance, hot experts, incidents.
+    """Show a live view of a run while it is being written: balance, hot experts, incidents.
 
     Press Ctrl-C to exit.
     """

@@ -33,11 +33,11 @@ def test_printed_range_is_what_the_option_takes(first: int, count: int) -> None:
         (":2000", "write --steps 0-1999,"),
         ("9", "write --step 9"),
         ("9-3", "its end is before its start"),
-        ("9:3", "write A-B"),
-        (":", "write A-B"),
-        ("-", "write A-B"),
-        ("1 to 5", "write A-B"),
-        ("", "write A-B"),
+        ("9:3", "write M-N"),
+        (":", "write M-N"),
+        ("-", "write M-N"),
+        ("1 to 5", "write M-N"),
+        ("", "write M-N"),
     ],
 )
 def test_text_that_is_no_range_says_what_to_write(text: str, remedy: str) -> None:
