@@ -29,7 +29,7 @@ from eplb_analyze.metrics.cost import (
 from eplb_analyze.metrics.pauses import beside
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import listed, milliseconds, percent, plural
+from eplb_analyze.text import milliseconds, plural
 from eplb_dump.format.journal import Int64
 
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
@@ -121,6 +121,11 @@ class RunCost(Report):
         return [name for name, phase in self.phases.items() if phase.status is CostStatus.MEASURED]
 
     @property
+    def phases_differ(self) -> bool:
+        """Whether the cost is measured in some phases and not in others."""
+        return len({phase.status for phase in self.phases.values()}) > 1
+
+    @property
     def measured_share(self) -> float:
         """The share of the steps that are of these phases."""
         steps = sum(phase.steps for phase in self.phases.values())
@@ -139,21 +144,6 @@ class RunCost(Report):
         measured = [self.phases[name] for name in self.measured_phases]
         ms = sum(phase.ms_per_step.estimate * phase.steps for phase in measured if phase.ms_per_step)
         return ms / 1e3 / max(1, sum(phase.steps for phase in self.phases.values())) * rank_steps
-
-    @property
-    def coverage(self) -> str | None:
-        """Which phases a measured cost is of, in words; None if it is of all."""
-        others = {name: phase for name, phase in self.phases.items() if name not in self.measured_phases}
-        if self.status is not CostStatus.MEASURED or not others:
-            return None
-        free = [name for name, phase in others.items() if phase.status is CostStatus.NO_MEASURABLE_COST]
-        unknown = [name for name in others if name not in free]
-        parts = [
-            f"measured in {listed(self.measured_phases)} ({percent(self.measured_share, 0)} of the steps)"
-        ]
-        parts += [f"too small to measure in {listed(free)}"] if free else []
-        parts += [f"unknown in {listed(unknown)}"] if unknown else []
-        return ", ".join(parts)
 
     @property
     def evidence(self) -> str:

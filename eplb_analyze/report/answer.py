@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eplb_analyze.analysis.cost import TIMES, RunCost
+from eplb_analyze.analysis.cost import TIMES, PhaseCost, RunCost
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.text import clean, command_line, figure, listed, milliseconds, percent, plural
+from eplb_analyze.text import clean, command_line, duration, figure, listed, milliseconds, percent, plural
 
 if TYPE_CHECKING:
     from eplb_analyze.analysis.summary import Loss, Summary
@@ -36,8 +36,11 @@ TITLES = {
 NEXT_COMMANDS = {"imbalanced": "advise", "eplb_never_acted": "advise", "incomplete_data": "check"}
 #: So many of the worst layers and ranks of an imbalanced run are named.
 SHOWN_WORST = 3
-#: An incident that costs less than this share of the step cannot explain a doubled step time.
-EXPLAINS_LITTLE = 0.5
+#: A cost below the first share of the step time makes no engine noticeably slower; one above the second is a
+#: large part of that time.
+EXPLAINS_LITTLE, LARGE_PART = 0.05, 0.1
+#: What else makes an engine slow.
+ELSEWHERE = "queueing, KV cache, prefill, network"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
@@ -63,7 +66,7 @@ class Answer:
     figures: str
     #: What limits all figures; each starts with words in capitals, which may be the title.
     warnings: list[str]
-    #: What imbalance costs, and how much of that better placement can recover.
+    #: Whether imbalance explains a slow engine, what it costs, and how much better placement can remove.
     sentences: list[str]
     #: Figures of steps that lack ranks, if these are more than the tail of a killed run.
     estimates: list[str]
@@ -89,7 +92,11 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
         warnings=[f"{TITLES[kind]}: {text}" for kind, text in found],
         sentences=[
             *([] if figures or found else [verdict.rule]),
-            *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
+            *(
+                [*_judged(summary.cost), cost_sentence(summary.cost), *_recoverable(summary)]
+                if figures
+                else []
+            ),
         ],
         estimates=_estimates(summary),
         evidence=_evidence(summary, paste),
@@ -171,24 +178,80 @@ def cost_sentence(cost: RunCost) -> str:
     estimate, _, bounds = value.partition(" (")
     step = milliseconds(ms.high / share.high if share.high else cost.step_ms_p50)
     by = TIMES.get(cost.basis, cost.basis)
+    if cost.phases_differ:
+        # One figure for all would count as 0 what was not measured.
+        return f"{' '.join(_by_phase(cost))} Measured by {by}."
     if cost.status is CostStatus.MEASURED:
         return (
             f"Imbalance costs {estimate} of each {step} step, {_percent(share.estimate)} "
-            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}.{_coverage(cost)}"
+            f"(95% CI {bounds.rstrip(')')} ms), measured by {by}."
         )
     most = f"at most {milliseconds(ms.high)} of each {step} step ({_percent(share.high)})"
     return f"Imbalance has no measurable cost: {most}, by {by}."
 
 
-def _coverage(cost: RunCost) -> str:
-    return f" The cost is {clean(cost.coverage)}." if cost.coverage else ""
+def _by_phase(cost: RunCost) -> list[str]:
+    """A sentence for each phase, those with a measured cost first."""
+    order = [CostStatus.MEASURED, CostStatus.NO_MEASURABLE_COST, CostStatus.NOT_IDENTIFIABLE]
+    all_steps = max(1, sum(phase.steps for phase in cost.phases.values()))
+    found, of = [], " of the steps"
+    for name, phase in sorted(cost.phases.items(), key=lambda item: order.index(item[1].status)):
+        part = phase.steps / all_steps
+        where = f"{clean(name)} ({_percent(part, 0) if part >= 0.01 else 'under 1%'}{of})"
+        found.append(f"In {where}, {_of_phase(phase)}.")
+        of = ""
+    return found
+
+
+def _of_phase(phase: PhaseCost) -> str:
+    ms, share = phase.ms_per_step, phase.share_of_step
+    if ms is None or share is None:
+        return f"the cost is not measured: {phase.message}"
+    step = milliseconds(ms.high / share.high if share.high else phase.step_ms)
+    if phase.status is not CostStatus.MEASURED:
+        return (
+            f"imbalance costs between 0 and {milliseconds(ms.high)} of {step}, at most {_percent(share.high)}"
+        )
+    estimate, _, bounds = milliseconds(ms.estimate, ms.low, ms.high).partition(" (")
+    return (
+        f"imbalance costs {estimate} of each {step} step, {_percent(share.estimate)} "
+        f"(95% CI {bounds.rstrip(')')} ms)"
+    )
+
+
+def _judged(cost: RunCost) -> list[str]:
+    """Whether imbalance explains a slow engine, by the bounds of what it costs; nothing between the two."""
+    if cost.share_of_step is None or cost.status is CostStatus.ESTIMATED:
+        return []
+    shares = {"": cost.share_of_step}
+    if cost.phases_differ:
+        shares = {clean(n): p.share_of_step for n, p in cost.phases.items() if p.share_of_step is not None}
+    found = []
+    small = {name: share.high for name, share in shares.items() if share.high < EXPLAINS_LITTLE}
+    if small:
+        where = f"in {listed([*small])}" if cost.phases_differ else "here"
+        most = _percent(max(small.values()))
+        found.append(
+            f"Expert imbalance does not explain a slow engine {where}: "
+            f"it costs at most {most} of the step time."
+        )
+    large = {name: share.low for name, share in shares.items() if share.low > LARGE_PART}
+    if large:
+        where = f" in {listed([*large])}" if cost.phases_differ else ""
+        least = _percent(min(large.values()))
+        found.append(f"Expert imbalance costs a large part of the step time{where}: at least {least}.")
+    return found
+
+
+def _drivers(cost: RunCost) -> set[Driver | None]:
+    """What makes the slowest rank slow, in the phases with a measured cost."""
+    return {phase.driver for phase in cost.phases.values() if phase.status is CostStatus.MEASURED}
 
 
 def _recoverable(summary: Summary) -> list[str]:
-    """How much of the excess better placement can recover, if that is known."""
-    loss, measured = summary.loss, summary.cost.status is CostStatus.MEASURED
-    drivers = {phase.driver for phase in summary.cost.phases.values() if phase.status is CostStatus.MEASURED}
-    if measured and drivers == {Driver.ACTIVE_EXPERTS}:
+    """How much of the imbalance in tokens better placement can remove, if that is known."""
+    loss = summary.loss
+    if _drivers(summary.cost) == {Driver.ACTIVE_EXPERTS}:
         # A share of the excess tokens says nothing about a time that does not depend on tokens.
         return ["Steps wait for the rank with the most active experts: balancing tokens alone saves nothing."]
     if loss is None or not loss.tokens:
@@ -198,16 +261,18 @@ def _recoverable(summary: Summary) -> list[str]:
         where = f" in steps {last[0]}-{last[1]}"
     if loss.persistent_share is None:
         return [f"{too_few_steps(loss)}{where}."]
-    of = "that" if measured and Driver.ACTIVE_EXPERTS not in drivers else "the excess tokens"
     most = _percent(loss.persistent_share, 0)
-    text = f"Better placement can recover at most {most} of {of}{where}"
+    text = f"Better placement can remove at most {most} of the imbalance in tokens{where}"
     return [f"{text}; the rest varies from step to step." if loss.persistent_share < 0.995 else f"{text}."]
 
 
 def too_few_steps(loss: Loss) -> str:
-    """Why the share that a better placement can recover is not known."""
+    """Why the share that a better placement can remove is not known."""
     steps = f"{loss.window_steps:,}; {LEAST_STEPS} are needed"
-    return f"Too few steps under one placement ({steps}) to tell how much better placement can recover"
+    return (
+        f"Too few steps under one placement ({steps}) to tell how much of the imbalance better placement can "
+        "remove"
+    )
 
 
 def _estimates(summary: Summary) -> list[str]:
@@ -224,17 +289,19 @@ def _estimates(summary: Summary) -> list[str]:
 def _evidence(summary: Summary, paste: Paste) -> list[tuple[str, str]]:
     """Where an imbalanced run is imbalanced; and the command that tells more about the verdict."""
     verdict, loss = summary.verdict.verdict, summary.loss
+    # Of a time that active experts set, tokens do not show who waits for whom.
+    waits = Driver.ACTIVE_EXPERTS not in _drivers(summary.cost)
     found = []
     if verdict == "imbalanced":
         known = [layer for layer in summary.layers if layer.balancedness is not None]
         worst = sorted(known, key=lambda layer: layer.balancedness or 0.0)[:SHOWN_WORST]
         if len(worst) > 1:
             layers = _first_in_full([(la.layer, figure(la.balancedness)) for la in worst], "balancedness {}")
-            found.append(("layers", f"least balanced: {layers}"))
+            found.append(("layers", f"least balanced{'' if waits else ' in tokens'}: {layers}"))
         if loss is not None and loss.tokens and len(loss.ranks) > 1:
             shares = [(r.rank, _percent(r.share, 0)) for r in loss.ranks[:SHOWN_WORST] if r.share]
-            ranks = _first_in_full(shares, "{} of the excess tokens")
-            found.append(("ranks", f"the others wait for rank {ranks}"))
+            ranks = _first_in_full(shares, "{} of the excess tokens: those above the mean rank's")
+            found.append(("ranks", f"{'the others wait for' if waits else 'most tokens:'} rank {ranks}"))
     command = NEXT_COMMANDS.get(verdict)
     return found if command is None else [*found, ("next", paste(command))]
 
@@ -345,15 +412,28 @@ def _cost(incident: Incident, cost: RunCost) -> str:
         tokens = incident.cost.tokens_per_step
         return f"{tokens:,.0f} more tokens per step on the slowest rank than usual; not known in ms"
     value, step = _per_step(ms), cost.step_ms_p50
-    if not step:
-        return value
-    share = f"{value}, {_percent(ms.estimate / step)} of the step"
-    return f"{share}; too little to explain a doubled TPOT" if ms.high < EXPLAINS_LITTLE * step else share
+    if ms.low > 0:
+        share = f", {_percent(ms.estimate / step)} of the step" if step else ""
+        total = ms.estimate * (incident.last_step + 1 - incident.first_step)
+        value += f"{share}, {_time_text(total)} in total"
+    if step and ms.high < EXPLAINS_LITTLE * step:
+        value += f"; too little to explain a noticeably slower engine, so also look elsewhere: {ELSEWHERE}"
+    return value
 
 
 def _per_step(ms: Milliseconds) -> str:
+    if ms.low <= 0:
+        most = f", at most {milliseconds(ms.high)} per step" if ms.high > 0 else ""
+        return f"no measurable cost{most}"
     text = milliseconds(ms.estimate, ms.low, ms.high, sign=True)
     return text.replace(" ms (", " ms per step while it lasted (95% CI ")
+
+
+def _time_text(ms: float) -> str:
+    """``298 ms``, ``0.96 s``, ``5.0 min``: a sum of times."""
+    if ms < 100:
+        return milliseconds(ms)
+    return f"{ms / 1e3:.2f} s" if ms < 10e3 else duration(ms / 1e3)
 
 
 def _end(incident: Incident, clock: RunClock) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from eplb_analyze.analysis.cost import PhaseCost
+from eplb_analyze.analysis.cost import PhaseCost, RunCost
 from eplb_analyze.analysis.experts import ExpertReport
 from eplb_analyze.analysis.rearrangements import RearrangementReport
 from eplb_analyze.analysis.summary import OTHER_FORMULAS, Summary
@@ -14,7 +14,7 @@ from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.report.answer import cost_sentence
-from eplb_analyze.text import figure, milliseconds, percent, plural, signed
+from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 
 def tokens(summary: Summary) -> str:
@@ -37,6 +37,8 @@ def cost(summary: Summary) -> dict[str, Any]:
         of = f"of each {milliseconds(ms.high / share.high if share.high else found.step_ms_p50)} step"
         value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
         tile = [value, f"{of}, {percent(share.estimate)} (95% CI {bounds}"]
+        if found.status is CostStatus.MEASURED and found.phases_differ:
+            tile = _most_frequent(found)
         if found.status is not CostStatus.MEASURED:
             tile = ["none", f"that can be measured: at most {milliseconds(ms.high)} {of}"]
         text = (
@@ -45,6 +47,17 @@ def cost(summary: Summary) -> dict[str, Any]:
             f"{plural(found.idle_gaps, 'idle gap')}, {plural(found.pauses, 'step')} at rearrangements."
         )
     return {"tile": tile, "text": text, "rows": [_phase(*item) for item in found.phases.items()]}
+
+
+def _most_frequent(cost: RunCost) -> list[str]:
+    """The tile of a cost that is measured in some phases only: that of the largest of these."""
+    name = max(cost.measured_phases, key=lambda name: cost.phases[name].steps)
+    ms, share = cost.phases[name].ms_per_step, cost.phases[name].share_of_step
+    assert ms is not None
+    assert share is not None
+    value, bounds = milliseconds(ms.estimate, ms.low, ms.high).split(" (")
+    of = milliseconds(ms.high / share.high)
+    return [value, f"of each {of} step, {percent(share.estimate)} (95% CI {bounds}, in {clean(name)}"]
 
 
 def _phase(name: str, cost: PhaseCost) -> list[str]:

@@ -119,7 +119,7 @@ def test_random_imbalance_is_not_persistent_but_a_slow_rank_is(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("steps", [1, 60, 95, 96, 200])
-def test_few_steps_do_not_tell_what_better_placement_can_recover(tmp_path: Path, steps: int) -> None:
+def test_few_steps_do_not_tell_what_better_placement_can_remove(tmp_path: Path, steps: int) -> None:
     """All imbalance is chance, but in one step all of it would remain."""
     even = np.random.default_rng(2).poisson(20, (steps, LAYERS, SLOTS))
     record(tmp_path, even, {0: np.tile(np.arange(SLOTS), (LAYERS, 1))})
@@ -128,10 +128,8 @@ def test_few_steps_do_not_tell_what_better_placement_can_recover(tmp_path: Path,
     text = " ".join(cli("summary", "--full", tmp_path).stdout.split())
     if steps < 96:
         assert loss.persistent_share is None
-        too_few = (
-            f"Too few steps under one placement ({steps}; 96 are needed) to tell how much better placement"
-        )
-        assert text.count(too_few) == 2
+        too_few = f"Too few steps under one placement ({steps}; 96 are needed) to tell how much of the"
+        assert text.count(f"{too_few} imbalance better placement can remove") == 2
         assert "at most" not in text
     else:
         assert loss.persistent_share is not None
@@ -229,6 +227,6 @@ def test_figures_of_the_last_configuration_are_marked(tmp_path: Path) -> None:
             writer.record(step, load_of(step), map_of(), ep_size=2 if step < 40 else 4)
     told = " ".join(cli("summary", "--full", tmp_path).stdout.split())
     assert "ranks, losses and experts below cover steps 40-59" in told
-    assert "how much better placement can recover in steps 40-59" in told
+    assert "how much of the imbalance better placement can remove in steps 40-59" in told
     told = " ".join(cli("advise", tmp_path).stdout.split())
     assert "recorded in steps 40-59 (" in told

@@ -282,10 +282,10 @@ def test_lost_time_is_that_of_summary_and_of_the_phases_with_a_measured_cost(tmp
     assert (row["cost_ms_per_step"], row["cost_covers"]) == (cost["ms_per_step"]["estimate"], 0.5)
     assert (cost["measured_phases"], cost["measured_share"]) == (["decode"], 0.5)
     text = " ".join(cli("summary", tmp_path, "--full").stdout.split())
-    assert (
-        "The cost is measured in decode (50% of the steps), too small to measure in prefill, unknown in rare."
-        in text
-    )
+    decode = cost["phases"]["decode"]["ms_per_step"]["estimate"]
+    assert f"In decode (50% of the steps), imbalance costs {decode:.1f}" in text
+    assert "In prefill (48%), imbalance costs between 0 and " in text
+    assert "In rare (2%), the cost is not measured: 10 steps with a usable time, but 100 are needed" in text
     assert f"GPU time lost to imbalance: {duration(summary['lost_rank_seconds'])}" in text
     text = " ".join(cli("postmortem", tmp_path).stdout.split())
     assert (

@@ -18,8 +18,10 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
 from eplb_analyze.cli.views.summary import MARKS, render
 from eplb_analyze.metrics.cost import CostStatus, Driver
+from eplb_analyze.metrics.losses import RankLoss
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.report.answer import TITLES, answer_of, cost_sentence, in_a_line, told
+from eplb_analyze.report.sentences import cost as cost_tile
 
 HOT = Incident(
     layer=12,
@@ -108,24 +110,97 @@ def test_run_whose_imbalance_costs_a_twentieth_of_its_time_is_imbalanced(summary
     assert measured(balanced(summary, 0.96), 0.04).verdict.verdict == "balanced"
 
 
-def test_share_of_excess_tokens_is_not_said_of_a_time_that_active_experts_take(summary: Summary) -> None:
-    def sentences(*drivers: Driver | None) -> list[str]:
-        of = PhaseCost(CostStatus.MEASURED, "", 100, 100, None, None, None, None, None, "")
+def with_drivers(given: Summary, *drivers: Driver | None) -> Summary:
+    of = PhaseCost(CostStatus.MEASURED, "", 100, 100, None, None, None, None, None, "")
+    phases = {str(i): replace(of, driver=driver) for i, driver in enumerate(drivers)}
+    return replace(given, cost=replace(given.cost, phases=phases))
+
+
+def test_share_that_placement_can_remove_is_of_tokens_and_not_of_time(summary: Summary) -> None:
+    def last_sentence(*drivers: Driver | None) -> str:
         assert summary.loss is not None
         given = measured(balanced(summary, 0.7, loss=replace(summary.loss, persistent_share=0.4)))
-        phases = {str(i): replace(of, driver=driver) for i, driver in enumerate(drivers)}
-        found = replace(given, cost=replace(given.cost, phases=phases))
-        return answer_of(found, CLOCK).sentences[1:]
+        return answer_of(with_drivers(given, *drivers), CLOCK).sentences[-1]
 
-    for drivers in ((Driver.TOKENS,), (None,), (Driver.BOTH, Driver.TOKENS)):
-        (sentence,) = sentences(*drivers)
-        assert sentence.startswith("Better placement can recover at most ")
-        assert "% of that" in sentence
-    (sentence,) = sentences(Driver.ACTIVE_EXPERTS, Driver.TOKENS)
-    assert "% of the excess tokens" in sentence
-    assert sentences(Driver.ACTIVE_EXPERTS) == [
+    for drivers in ((Driver.TOKENS,), (None,), (Driver.ACTIVE_EXPERTS, Driver.TOKENS)):
+        assert last_sentence(*drivers) == (
+            "Better placement can remove at most 40% of the imbalance in tokens; the rest varies from step to"
+            " step."
+        )
+    assert last_sentence(Driver.ACTIVE_EXPERTS) == (
         "Steps wait for the rank with the most active experts: balancing tokens alone saves nothing."
+    )
+
+
+def test_no_rank_waits_for_tokens_if_active_experts_set_the_time(summary: Summary) -> None:
+    assert summary.loss is not None
+    ranks = [RankLoss(2, 46.0, 0.46), RankLoss(1, 40.0, 0.4)]
+    given = measured(balanced(summary, 0.7, loss=replace(summary.loss, tokens=100.0, ranks=ranks)))
+
+    def evidence(*drivers: Driver | None) -> dict[str, str]:
+        return dict(answer_of(with_drivers(given, *drivers), CLOCK).evidence)
+
+    shares = "rank 2 (46% of the excess tokens: those above the mean rank's), 1 (40%)"
+    assert evidence(Driver.TOKENS)["ranks"] == f"the others wait for {shares}"
+    assert evidence(Driver.TOKENS)["layers"].startswith("least balanced: ")
+    assert evidence(Driver.ACTIVE_EXPERTS)["ranks"] == f"most tokens: {shares}"
+    assert evidence(Driver.ACTIVE_EXPERTS)["layers"].startswith("least balanced in tokens: ")
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"),
+    [
+        # The bounds are 23/24 and 25/24 of the share.
+        (
+            0.03,
+            "Expert imbalance does not explain a slow engine here: it costs at most 3.1% of the step time.",
+        ),
+        (0.049, None),
+        (0.1, None),
+        (0.12, "Expert imbalance costs a large part of the step time: at least 11.5%."),
+    ],
+)
+def test_first_sentence_says_whether_imbalance_explains_a_slow_engine(
+    summary: Summary, share: float, sentence: str | None
+) -> None:
+    first, second, *_ = answer_of(measured(summary, share), CLOCK).sentences
+    assert (first if second.startswith("Imbalance costs") else None) == sentence
+
+
+def test_phases_without_a_measured_cost_are_not_averaged_into_one_that_has(summary: Summary) -> None:
+    def phase(
+        status: CostStatus, steps: int, ms: Milliseconds | None, step: float, why: str = ""
+    ) -> PhaseCost:
+        share = None if ms is None else Milliseconds(ms.estimate / step, ms.low / step, ms.high / step)
+        return PhaseCost(status, why, steps, steps, ms, share, step, None, None, "")
+
+    why = "89 steps with a usable time, but 100 are needed"
+    phases = {
+        "large": phase(CostStatus.NOT_IDENTIFIABLE, 89, None, 90.0, why),
+        "medium": phase(CostStatus.NO_MEASURABLE_COST, 331, Milliseconds(0.459, 0.0, 2.03), 38.1),
+        "small": phase(CostStatus.MEASURED, 1580, Milliseconds(0.35, 0.34, 0.36), 7.2),
+    }
+    given = measured(summary, 0.023)
+    given = replace(given, cost=replace(given.cost, phases=phases))
+    expected = (
+        "In small (79% of the steps), imbalance costs 0.35 ms of each 7.20 ms step, 4.9% (95% CI 0.34 to "
+        "0.36 ms). In medium (17%), imbalance costs between 0 and 2.03 ms of 38.1 ms, at most 5.3%. In large "
+        f"(4%), the cost is not measured: {why}. Measured by times between steps."
+    )
+    assert cost_sentence(given.cost) == expected
+    judged, second, *_ = answer_of(given, CLOCK).sentences
+    assert second == expected
+    assert judged == (
+        "Expert imbalance does not explain a slow engine in small: it costs at most 5.0% of the step time."
+    )
+    assert cost_tile(given)["tile"] == [
+        "0.35 ms",
+        "of each 7.20 ms step, 4.9% (95% CI 0.34 to 0.36), in small",
     ]
+    none = replace(
+        given.cost, status=CostStatus.NO_MEASURABLE_COST, phases=phases | {"small": phases["medium"]}
+    )
+    assert cost_sentence(none).startswith("In medium (")
 
 
 def test_every_verdict_and_cause_has_words() -> None:
@@ -147,9 +222,22 @@ def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summar
     parts = dict(found.parts)
     assert parts["cause"] == "expert 77 rose from 1.0x to 11x the mean load and had 1 replica"
     assert parts["cost"].startswith("+0.9 ms per step while it lasted (95% CI +0.7 to +1.1), 3.8")
-    assert parts["cost"].endswith("of the step; too little to explain a doubled TPOT")
+    # The upper bound is 1.1 of 24 ms.
+    assert parts["cost"].endswith(
+        "of the step, 9.00 ms in total; too little to explain a noticeably slower engine, so also look"
+        " elsewhere: queueing, KV cache, prefill, network"
+    )
+    larger = replace(HOT, cost=IncidentCost(Milliseconds(150.0, 140.0, 160.0), 500.0))
+    assert dict(told(larger, measured(summary), CLOCK).parts)["cost"].endswith("of the step, 1.50 s in total")
     assert parts["end"] == "the rearrangement at step 20 gave the expert 10 replicas"
     assert parts["next"] == "eplb-analyze layer 12 --steps 10-19"
+
+
+def test_incident_whose_interval_contains_zero_has_no_measurable_cost(summary: Summary) -> None:
+    unsure = replace(HOT, cost=IncidentCost(Milliseconds(0.03, -0.0019, 0.11), 500.0))
+    cost = dict(told(unsure, measured(summary), CLOCK).parts)["cost"]
+    assert cost.startswith("no measurable cost, at most 0.11 ms per step; too little to explain ")
+    assert in_a_line(unsure, CLOCK).endswith("; no measurable cost, at most 0.11 ms per step")
 
 
 def test_incident_in_a_line_has_its_cause_and_its_cost_in_ms_if_known() -> None:
