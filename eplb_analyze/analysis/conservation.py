@@ -178,4 +178,4 @@ def _token_findings(stated: Int64) -> Iterator[Finding]:
 
 def steps_text(steps: Sequence[int]) -> str:
     unique = sorted(set(steps))
-    return f"{len(unique):,} steps, first {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"
+    return f"{len(unique):,} steps, starting at step {unique[0]}" if len(unique) > 1 else f"step {unique[0]}"

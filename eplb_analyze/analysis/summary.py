@@ -400,9 +400,9 @@ def verdict_of(summary: Summary) -> Verdict:
         )
     above = f"Mean balancedness is {mean:.3f}, at least {BALANCED}"
     if summary.incidents:
-        return Verdict(
-            "mostly_balanced", f"{above}, but there is {plural(len(summary.incidents), 'incident')}."
-        )
+        count = len(summary.incidents)
+        are = "is" if count == 1 else "are"
+        return Verdict("mostly_balanced", f"{above}, but there {are} {plural(count, 'incident')}.")
     return Verdict("balanced", f"{above}, and there is no incident.")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.lost import lost_in
@@ -163,17 +163,17 @@ def traffic_report(
         ranks_per_node: default what the dump says.
 
     Raises:
-        NotInDumpError: the dump has no such layer or step, or does not hold who sent what.
-        DumpError: no complete step is in the range.
+        NotInDumpError: the dump has no such layer or step.
+        DumpError: the dump does not show which rank sent what, or no complete step is in the range.
     """
     cannot = f"{run.path}: the dump does not show which rank sent which tokens"
     if run.scope is not Scope.LOCAL:
-        raise NotInDumpError(f"{cannot}: with scope {run.scope.value}, loads are already summed over ranks")
+        raise DumpError(f"{cannot}: with scope {run.scope.value}, loads are already summed over ranks")
     if run.info.token_replication > 1:
         times = run.info.token_replication
-        raise NotInDumpError(f"{cannot}: every token is counted by {times} ranks (token replication)")
+        raise DumpError(f"{cannot}: every token is counted by {times} ranks (token replication)")
     for note in run.import_caveats("token_source"):
-        raise NotInDumpError(f"{cannot}: {note}")
+        raise DumpError(f"{cannot}: {note}")
     ranks_per_node = ranks_per_node or run.info.ranks_per_node
     if by == "node" and ranks_per_node is None:
         raise run.nodes_unknown()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -54,6 +57,8 @@ from eplb_analyze.text import PROGRAM, clean
 #: Typer has its own copy of click, or click itself.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 DEBUG_VARIABLE = "EPLB_ANALYZE_DEBUG"
+#: An unknown option is taken for a typing error of one that is at least this similar.
+ALIKE = 0.8
 
 app = typer.Typer(
     name=PROGRAM,
@@ -77,7 +82,7 @@ def _add(group: str, name: str, command: Callable[..., None], short_help: str, *
 
 _add(
     LOOK, "summary", summary.summary, "Show the verdict, the cost and the incidents of a run.",
-    "summary dump", "summary --steps 2-7 --json dump",
+    "summary dump", "summary --since 03:02 --until 03:04 dump",
 )  # fmt: skip
 _add(LOOK, "runs", runs.runs, "List the runs of a dump.", "runs dump", "runs --json dump")
 _add(
@@ -199,8 +204,14 @@ def _usage_error_message(error: Any) -> str:
     """What is wrong with the command line, and how to see what is right."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else PROGRAM
-    message = " ".join(error.format_message().split())  # a list of choices has lines and tabs
-    return f"{message.rstrip('.')} (see `{command} --help`)"
+    if guesses := getattr(error, "possibilities", None):  # some of them only begin alike
+        error.possibilities = difflib.get_close_matches(error.option_name, guesses, 1, ALIKE)
+    message = " ".join(error.format_message().split()).rstrip(".")  # a list of choices has lines and tabs
+    if context and "-o" in getattr(getattr(error, "param", None), "opts", ()) and not error.message:
+        file = re.search(r" -o (\S+)", context.command.epilog or "")
+        if file:  # as in the help's example
+            message += f"; write `{shlex.join([PROGRAM, *sys.argv[1:], '-o', file[1]])}`"
+    return f"{message} (see `{command} --help`)"
 
 
 def main() -> None:

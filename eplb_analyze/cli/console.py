@@ -181,7 +181,7 @@ def print_hidden(console: Console, columns: Iterable[str], wide: int) -> None:
     """Name the columns of a table that there was no room for; a console of ``wide`` columns shows them."""
     names = [name.lstrip("<").partition(",")[0] for name in columns]
     if names:
-        text = f"no room for {listed(names, 10)}: {wide} columns show them, --json has all"
+        text = f"hidden at this width: {listed(names, 10)} (use --json, or a terminal of {wide} columns)"
         print_line(console, (text, "dim"))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from eplb_analyze.cli.console import console
+from eplb_analyze.text import PROGRAM
 
 #: The groups of commands, in the order of the help.
 LOOK, DRILL_DOWN, DECIDE = "Look", "Drill down", "Decide"
@@ -73,8 +76,17 @@ class Command(_Readable, TyperCommand):
     """A command; its epilog is of :func:`examples`."""
 
 
+def _is_path(word: str) -> bool:
+    return "/" in word or Path(word).is_dir()
+
+
 class Group(_Readable, TyperGroup):
     """A group of commands, listed in the panels that they are registered with, also in a pipe."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and ctx.parent is None and _is_path(args[0]):
+            ctx.fail(f"the command comes first, then the dump: `{PROGRAM} {shlex.join(['summary', *args])}`")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}

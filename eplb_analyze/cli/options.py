@@ -53,6 +53,15 @@ def _instead_of(text: str) -> str:
     return f"{text!r} is not a range of steps; write M-N, M- or -N, for example 100-199"
 
 
+def parse_step(text: str) -> int:
+    """The number of one step."""
+    if re.fullmatch(r"[0-9]{1,18}", text):
+        return int(text)
+    if re.fullmatch(r"[0-9]{0,18}-[0-9]{0,18}", text) and text != "-":
+        raise typer.BadParameter(f"{text!r} is a range of steps; write --steps {text}")
+    raise typer.BadParameter(f"{text!r} is not the number of a step")
+
+
 def one_range(steps: StepRange | None, step: int | None) -> StepRange | None:
     """The range that --steps or --step asks for; None for all steps."""
     if step is None:
@@ -192,7 +201,7 @@ Phase = Annotated[
     str | None,
     typer.Option("--phase", help="Select steps of this phase, for example decode.", metavar="NAME"),
 ]
-Step = Annotated[int | None, typer.Option("--step", help="Select one step.", metavar="N", min=0)]
+Step = Annotated[int | None, typer.Option("--step", help="Select one step.", metavar="N", parser=parse_step)]
 Layer = Annotated[int | None, typer.Option("--layer", metavar="N", help="Show one layer; default: all.")]
 
 # What a step took, for the cost in milliseconds.

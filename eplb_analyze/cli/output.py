@@ -173,9 +173,11 @@ class RunOutput(Output):
         self._opened: Run | None = None
 
     def paste(self, command: str) -> str:
-        # Steps were found among those of the phase.
-        phase = f" --phase {shlex.quote(self.phase)}" if self.phase and " --steps " in command else ""
-        return command_line(command + phase, self.named, run=self.run_id, model=self.model)
+        if " --steps " in command:
+            # Steps were found among those of the phase; the command prints their times.
+            command += f" --phase {shlex.quote(self.phase)}" if self.phase else ""
+            command += f" --tz {shlex.quote(str(self.zone))}" if self.zone else ""
+        return command_line(command, self.named, run=self.run_id, model=self.model)
 
     def opened(self, *, mixed: bool = False) -> Run:
         """The run with all its steps, opened once."""

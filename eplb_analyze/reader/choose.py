@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 from eplb_analyze.errors import DumpError, Finding, NotInDumpError
@@ -94,8 +95,11 @@ def choose_run(found: Discovery, path: StoragePath, run: str | None) -> tuple[st
         return starts[0], [f"{note}. Choose another with --run"]
     matches = [run_id for run_id in run_ids if run_id.startswith(run)]
     if not matches:
-        some = listed(run_ids, MAX_CANDIDATES)
-        raise NotInDumpError(f"{path}: no run {run!r}; its runs are: {some}; `{_runs(path)}` lists all")
+        alike = [i for i in run_ids if run in i] or difflib.get_close_matches(run, run_ids, 1)
+        hint = f"did you mean {alike[0]}" if alike else f"its runs are: {listed(run_ids, MAX_CANDIDATES)}"
+        raise NotInDumpError(
+            f"{path}: no run {run!r}; {hint}{'?' if alike else ';'} `{_runs(path)}` lists all"
+        )
     ids = list(dict.fromkeys(run_and_start(run_id)[0] for run_id in matches))
     if len(ids) > 1:
         raise NotInDumpError(

@@ -129,8 +129,8 @@ def shape(info: RunInfo) -> str:
     return f"{layers}, {experts} in {slots} on {plural(info.ep_size, 'EP rank')}"
 
 
-def data(summary: Summary) -> tuple[bool, str]:
-    """Whether all data is there, and in words."""
+def data(summary: Summary, label: Callable[[int], str] = "step {}".format) -> tuple[bool, str]:
+    """Whether all data is there, and in words. ``label`` names a step, with its time if that is known."""
     steps = summary.steps
     expected, present = len(summary.expected_ranks), len(summary.expected_ranks) - len(summary.missing_ranks)
     if not steps.seen:
@@ -139,21 +139,35 @@ def data(summary: Summary) -> tuple[bool, str]:
         who = f"one writer recorded the sum over {plural(summary.run.ep_size, 'EP rank')}"
     else:
         who = f"{present} of {plural(expected, 'rank')}"
-    names = {
-        StepState.INCOMPLETE: "lack a rank",
-        StepState.DROPPED: "dropped",
-        StepState.REJECTED: "rejected",
-        StepState.NOT_SAMPLED: "not sampled",
-    }
-    problems = [f"{steps.count(state):,} {name}" for state, name in names.items() if steps.count(state)]
+    problems: list[str] = []
+    if steps.count(StepState.INCOMPLETE):
+        ranks = {rank for rank, _ in steps.reasons}
+        lacking = f"rank {ranks.pop()}" if len(ranks) == 1 else "a rank"
+        one = steps.count(StepState.INCOMPLETE) == 1
+        text = f"{steps.count(StepState.INCOMPLETE):,} {'lacks' if one else 'lack'} {lacking}"
+        if not steps.incomplete_inside and steps.last_whole is not None:
+            text += f", from {label(steps.last_whole + 1)} on"
+        problems.append(text)
+    problems += [
+        f"{_were(steps.count(state))} {state.label.replace('_', ' ')}"
+        for state in (StepState.DROPPED, StepState.REJECTED, StepState.NOT_SAMPLED)
+        if steps.count(state)
+    ]
     if steps.missing:
-        problems.append(f"{steps.missing:,} seen by no rank")
+        problems.append(f"{_were(steps.missing)} seen by no rank")
     dummy = steps.count(StepState.DUMMY)
     idle = f"; {plural(dummy, 'step')} without tokens" if dummy else ""
     if not problems and present == expected:
         return True, f"data complete: {who}, no missing steps{idle}"
-    what = f"of the steps, {', '.join(problems)}" if problems else "no missing steps"
+    if summary.run.scope != "global":
+        who += " recorded"
+    of = f"of {plural(steps.seen + steps.missing, 'step')}"
+    what = f"{of}, {'; '.join(problems)}" if problems else "no missing steps"
     return False, f"data incomplete: {who}; {what}{idle}"
+
+
+def _were(count: int) -> str:
+    return f"{count:,} {'was' if count == 1 else 'were'}"
 
 
 def contradiction(summary: Summary, paste: Paste = command_line) -> str | None:

@@ -41,7 +41,7 @@ class SteadyClock(PlantedClock):
 
 
 @contextlib.contextmanager
-def steady_clock(step_ms: int = 1) -> Iterator[None]:
+def steady_clock(step_ms: int = 1, ns: int = START_NS) -> Iterator[None]:
     """What is recorded inside has the times of a :class:`SteadyClock`; with several writers, it is theirs."""
-    with mock.patch("eplb_dump.writer.time", SteadyClock(step_ms)):
+    with mock.patch("eplb_dump.writer.time", SteadyClock(step_ms, ns)):
         yield

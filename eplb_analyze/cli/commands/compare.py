@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
     from eplb_analyze.reader.run import Run
 
 
+def _side(text: str) -> StoragePath:
+    """A dump; a range of steps in its place is an error that names the options for it."""
+    if re.fullmatch("[0-9]+-[0-9]*", text) and not Path(text).exists():
+        raise typer.BadParameter(f"{text!r} is not a dump; ranges of steps go in --steps-a and --steps-b")
+    return storage_path(text)
+
+
 def compare(
     a: Annotated[
         StoragePath | None,
         typer.Argument(
             help="The baseline: a dump, or one run=… folder in it.",
-            parser=storage_path,
+            parser=_side,
             metavar="A",
             envvar="EXPERT_LOAD_DUMP_DIR",
             show_default="the current folder",
@@ -31,7 +39,7 @@ def compare(
     b: Annotated[
         StoragePath | None,
         typer.Argument(
-            help="The dump, or run=… folder, to compare with A; default: A.", parser=storage_path, metavar="B"
+            help="The dump, or run=… folder, to compare with A; default: A.", parser=_side, metavar="B"
         ),
     ] = None,
     run_a: Annotated[

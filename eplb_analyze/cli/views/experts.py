@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.experts import ExpertReport
 
 #: From this many columns on, the table has all columns.
-WIDE = 100
+WIDE = 120
 
 
 def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, cold: bool) -> None:

@@ -152,7 +152,7 @@ def _notes(console: Console, lines: list[RunLine], hidden: list[str]) -> None:
             f"or crashed; after a crash, `{full_command(console, 'recover')}` finishes the files"
         )
     if hidden:
-        notes.append(f"no room for {listed(hidden)}: --json has all")
+        notes.append(f"hidden at this width: {listed(hidden)} (use --json, or a wider terminal)")
     if notes:
         console.print()
     for note in notes:

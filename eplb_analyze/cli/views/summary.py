@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.summary import Summary
     from eplb_analyze.reader.clock import RunClock
 
-SHOWN_INCIDENTS, SHOWN_REARRANGEMENTS, TIMED_REARRANGEMENTS = 5, 8, 3
+SHOWN_INCIDENTS, SHOWN_REARRANGEMENTS = 5, 3
 STYLES = {
     "balanced": "bold green",
     "mostly_balanced": "bold",
@@ -94,7 +94,7 @@ def _head(console: Console, result: Summary, clock: RunClock) -> None:
     print_line(console, answer.when(result, clock))
     if info.num_layers:
         print_line(console, answer.shape(info))
-    complete, text = answer.data(result)
+    complete, text = answer.data(result, clock.label)
     print_line(console, text if complete else (text, "yellow"))
     doubt = answer.contradiction(result, lambda command: full_command(console, command))
     if doubt is not None:
@@ -146,9 +146,11 @@ def _rearrangements(console: Console, result: Summary, clock: RunClock) -> None:
     changes = result.rearrangements
     if changes:
         steps = [change.first_step for change in changes]
-        few = len(steps) <= TIMED_REARRANGEMENTS
-        shown = listed([clock.label(step) if few else f"step {step}" for step in steps], SHOWN_REARRANGEMENTS)
-        print_line(console, f"{plural(len(changes), 'rearrangement')}: {shown}")
+        count = plural(len(changes), "rearrangement")
+        if len(steps) <= SHOWN_REARRANGEMENTS:
+            print_line(console, f"{count}: {listed([clock.label(step) for step in steps])}")
+        else:
+            print_line(console, f"{count} in {clock.range_label(steps[0], steps[-1])}")
     elif result.acted is None:
         why = "no placement was recorded or readable"
         if result.run.origin is not None:

@@ -62,7 +62,7 @@ def test_padding_and_lost_tokens_are_counted(tmp_path: Path, ranks: int, padded:
         return
     [(code, text)] = found
     assert code == "num_tokens"
-    steps_text = f"{len(odd)} steps, first {odd.min()}"
+    steps_text = f"{len(odd)} steps, starting at step {odd.min()}"
     assert text.startswith(f"load is not num_tokens × {TOP_K} in {steps_text}: ")
     assert (f"too many in {padded}" in text) == bool(padded)
     assert (f"too few in {lost}" in text) == bool(lost)
@@ -99,7 +99,7 @@ def test_tokens_stated_by_the_wrong_rank_are_found(
     for rank in range(ranks):
         own = sorted(step for step, both in odd.items() if rank in both)
         if own:
-            steps_text = f"{len(own)} steps, first {own[0]}" if len(own) > 1 else f"step {own[0]}"
+            steps_text = f"{len(own)} steps, starting at step {own[0]}" if len(own) > 1 else f"step {own[0]}"
             told.append(f"rank {rank} in {steps_text}")
     assert finding.text.endswith("are: " + ", ".join(told))
 
@@ -170,7 +170,7 @@ def test_layer_that_is_silent_for_a_whole_segment_is_no_dense_layer(tmp_path: Pa
         load[1] = 0
     record(tmp_path, [[(load, None)] for load in loads], segment_steps=16)
     [(code, text)] = findings(tmp_path)
-    assert (code, "16 steps, first 16" in text) == ("conservation", True)
+    assert (code, "16 steps, starting at step 16" in text) == ("conservation", True)
 
 
 def test_tokens_of_several_global_writers_count_once(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_any_run_of_one_constant_is_right_and_any_other_is_not(data: st.DataObje
         [finding] = found
         assert f"load is not num_tokens × {each} in " in finding.text
         first = min(wrong)
-        expected = f"{len(wrong)} steps, first {first}" if len(wrong) > 1 else f"step {first}"
+        expected = f"{len(wrong)} steps, starting at step {first}" if len(wrong) > 1 else f"step {first}"
         assert expected in finding.text
 
 
@@ -239,4 +239,4 @@ def test_merged_parts_find_what_the_whole_finds(tmp_path: Path) -> None:
         one.add(np.arange(5)[part], totals[part] / 1.0, np.full(5, 5)[part])
         merged.merge(one)
     assert [*merged.findings_of_sums(run)] == [*whole.findings_of_sums(run)]
-    assert "in 3 steps, the first 1" in next(whole.findings_of_sums(run)).text
+    assert "in 3 steps, starting at step 1" in next(whole.findings_of_sums(run)).text

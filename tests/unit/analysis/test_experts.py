@@ -290,7 +290,8 @@ hot: at least 2x the layer's mean in a window; cold: at most 1/2 over all steps
 load: times the layer's mean, since the layer's last rearrangement; due:
 replicas that this load justifies (!: one or more are missing); *: two replicas
 on one rank
-no room for x mean, hot in, CV, uneven: 100 columns show them, --json has all
+hidden at this width: x mean, hot in, CV, uneven (use --json, or a terminal of
+120 columns)
 """
 
 

@@ -141,7 +141,7 @@ def test_nothing_is_summed_across_a_change_of_ep_size(tmp_path: Path) -> None:
 )
 def test_dump_without_sources_is_an_error(tmp_path: Path, options: dict[str, Any], word: str) -> None:
     write(tmp_path, ranks=1 if "scope" in options else 2, **options)
-    one_error(cli("traffic", tmp_path), 2, "does not show which rank sent which tokens", word)
+    one_error(cli("traffic", tmp_path), 3, "does not show which rank sent which tokens", word)
 
 
 def test_invalid_input_is_an_error(dump: Path, tmp_path: Path) -> None:

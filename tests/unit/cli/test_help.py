@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clocks import START_NS, steady_clock
 from helpers import cli, one_error, write
 from typer.main import get_command
 
@@ -42,7 +43,9 @@ COMMANDS = commands()
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
-    write(folder / "dump", steps=24)
+    night = START_NS + 17_310 * 10**9  # the run is from 03:02:10 to 03:06:00
+    with steady_clock(10_000, night):
+        write(folder / "dump", steps=24)
     write(folder / "old-dump", steps=24, run_id="old")
     np.save(folder / "load.npy", np.array([[30, 10, 20, 40], [25, 25, 25, 25]]))
     return folder
@@ -94,7 +97,19 @@ def test_commands_are_listed_in_groups() -> None:
 def test_wrong_usage_is_one_error_that_names_the_help() -> None:
     one_error(cli("summary", "--nonsense"), 2, "--nonsense", "see `eplb-analyze summary --help`")
     one_error(cli("nonsense"), 2, "nonsense", "see `eplb-analyze --help`")
+    one_error(cli("summary", "--sinse", "03:12"), 2, "No such option: --sinse", "--since")
+    assert "Possible" not in cli("layer", "1", "--rank", "30").stderr
     one_error(cli("layer"), 2, "LAYER", "see `eplb-analyze layer --help`")
+
+
+def test_error_says_what_to_write_instead(recorded: Path) -> None:
+    dump = str(recorded / "dump")
+    one_error(cli(dump), 2, f"`eplb-analyze summary {dump}`")
+    one_error(cli("report", dump), 2, f"`eplb-analyze report {dump} -o report.html`")
+    one_error(cli("compare", "0-9", "10-19", dump), 2, "ranges of steps go in --steps-a and --steps-b")
+    one_error(cli("summary", "--step", "2-7", dump), 2, "write --steps 2-7")
+    one_error(cli("summary", "--run", "ld", recorded / "old-dump"), 2, "no run 'ld'; did you mean old?")
+    one_error(cli("summary", "--run", "zz", recorded / "old-dump"), 2, "no run 'zz'; its runs are: old;")
 
 
 def test_option_has_one_meaning_in_all_commands() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import zoneinfo
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_note_on_several_runs_has_a_command_that_lists_them(dump: Path) -> None:
     note = cli("summary", dump).stderr
     command = note.split("`")[1]
     assert "2 runs" in cli(*pasted(command)).stdout
+
+
+def test_command_about_steps_keeps_the_time_zone(dump: Path) -> None:
+    out = RunOutput(dump, None, None)
+    out.zone = zoneinfo.ZoneInfo("Europe/Berlin")
+    assert out.paste("layer 1 --steps 2-7") == "eplb-analyze layer 1 --steps 2-7 --tz Europe/Berlin"
+    assert out.paste("check") == "eplb-analyze check"
 
 
 def test_steps_of_a_phase_are_shown_of_that_phase(dump: Path) -> None:

@@ -111,4 +111,6 @@ def test_messages_wrap_at_words_on_a_terminal_only(
 def test_columns_without_room_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     print_hidden(console(sys.stdout), ["<began, UTC", "p5"], 150)
     print_hidden(console(sys.stdout), [], 150)
-    assert capsys.readouterr().out == "no room for began, p5: 150 columns show them, --json has all\n"
+    assert capsys.readouterr().out == (
+        "hidden at this width: began, p5 (use --json, or a terminal of 150 columns)\n"
+    )
