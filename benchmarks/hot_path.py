@@ -51,13 +51,13 @@ def spin(seconds: float) -> None:
 
 
 def measure(call: Callable[[int], object], steps: int, before: Callable[[], None]) -> Any:
-    """Microseconds of each call, without the first tenth and those that return 0: their step was dropped."""
+    """Microseconds of each call, without the first tenth and those that return -1: their step was dropped."""
     took = np.full(steps, np.nan)
     for i in range(steps):
         before()
         start = time.perf_counter_ns()
         taken = call(i)
-        if not isinstance(taken, int) or taken:
+        if not isinstance(taken, int) or taken > 0:
             took[i] = time.perf_counter_ns() - start
     took = took[steps // 10 :] / 1e3
     return took[~np.isnan(took)]

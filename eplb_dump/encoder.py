@@ -118,7 +118,7 @@ class Encoder:
                 counted = totals.copy()
             last = before[i]
             if last is None or last.taken != entry.since or last.ring is not buffers[i].ring:
-                faults[i] = "expert_load counts on from another step than the one before"
+                faults[i] = "expert_load counts on from a step that was not recorded"
             else:
                 counted[i] -= totals[i - 1] if i else self._last_total[1]
         self._last_total = buffers[-1], totals[-1].copy()

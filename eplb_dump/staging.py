@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     ep_size: int
     load: Buffer | None
     placement: Buffer | None
-    #: The number of the buffer that holds what the load counts on from; 0: it counts from zero.
+    #: The number of the buffer with what the load counts on from; 0: it counts from zero; -1: not known.
     since: int
 
 

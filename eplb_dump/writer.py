@@ -44,6 +44,8 @@ __all__ = ["ExpertLoadWriter", "WriterStats"]
 OPEN_SECONDS = 2.0
 #: How many steps may wait for the journal, also those without a load; more are only counted.
 _MAX_WAITING = 1 << 16
+#: What :meth:`ExpertLoadWriter.record` returns if it did not take a step's counts.
+_NOT_TAKEN = -1
 _NESTED = "a signal handler interrupted another call"
 _SKIP_REASONS = {"dummy": Status.DUMMY, "not_sampled": Status.NOT_SAMPLED, "dropped": Status.DROPPED}
 
@@ -161,6 +163,8 @@ class ExpertLoadWriter:
         )
         self._ep_rank, self._ep_size, self._interval = info.ep_rank, info.ep_size, info.interval
         self._next_step = 0
+        #: What ``since`` must be in the next call, if it is not 0, and the number of that call.
+        self._expected_since = 0, 0
         #: A phase that has been checked.
         self._last_phase: str | None = None
         self._accounting = Accounting()
@@ -235,11 +239,12 @@ class ExpertLoadWriter:
             phase: for example ``"prefill"`` or ``"decode"``.
             ep_size: the number of EP ranks from this step on, if it changed (elastic EP).
             step_ms: the engine's own time of the pass in ms, if it knows it.
-            since: what the last call returned, if ``expert_load`` was not zeroed after it: it is a running
-                total then, and the difference to that call's is recorded. 0: it counts this pass alone.
+            since: what the previous call returned, if ``expert_load`` was not zeroed after it: it is a
+                running total then, and the difference to that call's is recorded. 0: it counts this pass
+                alone. If the previous call took no counts, or was a ``skip``, the step is rejected.
 
         Returns:
-            A number for ``since`` in the next call; 0 if this step's counts were not taken.
+            A number for ``since`` in the next call: positive, or -1 if this step's counts were not taken.
 
         A step that cannot be recorded (a wrong shape or type, negative counts, an expert that does not
         exist, a step number that goes back) is rejected: it is counted in :meth:`stats` and has a row
@@ -253,7 +258,7 @@ class ExpertLoadWriter:
                     accounting.dropped[_NESTED] += 1
                     if physical_to_logical_map is not None:
                         self._staging.lose_placement()
-                    return 0
+                    return _NOT_TAKEN
                 try:
                     accounting.state = RUNNING
                     return self._record(
@@ -269,7 +274,7 @@ class ExpertLoadWriter:
                     accounting.state = IDLE
         except Exception:  # there is no memory at all, not even to count the step
             pass
-        return 0
+        return _NOT_TAKEN
 
     def skip(self, reason: str = "dummy", step: int | None = None) -> None:
         """Count a forward pass without a load: ``"dummy"``, ``"not_sampled"`` or ``"dropped"``.
@@ -345,29 +350,34 @@ class ExpertLoadWriter:
             if checked is None:
                 if placement is not None:
                     self._staging.lose_placement()
-                return 0
+                return _NOT_TAKEN
             number = checked
         self._next_step = number + 1
         if self._accounting.refuses is not None:
             self._enqueue(number, Status.RECORDED)  # counts it as dropped
-            return 0
+            return _NOT_TAKEN
         sampled = self._interval == 1 or number % self._interval == 0
         if sampled and placement is None and self._staging.placement_lost:
             self._reject(number, LAST_MAP_INVALID)
-            return 0
+            return _NOT_TAKEN
         ep_size_before = self._ep_size
         if ep_size is not None and ep_size is not ep_size_before:
             if is_integer(ep_size) and self._ep_rank < ep_size <= MAX_LOAD:
                 self._ep_size = int(ep_size)
             elif sampled:
                 self._reject(number, f"ep_size is not an integer above EP rank {self._ep_rank}")
-                return 0
+                return _NOT_TAKEN
         if not sampled:
             self._enqueue(number, Status.NOT_SAMPLED, self._stage_alone(placement))
-            return 0
-        staged = self._staging.stage(expert_load, placement, self._ep_size, self._accounting.seen)
+            return _NOT_TAKEN
+        call = self._accounting.seen
+        if since and (since, call) != self._expected_since:
+            since = _NOT_TAKEN
+        staged = self._staging.stage(expert_load, placement, self._ep_size, call)
         if isinstance(staged, Staged):
-            return self._enqueue(number, Status.RECORDED, staged, num_tokens, phase, step_ms, since)
+            taken = self._enqueue(number, Status.RECORDED, staged, num_tokens, phase, step_ms, since)
+            self._expected_since = taken, call + 1
+            return taken
         if staged.cause == "queue":
             self._drop(number, staged.reason, placement)
         elif staged.cause == "expert_load":
@@ -376,7 +386,7 @@ class ExpertLoadWriter:
             self._reject(number, staged.reason)
             if staged.cause == "ep_size":
                 self._ep_size = ep_size_before
-        return 0
+        return _NOT_TAKEN
 
     def _skip(self, reason: str, step: int | None) -> None:
         number = self._next_step if step is None else self._check_step(step)
@@ -424,7 +434,7 @@ class ExpertLoadWriter:
     ) -> int:
         """Queue a row for ``steps`` and its buffers; drop it if the queue is full or recording stopped.
 
-        Returns the number of the load's buffer, 0 if there is none.
+        Returns the number of the load's buffer, -1 if there is none.
         """
         accounting = self._accounting
         entries = accounting.entries
@@ -434,7 +444,7 @@ class ExpertLoadWriter:
         if why is not None:
             if accounting.state is not PLACED:
                 self._count_dropped(why)
-            return 0
+            return _NOT_TAKEN
         # In the order of what an engine gives in every step.
         if type(num_tokens) is not int or not 0 <= num_tokens < MAX_NUMBER:
             num_tokens = self._checked_tokens(num_tokens)
@@ -452,7 +462,7 @@ class ExpertLoadWriter:
         # with the next ones, and a placement that is not remembered is copied again; any other order would
         # mix up steps or placements.
         fills_up = False
-        taken = 0
+        taken = _NOT_TAKEN
         if load is not None:
             ring, _, taken = load
             ring.taken = taken  # as Ring.take, without the call

@@ -303,7 +303,7 @@ class _Recorder:
             load = load - carry
         if self._we_count:
             model.ours = True
-        model.since = since = model.writer.record(
+        since = model.writer.record(
             self._step,
             load,
             state.physical_to_logical_map,
@@ -315,11 +315,13 @@ class _Recorder:
         if model.ours and (
             self._vllm_records
             or not self._adds_up
-            or not since
+            or since < 0
             or carry is not None
             or not self._step % _STEPS_OF_TOTAL
         ):
             model.restore()
+        else:
+            model.since = since if model.ours else 0
 
     def restore_counts(self) -> None:
         """Leave ``expert_load_pass`` as it would be without the plugin."""

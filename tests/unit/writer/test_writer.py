@@ -313,40 +313,67 @@ def test_tensor_can_be_overwritten_after_record_returns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     operations=st.lists(
-        st.tuples(st.booleans(), st.sampled_from(["record", "bad map", "forget", "bad shape", "flush"])),
+        st.tuples(
+            st.booleans(), st.sampled_from(["record", "bad map", "wrong since", "bad shape", "skip", "flush"])
+        ),
         min_size=1,
         max_size=30,
-    )
+    ),
+    interval=st.integers(1, 3),
 )
 def test_running_totals_are_recorded_as_each_pass_counted(
-    make: Callable[[Any], Any], operations: list[tuple[bool, str]]
+    make: Callable[[Any], Any], operations: list[tuple[bool, str]], interval: int
 ) -> None:
-    """An engine that zeroes its counts only now and then, and after each step that was not taken."""
+    """Or not at all: an engine zeroes its counts now and then, and passes on whatever record returned."""
     total, since, expected = np.zeros((LAYERS, SLOTS), np.int32), 0, {}
-    with tempfile.TemporaryDirectory() as folder, open_writer(Path(folder)) as writer:
+    known = True  # whether the counts before this pass are those that `since` stands for
+    with tempfile.TemporaryDirectory() as folder, open_writer(Path(folder), interval=interval) as writer:
         for step, (zero, what) in enumerate(operations):
             if zero:
-                total, since = np.zeros_like(total), 0
+                total, since, known = np.zeros_like(total), 0, True
             counted = load_of(step) % 1000
             total = total + counted
-            if what == "bad shape":
-                assert writer.record(step, make(total[:, :-1]), make(map_of()), since=since) == 0
-                total, since = np.zeros_like(total), 0
+            if what == "skip":
+                writer.skip("not_sampled", step)
+                since, known = since or -1, False
                 continue
-            wrong = what == "forget" and since > 0
+            load = make(total[:, :-1]) if what == "bad shape" else make(total)
             placement = make(map_of() + 1000) if what == "bad map" else make(map_of())
-            since = writer.record(step, make(total), placement, since=since + wrong)
-            assert since > 0
-            if what != "bad map" and not wrong:
+            wrong = what == "wrong since" and since > 0
+            since = writer.record(step, load, placement, since=since + wrong)
+            taken = what != "bad shape" and step % interval == 0
+            assert (since > 0) == taken
+            if taken and known and not wrong and what != "bad map":
                 expected[step] = counted
+            known = taken
             if what == "flush":
                 assert writer.flush(30)
         stats = closed(writer)
         assert_equal_loads(sealed_loads(writer.folder), expected)
     assert stats.recorded == len(expected)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_totals_that_are_never_zeroed_are_never_taken_for_one_pass(
+    tmp_path: Path, gate: threading.Event, interval: int
+) -> None:
+    """The loop of the docs, whose queue is full for a while."""
+    totals, since = np.zeros((LAYERS, SLOTS), np.int64), 0
+    with open_writer(tmp_path, queue_steps=4, interval=interval) as writer:
+        for step in range(60):
+            totals += load_of(step)
+            since = writer.record(step, totals, map_of(), since=since)
+            if step == 30:
+                gate.set()
+            assert step <= 30 or writer.flush(30)
+    stats = closed(writer)
+    assert stats.dropped > 0
+    found = sealed_loads(writer.folder)
+    assert_equal_loads(found, {step: load_of(step) for step in found})
+    assert len(found) >= (30 if interval == 1 else 1)
 
 
 def test_prepared_buffers_are_those_that_record_uses(tmp_path: Path) -> None:
