@@ -28,7 +28,7 @@ class Cause:
         expert: the logical expert, if one explains the incident.
         layer: the number of the expert's layer in the model.
         from_times_mean, to_times_mean: the expert's tokens, divided by the mean over the layer's experts,
-            before and during the incident.
+            before and during the incident, over about 200 steps on either side of its beginning.
         replicas: of the expert, during the incident.
     """
 
