@@ -14,10 +14,9 @@ import numpy as np
 from eplb_analyze.analysis.compare_experts import ExpertDifference, ExpertSums, expert_differences
 from eplb_analyze.analysis.cost import RunCost, cost_of, cost_of_sample
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
-from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of
+from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of, steps_per_value
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
-from eplb_analyze.analysis.summary_sums import bins_of
 from eplb_analyze.errors import UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics import bootstrap, formulas
@@ -104,7 +103,7 @@ class Side(Report):
     tokens_per_step: float | None
     #: The number of rearrangements in these steps.
     rearrangements: int
-    #: In these steps, in their order.
+    #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
 
     def to_json(self) -> dict[str, Any]:
@@ -288,7 +287,7 @@ class _Reading:
         experts: of the first and second half of the steps.
         shapes: of the loads.
         cost: of imbalance, by the times of these steps; prices are of the whole run if these steps show none.
-        incidents: in these steps.
+        incidents: those of the run that have one of these steps.
     """
 
     def __init__(self, run: Run, steps: StepRange) -> None:
@@ -300,7 +299,7 @@ class _Reading:
         self._tokens = 0.0
         low, high = steps
         first, last = (step or 0 for step in run.step_range)
-        sample, balance = CostSample.empty(), BalanceValues(bins_of(run, steps))
+        sample, balance = CostSample.empty(), BalanceValues(steps_per_value(last + 1 - first))
         sampling = Sampling(run, max(first, low), min(last + 1, high) - 1)
         middle = (max(first, low) + min(last + 1, high)) // 2
         for half, part in enumerate(((low, middle), (middle, high))):
@@ -315,7 +314,7 @@ class _Reading:
                     balance.add(block, terms)
                 sample.merge(CostSample.of(run, sampling, block, terms))
         self.cost = self._cost(sample)
-        self.incidents = incidents_of(run, balance, self.cost).found
+        self.incidents = incidents_of(run, balance, sample, self.cost, steps).found
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
         self._tokens += float(terms.mean.sum()) * ranks

@@ -199,7 +199,7 @@ def cost_of_sample(
     run: Run, sample: CostSample, timings: StepTimes | None = None, gpu: str | None = None
 ) -> RunCost:
     """The cost of imbalance in the steps of a sample; see :func:`cost_of`."""
-    cost, gpu = _measured(run, sample, run.timings if timings is None else timings), gpu or run.gpu
+    cost, gpu = measured_cost(run, sample, timings), gpu or run.gpu
     if gpu is None or cost.status is not CostStatus.NOT_IDENTIFIABLE or not sample.first or not sample.last:
         return cost
     return _estimated(cost, gpu, estimate(run, gpu, (sample.first[0], sample.last[0] + 1)))
@@ -242,7 +242,9 @@ def _estimated(cost: RunCost, gpu: str, found: dict[str, Estimate] | str) -> Run
     )
 
 
-def _measured(run: Run, sample: CostSample, timings: StepTimes | None) -> RunCost:
+def measured_cost(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
+    """The cost that the times of a sample's steps show, without estimates; see :func:`cost_of`."""
+    timings = run.timings if timings is None else timings
     if not len(sample.step):
         return _unknown(f"fewer than {MIN_STEPS} steps are complete")
     first = run.step_range[0] or 0

@@ -7,7 +7,7 @@ steps (:mod:`analysis.incident_explainer`). What belongs together is merged (:mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from eplb_analyze.analysis.layer_departures import (
 )
 from eplb_analyze.analysis.layer_loads import LayerLoads
 from eplb_analyze.metrics.change_points import MIN_STEPS
+from eplb_analyze.sessions.step_range import StepRange
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,19 @@ class Incidents:
     """The incidents of a run, in order of steps.
 
     Attributes:
-        unexamined: how many smaller departures are not among them.
+        unexamined: smaller departures, which are not among them.
         restless: how many layers change their balance so often that only much larger drops are departures.
     """
 
     found: list[Incident]
-    unexamined: int = 0
+    unexamined: list[Found] = field(default_factory=list)
     restless: int = 0
+
+    def within(self, steps: StepRange) -> Incidents:
+        """Those that have a step in a range; they keep their first and last step."""
+        found = [i for i in self.found if i.first_step < steps.end and i.last_step >= steps.first]
+        left = [one for one in self.unexamined if one.first < steps.end and one.end > steps.first]
+        return Incidents(found, left, self.restless)
 
 
 def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:

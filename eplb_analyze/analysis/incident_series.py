@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eplb_analyze.analysis.cost import RunCost
+from eplb_analyze.analysis.cost import RunCost, measured_cost
+from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
 from eplb_analyze.analysis.layer_departures import BalanceSeries, tokens_of
 from eplb_analyze.analysis.layer_loads import LayerWindow
@@ -17,12 +19,12 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms
 from eplb_analyze.metrics.incident_causes import LayerSample
-from eplb_analyze.metrics.losses import Bins
 from eplb_analyze.metrics.prices import weighted
 from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank, serving
 from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_dump.format.journal import Int64, Shape
 
 #: A run is kept as at most about so many values per layer; in a longer one a value is of several steps.
@@ -33,6 +35,8 @@ class _Part(NamedTuple):
     """Values of consecutive steps of one block."""
 
     steps: Int64
+    #: The last step that a value is of.
+    last: int
     ratio: npt.NDArray[np.float32]
     tokens: npt.NDArray[np.float32]
     #: An index into ``phases`` each, or -1.
@@ -41,18 +45,24 @@ class _Part(NamedTuple):
     shape: Shape
 
 
+def steps_per_value(steps: int) -> int:
+    """How many steps a value of a run of so many steps is of."""
+    return max(1, -(-steps // MOST_VALUES))
+
+
 class BalanceValues:
     """The balancedness of each layer, in order of steps; values of later steps can be merged into it."""
 
-    def __init__(self, bins: Bins) -> None:
-        first = int(bins.edges[0]) if len(bins) else 0
-        self.steps_per_value = max(1, -(-(bins.last + 1 - first) // MOST_VALUES))
+    def __init__(self, steps_per_value: int = 1) -> None:
+        """``steps_per_value``: see :func:`steps_per_value`; that of the whole run, also for a part of it."""
+        self.steps_per_value = steps_per_value
         self._parts: list[_Part] = []
 
     def add(self, block: Block, terms: Terms) -> None:
         """Add the complete steps of a block; ``terms``: of these."""
         assert block.shape is not None
         steps, ratio = block.recorded, terms.ratio.astype(np.float32)
+        last = int(steps[-1])
         tokens = tokens_of(terms)
         phase = block.phase[block.state == StepState.RECORDED]
         if self.steps_per_value > 1:
@@ -63,7 +73,7 @@ class BalanceValues:
             tokens = np.add.reduceat(tokens, starts)
             tokens /= np.diff(starts, append=len(steps))
             steps, phase = steps[starts], np.full(len(starts), -1)
-        self._parts.append(_Part(steps, ratio, tokens, phase, tuple(block.phases), block.shape))
+        self._parts.append(_Part(steps, last, ratio, tokens, phase, tuple(block.phases), block.shape))
 
     def merge(self, later: BalanceValues) -> None:
         self._parts += later._parts
@@ -94,7 +104,7 @@ class BalanceValues:
             np.concatenate([part.tokens for part in self._parts]),
             np.concatenate(phases),
             np.concatenate(shapes),
-            int(self._parts[-1].steps[-1]) + self.steps_per_value - 1,
+            self._parts[-1].last,
             self.steps_per_value,
         )
 
@@ -102,11 +112,9 @@ class BalanceValues:
 class RunLoads:
     """The loads of a run, read around the edges of departures. See :class:`LayerLoads`."""
 
-    def __init__(self, run: Run, cost: RunCost) -> None:
-        self._run = run
-        self._prices = [
-            (phase.steps, cost.prices[name]) for name, phase in cost.phases.items() if name in cost.prices
-        ]
+    def __init__(self, run: Run, cost: Callable[[], RunCost]) -> None:
+        """``cost``: by whose prices incidents are priced; asked for only if there is one."""
+        self._run, self._cost = run, functools.cache(cost)
         self.history = run.history
         self.lost_ranks: Sequence[LostRank] = run.lost_ranks
         self.num_logical = run.info.num_logical_experts
@@ -151,14 +159,75 @@ class RunLoads:
             ).excess()
             for sample in (before, during)
         ]
-        found = [(steps, price.price(excess[1] - excess[0])) for steps, price in self._prices]
+        cost = self._cost()
+        found = [
+            (phase.steps, cost.prices[name].price(excess[1] - excess[0]))
+            for name, phase in cost.phases.items()
+            if name in cost.prices
+        ]
         total = weighted([(steps, price) for steps, price in found if price is not None])
         return None if total is None else Milliseconds.of(total, layers)
 
 
-def incidents_of(run: Run, values: BalanceValues, cost: RunCost) -> Incidents:
-    """The incidents of a run; call it inside ``run.retry_without_damaged``."""
+def incidents_of(
+    run: Run,
+    values: BalanceValues,
+    sample: CostSample,
+    cost: RunCost,
+    steps: tuple[int, int] | None = None,
+) -> Incidents:
+    """The incidents of a run, or those that have a step in a half-open range.
+
+    Those of a range are found in the whole run, whose other steps are read here: a range that begins or ends
+    near an edge of an incident, or lies inside it, does not show what is usual. So an incident has the same
+    edges and cause in every range, and nearly the same cost, which is measured in a sample. Call it inside
+    ``run.retry_without_damaged``.
+
+    Args:
+        values, sample, cost: of these steps.
+    """
     # Arrow keeps what the pass over the run needed: some 40 MiB, which the loads would come on top of.
     pa.default_memory_pool().release_unused()
-    series = values.series()
-    return Incidents([]) if series is None else find_incidents(series, RunLoads(run, cost))
+    chosen = StepRange.of(steps)
+    every, total = _with_others(run, chosen, values, sample)
+    series = every.series()
+    if series is None:
+        return Incidents([])
+    loads = RunLoads(run, lambda: cost if every is values else measured_cost(run, total))
+    return find_incidents(series, loads).within(chosen)
+
+
+def _with_others(
+    run: Run, steps: StepRange, values: BalanceValues, sample: CostSample
+) -> tuple[BalanceValues, CostSample]:
+    """What is known of a range of steps, with all other steps of the run."""
+    first, last = (0 if step is None else step for step in run.step_range)
+    whole = StepRange(first, last + 1)
+    before, after = whole.clip(0, steps.first), whole.clip(steps.end, NO_END)
+    if before.first >= before.end and after.first >= after.end:
+        return values, sample
+    sampling = Sampling(run, first, last)
+    every, total = BalanceValues(values.steps_per_value), CostSample.empty()
+    _read(run, before, sampling, every, total)
+    every.merge(values)
+    total.merge(sample)
+    _read(run, after, sampling, every, total)
+    return every, total
+
+
+def _read(run: Run, steps: StepRange, sampling: Sampling, values: BalanceValues, sample: CostSample) -> None:
+    """Add the steps of a range to the values and to the sample; they come after those in it."""
+    if steps.first >= steps.end:
+        return
+
+    def of_block(block: Block) -> tuple[BalanceValues, CostSample]:
+        own = BalanceValues(values.steps_per_value)
+        if block.shape is None or not len(block.recorded):
+            return own, CostSample.of(run, sampling, block)
+        terms = run.terms(block)
+        own.add(block, terms)
+        return own, CostSample.of(run, sampling, block, terms)
+
+    for _, (own, own_sample) in run.over_blocks(of_block, steps):
+        values.merge(own)
+        sample.merge(own_sample)

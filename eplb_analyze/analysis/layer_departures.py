@@ -73,16 +73,17 @@ class Found:
     everywhere: bool
 
 
-def largest(found: list[Found]) -> tuple[list[Found], int]:
-    """The departures that cost most, in order of steps, and how many are left out."""
+def largest(found: list[Found]) -> tuple[list[Found], list[Found]]:
+    """The departures that cost most, in order of steps; and those that are left out."""
     kept: list[Found] = []
     looks = 0
-    for one in sorted(found, key=lambda f: -f.drop * (f.end - f.first) * len(f.layers)):
+    by_cost = sorted(found, key=lambda f: -f.drop * (f.end - f.first) * len(f.layers))
+    for one in by_cost:
         looks += min(len(one.layers), LOOKED_AT) if one.everywhere else len(one.layers)
         if kept and looks > EXAMINED:
             break
         kept.append(one)
-    return sorted(kept, key=lambda f: (f.first, f.end)), len(found) - len(kept)
+    return sorted(kept, key=lambda f: (f.first, f.end)), by_cost[len(kept) :]
 
 
 def comparable(series: BalanceSeries) -> npt.NDArray[np.float32]:

@@ -157,7 +157,7 @@ class Summary(Report):
     #: Of the last configuration.
     loss: Loss | None
     duration_seconds: float | None
-    #: In order of steps.
+    #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
     #: Departures of a layer that are smaller than these incidents, whose cause was not looked for.
     unexamined_departures: int
@@ -263,7 +263,7 @@ def summarize(run: Run, steps: tuple[int, int] | None = None) -> Summary:
 
 
 def _summarize(run: Run, steps: tuple[int, int] | None) -> Summary:
-    sums = sums_of(run, steps, bins_of(run, steps))
+    sums = sums_of(run, steps, bins_of(run, steps), bins_of(run))
     if run.phase is not None and not sums.seen.seen:
         raise run.nothing_complete(steps)
     return summary_of(sums, run, steps)
@@ -284,7 +284,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
     why = not_due(run) if acted is False else None
     whole = (sums.seen.first, sums.seen.last) if steps is None and run.phase is None else None
     cost = cost_of_sample(run, sums.cost)
-    incidents = run.retry_without_damaged(lambda: incidents_of(run, sums.balance, cost))
+    incidents = run.retry_without_damaged(lambda: incidents_of(run, sums.balance, sums.cost, cost, steps))
     return Summary(
         run=run.info,
         steps=sums.seen,
@@ -308,7 +308,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=(sums.last_time - sums.first_time) / 1e9 if timed else None,
         incidents=incidents.found,
-        unexamined_departures=incidents.unexamined,
+        unexamined_departures=len(incidents.unexamined),
         restless_layers=incidents.restless,
         acted=acted,
         contradictions=[*sums.conservation.findings_of_sums(run)],

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from eplb_analyze.analysis.conservation import Conservation
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
-from eplb_analyze.analysis.incident_series import BalanceValues
+from eplb_analyze.analysis.incident_series import BalanceValues, steps_per_value
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Terms
 from eplb_analyze.metrics.losses import Bins, Losses, windows
@@ -139,7 +139,8 @@ class SummarySums:
     Besides sums it keeps six figures per step, for percentiles, and the balance of each layer, for incidents.
     """
 
-    def __init__(self, num_layers: int, bins: Bins) -> None:
+    def __init__(self, num_layers: int, bins: Bins, per_value: int = 1) -> None:
+        """``per_value``: so many steps have one value of each layer's balance."""
         self.bins = bins
         self.seen = Completeness()
         self.steps: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -151,7 +152,7 @@ class SummarySums:
         self.estimates: dict[tuple[int, ...], EstimateSums] = {}
         self.conservation = Conservation()
         self.cost = CostSample.empty()
-        self.balance = BalanceValues(bins)
+        self.balance = BalanceValues(per_value)
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
         #: Time from the step before to each step, ms; and the first and last step with their times.
         self.step_ms: list[formulas.Float64] = []
@@ -159,8 +160,8 @@ class SummarySums:
         self._last: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, run: Run, bins: Bins, block: Block, sampling: Sampling) -> SummarySums:
-        sums = cls(run.info.num_layers, bins)
+    def of(cls, run: Run, bins: Bins, block: Block, sampling: Sampling, per_value: int = 1) -> SummarySums:
+        sums = cls(run.info.num_layers, bins, per_value)
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
         sums.step_ms.append(block.since_last_ms[np.isfinite(block.since_last_ms)])
@@ -225,20 +226,27 @@ def bins_of(run: Run, steps: tuple[int, int] | None = None) -> Bins:
     return Bins(max(low, first or 0), min(high - 1, last or 0))
 
 
-def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
+def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins, of_run: Bins | None = None) -> SummarySums:
     """The sums of a run, or of a range of its steps. Call it inside ``run.retry_without_damaged``.
 
     Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts
     are read.
+
+    Args:
+        of_run: the bins of the whole run, if ``bins`` are those of the range only.
     """
     run.load_history()
+    whole = bins if of_run is None else of_run
+    per_value = steps_per_value(int(whole.last + 1 - whole.edges[0]) if len(whole) else 0)
     edges = [first for first, _ in run.parts()]
     sampling = Sampling(run, int(bins.edges[0]), bins.last)
-    total, part = SummarySums(run.info.num_layers, bins), SummarySums(run.info.num_layers, bins)
-    for block, sums in run.over_blocks(lambda block: SummarySums.of(run, bins, block, sampling), steps):
+    total, part = (SummarySums(run.info.num_layers, bins, per_value) for _ in range(2))
+    for block, sums in run.over_blocks(
+        lambda block: SummarySums.of(run, bins, block, sampling, per_value), steps
+    ):
         if block.step[0] in edges:
             total.merge(part)
-            part = SummarySums(run.info.num_layers, bins)
+            part = SummarySums(run.info.num_layers, bins, per_value)
         part.merge(sums)
     total.merge(part)
     return total

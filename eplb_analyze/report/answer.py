@@ -15,6 +15,7 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.metrics.losses import LEAST_STEPS
+from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.text import clean, command_line, duration, figure, listed, milliseconds, percent, plural
 
@@ -331,9 +332,11 @@ def _first_in_full(figures: list[tuple[int, str]], meaning: str) -> str:
 
 def told(incident: Incident, summary: Summary, clock: RunClock, paste: Paste = command_line) -> Told:
     """An incident in words. Its cost is compared with the median step."""
+    beyond = lasts_beyond(incident, summary.steps)
     return Told(
         head=_head(incident, clock),
         parts=[
+            *([("steps", beyond)] if beyond else []),
             ("cause", cause_sentence(incident, clock.label)),
             ("cost", _cost(incident, summary.cost)),
             ("end", _end(incident, clock)),
@@ -342,11 +345,28 @@ def told(incident: Incident, summary: Summary, clock: RunClock, paste: Paste = c
     )
 
 
-def in_a_line(incident: Incident, clock: RunClock) -> str:
-    """When and where an incident was, its cause, and its cost in ms if that is known."""
+def lasts_beyond(incident: Incident, selected: Completeness) -> str:
+    """How an incident reaches beyond the selected steps; ``""`` if it does not."""
+    first, last = selected.first, selected.last
+    if first is None or last is None:
+        return ""
+    before, after = incident.first_step < first, incident.last_step > last
+    steps = f"the selected {steps_text(first, last)}"
+    if before and after:
+        return f"began before {steps}, and ended after them"
+    return f"began before {steps}" if before else f"ended after {steps}" if after else ""
+
+
+def in_a_line(incident: Incident, clock: RunClock, selected: Completeness | None = None) -> str:
+    """When and where an incident was, its cause, and its cost in ms if that is known.
+
+    ``selected``: the steps that it is shown for; whether it reaches beyond them is added.
+    """
     ms = incident.cost.ms_per_step
     cost = "" if ms is None else f"; {_per_step(ms)}"
-    return f"{_head(incident, clock)}; {cause_sentence(incident, clock.label)}{cost}"
+    beyond = "" if selected is None else lasts_beyond(incident, selected)
+    text = f"{_head(incident, clock)}; {cause_sentence(incident, clock.label)}{cost}"
+    return f"{text}; {beyond}" if beyond else text
 
 
 def steps_text(first: int, last: int) -> str:

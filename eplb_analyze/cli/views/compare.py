@@ -174,10 +174,9 @@ def _side(console: Console, name: str, side: Side, clock: RunClock) -> None:
 def _incidents(console: Console, name: str, side: Side, clock: RunClock, top: int) -> None:
     """A line for each incident, the first ones of many."""
     if not side.incidents:
-        # One that lasts all of a side, or began before it, is no change within it.
-        print_line(console, f"no incident begins in {name}")
+        print_line(console, f"no incident in {name}")
     for incident in side.incidents[:top]:
-        print_line(console, (f"incident in {name}: ", "bold"), in_a_line(incident, clock))
+        print_line(console, (f"incident in {name}: ", "bold"), in_a_line(incident, clock, side.steps))
     rest = len(side.incidents) - top
     if rest > 0:
         print_line(console, f"and {plural(rest, 'more incident')} in {name}; `summary` shows all")

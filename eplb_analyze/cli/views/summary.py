@@ -105,12 +105,8 @@ def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part
     console.print()
     if incidents:
         print_line(console, (plural(len(incidents), "incident"), "bold"))
-    elif part:
-        # One that lasts all of these steps is no change within them: it is not denied, and not seen.
-        begun = "; `summary` of the whole run shows those that began before"
-        print_line(console, ("no incident begins in these steps", "bold"), begun)
     else:
-        print_line(console, ("no incidents", "bold"))
+        print_line(console, (f"no incidents{' in these steps' if part else ''}", "bold"))
     shown = incidents[: max(top, SHOWN_INCIDENTS)]
     for told in shown:
         print_line(console, (told.head, "bold"), indent=2)

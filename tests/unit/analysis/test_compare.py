@@ -26,6 +26,7 @@ from eplb_analyze.json_report import as_json
 from eplb_analyze.metrics import series
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.reader.clock import RunClock
+from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.report.answer import in_a_line
 from eplb_dump import ExpertLoadWriter
 
@@ -366,7 +367,7 @@ def test_incidents_of_either_side_are_told_in_a_line(story: tuple[Path, Any]) ->
     assert (incident.first_step, incident.last_step) == (HOT, HELPED - 1)
     options = "--steps-a", "0-59", "--steps-b", "60-359"
     text = " ".join(cli("compare", *options, root).stdout.split())
-    assert "no incident begins in A" in text
+    assert "no incident in A" in text
     assert f"incident in B: {in_a_line(incident, run.clock)}" in text
     assert f"B r, steps 60-359, {run.clock.span_text((60, 359))}: 300 complete steps" in text
     document = json.loads(cli("compare", *options, "--json", root).stdout)
@@ -374,12 +375,28 @@ def test_incidents_of_either_side_are_told_in_a_line(story: tuple[Path, Any]) ->
     assert without_times(document["b"]["incidents"]) == as_json(result.b.incidents)
 
 
+def test_side_that_an_incident_covers_shows_it_with_its_own_edges(story: tuple[Path, Any]) -> None:
+    root, _ = story
+    run = open_run(root)
+    for steps in ((HOT, HELPED), (HOT + 40, HELPED - 40)):
+        result = compare_runs(run, run, steps_a=(0, HOT), steps_b=steps)
+        assert result.a.incidents == []
+        (found,), (whole,) = result.b.incidents, summarize(run).incidents
+        # A cost is measured in a sample, which differs a little.
+        assert replace(found, cost=whole.cost) == whole
+    options = "--steps-a", "0-119", "--steps-b", f"{HOT + 40}-{HELPED - 41}"
+    text = " ".join(cli("compare", *options, root).stdout.split())
+    selected = f"the selected steps {HOT + 40}-{HELPED - 41}"
+    assert "incident in B: " in text
+    assert f"; began before {selected}, and ended after them" in text
+
+
 def test_incidents_beyond_the_top_are_counted() -> None:
     def incident(first: int) -> Incident:
         cost = IncidentCost(None, 9.0)
         return Incident(2, (2,), (), first, first + 9, None, None, 2.0, 1.1, Cause("unknown"), None, cost)
 
-    side: Any = SimpleNamespace(incidents=[incident(20 * i) for i in range(5)])
+    side: Any = SimpleNamespace(incidents=[incident(20 * i) for i in range(5)], steps=Completeness())
     clock = RunClock("r", [])
     text = io.StringIO()
     _incidents(console(text), "B", side, clock, 3)

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import cli, open_writer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from planted_incidents import CAUSES, OF_ONE_LAYER, PlantedRun, make_run
 from recorded_incidents import incidents_of, record
 
 from eplb_analyze import open_run
-from eplb_analyze.analysis.incident_finder import find_incidents
-from eplb_analyze.analysis.incident_series import MOST_VALUES, BalanceValues
+from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
+from eplb_analyze.analysis.incident_series import MOST_VALUES, BalanceValues, steps_per_value
 from eplb_analyze.analysis.incidents import EndedBy, Incident
-from eplb_analyze.analysis.layer_departures import BalanceSeries
+from eplb_analyze.analysis.layer_departures import BalanceSeries, Found
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.metrics.losses import Bins
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
+from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.step_range import StepRange
 
 #: Small runs: steps × layers × slots.
 CELLS = 500_000
@@ -75,7 +78,7 @@ def test_layers_without_a_usual_balance_are_counted() -> None:
         np.arange(n), ratio, np.ones(n, np.float32), np.full(n, -1), np.zeros(n, np.int64), n - 1
     )
     incidents = find_incidents(series, run)
-    assert (incidents.found, incidents.unexamined, incidents.restless) == ([], 0, 2)
+    assert (incidents.found, incidents.unexamined, incidents.restless) == ([], [], 2)
 
 
 def test_few_tokens_end_when_tokens_come_back_also_if_balance_does_not() -> None:
@@ -233,7 +236,55 @@ class TestRecording:
         assert summarize(open_run(tmp_path)).incidents == []
 
 
+class TestSelections:
+    """A hot expert in steps 400-599 of 1000, and another one in steps 800-849."""
+
+    STEPS = 1000
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, tmp_path_factory: pytest.TempPathFactory) -> Run:
+        root, rng = tmp_path_factory.mktemp("selections"), np.random.default_rng(5)
+        writer = open_writer(root, num_logical_experts=16, ep_size=4, scope="global", segment_steps=128)
+        for step in range(cls.STEPS):
+            rates = np.full((3, 16), 200.0)
+            if 400 <= step < 600:
+                rates[1, 5] *= 6
+            if 800 <= step < 850:
+                rates[2, 9] *= 8
+            writer.record(step, rng.poisson(rates), np.tile(np.arange(16), (3, 1)))
+            assert step % 100 != 99 or writer.flush(60)
+        assert writer.close(60)
+        found = open_run(root)
+        edges = [(one.first_step, one.last_step) for one in summarize(found).incidents]
+        assert edges == [(400, 599), (800, 849)]
+        return found
+
+    @settings(max_examples=20, deadline=None)
+    @given(first=st.integers(0, 999), last=st.integers(0, 999))
+    @example(first=300, last=699)
+    @example(first=400, last=599)
+    @example(first=450, last=500)
+    @example(first=650, last=750)
+    def test_incidents_of_a_range_are_those_of_the_run_that_overlap_it(
+        self, run: Run, first: int, last: int
+    ) -> None:
+        first, last = sorted((first, last))
+        expected = [
+            facts(one)
+            for one in summarize(run).incidents
+            if one.first_step <= last and one.last_step >= first
+        ]
+        assert [facts(one) for one in summarize(run, (first, last + 1)).incidents] == expected
+
+    def test_smaller_departures_are_counted_where_they_are(self) -> None:
+        left = [Found((0,), 10, 20, 0.1, False), Found((1,), 50, 70, 0.1, False)]
+        incidents = Incidents([], left, 2)
+        assert incidents.within(StepRange(0, 50)) == Incidents([], left[:1], 2)
+        assert incidents.within(StepRange(20, 51)) == Incidents([], left[1:], 2)
+        assert incidents.within(StepRange()) == incidents
+
+
 def test_values_of_a_long_run_are_of_several_steps() -> None:
-    assert BalanceValues(Bins(0, MOST_VALUES - 1)).steps_per_value == 1
-    assert BalanceValues(Bins(1000, 1000 + 3 * MOST_VALUES)).steps_per_value == 4
-    assert BalanceValues(Bins(0, -1)).series() is None
+    assert [steps_per_value(steps) for steps in (0, MOST_VALUES, 3 * MOST_VALUES + 1)] == [1, 1, 4]
+    assert BalanceValues().series() is None
