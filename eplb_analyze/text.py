@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 #: The name of the command.
 PROGRAM = "eplb-analyze"
+#: An estimate this near to a bound, as a share of its distance from the other one, lies at the edge.
+ONE_SIDED = 0.2
 
 
 def command_line(
@@ -61,12 +63,18 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 def milliseconds(
-    value: float | None, low: float | None = None, high: float | None = None, *, sign: bool = False
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    sign: bool = False,
+    more_digits: int = 0,
 ) -> str:
     """``0.35 ms (0.31 to 0.39)``, or ``8.24 ms`` without an interval; in as many digits as matter.
 
     Args:
         sign: of a difference: write + too.
+        more_digits: than matter.
     """
     if value is None:
         return "–"
@@ -75,13 +83,40 @@ def milliseconds(
     digits = (1 if bounds or largest < 1 else 2) - _exponent(largest)
     if bounds and bounds[0] < bounds[1]:
         digits = max(digits, -_exponent(bounds[1] - bounds[0]))
-    digits = min(max(0, digits), 4)
+    digits = min(max(0, digits) + more_digits, 4)
 
     def text(number: float) -> str:
         signed_text = signed(number, digits)
         return signed_text if sign else signed_text.removeprefix("+")
 
     return f"{text(value)} ms" + (f" ({text(bounds[0])} to {text(bounds[1])})" if bounds else "")
+
+
+def milliseconds_bounded(value: float, low: float, high: float) -> str:
+    """A difference as :func:`milliseconds` prints it; ``−0.71 ms, at most +0.49`` if a bound is its estimate.
+
+    Several models can explain step times about equally well. The interval is then the union of theirs, and
+    the estimate of the best one can lie at its edge. An interval gets more digits if another bound would
+    print like the estimate, or if it excludes 0 and a bound would print as 0.
+    """
+    below, above = value - low, high - value
+    for digits in range(3):
+        text = milliseconds(value, low, high, sign=True, more_digits=digits)
+        estimate, _, bounds = text.removesuffix(")").partition(" ms (")
+        lower, _, upper = bounds.partition(" to ")
+        if lower == estimate != upper and below < ONE_SIDED * above:
+            return f"{estimate} ms, at most {upper}"
+        if upper == estimate != lower and above < ONE_SIDED * below:
+            return f"{estimate} ms, at least {lower}"
+        hidden = not reaches_0(low, high) and not all(bound[0] in "+−" for bound in (lower, upper))
+        if not hidden and (lower == estimate) == (upper == estimate):
+            break
+    return text
+
+
+def reaches_0(low: float, high: float) -> bool:
+    """Whether an interval includes 0, or comes nearer to it than intervals are exact, and are printed."""
+    return low <= 0 <= high or min(abs(low), abs(high)) < 0.01 * (high - low)
 
 
 def _exponent(value: float) -> int:

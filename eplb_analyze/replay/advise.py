@@ -29,7 +29,7 @@ from eplb_analyze.replay.selftest import SelfTest
 from eplb_analyze.replay.setting_run import Move
 from eplb_analyze.replay.settings import FIXED, STATIC, Choices, engine_arguments
 from eplb_analyze.replay.simulator import NotReplayableError
-from eplb_analyze.text import plural
+from eplb_analyze.text import milliseconds, plural
 from eplb_dump.format.journal import Shape
 
 #: The share of the steps on which a setting is chosen.
@@ -114,6 +114,8 @@ class Advice(RunReport):
     judged: ScoredSteps | None = None
     #: The option `--min-gain`.
     min_gain: float = MIN_GAIN
+    #: The median time of a step, ms; None if not known.
+    step_ms_p50: float | None = None
     #: What each change of one part of the setting gains by itself; None if none was tried.
     changes: Changes | None = None
     #: The replay behind it; None if the run cannot be replayed.
@@ -154,6 +156,7 @@ class Advice(RunReport):
                 "break_even_ms": self.break_even_ms,
                 "engine_arguments": self.engine_arguments,
                 "min_gain": self.min_gain,
+                "step_ms_p50": self.step_ms_p50,
                 "trained": self.trained,
                 "judged": self.judged,
                 #: How many settings were tried.
@@ -463,8 +466,13 @@ class TrainTestSplit:
             if self.in_ms and cost.status is not CostStatus.MEASURED:
                 return "leave", cost.message
             if best is not None and best.policy == STATIC and gain.low > -self.min_gain:
-                as_good = f"{self._static(best)} would be as good in the judged steps"
-                return "leave", f"no other setting gains anything; {as_good}"
+                static = self._static(best)
+                if gain.is_significant:
+                    return "leave", f"{static} may save {gain.value:.1%} of the time, but that is not certain"
+                as_good = f"{static} would be as good in the judged steps"
+                return "leave", f"no other setting has a measurable gain; {as_good}"
+            if gain.is_significant:
+                return "leave", f"the gain of the best other setting is not certain {what}"
             return "leave", f"the best other setting has no measurable gain {what}"
         if gain.value < 0:
             if self.in_ms:
@@ -518,13 +526,17 @@ class TrainTestSplit:
             ]
         if self.fault is not None:
             verdict = "fix"
+        changes = self._changes()
+        if self.fault is not None:
+            working = None if changes is None else self._working(changes)
+            reasons = [self.fault, *(reasons if working is None else [working])]
         setting = None if best is None or verdict not in CHANGES else played.outcomes[best].setting
         priced = None if best is None else self._priced(best, self.judging)
         return Advice(
             played.run_id,
             played.model,
             verdict,
-            reasons if self.fault is None else [self.fault, *reasons],
+            reasons,
             fault=self.fault,
             best=None if best is None else self._judged(played.outcomes[best], played.rows[best]),
             today=self._judged(played.today, TODAY),
@@ -535,14 +547,41 @@ class TrainTestSplit:
             if best is None or priced is None
             else self._longest_pause(best, priced[0]),
             training_gain=training_gain,
-            changes=self._changes(),
+            changes=changes,
             break_even_ms=None if best is None else self._break_even(best),
             engine_arguments=None if setting is None else self._arguments(setting),
             trained=scored[0],
             judged=scored[1],
             min_gain=self.min_gain,
+            step_ms_p50=self.step_ms,
             replay=played,
             notes=[*played.notes, *(self._warnings(gain) if verdict in CHANGES else [])],
+        )
+
+    def _working(self, changes: Changes) -> str | None:
+        """What an EPLB that never acted would have saved, apart from its pauses; None if not known."""
+        row = next((row for row in changes.rows if row.part == "none"), None)
+        if row is None or not changes.base_is_today or self.played.today.moves:
+            return None
+        work, left, pause = row.work_ms_per_step, row.net_ms_per_step, self.played.pause
+        if work is None or left is None:
+            return None
+        amount = milliseconds(work.estimate, work.low, work.high)
+        if work.low <= 0 <= work.high:
+            _, _, bounds = milliseconds(work.estimate, work.low, work.high, sign=True).partition(" ")
+            saved = f"about 0 {bounds} of work per step here"
+        elif work.high < 0:
+            saved = f"no work here ({milliseconds(work.estimate, work.low, work.high, sign=True)} per step)"
+        else:
+            saved = f"{amount} of work per step here"
+        text = f"a working EPLB would have saved {saved}"
+        pauses = milliseconds(left.estimate - work.estimate, sign=True)
+        if pause.basis != "assumed":
+            return f"{text}; its pauses would have cost {pauses.removeprefix('−')} per step"
+        return (
+            f"{text}; its pauses are not known (assumed {pause.ms.value:.0f} ms each: {pauses} per step). "
+            "Measure a pause (let EPLB act in a test run; `eplb-analyze rearrangements` prints its pauses) "
+            "before you turn it on"
         )
 
     def _arguments(self, setting: Setting) -> str | None:

@@ -1,9 +1,10 @@
 """What each change of one part of a setting gains over today: redundancy, interval, window or policy.
 
 The rest stays as in a base setting: today's, or, if that is not known, the one tried that is closest to it.
-Every gain is over what was recorded: today's placements and pauses, in the judged part of the run alone. What
-the change does by itself is another figure if the base is not what was recorded: replicas cannot take the
-credit for rearranging. No row is chosen by its gain, so none needs a training part.
+Every gain, and the word for it, is over what was recorded: today's placements and pauses, in the judged part
+of the run alone. If the base is not what was recorded, the change beside the base is another figure, with its
+own word: replicas cannot take the credit for rearranging. No row is chosen by its gain, so none needs a
+training part.
 """
 
 from __future__ import annotations
@@ -22,13 +23,26 @@ from eplb_analyze.replay.pricing import Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.settings import FIXED, STATIC, usual_interval
+from eplb_analyze.text import reaches_0
 
 #: Why: see :data:`eplb_analyze.replay.advise.SURE`.
 SURE = 3.3
 
 #: ``none``: the base itself, if it is not what was recorded.
 Part = Literal["none", "redundant experts", "interval", "window", "policy"]
-Result = Literal["gain", "no gain", "loss", "unknown"]
+#: ``likely``: not beyond doubt, as so many rows are tested; ``small``: below the least gain; ``no effect``:
+#: the interval includes 0, and neither the least gain nor a loss of it; ``unclear``: 0 and one of them.
+Result = Literal[
+    "gain",
+    "likely gain",
+    "small gain",
+    "no effect",
+    "unclear",
+    "small loss",
+    "likely loss",
+    "loss",
+    "unknown",
+]
 
 
 @dataclass(frozen=True)
@@ -39,9 +53,12 @@ class Change:
         gain: the share of today's time that it saves; None if not known.
         net_ms_per_step: the same in ms, less the pauses of rearrangements beyond today's; None unless the
             run's step times show it.
+        work_ms_per_step: the same without pauses.
+        result: the word for ``gain``; it never contradicts the sign of the interval.
+        by_assumed_pause: the result depends on pauses whose length is assumed, as none was measured.
         alone: the share of the base's time that the change saves; of today's if the base is what was
             recorded, or if the row is the base or never rearranges.
-        result: of ``alone``: ``gain`` or ``loss`` if it is at least the least gain and beyond doubt.
+        alone_result: the word for ``alone``.
         experts_per_gpu: expert weights that each GPU holds more than today, over all layers.
         gb_per_gpu: their size; None if the size of an expert is not known.
     """
@@ -51,8 +68,11 @@ class Change:
     setting: Setting
     gain: Interval | None
     net_ms_per_step: Milliseconds | None
-    alone: Interval | None
+    work_ms_per_step: Milliseconds | None
     result: Result
+    by_assumed_pause: bool
+    alone: Interval | None
+    alone_result: Result
     experts_per_gpu: int
     gb_per_gpu: float | None
 
@@ -68,6 +88,11 @@ class Changes:
     basis: Objective
     #: One changed part each.
     rows: list[Change]
+
+    @property
+    def from_another(self) -> bool:
+        """Whether ``alone`` of the rows that rearrange is over the base and not over what was recorded."""
+        return any(row.part == "none" for row in self.rows)
 
 
 def one_at_a_time(
@@ -94,16 +119,22 @@ def one_at_a_time(
     for index, (outcome, part) in enumerate(zip(played.outcomes, parts, strict=True)):
         if part is None or outcome.setting is None:
             continue
-        saved, net_ms = _gain(played, index, None, judging, basis, step_ms)
+        saved, net_ms, work = _gain(played, index, None, judging, basis, step_ms)
         alone = saved
         if part != "none" and based_on is not None and outcome.setting.policy != STATIC:
-            alone, _ = _gain(played, index, based_on, judging, basis, step_ms)
+            alone, _, _ = _gain(played, index, based_on, judging, basis, step_ms)
+        result, assumed = result_of(saved, min_gain), False
+        if work is not None and step_ms is not None and played.pause.basis == "assumed":
+            assumed = result != result_of(combined([(1 / step_ms, work)]), min_gain)
         slots = (outcome.num_physical_experts - today.num_physical_experts) // outcome.ep_size
         experts = slots * played.part.shape.num_moe_layers
         size = None if expert_mb is None else experts * expert_mb / 1e3
         rows.append(
-            Change(part, outcome.setting, saved, net_ms, alone, _result(alone, min_gain), experts, size)
-        )
+            Change(
+                part, outcome.setting, saved, net_ms, None if work is None else Milliseconds.of(work),
+                result, assumed, alone, result_of(alone, min_gain), experts, size,
+            )
+        )  # fmt: skip
     rows.sort(key=_order)
     return Changes(base, base == own, basis, rows)
 
@@ -178,8 +209,8 @@ def _order(change: Change) -> tuple[int, str, int]:
 
 def _gain(
     played: Replay, index: int, base: int | None, part: slice, basis: Objective, step_ms: float | None
-) -> tuple[Interval | None, Milliseconds | None]:
-    """The share of the base's time that a setting saves; and in ms per step, if that is the basis.
+) -> tuple[Interval | None, Milliseconds | None, Interval | None]:
+    """The share of the base's time that a setting saves; if in ms, also per step, with and without pauses.
 
     ``base``: the index of its outcome; None: what was recorded.
     """
@@ -188,24 +219,34 @@ def _gain(
     if basis is Objective.MS and step_ms is not None:
         saved = gain(played.cost, scores, row, part, reference)
         if isinstance(saved, str):
-            return None, None
+            return None, None, None
         steps = played.last_step + 1 - played.first_step
         left = net(saved, played.pause, played.outcomes[index].moves, old.moves, steps)
-        return combined([(1 / step_ms, left)]), Milliseconds.of(left)
+        return combined([(1 / step_ms, left)]), Milliseconds.of(left), saved
     maximum = scores.active_experts if basis is Objective.ACTIVE else scores.maximum
     before, after = maximum[reference, part], maximum[row, part]
     some = before > 0
     if some.sum() < MIN_STEPS:
-        return None, None
+        return None, None, None
     ratio = Ratio((before - after)[some], before[some])
     drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
-    return Interval.of(ratio.value or 0.0, drawn), None
+    return Interval.of(ratio.value or 0.0, drawn), None, None
 
 
-def _result(saved: Interval | None, min_gain: float) -> Result:
+def result_of(saved: Interval | None, min_gain: float) -> Result:
+    """The word for a share of time saved.
+
+    Args:
+        min_gain: the least share that is worth a change.
+    """
     if saved is None:
         return "unknown"
+    if not saved.is_significant or reaches_0(saved.low, saved.high):
+        return "no effect" if max(-saved.low, saved.high) <= min_gain else "unclear"
+    positive = saved.low > 0
+    if abs(saved.value) < min_gain and max(abs(saved.low), abs(saved.high)) <= 2 * min_gain:
+        return "small gain" if positive else "small loss"
     error = max(saved.value - saved.low, saved.high - saved.value) / 1.96
     if abs(saved.value) < max(min_gain, SURE * error):
-        return "no gain"
-    return "gain" if saved.value > 0 else "loss"
+        return "likely gain" if positive else "likely loss"
+    return "gain" if positive else "loss"

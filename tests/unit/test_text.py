@@ -2,7 +2,7 @@
 
 import pytest
 
-from eplb_analyze.text import milliseconds
+from eplb_analyze.text import milliseconds, milliseconds_bounded
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,22 @@ def test_milliseconds_have_as_many_digits_as_matter(values: tuple[float | None, 
 
 def test_milliseconds_of_a_difference_have_their_sign() -> None:
     assert milliseconds(0.12, 0.05, 0.2, sign=True) == "+0.12 ms (+0.05 to +0.20)"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((-0.12, -0.2, 0.04), "−0.12 ms (−0.20 to +0.04)"),
+        ((-0.71, -0.713, 0.49), "−0.71 ms, at most +0.49"),
+        ((-0.6, -1.8, -0.59), "−0.6 ms, at least −1.8"),
+        ((0.0, -0.11, 0.001), "0.00 ms, at least −0.11"),
+        # As far from both bounds: an interval, with the digits that show it.
+        ((-8.1, -8.14, -8.04), "−8.10 ms (−8.14 to −8.04)"),
+        # 0 is excluded, and looks so.
+        ((-2.0, -11.0, -0.2), "−2.0 ms (−11.0 to −0.2)"),
+        ((-1.0, -21.8, -0.1), "−1 ms (−22 to 0)"),
+        ((0.0, 0.0, 0.0), "0.0 ms (0.0 to 0.0)"),
+    ],
+)
+def test_interval_does_not_begin_at_its_estimate(values: tuple[float, float, float], text: str) -> None:
+    assert milliseconds_bounded(*values) == text

@@ -13,14 +13,17 @@ from eplb_analyze.cli.console import (
     table,
 )
 from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence
-from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
+from eplb_analyze.text import clean, figure, milliseconds, milliseconds_bounded, percent, plural, signed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from eplb_analyze.reader.recorded_setting import Recorded, Setting
     from eplb_analyze.replay.advise import Advice, Judged
     from eplb_analyze.replay.changes import Change, Changes
+    from eplb_analyze.replay.replay import Replay
 
 STYLES = {
     "enable": "bold yellow",
@@ -36,7 +39,7 @@ VERDICTS = {
     "leave": "LEAVE IT AS IT IS",
     "not enough data": "NOT ENOUGH DATA",
 }
-RESULTS = {"gain": "bold green", "loss": "bold red", "no gain": "", "unknown": "dim"}
+RESULTS = {"gain": "bold green", "loss": "bold red", "unknown": "dim"}
 
 
 def render(console: Console, advice: Advice) -> None:
@@ -49,7 +52,13 @@ def render(console: Console, advice: Advice) -> None:
     for reason in reasons[1:]:
         print_line(console, reason[:1].upper() + reason[1:])
     if advice.changes is not None:
-        for line in redundancy(advice.changes, advice.min_gain):
+        assert advice.replay is not None
+        for line in redundancy(
+            advice.changes,
+            advised=advice.verdict in ("enable", "retune"),
+            min_gain=advice.min_gain,
+            layers=advice.replay.part.shape.num_moe_layers,
+        ):
             print_line(console, line)
     _steps(console, advice)
     print_notes(console, advice.notes)
@@ -96,60 +105,87 @@ def _advised(advice: Advice) -> str:
     )
 
 
-def redundancy(changes: Changes, min_gain: float) -> list[str]:
-    """Whether to add redundant experts, in a sentence; nothing if no other number was tried.
+def redundancy(changes: Changes, *, advised: bool, min_gain: float, layers: int) -> list[str]:
+    """Whether to add redundant experts, and whether fewer are as good; nothing if no other number was tried.
 
-    Fewer of them lose nothing only if a loss of ``min_gain`` of the time is excluded.
+    If the engine did not rearrange as the base does, settings that do are compared with the base.
     """
     base = changes.base.num_redundant_experts
     rows: dict[int, Change] = {}  # one of each number, with or without rearrangements
 
     def worth(change: Change) -> tuple[bool, bool, bool]:
-        """Of fewer the better one, of two as good the simpler; of more what replicas can do if placed."""
-        fixed = change.setting.interval is None
+        """Of fewer what loses nothing, over today if it can be; of more what replicas can do if placed."""
+        fixed = change.setting.policy == "static"
         if change.setting.num_redundant_experts > base:
             return not fixed, False, False
-        return change.result == "gain", _loses_nothing(change, min_gain), fixed
+        return _as_good(change, min_gain), not _over_base(changes, change), fixed
 
     for change in changes.rows:
         number = change.setting.num_redundant_experts
         if change.part == "redundant experts" and (number not in rows or worth(change) > worth(rows[number])):
             rows[number] = change
     more = [rows[number] for number in sorted(rows) if number > base]
-    fewer = [rows[number] for number in sorted(rows) if number < base]
-    lines = []
-    if more:
-        each = "; ".join(f"{change.setting.num_redundant_experts}: {change.result}" for change in more)
-        better = [change for change in more if change.result == "gain"]
-        text = "Redundant experts: do not add any" if not better else "Redundant experts: more of them help"
-        if all(change.result == "unknown" for change in more):
-            text = "Redundant experts: the gain of more is not known"
-        lines.append(f"{text} ({each}; now {base})")
-    free = [change for change in fewer if _loses_nothing(change, min_gain)]
-    if free and not any(change.result == "gain" for change in more):
-        least = free[0]
-        static = least.setting.policy == "static" and changes.base.policy != "static"
-        number, also = least.setting.num_redundant_experts, ""
-        if static:
-            also = " and no rearrangements"
-        elif not changes.base_is_today:
-            also = f" (each with {_text(changes.base, redundant=False)})"
-        over_today = static or changes.base_is_today
-        effect = f"you gain {_gained(least, over_today)}" if least.result == "gain" else "you lose nothing"
-        text = f"With {number} redundant experts instead of today's {base}{also}, {effect}"
-        lines.append(f"{text}, and each GPU holds {_fewer(least)}")
+    free = [rows[number] for number in sorted(rows) if number < base and _as_good(rows[number], min_gain)]
+    better = [change for change in more if change.alone_result == "gain"]
+    lines = [_more(changes, more)] if more else []
+    if free and not better:
+        lines.append(_fewer(changes, free[0], advised, layers))
     return lines
 
 
-def _loses_nothing(change: Change, min_gain: float) -> bool:
-    bounded = change.alone is not None and change.alone.low > -min_gain
-    return change.result == "gain" or (change.result == "no gain" and bounded)
+def _over_base(changes: Changes, change: Change) -> bool:
+    """Whether ``alone`` compares two settings tried."""
+    return changes.from_another and change.setting.policy != "static"
 
 
-def _gained(change: Change, over_today: bool) -> str:
-    """``0.39 ms per step (0.31 to 0.46)``; as a share if not in ms, or if not over today: ``1.2% of ...``."""
-    net, gain = change.net_ms_per_step, change.alone
-    if net is not None and over_today:
+def _rearranged(changes: Changes) -> str:
+    return f"each number rearranged every {plural(changes.base.interval or 0, 'step')}"
+
+
+def _more(changes: Changes, more: Sequence[Change]) -> str:
+    """``Redundant experts: do not add any (64: no effect; 96: loss; now 32)``."""
+    base = changes.base
+    over_base = any(_over_base(changes, change) for change in more)
+    each = "; ".join(f"{_change_to(base, change)}: {change.alone_result}" for change in more)
+    text = "do not add any"
+    if any(change.alone_result == "gain" for change in more):
+        text = "more of them help"
+    elif all(change.alone_result == "unknown" for change in more):
+        text = "the gain of more is not known"
+    which = f", {_rearranged(changes)}" if over_base else ""
+    beside = "compared with" if over_base else "now"
+    return f"Redundant experts{which}: {text} ({each}; {beside} {base.num_redundant_experts})"
+
+
+def _fewer(changes: Changes, change: Change, advised: bool, layers: int) -> str:
+    """What fewer redundant experts save; a gain only if the verdict is to change something."""
+    number, base = change.setting.num_redundant_experts, changes.base.num_redundant_experts
+    over_base, static = _over_base(changes, change), change.setting.policy == "static"
+    also = " and no rearrangements" if static and changes.base.policy != "static" else ""
+    memory = f"each GPU holds {_less_memory(change, layers)}"
+    if advised and change.result == "gain" and not over_base:
+        gain = f"you gain {_gained(change)}"
+        return f"With {number} redundant experts instead of today's {base}{also}, {gain}, and {memory}"
+    assert change.alone is not None
+    longer = "no longer" if change.alone.low >= 0 else f"at most {percent(-change.alone.low)} longer"
+    if over_base:
+        which = _rearranged(changes)
+        which = which[:1].upper() + which[1:]
+        text = f"{which}: {plural(number, 'redundant expert')} are as good as {base}; steps take {longer}"
+    else:
+        text = f"With {number} redundant experts instead of today's {base}{also}, steps take {longer}"
+    return f"{text}{'' if changes.basis.value == 'ms' else ', by tokens'}, and {memory}"
+
+
+def _as_good(change: Change, min_gain: float) -> bool:
+    """Whether a loss of the least gain is excluded."""
+    return change.alone is not None and change.alone.low > -min_gain
+
+
+def _gained(change: Change) -> str:
+    """``0.39 ms per step (0.31 to 0.46)``; ``1.2% of the time`` if not in ms."""
+    net, gain = change.net_ms_per_step, change.gain
+    if net is not None:
         value, _, bounds = milliseconds(net.estimate, net.low, net.high).partition(" (")
         return f"{value} per step ({bounds}"
     return "" if gain is None else f"{100 * gain.value:.1f}% of the time"
@@ -165,34 +201,87 @@ def _text(setting: Setting, *, redundant: bool = True) -> str:
 
 
 def _changes(console: Console, advice: Advice, changes: Changes) -> None:
-    """One change at a time, beside the base setting."""
-    base = changes.base
-    what = "today's setting" if changes.base_is_today else "the tried setting nearest today's"
-    print_line(console, ("gain over today, one change at a time", "bold"), f" from {what}: {_text(base)}")
+    """One change at a time, beside the base setting; numbers and words are over what was recorded."""
+    assert advice.replay is not None
+    title = ("gain over what was recorded, one change at a time", "bold")
+    print_line(console, title, f"; {_origin(changes, advice.replay)}: {_text(changes.base)}")
     unit = {
         "ms": "net ms per step (95% CI)",
         "tokens": "% of time, by tokens",
         "active": "% of active experts",
     }
-    listing = table(console, "<change", "<to", unit[changes.basis.value], "<", "<memory per GPU")
+    listing = table(console, "<change", "<to", unit[changes.basis.value], "<", "<per GPU")
     for change in changes.rows:
-        result = styled((change.result, RESULTS[change.result]))
+        worked = bool(changes.base_is_today and not advice.replay.today.moves)
+        part = ("today's" if changes.base_is_today else "base", "had it run" if worked else "replayed")
         listing.add_row(
-            "as above" if change.part == "none" else change.part.removesuffix(" experts"),
-            _change_to(base, change),
+            part[0] if change.part == "none" else change.part.removesuffix(" experts"),
+            part[1] if change.part == "none" else _change_to(changes.base, change),
             _saved(change),
-            result,
+            styled(_word(change)),
             _memory(change),
         )
     console.print(listing)
-    if any(change.part == "none" for change in changes.rows):
-        legend = "the word judges a change alone, over the first row; the first row and static over today"
-        print_line(console, (legend, "dim"))
-    if changes.basis.value == "ms" and advice.replay is not None:
-        print_line(console, (pause_sentence(advice.replay.pause), "dim"))
+    for line in _legend(advice, changes):
+        print_line(console, (line, "dim"))
+
+
+def _origin(changes: Changes, replay: Replay) -> str:
+    """What the rows change one part of, and why that is not today's setting."""
+    if changes.base_is_today:
+        return "from today's setting" + ("" if replay.today.moves else ", had it run")
+    interval, steps = replay.recorded.interval, replay.last_step + 1 - replay.first_step
+    if interval is not None and interval >= steps:
+        why = f"today's interval, {plural(interval, 'step')}, is longer than these steps"
+    elif replay.recorded.setting() is None:
+        why = "today's setting is not known in full"
+    else:
+        why = "today's setting was not tried"
+    return f"{why}, so each row changes one part of a base near it"
+
+
+def _word(change: Change) -> tuple[str, str]:
+    """The result and its color; an assumed one is not as sure as it looks."""
+    if change.by_assumed_pause and change.result not in ("no effect", "unclear", "unknown"):
+        return f"assumed {change.result.split()[-1]}", "yellow"
+    return change.result, RESULTS.get(change.result, "")
+
+
+def _legend(advice: Advice, changes: Changes) -> list[str]:
+    """What the words in the table mean, and what the figures assume."""
+    assert advice.replay is not None
+    ms, pause = changes.basis.value == "ms", advice.replay.pause
+    words = {_word(change)[0] for change in changes.rows}
+    lines = []
+    first = {word.split()[0] for word in words}
+    least = f"{100 * advice.min_gain:g}% of the {'step' if ms else 'time'} (--min-gain)"
+    if "small" in first:
+        lines.append(f"small: less than {least}")
+    if "likely" in first:
+        lines.append("likely: not certain, because one of so many rows can look like this by chance")
+    if "no" in first:
+        lines.append(f"no effect: a gain or loss of more than {least} is excluded")
+    if "unclear" in first:
+        lines.append(f"unclear: a gain or loss of more than {least} is possible")
+    if "assumed" in first:
+        each = milliseconds(pause.ms.value)
+        lines.append(f"assumed: decided by the pauses, which are assumed to take {each} each")
+    if any(" at " in _saved(change) for change in changes.rows):
+        lines.append("at most, at least: other fits of the step times, about as good, give up to that")
+    if any(change.experts_per_gpu for change in changes.rows):
+        layers = plural(advice.replay.part.shape.num_moe_layers, "layer")
+        lines.append(f"per GPU: expert weights that each GPU holds, over all {layers}")
+    if advice.verdict == "leave" and "gain" in words:
+        lines.append(
+            "the verdict is on the setting that was chosen in the first part; confirm the gain of any other "
+            "row on a second recording"
+        )
+    if ms:
+        lines.append(pause_sentence(pause))
     elif changes.basis.value == "tokens":
         why = "a step takes longer than its experts, and pauses are not included, so steps gain less"
-        print_line(console, (f"by tokens, not by time: {why}", "dim"))
+        lines.append(f"by tokens, not by time: {why}")
+    return lines
 
 
 def _change_to(base: Setting, change: Change) -> str:
@@ -205,13 +294,13 @@ def _change_to(base: Setting, change: Change) -> str:
     if change.part == "interval":
         window = "" if setting.window == base.window else f", window {setting.window or 0:,}"
         return f"{setting.interval or 0:,}{window}"
-    return "" if change.part == "none" else clean(setting.policy)
+    return clean(setting.policy)
 
 
 def _saved(change: Change) -> str:
     net, gain = change.net_ms_per_step, change.gain
     if net is not None:
-        return milliseconds(net.estimate, net.low, net.high, sign=True).replace(" ms", "")
+        return milliseconds_bounded(net.estimate, net.low, net.high).replace(" ms", "")
     if gain is None:
         return "–"
     value, low, high = (signed(100 * bound, 1) for bound in (gain.value, gain.low, gain.high))
@@ -219,7 +308,7 @@ def _saved(change: Change) -> str:
 
 
 def _memory(change: Change) -> str:
-    """``+2.6 GB``, or ``+58 experts`` if their size is not known."""
+    """``+2.6 GB``, or ``+58 experts`` (over all layers) if their size is not known."""
     if not change.experts_per_gpu:
         return "same"
     sign = "+" if change.experts_per_gpu > 0 else "−"
@@ -227,11 +316,12 @@ def _memory(change: Change) -> str:
     return f"{sign}{experts}" if change.gb_per_gpu is None else f"{sign}{abs(change.gb_per_gpu):.1f} GB"
 
 
-def _fewer(change: Change) -> str:
-    """``2.6 GB less``, or ``58 fewer experts`` if their size is not known."""
+def _less_memory(change: Change, layers: int) -> str:
+    """``2.6 GB less``, or ``58 fewer experts (1 per layer)`` if their size is not known."""
     if change.gb_per_gpu is not None:
         return f"{abs(change.gb_per_gpu):.1f} GB less"
-    return plural(abs(change.experts_per_gpu), "fewer expert")
+    experts = abs(change.experts_per_gpu)
+    return f"{plural(experts, 'fewer expert')} ({experts // layers} per layer)"
 
 
 def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:
@@ -290,10 +380,13 @@ def _in_ms(console: Console, advice: Advice) -> None:
     net, gain = advice.net_ms_per_step, advice.gain_ms_per_step
     if net is None or gain is None:
         return
-    text = milliseconds(net.estimate, net.low, net.high, sign=True)
-    share = "" if advice.gain is None else f", {signed(100 * advice.gain.value, 1)}% of the median step"
+    text = milliseconds_bounded(net.estimate, net.low, net.high)
+    share = ""
+    if advice.gain is not None:
+        median = milliseconds(advice.step_ms_p50)
+        share = f", {signed(100 * advice.gain.value, 1)}% of the median step of {median}"
     print_line(console, "net gain per step ", (text, "bold"), share)
-    work = milliseconds(gain.estimate, gain.low, gain.high, sign=True)
+    work = milliseconds_bounded(gain.estimate, gain.low, gain.high)
     print_line(
         console,
         f"of that, work of the slowest ranks: {work}; the rest is pauses, at the rate of the whole run",

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clocks import SteadyClock
+from clocks import PlantedClock, SteadyClock
 from helpers import cli, open_vllm_writer, open_writer
+from hypothesis import given
+from hypothesis import strategies as st
 from planted import EXPERTS, LAYERS, RANKS, SLOTS, record_engine
 
 from eplb_analyze import open_run
+from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.advise import advise
-from eplb_analyze.replay.changes import part_changed
+from eplb_analyze.replay.changes import Change, part_changed, result_of
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.settings import Choices
+from eplb_analyze.text import milliseconds, plural
 
 BASE = Setting("vllm", 32, 8, 500, 1000, 125)
 
@@ -138,7 +142,8 @@ def test_replicas_of_one_hot_expert_are_worth_their_memory(
     assert rows[8].gain is not None
     assert rows[8].gain.value == pytest.approx(1 - 0.25 / (13 / 25), abs=0.05)
     text = text_of("--objective", "tokens", "--expert-mb", "44", root)
-    assert "Redundant experts: more of them help (4: gain; 8: gain; now 0)" in text
+    every = f"each number rearranged every {plural(found.base.interval or 0, 'step')}"
+    assert f"Redundant experts, {every}: more of them help (4: gain; 8: gain; compared with 0)" in text
     assert f"+{LAYERS * 0.044:.1f} GB" in text
     document = json.loads(cli("advise", "--objective", "tokens", "--json", root).stdout)
     assert [row["part"] for row in document["changes"]["rows"]] == [row.part for row in found.rows]
@@ -153,7 +158,7 @@ def test_no_change_gains_anything_if_experts_are_alike(
     found = advise(open_run(root), objective=Objective.TOKENS).changes
     assert found is not None
     assert [row.result for row in found.rows if row.result == "gain"] == []
-    assert "Redundant experts: do not add any" in text_of("--objective", "tokens", root)
+    assert ": do not add any" in text_of("--objective", "tokens", root)
 
 
 def test_engine_that_never_acted_is_to_be_fixed_first(tmp_path: Path) -> None:
@@ -243,5 +248,115 @@ def test_replicas_do_not_take_the_credit_for_rearranging(
         assert row.gain is not None
         assert row.alone is not None
         assert 1 - row.gain.value == pytest.approx((1 - base.gain.value) * (1 - row.alone.value))
-        assert row.result != "gain"
-    assert "Redundant experts: do not add any" in text_of("--objective", "tokens", root)
+        # The table is over what was recorded; the sentence compares the numbers with each other.
+        assert (row.result, row.alone_result == "gain") == ("gain", False)
+    assert ": do not add any" in text_of("--objective", "tokens", root)
+
+
+SHARES = st.floats(-0.5, 0.5)
+
+
+@given(st.tuples(SHARES, SHARES, SHARES).map(sorted), st.sampled_from([0.0, 0.02, 0.1]))
+def test_word_never_contradicts_the_sign_of_the_interval(bounds: list[float], min_gain: float) -> None:
+    low, value, high = bounds
+    word = result_of(Interval(value, low, high), min_gain)
+    if word.endswith("gain"):
+        assert low > 0
+    elif word.endswith("loss"):
+        assert high < 0
+    else:
+        # It includes 0, or comes within a hundredth of its width.
+        assert low - 0.01 * (high - low) <= 1e-9
+        assert high + 0.01 * (high - low) >= -1e-9
+    if word == "no effect":
+        assert max(-low, high) <= min_gain
+    if word in ("gain", "loss"):
+        assert abs(value) >= min_gain
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "word"),
+    [
+        (0.035, 0.026, 0.045, "gain"),
+        (0.033, 0.010, 0.056, "likely gain"),  # an interval above 0 is not called no gain
+        (0.005, 0.002, 0.008, "small gain"),
+        (-0.0024, -0.0044, -0.0008, "small loss"),
+        (-0.003, -0.2, -0.003, "likely loss"),  # a loss that may be large is not called small
+        (-0.7, -0.71, -0.69, "loss"),  # although another tried setting loses more
+        (-0.028, -0.029, 0.02, "unclear"),
+        (0.001, -0.005, 0.019, "no effect"),
+        (0.0, 0.0, 0.0, "no effect"),
+    ],
+)
+def test_word_of_planted_figures(value: float, low: float, high: float, word: str) -> None:
+    assert result_of(Interval(value, low, high), 0.02) == word
+
+
+def record_idle_eplb(
+    root: Path, monkeypatch: pytest.MonkeyPatch, *, interval: int, hot: float, steps: int = 400
+) -> Path:
+    """An engine that states an interval and never rearranges; a token of the slowest rank takes 0.02 ms."""
+    clock, rng = PlantedClock(), np.random.default_rng(6)
+    monkeypatch.setattr("eplb_dump.writer.time", clock)
+    stated = {"eplb_config": {"step_interval": interval, "window_size": 40}, "num_expert_groups": 1}
+    now = np.r_[np.arange(EXPERTS), np.arange(SLOTS - EXPERTS)].astype(np.int32)
+    share = np.where(np.arange(EXPERTS) >= EXPERTS - 2, hot, 1.0) / np.bincount(now, minlength=EXPERTS)
+    with open_vllm_writer(root, EXPERTS, RANKS, stated) as writer:
+        for step in range(steps):
+            chance = share[now] ** rng.uniform(0.5, 1.2)
+            load = rng.multinomial(int(400 * rng.uniform(0.5, 1.5)), chance / chance.sum(), LAYERS)
+            slowest = load.reshape(LAYERS, RANKS, -1).sum(axis=2).max(axis=1).sum()
+            clock.ns += int(1e6 * (5 + 0.02 * slowest + abs(rng.normal(0, 0.05))))
+            writer.record(step, load, np.tile(now, (LAYERS, 1)))
+            assert step % 100 != 99 or writer.flush(60)
+    return root
+
+
+def words_follow(rows: list[Change]) -> None:
+    for row in rows:
+        net = row.net_ms_per_step
+        assert net is not None
+        if row.result.endswith("gain"):
+            assert net.low > 0
+        if row.result.endswith("loss"):
+            assert net.high < 0
+
+
+def test_what_a_working_eplb_would_save_is_apart_from_its_assumed_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would balance two hot experts, which saves work; pauses that nobody measured outweigh that."""
+    root = record_idle_eplb(tmp_path, monkeypatch, interval=40, hot=6.0)
+    advice = advise(open_run(root), Choices(redundant=[0, 4, 8], intervals=[40, 80], windows=[40]))
+    assert advice.verdict == "fix"
+    assert advice.changes is not None
+    words_follow(advice.changes.rows)
+    base = next(row for row in advice.changes.rows if row.part == "none")
+    assert base.work_ms_per_step is not None
+    assert base.net_ms_per_step is not None
+    assert base.work_ms_per_step.low > 0 > base.net_ms_per_step.high
+    assert (base.result, base.by_assumed_pause) == ("loss", True)
+    working = advice.reasons[1]
+    assert working.startswith(f"a working EPLB would have saved {base.work_ms_per_step.estimate:.1f}")
+    assert "its pauses are not known (assumed 1000 ms each: −" in working
+    text = text_of(root)
+    assert "today's had it run" in text
+    assert "assumed loss same" in text
+    assert "assumed: decided by the pauses, which are assumed to take 1000 ms each" in text
+    assert not any(words in text for words in ("you gain", "you lose nothing", "as above", "no gain"))
+
+
+def test_nothing_is_gained_if_the_setting_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interval is longer than the recording, so rows change one part of another base."""
+    root = record_idle_eplb(tmp_path, monkeypatch, interval=1_000_000, hot=1.0)
+    advice = advise(open_run(root))
+    assert advice.verdict == "leave"
+    assert advice.changes is not None
+    words_follow(advice.changes.rows)
+    text = text_of(root)
+    assert "today's interval, 1,000,000 steps, is longer than these steps" in text
+    assert "you gain" not in text
+    assert "compared with 4)" in text
+    assert f"of the median step of {milliseconds(advice.step_ms_p50)}" in text
