@@ -179,7 +179,7 @@ Until = Annotated[
     Any,
     typer.Option(
         "--until",
-        help="Select steps up to this time, including the one in progress.",
+        help="Select steps up to the end of this second, including the step in progress.",
         metavar="T",
         parser=parse_moment,
     ),
@@ -450,7 +450,7 @@ def _select(
         raise typer.BadParameter("--step selects one step; remove --since and --until", param_hint="--step")
     run = out.opened()
     if at is not None:
-        step = run.clock.at(at.unix_ns(run.clock))
+        step = run.clock.at(*at.span(run.clock))
         own.update({"step": step} if "step" in own else {"steps": StepRange(step, step + 1)})
     else:
         own["steps"] = in_time(run.clock, steps, since, until)
@@ -462,7 +462,8 @@ def in_time(
     """The steps of a range that were in progress from one time to another; the range without such times."""
     if since is None and until is None:
         return steps
-    begin, end = (None if moment is None else moment.unix_ns(clock) for moment in (since, until))
+    begin = None if since is None else since.span(clock)[0]
+    end = None if until is None else until.span(clock)[1]
     return clock.between(begin, end, steps)
 
 

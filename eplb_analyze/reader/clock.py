@@ -167,17 +167,20 @@ class RunClock:
 
     # ---- from times to steps
 
-    def at(self, unix_ns: int) -> int:
+    def at(self, unix_ns: int, last_ns: int | None = None) -> int:
         """The step in progress at a time, or the first one after it if the engine was idle.
 
         A step is in progress from the moment the step before was recorded until it is recorded itself.
 
+        Args:
+            last_ns: the last ns of the time, if it is not an instant; its first one within the run counts.
+
         Raises UsageError if the times are not known, NotInDumpError if the time is outside of the run.
         """
         begin, end = self.require()
-        if not begin <= unix_ns <= end:
+        if unix_ns > end or begin > (unix_ns if last_ns is None else last_ns):
             raise self.outside(f"{self._zoned(unix_ns)} is")
-        return self._first_from(unix_ns)
+        return self._first_from(max(begin, unix_ns))
 
     def between(
         self, since: int | None, until: int | None, steps: tuple[int, int] | None = None

@@ -2,6 +2,8 @@
 
 A time of day without a date is of the run's first day, or of a later one if the run was on then. A time
 without an offset is in the clock's zone: UTC unless it was set. When clocks go back, a time occurs twice.
+A printed time lacks fractions of a second, so a time written without them is a whole second, and one written
+with them lasts as long as the last digit says: what was printed selects the step that it was printed for.
 Of several times that a text can mean, the one within the run counts; if several are, the text is refused,
 as is one that is skipped when clocks go forward. If none is, the one nearest to the run counts.
 """
@@ -36,6 +38,7 @@ class Moment:
         date: None for the day or days of the run.
         offset: None for the clock's zone.
         fraction_ns: added to ``time``.
+        unit_ns: how long the moment lasts, by the last digit of a time; 1 if it is before the run's end.
     """
 
     text: str
@@ -44,6 +47,7 @@ class Moment:
     time: datetime.time = datetime.time()
     offset: datetime.tzinfo | None = None
     fraction_ns: int = 0
+    unit_ns: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Moment:
@@ -64,10 +68,18 @@ class Moment:
             raise ValueError(f"{text!r} is not a time: {error}") from None
         if date is not None and date.year not in _YEARS:
             raise ValueError(f"{text!r} is not a time: no run was recorded in {date.year}")
-        return cls(text, None, date, time, offset, int((found["fraction"] or "0").ljust(9, "0")))
+        digits = found["fraction"] or ""
+        return cls(text, None, date, time, offset, int(digits.ljust(9, "0")), 10 ** (9 - len(digits)))
 
-    def unix_ns(self, clock: RunClock) -> int:
-        """The moment in ns since 1970. Raises UsageError if the text means several, or none."""
+    def span(self, clock: RunClock) -> tuple[int, int]:
+        """The first and the last ns since 1970 that are meant.
+
+        Raises UsageError if the text means several moments, or none.
+        """
+        first = self._first(clock)
+        return first, first + self.unit_ns - 1
+
+    def _first(self, clock: RunClock) -> int:
         begin, end = clock.require()
         if self.back_ns is not None:
             return end - self.back_ns
@@ -83,7 +95,7 @@ class Moment:
                 f"{self.text} does not exist on {dates[0]} in {zone}, because clocks go forward then; add "
                 f"an offset, for example Z for UTC"
             )
-        inside = [moment for moment in moments if begin <= moment <= end]
+        inside = [moment for moment in moments if begin < moment + self.unit_ns and moment <= end]
         if len(inside) > 1:
             texts = [local_time(moment, zone).isoformat() for moment in inside[:2]]
             raise UsageError(

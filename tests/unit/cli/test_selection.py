@@ -62,8 +62,12 @@ def steps_of(*arguments: str | Path) -> tuple[int, int, int]:
     ("options", "first", "last"),
     [
         (["--since", "23:59:40"], 10, 59),
-        (["--until", "23:59:40"], 0, 10),
-        (["--since", "23:59:40.5", "--until", "00:00:10"], 11, 40),
+        (["--until", "23:59:40"], 0, 11),
+        (["--until", "23:59:40.0"], 0, 11),
+        (["--until", "23:59:40.000000000"], 0, 10),
+        (["--until", "23:59:30"], 0, 1),
+        (["--since", "00:00:29"], 59, 59),
+        (["--since", "23:59:40.5", "--until", "00:00:10"], 11, 41),
         (["--since", "2026-11-27T00:00:00Z"], 30, 59),
         (["--since", "2026-11-27T01:00:00+01:00"], 30, 59),
         (["--since", "-10s"], 49, 59),
@@ -90,7 +94,8 @@ def test_range_of_time_selects_the_steps_in_progress(
 )  # fmt: skip
 def test_every_command_takes_times_as_it_takes_steps(dump: Path, command: list[str]) -> None:
     by_time = document(*command, dump, "--since", "23:59:35", "--until", "00:00:20")
-    assert by_time == document(*command, dump, "--steps", "5-50")
+    # The last second includes the step that was in progress when it ended.
+    assert by_time == document(*command, dump, "--steps", "5-51")
 
 
 def test_step_at_a_time_is_that_step(dump: Path) -> None:
@@ -236,7 +241,7 @@ def test_phase_and_times_apply_to_both_sides(dump: Path) -> None:
         ("decode", 22), ("decode", 23),
     ]  # fmt: skip
     by_time = sides(*halves, "--since", "23:59:35", "--until", "00:00:20", dump)
-    assert by_time == sides("--steps-a", "5-29", "--steps-b", "30-50", dump)
+    assert by_time == sides("--steps-a", "5-29", "--steps-b", "30-51", dump)
     local = ("--since", "00:59:35", "--until", "01:00:20", "--tz", "Europe/Berlin")
     assert sides(*halves, *local, dump) == by_time
     text = " ".join(cli("compare", *halves, *local, dump).stdout.split())

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.reader.clock import CLOCKS, KEPT_GROUPS, RunClock, iso
+from eplb_analyze.reader.moment import Moment
 from eplb_analyze.sessions.segments import DamagedSegmentError
 
 SECOND = 10**9
@@ -227,7 +228,14 @@ class TestStepsAtATime:
         assert clock.at(unix_ns) == step
         assert clock.between(unix_ns, unix_ns) == (step, step + 1)
         end = data.draw(st.integers(index, len(steps) - 1))
-        assert clock.between(unix_ns, clock.unix_ns(int(steps[end]))) == (step, int(steps[end]) + 1)
+        last = int(steps[end])
+        assert clock.between(unix_ns, clock.unix_ns(last)) == (step, last + 1)
+        # As they are printed, in texts and in JSON documents.
+        for texts in ((clock.time(step), clock.time(last)), (clock.iso(step), clock.iso(last))):
+            since, until = (Moment.parse(text or "").span(clock) for text in texts)
+            found = clock.between(since[0], until[1])
+            assert found.first <= step <= last < found.end
+            assert clock.at(*since) <= step
 
 
 def test_iso_is_not_rounded_up() -> None:

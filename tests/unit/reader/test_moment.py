@@ -39,7 +39,7 @@ GAP = Clock("2026-03-29T00:10:00", "2026-03-29T01:50:00", "Europe/Berlin")
 
 
 def at(text: str, clock: RunClock) -> str | None:
-    return iso(Moment.parse(text).unix_ns(clock))
+    return iso(Moment.parse(text).span(clock)[0])
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,36 @@ def test_run_across_midnight(text: str, expected: str) -> None:
 
 def test_time_on_several_days_of_the_run_needs_its_date() -> None:
     days = Clock("2026-11-25T03:00:00", "2026-11-27T02:00:00")
-    message = r"03:12 is 2 times in the run; write 2026-11-25T03:12:00\+00:00 or 2026-11-26T03:12:00\+00:00"
+    message = (
+        r"03:12 occurs 2 times in the run; write 2026-11-25T03:12:00\+00:00 or 2026-11-26T03:12:00\+00:00"
+    )
     with pytest.raises(UsageError, match=message):
         at("03:12", days)
     assert at("02:30", days) == "2026-11-26T02:30:00.000Z"
     assert at("2026-11-26T03:12", days) == "2026-11-26T03:12:00.000Z"
+
+
+@pytest.mark.parametrize(
+    ("text", "lasts_ns"),
+    [("03:12", SECOND_NS), ("03:12:30", SECOND_NS), ("03:12:30.2", SECOND_NS // 10), ("03:12:30.250", 10**6),
+     ("03:12:30.123456789", 1), ("-10m", 1)],
+)  # fmt: skip
+def test_time_lasts_as_long_as_its_last_digit_says(text: str, lasts_ns: int) -> None:
+    first, last = Moment.parse(text).span(DAY)
+    assert last - first + 1 == lasts_ns
+
+
+def test_second_in_which_the_run_begins_is_in_the_run() -> None:
+    class Later(Clock):
+        @property
+        def span(self) -> tuple[int, int]:
+            begin, end = super().span
+            return begin + SECOND_NS // 2, end
+
+    days = "2026-11-25T03:00:00", "2026-11-26T03:00:00"
+    assert at("03:00:00", Later("2026-11-26T03:00:00", "2026-11-26T04:00:00")) == "2026-11-26T03:00:00.000Z"
+    with pytest.raises(UsageError, match="03:00:00 occurs 2 times in the run"):
+        at("03:00:00", Later(*days))
 
 
 def test_zone_of_the_option_decides_day_and_time() -> None:
@@ -133,5 +158,5 @@ def test_time_that_is_skipped_is_refused() -> None:
 )
 def test_printed_time_with_its_offset_is_read_as_the_same(moment: datetime.datetime, zone: str) -> None:
     local = moment.replace(microsecond=0, tzinfo=datetime.timezone.utc).astimezone(ZoneInfo(zone))
-    read = Moment.parse(local.isoformat()).unix_ns(DAY)
+    read, _ = Moment.parse(local.isoformat()).span(DAY)
     assert read == int(local.timestamp()) * SECOND_NS
