@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from clocks import steady_clock
+from helpers import LAYERS, SLOTS, cli, map_of, open_writer
 
 from eplb_analyze import text as text_
 from eplb_analyze.cli import progress as progress_
@@ -114,3 +118,17 @@ def test_columns_without_room_are_named(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == (
         "hidden at this width: began, p5 (use --json, or a terminal of 150 columns)\n"
     )
+
+
+def test_summary_says_what_is_missing_and_when_placements_changed(tmp_path: Path) -> None:
+    for rank in range(2):
+        with steady_clock(1000), open_writer(tmp_path, ep_rank=rank, run_id="r") as writer:
+            for step in range(60 - 10 * rank):
+                if step == 7:
+                    writer.skip("dropped")
+                else:
+                    writer.record(step, np.ones((LAYERS, SLOTS), int), map_of(step // 10))
+    text = " ".join(cli("summary", tmp_path).stdout.split())
+    what = "2 of 2 ranks recorded; of 60 steps, 10 lack rank 1, from step 50 (22:14:12) on; 1 was dropped"
+    assert f"data incomplete: {what}" in text
+    assert "5 rearrangements in steps 10-50 (22:13:32-22:14:12)" in text
