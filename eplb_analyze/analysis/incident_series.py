@@ -78,6 +78,11 @@ class BalanceValues:
     def merge(self, later: BalanceValues) -> None:
         self._parts += later._parts
 
+    def of_layer(self, index: int) -> tuple[Int64, npt.NDArray[np.float32]]:
+        """The (first) step of each value of one layer, and the values; NaN if the layer was not active."""
+        steps = np.concatenate([part.steps for part in self._parts])
+        return steps, np.concatenate([part.ratio[:, index] for part in self._parts])
+
     def series(self) -> BalanceSeries | None:
         """All values; None if there are none, or if the number of layers changes."""
         layers = {part.ratio.shape[1] for part in self._parts}

@@ -98,3 +98,8 @@ class Incident:
     cause: Cause
     ended_by: EndedBy | None
     cost: IncidentCost
+
+
+def excess_tokens(incident: Incident) -> float:
+    """How many tokens more than usual the ranks waited for, over the whole incident: how bad it was."""
+    return incident.cost.tokens_per_step * (incident.last_step - incident.first_step + 1)

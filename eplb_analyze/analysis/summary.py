@@ -9,7 +9,7 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost, cost_of_sample
 from eplb_analyze.analysis.incident_series import incidents_of
-from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.incidents import Incident, excess_tokens
 from eplb_analyze.analysis.summary_sums import (
     ESTIMATED,
     ConfigurationSums,
@@ -33,6 +33,8 @@ from eplb_analyze.reader.run_info import RunInfo
 from eplb_analyze.text import listed, percent, plural
 
 HOT_EXPERTS = 10
+#: The mean over all layers does not show an incident of so many layers.
+FEW_LAYERS = 3
 WORST_STRETCHES = 10
 #: So many groups of incomplete steps, by the ranks they lack, are estimated.
 ESTIMATES = 5
@@ -154,6 +156,9 @@ class Summary(Report):
     rearrangements: list[Rearrangement]
     phases: list[PhaseFigure]
     timeline: list[Bin]
+    #: Of the layer of the worst incident of few layers, which the mean over many layers hides: its number
+    #: in the model, and its bins. None without such an incident.
+    layer_timeline: tuple[int, list[Bin]] | None
     #: Of the last configuration.
     loss: Loss | None
     duration_seconds: float | None
@@ -305,6 +310,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
             for name, p in sorted(sums.phases.items())
         ],
         timeline=timeline(sums.bins, step, values["balancedness"]),
+        layer_timeline=_layer_timeline(run, sums, incidents.found),
         loss=_loss(run, stretches[-1]) if stretches else None,
         duration_seconds=(sums.last_time - sums.first_time) / 1e9 if timed else None,
         incidents=incidents.found,
@@ -328,6 +334,16 @@ def _configuration(sums: ConfigurationSums) -> Configuration:
         mean_known(sums.values),
         idle_fraction(sums.mean_tokens, sums.max_tokens),
     )
+
+
+def _layer_timeline(run: Run, sums: SummarySums, incidents: list[Incident]) -> tuple[int, list[Bin]] | None:
+    layers = {id(one): one.layer if one.layer is not None else one.cause.layer for one in incidents}
+    few = [one for one in incidents if layers[id(one)] is not None and len(one.layers) <= FEW_LAYERS]
+    number = layers[id(max(few, key=excess_tokens))] if few else None
+    if number is None or run.info.num_layers == 1:
+        return None
+    steps, values = sums.balance.of_layer(run.layer_index(number))
+    return number, timeline(sums.bins, steps, values.astype(np.float64))
 
 
 def _estimates(sums: SummarySums) -> list[Estimate]:

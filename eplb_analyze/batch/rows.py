@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from eplb_analyze.analysis.findings import step_findings, summary_findings
-from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.incidents import Incident, excess_tokens
 from eplb_analyze.analysis.rearrangements import verdicts
 from eplb_analyze.analysis.summary import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums
@@ -225,7 +225,7 @@ def _worst_incident(incidents: list[Incident]) -> dict[str, Any]:
     """The fields of a row about incidents."""
     if not incidents:
         return {}
-    worst = max(incidents, key=lambda i: i.cost.tokens_per_step * (i.last_step - i.first_step + 1))
+    worst = max(incidents, key=excess_tokens)
     return {
         "incidents": len(incidents),
         "incident_cause": worst.cause.kind,

@@ -119,7 +119,10 @@ def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part
 
 
 def _timeline(console: Console, result: Summary) -> None:
-    """A sparkline of balancedness, red during incidents; below it marks of what began, and the clock."""
+    """A sparkline of balancedness, red during incidents; below it marks of what began, and the clock.
+
+    The mean over layers hides an incident of few layers, so its layer has one more.
+    """
     marks = [(incident.first_step, MARKS[incident.cause.kind]) for incident in result.incidents]
     ended = {incident.first_step for incident in result.incidents if incident.cause.kind == "rearrangement"}
     marks += [
@@ -127,15 +130,26 @@ def _timeline(console: Console, result: Summary) -> None:
         for change in result.rearrangements
         if change.first_step not in ended
     ]
-    ordered = summary_tables.ordered(result)
+    ordered, layers = summary_tables.ordered(result), result.run.num_layers
+    over = "over time" if ordered else "by step, in no known order"
     print_sparkline(
         console,
-        f"balancedness {'over time' if ordered else 'by step, in no known order'}",
+        f"balancedness {over}" + (f", mean of {layers} layers" if layers > 1 else ""),
         result.timeline,
         red=[(incident.first_step, incident.last_step) for incident in result.incidents],
         marks=marks,
         times=ordered,
     )
+    if result.layer_timeline is not None:
+        layer, bins = result.layer_timeline
+        own = [incident for incident in result.incidents if layer in incident.layers]
+        print_sparkline(
+            console,
+            f"layer {layer} {over}",
+            bins,
+            red=[(incident.first_step, incident.last_step) for incident in own],
+            times=False,  # those of the line above
+        )
 
 
 def _rearrangements(console: Console, result: Summary, clock: RunClock) -> None:

@@ -130,6 +130,25 @@ def test_summary_reports_the_planted_losses(story: tuple[Path, Array]) -> None:
     assert result["layer_percentiles"]["p50"] == pytest.approx(np.percentile(layers, 50))
 
 
+def test_layer_of_the_incident_has_its_own_timeline(story: tuple[Path, Array]) -> None:
+    folder, loads = story
+    tokens = loads.reshape(len(loads), LAYERS, RANKS, PER_RANK).sum(axis=3)
+    ratio = tokens[:, 1].mean(axis=1) / tokens[:, 1].max(axis=1)
+    for steps in (None, (200, 510)):
+        found = summarize(open_run(folder), steps).layer_timeline
+        assert found is not None
+        layer, bins = found
+        assert layer == 1
+        expected = [ratio[one.first_step : one.last_step + 1].mean() for one in bins]
+        assert [one.balancedness for one in bins] == pytest.approx(expected, rel=1e-6)
+        assert (bins[0].first_step, bins[-1].last_step) == (0, 639) if steps is None else (200, 509)
+    text = cli("summary", folder).stdout
+    assert "\nbalancedness over time, mean of 3 layers " in text
+    assert "\nlayer 1 over time " in text
+    assert summarize(open_run(folder), (0, 300)).layer_timeline is None
+    assert "\nlayer 1 over time " not in cli("summary", "--steps", "0-299", folder).stdout
+
+
 def test_random_imbalance_is_not_persistent_but_a_slow_rank_is(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     placement = {0: np.tile(np.arange(SLOTS), (LAYERS, 1))}
