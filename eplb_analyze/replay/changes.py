@@ -55,7 +55,8 @@ class Change:
             run's step times show it.
         work_ms_per_step: the same without pauses.
         result: the word for ``gain``; it never contradicts the sign of the interval.
-        by_assumed_pause: the result depends on pauses whose length is assumed, as none was measured.
+        by_assumed_pause: pauses whose length is assumed, as none was measured, are most of the net gain or
+            decide the result.
         alone: the share of the base's time that the change saves; of today's if the base is what was
             recorded, or if the row is the base or never rearranges.
         alone_result: the word for ``alone``.
@@ -124,8 +125,14 @@ def one_at_a_time(
         if part != "none" and based_on is not None and outcome.setting.policy != STATIC:
             alone, _, _ = _gain(played, index, based_on, judging, basis, step_ms)
         result, assumed = result_of(saved, min_gain), False
-        if work is not None and step_ms is not None and played.pause.basis == "assumed":
-            assumed = result != result_of(combined([(1 / step_ms, work)]), min_gain)
+        if (
+            work is not None
+            and net_ms is not None
+            and step_ms is not None
+            and played.pause.basis == "assumed"
+        ):
+            mostly = abs(net_ms.estimate - work.value) > abs(work.value)
+            assumed = mostly or result != result_of(combined([(1 / step_ms, work)]), min_gain)
         slots = (outcome.num_physical_experts - today.num_physical_experts) // outcome.ep_size
         experts = slots * played.part.shape.num_moe_layers
         size = None if expert_mb is None else experts * expert_mb / 1e3

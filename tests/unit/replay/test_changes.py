@@ -336,6 +336,8 @@ def test_what_a_working_eplb_would_save_is_apart_from_its_assumed_pauses(
     assert base.net_ms_per_step is not None
     assert base.work_ms_per_step.low > 0 > base.net_ms_per_step.high
     assert (base.result, base.by_assumed_pause) == ("loss", True)
+    for row in advice.changes.rows:  # every row whose loss is mostly pauses, not only those that save work
+        assert row.by_assumed_pause == (row.setting.policy != "static")
     working = advice.reasons[1]
     assert working.startswith(f"a working EPLB would have saved {base.work_ms_per_step.estimate:.1f}")
     assert "its pauses are not known (assumed 1000 ms each: −" in working
