@@ -35,6 +35,8 @@ from eplb_dump.format.journal import Int64
 #: If the engine names no phase, steps are told apart by their mean number of tokens per slot: an expert's
 #: time is flat while reading its weights is the limit, and grows with its tokens later.
 TOKENS_PER_SLOT = (32, 256)
+#: A phase with a smaller share of the steps does not matter for the run as a whole.
+RARE = 0.01
 #: Step time is flat if imbalance costs at most this share of it.
 FLAT = 0.02
 #: Why a cost or a pause in milliseconds is not known, and what to do.
@@ -122,8 +124,9 @@ class RunCost(Report):
 
     @property
     def phases_differ(self) -> bool:
-        """Whether the cost is measured in some phases and not in others."""
-        return len({phase.status for phase in self.phases.values()}) > 1
+        """Whether phases with at least :data:`RARE` of the steps differ in whether a cost is measured."""
+        steps = sum(phase.steps for phase in self.phases.values())
+        return any(p.status is not self.status and p.steps >= RARE * steps for p in self.phases.values())
 
     @property
     def measured_share(self) -> float:

@@ -10,6 +10,8 @@ import numpy as np
 from eplb_analyze.analysis.cost import RunCost, cost_of_sample
 from eplb_analyze.analysis.incident_series import incidents_of
 from eplb_analyze.analysis.incidents import Incident, excess_tokens
+from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.analysis.pauses import LongGaps, PauseTotal
 from eplb_analyze.analysis.summary_sums import (
     ESTIMATED,
     ConfigurationSums,
@@ -20,6 +22,7 @@ from eplb_analyze.analysis.summary_sums import (
 )
 from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import Report, as_json
+from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, mean_known, most_often
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss, timeline
@@ -154,6 +157,10 @@ class Summary(Report):
     #: The steps that hot_experts and worst_rank are over: the last configuration's.
     last_configuration_steps: tuple[int, int] | None
     rearrangements: list[Rearrangement]
+    #: How long each of them paused the engine; None if not known.
+    pauses: list[Milliseconds | None]
+    #: Long gaps between steps that no rearrangement explains; None if there is none or it is not known.
+    long_gaps: LongGaps | None
     phases: list[PhaseFigure]
     timeline: list[Bin]
     #: Of the layer of the worst incident of few layers, which the mean over many layers hides: its number
@@ -189,6 +196,11 @@ class Summary(Report):
         return self.cost.rank_seconds(
             self.run.interval * sum(c.recorded * (c.ep_size - len(c.lost_ranks)) for c in self.configurations)
         )
+
+    @property
+    def pause_total(self) -> PauseTotal | None:
+        """How long the rearrangements paused the engine in all; None if no pause is known."""
+        return PauseTotal.of(self.pauses, self.duration_seconds)
 
     @property
     def missing_ranks(self) -> list[int]:
@@ -246,15 +258,22 @@ class Summary(Report):
                 "hot_experts": self.hot_experts,
                 "hot_experts_steps": self.last_configuration_steps,
                 "rearrangements": [r.first_step for r in self.rearrangements],
-                #: The same with the last step, the number of layers and of slots that changed.
+                #: How long they paused the engine in all; null if no pause is known.
+                "rearrangement_pauses": self.pause_total,
+                #: Gaps between steps of at least 20 times the median and 50 ms, if no rearrangement explains
+                #: them; null if there is none.
+                "long_gaps": self.long_gaps,
+                #: The same rearrangements with the last step, the number of layers and of slots that changed,
+                #: and how long each paused the engine, null if not known.
                 "rearrangement_details": [
                     {
                         "first_step": r.first_step,
                         "last_step": r.last_step,
                         "layers": len(r.layers),
                         "slots_changed": r.slots_changed,
+                        "pause_ms": pause,
                     }
-                    for r in self.rearrangements
+                    for r, pause in zip(self.rearrangements, self.pauses, strict=True)
                 ],
             }
         )
@@ -289,6 +308,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
     why = not_due(run) if acted is False else None
     whole = (sums.seen.first, sums.seen.last) if steps is None and run.phase is None else None
     cost = cost_of_sample(run, sums.cost)
+    pauses = sums.clock.pauses(run, changes) if run.phase is None else [None] * len(changes)
     incidents = run.retry_without_damaged(lambda: incidents_of(run, sums.balance, sums.cost, cost, steps))
     return Summary(
         run=run.info,
@@ -305,6 +325,9 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
         last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
         rearrangements=changes,
+        pauses=[Milliseconds.of(p) if isinstance(p, Interval) else None for p in pauses],
+        # The steps of one phase do not show what was between them.
+        long_gaps=sums.clock.long_gaps(run) if run.phase is None else None,
         phases=[
             PhaseFigure(name, p.steps, mean_known(p.values), idle_fraction(p.mean_tokens, p.max_tokens))
             for name, p in sorted(sums.phases.items())

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from eplb_analyze.analysis.conservation import Conservation
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_series import BalanceValues, steps_per_value
+from eplb_analyze.analysis.pauses import StepClock
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Terms
 from eplb_analyze.metrics.losses import Bins, Losses, windows
@@ -156,6 +157,7 @@ class SummarySums:
         self.first_time, self.last_time = np.iinfo(np.int64).max, -1
         #: Time from the step before to each step, ms; and the first and last step with their times.
         self.step_ms: list[formulas.Float64] = []
+        self.clock = StepClock()
         self._first: tuple[int, int] | None = None
         self._last: tuple[int, int] | None = None
 
@@ -164,6 +166,7 @@ class SummarySums:
         sums = cls(run.info.num_layers, bins, per_value)
         sums.seen.add(block)
         sums.first_time, sums.last_time = int(block.clock_ns.min()), int(block.clock_ns.max())
+        sums.clock.add(block)
         sums.step_ms.append(block.since_last_ms[np.isfinite(block.since_last_ms)])
         sums._first, sums._last = ((int(block.step[i]), int(block.clock_ns[i])) for i in (0, -1))
         if block.shape is None:
@@ -200,6 +203,7 @@ class SummarySums:
         if self._last and later._first and later._first[0] == self._last[0] + 1:
             self.step_ms.append(np.array([later._first[1] - self._last[1]]) / 1e6)
         self.step_ms += later.step_ms
+        self.clock.merge(later.clock)
         self._first, self._last = self._first or later._first, later._last or self._last
         self.steps += later.steps
         for name, values in later.values.items():

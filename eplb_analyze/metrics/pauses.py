@@ -65,6 +65,26 @@ def measure(step: Int64, ms: Float64, kind: Int64, changed: Int64, others: Int64
     return Interval(max(0.0, value), max(0.0, value - half), max(0.0, value + half))
 
 
+class Neighborhoods:
+    """The steps of a run, of which each pause is measured by those around its rearrangement only."""
+
+    def __init__(self, step: Int64, ms: Float64, kind: Int64, changes: Int64) -> None:
+        """As in :func:`measure`; ``changes``: the steps at which layers changed, of all rearrangements."""
+        self._step, self._ms, self._kind, self._changes = step, ms, kind, changes
+        self._usual = np.flatnonzero(np.isfinite(ms) & ~beside(step, changes))
+
+    def measure(self, changed: Int64) -> Interval | str:
+        """What :func:`measure` gives for all steps, without a look at all of them for each pause."""
+        step, usual = self._step, self._usual
+        low, high = np.searchsorted(step, [changed[0] - MARGIN, changed[-1] + MARGIN + 1]).tolist()
+        before, after = usual[usual < low][-NEIGHBORS:], usual[usual >= high][:NEIGHBORS]
+        # One step more, because a usual step may have the phase of the one before it.
+        first = max(0, min([low, *before[:1].tolist()]) - 1)
+        last = max([high, *after[-1:].tolist()]) + 1
+        near = slice(first, last)
+        return measure(step[near], self._ms[near], self._kind[near], changed, self._changes)
+
+
 def beside(step: Int64, changed: Int64) -> Bool:
     """The steps at which a layer changed, and :data:`MARGIN` before and after: bool ``[n]``."""
     return np.isin(step, (changed[:, np.newaxis] + np.arange(-MARGIN, MARGIN + 1)).ravel())

@@ -98,6 +98,8 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
                 if figures
                 else []
             ),
+            *_pauses(summary, paste),
+            *_long_gaps(summary, clock),
         ],
         estimates=_estimates(summary),
         evidence=_evidence(summary, paste),
@@ -290,6 +292,37 @@ def too_few_steps(loss: Loss) -> str:
     )
 
 
+def _pauses(summary: Summary, paste: Paste) -> list[str]:
+    """How long rearrangements paused the engine, if that is known."""
+    total = summary.pause_total
+    if total is None:
+        return []
+    who, unknown = plural(total.measured, "rearrangement"), len(summary.rearrangements) - total.measured
+    rest = f"; of {unknown:,} more it is not known" if unknown else ""
+    ms, share = total.ms_total, total.share_of_run
+    if ms.low <= 0:
+        most = f" (at most {_time_text(ms.high)})" if ms.high > 0 else ""
+        return [f"{who} paused the engine for no measurable time{most}{rest}."]
+    of = f" ({_percent(share)} of the run)" if share is not None else ""
+    how = f"{_time_text(ms.estimate)}{' in all' if total.measured > 1 else ''}{of}"
+    return [f"{who} paused the engine for {how}{rest}; `{paste('rearrangements')}` shows whether that pays."]
+
+
+def _long_gaps(summary: Summary, clock: RunClock) -> list[str]:
+    gaps = summary.long_gaps
+    if gaps is None:
+        return []
+    what = "gap" if gaps.count == 1 else "gaps"
+    each = [f"{_time_text(gap.ms)} before {clock.label(gap.step)}" for gap in gaps.longest]
+    more = ""
+    if gaps.count > len(gaps.longest):
+        more = f" ({gaps.count:,} such gaps, {_time_text(gaps.ms_total)} in all)"
+    return [
+        f"Longest {what} between steps without a rearrangement: {', '.join(each)}{more}; the median is "
+        f"{milliseconds(gaps.median_ms)}. Whether the engine was idle or stalled is not known."
+    ]
+
+
 def _estimates(summary: Summary) -> list[str]:
     ranks = summary.run.ep_size
     return [
@@ -339,7 +372,7 @@ def told(incident: Incident, summary: Summary, clock: RunClock, paste: Paste = c
             *([("steps", beyond)] if beyond else []),
             ("cause", cause_sentence(incident, clock.label)),
             ("cost", _cost(incident, summary.cost)),
-            ("end", _end(incident, clock)),
+            ("end", _end(incident, summary, clock)),
             ("next", paste(next_command(incident))),
         ],
     )
@@ -464,28 +497,36 @@ def _per_step(ms: Milliseconds) -> str:
 
 
 def _time_text(ms: float) -> str:
-    """``298 ms``, ``0.96 s``, ``5.0 min``: a sum of times."""
-    if ms < 100:
+    """``298 ms``, ``1.96 s``, ``5.0 min``."""
+    if ms < 1e3:
         return milliseconds(ms)
     return f"{ms / 1e3:.2f} s" if ms < 10e3 else duration(ms / 1e3)
 
 
-def _end(incident: Incident, clock: RunClock) -> str:
+def _end(incident: Incident, summary: Summary, clock: RunClock) -> str:
     ended, expert = incident.ended_by, incident.cause.expert
     if ended is None:
         return "not known"
     match ended.kind:
         case "rearrangement":
             text = f"the rearrangement at {clock.label(ended.step)}"
-            if expert is None or ended.replicas is None:
-                return text
-            return f"{text} gave the expert {plural(ended.replicas, 'replica')}"
+            if expert is not None and ended.replicas is not None:
+                text += f" gave the expert {plural(ended.replicas, 'replica')}"
+            return f"{text}{_its_pause(ended.step, summary)}"
         case "traffic":
             return f"the traffic changed back at {clock.label(ended.step)}"
         case "rank_back":
             return f"the rank came back at {clock.label(ended.step)}"
         case _:
             return f"still in progress when the recording ends, at {clock.label(ended.step)}"
+
+
+def _its_pause(step: int, summary: Summary) -> str:
+    """How long the rearrangement at a step paused the engine, if measurably."""
+    for change, pause in zip(summary.rearrangements, summary.pauses, strict=True):
+        if change.first_step <= step <= change.last_step and pause is not None and pause.low > 0:
+            return f"; it paused the engine for {_time_text(pause.estimate)}"
+    return ""
 
 
 def next_command(incident: Incident) -> str:

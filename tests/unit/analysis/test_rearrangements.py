@@ -17,6 +17,7 @@ from reference import per_step
 from eplb_analyze import open_run
 from eplb_analyze.analysis.placement import placement_report
 from eplb_analyze.analysis.rearrangements import RearrangementFigures, rearrangement_report
+from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import Ratio
 from eplb_analyze.text import milliseconds, plural
@@ -389,6 +390,31 @@ def test_planted_pause_of_900_ms_is_measured(
         assert row.pause_ms is not None
         assert row.pause_ms.estimate == pytest.approx(900, rel=0.05)
         assert row.pause_ms.low < 900 < row.pause_ms.high
+
+
+def test_summary_has_the_pauses_of_rearrangements_and_other_long_gaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From segments of 32 steps, each of which is read by itself. Idle gaps are 25 times a step."""
+    record_engine(tmp_path, monkeypatch, steps=400, pause_ms=90, base_ms=2, idle=0.02, segment_steps=32)
+    run = open_run(tmp_path)
+    rows, found = rearrangement_report(run).rearrangements, summarize(run)
+    assert len(rows) == 3
+    assert found.pauses == [row.pause_ms for row in rows]
+    total = found.pause_total
+    assert total is not None
+    assert (total.measured, total.ms_total.estimate) == (3, pytest.approx(270, rel=0.1))
+    assert total.ms_total.low < total.ms_total.estimate < total.ms_total.high
+    assert found.duration_seconds is not None
+    assert total.share_of_run == pytest.approx(total.ms_total.estimate / 1e3 / found.duration_seconds)
+    gaps = found.long_gaps
+    assert gaps is not None
+    assert gaps.count >= len(gaps.longest) == 3
+    assert gaps.median_ms == pytest.approx(2, abs=0.3)
+    assert gaps.ms_total == pytest.approx(52 * gaps.count, rel=0.02)
+    assert gaps.longest[0].ms == pytest.approx(52, abs=1)
+    changes = [row.first_step for row in rows]
+    assert not {gap.step for gap in gaps.longest} & {s + n for s in changes for n in (-1, 0, 1)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eplb_analyze.metrics.bootstrap import Interval
-from eplb_analyze.metrics.pauses import mean_of, measure
+from eplb_analyze.metrics.pauses import Neighborhoods, mean_of, measure
 
 Array = np.ndarray[Any, Any]
 
@@ -62,10 +62,23 @@ def test_engine_that_records_when_a_step_begins_has_the_same_pause() -> None:
     assert late.value == pytest.approx(900, rel=0.01)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_steps_around_a_rearrangement_give_the_pause_that_all_steps_give(seed: int) -> None:
+    step, ms, kind, first = simulated(seed, 90, layers=1 + seed % 3, apart=2)
+    rng = np.random.default_rng(seed)
+    ms[rng.random(len(ms)) < 0.1] = np.nan
+    every = [np.array([5]), first, np.array([301 + 10 * seed]), np.array([797])]
+    every = [changed for changed in every if not np.isnan(ms[changed]).any()]
+    changes = np.unique(np.concatenate([*every, [550, 620]]))
+    around = Neighborhoods(step, ms, kind, changes)
+    for changed in every:
+        assert around.measure(changed) == measure(step, ms, kind, changed, changes)
+
+
 def test_pause_that_cannot_be_measured_says_why() -> None:
     step, ms, kind, changed = simulated(1, 900)
     ms[300] = np.nan
-    assert "a step is missing" in str(measure(step, ms, kind, changed, changed))
+    assert "before or after it is missing" in str(measure(step, ms, kind, changed, changed))
     found = measure(step[297:303], np.ones(6), kind[:6], changed, changed)
     assert "8 are needed" in str(found)
     every = np.arange(0, 800, 3)  # all steps are beside some change

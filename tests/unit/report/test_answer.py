@@ -15,6 +15,7 @@ from eplb_analyze import open_run
 from eplb_analyze.analysis.cost import PhaseCost
 from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.analysis.pauses import Gap, LongGaps
 from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
 from eplb_analyze.cli.views.summary import MARKS, render
 from eplb_analyze.metrics.cost import CostStatus, Driver
@@ -59,7 +60,8 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> Summary:
     with open_writer(root, scope="global") as writer:
         for step in range(40):
             writer.record(step, load_of(step), map_of(step // 20))
-    return summarize(open_run(root))
+    # How long the writer's test took between steps is chance.
+    return replace(summarize(open_run(root)), pauses=[None], long_gaps=None)
 
 
 def measured(summary: Summary, share: float = 0.03) -> Summary:
@@ -231,6 +233,54 @@ def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summar
     assert dict(told(larger, measured(summary), CLOCK).parts)["cost"].endswith("of the step, 1.50 s in total")
     assert parts["end"] == "the rearrangement at step 20 gave the expert 10 replicas"
     assert parts["next"] == "eplb-analyze layer 12 --steps 10-19"
+
+
+def test_pauses_of_rearrangements_are_summed_and_named_where_they_end_an_incident(summary: Summary) -> None:
+    (change,) = summary.rearrangements
+    at = change.first_step
+    assert at == 20
+
+    def text(*pauses: Milliseconds | None, seconds: float | None = 10.0) -> list[str]:
+        given = replace(
+            summary, rearrangements=[change] * len(pauses), pauses=[*pauses], duration_seconds=seconds
+        )
+        return [sentence for sentence in answer_of(given, CLOCK).sentences if "paused" in sentence]
+
+    one = Milliseconds(298.0, 294.0, 302.0)
+    how = "`eplb-analyze rearrangements` shows whether that pays."
+    assert text(None) == text() == []
+    assert text(one) == [f"1 rearrangement paused the engine for 298 ms (3.0% of the run); {how}"]
+    assert text(*[one] * 9, None) == [
+        "9 rearrangements paused the engine for 2.68 s in all (26.8% of the run); of 1 more it is not known;"
+        f" {how}"
+    ]
+    assert text(one, seconds=None) == [f"1 rearrangement paused the engine for 298 ms; {how}"]
+    assert text(Milliseconds(1.0, 0.0, 3.0)) == [
+        "1 rearrangement paused the engine for no measurable time (at most 3.00 ms)."
+    ]
+    ends = [
+        dict(told(HOT, replace(summary, pauses=[pause]), CLOCK).parts)["end"]
+        for pause in (one, None, Milliseconds(1.0, 0.0, 3.0))
+    ]
+    gave = "the rearrangement at step 20 gave the expert 10 replicas"
+    assert ends == [f"{gave}; it paused the engine for 298 ms", gave, gave]
+
+
+def test_long_gaps_without_a_rearrangement_are_named(summary: Summary) -> None:
+    def text(gaps: LongGaps | None) -> list[str]:
+        given = answer_of(replace(summary, long_gaps=gaps), CLOCK).sentences
+        return [sentence for sentence in given if "gap" in sentence]
+
+    rest = "the median is 3.90 ms. Whether the engine was idle or stalled is not known."
+    assert text(None) == []
+    assert text(LongGaps(1, 769.0, [Gap(11, 769.0)], 3.9)) == [
+        f"Longest gap between steps without a rearrangement: 769 ms before step 11 (03:13:04); {rest}"
+    ]
+    many = LongGaps(50, 9000.0, [Gap(11, 769.0), Gap(505, 700.0), Gap(4, 600.0)], 3.9)
+    assert text(many) == [
+        "Longest gaps between steps without a rearrangement: 769 ms before step 11 (03:13:04), 700 ms"
+        f" before step 505, 600 ms before step 4 (50 such gaps, 9.00 s in all); {rest}"
+    ]
 
 
 def test_incident_whose_interval_contains_zero_has_no_measurable_cost(summary: Summary) -> None:
