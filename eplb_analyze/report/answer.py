@@ -93,11 +93,7 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
         warnings=[f"{TITLES[kind]}: {text}" for kind, text in found],
         sentences=[
             *([] if figures or found else [verdict.rule]),
-            *(
-                [*_judged(summary.cost), cost_sentence(summary.cost), *_recoverable(summary)]
-                if figures
-                else []
-            ),
+            *([*_judged(summary), cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
             *_pauses(summary, paste),
             *_long_gaps(summary, clock),
         ],
@@ -236,16 +232,20 @@ def _of_phase(phase: PhaseCost) -> str:
     )
 
 
-def _judged(cost: RunCost) -> list[str]:
+def _judged(summary: Summary) -> list[str]:
     """Whether imbalance explains a slow engine, by the bounds of what it costs; nothing between the two."""
+    cost = summary.cost
     if cost.share_of_step is None or cost.status is CostStatus.ESTIMATED:
         return []
+    costs = [incident.cost.ms_per_step for incident in summary.incidents]
+    noticeable = EXPLAINS_LITTLE * (cost.step_ms_p50 or 0.0)
     shares = {"": cost.share_of_step}
     if cost.phases_differ:
         shares = {clean(n): p.share_of_step for n, p in cost.phases.items() if p.share_of_step is not None}
     found = []
     small = {name: share.high for name, share in shares.items() if share.high < EXPLAINS_LITTLE}
-    if small:
+    # An incident can be costly though the mean over the run is not.
+    if small and all(ms is None or ms.high < noticeable for ms in costs):
         where = f"in {listed([*small])}" if cost.phases_differ else "here"
         most = _percent(max(small.values()))
         found.append(

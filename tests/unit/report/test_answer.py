@@ -169,6 +169,17 @@ def test_first_sentence_says_whether_imbalance_explains_a_slow_engine(
     assert (first if second.startswith("Imbalance costs") else None) == sentence
 
 
+def test_small_cost_of_the_run_does_not_hide_a_costly_incident(summary: Summary) -> None:
+    def judged(ms: float) -> bool:
+        incident = replace(HOT, cost=IncidentCost(Milliseconds(ms, ms, ms), 500.0))
+        given = replace(measured(summary), incidents=[incident])
+        return answer_of(given, CLOCK).sentences[0].startswith("Expert imbalance does not explain")
+
+    # A step takes 24 ms.
+    assert judged(1.1)
+    assert not judged(1.3)
+
+
 def test_phases_without_a_measured_cost_are_not_averaged_into_one_that_has(summary: Summary) -> None:
     def phase(
         status: CostStatus, steps: int, ms: Milliseconds | None, step: float, why: str = ""
