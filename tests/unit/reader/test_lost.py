@@ -193,7 +193,7 @@ def test_slots_of_a_lost_rank_are_in_no_count_of_placement(tmp_path: Path) -> No
     assert [c.slots_changed for c in report.changes] == [moved] * LAYERS
     assert [[r.rank for r in c.ranks] for c in report.changes] == [[3]] * LAYERS
     assert [p.empty_slots for p in report.layers] == [0] * LAYERS
-    text = cli("placement", tmp_path).stdout
+    text = cli("placement", tmp_path, "--all").stdout
     rows = [line.split() for line in text.splitlines() if line.split()[:1] in (["0"], ["1"])]
     assert [row[2:4] + row[-1:] for row in rows] == [["3", "9", "0"]] * LAYERS
     single = cli("placement", tmp_path, "--layer", 0).stdout

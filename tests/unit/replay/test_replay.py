@@ -535,7 +535,7 @@ def test_default_grid(dump: Path) -> None:
     }  # fmt: skip
     assert all(s.start == s.interval for s in settings)
     _, notes = grid(run, today, Choices(redundant=[4, 5]), 6400)
-    assert notes == ["left out: 8 experts and 5 redundant ones cannot be divided evenly among 4 ranks"]
+    assert notes == ["left out: 8 experts plus 5 redundant ones cannot be divided evenly among 4 ranks"]
 
 
 @pytest.mark.parametrize(
