@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import assert_golden, cli, load_of, map_of, one_error, open_writer, write
+from helpers import assert_golden, cli, load_of, map_of, one_error, open_writer, without_times, write
 from s3 import S3
 
 from eplb_analyze import atomic, open_run
@@ -130,7 +130,9 @@ def test_step_range_copies_whole_segments_and_earlier_placements(
     assert open_run(target).placements().rows() == open_run(dump).placements().rows()
     for command in ("layer 1 --steps 16-31", "experts --steps 16-31", "placement --step 18"):
         ours, theirs = (cli(*command.split(), "--json", where) for where in (target, dump))
-        assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout)
+        assert (ours.returncode, theirs.returncode) == (0, 0)
+        # The copy has no times of steps that it lacks, such as the one from which a placement is in force.
+        assert without_times(json.loads(ours.stdout)) == without_times(json.loads(theirs.stdout))
     checked = json.loads(cli("check", "--json", target).stdout)
     assert checked["ok"]
     assert [f["code"] for f in checked["findings"]] == ["partial_copy"]
