@@ -205,6 +205,6 @@ def test_lines_fit_and_name_what_is_left_out(tmp_path: Path, columns: int) -> No
     lines = cli("runs", tmp_path, env={"COLUMNS": str(columns)}).stdout.splitlines()
     assert max(map(len, lines)) <= columns
     assert ("deploy-monday" in lines[3], "deploy-tuesday" in lines[4]) == (True, True)
-    hidden = [line for line in lines if "--json has all" in line]
+    hidden = [line for line in lines if "hidden at this width" in line]
     assert bool(hidden) == (columns == 80)
     assert ("0.33.0" in lines[3]) == (columns == 160)
