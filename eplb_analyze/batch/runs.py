@@ -133,19 +133,26 @@ def _lines(found: Discovery) -> list[_Dated]:
     ]
 
 
+#: A journal that is sealed between listing and reading it is gone; the next listing has its segment.
+_TRIES = 3
+
+
 def _line(found: Discovery, run_id: str, slug: str) -> RunLine:
     faults = [f.text for (run, of), some in found.findings.items() if run == run_id and of in ("", slug)
               for f in some if f.severity == "error"]  # fmt: skip
     if run_id in found.mixed:
         faults.append(found.mixed[run_id])
     infos = sorted(found.runs[run_id][slug], key=lambda item: (item[1].created_unix_ns, item[1].session_id))
-    sessions = [overview(folder, info) for folder, info in infos]
-    if not sessions:
+    if not infos:
         return _unreadable(run_id, slug, faults[0] if faults else "it has no session")
+    for _ in range(_TRIES):
+        sessions = [overview(folder, info) for folder, info in infos]
+        times, unreadable = _times(sessions)
+        if not unreadable:
+            break
     faults += [fault for session in sessions for fault in session.faults]
     info = sessions[0].info
     ranks = {session.info.ep_rank for session in sessions}
-    times, unreadable = _times(sessions)
     faults += unreadable
     if info.origin is not None and "times" in info.origin.unknown:
         times = None
