@@ -29,18 +29,20 @@ def main(dump: str) -> None:
             console.print(
                 f"{'' if number == 0 else chr(10)}$ eplb-analyze {command} {Path(dump).name}", style="bold"
             )
-            console.print(Text.from_ansi("\n".join(printed([*command.split(), dump]).splitlines()[:lines])))
+            said = printed([*command.split(), Path(dump).name], Path(dump).parent)
+            console.print(Text.from_ansi("\n".join(said.splitlines()[:lines])))
         save(console, name)
 
 
-def printed(arguments: list[str]) -> str:
-    """What the command prints on a color terminal of 80 columns."""
+def printed(arguments: list[str], folder: Path) -> str:
+    """What the command prints on a color terminal of 80 columns, in a folder."""
     environment = {**os.environ, "COLUMNS": "80", "FORCE_COLOR": "1", "COLORTERM": "truecolor"}
     result = subprocess.run(
         [sys.executable, "-m", "eplb_analyze", *arguments],
         capture_output=True,
         text=True,
         check=True,
+        cwd=folder,
         env=environment,
     )
     return result.stdout

@@ -29,8 +29,9 @@ def main(dump: str) -> None:
         page.goto(file.as_uri())
         page.wait_for_selector("html[data-ready=true]")
         page.click(".incident button")
-        page.evaluate("scrollTo(0, 0)")
         page.mouse.move(5, 5)
+        page.wait_for_timeout(1000)  # until it has scrolled to the incident
+        page.evaluate("scrollTo({top: 0, behavior: 'instant'})")
         page.wait_for_timeout(500)
         page.screenshot(path=IMAGE)
         browser.close()
