@@ -162,7 +162,7 @@ class Advice(RunReport):
                 #: How many settings were tried.
                 "settings_tried": 0 if replay is None else len(replay.outcomes),
                 "cost_per_expert_ms": replay and replay.cost_per_expert_ms,
-                #: What was recorded in the judged steps.
+                #: What was recorded, over all selected steps.
                 "measured": {
                     "balancedness": self.measured_balancedness,
                     "idle_fraction": replay and replay.measured_idle_fraction,

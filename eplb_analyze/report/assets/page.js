@@ -154,7 +154,9 @@ function tiles() {
     ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "by tokens, not by time" : `by tokens; a better placement could remove at most ${percent(lost, 0)} of ${excess}`],
     ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ") || (report.not_due ? "none was due" : "")],
     ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, much],
-    ["ranks that wrote", `${summary.ranks.present} of ${summary.ranks.expected}`, summary.ranks.missing.length ? `missing: ${ranksNamed(summary.ranks.missing)}` : `scope ${summary.run.scope}`, summary.ranks.missing.length > 0],
+    summary.run.scope === "global"
+      ? ["ranks", "sum of all", "scope global: one rank writes for all", false]
+      : ["ranks that wrote", `${summary.ranks.present} of ${summary.ranks.expected}`, summary.ranks.missing.length ? `missing: ${ranksNamed(summary.ranks.missing)}` : "scope local", summary.ranks.missing.length > 0],
   ];
   byId("tiles").replaceChildren(...all.map(([name, value, text, warn]) =>
     element("div", { className: `card tile${warn ? " warn" : ""}` },
