@@ -23,6 +23,10 @@ PARTS = 16
 LEAST_INTERVAL = 16
 
 
+#: An interval that no engine reaches.
+_NEVER = 10**12
+
+
 def engine_arguments(engine: str | None, setting: Setting) -> str | None:
     """The arguments that start the engine with a setting; None if it has no such setting or is not known.
 
@@ -38,7 +42,9 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
         }
         return f"--enable-eplb --eplb-config '{json.dumps(config)}'"
     if engine == "vllm" and setting.policy == STATIC and not setting.num_redundant_experts:
-        return "--no-enable-eplb"
+        # Not --no-enable-eplb: without EPLB, vLLM counts no tokens, and refuses redundant experts.
+        never = {"num_redundant_experts": 0, "step_interval": _NEVER}
+        return f"--enable-eplb --eplb-config '{json.dumps(never)}'"
     if engine == "sglang" and setting.policy == "sglang":
         return (
             f"--enable-eplb --ep-num-redundant-experts {setting.num_redundant_experts} "

@@ -87,14 +87,17 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
     if spread.mean is not None:
         figures = f"balancedness {figure(spread.mean)} (5th percentile {figure(spread.p5)})"
     found = warnings(summary)
+    pauses, costly = _pauses(summary, paste), _pauses_are_costly(summary)
     return Answer(
         title=TITLES[verdict.verdict],
         figures=figures,
         warnings=[f"{TITLES[kind]}: {text}" for kind, text in found],
         sentences=[
             *([] if figures or found else [verdict.rule]),
-            *([*_judged(summary), cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
-            *_pauses(summary, paste),
+            *(_judged(summary) if figures else []),
+            *(pauses if costly else []),
+            *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
+            *([] if costly else pauses),
             *_long_gaps(summary, clock),
         ],
         estimates=_estimates(summary),
@@ -305,7 +308,14 @@ def _pauses(summary: Summary, paste: Paste) -> list[str]:
         return [f"{who} paused the engine for no measurable time{most}{rest}."]
     of = f" ({_percent(share)} of the run)" if share is not None else ""
     how = f"{_time_text(ms.estimate)}{' in all' if total.measured > 1 else ''}{of}"
-    return [f"{who} paused the engine for {how}{rest}; `{paste('rearrangements')}` shows whether that pays."]
+    text = f"{who} paused the engine for {how}{rest}; `{paste('rearrangements')}` shows whether that pays."
+    return [f"Rearrangements do cost time: {text}" if _pauses_are_costly(summary) else text]
+
+
+def _pauses_are_costly(summary: Summary) -> bool:
+    """Whether they may explain a slow engine, so that they are told first."""
+    total = summary.pause_total
+    return total is not None and total.ms_total.low > 0 and (total.share_of_run or 0.0) >= EXPLAINS_LITTLE
 
 
 def _long_gaps(summary: Summary, clock: RunClock) -> list[str]:

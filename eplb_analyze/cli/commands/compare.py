@@ -89,7 +89,7 @@ def compare(
     model: options.Model = None,
     json: options.Json = False,
 ) -> None:
-    """Compare two runs, or two phases or ranges of steps of one run: is B better than A, and why?
+    """Compare two runs, or two parts (phases or ranges of steps) of one run: is B better than A, and why?
 
     The verdict states whether the difference is statistically significant, how large it is, and which layers
     and experts cause it.

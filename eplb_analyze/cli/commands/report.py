@@ -19,7 +19,7 @@ def report(
     timings: options.Timings = None,
     gpu: options.Gpu = None,
     top: Annotated[
-        int, typer.Option("--top", metavar="N", help="Show this many rows of a ranking initially.", min=1)
+        int, typer.Option("--top", metavar="N", help="Show this many rows of each ranking at first.", min=1)
     ] = 10,
     redact: Annotated[
         bool, typer.Option("--redact", help="Leave out names of models, runs, hosts and files.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import (
@@ -51,7 +52,8 @@ def render(console: Console, report: RearrangementReport) -> None:
         return
     counts = Counter(row.verdict for row in rows)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    console.print(f"{plural(len(rows), 'rearrangement')}: {told}")
+    console.print(f"{plural(len(rows), 'rearrangement')}, by balancedness: {told}")
+    _none_pays(console, rows)
     for row in rows[:TOLD]:
         _sentences(console, row)
     if len(rows) > TOLD:
@@ -79,6 +81,17 @@ def _none(console: Console, report: RearrangementReport) -> None:
     else:
         print_line(console, "no rearrangement: the placement never changed in these steps")
     if report.overdue is not None or report.not_due is not None:
+        print_fields(console, [("next", full_command(console, "advise"))], indent=2)
+
+
+def _none_pays(console: Console, rows: Sequence[RearrangementFigures]) -> None:
+    """That none pays for its pause, whatever it does to balancedness."""
+    known = [
+        row.pause_ms.estimate for row in rows if row.pause_ms is not None and row.gain_ms_per_step is not None
+    ]
+    if known and all(row.break_even_steps is None for row in rows):
+        who = "it does not pay" if len(rows) == 1 else f"none of the {len(known):,} measured pays"
+        print_line(console, f"In time, {who} for its pause ({milliseconds(sum(known))} in all).")
         print_fields(console, [("next", full_command(console, "advise"))], indent=2)
 
 

@@ -302,7 +302,7 @@ def test_text_output(story: Path) -> None:
     lines = cli("rearrangements", story).stdout.splitlines()
     assert lines[:2] == [
         "rearrangements · org/moe · run r",
-        "2 rearrangements: 1 helped, 1 no-op",
+        "2 rearrangements, by balancedness: 1 helped, 1 no-op",
     ]
     assert max(map(len, lines)) <= 80
     table = [line.split() for line in lines if line.startswith(("500", "900"))]

@@ -262,7 +262,8 @@ def test_pauses_of_rearrangements_are_summed_and_named_where_they_end_an_inciden
     assert text(None) == text() == []
     assert text(one) == [f"1 rearrangement paused the engine for 298 ms (3.0% of the run); {how}"]
     assert text(*[one] * 9, None) == [
-        "9 rearrangements paused the engine for 2.68 s in all (26.8% of the run); of 1 more it is not known;"
+        "Rearrangements do cost time: 9 rearrangements paused the engine for 2.68 s in all (26.8% of the "
+        "run); of 1 more it is not known;"
         f" {how}"
     ]
     assert text(one, seconds=None) == [f"1 rearrangement paused the engine for 298 ms; {how}"]
