@@ -219,7 +219,7 @@ def test_summary_hints_at_contradicting_loads_and_names_check(tmp_path: Path) ->
         ("fewer", fewer, "loads contradict num_tokens: load is not num_tokens × 3 in step 4"),
     ):
         record(tmp_path / name, steps)
-        out = " ".join(cli("summary", tmp_path / name).stdout.split())
+        out = " ".join(cli("summary", tmp_path / name, env={"COLUMNS": "400"}).stdout.split())
         assert ("loads contradict" in out) == (fact is not None)
         if fact is not None:
             assert f"{fact}; `eplb-analyze check {tmp_path / name}` explains it" in out

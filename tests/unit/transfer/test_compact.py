@@ -136,7 +136,7 @@ def test_commands_print_the_same_figures(dump: Path, tmp_path: Path) -> None:
             for key in ("incomplete", "dropped"):
                 document.get("steps", {}).pop(key, None) if isinstance(document.get("steps"), dict) else None
         assert new == old, command
-    one_error(cli("traffic", tmp_path), 2, "does not show which rank sent which tokens")
+    one_error(cli("traffic", tmp_path), 3, "does not show which rank sent which tokens")
     checked = json.loads(cli("check", "--json", tmp_path).stdout)
     (made,) = [f["text"] for f in checked["findings"] if f["code"] == "imported"]
     assert "made by compact from run=r/model=org--moe" in made
