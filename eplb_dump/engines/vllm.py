@@ -129,7 +129,8 @@ def _install(module: Any, settings: Settings) -> None:
 
         @functools.wraps(switch)
         def set_switch(self: Any, *arguments: Any, **named: Any) -> None:
-            if not recorder_of(self).keeps_counting(*arguments, **named):
+            recorder = recorder_of(self)
+            if not recorder.guard(recorder.keeps_counting, *arguments, **named):
                 switch(self, *arguments, **named)
 
         setattr(state, _SWITCH, set_switch)
@@ -230,11 +231,9 @@ class _Recorder:
         self._vllm_counts = self._vllm_counts_next = True
         #: The ``log_stats`` for which vLLM was asked that.
         self._asked_for: bool | None = None
-        config = state.parallel_config
-        #: EP rank and size change with elastic EP only.
-        self._place_may_change = bool(getattr(config, "enable_elastic_ep", False))
-        #: Then it gives each rank a part of the padded tokens.
-        self._splits_tokens = bool(config.use_sequence_parallel_moe)
+        #: EP rank and size change with elastic EP only; and whether vLLM splits padded tokens among ranks.
+        #: Known once the writers are open: an error here would reach the engine.
+        self._place_may_change, self._splits_tokens = True, False
         #: Whether the router counts in the current step, though vLLM does not make it.
         self._we_count = False
         #: Whether vLLM adds this step to its window, which zeroes ``expert_load_pass``.
@@ -248,12 +247,12 @@ class _Recorder:
         """Begin to close the recording; does not wait for it."""
         _close_all(self._models)
 
-    def guard(self, part: Any, *arguments: bool) -> None:
-        """Run a part of the plugin; an error in it ends the recording, not vLLM."""
+    def guard(self, part: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Run a part of the plugin; an error in it ends the recording, not vLLM. None if it did not run."""
         if self._off:
-            return
+            return None
         try:
-            part(*arguments)
+            return part(*arguments, **named)
         except Exception as error:
             self._off = True
             text = (
@@ -262,6 +261,7 @@ class _Recorder:
             warn_once(logger, text)
             with contextlib.suppress(Exception):
                 self.restore_counts()
+            return None
 
     def forward(self, model_config: Any, num_unpadded_tokens: int) -> None:
         """A model begins its forward pass."""
@@ -333,7 +333,7 @@ class _Recorder:
         self._asked_for = log_stats
         self._vllm_counts_next = self.state._should_record_current_step(log_stats=log_stats)
         switch = self.state.should_record_tensor
-        if self._off or switch is None or (self._step + 1) % self._settings.interval or not self._models:
+        if switch is None or (self._step + 1) % self._settings.interval or not self._models:
             self._switched_on = None
             return False
         if switch is not self._switched_on:
@@ -364,8 +364,7 @@ class _Recorder:
 
     def _prepare(self) -> None:
         """While vLLM measures its memory: what would otherwise take the first step tens of ms."""
-        config = self.state.parallel_config
-        if self._position is not None or getattr(config, "enable_elastic_ep", False):
+        if self._position is not None or getattr(self.state.parallel_config, "enable_elastic_ep", False):
             return  # a rank that joins a running engine learns of its run and its step later
         group = self._module.get_ep_group()
         self._open_writers(group, (group.rank_in_group, group.world_size))
@@ -382,6 +381,9 @@ class _Recorder:
             _close_all(self._models)
         new_position, self._position = place != self._position, place
         self._ep_size = place[1]
+        config = self.state.parallel_config
+        self._place_may_change = bool(getattr(config, "enable_elastic_ep", False))
+        self._splits_tokens = bool(config.use_sequence_parallel_moe)
         stage, store = _pipeline_stage(self.state.parallel_config), _store_of(group)
         key, start_key = f"eplb_dump/run/{stage}/{place[1]}", START_KEY
         if getattr(group, "tcp_store_group", None) is None:  # otherwise the store belongs to this group

@@ -337,6 +337,8 @@ def test_killed_while_it_shuts_down(tmp_path: Path, runner: str) -> None:
     ("options", "environment", "said"),
     [
         (["--break-vllm"], {}, "vLLM 0.33.0 is not supported"),
+        (["--break-config"], {}, "expert-load recording is off; vLLM 0.33.0 continues: AttributeError"),
+        (["--break-config", "--profile-step"], {}, "expert-load recording is off; vLLM 0.33.0 continues"),
         ([], {"EXPERT_LOAD_DUMP_INTERVAL": "often"}, "EXPERT_LOAD_DUMP_INTERVAL must be a whole number"),
         ([], {"EXPERT_LOAD_DUMP_DIR": "/proc/nowhere"}, "expert-load recording is off"),
         ([], {"EXPERT_LOAD_DUMP_RUN_ID": "../up"}, "run_id must be"),

@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
         "--dummies", type=float, default=0.0, help="chance that a rank has no tokens in a step"
     )
     parser.add_argument("--elastic", default="", help="EP sizes from steps on, as in 15:2,30:4")
-    for name in ("async", "no-log", "profile-step", "v2", "without-plugin", "break-vllm"):
+    for name in ("async", "no-log", "profile-step", "v2", "without-plugin", "break-vllm", "break-config"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--schedule-ahead", action="store_true", help="asynchronous scheduling")
     parser.add_argument("--speculate", action="store_true", help="with drafts")
@@ -200,6 +200,9 @@ class Rank:
 
             broken.EplbState._should_record_current_step_ = broken.EplbState._should_record_current_step
             broken.EplbState.step = lambda self, is_dummy=False, is_profile=False, *, stats=False, **_: None
+        if args.break_config:  # of another version of vLLM
+            ParallelConfig.use_sequence_parallel_moe = None
+            del ParallelConfig.use_sequence_parallel_moe
         if not args.without_plugin:
             from vllm.plugins import load_general_plugins
 
