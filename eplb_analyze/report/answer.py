@@ -240,6 +240,9 @@ def _judged(summary: Summary) -> list[str]:
     cost = summary.cost
     if cost.share_of_step is None or cost.status is CostStatus.ESTIMATED:
         return []
+    # The steps that are left out may have been the slow ones.
+    if summary.verdict.verdict == "incomplete_data":
+        return []
     costs = [incident.cost.ms_per_step for incident in summary.incidents]
     noticeable = EXPLAINS_LITTLE * (cost.step_ms_p50 or 0.0)
     shares = {"": cost.share_of_step}

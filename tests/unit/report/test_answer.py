@@ -180,6 +180,13 @@ def test_small_cost_of_the_run_does_not_hide_a_costly_incident(summary: Summary)
     assert not judged(1.3)
 
 
+def test_nothing_is_said_of_a_slow_engine_if_most_steps_are_left_out(summary: Summary) -> None:
+    given = measured(summary)
+    assert any(text.startswith("Expert imbalance") for text in answer_of(given, CLOCK).sentences)
+    given = replace(given, present_ranks=[])
+    assert not any(text.startswith("Expert imbalance") for text in answer_of(given, CLOCK).sentences)
+
+
 def test_phases_without_a_measured_cost_are_not_averaged_into_one_that_has(summary: Summary) -> None:
     def phase(
         status: CostStatus, steps: int, ms: Milliseconds | None, step: float, why: str = ""
