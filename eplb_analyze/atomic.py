@@ -42,11 +42,13 @@ def hold(folder: Path, held: ExitStack) -> bool | None:
     Returns True; False if another process holds it; None if its file system has no locks. Raises OSError.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = (folder / LOCK).open("ab")
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
+        except (FileExistsError, FileNotFoundError):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+            continue  # another process has just removed the folder
         taken = lock(file.fileno())
         with suppress(FileNotFoundError):
             if taken and os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
