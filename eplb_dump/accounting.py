@@ -20,6 +20,7 @@ from eplb_dump.format.schema import Status
 from eplb_dump.staging import Entry
 
 INTERRUPTED = "the call was interrupted"
+QUEUE_IS_FULL = "the queue is full"
 #: States of the engine's thread: no call is running; one is, and its step is in no place yet; or is.
 IDLE, RUNNING, PLACED = range(3)
 
@@ -45,6 +46,8 @@ class WriterStats:
     segments_left_open: int = 0
     #: Why recording stopped before ``close``, or None.
     off: str | None = None
+    #: Why nothing can be written at the moment, or None. Recording continues by itself.
+    paused: str | None = None
 
 
 class Written(NamedTuple):
@@ -74,6 +77,7 @@ class Accounting:
         state: IDLE, RUNNING or PLACED.
         dropped, rejected: calls that were refused, by reason.
         refuses: why steps are not taken any more, if so.
+        full: why a step is dropped that has no room in the queue.
         ended: nothing is taken off the queue any more; what is in it is lost.
     """
 
@@ -84,6 +88,7 @@ class Accounting:
         self.dropped: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.refuses: str | None = None
+        self.full = QUEUE_IS_FULL
         self.ended = False
         self._written = Written()
         #: Held by the one call of ``record`` or ``skip`` that is running. A drafter's thread may record at
@@ -119,7 +124,9 @@ class Accounting:
         self.calls, self._moving = threading.RLock(), threading.RLock()
         self.state = IDLE
 
-    def stats(self, off: str | None, segments_sealed: int, segments_left_open: int) -> WriterStats:
+    def stats(
+        self, *, off: str | None, paused: str | None, segments_sealed: int, segments_left_open: int
+    ) -> WriterStats:
         """The counts as of now, exact also while steps are being written."""
         # In this order, so that a call which ends meanwhile is not taken for an interrupted one.
         seen = self.seen
@@ -158,4 +165,5 @@ class Accounting:
             segments_sealed=segments_sealed,
             segments_left_open=segments_left_open,
             off=off,
+            paused=paused,
         )

@@ -3,12 +3,16 @@
 Two daemon threads: one opens the session and drains the queue into the journal at least every flush
 interval, the other seals finished journals and syncs ``session.json``, so that a slow disk's fsync never
 delays the journal. No other thread touches a file, so no file system can hold the engine up.
+
+A full disk is like a slow one: the thread that meets it tries again until there is space, and meanwhile the
+queue fills and drops the newest steps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import queue
@@ -19,9 +23,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from eplb_dump import process, rendezvous
-from eplb_dump.accounting import Accounting, WriterStats
+from eplb_dump.accounting import QUEUE_IS_FULL, Accounting, WriterStats
 from eplb_dump.encoder import Encoder
 from eplb_dump.format import manifest, segment
 from eplb_dump.format.journal import JournalAppender, Shape
@@ -32,12 +37,20 @@ from eplb_dump.latch import Latch
 from eplb_dump.ring import Buffer
 from eplb_dump.staging import Entry
 
+T = TypeVar("T")
+
 logger = logging.getLogger("eplb_dump")
 
 #: A batch, and so a frame, holds at most this many steps and about this many bytes. Large batches need
 #: fewer numpy calls; after each call the thread has to wait for the interpreter lock.
 BATCH_STEPS = 256
 BATCH_BYTES = 16 << 20
+#: How often a thread that found no space tries again. Sealing, which writes more, at most waits longer.
+RETRY_SECONDS = 1.0
+_MOST_RETRY_SECONDS = 32.0
+#: A disk that fills up again and again is logged at most this often.
+_PAUSE_LOG_SECONDS = 60.0
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,16 @@ class Limits:
     flush_interval: float
     segment_bytes: int
     segment_seconds: float
+
+
+class _Flush(Latch):
+    """What a flush waits for; ``failed``: recording is paused."""
+
+    __slots__ = ("failed",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed = False
 
 
 def warn(text: str) -> None:
@@ -66,6 +89,7 @@ class Background:
         folder: ``<expert_load_dump_dir>/run=…/model=…/rank=…/session=…``
         notices: warnings to log, also from the engine's thread, on which logging may do I/O.
         off: why recording stopped, or None.
+        paused: why nothing can be written at the moment, or None.
         closed_well: everything is sealed, and so is the final accounting.
     """
 
@@ -74,22 +98,31 @@ class Background:
         self.folder = session_path(root, info)
         self.notices: deque[str] = deque(maxlen=64)
         self.off: str | None = None
+        self.paused: str | None = None
         self.closed_well = False
         self._root = root
         self._accounting = accounting
         self._limits = limits
         #: What the drainer waits for: None, or a latch to set once the queue is written. Unlike
         #: ``threading.Event``, it may be filled in a signal handler.
-        self._wakes: queue.SimpleQueue[Latch | None] = queue.SimpleQueue()
+        self._wakes: queue.SimpleQueue[_Flush | None] = queue.SimpleQueue()
         self._awake = self._closing = False
-        self._flushes: list[Latch] = []
+        self._flushes: list[_Flush] = []
         self._opened, self._ended = Latch(), Latch()
         self._logged: set[str] = set()
         #: The reasons that the sealer has told of.
         self._faults: set[str] = set()
         self._segments_sealed = self._segments_left_open = 0
+        #: When the last pause that was logged began, by the monotonic clock.
+        self._pause_logged_at = -_PAUSE_LOG_SECONDS
+        #: Of the last pause: whether it was logged, and how many steps its reason had dropped before it.
+        self._pause_is_logged = False
+        self._dropped_before_pause = 0
         #: For the sealer: journals to seal, metadata to write, and None at the end.
         self._to_seal: queue.SimpleQueue[JournalAppender | SessionInfo | None] = queue.SimpleQueue()
+        #: What the sealer has taken and not finished, for lack of space; and how long it waits for that.
+        self._waiting: deque[JournalAppender | SessionInfo] = deque()
+        self._retry_seconds = RETRY_SECONDS
         #: Whether a power cut leaves a session.json. From then on, only the sealer replaces it, durably.
         self._session_synced = False
         self._session_lock = threading.Lock()
@@ -120,12 +153,16 @@ class Background:
             self._wakes.put(None)
 
     def wait_written(self, timeout: float) -> bool:
-        """Wait until all that is queued is in the journal; False on a timeout or if recording stopped."""
+        """Wait until all that is queued is in the journal.
+
+        False on a timeout, or if recording stopped or is paused.
+        """
         if self.off is not None:
             return False
-        written = Latch()
+        written = _Flush()
         self._wakes.put(written)
-        return (self._accounting.ended or written.wait(timeout)) and self.off is None
+        done = self._accounting.ended or written.wait(timeout)
+        return done and self.off is None and not written.failed
 
     def request_close(self) -> None:
         """Drain, seal and write the final accounting; does not wait for it."""
@@ -143,7 +180,12 @@ class Background:
         return self.closed_well
 
     def stats(self) -> WriterStats:
-        return self._accounting.stats(self.off, self._segments_sealed, self._segments_left_open)
+        return self._accounting.stats(
+            off=self.off,
+            paused=self.paused,
+            segments_sealed=self._segments_sealed,
+            segments_left_open=self._segments_left_open,
+        )
 
     def abandon_in_child(self) -> None:
         """In a forked child: the threads are gone, and the files belong to the parent."""
@@ -188,15 +230,16 @@ class Background:
     def _open(self) -> None:
         """Claim a run and create the session's folder."""
         if not self.info.run_id:
-            claim = rendezvous.claim_run(self._root, self.info)
+            claim = self._with_space(partial(rendezvous.claim_run, self._root, self.info))
             self.info = dataclasses.replace(self.info, run_id=claim.run_id)
             if claim.doubt is not None:
                 own = f"EP rank {self.info.ep_rank} records into a separate run, {claim.run_id}"
                 remedy = f"set {rendezvous.RUN_ID_VARIABLE} to the same run id on all ranks"
                 warn(f"{claim.doubt}; {own}: {remedy}")
         self.folder = session_path(self._root, self.info)
-        self.folder.mkdir(parents=True)
-        write_session_file(self.folder, self.info, durable=False)  # the sealer syncs it
+        self._with_space(partial(self.folder.mkdir, parents=True))
+        # The sealer syncs it.
+        self._with_space(partial(write_session_file, self.folder, self.info, durable=False))
         self._session = SessionWriter(self.folder, self.info, self._to_seal.put)
 
     def _opened_session(self) -> SessionWriter:
@@ -231,8 +274,67 @@ class Background:
             self._logged.add(text)
             warn(text)
 
+    def _with_space(self, write: Callable[[], T]) -> T:
+        """Write all or nothing; while there is no space for it, wait and try again.
+
+        Raises what ``write`` raises: that there is no space, only if the writer is being closed.
+        """
+        late: list[_Flush] = []
+        while True:
+            try:
+                result = write()
+            except OSError as error:
+                if error.errno not in _NO_SPACE or self._closing:
+                    self._flushes += late
+                    raise
+                self._pause(error.strerror or "No space left on device", self._flushes + late)
+            else:
+                self._resume()
+                for flush in late:  # also for steps that came after the ones that are being written
+                    self._wakes.put(flush)
+                return result
+            self._flushes, late = [], self._wait_for_retry()
+
+    def _pause(self, why: str, flushes: Sequence[_Flush]) -> None:
+        """Let the queue fill: it keeps what it holds, and drops and counts the newest steps."""
+        self._opened.set()  # the constructor does not wait for space
+        if self.paused is None:
+            self._accounting.full = self.paused = why
+            self._dropped_before_pause = self._accounting.dropped[why]
+            now = time.monotonic()
+            self._pause_is_logged = now - self._pause_logged_at >= _PAUSE_LOG_SECONDS
+            if self._pause_is_logged:
+                self._pause_logged_at = now
+                text = "steps are dropped and counted until there is space"
+                warn(f"expert-load recording is paused; the engine continues: {self._place}: {why}; {text}")
+        for flush in flushes:
+            flush.failed = True
+            flush.set()
+
+    def _resume(self) -> None:
+        if self.paused is None:
+            return
+        why, self.paused, self._accounting.full = self.paused, None, QUEUE_IS_FULL
+        if self._pause_is_logged:
+            dropped = self._accounting.dropped[why] - self._dropped_before_pause
+            warn(f"expert-load recording continues: {self._place}: {dropped:,} steps were dropped")
+
+    @property
+    def _place(self) -> Path:
+        return self._root if self._session is None else self.folder
+
+    def _wait_for_retry(self) -> list[_Flush]:
+        """Wait a second, or until a flush, which is returned, or the end asks for it now."""
+        deadline = time.monotonic() + RETRY_SECONDS
+        while not self._closing and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                flush = self._wakes.get(timeout=left)
+                if flush is not None:
+                    return [flush]
+        return []
+
     def _turn_off(self, reason: str) -> None:
-        self.off = reason
+        self.off, self.paused = reason, None
         self._accounting.refuse("recording is off")
         place = self.folder if self._session is not None else f"cannot write to {self._root}"
         warn(f"expert-load recording is off; the engine continues: {place}: {reason}")
@@ -298,8 +400,12 @@ class Background:
             )
             with self._session_lock:
                 if not self._session_synced:
-                    write_session_file(self.folder, session.info, durable=False)
-                    return
+                    try:
+                        write_session_file(self.folder, session.info, durable=False)
+                        return
+                    except OSError as error:  # the sealer can wait for space without holding up the steps
+                        if error.errno not in _NO_SPACE:
+                            raise
             self._to_seal.put(session.info)
 
     def _write(self, batch: Sequence[Entry]) -> None:
@@ -309,7 +415,7 @@ class Background:
         if (encoded.status == Status.RECORDED).any():
             self._note_shape(session)
         written = self._accounting.written.plus(encoded)
-        session.append(*encoded.frames)
+        self._with_space(partial(session.append, *encoded.frames))
         self._accounting.move(len(batch), written)
 
     def _end_segment_if_due(self) -> None:
@@ -327,7 +433,8 @@ class Background:
         more = True
         while more:
             with contextlib.suppress(BaseException):  # whatever it is, the next journal can be sealed
-                more = self._handle(self._to_seal.get())
+                more = self._take()
+                self._finish_waiting(last=not more)
         with contextlib.suppress(BaseException):
             self._close_session()
         with contextlib.suppress(BaseException):
@@ -335,34 +442,61 @@ class Background:
                 self._log_notices()  # those that were added after the drainer ended
         self._end()
 
-    def _handle(self, item: JournalAppender | SessionInfo | None) -> bool:
-        """Seal a journal, or write metadata; False at the end."""
-        if item is None:
-            return False
+    def _take(self) -> bool:
+        """Take what there is to do, or wait for it; False at the end."""
+        timeout = self._retry_seconds if self._waiting else None
+        with contextlib.suppress(queue.Empty):
+            item = self._to_seal.get(timeout=timeout)
+            if item is None:
+                return False
+            self._waiting.append(item)
+        return True
+
+    def _finish_waiting(self, *, last: bool) -> None:
+        """Seal journals and write metadata, in order; what finds no space is tried again later.
+
+        ``last``: there is no later.
+        """
+        while self._waiting:
+            try:
+                self._handle(self._waiting[0])
+            except OSError as error:
+                if error.errno in _NO_SPACE and not last:
+                    self._retry_seconds = min(2 * self._retry_seconds, _MOST_RETRY_SECONDS)
+                    return
+                self._give_up(self._waiting.popleft(), error)
+            except BaseException as error:
+                self._give_up(self._waiting.popleft(), error)
+            else:
+                self._retry_seconds = RETRY_SECONDS
+                self._waiting.popleft()
+
+    def _handle(self, item: JournalAppender | SessionInfo) -> None:
+        """Seal a journal, or write metadata."""
         if isinstance(item, SessionInfo):
-            self._keep_session(partial(write_session_file, self.folder, item))
-            return True
+            write_session_file(self.folder, item)
+            return
         with self._session_lock:
             first, self._session_synced = not self._session_synced, True
         if first:
-            self._keep_session(partial(sync_session_file, self.folder))
-        self._seal(item)
-        return True
+            try:
+                sync_session_file(self.folder)
+            except Exception as error:  # readers use the session's other files
+                self._note_fault("session.json could not be synced", error)
+        segment.seal(item.path)
+        self._segments_sealed += 1
+        self._close(item)
 
-    def _keep_session(self, write: Callable[[], None]) -> None:
-        """Have session.json survive a power cut. If it does not, readers use the session's other files."""
-        try:
-            write()
-        except Exception as error:
+    def _give_up(self, item: JournalAppender | SessionInfo, error: BaseException) -> None:
+        if isinstance(item, SessionInfo):
             self._note_fault("session.json could not be synced", error)
+            return
+        # The journal stays readable and can be sealed later.
+        self._segments_left_open += 1
+        self._note_fault("a journal could not be sealed; readers read it unsealed", error)
+        self._close(item)
 
-    def _seal(self, journal: JournalAppender) -> None:
-        try:
-            segment.seal(journal.path)
-            self._segments_sealed += 1
-        except BaseException as error:  # the journal stays readable and can be sealed later
-            self._segments_left_open += 1
-            self._note_fault("a journal could not be sealed; readers read it unsealed", error)
+    def _close(self, journal: JournalAppender) -> None:
         try:
             journal.close()
         except OSError as error:  # it was read for sealing; what could not be read back was not sealed

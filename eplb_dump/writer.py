@@ -379,7 +379,7 @@ class ExpertLoadWriter:
             self._expected_since = taken, call + 1
             return taken
         if staged.cause == "queue":
-            self._drop(number, staged.reason, placement)
+            self._drop(number, self._accounting.full, placement)
         elif staged.cause == "expert_load":
             self._reject(number, staged.reason, placement)
         else:
@@ -440,7 +440,7 @@ class ExpertLoadWriter:
         entries = accounting.entries
         why = accounting.refuses
         if why is None and len(entries) >= _MAX_WAITING:
-            why = "the queue is full"
+            why = accounting.full
         if why is not None:
             if accounting.state is not PLACED:
                 self._count_dropped(why)
@@ -508,7 +508,8 @@ class ExpertLoadWriter:
         self._count_dropped(reason)
         self._enqueue(step, Status.DROPPED, self._stage_alone(placement))
         self._background.wake()
-        self._notice(f"dropped a step; stats() counts dropped steps: {reason}")
+        if self._background.paused is None:  # the pause has been logged
+            self._notice(f"dropped a step; stats() counts dropped steps: {reason}")
 
     def _reject(self, step: int, reason: str, placement: Any = None) -> None:
         self._count_rejected(reason)

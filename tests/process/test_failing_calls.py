@@ -17,7 +17,9 @@ from pathlib import Path
 
 from helpers import assert_accounted, load_of, map_of, open_writer
 from eplb_analyze import open_run
+from eplb_dump import background
 
+background.RETRY_SECONDS = 0.01  # after a write that found no space
 shim = ctypes.CDLL(sys.argv[2])
 shim.shim_set.argtypes = [ctypes.c_ulonglong, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
 shim.shim_failed.restype = ctypes.c_long
