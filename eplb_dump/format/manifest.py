@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from eplb_dump.format import frames
-from eplb_dump.format.files import fsync_folder
+from eplb_dump.format.files import fsync_folder, replace_file
 from eplb_dump.format.journal import Int32, Int64, Shape, closed_frame
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
     MAX_NUMBER,
     SCHEMAS,
     FormatError,
+    Tier,
     segment_name,
 )
 from eplb_dump.format.session import SessionInfo
@@ -66,8 +67,26 @@ class ExpertSums:
 
 
 @dataclass(frozen=True)
+class Thinned:
+    """What became of a segment, or of several consecutive ones, of which not everything is kept.
+
+    Attributes:
+        tier: what is kept.
+        last_seq: the last of the segments, which have one entry together.
+        step_rows, recorded: how many rows of ``steps`` they had, and how many steps with loads.
+        reason: why: ``budget``, ``age``, ``space`` or ``prune``.
+    """
+
+    tier: Tier
+    last_seq: int
+    step_rows: int
+    recorded: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class SealedSegment:
-    """The manifest's entry of one sealed segment."""
+    """The manifest's entry of one sealed segment, or of several that were thinned together."""
 
     seq: int
     first_step: int
@@ -75,25 +94,57 @@ class SealedSegment:
     shape: Shape | None
     files: dict[str, SealedFile]
     sums: ExpertSums | None = None
+    #: The least and the greatest ``time`` of its steps, ns since 1970; None in recordings from before 1.2.
+    times: tuple[int, int] | None = None
+    #: Why it is worth keeping longer than others: ``start``, ``rearrangement``, ``imbalance``.
+    notable: tuple[str, ...] = ()
+    #: None: everything is kept.
+    thinned: Thinned | None = None
 
     @property
     def step_rows(self) -> int:
         """How many rows of ``steps`` it has; none in a partial copy that has only its placements."""
         return self.files["steps"].rows if "steps" in self.files else 0
 
+    @property
+    def recorded(self) -> int:
+        """How many steps with loads it had in full."""
+        if self.thinned is not None:
+            return self.thinned.recorded
+        loads = self.files.get("loads")
+        return loads.rows // self.shape.num_moe_layers if loads and self.shape else 0
+
+    @property
+    def tier(self) -> Tier:
+        return Tier.FULL if self.thinned is None else self.thinned.tier
+
+    @property
+    def last_seq(self) -> int:
+        return self.seq if self.thinned is None else self.thinned.last_seq
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.bytes for file in self.files.values())
+
     def to_header(self) -> dict[str, Any]:
         shape = None if self.shape is None else dict(vars(self.shape))
         files = {table: dict(vars(f)) for table, f in self.files.items()}
-        return {
+        header = {
             "seq": self.seq,
             "first_step": self.first_step,
             "last_step": self.last_step,
             "shape": shape,
             "files": files,
+            "notable": list(self.notable),
         }
+        if self.times is not None:
+            header["first_time_ns"], header["last_time_ns"] = self.times
+        return header if self.thinned is None else {**header, **vars(self.thinned)}
 
     def to_frame(self) -> bytes:
-        return frames.encode("sealed", self.to_header(), None if self.sums is None else self.sums.arrays())
+        kind = "sealed" if self.thinned is None else "thinned"
+        return frames.encode(kind, self.to_header(), None if self.sums is None else self.sums.arrays())
 
     @classmethod
     def from_frame(cls, frame: frames.Frame) -> SealedSegment:
@@ -102,24 +153,48 @@ class SealedSegment:
         try:
             shape = None if header["shape"] is None else Shape(**header["shape"])
             files = {table: SealedFile(**f) for table, f in header["files"].items()}
-            segment = cls(header["seq"], header["first_step"], header["last_step"], shape, files)
+            notable = tuple(str(reason) for reason in header.get("notable", ()))
+            known = "first_time_ns" in header
+            times = (header["first_time_ns"], header["last_time_ns"]) if known else None
+            thinned = None
+            if frame.kind == "thinned":
+                of = {f.name: header[f.name] for f in fields(Thinned)}
+                thinned = Thinned(**{**of, "tier": Tier(of["tier"]), "reason": str(of["reason"])})
+            segment = cls(
+                header["seq"],
+                header["first_step"],
+                header["last_step"],
+                shape,
+                files,
+                times=times,
+                notable=notable,
+                thinned=thinned,
+            )
             segment._validate()
             segment = replace(segment, sums=ExpertSums.from_arrays(frame.arrays, shape))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
             raise FormatError(f"its entry for a sealed segment is malformed ({error})") from None
         return segment
 
     def _validate(self) -> None:
         numbers = [self.seq, self.first_step, self.last_step]
         numbers += [n for f in self.files.values() for n in (f.bytes, f.rows, f.footer_crc32)]
+        numbers += self.times or ()
+        if self.thinned is not None:
+            numbers += [n for n in vars(self.thinned).values() if not isinstance(n, str)]
         if self.shape is not None:
             numbers += vars(self.shape).values()
         if not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
             raise FormatError("its entry for a sealed segment has an invalid number")
         if self.shape is not None and self.shape.impossible:
             raise FormatError("its entry for a sealed segment has an impossible shape")
-        if any(f.name != segment_name(t, self.seq) for t, f in self.files.items() if t in SCHEMAS):
+        wanted = {table: segment_name(table, self.seq, self.last_seq) for table in SCHEMAS}
+        if any(file.name != wanted.get(table, file.name) for table, file in self.files.items()):
             raise FormatError("its entry for a sealed segment names a foreign file")
+        if self.last_seq < self.seq:
+            raise FormatError("its entry for thinned segments ends before it begins")
 
 
 @dataclass
@@ -182,6 +257,12 @@ class Manifest:
             manifest.fault = f"damaged from byte {manifest.end} on"
         return manifest
 
+    def entry_of(self, seq: int) -> SealedSegment | None:
+        """The entry that covers a segment."""
+        if seq in self.entries:
+            return self.entries[seq]
+        return next((entry for entry in self.entries.values() if entry.seq < seq <= entry.last_seq), None)
+
     def add(self, frame: frames.Frame) -> None:
         """Take in one more frame. Raises FormatError if it is malformed or of another session."""
         header = frame.header
@@ -191,8 +272,10 @@ class Manifest:
                 if self.session_id not in (None, session_id):
                     raise FormatError("of another session")
                 self.session_id = session_id
-            elif frame.kind == "sealed":
+            elif frame.kind in ("sealed", "thinned"):
                 entry = SealedSegment.from_frame(frame)
+                for seq in [seq for seq in self.entries if entry.seq < seq <= entry.last_seq]:
+                    del self.entries[seq]
                 self.entries[entry.seq] = entry
             elif frame.kind == "closed":
                 self.closed = header
@@ -217,10 +300,13 @@ def append_manifest(folder: Path, info: SessionInfo, item: SealedSegment | bytes
         if manifest.fault is not None:
             raise FormatError(f"{MANIFEST_FILE} is damaged from byte {manifest.end} on")
         frame = item.to_frame() if isinstance(item, SealedSegment) else item
-        if isinstance(item, SealedSegment) and item.seq in manifest.entries:
-            listed = manifest.entries[item.seq].step_rows
-            if item.step_rows < listed:
-                raise FormatError(f"it has {item.step_rows} of the {listed} steps that {MANIFEST_FILE} lists")
+        listed = manifest.entry_of(item.seq) if isinstance(item, SealedSegment) else None
+        if isinstance(item, SealedSegment) and item.thinned is None and listed is not None:
+            if listed.thinned is not None:
+                raise FormatError(f"{MANIFEST_FILE} lists it as thinned")
+            if item.step_rows < listed.step_rows:
+                text = f"it has {item.step_rows} of the {listed.step_rows} steps that {MANIFEST_FILE} lists"
+                raise FormatError(text)
         # An unfinished write was about a segment whose journal still exists: it is sealed again.
         file.truncate(manifest.end)
         if manifest.end == 0:
@@ -235,3 +321,15 @@ def append_manifest(folder: Path, info: SessionInfo, item: SealedSegment | bytes
 def close_manifest(folder: Path, info: SessionInfo, stats: dict[str, Any]) -> None:
     """Append the final accounting, which ends a session. Raises as :func:`append_manifest`."""
     append_manifest(folder, info, closed_frame(stats))
+
+
+def rewrite_manifest(folder: Path, info: SessionInfo, manifest: Manifest) -> None:
+    """Replace a session's manifest by one without entries that others replaced. Raises OSError."""
+    parts = [frames.encode("session", {"session": info.to_dict()})]
+    if manifest.part is not None:
+        first, last = manifest.part
+        parts.append(frames.encode("part", {"first_step": first, "last_step": last}))
+    parts += [manifest.entries[seq].to_frame() for seq in sorted(manifest.entries)]
+    if manifest.closed is not None:
+        parts.append(frames.encode("closed", manifest.closed))
+    replace_file(folder / MANIFEST_FILE, b"".join(parts))

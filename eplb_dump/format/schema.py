@@ -13,7 +13,7 @@ import pyarrow as pa
 
 FORMAT_NAME = "eplb-dump"
 #: (major, minor). A reader rejects a newer major version; a newer minor version only adds.
-FORMAT_VERSION = (1, 1)
+FORMAT_VERSION = (1, 2)
 
 SESSION_FILE = "session.json"
 MANIFEST_FILE = "manifest.frames"
@@ -35,7 +35,8 @@ RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX = "run=", "model=", "rank=
 LEVEL_PREFIXES = RUN_PREFIX, MODEL_PREFIX, RANK_PREFIX, SESSION_PREFIX
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 JOURNAL_PATTERN = re.compile(r"journal-(\d{6,})\.frames")
-SEGMENT_PATTERN = re.compile(r"(steps|loads|placements)-(\d{6,})\.parquet")
+#: A file of one segment, or of several that were thinned together: their first and last number.
+SEGMENT_PATTERN = re.compile(r"(steps|loads|placements|ranks|minutes)-(\d{6,})(?:-(\d{6,}))?\.parquet")
 
 
 def holds(layers: int, width: int) -> bool:
@@ -66,6 +67,19 @@ class Status(enum.IntEnum):
 
 
 STATUS_LABELS = tuple(status.label for status in Status)
+
+
+class Tier(str, enum.Enum):
+    """How much is kept of a sealed segment, from all to nothing."""
+
+    #: Every table.
+    FULL = "full"
+    #: Tokens per EP rank instead of per expert: ``ranks`` instead of ``loads``.
+    RANKS = "ranks"
+    #: Sums per minute.
+    MINUTES = "minutes"
+    #: Only the placements that later steps need.
+    GONE = "gone"
 
 
 class Scope(str, enum.Enum):
@@ -113,7 +127,65 @@ PLACEMENTS_SCHEMA = pa.schema(
         pa.field("physical_to_logical", _list_of(pa.int32()), nullable=False),
     ]
 )
-SCHEMAS = {"steps": STEPS_SCHEMA, "loads": LOADS_SCHEMA, "placements": PLACEMENTS_SCHEMA}
+#: ``loads`` without the experts, since version 1.2.
+RANKS_SCHEMA = LOADS_SCHEMA.remove(LOADS_SCHEMA.get_field_index("load"))
+#: One row for each minute, phase and placement, with sums over its steps, since version 1.2. Lists have a
+#: value for each layer, or several: ``rank_load`` and ``slowest`` one for each EP rank, ``slot`` and
+#: ``slot_load`` one for each of the slots with most tokens. docs/format.md describes the columns.
+MINUTES_SCHEMA = pa.schema(
+    [
+        pa.field("minute", pa.timestamp("ns", tz="UTC"), nullable=False),
+        pa.field("phase", pa.string()),
+        pa.field("ep_size", pa.int32(), nullable=False),
+        *(
+            pa.field(name, pa.int64(), nullable=False)
+            for name in ("first_step", "last_step", "first_time_ns", "last_time_ns")
+        ),
+        *(pa.field(label, pa.int64(), nullable=False) for label in STATUS_LABELS),
+        pa.field("num_tokens", pa.int64(), nullable=False),
+        pa.field("num_tokens_steps", pa.int64(), nullable=False),
+        *(
+            pa.field(f"{clock}_{what}", kind, nullable=False)
+            for clock in ("host_ms", "step_ms", "device_ms")
+            for what, kind in (("sum", pa.float64()), ("steps", pa.int64()))
+        ),
+        pa.field("host_ms_histogram", _list_of(pa.int32()), nullable=False),
+        pa.field("active_steps", _list_of(pa.int32()), nullable=False),
+        pa.field("rank_load", _list_of(pa.int64()), nullable=False),
+        pa.field("slot", _list_of(pa.int32()), nullable=False),
+        pa.field("slot_load", _list_of(pa.int64()), nullable=False),
+        # Of the sums over ranks: null with scope local.
+        pa.field("max_load", _list_of(pa.int64())),
+        pa.field("layer_balancedness", _list_of(pa.float64())),
+        pa.field("layer_imbalance", _list_of(pa.float64())),
+        pa.field("slowest", _list_of(pa.float64())),
+        pa.field("active", pa.int64()),
+        *(
+            pa.field(name, pa.float64())
+            for name in ("balancedness", "imbalance", "vllm", "vllm_legacy", "sglang")
+        ),
+        *(
+            pa.field(f"{formula}_{what}", kind)
+            for formula in ("balancedness", "imbalance")
+            for what, kind in (
+                ("min", pa.float64()),
+                ("min_step", pa.int64()),
+                ("max", pa.float64()),
+                ("max_step", pa.int64()),
+                ("histogram", _list_of(pa.int32())),
+            )
+        ),
+    ]
+)
+SCHEMAS = {
+    "steps": STEPS_SCHEMA,
+    "loads": LOADS_SCHEMA,
+    "placements": PLACEMENTS_SCHEMA,
+    "ranks": RANKS_SCHEMA,
+    "minutes": MINUTES_SCHEMA,
+}
+#: The tables that a segment is sealed with; ``placements`` only if one changed, ``loads`` if there are any.
+SEALED_TABLES = "steps", "loads", "placements", "minutes"
 #: LOADS_SCHEMA of a segment with a count above MAX_LOAD: a sum over passes or ranks, since version 1.1.
 WIDE_LOADS_SCHEMA = LOADS_SCHEMA.set(
     LOADS_SCHEMA.get_field_index("load"), pa.field("load", _list_of(pa.int64()), nullable=False)
@@ -123,6 +195,8 @@ KNOWN_SCHEMAS = {
     "steps": [STEPS_SCHEMA, pa.schema([field for field in STEPS_SCHEMA if field.name not in DURATIONS])],
     "loads": [LOADS_SCHEMA, WIDE_LOADS_SCHEMA],
     "placements": [PLACEMENTS_SCHEMA],
+    "ranks": [RANKS_SCHEMA],
+    "minutes": [MINUTES_SCHEMA],
 }
 
 
@@ -130,8 +204,10 @@ def journal_name(seq: int) -> str:
     return f"journal-{seq:06d}.frames"
 
 
-def segment_name(table: str, seq: int) -> str:
-    return f"{table}-{seq:06d}.parquet"
+def segment_name(table: str, seq: int, last_seq: int | None = None) -> str:
+    """The file of a table of a segment, or of the segments from ``seq`` to ``last_seq``."""
+    last = "" if last_seq in (None, seq) else f"-{last_seq:06d}"
+    return f"{table}-{seq:06d}{last}.parquet"
 
 
 def rank_folder(rank: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,16 +29,21 @@ from eplb_dump.format.manifest import (
     SealedSegment,
     append_manifest,
 )
+from eplb_dump.format.minutes import MinutesBuilder
+from eplb_dump.format.notable import Notable
 from eplb_dump.format.schema import (
     METADATA_KEY,
     SCHEMAS,
     STATUS_LABELS,
     WIDE_LOADS_SCHEMA,
     FormatError,
+    Scope,
     segment_name,
 )
 from eplb_dump.format.session import SessionInfo, canonical_json
 
+#: Yields the parts of a table with this metadata.
+Parts = Callable[[dict[bytes, bytes]], Iterable[pa.Table]]
 #: A row group holds about this many counts, of few layers: one group is enough for one step of one
 #: layer, and one layer of a long run needs no other layer's groups.
 ROW_GROUP_VALUES = 1 << 21
@@ -184,8 +189,10 @@ class Content(Protocol):
         ...
 
 
-def seal(journal_path: Path) -> SealedSegment | None:
+def seal(journal_path: Path, notable: Notable | None = None) -> SealedSegment | None:
     """Turn a journal into a sealed segment and delete it. Returns None if it held no step.
+
+    ``notable``: what judges the segments of this session; default one that knows none of the earlier ones.
 
     Raises OSError (the journal stays and remains valid) and FormatError (it is damaged, or its segment is
     sealed already and has more steps).
@@ -194,18 +201,20 @@ def seal(journal_path: Path) -> SealedSegment | None:
     with JournalSegment(journal_path) as journal:
         if journal.tail.fault == "damaged":
             raise FormatError(f"it is damaged from byte {journal.tail.end} on and was not sealed")
-        entry = write_segment(folder, journal) if len(journal.steps.step) else None
+        entry = write_segment(folder, journal, notable) if len(journal.steps.step) else None
     remove(journal_path)
     return entry
 
 
-def write_segment(folder: Path, content: Content) -> SealedSegment:
+def write_segment(folder: Path, content: Content, notable: Notable | None = None) -> SealedSegment:
     """Write a segment with at least one step, and list it in the manifest.
+
+    ``notable``: as for :func:`seal`.
 
     Raises OSError, and FormatError, also if the manifest lists this segment with more steps.
     """
     try:
-        entry = _write_files(folder, content)
+        entry = _write_files(folder, content, notable or Notable())
         append_manifest(folder, content.info, entry)
     except Exception:  # free the space, as the disk may be full
         discard(temporary(folder / segment_name(table, content.seq)) for table in SCHEMAS)
@@ -214,20 +223,29 @@ def write_segment(folder: Path, content: Content) -> SealedSegment:
     return entry
 
 
-def _write_files(folder: Path, content: Content) -> SealedSegment:
-    shape, seq = content.shape, content.seq
-    layers = [] if shape is None else content.info.layer_numbers(shape.num_moe_layers)
-    base = {
-        "session": content.info.to_dict(),
-        "seq": seq,
-        "shape": None if shape is None else dict(vars(shape)),
-    }
-    files: dict[str, SealedFile] = {}
+class SegmentFiles:
+    """Writes the tables of a segment, or of several in one, as temporary files that are synced.
 
-    def write(table: str, parts: Any, rows: int, schema: pa.Schema | None = None) -> None:
-        metadata = {METADATA_KEY: canonical_json({**base, "table": table}).encode()}
-        name = segment_name(table, seq)
-        tmp = temporary(folder / name)
+    Attributes:
+        files: what was written, by table.
+    """
+
+    def __init__(
+        self, folder: Path, info: SessionInfo, shape: Shape | None, seq: int, last_seq: int | None = None
+    ) -> None:
+        self.files: dict[str, SealedFile] = {}
+        self._folder, self._seq, self._last_seq = folder, seq, last_seq
+        self._metadata = {
+            "session": info.to_dict(),
+            "seq": seq,
+            "shape": None if shape is None else dict(vars(shape)),
+        }
+
+    def write(self, table: str, parts: Parts, rows: int, schema: pa.Schema | None = None) -> None:
+        """Write a table, of which ``parts(metadata)`` yields a row group at a time. Raises OSError."""
+        metadata = {METADATA_KEY: canonical_json({**self._metadata, "table": table}).encode()}
+        name = segment_name(table, self._seq, self._last_seq)
+        tmp = temporary(self._folder / name)
         writer = _open_parquet(tmp, (schema or SCHEMAS[table]).with_metadata(metadata))
         try:
             for part in parts(metadata):
@@ -235,36 +253,58 @@ def _write_files(folder: Path, content: Content) -> SealedSegment:
         finally:
             writer.close()
         fsync_file(tmp)
-        files[table] = SealedFile(name, tmp.stat().st_size, rows, footer_crc32(tmp))
+        self.files[table] = SealedFile(name, tmp.stat().st_size, rows, footer_crc32(tmp))
 
+
+def _write_files(folder: Path, content: Content, notable: Notable) -> SealedSegment:
+    shape, steps, n = content.shape, content.steps, len(content.load_steps)
+    layers = [] if shape is None else content.info.layer_numbers(shape.num_moe_layers)
+    tables = SegmentFiles(folder, content.info, shape, content.seq)
     if len(content.placements.step):
         num_layers = max(len(layers), int(content.placements.layer.max()) + 1)
         numbers = layers or content.info.layer_numbers(num_layers)
-        write(
+        tables.write(
             "placements",
             lambda metadata: [_placements_table(content.placements, numbers, metadata)],
             len(content.placements.step),
         )
-    n = len(content.load_steps)
+    minutes = MinutesBuilder(
+        steps,
+        content.placements,
+        content.load_steps,
+        shape,
+        summed=content.info.scope is Scope.GLOBAL,
+        token_replication=content.info.token_replication,
+    )
     sums = None
     if shape is not None and n:
         group = max(1, ROW_GROUP_VALUES // (n * shape.num_physical_experts))
-
         builder = _SumBuilder(content)
 
-        def load_parts(metadata: dict[bytes, bytes]) -> Any:
+        def load_parts(metadata: dict[bytes, bytes]) -> Iterator[pa.Table]:
             for first in range(0, shape.num_moe_layers, group):
                 last = min(first + group, shape.num_moe_layers)
                 load = content.read_layers(first, last)
                 for layer in range(first, last):
                     builder.add(layer, load[layer - first])
+                    minutes.add(layer, load[layer - first])
                 yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
 
-        write("loads", load_parts, n * shape.num_moe_layers, loads_schema(content.load_type))
+        tables.write("loads", load_parts, n * shape.num_moe_layers, loads_schema(content.load_type))
         sums = builder.sums()
-    write("steps", lambda metadata: [steps_table(content.steps, metadata)], len(content.steps.step))
-    step = content.steps.step
-    return SealedSegment(seq, int(step.min()), int(step.max()), shape, files, sums)
+    rows = minutes.finish()
+    tables.write("minutes", lambda metadata: [rows.to_table(metadata)], len(rows))
+    tables.write("steps", lambda metadata: [steps_table(steps, metadata)], len(steps.step))
+    return SealedSegment(
+        content.seq,
+        int(steps.step.min()),
+        int(steps.step.max()),
+        shape,
+        tables.files,
+        sums,
+        times=(int(steps.time_ns.min()), int(steps.time_ns.max())),
+        notable=notable.judge(content.seq, shape, content.placements, rows),
+    )
 
 
 class _SumBuilder:

@@ -1,6 +1,6 @@
 """Makes a golden dump of the current format version: run once a version, then never again.
 
-v1.1 was made before ``steps`` had durations, v1.1-durations after.
+v1.1 was made before ``steps`` had durations, v1.1-durations after, v1.2 with roll-ups.
 
 Everything in it is fixed but the session's time, host, process and chance. One session was closed, one
 was left as a kill leaves it: a sealed segment, then an open journal with a torn end.
@@ -63,7 +63,7 @@ def main(root: Path) -> None:
             continue
         # Wait for the first segment to be sealed.
         deadline = time.monotonic() + 20
-        while len(list(writer.folder.glob("*.parquet"))) < 3 and time.monotonic() < deadline:
+        while len(list(writer.folder.glob("*.parquet"))) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
         journal = max(writer.folder.glob("journal-*.frames"))
         left = {p.name: p.read_bytes() for p in writer.folder.iterdir()}
@@ -83,6 +83,6 @@ if __name__ == "__main__":
         Path(
             sys.argv[1]
             if len(sys.argv) > 1
-            else Path(__file__).parent / f"v{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}-durations"
+            else Path(__file__).parent / f"v{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}"
         )
     )

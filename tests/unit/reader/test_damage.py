@@ -59,7 +59,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         time.sleep(0.01)
     shutil.copytree(written, root)
     writer.close()
-    assert len(list(root.rglob("*.parquet"))) == 3
+    assert len(list(root.rglob("*.parquet"))) == 4
     assert len(list(root.rglob("journal-*"))) == 1
     return root
 
