@@ -29,6 +29,7 @@ from eplb_dump.format.schema import (
     SEGMENT_PATTERN,
     FormatError,
     Tier,
+    segment_name,
 )
 from eplb_dump.format.segment import SegmentFiles, footer
 from eplb_dump.format.session import SessionInfo
@@ -240,7 +241,8 @@ def _keep(
         if len(entries) > 1:
             _merge_tables(folder, entries, tables, tier)
     except Exception:  # free the space, as the disk may be full
-        discard(temporary(folder / file.name) for file in tables.files.values())
+        names = [segment_name(table, first.seq, last.last_seq) for table in SCHEMAS]
+        discard(temporary(folder / name) for name in names)
         raise
     if tables.files:
         publish(*(folder / file.name for file in tables.files.values()))
