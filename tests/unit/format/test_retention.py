@@ -98,7 +98,7 @@ def test_thinning_ends_within_the_budget_and_spares_the_newest(
 
 def test_tiers_keep_their_shares_of_the_budget() -> None:
     entries: list[SealedSegment] = []
-    for seq in range(3000):
+    for seq in range(800):
         entries.append(entry(seq, 100))
         while (todo := next_thinning(entries, budget=10_000)) is not None:
             entries = thinned(entries, todo)
