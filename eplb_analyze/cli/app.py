@@ -34,6 +34,7 @@ from eplb_analyze.cli.commands import (
     replay,
     report,
     runs,
+    serve_metrics,
     summary,
     timeline,
     traffic,
@@ -88,6 +89,10 @@ _add(LOOK, "runs", runs.runs, "List the runs of a dump.", "runs dump", "runs --j
 _add(
     LOOK, "watch", watch.watch, "Show a live view of a run.",
     "watch --once dump", "watch --once --window-steps 500 --json dump",
+)  # fmt: skip
+_add(
+    LOOK, "serve-metrics", serve_metrics.serve_metrics, "Serve a live run's metrics to Prometheus.",
+    "serve-metrics --once dump", "serve-metrics --once --json dump",
 )  # fmt: skip
 _add(
     LOOK, "report", report.report, "Write one HTML file that works offline.",

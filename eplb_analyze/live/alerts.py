@@ -187,7 +187,7 @@ class AlertFinder:
         alerts = [self._alert(one) for one in incidents]
         levels = {alert: self._level(alert, values) for alert in alerts if alert.lasts}
         for alert in self.alerts:
-            if any(_replaces(one, alert) for one in alerts):
+            if any(replaces(one, alert) for one in alerts):
                 continue
             if not alert.lasts:
                 alerts.append(alert)
@@ -282,7 +282,7 @@ class AlertFinder:
             self._departures[row] = [one for one in own if one.first >= self._dropped]
 
 
-def _replaces(new: Alert, old: Alert) -> bool:
+def replaces(new: Alert, old: Alert) -> bool:
     """Whether an alert is what another one turned out to be."""
     if not {*new.layers} & {*old.layers}:
         return False

@@ -17,6 +17,7 @@ from eplb_analyze.live.figures import hot_experts, idle_share, layer_figures, ra
 from eplb_analyze.live.placements import RecentPlacements
 from eplb_analyze.live.session import FollowedSession
 from eplb_analyze.live.snapshot import LiveHotExpert, RecentSnapshot, Snapshot, WriterSnapshot
+from eplb_analyze.live.totals import Totals
 from eplb_analyze.live.window import BALANCEDNESS, RankState, Window
 from eplb_analyze.metrics.formulas import Spread, Terms
 from eplb_analyze.metrics.losses import Bins, timeline
@@ -52,12 +53,18 @@ class Follower:
 
     Attributes:
         notes: messages for the user about which run was chosen.
+        totals: counts over all runs that were followed.
     """
 
     def __init__(
-        self, path: StoragePath | str, run: str | None = None, model: str | None = None, window: int = WINDOW
+        self,
+        path: StoragePath | str,
+        run: str | None = None,
+        model: str | None = None,
+        window: int = WINDOW,
+        totals: Totals | None = None,
     ) -> None:
-        """``window``: the maximum number of steps that the figures cover.
+        """``window``: the maximum number of steps that the figures cover; ``totals``: what to add to.
 
         Raises DumpError and NotInDumpError like :func:`eplb_analyze.reader.run.open_run`, and UsageError if
         the dump is in a bucket.
@@ -65,10 +72,16 @@ class Follower:
         self._path, self._run, self._model = local(path, "`watch`"), run, model
         self._root = _absolute(self._path)
         self._limit = window
+        self.totals = Totals() if totals is None else totals
         #: The monotonic time at which data was last appended.
         self._appended_at: float | None = None
         self._looked = False
         self._follow(self._path, run)
+
+    @property
+    def model_folder(self) -> Path:
+        """``<dump>/run=…/model=…`` of the run that is followed."""
+        return self._model_folder
 
     def look(self) -> Snapshot:
         """Read the appended data and return a snapshot. Raises DumpError."""
@@ -109,6 +122,7 @@ class Follower:
         self._runs = {folder.name for folder in started}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
         self._forget()
+        self.totals.follow(self._info)
         self._known = {folder for folder, _ in sessions} | {_absolute(folder) for folder in chosen.others}
         #: The newest session of each rank, and whether a session of another engine start was seen.
         self._newest = {info.ep_rank: info for _, info in sessions}
@@ -194,6 +208,7 @@ class Follower:
         for news in window.take_news():
             self._experts.add(news, self._placements.layers, recent)
             self._alerts.add(news)
+            self.totals.add_steps(news)
         self._experts.trim(window.first_step, recent)
 
     def _first_recent(self) -> int:
@@ -208,8 +223,10 @@ class Follower:
             found_new |= bool(len(batch.rows.step))
             restarts = self._window.restarts
             if self._window.add(session.info, batch):
+                self.totals.add_rows(session.info, batch.rows)
                 if self._window.restarts > restarts:
                     self._forget()
+                    self.totals.restart()
                 for rows in batch.placements:
                     self._placements.add(rows)
             elif len(batch.rows.step):
@@ -238,6 +255,11 @@ class Follower:
         first, last = (int(steps[0]), int(steps[-1])) if len(steps) else (None, None)
         since = 0.0 if leader is None or last is None else leader.seconds_beyond(last)
         hottest, expert_steps = self._hot_experts()
+        history = self._placements.history(window.lost)
+        alerts = self._alerts.look(history, window.lost)
+        closed = any(w.closed for w in writers) and all(w.closed or w.lost for w in writers)
+        self.totals.add_alerts(alerts)
+        self.totals.add_rearrangements(history, closed)
         return Snapshot(
             run_id=info.run_id,
             model=info.model,
@@ -248,7 +270,7 @@ class Follower:
             newest_step=None if leader is None else leader.last_step,
             steps_per_second=None if leader is None else leader.steps_per_second,
             quiet_seconds=quiet_seconds,
-            closed=any(w.closed for w in writers) and all(w.closed or w.lost for w in writers),
+            closed=closed,
             window=window.limit,
             first_step=first,
             last_step=last,
@@ -264,7 +286,7 @@ class Follower:
             recent=self._recent(steps, terms),
             hot_experts=hottest,
             expert_steps=expert_steps,
-            alerts=self._alerts.look(self._placements.history(window.lost), window.lost),
+            alerts=alerts,
             writers=writers,
             timeline=[] if first is None or last is None else timeline(Bins(first, last), steps, value),
             rearrangements=self._placements.rearrangements(),

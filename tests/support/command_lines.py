@@ -24,5 +24,6 @@ ARGUMENTS = {
     "compact": "dump compacted-{form}",
     "formulas": "",
     "watch": "--once dump",
+    "serve-metrics": "--once dump",
     "recover": "dump",
 }

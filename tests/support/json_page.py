@@ -40,6 +40,7 @@ REPORTS = {
     "summary": "analysis.summary.Summary",
     "runs": "batch.runs.RunList",
     "watch": "live.snapshot.Snapshot",
+    "serve-metrics": "live.metric_families.MetricsReport",
     "report": "report.write.WrittenReport",
     "layer": "analysis.layer.LayerReport",
     "experts": "analysis.experts.ExpertReport",

@@ -62,6 +62,7 @@ OPTIONAL = {
     "eplb_analyze.transfer.importers.placement_files": {"yaml"},
     "eplb_analyze.transfer.importers.trtllm": {"safetensors"},
     "eplb_analyze.batch.executors": {"ray"},
+    "eplb_analyze.live.prometheus": {"prometheus_client"},
 }
 
 

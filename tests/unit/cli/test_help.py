@@ -21,7 +21,7 @@ from eplb_analyze.cli.help import examples_of
 #: With what a help text may begin.
 VERBS = {
     "Compare", "Convert", "Copy", "Explain", "List", "Merge", "Plot", "Rank", "Recommend", "Recover",
-    "Replay", "Show", "Verify", "Write",
+    "Replay", "Serve", "Show", "Verify", "Write",
 }  # fmt: skip
 GROUPS = ["Look", "Drill down", "Decide", "Many runs", "Data", "Reference"]
 
@@ -89,7 +89,7 @@ def test_commands_are_listed_in_groups() -> None:
     text = cli("--help").stdout
     headings = re.findall(r"^([A-Z][a-z ]+):$", text, re.MULTILINE)
     assert [heading for heading in headings if heading in GROUPS] == GROUPS
-    listed = re.findall(r"^  ([a-z]+) +[A-Z]", text[text.index("Look:") :], re.MULTILINE)
+    listed = re.findall(r"^  ([a-z-]+) +[A-Z]", text[text.index("Look:") :], re.MULTILINE)
     assert set(listed) == {name.split()[0] for name in COMMANDS}
     assert all(len(line) <= 80 for line in text.splitlines())
 
