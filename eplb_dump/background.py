@@ -34,6 +34,7 @@ from eplb_dump.format.schema import Status
 from eplb_dump.format.session import SessionInfo, session_path, sync_session_file, write_session_file
 from eplb_dump.format.session_writer import SessionWriter
 from eplb_dump.latch import Latch
+from eplb_dump.metrics_file import MetricsFile
 from eplb_dump.ring import Buffer
 from eplb_dump.staging import Entry
 
@@ -93,7 +94,14 @@ class Background:
         closed_well: everything is sealed, and so is the final accounting.
     """
 
-    def __init__(self, root: Path, info: SessionInfo, accounting: Accounting, limits: Limits) -> None:
+    def __init__(
+        self,
+        root: Path,
+        info: SessionInfo,
+        accounting: Accounting,
+        limits: Limits,
+        metrics_file: Path | None = None,
+    ) -> None:
         self.info = info
         self.folder = session_path(root, info)
         self.notices: deque[str] = deque(maxlen=64)
@@ -103,6 +111,7 @@ class Background:
         self._root = root
         self._accounting = accounting
         self._limits = limits
+        self._metrics_file = MetricsFile(metrics_file, info)
         #: What the drainer waits for: None, or a latch to set once the queue is written. Unlike
         #: ``threading.Event``, it may be filled in a signal handler.
         self._wakes: queue.SimpleQueue[_Flush | None] = queue.SimpleQueue()
@@ -435,8 +444,10 @@ class Background:
             with contextlib.suppress(BaseException):  # whatever it is, the next journal can be sealed
                 more = self._take()
                 self._finish_waiting(last=not more)
+            self._write_metrics(last=False)
         with contextlib.suppress(BaseException):
             self._close_session()
+        self._write_metrics(last=True)
         with contextlib.suppress(BaseException):
             if self.off is None:
                 self._log_notices()  # those that were added after the drainer ended
@@ -444,7 +455,7 @@ class Background:
 
     def _take(self) -> bool:
         """Take what there is to do, or wait for it; False at the end."""
-        timeout = self._retry_seconds if self._waiting else None
+        timeout = self._retry_seconds if self._waiting else self._metrics_file.seconds_left()
         with contextlib.suppress(queue.Empty):
             item = self._to_seal.get(timeout=timeout)
             if item is None:
@@ -521,6 +532,18 @@ class Background:
             self.closed_well = True
         except Exception as error:
             self._note_fault("the final counts could not be written", error)
+
+    def _write_metrics(self, *, last: bool) -> None:
+        """Write the metrics file if it is due, and at the end."""
+        try:
+            if last:
+                self._metrics_file.write(self.info, self.stats(), ended=True)
+            else:
+                waiting = len(self._accounting.entries)
+                self._metrics_file.refresh(self.info, self.stats, waiting=waiting)
+        except BaseException as error:
+            text = f"the metrics file could not be written: {self._metrics_file.path}: {_reason(error)}"
+            self.notices.append(text)
 
     def _end(self) -> None:
         process.unregister(self)

@@ -80,6 +80,9 @@ class ExpertLoadWriter:
         segment_steps, segment_bytes, segment_seconds: a segment is sealed at the first of these limits.
         queue_steps, queue_bytes: limits of the queue to the background thread; when it is full, new
             steps are dropped and counted.
+        metrics_file: a text file with this writer's counters for node_exporter's textfile collector, written
+            every 15 s. Its name gets the model and the rank, unless it has ``{model}`` and ``{rank}``.
+            Default: EXPERT_LOAD_DUMP_METRICS_FILE, if that is set.
 
     Raises:
         TypeError, ValueError: an argument is wrong. A file system error raises nothing: it is logged
@@ -110,6 +113,7 @@ class ExpertLoadWriter:
         segment_seconds: float = 900.0,
         queue_steps: int = 512,
         queue_bytes: int = 64 << 20,
+        metrics_file: str | os.PathLike[str] | None = None,
     ) -> None:
         root = require_path("expert_load_dump_dir", expert_load_dump_dir)
         limits = Limits(
@@ -168,7 +172,8 @@ class ExpertLoadWriter:
         #: A phase that has been checked.
         self._last_phase: str | None = None
         self._accounting = Accounting()
-        self._background = Background(root, info, self._accounting, limits)
+        health = None if metrics_file is None else require_path("metrics_file", metrics_file)
+        self._background = Background(root, info, self._accounting, limits, health)
         # A writer that is dropped ends like one that is closed. At exit, eplb_dump.process does that.
         weakref.finalize(self, self._background.request_close).atexit = False
         self._background.start(OPEN_SECONDS)

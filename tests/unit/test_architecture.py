@@ -44,6 +44,7 @@ WRITER_ROWS = [
     {"eplb_dump.staging"},
     {"eplb_dump.encoder"},
     {"eplb_dump.accounting"},
+    {"eplb_dump.metrics_file"},
     {"eplb_dump.background"},
     {"eplb_dump.writer"},
     {"eplb_dump.counter", "eplb_dump.engines"},
