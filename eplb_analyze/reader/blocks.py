@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.join import (
     ABSENT,
@@ -40,6 +40,27 @@ _BY_STEP = (
     "step", "state", "state_as_joined", "time_ns", "clock_ns", "since_last_ms", "until_next_ms", "num_tokens",
     "step_ms", "device_ms", "phase",
 )  # fmt: skip
+
+
+class RankSteps(NamedTuple):
+    """Steps of one rank, in order of steps: arrays of one length.
+
+    Attributes:
+        at: int64, index into the block's ``step``.
+        session: int64, the session that recorded the step; its clock does not go back.
+        clock_ns: int64, ns since 1970 by the session's monotonic clock.
+        since_last_ns: float64, since the rank's step before; NaN if that is not in the same segment.
+        step_ms, device_ms: float64, as in :class:`Block`; of this rank.
+        num_tokens: int64, of this rank; -1 if unknown.
+    """
+
+    at: Int64
+    session: Int64
+    clock_ns: Int64
+    since_last_ns: Float64
+    step_ms: Float64
+    device_ms: Float64
+    num_tokens: Int64
 
 
 class Block:
@@ -119,6 +140,42 @@ class Block:
             if status in (Status.RECORDED, Status.DUMMY)
         }
         return [rank for rank in self.expected_ranks if rank not in have]
+
+    def of_rank(self, rank: int) -> RankSteps:
+        """What a writer rank recorded of these steps by its own clock. Raises DamagedSegmentError."""
+        parts = []
+        row = self.ranks.index(rank) if rank in self.ranks else -1
+        for source in self._sources if row >= 0 else ():
+            if source.rank != rank:
+                continue
+            rows = source.rows().rows
+            here = np.minimum(np.searchsorted(self.step, rows.step), len(self.step) - 1)
+            there = np.flatnonzero(
+                (self.step[here] == rows.step)
+                & (self._owner[row, here] == source.session)
+                & (self.status[row, here] == rows.status)
+                & (rows.status != ABSENT)
+            )
+            since = np.diff(rows.monotonic_ns, prepend=0).astype(np.float64)
+            since[np.diff(rows.step, prepend=-2) != 1] = np.nan
+            parts.append(
+                RankSteps(
+                    here[there],
+                    np.full(len(there), source.session, np.int64),
+                    rows.monotonic_ns[there] + source.clock_offset_ns,
+                    since[there],
+                    rows.step_ms[there].astype(np.float64),
+                    rows.device_ms[there].astype(np.float64),
+                    rows.num_tokens[there],
+                )
+            )
+        if not parts:
+            none, unknown = np.empty(0, np.int64), np.empty(0)
+            return RankSteps(none, none, none, unknown, unknown, unknown, none)
+        columns: list[Any] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        # A rejected step can repeat a number; of equal rows the first is enough.
+        _, first = np.unique(columns[0], return_index=True)
+        return RankSteps(*(column[first] for column in columns))
 
     def without_ranks(self) -> Iterator[tuple[tuple[int, ...], Int64]]:
         """The incomplete steps that lack the rows of some ranks, by these ranks: ``(ranks, steps)``."""

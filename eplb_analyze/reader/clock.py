@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.parallel import ordered_map
@@ -99,6 +100,44 @@ class RunClock:
         if not len(times.step):
             return None
         return int(times.unix_ns[max(0, int(np.searchsorted(times.step, step, side="right")) - 1)])
+
+    def times(self, steps: Int64) -> tuple[Int64, npt.NDArray[np.float64]]:
+        """When steps, ascending, were recorded, and how long after the step before.
+
+        Call it only if the times are known.
+
+        Returns:
+            int64 ``[n]``, ns since 1970, as :meth:`unix_ns` gives it; -1 if no row can be read.
+            float64 ``[n]``, ns; NaN if the run lacks the step before.
+        """
+        unix, since = np.full(len(steps), -1, np.int64), np.full(len(steps), np.nan)
+        group_of = np.maximum(0, np.searchsorted(self._first, steps, side="right") - 1)
+        for number in np.unique(group_of).tolist():
+            times, here = self._times(number), np.flatnonzero(group_of == number)
+            if not len(times.step):
+                continue
+            at = np.maximum(0, np.searchsorted(times.step, steps[here], side="right") - 1)
+            unix[here] = times.unix_ns[at]
+            before, apart = self._before(number, times)
+            follows = (times.step[at] == steps[here]) & (before[at] == steps[here] - 1)
+            since[here] = np.where(follows, apart[at], np.nan)
+        return unix, since
+
+    def earliest_ns(self, steps: tuple[int, int] | None = None) -> int:
+        """A time that no step of a half-open range was recorded before. Call it only if times are known."""
+        first, end = StepRange.of(steps)
+        earliest, _ = self._group_spans()
+        low = max(0, int(np.searchsorted(self._first, first, side="right")) - 1)
+        return int(earliest[low : max(low + 1, int(np.searchsorted(self._first, end)))].min())
+
+    def _before(self, number: int, times: _Times) -> tuple[Int64, Int64]:
+        """The step before each of a group, -2 for none, and the ns since it was recorded."""
+        last = self._times(number - 1) if number else None
+        step, unix_ns = -2, 0
+        if last is not None and len(last.step):
+            step, unix_ns = int(last.step[-1]), int(last.unix_ns[-1])
+        before = np.concatenate([[step], times.step[:-1]])
+        return before, np.diff(times.unix_ns, prepend=np.int64(unix_ns))
 
     @property
     def span(self) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "check": "dump",
     "export placement": "--for json -o placement.json --force dump",
     "export loads": "--as csv -o loads.csv --force dump",
+    "export trace": "-o trace.json --force dump",
     "import": "--format array --model m --ep-size 2 --placement linear loads.npy imported",
     "copy": "dump copied",
     "compact": "dump compacted-{form}",

@@ -57,6 +57,7 @@ REPORTS = {
     "import": "transfer.importers.import_dump.ImportReport",
     "export placement": "transfer.exporters.placements.PlacementExport",
     "export loads": "transfer.exporters.loads.LoadExport",
+    "export trace": "transfer.exporters.trace.TraceExport",
     "copy": "transfer.copy.CopyReport",
     "compact": "transfer.compact.CompactReport",
     "recover": "transfer.recover.RecoverReport",

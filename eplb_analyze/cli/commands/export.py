@@ -1,4 +1,4 @@
-"""`export`: placements as files that engines load at their start, and loads as files for other programs."""
+"""`export`: placements that engines load at their start, loads for other programs, a trace for Perfetto."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 from eplb_analyze.cli import options
 from eplb_analyze.cli.help import Command, Group, examples
 from eplb_analyze.cli.output import RunOutput
-from eplb_analyze.cli.views.export import render_loads, render_placement
+from eplb_analyze.cli.views.export import render_loads, render_placement, render_trace
 
 app = typer.Typer(
     cls=Group,
-    help="Write a placement that an engine can load at startup, or loads for another program.\n\n"
-    "Neither command writes into a dump. Both take --json.",
+    help="Write a placement that an engine can load at startup, loads for another program, or a trace for "
+    "Perfetto.\n\nNone of these commands writes into a dump. All take --json.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -233,3 +233,49 @@ def loads(
     run = out.open()
     report = export_loads(run, load_format.value, file, steps, layer or None, force=force)
     out.show(report.to_json, lambda console: render_loads(console, report), report.steps)
+
+
+@app.command(
+    "trace",
+    cls=Command,
+    short_help="Write a timeline of steps and incidents for Perfetto.",
+    epilog=examples(
+        "export trace -o trace.json.gz dump",
+        "export trace --steps 2-7 --rank 0 -o part.json dump",
+    ),
+)
+@options.about_a_run
+def trace(
+    out: RunOutput,
+    file: options.File,
+    steps: options.Steps = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--rank",
+            metavar="N",
+            help="Draw the steps of this rank, too; repeat the option for several ranks.",
+            min=0,
+        ),
+    ] = None,
+    max_ranks: Annotated[
+        int,
+        typer.Option(
+            "--max-ranks",
+            metavar="N",
+            help="Without --rank, draw at most N ranks: ranks of incidents first, then others.",
+            min=0,
+        ),
+    ] = 8,
+    force: options.Force = False,
+) -> None:
+    """Write a trace that Perfetto and Chrome open: steps, balance, incidents and rearrangements over time.
+
+    Times are clock times, as in traces of torch.profiler, so both can be opened together.
+    The file is compressed if its name ends in .gz.
+    """
+    from eplb_analyze.transfer.exporters.trace import export_trace
+
+    run = out.open()
+    report = export_trace(run, file, steps, ranks=rank or None, most_ranks=max_ranks, force=force)
+    out.show(report.to_json, lambda console: render_trace(console, report), report.steps)

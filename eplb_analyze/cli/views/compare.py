@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from eplb_analyze.analysis.incident_words import steps_text
 from eplb_analyze.cli.console import limited, print_heading, print_line, styled, table
 from eplb_analyze.reader.join import StepState
-from eplb_analyze.report.answer import in_a_line, steps_text
+from eplb_analyze.report.answer import in_a_line
 from eplb_analyze.text import clean, counter, figure, interval, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:

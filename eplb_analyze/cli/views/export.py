@@ -12,13 +12,22 @@ from eplb_analyze.cli.console import (
     step_label,
     steps_label,
 )
-from eplb_analyze.text import plural
+from eplb_analyze.text import listed, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.transfer.exporters.loads import LoadExport
     from eplb_analyze.transfer.exporters.placements import Origin, PlacementExport
+    from eplb_analyze.transfer.exporters.trace import TraceExport
+
+#: What the length of a step's slice is, by where it is from.
+DURATIONS = {
+    "engine": "the engine's step time",
+    "device": "time on the device",
+    "host": "time since the step before, waiting included",
+    "unknown": "not known, an instant",
+}
 
 
 def render_placement(console: Console, report: PlacementExport) -> None:
@@ -74,6 +83,26 @@ def render_loads(console: Console, report: LoadExport) -> None:
     size = f"{report.bytes:,} bytes"
     rows = plural(report.rows, "row")
     print_line(console, f"written as {report.format}: {report.file}, {rows}, {size}", soft_wrap=True)
+    print_notes(console, report.notes)
+
+
+def render_trace(console: Console, report: TraceExport) -> None:
+    print_heading(console, "trace", f" · {report.model} · run {report.run_id}")
+    steps = range_text(console, report.first_step, report.last_step)
+    found = f"{plural(report.incidents, 'incident')}, {plural(report.rearrangements, 'rearrangement')}"
+    console.print(f"{plural(report.steps.seen, 'step')}, {steps}; {found}")
+    known = {name: count for name, count in report.durations.items() if count}
+    lengths = [f"{DURATIONS[name]} ({count:,})" for name, count in known.items()]
+    print_line(console, f"step durations: {'; '.join(lengths)}")
+    if report.ranks:
+        more = f"; {plural(report.ranks_left_out, 'more rank')}: --max-ranks" if report.ranks_left_out else ""
+        print_line(console, f"ranks with steps of their own: {listed(report.ranks, 16)}{more}")
+    size = f"{plural(report.events, 'event')}, {report.bytes:,} bytes"
+    print_line(console, f"written: {report.file}, {size}", soft_wrap=True)
+    print_line(
+        console,
+        "to see it: open it at https://ui.perfetto.dev, alone or in a tar file with an engine's trace",
+    )
     print_notes(console, report.notes)
 
 

@@ -99,7 +99,7 @@ def _alerts(look: Snapshot, width: int) -> list[Text]:
 
 
 def _alert(alert: Alert) -> str:
-    from eplb_analyze.report.answer import cause_sentence, steps_text, where
+    from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 
     size = f"{alert.peak_imbalance:.1f}x the mean, usually {alert.usual_imbalance:.1f}x"
     what = f"{where(alert)} at {size}"

@@ -90,6 +90,24 @@ class TestTimeOfAStep:
         clock = clock_of(session(0, Segment([0, 1, 5], [0, SECOND, 5 * SECOND])))
         assert clock.unix_ns(3) == START + SECOND
 
+    def test_times_of_many_steps_are_those_of_each(self) -> None:
+        """With a missing step, a gap between two segments, a damaged one, and a clock that was set back."""
+        steps = [0, 1, 3, 4, 5, 6, 9, 10, 20, 21]
+        sizes = [(0, 3), (3, 6), (6, 8), (8, 10)]
+        at = np.array([0, 10, 30, 47, 50, 60, 90, 95, 40, 44]) * SECOND
+        parts = [Segment(steps[a:b], at[a:b]) for a, b in sizes]
+        parts.insert(3, Damaged([15, 16], [0, 0]))
+        clock = clock_of(session(0, *parts))
+        asked = np.array([0, 1, 2, 3, 4, 6, 9, 10, 16, 20, 21])
+        unix, since = clock.times(asked)
+        assert unix.tolist() == [-1 if step == 16 else clock.unix_ns(step) for step in asked.tolist()]
+        nan = np.nan
+        expected = np.array([nan, 10, nan, nan, 17, 10, nan, 5, nan, nan, 4]) * SECOND
+        np.testing.assert_array_equal(since, expected)
+        assert clock.earliest_ns() == START
+        assert clock.earliest_ns((5, 30)) == START + 40 * SECOND
+        assert clock.earliest_ns((3, 7)) == START + 47 * SECOND
+
     def test_without_times_labels_are_steps_alone(self) -> None:
         clock = clock_of(session(0, Segment([0, 1], [0, 1])), timed=False)
         assert (clock.label(1), clock.range_label(0, 1), clock.time(1)) == ("step 1", "steps 0-1", "")
