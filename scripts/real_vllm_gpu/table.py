@@ -70,7 +70,7 @@ class Session:
         return session
 
     def _add_sealed(self, path: Path, table: str) -> None:
-        if table == "loads":
+        if table not in ("steps", "placements"):
             return
         found = pq.read_table(path, page_checksum_verification=True)
         if table == "steps":

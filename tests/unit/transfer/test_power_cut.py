@@ -103,7 +103,7 @@ def test_each_step_of_sealing_is_synced_before_the_next(
         with open_writer(tmp_path, scope="global") as writer:
             writer.record(0, load_of(0), map_of())
     disk.close()
-    tables = ("placements", "loads", "steps")
+    tables = ("placements", "loads", "minutes", "steps")
     files = [f"{table}-000000.parquet" for table in tables]
     # By the constructor, for which an engine waits, and again with the shape of the first load.
     unsynced = [("replace", SESSION_FILE), ("replace", SESSION_FILE)]
