@@ -20,9 +20,10 @@ from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import LayerHistory, replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed
-from eplb_dump.format.journal import Int32, Int64
+from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import EMPTY_SLOT
 
 #: Clocks of one cluster are set closer than this; ranks also take a step at slightly different times.
@@ -48,7 +49,7 @@ class CheckReport(RunReport):
 def check_run(run: Run) -> CheckReport:
     """Read and verify every byte of a run, and report all problems, errors first."""
     steps, found = run.retry_without_damaged(lambda: _check_blocks(run))
-    for part in (_check_sums, _check_recorded, _check_clocks, _check_statements):
+    for part in (_check_sums, _check_minutes, _check_recorded, _check_clocks, _check_statements):
         found += run.retry_without_damaged(lambda part=part: part(run))  # type: ignore[misc]
     found += rank_findings(run)
     found += step_findings(run, steps)
@@ -184,6 +185,44 @@ def _check_sums(run: Run) -> list[Finding]:
     return [Finding("error", "sums_differ", text + str(path)) for path in dict.fromkeys(odd)]
 
 
+def _check_minutes(run: Run) -> list[Finding]:
+    """Sums per minute must be those of the steps they are of, as far as these are kept.
+
+    Raises DamagedSegmentError.
+    """
+    odd = []
+    for session in run.sessions:
+        for segment in (*session.retired, *session.segments):
+            if not isinstance(segment, ParquetSegment) or not run.readable(segment, "minutes"):
+                continue
+            minutes = segment.minutes()
+            if minutes is None:
+                continue
+            right = int(minutes["recorded"].sum()) == segment.recorded
+            if right and segment.shape is not None and segment.step_rows and run.readable(segment):
+                sums = minutes["rank_load"].sum(axis=0).reshape(segment.shape.num_moe_layers, -1)
+                right = np.array_equal(sums, _rank_sums(segment, segment.shape))
+            if not right:
+                odd.append(segment.file_path("minutes"))
+    text = "the sums per minute do not match the steps, in "
+    return [Finding("error", "minutes_differ", text + str(path)) for path in odd]
+
+
+def _rank_sums(segment: ParquetSegment, shape: Shape) -> Int64:
+    """Tokens on each EP rank over a segment: int64 ``[layers, ep_size]``. Raises DamagedSegmentError."""
+    out = np.zeros((shape.num_moe_layers, shape.ep_size), np.int64)
+    if segment.sums is not None:
+        np.add.at(
+            out,
+            segment.sums.layer,
+            segment.sums.load.reshape(-1, *out.shape[1:], shape.slots_per_rank).sum(axis=2),
+        )
+        return out
+    for layer, load in segment.rank_loads(0, shape.num_moe_layers):
+        out[layer : layer + len(load)] = load.sum(axis=1)
+    return out
+
+
 def _check_recorded(run: Run) -> list[Finding]:
     """What `steps` calls recorded must be in `loads`, and nothing else. Raises DamagedSegmentError."""
     odd = []
@@ -233,7 +272,7 @@ def _check_statements(run: Run) -> list[Finding]:
         if run.placement_gaps(session):
             continue  # it may have stated what cannot be read
         own: dict[int, list[tuple[int, Int32]]] = {}
-        for segment in (*session.segments, *session.lost):
+        for segment in (*session.retired, *session.segments, *session.lost):
             rows = segment.placements()
             for layer, step, slots in zip(
                 rows.layer.tolist(), rows.step.tolist(), rows.physical_to_logical, strict=True

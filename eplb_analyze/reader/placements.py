@@ -468,7 +468,8 @@ def _lost(sessions: Sequence[Session], unreadable: frozenset[int]) -> list[int]:
 
 def _readable(session: Session, unreadable: frozenset[int]) -> list[Segment]:
     """The segments with readable placements, including those with unreadable steps."""
-    return [s for s in (*session.segments, *session.lost) if id(s) not in unreadable]
+    every = (*session.retired, *session.segments, *session.lost)
+    return [s for s in every if id(s) not in unreadable]
 
 
 def placement_gaps(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int]]:
@@ -479,7 +480,7 @@ def placement_gaps(session: Session, unreadable: frozenset[int]) -> list[tuple[i
     """
     gaps: list[tuple[int, int]] = []
     number, step = 0, None
-    for segment in sorted((*session.segments, *session.lost), key=lambda s: s.seq):
+    for segment in sorted((*session.retired, *session.segments, *session.lost), key=lambda s: s.seq):
         if segment.last_step < 0:
             continue  # a journal that has no step yet
         if segment.seq != number:
@@ -488,7 +489,7 @@ def placement_gaps(session: Session, unreadable: frozenset[int]) -> list[tuple[i
         if id(segment) in unreadable:
             gaps.append((segment.first_step, segment.last_step))
         # After damage in a journal there may have been more steps.
-        number, step = -1 if segment.cut else segment.seq + 1, segment.last_step + 1
+        number, step = -1 if segment.cut else segment.last_seq + 1, segment.last_step + 1
     return [(first, last) for first, last in gaps if first <= last]
 
 
@@ -498,7 +499,7 @@ def _statements(
     """``(rank, step, layer, ep_size, slots)`` of every row that counts, the lower ranks first."""
     by_rank: dict[int, list[Session]] = {}
     for session in sessions:
-        if session.segments:
+        if session.segments or session.retired:
             by_rank.setdefault(session.info.ep_rank, []).append(session)
     threads = requests_at_once(sessions[0].folder) if sessions else 1
 

@@ -28,7 +28,7 @@ from eplb_analyze.reader.join import MIXED
 from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
-from eplb_analyze.sessions.discovery import Session, open_sessions
+from eplb_analyze.sessions.discovery import Session, open_sessions, refresh_thinned
 from eplb_analyze.sessions.segments import DamagedSegmentError, Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
@@ -108,7 +108,7 @@ class Run:
         self.timings: StepTimes | None = None
         self.gpu: str | None = None
         #: By table, the ``id`` of segments where it is unreadable; they stay in the sessions.
-        self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set()}
+        self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set(), "minutes": set()}
         self._reading = False
         self._history: PlacementHistory | None = None
         self._lost_ranks: list[LostRank] | None = None
@@ -139,8 +139,9 @@ class Run:
             segments, lost = (
                 [s for s in some if s.first_step <= step] for some in (session.segments, session.lost)
             )
-            if segments or not session.segments:
-                sessions.append(replace(session, segments=segments, lost=lost))
+            retired = [s for s in session.retired if s.first_step <= step]
+            if segments or retired or not session.segments:
+                sessions.append(replace(session, segments=segments, lost=lost, retired=retired))
         run = Run(self.path, sessions, [*self.findings], self.notes, self.info.run_id)
         run._last, run.timings, run.gpu = step, self.timings, self.gpu
         run.clock.zone = self.clock.zone
@@ -246,6 +247,12 @@ class Run:
             self._clock = RunClock(str(self.path), self.sessions, timed=self.info.timed)
         return self._clock
 
+    def _renew_clock(self) -> None:
+        """Let the clock know which segments there are now."""
+        if self._clock is not None:
+            zone, self._clock = self._clock.zone, None
+            self.clock.zone = zone
+
     # ---- what was seen
 
     @property
@@ -260,7 +267,8 @@ class Run:
         """
         if self.scope is Scope.GLOBAL:
             return self.present_ranks[:1]
-        sizes = [s.shape.ep_size for session in self.sessions for s in session.segments if s.shape]
+        segments = (s for session in self.sessions for s in (*session.segments, *session.retired))
+        sizes = [s.shape.ep_size for s in segments if s.shape]
         every = range(max(sizes, default=self.sessions[0].info.ep_size))
         lost = {one.rank for one in self.lost_ranks} - {*self.present_ranks}
         return [rank for rank in every if rank not in lost]
@@ -331,7 +339,12 @@ class Run:
 
     def _exclude(self, fault: DamagedSegmentError) -> None:
         segment = fault.segment
-        left_out = self._unreadable.get(fault.table)
+        # A live writer thins the segments of all ranks at about the same time.
+        if fault.missing and sum(map(refresh_thinned, self.sessions)):
+            self._history = self._lost_ranks = None
+            self._renew_clock()
+            return
+        left_out = self._unreadable.get("loads" if fault.table == "ranks" else fault.table)
         if left_out is not None and id(segment) not in left_out:
             left_out.add(id(segment))
         else:  # its steps, or a table that was excluded before
@@ -365,9 +378,12 @@ class Run:
         history = history.without(self.lost_ranks)
         return history.serving_only() if self._serving_only else history
 
-    def readable(self, segment: Segment) -> bool:
-        """Whether the loads of a segment are in figures; False once they turned out to be damaged."""
-        return id(segment) not in self._unreadable["loads"]
+    def readable(self, segment: Segment, table: str = "loads") -> bool:
+        """Whether the loads of a segment are in figures; False once they turned out to be damaged.
+
+        Likewise its ``placements`` or ``minutes``.
+        """
+        return id(segment) not in self._unreadable[table]
 
     def placement_gaps(self, session: Session) -> list[tuple[int, int]]:
         """First and last step of each range in which a session's placements cannot be read."""

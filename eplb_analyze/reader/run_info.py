@@ -116,7 +116,8 @@ def _require_agreement(sessions: Sequence[Session]) -> None:
 
 
 def _newest_shape(sessions: Sequence[Session]) -> Shape:
-    segments = [(s, s.shape) for session in sessions for s in session.segments if s.shape is not None]
+    every = (s for session in sessions for s in (*session.segments, *session.retired))
+    segments = [(s, s.shape) for s in every if s.shape is not None]
     if segments:
         # Of those that end together the one that began last: a new shape begins a segment.
         return max(segments, key=lambda item: (item[0].last_step, item[0].first_step))[1]

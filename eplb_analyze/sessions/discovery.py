@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath, requests_at_once
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal
-from eplb_dump.format.manifest import Manifest
+from eplb_dump.format.manifest import Manifest, SealedSegment
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     LEVEL_PREFIXES,
@@ -37,10 +38,13 @@ from eplb_dump.format.schema import (
     SEGMENT_PATTERN,
     SESSION_FILE,
     FormatError,
+    Tier,
     model_slug,
 )
 from eplb_dump.format.session import SessionInfo
 
+#: The tiers of segments that have no steps any more.
+RETIRED = Tier.MINUTES, Tier.GONE
 #: Why a folder may have no run.
 NO_RUN = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it run a step?"
 #: So many folders are searched for dumps, to name them in an error.
@@ -56,12 +60,20 @@ class Session:
     segments: list[Segment] = field(default_factory=list)
     #: Segments whose steps turned out to be damaged; their placements may be readable.
     lost: list[Segment] = field(default_factory=list)
+    #: Segments whose steps were retired (tiers minutes and gone), in order; they can have placements, and
+    #: sums per minute.
+    retired: list[ParquetSegment] = field(default_factory=list)
     #: The writer's final accounting; None if it was not closed (killed, or still writing).
     closed: dict[str, object] | None = None
     #: Number of journals that are not sealed.
     journals: int = 0
     #: First and last step that it is a copy of; None if it is not a partial copy.
     part: tuple[int, int] | None = None
+
+    @property
+    def thinned(self) -> list[SealedSegment]:
+        """The manifest's entries of its retired segments."""
+        return [segment.entry for segment in self.retired]
 
     @property
     def last_step(self) -> int:
@@ -229,19 +241,36 @@ def _separate_starts(found: Discovery, run_id: str) -> None:
 
 def _span(session: Session) -> Span | None:
     """When a session began and ended; None if it has no step that can be read."""
-    segments = sorted((s for s in session.segments if s.last_step >= 0), key=lambda segment: segment.seq)
+    kept = [segment for segment in session.segments if segment.last_step >= 0]
+    segments: list[Segment] = sorted([*kept, *session.retired], key=lambda segment: segment.seq)
     try:
-        first, last = segments[0].steps(), segments[-1].steps()
+        (begin, begin_clock), (last, last_clock) = (_times(session, segments[i]) for i in (0, -1))
     except (IndexError, DamagedSegmentError):
         return None
-    steps = int(first.time_ns.min()), int(last.time_ns.max())
+    steps = begin[0], last[1]
     closed = (session.closed or {}).get("closed_unix_ns")
     end = max(steps[1], closed) if isinstance(closed, int) else steps[1]
     return Span(
         (segments[0].first_step, max(segment.last_step for segment in segments)),
         (session.info.created_unix_ns, end),
         steps,
-        (int(first.monotonic_ns.min()), int(last.monotonic_ns.max())),
+        (begin_clock[0], last_clock[1]),
+    )
+
+
+def _times(session: Session, segment: Segment) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The least and the greatest time of a segment's steps, ns since 1970, and by the monotonic clock.
+
+    Raises DamagedSegmentError.
+    """
+    if isinstance(segment, ParquetSegment) and segment.entry.tier in RETIRED:
+        first, last = segment.entry.times or (session.info.created_unix_ns,) * 2
+        offset = session.info.created_unix_ns - session.info.created_monotonic_ns
+        return (first, last), (first - offset, last - offset)
+    rows = segment.steps()
+    return (
+        (int(rows.time_ns.min()), int(rows.time_ns.max())),
+        (int(rows.monotonic_ns.min()), int(rows.monotonic_ns.max())),
     )
 
 
@@ -318,8 +347,8 @@ def _first_after(sizes: dict[str, int] | None, journals: dict[int, StoragePath])
 
 
 def _seq(name: str) -> int:
-    """The segment's number in the name of a journal or a sealed file."""
-    return int(name.partition("-")[2].partition(".")[0])
+    """The number of the segment, or of the last one, in the name of a journal or a sealed file."""
+    return int(name.partition("-")[2].partition(".")[0].rpartition("-")[2])
 
 
 def _manifest(folder: StoragePath, info: SessionInfo, sealed: set[int]) -> Manifest:
@@ -331,7 +360,8 @@ def _manifest(folder: StoragePath, info: SessionInfo, sealed: set[int]) -> Manif
             if exhausted(error):
                 raise
             return Manifest(fault=(isinstance(error, OSError) and error.strerror) or str(error))
-        if sealed <= set(manifest.entries) or manifest.fault is not None or not looks:
+        known = all(manifest.entry_of(seq) is not None for seq in sealed)
+        if known or manifest.fault is not None or not looks:
             break
         places.forget_listing(folder)
     return manifest
@@ -381,13 +411,28 @@ def open_session(
         findings.append(Finding("error", "damaged_file", text))
     session.closed, session.part = manifest.closed, manifest.part
     for seq, path in gone.items():
-        if seq not in manifest.entries:
+        if manifest.entry_of(seq) is None:
             text = f"{path}: the manifest lists it, but it is missing; skipped"
             findings.append(Finding("error", "damaged_file", text))
         del journals[seq]
+    sealed_names -= {file.name for entry in manifest.entries.values() for file in entry.files.values()}
+    leftovers = _leftovers(folder, manifest, sealed_names, journals)
+    for seq in [seq for seq, path in journals.items() if path.name in leftovers]:
+        del journals[seq]
+        faults.pop(seq, None)
+        if seq in opened:
+            opened.pop(seq).close()
+    sealed_names -= leftovers
+    if leftovers:
+        text = f"{folder}: {plural(len(leftovers), 'file')} of thinned segments, for example "
+        text += f"{min(leftovers)}: a kill or a power cut left or brought back what was retired; ignored"
+        findings.append(Finding("info", "leftover_files", f"{text}; `recover` removes it"))
     for seq, in_manifest in manifest.entries.items():
         names = [file.name for file in in_manifest.files.values()]
         sealed = ParquetSegment(folder, info, in_manifest)
+        if in_manifest.tier in RETIRED:
+            session.retired.append(sealed)
+            continue
         # If its files do not exist, it is missing, not later.
         if end is not None and seq >= end and names and all((folder / n).exists() for n in names):
             session.closed = None  # which came even later
@@ -403,7 +448,6 @@ def open_session(
             )
             text += "the manifest lists, and the sealed files are damaged or missing"
             findings.append(Finding("error", "damaged_file", text))
-        sealed_names -= set(names)
     session.closed = session.closed or next(iter(ended), None)
     findings += faults.values()
     for seq, read in opened.items():
@@ -415,7 +459,57 @@ def open_session(
             text = f"{folder / name}: the session's manifest does not list it; skipped"
             findings.append(Finding("error", "unlisted_file", text))
     session.segments.sort(key=lambda s: (s.first_step, s.seq))
+    session.retired.sort(key=lambda s: s.seq)
     return session
+
+
+def _leftovers(
+    folder: StoragePath, manifest: Manifest, unlisted: set[str], journals: dict[int, StoragePath]
+) -> set[str]:
+    """The names of files that an interrupted thinning left, or a power cut brought back.
+
+    They are of segments that the manifest lists, and it does not list them; journals if they are thinned.
+    """
+    found = {name for name in unlisted if manifest.entry_of(_seq(name)) is not None}
+    for seq, path in journals.items():
+        entry = manifest.entry_of(seq)
+        if entry is not None and entry.thinned is not None:
+            found.add(path.name)
+    return {name for name in found if (folder / name).exists()}  # not removed since they were listed
+
+
+def refresh_thinned(session: Session) -> bool:
+    """Replace a session's segments that its writer, or `prune`, has thinned since they were opened.
+
+    Returns whether there was any. Raises nothing: a manifest that cannot be read changes nothing.
+    """
+    with suppress(OSError, FormatError):
+        places.forget_listing(session.folder)
+        manifest = read_manifest(session.folder, session.info)
+        known = {segment.seq: segment for segment in session.segments if isinstance(segment, ParquetSegment)}
+        known |= {segment.seq: segment for segment in session.retired}
+        changed = [
+            ParquetSegment(session.folder, session.info, entry)
+            for entry in manifest.entries.values()
+            if entry.thinned is not None and entry.seq in known
+            if (entry.thinned, entry.files) != (known[entry.seq].entry.thinned, known[entry.seq].entry.files)
+        ]
+        if changed:
+            _replace(session, changed)
+            return True
+    return False
+
+
+def _replace(session: Session, changed: Sequence[ParquetSegment]) -> None:
+    def left(segment: Segment) -> bool:
+        return not any(new.seq <= segment.seq <= new.last_seq for new in changed)
+
+    session.segments, session.lost = [*filter(left, session.segments)], [*filter(left, session.lost)]
+    session.retired = [*filter(left, session.retired)]
+    for segment in changed:
+        (session.retired if segment.entry.tier in RETIRED else session.segments).append(segment)
+    session.segments.sort(key=lambda s: (s.first_step, s.seq))
+    session.retired.sort(key=lambda s: s.seq)
 
 
 def _open_journals(

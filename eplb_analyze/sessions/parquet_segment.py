@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from eplb_dump.format.journal import (
     unknown_ms,
 )
 from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.minutes import Minutes
 from eplb_dump.format.schema import (
     DURATIONS,
     EMPTY_SLOT,
@@ -46,6 +47,7 @@ from eplb_dump.format.schema import (
     SCHEMAS,
     STATUS_LABELS,
     FormatError,
+    Tier,
 )
 from eplb_dump.format.segment import footer
 from eplb_dump.format.session import SessionInfo
@@ -70,18 +72,24 @@ class ParquetSegment:
         self.path = folder
         self._info = info
         self._entry = entry
-        self.seq = entry.seq
+        self.seq, self.last_seq = entry.seq, entry.last_seq
         self.first_step, self.last_step = entry.first_step, entry.last_step
         self.shape = entry.shape
         #: As the manifest lists them.
-        self.step_rows = entry.step_rows
-        loads = entry.files.get("loads")
-        self.recorded = loads.rows // entry.shape.num_moe_layers if loads and entry.shape else 0
+        self.step_rows, self.recorded = entry.step_rows, entry.recorded
         self.sums = entry.sums
+        self.has_loads = entry.tier is Tier.FULL
+        #: The table with tokens per EP rank.
+        self._by_step = "loads" if self.has_loads else "ranks"
         self.cut = False
         #: Footers that were verified, by table.
         self._metadata: dict[str, pq.FileMetaData] = {}
         self._load_steps: Int64 | None = None
+
+    @property
+    def entry(self) -> SealedSegment:
+        """The manifest's entry."""
+        return self._entry
 
     def file_path(self, table: str) -> StoragePath:
         entry = self._entry.files.get(table)
@@ -109,7 +117,11 @@ class ParquetSegment:
                     self._check_footer(file, table)
                     self._metadata[table] = file.metadata
             # In a bucket, each page of a large file would be a request.
-            checked = table != "loads" or isinstance(path, Path) or isinstance(source, pa.BufferReader)
+            checked = (
+                table not in ("loads", "ranks")
+                or isinstance(path, Path)
+                or isinstance(source, pa.BufferReader)
+            )
             yield _TableFile(file, source.read_at if checked else None)
 
     def _check_size(self, path: StoragePath, table: str) -> None:
@@ -136,12 +148,12 @@ class ParquetSegment:
         columns = [field for field in _plain(file.schema_arrow) if field.name in SCHEMAS[table].names]
         if pa.schema(columns) not in KNOWN_SCHEMAS[table] or metadata.num_rows != rows:
             raise FormatError("its columns or rows do not match the format")
-        if table == "loads":
+        if table in ("loads", "ranks"):
             self._check_widths(metadata)
         # Not the size that the file claims: a value stored once can stand for any number of values.
         sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
         at_once, most = sum(sizes), MAX_DECODED_BYTES
-        if table == "loads":  # which is read by row groups
+        if table in ("loads", "ranks"):  # which are read by row groups
             at_once, most = max(sizes, default=0), MAX_LOADS_BYTES
         if at_once > most:
             raise FormatError(f"more than {most >> 20} MiB would have to be read at once")
@@ -208,13 +220,13 @@ class ParquetSegment:
 
     def load_steps(self) -> Int64:
         if self._load_steps is None:
-            if "loads" not in self._entry.files or self.shape is None:
+            if self._by_step not in self._entry.files or self.shape is None:
                 self._load_steps = np.empty(0, np.int64)
             else:
-                with self._open("loads") as file:
+                with self._open(self._by_step) as file:
                     # Every layer has the same steps, so the first row group has them all.
-                    table = self._read(file, "loads", ["step", "layer"], 0)
-                    with reading_faults(self, "loads", self.file_path("loads")):
+                    table = self._read(file, self._by_step, ["step", "layer"], 0)
+                    with reading_faults(self, self._by_step, self.file_path(self._by_step)):
                         n = file.file.metadata.num_rows // self.shape.num_moe_layers
                         steps = _steps(table.column("step").combine_chunks())[:n]
                         self._check_order(table, 0, steps, n)
@@ -236,16 +248,16 @@ class ParquetSegment:
 
     def _by_layers(self, column: str, width: int, first: int, last: int) -> Parts[Any]:
         """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
-        steps = self.load_steps()
+        steps, name = self.load_steps(), self._by_step
         n = len(steps)
         layer = 0
-        for group, found in enumerate(_groups(self._metadata["loads"]) if n else ()):
+        for group, found in enumerate(_groups(self._metadata[name]) if n else ()):
             count = found.num_rows // n
             if layer < last and layer + count > first:
                 # Many ranks are read together, so no file stays open between row groups.
-                with self._open("loads") as file:
-                    table = self._read(file, "loads", ["step", "layer", column], group)
-                with reading_faults(self, "loads", self.file_path("loads")):
+                with self._open(name) as file:
+                    table = self._read(file, name, ["step", "layer", column], group)
+                with reading_faults(self, name, self.file_path(name)):
                     self._check_order(table, layer, steps, n)
                     values = _list_values(table.column(column).combine_chunks(), width)
                 yield layer, values.reshape(count, n, width)
@@ -257,6 +269,8 @@ class ParquetSegment:
 
     def loads(self, first: int, last: int) -> Parts[Any]:
         assert self.shape is not None
+        if not self.has_loads:
+            raise ValueError("loads of experts are no longer kept in this segment")
         return self._by_layers("load", self.shape.num_physical_experts, first, last)
 
     def verify(self, table: str) -> None:
@@ -285,8 +299,8 @@ class ParquetSegment:
             journal: None if nothing of it can be read.
         """
         steps = 0 if journal is None else len(journal.steps.step)
-        if not steps or journal is None:
-            return True
+        if not steps or journal is None or self._entry.thinned is not None:
+            return True  # what was retired does not come back
         if journal.limited or not self.step_rows:  # its writer lives, or a copy has only the placements
             return False
         damaged = self.damage().keys()
@@ -305,6 +319,17 @@ class ParquetSegment:
                 if not within or (np.add.reduceat(load, first, dtype=np.int64) != sums.load[rows]).any():
                     return False
         return True
+
+    def minutes(self, columns: Sequence[str] | None = None) -> Minutes | None:
+        """Its sums per minute, of some columns or all; None in recordings from before version 1.2.
+
+        Raises DamagedSegmentError.
+        """
+        table = self._read_all("minutes", list(columns or SCHEMAS["minutes"].names))
+        if table is None:
+            return None
+        with reading_faults(self, "minutes", self.file_path("minutes")):
+            return Minutes.from_table(table, self.shape)
 
     def placements(self) -> PlacementRows:
         table = self._read_all("placements", ["step", "layer", "ep_size", "physical_to_logical"])

@@ -43,15 +43,20 @@ class DamagedSegmentError(DumpError):
     library user sees it only when reading blocks outside of that.
     """
 
-    def __init__(self, segment: Segment, table: str, path: StoragePath, reason: str) -> None:
+    def __init__(
+        self, segment: Segment, table: str, path: StoragePath, reason: str, *, missing: bool = False
+    ) -> None:
+        """``missing``: the file does not exist: a writer that thins its segments may have removed it."""
         super().__init__(f"{path}: {reason}")
-        self.segment, self.table = segment, table
+        self.segment, self.table, self.missing = segment, table, missing
 
 
 class Segment(Protocol):
     """One segment of one session. Layers are indices from 0, steps ascend within a segment."""
 
     seq: int
+    #: Larger than ``seq`` if it was several segments, which were thinned together.
+    last_seq: int
     first_step: int
     last_step: int
     shape: Shape | None
@@ -63,6 +68,8 @@ class Segment(Protocol):
     sums: ExpertSums | None
     #: Whether damage follows its last readable step.
     cut: bool
+    #: Whether it has loads of experts; False if it was thinned to sums per EP rank.
+    has_loads: bool
 
     def steps(self) -> StepRows: ...
     def step_times(self) -> tuple[Int64, Int64]:
@@ -79,7 +86,10 @@ class Segment(Protocol):
         ...
 
     def loads(self, first: int, last: int) -> Parts[Any]:
-        """Likewise the physical experts' loads: ``(layer, int32 or int64 [layers, n, physical])``."""
+        """Likewise the physical experts' loads: ``(layer, int32 or int64 [layers, n, physical])``.
+
+        Raises ValueError if ``has_loads`` is False.
+        """
         ...
 
     def placements(self) -> PlacementRows: ...
@@ -94,8 +104,9 @@ class OpenSegment:
         self._reading = threading.Lock()
         self.sums: ExpertSums | None = None
         self.cut = journal.tail.fault == "damaged"
+        self.has_loads = True
         self.path = path
-        self.seq = journal.seq
+        self.seq = self.last_seq = journal.seq
         self.shape = journal.shape
         steps = journal.steps.step
         self.step_rows, self.recorded = len(steps), len(journal.load_steps)
@@ -160,9 +171,8 @@ def reading_faults(segment: Any, table: str, path: StoragePath) -> Iterator[None
         with bucket.translate_network_errors(path):
             yield
     except FileNotFoundError:
-        raise DamagedSegmentError(
-            segment, table, path, "it is missing, although the manifest lists it"
-        ) from None
+        reason = "it is missing, although the manifest lists it"
+        raise DamagedSegmentError(segment, table, path, reason, missing=True) from None
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
         if exhausted(error):
             raise

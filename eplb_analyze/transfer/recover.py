@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from eplb_dump.format.files import publish, remove, temporary
 from eplb_dump.format.frames import encode
 from eplb_dump.format.journal import JournalSegment, UnbegunJournal, lock
 from eplb_dump.format.manifest import Manifest, SealedSegment, append_manifest
+from eplb_dump.format.retention import remove_leftovers
 from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SESSION_FILE, FormatError
 from eplb_dump.format.segment import seal
 from eplb_dump.format.session import SessionInfo, write_session_file
@@ -61,7 +63,7 @@ class RecoverReport(Report):
     sealed: list[SealedJournal] = field(default_factory=list)
     #: Journals that were left as they are.
     skipped: list[SkippedJournal] = field(default_factory=list)
-    #: Journals whose segment was sealed already, with all steps.
+    #: Journals whose segment was sealed already, with all steps, and what came back of thinned segments.
     removed: list[str] = field(default_factory=list)
     #: Sealed files that got their names, and ``session.json`` files and manifests written from other files.
     restored: list[str] = field(default_factory=list)
@@ -119,7 +121,19 @@ def _seal_session(folder: Path, info: SessionInfo, report: RecoverReport, *, reb
         try:
             _publish(folder, info, listed[seq], report)
         except OSError as error:
-            _failed(report, folder / listed[seq].files["steps"].name, error)
+            _failed(report, folder / next(file.name for file in listed[seq].files.values()), error)
+    # A living writer may be thinning.
+    if any(entry.thinned for entry in listed.values()) and not any(map(_in_use, _there(journals.values()))):
+        try:
+            remove_leftovers(folder, info)
+        except (OSError, FormatError) as error:
+            _failed(report, folder / MANIFEST_FILE, error)
+        report.removed.extend(str(folder / name) for name in names if not (folder / name).exists())
+        report.removed[:] = dict.fromkeys(report.removed)
+
+
+def _there(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.exists()]
 
 
 def _publish(folder: Path, info: SessionInfo, entry: SealedSegment, report: RecoverReport) -> None:
@@ -145,8 +159,9 @@ def _keep_closed(path: Path) -> None:
             append_manifest(path.parent, journal.info, encode("closed", journal.closed))
 
 
-def _failed(report: RecoverReport, path: Path, error: OSError) -> None:
-    report.skipped.append(SkippedJournal(str(path), "failed", error.strerror or str(error)))
+def _failed(report: RecoverReport, path: Path, error: OSError | FormatError) -> None:
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    report.skipped.append(SkippedJournal(str(path), "failed", text))
 
 
 def _written_to(file: BinaryIO) -> bool:
@@ -163,12 +178,16 @@ def _in_use(journal: Path) -> bool:
 
 def _seal_one(journal: Path, info: SessionInfo, manifest: Manifest, report: RecoverReport) -> None:
     seq = int(journal.stem.split("-")[1])
-    listed = manifest.entries.get(seq)
+    listed = manifest.entry_of(seq)
     try:
         with journal.open("r+b") as file:
             size = os.fstat(file.fileno()).st_size
             if _written_to(file):
                 report.skipped.append(SkippedJournal(str(journal), "in_use", "its writer is alive"))
+                return
+            if listed is not None and listed.thinned is not None:
+                remove(journal)
+                report.removed.append(str(journal))
                 return
             if manifest.closed is None:
                 _keep_closed(journal)

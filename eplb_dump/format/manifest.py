@@ -274,8 +274,9 @@ class Manifest:
                 self.session_id = session_id
             elif frame.kind in ("sealed", "thinned"):
                 entry = SealedSegment.from_frame(frame)
-                for seq in [seq for seq in self.entries if entry.seq < seq <= entry.last_seq]:
-                    del self.entries[seq]
+                if entry.last_seq > entry.seq:
+                    for seq in [seq for seq in self.entries if entry.seq < seq <= entry.last_seq]:
+                        del self.entries[seq]
                 self.entries[entry.seq] = entry
             elif frame.kind == "closed":
                 self.closed = header

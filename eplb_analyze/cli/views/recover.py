@@ -18,7 +18,7 @@ def render(console: Console, report: RecoverReport) -> None:
         size = f"{sealed.journal_bytes / 1e6:.2f} MB → {sealed.sealed_bytes / 1e6:.2f} MB"
         print_line(console, f"sealed {sealed.journal}: {steps}, {size}")
     for removed in report.removed:
-        print_line(console, f"removed {removed}: its segment is sealed, with all steps")
+        print_line(console, f"removed {removed}: its segment is sealed, with all steps, or was retired")
     for restored in report.restored:
         print_line(console, f"restored {restored}, which was missing or could not be read")
     for skipped in report.skipped:
