@@ -106,7 +106,7 @@ class TestTimeOfAStep:
         np.testing.assert_array_equal(since, expected)
         assert clock.earliest_ns() == START
         assert clock.earliest_ns((5, 30)) == START + 40 * SECOND
-        assert clock.earliest_ns((3, 7)) == START + 47 * SECOND
+        assert clock.earliest_ns((4, 7)) == START + 47 * SECOND
 
     def test_without_times_labels_are_steps_alone(self) -> None:
         clock = clock_of(session(0, Segment([0, 1], [0, 1])), timed=False)
