@@ -45,6 +45,18 @@ need_browser() {
     fi
 }
 
+# Prometheus, promtool and node_exporter for the tests of the metrics. Without them these are skipped, likewise.
+need_prometheus() {
+    if command -v prometheus >/dev/null && command -v prometheus-node-exporter >/dev/null; then
+        return 0
+    fi
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        echo "installing prometheus ..."
+        { apt-get update &&
+            apt-get install -y --no-install-recommends prometheus prometheus-node-exporter; } >/dev/null 2>&1 || true
+    fi
+}
+
 install() {
     environment=$1
     shift

@@ -27,6 +27,7 @@ all)
     (need_engines) &
     engines=$!
     need_browser
+    need_prometheus
     lint
     wait "$engines"
     tests
@@ -36,6 +37,7 @@ lint)
     ;;
 unit | process)
     suite=$1
+    [ "$suite" = unit ] || need_prometheus
     shift
     tests "tests/$suite" "$@"
     ;;

@@ -25,7 +25,7 @@ from eplb_dump.format.schema import RANK_PREFIX, SESSION_PREFIX
 #: The cost of imbalance is fitted to so many of the newest steps.
 COST_STEPS = 2000
 #: What takes long is done at most so often, and takes at most so large a share of the time.
-RARELY_SECONDS, RARELY_SHARE = 60.0, 0.02
+RARELY_SECONDS, RARELY_SHARE = 15.0, 0.02
 #: Files that grow have names that end like this.
 GROWING = ".frames"
 
