@@ -95,13 +95,14 @@ def render_trace(console: Console, report: TraceExport) -> None:
     lengths = [f"{DURATIONS[name]} ({count:,})" for name, count in known.items()]
     print_line(console, f"step durations: {'; '.join(lengths)}")
     if report.ranks:
-        more = f"; {plural(report.ranks_left_out, 'more rank')}: --max-ranks" if report.ranks_left_out else ""
+        left_out = report.ranks_left_out
+        more = f"; --max-ranks {len(report.ranks) + left_out} shows {left_out} more" if left_out else ""
         print_line(console, f"ranks with steps of their own: {listed(report.ranks, 16)}{more}")
     size = f"{plural(report.events, 'event')}, {report.bytes:,} bytes"
     print_line(console, f"written: {report.file}, {size}", soft_wrap=True)
     print_line(
         console,
-        "to see it: open it at https://ui.perfetto.dev, alone or in a tar file with an engine's trace",
+        "to see it: open it at https://ui.perfetto.dev, alone or in a zip file with an engine's trace",
     )
     print_notes(console, report.notes)
 

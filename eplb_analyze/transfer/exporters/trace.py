@@ -27,13 +27,13 @@ from eplb_analyze.json_report import RunReport, as_json
 from eplb_analyze.metrics.bootstrap import Interval as Bounds
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.clock import iso
+from eplb_analyze.reader.clock import SECOND_NS, iso
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import estimate_notes
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import clean, duration, listed, plural
+from eplb_analyze.text import clean, duration, listed, milliseconds, plural
 from eplb_analyze.transfer.exporters.trace_events import TraceFile, base_of
 from eplb_analyze.transfer.exporters.trace_tracks import (
     BASES,
@@ -415,19 +415,20 @@ class _Trace:
         if self._departs is not None and run.info.origin is None:
             ns, step = self._departs
             notes.append(
-                f"a host's clock was set during the recording, seen at step {step}: it is up to "
-                f"{_apart(ns)} this trace, and so is an engine's trace from after that"
+                f"a host's clock was set during the recording, seen at step {step}: from then on, an "
+                f"engine's own trace can be {_apart(ns)}"
             )
-        for track in self._ranks:
-            ns = max(track.ahead.values(), key=abs, default=0)
-            if abs(ns) > CLOCKS_DIFFER_NS:
-                notes.append(f"the clock of rank {track.rank} is {_apart(ns)} the run's")
+        ahead = {track.rank: max(track.ahead.values(), key=abs, default=0) for track in self._ranks}
+        differ = [f"rank {rank} is {_apart(ns)}" for rank, ns in ahead.items() if abs(ns) > CLOCKS_DIFFER_NS]
+        if differ:
+            notes.append(f"clocks of ranks differ from the run's: {listed(differ)}")
         return notes
 
 
 def _apart(ns: int) -> str:
-    """``0.5 s ahead of``"""
-    return f"{duration(abs(ns) / 1e9)} {'ahead of' if ns > 0 else 'behind'}"
+    """``20 ms behind``"""
+    size = milliseconds(abs(ns) / 1e6) if abs(ns) < 2 * SECOND_NS else duration(abs(ns) / SECOND_NS)
+    return f"{size} {'ahead' if ns > 0 else 'behind'}"
 
 
 def _rounded(ms: Milliseconds | None) -> dict[str, float] | None:
