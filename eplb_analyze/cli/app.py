@@ -28,6 +28,7 @@ from eplb_analyze.cli.commands import (
     layer,
     placement,
     postmortem,
+    prune,
     ranks,
     rearrangements,
     recover,
@@ -172,6 +173,11 @@ _add(
 _add(
     DATA, "recover", recover.recover, "Recover recordings from crashed writers.",
     "recover dump", "recover --json dump",
+)  # fmt: skip
+_add(
+    DATA, "prune", prune.prune, "Keep a dump within ages and bytes, tier by tier.",
+    "prune --keep-full 7d --keep-ranks 30d --keep-minutes 1y --dry-run dump",
+    "prune --max-bytes 500G --json dump",
 )  # fmt: skip
 _add(
     REFERENCE, "formulas", formulas.formulas, "Explain the balance formulas and cite their sources.",

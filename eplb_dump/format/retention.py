@@ -9,8 +9,8 @@ does not list, of segments that it does list, are leftovers of that; :func:`remo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -173,6 +173,44 @@ def thin(
         remove(*gone)
     _rewrite_if_worth_it(folder, info, manifest)
     return entry
+
+
+def thin_together(
+    folder: Path,
+    info: SessionInfo,
+    manifest: Manifest,
+    thinnings: Iterable[Thinning],
+    rolled_up: Callable[[SealedSegment], Minutes] | None = None,
+) -> list[str]:
+    """Thin segments of a session, of which no other process writes files, with one new manifest.
+
+    For a session of many segments this is quicker than :func:`thin`, one by one. The files that are kept are
+    there when it returns, and the manifest lists them; the caller removes the others.
+
+    Args:
+        manifest: as :func:`read_manifest` returns it; changed to the new one.
+        rolled_up: makes the rows of ``minutes`` of a segment that has none.
+
+    Returns:
+        The names of the files that are superseded.
+
+    Raises as :func:`thin`; the manifest in the folder is unchanged then.
+    """
+    superseded: list[str] = []
+    now = dict(manifest.entries)
+    for thinning in thinnings:
+        entries = [now.pop(seq) for seq in thinning.seqs]
+        makes = rolled_up is not None and len(entries) == 1 and thinning.tier is not Tier.GONE
+        minutes = None
+        if makes and rolled_up is not None and "minutes" not in entries[0].files:
+            minutes = rolled_up(entries[0])
+        entry = _keep(folder, info, entries, thinning, minutes)
+        now[entry.seq] = entry
+        kept = {file.name for file in entry.files.values()}
+        superseded += [f.name for old in entries for f in old.files.values() if f.name not in kept]
+    rewrite_manifest(folder, info, replace(manifest, entries=now))
+    manifest.entries = now
+    return superseded
 
 
 def read_manifest(folder: Path, info: SessionInfo) -> Manifest:

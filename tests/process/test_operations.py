@@ -1,30 +1,37 @@
-"""docs/operate/cluster.md: sizes follow from the measured ones, and the examples do what the page says."""
+"""docs/operate: sizes follow from the measured ones, and the examples do what the pages say."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aged_runs import DAY, aged_session, begin_journal, set_back
 from helpers import ROOT
+
+from eplb_dump.format.manifest import Manifest
+from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
+from eplb_dump.format.session import SessionInfo, load_json
 
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "operate/cluster.md").read_text()
+RETENTION = (DOCS / "operate/retention.md").read_text()
 
 
-def documents() -> list[Any]:
+def documents(page: str) -> list[Any]:
     yaml = pytest.importorskip("yaml")
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     return [yaml.safe_load(block) for block in blocks]
 
 
 def test_example_deployments_are_consistent() -> None:
-    deployment, group, retention = documents()
-    assert [d["kind"] for d in (deployment, group, retention)] == ["Deployment", "LeaderWorkerSet", "CronJob"]
+    deployment, group = documents(PAGE)
+    assert [d["kind"] for d in (deployment, group)] == ["Deployment", "LeaderWorkerSet"]
     pods = [
         deployment["spec"]["template"],
         *(group["spec"]["leaderWorkerTemplate"][f"{r}Template"] for r in ("leader", "worker")),
@@ -42,28 +49,34 @@ def test_example_deployments_are_consistent() -> None:
     subprocess.run(["sh", "-n", "-c", script], check=True)
 
 
-def test_retention_deletes_by_the_newest_file(tmp_path: Path) -> None:
-    """A run that is still written is kept, however old its folder is; so is one that has just started."""
-    *_, retention = documents()
-    (container,) = retention["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+def test_retention_job_seals_thins_and_removes(tmp_path: Path) -> None:
+    """The job's own script, with the installed program: of a crashed run, an old one and a new one."""
+    (job,) = documents(RETENTION)
+    assert job["kind"] == "CronJob"
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
     shell, option = container["command"]
-    script = container["args"][0].replace("/dumps", str(tmp_path))
-    old = time.time() - 9 * 86400
-    for name, fresh in (("run=over", False), ("run=live", True)):
-        session = tmp_path / name / "model=m" / "rank=00000" / "session=s"
-        session.mkdir(parents=True)
-        (session / "journal-000000.frames").touch()
-        paths = [session / "journal-000000.frames", session, *list(session.parents)[:3]]
-        for path in paths[1 if fresh else 0 :]:
-            os.utime(path, (old, old))
-    (tmp_path / "run=begun").mkdir()
-    (tmp_path / "other").mkdir()
-    os.utime(tmp_path / "other", (old, old))
-    subprocess.run([shell, option, script], check=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run=begun", "run=live"]
-    empty = tmp_path / "none"
-    empty.mkdir()
-    subprocess.run([shell, option, script.replace(str(tmp_path), str(empty))], check=True)
+    assert f" {mount['mountPath']}" in container["args"][0]
+    script = container["args"][0].replace(mount["mountPath"], str(tmp_path))
+    now = time.time_ns()
+    aged_session(tmp_path, "old", [now - 400 * DAY])
+    new = aged_session(tmp_path, "new", [now - 40 * DAY, now - 8 * DAY, now - DAY])
+    crashed = aged_session(tmp_path, "crashed", [now - 41 * DAY], closed=False)
+    info = SessionInfo.from_dict(load_json((crashed / SESSION_FILE).read_bytes()))
+    begin_journal(crashed, info, 1, now - 39 * DAY).close()
+    set_back(crashed, now - 39 * DAY)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run([shell, option, script], check=True, env={**os.environ, "PATH": path})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pruned.jsonl", "run=crashed", "run=new"]
+    assert [e.tier.value for e in manifest_of(new).entries.values()] == ["minutes", "ranks", "full"]
+    assert {e.tier.value for e in manifest_of(crashed).entries.values()} == {"minutes"}
+    assert list(crashed.glob("journal-*")) == []
+
+
+def manifest_of(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    with path.open("rb") as file:
+        return Manifest.read(file, path.stat().st_size)
 
 
 def test_sizes_follow_from_the_measured_ones() -> None:

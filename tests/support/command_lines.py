@@ -27,4 +27,5 @@ ARGUMENTS = {
     "watch": "--once dump",
     "serve-metrics": "--once dump",
     "recover": "dump",
+    "prune": "--max-bytes 500G --keep-full 7d dump",
 }

@@ -61,6 +61,7 @@ REPORTS = {
     "copy": "transfer.copy.CopyReport",
     "compact": "transfer.compact.CompactReport",
     "recover": "transfer.recover.RecoverReport",
+    "prune": "transfer.prune.PruneReport",
 }
 _PLAIN = {
     "str": "string",

@@ -16,8 +16,8 @@ from eplb_analyze.errors import EXIT_CHECK_FAILED
 def recover(out: RunOutput) -> None:
     """Recover recordings from crashed writers: turn their journals into Parquet for other programs.
 
-    Recovers all runs of the dump, unless you select one with --run or --model. This is the only command
-    that changes a run. If it skips a journal because its writer is still alive, it exits with code 1.
+    Recovers all runs of the dump, unless you select one with --run or --model. If it skips a journal
+    because its writer is still alive, it exits with code 1.
     """
     from eplb_analyze.transfer.recover import recover_dump
 

@@ -1,0 +1,90 @@
+"""`prune`: keep a dump within ages and bytes, tier by tier."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from eplb_analyze.cli import options
+from eplb_analyze.cli.output import Output
+from eplb_analyze.cli.views.prune import render
+from eplb_analyze.errors import EXIT_CHECK_FAILED
+
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
+
+
+def parse_bytes(text: str) -> int:
+    """``500G``: so many bytes, in powers of 1000; ``500Gi`` in powers of 1024."""
+    match = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,9}))?\s*([kmgtp]?)(i?)b?", text.strip().lower())
+    if match is None or (match[4] and not match[3]):
+        raise typer.BadParameter(f"{text!r} is not a size; write, for example, 500G, 64Mi or 1.5T")
+    unit = _BYTES[match[3]]
+    if match[4]:
+        unit = 1024 ** ("", *"kmgtp").index(match[3])
+    return int(match[1]) * unit + (int(match[2]) * unit // 10 ** len(match[2]) if match[2] else 0)
+
+
+def parse_age(text: str) -> int:
+    """``7d``: an age in ns."""
+    match = re.fullmatch(r"([0-9]{1,9})\s*(s|m|min|h|d|w|y)", text.strip().lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not an age; write, for example, 12h, 7d, 4w or 1y")
+    return int(match[1]) * _SECONDS[match[2]] * 10**9
+
+
+def _age(name: str, text: str) -> Any:
+    """An option that takes an age."""
+    return typer.Option(name, metavar="AGE", help=text, parser=parse_age)
+
+
+def prune(
+    dump: options.Dump = None,
+    max_bytes: Annotated[
+        Any,
+        typer.Option(
+            "--max-bytes",
+            metavar="SIZE",
+            help="Keep all runs together within this size, for example 500G: thin the oldest steps, tier by "
+            "tier.",
+            parser=parse_bytes,
+        ),
+    ] = None,
+    keep_full: Annotated[
+        Any, _age("--keep-full", "Keep steps younger than this in full, for example 7d.")
+    ] = None,
+    keep_ranks: Annotated[
+        Any, _age("--keep-ranks", "Keep tokens per rank and step for this long, for example 30d.")
+    ] = None,
+    keep_minutes: Annotated[
+        Any, _age("--keep-minutes", "Keep sums per minute for this long, for example 1y.")
+    ] = None,
+    max_age: Annotated[
+        Any, _age("--max-age", "Remove what is older than this, in whatever tier it is.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Change nothing; print what would be done.")
+    ] = False,
+    run: options.OneRun = None,
+    json: options.Json = False,
+) -> None:
+    """Keep a dump within ages and bytes: thin old steps from tier to tier, and remove runs that are older.
+
+    Tiers: every expert's load of each step (full), tokens per rank of each step (ranks), sums per minute
+    (minutes), nothing (gone). It leaves alone what a writer may still be writing. It does not ask: check with
+    --dry-run first. It exits with code 1 if the dump stays larger than --max-bytes, or if damaged files could
+    not be thinned.
+    """
+    from eplb_analyze.transfer.prune import prune_dump
+    from eplb_analyze.transfer.retention.plan import Policy
+
+    policy = Policy(max_bytes, keep_full, keep_ranks, keep_minutes, max_age)
+    out = Output(json=json)
+    out.named = options.named(dump)
+    where = options.find_dump() if dump is None else dump
+    report = prune_dump(where, policy, run, dry_run=dry_run, progress=out.progress)
+    out.emit(report.to_json, lambda console: render(console, report))
+    if report.over or report.failed:
+        raise typer.Exit(EXIT_CHECK_FAILED)

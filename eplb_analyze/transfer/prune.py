@@ -1,0 +1,329 @@
+"""`prune`: keep a dump within ages and bytes, tier by tier, and remove what is older than all of them."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from eplb_analyze.errors import AnalyzeError, DumpError, NotInDumpError, UsageError
+from eplb_analyze.json_report import Report
+from eplb_analyze.sessions.starts import run_and_start
+from eplb_analyze.storage import path as places
+from eplb_analyze.storage.bucket import UnreachableError
+from eplb_analyze.storage.path import StoragePath
+from eplb_analyze.text import listed
+from eplb_analyze.transfer.retention import carry_out
+from eplb_analyze.transfer.retention.carry_out import ChangedError
+from eplb_analyze.transfer.retention.plan import Policy, RunPlan, make_plan
+from eplb_analyze.transfer.retention.sizes import size_at
+from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession, survey, survey_run
+from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX, FormatError, Tier
+
+Action = Literal["thinned", "removed", "kept", "failed"]
+
+
+@dataclass(frozen=True)
+class TierChange:
+    """Segments of a run that go from one tier to another."""
+
+    #: The tier that they were in: `full`, `ranks` or `minutes`.
+    tier: str
+    #: The tier that they are in afterwards: `ranks`, `minutes` or `gone`.
+    to: str
+    #: Why: `age`, or `bytes` for `--max-bytes`.
+    reason: str
+    #: How many segments, over all ranks.
+    segments: int
+    #: The time of the first of their steps, ISO 8601, UTC.
+    since: str
+    #: The time of the last of their steps, likewise.
+    until: str
+    #: Bytes that this frees, at least.
+    freed_bytes: int
+
+
+@dataclass(frozen=True)
+class KeptPart:
+    """A part of a run that stays as it is, whatever the limits are."""
+
+    #: Where it is.
+    path: str
+    #: Its bytes.
+    bytes: int
+    #: Why it stays.
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrunedRun(Report):
+    """What becomes of one run."""
+
+    #: Its id, as in the name of its folder.
+    run_id: str
+    #: `thinned`; `removed`: with all its files; `kept`: nothing changes; `failed`: it could not be changed.
+    action: Action
+    #: Why it is removed: `age` or `bytes`; or why it could not be changed; null otherwise.
+    reason: str | None
+    #: The time of its newest step, ISO 8601, UTC.
+    newest: str
+    #: Bytes of its files before.
+    bytes_before: int
+    #: Bytes of its files afterwards; before files are written (`dry_run`), at most so many.
+    bytes_after: int
+    #: What is thinned.
+    moves: list[TierChange] = field(default_factory=list)
+    #: What stays as it is.
+    kept: list[KeptPart] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PruneReport(Report):
+    """What `prune` does, or with `--dry-run` would do."""
+
+    #: The dump's folder or address.
+    dump: str
+    #: Whether nothing was changed.
+    dry_run: bool
+    #: The limit of `--max-bytes`; null without it.
+    max_bytes: int | None
+    #: Bytes of all runs before.
+    bytes_before: int
+    #: Bytes of all runs afterwards; with `dry_run`, at most so many.
+    bytes_after: int
+    #: Bytes of files that a killed `prune` left, and that are removed.
+    leftover_bytes: int
+    #: Runs of which something changes, or should but cannot, the oldest first.
+    runs: list[PrunedRun]
+    #: How many other runs there are, in which nothing is to be changed.
+    unchanged: int
+
+    #: How many runs could not be thinned or removed as far as the limits say, because of damage or an error.
+    failed: int
+
+    @property
+    def over(self) -> int:
+        """Bytes above the limit, after all that can be done."""
+        return 0 if self.max_bytes is None else max(0, self.bytes_after - self.max_bytes)
+
+
+def prune_dump(
+    dump: StoragePath,
+    policy: Policy,
+    run: str | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> PruneReport:
+    """Thin and remove what a policy does not keep, in all runs of a dump or in one.
+
+    A session whose writer may be alive is left alone, and so is what other ranks recorded of the same
+    steps. A dry run changes nothing, and reports what the run would do.
+
+    Args:
+        policy: ages count from the time of a step until now. Bytes are those of all runs, or of the one.
+        run: its id, or a unique beginning of it.
+
+    Raises:
+        DumpError, NotInDumpError: there is no such dump or run.
+        UsageError: another process prunes this dump; DUMP is a folder in a run.
+    """
+    run_ids = _run_ids(dump, run)
+    if dry_run:
+        return _prune(dump, policy, run_ids, None, progress)
+    try:
+        with carry_out.at_work(dump) as stay:
+            return _prune(dump, policy, run_ids, stay, progress)
+    except OSError as error:
+        raise DumpError(f"{dump}: {error.strerror or error}") from None
+
+
+def _run_ids(dump: StoragePath, run: str | None) -> list[str] | None:
+    """The runs to prune; None for all. Raises DumpError, NotInDumpError, UsageError."""
+    if places.absolute(dump).name.startswith(LEVEL_PREFIXES):
+        raise UsageError(f"{dump}: pass the folder that contains run=…, and select one run with --run")
+    if isinstance(dump, Path) and not dump.is_dir():
+        raise DumpError(f"{dump}: {'it is a file' if dump.exists() else 'no such folder'}")
+    try:
+        names = [e.name for e in places.entries(dump) if e.name.startswith(RUN_PREFIX)]
+    except OSError as error:
+        raise DumpError(f"{dump}: {error.strerror}") from None
+    known = [name[len(RUN_PREFIX) :] for name in names]
+    if run is None:
+        return None
+    if run_and_start(run)[1]:
+        raise UsageError(
+            f"--run: {run} is one start of a run; `prune` takes whole runs, {run_and_start(run)[0]}"
+        )
+    if run in known:
+        return [run]
+    matches = [one for one in known if one.startswith(run)]
+    if len(matches) != 1:
+        what = f"it has {len(matches)} runs that begin with" if matches else "it has no run"
+        hint = f": {listed(matches)}" if matches else f"; its runs are: {listed(known)}"
+        raise NotInDumpError(f"{dump}: {what} {run!r}{hint if known else ''}")
+    return matches
+
+
+def _prune(
+    dump: StoragePath,
+    policy: Policy,
+    run_ids: list[str] | None,
+    stay: Callable[[], None] | None,
+    progress: Callable[[int, int], None],
+) -> PruneReport:
+    now_ns = time.time_ns()
+    plans = make_plan(survey(dump, run_ids), policy, now_ns)
+    plans.sort(key=lambda plan: (plan.run.last_ns, plan.run.run_id))
+    leftover_bytes = 0
+    for plan in plans:
+        for session in plan.run.sessions if plan.removed is None else ():
+            names = carry_out.leftovers(session)
+            leftover_bytes += sum(session.files[name].st_size for name in names)
+            if names and stay is not None:
+                carry_out.remove_files(session.folder, names)
+    reports = [_report(plan, policy, now_ns) for plan in plans]
+    failed = 0
+    if stay is not None:
+        report_of = partial(_report, policy=policy, now_ns=now_ns)
+        failed = _carry_out(
+            dump, plans, lambda plan, damaged: report_of(plan, damaged=damaged), reports, stay, progress
+        )
+    shown = [report for report in reports if report.action != "kept" or report.kept]
+    return PruneReport(
+        dump=str(dump),
+        dry_run=stay is None,
+        max_bytes=policy.max_bytes,
+        bytes_before=sum(report.bytes_before for report in reports),
+        bytes_after=sum(report.bytes_after for report in reports) - leftover_bytes,
+        leftover_bytes=leftover_bytes,
+        runs=shown,
+        unchanged=len(reports) - len(shown),
+        failed=failed,
+    )
+
+
+def _report(
+    plan: RunPlan, policy: Policy, now_ns: int, damaged: Mapping[Piece, str] = MappingProxyType({})
+) -> PrunedRun:
+    """What becomes of a run; ``damaged``: what stays as it is, because it turned out to be damaged."""
+    run, size = plan.run, plan.run.size
+    if plan.removed is not None:
+        return PrunedRun(run.run_id, "removed", plan.removed, _iso(run.last_ns), size, 0)
+    groups: dict[tuple[Tier, Tier, str], list[tuple[Piece, int]]] = defaultdict(list)
+    for piece, tier in plan.moves.items():
+        if piece not in damaged:
+            freed = piece.entry.size - size_at(piece, tier)
+            groups[piece.tier, tier, plan.reasons[piece]].append((piece, freed))
+    moves = [
+        TierChange(
+            tier.value,
+            to.value,
+            reason,
+            sum(piece.entry.last_seq - piece.entry.seq + 1 for piece, _ in some),
+            _iso(min(piece.first_ns for piece, _ in some)),
+            _iso(max(piece.last_ns for piece, _ in some)),
+            sum(freed for _, freed in some),
+        )
+        for (tier, to, reason), some in sorted(groups.items(), key=lambda item: item[0][:2])
+    ]
+    freed = sum(move.freed_bytes for move in moves)
+    kept = _kept(plan, policy, now_ns)
+    kept += [KeptPart(str(p.session.folder), p.entry.size, why) for p, why in damaged.items()]
+    action: Action = "thinned" if moves else "failed" if damaged else "kept"
+    return PrunedRun(run.run_id, action, None, _iso(run.last_ns), size, size - freed, moves, kept)
+
+
+def _kept(plan: RunPlan, policy: Policy, now_ns: int) -> list[KeptPart]:
+    """What stays although its age, or the bytes of the dump, are beyond the limits."""
+    parts: list[KeptPart] = []
+    for session in plan.run.sessions:
+        ages = [now_ns - session.last_ns, *(now_ns - piece.last_ns for piece in session.pieces)]
+        due = policy.max_bytes is not None or policy.tier_at(max(ages)) is not Tier.FULL
+        reason = session.live or session.stuck
+        if due and reason is not None:
+            parts.append(KeptPart(str(session.folder), _stuck_bytes(session), reason))
+    if plan.run.foreign and (policy.max_bytes is not None or policy.outlives(now_ns - plan.run.last_ns)):
+        why = "not a file of a dump: it is never removed, nor is the folder of its run"
+        parts.append(KeptPart(plan.run.foreign[0], 0, why))
+    return parts
+
+
+def _stuck_bytes(session: SurveyedSession) -> int:
+    if session.live is not None or session.fault is not None:
+        return session.size
+    journals = sum(session.files[name].st_size for name in session.journals)
+    return journals + sum(piece.entry.size for piece in session.pieces if piece.fault is not None)
+
+
+def _carry_out(
+    dump: StoragePath,
+    plans: list[RunPlan],
+    report_of: Callable[[RunPlan, Mapping[Piece, str]], PrunedRun],
+    reports: list[PrunedRun],
+    stay: Callable[[], None],
+    progress: Callable[[int, int], None],
+) -> int:
+    """Do what was planned, and put what came of it into the reports. Returns in how many runs that failed."""
+    failed = 0
+    removed = [plan for plan in plans if plan.removed is not None]
+    if removed:
+        carry_out.log_removed(dump, [_log_line(plan) for plan in removed])
+    # Removing needs no space.
+    todo = [*removed, *(plan for plan in plans if plan.removed is None and plan.moves)]
+    at = {plan: number for number, plan in enumerate(plans)}
+    for done, plan in enumerate(todo):
+        progress(done, len(todo))
+        stay()
+        number = at[plan]
+        try:
+            if plan.removed is not None:
+                carry_out.remove_run(dump, plan.run)
+                continue
+            damaged: dict[Piece, str] = {}
+            for session, moves in _by_session(plan).items():
+                damaged |= carry_out.thin_session(session, moves)
+            reports[number] = report_of(plan, damaged)
+            failed += bool(damaged)
+        except UnreachableError:
+            raise
+        except (OSError, FormatError, ChangedError, AnalyzeError) as error:
+            text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            reports[number] = replace(reports[number], action="failed", reason=text, moves=[])
+            failed += 1
+        with suppress(OSError):
+            places.forget_listing(dump)
+            reports[number] = replace(reports[number], bytes_after=survey_run(plan.run.folder).size)
+    return failed
+
+
+def _by_session(plan: RunPlan) -> dict[SurveyedSession, dict[Piece, Tier]]:
+    found: dict[SurveyedSession, dict[Piece, Tier]] = defaultdict(dict)
+    for piece, tier in plan.moves.items():
+        found[piece.session][piece] = tier
+    return found
+
+
+def _log_line(plan: RunPlan) -> dict[str, object]:
+    """What remains of a run that was removed."""
+    pieces = [piece for session in plan.run.sessions for piece in session.pieces]
+    return {
+        "run": plan.run.run_id,
+        "models": sorted({s.info.model for s in plan.run.sessions if s.info is not None}),
+        "first_time": _iso(min((p.first_ns for p in pieces), default=plan.run.last_ns)),
+        "last_time": _iso(plan.run.last_ns),
+        "bytes": plan.run.size,
+        "reason": plan.removed,
+        "removed": _iso(time.time_ns()),
+    }
+
+
+def _iso(unix_ns: int) -> str:
+    return datetime.fromtimestamp(unix_ns / 1e9, timezone.utc).isoformat()
