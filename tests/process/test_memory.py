@@ -41,6 +41,7 @@ COMMANDS = {
     "check": "dump",
     "export placement": "--for json -o placement.json --force dump",
     "export loads": "--as csv -o loads.csv --force dump",
+    "export trace": "-o trace.json --force dump",
     "copy": "dump copied",
     "compact": "dump compacted",
     "watch": "--once dump",

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from eplb_analyze import atomic
-from eplb_analyze.analysis.incident_words import cause_sentence, where
+from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
@@ -33,6 +33,7 @@ from eplb_analyze.reader.configurations import estimate_notes
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import clean, duration, listed, milliseconds, plural
 from eplb_analyze.transfer.exporters.trace_events import TraceFile, base_of
 from eplb_analyze.transfer.exporters.trace_tracks import (
@@ -206,6 +207,37 @@ def _figures(run: Run, block: Block) -> _Figures | None:
     )
 
 
+@dataclass
+class _Retired:
+    """Consecutive steps that are not kept one by one any more, when they were recorded, ns since 1970."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+    #: What is kept of them: a tier each.
+    kept: list[str]
+
+
+def _retired(run: Run, steps: tuple[int, int] | None) -> list[_Retired]:
+    """Those of a half-open range, of all ranks."""
+    low, high = StepRange.of(steps)
+    entries = [entry for session in run.sessions for entry in session.thinned]
+    found: list[_Retired] = []
+    for entry in sorted(entries, key=lambda entry: entry.first_step):
+        if entry.times is None or entry.first_step >= high or entry.last_step < low:
+            continue
+        begin, end = entry.times
+        if not found or entry.first_step > found[-1].last + 1:
+            found.append(_Retired(entry.first_step, entry.last_step, begin, end, [entry.tier.value]))
+            continue
+        one = found[-1]
+        one.last = max(one.last, entry.last_step)
+        one.begin, one.end = min(one.begin, begin), max(one.end, end)
+        one.kept = sorted({*one.kept, entry.tier.value})
+    return found
+
+
 class _Trace:
     """One pass over the steps of a run, which writes its trace."""
 
@@ -214,7 +246,8 @@ class _Trace:
     ) -> None:
         self._run, self._steps = run, steps
         self._read = run.estimated(steps)
-        self._base = base_of(run.clock.earliest_ns(steps))
+        self._retired = _retired(run, steps)
+        self._base = base_of(min([run.clock.earliest_ns(steps), *(one.begin for one in self._retired)]))
         about = {
             "written_by": "eplb-analyze export trace",
             "run_id": run.info.run_id,
@@ -253,6 +286,7 @@ class _Trace:
             raise self._run.nothing_complete(self._steps)
         self._phases.close()
         self._counters.close()
+        self._add_retired()
         self._add_incidents()
         self._add_rearrangements()
         self._file.close()
@@ -289,7 +323,7 @@ class _Trace:
                 self._phases.add(stretch.process, phase, steps[i], drawn)
                 # The last sampled step stands for one that was not sampled.
                 given = None if state is StepState.NOT_SAMPLED else counters
-                self._counters.add(stretch.process, drawn, given)
+                self._counters.add(stretch.process, steps[i], drawn, given)
 
     def _add_figures(
         self, figures: _Figures, i: int, args: dict[str, Any], counters: dict[str, float]
@@ -310,6 +344,19 @@ class _Trace:
         if abs(most) > max(CLOCKS_DIFFER_NS, abs(self._departs[0]) if self._departs else 0):
             first = int(block.step[np.flatnonzero(np.abs(apart) > CLOCKS_DIFFER_NS)[0]])
             self._departs = most, self._departs[1] if self._departs else first
+
+    def _add_retired(self) -> None:
+        Lanes(self._whole, "retired").add(
+            [
+                (
+                    one.begin,
+                    one.end,
+                    f"{steps_text(one.first, one.last)} retired",
+                    {"first_step": one.first, "last_step": one.last, "kept": ", ".join(one.kept)},
+                )
+                for one in self._retired
+            ]
+        )
 
     def _add_incidents(self) -> None:
         label = self._run.clock.label
@@ -401,6 +448,9 @@ class _Trace:
         run = self._run
         notes = run.import_caveats("step_order")
         notes += estimate_notes(run, self._read.missing_ranks, self._complete, first, last)
+        if self._retired:
+            ranges = listed([steps_text(one.first, one.last) for one in self._retired])
+            notes.append(f"{ranges}: retired, so the trace has one slice for them and no single steps")
         if self._shortened > self._seen.seen / 2:
             notes.append(
                 f"{plural(self._shortened, 'step')} of {self._seen.seen:,} took longer than the time between "

@@ -27,7 +27,7 @@ MOST_SET_BACKS = 16
 #: A slice is drawn shorter than its step took if it would overlap the one before by more than this.
 SHORTENED_NS = 1000
 #: The tracks of a process, from above to below.
-PLACES = ("incidents", "rearrangements", "pauses", "phases", "steps")
+PLACES = ("retired", "incidents", "rearrangements", "pauses", "phases", "steps")
 #: Where a step's duration is from, as the cost in `summary` names it: the engine, the device, or the time
 #: since the step before, which includes waiting. The first that is known counts.
 BASES = ("engine", "device", "host", "unknown")
@@ -238,7 +238,8 @@ class Phases:
         self._first = self._last = self._begin = self._end = 0
 
     def add(self, process: Process, phase: str | None, step: int, drawn: Drawn) -> None:
-        if self._phase != (process, phase) or drawn.begin - self._end > LONGEST_STEP_NS:
+        goes_on = step == self._last + 1 and drawn.begin - self._end <= LONGEST_STEP_NS
+        if not goes_on or self._phase != (process, phase):
             self.close()
             self._phase, self._first, self._begin = (process, phase), step, drawn.begin
         self._last, self._end = step, drawn.end
@@ -258,7 +259,7 @@ class Counters:
     """Figures of steps, as counters.
 
     A counter keeps its value until the next one. So a step without a figure sets it to :data:`NONE`, and so
-    does the end of a step if none follows within a minute.
+    does the end of a step if the next one is not here, or began more than a minute later.
     """
 
     #: What stands for no figure, by the names of the counters that had one.
@@ -267,14 +268,15 @@ class Counters:
     def __init__(self) -> None:
         self._process: Process | None = None
         self._values: dict[str, float] = {}
-        self._end = 0
+        self._step, self._end = -1, 0
 
-    def add(self, process: Process, drawn: Drawn, values: Mapping[str, float] | None) -> None:
+    def add(self, process: Process, step: int, drawn: Drawn, values: Mapping[str, float] | None) -> None:
         """Add a step's figures; None: those of the step before stand for it."""
-        if process is not self._process or drawn.begin - self._end > LONGEST_STEP_NS:
+        goes_on = step == self._step + 1 and drawn.begin - self._end <= LONGEST_STEP_NS
+        if process is not self._process or (not goes_on and drawn.begin > self._end):
             self.close()
             self._process = process
-        self._end = drawn.end
+        self._step, self._end = step, drawn.end
         if values is not None:
             self._set(drawn.begin, values)
 

@@ -18,6 +18,7 @@ from helpers import ROOT, assert_golden, cli, one_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_run import write
+from thinning import session_folders, thin_to
 from trace_reading import Slice, Trace, read_trace
 
 from eplb_analyze import open_run
@@ -26,6 +27,7 @@ from eplb_analyze.transfer.exporters.trace import TraceExport, export_trace
 from eplb_analyze.transfer.exporters.trace_events import QUARTER_NS, base_of
 from eplb_analyze.transfer.exporters.trace_tracks import BASES, durations
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format.schema import Tier
 
 MS = 10**6
 RANKS, LAYERS, SLOTS, EXPERTS = 2, 2, 6, 4
@@ -239,6 +241,22 @@ class TestFigures:
             ("decode", times[3], times[5], {"first_step": 4, "last_step": 5}),
         ]
 
+    def test_other_phases_leave_gaps(self, tmp_path: Path) -> None:
+        phases = ["decode", "decode", "prefill", "decode", "decode", "decode"]
+        times = record_all(tmp_path / "dump", [5] * 6, phase=phases)
+        file = tmp_path / "t.json"
+        export_trace(open_run(tmp_path / "dump").of_phase("decode"), file)
+        trace = read_trace(file)
+        assert spans(trace.steps()) == [
+            (t, times[i]) for i, t in zip([0, 1, 3, 4, 5], [times[0], *times[:1], *times[2:5]], strict=True)
+        ]
+        assert [(s.begin, s.end) for s in trace.track("phases")] == [
+            (times[0], times[1]),
+            (times[2], times[5]),
+        ]
+        assert trace.counter("balancedness", times[1] - 1, NAME) > 0
+        assert trace.counter("balancedness", times[1], NAME) == 0
+
     def test_sampled_recording_keeps_the_last_figure(self, tmp_path: Path) -> None:
         with planted_clock() as clock, writer(tmp_path / "dump", scope="global", interval=4) as opened:
             for step in range(12):
@@ -326,6 +344,33 @@ class TestEvents:
         (inside,) = part.track("incidents")
         assert (inside.begin, inside.end) == (part.steps()[250].begin, times[279])
         assert (inside.args["first_step"], inside.args["last_step"]) == steps
+
+
+class TestRetired:
+    def test_steps_that_are_not_kept_are_a_slice(self, tmp_path: Path) -> None:
+        root = tmp_path / "dump"
+        times = []
+        with planted_clock() as clock, writer(root, scope="global", segment_steps=8) as opened:
+            for step in range(64):
+                clock.advance(10 * MS)
+                opened.record(step, load(step), MAP)
+                times.append(clock.ns)
+        (session,) = session_folders(root)
+        thin_to(session, {Tier.GONE: [0, 1], Tier.MINUTES: [2, 5]})
+        trace, report = export(root)
+        found = [(s.name, s.begin, s.end, s.args["kept"]) for s in trace.track("retired")]
+        assert found == [
+            ("steps 0-23 retired", times[0], times[23], "gone, minutes"),
+            ("steps 40-47 retired", times[40], times[47], "minutes"),
+        ]
+        assert list(trace.steps()) == [*range(24, 40), *range(48, 64)]
+        assert trace.counter("balancedness", times[39] - 1, NAME) > 0
+        assert trace.counter("balancedness", times[39] + 1, NAME) == 0
+        # How long the first step after them took is not known.
+        assert [s for s, one in trace.steps().items() if one.begin == one.end] == [24, 48]
+        assert report.notes[0].startswith("steps 0-23, steps 40-47: retired")
+        part, _ = export(root, (44, 60))
+        assert [s.name for s in part.track("retired")] == ["steps 40-47 retired"]
 
 
 class TestClocks:
