@@ -21,7 +21,8 @@ from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, whe
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
-from eplb_analyze.analysis.summary import Summary, summarize
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.json_report import RunReport, as_json
 from eplb_analyze.metrics.bootstrap import Interval as Bounds
