@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,12 @@ class WriterStats:
     segments_sealed: int = 0
     #: Segments that could not be sealed; their journals stay and can be read.
     segments_left_open: int = 0
+    #: Bytes of the session's folder.
+    bytes_on_disk: int = 0
+    #: Sealed segments that are no longer kept in full: ``max_bytes``, ``max_age``, ``min_free_bytes``.
+    segments_thinned: int = 0
+    #: The first step of the oldest sealed segment that is kept in full, or None.
+    oldest_full_step: int | None = None
     #: Why recording stopped before ``close``, or None.
     off: str | None = None
     #: Why nothing can be written at the moment, or None. Recording continues by itself.
@@ -124,10 +130,11 @@ class Accounting:
         self.calls, self._moving = threading.RLock(), threading.RLock()
         self.state = IDLE
 
-    def stats(
-        self, *, off: str | None, paused: str | None, segments_sealed: int, segments_left_open: int
-    ) -> WriterStats:
-        """The counts as of now, exact also while steps are being written."""
+    def stats(self, files: WriterStats) -> WriterStats:
+        """The counts as of now, exact also while steps are being written.
+
+        ``files``: what is not about steps.
+        """
         # In this order, so that a call which ends meanwhile is not taken for an interrupted one.
         seen = self.seen
         seen -= self.state == RUNNING
@@ -144,14 +151,15 @@ class Accounting:
             lost = waiting[Status.RECORDED]
             recorded -= lost
             if lost:
-                dropped["the writer is closed" if off is None else "recording stopped"] += lost
+                dropped["the writer is closed" if files.off is None else "recording stopped"] += lost
         else:
             listed += waiting.total()
         total = recorded + dummy + not_sampled + dropped.total() + rejected.total()
         if seen > total:
             dropped[INTERRUPTED] += seen - total
             total = seen
-        return WriterStats(
+        return replace(
+            files,
             seen=total,
             recorded=recorded,
             dummy=dummy,
@@ -162,8 +170,4 @@ class Accounting:
             drop_reasons=dict(dropped),
             reject_reasons=dict(rejected),
             bytes_written=written.bytes,
-            segments_sealed=segments_sealed,
-            segments_left_open=segments_left_open,
-            off=off,
-            paused=paused,
         )

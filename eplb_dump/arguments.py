@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,9 @@ from eplb_dump.format.schema import MAX_NUMBER, RUN_ID_PATTERN, Scope
 
 #: Three decades; a thread cannot wait for much longer.
 _MOST_SECONDS = 1e9
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGTP]?)(i?)B?", re.ASCII | re.IGNORECASE)
+_AGE = re.compile(r"(\d+(?:\.\d+)?) ?([smhdw]?)", re.ASCII | re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 #: Characters of JSON. Readers refuse a session.json that is much larger.
 _MAX_CONFIG = 1 << 20
 
@@ -63,6 +67,29 @@ def require_seconds(name: str, value: Any) -> float:
     if not 0 < value <= _MOST_SECONDS:
         raise ValueError(f"{name} must be above 0 seconds and at most {_MOST_SECONDS:.0e}, not {value!r}")
     return float(value)
+
+
+def require_bytes(name: str, value: Any, least: int) -> int:
+    """A number of bytes, also as a text: ``"2G"`` (10^9), ``"500M"``, ``"64MiB"`` (2^20)."""
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"{name} must be a number of bytes, such as 500M, 64MiB or 2G, not {value!r}")
+        power = " KMGTP".index(match[2].upper() or " ")
+        value = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if is_integer(value) and 0 <= value < least:
+        raise ValueError(f"{name} must be at least {least >> 20} MiB, not {value} bytes")
+    return require_integer(name, value, least, MAX_NUMBER)
+
+
+def require_age(name: str, value: Any) -> float:
+    """A number of seconds, also as a text: ``"7d"``, ``"12h"``, ``"90m"``."""
+    if isinstance(value, str):
+        match = _AGE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"{name} must be a time such as 7d, 12h, 90m or 30s, not {value!r}")
+        value = float(match[1]) * _SECONDS[match[2].lower()]
+    return require_seconds(name, value)
 
 
 def require_path(name: str, value: Any) -> Path:

@@ -27,11 +27,20 @@ from typing import TypeVar
 
 from eplb_dump import process, rendezvous
 from eplb_dump.accounting import QUEUE_IS_FULL, Accounting, WriterStats
+from eplb_dump.budget import Retention, Space
 from eplb_dump.encoder import Encoder
-from eplb_dump.format import manifest, segment
+from eplb_dump.format import manifest, retention, segment
 from eplb_dump.format.journal import JournalAppender, Shape
-from eplb_dump.format.schema import Status
-from eplb_dump.format.session import SessionInfo, session_path, sync_session_file, write_session_file
+from eplb_dump.format.manifest import SealedSegment
+from eplb_dump.format.notable import Notable
+from eplb_dump.format.schema import FormatError, Status, Tier
+from eplb_dump.format.session import (
+    SessionInfo,
+    dump_json,
+    session_path,
+    sync_session_file,
+    write_session_file,
+)
 from eplb_dump.format.session_writer import SessionWriter
 from eplb_dump.latch import Latch
 from eplb_dump.metrics_file import MetricsFile
@@ -51,6 +60,10 @@ RETRY_SECONDS = 1.0
 _MOST_RETRY_SECONDS = 32.0
 #: A disk that fills up again and again is logged at most this often.
 _PAUSE_LOG_SECONDS = 60.0
+#: How often the sealer looks for what is too old, and at the free space.
+_RETENTION_SECONDS = 1.0
+#: How often the drainer looks whether the sealer has made room.
+_POLL_SECONDS = 0.02
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -100,6 +113,7 @@ class Background:
         info: SessionInfo,
         accounting: Accounting,
         limits: Limits,
+        keep: Retention,
         metrics_file: Path | None = None,
     ) -> None:
         self.info = info
@@ -112,16 +126,23 @@ class Background:
         self._accounting = accounting
         self._limits = limits
         self._metrics_file = MetricsFile(metrics_file, info)
+        self._retention = keep
+        self._space = Space(keep, len(dump_json(info.to_dict())))
+        #: How large a journal may become, and about how large a batch; as of when the last one was opened.
+        self._segment_bytes, self._batch_bytes = limits.segment_bytes, BATCH_BYTES
         #: What the drainer waits for: None, or a latch to set once the queue is written. Unlike
         #: ``threading.Event``, it may be filled in a signal handler.
         self._wakes: queue.SimpleQueue[_Flush | None] = queue.SimpleQueue()
         self._awake = self._closing = False
+        #: Flushes of what was queued before this round, and of what came during it.
         self._flushes: list[_Flush] = []
+        self._late_flushes: list[_Flush] = []
         self._opened, self._ended = Latch(), Latch()
         self._logged: set[str] = set()
         #: The reasons that the sealer has told of.
         self._faults: set[str] = set()
-        self._segments_sealed = self._segments_left_open = 0
+        self._segments_sealed = self._segments_left_open = self._segments_thinned = 0
+        self._oldest_full_step: int | None = None
         #: When the last pause that was logged began, by the monotonic clock.
         self._pause_logged_at = -_PAUSE_LOG_SECONDS
         #: Of the last pause: whether it was logged, and how many steps its reason had dropped before it.
@@ -132,6 +153,13 @@ class Background:
         #: What the sealer has taken and not finished, for lack of space; and how long it waits for that.
         self._waiting: deque[JournalAppender | SessionInfo] = deque()
         self._retry_seconds = RETRY_SECONDS
+        self._lacks_space = False
+        #: How many journals the sealer got; how many it has finished, and had when all was within the budget.
+        self._journals_ended = self._journals_finished = self._journals_settled = 0
+        #: The manifest's entries, without their sums, if not all is kept; and those that cannot be thinned.
+        self._entries: dict[int, SealedSegment] = {}
+        self._unthinnable: set[int] = set()
+        self._notable = Notable()
         #: Whether a power cut leaves a session.json. From then on, only the sealer replaces it, durably.
         self._session_synced = False
         self._session_lock = threading.Lock()
@@ -155,6 +183,14 @@ class Background:
             if not self._opened.wait(timeout):
                 text = "its file system does not respond; recording begins when it does"
                 warn(f"expert-load recording is waiting for {self._root}; the engine continues: {text}")
+
+    def stay_off(self, reason: str) -> None:
+        """Instead of :meth:`start`: record nothing."""
+        self.off = reason
+        self._accounting.refuse("recording is off")
+        self._accounting.ended = True
+        self._end()
+        warn(f"expert-load recording is off; the engine continues: {reason}")
 
     def wake(self) -> None:
         if not self._awake:
@@ -189,12 +225,16 @@ class Background:
         return self.closed_well
 
     def stats(self) -> WriterStats:
-        return self._accounting.stats(
-            off=self.off,
-            paused=self.paused,
+        files = WriterStats(
+            bytes_on_disk=self._space.used,
             segments_sealed=self._segments_sealed,
             segments_left_open=self._segments_left_open,
+            segments_thinned=self._segments_thinned,
+            oldest_full_step=self._oldest_full_step,
+            off=self.off,
+            paused=self.paused,
         )
+        return self._accounting.stats(files)
 
     def abandon_in_child(self) -> None:
         """In a forked child: the threads are gone, and the files belong to the parent."""
@@ -233,6 +273,7 @@ class Background:
             self._accounting.ended = True
             self._opened.set()
             self._collect_flushes()
+            self._flushes += self._late_flushes
             self._confirm_flushes()
             self._to_seal.put(None)
 
@@ -249,7 +290,9 @@ class Background:
         self._with_space(partial(self.folder.mkdir, parents=True))
         # The sealer syncs it.
         self._with_space(partial(write_session_file, self.folder, self.info, durable=False))
-        self._session = SessionWriter(self.folder, self.info, self._to_seal.put)
+        self._space.measure(self.folder)
+        self._limit_segment()
+        self._session = SessionWriter(self.folder, self.info, self._journal_ended)
 
     def _opened_session(self) -> SessionWriter:
         assert self._session is not None
@@ -261,6 +304,8 @@ class Background:
             latch = self._wakes.get(timeout=self._limits.flush_interval / 2)
             self._flushes += [] if latch is None else [latch]
         self._collect_flushes()
+        self._flushes += self._late_flushes
+        self._late_flushes.clear()
         self._awake = False
 
     def _collect_flushes(self) -> None:
@@ -288,23 +333,19 @@ class Background:
 
         Raises what ``write`` raises: that there is no space, only if the writer is being closed.
         """
-        late: list[_Flush] = []
         while True:
             try:
                 result = write()
             except OSError as error:
                 if error.errno not in _NO_SPACE or self._closing:
-                    self._flushes += late
                     raise
-                self._pause(error.strerror or "No space left on device", self._flushes + late)
+                self._pause(error.strerror or "No space left on device")
             else:
                 self._resume()
-                for flush in late:  # also for steps that came after the ones that are being written
-                    self._wakes.put(flush)
                 return result
-            self._flushes, late = [], self._wait_for_retry()
+            self._wait_for_retry(RETRY_SECONDS)
 
-    def _pause(self, why: str, flushes: Sequence[_Flush]) -> None:
+    def _pause(self, why: str) -> None:
         """Let the queue fill: it keeps what it holds, and drops and counts the newest steps."""
         self._opened.set()  # the constructor does not wait for space
         if self.paused is None:
@@ -316,9 +357,11 @@ class Background:
                 self._pause_logged_at = now
                 text = "steps are dropped and counted until there is space"
                 warn(f"expert-load recording is paused; the engine continues: {self._place}: {why}; {text}")
-        for flush in flushes:
+        self._flushes += self._late_flushes
+        self._late_flushes.clear()
+        for flush in self._flushes:
             flush.failed = True
-            flush.set()
+        self._confirm_flushes()
 
     def _resume(self) -> None:
         if self.paused is None:
@@ -332,15 +375,15 @@ class Background:
     def _place(self) -> Path:
         return self._root if self._session is None else self.folder
 
-    def _wait_for_retry(self) -> list[_Flush]:
-        """Wait a second, or until a flush, which is returned, or the end asks for it now."""
-        deadline = time.monotonic() + RETRY_SECONDS
+    def _wait_for_retry(self, seconds: float) -> None:
+        """Wait, but not if a flush or the end asks for a retry now."""
+        deadline = time.monotonic() + seconds
         while not self._closing and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 flush = self._wakes.get(timeout=left)
                 if flush is not None:
-                    return [flush]
-        return []
+                    self._late_flushes.append(flush)
+                    return
 
     def _turn_off(self, reason: str) -> None:
         self.off, self.paused = reason, None
@@ -388,7 +431,7 @@ class Background:
                         break
                 elif entry.ep_size != ep_size or not _follows(entry.load, load):
                     break
-                room = min(BATCH_STEPS, 1 + BATCH_BYTES // entry.load[0].slot_bytes)
+                room = min(BATCH_STEPS, 1 + self._batch_bytes // entry.load[0].slot_bytes)
                 load, ep_size = entry.load, entry.ep_size
             if entry.placement is not None:
                 if placement is not None and not _follows(entry.placement, placement):
@@ -424,14 +467,60 @@ class Background:
         if (encoded.status == Status.RECORDED).any():
             self._note_shape(session)
         written = self._accounting.written.plus(encoded)
-        self._with_space(partial(session.append, *encoded.frames))
+        self._with_space(partial(self._append, session, encoded.frames))
         self._accounting.move(len(batch), written)
+
+    def _append(self, session: SessionWriter, frames: Sequence[bytes]) -> None:
+        """Append a batch to the open journal, or to a new one. Raises OSError."""
+        size = sum(map(len, frames))
+        self._wait_for_room(session, size)
+        if session.journal is not None and session.journal.size + size > self._segment_bytes:
+            session.end_journal()
+        begins = session.journal is None
+        if begins:
+            self._limit_segment()
+        try:
+            session.append(*frames)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                self._space.refuse()
+            raise
+        if begins and session.journal is not None:
+            self._space.journals[session.journal.path.name] = session.journal
+
+    def _limit_segment(self) -> None:
+        """Have the next segment end early enough for the budget. Raises OSError."""
+        self._space.refresh(self.folder)
+        self._segment_bytes = self._space.segment_bytes(self._limits.segment_bytes)
+        if self._segment_bytes < self._limits.segment_bytes:
+            self._batch_bytes = min(BATCH_BYTES, self._segment_bytes // 4)
+
+    def _wait_for_room(self, session: SessionWriter, size: int) -> None:
+        """Wait until the sealer has made room in the budget. Raises OSError if it cannot."""
+        while True:
+            settled = self._journals_settled == self._journals_ended
+            if self._space.has_room(size):
+                return
+            if self._lacks_space or (settled and session.journal is None):
+                raise OSError(errno.ENOSPC, self._why_no_room())
+            if settled:  # let it seal and thin these steps, too
+                session.end_journal()
+            self._wait_for_retry(_POLL_SECONDS)
+
+    def _why_no_room(self) -> str:
+        if self._space.is_volume_short:
+            return os.strerror(errno.ENOSPC)
+        return "max_bytes leaves no room for another step"
+
+    def _journal_ended(self, journal: JournalAppender) -> None:
+        self._journals_ended += 1
+        self._to_seal.put(journal)
 
     def _end_segment_if_due(self) -> None:
         session = self._opened_session()
         journal = session.journal
         if journal is not None and (
-            journal.size >= self._limits.segment_bytes
+            journal.size >= self._segment_bytes
             or time.monotonic() - journal.opened_at >= self._limits.segment_seconds
         ):
             session.end_segment()
@@ -444,6 +533,9 @@ class Background:
             with contextlib.suppress(BaseException):  # whatever it is, the next journal can be sealed
                 more = self._take()
                 self._finish_waiting(last=not more)
+                self._retain()
+                if not self._waiting:
+                    self._journals_settled = self._journals_finished
             self._write_metrics(last=False)
         with contextlib.suppress(BaseException):
             self._close_session()
@@ -455,7 +547,11 @@ class Background:
 
     def _take(self) -> bool:
         """Take what there is to do, or wait for it; False at the end."""
-        timeout = self._retry_seconds if self._waiting else self._metrics_file.seconds_left()
+        timeout = self._metrics_file.seconds_left()
+        if not self._retention.keeps_all:
+            timeout = _RETENTION_SECONDS if timeout is None else min(timeout, _RETENTION_SECONDS)
+        if self._waiting:
+            timeout = self._retry_seconds
         with contextlib.suppress(queue.Empty):
             item = self._to_seal.get(timeout=timeout)
             if item is None:
@@ -471,16 +567,18 @@ class Background:
         while self._waiting:
             try:
                 self._handle(self._waiting[0])
-            except OSError as error:
-                if error.errno in _NO_SPACE and not last:
-                    self._retry_seconds = min(2 * self._retry_seconds, _MOST_RETRY_SECONDS)
-                    return
-                self._give_up(self._waiting.popleft(), error)
             except BaseException as error:
-                self._give_up(self._waiting.popleft(), error)
-            else:
-                self._retry_seconds = RETRY_SECONDS
-                self._waiting.popleft()
+                if isinstance(error, OSError) and error.errno in _NO_SPACE and not last:
+                    self._lacks_space = True
+                    self._space.refuse()
+                    self._retry_seconds = min(
+                        max(RETRY_SECONDS, 2 * self._retry_seconds), _MOST_RETRY_SECONDS
+                    )
+                    return
+                self._give_up(self._waiting[0], error)
+            self._lacks_space, self._retry_seconds = False, RETRY_SECONDS
+            if isinstance(self._waiting.popleft(), JournalAppender):
+                self._journals_finished += 1
 
     def _handle(self, item: JournalAppender | SessionInfo) -> None:
         """Seal a journal, or write metadata."""
@@ -494,9 +592,95 @@ class Background:
                 sync_session_file(self.folder)
             except Exception as error:  # readers use the session's other files
                 self._note_fault("session.json could not be synced", error)
-        segment.seal(item.path)
+        self._retain(item.size)
+        entry = segment.seal(item.path, self._notable)
         self._segments_sealed += 1
+        self._note_sealed(item, entry)
         self._close(item)
+
+    def _note_sealed(self, journal: JournalAppender, entry: SealedSegment | None) -> None:
+        try:
+            if not self._retention.keeps_all:
+                self._note_segments(entry)
+            elif entry is not None:
+                self._space.add(self.folder, entry.size)
+                if self._oldest_full_step is None:
+                    self._oldest_full_step = entry.first_step
+        except Exception as error:
+            self._note_fault("the session's files could not be counted", error)
+        self._space.journals.pop(journal.path.name, None)
+
+    def _note_segments(self, entry: SealedSegment | None, replaces: Sequence[int] = ()) -> None:
+        """Know which segments there are, and what they take. Raises OSError."""
+        self._space.measure(self.folder)
+        for seq in replaces:
+            del self._entries[seq]
+        if entry is not None:
+            self._entries[entry.seq] = dataclasses.replace(entry, sums=None)
+        entries = self._entries.values()
+        self._segments_thinned = sum(e.last_seq - e.seq + 1 for e in entries if e.thinned)
+        self._oldest_full_step = min((e.first_step for e in entries if e.thinned is None), default=None)
+
+    def _retain(self, room: int = 0) -> None:
+        """Thin the session's segments until they leave so much room in the budget, and none is too old.
+
+        Once all steps are in journals, only if those could not be sealed within the budget otherwise.
+        """
+        if self._retention.keeps_all or not self._entries:
+            return
+        try:
+            self._space.refresh(self.folder)
+            while not self._accounting.ended or not self._space.fits_work:
+                todo = self._next_thinning(room)
+                if todo is None:
+                    return
+                self._thin(todo)
+        except Exception as error:
+            self._note_fault("the session could not be kept within its budget", error)
+
+    def _next_thinning(self, room: int) -> retention.Thinning | None:
+        entries = [entry for seq, entry in self._entries.items() if seq not in self._unthinnable]
+        budget = self._space.for_segments(sum(entry.size for entry in entries))
+        age = self._retention.max_age
+        return retention.next_thinning(
+            entries,
+            budget=None if budget is None else max(0, budget - room),
+            before_ns=None if age is None else time.time_ns() - int(age * 1e9),
+            reason="space" if self._space.is_volume_short else "budget",
+        )
+
+    def _thin(self, todo: retention.Thinning) -> None:
+        """Thin segments; without space for new files, in a way that needs none. Raises OSError."""
+        info = self._opened_session().info
+        try:
+            try:
+                entry = retention.thin(self.folder, info, todo)
+            except OSError as error:
+                coarser = self._thinning_without_new_files()
+                if error.errno not in _NO_SPACE or coarser is None:
+                    raise
+                todo = coarser
+                entry = retention.thin(self.folder, info, todo)
+            self._note_segments(entry, replaces=todo.seqs)
+            self._retry_seconds = 0.0  # there is space now
+        except (FormatError, FileNotFoundError) as error:  # damaged, or removed: it stays as it is
+            self._unthinnable.update(todo.seqs)
+            self._note_fault("a segment could not be thinned", error)
+            retention.remove_leftovers(self.folder, info)
+
+    def _thinning_without_new_files(self) -> retention.Thinning | None:
+        ordered = sorted(self._entries.values(), key=lambda entry: entry.seq)
+        for tier, next_tier in (
+            (Tier.FULL, Tier.MINUTES),
+            (Tier.RANKS, Tier.MINUTES),
+            (Tier.MINUTES, Tier.GONE),
+        ):
+            found = [entry.seq for entry in ordered if entry.tier is tier]
+            if tier is Tier.FULL:
+                found = found[:-1]
+            if found:
+                return retention.Thinning((found[0],), next_tier, "space")
+        return None
 
     def _give_up(self, item: JournalAppender | SessionInfo, error: BaseException) -> None:
         if isinstance(item, SessionInfo):
@@ -504,6 +688,7 @@ class Background:
             return
         # The journal stays readable and can be sealed later.
         self._segments_left_open += 1
+        self._space.leave(item)
         self._note_fault("a journal could not be sealed; readers read it unsealed", error)
         self._close(item)
 

@@ -32,6 +32,7 @@ from eplb_dump.arguments import (
     require_text,
 )
 from eplb_dump.background import Background, Limits
+from eplb_dump.budget import Retention
 from eplb_dump.encoder import LAST_MAP_INVALID
 from eplb_dump.format import __version__
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD, MAX_NUMBER, MAX_PHASE, Status, holds
@@ -78,6 +79,13 @@ class ExpertLoadWriter:
         token_replication: how many times the engine counts each token; readers divide loads by it.
         flush_interval: at most this many seconds pass until a step is in the journal.
         segment_steps, segment_bytes, segment_seconds: a segment is sealed at the first of these limits.
+        max_bytes: the most bytes that the session's folder takes, a number or a text such as ``"2G"``. Old
+            segments are thinned to stay within it: docs/operate/retention.md. None: no limit. Default:
+            EXPERT_LOAD_DUMP_MAX_BYTES.
+        max_age: steps older than this are removed, in seconds or as a text such as ``"7d"``. None: never.
+            Default: EXPERT_LOAD_DUMP_MAX_AGE.
+        min_free_bytes: with less free space on the volume, segments are thinned, too. Default:
+            EXPERT_LOAD_DUMP_MIN_FREE.
         queue_steps, queue_bytes: limits of the queue to the background thread; when it is full, new
             steps are dropped and counted.
         metrics_file: a text file with this writer's counters for node_exporter's textfile collector, written
@@ -111,6 +119,9 @@ class ExpertLoadWriter:
         segment_steps: int = 2048,
         segment_bytes: int = 128 << 20,
         segment_seconds: float = 900.0,
+        max_bytes: int | str | None = None,
+        max_age: float | str | None = None,
+        min_free_bytes: int | str | None = None,
         queue_steps: int = 512,
         queue_bytes: int = 64 << 20,
         metrics_file: str | os.PathLike[str] | None = None,
@@ -121,6 +132,11 @@ class ExpertLoadWriter:
             require_integer("segment_bytes", segment_bytes, 1, MAX_NUMBER),
             require_seconds("segment_seconds", segment_seconds),
         )
+        keep, fault = Retention.of(max_bytes, max_age, min_free_bytes), None
+        try:
+            keep = keep.or_environment()
+        except ValueError as error:  # not the engine's fault: it starts, and its volume stays safe
+            fault = str(error)
         host = socket.gethostname()
         now, monotonic = (
             time.time_ns(),
@@ -173,10 +189,13 @@ class ExpertLoadWriter:
         self._last_phase: str | None = None
         self._accounting = Accounting()
         health = None if metrics_file is None else require_path("metrics_file", metrics_file)
-        self._background = Background(root, info, self._accounting, limits, health)
+        self._background = Background(root, info, self._accounting, limits, keep, health)
         # A writer that is dropped ends like one that is closed. At exit, eplb_dump.process does that.
         weakref.finalize(self, self._background.request_close).atexit = False
-        self._background.start(OPEN_SECONDS)
+        if fault is None:
+            self._background.start(OPEN_SECONDS)
+        else:
+            self._background.stay_off(fault)
 
     @property
     def info(self) -> SessionInfo:

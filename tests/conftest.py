@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from eplb_dump import rendezvous, start
+from eplb_dump import budget, rendezvous, start
 
 if TYPE_CHECKING:
     from s3 import S3
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher's variables around the test run must not leak into what the tests write."""
-    for name in (rendezvous.RUN_ID_VARIABLE, *start.LAUNCH_VARIABLES):
+    own = budget.MAX_BYTES_VARIABLE, budget.MAX_AGE_VARIABLE, budget.MIN_FREE_VARIABLE
+    for name in (rendezvous.RUN_ID_VARIABLE, *own, *start.LAUNCH_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 

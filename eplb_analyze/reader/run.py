@@ -29,7 +29,6 @@ from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
 from eplb_analyze.sessions.discovery import Session, open_sessions, refresh_thinned
-from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
@@ -169,9 +168,9 @@ class Run:
         Raises NotInDumpError if no step of the run has the phase.
         """
         phases: dict[str, None] = {}
-        for segment in (s for session in self.sessions for s in (*session.segments, *session.retired)):
+        for segment in (segment for session in self.sessions for segment in session.segments):
             with contextlib.suppress(DamagedSegmentError):
-                phases |= dict.fromkeys(_phases_of(segment))
+                phases |= dict.fromkeys(segment.steps().phases)
             if phase in phases:
                 break
         else:
@@ -532,13 +531,6 @@ class Run:
     def terms(self, block: Block, first: int = 0, last: int | None = None) -> formulas.Terms:
         """See :meth:`Block.terms`; token replication is divided out."""
         return block.terms(self.info.token_replication, first, last)
-
-
-def _phases_of(segment: Segment) -> set[str]:
-    """The phases of a segment's steps, or of its sums per minute. Raises DamagedSegmentError."""
-    if isinstance(segment, ParquetSegment) and not segment.step_rows and segment.has_minutes:
-        return {phase for rows in segment.minutes(["phase"]) for phase in rows.phases}
-    return {*segment.steps().phases}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,10 @@ Parts = Callable[[dict[bytes, bytes]], Iterable[pa.Table]]
 ROW_GROUP_VALUES = 1 << 21
 #: How many bytes at a file's end are read to find its footer.
 FOOTER_BYTES = 64 << 10
-#: The manifest has no sums of a segment if they are larger than this.
+#: The manifest has no sums of a segment if they are larger than this, or than a share of its loads: reading
+#: those is as fast then, and the manifest stays much smaller than the segments.
 MAX_SUM_BYTES = 8 << 20
+_SUM_SHARE, _SMALL_SUM_BYTES = 1 / 8, 4 << 10
 
 
 def footer(size: int, read_at: Callable[[int, int], bytes]) -> bytes:
@@ -132,7 +134,7 @@ def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> p
     )
 
 
-def placements_table(rows: PlacementRows, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
+def _placements_table(rows: PlacementRows, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
     schema = SCHEMAS["placements"].with_metadata(metadata)
     return pa.Table.from_arrays(
         [
@@ -265,7 +267,7 @@ def _write_files(folder: Path, content: Content, notable: Notable) -> SealedSegm
         numbers = layers or content.info.layer_numbers(num_layers)
         tables.write(
             "placements",
-            lambda metadata: [placements_table(content.placements, numbers, metadata)],
+            lambda metadata: [_placements_table(content.placements, numbers, metadata)],
             len(content.placements.step),
         )
     minutes = MinutesBuilder(
@@ -291,7 +293,7 @@ def _write_files(folder: Path, content: Content, notable: Notable) -> SealedSegm
                 yield loads_table(layers[first:last], content.load_steps, load, shape.ep_size, metadata)
 
         tables.write("loads", load_parts, n * shape.num_moe_layers, loads_schema(content.load_type))
-        sums = builder.sums()
+        sums = builder.sums(tables.files["loads"].bytes)
     rows = minutes.finish()
     tables.write("minutes", lambda metadata: [rows.to_table(metadata)], len(rows))
     tables.write("steps", lambda metadata: [steps_table(steps, metadata)], len(steps.step))
@@ -324,9 +326,10 @@ class _SumBuilder:
         self._rows += [(layer, int(self._steps[edge])) for edge in edges]
         self._loads.append(np.add.reduceat(load, edges, axis=0, dtype=np.int64))
 
-    def sums(self) -> ExpertSums | None:
+    def sums(self, load_bytes: int) -> ExpertSums | None:
         """None if they are large: after so many placement changes, reading the loads is as fast."""
-        if sum(load.nbytes for load in self._loads) > MAX_SUM_BYTES:
+        most = min(MAX_SUM_BYTES, max(_SMALL_SUM_BYTES, int(load_bytes * _SUM_SHARE)))
+        if sum(load.nbytes for load in self._loads) > most:
             return None
         layer, step = (np.array(column) for column in zip(*self._rows, strict=True))
         return ExpertSums(layer.astype(np.int32), step.astype(np.int64), np.concatenate(self._loads))

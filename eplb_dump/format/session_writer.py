@@ -105,8 +105,12 @@ class SessionWriter:
         self.end_segment()
 
     def end_segment(self) -> None:
-        """Hand over the open journal, if any; the next batch opens another."""
+        """Hand over the open journal, if any; the next batch opens another, for loads of any shape."""
         self.shape = None
+        self.end_journal()
+
+    def end_journal(self) -> None:
+        """Hand over the open journal, if any; the next batch, of the same segment, opens another."""
         journal, self.journal = self.journal, None
         if journal is not None:
             self._finish(journal)

@@ -39,7 +39,7 @@ WRITER_ROWS = [
         "eplb_dump.process",
         "eplb_dump.start",
     },
-    {"eplb_dump.events", "eplb_dump.rendezvous"},
+    {"eplb_dump.budget", "eplb_dump.events", "eplb_dump.rendezvous"},
     {"eplb_dump.ring"},
     {"eplb_dump.staging"},
     {"eplb_dump.encoder"},

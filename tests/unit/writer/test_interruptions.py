@@ -402,7 +402,7 @@ def test_dropped_writer_ends_like_a_closed_one(tmp_path: Path) -> None:
 def test_close_says_that_a_journal_could_not_be_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Path) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(segment, "seal", fail)

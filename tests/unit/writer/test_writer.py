@@ -1127,7 +1127,7 @@ def test_close_and_flush_respect_timeout(tmp_path: Path, gate: threading.Event) 
 def test_journal_that_cannot_be_sealed_stays_readable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(path: Path) -> None:
+    def fail(*_: Any) -> None:
         raise OSError("no room")
 
     with open_writer(tmp_path, segment_steps=2) as writer:
