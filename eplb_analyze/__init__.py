@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.ranks import rank_report as rank_report
     from eplb_analyze.analysis.rearrangements import RearrangementReport as RearrangementReport
     from eplb_analyze.analysis.rearrangements import rearrangement_report as rearrangement_report
-    from eplb_analyze.analysis.summary import Summary as Summary
     from eplb_analyze.analysis.summary import summarize as summarize
-    from eplb_analyze.analysis.timeline import Timeline as Timeline
+    from eplb_analyze.analysis.summary_report import Summary as Summary
     from eplb_analyze.analysis.timeline import timeline as timeline
+    from eplb_analyze.analysis.timeline_report import Timeline as Timeline
     from eplb_analyze.analysis.traffic import TrafficReport as TrafficReport
     from eplb_analyze.analysis.traffic import traffic_report as traffic_report
     from eplb_analyze.errors import AnalyzeError as AnalyzeError

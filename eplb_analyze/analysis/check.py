@@ -24,7 +24,7 @@ from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.text import listed
 from eplb_dump.format.journal import Int32, Int64, Shape
-from eplb_dump.format.schema import EMPTY_SLOT
+from eplb_dump.format.schema import EMPTY_SLOT, MINUTES_SCHEMA
 
 #: Clocks of one cluster are set closer than this; ranks also take a step at slightly different times.
 SKEW_SECONDS = 2.0
@@ -195,13 +195,16 @@ def _check_minutes(run: Run) -> list[Finding]:
         for segment in (*session.retired, *session.segments):
             if not isinstance(segment, ParquetSegment) or not run.readable(segment, "minutes"):
                 continue
-            minutes = segment.minutes()
-            if minutes is None:
+            if not segment.has_minutes:
                 continue
-            right = int(minutes["recorded"].sum()) == segment.recorded
+            recorded, sums = 0, np.int64(0)
+            for rows in segment.minutes(MINUTES_SCHEMA.names):  # which checks every checksum
+                recorded += int(rows["recorded"].sum())
+                sums = sums + rows["rank_load"].sum(axis=0)
+            right = recorded == segment.recorded
             if right and segment.shape is not None and segment.step_rows and run.readable(segment):
-                sums = minutes["rank_load"].sum(axis=0).reshape(segment.shape.num_moe_layers, -1)
-                right = np.array_equal(sums, _rank_sums(segment, segment.shape))
+                layers = segment.shape.num_moe_layers
+                right = np.array_equal(sums.reshape(layers, -1), _rank_sums(segment, segment.shape))
             if not right:
                 odd.append(segment.file_path("minutes"))
     text = "the sums per minute do not match the steps, in "

@@ -247,14 +247,27 @@ def _estimated(cost: RunCost, gpu: str, found: dict[str, Estimate] | str) -> Run
 
 def measured_cost(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
     """The cost that the times of a sample's steps show, without estimates; see :func:`cost_of`."""
+    first = run.step_range[0] or 0
+    changes = [step for step in run.load_history().changes if step > first] if len(sample.step) else []
     timings = run.timings if timings is None else timings
+    return cost_of_steps(sample, changes, timed=run.info.timed, timings=timings)
+
+
+def cost_of_steps(
+    sample: CostSample, changes: Sequence[int], *, timed: bool, timings: StepTimes | None = None
+) -> RunCost:
+    """The cost that the times of a sample's steps show, without estimates.
+
+    Args:
+        changes: the steps at which the placement changed.
+        timed: whether the run's clock times are those of its engine.
+        timings: step times that another program measured.
+    """
     if not len(sample.step):
         return _unknown(f"fewer than {MIN_STEPS} steps are complete")
-    first = run.step_range[0] or 0
-    changes = [step for step in run.load_history().changes if step > first]
     pauses = beside(sample.step, np.array(changes, np.int64))
     basis, ms = _times(sample, timings)
-    if basis == "host" and not run.info.timed:
+    if basis == "host" and not timed:
         return _unknown(NO_TIMES)
     fits: list[tuple[str, Bool, Cost]] = []
     for name, mask in phases_of(sample.phase, sample.per_slot):

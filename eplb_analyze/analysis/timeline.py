@@ -2,69 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
-from eplb_analyze.json_report import RunReport
+from eplb_analyze.analysis.timeline_report import DEFAULT_BINS, IDLE_FRACTION, NAMES, Bin, Stretch, Timeline
 from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import blocks_by_configuration, estimate_notes
+from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
-
-IDLE_FRACTION = "idle_fraction"
-NAMES = (*FORMULAS, ACTIVE_EXPERTS.name, IDLE_FRACTION)
-DEFAULT_BINS = 100
-
-
-@dataclass(frozen=True)
-class Bin:
-    """A range of steps; the figures are None if none of them is complete and active."""
-
-    first_step: int
-    last_step: int
-    #: The number of steps that the figures are over.
-    steps: int
-    mean: float | None
-    min: float | None
-    max: float | None
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A stretch of steps of one shape."""
-
-    first_step: int
-    last_step: int
-    ep_size: int
-    num_physical_experts: int
-
-
-@dataclass(frozen=True)
-class Timeline(RunReport):
-    formula: str
-    #: The model's number of the layer; None for all layers.
-    layer: int | None
-    steps: Completeness
-    #: Ranks that all steps lack: the figures are estimates, by the loads of the others.
-    missing_ranks: list[int]
-    mean: float | None
-    min: float | None
-    max: float | None
-    bins: list[Bin]
-    #: The first step of each; of one layer, the steps at which its placement changed.
-    rearrangements: list[int]
-    configurations: list[Stretch]
-    notes: list[str] = field(default_factory=list)
-
-    def frame(self) -> pl.DataFrame:
-        """One row per bin: first_step, last_step, steps, mean, min, max."""
-        schema = dict.fromkeys(("first_step", "last_step", "steps"), pl.Int64)
-        schema |= dict.fromkeys(("mean", "min", "max"), pl.Float64)  # type: ignore[arg-type]
-        return pl.DataFrame(list(map(asdict, self.bins)), schema=schema)
 
 
 class _Bins:
@@ -103,6 +52,7 @@ def timeline(
     bins: int = DEFAULT_BINS,
     layer: int | None = None,
     steps: tuple[int, int] | None = None,
+    tier: Literal["steps", "minutes"] | None = None,
 ) -> Timeline:
     """A formula over the complete steps of a run, in bins of equally many steps.
 
@@ -113,6 +63,7 @@ def timeline(
         bins: how many; with fewer steps, each step is a bin.
         layer: the model's number of a layer, to look at it alone.
         steps: a half-open range.
+        tier: what figures are from; default the sums per minute if not all of the steps are kept.
 
     A bin's mean is over its steps that have an active layer; of the idle fraction it is weighted by
     the steps' tokens, so that one bin of a whole run is the run's figure.
@@ -127,6 +78,10 @@ def timeline(
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     index = None if layer is None else run.layer_index(layer)
+    if from_minutes(run, steps, tier):
+        from eplb_analyze.analysis.timeline_minutes import timeline_of_minutes
+
+        return run.retry_without_damaged(lambda: timeline_of_minutes(run, formula, bins, index, steps))
     return run.retry_without_damaged(lambda: _timeline(run, formula, bins, index, steps))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eplb_analyze.analysis.summary import summary_of
+from eplb_analyze.analysis.summary import summarize, summary_of
 from eplb_analyze.analysis.summary_sums import SummarySums, bins_of, sums_of
 from eplb_analyze.atomic import whole_file
 from eplb_analyze.batch.cache import ResultCache
@@ -22,6 +22,7 @@ from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, Finding
 from eplb_analyze.json_report import with_times
 from eplb_analyze.metrics.losses import Bins
+from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.sessions.step_range import StepRange
 
@@ -71,6 +72,10 @@ def run_task(task: RunTask) -> RunResult:
             return _finish(target, run, task.merged)
         if task.part is not None:
             return _read_part(run, *task.part)
+        if from_minutes(run, None):
+            summary = summarize(run)  # sums per minute of a long time take as long as some thousand steps
+            document = with_times(summary.to_json(), run.clock.iso)
+            return RunResult(row_of(target.dump, run, None, summary), document)
         ranges = run.parts()
         if len(ranges) > 1:
             bins = bins_of(run)

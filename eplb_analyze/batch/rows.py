@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from eplb_analyze.analysis.findings import step_findings, summary_findings
-from eplb_analyze.analysis.incidents import Incident, excess_tokens
+from eplb_analyze.analysis.incidents import excess_tokens
 from eplb_analyze.analysis.rearrangements import verdicts
-from eplb_analyze.analysis.summary import Summary
+from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.formulas import Float64
@@ -82,7 +82,8 @@ class Row(Report):
     worst_rank: int | None = None
     worst_rank_share: float | None = None
     #: How many incidents, and the worst of them: the one with the most tokens for which ranks waited longer.
-    incidents: int = 0
+    #: None if no step is kept to look for them.
+    incidents: int | None = 0
     #: The cause of the worst incident, as in `summary`.
     incident_cause: str | None = None
     #: The layer of that incident; null for a rank across layers.
@@ -116,6 +117,8 @@ class Row(Report):
     faults: list[str] = field(default_factory=list)
     #: The engine's configuration, by dotted names.
     config: dict[str, Any] = field(default_factory=dict)
+    #: What the figures are from, as in `summary`: `steps`, or sums over `minutes` if not all steps are kept.
+    tier: str | None = None
     #: (sum of balancedness, number of steps) of consecutive steps; for comparisons, not for the table.
     series: list[tuple[float, int]] = field(default_factory=list)
     #: Balancedness minus the baseline's, with its confidence interval.
@@ -147,33 +150,32 @@ def broken_row(dump: str, run_id: str, model: str, reason: str) -> Row:
     return Row(dump, run_id, model, "broken", reason)
 
 
-def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
-    """The row of a run; ``summary`` is what ``sums`` add up to."""
+def row_of(dump: str, run: Run, sums: SummarySums | None, summary: Summary) -> Row:
+    """The row of a run; ``summary`` is what ``sums`` add up to, None if it is from sums per minute."""
     info, steps, loss = run.info, summary.steps, summary.loss
     findings = [f for f in summary_findings(run, steps) if f.severity != "info"]
     errors = [f for f in findings if f.severity == "error"]
     recorded = sum(c.recorded for c in summary.configurations)
     balance = summary.spreads["balancedness"]
-    ms = np.concatenate([np.empty(0), *sums.step_ms])
-    step_seconds = float(np.median(ms)) / 1e3 if len(ms) and info.timed else None
+    step_seconds = _step_seconds(sums, summary) if info.timed else None
     known = [layer for layer in summary.layers if layer.balancedness is not None]
     worst = min(known, key=lambda layer: layer.balancedness or 0.0) if known else None
     costliest = loss.ranks[0] if loss is not None and loss.ranks and loss.tokens else None
     cost = summary.cost.ms_per_step
     faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
     span = run.clock.span
-    balances = np.concatenate(sums.values["balancedness"])
     judged = [
         figures.verdict
         for figures in verdicts(
             run,
             (
                 (stretch.shape, np.concatenate(stretch.steps), np.concatenate(stretch.values))
-                for stretch in sums.configurations
+                for stretch in (sums.configurations if sums is not None else ())
                 if stretch.recorded
             ),
         )
     ]
+    active, series = _balancedness_over_time(sums, summary)
     return Row(
         dump=dump,
         run_id=info.run_id,
@@ -191,7 +193,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         num_logical_experts=info.num_logical_experts,
         num_physical_experts=info.num_physical_experts,
         steps=recorded,
-        active_steps=int(np.count_nonzero(~np.isnan(balances))),
+        active_steps=active,
         incomplete_steps=steps.should_be_recorded - recorded,
         missing_ranks=len(summary.missing_ranks),
         step_seconds=step_seconds,
@@ -208,7 +210,7 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         worst_layer=None if worst is None else worst.layer,
         worst_rank=None if costliest is None else costliest.rank,
         worst_rank_share=None if costliest is None else costliest.share,
-        **_worst_incident(summary.incidents),
+        **_worst_incident(summary),
         rearrangements=len(judged),
         judged=sum(verdict not in ("not measured", "elastic") for verdict in judged),
         helped=judged.count("helped"),
@@ -217,14 +219,37 @@ def row_of(dump: str, run: Run, sums: SummarySums, summary: Summary) -> Row:
         no_op=judged.count("no-op"),
         faults=sorted(faults),
         config=run.engine_config,
-        series=_series(balances),
+        series=series,
+        tier=summary.tier,
     )
 
 
-def _worst_incident(incidents: list[Incident]) -> dict[str, Any]:
+def _step_seconds(sums: SummarySums | None, summary: Summary) -> float | None:
+    """The median time from one step to the next."""
+    if sums is None:
+        ms = None if summary.rollup is None else summary.rollup.step_ms
+        return None if ms is None or ms.p50 is None else ms.p50 / 1e3
+    known = np.concatenate([np.empty(0), *sums.step_ms])
+    return float(np.median(known)) / 1e3 if len(known) else None
+
+
+def _balancedness_over_time(
+    sums: SummarySums | None, summary: Summary
+) -> tuple[int, list[tuple[float, int]]]:
+    """The number of steps with tokens, and a row's series."""
+    if sums is None:
+        series = [] if summary.rollup is None else summary.rollup.series
+        return sum(count for _, count in series), series
+    balances = np.concatenate(sums.values["balancedness"])
+    return int(np.count_nonzero(~np.isnan(balances))), _series(balances)
+
+
+def _worst_incident(summary: Summary) -> dict[str, Any]:
     """The fields of a row about incidents."""
+    incidents = summary.incidents
     if not incidents:
-        return {}
+        unknown = summary.rollup is not None and summary.rollup.searched is None
+        return {"incidents": None if unknown else 0}
     worst = max(incidents, key=excess_tokens)
     return {
         "incidents": len(incidents),

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
 import typer
 
@@ -84,6 +84,17 @@ class GpuName(str, enum.Enum):
 class Grouping(str, enum.Enum):
     rank = "rank"
     node = "node"
+
+
+class TierName(str, enum.Enum):
+    """What figures are from: :mod:`eplb_analyze.reader.rolled_up`."""
+
+    steps = "steps"
+    minutes = "minutes"
+
+
+def tier_name(tier: TierName | None) -> Literal["steps", "minutes"] | None:
+    return None if tier is None else tier.value
 
 
 # Which run, and what of it.
@@ -203,6 +214,15 @@ Phase = Annotated[
 ]
 Step = Annotated[int | None, typer.Option("--step", help="Select one step.", metavar="N", parser=parse_step)]
 Layer = Annotated[int | None, typer.Option("--layer", metavar="N", help="Show one layer; default: all.")]
+
+Tier = Annotated[
+    TierName | None,
+    typer.Option(
+        "--tier",
+        help="Compute figures from steps, or from sums per minute; default: minutes if steps of the range "
+        "are no longer kept.",
+    ),
+]
 
 # What a step took, for the cost in milliseconds.
 Timings = Annotated[

@@ -71,7 +71,7 @@ RANK_METRICS: dict[str, tuple[Kind, str]] = {
     "eplb_recorder_behind_steps": ("gauge", "Steps that the rank is behind the rank with the newest step."),
     "eplb_recorder_stopped": (
         "gauge",
-        "1 if the rank's recording stopped although other ranks' went on, else 0.",
+        "1 if the rank's recording stopped although other ranks' continues, else 0.",
     ),
     "eplb_recorder_closed": ("gauge", "1 if the rank's writer was closed, else 0."),
     "eplb_recorder_disk_bytes": ("gauge", "Bytes of the rank's files of this run."),

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from eplb_analyze.analysis.cost import RunCost, cost_of
-from eplb_analyze.errors import AnalyzeError, DumpError, NotInDumpError
+from eplb_analyze.analysis.cost import RunCost
+from eplb_analyze.errors import DumpError, NotInDumpError
 from eplb_analyze.live.metric_families import (
     Family,
     MetricsReport,
@@ -19,11 +19,8 @@ from eplb_analyze.live.metric_families import (
 from eplb_analyze.live.snapshot import Snapshot
 from eplb_analyze.live.totals import Totals
 from eplb_analyze.live.watch import Follower
-from eplb_analyze.reader.run import open_run
 from eplb_dump.format.schema import RANK_PREFIX, SESSION_PREFIX
 
-#: The cost of imbalance is fitted to so many of the newest steps.
-COST_STEPS = 2000
 #: What takes long is done at most so often, and takes at most so large a share of the time.
 RARELY_SECONDS, RARELY_SHARE = 15.0, 0.02
 #: Files that grow have names that end like this.
@@ -87,7 +84,7 @@ class Sidecar:
             self._cost = None
         if self._cost_due and newest != self._cost_of and is_current(look):
             with self._cost_due:
-                self._cost, self._cost_of = self._compute_cost(look), newest
+                self._cost, self._cost_of = self.totals.cost(), newest
         return look
 
     def read_once(self) -> MetricsReport:
@@ -96,17 +93,6 @@ class Sidecar:
         self._looks = 1
         self._publish(look)
         return MetricsReport(look.run_id, look.model, self.families)
-
-    def _compute_cost(self, look: Snapshot) -> RunCost | None:
-        if look.newest_step is None:
-            return None
-        try:
-            run = open_run(self._dump, self._run, self._model)
-            if run.info.run_id != look.run_id:
-                return None
-            return cost_of(run, (max(0, look.newest_step + 1 - COST_STEPS), look.newest_step + 1))
-        except (AnalyzeError, OSError):  # the next look says what is wrong
-            return None
 
     def _publish(self, look: Snapshot | None) -> None:
         self.state = SidecarState(

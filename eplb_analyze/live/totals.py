@@ -6,25 +6,24 @@ run is read again, because another engine start turned up under its run id.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.live.alerts import Alert, replaces
+from eplb_analyze.live.recent_steps import RecentSteps
 from eplb_analyze.live.window import BALANCEDNESS, CompleteSteps
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
 from eplb_analyze.metrics.pauses import MARGIN, NEIGHBORS, Neighborhoods
 from eplb_analyze.reader.placements import PlacementHistory
-from eplb_dump.format.journal import Int64, StepRows
+from eplb_dump.format.journal import StepRows
 from eplb_dump.format.schema import Status
 from eplb_dump.format.session import SessionInfo
 
 IMBALANCE = FORMULAS["imbalance"]
-#: So many of the newest steps are kept, to measure the pause of a rearrangement among them.
-KEPT_STEPS = 4096
 #: So many of the newest incidents are remembered.
 KNOWN_INCIDENTS = 64
 
@@ -81,16 +80,16 @@ class Totals:
         self._steps_until = -1
         self._rows_floor: dict[str, int] = {}
         self._steps_floor = -1
-        #: Step, time and phase of the kept steps.
-        self._steps: list[tuple[Int64, Int64, Int64]] = []
+        self._recent: RecentSteps | None = None
+        self._changes: list[int] = []
         self._forget()
 
     def follow(self, info: SessionInfo) -> None:
         """Reading starts, or starts over, with this run."""
         run = info.run_id, info.model
+        self._recent = RecentSteps(info)
         if run == self._run:
             self._rows_floor, self._steps_floor = dict(self._rows_until), self._steps_until
-            self._steps = []
             return
         self._run = run
         self.runs += 1
@@ -98,16 +97,15 @@ class Totals:
         self._steps_until = self._steps_floor = -1
         self._forget()
 
-    def restart(self) -> None:
+    def restart(self, info: SessionInfo) -> None:
         """A rank counts its steps from the beginning again."""
+        self._recent = RecentSteps(info)
         self._forget()
 
     def _forget(self) -> None:
         self._incidents: list[Alert] = []
         #: The last rearrangement that was counted, and the last one whose pause was looked at.
         self._rearranged = self._measured = -1
-        self._steps = []
-        self._phases: dict[str, int] = {}
 
     def add_rows(self, info: SessionInfo, rows: StepRows) -> None:
         """Count the rows of a rank's batch."""
@@ -127,8 +125,8 @@ class Totals:
 
     def add_steps(self, news: CompleteSteps) -> None:
         """Count steps that became complete."""
-        codes = [self._phases.setdefault(name, len(self._phases)) for name in news.phases]
-        self._steps.append((news.step, news.time_ns, np.array([*codes, -1], np.int64)[news.phase]))
+        assert self._recent is not None
+        self._recent.add(news)
         new = np.flatnonzero(news.time_ns > self._steps_floor)
         if not len(new):
             return
@@ -159,13 +157,17 @@ class Totals:
         changes = history.rearrangements()
         self.rearrangements += sum(change.first_step > self._rearranged for change in changes)
         self._rearranged = max([self._rearranged, *(change.first_step for change in changes)])
-        waiting = [change for change in changes if change.first_step > self._measured]
-        if not self._steps:
-            return
-        newest = int(self._steps[-1][0][-1])
-        due = [c for c in waiting if ended or newest > c.last_step + MARGIN + NEIGHBORS]
+        self._changes = history.changes
+        assert self._recent is not None
+        newest = self._recent.last
+        due = [
+            change
+            for change in changes
+            if change.first_step > self._measured
+            and (ended or newest > change.last_step + MARGIN + NEIGHBORS)
+        ]
         if due:
-            step, ms, kind = self._durations()
+            step, ms, kind = self._recent.durations()
             every = np.array(history.changes, np.int64)
             around = Neighborhoods(step, ms, kind, every)
             for change in due:
@@ -174,20 +176,7 @@ class Totals:
                 if isinstance(pause, Interval):
                     self.pauses.add(np.array([pause.value / 1e3]))
                 self._measured = change.first_step
-        if not waiting or due:
-            self._trim()
 
-    def _durations(self) -> tuple[Int64, Float64, Int64]:
-        """Step, time since the step before in ms (NaN if that is not known), and phase of the kept steps."""
-        step, time_ns, kind = (np.concatenate(column) for column in zip(*self._steps, strict=True))
-        step, order = np.unique(step, return_index=True)
-        time_ns, kind = time_ns[order], kind[order]
-        ms = np.full(len(step), math.nan)
-        ms[1:] = np.where(np.diff(step) == 1, np.diff(time_ns) / 1e6, math.nan)
-        return step, ms, kind
-
-    def _trim(self) -> None:
-        """Forget steps that no pause needs any more."""
-        excess = sum(len(step) for step, _, _ in self._steps) - KEPT_STEPS
-        while self._steps and excess >= len(self._steps[0][0]):
-            excess -= len(self._steps.pop(0)[0])
+    def cost(self) -> RunCost | None:
+        """What imbalance costs in the newest steps; None if no run was read."""
+        return None if self._recent is None else self._recent.cost(self._changes)

@@ -53,7 +53,7 @@ class Follower:
 
     Attributes:
         notes: messages for the user about which run was chosen.
-        totals: counts over all runs that were followed.
+        totals: counts over all runs that were followed; None if nobody wants them.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Follower:
         self._path, self._run, self._model = local(path, "`watch`"), run, model
         self._root = _absolute(self._path)
         self._limit = window
-        self.totals = Totals() if totals is None else totals
+        self.totals = totals
         #: The monotonic time at which data was last appended.
         self._appended_at: float | None = None
         self._looked = False
@@ -122,7 +122,8 @@ class Follower:
         self._runs = {folder.name for folder in started}
         self._window = Window(self._limit, self._info.scope, self._info.token_replication)
         self._forget()
-        self.totals.follow(self._info)
+        if self.totals is not None:
+            self.totals.follow(self._info)
         self._known = {folder for folder, _ in sessions} | {_absolute(folder) for folder in chosen.others}
         #: The newest session of each rank, and whether a session of another engine start was seen.
         self._newest = {info.ep_rank: info for _, info in sessions}
@@ -208,7 +209,8 @@ class Follower:
         for news in window.take_news():
             self._experts.add(news, self._placements.layers, recent)
             self._alerts.add(news)
-            self.totals.add_steps(news)
+            if self.totals is not None:
+                self.totals.add_steps(news)
         self._experts.trim(window.first_step, recent)
 
     def _first_recent(self) -> int:
@@ -223,10 +225,12 @@ class Follower:
             found_new |= bool(len(batch.rows.step))
             restarts = self._window.restarts
             if self._window.add(session.info, batch):
-                self.totals.add_rows(session.info, batch.rows)
+                if self.totals is not None:
+                    self.totals.add_rows(session.info, batch.rows)
                 if self._window.restarts > restarts:
                     self._forget()
-                    self.totals.restart()
+                    if self.totals is not None:
+                        self.totals.restart(self._info)
                 for rows in batch.placements:
                     self._placements.add(rows)
             elif len(batch.rows.step):
@@ -258,8 +262,9 @@ class Follower:
         history = self._placements.history(window.lost)
         alerts = self._alerts.look(history, window.lost)
         closed = any(w.closed for w in writers) and all(w.closed or w.lost for w in writers)
-        self.totals.add_alerts(alerts)
-        self.totals.add_rearrangements(history, closed)
+        if self.totals is not None:
+            self.totals.add_alerts(alerts)
+            self.totals.add_rearrangements(history, closed)
         return Snapshot(
             run_id=info.run_id,
             model=info.model,

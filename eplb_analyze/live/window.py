@@ -136,6 +136,8 @@ class CompleteSteps:
     Attributes:
         step: int64 ``[n]``, ascending.
         time_ns: int64 ``[n]``, clock times, ns since 1970.
+        clock_ns: int64 ``[n]``, of one rank's monotonic clock.
+        step_ms, device_ms: float64 ``[n]``, what the engine and the device recorded; NaN if unknown.
         terms: the terms of the formulas.
         load: integers ``[n, layers, slots]``, the tokens of each slot; None if only those of ranks are known.
         rank_load: int64 ``[n, layers, ep_size]``, the tokens of each rank.
@@ -144,6 +146,9 @@ class CompleteSteps:
 
     step: Int64
     time_ns: Int64
+    clock_ns: Int64
+    step_ms: Float64
+    device_ms: Float64
     terms: Terms
     load: npt.NDArray[Any] | None
     rank_load: Int64
@@ -326,9 +331,20 @@ class Window:
             load, by_rank = _stacked(sums, self.shape.num_physical_experts)
             terms = Terms.of(by_rank, self._token_replication, serving(self.shape))
             self._complete.append((steps, terms))
-            time_ns, phase = rows.time_ns[complete], rows.phase[complete]
             self._news.append(
-                CompleteSteps(steps, time_ns, terms, load, by_rank, phase, rows.phases, self.shape)
+                CompleteSteps(
+                    steps,
+                    rows.time_ns[complete],
+                    rows.clock_ns[complete],
+                    rows.step_ms[complete],
+                    rows.device_ms[complete],
+                    terms,
+                    load,
+                    by_rank,
+                    rows.phase[complete],
+                    rows.phases,
+                    self.shape,
+                )
             )
             self._series.append((steps, BALANCEDNESS.of(terms)))
         waiting = recorded & ~complete

@@ -330,6 +330,8 @@ class Spread:
     min_step: int | None
     max: float | None
     max_step: int | None
+    #: The most that a percentile can be wrong, if it is from sums per minute; null: percentiles are exact.
+    percentile_error: float | None = None
 
     @classmethod
     def of(cls, values: Float64, steps: npt.NDArray[np.int64]) -> Spread:

@@ -8,6 +8,8 @@ whose clock is wrong by minutes nor a clock that is set back during a session ha
 Between two sessions the clocks can be set back. Then times occur twice: a range of times holds the steps of
 both, from the first step at or after its beginning to the last one at or before its end.
 
+Of steps that are no longer kept, the times are those of the first and the last step of each minute.
+
 Reads only two columns of the ``steps`` tables, of the segments that are needed; memory does not grow with
 the run, except by some numbers per segment.
 """
@@ -73,7 +75,7 @@ class RunClock:
         sources = [
             Source.of(session, number, segment)
             for number, session in enumerate(sessions)
-            for segment in session.segments
+            for segment in (*session.retired, *session.segments)
             if segment.last_step >= 0
         ]
         self._groups = [_some_ranks(group) for group in overlapping_segments(sources)]

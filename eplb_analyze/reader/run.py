@@ -29,6 +29,7 @@ from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
 from eplb_analyze.sessions.discovery import Session, open_sessions, refresh_thinned
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
@@ -168,9 +169,9 @@ class Run:
         Raises NotInDumpError if no step of the run has the phase.
         """
         phases: dict[str, None] = {}
-        for segment in (segment for session in self.sessions for segment in session.segments):
+        for segment in (s for session in self.sessions for s in (*session.segments, *session.retired)):
             with contextlib.suppress(DamagedSegmentError):
-                phases |= dict.fromkeys(segment.steps().phases)
+                phases |= dict.fromkeys(_phases_of(segment))
             if phase in phases:
                 break
         else:
@@ -531,6 +532,13 @@ class Run:
     def terms(self, block: Block, first: int = 0, last: int | None = None) -> formulas.Terms:
         """See :meth:`Block.terms`; token replication is divided out."""
         return block.terms(self.info.token_replication, first, last)
+
+
+def _phases_of(segment: Segment) -> set[str]:
+    """The phases of a segment's steps, or of its sums per minute. Raises DamagedSegmentError."""
+    if isinstance(segment, ParquetSegment) and not segment.step_rows and segment.has_minutes:
+        return {phase for rows in segment.minutes(["phase"]) for phase in rows.phases}
+    return {*segment.steps().phases}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

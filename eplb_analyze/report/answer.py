@@ -13,7 +13,7 @@ from eplb_analyze.analysis.cost import TIMES, PhaseCost, RunCost
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
-from eplb_analyze.analysis.summary import warnings
+from eplb_analyze.analysis.summary_report import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.completeness import Completeness
@@ -21,7 +21,7 @@ from eplb_analyze.reader.join import StepState
 from eplb_analyze.text import clean, command_line, duration, figure, listed, milliseconds, percent, plural
 
 if TYPE_CHECKING:
-    from eplb_analyze.analysis.summary import Loss, Summary
+    from eplb_analyze.analysis.summary_report import Loss, Rollup, Summary
     from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.run_info import RunInfo
 
@@ -32,6 +32,7 @@ TITLES = {
     "imbalanced": "IMBALANCED",
     "eplb_never_acted": "EPLB NEVER ACTED",
     "incomplete_data": "INCOMPLETE DATA",
+    "not_known": "BALANCE OF STEPS NOT KNOWN",
     "rank_lost": "RANK LOST",
 }
 #: The command that tells more about a verdict.
@@ -41,6 +42,8 @@ SHOWN_WORST = 3
 #: A cost below the first share of the step time makes no engine noticeably slower; one above the second is a
 #: large part of that time.
 EXPLAINS_LITTLE, LARGE_PART = 0.05, 0.1
+#: The figure of sums per minute if each rank wrote its own; it is never called balancedness alone.
+SUMMED_BALANCEDNESS = "balancedness of loads summed per minute"
 #: What else makes an engine slow.
 ELSEWHERE = "queueing, KV cache, prefill, network"
 
@@ -84,9 +87,12 @@ Paste = Callable[[str], str]
 def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) -> Answer:
     """The answer about a run; ``paste`` may add to commands which run they are about."""
     verdict, spread = summary.verdict, summary.spreads["balancedness"]
-    figures = ""
+    figures, rollup = "", summary.rollup
     if spread.mean is not None:
-        figures = f"balancedness {figure(spread.mean)} (5th percentile {figure(spread.p5)})"
+        error = "" if spread.percentile_error is None else f" ±{figure(spread.percentile_error)}"
+        figures = f"balancedness {figure(spread.mean)} (5th percentile {figure(spread.p5)}{error})"
+    elif rollup is not None and rollup.summed is not None and rollup.summed.balancedness is not None:
+        figures = f"{SUMMED_BALANCEDNESS} {figure(rollup.summed.balancedness)}"
     found = warnings(summary)
     pauses, costly = _pauses(summary, paste), _pauses_are_costly(summary)
     return Answer(
@@ -95,6 +101,7 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
         warnings=[f"{TITLES[kind]}: {text}" for kind, text in found],
         sentences=[
             *([] if figures or found else [verdict.rule]),
+            *_rolled_up(summary),
             *(_judged(summary) if figures else []),
             *(pauses if costly else []),
             *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
@@ -105,6 +112,60 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
         evidence=_evidence(summary, paste),
         incidents=[told(incident, summary, clock, paste) for incident in summary.incidents],
     )
+
+
+def source(summary: Summary, clock: RunClock) -> str | None:
+    """That figures are from sums per minute, of which minutes, and what is kept; None if from steps."""
+    rollup = summary.rollup
+    if rollup is None:
+        return None
+    count = plural(rollup.minutes, "minute")
+    times = [clock.text(edge)[:-3] for edge in (rollup.first_minute, rollup.last_minute)]
+    if rollup.selected:
+        count = count.replace(" ", " whole ")
+    kept = [
+        f"{what} {clock.text(time)}{on}"
+        for what, time, on in (
+            ("as steps from", rollup.steps_since, " on"),
+            ("as minutes from", rollup.minutes_since, " on"),
+            ("nothing of some before", rollup.gone_until, ""),
+        )
+        if time is not None
+    ]
+    return (
+        f"figures are from sums per minute, {count} from {times[0]} to {times[1]}; the run is kept "
+        f"{', '.join(kept) or 'as steps'}"
+    )
+
+
+def searched(summary: Summary, clock: RunClock) -> str | None:
+    """Where incidents were looked for, if not in all steps."""
+    rollup = summary.rollup
+    if rollup is None:
+        return None
+    if rollup.searched is None:
+        return "incidents are not known: sums per minute do not show them, and no step was read"
+    return f"incidents are looked for only where steps are kept: {clock.range_label(*rollup.searched)}"
+
+
+def _rolled_up(summary: Summary) -> list[str]:
+    """What else sums per minute show, and what they do not."""
+    rollup = summary.rollup
+    if rollup is None:
+        return []
+    found = []
+    if rollup.summed is not None and rollup.summed.idle_at_least is not None:
+        found.append(
+            "Each rank wrote its own sums, which show only persistent imbalance: in single steps tokens are "
+            f"less balanced, and the idle fraction is at least {_percent(rollup.summed.idle_at_least)}."
+        )
+    ms = rollup.step_ms
+    if ms is not None:
+        median = ""
+        if ms.p50 is not None and ms.percentile_error is not None:
+            median = f" (median {milliseconds(ms.p50)} ±{ms.percentile_error:.2g})"
+        found.append(f"From step to step, {milliseconds(ms.mean)} passed on average{median}.")
+    return found
 
 
 def heading(info: RunInfo) -> tuple[str, str]:
@@ -287,7 +348,12 @@ def _recoverable(summary: Summary) -> list[str]:
         return [f"{too_few_steps(loss)}{where}."]
     most = _percent(loss.persistent_share, 0)
     text = f"Better placement can remove at most {most} of the imbalance in tokens{where}"
-    return [f"{text}; the rest varies from step to step." if loss.persistent_share < 0.995 else f"{text}."]
+    return [f"{text}; the rest varies {varies(summary)}." if loss.persistent_share < 0.995 else f"{text}."]
+
+
+def varies(summary: Summary) -> str:
+    """How that part of the imbalance varies which no placement can remove."""
+    return "from step to step" if summary.rollup is None else "within a minute"
 
 
 def too_few_steps(loss: Loss) -> str:
@@ -364,8 +430,24 @@ def _evidence(summary: Summary, paste: Paste) -> list[tuple[str, str]]:
             shares = [(r.rank, _percent(r.share, 0)) for r in loss.ranks[:SHOWN_WORST] if r.share]
             ranks = _first_in_full(shares, "{} of the excess tokens: those above the mean rank's")
             found.append(("ranks", f"{'the others wait for' if waits else 'most tokens:'} rank {ranks}"))
+    if summary.rollup is not None:
+        # The others read steps; where none is kept, they have nothing to say.
+        return [*found, *_summed_evidence(summary.rollup)]
     command = NEXT_COMMANDS.get(verdict)
     return found if command is None else [*found, ("next", paste(command))]
+
+
+def _summed_evidence(rollup: Rollup) -> list[tuple[str, str]]:
+    """The layers that stay imbalanced, and their ranks, of loads summed per minute."""
+    if rollup.summed is None or not rollup.summed.layers:
+        return []
+    worst = rollup.summed.layers[:SHOWN_WORST]
+    layers = _first_in_full([(la.layer, figure(la.balancedness)) for la in worst], "{}, summed per minute")
+    ranks = listed([f"{la.worst_rank} in layer {la.layer}" for la in worst if la.worst_rank is not None])
+    return [
+        ("layers", f"least balanced: {layers}"),
+        *([("ranks", f"most tokens: rank {ranks}")] if ranks else []),
+    ]
 
 
 def _first_in_full(figures: list[tuple[int, str]], meaning: str) -> str:

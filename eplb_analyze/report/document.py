@@ -20,7 +20,8 @@ from eplb_analyze.analysis.experts import ExpertReport, expert_report
 from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
-from eplb_analyze.analysis.summary import incomplete, summarize
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.summary_report import incomplete
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.json_report import as_json
@@ -82,14 +83,20 @@ def report_document(
         NotInDumpError: no step of the run is in the range.
     """
     summary = summarize(run, steps)
-    changes = rearrangement_report(run, steps, cost=summary.cost if steps is None else None)
-    notes = list(changes.notes)
+    rolled_up = summary.rollup is not None
+    # With sums per minute only, rearrangements are judged where their steps are kept.
+    of_changes = None if rolled_up else steps
+    changes = rearrangement_report(run, of_changes, cost=summary.cost if steps is None else None)
+    searched = answer.searched(summary, run.clock)
+    about: list[str | None] = [answer.source(summary, run.clock), searched]
+    notes = [f"{note[0].upper()}{note[1:]}." for note in about if note is not None] + changes.notes
     figures: dict[str, Any] = {}
     packed: dict[str, Any] | None = None
     experts = None
-    if summary.spreads["balancedness"].mean is not None or (
+    has_figures = summary.spreads["balancedness"].mean is not None or (
         summary.estimates and not summary.steps.count(StepState.RECORDED)
-    ):
+    )
+    if has_figures and not rolled_up:
         over_time = timeline(run, bins=bins_that_fit(run), steps=steps)
         edges = np.array([*(b.first_step for b in over_time.bins), over_time.bins[-1].last_step + 1])
         loads, _, left_out = run.retry_without_damaged(
@@ -119,6 +126,7 @@ def report_document(
         "imported": imported(run.info.origin) if run.info.origin is not None else None,
         "answer": as_json(answer.answer_of(summary, run.clock)),
         "not_due": summary.not_due,
+        "searched": searched,
         "words": sentences.sentences(summary, experts, changes, run.clock),
         "tokens": sentences.tokens(summary),
         "cost": sentences.cost(summary),

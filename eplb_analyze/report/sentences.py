@@ -8,7 +8,7 @@ from typing import Any
 from eplb_analyze.analysis.cost import PhaseCost, RunCost
 from eplb_analyze.analysis.experts import ExpertReport
 from eplb_analyze.analysis.rearrangements import RearrangementReport
-from eplb_analyze.analysis.summary import OTHER_FORMULAS, Summary
+from eplb_analyze.analysis.summary_report import OTHER_FORMULAS, Summary
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS
 from eplb_analyze.reader.clock import RunClock
@@ -105,7 +105,7 @@ def _idle(summary: Summary) -> str:
 
 def _costliest(summary: Summary) -> str:
     loss = summary.loss
-    if loss is None or not loss.tokens:
+    if loss is None or not loss.tokens or not loss.ranks:
         return ""
     rank = loss.ranks[0]
     last = _last_configuration(summary)

@@ -36,7 +36,7 @@ from eplb_dump.format.journal import (
     unknown_ms,
 )
 from eplb_dump.format.manifest import SealedSegment
-from eplb_dump.format.minutes import Minutes
+from eplb_dump.format.minutes import Minutes, width_of
 from eplb_dump.format.schema import (
     DURATIONS,
     EMPTY_SLOT,
@@ -44,6 +44,7 @@ from eplb_dump.format.schema import (
     MAX_NUMBER,
     MAX_PHASE,
     METADATA_KEY,
+    MINUTES_SCHEMA,
     SCHEMAS,
     STATUS_LABELS,
     FormatError,
@@ -58,6 +59,12 @@ MAX_DECODED_BYTES, MAX_LOADS_BYTES = 512 << 20, 1 << 30
 NUMBER_BYTES, TEXT_BYTES, PAGE_BYTES = 10, 5 + 4 * MAX_PHASE, 64 << 10
 #: A chunk of numbers that is no larger is harmless, and not checked: Zstandard makes at most 16 MiB of it.
 HARMLESS_BYTES = 512
+#: Sums per minute are decoded about so many bytes at a time, and read so many at a time from each column of a
+#: local file. From a bucket a file is read at once, with few requests, unless it is larger.
+ROWS_BYTES, STREAM_BYTES, MAX_BUFFERED_BYTES = 4 << 20, 256 << 10, 32 << 20
+MINUTES_LISTS = frozenset(field.name for field in MINUTES_SCHEMA if pa.types.is_list(field.type))
+NULLABLE_LISTS = frozenset(field.name for field in MINUTES_SCHEMA if field.nullable) & MINUTES_LISTS
+_EDGES = "first_step", "last_step", "first_time_ns", "last_time_ns"
 #: Columns of the table ``steps`` that are read as dictionary codes: most of their texts are equal.
 TEXT_COLUMNS = ["status", "phase"]
 
@@ -96,8 +103,11 @@ class ParquetSegment:
         return self.path if entry is None else self.path / entry.name
 
     @contextmanager
-    def _open(self, table: str) -> Iterator[_TableFile]:
-        """The file of a table, verified the first time it is opened."""
+    def _open(self, table: str, *, streamed: bool = False) -> Iterator[_TableFile]:
+        """The file of a table, verified the first time it is opened.
+
+        ``streamed``: it is read page by page, so that no column is in memory as a whole.
+        """
         path, known = self.file_path(table), self._metadata.get(table)
         with ExitStack() as opened:
             with reading_faults(self, table, path):
@@ -110,7 +120,8 @@ class ParquetSegment:
                     page_checksum_verification=True,
                     read_dictionary=TEXT_COLUMNS if table == "steps" else None,
                     # Each read from a bucket is a request: merge those of neighboring columns.
-                    pre_buffer=isinstance(path, bucket.Remote),
+                    pre_buffer=isinstance(path, bucket.Remote) and not streamed,
+                    buffer_size=STREAM_BYTES if streamed else 0,
                 )
                 opened.enter_context(file)
                 if known is None:
@@ -118,7 +129,7 @@ class ParquetSegment:
                     self._metadata[table] = file.metadata
             # In a bucket, each page of a large file would be a request.
             checked = (
-                table not in ("loads", "ranks")
+                table not in ("loads", "ranks", "minutes")
                 or isinstance(path, Path)
                 or isinstance(source, pa.BufferReader)
             )
@@ -150,6 +161,9 @@ class ParquetSegment:
             raise FormatError("its columns or rows do not match the format")
         if table in ("loads", "ranks"):
             self._check_widths(metadata)
+        if table == "minutes":
+            self._check_minutes(metadata)
+            return  # which is read some rows at a time
         # Not the size that the file claims: a value stored once can stand for any number of values.
         sizes = [8 * sum(column.num_values for column in _columns(group)) for group in _groups(metadata)]
         at_once, most = sum(sizes), MAX_DECODED_BYTES
@@ -170,6 +184,59 @@ class ParquetSegment:
                 width = wanted.get(column.path_in_schema.split(".")[0])
                 if width is not None and column.num_values != group.num_rows * width:
                     raise FormatError("the lengths of its lists do not match the manifest")
+
+    def _check_minutes(self, metadata: pq.FileMetaData) -> None:
+        """Likewise the lists of ``minutes``, of which a row may have many."""
+        if self.shape is not None:
+            shape = self.shape
+            load_shape((shape.ep_size, shape.num_moe_layers, shape.num_physical_experts), self._info, None)
+        for group in _groups(metadata):
+            for column in _columns(group):
+                name = column.path_in_schema.split(".")[0]
+                # A list that is null, or has no item, counts as one value.
+                width = max(1, width_of(name, self.shape)) if name in MINUTES_LISTS else 1
+                allowed = {group.num_rows * width, *([group.num_rows] if name in NULLABLE_LISTS else [])}
+                if column.num_values not in allowed:
+                    raise FormatError("the lengths of its lists do not match the manifest")
+
+    @property
+    def has_minutes(self) -> bool:
+        """Whether it has sums per minute; one from before version 1.2 has none."""
+        return "minutes" in self._entry.files
+
+    def minutes(self, columns: Sequence[str], rows_bytes: int = ROWS_BYTES) -> Iterator[Minutes]:
+        """The rows of its sums per minute, about ``rows_bytes`` at a time, with some columns.
+
+        It must have some. Raises DamagedSegmentError.
+        """
+        names = [*dict.fromkeys((*columns, "active"))]  # by which rows of scope local are known
+        at_once = max(1, rows_bytes // sum(8 * max(1, width_of(n, self.shape)) for n in names))
+        compressed = sum(
+            column.total_compressed_size
+            for group in _groups(self._footer_of("minutes"))
+            for column in _columns(group)
+            if column.path_in_schema.split(".")[0] in names
+        )
+        remote = isinstance(self.path, bucket.Remote)
+        with self._open("minutes", streamed=not remote or compressed > MAX_BUFFERED_BYTES) as opened:
+            path, metadata = self.file_path("minutes"), opened.file.metadata
+            with reading_faults(self, "minutes", path):
+                if opened.read_at is not None:
+                    _check_pages(opened.read_at, metadata, [*range(metadata.num_row_groups)], names)
+                batches = opened.file.iter_batches(at_once, columns=names, use_threads=False)
+            while True:
+                with reading_faults(self, "minutes", path):
+                    batch = next(batches, None)
+                    rows = None if batch is None else Minutes.from_table(pa.table(batch), self.shape)
+                if rows is None:
+                    return
+                yield rows
+
+    def _footer_of(self, table: str) -> pq.FileMetaData:
+        if table not in self._metadata:
+            with self._open(table):
+                pass
+        return self._metadata[table]
 
     def _read(self, opened: _TableFile, table: str, columns: list[str], group: int | None = None) -> pa.Table:
         """Some columns of a row group, or of all."""
@@ -213,10 +280,23 @@ class ParquetSegment:
     def step_times(self) -> tuple[Int64, Int64]:
         table = self._read_all("steps", ["step", "monotonic_ns"])
         if table is None:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
+            return self._times_of_minutes()
         with reading_faults(self, "steps", self.file_path("steps")):
             step, clock = (table.column(name).combine_chunks() for name in table.column_names)
             return _steps(step), _numpy(clock)
+
+    def _times_of_minutes(self) -> tuple[Int64, Int64]:
+        """Without steps: the first and last step of each minute that is kept, and of the segment."""
+        entry = self._entry
+        if entry.times is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        steps, times = [np.array([entry.first_step, entry.last_step])], [np.array(entry.times)]
+        for rows in self.minutes(_EDGES) if self.has_minutes else ():
+            steps += [rows["first_step"], rows["last_step"]]
+            times += [rows["first_time_ns"], rows["last_time_ns"]]
+        step, first = np.unique(np.concatenate(steps), return_index=True)
+        offset = self._info.created_unix_ns - self._info.created_monotonic_ns
+        return step, np.concatenate(times)[first] - offset
 
     def load_steps(self) -> Int64:
         if self._load_steps is None:
@@ -319,17 +399,6 @@ class ParquetSegment:
                 if not within or (np.add.reduceat(load, first, dtype=np.int64) != sums.load[rows]).any():
                     return False
         return True
-
-    def minutes(self, columns: Sequence[str] | None = None) -> Minutes | None:
-        """Its sums per minute, of some columns or all; None in recordings from before version 1.2.
-
-        Raises DamagedSegmentError.
-        """
-        table = self._read_all("minutes", list(columns or SCHEMAS["minutes"].names))
-        if table is None:
-            return None
-        with reading_faults(self, "minutes", self.file_path("minutes")):
-            return Minutes.from_table(table, self.shape)
 
     def placements(self) -> PlacementRows:
         table = self._read_all("placements", ["step", "layer", "ep_size", "physical_to_logical"])

@@ -134,7 +134,7 @@ def steps_table(rows: StepRows, metadata: dict[bytes, bytes] | None = None) -> p
     )
 
 
-def _placements_table(rows: PlacementRows, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
+def placements_table(rows: PlacementRows, layers: list[int], metadata: dict[bytes, bytes]) -> pa.Table:
     schema = SCHEMAS["placements"].with_metadata(metadata)
     return pa.Table.from_arrays(
         [
@@ -267,7 +267,7 @@ def _write_files(folder: Path, content: Content, notable: Notable) -> SealedSegm
         numbers = layers or content.info.layer_numbers(num_layers)
         tables.write(
             "placements",
-            lambda metadata: [_placements_table(content.placements, numbers, metadata)],
+            lambda metadata: [placements_table(content.placements, numbers, metadata)],
             len(content.placements.step),
         )
     minutes = MinutesBuilder(

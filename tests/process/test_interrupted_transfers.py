@@ -269,6 +269,28 @@ def test_killed_import_leaves_no_run(tmp_path: Path) -> None:
     assert summarize(open_run(into, report.run_id)).steps.seen == 20_000
 
 
+@pytest.mark.parametrize("name", ["F.json", "F.json.gz"])
+def test_trace_on_a_full_disk_keeps_the_old_file(name: str, dump: Path, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text("mine")
+    script = """
+        import resource, signal, sys
+        from pathlib import Path
+        from eplb_analyze import open_run
+        from eplb_analyze.transfer.exporters.trace import export_trace
+        from eplb_analyze.errors import UsageError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        try:
+            export_trace(open_run(sys.argv[1]), Path(sys.argv[2]), force=True)
+        except UsageError as error:
+            print(error)
+    """
+    assert "cannot be written: File too large" in run_child(script, dump, file)
+    assert file.read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_export_to_a_full_disk_keeps_the_old_file(dump: Path, tmp_path: Path) -> None:
     file = tmp_path / "F"
     file.write_text("mine")
@@ -366,6 +388,7 @@ INTERRUPTED = {
     "report": "report -o ROOT/r.html DUMP",
     "export loads": "export loads --as csv -o ROOT/x.csv DUMP",
     "export placement": "export placement --for json -o ROOT/x.json DUMP",
+    "export trace": "export trace -o ROOT/x.json.gz DUMP",
     "postmortem": "postmortem --save ROOT DUMP",
 }
 

@@ -37,7 +37,7 @@ PAGE = ROOT / "docs/json.md"
 RENEW = "python tests/support/json_page.py"
 #: The report of each command.
 REPORTS = {
-    "summary": "analysis.summary.Summary",
+    "summary": "analysis.summary_report.Summary",
     "runs": "batch.runs.RunList",
     "watch": "live.snapshot.Snapshot",
     "serve-metrics": "live.metric_families.MetricsReport",
@@ -45,7 +45,7 @@ REPORTS = {
     "layer": "analysis.layer.LayerReport",
     "experts": "analysis.experts.ExpertReport",
     "ranks": "analysis.ranks.RankReport",
-    "timeline": "analysis.timeline.Timeline",
+    "timeline": "analysis.timeline_report.Timeline",
     "placement": "analysis.placement.PlacementReport",
     "traffic": "analysis.traffic.TrafficReport",
     "rearrangements": "analysis.rearrangements.RearrangementReport",
@@ -355,6 +355,8 @@ class _Scope:
                 return Key("integer")
             if name == "as_json":
                 return self.key(value.args[0])
+            if name == "iso":
+                return Key("string or null")
             return self.key(value.func)
         root, *path = ast.unparse(value).split(".")
         cls = self.key(self.local[root]).of if root in self.local else self.classes.get(root)

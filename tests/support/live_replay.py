@@ -34,7 +34,7 @@ def replay(
         step = np.arange(low, end)
         phase = np.array([-1 if phases is None else names.index(phases[i]) for i in range(low, end)])
         slots = None if by_rank else load
-        finder.add(
-            CompleteSteps(step, step * 10**9, Terms.of(rank_load), slots, rank_load, phase, names, shape)
-        )
+        time_ns, unknown = step * 10**9, np.full(len(step), np.nan)
+        times = time_ns, time_ns, unknown, unknown
+        finder.add(CompleteSteps(step, *times, Terms.of(rank_load), slots, rank_load, phase, names, shape))
         yield end, finder.look(run.history.truncated_at(end - 1), [])

@@ -17,6 +17,7 @@ def summary(
     timings: options.Timings = None,
     gpu: options.Gpu = None,
     top: options.Top = 5,
+    tier: options.Tier = None,
     full: Annotated[
         bool, typer.Option("--full", help="Also show tables of layers, ranks, experts, phases and formulas.")
     ] = False,
@@ -26,7 +27,7 @@ def summary(
     from eplb_analyze.cli.views.summary import render
 
     run = out.open(timings=timings, gpu=gpu)
-    result = summarize(run, steps)
+    result = summarize(run, steps, options.tier_name(tier))
     part = (result.steps.first, result.steps.last) != run.step_range
     out.show(
         result.to_json,

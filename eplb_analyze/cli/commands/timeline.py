@@ -35,10 +35,11 @@ def timeline(
         ),
     ] = None,
     steps: options.Steps = None,
+    tier: options.Tier = None,
 ) -> None:
     """Plot balancedness or another metric over the steps of a run."""
-    from eplb_analyze.analysis.timeline import DEFAULT_BINS, NAMES
     from eplb_analyze.analysis.timeline import timeline as compute
+    from eplb_analyze.analysis.timeline_report import DEFAULT_BINS, NAMES
 
     if formula not in NAMES:
         raise typer.BadParameter(
@@ -50,5 +51,5 @@ def timeline(
         if bins is not None and bins > fit:
             out.notes([f"{bins} bins do not fit, so {fit} are shown; --json has all"])
         bins = min(bins or fit, fit)
-    result = compute(run, formula, bins or DEFAULT_BINS, layer, steps)
+    result = compute(run, formula, bins or DEFAULT_BINS, layer, steps, options.tier_name(tier))
     out.show(result.to_json, lambda console: render(console, result), result.steps)

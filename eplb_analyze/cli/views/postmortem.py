@@ -38,6 +38,10 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
     print_heading(console, plural(len(runs), "run"), _counts(rows))
     if known:
         print_line(console, _lost(known))
+    rolled_up = sum(row.tier == "minutes" for row in rows)
+    if rolled_up:
+        text = f"figures of {plural(rolled_up, 'run')} are from sums per minute, as not all steps are kept"
+        print_line(console, (text, "yellow"))
     console.print()
     if by is not None:
         _groups(console, result, by)
@@ -207,7 +211,7 @@ def _state_style(row: Row) -> str:
 def _incidents(row: Row, wide: bool) -> str:
     """How many, and the worst: ``2: layer 12 expert 77, 03:12``, or ``2: L12 E77 03:12``."""
     if not row.incidents:
-        return "none" if row.status != "broken" else "–"
+        return "none" if row.status != "broken" and row.incidents is not None else "–"
     names = (("layer ", row.incident_layer), ("expert ", row.incident_expert))
     if row.incident_expert is None:
         names = (names[0], ("rank ", row.incident_rank))

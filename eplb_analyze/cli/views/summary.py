@@ -13,7 +13,7 @@ from eplb_analyze.text import listed, plural
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.analysis.summary import Summary
+    from eplb_analyze.analysis.summary_report import Summary
     from eplb_analyze.reader.clock import RunClock
 
 SHOWN_INCIDENTS, SHOWN_REARRANGEMENTS = 5, 3
@@ -23,6 +23,7 @@ STYLES = {
     "imbalanced": "bold red",
     "eplb_never_acted": "bold red",
     "incomplete_data": "bold red",
+    "not_known": "bold yellow",
 }
 #: What begins where a mark stands, in words short enough for the line under the sparkline.
 MARKS = {
@@ -62,7 +63,7 @@ def render(
     print_fields(console, found.evidence, indent=2)
     if not found.figures:
         return
-    _incidents(console, found.incidents, top, part=part)
+    _incidents(console, found.incidents, top, answer.searched(result, clock), part=part)
     if result.unexamined_departures:
         more = plural(result.unexamined_departures, "smaller departure")
         print_line(console, f"and {more} from the usual balance, not examined", indent=2)
@@ -96,17 +97,26 @@ def _head(console: Console, result: Summary, clock: RunClock) -> None:
         print_line(console, answer.shape(info))
     complete, text = answer.data(result, clock.label)
     print_line(console, text if complete else (text, "yellow"))
+    source = answer.source(result, clock)
+    if source is not None:
+        print_line(console, (source, "yellow"))
     doubt = answer.contradiction(result, lambda command: full_command(console, command))
     if doubt is not None:
         print_line(console, (doubt, "yellow"))
 
 
-def _incidents(console: Console, incidents: list[answer.Told], top: int, *, part: bool) -> None:
+def _incidents(
+    console: Console, incidents: list[answer.Told], top: int, searched: str | None, *, part: bool
+) -> None:
     console.print()
+    if searched is not None:
+        print_line(console, searched)
     if incidents:
         print_line(console, (plural(len(incidents), "incident"), "bold"))
-    else:
+    elif searched is None:
         print_line(console, (f"no incidents{' in these steps' if part else ''}", "bold"))
+    else:
+        return
     shown = incidents[: max(top, SHOWN_INCIDENTS)]
     for told in shown:
         print_line(console, (told.head, "bold"), indent=2)

@@ -13,11 +13,13 @@ from eplb_analyze.text import clean, duration, figure, percent, plural
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.analysis.summary import Summary
+    from eplb_analyze.analysis.summary_report import Summary, SummedLoads
 
 
 def render(console: Console, result: Summary, top: int = 5) -> None:
     """Print the tables; a run without figures has none."""
+    if result.rollup is not None and result.rollup.summed is not None:
+        _summed_layers(console, result.rollup.summed, top)
     if result.spreads["balancedness"].mean is None:
         return
     console.print(f"scope {result.run.scope}, {_data(result)}")
@@ -59,7 +61,7 @@ def _figures(console: Console, result: Summary) -> None:
     console.print(listing)
     idle = percent(result.idle_fraction)
     print_line(console, "idle fraction ", (idle, "bold"), cost.idle(result.cost))
-    from eplb_analyze.analysis.summary import OTHER_FORMULAS
+    from eplb_analyze.analysis.summary_report import OTHER_FORMULAS
 
     parts = [f"{name} {figure(result.spreads[name].mean)}" for name in OTHER_FORMULAS]
     print_line(console, (f"others: {', '.join(parts)}", "dim"))
@@ -84,7 +86,7 @@ def _losses(console: Console, result: Summary, top: int) -> None:
             "better placement could remove at most ",
             (percent(loss.persistent_share, 0), "bold"),
             " of the excess tokens, the share that persists in loads summed over "
-            f"{plural(loss.window_steps, 'step')}; the rest varies from step to step",
+            f"{plural(loss.window_steps, 'step')}; the rest varies {answer.varies(result)}",
         )
     else:
         print_line(console, answer.too_few_steps(loss))
@@ -98,9 +100,10 @@ def _losses(console: Console, result: Summary, top: int) -> None:
             steps = (f"{s.first_step}-{s.last_step}", *_time(console, s.first_step))
             listing.add_row(str(s.layer), str(s.rank), *steps, f"{s.excess_tokens:,.0f}", percent(s.share, 1))
         console.print(listing)
-    ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
-    console.print(f"ranks with the most excess tokens (share of all): {ranks}")
-    console.print()
+    if loss.ranks:
+        ranks = ", ".join(f"{r.rank} ({percent(r.share, 0)})" for r in loss.ranks[:top] if r.excess_tokens)
+        console.print(f"ranks with the most excess tokens (share of all): {ranks}")
+        console.print()
     if result.phases:
         listing = table(console, "<phase", "steps", "balancedness", "idle")
         for p in result.phases:
@@ -135,10 +138,27 @@ def _layers(console: Console, result: Summary, top: int) -> None:
     console.print()
 
 
+def _summed_layers(console: Console, summed: SummedLoads, top: int) -> None:
+    shown = summed.layers[:top]
+    title = "layers, loads summed per minute" + (
+        f" (the least balanced {top} of {len(summed.layers)})" if len(summed.layers) > top else ""
+    )
+    listing = table(console, "layer", "balancedness", "<", "rank with most", "in minutes", title=title)
+    for layer in shown:
+        listing.add_row(
+            str(layer.layer),
+            figure(layer.balancedness),
+            bar(layer.balancedness),
+            "–" if layer.worst_rank is None else str(layer.worst_rank),
+            percent(layer.worst_rank_share, 0),
+        )
+    console.print(listing)
+
+
 def _hot_experts(console: Console, result: Summary, top: int) -> None:
     if not result.hot_experts:
         return
-    title = "hottest experts"
+    title = "hottest experts" + (", with at least these tokens" if result.rollup is not None else "")
     listing = table(console, "layer", "expert", "share", "x mean", "replicas", title=title)
     for e in result.hot_experts[:top]:
         times = heat(f"{e.times_mean:.2f}", e.times_mean)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from eplb_analyze.analysis.timeline import Bin, Timeline
+    from eplb_analyze.analysis.timeline_report import Bin, Timeline
 
 HEIGHT = 14
 
@@ -38,11 +38,20 @@ def render(console: Console, result: Timeline) -> None:
         console.print("no step has a token in it")
         return
     formula = {**FORMULAS, ACTIVE_EXPERTS.name: ACTIVE_EXPERTS}.get(result.formula)
-    better = formula.direction if formula else "0 is perfect"
-    spread = f"mean {figure(result.mean)}, {figure(result.min)} to {figure(result.max)}"
-    console.print(f"{spread} over {plural(known, 'step')}; {better}")
-    if formula is None:
+    spread = f"mean {figure(result.mean)}"
+    if result.min is not None:
+        spread += f", {figure(result.min)} to {figure(result.max)}"
+    if result.formula == "summed_balancedness":
+        console.print(f"{spread} over {plural(known, 'step')}; 1 is perfect")
+        text = "of loads summed per minute, as each rank wrote its own sums: persistent imbalance only"
+        print_line(console, (f"{text}; steps are less balanced", "yellow"))
+    else:
+        better = formula.direction if formula else "0 is perfect"
+        console.print(f"{spread} over {plural(known, 'step')}; {better}")
+    if result.formula == "idle_fraction":
         console.print("by tokens, not by time; `summary` shows what imbalance cost in time")
+    if result.tier == "minutes":
+        print_line(console, ("figures are from sums per minute; `summary` shows what else is kept", "yellow"))
     for warning in [formula.warning] if formula and formula.warning else []:
         print_line(console, (warning, "yellow"))
     print_notes(console, result.notes)
@@ -58,9 +67,11 @@ def render(console: Console, result: Timeline) -> None:
     console.print()
     sizes = sorted({b.last_step - b.first_step + 1 for b in result.bins})
     each = " or ".join(f"{size:,}" for size in sizes) + (" step" if sizes == [1] else " steps")
+    if result.bin_minutes is not None:
+        each = ("" if result.bin_minutes == 1 else "at most ") + plural(result.bin_minutes, "minute")
     legend = f"{plural(len(result.bins), 'bin')} of {each}"
     if sizes != [1]:
-        legend += ": ▀ mean, ░ from the lowest step to the highest"
+        legend += ": ▀ mean" + (", ░ from the lowest step to the highest" if result.min is not None else "")
     console.print(legend)
     empty = sum(not b.steps for b in result.bins)
     if empty:
@@ -99,18 +110,22 @@ def plot(result: Timeline, width: int) -> list[Text]:
 
 def _range(result: Timeline) -> tuple[float, float]:
     """The range of values of the plot. A constant is drawn in the middle."""
-    low, high = result.min or 0.0, result.max or 0.0
+    means = [b.mean for b in result.bins if b.mean is not None]
+    low = min(means, default=0.0) if result.min is None else result.min
+    high = max(means, default=0.0) if result.max is None else result.max
     margin = 0.0 if high - low > 1e-9 else 0.1 * abs(low) or 0.1
     return low - margin, high + margin
 
 
 def _mark(b: Bin, row: int, level: Callable[[float], int]) -> tuple[str, str]:
     """The character of a bin in one row of the plot, and its style. A row has two levels."""
-    if b.mean is None or b.min is None or b.max is None:
+    if b.mean is None:
         return " ", ""
     mean = level(b.mean)
     if mean // 2 == row:
         return "▄▀"[mean % 2], "bold"
+    if b.min is None or b.max is None:
+        return " ", ""
     return ("░", "dim") if level(b.min) // 2 <= row <= level(b.max) // 2 else (" ", "")
 
 

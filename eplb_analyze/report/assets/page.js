@@ -130,11 +130,11 @@ function answer() {
   byId("verdict").replaceChildren(title, element("span", { text: figures && ` ${figures}`, className: "muted" }));
   byId("verdict").title = report.summary.verdict.rule;
   byId("answer-text").replaceChildren(...[...sentences, ...estimates].map((text) => element("p", { text })), fields(evidence));
-  byId("incident-count").textContent = incidents.length ? plural(incidents.length, "incident") : figures && "no incidents";
+  byId("incident-count").textContent = incidents.length ? plural(incidents.length, "incident") : figures && (report.searched || "no incidents");
   byId("incidents").replaceChildren(...incidents.map(({ head, parts }, i) => {
     const { first_step: first, last_step: last } = report.summary.incidents[i];
     return element("div", { className: "incident" },
-      element("button", { text: head, className: "quiet", title: "Select these steps", click: () => chooseWithin(first, last) }),
+      element("button", { text: head, className: "quiet", title: "Select these steps", click: () => report.timeline && chooseWithin(first, last) }),
       fields(parts));
   }));
 }

@@ -21,7 +21,8 @@ from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, whe
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
-from eplb_analyze.analysis.summary import Summary, summarize
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.json_report import RunReport, as_json
 from eplb_analyze.metrics.bootstrap import Interval as Bounds
@@ -158,7 +159,7 @@ def _ranks(run: Run, summary: Summary, most: int) -> list[int]:
 
 
 class _Figures(NamedTuple):
-    """Figures of the steps of a block; NaN or -1 of steps that are not complete or have no tokens."""
+    """Rounded figures of the steps of a block; NaN or -1 of a step that is not complete or has no tokens."""
 
     balancedness: Float64
     #: The layer with the largest max over ranks / mean over ranks, and that.
@@ -180,9 +181,9 @@ def _figures(run: Run, block: Block) -> _Figures | None:
     complete = np.flatnonzero(block.state == StepState.RECORDED)
     count, ranks = len(complete), block.shape.ep_size
 
-    def over_all(values: Any, missing: float) -> Any:
+    def over_all(values: Any, missing: float, digits: int = 4) -> Any:
         out = np.full((len(block.step), *values.shape[1:]), missing, values.dtype)
-        out[complete] = values
+        out[complete] = np.round(values, digits)
         return out
 
     ratio = np.where(terms.active, terms.ratio, np.inf)
@@ -201,9 +202,9 @@ def _figures(run: Run, block: Block) -> _Figures | None:
         worst=over_all(np.where(active > 0, 1 / lowest, np.nan), np.nan),
         slowest=over_all(np.where(waits.any(axis=1), waits.argmax(axis=1), -1), -1),
         routed=over_all(
-            terms.recorded.sum(axis=1) / (run.info.token_replication * np.maximum(1, active)), np.nan
+            terms.recorded.sum(axis=1) / (run.info.token_replication * np.maximum(1, active)), np.nan, 2
         ),
-        of_ranks=over_all(terms.rank_mean, np.nan),
+        of_ranks=over_all(terms.rank_mean, np.nan, 2),
     )
 
 
@@ -292,21 +293,20 @@ class _Trace:
         self._file.close()
 
     def _add_steps(self, block: Block, clock: Int64, since: Float64, figures: _Figures | None) -> None:
-        basis, ms = durations(block.step_ms, block.device_ms, since)
-        self._durations.update(basis.tolist())
+        basis_of, length = durations(block.step_ms, block.device_ms, since)
+        basis, ms = basis_of.tolist(), np.round(length, 4).tolist()
+        self._durations.update(basis)
         steps, states, phase_of = block.step.tolist(), block.state.tolist(), block.phase.tolist()
         phases = [*map(clean, block.phases), None]
         tokens = (block.num_tokens // self._run.info.num_tokens_replication).tolist()
-        for stretch in self._track.place(clock, ms * 1e6):
+        for stretch in self._track.place(clock, length * 1e6):
             self._shortened += int(stretch.shortened.sum())
             for _, interval in (*self._incidents, *self._changes):
                 interval.extend(block.step, stretch)
             for drawn in stretch.steps():
                 i = drawn.at
-                name, args = (
-                    f"step {steps[i]}",
-                    step_args(steps[i], basis[i], ms[i], shortened=drawn.shortened),
-                )
+                name = f"step {steps[i]}"
+                args = step_args(steps[i], basis[i], ms[i], shortened=drawn.shortened)
                 state, phase = StepState(states[i]), phases[phase_of[i]]
                 if state is not StepState.RECORDED:
                     args["state"] = state.label
@@ -328,14 +328,12 @@ class _Trace:
     def _add_figures(
         self, figures: _Figures, i: int, args: dict[str, Any], counters: dict[str, float]
     ) -> None:
-        balancedness, worst = round(float(figures.balancedness[i]), 4), round(float(figures.worst[i]), 4)
-        rank = int(figures.slowest[i])
-        args["balancedness"] = counters["balancedness"] = balancedness
+        args["balancedness"] = counters["balancedness"] = float(figures.balancedness[i])
         args["worst_layer"] = self._run.info.layers[figures.worst_layer[i]]
-        args["worst_layer_imbalance"] = counters["worst layer's max/mean"] = worst
+        args["worst_layer_imbalance"] = counters["worst layer's max/mean"] = float(figures.worst[i])
+        counters["slowest rank"] = rank = int(figures.slowest[i])
         args["slowest_rank"] = None if rank < 0 else rank
-        counters["slowest rank"] = rank
-        counters["tokens routed per layer"] = round(float(figures.routed[i]), 2)
+        counters["tokens routed per layer"] = float(figures.routed[i])
 
     def _compare_clocks(self, block: Block) -> None:
         """Whether a host's wall clock was set after its session began."""

@@ -48,10 +48,10 @@ def durations(step_ms: Float64, device_ms: Float64, since_ns: Float64) -> tuple[
 
 
 def step_args(step: int, basis: int, ms: float, *, shortened: bool) -> dict[str, Any]:
-    """What the slice of any step says."""
+    """What the slice of any step says; ``ms`` is rounded."""
     args: dict[str, Any] = {"step": step, "duration": BASES[basis]}
     if basis != UNKNOWN:
-        args["ms"] = round(ms, 4)
+        args["ms"] = ms
     if shortened:
         args["drawn_shorter"] = True
     return args
@@ -155,9 +155,10 @@ class RankTrack(StepTrack):
         if not len(own.at):
             return
         step = block.step[own.at]
-        basis, ms = durations(own.step_ms, own.device_ms, self._since(step, own))
+        basis_of, length = durations(own.step_ms, own.device_ms, self._since(step, own))
+        basis, ms = basis_of.tolist(), np.round(length, 4).tolist()
         status = block.status[block.ranks.index(self.rank)][own.at].tolist()
-        for stretch in self.place(self._clock(own, run_ns), ms * 1e6):
+        for stretch in self.place(self._clock(own, run_ns), length * 1e6):
             for i, begin, end, shortened in stretch.steps():
                 name, args = f"step {step[i]}", step_args(int(step[i]), basis[i], ms[i], shortened=shortened)
                 if own.num_tokens[i] >= 0:
@@ -168,7 +169,7 @@ class RankTrack(StepTrack):
                 elif tokens is not None and self.rank < tokens.shape[1]:
                     routed = tokens[own.at[i], self.rank]
                     if np.isfinite(routed):
-                        args["tokens_per_layer"] = round(float(routed), 2)
+                        args["tokens_per_layer"] = float(routed)
                 stretch.process.slice(stretch.track, name, begin, end, args)
 
     def _clock(self, own: RankSteps, run_ns: Int64) -> Int64:

@@ -11,7 +11,8 @@ from small_run import MOE_LAYERS, Truth
 from eplb_analyze import open_run
 from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.analysis.timeline import NAMES, timeline
+from eplb_analyze.analysis.timeline import timeline
+from eplb_analyze.analysis.timeline_report import NAMES
 
 
 @pytest.mark.parametrize("bins", [1, 7, 1000])

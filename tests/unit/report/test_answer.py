@@ -16,7 +16,8 @@ from eplb_analyze.analysis.cost import PhaseCost
 from eplb_analyze.analysis.incidents import Cause, CauseKind, EndedBy, EndKind, Incident, IncidentCost
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import Gap, LongGaps
-from eplb_analyze.analysis.summary import Summary, VerdictKind, summarize
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.summary_report import Summary, VerdictKind
 from eplb_analyze.cli.views.summary import MARKS, render
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.metrics.losses import RankLoss

@@ -77,8 +77,10 @@ def test_retired_segments_are_apart_from_those_with_steps(root: Path, merged: bo
         if merged
         else [(0, 0, Tier.GONE), (1, 1, Tier.GONE), (2, 2, Tier.MINUTES), (3, 3, Tier.MINUTES)]
     )
-    rolled = [segment.minutes() for segment in session.retired if segment.entry.tier is Tier.MINUTES]
-    assert sum(int(minutes["recorded"].sum()) for minutes in rolled if minutes is not None) == 2 * STEPS
+    rolled = [
+        rows for segment in session.retired if segment.has_minutes for rows in segment.minutes(["recorded"])
+    ]
+    assert sum(int(rows["recorded"].sum()) for rows in rolled) == 2 * STEPS
 
 
 def test_sums_per_rank_are_those_of_the_loads(root: Path) -> None:

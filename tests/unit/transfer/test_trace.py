@@ -520,6 +520,25 @@ class TestCommand:
         assert (tmp_path / "t.json").read_text() == "mine"
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
+    @pytest.mark.parametrize("table", ["loads", "steps"])
+    def test_damaged_file_leaves_a_whole_trace(self, table: str, tmp_path: Path) -> None:
+        """Damage that is found while the trace is written: it is written again, without that file."""
+        with planted_clock() as clock, writer(tmp_path / "dump", scope="global", segment_steps=8) as opened:
+            for step in range(32):
+                clock.advance(10 * MS)
+                opened.record(step, load(step), MAP)
+        (damaged,) = (tmp_path / "dump").rglob(f"{table}-000002.parquet")
+        content = bytearray(damaged.read_bytes())
+        content[4:-500] = bytes(len(content) - 504)  # all but the footer
+        damaged.write_bytes(content)
+        result = cli("export", "trace", "-o", tmp_path / "t.json", tmp_path / "dump")
+        assert result.returncode == 3, result.stderr
+        assert damaged.name in result.stderr
+        steps = read_trace(tmp_path / "t.json").steps()
+        good = [*range(16), *range(24, 32)]
+        assert [step for step, one in steps.items() if "balancedness" in one.args] == good
+        assert list(steps) == (good if table == "steps" else [*range(32)])
+
     def test_incomplete_data_ends_with_3(self, tmp_path: Path) -> None:
         for rank in range(RANKS):
             with planted_clock() as clock, writer(tmp_path / "dump", rank) as opened:

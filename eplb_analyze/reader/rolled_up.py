@@ -1,0 +1,456 @@
+"""Sums per minute of a run, over all its ranks: the source of figures if steps of a range are no longer kept.
+
+With scope ``global`` the rows of the writer's sessions are those of the run. With scope ``local`` a rank's
+rows have its own contribution: they are matched by clock minute and added. The clocks of hosts differ a
+little, so a minute's steps at its edges can differ between ranks; a minute in which a rank is missing, or
+has less than :data:`SAME` of the others' steps, is incomplete.
+
+Of several sessions of a rank with the same steps the newest counts, as in :mod:`eplb_analyze.reader.join`;
+with scope ``global`` the lowest rank. If only a part of a minute's steps is in both, sums cannot tell which
+count, and reading fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.errors import DumpError, NotInDumpError
+from eplb_analyze.parallel import num_workers, ordered_map
+from eplb_analyze.reader.lost import serving_ranks
+from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.minutes import minutes_of
+from eplb_analyze.sessions.parquet_segment import ROWS_BYTES, ParquetSegment
+from eplb_analyze.sessions.segments import Segment
+from eplb_analyze.sessions.step_range import StepRange
+from eplb_analyze.storage.path import requests_at_once
+from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.minutes import COUNTS, MINUTE_NS, Minutes
+from eplb_dump.format.schema import Scope, Tier
+from eplb_dump.format.session import SessionInfo
+
+#: The columns that every view needs.
+SCALARS = (
+    "minute", "phase", "ep_size", "first_step", "last_step", "first_time_ns", "last_time_ns", *COUNTS,
+)  # fmt: skip
+#: Ranks whose steps in a minute are fewer, as a share of the most that a rank has there, are missing from it.
+SAME = 0.9
+#: The rows of all ranks that are decoded at once take about so much memory.
+JOINED_BYTES = 16 << 20
+#: So many joined minutes are passed on at once.
+JOINED_ROWS = 64
+
+
+class MinuteRange(NamedTuple):
+    """Whole clock minutes, ns since 1970; both are included."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class RunMinutes:
+    """Rows of the run, of one shape. With scope ``local`` a row is of all phases.
+
+    Attributes:
+        missing: the ranks that each row lacks; its other figures are then of the ranks that are there.
+        last_of_rank: the last step of each rank in them.
+    """
+
+    shape: Shape | None
+    rows: Minutes
+    missing: list[tuple[int, ...]]
+    last_of_rank: dict[int, int]
+
+
+class MinuteSums(Protocol):
+    """What rows add up to."""
+
+    def add(self, part: RunMinutes) -> None: ...
+    def merge(self, later: Any) -> None:
+        """Add the sums of later rows."""
+        ...
+
+
+S = TypeVar("S", bound=MinuteSums)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a run, by the times of its steps, ns since 1970; None: no part of it.
+
+    Attributes:
+        steps_since: all steps from here on are kept as such, of every rank.
+        minutes_since: sums per minute are kept from here on.
+        gone_until: of some steps before this time nothing is kept.
+    """
+
+    steps_since: int | None
+    minutes_since: int | None
+    gone_until: int | None
+
+
+class _Source(NamedTuple):
+    """Something with rows, of a session; rows of steps in ``taken`` do not count."""
+
+    segment: Segment
+    info: SessionInfo
+    taken: tuple[tuple[int, int], ...] = ()
+
+
+def retired_segments(run: Run, steps: tuple[int, int] | None = None) -> list[ParquetSegment]:
+    """The segments of the run, or of those with steps in a half-open range, whose steps are not kept."""
+    chosen = StepRange.of(steps)
+    return [
+        segment
+        for session in run.sessions
+        for segment in session.retired
+        if segment.first_step < chosen.end and segment.last_step >= chosen.first
+    ]
+
+
+def from_minutes(run: Run, steps: tuple[int, int] | None, tier: str | None = None) -> bool:
+    """Whether figures of a run, or of a half-open range of its steps, are from sums per minute.
+
+    They are if part of the steps is retired: all of a figure is from one source. ``tier`` is the user's
+    choice. Raises NotInDumpError if the steps are asked for, but not kept.
+    """
+    if tier == "minutes":
+        return True
+    retired = retired_segments(run, steps)
+    if tier == "steps" and retired:
+        first, last = min(s.first_step for s in retired), max(s.last_step for s in retired)
+        raise NotInDumpError(
+            f"{run.path}: steps {first}-{last} are no longer kept as steps; use --tier minutes, or select "
+            f"other steps"
+        )
+    return bool(retired)
+
+
+def kept(run: Run) -> Kept:
+    """What is kept of a run."""
+    retired = [segment.entry for segment in retired_segments(run)]
+    gone = [entry for entry in retired if entry.tier is Tier.GONE]
+    rolled_up = [entry for entry in retired if entry.tier is Tier.MINUTES]
+    in_full = retired and any(session.segments for session in run.sessions)
+    return Kept(
+        max((entry.times[1] for entry in retired if entry.times), default=None) if in_full else None,
+        min((entry.times[0] for entry in rolled_up if entry.times), default=None),
+        max((entry.times[1] for entry in gone if entry.times), default=None),
+    )
+
+
+def gone_steps(run: Run, steps: StepRange) -> int:
+    """How many numbers of steps of a range are in segments of which nothing is kept."""
+    gone = [s for s in retired_segments(run, steps) if not s.has_minutes]
+    ranges = _merged((s.first_step, s.last_step) for s in gone)
+    parts = [steps.clip(first, last + 1) for first, last in ranges]
+    return sum(part.end - part.first for part in parts)
+
+
+def minutes_of_steps(run: Run, steps: tuple[int, int]) -> MinuteRange:
+    """The minutes that have more than the very first of their steps in a half-open range of steps.
+
+    Raises NotInDumpError if no minute is kept there.
+    """
+    first, end = steps
+    found: list[int] = []
+    for source in itertools.chain.from_iterable(_by_rank(run).values()):
+        segment = source.segment
+        if segment.first_step >= end or segment.last_step < first:
+            continue
+        for rows in _rows(run, source, SCALARS):
+            inside = (rows["first_step"] < end) & (rows["last_step"] >= first)
+            edge = (rows["first_step"] == end - 1) & (rows["first_step"] > first)
+            chosen = rows["minute"][inside & ~edge]
+            found += chosen[:1].tolist() + chosen[-1:].tolist()
+    if not found:
+        raise nothing_kept(run, steps)
+    return MinuteRange(min(found), max(found))
+
+
+def nothing_kept(run: Run, steps: tuple[int, int] | None) -> NotInDumpError:
+    """The error to raise if neither steps nor minutes of a range are kept."""
+    where = "the run" if steps is None else f"steps {StepRange.of(steps)}"
+    return NotInDumpError(f"{run.path}: nothing is kept of {where}: retention removed it, or it has no step")
+
+
+def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start: Callable[[], S]) -> S:
+    """The sums of the run's rows, or of those in some minutes.
+
+    Args:
+        columns: those that the sums need, with :data:`SCALARS`.
+        start: sums of no rows.
+
+    Call it inside ``run.retry_without_damaged``. Raises DamagedSegmentError, and DumpError if two sessions
+    share a part of a minute's steps.
+    """
+    total = start()
+    if run.scope is Scope.LOCAL:
+        for part in _joined(run, columns, minutes):
+            total.add(part)
+        return total
+    sources = [source for own in _by_rank(run).values() for source in own]
+
+    def of_source(source: _Source) -> S:
+        sums = start()
+        last = -1
+        for rows in _chosen(_rows(run, source, columns), minutes):
+            last = max(last, int(rows["last_step"].max()))
+            ends = {source.info.ep_rank: last}
+            sums.add(RunMinutes(source.segment.shape, rows, [()] * len(rows), ends))
+        return sums
+
+    ordered = sorted(sources, key=lambda source: source.segment.first_step)
+    within = [source for source in ordered if _may_have(source.segment, minutes)]
+    threads = max(num_workers(), requests_at_once(run.path))
+    for _, sums in ordered_map(of_source, within, threads):
+        total.merge(sums)
+    return total
+
+
+# ---- whose rows count
+
+
+def _by_rank(run: Run) -> dict[int, list[_Source]]:
+    """The sources whose rows count, in order of steps: by rank, or all of them by 0 with scope global."""
+    sessions: dict[int, list[list[_Source]]] = {}
+    # With scope global the sums of a lower rank count more; else those of a newer session.
+    ordered = [*reversed(run.sessions)]
+    if run.scope is Scope.GLOBAL:
+        ordered.sort(key=lambda session: session.info.ep_rank)
+    for session in ordered:
+        every = (*session.retired, *session.segments)
+        sources = [_Source(s, session.info) for s in every if s.last_step >= 0]
+        rank = 0 if run.scope is Scope.GLOBAL else session.info.ep_rank
+        sessions.setdefault(rank, []).append(sources)
+    return {rank: _without_repeated(own) for rank, own in sorted(sessions.items())}
+
+
+def _without_repeated(sessions: Sequence[list[_Source]]) -> list[_Source]:
+    """Sources without those whose steps are in an earlier one of the sessions."""
+    taken: list[tuple[int, int]] = []
+    found: list[_Source] = []
+    for sources in sessions:
+        own: list[tuple[int, int]] = []
+        for source in sources:
+            first, last = source.segment.first_step, source.segment.last_step
+            overlapping = [span for span in taken if span[0] <= last and span[1] >= first]
+            if any(span[0] <= first and last <= span[1] for span in overlapping):
+                continue
+            own.append((first, last))
+            found.append(source._replace(taken=tuple(overlapping)))
+        taken = _merged([*taken, *own])
+    return sorted(found, key=lambda source: source.segment.first_step)
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of steps, both ends included, without overlaps and those next to each other as one."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return found
+
+
+# ---- reading
+
+
+def _rows(
+    run: Run, source: _Source, columns: Sequence[str], rows_bytes: int = ROWS_BYTES
+) -> Iterator[Minutes]:
+    """The rows of a source that count, some at a time. Raises DamagedSegmentError, DumpError."""
+    names = [*dict.fromkeys((*SCALARS, *columns))]
+    segment = source.segment
+    if not run.readable(segment, "minutes") or not run.readable(segment):
+        return
+    for rows in minutes_of(segment, source.info, names, rows_bytes):
+        counting = rows if not source.taken else rows.select(_not_taken(run, source, rows))
+        if len(counting):
+            yield counting
+
+
+def _not_taken(run: Run, source: _Source, rows: Minutes) -> npt.NDArray[np.bool_]:
+    """The rows whose steps are in no session that counts more: bool ``[rows]``. Raises DumpError."""
+    first, last = rows["first_step"], rows["last_step"]
+    shared = np.zeros(len(rows), np.int64)
+    for low, high in source.taken:
+        shared += np.maximum(0, np.minimum(last, high) + 1 - np.maximum(first, low))
+    share = shared / (last + 1 - first)
+    unclear = np.flatnonzero((share > 1 - SAME) & (share < SAME))
+    if len(unclear):
+        i = unclear[0]
+        raise DumpError(
+            f"{run.path}: two sessions of rank {source.info.ep_rank} have a part of steps "
+            f"{first[i]}-{last[i]}: "
+            f"sums per minute do not show which of them count; select other steps"
+        )
+    counting: npt.NDArray[np.bool_] = share <= 1 - SAME
+    return counting
+
+
+def _chosen(parts: Iterator[Minutes], minutes: MinuteRange | None) -> Iterator[Minutes]:
+    """The rows in some minutes; parts without such a row are left out."""
+    for rows in parts:
+        if minutes is None:
+            yield rows
+            continue
+        inside = (rows["minute"] >= minutes.first) & (rows["minute"] <= minutes.last)
+        if inside.all():
+            yield rows
+        elif inside.any():
+            yield rows.select(inside)
+
+
+def _may_have(segment: Segment, minutes: MinuteRange | None) -> bool:
+    """Whether a segment may have rows in some minutes."""
+    times = segment.entry.times if isinstance(segment, ParquetSegment) else None
+    if minutes is None or times is None:
+        return True
+    return times[0] < minutes.last + MINUTE_NS and times[1] >= minutes.first
+
+
+# ---- scope local
+
+
+@dataclass
+class _OfRank:
+    """A rank's steps in a minute."""
+
+    counts: Int64
+    first: int
+    last: int
+
+
+@dataclass
+class _Minute:
+    """A minute of one placement, while ranks are added."""
+
+    shape: Shape | None
+    load: Int64
+    ranks: dict[int, _OfRank] = field(default_factory=dict)
+    first_time: int = 2**62
+    last_time: int = 0
+
+
+_Key = tuple[int, int, "Shape | None"]
+
+
+def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> Iterator[RunMinutes]:
+    """The rows of all ranks added up, in order of minutes."""
+    by_rank = _by_rank(run)
+    changes = np.array(run.history.changes, np.int64)
+    at_once = JOINED_BYTES // max(1, len(by_rank))
+
+    def stream(sources: list[_Source]) -> Iterator[tuple[Shape | None, Minutes]]:
+        for source in sources:
+            if _may_have(source.segment, minutes):
+                for rows in _chosen(_rows(run, source, columns, at_once), minutes):
+                    yield source.segment.shape, rows
+
+    streams = {rank: stream(sources) for rank, sources in by_rank.items()}
+    heads: dict[int, tuple[Shape | None, Minutes]] = {}
+    threads = max(num_workers(), requests_at_once(run.path))
+
+    def advance(ranks: Sequence[int]) -> None:
+        for rank, head in ordered_map(lambda rank: next(streams[rank], None), ranks, threads):
+            if head is None:
+                heads.pop(rank, None)
+            else:
+                heads[rank] = head
+
+    advance([*streams])
+    waiting: dict[_Key, _Minute] = {}
+    while heads:
+        front = min(int(rows["minute"][0]) for _, rows in heads.values())
+        behind = [rank for rank, (_, rows) in heads.items() if int(rows["minute"][0]) == front]
+        for rank in behind:
+            _add_rank(waiting, rank, *heads[rank], changes)
+        advance(behind)
+        edge = min((int(rows["minute"][0]) for _, rows in heads.values()), default=2**62)
+        done = sorted((key for key in waiting if key[0] < edge), key=lambda key: key[:2])
+        if len(done) >= JOINED_ROWS or not heads:
+            yield from _passed_on(run, [(key, waiting.pop(key)) for key in done])
+
+
+def _add_rank(
+    waiting: dict[_Key, _Minute], rank: int, shape: Shape | None, rows: Minutes, changes: Int64
+) -> None:
+    epochs = np.searchsorted(changes, rows["first_step"], side="right").tolist()
+    counts = np.stack([rows[name] for name in COUNTS], axis=1)
+    for i, (minute, epoch) in enumerate(zip(rows["minute"].tolist(), epochs, strict=True)):
+        load = rows["rank_load"][i]
+        known = waiting.get((minute, epoch, shape))
+        if known is None:
+            known = waiting[minute, epoch, shape] = _Minute(shape, np.zeros_like(load))
+        known.load += load
+        first, last = int(rows["first_step"][i]), int(rows["last_step"][i])
+        own = known.ranks.get(rank)
+        if own is None:
+            known.ranks[rank] = _OfRank(counts[i].copy(), first, last)
+        else:
+            own.counts += counts[i]
+            own.first, own.last = min(own.first, first), max(own.last, last)
+        known.first_time = min(known.first_time, int(rows["first_time_ns"][i]))
+        known.last_time = max(known.last_time, int(rows["last_time_ns"][i]))
+
+
+def _passed_on(run: Run, found: list[tuple[_Key, _Minute]]) -> Iterator[RunMinutes]:
+    """Joined minutes as rows, those of one shape together."""
+    for shape, group in itertools.groupby(found, key=lambda item: item[0][2]):
+        own = list(group)
+        expected = serving_ranks(shape) if shape is not None else run.expected_ranks
+        ends: dict[int, int] = {}
+        counts, missing = [], []
+        for _, one in own:
+            counts.append(_counts(one))
+            missing.append(_missing(one, expected))
+            for rank, of_rank in one.ranks.items():
+                ends[rank] = max(ends.get(rank, -1), of_rank.last)
+        table = np.array(counts, np.int64).reshape(len(own), len(COUNTS))
+        columns: dict[str, npt.NDArray[np.int64]] = {
+            "minute": np.array([key[0] for key, _ in own], np.int64),
+            "phase": np.full(len(own), -1, np.int64),
+            "first_step": np.array([min(r.first for r in one.ranks.values()) for _, one in own], np.int64),
+            "last_step": np.array([max(r.last for r in one.ranks.values()) for _, one in own], np.int64),
+            "first_time_ns": np.array([one.first_time for _, one in own], np.int64),
+            "last_time_ns": np.array([one.last_time for _, one in own], np.int64),
+            "rank_load": np.stack([one.load for _, one in own]),
+            **{name: table[:, i] for i, name in enumerate(COUNTS)},
+        }
+        yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, ends)
+
+
+def _counts(one: _Minute) -> Int64:
+    """The steps of a minute by status: those of its lowest rank, of which any rank may have recorded more."""
+    counts = one.ranks[min(one.ranks)].counts.copy()
+    recorded, dummy = COUNTS.index("recorded"), COUNTS.index("dummy")
+    idle = min(
+        int(counts[dummy]), max(int(r.counts[recorded]) for r in one.ranks.values()) - counts[recorded]
+    )
+    if idle > 0:
+        counts[recorded] += idle
+        counts[dummy] -= idle
+    return counts
+
+
+def _missing(one: _Minute, expected: Sequence[int]) -> tuple[int, ...]:
+    """The ranks without about the same steps as the others."""
+    had = (COUNTS.index("recorded"), COUNTS.index("dummy"))
+    taken = {rank: int(sum(of_rank.counts[i] for i in had)) for rank, of_rank in one.ranks.items()}
+    most = max(taken.values())
+    middle = sorted(of_rank.first for of_rank in one.ranks.values())[len(one.ranks) // 2]
+    return tuple(
+        rank
+        for rank in expected
+        if rank not in one.ranks
+        or taken[rank] < SAME * most
+        or abs(one.ranks[rank].first - middle) > (1 - SAME) * max(most, 1)
+    )

@@ -1,0 +1,442 @@
+"""Figures from sums per minute, next to those from the steps that were added up, and to plain loops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from clocks import START_NS, steady_clock
+from helpers import cli, one_error, open_writer
+from thinning import info_of, session_folders, thin_to
+
+from eplb_analyze import open_run
+from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.summary_report import Summary
+from eplb_analyze.analysis.timeline import timeline
+from eplb_analyze.analysis.timeline_report import Timeline
+from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
+from eplb_analyze.reader.join import StepState
+from eplb_analyze.report.document import report_document
+from eplb_analyze.sessions.segments import DamagedSegmentError
+from eplb_dump.format.manifest import SealedFile, append_manifest
+from eplb_dump.format.minutes import MINUTE_NS
+from eplb_dump.format.schema import MINUTES_SCHEMA, Tier
+from eplb_dump.format.segment import footer_crc32
+
+LAYERS, RANKS, PER_RANK, SLOTS, LOGICAL = 3, 4, 2, 8, 6
+STEPS, STEP_MS, SEGMENT = 900, 400, 64
+SKEWED = range(400, 480)
+Array = Any
+
+
+def time_of(step: Array) -> Array:
+    """When steps were recorded, ns: the writer itself takes the clock's first time."""
+    return START_NS + (step + 2) * STEP_MS * 10**6
+
+
+def minute_of(step: Array) -> Array:
+    return time_of(step) // MINUTE_NS
+
+
+def loads() -> Array:
+    """Tokens of each step, layer and slot; layer 1's rank 2 is slow for a while, and some steps idle."""
+    rng = np.random.default_rng(3)
+    found = rng.poisson(rng.lognormal(3, 0.6, (LAYERS, SLOTS)), (STEPS, LAYERS, SLOTS))
+    found[SKEWED.start : SKEWED.stop, 1, 4:6] += 3000
+    found[50:53] = 0
+    found[100, 2] = 0
+    return found
+
+
+def placement(step: int) -> Array:
+    row = np.arange(SLOTS) % LOGICAL
+    return np.tile(row if step < 310 else row[::-1], (LAYERS, 1))
+
+
+def record(root: Path, tokens: Array, *, began_ns: int = START_NS, **options: Any) -> None:
+    with (
+        steady_clock(STEP_MS, began_ns),
+        open_writer(
+            root, ep_size=RANKS, num_logical_experts=LOGICAL, segment_steps=SEGMENT, **options
+        ) as writer,
+    ):
+        for step, load in enumerate(tokens):
+            phase = "prefill" if step % 7 == 0 else "decode"
+            writer.record(step, load, placement(step), num_tokens=100, phase=phase)
+            if step % 100 == 0:
+                assert writer.flush(60)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One writer of sums over ranks; every step is kept."""
+    root = tmp_path_factory.mktemp("global")
+    record(root, loads(), scope="global")
+    return root
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each rank writes its own part of the tokens."""
+    root = tmp_path_factory.mktemp("local")
+    rng = np.random.default_rng(4)
+    parts = rng.multinomial(loads(), [1 / RANKS] * RANKS)
+    for rank in range(RANKS):
+        record(root, parts[..., rank], scope="local", ep_rank=rank)
+    return root
+
+
+@pytest.fixture
+def root(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "dump"))
+
+
+def summary_of(path: Path, steps: tuple[int, int] | None = None, **options: Any) -> Summary:
+    return summarize(open_run(path), steps, **options)
+
+
+def assert_same_means(minutes: Summary, steps: Summary) -> None:
+    """Everything that sums per minute keep in full."""
+    for name, exact in steps.spreads.items():
+        found = minutes.spreads[name]
+        assert found.mean == pytest.approx(exact.mean, rel=1e-12), name
+        if name in ("balancedness", "imbalance", "trtllm"):
+            for what in ("min", "max"):
+                assert getattr(found, what) == pytest.approx(getattr(exact, what), rel=1e-12)
+                assert getattr(found, f"{what}_step") == getattr(exact, f"{what}_step")
+            assert found.percentile_error is not None
+            for what in ("p5", "p50", "p95"):
+                assert abs(getattr(found, what) - getattr(exact, what)) <= found.percentile_error + 1e-12
+    assert minutes.idle_fraction == pytest.approx(steps.idle_fraction, rel=1e-12)
+    for found, exact in zip(minutes.layers, steps.layers, strict=True):
+        assert (found.layer, found.worst_rank) == (exact.layer, exact.worst_rank)
+        assert found.balancedness == pytest.approx(exact.balancedness, rel=1e-12)
+        assert found.imbalance == pytest.approx(exact.imbalance, rel=1e-12)
+        assert found.worst_rank_share == pytest.approx(exact.worst_rank_share, rel=1e-12)
+    for found, exact in zip(minutes.phases, steps.phases, strict=True):
+        assert (found.phase, found.steps) == (exact.phase, exact.steps)
+        assert found.balancedness == pytest.approx(exact.balancedness, rel=1e-12)
+        assert found.idle_fraction == pytest.approx(exact.idle_fraction, rel=1e-12)
+    for found, exact in zip(minutes.configurations, steps.configurations, strict=True):
+        assert (found.first_step, found.last_step, found.recorded) == (
+            exact.first_step,
+            exact.last_step,
+            exact.recorded,
+        )
+        assert found.balancedness == pytest.approx(exact.balancedness, rel=1e-12)
+    assert minutes.loss is not None
+    assert steps.loss is not None
+    assert minutes.loss.tokens == pytest.approx(steps.loss.tokens, rel=1e-12)
+    assert minutes.steps.to_json() == steps.steps.to_json()
+    assert minutes.rearrangements == steps.rearrangements
+
+
+def test_figures_are_those_of_the_steps(whole: Path) -> None:
+    exact, found = summary_of(whole), summary_of(whole, tier="minutes")
+    assert (exact.tier, found.tier) == ("steps", "minutes")
+    assert_same_means(found, exact)
+    assert found.rollup is not None
+    assert found.rollup.steps_since is found.rollup.minutes_since is found.rollup.gone_until is None
+    ms = found.rollup.step_ms
+    assert ms is not None
+    assert ms.mean == pytest.approx(STEP_MS)
+    assert ms.p50 is not None
+    assert ms.percentile_error is not None
+    assert abs(ms.p50 - STEP_MS) <= ms.percentile_error
+    assert (found.cost.ms_per_step, found.incidents, found.pauses) == (None, [], [None])
+    assert exact.incidents
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_run_of_which_no_step_is_kept_has_the_same_figures(root: Path, *, merged: bool) -> None:
+    exact = summary_of(root)
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))}, merged=merged)
+    found = summary_of(root)
+    assert_same_means(found, exact)
+    assert found.rollup is not None
+    assert found.rollup.searched is None
+    assert found.verdict == exact.verdict
+    # An expert is named by those of its slots that a minute names: at least so many tokens.
+    shares = {(e.layer, e.logical): e.share for e in exact.hot_experts}
+    assert found.hot_experts
+    for expert in found.hot_experts:
+        true = shares.get((expert.layer, expert.logical))
+        assert true is None or expert.share <= true * (1 + 1e-9)
+
+
+def test_one_retired_segment_makes_every_figure_of_its_range_come_from_minutes(root: Path) -> None:
+    exact = summary_of(root)
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: [0, 1]})
+    found = summary_of(root)
+    assert_same_means(found, exact)
+    assert found.rollup is not None
+    assert found.rollup.steps_since == time_of(2 * SEGMENT - 1)
+    # Incidents are looked for where steps are kept.
+    assert found.rollup.searched == (2 * SEGMENT, STEPS - 1)
+    assert [(i.first_step, i.cause.kind) for i in found.incidents] == [
+        (i.first_step, i.cause.kind) for i in exact.incidents
+    ]
+    later = summary_of(root, (2 * SEGMENT, STEPS))
+    assert later.tier == "steps"
+    with pytest.raises(NotInDumpError, match=f"steps 0-{2 * SEGMENT - 1} are no longer kept as steps"):
+        summary_of(root, tier="steps")
+
+
+def test_range_of_steps_selects_whole_minutes(root: Path) -> None:
+    minute = minute_of(np.arange(STEPS))
+    chosen = np.flatnonzero((minute > minute[0]) & (minute <= minute[0] + 2))
+    exact = summary_of(root, (int(chosen[0]), int(chosen[-1]) + 1))
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))})
+    # The last one ends at the first step of a minute, which is in progress at the end of the minute before.
+    for steps in ((chosen[0], chosen[-1] + 1), (chosen[3], chosen[-5]), (chosen[0], chosen[-1] + 2)):
+        found = summary_of(root, (int(steps[0]), int(steps[1])))
+        assert_same_means(found, exact)
+        assert found.rollup is not None
+        assert found.rollup.selected
+        assert found.rollup.first_minute == (minute[0] + 1) * MINUTE_NS
+        assert found.rollup.minutes == 2
+
+
+def test_what_is_gone_is_neither_missing_nor_in_a_figure(root: Path) -> None:
+    exact = summary_of(root, (2 * SEGMENT, STEPS))
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.GONE: [0, 1], Tier.MINUTES: [2, 3]})
+    found = summary_of(root)
+    assert found.spreads["balancedness"].mean == pytest.approx(exact.spreads["balancedness"].mean, rel=1e-12)
+    assert found.steps.missing == 0
+    assert found.rollup is not None
+    assert found.rollup.gone_until == time_of(2 * SEGMENT - 1)
+    with pytest.raises(NotInDumpError, match="nothing is kept of steps 0-99"):
+        summary_of(root, (0, 100))
+    thin_to(folder, {Tier.GONE: range(2, -(-STEPS // SEGMENT))})
+    with pytest.raises(NotInDumpError, match="nothing is kept of the run"):
+        summary_of(root)
+
+
+def test_phase_has_its_own_figures(root: Path) -> None:
+    run = open_run(root)
+    exact = summarize(run.of_phase("prefill"))
+    found = summarize(run.of_phase("prefill"), tier="minutes")
+    assert found.spreads["balancedness"].mean == pytest.approx(exact.spreads["balancedness"].mean, rel=1e-12)
+    assert found.steps.count(StepState.RECORDED) == exact.steps.count(StepState.RECORDED)
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))})
+    retired = open_run(root)
+    found = summarize(retired.of_phase("prefill"))
+    assert found.spreads["balancedness"].mean == pytest.approx(exact.spreads["balancedness"].mean, rel=1e-12)
+    with pytest.raises(NotInDumpError, match="its phases are decode, prefill"):
+        retired.of_phase("idle")
+
+
+def test_newer_session_of_the_same_steps_counts(tmp_path: Path) -> None:
+    tokens = loads()[:SEGMENT]
+    for began, factor in enumerate((2, 1)):
+        began_ns = START_NS + began * 10 * MINUTE_NS
+        record(tmp_path, tokens * factor, scope="global", start_id="one", began_ns=began_ns)
+    found, exact = summary_of(tmp_path, tier="minutes"), summary_of(tmp_path)
+    assert found.steps.seen == exact.steps.seen == SEGMENT
+    assert found.loss is not None
+    assert exact.loss is not None
+    assert found.loss.tokens == pytest.approx(exact.loss.tokens, rel=1e-12)
+
+
+def test_sessions_that_share_a_part_of_a_minute_are_refused(tmp_path: Path) -> None:
+    for began, steps in enumerate((SEGMENT, SEGMENT - 20)):
+        began_ns = START_NS + began * 10 * MINUTE_NS
+        record(tmp_path, loads()[:steps], scope="global", start_id="one", began_ns=began_ns)
+    with pytest.raises(DumpError, match="do not show which of them count"):
+        summary_of(tmp_path, tier="minutes")
+
+
+def test_damaged_sums_are_left_out_and_reported(root: Path) -> None:
+    (folder,) = session_folders(root)
+    entries = thin_to(folder, {Tier.MINUTES: range(4)})
+    path = folder / entries[1].files["minutes"].name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(bytes(data))
+    run = open_run(root)
+    found = summarize(run)
+    assert found.steps.seen == STEPS - SEGMENT
+    assert [f.code for f in run.findings if path.name in f.text] == ["damaged_file"]
+
+
+# ---- scope local
+
+
+def summed_truth(rows: Array) -> tuple[float, float]:
+    """Balancedness of loads summed per minute and placement, weighted by steps; and the idle fraction."""
+    tokens = loads()[rows].reshape(-1, LAYERS, RANKS, PER_RANK).sum(axis=3)
+    minute = minute_of(rows)
+    key = minute * 2 + (rows >= 310)
+    ratio = weight = mean_sum = max_sum = 0.0
+    for group in np.unique(key):
+        load = tokens[key == group].sum(axis=0)
+        for of_layer in load:
+            steps = int((key == group).sum())
+            ratio += steps * of_layer.mean() / of_layer.max()
+            weight += steps
+            mean_sum += of_layer.mean()
+            max_sum += of_layer.max()
+    return ratio / weight, 1 - mean_sum / max_sum
+
+
+def test_sums_of_single_ranks_show_persistent_imbalance_only(local: Path) -> None:
+    exact, found = summary_of(local), summary_of(local, tier="minutes")
+    summed = found.rollup.summed if found.rollup else None
+    assert summed is not None
+    balance, idle = summed_truth(np.arange(STEPS))
+    assert summed.balancedness == pytest.approx(balance, rel=1e-12)
+    assert summed.idle_at_least == pytest.approx(idle, rel=1e-12)
+    assert exact.idle_fraction is not None
+    assert idle < exact.idle_fraction
+    assert all(spread.mean is None for spread in found.spreads.values())
+    assert (found.idle_fraction, found.loss, found.layers, found.timeline) == (None, None, [], [])
+    assert found.steps.to_json() == exact.steps.to_json()
+    assert found.verdict.verdict == "imbalanced" if balance < 0.8 else "not_known"
+
+
+def test_minute_in_which_a_rank_is_missing_is_incomplete(local: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(local, tmp_path / "dump"))
+    folders = session_folders(root)
+    thin_to(folders[3], {Tier.GONE: [0, 1]})
+    found = summary_of(root)
+    minute = minute_of(np.arange(STEPS))
+    lost = np.flatnonzero(minute == minute[: 2 * SEGMENT].max())[-1]
+    assert found.steps.count(StepState.INCOMPLETE) == lost + 1
+    assert found.steps.reasons == {(3, "absent"): lost + 1}
+    summed = found.rollup.summed if found.rollup else None
+    assert summed is not None
+    assert summed.balancedness == pytest.approx(summed_truth(np.arange(lost + 1, STEPS))[0], rel=1e-12)
+
+
+def test_what_single_ranks_sums_lack_is_refused_by_name(local: Path) -> None:
+    run = open_run(local)
+    with pytest.raises(UsageError, match="remove --phase"):
+        summarize(run.of_phase("decode"), tier="minutes")
+    with pytest.raises(UsageError, match="do not have vllm, only balancedness"):
+        timeline(run, "vllm", tier="minutes")
+
+
+# ---- timeline
+
+
+def by_minute(found: Timeline, exact: Timeline) -> None:
+    assert found.tier == "minutes"
+    assert found.mean == pytest.approx(exact.mean, rel=1e-12)
+    assert found.steps.to_json() == exact.steps.to_json()
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("formula", ["balancedness", "imbalance", "trtllm", "vllm", "idle_fraction"])
+def test_timeline_of_minutes_has_the_means_of_the_steps(whole: Path, formula: str, layer: int | None) -> None:
+    run = open_run(whole)
+    found = timeline(run, formula, layer=layer, tier="minutes")
+    by_minute(found, timeline(run, formula, layer=layer))
+    assert found.bin_minutes == 1
+    for part in found.bins:
+        exact = timeline(run, formula, 1, layer, (part.first_step, part.last_step + 1))
+        assert (part.steps, part.mean) == (exact.bins[0].steps, pytest.approx(exact.mean, rel=1e-9))
+        if part.min is not None:
+            assert (part.min, part.max) == (pytest.approx(exact.min), pytest.approx(exact.max))
+    has_extremes = layer is None and formula in ("balancedness", "imbalance", "trtllm")
+    assert (found.min is not None) == has_extremes
+
+
+def test_timeline_refuses_formulas_that_are_not_in_the_sums(whole: Path) -> None:
+    run = open_run(whole)
+    with pytest.raises(UsageError, match="do not have active-experts, only"):
+        timeline(run, "active-experts", tier="minutes")
+    with pytest.raises(UsageError, match="do not have sglang of one layer"):
+        timeline(run, "sglang", layer=0, tier="minutes")
+
+
+def test_timeline_of_single_ranks_is_not_called_balancedness(local: Path) -> None:
+    found = timeline(open_run(local), tier="minutes")
+    assert found.formula == "summed_balancedness"
+    assert found.mean == pytest.approx(np.mean([summed_truth(np.arange(STEPS))[0]]), rel=1e-12)
+
+
+# ---- what is printed
+
+
+def test_output_says_what_figures_are_from(root: Path) -> None:
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.GONE: [0, 1], Tier.MINUTES: [2, 3]})
+    text = " ".join(cli("summary", root).stdout.split())
+    assert (
+        "figures are from sums per minute, 6 minutes from 22:14 to 22:19; the run is kept as steps from "
+        "22:15:02 on, as minutes from 22:14:12 on, nothing of some before 22:14:11" in text
+    )
+    assert "±0.00" in text
+    assert "The cost of imbalance is not known: not measured from roll-ups" in text
+    assert "incidents are looked for only where steps are kept: steps 256-899" in text
+    document = json.loads(cli("summary", root, "--json").stdout)
+    assert document["tier"] == "minutes"
+    assert document["rollup"]["gone_until"] == "2023-11-14T22:14:11.600Z"
+    assert document["balancedness"]["percentile_error"] > 0
+    plotted = cli("timeline", root).stdout
+    assert "figures are from sums per minute" in plotted
+    assert "of 1 minute" in plotted
+    one_error(cli("summary", root, "--tier", "steps"), 2, "use --tier minutes")
+
+
+def test_times_select_retired_minutes(root: Path) -> None:
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))})
+    text = " ".join(cli("summary", root, "--since", "22:15:20", "--until", "22:16").stdout.split())
+    assert "2 whole minutes from 22:15 to 22:16" in text
+
+
+def test_single_ranks_sums_are_labeled(local: Path) -> None:
+    text = " ".join(cli("summary", local, "--tier", "minutes").stdout.split())
+    assert "balancedness of loads summed per minute 0." in text
+    assert "tokens are less balanced, and the idle fraction is at least" in text
+    assert "5th percentile" not in text
+
+
+def test_report_and_postmortem_show_the_same_figures(root: Path, tmp_path: Path) -> None:
+    exact = summary_of(root)
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))})
+    found = summary_of(root)
+    (row,) = json.loads(cli("postmortem", root, "--json").stdout)["runs"]
+    assert (row["tier"], row["incidents"], row["steps"]) == ("minutes", None, STEPS)
+    assert row["balancedness"] == pytest.approx(exact.spreads["balancedness"].mean, rel=1e-12)
+    assert row["balancedness_p5"] == found.spreads["balancedness"].p5
+    text = cli("postmortem", root).stdout
+    assert "figures of 1 run are from sums per minute, as not all steps are kept" in text
+    document = report_document(open_run(root)).document
+    assert document["loads"] is document["timeline"] is None
+    assert document["summary"]["tier"] == "minutes"
+    assert "figures are from sums per minute" in document["notes"][0].lower()
+    assert document["searched"].startswith("incidents are not known")
+    assert cli("report", root, "-o", tmp_path / "report.html").returncode == 0
+
+
+@pytest.mark.parametrize("column", ["rank_load", "balancedness_histogram"])
+def test_sums_with_lists_of_a_wrong_length_are_refused_before_they_are_read(root: Path, column: str) -> None:
+    (folder,) = session_folders(root)
+    (entry,) = thin_to(folder, {Tier.MINUTES: [0]})
+    path = folder / entry.files["minutes"].name
+    table = pq.read_table(path)
+    longer = pa.array(
+        [value * 1000 for value in table.column(column).to_pylist()], MINUTES_SCHEMA.field(column).type
+    )
+    changed = table.set_column(table.column_names.index(column), MINUTES_SCHEMA.field(column), longer)
+    pq.write_table(changed, path, write_page_checksum=True)
+    file = SealedFile(path.name, path.stat().st_size, entry.files["minutes"].rows, footer_crc32(path))
+    append_manifest(folder, info_of(folder), replace(entry, files={**entry.files, "minutes": file}))
+    (segment,) = open_run(root).sessions[0].retired
+    with pytest.raises(DamagedSegmentError, match="the lengths of its lists do not match the manifest"):
+        next(segment.minutes([column]))
