@@ -10,7 +10,7 @@ import numpy as np
 from eplb_analyze.metrics.formulas import Float64, Spread
 from eplb_analyze.metrics.histograms import percentile
 from eplb_analyze.metrics.losses import LEAST_STEPS
-from eplb_analyze.reader.completeness import ABSENT, Completeness
+from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import fold
 from eplb_analyze.reader.rolled_up import RunMinutes
@@ -213,8 +213,8 @@ class StepCounts:
         self.counts += table[~lacking].sum(axis=0)
         self.incomplete += int(table[lacking].sum())
         for i in np.flatnonzero(lacking).tolist():
-            for rank in part.missing[i]:
-                self.reasons[rank, ABSENT] += int(table[i].sum())
+            for reason in part.missing[i].items():
+                self.reasons[reason] += int(table[i].sum())
         first, last = int(rows["first_step"].min()), int(rows["last_step"].max())
         self.first = first if self.first < 0 else min(self.first, first)
         self.last = max(self.last, last)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from eplb_analyze.errors import DumpError, NotInDumpError
 from eplb_analyze.parallel import num_workers, ordered_map
+from eplb_analyze.reader.completeness import ABSENT
 from eplb_analyze.reader.lost import serving_ranks
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.minutes import minutes_of
@@ -40,6 +41,8 @@ SCALARS = (
 )  # fmt: skip
 #: Ranks whose steps in a minute are fewer, as a share of the most that a rank has there, are missing from it.
 SAME = 0.9
+#: Why a rank is missing from a minute if it has as many steps there, but others.
+SHIFTED = "shifted by its clock"
 #: The rows of all ranks that are decoded at once take about so much memory.
 JOINED_BYTES = 16 << 20
 #: So many joined minutes are passed on at once.
@@ -58,13 +61,13 @@ class RunMinutes:
     """Rows of the run, of one shape. With scope ``local`` a row is of all phases.
 
     Attributes:
-        missing: the ranks that each row lacks; its other figures are then of the ranks that are there.
+        missing: the ranks that each row lacks, and why; its other figures are of the ranks that are there.
         last_of_rank: the last step of each rank in them.
     """
 
     shape: Shape | None
     rows: Minutes
-    missing: list[tuple[int, ...]]
+    missing: list[dict[int, str]]
     last_of_rank: dict[int, int]
 
 
@@ -203,7 +206,7 @@ def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start:
         for rows in _chosen(_rows(run, source, columns), minutes):
             last = max(last, int(rows["last_step"].max()))
             ends = {source.info.ep_rank: last}
-            sums.add(RunMinutes(source.segment.shape, rows, [()] * len(rows), ends))
+            sums.add(RunMinutes(source.segment.shape, rows, [{}] * len(rows), ends))
         return sums
 
     ordered = sorted(sources, key=lambda source: source.segment.first_step)
@@ -441,16 +444,16 @@ def _counts(one: _Minute) -> Int64:
     return counts
 
 
-def _missing(one: _Minute, expected: Sequence[int]) -> tuple[int, ...]:
-    """The ranks without about the same steps as the others."""
+def _missing(one: _Minute, expected: Sequence[int]) -> dict[int, str]:
+    """The ranks without about the same steps as the others, and why."""
     had = (COUNTS.index("recorded"), COUNTS.index("dummy"))
     taken = {rank: int(sum(of_rank.counts[i] for i in had)) for rank, of_rank in one.ranks.items()}
     most = max(taken.values())
     middle = sorted(of_rank.first for of_rank in one.ranks.values())[len(one.ranks) // 2]
-    return tuple(
-        rank
-        for rank in expected
-        if rank not in one.ranks
-        or taken[rank] < SAME * most
-        or abs(one.ranks[rank].first - middle) > (1 - SAME) * max(most, 1)
-    )
+    found = {}
+    for rank in expected:
+        if rank not in one.ranks or taken[rank] < SAME * most:
+            found[rank] = ABSENT
+        elif abs(one.ranks[rank].first - middle) > (1 - SAME) * max(most, 1):
+            found[rank] = SHIFTED
+    return found

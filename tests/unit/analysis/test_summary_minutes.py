@@ -320,6 +320,19 @@ def test_minute_in_which_a_rank_is_missing_is_incomplete(local: Path, tmp_path: 
     assert summed.balancedness == pytest.approx(summed_truth(np.arange(lost + 1, STEPS))[0], rel=1e-12)
 
 
+def test_rank_whose_clock_is_shifted_is_missing_from_its_minutes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    parts = rng.multinomial(loads()[:300], [1 / RANKS] * RANKS)
+    for rank in range(RANKS):
+        began_ns = START_NS + (rank == 3) * 20 * 10**9
+        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, began_ns=began_ns)
+    found = summary_of(tmp_path, tier="minutes")
+    assert {reason for rank, reason in found.steps.reasons if rank == 3} <= {"absent", "shifted by its clock"}
+    assert found.steps.reasons[3, "shifted by its clock"] >= 100
+    assert found.steps.count(StepState.RECORDED) == 0
+    assert found.verdict.verdict == "incomplete_data"
+
+
 def test_what_single_ranks_sums_lack_is_refused_by_name(local: Path) -> None:
     run = open_run(local)
     with pytest.raises(UsageError, match="remove --phase"):

@@ -45,7 +45,7 @@ class Damaged(Segment):
 def session(rank: int, *segments: Segment, offset: int = START) -> Any:
     """A session whose monotonic clock was 0 at ``offset`` by its host's clock."""
     info = SimpleNamespace(ep_rank=rank, created_unix_ns=offset, created_monotonic_ns=0)
-    return SimpleNamespace(info=info, segments=[*segments])
+    return SimpleNamespace(info=info, segments=[*segments], retired=[])
 
 
 def clock_of(*sessions: Any, timed: bool = True, zone: str | None = None) -> RunClock:
