@@ -164,6 +164,18 @@ class Remote:
             self.bucket.filesystem.delete_file(self._path)
         self.bucket.forget()
 
+    def remove_empty_folder(self) -> None:
+        """Remove the marks of a folder without objects, which some services keep. Raises UnreachableError."""
+        from pyarrow import fs
+
+        with translate_network_errors(self):
+            selector = fs.FileSelector(self._path, allow_not_found=True, recursive=True)
+            inside = self.bucket.filesystem.get_file_info(selector)
+            if all(info.type == fs.FileType.Directory for info in inside):
+                with suppress(FileNotFoundError):
+                    self.bucket.filesystem.delete_dir(self._path)
+        self.bucket.forget()
+
     @property
     def _path(self) -> str:
         return f"{self.bucket.name}/{self.key}"

@@ -366,6 +366,7 @@ def _remove_objects(run: SurveyedRun) -> None:
             remove_files(session.folder, [name for name in sorted(session.files) if wanted(name)])
     for claim in run.claims:
         _delete(claim)
+    cast(Remote, run.folder).remove_empty_folder()
 
 
 def log_removed(dump: StoragePath, lines: Sequence[Mapping[str, Any]]) -> None:

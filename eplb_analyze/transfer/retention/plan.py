@@ -118,7 +118,7 @@ class RunPlan:
     def why_kept(self) -> str | None:
         """Why the run cannot be removed, whatever its age."""
         if self.run.live is not None or self.run.has_newborn:
-            return self.run.live or "a rank claimed a place in it less than ten minutes ago"
+            return self.run.live or "a rank began in it less than ten minutes ago"
         if self.run.foreign:
             return f"{self.run.foreign[0]} is not a file of a dump"
         return None

@@ -116,6 +116,8 @@ class SurveyedRun:
     claims: dict[StoragePath, os.stat_result] = field(default_factory=dict)
     #: What `prune` never removes: files that are not of the format, symbolic links.
     foreign: list[str] = field(default_factory=list)
+    #: When folders without a session were made.
+    empty_ns: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -125,8 +127,12 @@ class SurveyedRun:
     @property
     def last_ns(self) -> int:
         """When its newest step was written."""
-        newest = [session.last_ns for session in self.sessions]
-        return max(newest, default=max((s.st_mtime_ns for s in self.claims.values()), default=0))
+        newest = [session.last_ns for session in self.sessions] or self._begun_ns
+        return max(newest, default=0)
+
+    @property
+    def _begun_ns(self) -> list[int]:
+        return [*self.empty_ns, *(stat.st_mtime_ns for stat in self.claims.values())]
 
     @property
     def live(self) -> str | None:
@@ -136,7 +142,7 @@ class SurveyedRun:
     def has_newborn(self) -> bool:
         """Whether a rank may be about to begin a session."""
         now = time.time_ns()
-        return any(now - stat.st_mtime_ns < QUIET_NS for stat in self.claims.values())
+        return any(now - begun < QUIET_NS for begun in self._begun_ns)
 
 
 def survey(dump: StoragePath, run_ids: Sequence[str] | None = None) -> list[SurveyedRun]:
@@ -167,7 +173,10 @@ def _sessions(
     if len(names) == len(LEVEL_PREFIXES):
         yield names, folder
         return
-    for entry in places.entries(folder):
+    inside = places.entries(folder)
+    if isinstance(folder, Path) and not any(e.is_dir(follow_symlinks=False) for e in inside):
+        run.empty_ns.append(folder.stat().st_mtime_ns)
+    for entry in inside:
         if _is_folder(entry, LEVEL_PREFIXES[len(names)]):
             yield from _sessions(folder / entry.name, [*names, entry.name], run)
         elif entry.name == CLAIM_FILE and len(names) == 3 and not entry.is_symlink():

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,19 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from aged_runs import DAY, aged_session, begin_journal, set_back
-from helpers import ROOT, cli
+from helpers import ROOT, cli, one_error, session_info
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from s3 import S3
 
 from eplb_analyze.errors import UsageError
+from eplb_analyze.storage.path import storage_path
 from eplb_analyze.transfer.prune import PruneReport, prune_dump
-from eplb_analyze.transfer.retention.plan import Policy
-from eplb_dump.format.manifest import Manifest
+from eplb_analyze.transfer.retention.plan import Policy, make_plan
+from eplb_analyze.transfer.retention.sizes import size_at
+from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun, SurveyedSession
+from eplb_dump.format.journal import Shape
+from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment
 from eplb_dump.format.minutes import Minutes
 from eplb_dump.format.schema import MANIFEST_FILE, SEGMENT_PATTERN, SESSION_FILE, Scope, Tier
 from eplb_dump.format.session import SessionInfo, load_json
@@ -472,3 +481,232 @@ def test_older_format_gets_sums_per_minute_before_its_loads_go(version: str, tmp
                 sum(load[i][half] for i in range(layer, len(load), 2)) for layer in (0, 1) for half in (0, 1)
             ]
             assert rolled["rank_load"].sum(axis=0).tolist() == expected
+
+
+# ---- kills
+
+
+class Killed(BaseException):
+    """Simulates the death of the process: nothing catches it."""
+
+
+def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Die at the ``count``-th call that changes what is on the disk, before it does; no later one is made."""
+    calls = iter(range(count))
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if next(calls, None) is None:
+                raise Killed
+            return real(*args, **options)
+
+        return call
+
+    for name in ("fsync", "replace", "unlink", "rmdir", "link", "rename"):
+        patch.setattr(os, name, dying(getattr(os, name)))
+
+
+def names_of(dump: Path) -> set[str]:
+    """Files and folders; sizes of the files that are not logs of the moment."""
+    return {
+        f"{p.relative_to(dump)} {p.stat().st_size if p.is_file() else ''}" for p in dump.glob("run=*/**/*")
+    }
+
+
+def test_killed_at_any_step_it_continues_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns()
+    start = tmp_path / "start"
+    folder = aged_session(start, "r", [now - days(age) for age in (9, 8, 6, 4, 2)], rearranged=[1, 3])
+    aged_session(start, "old", [now - days(20)])
+    policy = Policy(keep_full=days(3), keep_ranks=days(5), keep_minutes=days(7))
+    done = Path(shutil.copytree(start, tmp_path / "done"))
+    prune_dump(done, policy)
+    assert list(tiers_of(done / folder.relative_to(start)).values()) == ["gone"] * 2 + [
+        "minutes",
+        "ranks",
+        "full",
+    ]
+    end = names_of(done)
+    kills = 0
+    for count in range(400):
+        dump = Path(shutil.copytree(start, tmp_path / "killed"))
+        with monkeypatch.context() as patch:
+            kill_before(patch, count)
+            try:
+                prune_dump(dump, policy)
+            except Killed:
+                kills += 1
+            else:
+                break
+        for session in sessions_of(dump):  # whole, or left for the rest of a removal
+            manifest = manifest_of(session)
+            assert manifest.closed is not None
+            for entry in manifest.entries.values():
+                for file in entry.files.values():
+                    assert (session / file.name).stat().st_size == file.bytes
+        prune_dump(dump, policy)
+        assert names_of(dump) == end, count
+        assert sorted(path.name for path in dump.iterdir()) == ["pruned.jsonl", "run=r"]
+        assert len((dump / "pruned.jsonl").read_text().splitlines()) == 1
+        assert prune_dump(dump, policy).runs == []
+        shutil.rmtree(dump)
+    assert kills > 20
+
+
+# ---- the plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_plan_follows_ages_and_bytes(data: st.DataObject) -> None:
+    """Of any dump: nothing is thinned that need not be, and within a tier the oldest go first."""
+    now = 1000 * DAY
+    runs = []
+    for number in range(data.draw(st.integers(1, 6))):
+        entries = []
+        for seq in range(data.draw(st.integers(1, 8))):
+            age = data.draw(st.integers(1, 100))
+            entries.append(
+                planned_entry(seq, now - age * DAY - 10 * number - seq, data.draw(st.integers(1, 100)))
+            )
+        runs.append(planned_run(f"r{number}", entries))
+    total = sum(run.size for run in runs)
+    most = data.draw(st.integers(0, total))
+    limit = data.draw(st.integers(1, 110))
+    plans = make_plan(runs, Policy(max_bytes=most, keep_minutes=limit * DAY), now)
+    left = 0
+    by_age: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for plan in plans:
+        if plan.removed is not None:
+            continue
+        for unit in plan.units:
+            for piece, tier in unit.tiers.items():
+                left += size_at(piece, tier)
+                assert tier is Tier.GONE or now - piece.last_ns <= limit * DAY
+                by_age[plan.reasons.get(piece, "none")].append((piece.last_ns, tier.value))
+    assert left <= most or not any(t != "gone" for some in by_age.values() for _, t in some)
+    others = sorted(by_age["none"] + by_age["bytes"])
+    ranks = [ORDER.index(tier) for _, tier in others]
+    assert ranks == sorted(ranks, reverse=True)  # the older, the coarser
+    if left < most - 100 - max(run.size for run in runs):  # the last thinning was needed
+        assert not by_age["bytes"]
+        assert not any(plan.removed == "bytes" for plan in plans)
+
+
+def planned_entry(seq: int, last_ns: int, size: int) -> SealedSegment:
+    """A segment whose tables take 5, 0, 3, 1 and 0 parts of its size."""
+    files = {
+        "loads": SealedFile(f"loads-{seq:06}.parquet", 5 * size, 1, 0),
+        "minutes": SealedFile(f"minutes-{seq:06}.parquet", size, 1, 0),
+        "steps": SealedFile(f"steps-{seq:06}.parquet", 3 * size, 1, 0),
+    }
+    return SealedSegment(seq, seq, seq, Shape(2, 1, 2), files, times=(last_ns, last_ns))
+
+
+def planned_run(run_id: str, entries: list[SealedSegment]) -> SurveyedRun:
+    folder = Path(f"run={run_id}")
+    session = SurveyedSession(folder, session_info(run_id=run_id, segment_steps=1), {})
+    session.manifest = Manifest(closed={})
+    for entry in entries:
+        assert entry.times is not None
+        piece = Piece(session, entry, entry.times[1], entry.times[0])
+        piece.sizes[Tier.RANKS] = entry.size - 4 * entry.files["minutes"].bytes
+        session.pieces.append(piece)
+        for file in entry.files.values():
+            session.files[file.name] = os.stat_result((0o100644, 0, 0, 1, 0, 0, file.bytes, 0, 0, 0))
+    return SurveyedRun(run_id, folder, [session])
+
+
+# ---- buckets and the command line
+
+
+def test_bucket_is_pruned_like_a_folder(tmp_path: Path, s3: S3) -> None:
+    now = time.time_ns()
+    dump = tmp_path / "dump"
+    folder = ladder(dump, now)
+    aged_session(dump, "old", [now - days(40)])
+    policy = Policy(keep_full=days(4), keep_ranks=days(10), keep_minutes=days(16), max_age=days(30))
+    bucket = s3.put(dump)
+    report = prune_dump(storage_path(s3.address(bucket)), policy)
+    local = prune_dump(dump, policy)
+    assert [(run.run_id, run.action, run.bytes_after) for run in report.runs] == [
+        (run.run_id, run.action, run.bytes_after) for run in local.runs
+    ]
+    there = s3.get(bucket)
+    here = content_of(dump)
+    assert there.keys() == here.keys()
+    relative = str(folder.relative_to(dump))
+    for name in here:
+        if name.startswith(relative):
+            assert there[name] == here[name], name
+    assert prune_dump(storage_path(s3.address(bucket)), policy).runs == []
+
+
+def test_bucket_that_fails_in_between_is_continued(tmp_path: Path, s3: S3) -> None:
+    now = time.time_ns()
+    ladder(tmp_path / "dump", now)
+    policy = Policy(keep_full=days(4), keep_ranks=days(10), keep_minutes=days(16))
+    bucket = s3.put(tmp_path / "dump")
+    address = s3.address(bucket)
+    mark = f"{bucket}/.prune.eplb.tmp"
+    with s3.files().open_output_stream(mark) as stream:  # of one that was killed
+        stream.write(b"prune")
+    with pytest.raises(UsageError, match="another `prune` is at work in it, or was interrupted"):
+        prune_dump(storage_path(address), policy)
+    s3.files().delete_file(mark)
+    prune_dump(storage_path(address), policy)
+    assert ".prune.eplb.tmp" not in s3.get(bucket)
+
+
+def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    aged_session(tmp_path, "r", [time.time_ns() - days(2)])
+    one_error(cli("prune", tmp_path), 2, "say what to keep", "--max-bytes")
+    one_error(cli("prune", "--max-bytes", "many", tmp_path), 2, "is not a size", "500G")
+    one_error(cli("prune", "--max-age", "7", tmp_path), 2, "is not an age", "7d")
+    one_error(cli("prune", "--max-age", "7d", tmp_path / "none"), 3, "no such folder")
+    one_error(cli("prune", "--max-age", "7d", "--run", "x", tmp_path), 2, "it has no run 'x'", "r")
+    one_error(cli("prune", "--max-age", "7d", tmp_path / "run=r"), 2, "pass the folder that contains run=")
+    result = cli("prune", "--max-bytes", "1", "--run", "r", "--dry-run", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "removed run r: " in result.stdout
+    assert result.stdout.endswith("dry run: nothing was changed\n")
+
+
+def test_dump_that_stays_too_large_fails_the_job(tmp_path: Path) -> None:
+    now = time.time_ns()
+    aged_session(tmp_path, "r", [now - days(2), now - 20 * HOUR], closed=False)
+    result = cli("prune", "--max-bytes", "10k", tmp_path)
+    assert result.returncode == 1
+    assert "over the limit" in result.stdout
+    assert "its engine may be idle" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("500G", 500 * 10**9), ("64Mi", 64 << 20), ("1.5t", 1500 * 10**9), ("10 kB", 10_000)]
+)
+def test_sizes(text: str, bytes_: int) -> None:
+    from eplb_analyze.cli.commands.prune import parse_bytes
+
+    assert parse_bytes(text) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90m", 5400), ("12h", 43_200), ("4w", 2_419_200), ("1y", 31_536_000)]
+)
+def test_ages(text: str, seconds: int) -> None:
+    from eplb_analyze.cli.commands.prune import parse_age
+
+    assert parse_age(text) == seconds * 10**9
+
+
+def test_folder_of_a_writer_that_begins_is_left_alone(tmp_path: Path) -> None:
+    empty = tmp_path / "run=r" / "model=m" / "rank=00000"
+    empty.mkdir(parents=True)
+    assert prune_dump(tmp_path, STRICT).unchanged == 1
+    assert empty.is_dir()
+    for folder in (empty, *empty.parents[:2]):
+        os.utime(folder, ns=(1, time.time_ns() - days(2)))
+    prune_dump(tmp_path, STRICT)
+    assert not (tmp_path / "run=r").exists()

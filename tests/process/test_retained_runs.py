@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 from aged_runs import DAY, aged_session, begin_journal, set_back
 from helpers import ROOT, cli, start_child
 from s3 import S3
@@ -409,3 +411,70 @@ def state_of(dump: Path) -> dict[str, tuple[int, int]]:
         for p in dump.rglob("*")
         if p.is_file()
     }
+
+
+# ---- kills
+
+PRUNE = """
+    import sys, time
+    from pathlib import Path
+    from eplb_analyze.transfer.prune import prune_dump
+    from eplb_analyze.transfer.retention.plan import Policy
+    day = 86_400 * 10**9
+    policy = Policy(keep_full=3 * day, keep_ranks=5 * day, keep_minutes=9 * day)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began = time.monotonic()
+    prune_dump(Path(sys.argv[1]), policy)
+    print(time.monotonic() - began, flush=True)
+"""
+
+
+def prune_in_child(dump: Path, kill_after: float | None = None) -> float | None:
+    """Prune in another process, and kill it after so many seconds. Returns how long it took, if it ended."""
+    with start_child(PRUNE, dump) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.stdin.write("\n")
+        child.stdin.flush()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            child.send_signal(signal.SIGKILL)
+        said = child.stdout.readline()
+        child.wait()
+        return float(said) if said else None
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(120, marks=pytest.mark.long)])
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills: int, tmp_path: Path) -> None:
+    now = time.time_ns()
+    start = tmp_path / "start"
+    ages = [20, 12, 8, 6, 4, 2]
+    for number in range(3):
+        ends = [now - age * DAY - number * HOUR for age in ages]
+        aged_session(start, f"r{number}", ends, rearranged=[2], closed=number != 1)
+    for number in range(3):
+        aged_session(start, f"old{number}", [now - (30 + number) * DAY] * 2)
+    done = Path(shutil.copytree(start, tmp_path / "done"))
+    took = prune_in_child(done)
+    assert took is not None
+    chance = random.Random(kills)
+    expected = sorted((name, size) for name, (size, _) in state_of(done).items() if name != "pruned.jsonl")
+    killed = 0
+    for _ in range(kills):
+        dump = Path(shutil.copytree(start, tmp_path / "dump"))
+        for _ in range(chance.choice([1, 1, 2])):
+            killed += prune_in_child(dump, chance.uniform(0, took)) is None
+            for folder in dump.glob("run=*/*/*/*"):
+                for entry in manifest_of(folder).entries.values():
+                    for file in entry.files.values():
+                        assert (folder / file.name).stat().st_size == file.bytes
+        assert prune_in_child(dump) is not None
+        found = sorted((name, size) for name, (size, _) in state_of(dump).items() if name != "pruned.jsonl")
+        assert found == expected
+        log = [json.loads(line)["run"] for line in (dump / "pruned.jsonl").read_text().splitlines()]
+        assert sorted(log) == ["old0", "old1", "old2"]
+        assert sorted(p.name for p in dump.iterdir()) == ["pruned.jsonl", "run=r0", "run=r1", "run=r2"]
+        shutil.rmtree(dump)
+    assert killed or kills < 100
