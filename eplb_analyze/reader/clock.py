@@ -128,9 +128,9 @@ class RunClock:
     def earliest_ns(self, steps: tuple[int, int] | None = None) -> int:
         """A time that no step of a half-open range was recorded before. Call it only if times are known."""
         first, end = StepRange.of(steps)
-        earliest, _ = self._group_spans()
         low = max(0, int(np.searchsorted(self._first, first, side="right")) - 1)
-        return int(earliest[low : max(low + 1, int(np.searchsorted(self._first, end)))].min())
+        high = max(low + 1, int(np.searchsorted(self._first, end)))
+        return min(int(self._times(number).unix_ns.min(initial=_MISSING)) for number in range(low, high))
 
     def _before(self, number: int, times: _Times) -> tuple[Int64, Int64]:
         """The step before each of a group, -2 for none, and the ns since it was recorded."""

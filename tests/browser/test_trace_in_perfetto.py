@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from clocks import steady_clock
+from clocks import START_NS, host_clock, steady_clock
 from perfetto import Perfetto, user_interface
 from profiled_run import STEPS, profiled_run
+from thinning import session_folders, thin_to
 from trace_reading import read_trace
 
 from eplb_analyze import open_run
 from eplb_analyze.transfer.exporters.trace import export_trace
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format.schema import Tier
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -180,6 +182,31 @@ def test_phases_and_missing_ranks_are_found_by_sql(perfetto: Perfetto, folder: P
     assert phases == [("decode", 9), ("prefill", 9)]
     dummies = perfetto.query(f"select slice.name {slices} where slice.name like '% dummy'")
     assert dummies == [("step 17 dummy",)]
+
+
+def test_odd_recordings_are_imported_whole(perfetto: Perfetto, folder: Path) -> None:
+    """A clock set back, passes that overlap, steps without tokens, an idle engine, retired steps, odd names."""
+    root, placement = folder / "odd", np.tile(np.arange(6), (LAYERS, 1))
+    for life in range(2):
+        options = {"model": '\\"</script>é', "num_logical_experts": 6, "ep_size": RANKS, "scope": "global"}
+        with (
+            host_clock(START_NS - 10**13 * life, 10**15 * (1 + life)) as clock,
+            ExpertLoadWriter(root, run_id="r", segment_steps=8, **options) as writer,  # type: ignore[arg-type]
+        ):
+            for step in range(32 * life, 32 + 32 * life):
+                clock.advance(10**7 if step != 40 else 10**11)
+                load = np.random.default_rng(step).poisson(60, (LAYERS, 6)) * (step % 5 > 0)
+                phase = ["'", '"', None, "日本"][step // 8 % 4]
+                writer.record(step, load, placement, phase=phase, step_ms=[None, 5.0, 70.0, 1e30][step % 4])
+    thin_to(session_folders(root)[0], {Tier.GONE: [0]})
+    export_trace(open_run(root), folder / "odd.json")
+    ours = read_trace(folder / "odd.json")
+    assert {s.track for s in ours.slices} == {"steps", "phases", "retired"}
+    perfetto.open("odd.json")
+    assert perfetto.faults() == []
+    assert sorted(perfetto.query(SLICES)) == sorted(
+        (s.process, s.track, s.name, s.begin - ours.base_ns, s.end - s.begin, "eplb") for s in ours.slices
+    )
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -45,3 +45,26 @@ def steady_clock(step_ms: int = 1, ns: int = START_NS) -> Iterator[None]:
     """What is recorded inside has the times of a :class:`SteadyClock`; with several writers, it is theirs."""
     with mock.patch("eplb_dump.writer.time", SteadyClock(step_ms, ns)):
         yield
+
+
+class HostClock(PlantedClock):
+    """The wall clock, ``ns``, and the monotonic clock of a host, which a test moves by hand."""
+
+    def __init__(self, ns: int = START_NS, monotonic: int = 5 * 10**9) -> None:
+        super().__init__(ns)
+        self.monotonic = monotonic
+
+    def monotonic_ns(self) -> int:
+        return self.monotonic
+
+    def advance(self, ns: int) -> None:
+        self.ns += ns
+        self.monotonic += ns
+
+
+@contextlib.contextmanager
+def host_clock(ns: int = START_NS, monotonic: int = 5 * 10**9) -> Iterator[HostClock]:
+    """What is recorded inside has the times of a :class:`HostClock`."""
+    clock = HostClock(ns, monotonic)
+    with mock.patch("eplb_dump.writer.time", clock):
+        yield clock

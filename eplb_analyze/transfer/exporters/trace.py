@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from eplb_analyze import atomic
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
@@ -56,6 +57,8 @@ from eplb_dump.format.schema import Scope
 MOST_RANKS = 8
 #: From this difference between two clocks on, a note says so.
 CLOCKS_DIFFER_NS = 10**7
+#: A clock that was set is another one in so many steps in a row.
+SET_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -337,11 +340,15 @@ class _Trace:
 
     def _compare_clocks(self, block: Block) -> None:
         """Whether a host's wall clock was set after its session began."""
+        if len(block.step) < SET_STEPS:
+            return
         apart = block.time_ns - block.clock_ns
-        most = int(apart[np.abs(apart).argmax()])
-        if abs(most) > max(CLOCKS_DIFFER_NS, abs(self._departs[0]) if self._departs else 0):
-            first = int(block.step[np.flatnonzero(np.abs(apart) > CLOCKS_DIFFER_NS)[0]])
-            self._departs = most, self._departs[1] if self._departs else first
+        # In one step, the engine's thread may have been interrupted between its looks at the two clocks.
+        lasting = sliding_window_view(np.abs(apart), SET_STEPS).min(axis=1)
+        at = int(lasting.argmax())
+        if lasting[at] > max(CLOCKS_DIFFER_NS, abs(self._departs[0]) if self._departs else 0):
+            first = int(block.step[np.flatnonzero(lasting > CLOCKS_DIFFER_NS)[0]])
+            self._departs = int(apart[at]), self._departs[1] if self._departs else first
 
     def _add_retired(self) -> None:
         Lanes(self._whole, "retired").add(

@@ -17,7 +17,7 @@ QUARTER_NS = 7_889_238 * 10**9
 #: engine's has processes of its own.
 FIRST_PID = 1 << 23
 #: Numbers for the tracks of a process, and for those of one place in it.
-TRACKS, PLACE = 1 << 16, 1 << 12
+TRACKS, PLACE = 1 << 12, 1 << 8
 
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 

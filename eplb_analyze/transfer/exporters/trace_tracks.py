@@ -24,6 +24,8 @@ from eplb_dump.format.schema import STATUS_LABELS, Status
 SET_BACK_NS = 10**9
 #: So often; a clock that goes back more often is no clock.
 MOST_SET_BACKS = 16
+#: A duration may be any number; years are long enough for a slice that has no room anyway.
+LONGEST_NS = 1e17
 #: A slice is drawn shorter than its step took if it would overlap the one before by more than this.
 SHORTENED_NS = 1000
 #: The tracks of a process, from above to below.
@@ -119,7 +121,7 @@ class StepTrack:
                 self._begin()
                 continue
             ends, own = latest[: stop - low], length[low:stop]
-            wanted = ends - np.where(np.isfinite(own), own, 0).astype(np.int64)
+            wanted = ends - np.where(np.isfinite(own), own, 0).clip(max=LONGEST_NS).astype(np.int64)
             begin = np.maximum(wanted, np.insert(ends[:-1], 0, start))
             if self._last is None:
                 begin[0] = wanted[0]
