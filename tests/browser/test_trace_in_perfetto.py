@@ -185,7 +185,7 @@ def test_phases_and_missing_ranks_are_found_by_sql(perfetto: Perfetto, folder: P
 
 
 def test_odd_recordings_are_imported_whole(perfetto: Perfetto, folder: Path) -> None:
-    """A clock set back, passes that overlap, steps without tokens, an idle engine, retired steps, odd names."""
+    """A clock set back, passes that overlap, steps without tokens, an idle engine, retired steps, names."""
     root, placement = folder / "odd", np.tile(np.arange(6), (LAYERS, 1))
     for life in range(2):
         options = {"model": '\\"</script>é', "num_logical_experts": 6, "ep_size": RANKS, "scope": "global"}

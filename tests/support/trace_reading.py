@@ -59,7 +59,7 @@ class Trace:
 
 def read_trace(path: Path) -> Trace:
     raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("ascii")
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
     document = json.loads(
         text, parse_float=Decimal, parse_constant=_reject, object_pairs_hook=_without_duplicates
     )

@@ -19,7 +19,8 @@ FIRST_PID = 1 << 23
 #: Numbers for the tracks of a process, and for those of one place in it.
 TRACKS, PLACE = 1 << 12, 1 << 8
 
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+#: Perfetto shows characters that are escaped, and need not be, as they are in the file.
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
 
 
 def base_of(unix_ns: int) -> int:
@@ -41,7 +42,7 @@ class TraceFile:
         self._processes = 0
         self.events = 0
         head = {"displayTimeUnit": "ms", "baseTimeNanoseconds": base_ns, "otherData": about}
-        out.write(f'{_encode(head)[:-1]},"traceEvents":[\n'.encode())
+        self._write(f'{_encode(head)[:-1]},"traceEvents":[\n')
 
     def process(self, name: str) -> Process:
         """A new process, which is shown below those before it."""
@@ -60,13 +61,17 @@ class TraceFile:
 
     def flush(self) -> None:
         if self._lines:
-            self._out.write(((",\n" if self.events else "") + ",\n".join(self._lines)).encode())
+            self._write((",\n" if self.events else "") + ",\n".join(self._lines))
             self.events += len(self._lines)
             self._lines.clear()
 
     def close(self) -> None:
         self.flush()
-        self._out.write(b"\n]}\n")
+        self._write("\n]}\n")
+
+    def _write(self, text: str) -> None:
+        # What UTF-8 cannot hold becomes an escape of JSON.
+        self._out.write(text.encode("utf-8", "backslashreplace"))
 
 
 class Process:
