@@ -24,7 +24,7 @@ PORT = 19464
 
 
 def scrape() -> tuple[dict[str, float], int, float]:
-    """The values of series without labels, how many series of ours there are, and how long it took."""
+    """The values of series without labels, how many `eplb_` series there are, and how long it took."""
     begun = time.perf_counter()
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=60) as page:
         lines = page.read().decode().splitlines()
