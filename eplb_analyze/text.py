@@ -1,7 +1,8 @@
-"""Numbers, lists and names as text, for messages, tables and pages."""
+"""Numbers, times, lists and names as text, for messages, tables and pages."""
 
 from __future__ import annotations
 
+import datetime
 import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 PROGRAM = "eplb-analyze"
 #: An estimate this near to a bound, as a share of its distance from the other one, lies at the edge.
 ONE_SIDED = 0.2
+SECOND_NS = 10**9
 
 
 def command_line(
@@ -148,3 +150,18 @@ def counter(values: Iterable[float]) -> Callable[[float], str]:
             return lambda value: f"{value / scale:,.2f}{unit}"
     digits = 0 if all(float(v).is_integer() for v in values) else 1
     return lambda value: f"{value:,.{digits}f}"
+
+
+def local_time(unix_ns: int, zone: datetime.tzinfo) -> datetime.datetime:
+    """A time as a date and time of day, without fractions of a second."""
+    # Not from a float, which would round up to the next second, nor by the platform's limits.
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    return (epoch + datetime.timedelta(seconds=unix_ns // SECOND_NS)).astimezone(zone)
+
+
+def iso(unix_ns: int | None) -> str | None:
+    """ISO 8601 in UTC with milliseconds, ``2026-11-26T03:12:04.250Z``; None for None."""
+    if unix_ns is None:
+        return None
+    whole = local_time(unix_ns, datetime.timezone.utc)
+    return f"{whole:%Y-%m-%dT%H:%M:%S}.{unix_ns % SECOND_NS // 10**6:03d}Z"

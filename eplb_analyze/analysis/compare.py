@@ -310,7 +310,8 @@ class _Reading:
                     self.shapes.add(block.shape)
                     terms = run.terms(block)
                     self._add(block.recorded, terms, serving(block.shape))
-                    self.experts.add(half, block, run.history)
+                    if block.has_loads:
+                        self.experts.add(half, block, run.history)
                     balance.add(block, terms)
                 sample.merge(CostSample.of(run, sampling, block, terms))
         self.cost = self._cost(sample)

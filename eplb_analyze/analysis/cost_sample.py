@@ -34,6 +34,7 @@ class Sampling:
             for session in run.sessions
             for segment in session.segments
             if segment.shape is not None and segment.first_step <= last and segment.last_step >= first
+            if segment.has_loads
         ]
         # Differences are of integers: steps can be above 2^53.
         self._first = np.array([segment.first_step for _, segment, _ in segments], np.int64)
@@ -56,7 +57,7 @@ class Sampling:
         return float(self._values @ np.clip((step - self._first) / self._length, 0, 1))
 
     def wants(self, block: Block) -> bool:
-        if self.steps < MIN_STEPS or not len(block.recorded):
+        if self.steps < MIN_STEPS or not len(block.recorded) or not block.has_loads:
             return False
         if self._share == 1:
             return True

@@ -140,6 +140,7 @@ def expert_report(
     """
     if window < 1 or not hot_factor > 1:
         raise ValueError("window must be at least 1, and hot_factor must be greater than 1")
+    run = run.with_loads()
     index = None if layer is None else run.layer_index(layer)
     first, last = (0, run.info.num_layers) if index is None else (index, index + 1)
 

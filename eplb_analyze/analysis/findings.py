@@ -64,8 +64,11 @@ def _lost_text(run: Run, lost: LostRank) -> str:
 
 def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
     """Findings that follow from the completeness of the steps alone."""
+    for text in run.retired_notes():
+        yield Finding("info", "retired_steps", text)
     if not steps.seen:
-        yield Finding("error", "no_steps", "no step was recorded")
+        if not run.left_out():
+            yield Finding("error", "no_steps", "no step was recorded")
         return
     incomplete = steps.count(StepState.INCOMPLETE)
     gone = ranks_lost_at(steps.last or 0, run.lost_ranks)

@@ -148,7 +148,8 @@ class RunLoads:
         """The blocks of a range with complete steps."""
         if self._blocks[0] != steps:
             blocks = self._run.blocks(steps)
-            self._blocks = steps, [b for b in blocks if len(b.recorded) and b.shape is not None]
+            there = (b for b in blocks if len(b.recorded) and b.shape is not None)
+            self._blocks = steps, [block for block in there if block.has_loads]
         return self._blocks[1]
 
     def time_of(self, step: int) -> str | None:

@@ -92,7 +92,7 @@ def layer_report(
         NotInDumpError: the dump has no such layer or step.
         DumpError: no step of the range was recorded.
     """
-    index = run.layer_index(layer)
+    index, run = run.layer_index(layer), run.with_loads()
     if step is not None:
         return run.retry_without_damaged(lambda: _one_step(run, layer, index, step))
     return run.retry_without_damaged(lambda: _range(run, layer, index, steps))
@@ -105,6 +105,8 @@ def _one_step(run: Run, layer: int, index: int, step: int) -> LayerReport:
         if block.shape is not None and there:
             return _report(run, layer, index, [(block, block.step)], complete=state == StepState.RECORDED)
         raise NotInDumpError(_no_loads(run, step, state))
+    if why := run.why_retired((step, step + 1)):
+        raise NotInDumpError(why)
     first, last = run.step_range
     known = "the run has no step yet" if first is None else f"the run has steps {first} to {last}"
     raise NotInDumpError(f"{run.path}: no step {step}; {known}")

@@ -13,8 +13,9 @@ from eplb_analyze.reader.lost import ranks_lost_at
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed
-from eplb_dump.format.schema import EMPTY_SLOT
+from eplb_dump.format.schema import EMPTY_SLOT, Tier
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,12 @@ def placement_report(
 
 def _step(run: Run, step: int | None) -> int:
     first, last = run.step_range
+    tier = None if step is None else run.tiers.at(step)
+    if step is not None and tier is Tier.MINUTES:
+        return step  # of which every placement is kept
+    why = run.why_retired(StepRange() if step is None else StepRange(step, step + 1))
+    if why is not None:
+        raise NotInDumpError(why)
     if first is None or last is None:
         raise NotInDumpError(f"{run.path}: the run has no step yet")
     if step is not None and not first <= step <= last:

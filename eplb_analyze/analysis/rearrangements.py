@@ -173,7 +173,8 @@ def _report(
         whole.add(block)
         if block.shape is not None and len(block.recorded):
             series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
-            _spread(run, block, folds, gains)
+            if block.has_loads:
+                _spread(run, block, folds, gains)
     notes = run.import_caveats("step_order", "placement", "placement_steps", "earlier_placements")
     notes += uneven_nodes(run.info.ep_size, run.info.ranks_per_node)
     if not run.history.layers:
@@ -308,6 +309,8 @@ class _Change:
             self.reason = "no prediction: the layers have different numbers of slots"
         elif any(np.setdiff1d(a, b).max(initial=-1) >= 0 for a, b in self.changed):
             self.reason = "no prediction: an expert has no slot in the new placement"
+        elif any(run.tiers.without_loads.within(self.before.first, self.after.end)):
+            self.reason = "no prediction: the experts' loads are not kept any more"
         else:
             self.folds = [
                 _Fold(self.before, self.shapes[0], known_old, known_new),

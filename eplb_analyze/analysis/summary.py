@@ -102,7 +102,11 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         estimates=_estimates(sums),
         layers=_layer_figures(run, sums.layers, stretches[-1]) if stretches else [],
         hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
-        last_configuration_steps=(stretches[-1].first, stretches[-1].last) if stretches else None,
+        last_configuration_steps=(
+            (stretches[-1].loads_first, stretches[-1].loads_last)
+            if stretches and stretches[-1].loads_last >= 0
+            else None
+        ),
         rearrangements=changes,
         pauses=[Milliseconds.of(p) if isinstance(p, Interval) else None for p in pauses],
         # The steps of one phase do not show what was between them.

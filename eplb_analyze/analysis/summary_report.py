@@ -16,7 +16,7 @@ from eplb_analyze.json_report import Report, as_json
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss
-from eplb_analyze.reader.clock import iso
+from eplb_analyze.text import iso
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank

@@ -39,6 +39,8 @@ class ConfigurationSums:
         self.values: list[formulas.Float64] = []
         layers = shape.num_moe_layers
         self.slowest = np.zeros((layers, shape.ep_size))
+        #: Of the steps with experts' loads: the first and the last of them, and sums over them.
+        self.loads_first = self.loads_last = -1
         self.logical = np.zeros((layers, info.num_logical_experts), np.int64)
 
     def add(self, run: Run, block: Block) -> Terms:
@@ -57,7 +59,9 @@ class ConfigurationSums:
         self.mean_tokens += float(terms.mean.sum())
         self.max_tokens += float(terms.maximum.sum())
         self.slowest += terms.by_slowest()
-        self.logical += logical_sums(block, run.history, self.logical.shape[1])
+        if block.has_loads:
+            self.loads_first, self.loads_last = self.first, self.last
+            self.logical += logical_sums(block, run.history, self.logical.shape[1])
         return terms
 
     def merge(self, later: ConfigurationSums) -> None:
@@ -73,6 +77,9 @@ class ConfigurationSums:
         # Not in place: arrays from another process may be read-only.
         self.slowest = self.slowest + later.slowest
         self.logical = self.logical + later.logical
+        if later.loads_last >= 0:
+            self.loads_first = later.loads_first if self.loads_last < 0 else self.loads_first
+            self.loads_last = later.loads_last
         self.losses.merge(later.losses)
 
 

@@ -82,6 +82,8 @@ def timeline(
         from eplb_analyze.analysis.timeline_minutes import timeline_of_minutes
 
         return run.retry_without_damaged(lambda: timeline_of_minutes(run, formula, bins, index, steps))
+    if formula == ACTIVE_EXPERTS.name:
+        run = run.with_loads()
     return run.retry_without_damaged(lambda: _timeline(run, formula, bins, index, steps))
 
 

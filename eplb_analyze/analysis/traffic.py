@@ -166,6 +166,7 @@ def traffic_report(
         NotInDumpError: the dump has no such layer or step.
         DumpError: the dump does not show which rank sent what, or no complete step is in the range.
     """
+    run = run.with_loads()
     cannot = f"{run.path}: the dump does not show which rank sent which tokens"
     if run.scope is not Scope.LOCAL:
         raise DumpError(f"{cannot}: with scope {run.scope.value}, loads are already summed over ranks")

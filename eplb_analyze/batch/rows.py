@@ -16,8 +16,8 @@ from eplb_analyze.analysis.summary_sums import SummarySums
 from eplb_analyze.json_report import Report
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import sum_groups
-from eplb_analyze.reader.clock import iso
 from eplb_analyze.reader.run import Run
+from eplb_analyze.text import iso
 
 #: A row keeps a run's balancedness over time in at most this many sums, for comparisons.
 MAX_SERIES = 4096

@@ -63,6 +63,8 @@ class RunLine(Report):
     last_step: int | None
     #: Steps that were seen by the rank that saw most.
     steps: int
+    #: Of these, how many have no rows any more, because they were retired.
+    retired_steps: int
     #: `closed`: all writers were closed. `open`: a writer has not ended, and wrote in the last minute.
     #: `not closed`: a writer has not ended and wrote nothing in the last minute: it was killed, or its engine
     #: idles.
@@ -179,6 +181,7 @@ def _line(found: Discovery, run_id: str, slug: str) -> RunLine:
         first_step=first,
         last_step=last,
         steps=steps,
+        retired_steps=min(steps, max(_retired_rows(sessions, rank) for rank in ranks)),
         state=_state(sessions),
         size_bytes=sum(session.size_bytes for session in sessions),
         fault=faults[0] if faults else None,
@@ -191,8 +194,13 @@ def _unreadable(run_id: str, model: str | None, fault: str) -> RunLine:
     )
     return RunLine(
         run_id=run_id, model=model, **unknown, ranks_present=0, ranks_expected=None, first_step=None,
-        last_step=None, steps=0, state="not closed", size_bytes=0, fault=fault,
+        last_step=None, steps=0, retired_steps=0, state="not closed", size_bytes=0, fault=fault,
     )  # fmt: skip
+
+
+def _retired_rows(sessions: list[SessionOverview], rank: int) -> int:
+    own = (session for session in sessions if session.info.ep_rank == rank)
+    return sum(segment.retired for session in own for segment in session.segments)
 
 
 def _times(sessions: list[SessionOverview]) -> tuple[tuple[int, int] | None, list[str]]:
@@ -203,9 +211,9 @@ def _times(sessions: list[SessionOverview]) -> tuple[tuple[int, int] | None, lis
     first = min(segments, key=lambda segment: segment.first_step)
     last = max(segments, key=lambda segment: segment.last_step)
     try:
-        begin = first.ends()
-        end = begin if last is first else last.ends()
-        return (int(begin[0].time_ns[0]), int(end[1].time_ns[-1])), []
+        begin = first.times()
+        end = begin if last is first else last.times()
+        return (begin[0], end[1]), []
     except (DamagedSegmentError, IndexError) as error:
         return None, [str(error)]
 

@@ -407,6 +407,8 @@ def about_a_run(
         if single_step is not None:
             asked["step"] = own.pop("step")
         _select(out, own, **asked)
+        one = own.get("step")
+        out.asked = own.get("steps") if one is None else StepRange(one, one + 1)
         command(out, **own)
 
     def place(parameter: inspect.Parameter) -> tuple[bool, int]:

@@ -168,6 +168,8 @@ class RunOutput(Output):
         self.dump, self.run_id, self.model = dump, run_id, model
         #: The zone of printed times; None for UTC.
         self.zone: datetime.tzinfo | None = None
+        #: The half-open range of steps that was asked for; None for all.
+        self.asked: tuple[int, int] | None = None
         #: The only phase whose steps are in the figures.
         self.phase: str | None = None
         self._opened: Run | None = None
@@ -187,8 +189,18 @@ class RunOutput(Output):
                 self._opened.clock.zone = self.zone
         return self._opened
 
-    def open(self, *, mixed: bool = False, timings: Path | None = None, gpu: enum.Enum | None = None) -> Run:
-        """The run that the figures are of: that of the phase, if one was asked for."""
+    def open(
+        self,
+        *,
+        mixed: bool = False,
+        timings: Path | None = None,
+        gpu: enum.Enum | None = None,
+        with_loads: bool = False,
+    ) -> Run:
+        """The run that the figures are of: that of the phase, if one was asked for.
+
+        ``with_loads``: the figures need experts' loads; see :meth:`Run.with_loads`.
+        """
         self.run = self.opened(mixed=mixed)
         self.clock = self.run.clock
         self.run.gpu = None if gpu is None else gpu.value
@@ -196,6 +208,8 @@ class RunOutput(Output):
         self.join_times(self.run, timings)
         if self.phase is not None:
             self.run = self.run.of_phase(self.phase)
+        if with_loads:
+            self.run = self.run.with_loads()
         return self.run
 
     def show(
@@ -203,6 +217,9 @@ class RunOutput(Output):
         document: Callable[[], dict[str, Any]],
         render: Callable[[Console], None],
         steps: Completeness | None = None,
+        without_loads: str = "",
+        *,
+        of_steps: bool = True,
     ) -> None:
         """Print a report about the run. If its steps lost data, exit with 3 after printing it.
 
@@ -210,7 +227,33 @@ class RunOutput(Output):
             document: the report as JSON.
             render: prints the report for a person.
             steps: the steps that the report is about; None: check only what concerns the whole run.
+            without_loads: which of its figures leave out steps without experts' loads.
+            of_steps: whether it says which steps were retired, as it is about steps.
         """
-        self.emit(document, render)
+        if of_steps:
+            self._show_retired(document, render, without_loads)
+        else:
+            self.emit(document, render)
         if self.lost_data(self.run, steps):
             raise typer.Exit(EXIT_UNUSABLE)
+
+    def _show_retired(
+        self, document: Callable[[], dict[str, Any]], render: Callable[[Console], None], without_loads: str
+    ) -> None:
+        """Print a report, and before it, in a line each, what leaves out which steps that were thinned."""
+        from eplb_analyze.cli.console import print_line
+
+        lines = self.run.retired_notes(self.asked, without_loads)
+        if not lines:
+            self.emit(document, render)
+            return
+
+        def with_lines(console: Console) -> None:
+            for line in lines:
+                print_line(console, f"{line[0].upper()}{clean(line[1:])}.", soft_wrap=not console.is_terminal)
+            print_line(console)
+            render(console)
+
+        run = self.run.with_loads() if without_loads else self.run
+        retired = [one.to_json() for one in run.left_out(self.asked)]
+        self.emit(lambda: {**document(), "retired": retired}, with_lines)

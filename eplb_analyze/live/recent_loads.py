@@ -12,9 +12,9 @@ from eplb_analyze.analysis.incident_explainer import WINDOW
 from eplb_analyze.analysis.layer_loads import LayerWindow
 from eplb_analyze.live.window import CompleteSteps
 from eplb_analyze.metrics.incident_causes import LayerSample
-from eplb_analyze.reader.clock import iso
 from eplb_analyze.reader.lost import LostRank, serving
 from eplb_analyze.reader.placements import PlacementHistory
+from eplb_analyze.text import iso
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.session import SessionInfo
 

@@ -96,11 +96,12 @@ class FollowedSession:
         self._skip: dict[int, int] = {}
         #: The first segment with wanted steps.
         self._first = 0
-        #: Bytes of the manifest at which entries of older segments with placements start.
-        self._old_placements: list[int] = []
-        #: From :meth:`begin`: the journals, and the first byte and header of each manifest entry.
+        #: The segments that the manifest listed when it was read.
+        self._listed: set[int] = set()
+        #: Whether the next look reports the placements of older segments.
+        self._old_placements = False
+        #: The journals from :meth:`begin`.
         self._old_journals: dict[int, _Journal] = {}
-        self._old_entries: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def begin(self, want: int, *, placements: bool = False) -> int:
         """Skip all but the last ``want`` recorded steps. Reads little more than headers.
@@ -114,13 +115,20 @@ class FollowedSession:
         found = seen = 0
         with suppress(*READ_ERRORS):
             self._open_new_journals()
-            listed = self._scan_manifest()
+            listed = self._headers()
+            self._manifest.at = max((end for _, end, _ in listed.values()), default=0)
+            self._listed = {*listed}
             self._open_new_journals()
-            for seq in listed.keys() & self._journals.keys():
-                entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
-                if self._supersedes(entry, self._journals[seq].count_rows()):
-                    self._drop_journal(seq)
-            self._old_journals, self._old_entries = dict(self._journals), listed
+            for seq in [*self._journals]:
+                if any(
+                    h["kind"] == "thinned" and s <= seq <= _last_seq(h) for s, (_, _, h) in listed.items()
+                ):
+                    self._drop_journal(seq)  # a power cut brought it back
+                elif seq in listed:
+                    entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
+                    if self._supersedes(entry, self._journals[seq].count_rows()):
+                        self._drop_journal(seq)
+            self._old_journals = dict(self._journals)
             for seq in sorted({*self._journals, *listed}, reverse=True):
                 if found >= want or seen >= IDLE_FACTOR * want:
                     break
@@ -129,16 +137,17 @@ class FollowedSession:
                     found += self._journals[seq].skip_to_last(want - found)
                     continue
                 entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
+                if not entry.step_rows and entry.thinned is not None:
+                    seen += entry.thinned.step_rows // self.info.interval
+                    continue
                 self._sealed[seq] = entry
-                self._skip[seq] = max(0, _recorded(entry) - (want - found))
-                found += _recorded(entry)
+                self._skip[seq] = max(0, entry.recorded - (want - found))
+                found += entry.recorded
                 # An idle rank records nothing while others do.
-                seen += entry.files["steps"].rows // self.info.interval
+                seen += entry.step_rows // self.info.interval
             for seq in [seq for seq in self._journals if seq < self._first]:
                 self._journals.pop(seq).close()
-            if placements:
-                older = sorted(seq for seq in listed if seq < self._first)
-                self._old_placements = [listed[s][0] for s in older if "placements" in listed[s][1]["files"]]
+            self._old_placements = placements
         return found
 
     def look(self) -> Iterator[Batch]:
@@ -164,15 +173,16 @@ class FollowedSession:
         Reads only step rows, and of the sealed segments only the one with that step. Stops at the first
         problem, because no figure depends on these rows.
         """
-        old = [seq for seq in {*self._old_journals, *self._old_entries} if seq <= self._first]
         with suppress(*READ_ERRORS, DamagedSegmentError):
+            listed = self._headers()
+            old = [seq for seq in {*self._old_journals, *listed} if seq <= self._first]
             for seq in sorted(old, reverse=True):
                 if seq in self._old_journals:
                     if seq < self._first:
                         self._old_journals[seq].skip_to_last(0)
                     yield from self._old_journals[seq].skipped_rows()
-                elif seq - 1 not in self._old_entries or self._old_entries[seq - 1][1]["last_step"] <= step:
-                    entry = SealedSegment.from_frame(self._manifest.frame_at(self._old_entries[seq][0]))
+                elif seq - 1 not in listed or listed[seq - 1][2]["last_step"] <= step:
+                    entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
                     yield ParquetSegment(self.folder, self.info, entry).steps()
 
     def _open_new_journals(self) -> None:
@@ -188,20 +198,24 @@ class FollowedSession:
                         journal.open()
                         self._journals[seq] = journal
 
-    def _scan_manifest(self) -> dict[int, tuple[int, dict[str, Any]]]:
-        """The first byte and header of each sealed segment's entry, without its sums."""
-        listed: dict[int, tuple[int, dict[str, Any]]] = {}
+    def _headers(self) -> dict[int, tuple[int, int, dict[str, Any]]]:
+        """The first byte, the end and the header of each segment's entry, without its sums."""
+        listed: dict[int, tuple[int, int, dict[str, Any]]] = {}
         with suppress(FileNotFoundError):
-            for start, end, header in self._manifest.scan_headers():
-                if header["kind"] == "sealed":
-                    listed[int(header["seq"])] = start, header
-                elif header["kind"] == "closed":
-                    break  # the first look reads it
-                self._manifest.at = end
+            for start, end, header in self._manifest.scan_headers(0):
+                if header["kind"] in ("sealed", "thinned"):
+                    seq, last = int(header["seq"]), _last_seq(header)
+                    if last > seq:
+                        listed = {other: item for other, item in listed.items() if not seq < other <= last}
+                    listed[seq] = start, end, header
         return listed
 
     def _read_manifest(self) -> None:
         new = Manifest(session_id=self.info.session_id)
+        with suppress(FileNotFoundError):
+            self._manifest.open()
+        if self._manifest.replaced:  # without entries that others had replaced
+            self._manifest.read_from_start()
         try:
             start = self._manifest.at
             for frame in self._manifest.new_frames():
@@ -210,9 +224,22 @@ class FollowedSession:
         except FileNotFoundError:
             pass
         finally:  # also after damage: what was read before it is not read again
-            # A segment before the first wanted one can still be sealed late.
-            self._sealed |= {seq: entry for seq, entry in new.entries.items() if seq >= self._first}
+            for entry in new.entries.values():
+                self._list(entry)
             self.closed = self.closed or new.closed is not None
+
+    def _list(self, entry: SealedSegment) -> None:
+        """Take in an entry of the manifest: of a segment that is new, or of which less is kept now."""
+        waiting = [seq for seq in self._sealed if entry.seq <= seq <= entry.last_seq]
+        if entry.thinned is None or not waiting:
+            # A segment before the first wanted one can still be sealed late.
+            if entry.seq not in self._listed and entry.seq >= self._first:
+                self._sealed[entry.seq] = entry
+        else:
+            for seq in waiting:
+                del self._sealed[seq]
+            self._sealed[entry.seq] = entry
+        self._listed.add(entry.seq)
 
     def _read_journal(self, seq: int) -> Iterator[Batch]:
         journal = self._journals[seq]
@@ -259,18 +286,28 @@ class FollowedSession:
             load = np.concatenate(parts).transpose(1, 0, 2)
             yield Batch(rows, placements, entry.shape, recorded[skip:], load)
         except DamagedSegmentError as fault:
-            self.fault = str(fault)
+            listed = self._headers().get(entry.seq) if fault.missing else None
+            if listed is None or listed[2]["kind"] != "thinned":
+                self.fault = str(fault)
+                return
+            # It was thinned since the manifest was read: the next look has what is left of it.
+            self._sealed[entry.seq] = SealedSegment.from_frame(self._manifest.frame_at(listed[0]))
+            self._skip[entry.seq] = skip
 
     def _placements_before_first(self) -> Iterator[Batch]:
         """The newest two placements of each layer in the skipped segments."""
+        if not self._old_placements:
+            return
         newer: list[PlacementRows] = []
         stated: Counter[int] = Counter()
-        earlier, self._old_placements = self._old_placements, []
-        for start in reversed(earlier):
-            entry = SealedSegment.from_frame(self._manifest.frame_at(start))
+        listed = self._headers()
+        older = [seq for seq in listed if seq < self._first and "placements" in listed[seq][2]["files"]]
+        self._old_placements = False
+        for seq in sorted(older, reverse=True):
+            entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
             named = all((self.folder / file.name).exists() for file in entry.files.values())
             if not named and (self.folder / journal_name(entry.seq)).exists():
-                self._old_placements = earlier  # it is being sealed: the next look will have it
+                self._old_placements = True  # it is being sealed: the next look will have it
                 return
             rows = ParquetSegment(self.folder, self.info, entry).placements()
             newer.append(rows)
@@ -401,9 +438,9 @@ def _without_loads(rows: StepRows, placements: list[PlacementRows]) -> Batch:
     return Batch(rows, placements, None, np.empty(0, np.int64), np.empty((0, 0, 0), np.int64))
 
 
-def _recorded(entry: SealedSegment) -> int:
-    loads = entry.files.get("loads")
-    return 0 if loads is None or entry.shape is None else loads.rows // entry.shape.num_moe_layers
+def _last_seq(header: dict[str, Any]) -> int:
+    """The last of the segments of a manifest entry."""
+    return int(header.get("last_seq", header["seq"]))
 
 
 def _describe_error(path: Path, error: Exception) -> str:

@@ -18,12 +18,13 @@ class GrowingFile:
     Attributes:
         at: the byte at which reading continues.
         removed: True if the file was deleted. While it is open, it can still be read to its end.
+        replaced: True if another file has its name now: ``at`` is of the file before.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.at = 0
-        self.removed = False
+        self.removed = self.replaced = False
         self._file: BinaryIO | None = None
         #: The file's size when its last frame was unfinished.
         self._size = -1
@@ -43,6 +44,9 @@ class GrowingFile:
                 raise
             self.removed = True
         else:
+            if self._file is not None:
+                before, now = (os.fstat(one.fileno()) for one in (self._file, file))
+                self.replaced |= (before.st_dev, before.st_ino) != (now.st_dev, now.st_ino)
             self.close()
             self._file = file
         assert self._file is not None
@@ -76,9 +80,16 @@ class GrowingFile:
         """The frame that starts at a byte. Raises OSError, FormatError."""
         return frames.frame_at(*self.open(), start)
 
-    def scan_headers(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """The first byte, end and header of each frame from ``at`` on; see :func:`frames.scan_headers`."""
-        yield from frames.scan_headers(*self.open(), self.at)
+    def scan_headers(self, start: int | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """The first byte, end and header of each frame from ``at``, or ``start``, on.
+
+        See :func:`frames.scan_headers`.
+        """
+        yield from frames.scan_headers(*self.open(), self.at if start is None else start)
+
+    def read_from_start(self) -> None:
+        """Read the file that has the name now from its first byte on."""
+        self.at, self.replaced, self._size, self._damage = 0, False, -1, (-1, 0)
 
     def close(self) -> None:
         if self._file is not None:

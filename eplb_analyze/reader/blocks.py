@@ -26,6 +26,7 @@ from eplb_analyze.reader.join import (
     same_shape_ranges,
 )
 from eplb_analyze.reader.lost import LostRank, full, lost_in, remaining, serving, serving_ranks, serving_slots
+from eplb_analyze.reader.tiers import Ranges, Tiers
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.segments import DamagedSegmentError, Segment, layers_at_once
 from eplb_analyze.sessions.step_range import StepRange
@@ -83,10 +84,14 @@ class Block:
         device_ms: likewise the time on the device, from CUDA events.
         missing: the ranks that its complete steps lack, as it is an :class:`EstimateBlock`.
         one_phase: whether steps of other phases are left out, as it is a :class:`PhaseBlock`.
+        has_loads: whether experts' loads are kept; else only their sums per EP rank.
+        left_out: steps of the run that are in no block, because less is kept of them.
     """
 
     missing: tuple[int, ...] = ()
     one_phase: bool = False
+    has_loads: bool = True
+    left_out: Ranges = Ranges()
 
     def __init__(
         self,
@@ -445,6 +450,9 @@ def iter_blocks(
     steps: StepRange,
     unreadable: frozenset[int] = frozenset(),
     lost: Sequence[LostRank] = (),
+    tiers: Tiers | None = None,
+    *,
+    with_loads: bool = False,
 ) -> Iterator[Block]:
     """The blocks of a run, in order of steps.
 
@@ -453,7 +461,11 @@ def iter_blocks(
         steps: the range to stay in.
         unreadable: ``id`` of segments whose loads cannot be read.
         lost: the ranks that died while the engine went on.
+        tiers: what is kept of steps. Those of which a rank's rows were retired are in no block.
+        with_loads: leave out steps without experts' loads, too.
     """
+    tiers = tiers or Tiers()
+    left_out = tiers.without_loads if with_loads else tiers.retired
     last_shape = _shape_before(sessions, steps.first)
     sources = [
         Source.of(session, number, segment, readable=id(segment) not in unreadable)
@@ -468,15 +480,24 @@ def iter_blocks(
         initial = max(sessions[s.session].info.ep_size for s in group)
         rows = join_rows(parts, ranks, scope, last_shape, initial, lost)
         last_shape = rows.shapes[rows.shape[-1]] if rows.shape[-1] >= 0 else last_shape
+        if left_out:
+            rows = rows.select(~left_out.contains(rows.step))
+            if not len(rows.step):
+                continue
         inside = np.searchsorted(rows.step, steps)
-        for start, stop in same_shape_ranges(rows, int(inside[0]), int(inside[1])):
+        cuts = tiers.by_rank.edges(int(rows.step[0]), int(rows.step[-1]) + 1)
+        for start, stop in same_shape_ranges(rows, int(inside[0]), int(inside[1]), cuts):
             shape = rows.shapes[rows.shape[start]] if rows.shape[start] >= 0 else None
-            yield Block(group, rows, start, stop, shape, scope)
+            block = Block(group, rows, start, stop, shape, scope)
+            block.left_out = left_out
+            block.has_loads = not tiers.by_rank.contains(rows.step[start : start + 1])[0]
+            yield block
 
 
 def _shape_before(sessions: Sequence[Session], step: int) -> Shape | None:
     """The shape of the last loads recorded before a step."""
-    before = [s for x in sessions for s in x.segments if s.shape is not None and 0 <= s.last_step < step]
+    every = (s for session in sessions for s in (*session.segments, *session.retired))
+    before = [s for s in every if s.shape is not None and 0 <= s.last_step < step]
     return max(before, key=lambda segment: segment.last_step).shape if before else None
 
 

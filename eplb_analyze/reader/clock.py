@@ -29,10 +29,11 @@ import numpy.typing as npt
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.join import Source, overlapping_segments
+from eplb_analyze.reader.tiers import TierRange, retired
 from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
-from eplb_analyze.text import duration
+from eplb_analyze.text import SECOND_NS, duration, iso, local_time
 from eplb_dump.format.journal import Int64
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ LONGEST_STEP_NS = 60 * 10**9
 #: The times of so many groups of segments stay in memory.
 KEPT_GROUPS = 64
 _MISSING = np.iinfo(np.int64).max
-SECOND_NS = 10**9
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,22 @@ class RunClock:
     Attributes:
         known: whether the times are known; an imported run may have none.
         zone: the time zone of the texts; UTC unless it is set.
+        retired: steps that have no rows any more.
     """
 
-    def __init__(self, name: str, sessions: Sequence[Session], *, timed: bool = True) -> None:
-        """``name`` names the run in errors; ``timed`` is that of its info."""
+    def __init__(
+        self,
+        name: str,
+        sessions: Sequence[Session],
+        *,
+        timed: bool = True,
+        retired: Sequence[TierRange] = (),
+    ) -> None:
+        """``name`` names the run in errors; ``timed`` is that of its info, ``retired`` what it has not."""
         self.zone: datetime.tzinfo = datetime.timezone.utc
         self._name = name
         self._timed = timed
+        self.retired: Sequence[TierRange] = retired if timed else ()
         sources = [
             Source.of(session, number, segment)
             for number, session in enumerate(sessions)
@@ -93,7 +102,7 @@ class RunClock:
     def unix_ns(self, step: int) -> int | None:
         """When a step was recorded, ns since 1970; that of the step before if the run lacks it.
 
-        None if the times are not known.
+        None if the times are not known, or the step was retired.
         """
         if not self.known:
             return None
@@ -101,7 +110,10 @@ class RunClock:
         times = self._times(number)
         if not len(times.step):
             return None
-        return int(times.unix_ns[max(0, int(np.searchsorted(times.step, step, side="right")) - 1)])
+        at = max(0, int(np.searchsorted(times.step, step, side="right")) - 1)
+        if times.step[at] != step and any(one.steps.first <= step < one.steps.end for one in self.retired):
+            return None
+        return int(times.unix_ns[at])
 
     def times(self, steps: Int64) -> tuple[Int64, npt.NDArray[np.float64]]:
         """When steps, ascending, were recorded, and how long after the step before.
@@ -219,9 +231,14 @@ class RunClock:
         Raises UsageError if the times are not known, NotInDumpError if the time is outside of the run.
         """
         begin, end = self.require()
-        if unix_ns > end or begin > (unix_ns if last_ns is None else last_ns):
-            raise self.outside(f"{self._zoned(unix_ns)} is")
-        return self._first_from(max(begin, unix_ns))
+        latest = unix_ns if last_ns is None else last_ns
+        if unix_ns > end or begin > latest:
+            raise self.outside(f"{self._zoned(unix_ns)} is", unix_ns, latest)
+        step = self._first_from(max(begin, unix_ns))
+        gone = self._gone_in(unix_ns, latest)
+        if any(one.steps.end <= step for one in gone):
+            raise self._were_retired(gone)
+        return step
 
     def between(
         self, since: int | None, until: int | None, steps: tuple[int, int] | None = None
@@ -238,12 +255,15 @@ class RunClock:
         begin, end = self.require()
         if since is not None and until is not None and since > until:
             raise UsageError(f"--since {self._zoned(since)} is after --until {self._zoned(until)}")
+        asked = 0 if since is None else since, _MISSING if until is None else until
         if since is not None and since > end:
-            raise self.outside(f"{self._zoned(since)} is")
+            raise self.outside(f"{self._zoned(since)} is", *asked)
         if until is not None and until < begin:
-            raise self.outside(f"{self._zoned(until)} is")
+            raise self.outside(f"{self._zoned(until)} is", *asked)
         since, until = begin if since is None else since, end if until is None else until
         first, last = self._first_from(since), self._last_until(until)
+        if first > last and (gone := self._gone_in(*asked)):
+            raise self._were_retired(gone)
         if first > last:
             raise NotInDumpError(
                 f"{self._name}: no step was in progress from {self._zoned(since)} to {self._zoned(until)}"
@@ -257,8 +277,10 @@ class RunClock:
             )
         return both
 
-    def outside(self, what: str) -> NotInDumpError:
-        """The error to raise if ``what`` is outside of the run."""
+    def outside(self, what: str, since: int | None = None, until: int | None = None) -> NotInDumpError:
+        """The error to raise if ``what``, from one time to another, is outside of the run."""
+        if since is not None and until is not None and (gone := self._gone_in(since, until)):
+            return self._were_retired(gone)
         return NotInDumpError(f"{self._name}: {what} outside the time of the run, {self.span_text()}")
 
     def require(self) -> tuple[int, int]:
@@ -269,9 +291,35 @@ class RunClock:
                 "select steps with --steps"
             )
         span = self.span
+        if span is None and self.retired:
+            raise self._were_retired(self.retired)
         if span is None:
             raise NotInDumpError(f"{self._name}: it has no step yet")
         return span
+
+    def whole_span(self) -> tuple[int, int]:
+        """The span with the steps that were retired. Raises UsageError if the times are not known."""
+        times = [time for one in self.retired if one.times is not None for time in one.times]
+        span = self.require() if not times else self.span or ()
+        return min(*times, *span), max(*times, *span)
+
+    def times_text(self, begin: int, end: int) -> str:
+        """Two times in the run's zone: ``03:02:11-04:11:40``, with dates unless both are on the run's day."""
+        first, last = self._local(begin), self._local(end)
+        days = {local.date() for local in (first, last, *map(self._local, self.span or ()))}
+        if first == last:
+            return f"{first:%H:%M:%S}" if len(days) == 1 else f"{first:%Y-%m-%d %H:%M:%S}"
+        if len(days) == 1:
+            return f"{first:%H:%M:%S}-{last:%H:%M:%S}"
+        return f"{first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S}"
+
+    def _gone_in(self, since: int, until: int) -> list[TierRange]:
+        """What was retired of the steps from one time to another."""
+        timed = [(one, one.times) for one in self.retired if one.times is not None]
+        return [one for one, times in timed if times[0] <= until and since <= times[1]]
+
+    def _were_retired(self, gone: Sequence[TierRange]) -> NotInDumpError:
+        return NotInDumpError(f"{self._name}: {retired(gone, self.times_text)}")
 
     def _zoned(self, unix_ns: int) -> str:
         local = self._local(unix_ns)
@@ -296,6 +344,8 @@ class RunClock:
         step, recorded = int(times.step[here]), int(times.unix_ns[here])
         following = self._following(number, here)
         # A step that was recorded at this very time is the one in progress.
+        if following is not None and any(step < one.steps.end <= following[0] for one in self.retired):
+            return step
         if following is not None and recorded < unix_ns and following[1] - recorded <= LONGEST_STEP_NS:
             return following[0]
         return step
@@ -361,18 +411,3 @@ def _median(group: Iterable[Source]) -> _Times:
     clocks.sort(axis=0)
     middle = ((clocks != _MISSING).sum(axis=0) - 1) // 2
     return _Times(step, clocks[middle, np.arange(len(step))])
-
-
-def local_time(unix_ns: int, zone: datetime.tzinfo) -> datetime.datetime:
-    """A time as a date and time of day, without fractions of a second."""
-    # Not from a float, which would round up to the next second, nor by the platform's limits.
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-    return (epoch + datetime.timedelta(seconds=unix_ns // SECOND_NS)).astimezone(zone)
-
-
-def iso(unix_ns: int | None) -> str | None:
-    """ISO 8601 in UTC with milliseconds, ``2026-11-26T03:12:04.250Z``; None for None."""
-    if unix_ns is None:
-        return None
-    whole = local_time(unix_ns, datetime.timezone.utc)
-    return f"{whole:%Y-%m-%dT%H:%M:%S}.{unix_ns % SECOND_NS // 10**6:03d}Z"

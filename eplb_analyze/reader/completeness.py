@@ -9,6 +9,7 @@ import numpy as np
 
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.tiers import Ranges
 from eplb_analyze.text import plural
 from eplb_dump.format.schema import Status
 
@@ -26,7 +27,7 @@ TOLERATED_INCOMPLETE = 0.1
 class Completeness:
     """Counts over the blocks of a run (or of a range of its steps), merged in order of steps.
 
-    Every step from the first to the last is seen or missing, and every seen step is in exactly one
+    Every step from the first to the last is seen, retired or missing, and every seen step is in exactly one
     of the other counts. If only steps of one phase count, none is missing: such a step has no phase.
     """
 
@@ -34,6 +35,10 @@ class Completeness:
     last: int | None = None
     seen: int = 0
     missing: int = 0
+    #: Steps between the first and the last of which a rank's part is no longer kept.
+    retired: int = 0
+    #: Those of the whole run.
+    left_out: Ranges = field(default_factory=Ranges)
     #: Ranges of steps that no rank saw, at most the first 100: ``(first, last)``.
     gaps: list[tuple[int, int]] = field(default_factory=list)
     states: Counter[int] = field(default_factory=Counter)
@@ -54,7 +59,7 @@ class Completeness:
 
     @classmethod
     def of(cls, block: Block) -> Completeness:
-        result = cls(one_phase=block.one_phase)
+        result = cls(one_phase=block.one_phase, left_out=block.left_out)
         if not len(block.step):
             return result
         steps = block.step
@@ -91,9 +96,15 @@ class Completeness:
                     self.reasons[rank, name] += count
 
     def _gap(self, first: int, last: int) -> None:
-        if last >= first and not self.one_phase:
-            self.missing += last - first + 1
-            self.gaps = [*self.gaps, (first, last)][:MAX_GAPS]
+        if last < first or self.one_phase:
+            return
+        gaps = [(first, last)]
+        if self.left_out:
+            gaps = [(gap.first, gap.end - 1) for gap in self.left_out.outside(first, last + 1)]
+        missing = sum(last - first + 1 for first, last in gaps)
+        self.missing += missing
+        self.retired += last - first + 1 - missing
+        self.gaps = [*self.gaps, *gaps][:MAX_GAPS]
 
     def add(self, block: Block) -> None:
         """Add the next block; blocks come in order of steps."""
@@ -104,6 +115,7 @@ class Completeness:
         if later.first is None:
             return
         self.one_phase |= later.one_phase
+        self.left_out = later.left_out or self.left_out
         if self.last is None:
             self.first, self.first_clock_ns = later.first, later.first_clock_ns
         else:
@@ -111,6 +123,7 @@ class Completeness:
         self.last, self.last_clock_ns = later.last, later.last_clock_ns
         self.seen += later.seen
         self.missing += later.missing
+        self.retired += later.retired
         self.gaps = [*self.gaps, *later.gaps][:MAX_GAPS]
         self.states.update(later.states)
         self.reasons.update(later.reasons)
@@ -138,6 +151,7 @@ class Completeness:
             "seen": self.seen,
             **{state.label: self.count(state) for state in StepState},
             "missing": self.missing,
+            "retired": self.retired,
         }
 
     @property

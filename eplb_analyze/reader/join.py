@@ -6,6 +6,7 @@ import enum
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,13 @@ class JoinedRows:
     phase: npt.NDArray[np.int64]
     phases: list[str]
 
+    def select(self, columns: npt.NDArray[np.bool_]) -> JoinedRows:
+        """The rows of some steps."""
+        by_step: dict[str, Any] = {
+            name: value[..., columns] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **by_step)
+
 
 def overlapping_segments(sources: Iterable[Source]) -> Iterator[list[Source]]:
     """Groups of segments with overlapping steps. No step is in two groups."""
@@ -141,9 +149,15 @@ def overlapping_segments(sources: Iterable[Source]) -> Iterator[list[Source]]:
         yield group
 
 
-def same_shape_ranges(rows: JoinedRows, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Ranges of columns between ``first`` and ``end`` of one shape, at most ``MAX_BLOCK_STEPS`` long."""
-    edges = [int(e) for e in np.flatnonzero(np.diff(rows.shape)) + 1 if first < e < end]
+def same_shape_ranges(
+    rows: JoinedRows, first: int, end: int, cuts: Sequence[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """Ranges of columns between ``first`` and ``end`` of one shape, at most ``MAX_BLOCK_STEPS`` long.
+
+    ``cuts``: steps at which others begin, too.
+    """
+    found = [*(np.flatnonzero(np.diff(rows.shape)) + 1), *np.searchsorted(rows.step, cuts)]
+    edges = sorted({int(edge) for edge in found if first < edge < end})
     for start, stop in zip([first, *edges], [*edges, end], strict=True):
         for low in range(start, stop, MAX_BLOCK_STEPS):
             yield low, min(low + MAX_BLOCK_STEPS, stop)

@@ -126,9 +126,11 @@ def _gaps(own: Sequence[Session], others: Sequence[Segment]) -> Iterator[StepRan
     if not others:
         return
     begin, end = min(s.first_step for s in others), max(s.last_step for s in others) + 1
-    parts = (
+    parts = [
         part for session in own for segment in session.segments for part in _parts(session, segment, others)
-    )
+    ]
+    # Of what was retired, its rows do not say any more that it had them.
+    parts += [StepRange(s.first_step, s.last_step + 1) for session in own for s in session.retired]
     for part in sorted(parts):
         if part.first > begin:
             yield StepRange(begin, part.first)

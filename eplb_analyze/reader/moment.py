@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 
 from eplb_analyze.errors import UsageError
-from eplb_analyze.reader.clock import SECOND_NS, RunClock, local_time
+from eplb_analyze.reader.clock import RunClock
+from eplb_analyze.text import SECOND_NS, local_time
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _BACK = re.compile(r"-((?:[0-9]{1,9}(?:\.[0-9]{1,9})?[smhd])+)")
@@ -80,9 +81,9 @@ class Moment:
         return first, first + self.unit_ns - 1
 
     def _first(self, clock: RunClock) -> int:
-        begin, end = clock.require()
         if self.back_ns is not None:
-            return end - self.back_ns
+            return clock.require()[1] - self.back_ns
+        begin, end = clock.whole_span()
         zone = self.offset or clock.zone
         first, last = (local_time(edge, zone).date() for edge in (begin, end))
         days = (last - first).days

@@ -28,13 +28,14 @@ from eplb_analyze.reader.join import MIXED
 from eplb_analyze.reader.lost import LostRank, find_lost
 from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
 from eplb_analyze.reader.run_info import run_info
+from eplb_analyze.reader.tiers import Ranges, TierRange, Tiers, described, retired
 from eplb_analyze.sessions.discovery import Session, open_sessions, refresh_thinned
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, Segment
-from eplb_analyze.sessions.step_range import StepRange
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, storage_path
 from eplb_analyze.text import listed, plural
-from eplb_dump.format.schema import FORMAT_NAME, Scope
+from eplb_dump.format.schema import FORMAT_NAME, Scope, Tier
 
 if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     import polars as pl
@@ -122,6 +123,9 @@ class Run:
         self.phase: str | None = None
         #: The ranks without which steps count as complete; empty: only complete ones do.
         self._without: tuple[int, ...] = ()
+        #: Whether steps without experts' loads are left out.
+        self._with_loads = False
+        self._tiers: tuple[int, Tiers] | None = None
         #: The last step to include; None for all.
         self._last: int | None = None
         self.scope = sessions[0].info.scope
@@ -189,6 +193,45 @@ class Run:
         """The run with the steps of all phases; itself, unless it is one phase of a run."""
         return self if self._all_phases is None else self._all_phases
 
+    def with_loads(self) -> Run:
+        """The run without the steps of which experts' loads are no longer kept, only sums per EP rank.
+
+        What does not come from steps is that of the whole run.
+        """
+        if self._with_loads or not self.tiers.by_rank:
+            return self
+        run = copy.copy(self)
+        run._with_loads = True
+        return run
+
+    @property
+    def tiers(self) -> Tiers:
+        """Of which steps less than everything is kept."""
+        refreshed = sum(session.refreshed for session in self.sessions)
+        if self._tiers is None or self._tiers[0] != refreshed:
+            self._tiers = refreshed, Tiers.of(self.sessions, self.scope)
+        return self._tiers[1]
+
+    def left_out(self, steps: tuple[int, int] | None = None) -> list[TierRange]:
+        """The steps of a range that no figure of this run covers, because they were thinned."""
+        chosen = StepRange.of(steps)
+        last = StepRange(0, NO_END if self._last is None else self._last + 1)
+        found = [tiers for tiers in self.tiers.ranges if tiers.tier is not Tier.RANKS or self._with_loads]
+        parts = (tiers.within(chosen.clip(*last)) for tiers in found)
+        return [part for part in parts if part is not None]
+
+    def retired_notes(self, steps: tuple[int, int] | None = None, without_loads: str = "") -> list[str]:
+        """What leaves out which steps of a range, because they were thinned, in a line each.
+
+        Args:
+            without_loads: what leaves out the steps without experts' loads, of figures that do not all do so.
+        """
+        out, text = self.left_out(steps), self.clock.times_text
+        also = self.with_loads().left_out(steps) if without_loads else []
+        by_rank = [one for one in also if one not in out]
+        notes = [f"left out: {described(out, text)}"] if out else []
+        return notes + ([f"left out of {without_loads}: {described(by_rank, text)}"] if by_rank else [])
+
     def estimated(self, steps: tuple[int, int] | None = None) -> Run:
         """A run whose figures are estimates by the ranks that are there, if a range has no complete step.
 
@@ -234,10 +277,16 @@ class Run:
 
     @property
     def placements_recorded(self) -> bool:
-        """Whether the dump states when placements changed. False if it is damaged or was imported without."""
+        """Whether the dump states when placements changed.
+
+        False if it is damaged or was imported without, or if what it states was retired.
+        """
         origin = self.info.origin
         stated = {} if origin is None else {**origin.unknown, **origin.assumed}
         if self.history.lost:
+            return False
+        # Of what is gone, only the last placements are kept.
+        if any(one.tier is Tier.GONE for one in self.tiers.ranges) and not self.history.rearrangements():
             return False
         return bool(self.history.layers) and not stated.keys() & {"placement", "earlier_placements"}
 
@@ -245,7 +294,8 @@ class Run:
     def clock(self) -> RunClock:
         """The time of each step, and the steps at a time."""
         if self._clock is None:
-            self._clock = RunClock(str(self.path), self.sessions, timed=self.info.timed)
+            gone = [one for one in self.tiers.ranges if one.tier is not Tier.RANKS]
+            self._clock = RunClock(str(self.path), self.sessions, timed=self.info.timed, retired=gone)
         return self._clock
 
     def _renew_clock(self) -> None:
@@ -301,7 +351,13 @@ class Run:
     def _blocks(self, steps: tuple[int, int] | None) -> Iterator[Block]:
         lost, unreadable = self.lost_ranks, frozenset(self._unreadable["loads"])
         blocks: Iterator[Block] = iter_blocks(
-            self.sessions, self.scope, StepRange.of(steps), unreadable, lost
+            self.sessions,
+            self.scope,
+            StepRange.of(steps),
+            unreadable,
+            lost,
+            self.tiers,
+            with_loads=self._with_loads,
         )
         if self.phase is not None:
             of_phase = (PhaseBlock(block, self.phase) for block in blocks)
@@ -408,17 +464,42 @@ class Run:
     def require(self, steps: tuple[int, int]) -> None:
         """Check that a half-open range has a step of the run. Raises NotInDumpError."""
         first, last = self.step_range
+        if why := self.why_retired(steps):
+            raise NotInDumpError(why)
         if first is None or last is None or steps[0] > last or steps[1] <= first:
             known = "it has no step yet" if first is None else f"it has steps {first} to {last}"
             raise NotInDumpError(f"{self.path}: the run has no steps in {StepRange(*steps)}; {known}")
 
+    def why_retired(self, steps: tuple[int, int]) -> str | None:
+        """What to say if all steps of a range that the run had are retired; None if some are kept."""
+        asked = StepRange.of(steps)
+        out = self.left_out(asked)
+        first, last = self.step_range
+        if not out:
+            return None
+        if first is not None and last is not None:
+            inside = asked.clip(first, last + 1)
+            if inside.first < inside.end and any(True for _ in self._absent.outside(*inside)):
+                return None
+        return f"{self.path}: {retired(out, self.clock.times_text)}"
+
+    @property
+    def _absent(self) -> Ranges:
+        """The steps that are in no block of this run, because they were thinned."""
+        return self.tiers.without_loads if self._with_loads else self.tiers.retired
+
     @property
     def step_range(self) -> tuple[int | None, int | None]:
-        """First and last step of the run, according to its segments; None if it has no step."""
+        """First and last step of the run, according to its segments; None if it has no step.
+
+        Without those at both ends that were retired.
+        """
         segments = [s for session in self.sessions for s in session.segments if s.last_step >= 0]
         if not segments:
             return None, None
-        return min(s.first_step for s in segments), max(s.last_step for s in segments)
+        first, last = min(s.first_step for s in segments), max(s.last_step for s in segments)
+        kept = [*self._absent.outside(first, last + 1)] if self._absent else [StepRange(first, last + 1)]
+        return (kept[0].first, kept[-1].end - 1) if kept else (None, None)
 
     def tokens(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Recorded counts as tokens: float64, token replication divided out."""
@@ -467,6 +548,9 @@ class Run:
     ) -> pl.DataFrame:
         """Loads of the complete steps, summed over all ranks.
 
+        With ``experts``, without the steps of which experts' loads are no longer kept (see
+        :meth:`with_loads`).
+
         Args:
             steps: half-open range of steps.
             layers: the model's layer numbers; default all.
@@ -483,9 +567,10 @@ class Run:
         from eplb_analyze.reader import dataframes
 
         info = self.info
-        return self.retry_without_damaged(
+        run = self.with_loads() if experts else self
+        return run.retry_without_damaged(
             lambda: dataframes.loads(
-                self.blocks(steps), chosen, info.layers, info.token_replication, experts=experts
+                run.blocks(steps), chosen, info.layers, info.token_replication, experts=experts
             )
         )
 

@@ -267,6 +267,7 @@ def replay_run(
         DumpError: no step is complete, or no placement is known.
         UsageError: a setting or policy is impossible, or the nodes do not divide the ranks.
     """
+    run = run.with_loads()
 
     def play() -> Replay:
         estimated = run.estimated(steps)

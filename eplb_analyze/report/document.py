@@ -100,7 +100,9 @@ def report_document(
         over_time = timeline(run, bins=bins_that_fit(run), steps=steps)
         edges = np.array([*(b.first_step for b in over_time.bins), over_time.bins[-1].last_step + 1])
         loads, _, left_out = run.retry_without_damaged(
-            lambda: last_configuration(run, steps, lambda shape: LoadBins(run, shape, edges), estimate=True)
+            lambda: last_configuration(
+                run.with_loads(), steps, lambda shape: LoadBins(run, shape, edges), estimate=True
+            )
         )
         experts = _experts(run, steps)
         ranks = rank_report(run, steps)

@@ -63,6 +63,8 @@ class Session:
     #: Segments whose steps were retired (tiers minutes and gone), in order; they can have placements, and
     #: sums per minute.
     retired: list[ParquetSegment] = field(default_factory=list)
+    #: How often segments turned out to be thinned after they were opened.
+    refreshed: int = 0
     #: The writer's final accounting; None if it was not closed (killed, or still writing).
     closed: dict[str, object] | None = None
     #: Number of journals that are not sealed.
@@ -496,6 +498,7 @@ def refresh_thinned(session: Session) -> bool:
         ]
         if changed:
             _replace(session, changed)
+            session.refreshed += 1
             return True
     return False
 

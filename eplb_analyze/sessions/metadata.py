@@ -23,7 +23,7 @@ from eplb_analyze.storage import path as places
 from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
 from eplb_dump.format.journal import Shape
-from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment
+from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment, Thinned
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     MANIFEST_FILE,
@@ -35,6 +35,7 @@ from eplb_dump.format.schema import (
     FormatError,
     NewerFormatError,
     Status,
+    Tier,
     rank_folder,
 )
 from eplb_dump.format.segment import footer
@@ -44,6 +45,15 @@ from eplb_dump.format.session import SessionInfo, load_json
 _MAX_SESSION_FILE = 16 << 20
 #: What reading a damaged file raises.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError, pa.ArrowException)
+#: The tables that are kept of a segment in each tier; files of others are left from before it was thinned.
+_TABLES = {
+    Tier.FULL: ("steps", "loads", "placements", "minutes"),
+    Tier.RANKS: ("steps", "ranks", "placements", "minutes"),
+    Tier.MINUTES: ("minutes", "placements"),
+    Tier.GONE: ("placements",),
+}
+#: Files do not say why a segment was thinned.
+_UNKNOWN_REASON = "unknown"
 #: The mark of an unfinished copy, whose files do not stand for a session yet.
 UNFINISHED_COPY = "copy.tmp"
 
@@ -172,23 +182,32 @@ def _own_metadata(path: StoragePath) -> tuple[dict[str, Any], bytes, int, int]:
 def rebuilt_manifest(folder: StoragePath, info: SessionInfo) -> Manifest:
     """The manifest of a session that has none any more, by its sealed files.
 
-    A segment is listed if its files are of this session, and each step that they call recorded has loads. It
-    has no sums, and there is no final accounting. That a file of placements is missing cannot be seen.
+    A segment is listed if its files are of this session, and each step that they call recorded has loads, or
+    as thinned if it has no table of loads. It has no sums, and there is no final accounting. That a file of
+    placements is missing cannot be seen.
     """
     manifest = Manifest(session_id=info.session_id)
-    files: dict[int, dict[str, StoragePath]] = defaultdict(dict)
+    files: dict[tuple[int, int], dict[str, StoragePath]] = defaultdict(dict)
     for entry in places.entries(folder):
         match = SEGMENT_PATTERN.fullmatch(entry.name)
         if match and not entry.is_symlink():
-            files[int(match[2])][match[1]] = folder / entry.name
-    for seq, tables in sorted(files.items()):
+            files[int(match[2]), int(match[3] or match[2])][match[1]] = folder / entry.name
+    found: dict[tuple[int, int], SealedSegment] = {}
+    for (seq, last_seq), tables in sorted(files.items()):
         with suppress(*_UNREADABLE, DamagedSegmentError):
-            manifest.entries[seq] = _sealed_entry(folder, info, seq, tables)
+            found[seq, last_seq] = _sealed_entry(folder, info, seq, last_seq, tables)
+    for seq, last_seq in [key for key in found if key[0] < key[1]]:
+        inside = [key for key in found if seq <= key[0] and key[1] <= last_seq and key != (seq, last_seq)]
+        # A kill while segments are thinned together leaves either all of them or the result.
+        whole = sum(last - first + 1 for first, last in inside) == last_seq - seq + 1
+        for key in [(seq, last_seq)] if whole else inside:
+            del found[key]
+    manifest.entries = {seq: entry for (seq, _), entry in sorted(found.items())}
     return manifest
 
 
 def _sealed_entry(
-    folder: StoragePath, info: SessionInfo, seq: int, tables: dict[str, StoragePath]
+    folder: StoragePath, info: SessionInfo, seq: int, last_seq: int, tables: dict[str, StoragePath]
 ) -> SealedSegment:
     """The manifest's entry of a segment. Raises ``_UNREADABLE`` and DamagedSegmentError."""
     listed: dict[str, SealedFile] = {}
@@ -199,9 +218,44 @@ def _sealed_entry(
             raise FormatError("it belongs to another session")
         shape = None if own["shape"] is None else Shape(**own["shape"])
         listed[table] = SealedFile(path.name, size, rows, zlib.crc32(data))
-    entry = SealedSegment(seq, 0, 0, shape, listed)
+    tier = Tier.FULL if "steps" in listed else Tier.MINUTES if "minutes" in listed else Tier.GONE
+    if tier is Tier.FULL and "ranks" in listed and "loads" not in listed:
+        tier = Tier.RANKS
+    listed = {table: file for table, file in listed.items() if table in _TABLES[tier]}
+    thinned = None if tier is Tier.FULL else Thinned(tier, last_seq, 0, 0, _UNKNOWN_REASON)
+    entry = SealedSegment(seq, 0, 0, shape, listed, thinned=thinned)
     segment = ParquetSegment(folder, info, entry)
+    if tier in (Tier.MINUTES, Tier.GONE):
+        return _without_steps(segment, entry)
     steps = segment.steps()
     if not np.array_equal(steps.step[steps.status == Status.RECORDED], segment.load_steps()):
         raise FormatError("not all of its recorded steps have loads")
-    return replace(entry, first_step=int(steps.step.min()), last_step=int(steps.step.max()))
+    if thinned is not None:
+        thinned = replace(thinned, step_rows=len(steps.step), recorded=len(segment.load_steps()))
+    return replace(
+        entry,
+        first_step=int(steps.step.min()),
+        last_step=int(steps.step.max()),
+        times=(int(steps.time_ns.min()), int(steps.time_ns.max())),
+        thinned=thinned,
+    )
+
+
+def _without_steps(segment: ParquetSegment, entry: SealedSegment) -> SealedSegment:
+    """The entry of a segment of which sums per minute are left, or only placements."""
+    assert entry.thinned is not None
+    if not segment.has_minutes:
+        steps = segment.placements().step
+        return replace(entry, first_step=int(steps.min()), last_step=int(steps.max()))
+    edges = ("first_step", "last_step", "first_time_ns", "last_time_ns")
+    labels = [status.label for status in Status]
+    rows = [*segment.minutes([*edges, *labels])]
+    first, last, begin, end = (np.concatenate([part[name] for part in rows]) for name in edges)
+    count = {label: sum(int(part[label].sum()) for part in rows) for label in labels}
+    return replace(
+        entry,
+        first_step=int(first.min()),
+        last_step=int(last.max()),
+        times=(int(begin.min()), int(end.max())),
+        thinned=replace(entry.thinned, step_rows=sum(count.values()), recorded=count["recorded"]),
+    )

@@ -29,9 +29,11 @@ class SegmentOverview:
     first_step: int
     last_step: int
     step_rows: int
+    #: How many of them were retired.
+    retired: int
     ep_size: int
-    #: Reads the rows of its first and of its last step. Raises DamagedSegmentError.
-    ends: Callable[[], tuple[StepRows, StepRows]]
+    #: Reads the times of its first and of its last step, ns since 1970. Raises DamagedSegmentError.
+    times: Callable[[], tuple[int, int]]
 
 
 @dataclass
@@ -77,34 +79,47 @@ def overview(folder: StoragePath, info: SessionInfo) -> SessionOverview:
     listed = {file.name for entry in manifest.entries.values() for file in entry.files.values()}
     for name in inside:
         match = SEGMENT_PATTERN.fullmatch(name)
-        if match and name not in listed and int(match[2]) not in journals:
+        if match and name not in listed and manifest.entry_of(int(match[2])) is None:
+            if int(match[2]) in journals:
+                continue
             result.faults.append(f"{folder / name}: the session's manifest does not list it")
     for seq, entry in manifest.entries.items():
         open_segments.pop(seq, None)
+        if entry.thinned is not None:
+            for covered in [other for other in open_segments if seq < other <= entry.last_seq]:
+                del open_segments[covered]
         for file in entry.files.values():
-            if file.name not in inside and seq not in journals:
+            if file.name not in inside and seq not in journals and not (folder / file.name).exists():
                 result.faults.append(f"{folder / file.name}: it is missing, although the manifest lists it")
             elif file.name in inside and inside[file.name].st_size != file.bytes:
                 result.faults.append(
                     f"{folder / file.name}: it has {inside[file.name].st_size} bytes; the manifest says "
                     f"{file.bytes}"
                 )
-        if entry.step_rows:
+        retired = entry.thinned.step_rows if entry.thinned is not None and not entry.step_rows else 0
+        if entry.step_rows or retired:
             ep_size = 0 if entry.shape is None else entry.shape.ep_size
-            rows = _sealed_ends(ParquetSegment(folder, info, entry))
+            rows = entry.step_rows or retired
+            times = _sealed_times(ParquetSegment(folder, info, entry))
             result.segments.append(
-                SegmentOverview(entry.first_step, entry.last_step, entry.step_rows, ep_size, rows)
+                SegmentOverview(entry.first_step, entry.last_step, rows, retired, ep_size, times)
             )
     result.segments += [segment for segment in open_segments.values() if segment is not None]
     return result
 
 
-def _sealed_ends(segment: ParquetSegment) -> Callable[[], tuple[StepRows, StepRows]]:
-    def read() -> tuple[StepRows, StepRows]:
+def _sealed_times(segment: ParquetSegment) -> Callable[[], tuple[int, int]]:
+    def read() -> tuple[int, int]:
+        if not segment.step_rows and segment.entry.times is not None:
+            return segment.entry.times
         rows = segment.steps()
-        return rows, rows
+        return _ends(rows, rows)
 
     return read
+
+
+def _ends(first: StepRows, last: StepRows) -> tuple[int, int]:
+    return int(first.time_ns[0]), int(last.time_ns[-1])
 
 
 def _manifest(
@@ -151,8 +166,9 @@ def _journal(
                 int(first.step[0]),
                 int(last.step[-1]),
                 sum(frames.steps_in(header) for _, header in steps),
+                0,
                 max(sizes, default=0),
-                lambda: (first, last),
+                lambda: _ends(first, last),
             )
     except FileNotFoundError:  # it was sealed meanwhile, and is in the manifest
         return None

@@ -25,6 +25,7 @@ from eplb_analyze.json_report import Report
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
+from eplb_analyze.reader.tiers import described
 from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.sessions.starts import START_SEPARATOR
 from eplb_analyze.sessions.step_range import NO_END
@@ -136,6 +137,11 @@ def _require_intact(run: Run) -> None:
     for finding in run.findings:
         if finding.severity == "error":
             raise DumpError(f"{finding.text}; {_REFUSED}")
+    thinned = run.with_loads().left_out()
+    if thinned:
+        text = f"{run.path}: retired: {described(thinned, run.clock.times_text)}"
+        remedy = "`prune --merge-ranks` sums over ranks and keeps what is left of these steps"
+        raise DumpError(f"{text}; a compact run would hide this, so none is written; {remedy}")
 
 
 def _lost(run: Run) -> dict[str, str]:

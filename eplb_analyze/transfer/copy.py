@@ -39,6 +39,7 @@ from eplb_dump.format.schema import (
     RUN_PREFIX,
     SESSION_FILE,
     FormatError,
+    Tier,
     model_slug,
 )
 from eplb_dump.format.session import SessionInfo, dump_json
@@ -223,7 +224,9 @@ class _SessionCopy:
         selected = self._select(manifest)
         self.target.inspect()
         self.target.require_extendable(selected)
-        return bool(journals) or any("steps" in entry.files for entry in selected.entries.values())
+        return bool(journals) or any(
+            "steps" in entry.files or "minutes" in entry.files for entry in selected.entries.values()
+        )
 
     def copy(self) -> None:
         with self.target.held():
@@ -231,7 +234,7 @@ class _SessionCopy:
             manifest = sound_manifest(self.source, self.info)
             self.target.require_extendable(self._select(manifest))
             superseded = {
-                seq for seq, name in journals.items() if self._superseded(name, manifest.entries.get(seq))
+                seq for seq, name in journals.items() if self._superseded(name, manifest.entry_of(seq))
             }
             journals = {seq: name for seq, name in journals.items() if seq not in superseded}
             kept = {seq: name for seq, name in journals.items() if self._take(name, self._verify_journal)}
@@ -354,7 +357,8 @@ class _SessionCopy:
 def _placements_only(entry: SealedSegment) -> SealedSegment:
     """An entry without its steps; placements stay in force after the steps in which they were stated."""
     files = {table: file for table, file in entry.files.items() if table == "placements"}
-    return replace(entry, shape=None, files=files, sums=None)
+    thinned = None if entry.thinned is None else replace(entry.thinned, tier=Tier.GONE)
+    return replace(entry, shape=None, files=files, sums=None, thinned=thinned)
 
 
 def _verify_table(info: SessionInfo, entry: SealedSegment, table: str, path: Path) -> None:

@@ -190,7 +190,7 @@ class Target:
         unwanted = []
         for name in self._names - wanted:
             journal = JOURNAL_PATTERN.fullmatch(name)
-            sealed = journal is not None and int(journal[1]) in manifest.entries
+            sealed = journal is not None and manifest.entry_of(int(journal[1])) is not None
             if sealed if self._complete else journal or SEGMENT_PATTERN.fullmatch(name):
                 unwanted.append(name)
         if not unwanted:

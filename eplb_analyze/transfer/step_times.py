@@ -107,7 +107,8 @@ class _Recorded:
                 if block.shape is not None and number % every == 0:
                     at = seen + np.flatnonzero(block.state == StepState.RECORDED)
                     # Every layer routes the same tokens.
-                    tokens[at] = block.loads(0, 1).sum(axis=(1, 2))
+                    (_, load), *_ = block.rank_load_parts(first=0, last=1)
+                    tokens[at] = load.sum(axis=(1, 2))
                 seen += len(block.step)
         apart = np.where(np.diff(step) == 1, np.diff(clock) * 1e3, np.nan)
         since, until = np.insert(apart, 0, np.nan), np.append(apart, np.nan)

@@ -58,7 +58,7 @@ def advise(
     from eplb_analyze.replay.advise import advise as judge
     from eplb_analyze.replay.pricing import Objective
 
-    run = out.open(timings=timings)
+    run = out.open(timings=timings, with_loads=True)
     advice = judge(
         run, choices, steps, min_gain=min_gain,
         num_groups=num_groups, num_nodes=num_nodes,

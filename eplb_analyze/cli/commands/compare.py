@@ -120,6 +120,10 @@ def compare(
     )
     result = compare_runs(one, other, steps_a=in_a, steps_b=in_b)
     out.clocks = {"a": one.clock, "b": other.clock}
+    for name, run, chosen in (("A", one, in_a), ("B", other, in_b)):
+        out.notes(
+            f"{name}: {text}" for text in run.retired_notes(chosen, "the experts' part, incidents and cost")
+        )
     out.emit(result.to_json, lambda console: render(console, result, (one.clock, other.clock), top))
     if json:  # the text has them
         for warning in result.warnings:

@@ -53,7 +53,7 @@ def experts(
         raise typer.BadParameter(what, param_hint="--hot-factor")
     from eplb_analyze.analysis.experts import expert_report
 
-    run = out.open()
+    run = out.open(with_loads=True)
     report = expert_report(
         run, layer, steps, window=window, hot_factor=hot_factor, all_placements=all_placements
     )

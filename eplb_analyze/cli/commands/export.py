@@ -170,7 +170,7 @@ def placement(
         recorded_placement,
     )
 
-    run = out.open()
+    run = out.open(with_loads=policy is not None)
     if policy is None:
         found = recorded_placement(run, step)
     else:
@@ -194,7 +194,12 @@ def placement(
         repair=repair,
         force=force,
     )
-    out.show(report.to_json, lambda console: render_placement(console, report), found.steps)
+    out.show(
+        report.to_json,
+        lambda console: render_placement(console, report),
+        found.steps,
+        of_steps=found.steps is not None,
+    )
 
 
 @app.command(
@@ -230,7 +235,7 @@ def loads(
     """Write the loads of all complete steps, either by step and slot or summed by logical expert."""
     from eplb_analyze.transfer.exporters.loads import export_loads
 
-    run = out.open()
+    run = out.open(with_loads=True)
     report = export_loads(run, load_format.value, file, steps, layer or None, force=force)
     out.show(report.to_json, lambda console: render_loads(console, report), report.steps)
 

@@ -47,7 +47,7 @@ def layer(
         )
     from eplb_analyze.analysis.layer import layer_report
 
-    run = out.open()
+    run = out.open(with_loads=True)
     report = layer_report(run, layer, step, steps)
     # A slot that changed its expert mixes two experts' tokens: the slot table covers the last placement.
     changes = report.placement_changes

@@ -44,4 +44,5 @@ def placement(
     out.show(
         report.to_json,
         lambda console: render(console, report, single=single, experts=experts, every=every),
+        of_steps=False,
     )

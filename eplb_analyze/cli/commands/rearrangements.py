@@ -29,4 +29,4 @@ def rearrangements(
 
     run = out.open(timings=timings)
     report = rearrangement_report(run, steps, window, expert_mb=expert_mb)
-    out.show(report.to_json, lambda console: render(console, report), report.steps)
+    out.show(report.to_json, lambda console: render(console, report), report.steps, "predictions and costs")

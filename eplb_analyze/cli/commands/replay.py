@@ -42,7 +42,7 @@ def replay(
     from eplb_analyze.replay.pricing import Objective
     from eplb_analyze.replay.replay import replay_run
 
-    run = out.open(timings=timings)
+    run = out.open(timings=timings, with_loads=True)
     result = replay_run(
         run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),

@@ -27,8 +27,15 @@ def report(
     force: options.Force = False,
 ) -> None:
     """Write one HTML file that works offline, with the summary, charts over time, heat maps and tables."""
+    from eplb_analyze.reader.rolled_up import from_minutes
     from eplb_analyze.report.write import write_report
 
     run = out.open(timings=timings, gpu=gpu)
     written = write_report(run, file, steps, top=top, redact=redact, force=force)
-    out.show(written.to_json, lambda console: render(console, written), written.steps)
+    out.show(
+        written.to_json,
+        lambda console: render(console, written),
+        written.steps,
+        "experts, incidents and the cost of imbalance",
+        of_steps=not from_minutes(run, steps),
+    )

@@ -33,4 +33,6 @@ def summary(
         result.to_json,
         lambda console: render(console, result, run.clock, top, full=full, part=part),
         result.steps,
+        "hot experts, incidents and the cost of imbalance",
+        of_steps=result.tier == "steps",
     )

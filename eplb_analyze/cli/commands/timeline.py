@@ -40,16 +40,18 @@ def timeline(
     """Plot balancedness or another metric over the steps of a run."""
     from eplb_analyze.analysis.timeline import timeline as compute
     from eplb_analyze.analysis.timeline_report import DEFAULT_BINS, NAMES
+    from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS
 
     if formula not in NAMES:
         raise typer.BadParameter(
             f"no formula {formula!r}; choose one of: {', '.join(NAMES)}", param_hint="--formula"
         )
-    run = out.open()
+    run = out.open(with_loads=formula == ACTIVE_EXPERTS.name)
     if not out.json:
         fit = max(1, console(sys.stdout).width - MARGIN)
         if bins is not None and bins > fit:
             out.notes([f"{bins} bins do not fit, so {fit} are shown; --json has all"])
         bins = min(bins or fit, fit)
     result = compute(run, formula, bins or DEFAULT_BINS, layer, steps, options.tier_name(tier))
-    out.show(result.to_json, lambda console: render(console, result), result.steps)
+    of_steps = result.tier == "steps"
+    out.show(result.to_json, lambda console: render(console, result), result.steps, of_steps=of_steps)

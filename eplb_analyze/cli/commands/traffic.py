@@ -19,6 +19,6 @@ def traffic(
     """Show how many tokens each rank sent to each other rank, and how many crossed nodes (scope `local`)."""
     from eplb_analyze.analysis.traffic import traffic_report
 
-    run = out.open()
+    run = out.open(with_loads=True)
     report = traffic_report(run, layer, steps, by=by.value, ranks_per_node=ranks_per_node)
     out.show(report.to_json, lambda console: render(console, report, top), report.steps)

@@ -175,6 +175,8 @@ def _rearrangements(console: Console, result: Summary, clock: RunClock) -> None:
         why = "no placement was recorded or readable"
         if result.run.origin is not None:
             why = "the source does not say when placements changed"
+        if clock.retired:
+            why = "no placement changed in the steps that are kept, and those before were retired"
         print_line(console, f"{why}, so no rearrangement is known")
     elif result.acted:
         print_line(console, "no rearrangement in these steps")

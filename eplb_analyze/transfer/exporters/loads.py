@@ -82,6 +82,7 @@ def export_loads(
     atomic.require_free(file, force=force, dump=run.path)
     numbers = list(run.info.layers) if layers is None else sorted(set(layers))
     chosen = [run.layer_index(number) for number in numbers]
+    run = run.with_loads()
     if steps is not None:
         run.require(steps)
     write = _write_logical if format == "logical-npy" else _write_long

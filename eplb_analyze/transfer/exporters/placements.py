@@ -150,6 +150,7 @@ def policy_placement(
         DumpError: no step of these is complete, or no placement is known there.
     """
     place = policies.named(policy)
+    run = run.with_loads()
     weights, whole, notes = run.retry_without_damaged(
         lambda: logical_loads(run, steps, window, estimate=True)
     )

@@ -29,14 +29,13 @@ from eplb_analyze.json_report import RunReport, as_json
 from eplb_analyze.metrics.bootstrap import Interval as Bounds
 from eplb_analyze.metrics.formulas import FORMULAS, Float64
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.clock import SECOND_NS, iso
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import estimate_notes
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
-from eplb_analyze.text import clean, duration, listed, milliseconds, plural
+from eplb_analyze.text import SECOND_NS, clean, duration, iso, listed, milliseconds, plural
 from eplb_analyze.transfer.exporters.trace_events import TraceFile, base_of
 from eplb_analyze.transfer.exporters.trace_tracks import (
     BASES,

@@ -369,7 +369,7 @@ def test_json_output(tmp_path: Path) -> None:
         "layer": 1,
         "steps": {
             "first": 0, "last": 39, "seen": 40, "recorded": 40, "dummy": 0, "not_sampled": 0, "dropped": 0,
-            "rejected": 0, "incomplete": 0, "missing": 0,
+            "rejected": 0, "incomplete": 0, "missing": 0, "retired": 0,
         },
         "first_step": 0,
         "last_step": 39,

@@ -193,7 +193,7 @@ def test_summary(dump: Path) -> None:
     assert found["run"]["layer_numbers"] == list(NUMBERS)
     assert without_times(found["steps"]) == {
         "first": 0, "last": 1199, "seen": 1200, "recorded": 1000, "dummy": 0, "not_sampled": 0, "dropped": 0,
-        "rejected": 0, "incomplete": 200, "missing": 0,
+        "rejected": 0, "incomplete": 200, "missing": 0, "retired": 0,
     }  # fmt: skip
     assert found["ranks"] == {"expected": 8, "present": 8, "missing": []}
     assert found["idle_fraction"] == pytest.approx(reference.idle_fraction(tokens()))

@@ -66,7 +66,7 @@ def test_summary_json_has_the_stable_keys(good: Path) -> None:
     assert run_keys | {"num_physical_experts", "scope"} <= set(document["run"])
     assert set(document["steps"]) == {
         "first", "first_time", "last", "last_time", "seen", "recorded", "dummy", "not_sampled", "dropped",
-        "rejected", "incomplete", "missing",
+        "rejected", "incomplete", "missing", "retired",
     }  # fmt: skip
     assert set(document["ranks"]) == {"expected", "present", "missing"}
     assert {"mean", "p50", "p5", "min", "min_step"} <= set(document["balancedness"])

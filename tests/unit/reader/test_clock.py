@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_analyze.errors import NotInDumpError, UsageError
-from eplb_analyze.reader.clock import CLOCKS, KEPT_GROUPS, RunClock, iso
+from eplb_analyze.reader.clock import CLOCKS, KEPT_GROUPS, RunClock
 from eplb_analyze.reader.moment import Moment
 from eplb_analyze.sessions.segments import DamagedSegmentError
+from eplb_analyze.text import iso
 
 SECOND = 10**9
 #: 2026-11-26 03:12:04 UTC.

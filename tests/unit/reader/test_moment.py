@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_analyze.errors import UsageError
-from eplb_analyze.reader.clock import SECOND_NS, RunClock, iso
+from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.moment import Moment
+from eplb_analyze.text import SECOND_NS, iso
 
 
 class Clock(RunClock):

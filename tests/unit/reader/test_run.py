@@ -204,6 +204,7 @@ def test_summary_equals_the_reference(recorded: tuple[Path, dict[str, Any]]) -> 
         "rejected": 0,
         "incomplete": 0,
         "missing": 0,
+        "retired": 0,
     }
     assert document["ranks"] == {"expected": 4, "present": 4, "missing": []}
     assert document["run"]["engine"] == "test"
