@@ -16,13 +16,12 @@ from eplb_analyze.json_report import Report, as_json
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread
 from eplb_analyze.metrics.losses import Bin, RankLoss, StretchLoss
-from eplb_analyze.text import iso
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run_info import RunInfo
-from eplb_analyze.text import listed, percent, plural
+from eplb_analyze.text import iso, listed, percent, plural
 
 HOT_EXPERTS = 10
 #: Shown besides the two main figures, each under its own name.

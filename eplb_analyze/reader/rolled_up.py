@@ -179,6 +179,9 @@ def minutes_of_steps(run: Run, steps: tuple[int, int]) -> MinuteRange:
 
 def nothing_kept(run: Run, steps: tuple[int, int] | None) -> NotInDumpError:
     """The error to raise if neither steps nor minutes of a range are kept."""
+    why = run.why_retired(StepRange.of(steps))
+    if why is not None:
+        return NotInDumpError(why)
     where = "the run" if steps is None else f"steps {StepRange.of(steps)}"
     return NotInDumpError(f"{run.path}: nothing is kept of {where}: retention removed it, or it has no step")
 

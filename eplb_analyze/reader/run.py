@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import DumpError, Finding, NotInDumpError
+from eplb_analyze.errors import AnalyzeError, DumpError, Finding, NotInDumpError
 from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block, EstimateBlock, PhaseBlock, iter_blocks, parts
@@ -510,8 +510,11 @@ class Run:
         times = self.info.token_replication
         return int(value) if times == 1 else float(value) / times
 
-    def nothing_complete(self, steps: tuple[int, int] | None) -> DumpError:
+    def nothing_complete(self, steps: tuple[int, int] | None) -> AnalyzeError:
         """The error to raise if no step of the run, or of the range asked for, is complete."""
+        why = self.why_retired(StepRange.of(steps))
+        if why is not None:
+            return NotInDumpError(why)
         where = "the run" if steps is None else "this range"
         if self.phase is not None:
             where = f"phase {self.phase} in {where}"
