@@ -91,8 +91,9 @@ class Totals:
         if run == self._run:
             self._rows_floor, self._steps_floor = dict(self._rows_until), self._steps_until
             return
+        # At the start of a run it is not known yet which of its models is the largest.
+        self.runs += self._run is None or self._run[0] != run[0]
         self._run = run
-        self.runs += 1
         self._rows_until, self._rows_floor = {}, {}
         self._steps_until = self._steps_floor = -1
         self._forget()

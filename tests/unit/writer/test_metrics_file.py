@@ -127,6 +127,20 @@ def test_killed_writer_leaves_its_last_counts(tmp_path: Path) -> None:
     assert found[("eplb_writer_closed",)] == 0
 
 
+def test_exit_without_close_writes_the_final_counts(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from helpers import load_of, map_of, open_writer
+        writer = open_writer(sys.argv[1] + "/dump", metrics_file=sys.argv[1] + "/eplb")
+        for step in range(10):
+            writer.record(step, load_of(step), map_of())
+    """
+    run_child(script, tmp_path)
+    found = parsed((tmp_path / "eplb-m-rank00000.prom").read_text())
+    assert found[("eplb_writer_steps_total", "recorded")] == 10
+    assert found[("eplb_writer_closed",)] == 1
+
+
 def test_variable_names_the_file_and_every_writer_has_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
