@@ -176,7 +176,7 @@ _add(
 )  # fmt: skip
 _add(
     DATA, "prune", prune.prune, "Keep a dump within ages and bytes, tier by tier.",
-    "prune --keep-full 7d --keep-ranks 30d --keep-minutes 1y --dry-run dump",
+    "prune --keep-full 7d --keep-ranks 30d --max-age 1y --dry-run dump",
     "prune --max-bytes 500G --json dump",
 )  # fmt: skip
 _add(

@@ -22,6 +22,7 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed
 from eplb_analyze.transfer.retention import carry_out
 from eplb_analyze.transfer.retention.carry_out import ChangedError
+from eplb_analyze.transfer.retention.merge import has_own_loads, merge_ranks, why_not
 from eplb_analyze.transfer.retention.plan import Policy, RunPlan, make_plan
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession, survey, survey_run
@@ -78,6 +79,10 @@ class PrunedRun(Report):
     bytes_before: int
     #: Bytes of its files afterwards; before files are written (`dry_run`), at most so many.
     bytes_after: int
+    #: Whether its ranks are merged first (`--merge-ranks`); with `dry_run`, whether that would be tried.
+    merged: bool = False
+    #: Why its ranks are not merged although something of it is thinned; null without `--merge-ranks`.
+    not_merged: str | None = None
     #: What is thinned.
     moves: list[TierChange] = field(default_factory=list)
     #: What stays as it is.
@@ -119,6 +124,7 @@ def prune_dump(
     policy: Policy,
     run: str | None = None,
     *,
+    merge: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> PruneReport:
@@ -130,17 +136,20 @@ def prune_dump(
     Args:
         policy: ages count from the time of a step until now. Bytes are those of all runs, or of the one.
         run: its id, or a unique beginning of it.
+        merge: merge the ranks of a run before anything of it is thinned, if `compact` can.
 
     Raises:
         DumpError, NotInDumpError: there is no such dump or run.
         UsageError: another process prunes this dump; DUMP is a folder in a run.
     """
+    if merge:
+        dump = places.local(dump, "`prune --merge-ranks`")
     run_ids = _run_ids(dump, run)
     if dry_run:
-        return _prune(dump, policy, run_ids, None, progress)
+        return _prune(dump, policy, run_ids, None, progress, merge=merge)
     try:
         with carry_out.at_work(dump) as stay:
-            return _prune(dump, policy, run_ids, stay, progress)
+            return _prune(dump, policy, run_ids, stay, progress, merge=merge)
     except OSError as error:
         raise DumpError(f"{dump}: {error.strerror or error}") from None
 
@@ -178,9 +187,17 @@ def _prune(
     run_ids: list[str] | None,
     stay: Callable[[], None] | None,
     progress: Callable[[int, int], None],
+    *,
+    merge: bool,
 ) -> PruneReport:
     now_ns = time.time_ns()
     plans = make_plan(survey(dump, run_ids), policy, now_ns)
+    merges: dict[str, str | None] = {}
+    before = {plan.run.run_id: plan.run.size for plan in plans}
+    if merge:
+        merges = _merge(dump, plans, progress, dry_run=stay is None)
+        if stay is not None and None in merges.values():
+            plans = make_plan(survey(dump, run_ids), policy, now_ns)
     plans.sort(key=lambda plan: (plan.run.last_ns, plan.run.run_id))
     leftover_bytes = 0
     for plan in plans:
@@ -196,7 +213,16 @@ def _prune(
         failed = _carry_out(
             dump, plans, lambda plan, damaged: report_of(plan, damaged=damaged), reports, stay, progress
         )
-    shown = [report for report in reports if report.action != "kept" or report.kept]
+    reports = [
+        replace(
+            report,
+            bytes_before=before.get(report.run_id, report.bytes_before),
+            merged=report.run_id in merges and merges[report.run_id] is None,
+            not_merged=merges.get(report.run_id),
+        )
+        for report in reports
+    ]
+    shown = [report for report in reports if report.action != "kept" or report.kept or report.merged]
     return PruneReport(
         dump=str(dump),
         dry_run=stay is None,
@@ -208,6 +234,25 @@ def _prune(
         unchanged=len(reports) - len(shown),
         failed=failed,
     )
+
+
+def _merge(
+    dump: StoragePath, plans: list[RunPlan], progress: Callable[[int, int], None], *, dry_run: bool
+) -> dict[str, str | None]:
+    """Merge the ranks of runs of which something is to be thinned. Returns why not, or None, by run."""
+    assert isinstance(dump, Path)
+    found: dict[str, str | None] = {}
+    due = [plan.run for plan in plans if plan.moves and has_own_loads(plan.run)]
+    for done, run in enumerate(due):
+        reason = why_not(run)
+        if reason is None and not dry_run:
+            progress(done, len(due))
+            try:
+                merge_ranks(dump, run)
+            except (OSError, FormatError, ChangedError, AnalyzeError) as error:
+                reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        found[run.run_id] = reason
+    return found
 
 
 def _report(
@@ -238,7 +283,8 @@ def _report(
     kept = _kept(plan, policy, now_ns)
     kept += [KeptPart(str(p.session.folder), p.entry.size, why) for p, why in damaged.items()]
     action: Action = "thinned" if moves else "failed" if damaged else "kept"
-    return PrunedRun(run.run_id, action, None, _iso(run.last_ns), size, size - freed, moves, kept)
+    newest = _iso(run.last_ns)
+    return PrunedRun(run.run_id, action, None, newest, size, size - freed, moves=moves, kept=kept)
 
 
 def _kept(plan: RunPlan, policy: Policy, now_ns: int) -> list[KeptPart]:

@@ -91,6 +91,22 @@ def _rename_to_free_name(source: Path, target: Path) -> None:
         os.unlink(source)
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Swap the names of two files or folders at once. Raises OSError, also if their file system cannot."""
+    import ctypes  # nothing that records needs it
+
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, "this system cannot swap two names")
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(swap)):
+        number = ctypes.get_errno()
+        text = "its file system cannot swap two names" if number == errno.EINVAL else os.strerror(number)
+        raise OSError(number, text, str(one), None, str(other))
+    for parent in {one.parent, other.parent}:
+        fsync_folder(parent)
+
+
 def remove(*paths: Path) -> None:
     """Remove files of one folder for good. Raises OSError."""
     for path in paths:

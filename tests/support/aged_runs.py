@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def aged_session(
         num_physical_experts=SHAPE.num_physical_experts, segment_steps=steps,
         created_unix_ns=min([*last_ns, time.time_ns()]) - steps * step_ns,
     )  # fmt: skip
+    info = replace(info, created_monotonic_ns=info.created_unix_ns)  # both clocks are one
     folder = session_path(root, info)
     folder.mkdir(parents=True)
     write_session_file(folder, info)

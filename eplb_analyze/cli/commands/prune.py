@@ -64,6 +64,13 @@ def prune(
     max_age: Annotated[
         Any, _age("--max-age", "Remove what is older than this, in whatever tier it is.")
     ] = None,
+    merge_ranks: Annotated[
+        bool,
+        typer.Option(
+            "--merge-ranks",
+            help="Before a run is thinned, replace the loads of its ranks with their sums, as compact does.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Change nothing; print what would be done.")
     ] = False,
@@ -84,7 +91,7 @@ def prune(
     out = Output(json=json)
     out.named = options.named(dump)
     where = options.find_dump() if dump is None else dump
-    report = prune_dump(where, policy, run, dry_run=dry_run, progress=out.progress)
+    report = prune_dump(where, policy, run, merge=merge_ranks, dry_run=dry_run, progress=out.progress)
     out.emit(report.to_json, lambda console: render(console, report))
     if report.over or report.failed:
         raise typer.Exit(EXIT_CHECK_FAILED)

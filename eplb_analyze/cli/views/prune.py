@@ -60,6 +60,10 @@ def _run(console: Console, run: PrunedRun) -> None:
         "kept": size(run.bytes_before),
     }[run.action]
     print_line(console, (run.action, style), f" run {run.run_id}: {rest}")
+    if run.merged:
+        print_line(console, "its ranks are merged into sums first", indent=2)
+    elif run.not_merged is not None:
+        print_line(console, f"its ranks are not merged: {run.not_merged}", indent=2)
     for move in run.moves:
         print_line(console, _move(move), indent=2)
     for part in run.kept[:MAX_KEPT]:

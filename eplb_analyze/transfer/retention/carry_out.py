@@ -115,7 +115,7 @@ def thin_session(session: SurveyedSession, moves: Mapping[Piece, Tier]) -> dict[
     """
     assert session.info is not None
     with ExitStack() as held:
-        _exclude_others(session, held)
+        exclude_others(session, held)
         manifest = read_manifest(session.folder, session.info)
         if manifest.fault is not None:
             raise FormatError(f"{session.folder / MANIFEST_FILE}: {manifest.fault}")
@@ -128,7 +128,7 @@ def thin_session(session: SurveyedSession, moves: Mapping[Piece, Tier]) -> dict[
         return {piece: work.damaged[piece.entry.seq] for piece in moves if piece.entry.seq in work.damaged}
 
 
-def _exclude_others(session: SurveyedSession, held: ExitStack) -> None:
+def exclude_others(session: SurveyedSession, held: ExitStack) -> None:
     """See that no writer has come, and hold the locks of journals, so that `recover` waits its turn."""
     if not isinstance(session.folder, Path):
         return
@@ -329,9 +329,9 @@ def remove_run(dump: StoragePath, run: SurveyedRun) -> None:
         return
     assert isinstance(dump, Path)
     with ExitStack() as held:
-        _require_unchanged(run, survey_run(run.folder))
+        require_unchanged(run, survey_run(run.folder))
         for session in run.sessions:
-            _exclude_others(session, held)
+            exclude_others(session, held)
         grave = dump / f".{run.folder.name}.eplb.tmp"
         if hold(grave, held) is False:
             raise ChangedError("another process is creating or removing it")
@@ -339,7 +339,7 @@ def remove_run(dump: StoragePath, run: SurveyedRun) -> None:
         rename(run.folder, target)
         fsync_folder(dump)
         try:
-            _require_unchanged(run, survey_run(target), moved=True)
+            require_unchanged(run, survey_run(target))
         except ChangedError:
             if not os.path.lexists(run.folder):
                 rename(target, run.folder)
@@ -349,12 +349,14 @@ def remove_run(dump: StoragePath, run: SurveyedRun) -> None:
         fsync_folder(dump)
 
 
-def _require_unchanged(run: SurveyedRun, now: SurveyedRun, *, moved: bool = False) -> None:
-    if run.folder == now.folder or moved:
-        before = sorted((s.folder.name, sorted(s.files)) for s in run.sessions)
-        after = sorted((s.folder.name, sorted(s.files)) for s in now.sessions)
-        if before == after and len(run.claims) == len(now.claims) and len(run.foreign) == len(now.foreign):
-            return
+def require_unchanged(run: SurveyedRun, now: SurveyedRun) -> None:
+    """Raise ChangedError unless a run has the same files as before, maybe elsewhere."""
+    before, after = (
+        sorted((s.folder.name, name, stat.st_size) for s in one.sessions for name, stat in s.files.items())
+        for one in (run, now)
+    )
+    if (before, len(run.claims), len(run.foreign)) == (after, len(now.claims), len(now.foreign)):
+        return
     raise ChangedError("its files have changed since `prune` looked at them")
 
 

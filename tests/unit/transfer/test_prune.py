@@ -483,6 +483,122 @@ def test_older_format_gets_sums_per_minute_before_its_loads_go(version: str, tmp
             assert rolled["rank_load"].sum(axis=0).tolist() == expected
 
 
+# ---- merging ranks
+
+
+def sums_of(dump: Path) -> dict[tuple[int, int], list[int]]:
+    """Tokens per EP rank of each step and layer, summed over what the ranks recorded."""
+    total: dict[tuple[int, int], list[int]] = {}
+    for folder in sessions_of(dump):
+        for path in [*folder.glob("loads-*.parquet"), *folder.glob("ranks-*.parquet")]:
+            for row in pq.read_table(path, columns=["step", "layer", "rank_load"]).to_pylist():
+                key = row["step"], row["layer"]
+                total[key] = [a + b for a, b in zip(total.get(key, [0] * 8), row["rank_load"], strict=True)]
+    return total
+
+
+def ranks_of_a_run(dump: Path, now: int, **options: Any) -> None:
+    for rank in range(8):
+        last = [now - days(age) for age in (4, 3, 1)]
+        aged_session(dump, "r", last, rank=rank, scope=Scope.LOCAL, rearranged=[1], **options)
+
+
+def test_ranks_are_merged_before_their_run_is_thinned(tmp_path: Path) -> None:
+    now = time.time_ns()
+    ranks_of_a_run(tmp_path, now)
+    aged_session(tmp_path, "sums", [now - days(9), now - days(1)])
+    aged_session(tmp_path, "one-rank", [now - days(9), now - days(1)], scope=Scope.LOCAL)
+    before = content_of(tmp_path)
+    policy = Policy(keep_full=days(0.5))
+    dry = prune_dump(tmp_path, policy, merge=True, dry_run=True)
+    assert content_of(tmp_path) == before
+    assert {run.run_id: run.merged for run in dry.runs} == {"r": True, "sums": False, "one-rank": True}
+    report = prune_dump(tmp_path, policy, merge=True)
+    found = {run.run_id: (run.merged, run.action) for run in report.runs}
+    assert found == {"r": (True, "thinned"), "sums": (False, "thinned"), "one-rank": (False, "thinned")}
+    (refused,) = [run.not_merged for run in report.runs if run.run_id == "one-rank"]
+    assert refused is not None
+    assert "no step is complete" in refused
+    for other in ("sums", "one-rank"):
+        shutil.rmtree(tmp_path / f"run={other}")
+    (folder,) = sessions_of(tmp_path)
+    assert set(tiers_of(folder).values()) == {"ranks"}
+    assert_whole(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run=r"]
+    assert prune_dump(tmp_path, policy, merge=True).runs == []
+
+
+def test_merged_run_has_the_sums_of_its_ranks(tmp_path: Path) -> None:
+    now = time.time_ns()
+    ranks_of_a_run(tmp_path, now)
+    truth = sums_of(tmp_path)
+    prune_dump(tmp_path, Policy(keep_full=days(2)), merge=True)
+    assert sums_of(tmp_path) == truth
+    assert "1 rank in 1 session, all checksums correct" in cli("check", tmp_path).stdout
+
+
+def test_crashed_ranks_are_merged_with_their_journals(tmp_path: Path) -> None:
+    now = time.time_ns()
+    ranks_of_a_run(tmp_path, now - days(2), closed=False)
+    for folder in sessions_of(tmp_path):
+        info = SessionInfo.from_dict(load_json((folder / SESSION_FILE).read_bytes()))
+        begin_journal(folder, info, 3, now - days(2)).close()
+        set_back(folder, now - days(2))
+    prune_dump(tmp_path, Policy(keep_full=days(4)), merge=True)
+    (folder,) = sessions_of(tmp_path)
+    assert max(e.last_step for e in manifest_of(folder).entries.values()) == 63
+
+
+def test_run_that_cannot_be_merged_is_named_and_thinned(tmp_path: Path) -> None:
+    now = time.time_ns()
+    ranks_of_a_run(tmp_path, now)
+    (tmp_path / "run=r" / "notes.txt").write_text("mine")
+    report = prune_dump(tmp_path, Policy(keep_full=days(2)), merge=True)
+    assert (report.runs[0].merged, report.runs[0].action) == (False, "thinned")
+    assert "notes.txt is not a file of a dump" in (report.runs[0].not_merged or "")
+    assert len(sessions_of(tmp_path)) == 8
+    one_error(cli("prune", "--max-age", "1d", "--merge-ranks", "s3://b/x"), 2, "needs a local folder")
+
+
+def test_killed_while_it_merges_it_leaves_the_ranks_or_the_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eplb_analyze.transfer.retention import merge
+
+    now = time.time_ns()
+    start = tmp_path / "start"
+    ranks_of_a_run(start, now)
+    truth = sums_of(start)
+    policy = Policy(keep_full=days(2))
+    exchange, kills = merge.exchange, 0
+    for count in (*range(0, 60, 7), None, "before", "after"):
+        dump = Path(shutil.copytree(start, tmp_path / "killed"))
+
+        def exchange_and_die(*paths: Path, when: Any = count) -> None:
+            if when == "before":
+                raise Killed
+            exchange(*paths)
+            if when == "after":
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(merge, "exchange", exchange_and_die)
+            if isinstance(count, int):
+                kill_before(patch, count)
+            try:
+                prune_dump(dump, policy, merge=True)
+            except Killed:
+                kills += 1
+        assert len(sessions_of(dump)) in (1, 8)
+        assert sums_of(dump) == truth
+        prune_dump(dump, policy, merge=True)
+        assert len(sessions_of(dump)) == 1
+        assert sums_of(dump) == truth
+        assert [path.name for path in dump.iterdir()] == ["run=r"]
+        shutil.rmtree(dump)
+    assert kills > 8
+
+
 # ---- kills
 
 
