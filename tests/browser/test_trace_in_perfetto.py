@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from clocks import START_NS, host_clock, steady_clock
+from helpers import ROOT
 from perfetto import Perfetto, user_interface
 from profiled_run import STEPS, profiled_run
 from thinning import session_folders, thin_to
@@ -234,6 +236,12 @@ def test_it_lines_up_with_the_trace_of_torch_profiler(
             """
         )
         ((matmuls,),) = perfetto.query("select count(*) from slice where name = 'aten::mm'")
+        # The query of the documentation, which is for a GPU's kernels.
+        page = (ROOT / "docs/investigate/trace.md").read_text()
+        (query,) = re.findall(r"^```sql\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+        operators = dict(perfetto.query(query.replace("'kernel'", "'cpu_op'")))
     assert [row[:2] for row in rows] == [(step, f"pass {step}") for step in range(STEPS)]
     assert min(min(row[2:]) for row in rows) > 0
     assert matmuls == STEPS
+    assert len(operators) == STEPS - 1  # of the first step it is not known when it began
+    assert min(operators.values()) > 0
