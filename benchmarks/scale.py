@@ -264,11 +264,14 @@ def forget(dump: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(name: str, dump: Path, repeat: int) -> dict[str, Any]:
+def measure(name: str, dump: Path, ranks: int | None, repeat: int) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in dump.rglob("*") if file.is_file())
     print(f"{name}: {size / 1e6:,.0f} MB")
     document: dict[str, Any] = {}
-    for command in (["summary"], ["timeline"], ["timeline", "--formula", "idle_fraction"]):
+    commands = [["summary"], ["timeline"]]
+    if ranks is None:
+        commands.append(["timeline", "--formula", "idle_fraction"])
+    for command in commands:
         forget(dump)
         cold = run(command, str(dump))[0]
         found = [run(command, str(dump)) for _ in range(repeat)]
@@ -314,7 +317,7 @@ def main() -> None:
                 known.write_text(json.dumps(make(dump, days, ranks).figures()))
             if not days:
                 continue
-            document = measure(f"{name}, {days:g} days", dump, arguments.repeat)
+            document = measure(f"{name}, {days:g} days", dump, ranks, arguments.repeat)
             if ranks is None:
                 compare(document, json.loads(known.read_text()))
             if arguments.s3:

@@ -105,6 +105,8 @@ class ConfigurationMinutes:
         self.slowest = np.zeros((layers, shape.ep_size))
         self.tokens: Int64 = np.zeros(layers, np.int64)
         self.logical: Int64 = np.zeros((layers, num_logical_experts), np.int64)
+        #: The placement's number, a step of it, and tokens of its slots, not in ``logical`` yet.
+        self._slots: tuple[int, int, Int64] | None = None
         self.layer_active: Int64 = np.zeros(layers, np.int64)
         self.layer_ratio, self.layer_inverse = np.zeros(layers), np.zeros(layers)
         #: Of loads summed over a row, mean / max and the rank with the most, weighted by steps.
@@ -118,7 +120,7 @@ class ConfigurationMinutes:
         self.last = max(self.last, later.last)
         self.window_steps = max(self.window_steps, later.window_steps)
         for name, value in vars(later).items():
-            if name not in ("shape", "first", "last", "window_steps"):
+            if name not in ("shape", "first", "last", "window_steps", "_slots"):
                 setattr(self, name, getattr(self, name) + value)
 
     def add(self, run: Run, rows: Minutes, steps: Int64) -> Float64:
@@ -176,14 +178,29 @@ class ConfigurationMinutes:
         for epoch in np.unique(epochs):
             own = epochs == epoch
             step = int(rows["first_step"][own][-1])
-            sums = np.zeros((layers, shape.num_physical_experts), np.int64)
+            sums = self._slots_at(run, int(epoch), step)
             named = (slot[own] >= 0) & (slot[own] < shape.num_physical_experts)
             where = np.broadcast_to(of_layer, slot[own].shape)[named], slot[own][named]
             np.add.at(sums, where, tokens[own][named])
-            for layer in np.flatnonzero(sums.any(axis=1)):
-                placed = run.history.layer(int(layer)).at(step)
-                if placed is not None and len(placed) == sums.shape[1]:
-                    self.logical[layer] += fold(sums[layer], placed, self.logical.shape[1])
+
+    def _slots_at(self, run: Run, epoch: int, step: int) -> Int64:
+        """The sums of slots while one placement holds; those of the placement before become experts'."""
+        if self._slots is None or self._slots[0] != epoch:
+            self.fold_slots(run)
+            shape = self.shape
+            self._slots = epoch, step, np.zeros((shape.num_moe_layers, shape.num_physical_experts), np.int64)
+        return self._slots[2]
+
+    def fold_slots(self, run: Run) -> None:
+        """Add the last placement's slots to ``logical``; call it after the last row."""
+        if self._slots is None:
+            return
+        _, step, sums = self._slots
+        self._slots = None
+        for layer in np.flatnonzero(sums.any(axis=1)):
+            placed = run.history.layer(int(layer)).at(step)
+            if placed is not None and len(placed) == sums.shape[1]:
+                self.logical[layer] += fold(sums[layer], placed, self.logical.shape[1])
 
 
 class StepCounts:
@@ -283,6 +300,11 @@ class MinuteTotals(StepCounts):
         #: Of each row: minute, first and last step, and the sum of balancedness over so many steps.
         self.points: list[tuple[Int64, Int64, Int64, Float64, Int64]] = []
 
+    def finish(self) -> None:
+        """Complete the sums after the last row."""
+        for own in self.configurations:
+            own.fold_slots(self._run)
+
     def _add(self, shape: Shape, rows: Minutes) -> None:
         if not self.configurations or self.configurations[-1].shape != shape:
             self.configurations.append(ConfigurationMinutes(shape, self._run.info.num_logical_experts))
@@ -315,6 +337,7 @@ class MinuteTotals(StepCounts):
 
     def merge(self, later: Any) -> None:
         super().merge(later)
+        later.finish()
         for own in later.configurations:
             if self.configurations and self.configurations[-1].shape == own.shape:
                 self.configurations[-1].merge(own)

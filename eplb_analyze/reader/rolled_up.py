@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import DumpError, NotInDumpError
-from eplb_analyze.parallel import num_workers, ordered_map
+from eplb_analyze.parallel import MAX_WORKERS, num_workers, ordered_map
 from eplb_analyze.reader.completeness import ABSENT
 from eplb_analyze.reader.lost import serving_ranks
 from eplb_analyze.reader.run import Run
@@ -44,7 +44,7 @@ SAME = 0.9
 #: Why a rank is missing from a minute if it has as many steps there, but others.
 SHIFTED = "shifted by its clock"
 #: The rows of all ranks that are decoded at once take about so much memory.
-JOINED_BYTES = 16 << 20
+JOINED_BYTES = 8 << 20
 #: So many joined minutes are passed on at once.
 JOINED_ROWS = 64
 
@@ -214,10 +214,15 @@ def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start:
 
     ordered = sorted(sources, key=lambda source: source.segment.first_step)
     within = [source for source in ordered if _may_have(source.segment, minutes)]
-    threads = max(num_workers(), requests_at_once(run.path))
+    threads = _threads(run)
     for _, sums in ordered_map(of_source, within, threads):
         total.merge(sums)
     return total
+
+
+def _threads(run: Run) -> int:
+    """Each holds a file's rows, so fewer than a bucket could serve."""
+    return max(num_workers(), min(MAX_WORKERS, requests_at_once(run.path)))
 
 
 # ---- whose rows count
@@ -363,7 +368,7 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
 
     streams = {rank: stream(sources) for rank, sources in by_rank.items()}
     heads: dict[int, tuple[Shape | None, Minutes]] = {}
-    threads = max(num_workers(), requests_at_once(run.path))
+    threads = _threads(run)
 
     def advance(ranks: Sequence[int]) -> None:
         for rank, head in ordered_map(lambda rank: next(streams[rank], None), ranks, threads):
