@@ -59,7 +59,10 @@ class MetricsFile:
         """Write it if it is due; ``waiting``: steps in the queue. Raises OSError."""
         if self.seconds_left() == 0:
             self._due = time.monotonic() + REFRESH_SECONDS
-            self.write(info, stats(), waiting=waiting)
+            if info.run_id:  # it is a label of all series
+                self.write(info, stats(), waiting=waiting)
+            else:  # it is known once the session is open
+                self._due = time.monotonic() + min(1.0, REFRESH_SECONDS)
 
     def write(self, info: SessionInfo, stats: WriterStats, *, waiting: int = 0, ended: bool = False) -> None:
         """Write it now. Raises OSError."""
@@ -77,7 +80,7 @@ def render(info: SessionInfo, stats: WriterStats, *, waiting: int, written_at: f
     Args:
         written_at: when the journal last grew, in seconds since 1970; 0 if it never did.
     """
-    own = f'model="{_escaped(info.model)}",rank="{info.ep_rank}"'
+    own = f'model="{_escaped(info.model)}",rank="{info.ep_rank}",run="{info.run_id}"'
     lines: list[str] = []
 
     def add(name: str, kind: str, text: str, *samples: tuple[str, float]) -> None:
@@ -105,8 +108,6 @@ def render(info: SessionInfo, stats: WriterStats, *, waiting: int, written_at: f
     gauge("start_time_seconds", "Time at which the writer began.", info.created_unix_ns / 1e9)
     text = "Time by which the journal last grew, to within 15 s; 0 if it never did."
     gauge("last_write_timestamp_seconds", text, written_at)
-    if info.run_id:  # it is known once the session is open
-        add("eplb_writer_info", "gauge", "1; the label is the run's id.", (f',run="{info.run_id}"', 1))
     return "\n".join(lines) + "\n"
 
 

@@ -29,8 +29,11 @@ def parsed(text: str) -> Values:
         assert family.documentation.endswith(".")
         assert (family.type == "counter") == all(s.name.endswith("_total") for s in family.samples)
         for sample in family.samples:
-            assert set(sample.labels) >= {"model", "rank"}
-            key = sample.name, *(v for name, v in sample.labels.items() if name not in ("model", "rank"))
+            assert set(sample.labels) >= {"model", "rank", "run"}
+            key = (
+                sample.name,
+                *(v for name, v in sample.labels.items() if name not in ("model", "rank", "run")),
+            )
             assert key not in found
             found[key] = sample.value
     return found
@@ -66,11 +69,13 @@ def test_file_has_the_final_counts(tmp_path: Path) -> None:
     writer.record(21, -load_of(21), None)
     began = time.time()
     assert writer.close()
-    found = parsed((tmp_path / "eplb-m-rank00001.prom").read_text())
+    text = (tmp_path / "eplb-m-rank00001.prom").read_text()
+    assert text.count('{model="m",rank="1",run="r"') == len(re.findall("^eplb_", text, re.MULTILINE))
+    found = parsed(text)
     assert_as_stats(found, writer.stats())
     assert found[("eplb_writer_steps_total", "rejected")] == 1
     assert found[("eplb_writer_sealed_segments_total",)] == 3
-    assert found[("eplb_writer_closed",)] == found[("eplb_writer_info", "r")] == 1
+    assert found[("eplb_writer_closed",)] == 1
     assert began <= found[("eplb_writer_last_write_timestamp_seconds",)] <= time.time()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
@@ -200,6 +205,15 @@ def test_fault_that_turns_recording_off_shows(tmp_path: Path, monkeypatch: pytes
     assert found[("eplb_writer_off",)] == 1
     assert_as_stats(found, writer.stats())
     assert found[("eplb_writer_steps_total", "dropped")] == 10
+
+
+def test_recording_that_never_began_is_off(tmp_path: Path) -> None:
+    (tmp_path / "dump").write_text("a file, not a folder")
+    writer = open_writer(tmp_path / "dump", run_id=None, metrics_file=tmp_path / "eplb")
+    assert not writer.close()
+    text = (tmp_path / "eplb-m-rank00000.prom").read_text()
+    assert 'model="m",rank="0",run=""' in text
+    assert parsed(text)[("eplb_writer_off",)] == 1
 
 
 def test_names_are_escaped() -> None:
