@@ -8,6 +8,7 @@ does not list, of segments that it does list, are leftovers of that; :func:`remo
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -181,6 +182,7 @@ def thin_together(
     manifest: Manifest,
     thinnings: Iterable[Thinning],
     rolled_up: Callable[[SealedSegment], Minutes] | None = None,
+    size: int | None = None,
 ) -> list[str]:
     """Thin segments of a session, of which no other process writes files, with one new manifest.
 
@@ -190,6 +192,7 @@ def thin_together(
     Args:
         manifest: as :func:`read_manifest` returns it; changed to the new one.
         rolled_up: makes the rows of ``minutes`` of a segment that has none.
+        size: the bytes that the manifest's file must still have, or the session is in use.
 
     Returns:
         The names of the files that are superseded.
@@ -208,6 +211,9 @@ def thin_together(
         now[entry.seq] = entry
         kept = {file.name for file in entry.files.values()}
         superseded += [f.name for old in entries for f in old.files.values() if f.name not in kept]
+    path = folder / MANIFEST_FILE
+    if size is not None and path.stat().st_size != size:
+        raise OSError(errno.EBUSY, "another process writes into this session", str(path))
     rewrite_manifest(folder, info, replace(manifest, entries=now))
     manifest.entries = now
     return superseded

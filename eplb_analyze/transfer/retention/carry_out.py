@@ -14,12 +14,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from eplb_analyze.atomic import clear, hold, remove_held, remove_leftovers, scratch_folder
+from eplb_analyze.atomic import TEMPORARY, clear, hold, remove_held, remove_leftovers, scratch_folder
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, read_manifest
@@ -37,7 +38,16 @@ from eplb_dump.format.journal import Shape, lock
 from eplb_dump.format.manifest import Manifest, SealedSegment
 from eplb_dump.format.minutes import Minutes, MinutesBuilder
 from eplb_dump.format.retention import MERGED_AT_ONCE, TIERS, Thinning, next_thinning, thin_together
-from eplb_dump.format.schema import MANIFEST_FILE, SEGMENT_PATTERN, SESSION_FILE, FormatError, Scope, Tier
+from eplb_dump.format.schema import (
+    MANIFEST_FILE,
+    MODEL_PREFIX,
+    RUN_PREFIX,
+    SEGMENT_PATTERN,
+    SESSION_FILE,
+    FormatError,
+    Scope,
+    Tier,
+)
 from eplb_dump.format.session import SessionInfo
 
 #: The folder, or object, that tells other prunes that one is at work.
@@ -69,6 +79,8 @@ def at_work(dump: StoragePath) -> Iterator[Callable[[], None]]:
                 raise UsageError(f"{dump}: another `prune` is at work in it; try again when it has ended")
             clear(dump / AT_WORK)
             remove_leftovers(dump)
+            if taken is None:
+                _remove_graves(dump)
             try:
                 yield lambda: None
             finally:
@@ -96,6 +108,14 @@ def at_work(dump: StoragePath) -> Iterator[Callable[[], None]]:
         yield stay
     finally:
         _delete(mark)
+
+
+def _remove_graves(dump: Path) -> None:
+    """Remove what killed prunes left of runs. Without locks, nothing else tells that it is abandoned."""
+    for grave in dump.glob(f".{RUN_PREFIX}*{TEMPORARY}"):
+        if not grave.is_symlink() and any(grave.glob(f"*/{MODEL_PREFIX}*")):
+            with suppress(OSError):
+                remove_held(grave)
 
 
 def _delete(path: StoragePath) -> None:
@@ -204,8 +224,12 @@ class _Local:
         self.folder: Path = Path(str(session.folder))
         #: Why segments stay as they are, by their numbers.
         self.damaged: dict[int, str] = {}
+        #: The bytes of the manifest as it was read or written; None in a scratch folder.
+        self.size: int | None = None
 
     def thin(self, manifest: Manifest, tiers: Mapping[int, Tier]) -> None:
+        if self.folder == self.session.folder:
+            self.size = self.session.files[MANIFEST_FILE].st_size
         todo = batches([*manifest.entries.values()], tiers)
         for at in range(0, len(todo), _AT_ONCE):
             self.together(manifest, todo[at : at + _AT_ONCE])
@@ -229,15 +253,17 @@ class _Local:
                     self.together(manifest, [one])
 
     def thin_now(self, manifest: Manifest, thinnings: Sequence[Thinning]) -> None:
-        superseded = thin_together(
-            self.folder,
-            self.info,
-            manifest,
-            thinnings,
-            lambda entry: rolled_up(self.folder, self.info, entry),
-        )
+        superseded = self.write(manifest, thinnings)
         if superseded:
             remove(*(self.folder / name for name in superseded))
+
+    def write(self, manifest: Manifest, thinnings: Sequence[Thinning]) -> list[str]:
+        """Write what is kept; returns the names of superseded files."""
+        makes = partial(rolled_up, self.folder, self.info)
+        superseded = thin_together(self.folder, self.info, manifest, thinnings, makes, self.size)
+        if self.size is not None:
+            self.size = (self.folder / MANIFEST_FILE).stat().st_size
+        return superseded
 
 
 class _InBucket(_Local):
@@ -259,13 +285,7 @@ class _InBucket(_Local):
                     name = entry.files[table].name
                     (self.folder / name).write_bytes((remote / name).read_bytes())
                     fetched.add(name)
-        superseded = thin_together(
-            self.folder,
-            self.info,
-            manifest,
-            thinnings,
-            lambda entry: rolled_up(self.folder, self.info, entry),
-        )
+        superseded = self.write(manifest, thinnings)
         made = {path.name for path in self.folder.iterdir()} - fetched - {MANIFEST_FILE}
         for name in [*sorted(made), MANIFEST_FILE]:
             with (self.folder / name).open("rb") as file:
@@ -332,7 +352,7 @@ def remove_run(dump: StoragePath, run: SurveyedRun) -> None:
         require_unchanged(run, survey_run(run.folder))
         for session in run.sessions:
             exclude_others(session, held)
-        grave = dump / f".{run.folder.name}.eplb.tmp"
+        grave = dump / f".{run.folder.name}{TEMPORARY}"
         if hold(grave, held) is False:
             raise ChangedError("another process is creating or removing it")
         target = grave / secrets.token_hex(4)

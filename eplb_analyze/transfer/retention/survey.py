@@ -299,7 +299,7 @@ def in_use(journal: StoragePath) -> bool:
     if not isinstance(journal, Path):
         return False
     try:
-        with journal.open("r+b") as file:
+        with journal.open("rb") as file:
             return lock(file.fileno()) is False
     except FileNotFoundError:  # it has just been sealed
         return True

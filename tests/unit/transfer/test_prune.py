@@ -26,6 +26,7 @@ from eplb_analyze.transfer.prune import PruneReport, prune_dump
 from eplb_analyze.transfer.retention.plan import Policy, make_plan
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun, SurveyedSession
+from eplb_dump.format import retention
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment
 from eplb_dump.format.minutes import Minutes
@@ -377,6 +378,44 @@ def test_second_prune_of_a_dump_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "run=r").is_dir()
     prune_dump(tmp_path, STRICT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned.jsonl"]
+
+
+def test_session_that_another_process_writes_into_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that was idle for days seals a segment in the moment in which its session is thinned."""
+    folder = aged_session(tmp_path, "r", [time.time_ns() - days(9)], closed=False)
+    keep, appended = retention._keep, b"EPLF"
+
+    def keep_and_append(*args: Any) -> SealedSegment:
+        entry = keep(*args)
+        with (folder / MANIFEST_FILE).open("ab") as file:
+            file.write(appended)
+        return entry
+
+    monkeypatch.setattr(retention, "_keep", keep_and_append)
+    report = prune_dump(tmp_path, Policy(keep_full=days(1)))
+    assert (report.runs[0].action, report.failed) == ("failed", 1)
+    assert "another process writes into this session" in (report.runs[0].reason or "")
+    assert (folder / MANIFEST_FILE).read_bytes().endswith(appended)
+    assert list(tiers_of(folder).values()) == ["full"]
+
+
+def test_removal_that_was_killed_is_completed_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eplb_analyze import atomic
+
+    monkeypatch.setattr(atomic, "lock", lambda fd: None)
+    aged_session(tmp_path, "r", [time.time_ns() - days(9)])
+    aged_session(tmp_path, "s", [time.time_ns()])
+    for name in (".run=r.eplb.tmp/a", ".run=new.eplb.tmp/b/run=new"):  # one removed, one that is being made
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "run=r").rename(tmp_path / ".run=r.eplb.tmp/a/x")
+    (tmp_path / ".run=r.eplb.tmp/a/x/model=m").rename(tmp_path / ".run=r.eplb.tmp/a/model=m")
+    (tmp_path / ".run=r.eplb.tmp/a/x").rmdir()
+    prune_dump(tmp_path, Policy(max_age=days(3)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run=new.eplb.tmp", "run=s"]
 
 
 def test_what_changes_between_the_plan_and_the_work_is_left_alone(
