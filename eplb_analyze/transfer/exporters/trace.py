@@ -305,10 +305,12 @@ class _Trace:
             self._shortened += int(stretch.shortened.sum())
             for _, interval in (*self._incidents, *self._changes):
                 interval.extend(block.step, stretch)
-            for drawn in stretch.steps():
+            times = np.datetime_as_string(stretch.end.astype("M8[ns]"), unit="ms", timezone="UTC").tolist()
+            for drawn, time in zip(stretch.steps(), times, strict=True):
                 i = drawn.at
                 name = f"step {steps[i]}"
-                args = step_args(steps[i], basis[i], ms[i], shortened=drawn.shortened)
+                # Perfetto's axis counts from the first event, or from the base.
+                args = {"time": time, **step_args(steps[i], basis[i], ms[i], shortened=drawn.shortened)}
                 state, phase = StepState(states[i]), phases[phase_of[i]]
                 if state is not StepState.RECORDED:
                     args["state"] = state.label

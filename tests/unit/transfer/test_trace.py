@@ -83,6 +83,8 @@ class TestSteps:
         assert [steps[i].name for i in range(5)] == [f"step {i}" for i in range(5)]
         assert report.durations == {"engine": 0, "device": 0, "host": 4, "unknown": 1}
         assert report.notes == []
+        clock = open_run(tmp_path / "dump").clock
+        assert [s.args["time"] for s in steps.values()] == [clock.iso(step) for step in steps]
 
     def test_step_is_as_long_as_the_engine_says(self, tmp_path: Path) -> None:
         times = record_all(tmp_path / "dump", [1, 10, 10, 10], step_ms=[4.0, 6.5, None, 9.75])
