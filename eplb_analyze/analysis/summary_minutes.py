@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost
-from eplb_analyze.analysis.incident_finder import Incidents
-from eplb_analyze.analysis.incident_series import incidents_of
+from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
+from eplb_analyze.analysis.incident_series import RunLoads, incidents_of
 from eplb_analyze.analysis.minute_sums import (
     COLUMNS,
     LOCAL_COLUMNS,
@@ -54,6 +54,8 @@ from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.minutes import MINUTE_NS, SCALES
 from eplb_dump.format.schema import Scope
 
+#: Incidents are looked for in the newest steps that are kept, at most so many: some seconds of work.
+SEARCHED_STEPS = 100_000
 #: Balancedness over time is kept in at most so many sums, for comparisons of runs.
 MAX_SERIES = 4096
 #: Why the cost in milliseconds is not known.
@@ -284,16 +286,27 @@ def timeline_of(sums: MinuteTotals) -> list[Bin]:
 
 
 def _incidents(run: Run, covered: StepRange, what: Kept) -> tuple[Incidents, tuple[int, int] | None]:
-    """Those where steps are kept, and the range of steps in which they were looked for."""
+    """Those where steps are kept in full, and the range of steps in which they were looked for.
+
+    In at most the newest ``SEARCHED_STEPS``, so that a long time costs no more.
+    """
     first, last = run.step_range
     if what.steps_since is None or first is None or last is None:
         return Incidents([]), None
     low, high = covered.clip(first, last + 1)
-    if low >= high:
+    parts = [*run.tiers.without_loads.outside(max(low, high - SEARCHED_STEPS), high)]
+    if low >= high or not parts:
         return Incidents([]), None
-    sums = sums_of(run, (low, high), bins_of(run, (low, high)), bins_of(run))
+    found = StepRange(parts[0].first, parts[-1].end)
+    everything = found.first <= first and found.end > last
+    sums = sums_of(run, found, bins_of(run, found), bins_of(run) if everything else None)
     if not sums.seen.seen:
         return Incidents([]), None
+    searched = found.first, found.end - 1
     no_cost = _cost(MinuteTotals(run))
-    found = incidents_of(run, sums.balance, sums.cost, no_cost, (low, high))
-    return found, (low, high - 1)
+    if last + 1 - first <= SEARCHED_STEPS:
+        return incidents_of(run, sums.balance, sums.cost, no_cost, found), searched
+    series = sums.balance.series()
+    if series is None:
+        return Incidents([]), searched
+    return find_incidents(series, RunLoads(run, lambda: no_cost)), searched

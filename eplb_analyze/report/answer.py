@@ -145,7 +145,8 @@ def searched(summary: Summary, clock: RunClock) -> str | None:
         return None
     if rollup.searched is None:
         return "incidents are not known: sums per minute do not show them, and no step was read"
-    return f"incidents are looked for only where steps are kept: {clock.range_label(*rollup.searched)}"
+    none = "" if summary.incidents else "; there is none"
+    return f"incidents are looked for only in {clock.range_label(*rollup.searched)}{none}"
 
 
 def _rolled_up(summary: Summary) -> list[str]:

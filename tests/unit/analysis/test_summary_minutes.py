@@ -17,6 +17,7 @@ from helpers import cli, one_error, open_writer
 from thinning import info_of, session_folders, thin_to
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis import summary_minutes
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.analysis.timeline import timeline
@@ -189,6 +190,26 @@ def test_one_retired_segment_makes_every_figure_of_its_range_come_from_minutes(r
     assert later.tier == "steps"
     with pytest.raises(NotInDumpError, match=f"steps 0-{2 * SEGMENT - 1} are no longer kept as steps"):
         summary_of(root, tier="steps")
+
+
+def test_incidents_are_looked_for_in_the_newest_steps_with_loads(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: [0], Tier.RANKS: [1, 2]})
+    found = summary_of(root)
+    assert found.rollup is not None
+    assert found.rollup.searched == (3 * SEGMENT, STEPS - 1)
+    (incident,) = found.incidents
+    assert abs(incident.first_step - SKEWED.start) <= 2
+    monkeypatch.setattr(summary_minutes, "SEARCHED_STEPS", STEPS - 340)
+    bounded = summary_of(root)
+    assert bounded.rollup is not None
+    assert bounded.rollup.searched == (340, STEPS - 1)
+    assert [(i.first_step, i.layers) for i in bounded.incidents] == [(incident.first_step, incident.layers)]
+    asked = summary_of(root, tier="minutes")
+    assert asked.rollup is not None
+    assert (asked.rollup.searched, asked.incidents) == (None, [])
 
 
 def test_range_of_steps_selects_whole_minutes(root: Path) -> None:
@@ -393,7 +414,7 @@ def test_output_says_what_figures_are_from(root: Path) -> None:
     )
     assert "±0.00" in text
     assert "The cost of imbalance is not known: not measured from roll-ups" in text
-    assert "incidents are looked for only where steps are kept: steps 256-899" in text
+    assert "incidents are looked for only in steps 256-899" in text
     document = json.loads(cli("summary", root, "--json").stdout)
     assert document["tier"] == "minutes"
     assert document["rollup"]["gone_until"] == "2023-11-14T22:14:11.600Z"
