@@ -25,6 +25,7 @@ from eplb_analyze.parallel import MAX_WORKERS, num_workers, ordered_map
 from eplb_analyze.reader.completeness import ABSENT
 from eplb_analyze.reader.lost import serving_ranks
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.tiers import Ranges
 from eplb_analyze.sessions.minutes import minutes_of
 from eplb_analyze.sessions.parquet_segment import ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment
@@ -415,14 +416,21 @@ def _add_rank(
 
 def _passed_on(run: Run, found: list[tuple[_Key, _Minute]]) -> Iterator[RunMinutes]:
     """Joined minutes as rows, those of one shape together."""
+    gone = Ranges(one.steps for one in run.tiers.ranges if one.tier is Tier.GONE)
     for shape, group in itertools.groupby(found, key=lambda item: item[0][2]):
         own = list(group)
         expected = serving_ranks(shape) if shape is not None else run.expected_ranks
         ends: dict[int, int] = {}
         counts, missing = [], []
-        for _, one in own:
+        lacking = [_missing(one, expected) for _, one in own]
+        # Of a minute that a rank has retired in part, the others have more steps: it is retired.
+        kept = [not (lack and _touches(one, gone)) for lack, (_, one) in zip(lacking, own, strict=True)]
+        lacking, own = [*itertools.compress(lacking, kept)], [*itertools.compress(own, kept)]
+        if not own:
+            continue
+        for lack, (_, one) in zip(lacking, own, strict=True):
             counts.append(_counts(one))
-            missing.append(_missing(one, expected))
+            missing.append(lack)
             for rank, of_rank in one.ranks.items():
                 ends[rank] = max(ends.get(rank, -1), of_rank.last)
         table = np.array(counts, np.int64).reshape(len(own), len(COUNTS))
@@ -437,6 +445,13 @@ def _passed_on(run: Run, found: list[tuple[_Key, _Minute]]) -> Iterator[RunMinut
             **{name: table[:, i] for i, name in enumerate(COUNTS)},
         }
         yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, ends)
+
+
+def _touches(one: _Minute, steps: Ranges) -> bool:
+    """Whether a minute has steps in some ranges."""
+    first = min(of_rank.first for of_rank in one.ranks.values())
+    last = max(of_rank.last for of_rank in one.ranks.values())
+    return any(True for _ in steps.within(first, last + 1))
 
 
 def _counts(one: _Minute) -> Int64:
