@@ -57,11 +57,11 @@ def _run(console: Console, run: PrunedRun) -> None:
         "removed": f"{size(run.bytes_before)}, {_WHY.get(run.reason or '', '')}, to {_time(run.newest)}",
         "failed": f"{sizes}: {run.reason or 'its segments are damaged'}",
         "thinned": sizes,
-        "kept": size(run.bytes_before),
+        "kept": sizes if run.merged else size(run.bytes_before),
     }[run.action]
     print_line(console, (run.action, style), f" run {run.run_id}: {rest}")
     if run.merged:
-        print_line(console, "its ranks are merged into sums first", indent=2)
+        print_line(console, "its ranks are merged into sums", indent=2)
     elif run.not_merged is not None:
         print_line(console, f"its ranks are not merged: {run.not_merged}", indent=2)
     for move in run.moves:
