@@ -342,6 +342,8 @@ def test_killed_while_it_shuts_down(tmp_path: Path, runner: str) -> None:
         ([], {"EXPERT_LOAD_DUMP_INTERVAL": "often"}, "EXPERT_LOAD_DUMP_INTERVAL must be a whole number"),
         ([], {"EXPERT_LOAD_DUMP_DIR": "/proc/nowhere"}, "expert-load recording is off"),
         ([], {"EXPERT_LOAD_DUMP_RUN_ID": "../up"}, "run_id must be"),
+        ([], {"EXPERT_LOAD_DUMP_MAX_BYTES": "lots"}, "EXPERT_LOAD_DUMP_MAX_BYTES must be a number of bytes"),
+        ([], {"EXPERT_LOAD_DUMP_MAX_AGE": "long"}, "EXPERT_LOAD_DUMP_MAX_AGE must be a time such as 7d"),
     ],
 )
 def test_where_it_cannot_record_vllm_goes_on(
