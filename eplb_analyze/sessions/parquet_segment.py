@@ -61,7 +61,7 @@ NUMBER_BYTES, TEXT_BYTES, PAGE_BYTES = 10, 5 + 4 * MAX_PHASE, 64 << 10
 HARMLESS_BYTES = 512
 #: Sums per minute are decoded about so many bytes at a time, and read so many at a time from each column of a
 #: local file. From a bucket a file is read at once, with few requests, unless it is larger.
-ROWS_BYTES, STREAM_BYTES, MAX_BUFFERED_BYTES = 2 << 20, 64 << 10, 16 << 20
+ROWS_BYTES, STREAM_BYTES, MAX_BUFFERED_BYTES = 4 << 20, 64 << 10, 16 << 20
 MINUTES_LISTS = frozenset(field.name for field in MINUTES_SCHEMA if pa.types.is_list(field.type))
 NULLABLE_LISTS = frozenset(field.name for field in MINUTES_SCHEMA if field.nullable) & MINUTES_LISTS
 _EDGES = "first_step", "last_step", "first_time_ns", "last_time_ns"

@@ -259,6 +259,31 @@ def test_phase_has_its_own_figures(root: Path) -> None:
         retired.of_phase("idle")
 
 
+def test_configurations_are_not_added_up(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    with (
+        steady_clock(STEP_MS),
+        open_writer(
+            tmp_path, ep_size=RANKS, num_logical_experts=LOGICAL, segment_steps=SEGMENT, scope="global"
+        ) as writer,
+    ):
+        for step in range(500):
+            slots = SLOTS if not 200 <= step < 330 else SLOTS + RANKS
+            if step % 10 == 3:
+                writer.skip(reason="dummy")
+                continue
+            load = rng.poisson(20 + np.arange(slots), (LAYERS, slots))
+            writer.record(None, load, np.tile(np.arange(slots) % LOGICAL, (LAYERS, 1)))
+            assert step % 100 or writer.flush(60)
+    exact, found = summary_of(tmp_path), summary_of(tmp_path, tier="minutes")
+    assert_same_means(found, exact)
+    assert len(found.configurations) == 3
+    assert found.steps.count(StepState.DUMMY) == 50
+    assert found.last_configuration_steps == exact.last_configuration_steps
+    changed = timeline(open_run(tmp_path), tier="minutes").configurations
+    assert changed == timeline(open_run(tmp_path)).configurations
+
+
 def test_newer_session_of_the_same_steps_counts(tmp_path: Path) -> None:
     tokens = loads()[:SEGMENT]
     for began, factor in enumerate((2, 1)):
