@@ -472,9 +472,16 @@ def _leftovers(
 
     They are of segments that the manifest lists, and it does not list them; journals if they are thinned.
     """
-    found = {name for name in unlisted if manifest.entry_of(_seq(name)) is not None}
+    # Few entries are of several segments; one listed under its own number needs no search.
+    several = [entry for entry in manifest.entries.values() if entry.last_seq > entry.seq]
+
+    def entry_of(seq: int) -> SealedSegment | None:
+        own = manifest.entries.get(seq)
+        return own or next((entry for entry in several if entry.seq < seq <= entry.last_seq), None)
+
+    found = {name for name in unlisted if entry_of(_seq(name)) is not None}
     for seq, path in journals.items():
-        entry = manifest.entry_of(seq)
+        entry = entry_of(seq)
         if entry is not None and entry.thinned is not None:
             found.add(path.name)
     return {name for name in found if (folder / name).exists()}  # not removed since they were listed
