@@ -8,12 +8,12 @@ same copy again continues where it stopped, or adds what was written since.
 
 from __future__ import annotations
 
+import bisect
 import io
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from eplb_analyze.atomic import require_dump_folder
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
@@ -43,6 +43,9 @@ from eplb_dump.format.schema import (
     model_slug,
 )
 from eplb_dump.format.session import SessionInfo, dump_json
+
+#: How often a session is copied again because its writer thinned segments meanwhile.
+MAX_LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,8 @@ class _SessionCopy:
     damaged: list[str] = field(default_factory=list)
     #: Whether nothing of it can be copied.
     unreadable: bool = False
+    #: Segments that were thinned since an earlier copy, as the target has them.
+    _kept: dict[int, SealedSegment] = field(default_factory=dict)
 
     def inspect(self) -> bool:
         """Check that it can be copied, before anything is written.
@@ -221,8 +226,8 @@ class _SessionCopy:
             self.damaged.append(f"{fault}; session left out")
             self.unreadable = True
             return True
-        selected = self._select(manifest)
         self.target.inspect()
+        selected = self._select(self._with_finer(manifest))
         self.target.require_extendable(selected)
         return bool(journals) or any(
             "steps" in entry.files or "minutes" in entry.files for entry in selected.entries.values()
@@ -230,27 +235,73 @@ class _SessionCopy:
 
     def copy(self) -> None:
         with self.target.held():
-            journals = self._journals()  # before the manifest: one that is sealed in between is missed below
-            manifest = sound_manifest(self.source, self.info)
-            self.target.require_extendable(self._select(manifest))
-            superseded = {
-                seq for seq, name in journals.items() if self._superseded(name, manifest.entry_of(seq))
-            }
-            journals = {seq: name for seq, name in journals.items() if seq not in superseded}
-            kept = {seq: name for seq, name in journals.items() if self._take(name, self._verify_journal)}
-            if len(kept) < len(journals):
-                manifest = self._manifest_through(journals.keys() - kept.keys(), manifest.end)
-            selected = self._select(manifest)
-            wanted = set(kept.values())
-            for seq, entry in selected.entries.items():
-                for table, file in entry.files.items() if seq not in kept else ():
-                    wanted.add(file.name)
-                    self._require(file.name, partial(_verify_table, self.info, entry, table), file.bytes)
-                    self.rows[file.name] = file.rows
-            if manifest.end:
-                self._take(MANIFEST_FILE, lambda _: None, self._encode(selected))
-            self.target.remove_superseded(wanted, selected)
+            for looks in reversed(range(MAX_LOOKS)):
+                known = len(self.damaged)
+                if self._copy_listed(retry=looks > 0):
+                    break
+                # A living writer thinned segments meanwhile: what is left of them is copied.
+                del self.damaged[known:]
+                self.files, self.rows = {}, {}
             self._copy_session_file()
+
+    def _listed(self) -> set[str]:
+        """The names of the files that the source's manifest lists now."""
+        storage.forget_listing(self.source)
+        manifest = sound_manifest(self.source, self.info)
+        return {file.name for entry in manifest.entries.values() for file in entry.files.values()}
+
+    def _with_finer(self, manifest: Manifest) -> Manifest:
+        """A manifest in which segments that were thinned stay as an earlier copy has them."""
+        there = self.target.listed()
+        self._kept = {}
+        if there is None:
+            return manifest
+        entries: dict[int, SealedSegment] = {}
+        known = sorted(there.entries)
+        for seq, entry in sorted(manifest.entries.items()):
+            inside = known[bisect.bisect_left(known, seq) : bisect.bisect_right(known, entry.last_seq)]
+            own = {other: there.entries[other] for other in inside}
+            count = sum(e.last_seq - e.seq + 1 for e in own.values() if e.last_seq <= entry.last_seq)
+            if entry.thinned is not None and count == entry.last_seq - seq + 1 and own != {seq: entry}:
+                self._kept |= own
+                entries |= own
+            else:
+                entries[seq] = entry
+        return replace(manifest, entries=entries)
+
+    def _copy_listed(self, *, retry: bool) -> bool:
+        """Copy what the manifest lists, and the manifest.
+
+        ``retry``: return False, before the manifest, if a file is missing that is no longer listed.
+        """
+        missing: set[str] = set()
+        journals = self._journals()  # before the manifest: one that is sealed in between is missed below
+        manifest = self._with_finer(sound_manifest(self.source, self.info))
+        self.target.require_extendable(self._select(manifest))
+        superseded = {seq for seq, name in journals.items() if self._superseded(name, manifest.entry_of(seq))}
+        journals = {seq: name for seq, name in journals.items() if seq not in superseded}
+        kept = {seq: name for seq, name in journals.items() if self._take(name, self._verify_journal)}
+        if len(kept) < len(journals):
+            later = self._manifest_through(journals.keys() - kept.keys(), manifest.end)
+            manifest = self._with_finer(later)
+        selected = self._select(manifest)
+        wanted = set(kept.values())
+        for seq, entry in selected.entries.items():
+            for table, file in entry.files.items() if seq not in kept else ():
+                wanted.add(file.name)
+                self.rows[file.name] = file.rows
+                if self._kept.get(seq) is entry:
+                    self.files[file.name] = file.bytes, True
+                elif not self._require(
+                    file.name, partial(_verify_table, self.info, entry, table), file.bytes
+                ):
+                    missing.add(file.name)
+        if missing and retry and missing - self._listed():
+            return False
+        if manifest.end:
+            self._take(MANIFEST_FILE, lambda _: None, self._encode(selected))
+        self.target.remove_superseded(wanted, selected)
+        return True
 
     def _superseded(self, name: str, entry: SealedSegment | None) -> bool:
         """Whether a journal is only there because a power cut undid its removal."""
@@ -287,8 +338,10 @@ class _SessionCopy:
         except FileNotFoundError:  # nothing is sealed yet: a journal has no step to copy
             return Manifest()
         for item in frames.scan(io.BytesIO(data), len(data)):
-            if isinstance(item, frames.Frame) and item.kind == "sealed" and item.header["seq"] in segments:
-                end = max(end, item.end)
+            if isinstance(item, frames.Frame) and item.kind in ("sealed", "thinned"):
+                first = item.header["seq"]
+                if any(first <= seq <= item.header.get("last_seq", first) for seq in segments):
+                    end = max(end, item.end)
         return Manifest.read(io.BytesIO(data), end, self.info.session_id)
 
     def _select(self, manifest: Manifest) -> Manifest:
@@ -307,12 +360,13 @@ class _SessionCopy:
 
     def _encode(self, part: Manifest) -> bytes:
         """The file for the copy's manifest."""
-        if self.steps is None:
+        if self.steps is None and not self._kept:
             with (self.source / MANIFEST_FILE).open("rb") as file:
                 return file.read(part.end)
-        first, last = cast(tuple[int, int], part.part)
         out = [frames.encode("session", {"session": self.info.to_dict()})]
-        out.append(frames.encode("part", {"first_step": first, "last_step": last}))
+        if part.part is not None:
+            first, last = part.part
+            out.append(frames.encode("part", {"first_step": first, "last_step": last}))
         out += [entry.to_frame() for entry in part.entries.values()]
         if part.closed is not None:
             out.append(frames.encode("closed", part.closed))
@@ -339,9 +393,12 @@ class _SessionCopy:
             return False
         return True
 
-    def _require(self, name: str, verify: Callable[[Path], object], size: int | None = None) -> None:
-        if not self._take(name, verify, size=size):
-            self.damaged.append(f"{self.source / name}: it is missing, although the manifest lists it")
+    def _require(self, name: str, verify: Callable[[Path], object], size: int | None = None) -> bool:
+        """Copy a file; False if it is missing, which is reported."""
+        if self._take(name, verify, size=size):
+            return True
+        self.damaged.append(f"{self.source / name}: it is missing, although the manifest lists it")
+        return False
 
     def _verify_journal(self, path: Path) -> None:
         with JournalSegment(path) as journal:

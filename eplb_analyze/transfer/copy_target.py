@@ -106,12 +106,9 @@ class Target:
 
     def require_extendable(self, manifest: Manifest) -> None:
         """Raise UsageError if a complete session there has anything that this manifest does not list."""
-        if not self._complete:
+        there = self.listed()
+        if there is None:
             return
-        try:
-            there = sound_manifest(self.folder, self._info)
-        except DamagedManifestError as fault:
-            raise UsageError(f"{fault}; it was not changed") from None
         if not _covers(manifest, there):
             held = "more than the selected steps"
             if there.part is not None:
@@ -122,6 +119,15 @@ class Target:
         if not (_files(there) <= _files(manifest) and there.closed in (None, manifest.closed)):
             path = self.folder / MANIFEST_FILE
             raise UsageError(f"{path}: it exists with different content, and was not changed")
+
+    def listed(self) -> Manifest | None:
+        """The manifest of a complete session there. Raises UsageError if it is damaged."""
+        if not self._complete:
+            return None
+        try:
+            return sound_manifest(self.folder, self._info)
+        except DamagedManifestError as fault:
+            raise UsageError(f"{fault}; it was not changed") from None
 
     def begin(self) -> None:
         """Mark the session as incomplete, unless it is complete."""
