@@ -1,9 +1,10 @@
 """Retention: sealed segments of a session are thinned, tier by tier, until they fit into a budget.
 
-:func:`next_thinning` decides, :func:`thin` does it. Both are used by the writer, for its own session, and by
-``eplb-analyze prune``. A kill or a power cut at any moment leaves a readable session: what is kept is written
-and named first, then the manifest lists it, and what it replaces is removed last. Files that the manifest
-does not list, of segments that it does list, are leftovers of that; :func:`remove_leftovers` removes them.
+:func:`next_thinning` decides, and :func:`thin` does it, for the writer's own session. ``eplb-analyze prune``
+decides for many runs, and uses :func:`thin_together`. A kill or a power cut at any moment leaves a readable
+session: what is kept is written and named first, then the manifest lists it, and what it replaces is removed
+last. Files that the manifest does not list, of segments that it does list, are leftovers of that;
+:func:`remove_leftovers` removes them.
 """
 
 from __future__ import annotations

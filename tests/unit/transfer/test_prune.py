@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from eplb_analyze.transfer.prune import PruneReport, prune_dump
 from eplb_analyze.transfer.retention.plan import Policy, make_plan
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun, SurveyedSession
-from eplb_dump.format import retention
+from eplb_dump.format import files, retention
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment
 from eplb_dump.format.minutes import Minutes
@@ -536,12 +537,27 @@ def sums_of(dump: Path) -> dict[tuple[int, int], list[int]]:
     return total
 
 
+@pytest.fixture
+def swaps(tmp_path: Path) -> None:
+    """Skip the test if two names cannot be swapped here."""
+    for name in ("swap-a", "swap-b"):
+        (tmp_path / name).mkdir()
+    try:
+        files.exchange(tmp_path / "swap-a", tmp_path / "swap-b")
+    except OSError:
+        pytest.skip("the file system of temporary files cannot swap two names: `prune --merge-ranks`")
+    finally:
+        for name in ("swap-a", "swap-b"):
+            (tmp_path / name).rmdir()
+
+
 def ranks_of_a_run(dump: Path, now: int, **options: Any) -> None:
     for rank in range(8):
         last = [now - days(age) for age in (4, 3, 1)]
         aged_session(dump, "r", last, rank=rank, scope=Scope.LOCAL, rearranged=[1], **options)
 
 
+@pytest.mark.usefixtures("swaps")
 def test_ranks_are_merged_before_their_run_is_thinned(tmp_path: Path) -> None:
     now = time.time_ns()
     ranks_of_a_run(tmp_path, now)
@@ -567,6 +583,7 @@ def test_ranks_are_merged_before_their_run_is_thinned(tmp_path: Path) -> None:
     assert prune_dump(tmp_path, policy, merge=True).runs == []
 
 
+@pytest.mark.usefixtures("swaps")
 def test_merged_run_has_the_sums_of_its_ranks(tmp_path: Path) -> None:
     now = time.time_ns()
     ranks_of_a_run(tmp_path, now)
@@ -576,6 +593,7 @@ def test_merged_run_has_the_sums_of_its_ranks(tmp_path: Path) -> None:
     assert "1 rank in 1 session, all checksums correct" in cli("check", tmp_path).stdout
 
 
+@pytest.mark.usefixtures("swaps")
 def test_crashed_ranks_are_merged_with_their_journals(tmp_path: Path) -> None:
     now = time.time_ns()
     ranks_of_a_run(tmp_path, now - days(2), closed=False)
@@ -586,6 +604,24 @@ def test_crashed_ranks_are_merged_with_their_journals(tmp_path: Path) -> None:
     prune_dump(tmp_path, Policy(keep_full=days(4)), merge=True)
     (folder,) = sessions_of(tmp_path)
     assert max(e.last_step for e in manifest_of(folder).entries.values()) == 63
+
+
+def test_file_system_that_cannot_swap_names_keeps_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eplb_analyze.transfer.retention import merge
+
+    def refuse(*paths: Path) -> None:
+        raise OSError(errno.EINVAL, "its file system cannot swap two names")
+
+    monkeypatch.setattr(merge, "exchange", refuse)
+    ranks_of_a_run(tmp_path, time.time_ns())
+    truth = sums_of(tmp_path)
+    report = prune_dump(tmp_path, Policy(keep_full=days(2)), merge=True)
+    assert report.runs[0].not_merged == "its file system cannot swap two names"
+    assert len(sessions_of(tmp_path)) == 8
+    assert sums_of(tmp_path) == truth
+    assert [path.name for path in tmp_path.iterdir()] == ["run=r"]
 
 
 def test_run_that_cannot_be_merged_is_named_and_thinned(tmp_path: Path) -> None:
@@ -599,6 +635,7 @@ def test_run_that_cannot_be_merged_is_named_and_thinned(tmp_path: Path) -> None:
     one_error(cli("prune", "--max-age", "1d", "--merge-ranks", "s3://b/x"), 2, "needs a local folder")
 
 
+@pytest.mark.usefixtures("swaps")
 def test_killed_while_it_merges_it_leaves_the_ranks_or_the_sums(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
