@@ -124,7 +124,10 @@ class Server:
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 return json.load(response)["data"]
-        except urllib.error.HTTPError as error:  # its body says what is wrong with the query
+        except urllib.error.HTTPError as error:
+            if error.code == 503:
+                raise ConnectionError("the server is starting") from None
+            # The body says what is wrong with the query.
             raise AssertionError(f"{query}: {error.read().decode()}") from None
 
     def query(self, expression: str) -> list[dict[str, Any]]:
