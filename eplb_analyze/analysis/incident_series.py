@@ -203,6 +203,21 @@ def incidents_of(
     return find_incidents(series, loads).within(chosen)
 
 
+def incidents_in(run: Run, steps: tuple[int, int] | None = None) -> Incidents:
+    """:func:`incidents_of` if nothing else of the steps is wanted: the same, where steps are kept."""
+    first, last = run.step_range
+    if first is None or last is None:
+        return Incidents([])
+    values, sample = BalanceValues(steps_per_value(last + 1 - first)), CostSample.empty()
+    _read(run, StepRange(first, last + 1), Sampling(run, first, last), values, sample)
+    series = values.series()
+    if series is None:
+        return Incidents([])
+    pa.default_memory_pool().release_unused()
+    loads = RunLoads(run, lambda: measured_cost(run, sample))
+    return find_incidents(series, loads).within(StepRange.of(steps))
+
+
 def _with_others(
     run: Run, steps: StepRange, values: BalanceValues, sample: CostSample
 ) -> tuple[BalanceValues, CostSample]:

@@ -18,12 +18,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from eplb_analyze import atomic
+from eplb_analyze.analysis.incident_series import incidents_in
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
-from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.json_report import RunReport, as_json
 from eplb_analyze.metrics.bootstrap import Interval as Bounds
@@ -126,11 +125,11 @@ def export_trace(
             raise NotInDumpError(f"{run.path}: rank {rank} recorded nothing; recorded ranks: {known}")
 
     def export() -> TraceExport:
-        summary = summarize(run, steps)
-        chosen = _ranks(run, summary, most_ranks) if ranks is None else sorted(set(ranks))
+        incidents = incidents_in(run, steps).found
+        chosen = _ranks(run, incidents, most_ranks) if ranks is None else sorted(set(ranks))
         with atomic.new_file(file, force=force) as out:
             with _compressed(out, file) as text:
-                trace = _Trace(run, text, steps, summary, chosen)
+                trace = _Trace(run, text, steps, incidents, chosen)
                 trace.write()
             size = out.tell()
         return trace.report(file, size)
@@ -148,12 +147,12 @@ def _compressed(out: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
         yield packed  # type: ignore[misc]
 
 
-def _ranks(run: Run, summary: Summary, most: int) -> list[int]:
+def _ranks(run: Run, incidents: list[Incident], most: int) -> list[int]:
     """Ranks of incidents for up to half of the tracks, then ranks spread over all others."""
     present = run.present_ranks if run.scope is Scope.LOCAL else []
     if len(present) <= most:
         return present
-    worst = [rank for one in summary.incidents for rank in one.ranks if rank in present]
+    worst = [rank for one in incidents for rank in one.ranks if rank in present]
     chosen = [*dict.fromkeys(worst)][: most // 2]
     others = [rank for rank in present if rank not in chosen]
     spread = np.linspace(0, len(others) - 1, most - len(chosen)).round().astype(int).tolist()
@@ -245,7 +244,12 @@ class _Trace:
     """One pass over the steps of a run, which writes its trace."""
 
     def __init__(
-        self, run: Run, out: IO[bytes], steps: tuple[int, int] | None, summary: Summary, ranks: list[int]
+        self,
+        run: Run,
+        out: IO[bytes],
+        steps: tuple[int, int] | None,
+        incidents: list[Incident],
+        ranks: list[int],
     ) -> None:
         self._run, self._steps = run, steps
         self._read = run.estimated(steps)
@@ -266,8 +270,12 @@ class _Trace:
         self._whole = self._track.process
         self._ranks = [RankTrack(self._file, rank) for rank in ranks]
         self._counters, self._phases = Counters(), Phases()
-        self._incidents = [(one, Interval(one.first_step, one.last_step)) for one in summary.incidents]
-        self._changes = [(one, Interval(one.first_step, one.last_step)) for one in summary.rearrangements]
+        self._incidents = [(one, Interval(one.first_step, one.last_step)) for one in incidents]
+        self._changes = [
+            (one, Interval(one.first_step, one.last_step))
+            for one in run.history.rearrangements()
+            if StepRange.of(steps).first <= one.first_step < StepRange.of(steps).end
+        ]
         self._seen = Completeness()
         self._durations: Counter[int] = Counter()
         self._shortened = self._complete = 0
@@ -454,9 +462,6 @@ class _Trace:
         run = self._run
         notes = run.import_caveats("step_order")
         notes += estimate_notes(run, self._read.missing_ranks, self._complete, first, last)
-        if self._retired:
-            ranges = listed([steps_text(one.first, one.last) for one in self._retired])
-            notes.append(f"{ranges}: retired, so the trace has one slice for them and no single steps")
         if self._shortened > self._seen.seen / 2:
             notes.append(
                 f"{plural(self._shortened, 'step')} of {self._seen.seen:,} took longer than the time between "
