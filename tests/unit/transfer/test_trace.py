@@ -19,6 +19,8 @@ from thinning import info_of, session_folders, thin_to
 from trace_reading import Slice, Trace, read_trace
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.incident_series import incidents_in
+from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.errors import NotInDumpError, UsageError
 from eplb_analyze.transfer.exporters.trace import TraceExport, export_trace
 from eplb_analyze.transfer.exporters.trace_events import QUARTER_NS, base_of
@@ -315,6 +317,8 @@ class TestEvents:
         assert abs(steps[1] - end + 1) <= 2
         assert (found.begin, found.end) == (times[steps[0] - 1], times[steps[1]])
         assert report.incidents == 1
+        run = open_run(tmp_path / "dump")
+        assert incidents_in(run).found == summarize(run).incidents
         # Of a part, the slice is within the part, and the arguments are those of the whole incident.
         part, _ = export(tmp_path / "dump", (250, 280))
         (inside,) = part.track("incidents")
