@@ -352,18 +352,32 @@ def test_sums_of_single_ranks_show_persistent_imbalance_only(local: Path) -> Non
     assert found.verdict.verdict == "imbalanced" if balance < 0.8 else "not_known"
 
 
-def test_minute_in_which_a_rank_is_missing_is_incomplete(local: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(local, tmp_path / "dump"))
-    folders = session_folders(root)
-    thin_to(folders[3], {Tier.GONE: [0, 1]})
-    found = summary_of(root)
+def test_minute_in_which_a_rank_is_missing_is_incomplete(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    parts = rng.multinomial(loads(), [1 / RANKS] * RANKS)
     minute = minute_of(np.arange(STEPS))
-    lost = np.flatnonzero(minute == minute[: 2 * SEGMENT].max())[-1]
-    assert found.steps.count(StepState.INCOMPLETE) == lost + 1
-    assert found.steps.reasons == {(3, "absent"): lost + 1}
+    stop = int(np.flatnonzero(minute == minute[0] + 2)[-1]) + 1
+    for rank in range(RANKS):
+        record(tmp_path, parts[: stop if rank == 3 else STEPS, ..., rank], scope="local", ep_rank=rank)
+    found = summary_of(tmp_path, tier="minutes")
+    assert found.steps.count(StepState.INCOMPLETE) == STEPS - stop
+    assert found.steps.reasons == {(3, "absent"): STEPS - stop}
     summed = found.rollup.summed if found.rollup else None
     assert summed is not None
-    assert summed.balancedness == pytest.approx(summed_truth(np.arange(lost + 1, STEPS))[0], rel=1e-12)
+    assert summed.balancedness == pytest.approx(summed_truth(np.arange(stop))[0], rel=1e-12)
+
+
+def test_minute_of_which_a_rank_keeps_nothing_is_retired(local: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(local, tmp_path / "dump"))
+    thin_to(session_folders(root)[3], {Tier.GONE: [0, 1]})
+    found = summary_of(root)
+    minute = minute_of(np.arange(STEPS))
+    gone = int(np.flatnonzero(minute == minute[: 2 * SEGMENT].max())[-1]) + 1
+    assert found.steps.count(StepState.INCOMPLETE) == 0
+    assert found.steps.first == gone
+    summed = found.rollup.summed if found.rollup else None
+    assert summed is not None
+    assert summed.balancedness == pytest.approx(summed_truth(np.arange(gone, STEPS))[0], rel=1e-12)
 
 
 def test_rank_whose_clock_is_shifted_is_missing_from_its_minutes(tmp_path: Path) -> None:
