@@ -259,28 +259,34 @@ def trace(
         typer.Option(
             "--rank",
             metavar="N",
-            help="Draw the steps of this rank, too; repeat the option for several ranks.",
+            help="Also draw this rank's steps; repeat the option for several ranks.",
             min=0,
         ),
     ] = None,
     max_ranks: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-ranks",
             metavar="N",
             help="Without --rank, draw at most N ranks: ranks of incidents first, then others.",
             min=0,
+            show_default="8",
         ),
-    ] = 8,
+    ] = None,
     force: options.Force = False,
 ) -> None:
-    """Write a trace that Perfetto and Chrome open: steps, balance, incidents and rearrangements over time.
+    """Write a trace for Perfetto or Chrome: steps, balance, incidents and rearrangements over time.
 
     Times are clock times, as in traces of torch.profiler, so both can be opened together.
     The file is compressed if its name ends in .gz.
     """
-    from eplb_analyze.transfer.exporters.trace import export_trace
+    if rank and max_ranks is not None:
+        raise typer.BadParameter(
+            "--rank and --max-ranks cannot be combined; use one of them", param_hint="--max-ranks"
+        )
+    from eplb_analyze.transfer.exporters.trace import MOST_RANKS, export_trace
 
     run = out.open()
-    report = export_trace(run, file, steps, ranks=rank or None, most_ranks=max_ranks, force=force)
-    out.show(report.to_json, lambda console: render_trace(console, report), report.steps)
+    most = MOST_RANKS if max_ranks is None else max_ranks
+    report = export_trace(run, file, steps, ranks=rank or None, most_ranks=most, force=force)
+    out.show(report.to_json, lambda console: render_trace(console, report, named=bool(rank)), report.steps)

@@ -26,14 +26,14 @@ def serve_metrics(
     ] = "0.0.0.0",
     interval: Annotated[
         float,
-        typer.Option("--interval", metavar="SECONDS", help="Read what was appended this often.", min=0.1),
+        typer.Option("--interval", metavar="SECONDS", help="Read new data every SECONDS seconds.", min=0.1),
     ] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Print the metrics and exit.")] = False,
 ) -> None:
     """Serve a live run's balance, cost, incidents and recorder health to Prometheus.
 
-    Follows the newest run, waits for the first one, and survives the end of a run. Needs prometheus_client:
-    `pip install 'eplb-dump[metrics]'`.
+    Follows the newest run, waits for the first one, and keeps running when a run ends. Needs
+    prometheus_client: `pip install 'eplb-dump[metrics]'`.
     """
     if not once and out.json:
         raise UsageError("--json requires --once")

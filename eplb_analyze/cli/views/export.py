@@ -86,7 +86,8 @@ def render_loads(console: Console, report: LoadExport) -> None:
     print_notes(console, report.notes)
 
 
-def render_trace(console: Console, report: TraceExport) -> None:
+def render_trace(console: Console, report: TraceExport, *, named: bool) -> None:
+    """``named``: the ranks were chosen with --rank, which excludes --max-ranks."""
     print_heading(console, "trace", f" · {report.model} · run {report.run_id}")
     steps = range_text(console, report.first_step, report.last_step)
     found = f"{plural(report.incidents, 'incident')}, {plural(report.rearrangements, 'rearrangement')}"
@@ -95,7 +96,7 @@ def render_trace(console: Console, report: TraceExport) -> None:
     lengths = [f"{DURATIONS[name]} ({count:,})" for name, count in known.items()]
     print_line(console, f"step durations: {'; '.join(lengths)}")
     if report.ranks:
-        left_out = report.ranks_left_out
+        left_out = 0 if named else report.ranks_left_out
         more = f"; --max-ranks {len(report.ranks) + left_out} shows {left_out} more" if left_out else ""
         print_line(console, f"ranks with steps of their own: {listed(report.ranks, 16)}{more}")
     size = f"{plural(report.events, 'event')}, {report.bytes:,} bytes"

@@ -379,7 +379,7 @@ class _Trace:
                 (
                     interval.begin,
                     interval.end,
-                    f"{where(one)}: {one.cause.kind.replace('_', ' ')}",
+                    _incident_name(one),
                     _incident_args(one, cause_sentence(one, label)),
                 )
                 for one, interval in self._incidents
@@ -494,6 +494,12 @@ def _apart(ns: int) -> str:
 
 def _rounded(ms: Milliseconds | None) -> dict[str, float] | None:
     return None if ms is None else {name: round(value, 4) for name, value in vars(ms).items()}
+
+
+def _incident_name(one: Incident) -> str:
+    """``layer 12, rank 30: expert hot (expert 77)``"""
+    expert = "" if one.cause.expert is None else f" (expert {one.cause.expert})"
+    return f"{where(one)}: {one.cause.kind.replace('_', ' ')}{expert}"
 
 
 def _incident_args(one: Incident, cause: str) -> dict[str, Any]:

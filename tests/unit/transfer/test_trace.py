@@ -307,7 +307,7 @@ class TestEvents:
                 times.append(clock.ns)
         trace, report = export(tmp_path / "dump")
         (found,) = trace.track("incidents")
-        assert found.name.startswith("layer 7, rank 0: ")
+        assert found.name == "layer 7, rank 0: expert hot (expert 1)"
         assert (found.args["layer"], found.args["layers"], found.args["ranks"]) == (7, "7", "0")
         assert found.args["cause"]["kind"] == "expert_hot"
         assert found.args["cause"]["expert"] == MAP[1, 2]
@@ -547,6 +547,19 @@ class TestCommand:
         assert_golden(f"export-trace.{form}", result.stdout)
         if form == "json":
             assert json.loads(result.stdout)["bytes"] == Path("trace.json").stat().st_size
+
+    def test_ranks_are_named_or_counted_but_not_both(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write(Path("dump"))
+        result = cli("export", "trace", "--rank", "0", "--max-ranks", "2", "-o", "trace.json", "dump")
+        assert result.returncode == 2
+        assert "--rank and --max-ranks cannot be combined" in result.stderr
+        assert not Path("trace.json").exists()
+        named = cli("export", "trace", "--rank", "0", "-o", "trace.json", "dump").stdout
+        assert "ranks with steps of their own: 0" in named
+        assert "--max-ranks" not in named
 
 
 STEP = st.fixed_dictionaries(
