@@ -14,7 +14,10 @@ import pytest
 from aged_runs import DAY, aged_session, begin_journal, set_back
 from helpers import ROOT
 
+from eplb_dump import budget as budget_module
+from eplb_dump.budget import SEGMENT_SHARE
 from eplb_dump.format.manifest import Manifest
+from eplb_dump.format.retention import SHARES
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
 from eplb_dump.format.session import SessionInfo, load_json
 
@@ -83,17 +86,23 @@ def test_sizes_follow_from_the_measured_ones() -> None:
     measured = (DOCS / "performance.md").read_text()
     (local,) = re.findall(r"one of 32 ranks.*?\| ([\d,]+) B =", measured)
     (summed,) = re.findall(r"Poisson, lognormal rates σ = 0.5.*?\| ([\d,]+) B =", measured)
-    rows = {
-        cells[0].strip(): [float(re.sub("[^0-9.]", "", cell)) for cell in cells[1:3]]
-        for cells in (line.strip("|").split("|") for line in PAGE.splitlines() if " GB |" in line)
+    full = {"local": int(local.replace(",", "")), "global": int(summed.replace(",", ""))}
+    sizes = {
+        scope: [float(number) * 1000 for number in re.findall(r"([\d.]+) kB per (?:step|minute)", line)]
+        for scope in ("local", "global")
+        for line in PAGE.splitlines()
+        if line.startswith(f"| scope {scope}") and "kB per step" in line
     }
-    a_rank, one = (int(text.replace(",", "")) * 72_000 / 1e9 for text in (local, summed))
-    truth = {
-        "scope local, a rank": a_rank,
-        "scope local, 32 ranks": 32 * a_rank,
-        "… `EXPERT_LOAD_DUMP_INTERVAL=10`": 3.2 * a_rank,
-        "scope global, one writer": one,
-    }
-    assert list(rows) == list(truth)
-    for name, gigabytes in truth.items():
-        assert rows[name] == pytest.approx([gigabytes, 24 * gigabytes], rel=0.03), name
+    for scope, (a_step, _, _) in sizes.items():
+        assert a_step == pytest.approx(full[scope], rel=0.03)
+    seconds = {"h": 3600, "day": 86400, "days": 86400, "month": 30 * 86400, "months": 30 * 86400}
+    seconds |= {"year": 365 * 86400}
+    rows = re.findall(r"^\| (\d+) (MB|GB), scope (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
+    assert len(rows) >= 4
+    for number, unit, scope, *reaches in rows:
+        budget = int(number) * {"MB": 1e6, "GB": 1e9}[unit]
+        kept = budget * (1 - (budget_module._JOURNALS + budget_module._WORK_SEGMENTS) / SEGMENT_SHARE)
+        each = zip(reaches, SHARES.values(), sizes[scope], (1 / 20, 1 / 20, 60), strict=True)
+        for reach, share, size, duration in each:
+            count, name = reach.replace("a year", "1 year").split()
+            assert float(count) * seconds[name] == pytest.approx(kept * share / size * duration, rel=0.15)
