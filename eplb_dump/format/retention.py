@@ -54,12 +54,12 @@ _WORTH_REWRITING = 256 << 10
 class Thinning:
     """What to do next: bring the segments of these entries, by their ``seq``, to a tier.
 
-    Several entries, which follow each other, get one.
+    Several entries, which follow each other, get one; ``reason`` is the newest one's then.
     """
 
     seqs: tuple[int, ...]
     tier: Tier
-    reason: Reason
+    reason: str
 
 
 def next_thinning(
@@ -126,7 +126,8 @@ def _merge(ordered: Sequence[SealedSegment], budget: int | None) -> Thinning | N
             run.append(entry)
         enough = MERGED_AT_ONCE if entry.tier is Tier.MINUTES else 2
         if len(run) >= enough and (entry.tier is Tier.GONE or sum(e.size for e in run) <= most):
-            return Thinning(tuple(e.seq for e in run), entry.tier, "budget")
+            reason = "budget" if entry.thinned is None else entry.thinned.reason
+            return Thinning(tuple(e.seq for e in run), entry.tier, reason)
     return None
 
 

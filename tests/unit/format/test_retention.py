@@ -64,6 +64,8 @@ def thinned(entries: list[SealedSegment], thinning: Thinning) -> list[SealedSegm
     if thinning.tier is Tier.GONE:
         size = 1
     new = entry(chosen[0].seq, size, thinning.tier, last=chosen[-1].last_seq)
+    assert new.thinned is not None
+    new = replace(new, thinned=replace(new.thinned, reason=thinning.reason))
     new = replace(new, notable=tuple(r for e in chosen for r in e.notable), times=(0, chosen[-1].times[1]))
     return [e for e in entries if e.seq not in thinning.seqs] + [new]
 
@@ -131,7 +133,7 @@ def test_notable_segments_and_their_neighbors_are_kept_longer_within_their_share
 def test_what_is_older_than_the_limit_is_gone_in_every_tier() -> None:
     entries = [entry(0, 10, Tier.MINUTES), entry(1, 10, Tier.RANKS), entry(2, 10), entry(3, 10)]
     while (todo := next_thinning(entries, before_ns=25)) is not None:
-        assert todo.tier is Tier.GONE
+        assert (todo.tier, todo.reason) == (Tier.GONE, "age")
         entries = thinned(entries, todo)
     assert [(e.seq, e.last_seq, e.tier) for e in sorted(entries, key=lambda e: e.seq)] == [
         (0, 1, Tier.GONE),
