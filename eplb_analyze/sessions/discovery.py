@@ -45,6 +45,8 @@ from eplb_dump.format.session import SessionInfo
 
 #: The tiers of segments that have no steps any more.
 RETIRED = Tier.MINUTES, Tier.GONE
+#: Where a dump keeps a line for each run that `prune` removed.
+REMOVED_RUNS_FILE = "pruned.jsonl"
 #: Why a folder may have no run.
 NO_RUN = "was EXPERT_LOAD_DUMP_DIR set for the engine, and did it run a step?"
 #: So many folders are searched for dumps, to name them in an error.
@@ -171,11 +173,20 @@ def discover(path: StoragePath, run: str | None = None) -> Discovery:
         what = "it is an object; pass the prefix that contains run=…" if path.exists() else "nothing is there"
         raise DumpError(f"{path}: {what}")
     if not found.runs:
-        below = _dumps_below(path) if isinstance(path, Path) else []
-        why = f"these folders in it are dumps: {listed(below, 3)}" if below else NO_RUN
-        odd = next((finding.text for findings in found.findings.values() for finding in findings), why)
-        raise DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {odd}")
+        odd = (finding.text for findings in found.findings.values() for finding in findings)
+        raise no_run_in(path, next(odd, None))
     return found
+
+
+def no_run_in(path: StoragePath, why: str | None = None) -> DumpError:
+    """The error about a folder, or a prefix in a bucket, without any run; ``why``: if a file tells it."""
+    below = _dumps_below(path) if isinstance(path, Path) else []
+    with suppress(OSError):
+        if why is None and (path / REMOVED_RUNS_FILE).exists():
+            why = f"`prune` removed the runs that {REMOVED_RUNS_FILE} lists"
+    if why is None:
+        why = f"these folders in it are dumps: {listed(below, 3)}" if below else NO_RUN
+    return DumpError(f"{path}: no run in it (no run=…/model=…/rank=…/session=… folder); {why}")
 
 
 def discover_folder(dump: StoragePath, name: str) -> Discovery:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -15,6 +15,7 @@ from typing import Literal
 
 from eplb_analyze.errors import AnalyzeError, DumpError, NotInDumpError, UsageError
 from eplb_analyze.json_report import Report
+from eplb_analyze.sessions.discovery import REMOVED_RUNS_FILE, no_run_in
 from eplb_analyze.sessions.starts import run_and_start
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import UnreachableError
@@ -26,6 +27,7 @@ from eplb_analyze.transfer.retention.merge import has_own_loads, merge_ranks, wh
 from eplb_analyze.transfer.retention.plan import Policy, RunPlan, make_plan
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession, survey, survey_run
+from eplb_dump.format.retention import TIERS
 from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX, FormatError, Tier
 
 Action = Literal["thinned", "removed", "kept", "failed"]
@@ -139,7 +141,7 @@ def prune_dump(
         merge: merge the ranks of a run before anything of it is thinned, if `compact` can.
 
     Raises:
-        DumpError, NotInDumpError: there is no such dump or run.
+        DumpError, NotInDumpError: there is no such dump or run, or never was a run in it.
         UsageError: another process prunes this dump; DUMP is a folder in a run.
     """
     if merge:
@@ -161,10 +163,13 @@ def _run_ids(dump: StoragePath, run: str | None) -> list[str] | None:
     if isinstance(dump, Path) and not dump.is_dir():
         raise DumpError(f"{dump}: {'it is a file' if dump.exists() else 'no such folder'}")
     try:
-        names = [e.name for e in places.entries(dump) if e.name.startswith(RUN_PREFIX)]
+        names = {entry.name for entry in places.entries(dump)}
     except OSError as error:
         raise DumpError(f"{dump}: {error.strerror}") from None
-    known = [name[len(RUN_PREFIX) :] for name in names]
+    known = sorted(name[len(RUN_PREFIX) :] for name in names if name.startswith(RUN_PREFIX))
+    if not known and REMOVED_RUNS_FILE not in names:
+        # A job whose volume is not mounted, or is mounted elsewhere, must not succeed for ever.
+        raise no_run_in(dump)
     if run is None:
         return None
     if run_and_start(run)[1]:
@@ -296,10 +301,30 @@ def _kept(plan: RunPlan, policy: Policy, now_ns: int) -> list[KeptPart]:
         reason = session.live or session.stuck
         if due and reason is not None:
             parts.append(KeptPart(str(session.folder), _stuck_bytes(session), reason))
+        for stay, why in (
+            ({*_of_live_ranks(plan, policy, now_ns)}, "a rank that is left alone has the same steps"),
+            ({*plan.newest}, "the newest steps of the dump are never thinned for --max-bytes"),
+        ):
+            bytes_ = sum(piece.entry.size for piece in session.pieces if piece in stay)
+            if bytes_ and session.live is None:
+                parts.append(KeptPart(str(session.folder), bytes_, why))
     if plan.run.foreign and (policy.max_bytes is not None or policy.outlives(now_ns - plan.run.last_ns)):
         why = "not a file of a dump: it is never removed, nor is the folder of its run"
         parts.append(KeptPart(plan.run.foreign[0], 0, why))
     return parts
+
+
+def _of_live_ranks(plan: RunPlan, policy: Policy, now_ns: int) -> Iterator[Piece]:
+    """What is beyond the limits, but recorded together with a session that is left alone."""
+    for unit in plan.units:
+        tier = policy.tier_at(now_ns - unit.last_ns)
+        for piece in unit.pieces if unit.live is not None else ():
+            if piece.fault is None and (policy.max_bytes is not None or _coarser(tier, piece.tier)):
+                yield piece
+
+
+def _coarser(tier: Tier, than: Tier) -> bool:
+    return TIERS.index(tier) > TIERS.index(than)
 
 
 def _stuck_bytes(session: SurveyedSession) -> int:
@@ -360,11 +385,14 @@ def _by_session(plan: RunPlan) -> dict[SurveyedSession, dict[Piece, Tier]]:
 def _log_line(plan: RunPlan) -> dict[str, object]:
     """What remains of a run that was removed."""
     pieces = [piece for session in plan.run.sessions for piece in session.pieces]
+    entries = [piece.entry for piece in pieces if piece.entry.last_step >= piece.entry.first_step >= 0]
     return {
         "run": plan.run.run_id,
         "models": sorted({s.info.model for s in plan.run.sessions if s.info is not None}),
         "first_time": _iso(min((p.first_ns for p in pieces), default=plan.run.last_ns)),
         "last_time": _iso(plan.run.last_ns),
+        "first_step": min((entry.first_step for entry in entries), default=None),
+        "last_step": max((entry.last_step for entry in entries), default=None),
         "bytes": plan.run.size,
         "reason": plan.removed,
         "removed": _iso(time.time_ns()),

@@ -12,8 +12,10 @@ from eplb_analyze.cli.output import Output
 from eplb_analyze.cli.views.prune import render
 from eplb_analyze.errors import EXIT_CHECK_FAILED
 
+#: Smaller limits are typing errors: 300k for 300G. A writer's own budget has the same minimum.
+LEAST_BYTES = 16 << 20
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
+_SECONDS = {"h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
 
 
 def parse_bytes(text: str) -> int:
@@ -24,13 +26,25 @@ def parse_bytes(text: str) -> int:
     unit = _BYTES[match[3]]
     if match[4]:
         unit = 1024 ** ("", *"kmgtp").index(match[3])
-    return int(match[1]) * unit + (int(match[2]) * unit // 10 ** len(match[2]) if match[2] else 0)
+    count = int(match[1]) * unit + (int(match[2]) * unit // 10 ** len(match[2]) if match[2] else 0)
+    if count < LEAST_BYTES:
+        raise typer.BadParameter(
+            f"{text!r} is less than 16Mi, so little would be left that it looks like a typing error; write a "
+            "unit, for example 500G, and use --max-age to remove old runs"
+        )
+    return count
 
 
 def parse_age(text: str) -> int:
-    """``7d``: an age in ns."""
-    match = re.fullmatch(r"([0-9]{1,9})\s*(s|m|min|h|d|w|y)", text.strip().lower())
-    if match is None:
+    """``7d``: an age in ns, at least an hour."""
+    match = re.fullmatch(r"([0-9]{1,9})\s*([a-z]+)", text.strip().lower())
+    if match is not None and match[2] == "m":
+        raise typer.BadParameter(
+            f"{text!r} could be minutes or months; write, for example, 12h, 7d, 4w or 1y"
+        )
+    if match is not None and (match[2] in ("s", "min") or (match[2] in _SECONDS and not int(match[1]))):
+        raise typer.BadParameter(f"{text!r}: the least age is 1h; write, for example, 12h, 7d, 4w or 1y")
+    if match is None or match[2] not in _SECONDS:
         raise typer.BadParameter(f"{text!r} is not an age; write, for example, 12h, 7d, 4w or 1y")
     return int(match[1]) * _SECONDS[match[2]] * 10**9
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from eplb_analyze.atomic import TEMPORARY, clear, hold, remove_held, remove_leftovers, scratch_folder
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.sessions.discovery import REMOVED_RUNS_FILE
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, read_manifest
 from eplb_analyze.storage import path as places
@@ -52,8 +53,6 @@ from eplb_dump.format.session import SessionInfo
 
 #: The folder, or object, that tells other prunes that one is at work.
 AT_WORK = ".prune.eplb.tmp"
-#: Where a dump keeps a line for each run that was removed.
-LOG = "pruned.jsonl"
 #: The mark of a prune in a bucket counts for so long after it was written.
 _MARK_NS = 600 * 10**9
 #: What reading a damaged file fails with: Arrow's errors have no number.
@@ -393,7 +392,7 @@ def _remove_objects(run: SurveyedRun) -> None:
 
 def log_removed(dump: StoragePath, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append lines to the dump's log of removed runs, each once. Raises OSError, UnreachableError."""
-    path = dump / LOG
+    path = dump / REMOVED_RUNS_FILE
     before = b""
     with suppress(FileNotFoundError):
         before = path.read_bytes()

@@ -2,7 +2,8 @@
 
 The unit is what the ranks of a run recorded of the same steps, so that no step is kept in full by some ranks
 only. The sizes of files that are still to be written are upper bounds, from the footers of files that are
-there: a dry run and the run decide alike, and the dump ends up within its limit.
+there: a dry run and the run decide alike, and the dump ends up within its limit. A number of bytes never
+costs the newest steps: a limit that is too small is an error to report, not an order to empty the dump.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun
 from eplb_dump.format.retention import NOTABLE_SHARE, SHARES, TIERS
 from eplb_dump.format.schema import Tier
+
+#: Clocks of hosts may differ by so much: what ended this long before a session began can be of its steps.
+_CLOCKS_NS = 60 * 10**9
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class Policy:
             raise UsageError(
                 "say what to keep: --max-bytes, --max-age, --keep-full, --keep-ranks or --keep-minutes"
             )
-        ages = [*named.items()]
+        ages = [*named.items(), *([] if self.max_age is None else [("max_age", self.max_age)])]
         for (finer, age), (coarser, longer) in itertools.pairwise(ages):
             if age > longer:
                 one, other = (f"--{name.replace('_', '-')}" for name in (finer, coarser))
                 raise UsageError(
-                    f"{one} is longer than {other}: {other} must be at least as long, as steps pass from "
-                    "tier to tier"
+                    f"{one} is longer than {other}: {other} must be at least as long, because steps "
+                    "pass from tier to tier and then are removed"
                 )
 
     @property
@@ -86,6 +90,12 @@ class Unit:
     tiers: dict[Piece, Tier] = field(default_factory=dict)
 
     @property
+    def model(self) -> str:
+        """The model of all of them."""
+        info = self.pieces[0].session.info
+        return "" if info is None else info.model
+
+    @property
     def tier(self) -> Tier:
         """The finest tier of what can be thinned; gone if nothing can."""
         return min((t for p, t in self.tiers.items() if p.fault is None), key=TIERS.index, default=Tier.GONE)
@@ -101,6 +111,8 @@ class RunPlan:
     removed: str | None = None
     #: Why pieces are thinned.
     reasons: dict[Piece, str] = field(default_factory=dict)
+    #: The newest pieces of the dump, if it stays larger than its limit because they are never given up.
+    newest: list[Piece] = field(default_factory=list)
 
     @property
     def moves(self) -> dict[Piece, Tier]:
@@ -175,11 +187,31 @@ def _unit(plan: RunPlan, pieces: list[Piece]) -> Unit:
     return Unit(
         plan,
         pieces,
-        live=next((p.session.live for p in pieces if p.session.live is not None), None),
+        live=_live(plan.run, pieces),
         notable=any(piece.notable for piece in pieces),
         last_ns=max(piece.last_ns for piece in pieces),
         tiers={piece: piece.tier for piece in pieces},
     )
+
+
+def _live(run: SurveyedRun, pieces: Sequence[Piece]) -> str | None:
+    """Why pieces must stay: the writer of one of them, or of the same steps, may be alive.
+
+    A protected session may hold steps in a journal, or in files that nothing lists. Everything that ranks of
+    its model recorded since it began then counts as the same steps.
+    """
+    for piece in pieces:
+        if piece.session.live is not None:
+            return piece.session.live
+    model = {piece.session.info.model for piece in pieces if piece.session.info is not None}
+    last_ns = max(piece.last_ns for piece in pieces) + _CLOCKS_NS
+    for session in run.sessions:
+        if session.live is None or (session.info is not None and session.info.model not in model):
+            continue
+        since = session.unlisted_since
+        if since is not None and last_ns >= since:
+            return session.live
+    return None
 
 
 class _Budget:
@@ -201,14 +233,37 @@ class _Budget:
                     self._of_tier[tier] += size
                     self._of_run[plan] += size - piece.entry.size
         self._total = sum(self._of_run.values())
+        #: It is never removed for bytes, nor are these thinned.
+        self._newest_run = max(
+            self._of_run, key=lambda plan: (plan.run.last_ns, plan.run.run_id), default=None
+        )
+        self._newest = self._newest_units()
 
     def apply(self) -> None:
+        self._apply()
+        if self._total > self._most:
+            for unit in self._newest:
+                if unit.live is None:
+                    unit.run.newest += [piece for piece in unit.pieces if piece.fault is None]
+
+    def _newest_units(self) -> set[Unit]:
+        """Of the newest run that holds figures: the newest unit of each model, if possible in full."""
+        units = [unit for plan in self._of_run for unit in plan.units if unit.tier is not Tier.GONE]
+        run = max(units, key=_order).run if units else None
+        newest: dict[str, Unit] = {}
+        for unit in sorted(
+            (u for u in units if u.run is run), key=lambda u: (u.tier is Tier.FULL, _order(u))
+        ):
+            newest[unit.model] = unit
+        return {*newest.values()}
+
+    def _apply(self) -> None:
         # What holds no figure any more goes first.
         for plan in sorted(self._of_run, key=lambda plan: plan.run.last_ns):
             if self._total <= self._most:
                 return
             self._remove_if_gone(plan)
-        units = [unit for plan in self._of_run for unit in plan.units if unit.live is None]
+        units = [u for plan in self._of_run for u in plan.units if u.live is None and u not in self._newest]
         spared = self._spared(units)
         for some in ([u for u in units if u not in spared], [*spared]):
             self._thin([unit for unit in some if unit.run.removed is None])
@@ -262,6 +317,8 @@ class _Budget:
     def _remove_if_gone(self, plan: RunPlan) -> None:
         """Remove a run if it holds nothing but what later steps would need."""
         if not plan.is_gone or plan.why_kept() is not None or plan.removed is not None:
+            return
+        if plan is self._newest_run:
             return
         if any(session.stuck is not None for session in plan.run.sessions):
             return

@@ -96,6 +96,19 @@ class SurveyedSession:
         return max([*newest, self.info.created_unix_ns])
 
     @property
+    def unlisted_since(self) -> int | None:
+        """Since when it may have recorded steps that are not in ``pieces``; None if all of them are."""
+        if self.info is None or (self.info.origin is not None and "times" in self.info.origin.unknown):
+            return 0
+        listed = {file.name for piece in self.pieces for file in piece.entry.files.values()}
+        others = (name.removesuffix(".tmp") for name in self.files.keys() - listed)
+        if self.pieces and not any(
+            SEGMENT_PATTERN.fullmatch(n) or JOURNAL_PATTERN.fullmatch(n) for n in others
+        ):
+            return None
+        return self.info.created_unix_ns
+
+    @property
     def stuck(self) -> str | None:
         """Why a part of it is neither thinned nor gone; None if nothing is."""
         if self.fault is not None:

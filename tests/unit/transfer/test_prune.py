@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -150,6 +151,7 @@ def test_run_older_than_all_limits_disappears_with_all_its_files(tmp_path: Path)
     logged = json.loads(line)
     assert (logged["run"], logged["models"], logged["reason"]) == ("old", ["m"], "age")
     assert logged["bytes"] == report.runs[0].bytes_before
+    assert (logged["first_step"], logged["last_step"]) == (0, 15)
 
 
 def test_ranks_of_the_same_steps_go_together(tmp_path: Path) -> None:
@@ -206,9 +208,10 @@ def test_live_writer_is_left_alone(tmp_path: Path) -> None:
     before = path.read_bytes()
     report = prune_dump(tmp_path, Policy(max_bytes=1))
     assert path.read_bytes() == before
-    assert list(tiers_of(folder).values()) == ["gone", "gone"]
-    (part,) = report.runs[0].kept
+    assert list(tiers_of(folder).values()) == ["gone", "full"]
+    part, newest = report.runs[0].kept
     assert (part.bytes, part.reason) == (len(before), "its journal is not sealed; `recover` seals it")
+    assert newest.reason == "the newest steps of the dump are never thinned for --max-bytes"
     assert report.over == report.bytes_after - 1
     assert prune_dump(tmp_path, Policy(max_age=days(10))).runs == []
     prune_dump(tmp_path, Policy(max_age=days(6)))
@@ -227,6 +230,52 @@ def test_what_live_ranks_recorded_with_dead_ones_is_left_alone(tmp_path: Path) -
     assert content_of(tmp_path) == before
     journal.close()
     assert set(tiers_of(dead).values()) == {"full"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_all_ranks_keep_the_steps_of_a_protected_session(data: st.DataObject) -> None:
+    """Whatever its writer has left so far: sealed segments, journals, no manifest, no ``session.json``."""
+    now = time.time_ns()
+    with tempfile.TemporaryDirectory() as top:
+        dump = Path(top)
+        count = data.draw(st.integers(1, 4))
+        last = [now - days(9) + seq * HOUR for seq in range(count)]
+        began = data.draw(st.integers(0, count - 1))
+        protected = data.draw(st.integers(0, 2))
+        state = data.draw(st.sampled_from(["journal", "no manifest", "no session", "copy"]))
+        sealed = data.draw(st.integers(0 if state == "journal" else 1, count - began))
+        folders = []
+        for rank in range(3):
+            mine = last if rank != protected else last[began : began + sealed]
+            folder = aged_session(
+                dump, "r", mine, rank=rank, scope=Scope.LOCAL, closed=rank != protected, step_ns=MINUTE
+            )
+            if rank != protected:
+                folders.append(folder)
+                continue
+            info = SessionInfo.from_dict(load_json((folder / SESSION_FILE).read_bytes()))
+            info = replace(info, created_unix_ns=last[began] - 16 * MINUTE)
+            (folder / SESSION_FILE).write_text(json.dumps(info.to_dict()))
+            begin_journal(folder, info, sealed, now).close()  # just now
+            if state == "no manifest":
+                (folder / MANIFEST_FILE).unlink()
+            elif state == "no session":
+                for path in [*folder.iterdir()]:
+                    if path.suffix == ".parquet" or path.name in (SESSION_FILE, MANIFEST_FILE):
+                        path.unlink()
+            elif state == "copy":
+                (folder / "copy.tmp").mkdir()
+        policy = Policy(
+            max_bytes=data.draw(st.sampled_from([None, 1, 50_000])),
+            keep_full=days(data.draw(st.integers(1, 4))),
+            max_age=days(5),
+        )
+        prune_dump(dump, policy)
+        for folder in folders:
+            found = tiers_of(folder)
+            assert [found[seq] for seq in range(began, count)] == ["full"] * (count - began)
+            assert all(found[seq] == "gone" for seq in range(began - 1)) or state == "no session"
 
 
 @pytest.mark.parametrize("state", ["between two journals", "not sealed yet", "no step yet", "just claimed"])
@@ -485,10 +534,38 @@ def test_dump_is_within_its_bytes_and_a_dry_run_says_so(share: float, tmp_path: 
         (r.run_id, r.action, r.moves, r.kept) for r in report.runs
     ]
     left = sum(path.stat().st_size for path in tmp_path.glob("run=*/**/*") if path.is_file())
-    assert left == report.bytes_after <= dry.bytes_after <= policy.max_bytes
+    assert left == report.bytes_after <= dry.bytes_after
+    if share:
+        assert dry.bytes_after <= policy.max_bytes
+    else:  # the newest segment stays
+        assert [tiers_of(folder)[3] for folder in sessions_of(tmp_path)] == ["full"]
+        assert report.over == left
     for folder in sessions_of(tmp_path):
         assert_whole(folder)
-    assert prune_dump(tmp_path, policy).runs == []
+    assert [run.action for run in prune_dump(tmp_path, policy).runs] == ([] if share else ["kept"])
+
+
+@pytest.mark.parametrize("tier", ["full", "ranks", "minutes"])
+def test_newest_steps_of_the_dump_stay_whatever_the_bytes_are(tier: str, tmp_path: Path) -> None:
+    now = time.time_ns()
+    aged_session(tmp_path, "old", [now - days(9)])
+    last = [now - days(4), now - days(3)]
+    ranks = [aged_session(tmp_path, "new", last, rank=rank, scope=Scope.LOCAL) for rank in range(3)]
+    draft = aged_session(tmp_path, "new", [now - days(5), now - days(4)], model="draft")
+    limits = {"full": {}, "ranks": {"keep_full": 1}, "minutes": {"keep_ranks": 1}}[tier]
+    prune_dump(tmp_path, Policy(**limits, max_age=days(20)))
+    report = prune_dump(tmp_path, Policy(max_bytes=1))
+    merged = tier == "minutes"  # sums per minute of neighbors are one file
+    assert [run.action for run in report.runs] == ["removed", "kept" if merged else "thinned"]
+    for folder in (*ranks, draft):
+        assert tiers_of(folder) == {0: tier if merged else "gone", 1: tier}
+        assert_whole(folder)
+    assert {part.reason for part in report.runs[1].kept} == {
+        "the newest steps of the dump are never thinned for --max-bytes"
+    }
+    assert report.over > 0
+    prune_dump(tmp_path, Policy(max_bytes=1, max_age=days(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned.jsonl"]
 
 
 # ---- older formats
@@ -778,7 +855,10 @@ def test_plan_follows_ages_and_bytes(data: st.DataObject) -> None:
                 left += size_at(piece, tier)
                 assert tier is Tier.GONE or now - piece.last_ns <= limit * DAY
                 by_age[plan.reasons.get(piece, "none")].append((piece.last_ns, tier.value))
-    assert left <= most or not any(t != "gone" for some in by_age.values() for _, t in some)
+    kept = [last_ns for some in by_age.values() for last_ns, t in some if t != "gone"]
+    newest = max((piece.last_ns for run in runs for s in run.sessions for piece in s.pieces), default=0)
+    assert left <= most or not kept or kept == [newest]
+    assert not any(plan.removed == "bytes" for plan in plans if plan.run.last_ns == newest)
     others = sorted(by_age["none"] + by_age["bytes"])
     ranks = [ORDER.index(tier) for _, tier in others]
     assert ranks == sorted(ranks, reverse=True)  # the older, the coarser
@@ -860,13 +940,34 @@ def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     one_error(cli("prune", "--max-age", "7d", tmp_path / "none"), 3, "no such folder")
     one_error(cli("prune", "--max-age", "7d", "--run", "x", tmp_path), 2, "it has no run 'x'", "r")
     one_error(cli("prune", "--max-age", "7d", tmp_path / "run=r"), 2, "pass the folder that contains run=")
-    result = cli("prune", "--max-bytes", "1", "--run", "r", "--dry-run", tmp_path)
+    result = cli("prune", "--max-age", "1d", "--run", "r", "--dry-run", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert "removed run r: " in result.stdout
     assert result.stdout.endswith("dry run: nothing was changed\n")
 
 
-def test_dump_that_stays_too_large_fails_the_job(tmp_path: Path) -> None:
+def test_folder_without_any_run_fails_the_job(tmp_path: Path, s3: S3) -> None:
+    """Its volume is not mounted, or elsewhere; an empty dump whose runs were removed is in order."""
+    dump = tmp_path / "parent" / "dump"
+    aged_session(dump, "r", [time.time_ns() - days(9)])
+    (tmp_path / "empty").mkdir()
+    for options in ([], ["--dry-run"], ["--json"], ["--run", "r"]):
+        command = ["prune", "--max-age", "7d", *options]
+        one_error(cli(*command, tmp_path / "parent"), 3, "no run in it", f"are dumps: {dump}")
+        one_error(cli(*command, tmp_path / "empty"), 3, "no run in it")
+    assert list((tmp_path / "empty").iterdir()) == []
+    one_error(cli("prune", "--max-age", "7d", s3.address(f"{s3.put(dump)}/wrong")), 3, "no run in it")
+    for runs in ("1 run", "0 runs"):
+        result = cli("prune", "--max-age", "7d", dump)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert runs in result.stdout
+    one_error(cli("summary", dump), 3, "no run in it", "`prune` removed the runs that pruned.jsonl lists")
+
+
+def test_dump_that_stays_too_large_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eplb_analyze.cli.commands import prune
+
+    monkeypatch.setattr(prune, "LEAST_BYTES", 1)
     now = time.time_ns()
     aged_session(tmp_path, "r", [now - days(2), now - 20 * HOUR], closed=False)
     result = cli("prune", "--max-bytes", "10k", tmp_path)
@@ -876,7 +977,8 @@ def test_dump_that_stays_too_large_fails_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"), [("500G", 500 * 10**9), ("64Mi", 64 << 20), ("1.5t", 1500 * 10**9), ("10 kB", 10_000)]
+    ("text", "bytes_"),
+    [("500G", 500 * 10**9), ("64Mi", 64 << 20), ("1.5t", 1500 * 10**9), ("16777216", 16 << 20)],
 )
 def test_sizes(text: str, bytes_: int) -> None:
     from eplb_analyze.cli.commands.prune import parse_bytes
@@ -885,12 +987,30 @@ def test_sizes(text: str, bytes_: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90m", 5400), ("12h", 43_200), ("4w", 2_419_200), ("1y", 31_536_000)]
+    ("text", "seconds"), [("1h", 3600), ("12 H", 43_200), ("4w", 2_419_200), ("1y", 31_536_000)]
 )
 def test_ages(text: str, seconds: int) -> None:
     from eplb_analyze.cli.commands.prune import parse_age
 
     assert parse_age(text) == seconds * 10**9
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [
+        *(("--max-bytes", text, ("is less than 16Mi", "500G")) for text in ("300k", "300", "0", "1.5M")),
+        *(("--max-age", text, ("could be minutes or months", "7d")) for text in ("7m", "1M", "90 m")),
+        *(("--keep-full", text, ("the least age is 1h", "12h")) for text in ("90s", "0d", "90min")),
+        *(("--keep-ranks", text, ("is not an age", "12h")) for text in ("7", "7mo", "d", "1.5d")),
+    ],
+)
+def test_limit_that_looks_like_a_typing_error_changes_nothing(
+    option: str, text: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    aged_session(tmp_path, "r", [time.time_ns() - days(9)])
+    before = content_of(tmp_path)
+    one_error(cli("prune", option, text, tmp_path), 2, option, repr(text), *words)
+    assert content_of(tmp_path) == before
 
 
 def test_folder_of_a_writer_that_begins_is_left_alone(tmp_path: Path) -> None:
