@@ -105,12 +105,16 @@ class Side(Report):
     rearrangements: int
     #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
+    #: The first and last step of each stretch in which incidents were looked for, as experts' loads are kept
+    #: there; null: all steps, empty: nowhere.
+    searched: list[tuple[int, int]] | None
 
     def to_json(self) -> dict[str, Any]:
         names = ["run_id", "model", "engine", "engine_version", "ep_size", "num_layers"]
         names += ["num_logical_experts", "num_physical_experts"]
         info = {name: getattr(self.info, name) for name in names}
-        return info | {name: value for name, value in super().to_json().items() if name != "info"}
+        known = {} if self.searched != [] else {"incidents": None}
+        return info | {name: value for name, value in super().to_json().items() if name != "info"} | known
 
 
 @dataclass(frozen=True)
@@ -315,7 +319,7 @@ class _Reading:
                     balance.add(block, terms)
                 sample.merge(CostSample.of(run, sampling, block, terms))
         self.cost = self._cost(sample)
-        self.incidents = incidents_of(run, balance, sample, self.cost, steps).found
+        self.incidents = incidents_of(run, balance, sample, self.cost, steps)
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
         self._tokens += float(terms.mean.sum()) * ranks
@@ -354,7 +358,9 @@ class _Reading:
         tokens = self._tokens / float(active) if active else None
         changes = self.run.history.rearrangements()
         within = [c for c in changes if self._steps.first < c.first_step < self._steps.end]
-        return Side(self.run.info, self.run.phase, self.whole, tokens, len(within), self.incidents)
+        found = self.incidents
+        searched = None if found.searched is None else [(p.first, p.end - 1) for p in found.searched]
+        return Side(self.run.info, self.run.phase, self.whole, tokens, len(within), found.found, searched)
 
 
 def _rows(terms: formulas.Terms) -> formulas.Float64:
@@ -461,7 +467,11 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
         yield f"B has {token_ratio:.2f}x the tokens per step; with more tokens, loads are naturally more even"
     within = max(routing.within_a or 0.0, routing.within_b or 0.0)
     if routing.distance is None:
-        yield "routing not compared: no placement is known, so tokens cannot be assigned to experts"
+        lost = [name for name, reading in (("A", a), ("B", b)) if reading.incidents.searched == []]
+        if lost:
+            yield f"routing not compared: experts' loads are no longer kept in {listed(lost)}"
+        else:
+            yield "routing not compared: no placement is known, so tokens cannot be assigned to experts"
     elif routing.distance > max(SMALL_DISTANCE, 2 * within):
         yield (
             f"different workload: {routing.distance:.0%} of the tokens go to different experts; between "

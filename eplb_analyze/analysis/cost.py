@@ -40,6 +40,7 @@ RARE = 0.01
 #: Step time is flat if imbalance costs at most this share of it.
 FLAT = 0.02
 #: Why a cost or a pause in milliseconds is not known, and what to do.
+NO_LOADS = "it needs experts' loads, which are no longer kept"
 NO_TIMES = "the recording has no step times; supply them with --timings"
 
 #: What step times are, by basis.
@@ -247,6 +248,12 @@ def _estimated(cost: RunCost, gpu: str, found: dict[str, Estimate] | str) -> Run
 
 def measured_cost(run: Run, sample: CostSample, timings: StepTimes | None = None) -> RunCost:
     """The cost that the times of a sample's steps show, without estimates; see :func:`cost_of`."""
+    seen = (
+        () if len(sample.step) or not sample.first or not sample.last else (sample.first[0], sample.last[0])
+    )
+    # The sample has no step of which only sums per rank are kept.
+    if seen and any(True for _ in run.tiers.by_rank.within(seen[0], seen[1] + 1)):
+        return _unknown(NO_LOADS)
     first = run.step_range[0] or 0
     changes = [step for step in run.load_history().changes if step > first] if len(sample.step) else []
     timings = run.timings if timings is None else timings

@@ -26,6 +26,7 @@ from eplb_analyze.analysis.layer_departures import (
 )
 from eplb_analyze.analysis.layer_loads import LayerLoads
 from eplb_analyze.metrics.change_points import MIN_STEPS
+from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 
 
@@ -36,17 +37,30 @@ class Incidents:
     Attributes:
         unexamined: smaller departures, which are not among them.
         restless: how many layers change their balance so often that only much larger drops are departures.
+        searched: the stretches of steps in which incidents were looked for; None: all steps, empty: nowhere,
+            and then incidents are not known.
     """
 
     found: list[Incident]
     unexamined: list[Found] = field(default_factory=list)
     restless: int = 0
+    searched: list[StepRange] | None = None
 
     def within(self, steps: StepRange) -> Incidents:
         """Those that have a step in a range; they keep their first and last step."""
         found = [i for i in self.found if i.first_step < steps.end and i.last_step >= steps.first]
         left = [one for one in self.unexamined if one.first < steps.end and one.end > steps.first]
-        return Incidents(found, left, self.restless)
+        return replace(self, found=found, unexamined=left)
+
+    def with_loads(self, run: Run, steps: StepRange) -> Incidents:
+        """Of a range of a run's steps, whose loads of experts may be retired in parts: without them a
+        departure is seen, and not what it is."""
+        by_rank = run.tiers.by_rank
+        if not any(True for _ in by_rank.within(*steps)):
+            return self
+        left = [one for one in self.unexamined if any(True for _ in by_rank.outside(one.first, one.end))]
+        searched = [*by_rank.outside(*steps)]
+        return replace(self, unexamined=left, restless=self.restless if searched else 0, searched=searched)
 
 
 def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:

@@ -196,11 +196,8 @@ def incidents_of(
     pa.default_memory_pool().release_unused()
     chosen = StepRange.of(steps)
     every, total = _with_others(run, chosen, values, sample)
-    series = every.series()
-    if series is None:
-        return Incidents([])
     loads = RunLoads(run, lambda: cost if every is values else measured_cost(run, total))
-    return find_incidents(series, loads).within(chosen)
+    return _found(run, every, loads, chosen)
 
 
 def incidents_in(run: Run, steps: tuple[int, int] | None = None) -> Incidents:
@@ -210,12 +207,16 @@ def incidents_in(run: Run, steps: tuple[int, int] | None = None) -> Incidents:
         return Incidents([])
     values, sample = BalanceValues(steps_per_value(last + 1 - first)), CostSample.empty()
     _read(run, StepRange(first, last + 1), Sampling(run, first, last), values, sample)
-    series = values.series()
-    if series is None:
-        return Incidents([])
     pa.default_memory_pool().release_unused()
-    loads = RunLoads(run, lambda: measured_cost(run, sample))
-    return find_incidents(series, loads).within(StepRange.of(steps))
+    return _found(run, values, RunLoads(run, lambda: measured_cost(run, sample)), StepRange.of(steps))
+
+
+def _found(run: Run, values: BalanceValues, loads: RunLoads, steps: StepRange) -> Incidents:
+    """The incidents with a step in a range."""
+    first, last = (0 if step is None else step for step in run.step_range)
+    series = values.series()
+    found = Incidents([]) if series is None else find_incidents(series, loads).within(steps)
+    return found.with_loads(run, steps.clip(first, last + 1))
 
 
 def _with_others(

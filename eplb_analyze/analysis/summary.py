@@ -122,6 +122,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         incidents=incidents.found,
         unexamined_departures=len(incidents.unexamined),
         restless_layers=incidents.restless,
+        searched=incidents.searched,
         acted=acted,
         contradictions=[*sums.conservation.findings_of_sums(run)],
         not_due=why,

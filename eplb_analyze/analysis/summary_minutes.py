@@ -7,6 +7,8 @@ that incidents are looked for where steps are kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost
@@ -59,7 +61,9 @@ SEARCHED_STEPS = 100_000
 #: Balancedness over time is kept in at most so many sums, for comparisons of runs.
 MAX_SERIES = 4096
 #: Why the cost in milliseconds is not known.
-NOT_MEASURED = "not measured from roll-ups, because it is fitted to single steps"
+NOT_MEASURED = "it needs single steps, and only per-minute sums are used"
+#: Of incidents, if no step was read.
+NOT_SEARCHED = Incidents([], searched=[])
 
 
 def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool = True) -> Summary:
@@ -87,7 +91,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         raise nothing_kept(run, steps) if run.phase is None else run.nothing_complete(steps)
     what = kept(run)
     covered = StepRange(sums.first, sums.last + 1)
-    found, searched = _incidents(run, covered, what) if search else (Incidents([]), None)
+    found = _incidents(run, covered) if search else NOT_SEARCHED
     changes = [r for r in run.history.rearrangements() if covered.first <= r.first_step < covered.end]
     configurations = [c for c in sums.configurations if c.recorded]
     last = configurations[-1] if configurations else None
@@ -128,11 +132,12 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         incidents=found.found,
         unexamined_departures=len(found.unexamined),
         restless_layers=found.restless,
+        searched=found.searched,
         acted=acted,
         contradictions=[],
         not_due=why,
         overdue=overdue(run, (sums.first, sums.last)) if acted is False and why is None else None,
-        rollup=_rollup(run, sums, configurations, minutes, what, searched),
+        rollup=_rollup(run, sums, configurations, minutes, what),
     )
 
 
@@ -142,7 +147,6 @@ def _rollup(
     configurations: list[ConfigurationMinutes],
     minutes: MinuteRange | None,
     what: Kept,
-    searched: tuple[int, int] | None,
 ) -> Rollup:
     local = run.scope is Scope.LOCAL
     return Rollup(
@@ -155,7 +159,6 @@ def _rollup(
         gone_until=what.gone_until,
         step_ms=None if local else step_milliseconds(sums),
         summed=_summed(run, configurations) if local else None,
-        searched=searched,
         series=[] if local else _series(sums),
     )
 
@@ -285,28 +288,29 @@ def timeline_of(sums: MinuteTotals) -> list[Bin]:
     return bins
 
 
-def _incidents(run: Run, covered: StepRange, what: Kept) -> tuple[Incidents, tuple[int, int] | None]:
-    """Those where steps are kept in full, and the range of steps in which they were looked for.
+def _incidents(run: Run, covered: StepRange) -> Incidents:
+    """Those where steps are kept in full.
 
     In at most the newest ``SEARCHED_STEPS``, so that a long time costs no more.
     """
     first, last = run.step_range
-    if what.steps_since is None or first is None or last is None:
-        return Incidents([]), None
+    if first is None or last is None:
+        return NOT_SEARCHED
     low, high = covered.clip(first, last + 1)
     parts = [*run.tiers.without_loads.outside(max(low, high - SEARCHED_STEPS), high)]
     if low >= high or not parts:
-        return Incidents([]), None
+        return NOT_SEARCHED
     found = StepRange(parts[0].first, parts[-1].end)
     everything = found.first <= first and found.end > last
     sums = sums_of(run, found, bins_of(run, found), bins_of(run) if everything else None)
     if not sums.seen.seen:
-        return Incidents([]), None
-    searched = found.first, found.end - 1
+        return NOT_SEARCHED
     no_cost = _cost(MinuteTotals(run))
     if last + 1 - first <= SEARCHED_STEPS:
-        return incidents_of(run, sums.balance, sums.cost, no_cost, found), searched
-    series = sums.balance.series()
-    if series is None:
-        return Incidents([]), searched
-    return find_incidents(series, RunLoads(run, lambda: no_cost)), searched
+        incidents = incidents_of(run, sums.balance, sums.cost, no_cost, found)
+    else:
+        series = sums.balance.series()
+        loads = RunLoads(run, lambda: no_cost)
+        incidents = Incidents([]) if series is None else find_incidents(series, loads)
+        incidents = incidents.with_loads(run, found)
+    return replace(incidents, searched=parts)

@@ -21,6 +21,7 @@ from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.run_info import RunInfo
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import iso, listed, percent, plural
 
 HOT_EXPERTS = 10
@@ -180,7 +181,6 @@ class Rollup(Report):
     gone_until: int | None
     step_ms: StepMilliseconds | None
     summed: SummedLoads | None
-    searched: tuple[int, int] | None
     #: (sum of balancedness, number of steps) of consecutive minutes, for comparisons of runs.
     series: list[tuple[float, int]]
 
@@ -205,8 +205,6 @@ class Rollup(Report):
                 "step_ms": self.step_ms,
                 #: Of scope local only: sums of single ranks do not show the balancedness of steps.
                 "summed": self.summed,
-                #: The first and last step in which incidents were looked for; null: no step was read.
-                "searched": self.searched,
             }
         )
 
@@ -248,6 +246,9 @@ class Summary(Report):
     unexamined_departures: int
     #: Layers whose balance changes abruptly all the time: only much larger drops are incidents there.
     restless_layers: int
+    #: The stretches of steps in which incidents were looked for and the cost was measured, as experts' loads
+    #: are kept there. None: all steps; empty: nowhere, and incidents are not known.
+    searched: list[StepRange] | None
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
     #: How loads contradict each other or `num_tokens`, as far as their sums over ranks show it; `check` reads
@@ -269,8 +270,16 @@ class Summary(Report):
         return verdict_of(self)
 
     @property
+    def incidents_known(self) -> bool:
+        """Whether incidents were looked for anywhere."""
+        return bool(self.incidents) or self.searched is None or bool(self.searched)
+
+    @property
     def lost_rank_seconds(self) -> float | None:
         """The time that ranks lost, by the measured cost; see :meth:`RunCost.rank_seconds`."""
+        # Experts' loads are kept longer of what is notable, so those steps do not stand for the others.
+        if self.searched is not None:
+            return None
         # A sampled step stands for those that were not sampled.
         return self.cost.rank_seconds(
             self.run.interval * sum(c.recorded * (c.ep_size - len(c.lost_ranks)) for c in self.configurations)
@@ -327,7 +336,13 @@ class Summary(Report):
                 #: The time that ranks lost: the cost in the measured phases × steps × interval × ranks that
                 #: serve; 0 if no cost is measurable, null if it is not known.
                 "lost_rank_seconds": self.lost_rank_seconds,
-                "incidents": self.incidents,
+                #: null: they are not known.
+                "incidents": self.incidents if self.incidents_known else None,
+                #: The first and last step of each stretch in which incidents were looked for and their cost
+                #: was measured; null: all steps.
+                "searched": (
+                    None if self.searched is None else [(part.first, part.end - 1) for part in self.searched]
+                ),
                 "unexamined_departures": self.unexamined_departures,
                 "restless_layers": self.restless_layers,
                 "configurations": self.configurations,
@@ -372,7 +387,13 @@ def verdict_of(summary: Summary) -> Verdict:
         what = "No complete step has a token." if summary.configurations else "No step is complete."
         return Verdict("incomplete_data", what)
     share = summary.cost.share_of_step
-    if summary.cost.status is CostStatus.MEASURED and share is not None and share.estimate >= COSTLY:
+    whole = summary.searched is None
+    if (
+        whole
+        and summary.cost.status is CostStatus.MEASURED
+        and share is not None
+        and share.estimate >= COSTLY
+    ):
         cost = f"Imbalance costs {percent(share.estimate)} of step time"
         return Verdict("imbalanced", f"{cost}; {percent(COSTLY, 0)} or more is imbalanced.")
     if mean < IMBALANCED:
@@ -388,6 +409,8 @@ def verdict_of(summary: Summary) -> Verdict:
         count = len(summary.incidents)
         are = "is" if count == 1 else "are"
         return Verdict("mostly_balanced", f"{above}, but there {are} {plural(count, 'incident')}.")
+    if not whole:
+        return Verdict("mostly_balanced", f"{above}; incidents were not looked for in all steps.")
     return Verdict("balanced", f"{above}, and there is no incident.")
 
 

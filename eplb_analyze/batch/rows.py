@@ -248,8 +248,7 @@ def _worst_incident(summary: Summary) -> dict[str, Any]:
     """The fields of a row about incidents."""
     incidents = summary.incidents
     if not incidents:
-        unknown = summary.rollup is not None and summary.rollup.searched is None
-        return {"incidents": None if unknown else 0}
+        return {"incidents": 0 if summary.incidents_known else None}
     worst = max(incidents, key=excess_tokens)
     return {
         "incidents": len(incidents),

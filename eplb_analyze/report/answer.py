@@ -5,11 +5,11 @@ Every sentence that both show is composed here, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eplb_analyze.analysis.cost import TIMES, PhaseCost, RunCost
+from eplb_analyze.analysis.cost import NO_LOADS, TIMES, PhaseCost, RunCost
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.summary_report import Loss, Rollup, Summary
     from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.run_info import RunInfo
+    from eplb_analyze.sessions.step_range import StepRange
 
 #: The verdict and the warnings as they stand out, in a pipe too.
 TITLES = {
@@ -104,7 +105,8 @@ def answer_of(summary: Summary, clock: RunClock, paste: Paste = command_line) ->
             *_rolled_up(summary),
             *(_judged(summary) if figures else []),
             *(pauses if costly else []),
-            *([cost_sentence(summary.cost), *_recoverable(summary)] if figures else []),
+            *([cost_sentence(summary.cost), *_measured_in(summary, clock)] if figures else []),
+            *(_recoverable(summary) if figures else []),
             *([] if costly else pauses),
             *_long_gaps(summary, clock),
         ],
@@ -140,13 +142,28 @@ def source(summary: Summary, clock: RunClock) -> str | None:
 
 def searched(summary: Summary, clock: RunClock) -> str | None:
     """Where incidents were looked for, if not in all steps."""
-    rollup = summary.rollup
-    if rollup is None:
+    if summary.searched is None:
         return None
-    if rollup.searched is None:
+    if not summary.searched:
+        if summary.rollup is None:
+            return f"incidents are not known: {NO_LOADS.replace('it needs', 'finding them needs')}"
         return "incidents are not known: sums per minute do not show them, and no step was read"
     none = "" if summary.incidents else "; there is none"
-    return f"incidents are looked for only in {clock.range_label(*rollup.searched)}{none}"
+    return f"incidents are looked for only in {_stretches(summary.searched, clock)}{none}"
+
+
+def _stretches(parts: Sequence[StepRange], clock: RunClock) -> str:
+    label = clock.range_label(parts[0].first, parts[-1].end - 1)
+    if len(parts) == 1:
+        return label
+    return f"{sum(part.end - part.first for part in parts):,} steps of {label}"
+
+
+def _measured_in(summary: Summary, clock: RunClock) -> list[str]:
+    """Where the cost was measured, if not in all steps."""
+    if not summary.searched or summary.cost.ms_per_step is None:
+        return []
+    return [f"The cost covers only {_stretches(summary.searched, clock)}, whose experts' loads are kept."]
 
 
 def _rolled_up(summary: Summary) -> list[str]:
@@ -304,7 +321,7 @@ def _judged(summary: Summary) -> list[str]:
     if cost.share_of_step is None or cost.status is CostStatus.ESTIMATED:
         return []
     # The steps that are left out may have been the slow ones.
-    if summary.verdict.verdict == "incomplete_data":
+    if summary.verdict.verdict == "incomplete_data" or summary.searched is not None:
         return []
     costs = [incident.cost.ms_per_step for incident in summary.incidents]
     noticeable = EXPLAINS_LITTLE * (cost.step_ms_p50 or 0.0)

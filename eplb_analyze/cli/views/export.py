@@ -90,10 +90,11 @@ def render_trace(console: Console, report: TraceExport, *, named: bool) -> None:
     """``named``: the ranks were chosen with --rank, which excludes --max-ranks."""
     print_heading(console, "trace", f" · {report.model} · run {report.run_id}")
     steps = range_text(console, report.first_step, report.last_step)
-    found = f"{plural(report.incidents, 'incident')}, {plural(report.rearrangements, 'rearrangement')}"
+    known = "incidents not known" if report.incidents is None else plural(report.incidents, "incident")
+    found = f"{known}, {plural(report.rearrangements, 'rearrangement')}"
     console.print(f"{plural(report.steps.seen, 'step')}, {steps}; {found}")
-    known = {name: count for name, count in report.durations.items() if count}
-    lengths = [f"{DURATIONS[name]} ({count:,})" for name, count in known.items()]
+    timed = {name: count for name, count in report.durations.items() if count}
+    lengths = [f"{DURATIONS[name]} ({count:,})" for name, count in timed.items()]
     print_line(console, f"step durations: {'; '.join(lengths)}")
     if report.ranks:
         left_out = 0 if named else report.ranks_left_out

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from eplb_analyze import atomic
+from eplb_analyze.analysis.incident_finder import Incidents
 from eplb_analyze.analysis.incident_series import incidents_in
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
@@ -78,8 +79,8 @@ class TraceExport(RunReport):
     durations: dict[str, int]
     #: Steps that are drawn shorter than they took, because the step before had just been recorded.
     shortened: int
-    #: How many incidents of `summary` are in the file.
-    incidents: int
+    #: How many incidents of `summary` are in the file; null: they are not known.
+    incidents: int | None
     rearrangements: int
     #: The ranks with tracks of their own.
     ranks: list[int]
@@ -125,8 +126,8 @@ def export_trace(
             raise NotInDumpError(f"{run.path}: rank {rank} recorded nothing; recorded ranks: {known}")
 
     def export() -> TraceExport:
-        incidents = incidents_in(run, steps).found
-        chosen = _ranks(run, incidents, most_ranks) if ranks is None else sorted(set(ranks))
+        incidents = incidents_in(run, steps)
+        chosen = _ranks(run, incidents.found, most_ranks) if ranks is None else sorted(set(ranks))
         with atomic.new_file(file, force=force) as out:
             with _compressed(out, file) as text:
                 trace = _Trace(run, text, steps, incidents, chosen)
@@ -248,7 +249,7 @@ class _Trace:
         run: Run,
         out: IO[bytes],
         steps: tuple[int, int] | None,
-        incidents: list[Incident],
+        incidents: Incidents,
         ranks: list[int],
     ) -> None:
         self._run, self._steps = run, steps
@@ -270,7 +271,8 @@ class _Trace:
         self._whole = self._track.process
         self._ranks = [RankTrack(self._file, rank) for rank in ranks]
         self._counters, self._phases = Counters(), Phases()
-        self._incidents = [(one, Interval(one.first_step, one.last_step)) for one in incidents]
+        self._searched = incidents.searched
+        self._incidents = [(one, Interval(one.first_step, one.last_step)) for one in incidents.found]
         self._changes = [
             (one, Interval(one.first_step, one.last_step))
             for one in run.history.rearrangements()
@@ -451,7 +453,11 @@ class _Trace:
             base_unix_ns=self._base,
             durations={name: self._durations[number] for number, name in enumerate(BASES)},
             shortened=self._shortened,
-            incidents=sum(interval.begin is not None for _, interval in self._incidents),
+            incidents=(
+                None
+                if self._searched == []
+                else sum(interval.begin is not None for _, interval in self._incidents)
+            ),
             rearrangements=sum(interval.begin is not None for _, interval in self._changes),
             ranks=tracks,
             ranks_left_out=len({*present} - {*tracks}),
@@ -461,6 +467,9 @@ class _Trace:
     def _notes(self, first: int, last: int) -> list[str]:
         run = self._run
         notes = run.import_caveats("step_order")
+        if self._searched is not None:
+            where = "where they are kept" if self._searched else "which no step has"
+            notes.append(f"incidents are looked for by experts' loads, {where}")
         notes += estimate_notes(run, self._read.missing_ranks, self._complete, first, last)
         if self._shortened > self._seen.seen / 2:
             notes.append(

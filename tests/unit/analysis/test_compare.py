@@ -147,6 +147,7 @@ def test_json_has_the_stable_keys(pair: tuple[Path, Any, Any]) -> None:
     assert list(document["a"]) == [
         "run_id", "model", "engine", "engine_version", "ep_size", "num_layers", "num_logical_experts",
         "num_physical_experts", "phase", "steps", "tokens_per_step", "rearrangements", "incidents",
+        "searched",
     ]  # fmt: skip
     assert (document["a"]["run_id"], document["b"]["run_id"]) == ("a", "b")
     difference = ["a", "b", "difference", "low", "high", "verdict"]
@@ -396,7 +397,9 @@ def test_incidents_beyond_the_top_are_counted() -> None:
         cost = IncidentCost(None, 9.0)
         return Incident(2, (2,), (), first, first + 9, None, None, 2.0, 1.1, Cause("unknown"), None, cost)
 
-    side: Any = SimpleNamespace(incidents=[incident(20 * i) for i in range(5)], steps=Completeness())
+    side: Any = SimpleNamespace(
+        incidents=[incident(20 * i) for i in range(5)], steps=Completeness(), searched=None
+    )
     clock = RunClock("r", [])
     text = io.StringIO()
     _incidents(console(text), "B", side, clock, 3)

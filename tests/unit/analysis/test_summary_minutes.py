@@ -163,7 +163,7 @@ def test_run_of_which_no_step_is_kept_has_the_same_figures(root: Path, *, merged
     found = summary_of(root)
     assert_same_means(found, exact)
     assert found.rollup is not None
-    assert found.rollup.searched is None
+    assert found.searched == []
     assert found.verdict == exact.verdict
     # An expert is named by those of its slots that a minute names: at least so many tokens.
     shares = {(e.layer, e.logical): e.share for e in exact.hot_experts}
@@ -182,7 +182,7 @@ def test_one_retired_segment_makes_every_figure_of_its_range_come_from_minutes(r
     assert found.rollup is not None
     assert found.rollup.steps_since == time_of(2 * SEGMENT - 1)
     # Incidents are looked for where steps are kept.
-    assert found.rollup.searched == (2 * SEGMENT, STEPS - 1)
+    assert found.searched == [(2 * SEGMENT, STEPS)]
     assert [(i.first_step, i.cause.kind) for i in found.incidents] == [
         (i.first_step, i.cause.kind) for i in exact.incidents
     ]
@@ -199,17 +199,17 @@ def test_incidents_are_looked_for_in_the_newest_steps_with_loads(
     thin_to(folder, {Tier.MINUTES: [0], Tier.RANKS: [1, 2]})
     found = summary_of(root)
     assert found.rollup is not None
-    assert found.rollup.searched == (3 * SEGMENT, STEPS - 1)
+    assert found.searched == [(3 * SEGMENT, STEPS)]
     (incident,) = found.incidents
     assert abs(incident.first_step - SKEWED.start) <= 2
     monkeypatch.setattr(summary_minutes, "SEARCHED_STEPS", STEPS - 340)
     bounded = summary_of(root)
     assert bounded.rollup is not None
-    assert bounded.rollup.searched == (340, STEPS - 1)
+    assert bounded.searched == [(340, STEPS)]
     assert [(i.first_step, i.layers) for i in bounded.incidents] == [(incident.first_step, incident.layers)]
     asked = summary_of(root, tier="minutes")
     assert asked.rollup is not None
-    assert (asked.rollup.searched, asked.incidents) == (None, [])
+    assert (asked.searched, asked.incidents) == ([], [])
 
 
 def test_range_of_steps_selects_whole_minutes(root: Path) -> None:
@@ -452,7 +452,7 @@ def test_output_says_what_figures_are_from(root: Path) -> None:
         "22:15:02 on, as minutes from 22:14:12 on, nothing of some before 22:14:11" in text
     )
     assert "±0.00" in text
-    assert "The cost of imbalance is not known: not measured from roll-ups" in text
+    assert "The cost of imbalance is not known: it needs single steps" in text
     assert "incidents are looked for only in steps 256-899" in text
     document = json.loads(cli("summary", root, "--json").stdout)
     assert document["tier"] == "minutes"
