@@ -283,4 +283,4 @@ def test_scrape_configuration_passes_promtool(tmp_path: Path) -> None:
     command = ["promtool", "check", "config", "prometheus.yml"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "14 rules found" in result.stdout
+    assert "15 rules found" in result.stdout

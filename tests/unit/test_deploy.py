@@ -15,6 +15,7 @@ from typer.main import get_command
 from eplb_analyze.cli.app import app
 from eplb_analyze.live.metric_families import METRICS
 from eplb_dump import WriterStats
+from eplb_dump.budget import Retention
 from eplb_dump.metrics_file import render
 
 DEPLOY = ROOT / "deploy"
@@ -129,11 +130,11 @@ def test_panels_say_what_they_show_and_take_the_chosen_data_source() -> None:
 def test_sidecar_manifest_fits_the_scrape_configuration() -> None:
     manifest = yaml.safe_load((DEPLOY / "kubernetes/sidecar.yaml").read_text())
     pod = manifest["spec"]["template"]["spec"]
-    engine, sidecar = pod["containers"]
+    engine, sidecar, retention = pod["containers"]
     assert sidecar["command"] == ["eplb-analyze", "serve-metrics"]
     folder = {"name": "EXPERT_LOAD_DUMP_DIR", "value": "/dumps"}
-    assert folder in engine["env"]
-    assert folder in sidecar["env"]
+    for container in (engine, sidecar, retention):
+        assert folder in container["env"]
     (mount,) = sidecar["volumeMounts"]
     assert mount == {"name": "dumps", "mountPath": "/dumps", "readOnly": True}
     (port,) = sidecar["ports"]
@@ -141,6 +142,26 @@ def test_sidecar_manifest_fits_the_scrape_configuration() -> None:
     defaults = {parameter.name: parameter.default for parameter in command.commands["serve-metrics"].params}
     assert port["containerPort"] == defaults["port"]
     scrape = yaml.safe_load((DEPLOY / "prometheus/scrape.yml").read_text())
-    (job,) = scrape["scrape_configs"]
-    assert job["job_name"] == "eplb"
-    assert any(one.get("regex") == port["name"] for one in job["relabel_configs"])
+    assert [job["job_name"] for job in scrape["scrape_configs"]] == ["eplb", "engine"]
+    for job, scraped in zip(scrape["scrape_configs"], (port, *engine["ports"]), strict=True):
+        assert any(one.get("regex") == scraped["name"] for one in job["relabel_configs"])
+        # The alerts join engines and sidecars by these.
+        assert {one.get("target_label") for one in job["relabel_configs"]} == {None, "namespace", "pod"}
+
+
+def variables(container: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in container["env"]}
+
+
+def test_claim_of_the_sidecar_manifest_holds_what_its_writers_and_its_retention_allow() -> None:
+    manifest = yaml.safe_load((DEPLOY / "kubernetes/sidecar.yaml").read_text())
+    engine, _, retention = manifest["spec"]["template"]["spec"]["containers"]
+    (claim,) = manifest["spec"]["volumeClaimTemplates"]
+    (storage,) = re.fullmatch(r"(\d+)Gi", claim["spec"]["resources"]["requests"]["storage"]).groups()  # type: ignore[union-attr]
+    (ranks,) = re.findall(r"--tensor-parallel-size (\d+)", engine["args"][0])
+    budget = Retention.of(variables(engine)["EXPERT_LOAD_DUMP_MAX_BYTES"], None, None).max_bytes
+    assert budget is not None
+    (line,) = re.findall(r"eplb-analyze prune .*", retention["args"][0])
+    (earlier,) = re.findall(r"--max-bytes (\d+)G$", line)
+    # A tenth is for the file system.
+    assert (int(ranks) * budget + int(earlier) * 10**9) * 1.1 <= int(storage) * 2**30
