@@ -400,6 +400,14 @@ class ParquetSegment:
                     return False
         return True
 
+    def placement_steps(self) -> Int64:
+        """The steps of the rows of ``placements``. Raises DamagedSegmentError."""
+        table = self._read_all("placements", ["step"])
+        if table is None:
+            return np.empty(0, np.int64)
+        with reading_faults(self, "placements", self.file_path("placements")):
+            return _steps(table.column("step").combine_chunks())
+
     def placements(self) -> PlacementRows:
         table = self._read_all("placements", ["step", "layer", "ep_size", "physical_to_logical"])
         if table is None:

@@ -197,6 +197,17 @@ def top_slots(shape: Shape) -> int:
     return min(TOP_SLOTS, shape.num_physical_experts)
 
 
+def keys_of(steps: StepRows, placement_steps: Int64) -> Int64:
+    """What a row is for, by step: minute, number of the placement in the segment, phase: ``[3, len(steps)]``.
+
+    ``placement_steps``: the steps of the rows of ``placements``.
+    """
+    changes = np.unique(placement_steps)
+    minute = steps.time_ns // MINUTE_NS
+    placement = np.searchsorted(changes, steps.step, side="right")
+    return np.stack([minute, placement, steps.phase.astype(np.int64)])
+
+
 class MinutesBuilder:
     """Makes the rows of a segment while its loads are read, layer by layer."""
 
@@ -213,14 +224,7 @@ class MinutesBuilder:
         """``summed``: the loads are sums over all ranks."""
         self._steps, self._shape, self._summed = steps, shape, summed
         self._token_replication = token_replication
-        changes = np.unique(placements.step)
-        keys = np.stack(
-            [
-                steps.time_ns // MINUTE_NS,
-                np.searchsorted(changes, steps.step, side="right"),
-                steps.phase.astype(np.int64),
-            ]
-        )
+        keys = keys_of(steps, placements.step)
         self._keys, group = np.unique(keys, axis=1, return_inverse=True)
         self._group = group.reshape(-1)
         recorded = np.flatnonzero(steps.status == Status.RECORDED)

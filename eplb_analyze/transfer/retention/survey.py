@@ -22,7 +22,7 @@ from eplb_analyze.storage.bucket import Entry
 from eplb_analyze.storage.path import StoragePath, requests_at_once
 from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedSegment
-from eplb_dump.format.minutes import MINUTE_NS
+from eplb_dump.format.minutes import keys_of
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     LEVEL_PREFIXES,
@@ -55,7 +55,7 @@ class Piece:
     notable: bool = False
     #: Why it stays as it is, although its session may be changed.
     fault: str | None = None
-    #: At most so many rows of ``minutes`` are made of it, if it has none.
+    #: So many rows of ``minutes`` are made of it, if it has none.
     rows_of_minutes: int = 0
     #: Its bytes by tier, as far as they were computed.
     sizes: dict[Tier, int] = field(default_factory=dict)
@@ -272,19 +272,25 @@ def _piece(session: SurveyedSession, entry: SealedSegment) -> Piece:
         piece.first_ns = piece.last_ns = session.info.created_unix_ns
     elif entry.times is not None:
         piece.first_ns, piece.last_ns = entry.times
-    elif entry.step_rows and piece.fault is None:
-        try:
-            rows = ParquetSegment(session.folder, session.info, entry).steps()
-            piece.first_ns, piece.last_ns = int(rows.time_ns.min()), int(rows.time_ns.max())
-            if "minutes" not in entry.files:
-                groups = len(np.unique(np.stack([rows.time_ns // MINUTE_NS, rows.phase]), axis=1).T)
-                changes = entry.files["placements"].rows if "placements" in entry.files else 0
-                piece.rows_of_minutes = min(entry.step_rows, groups * (1 + changes))
-        except DamagedSegmentError as error:
-            piece.fault = str(error)
+    has_steps = "steps" in entry.files and entry.step_rows and piece.fault is None
+    if has_steps and not (piece.last_ns and "minutes" in entry.files):
+        _read_steps(piece, session.info)
     if not piece.last_ns:
         piece.first_ns = piece.last_ns = session.info.created_unix_ns
     return piece
+
+
+def _read_steps(piece: Piece, info: SessionInfo) -> None:
+    """Learn what the manifest does not say of a segment from before version 1.2."""
+    try:
+        segment = ParquetSegment(piece.session.folder, info, piece.entry)
+        rows = segment.steps()
+        if not piece.last_ns:
+            piece.first_ns, piece.last_ns = int(rows.time_ns.min()), int(rows.time_ns.max())
+        if "minutes" not in piece.entry.files:
+            piece.rows_of_minutes = np.unique(keys_of(rows, segment.placement_steps()), axis=1).shape[1]
+    except DamagedSegmentError as error:
+        piece.fault = str(error)
 
 
 def _live(session: SurveyedSession) -> str | None:

@@ -27,7 +27,7 @@ from eplb_analyze.storage.path import storage_path
 from eplb_analyze.transfer.prune import PruneReport, prune_dump
 from eplb_analyze.transfer.retention.plan import Policy, make_plan
 from eplb_analyze.transfer.retention.sizes import size_at
-from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun, SurveyedSession
+from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun, SurveyedSession, survey
 from eplb_dump.format import files, retention
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.manifest import Manifest, SealedFile, SealedSegment
@@ -578,6 +578,11 @@ def test_older_format_gets_sums_per_minute_before_its_loads_go(version: str, tmp
     for folder in sessions_of(tmp_path):
         set_back(folder, time.time_ns() - days(3))
     cli("recover", tmp_path)
+    pieces = [p for run in survey(tmp_path) for s in run.sessions for p in s.pieces]
+    expected_rows = {
+        (p.session.folder, p.entry.seq): p.rows_of_minutes for p in pieces if "minutes" not in p.entry.files
+    }
+    expected_bytes = {(p.session.folder, p.entry.seq): size_at(p, Tier.RANKS) for p in pieces}
     prune_dump(tmp_path, Policy(keep_full=1))
     for rank, folder in enumerate(sessions_of(tmp_path)):
         entries = manifest_of(folder).entries.values()
@@ -588,6 +593,9 @@ def test_older_format_gets_sums_per_minute_before_its_loads_go(version: str, tmp
         assert_whole(folder)
         steps = [truth[step][rank] for step in range(12)]
         for entry in thinned:
+            assert entry.size <= expected_bytes[folder, entry.seq]
+            rows = entry.files["minutes"].rows
+            assert rows == expected_rows.pop((folder, entry.seq), rows)
             assert entry.times is not None
             rolled = Minutes.from_table(pq.read_table(folder / entry.files["minutes"].name), entry.shape)
             mine = steps[entry.first_step : entry.last_step + 1]
@@ -598,6 +606,7 @@ def test_older_format_gets_sums_per_minute_before_its_loads_go(version: str, tmp
                 sum(load[i][half] for i in range(layer, len(load), 2)) for layer in (0, 1) for half in (0, 1)
             ]
             assert rolled["rank_load"].sum(axis=0).tolist() == expected
+    assert version == "v1.2" or len(expected_rows) < len(pieces) - 1  # some were compared
 
 
 # ---- merging ranks
