@@ -15,7 +15,8 @@ from aged_runs import DAY, aged_session, begin_journal, set_back
 from helpers import ROOT
 
 from eplb_dump import budget as budget_module
-from eplb_dump.budget import SEGMENT_SHARE
+from eplb_dump.arguments import require_bytes
+from eplb_dump.budget import LEAST_BUDGET, SEGMENT_SHARE
 from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.retention import SHARES
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE
@@ -33,8 +34,9 @@ def documents(page: str) -> list[Any]:
 
 
 def test_example_deployments_are_consistent() -> None:
-    deployment, group = documents(PAGE)
-    assert [d["kind"] for d in (deployment, group)] == ["Deployment", "LeaderWorkerSet"]
+    claim, deployment, group = documents(PAGE)
+    kinds = [d["kind"] for d in (claim, deployment, group)]
+    assert kinds == ["PersistentVolumeClaim", "Deployment", "LeaderWorkerSet"]
     pods = [
         deployment["spec"]["template"],
         *(group["spec"]["leaderWorkerTemplate"][f"{r}Template"] for r in ("leader", "worker")),
@@ -46,10 +48,34 @@ def test_example_deployments_are_consistent() -> None:
             "EXPERT_LOAD_DUMP_DIR"
         ]
         assert folder == mount["mountPath"]
-        assert mount["name"] in [volume["name"] for volume in pod["spec"]["volumes"]]
+        (volume,) = pod["spec"]["volumes"]
+        assert volume["name"] == mount["name"]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     script = deployment["spec"]["template"]["spec"]["containers"][0]["args"][0]
     assert "export EXPERT_LOAD_DUMP_RUN_ID=" in script
     subprocess.run(["sh", "-n", "-c", script], check=True)
+
+
+def test_claim_holds_the_budgets_of_all_writers_and_what_the_job_keeps() -> None:
+    claim, deployment, group = documents(PAGE)
+    (job,) = documents(RETENTION)
+    leaders = group["spec"]["leaderWorkerTemplate"]
+    pods = [
+        # A rollout starts a pod before it ends one.
+        (deployment["spec"]["template"], deployment["spec"]["replicas"] + 1),
+        (leaders["leaderTemplate"], group["spec"]["replicas"] * leaders["size"]),
+    ]
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (earlier,) = re.findall(r"--max-bytes (\d+G)", pod["containers"][0]["args"][0])
+    (size,) = re.findall(r"^(\d+)Ti$", claim["spec"]["resources"]["requests"]["storage"])
+    for template, count in pods:
+        (container,) = template["spec"]["containers"]
+        variables = {one["name"]: one["value"] for one in container["env"]}
+        budget = require_bytes("budget", variables["EXPERT_LOAD_DUMP_MAX_BYTES"], LEAST_BUDGET)
+        writers = count * container["resources"]["limits"]["nvidia.com/gpu"]
+        # A tenth is for the file system.
+        assert (writers * budget + require_bytes("prune", earlier, 0)) * 1.1 <= int(size) * 2**40
 
 
 def test_retention_job_seals_thins_and_removes(tmp_path: Path) -> None:
@@ -96,13 +122,14 @@ def test_sizes_follow_from_the_measured_ones() -> None:
     for scope, (a_step, _, _) in sizes.items():
         assert a_step == pytest.approx(full[scope], rel=0.03)
     seconds = {"h": 3600, "day": 86400, "days": 86400, "month": 30 * 86400, "months": 30 * 86400}
-    seconds |= {"year": 365 * 86400}
     rows = re.findall(r"^\| (\d+) (MB|GB), scope (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
     assert len(rows) >= 4
     for number, unit, scope, *reaches in rows:
         budget = int(number) * {"MB": 1e6, "GB": 1e9}[unit]
         kept = budget * (1 - (budget_module._JOURNALS + budget_module._WORK_SEGMENTS) / SEGMENT_SHARE)
         each = zip(reaches, SHARES.values(), sizes[scope], (1 / 20, 1 / 20, 60), strict=True)
+        back = 0.0
         for reach, share, size, duration in each:
-            count, name = reach.replace("a year", "1 year").split()
-            assert float(count) * seconds[name] == pytest.approx(kept * share / size * duration, rel=0.15)
+            back += kept * share / size * duration
+            count, name = reach.split()
+            assert float(count) * seconds[name] == pytest.approx(back, rel=0.1)
