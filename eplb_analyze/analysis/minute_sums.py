@@ -13,8 +13,9 @@ from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import fold
-from eplb_analyze.reader.rolled_up import RunMinutes
+from eplb_analyze.reader.rolled_up import RunMinutes, gone_steps
 from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.minutes import BINS, COUNTS, FORMULAS, SCALES, SPREAD_FORMULAS, Minutes
 
@@ -262,8 +263,8 @@ class StepCounts:
         for rank, step in later.last_of_rank.items():
             self.last_of_rank[rank] = max(self.last_of_rank.get(rank, -1), step)
 
-    def completeness(self, gone_steps: int = 0) -> Completeness:
-        """The counts of steps; ``gone_steps``: those of which nothing is kept."""
+    def completeness(self, steps: tuple[int, int] | None = None) -> Completeness:
+        """The counts of steps, with those of which nothing is kept; ``steps``: those that were asked for."""
         counts = dict(zip(COUNTS, self.counts.tolist(), strict=True))
         found = Completeness(one_phase=self._run.phase is not None)
         if self.first < 0:
@@ -274,10 +275,12 @@ class StepCounts:
             number = self.incomplete if state is StepState.INCOMPLETE else counts[state.label]
             if number:
                 found.states[int(state)] = number
+        found.retired = gone_steps(self._run, StepRange.of(steps))
         # With scope local, minutes overlap by the differences of clocks.
         if not found.one_phase and self._run.scope.value == "global":
             numbered = found.seen - counts["rejected"]
-            found.missing = max(0, self.last + 1 - self.first - numbered - gone_steps)
+            inside = gone_steps(self._run, StepRange(self.first, self.last + 1))
+            found.missing = max(0, self.last + 1 - self.first - numbered - inside)
         found.reasons = self.reasons
         found.incomplete_inside = self.incomplete
         found.last_whole = self.last if not self.incomplete else None

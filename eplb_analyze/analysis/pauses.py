@@ -118,7 +118,8 @@ class StepClock:
         """Each one's pause, ms, or why it is not known."""
         times = self._times(run) if rearrangements else None
         if times is None:
-            return [NO_TIMES] * len(rearrangements)
+            kept = self._parts or not run.left_out()
+            return [NO_TIMES if kept else "its steps are no longer kept"] * len(rearrangements)
         every = np.array(run.history.changes, np.int64)
         around = pauses.Neighborhoods(*times, every)
         return [

@@ -417,6 +417,9 @@ def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures
         if gain is None:
             count, where = min((len(before), "before"), (len(after), "after"))
             reason = f"{plural(count, 'complete step')} {where} it, {MIN_STEPS} are needed"
+            near = change.before if where == "before" else change.after
+            if any(True for _ in run.tiers.retired.within(*near)):
+                reason = f"the steps {where} it are no longer kept"
         else:
             verdict = "no measurable gain"
             if gain.is_significant:

@@ -46,7 +46,6 @@ from eplb_analyze.reader.rolled_up import (
     Kept,
     MinuteRange,
     add_up,
-    gone_steps,
     kept,
     minutes_of_steps,
     nothing_kept,
@@ -101,7 +100,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
     why = not_due(run) if acted is False else None
     return Summary(
         run=run.info,
-        steps=sums.completeness(gone_steps(run, covered)),
+        steps=sums.completeness(steps),
         expected_ranks=run.expected_ranks,
         present_ranks=run.present_ranks,
         lost_ranks=[],
@@ -154,7 +153,9 @@ def _rollup(
         first_minute=sums.first_minute,
         last_minute=sums.last_minute,
         selected=minutes is not None,
+        finest=what.finest.value,
         steps_since=what.steps_since,
+        loads_since=what.loads_since,
         minutes_since=what.minutes_since,
         gone_until=what.gone_until,
         step_ms=None if local else step_milliseconds(sums),

@@ -176,7 +176,9 @@ class Rollup(Report):
     first_minute: int
     last_minute: int
     selected: bool
+    finest: str
     steps_since: int | None
+    loads_since: int | None
     minutes_since: int | None
     gone_until: int | None
     step_ms: StepMilliseconds | None
@@ -195,8 +197,13 @@ class Rollup(Report):
                 "last_minute": iso(self.last_minute),
                 #: Whether only some minutes were asked for; they are whole ones.
                 "selected": self.selected,
-                #: All steps of the run after this time are kept; null: no step is, or all are.
+                #: The most that is kept of any step: `full`, `ranks` (tokens per EP rank) or `minutes`.
+                "finest": self.finest,
+                #: All steps of the run after this time are kept, at least as tokens per EP rank; null: no
+                #: step is, or all are.
                 "steps_since": iso(self.steps_since),
+                #: Experts' loads of all steps after this time are kept; null: of no step, or of all.
+                "loads_since": iso(self.loads_since),
                 #: The time from which sums per minute are kept in place of steps; null: nowhere.
                 "minutes_since": iso(self.minutes_since),
                 #: Nothing is kept of some steps before this time; null: something is kept of each.

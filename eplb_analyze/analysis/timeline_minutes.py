@@ -11,7 +11,7 @@ from eplb_analyze.analysis.minute_sums import StepCounts
 from eplb_analyze.analysis.timeline_report import IDLE_FRACTION, Bin, Stretch, Timeline
 from eplb_analyze.errors import UsageError
 from eplb_analyze.metrics.formulas import Float64
-from eplb_analyze.reader.rolled_up import add_up, gone_steps, minutes_of_steps, nothing_kept
+from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int64, Shape
@@ -147,7 +147,7 @@ def timeline_of_minutes(
         model=run.info.model,
         formula=SUMMED if local else formula,
         layer=None if index is None else run.info.layers[index],
-        steps=found.completeness(gone_steps(run, covered)),
+        steps=found.completeness(steps),
         missing_ranks=[],
         mean=float(rows.total.sum()) / total if total else None,
         min=_extreme(np.fmin, rows.low),
@@ -156,8 +156,17 @@ def timeline_of_minutes(
         rearrangements=[step for step in changes if covered.first <= step < covered.end],
         configurations=_stretches(found.shapes),
         tier="minutes",
+        notes=_widened(covered, steps),
         bin_minutes=_edges(found.first_minute, found.last_minute, bins)[1],
     )
+
+
+def _widened(covered: StepRange, steps: tuple[int, int] | None) -> list[str]:
+    """That more steps are covered than were asked for, as minutes are whole."""
+    asked = StepRange.of(steps)
+    if steps is None or (covered.first >= asked.first and covered.end <= asked.end):
+        return []
+    return [f"figures cover whole minutes: steps {covered}, where {asked} were asked for"]
 
 
 def _stretches(shapes: list[tuple[Shape, int, int]]) -> list[Stretch]:

@@ -35,7 +35,8 @@ class Completeness:
     last: int | None = None
     seen: int = 0
     missing: int = 0
-    #: Steps between the first and the last of which a rank's part is no longer kept.
+    #: Steps of which a rank's part is no longer kept: between the first and the last, or in all if
+    #: figures are from sums per minute.
     retired: int = 0
     #: Those of the whole run.
     left_out: Ranges = field(default_factory=Ranges)
@@ -187,4 +188,4 @@ class Completeness:
     @property
     def accounted_for(self) -> bool:
         """Whether every missing rank recorded why at the time: it dropped or rejected its load."""
-        return bool(self.reasons) and all(why != ABSENT for _, why in self.reasons)
+        return bool(self.reasons) and all(not why.startswith(ABSENT) for _, why in self.reasons)

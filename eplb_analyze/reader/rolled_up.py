@@ -32,6 +32,7 @@ from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.minutes import COUNTS, MINUTE_NS, Minutes
 from eplb_dump.format.schema import Scope, Tier
 from eplb_dump.format.session import SessionInfo
@@ -42,6 +43,8 @@ SCALARS = (
 )  # fmt: skip
 #: Ranks whose steps in a minute are fewer, as a share of the most that a rank has there, are missing from it.
 SAME = 0.9
+#: Why a rank is missing from a minute of which it has some steps: all of the minute's steps are left out.
+PARTLY = f"{ABSENT} from part of the minute"
 #: Why a rank is missing from a minute if it has as many steps there, but others.
 SHIFTED = "shifted by its clock"
 #: The rows of all ranks that are decoded at once take about so much memory.
@@ -89,12 +92,16 @@ class Kept:
     """What is kept of a run, by the times of its steps, ns since 1970; None: no part of it.
 
     Attributes:
-        steps_since: all steps from here on are kept as such, of every rank.
+        finest: the most that is kept of any of its steps.
+        steps_since: all steps from here on are kept as such, of every rank; at least tokens per EP rank.
+        loads_since: experts' loads are kept of all steps from here on.
         minutes_since: sums per minute are kept from here on.
         gone_until: of some steps before this time nothing is kept.
     """
 
+    finest: Tier
     steps_since: int | None
+    loads_since: int | None
     minutes_since: int | None
     gone_until: int | None
 
@@ -141,9 +148,17 @@ def kept(run: Run) -> Kept:
     retired = [segment.entry for segment in retired_segments(run)]
     gone = [entry for entry in retired if entry.tier is Tier.GONE]
     rolled_up = [entry for entry in retired if entry.tier is Tier.MINUTES]
-    in_full = retired and any(session.segments for session in run.sessions)
+    segments = [segment for session in run.sessions for segment in session.segments]
+    in_full = any(segment.has_loads for segment in segments)
+    thinned = [*retired, *(s.entry for s in segments if isinstance(s, ParquetSegment) and not s.has_loads)]
+
+    def end(entries: Sequence[SealedSegment]) -> int | None:
+        return max((entry.times[1] for entry in entries if entry.times), default=None)
+
     return Kept(
-        max((entry.times[1] for entry in retired if entry.times), default=None) if in_full else None,
+        Tier.FULL if in_full else Tier.RANKS if segments else Tier.MINUTES,
+        end(retired) if segments else None,
+        end(thinned) if in_full else None,
         min((entry.times[0] for entry in rolled_up if entry.times), default=None),
         max((entry.times[1] for entry in gone if entry.times), default=None),
     )
@@ -475,8 +490,10 @@ def _missing(one: _Minute, expected: Sequence[int]) -> dict[int, str]:
     middle = sorted(of_rank.first for of_rank in one.ranks.values())[len(one.ranks) // 2]
     found = {}
     for rank in expected:
-        if rank not in one.ranks or taken[rank] < SAME * most:
+        if rank not in one.ranks:
             found[rank] = ABSENT
+        elif taken[rank] < SAME * most:
+            found[rank] = PARTLY
         elif abs(one.ranks[rank].first - middle) > (1 - SAME) * max(most, 1):
             found[rank] = SHIFTED
     return found

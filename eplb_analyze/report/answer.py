@@ -121,23 +121,21 @@ def source(summary: Summary, clock: RunClock) -> str | None:
     rollup = summary.rollup
     if rollup is None:
         return None
-    count = plural(rollup.minutes, "minute")
-    times = [clock.text(edge)[:-3] for edge in (rollup.first_minute, rollup.last_minute)]
-    if rollup.selected:
-        count = count.replace(" ", " whole ")
-    kept = [
-        f"{what} {clock.text(time)}{on}"
-        for what, time, on in (
-            ("as steps from", rollup.steps_since, " on"),
-            ("as minutes from", rollup.minutes_since, " on"),
-            ("nothing of some before", rollup.gone_until, ""),
-        )
-        if time is not None
-    ]
-    return (
-        f"figures are from sums per minute, {count} from {times[0]} to {times[1]}; the run is kept "
-        f"{', '.join(kept) or 'as steps'}"
-    )
+    first, last = (clock.text(edge)[:-3] for edge in (rollup.first_minute, rollup.last_minute))
+    count = f"{plural(rollup.minutes, 'whole minute')}, " if rollup.selected else ""
+    minutes = f"{count}{first} only" if first == last else f"{count}{first} to {last}"
+    parts = [f"figures come from per-minute sums ({minutes})"]
+    if rollup.gone_until is not None:
+        parts.append(f"steps before {clock.text(rollup.gone_until)} are gone")
+    if rollup.finest == "minutes":
+        parts.append("single steps are not kept")
+    else:
+        what = "" if rollup.finest == "full" else "tokens per EP rank of "
+        since = "" if rollup.steps_since is None else f" from {clock.text(rollup.steps_since)} on"
+        parts.append(f"{what}single steps are kept{since}")
+        if rollup.loads_since is not None and rollup.loads_since != rollup.steps_since:
+            parts.append(f"experts' loads are kept from {clock.text(rollup.loads_since)} on")
+    return "; ".join(parts)
 
 
 def searched(summary: Summary, clock: RunClock) -> str | None:
@@ -227,6 +225,8 @@ def data(summary: Summary, label: Callable[[int], str] = "step {}".format) -> tu
         lacking = f"rank {ranks.pop()}" if len(ranks) == 1 else "a rank"
         one = steps.count(StepState.INCOMPLETE) == 1
         text = f"{steps.count(StepState.INCOMPLETE):,} {'lacks' if one else 'lack'} {lacking}"
+        if summary.rollup is not None:
+            text = f"{_were(steps.count(StepState.INCOMPLETE))} in minutes that lack a part of {lacking}"
         if not steps.incomplete_inside and steps.last_whole is not None:
             text += f", from {label(steps.last_whole + 1)} on"
         problems.append(text)
@@ -239,8 +239,10 @@ def data(summary: Summary, label: Callable[[int], str] = "step {}".format) -> tu
         problems.append(f"{_were(steps.missing)} seen by no rank")
     dummy = steps.count(StepState.DUMMY)
     idle = f"; {plural(dummy, 'step')} without tokens" if dummy else ""
+    gone = summary.rollup is not None and steps.retired > 0
+    idle += f"; {plural(steps.retired, 'step')} {'is' if steps.retired == 1 else 'are'} gone" if gone else ""
     if not problems and present == expected:
-        return True, f"data complete: {who}, no missing steps{idle}"
+        return True, f"data complete{' where kept' if gone else ''}: {who}, no missing steps{idle}"
     if summary.run.scope != "global":
         who += " recorded"
     of = f"of {plural(steps.seen + steps.missing, 'step')}"

@@ -40,7 +40,7 @@ def render(console: Console, result: Postmortem, by: str | None, top: int, save:
         print_line(console, _lost(known))
     rolled_up = sum(row.tier == "minutes" for row in rows)
     if rolled_up:
-        text = f"figures of {plural(rolled_up, 'run')} are from sums per minute, as not all steps are kept"
+        text = f"figures of {plural(rolled_up, 'run')} come from per-minute sums, as not all steps are kept"
         print_line(console, (text, "yellow"))
     console.print()
     if by is not None:

@@ -51,7 +51,9 @@ def render(console: Console, result: Timeline) -> None:
     if result.formula == "idle_fraction":
         console.print("by tokens, not by time; `summary` shows what imbalance cost in time")
     if result.tier == "minutes":
-        print_line(console, ("figures are from sums per minute; `summary` shows what else is kept", "yellow"))
+        print_line(
+            console, ("figures come from per-minute sums; `summary` shows what else is kept", "yellow")
+        )
     for warning in [formula.warning] if formula and formula.warning else []:
         print_line(console, (warning, "yellow"))
     print_notes(console, result.notes)

@@ -387,7 +387,11 @@ def test_rank_whose_clock_is_shifted_is_missing_from_its_minutes(tmp_path: Path)
         began_ns = START_NS + (rank == 3) * 20 * 10**9
         record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, began_ns=began_ns)
     found = summary_of(tmp_path, tier="minutes")
-    assert {reason for rank, reason in found.steps.reasons if rank == 3} <= {"absent", "shifted by its clock"}
+    assert {reason for rank, reason in found.steps.reasons if rank == 3} <= {
+        "absent from part of the minute",
+        "absent",
+        "shifted by its clock",
+    }
     assert found.steps.reasons[3, "shifted by its clock"] >= 100
     assert found.steps.count(StepState.RECORDED) == 0
     assert found.verdict.verdict == "incomplete_data"
@@ -448,9 +452,11 @@ def test_output_says_what_figures_are_from(root: Path) -> None:
     thin_to(folder, {Tier.GONE: [0, 1], Tier.MINUTES: [2, 3]})
     text = " ".join(cli("summary", root).stdout.split())
     assert (
-        "figures are from sums per minute, 6 minutes from 22:14 to 22:19; the run is kept as steps from "
-        "22:15:02 on, as minutes from 22:14:12 on, nothing of some before 22:14:11" in text
+        "figures come from per-minute sums (22:14 to 22:19); steps before 22:14:11 are gone; single steps "
+        "are kept from 22:15:02 on" in text
     )
+    assert "data complete where kept: " in text
+    assert f"; {2 * SEGMENT} steps are gone" in text
     assert "±0.00" in text
     assert "The cost of imbalance is not known: it needs single steps" in text
     assert "incidents are looked for only in steps 256-899" in text
@@ -459,7 +465,7 @@ def test_output_says_what_figures_are_from(root: Path) -> None:
     assert document["rollup"]["gone_until"] == "2023-11-14T22:14:11.600Z"
     assert document["balancedness"]["percentile_error"] > 0
     plotted = cli("timeline", root).stdout
-    assert "figures are from sums per minute" in plotted
+    assert "figures come from per-minute sums" in plotted
     assert "of 1 minute" in plotted
     one_error(cli("summary", root, "--tier", "steps"), 2, "use --tier minutes")
 
@@ -468,7 +474,10 @@ def test_times_select_retired_minutes(root: Path) -> None:
     (folder,) = session_folders(root)
     thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))})
     text = " ".join(cli("summary", root, "--since", "22:15:20", "--until", "22:16").stdout.split())
-    assert "2 whole minutes from 22:15 to 22:16" in text
+    assert "(2 whole minutes, 22:15 to 22:16); single steps are not kept" in text
+    plotted = " ".join(cli("timeline", root, "--steps", "300-400").stdout.split())
+    assert "figures cover whole minutes: steps " in plotted
+    assert ", where 300-400 were asked for" in plotted
 
 
 def test_single_ranks_sums_are_labeled(local: Path) -> None:
@@ -488,11 +497,11 @@ def test_report_and_postmortem_show_the_same_figures(root: Path, tmp_path: Path)
     assert row["balancedness"] == pytest.approx(exact.spreads["balancedness"].mean, rel=1e-12)
     assert row["balancedness_p5"] == found.spreads["balancedness"].p5
     text = cli("postmortem", root).stdout
-    assert "figures of 1 run are from sums per minute, as not all steps are kept" in text
+    assert "figures of 1 run come from per-minute sums, as not all steps are kept" in text
     document = report_document(open_run(root)).document
     assert document["loads"] is document["timeline"] is None
     assert document["summary"]["tier"] == "minutes"
-    assert "figures are from sums per minute" in document["notes"][0].lower()
+    assert "figures come from per-minute sums" in document["notes"][0].lower()
     assert document["searched"].startswith("incidents are not known")
     assert cli("report", root, "-o", tmp_path / "report.html").returncode == 0
 
