@@ -156,7 +156,7 @@ def test_incident_rearrangement_and_pause_are_found_by_sql(perfetto: Perfetto, f
         """
     )
     assert (cause, expert, layer) == ("expert_hot", 4, 1)
-    assert name == "layer 1, rank 2: expert hot"
+    assert name == "layer 1, rank 2: expert hot (expert 4)"
     assert abs(low - FIRST) <= 2
     # The steps of the incident, by time: balancedness is below that of the others.
     inside, outside = (
