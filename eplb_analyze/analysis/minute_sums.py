@@ -13,11 +13,12 @@ from eplb_analyze.metrics.losses import LEAST_STEPS
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import fold
-from eplb_analyze.reader.rolled_up import RunMinutes, gone_steps
+from eplb_analyze.reader.rolled_up import RankSteps, RunMinutes, gone_steps
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.minutes import BINS, COUNTS, FORMULAS, SCALES, SPREAD_FORMULAS, Minutes
+from eplb_dump.format.schema import Scope
 
 #: The columns that the sums need, besides those that every view needs.
 COLUMNS = (
@@ -215,7 +216,7 @@ class StepCounts:
         self.first = self.last = -1
         self.first_time, self.last_time = 2**62, -1
         self.first_minute, self.last_minute = 2**62, -1
-        self.last_of_rank: dict[int, int] = {}
+        self.of_rank: dict[int, RankSteps] = {}
 
     def add(self, part: RunMinutes) -> None:
         rows = part.rows
@@ -240,8 +241,7 @@ class StepCounts:
         self.last_time = max(self.last_time, int(rows["last_time_ns"].max()))
         self.first_minute = min(self.first_minute, int(rows["minute"].min()))
         self.last_minute = max(self.last_minute, int(rows["minute"].max()))
-        for rank, step in part.last_of_rank.items():
-            self.last_of_rank[rank] = max(self.last_of_rank.get(rank, -1), step)
+        self.of_rank |= part.of_rank
         if part.shape is not None:
             self._add(part.shape, rows if not lacking.any() else rows.select(~lacking))
 
@@ -260,8 +260,24 @@ class StepCounts:
         self.last_time = max(self.last_time, later.last_time)
         self.first_minute = min(self.first_minute, later.first_minute)
         self.last_minute = max(self.last_minute, later.last_minute)
-        for rank, step in later.last_of_rank.items():
-            self.last_of_rank[rank] = max(self.last_of_rank.get(rank, -1), step)
+        for rank, steps in later.of_rank.items():
+            self.of_rank[rank] = steps.plus(self.of_rank.get(rank))
+
+    def _missing(self) -> int:
+        """How many numbers of steps between the first and the last no row has, and nothing retired.
+
+        A rejected step may repeat a number, and sums do not show whether it does. It counts as a step of its
+        own, which it is if only its load was refused.
+
+        Minutes of ranks cannot be compared step by step, because their clocks differ a little. So with scope
+        ``local`` this is what the rank with the most steps lacks: a rank that saw another step makes it less.
+        """
+        rank: int | None = None
+        had = RankSteps(self.first, self.last, int(self.counts.sum()) + self.incomplete)
+        if self._run.scope is Scope.LOCAL:
+            rank, had = max(self.of_rank.items(), key=lambda item: (item[1].rows, -item[0]))
+        gone = gone_steps(self._run, StepRange(had.first, had.last + 1), rank)
+        return max(0, had.last + 1 - had.first - had.rows - gone)
 
     def completeness(self, steps: tuple[int, int] | None = None) -> Completeness:
         """The counts of steps, with those of which nothing is kept; ``steps``: those that were asked for."""
@@ -276,15 +292,12 @@ class StepCounts:
             if number:
                 found.states[int(state)] = number
         found.retired = gone_steps(self._run, StepRange.of(steps))
-        # With scope local, minutes overlap by the differences of clocks.
-        if not found.one_phase and self._run.scope.value == "global":
-            numbered = found.seen - counts["rejected"]
-            inside = gone_steps(self._run, StepRange(self.first, self.last + 1))
-            found.missing = max(0, self.last + 1 - self.first - numbered - inside)
+        if not found.one_phase:
+            found.missing = self._missing()
         found.reasons = self.reasons
         found.incomplete_inside = self.incomplete
         found.last_whole = self.last if not self.incomplete else None
-        found.last_of_rank = {**self.last_of_rank}
+        found.last_of_rank = {rank: steps.last for rank, steps in self.of_rank.items()}
         found.first_clock_ns, found.last_clock_ns = self.first_time, self.last_time
         return found
 

@@ -152,12 +152,12 @@ class SummedLayer:
 class SummedLoads:
     """Imbalance of loads that are summed per minute: all that sums of single ranks show.
 
-    Tokens that go to one rank in one step and to another in the next cancel out, so steps are less balanced
-    than this: only persistent imbalance is left.
+    Tokens that go to one rank in one step and to another in the next cancel out: only persistent imbalance
+    is left.
     """
 
-    #: Mean over active layers and minutes, weighted by steps, of mean / max over ranks: an upper bound of
-    #: balancedness if steps have about equally many tokens.
+    #: Mean over active layers, minutes and placements, weighted by steps, of mean / max over ranks. In each,
+    #: an upper bound of the balancedness of steps that are weighted by their max.
     balancedness: float | None
     #: The idle fraction of these loads, which that of the steps cannot be below.
     idle_at_least: float | None
@@ -422,13 +422,13 @@ def verdict_of(summary: Summary) -> Verdict:
 
 
 def _of_summed(summed: SummedLoads) -> Verdict:
-    """The verdict if only loads summed per minute are known, which look more balanced than steps are."""
+    """The verdict if only loads summed per minute are known, which do not show what varies between steps."""
     if summed.balancedness is None:
         return Verdict("incomplete_data", "No minute is complete, or none has a token.")
     figure = f"Balancedness of loads summed per minute is {summed.balancedness:.3f}"
     if summed.balancedness < IMBALANCED:
-        return Verdict("imbalanced", f"{figure}, below {IMBALANCED}, and steps are less balanced than that.")
-    return Verdict("not_known", f"{figure}; steps are less balanced than that, by how much is not known.")
+        return Verdict("imbalanced", f"{figure}, below {IMBALANCED}.")
+    return Verdict("not_known", f"{figure}; how much steps vary around that is not known.")
 
 
 def warnings(summary: Summary) -> list[tuple[VerdictKind | Literal["rank_lost"], str]]:

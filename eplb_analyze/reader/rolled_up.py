@@ -60,19 +60,33 @@ class MinuteRange(NamedTuple):
     last: int
 
 
+class RankSteps(NamedTuple):
+    """Steps of one rank: the first, the last, and for how many the rank has a row."""
+
+    first: int
+    last: int
+    rows: int
+
+    def plus(self, other: RankSteps | None) -> RankSteps:
+        if other is None:
+            return self
+        return RankSteps(min(self.first, other.first), max(self.last, other.last), self.rows + other.rows)
+
+
 @dataclass(frozen=True)
 class RunMinutes:
     """Rows of the run, of one shape. With scope ``local`` a row is of all phases.
 
     Attributes:
         missing: the ranks that each row lacks, and why; its other figures are of the ranks that are there.
-        last_of_rank: the last step of each rank in them.
+        of_rank: what each rank has from the first row on to the last one of these, also in minutes between
+            them that are retired because another rank has nothing of them.
     """
 
     shape: Shape | None
     rows: Minutes
     missing: list[dict[int, str]]
-    last_of_rank: dict[int, int]
+    of_rank: dict[int, RankSteps]
 
 
 class MinuteSums(Protocol):
@@ -164,12 +178,20 @@ def kept(run: Run) -> Kept:
     )
 
 
-def gone_steps(run: Run, steps: StepRange) -> int:
-    """How many numbers of steps of a range are in segments of which nothing is kept."""
-    gone = [s for s in retired_segments(run, steps) if not s.has_minutes]
-    ranges = _merged((s.first_step, s.last_step) for s in gone)
+def gone_steps(run: Run, steps: StepRange, rank: int | None = None) -> int:
+    """How many steps of a range are in segments of which nothing is kept, of any rank or of one.
+
+    Of such a segment all numbers count, because nothing says which of them the run lacks.
+    """
+    ranges = _merged(
+        (segment.first_step, segment.last_step)
+        for session in run.sessions
+        if rank is None or session.info.ep_rank == rank
+        for segment in session.retired
+        if not segment.has_minutes
+    )
     parts = [steps.clip(first, last + 1) for first, last in ranges]
-    return sum(part.end - part.first for part in parts)
+    return sum(max(0, part.end - part.first) for part in parts)
 
 
 def minutes_of_steps(run: Run, steps: tuple[int, int]) -> MinuteRange:
@@ -221,11 +243,12 @@ def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start:
 
     def of_source(source: _Source) -> S:
         sums = start()
-        last = -1
+        rank, own = source.info.ep_rank, None
         for rows in _chosen(_rows(run, source, columns), minutes):
-            last = max(last, int(rows["last_step"].max()))
-            ends = {source.info.ep_rank: last}
-            sums.add(RunMinutes(source.segment.shape, rows, [{}] * len(rows), ends))
+            count = int(sum(rows[name].sum() for name in COUNTS))
+            first, last = int(rows["first_step"].min()), int(rows["last_step"].max())
+            own = RankSteps(first, last, count).plus(own)
+            sums.add(RunMinutes(source.segment.shape, rows, [{}] * len(rows), {rank: own}))
         return sums
 
     ordered = sorted(sources, key=lambda source: source.segment.first_step)
@@ -395,6 +418,7 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
 
     advance([*streams])
     waiting: dict[_Key, _Minute] = {}
+    of_rank: dict[int, RankSteps] = {}
     while heads:
         front = min(int(rows["minute"][0]) for _, rows in heads.values())
         behind = [rank for rank, (_, rows) in heads.items() if int(rows["minute"][0]) == front]
@@ -404,7 +428,7 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
         edge = min((int(rows["minute"][0]) for _, rows in heads.values()), default=2**62)
         done = sorted((key for key in waiting if key[0] < edge), key=lambda key: key[:2])
         if len(done) >= JOINED_ROWS or not heads:
-            yield from _passed_on(run, [(key, waiting.pop(key)) for key in done])
+            yield from _passed_on(run, [(key, waiting.pop(key)) for key in done], of_rank)
 
 
 def _add_rank(
@@ -429,25 +453,32 @@ def _add_rank(
         known.last_time = max(known.last_time, int(rows["last_time_ns"][i]))
 
 
-def _passed_on(run: Run, found: list[tuple[_Key, _Minute]]) -> Iterator[RunMinutes]:
-    """Joined minutes as rows, those of one shape together."""
+def _passed_on(
+    run: Run, found: list[tuple[_Key, _Minute]], of_rank: dict[int, RankSteps]
+) -> Iterator[RunMinutes]:
+    """Joined minutes as rows, those of one shape together.
+
+    ``of_rank``: what each rank has in those before; these are added.
+    """
     gone = Ranges(one.steps for one in run.tiers.ranges if one.tier is Tier.GONE)
     for shape, group in itertools.groupby(found, key=lambda item: item[0][2]):
         own = list(group)
         expected = serving_ranks(shape) if shape is not None else run.expected_ranks
-        ends: dict[int, int] = {}
         counts, missing = [], []
         lacking = [_missing(one, expected) for _, one in own]
         # Of a minute that a rank has retired in part, the others have more steps: it is retired.
         kept = [not (lack and _touches(one, gone)) for lack, (_, one) in zip(lacking, own, strict=True)]
+        for keep, (_, one) in zip(kept, own, strict=True):
+            if keep or of_rank:
+                for rank, had in one.ranks.items():
+                    steps = RankSteps(had.first, had.last, int(had.counts.sum()))
+                    of_rank[rank] = steps.plus(of_rank.get(rank))
         lacking, own = [*itertools.compress(lacking, kept)], [*itertools.compress(own, kept)]
         if not own:
             continue
         for lack, (_, one) in zip(lacking, own, strict=True):
             counts.append(_counts(one))
             missing.append(lack)
-            for rank, of_rank in one.ranks.items():
-                ends[rank] = max(ends.get(rank, -1), of_rank.last)
         table = np.array(counts, np.int64).reshape(len(own), len(COUNTS))
         columns: dict[str, npt.NDArray[np.int64]] = {
             "minute": np.array([key[0] for key, _ in own], np.int64),
@@ -459,7 +490,7 @@ def _passed_on(run: Run, found: list[tuple[_Key, _Minute]]) -> Iterator[RunMinut
             "rank_load": np.stack([one.load for _, one in own]),
             **{name: table[:, i] for i, name in enumerate(COUNTS)},
         }
-        yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, ends)
+        yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, {**of_rank})
 
 
 def _touches(one: _Minute, steps: Ranges) -> bool:

@@ -172,8 +172,8 @@ def _rolled_up(summary: Summary) -> list[str]:
     found = []
     if rollup.summed is not None and rollup.summed.idle_at_least is not None:
         found.append(
-            "Each rank wrote its own sums, which show only persistent imbalance: in single steps tokens are "
-            f"less balanced, and the idle fraction is at least {_percent(rollup.summed.idle_at_least)}."
+            "Each rank wrote its own sums, which show only persistent imbalance: the idle fraction is at "
+            f"least {_percent(rollup.summed.idle_at_least)}, and what varies from step to step comes on top."
         )
     ms = rollup.step_ms
     if ms is not None:

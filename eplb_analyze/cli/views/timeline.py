@@ -44,7 +44,7 @@ def render(console: Console, result: Timeline) -> None:
     if result.formula == "summed_balancedness":
         console.print(f"{spread} over {plural(known, 'step')}; 1 is perfect")
         text = "of loads summed per minute, as each rank wrote its own sums: persistent imbalance only"
-        print_line(console, (f"{text}; steps are less balanced", "yellow"))
+        print_line(console, (text, "yellow"))
     else:
         better = formula.direction if formula else "0 is perfect"
         console.print(f"{spread} over {plural(known, 'step')}; {better}")

@@ -244,6 +244,46 @@ def test_what_is_gone_is_neither_missing_nor_in_a_figure(root: Path) -> None:
         summary_of(root)
 
 
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_steps_that_no_rank_saw_are_counted_as_from_steps(tmp_path: Path, scope: str) -> None:
+    """Numbers are skipped within a minute and between two; a rejected load is of a step with a number."""
+    step = np.arange(STEPS)
+    step[130:] += 7
+    step[300:] += 150  # a minute's end is among them
+    step[700:] += 2
+    tokens = loads()
+    parts = [tokens] if scope == "global" else [np.ceil(tokens / RANKS).astype(np.int64)] * RANKS
+    for rank, part in enumerate(parts):
+        with (
+            steady_clock(STEP_MS, START_NS + rank * 10**6),
+            open_writer(
+                tmp_path,
+                scope=scope,
+                ep_rank=rank,
+                ep_size=RANKS,
+                num_logical_experts=LOGICAL,
+                segment_steps=SEGMENT,
+            ) as writer,
+        ):
+            for i, load in enumerate(part):
+                wrong = i % 90 == 45
+                writer.record(int(step[i]), load[:, :-1] if wrong else load, placement(0), num_tokens=100)
+                if i % 100 == 0:
+                    assert writer.flush(60)
+    exact, found = summary_of(tmp_path), summary_of(tmp_path, tier="minutes")
+    assert exact.steps.count(StepState.REJECTED) == STEPS // 90
+    assert exact.steps.missing == 7 + 150 + 2
+    assert found.steps.to_json() == exact.steps.to_json()
+    assert timeline(open_run(tmp_path), tier="minutes").steps.missing == exact.steps.missing
+    assert "no missing steps" not in cli("summary", tmp_path, "--tier", "minutes").stdout
+    # What a rank no longer keeps is retired for all, and not missing.
+    thin_to(session_folders(tmp_path)[0], {Tier.GONE: [0, 1], Tier.MINUTES: [2, 3]})
+    rest = summary_of(tmp_path)
+    left = 150 + 2 + (7 if scope == "global" else 0)  # of ranks, the first whole minute is later
+    assert rest.steps.missing == left
+    assert rest.steps.seen + left == step[-1] + 1 - (rest.steps.first or 0)
+
+
 def test_phase_has_its_own_figures(root: Path) -> None:
     run = open_run(root)
     exact = summarize(run.of_phase("prefill"))
@@ -483,7 +523,8 @@ def test_times_select_retired_minutes(root: Path) -> None:
 def test_single_ranks_sums_are_labeled(local: Path) -> None:
     text = " ".join(cli("summary", local, "--tier", "minutes").stdout.split())
     assert "balancedness of loads summed per minute 0." in text
-    assert "tokens are less balanced, and the idle fraction is at least" in text
+    assert "persistent imbalance: the idle fraction is at least" in text
+    assert "less balanced" not in text + cli("timeline", local, "--tier", "minutes").stdout
     assert "5th percentile" not in text
 
 
