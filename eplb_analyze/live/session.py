@@ -78,6 +78,7 @@ class FollowedSession:
     Attributes:
         closed: True if the writer closed the session.
         fault: the file that could not be read at the last look and why; None if there was no problem.
+        last_retired: the last of the steps that were retired before it was followed; -1 if there are none.
     """
 
     def __init__(self, folder: Path, info: SessionInfo, want: int) -> None:
@@ -85,6 +86,7 @@ class FollowedSession:
         self.folder = folder
         self.info = info
         self.closed = False
+        self.last_retired = -1
         self._want = want
         self.fault: str | None = None
         self._manifest = GrowingFile(folder / MANIFEST_FILE)
@@ -115,6 +117,7 @@ class FollowedSession:
         found = seen = 0
         with suppress(*READ_ERRORS):
             self._open_new_journals()
+            # What was thinned after the writer was closed comes after its last frame.
             listed = self._headers()
             self._manifest.at = max((end for _, end, _ in listed.values()), default=0)
             self._listed = {*listed}
@@ -139,6 +142,7 @@ class FollowedSession:
                 entry = SealedSegment.from_frame(self._manifest.frame_at(listed[seq][0]))
                 if not entry.step_rows and entry.thinned is not None:
                     seen += entry.thinned.step_rows // self.info.interval
+                    self.last_retired = max(self.last_retired, entry.last_step)
                     continue
                 self._sealed[seq] = entry
                 self._skip[seq] = max(0, entry.recorded - (want - found))
@@ -203,6 +207,7 @@ class FollowedSession:
         listed: dict[int, tuple[int, int, dict[str, Any]]] = {}
         with suppress(FileNotFoundError):
             for start, end, header in self._manifest.scan_headers(0):
+                self.closed = self.closed or header["kind"] == "closed"
                 if header["kind"] in ("sealed", "thinned"):
                     seq, last = int(header["seq"]), _last_seq(header)
                     if last > seq:

@@ -69,7 +69,7 @@ class WriterSnapshot:
     """The progress of one writer that the run expects."""
 
     rank: int
-    #: None if no step was accepted yet.
+    #: None if no step was accepted yet. It may be retired.
     last_step: int | None
     #: How many steps it is behind the rank with the newest step.
     behind: int | None

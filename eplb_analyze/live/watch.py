@@ -130,6 +130,8 @@ class Follower:
         self._several_starts = False
         self._faults: dict[Path, str] = {}
         self._closed: set[str] = set()
+        #: By rank: the last of its steps that were retired before they were read.
+        self._retired: dict[int, int] = {}
         self._looked = False
         self._appended_at = None
         self._sessions: list[FollowedSession] = []
@@ -235,6 +237,9 @@ class Follower:
                     self._placements.add(rows)
             elif len(batch.rows.step):
                 self._several_starts = True  # an older session of the rank goes on beside the newer one
+        own = session.info.ep_rank
+        if session.last_retired >= 0:
+            self._retired[own] = max(self._retired.get(own, -1), session.last_retired)
         self._faults.pop(session.folder, None)
         if session.fault is not None:
             self._faults[session.folder] = session.fault
@@ -272,7 +277,7 @@ class Follower:
             ep_size=info.ep_size if shape is None else shape.ep_size,
             num_layers=None if shape is None else shape.num_moe_layers,
             num_physical_experts=None if shape is None else shape.num_physical_experts,
-            newest_step=None if leader is None else leader.last_step,
+            newest_step=max((w.last_step for w in writers if w.last_step is not None), default=None),
             steps_per_second=None if leader is None else leader.steps_per_second,
             quiet_seconds=quiet_seconds,
             closed=closed,
@@ -374,7 +379,14 @@ class Follower:
             # If all its steps were rejected, their numbers cannot be trusted.
             stated = self._window.ranks.get(rank)
             rejected = 0 if stated is None else stated.counts[Status.REJECTED]
-            return WriterSnapshot(rank, None, None, False, lost, False, 0, 0, rejected)
+            retired = self._retired.get(rank)
+            if retired is None:
+                return WriterSnapshot(rank, None, None, False, lost, False, 0, 0, rejected)
+            closed = rank in self._newest and self._newest[rank].session_id in self._closed
+            behind = None if leader is None else leader.last_step - retired
+            return WriterSnapshot(
+                rank, retired, behind, bool(behind) and not closed, lost, closed, 0, 0, rejected
+            )
         closed = state.session_id in self._closed
         # Uses one rank's clock, because clocks of two hosts can differ.
         late = leader.seconds_beyond(state.last_step) > STOPPED_SECONDS

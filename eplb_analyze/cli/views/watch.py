@@ -114,9 +114,16 @@ def _alert(alert: Alert) -> str:
     return f"incident {since}-{until}, {steps_text(alert.first_step, alert.last_step)}: {what}{ended}"
 
 
+def _all_retired(look: Snapshot) -> bool:
+    """Whether no step of any rank is kept, only that there were steps."""
+    return all(writer.last_step is not None and not writer.sessions for writer in look.writers)
+
+
 def _balance(look: Snapshot) -> list[Text]:
     from rich.text import Text
 
+    if _all_retired(look):
+        return [Text("its newest steps were thinned; `summary` shows what is kept", style="yellow")]
     if not look.complete:
         return [Text("no complete step yet" if not look.incomplete else "no complete step", style="yellow")]
     spread, recent = look.balancedness, look.recent

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import load_of, map_of, open_writer
+from helpers import cli, load_of, map_of, open_writer
 from thinning import info_of, session_folders, thin_to
 
 from eplb_analyze.live.session import FollowedSession
+from eplb_analyze.live.watch import Follower
 from eplb_dump.format import retention
 from eplb_dump.format.schema import Tier, journal_name
 
@@ -81,3 +82,21 @@ def test_journal_that_came_back_is_not_read(tmp_path: Path) -> None:
     session = FollowedSession(folder, info_of(folder), 1000)
     session.begin(1000)
     assert steps_of(session) == [*range(8, 16)]
+
+
+@pytest.mark.parametrize("tier", [Tier.MINUTES, Tier.GONE])
+def test_closed_run_without_steps_is_not_a_dead_recorder(tier: Tier, tmp_path: Path) -> None:
+    folder = sealed(tmp_path, 8)
+    thin_to(folder, {tier: range(8)})
+    look = Follower(tmp_path).look()
+    assert (look.closed, look.newest_step, look.missing_ranks) == (True, 31, [])
+    assert [(w.closed, w.stopped, w.last_step) for w in look.writers] == [(True, False, 31)]
+    shown = cli("watch", "--once", tmp_path)
+    assert shown.returncode == 0
+    assert "ended" in shown.stdout
+    assert "its newest steps were thinned" in shown.stdout
+    for wrong in ("no step yet", "no complete step", "nothing from"):
+        assert wrong not in shown.stdout
+    metrics = cli("serve-metrics", "--once", tmp_path).stdout
+    assert "eplb_run_closed 1" in metrics
+    assert 'eplb_recorder_closed{rank="0"} 1' in metrics
