@@ -22,9 +22,10 @@ SCRIPT = """
     dump, trace, steps, margin = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     placement = torch.arange(8).repeat(3, 1)
     weights = torch.randn(64, 64)
-    options = {"model": "m", "num_logical_experts": 8, "ep_size": 2, "scope": "global", "run_id": "r"}
+    options = {"model": "m", "num_logical_experts": 8, "ep_size": 2, "run_id": "r"}
     with (
-        ExpertLoadWriter(dump, **options) as writer,
+        ExpertLoadWriter(dump, ep_rank=0, **options) as writer,
+        ExpertLoadWriter(dump, ep_rank=1, **options) as other,
         profile(activities=[ProfilerActivity.CPU]) as profiler,
     ):
         for step in range(steps):
@@ -34,7 +35,8 @@ SCRIPT = """
                 time.sleep(margin)
                 step_ms = (time.monotonic() - began) * 1e3 if step % 2 else None
                 load = torch.randint(1, 100, (3, 8), dtype=torch.int32)
-                writer.record(step, load, placement, num_tokens=64, phase="decode", step_ms=step_ms)
+                for one in (writer, other):
+                    one.record(step, load, placement, num_tokens=64, phase="decode", step_ms=step_ms)
                 time.sleep(margin)
     profiler.export_chrome_trace(trace)
 """
@@ -47,7 +49,7 @@ class ProfiledRun(NamedTuple):
 
 
 def profiled_run(folder: Path) -> ProfiledRun:
-    """Each pass is an annotation ``pass N``, in which `record` is called. Odd steps state ``step_ms``."""
+    """Two ranks. Each pass is an annotation ``pass N``, in which both record. Odd steps state ``step_ms``."""
     run = ProfiledRun(folder / "dump", folder / "engine.pt.trace.json")
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *map(str, run), str(STEPS), str(MARGIN_S)]
     # The profiler prints lines of its own.
