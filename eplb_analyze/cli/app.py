@@ -175,7 +175,7 @@ _add(
     "recover dump", "recover --json dump",
 )  # fmt: skip
 _add(
-    DATA, "prune", prune.prune, "Keep a dump within ages and bytes, tier by tier.",
+    DATA, "prune", prune.prune, "Limit a dump's age and size, tier by tier.",
     "prune --keep-full 7d --keep-ranks 30d --max-age 1y --dry-run dump",
     "prune --max-bytes 500G --json dump",
 )  # fmt: skip

@@ -29,8 +29,8 @@ def parse_bytes(text: str) -> int:
     count = int(match[1]) * unit + (int(match[2]) * unit // 10 ** len(match[2]) if match[2] else 0)
     if count < LEAST_BYTES:
         raise typer.BadParameter(
-            f"{text!r} is less than 16Mi, so little would be left that it looks like a typing error; write a "
-            "unit, for example 500G, and use --max-age to remove old runs"
+            f"{text!r} is less than 16Mi, which would remove almost everything; write a size with a "
+            "unit, for example 500G, or remove old runs with --max-age"
         )
     return count
 
@@ -75,9 +75,7 @@ def prune(
     keep_minutes: Annotated[
         Any, _age("--keep-minutes", "Keep sums per minute for this long, for example 1y.")
     ] = None,
-    max_age: Annotated[
-        Any, _age("--max-age", "Remove what is older than this, in whatever tier it is.")
-    ] = None,
+    max_age: Annotated[Any, _age("--max-age", "Remove anything older than this, whatever its tier.")] = None,
     merge_ranks: Annotated[
         bool,
         typer.Option(
@@ -91,12 +89,12 @@ def prune(
     run: options.OneRun = None,
     json: options.Json = False,
 ) -> None:
-    """Keep a dump within ages and bytes: thin old steps from tier to tier, and remove runs that are older.
+    """Limit a dump's age and size: reduce old steps tier by tier, then remove runs past the last limit.
 
     Tiers: every expert's load of each step (full), tokens per rank of each step (ranks), sums per minute
-    (minutes), nothing (gone). It leaves alone what a writer may still be writing. It does not ask: check with
-    --dry-run first. It exits with code 1 if the dump stays larger than --max-bytes, or if damaged files could
-    not be thinned.
+    (minutes), nothing (gone). It leaves alone what a writer may still be writing. It does not ask for
+    confirmation; use --dry-run first. It exits with code 1 if the dump stays larger than --max-bytes, or if
+    damaged files could not be thinned, and with 3 if there is no run.
     """
     from eplb_analyze.transfer.prune import prune_dump
     from eplb_analyze.transfer.retention.plan import Policy

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 #: So many parts of a run that stay are explained.
 MAX_KEPT = 4
+#: What a dry run calls an action: in a count of runs, and of one run.
+_PLAN = {
+    "removed": ("to remove", "would remove"),
+    "thinned": ("to thin", "would thin"),
+    "failed": ("to fail", "could not thin"),
+    "kept": ("to keep", "would keep"),
+}
 _WHY = {"age": "by age", "bytes": "for --max-bytes"}
 
 
@@ -27,41 +34,51 @@ def size(count: int) -> str:
 
 
 def render(console: Console, report: PruneReport) -> None:
-    after = f"{'at most ' if report.dry_run else ''}{size(report.bytes_after)}"
-    verb = "would keep" if report.dry_run else "kept"
+    dry = report.dry_run
+    if dry:
+        print_line(console, ("dry run: nothing is changed; sizes after it are upper bounds", "dim"))
     limit = "" if report.max_bytes is None else f"; the limit is {size(report.max_bytes)}"
+    after = _after(report.bytes_before, report.bytes_after, dry=dry)
+    verb = "would keep" if dry else "kept"
     print_heading(console, verb, f" {after} of {size(report.bytes_before)}{limit}")
     counts = {
         action: sum(run.action == action for run in report.runs)
         for action in ("removed", "thinned", "failed")
     }
     unchanged = report.unchanged + sum(run.action == "kept" for run in report.runs)
-    parts = [f"{count:,} {action}" for action, count in counts.items() if count]
+    parts = [f"{count:,} {_PLAN[action][0] if dry else action}" for action, count in counts.items() if count]
     runs = plural(sum(counts.values()) + unchanged, "run")
     print_line(console, f"{runs}: {', '.join([*parts, f'{unchanged:,} unchanged'])}; times in UTC")
     for run in report.runs:
-        _run(console, run)
+        _run(console, run, dry=dry)
     if report.leftover_bytes:
-        print_line(console, f"leftovers of an interrupted prune: {size(report.leftover_bytes)}")
+        text = "would remove" if dry else "removed"
+        print_line(console, f"{text} leftovers of an interrupted prune: {size(report.leftover_bytes)}")
     if report.over:
-        text = f"{size(report.over)} over the limit: the rest is kept for the reasons above"
-        print_line(console, (text, "bold red"))
-    if report.dry_run:
-        print_line(console, ("dry run: nothing was changed", "dim"))
+        over = f"{'at most ' if dry else ''}{size(report.over)} over the limit"
+        print_line(console, (f"{over}: the rest is kept for the reasons above", "bold red"))
 
 
-def _run(console: Console, run: PrunedRun) -> None:
+def _after(before: int, after: int, *, dry: bool) -> str:
+    """Bytes afterwards; a dry run knows an upper bound, which says nothing if it is above what is there."""
+    if not dry or after == before:
+        return size(after)
+    return f"at most {size(after)}" if after < before else f"about {size(before)}"
+
+
+def _run(console: Console, run: PrunedRun, *, dry: bool) -> None:
     style = {"removed": "bold", "thinned": "bold", "failed": "bold red"}.get(run.action, "dim")
-    sizes = f"{size(run.bytes_before)} → {size(run.bytes_after)}"
+    sizes = f"{size(run.bytes_before)} → {_after(run.bytes_before, run.bytes_after, dry=dry)}"
     rest = {
         "removed": f"{size(run.bytes_before)}, {_WHY.get(run.reason or '', '')}, to {_time(run.newest)}",
         "failed": f"{sizes}: {run.reason or 'its segments are damaged'}",
         "thinned": sizes,
         "kept": sizes if run.merged else size(run.bytes_before),
     }[run.action]
-    print_line(console, (run.action, style), f" run {run.run_id}: {rest}")
+    verb = _PLAN[run.action][1] if dry else run.action
+    print_line(console, (verb, style), f" run {run.run_id}: {rest}")
     if run.merged:
-        print_line(console, "its ranks are merged into sums", indent=2)
+        print_line(console, f"its ranks {'would be' if dry else 'are'} merged into sums", indent=2)
     elif run.not_merged is not None:
         print_line(console, f"its ranks are not merged: {run.not_merged}", indent=2)
     for move in run.moves:

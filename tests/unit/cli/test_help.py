@@ -20,7 +20,7 @@ from eplb_analyze.cli.help import examples_of
 
 #: With what a help text may begin.
 VERBS = {
-    "Compare", "Convert", "Copy", "Keep", "Explain", "List", "Merge", "Plot", "Rank", "Recommend", "Recover",
+    "Compare", "Convert", "Copy", "Limit", "Explain", "List", "Merge", "Plot", "Rank", "Recommend", "Recover",
     "Replay", "Serve", "Show", "Verify", "Write",
 }  # fmt: skip
 GROUPS = ["Look", "Drill down", "Decide", "Many runs", "Data", "Reference"]

@@ -951,8 +951,26 @@ def test_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     one_error(cli("prune", "--max-age", "7d", tmp_path / "run=r"), 2, "pass the folder that contains run=")
     result = cli("prune", "--max-age", "1d", "--run", "r", "--dry-run", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "removed run r: " in result.stdout
-    assert result.stdout.endswith("dry run: nothing was changed\n")
+    assert result.stdout.startswith("dry run: nothing is changed")
+    assert "\n1 run: 1 to remove, 0 unchanged; " in result.stdout
+    assert "\nwould remove run r: " in result.stdout
+    assert "removed" not in result.stdout
+
+
+def test_dry_run_speaks_of_what_would_be_done(tmp_path: Path) -> None:
+    folder = ladder(tmp_path, time.time_ns())
+    options = ("prune", "--keep-full", "6d", tmp_path)
+    said = [" ".join(cli(*options, *more).stdout.split()) for more in (["--dry-run"], [])]
+    planned, done = said
+    assert planned.startswith(
+        "dry run: nothing is changed; sizes after it are upper bounds would keep at most"
+    )
+    assert "1 run: 1 to thin, 0 unchanged" in planned
+    assert "would thin run r: " in planned
+    assert "→ at most" in planned
+    assert "1 run: 1 thinned, 0 unchanged" in done
+    assert not {"would", "at most", "dry"} & {*done.split()}
+    assert set(tiers_of(folder).values()) == {"ranks", "full"}
 
 
 def test_folder_without_any_run_fails_the_job(tmp_path: Path, s3: S3) -> None:
