@@ -59,7 +59,8 @@ def cause_sentence(incident: Incident, label: Callable[[int], str]) -> str:
         case "eplb_stopped":
             return "EPLB stopped rearranging while the load drifted"
         case "traffic_shift":
-            return "the traffic changed: the experts of most layers shifted at the same time"
+            layers = "this layer" if len(incident.layers) == 1 else "these layers"
+            return f"the traffic changed: the shares of several experts of {layers} shifted at the same time"
         case "few_tokens":
             return "too few tokens per step to balance over the ranks"
         case _:

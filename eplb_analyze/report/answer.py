@@ -365,7 +365,7 @@ def _recoverable(summary: Summary) -> list[str]:
     if last is not None and len(summary.configurations) > 1:
         where = f" in steps {last[0]}-{last[1]}"
     if loss.persistent_share is None:
-        return [f"{too_few_steps(loss)}{where}."]
+        return [f"{too_few_steps(summary, loss)}{where}."]
     most = _percent(loss.persistent_share, 0)
     text = f"Better placement can remove at most {most} of the imbalance in tokens{where}"
     return [f"{text}; the rest varies {varies(summary)}." if loss.persistent_share < 0.995 else f"{text}."]
@@ -376,13 +376,13 @@ def varies(summary: Summary) -> str:
     return "from step to step" if summary.rollup is None else "within a minute"
 
 
-def too_few_steps(loss: Loss) -> str:
+def too_few_steps(summary: Summary, loss: Loss) -> str:
     """Why the share that a better placement can remove is not known."""
-    steps = f"{loss.window_steps:,}; {LEAST_STEPS} are needed"
-    return (
-        f"Too few steps under one placement ({steps}) to tell how much of the imbalance better placement can "
-        "remove"
-    )
+    which, most = "under one placement", ""
+    if summary.rollup is not None:
+        which, most = "of one phase and placement in a minute", "at most "
+    steps = f"{most}{loss.window_steps:,}; {LEAST_STEPS} are needed"
+    return f"Too few steps {which} ({steps}) to tell how much of the imbalance better placement can remove"
 
 
 def _pauses(summary: Summary, paste: Paste) -> list[str]:
@@ -531,7 +531,9 @@ def _cost(incident: Incident, cost: RunCost) -> str:
     ms = incident.cost.ms_per_step
     if ms is None:
         tokens = incident.cost.tokens_per_step
-        return f"{tokens:,.0f} more tokens per step on the slowest rank than usual; not known in ms"
+        # Steps can be less balanced, and have so much less to do that the slowest rank has less, too.
+        more = "more" if tokens > -0.5 else "fewer"
+        return f"{abs(tokens):,.0f} {more} tokens per step on the slowest rank than usual; not known in ms"
     value, step = _per_step(ms), cost.step_ms_p50
     if ms.low > 0:
         share = f", {_percent(ms.estimate / step)} of the step" if step else ""

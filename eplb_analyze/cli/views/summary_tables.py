@@ -89,7 +89,7 @@ def _losses(console: Console, result: Summary, top: int) -> None:
             f"{plural(loss.window_steps, 'step')}; the rest varies {answer.varies(result)}",
         )
     else:
-        print_line(console, answer.too_few_steps(loss))
+        print_line(console, answer.too_few_steps(result, loss))
     console.print()
     if loss.stretches and ordered(result):
         width = result.timeline[0].last_step - result.timeline[0].first_step + 1

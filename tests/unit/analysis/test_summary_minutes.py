@@ -563,3 +563,18 @@ def test_sums_with_lists_of_a_wrong_length_are_refused_before_they_are_read(root
     (segment,) = open_run(root).sessions[0].retired
     with pytest.raises(DamagedSegmentError, match="the lengths of its lists do not match the manifest"):
         next(segment.minutes([column]))
+
+
+def test_too_few_steps_are_those_of_a_minute_and_phase(tmp_path: Path) -> None:
+    """A placement has 45 steps of each phase in a minute, and many more in all."""
+    with (
+        steady_clock(60_000 // 90),
+        open_writer(tmp_path, scope="global", ep_size=RANKS, num_logical_experts=LOGICAL) as writer,
+    ):
+        for step, load in enumerate(loads()[:400]):
+            writer.record(step, load, placement(0), phase="decode" if step % 2 else "prefill")
+            if step % 100 == 0:
+                assert writer.flush(60)
+    text = " ".join(cli("summary", tmp_path, "--tier", "minutes").stdout.split())
+    assert "Too few steps of one phase and placement in a minute (at most 45; 96 are needed) to tell" in text
+    assert "Too few" not in cli("summary", tmp_path, "--tier", "steps").stdout

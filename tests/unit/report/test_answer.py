@@ -41,6 +41,9 @@ HOT = Incident(
 )
 
 
+SHIFT = replace(HOT, cause=Cause("traffic_shift"), ended_by=EndedBy("traffic", 20, None))
+
+
 class Clock(RunClock):
     """Steps 10 to 19 begin at 03:12:04 and take a minute each; no other step's time is known."""
 
@@ -371,3 +374,20 @@ def test_summary_without_a_step_shows_no_figures(tmp_path: Path) -> None:
     answer = answer_of(summarize(open_run(tmp_path)), CLOCK)
     assert (answer.title, answer.figures) == ("INCOMPLETE DATA", "")
     assert answer.sentences == ["No step is complete."]
+
+
+@pytest.mark.parametrize(("layers", "which"), [((12,), "this layer"), ((3, 12, 40), "these layers")])
+def test_shift_of_traffic_names_no_more_layers_than_it_was_in(
+    summary: Summary, layers: tuple[int, ...], which: str
+) -> None:
+    one = replace(SHIFT, layers=layers, layer=layers[0] if len(layers) == 1 else None)
+    text = f"{told(one, summary, CLOCK)}"
+    assert f"the shares of several experts of {which} shifted at the same time" in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"), [(500.4, "500 more"), (0.0, "0 more"), (-0.4, "0 more"), (-38.2, "38 fewer")]
+)
+def test_tokens_of_incident_without_cost_have_no_sign(summary: Summary, tokens: float, text: str) -> None:
+    one = replace(SHIFT, cost=IncidentCost(None, tokens))
+    assert f"{text} tokens per step on the slowest rank than usual" in f"{told(one, summary, CLOCK)}"
