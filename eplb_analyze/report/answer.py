@@ -47,6 +47,8 @@ EXPLAINS_LITTLE, LARGE_PART = 0.05, 0.1
 SUMMED_BALANCEDNESS = "balancedness of loads summed per minute"
 #: What else makes an engine slow.
 ELSEWHERE = "queueing, KV cache, prefill, network"
+#: What a token costs is fitted to the steps that were selected.
+IN_PART = "; by the times of the selected steps, so in the whole run it can differ a little"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
@@ -482,12 +484,13 @@ def _first_in_full(figures: list[tuple[int, str]], meaning: str) -> str:
 def told(incident: Incident, summary: Summary, clock: RunClock, paste: Paste = command_line) -> Told:
     """An incident in words. Its cost is compared with the median step."""
     beyond = lasts_beyond(incident, summary.steps)
+    in_part = IN_PART if beyond and incident.cost.ms_per_step is not None else ""
     return Told(
         head=_head(incident, clock),
         parts=[
             *([("steps", beyond)] if beyond else []),
             ("cause", cause_sentence(incident, clock.label)),
-            ("cost", _cost(incident, summary.cost)),
+            ("cost", _cost(incident, summary.cost) + in_part),
             ("end", _end(incident, summary, clock)),
             ("next", paste(next_command(incident))),
         ],

@@ -94,6 +94,8 @@ def test_incident_of_selected_steps_is_that_of_the_whole_run(
         assert "the selected step" not in text
     else:
         assert f" steps {beyond} cause " in text
+    in_part = "by the times of the selected steps"
+    assert (in_part in text) == (beyond is not None and found["cost"]["ms_per_step"] is not None)
 
 
 @pytest.mark.parametrize("steps", ["0-299", "500-639"])

@@ -255,6 +255,11 @@ def test_hot_expert_is_told_with_cause_cost_end_and_next_command(summary: Summar
     assert dict(told(larger, measured(summary), CLOCK).parts)["cost"].endswith("of the step, 1.50 s in total")
     assert parts["end"] == "the rearrangement at step 20 gave the expert 10 replicas"
     assert parts["next"] == "eplb-analyze layer 12 --steps 10-19"
+    beyond = replace(larger, last_step=60)  # of 40 steps
+    in_part = "; by the times of the selected steps, so in the whole run it can differ a little"
+    assert dict(told(beyond, measured(summary), CLOCK).parts)["cost"].endswith(f"in total{in_part}")
+    unknown = replace(beyond, cost=IncidentCost(None, 500.0))
+    assert dict(told(unknown, measured(summary), CLOCK).parts)["cost"].endswith("not known in ms")
 
 
 def test_pauses_of_rearrangements_are_summed_and_named_where_they_end_an_incident(summary: Summary) -> None:
