@@ -270,7 +270,7 @@ def _report(
     groups: dict[tuple[Tier, Tier, str], list[tuple[Piece, int]]] = defaultdict(list)
     for piece, tier in plan.moves.items():
         if piece not in damaged:
-            freed = piece.entry.size - size_at(piece, tier)
+            freed = piece.size - size_at(piece, tier)
             groups[piece.tier, tier, plan.reasons[piece]].append((piece, freed))
     moves = [
         TierChange(

@@ -209,6 +209,7 @@ class Manifest:
         end: the bytes of the valid prefix.
         fault: why the file cannot be read beyond ``end``; None if it can. An unfinished write at the
             end of the file is no fault: the journal of its segment still exists.
+        frame_bytes: bytes of the frame of each entry, which only :meth:`read_headers` counts.
     """
 
     entries: dict[int, SealedSegment] = field(default_factory=dict)
@@ -217,6 +218,7 @@ class Manifest:
     session_id: str | None = None
     end: int = 0
     fault: str | None = None
+    frame_bytes: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: BinaryIO, size: int, session_id: str | None = None) -> Manifest:
@@ -253,6 +255,8 @@ class Manifest:
                 manifest.fault = str(error)
                 return manifest
             manifest.end = end
+            if isinstance(header.get("seq"), int):
+                manifest.frame_bytes[header["seq"]] = end - start
         if frames.damaged_at(file, size, manifest.end):
             manifest.fault = f"damaged from byte {manifest.end} on"
         return manifest

@@ -25,7 +25,7 @@ from helpers import ROOT, cli, start_child
 from s3 import S3
 
 from eplb_analyze.cli.commands import prune as command
-from eplb_dump.format.manifest import Manifest
+from eplb_dump.format.manifest import Manifest, SealedSegment
 from eplb_dump.format.schema import MANIFEST_FILE, SEGMENT_PATTERN, SESSION_FILE, Scope
 from eplb_dump.format.session import SessionInfo, load_json
 
@@ -166,9 +166,10 @@ def tiers_of(folder: Path) -> dict[int, str]:
     }
 
 
-def sizes_of(folder: Path, files: dict[str, Any], tier: str) -> dict[str, int]:
+def sizes_of(folder: Path, entry: SealedSegment) -> dict[str, int]:
     """A segment's bytes in each tier that it can get; without the sums per rank, an upper bound."""
     found = {}
+    files, tier = entry.files, entry.tier.value
     for to in TIERS[TIERS.index(tier) :]:
         found[to] = sum(file.bytes for table, file in files.items() if table in KEPT[to] or to == tier)
         if to == "ranks" and tier == "full" and (folder / files["loads"].name).exists():
@@ -180,6 +181,8 @@ def sizes_of(folder: Path, files: dict[str, Any], tier: str) -> dict[str, int]:
             ]
             kept = [c.total_compressed_size for c in columns if not c.path_in_schema.startswith("load")]
             found[to] += sum(kept) + metadata.serialized_size + 8 + 4
+    if tier == "full":  # the experts' sums in the manifest, of which 2 kB are not counted
+        found[tier] += max(0, len(entry.to_frame()) - 2048)
     return found
 
 
@@ -196,7 +199,7 @@ def segments_of(run: Planted) -> list[Segment]:
             assert set(entry.notable) <= {"start", "rearrangement"}
             found.append(
                 Segment(
-                    run, number, entry.seq, ends[entry.last_seq], tier, sizes_of(folder, entry.files, tier),
+                    run, number, entry.seq, ends[entry.last_seq], tier, sizes_of(folder, entry),
                     bool({entry.seq - 1, *range(entry.seq, entry.last_seq + 2)} & noted),
                     (number, entry.seq) in run.missing,
                 )

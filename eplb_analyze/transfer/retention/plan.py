@@ -231,7 +231,7 @@ class _Budget:
                 for piece, tier in unit.tiers.items():
                     self._pieces[piece] = size = size_at(piece, tier)
                     self._of_tier[tier] += size
-                    self._of_run[plan] += size - piece.entry.size
+                    self._of_run[plan] += size - piece.size
         self._total = sum(self._of_run.values())
         #: It is never removed for bytes, nor are these thinned.
         self._newest_run = max(

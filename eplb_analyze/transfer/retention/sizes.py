@@ -28,13 +28,13 @@ TABLES = {
 
 
 def size_at(piece: Piece, tier: Tier) -> int:
-    """At most so many bytes do its files take in a tier, which is not finer than its own.
+    """At most so many bytes do its files and sums take in a tier, which is not finer than its own.
 
     Reads the footer of the file of ``loads`` if that is not to stay. If it cannot be read, the piece cannot
     be thinned, and keeps its size. Raises UnreachableError.
     """
     if tier is piece.tier or piece.fault is not None:
-        return piece.entry.size
+        return piece.size
     if tier not in piece.sizes:
         piece.sizes[tier] = _size_at(piece, tier)
     return piece.sizes[tier]
@@ -48,7 +48,7 @@ def _size_at(piece: Piece, tier: Tier) -> int:
             size += _ranks_bytes(piece.session.folder / entry.files["loads"].name)
         except (OSError, FormatError, pa.ArrowException) as error:
             piece.fault = f"{entry.files['loads'].name}: {str(error).splitlines()[0]}"
-            return entry.size
+            return piece.size
     if tier in (Tier.RANKS, Tier.MINUTES) and "minutes" not in entry.files:
         size += _minutes_bytes(piece)
     return size

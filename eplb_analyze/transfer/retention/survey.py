@@ -39,6 +39,8 @@ from eplb_dump.format.session import SessionInfo
 QUIET_NS = 600 * 10**9
 #: A session that was not closed and has no open journal: its engine may be idle, or it was killed.
 IDLE_NS = 86_400 * 10**9
+#: A manifest's entry of a thinned segment, which has no sums, takes no more.
+_THINNED_ENTRY_BYTES = 2048
 CLAIM_FILE = "claim.json"
 
 
@@ -55,10 +57,17 @@ class Piece:
     notable: bool = False
     #: Why it stays as it is, although its session may be changed.
     fault: str | None = None
+    #: Its bytes in the manifest that thinning frees, as those of its experts' sums: at least so many.
+    sums_bytes: int = 0
     #: So many rows of ``minutes`` are made of it, if it has none.
     rows_of_minutes: int = 0
     #: Its bytes by tier, as far as they were computed.
     sizes: dict[Tier, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Its bytes: files, and what is its own in the manifest."""
+        return self.entry.size + self.sums_bytes
 
     @property
     def tier(self) -> Tier:
@@ -257,6 +266,8 @@ def _manifest(folder: StoragePath, session: SurveyedSession) -> tuple[Manifest, 
 def _piece(session: SurveyedSession, entry: SealedSegment) -> Piece:
     assert session.info is not None
     piece = Piece(session, entry, 0, 0)
+    if entry.tier is Tier.FULL:
+        piece.sums_bytes = max(0, session.manifest.frame_bytes.get(entry.seq, 0) - _THINNED_ENTRY_BYTES)
     wrong = [
         file.name
         for file in entry.files.values()

@@ -129,6 +129,8 @@ def test_limit_of_a_coarser_tier_limits_the_finer_ones(tmp_path: Path) -> None:
     assert list(tiers_of(folder).values()) == ["gone"] * 8 + ["minutes", "full"]
     with pytest.raises(UsageError, match="--keep-full is longer than --keep-minutes"):
         Policy(keep_full=days(8), keep_minutes=days(7))
+    with pytest.raises(UsageError, match="--keep-full is longer than --max-age"):
+        Policy(keep_full=days(365), max_age=days(90))
     with pytest.raises(UsageError, match="say what to keep"):
         Policy()
 
