@@ -25,7 +25,7 @@ from eplb_analyze.parallel import MAX_WORKERS, num_workers, ordered_map
 from eplb_analyze.reader.completeness import ABSENT
 from eplb_analyze.reader.lost import serving_ranks
 from eplb_analyze.reader.run import Run
-from eplb_analyze.reader.tiers import Ranges
+from eplb_analyze.reader.tiers import Ranges, Tiers
 from eplb_analyze.sessions.minutes import minutes_of
 from eplb_analyze.sessions.parquet_segment import ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment
@@ -179,19 +179,15 @@ def kept(run: Run) -> Kept:
 
 
 def gone_steps(run: Run, steps: StepRange, rank: int | None = None) -> int:
-    """How many steps of a range are in segments of which nothing is kept, of any rank or of one.
+    """How many steps of a range nothing is kept of, by any rank or by one.
 
-    Of such a segment all numbers count, because nothing says which of them the run lacks.
+    Of a segment that is gone all numbers count, because nothing says which of them the run lacks.
     """
-    ranges = _merged(
-        (segment.first_step, segment.last_step)
-        for session in run.sessions
-        if rank is None or session.info.ep_rank == rank
-        for segment in session.retired
-        if not segment.has_minutes
-    )
-    parts = [steps.clip(first, last + 1) for first, last in ranges]
-    return sum(max(0, part.end - part.first) for part in parts)
+    gone = [one.steps for one in run.tiers.ranges if one.tier is Tier.GONE]
+    if rank is not None:
+        sessions = [session for session in run.sessions if session.info.ep_rank == rank]
+        gone = [one.steps for one in Tiers.of(sessions, run.scope).ranges if one.tier is Tier.GONE]
+    return sum(part.end - part.first for part in Ranges(gone).within(*steps))
 
 
 def minutes_of_steps(run: Run, steps: tuple[int, int]) -> MinuteRange:
@@ -276,10 +272,15 @@ def _by_rank(run: Run) -> dict[int, list[_Source]]:
         ordered.sort(key=lambda session: session.info.ep_rank)
     for session in ordered:
         every = (*session.retired, *session.segments)
-        sources = [_Source(s, session.info) for s in every if s.last_step >= 0]
+        # What is gone takes nothing from another session that still has these steps.
+        sources = [_Source(s, session.info) for s in every if s.last_step >= 0 and not _is_gone(s)]
         rank = 0 if run.scope is Scope.GLOBAL else session.info.ep_rank
         sessions.setdefault(rank, []).append(sources)
     return {rank: _without_repeated(own) for rank, own in sorted(sessions.items())}
+
+
+def _is_gone(segment: Segment) -> bool:
+    return isinstance(segment, ParquetSegment) and segment.entry.tier is Tier.GONE
 
 
 def _without_repeated(sessions: Sequence[list[_Source]]) -> list[_Source]:

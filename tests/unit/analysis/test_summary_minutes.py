@@ -336,6 +336,20 @@ def test_newer_session_of_the_same_steps_counts(tmp_path: Path) -> None:
     assert found.loss.tokens == pytest.approx(exact.loss.tokens, rel=1e-12)
 
 
+def test_steps_that_another_writer_of_sums_still_has_are_not_gone(tmp_path: Path) -> None:
+    for rank in range(2):
+        record(tmp_path, loads(), scope="global", ep_rank=rank)
+    exact = summary_of(tmp_path)
+    first, second = session_folders(tmp_path)
+    thin_to(first, {Tier.GONE: [0, 1, 2, 3]})
+    found = summary_of(tmp_path, tier="minutes")
+    assert found.steps.to_json() == exact.steps.to_json()
+    assert found.spreads["balancedness"].mean == pytest.approx(exact.spreads["balancedness"].mean, rel=1e-12)
+    thin_to(second, {Tier.GONE: [0, 1]})
+    rest = summary_of(tmp_path)
+    assert (rest.steps.first, rest.steps.missing, rest.steps.retired) == (2 * SEGMENT, 0, 2 * SEGMENT)
+
+
 def test_sessions_that_share_a_part_of_a_minute_are_refused(tmp_path: Path) -> None:
     for began, steps in enumerate((SEGMENT, SEGMENT - 20)):
         began_ns = START_NS + began * 10 * MINUTE_NS
