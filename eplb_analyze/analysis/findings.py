@@ -64,7 +64,7 @@ def _lost_text(run: Run, lost: LostRank) -> str:
 
 def step_findings(run: Run, steps: Completeness) -> Iterator[Finding]:
     """Findings that follow from the completeness of the steps alone."""
-    for text in run.retired_notes():
+    for text in run.retired_notes(without_loads="what needs experts' loads"):
         yield Finding("info", "retired_steps", text)
     if not steps.seen:
         if not run.left_out():

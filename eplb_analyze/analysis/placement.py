@@ -129,6 +129,8 @@ def _step(run: Run, step: int | None) -> int:
     tier = None if step is None else run.tiers.at(step)
     if step is not None and tier is Tier.MINUTES:
         return step  # of which every placement is kept
+    if step is None and first is None and run.tiers.ranges:
+        return run.tiers.ranges[-1].steps.end - 1  # the newest placement is kept in every tier
     why = run.why_retired(StepRange() if step is None else StepRange(step, step + 1))
     if why is not None:
         raise NotInDumpError(why)

@@ -20,7 +20,7 @@ from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.storage import path as storage
 from eplb_analyze.storage.bucket import UnreachableError
 from eplb_analyze.storage.path import StoragePath
-from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX, Scope
+from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX, Scope, Tier
 
 #: A run whose writers did not end it is open if they wrote within this time. They write once a flush
 #: interval while the engine takes steps.
@@ -65,6 +65,9 @@ class RunLine(Report):
     steps: int
     #: Of these, how many have no rows any more, because they were retired.
     retired_steps: int
+    #: What is kept of its segments, the most first: `full`, `ranks` (tokens per EP rank), `minutes` (sums per
+    #: minute), `gone`.
+    tiers: list[str]
     #: `closed`: all writers were closed. `open`: a writer has not ended, and wrote in the last minute.
     #: `not closed`: a writer has not ended and wrote nothing in the last minute: it was killed, or its engine
     #: idles.
@@ -182,6 +185,7 @@ def _line(found: Discovery, run_id: str, slug: str) -> RunLine:
         last_step=last,
         steps=steps,
         retired_steps=min(steps, max(_retired_rows(sessions, rank) for rank in ranks)),
+        tiers=[tier.value for tier in Tier if any(segment.tier is tier for segment in segments)],
         state=_state(sessions),
         size_bytes=sum(session.size_bytes for session in sessions),
         fault=faults[0] if faults else None,
@@ -194,7 +198,7 @@ def _unreadable(run_id: str, model: str | None, fault: str) -> RunLine:
     )
     return RunLine(
         run_id=run_id, model=model, **unknown, ranks_present=0, ranks_expected=None, first_step=None,
-        last_step=None, steps=0, retired_steps=0, state="not closed", size_bytes=0, fault=fault,
+        last_step=None, steps=0, retired_steps=0, tiers=[], state="not closed", size_bytes=0, fault=fault,
     )  # fmt: skip
 
 

@@ -250,7 +250,7 @@ class RunOutput(Output):
 
         def with_lines(console: Console) -> None:
             for line in lines:
-                print_line(console, f"{line[0].upper()}{clean(line[1:])}.", soft_wrap=not console.is_terminal)
+                print_line(console, f"{line[0].upper()}{clean(line[1:])}.")
             print_line(console)
             render(console)
 

@@ -110,7 +110,7 @@ class Ranges:
 _KEPT = {
     Tier.RANKS: ("only tokens per EP rank are kept", "`ranks`, `timeline` and `summary` show them"),
     Tier.MINUTES: ("only sums per minute are kept", "`summary` shows them"),
-    Tier.GONE: ("nothing is kept", ""),
+    Tier.GONE: ("nothing is kept", "select other steps; `runs` shows of which runs steps are kept"),
 }
 
 
@@ -139,8 +139,7 @@ def described(ranges: Sequence[TierRange], times_text: Callable[[int, int], str]
 def retired(ranges: Sequence[TierRange], times_text: Callable[[int, int], str]) -> str:
     """The end of an error about steps that were retired: what is kept of them, and which command shows it."""
     shown = [_KEPT[tier][1] for tier in _TIERS[1:] if any(one.tier is tier for one in ranges)]
-    remedy = next((text for text in shown if text), "")
-    return f"retired: {described(ranges, times_text)}" + (f"; {remedy}" if remedy else "")
+    return f"retired: {described(ranges, times_text)}; {shown[0]}"
 
 
 class Tiers:

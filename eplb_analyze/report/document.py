@@ -32,6 +32,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
 from eplb_analyze.report import answer, sentences
 from eplb_analyze.report.bins import LoadBins, bins_that_fit
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import clean
 from eplb_dump.format.schema import model_slug
 
@@ -82,7 +83,9 @@ def report_document(
     Raises:
         NotInDumpError: no step of the run is in the range.
     """
-    summary = summarize(run, steps)
+    # The page is about experts' loads, too: if none are kept, it shows sums per minute.
+    no_loads = run.with_loads().why_retired(StepRange.of(steps)) is not None
+    summary = summarize(run, steps, "minutes" if no_loads else None)
     rolled_up = summary.rollup is not None
     # With sums per minute only, rearrangements are judged where their steps are kept.
     of_changes = None if rolled_up else steps

@@ -23,6 +23,8 @@ class WrittenReport(RunReport):
     redacted: bool
     #: Of all steps asked for.
     steps: Completeness
+    #: What figures are from, as in `summary`: `steps`, or sums over `minutes`.
+    tier: str
     #: Bins of time that the reader of the page can select; 0 if no step is complete.
     bins: int
 
@@ -57,4 +59,13 @@ def write_report(
     data = page(report.document)
     with new_file(file, force=force) as out:
         out.write(data)
-    return WrittenReport(run.info.run_id, run.info.model, file, len(data), redact, report.steps, report.bins)
+    return WrittenReport(
+        run.info.run_id,
+        run.info.model,
+        file,
+        len(data),
+        redact,
+        report.steps,
+        report.document["summary"]["tier"],
+        report.bins,
+    )

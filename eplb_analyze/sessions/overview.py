@@ -18,7 +18,7 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_dump.format import frames
 from eplb_dump.format.journal import StepRows, session_of, step_rows
 from eplb_dump.format.manifest import Manifest
-from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SEGMENT_PATTERN, FormatError
+from eplb_dump.format.schema import JOURNAL_PATTERN, MANIFEST_FILE, SEGMENT_PATTERN, FormatError, Tier
 from eplb_dump.format.session import SessionInfo
 
 
@@ -32,6 +32,7 @@ class SegmentOverview:
     #: How many of them were retired.
     retired: int
     ep_size: int
+    tier: Tier
     #: Reads the times of its first and of its last step, ns since 1970. Raises DamagedSegmentError.
     times: Callable[[], tuple[int, int]]
 
@@ -102,7 +103,7 @@ def overview(folder: StoragePath, info: SessionInfo) -> SessionOverview:
             rows = entry.step_rows or retired
             times = _sealed_times(ParquetSegment(folder, info, entry))
             result.segments.append(
-                SegmentOverview(entry.first_step, entry.last_step, rows, retired, ep_size, times)
+                SegmentOverview(entry.first_step, entry.last_step, rows, retired, ep_size, entry.tier, times)
             )
     result.segments += [segment for segment in open_segments.values() if segment is not None]
     return result
@@ -168,6 +169,7 @@ def _journal(
                 sum(frames.steps_in(header) for _, header in steps),
                 0,
                 max(sizes, default=0),
+                Tier.FULL,
                 lambda: _ends(first, last),
             )
     except FileNotFoundError:  # it was sealed meanwhile, and is in the manifest

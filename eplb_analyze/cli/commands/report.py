@@ -27,7 +27,6 @@ def report(
     force: options.Force = False,
 ) -> None:
     """Write one HTML file that works offline, with the summary, charts over time, heat maps and tables."""
-    from eplb_analyze.reader.rolled_up import from_minutes
     from eplb_analyze.report.write import write_report
 
     run = out.open(timings=timings, gpu=gpu)
@@ -37,5 +36,5 @@ def report(
         lambda console: render(console, written),
         written.steps,
         "experts, incidents and the cost of imbalance",
-        of_steps=not from_minutes(run, steps),
+        of_steps=written.tier == "steps",
     )

@@ -26,8 +26,10 @@ def render(console: Console, run: Run, report: CheckReport) -> None:
     parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in steps.items() if count]
     parts = [part for part in parts if not part.endswith((" first", " last"))]
     first, last = steps["first"], steps["last"]
-    seen = "no step" if first is None or last is None else steps_label(console, first, last)
-    print_line(console, f"{seen}: {', '.join(parts)}")
+    seen = "no step is kept" if run.left_out() else "no step"
+    if first is not None and last is not None:
+        seen = steps_label(console, first, last)
+    print_line(console, f"{seen}: {', '.join(parts)}" if parts else seen)
     damaged = any(finding.code == "damaged_file" for finding in report.findings)
     verified = "" if damaged else ", all checksums correct"
     ranks, sessions = plural(len(run.present_ranks), "rank"), plural(len(run.sessions), "session")

@@ -88,6 +88,7 @@ def _columns() -> list[_Column]:
             style=_incomplete,
         ),
         _Column("steps", lambda line: f"{line.steps:,}", number=True),
+        _Column("kept", lambda line: "+".join(line.tiers) or "–"),
         _Column("state", _state, style=_state_style),
         _Column("size", _size, number=True),
     ]
@@ -100,6 +101,8 @@ _LEFT_OUT = ("end", "size", "engine", "model", "duration")
 def render(console: Console, result: RunList) -> None:
     lines = result.runs
     columns = _columns()
+    if all(line.tiers in ([], ["full"]) for line in lines):
+        columns = [column for column in columns if column.name != "kept"]
     of = ""
     for name, word in (("model", "of"), ("engine", "on")):
         column = next(column for column in columns if column.name == name)
@@ -150,6 +153,11 @@ def _notes(console: Console, lines: list[RunLine], hidden: list[str]) -> None:
         notes.append(
             "not closed: its writers did not end it and wrote nothing in the last minute. The engine is idle "
             f"or crashed; after a crash, `{full_command(console, 'recover')}` finishes the files"
+        )
+    if any(line.tiers not in ([], ["full"]) for line in lines):
+        notes.append(
+            "kept: full: experts' loads of every step; ranks: tokens per EP rank of every step; minutes: "
+            "sums per minute; gone: nothing"
         )
     if hidden:
         notes.append(f"hidden at this width: {listed(hidden)} (use --json, or a wider terminal)")

@@ -58,6 +58,7 @@ def test_line_states_what_was_recorded(tmp_path: Path) -> None:
         "last_step": 39,
         "steps": 40,
         "retired_steps": 0,
+        "tiers": ["full"],
         "state": "closed",
         "size_bytes": size(tmp_path / "run=b"),
         "fault": None,

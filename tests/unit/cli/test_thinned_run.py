@@ -12,6 +12,8 @@ from command_lines import ARGUMENTS
 from helpers import cli, write
 from thinning import session_folders, thin_to
 
+from eplb_analyze import open_run
+from eplb_analyze.report.document import report_document
 from eplb_dump.format.schema import Tier
 
 #: Commands of which the result is not about steps; what the others say of the tiers.
@@ -67,7 +69,7 @@ def test_command_says_what_it_leaves_out(
     assert notes == []
     said = " ".join((result.stdout + result.stderr).split())
     if command in FROM_MINUTES:
-        assert "per minute" in said or command == "report"
+        assert "per-minute" in said or command == "report"
     elif command == "check":
         assert "retired_steps" in said
     elif command not in SILENT:
@@ -92,6 +94,7 @@ def test_documents_list_the_ranges(folder: Path) -> None:
     line = json.loads(cli("runs", "--json", folder / "dump").stdout)["runs"][0]
     assert (line["first_step"], line["last_step"], line["steps"]) == (0, 319, 320)
     assert line["retired_steps"] == 9 * 16
+    assert line["tiers"] == ["full", "ranks", "minutes", "gone"]
     assert line["fault"] is None
 
 
@@ -125,3 +128,66 @@ def test_manifest_that_is_lost_is_rebuilt_with_its_tiers(folder: Path, tmp_path:
         assert tiers == [("gone", ["unknown"]), ("minutes", ["unknown"]), ("ranks", ["unknown"])]
         assert after == {key: value for key, value in before.items() if key != "retired"}
         cli("recover", root)
+
+
+@pytest.fixture
+def one_tier(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """All segments of both ranks in the tier of the parameter."""
+    write(tmp_path / "dump", steps=64, step_ms=1000)
+    for session in session_folders(tmp_path / "dump"):
+        thin_to(session, {request.param: range(4)})
+    return tmp_path / "dump"
+
+
+@pytest.mark.parametrize("one_tier", [Tier.RANKS, Tier.MINUTES, Tier.GONE], indirect=True)
+def test_runs_and_check_show_what_is_kept(one_tier: Path) -> None:
+    (line,) = json.loads(cli("runs", "--json", one_tier).stdout)["runs"]
+    (tier,) = line["tiers"]
+    listed = cli("runs", one_tier).stdout
+    assert "kept" in listed.splitlines()[2]
+    assert f" {tier} " in listed
+    report = cli("check", one_tier)
+    assert report.returncode == 0
+    said = " ".join(report.stdout.split())
+    what = {
+        "ranks": "only tokens per EP rank are",
+        "minutes": "only sums per minute are",
+        "gone": "nothing is",
+    }
+    assert f"of which {what[tier]} kept (budget)" in said
+    assert not any(line.rstrip().endswith("no step:") for line in report.stdout.splitlines())
+
+
+@pytest.mark.parametrize("one_tier", [Tier.MINUTES, Tier.GONE], indirect=True)
+def test_newest_placement_is_shown_though_no_step_is_kept(one_tier: Path, tmp_path: Path) -> None:
+    write(tmp_path / "whole", steps=64, step_ms=1000)
+    exact = json.loads(cli("placement", "--json", tmp_path / "whole").stdout)
+    found = cli("placement", "--json", one_tier)
+    assert (found.returncode, found.stderr) == (0, "")
+    shown, layers = json.loads(found.stdout)["layers"], exact["layers"]
+    assert [layer["ranks"] for layer in shown] == [layer["ranks"] for layer in layers]
+    assert [layer["since"] for layer in shown] == [layer["since"] for layer in layers]
+
+
+@pytest.mark.parametrize("one_tier", [Tier.RANKS], indirect=True)
+def test_report_without_experts_loads_is_of_minutes(one_tier: Path, tmp_path: Path) -> None:
+    written = cli("report", one_tier, "-o", tmp_path / "report.html", "--json")
+    assert (written.returncode, json.loads(written.stdout)["tier"]) == (0, "minutes")
+    document = report_document(open_run(one_tier)).document
+    assert document["summary"]["tier"] == "minutes"
+    assert document["notes"][0].startswith("Figures come from per-minute sums (")
+    assert "tokens per EP rank of single steps are kept" in document["notes"][0]
+    assert document["searched"].startswith("incidents are not known")
+
+
+@pytest.mark.parametrize("one_tier", [Tier.GONE], indirect=True)
+def test_error_about_steps_that_are_gone_says_what_next(one_tier: Path) -> None:
+    for command in ("experts", "summary"):
+        error = cli(command, one_tier)
+        assert error.returncode == 2
+        assert "nothing is kept (budget); select other steps; `runs` shows of which" in error.stderr
+
+
+def test_runs_kept_in_full_have_no_column_for_it(tmp_path: Path) -> None:
+    write(tmp_path / "dump", steps=16)
+    assert "kept" not in cli("runs", tmp_path / "dump").stdout
