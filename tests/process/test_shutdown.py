@@ -31,7 +31,7 @@ import ctypes, signal, sys, threading
 from eplb_dump.format import segment
 from helpers import load_of, map_of, open_writer
 
-def never(path):
+def never(*arguments):
     threading.Event().wait()
 
 if sys.argv[2] == "slow disk":
