@@ -60,6 +60,9 @@ def record(
     rng = np.random.default_rng(seed)
     writers = range(ranks) if scope == "local" else range(1)
     loads = rng.integers(0, high // len(writers), (len(steps), len(writers), layers, slots), endpoint=True)
+    # Every layer gets a token: files name their layers, a writer need not, and `check` judges a layer without
+    # any token by whether it was named.
+    loads[0, 0, :, 0] = np.maximum(loads[0, 0, :, 0], 1)
     full = np.arange(slots) % experts
     placements = np.array([[rng.permutation(full) for _ in range(layers)] for _ in steps])
     if empty and slots > experts:  # a copy less
