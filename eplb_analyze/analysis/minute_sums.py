@@ -17,8 +17,8 @@ from eplb_analyze.reader.rolled_up import RankSteps, RunMinutes, gone_steps
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int64, Shape
-from eplb_dump.format.minutes import BINS, COUNTS, FORMULAS, SCALES, SPREAD_FORMULAS, Minutes
-from eplb_dump.format.schema import Scope
+from eplb_dump.format.minutes import BINS, FORMULAS, SCALES, SPREAD_FORMULAS, Minutes
+from eplb_dump.format.schema import STATUS_LABELS, Scope
 
 #: The columns that the sums need, besides those that every view needs.
 COLUMNS = (
@@ -210,7 +210,7 @@ class StepCounts:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.counts: Int64 = np.zeros(len(COUNTS), np.int64)
+        self.counts: Int64 = np.zeros(len(STATUS_LABELS), np.int64)
         self.incomplete = 0
         self.reasons: Counter[tuple[int, str]] = Counter()
         self.first = self.last = -1
@@ -228,7 +228,7 @@ class StepCounts:
         lacking = np.zeros(len(rows), np.bool_)
         if any(part.missing):
             lacking = np.array([bool(ranks) for ranks in part.missing])
-        table = np.stack([rows[name] for name in COUNTS], axis=1)
+        table = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
         self.counts += table[~lacking].sum(axis=0)
         self.incomplete += int(table[lacking].sum())
         for i in np.flatnonzero(lacking).tolist():
@@ -281,7 +281,7 @@ class StepCounts:
 
     def completeness(self, steps: tuple[int, int] | None = None) -> Completeness:
         """The counts of steps, with those of which nothing is kept; ``steps``: those that were asked for."""
-        counts = dict(zip(COUNTS, self.counts.tolist(), strict=True))
+        counts = dict(zip(STATUS_LABELS, self.counts.tolist(), strict=True))
         found = Completeness(one_phase=self._run.phase is not None)
         if self.first < 0:
             return found

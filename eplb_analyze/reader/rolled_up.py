@@ -33,13 +33,13 @@ from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.manifest import SealedSegment
-from eplb_dump.format.minutes import COUNTS, MINUTE_NS, Minutes
-from eplb_dump.format.schema import Scope, Tier
+from eplb_dump.format.minutes import MINUTE_NS, Minutes
+from eplb_dump.format.schema import STATUS_LABELS, Scope, Status, Tier
 from eplb_dump.format.session import SessionInfo
 
 #: The columns that every view needs.
 SCALARS = (
-    "minute", "phase", "ep_size", "first_step", "last_step", "first_time_ns", "last_time_ns", *COUNTS,
+    "minute", "phase", "ep_size", "first_step", "last_step", "first_time_ns", "last_time_ns", *STATUS_LABELS,
 )  # fmt: skip
 #: Ranks whose steps in a minute are fewer, as a share of the most that a rank has there, are missing from it.
 SAME = 0.9
@@ -241,7 +241,7 @@ def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start:
         sums = start()
         rank, own = source.info.ep_rank, None
         for rows in _chosen(_rows(run, source, columns), minutes):
-            count = int(sum(rows[name].sum() for name in COUNTS))
+            count = int(sum(rows[name].sum() for name in STATUS_LABELS))
             first, last = int(rows["first_step"].min()), int(rows["last_step"].max())
             own = RankSteps(first, last, count).plus(own)
             sums.add(RunMinutes(source.segment.shape, rows, [{}] * len(rows), {rank: own}))
@@ -436,7 +436,7 @@ def _add_rank(
     waiting: dict[_Key, _Minute], rank: int, shape: Shape | None, rows: Minutes, changes: Int64
 ) -> None:
     epochs = np.searchsorted(changes, rows["first_step"], side="right").tolist()
-    counts = np.stack([rows[name] for name in COUNTS], axis=1)
+    counts = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
     for i, (minute, epoch) in enumerate(zip(rows["minute"].tolist(), epochs, strict=True)):
         load = rows["rank_load"][i]
         known = waiting.get((minute, epoch, shape))
@@ -480,7 +480,7 @@ def _passed_on(
         for lack, (_, one) in zip(lacking, own, strict=True):
             counts.append(_counts(one))
             missing.append(lack)
-        table = np.array(counts, np.int64).reshape(len(own), len(COUNTS))
+        table = np.array(counts, np.int64).reshape(len(own), len(STATUS_LABELS))
         columns: dict[str, npt.NDArray[np.int64]] = {
             "minute": np.array([key[0] for key, _ in own], np.int64),
             "phase": np.full(len(own), -1, np.int64),
@@ -489,7 +489,7 @@ def _passed_on(
             "first_time_ns": np.array([one.first_time for _, one in own], np.int64),
             "last_time_ns": np.array([one.last_time for _, one in own], np.int64),
             "rank_load": np.stack([one.load for _, one in own]),
-            **{name: table[:, i] for i, name in enumerate(COUNTS)},
+            **{name: table[:, i] for i, name in enumerate(STATUS_LABELS)},
         }
         yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, {**of_rank})
 
@@ -504,19 +504,17 @@ def _touches(one: _Minute, steps: Ranges) -> bool:
 def _counts(one: _Minute) -> Int64:
     """The steps of a minute by status: those of its lowest rank, of which any rank may have recorded more."""
     counts = one.ranks[min(one.ranks)].counts.copy()
-    recorded, dummy = COUNTS.index("recorded"), COUNTS.index("dummy")
-    idle = min(
-        int(counts[dummy]), max(int(r.counts[recorded]) for r in one.ranks.values()) - counts[recorded]
-    )
+    most_recorded = max(int(rank.counts[Status.RECORDED]) for rank in one.ranks.values())
+    idle = min(int(counts[Status.DUMMY]), most_recorded - counts[Status.RECORDED])
     if idle > 0:
-        counts[recorded] += idle
-        counts[dummy] -= idle
+        counts[Status.RECORDED] += idle
+        counts[Status.DUMMY] -= idle
     return counts
 
 
 def _missing(one: _Minute, expected: Sequence[int]) -> dict[int, str]:
     """The ranks without about the same steps as the others, and why."""
-    had = (COUNTS.index("recorded"), COUNTS.index("dummy"))
+    had = Status.RECORDED, Status.DUMMY
     taken = {rank: int(sum(of_rank.counts[i] for i in had)) for rank, of_rank in one.ranks.items()}
     most = max(taken.values())
     middle = sorted(of_rank.first for of_rank in one.ranks.values())[len(one.ranks) // 2]

@@ -20,7 +20,6 @@ from eplb_dump.format.journal import Int64, Loads, PlacementRows, Shape, StepRow
 from eplb_dump.format.schema import (
     MAX_NUMBER,
     MINUTES_SCHEMA,
-    STATUS_LABELS,
     FormatError,
     Status,
 )
@@ -453,7 +452,3 @@ def _list_values(lists: pa.ListArray, width: int) -> Array:
     if not np.isfinite(values).all() or values.min(initial=0) < -1:
         raise FormatError("it holds an invalid value")
     return values.reshape(len(lists), width)
-
-
-#: The names of a row's numbers of steps by status.
-COUNTS = STATUS_LABELS

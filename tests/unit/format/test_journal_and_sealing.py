@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from helpers import (
     session_info,
     step_status,
 )
+from kills import Killed, kill_before
 
 from eplb_dump.format import frames, journal, segment
 from eplb_dump.format.journal import (
@@ -536,26 +536,6 @@ def test_flipped_bit_in_any_page_is_detected_by_pyarrow(tmp_path: Path, table: s
         path.write_bytes(flipped)
         with pytest.raises(OSError, match="CRC checksum verification failed"):
             pq.ParquetFile(path, page_checksum_verification=True).read()
-
-
-class Killed(BaseException):
-    """Simulates the death of the process: nothing catches it."""
-
-
-def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
-    """Die at the ``count``-th call that changes what is on the disk, before it does."""
-    calls = iter(range(count))
-
-    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            if next(calls, None) is None:
-                raise Killed
-            return real(*args, **options)
-
-        return call
-
-    for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (frames, "encode")):
-        patch.setattr(owner, name, dying(getattr(owner, name)))
 
 
 def test_kill_at_any_step_of_sealing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

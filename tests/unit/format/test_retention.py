@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 from helpers import LAYERS, SLOTS, load_of, map_of, open_writer, session_info
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import Killed, kill_before
 
 from eplb_dump.format import frames, retention
 from eplb_dump.format.journal import Shape
@@ -238,26 +237,6 @@ def test_each_tier_keeps_its_tables(folder: Path) -> None:
         (0, 4, Tier.GONE),
         (5, 5, Tier.FULL),
     ]
-
-
-class Killed(BaseException):
-    """Simulates the death of the process: nothing catches it."""
-
-
-def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
-    """Die at the ``count``-th call that changes what is on the disk, before it does."""
-    calls = iter(range(count))
-
-    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            if next(calls, None) is None:
-                raise Killed
-            return real(*args, **options)
-
-        return call
-
-    for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (frames, "encode")):
-        patch.setattr(owner, name, dying(getattr(owner, name)))
 
 
 @pytest.mark.parametrize("rewrite", [False, True])

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from aged_runs import DAY, aged_session, begin_journal, set_back
 from helpers import ROOT, cli, one_error, session_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import FOLDER_CALLS, Killed, kill_before
 from s3 import S3
 
 from eplb_analyze.errors import UsageError
@@ -748,7 +748,7 @@ def test_killed_while_it_merges_it_leaves_the_ranks_or_the_sums(
         with monkeypatch.context() as patch:
             patch.setattr(merge, "exchange", exchange_and_die)
             if isinstance(count, int):
-                kill_before(patch, count)
+                kill_before(patch, count, FOLDER_CALLS)
             try:
                 prune_dump(dump, policy, merge=True)
             except Killed:
@@ -764,26 +764,6 @@ def test_killed_while_it_merges_it_leaves_the_ranks_or_the_sums(
 
 
 # ---- kills
-
-
-class Killed(BaseException):
-    """Simulates the death of the process: nothing catches it."""
-
-
-def kill_before(patch: pytest.MonkeyPatch, count: int) -> None:
-    """Die at the ``count``-th call that changes what is on the disk, before it does; no later one is made."""
-    calls = iter(range(count))
-
-    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            if next(calls, None) is None:
-                raise Killed
-            return real(*args, **options)
-
-        return call
-
-    for name in ("fsync", "replace", "unlink", "rmdir", "link", "rename"):
-        patch.setattr(os, name, dying(getattr(os, name)))
 
 
 def names_of(dump: Path) -> set[str]:
@@ -813,7 +793,7 @@ def test_killed_at_any_step_it_continues_to_the_same_end(
     for count in range(400):
         dump = Path(shutil.copytree(start, tmp_path / "killed"))
         with monkeypatch.context() as patch:
-            kill_before(patch, count)
+            kill_before(patch, count, FOLDER_CALLS)
             try:
                 prune_dump(dump, policy)
             except Killed:
