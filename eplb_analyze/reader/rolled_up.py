@@ -2,8 +2,9 @@
 
 With scope ``global`` the rows of the writer's sessions are those of the run. With scope ``local`` a rank's
 rows have its own contribution: they are matched by clock minute and added. The clocks of hosts differ a
-little, so a minute's steps at its edges can differ between ranks; a minute in which a rank is missing, or
-has less than :data:`SAME` of the others' steps, is incomplete.
+little, so a minute's steps at its edges can differ between ranks. A minute in which a rank is missing, or has
+less than :data:`SAME` of the others' steps, is incomplete, but for those of its parts that all ranks have:
+sums of a rank can be split only where its rows end.
 
 Of several sessions of a rank with the same steps the newest counts, as in :mod:`eplb_analyze.reader.join`;
 with scope ``global`` the lowest rank. If only a part of a minute's steps is in both, sums cannot tell which
@@ -12,9 +13,10 @@ count, and reading fails.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -379,16 +381,70 @@ class _OfRank:
     first: int
     last: int
 
+    def add(self, other: _OfRank) -> None:
+        self.counts = self.counts + other.counts
+        self.first, self.last = min(self.first, other.first), max(self.last, other.last)
+
 
 @dataclass
-class _Minute:
-    """A minute of one placement, while ranks are added."""
+class _Part:
+    """Rows of some ranks added up, of one minute and placement."""
 
-    shape: Shape | None
     load: Int64
-    ranks: dict[int, _OfRank] = field(default_factory=dict)
-    first_time: int = 2**62
-    last_time: int = 0
+    ranks: dict[int, _OfRank]
+    first: int
+    last: int
+    first_time: int
+    last_time: int
+
+    def plus(self, other: _Part) -> _Part:
+        """Both added up; either of them may be changed."""
+        for rank, steps in other.ranks.items():
+            own = self.ranks.setdefault(rank, steps)
+            if own is not steps:
+                own.add(steps)
+        return _Part(
+            self.load + other.load,
+            self.ranks,
+            min(self.first, other.first),
+            max(self.last, other.last),
+            min(self.first_time, other.first_time),
+            max(self.last_time, other.last_time),
+        )
+
+
+class _Minute:
+    """A minute of one placement, while ranks are added: its parts between steps at which all rows end."""
+
+    def __init__(self) -> None:
+        self._parts: list[_Part] = []
+
+    def add(self, row: _Part) -> None:
+        """Add a row, whose steps may connect several parts."""
+        apart = []
+        for part in self._parts:
+            if part.first <= row.last and part.last >= row.first:
+                row = part.plus(row)
+            else:
+                apart.append(part)
+        self._parts = [*apart, row]
+
+    def parts(self, expected: Sequence[int]) -> list[tuple[_Part, dict[int, str]]]:
+        """What is added up in figures, as one part, and what is not, each with the ranks that it lacks.
+
+        That is the whole minute, unless a rank lacks much of it: then those of its parts that every rank has.
+        """
+        missing = _missing(self._parts, expected)
+        if not missing or len(self._parts) == 1:
+            return [(functools.reduce(_Part.plus, self._parts), missing)]
+        shifted = {rank: why for rank, why in missing.items() if why == SHIFTED}
+        judged = [(part, _missing([part], expected)) for part in sorted(self._parts, key=lambda p: p.first)]
+        complete = [part for part, lack in judged if not lack]
+        whole = [functools.reduce(_Part.plus, complete)] if complete else []
+        return [
+            *((part, {}) for part in whole),
+            *((part, {r: shifted.get(r, why) for r, why in lack.items()}) for part, lack in judged if lack),
+        ]
 
 
 _Key = tuple[int, int, "Shape | None"]
@@ -437,21 +493,11 @@ def _add_rank(
 ) -> None:
     epochs = np.searchsorted(changes, rows["first_step"], side="right").tolist()
     counts = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
-    for i, (minute, epoch) in enumerate(zip(rows["minute"].tolist(), epochs, strict=True)):
-        load = rows["rank_load"][i]
-        known = waiting.get((minute, epoch, shape))
-        if known is None:
-            known = waiting[minute, epoch, shape] = _Minute(shape, np.zeros_like(load))
-        known.load += load
-        first, last = int(rows["first_step"][i]), int(rows["last_step"][i])
-        own = known.ranks.get(rank)
-        if own is None:
-            known.ranks[rank] = _OfRank(counts[i].copy(), first, last)
-        else:
-            own.counts += counts[i]
-            own.first, own.last = min(own.first, first), max(own.last, last)
-        known.first_time = min(known.first_time, int(rows["first_time_ns"][i]))
-        known.last_time = max(known.last_time, int(rows["last_time_ns"][i]))
+    edges = (rows[name].tolist() for name in ("first_step", "last_step", "first_time_ns", "last_time_ns"))
+    keys = zip(rows["minute"].tolist(), epochs, strict=True)
+    for i, (key, first, last, *times) in enumerate(zip(keys, *edges, strict=True)):
+        row = _Part(rows["rank_load"][i], {rank: _OfRank(counts[i], first, last)}, first, last, *times)
+        waiting.setdefault((*key, shape), _Minute()).add(row)
 
 
 def _passed_on(
@@ -463,48 +509,41 @@ def _passed_on(
     """
     gone = Ranges(one.steps for one in run.tiers.ranges if one.tier is Tier.GONE)
     for shape, group in itertools.groupby(found, key=lambda item: item[0][2]):
-        own = list(group)
         expected = serving_ranks(shape) if shape is not None else run.expected_ranks
-        counts, missing = [], []
-        lacking = [_missing(one, expected) for _, one in own]
-        # Of a minute that a rank has retired in part, the others have more steps: it is retired.
-        kept = [not (lack and _touches(one, gone)) for lack, (_, one) in zip(lacking, own, strict=True)]
-        for keep, (_, one) in zip(kept, own, strict=True):
-            if keep or of_rank:
-                for rank, had in one.ranks.items():
-                    steps = RankSteps(had.first, had.last, int(had.counts.sum()))
-                    of_rank[rank] = steps.plus(of_rank.get(rank))
-        lacking, own = [*itertools.compress(lacking, kept)], [*itertools.compress(own, kept)]
-        if not own:
+        kept: list[tuple[int, _Part]] = []
+        missing = []
+        for (minute, _, _), joined in group:
+            for part, lacking in joined.parts(expected):
+                # Of a minute that a rank has retired in part, the others have more steps: it is retired.
+                keep = not (lacking and any(True for _ in gone.within(part.first, part.last + 1)))
+                if keep or of_rank:
+                    for rank, had in part.ranks.items():
+                        steps = RankSteps(had.first, had.last, int(had.counts.sum()))
+                        of_rank[rank] = steps.plus(of_rank.get(rank))
+                if keep:
+                    kept.append((minute, part))
+                    missing.append(lacking)
+        if not kept:
             continue
-        for lack, (_, one) in zip(lacking, own, strict=True):
-            counts.append(_counts(one))
-            missing.append(lack)
-        table = np.array(counts, np.int64).reshape(len(own), len(STATUS_LABELS))
+        parts = [part for _, part in kept]
+        table = np.array([_counts(part) for part in parts], np.int64).reshape(len(kept), len(STATUS_LABELS))
         columns: dict[str, npt.NDArray[np.int64]] = {
-            "minute": np.array([key[0] for key, _ in own], np.int64),
-            "phase": np.full(len(own), -1, np.int64),
-            "first_step": np.array([min(r.first for r in one.ranks.values()) for _, one in own], np.int64),
-            "last_step": np.array([max(r.last for r in one.ranks.values()) for _, one in own], np.int64),
-            "first_time_ns": np.array([one.first_time for _, one in own], np.int64),
-            "last_time_ns": np.array([one.last_time for _, one in own], np.int64),
-            "rank_load": np.stack([one.load for _, one in own]),
+            "minute": np.array([minute for minute, _ in kept], np.int64),
+            "phase": np.full(len(kept), -1, np.int64),
+            "first_step": np.array([part.first for part in parts], np.int64),
+            "last_step": np.array([part.last for part in parts], np.int64),
+            "first_time_ns": np.array([part.first_time for part in parts], np.int64),
+            "last_time_ns": np.array([part.last_time for part in parts], np.int64),
+            "rank_load": np.stack([part.load for part in parts]),
             **{name: table[:, i] for i, name in enumerate(STATUS_LABELS)},
         }
         yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, {**of_rank})
 
 
-def _touches(one: _Minute, steps: Ranges) -> bool:
-    """Whether a minute has steps in some ranges."""
-    first = min(of_rank.first for of_rank in one.ranks.values())
-    last = max(of_rank.last for of_rank in one.ranks.values())
-    return any(True for _ in steps.within(first, last + 1))
-
-
-def _counts(one: _Minute) -> Int64:
-    """The steps of a minute by status: those of its lowest rank, of which any rank may have recorded more."""
-    counts = one.ranks[min(one.ranks)].counts.copy()
-    most_recorded = max(int(rank.counts[Status.RECORDED]) for rank in one.ranks.values())
+def _counts(part: _Part) -> Int64:
+    """The steps of a part by status: those of its lowest rank, of which any rank may have recorded more."""
+    counts = part.ranks[min(part.ranks)].counts.copy()
+    most_recorded = max(int(rank.counts[Status.RECORDED]) for rank in part.ranks.values())
     idle = min(int(counts[Status.DUMMY]), most_recorded - counts[Status.RECORDED])
     if idle > 0:
         counts[Status.RECORDED] += idle
@@ -512,18 +551,23 @@ def _counts(one: _Minute) -> Int64:
     return counts
 
 
-def _missing(one: _Minute, expected: Sequence[int]) -> dict[int, str]:
-    """The ranks without about the same steps as the others, and why."""
+def _missing(parts: Sequence[_Part], expected: Sequence[int]) -> dict[int, str]:
+    """The ranks without about the same steps in some parts as the others, and why."""
     had = Status.RECORDED, Status.DUMMY
-    taken = {rank: int(sum(of_rank.counts[i] for i in had)) for rank, of_rank in one.ranks.items()}
+    taken: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for part in parts:
+        for rank, steps in part.ranks.items():
+            taken[rank] = taken.get(rank, 0) + int(sum(steps.counts[i] for i in had))
+            first[rank] = min(first.get(rank, steps.first), steps.first)
     most = max(taken.values())
-    middle = sorted(of_rank.first for of_rank in one.ranks.values())[len(one.ranks) // 2]
+    middle = sorted(first.values())[len(first) // 2]
     found = {}
     for rank in expected:
-        if rank not in one.ranks:
+        if rank not in first:
             found[rank] = ABSENT
         elif taken[rank] < SAME * most:
             found[rank] = PARTLY
-        elif abs(one.ranks[rank].first - middle) > (1 - SAME) * max(most, 1):
+        elif abs(first[rank] - middle) > (1 - SAME) * max(most, 1):
             found[rank] = SHIFTED
     return found

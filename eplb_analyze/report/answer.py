@@ -16,7 +16,7 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary_report import warnings
 from eplb_analyze.metrics.cost import CostStatus, Driver
 from eplb_analyze.metrics.losses import LEAST_STEPS
-from eplb_analyze.reader.completeness import Completeness
+from eplb_analyze.reader.completeness import ABSENT, Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.text import clean, command_line, duration, figure, listed, milliseconds, percent, plural
 
@@ -227,7 +227,7 @@ def data(summary: Summary, label: Callable[[int], str] = "step {}".format) -> tu
         lacking = f"rank {ranks.pop()}" if len(ranks) == 1 else "a rank"
         one = steps.count(StepState.INCOMPLETE) == 1
         text = f"{steps.count(StepState.INCOMPLETE):,} {'lacks' if one else 'lack'} {lacking}"
-        if summary.rollup is not None:
+        if summary.rollup is not None and any(why != ABSENT for _, why in steps.reasons):
             text = f"{_were(steps.count(StepState.INCOMPLETE))} in minutes that lack a part of {lacking}"
         if not steps.incomplete_inside and steps.last_whole is not None:
             text += f", from {label(steps.last_whole + 1)} on"

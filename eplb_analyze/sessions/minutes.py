@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from eplb_analyze.sessions.parquet_segment import ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment, layers_at_once, reading_faults
-from eplb_dump.format.minutes import Minutes, MinutesBuilder
+from eplb_dump.format.journal import Int64
+from eplb_dump.format.minutes import NO_CUTS, Minutes, MinutesBuilder
 from eplb_dump.format.schema import Scope
 from eplb_dump.format.session import SessionInfo
 
@@ -25,11 +26,14 @@ def minutes_of(
     if isinstance(segment, ParquetSegment) and segment.has_minutes:
         yield from segment.minutes(columns, rows_bytes)
     elif segment.step_rows and (segment.has_loads or not segment.recorded):
-        yield _added_up(segment, info)
+        yield added_up(segment, info)
 
 
-def _added_up(segment: Segment, info: SessionInfo) -> Minutes:
-    """The rows that the writer would have made of a segment with loads."""
+def added_up(segment: Segment, info: SessionInfo, cuts: Int64 = NO_CUTS) -> Minutes:
+    """The rows that the writer would have made of a segment with loads, or of one that recorded none.
+
+    ``cuts``: steps across which no row reaches. Raises DamagedSegmentError.
+    """
     shape = segment.shape
     steps, placements, load_steps = segment.steps(), segment.placements(), segment.load_steps()
     with reading_faults(segment, "loads", segment.path):
@@ -40,6 +44,7 @@ def _added_up(segment: Segment, info: SessionInfo) -> Minutes:
             shape,
             summed=info.scope is Scope.GLOBAL,
             token_replication=info.token_replication,
+            cuts=cuts,
         )
     if shape is not None and len(load_steps):
         at_once = layers_at_once(len(load_steps), shape)

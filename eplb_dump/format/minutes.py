@@ -149,7 +149,7 @@ class Minutes:
     def merged(self, changes: Int64) -> Minutes:
         """Rows of one minute, phase, number of EP ranks and placement added up.
 
-        ``changes``: the steps at which a placement changed, ascending.
+        ``changes``: the steps at which a placement changed, and the cuts of :func:`keys_of`, ascending.
         """
         if len(self) < 2:
             return self
@@ -196,15 +196,21 @@ def top_slots(shape: Shape) -> int:
     return min(TOP_SLOTS, shape.num_physical_experts)
 
 
-def keys_of(steps: StepRows, placement_steps: Int64) -> Int64:
-    """What a row is for, by step: minute, number of the placement in the segment, phase: ``[3, len(steps)]``.
+NO_CUTS: Int64 = np.empty(0, np.int64)
 
-    ``placement_steps``: the steps of the rows of ``placements``.
+
+def keys_of(steps: StepRows, placement_steps: Int64, cuts: Int64 = NO_CUTS) -> Int64:
+    """What a row is for, by step: minute, number of the stretch of steps, phase: ``[3, len(steps)]``.
+
+    Args:
+        placement_steps: the steps of the rows of ``placements``; a stretch ends before each.
+        cuts: other steps before which one ends, so that a rank's rows match those of another rank that begins
+            or ends there.
     """
-    changes = np.unique(placement_steps)
+    changes = np.union1d(placement_steps, cuts)
     minute = steps.time_ns // MINUTE_NS
-    placement = np.searchsorted(changes, steps.step, side="right")
-    return np.stack([minute, placement, steps.phase.astype(np.int64)])
+    stretch = np.searchsorted(changes, steps.step, side="right")
+    return np.stack([minute, stretch, steps.phase.astype(np.int64)])
 
 
 class MinutesBuilder:
@@ -219,11 +225,12 @@ class MinutesBuilder:
         *,
         summed: bool,
         token_replication: int = 1,
+        cuts: Int64 = NO_CUTS,
     ) -> None:
-        """``summed``: the loads are sums over all ranks."""
+        """``summed``: the loads are sums over all ranks. ``cuts``: as for :func:`keys_of`."""
         self._steps, self._shape, self._summed = steps, shape, summed
         self._token_replication = token_replication
-        keys = keys_of(steps, placements.step)
+        keys = keys_of(steps, placements.step, cuts)
         self._keys, group = np.unique(keys, axis=1, return_inverse=True)
         self._group = group.reshape(-1)
         recorded = np.flatnonzero(steps.status == Status.RECORDED)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from eplb_dump.format.files import discard, publish, remove, temporary
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.manifest import Manifest, SealedSegment, Thinned, append_manifest, rewrite_manifest
-from eplb_dump.format.minutes import Minutes
+from eplb_dump.format.minutes import NO_CUTS, Minutes
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
     SCHEMAS,
@@ -184,6 +184,7 @@ def thin_together(
     thinnings: Iterable[Thinning],
     rolled_up: Callable[[SealedSegment], Minutes] | None = None,
     size: int | None = None,
+    cuts: Int64 = NO_CUTS,
 ) -> list[str]:
     """Thin segments of a session, of which no other process writes files, with one new manifest.
 
@@ -194,6 +195,7 @@ def thin_together(
         manifest: as :func:`read_manifest` returns it; changed to the new one.
         rolled_up: makes the rows of ``minutes`` of a segment that has none.
         size: the bytes that the manifest's file must still have, or the session is in use.
+        cuts: steps across which no row of merged ``minutes`` reaches.
 
     Returns:
         The names of the files that are superseded.
@@ -208,15 +210,38 @@ def thin_together(
         minutes = None
         if makes and rolled_up is not None and "minutes" not in entries[0].files:
             minutes = rolled_up(entries[0])
-        entry = _keep(folder, info, entries, thinning, minutes)
+        entry = _keep(folder, info, entries, thinning, minutes, cuts)
         now[entry.seq] = entry
         superseded += _superseded(entries, entry)
+    _replace_entries(folder, info, manifest, now, size)
+    return superseded
+
+
+def forget_minutes(
+    folder: Path, info: SessionInfo, manifest: Manifest, seqs: Iterable[int], size: int | None = None
+) -> list[str]:
+    """List segments that have their loads without ``minutes``, as if from before version 1.2.
+
+    Then other rows can take the place of theirs, because files of listed names never change. Arguments,
+    result and errors are those of :func:`thin_together`.
+    """
+    now, superseded = dict(manifest.entries), []
+    for seq in seqs:
+        files = dict(now[seq].files)
+        superseded.append(files.pop("minutes").name)
+        now[seq] = replace(now[seq], files=files)
+    _replace_entries(folder, info, manifest, now, size)
+    return superseded
+
+
+def _replace_entries(
+    folder: Path, info: SessionInfo, manifest: Manifest, entries: dict[int, SealedSegment], size: int | None
+) -> None:
     path = folder / MANIFEST_FILE
     if size is not None and path.stat().st_size != size:
         raise OSError(errno.EBUSY, "another process writes into this session", str(path))
-    rewrite_manifest(folder, info, replace(manifest, entries=now))
-    manifest.entries = now
-    return superseded
+    rewrite_manifest(folder, info, replace(manifest, entries=entries))
+    manifest.entries = entries
 
 
 def _superseded(entries: Iterable[SealedSegment], new: SealedSegment) -> list[str]:
@@ -273,6 +298,7 @@ def _keep(
     entries: Sequence[SealedSegment],
     thinning: Thinning,
     rolled_up: Minutes | None,
+    cuts: Int64 = NO_CUTS,
 ) -> SealedSegment:
     """Write what is kept of some segments under names that nothing has yet; the manifest's entry of it."""
     first, last = entries[0], entries[-1]
@@ -289,7 +315,7 @@ def _keep(
         if rolled_up is not None and "minutes" not in first.files and tier is not Tier.GONE:
             tables.write("minutes", lambda metadata: [rolled_up.to_table(metadata)], len(rolled_up))
         if len(entries) > 1:
-            _merge_tables(folder, entries, tables, tier)
+            _merge_tables(folder, entries, tables, tier, cuts)
     except Exception:  # free the space, as the disk may be full
         names = [segment_name(table, first.seq, last.last_seq) for table in SCHEMAS]
         discard(temporary(folder / name) for name in names)
@@ -323,7 +349,9 @@ def _keep(
     )
 
 
-def _merge_tables(folder: Path, entries: Sequence[SealedSegment], tables: SegmentFiles, tier: Tier) -> None:
+def _merge_tables(
+    folder: Path, entries: Sequence[SealedSegment], tables: SegmentFiles, tier: Tier, cuts: Int64
+) -> None:
     """Write the placements of several segments as one file, and their roll-ups if they stay."""
     parts = [
         part
@@ -348,7 +376,7 @@ def _merge_tables(folder: Path, entries: Sequence[SealedSegment], tables: Segmen
             for part in _read_groups(folder, entry, "minutes", SCHEMAS["minutes"].names)
         ]
         if rolled:
-            minutes = Minutes.concat(rolled).merged(changes)
+            minutes = Minutes.concat(rolled).merged(np.union1d(changes, cuts))
             tables.write("minutes", lambda metadata: [minutes.to_table(metadata)], len(minutes))
 
 

@@ -14,15 +14,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
-
-import numpy as np
 
 from eplb_analyze.atomic import TEMPORARY, clear, hold, remove_held, remove_leftovers, scratch_folder
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.sessions.discovery import REMOVED_RUNS_FILE
+from eplb_analyze.sessions.minutes import added_up
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, read_manifest
 from eplb_analyze.storage import path as places
@@ -35,10 +33,17 @@ from eplb_analyze.transfer.retention.survey import (
     survey_run,
 )
 from eplb_dump.format.files import discard, fsync_folder, remove, rename
-from eplb_dump.format.journal import Shape, lock
+from eplb_dump.format.journal import lock
 from eplb_dump.format.manifest import Manifest, SealedSegment
-from eplb_dump.format.minutes import Minutes, MinutesBuilder
-from eplb_dump.format.retention import MERGED_AT_ONCE, TIERS, Thinning, next_thinning, thin_together
+from eplb_dump.format.minutes import Minutes
+from eplb_dump.format.retention import (
+    MERGED_AT_ONCE,
+    TIERS,
+    Thinning,
+    forget_minutes,
+    next_thinning,
+    thin_together,
+)
 from eplb_dump.format.schema import (
     MANIFEST_FILE,
     MODEL_PREFIX,
@@ -46,10 +51,8 @@ from eplb_dump.format.schema import (
     SEGMENT_PATTERN,
     SESSION_FILE,
     FormatError,
-    Scope,
     Tier,
 )
-from eplb_dump.format.session import SessionInfo
 
 #: The folder, or object, that tells other prunes that one is at work.
 AT_WORK = ".prune.eplb.tmp"
@@ -193,27 +196,6 @@ def _merges(manifest: Manifest) -> list[Thinning]:
     return [] if merge is None else [Thinning(merge.seqs, merge.tier, "prune")]
 
 
-def rolled_up(folder: Path, info: SessionInfo, entry: SealedSegment) -> Minutes:
-    """The rows of ``minutes`` of a segment that has none. Raises DamagedSegmentError, FormatError."""
-    segment = ParquetSegment(folder, info, entry)
-    steps = segment.steps()
-    shape: Shape | None = entry.shape
-    load_steps = segment.load_steps() if "loads" in entry.files else np.empty(0, np.int64)
-    builder = MinutesBuilder(
-        steps,
-        segment.placements(),
-        load_steps,
-        shape,
-        summed=info.scope is Scope.GLOBAL,
-        token_replication=info.token_replication,
-    )
-    if shape is not None and "loads" in entry.files:
-        for first, loads in segment.loads(0, shape.num_moe_layers):
-            for layer, load in enumerate(loads, first):
-                builder.add(layer, load)
-    return builder.finish()
-
-
 class _Local:
     """Thins a session in its folder."""
 
@@ -225,15 +207,41 @@ class _Local:
         self.damaged: dict[int, str] = {}
         #: The bytes of the manifest as it was read or written; None in a scratch folder.
         self.size: int | None = None
+        #: Rows of ``minutes`` that are to take the place of others, by the number of their segment.
+        self.cut: dict[int, Minutes] = {}
 
     def thin(self, manifest: Manifest, tiers: Mapping[int, Tier]) -> None:
         if self.folder == self.session.folder:
             self.size = self.session.files[MANIFEST_FILE].st_size
+        self.align(manifest, [seq for seq, tier in tiers.items() if tier is not Tier.GONE])
         todo = batches([*manifest.entries.values()], tiers)
         for at in range(0, len(todo), _AT_ONCE):
             self.together(manifest, todo[at : at + _AT_ONCE])
         while not self.damaged and (some := _merges(manifest)):
             self.together(manifest, some)
+
+    def align(self, manifest: Manifest, seqs: Sequence[int]) -> None:
+        """Replace rows of ``minutes`` that reach across a cut, while the loads are there.
+
+        Once the new rows are made, the manifest lists these segments without any, until they are thinned: at
+        each moment they have their loads, or the rows that are kept.
+        """
+        for seq in seqs:
+            entry = manifest.entries[seq]
+            if "minutes" in entry.files and self.session.cuts_in(entry):
+                # Of damaged loads, the rows that are there are all that is left.
+                with suppress(DamagedSegmentError, FormatError):
+                    self.cut[seq] = self.made_of(self.session.folder, entry)
+        if self.cut:
+            self.remove(forget_minutes(self.folder, self.info, manifest, self.cut, self.size))
+
+    def rolled_up(self, entry: SealedSegment) -> Minutes:
+        """The rows of ``minutes`` of a segment that has none. Raises DamagedSegmentError, FormatError."""
+        made = self.cut.get(entry.seq)
+        return self.made_of(self.folder, entry) if made is None else made
+
+    def made_of(self, folder: StoragePath, entry: SealedSegment) -> Minutes:
+        return added_up(ParquetSegment(folder, self.info, entry), self.info, self.session.cuts)
 
     def together(self, manifest: Manifest, thinnings: Sequence[Thinning]) -> None:
         """Thin together, or without what is damaged. Raises OSError."""
@@ -252,17 +260,20 @@ class _Local:
                     self.together(manifest, [one])
 
     def thin_now(self, manifest: Manifest, thinnings: Sequence[Thinning]) -> None:
-        superseded = self.write(manifest, thinnings)
-        if superseded:
-            remove(*(self.folder / name for name in superseded))
+        self.remove(self.write(manifest, thinnings))
 
     def write(self, manifest: Manifest, thinnings: Sequence[Thinning]) -> list[str]:
         """Write what is kept; returns the names of superseded files."""
-        makes = partial(rolled_up, self.folder, self.info)
-        superseded = thin_together(self.folder, self.info, manifest, thinnings, makes, self.size)
+        return thin_together(
+            self.folder, self.info, manifest, thinnings, self.rolled_up, self.size, self.session.cuts
+        )
+
+    def remove(self, superseded: Sequence[str]) -> None:
+        """Remove files that the new manifest does not list."""
         if self.size is not None:
             self.size = (self.folder / MANIFEST_FILE).stat().st_size
-        return superseded
+        if superseded:
+            remove(*(self.folder / name for name in superseded))
 
 
 class _InBucket(_Local):
@@ -280,26 +291,33 @@ class _InBucket(_Local):
         for thinning in thinnings:
             entries = [manifest.entries[seq] for seq in thinning.seqs]
             for entry in entries:
-                for table in _needed(entry, thinning):
+                for table in _needed(entry, thinning, made=entry.seq in self.cut):
                     name = entry.files[table].name
                     (self.folder / name).write_bytes((remote / name).read_bytes())
                     fetched.add(name)
         superseded = self.write(manifest, thinnings)
         made = {path.name for path in self.folder.iterdir()} - fetched - {MANIFEST_FILE}
-        for name in [*sorted(made), MANIFEST_FILE]:
+        for name in sorted(made):
             with (self.folder / name).open("rb") as file:
                 (remote / name).write(file)
-        for name in superseded:
-            _delete(remote / name)
+        self.remove(superseded)
         discard(self.folder.iterdir())
 
+    def remove(self, superseded: Sequence[str]) -> None:
+        remote = cast(Remote, self.session.folder)
+        with (self.folder / MANIFEST_FILE).open("rb") as file:
+            (remote / MANIFEST_FILE).write(file)
+        for name in superseded:
+            _delete(remote / name)
 
-def _needed(entry: SealedSegment, thinning: Thinning) -> set[str]:
-    """The tables of an entry that a thinning reads."""
+
+def _needed(entry: SealedSegment, thinning: Thinning, *, made: bool) -> set[str]:
+    """The tables of an entry that a thinning reads; ``made``: its rows of ``minutes`` are made already."""
     wanted: set[str] = set()
     if thinning.tier is Tier.RANKS:
         wanted |= {"loads"}
-    if thinning.tier is not Tier.GONE and "minutes" not in entry.files and len(thinning.seqs) == 1:
+    from_steps = "minutes" not in entry.files and not made
+    if thinning.tier is not Tier.GONE and from_steps and len(thinning.seqs) == 1:
         wanted |= {"steps", "loads", "placements"}
     if entry.times is None:
         wanted |= {"steps"}

@@ -49,8 +49,9 @@ def _size_at(piece: Piece, tier: Tier) -> int:
         except (OSError, FormatError, pa.ArrowException) as error:
             piece.fault = f"{entry.files['loads'].name}: {str(error).splitlines()[0]}"
             return piece.size
-    if tier in (Tier.RANKS, Tier.MINUTES) and "minutes" not in entry.files:
-        size += _minutes_bytes(piece)
+    made = entry.files.get("minutes")
+    if tier in (Tier.RANKS, Tier.MINUTES) and (made is None or piece.rows_of_minutes):
+        size += _minutes_bytes(piece) - (0 if made is None else made.bytes)
     return size
 
 

@@ -20,17 +20,19 @@ from eplb_analyze.sessions.segments import DamagedSegmentError, exhausted, requi
 from eplb_analyze.storage import path as places
 from eplb_analyze.storage.bucket import Entry
 from eplb_analyze.storage.path import StoragePath, requests_at_once
-from eplb_dump.format.journal import lock
+from eplb_dump.format.journal import Int64, lock
 from eplb_dump.format.manifest import Manifest, SealedSegment
-from eplb_dump.format.minutes import keys_of
+from eplb_dump.format.minutes import NO_CUTS, keys_of
 from eplb_dump.format.schema import (
     JOURNAL_PATTERN,
     LEVEL_PREFIXES,
     MANIFEST_FILE,
+    MAX_NUMBER,
     RUN_PREFIX,
     SEGMENT_PATTERN,
     SESSION_FILE,
     FormatError,
+    Scope,
     Tier,
 )
 from eplb_dump.format.session import SessionInfo
@@ -59,7 +61,7 @@ class Piece:
     fault: str | None = None
     #: Its bytes in the manifest that thinning frees, as those of its experts' sums: at least so many.
     sums_bytes: int = 0
-    #: So many rows of ``minutes`` are made of it, if it has none.
+    #: So many rows of ``minutes`` are made of it, if it has none, or if they reach across a cut.
     rows_of_minutes: int = 0
     #: Its bytes by tier, as far as they were computed.
     sizes: dict[Tier, int] = field(default_factory=dict)
@@ -90,6 +92,13 @@ class SurveyedSession:
     fault: str | None = None
     #: Journals that nobody has locked; `recover` seals them.
     journals: list[str] = field(default_factory=list)
+    #: Steps before which sums per minute end: what follows, or what comes before, some rank does not have.
+    cuts: Int64 = field(default_factory=lambda: NO_CUTS)
+
+    def cuts_in(self, entry: SealedSegment) -> bool:
+        """Whether a cut is between the steps of a segment whose loads are kept."""
+        inside = (self.cuts > entry.first_step) & (self.cuts <= entry.last_step)
+        return "loads" in entry.files and bool(inside.any())
 
     @property
     def size(self) -> int:
@@ -182,7 +191,48 @@ def survey_run(folder: StoragePath) -> SurveyedRun:
     run = SurveyedRun(folder.name[len(RUN_PREFIX) :], folder)
     for names, session in _sessions(folder, [folder.name], run):
         run.sessions.append(_survey_session(names, session, run))
+    _cut(run)
     return run
+
+
+def _cut(run: SurveyedRun) -> None:
+    """Find where ranks that write their own loads begin and end, so that their sums can be matched there.
+
+    A figure needs every rank. So a minute is cut where the steps that all ranks have begin and end.
+    """
+    of_model: dict[str, list[SurveyedSession]] = {}
+    for session in run.sessions:
+        if session.info is not None and session.info.scope is Scope.LOCAL:
+            of_model.setdefault(session.info.model, []).append(session)
+    for sessions in of_model.values():
+        cuts = _ends_of_common_steps(sessions)
+        for session in sessions:
+            session.cuts = cuts
+            for piece in session.pieces:
+                if session.cuts_in(piece.entry) and piece.fault is None and session.info is not None:
+                    _read_steps(piece, session.info)
+
+
+def _ends_of_common_steps(sessions: Sequence[SurveyedSession]) -> Int64:
+    """The steps at which the stretches begin, or have just ended, that every rank has."""
+    of_rank: dict[int, list[tuple[int, int]]] = {}
+    for session in sessions:
+        assert session.info is not None
+        entries = [piece.entry for piece in session.pieces]
+        first = min((entry.first_step for entry in entries), default=0)
+        end = max((entry.last_step for entry in entries), default=0) + 1
+        # What else it has is not known.
+        if session.journals or session.live is not None or session.fault is not None:
+            end = MAX_NUMBER
+        of_rank.setdefault(session.info.ep_rank, []).append((first, end))
+    edges = np.unique([edge for spans in of_rank.values() for span in spans for edge in span])
+    common = np.ones(max(0, len(edges) - 1), np.bool_)
+    for spans in of_rank.values():
+        own = np.zeros_like(common)
+        for first, end in spans:
+            own |= (edges[:-1] >= first) & (edges[1:] <= end)
+        common &= own
+    return edges[np.flatnonzero(np.diff(common, prepend=False, append=False))]
 
 
 def _is_folder(entry: Entry, prefix: str) -> bool:
@@ -298,8 +348,10 @@ def _read_steps(piece: Piece, info: SessionInfo) -> None:
         rows = segment.steps()
         if not piece.last_ns:
             piece.first_ns, piece.last_ns = int(rows.time_ns.min()), int(rows.time_ns.max())
-        if "minutes" not in piece.entry.files:
-            piece.rows_of_minutes = np.unique(keys_of(rows, segment.placement_steps()), axis=1).shape[1]
+        cuts = piece.session.cuts
+        if "minutes" not in piece.entry.files or len(cuts):
+            keys = keys_of(rows, segment.placement_steps(), cuts)
+            piece.rows_of_minutes = np.unique(keys, axis=1).shape[1]
     except DamagedSegmentError as error:
         piece.fault = str(error)
 

@@ -65,7 +65,7 @@ def record(root: Path, tokens: Array, *, began_ns: int = START_NS, **options: An
     with (
         steady_clock(STEP_MS, began_ns),
         open_writer(
-            root, ep_size=RANKS, num_logical_experts=LOGICAL, segment_steps=SEGMENT, **options
+            root, **{"ep_size": RANKS, "num_logical_experts": LOGICAL, "segment_steps": SEGMENT, **options}
         ) as writer,
     ):
         for step, load in enumerate(tokens):
@@ -279,7 +279,7 @@ def test_steps_that_no_rank_saw_are_counted_as_from_steps(tmp_path: Path, scope:
     # What a rank no longer keeps is retired for all, and not missing.
     thin_to(session_folders(tmp_path)[0], {Tier.GONE: [0, 1], Tier.MINUTES: [2, 3]})
     rest = summary_of(tmp_path)
-    left = 150 + 2 + (7 if scope == "global" else 0)  # of ranks, the first whole minute is later
+    left = 7 + 150 + 2
     assert rest.steps.missing == left
     assert rest.steps.seen + left == step[-1] + 1 - (rest.steps.first or 0)
 
@@ -421,12 +421,31 @@ def test_minute_in_which_a_rank_is_missing_is_incomplete(tmp_path: Path) -> None
     assert summed.balancedness == pytest.approx(summed_truth(np.arange(stop))[0], rel=1e-12)
 
 
+@pytest.mark.parametrize("stop", [9 * SEGMENT, 9 * SEGMENT + 20])
+def test_part_of_a_minute_that_every_rank_has_counts(tmp_path: Path, stop: int) -> None:
+    """Rank 3 ends at a step; the others' rows end where their segments do."""
+    rng = np.random.default_rng(4)
+    parts = rng.multinomial(loads(), [1 / RANKS] * RANKS)
+    for rank in range(RANKS):
+        record(tmp_path, parts[: stop if rank == 3 else STEPS, ..., rank], scope="local", ep_rank=rank)
+    minute = minute_of(np.arange(STEPS))
+    assert minute[stop - 1] == minute[stop]
+    assert minute[9 * SEGMENT - 1] == minute[9 * SEGMENT]
+    found = summary_of(tmp_path, tier="minutes")
+    known = 9 * SEGMENT
+    assert found.steps.count(StepState.RECORDED) == known
+    assert found.steps.count(StepState.INCOMPLETE) == STEPS - known
+    summed = found.rollup.summed if found.rollup else None
+    assert summed is not None
+    assert summed.balancedness == pytest.approx(summed_truth(np.arange(known))[0], rel=1e-12)
+
+
 def test_minute_of_which_a_rank_keeps_nothing_is_retired(local: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(local, tmp_path / "dump"))
     thin_to(session_folders(root)[3], {Tier.GONE: [0, 1]})
     found = summary_of(root)
-    minute = minute_of(np.arange(STEPS))
-    gone = int(np.flatnonzero(minute == minute[: 2 * SEGMENT].max())[-1]) + 1
+    gone = 2 * SEGMENT  # in the middle of a minute, of which all ranks have the rest
+    assert minute_of(gone - 1) == minute_of(gone)
     assert found.steps.count(StepState.INCOMPLETE) == 0
     assert found.steps.first == gone
     summed = found.rollup.summed if found.rollup else None
@@ -439,7 +458,10 @@ def test_rank_whose_clock_is_shifted_is_missing_from_its_minutes(tmp_path: Path)
     parts = rng.multinomial(loads()[:300], [1 / RANKS] * RANKS)
     for rank in range(RANKS):
         began_ns = START_NS + (rank == 3) * 20 * 10**9
-        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, began_ns=began_ns)
+        # In one segment, whose rows end only where a minute does.
+        record(
+            tmp_path, parts[..., rank], scope="local", ep_rank=rank, began_ns=began_ns, segment_steps=STEPS
+        )
     found = summary_of(tmp_path, tier="minutes")
     assert {reason for rank, reason in found.steps.reasons if rank == 3} <= {
         "absent from part of the minute",

@@ -21,8 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kills import FOLDER_CALLS, Killed, kill_before
 from s3 import S3
+from thinning import info_of
 
+from eplb_analyze import open_run
+from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.errors import UsageError
+from eplb_analyze.reader.join import StepState
 from eplb_analyze.storage.path import storage_path
 from eplb_analyze.transfer.prune import PruneReport, prune_dump
 from eplb_analyze.transfer.retention.plan import Policy, make_plan
@@ -611,6 +615,79 @@ def test_older_format_gets_sums_per_minute_before_its_loads_go(version: str, tmp
     assert version == "v1.2" or len(expected_rows) < len(pieces) - 1  # some were compared
 
 
+# ---- ranks that end at different steps
+
+
+def uneven_ranks(dump: Path, now: int, ranks: int = 8) -> list[Path]:
+    """Ranks with 80 steps, but rank 1 has only the first 60: it ends within a segment of the others."""
+    begin, step_ns = (now - days(3)) // MINUTE * MINUTE, 10**7
+    return [
+        aged_session(
+            dump,
+            "uneven",
+            [begin + (seq + 1) * steps * step_ns for seq in range(5)],
+            rank=rank,
+            scope=Scope.LOCAL,
+            steps=steps,
+            step_ns=step_ns,
+        )
+        for rank in range(ranks)
+        for steps in [12 if rank == 1 else 16]
+    ]
+
+
+@pytest.mark.parametrize("without_minutes", [False, True])
+@pytest.mark.parametrize("tier", ["ranks", "minutes"])
+def test_sums_per_minute_end_where_a_rank_ends(tier: str, tmp_path: Path, *, without_minutes: bool) -> None:
+    folders = uneven_ranks(tmp_path, time.time_ns())
+    if without_minutes:  # as before version 1.2
+        for folder in folders:
+            manifest = manifest_of(folder)
+            names = retention.forget_minutes(folder, info_of(folder), manifest, [*manifest.entries])
+            files.remove(*(folder / name for name in names))
+    truth = summarize(open_run(tmp_path))
+    assert truth.steps.count(StepState.INCOMPLETE) == 20
+    planned = {
+        (piece.session.folder, piece.entry.seq): size_at(piece, Tier(tier))
+        for session in survey(tmp_path)[0].sessions
+        for piece in session.pieces
+    }
+    policy = Policy(keep_full=days(1), keep_ranks=days(1 if tier == "minutes" else 9))
+    report = prune_dump(tmp_path, policy)
+    assert report.failed == 0
+    for folder in folders:
+        assert_whole(folder)
+        for entry in manifest_of(folder).entries.values():
+            if entry.seq == entry.last_seq:
+                assert entry.size <= planned[folder, entry.seq]
+    rows = [
+        (first, last)
+        for folder in folders
+        for path in folder.glob("minutes-*.parquet")
+        for first, last in zip(
+            *pq.read_table(path).select(["first_step", "last_step"]).to_pydict().values(), strict=True
+        )
+    ]
+    assert all(last < 60 or first >= 60 for first, last in rows)
+    found = summarize(open_run(tmp_path), tier="minutes")
+    assert found.steps.count(StepState.RECORDED) == 60
+    assert found.steps.reasons == {(1, "absent"): 20}
+    prune_dump(tmp_path, Policy(keep_full=days(1), keep_ranks=days(1)))
+    assert summarize(open_run(tmp_path)).steps.to_json() == found.steps.to_json()
+
+
+def test_damaged_loads_do_not_cost_the_sums_per_minute(tmp_path: Path) -> None:
+    folder, _ = uneven_ranks(tmp_path, time.time_ns(), ranks=2)
+    loads = folder / "loads-000003.parquet"  # its segment has step 60
+    damaged = bytearray(loads.read_bytes())
+    damaged[40:80] = bytes(40)
+    loads.write_bytes(damaged)
+    minutes = (folder / "minutes-000003.parquet").read_bytes()
+    prune_dump(tmp_path, Policy(keep_full=days(1), keep_ranks=days(9)))
+    assert (folder / "minutes-000003.parquet").read_bytes() == minutes
+    assert manifest_of(folder).entries[3].files.keys() >= {"minutes"}
+
+
 # ---- merging ranks
 
 
@@ -773,6 +850,38 @@ def names_of(dump: Path) -> set[str]:
     }
 
 
+def test_killed_while_sums_are_replaced_it_continues_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / "start"
+    uneven_ranks(start, time.time_ns(), ranks=2)
+    policy = Policy(keep_full=days(1), keep_ranks=days(9))
+    done = Path(shutil.copytree(start, tmp_path / "done"))
+    prune_dump(done, policy)
+    end = content_of(done)
+    kills = 0
+    for count in range(400):
+        dump = Path(shutil.copytree(start, tmp_path / "killed"))
+        with monkeypatch.context() as patch:
+            kill_before(patch, count, FOLDER_CALLS)
+            try:
+                prune_dump(dump, policy)
+            except Killed:
+                kills += 1
+            else:
+                break
+        for session in sessions_of(dump):
+            for entry in manifest_of(session).entries.values():
+                assert entry.files.keys() & {"loads", "minutes"}
+                assert all(
+                    (session / file.name).stat().st_size == file.bytes for file in entry.files.values()
+                )
+        prune_dump(dump, policy)
+        assert content_of(dump) == end, count
+        shutil.rmtree(dump)
+    assert kills > 10
+
+
 def test_killed_at_any_step_it_continues_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -890,6 +999,7 @@ def test_bucket_is_pruned_like_a_folder(tmp_path: Path, s3: S3) -> None:
     dump = tmp_path / "dump"
     folder = ladder(dump, now)
     aged_session(dump, "old", [now - days(40)])
+    uneven = uneven_ranks(dump, now - days(8), ranks=2)
     policy = Policy(keep_full=days(4), keep_ranks=days(10), keep_minutes=days(16), max_age=days(30))
     bucket = s3.put(dump)
     report = prune_dump(storage_path(s3.address(bucket)), policy)
@@ -900,9 +1010,9 @@ def test_bucket_is_pruned_like_a_folder(tmp_path: Path, s3: S3) -> None:
     there = s3.get(bucket)
     here = content_of(dump)
     assert there.keys() == here.keys()
-    relative = str(folder.relative_to(dump))
+    thinned = tuple(str(one.relative_to(dump)) for one in (folder, *uneven))
     for name in here:
-        if name.startswith(relative):
+        if name.startswith(thinned):
             assert there[name] == here[name], name
     assert prune_dump(storage_path(s3.address(bucket)), policy).runs == []
 
