@@ -93,8 +93,8 @@ class RearrangementFigures:
     gain_at_first: float | None
     #: How long the gain lasted.
     lasted: Lasted | None
-    #: Slots that hold another expert than before.
-    slots_moved: int
+    #: Slots that hold another expert than before; None if not all placements before it are kept.
+    slots_moved: int | None
     #: Expert weights that a rank, or a rank's node, had to fetch from another; None: not known.
     experts_crossed_ranks: int | None
     #: Of these, weights that no rank of the node held before; None if ranks per node is not known.
@@ -279,7 +279,8 @@ class _Change:
         self.changed = [
             (a, b) for i in this.layers if (a := old[i]) is not None and (b := new[i]) is not None
         ]
-        first, layers = histories[this.layers[0]], len(histories)
+        first = next(histories[i] for i in this.layers if old[i] is not None and new[i] is not None)
+        layers = len(histories)
         sizes = [first.ep_sizes[first.index_at(s)] for s in (this.first_step - 1, this.last_step)]
         lost = [ranks_lost_at(s, run.lost_ranks) for s in (this.first_step - 1, this.last_step)]
         self.shapes = [
@@ -292,7 +293,9 @@ class _Change:
         self.folds: list[_Fold] = []
         self.worth: PlacementGain | None = None
         known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
-        if lost[0] != lost[1]:
+        if this.slots_changed is None:
+            self.reason = "it began in steps that are no longer kept"
+        elif lost[0] != lost[1]:
             self.reason = (
                 f"different ranks serve: lost ranks before {_listed(lost[0])}, after {_listed(lost[1])}"
             )
@@ -320,7 +323,7 @@ class _Change:
         self.no_op = False
         self.crossed_ranks: int | None = None
         self.crossed_nodes: int | None = None
-        if not self.elastic:
+        if not self.elastic and this.slots_changed is not None:
             self._count_moves(run)
 
     def _count_moves(self, run: Run) -> None:

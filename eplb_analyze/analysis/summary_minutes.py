@@ -91,7 +91,9 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
     what = kept(run)
     covered = StepRange(sums.first, sums.last + 1)
     found = _incidents(run, covered) if search else NOT_SEARCHED
-    changes = [r for r in run.history.rearrangements() if covered.first <= r.first_step < covered.end]
+    changes = run.history.rearrangements()
+    if steps is not None:
+        changes = [r for r in changes if covered.first <= r.first_step < covered.end]
     configurations = [c for c in sums.configurations if c.recorded]
     last = configurations[-1] if configurations else None
     # What is gone may have had a rearrangement.

@@ -29,12 +29,15 @@ class RecentPlacements:
         self.layers: dict[int, LayerHistory] = {}
         self._newest: RearrangementSnapshot | None = None
 
-    def add(self, rows: PlacementRows) -> None:
-        """Add one rank's placements. All ranks write the same; one that missed a change writes it later."""
+    def add(self, rows: PlacementRows, *, remains: bool = False) -> None:
+        """Add one rank's placements. All ranks write the same; one that missed a change writes it later.
+
+        ``remains``: see :meth:`~eplb_analyze.reader.placements.LayerHistory.insert`.
+        """
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
         for (step, layer, ep_size), slots in zip(numbers, rows.physical_to_logical, strict=True):
             history = self.layers.setdefault(layer, LayerHistory())
-            history.insert(step, ep_size, slots)
+            history.insert(step, ep_size, slots, remains=remains)
             del history.steps[:-PLACEMENTS], history.ep_sizes[:-PLACEMENTS], history.slots[:-PLACEMENTS]
 
     def rearrangements(self) -> list[int]:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from eplb_dump.format.schema import (
     MAX_LAYERS,
     FormatError,
     Status,
+    Tier,
     journal_name,
 )
 from eplb_dump.format.session import SessionInfo
@@ -63,6 +64,7 @@ class Batch:
         step: int64 ``[n]``, the recorded steps.
         load: integers ``[n, num_moe_layers, slots]``, this writer's tokens for each slot, or for each EP rank
             if the steps come from a sealed segment, which holds sums of ranks.
+        remains: whether the placements are what remains of steps that are gone.
     """
 
     rows: StepRows
@@ -70,6 +72,7 @@ class Batch:
     shape: Shape | None
     step: Int64
     load: npt.NDArray[Any]
+    remains: bool = False
 
 
 class FollowedSession:
@@ -109,7 +112,8 @@ class FollowedSession:
         """Skip all but the last ``want`` recorded steps. Reads little more than headers.
 
         Args:
-            placements: whether the first look also reports the placements in force at its first step.
+            placements: whether the first look also reports the placements in force at its first step, and
+                those of retired steps.
 
         Returns:
             Roughly how many recorded steps the first look will find. That look reports unreadable files.
@@ -143,6 +147,8 @@ class FollowedSession:
                 if not entry.step_rows and entry.thinned is not None:
                     seen += entry.thinned.step_rows // self.info.interval
                     self.last_retired = max(self.last_retired, entry.last_step)
+                    if placements:
+                        self._sealed[seq] = entry
                     continue
                 self._sealed[seq] = entry
                 self._skip[seq] = max(0, entry.recorded - (want - found))
@@ -278,6 +284,9 @@ class FollowedSession:
         segment = ParquetSegment(self.folder, self.info, entry)
         skip = self._skip.pop(entry.seq, 0)
         try:
+            if entry.thinned is not None and not entry.step_rows:
+                yield _old_placements(segment)
+                return
             recorded = segment.load_steps()
             rows, placements = segment.steps(), [segment.placements()]
             # A damaged segment can have recorded rows without loads.
@@ -303,7 +312,7 @@ class FollowedSession:
         """The newest two placements of each layer in the skipped segments."""
         if not self._old_placements:
             return
-        newer: list[PlacementRows] = []
+        newer: list[Batch] = []
         stated: Counter[int] = Counter()
         listed = self._headers()
         older = [seq for seq in listed if seq < self._first and "placements" in listed[seq][2]["files"]]
@@ -314,14 +323,13 @@ class FollowedSession:
             if not named and (self.folder / journal_name(entry.seq)).exists():
                 self._old_placements = True  # it is being sealed: the next look will have it
                 return
-            rows = ParquetSegment(self.folder, self.info, entry).placements()
-            newer.append(rows)
-            stated.update(rows.layer.tolist())
+            batch = _old_placements(ParquetSegment(self.folder, self.info, entry))
+            newer.append(batch)
+            stated.update(batch.placements[0].layer.tolist())
             layers = entry.shape.num_moe_layers if entry.shape is not None else MAX_LAYERS
             if len(stated) >= layers and min(stated.values()) > 1:
                 break
-        if newer:
-            yield _without_loads(StepRows.concat([]), newer[::-1])
+        yield from newer[::-1]
 
 
 class _Journal(GrowingFile):
@@ -441,6 +449,13 @@ def _batch(
 
 def _without_loads(rows: StepRows, placements: list[PlacementRows]) -> Batch:
     return Batch(rows, placements, None, np.empty(0, np.int64), np.empty((0, 0, 0), np.int64))
+
+
+def _old_placements(segment: ParquetSegment) -> Batch:
+    """The placements of a segment whose steps are not read. Raises DamagedSegmentError."""
+    placements = [segment.placements()]
+    batch = _without_loads(StepRows.concat([]), placements)
+    return replace(batch, remains=segment.entry.tier is Tier.GONE)
 
 
 def _last_seq(header: dict[str, Any]) -> int:

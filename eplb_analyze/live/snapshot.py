@@ -92,7 +92,8 @@ class RearrangementSnapshot:
     first_step: int
     last_step: int
     layers: int
-    slots_changed: int
+    #: Slots that hold another expert than before; None if not all placements before it are known.
+    slots_changed: int | None
     #: Mean balancedness before it.
     before: float | None
     #: Over so many steps.

@@ -102,9 +102,9 @@ class Follower:
             found_new |= self._read_all()  # otherwise the ranks read first seem to be behind
         self._looked = True
         now = time.monotonic()
-        if self._appended_at is None and self._window.ranks:
-            newest = max(rank.time_ns for rank in self._window.ranks.values())
-            self._appended_at = now - max(0.0, time.time() - newest / 1e9)
+        times = [rank.time_ns for rank in self._window.ranks.values() if rank.time_ns]
+        if self._appended_at is None and times:
+            self._appended_at = now - max(0.0, time.time() - max(times) / 1e9)
         elif found_new:
             self._appended_at = now
         return self._look(None if self._appended_at is None else now - self._appended_at)
@@ -234,7 +234,7 @@ class Follower:
                     if self.totals is not None:
                         self.totals.restart(self._info)
                 for rows in batch.placements:
-                    self._placements.add(rows)
+                    self._placements.add(rows, remains=batch.remains)
             elif len(batch.rows.step):
                 self._several_starts = True  # an older session of the rank goes on beside the newer one
         own = session.info.ep_rank

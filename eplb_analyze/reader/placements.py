@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,13 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.rhythm import Change, Rhythm
 from eplb_analyze.sessions.discovery import Session
+from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import NO_END
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums
-from eplb_dump.format.schema import EMPTY_SLOT, Status
+from eplb_dump.format.schema import EMPTY_SLOT, Status, Tier
 
 #: Consecutive steps of one placement: where they are among some steps, and the placement, if it is known.
 Period = tuple[slice, Int32 | None]
@@ -38,15 +39,24 @@ class LayerHistory:
     slots: list[Int32] = field(default_factory=list)
     #: Steps from which the placement is unknown until it is stated again; the same in all layers.
     lost: list[int] = field(default_factory=list)
+    #: Steps that are gone, of whose placements only the last are kept: the one before may not be known.
+    remains: set[int] = field(default_factory=set)
 
-    def insert(self, step: int, ep_size: int, slots: Int32) -> None:
+    def insert(self, step: int, ep_size: int, slots: Int32, *, remains: bool = False) -> None:
         """Add the placement that a rank states at ``step``. The first one for a step counts.
 
         A rank that missed a change states it at a later step, so the earliest statement counts.
+
+        Args:
+            remains: whether it is what remains of steps that are gone.
         """
         i = bisect.bisect_right(self.steps, step)
         if self.index_at(step) >= 0 and (self.steps[i - 1] == step or self._is_at(i - 1, ep_size, slots)):
+            if self.steps[i - 1] == step and not remains:
+                self.remains.discard(step)
             return
+        if remains:
+            self.remains.add(step)
         if not self.lost and i < len(self.steps) and self._is_at(i, ep_size, slots):
             self.steps[i] = step
             return
@@ -80,13 +90,18 @@ class LayerHistory:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """A change of placement: the first and last step at which a layer changed, and the layers."""
+    """A change of placement: the first and last step at which a layer changed, and the layers.
+
+    Attributes:
+        slots_changed: how many slots hold another expert than before; None if it began in steps that are
+            gone, so that not all placements before it are known.
+    """
 
     first_step: int
     last_step: int
     #: Indices of the layers that changed, ascending.
     layers: tuple[int, ...]
-    slots_changed: int
+    slots_changed: int | None
 
 
 class PlacementHistory:
@@ -149,7 +164,7 @@ class PlacementHistory:
         def cut(history: LayerHistory) -> LayerHistory:
             count = bisect.bisect_right(history.steps, step)
             parts = history.steps[:count], history.ep_sizes[:count], history.slots[:count]
-            return LayerHistory(*parts, [s for s in history.lost if s <= step])
+            return LayerHistory(*parts, [s for s in history.lost if s <= step], history.remains)
 
         layers = {index: cut(history) for index, history in self.layers.items()}
         return PlacementHistory(layers, [s for s in self.lost if s <= step], self.findings, self.rhythm)
@@ -170,7 +185,7 @@ class PlacementHistory:
                 if i >= 0:
                     size = history.ep_sizes[i]
                     slots = _emptied(history.slots[i], size, ranks_lost_at(step, lost))
-                    served.insert(step, size, slots)
+                    served.insert(step, size, slots, remains=step in history.remains)
         return PlacementHistory(layers, self.lost, self.findings, self.rhythm, self.layers, lost)
 
     def serving_only(self) -> PlacementHistory:
@@ -181,7 +196,7 @@ class PlacementHistory:
             for step, size, slots in zip(history.steps, history.ep_sizes, history.slots, strict=True):
                 gone = [rank for rank in ranks_lost_at(step, self.lost_ranks) if rank < size]
                 left = np.delete(slots.reshape(size, -1), gone, axis=0)
-                own.insert(step, len(left), left.reshape(-1))
+                own.insert(step, len(left), left.reshape(-1), remains=step in history.remains)
         return PlacementHistory(layers, self.lost, self.findings, self.rhythm)
 
     def rearrangements(self) -> list[Rearrangement]:
@@ -194,29 +209,39 @@ class PlacementHistory:
     @cached_property
     def _rearrangements(self) -> list[Rearrangement]:
         changes: list[Change] = []
+        start = min((history.steps[0] for history in self.layers.values() if history.steps), default=0)
         for index, history in self.layers.items():
-            for i in range(1, len(history.steps)):
-                if history.index_at(history.steps[i] - 1) < 0:
+            for i, step in enumerate(history.steps):
+                if step in history.remains or i == 0:
+                    # The first placement of all layers is no change.
+                    moved = None if step > start else 0
+                elif history.index_at(step - 1) < 0:
                     continue  # the placement before is unknown
-                before, now = history.slots[i - 1], history.slots[i]
-                # Slots of two shapes are not the same slots.
-                same_shape = before.shape == now.shape and history.ep_sizes[i - 1] == history.ep_sizes[i]
-                moved = int((before != now).sum()) if same_shape else len(now)
-                if same_shape and self.lost_ranks:
-                    step, size = history.steps[i], history.ep_sizes[i]
-                    away = {*ranks_lost_at(step - 1, self.lost_ranks), *ranks_lost_at(step, self.lost_ranks)}
-                    moved = int((_emptied(before, size, away) != _emptied(now, size, away)).sum())
-                if moved:
-                    changes.append(Change(history.steps[i], index, moved))
-        return [
-            Rearrangement(
-                group[0].step,
-                group[-1].step,
-                tuple(sorted(change.layer for change in group)),
-                sum(change.slots for change in group),
-            )
-            for group in self.rhythm.group(changes)
-        ]
+                else:
+                    moved = self._moved(history, i)
+                if moved != 0:
+                    changes.append(Change(step, index, moved))
+        found = []
+        for group in self.rhythm.group(changes):
+            slots = [change.slots for change in group]
+            known = [count for count in slots if count is not None]
+            if known:  # otherwise all of it is gone, and parts of it may be unknown
+                layers = tuple(sorted({change.layer for change in group}))
+                count = sum(known) if len(known) == len(slots) else None
+                found.append(Rearrangement(group[0].step, group[-1].step, layers, count))
+        return found
+
+    def _moved(self, history: LayerHistory, i: int) -> int:
+        """How many slots a layer's placement has other experts in than the one before."""
+        before, now, size = history.slots[i - 1], history.slots[i], history.ep_sizes[i]
+        # Slots of two shapes are not the same slots.
+        if before.shape != now.shape or history.ep_sizes[i - 1] != size:
+            return len(now)
+        if self.lost_ranks:
+            step = history.steps[i]
+            away = {*ranks_lost_at(step - 1, self.lost_ranks), *ranks_lost_at(step, self.lost_ranks)}
+            before, now = _emptied(before, size, away), _emptied(now, size, away)
+        return int((before != now).sum())
 
 
 def _emptied(slots: Int32, ep_size: int, ranks: Iterable[int]) -> Int32:
@@ -425,8 +450,11 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
         text = f"placements are lost from step {_first_of(lost)} on: the expert in each slot is"
         findings.append(Finding("error", "placements_lost", text + " unknown until the next placement"))
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
-    for rank, step, layer, ep_size, slots in _statements(sessions, unreadable):
+    kept: set[tuple[int, int]] = set()
+    for rank, (step, layer, ep_size, slots, remains) in _statements(sessions, unreadable):
         known = stated.get((step, layer))
+        if not remains:
+            kept.add((step, layer))
         if ep_size < 1 or not len(slots) or len(slots) % ep_size:
             text = (
                 f"at step {step} (layer index {layer}), {len(slots)} slots cannot be divided evenly among "
@@ -442,7 +470,8 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
             findings.append(Finding("error", "placement_conflict", text))
     layers: dict[int, LayerHistory] = {}
     for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
-        layers.setdefault(layer, LayerHistory(lost=lost)).insert(step, ep_size, slots)
+        own = layers.setdefault(layer, LayerHistory(lost=lost))
+        own.insert(step, ep_size, slots, remains=(step, layer) not in kept)
     rhythm = Rhythm.stated(sessions[0].info, max(layers, default=0) + 1) if sessions else None
     return PlacementHistory(layers, lost, findings, rhythm)
 
@@ -493,41 +522,53 @@ def placement_gaps(session: Session, unreadable: frozenset[int]) -> list[tuple[i
     return [(first, last) for first, last in gaps if first <= last]
 
 
-def _statements(
-    sessions: Sequence[Session], unreadable: frozenset[int]
-) -> Iterator[tuple[int, int, int, int, Int32]]:
-    """``(rank, step, layer, ep_size, slots)`` of every row that counts, the lower ranks first."""
+class _Statement(NamedTuple):
+    """A row of placements; ``remains``: of the steps around it nothing else is kept."""
+
+    step: int
+    layer: int
+    ep_size: int
+    slots: Int32
+    remains: bool
+
+
+def _statements(sessions: Sequence[Session], unreadable: frozenset[int]) -> Iterator[tuple[int, _Statement]]:
+    """Every row that counts, with its rank, the lower ranks first."""
     by_rank: dict[int, list[Session]] = {}
     for session in sessions:
         if session.segments or session.retired:
             by_rank.setdefault(session.info.ep_rank, []).append(session)
     threads = requests_at_once(sessions[0].folder) if sessions else 1
 
-    def read(item: tuple[int, list[Session]]) -> list[list[tuple[int, int, int, Int32]]]:
+    def read(item: tuple[int, list[Session]]) -> list[list[_Statement]]:
         return [_rows_of(session, unreadable) for session in item[1]]
 
     for (rank, own), rows in ordered_map(read, sorted(by_rank.items()), threads):
         if len(own) == 1:
-            yield from ((rank, *row) for row in rows[0])
+            yield from ((rank, row) for row in rows[0])
             continue
         # If a rank has several sessions, a statement holds for the steps that its session counts for.
         for first, end, number in _owned(own):
             gaps = [gap for gap, _ in placement_gaps(own[number], unreadable)]
-            in_force = {row[1]: row for row in rows[number] if row[0] <= first}
-            in_force = {k: row for k, row in in_force.items() if not any(row[0] < g <= first for g in gaps)}
-            for _, layer, ep_size, slots in in_force.values():
-                yield rank, first, layer, ep_size, slots
-            yield from ((rank, *row) for row in rows[number] if first < row[0] < end)
+            in_force = {row.layer: row for row in rows[number] if row.step <= first}
+            for row in in_force.values():
+                if not any(row.step < gap <= first for gap in gaps):
+                    yield rank, row._replace(step=first)
+            yield from ((rank, row) for row in rows[number] if first < row.step < end)
 
 
-def _rows_of(session: Session, unreadable: frozenset[int]) -> list[tuple[int, int, int, Int32]]:
-    """``(step, layer, ep_size, slots)`` of a session, in order of steps."""
+def _rows_of(session: Session, unreadable: frozenset[int]) -> list[_Statement]:
+    """The rows of a session, in order of steps."""
     found = []
     for segment in _readable(session, unreadable):
         rows = segment.placements()
+        remains = isinstance(segment, ParquetSegment) and segment.entry.tier is Tier.GONE
         numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
-        found += [(*row, slots) for row, slots in zip(numbers, rows.physical_to_logical, strict=True)]
-    return sorted(found, key=lambda row: row[0])
+        found += [
+            _Statement(*row, slots, remains)
+            for row, slots in zip(numbers, rows.physical_to_logical, strict=True)
+        ]
+    return sorted(found, key=lambda row: row.step)
 
 
 def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
@@ -541,6 +582,9 @@ def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
             recorded = rows.step[rows.status == Status.RECORDED]
             step.append(recorded)
             owner.append(np.full(len(recorded), number))
+        ends = [(e.first_step, e.last_step) for e in session.thinned if e.thinned and e.thinned.recorded]
+        step.append(np.array(ends, np.int64).reshape(-1))
+        owner.append(np.full(2 * len(ends), number))
     steps, owners = np.concatenate(step), np.concatenate(owner)
     # Of the sessions that recorded a step, the newest one's load counts, as in the blocks.
     order = np.lexsort((owners, steps))
@@ -549,5 +593,5 @@ def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     firsts = steps[starts]
     firsts[:1] = -1  # include what the first one stated before its first load
-    ends = np.append(firsts, NO_END)[1:]
-    return list(zip(firsts.tolist(), ends.tolist(), owners[starts].tolist(), strict=True))
+    until = np.append(firsts, NO_END)[1:]
+    return list(zip(firsts.tolist(), until.tolist(), owners[starts].tolist(), strict=True))

@@ -1,13 +1,16 @@
 """Which changes of placement belong to one rearrangement.
 
 A synchronous engine changes all layers in one step. Others move one layer, or a few, in each step, so one
-rearrangement can span many steps. What the engine states decides; what it does not state, the changes show.
+rearrangement can span many steps. They move the layers in ascending order: vLLM 0.33
+(``distributed/eplb/async_worker.py``) and SGLang 0.5.23 (``EPLBManager._compute_update_layer_ids_chunks``).
+
+Two consecutive changes decide by themselves whether they belong together, so a rearrangement is the same
+whether all of a run is known, only what is kept of it, or only its newest steps.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +19,6 @@ from eplb_dump.format.session import SessionInfo
 
 #: Without anything stated, single layers that change at most this many steps apart belong together.
 FALLBACK_GAP = 64
-#: Gaps within a rearrangement and gaps between two differ at least by this factor.
-SCALES = 3.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Change:
     step: int
     #: The layer's index.
     layer: int
-    slots: int
+    #: How many slots hold another expert than before; None if the placement before is not known.
+    slots: int | None
 
 
 @dataclass(frozen=True)
@@ -67,52 +69,31 @@ class Rhythm:
         return cls(_count(interval), span, info.interval)
 
     def group(self, changes: Sequence[Change]) -> list[list[Change]]:
-        """The rearrangements of a run in order of steps; a layer changes once in each."""
-        changes = sorted(changes, key=lambda change: (change.step, change.layer))
-        largest_gap = self._largest_gap(changes)
+        """The rearrangements of a run in order of steps."""
+        ordered = sorted(changes, key=lambda change: (change.step, change.layer))
         groups: list[list[Change]] = []
-        layers: set[int] = set()
-        pace = 0
-        for change in changes:
-            if groups:
-                gap = change.step - groups[-1][-1].step
-                since = change.step - groups[-1][0].step
-                if change.layer not in layers and gap <= largest_gap and self._fits(since, gap, pace):
-                    groups[-1].append(change)
-                    layers.add(change.layer)
-                    pace = max(pace, gap)
-                    continue
-            groups.append([change])
-            layers, pace = {change.layer}, 0
+        before: list[Change] = []
+        for _, at_step in itertools.groupby(ordered, key=lambda change: change.step):
+            now = [*at_step]
+            if before and self._continues(before, now):
+                groups[-1] += now
+            else:
+                groups.append([*now])
+            before = now
         return groups
 
-    def _fits(self, since: int, gap: int, pace: int) -> bool:
-        """Whether a change ``since`` steps after the first of a rearrangement belongs to it."""
+    def _continues(self, before: list[Change], now: list[Change]) -> bool:
+        """Whether the changes of a step go on with what those of the step before them began."""
+        if now[0].layer <= before[-1].layer:  # a rearrangement moves the layers in ascending order
+            return False
+        gap = now[0].step - before[0].step
         if self.span is not None:
-            return since < self.span + self.sampling - 1
-        # A transfer that takes longer than the interval goes on at its pace: the engine waits for its end.
-        return self.interval is None or since < self.interval or gap <= 2 * pace
-
-    def _largest_gap(self, changes: Sequence[Change]) -> float:
-        """The largest number of steps between two consecutive changes of one rearrangement."""
-        if self.span is not None:
-            return math.inf
+            return gap < self.span + self.sampling - 1
         if self.interval is not None:
-            return self.interval / 2
-        steps = sorted({change.step for change in changes})
-        gaps = sorted(b - a for a, b in itertools.pairwise(steps))
-        # Steps usually change several layers: then a rearrangement is a step, or consecutive steps.
-        at_once = len(changes) >= 2 * len(steps)
-        if len(gaps) < 2:
-            return self.sampling if at_once else FALLBACK_GAP
-        # Half of the gaps or more are within rearrangements if these take several steps each.
-        upper = gaps[(len(gaps) - 1) // 2 :]
-        large = [(b / a, a) for a, b in itertools.pairwise(upper) if b > FALLBACK_GAP]
-        ratio, small = max(large, default=(1.0, 0))
-        if ratio >= SCALES:
-            return small
-        # One pace throughout: layer after layer, until the first layer changes again.
-        return self.sampling if at_once else math.inf
+            return gap <= self.interval / 2
+        # Several layers in a step show an engine that moves all of them, or a chunk in each step.
+        at_once = len(before) > 1 or len(now) > 1
+        return gap <= (self.sampling if at_once else FALLBACK_GAP)
 
 
 def _count(value: Any) -> int | None:

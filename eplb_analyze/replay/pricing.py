@@ -80,7 +80,10 @@ def _elastic(run: Run, change: Rearrangement) -> bool:
     """Whether the number of ranks or slots changed, too, which takes longer."""
     layer = run.history.layer(change.layers[0])
     i = layer.index_at(change.first_step)
-    return layer.ep_sizes[i] != layer.ep_sizes[i - 1] or len(layer.slots[i]) != len(layer.slots[i - 1])
+    # If it began in steps that are gone, the placement before is not known.
+    return i > 0 and (
+        layer.ep_sizes[i] != layer.ep_sizes[i - 1] or len(layer.slots[i]) != len(layer.slots[i - 1])
+    )
 
 
 def lines_of(cost: RunCost) -> list[Line]:

@@ -105,12 +105,12 @@ def _sentences(console: Console, row: RearrangementFigures) -> None:
     layers = ("layer " if len(numbers) == 1 else "layers ") + (
         listed(numbers) if few else f"{_ranges(numbers)} ({len(numbers)})"
     )
-    slots = plural(row.slots_moved, "slot")
+    slots = "" if row.slots_moved is None else f"{plural(row.slots_moved, 'slot')} in "
     fetched = row.experts_crossed_ranks
     moved = "" if fetched is None else f"; ranks fetched the weights of {plural(fetched, 'expert')}"
     if row.moved_gb is not None:
         moved += f", {row.moved_gb:,.1f} GB"
-    parts = [("changed", f"{slots} in {layers}{moved}")]
+    parts = [("changed", f"{slots}{layers}{moved}")]
     if row.gain is not None:
         before, after = row.before.balancedness, row.after.balancedness
         parts.append(("balance", f"{figure(before)} before, {figure(after)} after ({signed(row.gain)})"))

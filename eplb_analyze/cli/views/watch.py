@@ -300,7 +300,8 @@ def _events(look: Snapshot) -> list[Text]:
 
     this = look.rearrangement
     if this is None:
-        moved = Text("no rearrangement in these steps", style="dim")
+        where = "in these steps" if look.complete else "is known"
+        moved = Text(f"no rearrangement {where}", style="dim")
     else:
         moved = Text(f"▲ rearranged at step {this.first_step}, {plural(this.layers, 'layer')}")
         if this.gain is not None:
