@@ -176,7 +176,9 @@ class _Model:
     carry: Any = None
     #: The tensor that holds them; elastic EP replaces it with one of another size.
     _carried_in: Any = None
-    #: Whether ``expert_load_pass`` holds counts that are the plugin's.
+    #: Whether ``carry`` is set aside, so that ``expert_load_pass`` holds the plugin's counts alone.
+    aside: bool = False
+    #: Whether ``expert_load_pass`` is not what it would be without the plugin.
     ours: bool = False
     #: What :meth:`ExpertLoadWriter.record` is told and returns, if the plugin's counts add up.
     since: int = 0
@@ -189,11 +191,21 @@ class _Model:
                 self.state.expert_load_pass.zero_()
             else:
                 self.state.expert_load_pass.copy_(carry)
-        self.ours, self.since = False, 0
+        self.ours, self.aside, self.since = False, False, 0
+
+    def start_over(self) -> None:
+        """Let the plugin's counts begin at zero; :meth:`restore` puts back what vLLM left."""
+        self.state.expert_load_pass.zero_()
+        self.ours, self.aside, self.since = True, True, 0
+
+    def forget(self) -> None:
+        """vLLM has zeroed ``expert_load_pass``."""
+        self.carry, self.ours, self.aside, self.since = None, False, False, 0
 
     def keep_counts(self, counts: Any) -> None:
+        """vLLM left its counts in ``expert_load_pass``: later ones are added to them."""
+        self.forget()
         self.carry, self._carried_in = counts.clone(), counts
-        self.ours, self.since = False, 0
 
     def current_carry(self) -> Any:
         """``carry`` in the tensor's current shape: vLLM keeps the counts of the slots that remain."""
@@ -296,11 +308,11 @@ class _Recorder:
             self._record(model, tokens, phase)
 
     def _record(self, model: _Model, tokens: int | None, phase: str | None) -> None:
-        state, carry = model.state, model.carry
+        state = model.state
         load = state.expert_load_pass
-        if carry is not None:
-            carry = model.current_carry()
-            load = load - carry
+        mixed = model.carry is not None and not model.aside
+        if mixed:
+            load = load - model.current_carry()
         if self._we_count:
             model.ours = True
         since = model.writer.record(
@@ -312,16 +324,14 @@ class _Recorder:
             ep_size=self._ep_size,
             since=model.since,
         )
-        if model.ours and (
-            self._vllm_records
-            or not self._adds_up
-            or since < 0
-            or carry is not None
-            or not self._step % _STEPS_OF_TOTAL
-        ):
+        if not model.ours:
+            return
+        if self._vllm_records or not self._adds_up:
             model.restore()
+        elif mixed or since < 0 or not self._step % _STEPS_OF_TOTAL:
+            model.start_over()
         else:
-            model.since = since if model.ours else 0
+            model.since = since
 
     def restore_counts(self) -> None:
         """Leave ``expert_load_pass`` as it would be without the plugin."""
@@ -348,9 +358,9 @@ class _Recorder:
             return
         if is_dummy or self._vllm_records:  # vLLM has zeroed it
             for model in self._models.values():
-                model.carry, model.ours, model.since = None, False, 0
+                model.forget()
         elif self._vllm_counts:
-            # vLLM counted but did not add it to its window: it stays, and later counts are added to it.
+            # vLLM counted but did not add it to its window, so it stays there.
             for model in self._models.values():
                 model.keep_counts(model.state.expert_load_pass)
         if not self._switch_is_ours:
