@@ -266,7 +266,8 @@ Policy = Annotated[
     str | None,
     typer.Option(
         "--policy",
-        help="Try deepseek, sglang, vllm, static, round_robin, or your own module:function.",
+        help="Try deepseek, sglang, vllm, swift_balance, flash_lb, biased, naive, layer_budgets, "
+        "active_experts, static, round_robin, or your own module:function.",
         metavar="A,B…",
     ),
 ]

@@ -18,7 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import UsageError
+from eplb_analyze.policies import atom
+from eplb_analyze.policies.active_experts import active_experts as place_active_experts
 from eplb_analyze.policies.deepseek import EPLB, SGLANG, VLLM, Arithmetic, hierarchical, replicate
+from eplb_analyze.policies.flash_lb import flash_lb as place_flash_lb
+from eplb_analyze.policies.layer_budgets import layer_budgets as place_layer_budgets
+from eplb_analyze.policies.slots import keep_slots
+from eplb_analyze.policies.swift_balance import swift_balance as place_swift_balance
+from eplb_dump.format.schema import EMPTY_SLOT
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -42,6 +49,11 @@ class Problem:
     current: Int32 | None = None
     #: How many experts each layer has, int64 ``[layers]``; its others have no weight. None: all of them.
     experts: Int64 | None = None
+    #: The same tokens by time, the oldest first: ``[windows, layers, num_logical_experts]``. Their sum can be
+    #: less than ``weight``. None: not known.
+    series: npt.NDArray[Any] | None = None
+    #: The steps of each window of ``series``.
+    steps_per_window: int = 1
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or not self.weight.size:
@@ -60,6 +72,24 @@ class Problem:
         shape = (len(self.weight), self.num_physical_experts)
         if self.current is not None and self.current.shape != shape:
             raise UsageError(f"the current placement has the shape {self.current.shape}, not {shape}")
+        if self.series is not None and (
+            self.series.shape[1:] != self.weight.shape or not len(self.series) or self.steps_per_window < 1
+        ):
+            raise UsageError(
+                f"the series of loads has the shape {self.series.shape}, not (windows, "
+                f"{', '.join(map(str, self.weight.shape))})"
+            )
+
+    def windows(self) -> npt.NDArray[Any]:
+        """``series``; if it is not known, one window with all tokens."""
+        return self.weight[None] if self.series is None else self.series
+
+    def placement(self) -> Int32:
+        """The placement in force; if there is none, the one that engines start with."""
+        if self.current is not None:
+            return self.current
+        layers, experts = self.weight.shape
+        return np.tile(initial(experts, self.num_physical_experts), (layers, 1))
 
 
 Policy = Callable[[Problem], Int32]
@@ -84,15 +114,53 @@ def vllm(problem: Problem) -> Int32:
     Raises UsageError as :func:`deepseek` does.
     """
     placed = _rebalance(problem, VLLM)
-    return placed if problem.current is None else _keep_slots(placed, problem.current, problem.ep_size)
+    return placed if problem.current is None else keep_slots(placed, problem.current, problem.ep_size)
+
+
+def swift_balance(problem: Problem) -> Int32:
+    """vllm-ascend's default, ``SwiftBalanceEplb``: few moves from the placement in force."""
+    return place_swift_balance(problem.weight, _without_empty(problem), problem.ep_size)
+
+
+def flash_lb(problem: Problem) -> Int32:
+    """vllm-ascend's ``FlashLB``: a placement for a series of windows."""
+    current = _without_empty(problem)
+    return place_flash_lb(problem.windows(), problem.steps_per_window, current, problem.ep_size)
+
+
+def biased(problem: Problem) -> Int32:
+    """ROCm ATOM's ``biased``: the hottest experts on every rank.
+
+    Raises UsageError as :func:`deepseek` does.
+    """
+    return _atom(problem, biased=True)
+
+
+def naive(problem: Problem) -> Int32:
+    """ROCm ATOM's default, ``naive``. Raises UsageError as :func:`deepseek` does."""
+    return _atom(problem, biased=False)
+
+
+def layer_budgets(problem: Problem) -> Int32:
+    """Half of the redundant slots, in the layers where they help most; the others stay empty (-1).
+
+    Raises UsageError as :func:`deepseek` does.
+    """
+    size = problem.num_physical_experts, problem.ep_size
+    return place_layer_budgets(problem.weight, *size, *_nodes_and_groups(problem))
+
+
+def active_experts(problem: Problem) -> Int32:
+    """Balances the number of experts that have a token in a step."""
+    return place_active_experts(
+        problem.windows(), problem.steps_per_window, problem.num_physical_experts, problem.ep_size,
+        problem.current,
+    )  # fmt: skip
 
 
 def static(problem: Problem) -> Int32:
     """No rearrangement: the placement in force, or the one that an engine starts with."""
-    if problem.current is not None:
-        return problem.current
-    layers, experts = problem.weight.shape
-    return np.tile(initial(experts, problem.num_physical_experts), (layers, 1))
+    return problem.placement()
 
 
 def round_robin(problem: Problem) -> Int32:
@@ -105,6 +173,12 @@ POLICIES: dict[str, Policy] = {
     "deepseek": deepseek,
     "sglang": sglang,
     "vllm": vllm,
+    "swift_balance": swift_balance,
+    "flash_lb": flash_lb,
+    "biased": biased,
+    "naive": naive,
+    "layer_budgets": layer_budgets,
+    "active_experts": active_experts,
     "static": static,
     "round_robin": round_robin,
 }
@@ -151,6 +225,14 @@ def ungrouped(num_nodes: int, num_groups: int) -> str | None:
 
 
 def _rebalance(problem: Problem, arithmetic: Arithmetic) -> Int32:
+    nodes, groups = _nodes_and_groups(problem)
+    weight = problem.weight.astype(np.float32)
+    placed = hierarchical(weight, problem.num_physical_experts, groups, nodes, problem.ep_size, arithmetic)
+    return placed.astype(np.int32)
+
+
+def _nodes_and_groups(problem: Problem) -> tuple[int, int]:
+    """Those that the policy uses. Raises UsageError if groups do not divide experts or nodes the ranks."""
     groups, nodes = problem.num_groups, problem.num_nodes
     if ungrouped(nodes, groups) is not None:
         groups = nodes = 1
@@ -159,30 +241,26 @@ def _rebalance(problem: Problem, arithmetic: Arithmetic) -> Int32:
         raise UsageError(f"{experts} logical experts cannot be divided evenly among {groups} groups")
     if problem.ep_size % nodes:
         raise UsageError(f"{problem.ep_size} EP ranks cannot be divided evenly among {nodes} nodes")
-    weight = problem.weight.astype(np.float32)
-    placed = hierarchical(weight, problem.num_physical_experts, groups, nodes, problem.ep_size, arithmetic)
+    return nodes, groups
+
+
+def _atom(problem: Problem, *, biased: bool) -> Int32:
+    size = problem.num_physical_experts, problem.ep_size
+    nodes, groups = _nodes_and_groups(problem)
+    placed = atom.place(problem.weight, *size, nodes, groups, problem.current, biased=biased)
     return placed.astype(np.int32)
 
 
-def _keep_slots(placed: Int32, current: Int32, ep_size: int) -> Int32:
-    """Reorder the experts of each rank: those that it held keep their slots, the others fill the rest.
-
-    ``placed``, ``current`` and the result are int32 ``[layers, num_physical_experts]``. If an expert has
-    several slots, those with lower numbers are kept first.
-    """
-    new, old = (each.reshape(-1, each.shape[1] // ep_size) for each in (placed, current))
-    rank = np.arange(len(new))
-    out = np.empty_like(new)
-    used = np.zeros(new.shape, np.bool_)
-    kept = np.zeros(new.shape, np.bool_)
-    for slot in range(new.shape[1]):
-        same = (new == old[:, slot, None]) & ~used
-        found, where = same.any(axis=1), same.argmax(axis=1)
-        used[rank[found], where[found]] = True
-        kept[:, slot] = found
-    out[kept] = old[kept]
-    out[~kept] = new[~used]
-    return out.reshape(placed.shape)
+def _without_empty(problem: Problem) -> Int32:
+    """The placement in force; an empty slot counts as another copy of an expert that its rank has."""
+    current = problem.placement()
+    if (current >= 0).all():
+        return current
+    layers, experts = problem.weight.shape
+    at_start = np.tile(initial(experts, problem.num_physical_experts), (layers, 1))
+    ranks = current.reshape(layers, problem.ep_size, -1)
+    some = np.broadcast_to(ranks.max(axis=2, keepdims=True), ranks.shape).reshape(current.shape)
+    return np.where(current >= 0, current, np.where(some >= 0, some, at_start))
 
 
 def named(name: str) -> Policy:
@@ -212,8 +290,9 @@ def named(name: str) -> Policy:
 def place(policy: Policy, problem: Problem) -> Int32:
     """The policy's placement, checked: int32 ``[layers, num_physical_experts]`` that holds each expert.
 
-    The policy works on copies. Layers with different numbers of experts are placed apart, each as a problem
-    that has no others. Raises UsageError if it fails or its answer is not a placement.
+    An empty slot is -1. The policy works on copies. Layers with different numbers of experts are placed
+    apart, each as a problem that has no others. Raises UsageError if it fails or its answer is not a
+    placement.
     """
     if problem.experts is not None:
         placed = np.empty((len(problem.weight), problem.num_physical_experts), np.int32)
@@ -221,12 +300,15 @@ def place(policy: Policy, problem: Problem) -> Int32:
             same = problem.experts == count
             current = None if problem.current is None else problem.current[same]
             weight = problem.weight[same, :count]
-            placed[same] = place(policy, replace(problem, weight=weight, current=current, experts=None))
+            series = None if problem.series is None else problem.series[:, same, :count]
+            own = replace(problem, weight=weight, current=current, series=series, experts=None)
+            placed[same] = place(policy, own)
         return placed
-    current = None if problem.current is None else problem.current.copy()
+    current, series = (None if each is None else each.copy() for each in (problem.current, problem.series))
     name = getattr(policy, "__name__", type(policy).__name__)
     try:
-        answer = np.asarray(policy(replace(problem, weight=problem.weight.copy(), current=current)))
+        own = replace(problem, weight=problem.weight.copy(), current=current, series=series)
+        answer = np.asarray(policy(own))
     except UsageError:
         raise
     except Exception as fault:
@@ -235,10 +317,12 @@ def place(policy: Policy, problem: Problem) -> Int32:
     shape = (layers, problem.num_physical_experts)
     if answer.shape != shape or answer.dtype.kind not in "iu":
         raise UsageError(f"policy {name} returned {answer.dtype} {answer.shape}, not integers {shape}")
-    if answer.min() < 0 or answer.max() >= experts:
+    if answer.min() < EMPTY_SLOT or answer.max() >= experts:
         raise UsageError(f"policy {name} placed experts outside of 0 to {experts - 1}")
-    placed = np.zeros((layers, experts), np.bool_)
+    # Empty slots are held by one more expert, which does not count.
+    placed = np.zeros((layers, experts + 1), np.bool_)
     placed[np.arange(layers)[:, None], answer] = True
+    placed = placed[:, :experts]
     if not placed.all():
         layer, expert = np.argwhere(~placed)[0]
         raise UsageError(f"policy {name} left expert {expert} of layer index {layer} without a slot")

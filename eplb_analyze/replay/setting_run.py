@@ -17,6 +17,11 @@ from eplb_analyze.reader.placements import crossings, holdings
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_dump.format.journal import Int32, Int64
 
+#: Policies that use only the sum of a window; others, a user's too, also get it in parts.
+SUM_ONLY = frozenset(policies.POLICIES) - {"flash_lb", "active_experts"}
+#: A window is divided into so many parts; with fewer steps, into single steps.
+PARTS = 64
+
 #: Placements by the step from which each holds.
 Placed = list[tuple[int, Int32]]
 
@@ -49,6 +54,8 @@ class PrefixSums:
         self._first = first
         self._total = np.zeros((layers, experts), np.int64)
         self._at: dict[int, Int64] = {}
+        #: Steps so far, and at the same edges.
+        self._steps, self._steps_at = 0, dict[int, int]()
 
     def add(
         self, steps: Int64, loads: Iterable[npt.NDArray[Any]], edges: Iterable[int], pool: Executor
@@ -67,18 +74,30 @@ class PrefixSums:
             return np.stack([piece.sum(axis=0, dtype=np.int64) for piece in pieces])
 
         parts = np.stack(list(pool.map(sums, loads)), axis=1)
-        for edge, part in zip(ordered, parts[:-1], strict=True):
+        for edge, row, part in zip(ordered, rows[1:-1], parts[:-1], strict=True):
             self._total = self._total + part
-            self._at[edge] = self._total
+            self._at[edge], self._steps_at[edge] = self._total, self._steps + row
         self._total = self._total + parts[-1]
+        self._steps += len(steps)
 
     def between(self, first: int, end: int) -> Int64:
         """Tokens of steps ``first`` to ``end - 1``: int64 ``[layers, experts]``."""
         return self._at[end] - (self._at[first] if first >= self._first else 0)
 
+    def series(self, edges: Iterable[int]) -> tuple[Int64, int]:
+        """Tokens between consecutive edges ``[windows, layers, experts]``, and the steps of each window.
+
+        Windows without steps are left out; the number of steps is the mean of the others, rounded.
+        """
+        pairs = itertools.pairwise(edges)
+        counted = [(a, b, self._steps_at[b] - self._steps_at.get(a, 0)) for a, b in pairs if b > self._first]
+        found = [(self.between(a, b), steps) for a, b, steps in counted if steps]
+        count = sum(steps for _, steps in found)
+        return np.stack([tokens for tokens, _ in found]), max(1, round(count / len(found)))
+
     def forget(self, before: int) -> None:
         for edge in [edge for edge in self._at if edge < before]:
-            del self._at[edge]
+            del self._at[edge], self._steps_at[edge]
 
 
 class SettingRun:
@@ -107,12 +126,15 @@ class SettingRun:
         self.on_move: Callable[[int, Int32], None] | None = None
         self._policy, self._nodes, self._groups = policy, num_nodes, num_groups
         self._first = origin + (setting.start or 0)
+        count = 0 if setting.policy in SUM_ONLY else min(PARTS, self.window)
+        #: How long before a rearrangement the parts of its window begin, the first one first.
+        self._parts = [part * (self.window // count) for part in range(count, -1, -1)] if count else []
 
     def window_edges(self, after: int, steps: Int64) -> Iterator[int]:
         """The steps of a block where windows begin or end, also windows that end in a later block."""
-        yield from self._due(after, steps, after, int(steps[-1]))
-        ends = self._due(after, steps, after + self.window, int(steps[-1]) + self.window)
-        yield from (end - self.window for end in ends)
+        for before in sorted({0, self.window, *self._parts}):
+            ends = self._due(after, steps, after + before, int(steps[-1]) + before)
+            yield from (end - before for end in ends)
 
     def play(self, past: PrefixSums, after: int, steps: Int64) -> None:
         """Rearrange when due in a block; ``after`` is the last step before it. Raises UsageError."""
@@ -123,7 +145,11 @@ class SettingRun:
                 continue
             current = self.placed[-1][1]
             size = self.slots, self.setting.ep_size, self._nodes, self._groups
-            new = policies.place(self._policy, Problem(weight, *size, current, self._experts))
+            series, each = (
+                past.series([step - before for before in self._parts]) if self._parts else (None, 1)
+            )
+            problem = Problem(weight, *size, current, self._experts, series, each)
+            new = policies.place(self._policy, problem)
             self.moves.append(Move.of(step, current, new, self.setting.ep_size, weight.shape[1]))
             self.placed.append((step, new))
             if self.on_move is not None:

@@ -179,6 +179,8 @@ def policy_placement(
         experts=run.history.num_experts(info.num_logical_experts, info.num_layers),
     )
     rows = np.asarray(policies.place(place, problem), np.int32)
+    if (rows < 0).any():
+        raise UsageError(f"--policy {policy} leaves slots empty, which no engine can load")
     origin = Origin(
         info.run_id,
         info.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from policy_problems import KINDS, SHAPES, loads, placements
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.policies import torch_cpu
+from eplb_analyze.policies.layer_budgets import allocate
 from eplb_analyze.policies.policy import POLICIES, Problem, lower_bound, named, place
 
 torch = pytest.importorskip("torch")
 
 Array = npt.NDArray[Any]
+active = POLICIES["active_experts"]
 
 #: The example of deepseek-ai/EPLB's README: 2 layers, 12 experts in 4 groups, 16 slots, 8 ranks, 2 nodes.
 README_WEIGHT = [
@@ -271,9 +274,174 @@ def test_no_policy_beats_the_bound(seed: int, shape: tuple[int, int, int, int, i
             assert lower_bound(row, slots, ranks) == of_row
         for policy in POLICIES.values():
             placed = place(policy, Problem(window, slots, ranks, nodes, groups))
-            copies = np.stack([np.bincount(row, minlength=experts) for row in placed])
-            load = np.take_along_axis(window / copies, placed, 1).reshape(3, ranks, -1).sum(axis=2)
-            assert (of_window <= load.max(axis=1) * (1 + 1e-9)).all()
+            assert (of_window <= busiest(window, placed, ranks) * (1 + 1e-9)).all()
+
+
+# ---- properties of all policies
+
+
+def busiest(weight: Array, placed: Array, ranks: int) -> Array:
+    """Tokens of each layer's busiest rank, if the copies of an expert share evenly; -1 is an empty slot."""
+    load = np.zeros((len(weight), ranks))
+    for layer, slots in enumerate(placed.tolist()):
+        for slot, expert in enumerate(slots):
+            if expert >= 0:
+                load[layer, slot * ranks // len(slots)] += weight[layer, expert] / slots.count(expert)
+    most: Array = load.max(axis=1)
+    return most
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.integers(0, KINDS - 1),
+    shape=st.sampled_from(SHAPES),
+    windows=st.integers(0, 5),
+)
+@settings(max_examples=30, deadline=None)
+def test_every_expert_has_a_slot_and_the_answer_is_always_the_same(
+    name: str, seed: int, kind: int, shape: tuple[int, int, int, int, int], windows: int
+) -> None:
+    experts, slots, ranks, nodes, groups = shape
+    rng = np.random.default_rng(seed)
+    series = np.stack([loads(rng, kind, 2, experts) for _ in range(windows)]) if windows else None
+    weight = loads(rng, kind, 2, experts) if series is None else series.sum(axis=0)
+    current = placements(rng, 2, experts, slots) if seed % 2 else None
+    problem = Problem(weight, slots, ranks, nodes, groups, current, series=series)
+    placed = place(named(name), problem)  # which raises if it is not valid
+    for row in placed.tolist():
+        assert set(row) - {-1} == set(range(experts))
+        assert name == "layer_budgets" or -1 not in row
+    assert (placed == place(named(name), problem)).all()
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("tokens", [0, 1, 1000])
+def test_uniform_loads_are_not_placed_worse_than_at_the_start(name: str, tokens: int) -> None:
+    for experts, slots, ranks, nodes, groups in SHAPES:
+        if slots > experts and name in ("round_robin", "layer_budgets", "biased", "active_experts"):
+            continue  # they leave slots empty, or give some experts far more copies than others
+        weight = np.full((2, experts), tokens)
+        problem = Problem(weight, slots, ranks, nodes, groups, series=weight[None])
+        at_start = np.tile(np.arange(slots) % experts, (2, 1))
+        found, before = (busiest(weight, each, ranks) for each in (place(named(name), problem), at_start))
+        assert (found <= before * (1 + 1e-9)).all()
+
+
+def test_swift_balance_moves_fewer_weights_than_the_global_algorithm() -> None:
+    rng = np.random.default_rng(4)
+    fetched = {"deepseek": 0, "swift_balance": 0}
+    for experts, slots, ranks, _, _ in SHAPES:
+        weight = loads(rng, 2, 3, experts)
+        current = placements(rng, 3, experts, slots)
+        for name in fetched:
+            placed = place(named(name), Problem(weight, slots, ranks, current=current))
+            for old, new in zip(current, placed, strict=True):
+                pairs = zip(old.reshape(ranks, -1).tolist(), new.reshape(ranks, -1).tolist(), strict=True)
+                fetched[name] += sum(len(set(after) - set(before)) for before, after in pairs)
+    assert 0 < fetched["swift_balance"] < 0.5 * fetched["deepseek"]
+
+
+def test_flash_lb_separates_experts_that_are_hot_together() -> None:
+    """By their sums the experts are alike; only the series shows which of them are hot in the same window."""
+    hot_in = np.array([0, 1, 2, 3, 0, 1, 2, 3])
+    series = 10 + 90 * (np.arange(8)[:, None, None] % 4 == hot_in)
+    problem = Problem(series.sum(axis=0), 8, 4, series=series)
+    most = {
+        name: {float(busiest(window, place(named(name), problem), 4)[0]) for window in series}
+        for name in ("flash_lb", "deepseek")
+    }
+    assert most == {"flash_lb": {110.0}, "deepseek": {200.0}}
+
+
+# ---- budgets of layers
+
+
+def test_allocation_of_a_budget_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(9)
+    for _ in range(300):
+        layers, choices = int(rng.integers(1, 5)), int(rng.integers(1, 5))
+        budget = int(rng.integers(0, layers * choices + 2))
+        cost = rng.integers(0, 6, (layers, choices)).astype(float)
+        every = [
+            (sum(cost[layer, n] for layer, n in enumerate(units)), sum(units))
+            for units in product(range(choices), repeat=layers)
+            if sum(units) <= budget
+        ]
+        chosen = allocate(cost, budget)
+        assert (sum(cost[layer, n] for layer, n in enumerate(chosen)), chosen.sum()) == min(every)
+
+
+def test_layer_budgets_give_the_redundant_slots_to_the_layers_that_need_them() -> None:
+    even, skewed = [10] * 8, [100, 90, 1, 1, 1, 1, 1, 1]
+    placed = place(named("layer_budgets"), Problem(np.array([even, skewed, even, skewed]), 12, 4))
+    empty = (placed == -1).sum(axis=1).tolist()
+    assert empty == [4, 0, 4, 0]
+    assert (placed[0].reshape(4, 3)[:, 2] == -1).all()
+    with_all = place(named("deepseek"), Problem(np.array([skewed]), 12, 4))
+    assert placed[1].tolist() == with_all[0].tolist()
+
+
+def test_layer_budgets_beat_the_same_number_of_slots_in_each_layer() -> None:
+    rng = np.random.default_rng(11)
+    total = np.zeros(2)
+    for _ in range(20):
+        weight = rng.lognormal(3, rng.uniform(0, 2, (6, 1)), (6, 16))
+        shared = place(named("layer_budgets"), Problem(weight, 24, 4))
+        alike = place(named("deepseek"), Problem(weight, 20, 4))
+        assert (shared >= 0).sum() <= alike.size
+        total += busiest(weight, shared, 4).sum(), busiest(weight, alike, 4).sum()
+        assert busiest(weight, shared, 4).sum() <= busiest(weight, alike, 4).sum() * (1 + 1e-6)
+    assert total[0] < 0.97 * total[1]
+
+
+# ---- active experts
+
+
+def expected_active(series: Array, placed: Array, ranks: int) -> Array:
+    """The most active experts that a rank expects: each token on any copy with the same probability."""
+    most = np.zeros(len(placed))
+    for layer, slots in enumerate(placed.tolist()):
+        ranks_of = [0.0] * ranks
+        for slot, expert in enumerate(slots):
+            copies = slots.count(expert)
+            chance = np.mean([1 - (1 - 1 / copies) ** int(tokens) for tokens in series[:, layer, expert]])
+            ranks_of[slot * ranks // len(slots)] += float(chance)
+        most[layer] = max(ranks_of)
+    return most
+
+
+def test_active_experts_are_close_to_the_best_of_all_placements() -> None:
+    rng = np.random.default_rng(13)
+    ratios = []
+    for _ in range(60):
+        experts, slots, ranks = TINY[int(rng.integers(4))]
+        if slots > experts:
+            continue
+        series = rng.poisson(rng.lognormal(-1, 1, (1, 1, experts)), (40, 1, experts))
+        found = expected_active(series, place(active, Problem(series[0], slots, ranks, series=series)), ranks)
+        chance = (series[:, 0] > 0).mean(axis=0)
+        ratios.append(float(found[0]) / max(best(chance.tolist(), slots, ranks), 1e-9))
+    assert min(ratios) >= 1 - 1e-9
+    assert np.mean(ratios) < 1.03
+    assert max(ratios) < 1.2
+
+
+def test_active_experts_balances_another_figure_than_tokens() -> None:
+    """One expert has all tokens of its layer in a few steps, the others one token in most steps."""
+    rng = np.random.default_rng(17)
+    series = (rng.random((50, 1, 8)) < [0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1]).astype(int)
+    series[:, 0, 4:] *= 400
+    problem = Problem(series.sum(axis=0), 8, 2, series=series)
+    by_active, by_tokens = (place(named(name), problem) for name in ("active_experts", "deepseek"))
+    assert expected_active(series, by_active, 2) < expected_active(series, by_tokens, 2) + 1e-9
+    assert sorted((by_active.reshape(2, 4) < 4).sum(axis=1)) == [2, 2]
+
+
+def test_redundant_slots_of_active_experts_go_to_cold_ones() -> None:
+    series = np.array([[[5, 5, 5, 0]], [[5, 5, 5, 0]]])
+    placed = place(active, Problem(series.sum(axis=0), 6, 2, series=series))
+    assert Counter(placed[0].tolist()) == {0: 1, 1: 1, 2: 1, 3: 3}
 
 
 # ---- custom policies and errors
@@ -328,7 +496,7 @@ def test_custom_policy() -> None:
     [
         (
             "nothing",
-            "there is no policy 'nothing'; choose deepseek, sglang, vllm, static, round_robin",
+            "there is no policy 'nothing'; choose deepseek, sglang, vllm, swift_balance, flash_lb, biased, ",
         ),
         ("mine_of_test:", "there is no policy"),
         (":by_hand", "there is no policy"),
@@ -376,22 +544,27 @@ def test_invalid_answer_is_rejected(name: str, says: str) -> None:
         ({"num_groups": 3}, "4 logical experts cannot be divided evenly among 3 groups"),
         ({"num_groups": 4, "num_nodes": 4}, "2 EP ranks cannot be divided evenly among 4 nodes"),
         ({"current": np.zeros((1, 5), np.int32)}, "current placement"),
+        ({"series": np.zeros((3, 1, 5))}, r"the series of loads has the shape \(3, 1, 5\)"),
+        ({"series": np.zeros((0, 1, 4))}, "the series of loads"),
     ],
 )
-@pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm"])
+@pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm", "biased", "layer_budgets"])
 def test_inconsistent_problem_is_rejected(name: str, changes: dict[str, Any], says: str) -> None:
     fits: dict[str, Any] = {"weight": np.ones((1, 4)), "num_physical_experts": 6, "ep_size": 2}
     with pytest.raises(UsageError, match=says):
         place(named(name), Problem(**fits | changes))
 
 
-@pytest.mark.parametrize("name", ["deepseek", "sglang", "vllm", "static"])
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("round_robin", "layer_budgets")])
 def test_layers_with_fewer_experts_are_placed_as_problems_of_their_own(name: str) -> None:
     rng = np.random.default_rng(12)
     counts = np.array([8, 5, 8, 3])
     weight = rng.integers(1, 100, (4, 8)) * (np.arange(8) < counts[:, None])
-    placed = place(POLICIES[name], Problem(weight, 12, 4, experts=counts))
+    if name == "swift_balance":  # it takes the mean tokens of all layers from the first one
+        weight = np.tile(weight[:1], (4, 1)) * (np.arange(8) < counts[:, None])
+    placed = place(POLICIES[name], Problem(weight, 12, 4, experts=counts, series=weight[None]))
     for layer, count in enumerate(counts.tolist()):
-        own = place(POLICIES[name], Problem(weight[[layer], :count], 12, 4))
+        own_weight = weight[[layer], :count]
+        own = place(POLICIES[name], Problem(own_weight, 12, 4, series=own_weight[None]))
         assert placed[layer].tolist() == own[0].tolist()
         assert set(placed[layer].tolist()) == set(range(count))

@@ -136,7 +136,7 @@ def moves(old: Array, new: Array, ranks: int) -> list[int]:
     fetched = [0] * ranks
     for before, after in zip(old, new, strict=True):
         for rank, (was, now) in enumerate(zip(np.split(before, ranks), np.split(after, ranks), strict=True)):
-            fetched[rank] += len(set(now.tolist()) - set(was.tolist()))
+            fetched[rank] += len(set(now.tolist()) - set(was.tolist()) - {-1})
     return fetched
 
 
@@ -172,6 +172,9 @@ SETTINGS = [
     Setting("vllm", 0, 4, 30, 5, 31),
     Setting("deepseek", 8, 8, 16, 16, 16),
     Setting("sglang", 4, 2, 200, 10, 50),
+    Setting("swift_balance", 4, 4, 10, 10, 10),  # it starts from a placement with an empty slot
+    Setting("biased", 4, 4, 10, 20, 10),
+    Setting("layer_budgets", 8, 4, 10, 20, 10),
 ]
 
 
@@ -339,6 +342,43 @@ def test_custom_policy_sees_only_the_window(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- rankings and costs
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[policy.Problem]:
+    """What a policy of one's own that never moves an expert is given."""
+    problems: list[policy.Problem] = []
+
+    def watching(problem: policy.Problem) -> Any:
+        problems.append(problem)
+        return policy.POLICIES["static"](problem)
+
+    monkeypatch.setattr(policy, "named", lambda name: watching)
+    return problems
+
+
+def test_policy_sees_its_window_in_parts(dump: Path, seen: list[policy.Problem]) -> None:
+    replay_run(open_run(dump), [Setting("mine:windows", 0, 4, 30, 20, 30)], workers=1)
+    windows = [range(10, 30), range(40, 60), range(70, 90)]
+    assert len(seen) == len(windows)
+    for problem, steps in zip(seen, windows, strict=True):
+        assert problem.steps_per_window == 1
+        expected = [logical(step).tolist() for step in steps if step in complete_steps()]
+        assert problem.windows().tolist() == expected
+
+
+def test_long_window_is_seen_in_64_parts(tmp_path: Path, seen: list[policy.Problem]) -> None:
+    with ExpertLoadWriter(
+        tmp_path, model="m", num_logical_experts=2, ep_size=1, ep_rank=0, segment_steps=16
+    ) as writer:
+        for step in range(300):
+            writer.record(step, np.array([[step, 1]]), np.array([[0, 1]]))
+    replay_run(open_run(tmp_path), [Setting("mine:windows", 0, 1, 200, 200, 250)], workers=1)
+    (problem,) = seen
+    assert problem.weight.tolist() == [[sum(range(50, 250)), 200]]
+    # 64 parts of 3 steps; the first 8 of the 200 steps are in none of them.
+    assert problem.steps_per_window == 3
+    assert problem.windows().tolist() == [[[3 * s + 3, 3]] for s in range(58, 250, 3)]
 
 
 def moving_hot_spot(step: int) -> Array:
