@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import RunCost, phases_of
+from eplb_analyze.dispatch.deal import Dealt, random_bits, replica_draws
+from eplb_analyze.dispatch.rule import Replicas, Tokens
 from eplb_analyze.metrics.bootstrap import Interval, Ratio
 from eplb_analyze.metrics.cost import EXCHANGE_RATES, CostStatus, Float64
-from eplb_analyze.metrics.dispatch import Dispatch, random_bits, replica_draws
 from eplb_analyze.metrics.prices import weighted, worth
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import fold
@@ -42,7 +43,7 @@ class PlacementGain:
 
     def start(self, block: Block, token_replication: int) -> Int64:
         """The steps of a block whose loads :meth:`add` wants; none if it is not called."""
-        self._dispatch = Dispatch(token_replication=token_replication)
+        self._dispatch = Dealt(token_replication=token_replication)
         steps = block.recorded
         within = (steps >= self._after.first) & (steps < self._after.end)
         self._steps: Int64 = steps[within & ((steps - self._after.first) % self._stride == 0)]
@@ -66,9 +67,9 @@ class PlacementGain:
         repeats = min(MAX_DEALS, max(1, LAYERS_DEALT // (STEPS * layers)))
         streams = range(layer, layer + repeats * layers, layers)
         deals = np.stack([random_bits(self._steps, stream, draws) for stream in streams])
-        logical = fold(load, new, experts)
+        logical, ranks = fold(load, new, experts), self._shape.ep_size
         before, after = (
-            self._dispatch.busiest_rank(logical, slots, self._shape.ep_size, deals, EXCHANGE_RATES)[2]
+            self._dispatch.busiest_rank(Tokens(logical), Replicas(slots, ranks), deals, EXCHANGE_RATES)[2]
             for slots in (old, new)
         )
         self._saved[-1][layer] = before - after

@@ -271,6 +271,24 @@ Policy = Annotated[
         metavar="A,B…",
     ),
 ]
+Dispatch = Annotated[
+    str | None,
+    typer.Option(
+        "--dispatch",
+        help="Share tokens among replicas as measured, even, random, vllm, sglang-static, sglang-dynamic, "
+        "vllm-ascend, or lp (the bound).",
+        metavar="A,B…",
+    ),
+]
+OneDispatch = Annotated[
+    str | None,
+    typer.Option(
+        "--dispatch",
+        help="Share tokens among replicas as measured, even, random, vllm, sglang-static, sglang-dynamic or "
+        "vllm-ascend.",
+        metavar="NAME",
+    ),
+]
 Redundant = Annotated[
     str | None,
     typer.Option("--redundant-experts", help="Try these numbers of redundant experts.", metavar="N,N…"),
@@ -505,15 +523,21 @@ def parse_choices(
     window: str | None,
     start: str | None,
     ep_size: str | None = None,
+    dispatch: str | None = None,
 ) -> Choices:
     """Parse comma-separated lists of values; None for an option that was not given."""
+    from eplb_analyze.dispatch import named as dispatches
     from eplb_analyze.policies.policy import named
     from eplb_analyze.replay.settings import Choices
 
     names = None if policy is None else [name.strip() for name in policy.split(",")]
     for name in names or ():
         named(name)  # reject unknown policies before reading anything
+    shared = None if dispatch is None else [name.strip() for name in dispatch.split(",")]
+    for name in shared or ():
+        dispatches.check(name)
     return Choices(
+        dispatches=shared,
         policies=names,
         redundant=_numbers(redundant, "--redundant-experts", 0),
         intervals=_numbers(interval, "--interval-steps", 1),

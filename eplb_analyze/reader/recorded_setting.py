@@ -27,6 +27,9 @@ class Setting:
     window: int | None
     #: The step from which the first rearrangement holds, counted from the run's first step.
     start: int | None
+    #: How replicas share tokens: ``measured``, ``even``, ``random``, ``vllm``, ``sglang-static``,
+    #: ``sglang-dynamic``, ``vllm-ascend`` or ``lp``.
+    dispatch: str = "measured"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Recorded:
     num_nodes: int | None = None
     #: The engine rearranges only if the utilization is at most this; None: always.
     max_utilization: float | None = None
+    #: How replicas share tokens in a replay of today's placements: as measured, or as asked for.
+    dispatch: str = "measured"
 
     def setting(self) -> Setting | None:
         """The setting to replay, if all of it is known; None also if the engine skips rearrangements."""
@@ -54,7 +59,7 @@ class Recorded:
         if self.max_utilization is not None or self.enabled is False:
             return None
         shape = self.num_redundant_experts, self.ep_size
-        return Setting(self.policy, *shape, self.interval, self.window, self.start)
+        return Setting(self.policy, *shape, self.interval, self.window, self.start, self.dispatch)
 
 
 def recorded(run: Run, shape: Shape) -> Recorded:

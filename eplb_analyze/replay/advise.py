@@ -14,6 +14,8 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import NO_TIMES
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.dispatch.named import LP, MEASURED
+from eplb_analyze.errors import UsageError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
@@ -199,9 +201,14 @@ def advise(
     Raises:
         NotInDumpError: the dump has no such step.
         DumpError: no step is complete.
-        UsageError: a setting or policy is impossible.
+        UsageError: a setting or policy is impossible, or there are several dispatches.
     """
     names = run.info.run_id, run.info.model
+    if isinstance(choices, Choices) and choices.dispatches is not None:
+        if len(set(choices.dispatches)) > 1:
+            raise UsageError("advise takes one dispatch; replay compares several")
+        if LP in choices.dispatches:
+            raise UsageError(f"{LP} is a bound that no engine reaches; replay shows it")
     try:
         played = replay_run(
             run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
@@ -611,9 +618,11 @@ class TrainTestSplit:
     def _warnings(self, gain: Interval | None) -> list[str]:
         """Why an engine may not show the gain."""
         measured, even = self.played.measured_idle_fraction, self.played.today.idle_fraction
+        name = self.played.recorded.dispatch
         if gain is None or measured is None or even is None or measured - even <= max(0.0, gain.value):
             return []
         return [
             f"replicas did not share their tokens evenly: {100 * (measured - even):.1f} points of the idle "
-            "fraction come from that, more than the gain, which assumes that each token goes to any replica"
+            "fraction come from that, more than the gain, which assumes that "
+            + ("each token goes to any replica" if name in (MEASURED, "random") else f"they do as in {name}")
         ]

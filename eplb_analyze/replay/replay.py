@@ -11,10 +11,12 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost, cost_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.dispatch.deal import Dealt
+from eplb_analyze.dispatch.named import LP, NAMES
+from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import CostStatus
-from eplb_analyze.metrics.dispatch import Dispatch
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.policies import policy
 from eplb_analyze.reader.blocks import Block
@@ -30,6 +32,7 @@ from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
 from eplb_analyze.replay.settings import Choices, grid
+from eplb_analyze.replay.sharing import BOUND, check_objective
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
@@ -156,7 +159,7 @@ class Outcome:
 
 
 def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
-    names = ("policy", "num_redundant_experts", "interval", "window", "start")
+    names = ("policy", "num_redundant_experts", "interval", "window", "start", "dispatch")
     return {name: getattr(setting, name, None) for name in names}
 
 
@@ -184,10 +187,15 @@ class Replay(RunReport):
     #: The time of these steps and of those between sampled ones, from ``step_seconds``.
     seconds: float | None
     cost_per_expert_ms: float | None
-    #: The recorded placements, with tokens dealt to replicas as in all settings.
+    #: The recorded placements, with tokens shared as in all settings, if these have one dispatch.
     today: Outcome
-    #: How tokens are dealt to replicas.
-    dispatch: Dispatch
+    #: How tokens are dealt to replicas, as measured in the recorded loads.
+    dispatch: Dealt
+    #: Whether the recording shows which EP rank sent a token, and how many tokens each step had.
+    sources_known: bool
+    batches_known: bool
+    #: Whether all ranks had all tokens, so that none was sent to another rank.
+    tokens_everywhere: bool
     #: The recorded setting replayed; None if it is not known, or there are too few steps.
     self_test: SelfTest | None
     #: As recorded, with tokens where they went.
@@ -199,6 +207,11 @@ class Replay(RunReport):
     #: If asked for: the placements of each outcome, by the step from which each holds.
     placements: list[Placed] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def dispatches(self) -> list[str]:
+        """The names of the dispatches of today's placements and of the settings, each once."""
+        return _dispatches(self.recorded, [o.setting for o in self.outcomes if o.setting is not None])
 
     def to_json(self) -> dict[str, Any]:
         own = self.recorded.setting()
@@ -225,7 +238,14 @@ class Replay(RunReport):
                     "idle_fraction": self.measured_idle_fraction,
                 },
                 #: How tokens are dealt among replicas.
-                "dispatch": {"in_rounds": self.dispatch.in_rounds},
+                "dispatch": {
+                    #: Of the dispatch `measured`: the share of an expert's tokens that is dealt in rounds.
+                    "in_rounds": self.dispatch.in_rounds,
+                    #: Whether the recording shows which EP rank sent a token.
+                    "sources_known": self.sources_known,
+                    #: Whether it states the tokens of each step.
+                    "batches_known": self.batches_known,
+                },
                 "self_test": None if self.self_test is None else self.self_test.to_json(),
                 "today": self.today.to_json() | _stated(self.recorded),
                 #: The settings, the best first.
@@ -273,10 +293,11 @@ def replay_run(
         estimated = run.estimated(steps)
         part = last_steps(estimated, steps)
         serving = estimated.serving_only()
-        today = recorded(serving, part.shape)
+        today = _named_dispatch(recorded(serving, part.shape), choices)
         groupings = Groupings(serving, today, part.shape, num_groups, num_nodes)
         settings, notes = _settings(serving, today, choices, part.recorded * run.info.interval)
-        tried, own = len(settings), today.setting()
+        tried, own = len(settings), replace(today, dispatch=AS_MEASURED).setting()
+        check_objective(objective, _dispatches(today, settings))
         cost, pause = cost_of(estimated), pause_of(estimated, cost_per_expert_ms)
         if own is not None and own not in settings:  # replayed, too, as a test
             settings = [*settings, own]
@@ -286,6 +307,7 @@ def replay_run(
                 serving, part.steps, part.shape, part.origin,
                 [(setting, policy.named(setting.policy)) for setting in settings],
                 recorded_steps=part.recorded, num_groups=grouping.num_groups, lines=lines_of(cost),
+                dispatch=today.dispatch,
                 num_nodes=lambda ranks: (
                     grouping.num_nodes if ranks == part.shape.ep_size else grouping.nodes(ranks)
                 ),
@@ -318,6 +340,15 @@ def replay_run(
         )  # fmt: skip
 
     return run.retry_without_damaged(play)
+
+
+def _named_dispatch(today: Recorded, choices: Choices | Sequence[Setting] | None) -> Recorded:
+    """Today's setting with the dispatch asked for, if it is one; settings differ in nothing else then.
+
+    If several are compared, today's placements share tokens as measured.
+    """
+    names = choices.dispatches if isinstance(choices, Choices) else None
+    return replace(today, dispatch=names[0]) if names is not None and len(set(names)) == 1 else today
 
 
 def _settings(
@@ -364,15 +395,14 @@ def _result(
             replace(o, moved_gb=o.weights_moved * expert_mb / 1e3) for o in (as_today, *outcomes)
         ]
     steps = simulation.scored * run.info.interval
-    outcomes = [_in_ms(o, as_today, gain(cost, scores, row), pause, steps) for row, o in enumerate(outcomes)]
-    if objective is None:
-        measured = cost.status is CostStatus.MEASURED
-        objective = Objective.MS if measured else Objective.TOKENS
-        why = cost.message
-    else:
-        why = "as asked for"
+    outcomes = [
+        _in_ms(o, as_today, saved, pause, steps)
+        for o, saved in zip(outcomes, _gains(simulation, today, tried, cost), strict=True)
+    ]
+    objective, why = _objective(objective, cost, _dispatches(today, simulation.settings[:tried]))
     sort_key = functools.partial(rank, objective=objective)
     order = sorted(range(len(outcomes)), key=lambda row: (*sort_key(outcomes[row]), row))
+    notes += simulation.sharing.notes()
     if simulation.left_out:
         notes.append(
             f"{plural(simulation.left_out, 'complete step')} left out: the placement of a layer is not "
@@ -401,7 +431,10 @@ def _result(
         seconds=seconds,
         cost_per_expert_ms=cost_ms,
         today=as_today,
-        dispatch=simulation.dispatch,
+        dispatch=simulation.sharing.measured,
+        sources_known=simulation.sharing.sources_unknown is None,
+        batches_known=simulation.sharing.batches_known,
+        tokens_everywhere=run.info.token_replication > 1,
         self_test=tested,
         measured_balancedness=scores.balancedness_of(MEASURED),
         measured_idle_fraction=scores.idle_fraction_of(MEASURED),
@@ -413,9 +446,32 @@ def _result(
     )
 
 
+def _dispatches(today: Recorded, settings: Sequence[Setting]) -> list[str]:
+    """The names of the dispatches of today's placements and of settings, each once."""
+    return sorted({today.dispatch, *(setting.dispatch for setting in settings)}, key=NAMES.index)
+
+
+def _gains(simulation: Simulation, today: Recorded, tried: int, cost: RunCost) -> list[Interval | str]:
+    """ms per step that each setting tried saves, or why it is not known."""
+    return [
+        BOUND if LP in (today.dispatch, setting.dispatch) else gain(cost, simulation.scores, row)
+        for row, setting in enumerate(simulation.settings[:tried])
+    ]
+
+
+def _objective(asked: Objective | None, cost: RunCost, dispatches: Sequence[str]) -> tuple[Objective, str]:
+    """What settings are sorted by, and why."""
+    if asked is not None:
+        return asked, "as asked for"
+    if LP in dispatches:
+        return Objective.TOKENS, BOUND
+    measured = cost.status is CostStatus.MEASURED
+    return Objective.MS if measured else Objective.TOKENS, cost.message
+
+
 def _outcome(simulation: Simulation, row: int) -> Outcome:
     own = simulation.setting_runs[row]
-    return Outcome(setting=own.setting, moves=own.moves, **_figures(simulation, row, own.slots))
+    return Outcome(setting=simulation.settings[row], moves=own.moves, **_figures(simulation, row, own.slots))
 
 
 def _figures(simulation: Simulation, row: int, slots: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import BoundedSeries
 from eplb_dump.format.journal import Int64
 
-#: The rows after those of the settings: the recorded placements split evenly, and the loads as recorded.
+#: The last rows: the recorded placements with tokens shared as in the settings, and the loads as recorded.
 TODAY, MEASURED = -2, -1
 #: The figures of a step; then the efforts of :attr:`Scores.lines`, and the steps that they are of.
 ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, ACTIVE_EXPERTS = range(5)
@@ -25,7 +26,8 @@ ALL = slice(None)
 class Scores:
     """Sums over steps, by setting; in a long run a column holds several steps.
 
-    Rows are the settings, then ``TODAY`` and ``MEASURED``.
+    Rows are the settings, then ``TODAY`` and ``MEASURED``. If the dispatch of ``TODAY`` is not the one
+    measured, the recorded placements with the dispatch measured come before it.
 
     Attributes:
         ep_size: int ``[rows]``.
@@ -95,9 +97,10 @@ class Scores:
         return float(self.balancedness[row, columns].sum()) / active if active else None
 
     def active_experts_of(self, row: int, columns: slice = ALL) -> float | None:
-        """Mean over the steps with an active layer; None of the loads as recorded."""
+        """Mean over the steps with an active layer; None of the loads as recorded, or if it is not known."""
         active = float(self.active[row, columns].sum())
-        return float(self.active_experts[row, columns].sum()) / active if active and row != MEASURED else None
+        total = float(self.active_experts[row, columns].sum())
+        return total / active if active and row != MEASURED and not math.isnan(total) else None
 
     def idle_fraction_of(self, row: int, columns: slice = ALL) -> float | None:
         maximum = float(self.maximum[row, columns].sum())

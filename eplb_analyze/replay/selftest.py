@@ -18,7 +18,6 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.recorded_setting import Recorded
 from eplb_analyze.replay.grouping import Grouping
-from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.simulator import Simulation
 from eplb_analyze.text import figure, plural
 from eplb_dump.format.journal import Int32
@@ -61,7 +60,7 @@ class RecordedSettingTest:
     """Watches the replay of the recorded setting; made before the simulation is played."""
 
     def __init__(self, simulation: Simulation, row: int, today: Recorded) -> None:
-        """``row``: the recorded setting among those of the simulation."""
+        """``row``: the recorded setting, with the dispatch measured, among those of the simulation."""
         self._simulation, self._row, self._today = simulation, row, today
         self._interval = today.interval or 1
         self._same = self._compared = 0
@@ -100,7 +99,8 @@ class RecordedSettingTest:
         first, last = self._simulation.first_step, self._simulation.last_step
         changes = [c for c in self._simulation.run.history.rearrangements() if first < c.first_step <= last]
         settled = self._settled(changes)
-        today, other = scores.maximum[TODAY, settled], scores.maximum[row, settled]
+        as_measured = self._simulation.today_as_measured
+        today, other = scores.maximum[as_measured, settled], scores.maximum[row, settled]
         some = today > 0
         ratio = Ratio((today - other)[some], today[some])
         if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
@@ -108,7 +108,7 @@ class RecordedSettingTest:
         drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
         saved = Interval.of(ratio.value, drawn)
         alike = saved.low <= TOLERANCE and saved.high >= -TOLERANCE
-        figures = scores.balancedness_of(row), scores.balancedness_of(TODAY)
+        figures = scores.balancedness_of(row), scores.balancedness_of(as_measured)
         since = changes[-1].last_step + self._interval if changes else first
         missed = sum(move.step > since for move in self._simulation.setting_runs[row].moves)
         test = SelfTest(*figures, saved, self._same, self._compared, missed)

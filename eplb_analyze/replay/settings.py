@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eplb_analyze.errors import UsageError
@@ -64,6 +64,8 @@ class Choices:
     windows: Sequence[int] | None = None
     ep_sizes: Sequence[int] | None = None
     starts: Sequence[int] | None = None
+    #: Names of :data:`eplb_analyze.dispatch.named.NAMES`.
+    dispatches: Sequence[str] | None = None
 
 
 def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[Setting], list[str]]:
@@ -73,7 +75,7 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
     today, and one more per rank (two more only with today's interval and window); intervals of a quarter of,
     once and four times today's (if not known, a 64th, 16th and 4th of the steps, but at least 16); windows of
     the interval and of today's window (if not known, of four intervals; for SGLang, of the interval only);
-    the engine's first rearrangement.
+    the engine's first rearrangement; today's dispatch.
 
     Args:
         steps: the number of steps to replay; default intervals leave room for two rearrangements, today's for
@@ -113,7 +115,16 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                         found.add(Setting(policy, redundant, ep_size, interval, window, start))
     if not found:
         raise UsageError(notes[0] if notes else "there are no settings to try")
-    return sorted(found, key=_order), notes
+    layers = run.info.num_layers
+    uneven = run.history.num_experts(experts, layers).min() < experts  # then any slots hold replicas
+    names = choices.dispatches or [today.dispatch]
+    every = [
+        replace(setting, dispatch=name)
+        for setting in found
+        # Without replicas, all dispatches are the same.
+        for name in (names if uneven or setting.num_redundant_experts else [today.dispatch])
+    ]
+    return sorted(every, key=_order), notes
 
 
 def _intervals(engine: str | None, today: int | None, steps: int) -> list[int]:
@@ -169,4 +180,5 @@ def _windows(engine: str | None, interval: int, today: int | None, steps: int) -
 
 def _order(setting: Setting) -> tuple[Any, ...]:
     numbers = (setting.interval, setting.window, setting.start)
-    return (setting.ep_size, setting.num_redundant_experts, setting.policy, *(n or 0 for n in numbers))
+    first = setting.ep_size, setting.num_redundant_experts, setting.policy
+    return (*first, *(n or 0 for n in numbers), setting.dispatch)

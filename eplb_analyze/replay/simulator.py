@@ -2,7 +2,7 @@
 
 The loads of a block are folded to logical experts once for all settings. When a setting rearranges, its
 policy sees the sums over the steps of a window before, and nothing else. Every step is scored with the tokens
-of an expert dealt to its replicas as in :mod:`eplb_analyze.metrics.dispatch`.
+of an expert shared by its replicas as the setting's dispatch does (:mod:`eplb_analyze.replay.sharing`).
 :mod:`eplb_analyze.replay.replay` turns scores into figures.
 """
 
@@ -11,15 +11,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import phases_of
+from eplb_analyze.dispatch.deal import random_bits, replica_draws
+from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
+from eplb_analyze.dispatch.rule import Replicas, rank_loads
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics.cost import EXCHANGE_RATES
-from eplb_analyze.metrics.dispatch import Dispatch, Spread, random_bits, rank_loads, replica_draws
 from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.parallel import split_range
 from eplb_analyze.policies import policy as policies
@@ -36,17 +39,17 @@ from eplb_analyze.replay.scores import (
     MAXIMUM,
     MEAN,
     MEASURED,
+    TODAY,
     Line,
     Scores,
 )
 from eplb_analyze.replay.setting_run import PrefixSums, SettingRun
+from eplb_analyze.replay.sharing import Sharing
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 
 #: The bound is computed from sums over steps: about this many for each run, counting each layer's.
 BOUND_SUMS = 1 << 17
-#: How tokens are dealt to replicas is measured in so many steps.
-DISPATCH_STEPS = 256
 #: A short run's tokens are dealt several times, so that about this many layers of steps are dealt.
 DEALS = 1 << 15
 MAX_REPEATS = 16
@@ -64,11 +67,12 @@ class Simulation:
 
     Attributes, after :meth:`play`:
         scores: of all settings.
-        setting_runs: one for each setting, in the order given.
+        settings: in the order given.
+        setting_runs: one for each setting; the same one for those that differ only in the dispatch.
         bounds: lower bound of the tokens of the busiest ranks, summed over layers and steps, by size.
         scored, left_out: complete steps scored, and those without a known placement.
         first_step, last_step: of the steps scored.
-        dispatch: how tokens are dealt to replicas, as measured in the recorded loads.
+        sharing: how tokens are shared by replicas.
         unplaced: tokens on slots that hold no expert, which only ``MEASURED`` counts.
     """
 
@@ -84,6 +88,7 @@ class Simulation:
         num_nodes: Callable[[int], int],
         num_groups: int = 1,
         lines: Sequence[Line] = (),
+        dispatch: str = AS_MEASURED,
     ) -> None:
         """
         Args:
@@ -92,6 +97,7 @@ class Simulation:
             num_nodes: the number of nodes, given the EP size.
             num_groups: of experts, as the model has them.
             lines: the efforts that are scored, too.
+            dispatch: the name of that of today's placements.
 
         Raises:
             NotReplayableError: the placement of a layer is not known in any step.
@@ -102,19 +108,21 @@ class Simulation:
         self._known_from = self._first_known()
         #: How many experts each layer has.
         self.in_layer = run.history.num_experts(self.experts, self.layers)
-        self.setting_runs = [
-            SettingRun(
-                s,
-                policy,
-                self._initial_placement(s),
-                origin,
-                num_nodes(s.ep_size),
-                num_groups,
-                self.in_layer,
-            )
-            for s, policy in settings
-        ]
-        self.scores = Scores([*(s.ep_size for s, _ in settings), shape.ep_size, shape.ep_size], lines)
+        self.settings = [setting for setting, _ in settings]
+        #: Placements do not depend on the dispatch.
+        self._played: dict[Setting, SettingRun] = {}
+        for setting, policy in settings:
+            if (placed := replace(setting, dispatch=AS_MEASURED)) not in self._played:
+                initial, nodes = self._initial_placement(setting), num_nodes(setting.ep_size)
+                self._played[placed] = SettingRun(
+                    placed, policy, initial, origin, nodes, num_groups, self.in_layer
+                )
+        self.setting_runs = [self._played[replace(s, dispatch=AS_MEASURED)] for s in self.settings]
+        self.sharing = Sharing(run, shape, self.histories, self.settings, dispatch, num_nodes)
+        todays = len(self.sharing.names) - len(settings)
+        #: The row of the recorded placements with the dispatch measured.
+        self.today_as_measured = TODAY + 1 - todays
+        self.scores = Scores([*(s.ep_size for s, _ in settings), *[shape.ep_size] * (todays + 1)], lines)
         #: Active experts are a figure of all settings.
         self._exchanges = sorted({0, *(exchange for _, exchange in lines)})
         sizes = {(own.slots, own.setting.ep_size) for own in self.setting_runs}
@@ -125,7 +133,6 @@ class Simulation:
         self.repeats = max(1, min(MAX_REPEATS, DEALS // max(1, recorded_steps * self.layers)))
         self.first_step = self.last_step = -1
         self.scored = self.left_out = self.unplaced = 0
-        self.dispatch = Dispatch()
 
     def _first_known(self) -> int:
         """The first step from which the placements of all layers are known."""
@@ -161,7 +168,7 @@ class Simulation:
 
         The result does not depend on the number of threads.
         """
-        self.dispatch = self._recorded_dispatch()
+        self.sharing.measure(self.steps, self._with_placement)
         past = PrefixSums(self.layers, self.experts, self.steps.first)
         longest = max((own.window for own in self.setting_runs), default=0)
         last = self.steps.first - 1
@@ -174,31 +181,17 @@ class Simulation:
                 after, last = last, int(steps[-1])
                 loads = _LogicalLoads(block, steps, self.histories, self.experts)
                 self.unplaced += sum(pool.map(loads.read, split_range(0, self.layers)))
-                edges = (edge for own in self.setting_runs for edge in own.window_edges(after, steps))
+                runs = self._played.values()
+                edges = (edge for own in runs for edge in own.window_edges(after, steps))
                 past.add(steps, loads.logical, edges, pool)
-                for played in [pool.submit(own.play, past, after, steps) for own in self.setting_runs]:
+                for played in [pool.submit(own.play, past, after, steps) for own in runs]:
                     played.result()
+                self.sharing.start(loads.num_tokens, self.setting_runs, pool)
                 past.forget(last - longest)
                 self._score(loads, block.phase_names(steps), pool)
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
-
-    def _recorded_dispatch(self) -> Dispatch:
-        """As measured in the first steps; tokens are independent if these have no replicas."""
-        found, left = Spread(self.run.info.token_replication), DISPATCH_STEPS
-        for block in self.run.blocks(self.steps):
-            steps = self._with_placement(block)[:left]
-            left -= len(steps)
-            parts = block.load_parts(steps, 0, self.layers) if len(steps) else ()
-            for first, loads in parts:
-                for layer, load in enumerate(loads.transpose(1, 0, 2), first):
-                    for period, slots in self.histories[layer].periods(steps):
-                        if slots is not None:
-                            found.add(load[period], slots)
-            if not left:
-                break
-        return found.dispatch()
 
     def _with_placement(self, block: Block) -> Int64:
         """The block's complete steps in which the placement of every layer is known."""
@@ -211,7 +204,7 @@ class Simulation:
         return steps[known]
 
     def _score(self, loads: _LogicalLoads, phases: list[str | None], pool: Executor) -> None:
-        rows, steps = len(self.setting_runs) + 2, len(loads.steps)
+        rows, steps = len(self.scores.ep_size), len(loads.steps)
         terms = np.zeros((MEAN + 1 + len(self._exchanges), rows, steps))
         active = np.zeros((rows, steps))
         # Added up in the order of layers, so that rounding does not depend on which thread is first.
@@ -236,28 +229,29 @@ class Simulation:
     def _score_layer(self, loads: _LogicalLoads, layer: int) -> tuple[Float64, list[float]]:
         """One layer's first sums of :class:`Scores` without ``ACTIVE``, then its efforts; its bounds."""
         steps, load = loads.steps, loads.logical[layer]
-        changes = self.histories[layer].periods(steps)
-        today = [(int(steps[period.start]), slots) for period, slots in changes if slots is not None]
-        placed = [[(step, slots[layer]) for step, slots in own.placed] for own in self.setting_runs]
-        terms = np.zeros((MEAN + 1 + len(self._exchanges), len(placed) + 2, len(steps)))
+        runs = enumerate(self.setting_runs)
+        placed = [self.sharing.placements(row, own, layer) for row, own in runs]
+        tokens = self.sharing.tokens(load, loads.num_tokens)
+        by_source = self.sharing.by_source(loads.block, steps, layer)
+        terms = np.zeros((MEAN + 1 + len(self._exchanges), len(self.scores.ep_size), len(steps)))
         maximum, mean = terms[MAXIMUM], terms[MEAN]
         rates = [EXCHANGE_RATES[exchange] for exchange in self._exchanges]
         inverse = np.zeros(maximum.shape)
         edges = {*range(0, len(steps), self.bound_steps), len(steps)}
-        every = [*placed, today]
+        every = [*placed, *self.sharing.todays(layer, steps)]
         # The same bits for all settings, so that as little as possible of a difference is chance.
-        draws = max(replica_draws(slots) for placements in every for _, slots in placements)
+        draws = max(replica_draws(slots) for placements in every for _, slots, _ in placements)
         streams = range(layer, self.repeats * self.layers, self.layers)
         deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
         for row, placements in enumerate(every):
-            cuts = [0, *np.searchsorted(steps, [step for step, _ in placements[1:]]).tolist(), len(steps)]
-            for (_, slots), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
+            cuts = [0, *np.searchsorted(steps, [step for step, _, _ in placements[1:]]).tolist(), len(steps)]
+            rule, ranks = self.sharing.dispatches[row].rule, int(self.scores.ep_size[row])
+            own = replace(tokens, by_source=by_source) if self.sharing.exact_sources(ranks) else tokens
+            for (_, slots, chosen), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
-                    part = slice(low, high)
-                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = (
-                        self.dispatch.busiest_rank(
-                            load[part], slots, int(self.scores.ep_size[row]), deals[:, part], rates
-                        )
+                    part, replicas = slice(low, high), Replicas(slots, ranks, chosen)
+                    maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = rule.busiest_rank(
+                        own.within(part), replicas, deals[:, part], rates
                     )
             edges.update(cuts)
         maximum[MEASURED] = loads.measured[layer]
@@ -276,22 +270,24 @@ class _LogicalLoads:
     Attributes:
         logical: for each layer ``[steps, num_logical_experts]``.
         measured, tokens: int64 ``[layers, steps]``, of the busiest rank as recorded, and of all ranks.
+        num_tokens: int64 ``[steps]``, as recorded; -1: not known.
     """
 
     def __init__(self, block: Block, steps: Int64, histories: Sequence[LayerHistory], experts: int) -> None:
         self.steps = steps
         self.logical: list[npt.NDArray[Any]] = [np.empty(0)] * len(histories)
         self.measured, self.tokens = (np.zeros((len(histories), len(steps)), np.int64) for _ in range(2))
-        self._block, self._histories, self._experts = block, histories, experts
+        self.num_tokens: Int64 = block.num_tokens[np.searchsorted(block.step, steps)]
+        self.block, self._histories, self._experts = block, histories, experts
 
     def read(self, layers: tuple[int, int]) -> int:
         """Read and fold a range of layers; return the tokens on slots that hold no expert.
 
         Raises DamagedSegmentError.
         """
-        assert self._block.shape is not None
-        ranks, unplaced = self._block.shape.ep_size, 0
-        for first, loads in self._block.load_parts(self.steps, *layers):
+        assert self.block.shape is not None
+        ranks, unplaced = self.block.shape.ep_size, 0
+        for first, loads in self.block.load_parts(self.steps, *layers):
             for layer, load in enumerate(loads.transpose(1, 0, 2), first):
                 self.tokens[layer] = load.sum(axis=1)
                 # No sum of these is larger. int32 halves the memory of a block, 120 MB for a large model.

@@ -24,6 +24,7 @@ WORDS = {
     "created_unix_ns": "When the oldest session was created, in nanoseconds since 1970.",
     "dead": "Whether it got no token.",
     "destination": "The rank or node that received the tokens.",
+    "dispatch": "How replicas share tokens.",
     "dropped": "Steps that the writer dropped because its queue was full.",
     "placement_times_mean": "Its load over the layer's mean, by the loads that judge its replicas.",
     "due_replicas": "The number of replicas that its load is worth; null without a token.",

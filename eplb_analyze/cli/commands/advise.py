@@ -20,6 +20,7 @@ def advise(
     interval: options.Interval = None,
     window: options.Window = None,
     start: options.Start = None,
+    dispatch: options.OneDispatch = None,
     min_gain: Annotated[
         float,
         typer.Option(
@@ -54,7 +55,7 @@ def advise(
     Tries the same settings as `replay`. Chooses the best setting on the first 60% of the steps, and tests it
     on the rest.
     """
-    choices = options.parse_choices(policy, redundant, interval, window, start)
+    choices = options.parse_choices(policy, redundant, interval, window, start, dispatch=dispatch)
     from eplb_analyze.replay.advise import advise as judge
     from eplb_analyze.replay.pricing import Objective
 

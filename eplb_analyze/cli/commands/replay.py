@@ -22,6 +22,7 @@ def replay(
         str | None, typer.Option("--ep-size", help="Try these numbers of EP ranks.", metavar="N,N…")
     ] = None,
     start: options.Start = None,
+    dispatch: options.Dispatch = None,
     num_groups: options.NumGroups = None,
     num_nodes: options.NumNodes = None,
     objective: options.Objective = None,
@@ -32,13 +33,13 @@ def replay(
     top: options.Top = 20,
     workers: options.Workers = None,
 ) -> None:
-    """Replay the recorded loads under another policy, redundancy, interval or window.
+    """Replay the recorded loads under another policy, redundancy, interval, window or dispatch.
 
     For each combination of settings, the policy places experts based on past steps only, and the placement
     is scored on later steps. The table also includes the recorded setting. Options take comma-separated
     lists, for example 100,500.
     """
-    choices = options.parse_choices(policy, redundant, interval, window, start, ep_size)
+    choices = options.parse_choices(policy, redundant, interval, window, start, ep_size, dispatch)
     from eplb_analyze.replay.pricing import Objective
     from eplb_analyze.replay.replay import replay_run
 

@@ -12,7 +12,7 @@ from eplb_analyze.cli.console import (
     styled,
     table,
 )
-from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence
+from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence, shared
 from eplb_analyze.text import clean, figure, milliseconds, milliseconds_bounded, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -361,15 +361,14 @@ def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> 
         console.print("to start the engine with this setting:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
     basis = (
-        f"by the cost fitted to this run's step times: {advice.replay.cost.message}; each token goes to any "
-        "replica of its expert"
+        f"by the cost fitted to this run's step times: {advice.replay.cost.message}; {shared(advice.replay)}"
     )
     if advice.replay.objective != "ms":
         why = advice.replay.cost.message.removeprefix("not measurable in this run: ")
         known = "not measurable" if advice.replay.cost.ms_per_step is None else "by the run's step times"
         basis = (
             f"expected by {OBJECTIVES[advice.replay.objective.value]}, assuming that a step consists only "
-            f"of its experts, and that each token goes to any replica of its expert; "
+            f"of its experts, and that {shared(advice.replay)}; "
             f"milliseconds {known}: {why}"
         )
     print_line(console, (basis, "dim"))

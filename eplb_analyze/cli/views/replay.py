@@ -34,6 +34,33 @@ WIDE = 100
 OBJECTIVES = {"tokens": "tokens", "active": "active experts", "ms": "net ms per step"}
 
 
+#: How each dispatch shares tokens, in a clause; ``measured`` if it is mostly by chance.
+SHARED = {
+    "measured": "each token goes to any replica of its expert",
+    "random": "each token goes to any replica of its expert",
+    "even": "the replicas of an expert get equal shares, also of a single token, which no engine can do",
+    "vllm": "a hash of a token's position in its batch chooses the replica",
+    "sglang-static": "a rank sends an expert's tokens to one replica: on its GPU, else on its node, else any",
+    "sglang-dynamic": "each token goes to any replica of its expert, before the first rearrangement to the "
+    "nearest",
+    "vllm-ascend": "a rank sends an expert's tokens to one replica: its number modulo the replicas",
+    "lp": "tokens are split so that the busiest rank has the fewest: no dispatch is better",
+}
+
+
+def shared(result: Replay) -> str:
+    """How tokens are shared by replicas, in a clause, or one for each dispatch."""
+    names = result.dispatches
+    clauses = dict(SHARED)
+    if result.dispatch.in_rounds >= MOSTLY:
+        clauses["measured"] = "tokens are dealt to the replicas of an expert in rounds, as recorded"
+    if result.tokens_everywhere:
+        clauses["sglang-dynamic"] = "the position of a token in its batch chooses the replica"
+    if len(names) == 1:
+        return clauses[names[0]]
+    return "; ".join(f"{name}: {clauses[name]}" for name in names)
+
+
 def pause_sentence(pause: Pause) -> str:
     """What each rearrangement is taken to cost."""
     ms = milliseconds(pause.ms.value, pause.ms.low, pause.ms.high)
@@ -87,11 +114,10 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         legend += "beyond today's (! a loss)"
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
-    if result.dispatch.in_rounds >= MOSTLY:
-        legend += "; tokens are dealt to the replicas of an expert in rounds, as recorded"
-    else:
-        legend += "; each token goes to any replica of its expert"
-    print_line(console, (legend, "dim"))
+    several = len(result.dispatches) > 1
+    print_line(console, (legend if several else f"{legend}; {shared(result)}", "dim"))
+    if several:
+        print_line(console, (f"dispatch: {shared(result)}", "dim"))
 
 
 def _today(console: Console, result: Replay) -> None:
@@ -103,9 +129,11 @@ def _today(console: Console, result: Replay) -> None:
     console.print(listing)
     if measured is not None and today.idle_fraction is not None:
         apart = signed(100 * (measured - today.idle_fraction), 1)
-        console.print(
-            f"{apart} points of idle come from how replicas shared tokens; no setting below includes them"
-        )
+        text = f"{apart} points of idle come from how replicas shared tokens; no setting below includes them"
+        if result.recorded.dispatch != "measured":
+            text = f"{apart} points of idle come from how replicas shared tokens, compared with "
+            text += result.recorded.dispatch
+        print_line(console, text)
     if _costs(result) and result.seconds is not None:
         step = 1e3 * (result.part.step_seconds or 0.0)
         console.print(f"these steps took {result.seconds:,.1f} s, {step:,.1f} ms each (the median)")
@@ -131,6 +159,7 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         "interval": lambda result, outcome: _number(result, outcome, "interval"),
         "window": lambda result, outcome: _number(result, outcome, "window"),
         "start": lambda result, outcome: _number(result, outcome, "start"),
+        "<dispatch": _dispatch,
         "balanced": lambda result, outcome: figure(outcome.balancedness),
         "idle": lambda result, outcome: percent(outcome.idle_fraction),
         "saved": _saved,
@@ -146,6 +175,8 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         del columns["ranks"]
     if len(rhythms) == len({interval for interval, _ in rhythms}):
         del columns["start"]
+    if len(result.dispatches) == 1:
+        del columns["<dispatch"]
     shown = {
         "ms": ("active", "gain ms", "net ms"),
         "active": ("balanced", "idle", "active"),
@@ -156,7 +187,8 @@ def _settings(console: Console, result: Replay, top: int) -> None:
             del columns[name]
     hidden = []
     if console.width < WIDE:
-        left_out = ("gain ms", *(("balanced", "pauses s") if len(columns) > 9 else ()))
+        many = len(columns) > 9 or "<dispatch" in columns
+        left_out = ("gain ms", *(("balanced", "pauses s") if many else ()))
         hidden = [name for name in left_out if columns.pop(name, None)]
     more = limited(top, len(outcomes))
     listing = table(
@@ -197,6 +229,13 @@ def _policy(result: Replay, outcome: Outcome) -> str:
 def _number(result: Replay, outcome: Outcome, name: str) -> str:
     value = getattr(outcome.setting or result.recorded, name)
     return "–" if value is None else f"{value:,}"
+
+
+def _dispatch(result: Replay, outcome: Outcome) -> str:
+    setting = outcome.setting
+    if setting is not None and not setting.num_redundant_experts and setting.dispatch == "measured":
+        return "any"  # no expert has replicas
+    return result.recorded.dispatch if setting is None else setting.dispatch
 
 
 def _ms(value: Milliseconds | None) -> str:

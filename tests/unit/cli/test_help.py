@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from eplb_analyze.cli.app import app
 from eplb_analyze.cli.help import examples_of
+from eplb_analyze.dispatch.named import LP, NAMES
 
 #: With what a help text may begin.
 VERBS = {
@@ -133,3 +134,10 @@ def test_completion_of_commands_works(shell: str, monkeypatch: pytest.MonkeyPatc
     result = cli(env=variables)
     assert "rearrangements" in result.stdout
     assert "summary" not in result.stdout
+
+
+def test_dispatches_are_named() -> None:
+    for command, names in (("replay", NAMES), ("advise", [name for name in NAMES if name != LP])):
+        (option,) = [param for param in COMMANDS[command].params if "--dispatch" in param.opts]
+        words = re.findall(r"[a-z-]+", getattr(option, "help", ""))
+        assert [word for word in words if word in NAMES] == list(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_analyze.metrics.dispatch import Dispatch, Spread, binomial, random_bits, rank_loads, replica_draws
+from eplb_analyze.dispatch.deal import Dealt, binomial, random_bits, replica_draws
+from eplb_analyze.dispatch.rule import Replicas, Tokens, rank_loads
+from eplb_analyze.dispatch.spread import Spread
 
 Array = np.ndarray[Any, Any]
 STEPS = 40_000
@@ -44,7 +47,7 @@ def test_mean_of_the_busiest_rank_is_that_of_all_ways_to_deal(
     mean, deviation = expected_busiest(tokens, slots, ranks)
     load, placement = np.tile(tokens, (STEPS, 1)), np.array(slots)
     deals = random_bits(np.arange(STEPS), 0, replica_draws(placement))[np.newaxis]
-    busiest, inverse, _ = Dispatch().busiest_rank(load, placement, ranks, deals)
+    busiest, inverse, _ = Dealt().busiest_rank(Tokens(load), Replicas(placement, ranks), deals)
     assert busiest.mean() == pytest.approx(mean, abs=5 * deviation / STEPS**0.5 + 2e-3 * mean)
     np.testing.assert_allclose(inverse, 1 / busiest)
 
@@ -54,7 +57,7 @@ def test_mean_of_the_busiest_rank_is_that_of_all_ways_to_deal(
 def test_replicas_share_tokens_as_independent_draws_do(tokens: int, replicas: int) -> None:
     slots = np.zeros(replicas, np.int32)
     bits = random_bits(np.arange(STEPS), 3, replica_draws(slots))
-    dealt = Dispatch().slot_loads(np.full((STEPS, 1), tokens), slots, bits)
+    dealt = Dealt().slot_loads(Tokens(np.full((STEPS, 1), tokens)), Replicas(slots, 1), bits)
     drawn = np.random.default_rng(0).multinomial(tokens, [1 / replicas] * replicas, STEPS)
     variance = tokens / replicas * (1 - 1 / replicas)
     np.testing.assert_allclose(dealt.mean(axis=0), tokens / replicas, atol=6 * (variance / STEPS) ** 0.5)
@@ -83,7 +86,7 @@ def test_no_token_is_lost_or_split(
 ) -> None:
     placement, load = np.array(problem[0], np.int32), np.array(problem[1], np.int32)
     bits = random_bits(np.arange(len(load)), stream, replica_draws(placement))
-    dealt = Dispatch(in_rounds, token_replication).slot_loads(load, placement, bits)
+    dealt = Dealt(in_rounds, token_replication).slot_loads(Tokens(load), Replicas(placement, 1), bits)
     assert dealt.dtype == load.dtype
     assert (dealt >= 0).all()
     assert not dealt[:, placement < 0].any()
@@ -117,7 +120,9 @@ def test_rank_loads_are_sums_of_consecutive_slots() -> None:
 
 
 def test_quantiles_of_one_token() -> None:
-    share = binomial(np.ones(1 << 16, np.int64), 4, np.arange(1 << 16, dtype=np.uint32) << np.uint32(16))
+    share = binomial(
+        np.ones(1 << 16, np.int64), Fraction(1, 4), np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    )
     assert share.mean() == pytest.approx(1 / 4, abs=1e-3)
 
 
@@ -161,14 +166,14 @@ def test_dispatch_in_rounds_splits_evenly() -> None:
     load = recorded("rounds").astype(np.int64)
     logical = np.stack([load[:, expert == SLOTS].sum(axis=1) for expert in range(4)], axis=1)
     bits = random_bits(np.arange(len(load)), 0, replica_draws(SLOTS))
-    dealt = Dispatch(1.0).slot_loads(logical, SLOTS, bits)
+    dealt = Dealt(1.0).slot_loads(Tokens(logical), Replicas(SLOTS, 1), bits)
     assert np.abs(dealt - load).max() <= 2
 
 
 def test_recording_without_replicas_says_nothing_of_the_dispatch() -> None:
     spread = Spread()
     spread.add(np.ones((10, 4), np.int64), np.arange(4))
-    assert (spread.ratio, spread.dispatch()) == (None, Dispatch())
+    assert (spread.ratio, spread.dispatch()) == (None, Dealt())
 
 
 def test_few_recorded_tokens_do_not_make_the_dispatch_look_even() -> None:

@@ -1,0 +1,234 @@
+"""How the settings of a replay share tokens among replicas: their dispatches, and what these need to know."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_analyze.dispatch.deal import ByPosition, Dealt
+from eplb_analyze.dispatch.named import LP, MEASURED, NamedDispatch, named
+from eplb_analyze.dispatch.rule import Tokens
+from eplb_analyze.dispatch.sources import ANY
+from eplb_analyze.dispatch.spread import Spread
+from eplb_analyze.errors import UsageError
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.placements import LayerHistory, fold
+from eplb_analyze.reader.recorded_setting import Setting
+from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.pricing import Objective
+from eplb_analyze.replay.setting_run import SettingRun
+from eplb_analyze.sessions.step_range import StepRange
+from eplb_dump.format.journal import Int32, Int64, Shape
+from eplb_dump.format.schema import Scope
+
+#: How tokens are dealt to replicas is measured in so many steps.
+DISPATCH_STEPS = 256
+#: Why the optimum of each step has no gain in time.
+BOUND = f"the dispatch {LP} bounds tokens, not time"
+
+#: A layer's placements in a block: the step from which each holds, its slots, and the slot that each source
+#: rank has chosen for each expert, if the dispatch has it choose.
+LayerPlacements = list[tuple[int, Int32, Int32 | None]]
+
+
+def check_objective(objective: Objective | None, dispatches: Sequence[str]) -> None:
+    """Raises UsageError if a dispatch has no figure of this objective."""
+    if LP in dispatches and objective not in (None, Objective.TOKENS):
+        raise UsageError(f"{BOUND}: use --objective tokens, or leave {LP} out of --dispatch")
+
+
+class Sharing:
+    """The dispatch of each setting, and of today's placements.
+
+    Attributes:
+        names: of the settings' dispatches, then of today's; if that is not the one measured, the one measured
+            comes before it.
+        measured: how tokens are dealt to replicas, as measured in the recorded loads.
+        sources_unknown: why the tokens that each rank sent are not known; None: they are.
+        batches_known: whether the tokens of all steps scored so far are known.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        shape: Shape,
+        histories: Sequence[LayerHistory],
+        settings: Sequence[Setting],
+        today: str,
+        num_nodes: Callable[[int], int],
+    ) -> None:
+        """
+        Args:
+            today: the name of the dispatch of today's placements.
+            num_nodes: the number of nodes, given the EP size.
+        """
+        self._run, self._shape, self._histories, self._num_nodes = run, shape, histories, num_nodes
+        todays = [today] if today == MEASURED else [MEASURED, today]
+        self._settings, self.names = settings, [*(setting.dispatch for setting in settings), *todays]
+        self.measured = Dealt(0.0, run.info.token_replication)
+        self.sources_unknown = _sources_unknown(run)
+        self.batches_known = True
+        self.dispatches: list[NamedDispatch] = []
+        self._rank_of = {id(s): session.info.ep_rank for session in run.sessions for s in session.segments}
+        #: By row, the placements in the current block and their tables.
+        self._tables: dict[int, list[tuple[Int32, Int32]]] = {}
+        #: Of today's placements in the current block, by the step from which a layer changed.
+        self._todays_tables: dict[int, Int32] = {}
+        self._lock = threading.Lock()
+
+    def measure(self, steps: StepRange, with_placement: Callable[[Block], Int64]) -> None:
+        """Measure in the first steps how tokens are dealt; they are independent if these have no replicas."""
+        found, left = Spread(self._run.info.token_replication), DISPATCH_STEPS
+        for block in self._run.blocks(steps):
+            some = with_placement(block)[:left]
+            left -= len(some)
+            for first, loads in block.load_parts(some) if len(some) else ():
+                for layer, load in enumerate(loads.transpose(1, 0, 2), first):
+                    for period, slots in self._histories[layer].periods(some):
+                        if slots is not None:
+                            found.add(load[period], slots)
+            if not left:
+                break
+        self.measured = found.dispatch()
+        copies = self._run.info.token_replication
+        self.dispatches = [named(name, self.measured, copies) for name in self.names]
+
+    def start(self, num_tokens: Int64, setting_runs: Sequence[SettingRun], pool: Executor) -> None:
+        """Start a block, in which the settings have been played."""
+        self.batches_known &= bool((num_tokens >= 0).all())
+        rows = [row for row in range(len(self._settings)) if self.dispatches[row].table is not None]
+        found = pool.map(lambda row: self._tables_of(row, setting_runs[row]), rows)
+        self._tables = dict(zip(rows, found, strict=True))
+        self._todays_tables.clear()
+
+    def _tables_of(self, row: int, own: SettingRun) -> list[tuple[Int32, Int32]]:
+        """Each placement that a setting has in the current block, with its table."""
+        dispatch, ranks = self.dispatches[row], self._settings[row].ep_size
+        known = {id(placement): table for placement, table in self._tables.get(row, [])}
+        out = []
+        for index, (_, placement) in enumerate(own.placed):
+            initial = index == 0 and len(own.moves) < len(own.placed)
+            if dispatch.only_at_start and not initial:
+                table = np.full((len(placement), ranks, self._experts), ANY, np.int32)
+            else:
+                known_table = known.get(id(placement))
+                table = self._table(row, placement, ranks) if known_table is None else known_table
+            out.append((placement, table))
+        return out
+
+    def _table(self, row: int, placement: Int32, ranks: int) -> Int32:
+        choose = self.dispatches[row].table
+        assert choose is not None
+        return choose(placement, self._experts, ranks, self._num_nodes(ranks))
+
+    @property
+    def _experts(self) -> int:
+        return self._run.info.num_logical_experts
+
+    def placements(self, row: int, own: SettingRun, layer: int) -> LayerPlacements:
+        """A layer's placements in the current block under a setting."""
+        if row not in self._tables:
+            return [(step, slots[layer], None) for step, slots in own.placed]
+        tables = [table[layer] for _, table in self._tables[row]]
+        return [(step, slots[layer], table) for (step, slots), table in zip(own.placed, tables, strict=True)]
+
+    def todays(self, layer: int, steps: Int64) -> list[LayerPlacements]:
+        """A layer's recorded placements in the steps of the current block, for each of today's dispatches."""
+        return [self._recorded(row, layer, steps) for row in range(len(self._settings), len(self.dispatches))]
+
+    def _recorded(self, row: int, layer: int, steps: Int64) -> LayerPlacements:
+        history, dispatch = self._histories[layer], self.dispatches[row]
+        out: LayerPlacements = []
+        for period, slots in history.periods(steps):
+            if slots is None:
+                continue
+            first, table = int(steps[period.start]), None
+            if dispatch.table is not None:
+                rearranged = dispatch.only_at_start and history.index_at(first) > 0
+                table = None if rearranged else self._todays_table(row, first)[layer]
+            out.append((first, slots, table))
+        return out
+
+    def _todays_table(self, row: int, step: int) -> Int32:
+        """The table of the recorded placements of all layers at a step."""
+        with self._lock:
+            if step not in self._todays_tables:
+                placed = [slots for history in self._histories if (slots := history.at(step)) is not None]
+                self._todays_tables[step] = self._table(row, np.stack(placed), self._shape.ep_size)
+            return self._todays_tables[step]
+
+    def exact_sources(self, ep_size: int) -> bool:
+        """Whether the tokens of each source rank are known, for a setting with so many ranks."""
+        return self.sources_unknown is None and ep_size == self._shape.ep_size
+
+    def tokens(self, load: npt.NDArray[Any], num_tokens: Int64) -> Tokens:
+        """A layer's tokens.
+
+        Args:
+            load: of each logical expert ``[steps, num_logical_experts]``.
+            num_tokens: of each step, as recorded; -1: not known.
+        """
+        writes_sums = self._run.scope is Scope.GLOBAL  # then each token is counted once in num_tokens
+        routed = num_tokens * (self._run.info.token_replication if writes_sums else 1)
+        ranks = self._shape.ep_size - len(self._run.missing_ranks)
+        return Tokens(load, routed, np.where(num_tokens > 0, np.maximum(1, routed // ranks), -1))
+
+    def by_source(self, block: Block, steps: Int64, layer: int) -> list[npt.NDArray[Any]] | None:
+        """A layer's tokens that each rank sent: ``[steps, num_logical_experts]`` each.
+
+        None if they are not known, or no dispatch needs them. Raises DamagedSegmentError.
+        """
+        if self.sources_unknown is not None or all(each.table is None for each in self.dispatches):
+            return None
+        out = [np.zeros((len(steps), self._experts), np.int64) for _ in range(self._shape.ep_size)]
+        for segment, here, there in block.matches(steps):
+            own = np.zeros((len(steps), self._shape.num_physical_experts), np.int64)
+            for first, load in segment.loads(layer, layer + 1):  # maybe from an earlier layer on
+                own[here] = load[layer - first][there]
+            sent = out[self._rank_of[id(segment)]]
+            for period, slots in self._histories[layer].periods(steps):
+                assert slots is not None
+                sent[period] += fold(own[period], slots, self._experts)
+        return out
+
+    def notes(self) -> list[str]:
+        """What the dispatches assume that the recording does not show."""
+        by_name = dict(zip(self.names, self.dispatches, strict=True))
+        by_source = ", ".join(name for name, own in by_name.items() if own.table is not None)
+        by_position = ", ".join(name for name, own in by_name.items() if isinstance(own.rule, ByPosition))
+        notes = []
+        if by_source and self.sources_unknown is not None:
+            notes.append(
+                f"{by_source}: the recording does not show which rank sent a token ({self.sources_unknown}), "
+                "so each is assumed to come from any rank with the same probability"
+            )
+        elif by_source and any(s.ep_size != self._shape.ep_size for s in self._settings):
+            notes.append(
+                f"{by_source}: with another EP size, each token is assumed to come from any rank with the "
+                "same probability"
+            )
+        if by_position and not self.batches_known:
+            notes.append(
+                f"{by_position}: the recording does not state the tokens of all steps (num_tokens); without "
+                "them, each token is assumed to go to any replica with the same probability"
+            )
+        elif by_position and self._run.info.token_replication < self._shape.ep_size:
+            notes.append(f"{by_position}: the batches of all ranks are assumed to be equally large")
+        return notes
+
+
+def _sources_unknown(run: Run) -> str | None:
+    """Why the tokens that each rank sent are not known; None: each rank recorded them."""
+    copies = run.info.token_replication
+    if run.scope is not Scope.LOCAL:
+        return f"scope {run.scope.value}"
+    if copies > 1:
+        return f"{copies} ranks count each token"
+    if run.import_caveats("token_source"):
+        return "it is imported"
+    return "ranks are missing or lost" if run.missing_ranks or run.lost_ranks else None
