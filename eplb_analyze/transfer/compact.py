@@ -5,14 +5,17 @@ The source stays unchanged. The new run does not show which rank a token came fr
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import os
 import secrets
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from eplb_analyze.atomic import new_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import Report
 from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.reader.tiers import described
@@ -34,6 +38,7 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Loads, PlacementRows, Shape, StepRows
 from eplb_dump.format.manifest import close_manifest
+from eplb_dump.format.notable import Notable
 from eplb_dump.format.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -47,9 +52,11 @@ from eplb_dump.format.schema import (
 from eplb_dump.format.segment import write_segment
 from eplb_dump.format.session import Origin, SessionInfo, SourceFile, session_path, write_session_file
 
-#: The most steps in a new segment, and the most bytes of its loads, which are held in memory.
+#: The most steps in a new segment, bytes of its loads, which are held in memory, and how long it lasts: as in
+#: segments that a writer makes.
 SEGMENT_STEPS = 2048
 SEGMENT_BYTES = 128 << 20
+SEGMENT_NS = 900 * 10**9
 
 
 @dataclass(frozen=True)
@@ -105,14 +112,12 @@ def compact_run(
     """
     opened = open_run(source, run, model)
     opened.progress = progress
-    _require_intact(opened)
-    lost = _lost(opened)
+    compaction = Compaction(opened)
     base = f"{opened.info.run_id[:110]}-compact".replace(START_SEPARATOR, ".")
     with new_run(to, run_id, base) as new:
-        try:
-            counts, info = _write(opened, new.root, new.run_id, lost)
-        except DamagedSegmentError as fault:
-            raise DumpError(f"{fault}; {_REFUSED}") from None
+        info = compaction.info(new.run_id)
+        with refusing_damage():
+            counts = _write(compaction, new.root, info)
         _verify(new.root, new.run_id, counts)
     assert info.origin is not None
     return CompactReport(
@@ -129,6 +134,15 @@ def compact_run(
 
 
 _REFUSED = "a compact run would hide the damage, so none is written (see `check`)"
+
+
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """Raise DumpError if the block reads something that turns out to be damaged."""
+    try:
+        yield
+    except DamagedSegmentError as fault:
+        raise DumpError(f"{fault}; {_REFUSED}") from None
 
 
 def _require_intact(run: Run) -> None:
@@ -149,18 +163,16 @@ def _lost(run: Run) -> dict[str, str]:
 
     Raises DumpError if there are too many of them: the new run would look complete.
     """
-    summary = summarize(run)
+    steps = run.retry_without_damaged(lambda: _completeness(run))
     _require_intact(run)
-    steps = summary.steps
     if not steps.count(StepState.RECORDED):
         raise DumpError(f"{run.path}: no step is complete, so there is nothing to sum")
     refused = "a compact run would hide this, so none is written"
-    if summary.missing_ranks:
-        ranks = plural(len(summary.expected_ranks), "rank")
-        raise DumpError(
-            f"{run.path}: rank {listed(summary.missing_ranks)} (of {ranks}) wrote nothing; {refused}"
-        )
-    for lost in summary.lost_ranks:
+    missing = [rank for rank in run.expected_ranks if rank not in run.present_ranks]
+    if missing:
+        ranks = plural(len(run.expected_ranks), "rank")
+        raise DumpError(f"{run.path}: rank {listed(missing)} (of {ranks}) wrote nothing; {refused}")
+    for lost in run.lost_ranks:
         first = lost.steps.first
         text = f"rank {lost.rank} was lost at step {first}, which sums over all ranks cannot show"
         remedy = "keep it"
@@ -182,6 +194,14 @@ def _lost(run: Run) -> dict[str, str]:
     incomplete_tail = not steps.incomplete_inside and steps.ends_together
     text = f"{many} lacked a rank in the original run: {why}"
     return {"incomplete_end" if incomplete_tail else "incomplete_steps": text}
+
+
+def _completeness(run: Run) -> Completeness:
+    """Which steps are complete, without reading their loads. Raises DamagedSegmentError."""
+    found = Completeness()
+    for block in run.blocks():
+        found.add(block)
+    return found
 
 
 def _side(run: Run) -> Side:
@@ -207,6 +227,8 @@ class _Part:
     block: Block
     low: int
     high: int
+    #: The window of steps, and of time, in which they are; a segment has steps of one.
+    window: tuple[int, int]
     #: How often the block's ``num_tokens`` count a token; the new rank counts it once.
     replication: int
 
@@ -234,31 +256,56 @@ class _Part:
         )  # fmt: skip
 
 
-def _parts(run: Run) -> Iterator[_Part]:
-    """The run in parts, each within one window of ``SEGMENT_STEPS`` and no larger than a segment."""
-    window = SEGMENT_STEPS * run.info.interval
-    for block in run.blocks():
-        edges = {0, len(block.step), *(np.flatnonzero(np.diff(block.step // window)) + 1).tolist()}
-        cuts = sorted(edges | set(range(0, len(block.step), _most_steps(block.shape))))
-        replication = run.info.num_tokens_replication
-        yield from (_Part(block, low, high, replication) for low, high in itertools.pairwise(cuts))
+class Compaction:
+    """A run that can be merged, and what becomes of it: one session with segments as a writer makes them."""
 
+    def __init__(self, run: Run) -> None:
+        """Raises DumpError if the run is damaged, or its sums would look complete and would not be."""
+        _require_intact(run)
+        self.run = run
+        self._lost = _lost(run)
+        self._placements = _placements(run)
 
-def _segments(run: Run) -> Iterator[list[_Part]]:
-    """The parts of each segment of the new run."""
-    window = SEGMENT_STEPS * run.info.interval
-    group: list[_Part] = []
-    for part in _parts(run):
+    def info(self, run_id: str) -> SessionInfo:
+        """The metadata of the new run's session."""
+        return _info(self.run, run_id, self._lost)
+
+    def contents(self, info: SessionInfo, steps: tuple[int, int] | None = None) -> Iterator[NewSegment]:
+        """The new segments, or those of a half-open range of steps that begins and ends where segments do."""
+        begun = 0 if steps is None else bisect.bisect_left(self._placements, steps[0], key=_step_of)
+        for seq, parts in enumerate(self._segments(steps)):
+            last = int(parts[-1].block.step[parts[-1].high - 1])
+            end = bisect.bisect_right(self._placements, last, key=_step_of)
+            yield NewSegment(info, seq, parts, _placement_rows(self._placements[begun:end]))
+            begun = end
+
+    def _segments(self, steps: tuple[int, int] | None) -> Iterator[list[_Part]]:
+        """The parts of each segment."""
+        group: list[_Part] = []
+        for part in self._parts(steps):
+            if group:
+                first, count = group[0].block, sum(p.high - p.low for p in group)
+                full = count + part.high - part.low > _most_steps(first.shape)
+                if part.window != group[0].window or full or part.block.shape != first.shape:
+                    yield group
+                    group = []
+            group.append(part)
         if group:
-            first, steps = group[0].block, sum(p.high - p.low for p in group)
-            apart = part.block.step[part.low] // window != first.step[group[0].low] // window
-            full = steps + part.high - part.low > _most_steps(first.shape)
-            if apart or full or part.block.shape != first.shape:
-                yield group
-                group = []
-        group.append(part)
-    if group:
-        yield group
+            yield group
+
+    def _parts(self, steps: tuple[int, int] | None) -> Iterator[_Part]:
+        """The run in parts, each within one window of steps and time, and no larger than a segment."""
+        span = SEGMENT_STEPS * self.run.info.interval
+        replication = self.run.info.num_tokens_replication
+        for block in self.run.blocks(steps):
+            # The clocks of ranks differ, and a step has the time of one of them.
+            clock = np.maximum.accumulate(block.clock_ns) // SEGMENT_NS
+            window = block.step // span
+            changed = (np.diff(window) != 0) | (np.diff(clock) != 0)
+            edges = {0, len(block.step), *(np.flatnonzero(changed) + 1).tolist()}
+            cuts = sorted(edges | set(range(0, len(block.step), _most_steps(block.shape))))
+            for low, high in itertools.pairwise(cuts):
+                yield _Part(block, low, high, (int(window[low]), int(clock[low])), replication)
 
 
 def _most_steps(shape: Shape | None) -> int:
@@ -272,8 +319,11 @@ def _most_steps(shape: Shape | None) -> int:
 # ---- writing
 
 
-class _Content:
-    """A segment of the new run, in memory; see :class:`~eplb_dump.format.segment.Content`."""
+class NewSegment:
+    """A segment of the new run, whose loads are read when they are needed.
+
+    See :class:`~eplb_dump.format.segment.Content`.
+    """
 
     def __init__(self, info: SessionInfo, seq: int, parts: list[_Part], placements: PlacementRows) -> None:
         self.info = info
@@ -282,13 +332,17 @@ class _Content:
         self.steps = StepRows.concat([part.rows() for part in parts])
         self.load_steps: Int64 = np.concatenate([part.recorded for part in parts])
         self.shape = parts[0].block.shape if len(self.load_steps) else None
-        self._load = self._read(parts, self.shape) if self.shape is not None else None
+        #: How many of its steps only some ranks recorded.
+        self.incomplete = sum(int((part.state == StepState.INCOMPLETE).sum()) for part in parts)
+        self._parts = parts
 
-    def _read(self, parts: list[_Part], shape: Shape) -> Loads:
-        sizes = (shape.num_moe_layers, len(self.load_steps), shape.num_physical_experts)
+    @cached_property
+    def _load(self) -> Loads:
+        assert self.shape is not None
+        sizes = (self.shape.num_moe_layers, len(self.load_steps), self.shape.num_physical_experts)
         out: Loads = np.empty(sizes, np.int32)
         end = 0
-        for part in parts:
+        for part in self._parts:
             steps = part.recorded
             at, end = end, end + len(steps)
             for layer, load in part.block.load_parts(steps) if len(steps) else ():
@@ -299,34 +353,27 @@ class _Content:
 
     @property
     def load_type(self) -> npt.DTypeLike:
-        return np.int32 if self._load is None else self._load.dtype
+        return np.int32 if self.shape is None else self._load.dtype
 
     def read_layers(self, first: int, last: int) -> Loads:
-        assert self._load is not None
         return self._load[first:last]
 
 
-def _write(run: Run, root: Path, run_id: str, lost: dict[str, str]) -> tuple[Counter[int], SessionInfo]:
+def _write(compaction: Compaction, root: Path, info: SessionInfo) -> Counter[int]:
     """Write the new run's one session. Returns its number of steps by status, and of INCOMPLETE ones."""
-    info = _info(run, run_id, lost)
     folder = session_path(root, info)
     folder.mkdir(parents=True)
-    pending = deque(_placements(run))
     counts: Counter[int] = Counter()
-    for seq, parts in enumerate(_segments(run)):
-        last = int(parts[-1].block.step[parts[-1].high - 1])
-        rows = []
-        while pending and pending[0][0] <= last:
-            rows.append(pending.popleft())
-        content = _Content(info, seq, parts, _placement_rows(rows))
-        write_segment(folder, content)
+    notable = Notable()
+    for content in compaction.contents(info):
+        write_segment(folder, content, notable)
         counts.update(content.steps.status.tolist())
-        counts[StepState.INCOMPLETE] += sum(int((p.state == StepState.INCOMPLETE).sum()) for p in parts)
+        counts[StepState.INCOMPLETE] += content.incomplete
     stats = {status.label: counts[status] for status in Status}
     stats["seen"] = sum(stats.values())
     write_session_file(folder, info)
     close_manifest(folder, info, stats)
-    return counts, info
+    return counts
 
 
 def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
@@ -377,8 +424,16 @@ def _info(run: Run, run_id: str, lost: dict[str, str]) -> SessionInfo:
     )
 
 
-def _placements(run: Run) -> list[tuple[int, int, int, Int32]]:
-    """``(step, layer index, ep_size, slots)`` of every placement change, ordered by step and layer."""
+#: ``(step, layer index, ep_size, slots)`` of a placement.
+_Placement = tuple[int, int, int, Int32]
+
+
+def _step_of(row: _Placement) -> int:
+    return row[0]
+
+
+def _placements(run: Run) -> list[_Placement]:
+    """Every placement change, ordered by step and layer."""
     rows = [
         (step, layer, ep_size, slots)
         for layer, history in run.history.layers.items()
@@ -387,7 +442,7 @@ def _placements(run: Run) -> list[tuple[int, int, int, Int32]]:
     return sorted(rows, key=lambda row: row[:2])
 
 
-def _placement_rows(rows: list[tuple[int, int, int, Int32]]) -> PlacementRows:
+def _placement_rows(rows: Sequence[_Placement]) -> PlacementRows:
     return PlacementRows(
         np.array([row[0] for row in rows], np.int64),
         np.array([row[1] for row in rows], np.int32),

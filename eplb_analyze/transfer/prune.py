@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from eplb_analyze.errors import AnalyzeError, DumpError, NotInDumpError, UsageError
@@ -23,8 +21,9 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.text import listed
 from eplb_analyze.transfer.retention import carry_out
 from eplb_analyze.transfer.retention.carry_out import ChangedError
+from eplb_analyze.transfer.retention.foresee import foresee_merged
 from eplb_analyze.transfer.retention.merge import has_own_loads, merge_ranks, why_not
-from eplb_analyze.transfer.retention.plan import Policy, RunPlan, make_plan
+from eplb_analyze.transfer.retention.plan import Policy, RunPlan, plan_for_age, plan_for_bytes
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession, survey, survey_run
 from eplb_dump.format.retention import TIERS
@@ -79,16 +78,23 @@ class PrunedRun(Report):
     newest: str
     #: Bytes of its files before.
     bytes_before: int
-    #: Bytes of its files afterwards; before files are written (`dry_run`), at most so many.
+    #: Bytes of its files afterwards; with `dry_run` at most so many, or about so many if its ranks would be
+    #: merged.
     bytes_after: int
-    #: Whether its ranks are merged first (`--merge-ranks`); with `dry_run`, whether that would be tried.
-    merged: bool = False
+    #: Bytes of its files once its ranks are merged (`--merge-ranks`), with `dry_run` as a few of its segments
+    #: show them; null if they are not merged.
+    merged_bytes: int | None = None
     #: Why its ranks are not merged although something of it is thinned; null without `--merge-ranks`.
     not_merged: str | None = None
     #: What is thinned.
     moves: list[TierChange] = field(default_factory=list)
     #: What stays as it is.
     kept: list[KeptPart] = field(default_factory=list)
+
+    @property
+    def merged(self) -> bool:
+        """Whether its ranks are merged first."""
+        return self.merged_bytes is not None
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class PruneReport(Report):
     max_bytes: int | None
     #: Bytes of all runs before.
     bytes_before: int
-    #: Bytes of all runs afterwards; with `dry_run`, at most so many.
+    #: Bytes of all runs afterwards; with `dry_run`, the sum of those of the runs.
     bytes_after: int
     #: Bytes of files that a killed `prune` left, and that are removed.
     leftover_bytes: int
@@ -196,73 +202,99 @@ def _prune(
     merge: bool,
 ) -> PruneReport:
     now_ns = time.time_ns()
-    plans = make_plan(survey(dump, run_ids), policy, now_ns)
-    merges: dict[str, str | None] = {}
-    before = {plan.run.run_id: plan.run.size for plan in plans}
-    if merge:
-        merges = _merge(dump, plans, progress, dry_run=stay is None)
-        if stay is not None and None in merges.values():
-            plans = make_plan(survey(dump, run_ids), policy, now_ns)
+    runs = survey(dump, run_ids)
+    plans = [plan_for_age(run, policy, now_ns) for run in runs]
+    work = None if stay is None else _Work(dump, stay, progress)
+    if work is not None:  # which needs no space, and frees some for the merges
+        work.carry_out([plan for plan in plans if plan.removed is not None])
+    local = sum(map(has_own_loads, runs)) if merge else 0
+    merges = _Merges(dump, policy, now_ns, lambda done: progress(done, local), dry_run=work is None)
+    plans = [merges.merge(plan) if merge and plan.moves else plan for plan in plans]
+    if policy.max_bytes is not None:
+        plans = plan_for_bytes(plans, policy.max_bytes, merges.merge if merge else lambda plan: plan)
     plans.sort(key=lambda plan: (plan.run.last_ns, plan.run.run_id))
     leftover_bytes = 0
     for plan in plans:
         for session in plan.run.sessions if plan.removed is None else ():
             names = carry_out.leftovers(session)
             leftover_bytes += sum(session.files[name].st_size for name in names)
-            if names and stay is not None:
+            if names and work is not None:
                 carry_out.remove_files(session.folder, names)
-    reports = [_report(plan, policy, now_ns) for plan in plans]
-    failed = 0
-    if stay is not None:
-        report_of = partial(_report, policy=policy, now_ns=now_ns)
-        failed = _carry_out(
-            dump, plans, lambda plan, damaged: report_of(plan, damaged=damaged), reports, stay, progress
+    if work is not None:
+        work.carry_out([plan for plan in plans if plan.removed == "bytes"])
+        work.carry_out([plan for plan in plans if plan.moves])
+    before = {run.run_id: run.size for run in runs}
+    reports = []
+    for plan in plans:
+        run_id = plan.run.run_id
+        report = replace(
+            _report(plan, policy, now_ns, {} if work is None else work.damaged.get(run_id, {})),
+            bytes_before=before[run_id],
+            merged_bytes=merges.bytes.get(run_id),
+            not_merged=merges.refused.get(run_id) if plan.moves or plan.removed == "bytes" else None,
         )
-    reports = [
-        replace(
-            report,
-            bytes_before=before.get(report.run_id, report.bytes_before),
-            merged=report.run_id in merges and merges[report.run_id] is None,
-            not_merged=merges.get(report.run_id),
-        )
-        for report in reports
-    ]
-    shown = [report for report in reports if report.action != "kept" or report.kept or report.merged]
+        reports.append(report if work is None else work.outcome(report))
+    shown = [r for r in reports if r.action != "kept" or r.kept or r.merged]
     return PruneReport(
         dump=str(dump),
-        dry_run=stay is None,
+        dry_run=work is None,
         max_bytes=policy.max_bytes,
         bytes_before=sum(report.bytes_before for report in reports),
         bytes_after=sum(report.bytes_after for report in reports) - leftover_bytes,
         leftover_bytes=leftover_bytes,
         runs=shown,
         unchanged=len(reports) - len(shown),
-        failed=failed,
+        failed=0 if work is None else len(work.failed | work.damaged.keys()),
     )
 
 
-def _merge(
-    dump: StoragePath, plans: list[RunPlan], progress: Callable[[int, int], None], *, dry_run: bool
-) -> dict[str, str | None]:
-    """Merge the ranks of runs of which something is to be thinned. Returns why not, or None, by run."""
-    assert isinstance(dump, Path)
-    found: dict[str, str | None] = {}
-    due = [plan.run for plan in plans if plan.moves and has_own_loads(plan.run)]
-    for done, run in enumerate(due):
+class _Merges:
+    """Merges the ranks of runs, or for a dry run foresees what that will leave."""
+
+    def __init__(
+        self,
+        dump: StoragePath,
+        policy: Policy,
+        now_ns: int,
+        progress: Callable[[int], None],
+        *,
+        dry_run: bool,
+    ) -> None:
+        self._dump, self._policy, self._now_ns, self._progress = dump, policy, now_ns, progress
+        self._merge = foresee_merged if dry_run else merge_ranks
+        #: Bytes of the merged runs, and why others are not merged, by their ids.
+        self.bytes: dict[str, int] = {}
+        self.refused: dict[str, str] = {}
+
+    def merge(self, plan: RunPlan) -> RunPlan:
+        """The plan of a run after a merge of its ranks, or as it is if they are not merged."""
+        run = plan.run
+        if not has_own_loads(run) or run.run_id in self.refused:
+            return plan
+        assert isinstance(self._dump, Path)
         reason = why_not(run)
-        if reason is None and not dry_run:
-            progress(done, len(due))
+        if reason is None:
+            self._progress(len(self.bytes) + len(self.refused))
             try:
-                merge_ranks(dump, run)
-            except (OSError, FormatError, ChangedError, AnalyzeError) as error:
-                reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        found[run.run_id] = reason
-    return found
+                merged = self._merge(self._dump, run)
+            except _ERRORS as error:
+                reason = _text(error)
+        if reason is not None:
+            self.refused[run.run_id] = reason
+            return plan
+        self.bytes[run.run_id] = merged.size
+        return plan_for_age(merged, self._policy, self._now_ns)
 
 
-def _report(
-    plan: RunPlan, policy: Policy, now_ns: int, damaged: Mapping[Piece, str] = MappingProxyType({})
-) -> PrunedRun:
+#: What keeps a run from being merged, thinned or removed.
+_ERRORS = (OSError, FormatError, ChangedError, AnalyzeError)
+
+
+def _text(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _report(plan: RunPlan, policy: Policy, now_ns: int, damaged: Mapping[Piece, str]) -> PrunedRun:
     """What becomes of a run; ``damaged``: what stays as it is, because it turned out to be damaged."""
     run, size = plan.run, plan.run.size
     if plan.removed is not None:
@@ -334,45 +366,53 @@ def _stuck_bytes(session: SurveyedSession) -> int:
     return journals + sum(piece.entry.size for piece in session.pieces if piece.fault is not None)
 
 
-def _carry_out(
-    dump: StoragePath,
-    plans: list[RunPlan],
-    report_of: Callable[[RunPlan, Mapping[Piece, str]], PrunedRun],
-    reports: list[PrunedRun],
-    stay: Callable[[], None],
-    progress: Callable[[int, int], None],
-) -> int:
-    """Do what was planned, and put what came of it into the reports. Returns in how many runs that failed."""
-    failed = 0
-    removed = [plan for plan in plans if plan.removed is not None]
-    if removed:
-        carry_out.log_removed(dump, [_log_line(plan) for plan in removed])
-    # Removing needs no space.
-    todo = [*removed, *(plan for plan in plans if plan.removed is None and plan.moves)]
-    at = {plan: number for number, plan in enumerate(plans)}
-    for done, plan in enumerate(todo):
-        progress(done, len(todo))
-        stay()
-        number = at[plan]
-        try:
-            if plan.removed is not None:
-                carry_out.remove_run(dump, plan.run)
-                continue
-            damaged: dict[Piece, str] = {}
-            for session, moves in _by_session(plan).items():
-                damaged |= carry_out.thin_session(session, moves)
-            reports[number] = report_of(plan, damaged)
-            failed += bool(damaged)
-        except UnreachableError:
-            raise
-        except (OSError, FormatError, ChangedError, AnalyzeError) as error:
-            text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            reports[number] = replace(reports[number], action="failed", reason=text, moves=[])
-            failed += 1
-        with suppress(OSError):
-            places.forget_listing(dump)
-            reports[number] = replace(reports[number], bytes_after=survey_run(plan.run.folder).size)
-    return failed
+class _Work:
+    """Carries out what was planned."""
+
+    def __init__(
+        self, dump: StoragePath, stay: Callable[[], None], progress: Callable[[int, int], None]
+    ) -> None:
+        self._dump, self._stay, self._progress = dump, stay, progress
+        #: Why runs could not be changed, and which pieces of runs turned out to be damaged, by the run's id.
+        self.failed: dict[str, str] = {}
+        self.damaged: dict[str, dict[Piece, str]] = {}
+        self._bytes_after: dict[str, int] = {}
+
+    def carry_out(self, plans: list[RunPlan]) -> None:
+        """Remove runs, or thin them."""
+        removed = [_log_line(plan) for plan in plans if plan.removed is not None]
+        if removed:
+            carry_out.log_removed(self._dump, removed)
+        for done, plan in enumerate(plans):
+            self._progress(done, len(plans))
+            self._stay()
+            try:
+                self._carry_out(plan)
+            except UnreachableError:
+                raise
+            except _ERRORS as error:
+                self.failed[plan.run.run_id] = _text(error)
+            with suppress(OSError):
+                places.forget_listing(self._dump)
+                self._bytes_after[plan.run.run_id] = survey_run(plan.run.folder).size
+
+    def _carry_out(self, plan: RunPlan) -> None:
+        if plan.removed is not None:
+            carry_out.remove_run(self._dump, plan.run)
+            return
+        damaged: dict[Piece, str] = {}
+        for session, moves in _by_session(plan).items():
+            damaged |= carry_out.thin_session(session, moves)
+        if damaged:
+            self.damaged[plan.run.run_id] = damaged
+
+    def outcome(self, report: PrunedRun) -> PrunedRun:
+        """The report of a run as it turned out."""
+        run_id = report.run_id
+        report = replace(report, bytes_after=self._bytes_after.get(run_id, report.bytes_after))
+        if run_id not in self.failed:
+            return report
+        return replace(report, action="failed", reason=self.failed[run_id], moves=[])
 
 
 def _by_session(plan: RunPlan) -> dict[SurveyedSession, dict[Piece, Tier]]:

@@ -17,6 +17,15 @@ MINUTES, LEAST_MINUTES = 32, 4
 LEAST_STEPS = 8
 
 
+def reasons_of_placements(seq: int, placements: PlacementRows) -> tuple[str, ...]:
+    """Why a segment is notable, as far as its loads do not tell."""
+    reasons = ["start"] if seq == 0 else []
+    # The first placement of a session is none that changed.
+    if len(np.unique(placements.step)) > (1 if seq == 0 else 0):
+        reasons.append("rearrangement")
+    return tuple(reasons)
+
+
 class Notable:
     """Judges the segments of one session in order."""
 
@@ -29,13 +38,8 @@ class Notable:
         self, seq: int, shape: Shape | None, placements: PlacementRows, minutes: Minutes
     ) -> tuple[str, ...]:
         """Why the segment is notable; empty if it is not."""
-        reasons = ["start"] if seq == 0 else []
-        # The first placement of a session is none that changed.
-        if len(np.unique(placements.step)) > (1 if seq == 0 else 0):
-            reasons.append("rearrangement")
-        if shape is not None and self._lost_balance(shape, minutes):
-            reasons.append("imbalance")
-        return tuple(reasons)
+        lost = shape is not None and self._lost_balance(shape, minutes)
+        return (*reasons_of_placements(seq, placements), *(["imbalance"] if lost else []))
 
     def _lost_balance(self, shape: Shape, minutes: Minutes) -> bool:
         if shape != self._shape:

@@ -37,8 +37,12 @@ def render(console: Console, report: PruneReport) -> None:
     dry = report.dry_run
     if dry:
         print_line(console, ("dry run: nothing is changed; sizes after it are upper bounds", "dim"))
+        if any(run.merged for run in report.runs):
+            text = "merged sizes are estimates, from some segments; the run decides again after it has merged"
+            print_line(console, (text, "dim"))
     limit = "" if report.max_bytes is None else f"; the limit is {size(report.max_bytes)}"
-    after = _after(report.bytes_before, report.bytes_after, dry=dry)
+    bound = _bound(dry=dry, merged=any(run.merged for run in report.runs))
+    after = _after(report.bytes_before, report.bytes_after, bound)
     verb = "would keep" if dry else "kept"
     print_heading(console, verb, f" {after} of {size(report.bytes_before)}{limit}")
     counts = {
@@ -55,20 +59,26 @@ def render(console: Console, report: PruneReport) -> None:
         text = "would remove" if dry else "removed"
         print_line(console, f"{text} leftovers of an interrupted prune: {size(report.leftover_bytes)}")
     if report.over:
-        over = f"{'at most ' if dry else ''}{size(report.over)} over the limit"
+        over = f"{bound}{size(report.over)} over the limit"
         print_line(console, (f"{over}: the rest is kept for the reasons above", "bold red"))
 
 
-def _after(before: int, after: int, *, dry: bool) -> str:
-    """Bytes afterwards; a dry run knows an upper bound, which says nothing if it is above what is there."""
-    if not dry or after == before:
+def _bound(*, dry: bool, merged: bool) -> str:
+    """What a dry run knows of the bytes afterwards."""
+    return "" if not dry else "about " if merged else "at most "
+
+
+def _after(before: int, after: int, bound: str) -> str:
+    """Bytes afterwards; an upper bound above what is there says nothing."""
+    if after == before:
         return size(after)
-    return f"at most {size(after)}" if after < before else f"about {size(before)}"
+    return f"{bound}{size(after)}" if after < before or not bound else f"about {size(before)}"
 
 
 def _run(console: Console, run: PrunedRun, *, dry: bool) -> None:
     style = {"removed": "bold", "thinned": "bold", "failed": "bold red"}.get(run.action, "dim")
-    sizes = f"{size(run.bytes_before)} → {_after(run.bytes_before, run.bytes_after, dry=dry)}"
+    after = _after(run.bytes_before, run.bytes_after, _bound(dry=dry, merged=run.merged))
+    sizes = f"{size(run.bytes_before)} → {after}"
     rest = {
         "removed": f"{size(run.bytes_before)}, {_WHY.get(run.reason or '', '')}, to {_time(run.newest)}",
         "failed": f"{sizes}: {run.reason or 'its segments are damaged'}",
@@ -77,8 +87,9 @@ def _run(console: Console, run: PrunedRun, *, dry: bool) -> None:
     }[run.action]
     verb = _PLAN[run.action][1] if dry else run.action
     print_line(console, (verb, style), f" run {run.run_id}: {rest}")
-    if run.merged:
-        print_line(console, f"its ranks {'would be' if dry else 'are'} merged into sums", indent=2)
+    if run.merged_bytes is not None:
+        merged = "would be merged: about" if dry else "are merged:"
+        print_line(console, f"its ranks {merged} {size(run.merged_bytes)}", indent=2)
     elif run.not_merged is not None:
         print_line(console, f"its ranks are not merged: {run.not_merged}", indent=2)
     for move in run.moves:

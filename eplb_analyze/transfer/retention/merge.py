@@ -35,14 +35,19 @@ def why_not(run: SurveyedRun) -> str | None:
     return None
 
 
-def merge_ranks(dump: Path, run: SurveyedRun) -> None:
-    """Let the verified sums over the ranks of a run take its place, at once, under its id.
+def require_one_start(dump: Path, run: SurveyedRun) -> None:
+    """Raise ChangedError if several engine starts share a run's id: only one of them would be merged."""
+    if discover(dump, run.run_id).starts_of(run.run_id):
+        raise ChangedError("several engine starts share its id")
+
+
+def merge_ranks(dump: Path, run: SurveyedRun) -> SurveyedRun:
+    """Let the verified sums over the ranks of a run take its place, at once, under its id. Returns it.
 
     `prune` is at work in the dump. Raises ChangedError, OSError, and DumpError if `compact` refuses the run;
     the run is unchanged then.
     """
-    if discover(dump, run.run_id).starts_of(run.run_id):
-        raise ChangedError("several engine starts share its id")
+    require_one_start(dump, run)
     work = dump / AT_WORK
     clear(work)
     try:
@@ -60,3 +65,4 @@ def merge_ranks(dump: Path, run: SurveyedRun) -> None:
                 raise
     finally:
         clear(work)
+    return survey_run(run.folder)

@@ -1,5 +1,8 @@
 """What is thinned and removed: ages first, then the bytes of the whole dump. Only decisions.
 
+Ranks that can be merged are merged before anything is thinned for bytes. The caller merges them, or foresees
+what the merge will leave, and the decision goes on with that.
+
 The unit is what the ranks of a run recorded of the same steps, so that no step is kept in full by some ranks
 only. The sizes of files that are still to be written are upper bounds, from the footers of files that are
 there: a dry run and the run decide alike, and the dump ends up within its limit. A number of bytes never
@@ -11,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from eplb_analyze.errors import UsageError
@@ -115,17 +118,27 @@ class RunPlan:
     newest: list[Piece] = field(default_factory=list)
 
     @property
+    def size(self) -> int:
+        """Bytes of its files, of which those that are to be written are upper bounds."""
+        moves = self.moves.items()
+        return self.run.size + sum(size_at(piece, tier) - piece.size for piece, tier in moves)
+
+    @property
     def moves(self) -> dict[Piece, Tier]:
         """The pieces that are thinned, with their new tiers."""
         if self.removed is not None:
             return {}
-        moved = ((p, t) for unit in self.units for p, t in unit.tiers.items() if t is not p.tier)
-        return {piece: tier for piece, tier in moved if piece.fault is None}
+        return {piece: tier for piece, tier in self.tiers() if tier is not piece.tier and piece.fault is None}
+
+    def tiers(self) -> Iterator[tuple[Piece, Tier]]:
+        """All pieces, with the tiers that they have afterwards."""
+        for unit in self.units:
+            yield from unit.tiers.items()
 
     @property
     def is_gone(self) -> bool:
         """Whether no piece holds any figure."""
-        return all(t is Tier.GONE for unit in self.units for t in unit.tiers.values())
+        return all(tier is Tier.GONE for _, tier in self.tiers())
 
     def why_kept(self) -> str | None:
         """Why the run cannot be removed, whatever its age."""
@@ -136,22 +149,35 @@ class RunPlan:
         return None
 
 
-def make_plan(runs: Sequence[SurveyedRun], policy: Policy, now_ns: int) -> list[RunPlan]:
-    """Decide what becomes of each run. Raises UnreachableError."""
-    plans = [RunPlan(run) for run in runs]
-    for plan in plans:
-        plan.units = [*_units(plan)]
-    for plan in plans:
-        for unit in plan.units:
-            _thin_to(unit, policy.tier_at(now_ns - unit.last_ns), "age")
-        if plan.why_kept() is None and policy.outlives(now_ns - plan.run.last_ns):
-            plan.removed = "age"
-    for plan in plans:
-        for piece, tier in plan.moves.items():
-            size_at(piece, tier)  # finds what cannot be thinned
-    if policy.max_bytes is not None:
-        _Budget(plans, policy.max_bytes).apply()
-    return plans
+def plan_for_age(run: SurveyedRun, policy: Policy, now_ns: int) -> RunPlan:
+    """Decide what the ages leave of a run. Raises UnreachableError."""
+    plan = RunPlan(run)
+    plan.units = [*_units(plan)]
+    for unit in plan.units:
+        _thin_to(unit, policy.tier_at(now_ns - unit.last_ns), "age")
+    if plan.why_kept() is None and policy.outlives(now_ns - run.last_ns):
+        plan.removed = "age"
+    for piece, tier in plan.moves.items():
+        size_at(piece, tier)  # finds what cannot be thinned
+    return plan
+
+
+def plan_for_bytes(plans: Iterable[RunPlan], most: int, merge: Callable[[RunPlan], RunPlan]) -> list[RunPlan]:
+    """Decide what else is to go, so that all runs together take at most so many bytes.
+
+    Before any is thinned, ranks are merged, of the oldest run first, until the dump fits.
+
+    Args:
+        plans: for ages.
+        merge: returns the plan of the merged run, or the given one if its ranks are not merged.
+
+    Returns the plans for all runs. Raises UnreachableError.
+    """
+    budget = _Budget(plans, most)
+    budget.remove_gone()
+    budget.merge(merge)
+    budget.thin()
+    return budget.plans
 
 
 def _thin_to(unit: Unit, tier: Tier, reason: str) -> None:
@@ -217,32 +243,52 @@ def _live(run: SurveyedRun, pieces: Sequence[Piece]) -> str | None:
 class _Budget:
     """Thins the oldest, of the finest tier above its share, until the dump is within a number of bytes."""
 
-    def __init__(self, plans: Sequence[RunPlan], max_bytes: int) -> None:
-        self._plans, self._most = plans, max_bytes
-        #: Bytes of segments by tier.
-        self._of_tier: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+    def __init__(self, plans: Iterable[RunPlan], most: int) -> None:
+        self.plans = sorted(plans, key=lambda plan: (plan.run.last_ns, plan.run.run_id))
+        self._most = most
+        #: Bytes of each run, of all of them, and of segments by tier.
         self._of_run: dict[RunPlan, int] = {}
-        self._pieces: dict[Piece, int] = {}
-        for plan in plans:
-            if plan.removed is not None:
-                continue
-            self._of_run[plan] = plan.run.size
-            for unit in plan.units:
-                for piece, tier in unit.tiers.items():
-                    self._pieces[piece] = size = size_at(piece, tier)
-                    self._of_tier[tier] += size
-                    self._of_run[plan] += size - piece.size
-        self._total = sum(self._of_run.values())
-        #: It is never removed for bytes, nor are these thinned.
-        self._newest_run = max(
-            self._of_run, key=lambda plan: (plan.run.last_ns, plan.run.run_id), default=None
-        )
-        self._newest = self._newest_units()
+        self._total = 0
+        self._of_tier: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+        for plan in self.plans:
+            if plan.removed is None:
+                self._count(plan)
 
-    def apply(self) -> None:
-        self._apply()
+    def _count(self, plan: RunPlan) -> None:
+        self._of_run[plan] = plan.size
+        self._total += plan.size
+        for piece, tier in plan.tiers():
+            self._of_tier[tier] += size_at(piece, tier)
+
+    def _forget(self, plan: RunPlan) -> None:
+        self._total -= self._of_run.pop(plan)
+        for piece, tier in plan.tiers():
+            self._of_tier[tier] -= size_at(piece, tier)
+
+    def remove_gone(self) -> None:
+        """Remove what holds no figure any more."""
+        for plan in self.plans:
+            if self._total > self._most:
+                self._remove_if_gone(plan)
+
+    def merge(self, merge: Callable[[RunPlan], RunPlan]) -> None:
+        """Merge the ranks of the oldest runs until the dump fits."""
+        for index, plan in enumerate(self.plans):
+            if self._total > self._most and plan.removed is None:
+                self.plans[index] = merged = merge(plan)
+                if merged is not plan:
+                    self._forget(plan)
+                    self._count(merged)
+
+    def thin(self) -> None:
+        """Thin until the dump fits, or nothing is left that may be."""
+        newest = self._newest_units()
+        units = [u for plan in self._of_run for u in plan.units if u.live is None and u not in newest]
+        spared = self._spared(units)
+        for some in ([u for u in units if u not in spared], [*spared]):
+            self._thin([unit for unit in some if unit.run.removed is None])
         if self._total > self._most:
-            for unit in self._newest:
+            for unit in newest:
                 if unit.live is None:
                     unit.run.newest += [piece for piece in unit.pieces if piece.fault is None]
 
@@ -257,24 +303,13 @@ class _Budget:
             newest[unit.model] = unit
         return {*newest.values()}
 
-    def _apply(self) -> None:
-        # What holds no figure any more goes first.
-        for plan in sorted(self._of_run, key=lambda plan: plan.run.last_ns):
-            if self._total <= self._most:
-                return
-            self._remove_if_gone(plan)
-        units = [u for plan in self._of_run for u in plan.units if u.live is None and u not in self._newest]
-        spared = self._spared(units)
-        for some in ([u for u in units if u not in spared], [*spared]):
-            self._thin([unit for unit in some if unit.run.removed is None])
-
     def _spared(self, units: Sequence[Unit]) -> set[Unit]:
         """The newest notable units in full that take no more than their share together."""
         spared: set[Unit] = set()
         taken = 0.0
         notable = [unit for unit in units if unit.notable and unit.tier is Tier.FULL]
         for unit in sorted(notable, key=_order, reverse=True):
-            taken += sum(self._pieces[piece] for piece in unit.pieces)
+            taken += sum(size_at(piece, unit.tiers[piece]) for piece in unit.pieces)
             if taken > NOTABLE_SHARE * self._most:
                 break
             spared.add(unit)
@@ -303,30 +338,24 @@ class _Budget:
         before = dict(unit.tiers)
         _thin_to(unit, tier, "bytes")
         for piece, now in unit.tiers.items():
-            if now is before[piece]:
-                continue
-            size = size_at(piece, now)
-            self._of_tier[before[piece]] -= self._pieces[piece]
-            self._of_tier[now] += size
-            change = size - self._pieces[piece]
-            self._of_run[unit.run] += change
-            self._total += change
-            self._pieces[piece] = size
+            if now is not before[piece]:
+                was, size = size_at(piece, before[piece]), size_at(piece, now)
+                self._of_tier[before[piece]] -= was
+                self._of_tier[now] += size
+                self._of_run[unit.run] += size - was
+                self._total += size - was
         self._remove_if_gone(unit.run)
 
     def _remove_if_gone(self, plan: RunPlan) -> None:
-        """Remove a run if it holds nothing but what later steps would need."""
+        """Remove a run if it holds nothing but what later steps would need; the newest run stays."""
         if not plan.is_gone or plan.why_kept() is not None or plan.removed is not None:
             return
-        if plan is self._newest_run:
+        if plan is next(p for p in reversed(self.plans) if p.removed != "age"):
             return
         if any(session.stuck is not None for session in plan.run.sessions):
             return
         plan.removed = "bytes"
-        self._total -= self._of_run[plan]
-        for unit in plan.units:
-            for piece, tier in unit.tiers.items():
-                self._of_tier[tier] -= self._pieces[piece]
+        self._forget(plan)
 
 
 def _order(unit: Unit) -> tuple[int, str, int]:

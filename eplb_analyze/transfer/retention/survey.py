@@ -94,6 +94,8 @@ class SurveyedSession:
     journals: list[str] = field(default_factory=list)
     #: Steps before which sums per minute end: what follows, or what comes before, some rank does not have.
     cuts: Int64 = field(default_factory=lambda: NO_CUTS)
+    #: Bytes of its files if they are still to be written.
+    to_write: int = 0
 
     def cuts_in(self, entry: SealedSegment) -> bool:
         """Whether a cut is between the steps of a segment whose loads are kept."""
@@ -102,7 +104,8 @@ class SurveyedSession:
 
     @property
     def size(self) -> int:
-        return sum(stat.st_size for stat in self.files.values())
+        """Bytes of its files."""
+        return self.to_write + sum(stat.st_size for stat in self.files.values())
 
     @property
     def last_ns(self) -> int:
@@ -283,7 +286,7 @@ def _survey_session(names: list[str], folder: StoragePath, run: SurveyedRun) -> 
             for piece in [_piece(session, session.manifest.entries[seq])]
         ]
         session.live = session.live or _live(session)
-        _note(session)
+        note(session)
     return session
 
 
@@ -328,17 +331,20 @@ def _piece(session: SurveyedSession, entry: SealedSegment) -> Piece:
         piece.fault = f"{wrong[0]} is missing, or has another size than the manifest says"
     elif any(entry.seq <= seq <= entry.last_seq for seq in journals):
         piece.fault = "its segment also has a journal; `recover` removes what is not needed"
-    origin = session.info.origin
-    if origin is not None and "times" in origin.unknown:  # its times are not times
-        piece.first_ns = piece.last_ns = session.info.created_unix_ns
-    elif entry.times is not None:
-        piece.first_ns, piece.last_ns = entry.times
+    piece.first_ns, piece.last_ns = times_of(session.info, entry)
     has_steps = "steps" in entry.files and entry.step_rows and piece.fault is None
     if has_steps and not (piece.last_ns and "minutes" in entry.files):
         _read_steps(piece, session.info)
     if not piece.last_ns:
         piece.first_ns = piece.last_ns = session.info.created_unix_ns
     return piece
+
+
+def times_of(info: SessionInfo, entry: SealedSegment) -> tuple[int, int]:
+    """When a segment's first and last step began, ns since 1970; 0 if the manifest does not say it."""
+    if info.origin is not None and "times" in info.origin.unknown:  # its times are not times
+        return info.created_unix_ns, info.created_unix_ns
+    return entry.times or (0, 0)
 
 
 def _read_steps(piece: Piece, info: SessionInfo) -> None:
@@ -387,10 +393,12 @@ def in_use(journal: StoragePath) -> bool:
         return True
 
 
-def _note(session: SurveyedSession) -> None:
+def note(session: SurveyedSession) -> None:
     """Mark the pieces that are notable, and their neighbors: also the newest ones before a crash."""
     noted = {piece.entry.seq for piece in session.pieces if piece.entry.notable}
-    if session.manifest.closed is None and session.pieces:
+    origin = None if session.info is None else session.info.origin
+    crashed = session.manifest.closed is None or (origin is not None and "end" in origin.unknown)
+    if crashed and session.pieces:
         noted.add(session.pieces[-1].entry.seq)
     for piece in session.pieces:
         entry = piece.entry
