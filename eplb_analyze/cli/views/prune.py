@@ -36,10 +36,9 @@ def size(count: int) -> str:
 def render(console: Console, report: PruneReport) -> None:
     dry = report.dry_run
     if dry:
-        print_line(console, ("dry run: nothing is changed; sizes after it are upper bounds", "dim"))
-        if any(run.merged for run in report.runs):
-            text = "merged sizes are estimates, from some segments; the run decides again after it has merged"
-            print_line(console, (text, "dim"))
+        estimated = any(run.merged for run in report.runs)
+        what = "estimates, and prune decides by the real ones" if estimated else "upper bounds"
+        print_line(console, (f"dry run: nothing is changed; sizes after it are {what}", "dim"))
     limit = "" if report.max_bytes is None else f"; the limit is {size(report.max_bytes)}"
     bound = _bound(dry=dry, merged=any(run.merged for run in report.runs))
     after = _after(report.bytes_before, report.bytes_after, bound)
