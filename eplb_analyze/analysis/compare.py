@@ -14,7 +14,7 @@ import numpy as np
 from eplb_analyze.analysis.compare_experts import ExpertDifference, ExpertSums, expert_differences
 from eplb_analyze.analysis.cost import RunCost, cost_of, cost_of_sample
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
-from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of, steps_per_value
+from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of, looked_at, steps_per_value
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.errors import UsageError
@@ -105,8 +105,8 @@ class Side(Report):
     rearrangements: int
     #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
-    #: The first and last step of each stretch in which incidents were looked for, as experts' loads are kept
-    #: there; null: all steps, empty: nowhere.
+    #: The first and last step of each stretch in which incidents were looked for, as steps are kept there;
+    #: null: all steps, empty: nowhere.
     searched: list[tuple[int, int]] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -300,10 +300,13 @@ class _Reading:
         self._series = BoundedSeries.empty((0, layers + 1, 4), axis=0)
         self.experts = ExpertSums(layers, run.info.num_logical_experts)
         self.shapes: set[Shape] = set()
+        #: Whether experts' loads are kept of any of the steps.
+        self.has_loads = False
         self._tokens = 0.0
         low, high = steps
         first, last = (step or 0 for step in run.step_range)
-        sample, balance = CostSample.empty(), BalanceValues(steps_per_value(last + 1 - first))
+        around = looked_at(run, steps)
+        sample, balance = CostSample.empty(), BalanceValues(steps_per_value(around.end - around.first))
         sampling = Sampling(run, max(first, low), min(last + 1, high) - 1)
         middle = (max(first, low) + min(last + 1, high)) // 2
         for half, part in enumerate(((low, middle), (middle, high))):
@@ -315,6 +318,7 @@ class _Reading:
                     terms = run.terms(block)
                     self._add(block.recorded, terms, serving(block.shape))
                     if block.has_loads:
+                        self.has_loads = True
                         self.experts.add(half, block, run.history)
                     balance.add(block, terms)
                 sample.merge(CostSample.of(run, sampling, block, terms))
@@ -467,7 +471,7 @@ def _warnings(a: _Reading, b: _Reading, token_ratio: float | None, routing: Rout
         yield f"B has {token_ratio:.2f}x the tokens per step; with more tokens, loads are naturally more even"
     within = max(routing.within_a or 0.0, routing.within_b or 0.0)
     if routing.distance is None:
-        lost = [name for name, reading in (("A", a), ("B", b)) if reading.incidents.searched == []]
+        lost = [name for name, reading in (("A", a), ("B", b)) if not reading.has_loads]
         if lost:
             yield f"routing not compared: experts' loads are no longer kept in {listed(lost)}"
         else:

@@ -126,7 +126,8 @@ class Explainer:
         first = found.first
         span = WINDOW + self._reach
         read_to = (found.end if found.end - first <= READ_WHOLE else first) + span
-        head = loads.read(layer, first - span, read_to)
+        kept = series.unbroken(first)
+        head = loads.read(layer, *kept.clip(first - span, read_to), first)
         # If tokens fell, they show better than balance when that was over: drift can hide the return.
         until = self._few_tokens_until(first)
         sides = None if until is None else self._sides(layer, head, changes, first, until)
@@ -135,7 +136,9 @@ class Explainer:
         if sides is None:
             return None
         before, during, why, change, guard, end = sides
-        tail = head if end + WINDOW <= read_to else loads.read(layer, end - span, end + span)
+        tail = head
+        if end + WINDOW > read_to or head.mixed:
+            tail = loads.read(layer, *kept.clip(end - span, end + span), end)
         rank = self._stopped_rank(before, during)
         if rank is not None:
             why = Explanation("rank_lost")
@@ -172,7 +175,9 @@ class Explainer:
     def _few_tokens_until(self, first: int) -> int | None:
         """The first step after those with few tokens, if tokens fell at about ``first``; else None."""
         series = self._series
+        kept = series.unbroken(first)
         at = int(np.searchsorted(series.steps, first))
+        stop = int(np.searchsorted(series.steps, kept.end))
         before = series.tokens[max(0, at - 40) : max(0, at - 5)]
         after = series.tokens[at + 1 : at + MIN_STEPS]
         if not len(before) or not len(after):
@@ -180,13 +185,13 @@ class Explainer:
         was, is_ = float(np.median(before)), float(np.median(after))
         if not 0 < is_ < FEWER * was:
             return None
-        later = series.tokens[at + MIN_STEPS :] > np.sqrt(was * is_)
+        later = series.tokens[at + MIN_STEPS : stop] > np.sqrt(was * is_)
         if len(later) < MIN_STEPS:
-            return series.end
+            return kept.end
         # Of most of the steps, so that a single prefill among decode steps is no end.
         most = np.convolve(later, np.ones(MIN_STEPS), "valid") > MIN_STEPS / 2
         if not most.any():
-            return series.end
+            return kept.end
         start = int(most.argmax())
         return series.step_at(at + MIN_STEPS + start + int(later[start:].argmax()))
 
@@ -210,7 +215,7 @@ class Explainer:
             return None
         usable = [p for p in periods if p[0].stop - p[0].start >= 4] or periods
         where, slots = usable[-1] if last else usable[0]
-        if slots is not None and len(slots) != window.load.shape[1]:
+        if window.by_rank or (slots is not None and len(slots) != window.load.shape[1]):
             slots = None
         return LayerSample(
             window.load[low + where.start : low + where.stop],
@@ -218,6 +223,7 @@ class Explainer:
             window.ranks,
             window.serving,
             self._loads.num_logical,
+            window.by_rank,
         )
 
     def _edge(
@@ -261,7 +267,7 @@ class Explainer:
             return [by_slot, by_rank]
         logical = np.zeros((len(window.load), self._loads.num_logical))
         for where, slots in self._loads.history.layer(layer).periods(window.steps):
-            if slots is None or len(slots) != window.load.shape[1]:
+            if window.by_rank or slots is None or len(slots) != window.load.shape[1]:
                 return [by_slot, by_rank]
             logical[where] = folded(window.load[where], slots, self._loads.num_logical)
         return [logical / np.maximum(1, total), by_rank]
@@ -281,7 +287,10 @@ class Explainer:
         first, end = span
         series = self._series
         if end >= series.end:
-            return EndedBy("run_end", series.last), series.end
+            goes_on = series.last_of_run > series.last
+            return None if goes_on else EndedBy("run_end", series.last), series.end
+        if series.holes.contains(np.array([end])).any():
+            return None, end
         change = nearest(changes, end, guard + 5)
         if change is not None and change > first:
             after = self._sample(layer, window, change, change + WINDOW, last=False)
@@ -300,6 +309,8 @@ class Explainer:
                     return EndedBy("rearrangement", change, replicas), change
         at = self._edge(layer, window, why, end, guard, (first, None))
         end = end if at is None or at <= first else at
+        if change is not None and change > first and window.by_rank and why.kind != "rank_lost":
+            return None, end  # whether the new placement balances the same loads needs those of experts
         kind: EndKind = "rank_back" if why.kind == "rank_lost" else "traffic"
         return EndedBy(kind, end), end
 
@@ -308,13 +319,13 @@ class Explainer:
     def of_lost(self, lost: LostRank) -> list[Incident]:
         """The steps without a rank that died."""
         series, loads = self._series, self._loads
-        last = series.last if lost.steps.end >= NO_END else min(series.last, lost.steps.end - 1)
+        last = min(series.last_of_run, lost.steps.end - 1)
         low, high = np.searchsorted(series.steps, [lost.steps.first, last + 1])
         if high <= low:
             return []
         before, during = series.ratio[max(0, low - WINDOW) : low], series.ratio[low:high]
         usual = float(np.nanmean(before)) if np.isfinite(before).any() else float(np.nanmean(during))
-        back = lost.steps.end < NO_END and last + 1 <= series.last
+        back = lost.steps.end < NO_END and last + 1 <= series.last_of_run
         one = Incident(
             layer=None if len(loads.layers) > 1 else loads.layers[0],
             layers=tuple(loads.layers),
@@ -326,7 +337,7 @@ class Explainer:
             peak_imbalance=1 / _lowest(np.nanmean(during, axis=1)),
             usual_imbalance=1 / usual,
             cause=Cause("rank_lost"),
-            ended_by=EndedBy("rank_back", last + 1) if back else EndedBy("run_end", series.last),
+            ended_by=EndedBy("rank_back" if back else "run_end", last + back),
             cost=IncidentCost(None, 0.0),
         )
         return [one]
@@ -337,15 +348,16 @@ class Explainer:
         ``abrupt``: departures of all layers; one that explains most of such steps has another cause.
         """
         series, loads = self._series, self._loads
-        acted = [r.first_step for r in loads.history.rearrangements() if r.first_step > int(series.steps[0])]
+        acted = [r.first_step for r in loads.history.rearrangements() if r.first_step > series.first_of_run]
         if len(acted) < 3 or len(np.unique(series.shape)) > 1:
             return []
         usual = float(np.median(np.diff(acted)))
         found = []
-        for step, following in zip(acted[2:], [*acted[3:], series.end], strict=True):
-            if following - step <= STOPPED * usual:
-                continue
+        end = series.last_of_run + 1
+        for step, following in zip(acted[2:], [*acted[3:], end], strict=True):
             first = step + round(usual)
+            if following - step <= STOPPED * usual or first >= series.end:
+                continue
             if any(
                 min(d.end, following) - max(d.first, first) > 0.5 * (d.end - d.first) and self._at_once(d)
                 for d in abrupt
@@ -362,11 +374,11 @@ class Explainer:
             if len(layers) < max(1, ALL_LAYERS * len(drop)) or drop.mean() < LEAST_DROP:
                 continue
             worst = int(drop.argmax())
-            ended = following < series.end
+            ended = following < end
             one = self._of_span(worst, layers, (first, following), Explanation("eplb_stopped"))
             if one is not None:
                 kind: EndKind = "rearrangement" if ended else "run_end"
-                found.append(replace(one, ended_by=EndedBy(kind, following if ended else series.last)))
+                found.append(replace(one, ended_by=EndedBy(kind, following if ended else end - 1)))
         return found
 
     def _at_once(self, found: Found) -> bool:
@@ -383,8 +395,9 @@ class Explainer:
     ) -> Incident | None:
         """An incident with known edges; the loads are compared before and at its end."""
         first, end = span
-        head = self._loads.read(layer, first - WINDOW, first)
-        tail = self._loads.read(layer, max(first, end - WINDOW), end)
+        end = min(end, self._series.end)  # an incident that goes on is judged by the steps that are known
+        head = self._loads.read(layer, first - WINDOW, first, first)
+        tail = self._loads.read(layer, max(first, end - WINDOW), end, end)
         before = self._sample(layer, head, first - WINDOW, first, last=True)
         during = self._sample(layer, tail, max(first, end - WINDOW), end, last=True)
         if before is None or during is None:

@@ -52,15 +52,13 @@ class Incidents:
         left = [one for one in self.unexamined if one.first < steps.end and one.end > steps.first]
         return replace(self, found=found, unexamined=left)
 
-    def with_loads(self, run: Run, steps: StepRange) -> Incidents:
-        """Of a range of a run's steps, whose loads of experts may be retired in parts: without them a
-        departure is seen, and not what it is."""
-        by_rank = run.tiers.by_rank
-        if not any(True for _ in by_rank.within(*steps)):
+    def where_kept(self, run: Run, steps: StepRange) -> Incidents:
+        """Of a range of a run's steps, some of which may not be kept."""
+        retired = run.tiers.retired
+        if not any(True for _ in retired.within(*steps)):
             return self
-        left = [one for one in self.unexamined if any(True for _ in by_rank.outside(one.first, one.end))]
-        searched = [*by_rank.outside(*steps)]
-        return replace(self, unexamined=left, restless=self.restless if searched else 0, searched=searched)
+        parts = [part for part in retired.outside(*steps) if part.end - part.first >= 3 * MIN_STEPS]
+        return replace(self, restless=self.restless if parts else 0, searched=parts)
 
 
 def find_incidents(series: BalanceSeries, loads: LayerLoads) -> Incidents:

@@ -14,6 +14,8 @@ from eplb_analyze.reader.placements import Rearrangement
 
 #: Causes that concern all layers by nature; the layers differ in how much of it shows.
 OF_TRAFFIC = ("traffic_shift", "few_tokens", "unknown")
+#: What is one incident is not known without its cause: those with the same edges are taken for one.
+RETIRED = "loads_retired"
 #: Such incidents of different layers are one if they have this share of their steps in common.
 IN_COMMON = 0.3
 
@@ -54,20 +56,26 @@ def _without_repeated(incidents: list[Incident]) -> list[Incident]:
 
 def _of_traffic(incidents: list[Incident], loads: LayerLoads) -> list[Incident]:
     """One incident for the layers in which a change of traffic shows at about the same time."""
-    out = [one for one in incidents if one.cause.kind not in OF_TRAFFIC]
+    out = [one for one in incidents if one.cause.kind not in (*OF_TRAFFIC, RETIRED)]
     groups: list[list[Incident]] = []
-    left = [one for one in incidents if one.cause.kind in OF_TRAFFIC]
+    left = [one for one in incidents if one.cause.kind in (*OF_TRAFFIC, RETIRED)]
     for one in sorted(left, key=lambda i: (-len(i.layers), i.first_step - i.last_step)):
-        for group in groups:
-            head = group[0]
-            common = min(one.last_step, head.last_step) - max(one.first_step, head.first_step) + 1
-            either = max(one.last_step, head.last_step) - min(one.first_step, head.first_step) + 1
-            if common >= IN_COMMON * either or abs(one.first_step - head.first_step) <= 2 * TOGETHER:
-                group.append(one)
-                break
-        else:
+        same = next((group for group in groups if _is_one(one, group[0])), None)
+        if same is None:
             groups.append([one])
+        else:
+            same.append(one)
     return out + [_joined(group, loads) for group in groups]
+
+
+def _is_one(one: Incident, other: Incident) -> bool:
+    begin_together = abs(one.first_step - other.first_step) <= 2 * TOGETHER
+    if RETIRED in (one.cause.kind, other.cause.kind):
+        end_together = abs(one.last_step - other.last_step) <= 2 * TOGETHER
+        return one.cause.kind == other.cause.kind and begin_together and end_together
+    common = min(one.last_step, other.last_step) - max(one.first_step, other.first_step) + 1
+    either = max(one.last_step, other.last_step) - min(one.first_step, other.first_step) + 1
+    return begin_together or common >= IN_COMMON * either
 
 
 def _joined(group: list[Incident], loads: LayerLoads) -> Incident:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,8 @@ import pyarrow as pa
 from eplb_analyze.analysis.cost import RunCost, measured_cost
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
-from eplb_analyze.analysis.layer_departures import BalanceSeries, tokens_of
-from eplb_analyze.analysis.layer_loads import LayerWindow
+from eplb_analyze.analysis.layer_departures import MOST_VALUES, BalanceSeries, tokens_of
+from eplb_analyze.analysis.layer_loads import LOADS_NEAR, LayerWindow
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms
@@ -24,11 +25,14 @@ from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import LostRank, serving
 from eplb_analyze.reader.run import Run
+from eplb_analyze.reader.tiers import Ranges
 from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_dump.format.journal import Int64, Shape
+from eplb_dump.format.schema import Tier
 
-#: A run is kept as at most about so many values per layer; in a longer one a value is of several steps.
-MOST_VALUES = 32768
+#: The incidents of a range of steps are looked for in so many steps more on either side, or in as many as it
+#: has, up to the most: these show what is usual, and where an incident begins and ends.
+MARGIN, MOST_MARGIN = 4096, 32768
 
 
 class _Part(NamedTuple):
@@ -46,15 +50,25 @@ class _Part(NamedTuple):
 
 
 def steps_per_value(steps: int) -> int:
-    """How many steps a value of a run of so many steps is of."""
+    """How many steps a value is of, if incidents are looked for in so many steps."""
     return max(1, -(-steps // MOST_VALUES))
+
+
+def looked_at(run: Run, steps: tuple[int, int] | None = None) -> StepRange:
+    """The steps in which the incidents of a half-open range of steps (default: all) are looked for."""
+    first, last = run.step_range
+    if first is None or last is None:
+        return StepRange(0, 0)
+    low, high = StepRange.of(steps).clip(first, last + 1)
+    margin = min(max(MARGIN * run.info.interval, high - low), MOST_MARGIN * run.info.interval)
+    return StepRange(first, last + 1).clip(low - margin, high + margin)
 
 
 class BalanceValues:
     """The balancedness of each layer, in order of steps; values of later steps can be merged into it."""
 
     def __init__(self, steps_per_value: int = 1) -> None:
-        """``steps_per_value``: see :func:`steps_per_value`; that of the whole run, also for a part of it."""
+        """``steps_per_value``: see :func:`steps_per_value`; that of all steps looked at, also for a part."""
         self.steps_per_value = steps_per_value
         self._parts: list[_Part] = []
 
@@ -129,7 +143,7 @@ class RunLoads:
         #: Of the range that was read last: the layers of one departure are read one after another.
         self._blocks: tuple[tuple[int, int], list[Block]] = ((0, 0), [])
 
-    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
         middle = (first + end) // 2
         blocks = self._joined((max(0, first), end))
         if not blocks:
@@ -137,26 +151,33 @@ class RunLoads:
         chosen = min(blocks, key=lambda block: int(np.abs(block.recorded - middle).min())).shape
         same = [block for block in blocks if block.shape == chosen]
         assert chosen is not None
-        return LayerWindow(
-            np.concatenate([block.recorded for block in same]),
-            np.concatenate([block.loads(layer, layer + 1)[:, 0] for block in same]),
-            chosen.ep_size,
-            serving(chosen),
+        near = StepRange(edge - LOADS_NEAR, edge + LOADS_NEAR)
+        by_rank = any(
+            not b.has_loads and b.recorded[0] < near.end and b.recorded[-1] >= near.first for b in same
         )
+        mixed = len({block.has_loads for block in same}) > 1
+        loads = [
+            (block.recorded, next(iter(block.rank_load_parts(first=layer, last=layer + 1)))[1][:, 0])
+            if by_rank
+            else (block.recorded, block.loads(layer, layer + 1)[:, 0])
+            for block in same
+            if by_rank or block.has_loads
+        ]
+        steps, load = (np.concatenate(parts) for parts in zip(*loads, strict=True))
+        return LayerWindow(steps, load, chosen.ep_size, serving(chosen), by_rank, mixed)
 
     def _joined(self, steps: tuple[int, int]) -> list[Block]:
         """The blocks of a range with complete steps."""
         if self._blocks[0] != steps:
             blocks = self._run.blocks(steps)
-            there = (b for b in blocks if len(b.recorded) and b.shape is not None)
-            self._blocks = steps, [block for block in there if block.has_loads]
+            self._blocks = steps, [b for b in blocks if len(b.recorded) and b.shape is not None]
         return self._blocks[1]
 
     def time_of(self, step: int) -> str | None:
         return self._run.clock.iso(step)
 
     def price(self, before: LayerSample, during: LayerSample, layers: int) -> Milliseconds | None:
-        if before.ranks != during.ranks:
+        if before.ranks != during.ranks or before.by_rank or during.by_rank:
             return None
         excess = [
             Work.of(
@@ -184,20 +205,21 @@ def incidents_of(
 ) -> Incidents:
     """The incidents of a run, or those that have a step in a half-open range.
 
-    Those of a range are found in the whole run, whose other steps are read here: a range that begins or ends
-    near an edge of an incident, or lies inside it, does not show what is usual. So an incident has the same
-    edges and cause in every range, and nearly the same cost, which is measured in a sample. Call it inside
-    ``run.retry_without_damaged``.
+    Those of a range are found in :func:`looked_at`, whose other steps are read here: a range that begins or
+    ends near an edge of an incident, or lies inside it, does not show what is usual. So an incident has the
+    same edges and cause in every range, and nearly the same cost, which is measured in a sample; unless it
+    began before the steps looked at, which do not show that, or ends after them, which is then not known.
+    Call it inside ``run.retry_without_damaged``.
 
     Args:
         values, sample, cost: of these steps.
     """
     # Arrow keeps what the pass over the run needed: some 40 MiB, which the loads would come on top of.
     pa.default_memory_pool().release_unused()
-    chosen = StepRange.of(steps)
-    every, total = _with_others(run, chosen, values, sample)
+    chosen, around = StepRange.of(steps), looked_at(run, steps)
+    every, total = _with_others(run, chosen, around, values, sample)
     loads = RunLoads(run, lambda: cost if every is values else measured_cost(run, total))
-    return _found(run, every, loads, chosen)
+    return _found(run, every, loads, chosen, around)
 
 
 def incidents_in(run: Run, steps: tuple[int, int] | None = None) -> Incidents:
@@ -205,30 +227,48 @@ def incidents_in(run: Run, steps: tuple[int, int] | None = None) -> Incidents:
     first, last = run.step_range
     if first is None or last is None:
         return Incidents([])
-    values, sample = BalanceValues(steps_per_value(last + 1 - first)), CostSample.empty()
-    _read(run, StepRange(first, last + 1), Sampling(run, first, last), values, sample)
+    around = looked_at(run, steps)
+    values, sample = BalanceValues(steps_per_value(around.end - around.first)), CostSample.empty()
+    _read(run, around, Sampling(run, around.first, around.end - 1), values, sample)
     pa.default_memory_pool().release_unused()
-    return _found(run, values, RunLoads(run, lambda: measured_cost(run, sample)), StepRange.of(steps))
+    loads = RunLoads(run, lambda: measured_cost(run, sample))
+    return _found(run, values, loads, StepRange.of(steps), around)
 
 
-def _found(run: Run, values: BalanceValues, loads: RunLoads, steps: StepRange) -> Incidents:
-    """The incidents with a step in a range."""
+def _found(
+    run: Run, values: BalanceValues, loads: RunLoads, steps: StepRange, around: StepRange
+) -> Incidents:
+    """The incidents with a step in a range; ``around``: the steps that the values are of."""
     first, last = (0 if step is None else step for step in run.step_range)
     series = values.series()
-    found = Incidents([]) if series is None else find_incidents(series, loads).within(steps)
-    return found.with_loads(run, steps.clip(first, last + 1))
+    found = Incidents([])
+    if series is not None:
+        found = find_incidents(_placed(run, series, around), loads).within(steps)
+    return found.where_kept(run, steps.clip(first, last + 1))
+
+
+def _placed(run: Run, series: BalanceSeries, around: StepRange) -> BalanceSeries:
+    """The series with its holes, and with the steps of the run that it is a part of."""
+    first, last = (0 if step is None else step for step in run.step_range)
+    holes = [*run.tiers.retired.within(int(series.steps[0]), series.end)]
+    at = np.searchsorted(np.array([hole.first for hole in holes], np.int64), series.steps, side="right")
+    whole = None
+    if around != (first, last + 1):
+        # Of rearrangements in steps that are gone, not all are known.
+        gone = [one.steps.end for one in run.tiers.ranges if one.tier is Tier.GONE]
+        known = max([first, *(end for end in gone if end <= series.steps[0])])
+        whole = StepRange(known, series.end if around.end > last else last + 1)
+    return replace(series, shape=series.shape + at, whole=whole, holes=Ranges(holes))
 
 
 def _with_others(
-    run: Run, steps: StepRange, values: BalanceValues, sample: CostSample
+    run: Run, steps: StepRange, around: StepRange, values: BalanceValues, sample: CostSample
 ) -> tuple[BalanceValues, CostSample]:
-    """What is known of a range of steps, with all other steps of the run."""
-    first, last = (0 if step is None else step for step in run.step_range)
-    whole = StepRange(first, last + 1)
-    before, after = whole.clip(0, steps.first), whole.clip(steps.end, NO_END)
+    """What is known of a range of steps, with the other steps around it."""
+    before, after = around.clip(0, steps.first), around.clip(steps.end, NO_END)
     if before.first >= before.end and after.first >= after.end:
         return values, sample
-    sampling = Sampling(run, first, last)
+    sampling = Sampling(run, around.first, around.end - 1)
     every, total = BalanceValues(values.steps_per_value), CostSample.empty()
     _read(run, before, sampling, every, total)
     every.merge(values)

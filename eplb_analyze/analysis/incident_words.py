@@ -63,6 +63,8 @@ def cause_sentence(incident: Incident, label: Callable[[int], str]) -> str:
             return f"the traffic changed: the shares of several experts of {layers} shifted at the same time"
         case "few_tokens":
             return "too few tokens per step to balance over the ranks"
+        case "loads_retired":
+            return "not known: experts' loads are no longer kept around its beginning"
         case _:
             return "no cause found"
 

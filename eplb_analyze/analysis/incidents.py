@@ -15,6 +15,7 @@ CauseKind = Literal[
     "eplb_stopped",
     "traffic_shift",
     "few_tokens",
+    "loads_retired",
     "unknown",
 ]
 EndKind = Literal["rearrangement", "traffic", "rank_back", "run_end"]
@@ -32,7 +33,8 @@ class Cause:
         replicas: of the expert, during the incident.
     """
 
-    #: What caused the incident. `few_tokens`: too few tokens to balance; `unknown`: no cause was found.
+    #: What caused the incident. `few_tokens`: too few tokens to balance; `loads_retired`: not known, because
+    #: experts' loads are no longer kept; `unknown`: no cause was found.
     kind: CauseKind
     expert: int | None = None
     layer: int | None = None

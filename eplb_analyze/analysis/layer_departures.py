@@ -5,20 +5,26 @@ A departure here is no incident yet: :mod:`analysis.incident_explainer` looks fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.metrics.departures import departures
+from eplb_analyze.metrics.departures import RESTLESS, departures
 from eplb_analyze.metrics.formulas import Terms
+from eplb_analyze.reader.tiers import Ranges
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int64
 
 #: Edges of two layers at most so many steps apart are of one departure.
 TOGETHER = 6
 #: The loads of so many layers are read for the largest departures; smaller ones are counted.
 EXAMINED = 16
+#: A run is kept as at most about so many values per layer; in a longer one a value is of several steps.
+MOST_VALUES = 32768
+#: A layer is not restless in a part of a run if it changes its level fewer times there.
+LEAST_RESTLESS = 8
 #: A departure of at least this share of the layers is of all.
 ALL_LAYERS = 0.3
 #: Of a departure of all layers, so many are looked at for the cause.
@@ -37,6 +43,8 @@ class BalanceSeries:
         shape: int64 ``[n]``; consecutive equal numbers are of one configuration.
         last: the last step.
         steps_per_value: how many steps a value is of, at most.
+        whole: the steps of the run, of which the series can be a part; None: these are all.
+        holes: steps that are not kept. The values on both sides have different numbers in ``shape``.
     """
 
     steps: Int64
@@ -46,14 +54,36 @@ class BalanceSeries:
     shape: Int64
     last: int
     steps_per_value: int = 1
+    whole: StepRange | None = None
+    holes: Ranges = field(default_factory=Ranges)
 
     @property
     def end(self) -> int:
         return self.last + 1
 
+    @property
+    def last_of_run(self) -> int:
+        """The last step of the run; after :attr:`last`, nothing of it is known here."""
+        return self.last if self.whole is None else self.whole.end - 1
+
+    @property
+    def first_of_run(self) -> int:
+        return int(self.steps[0]) if self.whole is None else self.whole.first
+
     def step_at(self, index: int) -> int:
-        """The step of a value; behind the last one, the first step after the run."""
+        """The step of a value; behind the last one, the first step after the series."""
         return int(self.steps[index]) if index < len(self.steps) else self.end
+
+    def end_at(self, index: int) -> int:
+        """The first step after those of the value before an index, also if it is not kept."""
+        step = self.step_at(index)
+        hole = next(self.holes.within(int(self.steps[index - 1]), step), None)
+        return step if hole is None else hole.first
+
+    def unbroken(self, step: int) -> StepRange:
+        """The steps around one, after the hole before it and up to the next hole or the end of the series."""
+        parts = self.holes.outside(0, self.end)
+        return next((part for part in parts if part.first <= step < part.end), StepRange(step, step))
 
 
 def tokens_of(terms: Terms) -> npt.NDArray[np.float32]:
@@ -127,11 +157,20 @@ def layer_departures(series: BalanceSeries, values: npt.NDArray[np.float32]) -> 
     cuts = np.flatnonzero(np.diff(series.shape)) + 1
     found, restless = [], np.zeros(len(values), np.bool_)
     for low, high in zip([0, *cuts], [*cuts, len(series.steps)], strict=True):
-        here = departures(values[:, low:high])
+        here = departures(values[:, low:high], _restless_from(series, low, high))
         restless |= here.restless
         for layer, own in enumerate(here.found):
             found += [(layer, low + one.first, low + one.end, one.drop) for one in own]
     return LayerDepartures(found, int(restless[: series.ratio.shape[1]].sum()))
+
+
+def _restless_from(series: BalanceSeries, low: int, high: int) -> float:
+    """Above how many changes of level a layer is restless: in a part of a run as often as in the whole."""
+    whole = series.whole
+    if whole is None:
+        return RESTLESS
+    steps = series.step_at(high) - series.step_at(low)
+    return min(RESTLESS, max(LEAST_RESTLESS, RESTLESS * steps / min(MOST_VALUES, whole.end - whole.first)))
 
 
 def grouped(series: BalanceSeries, found: list[tuple[int, int, int, float]]) -> list[Found]:
@@ -161,7 +200,7 @@ def grouped(series: BalanceSeries, found: list[tuple[int, int, int, float]]) -> 
         if head[0] == layers:
             first, end = head[1], head[2]
         drop = max(one[3] for one in group)
-        result.append(Found(tuple(members), series.step_at(first), series.step_at(end), drop, everywhere))
+        result.append(Found(tuple(members), series.step_at(first), series.end_at(end), drop, everywhere))
     wide = [one for one in result if one.everywhere]
     near_steps = 25 * series.steps_per_value
 

@@ -13,6 +13,9 @@ from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import PlacementHistory
 from eplb_dump.format.journal import Int64
 
+#: Experts' loads must be kept of so many steps on either side of an edge; else those of EP ranks are used.
+LOADS_NEAR = 40
+
 
 class LayerLoads(Protocol):
     """The loads of a run, of one layer at a time."""
@@ -28,8 +31,11 @@ class LayerLoads(Protocol):
     def experts(self) -> Int64:
         """How many logical experts each layer has."""
 
-    def read(self, layer: int, first: int, end: int) -> LayerWindow:
-        """The complete steps of a half-open range, of one configuration: that of its middle."""
+    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
+        """The complete steps of a half-open range, of one configuration: that of its middle.
+
+        If experts' loads are not kept in the steps around ``edge``, those of EP ranks.
+        """
 
     def time_of(self, step: int) -> str | None:
         """ISO 8601, UTC; None if the run has no times."""
@@ -40,9 +46,17 @@ class LayerLoads(Protocol):
 
 @dataclass(frozen=True)
 class LayerWindow:
-    """Consecutive recorded steps of one layer: ``load`` int64 ``[n, slots]``."""
+    """Consecutive recorded steps of one layer.
+
+    Attributes:
+        load: int64 ``[n, slots]``; or ``[n, ranks]`` if it is ``by_rank``.
+        by_rank: whether experts' loads are not kept, so that only those of EP ranks are known.
+        mixed: whether experts' loads are kept of some of the steps asked for, and not of others.
+    """
 
     steps: Int64
     load: npt.NDArray[Any]
     ranks: int
     serving: int
+    by_rank: bool = False
+    mixed: bool = False

@@ -37,6 +37,7 @@ from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.recorded_setting import not_due, overdue
 from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.step_range import StepRange
 
 #: The mean over all layers does not show an incident of so many layers.
 FEW_LAYERS = 3
@@ -66,7 +67,7 @@ def summarize(
 
 
 def _summarize(run: Run, steps: tuple[int, int] | None) -> Summary:
-    sums = sums_of(run, steps, bins_of(run, steps), bins_of(run))
+    sums = sums_of(run, steps, bins_of(run, steps))
     if run.phase is not None and not sums.seen.seen:
         raise run.nothing_complete(steps)
     return summary_of(sums, run, steps)
@@ -123,11 +124,21 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         unexamined_departures=len(incidents.unexamined),
         restless_layers=incidents.restless,
         searched=incidents.searched,
+        cost_steps=_with_loads(run, steps),
         acted=acted,
         contradictions=[*sums.conservation.findings_of_sums(run)],
         not_due=why,
         overdue=overdue(run, whole) if acted is False and why is None else None,
     )
+
+
+def _with_loads(run: Run, steps: tuple[int, int] | None) -> list[StepRange] | None:
+    """The stretches of a range of which experts' loads are kept; None: all of it."""
+    first, last = (0 if step is None else step for step in run.step_range)
+    chosen = StepRange.of(steps).clip(first, last + 1)
+    if not any(True for _ in run.tiers.by_rank.within(*chosen)):
+        return None
+    return [*run.tiers.without_loads.outside(*chosen)]
 
 
 def _configuration(sums: ConfigurationSums) -> Configuration:

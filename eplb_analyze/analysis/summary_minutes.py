@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost
-from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
-from eplb_analyze.analysis.incident_series import RunLoads, incidents_of
+from eplb_analyze.analysis.incident_finder import Incidents
+from eplb_analyze.analysis.incident_series import incidents_of
 from eplb_analyze.analysis.minute_sums import (
     COLUMNS,
     LOCAL_COLUMNS,
@@ -134,6 +134,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         unexamined_departures=len(found.unexamined),
         restless_layers=found.restless,
         searched=found.searched,
+        cost_steps=[],
         acted=acted,
         contradictions=[],
         not_due=why,
@@ -292,7 +293,7 @@ def timeline_of(sums: MinuteTotals) -> list[Bin]:
 
 
 def _incidents(run: Run, covered: StepRange) -> Incidents:
-    """Those where steps are kept in full.
+    """Those where steps are kept.
 
     In at most the newest ``SEARCHED_STEPS``, so that a long time costs no more.
     """
@@ -300,20 +301,15 @@ def _incidents(run: Run, covered: StepRange) -> Incidents:
     if first is None or last is None:
         return NOT_SEARCHED
     low, high = covered.clip(first, last + 1)
-    parts = [*run.tiers.without_loads.outside(max(low, high - SEARCHED_STEPS), high)]
-    if low >= high or not parts:
+    parts = [*run.tiers.retired.outside(max(low, high - SEARCHED_STEPS), high)] if low < high else []
+    if not parts:
         return NOT_SEARCHED
     found = StepRange(parts[0].first, parts[-1].end)
-    everything = found.first <= first and found.end > last
-    sums = sums_of(run, found, bins_of(run, found), bins_of(run) if everything else None)
+    sums = sums_of(run, found, bins_of(run, found))
     if not sums.seen.seen:
         return NOT_SEARCHED
-    no_cost = _cost(MinuteTotals(run))
-    if last + 1 - first <= SEARCHED_STEPS:
-        incidents = incidents_of(run, sums.balance, sums.cost, no_cost, found)
-    else:
-        series = sums.balance.series()
-        loads = RunLoads(run, lambda: no_cost)
-        incidents = Incidents([]) if series is None else find_incidents(series, loads)
-        incidents = incidents.with_loads(run, found)
-    return replace(incidents, searched=parts)
+    incidents = incidents_of(run, sums.balance, sums.cost, _cost(MinuteTotals(run)), found)
+    everywhere = parts == [covered] and not run.tiers.retired
+    if incidents.searched is None and not everywhere:
+        return replace(incidents, searched=parts)
+    return incidents

@@ -253,9 +253,11 @@ class Summary(Report):
     unexamined_departures: int
     #: Layers whose balance changes abruptly all the time: only much larger drops are incidents there.
     restless_layers: int
-    #: The stretches of steps in which incidents were looked for and the cost was measured, as experts' loads
-    #: are kept there. None: all steps; empty: nowhere, and incidents are not known.
+    #: The stretches of steps in which incidents were looked for, as steps are kept there. None: all steps;
+    #: empty: nowhere, and incidents are not known.
     searched: list[StepRange] | None
+    #: Likewise in which the cost was measured, as experts' loads are kept there.
+    cost_steps: list[StepRange] | None
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
     #: How loads contradict each other or `num_tokens`, as far as their sums over ranks show it; `check` reads
@@ -285,7 +287,7 @@ class Summary(Report):
     def lost_rank_seconds(self) -> float | None:
         """The time that ranks lost, by the measured cost; see :meth:`RunCost.rank_seconds`."""
         # Experts' loads are kept longer of what is notable, so those steps do not stand for the others.
-        if self.searched is not None:
+        if self.cost_steps is not None:
             return None
         # A sampled step stands for those that were not sampled.
         return self.cost.rank_seconds(
@@ -345,11 +347,11 @@ class Summary(Report):
                 "lost_rank_seconds": self.lost_rank_seconds,
                 #: null: they are not known.
                 "incidents": self.incidents if self.incidents_known else None,
-                #: The first and last step of each stretch in which incidents were looked for and their cost
-                #: was measured; null: all steps.
-                "searched": (
-                    None if self.searched is None else [(part.first, part.end - 1) for part in self.searched]
-                ),
+                #: The first and last step of each stretch in which incidents were looked for, as steps are
+                #: kept there; null: all steps.
+                "searched": _both_included(self.searched),
+                #: Likewise in which the cost was measured, as experts' loads are kept there.
+                "cost_steps": _both_included(self.cost_steps),
                 "unexamined_departures": self.unexamined_departures,
                 "restless_layers": self.restless_layers,
                 "configurations": self.configurations,
@@ -383,6 +385,11 @@ class Summary(Report):
         )
 
 
+def _both_included(stretches: list[StepRange] | None) -> list[tuple[int, int]] | None:
+    """Their first and last steps."""
+    return None if stretches is None else [(part.first, part.end - 1) for part in stretches]
+
+
 def verdict_of(summary: Summary) -> Verdict:
     for kind, text in warnings(summary):
         if kind in ("incomplete_data", "eplb_never_acted"):
@@ -394,7 +401,7 @@ def verdict_of(summary: Summary) -> Verdict:
         what = "No complete step has a token." if summary.configurations else "No step is complete."
         return Verdict("incomplete_data", what)
     share = summary.cost.share_of_step
-    whole = summary.searched is None
+    whole = summary.cost_steps is None
     if (
         whole
         and summary.cost.status is CostStatus.MEASURED

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from eplb_analyze.analysis.conservation import Conservation
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
-from eplb_analyze.analysis.incident_series import BalanceValues, steps_per_value
+from eplb_analyze.analysis.incident_series import BalanceValues, looked_at, steps_per_value
 from eplb_analyze.analysis.pauses import StepClock
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.formulas import FORMULAS, Terms
@@ -237,18 +237,15 @@ def bins_of(run: Run, steps: tuple[int, int] | None = None) -> Bins:
     return Bins(max(low, first or 0), min(high - 1, last or 0))
 
 
-def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins, of_run: Bins | None = None) -> SummarySums:
+def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     """The sums of a run, or of a range of its steps. Call it inside ``run.retry_without_damaged``.
 
     Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts
-    are read.
-
-    Args:
-        of_run: the bins of the whole run, if ``bins`` are those of the range only.
+    are read. ``bins``: of the run, if the sums are of a part of it that is read separately.
     """
     run.load_history()
-    whole = bins if of_run is None else of_run
-    per_value = steps_per_value(int(whole.last + 1 - whole.edges[0]) if len(whole) else 0)
+    around = looked_at(run, (int(bins.edges[0]), bins.last + 1) if len(bins) else None)
+    per_value = steps_per_value(around.end - around.first)
     edges = [first for first, _ in run.parts()]
     sampling = Sampling(run, int(bins.edges[0]), bins.last)
     total, part = (SummarySums(run.info.num_layers, bins, per_value) for _ in range(2))

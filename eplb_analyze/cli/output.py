@@ -220,6 +220,7 @@ class RunOutput(Output):
         without_loads: str = "",
         *,
         of_steps: bool = True,
+        before: bool = True,
     ) -> None:
         """Print a report about the run. If its steps lost data, exit with 3 after printing it.
 
@@ -229,31 +230,42 @@ class RunOutput(Output):
             steps: the steps that the report is about; None: check only what concerns the whole run.
             without_loads: which of its figures leave out steps without experts' loads.
             of_steps: whether it says which steps were retired, as it is about steps.
+            before: whether that is printed before it; else ``render`` prints :meth:`retired_lines`.
         """
         if of_steps:
-            self._show_retired(document, render, without_loads)
+            self._show_retired(document, render, without_loads, before=before)
         else:
             self.emit(document, render)
         if self.lost_data(self.run, steps):
             raise typer.Exit(EXIT_UNUSABLE)
 
+    def retired_lines(self, without_loads: str = "") -> list[str]:
+        """What leaves out which steps that were thinned, a sentence each; see :meth:`show`."""
+        lines = self.run.retired_notes(self.asked, without_loads)
+        return [f"{line[0].upper()}{clean(line[1:])}." for line in lines]
+
     def _show_retired(
-        self, document: Callable[[], dict[str, Any]], render: Callable[[Console], None], without_loads: str
+        self,
+        document: Callable[[], dict[str, Any]],
+        render: Callable[[Console], None],
+        without_loads: str,
+        *,
+        before: bool,
     ) -> None:
-        """Print a report, and before it, in a line each, what leaves out which steps that were thinned."""
+        """Print a report and what leaves out which steps that were thinned."""
         from eplb_analyze.cli.console import print_line
 
-        lines = self.run.retired_notes(self.asked, without_loads)
+        lines = self.retired_lines(without_loads)
         if not lines:
             self.emit(document, render)
             return
 
         def with_lines(console: Console) -> None:
             for line in lines:
-                print_line(console, f"{line[0].upper()}{clean(line[1:])}.")
+                print_line(console, line)
             print_line(console)
             render(console)
 
         run = self.run.with_loads() if without_loads else self.run
         retired = [one.to_json() for one in run.left_out(self.asked)]
-        self.emit(lambda: {**document(), "retired": retired}, with_lines)
+        self.emit(lambda: {**document(), "retired": retired}, with_lines if before else render)

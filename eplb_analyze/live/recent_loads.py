@@ -71,7 +71,7 @@ class RecentLoads:
             left -= len(part.steps)
         self._parts = kept[::-1]
 
-    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
         inside = [
             (part, slice(*np.searchsorted(part.steps, [first, end])))
             for part in self._parts

@@ -61,16 +61,16 @@ class Departures(NamedTuple):
     restless: npt.NDArray[np.bool_]
 
 
-def departures(values: npt.NDArray[np.floating]) -> Departures:
+def departures(values: npt.NDArray[np.floating], restless: float = RESTLESS) -> Departures:
     """The departures of each series ``[series, n]``, without NaN.
 
-    A restless series changes its level abruptly more than :data:`RESTLESS` times, and by much. So changes are
+    A restless series changes its level abruptly more than ``restless`` times, and by much. So changes are
     usual, and only what is far below nearly all of its values is a departure.
     """
     series, n = values.shape
     if n < COARSE_FROM:
         return Departures([_short(values[i : i + 1]) for i in range(series)], np.zeros(series, np.bool_))
-    parts = [_long(values[low : low + _AT_ONCE]) for low in range(0, series, _AT_ONCE)]
+    parts = [_long(values[low : low + _AT_ONCE], restless) for low in range(0, series, _AT_ONCE)]
     return Departures(
         [own for part in parts for own in part.found], np.concatenate([p.restless for p in parts])
     )
@@ -108,12 +108,12 @@ def _short(row: npt.NDArray[np.floating]) -> list[Departure]:
     return _of(values, single, contrast_noise(cumulated(values), single, WINDOWS), np.arange(n))
 
 
-def _long(values: npt.NDArray[np.floating]) -> Departures:
+def _long(values: npt.NDArray[np.floating], restless: float) -> Departures:
     """The departures of series that are first looked at in means."""
     coarse = _Coarse(values)
     result = Departures([[] for _ in values], np.zeros(len(values), np.bool_))
     usual: dict[int, _Usual] = {}
-    for index in np.flatnonzero(coarse.changes() > RESTLESS).tolist():
+    for index in np.flatnonzero(coarse.changes() > restless).tolist():
         own = coarse.usual(index)
         if own.least_drop > 2 * MIN_EFFECT:  # otherwise it is at its usual level most of the time
             usual[index], result.restless[index] = own, True

@@ -36,9 +36,10 @@ class LayerSample:
     """The loads of one layer in some steps of one placement.
 
     Attributes:
-        load: int64 ``[n, slots]``.
+        load: int64 ``[n, slots]``; or ``[n, ranks]`` if it is ``by_rank``.
         slots: the logical expert of each slot, -1 if empty; None if not known.
         ranks: how many EP ranks there are, and ``serving`` how many of them serve.
+        by_rank: whether only the sums of EP ranks are kept.
     """
 
     load: npt.NDArray[Any]
@@ -46,6 +47,7 @@ class LayerSample:
     ranks: int
     serving: int
     num_logical: int
+    by_rank: bool = False
 
     @cached_property
     def rank_load(self) -> Float64:
@@ -139,8 +141,11 @@ def explain(before: LayerSample, during: LayerSample, moved: bool, experts: int)
         moved: whether the layer's placement changed at the first step.
         experts: how many logical experts the layer has.
     """
+    # Thinned loads add up over the slots of a rank to its thinned sum, so this needs no expert's load.
     if _fewer_tokens_explain(before, during):
         return Explanation("few_tokens")
+    if before.by_rank or during.by_rank:
+        return Explanation("loads_retired")
     if before.slots is None or during.slots is None:
         return _by_slots(before, during)
     if before.ranks != during.ranks:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eplb_analyze.analysis.cost import NO_LOADS, TIMES, PhaseCost, RunCost
+from eplb_analyze.analysis.cost import TIMES, PhaseCost, RunCost
 from eplb_analyze.analysis.incident_words import cause_sentence, steps_text, where
 from eplb_analyze.analysis.incidents import Incident
 from eplb_analyze.analysis.milliseconds import Milliseconds
@@ -145,8 +145,6 @@ def searched(summary: Summary, clock: RunClock) -> str | None:
     if summary.searched is None:
         return None
     if not summary.searched:
-        if summary.rollup is None:
-            return f"incidents are not known: {NO_LOADS.replace('it needs', 'finding them needs')}"
         return "incidents are not known: sums per minute do not show them, and no step was read"
     none = "" if summary.incidents else "; there is none"
     return f"incidents are looked for only in {_stretches(summary.searched, clock)}{none}"
@@ -161,9 +159,9 @@ def _stretches(parts: Sequence[StepRange], clock: RunClock) -> str:
 
 def _measured_in(summary: Summary, clock: RunClock) -> list[str]:
     """Where the cost was measured, if not in all steps."""
-    if not summary.searched or summary.cost.ms_per_step is None:
+    if not summary.cost_steps or summary.cost.ms_per_step is None:
         return []
-    return [f"The cost covers only {_stretches(summary.searched, clock)}, whose experts' loads are kept."]
+    return [f"The cost covers only {_stretches(summary.cost_steps, clock)}, whose experts' loads are kept."]
 
 
 def _rolled_up(summary: Summary) -> list[str]:
@@ -325,7 +323,7 @@ def _judged(summary: Summary) -> list[str]:
     if cost.share_of_step is None or cost.status is CostStatus.ESTIMATED:
         return []
     # The steps that are left out may have been the slow ones.
-    if summary.verdict.verdict == "incomplete_data" or summary.searched is not None:
+    if summary.verdict.verdict == "incomplete_data" or summary.cost_steps is not None:
         return []
     costs = [incident.cost.ms_per_step for incident in summary.incidents]
     noticeable = EXPLAINS_LITTLE * (cost.step_ms_p50 or 0.0)
@@ -597,6 +595,8 @@ def next_command(incident: Incident) -> str:
             return "check"
         case "rearrangement" | "eplb_stopped":
             return "rearrangements"
+        case "loads_retired":
+            return f"ranks {within}"
         case "traffic_shift" | "few_tokens":
             return f"experts {within}"
         case _:

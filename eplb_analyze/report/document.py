@@ -21,6 +21,7 @@ from eplb_analyze.analysis.findings import summary_findings
 from eplb_analyze.analysis.ranks import rank_report
 from eplb_analyze.analysis.rearrangements import rearrangement_report
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.analysis.summary_minutes import summary_of_minutes
 from eplb_analyze.analysis.summary_report import incomplete
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.errors import DumpError, Finding
@@ -85,7 +86,10 @@ def report_document(
     """
     # The page is about experts' loads, too: if none are kept, it shows sums per minute.
     no_loads = run.with_loads().why_retired(StepRange.of(steps)) is not None
-    summary = summarize(run, steps, "minutes" if no_loads else None)
+    if no_loads:
+        summary = run.retry_without_damaged(lambda: summary_of_minutes(run, steps))
+    else:
+        summary = summarize(run, steps)
     rolled_up = summary.rollup is not None
     # With sums per minute only, rearrangements are judged where their steps are kept.
     of_changes = None if rolled_up else steps

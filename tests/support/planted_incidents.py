@@ -92,7 +92,7 @@ class PlantedRun:
     def experts(self) -> Array:
         return np.full(self.load.shape[1], self.num_logical, np.int64)
 
-    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
         first, end = max(0, first), min(len(self.load), end)
         load = self.load[first:end, layer].astype(np.int64)
         return LayerWindow(np.arange(first, end), load, self.ranks, self.ranks)

@@ -29,10 +29,13 @@ def summary(
     run = out.open(timings=timings, gpu=gpu)
     result = summarize(run, steps, options.tier_name(tier))
     part = (result.steps.first, result.steps.last) != run.step_range
+    by_steps, of_loads = result.tier == "steps", "hot experts, the cost of imbalance and causes of incidents"
+    left_out = out.retired_lines(of_loads) if by_steps else []
     out.show(
         result.to_json,
-        lambda console: render(console, result, run.clock, top, full=full, part=part),
+        lambda console: render(console, result, run.clock, top, full=full, part=part, left_out=left_out),
         result.steps,
-        "hot experts, incidents and the cost of imbalance",
-        of_steps=result.tier == "steps",
+        of_loads,
+        of_steps=by_steps,
+        before=False,
     )

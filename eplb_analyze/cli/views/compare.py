@@ -175,9 +175,9 @@ def _side(console: Console, name: str, side: Side, clock: RunClock) -> None:
 def _incidents(console: Console, name: str, side: Side, clock: RunClock, top: int) -> None:
     """A line for each incident, the first ones of many."""
     if side.searched == []:
-        print_line(console, f"incidents in {name} are not known: its experts' loads are not kept")
+        print_line(console, f"incidents in {name} are not known: its steps are not kept")
     elif not side.incidents:
-        kept = " where experts' loads are kept" if side.searched is not None else ""
+        kept = " where steps are kept" if side.searched is not None else ""
         print_line(console, f"no incident in {name}{kept}")
     for incident in side.incidents[:top]:
         print_line(console, (f"incident in {name}: ", "bold"), in_a_line(incident, clock, side.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import print_sparkline
@@ -34,6 +35,7 @@ MARKS = {
     "eplb_stopped": "EPLB stopped",
     "traffic_shift": "traffic shift",
     "few_tokens": "few tokens",
+    "loads_retired": "incident",
     "unknown": "incident",
 }
 
@@ -46,8 +48,9 @@ def render(
     *,
     full: bool = False,
     part: bool = False,
+    left_out: Sequence[str] = (),
 ) -> None:
-    """``part``: whether the figures are of a part of the run's steps."""
+    """``part``: whether the figures are of a part of the run's steps; ``left_out``: what is not in them."""
     found = answer.answer_of(result, clock, lambda command: full_command(console, command))
     _head(console, result, clock)
     console.print()
@@ -61,6 +64,8 @@ def render(
     for text in found.estimates:
         print_line(console, (text, "yellow"))
     print_fields(console, found.evidence, indent=2)
+    for text in left_out:
+        print_line(console, (text, "yellow"))
     if not found.figures:
         return
     _incidents(console, found.incidents, top, answer.searched(result, clock), part=part)

@@ -468,8 +468,7 @@ class _Trace:
         run = self._run
         notes = run.import_caveats("step_order")
         if self._searched is not None:
-            where = "where they are kept" if self._searched else "which no step has"
-            notes.append(f"incidents are looked for by experts' loads, {where}")
+            notes.append("incidents are looked for only where steps are kept")
         notes += estimate_notes(run, self._read.missing_ranks, self._complete, first, last)
         if self._shortened > self._seen.seen / 2:
             notes.append(

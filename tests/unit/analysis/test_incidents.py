@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from planted_incidents import CAUSES, OF_ONE_LAYER, PlantedRun, make_run
 from recorded_incidents import incidents_of, record
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis import incident_series
 from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
-from eplb_analyze.analysis.incident_series import MOST_VALUES, BalanceValues, steps_per_value
+from eplb_analyze.analysis.incident_series import BalanceValues, steps_per_value
 from eplb_analyze.analysis.incidents import EndedBy, Incident
-from eplb_analyze.analysis.layer_departures import BalanceSeries, Found
+from eplb_analyze.analysis.layer_departures import MOST_VALUES, BalanceSeries, Found
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, PlacementHistory
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
@@ -277,12 +281,69 @@ class TestSelections:
         ]
         assert [facts(one) for one in summarize(run, (first, last + 1)).incidents] == expected
 
+    def test_range_is_searched_with_a_margin_on_either_side(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An incident that begins and ends in it is the same; of one that goes on the end is not known."""
+        hot, later = summarize(run).incidents
+        monkeypatch.setattr(incident_series, "MARGIN", 250)
+        for first, last, expected in ((500, 520, [hot]), (640, 820, [later]), (700, 720, [])):
+            assert [facts(one) for one in summarize(run, (first, last)).incidents] == [
+                facts(one) for one in expected
+            ]
+        monkeypatch.setattr(incident_series, "MARGIN", 120)
+        (begun,) = summarize(run, (395, 405)).incidents
+        assert begun.ended_by is None
+        assert (begun.layer, begun.first_step, begun.last_step) == (hot.layer, hot.first_step, 405 + 120 - 1)
+        assert (begun.cause.kind, begun.cause.expert) == (hot.cause.kind, hot.cause.expert)
+        # What began before the margin does not show.
+        assert summarize(run, (550, 560)).incidents == []
+
+    def test_range_reads_no_more_than_its_margins(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        read: list[int] = []
+        blocks = Run._blocks
+
+        def counted(run: Run, steps: tuple[int, int] | None) -> Iterator[Block]:
+            for block in blocks(run, steps):
+                read.extend(block.step.tolist())
+                yield block
+
+        monkeypatch.setattr(Run, "_blocks", counted)
+        monkeypatch.setattr(incident_series, "MARGIN", 30)
+        summarize(run, (900, 910))
+        assert sorted(read) == [*range(870, 940)]
+
     def test_smaller_departures_are_counted_where_they_are(self) -> None:
         left = [Found((0,), 10, 20, 0.1, False), Found((1,), 50, 70, 0.1, False)]
         incidents = Incidents([], left, 2)
         assert incidents.within(StepRange(0, 50)) == Incidents([], left[:1], 2)
         assert incidents.within(StepRange(20, 51)) == Incidents([], left[1:], 2)
         assert incidents.within(StepRange()) == incidents
+
+
+@pytest.mark.parametrize("cause", ["expert_hot", "rearrangement", "few_tokens"])
+def test_part_of_a_long_run_shows_the_incidents_of_the_whole(cause: str) -> None:
+    same = 0
+    for seed in range(3000, 3004):
+        run = make_run(seed, (cause,), steps=9000, cells=CELLS)
+        series, (truth, *_) = run.series(), run.truths
+        low, high = (
+            max(0, truth.first - incident_series.MARGIN),
+            min(9000, truth.end + incident_series.MARGIN),
+        )
+        part = replace(
+            series,
+            **{
+                name: getattr(series, name)[low:high]
+                for name in ("steps", "ratio", "tokens", "phase", "shape")
+            },
+            last=high - 1,
+            whole=StepRange(0, 9000),
+        )
+        chosen = StepRange(truth.first, truth.end)
+        found, whole = (find_incidents(one, run).within(chosen).found for one in (part, series))
+        same += [facts(one) for one in found] == [facts(one) for one in whole]
+    assert same >= 3  # the noise, by which an edge is significant, is that of the part
 
 
 def test_values_of_a_long_run_are_of_several_steps() -> None:

@@ -192,14 +192,14 @@ def test_one_retired_segment_makes_every_figure_of_its_range_come_from_minutes(r
         summary_of(root, tier="steps")
 
 
-def test_incidents_are_looked_for_in_the_newest_steps_with_loads(
+def test_incidents_are_looked_for_in_the_newest_steps_that_are_kept(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder,) = session_folders(root)
     thin_to(folder, {Tier.MINUTES: [0], Tier.RANKS: [1, 2]})
     found = summary_of(root)
     assert found.rollup is not None
-    assert found.searched == [(3 * SEGMENT, STEPS)]
+    assert found.searched == [(SEGMENT, STEPS)]
     (incident,) = found.incidents
     assert abs(incident.first_step - SKEWED.start) <= 2
     monkeypatch.setattr(summary_minutes, "SEARCHED_STEPS", STEPS - 340)

@@ -1,4 +1,4 @@
-"""Figures of steps of which only tokens per EP rank are kept: nothing is said of what was not looked at."""
+"""Figures of steps of which only tokens per EP rank are kept: what they show, and what they cannot tell."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from helpers import cli, open_writer
 from thinning import session_folders, thin_to
 
 from eplb_analyze import open_run
+from eplb_analyze.analysis.incidents import Cause
+from eplb_analyze.analysis.layer_loads import LOADS_NEAR
 from eplb_analyze.analysis.summary import summarize
 from eplb_dump.format.schema import Tier
 
@@ -64,47 +66,99 @@ def older_ranks(whole: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_incidents_are_not_known_without_experts_loads(whole: Path, ranks_only: Path) -> None:
-    assert len(summarize(open_run(whole)).incidents) == 1
+def edges(incident: Any) -> Any:
+    own = incident
+    return own.layers, own.ranks, own.first_step, own.last_step, own.ended_by, own.peak_imbalance
+
+
+def test_incident_is_found_without_experts_loads_and_its_cause_is_not_known(
+    whole: Path, ranks_only: Path
+) -> None:
+    (truth,) = summarize(open_run(whole)).incidents
+    assert (truth.first_step, truth.last_step, truth.layer) == (HOT.start, HOT.stop - 1, 1)
+    assert (truth.cause.kind, truth.cause.expert) == ("expert_hot", 3)
+    (found,) = summarize(open_run(ranks_only)).incidents
+    assert edges(found) == edges(truth)
+    assert found.cause == Cause("loads_retired")
+    assert found.cost.ms_per_step is None
+    assert found.cost.tokens_per_step == pytest.approx(truth.cost.tokens_per_step, rel=0.02)
     for steps in ([], ["--steps", "300-639"]):
         text = " ".join(cli("summary", *steps, ranks_only).stdout.split())
-        assert "incidents are not known: finding them needs experts' loads, which are no longer kept" in text
+        assert f"steps {HOT.start}-{HOT.stop - 1}: layer 1, rank 1 at" in text
+        assert "not known: experts' loads are no longer kept around its beginning" in text
+        assert f"ranks --steps {HOT.start}-{HOT.stop - 1}" in text
         assert "The cost of imbalance is not known: it needs experts' loads" in text
-        for wrong in ("no incidents", "smaller departure", "does not explain", "fewer than"):
+        for wrong in ("no incidents", "does not explain", "fewer than", "expert 3", "looked for only"):
             assert wrong not in text
         document = json.loads(cli("summary", "--json", *steps, ranks_only).stdout)
-        assert (document["incidents"], document["searched"]) == (None, [])
+        assert (document["searched"], document["cost_steps"]) == (None, [])
         assert document["verdict"]["verdict"] != "balanced"
 
 
-def test_tables_and_traces_do_not_say_that_there_is_none(
+@pytest.mark.parametrize("segments", range(1, STEPS // SEGMENT + 1))
+@pytest.mark.parametrize("tier", [Tier.RANKS, Tier.MINUTES, Tier.GONE])
+def test_incident_has_the_same_edges_wherever_the_tiers_change(
+    segments: int, tier: Tier, whole: Path, tmp_path: Path
+) -> None:
+    """Or it is not known, if its beginning is not kept; and nothing else is reported."""
+    (truth,) = summarize(open_run(whole)).incidents
+    root = Path(shutil.copytree(whole, tmp_path / "thinned"))
+    thin_to(session_folders(root)[0], {tier: range(segments)})
+    kept_from = segments * SEGMENT
+    if tier is not Tier.RANKS and kept_from == STEPS:
+        return
+    summary = summarize(open_run(root))
+    if tier is not Tier.RANKS:
+        assert summary.searched == [(kept_from, STEPS)]
+        if kept_from > HOT.start:
+            assert summary.incidents == []
+            return
+    (found,) = summary.incidents
+    assert edges(found)[:-1] == edges(truth)[:-1]
+    known = tier is not Tier.RANKS or kept_from + LOADS_NEAR <= HOT.start
+    assert (found.cause.kind, found.cause.expert) == (("expert_hot", 3) if known else ("loads_retired", None))
+
+
+def test_incident_does_not_span_steps_that_are_not_kept(whole: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(whole, tmp_path / "hole"))
+    thin_to(session_folders(root)[0], {Tier.GONE: [0], Tier.MINUTES: [4], Tier.RANKS: [1, 2, 3]})
+    summary = summarize(open_run(root))
+    assert summary.searched == [(SEGMENT, 4 * SEGMENT), (5 * SEGMENT, STEPS)]
+    (found,) = summary.incidents
+    assert (found.first_step, found.last_step, found.ended_by) == (HOT.start, 4 * SEGMENT - 1, None)
+    assert found.cause.kind == "loads_retired"
+    text = " ".join(cli("summary", root).stdout.split())
+    searched = STEPS - 2 * SEGMENT
+    assert f"incidents are looked for only in {searched} steps of steps {SEGMENT}-{STEPS - 1}" in text
+
+
+def test_conclusion_comes_before_what_is_left_out(older_ranks: Path) -> None:
+    shown = cli("summary", older_ranks).stdout
+    assert shown.index("balancedness 0.") < shown.index("Left out of hot experts") < shown.index("1 incident")
+
+
+def test_tables_and_traces_show_the_incident_without_its_cause(
     whole: Path, ranks_only: Path, tmp_path: Path
 ) -> None:
     (row,) = json.loads(cli("postmortem", ranks_only, "--json").stdout)["runs"]
-    assert (row["incidents"], row["lost_rank_seconds"]) == (None, None)
+    assert (row["incidents"], row["lost_rank_seconds"]) == (1, None)
     text = " ".join(cli("compare", whole, ranks_only).stdout.split())
     assert "incident in A: " in text
-    assert "incidents in B are not known: its experts' loads are not kept" in text
+    assert "incident in B: " in text
     assert "routing not compared: experts' loads are no longer kept in B" in text
-    text = " ".join(cli("export", "trace", "-o", tmp_path / "trace.json", ranks_only).stdout.split())
-    assert "incidents not known" in text
-    assert "incidents are looked for by experts' loads, which no step has" in text
     document = json.loads(cli("export", "trace", "-o", tmp_path / "t.json", "--json", ranks_only).stdout)
-    assert document["incidents"] is None
+    assert document["incidents"] == 1
 
 
-def test_what_was_measured_in_a_part_is_said_of_this_part(older_ranks: Path) -> None:
+def test_cost_that_was_measured_in_a_part_is_said_of_this_part(older_ranks: Path) -> None:
     found = summarize(open_run(older_ranks))
     first = STEPS - 2 * SEGMENT
-    assert found.searched == [(first, STEPS)]
-    assert (found.incidents, found.unexamined_departures, found.lost_rank_seconds) == ([], 0, None)
+    assert (found.searched, found.cost_steps) == (None, [(first, STEPS)])
+    assert found.lost_rank_seconds is None
     assert found.cost.ms_per_step is not None
     text = " ".join(cli("summary", older_ranks).stdout.split())
-    assert f"incidents are looked for only in steps {first}-{STEPS - 1}" in text
     assert f"The cost covers only steps {first}-{STEPS - 1}" in text
-    for wrong in ("no incidents", "smaller departure", "does not explain", "large part of the step time"):
+    for wrong in ("no incidents", "does not explain", "large part of the step time"):
         assert wrong not in text
-    document = json.loads(cli("summary", "--json", older_ranks).stdout)
-    assert (document["incidents"], document["searched"]) == ([], [[first, STEPS - 1]])
     kept = cli("summary", "--steps", f"{first}-", older_ranks).stdout
     assert "no incidents in these steps" in kept

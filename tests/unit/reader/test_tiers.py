@@ -37,7 +37,7 @@ STEPS, PER_SEGMENT, RANKS = 320, 16, 2
 #: What depends on the whole run, or on how it was thinned.
 OF_THE_RUN = {"incidents", "unexamined_departures", "restless_layers", "verdict", "retired"}
 #: What needs experts' loads.
-OF_EXPERTS = {"hot_experts", "hot_experts_steps", "cost", "lost_rank_seconds", "searched"}
+OF_EXPERTS = {"hot_experts", "hot_experts_steps", "cost", "lost_rank_seconds", "cost_steps"}
 
 
 @pytest.fixture(scope="module")
