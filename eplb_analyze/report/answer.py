@@ -40,6 +40,8 @@ TITLES = {
 NEXT_COMMANDS = {"imbalanced": "advise", "eplb_never_acted": "advise", "incomplete_data": "check"}
 #: So many of the worst layers and ranks of an imbalanced run are named.
 SHOWN_WORST = 3
+#: A rearrangement at most so many steps from the last step of an incident is at its end.
+AT_ITS_END = 20
 #: A cost below the first share of the step time makes no engine noticeably slower; one above the second is a
 #: large part of that time.
 EXPLAINS_LITTLE, LARGE_PART = 0.05, 0.1
@@ -563,7 +565,10 @@ def _time_text(ms: float) -> str:
 def _end(incident: Incident, summary: Summary, clock: RunClock) -> str:
     ended, expert = incident.ended_by, incident.cause.expert
     if ended is None:
-        return "not known"
+        near = (change.first_step - incident.last_step for change in summary.rearrangements)
+        if incident.cause.kind == "loads_retired" and any(abs(apart) <= AT_ITS_END for apart in near):
+            return "not known: experts' loads are no longer kept around the rearrangement at its end"
+        return f"still in progress at {clock.label(incident.last_step)}, the last step that was looked at"
     match ended.kind:
         case "rearrangement":
             text = f"the rearrangement at {clock.label(ended.step)}"

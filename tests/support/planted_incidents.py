@@ -83,6 +83,8 @@ class PlantedRun:
     truths: list[Truth]
     lost_ranks: tuple[Any, ...] = ()
     token_replication: int = 1
+    #: Whether experts' loads are not kept, only those of EP ranks.
+    by_rank: bool = False
 
     @property
     def layers(self) -> list[int]:
@@ -95,7 +97,9 @@ class PlantedRun:
     def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
         first, end = max(0, first), min(len(self.load), end)
         load = self.load[first:end, layer].astype(np.int64)
-        return LayerWindow(np.arange(first, end), load, self.ranks, self.ranks)
+        if self.by_rank:
+            load = load.reshape(len(load), self.ranks, -1).sum(axis=2)
+        return LayerWindow(np.arange(first, end), load, self.ranks, self.ranks, self.by_rank)
 
     def time_of(self, step: int) -> str | None:
         return None

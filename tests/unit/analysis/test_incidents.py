@@ -52,6 +52,24 @@ def test_most_planted_incidents_are_found_with_edges_layer_rank_expert_and_cause
     assert right >= counted - 1
 
 
+@pytest.mark.parametrize("cause", CAUSES)
+def test_tokens_per_rank_show_the_edges_and_never_a_wrong_cause(cause: str) -> None:
+    right = counted = 0
+    for seed in range(1000, 1005):
+        run = make_run(seed, (cause,), steps=1000, cells=CELLS)
+        found = find_incidents(run.series(), replace(run, by_rank=True)).found
+        assert all(one.cause.kind in (cause, "loads_retired") for one in found)
+        assert all(one.cause.expert is None for one in found)
+        for truth in run.truths:
+            counted += truth.counts
+            right += truth.counts and any(
+                abs(one.first_step - truth.first) <= 2 and abs(one.last_step + 1 - truth.end) <= 2
+                for one in found
+            )
+    assert counted >= 2
+    assert right >= counted - 1  # the margin as above
+
+
 def test_clean_runs_report_nothing() -> None:
     runs = [make_run(seed, steps=1000, cells=CELLS) for seed in range(2000, 2010)]
     assert sum(bool(find_incidents(run.series(), run).found) for run in runs) <= 1

@@ -128,6 +128,7 @@ def test_incident_does_not_span_steps_that_are_not_kept(whole: Path, tmp_path: P
     assert (found.first_step, found.last_step, found.ended_by) == (HOT.start, 4 * SEGMENT - 1, None)
     assert found.cause.kind == "loads_retired"
     text = " ".join(cli("summary", root).stdout.split())
+    assert f"still in progress at step {4 * SEGMENT - 1} (" in text
     searched = STEPS - 2 * SEGMENT
     assert f"incidents are looked for only in {searched} steps of steps {SEGMENT}-{STEPS - 1}" in text
 
