@@ -1,6 +1,6 @@
 """The writer as a whole: slowdown of an engine's loop, sustained rate, bytes a step, an hour's steps.
 
-    python -m benchmarks.writer loop|sustained|size|hour
+    python -m benchmarks.writer loop|sustained|size|counts|hour
 
 DeepSeek-V3's shape: 58 layers × 288 slots, EP 32, one writer.
 """
@@ -14,11 +14,13 @@ import resource
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from benchmarks import workload
@@ -26,10 +28,8 @@ from eplb_dump import ExpertLoadWriter
 
 
 def open_writer(folder: str | Path, **options: Any) -> ExpertLoadWriter:
-    return ExpertLoadWriter(
-        folder, model="m", num_logical_experts=workload.LOGICAL, ep_size=workload.EP_SIZE, scope="global",
-        **options,
-    )  # fmt: skip
+    settings = {"ep_size": workload.EP_SIZE, "scope": "global", **options}
+    return ExpertLoadWriter(folder, model="m", num_logical_experts=workload.LOGICAL, **settings)
 
 
 def wait_for_room(writer: ExpertLoadWriter) -> None:
@@ -184,6 +184,36 @@ def size(steps: int) -> None:
             print(f"    {peer:12s} {value:9,.0f}   {value / entropy:5.2f}x")
 
 
+def counts(steps: int) -> None:
+    """Bytes of a count by its mean, which is what docs/operate/cluster.md computes sizes with."""
+    print("mean   bytes of a count   bytes of a rank's tokens   EP ranks, scope   bytes a step")
+    ep_sizes = (4, 8, 16, 32)
+    rows = [
+        (mean, workload.EP_SIZE, "global")
+        for mean in (0.1, 1.0, 3.7, 14.75, 29.5, 59.0, 118.0, 500.0, 2000.0)
+    ]
+    rows += [(118.0 / n, n, "local") for n in ep_sizes] + [(118.0, n, "global") for n in ep_sizes]
+    for mean, ep_size, scope in rows:
+        with tempfile.TemporaryDirectory() as folder:
+            with open_writer(folder, ep_size=ep_size, scope=scope) as writer:
+                for i, load in enumerate(workload.loads(steps, tokens=mean)):
+                    writer.record(None, load, workload.placement())
+                    if i % 128 == 127:
+                        assert writer.flush(60)
+            (path,) = Path(folder).rglob("loads-*.parquet")
+            bytes_: Counter[str] = Counter()
+            metadata = pq.read_metadata(path)
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    bytes_[column.path_in_schema.partition(".")[0]] += column.total_compressed_size
+            of_count = bytes_["load"] / (steps * workload.LAYERS * workload.SLOTS)
+            of_rank = bytes_["rank_load"] / (steps * workload.LAYERS * ep_size)
+            print(
+                f"{mean:6.1f} {of_count:10.2f} {of_rank:20.2f} {ep_size:23d} {scope:8s} "
+                f"{folder_bytes(folder) / steps:16,.0f}"
+            )
+
+
 # ---- an hour's worth
 
 
@@ -229,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["loop", "sustained", "size", "hour"])
+    parser.add_argument("what", choices=["loop", "sustained", "size", "counts", "hour"])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -240,6 +270,8 @@ def main() -> None:
         sustained(args.seconds)
     elif args.what == "size":
         size(args.steps or 1024)
+    elif args.what == "counts":
+        counts(args.steps or 2048)
     else:
         hour(args.steps or 72_000)
 
