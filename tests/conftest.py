@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from eplb_dump import budget, rendezvous, start
+from eplb_dump.format import files
 
 if TYPE_CHECKING:
     from s3 import S3
@@ -31,6 +33,20 @@ def s3() -> Iterator[S3]:
         for name, value in S3.ENVIRONMENT.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def swaps(tmp_path: Path) -> None:
+    """Skip the test if two names cannot be swapped here."""
+    for name in ("swap-a", "swap-b"):
+        (tmp_path / name).mkdir()
+    try:
+        files.exchange(tmp_path / "swap-a", tmp_path / "swap-b")
+    except OSError:
+        pytest.skip("the file system of temporary files cannot swap two names: `prune --merge-ranks`")
+    finally:
+        for name in ("swap-a", "swap-b"):
+            (tmp_path / name).rmdir()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

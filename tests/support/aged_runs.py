@@ -96,12 +96,14 @@ def aged_session(
     session_id: str = "s",
     step_ns: int = 10**7,
     old: bool = True,
+    levels: Sequence[float] = (),
 ) -> Path:
     """A session whose segments end at these times. Returns its folder.
 
     Args:
         rearranged: the numbers of segments that begin with another placement, from 1 on.
         old: set the times of its files back, as if nothing had been written since.
+        levels: by how much more each segment has to do than others; default all the same.
     """
     info = session_info(
         run_id=run_id, session_id=session_id, model=model, ep_rank=rank, scope=scope,
@@ -122,7 +124,8 @@ def aged_session(
         if seq == 0 or seq in rearranged:
             generation += seq in rearranged
             placements = placements_of(seq * steps, generation)
-        load = rng.poisson(rates, (4, steps, 32)).astype(np.int32)
+        level = levels[seq] if levels else 1.0
+        load = rng.poisson(level * rates, (4, steps, 32)).astype(np.int32)
         rows = rows_of(seq * steps, steps, end, step_ns)
         write_segment(folder, Content(info, seq, rows, placements, load), notable)
     if closed:
