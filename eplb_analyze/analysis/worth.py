@@ -67,7 +67,7 @@ class PlacementGain:
         repeats = min(MAX_DEALS, max(1, LAYERS_DEALT // (STEPS * layers)))
         streams = range(layer, layer + repeats * layers, layers)
         deals = np.stack([random_bits(self._steps, stream, draws) for stream in streams])
-        logical, ranks = fold(load, new, experts), self._shape.ep_size
+        logical, ranks = np.ascontiguousarray(fold(load, new, experts).T), self._shape.ep_size
         before, after = (
             self._dispatch.busiest_rank(Tokens(logical), Replicas(slots, ranks), deals, EXCHANGE_RATES)[2]
             for slots in (old, new)

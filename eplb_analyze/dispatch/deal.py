@@ -36,7 +36,7 @@ _SHARES = 256
 #: From this batch on, positions take all replicas equally often, to less than 1%.
 LARGE_BATCH = 4096
 
-#: How likely each token is to go somewhere: one, or float64 ``[steps, experts]``.
+#: How likely each token is to go somewhere: one, or float64 ``[experts, steps]``.
 Share = Fraction | Float64
 
 
@@ -56,23 +56,23 @@ class Dealt(Dispatch):
         from any rank with the same probability.
 
         Args:
-            bits: :func:`random_bits` ``[steps, n]``; n at least :func:`replica_draws`.
+            bits: :func:`random_bits` ``[n, steps]``; n at least :func:`replica_draws`.
 
         Returns:
-            Integers ``[steps, slots]``, of the type of the loads. An expert's slots add up to its tokens.
+            Integers ``[slots, steps]``, of the type of the loads. An expert's slots add up to its tokens.
         """
         chosen = replicas.chosen
         if chosen is None:
             return self._deal(tokens, replicas.slots, bits)
         if tokens.by_source is None:
             return self._deal(tokens, replicas.slots, bits, _weights(replicas.slots, chosen))
-        sent = np.zeros((len(tokens.load), len(replicas.slots)), tokens.load.dtype)
+        sent = np.zeros((len(replicas.slots), tokens.load.shape[1]), tokens.load.dtype)
         left = np.zeros_like(tokens.load)
         for load, own in zip(tokens.by_source, chosen, strict=True):
             experts = np.flatnonzero(own >= 0)
-            sent[:, own[experts]] += load[:, experts]  # a slot holds one expert, so none is twice in here
+            sent[own[experts]] += load[experts]  # a slot holds one expert, so none is twice in here
             free = np.flatnonzero(own < 0)
-            left[:, free] += load[:, free]
+            left[free] += load[free]
         return sent + self._deal(Tokens(left), replicas.slots, bits) if left.any() else sent
 
     def busiest_rank(
@@ -80,8 +80,8 @@ class Dealt(Dispatch):
     ) -> Busiest:
         if not replica_draws(replicas.slots):  # nothing to deal
             deals = deals[:1]
-        n, steps = len(deals), len(tokens.load)
-        bits = deals.reshape(n * steps, -1 if deals.size else 0)
+        n, steps = len(deals), tokens.load.shape[1]
+        bits = deals.transpose(1, 0, 2).reshape(deals.shape[1], n * steps)
         dealt = self.slot_loads(tokens if n == 1 else _repeated(tokens, n), replicas, bits)
         busiest, inverse, slowest = busiest_of(dealt, replicas.ranks, rates, self.token_replication)
         means = np.stack([busiest, inverse, *slowest]).reshape(-1, n, steps).mean(axis=1)
@@ -89,34 +89,41 @@ class Dealt(Dispatch):
 
     def _deal(self, tokens: Tokens, slots: Int32, bits: Bits, weights: Int64 | None = None) -> Counts:
         load = tokens.load
-        out = load.take(slots, axis=1)
-        out[:, slots == EMPTY_SLOT] = 0
+        out = load.take(slots, axis=0)
+        out[slots == EMPTY_SLOT] = 0
         drawn = 0
         for experts, columns, by_chance in _alike(slots, weights):
             count = len(columns)
-            whole, again = np.divmod(load.take(experts, axis=1), self.token_replication)
+            whole, again = load.take(experts, axis=0), np.zeros(1, load.dtype)
+            if self.token_replication > 1:
+                whole, again = np.divmod(whole, self.token_replication)
             if weights is None:
                 rounds, left, shares = self._rounds(tokens, experts, whole, by_chance)
             else:  # the replicas do not take turns
-                rounds, left, shares = [np.zeros_like(whole)] * count, whole, by_chance
+                rounds, left, shares = None, whole, by_chance
             for replica, (at, share) in enumerate(zip(columns, shares, strict=True)):
                 last = replica == count - 1
                 if last:
                     chosen = left
                 else:
-                    chosen = binomial(left, share, bits[:, drawn : drawn + len(at)])
+                    chosen = binomial(left, share, bits[drawn : drawn + len(at)])
                     drawn += len(at)
                 left = left - chosen
-                out[:, at] = (rounds[replica] + chosen) * self.token_replication + (again if last else 0)
+                mine = chosen if rounds is None else rounds[replica] + chosen
+                if self.token_replication > 1:
+                    mine = mine * self.token_replication + (again if last else 0)
+                out[at] = mine
         return out
 
     def _rounds(
         self, tokens: Tokens, experts: Int64, whole: Counts, shares: Sequence[Share]
-    ) -> tuple[Sequence[Counts], Counts, Sequence[Share]]:
+    ) -> tuple[Sequence[Counts] | None, Counts, Sequence[Share]]:
         """The tokens of these experts that each replica gets for sure, what is left, and its share of that.
 
-        ``whole``: all of their tokens ``[steps, experts]``; ``shares``: if nothing but chance decides.
+        ``whole``: all of their tokens ``[experts, steps]``; ``shares``: if nothing but chance decides.
         """
+        if not self.in_rounds:
+            return None, whole, shares
         count = len(shares)
         each = (whole * (self.in_rounds / count)).astype(whole.dtype)
         return [each] * count, whole - count * each, shares
@@ -137,15 +144,15 @@ class ByPosition(Dealt):
 
     def _rounds(
         self, tokens: Tokens, experts: Int64, whole: Counts, shares: Sequence[Share]
-    ) -> tuple[Sequence[Counts], Counts, Sequence[Share]]:
+    ) -> tuple[Sequence[Counts] | None, Counts, Sequence[Share]]:
         if tokens.batch is None or tokens.routed is None:
-            return [np.zeros_like(whole)] * len(shares), whole, shares
-        routed = np.maximum(tokens.routed, 1)[:, np.newaxis]
-        chosen = np.where(tokens.routed[:, np.newaxis] > 0, tokens.load.take(experts, axis=1) / routed, 0)
+            return None, whole, shares
+        all_chosen = tokens.load.take(experts, axis=0) / np.maximum(tokens.routed, 1)
+        chosen = np.where(tokens.routed > 0, all_chosen, 0)
         odds = position_shares(tokens.batch, len(shares), hashed=self.hashed)
         in_rounds = whole * chosen.clip(0, 1)
         rounds, wanted = [], []
-        for own in odds[:, :, np.newaxis]:
+        for own in odds:
             rounds.append((in_rounds * own).astype(whole.dtype))
             wanted.append(whole * own - rounds[-1])  # of those that are left, on average
         rest = np.cumsum(wanted[::-1], axis=0)[::-1]
@@ -196,10 +203,10 @@ def hashed_positions(positions: Int64) -> Int64:
 def _repeated(tokens: Tokens, times: int) -> Tokens:
     """The same steps several times, one after another."""
     return Tokens(
-        np.tile(tokens.load, (times, 1)),
+        np.tile(tokens.load, (1, times)),
         None if tokens.routed is None else np.tile(tokens.routed, times),
         None if tokens.batch is None else np.tile(tokens.batch, times),
-        None if tokens.by_source is None else [np.tile(load, (times, 1)) for load in tokens.by_source],
+        None if tokens.by_source is None else [np.tile(load, (1, times)) for load in tokens.by_source],
     )
 
 
@@ -213,12 +220,15 @@ def _alike(
         draws, of those that the copies before it have left.
     """
     order = np.argsort(slots, kind="stable")
-    expert, first, copies = np.unique(slots[order], return_index=True, return_counts=True)
-    held = expert != EMPTY_SLOT
-    for count in np.unique(copies[held & (copies > 1)]).tolist():
-        of_count = held & (copies == count)
-        experts = expert[of_count].astype(np.int64)
-        columns = order[first[of_count] + np.arange(count)[:, np.newaxis]]
+    copies = np.bincount(slots - EMPTY_SLOT)  # empty slots first, as in the order
+    first = np.cumsum(copies) - copies
+    copies[0] = 0
+    for count in range(2, copies.max(initial=0) + 1):
+        experts = np.flatnonzero(copies == count)
+        if not len(experts):
+            continue
+        columns = order[first[experts] + np.arange(count)[:, np.newaxis]]
+        experts = experts + EMPTY_SLOT
         if weights is None:
             yield experts, columns, [Fraction(1, count - replica) for replica in range(count)]
             continue
@@ -244,17 +254,17 @@ def _weights(slots: Int32, chosen: Int32) -> Int64:
 
 def replica_draws(slots: Int32) -> int:
     """How many draws deal the tokens of a placement."""
-    return len(slots) - len(np.unique(slots))
+    return len(slots) - int(np.count_nonzero(np.bincount(slots - EMPTY_SLOT)))
 
 
 def random_bits(steps: Int64, stream: int, count: int) -> Bits:
-    """32 random bits for each step and draw: ``[steps, count]``. Streams, such as layers, are independent.
+    """32 random bits for each draw and step: ``[count, steps]``. Streams, such as layers, are independent.
 
     The finalizer of MurmurHash3, twice, so that they depend on the step and not on how steps are read.
     """
     draw = np.arange(count, dtype=np.uint32) + np.uint32(stream * 0x9E3779B1 & 0xFFFFFFFF)
     step = (steps & 0xFFFFFFFF).astype(np.uint32)
-    return _mix(_mix(step * np.uint32(0x85EBCA77))[:, np.newaxis] ^ _mix(draw)[np.newaxis])
+    return _mix(_mix(step * np.uint32(0x85EBCA77)) ^ _mix(draw)[:, np.newaxis])
 
 
 def _mix(bits: Bits) -> Bits:
@@ -275,11 +285,16 @@ def binomial(tokens: Counts, share: Share, bits: Bits) -> Counts:
         return _exact(tokens, share, bits)
     if isinstance(share, Fraction):
         over, under = share.as_integer_ratio()
-        mean, deviation = tokens * over / under, np.sqrt(tokens * float(over * (under - over))) / under
+        mean, drawn = tokens * over / under, np.sqrt(tokens * float(over * (under - over)))
+        drawn /= under
     else:
-        mean, deviation = tokens * share, np.sqrt(tokens * share * (1 - share))
-    drawn = np.rint(mean + deviation * _normal()[bits >> np.uint32(32 - _NORMAL_BITS)])
-    out: Counts = np.clip(drawn, 0, tokens).astype(tokens.dtype)
+        mean, drawn = tokens * share, np.sqrt(tokens * share * (1 - share))
+    drawn *= _normal().take(bits >> np.uint32(32 - _NORMAL_BITS))
+    drawn += mean
+    np.rint(drawn, out=drawn)
+    np.maximum(drawn, 0, out=drawn)
+    np.minimum(drawn, tokens, out=drawn)
+    out: Counts = drawn.astype(tokens.dtype)
     if few.any():
         own = share if isinstance(share, Fraction) else share[few]
         out[few] = _exact(tokens[few], own, bits[few])

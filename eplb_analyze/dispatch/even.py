@@ -19,12 +19,12 @@ class Even(Dispatch):
     token_replication: int = 1
 
     def slot_loads(self, tokens: Tokens, replicas: Replicas) -> Float64:
-        """Tokens of each slot: float64 ``[steps, slots]``."""
+        """Tokens of each slot: float64 ``[slots, steps]``."""
         slots = replicas.slots
         placed = slots != EMPTY_SLOT
-        copies = np.bincount(slots[placed], minlength=tokens.load.shape[1])
-        out = np.zeros((len(tokens.load), len(slots)))
-        out[:, placed] = tokens.load[:, slots[placed]] / copies[slots[placed]]
+        copies = np.bincount(slots[placed], minlength=len(tokens.load))
+        out = np.zeros((len(slots), tokens.load.shape[1]))
+        out[placed] = tokens.load[slots[placed]] / copies[slots[placed], np.newaxis]
         return out
 
     def busiest_rank(

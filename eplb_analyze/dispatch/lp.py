@@ -50,12 +50,13 @@ def least_maximum(load: Counts, slots: Int32, ranks: int, tolerance: float = 0.0
     """The least tokens of the busiest rank in each step: float64 ``[steps]``.
 
     Args:
-        load: tokens of each logical expert ``[steps, num_logical_experts]``.
+        load: tokens of each logical expert ``[num_logical_experts, steps]``.
         slots: the logical expert of each slot ``[slots]``; -1: none.
         tolerance: a result may be this share below the optimum; it is never above. 0: but for rounding.
     """
     graph = _Graph(slots, ranks, max(tolerance, 1e-12))
-    parts = [graph.solve(load[low : low + STEPS_AT_ONCE]) for low in range(0, len(load), STEPS_AT_ONCE)]
+    every = range(0, load.shape[1], STEPS_AT_ONCE)
+    parts = [graph.solve(load[:, low : low + STEPS_AT_ONCE]) for low in every]
     return np.concatenate(parts) if parts else np.empty(0)
 
 
@@ -76,15 +77,15 @@ class _Graph:
 
     def solve(self, load: Counts) -> Float64:
         there = (self.fixed_rank == np.arange(self.ranks)[:, np.newaxis]).astype(np.float64)
-        base = there @ load[:, self.fixed].T
-        free = np.ascontiguousarray(load[:, self.free].T, np.float64)
-        out = np.zeros(len(load))
+        base = there @ load[self.fixed]
+        free = load[self.free].astype(np.float64)
+        out = np.zeros(load.shape[1])
         if not self.on:
             most: Float64 = base.max(axis=0)
             return most
         split = [np.tile(tokens / len(on), (len(on), 1)) for tokens, on in zip(free, self.on, strict=True)]
         state = _Split(base, free, split, self.on)
-        at = np.arange(len(load))
+        at = np.arange(load.shape[1])
         for _ in range(MOST_SWEEPS // SWEEPS):
             low, high = state.bounds()
             out[at] = low

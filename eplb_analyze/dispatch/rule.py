@@ -1,4 +1,7 @@
-"""What a dispatch is: from tokens of experts to the tokens of the busiest rank, for one layer."""
+"""What a dispatch is: from tokens of experts to the tokens of the busiest rank, for one layer.
+
+Arrays have the steps last: what is done to an expert, a slot or a rank is done to consecutive numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Counts = npt.NDArray[Any]
 class Tokens:
     """The tokens of a layer in some steps."""
 
-    #: Whole tokens of each logical expert, integers ``[steps, num_logical_experts]``.
+    #: Whole tokens of each logical expert, integers ``[num_logical_experts, steps]``.
     load: Counts
     #: How many tokens were routed in each step, each as many times as in ``load``; 0 or less: not known.
     routed: Int64 | None = None
@@ -34,10 +37,10 @@ class Tokens:
     def within(self, part: slice) -> Tokens:
         """The tokens of some of the steps."""
         return Tokens(
-            self.load[part],
+            self.load[:, part],
             None if self.routed is None else self.routed[part],
             None if self.batch is None else self.batch[part],
-            None if self.by_source is None else [load[part] for load in self.by_source],
+            None if self.by_source is None else [load[:, part] for load in self.by_source],
         )
 
 
@@ -68,35 +71,35 @@ class Dispatch(ABC):
         """The busiest rank in each step.
 
         Args:
-            deals: random bits for each deal ``[deals, steps, n]``; n at least
+            deals: random bits for each deal ``[deals, n, steps]``; n at least
                 :func:`~eplb_analyze.dispatch.deal.replica_draws`.
             rates: of :data:`~eplb_analyze.metrics.cost.EXCHANGE_RATES`.
         """
 
 
 def busiest_of(slot_loads: Counts, ranks: int, rates: Sequence[float], token_replication: int = 1) -> Busiest:
-    """The busiest rank, given the tokens of each slot ``[steps, slots]``.
+    """The busiest rank, given the tokens of each slot ``[slots, steps]``.
 
     A slot with less than a token, which even splitting makes, is active in that share of steps.
     """
     tokens = rank_loads(slot_loads, ranks)
-    busiest = tokens.max(axis=1).astype(np.float64)
+    busiest = tokens.max(axis=0).astype(np.float64)
     inverse = np.divide(1, busiest, out=np.zeros(busiest.shape), where=busiest > 0)
     slowest = np.zeros((len(rates), len(busiest)))
     if len(rates):
-        whole = np.issubdtype(slot_loads.dtype, np.integer)
-        share = (slot_loads > 0).astype(np.int16) if whole else np.minimum(slot_loads / token_replication, 1)
-        active = rank_loads(share, ranks).astype(np.float32)
+        if np.issubdtype(slot_loads.dtype, np.integer):
+            active = rank_loads(slot_loads > 0, ranks).astype(np.float32)
+        else:
+            active = rank_loads(np.minimum(slot_loads / token_replication, 1), ranks).astype(np.float32)
         counts = (tokens / token_replication).astype(np.float32)
         for row, rate in zip(slowest, rates, strict=True):
-            row[:] = effort_of(active, counts, rate).max(axis=1)
+            row[:] = effort_of(active, counts, rate).max(axis=0)
     return busiest, inverse, slowest
 
 
 def rank_loads(load: Counts, ranks: int) -> Counts:
-    """Sum loads ``[steps, slots]`` by rank, four times as fast as along the last axis."""
-    slots = load.reshape(len(load), ranks, -1)
-    total = slots[:, :, 0].copy()
-    for slot in range(1, slots.shape[2]):
-        total += slots[:, :, slot]
+    """Sum loads ``[slots, steps]`` by rank, or count those that are True: ``[ranks, steps]``."""
+    slots = load.reshape(ranks, -1, load.shape[1])
+    counted = np.int16 if load.dtype == np.bool_ else load.dtype
+    total: Counts = slots.sum(axis=1, dtype=counted)
     return total

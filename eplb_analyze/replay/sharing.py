@@ -170,7 +170,7 @@ class Sharing:
         """A layer's tokens.
 
         Args:
-            load: of each logical expert ``[steps, num_logical_experts]``.
+            load: of each logical expert ``[num_logical_experts, steps]``.
             num_tokens: of each step, as recorded; -1: not known.
         """
         writes_sums = self._run.scope is Scope.GLOBAL  # then each token is counted once in num_tokens
@@ -179,7 +179,7 @@ class Sharing:
         return Tokens(load, routed, np.where(num_tokens > 0, np.maximum(1, routed // ranks), -1))
 
     def by_source(self, block: Block, steps: Int64, layer: int) -> list[npt.NDArray[Any]] | None:
-        """A layer's tokens that each rank sent: ``[steps, num_logical_experts]`` each.
+        """A layer's tokens that each rank sent: ``[num_logical_experts, steps]`` each.
 
         None if they are not known, or no dispatch needs them. Raises DamagedSegmentError.
         """
@@ -194,7 +194,7 @@ class Sharing:
             for period, slots in self._histories[layer].periods(steps):
                 assert slots is not None
                 sent[period] += fold(own[period], slots, self._experts)
-        return out
+        return [np.ascontiguousarray(sent.T) for sent in out]
 
     def notes(self) -> list[str]:
         """What the dispatches assume that the recording does not show."""

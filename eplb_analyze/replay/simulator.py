@@ -231,7 +231,7 @@ class Simulation:
         steps, load = loads.steps, loads.logical[layer]
         runs = enumerate(self.setting_runs)
         placed = [self.sharing.placements(row, own, layer) for row, own in runs]
-        tokens = self.sharing.tokens(load, loads.num_tokens)
+        tokens = self.sharing.tokens(np.ascontiguousarray(load.T), loads.num_tokens)
         by_source = self.sharing.by_source(loads.block, steps, layer)
         terms = np.zeros((MEAN + 1 + len(self._exchanges), len(self.scores.ep_size), len(steps)))
         maximum, mean = terms[MAXIMUM], terms[MEAN]
@@ -251,7 +251,7 @@ class Simulation:
                 if high > low:
                     part, replicas = slice(low, high), Replicas(slots, ranks, chosen)
                     maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = rule.busiest_rank(
-                        own.within(part), replicas, deals[:, part], rates
+                        own.within(part), replicas, deals[:, :, part], rates
                     )
             edges.update(cuts)
         maximum[MEASURED] = loads.measured[layer]
@@ -292,7 +292,7 @@ class _LogicalLoads:
                 self.tokens[layer] = load.sum(axis=1)
                 # No sum of these is larger. int32 halves the memory of a block, 120 MB for a large model.
                 narrow = load.astype(np.int32) if self.tokens[layer].max() < 2**31 else load
-                self.measured[layer] = rank_loads(narrow, ranks).max(axis=1)
+                self.measured[layer] = rank_loads(narrow.T, ranks).max(axis=0)
                 out = np.empty((len(load), self._experts), narrow.dtype)
                 for period, slots in self._histories[layer].periods(self.steps):
                     assert slots is not None

@@ -91,12 +91,12 @@ def test_sglang_static_sends_the_same_tokens_to_the_same_slots(tmp_path: Path) -
             theirs = np.array([own[layer] for own in answer["static"]])
             ours = tables[layer][:, ids]  # of each rank
             np.testing.assert_array_equal(ours, theirs)
-            sent = [np.bincount(ids.ravel(), minlength=experts)[np.newaxis] for _ in range(ranks)]
+            sent = [np.bincount(ids.ravel(), minlength=experts)[:, np.newaxis] for _ in range(ranks)]
             bits = random_bits(np.arange(1), 0, replica_draws(slots))
             loads = Dealt().slot_loads(
                 Tokens(sum(sent), by_source=sent), Replicas(slots, ranks, tables[layer]), bits
             )
-            assert loads[0].tolist() == np.bincount(theirs.ravel(), minlength=len(slots)).tolist()
+            assert loads[:, 0].tolist() == np.bincount(theirs.ravel(), minlength=len(slots)).tolist()
 
 
 def test_sglang_dynamic_starts_with_the_same_nearest_replicas(tmp_path: Path) -> None:
@@ -121,9 +121,11 @@ def test_deals_of_a_batch_vary_as_vllm_positions_do(copies: int) -> None:
         [np.bincount(replica[rng.permutation(batch)[:chosen]], minlength=copies) for _ in range(steps)]
     )
     slots = np.zeros(copies, np.int32)
-    tokens = Tokens(np.full((steps, 1), chosen), np.full(steps, batch), np.full(steps, batch))
-    ours = ByPosition().slot_loads(
-        tokens, Replicas(slots, copies), random_bits(np.arange(steps), 0, replica_draws(slots))
+    tokens = Tokens(np.full((1, steps), chosen), np.full(steps, batch), np.full(steps, batch))
+    ours = (
+        ByPosition()
+        .slot_loads(tokens, Replicas(slots, copies), random_bits(np.arange(steps), 0, replica_draws(slots)))
+        .T
     )
     share = np.bincount(replica) / batch  # for 3 or 5 replicas, the hash is not even
     expected = chosen * share * (1 - share) * (batch - chosen) / (batch - 1)

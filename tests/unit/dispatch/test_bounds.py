@@ -63,10 +63,10 @@ def small(draw: st.DrawFn) -> tuple[list[list[int]], list[int], int]:
 @settings(max_examples=400, deadline=None)
 def test_optimum_is_that_of_brute_force(problem: tuple[list[list[int]], list[int], int]) -> None:
     load, slots, ranks = problem
-    found = lp.least_maximum(np.array(load), np.array(slots), ranks)
+    found = lp.least_maximum(np.array(load).T, np.array(slots), ranks)
     expected = [float(brute_force(tokens, slots, ranks)) for tokens in load]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    near = lp.least_maximum(np.array(load), np.array(slots), ranks, lp.TOLERANCE)
+    near = lp.least_maximum(np.array(load).T, np.array(slots), ranks, lp.TOLERANCE)
     assert (near <= found * (1 + 1e-12)).all()
     assert (near >= found * (1 - lp.TOLERANCE)).all()
 
@@ -82,7 +82,7 @@ def test_optimum_is_that_of_a_solver_of_linear_programs(experts: int, redundant:
         more = rng.choice(experts, redundant, p=share / share.sum())
         slots = rng.permutation(np.concatenate([np.arange(experts), more]))
         expected = [by_scipy(tokens, slots, ranks) for tokens in load]
-        np.testing.assert_allclose(lp.least_maximum(load, slots, ranks), expected, rtol=1e-8)
+        np.testing.assert_allclose(lp.least_maximum(load.T, slots, ranks), expected, rtol=1e-8)
 
 
 def test_optimum_where_balancing_pairs_is_slow() -> None:
@@ -92,7 +92,7 @@ def test_optimum_where_balancing_pairs_is_slow() -> None:
     load = np.zeros((3, ranks - 1), np.int64)
     load[0, 0], load[1], load[2, ::2] = 1000, 10, 500
     expected = [500.0, 10 * (ranks - 1) / ranks, by_scipy(load[2], slots, ranks)]
-    np.testing.assert_allclose(lp.least_maximum(load, slots, ranks), expected, rtol=1e-9)
+    np.testing.assert_allclose(lp.least_maximum(load.T, slots, ranks), expected, rtol=1e-9)
 
 
 @given(small(), st.integers(0, 30))
@@ -102,13 +102,13 @@ def test_no_dispatch_beats_the_optimum(problem: tuple[list[list[int]], list[int]
     deals = random_bits(np.arange(len(load)), stream, replica_draws(slots))[np.newaxis]
     routed = load.sum(axis=1)
     experts = load.shape[1]
-    least = lp.least_maximum(load, slots, ranks)
+    least = lp.least_maximum(load.T, slots, ranks)
     for name in NAMES:
         if name == LP:
             continue
         dispatch = named(name, Dealt(0.5))
         table = dispatch.table and dispatch.table(slots[np.newaxis], experts, ranks, 1)[0]
-        tokens = Tokens(load, routed, routed // ranks)
+        tokens = Tokens(load.T, routed, routed // ranks)
         busiest, inverse, _ = dispatch.rule.busiest_rank(tokens, Replicas(slots, ranks, table), deals)
         assert (busiest >= least * (1 - 1e-12)).all(), name
         np.testing.assert_allclose(inverse, np.divide(1, busiest, out=np.zeros(len(load)), where=busiest > 0))
@@ -118,23 +118,23 @@ def test_no_dispatch_beats_the_optimum(problem: tuple[list[list[int]], list[int]
 @settings(max_examples=150, deadline=None)
 def test_even_splitting_gives_every_replica_the_same(problem: tuple[list[list[int]], list[int], int]) -> None:
     load, slots, ranks = np.array(problem[0]), np.array(problem[1], np.int32), problem[2]
-    found = Even().slot_loads(Tokens(load), Replicas(slots, ranks))
+    found = Even().slot_loads(Tokens(load.T), Replicas(slots, ranks)).T
     for slot, expert in enumerate(slots.tolist()):
         copies = (slots == expert).sum()
         np.testing.assert_allclose(found[:, slot], load[:, expert] / copies if expert >= 0 else 0)
 
 
 def test_a_slot_with_half_a_token_is_active_half_of_the_time() -> None:
-    tokens, replicas = Tokens(np.array([[1, 6]])), Replicas(np.array([0, 1, 0, 1]), 2)
+    tokens, replicas = Tokens(np.array([[1], [6]])), Replicas(np.array([0, 1, 0, 1]), 2)
     busiest, _, slowest = Even().busiest_rank(
-        tokens, replicas, np.empty((1, 1, 0), np.uint32), [EXCHANGE_RATES[0]]
+        tokens, replicas, np.empty((1, 0, 1), np.uint32), [EXCHANGE_RATES[0]]
     )
     assert (busiest[0], slowest[0, 0]) == (3.5, 1.5)
 
 
 def test_optimum_says_nothing_of_active_experts() -> None:
-    tokens, replicas = Tokens(np.array([[1, 6]])), Replicas(np.array([0, 1, 0, 1]), 2)
-    deals = np.empty((1, 1, 0), np.uint32)
+    tokens, replicas = Tokens(np.array([[1], [6]])), Replicas(np.array([0, 1, 0, 1]), 2)
+    deals = np.empty((1, 0, 1), np.uint32)
     busiest, inverse, slowest = lp.LeastMaximum().busiest_rank(tokens, replicas, deals, EXCHANGE_RATES)
     assert busiest[0] == pytest.approx(3.5)
     assert inverse[0] == pytest.approx(1 / 3.5)
@@ -166,12 +166,12 @@ def test_whole_batch_is_split_as_its_positions_are() -> None:
     """If every token chooses the expert, nothing is left to chance but the rounding."""
     slots, batch = np.zeros(3, np.int32), np.array([7, 120, 511])
     bits = random_bits(np.arange(3), 0, 2)
-    dealt = ByPosition().slot_loads(Tokens(batch[:, np.newaxis], batch, batch), Replicas(slots, 3), bits)
+    dealt = ByPosition().slot_loads(Tokens(batch[np.newaxis], batch, batch), Replicas(slots, 3), bits).T
     np.testing.assert_allclose(dealt, position_shares(batch, 3).T * batch[:, np.newaxis], atol=1e-9)
 
 
 def test_unknown_batch_leaves_all_to_chance() -> None:
-    load, slots = np.random.default_rng(0).integers(0, 99, (50, 3)), np.array([0, 1, 2, 0, 1, 0])
+    load, slots = np.random.default_rng(0).integers(0, 99, (3, 50)), np.array([0, 1, 2, 0, 1, 0])
     bits = random_bits(np.arange(50), 0, replica_draws(slots))
     replicas, unknown = Replicas(slots, 2), np.full(50, -1)
     expected = Dealt().slot_loads(Tokens(load), replicas, bits)

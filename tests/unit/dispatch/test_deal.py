@@ -47,7 +47,7 @@ def test_mean_of_the_busiest_rank_is_that_of_all_ways_to_deal(
     mean, deviation = expected_busiest(tokens, slots, ranks)
     load, placement = np.tile(tokens, (STEPS, 1)), np.array(slots)
     deals = random_bits(np.arange(STEPS), 0, replica_draws(placement))[np.newaxis]
-    busiest, inverse, _ = Dealt().busiest_rank(Tokens(load), Replicas(placement, ranks), deals)
+    busiest, inverse, _ = Dealt().busiest_rank(Tokens(load.T), Replicas(placement, ranks), deals)
     assert busiest.mean() == pytest.approx(mean, abs=5 * deviation / STEPS**0.5 + 2e-3 * mean)
     np.testing.assert_allclose(inverse, 1 / busiest)
 
@@ -57,7 +57,7 @@ def test_mean_of_the_busiest_rank_is_that_of_all_ways_to_deal(
 def test_replicas_share_tokens_as_independent_draws_do(tokens: int, replicas: int) -> None:
     slots = np.zeros(replicas, np.int32)
     bits = random_bits(np.arange(STEPS), 3, replica_draws(slots))
-    dealt = Dealt().slot_loads(Tokens(np.full((STEPS, 1), tokens)), Replicas(slots, 1), bits)
+    dealt = Dealt().slot_loads(Tokens(np.full((1, STEPS), tokens)), Replicas(slots, 1), bits).T
     drawn = np.random.default_rng(0).multinomial(tokens, [1 / replicas] * replicas, STEPS)
     variance = tokens / replicas * (1 - 1 / replicas)
     np.testing.assert_allclose(dealt.mean(axis=0), tokens / replicas, atol=6 * (variance / STEPS) ** 0.5)
@@ -86,7 +86,7 @@ def test_no_token_is_lost_or_split(
 ) -> None:
     placement, load = np.array(problem[0], np.int32), np.array(problem[1], np.int32)
     bits = random_bits(np.arange(len(load)), stream, replica_draws(placement))
-    dealt = Dealt(in_rounds, token_replication).slot_loads(Tokens(load), Replicas(placement, 1), bits)
+    dealt = Dealt(in_rounds, token_replication).slot_loads(Tokens(load.T), Replicas(placement, 1), bits).T
     assert dealt.dtype == load.dtype
     assert (dealt >= 0).all()
     assert not dealt[:, placement < 0].any()
@@ -105,18 +105,22 @@ def test_no_token_is_lost_or_split(
 def test_draws_depend_on_the_step_and_not_on_how_steps_are_read(first: int, cut: int, stream: int) -> None:
     steps = np.arange(first, first + 50)
     parts = [random_bits(part, stream, 4) for part in (steps[:cut], steps[cut:])]
-    np.testing.assert_array_equal(random_bits(steps, stream, 6)[:, :4], np.concatenate(parts))
+    np.testing.assert_array_equal(random_bits(steps, stream, 6)[:4], np.concatenate(parts, axis=1))
 
 
 def test_streams_and_draws_are_independent() -> None:
     bits = [random_bits(np.arange(STEPS), stream, 2) / 2**32 for stream in (0, 1, 17)]
-    correlation = np.corrcoef(np.concatenate(bits, axis=1), rowvar=False)
+    correlation = np.corrcoef(np.concatenate(bits))
     assert np.abs(correlation - np.eye(6)).max() < 6 / STEPS**0.5
 
 
 def test_rank_loads_are_sums_of_consecutive_slots() -> None:
-    load = np.random.default_rng(0).integers(0, 9, (7, 12))
-    np.testing.assert_array_equal(rank_loads(load, 4), load.reshape(7, 4, 3).sum(axis=2))
+    load = np.random.default_rng(0).integers(0, 9, (12, 7)).astype(np.int32)
+    expected = np.stack([load[first : first + 3].sum(axis=0) for first in range(0, 12, 3)])
+    np.testing.assert_array_equal(rank_loads(load, 4), expected)
+    assert rank_loads(load, 4).dtype == np.int32
+    expected = np.stack([(load[first : first + 3] > 4).sum(axis=0) for first in range(0, 12, 3)])
+    np.testing.assert_array_equal(rank_loads(load > 4, 4), expected)
 
 
 def test_quantiles_of_one_token() -> None:
@@ -166,7 +170,7 @@ def test_dispatch_in_rounds_splits_evenly() -> None:
     load = recorded("rounds").astype(np.int64)
     logical = np.stack([load[:, expert == SLOTS].sum(axis=1) for expert in range(4)], axis=1)
     bits = random_bits(np.arange(len(load)), 0, replica_draws(SLOTS))
-    dealt = Dealt(1.0).slot_loads(Tokens(logical), Replicas(SLOTS, 1), bits)
+    dealt = Dealt(1.0).slot_loads(Tokens(logical.T), Replicas(SLOTS, 1), bits).T
     assert np.abs(dealt - load).max() <= 2
 
 

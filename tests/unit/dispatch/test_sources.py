@@ -108,7 +108,7 @@ def test_no_token_is_lost_and_none_goes_to_another_expert(
 ) -> None:
     placed, experts, ranks, nodes = problem
     rng, steps = np.random.default_rng(seed), 3
-    by_source = [rng.integers(0, 90, (steps, experts)) for _ in range(ranks)]
+    by_source = [rng.integers(0, 90, (experts, steps)) for _ in range(ranks)]
     load = sum(by_source)
     for choose in (sources.sglang_nearest, sources.sglang_static, sources.ascend):
         table = (
@@ -119,19 +119,19 @@ def test_no_token_is_lost_and_none_goes_to_another_expert(
         for layer, slots in enumerate(placed):
             bits = random_bits(np.arange(steps), layer, replica_draws(slots))
             tokens = Tokens(load, by_source=by_source if exact else None)
-            dealt = Dealt().slot_loads(tokens, Replicas(slots, ranks, table[layer]), bits)
+            dealt = Dealt().slot_loads(tokens, Replicas(slots, ranks, table[layer]), bits).T
             assert (dealt >= 0).all()
             assert not dealt[:, slots < 0].any()
             for expert in range(experts):
                 copies = np.flatnonzero(slots == expert)
                 if len(copies):
-                    np.testing.assert_array_equal(dealt[:, copies].sum(axis=1), load[:, expert])
+                    np.testing.assert_array_equal(dealt[:, copies].sum(axis=1), load[expert])
                 if exact and len(copies):
                     # What ranks have chosen is certain; only the rest can go anywhere.
                     least = np.zeros((steps, len(slots)), np.int64)
                     for own, sent in zip(table[layer], by_source, strict=True):
                         if own[expert] >= 0:
-                            least[:, own[expert]] += sent[:, expert]
+                            least[:, own[expert]] += sent[expert]
                     assert (dealt[:, copies] >= least[:, copies]).all()
 
 
@@ -141,8 +141,8 @@ def test_unknown_sources_are_as_likely_as_one_another() -> None:
     table = np.array([[0, 1], [0, 1], [0, 3], [2, -1]], np.int32)
     bits = random_bits(np.arange(steps), 0, replica_draws(slots))
     for tokens in (1, 40, 200):
-        load = np.full((steps, 2), tokens)
-        dealt = Dealt().slot_loads(Tokens(load), Replicas(slots, 4, table), bits)
+        load = np.full((2, steps), tokens)
+        dealt = Dealt().slot_loads(Tokens(load), Replicas(slots, 4, table), bits).T
         for slot, share in enumerate([3 / 4, 5 / 8, 1 / 4, 3 / 8]):
             spread = (tokens * share * (1 - share)) ** 0.5
             assert dealt[:, slot].mean() == pytest.approx(tokens * share, abs=5 * spread / steps**0.5 + 2e-3)

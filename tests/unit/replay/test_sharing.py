@@ -144,7 +144,9 @@ def test_optimum_and_even_splitting_are_those_of_the_loads(tmp_path: Path) -> No
             copies = np.bincount(PLACED[layer])
             rows.append((load[layer] / copies)[PLACED[layer]].reshape(RANKS, -1).sum(axis=1))
         even.append(rows)
-        least = [least_maximum(load[layer : layer + 1], PLACED[layer], RANKS)[0] for layer in range(LAYERS)]
+        least = [
+            least_maximum(load[layer][:, np.newaxis], PLACED[layer], RANKS)[0] for layer in range(LAYERS)
+        ]
         most += sum(least)
         ratios.append(np.mean([load[layer].sum() / RANKS / least[layer] for layer in range(LAYERS)]))
     assert_figures(by_name["even"], figures(even))
