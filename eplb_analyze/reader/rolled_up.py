@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -29,7 +32,7 @@ from eplb_analyze.reader.lost import serving_ranks
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.tiers import Ranges, Tiers
 from eplb_analyze.sessions.minutes import minutes_of
-from eplb_analyze.sessions.parquet_segment import ROWS_BYTES, ParquetSegment
+from eplb_analyze.sessions.parquet_segment import NO_TURN, ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
@@ -49,10 +52,13 @@ SAME = 0.9
 PARTLY = f"{ABSENT} from part of the minute"
 #: Why a rank is missing from a minute if it has as many steps there, but others.
 SHIFTED = "shifted by its clock"
-#: The rows of all ranks that are decoded at once take about so much memory.
+#: A file whose rows take no more is decoded as a whole. Of larger ones, of which a part is in memory while it
+#: is read, those of all ranks together take about so much.
 JOINED_BYTES = 8 << 20
 #: So many joined minutes are passed on at once.
 JOINED_ROWS = 64
+#: No more is read of a rank that is further ahead of another one.
+AHEAD_NS = 60 * MINUTE_NS
 
 
 class MinuteRange(NamedTuple):
@@ -238,11 +244,12 @@ def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start:
             total.add(part)
         return total
     sources = [source for own in _by_rank(run).values() for source in own]
+    turn = threading.Semaphore(num_workers())
 
     def of_source(source: _Source) -> S:
         sums = start()
         rank, own = source.info.ep_rank, None
-        for rows in _chosen(_rows(run, source, columns), minutes):
+        for rows in _chosen(_rows(run, source, columns, turn=turn), minutes):
             count = int(sum(rows[name].sum() for name in STATUS_LABELS))
             first, last = int(rows["first_step"].min()), int(rows["last_step"].max())
             own = RankSteps(first, last, count).plus(own)
@@ -258,7 +265,7 @@ def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start:
 
 
 def _threads(run: Run) -> int:
-    """Each holds a file's rows, so fewer than a bucket could serve."""
+    """Each holds a file, compressed, so fewer than a bucket could serve."""
     return max(num_workers(), min(MAX_WORKERS, requests_at_once(run.path)))
 
 
@@ -317,17 +324,22 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _rows(
-    run: Run, source: _Source, columns: Sequence[str], rows_bytes: int = ROWS_BYTES
+    run: Run,
+    source: _Source,
+    columns: Sequence[str],
+    rows_bytes: int = ROWS_BYTES,
+    turn: AbstractContextManager[object] = NO_TURN,
 ) -> Iterator[Minutes]:
     """The rows of a source that count, some at a time. Raises DamagedSegmentError, DumpError."""
     names = [*dict.fromkeys((*SCALARS, *columns))]
     segment = source.segment
     if not run.readable(segment, "minutes") or not run.readable(segment):
-        return
-    for rows in minutes_of(segment, source.info, names, rows_bytes):
-        counting = rows if not source.taken else rows.select(_not_taken(run, source, rows))
-        if len(counting):
-            yield counting
+        return iter(())
+
+    def counting(rows: Minutes) -> Minutes:
+        return rows.select(_not_taken(run, source, rows)) if source.taken else rows
+
+    return filter(len, map(counting, minutes_of(segment, source.info, names, rows_bytes, turn)))
 
 
 def _not_taken(run: Run, source: _Source, rows: Minutes) -> npt.NDArray[np.bool_]:
@@ -351,15 +363,14 @@ def _not_taken(run: Run, source: _Source, rows: Minutes) -> npt.NDArray[np.bool_
 
 def _chosen(parts: Iterator[Minutes], minutes: MinuteRange | None) -> Iterator[Minutes]:
     """The rows in some minutes; parts without such a row are left out."""
-    for rows in parts:
-        if minutes is None:
-            yield rows
-            continue
-        inside = (rows["minute"] >= minutes.first) & (rows["minute"] <= minutes.last)
-        if inside.all():
-            yield rows
-        elif inside.any():
-            yield rows.select(inside)
+    if minutes is None:
+        return parts
+
+    def inside(rows: Minutes) -> Minutes:
+        chosen = (rows["minute"] >= minutes.first) & (rows["minute"] <= minutes.last)
+        return rows if chosen.all() else rows.select(chosen)
+
+    return filter(len, map(inside, parts))
 
 
 def _may_have(segment: Segment, minutes: MinuteRange | None) -> bool:
@@ -455,37 +466,59 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
     by_rank = _by_rank(run)
     changes = np.array(run.history.changes, np.int64)
     at_once = JOINED_BYTES // max(1, len(by_rank))
+    turn = threading.Semaphore(num_workers())
 
-    def stream(sources: list[_Source]) -> Iterator[tuple[Shape | None, Minutes]]:
-        for source in sources:
-            if _may_have(source.segment, minutes):
-                for rows in _chosen(_rows(run, source, columns, at_once), minutes):
-                    yield source.segment.shape, rows
+    def reading(source: _Source) -> tuple[Shape | None, Iterator[Minutes], bool]:
+        """Its shape, its rows, and whether they are decoded as a whole."""
+        small = _is_small(source, columns)
+        rows = _rows(run, source, columns, *((JOINED_BYTES, turn) if small else (at_once, NO_TURN)))
+        return source.segment.shape, _chosen(rows, minutes), small
 
-    streams = {rank: stream(sources) for rank, sources in by_rank.items()}
-    heads: dict[int, tuple[Shape | None, Minutes]] = {}
-    threads = _threads(run)
-
-    def advance(ranks: Sequence[int]) -> None:
-        for rank, head in ordered_map(lambda rank: next(streams[rank], None), ranks, threads):
-            if head is None:
-                heads.pop(rank, None)
-            else:
-                heads[rank] = head
-
-    advance([*streams])
+    queues = {
+        rank: deque(reading(source) for source in sources if _may_have(source.segment, minutes))
+        for rank, sources in by_rank.items()
+    }
     waiting: dict[_Key, _Minute] = {}
+    adding = threading.Lock()
+
+    def advance(rank: int) -> int | None:
+        """Add a rank's next rows: all of a small file. Returns their last minute, None if there are none."""
+        queue, last = queues[rank], None
+        while queue and last is None:
+            shape, parts, small = queue[0]
+            for rows in parts:
+                with adding:  # here, so that no rows wait for the thread that takes results
+                    _add_rank(waiting, rank, shape, rows, changes)
+                last = int(rows["minute"][-1])
+                if not small:
+                    return last
+            queue.popleft()
+        return last
+
+    #: The last minute that was read of each rank that may have more.
+    reached = dict.fromkeys(queues, 0)
     of_rank: dict[int, RankSteps] = {}
-    while heads:
-        front = min(int(rows["minute"][0]) for _, rows in heads.values())
-        behind = [rank for rank, (_, rows) in heads.items() if int(rows["minute"][0]) == front]
-        for rank in behind:
-            _add_rank(waiting, rank, *heads[rank], changes)
-        advance(behind)
-        edge = min((int(rows["minute"][0]) for _, rows in heads.values()), default=2**62)
+    while reached:
+        behind = min(reached.values()) + AHEAD_NS
+        ranks = [rank for rank, minute in reached.items() if minute <= behind]
+        for rank, last in ordered_map(advance, ranks, _threads(run)):
+            if last is None:
+                del reached[rank]
+            else:
+                reached[rank] = last
+        edge = min(reached.values(), default=2**62)
         done = sorted((key for key in waiting if key[0] < edge), key=lambda key: key[:2])
-        if len(done) >= JOINED_ROWS or not heads:
-            yield from _passed_on(run, [(key, waiting.pop(key)) for key in done], of_rank)
+        for at in range(0, len(done), JOINED_ROWS):
+            some = done[at : at + JOINED_ROWS]
+            yield from _passed_on(run, [(key, waiting.pop(key)) for key in some], of_rank)
+
+
+def _is_small(source: _Source, columns: Sequence[str]) -> bool:
+    """Whether a source is a file that is decoded as a whole."""
+    segment = source.segment
+    if not isinstance(segment, ParquetSegment) or not segment.has_minutes:
+        return False
+    return segment.minutes_bytes((*SCALARS, *columns)) <= JOINED_BYTES
 
 
 def _add_rank(

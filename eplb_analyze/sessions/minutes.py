@@ -7,8 +7,9 @@ Journals, and segments from before version 1.2, have none: theirs are made from 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
-from eplb_analyze.sessions.parquet_segment import ROWS_BYTES, ParquetSegment
+from eplb_analyze.sessions.parquet_segment import NO_TURN, ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment, layers_at_once, reading_faults
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.minutes import NO_CUTS, Minutes, MinutesBuilder
@@ -17,14 +18,20 @@ from eplb_dump.format.session import SessionInfo
 
 
 def minutes_of(
-    segment: Segment, info: SessionInfo, columns: Sequence[str], rows_bytes: int = ROWS_BYTES
+    segment: Segment,
+    info: SessionInfo,
+    columns: Sequence[str],
+    rows_bytes: int = ROWS_BYTES,
+    turn: AbstractContextManager[object] = NO_TURN,
 ) -> Iterator[Minutes]:
     """The rows of a segment's sums per minute, about ``rows_bytes`` at a time, with some columns or more.
 
-    None if nothing is kept of it. Raises DamagedSegmentError.
+    None if nothing is kept of it. ``turn``: as for :meth:`ParquetSegment.minutes`.
+
+    Raises DamagedSegmentError.
     """
     if isinstance(segment, ParquetSegment) and segment.has_minutes:
-        yield from segment.minutes(columns, rows_bytes)
+        yield from segment.minutes(columns, rows_bytes, turn)
     elif segment.step_rows and (segment.has_loads or not segment.recorded):
         yield added_up(segment, info)
 

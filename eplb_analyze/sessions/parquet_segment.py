@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ NUMBER_BYTES, TEXT_BYTES, PAGE_BYTES = 10, 5 + 4 * MAX_PHASE, 64 << 10
 HARMLESS_BYTES = 512
 #: Sums per minute are decoded about so many bytes at a time, and read so many at a time from each column of a
 #: local file. From a bucket a file is read at once, with few requests, unless it is larger.
-ROWS_BYTES, STREAM_BYTES, MAX_BUFFERED_BYTES = 4 << 20, 64 << 10, 16 << 20
+ROWS_BYTES, STREAM_BYTES, MAX_BUFFERED_BYTES = 3 << 20, 64 << 10, 16 << 20
 MINUTES_LISTS = frozenset(field.name for field in MINUTES_SCHEMA if pa.types.is_list(field.type))
 NULLABLE_LISTS = frozenset(field.name for field in MINUTES_SCHEMA if field.nullable) & MINUTES_LISTS
+NO_TURN = nullcontext()
 _EDGES = "first_step", "last_step", "first_time_ns", "last_time_ns"
 #: Columns of the table ``steps`` that are read as dictionary codes: most of their texts are equal.
 TEXT_COLUMNS = ["status", "phase"]
@@ -204,13 +205,19 @@ class ParquetSegment:
         """Whether it has sums per minute; one from before version 1.2 has none."""
         return "minutes" in self._entry.files
 
-    def minutes(self, columns: Sequence[str], rows_bytes: int = ROWS_BYTES) -> Iterator[Minutes]:
+    def minutes(
+        self,
+        columns: Sequence[str],
+        rows_bytes: int = ROWS_BYTES,
+        turn: AbstractContextManager[object] = NO_TURN,
+    ) -> Iterator[Minutes]:
         """The rows of its sums per minute, about ``rows_bytes`` at a time, with some columns.
 
-        It must have some. Raises DamagedSegmentError.
+        It must have some. ``turn`` is held from the first row on: many threads can wait for a bucket, but
+        each that decodes takes memory. Raises DamagedSegmentError.
         """
         names = [*dict.fromkeys((*columns, "active"))]  # by which rows of scope local are known
-        at_once = max(1, rows_bytes // sum(8 * max(1, width_of(n, self.shape)) for n in names))
+        at_once = max(1, rows_bytes // self._minutes_row(names))
         compressed = sum(
             column.total_compressed_size
             for group in _groups(self._footer_of("minutes"))
@@ -223,14 +230,23 @@ class ParquetSegment:
             with reading_faults(self, "minutes", path):
                 if opened.read_at is not None:
                     _check_pages(opened.read_at, metadata, [*range(metadata.num_row_groups)], names)
+                # Requests begin here.
                 batches = opened.file.iter_batches(at_once, columns=names, use_threads=False)
-            while True:
-                with reading_faults(self, "minutes", path):
-                    batch = next(batches, None)
-                    rows = None if batch is None else Minutes.from_table(pa.table(batch), self.shape)
-                if rows is None:
-                    return
-                yield rows
+            with turn:
+                while True:
+                    with reading_faults(self, "minutes", path):
+                        batch = next(batches, None)
+                        rows = None if batch is None else Minutes.from_table(pa.table(batch), self.shape)
+                    if rows is None:
+                        return
+                    yield rows
+
+    def minutes_bytes(self, columns: Sequence[str]) -> int:
+        """What the rows of its sums per minute take when they are decoded, with some columns, about."""
+        return self._entry.files["minutes"].rows * self._minutes_row(columns)
+
+    def _minutes_row(self, columns: Sequence[str]) -> int:
+        return sum(8 * (width_of(name, self.shape) if name in MINUTES_LISTS else 1) for name in columns)
 
     def _footer_of(self, table: str) -> pq.FileMetaData:
         if table not in self._metadata:

@@ -127,7 +127,13 @@ class Minutes:
         ``table`` may lack lists; the result lacks them, too.
         """
         names = [name for name in table.column_names if name in MINUTES_SCHEMA.names]
-        column = {name: table.column(name).combine_chunks() for name in names}
+        # Numbers are copied: an array that is kept would keep all that was decoded with it.
+        column = {
+            name: table.column(name).chunk(0)
+            if name in _LISTS and table.column(name).num_chunks == 1
+            else table.column(name).combine_chunks()
+            for name in names
+        }
         summed = len(table) == 0 or column["active"].null_count < len(table)
         columns: dict[str, Array] = {}
         phases: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.analysis.timeline import timeline
 from eplb_analyze.analysis.timeline_report import Timeline
 from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
+from eplb_analyze.reader import rolled_up
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.report.document import report_document
 from eplb_analyze.sessions.segments import DamagedSegmentError
@@ -419,6 +420,24 @@ def test_minute_in_which_a_rank_is_missing_is_incomplete(tmp_path: Path) -> None
     summed = found.rollup.summed if found.rollup else None
     assert summed is not None
     assert summed.balancedness == pytest.approx(summed_truth(np.arange(stop))[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 20_000])
+def test_ranks_add_up_whatever_is_decoded_at_once(
+    local: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row, and some files as a whole: a rank can be ahead of others by hours of minutes, or by one."""
+    expected = summary_of(local, tier="minutes")
+    monkeypatch.setattr(rolled_up, "JOINED_BYTES", at_once)
+    monkeypatch.setattr(rolled_up, "JOINED_ROWS", 2)
+    monkeypatch.setattr(rolled_up, "AHEAD_NS", MINUTE_NS)
+    found = summary_of(local, tier="minutes")
+    assert found.steps.to_json() == expected.steps.to_json()
+    assert found.rollup is not None
+    assert expected.rollup is not None
+    assert found.rollup.minutes == expected.rollup.minutes
+    assert found.rollup.summed is not None
+    assert found.rollup.summed.balancedness == pytest.approx(summed_truth(np.arange(STEPS))[0], rel=1e-12)
 
 
 @pytest.mark.parametrize("stop", [9 * SEGMENT, 9 * SEGMENT + 20])
