@@ -8,9 +8,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, TypeVar
 
 import typer
 
@@ -19,6 +19,8 @@ from eplb_analyze.errors import UsageError
 from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import StoragePath, full_text, storage_path
 from eplb_analyze.text import PROGRAM
+
+T = TypeVar("T")
 
 #: The engine's variable names the dump, so a command needs not.
 DUMP_VARIABLE = "EXPERT_LOAD_DUMP_DIR"
@@ -311,6 +313,45 @@ Start = Annotated[
         metavar="N,N…",
     ),
 ]
+# When the tried settings rearrange less, later or in parts; `none` in a list is a setting without it.
+MaxUtilization = Annotated[
+    str | None,
+    typer.Option(
+        "--max-utilization",
+        help="Rearrange only if the utilization since it was last due is at most X, as SGLang's threshold.",
+        metavar="X,X…",
+    ),
+]
+MinBalancedness = Annotated[
+    str | None,
+    typer.Option(
+        "--min-balancedness",
+        help="Rearrange only if a layer's balancedness over the window is below X, as ATOM's threshold.",
+        metavar="X,X…",
+    ),
+]
+LayersPerStep = Annotated[
+    str | None,
+    typer.Option(
+        "--layers-per-step",
+        help="Change this many layers in each step, as asynchronous engines do; default: all at once.",
+        metavar="N,N…",
+    ),
+]
+DelaySteps = Annotated[
+    str | None,
+    typer.Option(
+        "--delay-steps", help="Change the first layers this many steps after the window.", metavar="N,N…"
+    ),
+]
+MaxMoves = Annotated[
+    str | None,
+    typer.Option(
+        "--max-moves",
+        help="Move at most this many expert weights in a rearrangement, where they help most.",
+        metavar="N,N…",
+    ),
+]
 NumGroups = Annotated[
     int | None,
     typer.Option(
@@ -524,6 +565,12 @@ def parse_choices(
     start: str | None,
     ep_size: str | None = None,
     dispatch: str | None = None,
+    *,
+    max_utilization: str | None = None,
+    min_balancedness: str | None = None,
+    layers_per_step: str | None = None,
+    delay_steps: str | None = None,
+    max_moves: str | None = None,
 ) -> Choices:
     """Parse comma-separated lists of values; None for an option that was not given."""
     from eplb_analyze.dispatch import named as dispatches
@@ -544,7 +591,32 @@ def parse_choices(
         windows=_numbers(window, "--window-steps", 1),
         ep_sizes=_numbers(ep_size, "--ep-size", 1),
         starts=_numbers(start, "--start", 0),
+        max_utilizations=_or_none(max_utilization, "--max-utilization", _shares),
+        min_balancedness=_or_none(min_balancedness, "--min-balancedness", _shares),
+        layers_per_step=_or_none(layers_per_step, "--layers-per-step", functools.partial(_numbers, least=1)),
+        delays=_numbers(delay_steps, "--delay-steps", 0) or [0],
+        max_moves=_or_none(max_moves, "--max-moves", functools.partial(_numbers, least=1)),
     )
+
+
+def _or_none(
+    text: str | None, option: str, parse: Callable[[str | None, str], Sequence[T] | None]
+) -> list[T | None]:
+    """Parse a list that may contain ``none``, first in the result; without the option it has only that."""
+    parts = ["none"] if text is None else [part.strip() for part in text.split(",")]
+    values = [part for part in parts if part != "none"]
+    found = parse(",".join(values), option) if values else []
+    return [*([None] if len(values) < len(parts) else []), *(found or [])]
+
+
+def _shares(text: str | None, option: str) -> list[float]:
+    parts = [part.strip() for part in (text or "").split(",")]
+    if not all(re.fullmatch(r"[0-9]?\.?[0-9]{1,9}", part) and 0 < float(part) <= 1 for part in parts):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers above 0 and up to 1; write, for example, 0.8,0.9 or none,0.9",
+            param_hint=option,
+        )
+    return sorted({float(part) for part in parts})
 
 
 def _numbers(text: str | None, option: str, least: int) -> list[int] | None:

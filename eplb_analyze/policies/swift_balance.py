@@ -1,6 +1,6 @@
 """SwiftBalance, vllm-ascend's default: the placement in force, changed by few moves between any two ranks.
 
-Redundant slots are given anew to the experts with most tokens; then the rank with most tokens swaps experts
+The experts with most tokens get the redundant slots; then the rank with most tokens swaps experts
 with others. A rank sends another one at most one expert. What decides ties and rounding is reproduced too:
 tokens of ranks are float32, and the experts of a rank are compared in the order of a Python set.
 

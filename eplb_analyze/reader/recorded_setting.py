@@ -30,6 +30,25 @@ class Setting:
     #: How replicas share tokens: ``measured``, ``even``, ``random``, ``vllm``, ``sglang-static``,
     #: ``sglang-dynamic``, ``vllm-ascend`` or ``lp``.
     dispatch: str = "measured"
+    #: It rearranges only if the mean utilization since it was due last is at most this; None: always.
+    max_utilization: float | None = None
+    #: It rearranges only if a layer's balancedness over the window is below this; None: always.
+    min_balancedness: float | None = None
+    #: So many layers change in a step, in the next steps the others; None: all in one step.
+    layers_per_step: int | None = None
+    #: The first layers change so many steps after the window ends.
+    delay: int = 0
+    #: A rearrangement moves at most so many expert weights; None: no limit.
+    max_moves: int | None = None
+
+    @property
+    def conditions(self) -> tuple[float | int | None, ...]:
+        """When it rearranges less, later or in parts; of a setting without any, ``NO_CONDITIONS``."""
+        return tuple(getattr(self, name) for name in CONDITIONS)
+
+
+CONDITIONS = ("max_utilization", "min_balancedness", "layers_per_step", "delay", "max_moves")
+NO_CONDITIONS = (None, None, None, 0, None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.prices import combined
-from eplb_analyze.reader.recorded_setting import Setting
+from eplb_analyze.reader.recorded_setting import NO_CONDITIONS, Setting
 from eplb_analyze.replay.pricing import Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
@@ -133,8 +133,7 @@ def one_at_a_time(
         ):
             mostly = abs(net_ms.estimate - work.value) > abs(work.value)
             assumed = mostly or result != result_of(combined([(1 / step_ms, work)]), min_gain)
-        slots = (outcome.num_physical_experts - today.num_physical_experts) // outcome.ep_size
-        experts = slots * played.part.shape.num_moe_layers
+        experts = outcome.experts_per_gpu - today.experts_per_gpu
         size = None if expert_mb is None else experts * expert_mb / 1e3
         rows.append(
             Change(
@@ -164,8 +163,9 @@ def _base(played: Replay, own: Setting | None) -> Setting | None:
             abs(setting.interval - usual),
             abs((setting.window or 0) - (today.window or setting.interval)),
         )
-        found.append(((setting.policy != today.policy, *map(float, far)), setting))
-    return min(found)[1] if found else None
+        other = setting.policy != today.policy, setting.conditions != NO_CONDITIONS
+        found.append(((*map(float, other), *map(float, far)), setting))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _part(base: Setting, own: Setting | None, outcome: Outcome, today: Outcome) -> Part | None:
@@ -188,6 +188,8 @@ def part_changed(base: Setting, other: Setting) -> Part | None:
     A window as long as the interval follows it, and so does the start.
     """
     if base.ep_size != other.ep_size:
+        return None
+    if base.conditions != other.conditions and other.policy not in FIXED:
         return None
     redundant = base.num_redundant_experts != other.num_redundant_experts
     if base.policy != other.policy:

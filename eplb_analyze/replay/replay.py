@@ -23,7 +23,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, estimate_notes, last_of_configurations
 from eplb_analyze.reader.lost import lost_in, remaining
-from eplb_analyze.reader.recorded_setting import Recorded, Setting, recorded
+from eplb_analyze.reader.recorded_setting import CONDITIONS, Recorded, Setting, recorded
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.replay.grouping import Grouping, Groupings
@@ -36,7 +36,7 @@ from eplb_analyze.replay.sharing import BOUND, check_objective
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
-from eplb_dump.format.journal import Shape
+from eplb_dump.format.journal import Int32, Shape
 
 #: If the least number of groups that the placements show does not reproduce them, so many more are tried.
 FINER_TRIED = 3
@@ -137,6 +137,12 @@ class Outcome:
     net_ms_per_step: Milliseconds | None = None
     #: The expert weights fetched by all ranks; None if the size of an expert is not known.
     moved_gb: float | None = None
+    #: How often a rearrangement was due and did not happen, by the conditions of the setting.
+    skipped: int = 0
+    #: The most expert weights that a GPU holds in the end, over all layers.
+    experts_per_gpu: int = 0
+    #: Their size; None if the size of an expert is not known.
+    gb_per_gpu: float | None = None
 
     @property
     def weights_moved(self) -> int:
@@ -159,7 +165,7 @@ class Outcome:
 
 
 def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
-    names = ("policy", "num_redundant_experts", "interval", "window", "start", "dispatch")
+    names = ("policy", "num_redundant_experts", "interval", "window", "start", "dispatch", *CONDITIONS)
     return {name: getattr(setting, name, None) for name in names}
 
 
@@ -392,7 +398,12 @@ def _result(
     outcomes = [_against(outcome, as_today, seconds, priced) for outcome in outcomes]
     if expert_mb is not None:
         as_today, *outcomes = [
-            replace(o, moved_gb=o.weights_moved * expert_mb / 1e3) for o in (as_today, *outcomes)
+            replace(
+                o,
+                moved_gb=o.weights_moved * expert_mb / 1e3,
+                gb_per_gpu=o.experts_per_gpu * expert_mb / 1e3,
+            )
+            for o in (as_today, *outcomes)
         ]
     steps = simulation.scored * run.info.interval
     outcomes = [
@@ -471,7 +482,15 @@ def _objective(asked: Objective | None, cost: RunCost, dispatches: Sequence[str]
 
 def _outcome(simulation: Simulation, row: int) -> Outcome:
     own = simulation.setting_runs[row]
-    return Outcome(setting=simulation.settings[row], moves=own.moves, **_figures(simulation, row, own.slots))
+    held = _experts_per_gpu(own.placed[-1][1], own.setting.ep_size)
+    return Outcome(
+        setting=simulation.settings[row], moves=own.moves, skipped=own.skipped, experts_per_gpu=held,
+        **_figures(simulation, row, own.slots),
+    )  # fmt: skip
+
+
+def _experts_per_gpu(placement: Int32, ep_size: int) -> int:
+    return int((placement.reshape(len(placement), ep_size, -1) >= 0).sum(axis=(0, 2)).max())
 
 
 def _figures(simulation: Simulation, row: int, slots: int) -> dict[str, Any]:
@@ -501,7 +520,8 @@ def _today(simulation: Simulation) -> Outcome:
         if known:
             old, new = (np.stack(each) for each in zip(*known, strict=True))
             moves.append(Move.of(change.first_step, old, new, simulation.shape.ep_size, simulation.experts))
-    return Outcome(setting=None, moves=moves, **_figures(simulation, TODAY, slots))
+    held = simulation.layers * slots // simulation.shape.ep_size
+    return Outcome(setting=None, moves=moves, experts_per_gpu=held, **_figures(simulation, TODAY, slots))
 
 
 def _against(outcome: Outcome, today: Outcome, seconds: float | None, pause: Pause) -> Outcome:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy, Problem
-from eplb_analyze.reader.placements import crossings, holdings
-from eplb_analyze.reader.recorded_setting import Setting
+from eplb_analyze.reader.recorded_setting import UTILIZATION_STEPS, Setting
+from eplb_analyze.replay.conditions import fetched, in_parts, limited, worst_balancedness
 from eplb_dump.format.journal import Int32, Int64
 
 #: Policies that use only the sum of a window; others, a user's too, also get it in parts.
@@ -24,6 +25,8 @@ PARTS = 64
 
 #: Placements by the step from which each holds.
 Placed = list[tuple[int, Int32]]
+#: SGLang's utilization of some steps of a block, given their part of it and a placement of all layers.
+Utilization = Callable[[slice, Int32], Float64]
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,11 @@ class Move:
     @classmethod
     def of(cls, step: int, old: Int32, new: Int32, ep_size: int, num_logical_experts: int) -> Move:
         """``old`` and ``new`` are placements ``[layers, num_physical_experts]``."""
-        fetched = np.zeros(ep_size, np.int64)
-        for before, after in zip(old, new, strict=True):
-            if not np.array_equal(before, after):
-                held = [holdings(slots, ep_size, num_logical_experts) for slots in (before, after)]
-                fetched += crossings(held[0], held[1])
-        return cls(step, int(fetched.sum()), int(fetched.max()))
+        changed = (old != new).any(axis=1)
+        if not changed.any():
+            return cls(step, 0, 0)
+        weights = fetched(old[changed], new[changed], ep_size, num_logical_experts).sum(axis=0)
+        return cls(step, int(weights.sum()), int(weights.max()))
 
 
 class PrefixSums:
@@ -118,8 +120,13 @@ class SettingRun:
         self.slots = placement.shape[1]
         self.window = setting.window or 0
         self.moves: list[Move] = []
-        #: The placements in the current block; the first was in force when it began.
+        #: How often a rearrangement was due and did not happen, by the conditions of the setting.
+        self.skipped = 0
+        #: The placements in the current block; the first was in force when it began. Those of a rearrangement
+        #: that comes in parts can hold from later steps.
         self.placed: Placed = [(-1, placement)]
+        #: The utilization of the steps since a rearrangement was due.
+        self._utilization: list[Float64] = []
         #: All placements, if asked for.
         self.kept: Placed | None = None
         #: Called with each rearrangement: the step from which it holds, and the placement.
@@ -136,26 +143,63 @@ class SettingRun:
             ends = self._due(after, steps, after + before, int(steps[-1]) + before)
             yield from (end - before for end in ends)
 
-    def play(self, past: PrefixSums, after: int, steps: Int64) -> None:
+    def play(self, past: PrefixSums, after: int, steps: Int64, utilization: Utilization) -> None:
         """Rearrange when due in a block; ``after`` is the last step before it. Raises UsageError."""
-        self.placed = self.placed[-1:]
+        in_force = max(i for i, (step, _) in enumerate(self.placed) if i == 0 or step <= steps[0])
+        self.placed = self.placed[in_force:]
+        known, measured = len(self.placed), 0
         for step in self._due(after, steps, after, int(steps[-1])):
+            measured = self._measure(steps, measured, step, utilization)
             weight = past.between(step - self.window, step)
             if not weight.any():
                 continue
-            current = self.placed[-1][1]
-            size = self.slots, self.setting.ep_size, self._nodes, self._groups
-            series, each = (
-                past.series([step - before for before in self._parts]) if self._parts else (None, 1)
-            )
-            problem = Problem(weight, *size, current, self._experts, series, each)
-            new = policies.place(self._policy, problem)
-            self.moves.append(Move.of(step, current, new, self.setting.ep_size, weight.shape[1]))
-            self.placed.append((step, new))
-            if self.on_move is not None:
-                self.on_move(step, new)
+            if self.placed[-1][0] > step or not self._needed(weight):
+                self.skipped += 1
+                continue
+            self._rearrange(step, weight, past)
+        self._measure(steps, measured, int(steps[-1]) + 1, utilization)
         if self.kept is not None:
-            self.kept += self.placed[1:]
+            self.kept += self.placed[known:]
+
+    def _rearrange(self, step: int, weight: Int64, past: PrefixSums) -> None:
+        setting, current = self.setting, self.placed[-1][1]
+        series, each = past.series([step - before for before in self._parts]) if self._parts else (None, 1)
+        size = self.slots, setting.ep_size, self._nodes, self._groups
+        problem = Problem(weight, *size, current, self._experts, series, each)
+        new = policies.place(self._policy, problem)
+        if setting.max_moves is not None:
+            new = limited(current, new, weight, setting.ep_size, setting.max_moves)
+        first = step + setting.delay
+        self.moves.append(Move.of(first, current, new, setting.ep_size, weight.shape[1]))
+        self.placed += enumerate(in_parts(current, new, setting.layers_per_step), first)
+        if self.on_move is not None:
+            self.on_move(first, new)
+
+    def _needed(self, weight: Int64) -> bool:
+        """Whether the setting's conditions allow a rearrangement that is due; ``weight``: of its window."""
+        setting, needed = self.setting, True
+        if setting.max_utilization is not None and self._utilization:
+            recent = np.concatenate(self._utilization)[-UTILIZATION_STEPS:]
+            needed = not len(recent) or float(recent.mean()) <= setting.max_utilization
+        self._utilization.clear()
+        if setting.min_balancedness is not None:
+            worst = worst_balancedness(weight, self.placed[-1][1], setting.ep_size)
+            needed = needed and worst < setting.min_balancedness
+        return needed
+
+    def _measure(self, steps: Int64, row: int, end: int, utilization: Utilization) -> int:
+        """Add the utilization of a block's steps from a row to those before ``end``; return the next row."""
+        last = int(np.searchsorted(steps, end))
+        if self.setting.max_utilization is None:
+            return last
+        edges = [*(int(np.searchsorted(steps, step)) for step, _ in self.placed[1:]), len(steps)]
+        first = 0
+        for (_, placement), edge in zip(self.placed, edges, strict=True):
+            part = slice(max(first, row), min(edge, last))
+            if part.stop > part.start:
+                self._utilization.append(utilization(part, placement))
+            first = edge
+        return last
 
     def _due(self, after: int, steps: Int64, low: int, high: int) -> Iterator[int]:
         """The steps in ``(low, high]`` from which new placements hold, if their window has a step.

@@ -9,8 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eplb_analyze.errors import UsageError
-from eplb_analyze.reader.recorded_setting import Recorded, Setting, first_rearrangement
+from eplb_analyze.reader.recorded_setting import (
+    CONDITIONS,
+    NO_CONDITIONS,
+    Recorded,
+    Setting,
+    first_rearrangement,
+)
 from eplb_analyze.reader.run import Run
+from eplb_analyze.text import plural
 from eplb_dump.format.schema import MAX_EXPERTS
 
 #: The policy that keeps the placement in force.
@@ -34,7 +41,7 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
 
     The names are those of vLLM 0.33 (``EPLBConfig``) and SGLang 0.5.23 (``ServerArgs``).
     """
-    if engine == "vllm" and setting.policy == "vllm":
+    if engine == "vllm" and setting.policy == "vllm" and setting.conditions == NO_CONDITIONS:
         config = {
             "num_redundant_experts": setting.num_redundant_experts,
             "step_interval": setting.interval,
@@ -45,11 +52,17 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
         # Not --no-enable-eplb: without EPLB, vLLM counts no tokens, and refuses redundant experts.
         never = {"num_redundant_experts": 0, "step_interval": _NEVER}
         return f"--enable-eplb --eplb-config '{json.dumps(never)}'"
-    if engine == "sglang" and setting.policy == "sglang":
+    without = replace(setting, max_utilization=None, layers_per_step=None).conditions
+    if engine == "sglang" and setting.policy == "sglang" and without == NO_CONDITIONS:
+        also = ""
+        if setting.max_utilization is not None:
+            also += f" --eplb-min-rebalancing-utilization-threshold {setting.max_utilization:g}"
+        if setting.layers_per_step is not None:
+            also += f" --eplb-rebalance-layers-per-chunk {setting.layers_per_step}"
         return (
             f"--enable-eplb --ep-num-redundant-experts {setting.num_redundant_experts} "
             f"--eplb-rebalance-num-iterations {setting.interval} "
-            f"--expert-distribution-recorder-buffer-size {setting.window}"
+            f"--expert-distribution-recorder-buffer-size {setting.window}{also}"
         )
     return None
 
@@ -66,6 +79,19 @@ class Choices:
     starts: Sequence[int] | None = None
     #: Names of :data:`eplb_analyze.dispatch.named.NAMES`.
     dispatches: Sequence[str] | None = None
+    #: Conditions under which settings rearrange: see :class:`Setting`.
+    max_utilizations: Sequence[float | None] = (None,)
+    min_balancedness: Sequence[float | None] = (None,)
+    layers_per_step: Sequence[int | None] = (None,)
+    delays: Sequence[int] = (0,)
+    max_moves: Sequence[int | None] = (None,)
+
+    def conditions(self) -> list[dict[str, Any]]:
+        """All combinations of the conditions, as arguments of :class:`Setting`."""
+        each = (
+            self.max_utilizations, self.min_balancedness, self.layers_per_step, self.delays, self.max_moves
+        )  # fmt: skip
+        return [dict(zip(CONDITIONS, values, strict=True)) for values in itertools.product(*each)]
 
 
 def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[Setting], list[str]]:
@@ -111,8 +137,8 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                 for interval in choices.intervals or _intervals(engine, today.interval, steps):
                     windows = choices.windows or _windows(engine, interval, today.window, steps)
                     starts = choices.starts or [first_rearrangement(engine, interval)]
-                    for window, start in itertools.product(windows, starts):
-                        found.add(Setting(policy, redundant, ep_size, interval, window, start))
+                    for window, start, conditions in itertools.product(windows, starts, choices.conditions()):
+                        found.add(Setting(policy, redundant, ep_size, interval, window, start, **conditions))
     if not found:
         raise UsageError(notes[0] if notes else "there are no settings to try")
     layers = run.info.num_layers
@@ -160,7 +186,7 @@ def _two_more(
     usual = sorted(choices.windows or _windows(engine, interval, today.window, steps))
     window = _nearest(usual, today.window or interval)
     start = (choices.starts or [first_rearrangement(engine, interval)])[0]
-    return {Setting(policy, redundant, ep_size, interval, window, start)}
+    return {Setting(policy, redundant, ep_size, interval, window, start, **choices.conditions()[0])}
 
 
 def usual_interval(today: Recorded, steps: int) -> int:
@@ -179,6 +205,22 @@ def _windows(engine: str | None, interval: int, today: int | None, steps: int) -
 
 
 def _order(setting: Setting) -> tuple[Any, ...]:
-    numbers = (setting.interval, setting.window, setting.start)
+    numbers = (setting.interval, setting.window, setting.start, *setting.conditions)
     first = setting.ep_size, setting.num_redundant_experts, setting.policy
     return (*first, *(n or 0 for n in numbers), setting.dispatch)
+
+
+def conditions_text(setting: Setting) -> list[str]:
+    """When it rearranges less, later or in parts, in words; nothing if there is no such condition."""
+    parts = []
+    if setting.max_utilization is not None:
+        parts.append(f"only at utilization {setting.max_utilization:g} or less")
+    if setting.min_balancedness is not None:
+        parts.append(f"only if a layer's balancedness is below {setting.min_balancedness:g}")
+    if setting.layers_per_step is not None:
+        parts.append(f"{plural(setting.layers_per_step, 'layer')} per step")
+    if setting.delay:
+        parts.append(f"{plural(setting.delay, 'step')} late")
+    if setting.max_moves is not None:
+        parts.append(f"at most {plural(setting.max_moves, 'move')}")
+    return parts

@@ -111,9 +111,8 @@ class Sharing:
         dispatch, ranks = self.dispatches[row], self._settings[row].ep_size
         known = {id(placement): table for placement, table in self._tables.get(row, [])}
         out = []
-        for index, (_, placement) in enumerate(own.placed):
-            initial = index == 0 and len(own.moves) < len(own.placed)
-            if dispatch.only_at_start and not initial:
+        for step, placement in own.placed:
+            if dispatch.only_at_start and step >= 0:
                 table = np.full((len(placement), ranks, self._experts), ANY, np.int32)
             else:
                 known_table = known.get(id(placement))
@@ -132,10 +131,16 @@ class Sharing:
 
     def placements(self, row: int, own: SettingRun, layer: int) -> LayerPlacements:
         """A layer's placements in the current block under a setting."""
-        if row not in self._tables:
-            return [(step, slots[layer], None) for step, slots in own.placed]
-        tables = [table[layer] for _, table in self._tables[row]]
-        return [(step, slots[layer], table) for (step, slots), table in zip(own.placed, tables, strict=True)]
+        found: LayerPlacements = []
+        tables = (
+            [table for _, table in self._tables[row]] if row in self._tables else [None] * len(own.placed)
+        )
+        for (step, slots), of_step in zip(own.placed, tables, strict=True):
+            table = None if of_step is None else of_step[layer]
+            # A rearrangement in parts does not change all layers.
+            if not (found and _same(found[-1][1], slots[layer]) and _same(found[-1][2], table)):
+                found.append((step, slots[layer], table))
+        return found
 
     def todays(self, layer: int, steps: Int64) -> list[LayerPlacements]:
         """A layer's recorded placements in the steps of the current block, for each of today's dispatches."""
@@ -220,6 +225,10 @@ class Sharing:
         elif by_position and self._run.info.token_replication < self._shape.ep_size:
             notes.append(f"{by_position}: the batches of all ranks are assumed to be equally large")
         return notes
+
+
+def _same(one: Int32 | None, other: Int32 | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _sources_unknown(run: Run) -> str | None:

@@ -23,7 +23,7 @@ from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
 from eplb_analyze.dispatch.rule import Replicas, rank_loads
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics.cost import EXCHANGE_RATES
-from eplb_analyze.metrics.formulas import Float64
+from eplb_analyze.metrics.formulas import Float64, Terms, sglang
 from eplb_analyze.parallel import split_range
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.policies.policy import Policy
@@ -43,7 +43,7 @@ from eplb_analyze.replay.scores import (
     Line,
     Scores,
 )
-from eplb_analyze.replay.setting_run import PrefixSums, SettingRun
+from eplb_analyze.replay.setting_run import PrefixSums, SettingRun, Utilization
 from eplb_analyze.replay.sharing import Sharing
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
@@ -184,7 +184,10 @@ class Simulation:
                 runs = self._played.values()
                 edges = (edge for own in runs for edge in own.window_edges(after, steps))
                 past.add(steps, loads.logical, edges, pool)
-                for played in [pool.submit(own.play, past, after, steps) for own in runs]:
+                playing = [
+                    pool.submit(own.play, past, after, steps, self._utilization(loads, own)) for own in runs
+                ]
+                for played in playing:
                     played.result()
                 self.sharing.start(loads.num_tokens, self.setting_runs, pool)
                 past.forget(last - longest)
@@ -192,6 +195,23 @@ class Simulation:
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
+
+    def _utilization(self, loads: _LogicalLoads, own: SettingRun) -> Utilization:
+        """How to measure a setting's utilization in steps of a block, with tokens dealt once, as measured."""
+        ranks = own.setting.ep_size
+
+        def measure(part: slice, placement: Int32) -> Float64:
+            per_layer = []
+            for layer, slots in enumerate(placement):
+                bits = random_bits(loads.steps[part], layer, replica_draws(slots))
+                tokens = self.sharing.tokens(loads.logical[layer], loads.num_tokens).within(part)
+                dealt = self.sharing.measured.slot_loads(tokens, Replicas(slots, ranks), bits)
+                per_layer.append(rank_loads(dealt, ranks))
+            utilization = sglang(Terms.of(np.stack(per_layer, axis=1)))
+            utilization[np.isnan(utilization)] = 1  # as SGLang, of steps without tokens
+            return utilization
+
+        return measure
 
     def _with_placement(self, block: Block) -> Int64:
         """The block's complete steps in which the placement of every layer is known."""

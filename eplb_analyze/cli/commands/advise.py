@@ -21,6 +21,11 @@ def advise(
     window: options.Window = None,
     start: options.Start = None,
     dispatch: options.OneDispatch = None,
+    max_utilization: options.MaxUtilization = None,
+    min_balancedness: options.MinBalancedness = None,
+    layers_per_step: options.LayersPerStep = None,
+    delay_steps: options.DelaySteps = None,
+    max_moves: options.MaxMoves = None,
     min_gain: Annotated[
         float,
         typer.Option(
@@ -55,7 +60,11 @@ def advise(
     Tries the same settings as `replay`. Chooses the best setting on the first 60% of the steps, and tests it
     on the rest.
     """
-    choices = options.parse_choices(policy, redundant, interval, window, start, dispatch=dispatch)
+    choices = options.parse_choices(
+        policy, redundant, interval, window, start, dispatch=dispatch,
+        max_utilization=max_utilization, min_balancedness=min_balancedness,
+        layers_per_step=layers_per_step, delay_steps=delay_steps, max_moves=max_moves,
+    )  # fmt: skip
     from eplb_analyze.replay.advise import advise as judge
     from eplb_analyze.replay.pricing import Objective
 

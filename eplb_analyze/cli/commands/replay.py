@@ -23,6 +23,11 @@ def replay(
     ] = None,
     start: options.Start = None,
     dispatch: options.Dispatch = None,
+    max_utilization: options.MaxUtilization = None,
+    min_balancedness: options.MinBalancedness = None,
+    layers_per_step: options.LayersPerStep = None,
+    delay_steps: options.DelaySteps = None,
+    max_moves: options.MaxMoves = None,
     num_groups: options.NumGroups = None,
     num_nodes: options.NumNodes = None,
     objective: options.Objective = None,
@@ -39,7 +44,11 @@ def replay(
     is scored on later steps. The table also includes the recorded setting. Options take comma-separated
     lists, for example 100,500.
     """
-    choices = options.parse_choices(policy, redundant, interval, window, start, ep_size, dispatch)
+    choices = options.parse_choices(
+        policy, redundant, interval, window, start, ep_size, dispatch,
+        max_utilization=max_utilization, min_balancedness=min_balancedness,
+        layers_per_step=layers_per_step, delay_steps=delay_steps, max_moves=max_moves,
+    )  # fmt: skip
     from eplb_analyze.replay.pricing import Objective
     from eplb_analyze.replay.replay import replay_run
 

@@ -86,12 +86,15 @@ def _steps(console: Console, advice: Advice) -> None:
 
 def _advised(advice: Advice) -> str:
     """``vllm, 32 redundant experts, every 100 steps, window 500, saves 0.8 ms per step``."""
+    from eplb_analyze.replay.settings import conditions_text
+
     setting = None if advice.best is None else advice.best.setting
     assert setting is not None
     policy = "no rearrangements" if setting.policy == "static" else clean(setting.policy)
     text = f"{policy}, {plural(setting.num_redundant_experts, 'redundant expert')}"
     if setting.interval is not None:
         text += f", every {plural(setting.interval, 'step')}, window {setting.window or 0:,}"
+        text += "".join(f", {condition}" for condition in conditions_text(setting))
     net = advice.net_ms_per_step
     if advice.replay is not None and advice.replay.objective == "ms" and net is not None:
         return f"{text}, saves {milliseconds(net.estimate, net.low, net.high)} per step"
@@ -193,10 +196,13 @@ def _gained(change: Change) -> str:
 
 def _text(setting: Setting, *, redundant: bool = True) -> str:
     """``vllm, 32 redundant, every 500 steps, window 1,000``; ``no rearrangements, 32 redundant``."""
+    from eplb_analyze.replay.settings import conditions_text
+
     parts = ["no rearrangements" if setting.policy == "static" else clean(setting.policy)]
     parts += [f"{setting.num_redundant_experts:,} redundant"] if redundant else []
     if setting.interval is not None:
         parts += [f"every {plural(setting.interval, 'step')}", f"window {setting.window or 0:,}"]
+        parts += conditions_text(setting)
     return ", ".join(parts)
 
 

@@ -17,6 +17,8 @@ from eplb_analyze.cli.console import (
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from eplb_analyze.analysis.milliseconds import Milliseconds
@@ -30,6 +32,15 @@ MOSTLY = 0.5
 #: From this many columns on, the gain has a column beside the net gain.
 WIDE = 100
 
+
+#: The conditions of settings, by the titles of their columns, and what these mean.
+CONDITIONS = {
+    "util ≤": ("max_utilization", "rearranges only at this utilization or less"),
+    "worst <": ("min_balancedness", "rearranges only if a layer's balancedness is below this"),
+    "layers": ("layers_per_step", "layers that change in a step"),
+    "delay": ("delay", "steps until the first layers change"),
+    "limit": ("max_moves", "expert weights that a rearrangement moves at most"),
+}
 
 OBJECTIVES = {"tokens": "tokens", "active": "active experts", "ms": "net ms per step"}
 
@@ -112,6 +123,9 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     if _costs(result) and not in_ms:
         legend += "; net: time saved, assuming that a step consists only of its experts, less pauses "
         legend += "beyond today's (! a loss)"
+    for title, (name, meaning) in CONDITIONS.items():
+        if _has(result, name):
+            legend += f"; {title}: {meaning}"
     if any(outcome.setting == result.recorded.setting() for outcome in result.outcomes):
         legend += "; =: today's setting, replayed"
     several = len(result.dispatches) > 1
@@ -159,6 +173,7 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         "interval": lambda result, outcome: _number(result, outcome, "interval"),
         "window": lambda result, outcome: _number(result, outcome, "window"),
         "start": lambda result, outcome: _number(result, outcome, "start"),
+        **{title: _condition(name) for title, (name, _) in CONDITIONS.items()},
         "<dispatch": _dispatch,
         "balanced": lambda result, outcome: figure(outcome.balancedness),
         "idle": lambda result, outcome: percent(outcome.idle_fraction),
@@ -177,6 +192,9 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         del columns["start"]
     if len(result.dispatches) == 1:
         del columns["<dispatch"]
+    for title, (name, _) in CONDITIONS.items():
+        if not _has(result, name):
+            del columns[title]
     shown = {
         "ms": ("active", "gain ms", "net ms"),
         "active": ("balanced", "idle", "active"),
@@ -188,7 +206,11 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     hidden = []
     if console.width < WIDE:
         many = len(columns) > 9 or "<dispatch" in columns
-        left_out = ("gain ms", *(("balanced", "pauses s") if many else ()))
+        left_out = ["gain ms", *(("balanced", "pauses s") if many else ())]
+        if many and any(title in columns for title in CONDITIONS):
+            alike = (("redundant", "num_redundant_experts"), ("interval", "interval"), ("window", "window"))
+            values = {title: {getattr(setting, name) for setting in settings} for title, name in alike}
+            left_out += [title for title, found in values.items() if len(found - {None}) < 2]
         hidden = [name for name in left_out if columns.pop(name, None)]
     more = limited(top, len(outcomes))
     listing = table(
@@ -229,6 +251,15 @@ def _policy(result: Replay, outcome: Outcome) -> str:
 def _number(result: Replay, outcome: Outcome, name: str) -> str:
     value = getattr(outcome.setting or result.recorded, name)
     return "–" if value is None else f"{value:,}"
+
+
+def _has(result: Replay, name: str) -> bool:
+    """Whether a setting has a condition."""
+    return any(getattr(outcome.setting, name, None) for outcome in result.outcomes)
+
+
+def _condition(name: str) -> Callable[[Replay, Outcome], str]:
+    return lambda result, outcome: f"{value:,}" if (value := getattr(outcome.setting, name, None)) else "–"
 
 
 def _dispatch(result: Replay, outcome: Outcome) -> str:

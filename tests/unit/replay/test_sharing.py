@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_dynamic_prefers_the_nearest_replica_only_before_the_first_rearrangement
     root = record(tmp_path)
     moving = Setting("deepseek", SLOTS - EXPERTS, RANKS, 30, 30, 30)
     names = ("random", "sglang-dynamic")
-    settings = [Setting(*[*vars(moving).values()][:-1], name) for name in names]
+    settings = [replace(moving, dispatch=name) for name in names]
     result = replay_run(open_run(root), settings, objective=Objective.TOKENS, num_nodes=NODES)
     first, later = slice(0, 30), slice(30, None)
     rows = dict(zip([o.setting.dispatch for o in result.outcomes if o.setting], result.rows, strict=True))
