@@ -32,13 +32,13 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 LAYERS, LOGICAL, RANKS, SLOTS, STEPS = 3, 8, 4, 12, 120
 #: Steps that one rank did not record, and steps in which all were idle.
 INCOMPLETE, IDLE = {31, 64}, {50, 51}
-#: The placement changes within a segment, in layer 1 three steps later. The first has an empty slot.
+#: The placement changes within a segment, in one layer after another. The first has an empty slot.
 FIRST = np.r_[np.arange(LOGICAL), 0, 1, 2, -1]
 SECOND = np.r_[np.arange(LOGICAL)[::-1], 7, 7, 6, 0]
 
 
 def placement(step: int) -> Array:
-    return np.stack([SECOND if step >= change else FIRST for change in (40, 43, 40)])
+    return np.stack([SECOND if step >= change else FIRST for change in (40, 42, 43)])
 
 
 def rank_load(rank: int, step: int) -> Array:
