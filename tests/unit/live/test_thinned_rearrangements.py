@@ -124,6 +124,7 @@ def test_rearrangement_that_began_in_steps_that_are_gone_is_one(tmp_path: Path) 
     assert (row["first_step"], row["last_step"], row["layer_numbers"]) == (48, 62, [0, 1, 2])
     assert (row["verdict"], row["slots_moved"], row["experts_crossed_ranks"]) == ("not measured", None, None)
     assert row["reason"] == "the steps before it are no longer kept"
+    assert "eplb_rearrangements_total 1.0" in cli("serve-metrics", "--once", tmp_path).stdout
     for command in (["rearrangements"], ["summary"], ["watch", "--once"]):
         shown = cli(*command, tmp_path)
         assert shown.returncode == 0, shown.stderr
