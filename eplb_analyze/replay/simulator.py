@@ -204,9 +204,10 @@ class Simulation:
             per_layer = []
             for layer, slots in enumerate(placement):
                 bits = random_bits(loads.steps[part], layer, replica_draws(slots))
-                tokens = self.sharing.tokens(loads.logical[layer], loads.num_tokens).within(part)
+                load = np.ascontiguousarray(loads.logical[layer][part].T)
+                tokens = self.sharing.tokens(load, loads.num_tokens[part])
                 dealt = self.sharing.measured.slot_loads(tokens, Replicas(slots, ranks), bits)
-                per_layer.append(rank_loads(dealt, ranks))
+                per_layer.append(rank_loads(dealt, ranks).T)
             utilization = sglang(Terms.of(np.stack(per_layer, axis=1)))
             utilization[np.isnan(utilization)] = 1  # as SGLang, of steps without tokens
             return utilization
