@@ -269,7 +269,8 @@ Policy = Annotated[
     typer.Option(
         "--policy",
         help="Try deepseek, sglang, vllm, swift_balance, flash_lb, biased, naive, layer_budgets, "
-        "active_experts, static, round_robin, or your own module:function.",
+        "active_experts, static, round_robin, your own module:function, or oracle, which places each step "
+        "by its own loads.",
         metavar="A,B…",
     ),
 ]
@@ -574,12 +575,13 @@ def parse_choices(
 ) -> Choices:
     """Parse comma-separated lists of values; None for an option that was not given."""
     from eplb_analyze.dispatch import named as dispatches
-    from eplb_analyze.policies.policy import named
+    from eplb_analyze.policies.policy import ORACLE, named
     from eplb_analyze.replay.settings import Choices
 
     names = None if policy is None else [name.strip() for name in policy.split(",")]
     for name in names or ():
-        named(name)  # reject unknown policies before reading anything
+        if name != ORACLE:
+            named(name)  # reject unknown policies before reading anything
     shared = None if dispatch is None else [name.strip() for name in dispatch.split(",")]
     for name in shared or ():
         dispatches.check(name)

@@ -184,6 +184,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+#: Not a policy that sees past loads, so not among them: see :mod:`eplb_analyze.policies.oracle`.
+ORACLE = "oracle"
+
+
 def initial(num_logical_experts: int, num_physical_experts: int) -> Int32:
     """The placement that vLLM and SGLang start with: int32 ``[num_physical_experts]``.
 

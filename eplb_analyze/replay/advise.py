@@ -21,6 +21,7 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.prices import combined
+from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import Recorded, Setting, not_due, recorded
 from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.changes import SURE, Changes, one_at_a_time
@@ -339,6 +340,8 @@ class TrainTestSplit:
         setting = outcome.setting
         same = (outcome.num_physical_experts, outcome.ep_size) == (today.num_physical_experts, today.ep_size)
         if setting is None or outcome.ep_size != today.ep_size or setting == self.played.recorded.setting():
+            return False
+        if setting.policy == ORACLE:  # no engine has it
             return False
         if setting.policy == STATIC:  # another redundancy, or rearranging is switched off
             return not same or bool(today.moves)

@@ -18,6 +18,7 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.prices import combined
+from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import NO_CONDITIONS, Setting
 from eplb_analyze.replay.pricing import Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay
@@ -187,7 +188,7 @@ def part_changed(base: Setting, other: Setting) -> Part | None:
 
     A window as long as the interval follows it, and so does the start.
     """
-    if base.ep_size != other.ep_size:
+    if base.ep_size != other.ep_size or other.policy == ORACLE:
         return None
     if base.conditions != other.conditions and other.policy not in FIXED:
         return None

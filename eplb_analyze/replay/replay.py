@@ -311,7 +311,7 @@ def replay_run(
         def simulated(grouping: Grouping, settings: list[Setting]) -> tuple[Simulation, SelfTest | None]:
             simulation = Simulation(
                 serving, part.steps, part.shape, part.origin,
-                [(setting, policy.named(setting.policy)) for setting in settings],
+                [(setting, _policy(setting.policy)) for setting in settings],
                 recorded_steps=part.recorded, num_groups=grouping.num_groups, lines=lines_of(cost),
                 dispatch=today.dispatch,
                 num_nodes=lambda ranks: (
@@ -455,6 +455,11 @@ def _result(
         placements=[kept for row in order if (kept := simulation.setting_runs[row].kept) is not None] or None,
         notes=notes,
     )
+
+
+def _policy(name: str) -> policy.Policy:
+    """The policy of a setting; the oracle places each step in the simulation, and moves nothing."""
+    return policy.static if name == policy.ORACLE else policy.named(name)
 
 
 def _dispatches(today: Recorded, settings: Sequence[Setting]) -> list[str]:

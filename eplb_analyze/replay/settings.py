@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eplb_analyze.errors import UsageError
+from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import (
     CONDITIONS,
     NO_CONDITIONS,
@@ -23,7 +24,7 @@ from eplb_dump.format.schema import MAX_EXPERTS
 #: The policy that keeps the placement in force.
 STATIC = "static"
 #: The policies that never rearrange: they have no interval, window or start.
-FIXED = (STATIC, "round_robin")
+FIXED = (STATIC, "round_robin", ORACLE)
 #: If the engine's interval is not known, the usual interval is the run divided by this.
 PARTS = 16
 #: The least interval of the grid: moving weights is not free, and no engine rearranges more often by default.
@@ -148,7 +149,11 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
         replace(setting, dispatch=name)
         for setting in found
         # Without replicas, all dispatches are the same.
-        for name in (names if uneven or setting.num_redundant_experts else [today.dispatch])
+        for name in (
+            names
+            if (uneven or setting.num_redundant_experts) and setting.policy != ORACLE
+            else [today.dispatch]
+        )
     ]
     return sorted(every, key=_order), notes
 

@@ -20,12 +20,13 @@ import numpy.typing as npt
 from eplb_analyze.analysis.cost import phases_of
 from eplb_analyze.dispatch.deal import random_bits, replica_draws
 from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
-from eplb_analyze.dispatch.rule import Replicas, rank_loads
+from eplb_analyze.dispatch.rule import Busiest, Replicas, busiest_of, rank_loads
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics.cost import EXCHANGE_RATES
 from eplb_analyze.metrics.formulas import Float64, Terms, sglang
 from eplb_analyze.parallel import split_range
 from eplb_analyze.policies import policy as policies
+from eplb_analyze.policies.oracle import place_each
 from eplb_analyze.policies.policy import Policy
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, fold
@@ -130,6 +131,8 @@ class Simulation:
             sizes.add((shape.num_physical_experts, shape.ep_size))
         self.bounds: dict[Size, float] = dict.fromkeys(sorted(sizes), 0.0)
         self.bound_steps = max(1, recorded_steps * self.layers // BOUND_SUMS)
+        if any(setting.policy == policies.ORACLE for setting in self.settings):
+            self.bound_steps = 1  # it places each step
         self.repeats = max(1, min(MAX_REPEATS, DEALS // max(1, recorded_steps * self.layers)))
         self.first_step = self.last_step = -1
         self.scored = self.left_out = self.unplaced = 0
@@ -265,6 +268,9 @@ class Simulation:
         streams = range(layer, self.repeats * self.layers, self.layers)
         deals = np.stack([random_bits(steps, stream, draws) for stream in streams])
         for row, placements in enumerate(every):
+            if row < len(self.settings) and self.settings[row].policy == policies.ORACLE:
+                maximum[row], inverse[row], terms[MEAN + 1 :, row] = self._oracle(load, layer, row, rates)
+                continue
             cuts = [0, *np.searchsorted(steps, [step for step, _, _ in placements[1:]]).tolist(), len(steps)]
             rule, ranks = self.sharing.dispatches[row].rule, int(self.scores.ep_size[row])
             own = replace(tokens, by_source=by_source) if self.sharing.exact_sources(ranks) else tokens
@@ -283,6 +289,12 @@ class Simulation:
         # No placement changes within a sum, so the bound of its busiest rank is one of its steps together.
         sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0, dtype=np.float64)
         return terms, [float(policies.lower_bound(sums, *size).sum()) for size in self.bounds]
+
+    def _oracle(self, load: npt.NDArray[Any], layer: int, row: int, rates: list[float]) -> Busiest:
+        """The busiest rank of a layer if each step were placed by its own loads."""
+        ranks, copies = self.settings[row].ep_size, self.run.info.token_replication
+        placed = place_each(load[:, : self.in_layer[layer]], self.setting_runs[row].slots, ranks, copies)
+        return busiest_of(placed, ranks, rates, copies)
 
 
 class _LogicalLoads:

@@ -123,6 +123,10 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     if _costs(result) and not in_ms:
         legend += "; net: time saved, assuming that a step consists only of its experts, less pauses "
         legend += "beyond today's (! a loss)"
+    if any(_is_oracle(outcome) for outcome in result.outcomes):
+        legend += (
+            "; oracle: not a setting: each step placed by its own loads, without the time to move weights"
+        )
     for title, (name, meaning) in CONDITIONS.items():
         if _has(result, name):
             legend += f"; {title}: {meaning}"
@@ -238,7 +242,13 @@ def _first(result: Replay) -> str:
     return "fewest active experts" if result.objective == "active" else "least idle"
 
 
+def _is_oracle(outcome: Outcome) -> bool:
+    return outcome.setting is not None and outcome.setting.policy == "oracle"
+
+
 def _moved(result: Replay, outcome: Outcome) -> str:
+    if _is_oracle(outcome):
+        return "–"
     return f"{outcome.weights_moved:,}" if outcome.moved_gb is None else f"{outcome.moved_gb:,.1f}"
 
 
@@ -263,6 +273,8 @@ def _condition(name: str) -> Callable[[Replay, Outcome], str]:
 
 
 def _dispatch(result: Replay, outcome: Outcome) -> str:
+    if _is_oracle(outcome):
+        return "–"
     setting = outcome.setting
     if setting is not None and not setting.num_redundant_experts and setting.dispatch == "measured":
         return "any"  # no expert has replicas

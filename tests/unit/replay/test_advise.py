@@ -17,13 +17,14 @@ from planted import without_ms
 from eplb_analyze import open_run
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.policies import policy
+from eplb_analyze.policies.policy import POLICIES
 from eplb_analyze.reader.recorded_setting import Recorded, Setting
 from eplb_analyze.replay.advise import Advice
 from eplb_analyze.replay.advise import advise as advise_run
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import replay_run
 from eplb_analyze.replay.scores import TODAY
-from eplb_analyze.replay.settings import Choices, engine_arguments
+from eplb_analyze.replay.settings import FIXED, Choices, engine_arguments
 from eplb_dump import ExpertLoadWriter
 
 EXPERTS, RANKS, STEPS = 16, 4, 400
@@ -374,6 +375,39 @@ def test_uniform_routing_is_left_as_it_is(tmp_path: Path, tokens_per_expert: flo
         assert today is not None
         # Random placements of equal experts have equal idle fractions, but for the noise of these steps.
         assert today - outcome.idle_fraction < 0.04 / max(1, tokens_per_expert) ** 0.5
+
+
+#: Not the oracle, which no engine has.
+EVERY_POLICY = [name for name in POLICIES if name not in FIXED]
+
+
+@pytest.mark.parametrize("tokens_per_expert", [0.5, 4, 50, 1000])
+def test_uniform_routing_is_left_as_it_is_by_every_policy(tmp_path: Path, tokens_per_expert: float) -> None:
+    run = open_run(uniform(tmp_path, tokens_per_expert, 3))
+    choices = Choices([*EVERY_POLICY, "oracle"], [0, 8, 16], [25, 60], max_moves=(None, 20))
+    advice = advise(run, choices)
+    assert advice.verdict == "leave"
+    assert advice.replay is not None
+    assert len(advice.replay.outcomes) == len(EVERY_POLICY) * 3 * 2 * 2 * 2 + 3
+
+
+def test_oracle_is_never_advised(tmp_path: Path) -> None:
+    """It gains from the noise of each step, which no setting can know before."""
+    run = open_run(uniform(tmp_path, 2, 5))
+    advice = advise(run, Choices(["static", "oracle", "deepseek"], [0, 8], [50], [50]))
+    assert advice.replay is not None
+    assert advice.replay.outcomes[0].setting is not None
+    assert advice.replay.outcomes[0].setting.policy == "oracle"
+    assert advice.replay.outcomes[0].time_saved is not None
+    assert advice.replay.outcomes[0].time_saved > 0.2
+    assert advice.verdict == "leave"
+    assert advice.best is not None
+    assert advice.best.setting is not None
+    assert advice.best.setting.policy != "oracle"
+    assert advice.changes is not None
+    assert "oracle" not in {change.setting.policy for change in advice.changes.rows}
+    alone = advise(run, Choices(["oracle"], [0]))
+    assert (alone.verdict, alone.reasons) == ("not enough data", ["no setting was tried but today's"])
 
 
 def test_redundant_experts_do_not_help_at_few_tokens(tmp_path: Path) -> None:

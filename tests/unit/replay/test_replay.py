@@ -21,6 +21,7 @@ from eplb_analyze import open_run
 from eplb_analyze.errors import DumpError
 from eplb_analyze.metrics import series
 from eplb_analyze.policies import policy
+from eplb_analyze.policies.oracle import place_each
 from eplb_analyze.reader.recorded_setting import Setting, recorded
 from eplb_analyze.replay import simulator
 from eplb_analyze.replay.replay import Outcome, Replay, last_steps, replay_run
@@ -342,6 +343,24 @@ def test_custom_policy_sees_only_the_window(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- rankings and costs
+
+
+def test_oracle_is_scored_by_the_loads_of_each_step_and_never_beats_the_bound(dump: Path) -> None:
+    settings = [
+        Setting("oracle", extra, ranks, None, None, None) for extra, ranks in ((0, 4), (4, 4), (8, 8))
+    ]
+    result = replay_run(open_run(dump), settings)
+    for setting in settings:
+        outcome = of(result, setting)
+        slots, busiest, mean = LOGICAL + setting.num_redundant_experts, 0, 0.0
+        for step in complete_steps():
+            placed = place_each(logical(step), slots, setting.ep_size)
+            busiest += int(placed.T.reshape(LAYERS, setting.ep_size, -1).sum(axis=2).max(axis=1).sum())
+            mean += logical(step).sum() / setting.ep_size
+        assert outcome.idle_fraction == pytest.approx(1 - mean / busiest, abs=1e-9)
+        assert outcome.idle_fraction_bound is not None
+        assert outcome.idle_fraction_bound <= outcome.idle_fraction + 1e-9
+        assert outcome.moves == []
 
 
 @pytest.fixture
