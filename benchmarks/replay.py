@@ -1,16 +1,19 @@
 """How long `replay` takes for a long run, by the number of settings, compared with decoding the files only.
 
-    python -m benchmarks.replay [--steps 20000] [--settings 1 4 16] [--repeat 3]
+    python -m benchmarks.replay [--steps 20000] [--settings 1 4 16 60] [--dispatch measured] [--repeat 3]
 
 Records a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
 whole process with its start-up, the best of ``--repeat``, with one thread and with one per core. The decode
-is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps.
+is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps. CPU time
+is that of all threads, also of a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -20,8 +23,8 @@ from benchmarks import workload
 from benchmarks.analyze import DECODE, apart, make, measure
 
 #: For 256 experts on 32 ranks.
-INTERVALS = (3000, 2000, 1500, 1000, 750, 500, 350, 250)
-REDUNDANT = (32, 64)
+INTERVALS = (3000, 2000, 1500, 1000, 750, 500, 350, 250, 2500, 1750, 1250, 850, 650, 450, 300)
+REDUNDANT = (32, 64, 96, 128)
 
 
 def main() -> None:
@@ -29,7 +32,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--settings", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--settings", type=int, nargs="*", default=[1, 4, 16, 60])
+    parser.add_argument("--dispatch", nargs="*", default=["measured"])
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
@@ -40,16 +44,29 @@ def main() -> None:
         bare, peak = measure([sys.executable, "-c", DECODE, folder], args.repeat)
         print(f"  {'pyarrow: decode load':32s} {bare:6.2f} s   {peak:5.0f} MiB")
         for count in args.settings:
-            redundant = REDUNDANT[: 1 + (count > len(INTERVALS))]
+            redundant = REDUNDANT[: -(-count // len(INTERVALS))]
             intervals = INTERVALS[: -(-count // len(redundant))]
             command = [program, "replay", "--policy", "vllm", "--window-steps", "1000"]
             command += ["--redundant-experts", ",".join(map(str, redundant))]
             command += ["--interval-steps", ",".join(map(str, intervals))]
-            for workers in dict.fromkeys((1, cores)):
-                seconds, peak = measure([*command, "--workers", str(workers), folder], args.repeat)
-                name = f"{len(redundant) * len(intervals)} settings, {workers} threads"
-                each = seconds / (len(redundant) * len(intervals))
-                print(f"  {name:32s} {seconds:6.2f} s   {peak:5.0f} MiB   {each:5.2f} s each", flush=True)
+            for dispatch, workers in itertools.product(args.dispatch, dict.fromkeys((1, cores))):
+                options = ["--dispatch", dispatch, "--workers", str(workers)]
+                before = processor_seconds()
+                seconds, peak = measure([*command, *options, folder], args.repeat)
+                busy = (processor_seconds() - before) / args.repeat
+                settings = len(redundant) * len(intervals)
+                name = f"{settings} settings, {dispatch}, {workers} threads"
+                print(
+                    f"  {name:40s} {seconds:6.2f} s, {busy:6.2f} s of CPU   {peak:5.0f} MiB   "
+                    f"{seconds / settings:5.2f} s each",
+                    flush=True,
+                )
+
+
+def processor_seconds() -> float:
+    """CPU time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def engine_arguments(engine: str | None, setting: Setting) -> str | None:
             also += f" --eplb-min-rebalancing-utilization-threshold {setting.max_utilization:g}"
         if setting.layers_per_step is not None:
             also += f" --eplb-rebalance-layers-per-chunk {setting.layers_per_step}"
+        if setting.dispatch.startswith("sglang-"):
+            also += f" --ep-dispatch-algorithm {setting.dispatch.removeprefix('sglang-')}"
         return (
             f"--enable-eplb --ep-num-redundant-experts {setting.num_redundant_experts} "
             f"--eplb-rebalance-num-iterations {setting.interval} "

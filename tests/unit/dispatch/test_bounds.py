@@ -124,6 +124,17 @@ def test_even_splitting_gives_every_replica_the_same(problem: tuple[list[list[in
         np.testing.assert_allclose(found[:, slot], load[:, expert] / copies if expert >= 0 else 0)
 
 
+def test_uniform_routing_with_every_expert_everywhere_is_balanced_by_even_splitting_alone() -> None:
+    ranks, experts, steps = 8, 4, 500
+    slots, load = np.tile(np.arange(experts), ranks), np.full((experts, steps), 13)
+    tokens, replicas = Tokens(load), Replicas(slots, ranks)
+    deals = random_bits(np.arange(steps), 0, replica_draws(slots))[np.newaxis]
+    mean = 13 * experts / ranks
+    np.testing.assert_allclose(lp.least_maximum(load, slots, ranks), mean)
+    np.testing.assert_allclose(Even().busiest_rank(tokens, replicas, deals)[0], mean)
+    assert Dealt().busiest_rank(tokens, replicas, deals)[0].mean() > 1.3 * mean  # there are no half tokens
+
+
 def test_a_slot_with_half_a_token_is_active_half_of_the_time() -> None:
     tokens, replicas = Tokens(np.array([[1], [6]])), Replicas(np.array([0, 1, 0, 1]), 2)
     busiest, _, slowest = Even().busiest_rank(

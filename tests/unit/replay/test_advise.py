@@ -259,6 +259,9 @@ def test_engine_arguments() -> None:
         "--enable-eplb --ep-num-redundant-experts 16 --eplb-rebalance-num-iterations 200 "
         "--expert-distribution-recorder-buffer-size 100"
     )
+    named = engine_arguments("sglang", Setting("sglang", 16, 8, 200, 100, 201, "sglang-dynamic"))
+    assert named is not None
+    assert named.endswith("--expert-distribution-recorder-buffer-size 100 --ep-dispatch-algorithm dynamic")
     assert engine_arguments("vllm", Setting("deepseek", 32, 32, 500, 1000, 125)) is None
     assert engine_arguments(None, Setting("vllm", 32, 32, 500, 1000, 125)) is None
 
