@@ -38,6 +38,13 @@ from eplb_dump.format.session import SessionInfo
 
 Reason = Literal["budget", "age", "space", "prune"]
 TIERS = Tier.FULL, Tier.RANKS, Tier.MINUTES, Tier.GONE
+#: The tables of each tier.
+TABLES = {
+    Tier.FULL: ("steps", "loads", "placements", "minutes"),
+    Tier.RANKS: ("steps", "ranks", "placements", "minutes"),
+    Tier.MINUTES: ("minutes", "placements"),
+    Tier.GONE: ("placements",),
+}
 #: The share of a budget that each tier may take; a tier above its share gives its oldest to the next one.
 SHARES = {Tier.FULL: 0.60, Tier.RANKS: 0.25, Tier.MINUTES: 0.15}
 #: Notable segments and their neighbors are kept in full while they take no more than this share.
@@ -266,20 +273,29 @@ def remove_leftovers(folder: Path, info: SessionInfo) -> int:
     Only what a thinning left: not the files of segments that are not listed, nor journals.
     Raises OSError, FormatError.
     """
-    manifest = read_manifest(folder, info)
-    listed = {file.name for entry in manifest.entries.values() for file in entry.files.values()}
-    found = []
-    for path in folder.iterdir():
-        match = SEGMENT_PATTERN.fullmatch(path.name.removesuffix(".tmp"))
-        if match is None or path.name in listed or path.is_symlink():
-            continue
-        entry = manifest.entry_of(int(match[2]))
-        if entry is not None and not (path.name.endswith(".tmp") and path.name[: -len(".tmp")] in listed):
-            found.append(path)
+    names = [path.name for path in folder.iterdir() if not path.is_symlink()]
+    found = [folder / name for name in leftovers(read_manifest(folder, info), names)]
     size = sum(path.stat().st_size for path in found)
     if found:
         remove(*found)
     return size
+
+
+def leftovers(manifest: Manifest, names: Iterable[str], journals: Iterable[int] = ()) -> list[str]:
+    """The names of files, of segments that a manifest lists, that it does not list.
+
+    ``journals``: the numbers of segments that have one; it may be needed, so their files stay.
+    """
+    listed = {file.name for entry in manifest.entries.values() for file in entry.files.values()}
+    found = []
+    for name in names:
+        match = SEGMENT_PATTERN.fullmatch(name.removesuffix(".tmp"))
+        if match is None or match[0] in listed:
+            continue
+        entry = manifest.entry_of(int(match[2]))
+        if entry is not None and not any(entry.seq <= seq <= entry.last_seq for seq in journals):
+            found.append(name)
+    return found
 
 
 def _rewrite_if_worth_it(folder: Path, info: SessionInfo, manifest: Manifest) -> None:
@@ -322,14 +338,9 @@ def _keep(
         raise
     if tables.files:
         publish(*(folder / file.name for file in tables.files.values()))
-    wanted = {
-        Tier.RANKS: ("steps", "ranks", "placements", "minutes"),
-        Tier.MINUTES: ("minutes", "placements"),
-        Tier.GONE: ("placements",),
-    }[tier]
     if len(entries) > 1:
         files = {}
-    kept = {table: file for table, file in {**files, **tables.files}.items() if table in wanted}
+    kept = {table: file for table, file in {**files, **tables.files}.items() if table in TABLES[tier]}
     times = [times_of(folder, entry) for entry in entries]
     return SealedSegment(
         first.seq,

@@ -61,7 +61,7 @@ REPORTS = {
     "copy": "transfer.copy.CopyReport",
     "compact": "transfer.compact.CompactReport",
     "recover": "transfer.recover.RecoverReport",
-    "prune": "transfer.prune.PruneReport",
+    "prune": "transfer.retention.report.PruneReport",
 }
 _PLAIN = {
     "str": "string",

@@ -11,7 +11,7 @@ from eplb_analyze.text import plural
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.transfer.prune import PrunedRun, PruneReport, TierChange
+    from eplb_analyze.transfer.retention.report import PrunedRun, PruneReport, TierChange
 
 #: So many parts of a run that stay are explained.
 MAX_KEPT = 4

@@ -41,6 +41,7 @@ from eplb_dump.format.retention import (
     TIERS,
     Thinning,
     forget_minutes,
+    leftovers,
     next_thinning,
     thin_together,
 )
@@ -48,7 +49,6 @@ from eplb_dump.format.schema import (
     MANIFEST_FILE,
     MODEL_PREFIX,
     RUN_PREFIX,
-    SEGMENT_PATTERN,
     SESSION_FILE,
     FormatError,
     Tier,
@@ -326,21 +326,11 @@ def _needed(entry: SealedSegment, thinning: Thinning, *, made: bool) -> set[str]
     return wanted & entry.files.keys()
 
 
-def leftovers(session: SurveyedSession) -> list[str]:
-    """Files of segments that the manifest lists with other files: what a killed prune left."""
+def leftovers_of(session: SurveyedSession) -> list[str]:
+    """Files of a session that a killed prune left."""
     if session.live is not None or session.fault is not None or session.info is None:
         return []
-    listed = {file.name for entry in session.manifest.entries.values() for file in entry.files.values()}
-    journals = {int(name[8:-7]) for name in session.journals}
-    found = []
-    for name in session.files:
-        match = SEGMENT_PATTERN.fullmatch(name.removesuffix(".tmp"))
-        if match is None or name in listed or name.removesuffix(".tmp") in listed:
-            continue
-        entry = session.manifest.entry_of(int(match[2]))
-        if entry is not None and not journals & {*range(entry.seq, entry.last_seq + 1)}:
-            found.append(name)
-    return found
+    return leftovers(session.manifest, session.files, [int(name[8:-7]) for name in session.journals])
 
 
 def remove_files(folder: StoragePath, names: Sequence[str]) -> None:

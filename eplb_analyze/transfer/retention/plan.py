@@ -5,8 +5,9 @@ what the merge will leave, and the decision goes on with that.
 
 The unit is what the ranks of a run recorded of the same steps, so that no step is kept in full by some ranks
 only. The sizes of files that are still to be written are upper bounds, from the footers of files that are
-there: a dry run and the run decide alike, and the dump ends up within its limit. A number of bytes never
-costs the newest steps: a limit that is too small is an error to report, not an order to empty the dump.
+there: a dry run and the run decide alike, but for the sizes of merged runs, and the dump ends up within its
+limit. A number of bytes never costs the newest steps: a limit that is too small is an error to report, not an
+order to empty the dump.
 """
 
 from __future__ import annotations
@@ -180,11 +181,16 @@ def plan_for_bytes(plans: Iterable[RunPlan], most: int, merge: Callable[[RunPlan
     return budget.plans
 
 
+def is_coarser(tier: Tier, than: Tier) -> bool:
+    """Whether less is kept in a tier than in another."""
+    return TIERS.index(tier) > TIERS.index(than)
+
+
 def _thin_to(unit: Unit, tier: Tier, reason: str) -> None:
     if unit.live is not None:
         return
     for piece, now in unit.tiers.items():
-        if piece.fault is None and TIERS.index(now) < TIERS.index(tier):
+        if piece.fault is None and is_coarser(tier, now):
             unit.tiers[piece] = tier
             unit.run.reasons[piece] = reason
 

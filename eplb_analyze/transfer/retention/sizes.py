@@ -13,18 +13,12 @@ from eplb_analyze.storage.path import StoragePath
 from eplb_analyze.transfer.retention.survey import Piece
 from eplb_dump.format.journal import Shape
 from eplb_dump.format.minutes import width_of
+from eplb_dump.format.retention import TABLES
 from eplb_dump.format.schema import MINUTES_SCHEMA, SCHEMAS, FormatError, Scope, Tier
 from eplb_dump.format.segment import footer
 
 #: What a Parquet file of ``minutes`` has beside its values, for each column of values.
 _COLUMN_BYTES = 512
-#: The tables of each tier.
-TABLES = {
-    Tier.FULL: ("steps", "loads", "ranks", "placements", "minutes"),
-    Tier.RANKS: ("steps", "ranks", "placements", "minutes"),
-    Tier.MINUTES: ("minutes", "placements"),
-    Tier.GONE: ("placements",),
-}
 
 
 def size_at(piece: Piece, tier: Tier) -> int:

@@ -27,8 +27,9 @@ from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.errors import UsageError
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.storage.path import storage_path
-from eplb_analyze.transfer.prune import PruneReport, prune_dump
+from eplb_analyze.transfer.prune import prune_dump
 from eplb_analyze.transfer.retention.plan import Policy, plan_for_age, plan_for_bytes
+from eplb_analyze.transfer.retention.report import PruneReport
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun, SurveyedSession, survey
 from eplb_dump.format import files, retention

@@ -224,3 +224,21 @@ def test_killed_while_it_merges_it_leaves_the_ranks_or_the_sums(
             assert {tier for folder in sessions_of(dump) for tier in tiers_of(folder).values()} == {"full"}
         shutil.rmtree(dump)
     assert kills > 9
+
+
+@pytest.mark.usefixtures("swaps")
+@pytest.mark.parametrize("closed", [True, False])
+def test_last_segments_before_a_crash_stay_notable(closed: bool, tmp_path: Path) -> None:
+    now = time.time_ns()
+    for rank in range(8):
+        last = [now - days(age) for age in (9, 8, 7, 6, 5)]
+        aged_session(tmp_path, "r", last, rank=rank, scope=Scope.LOCAL, closed=closed)
+    (run,) = survey(tmp_path)
+    foreseen = foresee_merged(tmp_path, run)
+    prune_dump(tmp_path, Policy(keep_full=days(8.5), max_bytes=10**9), merge=True)
+    (merged,) = survey(tmp_path)
+    for one in (foreseen, merged):
+        (session,) = one.sessions
+        (start, *_, before, last_piece) = session.pieces
+        assert start.notable
+        assert (before.notable, last_piece.notable) == (not closed, not closed)
