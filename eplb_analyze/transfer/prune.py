@@ -126,14 +126,17 @@ def _prune(
     reports = []
     for plan in plans:
         run_id = plan.run.run_id
+        report = report_of(plan, policy, now_ns, {} if work is None else work.damaged.get(run_id, {}))
+        merged_bytes = merges.bytes.get(run_id)
         report = replace(
-            report_of(plan, policy, now_ns, {} if work is None else work.damaged.get(run_id, {})),
+            report,
+            action="merged" if report.action == "kept" and merged_bytes is not None else report.action,
             bytes_before=before[run_id],
-            merged_bytes=merges.bytes.get(run_id),
+            merged_bytes=merged_bytes,
             not_merged=merges.refused.get(run_id) if plan.moves or plan.removed == "bytes" else None,
         )
         reports.append(report if work is None else work.outcome(report))
-    shown = [r for r in reports if r.action != "kept" or r.kept or r.merged]
+    shown = [report for report in reports if report.action != "kept" or report.kept]
     return PruneReport(
         dump=str(dump),
         dry_run=work is None,

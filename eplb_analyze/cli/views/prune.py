@@ -19,6 +19,7 @@ MAX_KEPT = 4
 _PLAN = {
     "removed": ("to remove", "would remove"),
     "thinned": ("to thin", "would thin"),
+    "merged": ("to merge", "would merge"),
     "failed": ("to fail", "could not thin"),
     "kept": ("to keep", "would keep"),
 }
@@ -46,7 +47,7 @@ def render(console: Console, report: PruneReport) -> None:
     print_heading(console, verb, f" {after} of {size(report.bytes_before)}{limit}")
     counts = {
         action: sum(run.action == action for run in report.runs)
-        for action in ("removed", "thinned", "failed")
+        for action in ("removed", "thinned", "merged", "failed")
     }
     unchanged = report.unchanged + sum(run.action == "kept" for run in report.runs)
     parts = [f"{count:,} {_PLAN[action][0] if dry else action}" for action, count in counts.items() if count]
@@ -75,18 +76,21 @@ def _after(before: int, after: int, bound: str) -> str:
 
 
 def _run(console: Console, run: PrunedRun, *, dry: bool) -> None:
-    style = {"removed": "bold", "thinned": "bold", "failed": "bold red"}.get(run.action, "dim")
+    style = {"removed": "bold", "thinned": "bold", "merged": "bold", "failed": "bold red"}.get(
+        run.action, "dim"
+    )
     after = _after(run.bytes_before, run.bytes_after, _bound(dry=dry, merged=run.merged))
     sizes = f"{size(run.bytes_before)} → {after}"
     rest = {
         "removed": f"{size(run.bytes_before)}, {_WHY.get(run.reason or '', '')}, to {_time(run.newest)}",
         "failed": f"{sizes}: {run.reason or 'its segments are damaged'}",
         "thinned": sizes,
-        "kept": sizes if run.merged else size(run.bytes_before),
+        "merged": sizes,
+        "kept": size(run.bytes_before),
     }[run.action]
     verb = _PLAN[run.action][1] if dry else run.action
     print_line(console, (verb, style), f" run {run.run_id}: {rest}")
-    if run.merged_bytes is not None:
+    if run.merged_bytes is not None and run.action != "merged":
         merged = "would be merged: about" if dry else "are merged:"
         print_line(console, f"its ranks {merged} {size(run.merged_bytes)}", indent=2)
     elif run.not_merged is not None:

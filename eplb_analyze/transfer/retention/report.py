@@ -14,7 +14,7 @@ from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession
 from eplb_dump.format.schema import Tier
 
-Action = Literal["thinned", "removed", "kept", "failed"]
+Action = Literal["removed", "thinned", "merged", "failed", "kept"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class PrunedRun(Report):
 
     #: Its id, as in the name of its folder.
     run_id: str
-    #: `thinned`; `removed`: with all its files; `kept`: nothing changes; `failed`: it could not be changed.
+    #: `removed`: with all its files; `thinned`, maybe after its ranks were merged; `merged`: only that;
+    #: `failed`: it could not be changed; `kept`: nothing changes.
     action: Action
     #: Why it is removed: `age` or `bytes`; or why it could not be changed; null otherwise.
     reason: str | None
