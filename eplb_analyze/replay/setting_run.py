@@ -49,6 +49,15 @@ class Move:
         return cls(step, int(weights.sum()), int(weights.max()))
 
 
+def window_parts(policy: str, window: int) -> list[int]:
+    """How many steps before a rearrangement the parts of its window begin, the first one first; last a 0.
+
+    Empty if the policy uses only the sum of the window.
+    """
+    count = 0 if policy in SUM_ONLY else min(PARTS, window)
+    return [part * (window // count) for part in range(count, -1, -1)] if count else []
+
+
 class PrefixSums:
     """Tokens of each logical expert since the first step, at the steps where a window begins or ends."""
 
@@ -133,9 +142,7 @@ class SettingRun:
         self.on_move: Callable[[int, Int32], None] | None = None
         self._policy, self._nodes, self._groups = policy, num_nodes, num_groups
         self._first = origin + (setting.start or 0)
-        count = 0 if setting.policy in SUM_ONLY else min(PARTS, self.window)
-        #: How long before a rearrangement the parts of its window begin, the first one first.
-        self._parts = [part * (self.window // count) for part in range(count, -1, -1)] if count else []
+        self._parts = window_parts(setting.policy, self.window)
 
     def window_edges(self, after: int, steps: Int64) -> Iterator[int]:
         """The steps of a block where windows begin or end, also windows that end in a later block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 
 from eplb_analyze import atomic
 from eplb_analyze.analysis.placement import placement_report
-from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.json_report import Report, RunReport
 from eplb_analyze.policies import policy as policies
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
+from eplb_analyze.replay.setting_run import window_parts
+from eplb_analyze.sessions.segments import DamagedSegmentError
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import plural
 from eplb_analyze.transfer.exporters import engines, vllm_ascend
 from eplb_analyze.transfer.exporters.loads import PLACEMENTS, logical_loads
 from eplb_analyze.transfer.exporters.placement import Placement
-from eplb_dump.format.journal import Int32, Int64
+from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import MAX_EXPERTS, MAX_LAYERS
 
 
@@ -169,6 +173,7 @@ def policy_placement(
     # Nodes that the recording has do not matter for a model without groups, which is the default.
     if (num_nodes is not None or num_groups > 1) and (note := policies.ungrouped(nodes, num_groups)):
         notes.append(note)
+    series, each = run.retry_without_damaged(lambda: _series(run, policy, steps, window, shape))
     problem = policies.Problem(
         weight=weights.logical,
         num_physical_experts=slots,
@@ -177,6 +182,8 @@ def policy_placement(
         num_groups=num_groups,
         current=_current(run, weights.last_step, ranks, slots),
         experts=run.history.num_experts(info.num_logical_experts, info.num_layers),
+        series=series,
+        steps_per_window=each,
     )
     rows = np.asarray(policies.place(place, problem), np.int32)
     if (rows < 0).any():
@@ -195,6 +202,30 @@ def policy_placement(
     order = () if steps is None and window is None else ("step_order",)
     notes += run.import_caveats(*order, *PLACEMENTS)
     return SourcePlacement(placement, origin, weights.logical, whole, notes)
+
+
+def _series(
+    run: Run, policy: str, steps: tuple[int, int] | None, window: int | None, shape: Shape
+) -> tuple[Int64 | None, int]:
+    """The window's loads in parts, as in `replay`, and the steps of each; None if the policy uses the sum."""
+    first, last = run.step_range
+    low, high = StepRange.of(steps)
+    high = min(high, (last or 0) + 1)
+    found = []
+    edges = [high - before for before in window_parts(policy, window or high - max(low, first or 0))]
+    for begin, end in itertools.pairwise(edges):
+        try:
+            part, _, _ = logical_loads(run, (max(0, begin), end), estimate=True)
+        except DamagedSegmentError:
+            raise
+        except (DumpError, NotInDumpError):  # no complete step
+            continue
+        if part.shape == shape:
+            found.append(part)
+    if not found:
+        return None, 1
+    recorded = sum(part.recorded for part in found)
+    return np.stack([part.logical for part in found]), max(1, round(recorded / len(found)))
 
 
 def _nodes(ranks_per_node: int | None, ranks: int, notes: list[str]) -> int:
