@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from eplb_analyze.analysis.compare import compare_runs as compare_runs
     from eplb_analyze.analysis.experts import ExpertReport as ExpertReport
     from eplb_analyze.analysis.experts import expert_report as expert_report
-    from eplb_analyze.analysis.layer import LayerReport as LayerReport
     from eplb_analyze.analysis.layer import layer_report as layer_report
+    from eplb_analyze.analysis.layer_report import LayerReport as LayerReport
     from eplb_analyze.analysis.placement import PlacementReport as PlacementReport
     from eplb_analyze.analysis.placement import placement_report as placement_report
     from eplb_analyze.analysis.ranks import RankReport as RankReport
@@ -58,7 +58,8 @@ _EXPORTS = {
     "analysis.check": ["CheckReport", "check_run"],
     "analysis.compare": ["Comparison", "compare_runs"],
     "analysis.experts": ["ExpertReport", "expert_report"],
-    "analysis.layer": ["LayerReport", "layer_report"],
+    "analysis.layer": ["layer_report"],
+    "analysis.layer_report": ["LayerReport"],
     "analysis.placement": ["PlacementReport", "placement_report"],
     "analysis.ranks": ["RankReport", "rank_report"],
     "analysis.rearrangements": ["RearrangementReport", "rearrangement_report"],

@@ -1,81 +1,30 @@
-"""The figures of `layer`: the load of each rank, slot and expert of one layer in a step or range."""
+"""The figures of `layer`: the load of each rank, slot and expert of one layer in a step or range.
+
+They come from the finest tier that is kept of any of these steps. Tokens per EP rank do not show slots and
+experts, and sums per minute not even single steps.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from eplb_analyze.analysis.layer_minutes import layer_of_minutes
+from eplb_analyze.analysis.layer_report import ExpertLoad, LayerReport, RankLoad, SlotLoad
 from eplb_analyze.errors import NotInDumpError
-from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import formulas
-from eplb_analyze.metrics.losses import Bin, Bins, timeline
+from eplb_analyze.metrics.losses import Bins, timeline
 from eplb_analyze.reader.blocks import Block, active_experts
 from eplb_analyze.reader.configurations import Sums, last_configuration
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in, serving
 from eplb_analyze.reader.placements import fold, replicas
+from eplb_analyze.reader.rolled_up import finest
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
-from eplb_dump.format.schema import STATUS_LABELS
-
-
-@dataclass(frozen=True)
-class RankLoad:
-    rank: int
-    load: float
-
-
-@dataclass(frozen=True)
-class SlotLoad:
-    """A physical expert. ``logical`` is -1 in an empty slot, None if unknown or not the same in all steps."""
-
-    physical: int
-    rank: int
-    logical: int | None
-    load: float
-
-
-@dataclass(frozen=True)
-class ExpertLoad:
-    """A logical expert, and what each rank got of it under the placements in force."""
-
-    logical: int
-    load: float
-    share: float
-    #: In the last placement.
-    replicas: int
-    ranks: list[RankLoad]
-
-
-@dataclass(frozen=True)
-class LayerReport(RunReport):
-    layer: int
-    first_step: int
-    last_step: int
-    #: How many steps the loads are summed over.
-    steps: int
-    #: False for steps that lack ranks: their loads are partial.
-    complete: bool
-    missing_ranks: list[int]
-    #: Ranks that died before; ``ranks`` and ``slots`` are those of the others.
-    lost_ranks: list[int]
-    balancedness: float | None
-    imbalance: float | None
-    idle_fraction: float | None
-    #: Of the rank with the most slots that have a token; the mean over steps.
-    active_experts: float | None
-    ranks: list[RankLoad]
-    slots: list[SlotLoad]
-    experts: list[ExpertLoad]
-    #: Steps in the range at which the layer's placement changed.
-    placement_changes: list[int]
-    phase: str | None = None
-    #: The mean balancedness of equal parts of these steps.
-    timeline: list[Bin] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+from eplb_dump.format.schema import STATUS_LABELS, Tier
 
 
 def layer_report(
@@ -88,11 +37,20 @@ def layer_report(
         steps: a half-open range; its complete steps are summed, if there are none, those that lack the same
             ranks. Neither: all steps.
 
+    If experts' loads are kept of a part of the steps, figures are of this part; else, if tokens per EP rank
+    are, of that one; else of the minutes that have these steps, as a whole.
+
     Raises:
         NotInDumpError: the dump has no such layer or step.
         DumpError: no step of the range was recorded.
+        UsageError: steps of one phase are asked for, which sums per minute of single ranks do not show.
     """
-    index, run = run.layer_index(layer), run.with_loads()
+    index = run.layer_index(layer)
+    asked = steps if step is None else (step, step + 1)
+    tier = finest(run, asked)
+    if tier is Tier.MINUTES:
+        return run.retry_without_damaged(lambda: layer_of_minutes(run, layer, index, asked))
+    run = run if tier is Tier.RANKS else run.with_loads()
     if step is not None:
         return run.retry_without_damaged(lambda: _one_step(run, layer, index, step))
     return run.retry_without_damaged(lambda: _range(run, layer, index, steps))
@@ -144,7 +102,9 @@ def _report(
 ) -> LayerReport:
     shape = parts[0][0].shape
     assert shape is not None
+    kept = all(block.has_loads for block, _ in parts)
     experts = run.info.num_logical_experts
+    rank_tokens = np.zeros(shape.ep_size, np.int64)
     slot_load = np.zeros(shape.num_physical_experts, np.int64)
     # By rank and logical expert, as the placements in force had it.
     logical_load = np.zeros((shape.ep_size, experts), np.int64)
@@ -154,24 +114,29 @@ def _report(
     history = run.history.layer(index)
     held: list[Int32 | None] = []  # the placements in force
     for block, steps in parts:
-        load = block.loads(index, index + 1, steps)[:, 0]
-        slot_load += load.sum(axis=0)
-        for stretch, placed in history.periods(steps):
-            slots = placed if placed is not None and len(placed) == load.shape[1] else None
-            held.append(slots)
-            if slots is not None:
-                part = load[stretch].sum(axis=0).reshape(shape.ep_size, -1)
-                for rank, own in enumerate(slots.reshape(shape.ep_size, -1)):
-                    logical_load[rank] += fold(part[rank], own, experts)
-        tokens = run.tokens(load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3))
+        if kept:
+            load = block.loads(index, index + 1, steps)[:, 0]
+            by_rank = load.reshape(len(steps), 1, shape.ep_size, -1).sum(axis=3)
+            slot_load += load.sum(axis=0)
+            experts_with_tokens = active_experts(load[:, np.newaxis], shape.ep_size)
+            active.append(formulas.ACTIVE_EXPERTS.per_step(experts_with_tokens))
+            for stretch, placed in history.periods(steps):
+                slots = placed if placed is not None and len(placed) == load.shape[1] else None
+                held.append(slots)
+                if slots is not None:
+                    part = load[stretch].sum(axis=0).reshape(shape.ep_size, -1)
+                    for rank, own in enumerate(slots.reshape(shape.ep_size, -1)):
+                        logical_load[rank] += fold(part[rank], own, experts)
+        else:
+            ((_, by_rank),) = block.rank_load_parts(steps, index, index + 1)
+        rank_tokens += by_rank[:, 0].sum(axis=0)
+        tokens = run.tokens(by_rank)
         for name, values in ratios.items():
             values.append(formulas.FORMULAS[name].per_step(tokens, serving(shape)))
-        experts_with_tokens = active_experts(load[:, np.newaxis], shape.ep_size)
-        active.append(formulas.ACTIVE_EXPERTS.per_step(experts_with_tokens))
         mean, maximum = formulas.idle_terms(tokens, serving(shape))
         mean_tokens, max_tokens = mean_tokens + mean, max_tokens + maximum
     first, last = int(parts[0][1][0]), int(parts[-1][1][-1])
-    slots = held[-1]
+    slots = held[-1] if held else None
     changes = [s for s in history.steps if first < s <= last]
     report = LayerReport(
         run_id=run.info.run_id,
@@ -189,10 +154,12 @@ def _report(
         active_experts=formulas.mean_known(active),
         ranks=[
             RankLoad(rank, run.count(value))
-            for rank, value in enumerate(slot_load.reshape(shape.ep_size, -1).sum(axis=1))
+            for rank, value in enumerate(rank_tokens)
             if rank not in lost_in(shape)
         ],
-        slots=[
+        slots=[]
+        if not kept
+        else [
             SlotLoad(physical, physical // shape.slots_per_rank, expert, run.count(value))
             for physical, (value, expert) in enumerate(
                 zip(slot_load, _same_in_all(held, len(slot_load)), strict=True)
@@ -209,20 +176,25 @@ def _report(
             np.concatenate([steps for _, steps in parts]),
             np.concatenate(ratios["balancedness"]),
         ),
+        tier=(Tier.FULL if kept else Tier.RANKS).value,
     )
     if report.lost_ranks:
         report.notes.append(
             f"rank {listed(report.lost_ranks)} is lost: figures cover only the "
             f"{plural(serving(shape), 'rank')} that serve"
         )
-    if slots is None:
+    if not kept:
+        report.notes.append(
+            "only tokens per EP rank are kept of these steps, so slots and experts are not known any more"
+        )
+    elif slots is None:
         report.notes.append(
             "no placement is known for these steps, so there are no figures per logical expert"
         )
     elif logical_load.sum() < slot_load.sum():
         unknown = int(slot_load.sum() - logical_load.sum())
         report.notes.append(f"{unknown:,} of {slot_load.sum():,} tokens went to slots without a known expert")
-    if changes:
+    if changes and kept:
         report.notes.append(
             f"the placement changed {plural(len(changes), 'time')} in the range, last at step "
             f"{changes[-1]}; experts are counted by the placement in force at each step, and their "

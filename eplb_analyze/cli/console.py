@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
 
-from eplb_analyze.text import clean, command_line, listed, plural
+from eplb_analyze.text import clean, command_line, iso, listed, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +77,12 @@ def step_time(console: Console, step: int) -> str:
     """The time of a step for a cell of a table, ``03:12:04``; empty if it is not known."""
     clock = _clock(console)
     return "" if clock is None else clock.time(step)
+
+
+def minute_text(console: Console, unix_ns: int) -> str:
+    """A clock minute, ``03:12``, with its date if the run spans days."""
+    clock = _clock(console)
+    return (iso(unix_ns) or "") if clock is None else clock.text(unix_ns)[: -len(":00")]
 
 
 def times_known(console: Console) -> bool:

@@ -165,6 +165,17 @@ def from_minutes(run: Run, steps: tuple[int, int] | None, tier: str | None = Non
     return bool(retired)
 
 
+def finest(run: Run, steps: tuple[int, int] | None) -> Tier:
+    """The most that is kept of any step of a half-open range; `full` if the range has no step."""
+    span = StepRange.of(steps)
+    if run.with_loads().why_retired(span) is None:
+        return Tier.FULL
+    if run.why_retired(span) is None:
+        return Tier.RANKS
+    entries = [segment.entry for segment in retired_segments(run, steps)]
+    return Tier.MINUTES if any(entry.tier is Tier.MINUTES for entry in entries) else Tier.GONE
+
+
 def kept(run: Run) -> Kept:
     """What is kept of a run."""
     retired = [segment.entry for segment in retired_segments(run)]

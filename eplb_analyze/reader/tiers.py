@@ -108,8 +108,8 @@ class Ranges:
 
 #: What is kept, and the command that shows it.
 _KEPT = {
-    Tier.RANKS: ("only tokens per EP rank are kept", "`ranks`, `timeline` and `summary` show them"),
-    Tier.MINUTES: ("only sums per minute are kept", "`summary` shows them"),
+    Tier.RANKS: ("only tokens per EP rank are kept", "`ranks`, `layer`, `timeline` and `summary` show them"),
+    Tier.MINUTES: ("only sums per minute are kept", "`summary`, `layer` and `timeline` show them"),
     Tier.GONE: ("nothing is kept", "select other steps; `runs` shows of which runs steps are kept"),
 }
 

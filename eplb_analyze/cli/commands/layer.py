@@ -47,12 +47,19 @@ def layer(
         )
     from eplb_analyze.analysis.layer import layer_report
 
-    run = out.open(with_loads=True)
+    run = out.open()
     report = layer_report(run, layer, step, steps)
+    if report.tier == "full":
+        run = out.open(with_loads=True)
     # A slot that changed its expert mixes two experts' tokens: the slot table covers the last placement.
     changes = report.placement_changes
-    placed = layer_report(run, layer, None, (changes[-1], report.last_step + 1)) if changes else report
+    since_change = bool(changes) and report.tier == "full"
+    placed = layer_report(run, layer, None, (changes[-1], report.last_step + 1)) if since_change else report
     ordered = run.info.origin is None or "step_order" not in run.info.origin.unknown
-    out.show(report.to_json, lambda console: render(console, report, placed, top, ordered=ordered))
+    out.show(
+        report.to_json,
+        lambda console: render(console, report, placed, top, ordered=ordered, asked=step),
+        of_steps=report.minutes is None,
+    )
     if step is None and not report.complete:  # an estimate, as in every command over a range
         raise typer.Exit(EXIT_UNUSABLE)

@@ -6,30 +6,49 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.charts import heat, print_sparkline
-from eplb_analyze.cli.console import print_heading, print_line, print_notes, range_text, step_label, table
+from eplb_analyze.cli.console import (
+    minute_text,
+    print_heading,
+    print_line,
+    print_notes,
+    range_text,
+    step_label,
+    table,
+)
 from eplb_analyze.text import counter, figure, listed, percent, plural
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_analyze.analysis.layer import ExpertLoad, LayerReport
+    from eplb_analyze.analysis.layer_report import ExpertLoad, LayerMinutes, LayerReport
 
 #: Up to this many experts, all are shown.
 FEW_EXPERTS = 12
 
 
 def render(
-    console: Console, report: LayerReport, placed: LayerReport, top: int = 5, *, ordered: bool = True
+    console: Console,
+    report: LayerReport,
+    placed: LayerReport,
+    top: int = 5,
+    *,
+    ordered: bool = True,
+    asked: int | None = None,
 ) -> None:
-    """Print a report; ``placed`` covers only its steps since the last change of placement.
+    """Print a report.
 
-    ``ordered``: whether steps are in time order.
+    Args:
+        placed: covers only its steps since the last change of placement.
+        ordered: whether steps are in time order.
+        asked: the only step that was asked for.
     """
     print_heading(console, f"layer {report.layer}", f" · {report.model} · run {report.run_id}")
     when = step_label(console, report.first_step)
     if report.steps > 1:
         when = f"{report.steps:,} steps, {range_text(console, report.first_step, report.last_step)}"
     print_line(console, f"{when}, {report.phase}" if report.phase else when)
+    if report.minutes is not None:
+        print_line(console, (_source(console, report.minutes, asked), "yellow"))
     if not report.complete and report.steps == 1:
         ranks = ", ".join(map(str, report.missing_ranks))
         text = f"INCOMPLETE: rank {ranks} not recorded in this step; the loads below are only a part"
@@ -38,12 +57,17 @@ def render(
     count, total = counter(loads), sum(loads)
     mean, hottest = total / len(loads), max(report.ranks, key=lambda r: r.load)
     of_steps = ", means of the steps" if report.steps > 1 else ""
-    console.print(
-        f"balancedness {figure(report.balancedness)}, imbalance {figure(report.imbalance)}{of_steps}; "
-        f"idle {percent(report.idle_fraction)}"
-    )
-    of_steps = ", mean of the steps" if report.steps > 1 else ""
-    console.print(f"active experts on the rank with most: {figure(report.active_experts, 1)}{of_steps}")
+    if report.minutes is not None and report.minutes.summed_balancedness is not None:
+        balance = figure(report.minutes.summed_balancedness)
+        print_line(console, f"balancedness of loads summed per minute {balance}; that of steps is not known")
+    else:
+        console.print(
+            f"balancedness {figure(report.balancedness)}, imbalance {figure(report.imbalance)}{of_steps}; "
+            f"idle {percent(report.idle_fraction)}"
+        )
+    if report.active_experts is not None:
+        of_steps = ", mean of the steps" if report.steps > 1 else ""
+        console.print(f"active experts on the rank with most: {figure(report.active_experts, 1)}{of_steps}")
     tokens = f"{counter([total])(total)} tokens"
     if not mean:
         console.print("no tokens")
@@ -65,7 +89,29 @@ def render(
     _ranks(console, report, count, mean)
     if report.experts:
         _experts(console, report, top)
+    if report.minutes is not None and report.minutes.hot_experts:
+        _hot_experts(console, report.minutes, top)
     _slots(console, placed, since_change=bool(report.placement_changes))
+
+
+def _source(console: Console, minutes: LayerMinutes, asked: int | None) -> str:
+    """That figures are of whole minutes, and of which."""
+    first, last = (minute_text(console, minute) for minute in (minutes.first_minute, minutes.last_minute))
+    which = first if first == last else f"{first} to {last}"
+    if asked is None:
+        return f"figures come from per-minute sums ({which}); single steps are not kept"
+    return f"step {asked} is kept only in per-minute sums: figures cover its minute, {which}"
+
+
+def _hot_experts(console: Console, minutes: LayerMinutes, top: int) -> None:
+    """By the slots that each minute names, which are at least so much."""
+    columns = ("expert", "share", "x mean", "replicas")
+    listing = table(console, *columns, title="hottest experts, with at least these tokens")
+    for e in minutes.hot_experts[:top]:
+        times = heat(f"{e.times_mean:.2f}", e.times_mean)
+        listing.add_row(str(e.logical), percent(e.share, 2), times, str(e.replicas))
+    console.print(listing)
+    console.print()
 
 
 def _ranks(console: Console, report: LayerReport, count: Callable[[float], str], mean: float) -> None:

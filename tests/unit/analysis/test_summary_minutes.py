@@ -18,6 +18,7 @@ from thinning import info_of, session_folders, thin_to
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis import summary_minutes
+from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.analysis.timeline import timeline
@@ -405,6 +406,25 @@ def test_sums_of_single_ranks_show_persistent_imbalance_only(local: Path) -> Non
     assert (found.idle_fraction, found.loss, found.layers, found.timeline) == (None, None, [], [])
     assert found.steps.to_json() == exact.steps.to_json()
     assert found.verdict.verdict == "imbalanced" if balance < 0.8 else "not_known"
+
+
+def test_layer_of_single_ranks_sums_is_labeled(local: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(local, tmp_path / "dump"))
+    for folder in session_folders(root):
+        thin_to(folder, {Tier.MINUTES: range(-(-STEPS // SEGMENT))})
+    report = layer_report(open_run(root), 1)
+    assert (report.balancedness, report.imbalance, report.idle_fraction) == (None, None, None)
+    tokens = loads()[:, 1].reshape(STEPS, RANKS, PER_RANK).sum(axis=2)
+    assert [rank.load for rank in report.ranks] == tokens.sum(axis=0).tolist()
+    key = minute_of(np.arange(STEPS)) * 2 + (np.arange(STEPS) >= 310)
+    summed = [tokens[key == group].sum(axis=0) for group in np.unique(key)]
+    weights = [int((key == group).sum()) for group in np.unique(key)]
+    expected = np.average([load.mean() / load.max() for load in summed], weights=weights)
+    assert report.minutes is not None
+    assert report.minutes.summed_balancedness == pytest.approx(expected, rel=1e-12)
+    assert report.minutes.hot_experts == []
+    assert "balancedness of loads summed per minute" in cli("layer", "1", root).stdout
+    one_error(cli("layer", "1", "--phase", "decode", root), 2, "remove --phase")
 
 
 def test_minute_in_which_a_rank_is_missing_is_incomplete(tmp_path: Path) -> None:

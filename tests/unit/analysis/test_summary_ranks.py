@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clocks import steady_clock
+from clocks import START_NS, steady_clock
 from helpers import cli, open_writer
 from thinning import session_folders, thin_to
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.incidents import Cause
+from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.layer_loads import LOADS_NEAR
 from eplb_analyze.analysis.summary import summarize
+from eplb_dump.format.minutes import MINUTE_NS
 from eplb_dump.format.schema import Tier
 
 LAYERS, RANKS, SLOTS, LOGICAL = 2, 4, 8, 6
@@ -163,3 +165,70 @@ def test_cost_that_was_measured_in_a_part_is_said_of_this_part(older_ranks: Path
         assert wrong not in text
     kept = cli("summary", "--steps", f"{first}-", older_ranks).stdout
     assert "no incidents in these steps" in kept
+
+
+# ---- layer
+
+
+@pytest.mark.parametrize("selected", [{"step": 400}, {"steps": (290, 300)}, {}])
+def test_layer_of_tokens_per_rank_has_the_same_ranks(
+    whole: Path, ranks_only: Path, selected: dict[str, Any]
+) -> None:
+    exact, found = (layer_report(open_run(path), 1, **selected) for path in (whole, ranks_only))
+    assert (exact.tier, found.tier) == ("full", "ranks")
+    for name in ("first_step", "last_step", "steps", "balancedness", "imbalance", "idle_fraction", "ranks"):
+        assert getattr(found, name) == getattr(exact, name), name
+    assert found.timeline == exact.timeline
+    assert (found.slots, found.experts, found.active_experts) == ([], [], None)
+    assert "experts are not known any more" in found.notes[0]
+
+
+def test_layer_prefers_the_steps_that_have_experts_loads(older_ranks: Path) -> None:
+    last = STEPS - 2 * SEGMENT
+    report = layer_report(open_run(older_ranks), 1, steps=(last - 50, last + 50))
+    assert (report.tier, report.first_step, report.last_step) == ("full", last, last + 49)
+    assert layer_report(open_run(older_ranks), 1, step=last - 1).tier == "ranks"
+
+
+def test_layer_of_minutes_has_the_means_of_its_steps(whole: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(whole, tmp_path / "minutes"))
+    (folder,) = session_folders(root)
+    thin_to(folder, {Tier.MINUTES: range(STEPS // SEGMENT)})
+    exact, found = layer_report(open_run(whole), 1), layer_report(open_run(root), 1)
+    assert (found.tier, found.steps) == ("minutes", STEPS)
+    assert found.ranks == exact.ranks
+    for name in ("balancedness", "imbalance", "idle_fraction"):
+        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1e-12), name
+    assert found.minutes is not None
+    assert found.minutes.summed_balancedness is None
+    true = {expert.logical: expert for expert in exact.experts}
+    hot = found.minutes.hot_experts
+    assert hot[0].logical == 3
+    assert all(0 < one.share <= true[one.logical].share for one in hot)
+    # Each row, of a minute and segment, names its four slots with the most tokens.
+    tokens, named = loads()[:, 1], np.zeros(LOGICAL)
+    rows = (START_NS + (np.arange(STEPS) + 2) * 400 * 10**6) // MINUTE_NS * STEPS + np.arange(
+        STEPS
+    ) // SEGMENT
+    for row in np.unique(rows):
+        of_slots = tokens[rows == row].sum(axis=0)
+        for slot in np.argsort(-of_slots)[:4]:
+            named[slot % LOGICAL] += of_slots[slot]
+    assert {one.logical: one.share for one in hot} == pytest.approx(
+        {expert: named[expert] / tokens.sum() for expert in np.flatnonzero(named).tolist()}
+    )
+    # The whole minute of a step.
+    one = layer_report(open_run(root), 1, step=400)
+    assert one.minutes is not None
+    assert one.minutes.minutes == 1
+    assert one.first_step <= 400 <= one.last_step
+    assert one.steps == one.last_step + 1 - one.first_step
+    of_minute = layer_report(open_run(whole), 1, steps=(one.first_step, one.last_step + 1))
+    assert one.ranks == of_minute.ranks
+    assert one.balancedness == pytest.approx(of_minute.balancedness, rel=1e-12)
+    printed = cli("layer", "1", "--step", "400", root)
+    assert printed.returncode == 0
+    assert "step 400 is kept only in per-minute sums: figures cover its minute" in " ".join(
+        printed.stdout.split()
+    )
+    assert "hottest experts, with at least these tokens" in printed.stdout

@@ -1,0 +1,112 @@
+"""What `layer` reports: the load of each rank, slot and expert of one layer, and from what that is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from eplb_analyze.json_report import Report, RunReport
+from eplb_analyze.metrics.losses import Bin
+from eplb_analyze.text import iso
+from eplb_dump.format.schema import Tier
+
+
+@dataclass(frozen=True)
+class RankLoad:
+    rank: int
+    load: float
+
+
+@dataclass(frozen=True)
+class SlotLoad:
+    """A physical expert. ``logical`` is -1 in an empty slot, None if unknown or not the same in all steps."""
+
+    physical: int
+    rank: int
+    logical: int | None
+    load: float
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """A logical expert, and what each rank got of it under the placements in force."""
+
+    logical: int
+    load: float
+    share: float
+    #: In the last placement.
+    replicas: int
+    ranks: list[RankLoad]
+
+
+@dataclass(frozen=True)
+class MinuteExpert:
+    """A logical expert with at least such a share of its layer's tokens, by the slots that minutes name."""
+
+    logical: int
+    #: At least.
+    share: float
+    #: At least so many times the mean over the layer's experts.
+    times_mean: float
+    replicas: int
+
+
+@dataclass(frozen=True)
+class LayerMinutes(Report):
+    """What sums per minute show of a layer besides its ranks. Times are ns since 1970, and texts in JSON."""
+
+    minutes: int
+    first_minute: int
+    last_minute: int
+    summed_balancedness: float | None
+    hot_experts: list[MinuteExpert]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.document(
+            {
+                #: The number of clock minutes with a complete step.
+                "minutes": self.minutes,
+                #: When the first minute began that figures are over, ISO 8601, UTC.
+                "first_minute": iso(self.first_minute),
+                #: When the last one began, which is included.
+                "last_minute": iso(self.last_minute),
+                #: Of loads summed per minute, if each rank wrote its own (scope local): in place of
+                #: `balancedness`.
+                "summed_balancedness": self.summed_balancedness,
+                #: By the four slots that each minute names, so at least so much; none with scope local.
+                "hot_experts": self.hot_experts,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class LayerReport(RunReport):
+    layer: int
+    first_step: int
+    last_step: int
+    #: How many steps the loads are summed over.
+    steps: int
+    #: False for steps that lack ranks: their loads are partial.
+    complete: bool
+    missing_ranks: list[int]
+    #: Ranks that died before; ``ranks`` and ``slots`` are those of the others.
+    lost_ranks: list[int]
+    balancedness: float | None
+    imbalance: float | None
+    idle_fraction: float | None
+    #: Of the rank with the most slots that have a token; the mean over steps.
+    active_experts: float | None
+    ranks: list[RankLoad]
+    slots: list[SlotLoad]
+    experts: list[ExpertLoad]
+    #: Steps in the range at which the layer's placement changed.
+    placement_changes: list[int]
+    phase: str | None = None
+    #: The mean balancedness of equal parts of these steps.
+    timeline: list[Bin] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    #: What the figures are from: experts' loads (`full`), tokens per EP rank (`ranks`), of which `slots`,
+    #: `experts` and `active_experts` are not known, or sums per minute (`minutes`).
+    tier: str = Tier.FULL.value
+    #: null, unless the figures are from sums per minute.
+    minutes: LayerMinutes | None = None
