@@ -507,7 +507,8 @@ def _rounded(ms: Milliseconds | None) -> dict[str, float] | None:
 def _incident_name(one: Incident) -> str:
     """``layer 12, rank 30: expert hot (expert 77)``"""
     expert = "" if one.cause.expert is None else f" (expert {one.cause.expert})"
-    return f"{where(one)}: {one.cause.kind.replace('_', ' ')}{expert}"
+    kind = "cause not known" if one.cause.kind == "loads_retired" else one.cause.kind.replace("_", " ")
+    return f"{where(one)}: {kind}{expert}"
 
 
 def _incident_args(one: Incident, cause: str) -> dict[str, Any]:
