@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from clocks import START_NS, steady_clock
 from helpers import cli, open_writer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from thinning import session_folders, thin_to
 
 from eplb_analyze import open_run
@@ -18,6 +21,7 @@ from eplb_analyze.analysis.incidents import Cause
 from eplb_analyze.analysis.layer import layer_report
 from eplb_analyze.analysis.layer_loads import LOADS_NEAR
 from eplb_analyze.analysis.summary import summarize
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.minutes import MINUTE_NS
 from eplb_dump.format.schema import Tier
 
@@ -133,6 +137,32 @@ def test_incident_does_not_span_steps_that_are_not_kept(whole: Path, tmp_path: P
     assert f"still in progress at step {4 * SEGMENT - 1} (" in text
     searched = STEPS - 2 * SEGMENT
     assert f"incidents are looked for only in {searched} steps of steps {SEGMENT}-{STEPS - 1}" in text
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([*Tier]), min_size=STEPS // SEGMENT, max_size=STEPS // SEGMENT))
+def test_incidents_are_parts_of_the_truth_whatever_is_kept(whole: Path, tiers: list[Tier]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(shutil.copytree(whole, Path(folder) / "thinned"))
+        for tier in (Tier.RANKS, Tier.MINUTES, Tier.GONE):
+            thin_to(session_folders(root)[0], {tier: [n for n, own in enumerate(tiers) if own is tier]})
+        run = open_run(root)
+        kept = [n for n, own in enumerate(tiers) if own in (Tier.FULL, Tier.RANKS)]
+        if not kept:
+            return
+        summary = summarize(run)
+        stretches = [StepRange(0, STEPS)] if summary.searched is None else summary.searched
+        assert sum(part.end - part.first for part in stretches) == len(kept) * SEGMENT
+        for part in stretches:
+            assert {*range(part.first // SEGMENT, part.end // SEGMENT)} <= {*kept}
+        for one in summary.incidents:
+            assert any(part.first <= one.first_step and one.last_step < part.end for part in stretches)
+            assert (one.layers, one.ranks) == ((1,), (1,))
+            assert HOT.start - 2 <= one.first_step
+            assert one.last_step <= HOT.stop + 1
+            around = {(one.first_step + step) // SEGMENT for step in (-LOADS_NEAR, LOADS_NEAR)}
+            known = all(tiers[n] is Tier.FULL for n in around)
+            assert one.cause.expert == (3 if known else None)
 
 
 def test_conclusion_comes_before_what_is_left_out(older_ranks: Path) -> None:
