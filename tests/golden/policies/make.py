@@ -115,6 +115,22 @@ class Atom:
         )[0].numpy()  # fmt: skip
 
 
+def without_ties(rng: np.random.Generator, series: Any) -> Any:
+    """Some tokens more, so that no two experts have the same mean plus deviation.
+
+    FlashLB sorts these with numpy, whose order of ties depends on the processor.
+    """
+    while True:
+        windows, each = min(len(series), 64), max(1, len(series) // 64)
+        sums = (series[-windows * each :] + 1).reshape(windows, each, *series.shape[1:]).sum(axis=1)
+        deviation = sums.std(axis=0, ddof=1) if windows > 1 else 0.0
+        risk = np.round(sums.mean(axis=0) + 0.6744897501960817 * deviation, 6)
+        tied = np.array([[np.sum(layer == value) > 1 for value in layer] for layer in risk])
+        if not tied.any():
+            return series
+        series[-1] += np.where(tied, rng.integers(0, 2 * tied.shape[1], tied.shape), 0)
+
+
 def main(vllm_ascend: Path, atom: Path, out: Path) -> None:
     _without_fastmath()
     ascend, rocm = VllmAscend(vllm_ascend), Atom(atom)
@@ -145,7 +161,7 @@ def main(vllm_ascend: Path, atom: Path, out: Path) -> None:
         if number < SERIES * len(SHAPES) and 3 * -(-experts // 4) < experts:  # else it reads beyond arrays
             steps = (66, 7, 1, 20)[at % 4]
             base = np.minimum(weight, 10**4)
-            of_shape["series"] = rng.poisson(base, (steps, *base.shape))
+            of_shape["series"] = without_ties(rng, rng.poisson(base, (steps, *base.shape)))
             of_shape["flash_lb"] = ascend.flash_lb(of_shape["series"], current, ranks)
         for name, array in of_shape.items():
             found.setdefault(f"{at}_{name}", []).append(array)
