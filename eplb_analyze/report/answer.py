@@ -600,8 +600,6 @@ def next_command(incident: Incident) -> str:
             return "check"
         case "rearrangement" | "eplb_stopped":
             return "rearrangements"
-        case "loads_retired":
-            return f"ranks {within}"
         case "traffic_shift" | "few_tokens":
             return f"experts {within}"
         case _:

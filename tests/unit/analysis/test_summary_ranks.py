@@ -92,7 +92,7 @@ def test_incident_is_found_without_experts_loads_and_its_cause_is_not_known(
         text = " ".join(cli("summary", *steps, ranks_only).stdout.split())
         assert f"steps {HOT.start}-{HOT.stop - 1}: layer 1, rank 1 at" in text
         assert "not known: experts' loads are no longer kept around its beginning" in text
-        assert f"ranks --steps {HOT.start}-{HOT.stop - 1}" in text
+        assert f"layer 1 --steps {HOT.start}-{HOT.stop - 1}" in text
         assert "The cost of imbalance is not known: it needs experts' loads" in text
         for wrong in ("no incidents", "does not explain", "fewer than", "expert 3", "looked for only"):
             assert wrong not in text
