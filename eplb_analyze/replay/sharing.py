@@ -17,11 +17,12 @@ from eplb_analyze.dispatch.sources import ANY
 from eplb_analyze.dispatch.spread import Spread
 from eplb_analyze.errors import UsageError
 from eplb_analyze.reader.blocks import Block
-from eplb_analyze.reader.placements import LayerHistory, fold
+from eplb_analyze.reader.placements import LayerHistory
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.reader.run import Run
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.setting_run import SettingRun
+from eplb_analyze.replay.source_loads import SourceLoads
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import Scope
@@ -183,23 +184,11 @@ class Sharing:
         ranks = self._shape.ep_size - len(self._run.missing_ranks)
         return Tokens(load, routed, np.where(num_tokens > 0, np.maximum(1, routed // ranks), -1))
 
-    def by_source(self, block: Block, steps: Int64, layer: int) -> list[npt.NDArray[Any]] | None:
-        """A layer's tokens that each rank sent: ``[num_logical_experts, steps]`` each.
-
-        None if they are not known, or no dispatch needs them. Raises DamagedSegmentError.
-        """
+    def source_loads(self, block: Block, steps: Int64) -> SourceLoads | None:
+        """The tokens of a block that each rank sent; None if not known, or if no dispatch needs them."""
         if self.sources_unknown is not None or all(each.table is None for each in self.dispatches):
             return None
-        out = [np.zeros((len(steps), self._experts), np.int64) for _ in range(self._shape.ep_size)]
-        for segment, here, there in block.matches(steps):
-            own = np.zeros((len(steps), self._shape.num_physical_experts), np.int64)
-            for first, load in segment.loads(layer, layer + 1):  # maybe from an earlier layer on
-                own[here] = load[layer - first][there]
-            sent = out[self._rank_of[id(segment)]]
-            for period, slots in self._histories[layer].periods(steps):
-                assert slots is not None
-                sent[period] += fold(own[period], slots, self._experts)
-        return [np.ascontiguousarray(sent.T) for sent in out]
+        return SourceLoads(block, steps, self._histories, self._experts, self._rank_of)
 
     def notes(self) -> list[str]:
         """What the dispatches assume that the recording does not show."""

@@ -46,6 +46,7 @@ from eplb_analyze.replay.scores import (
 )
 from eplb_analyze.replay.setting_run import PrefixSums, SettingRun, Utilization
 from eplb_analyze.replay.sharing import Sharing
+from eplb_analyze.replay.source_loads import SourceLoads
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 
@@ -232,7 +233,9 @@ class Simulation:
         terms = np.zeros((MEAN + 1 + len(self._exchanges), rows, steps))
         active = np.zeros((rows, steps))
         # Added up in the order of layers, so that rounding does not depend on which thread is first.
-        for own, bounds in pool.map(lambda layer: self._score_layer(loads, layer), range(self.layers)):
+        sources = self.sharing.source_loads(loads.block, loads.steps)
+        layers = range(self.layers)
+        for own, bounds in pool.map(lambda layer: self._score_layer(loads, sources, layer), layers):
             terms += own
             active += own[MAXIMUM] > 0
             for size, bound in zip(self.bounds, bounds, strict=True):
@@ -250,13 +253,15 @@ class Simulation:
             sums[at + len(self.scores.lines)] = own_steps
         self.scores.add(loads.steps, sums)
 
-    def _score_layer(self, loads: _LogicalLoads, layer: int) -> tuple[Float64, list[float]]:
+    def _score_layer(
+        self, loads: _LogicalLoads, sources: SourceLoads | None, layer: int
+    ) -> tuple[Float64, list[float]]:
         """One layer's first sums of :class:`Scores` without ``ACTIVE``, then its efforts; its bounds."""
         steps, load = loads.steps, loads.logical[layer]
         runs = enumerate(self.setting_runs)
         placed = [self.sharing.placements(row, own, layer) for row, own in runs]
         tokens = self.sharing.tokens(np.ascontiguousarray(load.T), loads.num_tokens)
-        by_source = self.sharing.by_source(loads.block, steps, layer)
+        by_source = None if sources is None else sources.take(layer, load.dtype)
         terms = np.zeros((MEAN + 1 + len(self._exchanges), len(self.scores.ep_size), len(steps)))
         maximum, mean = terms[MAXIMUM], terms[MEAN]
         rates = [EXCHANGE_RATES[exchange] for exchange in self._exchanges]

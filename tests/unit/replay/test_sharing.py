@@ -17,6 +17,7 @@ from eplb_analyze.dispatch import sources
 from eplb_analyze.dispatch.lp import least_maximum
 from eplb_analyze.errors import UsageError
 from eplb_analyze.reader.recorded_setting import Setting
+from eplb_analyze.replay import source_loads
 from eplb_analyze.replay.advise import advise
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import Outcome, Replay, replay_run
@@ -113,6 +114,18 @@ def test_tokens_of_each_rank_are_sent_as_its_table_says(tmp_path: Path, name: st
         tables = [table(np.ascontiguousarray(placed_at(step))) for step in range(STEPS)]
         expected = [[by_table(tables[s][layer], s, layer) for layer in range(LAYERS)] for s in range(STEPS)]
         assert_figures(outcome, figures(expected))
+
+
+@pytest.mark.parametrize("numbers", [1, 10**9])
+def test_figures_do_not_depend_on_threads_or_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    root = record(tmp_path)
+    expected = replayed(root, "sglang-static", workers=1).scores.maximum
+    monkeypatch.setattr(source_loads, "NUMBERS_AT_ONCE", numbers)
+    for workers in (1, 3):
+        found = replayed(root, "sglang-static", workers=workers).scores.maximum
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_dispatch_is_that_of_each_setting(tmp_path: Path) -> None:
