@@ -7,6 +7,7 @@ theirs: in proportion to what their ranks take now, or to their rows.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.atomic import scratch_folder
+from eplb_analyze.errors import DumpError
 from eplb_analyze.reader.run import open_run
 from eplb_analyze.transfer.compact import Compaction, NewSegment, refusing_damage
 from eplb_analyze.transfer.retention.merge import require_one_start
@@ -46,24 +48,30 @@ def foresee_merged(dump: Path, run: SurveyedRun) -> SurveyedRun:
 
     Reads the rows of all steps, and the loads of a few segments; changes nothing.
 
-    Raises ChangedError, OSError, and DumpError if `compact` would refuse the run, as far as that shows it.
+    Raises ChangedError, and DumpError if `compact` would refuse the run, as far as that shows it, or if the
+    temporary folder has no space for a few segments.
     """
     require_one_start(dump, run)
     compaction = Compaction(open_run(dump, run.run_id))
     info = compaction.info(run.run_id)
-    with scratch_folder() as scratch:
-        folder = session_path(scratch, info)
-        folder.mkdir(parents=True)
-        with refusing_damage():
-            foreseen = [_entry(content) for content in compaction.contents(info)]
-            for entry in _spread([entry for entry in foreseen if "loads" in entry.files]):
-                for content in compaction.contents(info, (entry.first_step, entry.last_step + 1)):
+    with refusing_damage():
+        foreseen = [_entry(content) for content in compaction.contents(info)]
+    try:
+        with scratch_folder() as scratch:
+            folder = session_path(scratch, info)
+            folder.mkdir(parents=True)
+            with refusing_damage():
+                for entry in _spread([entry for entry in foreseen if "loads" in entry.files]):
+                    content = next(compaction.contents(info, (entry.first_step, entry.last_step + 1)))
                     content.seq = entry.seq
                     write_segment(folder, content)
-        write_session_file(folder, info)
-        close_manifest(folder, info, {})
-        (sample,) = survey_run(scratch / run.folder.name).sessions
-        return _merged(dump, run, info, foreseen, sample)
+            write_session_file(folder, info)
+            close_manifest(folder, info, {})
+            (sample,) = survey_run(scratch / run.folder.name).sessions
+            return _merged(dump, run, info, foreseen, sample)
+    except OSError as error:
+        text = f"the dry run cannot merge some of it in {tempfile.gettempdir()}: {error.strerror or error}"
+        raise DumpError(text) from None
 
 
 def _entry(content: NewSegment) -> SealedSegment:

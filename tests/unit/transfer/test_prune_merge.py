@@ -227,6 +227,20 @@ def test_killed_while_it_merges_it_leaves_the_ranks_or_the_sums(
     assert kills > 9
 
 
+def test_dry_run_without_space_for_samples_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eplb_analyze.transfer.retention import foresee
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(foresee, "write_segment", refuse)
+    ranks_of_a_run(tmp_path, time.time_ns())
+    (run,) = prune_dump(tmp_path, Policy(keep_full=days(2)), merge=True, dry_run=True).runs
+    assert (run.merged, run.action) == (False, "thinned")
+    assert "the dry run cannot merge some of it in" in (run.not_merged or "")
+    assert "No space left" in (run.not_merged or "")
+
+
 @pytest.mark.usefixtures("swaps")
 @pytest.mark.parametrize("closed", [True, False])
 def test_last_segments_before_a_crash_stay_notable(closed: bool, tmp_path: Path) -> None:
