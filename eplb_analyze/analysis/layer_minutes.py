@@ -181,7 +181,7 @@ def layer_of_minutes(run: Run, layer: int, index: int, steps: tuple[int, int] | 
 
 
 def _hot_experts(run: Run, index: int, sums: _Sums) -> list[MinuteExpert]:
-    """Those with the most tokens on the slots that rows name."""
+    """Those with more than the mean on the slots that rows name. Others can have had as many."""
     experts, history = run.info.num_logical_experts, run.history.layer(index)
     tokens = np.zeros(experts, np.int64)
     for step, of_slots in sums.slots.values():
@@ -198,5 +198,5 @@ def _hot_experts(run: Run, index: int, sums: _Sums) -> list[MinuteExpert]:
     return [
         MinuteExpert(int(e), float(tokens[e] / total), float(tokens[e] / total * in_layer), int(copies[e]))
         for e in order
-        if tokens[e]
+        if tokens[e] * in_layer > total
     ]

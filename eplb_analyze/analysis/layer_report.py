@@ -73,7 +73,8 @@ class LayerMinutes(Report):
                 #: Of loads summed per minute, if each rank wrote its own (scope local): in place of
                 #: `balancedness`.
                 "summed_balancedness": self.summed_balancedness,
-                #: By the four slots that each minute names, so at least so much; none with scope local.
+                #: Those that had more than the mean, by the four slots that each minute names: at least so
+                #: much, and others can have had as much; none with scope local.
                 "hot_experts": self.hot_experts,
             }
         )

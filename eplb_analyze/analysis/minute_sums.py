@@ -33,6 +33,8 @@ COLUMNS = (
 )  # fmt: skip
 #: Those with scope local, of which only sums over minutes exist.
 LOCAL_COLUMNS = ("rank_load",)
+#: Those that name the slots with the most tokens.
+SLOT_COLUMNS = "rank_load", "slot", "slot_load"
 
 
 class SpreadSums:
@@ -129,13 +131,7 @@ class ConfigurationMinutes:
         """Add rows; ``steps``: the complete steps of each. Returns the mean rank's tokens: ``[rows]``."""
         shape, n = self.shape, len(rows)
         layers = shape.num_moe_layers
-        recorded = int(steps.sum())
-        if recorded:
-            chosen = steps > 0
-            first = int(rows["first_step"][chosen].min())
-            self.first = first if self.first < 0 else min(self.first, first)
-            self.last = max(self.last, int(rows["last_step"][chosen].max()))
-            self.recorded += recorded
+        self._cover(rows, steps)
         load = rows["rank_load"].reshape(n, layers, shape.ep_size)
         total = load.sum(axis=2)
         highest = load.max(axis=2)
@@ -161,6 +157,20 @@ class ConfigurationMinutes:
         of_row: Float64 = mean.sum(axis=1)
         return of_row
 
+    def _cover(self, rows: Minutes, steps: Int64) -> None:
+        chosen = steps > 0
+        if chosen.any():
+            first = int(rows["first_step"][chosen].min())
+            self.first = first if self.first < 0 else min(self.first, first)
+            self.last = max(self.last, int(rows["last_step"][chosen].max()))
+            self.recorded += int(steps.sum())
+
+    def add_experts(self, run: Run, rows: Minutes) -> None:
+        """Add only what shows hot experts: the tokens of layers, and of the slots that rows name."""
+        self._cover(rows, rows["recorded"])
+        self.tokens += rows["rank_load"].reshape(len(rows), self.shape.num_moe_layers, -1).sum(axis=(0, 2))
+        self._add_slots(run, rows)
+
     def _add_summed(self, run: Run, rows: Minutes, mean: Float64, enough: Any) -> None:
         shape = self.shape
         layers = shape.num_moe_layers
@@ -172,6 +182,11 @@ class ConfigurationMinutes:
         self.layer_ratio += rows["layer_balancedness"].sum(axis=0)
         self.layer_inverse += rows["layer_imbalance"].sum(axis=0)
         self.slowest += rows["slowest"].sum(axis=0).reshape(layers, shape.ep_size)
+        self._add_slots(run, rows)
+
+    def _add_slots(self, run: Run, rows: Minutes) -> None:
+        shape = self.shape
+        layers = shape.num_moe_layers
         # A row is of one placement; between two changes all rows are of the same.
         epochs = np.searchsorted(run.history.changes, rows["first_step"], side="right")
         slot = rows["slot"].reshape(len(rows), layers, -1)
@@ -203,6 +218,18 @@ class ConfigurationMinutes:
             placed = run.history.layer(int(layer)).at(step)
             if placed is not None and len(placed) == sums.shape[1]:
                 self.logical[layer] += fold(sums[layer], placed, self.logical.shape[1])
+
+
+def merged(
+    earlier: list[ConfigurationMinutes], later: list[ConfigurationMinutes]
+) -> list[ConfigurationMinutes]:
+    """Consecutive sums, those of one shape added up; the earlier ones are changed."""
+    for own in later:
+        if earlier and earlier[-1].shape == own.shape:
+            earlier[-1].merge(own)
+        else:
+            earlier.append(own)
+    return earlier
 
 
 class StepCounts:
@@ -302,6 +329,31 @@ class StepCounts:
         return found
 
 
+class ExpertTotals(StepCounts):
+    """The tokens of experts on the slots that a run's rows name."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.configurations: list[ConfigurationMinutes] = []
+
+    def _add(self, shape: Shape, rows: Minutes) -> None:
+        if not len(rows):
+            return
+        if not self.configurations or self.configurations[-1].shape != shape:
+            self.configurations.append(ConfigurationMinutes(shape, self._run.info.num_logical_experts))
+        self.configurations[-1].add_experts(self._run, rows)
+
+    def finish(self) -> None:
+        """Complete the sums after the last row."""
+        for own in self.configurations:
+            own.fold_slots(self._run)
+
+    def merge(self, later: Any) -> None:
+        super().merge(later)
+        later.finish()
+        self.configurations = merged(self.configurations, later.configurations)
+
+
 class MinuteTotals(StepCounts):
     """The sums of a run's rows for `summary`. They can be merged with those of later rows."""
 
@@ -354,11 +406,7 @@ class MinuteTotals(StepCounts):
     def merge(self, later: Any) -> None:
         super().merge(later)
         later.finish()
-        for own in later.configurations:
-            if self.configurations and self.configurations[-1].shape == own.shape:
-                self.configurations[-1].merge(own)
-            else:
-                self.configurations.append(own)
+        self.configurations = merged(self.configurations, later.configurations)
         for name, sums in self.spreads.items():
             sums.merge(later.spreads[name])
         for name, total in later.totals.items():

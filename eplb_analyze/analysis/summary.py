@@ -90,6 +90,14 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
     cost = cost_of_sample(run, sums.cost)
     pauses = sums.clock.pauses(run, changes) if run.phase is None else [None] * len(changes)
     incidents = run.retry_without_damaged(lambda: incidents_of(run, sums.balance, sums.cost, cost, steps))
+    hot = _hot_experts(run, stretches[-1]) if stretches else []
+    hot_steps = (stretches[-1].loads_first, stretches[-1].loads_last) if stretches else None
+    # Without any experts' loads, minutes still name the slots with the most tokens.
+    rolled_up = hot_steps is not None and hot_steps[1] < 0
+    if rolled_up:
+        from eplb_analyze.analysis.summary_minutes import hot_experts_of_minutes
+
+        hot, hot_steps = run.retry_without_damaged(lambda: hot_experts_of_minutes(run, steps))
     return Summary(
         run=run.info,
         steps=sums.seen,
@@ -102,12 +110,9 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
         configurations=[_configuration(s) for s in stretches],
         estimates=_estimates(sums),
         layers=_layer_figures(run, sums.layers, stretches[-1]) if stretches else [],
-        hot_experts=_hot_experts(run, stretches[-1]) if stretches else [],
-        last_configuration_steps=(
-            (stretches[-1].loads_first, stretches[-1].loads_last)
-            if stretches and stretches[-1].loads_last >= 0
-            else None
-        ),
+        hot_experts=hot,
+        hot_experts_tier="minutes" if rolled_up else "full",
+        last_configuration_steps=hot_steps,
         rearrangements=changes,
         pauses=[Milliseconds.of(p) if isinstance(p, Interval) else None for p in pauses],
         # The steps of one phase do not show what was between them.

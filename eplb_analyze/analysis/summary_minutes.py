@@ -18,7 +18,9 @@ from eplb_analyze.analysis.minute_sums import (
     COLUMNS,
     LOCAL_COLUMNS,
     NO_SPREAD,
+    SLOT_COLUMNS,
     ConfigurationMinutes,
+    ExpertTotals,
     MinuteTotals,
 )
 from eplb_analyze.analysis.summary_report import (
@@ -35,7 +37,7 @@ from eplb_analyze.analysis.summary_report import (
     SummedLoads,
 )
 from eplb_analyze.analysis.summary_sums import bins_of, sums_of
-from eplb_analyze.errors import UsageError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, most_often
 from eplb_analyze.metrics.histograms import percentile
@@ -51,6 +53,7 @@ from eplb_analyze.reader.rolled_up import (
     nothing_kept,
 )
 from eplb_analyze.reader.run import Run
+from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.minutes import MINUTE_NS, SCALES
 from eplb_dump.format.schema import Scope
@@ -113,6 +116,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         estimates=[],
         layers=[] if local or last is None else _layers(run, configurations),
         hot_experts=[] if local or last is None else _hot_experts(run, last),
+        hot_experts_tier="minutes",
         last_configuration_steps=None if last is None else (last.first, last.last),
         rearrangements=changes,
         pauses=[None] * len(changes),
@@ -225,8 +229,30 @@ def _layers(run: Run, configurations: list[ConfigurationMinutes]) -> list[LayerF
     ]
 
 
+def hot_experts_of_minutes(
+    run: Run, steps: tuple[int, int] | None
+) -> tuple[list[HotExpert], tuple[int, int] | None]:
+    """The hottest experts by the slots that minutes name, and the first and last step of these minutes.
+
+    Call it inside ``run.retry_without_damaged``. There is none if sums per minute cannot tell.
+    """
+    try:
+        minutes = None if steps is None else minutes_of_steps(run, steps)
+        found = add_up(run, SLOT_COLUMNS, minutes, lambda: ExpertTotals(run))
+    except DamagedSegmentError:
+        raise
+    except DumpError:
+        return [], None
+    found.finish()
+    last = next((c for c in reversed(found.configurations) if c.recorded), None)
+    return ([], None) if last is None else (_hot_experts(run, last), (last.first, last.last))
+
+
 def _hot_experts(run: Run, last: ConfigurationMinutes) -> list[HotExpert]:
-    """By the tokens of the slots that each minute names: at least so many."""
+    """Those that had more than the mean, by the tokens of the slots that each minute names: at least so many.
+
+    Others can have had as many: of an expert with several replicas, minutes may name none.
+    """
     tokens = last.tokens[:, np.newaxis]
     in_layer = run.history.num_experts(run.info.num_logical_experts, len(tokens))
     share = np.divide(last.logical, tokens, out=np.zeros(last.logical.shape), where=tokens > 0)
@@ -237,6 +263,8 @@ def _hot_experts(run: Run, last: ConfigurationMinutes) -> list[HotExpert]:
         if slots is None or share[layer, logical] == 0:
             continue
         times = float(share[layer, logical] * in_layer[layer])
+        if times <= 1:
+            continue
         count = int(replicas(slots, share.shape[1])[logical])
         experts.append(HotExpert(run.info.layers[layer], logical, float(share[layer, logical]), times, count))
     return experts

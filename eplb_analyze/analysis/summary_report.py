@@ -232,6 +232,8 @@ class Summary(Report):
     estimates: list[Estimate]
     layers: list[LayerFigure]
     hot_experts: list[HotExpert]
+    #: What hot_experts are from: experts' loads, or the slots that sums per minute name.
+    hot_experts_tier: Literal["full", "minutes"]
     #: The steps that hot_experts and worst_rank are over: the last configuration's.
     last_configuration_steps: tuple[int, int] | None
     rearrangements: list[Rearrangement]
@@ -362,6 +364,10 @@ class Summary(Report):
                 "timeline": self.timeline,
                 "loss": self.loss,
                 "hot_experts": self.hot_experts,
+                #: `full`: experts' loads. `minutes`: the four slots of each layer that each minute names.
+                #: Then these experts had at least such a share, and more than the mean, and others can have
+                #: had as much.
+                "hot_experts_tier": self.hot_experts_tier,
                 "hot_experts_steps": self.last_configuration_steps,
                 "rearrangements": [r.first_step for r in self.rearrangements],
                 #: How long they paused the engine in all; null if no pause is known.

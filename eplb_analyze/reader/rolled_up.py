@@ -38,7 +38,7 @@ from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.manifest import SealedSegment
-from eplb_dump.format.minutes import MINUTE_NS, Minutes
+from eplb_dump.format.minutes import MINUTE_NS, Array, Minutes, top_slots
 from eplb_dump.format.schema import STATUS_LABELS, Scope, Status, Tier
 from eplb_dump.format.session import SessionInfo
 
@@ -418,6 +418,8 @@ class _Part:
     last: int
     first_time: int
     last_time: int
+    #: Of each row, the slots that it names, and their tokens, if these are asked for.
+    named: list[tuple[Array, Array]]
 
     def plus(self, other: _Part) -> _Part:
         """Both added up; either of them may be changed."""
@@ -432,6 +434,7 @@ class _Part:
             max(self.last, other.last),
             min(self.first_time, other.first_time),
             max(self.last_time, other.last_time),
+            self.named + other.named,
         )
 
 
@@ -539,8 +542,11 @@ def _add_rank(
     counts = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
     edges = (rows[name].tolist() for name in ("first_step", "last_step", "first_time_ns", "last_time_ns"))
     keys = zip(rows["minute"].tolist(), epochs, strict=True)
-    for i, (key, first, last, *times) in enumerate(zip(keys, *edges, strict=True)):
-        row = _Part(rows["rank_load"][i], {rank: _OfRank(counts[i], first, last)}, first, last, *times)
+    for i, (key, first, last, begin, end) in enumerate(zip(keys, *edges, strict=True)):
+        # Copies: a view would keep all that was decoded with it.
+        named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if "slot" in rows.columns else []
+        of_rank = {rank: _OfRank(counts[i], first, last)}
+        row = _Part(rows["rank_load"][i], of_rank, first, last, begin, end, named)
         waiting.setdefault((*key, shape), _Minute()).add(row)
 
 
@@ -571,7 +577,7 @@ def _passed_on(
             continue
         parts = [part for _, part in kept]
         table = np.array([_counts(part) for part in parts], np.int64).reshape(len(kept), len(STATUS_LABELS))
-        columns: dict[str, npt.NDArray[np.int64]] = {
+        columns: dict[str, Array] = {
             "minute": np.array([minute for minute, _ in kept], np.int64),
             "phase": np.full(len(kept), -1, np.int64),
             "first_step": np.array([part.first for part in parts], np.int64),
@@ -581,7 +587,20 @@ def _passed_on(
             "rank_load": np.stack([part.load for part in parts]),
             **{name: table[:, i] for i, name in enumerate(STATUS_LABELS)},
         }
+        if shape is not None and any(part.named for part in parts):
+            columns |= _beside_each_other(parts, shape)
         yield RunMinutes(shape, Minutes(columns, (), summed=False), missing, {**of_rank})
+
+
+def _beside_each_other(parts: Sequence[_Part], shape: Shape) -> dict[str, Array]:
+    """The slots that the rows of all ranks name, of each layer beside each other."""
+    width, most = top_slots(shape), max(len(part.named) for part in parts)
+    slot = np.full((len(parts), shape.num_moe_layers, most, width), -1, np.int32)
+    load = np.zeros(slot.shape, np.int64)
+    for i, part in enumerate(parts):
+        for j, (slots, tokens) in enumerate(part.named):
+            slot[i, :, j], load[i, :, j] = (v.reshape(-1, width) for v in (slots, tokens))
+    return {"slot": slot.reshape(len(parts), -1), "slot_load": load.reshape(len(parts), -1)}
 
 
 def _counts(part: _Part) -> Int64:

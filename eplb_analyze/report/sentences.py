@@ -128,11 +128,14 @@ def _hottest(summary: Summary) -> str:
         return ""
     hot = summary.hot_experts[0]
     last = _last_configuration(summary)
+    who = f"expert {hot.logical} of layer {hot.layer}"
+    times = f"the layer's tokens, {hot.times_mean:.2f}x the mean"
+    slots = f"{plural(hot.replicas, 'slot')} at the end"
+    if summary.hot_experts_tier == "minutes":
+        who = f"In {last} {who}" if last else f"E{who[1:]}"
+        return f"{who} had at least {percent(hot.share, 2)} of {times}, in {slots}."
     which = f"In {last} the" if last else "The"
-    return (
-        f"{which} hottest expert is expert {hot.logical} of layer {hot.layer}: {percent(hot.share, 2)} of "
-        f"the layer's tokens, {hot.times_mean:.2f}x the mean, in {plural(hot.replicas, 'slot')} at the end."
-    )
+    return f"{which} hottest expert is {who}: {percent(hot.share, 2)} of {times}, in {slots}."
 
 
 def _replication(report: ExpertReport) -> str:

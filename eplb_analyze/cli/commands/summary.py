@@ -29,7 +29,9 @@ def summary(
     run = out.open(timings=timings, gpu=gpu)
     result = summarize(run, steps, options.tier_name(tier))
     part = (result.steps.first, result.steps.last) != run.step_range
-    by_steps, of_loads = result.tier == "steps", "hot experts, the cost of imbalance and causes of incidents"
+    by_steps, of_loads = result.tier == "steps", "the cost of imbalance and causes of incidents"
+    if result.hot_experts_tier == "full" or not result.hot_experts:
+        of_loads = f"hot experts, {of_loads}"
     left_out = out.retired_lines(of_loads) if by_steps else []
     out.show(
         result.to_json,

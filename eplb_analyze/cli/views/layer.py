@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.layer_report import ExpertLoad, LayerMinutes, LayerReport
 
+#: The title of experts on the slots that minutes name.
+AT_LEAST = "hot experts by the slots that minutes name, with at least these tokens"
 #: Up to this many experts, all are shown.
 FEW_EXPERTS = 12
 
@@ -106,7 +108,7 @@ def _source(console: Console, minutes: LayerMinutes, asked: int | None) -> str:
 def _hot_experts(console: Console, minutes: LayerMinutes, top: int) -> None:
     """By the slots that each minute names, which are at least so much."""
     columns = ("expert", "share", "x mean", "replicas")
-    listing = table(console, *columns, title="hottest experts, with at least these tokens")
+    listing = table(console, *columns, title=AT_LEAST)
     for e in minutes.hot_experts[:top]:
         times = heat(f"{e.times_mean:.2f}", e.times_mean)
         listing.add_row(str(e.logical), percent(e.share, 2), times, str(e.replicas))

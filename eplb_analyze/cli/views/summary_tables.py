@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from eplb_analyze.cli.charts import bar, heat
 from eplb_analyze.cli.console import print_line, step_time, styled, table, times_known
 from eplb_analyze.cli.views import cost
+from eplb_analyze.cli.views.layer import AT_LEAST
 from eplb_analyze.report import answer
 from eplb_analyze.text import clean, duration, figure, percent, plural
 
@@ -158,7 +159,7 @@ def _summed_layers(console: Console, summed: SummedLoads, top: int) -> None:
 def _hot_experts(console: Console, result: Summary, top: int) -> None:
     if not result.hot_experts:
         return
-    title = "hottest experts" + (", with at least these tokens" if result.rollup is not None else "")
+    title = AT_LEAST if result.hot_experts_tier == "minutes" else "hottest experts"
     listing = table(console, "layer", "expert", "share", "x mean", "replicas", title=title)
     for e in result.hot_experts[:top]:
         times = heat(f"{e.times_mean:.2f}", e.times_mean)

@@ -245,7 +245,7 @@ def test_layer_of_minutes_has_the_means_of_its_steps(whole: Path, tmp_path: Path
         for slot in np.argsort(-of_slots)[:4]:
             named[slot % LOGICAL] += of_slots[slot]
     assert {one.logical: one.share for one in hot} == pytest.approx(
-        {expert: named[expert] / tokens.sum() for expert in np.flatnonzero(named).tolist()}
+        {e: named[e] / tokens.sum() for e in range(LOGICAL) if named[e] > tokens.sum() / LOGICAL}
     )
     # The whole minute of a step.
     one = layer_report(open_run(root), 1, step=400)
@@ -261,4 +261,54 @@ def test_layer_of_minutes_has_the_means_of_its_steps(whole: Path, tmp_path: Path
     assert "step 400 is kept only in per-minute sums: figures cover its minute" in " ".join(
         printed.stdout.split()
     )
-    assert "hottest experts, with at least these tokens" in printed.stdout
+    assert "with at least these tokens" in printed.stdout
+
+
+# ---- hot experts
+
+
+def test_hot_experts_without_loads_are_those_of_minutes(whole: Path, ranks_only: Path) -> None:
+    exact, found = (summarize(open_run(path)) for path in (whole, ranks_only))
+    assert (exact.hot_experts_tier, found.hot_experts_tier) == ("full", "minutes")
+    assert found.hot_experts == summarize(open_run(whole), tier="minutes").hot_experts
+    true = {(one.layer, one.logical): one.share for one in exact.hot_experts}
+    assert [(one.layer, one.logical) for one in found.hot_experts][:1] == [(1, 3)]
+    for one in found.hot_experts:
+        assert one.times_mean > 1
+        assert one.share <= true[one.layer, one.logical] * (1 + 1e-12)
+    printed = cli("summary", "--full", ranks_only).stdout
+    assert "with at least these tokens" in printed
+    assert "Left out of the cost of imbalance" in printed
+
+
+def test_hot_experts_of_ranks_that_write_their_own_loads(tmp_path: Path) -> None:
+    """Each rank's minutes name the slots with the most of its own tokens, which add up."""
+    parts = np.random.default_rng(6).multinomial(loads()[:400], [0.4, 0.3, 0.2, 0.1])
+    placement = np.tile(np.arange(SLOTS) % LOGICAL, (LAYERS, 1))
+    for rank in range(RANKS):
+        with (
+            steady_clock(400),
+            open_writer(
+                tmp_path, ep_size=RANKS, ep_rank=rank, num_logical_experts=LOGICAL, segment_steps=SEGMENT
+            ) as writer,
+        ):
+            for step, load in enumerate(parts[..., rank]):
+                writer.record(step, load, placement)
+                if step % 100 == 0:
+                    assert writer.flush(60)
+    for folder in session_folders(tmp_path):
+        thin_to(folder, {Tier.RANKS: range(-(-400 // SEGMENT))})
+    found = summarize(open_run(tmp_path))
+    assert found.hot_experts_tier == "minutes"
+    named = np.zeros((LAYERS, LOGICAL))
+    rows = (START_NS + (np.arange(400) + 2) * 400 * 10**6) // MINUTE_NS * STEPS + np.arange(400) // SEGMENT
+    for row in np.unique(rows):
+        of_ranks = parts[rows == row].sum(axis=0)  # [LAYERS, SLOTS, RANKS]
+        for rank in range(RANKS):
+            for layer in range(LAYERS):
+                for slot in np.argsort(-of_ranks[layer, :, rank], kind="stable")[:4]:
+                    named[layer, slot % LOGICAL] += of_ranks[layer, slot, rank]
+    share = named / parts.sum(axis=(0, 2, 3))[:, np.newaxis]
+    assert {(one.layer, one.logical): one.share for one in found.hot_experts} == pytest.approx(
+        {(i, e): share[i, e] for i, e in np.argwhere(share * LOGICAL > 1).tolist()}
+    )
