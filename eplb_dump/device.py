@@ -43,6 +43,9 @@ class Device(Protocol):
     def record(self, event: Any, stream: Any) -> None:
         """Queue an event."""
 
+    def mark(self, event: Any) -> Any:
+        """Queue an event on the current stream, which is returned."""
+
     def wait(self, event: Any) -> None:
         """Sleep until the event has happened, without the interpreter lock. On the background thread."""
 
@@ -91,6 +94,11 @@ class Torch:
 
     def record(self, event: Any, stream: Any) -> None:
         event.record(stream)
+
+    def mark(self, event: Any) -> Any:
+        stream = self._cuda.current_stream(self._device)
+        event.record(stream)
+        return stream
 
     def wait(self, event: Any) -> None:
         event.synchronize()
@@ -171,6 +179,13 @@ class Driver:
 
     def record(self, event: int, stream: int) -> None:
         _check((self._keeping if self.keeps_lock else self._releasing).record(event, stream))
+
+    def mark(self, event: int) -> int:
+        stream: int = self._current_stream(self._index)
+        code = (self._keeping if self.keeps_lock else self._releasing).record(event, stream)
+        if code:
+            raise RuntimeError(f"CUDA driver error {code}")
+        return stream
 
     def wait(self, event: int) -> None:
         _check(self._keeping.enter(self._context))  # of this thread, which has none

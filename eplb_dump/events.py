@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 from eplb_dump.device import Device
@@ -21,48 +20,44 @@ class Events:
 
     A step is known here by the ``taken`` of its :class:`~eplb_dump.ring.Buffer`. There is one event more than
     buffers: while a step is in the queue, the event of the step before it is not recorded again.
+
+    :meth:`Ring.copy <eplb_dump.ring.Ring.copy>` records the event behind a copy itself, and notes it here.
+
+    Attributes:
+        size: the number of events of each kind; a step has the one numbered by its remainder.
+        ends: the events behind the copies.
+        streams: the stream that each of them was last recorded on.
+        calls: the number of the writer's call that recorded it.
+        begin_streams: the stream on which the same step began; None if the engine did not say that it began.
+        began: the number of the call that is to record the step that began last, and the stream.
     """
 
     __slots__ = (
-        "_began",
-        "_begin_streams",
-        "_calls",
         "_device",
-        "_ends",
-        "_size",
         "_starts",
-        "_streams",
+        "began",
+        "begin_streams",
+        "calls",
+        "ends",
+        "size",
+        "streams",
     )
 
     def __init__(self, buffers: int, device: Device) -> None:
-        self._size = buffers + 1
+        self.size = buffers + 1
         self._device = device
-        self._starts = [device.new_event() for _ in range(self._size)]
-        self._ends = [device.new_event() for _ in range(self._size)]
-        #: The stream that each of ``_ends`` was last recorded on.
-        self._streams: list[Any] = [None] * self._size
-        #: The number of the writer's call that recorded it.
-        self._calls = [-1] * self._size
-        #: The stream on which the same step began; None if the engine did not say that it began.
-        self._begin_streams: list[Any] = [None] * self._size
-        #: The number of the call that is to record the step that began last, and the stream.
-        self._began: tuple[int, Any] = -1, None
+        self._starts = [device.new_event() for _ in range(self.size)]
+        self.ends = [device.new_event() for _ in range(self.size)]
+        self.streams: list[Any] = [None] * self.size
+        self.calls = [-1] * self.size
+        self.begin_streams: list[Any] = [None] * self.size
+        self.began: tuple[int, Any] = -1, None
 
     # ---- the engine's thread
 
     def begin(self, step: int, call: int) -> None:
         """A forward pass begins, whose load the writer's call number ``call`` is to record."""
-        stream = self._device.stream()
-        self._device.record(self._starts[step % self._size], stream)
-        self._began = call, stream
-
-    def mark(self, step: int, fill: Callable[..., Any], index: int, tensor: Any, call: int = -1) -> None:
-        """Copy a step's last tensor with a ring's ``fill``, and record the step's event behind the copy."""
-        at = step % self._size
-        self._streams[at] = fill(index, tensor, self._ends[at])
-        began, begin_stream = self._began
-        self._begin_streams[at] = begin_stream if began == call else None
-        self._calls[at] = call
+        self.began = call, self._device.mark(self._starts[step % self.size])
 
     # ---- the background thread
 
@@ -71,10 +66,10 @@ class Events:
         # A stream works in order, so waiting for its last event is enough.
         done = set()
         for step in range(last, first - 1, -1):
-            at = step % self._size
-            if self._streams[at] not in done:
-                done.add(self._streams[at])
-                self._device.wait(self._ends[at])
+            at = step % self.size
+            if self.streams[at] not in done:
+                done.add(self.streams[at])
+                self._device.wait(self.ends[at])
 
     def elapsed_ms(self, step: int, *, follows: bool) -> float:
         """The time of a step on the device, after :meth:`wait`; NaN if it is not known.
@@ -82,19 +77,19 @@ class Events:
         From where the engine said that it began. Else from the end of the step before: if the engine numbered
         it so (``follows``), and if it was the writer's call before this one.
         """
-        at, before = step % self._size, (step - 1) % self._size
-        stream = self._begin_streams[at]
+        at, before = step % self.size, (step - 1) % self.size
+        stream = self.begin_streams[at]
         if stream is not None:
             start = self._starts[at]
-        elif follows and self._calls[before] == self._calls[at] - 1:
-            start, stream = self._ends[before], self._streams[before]
+        elif follows and self.calls[before] == self.calls[at] - 1:
+            start, stream = self.ends[before], self.streams[before]
         # Between two streams, an event can be late for other reasons than this step's work.
-        if stream is None or stream != self._streams[at]:
+        if stream is None or stream != self.streams[at]:
             return math.nan
         if step % READS_AT_ONCE == 0:
             time.sleep(0)
         try:
-            elapsed = self._device.elapsed_ms(start, self._ends[at])
+            elapsed = self._device.elapsed_ms(start, self.ends[at])
         except Exception:  # for example, one of them was recorded while a CUDA graph was captured
             return math.nan
         return elapsed if 0 <= elapsed < math.inf else math.nan

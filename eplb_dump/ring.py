@@ -53,6 +53,7 @@ class Ring:
         released: how many of them are free again.
         events: of the stream that fills the buffers; None if filling them is done at once (not CUDA).
         many: with so many in use, the background thread should be woken.
+        seen, source: the tensor that was copied last, and its address, if it can be copied by address.
     """
 
     __slots__ = (
@@ -67,8 +68,6 @@ class Ring:
         "_marks",
         "_not_copied",
         "_plain",
-        "_seen",
-        "_source",
         "_targets",
         "count",
         "events",
@@ -76,8 +75,10 @@ class Ring:
         "is_torch",
         "many",
         "released",
+        "seen",
         "shape",
         "slot_bytes",
+        "source",
         "taken",
     )
 
@@ -99,9 +100,8 @@ class Ring:
         self._addresses: list[int] = []
         self._plain: Any = None
         self._device_calls: Any = None
-        #: The tensor that was copied last, and its address, if it can be copied by address.
-        self._seen: Any = None
-        self._source = 0
+        self.seen: Any = None
+        self.source = 0
         #: The last element of each buffer on a device, and a value that no tensor has there.
         self._marks: memoryview | None = None
         self._not_copied = 0
@@ -139,17 +139,17 @@ class Ring:
             self._plain = torch.Tensor
             self._addresses = [buffer.data_ptr() for buffer in self._targets]
 
-    # ---- the engine's thread
+    # ---- the engine's thread. Few calls of Python functions: with cold caches, each takes 1 to 2 µs.
 
     def fits(self, tensor: Any) -> Any:
         """Whether a tensor has this ring's shape, type and device. Raises whatever the tensor raises.
 
-        An engine hands over the same tensor in every step: the same object at the same address is not looked
-        at again, which with cold caches takes longer than the copy.
+        An engine hands over the same tensor in every step: if it is ``seen``, at the address ``source``, it
+        fits and need not be looked at again, which with cold caches takes longer than the copy.
         """
-        if tensor is self._seen and tensor.data_ptr() == self._source:
+        if tensor is self.seen and tensor.data_ptr() == self.source:
             return True
-        self._seen = None
+        self.seen = None
         if tensor.shape != self.shape or tensor.dtype != self._dtype:
             return False
         if self.is_torch:
@@ -157,52 +157,64 @@ class Ring:
                 return False
             # A subclass may keep its values elsewhere, and a null pointer means that there is no memory.
             if self._addresses and type(tensor) is self._plain and tensor.is_contiguous():
-                self._source = tensor.data_ptr()
-                self._seen = tensor if self._source else None
+                self.source = tensor.data_ptr()
+                self.seen = tensor if self.source else None
         return True
 
-    def free(self) -> Buffer | None:
-        """The next free buffer, or None if all are in use."""
-        taken = self.taken
+    def copy(self, tensor: Any, call: int | None = None) -> Buffer | None:
+        """Start to copy a tensor for which :meth:`fits` was just true. Never waits for a device.
+
+        Returns the next free buffer, or None if all are in use. ``call``: the number of the writer's call, if
+        nothing is copied after it for the same step; then an event is recorded behind the copy.
+        """
+        taken, count = self.taken, self.count
         used = taken - self.released
-        if used >= self.count:
+        if used >= count:
             return None
         if not used:  # start over, with the buffers that are still in the processor's cache
             self._base = taken
-        # Faster than Buffer(...): this runs once per step.
-        return tuple.__new__(Buffer, (self, (taken - self._base) % self.count, taken + 1))
-
-    def take(self, buffer: Buffer) -> bool:
-        """Mark the buffer that :meth:`free` returned as in use; whether many are."""
-        self.taken = buffer.taken
-        return self.taken - self.released >= self.many
-
-    def fill(self, index: int, tensor: Any, event: Any = None) -> Any:
-        """Start to copy a tensor for which :meth:`fits` was just true. Never waits for a device.
-
-        Returns the stream on which the copy is queued, and the event behind it, if one is given.
-        """
-        device, marks = self._device_calls, self._marks
+        index = (taken - self._base) % count
+        taken += 1
+        device, events, event, stream, at = self._device_calls, self.events, None, None, 0
+        if call is None:
+            events = None
+        elif events is not None:
+            at = taken % events.size
+            event = events.ends[at]
+        marks = self._marks
         if marks is not None:
             # What was copied two steps ago has arrived, or the device lags.
             device.keeps_lock = marks[self._last_but_one] != self._not_copied
             marks[index] = self._not_copied
             self._last_but_one, self._last = self._last, index
-        if tensor is self._seen:
-            if device is not None:
-                return device.copy(self._addresses[index], self._source, self.slot_bytes, event)
-            _memmove(self._addresses[index], self._source, self.slot_bytes)
-        elif self.is_torch:
+        if tensor is not self.seen:
+            self._copy_values(index, tensor)
+            if event is not None:
+                stream = device.stream()
+                device.record(event, stream)
+        elif device is None:
+            _memmove(self._addresses[index], self.source, self.slot_bytes)
+        else:
+            stream = device.copy(self._addresses[index], self.source, self.slot_bytes, event)
+        if events is not None and call is not None:
+            began, begin_stream = events.began
+            events.streams[at], events.calls[at] = stream, call
+            events.begin_streams[at] = begin_stream if began == call else None
+        return tuple.__new__(Buffer, (self, index, taken))  # faster than Buffer(...)
+
+    def _copy_values(self, index: int, tensor: Any) -> None:
+        """Copy a tensor that cannot be copied by its address."""
+        if self.is_torch:
             self._targets[index].copy_(tensor, non_blocking=True)
         elif tensor.flags.c_contiguous:
             self._bytes[index][:] = tensor.data.cast("B")
         else:
             np.copyto(self._targets[index], tensor)
-        if event is None:
-            return None
-        stream = device.stream()
-        device.record(event, stream)
-        return stream
+
+    def take(self, buffer: Buffer) -> bool:
+        """Mark the buffer that :meth:`copy` returned as in use; whether many are."""
+        self.taken = buffer.taken
+        return self.taken - self.released >= self.many
 
     # ---- the background thread
 

@@ -51,6 +51,8 @@ class Refused(NamedTuple):
 
 
 NOTHING = Staged()
+#: The call of a copy that is no step's last: no step's time ends there.
+_NO_CALL = -1
 _QUEUE_IS_FULL = Refused("the queue is full", "queue")
 
 
@@ -103,7 +105,10 @@ class Staging:
         """
         ring = self._loads
         try:
-            if ring is None or not ring.fits(load):
+            # As Ring.fits begins, without the call: this runs once per step.
+            if ring is None or not (
+                (load is ring.seen and load.data_ptr() == ring.source) or ring.fits(load)
+            ):
                 ring = self._loads = self._ring_for_loads(load)
         except StagingError as error:
             return Refused(f"expert_load is {error}", "expert_load")
@@ -112,23 +117,26 @@ class Staging:
         if ring.shape[1] % ep_size:
             reason = f"{ring.shape[1]} physical experts cannot be divided evenly among {ep_size} EP ranks"
             return Refused(reason, "ep_size")
-        target = ring.free()
-        if target is None:
+        if ring.taken - ring.released >= ring.count:
             return _QUEUE_IS_FULL
         buffer = None
         try:
             if placement is not None:
-                if self._staged_with is ring and self._changes.unchanged(placement):
+                changes = self._changes
+                version = changes.last_version
+                # As ChangeDetector.unchanged begins, without the call.
+                if self._staged_with is ring and (
+                    (version is not None and placement is changes.last and placement._version == version)
+                    or changes.unchanged(placement)
+                ):
                     self.placement_lost = False  # it is the one that was queued last
                 else:
                     buffer = self._copy_placement(placement)
                     if buffer is None:
                         return _QUEUE_IS_FULL
-            events = ring.events
-            if events is None:
-                ring.fill(target[1], load)
-            else:  # behind both copies
-                events.mark(target[2], ring.fill, target[1], load, call)
+            target = ring.copy(load, call)  # behind the placement's, with the event of both
+            if target is None:
+                return _QUEUE_IS_FULL
         except StagingError as error:
             return Refused(f"physical_to_logical_map is {error}", "placement")
         except Exception as error:
@@ -172,13 +180,7 @@ class Staging:
         if self._placements is None or not self._placements.fits(placement):
             self._placements = self._ring_for_placements(placement)
         ring = self._placements
-        buffer = ring.free()
-        if buffer is not None:
-            if alone and ring.events is not None:
-                ring.events.mark(buffer.taken, ring.fill, buffer.number, placement)
-            else:
-                ring.fill(buffer.number, placement)
-        return buffer
+        return ring.copy(placement, _NO_CALL if alone else None)
 
     def _ring_for_loads(self, load: Any) -> Ring:
         """Raises StagingError."""
@@ -228,21 +230,21 @@ class ChangeDetector:
     On a device they always may have changed.
     """
 
-    __slots__ = ("_counted", "_last", "_values", "_version")
+    __slots__ = ("_counted", "_values", "last", "last_version")
 
     def __init__(self) -> None:
-        self._last: Any = None
-        #: Whether ``_last`` counts its versions.
+        self.last: Any = None
+        #: Whether ``last`` counts its versions.
         self._counted = True
-        self._version: int | None = None
-        #: The values of ``_last`` in bytes, if it has no version and they can be compared.
+        self.last_version: int | None = None
+        #: The values of ``last`` in bytes, if it has no version and they can be compared.
         self._values: bytearray | None = None
 
     def unchanged(self, tensor: Any) -> bool:
-        last = self._last
-        if self._version is not None:
+        last = self.last
+        if self.last_version is not None:
             same = tensor is last or self._same_storage(tensor, last)
-            return same and bool(tensor._version == self._version)
+            return same and bool(tensor._version == self.last_version)
         if self._values is None:
             return False
         if type(tensor) is not type(last) or tensor.shape != last.shape or tensor.dtype != last.dtype:
@@ -266,18 +268,18 @@ class ChangeDetector:
 
     def forget(self) -> None:
         """Another placement may be queued next."""
-        self._version = self._values = None
+        self.last_version = self._values = None
 
     def remember(self, tensor: Any, copy: Buffer | None) -> None:
         """``copy``: of a tensor in ordinary memory, a buffer that has its values."""
         # Asking an inference tensor releases the interpreter lock, which must not happen in every step.
-        known = tensor is self._last and not self._counted
+        known = tensor is self.last and not self._counted
         version = None if known else self.version(tensor)
         self.forget()
-        self._last, self._counted = tensor, version is not None
+        self.last, self._counted = tensor, version is not None
         if version is None and copy is not None and copy.ring.events is None:
             self._values = bytearray(copy.ring.host[copy.number])
-        self._version = version
+        self.last_version = version
 
     @staticmethod
     def version(tensor: Any) -> int | None:

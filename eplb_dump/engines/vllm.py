@@ -117,10 +117,10 @@ def _install(module: Any, settings: Settings) -> None:
 
     @functools.wraps(original)
     def step(self: Any, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
-        recorder = recorder_of(self)
-        recorder.guard(recorder.before, is_dummy, is_profile, log_stats)
+        recorder = self.__dict__.get("eplb_dump") or recorder_of(self)
+        recorder.before(is_dummy, is_profile, log_stats)
         original(self, is_dummy, is_profile, log_stats)
-        recorder.guard(recorder.after, is_dummy, is_profile, log_stats)
+        recorder.after(is_dummy, is_profile, log_stats)
 
     step.eplb_dump = recorder_of  # type: ignore[attr-defined]
     state.step = step
@@ -129,8 +129,8 @@ def _install(module: Any, settings: Settings) -> None:
 
         @functools.wraps(switch)
         def set_switch(self: Any, *arguments: Any, **named: Any) -> None:
-            recorder = recorder_of(self)
-            if not recorder.guard(recorder.keeps_counting, *arguments, **named):
+            recorder = self.__dict__.get("eplb_dump") or recorder_of(self)
+            if not recorder.keeps_counting(*arguments, **named):
                 switch(self, *arguments, **named)
 
         setattr(state, _SWITCH, set_switch)
@@ -146,8 +146,8 @@ def _install(module: Any, settings: Settings) -> None:
     def prepare_forward(
         self: Any, model_config: Any, num_unpadded_tokens: int, *more: Any, **named: Any
     ) -> None:
-        recorder = recorder_of(self)
-        recorder.current.note(recorder.forward, model_config, num_unpadded_tokens)
+        recorder = self.__dict__.get("eplb_dump") or recorder_of(self)
+        recorder.forward(model_config, num_unpadded_tokens)
         prepare(self, model_config, num_unpadded_tokens, *more, **named)
 
     state.prepare_forward = prepare_forward
@@ -160,7 +160,7 @@ def _restore_first(method: Any) -> Any:
     def restored(self: Any, *arguments: Any, **named: Any) -> Any:
         recorder = self.__dict__.get("eplb_dump")
         if recorder is not None:
-            recorder.guard(recorder.restore_counts)
+            recorder.vllm_reads()
         return method(self, *arguments, **named)
 
     return restored
@@ -259,118 +259,140 @@ class _Recorder:
         """Begin to close the recording; does not wait for it."""
         _close_all(self._models)
 
-    def guard(self, part: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Run a part of the plugin; an error in it ends the recording, not vLLM. None if it did not run."""
-        if self._off:
-            return None
-        try:
-            return part(*arguments, **named)
-        except Exception as error:
-            self._off = True
-            text = (
-                f"expert-load recording is off; vLLM {version()} continues: {type(error).__name__}: {error}"
-            )
-            warn_once(logger, text)
-            with contextlib.suppress(Exception):
-                self.restore_counts()
-            return None
+    # What follows is called in every step. Few calls of Python functions: after the engine has waited for the
+    # step, the processor's caches are cold, and each takes 1 to 2 µs. An error in it ends the recording.
 
     def forward(self, model_config: Any, num_unpadded_tokens: int) -> None:
-        """A model begins its forward pass."""
-        name = self.current.begins(model_config, num_unpadded_tokens)
-        if name in self._models and self._step % self._settings.interval == 0:
-            self._models[name].writer.begin_step()
+        """A model begins its forward pass. An error ends only the notes of passes."""
+        try:
+            name = self.current.begins(model_config, num_unpadded_tokens)
+            if name in self._models and self._step % self._settings.interval == 0:
+                self._models[name].writer.begin_step()
+        except Exception as error:
+            self.current.stop(f"{type(error).__name__}: {error}")
 
     def before(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Record what this rank routed in the pass that ends here."""
-        if is_profile:  # before the engine serves; not a step
-            self._prepare()
+        if self._off:
             return
-        state = self.state
-        if self._place_may_change or len(self._models) != len(state.model_states):
-            group = self._module.get_ep_group()
-            place = (group.rank_in_group, group.world_size)
-            if place != self._position or self._models.keys() != state.model_states.keys():
-                self._open_writers(group, place)
-        if log_stats is self._asked_for and not self._place_may_change:
-            self._vllm_records = self._vllm_counts
-        else:
-            self._vllm_records = state._should_record_current_step(log_stats=log_stats)
-        if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
-            sampled = self._step % self._settings.interval == 0
-            for model in self._models.values():
-                model.writer.skip("dummy" if sampled else "not_sampled", self._step)
-            return
+        try:
+            if is_profile:  # before the engine serves; not a step
+                self._prepare()
+                return
+            state = self.state
+            if self._place_may_change or len(self._models) != len(state.model_states):
+                group = self._module.get_ep_group()
+                place = (group.rank_in_group, group.world_size)
+                if place != self._position or self._models.keys() != state.model_states.keys():
+                    self._open_writers(group, place)
+            if log_stats is self._asked_for and not self._place_may_change:
+                self._vllm_records = self._vllm_counts
+            else:
+                self._vllm_records = state._should_record_current_step(log_stats=log_stats)
+            if is_dummy:  # vLLM zeroes what padding may have counted in such a pass
+                sampled = self._step % self._settings.interval == 0
+                for model in self._models.values():
+                    model.writer.skip("dummy" if sampled else "not_sampled", self._step)
+            else:
+                self._record()
+        except Exception as error:
+            self._end(error)
+
+    def _record(self) -> None:
         current = self.current
         phase = current.phase()
         for name, model in self._models.items():
-            tokens = None if self._splits_tokens else current.tokens.get(name)
-            self._record(model, tokens, phase)
-
-    def _record(self, model: _Model, tokens: int | None, phase: str | None) -> None:
-        state = model.state
-        load = state.expert_load_pass
-        mixed = model.carry is not None and not model.aside
-        if mixed:
-            load = load - model.current_carry()
-        if self._we_count:
-            model.ours = True
-        since = model.writer.record(
-            self._step,
-            load,
-            state.physical_to_logical_map,
-            tokens,
-            phase,
-            ep_size=self._ep_size,
-            since=model.since,
-        )
-        if not model.ours:
-            return
-        if self._vllm_records or not self._adds_up:
-            model.restore()
-        elif mixed or since < 0 or not self._step % _STEPS_OF_TOTAL:
-            model.start_over()
-        else:
-            model.since = since
-
-    def restore_counts(self) -> None:
-        """Leave ``expert_load_pass`` as it would be without the plugin."""
-        for model in self._models.values():
-            model.restore()
+            state = model.state
+            load = state.expert_load_pass
+            mixed = model.carry is not None and not model.aside
+            if mixed:
+                load = load - model.current_carry()
+            if self._we_count:
+                model.ours = True
+            since = model.writer.record(
+                self._step,
+                load,
+                state.physical_to_logical_map,
+                None if self._splits_tokens else current.tokens.get(name),
+                phase,
+                ep_size=self._ep_size,
+                since=model.since,
+            )
+            if not model.ours:
+                continue
+            if self._vllm_records or not self._adds_up:
+                model.restore()
+            elif mixed or since < 0 or not self._step % _STEPS_OF_TOTAL:
+                model.start_over()
+            else:
+                model.since = since
 
     def keeps_counting(self, log_stats: bool = False) -> bool:
         """Make the router count in the next step, if that is to be recorded; False: vLLM decides."""
-        self._asked_for = log_stats
-        self._vllm_counts_next = self.state._should_record_current_step(log_stats=log_stats)
-        switch = self.state.should_record_tensor
-        if switch is None or (self._step + 1) % self._settings.interval or not self._models:
-            self._switched_on = None
+        if self._off:
             return False
-        if switch is not self._switched_on:
-            switch.fill_(True)
-            self._switched_on = switch
+        try:
+            state = self.state
+            self._asked_for = log_stats
+            self._vllm_counts_next = state._should_record_current_step(log_stats=log_stats)
+            switch = state.should_record_tensor
+            if switch is None or (self._step + 1) % self._settings.interval or not self._models:
+                self._switched_on = None
+                return False
+            if switch is not self._switched_on:
+                switch.fill_(True)
+                self._switched_on = switch
+        except Exception as error:
+            self._end(error)
+            return False
         return True
 
     def after(self, is_dummy: bool, is_profile: bool, log_stats: bool) -> None:
         """Take note of whether vLLM counts in the next step, which then has to find its own counts."""
-        self.current.clear()
-        if is_profile:
+        if self._off:
             return
-        if is_dummy or self._vllm_records:  # vLLM has zeroed it
-            for model in self._models.values():
-                model.forget()
-        elif self._vllm_counts:
-            # vLLM counted but did not add it to its window, so it stays there.
-            for model in self._models.values():
-                model.keep_counts(model.state.expert_load_pass)
-        if not self._switch_is_ours:
-            self._switched_on = None
-            self.keeps_counting(log_stats)
-        self._step += 1
-        self._vllm_counts = self._vllm_counts_next
-        self._we_count = not self._vllm_counts and self._switched_on is not None
-        if self._vllm_counts:
-            self.restore_counts()
+        try:
+            self.current.clear()
+            if is_profile:
+                return
+            if is_dummy or self._vllm_records:  # vLLM has zeroed it
+                for model in self._models.values():
+                    model.forget()
+            elif self._vllm_counts:
+                # vLLM counted but did not add it to its window, so it stays there.
+                for model in self._models.values():
+                    model.keep_counts(model.state.expert_load_pass)
+            if not self._switch_is_ours:
+                self._switched_on = None
+                self.keeps_counting(log_stats)
+            self._step += 1
+            self._vllm_counts = self._vllm_counts_next
+            self._we_count = not self._vllm_counts and self._switched_on is not None
+            if self._vllm_counts:
+                self._restore_counts()
+        except Exception as error:
+            self._end(error)
+
+    def vllm_reads(self) -> None:
+        """vLLM is about to read or change ``expert_load_pass``."""
+        if not self._off:
+            try:
+                self._restore_counts()
+            except Exception as error:
+                self._end(error)
+
+    def _restore_counts(self) -> None:
+        """Leave ``expert_load_pass`` as it would be without the plugin."""
+        for model in self._models.values():
+            model.restore()
+
+    def _end(self, error: Exception) -> None:
+        """End the recording, not vLLM."""
+        self._off = True
+        text = f"expert-load recording is off; vLLM {version()} continues: {type(error).__name__}: {error}"
+        warn_once(logger, text)
+        with contextlib.suppress(Exception):
+            self._restore_counts()
 
     def _prepare(self) -> None:
         """While vLLM measures its memory: what would otherwise take the first step tens of ms."""

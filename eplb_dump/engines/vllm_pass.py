@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from eplb_dump.engines.common import warn_once
@@ -36,15 +35,8 @@ class CurrentPass:
         self._names: dict[int, str] = {}
         self._off = False
 
-    def note(self, part: Callable[..., None], *arguments: Any) -> None:
-        if self._off:
-            return
-        try:
-            part(*arguments)
-        except Exception as error:
-            self._stop(f"{type(error).__name__}: {error}")
-
-    def _stop(self, why: str) -> None:
+    def stop(self, why: str) -> None:
+        """End the notes."""
         self._off = True
         self.clear()
         warn_once(
@@ -53,7 +45,8 @@ class CurrentPass:
 
     def scheduled(self, output: Any) -> None:
         """The model runner is about to run what the scheduler chose."""
-        self._scheduled, self.tokens = output, {}
+        if not self._off:
+            self._scheduled, self.tokens = output, {}
 
     def begins(self, model_config: Any, num_tokens: int) -> str | None:
         """A forward pass begins: the key of its model, if it is that model's first in this pass."""
@@ -72,12 +65,12 @@ class CurrentPass:
         if self._off:
             return None
         if self._scheduled is None:
-            self._stop("its model runner has a different layout")
+            self.stop("its model runner has a different layout")
             return None
         try:
             return phase(self._scheduled)
         except Exception as error:
-            self._stop(f"{type(error).__name__}: {error}")
+            self.stop(f"{type(error).__name__}: {error}")
             return None
 
     def clear(self) -> None:
@@ -96,8 +89,7 @@ def watch_runner(module: Any) -> None:
         state = getattr(self, "eplb_state", None)
         recorder_of = getattr(getattr(type(state), "step", None), "eplb_dump", None)
         if recorder_of is not None:
-            current = recorder_of(state).current
-            current.note(current.scheduled, scheduler_output)
+            recorder_of(state).current.scheduled(scheduler_output)
         return original(self, scheduler_output, *more, **named)
 
     execute_model.eplb_dump = True  # type: ignore[attr-defined]

@@ -80,8 +80,10 @@ class CpuStream:
 def without_an_accelerator() -> None:
     import torch
 
-    torch.Event = CpuEvent
-    torch.Stream = CpuStream
+    torch.Event = torch.cuda.Event = CpuEvent  # vLLM before 0.33 has CUDA's
+    torch.Stream = torch.cuda.Stream = CpuStream
+    torch.cuda.current_stream = lambda *_: CpuStream()
+    torch.cuda.set_device = lambda _: None
     torch.accelerator.current_stream = lambda *_: CpuStream()
     torch.accelerator.set_stream = lambda _: None
     torch.accelerator.set_device_index = lambda _: None
@@ -192,7 +194,8 @@ class Rank:
             ParallelConfig.use_sequence_parallel_moe = property(lambda _: True)
         from vllm.distributed.eplb.eplb_state import EplbState
 
-        self.prepare_forward = EplbState.prepare_forward
+        # vLLM before 0.26 has no such call, so that tokens are not known.
+        self.prepare_forward = getattr(EplbState, "prepare_forward", lambda *_: None)
         if args.break_runner == "tokens":
             del EplbState.prepare_forward
         if args.break_vllm:

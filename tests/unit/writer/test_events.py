@@ -52,6 +52,10 @@ class Device:
         event.time, event.captured, event.awaited = self.clock, self.captured, False
         event.stream = stream
 
+    def mark(self, event: Event) -> int:
+        self.record(event, self.current)
+        return self.current
+
     def wait(self, event: Event) -> None:
         event.awaited = True
 
