@@ -13,13 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import described, serve
+from engines import described, serve, version_of
 from helpers import ROOT, arrays, survived_loads
 from typer.testing import CliRunner
 
 from eplb_analyze import Run, open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
+
+
+def tokens_are_known() -> bool:
+    """Whether ``EplbState.prepare_forward`` says how many tokens a pass has."""
+    return tuple(map(int, version_of("vllm").split(".")[:2])) >= (0, 26)
 
 
 def assert_true(
@@ -32,6 +37,7 @@ def assert_true(
     tokens: bool = True,
 ) -> Run:
     """Loads, phases and tokens at every step on every rank, placements with their steps, and completeness."""
+    tokens = tokens and tokens_are_known()
     run = open_run(dump, model=shown or {"model": "org/main", "draft": "org/draft (draft)"}[name])
     steps = sorted({int(key.split("/")[0]) for truth in ranks for key in truth if "/" in key})
     assert run.steps()["step"].to_list() == steps
@@ -176,7 +182,7 @@ def test_what_is_recorded_is_true(tmp_path: Path, name: str) -> None:
     split = "--split-tokens" in options
     run = assert_true(ranks, dump, "model", tokens=not split)
     info = run.sessions[0].info
-    assert (info.engine, info.engine_version) == ("vllm", "0.33.0")
+    assert (info.engine, info.engine_version) == ("vllm", version_of("vllm"))
     assert info.moe_layers == (3, 4, 5, 6)
     assert info.token_replication == (2 if "tp" in options and not split else 1)
     assert info.ranks_per_node == len(ranks)
@@ -247,7 +253,7 @@ QUIET = {
         "--elastic",
         "0:2,5:1,15:2",
     ],
-    "async, short window": ["--async", "--interval", "24", "--window", "1", "--steps", "28", "--no-log"],
+    "async, short window": ["--async", "--interval", "24", "--window", "1", "--steps", "47", "--no-log"],
 }
 
 
@@ -264,9 +270,14 @@ def test_it_changes_nothing(tmp_path: Path, name: str) -> None:
     for one, other in zip(ranks, without, strict=True):
         assert one.keys() == other.keys()
         assert json.loads(str(one.pop("began"))) != {} == json.loads(str(other.pop("began")))
-        # When vLLM's thread has moved a layer's weights is chance; which placement it moves to is not.
-        keys = ["27/model/placement"] if "--async" in options else list(one)
-        for key in keys:
+        if "--async" in options:
+            # When vLLM's thread has moved a layer's weights is chance; which placement it moves to is not.
+            first, last = "0/model/placement", "46/model/placement"
+            np.testing.assert_array_equal(one[first], other[first])
+            moved = (one[first] != one[last]).any(axis=1) & (other[first] != other[last]).any(axis=1)
+            np.testing.assert_array_equal(one[last][moved], other[last][moved])
+            continue
+        for key in one:
             np.testing.assert_array_equal(one[key], other[key], err_msg=key)
 
 
@@ -336,9 +347,9 @@ def test_killed_while_it_shuts_down(tmp_path: Path, runner: str) -> None:
 @pytest.mark.parametrize(
     ("options", "environment", "said"),
     [
-        (["--break-vllm"], {}, "vLLM 0.33.0 is not supported"),
-        (["--break-config"], {}, "expert-load recording is off; vLLM 0.33.0 continues: AttributeError"),
-        (["--break-config", "--profile-step"], {}, "expert-load recording is off; vLLM 0.33.0 continues"),
+        (["--break-vllm"], {}, "vLLM VERSION is not supported"),
+        (["--break-config"], {}, "expert-load recording is off; vLLM VERSION continues: AttributeError"),
+        (["--break-config", "--profile-step"], {}, "expert-load recording is off; vLLM VERSION continues"),
         ([], {"EXPERT_LOAD_DUMP_INTERVAL": "often"}, "EXPERT_LOAD_DUMP_INTERVAL must be a whole number"),
         ([], {"EXPERT_LOAD_DUMP_DIR": "/proc/nowhere"}, "expert-load recording is off"),
         ([], {"EXPERT_LOAD_DUMP_RUN_ID": "../up"}, "run_id must be"),
@@ -350,7 +361,7 @@ def test_where_it_cannot_record_vllm_goes_on(
     tmp_path: Path, options: list[str], environment: dict[str, str], said: str
 ) -> None:
     ranks, dump, printed = serve(tmp_path, "--steps", "12", *options, **environment)
-    assert printed.count(said) == len(ranks)
+    assert printed.count(said.replace("VERSION", version_of("vllm"))) == len(ranks)
     assert not list(dump.glob("**/*.parquet"))
 
 

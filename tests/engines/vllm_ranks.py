@@ -271,8 +271,9 @@ class Rank:
             if self.controller is not None:
                 assert self.controller.maybe_register_model(model, config)
             else:
-                shown = "org/draft (draft)" if name == "draft" else None
-                self.state.add_model(model, config, model_name=shown)
+                # Only vLLM 0.33 can be told of a name.
+                shown = {"model_name": "org/draft (draft)"} if name == "draft" else {}
+                self.state.add_model(model, config, **shown)
         if self.controller is not None:
             self.controller.maybe_start_async_loop(True)
         elif getattr(self.args, "async"):
@@ -431,7 +432,10 @@ class Rank:
                 keys = np.log(self.popularity) + self.own.gumbel(size=(padded, args.logical))
                 ids = self.order[name][index][np.argsort(-keys, axis=1)[:, : args.topk]]
                 state = layer.eplb_state
-                counted = route(torch.from_numpy(ids), state, int(state.num_unpadded_tokens_tensors[0]))
+                real = tokens  # vLLM before 0.26 does not tell the router, which counts all of a pass
+                if hasattr(state, "num_unpadded_tokens_tensors"):
+                    real = int(state.num_unpadded_tokens_tensors[0])
+                counted = route(torch.from_numpy(ids), state, real)
                 if not dummy:
                     load[index] = counted[: self.slots]
             self.saved[f"{step}/{name}/load"] = load
@@ -473,6 +477,7 @@ def run(rank: int, args: argparse.Namespace) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.world),
         "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(args.v2)),
     }  # fmt: skip
     try:
         served = Rank(rank, args)

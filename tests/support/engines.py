@@ -38,6 +38,14 @@ def run_in(
         )
 
 
+@functools.cache
+def version_of(engine: str) -> str:
+    """The version in the engines' environment, such as ``0.33.0``, without what a build adds to it."""
+    code = f"from importlib.metadata import version; print(version({engine!r}))"
+    found = subprocess.run([engines_python(), "-c", code], capture_output=True, text=True, check=True).stdout
+    return found.strip().partition("+")[0]
+
+
 def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[str, Any]], Path, str]:
     """Serve with vLLM and the plugin; the truth of each rank, the dump, and what was printed."""
     dump = folder / "dump"
