@@ -18,20 +18,30 @@ from eplb_dump.format.manifest import Manifest
 from eplb_dump.format.schema import MANIFEST_FILE, FormatError
 
 SECONDS = 240
-CONTEXT = multiprocessing.get_context("fork")  # what fork_server.py has imported stays imported
-READY_TO_BE_KILLED = CONTEXT.Semaphore(0)
+#: In the process of a rank: what tells the process that started it.
+_ready_to_be_killed: Any = None
 
 
-def run_ranks(ranks: int, target: Callable[..., None], *arguments: Any, kill: bool = False) -> None:
+def run_ranks(
+    ranks: int, target: Callable[..., None], *arguments: Any, kill: bool = False, fork: bool = True
+) -> None:
     """Run ``target(rank, *arguments)`` in a process for each rank; exits with a message if one fails.
 
-    With ``kill``, all are killed as soon as each has called :func:`await_kill`.
+    Args:
+        kill: kill all as soon as each has called :func:`await_kill`.
+        fork: what this process has imported stays imported. A fork cannot use CUDA if this process did, and
+            importing an engine does.
     """
-    processes = [CONTEXT.Process(target=target, args=(rank, *arguments)) for rank in range(ranks)]
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    ready = context.Semaphore(0)
+    processes = [
+        context.Process(target=_run_rank, args=(ready, target, rank, *arguments))  # type: ignore[attr-defined]
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + SECONDS
-    if kill and all(READY_TO_BE_KILLED.acquire(timeout=SECONDS) for _ in range(ranks)):
+    if kill and all(ready.acquire(timeout=SECONDS) for _ in range(ranks)):
         for process in processes:
             process.kill()
     running = processes
@@ -44,6 +54,12 @@ def run_ranks(ranks: int, target: Callable[..., None], *arguments: Any, kill: bo
     codes = [process.exitcode for process in processes]
     if codes != [-signal.SIGKILL if kill else 0] * ranks:
         sys.exit(f"ranks ended with {codes}")
+
+
+def _run_rank(ready: Any, target: Callable[..., None], *arguments: Any) -> None:
+    global _ready_to_be_killed  # noqa: PLW0603 - one per process
+    _ready_to_be_killed = ready
+    target(*arguments)
 
 
 def await_closed(rank: int, sessions: int) -> None:
@@ -70,5 +86,5 @@ def await_kill(rank: int, steps: int) -> None:
         for path in Path(os.environ["EXPERT_LOAD_DUMP_DIR"]).glob(journals):
             with contextlib.suppress(FormatError), JournalSegment(path) as journal:
                 found += len(journal.load_steps)
-    READY_TO_BE_KILLED.release()
+    _ready_to_be_killed.release()
     signal.pause()

@@ -1,10 +1,11 @@
-"""Drives SGLang's own recorder on CPU ranks, with and without the plugin; run by test_sglang.py.
+"""Drives SGLang's own recorder on several ranks, with and without the plugin; run by test_sglang.py.
 
-``python sglang_ranks.py OUT RANKS SCENARIO`` in an environment that has SGLang. Real are the plugins'
-loader, ServerArgs and the published context, ExpertLocationMetadata, the recorder, gloo, and
-ModelRunner.forward of a ForwardBatch down to where it would run the model; the batches and the routing are
-made up and saved as the truth.
-Needs neither a GPU nor weights, so what SGLang expects of those is stood in for below.
+``python sglang_ranks.py OUT RANKS SCENARIO [cpu|cuda]`` in an environment that has SGLang. Real are the
+plugins' loader, ServerArgs and the published context, ExpertLocationMetadata, the recorder, the process
+group, and ModelRunner.forward of a ForwardBatch down to where it would run the model; the batches and the
+routing are made up and saved as the truth.
+Needs no weights, and on ``cpu`` no GPU, so what SGLang expects of those is stood in for below. On ``cuda``
+the ranks share the GPUs that are there, and each pass keeps its stream busy, so that the processor is ahead.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import transformers.utils
 from ranks import await_closed, await_kill, run_ranks
 
 # Imported for constants; torchvision's wheels do not load beside a torch without CUDA.
-transformers.utils.is_torchvision_available()
-for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
-    sys.modules[name] = mock.MagicMock()
+if not transformers.utils.is_torchvision_available():
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        sys.modules[name] = mock.MagicMock()
 for name in ("is_current_stream_capturing", "empty_cache"):
     setattr(torch.cpu, name, lambda: False)
 
@@ -58,6 +59,12 @@ MODEL = {
 }
 
 
+#: With CUDA, what a pass takes at least: half a millisecond at 4 GHz, more than any GPU has.
+PASS_CYCLES = 2_000_000
+#: With CUDA graphs, the tokens of a pass are padded to so many.
+GRAPH_TOKENS = 64
+
+
 class Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -70,7 +77,9 @@ class Messages(logging.Handler):
 class Rank:
     """One rank of an engine: what a scheduler process holds around the recorder."""
 
-    def __init__(self, out: Path, rank: int, ranks: int, messages: Messages, **arguments: Any) -> None:
+    def __init__(
+        self, out: Path, rank: int, ranks: int, messages: Messages, device: str, **arguments: Any
+    ) -> None:
         from sglang.srt.eplb import expert_distribution, expert_location
         from sglang.srt.layers.moe import utils as moe
         from sglang.srt.model_executor.model_runner import ModelRunner
@@ -78,7 +87,16 @@ class Rank:
         from sglang.srt.runtime_context import SpawnRanks, process_model_config, publish
         from sglang.srt.server_args import ServerArgs
 
-        expert_distribution.get_device = lambda: "cpu"  # it looks for an accelerator
+        backend = "gloo"
+        if device == "cpu":
+            expert_distribution.get_device = lambda: "cpu"  # it looks for an accelerator
+        else:
+            gpus = torch.cuda.device_count()
+            torch.cuda.set_device(rank % gpus)
+            if ranks <= gpus:  # NCCL refuses two ranks on one GPU; gloo takes its tensors, too
+                backend = "cpu:gloo,cuda:nccl"
+        self.device = device
+        self.graph: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
         self.out, self.rank, self.ranks = out, rank, ranks
         self.messages, self.top_k = messages, TOP_K
         load_plugins()
@@ -91,7 +109,7 @@ class Rank:
         server = ServerArgs(
             model_path=str(out / "model"),
             served_model_name="tiny/moe",
-            device="cpu",
+            device=device,
             tp_size=ranks,
             ep_size=ranks,
             ep_num_redundant_experts=REDUNDANT,
@@ -100,7 +118,7 @@ class Rank:
         publish(server, role="scheduler", ranks=SpawnRanks(world_rank=rank))
         moe.initialize_moe_config()
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=ranks
+            backend, init_method=f"file://{out}/meeting", rank=rank, world_size=ranks
         )
         self.config = process_model_config()
         first = torch.arange(SLOTS).repeat(LAYERS, 1) % LOGICAL
@@ -119,7 +137,7 @@ class Rank:
         self.note_begins()
         self.tokens: list[int] = []
         self.loads: list[np.ndarray] = []
-        self.maps: list[np.ndarray] = []
+        self.maps: list[torch.Tensor] = []
         self.switch: list[bool] = []
         self.stored: list[int] = []
         engine = self
@@ -162,20 +180,54 @@ class Rank:
         new = np.stack([seed.permutation(np.arange(SLOTS) % LOGICAL) for _ in range(LAYERS)])
         self.metadata.update(self.located(torch.from_numpy(new)), update_layer_ids=layers)
 
+    def sent(self, array: np.ndarray) -> torch.Tensor:
+        """The array where SGLang computes; the processor does not wait until it is there."""
+        tensor = torch.from_numpy(array)
+        return tensor if self.device == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def select(self, layer: int, topk_ids: torch.Tensor) -> None:
+        with self.recorder.with_current_layer(layer):
+            self.recorder.on_select_experts(topk_ids=topk_ids)
+
+    def capture(self) -> None:
+        """From now on, passes replay a CUDA graph, as SGLang's decodes do: it counts in every replay."""
+        topk_ids = torch.full((LAYERS, GRAPH_TOKENS, self.top_k), -1, dtype=torch.int32, device=self.device)
+        graph = torch.cuda.CUDAGraph()
+
+        def select() -> None:
+            with torch.inference_mode():
+                for layer in range(DENSE, LAYERS):
+                    self.select(layer, topk_ids[layer])
+
+        self.recorder.start_record()
+        select()  # a kernel may not be loaded while a graph is captured
+        self.recorder.stop_record()
+        with torch.cuda.graph(graph):
+            select()
+        self.graph = graph, topk_ids
+
     def route(self, is_draft: bool = False) -> None:
         """The part of a forward pass that the recorder sees."""
         self.began.append(self.begins)
         self.begins = 0
         loads = np.zeros((LAYERS, SLOTS), np.int64)
+        routed = np.full((LAYERS, GRAPH_TOKENS if self.graph else self.routed + 3, self.top_k), -1, np.int32)
         for layer in range(DENSE, LAYERS):
-            slots = self.random.integers(0, SLOTS, (self.routed + 3, self.top_k))
-            slots[self.routed :] = -1  # padded tokens
-            loads[layer] = np.bincount(slots[slots >= 0], minlength=SLOTS)
-            with self.recorder.with_current_layer(layer):
-                self.recorder.on_select_experts(topk_ids=torch.from_numpy(slots.astype(np.int32)))
+            slots = self.random.integers(0, SLOTS, (self.routed, self.top_k))
+            routed[layer, : self.routed] = slots  # the others are padded tokens
+            loads[layer] = np.bincount(slots.reshape(-1), minlength=SLOTS)
+        if self.device != "cpu":
+            torch.cuda._sleep(PASS_CYCLES)
+        if self.graph is None:
+            for layer in range(DENSE, LAYERS):
+                self.select(layer, self.sent(routed[layer]))
+        else:
+            graph, topk_ids = self.graph
+            topk_ids.copy_(self.sent(routed))
+            graph.replay()
         if not is_draft:
             self.loads.append(loads)
-            self.maps.append(self.metadata.physical_to_logical_map.numpy().copy())
+            self.maps.append(self.metadata.physical_to_logical_map.clone())
 
     def choose(self) -> str:
         """The next pass, as SGLang's scheduler describes it to a rank; its phase."""
@@ -189,17 +241,17 @@ class Rank:
         own = self.rank * self.dp_ranks // self.ranks
         tokens, mode = int(counts[own]), chosen[own]
         self.routed = tokens if self.scattered else int(counts.sum())
-        ids = torch.arange(tokens)
+        ids = torch.arange(tokens, device=self.device)
         self.batch = ForwardBatch(
             ForwardMode[mode], batch_size=tokens, input_ids=ids, positions=ids, req_pool_indices=ids,
             seq_lens=ids, out_cache_loc=ids, seq_lens_sum=tokens,
         )  # fmt: skip
-        self.batch._init_num_token_non_padded(device="cpu", is_draft_worker=False)
+        self.batch._init_num_token_non_padded(device=self.device, is_draft_worker=False)
         if self.dp_ranks > 1:
             everyone = mock.Mock(
                 global_num_tokens=counts.tolist(), global_num_tokens_for_logprob=counts.tolist()
             )
-            self.batch.init_mlp_sync_metadata(everyone, "cpu")
+            self.batch.init_mlp_sync_metadata(everyone, self.device)
         return {"SPLIT_PREFILL": "prefill", "EXTEND": "prefill", "MIXED": "mixed", "IDLE": ""}.get(
             mode, "decode"
         )
@@ -223,7 +275,7 @@ class Rank:
         np.savez(
             self.out / f"truth-{self.rank}.npz",
             loads=self.loads,
-            maps=self.maps,
+            maps=[map_.cpu().numpy() for map_ in self.maps],
             phases=self.phases,
             tokens=self.tokens,
         )
@@ -261,7 +313,7 @@ def own_and_ours(engine: Rank) -> None:
         else:
             own = engine.recorder.dump_record(output_mode="object")
             with open(engine.out / f"own-{engine.rank}.npz", "wb") as file:
-                np.savez(file, logical_count=own["logical_count"].numpy())
+                np.savez(file, logical_count=own["logical_count"].cpu().numpy())
         engine.forward(1)
         engine.recorder.stop_record()
         engine.rearrange([3])
@@ -270,6 +322,22 @@ def own_and_ours(engine: Rank) -> None:
 
 def simple(engine: Rank) -> None:
     engine.forward(4)
+
+
+def graphs(engine: Rank) -> None:
+    engine.capture()
+    own_and_ours(engine)
+
+
+def unsynchronized(engine: Rank) -> None:
+    """No pass waits for the GPU: torch raises an error where one would."""
+    for _ in range(6):
+        engine.phases.append(engine.choose())
+        engine.tokens.append(engine.routed)
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.inference_mode():
+            engine.runner.forward(engine.batch)
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def wide(engine: Rank) -> None:
@@ -331,6 +399,9 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "per_token": (wide, {"expert_distribution_recorder_mode": "per_token", "chunked_prefill_size": 64}),
     "off": (simple, {"expert_distribution_recorder_mode": None}),
     "simple": (simple, {}),
+    "graphs": (graphs, {}),
+    "graphs_per_pass": (graphs, {"expert_distribution_recorder_mode": "per_pass"}),
+    "unsynchronized": (unsynchronized, {}),
     "scattered": (simple, {"moe_a2a_backend": "mooncake"}),
     "scattered_dp": (simple, {"moe_a2a_backend": "mooncake", "enable_dp_attention": True, "dp_size": 2}),
     "dp_attention": (simple, {"enable_dp_attention": True, "dp_size": 2}),
@@ -344,7 +415,8 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def run(rank: int, out: str, ranks: int, scenario: str) -> None:
+def run(rank: int, out: str, ranks: int, scenario: str, device: str) -> None:
+    os.chdir(tempfile.mkdtemp(dir=out))
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     messages = Messages()
@@ -367,18 +439,18 @@ def run(rank: int, out: str, ranks: int, scenario: str) -> None:
     if scenario == "stuck":
         sys.modules.setdefault("setproctitle", mock.MagicMock())
         import sglang.srt.managers.scheduler  # noqa: F401 - as in a scheduler's process
-    engine = Rank(Path(out), rank, ranks, messages, **arguments)
+    engine = Rank(Path(out), rank, ranks, messages, device, **arguments)
     happens(engine)
     engine.save()
     atexit._run_exitfuncs()  # a process that multiprocessing forked skips them
 
 
 def main() -> None:
-    out, ranks, scenario = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    out, ranks, scenario, device = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], (*sys.argv, "cpu")[4]
     (out / "model").mkdir(parents=True, exist_ok=True)
     (out / "model/config.json").write_text(json.dumps(MODEL))
-    os.chdir(tempfile.mkdtemp(dir=out))
-    run_ranks(ranks, run, str(out), ranks, scenario, kill=scenario == "killed")
+    fork, kill = device == "cpu", scenario == "killed"
+    run_ranks(ranks, run, str(out), ranks, scenario, device, fork=fork, kill=kill)
 
 
 if __name__ == "__main__":

@@ -6,68 +6,72 @@ sglang_ranks.py runs in the engines' environment and saves the truth; the dump i
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from engines import described, run_in
-from helpers import arrays, cli
+from helpers import cli, engines_python
+from sglang_runs import (
+    LOGICAL,
+    MOE_LAYERS,
+    SLOTS,
+    Array,
+    Recorded,
+    SglangRun,
+    assert_as_without,
+    assert_recorded,
+    stated,
+)
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.reader.run import Run
+from eplb_dump.format.journal import StepRows
+from eplb_dump.format.schema import STATUS_LABELS
 
-LAYERS, DENSE, LOGICAL, SLOTS = 5, 2, 6, 8
-MOE_LAYERS = [2, 3, 4]
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Engine:
-    out: Path
-    ranks: int
-
-    def truth(self, name: str) -> Array:
-        """[ranks, steps, layers, slots]"""
-        paths = [self.out / f"truth-{rank}.npz" for rank in range(self.ranks)]
-        return np.stack([arrays(path)[name] for path in paths])
-
-    def said(self, rank: int, what: str) -> list[Any]:
-        told = json.loads((self.out / f"said-{rank}.json").read_text())[what]
-        # What SGLang says of an environment without a GPU.
-        return [
-            t for t in told if not str(t).startswith(("Ignore import", "Cannot detect", "The current plat"))
-        ]
-
-    def dump(self) -> Run:
-        return open_run(self.out / "dump")
-
-    def own(self) -> list[Any]:
-        """What SGLang's own recorder wrote and returned."""
-        import torch
-
-        def as_lists(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: as_lists(part) for key, part in value.items()}
-            if isinstance(value, list | tuple):
-                return [as_lists(part) for part in value]
-            return value.tolist() if isinstance(value, torch.Tensor) else value
-
-        found = [as_lists(torch.load(path)) for path in sorted(self.out.glob("own-*/*.pt"))]
-        returned = sorted(self.out.glob("own-*.npz"))
-        return found + [arrays(path)["logical_count"].tolist() for path in returned]
+ON_A_GPU = (
+    "import importlib.util as i, torch; exit(not (torch.cuda.is_available() and i.find_spec('sgl_kernel')))"
+)
 
 
-def engine(out: Path, scenario: str, *, ranks: int = 2, plugin: bool = True, **variables: str) -> Engine:
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """Skips where SGLang cannot count on a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("SGLang's recorder with CUDA tensors: this machine has no GPU")
+    if subprocess.run([engines_python(), "-c", ON_A_GPU], check=False).returncode:
+        pytest.skip("SGLang's recorder with CUDA tensors: no CUDA build of torch, GPU or sglang-kernel")
+    return "cuda"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    return "cpu" if request.param == "cpu" else str(request.getfixturevalue("gpu"))
+
+
+def engine(
+    out: Path,
+    scenario: str,
+    *,
+    ranks: int = 2,
+    plugin: bool = True,
+    device: str = "cpu",
+    **variables: str,
+) -> SglangRun:
     out.mkdir(exist_ok=True)
     if plugin:
         variables["EXPERT_LOAD_DUMP_DIR"] = str(out / "dump")
-    done = run_in("sglang", "sglang_ranks.py", out, ranks, scenario, **variables)
+    done = run_in("sglang", "sglang_ranks.py", out, ranks, scenario, device, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Engine(out, ranks)
+    return SglangRun(out, ranks, device)
+
+
+def dump(ours: SglangRun) -> Run:
+    return open_run(ours.out / "dump")
 
 
 def loads(run: Run) -> Array:
@@ -79,55 +83,68 @@ def loads(run: Run) -> Array:
     return run.retry_without_damaged(read)
 
 
-def assert_exact(ours: Engine) -> None:
+def placements(run: Run, steps: list[int]) -> Array:
+    """[steps, layers, slots]"""
+    found = [run.placement(step)["logical"].to_numpy() for step in steps]
+    return np.reshape(found, (len(steps), len(MOE_LAYERS), SLOTS))
+
+
+def recorded(ours: SglangRun, rank: int) -> Recorded:
+    run = open_run(ours.rank_folder(rank))
+    parts = [segment.steps() for session in run.sessions for segment in session.segments]
+    rows = StepRows.concat(parts)
+    numbers = rows.step.tolist()
+    return Recorded(
+        steps=numbers,
+        status=[STATUS_LABELS[code] for code in rows.status],
+        loads=loads(run),
+        placements=placements(run, numbers),
+        described=described(run, rank),
+        device_ms=rows.device_ms,
+    )
+
+
+def assert_exact(ours: SglangRun) -> None:
     """Every rank's part, step by step, and the placement that was in force in each."""
-    true_loads, true_maps = ours.truth("loads"), ours.truth("maps")
-    assert true_loads[:, :, MOE_LAYERS].any(axis=(0, 3)).all()
-    run = ours.dump()
+    assert_recorded(ours, [recorded(ours, rank) for rank in range(ours.ranks)])
+    run = dump(ours)
     assert run.present_ranks == list(range(ours.ranks))
-    steps = run.steps()
-    assert steps["step"].to_list() == list(range(true_loads.shape[1]))
-    assert set(steps["state"]) == {"recorded"}
-    for rank, true in enumerate(true_loads):
-        folder = next((ours.out / "dump").glob(f"run=*/model=*/rank={rank:05d}"))
-        assert (loads(open_run(folder)) == true[:, MOE_LAYERS]).all()
-    for step, true in enumerate(true_maps[0]):
-        assert (true_maps[:, step] == true).all()
-        found = run.placement(step)["logical"].to_numpy().reshape(len(MOE_LAYERS), SLOTS)
-        assert (found == true[MOE_LAYERS]).all(), step
+    true = ours.truth("maps")[0][:, MOE_LAYERS]
+    assert run.steps()["step"].to_list() == list(range(len(true)))
+    assert set(run.steps()["state"]) == {"recorded"}
+    assert np.array_equal(placements(run, list(range(len(true)))), true)
     assert not run.findings
-    assert_described(ours)
-
-
-def assert_described(ours: Engine, *, tokens: bool = True) -> None:
-    """Every rank's phases and tokens, which agree with its load."""
-    run = ours.dump()
-    for rank in range(ours.ranks):
-        true = arrays(ours.out / f"truth-{rank}.npz")
-        steps = range(0, len(true["phases"]), run.info.interval)
-        stated = {step: (true["phases"][step], true["tokens"][step] if tokens else -1) for step in steps}
-        assert described(run, rank) == stated
     assert [f for f in check_run(run).findings if f.severity == "error"] == []
 
 
 @pytest.mark.parametrize("mode", ["stat", "per_pass"])
-def test_loads_and_placements_are_exact_and_sglang_is_as_without(mode: str, tmp_path: Path) -> None:
-    ours = engine(tmp_path / "with", mode)
-    theirs = engine(tmp_path / "without", mode, plugin=False)
+def test_loads_and_placements_are_exact_and_sglang_is_as_without(
+    mode: str, device: str, tmp_path: Path
+) -> None:
+    ours = engine(tmp_path / "with", mode, device=device)
+    theirs = engine(tmp_path / "without", mode, plugin=False, device=device)
     assert_exact(ours)
-    assert ours.own() == theirs.own() != []
-    for rank in range(ours.ranks):
-        for what in ("messages", "switch", "stored"):
-            assert ours.said(rank, what) == theirs.said(rank, what), what
-        # Of the first 12 passes, SGLang was asked to record six, and dumped before the last of those.
-        assert ours.said(rank, "stored")[:15] == [0] * 5 + [1, 2, 3, 4, 5, 6, 1] + [1] * 3
-    assert not (theirs.out / "dump").exists()
+    assert_as_without(ours, theirs)
 
 
-def test_four_ranks_are_recorded_exactly_and_described(tmp_path: Path) -> None:
-    ours = engine(tmp_path, "simple", ranks=4)
+@pytest.mark.parametrize("mode", ["graphs", "graphs_per_pass"])
+def test_what_cuda_graphs_count_is_exact_and_sglang_is_as_without(
+    mode: str, gpu: str, tmp_path: Path
+) -> None:
+    ours = engine(tmp_path / "with", mode, device=gpu)
+    theirs = engine(tmp_path / "without", mode, plugin=False, device=gpu)
     assert_exact(ours)
-    run = ours.dump()
+    assert_as_without(ours, theirs)
+
+
+def test_no_pass_waits_for_the_gpu(gpu: str, tmp_path: Path) -> None:
+    assert_exact(engine(tmp_path, "unsynchronized", device=gpu))
+
+
+def test_four_ranks_are_recorded_exactly_and_described(device: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path, "simple", ranks=4, device=device)
+    assert_exact(ours)
+    run = dump(ours)
     info = run.info
     assert (info.engine, info.model, info.scope) == ("sglang", "tiny/moe", "local")
     assert (info.ep_size, info.ranks_per_node, info.num_logical_experts) == (4, 4, LOGICAL)
@@ -152,35 +169,37 @@ def test_four_ranks_are_recorded_exactly_and_described(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scenario", "replication"), [("scattered", 1), ("scattered_dp", 1), ("dp_attention", 2)]
 )
-def test_how_often_a_token_is_counted(scenario: str, replication: int, tmp_path: Path) -> None:
-    ours = engine(tmp_path, scenario, EXPERT_LOAD_DUMP_INTERVAL="2")
-    run = ours.dump()
+def test_how_often_a_token_is_counted(scenario: str, replication: int, device: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path, scenario, device=device, EXPERT_LOAD_DUMP_INTERVAL="2")
+    run = dump(ours)
     assert (run.info.token_replication, run.info.interval) == (replication, 2)
     assert run.steps()["state"].to_list() == ["recorded", "not_sampled"] * 2
     true = ours.truth("loads").sum(0)[::2, MOE_LAYERS] / replication
     found = run.loads()["load"].to_list()
     assert (np.array(found).reshape(true.shape) == true).all()
     # In a group of attention's tensor parallelism, each rank gets a part of the padded tokens.
-    assert_described(ours, tokens=scenario != "scattered")
+    for rank in range(ours.ranks):
+        expected = stated(ours, rank, interval=2, tokens=scenario != "scattered")
+        assert described(run, rank) == expected
+    assert [f for f in check_run(run).findings if f.severity == "error"] == []
 
 
-def test_a_draft_models_passes_are_no_steps(tmp_path: Path) -> None:
-    ours = engine(tmp_path, "drafts", ranks=1)
+def test_a_draft_models_passes_are_no_steps(device: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path, "drafts", ranks=1, device=device)
     assert len(ours.said(0, "switch")) == 15
     assert ours.said(0, "began") == [1, 1, 0, 0, 0] * 3
     assert ours.truth("loads").shape[1] == 6
     assert_exact(ours)
 
 
-def test_per_token_is_recorded_until_it_fails_and_sglang_goes_on(tmp_path: Path) -> None:
-    ours = engine(tmp_path, "per_token", ranks=1)
+def test_per_token_is_recorded_until_it_fails_and_sglang_goes_on(device: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path, "per_token", ranks=1, device=device)
     said = [text for text in ours.said(0, "messages") if "expert-load recording is off" in text]
     assert len(said) == 1
     assert "SGLang 0." in said[0]
     assert len(ours.said(0, "switch")) == 4
     for rank, true in enumerate(ours.truth("loads")):
-        folder = next((ours.out / "dump").glob(f"run=*/model=*/rank={rank:05d}"))
-        assert (loads(open_run(folder)) == true[:2, MOE_LAYERS]).all()
+        assert (loads(open_run(ours.rank_folder(rank))) == true[:2, MOE_LAYERS]).all()
 
 
 @pytest.mark.parametrize("scenario", ["no_predicate", "no_entry", "renamed", "off"])
@@ -192,7 +211,7 @@ def test_where_sglang_is_not_as_known_it_goes_on_and_is_told_once(scenario: str,
     if scenario == "renamed":  # SGLang itself stored the passes, before and after
         assert ours.said(0, "stored") == [1, 2, 3, 4, 4, 4]
         assert ours.said(0, "switch") == [True] * 4 + [False] * 2
-        assert loads(ours.dump()).shape[0] == 2
+        assert loads(dump(ours)).shape[0] == 2
     else:
         assert ours.truth("loads").shape[1] == 4
         assert not (ours.out / "dump").exists()
@@ -205,8 +224,8 @@ def test_a_wrong_setting_is_told_once(tmp_path: Path) -> None:
     assert not (ours.out / "dump").exists()
 
 
-def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> None:
-    engine(tmp_path, "killed")
+def test_killed_in_the_middle_it_leaves_a_dump_that_reads(device: str, tmp_path: Path) -> None:
+    engine(tmp_path, "killed", device=device)
     done = cli("summary", tmp_path / "dump", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -219,11 +238,11 @@ def test_killed_in_the_middle_it_leaves_a_dump_that_reads(tmp_path: Path) -> Non
     assert complete["load"].list.sum().min() > 0
 
 
-def test_killed_while_it_shuts_down_it_is_sealed(tmp_path: Path) -> None:
-    ours = engine(tmp_path, "stuck")
+def test_killed_while_it_shuts_down_it_is_sealed(device: str, tmp_path: Path) -> None:
+    ours = engine(tmp_path, "stuck", device=device)
     assert_exact(ours)
     assert not list(ours.out.glob("dump/**/journal-*"))
-    assert not {f.code for f in check_run(ours.dump()).findings} & {"not_closed", "incomplete_end"}
+    assert not {f.code for f in check_run(dump(ours)).findings} & {"not_closed", "incomplete_end"}
 
 
 #: What SGLang 0.5.23 makes of it in the models named; None: all layers are MoE layers, or not known.
