@@ -41,12 +41,16 @@ def own_start(start_id: str | None) -> Start:
 
 
 def own_age_ns() -> int:
-    """How long ago this process was started, or forked; to 10 ms, as the kernel counts."""
+    """How long ago this process was started, or forked, at least: the kernel counts in ticks of 10 ms.
+
+    An engine that ended in the tick in which this process was started did not run at the same time.
+    """
     stat = _stat(_own_numbers()[0])
     if stat is None:
         return time.monotonic_ns() - _IMPORTED_NS
     ticks_per_second = os.sysconf("SC_CLK_TCK")
-    return max(0, time.clock_gettime_ns(time.CLOCK_BOOTTIME) - stat[1] * 10**9 // ticks_per_second)
+    end_of_tick = (stat[1] + 1) * 10**9 // ticks_per_second
+    return max(0, time.clock_gettime_ns(time.CLOCK_BOOTTIME) - end_of_tick)
 
 
 def is_alive(process: str) -> bool:
