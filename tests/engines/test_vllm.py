@@ -253,7 +253,7 @@ QUIET = {
         "--elastic",
         "0:2,5:1,15:2",
     ],
-    "async, short window": ["--async", "--interval", "24", "--window", "1", "--steps", "47", "--no-log"],
+    "async, short window": ["--async", "--interval", "24", "--window", "1", "--steps", "28", "--no-log"],
 }
 
 
@@ -271,8 +271,9 @@ def test_it_changes_nothing(tmp_path: Path, name: str) -> None:
         assert one.keys() == other.keys()
         assert json.loads(str(one.pop("began"))) != {} == json.loads(str(other.pop("began")))
         if "--async" in options:
-            # When vLLM's thread has moved a layer's weights is chance; which placement it moves to is not.
-            first, last = "0/model/placement", "46/model/placement"
+            # When vLLM's thread has moved a layer's weights is chance; which placement it moves to is not. It
+            # does so after steps 6 and 30.
+            first, last = "0/model/placement", "27/model/placement"
             np.testing.assert_array_equal(one[first], other[first])
             moved = (one[first] != one[last]).any(axis=1) & (other[first] != other[last]).any(axis=1)
             np.testing.assert_array_equal(one[last][moved], other[last][moved])
