@@ -408,10 +408,11 @@ class _OfRank:
         self.first, self.last = min(self.first, other.first), max(self.last, other.last)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """Rows of some ranks added up, of one minute and placement."""
 
+    #: Of each rank; empty if these ranks had no shape, as they had no tokens.
     load: Int64
     ranks: dict[int, _OfRank]
     first: int
@@ -428,7 +429,9 @@ class _Part:
             if own is not steps:
                 own.add(steps)
         return _Part(
-            self.load + other.load,
+            self.load + other.load
+            if self.load.size == other.load.size
+            else max(self.load, other.load, key=len),
             self.ranks,
             min(self.first, other.first),
             max(self.last, other.last),
@@ -453,6 +456,14 @@ class _Minute:
             else:
                 apart.append(part)
         self._parts = [*apart, row]
+
+    def take(self, idle: _Minute) -> bool:
+        """Add ranks that had nothing but dummy steps, if they had them beside these."""
+        beside = [p for p in idle._parts if any(p.first <= o.last and p.last >= o.first for o in self._parts)]
+        for part in beside:
+            self.add(part)
+        idle._parts = [part for part in idle._parts if part not in beside]
+        return not idle._parts
 
     def parts(self, expected: Sequence[int]) -> list[tuple[_Part, dict[int, str]]]:
         """What is added up in figures, as one part, and what is not, each with the ranks that it lacks.
@@ -522,9 +533,26 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
                 reached[rank] = last
         edge = min(reached.values(), default=2**62)
         done = sorted((key for key in waiting if key[0] < edge), key=lambda key: key[:2])
+        done = _without_idle(waiting, done)
         for at in range(0, len(done), JOINED_ROWS):
             some = done[at : at + JOINED_ROWS]
             yield from _passed_on(run, [(key, waiting.pop(key)) for key in some], of_rank)
+
+
+def _without_idle(waiting: dict[_Key, _Minute], keys: list[_Key]) -> list[_Key]:
+    """Of minutes in order, those that are left when ranks without any token are added to the others.
+
+    A segment of nothing but dummy steps has no shape.
+    """
+    left = []
+    for (minute, epoch), alike in itertools.groupby(keys, key=lambda key: key[:2]):
+        group = list(alike)
+        idle: _Key = (minute, epoch, None)
+        if idle in group and any(waiting[key].take(waiting[idle]) for key in group if key != idle):
+            del waiting[idle]
+            group.remove(idle)
+        left += group
+    return left
 
 
 def _is_small(source: _Source, columns: Sequence[str]) -> bool:
@@ -538,16 +566,39 @@ def _is_small(source: _Source, columns: Sequence[str]) -> bool:
 def _add_rank(
     waiting: dict[_Key, _Minute], rank: int, shape: Shape | None, rows: Minutes, changes: Int64
 ) -> None:
-    epochs = np.searchsorted(changes, rows["first_step"], side="right").tolist()
     counts = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
-    edges = (rows[name].tolist() for name in ("first_step", "last_step", "first_time_ns", "last_time_ns"))
-    keys = zip(rows["minute"].tolist(), epochs, strict=True)
-    for i, (key, first, last, begin, end) in enumerate(zip(keys, *edges, strict=True)):
+    edges = np.stack([rows[n] for n in ("first_step", "last_step", "first_time_ns", "last_time_ns")], axis=1)
+    for i, (minute, edge) in enumerate(zip(rows["minute"].tolist(), edges.tolist(), strict=True)):
         # Copies: a view would keep all that was decoded with it.
         named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if "slot" in rows.columns else []
-        of_rank = {rank: _OfRank(counts[i], first, last)}
-        row = _Part(rows["rank_load"][i], of_rank, first, last, begin, end, named)
-        waiting.setdefault((*key, shape), _Minute()).add(row)
+        for epoch, first, last, begin, end in _by_placement(edge, counts[i], changes):
+            own = counts[i]
+            if [first, last] != edge[:2]:
+                own = np.zeros_like(own)
+                own[Status.DUMMY] = last + 1 - first
+            row = _Part(
+                rows["rank_load"][i], {rank: _OfRank(own, first, last)}, first, last, begin, end, named
+            )
+            waiting.setdefault((minute, epoch, shape), _Minute()).add(row)
+
+
+def _by_placement(edge: list[int], counts: Int64, changes: Int64) -> Iterator[tuple[int, int, int, int, int]]:
+    """A row's placements, counted, each with its first and last step and about the times of these.
+
+    A rank without tokens is not told of the placement, so a row of nothing but dummy steps may go on while
+    the other ranks change theirs. Any other row has one placement.
+    """
+    first, last, begin, end = edge
+    epoch = int(np.searchsorted(changes, first, side="right"))
+    length = last + 1 - first
+    if counts[Status.DUMMY] != length or counts.sum() != length:
+        yield epoch, first, last, begin, end
+        return
+    until = int(np.searchsorted(changes, last, side="right"))
+    cuts = [first, *changes[epoch:until].tolist(), last + 1]
+    for number, (low, high) in enumerate(itertools.pairwise(cuts), epoch):
+        times = (begin + (end - begin) * (step - first) // max(1, length - 1) for step in (low, high - 1))
+        yield number, low, high - 1, *times
 
 
 def _passed_on(

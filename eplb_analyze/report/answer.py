@@ -456,6 +456,8 @@ def _evidence(summary: Summary, paste: Paste) -> list[tuple[str, str]]:
         # The others read steps; where none is kept, they have nothing to say.
         return [*found, *_summed_evidence(summary.rollup)]
     command = NEXT_COMMANDS.get(verdict)
+    if command == "advise" and summary.hot_experts_tier != "full":
+        return found  # without experts' loads there is nothing to replay
     return found if command is None else [*found, ("next", paste(command))]
 
 
@@ -600,7 +602,9 @@ def next_command(incident: Incident) -> str:
             return "check"
         case "rearrangement" | "eplb_stopped":
             return "rearrangements"
-        case "traffic_shift" | "few_tokens":
+        case "few_tokens":  # not the choice of experts, and it can be found without their loads
+            return f"ranks {within}"
+        case "traffic_shift":
             return f"experts {within}"
         case _:
             return f"ranks {within}" if layer is None else f"layer {layer} {within}"

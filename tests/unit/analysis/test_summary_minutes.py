@@ -63,7 +63,9 @@ def placement(step: int) -> Array:
     return np.tile(row if step < 310 else row[::-1], (LAYERS, 1))
 
 
-def record(root: Path, tokens: Array, *, began_ns: int = START_NS, **options: Any) -> None:
+def record(
+    root: Path, tokens: Array, *, began_ns: int = START_NS, idle: range = range(0), **options: Any
+) -> None:
     with (
         steady_clock(STEP_MS, began_ns),
         open_writer(
@@ -72,6 +74,9 @@ def record(root: Path, tokens: Array, *, began_ns: int = START_NS, **options: An
     ):
         for step, load in enumerate(tokens):
             phase = "prefill" if step % 7 == 0 else "decode"
+            if step in idle:
+                writer.skip("dummy", step)
+                continue
             writer.record(step, load, placement(step), num_tokens=100, phase=phase)
             if step % 100 == 0:
                 assert writer.flush(60)
@@ -477,6 +482,22 @@ def test_part_of_a_minute_that_every_rank_has_counts(tmp_path: Path, stop: int) 
     summed = found.rollup.summed if found.rollup else None
     assert summed is not None
     assert summed.balancedness == pytest.approx(summed_truth(np.arange(known))[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("idle", [range(290, 345), range(130, 700)])
+def test_idle_ranks_have_no_tokens_while_the_placement_changes(tmp_path: Path, idle: range) -> None:
+    """With data parallelism, ranks without requests take dummy steps, which do not show a new placement."""
+    parts = np.random.default_rng(4).multinomial(loads(), [1 / RANKS] * RANKS)
+    parts[idle.start : idle.stop, ..., 0] = loads()[idle.start : idle.stop]
+    for rank in range(RANKS):
+        own = idle if rank else range(0)
+        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, idle=own)
+    found = summary_of(tmp_path, tier="minutes")
+    assert found.steps.to_json() == summary_of(tmp_path).steps.to_json()
+    assert found.steps.count(StepState.RECORDED) == STEPS
+    summed = found.rollup.summed if found.rollup else None
+    assert summed is not None
+    assert summed.balancedness == pytest.approx(summed_truth(np.arange(STEPS))[0], rel=1e-12)
 
 
 def test_minute_of_which_a_rank_keeps_nothing_is_retired(local: Path, tmp_path: Path) -> None:
