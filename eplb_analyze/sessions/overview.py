@@ -101,7 +101,8 @@ def overview(folder: StoragePath, info: SessionInfo) -> SessionOverview:
         if entry.step_rows or retired:
             ep_size = 0 if entry.shape is None else entry.shape.ep_size
             rows = entry.step_rows or retired
-            times = _sealed_times(ParquetSegment(folder, info, entry))
+            # Files of a segment that was a journal a moment ago may not have their names yet.
+            times = _sealed_times(ParquetSegment(folder, info, entry), being_sealed=seq in journals)
             result.segments.append(
                 SegmentOverview(entry.first_step, entry.last_step, rows, retired, ep_size, entry.tier, times)
             )
@@ -109,9 +110,9 @@ def overview(folder: StoragePath, info: SessionInfo) -> SessionOverview:
     return result
 
 
-def _sealed_times(segment: ParquetSegment) -> Callable[[], tuple[int, int]]:
+def _sealed_times(segment: ParquetSegment, *, being_sealed: bool) -> Callable[[], tuple[int, int]]:
     def read() -> tuple[int, int]:
-        if not segment.step_rows and segment.entry.times is not None:
+        if (being_sealed or not segment.step_rows) and segment.entry.times is not None:
             return segment.entry.times
         rows = segment.steps()
         return _ends(rows, rows)

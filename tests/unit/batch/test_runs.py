@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from helpers import cli, load_of, map_of, one_error, open_writer, read_table, wr
 from eplb_analyze.batch import runs
 from eplb_analyze.batch.runs import list_runs
 from eplb_analyze.reader.run import open_run
+from eplb_dump.format import files, segment
 
 
 def listed(root: Path) -> list[dict[str, Any]]:
@@ -102,6 +104,29 @@ def test_open_journals_count_and_a_silent_writer_is_not_closed(
         assert list_runs(tmp_path).runs[0].state == "not closed"
         assert "not closed" in cli("runs", tmp_path).stdout
     assert list_runs(tmp_path).runs[0].state == "closed"
+
+
+def test_segment_whose_files_have_no_names_yet_has_its_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer lists a segment before it renames its files and removes the journal."""
+    listed_alone = threading.Event()
+    go_on = threading.Event()
+
+    def publish(*paths: Path) -> None:
+        listed_alone.set()
+        assert go_on.wait(60)
+        files.publish(*paths)
+
+    monkeypatch.setattr(segment, "publish", publish)
+    with open_writer(tmp_path, ep_rank=0, segment_steps=8) as writer:
+        for step in range(8):
+            writer.record(step, load_of(step), map_of())
+        assert listed_alone.wait(60)
+        (line,) = listed(tmp_path)
+        go_on.set()
+    assert (line["first_step"], line["last_step"], line["steps"]) == (0, 7, 8)
+    assert line["start"] < line["end"]
 
 
 def test_each_model_and_each_engine_start_has_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
