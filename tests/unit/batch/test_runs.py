@@ -120,12 +120,13 @@ def test_segment_whose_files_have_no_names_yet_has_its_times(
 
     monkeypatch.setattr(segment, "publish", publish)
     with open_writer(tmp_path, ep_rank=0, segment_steps=8) as writer:
-        for step in range(8):
+        for step in range(9):  # the ninth begins a segment
             writer.record(step, load_of(step), map_of())
+        assert writer.flush(60)
         assert listed_alone.wait(60)
         (line,) = listed(tmp_path)
         go_on.set()
-    assert (line["first_step"], line["last_step"], line["steps"]) == (0, 7, 8)
+    assert (line["first_step"], line["last_step"], line["steps"]) == (0, 8, 9)
     assert line["start"] < line["end"]
 
 
