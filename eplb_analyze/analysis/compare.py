@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from eplb_analyze.analysis.compare_experts import ExpertDifference, ExpertSums, expert_differences
-from eplb_analyze.analysis.cost import RunCost, cost_of, cost_of_sample
+from eplb_analyze.analysis.cost import TIMES, RunCost, cost_of, cost_of_sample, step_times
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_series import BalanceValues, incidents_of, looked_at, steps_per_value
 from eplb_analyze.analysis.incidents import Incident
@@ -101,7 +101,7 @@ class Side(Report):
     steps: Completeness
     #: Mean tokens routed per layer and step: tokens × top-k.
     tokens_per_step: float | None
-    #: The number of rearrangements in these steps.
+    #: The number of rearrangements between two of these steps.
     rearrangements: int
     #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
@@ -200,7 +200,10 @@ def compare_runs(
     """
     ranges = StepRange.of(steps_a or steps), StepRange.of(steps_b or steps)
     _require_apart(a, b, *ranges)
-    one, other = _read(a, ranges[0]), _read(b, ranges[1])
+    sides = (a, ranges[0]), (b, ranges[1])
+    # Tokens are those of all these steps, so their times have to be, too.
+    by_rank = any(True for run, own in sides for _ in run.tiers.by_rank.within(*own))
+    one, other = (_read(run, own, with_loads=not by_rank) for run, own in sides)
     reasons = [*_reasons(one, other)]
     if reasons:
         nothing = Routing(None, None, None)
@@ -220,8 +223,7 @@ def compare_runs(
     explained = [
         (i, a.info.layers[i], float(ratios[i])) for i in order if figures[i][1].verdict in ("better", "worse")
     ]
-    costs = one.cost, other.cost
-    times = _step_times(*costs)
+    times = _step_times(one, other)
     differs = bool(idle.difference) and abs(idle.difference or 0.0) > bootstrap.ROUNDING
     return Comparison(
         reasons=[],
@@ -233,7 +235,7 @@ def compare_runs(
         balancedness=balancedness,
         idle_fraction=idle,
         step_times=times,
-        unexplained=None if any(row.imbalance_ms for row in times) else _unexplained(*costs),
+        unexplained=None if any(row.imbalance_ms for row in times) else _unexplained(one, other),
         layers=[
             LayerDifference(layer, float(part) if differs else None, *pair)
             for layer, part, pair in zip(a.info.layers, parts, figures, strict=True)
@@ -276,10 +278,10 @@ def _parts(a: _Reading, b: _Reading) -> formulas.Float64:
     return difference / total if total else np.zeros(len(difference))
 
 
-def _read(run: Run, steps: StepRange) -> _Reading:
+def _read(run: Run, steps: StepRange, *, with_loads: bool) -> _Reading:
     if steps != StepRange():
         run.require(steps)
-    return run.retry_without_damaged(lambda: _Reading(run.estimated(steps), steps))
+    return run.retry_without_damaged(lambda: _Reading(run.estimated(steps), steps, with_loads=with_loads))
 
 
 class _Reading:
@@ -291,10 +293,13 @@ class _Reading:
         experts: of the first and second half of the steps.
         shapes: of the loads.
         cost: of imbalance, by the times of these steps; prices are of the whole run if these steps show none.
+        basis: what the step times are.
+        times: the usual steps by phase.
         incidents: those of the run that have one of these steps.
     """
 
-    def __init__(self, run: Run, steps: StepRange) -> None:
+    def __init__(self, run: Run, steps: StepRange, *, with_loads: bool) -> None:
+        """``with_loads``: whether experts' loads are kept of all steps of both sides."""
         self.run, self.whole, self._steps = run, Completeness(), steps
         layers = run.info.num_layers
         self._series = BoundedSeries.empty((0, layers + 1, 4), axis=0)
@@ -307,7 +312,9 @@ class _Reading:
         first, last = (step or 0 for step in run.step_range)
         around = looked_at(run, steps)
         sample, balance = CostSample.empty(), BalanceValues(steps_per_value(around.end - around.first))
-        sampling = Sampling(run, max(first, low), min(last + 1, high) - 1)
+        edges = max(first, low), min(last + 1, high) - 1
+        sampling, timing = Sampling(run, *edges), Sampling(run, *edges, with_loads=False)
+        timed = CostSample.empty()
         middle = (max(first, low) + min(last + 1, high)) // 2
         for half, part in enumerate(((low, middle), (middle, high))):
             for block in run.blocks(part):
@@ -322,7 +329,10 @@ class _Reading:
                         self.experts.add(half, block, run.history)
                     balance.add(block, terms)
                 sample.merge(CostSample.of(run, sampling, block, terms))
+                if not with_loads:
+                    timed.merge(CostSample.of(run, timing, block, terms))
         self.cost = self._cost(sample)
+        self.basis, self.times = (self.cost.basis, self.cost.used) if with_loads else step_times(run, timed)
         self.incidents = incidents_of(run, balance, sample, self.cost, steps)
 
     def _add(self, steps: Int64, terms: formulas.Terms, ranks: int) -> None:
@@ -354,17 +364,31 @@ class _Reading:
         return replace(found, prices=cost_of(self.run).prices)
 
     @property
+    def lost_loads(self) -> bool:
+        """Whether experts' loads are not kept of all of these steps."""
+        return any(True for _ in self.run.tiers.by_rank.within(*self._steps))
+
+    @property
     def active_rows(self) -> int:
         return int((self.terms[:, -1, ACTIVE] > 0).sum())
 
     def side(self) -> Side:
         active = self.terms[:, :-1, ACTIVE].sum()
         tokens = self._tokens / float(active) if active else None
-        changes = self.run.history.rearrangements()
-        within = [c for c in changes if self._steps.first < c.first_step < self._steps.end]
         found = self.incidents
         searched = None if found.searched is None else [(p.first, p.end - 1) for p in found.searched]
-        return Side(self.run.info, self.run.phase, self.whole, tokens, len(within), found.found, searched)
+        changes = self._rearrangements()
+        return Side(self.run.info, self.run.phase, self.whole, tokens, changes, found.found, searched)
+
+    def _rearrangements(self) -> int:
+        """How many there are between two of the steps that are compared."""
+        first, last = self.whole.first, self.whole.last
+        if first is None or last is None:
+            return 0
+        changed = np.array([c.first_step for c in self.run.history.rearrangements()], np.int64)
+        changed = changed[(changed > first) & (changed <= last)]
+        retired = self.run.tiers.retired
+        return int((~retired.contains(changed) & ~retired.contains(changed - 1)).sum())
 
 
 def _rows(terms: formulas.Terms) -> formulas.Float64:
@@ -392,25 +416,37 @@ def _differences(a: formulas.Float64, b: formulas.Float64) -> tuple[Difference, 
     )
 
 
-def _step_times(a: RunCost, b: RunCost) -> list[StepTime]:
+def _step_times(a: _Reading, b: _Reading) -> list[StepTime]:
     rows = []
-    for phase in (name for name in a.used if name in b.used):
-        one, other = a.used[phase], b.used[phase]
+    for phase in (name for name in a.times if name in b.times and a.basis == b.basis):
+        one, other = a.times[phase], b.times[phase]
         longer = bootstrap.difference(Ratio.mean(one.ms), Ratio.mean(other.ms))
         if longer is None:
             continue
         step_ms = Difference.of(float(one.ms.mean()), float(other.ms.mean()), longer, better=-1)
-        models = [cost.prices[phase] for cost in (a, b) if phase in cost.prices]
-        prices = [price for model in models if (price := model.price(other.excess - one.excess)) is not None]
-        price = min(prices, key=lambda price: price.high - price.low, default=None)
+        price = None
+        if one.excess is not None and other.excess is not None:
+            models = [side.cost.prices[phase] for side in (a, b) if phase in side.cost.prices]
+            more = other.excess - one.excess
+            prices = [price for model in models if (price := model.price(more)) is not None]
+            price = min(prices, key=lambda price: price.high - price.low, default=None)
         rows.append(StepTime(phase, step_ms, None if price is None else Milliseconds.of(price)))
     return rows
 
 
-def _unexplained(a: RunCost, b: RunCost) -> str:
-    if a.used and b.used and not a.used.keys() & b.used.keys():
-        return "A and B have no phase in common"
-    reasons = [f"{name}: cost {cost.message}" for name, cost in (("A", a), ("B", b)) if not cost.prices]
+def _unexplained(a: _Reading, b: _Reading) -> str:
+    if a.times and b.times:
+        if a.basis != b.basis:
+            one, other = (TIMES.get(side.basis, side.basis) for side in (a, b))
+            return f"they are not alike: {one} in A, {other} in B"
+        if not a.times.keys() & b.times.keys():
+            return "A and B have no phase in common"
+    lost = [name for name, side in (("A", a), ("B", b)) if side.lost_loads]
+    if lost:
+        return f"experts' loads are no longer kept of all steps of {listed(lost)}"
+    reasons = [
+        f"{name}: cost {side.cost.message}" for name, side in (("A", a), ("B", b)) if not side.cost.prices
+    ]
     return "; ".join(reasons) or "the cost of imbalance is not known in these phases"
 
 

@@ -80,10 +80,13 @@ class PhaseCost:
 
 
 class UsedSteps(NamedTuple):
-    """The steps of a phase without idle gaps and pauses: float64 ``[n]``, ms; and their mean excess."""
+    """The steps of a phase without idle gaps and pauses: float64 ``[n]``, ms; and their mean excess.
+
+    The excess is None if experts' loads are not kept of all these steps.
+    """
 
     ms: Float64
-    excess: Excess
+    excess: Excess | None
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,34 @@ def _durations(sample: CostSample, steps: Bool) -> Float64:
     return times[next_ > last]
 
 
+def step_times(run: Run, sample: CostSample) -> tuple[str, dict[str, UsedSteps]]:
+    """What the step times of a sample are, and by phase those without idle gaps and pauses.
+
+    Also of steps without experts' loads, to which no cost can be fitted.
+    """
+    if not len(sample.step):
+        return "host", {}
+    basis, ms = _times(sample, run.timings)
+    if basis == "host" and not run.info.timed:
+        return basis, {}
+    first = run.step_range[0] or 0
+    changes = [step for step in run.load_history().changes if step > first]
+    pauses = beside(sample.step, np.array(changes, np.int64))
+    found = {}
+    for name, mask in phases_of(sample.phase, sample.per_slot):
+        own = _durations(sample, mask) if basis == "host" else ms[mask]
+        used = _usual(own, pauses[mask])
+        if used.any():
+            found[name] = UsedSteps(own[used], None)
+    return basis, found
+
+
+def _usual(ms: Float64, pauses: Bool) -> Bool:
+    """The steps that take no more than thrice the median, but for those beside rearrangements."""
+    known = np.isfinite(ms) & ~pauses
+    return known & (ms < 3 * (np.median(ms[known]) if known.any() else 0.0))
+
+
 def _rank_correlation(a: Float64, b: Float64) -> float:
     """Spearman's, over the steps with a duration; 0 if one of them never varies."""
     known = np.isfinite(b)
@@ -385,10 +416,7 @@ def _total(
 
 def _used(ms: Float64, work: Work, cost: Cost, pauses: Bool) -> UsedSteps | None:
     """The steps that were fitted, or if none were, those that take no more than thrice the median."""
-    used = cost.used
-    if not used.any():
-        known = np.isfinite(ms) & ~pauses
-        used = known & (ms < 3 * (np.median(ms[known]) if known.any() else 0.0))
+    used = cost.used if cost.used.any() else _usual(ms, pauses)
     return UsedSteps(ms[used], work.select(used).excess()) if used.any() else None
 
 

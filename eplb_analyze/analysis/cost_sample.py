@@ -27,14 +27,18 @@ QUIET, BURSTS = 1e-3, 0.25
 class Sampling:
     """Which blocks of a run are in its sample: evenly spaced, so that parts of a run can be read apart."""
 
-    def __init__(self, run: Run, first: int, last: int) -> None:
-        """``first``, ``last``: the range of steps to sample."""
+    def __init__(self, run: Run, first: int, last: int, *, with_loads: bool = True) -> None:
+        """``first``, ``last``: the range of steps to sample.
+
+        ``with_loads``: only steps of which experts' loads are kept; else their work is of tokens alone.
+        """
+        self.with_loads = with_loads
         segments = [
             (session.info.ep_rank, segment, segment.shape)
             for session in run.sessions
             for segment in session.segments
             if segment.shape is not None and segment.first_step <= last and segment.last_step >= first
-            if segment.has_loads
+            if segment.has_loads or not with_loads
         ]
         # Differences are of integers: steps can be above 2^53.
         self._first = np.array([segment.first_step for _, segment, _ in segments], np.int64)
@@ -57,7 +61,9 @@ class Sampling:
         return float(self._values @ np.clip((step - self._first) / self._length, 0, 1))
 
     def wants(self, block: Block) -> bool:
-        if self.steps < MIN_STEPS or not len(block.recorded) or not block.has_loads:
+        if self.steps < MIN_STEPS or not len(block.recorded):
+            return False
+        if self.with_loads and not block.has_loads:
             return False
         if self._share == 1:
             return True
@@ -108,7 +114,10 @@ class CostSample:
         sample = cls.empty()
         if block.shape is not None and sampling.wants(block):
             chosen = block.state == StepState.RECORDED
-            work = _work(block, run.terms(block) if terms is None else terms, run.info.token_replication)
+            terms = run.terms(block) if terms is None else terms
+            work = Work.of_all_active(0.0, terms.mean, terms.maximum)
+            if sampling.with_loads:
+                work = _work(block, terms, run.info.token_replication)
             sample = cls(
                 block.step[chosen],
                 block.since_last_ms[chosen],

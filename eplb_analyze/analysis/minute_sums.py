@@ -239,6 +239,9 @@ class StepCounts:
         self._run = run
         self.counts: Int64 = np.zeros(len(STATUS_LABELS), np.int64)
         self.incomplete = 0
+        #: The last complete step and its time; of incomplete rows after it, the first step, and how many.
+        self.last_whole, self.whole_time = -1, -1
+        self.since_whole: list[tuple[int, int]] = []
         self.reasons: Counter[tuple[int, str]] = Counter()
         self.first = self.last = -1
         self.first_time, self.last_time = 2**62, -1
@@ -258,6 +261,11 @@ class StepCounts:
         table = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
         self.counts += table[~lacking].sum(axis=0)
         self.incomplete += int(table[lacking].sum())
+        self.since_whole += zip(
+            rows["first_step"][lacking].tolist(), table[lacking].sum(axis=1).tolist(), strict=True
+        )
+        if not lacking.all():
+            self._whole(*(int(rows[name][~lacking].max()) for name in ("last_step", "last_time_ns")))
         for i in np.flatnonzero(lacking).tolist():
             for reason in part.missing[i].items():
                 self.reasons[reason] += int(table[i].sum())
@@ -272,12 +280,19 @@ class StepCounts:
         if part.shape is not None:
             self._add(part.shape, rows if not lacking.any() else rows.select(~lacking))
 
+    def _whole(self, last: int, time: int) -> None:
+        if last > self.last_whole:
+            self.last_whole, self.whole_time = last, time
+        self.since_whole = [own for own in self.since_whole if own[0] > self.last_whole]
+
     def _add(self, shape: Shape, rows: Minutes) -> None:
         """Add rows of complete steps; there can be none."""
 
     def merge(self, later: Any) -> None:
         if later.first < 0:
             return
+        self.since_whole += later.since_whole
+        self._whole(later.last_whole, later.whole_time)
         self.counts = self.counts + later.counts
         self.incomplete += later.incomplete
         self.reasons.update(later.reasons)
@@ -322,8 +337,10 @@ class StepCounts:
         if not found.one_phase:
             found.missing = self._missing()
         found.reasons = self.reasons
-        found.incomplete_inside = self.incomplete
-        found.last_whole = self.last if not self.incomplete else None
+        found.incomplete_since_whole = sum(count for _, count in self.since_whole)
+        found.incomplete_inside = self.incomplete - found.incomplete_since_whole
+        if self.last_whole >= 0:
+            found.last_whole, found.whole_clock_ns = self.last_whole, self.whole_time
         found.last_of_rank = {rank: steps.last for rank, steps in self.of_rank.items()}
         found.first_clock_ns, found.last_clock_ns = self.first_time, self.last_time
         return found

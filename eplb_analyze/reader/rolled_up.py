@@ -4,7 +4,7 @@ With scope ``global`` the rows of the writer's sessions are those of the run. Wi
 rows have its own contribution: they are matched by clock minute and added. The clocks of hosts differ a
 little, so a minute's steps at its edges can differ between ranks. A minute in which a rank is missing, or has
 less than :data:`SAME` of the others' steps, is incomplete, but for those of its parts that all ranks have:
-sums of a rank can be split only where its rows end.
+sums of a rank can be split only where its rows end, or where a rank begins or ends, if its steps are kept.
 
 Of several sessions of a rank with the same steps the newest counts, as in :mod:`eplb_analyze.reader.join`;
 with scope ``global`` the lowest rank. If only a part of a minute's steps is in both, sums cannot tell which
@@ -31,14 +31,14 @@ from eplb_analyze.reader.completeness import ABSENT
 from eplb_analyze.reader.lost import serving_ranks
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.tiers import Ranges, Tiers
-from eplb_analyze.sessions.minutes import minutes_of
+from eplb_analyze.sessions.minutes import ends_of_common_steps, minutes_of
 from eplb_analyze.sessions.parquet_segment import NO_TURN, ROWS_BYTES, ParquetSegment
 from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.manifest import SealedSegment
-from eplb_dump.format.minutes import MINUTE_NS, Array, Minutes, top_slots
+from eplb_dump.format.minutes import MINUTE_NS, NO_CUTS, Array, Minutes, top_slots
 from eplb_dump.format.schema import STATUS_LABELS, Scope, Status, Tier
 from eplb_dump.format.session import SessionInfo
 
@@ -340,8 +340,12 @@ def _rows(
     columns: Sequence[str],
     rows_bytes: int = ROWS_BYTES,
     turn: AbstractContextManager[object] = NO_TURN,
+    cuts: Int64 = NO_CUTS,
 ) -> Iterator[Minutes]:
-    """The rows of a source that count, some at a time. Raises DamagedSegmentError, DumpError."""
+    """The rows of a source that count, some at a time; ``cuts``: as for :func:`minutes_of`.
+
+    Raises DamagedSegmentError, DumpError.
+    """
     names = [*dict.fromkeys((*SCALARS, *columns))]
     segment = source.segment
     if not run.readable(segment, "minutes") or not run.readable(segment):
@@ -350,7 +354,7 @@ def _rows(
     def counting(rows: Minutes) -> Minutes:
         return rows.select(_not_taken(run, source, rows)) if source.taken else rows
 
-    return filter(len, map(counting, minutes_of(segment, source.info, names, rows_bytes, turn)))
+    return filter(len, map(counting, minutes_of(segment, source.info, names, rows_bytes, turn, cuts)))
 
 
 def _not_taken(run: Run, source: _Source, rows: Minutes) -> npt.NDArray[np.bool_]:
@@ -490,13 +494,15 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
     """The rows of all ranks added up, in order of minutes."""
     by_rank = _by_rank(run)
     changes = np.array(run.history.changes, np.int64)
+    cuts = _cuts(run)
     at_once = JOINED_BYTES // max(1, len(by_rank))
     turn = threading.Semaphore(num_workers())
 
     def reading(source: _Source) -> tuple[Shape | None, Iterator[Minutes], bool]:
         """Its shape, its rows, and whether they are decoded as a whole."""
         small = _is_small(source, columns)
-        rows = _rows(run, source, columns, *((JOINED_BYTES, turn) if small else (at_once, NO_TURN)))
+        rows_bytes, own_turn = (JOINED_BYTES, turn) if small else (at_once, NO_TURN)
+        rows = _rows(run, source, columns, rows_bytes, own_turn, cuts)
         return source.segment.shape, _chosen(rows, minutes), small
 
     queues = {
@@ -539,6 +545,17 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
             yield from _passed_on(run, [(key, waiting.pop(key)) for key in some], of_rank)
 
 
+def _cuts(run: Run) -> Int64:
+    """The steps at which sums per minute of single ranks are cut."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for session in run.sessions:
+        seen = [s for s in (*session.retired, *session.segments, *session.lost) if s.last_step >= 0]
+        if seen:
+            span = min(s.first_step for s in seen), max(s.last_step for s in seen) + 1
+            spans.setdefault(session.info.ep_rank, []).append(span)
+    return ends_of_common_steps(spans)
+
+
 def _without_idle(waiting: dict[_Key, _Minute], keys: list[_Key]) -> list[_Key]:
     """Of minutes in order, those that are left when ranks without any token are added to the others.
 
@@ -571,34 +588,38 @@ def _add_rank(
     for i, (minute, edge) in enumerate(zip(rows["minute"].tolist(), edges.tolist(), strict=True)):
         # Copies: a view would keep all that was decoded with it.
         named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if "slot" in rows.columns else []
-        for epoch, first, last, begin, end in _by_placement(edge, counts[i], changes):
-            own = counts[i]
-            if [first, last] != edge[:2]:
-                own = np.zeros_like(own)
-                own[Status.DUMMY] = last + 1 - first
-            row = _Part(
-                rows["rank_load"][i], {rank: _OfRank(own, first, last)}, first, last, begin, end, named
-            )
+        load = rows["rank_load"][i]
+        for epoch, own, first, last, begin, end in _by_placement(edge, counts[i], changes):
+            row = _Part(load, {rank: _OfRank(own, first, last)}, first, last, begin, end, named)
             waiting.setdefault((minute, epoch, shape), _Minute()).add(row)
+            load, named = np.zeros_like(load), []
 
 
-def _by_placement(edge: list[int], counts: Int64, changes: Int64) -> Iterator[tuple[int, int, int, int, int]]:
-    """A row's placements, counted, each with its first and last step and about the times of these.
+def _by_placement(
+    edge: list[int], counts: Int64, changes: Int64
+) -> Iterator[tuple[int, Int64, int, int, int, int]]:
+    """A row's placements, counted, each with its steps by status, the first, the last, and about their times.
 
-    A rank without tokens is not told of the placement, so a row of nothing but dummy steps may go on while
-    the other ranks change theirs. Any other row has one placement.
+    A rank without tokens is not told of the placement, so its row may go on with dummy steps while the other
+    ranks change theirs; all of its tokens are under the first of these placements.
     """
     first, last, begin, end = edge
     epoch = int(np.searchsorted(changes, first, side="right"))
-    length = last + 1 - first
-    if counts[Status.DUMMY] != length or counts.sum() != length:
-        yield epoch, first, last, begin, end
-        return
     until = int(np.searchsorted(changes, last, side="right"))
     cuts = [first, *changes[epoch:until].tolist(), last + 1]
+    without = last + 1 - cuts[1]
+    if not without or counts[Status.DUMMY] < without:
+        yield epoch, counts, first, last, begin, end
+        return
     for number, (low, high) in enumerate(itertools.pairwise(cuts), epoch):
-        times = (begin + (end - begin) * (step - first) // max(1, length - 1) for step in (low, high - 1))
-        yield number, low, high - 1, *times
+        own = np.zeros_like(counts)
+        if number == epoch:
+            own += counts
+            own[Status.DUMMY] -= without
+        else:
+            own[Status.DUMMY] = high - low
+        times = (begin + (end - begin) * (step - first) // max(1, last - first) for step in (low, high - 1))
+        yield number, own, low, high - 1, *times
 
 
 def _passed_on(
@@ -655,8 +676,8 @@ def _beside_each_other(parts: Sequence[_Part], shape: Shape) -> dict[str, Array]
 
 
 def _counts(part: _Part) -> Int64:
-    """The steps of a part by status: those of its lowest rank, of which any rank may have recorded more."""
-    counts = part.ranks[min(part.ranks)].counts.copy()
+    """The steps of a part by status: those of the rank that has most, of which any may have recorded more."""
+    counts = max((of_rank.counts for _, of_rank in sorted(part.ranks.items())), key=np.sum).copy()
     most_recorded = max(int(rank.counts[Status.RECORDED]) for rank in part.ranks.values())
     idle = min(int(counts[Status.DUMMY]), most_recorded - counts[Status.RECORDED])
     if idle > 0:

@@ -15,6 +15,7 @@ import numpy as np
 
 from eplb_analyze.parallel import ordered_map
 from eplb_analyze.sessions.metadata import UNFINISHED_COPY, find_info
+from eplb_analyze.sessions.minutes import ends_of_common_steps
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, exhausted, require_regular
 from eplb_analyze.storage import path as places
@@ -199,10 +200,7 @@ def survey_run(folder: StoragePath) -> SurveyedRun:
 
 
 def _cut(run: SurveyedRun) -> None:
-    """Find where ranks that write their own loads begin and end, so that their sums can be matched there.
-
-    A figure needs every rank. So a minute is cut where the steps that all ranks have begin and end.
-    """
+    """Find where ranks that write their own loads begin and end, so that their sums can be matched there."""
     of_model: dict[str, list[SurveyedSession]] = {}
     for session in run.sessions:
         if session.info is not None and session.info.scope is Scope.LOCAL:
@@ -217,7 +215,7 @@ def _cut(run: SurveyedRun) -> None:
 
 
 def _ends_of_common_steps(sessions: Sequence[SurveyedSession]) -> Int64:
-    """The steps at which the stretches begin, or have just ended, that every rank has."""
+    """The steps at which sums per minute of these sessions are cut."""
     of_rank: dict[int, list[tuple[int, int]]] = {}
     for session in sessions:
         assert session.info is not None
@@ -228,14 +226,7 @@ def _ends_of_common_steps(sessions: Sequence[SurveyedSession]) -> Int64:
         if session.journals or session.live is not None or session.fault is not None:
             end = MAX_NUMBER
         of_rank.setdefault(session.info.ep_rank, []).append((first, end))
-    edges = np.unique([edge for spans in of_rank.values() for span in spans for edge in span])
-    common = np.ones(max(0, len(edges) - 1), np.bool_)
-    for spans in of_rank.values():
-        own = np.zeros_like(common)
-        for first, end in spans:
-            own |= (edges[:-1] >= first) & (edges[1:] <= end)
-        common &= own
-    return edges[np.flatnonzero(np.diff(common, prepend=False, append=False))]
+    return ends_of_common_steps(of_rank)
 
 
 def _is_folder(entry: Entry, prefix: str) -> bool:

@@ -64,8 +64,15 @@ def placement(step: int) -> Array:
 
 
 def record(
-    root: Path, tokens: Array, *, began_ns: int = START_NS, idle: range = range(0), **options: Any
+    root: Path,
+    tokens: Array,
+    *,
+    began_ns: int = START_NS,
+    idle: range = range(0),
+    named: bool = True,
+    **options: Any,
 ) -> None:
+    """``named``: whether steps have a phase."""
     with (
         steady_clock(STEP_MS, began_ns),
         open_writer(
@@ -73,7 +80,7 @@ def record(
         ) as writer,
     ):
         for step, load in enumerate(tokens):
-            phase = "prefill" if step % 7 == 0 else "decode"
+            phase = None if not named else "prefill" if step % 7 == 0 else "decode"
             if step in idle:
                 writer.skip("dummy", step)
                 continue
@@ -465,9 +472,10 @@ def test_ranks_add_up_whatever_is_decoded_at_once(
     assert found.rollup.summed.balancedness == pytest.approx(summed_truth(np.arange(STEPS))[0], rel=1e-12)
 
 
+@pytest.mark.parametrize("tier", [Tier.FULL, Tier.RANKS, Tier.MINUTES])
 @pytest.mark.parametrize("stop", [9 * SEGMENT, 9 * SEGMENT + 20])
-def test_part_of_a_minute_that_every_rank_has_counts(tmp_path: Path, stop: int) -> None:
-    """Rank 3 ends at a step; the others' rows end where their segments do."""
+def test_part_of_a_minute_that_every_rank_has_counts(tmp_path: Path, stop: int, tier: Tier) -> None:
+    """Rank 3 ends at a step. Of segments without steps, the others' rows end where their segments do."""
     rng = np.random.default_rng(4)
     parts = rng.multinomial(loads(), [1 / RANKS] * RANKS)
     for rank in range(RANKS):
@@ -475,23 +483,47 @@ def test_part_of_a_minute_that_every_rank_has_counts(tmp_path: Path, stop: int) 
     minute = minute_of(np.arange(STEPS))
     assert minute[stop - 1] == minute[stop]
     assert minute[9 * SEGMENT - 1] == minute[9 * SEGMENT]
+    for folder in session_folders(tmp_path) if tier is not Tier.FULL else ():
+        thin_to(folder, {tier: [seq for seq in (8, 9) if (folder / f"minutes-{seq:06}.parquet").exists()]})
     found = summary_of(tmp_path, tier="minutes")
-    known = 9 * SEGMENT
+    known = 9 * SEGMENT if tier is Tier.MINUTES else stop
     assert found.steps.count(StepState.RECORDED) == known
     assert found.steps.count(StepState.INCOMPLETE) == STEPS - known
+    assert found.steps.incomplete_inside == 0
     summed = found.rollup.summed if found.rollup else None
     assert summed is not None
     assert summed.balancedness == pytest.approx(summed_truth(np.arange(known))[0], rel=1e-12)
 
 
+def test_ranks_that_end_just_after_a_minute_begins_are_no_fault(tmp_path: Path) -> None:
+    """The last segment is kept in full, and its last minute has few steps, of which a rank lacks half."""
+    begins = int(np.flatnonzero(np.diff(minute_of(np.arange(STEPS))))[-1]) + 1
+    assert begins % SEGMENT not in (0, SEGMENT - 1)
+    parts = np.random.default_rng(4).multinomial(loads(), [1 / RANKS] * RANKS)
+    for rank in range(RANKS):
+        record(tmp_path, parts[: begins + (3 if rank == 3 else 6), ..., rank], scope="local", ep_rank=rank)
+    for folder in session_folders(tmp_path):
+        thin_to(folder, {Tier.MINUTES: [0]})
+    for selection in ([], ["--steps", f"{SEGMENT}-"]):
+        result = cli("summary", *selection, tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "the last 3 steps lack ranks: rank 3 has none after" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("idle", [range(290, 345), range(130, 700)])
-def test_idle_ranks_have_no_tokens_while_the_placement_changes(tmp_path: Path, idle: range) -> None:
-    """With data parallelism, ranks without requests take dummy steps, which do not show a new placement."""
+def test_idle_ranks_have_no_tokens_while_the_placement_changes(
+    tmp_path: Path, idle: range, *, named: bool
+) -> None:
+    """With data parallelism, ranks without requests take dummy steps, which do not show a new placement.
+
+    If the engine names no phase, sums per minute do not separate dummy steps from those before them.
+    """
     parts = np.random.default_rng(4).multinomial(loads(), [1 / RANKS] * RANKS)
     parts[idle.start : idle.stop, ..., 0] = loads()[idle.start : idle.stop]
     for rank in range(RANKS):
         own = idle if rank else range(0)
-        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, idle=own)
+        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, idle=own, named=named)
     found = summary_of(tmp_path, tier="minutes")
     assert found.steps.to_json() == summary_of(tmp_path).steps.to_json()
     assert found.steps.count(StepState.RECORDED) == STEPS
