@@ -122,6 +122,7 @@ class Report:
     """A dataclass whose JSON document has its fields as keys, in order, unless it overrides ``to_json``."""
 
     def to_json(self) -> dict[str, Any]:
+        """The document that ``--json`` prints, without ``schema_version`` and clock times."""
         return self.document(_fields(self))
 
     def document(self, values: dict[str, Any]) -> dict[str, Any]:

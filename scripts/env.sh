@@ -32,28 +32,30 @@ need_engines() {
     fi
 }
 
-# A Chromium for the tests of the report. Without one they are skipped, and pytest's last lines say so.
+# A Chromium for the tests of the report.
 need_browser() {
     for name in "${CHROME:-}" chromium chromium-browser google-chrome; do
         if [ -n "$name" ] && command -v "$name" >/dev/null; then
             return 0
         fi
     done
-    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        echo "installing chromium ..."
-        { apt-get update && apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || true
-    fi
+    need_packages chromium
 }
 
-# Prometheus, promtool and node_exporter for the tests of the metrics. Without them these are skipped, likewise.
-need_prometheus() {
-    if command -v prometheus >/dev/null && command -v prometheus-node-exporter >/dev/null; then
-        return 0
-    fi
+# Prometheus, promtool and node_exporter for the tests of the metrics, zsh for those of shell completion.
+need_programs() {
+    missing=
+    for name in prometheus prometheus-node-exporter zsh; do
+        command -v "$name" >/dev/null || missing="$missing $name"
+    done
+    [ -z "$missing" ] || need_packages $missing
+}
+
+# Without these packages some tests are skipped, and pytest's last lines say so.
+need_packages() {
     if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-        echo "installing prometheus ..."
-        { apt-get update &&
-            apt-get install -y --no-install-recommends prometheus prometheus-node-exporter; } >/dev/null 2>&1 || true
+        echo "installing $* ..."
+        { apt-get update && apt-get install -y --no-install-recommends "$@"; } >/dev/null 2>&1 || true
     fi
 }
 

@@ -27,7 +27,7 @@ all)
     (need_engines) &
     engines=$!
     need_browser
-    need_prometheus
+    need_programs
     lint
     wait "$engines"
     tests
@@ -37,7 +37,7 @@ lint)
     ;;
 unit | process)
     suite=$1
-    [ "$suite" = unit ] || need_prometheus
+    [ "$suite" = unit ] || need_programs
     shift
     tests "tests/$suite" "$@"
     ;;

@@ -34,6 +34,8 @@ CLOCK_SAMPLES = 16
 
 @dataclass(frozen=True)
 class CheckReport(RunReport):
+    """Which steps a run has, and what is damaged, missing or contradictory in its files."""
+
     steps: Completeness
     findings: list[Finding]
 

@@ -142,6 +142,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison(Report):
+    """How much better or worse run B is than run A, whether by chance, and what is behind it."""
+
     #: Why they are not comparable; and if they are, what limits the comparison.
     reasons: list[str]
     #: What limits the comparison.
@@ -173,6 +175,7 @@ class Comparison(Report):
 
     @property
     def comparable(self) -> bool:
+        """Whether nothing rules out a comparison; otherwise ``reasons`` says what."""
         return not self.reasons
 
     def to_json(self) -> dict[str, Any]:

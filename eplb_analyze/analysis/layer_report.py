@@ -82,6 +82,8 @@ class LayerMinutes(Report):
 
 @dataclass(frozen=True)
 class LayerReport(RunReport):
+    """The load of each rank, slot and expert of one layer, summed over some steps."""
+
     layer: int
     first_step: int
     last_step: int

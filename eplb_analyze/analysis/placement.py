@@ -71,6 +71,8 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class PlacementReport(RunReport):
+    """Which expert is in which slot at a step, and what changed since another step."""
+
     step: int
     #: The step that ``changes`` are since.
     against: int | None

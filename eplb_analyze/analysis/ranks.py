@@ -49,6 +49,8 @@ class LayerHeat:
 
 @dataclass(frozen=True)
 class RankReport(SumsReport):
+    """Which ranks and nodes the others had to wait for, and how much that took."""
+
     #: The number of (step, layer) with tokens.
     active: int
     #: Σ (max − mean) over (step, layer).

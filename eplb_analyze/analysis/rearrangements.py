@@ -115,6 +115,8 @@ class RearrangementFigures:
 
 @dataclass(frozen=True)
 class RearrangementReport(RunReport):
+    """What each rearrangement moved, whether it helped, and what it cost."""
+
     steps: Completeness
     #: The most steps before and after.
     window: int

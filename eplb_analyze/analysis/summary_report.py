@@ -218,6 +218,8 @@ class Rollup(Report):
 
 @dataclass(frozen=True)
 class Summary(Report):
+    """The verdict on a run, the cost of imbalance, the incidents, and the figures behind them."""
+
     run: RunInfo
     steps: Completeness
     expected_ranks: list[int]
@@ -274,10 +276,12 @@ class Summary(Report):
 
     @property
     def tier(self) -> Literal["steps", "minutes"]:
+        """Whether the figures come from steps, or from sums per minute where steps are no longer kept."""
         return "steps" if self.rollup is None else "minutes"
 
     @property
     def verdict(self) -> Verdict:
+        """The verdict on the run, and the rule that it follows from."""
         return verdict_of(self)
 
     @property
@@ -303,6 +307,7 @@ class Summary(Report):
 
     @property
     def missing_ranks(self) -> list[int]:
+        """The ranks that should have recorded, and did not."""
         return sorted(set(self.expected_ranks) - set(self.present_ranks))
 
     @property

@@ -41,6 +41,8 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Timeline(RunReport):
+    """A formula over the steps of a run, in bins."""
+
     formula: str
     #: The model's number of the layer; None for all layers.
     layer: int | None

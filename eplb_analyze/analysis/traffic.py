@@ -69,6 +69,8 @@ class LayerTraffic:
 
 @dataclass(frozen=True)
 class TrafficReport(SumsReport):
+    """How many tokens each rank or node sent to each other one."""
+
     layer: int | None
     #: Whether sources and destinations are ranks or nodes.
     by: By
@@ -89,6 +91,7 @@ class TrafficReport(SumsReport):
 
     @property
     def tokens(self) -> int:
+        """All tokens of the matrix, also those that stayed on their rank."""
         return int(self.matrix.sum())
 
     def pairs(self, most: int) -> list[Pair]:

@@ -226,7 +226,7 @@ ACTIVE_EXPERTS = Formula(
     None,
     most_active,
 )
-#: Of ``T``.
+#: The formulas by name. Each is a function of ``T``, the tokens by step, layer and EP rank.
 FORMULAS: dict[str, Formula] = {
     formula.name: formula
     for formula in (

@@ -308,6 +308,7 @@ class Run:
 
     @property
     def present_ranks(self) -> list[int]:
+        """The EP ranks that have a session."""
         return sorted({session.info.ep_rank for session in self.sessions})
 
     @property

@@ -8,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.parse
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from typer.main import get_command
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import app
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 INCIDENT = "docs/investigate/incident.md"
 #: Lines that CI runs anyway, that take a minute (the demo trains a model), or that need an engine.
 NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ", "python -m examples.")
@@ -111,11 +113,64 @@ def test_scripts_named_in_the_readme_exist() -> None:
         subprocess.run(["sh", "-n", str(ROOT / script)], check=True)
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        words = re.sub(r"\]\([^)]*\)|[`\[\]*]", "", heading).strip().lower()
+        slug = re.sub(r"[^\w -]", "", words).replace(" ", "-")
+        found.add(slug)
+        found.add(re.sub("-+", "-", slug))
+    return found
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_resolve(page: Path) -> None:
-    """`mkdocs build --strict` checks anchors and links within docs, too; this also covers the other pages."""
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+class Links(HTMLParser):
+    """The links and the anchors of an HTML page."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.anchors: set[str] = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for attribute, value in attrs:
+            if attribute in ("href", "src") and value:
+                self.links.add(value)
+            elif attribute in ("id", "name") and value:
+                self.anchors.add(value)
+
+
+def test_site_has_no_dead_links(tmp_path: Path) -> None:
+    """Also those of the navigation and of docstrings, which no Markdown page holds."""
+    run(ROOT, "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path))
+    # 404.html is for a server's root.
+    pages = {page: Links(page) for page in tmp_path.rglob("*.html") if page.name != "404.html"}
+    assert len(pages) >= len(list((ROOT / "docs").rglob("*.md")))
+    dead = []
+    for page, found in pages.items():
+        for link in found.links:
+            address = urllib.parse.urlsplit(link)
+            if address.scheme in ("https", "data"):
+                continue
+            file = (page.parent / urllib.parse.unquote(address.path)).resolve() if address.path else page
+            file = file / "index.html" if file.is_dir() else file
+            anchor = urllib.parse.unquote(address.fragment)
+            known = pages[file].anchors if file in pages else set()
+            if address.scheme or not file.exists() or (anchor and anchor not in known):
+                dead.append((page.relative_to(tmp_path).as_posix(), link))
+    assert dead == []
 
 
 def test_pages_named_in_code_and_text_exist() -> None:

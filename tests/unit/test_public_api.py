@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -42,6 +43,38 @@ def test_the_api_page_has_every_public_name() -> None:
         assert {name for package, name in documented if package == module.__name__} == set(
             module.__all__
         ) - values
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    """Functions, classes, and their methods and properties; values have a comment ``#:``."""
+    missing, values = [], []
+    for module in (eplb_analyze, eplb_dump):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not (inspect.isclass(value) or inspect.isfunction(value)):
+                values.append(name)
+                continue
+            written = value.__doc__ or ""
+            if not written or written.startswith(f"{name}("):  # as a dataclass without one gets
+                missing.append(name)
+            members = vars(value).items() if inspect.isclass(value) else ()
+            for member, item in members:
+                function = (
+                    getattr(item, "fget", None)
+                    or getattr(item, "func", None)
+                    or getattr(item, "__func__", item)
+                )
+                public = not member.startswith("_") and inspect.isfunction(function)
+                if public and not inspect.getdoc(function):
+                    missing.append(f"{name}.{member}")
+    assert missing == []
+    sources = [
+        path.read_text()
+        for package in ("eplb_analyze", "eplb_dump")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    for name in values:
+        assert any(re.search(rf"^#: .+\n{name}\b", source, re.MULTILINE) for source in sources), name
 
 
 def test_repr_of_a_run_says_what_it_is(tmp_path: Path) -> None:

@@ -506,6 +506,21 @@ def test_run_folder_that_is_a_symbolic_link_is_named(good: Path, tmp_path: Path)
     one_error(cli("summary", tmp_path), 3, "no run in it", "run=r: a symbolic link, which is not followed")
 
 
+def test_policy_that_a_recording_names_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--policy module:function` imports code that the user names; a recording may come from anyone."""
+    (tmp_path / "named_by_recording.py").write_text("import pathlib; pathlib.Path('imported').touch()")
+    monkeypatch.chdir(tmp_path)
+    config = {"eplb_config": {"policy": "named_by_recording:policy", "step_interval": 10, "window_size": 10}}
+    write(tmp_path / "dump", engine="vllm", engine_config=config)
+    for command in ("summary", "replay", "advise"):
+        assert cli(command, "dump").returncode == 0
+    assert not Path("imported").exists()
+    one_error(cli("replay", "--policy", "named_by_recording:policy", "dump"), 2, "has no function policy")
+    assert Path("imported").exists()
+
+
 def test_phase_name_cannot_control_the_terminal(tmp_path: Path) -> None:
     """Our writer rejects such a name, but a dump may come from another one."""
     write(tmp_path, ranks=1, scope="global", ep_size=2)
