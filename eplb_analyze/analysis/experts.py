@@ -23,7 +23,7 @@ from eplb_analyze.reader.placements import Period, fold, holdings, replicas, sum
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
-from eplb_dump.format.schema import EMPTY_SLOT
+from eplb_dump.format.schema import EMPTY_SLOT, Tier
 
 WINDOW, HOT_FACTOR = 100, 2.0
 #: An expert that is hot in this share of the windows is always hot.
@@ -95,6 +95,8 @@ class ExpertReport(SumsReport):
         return self.document(
             {
                 "layer": self.layer,
+                #: What the figures are from: experts' loads, always `full`.
+                "tier": Tier.FULL.value,
                 "steps": self.steps,
                 "first_step": self.first_step,
                 "last_step": self.last_step,

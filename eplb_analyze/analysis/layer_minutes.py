@@ -8,12 +8,11 @@ import numpy as np
 
 from eplb_analyze.analysis.layer_report import LayerMinutes, LayerReport, MinuteExpert, RankLoad
 from eplb_analyze.analysis.minute_sums import StepCounts
-from eplb_analyze.errors import UsageError
 from eplb_analyze.metrics.formulas import idle_fraction
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.placements import fold, replicas
-from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept
+from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept, require_all_phases
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import percent, plural
 from eplb_dump.format.journal import Int64, Shape
@@ -123,11 +122,7 @@ def layer_of_minutes(run: Run, layer: int, index: int, steps: tuple[int, int] | 
     Call it inside ``run.retry_without_damaged``. Raises NotInDumpError, UsageError.
     """
     local = run.scope is Scope.LOCAL
-    if local and run.phase is not None:
-        raise UsageError(
-            f"{run.path}: sums per minute of single ranks do not show the steps of one phase; remove "
-            "--phase, or select steps that are kept"
-        )
+    require_all_phases(run)
     run.load_history()
     minutes = None if steps is None else minutes_of_steps(run, steps)
     found = add_up(run, LOCAL_COLUMNS if local else COLUMNS, minutes, lambda: _Layer(run, index))

@@ -95,7 +95,7 @@ def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None
     # Without any experts' loads, minutes still name the slots with the most tokens.
     rolled_up = hot_steps is not None and hot_steps[1] < 0
     if rolled_up:
-        from eplb_analyze.analysis.summary_minutes import hot_experts_of_minutes
+        from eplb_analyze.analysis.experts_minutes import hot_experts_of_minutes
 
         hot, hot_steps = run.retry_without_damaged(lambda: hot_experts_of_minutes(run, steps))
     return Summary(

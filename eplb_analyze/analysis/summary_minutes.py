@@ -12,21 +12,19 @@ from dataclasses import replace
 import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost
+from eplb_analyze.analysis.experts_minutes import hottest
 from eplb_analyze.analysis.incident_finder import Incidents
 from eplb_analyze.analysis.incident_series import incidents_of
 from eplb_analyze.analysis.minute_sums import (
     COLUMNS,
     LOCAL_COLUMNS,
     NO_SPREAD,
-    SLOT_COLUMNS,
     ConfigurationMinutes,
-    ExpertTotals,
     MinuteTotals,
 )
 from eplb_analyze.analysis.summary_report import (
     HOT_EXPERTS,
     Configuration,
-    HotExpert,
     LayerFigure,
     Loss,
     PhaseFigure,
@@ -37,12 +35,10 @@ from eplb_analyze.analysis.summary_report import (
     SummedLoads,
 )
 from eplb_analyze.analysis.summary_sums import bins_of, sums_of
-from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import FORMULAS, Spread, idle_fraction, most_often
 from eplb_analyze.metrics.histograms import percentile
 from eplb_analyze.metrics.losses import BINS, Bin
-from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.recorded_setting import not_due, overdue
 from eplb_analyze.reader.rolled_up import (
     Kept,
@@ -51,9 +47,9 @@ from eplb_analyze.reader.rolled_up import (
     kept,
     minutes_of_steps,
     nothing_kept,
+    require_all_phases,
 )
 from eplb_analyze.reader.run import Run
-from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.minutes import MINUTE_NS, SCALES
 from eplb_dump.format.schema import Scope
@@ -81,11 +77,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         UsageError: steps of one phase are asked for, which sums of single ranks do not show.
     """
     local = run.scope is Scope.LOCAL
-    if local and run.phase is not None:
-        raise UsageError(
-            f"{run.path}: sums per minute of single ranks do not show the steps of one phase; remove "
-            "--phase, or select steps that are kept"
-        )
+    require_all_phases(run)
     run.load_history()
     minutes = None if steps is None else minutes_of_steps(run, steps)
     sums = add_up(run, LOCAL_COLUMNS if local else COLUMNS, minutes, lambda: MinuteTotals(run))
@@ -115,7 +107,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         configurations=[_configuration(c, local=local) for c in configurations],
         estimates=[],
         layers=[] if local or last is None else _layers(run, configurations),
-        hot_experts=[] if local or last is None else _hot_experts(run, last),
+        hot_experts=[] if local or last is None else hottest(run, last)[:HOT_EXPERTS],
         hot_experts_tier="minutes",
         last_configuration_steps=None if last is None else (last.first, last.last),
         rearrangements=changes,
@@ -227,47 +219,6 @@ def _layers(run: Run, configurations: list[ConfigurationMinutes]) -> list[LayerF
         )
         for i, number in enumerate(run.info.layers)
     ]
-
-
-def hot_experts_of_minutes(
-    run: Run, steps: tuple[int, int] | None
-) -> tuple[list[HotExpert], tuple[int, int] | None]:
-    """The hottest experts by the slots that minutes name, and the first and last step of these minutes.
-
-    Call it inside ``run.retry_without_damaged``. There is none if sums per minute cannot tell.
-    """
-    try:
-        minutes = None if steps is None else minutes_of_steps(run, steps)
-        found = add_up(run, SLOT_COLUMNS, minutes, lambda: ExpertTotals(run))
-    except DamagedSegmentError:
-        raise
-    except DumpError:
-        return [], None
-    found.finish()
-    last = next((c for c in reversed(found.configurations) if c.recorded), None)
-    return ([], None) if last is None else (_hot_experts(run, last), (last.first, last.last))
-
-
-def _hot_experts(run: Run, last: ConfigurationMinutes) -> list[HotExpert]:
-    """Those that had more than the mean, by the tokens of the slots that each minute names: at least so many.
-
-    Others can have had as many: of an expert with several replicas, minutes may name none.
-    """
-    tokens = last.tokens[:, np.newaxis]
-    in_layer = run.history.num_experts(run.info.num_logical_experts, len(tokens))
-    share = np.divide(last.logical, tokens, out=np.zeros(last.logical.shape), where=tokens > 0)
-    experts = []
-    for cell in np.argsort(-share, axis=None, kind="stable")[:HOT_EXPERTS]:
-        layer, logical = (int(i) for i in np.unravel_index(cell, share.shape))
-        slots = run.history.layer(layer).at(last.last)
-        if slots is None or share[layer, logical] == 0:
-            continue
-        times = float(share[layer, logical] * in_layer[layer])
-        if times <= 1:
-            continue
-        count = int(replicas(slots, share.shape[1])[logical])
-        experts.append(HotExpert(run.info.layers[layer], logical, float(share[layer, logical]), times, count))
-    return experts
 
 
 def _loss(run: Run, last: ConfigurationMinutes) -> Loss:

@@ -11,7 +11,7 @@ from eplb_analyze.analysis.minute_sums import StepCounts
 from eplb_analyze.analysis.timeline_report import IDLE_FRACTION, Bin, Stretch, Timeline
 from eplb_analyze.errors import UsageError
 from eplb_analyze.metrics.formulas import Float64
-from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept
+from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept, require_all_phases
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int64, Shape
@@ -182,13 +182,9 @@ def _stretches(shapes: list[tuple[Shape, int, int]]) -> list[Stretch]:
 
 def _require(run: Run, formula: str, index: int | None) -> None:
     """Raise UsageError if the sums do not have a formula."""
+    require_all_phases(run)
     if run.scope is Scope.LOCAL:
         known = ["balancedness"]
-        if run.phase is not None:
-            raise UsageError(
-                f"{run.path}: sums per minute of single ranks do not show the steps of one phase; remove "
-                "--phase, or select steps that are kept"
-            )
     elif index is not None:
         known = [*OF_LAYER, "trtllm", IDLE_FRACTION]
     else:

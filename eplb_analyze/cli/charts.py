@@ -7,13 +7,29 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from eplb_analyze.cli.console import print_line, step_time, styled
+from eplb_analyze.cli.console import print_line, step_time, styled, table
+from eplb_analyze.text import percent
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from eplb_analyze.metrics.losses import Bin
+
+    class HotExpert(Protocol):
+        """A logical expert and its share of its layer's tokens."""
+
+        @property
+        def logical(self) -> int: ...
+
+        @property
+        def share(self) -> float: ...
+
+        @property
+        def times_mean(self) -> float: ...
+
+        @property
+        def replicas(self) -> int: ...
 
     class StepBin(Protocol):
         """Consecutive steps that are one column of a plot."""
@@ -25,6 +41,8 @@ if TYPE_CHECKING:
         def last_step(self) -> int: ...
 
 
+#: The title of experts on the slots that minutes name.
+AT_LEAST = "hot experts by the slots that minutes name, with at least these tokens"
 #: A load is colored if it differs from the mean by more than this share.
 NOTABLE = 0.1
 _COLD, _NEUTRAL, _HOT = (58, 110, 190), (236, 236, 226), (214, 48, 39)
@@ -167,3 +185,17 @@ def step_axis(
             if starts[0] <= step <= bins[-1].last_step:
                 line[(bisect_right(starts, step) - 1) * repeat] = mark
     return "".join(line)
+
+
+def print_hot_experts(
+    console: Console, experts: Sequence[HotExpert], top: int, title: str, layers: Sequence[int] = ()
+) -> None:
+    """A table of the first of some experts; ``layers``: that of each, unless all are of one."""
+    columns = ("expert", "share", "x mean", "replicas")
+    listing = table(console, *(["layer"] if layers else []), *columns, title=title)
+    for at, e in enumerate(experts[:top]):
+        times = heat(f"{e.times_mean:.2f}", e.times_mean)
+        cells = (str(e.logical), percent(e.share, 2), times, str(e.replicas))
+        listing.add_row(*map(str, layers[at : at + 1]), *cells)
+    console.print(listing)
+    console.print()

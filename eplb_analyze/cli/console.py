@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from eplb_analyze.analysis.experts import ExpertReport
+    from eplb_analyze.analysis.experts_minutes import MinuteExperts
     from eplb_analyze.analysis.traffic import TrafficReport
     from eplb_analyze.reader.clock import RunClock
     from eplb_analyze.reader.configurations import SumsReport
@@ -144,10 +145,15 @@ def print_heading(console: Console, name: str, rest: str = "") -> None:
 
 def print_report_heading(console: Console, report: TrafficReport | ExpertReport) -> str:
     """Print which model, layer and run a report is about. Returns over which steps it is."""
+    print_report_name(console, report)
+    return steps_of(console, report)
+
+
+def print_report_name(console: Console, report: TrafficReport | ExpertReport | MinuteExperts) -> None:
+    """Print which model, layer and run a report is about."""
     name = report.model if report.layer is None else f"layer {report.layer}"
     of = "" if report.layer is None else f" · {report.model}"
     print_heading(console, name, f"{of} · run {report.run_id}")
-    return steps_of(console, report)
 
 
 def steps_of(console: Console, report: SumsReport) -> str:

@@ -267,5 +267,5 @@ class RunOutput(Output):
             render(console)
 
         run = self.run.with_loads() if without_loads else self.run
-        retired = [one.to_json() for one in run.left_out(self.asked)]
+        retired = [run.clock.timed(one).to_json() for one in run.left_out(self.asked)]
         self.emit(lambda: {**document(), "retired": retired}, with_lines if before else render)

@@ -20,7 +20,7 @@ import datetime
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -313,13 +313,51 @@ class RunClock:
             return f"{first:%H:%M:%S}-{last:%H:%M:%S}"
         return f"{first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S}"
 
+    def when(self, first: int, last: int) -> str:
+        """:meth:`times_text` of two steps, retired or not; ``about …`` if one of the times is interpolated.
+
+        ``""`` if they are not known.
+        """
+        begin, end = self._near(first), self._near(last)
+        if begin is None or end is None:
+            return ""
+        about = "" if begin[1] and end[1] else "about "
+        return about + self.times_text(begin[0], end[0])
+
+    def timed(self, one: TierRange) -> TierRange:
+        """A range of steps with their times by this clock, which knows those of minutes."""
+        begin, end = self._near(one.steps.first), self._near(one.steps.end - 1)
+        if begin is None or end is None:
+            return replace(one, times=None)
+        return replace(one, times=(begin[0], end[0]), estimated=not (begin[1] and end[1]))
+
+    def _near(self, step: int) -> tuple[int, bool] | None:
+        """When a step was recorded, and whether that is kept.
+
+        Otherwise the time is interpolated between those of the steps around it that are.
+        """
+        if not self.known:
+            return None
+        number = max(0, int(np.searchsorted(self._first, step, side="right")) - 1)
+        times = self._times(number)
+        at = int(np.searchsorted(times.step, step))
+        if at < len(times.step) and times.step[at] == step:
+            return int(times.unix_ns[at]), True
+        after = self._following(number, at - 1)
+        before = self._preceding(number, at)
+        if before is None or after is None:
+            nearest = before or after
+            return None if nearest is None else (nearest[1], False)
+        share = (step - before[0]) / (after[0] - before[0])
+        return before[1] + int(share * (after[1] - before[1])), False
+
     def _gone_in(self, since: int, until: int) -> list[TierRange]:
         """What was retired of the steps from one time to another."""
         timed = [(one, one.times) for one in self.retired if one.times is not None]
         return [one for one, times in timed if times[0] <= until and since <= times[1]]
 
     def _were_retired(self, gone: Sequence[TierRange]) -> NotInDumpError:
-        return NotInDumpError(f"{self._name}: {retired(gone, self.times_text)}")
+        return NotInDumpError(f"{self._name}: {retired(gone, self.when)}")
 
     def _zoned(self, unix_ns: int) -> str:
         local = self._local(unix_ns)
@@ -359,6 +397,16 @@ class RunClock:
                 return None
             times = self._times(number)
         return int(times.step[index]), int(times.unix_ns[index])
+
+    def _preceding(self, number: int, index: int) -> tuple[int, int] | None:
+        """The step before one of a group, and its time."""
+        while index == 0:
+            if number == 0:
+                return None
+            number -= 1
+            index = len(self._times(number).step)
+        times = self._times(number)
+        return int(times.step[index - 1]), int(times.unix_ns[index - 1])
 
     # ---- reading
 

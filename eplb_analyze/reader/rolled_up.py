@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.errors import DumpError, NotInDumpError
+from eplb_analyze.errors import DumpError, NotInDumpError, UsageError
 from eplb_analyze.parallel import MAX_WORKERS, num_workers, ordered_map
 from eplb_analyze.reader.completeness import ABSENT
 from eplb_analyze.reader.lost import serving_ranks
@@ -237,6 +237,15 @@ def nothing_kept(run: Run, steps: tuple[int, int] | None) -> NotInDumpError:
         return NotInDumpError(why)
     where = "the run" if steps is None else f"steps {StepRange.of(steps)}"
     return NotInDumpError(f"{run.path}: nothing is kept of {where}: retention removed it, or it has no step")
+
+
+def require_all_phases(run: Run) -> None:
+    """Raise UsageError if steps of one phase are asked for, which sums of single ranks do not show."""
+    if run.scope is Scope.LOCAL and run.phase is not None:
+        raise UsageError(
+            f"{run.path}: sums per minute of single ranks do not show the steps of one phase; remove "
+            "--phase, or select steps that are kept"
+        )
 
 
 def add_up(run: Run, columns: Sequence[str], minutes: MinuteRange | None, start: Callable[[], S]) -> S:

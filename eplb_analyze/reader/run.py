@@ -226,7 +226,7 @@ class Run:
         Args:
             without_loads: what leaves out the steps without experts' loads, of figures that do not all do so.
         """
-        out, text = self.left_out(steps), self.clock.times_text
+        out, text = self.left_out(steps), self.clock.when
         also = self.with_loads().left_out(steps) if without_loads else []
         by_rank = [one for one in also if one not in out]
         notes = [f"left out: {described(out, text)}"] if out else []
@@ -482,7 +482,8 @@ class Run:
             inside = asked.clip(first, last + 1)
             if inside.first < inside.end and any(True for _ in self._absent.outside(*inside)):
                 return None
-        return f"{self.path}: {retired(out, self.clock.times_text)}"
+        kept = None if first is None or last is None else StepRange(first, last + 1)
+        return f"{self.path}: {retired(out, self.clock.when, kept)}"
 
     @property
     def _absent(self) -> Ranges:

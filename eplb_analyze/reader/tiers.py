@@ -32,13 +32,16 @@ class TierRange:
 
     Attributes:
         times: the least and the greatest ``time`` of these steps, about, ns since 1970; None if not known.
+            Texts and documents have those of :meth:`RunClock.timed` instead.
         reasons: why: ``budget``, ``age``, ``space`` or ``prune``.
+        estimated: whether a time is interpolated, because that of its step is no longer kept.
     """
 
     steps: StepRange
     tier: Tier
     times: tuple[int, int] | None
     reasons: tuple[str, ...]
+    estimated: bool = True
 
     def within(self, steps: StepRange) -> TierRange | None:
         """The part of it that is in a range of steps, with times as if all its steps took as long."""
@@ -59,6 +62,8 @@ class TierRange:
             "first_time": iso(first),
             "last_step": self.steps.end - 1,
             "last_time": iso(last),
+            #: Whether a time is interpolated, because that of its step is no longer kept.
+            "estimated_times": self.times is not None and self.estimated,
             #: ``ranks``: tokens per EP rank; ``minutes``: sums per minute; ``gone``: nothing.
             "tier": self.tier.value,
             #: ``budget``, ``age``, ``space``, ``prune``.
@@ -106,18 +111,18 @@ class Ranges:
         return [edge for part in self.within(first, end) for edge in part if first < edge < end]
 
 
-#: What is kept, and the command that shows it.
+#: What is kept, and the commands that show it.
 _KEPT = {
     Tier.RANKS: ("only tokens per EP rank are kept", "`ranks`, `layer`, `timeline` and `summary` show them"),
-    Tier.MINUTES: ("only sums per minute are kept", "`summary`, `layer` and `timeline` show them"),
-    Tier.GONE: ("nothing is kept", "select other steps; `runs` shows of which runs steps are kept"),
+    Tier.MINUTES: ("only sums per minute are kept", "`summary`, `layer`, `experts` and `timeline` show them"),
+    Tier.GONE: ("nothing is kept", ""),
 }
 
 
-def described(ranges: Sequence[TierRange], times_text: Callable[[int, int], str]) -> str:
+def described(ranges: Sequence[TierRange], when: Callable[[int, int], str]) -> str:
     """What was retired, when and why: ``steps 0-9 (03:02:11-03:12:04), of which nothing is kept (budget)``.
 
-    ``times_text`` writes two times, ns since 1970.
+    ``when`` writes the times of a first and a last step; ``""`` if they are not known.
     """
     texts = []
     for tier in reversed(_TIERS[1:]):
@@ -129,17 +134,25 @@ def described(ranges: Sequence[TierRange], times_text: Callable[[int, int], str]
         if len(own) > 1:
             count = sum(one.steps.end - one.steps.first for one in own)
             steps = f"{count:,} of {steps}"
-        times = [time for one in own if one.times is not None for time in one.times]
-        when = f" ({times_text(min(times), max(times))})" if times else ""
+        times = when(first, last)
         why = listed([*dict.fromkeys(reason for one in own for reason in one.reasons)])
-        texts.append(f"{steps}{when}, of which {_KEPT[tier][0]} ({why})")
+        steps += f" ({times})" if times else ""
+        texts.append(f"{steps}, of which {_KEPT[tier][0]} ({why})")
     return "; ".join(texts)
 
 
-def retired(ranges: Sequence[TierRange], times_text: Callable[[int, int], str]) -> str:
-    """The end of an error about steps that were retired: what is kept of them, and which command shows it."""
-    shown = [_KEPT[tier][1] for tier in _TIERS[1:] if any(one.tier is tier for one in ranges)]
-    return f"retired: {described(ranges, times_text)}; {shown[0]}"
+def retired(
+    ranges: Sequence[TierRange], when: Callable[[int, int], str], kept: StepRange | None = None
+) -> str:
+    """The end of an error about steps that were retired: what is kept of them, and what to do.
+
+    ``kept``: steps of the run that the command can show.
+    """
+    shown = next(_KEPT[tier][1] for tier in _TIERS[1:] if any(one.tier is tier for one in ranges))
+    if kept is not None:
+        shown += f", or select steps {kept}" if shown else f"select steps {kept}"
+    shown = shown or "select other steps; `runs` shows of which runs steps are kept"
+    return f"retired: {described(ranges, when)}; {shown}"
 
 
 class Tiers:

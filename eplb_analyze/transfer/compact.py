@@ -153,8 +153,8 @@ def _require_intact(run: Run) -> None:
             raise DumpError(f"{finding.text}; {_REFUSED}")
     thinned = run.with_loads().left_out()
     if thinned:
-        text = f"{run.path}: retired: {described(thinned, run.clock.times_text)}"
-        remedy = "`prune --merge-ranks` sums over ranks and keeps what is left of these steps"
+        text = f"{run.path}: retired: {described(thinned, run.clock.when)}"
+        remedy = "`copy` copies the run as it is; `prune --merge-ranks` sums over ranks before it thins"
         raise DumpError(f"{text}; a compact run would hide this, so none is written; {remedy}")
 
 

@@ -44,6 +44,7 @@ REPORTS = {
     "report": "report.write.WrittenReport",
     "layer": "analysis.layer.LayerReport",
     "experts": "analysis.experts.ExpertReport",
+    "experts of sums per minute": "analysis.experts_minutes.MinuteExperts",
     "ranks": "analysis.ranks.RankReport",
     "timeline": "analysis.timeline_report.Timeline",
     "placement": "analysis.placement.PlacementReport",
@@ -521,8 +522,9 @@ Each step has its clock time beside it, ISO 8601 in UTC: `first_time` beside `fi
 `step`. It is null if the times of the run are not known. `watch` and `copy` do not have these times.
 
 If steps of a run were thinned, a document about its steps has `retired`, a list of the ranges that it, or
-some of its figures, leave out: `first_step`, `last_step` and their times, `tier` (`ranks`: tokens per EP
-rank are kept, `minutes`: sums per minute, `gone`: nothing) and `reasons` (`budget`, `age`, `space`, `prune`).
+some of its figures, leave out: `first_step`, `last_step` and their times, `estimated_times` (whether one of
+these is interpolated, because that of its step is no longer kept), `tier` (`ranks`: tokens per EP rank are
+kept, `minutes`: sums per minute, `gone`: nothing) and `reasons` (`budget`, `age`, `space`, `prune`).
 
 A value that is not known is null. `a.b` is the key `b` of the object `a`; `a[].b` is the key `b` of each
 object in the list `a`. [Metrics](metrics.md) has the formulas, [Commands](cli.md) the options.

@@ -8,7 +8,8 @@ import typer
 
 from eplb_analyze.cli import options
 from eplb_analyze.cli.output import RunOutput
-from eplb_analyze.cli.views.experts import render
+from eplb_analyze.cli.views.experts import render, render_minutes
+from eplb_analyze.errors import UsageError
 
 
 @options.about_a_run
@@ -52,7 +53,20 @@ def experts(
         what = f"{hot_factor:g} is not above 1 and at most {MAX_EXPERTS}"
         raise typer.BadParameter(what, param_hint="--hot-factor")
     from eplb_analyze.analysis.experts import expert_report
+    from eplb_analyze.analysis.experts_minutes import experts_of_minutes, only_minutes
 
+    run = out.open()
+    if only_minutes(run, steps):
+        if cold and not hot:
+            raise UsageError(
+                f"{run.path}: sums per minute, which are all that is kept of experts here, do not show cold "
+                "ones; remove --cold"
+            )
+        found = experts_of_minutes(run, layer, steps)
+        out.show(
+            found.to_json, lambda console: render_minutes(console, found, top), found.steps, of_steps=False
+        )
+        return
     run = out.open(with_loads=True)
     report = expert_report(
         run, layer, steps, window=window, hot_factor=hot_factor, all_placements=all_placements

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eplb_analyze.cli.charts import heat
+from eplb_analyze.cli.charts import AT_LEAST, heat, print_hot_experts
 from eplb_analyze.cli.console import (
     limited,
+    minute_text,
     print_hidden,
     print_line,
     print_notes,
     print_report_heading,
+    print_report_name,
     step_label,
     step_time,
     steps_label,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_analyze.analysis.experts import ExpertReport
+    from eplb_analyze.analysis.experts_minutes import MinuteExperts
 
 #: From this many columns on, the table has all columns.
 WIDE = 120
@@ -62,6 +65,25 @@ def render(console: Console, report: ExpertReport, top: int = 5, *, hot: bool, c
         print_line(console, (text, "dim"))
     if console.width < WIDE and (len(report.hot) or len(report.cold)):
         print_hidden(console, ("x mean", "hot in", "CV", "uneven"), WIDE)
+
+
+def render_minutes(console: Console, report: MinuteExperts, top: int = 5) -> None:
+    """Print the hot experts that sums per minute name."""
+    print_report_name(console, report)
+    print_line(console, steps_label(console, report.first_step, report.last_step))
+    first, last = (minute_text(console, minute) for minute in (report.first_minute, report.last_minute))
+    which = first if first == last else f"{first} to {last}"
+    text = f"figures come from per-minute sums ({which}); experts' loads of single steps are not kept"
+    print_line(console, (text, "yellow"))
+    print_line(console, "bursts, cold experts and due replicas are not known")
+    print_notes(console, report.notes)
+    console.print()
+    if not report.experts:
+        console.print("minutes name no slots of an expert with more tokens than the mean")
+        return
+    layers = [e.layer for e in report.experts] if report.layer is None else []
+    title = AT_LEAST + limited(top, len(report.experts))
+    print_hot_experts(console, report.experts, top, title, layers)
 
 
 def _since_change(report: ExpertReport) -> bool:

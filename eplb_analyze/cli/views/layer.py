@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import heat, print_sparkline
+from eplb_analyze.cli.charts import AT_LEAST, heat, print_hot_experts, print_sparkline
 from eplb_analyze.cli.console import (
     minute_text,
     print_heading,
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from eplb_analyze.analysis.layer_report import ExpertLoad, LayerMinutes, LayerReport
 
-#: The title of experts on the slots that minutes name.
-AT_LEAST = "hot experts by the slots that minutes name, with at least these tokens"
 #: Up to this many experts, all are shown.
 FEW_EXPERTS = 12
 
@@ -92,7 +90,7 @@ def render(
     if report.experts:
         _experts(console, report, top)
     if report.minutes is not None and report.minutes.hot_experts:
-        _hot_experts(console, report.minutes, top)
+        print_hot_experts(console, report.minutes.hot_experts, top, AT_LEAST)
     _slots(console, placed, since_change=bool(report.placement_changes))
 
 
@@ -103,17 +101,6 @@ def _source(console: Console, minutes: LayerMinutes, asked: int | None) -> str:
     if asked is None:
         return f"figures come from per-minute sums ({which}); single steps are not kept"
     return f"step {asked} is kept only in per-minute sums: figures cover its minute, {which}"
-
-
-def _hot_experts(console: Console, minutes: LayerMinutes, top: int) -> None:
-    """By the slots that each minute names, which are at least so much."""
-    columns = ("expert", "share", "x mean", "replicas")
-    listing = table(console, *columns, title=AT_LEAST)
-    for e in minutes.hot_experts[:top]:
-        times = heat(f"{e.times_mean:.2f}", e.times_mean)
-        listing.add_row(str(e.logical), percent(e.share, 2), times, str(e.replicas))
-    console.print(listing)
-    console.print()
 
 
 def _ranks(console: Console, report: LayerReport, count: Callable[[float], str], mean: float) -> None:

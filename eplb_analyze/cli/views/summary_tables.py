@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eplb_analyze.cli.charts import bar, heat
+from eplb_analyze.cli.charts import AT_LEAST, bar, heat, print_hot_experts
 from eplb_analyze.cli.console import print_line, step_time, styled, table, times_known
 from eplb_analyze.cli.views import cost
-from eplb_analyze.cli.views.layer import AT_LEAST
 from eplb_analyze.report import answer
 from eplb_analyze.text import clean, duration, figure, percent, plural
 
@@ -38,7 +37,9 @@ def render(console: Console, result: Summary, top: int = 5) -> None:
         console.print()
     _layers(console, result, top)
     _losses(console, result, top)
-    _hot_experts(console, result, top)
+    if result.hot_experts:
+        title = AT_LEAST if result.hot_experts_tier == "minutes" else "hottest experts"
+        print_hot_experts(console, result.hot_experts, top, title, [e.layer for e in result.hot_experts])
     if len(result.configurations) > 1:
         _configurations(console, result)
 
@@ -154,18 +155,6 @@ def _summed_layers(console: Console, summed: SummedLoads, top: int) -> None:
             percent(layer.worst_rank_share, 0),
         )
     console.print(listing)
-
-
-def _hot_experts(console: Console, result: Summary, top: int) -> None:
-    if not result.hot_experts:
-        return
-    title = AT_LEAST if result.hot_experts_tier == "minutes" else "hottest experts"
-    listing = table(console, "layer", "expert", "share", "x mean", "replicas", title=title)
-    for e in result.hot_experts[:top]:
-        times = heat(f"{e.times_mean:.2f}", e.times_mean)
-        listing.add_row(str(e.layer), str(e.logical), percent(e.share, 2), times, str(e.replicas))
-    console.print(listing)
-    console.print()
 
 
 def _configurations(console: Console, result: Summary) -> None:

@@ -367,6 +367,7 @@ def test_json_output(tmp_path: Path) -> None:
         "schema_version": 1,
         "run": {"run_id": "r", "model": "org/moe"},
         "layer": 1,
+        "tier": "full",
         "steps": {
             "first": 0, "last": 39, "seen": 40, "recorded": 40, "dummy": 0, "not_sampled": 0, "dropped": 0,
             "rejected": 0, "incomplete": 0, "missing": 0, "retired": 0,

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from clocks import steady_clock
 from helpers import cli, one_error, open_writer, write
@@ -30,6 +32,7 @@ from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.tiers import Ranges
 from eplb_analyze.sessions.step_range import StepRange
+from eplb_dump.format.minutes import MINUTE_NS
 from eplb_dump.format.retention import next_thinning, read_manifest, thin
 from eplb_dump.format.schema import Tier
 
@@ -164,6 +167,27 @@ def test_step_counts_by_the_least_that_a_rank_has_of_it(tiered: Path, whole: Pat
     assert_same_figures(run, open_run(whole))
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "exact"),
+    [(0, 79, True), (80, 143, True), (98, 129, True), (98, 119, False), (90, 97, False), (10, 79, False)],
+)
+def test_times_are_those_of_the_steps_or_said_to_be_about(
+    tiered: Path, whole: Path, first: int, last: int, *, exact: bool
+) -> None:
+    """Those of segments' and minutes' first and last steps are kept, also before a rearrangement (130)."""
+    steps = pa.concat_tables([pq.ParquetFile(file).read() for file in whole.rglob("steps-*.parquet")])
+    table = steps.group_by("step").aggregate([("time", "min")]).sort_by("step")
+    times = table["time_min"].cast(pa.int64()).to_pylist()
+    run = open_run(tiered)
+    (found,) = map(run.clock.timed, run.left_out((first, last + 1)))
+    assert found.times is not None
+    assert found.estimated is not exact
+    most = 0 if exact else MINUTE_NS
+    assert all(abs(a - b) <= most for a, b in zip(found.times, (times[first], times[last]), strict=True))
+    (note,) = run.retired_notes((first, last + 1))
+    assert f"steps {first}-{last} ({'' if exact else 'about '}22:1" in note
+
+
 def test_writer_of_sums_retires_no_step_that_another_has(tmp_path: Path) -> None:
     write(tmp_path, steps=64, ranks=2, scope="global", step_ms=1000)
     first, second = session_folders(tmp_path)
@@ -205,14 +229,24 @@ def test_selecting_retired_steps_says_what_is_left(tiered: Path, command: str, s
 
 
 def test_selecting_steps_without_loads_names_the_commands_that_work(tiered: Path) -> None:
-    for command in ("experts", "traffic", "export loads --as csv -o x.csv"):
+    for command in ("traffic", "replay", "export loads --as csv -o x.csv"):
         result = cli(*command.split(), "--steps", "150-200", tiered)
-        kept = "only tokens per EP rank are kept (budget); `ranks`, `layer`, `timeline` and `summary`"
-        one_error(result, 2, kept)
-    for command in ("ranks", "layer 1", "timeline", "summary"):
+        kept = (
+            "only tokens per EP rank are kept (budget); `ranks`, `layer`, `timeline` and `summary` show them"
+        )
+        one_error(result, 2, f"{kept}, or select steps 240-319")
+        assert cli(*command.split(), "--steps", "240-319", tiered).returncode == 0
+    for command in ("ranks", "layer 1", "timeline", "summary", "experts"):
         result = cli(*command.split(), "--steps", "150-200", tiered)
         assert (result.returncode, result.stderr) == (0, ""), result.stderr
-    one_error(cli("ranks", "--steps", "100-120", tiered), 2, "only sums per minute are kept (budget)")
+    result = cli("ranks", "--steps", "100-120", tiered)
+    one_error(
+        result,
+        2,
+        "only sums per minute are kept (budget); `summary`, `layer`, `experts` and `timeline` show them",
+    )
+    for command in ("summary", "layer 1", "experts", "timeline"):
+        assert cli(*command.split(), "--steps", "100-120", tiered).returncode == 0
 
 
 def test_ranges_are_cut_at_both_ends() -> None:
