@@ -228,7 +228,10 @@ def test_selecting_retired_steps_says_what_is_left(tiered: Path, command: str, s
     )
 
 
-def test_selecting_steps_without_loads_names_the_commands_that_work(tiered: Path) -> None:
+def test_selecting_steps_without_loads_names_the_commands_that_work(
+    tiered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for command in ("traffic", "replay", "export loads --as csv -o x.csv"):
         result = cli(*command.split(), "--steps", "150-200", tiered)
         kept = (
