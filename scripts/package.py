@@ -25,7 +25,7 @@ def build(source: Path, out: Path, epoch: int) -> list[Path]:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", out],
         cwd=source, check=True, stdout=subprocess.DEVNULL,
-        env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)},
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch), "HATCH_QUIET": "1"},
     )  # fmt: skip
     return sorted(out.iterdir())
 

