@@ -9,16 +9,14 @@ it, and its own metrics (`process_…`) say what it cost. A scrape every 15 s is
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from pathlib import Path
 
-from benchmarks.watch import write
+from benchmarks.watch import running_engine
 
 PORT = 19464
 
@@ -44,14 +42,7 @@ def main() -> None:
         "--before", type=float, default=60.0, help="seconds written before the sidecar starts"
     )
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name:
-        folder, ended = Path(name), context.Event()
-        engine = context.Process(target=write, args=(folder, options.ranks, options.rate, ended))
-        engine.start()
-        while engine.is_alive() and not any(folder.rglob("*.frames")):
-            time.sleep(0.1)
-        time.sleep(options.before)
+    with running_engine(options.ranks, options.rate, options.before) as folder:
         program = Path(sys.executable).with_name("eplb-analyze")
         command = [program, "serve-metrics", folder, "--port", str(PORT), "--interval", str(options.interval)]
         with subprocess.Popen([*map(str, command)]) as sidecar:
@@ -65,8 +56,6 @@ def main() -> None:
                 memory.append(now["process_resident_memory_bytes"])
             seconds = time.monotonic() - begun
             sidecar.terminate()
-        ended.set()
-        engine.join()
     cpu = now["process_cpu_seconds_total"] - first["process_cpu_seconds_total"]
     looks = now["eplb_sidecar_look_seconds_count"] - first["eplb_sidecar_look_seconds_count"]
     reading = now["eplb_sidecar_look_seconds_sum"] - first["eplb_sidecar_look_seconds_sum"]

@@ -9,11 +9,13 @@ second. The kernel counts the bytes that it reads (`rchar` in /proc/self/io).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import multiprocessing.synchronize
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,24 @@ def write(folder: Path, ranks: int, rate: float, ended: multiprocessing.synchron
         writer.close()
 
 
+@contextlib.contextmanager
+def running_engine(ranks: int, rate: float, before: float) -> Iterator[Path]:
+    """The folder that a process writes all ranks of an engine into, so many seconds after it began."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        folder, ended = Path(name), context.Event()
+        engine = context.Process(target=write, args=(folder, ranks, rate, ended))
+        engine.start()
+        try:
+            while engine.is_alive() and not any(folder.rglob("*.frames")):
+                time.sleep(0.1)
+            time.sleep(before)
+            yield folder
+        finally:
+            ended.set()
+            engine.join()
+
+
 def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
@@ -64,14 +84,7 @@ def main() -> None:
     parser.add_argument("--looks", type=int, default=30)
     parser.add_argument("--before", type=float, default=10.0, help="seconds written before the first look")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name:
-        folder, ended = Path(name), context.Event()
-        engine = context.Process(target=write, args=(folder, options.ranks, options.rate, ended))
-        engine.start()
-        while engine.is_alive() and not any(folder.rglob("*.frames")):
-            time.sleep(0.1)
-        time.sleep(options.before)
+    with running_engine(options.ranks, options.rate, options.before) as folder:
         rows = []
         follower: Follower | None = None
         for _ in range(options.looks + 1):
@@ -81,8 +94,6 @@ def main() -> None:
             look = follower.look()
             rows.append((read_bytes() - read, time.process_time() - cpu, time.perf_counter() - begun, size))
             time.sleep(max(0.0, due - time.monotonic()))
-        ended.set()
-        engine.join()
     first, *later = rows
     print(f"first look: {first[0] / 1e6:.1f} MB of {first[3] / 1e6:.1f} MB, {first[1]:.2f} s of CPU")
     appended = (later[-1][3] - first[3]) / len(later)

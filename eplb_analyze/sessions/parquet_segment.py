@@ -35,6 +35,7 @@ from eplb_dump.format.journal import (
     load_shape,
     unknown_ms,
 )
+from eplb_dump.format.lists import list_values
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.minutes import Minutes, width_of
 from eplb_dump.format.schema import (
@@ -355,7 +356,7 @@ class ParquetSegment:
                     table = self._read(file, name, ["step", "layer", column], group)
                 with reading_faults(self, name, self.file_path(name)):
                     self._check_order(table, layer, steps, n)
-                    values = _list_values(table.column(column).combine_chunks(), width)
+                    values = list_values(table.column(column).combine_chunks(), width)
                 yield layer, values.reshape(count, n, width)
             layer += count
 
@@ -519,14 +520,3 @@ def _plain(schema: pa.Schema) -> pa.Schema:
     """The schema without the effect of ``read_dictionary``."""
     types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema]
     return pa.schema([f.with_type(t) for f, t in zip(schema, types, strict=True)])
-
-
-def _list_values(lists: Any, width: int) -> npt.NDArray[Any]:
-    """The values of a list column whose every list must have ``width`` items."""
-    offsets = _numpy(lists.offsets)
-    if len(offsets) > 1 and not (np.diff(offsets) == width).all():
-        raise FormatError("it holds a list of the wrong length")
-    values: npt.NDArray[Any] = _numpy(lists.values)[offsets[0] : offsets[-1]]
-    if values.min(initial=0) < 0:
-        raise FormatError("it holds negative loads")
-    return values.reshape(-1, width)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from eplb_dump.format.journal import Int64, Loads, PlacementRows, Shape, StepRows, phase_codes
+from eplb_dump.format.lists import list_column, list_values
 from eplb_dump.format.schema import (
     MAX_NUMBER,
     MINUTES_SCHEMA,
@@ -112,9 +113,7 @@ class Minutes:
         if field.name == "phase":
             return pa.array(np.array([*self.phases, None], object)[values], pa.string())
         if field.name in _LISTS:
-            offsets = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[1])
-            flat = pa.array(np.ascontiguousarray(values).reshape(-1), field.type.value_type)
-            return pa.ListArray.from_arrays(pa.array(offsets), flat, type=field.type)
+            return list_column(values, field.type)
         unknown = None
         if field.nullable:
             unknown = np.isnan(values) if values.dtype.kind == "f" else values < 0
@@ -143,7 +142,7 @@ class Minutes:
             if name == "phase":
                 columns[name], phases = phase_codes(array.to_pylist())
             elif name in _LISTS:
-                columns[name] = _list_values(array, width_of(name, shape))
+                columns[name] = list_values(array, width_of(name, shape), least=-1)
             elif name == "minute":
                 columns[name] = _numbers(array.view(pa.int64()))
             elif pa.types.is_floating(array.type):
@@ -454,14 +453,3 @@ def _numbers(array: pa.Array) -> Int64:
     if not -1 <= values.min(initial=0) <= values.max(initial=0) < MAX_NUMBER:
         raise FormatError("it holds a number that is out of range")
     return values
-
-
-def _list_values(lists: pa.ListArray, width: int) -> Array:
-    """The values of a list column whose every list must have ``width`` items. Raises FormatError."""
-    offsets = np.asarray(lists.offsets.to_numpy(zero_copy_only=False))
-    if lists.null_count or (len(offsets) > 1 and not (np.diff(offsets) == width).all()):
-        raise FormatError("it holds a list of the wrong length")
-    values: Array = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-    if not np.isfinite(values).all() or values.min(initial=0) < -1:
-        raise FormatError("it holds an invalid value")
-    return values.reshape(len(lists), width)

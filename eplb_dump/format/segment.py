@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.ma  # pyarrow imports it when it first needs it; a fork must not meet an import
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from eplb_dump.format.files import discard, fsync_file, publish, remove, temporary
 from eplb_dump.format.journal import Int64, JournalSegment, Loads, PlacementRows, Shape, StepRows
+from eplb_dump.format.lists import list_column
 from eplb_dump.format.manifest import (
     ExpertSums,
     SealedFile,
@@ -79,16 +80,6 @@ def footer_crc32(path: Path) -> int:
         return zlib.crc32(footer(file.seek(0, os.SEEK_END), read_at))
 
 
-def list_column(values: np.ndarray[Any, Any], schema: pa.Schema, name: str) -> pa.Array:
-    """``values`` [rows, n] as the list column ``name`` of a schema."""
-    rows, n = values.shape
-    if rows * n > 2**31 - 1:
-        raise FormatError("a segment with more than 2^31 values cannot be sealed in one row group")
-    offsets = np.arange(rows + 1, dtype=np.int32) * np.int32(n)
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=schema.field(name).type)
-
-
 def loads_schema(dtype: npt.DTypeLike) -> pa.Schema:
     """The schema of the ``loads`` table for loads of a type, int32 or int64."""
     return WIDE_LOADS_SCHEMA if np.dtype(dtype).itemsize > 4 else SCHEMAS["loads"]
@@ -107,8 +98,8 @@ def loads_table(
             pa.array(np.tile(step, count)),
             pa.array(np.repeat(np.array(layers, np.int32), n)),
             pa.array(np.full(count * n, ep_size, np.int32)),
-            list_column(rank_load, schema, "rank_load"),
-            list_column(flat, schema, "load"),
+            list_column(rank_load, schema.field("rank_load").type),
+            list_column(flat, schema.field("load").type),
         ],
         schema=schema,
     )
