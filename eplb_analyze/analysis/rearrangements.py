@@ -24,11 +24,13 @@ from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
 from eplb_analyze.reader.placements import Rearrangement, crossings, holdings, spread_evenly
 from eplb_analyze.reader.recorded_setting import not_due, overdue
+from eplb_analyze.reader.rolled_up import finest
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
 from eplb_dump.format.journal import Int32, Int64, Shape
+from eplb_dump.format.schema import Tier
 
 #: Steps before and after, unless a neighboring rearrangement is nearer.
 WINDOW = 1000
@@ -148,7 +150,8 @@ def rearrangement_report(
             range or the run ends sooner.
         expert_mb: the weights of one expert of one layer, in MB of 10^6 bytes; gives the GB moved.
     """
-    if steps is not None:
+    # Placements are kept with sums per minute, too.
+    if steps is not None and finest(run, steps) is not Tier.MINUTES:
         run.require(steps)
     report = run.retry_without_damaged(lambda: _report(run, steps, window, cost))
     if expert_mb is None:
@@ -185,6 +188,12 @@ def _report(
         at = ", ".join(map(str, run.history.lost[:5]))
         notes.append(
             f"placements are lost from step {at} on; changes are unknown until the next recorded placements"
+        )
+    gone = [one.steps for one in run.left_out(steps) if one.tier is Tier.GONE]
+    if gone:
+        notes.append(
+            f"of steps {StepRange(gone[0].first, gone[-1].end)} only the last placements are kept; earlier "
+            "rearrangements are not known"
         )
     pauses = pauses_of(run, [change.this for change in changes])
     rows = [

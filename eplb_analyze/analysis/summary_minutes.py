@@ -125,7 +125,7 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         timeline=[] if local else timeline_of(sums),
         layer_timeline=None,
         loss=None if local or last is None else _loss(run, last),
-        duration_seconds=(sums.last_time - sums.first_time) / 1e9,
+        duration_seconds=_duration(run, sums),
         incidents=found.found,
         unexamined_departures=len(found.unexamined),
         restless_layers=found.restless,
@@ -137,6 +137,13 @@ def summary_of_minutes(run: Run, steps: tuple[int, int] | None, *, search: bool 
         overdue=overdue(run, (sums.first, sums.last)) if acted is False and why is None else None,
         rollup=_rollup(run, sums, configurations, minutes, what),
     )
+
+
+def _duration(run: Run, sums: MinuteTotals) -> float | None:
+    """By the run's clock, which also tells when these steps were: the clocks of ranks differ."""
+    first, last = run.clock.near(sums.first), run.clock.near(sums.last)
+    # A clock can be set back between two sessions.
+    return None if first is None or last is None or last < first else (last[0] - first[0]) / 1e9
 
 
 def _rollup(

@@ -318,7 +318,7 @@ class RunClock:
 
         ``""`` if they are not known.
         """
-        begin, end = self._near(first), self._near(last)
+        begin, end = self.near(first), self.near(last)
         if begin is None or end is None:
             return ""
         about = "" if begin[1] and end[1] else "about "
@@ -326,12 +326,12 @@ class RunClock:
 
     def timed(self, one: TierRange) -> TierRange:
         """A range of steps with their times by this clock, which knows those of minutes."""
-        begin, end = self._near(one.steps.first), self._near(one.steps.end - 1)
+        begin, end = self.near(one.steps.first), self.near(one.steps.end - 1)
         if begin is None or end is None:
             return replace(one, times=None)
         return replace(one, times=(begin[0], end[0]), estimated=not (begin[1] and end[1]))
 
-    def _near(self, step: int) -> tuple[int, bool] | None:
+    def near(self, step: int) -> tuple[int, bool] | None:
         """When a step was recorded, and whether that is kept.
 
         Otherwise the time is interpolated between those of the steps around it that are.

@@ -19,10 +19,10 @@ from eplb_analyze.text import listed
 from eplb_analyze.transfer.retention import carry_out
 from eplb_analyze.transfer.retention.carry_out import ChangedError
 from eplb_analyze.transfer.retention.foresee import foresee_merged
-from eplb_analyze.transfer.retention.merge import has_own_loads, merge_ranks, why_not
+from eplb_analyze.transfer.retention.merge import has_own_loads, merge_ranks, waits, why_not
 from eplb_analyze.transfer.retention.plan import Policy, RunPlan, plan_for_age, plan_for_bytes
 from eplb_analyze.transfer.retention.report import PrunedRun, PruneReport, iso, report_of
-from eplb_analyze.transfer.retention.survey import Piece, SurveyedSession, survey, survey_run
+from eplb_analyze.transfer.retention.survey import NEWBORN, Piece, SurveyedSession, survey, survey_run
 from eplb_dump.format.schema import LEVEL_PREFIXES, RUN_PREFIX, FormatError, Tier
 
 
@@ -102,7 +102,9 @@ def _prune(
 ) -> PruneReport:
     now_ns = time.time_ns()
     runs = survey(dump, run_ids)
-    plans = [plan_for_age(run, policy, now_ns) for run in runs]
+    # What is thinned unmerged can never be merged.
+    stays = [f"{NEWBORN}; it is merged later" if merge and waits(run) else None for run in runs]
+    plans = [plan_for_age(run, policy, now_ns, why) for run, why in zip(runs, stays, strict=True)]
     work = None if stay is None else _Work(dump, stay, progress)
     if work is not None:  # which needs no space, and frees some for the merges
         work.carry_out([plan for plan in plans if plan.removed is not None])

@@ -122,7 +122,8 @@ def compare(
     out.clocks = {"a": one.clock, "b": other.clock}
     for name, run, chosen in (("A", one, in_a), ("B", other, in_b)):
         out.notes(
-            f"{name}: {text}" for text in run.retired_notes(chosen, "the experts' part, incidents and cost")
+            f"{name}: {text}"
+            for text in run.retired_notes(chosen, "the experts' part, cost and causes of incidents")
         )
     out.emit(result.to_json, lambda console: render(console, result, (one.clock, other.clock), top))
     if json:  # the text has them

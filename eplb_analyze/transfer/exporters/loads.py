@@ -121,7 +121,7 @@ def _write_long(
 
     rows = write_rows(batches(run, counted(), layers), format, out, schema(run))
     if not recorded:
-        raise DumpError(f"{run.path}: none of these steps is complete (see `check`)")
+        raise run.nothing_complete(steps)
     notes = run.import_caveats("step_order", *PLACEMENTS)
     if lost:
         notes.append(

@@ -9,7 +9,7 @@ from eplb_analyze.atomic import clear
 from eplb_analyze.sessions.discovery import discover
 from eplb_analyze.transfer.compact import compact_run
 from eplb_analyze.transfer.retention.carry_out import AT_WORK, ChangedError, exclude_others, require_unchanged
-from eplb_analyze.transfer.retention.survey import SurveyedRun, survey_run
+from eplb_analyze.transfer.retention.survey import NEWBORN, SurveyedRun, survey_run
 from eplb_dump.format.files import exchange
 from eplb_dump.format.schema import Scope, Tier
 
@@ -22,7 +22,7 @@ def has_own_loads(run: SurveyedRun) -> bool:
 def why_not(run: SurveyedRun) -> str | None:
     """Why the ranks of a run are not merged, as far as names and headers show it; None if they can be."""
     infos = [session.info for session in run.sessions if session.info is not None]
-    if run.live is not None or run.has_newborn:
+    if run.live is not None:
         return "a writer of it may be alive"
     if run.foreign:
         return f"{run.foreign[0]} is not a file of a dump"
@@ -32,7 +32,12 @@ def why_not(run: SurveyedRun) -> str | None:
         return "it has several models"
     if any(piece.entry.tier is not Tier.FULL for session in run.sessions for piece in session.pieces):
         return "a part of it is thinned already"
-    return None
+    return NEWBORN if run.has_newborn else None
+
+
+def waits(run: SurveyedRun) -> bool:
+    """Whether the ranks of a run can be merged in some minutes, so that nothing of it is thinned before."""
+    return has_own_loads(run) and why_not(run) == NEWBORN
 
 
 def require_one_start(dump: Path, run: SurveyedRun) -> None:

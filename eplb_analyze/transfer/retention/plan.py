@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from eplb_analyze.errors import UsageError
 from eplb_analyze.transfer.retention.sizes import size_at
-from eplb_analyze.transfer.retention.survey import Piece, SurveyedRun
+from eplb_analyze.transfer.retention.survey import NEWBORN, Piece, SurveyedRun
 from eplb_dump.format.retention import NOTABLE_SHARE, SHARES, TIERS
 from eplb_dump.format.schema import Tier
 
@@ -110,6 +110,8 @@ class RunPlan:
     """What becomes of one run."""
 
     run: SurveyedRun
+    #: Why none of it is thinned now; None: it may be.
+    stays: str | None = None
     units: list[Unit] = field(default_factory=list)
     #: Why the whole run is removed: ``age`` or ``bytes``.
     removed: str | None = None
@@ -144,15 +146,18 @@ class RunPlan:
     def why_kept(self) -> str | None:
         """Why the run cannot be removed, whatever its age."""
         if self.run.live is not None or self.run.has_newborn:
-            return self.run.live or "a rank began in it less than ten minutes ago"
+            return self.run.live or NEWBORN
         if self.run.foreign:
             return f"{self.run.foreign[0]} is not a file of a dump"
         return None
 
 
-def plan_for_age(run: SurveyedRun, policy: Policy, now_ns: int) -> RunPlan:
-    """Decide what the ages leave of a run. Raises UnreachableError."""
-    plan = RunPlan(run)
+def plan_for_age(run: SurveyedRun, policy: Policy, now_ns: int, stays: str | None = None) -> RunPlan:
+    """Decide what the ages leave of a run. Raises UnreachableError.
+
+    ``stays``: why none of it is thinned now.
+    """
+    plan = RunPlan(run, stays)
     plan.units = [*_units(plan)]
     for unit in plan.units:
         _thin_to(unit, policy.tier_at(now_ns - unit.last_ns), "age")
@@ -219,7 +224,7 @@ def _unit(plan: RunPlan, pieces: list[Piece]) -> Unit:
     return Unit(
         plan,
         pieces,
-        live=_live(plan.run, pieces),
+        live=_live(plan.run, pieces) or plan.stays,
         notable=any(piece.notable for piece in pieces),
         last_ns=max(piece.last_ns for piece in pieces),
         tiers={piece: piece.tier for piece in pieces},

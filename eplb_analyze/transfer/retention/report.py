@@ -147,6 +147,7 @@ def report_of(plan: RunPlan, policy: Policy, now_ns: int, damaged: Mapping[Piece
 def _kept(plan: RunPlan, policy: Policy, now_ns: int) -> list[KeptPart]:
     """What stays although its age, or the bytes of the dump, are beyond the limits."""
     parts: list[KeptPart] = []
+    together = plan.stays or "a rank that is left alone has the same steps"
     for session in plan.run.sessions:
         ages = [now_ns - session.last_ns, *(now_ns - piece.last_ns for piece in session.pieces)]
         due = policy.max_bytes is not None or policy.tier_at(max(ages)) is not Tier.FULL
@@ -154,7 +155,7 @@ def _kept(plan: RunPlan, policy: Policy, now_ns: int) -> list[KeptPart]:
         if due and reason is not None:
             parts.append(KeptPart(str(session.folder), _stuck_bytes(session), reason))
         for stay, why in (
-            ({*_of_live_ranks(plan, policy, now_ns)}, "a rank that is left alone has the same steps"),
+            ({*_of_live_ranks(plan, policy, now_ns)}, together),
             ({*plan.newest}, "the newest steps of the dump are never thinned for --max-bytes"),
         ):
             bytes_ = sum(piece.entry.size for piece in session.pieces if piece in stay)

@@ -40,6 +40,8 @@ from eplb_dump.format.session import SessionInfo
 
 #: A journal that was written to in this time may be in use, whatever its lock says.
 QUIET_NS = 600 * 10**9
+#: Why a run stays as it is, if one of its ranks may be about to begin a session.
+NEWBORN = "a rank began in it less than ten minutes ago"
 #: A session that was not closed and has no open journal: its engine may be idle, or it was killed.
 IDLE_NS = 86_400 * 10**9
 #: A manifest's entry of a thinned segment, which has no sums, takes no more.

@@ -565,6 +565,16 @@ def test_rank_whose_clock_is_shifted_is_missing_from_its_minutes(tmp_path: Path)
     assert found.verdict.verdict == "incomplete_data"
 
 
+def test_duration_is_that_of_the_steps_whatever_the_clocks_of_hosts(tmp_path: Path) -> None:
+    """The clock of rank 3 is 5 s ahead: the time from its last step to the first of others is no duration."""
+    parts = np.random.default_rng(4).multinomial(loads()[:600], [1 / RANKS] * RANKS)
+    for rank in range(RANKS):
+        began = START_NS + (rank == 3) * 5 * 10**9
+        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, began_ns=began)
+    found, exact = (summary_of(tmp_path, tier=tier) for tier in ("minutes", "steps"))
+    assert found.duration_seconds == exact.duration_seconds == pytest.approx(599 * STEP_MS / 1000)
+
+
 def test_what_single_ranks_sums_lack_is_refused_by_name(local: Path) -> None:
     run = open_run(local)
     with pytest.raises(UsageError, match="remove --phase"):

@@ -188,6 +188,30 @@ def test_error_about_steps_that_are_gone_says_what_next(one_tier: Path) -> None:
         assert "nothing is kept (budget); select other steps; `runs` shows of which" in error.stderr
 
 
+@pytest.mark.parametrize("one_tier", [Tier.RANKS, Tier.MINUTES, Tier.GONE], indirect=True)
+def test_loads_that_are_not_kept_are_not_exported(one_tier: Path, tmp_path: Path) -> None:
+    for arguments in ([], ["--steps", "0-63"]):
+        error = cli("export", "loads", "--as", "csv", "-o", tmp_path / "loads.csv", *arguments, one_tier)
+        assert error.returncode == 2
+        assert "retired: steps 0-63" in error.stderr
+        assert not (tmp_path / "loads.csv").exists()
+
+
+@pytest.mark.parametrize("one_tier", [Tier.RANKS, Tier.MINUTES], indirect=True)
+def test_rearrangements_are_known_while_sums_per_minute_are_kept(one_tier: Path) -> None:
+    for arguments, expected in (([], [20]), (["--steps", "10-40"], [20]), (["--steps", "30-40"], [])):
+        found = cli("rearrangements", "--json", *arguments, one_tier)
+        assert (found.returncode, found.stderr) == (0, "")
+        assert [one["first_step"] for one in json.loads(found.stdout)["rearrangements"]] == expected
+
+
+@pytest.mark.parametrize("one_tier", [Tier.GONE], indirect=True)
+def test_rearrangements_of_steps_that_are_gone_are_not_known(one_tier: Path) -> None:
+    shown = " ".join(cli("rearrangements", one_tier).stdout.split())
+    assert "of steps 0-63 only the last placements are kept" in shown
+    assert "never changed" not in shown
+
+
 def test_runs_kept_in_full_have_no_column_for_it(tmp_path: Path) -> None:
     write(tmp_path / "dump", steps=16)
     assert "kept" not in cli("runs", tmp_path / "dump").stdout

@@ -23,6 +23,7 @@ from eplb_analyze.transfer.retention.plan import Policy
 from eplb_analyze.transfer.retention.sizes import size_at
 from eplb_analyze.transfer.retention.survey import survey
 from eplb_dump.format.schema import Scope, Tier
+from eplb_dump.rendezvous import CLAIM_FILE
 
 HOUR = DAY // 24
 
@@ -68,6 +69,28 @@ def test_ranks_are_merged_before_their_run_is_thinned(tmp_path: Path) -> None:
     assert_whole(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run=r"]
     assert prune_dump(tmp_path, policy, merge=True).runs == []
+
+
+@pytest.mark.usefixtures("swaps")
+@pytest.mark.parametrize("policy", [Policy(keep_full=days(0.5)), Policy(max_bytes=1)])
+def test_run_that_can_be_merged_in_some_minutes_is_left_alone_until_then(
+    policy: Policy, tmp_path: Path
+) -> None:
+    """What is thinned unmerged can never be merged. A rank that began may be about to write."""
+    now = time.time_ns()
+    ranks_of_a_run(tmp_path, now)
+    claim = sessions_of(tmp_path)[0].parent / CLAIM_FILE
+    claim.write_text("{}")
+    before = content_of(tmp_path)
+    for dry_run in (True, False):
+        (run,) = prune_dump(tmp_path, policy, merge=True, dry_run=dry_run).runs
+        assert (run.action, run.merged, run.bytes_after) == ("kept", False, run.bytes_before)
+        why = "a rank began in it less than ten minutes ago; it is merged later"
+        assert [part.reason for part in run.kept] == [why] * 8
+        assert content_of(tmp_path) == before
+    set_back(claim.parent, now - days(1))
+    (run,) = prune_dump(tmp_path, policy, merge=True).runs
+    assert run.merged
 
 
 @pytest.mark.usefixtures("swaps")
