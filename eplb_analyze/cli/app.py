@@ -55,6 +55,7 @@ from eplb_analyze.cli.help import (
 from eplb_analyze.cli.output import discard, print_message
 from eplb_analyze.errors import EXIT_UNUSABLE, EXIT_USAGE, AnalyzeError
 from eplb_analyze.text import PROGRAM, clean
+from eplb_dump.format import __version__
 
 #: Typer has its own copy of click, or click itself.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -187,9 +188,7 @@ _add(
 
 def _print_version(show: bool) -> None:
     if show:
-        from importlib.metadata import version
-
-        print(f"{PROGRAM} {version('eplb-dump')}")
+        print(f"{PROGRAM} {__version__}")
         raise typer.Exit
 
 

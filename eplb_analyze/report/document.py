@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from eplb_analyze.report import answer, sentences
 from eplb_analyze.report.bins import LoadBins, bins_that_fit
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import clean
+from eplb_dump.format import __version__
 from eplb_dump.format.schema import model_slug
 
 HIDDEN = "(hidden)"
@@ -155,7 +155,7 @@ def report_document(
         said["summary"]["run"] |= {"model": HIDDEN, "run_id": HIDDEN, "origin": None}
     document = {
         **_each_text(said, _hider(run) if redact else clean),
-        "program": f"eplb-analyze {version('eplb-dump')}",
+        "program": f"eplb-analyze {__version__}",
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "redacted": redact,
         "top": top,

@@ -202,10 +202,13 @@ def test_extras_add_up(metadata: Message) -> None:
 # ---- fresh environments
 
 
-def install(environment: Path, requirement: str) -> None:
+PINNED = ("-c", f"{ROOT}/constraints.txt")
+
+
+def install(environment: Path, *requirements: str) -> None:
     command = [
         sys.executable, "-m", "pip", "--python", f"{environment}/bin/python", "install", "--quiet",
-        "--disable-pip-version-check", "-c", f"{ROOT}/constraints.txt", requirement,
+        "--disable-pip-version-check", *requirements,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -215,7 +218,7 @@ def install(environment: Path, requirement: str) -> None:
 def engine(packages: tuple[Path, Path], folder: Path) -> Path:
     """A fresh environment with the wheel."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "engine"], check=True)
-    install(folder / "engine", str(packages[1]))
+    install(folder / "engine", *PINNED, str(packages[1]))
     return folder / "engine"
 
 
@@ -223,7 +226,7 @@ def engine(packages: tuple[Path, Path], folder: Path) -> Path:
 def reader(packages: tuple[Path, Path], engine: Path, folder: Path) -> Path:
     """... with what `[analyze]` adds."""
     shutil.copytree(engine, folder / "reader", symlinks=True, copy_function=os.link)
-    install(folder / "reader", f"{packages[1]}[analyze]")
+    install(folder / "reader", *PINNED, f"{packages[1]}[analyze]")
     return folder / "reader"
 
 
@@ -282,9 +285,30 @@ def test_small_extras_bring_what_their_commands_need(
 ) -> None:
     larger = folder / "larger"
     shutil.copytree(reader, larger, symlinks=True, copy_function=os.link)
-    install(larger, f"{packages[1]}[import,metrics]")
+    install(larger, *PINNED, f"{packages[1]}[import,metrics]")
     program = ("-m", "eplb_analyze")
     assert "eplb_" in run(larger, *program, "serve-metrics", "--once", str(dump)).stdout
     placement = tmp_path / "balancer.yaml"
     run(larger, *program, "export", "placement", "--for", "trtllm", "-o", str(placement), str(dump))
     run(larger, "-c", f"import safetensors.numpy, yaml; yaml.safe_load(open({str(placement)!r}))")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="numpy 1.26 has no wheel for Python 3.13")
+def test_oldest_versions_that_the_metadata_allows_work(
+    packages: tuple[Path, Path], metadata: Message, folder: Path
+) -> None:
+    lines = [
+        line for line in metadata.get_all("Requires-Dist", []) if "extra" not in line or "'analyze'" in line
+    ]
+    oldest = [
+        f"{name}=={version}.*" for line in lines for name, version in re.findall(r"^(\w+)>=([\d.]+)", line)
+    ]
+    assert len(oldest) == len(lines) == 5
+    environment = folder / "oldest"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    install(environment, *oldest, f"{packages[1]}[analyze]")
+    # Newer versions of what these need, such as click, warn of their use.
+    run(environment, "-W", "ignore", "-c", RECORD, "dump")
+    program = ("-W", "ignore", "-m", "eplb_analyze")
+    for command in ("summary", "check", "replay", "report -o report.html"):
+        run(environment, *program, *command.split(), "dump")
