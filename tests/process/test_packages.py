@@ -116,8 +116,7 @@ def test_two_people_build_the_same_bytes(
 
 def test_source_archive_builds_the_same_wheel(packages: tuple[Path, Path], tmp_path: Path) -> None:
     archive, wheel = packages
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xf", archive, "-C", tmp_path], check=True)
     built = build(tmp_path / NAME, tmp_path / "dist", EPOCH)
     assert [file.read_bytes() for file in built if file.name == wheel.name] == [wheel.read_bytes()]
 
