@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,19 @@ def test_every_public_name_has_a_docstring() -> None:
     ]
     for name in values:
         assert any(re.search(rf"^#: .+\n{name}\b", source, re.MULTILINE) for source in sources), name
+
+
+def test_names_that_the_docs_import_have_a_docstring() -> None:
+    pages = [page.read_text() for page in (ROOT / "docs").rglob("*.md")]
+    imports = {
+        (module, name)
+        for page in pages
+        for module, names in re.findall(r"^from (eplb_\S+) import ([\w, ]+)$", page, re.MULTILINE)
+        for name in names.split(", ")
+    }
+    assert len(imports) > 10
+    found = {(module, name): getattr(import_module(module), name) for module, name in imports}
+    assert [key for key, value in found.items() if callable(value) and not value.__doc__] == []
 
 
 def test_repr_of_a_run_says_what_it_is(tmp_path: Path) -> None:
