@@ -37,7 +37,6 @@ from eplb_analyze.sessions.segments import Segment
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int64, Shape
-from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.minutes import MINUTE_NS, NO_CUTS, Array, Minutes, top_slots
 from eplb_dump.format.schema import STATUS_LABELS, Scope, Status, Tier
 from eplb_dump.format.session import SessionInfo
@@ -177,24 +176,29 @@ def finest(run: Run, steps: tuple[int, int] | None) -> Tier:
 
 
 def kept(run: Run) -> Kept:
-    """What is kept of a run."""
-    retired = [segment.entry for segment in retired_segments(run)]
-    gone = [entry for entry in retired if entry.tier is Tier.GONE]
-    rolled_up = [entry for entry in retired if entry.tier is Tier.MINUTES]
+    """What is kept of a run; times are those of the run's clock."""
     segments = [segment for session in run.sessions for segment in session.segments]
     in_full = any(segment.has_loads for segment in segments)
-    thinned = [*retired, *(s.entry for s in segments if isinstance(s, ParquetSegment) and not s.has_loads)]
 
-    def end(entries: Sequence[SealedSegment]) -> int | None:
-        return max((entry.times[1] for entry in entries if entry.times), default=None)
+    def steps_of(*tiers: Tier) -> list[StepRange]:
+        return [one.steps for one in run.tiers.ranges if one.tier in tiers]
 
+    def last_time(ranges: Sequence[StepRange]) -> int | None:
+        return _time(run, ranges[-1].end - 1) if ranges else None
+
+    rolled_up = steps_of(Tier.MINUTES)
     return Kept(
         Tier.FULL if in_full else Tier.RANKS if segments else Tier.MINUTES,
-        end(retired) if segments else None,
-        end(thinned) if in_full else None,
-        min((entry.times[0] for entry in rolled_up if entry.times), default=None),
-        max((entry.times[1] for entry in gone if entry.times), default=None),
+        last_time(steps_of(Tier.MINUTES, Tier.GONE)) if segments else None,
+        last_time(steps_of(Tier.RANKS, Tier.MINUTES, Tier.GONE)) if in_full else None,
+        _time(run, rolled_up[0].first) if rolled_up else None,
+        last_time(steps_of(Tier.GONE)),
     )
+
+
+def _time(run: Run, step: int) -> int | None:
+    found = run.clock.near(step)
+    return None if found is None else found[0]
 
 
 def gone_steps(run: Run, steps: StepRange, rank: int | None = None) -> int:
