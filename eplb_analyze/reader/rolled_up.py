@@ -598,41 +598,43 @@ def _add_rank(
 ) -> None:
     counts = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
     edges = np.stack([rows[n] for n in ("first_step", "last_step", "first_time_ns", "last_time_ns")], axis=1)
-    for i, (minute, edge) in enumerate(zip(rows["minute"].tolist(), edges.tolist(), strict=True)):
+    epochs = np.searchsorted(changes, edges[:, :2], side="right")
+    for i, (minute, edge, (epoch, until)) in enumerate(
+        zip(rows["minute"].tolist(), edges.tolist(), epochs.tolist(), strict=True)
+    ):
         # Copies: a view would keep all that was decoded with it.
         named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if "slot" in rows.columns else []
-        load = rows["rank_load"][i]
-        for epoch, own, first, last, begin, end in _by_placement(edge, counts[i], changes):
-            row = _Part(load, {rank: _OfRank(own, first, last)}, first, last, begin, end, named)
-            waiting.setdefault((minute, epoch, shape), _Minute()).add(row)
-            load, named = np.zeros_like(load), []
+        first, last, begin, end = edge
+        row = _Part(
+            rows["rank_load"][i], {rank: _OfRank(counts[i], first, last)}, first, last, begin, end, named
+        )
+        parts = [row] if epoch == until else _by_placement(row, rank, changes[epoch:until].tolist())
+        for number, part in enumerate(parts, epoch):
+            waiting.setdefault((minute, number, shape), _Minute()).add(part)
 
 
-def _by_placement(
-    edge: list[int], counts: Int64, changes: Int64
-) -> Iterator[tuple[int, Int64, int, int, int, int]]:
-    """A row's placements, counted, each with its steps by status, the first, the last, and about their times.
+def _by_placement(row: _Part, rank: int, changes: Sequence[int]) -> list[_Part]:
+    """A row in whose steps other ranks changed their placement, as one for each placement.
 
     A rank without tokens is not told of the placement, so its row may go on with dummy steps while the other
     ranks change theirs; all of its tokens are under the first of these placements.
     """
-    first, last, begin, end = edge
-    epoch = int(np.searchsorted(changes, first, side="right"))
-    until = int(np.searchsorted(changes, last, side="right"))
-    cuts = [first, *changes[epoch:until].tolist(), last + 1]
-    without = last + 1 - cuts[1]
-    if not without or counts[Status.DUMMY] < without:
-        yield epoch, counts, first, last, begin, end
-        return
-    for number, (low, high) in enumerate(itertools.pairwise(cuts), epoch):
-        own = np.zeros_like(counts)
-        if number == epoch:
-            own += counts
-            own[Status.DUMMY] -= without
+    counts = row.ranks[rank].counts
+    idle = row.last + 1 - changes[0]
+    if counts[Status.DUMMY] < idle:
+        return [row]
+    parts: list[_Part] = []
+    for low, high in itertools.pairwise([row.first, *changes, row.last + 1]):
+        own, load, named = np.zeros_like(counts), np.zeros_like(row.load), row.named
+        if not parts:
+            own, load = counts.copy(), row.load
+            own[Status.DUMMY] -= idle
         else:
-            own[Status.DUMMY] = high - low
-        times = (begin + (end - begin) * (step - first) // max(1, last - first) for step in (low, high - 1))
-        yield number, own, low, high - 1, *times
+            own[Status.DUMMY], named = high - low, []
+        took = (row.last_time - row.first_time) / max(1, row.last - row.first)
+        begin, end = (row.first_time + int((step - row.first) * took) for step in (low, high - 1))
+        parts.append(_Part(load, {rank: _OfRank(own, low, high - 1)}, low, high - 1, begin, end, named))
+    return parts
 
 
 def _passed_on(
