@@ -8,7 +8,8 @@ whose clock is wrong by minutes nor a clock that is set back during a session ha
 Between two sessions the clocks can be set back. Then times occur twice: a range of times holds the steps of
 both, from the first step at or after its beginning to the last one at or before its end.
 
-Of steps that are no longer kept, the times are those of the first and the last step of each minute.
+Of steps that are no longer kept, the times are those of the first and the last step of each minute. At such a
+step of one rank, those of other ranks are interpolated.
 
 Reads only two columns of the ``steps`` tables, of the segments that are needed; memory does not grow with
 the run, except by some numbers per segment.
@@ -452,10 +453,18 @@ def _median(group: Iterable[Source]) -> _Times:
     rows = list(ordered_map(read, group, requests_at_once(group[0].segment.path)))
     step = np.unique(np.concatenate([own for _, (own, _) in rows]))
     ranks = sorted({source.rank for source in group})
-    clocks = np.full((len(ranks), len(step)), _MISSING, np.int64)
+    recorded, between = (np.full((len(ranks), len(step)), _MISSING, np.int64) for _ in range(2))
     # A rank's newest session counts.
     for source, (own, monotonic) in sorted(rows, key=lambda row: row[0].session):
-        clocks[ranks.index(source.rank), np.searchsorted(step, own)] = monotonic + source.clock_offset_ns
+        row, unix_ns = ranks.index(source.rank), monotonic + source.clock_offset_ns
+        if source.segment.step_rows or not len(own):
+            recorded[row, np.searchsorted(step, own)] = unix_ns
+            continue
+        # Minutes of ranks begin at other steps if their clocks differ, and the median is over all ranks.
+        inside = slice(*np.searchsorted(step, [own[0], own[-1] + 1]))
+        apart = np.interp(step[inside], own, unix_ns - unix_ns[0])
+        between[row, inside] = unix_ns[0] + apart.astype(np.int64)
+    clocks = np.where((recorded != _MISSING).any(axis=0), recorded, between)
     clocks.sort(axis=0)
     middle = ((clocks != _MISSING).sum(axis=0) - 1) // 2
     return _Times(step, clocks[middle, np.arange(len(step))])

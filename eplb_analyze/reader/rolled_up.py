@@ -231,7 +231,18 @@ def minutes_of_steps(run: Run, steps: tuple[int, int]) -> MinuteRange:
             found += chosen[:1].tolist() + chosen[-1:].tolist()
     if not found:
         raise nothing_kept(run, steps)
-    return MinuteRange(min(found), max(found))
+    chosen_minutes = MinuteRange(min(found), max(found))
+    return chosen_minutes if run.scope is Scope.GLOBAL else _by_clock(run, chosen_minutes, first, end)
+
+
+def _by_clock(run: Run, minutes: MinuteRange, first: int, end: int) -> MinuteRange:
+    """Minutes of steps without those at both ends that only ranks have whose clocks differ from the run's."""
+    begin, last = (_time(run, step) for step in (first, max(first, end - 2)))
+    if begin is not None and begin // MINUTE_NS * MINUTE_NS == minutes.first + MINUTE_NS <= minutes.last:
+        minutes = minutes._replace(first=minutes.first + MINUTE_NS)
+    if last is not None and last // MINUTE_NS * MINUTE_NS == minutes.last - MINUTE_NS >= minutes.first:
+        minutes = minutes._replace(last=minutes.last - MINUTE_NS)
+    return minutes
 
 
 def nothing_kept(run: Run, steps: tuple[int, int] | None) -> NotInDumpError:

@@ -575,6 +575,23 @@ def test_duration_is_that_of_the_steps_whatever_the_clocks_of_hosts(tmp_path: Pa
     assert found.duration_seconds == exact.duration_seconds == pytest.approx(599 * STEP_MS / 1000)
 
 
+@pytest.mark.parametrize("ahead", [[0, 0, 0, 450], [0, 450, 450, 450], [0, 0, 450, 450]])
+def test_times_select_the_minutes_of_the_runs_clock(tmp_path: Path, ahead: list[int]) -> None:
+    """In some ranks a minute begins a step or two earlier; that is not another minute of the range."""
+    parts = np.random.default_rng(4).multinomial(loads()[:600], [1 / RANKS] * RANKS)
+    for rank, ms in enumerate(ahead):
+        began = START_NS + ms * 10**6
+        record(tmp_path, parts[..., rank], scope="local", ep_rank=rank, began_ns=began)
+    for folder in session_folders(tmp_path):
+        thin_to(folder, {Tier.MINUTES: range(1, 9)})
+    clock = open_run(tmp_path).clock
+    begin = START_NS // MINUTE_NS * MINUTE_NS + 2 * MINUTE_NS
+    for minutes in (1, 2):
+        found = summary_of(tmp_path, clock.between(begin, begin + minutes * MINUTE_NS)).rollup
+        assert found is not None
+        assert (found.first_minute, found.minutes) == (begin, minutes)
+
+
 def test_what_single_ranks_sums_lack_is_refused_by_name(local: Path) -> None:
     run = open_run(local)
     with pytest.raises(UsageError, match="remove --phase"):

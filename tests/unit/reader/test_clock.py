@@ -30,6 +30,7 @@ class Segment:
     def __init__(self, steps: Any, monotonic_ns: Any) -> None:
         self.step, self.monotonic = np.asarray(steps, np.int64), np.asarray(monotonic_ns, np.int64)
         self.first_step, self.last_step = int(self.step[0]), int(self.step[-1])
+        self.step_rows = len(self.step)
         self.path = Path("steps.parquet")
         self.reads = 0
 
