@@ -119,11 +119,14 @@ def _report(run: Run, layer: int | None, index: int | None, steps: tuple[int, in
 
 
 def hot_experts_of_minutes(
-    run: Run, steps: tuple[int, int] | None
+    run: Run, steps: tuple[int, int] | None, layers: Sequence[int] | None = None
 ) -> tuple[list[HotExpert], tuple[int, int] | None]:
     """The hottest experts by the slots that minutes name, and the first and last step of these minutes.
 
     Call it inside ``run.retry_without_damaged``. There is none if sums per minute cannot tell.
+
+    Args:
+        layers: indices of layers; default all.
     """
     try:
         found = _totals(run, steps)
@@ -132,7 +135,7 @@ def hot_experts_of_minutes(
     except DumpError:
         return [], None
     last = next((own for own in reversed(found.configurations) if own.recorded), None)
-    return ([], None) if last is None else (hottest(run, last)[:HOT_EXPERTS], (last.first, last.last))
+    return ([], None) if last is None else (hottest(run, last, layers)[:HOT_EXPERTS], (last.first, last.last))
 
 
 def _totals(run: Run, steps: tuple[int, int] | None) -> ExpertTotals:

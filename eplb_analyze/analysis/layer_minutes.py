@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.layer_report import LayerMinutes, LayerReport, MinuteExpert, RankLoad
+from eplb_analyze.analysis.experts_minutes import hot_experts_of_minutes
+from eplb_analyze.analysis.layer_report import LayerMinutes, LayerReport, RankLoad
 from eplb_analyze.analysis.minute_sums import StepCounts
 from eplb_analyze.metrics.formulas import idle_fraction
 from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in
-from eplb_analyze.reader.placements import fold, replicas
 from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept, require_all_phases
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import percent, plural
@@ -25,11 +25,8 @@ COLUMNS = (
     "max_load",
     "layer_balancedness",
     "layer_imbalance",
-    "slot",
-    "slot_load",
 )
 LOCAL_COLUMNS = ("rank_load",)
-HOT_EXPERTS = 10
 
 
 class _Sums:
@@ -44,10 +41,8 @@ class _Sums:
         self.ratio = self.inverse = 0.0
         #: Of loads summed over a row: mean / max times its steps, and these steps.
         self.summed_ratio = self.summed_steps = 0.0
-        #: By the number of the placement: a step of it, and the tokens of slots that rows name.
-        self.slots: dict[int, tuple[int, Int64]] = {}
 
-    def add(self, run: Run, index: int, rows: Minutes) -> None:
+    def add(self, index: int, rows: Minutes) -> None:
         shape, n, steps = self.shape, len(rows), rows["recorded"]
         self._cover(int(rows["first_step"].min()), int(rows["last_step"].max()))
         self.steps += int(steps.sum())
@@ -64,22 +59,10 @@ class _Sums:
         self.max_tokens += int(rows["max_load"][:, index].sum())
         self.ratio += float(rows["layer_balancedness"][:, index].sum())
         self.inverse += float(rows["layer_imbalance"][:, index].sum())
-        slot, tokens = (rows[c].reshape(n, shape.num_moe_layers, -1)[:, index] for c in ("slot", "slot_load"))
-        epochs = np.searchsorted(run.history.changes, rows["first_step"], side="right")
-        for epoch in np.unique(epochs).tolist():
-            own = epochs == epoch
-            named = (slot[own] >= 0) & (slot[own] < shape.num_physical_experts)
-            sums = np.zeros(shape.num_physical_experts, np.int64)
-            np.add.at(sums, slot[own][named], tokens[own][named])
-            self._add_slots(epoch, int(rows["first_step"][own][0]), sums)
 
     def _cover(self, first: int, last: int) -> None:
         self.first = first if self.first < 0 else min(self.first, first)
         self.last = max(self.last, last)
-
-    def _add_slots(self, epoch: int, step: int, sums: Int64) -> None:
-        known = self.slots.get(epoch)
-        self.slots[epoch] = (step, sums) if known is None else (known[0], known[1] + sums)
 
     def merge(self, later: _Sums) -> None:
         self._cover(later.first, later.last)
@@ -88,8 +71,6 @@ class _Sums:
         self.tokens = self.tokens + later.tokens
         for name in ("active", "max_tokens", "ratio", "inverse", "summed_ratio", "summed_steps"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
-        for epoch, (step, sums) in later.slots.items():
-            self._add_slots(epoch, step, sums)
 
 
 class _Layer(StepCounts):
@@ -105,7 +86,7 @@ class _Layer(StepCounts):
             return
         if not self.sums or self.sums[-1].shape != shape:
             self.sums.append(_Sums(shape))
-        self.sums[-1].add(self._run, self._index, rows)
+        self.sums[-1].add(self._index, rows)
 
     def merge(self, later: Any) -> None:
         super().merge(later)
@@ -170,28 +151,6 @@ def layer_of_minutes(run: Run, layer: int, index: int, steps: tuple[int, int] | 
             summed_balancedness=(
                 last.summed_ratio / last.summed_steps if local and last.summed_steps else None
             ),
-            hot_experts=_hot_experts(run, index, last),
+            hot_experts=hot_experts_of_minutes(run, steps, [index])[0],
         ),
     )
-
-
-def _hot_experts(run: Run, index: int, sums: _Sums) -> list[MinuteExpert]:
-    """Those with more than the mean on the slots that rows name. Others can have had as many."""
-    experts, history = run.info.num_logical_experts, run.history.layer(index)
-    tokens = np.zeros(experts, np.int64)
-    for step, of_slots in sums.slots.values():
-        placed = history.at(step)
-        if placed is not None and len(placed) == len(of_slots):
-            tokens += fold(of_slots, placed, experts)
-    now = history.at(sums.last)
-    total = int(sums.tokens.sum())
-    if now is None or not total:
-        return []
-    in_layer = int(run.history.num_experts(experts, index + 1)[index])
-    copies = replicas(now, experts)
-    order = np.argsort(-tokens, kind="stable")[:HOT_EXPERTS]
-    return [
-        MinuteExpert(int(e), float(tokens[e] / total), float(tokens[e] / total * in_layer), int(copies[e]))
-        for e in order
-        if tokens[e] * in_layer > total
-    ]

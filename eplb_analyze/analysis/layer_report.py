@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from eplb_analyze.analysis.summary_report import HotExpert
 from eplb_analyze.json_report import Report, RunReport
 from eplb_analyze.metrics.losses import Bin
 from eplb_analyze.text import iso
@@ -40,18 +41,6 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True)
-class MinuteExpert:
-    """A logical expert with at least such a share of its layer's tokens, by the slots that minutes name."""
-
-    logical: int
-    #: At least.
-    share: float
-    #: At least so many times the mean over the layer's experts.
-    times_mean: float
-    replicas: int
-
-
-@dataclass(frozen=True)
 class LayerMinutes(Report):
     """What sums per minute show of a layer besides its ranks. Times are ns since 1970, and texts in JSON."""
 
@@ -59,7 +48,7 @@ class LayerMinutes(Report):
     first_minute: int
     last_minute: int
     summed_balancedness: float | None
-    hot_experts: list[MinuteExpert]
+    hot_experts: list[HotExpert]
 
     def to_json(self) -> dict[str, Any]:
         return self.document(
@@ -73,8 +62,8 @@ class LayerMinutes(Report):
                 #: Of loads summed per minute, if each rank wrote its own (scope local): in place of
                 #: `balancedness`.
                 "summed_balancedness": self.summed_balancedness,
-                #: Those that had more than the mean, by the four slots that each minute names: at least so
-                #: much, and others can have had as much; none with scope local.
+                #: The hottest with more than the mean, by the four slots that each minute names: at least so
+                #: much, and others can have had as much.
                 "hot_experts": self.hot_experts,
             }
         )

@@ -21,6 +21,7 @@ from thinning import session_folders, thin_to
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.experts_minutes import experts_of_minutes
+from eplb_analyze.analysis.layer import layer_report
 from eplb_dump.format.minutes import MINUTE_NS, TOP_SLOTS
 from eplb_dump.format.schema import Tier
 
@@ -106,6 +107,10 @@ def test_experts_are_those_that_minutes_name(
         assert all(e.times_mean == pytest.approx(e.share * LOGICAL) for e in found.experts)
         placed = (np.arange(SLOTS) + (found.last_step >= CHANGE)) % LOGICAL
         assert all(e.replicas == np.count_nonzero(placed == e.logical) for e in found.experts)
+        if layer is not None and tier is Tier.MINUTES:
+            minutes = layer_report(open_run(root), layer, None, (first, last + 1)).minutes
+            assert minutes is not None
+            assert minutes.hot_experts == found.experts
 
 
 def test_command_shows_what_is_kept_and_refuses_the_rest(whole: Path, tmp_path: Path) -> None:
