@@ -18,7 +18,7 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Ratio
 from eplb_analyze.storage import path as storage
 from eplb_analyze.text import listed
-from eplb_dump.format.schema import RUN_PREFIX
+from eplb_dump.format.schema import RUN_PREFIX, Scope
 
 if TYPE_CHECKING:
     import polars as pl
@@ -84,7 +84,9 @@ class Postmortem(Report):
 
     def not_judged(self, row: Row) -> str | None:
         """Why a row cannot be judged."""
-        return "no figures" if row.status == "broken" else row.not_compared
+        if row.status == "broken":
+            return "no figures"
+        return row.not_compared or (_why_unknown(row) if self.fail_below is not None else None)
 
     def groups(self, by: str) -> list[Group]:
         """Rows grouped by a field of :class:`Row`, or by a dotted name of the engine's configuration."""
@@ -149,6 +151,8 @@ def judge(rows: Iterable[Row], fail_below: float | None = None, baseline: str | 
         named = require_baseline(baseline, rows)
         if named.status == "broken":
             raise NotInDumpError(f"--baseline {baseline}: it has no figures: {named.reason}")
+        if unknown := _why_unknown(named):
+            raise NotInDumpError(f"--baseline {baseline}: {unknown}")
         rows = compare(named, rows)
     return Postmortem(sorted(rows, key=lambda row: row.lost, reverse=True), fail_below, baseline)
 
@@ -186,6 +190,8 @@ def compare(baseline: Row, rows: Iterable[Row]) -> list[Row]:
         for name in ("model", "num_layers", "num_logical_experts"):
             if getattr(row, name) != getattr(baseline, name):
                 return replace(row, not_compared=f"different {name.removeprefix('num_').replace('_', ' ')}")
+        if unknown := _why_unknown(row):
+            return replace(row, not_compared=unknown)
         found = bootstrap.difference(base, _ratio(row))
         if found is None:
             return replace(
@@ -194,6 +200,13 @@ def compare(baseline: Row, rows: Iterable[Row]) -> list[Row]:
         return replace(row, difference=found.value, difference_low=found.low, difference_high=found.high)
 
     return [compared(row) for row in rows]
+
+
+def _why_unknown(row: Row) -> str | None:
+    """Why the balancedness of a run is not known, although it has tokens."""
+    if row.tier != "minutes" or row.scope != Scope.LOCAL.value:
+        return None
+    return "sums per minute of single ranks do not show the balancedness of steps"
 
 
 def _ratio(row: Row) -> Ratio:

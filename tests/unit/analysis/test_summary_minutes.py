@@ -438,6 +438,20 @@ def test_layer_of_single_ranks_sums_is_labeled(local: Path, tmp_path: Path) -> N
     one_error(cli("layer", "1", "--phase", "decode", root), 2, "remove --phase")
 
 
+def test_thresholds_do_not_judge_what_single_ranks_sums_do_not_show(local: Path, tmp_path: Path) -> None:
+    thinned = Path(shutil.copytree(local, tmp_path / "thinned"))
+    for folder in session_folders(thinned):
+        thin_to(folder, {Tier.MINUTES: range(3)})
+    unknown = "sums per minute of single ranks do not show the balancedness of steps"
+    for options in (["--fail-below", "0.1"], ["--baseline", str(local)]):
+        result = cli("postmortem", local, thinned, *options)
+        assert result.returncode == 1
+        said = " ".join(result.stdout.split())
+        assert "1 cannot be judged: " in said
+        assert f"thinned ({unknown})" in said
+    one_error(cli("postmortem", local, thinned, "--baseline", thinned), 2, f"--baseline {thinned}: {unknown}")
+
+
 def test_minute_in_which_a_rank_is_missing_is_incomplete(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     parts = rng.multinomial(loads(), [1 / RANKS] * RANKS)
