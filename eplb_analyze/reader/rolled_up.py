@@ -614,7 +614,9 @@ def _add_rank(
         zip(rows["minute"].tolist(), edges.tolist(), epochs.tolist(), strict=True)
     ):
         # Copies: a view would keep all that was decoded with it.
-        named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if "slot" in rows.columns else []
+        # A segment without loads, as of a rank that was idle, has rows without slots.
+        names = "slot" in rows.columns and rows["slot"].shape[1] > 0
+        named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if names else []
         first, last, begin, end = edge
         row = _Part(
             rows["rank_load"][i], {rank: _OfRank(counts[i], first, last)}, first, last, begin, end, named

@@ -281,6 +281,26 @@ def test_hot_experts_without_loads_are_those_of_minutes(whole: Path, ranks_only:
     assert "Left out of the cost of imbalance" in printed
 
 
+def test_hot_experts_if_a_rank_was_idle_over_a_segment(tmp_path: Path) -> None:
+    """The rank's sums of this segment name no slots, and those of the other rank in the same minute do."""
+    load = np.arange(1, 9).reshape(1, 8) * 100
+    for rank in range(2):
+        with (
+            steady_clock(10),
+            open_writer(tmp_path, ep_size=2, ep_rank=rank, num_logical_experts=8, segment_steps=50) as writer,
+        ):
+            for step in range(100):
+                if rank == 1 and step >= 50:
+                    writer.skip("dummy")
+                else:
+                    writer.record(step, load, np.arange(8).reshape(1, 8))
+            assert writer.flush(60)
+    for folder in session_folders(tmp_path):
+        thin_to(folder, {Tier.RANKS: [0, 1]})
+    found = summarize(open_run(tmp_path)).hot_experts
+    assert [one.logical for one in found] == [7, 6, 5, 4]
+
+
 def test_hot_experts_of_ranks_that_write_their_own_loads(tmp_path: Path) -> None:
     """Each rank's minutes name the slots with the most of its own tokens, which add up."""
     parts = np.random.default_rng(6).multinomial(loads()[:400], [0.4, 0.3, 0.2, 0.1])
