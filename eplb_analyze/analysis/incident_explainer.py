@@ -1,7 +1,7 @@
 """Why some layers depart from their usual balance: the loads around the edges are read, and say the cause.
 
-They also show the exact steps: the share of the expert that became hot shows an edge more clearly than the
-balance of its layer. A lost rank and a load balancer that stopped are known without an abrupt drop.
+The tokens of EP ranks show the exact steps, so these are the same if experts' loads are no longer kept. A
+lost rank and a load balancer that stopped are known without an abrupt drop.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from eplb_analyze.analysis.layer_departures import (
 )
 from eplb_analyze.analysis.layer_loads import LayerLoads, LayerWindow
 from eplb_analyze.metrics.change_points import MIN_STEPS
-from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.incident_causes import (
     EXPLAINED,
     FEWER,
     Explanation,
     LayerSample,
     explain,
-    folded,
     mean_balance,
     refined,
     worst_ranks,
@@ -40,6 +38,8 @@ from eplb_analyze.metrics.incident_causes import (
 from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.sessions.step_range import NO_END
 
+#: An edge at most so many steps from a change of the layer's placement is at this change.
+AT_CHANGE = 3
 #: Loads of so many steps on each side of an edge are read.
 WINDOW = 200
 #: The loads of a departure of at most so many steps are read at once: its edges often lie in one row group.
@@ -57,7 +57,6 @@ class _Sides(NamedTuple):
 
     Attributes:
         why: why they differ.
-        change: the step at which the layer's placement changed, if that was near the first step.
         guard: so many steps next to the edges are in neither.
         end: the first step after the departure.
     """
@@ -65,7 +64,6 @@ class _Sides(NamedTuple):
     before: LayerSample
     during: LayerSample
     why: Explanation
-    change: int | None
     guard: int
     end: int
 
@@ -88,25 +86,25 @@ class Explainer:
         known = [incident for incident in each if incident is not None]
         if not known:
             return []
-        kinds = Counter(incident.cause.kind for incident in known)
-        kind = kinds.most_common(1)[0][0]
-        chosen = next(incident for incident in known if incident.cause.kind == kind)
+        kind = Counter(incident.cause.kind for incident in known).most_common(1)[0][0]
         # Each expert that is hot in a layer of its own is a change of all layers' traffic.
         of_all: CauseKind = "traffic_shift" if kind == "expert_hot" else kind
-        firsts = sorted(i.first_step for i in known if i.cause.kind == kind)
-        lasts = sorted(i.last_step for i in known if i.cause.kind == kind)
+        # The cause of a layer may be not known; so steps and figures do not depend on it.
+        worst = max(known, key=lambda incident: incident.peak_imbalance)
+        first = sorted(incident.first_step for incident in known)[len(known) // 2]
+        end = sorted(known, key=lambda incident: incident.last_step)[len(known) // 2]
         return [
             replace(
-                chosen,
-                layer=None if len(found.layers) > 1 else chosen.layer,
+                worst,
+                layer=None if len(found.layers) > 1 else worst.layer,
                 layers=tuple(self._loads.layers[layer] for layer in found.layers),
                 ranks=common_ranks([incident.ranks for incident in known]),
-                first_step=firsts[len(firsts) // 2],
-                last_step=lasts[len(lasts) // 2],
-                since=self._loads.time_of(firsts[len(firsts) // 2]),
-                until=self._loads.time_of(lasts[len(lasts) // 2]),
+                first_step=first,
+                last_step=end.last_step,
+                since=self._loads.time_of(first),
+                until=end.until,
                 cause=Cause(of_all),
-                ended_by=chosen.ended_by,
+                ended_by=end.ended_by,
             )
         ]
 
@@ -127,7 +125,7 @@ class Explainer:
         span = WINDOW + self._reach
         read_to = (found.end if found.end - first <= READ_WHOLE else first) + span
         kept = series.unbroken(first)
-        head = loads.read(layer, *kept.clip(first - span, read_to), first)
+        head = loads.read(layer, *kept.clip(first - span, read_to))
         # If tokens fell, they show better than balance when that was over: drift can hide the return.
         until = self._few_tokens_until(first)
         sides = None if until is None else self._sides(layer, head, changes, first, until)
@@ -135,21 +133,22 @@ class Explainer:
             sides = self._sides(layer, head, changes, first, found.end)
         if sides is None:
             return None
-        before, during, why, change, guard, end = sides
-        tail = head
-        if end + WINDOW > read_to or head.mixed:
-            tail = loads.read(layer, *kept.clip(end - span, end + span), end)
-        rank = self._stopped_rank(before, during)
+        before, during, why, guard, end = sides
+        rank = _stopped_rank(before, during)
         if rank is not None:
             why = Explanation("rank_lost")
-        if why.kind == "rearrangement" and change is not None:
-            first = change
-        else:
-            at = self._edge(layer, head, why, first, guard, (None, end))
-            first = first if at is None else at
+        by_tokens = why.kind == "few_tokens"
+        first, _ = self._edge(head, by_tokens, first, guard, (None, end), changes)
+        tail = head
+        if end + WINDOW > read_to:
+            tail = loads.read(layer, *kept.clip(end - span, end + span))
         ended, end = self._end(layer, tail, why, before, during, changes, (first, end), guard)
-        if end - first < MIN_STEPS - 2:
+        if end - first < MIN_STEPS <= found.end - found.first:
             first, end = found.first, found.end
+            if ended is not None and ended.kind != "run_end":
+                ended = replace(ended, step=end)
+        if end - first < MIN_STEPS:
+            return None
         if why.kind == "unknown" and end - first < 2 * MIN_STEPS and found.drop < UNEXPLAINED_DROP:
             return None
         if before.balance - during.balance < LEAST_DROP and len(layers) == 1:
@@ -164,13 +163,14 @@ class Explainer:
         guard = max(1, min(5, (end - first) // 5)) + self._series.steps_per_value - 1
         change = nearest(changes, first, guard + 5)
         since, apart = (first, guard) if change is None else (change, 0)
-        before = self._sample(layer, head, first - WINDOW, min(first, since) - apart, last=True)
         stop = min(end - guard, first + WINDOW + self._reach)
-        during = self._sample(layer, head, max(first, since) + apart, stop, last=False)
+        told = head.has_loads_near(since)
+        before = self._sample(layer, head, first - WINDOW, min(first, since) - apart, last=True, told=told)
+        during = self._sample(layer, head, max(first, since) + apart, stop, last=False, told=told)
         if before is None or during is None:
             return None
         why = explain(before, during, change is not None, int(self._loads.experts[layer]))
-        return _Sides(before, during, why, change, guard, end)
+        return _Sides(before, during, why, guard, end)
 
     def _few_tokens_until(self, first: int) -> int | None:
         """The first step after those with few tokens, if tokens fell at about ``first``; else None."""
@@ -195,17 +195,13 @@ class Explainer:
         start = int(most.argmax())
         return series.step_at(at + MIN_STEPS + start + int(later[start:].argmax()))
 
-    def _stopped_rank(self, before: LayerSample, during: LayerSample) -> int | None:
-        """A rank that had tokens and has none any more."""
-        if before.ranks != during.ranks or before.serving < 2:
-            return None
-        gone = np.flatnonzero((during.times_mean == 0) & (before.times_mean > 0.2))
-        return int(gone[0]) if len(gone) == 1 else None
-
     def _sample(
-        self, layer: int, window: LayerWindow, first: int, end: int, last: bool
+        self, layer: int, window: LayerWindow, first: int, end: int, *, last: bool, told: bool
     ) -> LayerSample | None:
-        """The steps of a range that are in one placement period: the last or the first in it."""
+        """The steps of a range that are in one placement period: the last or the first in it.
+
+        ``told``: whether experts' loads are kept where they tell a cause.
+        """
         low, high = (int(i) for i in np.searchsorted(window.steps, [first, end]))
         if high - low < 4:
             return None
@@ -215,62 +211,51 @@ class Explainer:
             return None
         usable = [p for p in periods if p[0].stop - p[0].start >= 4] or periods
         where, slots = usable[-1] if last else usable[0]
-        if window.by_rank or (slots is not None and len(slots) != window.load.shape[1]):
+        own = slice(low + where.start, low + where.stop)
+        load = window.load[np.isin(window.load_steps, window.steps[own])]
+        if slots is not None and len(slots) != load.shape[1]:
             slots = None
         return LayerSample(
-            window.load[low + where.start : low + where.stop],
+            window.rank_load[own],
+            load if told and len(load) else None,
             slots,
-            window.ranks,
             window.serving,
             self._loads.num_logical,
-            window.by_rank,
         )
 
     def _edge(
         self,
-        layer: int,
         window: LayerWindow,
-        why: Explanation,
+        by_tokens: bool,
         at: int,
         guard: int,
         limits: tuple[int | None, int | None],
-    ) -> int | None:
-        """The exact step of an edge near ``at``, by what tells the two sides apart best."""
+        changes: list[int],
+    ) -> tuple[int, int | None]:
+        """The exact step of an edge near ``at``, and the change of the placement that it is at, if any.
+
+        By the ranks' shares of the tokens, which are known whatever else is kept.
+
+        Args:
+            by_tokens: by how many tokens a step has, instead.
+            changes: the steps at which the layer's placement changed.
+        """
         steps = window.steps
+        total = window.rank_load.sum(axis=1, keepdims=True).astype(np.float64)
+        features = total if by_tokens else window.rank_load / np.maximum(1, total)
         low = 0 if limits[0] is None else int(np.searchsorted(steps, limits[0]))
         high = len(steps) if limits[1] is None else int(np.searchsorted(steps, limits[1]))
         middle = int(np.searchsorted(steps, at))
-        left, right = (
-            slice(max(low, middle - WINDOW), middle - guard),
-            slice(middle + guard, min(high, middle + WINDOW)),
-        )
-        for features in self._features(layer, window, why):
-            a, b = (
-                features[left.start : max(left.start, left.stop)],
-                features[right.start : max(right.start, right.stop)],
-            )
-            start = max(low, middle - max(self._reach, 60))
-            stop = min(high, middle + max(self._reach, 60))
-            here = refined(a, features[start:stop], b, middle - start, self._reach)
-            if here is not None and start + here < len(steps):
-                return int(steps[start + here])
-        return None
-
-    def _features(self, layer: int, window: LayerWindow, why: Explanation) -> list[Float64]:
-        """What may show an edge, the best first: float64 ``[n, features]`` each."""
-        total = window.load.sum(axis=1, keepdims=True).astype(np.float64)
-        by_slot = window.load / np.maximum(1, total)
-        by_rank = by_slot.reshape(len(by_slot), window.ranks, -1).sum(axis=2)
-        if why.kind == "few_tokens":
-            return [total]
-        if why.kind in ("uneven_replicas", "rank_lost"):
-            return [by_slot, by_rank]
-        logical = np.zeros((len(window.load), self._loads.num_logical))
-        for where, slots in self._loads.history.layer(layer).periods(window.steps):
-            if window.by_rank or slots is None or len(slots) != window.load.shape[1]:
-                return [by_slot, by_rank]
-            logical[where] = folded(window.load[where], slots, self._loads.num_logical)
-        return [logical / np.maximum(1, total), by_rank]
+        left = features[max(low, middle - WINDOW) : max(low, middle - guard)]
+        right = features[middle + guard : min(high, middle + WINDOW)]
+        start = max(low, middle - max(self._reach, 60))
+        stop = min(high, middle + max(self._reach, 60))
+        here = refined(left, features[start:stop], right, middle - start, self._reach)
+        exact = here is not None and start + here < len(steps)
+        if here is not None and exact:
+            at = int(steps[start + here])
+        change = nearest(changes, at, AT_CHANGE if exact else guard + 5)
+        return at if change is None else change, change
 
     def _end(
         self,
@@ -291,28 +276,26 @@ class Explainer:
             return None if goes_on else EndedBy("run_end", series.last), series.end
         if series.holes.contains(np.array([end])).any():
             return None, end
-        change = nearest(changes, end, guard + 5)
-        if change is not None and change > first:
-            after = self._sample(layer, window, change, change + WINDOW, last=False)
-            until = self._sample(layer, window, max(first + guard, change - WINDOW), change, last=True)
-            if (
-                after is not None
-                and until is not None
-                and after.slots is not None
-                and until.slots is not None
-            ):
-                stays = mean_balance(after.share, until.split_of(False), after.serving)
-                now = mean_balance(after.share, after.split_of(False), after.serving)
-                if now - stays >= EXPLAINED * (before.balance - during.balance):
-                    expert = why.expert
-                    replicas = None if expert is None else int((after.slots == expert).sum())
-                    return EndedBy("rearrangement", change, replicas), change
-        at = self._edge(layer, window, why, end, guard, (first, None))
-        end = end if at is None or at <= first else at
-        if change is not None and change > first and window.by_rank and why.kind != "rank_lost":
+        later = [change for change in changes if change > first]
+        at, change = self._edge(window, why.kind == "few_tokens", end, guard, (first, None), later)
+        end = at if at > first else end
+        if why.kind == "rank_lost":
+            return EndedBy("rank_back", end), end
+        if change is None:
+            return EndedBy("traffic", end), end
+        told = window.has_loads_near(change)
+        after = self._sample(layer, window, change, change + WINDOW, last=False, told=told)
+        until = self._sample(layer, window, max(first + guard, change - WINDOW), change, last=True, told=told)
+        if after is None or until is None or after.slots is None or until.slots is None:
+            return EndedBy("traffic", end), end
+        if after.load is None or until.load is None:
             return None, end  # whether the new placement balances the same loads needs those of experts
-        kind: EndKind = "rank_back" if why.kind == "rank_lost" else "traffic"
-        return EndedBy(kind, end), end
+        stays = mean_balance(after.share, until.split_of(False), after.serving)
+        now = mean_balance(after.share, after.split_of(False), after.serving)
+        if now - stays < EXPLAINED * (before.balance - during.balance):
+            return EndedBy("traffic", end), end
+        replicas = None if why.expert is None else int((after.slots == why.expert).sum())
+        return EndedBy("rearrangement", change, replicas), end
 
     # ---- all layers
 
@@ -396,10 +379,11 @@ class Explainer:
         """An incident with known edges; the loads are compared before and at its end."""
         first, end = span
         end = min(end, self._series.end)  # an incident that goes on is judged by the steps that are known
-        head = self._loads.read(layer, first - WINDOW, first, first)
-        tail = self._loads.read(layer, max(first, end - WINDOW), end, end)
-        before = self._sample(layer, head, first - WINDOW, first, last=True)
-        during = self._sample(layer, tail, max(first, end - WINDOW), end, last=True)
+        head = self._loads.read(layer, first - WINDOW, first)
+        tail = self._loads.read(layer, max(first, end - WINDOW), end)
+        told = head.has_loads_near(first) and tail.has_loads_near(end)
+        before = self._sample(layer, head, first - WINDOW, first, last=True, told=told)
+        during = self._sample(layer, tail, max(first, end - WINDOW), end, last=True, told=told)
         if before is None or during is None:
             return None
         return self._incident(layer, layers, worst_ranks(before, during), span, why, None, before, during)
@@ -442,6 +426,14 @@ class Explainer:
             ended_by=ended,
             cost=IncidentCost(loads.price(before, during, len(layers)), tokens),
         )
+
+
+def _stopped_rank(before: LayerSample, during: LayerSample) -> int | None:
+    """A rank that had tokens and has none any more."""
+    if before.ranks != during.ranks or before.serving < 2:
+        return None
+    gone = np.flatnonzero((during.times_mean == 0) & (before.times_mean > 0.2))
+    return int(gone[0]) if len(gone) == 1 else None
 
 
 def _excess(sample: LayerSample) -> float:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from eplb_analyze.analysis.incidents import Incident, IncidentCost
-from eplb_analyze.analysis.layer_departures import TOGETHER
 from eplb_analyze.analysis.layer_loads import LayerLoads
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.reader.placements import Rearrangement
 
 #: Causes that concern all layers by nature; the layers differ in how much of it shows.
 OF_TRAFFIC = ("traffic_shift", "few_tokens", "unknown")
-#: Without a cause, layers that depart at the same time are taken for one incident.
+#: Without a cause, layers that depart in about the same steps are taken for one incident.
 RETIRED = "loads_retired"
 #: Such incidents of different layers are one if they have this share of their steps in common.
 IN_COMMON = 0.3
@@ -69,12 +68,9 @@ def _of_traffic(incidents: list[Incident], loads: LayerLoads) -> list[Incident]:
 
 
 def _is_one(one: Incident, other: Incident) -> bool:
-    begin_together = abs(one.first_step - other.first_step) <= 2 * TOGETHER
-    if RETIRED in (one.cause.kind, other.cause.kind):
-        return one.cause.kind == other.cause.kind and begin_together
     common = min(one.last_step, other.last_step) - max(one.first_step, other.first_step) + 1
     either = max(one.last_step, other.last_step) - min(one.first_step, other.first_step) + 1
-    return begin_together or common >= IN_COMMON * either
+    return common >= IN_COMMON * either
 
 
 def _joined(group: list[Incident], loads: LayerLoads) -> Incident:

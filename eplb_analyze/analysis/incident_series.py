@@ -15,7 +15,7 @@ from eplb_analyze.analysis.cost import RunCost, measured_cost
 from eplb_analyze.analysis.cost_sample import CostSample, Sampling
 from eplb_analyze.analysis.incident_finder import Incidents, find_incidents
 from eplb_analyze.analysis.layer_departures import MOST_VALUES, BalanceSeries, tokens_of
-from eplb_analyze.analysis.layer_loads import LOADS_NEAR, LayerWindow
+from eplb_analyze.analysis.layer_loads import LayerWindow
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics.cost import Work
 from eplb_analyze.metrics.formulas import Terms
@@ -143,28 +143,30 @@ class RunLoads:
         #: Of the range that was read last: the layers of one departure are read one after another.
         self._blocks: tuple[tuple[int, int], list[Block]] = ((0, 0), [])
 
-    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
+    def read(self, layer: int, first: int, end: int) -> LayerWindow:
         middle = (first + end) // 2
         blocks = self._joined((max(0, first), end))
         if not blocks:
-            return LayerWindow(np.empty(0, np.int64), np.empty((0, 1), np.int64), 1, 1)
+            return LayerWindow.empty()
         chosen = min(blocks, key=lambda block: int(np.abs(block.recorded - middle).min())).shape
-        same = [block for block in blocks if block.shape == chosen]
         assert chosen is not None
-        near = StepRange(edge - LOADS_NEAR, edge + LOADS_NEAR)
-        by_rank = any(
-            not b.has_loads and b.recorded[0] < near.end and b.recorded[-1] >= near.first for b in same
-        )
-        mixed = len({block.has_loads for block in same}) > 1
-        loads = [
-            (block.recorded, next(iter(block.rank_load_parts(first=layer, last=layer + 1)))[1][:, 0])
-            if by_rank
-            else (block.recorded, block.loads(layer, layer + 1)[:, 0])
+        same = [block for block in blocks if block.shape == chosen]
+        full = [block for block in same if block.has_loads]
+        loads = {id(block): block.loads(layer, layer + 1)[:, 0] for block in full}
+        by_rank = [
+            loads[id(block)].reshape(len(block.recorded), chosen.ep_size, -1).sum(axis=2)
+            if block.has_loads
+            else next(iter(block.rank_load_parts(first=layer, last=layer + 1)))[1][:, 0]
             for block in same
-            if by_rank or block.has_loads
         ]
-        steps, load = (np.concatenate(parts) for parts in zip(*loads, strict=True))
-        return LayerWindow(steps, load, chosen.ep_size, serving(chosen), by_rank, mixed)
+        none = [np.empty((0, chosen.num_physical_experts), np.int64)]
+        return LayerWindow(
+            np.concatenate([block.recorded for block in same]),
+            np.concatenate(by_rank),
+            np.concatenate([np.empty(0, np.int64), *(block.recorded for block in full)]),
+            np.concatenate(none + [loads[id(block)] for block in full]),
+            serving(chosen),
+        )
 
     def _joined(self, steps: tuple[int, int]) -> list[Block]:
         """The blocks of a range with complete steps."""
@@ -177,14 +179,14 @@ class RunLoads:
         return self._run.clock.iso(step)
 
     def price(self, before: LayerSample, during: LayerSample, layers: int) -> Milliseconds | None:
-        if before.ranks != during.ranks or before.by_rank or during.by_rank:
+        if before.load is None or during.load is None:
             return None
         excess = [
             Work.of(
-                active_experts(sample.load[:, np.newaxis], sample.ranks),
-                sample.rank_load[:, np.newaxis] / self.token_replication,
+                active_experts(load[:, np.newaxis], ranks),
+                load.reshape(len(load), 1, ranks, -1).sum(axis=3) / self.token_replication,
             ).excess()
-            for sample in (before, during)
+            for load, ranks in ((before.load, before.ranks), (during.load, during.ranks))
         ]
         cost = self._cost()
         found = [

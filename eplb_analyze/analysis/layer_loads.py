@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.incident_causes import LayerSample
@@ -13,7 +14,7 @@ from eplb_analyze.reader.lost import LostRank
 from eplb_analyze.reader.placements import PlacementHistory
 from eplb_dump.format.journal import Int64
 
-#: Experts' loads must be kept of so many steps on either side of an edge; else those of EP ranks are used.
+#: A cause is told by experts' loads only if they are kept of so many steps on either side of an edge.
 LOADS_NEAR = 40
 
 
@@ -31,11 +32,8 @@ class LayerLoads(Protocol):
     def experts(self) -> Int64:
         """How many logical experts each layer has."""
 
-    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
-        """The complete steps of a half-open range, of one configuration: that of its middle.
-
-        If experts' loads are not kept in the steps around ``edge``, those of EP ranks.
-        """
+    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+        """The complete steps of a half-open range, of one configuration: that of its middle."""
 
     def time_of(self, step: int) -> str | None:
         """ISO 8601, UTC; None if the run has no times."""
@@ -49,14 +47,27 @@ class LayerWindow:
     """Consecutive recorded steps of one layer.
 
     Attributes:
-        load: int64 ``[n, slots]``; or ``[n, ranks]`` if it is ``by_rank``.
-        by_rank: whether experts' loads are not kept, so that only those of EP ranks are known.
-        mixed: whether experts' loads are kept of some of the steps asked for, and not of others.
+        rank_load: int64 ``[n, ranks]``, the tokens of each EP rank.
+        load_steps: int64 ``[m]``, those of the steps of which experts' loads are kept.
+        load: int64 ``[m, slots]``.
+        serving: how many ranks serve.
     """
 
     steps: Int64
+    rank_load: Int64
+    load_steps: Int64
     load: npt.NDArray[Any]
-    ranks: int
     serving: int
-    by_rank: bool = False
-    mixed: bool = False
+
+    @classmethod
+    def empty(cls) -> LayerWindow:
+        none = np.empty(0, np.int64)
+        return cls(none, np.empty((0, 1), np.int64), none, np.empty((0, 1), np.int64), 1)
+
+    def has_loads_near(self, step: int) -> bool:
+        """Whether experts' loads are kept of the steps around one."""
+        own, kept = (
+            np.diff(np.searchsorted(steps, [step - LOADS_NEAR, step + LOADS_NEAR]))
+            for steps in (self.steps, self.load_steps)
+        )
+        return bool(own == kept)

@@ -22,7 +22,7 @@ from eplb_dump.format.schema import MODEL_PREFIX, RUN_PREFIX, FormatError, model
 from eplb_dump.format.session import dump_json, load_json
 
 #: Rows of other versions are not used.
-VERSION = 11
+VERSION = 12
 
 
 class ResultCache:

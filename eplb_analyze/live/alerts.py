@@ -227,10 +227,8 @@ class AlertFinder:
     def _alert(self, incident: Incident) -> Alert:
         lasts = incident.ended_by is not None and incident.ended_by.kind == "run_end"
         own = {**vars(incident), "ended_by": None if lasts else incident.ended_by}
-        if incident.cause.kind == "traffic_shift" and not self._loads.by_slot(
-            incident.first_step, incident.last_step + 1
-        ):
-            own["cause"] = Cause("unknown")  # the loads of ranks do not show what moved
+        if incident.cause.kind == "loads_retired":
+            own["cause"] = Cause("unknown")  # experts' loads are kept, but were not read
         return Alert(**own, lasts=lasts)
 
     def _signal(self, alert: Alert, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

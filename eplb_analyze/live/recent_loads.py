@@ -71,29 +71,28 @@ class RecentLoads:
             left -= len(part.steps)
         self._parts = kept[::-1]
 
-    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
+    def read(self, layer: int, first: int, end: int) -> LayerWindow:
         inside = [
             (part, slice(*np.searchsorted(part.steps, [first, end])))
             for part in self._parts
             if part.steps[0] < end and part.steps[-1] >= first
         ]
         if not inside:
-            return LayerWindow(np.empty(0, np.int64), np.empty((0, 1), np.int64), 1, 1)
+            return LayerWindow.empty()
         middle = (first + end) // 2
         shape = min(inside, key=lambda one: int(np.abs(one[0].steps - middle).min()))[0].shape
         same = [(part, here) for part, here in inside if part.shape == shape]
+        steps = [part.steps[here] for part, here in same]
         loads = [part.load[here, layer].astype(np.int64) for part, here in same]
-        if len({load.shape[1] for load in loads}) > 1:  # some are known by rank only
-            loads = [load.reshape(len(load), shape.ep_size, -1).sum(axis=2) for load in loads]
-        steps = np.concatenate([part.steps[here] for part, here in same])
-        return LayerWindow(steps, np.concatenate(loads), shape.ep_size, serving(shape))
-
-    def by_slot(self, first: int, end: int) -> bool:
-        """Whether the tokens of each slot are known in all steps of a half-open range that are kept."""
-        return all(
-            part.load.shape[2] == part.shape.num_physical_experts
-            for part in self._parts
-            if part.steps[0] < end and part.steps[-1] >= first
+        by_rank = [load.reshape(len(load), shape.ep_size, -1).sum(axis=2) for load in loads]
+        full = [i for i, load in enumerate(loads) if load.shape[1] == shape.num_physical_experts]
+        none = np.empty(0, np.int64)
+        return LayerWindow(
+            np.concatenate(steps),
+            np.concatenate(by_rank),
+            np.concatenate([none, *(steps[i] for i in full)]),
+            np.concatenate([none.reshape(0, shape.num_physical_experts), *(loads[i] for i in full)]),
+            serving(shape),
         )
 
     def time_of(self, step: int) -> str | None:

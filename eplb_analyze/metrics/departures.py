@@ -17,6 +17,7 @@ from eplb_analyze.metrics.change_points import (
     MIN_DEVIATIONS,
     MIN_EFFECT,
     MIN_STEPS,
+    SHORT,
     THRESHOLD,
     WINDOWS,
     Edge,
@@ -130,7 +131,7 @@ def _long(values: npt.NDArray[np.floating], restless: float) -> Departures:
 def _of(row: Float64, single: SingleNoise, errors: Float64, where: Int64) -> list[Departure]:
     """Of one series ``[1, n]``, with edges at some of its indices."""
     found = edges(row[0], float(single.all[0]), float(single.long_run[0]), errors[:, 0], where)
-    return _between(found, row.shape[1])
+    return _between(found, row[0])
 
 
 class _Usual(NamedTuple):
@@ -225,14 +226,16 @@ def _around(at: Int64, reach: int, n: int) -> npt.NDArray[np.bool_]:
     return np.cumsum(change[:n]) > 0
 
 
-def _between(found_edges: list[Edge], n: int) -> list[Departure]:
-    """The departures of a series of ``n`` values between its edges."""
-    found = []
+def _between(found_edges: list[Edge], values: Float64) -> list[Departure]:
+    """The departures of a series between its edges."""
+    n = len(values)
+    found: list[Departure] = []
     open_: list[Edge] = []
     for edge in found_edges:
         if edge.jump < 0:
             open_.append(edge)
             continue
+        open_ = _without_returned(open_, values[: edge.at], found)
         ended = [drop for drop in open_ if _brings_back(edge, drop) or edge.jump >= -0.8 * drop.jump]
         if not ended:
             continue
@@ -245,6 +248,7 @@ def _between(found_edges: list[Edge], n: int) -> list[Departure]:
             for drop in [own, *(drop for drop in before if _brings_back(edge, drop))]
         ]
         open_ = [drop for drop in before if not _brings_back(edge, drop)]
+    open_ = _without_returned(open_, values, found)
     found += [
         Departure(drop.at, n, -drop.jump) for drop in open_[:1] if drop.at >= max(5 * MIN_STEPS, n // 10)
     ]
@@ -252,9 +256,30 @@ def _between(found_edges: list[Edge], n: int) -> list[Departure]:
     return sorted(_without_nested(usual))
 
 
+def _without_returned(drops: list[Edge], values: Float64, found: list[Departure]) -> list[Edge]:
+    """Those after which the level has not come back; the departures of the others are added to ``found``.
+
+    It can come back gradually, or by rises that are no edges each.
+    """
+    left = []
+    for drop in drops:
+        total = np.concatenate([[0.0], np.cumsum(values[drop.at :])])
+        back = np.flatnonzero(total[SHORT:] - total[:-SHORT] >= SHORT * _half_way(drop))
+        if len(back):
+            found.append(Departure(drop.at, drop.at + int(back[0]) + SHORT // 2, -drop.jump))
+        else:
+            left.append(drop)
+    return left
+
+
+def _half_way(drop: Edge) -> float:
+    """The level from which on a drop counts as over."""
+    return drop.before + drop.jump / 2
+
+
 def _brings_back(edge: Edge, drop: Edge) -> bool:
     """Whether the level after an edge is near that before a drop."""
-    return edge.after >= drop.before + drop.jump / 2
+    return edge.after >= _half_way(drop)
 
 
 def _without_nested(found: list[Departure]) -> list[Departure]:

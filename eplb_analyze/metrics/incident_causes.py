@@ -33,32 +33,30 @@ DISTINCT = 4.0
 
 @dataclass(frozen=True)
 class LayerSample:
-    """The loads of one layer in some steps of one placement.
+    """One layer in some steps of one placement.
 
     Attributes:
-        load: int64 ``[n, slots]``; or ``[n, ranks]`` if it is ``by_rank``.
+        rank_load: int64 ``[n, ranks]``, the tokens of each EP rank.
+        load: int64 ``[m, slots]``, in those of the steps of which experts' loads are kept; None if these are
+            too few.
         slots: the logical expert of each slot, -1 if empty; None if not known.
-        ranks: how many EP ranks there are, and ``serving`` how many of them serve.
-        by_rank: whether only the sums of EP ranks are kept.
+        serving: how many ranks serve.
     """
 
-    load: npt.NDArray[Any]
+    rank_load: npt.NDArray[Any]
+    load: npt.NDArray[Any] | None
     slots: npt.NDArray[Any] | None
-    ranks: int
     serving: int
     num_logical: int
-    by_rank: bool = False
 
-    @cached_property
-    def rank_load(self) -> Float64:
-        """float64 ``[n, ranks]``."""
-        total: Float64 = self.load.reshape(len(self.load), self.ranks, -1).sum(axis=2).astype(np.float64)
-        return total
+    @property
+    def ranks(self) -> int:
+        return int(self.rank_load.shape[1])
 
     @cached_property
     def tokens(self) -> Float64:
         """float64 ``[n]``."""
-        total: Float64 = self.load.sum(axis=1).astype(np.float64)
+        total: Float64 = self.rank_load.sum(axis=1).astype(np.float64)
         return total
 
     @cached_property
@@ -71,15 +69,12 @@ class LayerSample:
     @cached_property
     def balance(self) -> float:
         """The mean over active steps of mean over ranks / max over ranks."""
-        most = self.rank_load.max(axis=1)
-        active = most > 0
-        if not active.any():
-            return 1.0
-        return float((self.tokens[active] / self.serving / most[active]).mean())
+        return balance_of(self.rank_load, self.serving)
 
     @cached_property
     def shares(self) -> Float64:
-        """Of each logical expert, or of each slot if the placement is not known: float64 ``[n, experts]``."""
+        """Of each logical expert, or of each slot if the placement is not known: float64 ``[m, experts]``."""
+        assert self.load is not None
         counts = self.load if self.slots is None else folded(self.load, self.slots, self.num_logical)
         share: Float64 = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         return share
@@ -87,13 +82,14 @@ class LayerSample:
     @cached_property
     def share(self) -> Float64:
         """The mean of :attr:`shares` over the steps with tokens."""
-        active = self.tokens > 0
+        active = self.shares.any(axis=1)
         mean: Float64 = self.shares[active].mean(axis=0) if active.any() else self.shares.mean(axis=0)
         return mean
 
     def split_of(self, even: bool) -> Float64:
         """Which share of an expert's tokens each rank gets: float64 ``[experts, ranks]``."""
         assert self.slots is not None
+        assert self.load is not None
         there = self.slots >= 0
         weights = np.where(there, 1.0, 0.0) if even else self.load.sum(axis=0) * 1.0
         rank = np.arange(len(self.slots)) // (len(self.slots) // self.ranks)
@@ -103,6 +99,15 @@ class LayerSample:
         split_: Float64 = out / np.maximum(1e-9, total)
         # Of an expert without a token nothing shows how its replicas share.
         return split_ if even or (total > 0).all() else np.where(total > 0, split_, self.split_of(True))
+
+
+def balance_of(rank_load: npt.NDArray[Any], serving: int) -> float:
+    """The mean over active steps of mean over ranks that serve / max over ranks, of ``[n, ranks]``."""
+    most = rank_load.max(axis=1)
+    active = most > 0
+    if not active.any():
+        return 1.0
+    return float((rank_load.sum(axis=1)[active] / serving / most[active]).mean())
 
 
 def folded(load: npt.NDArray[Any], slots: npt.NDArray[Any], num_logical: int) -> npt.NDArray[Any]:
@@ -141,10 +146,9 @@ def explain(before: LayerSample, during: LayerSample, moved: bool, experts: int)
         moved: whether the layer's placement changed at the first step.
         experts: how many logical experts the layer has.
     """
-    # Thinned loads add up over the slots of a rank to its thinned sum, so this needs no expert's load.
     if _fewer_tokens_explain(before, during):
         return Explanation("few_tokens")
-    if before.by_rank or during.by_rank:
+    if before.load is None or during.load is None:
         return Explanation("loads_retired")
     if before.slots is None or during.slots is None:
         return _by_slots(before, during)
@@ -233,11 +237,9 @@ def _fewer_tokens_explain(before: LayerSample, during: LayerSample) -> bool:
     if not 0 < few < FEWER * many or before.ranks != during.ranks:
         return False
     rng = np.random.default_rng(0)
-    some = before.load[:: max(1, len(before.load) // 100)]
-    thinned = LayerSample(
-        rng.binomial(some, few / many), before.slots, before.ranks, before.serving, before.num_logical
-    )
-    return before.balance - thinned.balance >= EXPLAINED * (before.balance - during.balance)
+    some = before.rank_load[:: max(1, len(before.rank_load) // 100)]
+    thinned = balance_of(rng.binomial(some, few / many), before.serving)
+    return before.balance - thinned >= EXPLAINED * (before.balance - during.balance)
 
 
 def worst_ranks(before: LayerSample, during: LayerSample) -> tuple[int, ...]:
@@ -247,7 +249,7 @@ def worst_ranks(before: LayerSample, during: LayerSample) -> tuple[int, ...]:
     was, is_ = before.times_mean, during.times_mean
     rise = is_ - was
     mean = during.rank_load.sum(axis=1, keepdims=True) / during.serving
-    error = (during.rank_load / np.maximum(1, mean)).std(axis=0) / np.sqrt(max(1, len(during.load)))
+    error = (during.rank_load / np.maximum(1, mean)).std(axis=0) / np.sqrt(max(1, len(mean)))
     most = float(rise.max())
     if most <= DISTINCT * float(error[rise.argmax()]) * 0.75:
         return ()
@@ -258,15 +260,15 @@ def worst_ranks(before: LayerSample, during: LayerSample) -> tuple[int, ...]:
 def refined(left: Float64, middle: Float64, right: Float64, near: int, reach: int) -> int | None:
     """The index of the first step that is as those on the right, at most ``reach`` from ``near``.
 
-    The shares that differ most between the two sides are projected on their differences, each weighted by
+    The features that differ most between the two sides are projected on their differences, each weighted by
     its variance (a diagonal discriminant), and the projection is split by maximum likelihood.
 
     Args:
-        left, right: shares of steps that lie clearly on one side: float64 ``[n, features]``.
+        left, right: features of steps that lie clearly on one side: float64 ``[n, features]``.
         middle: of consecutive steps, in which ``near`` is the edge found so far.
 
     Returns:
-        None if no share differs clearly.
+        None if no feature differs clearly.
     """
     if len(left) < 4 or len(right) < 4:
         return None

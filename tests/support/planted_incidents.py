@@ -94,12 +94,12 @@ class PlantedRun:
     def experts(self) -> Array:
         return np.full(self.load.shape[1], self.num_logical, np.int64)
 
-    def read(self, layer: int, first: int, end: int, edge: int) -> LayerWindow:
-        first, end = max(0, first), min(len(self.load), end)
-        load = self.load[first:end, layer].astype(np.int64)
-        if self.by_rank:
-            load = load.reshape(len(load), self.ranks, -1).sum(axis=2)
-        return LayerWindow(np.arange(first, end), load, self.ranks, self.ranks, self.by_rank)
+    def read(self, layer: int, first: int, end: int) -> LayerWindow:
+        steps = np.arange(max(0, first), min(len(self.load), end))
+        load = self.load[steps, layer].astype(np.int64)
+        rank_load = load.reshape(len(load), self.ranks, -1).sum(axis=2)
+        kept = slice(0 if self.by_rank else None)
+        return LayerWindow(steps, rank_load, steps[kept], load[kept], self.ranks)
 
     def time_of(self, step: int) -> str | None:
         return None

@@ -17,12 +17,21 @@ from eplb_dump import ExpertLoadWriter
 Array = np.ndarray[Any, Any]
 
 
-def record(run: PlantedRun, root: Path, monkeypatch: Any, *, local: bool = False, seed: int = 0) -> Array:
+def record(
+    run: PlantedRun,
+    root: Path,
+    monkeypatch: Any,
+    *,
+    local: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Array:
     """Write a run; the clock time of each step, int64 ``[steps]``, ns since 1970.
 
     Args:
         local: each EP rank records the tokens that it sent, and a lost rank records nothing; else one rank
             records for all.
+        options: of the writers.
     """
     steps, layers, _ = run.load.shape
     rng = np.random.default_rng(seed)
@@ -46,7 +55,7 @@ def record(run: PlantedRun, root: Path, monkeypatch: Any, *, local: bool = False
             if rank not in writers:
                 writers[rank] = open_writer(
                     root, num_logical_experts=run.num_logical, ep_size=run.ranks, ep_rank=rank,
-                    scope="local" if local else "global",
+                    scope="local" if local else "global", **options,
                 )  # fmt: skip
             writers[rank].record(step, sent[..., number], placement)
         if step % 100 == 99:

@@ -58,6 +58,25 @@ def test_departure_that_goes_on_ends_with_the_series() -> None:
     assert found.end == 1000
 
 
+@pytest.mark.parametrize("n", [1200, 4000])
+@pytest.mark.parametrize("rise", ["gradual", "in parts", "before another drop"])
+def test_departure_whose_level_comes_back_without_an_abrupt_rise_does_not_go_on(rise: str, n: int) -> None:
+    """It ends about when half of the drop is made good."""
+    values = series(n)
+    back = np.clip((np.arange(n) - 500) / 200, 0, 1)
+    if rise == "in parts":
+        back = np.ceil(back * 4) / 4
+    values[0, 400:] -= 0.1 * (1 - back[400:])
+    if rise == "before another drop":
+        values[0, 1000:1100] -= 0.1
+    first, *others = departures(values).found[0]
+    assert abs(first.first - 400) <= 1
+    assert abs(first.end - 600) <= 40
+    assert [(abs(one.first - 1000) <= 1, abs(one.end - 1100) <= 1) for one in others] == (
+        [(True, True)] if rise == "before another drop" else []
+    )
+
+
 def test_short_series_has_none() -> None:
     assert departures(series(20)).found == [[]]
 
