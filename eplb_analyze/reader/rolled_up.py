@@ -493,11 +493,21 @@ class _Minute:
         idle._parts = [part for part in idle._parts if part not in beside]
         return not idle._parts
 
-    def parts(self, expected: Sequence[int]) -> list[tuple[_Part, dict[int, str]]]:
+    def parts(self, expected: Sequence[int], common: Ranges) -> list[tuple[_Part, dict[int, str]]]:
         """What is added up in figures, as one part, and what is not, each with the ranks that it lacks.
 
-        That is the whole minute, unless a rank lacks much of it: then those of its parts that every rank has.
+        That is the whole minute without what is not in ``common`` and lacks a rank altogether, unless a rank
+        lacks much of the rest: then those of its parts that every rank has.
         """
+        alone = [
+            (part, lacking)
+            for part in self._parts
+            if not any(True for _ in common.within(part.first, part.last + 1))
+            and ABSENT in (lacking := _missing([part], expected)).values()
+        ]
+        if alone and len(alone) < len(self._parts):
+            self._parts = [part for part in self._parts if not any(part is other for other, _ in alone)]
+            return [*self.parts(expected, common), *alone]
         missing = _missing(self._parts, expected)
         if not missing or len(self._parts) == 1:
             return [(functools.reduce(_Part.plus, self._parts), missing)]
@@ -519,6 +529,7 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
     by_rank = _by_rank(run)
     changes = np.array(run.history.changes, np.int64)
     cuts = _cuts(run)
+    common = Ranges(StepRange(*pair) for pair in cuts.reshape(-1, 2).tolist())
     at_once = JOINED_BYTES // max(1, len(by_rank))
     turn = threading.Semaphore(num_workers())
 
@@ -566,7 +577,7 @@ def _joined(run: Run, columns: Sequence[str], minutes: MinuteRange | None) -> It
         done = _without_idle(waiting, done)
         for at in range(0, len(done), JOINED_ROWS):
             some = done[at : at + JOINED_ROWS]
-            yield from _passed_on(run, [(key, waiting.pop(key)) for key in some], of_rank)
+            yield from _passed_on(run, [(key, waiting.pop(key)) for key in some], common, of_rank)
 
 
 def _cuts(run: Run) -> Int64:
@@ -610,13 +621,13 @@ def _add_rank(
     counts = np.stack([rows[name] for name in STATUS_LABELS], axis=1)
     edges = np.stack([rows[n] for n in ("first_step", "last_step", "first_time_ns", "last_time_ns")], axis=1)
     epochs = np.searchsorted(changes, edges[:, :2], side="right")
+    # A segment without loads, as of a rank that was idle, has no shape, and rows without slots.
+    names_slots = shape is not None and "slot" in rows.columns
     for i, (minute, edge, (epoch, until)) in enumerate(
         zip(rows["minute"].tolist(), edges.tolist(), epochs.tolist(), strict=True)
     ):
         # Copies: a view would keep all that was decoded with it.
-        # A segment without loads, as of a rank that was idle, has rows without slots.
-        names = "slot" in rows.columns and rows["slot"].shape[1] > 0
-        named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if names else []
+        named = [(rows["slot"][i].copy(), rows["slot_load"][i].copy())] if names_slots else []
         first, last, begin, end = edge
         row = _Part(
             rows["rank_load"][i], {rank: _OfRank(counts[i], first, last)}, first, last, begin, end, named
@@ -651,11 +662,13 @@ def _by_placement(row: _Part, rank: int, changes: Sequence[int]) -> list[_Part]:
 
 
 def _passed_on(
-    run: Run, found: list[tuple[_Key, _Minute]], of_rank: dict[int, RankSteps]
+    run: Run, found: list[tuple[_Key, _Minute]], common: Ranges, of_rank: dict[int, RankSteps]
 ) -> Iterator[RunMinutes]:
     """Joined minutes as rows, those of one shape together.
 
-    ``of_rank``: what each rank has in those before; these are added.
+    Args:
+        common: the steps that every rank may have.
+        of_rank: what each rank has in those before; these are added.
     """
     gone = Ranges(one.steps for one in run.tiers.ranges if one.tier is Tier.GONE)
     for shape, group in itertools.groupby(found, key=lambda item: item[0][2]):
@@ -663,7 +676,7 @@ def _passed_on(
         kept: list[tuple[int, _Part]] = []
         missing = []
         for (minute, _, _), joined in group:
-            for part, lacking in joined.parts(expected):
+            for part, lacking in joined.parts(expected, common):
                 # Of a minute that a rank has retired in part, the others have more steps: it is retired.
                 keep = not (lacking and any(True for _ in gone.within(part.first, part.last + 1)))
                 if keep or of_rank:
