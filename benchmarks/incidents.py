@@ -1,6 +1,7 @@
 """How many planted incidents `summary` finds, and how often it reports one in a run without.
 
-    python -m benchmarks.incidents [--runs 400] [--clean 400] [--recordings 40] [--first-seed 100000]
+    python -m benchmarks.incidents [--runs 400] [--clean 400] [--recordings 40] [--by-rank 400]
+                                   [--first-seed 100000]
 
 A planted incident counts if its mean effect on its layer's balancedness is above 0.05 and above twice the
 standard deviation of single steps. The effect is by comparison with the same steps without the incident.
@@ -12,6 +13,9 @@ Thresholds were chosen on other seeds.
 eighth as many layers) are written by the writer with planted clock times, by all ranks if there are up to 8
 and by one otherwise, and `eplb-analyze summary --json` reads them. The goals are 95% right and at most 2% of
 the clean runs with an incident.
+
+`--by-rank` compares the incidents that tokens per EP rank show with those of the same runs with experts'
+loads.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +131,24 @@ def evaluate(
         print(f"clean runs with an incident: {alarms} of {clean} ({alarms / clean:.1%})", flush=True)
 
 
+def compare_by_rank(first: int, runs: int, *, verbose: bool) -> None:
+    """How many incidents are the same if experts' loads are not kept."""
+    count: Counter[str] = Counter()
+    for seed in range(first, first + runs):
+        run = make_run(seed, causes_of(seed))
+        full, by_rank = (
+            {(i.first_step, i.last_step, i.layers, i.ranks) for i in by_sums(one, seed)}
+            for one in (run, replace(run, by_rank=True))
+        )
+        count.update(full=len(full), same=len(full & by_rank), other=len(by_rank - full))
+        if verbose and full != by_rank:
+            print(seed, run.load.shape, *run.truths, full - by_rank, by_rank - full, sep="\n  ")
+    print(
+        f"by tokens per rank: {count['same']} of {count['full']} incidents have the same steps, layers and "
+        f"ranks; {count['other']} others"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,10 +156,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=400)
     parser.add_argument("--clean", type=int, default=400)
     parser.add_argument("--recordings", type=int, default=0)
+    parser.add_argument("--by-rank", type=int, default=0)
     parser.add_argument("--first-seed", type=int, default=100_000)
     parser.add_argument("--verbose", action="store_true")
     arguments = parser.parse_args()
     evaluate(by_sums, arguments.runs, arguments.clean, CELLS, arguments)
+    if arguments.by_rank:
+        compare_by_rank(arguments.first_seed, arguments.by_rank, verbose=arguments.verbose)
     if arguments.recordings:
         print("recordings:")
         evaluate(by_recording, arguments.recordings, arguments.recordings, CELLS // 8, arguments)
