@@ -299,6 +299,11 @@ class _Change:
             for size, slots, gone in zip(sizes, self.changed[0], lost, strict=True)
         ]
         self.elastic = self.shapes[0] != self.shapes[1]
+        # What the EP ranks held before and after, of each changed layer; empty if that cannot be compared.
+        held: list[tuple[Int64, Int64]] = []
+        if not self.elastic and this.slots_changed is not None:
+            size, experts = self.shapes[0].ep_size, run.info.num_logical_experts
+            held = [(holdings(a, size, experts), holdings(b, size, experts)) for a, b in self.changed]
         #: Why nothing can be predicted; and if it can, the loads of both sides to spread.
         self.reason: str | None = None
         self.folds: list[_Fold] = []
@@ -321,7 +326,7 @@ class _Change:
             self.reason = f"no prediction: the placement of layer {number} is not known"
         elif any(len(p) != self.shapes[0].num_physical_experts for p in (*known_old, *known_new)):
             self.reason = "no prediction: the layers have different numbers of slots"
-        elif any(np.setdiff1d(a, b).max(initial=-1) >= 0 for a, b in self.changed):
+        elif any((before.any(axis=0) & ~after.any(axis=0)).any() for before, after in held):
             self.reason = "no prediction: an expert has no slot in the new placement"
         elif any(run.tiers.without_loads.within(self.before.first, self.after.end)):
             self.reason = "no prediction: the experts' loads are not kept any more"
@@ -334,19 +339,12 @@ class _Change:
         self.no_op = False
         self.crossed_ranks: int | None = None
         self.crossed_nodes: int | None = None
-        if not self.elastic and this.slots_changed is not None:
-            self._count_moves(run)
-
-    def _count_moves(self, run: Run) -> None:
-        size, nodes = self.shapes[0].ep_size, run.info.ranks_per_node
-        held = [
-            tuple(holdings(slots, size, run.info.num_logical_experts) for slots in pair)
-            for pair in self.changed
-        ]
-        self.no_op = all(np.array_equal(old, new) for old, new in held)
-        self.crossed_ranks = sum(int(crossings(old, new, 1).sum()) for old, new in held)
-        if nodes:
-            self.crossed_nodes = sum(int(crossings(old, new, nodes).sum()) for old, new in held)
+        if held:
+            nodes = run.info.ranks_per_node
+            self.no_op = all(np.array_equal(before, after) for before, after in held)
+            self.crossed_ranks = sum(int(crossings(before, after).sum()) for before, after in held)
+            if nodes:
+                self.crossed_nodes = sum(int(crossings(before, after, nodes).sum()) for before, after in held)
 
 
 class _Series:

@@ -6,6 +6,7 @@ by several workers; their sums are merged here, and a worker makes the row of th
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -67,11 +68,11 @@ def run_task(task: RunTask) -> RunResult:
     if task.merged is not None and task.merged.row is not None:
         return task.merged
     try:
+        if task.part is not None:
+            return _read_part(_opened(target), *task.part)
         run = open_run(target.dump, target.run_id, target.model)
         if task.merged is not None:
             return _finish(target, run, task.merged)
-        if task.part is not None:
-            return _read_part(run, *task.part)
         if from_minutes(run, None):
             summary = summarize(run)  # sums per minute of a long time take as long as some thousand steps
             document = with_times(summary.to_json(), run.clock.iso)
@@ -84,6 +85,12 @@ def run_task(task: RunTask) -> RunResult:
     except Exception as error:
         reason = str(error) if isinstance(error, AnalyzeError) else f"{type(error).__name__}: {error}"
         return _broken(target, reason)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(target: Target) -> Run:
+    """The run of a part. A worker reads many parts of one run, but its metadata and placements once."""
+    return open_run(target.dump, target.run_id, target.model)
 
 
 def _read_part(run: Run, steps: StepRange, bins: Bins) -> RunResult:

@@ -104,9 +104,14 @@ def resample(ratio: Ratio, rng: np.random.Generator) -> Float64:
     rho = autocorrelation(ratio.numerator - value * ratio.denominator)
     length = block_length(n, rho)
     starts = rng.integers(n, size=(RESAMPLES, -(-n // length)))
-    numerator, denominator = (
-        _block_sums(values, length)[starts].sum(axis=1) for values in (ratio.numerator, ratio.denominator)
-    )
+
+    def draw(values: Float64) -> Float64:
+        if (values == 1).all():  # those of a mean
+            return np.full(RESAMPLES, float(starts.shape[1] * length))
+        sums: Float64 = _block_sums(values, length)[starts].sum(axis=1)
+        return sums
+
+    numerator, denominator = draw(ratio.numerator), draw(ratio.denominator)
     drawn = np.divide(numerator, denominator, out=np.full(RESAMPLES, value), where=denominator > 0)
     spread: Float64 = value + (drawn - value) * widening(n, rho, length)
     return spread

@@ -301,9 +301,11 @@ def crossings(old: Int64, new: Int64, ranks_per_node: int = 1) -> Int64:
     A rank fetches an expert that it did not hold; from another node if no rank of its own held it. With
     nodes of one rank that is from another rank. ``old`` and ``new`` are :func:`holdings`.
     """
-    ranks = np.arange(len(old))
-    on_node = np.maximum.reduceat(old, ranks[::ranks_per_node], axis=0)[ranks // ranks_per_node]
-    fetched: Int64 = ((new > 0) & (old == 0) & (on_node == 0)).sum(axis=1)
+    on_node = old > 0
+    if ranks_per_node > 1:
+        ranks = np.arange(len(old))
+        on_node = np.logical_or.reduceat(on_node, ranks[::ranks_per_node], axis=0)[ranks // ranks_per_node]
+    fetched: Int64 = np.count_nonzero((new > 0) & ~on_node, axis=1)
     return fetched
 
 

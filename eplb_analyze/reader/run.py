@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # a third of the start-up of a command that shows no frame
     from eplb_analyze.metrics.cost import StepTimes
 
 T = TypeVar("T")
-#: Steps in a part of a run, about: some seconds of work for one core.
-PART_STEPS = 16384
+#: Steps in a part of a run, about: so few that many cores get equal shares.
+PART_STEPS = 4096
 
 
 def open_run(

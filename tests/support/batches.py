@@ -61,7 +61,7 @@ def record_batch(root: Path) -> Batch:
         "good": record(root / "a/dump", "good", EVEN, seed=1, engine="vllm", segment_steps=16),
         "ranks": record(root / "b", "ranks", SKEWED, seed=2, local=True, engine="sglang"),
         "torn": record(root / "c/d/e", "torn", SKEWED, seed=3, model="other", segment_steps=16),
-        "long": record(root / "long", "long", SKEWED, seed=4, steps=PART_STEPS + 5000),
+        "long": record(root / "long", "long", SKEWED, seed=4, steps=PART_STEPS + 3000),
     }
     damaged = sorted((root / "c/d/e").rglob("loads-*.parquet"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-40])

@@ -105,7 +105,7 @@ def test_long_run_is_read_in_parts(batch: Batch) -> None:
     assert len(parts) == 2
     assert parts[0][0] == 0
     assert parts[0][1] == parts[1][0]
-    assert parts[1][1] == PART_STEPS + 5000
+    assert parts[1][1] == PART_STEPS + 3000
 
 
 def test_long_run_is_broken_if_a_part_cannot_be_read(batch: Batch) -> None:
