@@ -41,9 +41,15 @@ class Settings:
     interval: int
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings | None:
-        """None if recording is not enabled. Raises ValueError if a variable is invalid."""
-        folder = environment.get(FOLDER_VARIABLE, "")
+    def from_environment(
+        cls, folder: str | None = None, environment: Mapping[str, str] = os.environ
+    ) -> Settings | None:
+        """None if recording is not enabled. Raises ValueError if a variable is invalid.
+
+        Args:
+            folder: what the engine's own configuration names; None: the variable does.
+        """
+        folder = folder or environment.get(FOLDER_VARIABLE, "")
         if not folder:
             return None
         text = environment.get(INTERVAL_VARIABLE, "") or "1"

@@ -41,10 +41,14 @@ _STEP_PARAMETERS = ["self", "is_dummy", "is_profile", "log_stats"]
 _MODEL_STATE_FIELDS = {"expert_load_pass", "physical_to_logical_map", "model_name", "model"}
 
 
-def register() -> None:
-    """vLLM's entry point, called in each of its processes. Does nothing without EXPERT_LOAD_DUMP_DIR."""
+def register(expert_load_dump_dir: str | None = None) -> None:
+    """vLLM's entry point, called in each of its processes. Does nothing without EXPERT_LOAD_DUMP_DIR.
+
+    Args:
+        expert_load_dump_dir: the field of EPLBConfig, from a vLLM that has it (docs/upstream-vllm.md).
+    """
     try:
-        settings = Settings.from_environment()
+        settings = Settings.from_environment(expert_load_dump_dir)
         if settings is None or any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
             return
         hooks: dict[str, Callable[[Any], None]] = dict.fromkeys(RUNNERS, watch_runner)
@@ -443,7 +447,8 @@ class _Recorder:
         config = self.state.parallel_config
         nodes = self._module.get_node_count()
         return ExpertLoadWriter(
-            self._settings.folder,
+            # The field wins over the variable, which may have registered the plugin earlier.
+            getattr(config.eplb_config, "expert_load_dump_dir", None) or self._settings.folder,
             model=state.model_name if stage is None else f"{state.model_name} (pipeline stage {stage})",
             num_logical_experts=state.model.num_logical_experts,
             ep_size=place[1],

@@ -62,9 +62,9 @@ def _run_rank(ready: Any, target: Callable[..., None], *arguments: Any) -> None:
     target(*arguments)
 
 
-def await_closed(rank: int, sessions: int) -> None:
+def await_closed(rank: int, sessions: int, dump: str | None = None) -> None:
     """Wait until so many sessions of this rank are sealed and closed; exits if that never ends."""
-    root, deadline = Path(os.environ["EXPERT_LOAD_DUMP_DIR"]), time.monotonic() + SECONDS / 2
+    root, deadline = Path(dump or os.environ["EXPERT_LOAD_DUMP_DIR"]), time.monotonic() + SECONDS / 2
     closed = 0
     while closed < sessions:
         if time.monotonic() > deadline:

@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--schedule-ahead", action="store_true", help="asynchronous scheduling")
     parser.add_argument("--speculate", action="store_true", help="with drafts")
+    parser.add_argument("--eplb-config", default="{}", help="as `vllm serve` takes it")
     parser.add_argument("--break-runner", choices=("", "output", "runner", "tokens"), default="")
     parser.add_argument("--split-tokens", action="store_true", help="sequence parallelism")
     parser.add_argument("--probe", action="store_true", help="measure as scripts/real_vllm_gpu.sh does")
@@ -109,6 +110,15 @@ def route(topk_ids: Any, layer_state: Any, tokens: int) -> Any:
     if bool(layer_state.should_record_tensor):
         layer_state.expert_load_view += load
     return load
+
+
+def parsed(eplb_config: str) -> Any:
+    """What `vllm serve --eplb-config` makes of this text."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(["--eplb-config", eplb_config])).eplb_config
 
 
 class Ran(Exception):
@@ -177,6 +187,8 @@ class Rank:
         whole = VllmConfig(parallel_config=self.config)
         # vLLM refuses to balance on a CPU, so this is set after its checks.
         self.config.enable_eplb, eplb.num_redundant_experts = True, args.redundant
+        if args.eplb_config != "{}":
+            eplb.expert_load_dump_dir = parsed(args.eplb_config).expert_load_dump_dir
         with set_current_vllm_config(whole):
             parallel_state.init_distributed_environment(
                 args.world, rank, f"file://{args.out.absolute()}/store", rank, backend="gloo"
@@ -465,7 +477,8 @@ def shut_down_stuck(rank: Rank) -> None:
         model_runner = rank.runner
 
         def shutdown(self) -> None:
-            await_closed(rank.rank, len(rank.models))
+            dump = getattr(rank.config.eplb_config, "expert_load_dump_dir", None)
+            await_closed(rank.rank, len(rank.models), dump)
 
     executor = UniProcExecutor.__new__(UniProcExecutor)
     executor.driver_worker = WorkerWrapperBase()

@@ -22,7 +22,10 @@ from eplb_analyze.cli.app import app
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 INCIDENT = "docs/investigate/incident.md"
 #: Lines that CI runs anyway, that take a minute (the demo trains a model), or that need an engine.
-NOT_RUN_HERE = ("sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ", "python -m examples.")
+NOT_RUN_HERE = (
+    "sh scripts/", "pip install", "EXPERT_LOAD_DUMP_DIR=/dumps ", "vllm serve ", "cd /path/to/",
+    "python -m examples.",
+)  # fmt: skip
 
 
 def name(page: Path) -> str:

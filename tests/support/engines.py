@@ -26,14 +26,15 @@ SCRIPTS = ROOT / "tests/engines"
 
 
 def run_in(
-    engine: str, script: str, *arguments: object, **environment: str
+    engine: str, script: str, *arguments: object, packages: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script where ``engine`` ("vllm" or "sglang") is imported already.
 
-    Of the variables EXPERT_LOAD..., it sees only those given here.
+    Of the variables EXPERT_LOAD..., it sees only those given here. ``packages`` is a folder whose packages
+    come before those of the engines' environment.
     """
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
-        return fork_server(engine).run(
+        return fork_server(engine, packages).run(
             [str(SCRIPTS / script), *map(str, arguments)], environment, Path(folder)
         )
 
@@ -46,11 +47,15 @@ def version_of(engine: str) -> str:
     return found.strip().partition("+")[0]
 
 
-def serve(folder: Path, *options: str, **environment: str) -> tuple[list[dict[str, Any]], Path, str]:
+def serve(
+    folder: Path, *options: str, packages: Path | None = None, **environment: str
+) -> tuple[list[dict[str, Any]], Path, str]:
     """Serve with vLLM and the plugin; the truth of each rank, the dump, and what was printed."""
     dump = folder / "dump"
     variables = {"EXPERT_LOAD_DUMP_DIR": str(dump), **environment}
-    done = run_in("vllm", "vllm_ranks.py", "--out", folder / "truth", *options, **variables)
+    done = run_in(
+        "vllm", "vllm_ranks.py", "--out", folder / "truth", *options, packages=packages, **variables
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     ranks = sorted((folder / "truth").glob("rank*.npz"))
     return [arrays(path) for path in ranks], dump, done.stdout + done.stderr
@@ -71,11 +76,16 @@ def described(run: Run, rank: int) -> dict[int, tuple[str, int]]:
 class ForkServer:
     """The process that has imported an engine, and forks one for each script."""
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, packages: Path | None = None) -> None:
         options = ["-W", "ignore"] if engine == "sglang" else []
         self._process = subprocess.Popen(
             [engines_python(), *options, str(SCRIPTS / "fork_server.py"), engine],
-            env={**inherited(), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # a fork has one thread
+            env={
+                **inherited(),
+                **first_on_path(packages),
+                "OPENBLAS_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": "1",  # a fork has one thread
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -112,8 +122,14 @@ class ForkServer:
 
 
 @functools.cache
-def fork_server(engine: str) -> ForkServer:
-    return ForkServer(engine)
+def fork_server(engine: str, packages: Path | None) -> ForkServer:
+    return ForkServer(engine, packages)
+
+
+def first_on_path(packages: Path | None) -> dict[str, str]:
+    if packages is None:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))}
 
 
 def inherited() -> dict[str, str]:
