@@ -197,7 +197,7 @@ def _check_others(run: Run) -> list[Finding]:
     """
     for session in run.sessions:
         for segment in filter(run.readable, session.segments):
-            if not any(run.tiers.retired.within(segment.first_step, segment.last_step + 1)):
+            if not run.tiers.retired.overlaps(segment.first_step, segment.last_step + 1):
                 continue
             segment.steps()
             if segment.shape is not None:

@@ -205,7 +205,7 @@ def compare_runs(
     _require_apart(a, b, *ranges)
     sides = (a, ranges[0]), (b, ranges[1])
     # Tokens are those of all these steps, so their times have to be, too.
-    by_rank = any(True for run, own in sides for _ in run.tiers.by_rank.within(*own))
+    by_rank = any(run.tiers.by_rank.overlaps(*own) for run, own in sides)
     one, other = (_read(run, own, with_loads=not by_rank) for run, own in sides)
     reasons = [*_reasons(one, other)]
     if reasons:
@@ -369,7 +369,7 @@ class _Reading:
     @property
     def lost_loads(self) -> bool:
         """Whether experts' loads are not kept of all of these steps."""
-        return any(True for _ in self.run.tiers.by_rank.within(*self._steps))
+        return self.run.tiers.by_rank.overlaps(*self._steps)
 
     @property
     def active_rows(self) -> int:

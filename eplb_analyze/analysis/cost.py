@@ -255,7 +255,7 @@ def measured_cost(run: Run, sample: CostSample, timings: StepTimes | None = None
         () if len(sample.step) or not sample.first or not sample.last else (sample.first[0], sample.last[0])
     )
     # The sample has no step of which only sums per rank are kept.
-    if seen and any(True for _ in run.tiers.by_rank.within(seen[0], seen[1] + 1)):
+    if seen and run.tiers.by_rank.overlaps(seen[0], seen[1] + 1):
         return _unknown(NO_LOADS)
     first = run.step_range[0] or 0
     changes = [step for step in run.load_history().changes if step > first] if len(sample.step) else []

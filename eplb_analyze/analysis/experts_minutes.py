@@ -12,17 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.minute_sums import SLOT_COLUMNS, ConfigurationMinutes, ExpertTotals
+from eplb_analyze.analysis.minute_sums import (
+    SLOT_COLUMNS,
+    ConfigurationMinutes,
+    ExpertTotals,
+    minutes_left_out,
+)
 from eplb_analyze.analysis.summary_report import HOT_EXPERTS, HotExpert
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.rolled_up import add_up, finest, minutes_of_steps, nothing_kept, require_all_phases
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.segments import DamagedSegmentError
-from eplb_analyze.text import iso, percent, plural
+from eplb_analyze.text import iso
 from eplb_dump.format.schema import Tier
 
 
@@ -91,18 +95,8 @@ def _report(run: Run, layer: int | None, index: int | None, steps: tuple[int, in
         raise DumpError(
             f"{run.path}: no placement is known in these steps, so loads cannot be assigned to experts"
         )
-    notes = []
-    if len(configurations) > 1:
-        notes.append(
-            f"ep_size or the number of slots changed: steps before {last.first} are left out, because loads "
-            "before and after cannot be added"
-        )
     counts = found.completeness(steps)
-    if lacking := counts.count(StepState.INCOMPLETE):
-        notes.append(
-            f"{plural(lacking, 'step')} ({percent(counts.incomplete_share)}) of these minutes are left out: "
-            f"{counts.why_incomplete()}"
-        )
+    notes = minutes_left_out(counts, last.first if len(configurations) > 1 else None)
     layers = range(len(last.tokens)) if index is None else [index]
     return MinuteExperts(
         run.info.run_id,

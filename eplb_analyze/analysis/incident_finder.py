@@ -55,7 +55,7 @@ class Incidents:
     def where_kept(self, run: Run, steps: StepRange) -> Incidents:
         """Of a range of a run's steps, some of which may not be kept."""
         retired = run.tiers.retired
-        if not any(True for _ in retired.within(*steps)):
+        if not retired.overlaps(*steps):
             return self
         parts = [part for part in retired.outside(*steps) if part.end - part.first >= 3 * MIN_STEPS]
         return replace(self, restless=self.restless if parts else 0, searched=parts)

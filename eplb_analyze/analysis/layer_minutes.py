@@ -8,13 +8,11 @@ import numpy as np
 
 from eplb_analyze.analysis.experts_minutes import hot_experts_of_minutes
 from eplb_analyze.analysis.layer_report import LayerMinutes, LayerReport, RankLoad
-from eplb_analyze.analysis.minute_sums import StepCounts
+from eplb_analyze.analysis.minute_sums import StepCounts, minutes_left_out
 from eplb_analyze.metrics.formulas import idle_fraction
-from eplb_analyze.reader.join import StepState
 from eplb_analyze.reader.lost import lost_in
 from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept, require_all_phases
 from eplb_analyze.reader.run import Run
-from eplb_analyze.text import percent, plural
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.minutes import Minutes
 from eplb_dump.format.schema import Scope, Tier
@@ -111,18 +109,8 @@ def layer_of_minutes(run: Run, layer: int, index: int, steps: tuple[int, int] | 
         raise nothing_kept(run, steps) if found.first < 0 else run.nothing_complete(steps)
     last = found.sums[-1]
     mean = float(last.tokens.sum()) / last.shape.ep_size
-    notes = []
-    if len(found.sums) > 1:
-        notes.append(
-            f"ep_size or the number of slots changed: steps before {last.first} are left out, because loads "
-            "before and after cannot be added"
-        )
     counts = found.completeness(steps)
-    if lacking := counts.count(StepState.INCOMPLETE):
-        notes.append(
-            f"{plural(lacking, 'step')} ({percent(counts.incomplete_share)}) of these minutes are left out: "
-            f"{counts.why_incomplete()}"
-        )
+    notes = minutes_left_out(counts, last.first if len(found.sums) > 1 else None)
     return LayerReport(
         run_id=run.info.run_id,
         model=run.info.model,

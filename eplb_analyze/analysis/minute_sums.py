@@ -16,6 +16,7 @@ from eplb_analyze.reader.placements import fold
 from eplb_analyze.reader.rolled_up import RankSteps, RunMinutes, gone_steps
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
+from eplb_analyze.text import percent, plural
 from eplb_dump.format.journal import Int64, Shape
 from eplb_dump.format.minutes import BINS, FORMULAS, SCALES, SPREAD_FORMULAS, Minutes
 from eplb_dump.format.schema import STATUS_LABELS, Scope
@@ -344,6 +345,27 @@ class StepCounts:
         found.last_of_rank = {rank: steps.last for rank, steps in self.of_rank.items()}
         found.first_clock_ns, found.last_clock_ns = self.first_time, self.last_time
         return found
+
+
+def minutes_left_out(counts: Completeness, since: int | None) -> list[str]:
+    """Notes on what figures of some minutes leave out.
+
+    Args:
+        counts: the steps of these minutes.
+        since: the first step of the last configuration, if there are several.
+    """
+    notes = []
+    if since is not None:
+        notes.append(
+            f"ep_size or the number of slots changed: steps before {since} are left out, because loads "
+            "before and after cannot be added"
+        )
+    if lacking := counts.count(StepState.INCOMPLETE):
+        notes.append(
+            f"{plural(lacking, 'step')} ({percent(counts.incomplete_share)}) of these minutes are left out: "
+            f"{counts.why_incomplete()}"
+        )
+    return notes
 
 
 class ExpertTotals(StepCounts):

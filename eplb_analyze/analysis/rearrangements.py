@@ -328,7 +328,7 @@ class _Change:
             self.reason = "no prediction: the layers have different numbers of slots"
         elif any((before.any(axis=0) & ~after.any(axis=0)).any() for before, after in held):
             self.reason = "no prediction: an expert has no slot in the new placement"
-        elif any(run.tiers.without_loads.within(self.before.first, self.after.end)):
+        elif run.tiers.without_loads.overlaps(self.before.first, self.after.end):
             self.reason = "no prediction: the experts' loads are not kept any more"
         else:
             self.folds = [
@@ -430,7 +430,7 @@ def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures
             count, where = min((len(before), "before"), (len(after), "after"))
             reason = f"{plural(count, 'complete step')} {where} it, {MIN_STEPS} are needed"
             near = change.before if where == "before" else change.after
-            if any(True for _ in run.tiers.retired.within(*near)):
+            if run.tiers.retired.overlaps(*near):
                 reason = f"the steps {where} it are no longer kept"
         else:
             verdict = "no measurable gain"

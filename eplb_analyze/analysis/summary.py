@@ -141,7 +141,7 @@ def _with_loads(run: Run, steps: tuple[int, int] | None) -> list[StepRange] | No
     """The stretches of a range of which experts' loads are kept; None: all of it."""
     first, last = (0 if step is None else step for step in run.step_range)
     chosen = StepRange.of(steps).clip(first, last + 1)
-    if not any(True for _ in run.tiers.by_rank.within(*chosen)):
+    if not run.tiers.by_rank.overlaps(*chosen):
         return None
     return [*run.tiers.without_loads.outside(*chosen)]
 

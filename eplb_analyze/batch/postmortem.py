@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ class RunTask:
     target: Target
     #: A part of a long run: its range of steps, and the bins of the whole run.
     part: tuple[StepRange, Bins] | None = None
+    #: Of a part: which opening of the run found it. The run may have changed since an earlier batch.
+    opening: str = ""
     #: The parts of a long run, merged.
     merged: RunResult | None = None
 
@@ -69,7 +72,7 @@ def run_task(task: RunTask) -> RunResult:
         return task.merged
     try:
         if task.part is not None:
-            return _read_part(_opened(target), *task.part)
+            return _read_part(_opened(target, task.opening), *task.part)
         run = open_run(target.dump, target.run_id, target.model)
         if task.merged is not None:
             return _finish(target, run, task.merged)
@@ -79,8 +82,8 @@ def run_task(task: RunTask) -> RunResult:
             return RunResult(row_of(target.dump, run, None, summary), document)
         ranges = run.parts()
         if len(ranges) > 1:
-            bins = bins_of(run)
-            return RunResult(parts=[RunTask(target, (steps, bins)) for steps in ranges])
+            bins, opening = bins_of(run), uuid.uuid4().hex
+            return RunResult(parts=[RunTask(target, (steps, bins), opening) for steps in ranges])
         return _with_row(target, run, _sums_of_all(run))
     except Exception as error:
         reason = str(error) if isinstance(error, AnalyzeError) else f"{type(error).__name__}: {error}"
@@ -88,7 +91,7 @@ def run_task(task: RunTask) -> RunResult:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(target: Target) -> Run:
+def _opened(target: Target, opening: str) -> Run:
     """The run of a part. A worker reads many parts of one run, but its metadata and placements once."""
     return open_run(target.dump, target.run_id, target.model)
 

@@ -436,14 +436,10 @@ def _standardized(columns: Float64) -> Float64:
 
 
 def _weighted(columns: Float64, values: Float64, weights: npt.NDArray[Any]) -> Float64:
-    """Weighted least squares; collinear columns share what they explain.
-
-    einsum adds up the steps, because a BLAS with threads differs in the last bits from process to process.
-    """
-    weighted = columns * weights[:, np.newaxis]
-    gram = np.einsum("si,sj->ij", columns, weighted)
+    """Weighted least squares; collinear columns share what they explain."""
+    gram = columns.T @ (columns * weights[:, np.newaxis])
     gram.flat[:: len(gram) + 1] += 1e-10 * gram.trace()
-    solution: Float64 = np.linalg.solve(gram, np.einsum("si,s->i", weighted, values))
+    solution: Float64 = np.linalg.solve(gram, columns.T @ (weights * values))
     return solution
 
 

@@ -502,7 +502,7 @@ class _Minute:
         alone = [
             (part, lacking)
             for part in self._parts
-            if not any(True for _ in common.within(part.first, part.last + 1))
+            if not common.overlaps(part.first, part.last + 1)
             and ABSENT in (lacking := _missing([part], expected)).values()
         ]
         if alone and len(alone) < len(self._parts):
@@ -678,7 +678,7 @@ def _passed_on(
         for (minute, _, _), joined in group:
             for part, lacking in joined.parts(expected, common):
                 # Of a minute that a rank has retired in part, the others have more steps: it is retired.
-                keep = not (lacking and any(True for _ in gone.within(part.first, part.last + 1)))
+                keep = not (lacking and gone.overlaps(part.first, part.last + 1))
                 if keep or of_rank:
                     for rank, had in part.ranks.items():
                         steps = RankSteps(had.first, had.last, int(had.counts.sum()))

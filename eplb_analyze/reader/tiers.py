@@ -97,6 +97,10 @@ class Ranges:
                 return
             yield self._ranges[i].clip(first, end)
 
+    def overlaps(self, first: int, end: int) -> bool:
+        """Whether a step of a half-open range is in it."""
+        return next(self.within(first, end), None) is not None
+
     def outside(self, first: int, end: int) -> Iterator[StepRange]:
         """The parts of a half-open range that are not in it."""
         for inside in self.within(first, end):

@@ -154,6 +154,20 @@ def test_row_of_a_growing_long_run_is_of_one_moment(tmp_path: Path) -> None:
     assert summary == versioned(json.loads(json.dumps(before)))
 
 
+def test_long_run_that_has_grown_is_opened_again(tmp_path: Path) -> None:
+    slots, dump = np.arange(8) % 4, tmp_path / "dump"
+    with ExpertLoadWriter(
+        dump, model="m", run_id="r", num_logical_experts=4, ep_size=2, scope="global"
+    ) as writer:
+        for steps in (PART_STEPS + 3000, 2 * PART_STEPS + 6000):
+            while (seen := writer.stats().seen) < steps:
+                writer.record(None, np.arange(1, 9)[None], slots[None])
+                assert seen % 200 or writer.flush(60)
+            assert writer.flush(60)
+            [(row, _)] = rows_of(find([str(dump)]))
+            assert row.steps == steps
+
+
 def test_figures_do_not_depend_on_segments(tmp_path: Path) -> None:
     """Segments end at arbitrary steps, which must not show in any figure.
 
