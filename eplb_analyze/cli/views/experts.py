@@ -79,7 +79,7 @@ def render_minutes(console: Console, report: MinuteExperts, top: int = 5) -> Non
     print_notes(console, report.notes)
     console.print()
     if not report.experts:
-        console.print("minutes name no slots of an expert with more tokens than the mean")
+        print_line(console, "no expert is known to have more than the mean; only the fullest slots are known")
         return
     layers = [e.layer for e in report.experts] if report.layer is None else []
     title = AT_LEAST + limited(top, len(report.experts))
