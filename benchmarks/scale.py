@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -314,7 +316,9 @@ def main() -> None:
             dump, known = folder / name, folder / f"{name}.json"
             if days and not known.exists():
                 known.parent.mkdir(parents=True, exist_ok=True)
-                known.write_text(json.dumps(make(dump, days, ranks).figures()))
+                # In another process: what this one once held would count as its children's memory.
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as maker:
+                    known.write_text(json.dumps(maker.submit(figures_of, dump, days, ranks).result()))
             if not days:
                 continue
             document = measure(f"{name}, {days:g} days", dump, ranks, arguments.repeat)
@@ -325,6 +329,11 @@ def main() -> None:
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder)
+
+
+def figures_of(dump: Path, days: float, ranks: int | None) -> dict[str, Any]:
+    """Make a recording, and return what was drawn for it."""
+    return make(dump, days, ranks).figures()
 
 
 def from_bucket(dump: Path, repeat: int) -> None:
