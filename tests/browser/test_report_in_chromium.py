@@ -19,6 +19,7 @@ import pytest
 import report_dump as planted
 from chromium import needs_chromium
 from helpers import write
+from thinning import session_folders, thin_to
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.experts import expert_report
@@ -27,6 +28,7 @@ from eplb_analyze.analysis.summary import summarize
 from eplb_analyze.report.answer import cost_sentence
 from eplb_analyze.report.write import write_report
 from eplb_dump import ExpertLoadWriter
+from eplb_dump.format.schema import Tier
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -465,6 +467,21 @@ def test_what_has_no_complete_step_is_explained(browser: Browser, tmp_path: Path
         assert [int(part) for part in re.findall(r"\d+", grey)] == shown
         assert "if no step is complete" in page.inner_text("#gaps")
         assert page.inner_text("#bins") == ""
+
+
+def test_balancedness_that_sums_of_ranks_do_not_show_is_explained(browser: Browser, tmp_path: Path) -> None:
+    for rank in range(2):
+        with ExpertLoadWriter(
+            tmp_path / "dump", model="m", num_logical_experts=4, ep_size=2, ep_rank=rank, run_id="r"
+        ) as writer:
+            for step in range(40):
+                writer.record(step, np.full((2, 6), 10 + step), np.tile([0, 1, 2, 3, 0, 1], (2, 1)))
+    for folder in session_folders(tmp_path):
+        thin_to(folder, {Tier.MINUTES: [0]})
+    with opened_for(browser, tmp_path) as opened:
+        tiles = opened.page.inner_text("#tiles")
+        assert "sums of single ranks do not show it" in tiles
+        assert "no complete step" not in tiles
 
 
 def test_one_step_is_not_several(browser: Browser, tmp_path: Path) -> None:

@@ -148,9 +148,10 @@ function tiles() {
   const last = summary.hot_experts_steps, excess = `the excess${summary.configurations.length > 1 ? ` in steps ${steps(...last)}` : ""}`;
   const lacking = seen.recorded + seen.incomplete ? seen.incomplete / (seen.recorded + seen.incomplete) : 0;
   const much = report.summary.verdict.verdict === "incomplete_data";
+  const unknown = !seen.recorded ? "no complete step" : summary.rollup && summary.rollup.summed ? "not known: sums of single ranks do not show it" : "no complete step has a token";
   const all = [
     ["cost of imbalance", ...report.cost.tile],
-    ["balancedness", figure(s.mean), s.mean === null ? (seen.recorded ? "no complete step has a token" : "no complete step") : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
+    ["balancedness", figure(s.mean), s.mean === null ? unknown : `p5 ${figure(s.p5)}, worst ${figure(s.min)} at step ${s.min_step}`],
     ["idle fraction", percent(summary.idle_fraction), lost === null || lost === undefined ? "by tokens, not by time" : `by tokens; a better placement could remove at most ${percent(lost, 0)} of ${excess}`],
     ["rearrangements", count(report.rearrangements.rearrangements.length), told.join(", ") || (report.not_due ? "none was due" : "")],
     ["complete steps", count(seen.recorded), seen.incomplete ? `${count(seen.incomplete)} incomplete (${percent(lacking)})` : `of ${count(seen.seen)} seen, none incomplete`, much],
