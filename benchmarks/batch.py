@@ -1,10 +1,13 @@
 """How `postmortem` scales with workers, and what each executor costs before it does any work.
 
     python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2] [--workers 1,2]
+        [--no-ray]
 
 Records a run of DeepSeek-V3's shape, scope global, and copies it; then one long run, which is read in parts.
 Each figure is a whole process, the best of ``--repeat`` in sequence. Ratios are to one worker process (the
-first of ``--workers``). An empty batch shows the cost of an executor; memory is that of the largest worker.
+first of ``--workers``). An empty batch shows the cost of an executor. Beside the ratios: what as many
+processes reach on this machine that share nothing and only decode what `postmortem` reads, startup excluded.
+Processors that are two threads of one core, or share the bandwidth of memory, reach less than their number.
 """
 
 from __future__ import annotations
@@ -29,14 +32,26 @@ try:
     main()
 except SystemExit as end:
     assert end.code in (0, 3), end.code
-kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-print(*(resource.getrusage(kind).ru_maxrss // 1024 for kind in kinds), file=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+"""
+
+#: Decodes a file again and again, on one thread, once a line comes in.
+DECODING = """
+import sys
+import pyarrow.parquet as pq
+def decode(times):
+    for _ in range(times):
+        pq.read_table(sys.argv[1], use_threads=False)
+decode(2)
+print("ready", flush=True)
+sys.stdin.readline()
+decode(int(sys.argv[2]))
 """
 
 
-def measure(arguments: list[str], repeat: int) -> tuple[float, int, int]:
-    """The best time in seconds, and the MiB of the program and of its largest worker."""
-    seconds, own, worker = [], 0, 0
+def measure(arguments: list[str], repeat: int) -> tuple[float, int]:
+    """The best time in seconds, and the MiB of the program itself."""
+    seconds, own = [], 0
     for _ in range(repeat):
         start = time.perf_counter()
         out = subprocess.run(
@@ -44,26 +59,50 @@ def measure(arguments: list[str], repeat: int) -> tuple[float, int, int]:
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         seconds.append(time.perf_counter() - start)
-        one, other = map(int, out.stderr.split()[-2:])
-        own, worker = max(own, one), max(worker, other)
-    return min(seconds), own, worker
+        own = max(own, int(out.stderr.split()[-1]))
+    return min(seconds), own
 
 
-def compare(title: str, folder: Path, repeat: int, counts: list[int]) -> None:
+def decoding(file: Path, processes: int, times: int = 300) -> float:
+    """The seconds in which each of so many processes decodes a file so many times."""
+    command = [sys.executable, "-c", DECODING, str(file), str(times)]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    for each in started:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    start = time.perf_counter()
+    for each in started:
+        each.communicate("go\n")
+    assert not any(each.returncode for each in started)
+    return time.perf_counter() - start
+
+
+def limits(file: Path, counts: list[int], repeat: int) -> None:
+    """What the machine gives to processes that share nothing."""
+    print(f"decoding {file.name} alone, startup excluded: the machine's limit")
+    one = min(decoding(file, 1) for _ in range(repeat))
+    for count in counts:
+        seconds = min(decoding(file, count) for _ in range(repeat))
+        print(f"  processes  {count:2d} {seconds:7.2f} s {count * one / seconds:5.2f}x", flush=True)
+
+
+def compare(title: str, folder: Path, repeat: int, counts: list[int], ray: bool) -> None:
     print(title)
     base = None
     rows = [("local", 1), *(("processes", count) for count in counts)]
-    if importlib.util.find_spec("ray"):
+    if ray and importlib.util.find_spec("ray"):
         rows += [("ray", count) for count in counts]
     for name, workers in rows:
         arguments = ["postmortem", str(folder), "--executor", name]
         arguments += [] if name == "local" else ["--workers", str(workers)]
-        seconds, own, worker = measure(arguments, repeat)
+        seconds, own = measure(arguments, repeat)
         base = seconds if (name, workers) == ("processes", counts[0]) else base
         ratio = f"{base / seconds:5.2f}x" if base else "       "
         threads = " (threads share the work)" if name == "local" else ""
-        memory = f"{own:5d} MiB, a worker {worker:5d} MiB" if name == "processes" else f"{own:5d} MiB"
-        print(f"  {name:10s} {workers} {seconds:7.2f} s {ratio}  {memory}{threads}", flush=True)
+        print(f"  {name:10s} {workers:2d} {seconds:7.2f} s {ratio}  {own:5d} MiB{threads}", flush=True)
 
 
 def main() -> None:
@@ -74,6 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--long", type=int, default=40000)
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--workers", default="1,2", help="numbers of workers; ratios are to the first")
     args = parser.parse_args()
     counts = [int(count) for count in args.workers.split(",")]
@@ -82,13 +122,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "none").mkdir()
-        compare("nothing to read: the cost of an executor", root / "none", args.repeat, counts)
+        compare(
+            "nothing to read: the cost of an executor", root / "none", args.repeat, counts, not args.no_ray
+        )
         apart(make, root / "many/0", args.steps)
         for number in range(1, args.runs):
             shutil.copytree(root / "many/0", root / f"many/{number}")
-        compare(f"{args.runs} runs of {args.steps:,} steps", root / "many", args.repeat, counts)
+        limits(next((root / "many/0").rglob("steps-*.parquet")), counts, args.repeat)
+        compare(
+            f"{args.runs} runs of {args.steps:,} steps", root / "many", args.repeat, counts, not args.no_ray
+        )
         apart(make, root / "long", args.long)
-        compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts)
+        compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts, not args.no_ray)
 
 
 if __name__ == "__main__":

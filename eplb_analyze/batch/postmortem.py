@@ -36,7 +36,7 @@ class RunTask:
     target: Target
     #: A part of a long run: its range of steps, and the bins of the whole run.
     part: tuple[StepRange, Bins] | None = None
-    #: Of a part: which opening of the run found it. The run may have changed since an earlier batch.
+    #: Of a long run: which opening of it found its parts. It may have changed since an earlier batch.
     opening: str = ""
     #: The parts of a long run, merged.
     merged: RunResult | None = None
@@ -72,10 +72,10 @@ def run_task(task: RunTask) -> RunResult:
         return task.merged
     try:
         if task.part is not None:
-            return _read_part(_opened(target, task.opening), *task.part)
-        run = open_run(target.dump, target.run_id, target.model)
+            return _read_part(_opened(target, task.opening)[0], *task.part)
         if task.merged is not None:
-            return _finish(target, run, task.merged)
+            return _finish(target, task.opening, task.merged)
+        run = open_run(target.dump, target.run_id, target.model)
         if from_minutes(run, None):
             summary = summarize(run)  # sums per minute of a long time take as long as some thousand steps
             document = with_times(summary.to_json(), run.clock.iso)
@@ -91,9 +91,13 @@ def run_task(task: RunTask) -> RunResult:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(target: Target, opening: str) -> Run:
-    """The run of a part. A worker reads many parts of one run, but its metadata and placements once."""
-    return open_run(target.dump, target.run_id, target.model)
+def _opened(target: Target, opening: str) -> tuple[Run, tuple[Finding, ...]]:
+    """A long run, and the findings of opening it.
+
+    A worker reads many parts of one run, but its metadata and placements once.
+    """
+    run = open_run(target.dump, target.run_id, target.model)
+    return run, tuple(run.findings)
 
 
 def _read_part(run: Run, steps: StepRange, bins: Bins) -> RunResult:
@@ -102,15 +106,20 @@ def _read_part(run: Run, steps: StepRange, bins: Bins) -> RunResult:
     return RunResult(sums=sums, findings=[f for f in run.findings if f not in known])
 
 
-def _finish(target: Target, run: Run, merged: RunResult) -> RunResult:
+def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
     assert merged.sums is not None
     sums = merged.sums
     if any(finding.code == "damaged_file" for finding in merged.findings):
         # A file that cannot be read is left out of all parts, and moves their bounds.
+        run = open_run(target.dump, target.run_id, target.model)
         sums = _sums_of_all(run)
-    elif sums.seen.last is not None:
-        # The run may have continued since its parts were read.
-        run = run.truncated_at(sums.seen.last)
+    else:
+        run, known = _opened(target, opening)
+        run.findings = [*known]  # whichever parts this worker read
+        last = run.step_range[1]
+        if sums.seen.last is not None and last is not None and last > sums.seen.last:
+            # The run has continued since its parts were read.
+            run = run.truncated_at(sums.seen.last)
     run.findings += [f for f in merged.findings if f not in run.findings]
     return _with_row(target, run, sums)
 
@@ -176,11 +185,13 @@ def rows_of(
 
 def _merge(results: Iterator[tuple[RunTask, RunResult]]) -> Iterator[RunTask]:
     """The tasks that make the rows of long runs, each when all parts of its run are read."""
-    for target, of_run in itertools.groupby(results, key=lambda pair: pair[0].target):
+    for (target, opening), of_run in itertools.groupby(
+        results, key=lambda pair: (pair[0].target, pair[0].opening)
+    ):
         merged = RunResult()
         for _, part in of_run:
             merged.merge(part)
-        yield RunTask(target, merged=merged)
+        yield RunTask(target, opening=opening, merged=merged)
 
 
 def write_page(task: tuple[Row, Path]) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from eplb_analyze.metrics.bootstrap import Interval, correlation, standard_error
+from eplb_analyze.metrics.bootstrap import SEED, Interval, correlation, standard_error
 from eplb_analyze.text import percent, plural
 
 Float64 = npt.NDArray[np.float64]
@@ -40,6 +40,8 @@ MIN_STEPS = 100
 MAX_EXCLUDED = 0.4
 #: A step whose time is off by more than this many standard deviations waited for something else.
 WAITED = 4.0
+#: So many steps decide what to take for a wait at first; then all steps do.
+BEGIN_WITH = 20_000
 #: Of the curve of time over tokens, at most.
 MAX_BENDS = 16
 #: Of the curve of time over the run, at most; its bends are equally far apart.
@@ -375,7 +377,8 @@ def _models(times: Float64, usual: Float64, efforts: Float64) -> list[_Model]:
 def _without_waits(times: Float64, columns: Float64) -> tuple[Float64, Bool]:
     """The residuals of the columns' best fit, and the steps that follow it."""
     columns = _standardized(columns)
-    residuals = times - columns @ _least_deviations(columns, times)
+    some = _some(len(times))
+    residuals = times - columns @ _least_deviations(columns[some], times[some])
     for _ in range(3):
         scale = max(float(np.median(np.abs(residuals))) / 0.6745, 1e-6 * float(np.median(times)))
         follows = np.abs(residuals) < WAITED * scale
@@ -441,6 +444,13 @@ def _weighted(columns: Float64, values: Float64, weights: npt.NDArray[Any]) -> F
     gram.flat[:: len(gram) + 1] += 1e-10 * gram.trace()
     solution: Float64 = np.linalg.solve(gram, columns.T @ (weights * values))
     return solution
+
+
+def _some(n: int) -> npt.NDArray[np.int64] | slice:
+    """Steps to begin a fit with: a long run does not need all of them. Drawn, as steps may have a rhythm."""
+    if n <= BEGIN_WITH:
+        return slice(None)
+    return np.sort(np.random.default_rng(SEED).choice(n, BEGIN_WITH, replace=False))
 
 
 def _least_deviations(columns: Float64, values: Float64) -> Float64:

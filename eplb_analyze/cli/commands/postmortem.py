@@ -106,7 +106,6 @@ def postmortem(
     from eplb_analyze.batch.cache import ResultCache
     from eplb_analyze.batch.comparison import judge, require_baseline
     from eplb_analyze.batch.executors import create_executor
-    from eplb_analyze.batch.postmortem import rows_of
     from eplb_analyze.batch.targets import find
 
     if html and save is None:
@@ -121,6 +120,8 @@ def postmortem(
         require_baseline(baseline, targets)
     cache = None if save is None else ResultCache(save)
     chosen = create_executor(executor, workers, ray_address)
+    from eplb_analyze.batch.postmortem import rows_of  # while the executor starts
+
     rows: list[Row] = []
     fresh: list[Row] = []
     try:
