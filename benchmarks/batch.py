@@ -75,8 +75,10 @@ def decoding(file: Path, processes: int, times: int = 300) -> float:
         assert each.stdout.readline() == "ready\n"
     start = time.perf_counter()
     for each in started:
-        each.communicate("go\n")
-    assert not any(each.returncode for each in started)
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    assert not any([each.wait() for each in started])
     return time.perf_counter() - start
 
 
