@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from eplb_analyze.storage.path import local, storage_path
 
 if TYPE_CHECKING:
     from eplb_analyze.batch.cache import ResultCache
+    from eplb_analyze.batch.comparison import Postmortem
     from eplb_analyze.batch.executors import Executor
     from eplb_analyze.batch.rows import Row
 
@@ -103,10 +105,7 @@ def postmortem(
     If a run cannot be read, its row shows the reason. With --save, an interrupted batch continues, and
     unchanged runs are skipped.
     """
-    from eplb_analyze.batch.cache import ResultCache
-    from eplb_analyze.batch.comparison import judge, require_baseline
     from eplb_analyze.batch.executors import create_executor
-    from eplb_analyze.batch.targets import find
 
     if html and save is None:
         raise UsageError("--html needs a folder for the reports; add --save DIR")
@@ -115,36 +114,50 @@ def postmortem(
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address applies only with --executor ray")
     out = Output(json=json)
-    targets = list(find(places or ["."]))
-    if baseline is not None:
-        require_baseline(baseline, targets)
-    cache = None if save is None else ResultCache(save)
-    chosen = create_executor(executor, workers, ray_address)
-    from eplb_analyze.batch.postmortem import rows_of  # while the executor starts
-
-    rows: list[Row] = []
-    fresh: list[Row] = []
-    try:
-        for row, is_new in rows_of(targets, chosen, cache):
-            rows.append(row)
-            out.progress(len(rows), len(targets))
-            fresh += [row] if is_new else []
-        if cache is not None and html:
-            _write_pages(out, cache, rows, fresh, chosen)
-    finally:
-        chosen.close()
-    result = judge(rows, fail_below, baseline)
-    if cache is not None:
-        cache.save_table(result)
+    # First of all, because its workers import what they need at the same time as this process does.
+    with closing(create_executor(executor, workers, ray_address)) as chosen:
+        result = _result(out, places or ["."], baseline, fail_below, save, html, chosen)
     # Show the results even if they cannot be grouped.
     grouped = by if by in result.groupable() else None
     out.emit(lambda: result.to_json(grouped), lambda console: render(console, result, grouped, top, save))
     if by != grouped:
         raise UsageError(f"--group-by {by}: no run has this; there are: {', '.join(result.groupable())}")
-    if rows and all(row.status == "broken" for row in rows):
+    if result.rows and all(row.status == "broken" for row in result.rows):
         raise typer.Exit(EXIT_UNUSABLE)
     if result.failed:
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _result(
+    out: Output,
+    places: list[str],
+    baseline: str | None,
+    fail_below: float | None,
+    save: Path | None,
+    html: bool,
+    executor: Executor,
+) -> Postmortem:
+    from eplb_analyze.batch.cache import ResultCache
+    from eplb_analyze.batch.comparison import judge, require_baseline
+    from eplb_analyze.batch.postmortem import rows_of
+    from eplb_analyze.batch.targets import find
+
+    targets = list(find(places))
+    if baseline is not None:
+        require_baseline(baseline, targets)
+    cache = None if save is None else ResultCache(save)
+    rows: list[Row] = []
+    fresh: list[Row] = []
+    for row, is_new in rows_of(targets, executor, cache):
+        rows.append(row)
+        out.progress(len(rows), len(targets))
+        fresh += [row] if is_new else []
+    if cache is not None and html:
+        _write_pages(out, cache, rows, fresh, executor)
+    result = judge(rows, fail_below, baseline)
+    if cache is not None:
+        cache.save_table(result)
+    return result
 
 
 def _write_pages(
