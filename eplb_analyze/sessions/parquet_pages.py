@@ -1,4 +1,4 @@
-"""The sizes of a Parquet column's pages, read from their headers before anything is decoded.
+"""The pages of a Parquet column: their sizes, read from their headers before anything is decoded.
 
 A page decodes to as many bytes as its own header says, whatever the footer says: some kB can stand for GB.
 The header is a struct of Thrift's compact protocol: see PageHeader in Parquet's parquet.thrift, and Thrift's
@@ -7,7 +7,8 @@ thrift-compact-protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from eplb_dump.format.schema import FormatError
@@ -19,7 +20,7 @@ HEADER_BYTES, MAX_HEADER_BYTES = 512, 64 << 10
 ENCODINGS = frozenset({0, 2, 3, 4, 5, 6, 8, 9})
 
 #: Fields of a PageHeader, and of the header of each kind of page in it.
-_UNCOMPRESSED, _COMPRESSED = 2, 3
+_UNCOMPRESSED, _COMPRESSED, _CRC = 2, 3, 4
 _DATA, _DICTIONARY, _DATA_V2 = 5, 7, 8
 _NUM_VALUES = 1
 _ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_V2: 4}
@@ -39,35 +40,76 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT =
 )
 
 
-def decoded_bytes(read_at: Callable[[int, int], bytes], column: Any) -> int:
-    """The bytes of all pages of a column chunk once they are decompressed.
+@dataclass(frozen=True)
+class Page:
+    """A page, as its header describes it."""
+
+    #: Where its content is in the file, and how many bytes it has there and decompressed.
+    at: int
+    stored: int
+    size: int
+    #: Fields of the header by number.
+    header: dict[int, Any]
+
+    @property
+    def crc32(self) -> int | None:
+        """Of the content as it is stored; None if the header has no checksum."""
+        value = self.header.get(_CRC)
+        return value & 0xFFFFFFFF if isinstance(value, int) else None
+
+    def values(self, encoding: int) -> int:
+        """How many values it has, if it is a data page (version 1) in an encoding. Raises FormatError."""
+        page = self.header.get(_DATA)
+        if not isinstance(page, dict) or page.get(_ENCODING[_DATA]) != encoding:
+            raise FormatError(f"a page is not in encoding {encoding}, in which the writer stores lists")
+        count = page.get(_NUM_VALUES)
+        if not isinstance(count, int) or count < 0:
+            raise FormatError("a page header has no number of values")
+        return count
+
+
+def pages(read_at: Callable[[int, int], bytes], column: Any) -> Iterator[Page]:
+    """The pages of a column chunk; ``column`` is its :class:`pyarrow.parquet.ColumnChunkMetaData`.
 
     Args:
         read_at: ``(count, offset)`` reads from the file.
-        column: its :class:`pyarrow.parquet.ColumnChunkMetaData`.
 
-    Raises FormatError if a page header is malformed, or its values could take more memory than the page.
+    Raises FormatError if a page header is malformed.
     """
-    starts = [column.data_page_offset]
-    if column.dictionary_page_offset is not None:
-        starts.append(column.dictionary_page_offset)
-    at = min(start for start in starts if start > 0 or len(starts) == 1)
-    end = at + column.total_compressed_size
-    total = 0
+    at, end = extent(column)
     while at < end:
         header, length = _read_header(read_at, at, end)
         size, stored = header.get(_UNCOMPRESSED), header.get(_COMPRESSED)
         if not isinstance(size, int) or not isinstance(stored, int) or size < 0 or stored < 0:
             raise FormatError("a page header has no size")
+        yield Page(at + length, stored, size, header)
+        at += length + stored
+
+
+def extent(column: Any) -> tuple[int, int]:
+    """Where a column chunk begins and ends in the file."""
+    starts = [column.data_page_offset]
+    if column.dictionary_page_offset is not None:
+        starts.append(column.dictionary_page_offset)
+    at = min(start for start in starts if start > 0 or len(starts) == 1)
+    return at, at + column.total_compressed_size
+
+
+def decoded_bytes(read_at: Callable[[int, int], bytes], column: Any) -> int:
+    """The bytes of all pages of a column chunk once they are decompressed; arguments as for :func:`pages`.
+
+    Raises FormatError if a page header is malformed, or its values could take more memory than the page.
+    """
+    total = 0
+    for page in pages(read_at, column):
         for kind, encoding in _ENCODING.items():
-            page = header.get(kind)
-            if isinstance(page, dict) and page.get(encoding) not in ENCODINGS:
-                raise FormatError(f"a page has encoding {page.get(encoding)}, which the writer never uses")
-        dictionary = header.get(_DICTIONARY)
+            own = page.header.get(kind)
+            if isinstance(own, dict) and own.get(encoding) not in ENCODINGS:
+                raise FormatError(f"a page has encoding {own.get(encoding)}, which the writer never uses")
+        dictionary = page.header.get(_DICTIONARY)
         if isinstance(dictionary, dict) and not 0 <= dictionary.get(_NUM_VALUES, -1) <= column.num_values:
             raise FormatError("a dictionary has more entries than there are values")
-        total += size
-        at += length + stored
+        total += page.size
     return total
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eplb_analyze.sessions.parquet_lists import read_lists
 from eplb_analyze.sessions.parquet_pages import decoded_bytes
 from eplb_analyze.sessions.segments import DamagedSegmentError, Parts, reading_faults, require_regular
 from eplb_analyze.storage import bucket
@@ -35,7 +36,6 @@ from eplb_dump.format.journal import (
     load_shape,
     unknown_ms,
 )
-from eplb_dump.format.lists import list_values
 from eplb_dump.format.manifest import SealedSegment
 from eplb_dump.format.minutes import Minutes, width_of
 from eplb_dump.format.schema import (
@@ -326,15 +326,16 @@ class ParquetSegment:
                     with reading_faults(self, self._by_step, self.file_path(self._by_step)):
                         n = file.file.metadata.num_rows // self.shape.num_moe_layers
                         steps = _steps(table.column("step").combine_chunks())[:n]
-                        self._check_order(table, 0, steps, n)
+                        self._check_order(table, 0, steps)
+                        self._check_groups(file.file.metadata, steps)
                         self._load_steps = steps
         return self._load_steps
 
-    def _check_order(self, table: pa.Table, layer: int, steps: Int64, n: int) -> int:
+    def _check_order(self, table: pa.Table, layer: int, steps: Int64) -> int:
         """Check that a row group is ordered by layer and step. Returns the number of its layers."""
-        assert self.shape is not None
+        n = len(steps)
         count, rest = divmod(table.num_rows, n) if n else (0, table.num_rows)
-        numbers = self._info.layer_numbers(self.shape.num_moe_layers)[layer : layer + count]
+        numbers = self._layer_numbers()[layer : layer + count]
         if (
             rest
             or not np.array_equal(_numpy(table.column("step").combine_chunks()), np.tile(steps, count))
@@ -343,20 +344,37 @@ class ParquetSegment:
             raise FormatError("its rows are not ordered by layer and step")
         return count
 
+    def _check_groups(self, metadata: pq.FileMetaData, steps: Int64) -> None:
+        """Check by the footer that each row group has the next layers, and all steps of each."""
+        layer, numbers = 0, self._layer_numbers()
+        for group in _groups(metadata) if len(steps) else ():
+            count, rest = divmod(group.num_rows, len(steps))
+            edges = {
+                "step": (int(steps[0]), int(steps[-1])),
+                "layer": (numbers[layer], numbers[layer + count - 1]) if count else (),
+            }
+            for column in _columns(group):
+                wanted, found = edges.get(column.path_in_schema), column.statistics
+                if rest or (wanted is not None and (found is None or (found.min, found.max) != wanted)):
+                    raise FormatError("its rows are not ordered by layer and step")
+            layer += count
+
+    def _layer_numbers(self) -> list[int]:
+        assert self.shape is not None
+        return self._info.layer_numbers(self.shape.num_moe_layers)
+
     def _by_layers(self, column: str, width: int, first: int, last: int) -> Parts[Any]:
         """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
         steps, name = self.load_steps(), self._by_step
-        n = len(steps)
+        n, path = len(steps), self.file_path(name)
         layer = 0
-        for group, found in enumerate(_groups(self._metadata[name]) if n else ()):
-            count = found.num_rows // n
+        for group in _groups(self._metadata[name]) if n else ():
+            count = group.num_rows // n
             if layer < last and layer + count > first:
+                chunk = next(c for c in _columns(group) if c.path_in_schema.split(".")[0] == column)
                 # Many ranks are read together, so no file stays open between row groups.
-                with self._open(name) as file:
-                    table = self._read(file, name, ["step", "layer", column], group)
-                with reading_faults(self, name, self.file_path(name)):
-                    self._check_order(table, layer, steps, n)
-                    values = list_values(table.column(column).combine_chunks(), width)
+                with reading_faults(self, name, path), places.open_for_arrow(path) as source:
+                    values = read_lists(source.read_at, chunk, width)
                 yield layer, values.reshape(count, n, width)
             layer += count
 
@@ -372,9 +390,13 @@ class ParquetSegment:
 
     def verify(self, table: str) -> None:
         """Read the whole file of a table, which checks every checksum in it. Raises DamagedSegmentError."""
+        layer, steps = 0, self.load_steps() if table == self._by_step else None
         with self._open(table) as file:
             for group in range(file.file.metadata.num_row_groups):
-                self._read(file, table, SCHEMAS[table].names, group)
+                rows = self._read(file, table, SCHEMAS[table].names, group)
+                if steps is not None:
+                    with reading_faults(self, table, self.file_path(table)):
+                        layer += self._check_order(rows, layer, steps)
 
     def damage(self) -> dict[str, DamagedSegmentError]:
         """The tables that are missing, damaged or not what the manifest lists. Reads all of them."""

@@ -153,6 +153,7 @@ def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         column_encoding=encoding,
         write_statistics=["step", "layer", "ep_size"],
         write_page_checksum=True,
+        data_page_version="1.0",  # readers decode lists from their pages
         write_batch_size=1 << 12,
     )
 

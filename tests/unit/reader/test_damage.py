@@ -40,7 +40,7 @@ from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import DamagedSegmentError, read_manifest
 from eplb_dump.format import frames
 from eplb_dump.format.schema import MANIFEST_FILE, SESSION_FILE, STEPS_SCHEMA
-from eplb_dump.format.segment import footer_crc32
+from eplb_dump.format.segment import _open_parquet, footer_crc32
 
 
 @pytest.fixture(scope="module")
@@ -385,23 +385,48 @@ def test_damage_in_a_nested_analysis_restarts_the_outer_one(tmp_path: Path) -> N
     assert run.retry_without_damaged(outer) == [30, 20]
 
 
-def test_recorded_step_without_loads_is_found_by_check(tmp_path: Path) -> None:
-    """No writer produces this: valid checksums, and a step without its loads."""
-    folder = record_three(tmp_path, scope="global")
-    path = folder / "loads-000001.parquet"
-    table = pq.read_table(path)
-    table = table.filter(pc.field("step") != 15)
-    pq.write_table(table, path, row_group_size=len(table), write_page_checksum=True)
+def replace_loads(folder: Path, seq: int, table: pa.Table, group_rows: int) -> None:
+    """Write other loads of a segment, as the writer would, also into the manifest."""
+    path = folder / f"loads-{seq:06d}.parquet"
+    with _open_parquet(path, table.schema) as writer:
+        writer.write_table(table, row_group_size=group_rows)
     data = b""
     for frame in manifest(folder):
         header = frame.header
-        if header.get("seq") == 1:
+        if header.get("seq") == seq:
             entry = {"name": path.name, "bytes": path.stat().st_size, "rows": len(table)}
             entry["footer_crc32"] = footer_crc32(path)
             header = {**header, "files": {**header["files"], "loads": entry}}
-        data += frames.encode(frame.kind, header)
+        data += frames.encode(frame.kind, header, frame.arrays)
     (folder / MANIFEST_FILE).write_bytes(data)
+
+
+def test_recorded_step_without_loads_is_found_by_check(tmp_path: Path) -> None:
+    """No writer produces this: valid checksums, and a step without its loads."""
+    folder = record_three(tmp_path, scope="global")
+    table = pq.read_table(folder / "loads-000001.parquet").filter(pc.field("step") != 15)
+    replace_loads(folder, 1, table, len(table))
     assert "steps_differ" in codes(check_run(open_run(tmp_path)).findings)
+
+
+@pytest.mark.parametrize("group_layers", [1, 3])
+@pytest.mark.parametrize("swapped", ["layers", "steps"])
+def test_rows_in_another_order_are_found(tmp_path: Path, swapped: str, group_layers: int) -> None:
+    """No writer produces this either. Before figures, the footer shows the order of layers."""
+    folder = record_three(tmp_path, scope="global")
+    table = pq.read_table(folder / "loads-000001.parquet")
+    order = np.arange(len(table)).reshape(LAYERS, -1)
+    if swapped == "layers":
+        order = order[::-1]
+    else:
+        order[-1, 1:9] = order[-1, 8:0:-1]
+    replace_loads(folder, 1, table.take(order.reshape(-1)), group_layers * 10)
+    run = open_run(tmp_path)
+    damage = run.sessions[0].segments[1].damage()  # type: ignore[attr-defined]
+    assert "not ordered by layer and step" in str(damage["loads"])
+    if swapped == "layers":
+        assert len(run.loads(layers=[0])) == 20
+        assert any("not ordered by layer and step" in finding.text for finding in run.findings)
 
 
 # ---- limits of the reader, and claims
