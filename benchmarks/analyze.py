@@ -125,9 +125,11 @@ def measure(arguments: Sequence[str], repeat: int) -> tuple[float, float]:
     return min(seconds), peak
 
 
-def compare(folder: Path, repeat: int) -> None:
+def compare(folder: Path, repeat: int) -> dict[str, tuple[float, float]]:
+    """Seconds and MiB of each command and peer."""
     program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
     bare, peak = measure([sys.executable, "-c", DECODE, str(folder)], repeat)
+    found = {"decode": (bare, peak)}
     size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
     print(f"  {'pyarrow: decode load':26s} {bare:6.2f} s   1.00x   {peak:5.0f} MiB   ({size / 1e6:,.0f} MB)")
     rows = [("numpy: balancedness", [sys.executable, "-c", NUMPY, str(folder)])]
@@ -136,7 +138,9 @@ def compare(folder: Path, repeat: int) -> None:
     rows += [(" ".join(command), [program, *command, str(folder)]) for command in COMMANDS]
     for name, arguments in rows:
         seconds, peak = measure(arguments, repeat)
+        found[name] = seconds, peak
         print(f"  {name:26s} {seconds:6.2f} s  {seconds / bare:5.2f}x   {peak:5.0f} MiB", flush=True)
+    return found
 
 
 def main() -> None:

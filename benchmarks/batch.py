@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.analyze import apart, make
+from benchmarks.figure import Figure
 
 MEASURED = """
 import resource, sys
@@ -83,16 +85,21 @@ def decoding(file: Path, processes: int, times: int = 300) -> float:
     return time.perf_counter() - start
 
 
-def limits(file: Path, counts: list[int], repeat: int) -> None:
-    """What the machine gives to processes that share nothing."""
+def limits(file: Path, counts: list[int], repeat: int) -> dict[int, float]:
+    """What the machine gives to processes that share nothing: how much more they do, by their number."""
     print(f"decoding {file.name} alone, startup excluded: the machine's limit")
     one = min(decoding(file, 1) for _ in range(repeat))
+    found = {}
     for count in counts:
-        seconds = min(decoding(file, count) for _ in range(repeat))
-        print(f"  processes  {count:2d} {seconds:7.2f} s {count * one / seconds:5.2f}x", flush=True)
+        seconds = one if count == 1 else min(decoding(file, count) for _ in range(repeat))
+        found[count] = count * one / seconds
+        print(f"  processes  {count:2d} {seconds:7.2f} s {found[count]:5.2f}x", flush=True)
+    return found
 
 
-def compare(title: str, folder: Path, repeat: int, counts: list[int], ray: bool) -> None:
+def compare(title: str, folder: Path, repeat: int, counts: list[int], ray: bool) -> dict[int, float]:
+    """The seconds of each number of worker processes."""
+    found = {}
     print(title)
     base = None
     rows = [("local", 1), *(("processes", count) for count in counts)]
@@ -106,6 +113,39 @@ def compare(title: str, folder: Path, repeat: int, counts: list[int], ray: bool)
         ratio = f"{base / seconds:5.2f}x" if base else "       "
         threads = " (threads share the work)" if name == "local" else ""
         print(f"  {name:10s} {workers:2d} {seconds:7.2f} s {ratio}  {own:5d} MiB{threads}", flush=True)
+        if name == "processes":
+            found[workers] = seconds
+    return found
+
+
+def figures(quick: bool) -> Iterator[Figure]:
+    """One worker against one for each processor, or 16 of them."""
+    most = min(16, len(os.sched_getaffinity(0)))
+    runs, long = (4, 8_000) if quick else (10 * most, 100_000)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copies(root / "many", runs, 2000)
+        limit = limits(next((root / "many").rglob("steps-*.parquet")), [most], 2)[most]
+        apart(make, root / "long", long)
+        for what, share, name in (
+            (f"{runs} runs of 2,000 steps", 12 / 16, "many"),
+            (f"one run of {long:,} steps", 8 / 16, "long"),
+        ):
+            found = compare(what, root / name, 2, [1, most], ray=False)
+            yield Figure(
+                f"`postmortem --executor processes` of {what}, {most} workers against one",
+                f"≥ {share * most:g}x",
+                f"{found[1] / found[most]:.2f}x, {found[most]:.1f} s",
+                f"{most} processes that share nothing reach {limit:.1f}x",
+                found[1] / found[most] >= share * most,
+            )
+
+
+def copies(folder: Path, runs: int, steps: int) -> None:
+    """A run, so many times."""
+    apart(make, folder / "0", steps)
+    for number in range(1, runs):
+        shutil.copytree(folder / "0", folder / str(number))
 
 
 def main() -> None:
@@ -126,17 +166,23 @@ def main() -> None:
         root = Path(folder)
         (root / "none").mkdir()
         compare(
-            "nothing to read: the cost of an executor", root / "none", args.repeat, counts, not args.no_ray
+            "nothing to read: the cost of an executor",
+            root / "none",
+            args.repeat,
+            counts,
+            ray=not args.no_ray,
         )
-        apart(make, root / "many/0", args.steps)
-        for number in range(1, args.runs):
-            shutil.copytree(root / "many/0", root / f"many/{number}")
+        copies(root / "many", args.runs, args.steps)
         limits(next((root / "many/0").rglob("steps-*.parquet")), counts, args.repeat)
         compare(
-            f"{args.runs} runs of {args.steps:,} steps", root / "many", args.repeat, counts, not args.no_ray
+            f"{args.runs} runs of {args.steps:,} steps",
+            root / "many",
+            args.repeat,
+            counts,
+            ray=not args.no_ray,
         )
         apart(make, root / "long", args.long)
-        compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts, not args.no_ray)
+        compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts, ray=not args.no_ray)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ from eplb_analyze.metrics.cost import Work, fit
 from eplb_dump import ExpertLoadWriter
 
 Array = Any
+#: The model's constants were chosen on smaller seeds.
+FIRST_SEED = 1000
+LONGEST = 20_000
 #: The share of active experts in the cost of a decode step; None: imbalance costs nothing.
 KINDS = {"flat": None, "tokens": 0.0, "active": 1.0, "both": 0.5, "prefill": 0.0, "mixed": 1.0}
 
@@ -47,7 +51,7 @@ class Simulated(NamedTuple):
         return self.loads.sum(axis=3, dtype=np.int64)
 
 
-def simulate(seed: int, kind: str, longest: int = 20_000) -> Simulated:
+def simulate(seed: int, kind: str, longest: int = LONGEST) -> Simulated:
     rng = np.random.default_rng(seed)
     n = int(np.exp(rng.uniform(np.log(300), np.log(longest))))
     layers, ranks, slots = int(rng.integers(3, 9)), int(rng.choice([4, 8, 16])), int(rng.choice([4, 8]))
@@ -182,30 +186,45 @@ def recorded(some: Simulated) -> dict[str, tuple[str, tuple[float, float] | None
     }
 
 
+def evaluate(
+    name: str,
+    find: Callable[[Simulated], dict[str, tuple[str, tuple[float, float] | None]]],
+    kinds: Sequence[str] = tuple(KINDS),
+    runs: int = 600,
+    first: int = FIRST_SEED,
+    longest: int = LONGEST,
+    verbose: bool = False,
+) -> dict[str, Tally]:
+    """What was found, by kind of cost."""
+    tallies = {}
+    for kind in kinds:
+        tally = tallies[kind] = Tally()
+        for seed in range(first, first + runs // len(kinds)):
+            some = simulate(seed, kind, longest)
+            start = time.perf_counter()
+            found = find(some)
+            tally.seconds += time.perf_counter() - start
+            for phase, (status, bounds) in found.items():
+                if not tally.add(status, bounds, some, phase) and verbose:
+                    print(f"    {seed} {some.what} {phase}: {some.cost[phase]:.4f}, found {bounds}")
+        print(f"  {name:8s} {kind:8s} {tally}", flush=True)
+    return tallies
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=600, help="how many are fitted")
     parser.add_argument("--recordings", type=int, default=0, help="how many are recorded and read")
-    parser.add_argument("--first-seed", type=int, default=1000)
-    parser.add_argument("--longest", type=int, default=20_000)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--longest", type=int, default=LONGEST)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--verbose", action="store_true", help="print the runs whose cost is not covered")
     arguments = parser.parse_args()
-    for name, runs, find in (
-        ("fitted", arguments.runs, fitted),
-        ("recorded", arguments.recordings, recorded),
-    ):
-        for kind in arguments.kinds if runs else ():
-            tally = Tally()
-            for seed in range(arguments.first_seed, arguments.first_seed + runs // len(arguments.kinds)):
-                some = simulate(seed, kind, arguments.longest)
-                start = time.perf_counter()
-                found = find(some)
-                tally.seconds += time.perf_counter() - start
-                for phase, (status, bounds) in found.items():
-                    if not tally.add(status, bounds, some, phase) and arguments.verbose:
-                        print(f"    {seed} {some.what} {phase}: {some.cost[phase]:.4f}, found {bounds}")
-            print(f"  {name:8s} {kind:8s} {tally}", flush=True)
+    how = arguments.first_seed, arguments.longest, arguments.verbose
+    if arguments.runs:
+        evaluate("fitted", fitted, arguments.kinds, arguments.runs, *how)
+    if arguments.recordings:
+        evaluate("recorded", recorded, arguments.kinds, arguments.recordings, *how)
 
 
 if __name__ == "__main__":

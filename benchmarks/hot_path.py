@@ -13,7 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,13 +75,31 @@ def burst(call: Callable[[int], object], calls: int, after: Callable[[], object]
     return np.array(took[2:]) / 1e3
 
 
-def line(name: str, took: Any, base: Any | None = None) -> None:
-    p50, p99, worst = np.percentile(took, [50, 99, 100])
-    ratio = "" if base is None else f"   {p50 / np.percentile(base, 50):5.2f}x bare"
-    print(f"{name:46s} {len(took):5d} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}")
+class Took(NamedTuple):
+    """Microseconds of a call; ``ratio``: of the medians, to the bare copy's."""
+
+    p50: float
+    p99: float
+    ratio: float
 
 
-def cpu(folder: str, steps: int, pace_ms: float) -> None:
+#: By what was called, in the order of calls.
+Rows = dict[str, Took]
+
+
+def line(rows: Rows, name: str, took: Any, base: Any | None = None) -> None:
+    """Add a row and print it."""
+    p50, p99, worst = (float(value) for value in np.percentile(took, [50, 99, 100]))
+    rows[name] = Took(p50, p99, 1.0 if base is None else p50 / float(np.percentile(base, 50)))
+    ratio = "" if base is None else f"   {rows[name].ratio:5.2f}x bare"
+    print(
+        f"{name:46s} {len(took):5d} p50 {p50:8.1f} µs   p99 {p99:8.1f} µs   max {worst:8.0f} µs{ratio}",
+        flush=True,
+    )
+
+
+def cpu(folder: str, steps: int, pace_ms: float) -> Rows:
+    rows: Rows = {}
     batch = [torch.from_numpy(load) for load in workload.loads(64)]
     placement = torch.from_numpy(workload.placement())
     targets = [torch.empty_like(batch[0]) for _ in range(64)]
@@ -92,24 +110,26 @@ def cpu(folder: str, steps: int, pace_ms: float) -> None:
         spin(pace_ms / 1e3)
 
     bare = burst(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, lambda: None)
-    line("back to back: bare copy_", bare)
+    line(rows, "back to back: bare copy_", bare)
     with open_writer(folder) as writer:
         took = burst(lambda i: writer.record(None, batch[i % 64], placement), steps, writer.flush)
-        line("back to back: record, torch tensors", took, bare)
+        line(rows, "back to back: record, torch tensors", took, bare)
     bare = measure(lambda i: targets[i % 64].copy_(batch[i % 64]), steps, pace)
-    line("bare copy_ into a host buffer", bare)
+    line(rows, "bare copy_ into a host buffer", bare)
     for name, tensors, maps in (
         ("record, torch tensors", batch, placement),
         ("record, numpy arrays", [t.numpy() for t in batch], placement.numpy()),
     ):
         with open_writer(folder) as writer:
             took = measure(lambda i, w=writer, t=tensors, m=maps: w.record(None, t[i % 64], m), steps, pace)
-            line(name, took, bare)
+            line(rows, name, took, bare)
             writer.flush()
             print(f"{'':46s} {writer.stats().recorded} recorded, {writer.stats().dropped} dropped")
+    return rows
 
 
-def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
+def cuda(folder: str, device: str, steps: int, pace_ms: float) -> Rows:
+    rows: Rows = {}
     shape = f"{workload.LAYERS} × {workload.SLOTS} int32"
     print(f"{torch.cuda.get_device_name(device)}, {shape}, a step every {pace_ms:g} ms")
     batch = [torch.from_numpy(load).to(device) for load in workload.loads(64)]
@@ -146,12 +166,12 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
             writer.flush()
 
         bare = burst(bare_call, 3000, torch.cuda.synchronize)
-        line("back to back: bare copy_ + event.record()", bare)
+        line(rows, "back to back: bare copy_ + event.record()", bare)
         back_to_back = burst(lambda i: writer.record(None, batch[i % 64], placement), 3000, settle)
-        line("back to back: record", back_to_back, bare)
+        line(rows, "back to back: record", back_to_back, bare)
     for state, before in (("idle", idle), ("busy", busy)):
         bare = measure(bare_call, steps, before)
-        line(f"{state}: bare copy_(non_blocking) + event.record()", bare)
+        line(rows, f"{state}: bare copy_(non_blocking) + event.record()", bare)
         with open_writer(folder) as writer:
             writer.record(None, batch[0], placement)
             torch.cuda.synchronize()
@@ -163,7 +183,7 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
                 with no_synchronization():
                     w.record(None, batch[i % 64], placement)
 
-            line(f"{state}: record", measure(record, steps, before), bare)
+            line(rows, f"{state}: record", measure(record, steps, before), bare)
             measure(strict, 200, before)
 
             def begin(i: int, w: ExpertLoadWriter = writer) -> None:
@@ -171,13 +191,13 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
                 w.begin_step()
                 torch.cuda.set_sync_debug_mode("default")
 
-            line(f"{state}: begin_step, with two mode switches", measure(begin, 200, before), bare)
+            line(rows, f"{state}: begin_step, with two mode switches", measure(begin, 200, before), bare)
 
             def timed(i: int, w: ExpertLoadWriter = writer) -> int:
                 w.begin_step()
                 return w.record(None, batch[i % 64], placement)
 
-            line(f"{state}: begin_step and record", measure(timed, steps, before), bare)
+            line(rows, f"{state}: begin_step and record", measure(timed, steps, before), bare)
             with torch.inference_mode():
                 uncounted = placement.clone()
 
@@ -185,13 +205,14 @@ def cuda(folder: str, device: str, steps: int, pace_ms: float) -> None:
                     return w.record(None, batch[i % 64], m)
 
                 took = measure(record_both, steps, before)
-            line(f"{state}: record, map an inference tensor", took, bare)
+            line(rows, f"{state}: record, map an inference tensor", took, bare)
             writer.flush()
             stats = writer.stats()
             counts = f"{stats.recorded} recorded, {stats.dropped} dropped, {stats.rejected} rejected"
             print(f"{'':46s} {counts} (200 of them with sync_debug_mode error)")
         synchronous = measure(lambda i: batch[i % 64].cpu(), min(steps, 500), before)
-        line(f"{state}: .cpu(), as SGLang's per-pass recorder", synchronous, bare)
+        line(rows, f"{state}: .cpu(), as SGLang's per-pass recorder", synchronous, bare)
+    return rows
 
 
 if __name__ == "__main__":

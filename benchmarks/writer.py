@@ -68,7 +68,9 @@ def calibrated(step: Callable[[int], None], seconds: float) -> int:
         work *= 2
 
 
-def loop(rounds: int, steps: int) -> None:
+def loop(rounds: int, steps: int) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """How much longer a round takes, percent: lower quartile, median and upper quartile, by what was on."""
+    found = {}
     torch.set_num_threads(1)
     batch = [torch.from_numpy(load) for load in workload.loads(64)]
     placement = torch.from_numpy(workload.placement())
@@ -112,14 +114,22 @@ def loop(rounds: int, steps: int) -> None:
                 if writer is not None:
                     writer.close(60)
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"{name:13s} {state:32s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}], {dropped} dropped")
+            found[name, state] = low, middle, high
+            print(
+                f"{name:13s} {state:32s} {middle:+6.2f}% [{low:+.2f} … {high:+.2f}], {dropped} dropped",
+                flush=True,
+            )
+    return found
 
 
 # ---- as fast as it will go
 
 
-def sustained(seconds: float) -> None:
-    """Rate at which nothing is dropped: a producer that records as fast as the queue empties."""
+def sustained(seconds: float) -> tuple[float, float, float, int]:
+    """Rate at which nothing is dropped: a producer that records as fast as the queue empties.
+
+    Returns steps/s into the journal, sealed and as plain bytes; steps dropped.
+    """
     batch = [torch.from_numpy(load) for load in workload.loads(2048)]
     placement = torch.from_numpy(workload.placement())
     with tempfile.TemporaryDirectory() as folder:
@@ -150,12 +160,15 @@ def sustained(seconds: float) -> None:
         f"{stats.dropped} dropped of {step:,}; {size / step:,.0f} bytes a step"
     )
     print(f"writing the raw tensors ({raw:,} bytes) to a plain file: {plain:,.0f} steps/s")
+    return step / recorded, step / sealed, plain, stats.dropped
 
 
 # ---- bytes a step
 
 
-def size(steps: int) -> None:
+def size(steps: int) -> dict[str, dict[str, float]]:
+    """Bytes a step as a multiple of the loads' entropy, by kind of load and by who stores them."""
+    found: dict[str, dict[str, float]] = {}
     print("bytes a step (× the entropy of the loads, their rates being known)")
     for name, sigma, tokens in (
         ("Poisson, lognormal rates σ = 0.5, mean 118", 0.5, 118.0),
@@ -181,7 +194,9 @@ def size(steps: int) -> None:
         lines = sum(len(json.dumps(load.tolist())) + 1 for load in loads[:20]) / 20
         print(f"{name}: entropy {entropy:,.0f}")
         for peer, value in (("eplb_dump", ours), ("npz", npz), ("torch.save", saved), ("JSON lines", lines)):
-            print(f"    {peer:12s} {value:9,.0f}   {value / entropy:5.2f}x")
+            print(f"    {peer:12s} {value:9,.0f}   {value / entropy:5.2f}x", flush=True)
+            found.setdefault(name, {})[peer] = value / entropy
+    return found
 
 
 def counts(steps: int) -> None:

@@ -1,0 +1,263 @@
+"""Every figure that this project promises, beside its goal and its peer, as one Markdown table.
+
+    python -m benchmarks.table [--only NAME ...] [--quick] [--suite]
+
+Each row is measured here and now; each peer or physical limit in the same run. What this machine cannot
+measure is a row that says so. ``--quick`` measures too little for a verdict, to try the program out.
+``--suite`` also runs the project's tests. Details go to stderr, the table to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.figure import Figure, machine, table
+
+STEPS = 20_000
+LOCAL_STEPS = 1_000
+
+
+def record_cpu(quick: bool) -> Iterator[Figure]:
+    from benchmarks import hot_path
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = hot_path.cpu(folder, 600 if quick else 3000, 2.0)
+    bare = rows["bare copy_ into a host buffer"]
+    for name in ("torch tensors", "numpy arrays"):
+        took = rows[f"record, {name}"]
+        yield Figure(
+            f"`record`, CPU {name}, one step every 2 ms of busy Python",
+            "p50 ≤ 20 µs, p99 ≤ 100 µs",
+            f"{took.p50:.1f} µs, p99 {took.p99:.0f} µs",
+            f"a bare copy into a host buffer: {bare.p50:.1f} µs, p99 {bare.p99:.0f} µs",
+            took.p50 <= 20 and took.p99 <= 100,
+        )
+
+
+def record_cuda(quick: bool) -> Iterator[Figure]:
+    import torch
+
+    from benchmarks import hot_path
+
+    goal = "≤ 1.5x a bare copy and event"
+    if not torch.cuda.is_available():
+        yield Figure("`record`, CUDA tensors", goal, "not measured: no CUDA device", "", None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = hot_path.cuda(folder, "cuda", 600 if quick else 3000, 2.0)
+    synchronous = rows["busy: .cpu(), as SGLang's per-pass recorder"]
+    for state, name in (
+        ("back to back", "bare copy_ + event.record()"),
+        ("idle", "bare copy_(non_blocking) + event.record()"),
+        ("busy", "bare copy_(non_blocking) + event.record()"),
+    ):
+        took, bare = rows[f"{state}: record"], rows[f"{state}: {name}"]
+        yield Figure(
+            f"`record`, CUDA tensors, {state}",
+            goal,
+            f"{took.ratio:.2f}x, {took.p50:.1f} µs, p99 {took.p99:.0f} µs",
+            f"a bare copy and event: {bare.p50:.1f} µs; a synchronous copy: {synchronous.p50:,.0f} µs",
+            took.ratio <= 1.5,
+        )
+
+
+def engine(_quick: bool) -> Iterator[Figure]:
+    yield Figure(
+        "a real engine on GPUs: tokens/s with the plugin, as a share of those without",
+        "≥ 0.995",
+        "`sh scripts/real_vllm_gpu.sh` measures it",
+        "two engines without the plugin, in turns",
+        None,
+    )
+
+
+def loop(quick: bool) -> Iterator[Figure]:
+    from benchmarks import writer
+
+    found = writer.loop(5 if quick else 25, 60)
+    for name in ("pure Python", "torch matmul"):
+        low, middle, high = found[name, "writer on"]
+        control = found[name, "control: off, off, off"]
+        yield Figure(
+            f"engine loop of 5 ms steps ({name}), writer on against off",
+            "≤ 0.5% slower",
+            f"{middle:+.2f}% [{low:+.2f} … {high:+.2f}]",
+            f"off against off: {control[1]:+.2f}% [{control[0]:+.2f} … {control[2]:+.2f}]",
+            middle <= 0.5,
+        )
+
+
+def sustained(quick: bool) -> Iterator[Figure]:
+    from benchmarks import writer
+
+    journal, sealed, plain, dropped = writer.sustained(5 if quick else 20)
+    yield Figure(
+        "sustained, nothing dropped",
+        "≥ 2,500 steps/s",
+        f"{sealed:,.0f} steps/s sealed, {journal:,.0f} into the journal, {dropped} dropped",
+        f"raw tensors to a plain file: {plain:,.0f} steps/s",
+        sealed >= 2500 and not dropped,
+    )
+
+
+def size(quick: bool) -> Iterator[Figure]:
+    from benchmarks import writer
+
+    for name, found in writer.size(256 if quick else 1024).items():
+        yield Figure(
+            f"bytes per step: {name}",
+            "≤ 1.7x the entropy",
+            f"{found['eplb_dump']:.2f}x",
+            f"npz {found['npz']:.2f}x, torch.save {found['torch.save']:.2f}x",
+            found["eplb_dump"] <= 1.7,
+        )
+
+
+def reading(quick: bool) -> Iterator[Figure]:
+    from benchmarks import analyze
+
+    steps, repeat = (4000, 1) if quick else (STEPS, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        analyze.apart(analyze.make, Path(folder), steps)
+        found = analyze.compare(Path(folder), repeat)
+    decode = found["decode"][0]
+    peer = f"pyarrow decodes `load` in {decode:.2f} s"
+    seconds, memory = found["summary"]
+    duckdb = found.get("DuckDB: of rank_load")
+    yield Figure(
+        f"`summary`, {steps:,} steps",
+        "as fast as DuckDB's balancedness alone; ≤ 200 MiB",
+        f"{seconds:.2f} s, {memory:.0f} MiB",
+        "DuckDB is not installed" if duckdb is None else f"DuckDB: {duckdb[0]:.2f} s, {duckdb[1]:.0f} MiB",
+        None if duckdb is None else seconds <= duckdb[0] and memory <= 200,
+    )
+    for name, most in (("experts", 1.2), ("rearrangements", 1.5)):
+        seconds, memory = found[name]
+        yield Figure(
+            f"`{name}`, {steps:,} steps",
+            f"≤ {most}x pyarrow's decode of `load`",
+            f"{seconds / decode:.2f}x, {seconds:.2f} s, {memory:.0f} MiB",
+            peer,
+            seconds / decode <= most,
+        )
+    yield _layer(f"`layer 12 --step 400`, {steps:,} steps", found)
+    with tempfile.TemporaryDirectory() as folder:
+        analyze.apart(analyze.make_local, Path(folder), 500 if quick else LOCAL_STEPS)
+        yield _layer("`layer 12 --step 400`, 32 local ranks", analyze.compare(Path(folder), repeat))
+
+
+def _layer(what: str, found: dict[str, tuple[float, float]]) -> Figure:
+    seconds, memory = found["layer 12 --step 400"]
+    beside = f"pyarrow decodes `load` of all steps in {found['decode'][0]:.2f} s"
+    return Figure(what, "≤ 0.35 s", f"{seconds:.2f} s, {memory:.0f} MiB", beside, seconds <= 0.35)
+
+
+def workers(quick: bool) -> Iterator[Figure]:
+    from benchmarks import batch
+
+    yield from batch.figures(quick)
+
+
+def planted_incidents(quick: bool) -> Iterator[Figure]:
+    from benchmarks import incidents
+
+    runs = 40 if quick else 400
+    tally, alarms = incidents.evaluate(incidents.by_sums, runs, runs, incidents.CELLS)
+    right, counted = tally.right.total(), tally.counted.total()
+    yield Figure(
+        "planted incidents found: edges within 2 steps, right layer, rank and expert",
+        "≥ 95%",
+        f"{right / counted:.1%} ({right} of {counted})",
+        "",
+        right / counted >= 0.95,
+    )
+    yield Figure(
+        "clean runs with an incident", "≤ 2%", f"{alarms / runs:.1%} ({alarms} of {runs})", "",
+        alarms / runs <= 0.02,
+    )  # fmt: skip
+
+
+def planted_costs(quick: bool) -> Iterator[Figure]:
+    from benchmarks import cost
+
+    tallies = cost.evaluate("fitted", cost.fitted, runs=60 if quick else 600)
+    flat = tallies.pop("flat")
+    covered, known = sum(t.covered for t in tallies.values()), sum(t.known for t in tallies.values())
+    yield Figure(
+        "planted costs inside the 95% interval",
+        "90 to 98%",
+        f"{covered / known:.1%} ({covered} of {known})",
+        ", ".join(f"{kind} {t.covered / t.known:.1%}" for kind, t in tallies.items()),
+        0.90 <= covered / known <= 0.98,
+    )
+    yield Figure(
+        "a cost measured where there is none",
+        "≤ 5% of runs",
+        f"{flat.measured / flat.phases:.1%} ({flat.measured} of {flat.phases})",
+        "",
+        flat.measured / flat.phases <= 0.05,
+    )
+
+
+def suite(_quick: bool) -> Iterator[Figure]:
+    start = time.perf_counter()
+    failed = subprocess.run(["sh", ".ci/run"], stdin=subprocess.DEVNULL, check=False).returncode
+    minutes = (time.perf_counter() - start) / 60
+    verdict = "all pass" if not failed else "some FAIL"
+    yield Figure(
+        "the whole test suite, with installs", "≤ 8 min on two cores", f"{minutes:.1f} min, {verdict}", "",
+        not failed and minutes <= 8,
+    )  # fmt: skip
+
+
+GROUPS: dict[str, Callable[[bool], Iterator[Figure]]] = {
+    "record-cuda": record_cuda,
+    "record-cpu": record_cpu,
+    "loop": loop,
+    "engine": engine,
+    "sustained": sustained,
+    "size": size,
+    "reading": reading,
+    "workers": workers,
+    "incidents": planted_incidents,
+    "cost": planted_costs,
+    "suite": suite,
+}
+
+
+def measured(name: str, quick: bool) -> list[Figure]:
+    """A group of rows, in a process of its own: what one imports would count as another's memory."""
+    with contextlib.redirect_stdout(sys.stderr):
+        found = list(GROUPS[name](quick))
+    return [replace(figure, met=None) for figure in found] if quick else found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = [name for name in GROUPS if name != "suite"]
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="NAME")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--suite", action="store_true")
+    args = parser.parse_args()
+    described = machine()
+    figures: list[Figure] = []
+    for name in [*args.only, *(["suite"] if args.suite else [])]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
+            figures += own.submit(measured, name, args.quick).result()
+    print(described, table(figures), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
