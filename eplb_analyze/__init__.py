@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from eplb_analyze.reader.run import Run as Run
     from eplb_analyze.reader.run import open_run as open_run
     from eplb_analyze.reader.run_info import RunInfo as RunInfo
-    from eplb_analyze.replay.advise import Advice as Advice
+    from eplb_analyze.replay.advice import Advice as Advice
     from eplb_analyze.replay.advise import advise as advise
     from eplb_analyze.replay.replay import Replay as Replay
     from eplb_analyze.replay.replay import replay_run as replay_run
@@ -72,7 +72,8 @@ _EXPORTS = {
     "reader.recorded_setting": ["Setting"],
     "reader.run": ["Run", "open_run"],
     "reader.run_info": ["RunInfo"],
-    "replay.advise": ["Advice", "advise"],
+    "replay.advice": ["Advice"],
+    "replay.advise": ["advise"],
     "replay.replay": ["Replay", "replay_run"],
     "replay.settings": ["Choices"],
     "sessions.segments": ["DamagedSegmentError"],

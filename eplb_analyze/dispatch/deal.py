@@ -267,6 +267,13 @@ def random_bits(steps: Int64, stream: int, count: int) -> Bits:
     return _mix(_mix(step * np.uint32(0x85EBCA77)) ^ _mix(draw)[:, np.newaxis])
 
 
+def drawn(steps: Int64, every: int) -> npt.NDArray[np.bool_]:
+    """About one of ``every`` steps, drawn by a hash of the step: bool ``[steps]``."""
+    hashed = _mix((steps & 0xFFFFFFFF).astype(np.uint32) * np.uint32(0x85EBCA77))
+    chosen: npt.NDArray[np.bool_] = hashed % np.uint32(every) == 0
+    return chosen
+
+
 def _mix(bits: Bits) -> Bits:
     bits = bits ^ (bits >> np.uint32(16))
     bits *= np.uint32(0x85EBCA6B)

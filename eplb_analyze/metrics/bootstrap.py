@@ -54,6 +54,11 @@ class Interval:
         return cls(value, float(low), float(high))
 
     @property
+    def error(self) -> float:
+        """The standard error, on the side of 0."""
+        return (self.value - self.low if self.value > 0 else self.high - self.value) / 1.96
+
+    @property
     def is_significant(self) -> bool:
         return self.low > ROUNDING or self.high < -ROUNDING
 

@@ -1,4 +1,4 @@
-"""What each change of one part of a setting gains over today: redundancy, interval, window or policy.
+"""What each change of one part of a setting gains over today: redundancy, interval, window, policy and so on.
 
 The rest stays as in a base setting: today's, or, if that is not known, the one tried that is closest to it.
 Every gain, and the word for it, is over what was recorded: today's placements and pauses, in the judged part
@@ -9,8 +9,8 @@ training part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.policies.policy import ORACLE
-from eplb_analyze.reader.recorded_setting import NO_CONDITIONS, Setting
+from eplb_analyze.reader.recorded_setting import CONDITIONS, NO_CONDITIONS, Setting
 from eplb_analyze.replay.pricing import Objective, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
@@ -30,7 +30,7 @@ from eplb_analyze.text import reaches_0
 SURE = 3.3
 
 #: ``none``: the base itself, if it is not what was recorded.
-Part = Literal["none", "redundant experts", "interval", "window", "policy"]
+Part = Literal["none", "redundant experts", "interval", "window", "policy", "condition", "dispatch"]
 #: ``likely``: not beyond doubt, as so many rows are tested; ``small``: below the least gain; ``no effect``:
 #: the interval includes 0, and neither the least gain nor a loss of it; ``unclear``: 0 and one of them.
 Result = Literal[
@@ -164,7 +164,7 @@ def _base(played: Replay, own: Setting | None) -> Setting | None:
             abs(setting.interval - usual),
             abs((setting.window or 0) - (today.window or setting.interval)),
         )
-        other = setting.policy != today.policy, setting.conditions != NO_CONDITIONS
+        other = setting.policy != (today.policy or "deepseek"), setting.conditions != NO_CONDITIONS
         found.append(((*map(float, other), *map(float, far)), setting))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -190,9 +190,11 @@ def part_changed(base: Setting, other: Setting) -> Part | None:
     """
     if base.ep_size != other.ep_size or other.policy == ORACLE:
         return None
-    if base.conditions != other.conditions and other.policy not in FIXED:
-        return None
     redundant = base.num_redundant_experts != other.num_redundant_experts
+    if base.conditions != other.conditions and other.policy not in FIXED:
+        return "condition" if replace(base, **_conditions(other)) == other else None
+    if base.dispatch != other.dispatch:
+        return "dispatch" if replace(base, dispatch=other.dispatch) == other else None
     if base.policy != other.policy:
         same_rhythm = (base.interval, base.window) == (other.interval, other.window)
         return "policy" if not redundant and (other.policy in FIXED or same_rhythm) else None
@@ -206,9 +208,13 @@ def part_changed(base: Setting, other: Setting) -> Part | None:
     return changed[0] if len(changed) == 1 else None
 
 
+def _conditions(setting: Setting) -> dict[str, Any]:
+    return {name: getattr(setting, name) for name in CONDITIONS}
+
+
 def _order(change: Change) -> tuple[int, str, int]:
     setting = change.setting
-    parts: tuple[Part, ...] = ("none", "redundant experts", "interval", "window", "policy")
+    parts: tuple[Part, ...] = get_args(Part)
     number = {
         "redundant experts": setting.num_redundant_experts,
         "interval": setting.interval,
@@ -256,7 +262,6 @@ def result_of(saved: Interval | None, min_gain: float) -> Result:
     positive = saved.low > 0
     if abs(saved.value) < min_gain and max(abs(saved.low), abs(saved.high)) <= 2 * min_gain:
         return "small gain" if positive else "small loss"
-    error = max(saved.value - saved.low, saved.high - saved.value) / 1.96
-    if abs(saved.value) < max(min_gain, SURE * error):
+    if abs(saved.value) < max(min_gain, SURE * saved.error):
         return "likely gain" if positive else "likely loss"
     return "gain" if positive else "loss"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.replay.grouping import Grouping, Groupings
 from eplb_analyze.replay.pricing import Objective, Pause, gain, lines_of, net, pause_of
-from eplb_analyze.replay.scores import MEASURED, TODAY, Scores
+from eplb_analyze.replay.scores import TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
 from eplb_analyze.replay.settings import Choices, grid
@@ -261,6 +261,16 @@ class Replay(RunReport):
         )
 
 
+class Search(Protocol):
+    """What to try in place of all combinations."""
+
+    def first(self, run: Run, today: Recorded, steps: int) -> list[Setting]:
+        """The first settings, given today's and the number of steps."""
+
+    def refined(self, played: Replay, steps: int) -> list[Setting]:
+        """More settings, given a replay of the first ones."""
+
+
 def replay_run(
     run: Run,
     choices: Choices | Sequence[Setting] | None = None,
@@ -273,6 +283,8 @@ def replay_run(
     expert_mb: float | None = None,
     workers: int | None = None,
     keep_placements: bool = False,
+    search: Search | None = None,
+    score_steps: int | None = None,
 ) -> Replay:
     """Replay settings over the last configuration of a half-open range of steps (default: all).
 
@@ -287,6 +299,8 @@ def replay_run(
         expert_mb: the weights of one expert of one layer, in MB of 10^6 bytes; gives the GB moved.
         workers: threads; the result does not depend on them. Default: one for each core.
         keep_placements: also return all placements, which takes memory.
+        search: what to try instead of all combinations, if nothing but a dispatch is chosen.
+        score_steps: score about so many of the steps, and compute no bounds; default: all.
 
     Raises:
         NotInDumpError: the dump has no such step.
@@ -301,7 +315,14 @@ def replay_run(
         serving = estimated.serving_only()
         today = _named_dispatch(recorded(serving, part.shape), choices)
         groupings = Groupings(serving, today, part.shape, num_groups, num_nodes)
-        settings, notes = _settings(serving, today, choices, part.recorded * run.info.interval)
+        engine_steps = part.recorded * run.info.interval
+        default = isinstance(choices, Choices | None) and (choices or Choices()).are_default
+        searching = search if default else None
+        settings, notes = (
+            _settings(serving, today, choices, engine_steps)
+            if searching is None
+            else (searching.first(serving, today, engine_steps), [])
+        )
         tried, own = len(settings), replace(today, dispatch=AS_MEASURED).setting()
         check_objective(objective, _dispatches(today, settings))
         cost, pause = cost_of(estimated), pause_of(estimated, cost_per_expert_ms)
@@ -313,7 +334,7 @@ def replay_run(
                 serving, part.steps, part.shape, part.origin,
                 [(setting, _policy(setting.policy)) for setting in settings],
                 recorded_steps=part.recorded, num_groups=grouping.num_groups, lines=lines_of(cost),
-                dispatch=today.dispatch,
+                dispatch=today.dispatch, score_steps=score_steps,
                 num_nodes=lambda ranks: (
                     grouping.num_nodes if ranks == part.shape.ep_size else grouping.nodes(ranks)
                 ),
@@ -321,7 +342,9 @@ def replay_run(
             if keep_placements:
                 for each in simulation.setting_runs[:tried]:
                     each.kept = list(each.placed)
-            test = None if own is None else RecordedSettingTest(simulation, settings.index(own), today)
+            test = None
+            if own is not None and own in settings:
+                test = RecordedSettingTest(simulation, settings.index(own), today)
             simulation.play(workers)
             return simulation, None if test is None else test.result(grouping, groupings.seen_groups)
 
@@ -340,10 +363,18 @@ def replay_run(
             notes += [f"{note}; policies assume one node" for note in uneven]
         if tested is not None and tested.doubt is not None:
             notes.insert(0, tested.doubt)
-        return _result(
-            simulation, part, today, chosen, tested, tried, objective, cost, pause, cost_per_expert_ms,
-            expert_mb, notes,
-        )  # fmt: skip
+
+        def result(simulation: Simulation, tried: int, notes: list[str]) -> Replay:
+            return _result(
+                simulation, part, today, chosen, tested, tried, objective, cost, pause, cost_per_expert_ms,
+                expert_mb, notes,
+            )  # fmt: skip
+
+        found = result(simulation, tried, notes)
+        if searching is not None and (others := searching.refined(found, engine_steps)):
+            simulation, _ = simulated(chosen, [*others])
+            found = _joined(found, result(simulation, len(others), [*notes]))
+        return found
 
     return run.retry_without_damaged(play)
 
@@ -447,13 +478,28 @@ def _result(
         batches_known=simulation.sharing.batches_known,
         tokens_everywhere=run.info.token_replication > 1,
         self_test=tested,
-        measured_balancedness=scores.balancedness_of(MEASURED),
-        measured_idle_fraction=scores.idle_fraction_of(MEASURED),
+        measured_balancedness=simulation.recorded.balancedness,
+        measured_idle_fraction=simulation.recorded.idle_fraction,
         outcomes=[outcomes[row] for row in order],
         scores=scores,
         rows=order,
         placements=[kept for row in order if (kept := simulation.setting_runs[row].kept) is not None] or None,
         notes=notes,
+    )
+
+
+def _joined(first: Replay, second: Replay) -> Replay:
+    """A replay with the settings of another one of the same steps, too."""
+    count, outcomes = len(second.outcomes), [*second.outcomes, *first.outcomes]
+    rows = [*second.rows, *(row + count for row in first.rows)]
+    sort_key = functools.partial(rank, objective=first.objective)
+    order = sorted(range(len(outcomes)), key=lambda i: (*sort_key(outcomes[i]), rows[i]))
+    return replace(
+        first,
+        outcomes=[outcomes[i] for i in order],
+        rows=[rows[i] for i in order],
+        scores=first.scores.with_settings(second.scores, count),
+        notes=[*dict.fromkeys([*first.notes, *second.notes])],
     )
 
 

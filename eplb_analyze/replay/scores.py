@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.series import BoundedSeries
 from eplb_dump.format.journal import Int64
 
-#: The last rows: the recorded placements with tokens shared as in the settings, and the loads as recorded.
-TODAY, MEASURED = -2, -1
+#: The last row: the recorded placements with tokens shared as in the settings.
+TODAY = -1
 #: The figures of a step; then the efforts of :attr:`Scores.lines`, and the steps that they are of.
 ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, ACTIVE_EXPERTS = range(5)
 FIGURES = 5
@@ -26,8 +27,8 @@ ALL = slice(None)
 class Scores:
     """Sums over steps, by setting; in a long run a column holds several steps.
 
-    Rows are the settings, then ``TODAY`` and ``MEASURED``. If the dispatch of ``TODAY`` is not the one
-    measured, the recorded placements with the dispatch measured come before it.
+    Rows are the settings, then ``TODAY``. If the dispatch of ``TODAY`` is not the one measured, the recorded
+    placements with the dispatch measured come before it.
 
     Attributes:
         ep_size: int ``[rows]``.
@@ -50,10 +51,7 @@ class Scores:
 
     @property
     def active(self) -> Float64:
-        """How many steps have an active layer.
-
-        Rows differ if all tokens of a step are on slots that hold no expert: only ``MEASURED`` counts them.
-        """
+        """How many steps have an active layer."""
         return self._sum(ACTIVE)
 
     @property
@@ -83,6 +81,13 @@ class Scores:
         """How many steps are of the line's phase."""
         return self._sum(FIGURES + len(self.lines) + self.lines.index(line))[TODAY, columns]
 
+    def with_settings(self, other: Scores, count: int) -> Scores:
+        """These scores and the first ``count`` rows of others of the same steps, which come first."""
+        joined = Scores([*other.ep_size[:count], *self.ep_size], self.lines)
+        sums = np.concatenate([other._series.sums[:, :count], self._series.sums], axis=1)
+        joined._series = replace(self._series, sums=sums)
+        return joined
+
     def _sum(self, index: int) -> Float64:
         found: Float64 = self._series.sums[index]
         return found
@@ -97,10 +102,10 @@ class Scores:
         return float(self.balancedness[row, columns].sum()) / active if active else None
 
     def active_experts_of(self, row: int, columns: slice = ALL) -> float | None:
-        """Mean over the steps with an active layer; None of the loads as recorded, or if it is not known."""
+        """Mean over the steps with an active layer; None if it is not known."""
         active = float(self.active[row, columns].sum())
         total = float(self.active_experts[row, columns].sum())
-        return total / active if active and row != MEASURED and not math.isnan(total) else None
+        return total / active if active and not math.isnan(total) else None
 
     def idle_fraction_of(self, row: int, columns: slice = ALL) -> float | None:
         maximum = float(self.maximum[row, columns].sum())

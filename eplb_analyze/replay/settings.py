@@ -89,6 +89,13 @@ class Choices:
     delays: Sequence[int] = (0,)
     max_moves: Sequence[int | None] = (None,)
 
+    @property
+    def are_default(self) -> bool:
+        """Whether only the dispatch is chosen."""
+        usual = vars(Choices())
+        own = {name: value and tuple(value) for name, value in vars(self).items() if name != "dispatches"}
+        return own.items() <= usual.items()
+
     def conditions(self) -> list[dict[str, Any]]:
         """All combinations of the conditions, as arguments of :class:`Setting`."""
         each = (
@@ -137,8 +144,8 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
                 if policy in FIXED:
                     found.add(Setting(policy, redundant, ep_size, None, None, None))
                     continue
-                for interval in choices.intervals or _intervals(engine, today.interval, steps):
-                    windows = choices.windows or _windows(engine, interval, today.window, steps)
+                for interval in choices.intervals or usual_intervals(engine, today.interval, steps):
+                    windows = choices.windows or usual_windows(engine, interval, today.window, steps)
                     starts = choices.starts or [first_rearrangement(engine, interval)]
                     for window, start, conditions in itertools.product(windows, starts, choices.conditions()):
                         found.add(Setting(policy, redundant, ep_size, interval, window, start, **conditions))
@@ -157,10 +164,10 @@ def grid(run: Run, today: Recorded, choices: Choices, steps: int) -> tuple[list[
             else [today.dispatch]
         )
     ]
-    return sorted(every, key=_order), notes
+    return sorted(every, key=setting_order), notes
 
 
-def _intervals(engine: str | None, today: int | None, steps: int) -> list[int]:
+def usual_intervals(engine: str | None, today: int | None, steps: int) -> list[int]:
     """A quarter of, once and four times today's interval, if they leave room for two rearrangements.
 
     Today's has to leave room for one: without it, no change of another part could be seen by itself.
@@ -187,11 +194,11 @@ def _two_more(
     policy = next((name for name in policies if name not in FIXED), None)
     if policy is None:
         return set()
-    interval = _nearest(
-        choices.intervals or _intervals(engine, today.interval, steps), usual_interval(today, steps)
+    interval = nearest(
+        choices.intervals or usual_intervals(engine, today.interval, steps), usual_interval(today, steps)
     )
-    usual = sorted(choices.windows or _windows(engine, interval, today.window, steps))
-    window = _nearest(usual, today.window or interval)
+    usual = sorted(choices.windows or usual_windows(engine, interval, today.window, steps))
+    window = nearest(usual, today.window or interval)
     start = (choices.starts or [first_rearrangement(engine, interval)])[0]
     return {Setting(policy, redundant, ep_size, interval, window, start, **choices.conditions()[0])}
 
@@ -201,17 +208,17 @@ def usual_interval(today: Recorded, steps: int) -> int:
     return today.interval or max(1, steps // PARTS)
 
 
-def _nearest(values: Sequence[int], today: int) -> int:
+def nearest(values: Sequence[int], today: int) -> int:
     return min(values, key=lambda value: abs(value - today))
 
 
-def _windows(engine: str | None, interval: int, today: int | None, steps: int) -> set[int]:
+def usual_windows(engine: str | None, interval: int, today: int | None, steps: int) -> set[int]:
     # SGLang refuses a window longer than the interval.
     windows = {interval} if engine == "sglang" else {interval, today or 4 * interval}
     return {window for window in windows if window <= steps} or {min(windows)}
 
 
-def _order(setting: Setting) -> tuple[Any, ...]:
+def setting_order(setting: Setting) -> tuple[Any, ...]:
     numbers = (setting.interval, setting.window, setting.start, *setting.conditions)
     first = setting.ep_size, setting.num_redundant_experts, setting.policy
     return (*first, *(n or 0 for n in numbers), setting.dispatch)

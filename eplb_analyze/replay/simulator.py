@@ -8,6 +8,7 @@ of an expert shared by its replicas as the setting's dispatch does (:mod:`eplb_a
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import phases_of
-from eplb_analyze.dispatch.deal import random_bits, replica_draws
+from eplb_analyze.dispatch.deal import drawn, random_bits, replica_draws
 from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
 from eplb_analyze.dispatch.rule import Busiest, Replicas, busiest_of, rank_loads
 from eplb_analyze.errors import DumpError
@@ -39,7 +40,6 @@ from eplb_analyze.replay.scores import (
     FIGURES,
     MAXIMUM,
     MEAN,
-    MEASURED,
     TODAY,
     Line,
     Scores,
@@ -72,10 +72,12 @@ class Simulation:
         settings: in the order given.
         setting_runs: one for each setting; the same one for those that differ only in the dispatch.
         bounds: lower bound of the tokens of the busiest ranks, summed over layers and steps, by size.
-        scored, left_out: complete steps scored, and those without a known placement.
-        first_step, last_step: of the steps scored.
+        recorded: the figures of the loads as recorded.
+        scored, left_out: complete steps scored, or that those scored stand for, and those without a known
+            placement.
+        first_step, last_step: of these steps.
         sharing: how tokens are shared by replicas.
-        unplaced: tokens on slots that hold no expert, which only ``MEASURED`` counts.
+        unplaced: tokens on slots that hold no expert, which only ``recorded`` counts.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Simulation:
         num_groups: int = 1,
         lines: Sequence[Line] = (),
         dispatch: str = AS_MEASURED,
+        score_steps: int | None = None,
     ) -> None:
         """
         Args:
@@ -100,6 +103,8 @@ class Simulation:
             num_groups: of experts, as the model has them.
             lines: the efforts that are scored, too.
             dispatch: the name of that of today's placements.
+            score_steps: in a longer run, about so many of the steps are scored, drawn by chance, and no bound
+                is computed; None: all are.
 
         Raises:
             NotReplayableError: the placement of a layer is not known in any step.
@@ -124,12 +129,17 @@ class Simulation:
         todays = len(self.sharing.names) - len(settings)
         #: The row of the recorded placements with the dispatch measured.
         self.today_as_measured = TODAY + 1 - todays
-        self.scores = Scores([*(s.ep_size for s, _ in settings), *[shape.ep_size] * (todays + 1)], lines)
+        self.scores = Scores([*(s.ep_size for s, _ in settings), *[shape.ep_size] * todays], lines)
+        self.recorded = RecordedFigures()
+        #: One of so many steps is scored.
+        self._every = max(1, recorded_steps // score_steps) if score_steps else 1
         #: Active experts are a figure of all settings.
         self._exchanges = sorted({0, *(exchange for _, exchange in lines)})
         sizes = {(own.slots, own.setting.ep_size) for own in self.setting_runs}
         if shape.num_physical_experts >= self.experts:  # else experts have no slot, and there is no bound
             sizes.add((shape.num_physical_experts, shape.ep_size))
+        if score_steps:
+            sizes.clear()
         self.bounds: dict[Size, float] = dict.fromkeys(sorted(sizes), 0.0)
         self.bound_steps = max(1, recorded_steps * self.layers // BOUND_SUMS)
         if any(setting.policy == policies.ORACLE for setting in self.settings):
@@ -195,7 +205,10 @@ class Simulation:
                     played.result()
                 self.sharing.start(loads.num_tokens, self.setting_runs, pool)
                 past.forget(last - longest)
-                self._score(loads, block.phase_names(steps), pool)
+                self.recorded.add(loads.measured, loads.tokens / self.shape.ep_size)
+                chosen = loads.within(np.flatnonzero(drawn(steps, self._every)))
+                if len(chosen.steps):
+                    self._score(chosen, block.phase_names(chosen.steps), pool)
                 self.first_step = self.first_step if self.scored else int(steps[0])
                 self.last_step = last
                 self.scored += len(steps)
@@ -286,11 +299,10 @@ class Simulation:
                         own.within(part), replicas, deals[:, :, part], rates
                     )
             edges.update(cuts)
-        maximum[MEASURED] = loads.measured[layer]
         mean[:] = load.sum(axis=1, dtype=np.int64) / self.scores.ep_size[:, None]
-        mean[MEASURED] = loads.tokens[layer] / self.shape.ep_size
-        np.divide(1, maximum[MEASURED], out=inverse[MEASURED], where=maximum[MEASURED] > 0)
         terms[BALANCEDNESS] = mean * inverse
+        if not self.bounds:
+            return terms, []
         # No placement changes within a sum, so the bound of its busiest rank is one of its steps together.
         sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0, dtype=np.float64)
         return terms, [float(policies.lower_bound(sums, *size).sum()) for size in self.bounds]
@@ -300,6 +312,30 @@ class Simulation:
         ranks, copies = self.settings[row].ep_size, self.run.info.token_replication
         placed = place_each(load[:, : self.in_layer[layer]], self.setting_runs[row].slots, ranks, copies)
         return busiest_of(placed, ranks, rates, copies)
+
+
+class RecordedFigures:
+    """Balancedness and idle fraction of loads as recorded, added up over steps."""
+
+    def __init__(self) -> None:
+        self._active = self._balancedness = self._maximum = self._mean = 0.0
+
+    def add(self, maximum: npt.NDArray[Any], mean: Float64) -> None:
+        """Add steps: tokens of the busiest and of the mean rank of each layer ``[layers, steps]``."""
+        layers = (maximum > 0).sum(axis=0)
+        ratios = np.divide(mean, maximum, out=np.zeros(mean.shape), where=maximum > 0).sum(axis=0)
+        self._active += int(np.count_nonzero(layers))
+        self._balancedness += float((ratios / np.maximum(layers, 1)).sum())
+        self._maximum += float(maximum.sum())
+        self._mean += float(mean.sum())
+
+    @property
+    def balancedness(self) -> float | None:
+        return self._balancedness / self._active if self._active else None
+
+    @property
+    def idle_fraction(self) -> float | None:
+        return max(0.0, 1 - self._mean / self._maximum) if self._maximum else None
 
 
 class _LogicalLoads:
@@ -317,6 +353,16 @@ class _LogicalLoads:
         self.measured, self.tokens = (np.zeros((len(histories), len(steps)), np.int64) for _ in range(2))
         self.num_tokens: Int64 = block.num_tokens[np.searchsorted(block.step, steps)]
         self.block, self._histories, self._experts = block, histories, experts
+
+    def within(self, rows: npt.NDArray[np.intp]) -> _LogicalLoads:
+        """The loads of some of the steps, once they are read."""
+        if len(rows) == len(self.steps):
+            return self
+        out = copy.copy(self)
+        out.steps, out.num_tokens = self.steps[rows], self.num_tokens[rows]
+        out.measured, out.tokens = self.measured[:, rows], self.tokens[:, rows]
+        out.logical = [load[rows] for load in self.logical]
+        return out
 
     def read(self, layers: tuple[int, int]) -> int:
         """Read and fold a range of layers; return the tokens on slots that hold no expert.

@@ -52,7 +52,7 @@ REPORTS = {
     "rearrangements": "analysis.rearrangements.RearrangementReport",
     "compare": "analysis.compare.Comparison",
     "replay": "replay.replay.Replay",
-    "advise": "replay.advise.Advice",
+    "advise": "replay.advice.Advice",
     "postmortem": "batch.comparison.Postmortem",
     "check": "analysis.check.CheckReport",
     "import": "transfer.importers.import_dump.ImportReport",

@@ -55,10 +55,10 @@ def advise(
     timings: options.Timings = None,
     workers: options.Workers = None,
 ) -> None:
-    """Recommend load-balancer settings, and show the gain from each change.
+    """Recommend load-balancer settings: one with its gain and its price, and the two best alternatives.
 
-    Tries the same settings as `replay`. Chooses the best setting on the first 60% of the steps, and tests it
-    on the rest.
+    Chooses them on the first 60% of the steps, and tests them on the rest. Without options about settings,
+    it searches among those that the engine offers; with them, it tries what `replay` would try.
     """
     choices = options.parse_choices(
         policy, redundant, interval, window, start, dispatch=dispatch,

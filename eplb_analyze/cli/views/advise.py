@@ -12,7 +12,14 @@ from eplb_analyze.cli.console import (
     styled,
     table,
 )
-from eplb_analyze.cli.views.replay import OBJECTIVES, pause_sentence, shared
+from eplb_analyze.cli.views.advise_options import (
+    alternatives,
+    change_text,
+    options_table,
+    price_text,
+    saved_text,
+)
+from eplb_analyze.cli.views.replay import CONDITIONS, OBJECTIVES, pause_sentence, shared
 from eplb_analyze.text import clean, figure, milliseconds, milliseconds_bounded, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -20,8 +27,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from eplb_analyze.reader.recorded_setting import Recorded, Setting
-    from eplb_analyze.replay.advise import Advice, Judged
+    from eplb_analyze.reader.recorded_setting import Setting
+    from eplb_analyze.replay.advice import Advice
     from eplb_analyze.replay.changes import Change, Changes
     from eplb_analyze.replay.replay import Replay
 
@@ -45,12 +52,22 @@ RESULTS = {"gain": "bold green", "loss": "bold red", "unknown": "dim"}
 def render(console: Console, advice: Advice) -> None:
     print_heading(console, advice.model, f" · run {advice.run_id}")
     reasons = list(advice.reasons)
-    if advice.verdict in ("enable", "retune"):
+    changed = advice.verdict in ("enable", "retune")
+    if changed:
         reasons = [_advised(advice), *reasons]
     first = f": {reasons[0]}" if reasons else ""
-    print_line(console, (VERDICTS[advice.verdict], STYLES[advice.verdict]), first)
+    verdict = "REARRANGE LESS OFTEN" if advice.less_often else VERDICTS[advice.verdict]
+    print_line(console, (verdict, STYLES[advice.verdict]), first)
     for reason in reasons[1:]:
         print_line(console, reason[:1].upper() + reason[1:])
+    if advice.least_interval is not None:
+        least = f"{100 * advice.min_gain:g}% of the time"
+        text = f"with an interval of {plural(advice.least_interval, 'step')} or more, pauses take less than"
+        print_line(console, f"{text[:1].upper()}{text[1:]} {least}")
+    if changed and (price := price_text(advice)) is not None:
+        print_line(console, price)
+    if advice.best is not None:
+        alternatives(console, advice, changes=changed)
     if advice.changes is not None:
         assert advice.replay is not None
         for line in redundancy(
@@ -62,12 +79,16 @@ def render(console: Console, advice: Advice) -> None:
             print_line(console, line)
     _steps(console, advice)
     print_notes(console, advice.notes)
+    if advice.best is not None and advice.today is not None:
+        console.print()
+        options_table(console, advice, changes=changed)
+        _evidence(console, advice)
     if advice.changes is not None and advice.changes.rows:
         console.print()
         _changes(console, advice, advice.changes)
-    if advice.best is not None and advice.today is not None:
         console.print()
-        _evidence(console, advice, advice.best, advice.today)
+    if advice.best is not None:
+        _basis(console, advice)
     if advice.replay is not None:
         known, idle = figure(advice.measured_balancedness), percent(advice.replay.measured_idle_fraction)
         steps = steps_label(console, advice.replay.first_step, advice.replay.last_step)
@@ -85,27 +106,12 @@ def _steps(console: Console, advice: Advice) -> None:
 
 
 def _advised(advice: Advice) -> str:
-    """``vllm, 32 redundant experts, every 100 steps, window 500, saves 0.8 ms per step``."""
-    from eplb_analyze.replay.settings import conditions_text
-
-    setting = None if advice.best is None else advice.best.setting
-    assert setting is not None
-    policy = "no rearrangements" if setting.policy == "static" else clean(setting.policy)
-    text = f"{policy}, {plural(setting.num_redundant_experts, 'redundant expert')}"
-    if setting.interval is not None:
-        text += f", every {plural(setting.interval, 'step')}, window {setting.window or 0:,}"
-        text += "".join(f", {condition}" for condition in conditions_text(setting))
-    net = advice.net_ms_per_step
-    if advice.replay is not None and advice.replay.objective == "ms" and net is not None:
-        return f"{text}, saves {milliseconds(net.estimate, net.low, net.high)} per step"
-    basis = (
-        "active experts" if advice.replay is not None and advice.replay.objective == "active" else "tokens"
-    )
-    return (
-        text
-        if advice.gain is None
-        else f"{text}, saves {100 * advice.gain.value:.1f}% of the time, by {basis}"
-    )
+    """``32 redundant experts instead of 0, rearrange every 100 steps: saves 0.8 ms per step, 12% of it``."""
+    assert advice.best is not None
+    assert advice.best.setting is not None
+    assert advice.replay is not None
+    text = change_text(advice.best.setting, advice.replay)
+    return f"{text}: saves {saved_text(advice, advice.best)}"
 
 
 def redundancy(changes: Changes, *, advised: bool, min_gain: float, layers: int) -> list[str]:
@@ -212,7 +218,7 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
     title = ("gain over what was recorded, one change at a time", "bold")
     print_line(console, title, f"; {_origin(changes, advice.replay)}: {_text(changes.base)}")
     unit = {
-        "ms": "net ms per step (95% CI)",
+        "ms": "net ms/step (95% CI)",
         "tokens": "% of time, by tokens",
         "active": "% of active experts",
     }
@@ -274,6 +280,12 @@ def _legend(advice: Advice, changes: Changes) -> list[str]:
         lines.append(f"assumed: decided by the pauses, which are assumed to take {each} each")
     if any(" at " in _saved(change) for change in changes.rows):
         lines.append("at most, at least: other fits of the step times, about as good, give up to that")
+    conditions = [change.setting for change in changes.rows if change.part == "condition"]
+    lines += [
+        f"{title}: {meaning}"
+        for title, (name, meaning) in CONDITIONS.items()
+        if any(getattr(setting, name) and not setting.layers_per_step for setting in conditions)
+    ]
     if any(change.experts_per_gpu for change in changes.rows):
         layers = plural(advice.replay.part.shape.num_moe_layers, "layer")
         lines.append(f"per GPU: expert weights that each GPU holds, over all {layers}")
@@ -297,6 +309,13 @@ def _change_to(base: Setting, change: Change) -> str:
         return f"{setting.num_redundant_experts:,}{also}"
     if change.part == "window":
         return f"{setting.window or 0:,}"
+    if change.part == "condition":
+        if setting.layers_per_step is not None:
+            return f"{plural(setting.layers_per_step, 'layer')}/step"
+        found = {title: getattr(setting, name) for title, (name, _) in CONDITIONS.items()}
+        return ", ".join(f"{title} {value:,}" for title, value in found.items() if value)
+    if change.part == "dispatch":
+        return setting.dispatch
     if change.part == "interval":
         window = "" if setting.window == base.window else f", window {setting.window or 0:,}"
         return f"{setting.interval or 0:,}{window}"
@@ -330,42 +349,22 @@ def _less_memory(change: Change, layers: int) -> str:
     return f"{plural(experts, 'fewer expert')} ({experts // layers} per layer)"
 
 
-def _evidence(console: Console, advice: Advice, best: Judged, today: Judged) -> None:
+def _evidence(console: Console, advice: Advice) -> None:
+    """What the gain consists of, what uses it up, and how to start the engine."""
     assert advice.replay is not None
-    changes = advice.verdict in ("enable", "retune")
-    listing = table(console, "<", "today", "advised" if changes else "best other")
-    assert best.setting is not None
-    listing.add_row("policy", *(clean(s.policy or "–") for s in (advice.replay.recorded, best.setting)))
-    for name, text in (
-        ("num_redundant_experts", "redundant experts"),
-        ("interval", "interval, steps"),
-        ("window", "window, steps"),
-    ):
-        listing.add_row(text, *(_count(s, name) for s in (advice.replay.recorded, best.setting)))
-    listing.add_section()
-    listing.add_row("balancedness", figure(today.balancedness), figure(best.balancedness))
-    listing.add_row("idle", percent(today.idle_fraction), percent(best.idle_fraction))
-    listing.add_row("active experts", figure(today.active_experts, 1), figure(best.active_experts, 1))
-    listing.add_row("rearrangements", f"{today.rearrangements:,}", f"{best.rearrangements:,}")
-    listing.add_row("weights moved", f"{today.weights_moved:,}", f"{best.weights_moved:,}")
-    console.print(listing)
-    console.print()
     if advice.replay.objective == "ms":
         _in_ms(console, advice)
-    elif advice.gain is not None:
-        low, high = (signed(100 * value, 1) for value in (advice.gain.low, advice.gain.high))
-        paid = "" if advice.replay.cost_per_expert_ms is None else ", less what moving costs more"
-        active = advice.replay.objective == "active"
-        what = "the active experts of the ranks with most" if active else "the time, by tokens"
-        gain = f"{signed(100 * advice.gain.value, 1)}% of {what} (95%: {low} … {high})"
-        print_line(console, "saves ", (gain, "bold"), paid)
-        if advice.break_even_ms is not None:
-            console.print(
-                f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
-            )
+    elif advice.break_even_ms is not None:
+        text = f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
+        print_line(console, text)
     if advice.engine_arguments is not None:
         console.print("to start the engine with this setting:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)
+
+
+def _basis(console: Console, advice: Advice) -> None:
+    """What the gains assume."""
+    assert advice.replay is not None
     basis = (
         f"by the cost fitted to this run's step times: {advice.replay.cost.message}; {shared(advice.replay)}"
     )
@@ -385,23 +384,12 @@ def _in_ms(console: Console, advice: Advice) -> None:
     net, gain = advice.net_ms_per_step, advice.gain_ms_per_step
     if net is None or gain is None:
         return
-    text = milliseconds_bounded(net.estimate, net.low, net.high)
-    share = ""
-    if advice.gain is not None:
-        median = milliseconds(advice.step_ms_p50)
-        share = f", {signed(100 * advice.gain.value, 1)}% of the median step of {median}"
-    print_line(console, "net gain per step ", (text, "bold"), share)
     work = milliseconds_bounded(gain.estimate, gain.low, gain.high)
     print_line(
         console,
-        f"of that, work of the slowest ranks: {work}; the rest is pauses, at the rate of the whole run",
+        f"of its gain, work of the slowest ranks: {work}; the rest is pauses, at the rate of the whole run",
     )
     print_line(console, pause_sentence(advice.replay.pause))
     if advice.break_even_pause_ms is not None:
         pause = milliseconds(advice.break_even_pause_ms)
         print_line(console, f"used up if a rearrangement pauses the engine for {pause}")
-
-
-def _count(setting: Setting | Recorded, name: str) -> str:
-    value = getattr(setting, name)
-    return "–" if value is None else f"{value:,}"

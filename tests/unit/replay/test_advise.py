@@ -19,7 +19,7 @@ from eplb_analyze.metrics import bootstrap
 from eplb_analyze.policies import policy
 from eplb_analyze.policies.policy import POLICIES
 from eplb_analyze.reader.recorded_setting import Recorded, Setting
-from eplb_analyze.replay.advise import Advice
+from eplb_analyze.replay.advice import Advice
 from eplb_analyze.replay.advise import advise as advise_run
 from eplb_analyze.replay.pricing import Objective
 from eplb_analyze.replay.replay import replay_run
@@ -176,7 +176,9 @@ def test_cost_is_subtracted_from_the_gain(tmp_path: Path) -> None:
     assert free.replay.seconds is not None
     half = advise(run, one, cost_per_expert_ms=free.break_even_ms / 2)
     assert half.gain is not None
-    assert half.best == free.best
+    assert half.best is not None
+    assert free.best is not None
+    assert half.best.setting == free.best.setting
     assert half.gain.value == pytest.approx(free.gain.value / 2)
     assert half.gain.high - half.gain.low == pytest.approx(free.gain.high - free.gain.low)
     dear = advise(run, one, cost_per_expert_ms=50 * free.break_even_ms)

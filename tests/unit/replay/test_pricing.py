@@ -202,7 +202,7 @@ def test_advice_by_active_experts_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert advice.reasons == [f"{best} would have a significant gain by active experts"]
     options = ("--objective", "active", "--redundant-experts", "0", "--interval-steps", "50")
     text = " ".join(cli("advise", tmp_path, *options).stdout.split())
-    assert "of the active experts of the ranks with most" in text
+    assert "of the time (20.0 to 20.0), by active experts" in text
     assert "expected by active experts" in text
 
 
