@@ -1,7 +1,7 @@
 """How `postmortem` scales with workers, and what each executor costs before it does any work.
 
     python -m benchmarks.batch [--runs 12] [--steps 2000] [--long 40000] [--repeat 2] [--workers 1,2]
-        [--no-ray]
+        [--no-ray] [--nodes 2]
 
 Records a run of DeepSeek-V3's shape, scope global, and copies it; then one long run, which is read in parts.
 Each figure is a whole process, the best of ``--repeat`` in sequence. Ratios are to one worker process (the
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.analyze import apart, make
@@ -51,14 +51,16 @@ decode(int(sys.argv[2]))
 """
 
 
-def measure(arguments: list[str], repeat: int) -> tuple[float, int]:
+def measure(
+    arguments: list[str], repeat: int, prefix: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+) -> tuple[float, int]:
     """The best time in seconds, and the MiB of the program itself."""
     seconds, own = [], 0
     for _ in range(repeat):
         start = time.perf_counter()
         out = subprocess.run(
-            [sys.executable, "-c", MEASURED, *arguments],
-            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [*prefix, sys.executable, "-c", MEASURED, *arguments],
+            env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         seconds.append(time.perf_counter() - start)
         own = max(own, int(out.stderr.split()[-1]))
@@ -141,6 +143,24 @@ def figures(quick: bool) -> Iterator[Figure]:
             )
 
 
+def by_nodes(folder: Path, repeat: int, nodes: int) -> None:
+    """Ray clusters of one node and of several, each with one processor and a network of its own."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
+    import ray_nodes
+
+    if why := ray_nodes.why_not():
+        print(f"no Ray cluster of {nodes} nodes: {why}")
+        return
+    print(f"{folder.name}: Ray clusters of nodes with one processor and a network of their own")
+    base = None
+    for count in (1, nodes):
+        with ray_nodes.cluster(count) as address:
+            arguments = ["postmortem", str(folder), "--executor", "ray", "--ray-address", address]
+            seconds, own = measure(arguments, repeat, ray_nodes.on_node(1), ray_nodes.ENVIRONMENT)
+        base = base or seconds
+        print(f"  ray, nodes {count:2d} {seconds:7.2f} s {base / seconds:5.2f}x  {own:5d} MiB", flush=True)
+
+
 def copies(folder: Path, runs: int, steps: int) -> None:
     """A run, so many times."""
     apart(make, folder / "0", steps)
@@ -157,6 +177,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=40000)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--nodes", type=int, default=0, help="also on Ray clusters of one node and of these")
     parser.add_argument("--workers", default="1,2", help="numbers of workers; ratios are to the first")
     args = parser.parse_args()
     counts = [int(count) for count in args.workers.split(",")]
@@ -182,7 +203,11 @@ def main() -> None:
             ray=not args.no_ray,
         )
         apart(make, root / "long", args.long)
+        if args.nodes:
+            by_nodes(root / "many", args.repeat, args.nodes)
         compare(f"one run of {args.long:,} steps", root / "long", args.repeat, counts, ray=not args.no_ray)
+        if args.nodes:
+            by_nodes(root / "long", args.repeat, args.nodes)
 
 
 if __name__ == "__main__":
