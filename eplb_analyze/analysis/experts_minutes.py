@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from eplb_analyze.analysis.layer_report import HotExpert
 from eplb_analyze.analysis.minute_sums import (
     SLOT_COLUMNS,
     ConfigurationMinutes,
     ExpertTotals,
     minutes_left_out,
 )
-from eplb_analyze.analysis.summary_report import HOT_EXPERTS, HotExpert
+from eplb_analyze.analysis.summary_report import HOT_EXPERTS
 from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.completeness import Completeness

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.layer_minutes import layer_of_minutes
 from eplb_analyze.analysis.layer_report import ExpertLoad, LayerReport, RankLoad, SlotLoad
 from eplb_analyze.errors import NotInDumpError
 from eplb_analyze.metrics import formulas
@@ -49,6 +48,8 @@ def layer_report(
     asked = steps if step is None else (step, step + 1)
     tier = finest(run, asked)
     if tier is Tier.MINUTES:
+        from eplb_analyze.analysis.layer_minutes import layer_of_minutes
+
         return run.retry_without_damaged(lambda: layer_of_minutes(run, layer, index, asked))
     run = run if tier is Tier.RANKS else run.with_loads()
     if step is not None:

@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from eplb_analyze.analysis.summary_report import HotExpert
 from eplb_analyze.json_report import Report, RunReport
 from eplb_analyze.metrics.losses import Bin
 from eplb_analyze.text import iso
 from eplb_dump.format.schema import Tier
+
+
+@dataclass(frozen=True)
+class HotExpert:
+    """A logical expert and its share of its layer's tokens."""
+
+    layer: int
+    logical: int
+    share: float
+    times_mean: float
+    replicas: int
 
 
 @dataclass(frozen=True)

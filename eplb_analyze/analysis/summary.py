@@ -10,12 +10,12 @@ import numpy as np
 from eplb_analyze.analysis.cost import cost_of_sample
 from eplb_analyze.analysis.incident_series import incidents_of
 from eplb_analyze.analysis.incidents import Incident, excess_tokens
+from eplb_analyze.analysis.layer_report import HotExpert
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.summary_report import (
     HOT_EXPERTS,
     Configuration,
     Estimate,
-    HotExpert,
     LayerFigure,
     Loss,
     PhaseFigure,

@@ -9,6 +9,7 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.incidents import Incident
+from eplb_analyze.analysis.layer_report import HotExpert
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import LongGaps, PauseTotal
 from eplb_analyze.errors import Finding
@@ -54,17 +55,6 @@ class LayerFigure:
     #: The EP rank that was the slowest of this layer most often, and in what share of the uneven steps.
     worst_rank: int | None
     worst_rank_share: float | None
-
-
-@dataclass(frozen=True)
-class HotExpert:
-    """A logical expert and its share of its layer's tokens."""
-
-    layer: int
-    logical: int
-    share: float
-    times_mean: float
-    replicas: int
 
 
 @dataclass(frozen=True)

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import io
+import keyword
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from eplb_analyze.cli.commands import (
-    advise,
-    check,
-    compact,
-    compare,
-    copy,
-    experts,
-    export,
-    formulas,
-    import_,
-    layer,
-    placement,
-    postmortem,
-    prune,
-    ranks,
-    rearrangements,
-    recover,
-    replay,
-    report,
-    runs,
-    serve_metrics,
-    summary,
-    timeline,
-    traffic,
-    watch,
-)
 from eplb_analyze.cli.help import (
     DATA,
     DECIDE,
@@ -63,127 +37,191 @@ DEBUG_VARIABLE = "EPLB_ANALYZE_DEBUG"
 #: An unknown option is taken for a typing error of one that is at least this similar.
 ALIKE = 0.8
 
-app = typer.Typer(
-    name=PROGRAM,
-    cls=Group,
-    help="Show how well a run's expert load was balanced, what imbalance cost, and what to change.",
-    epilog="Exit codes:\n"
-    "0  done\n1  a check or a threshold failed\n2  wrong usage\n3  the dump is unusable or incomplete",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+class _Entry(NamedTuple):
+    """A command: its function, or its ``app`` if it has commands of its own, is in the module of its name."""
+
+    panel: str
+    name: str
+    short_help: str
+    #: In its help; a test runs them.
+    examples: tuple[str, ...] = ()
+
+    def add_to(self, app: typer.Typer) -> None:
+        name = f"{self.name}_" if keyword.iskeyword(self.name) else self.name.replace("-", "_")
+        module = import_module(f"eplb_analyze.cli.commands.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=self.name, rich_help_panel=self.panel, short_help=self.short_help)
+            return
+        app.command(
+            self.name,
+            cls=Command,
+            rich_help_panel=self.panel,
+            short_help=self.short_help,
+            epilog=examples(*self.examples),
+        )(getattr(module, name))
 
 
-def _add(group: str, name: str, command: Callable[..., None], short_help: str, *used: str) -> None:
-    """Register a command. ``used`` are the examples in its help, which a test runs."""
-    app.command(name, cls=Command, rich_help_panel=group, short_help=short_help, epilog=examples(*used))(
-        command
+#: In the order of the help.
+_COMMANDS = [
+    _Entry(
+        LOOK,
+        "summary",
+        "Show the verdict, the cost and the incidents of a run.",
+        ("summary dump", "summary --since 03:02 --until 03:04 dump"),
+    ),
+    _Entry(LOOK, "runs", "List the runs of a dump.", ("runs dump", "runs --json dump")),
+    _Entry(
+        LOOK,
+        "watch",
+        "Show a live view of a run.",
+        ("watch --once dump", "watch --once --window-steps 500 --json dump"),
+    ),
+    _Entry(
+        LOOK,
+        "serve-metrics",
+        "Serve a live run's metrics to Prometheus.",
+        ("serve-metrics --once dump", "serve-metrics --once --json dump"),
+    ),
+    _Entry(
+        LOOK,
+        "report",
+        "Write one HTML file that works offline.",
+        ("report -o report.html dump", "report -o redacted.html --redact --steps 2-7 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "layer",
+        "Show the load of each rank, slot and expert of a layer.",
+        ("layer 1 dump", "layer 1 --steps 2-7 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "experts",
+        "Show hot, cold and dead experts, and their replicas.",
+        ("experts dump", "experts --hot --layer 1 --window-steps 5 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "ranks",
+        "Show which rank or node the others had to wait for.",
+        ("ranks dump", "ranks --by node --ranks-per-node 1 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "timeline",
+        "Plot a metric over the steps of a run.",
+        ("timeline dump", "timeline --formula idle_fraction --layer 1 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "placement",
+        "Show which expert is in which slot, and what changed.",
+        ("placement dump", "placement --step 8 --against 2 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "traffic",
+        "Show how many tokens each rank sent to each other rank.",
+        ("traffic dump", "traffic --layer 1 --steps 2-7 dump"),
+    ),
+    _Entry(
+        DRILL_DOWN,
+        "rearrangements",
+        "Show whether each rearrangement helped, and for how long.",
+        ("rearrangements dump", "rearrangements --window-steps 200 --json dump"),
+    ),
+    _Entry(
+        DECIDE,
+        "compare",
+        "Compare two runs, or two ranges of steps of one run.",
+        ("compare old-dump dump", "compare --steps-a -11 --steps-b 12- dump"),
+    ),
+    _Entry(
+        DECIDE,
+        "replay",
+        "Replay the recorded loads under other settings.",
+        (
+            "replay --policy deepseek,static --redundant-experts 2,4 dump",
+            "replay --interval-steps 4 --window-steps 4 --top 5 dump",
+        ),
+    ),
+    _Entry(
+        DECIDE,
+        "advise",
+        "Recommend load-balancer settings.",
+        ("advise dump", "advise --redundant-experts 2 --fail-below 0.5 dump"),
+    ),
+    _Entry(
+        MANY_RUNS,
+        "postmortem",
+        "Rank many runs by the cost of imbalance.",
+        ("postmortem dump", "postmortem --group-by model --fail-below 0.1 dump"),
+    ),
+    _Entry(DATA, "check", "Verify that a run is complete and intact.", ("check dump", "check --json dump")),
+    _Entry(
+        DATA,
+        "import",
+        "Convert a recording from another system into a run.",
+        (
+            "import load.npy imported --ep-size 2 --placement linear",
+            "import load.npy imported --ep-size 2 --placement linear --json",
+        ),
+    ),
+    _Entry(DATA, "export", "Write a placement for an engine, or loads for other programs."),
+    _Entry(
+        DATA,
+        "copy",
+        "Copy a run, or a part of it.",
+        ("copy dump copied", "copy --steps 2-7 --ranks 0-1 dump part"),
+    ),
+    _Entry(
+        DATA,
+        "compact",
+        "Merge the rank files of a run into one compact run.",
+        ("compact dump compacted", "compact --run-id small dump compacted"),
+    ),
+    _Entry(
+        DATA, "recover", "Recover recordings from crashed writers.", ("recover dump", "recover --json dump")
+    ),
+    _Entry(
+        DATA,
+        "prune",
+        "Limit a dump's age and size, tier by tier.",
+        (
+            "prune --keep-full 7d --keep-ranks 30d --max-age 1y --dry-run dump",
+            "prune --max-bytes 500G --json dump",
+        ),
+    ),
+    _Entry(
+        REFERENCE,
+        "formulas",
+        "Explain the balance formulas and cite their sources.",
+        ("formulas", "formulas --json"),
+    ),
+]
+
+
+def program(command: str | None = None) -> typer.Typer:
+    """The command line, with one command, or with all if there is none of this name.
+
+    To import and describe all of them takes a tenth of a small command's time.
+    """
+    app = typer.Typer(
+        name=PROGRAM,
+        cls=Group,
+        help="Show how well a run's expert load was balanced, what imbalance cost, and what to change.",
+        epilog="Exit codes:\n"
+        "0  done\n1  a check or a threshold failed\n2  wrong usage\n3  the dump is unusable or incomplete",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
-
-
-_add(
-    LOOK, "summary", summary.summary, "Show the verdict, the cost and the incidents of a run.",
-    "summary dump", "summary --since 03:02 --until 03:04 dump",
-)  # fmt: skip
-_add(LOOK, "runs", runs.runs, "List the runs of a dump.", "runs dump", "runs --json dump")
-_add(
-    LOOK, "watch", watch.watch, "Show a live view of a run.",
-    "watch --once dump", "watch --once --window-steps 500 --json dump",
-)  # fmt: skip
-_add(
-    LOOK, "serve-metrics", serve_metrics.serve_metrics, "Serve a live run's metrics to Prometheus.",
-    "serve-metrics --once dump", "serve-metrics --once --json dump",
-)  # fmt: skip
-_add(
-    LOOK, "report", report.report, "Write one HTML file that works offline.",
-    "report -o report.html dump", "report -o redacted.html --redact --steps 2-7 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "layer", layer.layer, "Show the load of each rank, slot and expert of a layer.",
-    "layer 1 dump", "layer 1 --steps 2-7 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "experts", experts.experts, "Show hot, cold and dead experts, and their replicas.",
-    "experts dump", "experts --hot --layer 1 --window-steps 5 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "ranks", ranks.ranks, "Show which rank or node the others had to wait for.",
-    "ranks dump", "ranks --by node --ranks-per-node 1 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "timeline", timeline.timeline, "Plot a metric over the steps of a run.",
-    "timeline dump", "timeline --formula idle_fraction --layer 1 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "placement", placement.placement, "Show which expert is in which slot, and what changed.",
-    "placement dump", "placement --step 8 --against 2 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "traffic", traffic.traffic, "Show how many tokens each rank sent to each other rank.",
-    "traffic dump", "traffic --layer 1 --steps 2-7 dump",
-)  # fmt: skip
-_add(
-    DRILL_DOWN, "rearrangements", rearrangements.rearrangements,
-    "Show whether each rearrangement helped, and for how long.",
-    "rearrangements dump", "rearrangements --window-steps 200 --json dump",
-)  # fmt: skip
-_add(
-    DECIDE, "compare", compare.compare, "Compare two runs, or two ranges of steps of one run.",
-    "compare old-dump dump", "compare --steps-a -11 --steps-b 12- dump",
-)  # fmt: skip
-_add(
-    DECIDE, "replay", replay.replay, "Replay the recorded loads under other settings.",
-    "replay --policy deepseek,static --redundant-experts 2,4 dump",
-    "replay --interval-steps 4 --window-steps 4 --top 5 dump",
-)  # fmt: skip
-_add(
-    DECIDE, "advise", advise.advise, "Recommend load-balancer settings.",
-    "advise dump", "advise --redundant-experts 2 --fail-below 0.5 dump",
-)  # fmt: skip
-_add(
-    MANY_RUNS, "postmortem", postmortem.postmortem, "Rank many runs by the cost of imbalance.",
-    "postmortem dump", "postmortem --group-by model --fail-below 0.1 dump",
-)  # fmt: skip
-_add(
-    DATA,
-    "check",
-    check.check,
-    "Verify that a run is complete and intact.",
-    "check dump",
-    "check --json dump",
-)
-_add(
-    DATA, "import", import_.import_, "Convert a recording from another system into a run.",
-    "import load.npy imported --ep-size 2 --placement linear",
-    "import load.npy imported --ep-size 2 --placement linear --json",
-)  # fmt: skip
-app.add_typer(
-    export.app, name="export", rich_help_panel=DATA,
-    short_help="Write a placement for an engine, or loads for other programs.",
-)  # fmt: skip
-_add(
-    DATA, "copy", copy.copy, "Copy a run, or a part of it.",
-    "copy dump copied", "copy --steps 2-7 --ranks 0-1 dump part",
-)  # fmt: skip
-_add(
-    DATA, "compact", compact.compact, "Merge the rank files of a run into one compact run.",
-    "compact dump compacted", "compact --run-id small dump compacted",
-)  # fmt: skip
-_add(
-    DATA, "recover", recover.recover, "Recover recordings from crashed writers.",
-    "recover dump", "recover --json dump",
-)  # fmt: skip
-_add(
-    DATA, "prune", prune.prune, "Limit a dump's age and size, tier by tier.",
-    "prune --keep-full 7d --keep-ranks 30d --max-age 1y --dry-run dump",
-    "prune --max-bytes 500G --json dump",
-)  # fmt: skip
-_add(
-    REFERENCE, "formulas", formulas.formulas, "Explain the balance formulas and cite their sources.",
-    "formulas", "formulas --json",
-)  # fmt: skip
+    app.callback()(_root)
+    for entry in [entry for entry in _COMMANDS if entry.name == command] or _COMMANDS:
+        entry.add_to(app)
+    return app
 
 
 def _print_version(show: bool) -> None:
@@ -192,8 +230,7 @@ def _print_version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def root(
+def _root(
     _version_flag: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
@@ -215,6 +252,8 @@ def _usage_error_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else PROGRAM
     if guesses := getattr(error, "possibilities", None):  # some of them only begin alike
+        import difflib
+
         error.possibilities = difflib.get_close_matches(error.option_name, guesses, 1, ALIKE)
     message = " ".join(error.format_message().split()).rstrip(".")  # a list of choices has lines and tabs
     if context and "-o" in getattr(getattr(error, "param", None), "opts", ()) and not error.message:
@@ -236,7 +275,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            code = app(prog_name=PROGRAM, standalone_mode=False)
+            code = program(*sys.argv[1:2])(prog_name=PROGRAM, standalone_mode=False)
         finally:
             sys.stdout.flush()  # here a full disk is an error like any other; at exit it is not
         sys.exit(code if isinstance(code, int) else 0)

@@ -20,12 +20,12 @@ from vllm_truth import assert_true
 
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
-from eplb_analyze.cli.app import app
+from eplb_analyze.cli.app import program
 
 
 def vllm_balancedness(dump: Path, step: int) -> float:
     shown = CliRunner().invoke(
-        app,
+        program(),
         ["summary", str(dump), "--model", "org/main", "--step", str(step), "--json"],
     )
     assert shown.exit_code == 0, shown.output
@@ -275,7 +275,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     run = open_run(dump)
     assert run.present_ranks == [0, 1]
     assert run.steps()["step"].to_list() == list(range(20))
-    shown = CliRunner().invoke(app, ["summary", str(dump)])
+    shown = CliRunner().invoke(program(), ["summary", str(dump)])
     assert shown.exit_code == 0
     assert ", 20 steps\n" in shown.output
 

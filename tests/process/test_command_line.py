@@ -17,14 +17,14 @@ from command_lines import ARGUMENTS
 from helpers import ROOT, cli_process, one_error, start_child, write
 from typer.main import get_command
 
-from eplb_analyze.cli.app import app
+from eplb_analyze.cli.app import program
 
 PROGRAM = Path(sys.executable).with_name("eplb-analyze")
 
 
 def commands(command: click.Command | None = None, name: str = "") -> list[str]:
     """The names of all commands, with those of their groups: ``export placement``."""
-    group = getattr(command or get_command(app), "commands", None)
+    group = getattr(command or get_command(program()), "commands", None)
     if group is None:
         return [name]
     return [found for key, below in group.items() for found in commands(below, f"{name} {key}".strip())]

@@ -17,7 +17,7 @@ from helpers import ROOT, write
 from typer.main import get_command
 
 from eplb_analyze.analysis.check import check_run
-from eplb_analyze.cli.app import app
+from eplb_analyze.cli.app import program
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 INCIDENT = "docs/investigate/incident.md"
@@ -37,7 +37,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    return sorted(get_command(app).commands)  # type: ignore[attr-defined]
+    return sorted(get_command(program()).commands)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

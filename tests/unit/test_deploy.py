@@ -19,7 +19,7 @@ import yaml
 from helpers import ROOT, session_info
 from typer.main import get_command
 
-from eplb_analyze.cli.app import app
+from eplb_analyze.cli.app import program
 from eplb_analyze.live.metric_families import METRICS
 from eplb_dump import WriterStats
 from eplb_dump.budget import Retention
@@ -64,7 +64,7 @@ def test_alert_says_what_to_do_next(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning", "info")
     for name in re.findall(r"eplb_\w+", str(rule["annotations"])):
         assert name in {*METRICS, "eplb_dump"}
-    command: Any = get_command(app)
+    command: Any = get_command(program())
     lines = re.findall(r"`eplb-analyze ([^`]+)`", rule["annotations"]["runbook"])
     assert lines or rule["alert"] == "EplbSidecarHangs"  # the file system hangs for the command, too
     for line in lines:
@@ -145,7 +145,7 @@ def test_sidecar_manifest_fits_the_scrape_configuration() -> None:
     (mount,) = sidecar["volumeMounts"]
     assert mount == {"name": "dumps", "mountPath": "/dumps", "readOnly": True}
     (port,) = sidecar["ports"]
-    command: Any = get_command(app)
+    command: Any = get_command(program())
     defaults = {parameter.name: parameter.default for parameter in command.commands["serve-metrics"].params}
     assert port["containerPort"] == defaults["port"]
     scrape = yaml.safe_load((DEPLOY / "prometheus/scrape.yml").read_text())
@@ -263,7 +263,7 @@ def test_commands_of_manifests_and_units_have_the_options_that_they_use() -> Non
     units = [unit.read_text() for unit in (DEPLOY / "systemd").glob("*.service")]
     lines = [line for text in (*scripts, *units) for line in eplb_commands(text)]
     assert {line[0] for line in lines} == {"serve-metrics", "recover", "prune"}
-    command: Any = get_command(app)
+    command: Any = get_command(program())
     for name, *words in lines:
         options = {option for parameter in command.commands[name].params for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= options

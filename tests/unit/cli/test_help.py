@@ -15,7 +15,7 @@ from clocks import START_NS, steady_clock
 from helpers import cli, one_error, write
 from typer.main import get_command
 
-from eplb_analyze.cli.app import app
+from eplb_analyze.cli.app import program
 from eplb_analyze.cli.help import examples_of
 from eplb_analyze.dispatch.named import LP, NAMES
 
@@ -29,7 +29,7 @@ GROUPS = ["Look", "Drill down", "Decide", "Many runs", "Data", "Reference"]
 
 def commands(command: Any = None, name: str = "") -> dict[str, Any]:
     """All commands, with those of their groups: ``export placement``."""
-    group = getattr(command or get_command(app), "commands", None)
+    group = getattr(command or get_command(program()), "commands", None)
     if group is None:
         return {name: command}
     found: dict[str, Any] = {}
