@@ -24,7 +24,7 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.placements import replicas
-from eplb_analyze.reader.rolled_up import add_up, finest, minutes_of_steps, nothing_kept, require_all_phases
+from eplb_analyze.reader.rolled_up import add_up, minutes_of_steps, nothing_kept, require_all_phases
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.segments import DamagedSegmentError
 from eplb_analyze.text import iso
@@ -69,11 +69,6 @@ class MinuteExperts(RunReport):
                 "notes": self.notes,
             }
         )
-
-
-def only_minutes(run: Run, steps: tuple[int, int] | None) -> bool:
-    """Whether no experts' loads are kept of a half-open range, but sums per minute are."""
-    return finest(run, steps) in (Tier.RANKS, Tier.MINUTES)
 
 
 def experts_of_minutes(run: Run, layer: int | None, steps: tuple[int, int] | None) -> MinuteExperts:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
-
-import polars as pl
+from typing import TYPE_CHECKING, Literal
 
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS
 from eplb_analyze.reader.completeness import Completeness
+
+if TYPE_CHECKING:
+    import polars as pl
 
 IDLE_FRACTION = "idle_fraction"
 NAMES = (*FORMULAS, ACTIVE_EXPERTS.name, IDLE_FRACTION)
@@ -64,6 +65,8 @@ class Timeline(RunReport):
 
     def frame(self) -> pl.DataFrame:
         """One row per bin: first_step, last_step, steps, mean, min, max."""
+        import polars as pl
+
         schema = dict.fromkeys(("first_step", "last_step", "steps"), pl.Int64)
         schema |= dict.fromkeys(("mean", "min", "max"), pl.Float64)  # type: ignore[arg-type]
         return pl.DataFrame(list(map(asdict, self.bins)), schema=schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import keyword
@@ -252,8 +253,6 @@ def _usage_error_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else PROGRAM
     if guesses := getattr(error, "possibilities", None):  # some of them only begin alike
-        import difflib
-
         error.possibilities = difflib.get_close_matches(error.option_name, guesses, 1, ALIKE)
     message = " ".join(error.format_message().split()).rstrip(".")  # a list of choices has lines and tabs
     if context and "-o" in getattr(getattr(error, "param", None), "opts", ()) and not error.message:

@@ -175,6 +175,11 @@ def finest(run: Run, steps: tuple[int, int] | None) -> Tier:
     return Tier.MINUTES if any(entry.tier is Tier.MINUTES for entry in entries) else Tier.GONE
 
 
+def only_minutes(run: Run, steps: tuple[int, int] | None) -> bool:
+    """Whether no experts' loads are kept of a half-open range, but sums per minute are."""
+    return finest(run, steps) in (Tier.RANKS, Tier.MINUTES)
+
+
 def kept(run: Run) -> Kept:
     """What is kept of a run; times are those of the run's clock."""
     segments = [segment for session in run.sessions for segment in session.segments]

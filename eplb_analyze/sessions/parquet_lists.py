@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from eplb_analyze.sessions.parquet_pages import extent, pages
+from eplb_analyze.sessions.parquet_pages import Page, extent, pages
 from eplb_dump.format.schema import FormatError
 
 BYTE_STREAM_SPLIT = 9
@@ -30,7 +30,9 @@ Bytes = npt.NDArray[np.uint8]
 _TYPES: dict[str, np.dtype[Any]] = {"INT32": np.dtype(np.int32), "INT64": np.dtype(np.int64)}
 
 
-def read_lists(read_at: Callable[[int, int], bytes], column: Any, width: int) -> npt.NDArray[Any]:
+def read_lists(
+    read_at: Callable[[int, int], bytes], column: Any, width: int, rows: tuple[int, int] | None = None
+) -> npt.NDArray[Any]:
     """The values of a column chunk whose every list must have ``width`` values: ``[lists, width]``.
 
     Nothing is believed before its checksum was verified, and no page takes more memory than its values need.
@@ -38,6 +40,7 @@ def read_lists(read_at: Callable[[int, int], bytes], column: Any, width: int) ->
     Args:
         read_at: ``(count, offset)`` reads from the file.
         column: its :class:`pyarrow.parquet.ColumnChunkMetaData`, of the verified footer.
+        rows: the half-open range of lists to return; pages without any of them are skipped. Default all.
 
     Returns: int32 or int64, as the column's type.
 
@@ -52,30 +55,43 @@ def read_lists(read_at: Callable[[int, int], bytes], column: Any, width: int) ->
     chunk = memoryview(read_at(end - start, start))
     if len(chunk) != end - start:
         raise FormatError("it ends before its last page")
-    codec = pa.Codec("zstd")
-    values: npt.NDArray[Any] = np.empty(column.num_values, dtype)
-    done = 0
-    for page in pages(lambda count, at: bytes(chunk[at - start : at - start + count]), column):
+    low, high = (0, column.num_values) if rows is None else (rows[0] * width, rows[1] * width)
+    values: npt.NDArray[Any] = np.empty(high - low, dtype)
+    at = 0  # the first value of the page
+    for page in pages(lambda count, place: bytes(chunk[place - start : place - start + count]), column):
         count = page.values(BYTE_STREAM_SPLIT)
-        stored = chunk[page.at - start : page.at - start + page.stored]
-        if zlib.crc32(stored) != page.crc32:
-            raise FormatError("CRC checksum verification failed")
-        if done + count > len(values) or page.size > count * (dtype.itemsize + LEVEL_BYTES) + LENGTH_BYTES:
+        if at + count > column.num_values:
             raise FormatError("the lengths of its lists do not match the manifest")
-        content = np.frombuffer(codec.decompress(stored, page.size), np.uint8)
-        repetition, content = _level_bytes(content)
-        definition, content = _level_bytes(content)
-        if (
-            len(content) != count * dtype.itemsize
-            or not _are_lists(repetition, count, width, done % width)
-            or not _are_present(definition, count)
-        ):
-            raise FormatError("it holds a list of the wrong length")
-        _join(content.reshape(dtype.itemsize, count), values[done : done + count])
-        done += count
-    if done != len(values):
+        if at < high and at + count > low:
+            stored = chunk[page.at - start : page.at - start + page.stored]
+            planes = _planes(page, stored, dtype.itemsize, count, width, at % width)
+            first, last = max(low, at), min(high, at + count)
+            _join(planes[:, first - at : last - at], values[first - low : last - low])
+        at += count
+    if at != column.num_values:
         raise FormatError("it has fewer values than its footer says")
     return values.reshape(-1, width)
+
+
+def _planes(page: Page, stored: memoryview, itemsize: int, count: int, width: int, first: int) -> Bytes:
+    """The bytes of a page's values, the lowest of each first: ``[itemsize, count]``.
+
+    ``first``: the place of the first value in its list.
+    """
+    if zlib.crc32(stored) != page.crc32:
+        raise FormatError("CRC checksum verification failed")
+    if page.size > count * (itemsize + LEVEL_BYTES) + LENGTH_BYTES:
+        raise FormatError("a page takes more bytes than its values can need")
+    content = np.frombuffer(pa.Codec("zstd").decompress(stored, page.size), np.uint8)
+    repetition, content = _level_bytes(content)
+    definition, content = _level_bytes(content)
+    if (
+        len(content) != count * itemsize
+        or not _are_lists(repetition, count, width, first)
+        or not _are_present(definition, count)
+    ):
+        raise FormatError("it holds a list of the wrong length")
+    return content.reshape(itemsize, count)
 
 
 def _level_bytes(content: Bytes) -> tuple[bytes, Bytes]:

@@ -364,7 +364,7 @@ class ParquetSegment:
         return self._info.layer_numbers(self.shape.num_moe_layers)
 
     def _by_layers(self, column: str, width: int, first: int, last: int) -> Parts[Any]:
-        """``(layer, values [layers, n, width])`` of the row groups that touch the layers asked for."""
+        """``(layer, values [layers, n, width])`` of the layers asked for, by row groups."""
         steps, name = self.load_steps(), self._by_step
         n, path = len(steps), self.file_path(name)
         layer = 0
@@ -372,10 +372,12 @@ class ParquetSegment:
             count = group.num_rows // n
             if layer < last and layer + count > first:
                 chunk = next(c for c in _columns(group) if c.path_in_schema.split(".")[0] == column)
+                low, high = max(first, layer), min(last, layer + count)
+                rows = (low - layer) * n, (high - layer) * n
                 # Many ranks are read together, so no file stays open between row groups.
                 with reading_faults(self, name, path), places.open_for_arrow(path) as source:
-                    values = read_lists(source.read_at, chunk, width)
-                yield layer, values.reshape(count, n, width)
+                    values = read_lists(source.read_at, chunk, width, rows)
+                yield low, values.reshape(high - low, n, width)
             layer += count
 
     def rank_loads(self, first: int, last: int) -> Parts[np.int64]:

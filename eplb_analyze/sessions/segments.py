@@ -80,8 +80,8 @@ class Segment(Protocol):
     def rank_loads(self, first: int, last: int) -> Parts[np.int64]:
         """Sums per rank of layers ``first`` to ``last - 1``, as they lie together in the file.
 
-        Yields ``(layer, int64 [layers, n, ep_size])`` in order; the first and last part may hold
-        layers outside of the range. Reads with a handle of its own, so that threads can share a segment.
+        Yields ``(layer, int64 [layers, n, ep_size])`` in order. Reads with a handle of its own, so that
+        threads can share a segment.
         """
         ...
 

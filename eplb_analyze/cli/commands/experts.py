@@ -53,10 +53,12 @@ def experts(
         what = f"{hot_factor:g} is not above 1 and at most {MAX_EXPERTS}"
         raise typer.BadParameter(what, param_hint="--hot-factor")
     from eplb_analyze.analysis.experts import expert_report
-    from eplb_analyze.analysis.experts_minutes import experts_of_minutes, only_minutes
+    from eplb_analyze.reader.rolled_up import only_minutes
 
     run = out.open()
     if only_minutes(run, steps):
+        from eplb_analyze.analysis.experts_minutes import experts_of_minutes
+
         if cold and not hot:
             raise UsageError(
                 f"{run.path}: sums per minute, which are all that is kept of experts here, do not show cold "

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eplb_analyze.sessions import parquet_lists
 from eplb_analyze.sessions.parquet_lists import read_lists
+from eplb_analyze.sessions.parquet_pages import Page
 from eplb_dump.format.lists import list_column
 from eplb_dump.format.schema import FormatError
 from eplb_dump.format.segment import _open_parquet
@@ -36,10 +38,10 @@ def write(path: Path, lists: pa.Array, **options: Any) -> Path:
     return path
 
 
-def read(path: Path, width: int, data: bytes | None = None) -> Array:
+def read(path: Path, width: int, data: bytes | None = None, rows: tuple[int, int] | None = None) -> Array:
     content = path.read_bytes() if data is None else data
     column = pq.read_metadata(path).row_group(0).column(0)
-    return read_lists(lambda count, at: content[at : at + count], column, width)
+    return read_lists(lambda count, at: content[at : at + count], column, width, rows)
 
 
 def lists_of(values: Array) -> pa.Array:
@@ -74,6 +76,26 @@ def test_values_are_those_that_were_written(
     found = read(small, width)
     assert np.array_equal(found, values)
     assert found.dtype == dtype
+    low, high = sorted(rng.integers(0, rows, 2, endpoint=True).tolist())
+    assert np.array_equal(read(small, width, rows=(low, high)), values[low:high])
+
+
+def test_only_pages_with_wanted_rows_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(6000, dtype=np.int32).reshape(1000, 6)
+    path = write(tmp_path / "file", lists_of(values), data_page_size=600, write_batch_size=100)
+    decoded: list[int] = []
+    decode = parquet_lists._planes
+
+    def counting(page: Page, *rest: Any) -> Any:
+        decoded.append(page.at)
+        return decode(page, *rest)
+
+    monkeypatch.setattr(parquet_lists, "_planes", counting)
+    assert np.array_equal(read(path, 6), values)
+    every = len(decoded)
+    assert every > 10
+    assert np.array_equal(read(path, 6, rows=(500, 501)), values[500:501])
+    assert len(decoded) - every <= 2
 
 
 @settings(max_examples=300, deadline=None)
