@@ -138,6 +138,14 @@ def test_relative_links_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
+def test_figures_in_the_comparison_are_those_of_the_pages_that_it_links_to() -> None:
+    page = ROOT / "docs/comparison.md"
+    links = re.findall(r"\[([^]]*\d[^]]*)\]\((?!https)([^)#]+)", page.read_text())
+    assert len(links) > 5
+    for figure, target in links:
+        assert figure in (page.parent / target).read_text(), f"{figure}: not in {target}"
+
+
 class Links(HTMLParser):
     """The links and the anchors of an HTML page."""
 
