@@ -13,7 +13,8 @@ from eplb_analyze.cli.output import Output
 from eplb_analyze.cli.views.import_ import render
 from eplb_analyze.storage.path import StoragePath, local, storage_path
 
-FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array", "table")
+FORMATS = ("sglang", "trtllm", "vllm", "megatron", "ascend", "array", "table", "topk")
+STEP_PER = ("request", "position")
 
 
 def import_(
@@ -97,7 +98,27 @@ def import_(
         ),
     ] = None,
     array: Annotated[
-        str | None, typer.Option("--array", metavar="NAME", help="Import this array of a .npz file.")
+        str | None,
+        typer.Option(
+            "--array", metavar="NAME", help="Import this array of a .npz file, or this column of expert ids."
+        ),
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens-per-step",
+            metavar="N",
+            help="Count N tokens in a row as one step, for expert ids per token without steps.",
+            min=1,
+        ),
+    ] = None,
+    step_per: Annotated[
+        str | None,
+        typer.Option(
+            "--step-per",
+            metavar="WHAT",
+            help="Count each request as one step (request), or the n-th tokens of all requests (position).",
+        ),
     ] = None,
     run_id: Annotated[
         str | None,
@@ -114,6 +135,8 @@ def import_(
         raise typer.BadParameter(
             f"no format {format!r}; choose one of: {', '.join(FORMATS)}", param_hint="--format"
         )
+    if step_per not in (None, *STEP_PER):
+        raise typer.BadParameter(f"choose one of: {', '.join(STEP_PER)}", param_hint="--step-per")
     numbers = _parse_layers(layers)
     from eplb_analyze.transfer.importers.import_dump import Options, import_dump
     from eplb_dump.format.schema import MAX_EXPERTS, MAX_LOAD
@@ -122,6 +145,7 @@ def import_(
         ("--ep-size", ep_size, MAX_EXPERTS),
         ("--num-experts", num_experts, MAX_EXPERTS),
         ("--token-replication", token_replication, MAX_LOAD),
+        ("--tokens-per-step", tokens_per_step, MAX_LOAD),
     ):
         if value is not None and value > most:
             raise typer.BadParameter(f"at most {most}", param_hint=name)
@@ -137,6 +161,8 @@ def import_(
         renumber=renumber,
         only=only,
         array=array,
+        tokens_per_step=tokens_per_step,
+        step_per=step_per,
     )
     report = import_dump(source, local(destination, "`import`"), format, options, run_id)
     Output(json=json).emit(report.to_json, lambda console: render(console, report))

@@ -33,6 +33,7 @@ from eplb_analyze.transfer.importers.files import (
     read_npy,
     read_npz,
     regular,
+    require_all_ranks,
 )
 from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, count_experts, ordered_rows
 from eplb_analyze.transfer.importers.step_columns import StepColumns
@@ -120,13 +121,8 @@ def _files(path: Path, options: Options) -> dict[int | None, Path]:
         if len(paths) > 1:
             return dict(by_rank(paths).items())
         path = paths[0]
-    rank = rank_of(path)
-    if rank is not None and options.ep_size != 1 and not table.has_slots(path):
-        # The load is the sum over all ranks: one rank's part would give wrong figures.
-        raise UsageError(
-            f"{path}: its name suggests that it has only the counts of rank {rank}; pass the folder with "
-            f"one file per rank. If the file has the sums over all ranks, rename it"
-        )
+    if rank_of(path) is not None and not table.has_slots(path):
+        require_all_ranks(path, options.ep_size)
     return {None: path}
 
 

@@ -12,6 +12,8 @@ from eplb_analyze.transfer.importers import (
     placement_files,
     sglang,
     table,
+    topk,
+    topk_files,
     torch_files,
     trtllm,
     vllm,
@@ -36,6 +38,7 @@ READERS: dict[str, Callable[[Path, Options], Reading]] = {
     "ascend": arrays.read_ascend,
     "array": arrays.read,
     "table": arrays.read,
+    "topk": topk.read,
 }
 
 
@@ -73,7 +76,11 @@ def _of_file(path: Path) -> str:
     if start[:4] == b"PK\x03\x04":
         if any(name.endswith("data.pkl") for name in zip_names(path)):
             return _of_torch(path)
-        return "megatron" if "dump_version" in npz_shapes(path) else "array"
+        if "dump_version" in npz_shapes(path):
+            return "megatron"
+        return "topk" if topk_files.is_npz_of_ids(path) else "array"
+    if start[:4] == b"PAR1" and topk_files.is_parquet_of_ids(path):
+        return "topk"
     if table.is_table(path):
         return "table"
     if start.lstrip()[:1] == b"{":
@@ -95,10 +102,11 @@ def _of_file(path: Path) -> str:
 def _by_dimensions(path: Path, dimensions: int) -> str:
     if dimensions == 3:
         raise UsageError(
-            f"{path}: three dimensions can be [steps, layers, experts] or vllm-ascend's [layers, ranks, "
-            f"slots]; pass --format array or --format ascend"
+            f"{path}: three dimensions can be [steps, layers, experts], vllm-ascend's [layers, ranks, "
+            f"slots], or the expert ids [tokens, layers, top-k]; pass --format array, --format ascend or "
+            f"--format topk"
         )
-    return "array"
+    return "topk" if dimensions == 4 else "array"
 
 
 def _of_torch(path: Path) -> str:

@@ -182,29 +182,29 @@ HEADER_FAULTS = (
 )  # fmt: skip
 
 
-def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, type and header length of the .npy at the file's start. Raises DumpError."""
+def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], bool, int]:
+    """Shape, type, Fortran order and header length of the .npy at the file's start. Raises DumpError."""
     try:
         version = np.lib.format.read_magic(file)
         reader = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, _, dtype = reader(file)
+        shape, fortran, dtype = reader(file)
     except HEADER_FAULTS as error:
         raise DumpError(f"{where}: its array header cannot be read ({error})") from None
     if dtype.hasobject:
         raise DumpError(f"{where}: it holds pickled objects, which are not opened")
     if any(type(n) is not int or n < 0 for n in shape):
         raise DumpError(f"{where}: it claims the shape {shape}")
-    return shape, dtype, file.tell()
+    return shape, dtype, fortran, file.tell()
 
 
 def read_npy(path: Path) -> Array:
     """A .npy file as a read-only map of the file. Raises DumpError."""
     size = regular(path)
     with path.open("rb") as file:
-        shape, dtype, start = _header(file, str(path))
+        shape, dtype, _, start = _header(file, str(path))
     if math.prod(shape) * dtype.itemsize > size - start:
         raise DumpError(f"{path}: it claims {shape} of {dtype}, but has only {size:,} bytes")
     if math.prod(shape) == 0:
@@ -237,7 +237,7 @@ def npz_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
                     raise DumpError(f"{where}: {entry.compress_size:,} bytes that unpack to "
                     f"{entry.file_size:,}, which is suspicious")  # fmt: skip
                 with archive.open(entry) as file:
-                    shape, dtype, start = _header(file, where)
+                    shape, dtype, _, start = _header(file, where)
                 if math.prod(shape) * dtype.itemsize != entry.file_size - start:
                     raise DumpError(
                         f"{where}: it claims {shape} of {dtype}, which does not match its content"
@@ -257,6 +257,29 @@ def read_npz(path: Path, *wanted: str) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in wanted}
+    except BROKEN_ARCHIVE as error:
+        raise DumpError(f"{path}: it cannot be read ({error})") from None
+
+
+def stream_npz(path: Path, name: str, rows: int, dimensions: int = 0) -> Iterator[Array]:
+    """An array that :func:`npz_shapes` lists, in parts of at most ``rows`` rows.
+
+    A row is what the last ``dimensions`` axes span. Only one part is in memory at once. Raises DumpError.
+    """
+    where = f"{path}: array {name!r}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next(e for e in archive.infolist() if e.filename.removesuffix(".npy") == name)
+            with archive.open(entry) as file:
+                shape, dtype, fortran, _ = _header(file, where)
+                if fortran and len(shape) > 1:
+                    raise DumpError(f"{where}: it is in Fortran order; save np.ascontiguousarray(array)")
+                row = shape[len(shape) - dimensions :]
+                count, each = math.prod(shape[: len(shape) - dimensions]), math.prod(row)
+                for low in range(0, count, rows):
+                    n = min(rows, count - low)
+                    yield np.frombuffer(file.read(n * each * dtype.itemsize), dtype).reshape(n, *row)
+                file.read(1)  # at the end, zipfile compares the checksum
     except BROKEN_ARCHIVE as error:
         raise DumpError(f"{path}: it cannot be read ({error})") from None
 
@@ -290,6 +313,17 @@ def by_rank(paths: list[Path]) -> dict[int, Path]:
             )
         found[rank] = path
     return found
+
+
+def require_all_ranks(path: Path, ep_size: int | None) -> None:
+    """Raise UsageError if a file's name says that it has the counts of one rank of several."""
+    rank = rank_of(path)
+    if rank is not None and ep_size != 1:
+        # The load is the sum over all ranks: one rank's part would give wrong figures.
+        raise UsageError(
+            f"{path}: its name suggests that it has only the counts of rank {rank}; pass the folder with "
+            f"one file per rank. If the file has the sums over all ranks, rename it"
+        )
 
 
 def one_of(paths: list[Path], what: str) -> Path:

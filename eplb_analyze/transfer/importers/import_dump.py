@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eplb_analyze.errors import DumpError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.json_report import Report
 from eplb_analyze.transfer.importers.detect import READERS, detect
 from eplb_analyze.transfer.importers.plan import make_plan
@@ -82,6 +82,11 @@ def import_dump(
     if not source.exists():
         raise DumpError(f"{source}: no such file or folder")
     name = format or detect(source, options)
+    if name != "topk" and (options.tokens_per_step is not None or options.step_per is not None):
+        raise UsageError(
+            f"{source}: --tokens-per-step and --step-per are for expert ids per token (--format topk), but "
+            f"this is --format {name}"
+        )
     reading = READERS[name](source, options)
     plan = make_plan(reading, options)
     written = write(plan, into, run_id)

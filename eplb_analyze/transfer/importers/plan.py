@@ -212,7 +212,7 @@ def _rows(file: PlacementFile, reading: Reading, options: Options, path: Path) -
         if len(file.slots) != reading.hidden_layers:
             raise DumpError(
                 f"{path}: it has {len(file.slots)} layers, but the loads have {reading.hidden_layers} "
-                f"hidden layers; SGLang also counts dense layers, so each row would apply to the wrong layer"
+                f"hidden layers, dense ones among them, so each row would apply to the wrong layer"
             )
         return file.slots[list(reading.layers)]
     if one:

@@ -44,8 +44,12 @@ class Options:
     renumber: bool = False
     #: Glob pattern of the file names to read in a folder.
     only: str | None = None
-    #: The name of the array in a .npz file.
+    #: The name of the array in a .npz file, or of the column in a Parquet file of expert ids.
     array: str | None = None
+    #: How many tokens in a row of a file of expert ids form a step.
+    tokens_per_step: int | None = None
+    #: What else forms a step: ``request``, or ``position``, the n-th tokens of all requests.
+    step_per: str | None = None
 
 
 @dataclass(frozen=True)

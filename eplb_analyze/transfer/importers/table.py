@@ -326,7 +326,9 @@ def _raise_to(largest: dict[int, int], steps: Int64, of_row: npt.NDArray[np.intp
         largest[step] = max(value, largest.get(step, -1))
 
 
-def _zeros(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def zeros_on_disk(
+    path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike, purpose: str = "sort it"
+) -> npt.NDArray[Any]:
     """An array of zeros in a temporary file that has no name. Raises DumpError if the disk is full."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile() as file:
@@ -338,7 +340,7 @@ def _zeros(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDAr
         except OSError as error:
             where = tempfile.gettempdir()
             raise DumpError(
-                f"{path}: {size:,} bytes in {where} are needed to sort it: {error.strerror}; set TMPDIR"
+                f"{path}: {size:,} bytes in {where} are needed to {purpose}: {error.strerror}; set TMPDIR"
             ) from None
     return array
 
@@ -365,10 +367,10 @@ class _Dense:
                 f"{path}: its {extent.rows:,} rows span {cells:,} counts, so too many are missing"
             )
         # One more than the count; 0: no row.
-        self._counts = _zeros(path, shape, np.int64)
+        self._counts = zeros_on_disk(path, shape, np.int64)
         # Two more than the expert; 0: not known.
         named = by_slot and "expert" in next(iter(tables.values())).columns
-        self._experts = _zeros(path, shape[1:], np.int32) if named else None
+        self._experts = zeros_on_disk(path, shape[1:], np.int32) if named else None
         for of_file, table in tables.items():
             for batch in table.batches():
                 self._fill(table.path, batch, of_file, counting)
