@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from eplb_analyze import json_report
+
 if TYPE_CHECKING:
     from eplb_analyze.analysis.check import CheckReport as CheckReport
     from eplb_analyze.analysis.check import check_run as check_run
@@ -92,3 +94,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _html(report: json_report.Report) -> str | None:
+    html: str | None = import_module(f"{__name__}.cli.notebook").html(report)
+    return html
+
+
+json_report.show_in_notebooks(_html)

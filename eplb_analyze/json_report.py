@@ -1,4 +1,4 @@
-"""Reports as JSON documents: the base classes of all reports, and the conversion that they share.
+"""Reports: the base classes of all, their conversion to JSON documents, and how a notebook gets them.
 
 This module imports nothing from the package, so every row can use it: the reader's counts and the reports
 of ``analysis``, ``replay``, ``live``, ``transfer``, ``report`` and ``batch``.
@@ -6,16 +6,20 @@ of ``analysis``, ``replay``, ``live``, ``transfer``, ``report`` and ``batch``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 #: The version of every JSON document that a command prints or saves. It goes up if a key is removed or
 #: changes its meaning, not if one is added.
 SCHEMA_VERSION = 1
+
+Source = TypeVar("Source")
+Arguments = ParamSpec("Arguments")
 
 _PLAIN = frozenset({str, int, bool, type(None)})
 
@@ -121,6 +125,13 @@ def _fields(value: Any) -> dict[str, Any]:
 class Report:
     """A dataclass whose JSON document has its fields as keys, in order, unless it overrides ``to_json``."""
 
+    #: The run that it is about, if :func:`remembers_run` made it. It has the clock times of steps.
+    _run: Any = None
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: what the command prints. None: a notebook shows its ``repr``."""
+        return _to_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """The document that ``--json`` prints, without ``schema_version`` and clock times."""
         return self.document(_fields(self))
@@ -141,3 +152,33 @@ class RunReport(Report):
         head = {"run_id": self.run_id, "model": self.model}
         rest = {key: value for key, value in values.items() if key not in head}
         return super().document({"run": head, **rest})
+
+
+AnyReport = TypeVar("AnyReport", bound=Report)
+
+
+def remembers_run(
+    analysis: Callable[Concatenate[Source, Arguments], AnyReport],
+) -> Callable[Concatenate[Source, Arguments], AnyReport]:
+    """A decorator of functions whose first argument is the run to report on: a notebook shows its clock."""
+
+    @functools.wraps(analysis)
+    def report(run: Source, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> AnyReport:
+        made = analysis(run, *args, **kwargs)
+        object.__setattr__(made, "_run", run)  # reports are frozen
+        return made
+
+    return report
+
+
+def show_in_notebooks(html: Callable[[Report], str | None]) -> None:
+    """Set what turns a report into HTML. Only the command line, far below, knows what reports look like."""
+    global _to_html  # noqa: PLW0603 - it is a setting of the process
+    _to_html = html
+
+
+def _no_html(report: Report) -> str | None:
+    return None
+
+
+_to_html: Callable[[Report], str | None] = _no_html

@@ -12,7 +12,7 @@ import numpy as np
 from eplb_analyze.analysis.conservation import Conservation, steps_text
 from eplb_analyze.analysis.findings import rank_findings, session_findings, step_findings
 from eplb_analyze.errors import Finding
-from eplb_analyze.json_report import RunReport
+from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
@@ -48,6 +48,7 @@ class CheckReport(RunReport):
         return self.document({"ok": self.ok, "steps": self.steps, "findings": self.findings})
 
 
+@remembers_run
 def check_run(run: Run) -> CheckReport:
     """Read and verify every byte of a run, and report all problems, errors first."""
     steps, found = run.retry_without_damaged(lambda: _check_blocks(run))

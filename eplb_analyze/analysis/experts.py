@@ -16,6 +16,7 @@ import polars as pl
 
 from eplb_analyze.analysis.expert_windows import ExpertWindows
 from eplb_analyze.errors import DumpError
+from eplb_analyze.json_report import remembers_run
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
@@ -118,6 +119,7 @@ class ExpertReport(SumsReport):
         )
 
 
+@remembers_run
 def expert_report(
     run: Run,
     layer: int | None = None,

@@ -12,6 +12,7 @@ import numpy as np
 
 from eplb_analyze.analysis.layer_report import ExpertLoad, LayerReport, RankLoad, SlotLoad
 from eplb_analyze.errors import NotInDumpError
+from eplb_analyze.json_report import remembers_run
 from eplb_analyze.metrics import formulas
 from eplb_analyze.metrics.losses import Bins, timeline
 from eplb_analyze.reader.blocks import Block, active_experts
@@ -26,6 +27,7 @@ from eplb_dump.format.journal import Int32, Int64, Shape
 from eplb_dump.format.schema import STATUS_LABELS, Tier
 
 
+@remembers_run
 def layer_report(
     run: Run, layer: int, step: int | None = None, steps: tuple[int, int] | None = None
 ) -> LayerReport:
@@ -227,3 +229,11 @@ def _experts(run: Run, index: int, slots: Int32, load: Any) -> list[ExpertLoad]:
         )
         for logical, by_rank in enumerate(load.T[:own])
     ]
+
+
+def since_last_placement(run: Run, report: LayerReport) -> LayerReport:
+    """The report over the steps since the layer's last change: a slot with two experts mixes their tokens."""
+    changes = report.placement_changes
+    if not changes or report.tier != "full":
+        return report
+    return layer_report(run, report.layer, None, (changes[-1], report.last_step + 1))

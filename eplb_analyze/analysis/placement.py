@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.errors import NotInDumpError
-from eplb_analyze.json_report import RunReport
+from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.reader.lost import ranks_lost_at
 from eplb_analyze.reader.placements import replicas
 from eplb_analyze.reader.run import Run
@@ -84,6 +84,7 @@ class PlacementReport(RunReport):
     notes: list[str] = field(default_factory=list)
 
 
+@remembers_run
 def placement_report(
     run: Run, step: int | None = None, against: int | None = None, layer: int | None = None
 ) -> PlacementReport:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.json_report import as_json
+from eplb_analyze.json_report import as_json, remembers_run
 from eplb_analyze.metrics.formulas import Float64, Terms
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
@@ -103,6 +103,7 @@ class _RankSums(Sums):
         self.excess += terms.by_slowest(terms.excess).sum(axis=0)
 
 
+@remembers_run
 def rank_report(
     run: Run, steps: tuple[int, int] | None = None, *, ranks_per_node: int | None = None
 ) -> RankReport:

@@ -15,7 +15,7 @@ from eplb_analyze.analysis.cost import RunCost, cost_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
 from eplb_analyze.analysis.worth import PlacementGain
-from eplb_analyze.json_report import RunReport
+from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.parallel import ordered_map, split_range
@@ -133,6 +133,7 @@ class RearrangementReport(RunReport):
     overdue: str | None = None
 
 
+@remembers_run
 def rearrangement_report(
     run: Run,
     steps: tuple[int, int] | None = None,

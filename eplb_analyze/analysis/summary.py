@@ -29,6 +29,7 @@ from eplb_analyze.analysis.summary_sums import (
     bins_of,
     sums_of,
 )
+from eplb_analyze.json_report import remembers_run
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.formulas import Spread, idle_fraction, mean_known, most_often
 from eplb_analyze.metrics.losses import Bin, timeline
@@ -46,6 +47,7 @@ WORST_STRETCHES = 10
 ESTIMATES = 5
 
 
+@remembers_run
 def summarize(
     run: Run, steps: tuple[int, int] | None = None, tier: Literal["steps", "minutes"] | None = None
 ) -> Summary:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.timeline_report import DEFAULT_BINS, IDLE_FRACTION, NAMES, Bin, Stretch, Timeline
+from eplb_analyze.json_report import remembers_run
 from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS, Float64
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import blocks_by_configuration, estimate_notes
@@ -46,6 +47,7 @@ class _Bins:
         return found
 
 
+@remembers_run
 def timeline(
     run: Run,
     formula: str = "balancedness",

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import DumpError
+from eplb_analyze.json_report import remembers_run
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.lost import lost_in
@@ -151,6 +152,7 @@ class TrafficReport(SumsReport):
         )
 
 
+@remembers_run
 def traffic_report(
     run: Run,
     layer: int | None = None,

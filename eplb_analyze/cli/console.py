@@ -29,13 +29,17 @@ MAX_COLUMNS = 1000
 
 
 def console(
-    file: IO[str], clock: RunClock | None = None, paste: Callable[[str], str] = command_line
+    file: IO[str],
+    clock: RunClock | None = None,
+    paste: Callable[[str], str] = command_line,
+    **options: Any,
 ) -> Console:
     """A console; if it is not a terminal, it has 80 columns or what COLUMNS says.
 
     Args:
         clock: of the run whose steps are printed on it, for :func:`step_label` and the like.
         paste: adds to a command what it is about, for :func:`full_command`.
+        options: further ones of rich's console.
     """
     from rich.console import Console
 
@@ -43,7 +47,8 @@ def console(
     width = None
     if not file.isatty():
         width = min(int(columns), MAX_COLUMNS) if re.fullmatch("0*[1-9][0-9]{0,8}", columns) else 80
-    made = Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    settings = {"width": width, "highlight": False, "markup": False, "emoji": False, "soft_wrap": False}
+    made = Console(file=file, **{**settings, **options})
     made.run_clock = clock  # type: ignore[attr-defined]
     made.paste = paste  # type: ignore[attr-defined]
     return made

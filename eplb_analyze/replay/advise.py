@@ -14,6 +14,7 @@ from eplb_analyze.analysis.cost import NO_TIMES
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.dispatch.named import LP, MEASURED
 from eplb_analyze.errors import UsageError
+from eplb_analyze.json_report import remembers_run
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import MIN_STEPS
 from eplb_analyze.metrics.cost import CostStatus
@@ -53,6 +54,7 @@ BASES = {
 }
 
 
+@remembers_run
 def advise(
     run: Run,
     choices: Choices | Sequence[Setting] | None = None,

@@ -14,7 +14,7 @@ from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.dispatch.deal import Dealt
 from eplb_analyze.dispatch.named import LP, NAMES
 from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
-from eplb_analyze.json_report import RunReport
+from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.cost import CostStatus
 from eplb_analyze.metrics.formulas import Float64
@@ -271,6 +271,7 @@ class Search(Protocol):
         """More settings, given a replay of the first ones."""
 
 
+@remembers_run
 def replay_run(
     run: Run,
     choices: Choices | Sequence[Setting] | None = None,

@@ -45,16 +45,13 @@ def layer(
         raise typer.BadParameter(
             "--step and --steps cannot be combined; use one of them", param_hint="--step"
         )
-    from eplb_analyze.analysis.layer import layer_report
+    from eplb_analyze.analysis.layer import layer_report, since_last_placement
 
     run = out.open()
     report = layer_report(run, layer, step, steps)
     if report.tier == "full":
         run = out.open(with_loads=True)
-    # A slot that changed its expert mixes two experts' tokens: the slot table covers the last placement.
-    changes = report.placement_changes
-    since_change = bool(changes) and report.tier == "full"
-    placed = layer_report(run, layer, None, (changes[-1], report.last_step + 1)) if since_change else report
+    placed = since_last_placement(run, report)
     ordered = run.info.origin is None or "step_order" not in run.info.origin.unknown
     out.show(
         report.to_json,
