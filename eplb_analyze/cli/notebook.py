@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: Characters of a line: as many as a timeline of the library's default number of bins takes.
 WIDTH = DEFAULT_BINS + timeline.MARGIN
 #: Colors are those of the text itself: a notebook has a light or a dark background.
-HTML = '<pre style="line-height:1.25;overflow-x:auto;white-space:pre">{code}</pre>'
+HTML = '<pre style="line-height:1.25;white-space:pre">{code}</pre>'
 
 
 def html(report: Report) -> str | None:
@@ -41,7 +41,7 @@ def html(report: Report) -> str | None:
         return None
     screen = console(
         io.StringIO(), run.clock, lambda command: command_line(command, str(run.path)),
-        width=WIDTH, record=True, force_terminal=True, color_system="truecolor",
+        width=WIDTH, record=True, force_terminal=True, force_jupyter=False, color_system="truecolor",
     )  # fmt: skip
     view(screen, report, run)
     return screen.export_html(code_format=HTML, inline_styles=True)
