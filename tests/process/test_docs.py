@@ -18,6 +18,7 @@ from typer.main import get_command
 
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.cli.app import program
+from scripts import demo
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 INCIDENT = "docs/investigate/incident.md"
@@ -106,6 +107,37 @@ def test_the_incident_is_the_planted_one(incident: Path) -> None:
     assert [(expert["logical"], expert["first_hot_step"]) for expert in hot] == [(77, 1000)]
     moved = json.loads(run(incident, "eplb-analyze", "rearrangements", "--json", "incident"))
     assert [(r["first_step"], r["verdict"]) for r in moved["rearrangements"]] == [(2000, "helped")]
+
+
+def alike(shown: list[str], printed: list[str]) -> None:
+    """The same words, and figures that another processor's last bits can explain."""
+    number = re.compile(r"\d+(?:\.\d+)?")
+
+    def parts(lines: list[str]) -> tuple[str, list[float]]:
+        text = re.sub(r"(?<=\d),(?=\d)", "", "\n".join(lines))
+        return number.sub("#", text), [float(figure) for figure in number.findall(text)]
+
+    (words, figures), (expected_words, expected_figures) = parts(shown), parts(printed)
+    assert words == expected_words, "run `python -m scripts.demo`"
+    assert figures == pytest.approx(expected_figures, rel=0.05, abs=0.02), "run `python -m scripts.demo`"
+
+
+def test_demo_shows_what_the_commands_print(incident: Path) -> None:
+    rows = demo.story(incident, demo.log_lines(incident / "incident"))
+    alike(demo.text_of(demo.PICTURE.read_text()), [row.text.plain.rstrip() for row in rows])
+    readme = (ROOT / "README.md").read_text()
+    shown = demo.renewed_readme(readme, rows)
+    alike(readme.splitlines(), shown.splitlines())
+    assert all(len(lines) > 2 for lines in demo.before_and_after(rows).values())
+
+
+def test_demo_needs_nothing_but_a_browser_and_ends_on_the_answer() -> None:
+    svg = demo.PICTURE.read_text()
+    assert len(svg) < 100_000
+    assert not re.search(r"<script|@import|@font-face|href|url\((?!#)", svg)
+    last = max(float(seconds) for seconds in re.findall(r"animation-duration:([\d.]+)s", svg))
+    assert 20 < last < demo.SECONDS
+    assert "infinite" not in svg
 
 
 def test_scripts_named_in_the_readme_exist() -> None:
