@@ -106,3 +106,10 @@ def test_spread_leaves_out_steps_without_an_active_layer() -> None:
 
 def test_spread_of_no_steps_is_none() -> None:
     assert set(vars(Spread.of(np.array([np.nan]), np.array([1]))).values()) == {None}
+
+
+def test_large_counts_of_narrow_integers_do_not_overflow() -> None:
+    counts = np.full((2, 1, 3), 2**31 - 1, np.int32)
+    terms = Terms.of(counts)
+    assert (terms.mean == 2**31 - 1).all()
+    assert (terms.recorded == 3 * (2**31 - 1)).all()
