@@ -1,11 +1,12 @@
 """How long `replay` takes for a long run, by the number of settings, compared with decoding the files only.
 
     python -m benchmarks.replay [--steps 20000] [--settings 1 4 16 60] [--dispatch measured] [--repeat 3]
+                                [--options='--max-utilization 0.9 --layers-per-step 1']
 
 Records a dump of DeepSeek-V3's shape, scope global, with a rearrangement every 2,000 steps. Each figure is a
 whole process with its start-up, the best of ``--repeat``, with one thread and with one per core. The decode
 is pyarrow's, of the ``load`` column, without checksums. Settings rearrange every 250 to 3,000 steps. CPU time
-is that of all threads, also of a busy machine.
+is that of all threads, also of a busy machine. ``--options`` are more of `replay`, such as conditions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import os
 import resource
+import shlex
 import shutil
 import sys
 import tempfile
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--settings", type=int, nargs="*", default=[1, 4, 16, 60])
     parser.add_argument("--dispatch", nargs="*", default=["measured"])
+    parser.add_argument("--options", type=shlex.split, default=[], help="more options of `replay`")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     program = shutil.which("eplb-analyze", path=str(Path(sys.executable).parent)) or "eplb-analyze"
@@ -48,7 +51,7 @@ def main() -> None:
             intervals = INTERVALS[: -(-count // len(redundant))]
             command = [program, "replay", "--policy", "vllm", "--window-steps", "1000"]
             command += ["--redundant-experts", ",".join(map(str, redundant))]
-            command += ["--interval-steps", ",".join(map(str, intervals))]
+            command += ["--interval-steps", ",".join(map(str, intervals)), *args.options]
             for dispatch, workers in itertools.product(args.dispatch, dict.fromkeys((1, cores))):
                 options = ["--dispatch", dispatch, "--workers", str(workers)]
                 before = processor_seconds()
