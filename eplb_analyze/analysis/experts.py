@@ -19,7 +19,7 @@ from eplb_analyze.errors import DumpError
 from eplb_analyze.json_report import remembers_run
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
+from eplb_analyze.reader.configurations import LastConfiguration, Sums, SumsReport
 from eplb_analyze.reader.placements import Period, fold, holdings, replicas, sum_between
 from eplb_analyze.reader.run import Run
 from eplb_analyze.text import listed, plural
@@ -146,29 +146,38 @@ def expert_report(
         raise ValueError("window must be at least 1, and hot_factor must be greater than 1")
     run = run.with_loads()
     index = None if layer is None else run.layer_index(layer)
-    first, last = (0, run.info.num_layers) if index is None else (index, index + 1)
 
     def read() -> ExpertReport:
-        def start(shape: Shape) -> _Loads:
-            experts = run.history.num_experts(run.info.num_logical_experts, last)[first:]
-            return _Loads(
-                run,
-                shape,
-                range(first, last),
-                experts,
-                ExpertWindows(window, hot_factor, experts),
-                all_placements,
-            )
-
-        sums, whole, notes = last_configuration(run, steps, start, estimate=True)
-        return _report(
-            run, layer, sums, whole, [*notes, *run.import_caveats("step_order", "earlier_placements")]
-        )
+        sums = expert_sums(run, index, window, hot_factor, all_placements)
+        sums.add_all(steps, estimate=True)
+        return expert_report_of(run, layer, *sums.result(steps))
 
     return run.retry_without_damaged(read)
 
 
-def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, notes: list[str]) -> ExpertReport:
+def expert_sums(
+    run: Run,
+    index: int | None = None,
+    window: int = WINDOW,
+    hot_factor: float = HOT_FACTOR,
+    all_placements: bool = False,
+) -> LastConfiguration[ExpertSums]:
+    """What :func:`expert_report` is made of, without any block yet; ``index``: of the layer."""
+    first, last = (0, run.info.num_layers) if index is None else (index, index + 1)
+
+    def start(shape: Shape) -> ExpertSums:
+        experts = run.history.num_experts(run.info.num_logical_experts, last)[first:]
+        windows = ExpertWindows(window, hot_factor, experts)
+        return ExpertSums(run, shape, range(first, last), experts, windows, all_placements)
+
+    return LastConfiguration(run, start)
+
+
+def expert_report_of(
+    run: Run, layer: int | None, sums: ExpertSums, whole: Completeness, notes: list[str]
+) -> ExpertReport:
+    """:func:`expert_report` of sums already made. Raises DumpError if no placement is known in them."""
+    notes = [*notes, *run.import_caveats("step_order", "earlier_placements")]
     windows = sums.windows
     windows.finish()
     numbers = [run.info.layers[i] for i in sums.layers]
@@ -219,7 +228,7 @@ def _report(run: Run, layer: int | None, sums: _Loads, whole: Completeness, note
     )
 
 
-class _Loads(Sums):
+class ExpertSums(Sums):
     """Loads of some layers of one configuration, by logical expert, and by slot since the last change."""
 
     def __init__(

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from eplb_analyze.json_report import as_json, remembers_run
-from eplb_analyze.metrics.formulas import Float64, Terms
+from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import Sums, SumsReport, last_configuration
 from eplb_analyze.reader.lost import lost_in, serving
 from eplb_analyze.reader.run import Run
@@ -77,12 +78,12 @@ def _named(straggler: Straggler, name: str) -> dict[str, Any]:
     return {name: figures.pop("number"), **figures}
 
 
-class _RankSums(Sums):
+class RankSums(Sums):
     """Sums of one configuration: the loads, and how often each rank was the slowest and at what cost."""
 
     def __init__(self, run: Run, shape: Shape) -> None:
         super().__init__(shape)
-        self._per_token = run.info.token_replication
+        self._run = run
         self.active = 0
         self.max_tokens = 0.0
         #: [layers, ranks], as recorded: token replication not divided out.
@@ -91,16 +92,14 @@ class _RankSums(Sums):
         self.excess: Float64 = np.zeros(shape.ep_size)
 
     def _add(self, block: Block) -> None:
-        shape = self.shape
-        size = shape.num_moe_layers, shape.ep_size
-        terms = Terms(len(block.recorded), *size, self._per_token, serving(shape))
-        for first, load in block.rank_load_parts():
-            terms.add(first, load)
-            self.load[first : first + load.shape[1]] += load.sum(axis=0)
+        terms = self._run.terms(block, each=self._add_load)
         self.active += int(terms.active.sum())
         self.max_tokens += float(terms.maximum.sum())
         self.slowest += terms.by_slowest().sum(axis=0)
         self.excess += terms.by_slowest(terms.excess).sum(axis=0)
+
+    def _add_load(self, first: int, load: Int64) -> None:
+        self.load[first : first + load.shape[1]] += load.sum(axis=0)
 
 
 @remembers_run
@@ -118,12 +117,19 @@ def rank_report(
         DumpError: no step in it was recorded.
     """
     return run.retry_without_damaged(
-        lambda: _rank_report(run, steps, ranks_per_node or run.info.ranks_per_node)
+        lambda: rank_report_of(
+            run,
+            *last_configuration(run, steps, lambda shape: RankSums(run, shape), estimate=True),
+            ranks_per_node=ranks_per_node,
+        )
     )
 
 
-def _rank_report(run: Run, steps: tuple[int, int] | None, ranks_per_node: int | None) -> RankReport:
-    sums, seen, notes = last_configuration(run, steps, lambda shape: _RankSums(run, shape), estimate=True)
+def rank_report_of(
+    run: Run, sums: RankSums, seen: Completeness, notes: list[str], *, ranks_per_node: int | None = None
+) -> RankReport:
+    """:func:`rank_report` of sums already made; see :func:`last_configuration`."""
+    ranks_per_node = ranks_per_node or run.info.ranks_per_node
     per_rank = [[rank] for rank in range(sums.shape.ep_size)]
     per_node = _nodes(sums.shape.ep_size, ranks_per_node)
     notes += uneven_nodes(sums.shape.ep_size, ranks_per_node)
@@ -152,7 +158,7 @@ def _nodes(ranks: int, size: int | None) -> list[list[int]]:
     return [list(range(r, min(r + size, ranks))) for r in range(0, ranks, size)] if size else []
 
 
-def _heat(sums: _RankSums, groups: list[list[int]]) -> list[list[float | None]]:
+def _heat(sums: RankSums, groups: list[list[int]]) -> list[list[float | None]]:
     """For each layer, the mean load of each group's ranks over the layer's mean."""
     return [[_times_mean(row, group, sums.shape) for group in groups] for row in sums.load]
 
@@ -163,7 +169,7 @@ def _times_mean(load: Int64, group: list[int], shape: Shape) -> float | None:
     return float(load[here].mean() / (load.sum() / serving(shape))) if here and load.any() else None
 
 
-def _stragglers(run: Run, sums: _RankSums, groups: list[list[int]]) -> list[Straggler]:
+def _stragglers(run: Run, sums: RankSums, groups: list[list[int]]) -> list[Straggler]:
     load, loss = sums.load.sum(axis=0), float(sums.excess.sum())
     tokens = run.tokens(load)
     found = []

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import RunCost, cost_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
-from eplb_analyze.analysis.pauses import pauses_of
+from eplb_analyze.analysis.pauses import StepClock, pauses_of
 from eplb_analyze.analysis.worth import PlacementGain
 from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics import bootstrap, formulas
@@ -169,43 +169,68 @@ def rearrangement_report(
 def _report(
     run: Run, steps: tuple[int, int] | None, window: int, cost: RunCost | None
 ) -> RearrangementReport:
-    changes = _changes(run, steps, window)
-    if changes and cost is None:
-        cost = cost_of(run)
-    gains = [change.worth for change in changes if change.worth is not None]
-    folds = [fold for change in changes for fold in change.folds]
-    whole, series = Completeness(), _Series()
+    sums = RearrangementSums(run, steps, window)
     for block in run.blocks(steps):
-        whole.add(block)
+        sums.add(block)
+    return sums.report(cost)
+
+
+class RearrangementSums:
+    """What rearrangements are judged by, added block by block in order of steps."""
+
+    def __init__(self, run: Run, steps: tuple[int, int] | None = None, window: int = WINDOW) -> None:
+        """See :func:`rearrangement_report`."""
+        self._run, self._steps, self._window = run, steps, window
+        self._changes = _changes(run, steps, window)
+        self._gains = [change.worth for change in self._changes if change.worth is not None]
+        self._folds = [fold for change in self._changes for fold in change.folds]
+        self._whole, self._series = Completeness(), _Series()
+        #: Of the steps of all phases; None if those added are not all.
+        self._clock = StepClock() if steps is None and run.phase is None else None
+
+    def add(self, block: Block) -> None:
+        self._whole.add(block)
+        if self._clock is not None:
+            self._clock.add(block)
         if block.shape is not None and len(block.recorded):
-            series.add(block.shape, block.recorded, BALANCEDNESS.of(run.terms(block)))
+            self._series.add(block.shape, block.recorded, BALANCEDNESS.of(self._run.terms(block)))
             if block.has_loads:
-                _spread(run, block, folds, gains)
-    notes = run.import_caveats("step_order", "placement", "placement_steps", "earlier_placements")
-    notes += uneven_nodes(run.info.ep_size, run.info.ranks_per_node)
-    if not run.history.layers:
-        notes.append("no placement was recorded, so no rearrangement is known")
-    if run.history.lost:
-        at = ", ".join(map(str, run.history.lost[:5]))
-        notes.append(
-            f"placements are lost from step {at} on; changes are unknown until the next recorded placements"
+                _spread(self._run, block, self._folds, self._gains)
+
+    def report(self, cost: RunCost | None = None) -> RearrangementReport:
+        """``cost``: as in :func:`rearrangement_report`."""
+        run, changes = self._run, self._changes
+        if changes and cost is None:
+            cost = cost_of(run)
+        notes = run.import_caveats("step_order", "placement", "placement_steps", "earlier_placements")
+        notes += uneven_nodes(run.info.ep_size, run.info.ranks_per_node)
+        if not run.history.layers:
+            notes.append("no placement was recorded, so no rearrangement is known")
+        if run.history.lost:
+            at = ", ".join(map(str, run.history.lost[:5]))
+            notes.append(
+                f"placements are lost from step {at} on; changes are unknown until the next recorded "
+                "placements"
+            )
+        gone = [one.steps for one in run.left_out(self._steps) if one.tier is Tier.GONE]
+        if gone:
+            notes.append(
+                f"of steps {StepRange(gone[0].first, gone[-1].end)} only the last placements are kept; "
+                "earlier rearrangements are not known"
+            )
+        these = [change.this for change in changes]
+        pauses = pauses_of(run, these) if self._clock is None else self._clock.pauses(run, these)
+        rows = [
+            _in_ms(_figures(run, change, self._series), change, pause, cost)
+            for change, pause in zip(changes, pauses, strict=True)
+        ]
+        why = due = None
+        if run.placements_recorded and not run.history.rearrangements():
+            why = not_due(run)
+            due = overdue(run) if why is None else None
+        return RearrangementReport(
+            run.info.run_id, run.info.model, self._whole, self._window, rows, cost, notes, why, due
         )
-    gone = [one.steps for one in run.left_out(steps) if one.tier is Tier.GONE]
-    if gone:
-        notes.append(
-            f"of steps {StepRange(gone[0].first, gone[-1].end)} only the last placements are kept; earlier "
-            "rearrangements are not known"
-        )
-    pauses = pauses_of(run, [change.this for change in changes])
-    rows = [
-        _in_ms(_figures(run, change, series), change, pause, cost)
-        for change, pause in zip(changes, pauses, strict=True)
-    ]
-    why = due = None
-    if run.placements_recorded and not run.history.rearrangements():
-        why = not_due(run)
-        due = overdue(run) if why is None else None
-    return RearrangementReport(run.info.run_id, run.info.model, whole, window, rows, cost, notes, why, due)
 
 
 def _in_ms(
@@ -396,10 +421,10 @@ def _spread(run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGai
     start, stop = min(s.start for _, s, _ in here), max(s.stop for _, s, _ in here)
 
     def work(share: tuple[int, int]) -> None:
-        for first, loads in block.load_parts(steps[start:stop], *share):
-            for layer, whole in enumerate(loads.transpose(1, 0, 2), first):
+        for first, loads in block.stored_parts(steps[start:stop], *share):
+            for layer, whole in enumerate(loads, first):
                 for gain, at in dealt:
-                    gain.add(layer, whole[at - start], experts)
+                    gain.add(layer, whole[at - start].astype(np.int64), experts)
                 load = whole.astype(np.float64)
                 for fold, part, ratio in here:
                     way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)

@@ -69,14 +69,13 @@ def summarize(
 
 
 def _summarize(run: Run, steps: tuple[int, int] | None) -> Summary:
-    sums = sums_of(run, steps, bins_of(run, steps))
-    if run.phase is not None and not sums.seen.seen:
-        raise run.nothing_complete(steps)
-    return summary_of(sums, run, steps)
+    return summary_of(sums_of(run, steps, bins_of(run, steps)), run, steps)
 
 
 def summary_of(sums: SummarySums, run: Run, steps: tuple[int, int] | None = None) -> Summary:
     """The figures of a run; ``steps`` is the range that was asked for."""
+    if run.phase is not None and not sums.seen.seen:
+        raise run.nothing_complete(steps)
     step = np.concatenate(sums.steps)
     values = {name: np.concatenate(parts) for name, parts in sums.values.items()}
     stretches = [stretch for stretch in sums.configurations if stretch.recorded]

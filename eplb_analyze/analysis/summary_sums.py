@@ -45,13 +45,9 @@ class ConfigurationSums:
 
     def add(self, run: Run, block: Block) -> Terms:
         """Add a block's complete steps; there must be at least one."""
-        steps, shape = block.recorded, self.shape
-        layers, per_token = shape.num_moe_layers, run.info.token_replication
-        terms = Terms(len(steps), layers, shape.ep_size, per_token, serving(shape))
+        steps = block.recorded
         within = windows(steps, run.history.changes, run.info.interval)
-        for first, load in block.rank_load_parts():
-            terms.add(first, load)
-            self.losses.add_lasting(within, first, load)
+        terms = run.terms(block, each=lambda *load: self.losses.add_lasting(within, *load))
         self.losses.add(steps, terms)
         self.first, self.last, self.recorded = int(steps[0]), int(steps[-1]), len(steps)
         self.steps.append(steps)
@@ -243,18 +239,40 @@ def sums_of(run: Run, steps: tuple[int, int] | None, bins: Bins) -> SummarySums:
     Blocks are merged part by part of :meth:`Run.parts`, so that rounding is the same wherever the parts
     are read. ``bins``: of the run, if the sums are of a part of it that is read separately.
     """
-    run.load_history()
-    around = looked_at(run, (int(bins.edges[0]), bins.last + 1) if len(bins) else None)
-    per_value = steps_per_value(around.end - around.first)
-    edges = [first for first, _ in run.parts()]
-    sampling = Sampling(run, int(bins.edges[0]), bins.last)
-    total, part = (SummarySums(run.info.num_layers, bins, per_value) for _ in range(2))
-    for block, sums in run.over_blocks(
-        lambda block: SummarySums.of(run, bins, block, sampling, per_value), steps
-    ):
-        if block.step[0] in edges:
-            total.merge(part)
-            part = SummarySums(run.info.num_layers, bins, per_value)
-        part.merge(sums)
-    total.merge(part)
-    return total
+    total = RunSums(run, bins)
+    for block, sums in run.over_blocks(total.of, steps):
+        total.add(block, sums)
+    return total.sums
+
+
+class RunSums:
+    """The sums of a run, to be made of its blocks, by threads, and added in order of steps."""
+
+    def __init__(self, run: Run, bins: Bins) -> None:
+        """``bins``: as in :func:`sums_of`."""
+        run.load_history()
+        self._run, self._bins = run, bins
+        around = looked_at(run, (int(bins.edges[0]), bins.last + 1) if len(bins) else None)
+        self._per_value = steps_per_value(around.end - around.first)
+        self._edges = {first for first, _ in run.parts()}
+        self._sampling = Sampling(run, int(bins.edges[0]), bins.last)
+        self._total, self._part = self._none(), self._none()
+
+    def _none(self) -> SummarySums:
+        return SummarySums(self._run.info.num_layers, self._bins, self._per_value)
+
+    def of(self, block: Block) -> SummarySums:
+        return SummarySums.of(self._run, self._bins, block, self._sampling, self._per_value)
+
+    def add(self, block: Block, sums: SummarySums) -> None:
+        """Add the next block; ``sums``: of it."""
+        if int(block.step[0]) in self._edges:
+            self._total.merge(self._part)
+            self._part = self._none()
+        self._part.merge(sums)
+
+    @property
+    def sums(self) -> SummarySums:
+        """Those of all blocks; no more can be added."""
+        self._total.merge(self._part)
+        return self._total

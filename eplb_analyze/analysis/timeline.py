@@ -10,8 +10,8 @@ import numpy.typing as npt
 from eplb_analyze.analysis.timeline_report import DEFAULT_BINS, IDLE_FRACTION, NAMES, Bin, Stretch, Timeline
 from eplb_analyze.json_report import remembers_run
 from eplb_analyze.metrics.formulas import ACTIVE_EXPERTS, FORMULAS, Float64
-from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import blocks_by_configuration, estimate_notes
+from eplb_analyze.reader.blocks import Block
+from eplb_analyze.reader.configurations import Configurations, estimate_notes
 from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.sessions.step_range import StepRange
@@ -92,63 +92,94 @@ def timeline(
 def _timeline(
     run: Run, formula: str, bins: int, index: int | None, steps: tuple[int, int] | None
 ) -> Timeline:
-    asked = StepRange.of(steps)
-    run.require(asked)
-    first, last = run.step_range
-    assert first is not None
-    assert last is not None
-    first, end = asked.clip(first, last + 1)
-    count = min(bins, end - first)
-    parts = _Bins(np.array([first + i * (end - first) // count for i in range(count + 1)], np.int64))
-    seen = Completeness()
-    shapes: dict[int, Stretch] = {}
-    missing: tuple[int, ...] = ()
-    recorded = 0
-    for number, block in blocks_by_configuration(run, steps, seen, estimate=True):
-        missing, recorded = block.missing, recorded + len(block.recorded)
+    sums = TimelineSums(run, formula, bins, index, steps)
+    for block in run.estimated(steps).blocks(steps):
+        sums.add(block)
+    return sums.timeline()
+
+
+class TimelineSums:
+    """What a timeline is made of, added block by block in order of steps."""
+
+    def __init__(
+        self,
+        run: Run,
+        formula: str = "balancedness",
+        bins: int = DEFAULT_BINS,
+        index: int | None = None,
+        steps: tuple[int, int] | None = None,
+    ) -> None:
+        """See :func:`timeline`; ``index``: of the layer."""
+        asked = StepRange.of(steps)
+        run.require(asked)
+        first, last = run.step_range
+        assert first is not None
+        assert last is not None
+        first, end = asked.clip(first, last + 1)
+        count = min(bins, end - first)
+        #: The first step of each bin, and the one after the last: int64 ``[bins + 1]``.
+        self.edges = np.array([first + i * (end - first) // count for i in range(count + 1)], np.int64)
+        self._run, self._formula, self._index, self._steps = run, formula, index, steps
+        self._bins = _Bins(self.edges)
+        self._configurations = Configurations(run)
+        self._shapes: dict[int, Stretch] = {}
+        self._missing: tuple[int, ...] = ()
+        self._recorded = 0
+
+    def add(self, block: Block) -> None:
+        number = self._configurations.number(block)
+        if number is None:
+            return
         assert block.shape is not None
-        layers = (0, None) if index is None else (index, index + 1)
-        if formula == ACTIVE_EXPERTS.name:
+        self._missing, self._recorded = block.missing, self._recorded + len(block.recorded)
+        layers = (0, None) if self._index is None else (self._index, self._index + 1)
+        if self._formula == ACTIVE_EXPERTS.name:
             terms = block.active_terms(*layers)
             value, weight = ACTIVE_EXPERTS.of(terms), np.ones(len(terms.mean))
-        elif formula == IDLE_FRACTION:
-            terms = run.terms(block, *layers)
+        elif self._formula == IDLE_FRACTION:
+            terms = self._run.terms(block, *layers)
             value, weight = 1 - FORMULAS["vllm"].of(terms), terms.maximum.sum(axis=1)
         else:
-            terms = run.terms(block, *layers)
-            value, weight = FORMULAS[formula].of(terms), np.ones(len(terms.mean))
-        parts.add(block.recorded, value, weight)
+            terms = self._run.terms(block, *layers)
+            value, weight = FORMULAS[self._formula].of(terms), np.ones(len(terms.mean))
+        self._bins.add(block.recorded, value, weight)
+        shapes, shape = self._shapes, block.shape
         begin = shapes[number].first_step if number in shapes else int(block.recorded[0])
-        shape = block.shape
         shapes[number] = Stretch(begin, int(block.recorded[-1]), shape.ep_size, shape.num_physical_experts)
-    if not shapes:
-        raise run.nothing_complete(steps)
-    history = run.history
-    changes = (
-        [r.first_step for r in history.rearrangements()] if index is None else history.layer(index).steps[1:]
-    )
-    total = float(parts.weight.sum())
-    ends = [*shapes.values()]
-    notes = estimate_notes(run, missing, recorded, ends[0].first_step, ends[-1].last_step)
-    notes += run.import_caveats("step_order")
-    if len(shapes) > 1:
-        at = ", ".join(str(s.first_step) for s in list(shapes.values())[1:][:5])
-        notes.append(
-            f"ep_size or the number of slots changed, or a rank was lost, at step {at}: loads before and "
-            f"after are not added, and figures are means over steps"
+
+    def timeline(self) -> Timeline:
+        """Raises DumpError if no step was complete."""
+        run, index, parts, shapes = self._run, self._index, self._bins, [*self._shapes.values()]
+        if not shapes:
+            raise run.nothing_complete(self._steps)
+        history = run.history
+        changes = (
+            [r.first_step for r in history.rearrangements()]
+            if index is None
+            else history.layer(index).steps[1:]
         )
-    return Timeline(
-        run_id=run.info.run_id,
-        model=run.info.model,
-        formula=formula,
-        layer=None if index is None else run.info.layers[index],
-        steps=seen,
-        missing_ranks=[*missing],
-        mean=float(parts.total.sum()) / total if total else None,
-        min=float(parts.low.min()) if total else None,
-        max=float(parts.high.max()) if total else None,
-        bins=parts.bins(),
-        rearrangements=[step for step in changes if first <= step < end],
-        configurations=list(shapes.values()),
-        notes=notes,
-    )
+        total = float(parts.weight.sum())
+        ends = shapes[0].first_step, shapes[-1].last_step
+        notes = estimate_notes(run, self._missing, self._recorded, *ends)
+        notes += run.import_caveats("step_order")
+        if len(shapes) > 1:
+            at = ", ".join(str(s.first_step) for s in shapes[1:][:5])
+            notes.append(
+                f"ep_size or the number of slots changed, or a rank was lost, at step {at}: loads before and "
+                f"after are not added, and figures are means over steps"
+            )
+        return Timeline(
+            run_id=run.info.run_id,
+            model=run.info.model,
+            formula=self._formula,
+            layer=None if index is None else run.info.layers[index],
+            steps=self._configurations.seen,
+            missing_ranks=[*self._missing],
+            mean=float(parts.total.sum()) / total if total else None,
+            min=float(parts.low.min()) if total else None,
+            max=float(parts.high.max()) if total else None,
+            bins=parts.bins(),
+            rearrangements=[step for step in changes if self.edges[0] <= step < self.edges[-1]],
+            configurations=shapes,
+            notes=notes,
+        )

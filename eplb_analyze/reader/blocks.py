@@ -229,24 +229,48 @@ class Block:
         Yields ``(layer, int64 [len(steps), layers, ep_size])``.
         """
         width = self._shape().ep_size
-        for low, high, pieces in self.pieces(lambda s, *layers: s.rank_loads(*layers), steps, first, last):
-            yield low, self._sum(pieces, steps, high - low, width)
+        for low, high, pieces in self._pieces(lambda s, *layers: s.rank_loads(*layers), steps, first, last):
+            total = self._sum(pieces, steps, high - low, width)
+            yield low, total.astype(np.int64, copy=False).transpose(1, 0, 2)
 
     def load_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, Int64]]:
         """:meth:`loads` a few layers at a time: ``(layer, int64 [len(steps), layers, physical])``."""
+        for layer, load in self.stored_parts(steps, first, last):
+            yield layer, load.astype(np.int64, copy=False).transpose(1, 0, 2)
+
+    def stored_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """:meth:`load_parts` by layer: ``(layer, [layers, len(steps), physical])``, int32 or int64.
+
+        The loads of one writer are as stored, not a copy.
+        """
         width = self._shape().num_physical_experts
-        for low, high, pieces in self.pieces(lambda s, *layers: s.loads(*layers), steps, first, last):
+        for low, high, pieces in self.pieces(steps, first, last):
             yield low, self._sum(pieces, steps, high - low, width)
 
-    def terms(self, token_replication: int = 1, first: int = 0, last: int | None = None) -> Terms:
-        """The terms of the formulas over the complete steps, for all layers or a range of indices."""
+    def terms(
+        self,
+        token_replication: int = 1,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        each: Callable[[int, Int64], object] | None = None,
+    ) -> Terms:
+        """The terms of the formulas over the complete steps, for all layers or a range of indices.
+
+        Args:
+            each: called with the parts that they are of, as :meth:`rank_load_parts` yields them.
+        """
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
         terms = Terms(len(self.recorded), last - first, shape.ep_size, token_replication, serving(shape))
         for layer, load in self.rank_load_parts(first=first, last=last):
             terms.add(layer - first, load)
+            if each is not None:
+                each(layer, load)
         return terms
 
     def active_terms(self, first: int = 0, last: int | None = None) -> Terms:
@@ -259,20 +283,19 @@ class Block:
         return terms
 
     def pieces(
-        self,
-        read: Read,
-        steps: Int64 | None = None,
-        first: int = 0,
-        last: int | None = None,
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
-        """The segments' values for a few layers at a time: ``(layer, layer after the last, pieces)``.
+        """The segments' loads for a few layers at a time: ``(layer, layer after the last, pieces)``.
 
         Pieces are read when they are taken, one after another, so that many ranks' files need the memory
         of one. Take them before the next layers.
-
-        Args:
-            read: a segment's ``loads`` or ``rank_loads``.
         """
+        return self._pieces(lambda s, *layers: s.loads(*layers), steps, first, last)
+
+    def _pieces(
+        self, read: Read, steps: Int64 | None, first: int, last: int | None
+    ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
+        """:meth:`pieces` of what ``read`` reads: a segment's ``loads`` or ``rank_loads``."""
         shape = self._shape()
         last = shape.num_moe_layers if last is None else last
         cursors = [
@@ -290,20 +313,22 @@ class Block:
             found = ordered_map(take, cursors, requests_at_once(cursors[0][0].segment.path) if cursors else 1)
             yield low, high, (piece for _, piece in found)
 
-    def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> Int64:
-        """Pieces added up: int64 ``[len(steps), layers, width]``."""
+    def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> npt.NDArray[Any]:
+        """Pieces added up: ``[layers, len(steps), width]``, int64, or as stored if they are of one writer."""
         count = len(self.recorded if steps is None else steps)
-        out: Int64 | None = None
+        out: npt.NDArray[Any] | None = None
         for values, here, there in pieces:
             if out is None and len(here) == count == values.shape[1]:
-                out = values.astype(np.int64, copy=False)  # all steps, of one writer or the first
+                out = values  # all steps, of one writer or the first
                 continue
             if out is None:
                 out = np.zeros((layers, count, width), np.int64)
-            elif not out.flags.writeable:  # a view of the file's buffer
-                out = out.copy()
+            elif (
+                out.dtype != np.int64 or not out.flags.writeable
+            ):  # as stored, or a view of the file's buffer
+                out = out.astype(np.int64)
             out[:, _whole(here, count)] += values[:, _whole(there, values.shape[1])]
-        return (np.zeros((layers, count, width), np.int64) if out is None else out).transpose(1, 0, 2)
+        return np.zeros((layers, count, width), np.int64) if out is None else out
 
     def _shape(self) -> Shape:
         if self.shape is None:
@@ -368,10 +393,10 @@ class ServingBlock(Block):
         for layer, load in self._block.rank_load_parts(steps, first, last):
             yield layer, load[:, :, self._ranks]
 
-    def load_parts(
+    def stored_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None
-    ) -> Iterator[tuple[int, Int64]]:
-        for layer, load in self._block.load_parts(steps, first, last):
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        for layer, load in self._block.stored_parts(steps, first, last):
             yield layer, load[:, :, self._slots]
 
 
@@ -400,6 +425,83 @@ class EstimateBlock(Block):
         steps = dict(block.without_ranks()).get(missing, np.empty(0, np.int64))
         others = np.where(block.state == StepState.RECORDED, np.uint8(StepState.INCOMPLETE), block.state)
         self.state = np.where(np.isin(block.step, steps), np.uint8(StepState.RECORDED), others)
+
+
+class KeptBlock(Block):
+    """A block that keeps the loads read of its complete steps, so that several analyses read them once.
+
+    They take memory as long as the block: 4 bytes for each step, layer and slot, whatever the number of
+    writers.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.__dict__.update(block.__dict__)
+        self._block = block
+        #: By layer ``[n, physical]``; and by ranks as :meth:`rank_load_parts` yields them.
+        self._kept: dict[int, npt.NDArray[Any]] = {}
+        self._kept_by_rank: list[tuple[int, npt.NDArray[Any]]] | None = None
+        self._terms: dict[int, Terms] = {}
+
+    def matches(self, steps: Int64) -> Iterator[tuple[Segment, Int64, Int64]]:
+        return self._block.matches(steps)
+
+    def pieces(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, int, Iterator[Piece]]]:
+        chosen = self.recorded if steps is None else steps
+        if not np.isin(chosen, self.recorded).all():
+            yield from self._block.pieces(steps, first, last)
+            return
+        here, there = np.arange(len(chosen)), np.searchsorted(self.recorded, chosen)
+        for layer, load in self._read(first, self._shape().num_moe_layers if last is None else last):
+            yield layer, layer + 1, iter([(load[np.newaxis], here, there)])
+
+    def _read(self, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """The loads of each layer in the complete steps, read if they are not kept yet."""
+        for known, layers in itertools.groupby(range(first, last), self._kept.__contains__):
+            if known:
+                yield from ((layer, self._kept[layer]) for layer in layers)
+                continue
+            unread = [*layers]
+            for low, loads in self._block.stored_parts(None, unread[0], unread[-1] + 1):
+                own = dict(enumerate(_narrow(loads), low))
+                self._kept |= own
+                yield from own.items()
+
+    def rank_load_parts(
+        self, steps: Int64 | None = None, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, Int64]]:
+        if steps is not None or first or last not in (None, self._shape().num_moe_layers):
+            yield from self._block.rank_load_parts(steps, first, last)
+            return
+        if self._kept_by_rank is None:
+            parts = self._block.rank_load_parts()
+            self._kept_by_rank = [(layer, _narrow(load)) for layer, load in parts]
+        for layer, load in self._kept_by_rank:
+            yield layer, load.astype(np.int64)
+
+    def terms(
+        self,
+        token_replication: int = 1,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        each: Callable[[int, Int64], object] | None = None,
+    ) -> Terms:
+        if first or last not in (None, self._shape().num_moe_layers):
+            return super().terms(token_replication, first, last, each=each)
+        if token_replication not in self._terms:
+            self._terms[token_replication] = super().terms(token_replication, each=each)
+        elif each is not None:
+            for layer, load in self.rank_load_parts():
+                each(layer, load)
+        return self._terms[token_replication]
+
+
+def _narrow(load: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Counts as int32, if they fit."""
+    fits = load.dtype == np.int32 or load.max(initial=0) <= np.iinfo(np.int32).max
+    return load.astype(np.int32, copy=False) if fits else load
 
 
 #: A segment's ``loads`` or ``rank_loads``, from one layer to another.

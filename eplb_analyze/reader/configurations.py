@@ -6,9 +6,9 @@ Loads are never summed across two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.reader.blocks import Block
@@ -77,7 +77,8 @@ def last_configuration(
     Call it inside ``run.retry_without_damaged``.
 
     Args:
-        estimate: as in :func:`blocks_by_configuration`.
+        estimate: if no step is complete, of the ranks that are there: :meth:`Run.estimated
+            <eplb_analyze.reader.run.Run.estimated>`.
 
     Returns:
         The sums, the completeness of all steps of the range, and notes: that they are for an estimate, and
@@ -87,69 +88,100 @@ def last_configuration(
         NotInDumpError: no step of the run is in the range.
         DumpError: no step in it is complete.
     """
-    sums, seen, earlier = last_of_configurations(run, steps, start, estimate=estimate)
-    notes = estimate_notes(run, sums.missing, sums.recorded, sums.first_step, sums.last_step)
-    if earlier:
-        first, end = earlier[0].first, earlier[-1].end
-        notes.append(
-            f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are "
-            f"left out, because loads before and after cannot be added (to see them, use --steps "
-            f"{first}-{end - 1})"
-        )
-    return sums, seen, notes
+    last = LastConfiguration(run, start)
+    last.add_all(steps, estimate=estimate)
+    return last.result(steps)
 
 
 def last_of_configurations(
-    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S], *, estimate: bool = False
+    run: Run, steps: tuple[int, int] | None, start: Callable[[Shape], S]
 ) -> tuple[S, Completeness, list[StepRange]]:
     """:func:`last_configuration` with the steps of each earlier configuration in place of the notes."""
-    if steps is not None:
-        run.require(steps)
-    seen = Completeness()
-    sums: S | None = None
-    earlier: list[StepRange] = []
-    current = -1
-    for number, block in blocks_by_configuration(run, steps, seen, estimate=estimate):
-        if sums is None or number != current:
-            if sums is not None:
-                earlier.append(sums.steps)
-            assert block.shape is not None
-            sums, current = start(block.shape), number
-        sums.add(block)
-    if sums is None:
+    last = LastConfiguration(run, start)
+    last.add_all(steps)
+    if last.sums is None:
         raise run.nothing_complete(steps)
-    return sums, seen, earlier
+    return last.sums, last.seen, last.earlier
 
 
-def blocks_by_configuration(
-    run: Run, steps: tuple[int, int] | None, seen: Completeness, *, estimate: bool = False
-) -> Iterator[tuple[int, Block]]:
-    """The blocks that have complete steps, each with the number of its configuration from 0.
+class Configurations:
+    """Numbers the configurations of blocks, which come in order of steps, and counts the blocks' steps."""
 
-    Every block is counted in ``seen``. A shape without a complete step still separates the configurations
-    around it.
+    def __init__(self, run: Run) -> None:
+        """``run``: whose blocks they are; or part of that run, without steps of which less is kept."""
+        self._run = run
+        self.seen = Completeness()
+        self._number = -1
+        self._shape: Shape | None = None
 
-    Args:
-        estimate: if no step is complete, of the ranks that are there: :meth:`Run.estimated
-            <eplb_analyze.reader.run.Run.estimated>`.
+    def number(self, block: Block) -> int | None:
+        """The number of the next block's configuration, from 0; None if it has no complete step of the run.
+
+        A shape without a complete step still separates the configurations around it.
+        """
+        if not self._run.has(block):
+            return None
+        counts = Completeness.of(block)
+        counts.left_out = self._run.absent
+        self.seen.merge(counts)
+        if block.shape is not None and block.shape != self._shape:
+            self._number, self._shape = self._number + 1, block.shape
+        return self._number if block.shape is not None and len(block.recorded) else None
+
+
+class LastConfiguration(Generic[S]):
+    """The sums of the last configuration of the blocks added, in order of steps.
+
+    Attributes:
+        run: whose blocks they are; or part of that run, without steps of which less is kept.
+        sums: None until a block has a complete step.
+        seen: the completeness of all steps.
+        earlier: the steps of each earlier configuration.
     """
 
-    def count(block: Block) -> Block:
-        seen.add(block)
-        return block
+    def __init__(self, run: Run, start: Callable[[Shape], S]) -> None:
+        self.run, self._start = run, start
+        self._configurations = Configurations(run)
+        self._current = -1
+        self.sums: S | None = None
+        self.earlier: list[StepRange] = []
 
-    yield from _numbered(map(count, (run.estimated(steps) if estimate else run).blocks(steps)))
+    @property
+    def seen(self) -> Completeness:
+        return self._configurations.seen
 
+    def add(self, block: Block) -> None:
+        number = self._configurations.number(block)
+        if number is None:
+            return
+        if self.sums is None or number != self._current:
+            if self.sums is not None:
+                self.earlier.append(self.sums.steps)
+            assert block.shape is not None
+            self.sums, self._current = self._start(block.shape), number
+        self.sums.add(block)
 
-def _numbered(blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
-    number, shape = -1, None
-    for block in blocks:
-        if block.shape is None:
-            continue
-        if block.shape != shape:
-            number, shape = number + 1, block.shape
-        if len(block.recorded):
-            yield number, block
+    def add_all(self, steps: tuple[int, int] | None, *, estimate: bool = False) -> None:
+        """Add the blocks of the run, or of a half-open range of its steps."""
+        if steps is not None:
+            self.run.require(steps)
+        for block in (self.run.estimated(steps) if estimate else self.run).blocks(steps):
+            self.add(block)
+
+    def result(self, steps: tuple[int, int] | None) -> tuple[S, Completeness, list[str]]:
+        """What :func:`last_configuration` returns; ``steps``: the range that was asked for."""
+        sums, earlier = self.sums, self.earlier
+        if sums is None:
+            raise self.run.nothing_complete(steps)
+        notes = estimate_notes(self.run, sums.missing, sums.recorded, sums.first_step, sums.last_step)
+        if earlier:
+            first, end = earlier[0].first, earlier[-1].end
+            notes.append(
+                f"ep_size or the number of slots changed, or a rank was lost: steps {first} to {end - 1} are "
+                f"left out, because loads before and after cannot be added (to see them, use --steps "
+                f"{first}-{end - 1})"
+            )
+        return sums, self.seen, notes
 
 
 def estimate_notes(run: Run, missing: Sequence[int], steps: int, first: int, last: int) -> list[str]:

@@ -392,7 +392,7 @@ def sum_between(
     slots = block.shape.num_physical_experts
 
     def work(share: tuple[int, int]) -> None:
-        for first, last, pieces in block.pieces(lambda s, *layers: s.loads(*layers), None, *share):
+        for first, last, pieces in block.pieces(None, *share):
             periods = [list(history.layer(i).periods(block.recorded)) for i in range(first, last)]
             cuts = [sorted({*bounds, *(part.start for part, _ in found)}) for found in periods]
             sums = [np.zeros((len(edges) - 1, slots), np.int64) for edges in cuts]

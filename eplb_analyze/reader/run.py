@@ -21,7 +21,7 @@ import numpy.typing as npt
 from eplb_analyze.errors import AnalyzeError, DumpError, Finding, NotInDumpError
 from eplb_analyze.metrics import formulas
 from eplb_analyze.parallel import ordered_map
-from eplb_analyze.reader.blocks import Block, EstimateBlock, PhaseBlock, iter_blocks, parts
+from eplb_analyze.reader.blocks import Block, EstimateBlock, KeptBlock, PhaseBlock, iter_blocks, parts
 from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.join import MIXED
@@ -125,6 +125,8 @@ class Run:
         self._without: tuple[int, ...] = ()
         #: Whether steps without experts' loads are left out.
         self._with_loads = False
+        #: Whether blocks keep the loads read.
+        self._keeping = False
         self._tiers: tuple[int, Tiers] | None = None
         #: The last step to include; None for all.
         self._last: int | None = None
@@ -202,6 +204,12 @@ class Run:
             return self
         run = copy.copy(self)
         run._with_loads = True
+        return run
+
+    def keeping_loads(self) -> Run:
+        """The run as blocks that keep the loads read, so that several analyses can share one pass."""
+        run = copy.copy(self)
+        run._keeping = True
         return run
 
     @property
@@ -365,6 +373,8 @@ class Run:
             blocks = (block for block in of_phase if len(block.step))
         if self._without:
             blocks = (EstimateBlock(block, self._without) for block in blocks)
+        if self._keeping:
+            blocks = map(KeptBlock, blocks)
         return map(Block.serving_only, blocks) if self._serving_only else blocks
 
     def _report(self, done: Block, steps: tuple[int, int] | None) -> None:
@@ -480,15 +490,19 @@ class Run:
             return None
         if first is not None and last is not None:
             inside = asked.clip(first, last + 1)
-            if inside.first < inside.end and any(True for _ in self._absent.outside(*inside)):
+            if inside.first < inside.end and any(True for _ in self.absent.outside(*inside)):
                 return None
         kept = None if first is None or last is None else StepRange(first, last + 1)
         return f"{self.path}: {retired(out, self.clock.when, kept)}"
 
     @property
-    def _absent(self) -> Ranges:
+    def absent(self) -> Ranges:
         """The steps that are in no block of this run, because they were thinned."""
         return self.tiers.without_loads if self._with_loads else self.tiers.retired
+
+    def has(self, block: Block) -> bool:
+        """Whether a block of a run of which this is a part is in it: see :meth:`with_loads`."""
+        return block.has_loads or not self._with_loads
 
     @property
     def step_range(self) -> tuple[int | None, int | None]:
@@ -500,7 +514,7 @@ class Run:
         if not segments:
             return None, None
         first, last = min(s.first_step for s in segments), max(s.last_step for s in segments)
-        kept = [*self._absent.outside(first, last + 1)] if self._absent else [StepRange(first, last + 1)]
+        kept = [*self.absent.outside(first, last + 1)] if self.absent else [StepRange(first, last + 1)]
         return (kept[0].first, kept[-1].end - 1) if kept else (None, None)
 
     def tokens(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -619,9 +633,16 @@ class Run:
             )
         )
 
-    def terms(self, block: Block, first: int = 0, last: int | None = None) -> formulas.Terms:
+    def terms(
+        self,
+        block: Block,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        each: Callable[[int, npt.NDArray[np.int64]], object] | None = None,
+    ) -> formulas.Terms:
         """See :meth:`Block.terms`; token replication is divided out."""
-        return block.terms(self.info.token_replication, first, last)
+        return block.terms(self.info.token_replication, first, last, each=each)
 
 
 def _phases_of(segment: Segment) -> set[str]:

@@ -15,24 +15,29 @@ from typing import Any
 
 import numpy as np
 
-from eplb_analyze.analysis.experts import ExpertReport, expert_report
+from eplb_analyze.analysis.experts import ExpertReport, ExpertSums, expert_report_of, expert_sums
 from eplb_analyze.analysis.findings import summary_findings
-from eplb_analyze.analysis.ranks import rank_report
-from eplb_analyze.analysis.rearrangements import rearrangement_report
-from eplb_analyze.analysis.summary import summarize
-from eplb_analyze.analysis.summary_minutes import summary_of_minutes
-from eplb_analyze.analysis.summary_report import incomplete
-from eplb_analyze.analysis.timeline import timeline
+from eplb_analyze.analysis.ranks import RankSums, rank_report_of
+from eplb_analyze.analysis.rearrangements import (
+    RearrangementReport,
+    RearrangementSums,
+    rearrangement_report,
+)
+from eplb_analyze.analysis.summary import summarize, summary_of
+from eplb_analyze.analysis.summary_report import Summary, incomplete
+from eplb_analyze.analysis.summary_sums import RunSums, bins_of
+from eplb_analyze.analysis.timeline import TimelineSums
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.json_report import as_json
+from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
-from eplb_analyze.reader.configurations import last_configuration
+from eplb_analyze.reader.configurations import LastConfiguration
 from eplb_analyze.reader.join import StepState
+from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import imported
 from eplb_analyze.report import answer, sentences
 from eplb_analyze.report.bins import LoadBins, bins_that_fit
-from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import clean
 from eplb_dump.format import __version__
 from eplb_dump.format.schema import model_slug
@@ -84,16 +89,7 @@ def report_document(
     Raises:
         NotInDumpError: no step of the run is in the range.
     """
-    # The page is about experts' loads, too: if none are kept, it shows sums per minute.
-    no_loads = run.with_loads().why_retired(StepRange.of(steps)) is not None
-    if no_loads:
-        summary = run.retry_without_damaged(lambda: summary_of_minutes(run, steps))
-    else:
-        summary = summarize(run, steps)
-    rolled_up = summary.rollup is not None
-    # With sums per minute only, rearrangements are judged where their steps are kept.
-    of_changes = None if rolled_up else steps
-    changes = rearrangement_report(run, of_changes, cost=summary.cost if steps is None else None)
+    summary, changes, views = run.retry_without_damaged(lambda: _analyzed(run, steps))
     searched = answer.searched(summary, run.clock)
     about: list[str | None] = [answer.source(summary, run.clock), searched]
     notes = [f"{note[0].upper()}{note[1:]}." for note in about if note is not None] + changes.notes
@@ -103,16 +99,11 @@ def report_document(
     has_figures = summary.spreads["balancedness"].mean is not None or (
         summary.estimates and not summary.steps.count(StepState.RECORDED)
     )
-    if has_figures and not rolled_up:
-        over_time = timeline(run, bins=bins_that_fit(run), steps=steps)
-        edges = np.array([*(b.first_step for b in over_time.bins), over_time.bins[-1].last_step + 1])
-        loads, _, left_out = run.retry_without_damaged(
-            lambda: last_configuration(
-                run.with_loads(), steps, lambda shape: LoadBins(run, shape, edges), estimate=True
-            )
-        )
-        experts = _experts(run, steps)
-        ranks = rank_report(run, steps)
+    # The charts are about experts' loads, too.
+    if has_figures and views is not None and views.bins.sums is not None:
+        over_time, ranks = views.timeline.timeline(), rank_report_of(run, *views.ranks.result(steps))
+        loads, _, left_out = views.bins.result(steps)
+        experts = _experts(views.experts, steps)
         notes += [
             *over_time.notes,
             *ranks.notes,
@@ -174,10 +165,49 @@ def _figures(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("run", "steps", "notes")}
 
 
-def _experts(run: Run, steps: tuple[int, int] | None) -> ExpertReport | None:
+class _Views:
+    """What the page shows over time and by rank and expert, added block by block in order of steps."""
+
+    def __init__(self, run: Run, steps: tuple[int, int] | None) -> None:
+        self.timeline = TimelineSums(run, bins=bins_that_fit(run), steps=steps)
+        edges, with_loads = self.timeline.edges, run.with_loads()
+        self.bins = LastConfiguration(with_loads, lambda shape: LoadBins(run, shape, edges))
+        self.experts = expert_sums(with_loads)
+        self.ranks = LastConfiguration(run, lambda shape: RankSums(run, shape))
+
+    def add(self, block: Block) -> None:
+        for one in (self.timeline, self.bins, self.experts, self.ranks):
+            one.add(block)
+
+
+def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, RearrangementReport, _Views | None]:
+    """The analyses of a run, in one pass over its steps. No views if figures are from sums per minute."""
+    if from_minutes(run, steps):
+        summary = summarize(run, steps)
+        # Rearrangements are judged where their steps are kept.
+        return summary, rearrangement_report(run, cost=summary.cost if steps is None else None), None
+    if steps is not None:
+        run.require(steps)
+    sums, changes = RunSums(run, bins_of(run, steps)), RearrangementSums(run, steps)
+    views = None if run.step_range[0] is None else _Views(run, steps)
+    for block, own in run.keeping_loads().over_blocks(sums.of, steps):
+        sums.add(block, own)
+        changes.add(block)
+        if views is not None:
+            views.add(block)
+    estimated = run.estimated(steps)
+    if views is not None and estimated is not run:
+        views = _Views(estimated, steps)
+        for block in estimated.keeping_loads().blocks(steps):
+            views.add(block)
+    summary = summary_of(sums.sums, run, steps)
+    return summary, changes.report(summary.cost if steps is None else None), views
+
+
+def _experts(sums: LastConfiguration[ExpertSums], steps: tuple[int, int] | None) -> ExpertReport | None:
     """None if no placement is known, so that loads cannot be attributed to experts."""
     try:
-        return expert_report(run, steps=steps)
+        return expert_report_of(sums.run, None, *sums.result(steps))
     except DumpError:
         return None
 

@@ -179,7 +179,7 @@ def logical_loads(
     what was left out.
 
     Args:
-        estimate: as in :func:`eplb_analyze.reader.configurations.blocks_by_configuration`.
+        estimate: as in :func:`eplb_analyze.reader.configurations.last_configuration`.
 
     Raises:
         NotInDumpError, DumpError: the dump has no such step, or a layer's placement is not known there.
