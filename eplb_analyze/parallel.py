@@ -80,6 +80,17 @@ def ordered_results(
             pending.cancel()
 
 
+def one_ahead(
+    work: Callable[[Item], Result], items: Iterable[Item]
+) -> Generator[tuple[Item, Result], None, None]:
+    """Each item with ``work(item)``, in the order of the items, while a thread works on the next one."""
+    if num_workers() == 1:
+        yield from ordered_map(work, items)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        yield from ordered_results(lambda item: pool.submit(work, item), items, 1)
+
+
 def split_range(first: int, end: int) -> list[tuple[int, int]]:
     """Split ``range(first, end)`` into one half-open range for each worker."""
     edges = [first + i * (end - first) // num_workers() for i in range(num_workers() + 1)]

@@ -13,7 +13,7 @@ from eplb_analyze.analysis.conservation import Conservation, steps_text
 from eplb_analyze.analysis.findings import rank_findings, session_findings, step_findings
 from eplb_analyze.errors import Finding
 from eplb_analyze.json_report import RunReport, remembers_run
-from eplb_analyze.parallel import ordered_map, split_range
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.join import StepState
@@ -103,7 +103,7 @@ def _check_layers(
 ) -> Iterator[tuple[Int64, list[int], list[tuple[int, int]]]]:
     """Of some layers each: tokens ``[steps, layers]``, steps of wrong sums, (layer, step) of empty slots."""
     assert block.shape is not None
-    layers, ranks = block.shape.num_moe_layers, block.shape.ep_size
+    ranks = block.shape.ep_size
     if not block.has_loads:
         return iter([(block.rank_load(steps).sum(axis=2), [], [])])
     run.load_history()  # not once in each thread
@@ -120,7 +120,7 @@ def _check_layers(
         return np.concatenate(totals, axis=1), odd, filled
 
     # Layers have nothing to do with each other, so threads can share them.
-    return (result for _, result in ordered_map(work, split_range(0, layers)))
+    return (result for _, result in ordered_map(work, block.layer_shares()))
 
 
 def _loads_on_empty(run: Run, layer: int, steps: Int64, load: Int64) -> list[int]:

@@ -89,10 +89,12 @@ class ExpertReport(SumsReport):
         """Those that are cold over all steps, dead ones included, the coldest first."""
         return self.experts.filter("cold").sort("times_mean", "layer", "logical")
 
+    def drift_json(self) -> dict[str, Any]:
+        return {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
+
     def to_json(self, *, hot: bool = True, cold: bool = True) -> dict[str, Any]:
         """All experts, or only the hot or cold ones."""
         shown = self.experts if hot == cold else self.hot if hot else self.cold
-        drift = {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
         return self.document(
             {
                 "layer": self.layer,
@@ -110,7 +112,7 @@ class ExpertReport(SumsReport):
                 "placement_first_step": self.placement_first_step,
                 "counts": self.counts,
                 #: How much of a layer's hot set stays hot.
-                "drift": drift,
+                "drift": self.drift_json(),
                 "unknown_tokens": self.unknown_tokens,
                 "layers_without_placement": self.layers_without_placement,
                 "experts": shown,

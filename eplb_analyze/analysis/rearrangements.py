@@ -18,7 +18,7 @@ from eplb_analyze.analysis.worth import PlacementGain
 from eplb_analyze.json_report import RunReport, remembers_run
 from eplb_analyze.metrics import bootstrap, formulas
 from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
-from eplb_analyze.parallel import ordered_map, split_range
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.lost import ranks_lost_at, reduced, serving
@@ -429,10 +429,10 @@ def _spread(run: Run, block: Block, folds: list[_Fold], gains: list[PlacementGai
                 for fold, part, ratio in here:
                     way = spread_evenly(fold.old[layer], fold.new[layer], fold.shape.ep_size, experts)
                     T = load[part.start - start : part.stop - start] @ way
-                    ratio[:, layer] = BALANCEDNESS.per_step(T[:, np.newaxis], serving(fold.shape))
+                    ratio[:, layer] = formulas.balancedness_of_layer(T, serving(fold.shape))
 
     # Layers are independent, so threads can share them.
-    for _ in ordered_map(work, split_range(0, here[0][0].shape.num_moe_layers)):
+    for _ in ordered_map(work, block.layer_shares()):
         pass
     for fold, _, ratio in here:
         active = (~np.isnan(ratio)).sum(axis=1)

@@ -187,6 +187,11 @@ def balancedness(terms: Terms) -> Float64:
     return _mean_over_active(terms.ratio, terms.active)
 
 
+def balancedness_of_layer(T: Float64, serving: int) -> Float64:
+    """:func:`balancedness` of one layer ``[steps, ep_ranks]``; ``serving``: how many ranks serve."""
+    return _ratio(T.sum(axis=1) / serving, T.max(axis=1))
+
+
 def imbalance(terms: Terms) -> Float64:
     """Mean over active layers of max_r T / mean_r T, at least 1; vLLM PR 39178's text."""
     return _mean_over_active(_ratio(terms.maximum, terms.mean), terms.active)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics.formulas import Float64, Terms
-from eplb_analyze.parallel import ordered_map
+from eplb_analyze.parallel import ordered_map, split_range
 from eplb_analyze.reader.join import (
     ABSENT,
     JoinedRows,
@@ -86,12 +86,14 @@ class Block:
         one_phase: whether steps of other phases are left out, as it is a :class:`PhaseBlock`.
         has_loads: whether experts' loads are kept; else only their sums per EP rank.
         left_out: steps of the run that are in no block, because less is kept of them.
+        keeps_loads: whether loads that were read are kept, as it is a :class:`KeptBlock`.
     """
 
     missing: tuple[int, ...] = ()
     one_phase: bool = False
     has_loads: bool = True
     left_out: Ranges = Ranges()
+    keeps_loads: bool = False
 
     def __init__(
         self,
@@ -313,6 +315,15 @@ class Block:
             found = ordered_map(take, cursors, requests_at_once(cursors[0][0].segment.path) if cursors else 1)
             yield low, high, (piece for _, piece in found)
 
+    def layer_shares(self, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
+        """The layers as a range for each worker, cut between row groups, which are decoded whole."""
+        shape = self._shape()
+        last = shape.num_moe_layers if last is None else last
+        longest = max((source.segment.recorded for source in self._sources), default=1)
+        at_once = layers_at_once(longest, shape)
+        shares = split_range(first // at_once, -(-last // at_once))
+        return [(max(first, low * at_once), min(last, high * at_once)) for low, high in shares]
+
     def _sum(self, pieces: Iterable[Piece], steps: Int64 | None, layers: int, width: int) -> npt.NDArray[Any]:
         """Pieces added up: ``[layers, len(steps), width]``, int64, or as stored if they are of one writer."""
         count = len(self.recorded if steps is None else steps)
@@ -436,7 +447,7 @@ class KeptBlock(Block):
 
     def __init__(self, block: Block) -> None:
         self.__dict__.update(block.__dict__)
-        self._block = block
+        self._block, self.keeps_loads = block, True
         #: By layer ``[n, physical]``; and by ranks as :meth:`rank_load_parts` yields them.
         self._kept: dict[int, npt.NDArray[Any]] = {}
         self._kept_by_rank: list[tuple[int, npt.NDArray[Any]]] | None = None
@@ -453,20 +464,20 @@ class KeptBlock(Block):
             yield from self._block.pieces(steps, first, last)
             return
         here, there = np.arange(len(chosen)), np.searchsorted(self.recorded, chosen)
-        for layer, load in self._read(first, self._shape().num_moe_layers if last is None else last):
-            yield layer, layer + 1, iter([(load[np.newaxis], here, there)])
+        for low, loads in self._read(first, self._shape().num_moe_layers if last is None else last):
+            yield low, low + len(loads), iter([(loads, here, there)])
 
     def _read(self, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """The loads of each layer in the complete steps, read if they are not kept yet."""
+        """The loads of the complete steps, ``(layer, [layers, n, physical])``, kept or read."""
         for known, layers in itertools.groupby(range(first, last), self._kept.__contains__):
             if known:
-                yield from ((layer, self._kept[layer]) for layer in layers)
+                yield from ((layer, self._kept[layer][np.newaxis]) for layer in layers)
                 continue
             unread = [*layers]
-            for low, loads in self._block.stored_parts(None, unread[0], unread[-1] + 1):
-                own = dict(enumerate(_narrow(loads), low))
-                self._kept |= own
-                yield from own.items()
+            for low, stored in self._block.stored_parts(None, unread[0], unread[-1] + 1):
+                loads = _narrow(stored)
+                self._kept |= dict(enumerate(loads, low))
+                yield low, loads
 
     def rank_load_parts(
         self, steps: Int64 | None = None, first: int = 0, last: int | None = None

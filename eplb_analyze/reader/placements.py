@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.errors import Finding
-from eplb_analyze.parallel import ordered_map, split_range
+from eplb_analyze.parallel import ordered_map
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.lost import LostRank, ranks_lost_at
 from eplb_analyze.reader.rhythm import Change, Rhythm
@@ -355,20 +355,54 @@ def placed_sums(block: Block, history: PlacementHistory) -> Iterator[tuple[int, 
     sums include steps that do not count. Raises DamagedSegmentError.
     """
     assert block.shape is not None
-    for segment, _, there in block.matches(block.recorded):
-        steps = segment.load_steps()
-        if segment.sums is not None and len(there) == len(steps):
-            parts = _cut(segment.sums, steps, history)
-            if parts is not None:
-                for layer, slots, load in parts:
-                    if slots is not None and len(slots) == len(load):
-                        yield layer, slots, load
-                continue
-        for first, loads in segment.loads(0, block.shape.num_moe_layers):
-            for layer, load in enumerate(loads, first):
-                for stretch, slots in history.layer(layer).periods(steps[there]):
-                    if slots is not None and len(slots) == load.shape[1]:
-                        yield layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64)
+    sources = [
+        (segment, there, _stated_sums(segment, there, history))
+        for segment, _, there in block.matches(block.recorded)
+    ]
+    if block.keeps_loads and any(stated is None for *_, stated in sources):
+        parts = iter(_read_sums(block, history))  # so that nothing is read apart from what is kept
+    else:
+        parts = itertools.chain.from_iterable(
+            _segment_sums(block, segment, there, history) if stated is None else stated
+            for segment, there, stated in sources
+        )
+    for layer, slots, load in parts:
+        if slots is not None and len(slots) == len(load):
+            yield layer, slots, load
+
+
+#: Of a layer and placement, which may be unknown: the tokens of each slot.
+PlacedSums = tuple[int, Int32 | None, Int64]
+
+
+def _stated_sums(segment: Segment, there: Int64, history: PlacementHistory) -> list[PlacedSums] | None:
+    """The writer's sums; None if there are none, or if they are not of just the steps that count."""
+    steps = segment.load_steps()
+    if segment.sums is None or len(there) != len(steps):
+        return None
+    return _cut(segment.sums, steps, history)
+
+
+def _segment_sums(
+    block: Block, segment: Segment, there: Int64, history: PlacementHistory
+) -> Iterator[PlacedSums]:
+    assert block.shape is not None
+    steps = segment.load_steps()[there]
+    for first, loads in segment.loads(0, block.shape.num_moe_layers):
+        for layer, load in enumerate(loads, first):
+            for stretch, slots in history.layer(layer).periods(steps):
+                yield layer, slots, load[there][stretch].sum(axis=0, dtype=np.int64)
+
+
+def _read_sums(block: Block, history: PlacementHistory) -> list[PlacedSums]:
+    assert block.shape is not None
+    found: list[PlacedSums] = []
+
+    def add(layer: int, periods: list[Period], cuts: list[int], sums: Int64) -> None:
+        found.extend((layer, slots, sums[cuts.index(part.start)]) for part, slots in periods)
+
+    sum_between(block, history, range(block.shape.num_moe_layers), [0, len(block.recorded)], add)
+    return found
 
 
 def sum_between(
@@ -403,7 +437,7 @@ def sum_between(
                 add(layer, periods[i], cuts[i], sums[i])
 
     # Layers are independent, so threads can share them.
-    for _ in ordered_map(work, split_range(layers.start, layers.stop)):
+    for _ in ordered_map(work, block.layer_shares(layers.start, layers.stop)):
         pass
 
 
@@ -418,9 +452,7 @@ def _add_between(out: Int64, values: Int64, there: Int64, cuts: npt.NDArray[np.i
             out[i] += rows[low:high].sum(axis=0, dtype=np.int32 if narrow else np.int64)
 
 
-def _cut(
-    sums: ExpertSums, steps: Int64, history: PlacementHistory
-) -> list[tuple[int, Int32 | None, Int64]] | None:
+def _cut(sums: ExpertSums, steps: Int64, history: PlacementHistory) -> list[PlacedSums] | None:
     """``(layer, placement, load)`` of each sum; None if a sum spans a change that its rank missed."""
     first = np.searchsorted(steps, sums.step)
     last = np.append(first[1:], 0) - 1

@@ -29,6 +29,7 @@ from eplb_analyze.analysis.summary_sums import RunSums, bins_of
 from eplb_analyze.analysis.timeline import TimelineSums
 from eplb_analyze.errors import DumpError, Finding
 from eplb_analyze.json_report import as_json
+from eplb_analyze.parallel import one_ahead
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.completeness import Completeness
 from eplb_analyze.reader.configurations import LastConfiguration
@@ -190,7 +191,7 @@ def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, Rearran
         run.require(steps)
     sums, changes = RunSums(run, bins_of(run, steps)), RearrangementSums(run, steps)
     views = None if run.step_range[0] is None else _Views(run, steps)
-    for block, own in run.keeping_loads().over_blocks(sums.of, steps):
+    for block, own in one_ahead(sums.of, run.keeping_loads().blocks(steps)):
         sums.add(block, own)
         changes.add(block)
         if views is not None:
@@ -214,23 +215,20 @@ def _experts(sums: LastConfiguration[ExpertSums], steps: tuple[int, int] | None)
 
 def _expert_figures(run: Run, report: ExpertReport) -> dict[str, Any]:
     """Counts, drift, and of every layer and expert its verdict and flags; the page has the loads."""
-    document = report.to_json()
     frame = report.experts
     code = np.array([VERDICTS.index(verdict) for verdict in frame["verdict"]])
     for bit, flag in enumerate(FLAGS, start=2):
         code += frame[flag].to_numpy().astype(np.int64) << bit
     codes = np.zeros((run.info.num_layers, run.info.num_logical_experts), np.int64)
     codes[[run.info.layers.index(layer) for layer in frame["layer"]], frame["logical"].to_numpy()] = code
-    kept = (
-        "window",
-        "windows",
-        "hot_factor",
-        "counts",
-        "drift",
-        "unknown_tokens",
-        "layers_without_placement",
-    )
-    return {**{name: document[name] for name in kept}, "flags": codes.tolist(), "flag_names": FLAGS}
+    kept = ("window", "windows", "hot_factor", "counts", "unknown_tokens", "layers_without_placement")
+    figures = {name: getattr(report, name) for name in kept}
+    return {
+        **figures,
+        "drift": as_json(report.drift_json()),
+        "flags": codes.tolist(),
+        "flag_names": FLAGS,
+    }
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
