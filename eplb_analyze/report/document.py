@@ -101,7 +101,9 @@ def report_document(
         summary.estimates and not summary.steps.count(StepState.RECORDED)
     )
     # The charts are about experts' loads, too.
-    if has_figures and views is not None and views.bins.sums is not None:
+    if has_figures and views is not None and views.bins.sums is None:
+        notes += [f"{note[0].upper()}{note[1:]}." for note in run.retired_notes(steps, "the charts")]
+    elif has_figures and views is not None:
         over_time, ranks = views.timeline.timeline(), rank_report_of(run, *views.ranks.result(steps))
         loads, _, left_out = views.bins.result(steps)
         experts = _experts(views.experts, steps)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from eplb_analyze.parallel import ordered_map, ordered_results, split_range
+from eplb_analyze.parallel import one_ahead, ordered_map, ordered_results, split_range
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
@@ -83,3 +83,18 @@ def test_a_range_is_split_without_gaps_or_empty_parts() -> None:
         parts = split_range(first, end)
         assert [i for low, high in parts for i in range(low, high)] == list(range(first, end))
         assert all(low < high for low, high in parts)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_at_most_the_next_item_is_worked_on_ahead(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eplb_analyze.parallel._max_workers", threads)
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        return -item
+
+    for taken, (item, result) in enumerate(one_ahead(work, range(20))):
+        assert (item, result) == (taken, -taken)
+        assert len(started) <= taken + 2
+    assert started == [*range(20)]

@@ -170,13 +170,15 @@ def test_newest_placement_is_shown_though_no_step_is_kept(one_tier: Path, tmp_pa
 
 
 @pytest.mark.parametrize("one_tier", [Tier.RANKS], indirect=True)
-def test_report_without_experts_loads_is_of_minutes(one_tier: Path, tmp_path: Path) -> None:
+def test_report_without_experts_loads_is_of_steps_and_says_why_it_has_no_charts(
+    one_tier: Path, tmp_path: Path
+) -> None:
     written = cli("report", one_tier, "-o", tmp_path / "report.html", "--json")
-    assert (written.returncode, json.loads(written.stdout)["tier"]) == (0, "minutes")
+    assert (written.returncode, json.loads(written.stdout)["tier"]) == (0, "steps")
     document = report_document(open_run(one_tier)).document
-    assert document["summary"]["tier"] == "minutes"
-    assert document["notes"][0].startswith("Figures come from per-minute sums (")
-    assert "tokens per EP rank of single steps are kept" in document["notes"][0]
+    assert document["summary"]["tier"] == "steps"
+    assert document["loads"] is None
+    assert any(note.startswith("Left out of the charts: ") for note in document["notes"])
     assert document["searched"] is None  # in all steps
 
 

@@ -27,6 +27,15 @@ def test_formula_equals_plain_loops(name: str, T: np.ndarray) -> None:
     np.testing.assert_allclose(FORMULAS[name].per_step(T), expected, rtol=1e-12, atol=1e-12)
 
 
+@given(T=loads)
+@settings(max_examples=50, deadline=None)
+def test_balancedness_of_a_layer_is_that_of_a_model_with_one_layer(T: np.ndarray) -> None:
+    for layer in range(T.shape[1]):
+        expected = FORMULAS["balancedness"].per_step(T[:, layer : layer + 1])
+        found = formulas.balancedness_of_layer(T[:, layer].astype(float), T.shape[2])
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 @given(T=loads)
 @settings(max_examples=50, deadline=None)
