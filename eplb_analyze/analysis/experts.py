@@ -90,6 +90,7 @@ class ExpertReport(SumsReport):
         return self.experts.filter("cold").sort("times_mean", "layer", "logical")
 
     def drift_json(self) -> dict[str, Any]:
+        """The drift of hot sets, as in :meth:`to_json`."""
         return {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
 
     def to_json(self, *, hot: bool = True, cold: bool = True) -> dict[str, Any]:

@@ -439,7 +439,7 @@ class EstimateBlock(Block):
 
 
 class KeptBlock(Block):
-    """A block that keeps the loads read of its complete steps, so that several analyses read them once.
+    """A block that keeps the loads read of its complete steps, so that several consumers read them once.
 
     They take memory as long as the block: 4 bytes for each step, layer and slot, whatever the number of
     writers.

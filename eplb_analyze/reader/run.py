@@ -207,7 +207,7 @@ class Run:
         return run
 
     def keeping_loads(self) -> Run:
-        """The run as blocks that keep the loads read, so that several analyses can share one pass."""
+        """The run as blocks that keep the loads read, so that several sums can share one pass."""
         run = copy.copy(self)
         run._keeping = True
         return run
