@@ -184,7 +184,7 @@ class _Views:
 
 
 def _analyzed(run: Run, steps: tuple[int, int] | None) -> tuple[Summary, RearrangementReport, _Views | None]:
-    """What the report shows of a run, in one pass over its steps. No views if figures are from sums per minute."""
+    """What the report shows of a run, in one pass over its steps; no views if it is from sums per minute."""
     if from_minutes(run, steps):
         summary = summarize(run, steps)
         # Rearrangements are judged where their steps are kept.
