@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -255,7 +256,12 @@ def main() -> None:
     figures: list[Figure] = []
     for name in [*args.only, *(["suite"] if args.suite else [])]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own:
-            figures += own.submit(measured, name, args.quick).result()
+            try:
+                figures += own.submit(measured, name, args.quick).result()
+            except Exception as error:  # the other rows took minutes, too
+                traceback.print_exc()
+                reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                figures.append(Figure(name, "", reason.rstrip(": "), "", met=False))
     print(described, table(figures), sep="\n\n")
 
 

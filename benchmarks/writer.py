@@ -144,7 +144,7 @@ def sustained(seconds: float) -> tuple[float, float, float, int]:
             assert writer.flush(60)
             recorded = time.perf_counter() - start
             stats = writer.stats()
-            assert writer.close(120)
+            assert writer.close(600)
             sealed = time.perf_counter() - start
         size = folder_bytes(folder)
         raw = workload.LAYERS * workload.SLOTS * 4
