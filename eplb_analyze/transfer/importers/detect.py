@@ -13,7 +13,8 @@ from eplb_analyze.transfer.importers import (
     sglang,
     table,
     topk,
-    topk_files,
+    topk_arrays,
+    topk_parquet,
     torch_files,
     trtllm,
     vllm,
@@ -78,8 +79,8 @@ def _of_file(path: Path) -> str:
             return _of_torch(path)
         if "dump_version" in npz_shapes(path):
             return "megatron"
-        return "topk" if topk_files.is_npz_of_ids(path) else "array"
-    if start[:4] == b"PAR1" and topk_files.is_parquet_of_ids(path):
+        return "topk" if topk_arrays.is_npz_of_ids(path) else "array"
+    if start[:4] == b"PAR1" and topk_parquet.is_parquet_of_ids(path):
         return "topk"
     if table.is_table(path):
         return "table"

@@ -18,7 +18,7 @@ from eplb_analyze.transfer.importers import topk_files
 from eplb_analyze.transfer.importers.files import Array, by_rank, listing, rank_of, require_all_ranks
 from eplb_analyze.transfer.importers.source import Chunk, Options, Reading, ordered_rows, sampling
 from eplb_analyze.transfer.importers.table import zeros_on_disk
-from eplb_analyze.transfer.importers.topk_files import LAYER_FILE, Block, TokenFile
+from eplb_analyze.transfer.importers.topk_blocks import Block, TokenFile
 from eplb_dump.format.journal import Int64
 from eplb_dump.format.schema import EMPTY_SLOT, MAX_EXPERTS, MAX_LAYERS, MAX_LOAD, Scope
 
@@ -78,7 +78,7 @@ def _files(path: Path, options: Options) -> dict[int | None, TokenFile]:
         paths = [p for p in listing(path, options.only) if p.suffix in topk_files.SUFFIXES]
         if not paths:
             raise DumpError(f"{path}: no file in it ends in {', '.join(topk_files.SUFFIXES)}")
-        if all(LAYER_FILE.search(p.name) and rank_of(p) is None for p in paths):
+        if all(topk_files.LAYER_FILE.search(p.name) and rank_of(p) is None for p in paths):
             return {None: topk_files.open_layers(paths, options.array)}
         if len(paths) > 1:
             return {r: topk_files.open_file(p, options.array) for r, p in by_rank(paths).items()}
@@ -211,10 +211,8 @@ def _extent(file: TokenFile, options: Options) -> _Extent:
         in_order &= bool(step[0] >= last and (np.diff(step) >= 0).all())
         last = int(step[-1])
         steps.append(np.unique(step))
-        again = (block.ids[:, :, 1:] == block.ids[:, :, :1]).any(axis=2) & (block.ids[:, :, 0] != PADDING)
-        for layer, most, twice in zip(
-            block.layers, block.ids.max(axis=(0, 2)).tolist(), again.sum(axis=0).tolist(), strict=True
-        ):
+        most_of, twice_in = block.ids.max(axis=0).max(axis=1).tolist(), _first_again(block.ids).tolist()
+        for layer, most, twice in zip(block.layers, most_of, twice_in, strict=True):
             highest[layer] = max(most, highest.get(layer, PADDING))
             repeated[layer] = twice + repeated.get(layer, 0)
     if not steps:
@@ -234,6 +232,17 @@ def _extent(file: TokenFile, options: Options) -> _Extent:
         np.array([highest[n] for n in layers]), np.array([repeated[n] for n in layers]), max(counts),
         in_order and list(grouping.seen) == [layers],
     )  # fmt: skip
+
+
+def _first_again(ids: Array) -> Int64:
+    """By layer, how many tokens have their first expert twice, of ids ``[tokens, layers, top-k]``."""
+    first = ids[:, :, 0]
+    again = np.zeros(first.shape, bool)
+    for k in range(1, ids.shape[2]):  # numpy is slow along a short last axis
+        again |= ids[:, :, k] == first
+    again &= first != PADDING
+    counts: Int64 = again.sum(axis=0)
+    return counts
 
 
 def _require_ids(file: TokenFile, block: Block, start: int, experts: int | None) -> None:
@@ -360,7 +369,11 @@ class _Counts:
         layers, wide = ids.shape[1], self._width + 1
         of_layer = row[:, None] * layers + np.arange(layers)
         # Padding counts as one more expert, the first.
-        cell = of_layer[:, :, None] * wide + (ids.astype(np.int64) + 1)
+        cell = ids.astype(np.int64)
+        cell += (of_layer * wide + 1)[:, :, None]
         counts = np.bincount(cell.ravel(), minlength=rows * layers * wide)
-        tokens = np.bincount(of_layer[(ids != PADDING).any(axis=2)], minlength=rows * layers)
+        routed = ids[:, :, 0] != PADDING
+        for k in range(1, ids.shape[2]):
+            routed |= ids[:, :, k] != PADDING
+        tokens = np.bincount(of_layer[routed], minlength=rows * layers)
         return counts.reshape(rows, layers, wide)[:, :, 1:], tokens.reshape(rows, layers)

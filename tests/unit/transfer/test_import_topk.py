@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.run import Run
-from eplb_analyze.transfer.importers import topk, topk_files
+from eplb_analyze.transfer.importers import topk, topk_blocks
 from eplb_analyze.transfer.importers.import_dump import ImportReport, import_dump
 from eplb_analyze.transfer.importers.source import Options
 
@@ -169,7 +170,7 @@ WRITERS = ALONE + WITH_COLUMNS
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and batches so small that every file has many, and steps continue from one to the next."""
-    monkeypatch.setattr(topk_files, "BLOCK_IDS", 40)
+    monkeypatch.setattr(topk_blocks, "BLOCK_IDS", 40)
     monkeypatch.setattr(topk, "MAX_COUNTS", 100)
 
 
@@ -540,3 +541,43 @@ def test_truncated_or_flipped_file_is_one_error(tmp_path: Path, write: Callable[
             assert "\n" not in str(error)
             errors += 1
     assert errors >= 10
+
+
+def test_damage_of_a_column_beside_the_ids_is_found(tmp_path: Path) -> None:
+    source = as_npz(tmp_path, chosen(60, 2, 2, 4), {"step": np.arange(60) // 6})
+    with zipfile.ZipFile(source) as archive:
+        at = archive.getinfo("step.npy").header_offset
+    damaged = bytearray(source.read_bytes())
+    # The last step, whose lowest byte is in the last of 60 numbers.
+    end = damaged.index(b"PK", at + 1)
+    damaged[end - 8] ^= 1
+    source.write_bytes(damaged)
+    refused(DumpError, source, "CRC")
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("write", [as_npz, as_compressed, as_fixed_rows])
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(topk_blocks, "BLOCK_IDS", 1 << 14)
+    ids = chosen(2000, 8, 4, 32)
+    peaks = []
+    pool = pa.default_memory_pool()
+    for times in (1, 16):
+        (tmp_path / str(times)).mkdir()
+        source = write(tmp_path / str(times), np.tile(ids, (times, 1, 1)), {})
+        counted = pa.proxy_memory_pool(pool)
+        pa.set_memory_pool(counted)
+        tracemalloc.start()
+        try:
+            reading = topk.read(source, Options(tokens_per_step=500))
+            assert sum(chunk.load.sum() for chunk in reading.parts[0]()) == ids.size * times
+            peaks.append(tracemalloc.get_traced_memory()[1] + counted.max_memory())
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(pool)
+        assert source.stat().st_size > 20_000 * times
+    assert peaks[1] < peaks[0] + ids.nbytes, peaks
