@@ -324,6 +324,13 @@ def simple(engine: Rank) -> None:
     engine.forward(4)
 
 
+def own_only(engine: Rank) -> None:
+    """SGLang's own recorder writes its file, and nothing moves."""
+    engine.recorder.start_record()
+    engine.forward(6)
+    engine.recorder.dump_record()
+
+
 def graphs(engine: Rank) -> None:
     engine.capture()
     own_and_ours(engine)
@@ -397,6 +404,16 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
     "stat": (own_and_ours, {}),
     "per_pass": (own_and_ours, {"expert_distribution_recorder_mode": "per_pass"}),
     "per_token": (wide, {"expert_distribution_recorder_mode": "per_token", "chunked_prefill_size": 64}),
+    "own_per_token": (
+        own_only,
+        {
+            "expert_distribution_recorder_mode": "per_token",
+            "chunked_prefill_size": 64,
+            "moe_a2a_backend": "mooncake",
+            "enable_dp_attention": True,
+            "dp_size": 2,
+        },
+    ),
     "off": (simple, {"expert_distribution_recorder_mode": None}),
     "simple": (simple, {}),
     "graphs": (graphs, {}),

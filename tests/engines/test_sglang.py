@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engines import described, run_in
 from helpers import cli, engines_python
 from sglang_runs import (
@@ -30,6 +31,8 @@ from sglang_runs import (
 from eplb_analyze import open_run
 from eplb_analyze.analysis.check import check_run
 from eplb_analyze.reader.run import Run
+from eplb_analyze.transfer.importers.import_dump import import_dump
+from eplb_analyze.transfer.importers.source import Options
 from eplb_dump.format.journal import StepRows
 from eplb_dump.format.schema import STATUS_LABELS
 
@@ -200,6 +203,33 @@ def test_per_token_is_recorded_until_it_fails_and_sglang_goes_on(device: str, tm
     assert len(ours.said(0, "switch")) == 4
     for rank, true in enumerate(ours.truth("loads")):
         assert (loads(open_run(ours.rank_folder(rank))) == true[:2, MOE_LAYERS]).all()
+
+
+def test_what_its_own_recorder_writes_per_token_is_imported(tmp_path: Path) -> None:
+    theirs = engine(tmp_path, "own_per_token", plugin=False)
+    (tmp_path / "own").mkdir()
+    for path in sorted(tmp_path.glob("own-*/*.pt")):
+        path.rename(tmp_path / "own" / path.name)
+    options = Options(ep_size=2, placement="last")
+    report = import_dump(tmp_path / "own", tmp_path / "dump", None, options)
+    assert (report.format, report.kind, report.scope, report.ranks) == ("sglang", "per_token", "local", 2)
+    assert (report.steps, report.complete, report.layer_numbers) == (6, 6, MOE_LAYERS)
+    run = open_run(tmp_path / "dump")
+    assert (loads(run) == theirs.truth("loads").sum(0)[:, MOE_LAYERS]).all()
+    first = run.steps()["step"].min()
+    slots = run.placement(first)["logical"].to_numpy().reshape(len(MOE_LAYERS), SLOTS)
+    assert (slots == theirs.truth("maps")[0, 0, MOE_LAYERS]).all()
+    for rank in range(2):
+        found = [tokens for _, tokens in described(run, rank).values()]
+        assert found == theirs.truth("tokens")[rank].tolist()
+    # Its counts are those of the ids beside them, which --format topk would count.
+    for path in (tmp_path / "own").iterdir():
+        for record in torch.load(path, weights_only=True)["records"]:
+            ids, counts = record["topk_ids_of_layer"], record["global_physical_count"]
+            assert ids.shape[1] == len(record["input_ids"])
+            for layer in MOE_LAYERS:
+                named = ids[layer][ids[layer] >= 0]
+                assert torch.equal(torch.bincount(named, minlength=SLOTS), counts[layer].long())
 
 
 @pytest.mark.parametrize("scenario", ["no_predicate", "no_entry", "renamed", "off"])
