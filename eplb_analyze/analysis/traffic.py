@@ -97,20 +97,7 @@ class TrafficReport(SumsReport):
 
     def pairs(self, most: int) -> list[Pair]:
         """The busiest pairs of two different ranks (or nodes)."""
-        flows = self.matrix.copy()
-        np.fill_diagonal(flows, 0)
-        serving = len(flows) - len(self.lost)
-        sources = serving - len(self.missing_sources)
-        mean = flows.sum() / max(1, sources * (serving - 1))
-        order = np.argsort(-flows, axis=None, kind="stable")[:most]
-        rows, columns = np.unravel_index(order, flows.shape)
-        return [
-            Pair(
-                int(r), int(c), int(flows[r, c]), float(flows[r, c] / self.tokens), float(flows[r, c] / mean)
-            )
-            for r, c in zip(rows, columns, strict=True)
-            if flows[r, c]
-        ]
+        return busiest_pairs(self.matrix, most, len(self.lost), len(self.missing_sources))
 
     def receivers(self) -> list[Receiver]:
         """The ranks (or nodes) that serve, the busiest first."""
@@ -150,6 +137,26 @@ class TrafficReport(SumsReport):
                 "notes": self.notes,
             }
         )
+
+
+def busiest_pairs(matrix: npt.NDArray[Any], most: int, lost: int = 0, missing: int = 0) -> list[Pair]:
+    """The busiest pairs of two different ranks (or nodes).
+
+    Args:
+        matrix: tokens from the source (row) to the destination (column).
+        lost, missing: so many were lost, and of so many nothing was recorded: no mean is over them.
+    """
+    flows = matrix.copy()
+    np.fill_diagonal(flows, 0)
+    serving, total = len(flows) - lost, matrix.sum()
+    mean = flows.sum() / max(1, (serving - missing) * (serving - 1))
+    order = np.argsort(-flows, axis=None, kind="stable")[:most]
+    rows, columns = np.unravel_index(order, flows.shape)
+    return [
+        Pair(int(r), int(c), round(float(flows[r, c])), float(flows[r, c] / total), float(flows[r, c] / mean))
+        for r, c in zip(rows, columns, strict=True)
+        if flows[r, c]
+    ]
 
 
 @remembers_run
@@ -212,7 +219,7 @@ def traffic_report(
             ranks_per_node=ranks_per_node,
             shares=_shares(matrix, node),
             by_chance=_shares(np.outer(matrix.sum(axis=1, dtype=float), matrix.sum(axis=0)), node),
-            matrix=_by_node(matrix, node) if by == "node" and node is not None else matrix,
+            matrix=by_node(matrix, node) if by == "node" and node is not None else matrix,
             lost=lost if by == "rank" or node is None else _whole_nodes(lost, node),
             missing_sources=missing if by == "rank" or node is None else _whole_nodes(missing, node),
             layers=[
@@ -257,6 +264,8 @@ def _shares(matrix: npt.NDArray[Any], node: npt.NDArray[np.int64] | None) -> Sha
     return Shares(own, inside - own, 1 - inside)
 
 
-def _by_node(matrix: Int64, node: npt.NDArray[np.int64]) -> Int64:
+def by_node(matrix: npt.NDArray[Any], node: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Sum tokens ``[ranks, ranks]`` by the node of each rank."""
     starts = np.flatnonzero(np.diff(node, prepend=-1))
-    return np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+    sums: npt.NDArray[Any] = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
+    return sums

@@ -376,6 +376,7 @@ NumNodes = Annotated[
 class SortBy(str, enum.Enum):
     tokens = "tokens"
     active = "active"
+    traffic = "tokens+traffic"
     ms = "ms"
 
 
@@ -383,7 +384,17 @@ Objective = Annotated[
     SortBy | None,
     typer.Option(
         "--objective",
-        help="Judge by tokens, active experts or ms per step; default: ms if measured, else tokens.",
+        help="Judge by tokens, active experts, tokens and traffic, or ms per step; default: ms if measured, "
+        "else tokens.",
+    ),
+]
+CrossNodeWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--cross-node-weight",
+        metavar="W",
+        help="By tokens+traffic, count a token that a rank gets from another node as W more tokens of work.",
+        min=0,
     ),
 ]
 CostPerExpertMs = Annotated[

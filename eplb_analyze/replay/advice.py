@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.analysis.traffic import Shares
 from eplb_analyze.json_report import RunReport
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.changes import Changes
-from eplb_analyze.replay.replay import Replay
+from eplb_analyze.replay.replay import Links, Replay
 
 #: A gain below this share of the time is not worth a change.
 MIN_GAIN = 0.02
@@ -68,6 +69,10 @@ class Judged:
     gain_ms_per_step: Milliseconds | None = None
     #: Of an alternative: the share of the time that ``best`` saves beside it, in the same steps.
     best_saves: Interval | None = None
+    #: Where tokens go, on average; None if the recording does not show which rank sent them.
+    traffic: Shares | None = None
+    #: The busiest links, in all steps; None if not known.
+    links: Links | None = None
     #: How to start the engine with it, if known.
     engine_arguments: str | None = None
 

@@ -32,7 +32,7 @@ from eplb_analyze.replay.advice import (
 from eplb_analyze.replay.changes import Changes, one_at_a_time
 from eplb_analyze.replay.judging import Judging, Saved
 from eplb_analyze.replay.pricing import ASSUMED_PAUSE_MS, Objective, gain
-from eplb_analyze.replay.replay import Outcome, Replay, replay_run
+from eplb_analyze.replay.replay import Outcome, Replay, replay_run, traffic_of
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.search import TwoRounds
 from eplb_analyze.replay.selftest import SelfTest
@@ -50,6 +50,7 @@ SCORED_STEPS = 4096
 BASES = {
     Objective.TOKENS: "by tokens",
     Objective.ACTIVE: "by active experts",
+    Objective.TRAFFIC: "by tokens and traffic",
     Objective.MS: "net of pauses",
 }
 
@@ -66,12 +67,13 @@ def advise(
     num_nodes: int | None = None,
     cost_per_expert_ms: float | None = None,
     expert_mb: float | None = None,
+    cross_node_weight: float | None = None,
     workers: int | None = None,
 ) -> Advice:
     """Advise whether another setting is better over a half-open range of steps (default: all).
 
     Args:
-        choices, num_groups, num_nodes, cost_per_expert_ms, workers: see
+        choices, num_groups, num_nodes, cost_per_expert_ms, cross_node_weight, workers: see
             :func:`~eplb_analyze.replay.replay.replay_run`.
         min_gain: a smaller share of the time is not worth a change.
         expert_mb: the size of the weights of one expert of one layer, in MB.
@@ -98,8 +100,8 @@ def advise(
     try:
         played = replay_run(
             run, choices, steps, num_groups=num_groups, num_nodes=num_nodes, objective=objective,
-            cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb, workers=workers,
-            search=search, score_steps=SCORED_STEPS,
+            cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb,
+            cross_node_weight=cross_node_weight, workers=workers, search=search, score_steps=SCORED_STEPS,
         )  # fmt: skip
     except NotReplayableError as missing:
         info = run.info
@@ -442,6 +444,8 @@ class Adviser:
             net_ms_per_step=None if saved is None or saved.net is None else Milliseconds.of(saved.net),
             gain_ms_per_step=None if saved is None or saved.work is None else Milliseconds.of(saved.work),
             best_saves=None if beside is None else beside.share,
+            traffic=traffic_of(scores, row, judging.judging),
+            links=played.links(row),
             engine_arguments=None if outcome.setting is None else self._arguments(outcome.setting),
         )
 

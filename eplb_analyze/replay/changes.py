@@ -20,7 +20,7 @@ from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import CONDITIONS, NO_CONDITIONS, Setting
-from eplb_analyze.replay.pricing import Objective, gain, net
+from eplb_analyze.replay.pricing import Objective, effort, gain, net
 from eplb_analyze.replay.replay import Outcome, Replay
 from eplb_analyze.replay.scores import TODAY
 from eplb_analyze.replay.settings import FIXED, STATIC, usual_interval
@@ -239,8 +239,8 @@ def _gain(
         steps = played.last_step + 1 - played.first_step
         left = net(saved, played.pause, played.outcomes[index].moves, old.moves, steps)
         return combined([(1 / step_ms, left)]), Milliseconds.of(left), saved
-    maximum = scores.active_experts if basis is Objective.ACTIVE else scores.maximum
-    before, after = maximum[reference, part], maximum[row, part]
+    own = effort(scores, basis, played.cross_node_weight)
+    before, after = own[reference, part], own[row, part]
     some = before > 0
     if some.sum() < MIN_STEPS:
         return None, None, None

@@ -61,6 +61,7 @@ class Groupings:
 
     Attributes:
         likely: at least one; several if the placements show groups, of which finer ones suit them, too.
+        known_nodes: as the user gives them, or the engine or the writer states them; None if unknown.
         seen_groups: the least number of groups that the placements show on the nodes of the first.
         notes: what they assume.
     """
@@ -79,6 +80,10 @@ class Groupings:
             )
         self.notes: list[str] = []
         groups, nodes = num_groups or today.num_groups, num_nodes or today.num_nodes
+        on_nodes = (
+            max(1, ranks // on_node) if on_node and (on_node >= ranks or ranks % on_node == 0) else None
+        )
+        self.known_nodes = nodes if nodes is not None and ranks % nodes == 0 else on_nodes
         if nodes is not None and ranks % nodes:
             self.notes.append(
                 f"{ranks} EP ranks cannot be divided evenly among {nodes} nodes; policies assume one node"

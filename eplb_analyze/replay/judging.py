@@ -124,9 +124,7 @@ class Judging:
             share = combined([(1 / self.step_ms, left)])
             assert share is not None
             return Saved(share, work, left)
-        active = played.objective is Objective.ACTIVE
-        maximum = played.scores.active_experts if active else played.scores.maximum
-        before, after = maximum[reference, part], maximum[row, part]
+        before, after = played.effort[reference, part], played.effort[row, part]
         some = before > 0
         ratio = Ratio((before - after)[some], before[some])
         if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
@@ -231,10 +229,8 @@ class Judging:
 
     def break_even_ms(self, index: int) -> float | None:
         """The time to fetch one expert of one layer that uses up the gain in the judged part."""
-        scores, row = self.played.scores, self.played.rows[index]
-        active = self.played.objective is Objective.ACTIVE
-        maximum = scores.active_experts if active else scores.maximum
-        today, other = (float(maximum[each, self.judging].sum()) for each in (TODAY, row))
+        effort, row = self.played.effort, self.played.rows[index]
+        today, other = (float(effort[each, self.judging].sum()) for each in (TODAY, row))
         seconds = self._seconds(self.judging)
         more = self._extra_weights(self.played.outcomes[index], self.played.today, self.judging)
         if other >= today or seconds is None or more <= 0:

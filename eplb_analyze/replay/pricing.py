@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from eplb_analyze.analysis.cost import RunCost
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.analysis.pauses import pauses_of
 from eplb_analyze.analysis.worth import price_of
 from eplb_analyze.metrics.bootstrap import Interval, Ratio
 from eplb_analyze.metrics.cost import CostStatus
+from eplb_analyze.metrics.formulas import Float64
 from eplb_analyze.metrics.pauses import mean_of
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.reader.placements import Rearrangement
@@ -30,7 +33,22 @@ class Objective(str, enum.Enum):
 
     TOKENS = "tokens"
     ACTIVE = "active"
+    TRAFFIC = "tokens+traffic"
     MS = "ms"
+
+
+def effort(scores: Scores, objective: Objective, cross_node_weight: float | None) -> Float64:
+    """What stands for the time of each row and column, if that is not measured: ``[rows, columns]``.
+
+    Args:
+        cross_node_weight: how many tokens of work a token counts that a rank gets from another node.
+    """
+    if objective is Objective.ACTIVE:
+        return scores.active_experts
+    if objective is not Objective.TRAFFIC:
+        return scores.maximum
+    crossing: Float64 = scores.crossing / scores.ep_size[:, np.newaxis]
+    return scores.maximum + (cross_node_weight or 0.0) * crossing
 
 
 @dataclass(frozen=True)

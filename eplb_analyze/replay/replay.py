@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import numpy as np
 
 from eplb_analyze.analysis.cost import RunCost, cost_of
 from eplb_analyze.analysis.milliseconds import Milliseconds
+from eplb_analyze.analysis.traffic import Pair, Shares, busiest_pairs, by_node
 from eplb_analyze.dispatch.deal import Dealt
 from eplb_analyze.dispatch.named import LP, NAMES
 from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
@@ -27,8 +29,8 @@ from eplb_analyze.reader.recorded_setting import CONDITIONS, Recorded, Setting, 
 from eplb_analyze.reader.run import Run
 from eplb_analyze.reader.run_info import uneven_nodes
 from eplb_analyze.replay.grouping import Grouping, Groupings
-from eplb_analyze.replay.pricing import Objective, Pause, gain, lines_of, net, pause_of
-from eplb_analyze.replay.scores import TODAY, Scores
+from eplb_analyze.replay.pricing import Objective, Pause, effort, gain, lines_of, net, pause_of
+from eplb_analyze.replay.scores import ALL, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
 from eplb_analyze.replay.settings import Choices, grid
@@ -40,6 +42,8 @@ from eplb_dump.format.journal import Int32, Shape
 
 #: If the least number of groups that the placements show does not reproduce them, so many more are tried.
 FINER_TRIED = 3
+#: So many of the busiest links are listed.
+LINKS = 5
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,10 @@ class Outcome:
     experts_per_gpu: int = 0
     #: Their size; None if the size of an expert is not known.
     gb_per_gpu: float | None = None
+    #: Where tokens go, on average; None if the recording does not show which rank sent them.
+    traffic: Shares | None = None
+    #: By the objective `tokens+traffic`: the share of today's time that it saves; None by others.
+    combined_saved: float | None = None
 
     @property
     def weights_moved(self) -> int:
@@ -167,6 +175,16 @@ class Outcome:
 def _stated(setting: Setting | Recorded | None) -> dict[str, Any]:
     names = ("policy", "num_redundant_experts", "interval", "window", "start", "dispatch", *CONDITIONS)
     return {name: getattr(setting, name, None) for name in names}
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links between two ranks, and between two nodes, with most tokens."""
+
+    #: Between two ranks.
+    ranks: list[Pair]
+    #: Between two nodes; None if the nodes are not known.
+    nodes: list[Pair] | None
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,10 @@ class Replay(RunReport):
     #: Whether the recording shows which EP rank sent a token, and how many tokens each step had.
     sources_known: bool
     batches_known: bool
+    #: Why the recording does not show which rank sent a token; None if it does.
+    sources_unknown: str | None
+    #: Of the recorded ranks; None if their number is only assumed.
+    known_nodes: int | None
     #: Whether all ranks had all tokens, so that none was sent to another rank.
     tokens_everywhere: bool
     #: The recorded setting replayed; None if it is not known, or there are too few steps.
@@ -210,9 +232,27 @@ class Replay(RunReport):
     outcomes: list[Outcome]
     scores: Scores
     rows: list[int]
+    #: By the objective `tokens+traffic`: how many tokens of work a token from another node counts.
+    cross_node_weight: float | None = None
     #: If asked for: the placements of each outcome, by the step from which each holds.
     placements: list[Placed] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def effort(self) -> Float64:
+        """What stands for time, by row and column of the scores."""
+        return effort(self.scores, self.objective, self.cross_node_weight)
+
+    def links(self, row: int = TODAY) -> Links | None:
+        """The busiest links under the placements of a row of the scores; None if not known."""
+        flows = self.scores.flows
+        if flows is None or self.scores.ep_size[row] != self.part.shape.ep_size or not flows[row].any():
+            return None
+        nodes = None
+        if self.known_nodes is not None:
+            node = np.arange(len(flows[row])) * self.known_nodes // len(flows[row])
+            nodes = busiest_pairs(by_node(flows[row], node), LINKS)
+        return Links(busiest_pairs(flows[row], LINKS), nodes)
 
     @property
     def dispatches(self) -> list[str]:
@@ -254,6 +294,14 @@ class Replay(RunReport):
                 },
                 "self_test": None if self.self_test is None else self.self_test.to_json(),
                 "today": self.today.to_json() | _stated(self.recorded),
+                #: Why the recording does not show which rank sent a token; null if it does.
+                "sources_unknown": self.sources_unknown,
+                "num_nodes": self.known_nodes,
+                "cross_node_weight": self.cross_node_weight,
+                #: Under today's placements.
+                "links": self.links(),
+                #: Under the placements of the best setting.
+                "best_links": self.links(self.rows[0]) if self.rows else None,
                 #: The settings, the best first.
                 "settings": [o.to_json() | {"as_recorded": o.setting == own} for o in self.outcomes],
                 "notes": self.notes,
@@ -282,6 +330,7 @@ def replay_run(
     objective: Objective | None = None,
     cost_per_expert_ms: float | None = None,
     expert_mb: float | None = None,
+    cross_node_weight: float | None = None,
     workers: int | None = None,
     keep_placements: bool = False,
     search: Search | None = None,
@@ -298,6 +347,8 @@ def replay_run(
             ``tokens``.
         cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.
         expert_mb: the weights of one expert of one layer, in MB of 10^6 bytes; gives the GB moved.
+        cross_node_weight: by the objective ``tokens+traffic``, a token that a rank gets from another node
+            counts as so many tokens of work more.
         workers: threads; the result does not depend on them. Default: one for each core.
         keep_placements: also return all placements, which takes memory.
         search: what to try instead of all combinations, if nothing but a dispatch is chosen.
@@ -325,7 +376,9 @@ def replay_run(
             else (searching.first(serving, today, engine_steps), [])
         )
         tried, own = len(settings), replace(today, dispatch=AS_MEASURED).setting()
-        check_objective(objective, _dispatches(today, settings))
+        check_objective(
+            serving, objective, _dispatches(today, settings), groupings.known_nodes, cross_node_weight
+        )
         cost, pause = cost_of(estimated), pause_of(estimated, cost_per_expert_ms)
         if own is not None and own not in settings:  # replayed, too, as a test
             settings = [*settings, own]
@@ -335,7 +388,7 @@ def replay_run(
                 serving, part.steps, part.shape, part.origin,
                 [(setting, _policy(setting.policy)) for setting in settings],
                 recorded_steps=part.recorded, num_groups=grouping.num_groups, lines=lines_of(cost),
-                dispatch=today.dispatch, score_steps=score_steps,
+                dispatch=today.dispatch, score_steps=score_steps, known_nodes=groupings.known_nodes,
                 num_nodes=lambda ranks: (
                     grouping.num_nodes if ranks == part.shape.ep_size else grouping.nodes(ranks)
                 ),
@@ -368,7 +421,7 @@ def replay_run(
         def result(simulation: Simulation, tried: int, notes: list[str]) -> Replay:
             return _result(
                 simulation, part, today, chosen, tested, tried, objective, cost, pause, cost_per_expert_ms,
-                expert_mb, notes,
+                expert_mb, cross_node_weight, groupings.known_nodes, notes,
             )  # fmt: skip
 
         found = result(simulation, tried, notes)
@@ -409,6 +462,8 @@ def _result(
     pause: Pause,
     cost_ms: float | None,
     expert_mb: float | None,
+    cross_node_weight: float | None,
+    known_nodes: int | None,
     notes: list[str],
 ) -> Replay:
     run, scores = simulation.run, simulation.scores
@@ -442,6 +497,14 @@ def _result(
         _in_ms(o, as_today, saved, pause, steps)
         for o, saved in zip(outcomes, _gains(simulation, today, tried, cost), strict=True)
     ]
+    if objective is Objective.TRAFFIC:
+        total = effort(scores, objective, cross_node_weight).sum(axis=1)
+        outcomes = [
+            replace(outcome, combined_saved=1 - float(total[row] / total[TODAY]) if total[TODAY] else None)
+            if outcome.ep_size == part.shape.ep_size
+            else outcome
+            for row, outcome in enumerate(outcomes)
+        ]
     objective, why = _objective(objective, cost, _dispatches(today, simulation.settings[:tried]))
     sort_key = functools.partial(rank, objective=objective)
     order = sorted(range(len(outcomes)), key=lambda row: (*sort_key(outcomes[row]), row))
@@ -477,6 +540,9 @@ def _result(
         dispatch=simulation.sharing.measured,
         sources_known=simulation.sharing.sources_unknown is None,
         batches_known=simulation.sharing.batches_known,
+        sources_unknown=simulation.sharing.sources_unknown,
+        known_nodes=known_nodes,
+        cross_node_weight=cross_node_weight,
         tokens_everywhere=run.info.token_replication > 1,
         self_test=tested,
         measured_balancedness=simulation.recorded.balancedness,
@@ -555,8 +621,22 @@ def _figures(simulation: Simulation, row: int, slots: int) -> dict[str, Any]:
         "balancedness": scores.balancedness_of(row),
         "idle_fraction": scores.idle_fraction_of(row),
         "active_experts": scores.active_experts_of(row),
+        "traffic": traffic_of(scores, row),
         "idle_fraction_bound": max(0.0, 1 - float(scores.mean[row].sum()) / bound) if bound else None,
     }
+
+
+def traffic_of(scores: Scores, row: int, columns: slice = ALL) -> Shares | None:
+    """How far the tokens of a row go; None if not known."""
+    stays = scores.stays(row, columns)
+    if stays is None:
+        return None
+    on_rank, on_node = stays
+    return (
+        Shares(on_rank, None, None)
+        if math.isnan(on_node)
+        else Shares(on_rank, max(0.0, on_node - on_rank), max(0.0, 1 - on_node))
+    )
 
 
 def _today(simulation: Simulation) -> Outcome:
@@ -612,6 +692,9 @@ def rank(outcome: Outcome, objective: Objective) -> tuple[float, float, int, int
         first = 0.0 if outcome.setting is None else -known.estimate if known is not None else np.inf
     elif objective is Objective.ACTIVE:
         first = np.inf if outcome.active_experts is None else round(outcome.active_experts, 9)
+    elif objective is Objective.TRAFFIC:
+        saved = 0.0 if outcome.setting is None else outcome.combined_saved
+        first = np.inf if saved is None or math.isnan(saved) else -round(saved, 9)
     elif outcome.net_seconds is not None:
         first = -outcome.net_seconds
     idle = outcome.idle_fraction if outcome.idle_fraction is not None else np.inf

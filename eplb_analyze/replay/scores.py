@@ -15,8 +15,8 @@ from eplb_dump.format.journal import Int64
 #: The last row: the recorded placements with tokens shared as in the settings.
 TODAY = -1
 #: The figures of a step; then the efforts of :attr:`Scores.lines`, and the steps that they are of.
-ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, ACTIVE_EXPERTS = range(5)
-FIGURES = 5
+ACTIVE, BALANCEDNESS, MAXIMUM, MEAN, ACTIVE_EXPERTS, ON_RANK, ON_NODE = range(7)
+FIGURES = 7
 
 #: An effort that has a price: a phase, and an index into :data:`eplb_analyze.metrics.cost.EXCHANGE_RATES`.
 Line = tuple[str, int]
@@ -40,6 +40,8 @@ class Scores:
         self.ep_size, self.lines = np.array(ep_size), list(lines)
         #: ``[figures, rows, columns]``: see :attr:`active` and the properties after it.
         self._series = BoundedSeries.empty((self.figures, len(ep_size), 0), axis=-1)
+        #: Tokens by source and destination rank ``[rows, ranks, ranks]``; None if sources are not known.
+        self.flows: Float64 | None = None
 
     @property
     def figures(self) -> int:
@@ -73,6 +75,23 @@ class Scores:
         """Slots with a token of the rank with most of them, the mean over active layers."""
         return self._sum(ACTIVE_EXPERTS)
 
+    @property
+    def sent(self) -> Float64:
+        """All tokens."""
+        total: Float64 = self.mean * self.ep_size[:, np.newaxis]
+        return total
+
+    @property
+    def crossing(self) -> Float64:
+        """Expected tokens that go to another node; NaN if not known."""
+        return self.sent - self._sum(ON_NODE)
+
+    def stays(self, row: int, columns: slice = ALL) -> tuple[float, float] | None:
+        """The shares of tokens that stay on their rank, and on their node (NaN if not known)."""
+        total = float(self.sent[row, columns].sum())
+        on_rank, on_node = (float(self._sum(i)[row, columns].sum()) for i in (ON_RANK, ON_NODE))
+        return None if math.isnan(on_rank) or not total else (on_rank / total, on_node / total)
+
     def effort(self, line: Line, row: int, columns: slice) -> Float64:
         """Of the slowest rank, summed over layers, in the steps of the line's phase; 0 if as recorded."""
         return self._sum(FIGURES + self.lines.index(line))[row, columns]
@@ -86,6 +105,8 @@ class Scores:
         joined = Scores([*other.ep_size[:count], *self.ep_size], self.lines)
         sums = np.concatenate([other._series.sums[:, :count], self._series.sums], axis=1)
         joined._series = replace(self._series, sums=sums)
+        if self.flows is not None and other.flows is not None:
+            joined.flows = np.concatenate([other.flows[:count], self.flows])
         return joined
 
     def _sum(self, index: int) -> Float64:

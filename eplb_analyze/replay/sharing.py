@@ -15,7 +15,7 @@ from eplb_analyze.dispatch.named import LP, MEASURED, NamedDispatch, named
 from eplb_analyze.dispatch.rule import Tokens
 from eplb_analyze.dispatch.sources import ANY
 from eplb_analyze.dispatch.spread import Spread
-from eplb_analyze.errors import UsageError
+from eplb_analyze.errors import DumpError, UsageError
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory
 from eplb_analyze.reader.recorded_setting import Setting
@@ -29,6 +29,7 @@ from eplb_dump.format.schema import Scope
 
 #: How tokens are dealt to replicas is measured in so many steps.
 DISPATCH_STEPS = 256
+SENDERS_UNKNOWN = "the recording does not show which rank sent which tokens"
 #: Why the optimum of each step has no gain in time.
 BOUND = f"the dispatch {LP} bounds tokens, not time"
 
@@ -37,10 +38,34 @@ BOUND = f"the dispatch {LP} bounds tokens, not time"
 LayerPlacements = list[tuple[int, Int32, Int32 | None]]
 
 
-def check_objective(objective: Objective | None, dispatches: Sequence[str]) -> None:
-    """Raises UsageError if a dispatch has no figure of this objective."""
+def check_objective(
+    run: Run,
+    objective: Objective | None,
+    dispatches: Sequence[str],
+    known_nodes: int | None,
+    cross_node_weight: float | None,
+) -> None:
+    """Raises UsageError if a dispatch has no figure of this objective, or if an option is missing.
+
+    Raises DumpError if the recording lacks what the objective needs.
+    """
     if LP in dispatches and objective not in (None, Objective.TOKENS):
         raise UsageError(f"{BOUND}: use --objective tokens, or leave {LP} out of --dispatch")
+    if objective is not Objective.TRAFFIC:
+        if cross_node_weight is not None:
+            raise UsageError("--cross-node-weight is for --objective tokens+traffic")
+        return
+    if (why := sources_unknown(run)) is not None:
+        raise DumpError(f"{run.path}: --objective tokens+traffic: {SENDERS_UNKNOWN} ({why})")
+    if cross_node_weight is None:
+        raise UsageError(
+            "--objective tokens+traffic needs --cross-node-weight: how many tokens of work it costs to get "
+            "one token from another node"
+        )
+    if known_nodes is None:
+        raise UsageError("--objective tokens+traffic: the dump does not state the nodes; pass --num-nodes")
+    if known_nodes == 1:
+        raise UsageError("--objective tokens+traffic: all ranks are on one node, so no token crosses nodes")
 
 
 class Sharing:
@@ -72,7 +97,7 @@ class Sharing:
         todays = [today] if today == MEASURED else [MEASURED, today]
         self._settings, self.names = settings, [*(setting.dispatch for setting in settings), *todays]
         self.measured = Dealt(0.0, run.info.token_replication)
-        self.sources_unknown = _sources_unknown(run)
+        self.sources_unknown = sources_unknown(run)
         self.batches_known = True
         self.dispatches: list[NamedDispatch] = []
         self._rank_of = {id(s): session.info.ep_rank for session in run.sessions for s in session.segments}
@@ -185,8 +210,8 @@ class Sharing:
         return Tokens(load, routed, np.where(num_tokens > 0, np.maximum(1, routed // ranks), -1))
 
     def source_loads(self, block: Block, steps: Int64) -> SourceLoads | None:
-        """The tokens of a block that each rank sent; None if not known, or if no dispatch needs them."""
-        if self.sources_unknown is not None or all(each.table is None for each in self.dispatches):
+        """The tokens of a block that each rank sent; None if not known."""
+        if self.sources_unknown is not None:
             return None
         return SourceLoads(block, steps, self._histories, self._experts, self._rank_of)
 
@@ -220,7 +245,7 @@ def _same(one: Int32 | None, other: Int32 | None) -> bool:
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
-def _sources_unknown(run: Run) -> str | None:
+def sources_unknown(run: Run) -> str | None:
     """Why the tokens that each rank sent are not known; None: each rank recorded them."""
     copies = run.info.token_replication
     if run.scope is not Scope.LOCAL:

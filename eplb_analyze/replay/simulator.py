@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.analysis.cost import phases_of
 from eplb_analyze.dispatch.deal import drawn, random_bits, replica_draws
+from eplb_analyze.dispatch.named import LP
 from eplb_analyze.dispatch.named import MEASURED as AS_MEASURED
 from eplb_analyze.dispatch.rule import Busiest, Replicas, busiest_of, rank_loads
 from eplb_analyze.errors import DumpError
@@ -33,6 +34,7 @@ from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory, fold
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.reader.run import Run
+from eplb_analyze.replay.locality import Locality, Piece
 from eplb_analyze.replay.scores import (
     ACTIVE,
     ACTIVE_EXPERTS,
@@ -40,6 +42,8 @@ from eplb_analyze.replay.scores import (
     FIGURES,
     MAXIMUM,
     MEAN,
+    ON_NODE,
+    ON_RANK,
     TODAY,
     Line,
     Scores,
@@ -94,6 +98,7 @@ class Simulation:
         lines: Sequence[Line] = (),
         dispatch: str = AS_MEASURED,
         score_steps: int | None = None,
+        known_nodes: int | None = None,
     ) -> None:
         """
         Args:
@@ -105,6 +110,7 @@ class Simulation:
             dispatch: the name of that of today's placements.
             score_steps: in a longer run, about so many of the steps are scored, drawn by chance, and no bound
                 is computed; None: all are.
+            known_nodes: of the recorded ranks; None if their number is only assumed.
 
         Raises:
             NotReplayableError: the placement of a layer is not known in any step.
@@ -130,6 +136,7 @@ class Simulation:
         #: The row of the recorded placements with the dispatch measured.
         self.today_as_measured = TODAY + 1 - todays
         self.scores = Scores([*(s.ep_size for s, _ in settings), *[shape.ep_size] * todays], lines)
+        self._known_nodes = known_nodes
         self.recorded = RecordedFigures()
         #: One of so many steps is scored.
         self._every = max(1, recorded_steps // score_steps) if score_steps else 1
@@ -248,16 +255,21 @@ class Simulation:
         # Added up in the order of layers, so that rounding does not depend on which thread is first.
         sources = self.sharing.source_loads(loads.block, loads.steps)
         layers = range(self.layers)
-        for own, bounds in pool.map(lambda layer: self._score_layer(loads, sources, layer), layers):
-            terms += own
-            active += own[MAXIMUM] > 0
-            for size, bound in zip(self.bounds, bounds, strict=True):
+        stays = np.zeros((2, rows, steps))
+        for own in pool.map(lambda layer: self._score_layer(loads, sources, layer), layers):
+            terms += own.terms
+            active += own.terms[MAXIMUM] > 0
+            stays += own.stays
+            if own.flows is not None:
+                self.scores.flows = own.flows if self.scores.flows is None else self.scores.flows + own.flows
+            for size, bound in zip(self.bounds, own.bounds, strict=True):
                 self.bounds[size] += bound
         sums, efforts = np.zeros((self.scores.figures, rows, steps)), terms[MEAN + 1 :]
         sums[: MEAN + 1] = terms[: MEAN + 1]
         sums[ACTIVE] = active > 0
         sums[ACTIVE_EXPERTS] = efforts[0] / np.maximum(active, 1)
         sums[BALANCEDNESS] /= np.maximum(active, 1)
+        sums[ON_RANK], sums[ON_NODE] = stays
         slots = self.layers * self.shape.num_physical_experts * self.run.info.token_replication
         of_phase = dict(phases_of(phases, loads.tokens.sum(axis=0) / slots))
         for at, (phase, exchange) in enumerate(self.scores.lines, FIGURES):
@@ -266,10 +278,7 @@ class Simulation:
             sums[at + len(self.scores.lines)] = own_steps
         self.scores.add(loads.steps, sums)
 
-    def _score_layer(
-        self, loads: _LogicalLoads, sources: SourceLoads | None, layer: int
-    ) -> tuple[Float64, list[float]]:
-        """One layer's first sums of :class:`Scores` without ``ACTIVE``, then its efforts; its bounds."""
+    def _score_layer(self, loads: _LogicalLoads, sources: SourceLoads | None, layer: int) -> _LayerScores:
         steps, load = loads.steps, loads.logical[layer]
         runs = enumerate(self.setting_runs)
         placed = [self.sharing.placements(row, own, layer) for row, own in runs]
@@ -280,6 +289,7 @@ class Simulation:
         rates = [EXCHANGE_RATES[exchange] for exchange in self._exchanges]
         inverse = np.zeros(maximum.shape)
         edges = {*range(0, len(steps), self.bound_steps), len(steps)}
+        pieces: list[Piece] = []
         every = [*placed, *self.sharing.todays(layer, steps)]
         # The same bits for all settings, so that as little as possible of a difference is chance.
         draws = max(replica_draws(slots) for placements in every for _, slots, _ in placements)
@@ -291,27 +301,54 @@ class Simulation:
                 continue
             cuts = [0, *np.searchsorted(steps, [step for step, _, _ in placements[1:]]).tolist(), len(steps)]
             rule, ranks = self.sharing.dispatches[row].rule, int(self.scores.ep_size[row])
-            own = replace(tokens, by_source=by_source) if self.sharing.exact_sources(ranks) else tokens
+            exact = self.sharing.exact_sources(ranks)
+            by_table = exact and self.sharing.dispatches[row].table is not None
+            own = replace(tokens, by_source=by_source) if by_table else tokens
             for (_, slots, chosen), low, high in zip(placements, cuts[:-1], cuts[1:], strict=True):
                 if high > low:
                     part, replicas = slice(low, high), Replicas(slots, ranks, chosen)
                     maximum[row, part], inverse[row, part], terms[MEAN + 1 :, row, part] = rule.busiest_rank(
                         own.within(part), replicas, deals[:, :, part], rates
                     )
+                    if exact and self.sharing.names[row] != LP:
+                        pieces.append((row, part, slots, chosen))
             edges.update(cuts)
         mean[:] = load.sum(axis=1, dtype=np.int64) / self.scores.ep_size[:, None]
         terms[BALANCEDNESS] = mean * inverse
+        stays, flows = np.full((2, *maximum.shape), np.nan), None
+        if by_source is not None:
+            locality = Locality(by_source, self._known_nodes)
+            flows = locality.flows(pieces, len(maximum))
+            for piece in pieces:
+                stays[:, piece[0], piece[1]] = locality.stays(piece)
         if not self.bounds:
-            return terms, []
+            return _LayerScores(terms, stays, flows, [])
         # No placement changes within a sum, so the bound of its busiest rank is one of its steps together.
         sums = np.add.reduceat(load, sorted(edges - {len(steps)}), axis=0, dtype=np.float64)
-        return terms, [float(policies.lower_bound(sums, *size).sum()) for size in self.bounds]
+        bounds = [float(policies.lower_bound(sums, *size).sum()) for size in self.bounds]
+        return _LayerScores(terms, stays, flows, bounds)
 
     def _oracle(self, load: npt.NDArray[Any], layer: int, row: int, rates: list[float]) -> Busiest:
         """The busiest rank of a layer if each step were placed by its own loads."""
         ranks, copies = self.settings[row].ep_size, self.run.info.token_replication
         placed = place_each(load[:, : self.in_layer[layer]], self.setting_runs[row].slots, ranks, copies)
         return busiest_of(placed, ranks, rates, copies)
+
+
+class _LayerScores(NamedTuple):
+    """What a layer adds to the scores of a block.
+
+    Attributes:
+        terms: the first sums of :class:`Scores` without ``ACTIVE``, then the efforts.
+        stays: tokens that stay on their rank, and on their node ``[2, rows, steps]``; NaN if not known.
+        flows: see :attr:`Scores.flows`.
+        bounds: of each of :attr:`Simulation.bounds`.
+    """
+
+    terms: Float64
+    stays: Float64
+    flows: Float64 | None
+    bounds: list[float]
 
 
 class RecordedFigures:

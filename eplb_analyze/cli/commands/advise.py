@@ -49,6 +49,7 @@ def advise(
     num_groups: options.NumGroups = None,
     num_nodes: options.NumNodes = None,
     objective: options.Objective = None,
+    cross_node_weight: options.CrossNodeWeight = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     expert_mb: options.ExpertMb = None,
     steps: options.Steps = None,
@@ -73,7 +74,8 @@ def advise(
         run, choices, steps, min_gain=min_gain,
         num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),
-        cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb, workers=workers,
+        cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb,
+        cross_node_weight=cross_node_weight, workers=workers,
     )  # fmt: skip
     passed = None if fail_below is None else advice.passes(fail_below)
     out.show(

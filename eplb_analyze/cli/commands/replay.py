@@ -31,6 +31,7 @@ def replay(
     num_groups: options.NumGroups = None,
     num_nodes: options.NumNodes = None,
     objective: options.Objective = None,
+    cross_node_weight: options.CrossNodeWeight = None,
     cost_per_expert_ms: options.CostPerExpertMs = None,
     expert_mb: options.ExpertMb = None,
     steps: options.Steps = None,
@@ -56,6 +57,7 @@ def replay(
     result = replay_run(
         run, choices, steps, num_groups=num_groups, num_nodes=num_nodes,
         objective=None if objective is None else Objective(objective),
-        cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb, workers=workers,
+        cost_per_expert_ms=cost_per_expert_ms, expert_mb=expert_mb,
+        cross_node_weight=cross_node_weight, workers=workers,
     )  # fmt: skip
     out.show(result.to_json, lambda console: render(console, result, top), result.part.whole)

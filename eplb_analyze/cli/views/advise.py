@@ -19,7 +19,7 @@ from eplb_analyze.cli.views.advise_options import (
     price_text,
     saved_text,
 )
-from eplb_analyze.cli.views.replay import CONDITIONS, OBJECTIVES, pause_sentence, shared
+from eplb_analyze.cli.views.replay import CONDITIONS, OBJECTIVES, pause_sentence, print_links, shared
 from eplb_analyze.text import clean, figure, milliseconds, milliseconds_bounded, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ def _changes(console: Console, advice: Advice, changes: Changes) -> None:
         "ms": "net ms/step (95% CI)",
         "tokens": "% of time, by tokens",
         "active": "% of active experts",
+        "tokens+traffic": "% of time, combined",
     }
     listing = table(console, "<change", "<to", unit[changes.basis.value], "<", "<per GPU")
     for change in changes.rows:
@@ -357,6 +358,7 @@ def _evidence(console: Console, advice: Advice) -> None:
     elif advice.break_even_ms is not None:
         text = f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
         print_line(console, text)
+    print_links(console, advice.replay, None if advice.best is None else advice.best.links)
     if advice.engine_arguments is not None:
         console.print("to start the engine with this setting:")
         print_line(console, f"  {advice.engine_arguments}", soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_line, table
-from eplb_analyze.cli.views.replay import CONDITIONS
+from eplb_analyze.cli.views.replay import CONDITIONS, OBJECTIVES
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def saved_text(advice: Advice, judged: Judged, *, sign: bool = False) -> str:
 
     if net is not None:
         return f"{milliseconds(net.estimate, net.low, net.high, sign=sign)} per step, {share(gain.value)}%"
-    active = advice.replay is not None and advice.replay.objective == "active"
-    what = "active experts" if active else "tokens"
+    assert advice.replay is not None
+    what = OBJECTIVES[advice.replay.objective.value]
     return f"{share(gain.value)}% of the time ({share(gain.low)} to {share(gain.high)}), by {what}"
 
 
@@ -167,8 +167,17 @@ def options_table(console: Console, advice: Advice, *, changes: bool) -> None:
     row("balancedness", lambda judged: figure(judged.balancedness))
     row("idle", lambda judged: percent(judged.idle_fraction))
     row("active experts", lambda judged: figure(judged.active_experts, 1))
+    if advice.today.traffic is not None:
+        row("stay on rank", lambda judged: _share(judged, "same_rank"))
+        if (replay.known_nodes or 1) > 1:
+            row("go within node", lambda judged: _share(judged, "same_node"))
+            row("cross nodes", lambda judged: _share(judged, "other_node"))
     console.print(listing)
     print_line(console, ("*: per 1,000 steps, at the rate of the whole run", "dim"))
+
+
+def _share(judged: Judged, name: str) -> str:
+    return "–" if judged.traffic is None else percent(getattr(judged.traffic, name))
 
 
 def _bounds(judged: Judged) -> tuple[str, str]:

@@ -17,18 +17,21 @@ from eplb_analyze.cli.console import (
 from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
     from eplb_analyze.analysis.milliseconds import Milliseconds
+    from eplb_analyze.analysis.traffic import Pair
     from eplb_analyze.replay.pricing import Pause
-    from eplb_analyze.replay.replay import Outcome, Replay
+    from eplb_analyze.replay.replay import Links, Outcome, Replay
 
 
 #: From this share of tokens on, the legend says that they are dealt in rounds.
 MOSTLY = 0.5
 
+#: So many links between ranks, and between nodes, are named.
+SHOWN_LINKS = 3
 #: From this many columns on, the gain has a column beside the net gain.
 WIDE = 100
 
@@ -42,7 +45,12 @@ CONDITIONS = {
     "limit": ("max_moves", "expert weights that a rearrangement moves at most"),
 }
 
-OBJECTIVES = {"tokens": "tokens", "active": "active experts", "ms": "net ms per step"}
+OBJECTIVES = {
+    "tokens": "tokens",
+    "active": "active experts",
+    "tokens+traffic": "tokens and traffic",
+    "ms": "net ms per step",
+}
 
 
 #: How each dispatch shares tokens, in a clause; ``measured`` if it is mostly by chance.
@@ -107,6 +115,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
     _today(console, result)
     _settings(console, result, top)
     _bounds(console, result)
+    print_links(console, result, result.links(result.rows[0]) if result.rows else None)
     legend = "idle: share of rank time lost by tokens; "
     in_ms = result.objective == "ms"
     if in_ms and console.width >= WIDE:
@@ -117,7 +126,17 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         )
     elif not _costs(result):
         legend += "saved: points of today's idle; "
-    if result.objective != "tokens":
+    if result.objective == "tokens+traffic":
+        legend += (
+            "saves: of the time, if that were the tokens of the busiest rank and "
+            f"{result.cross_node_weight:g} times the tokens that a rank gets from other nodes; "
+        )
+    traffic = _traffic_columns(result)
+    if traffic and console.width >= WIDE:
+        legend += "on rank: tokens that stay on their rank; "
+        if "crosses" in traffic:
+            legend += "on node: that go to another rank of the node; crosses: that go to another node; "
+    if result.objective in ("active", "ms"):
         legend += "active: experts with a token on the rank with most of them; "
     legend += "moved: expert weights that ranks fetched"
     if _costs(result) and not in_ms:
@@ -183,6 +202,10 @@ def _settings(console: Console, result: Replay, top: int) -> None:
         "idle": lambda result, outcome: percent(outcome.idle_fraction),
         "saved": _saved,
         "active": lambda result, outcome: figure(outcome.active_experts, 1),
+        "on rank": lambda result, outcome: _traffic(outcome, "same_rank"),
+        "on node": lambda result, outcome: _traffic(outcome, "same_node"),
+        "crosses": lambda result, outcome: _traffic(outcome, "other_node"),
+        "saves %": _combined,
         "gain ms": lambda result, outcome: _ms(outcome.gain_ms_per_step).partition(" ")[0],
         "net ms": lambda result, outcome: _ms(outcome.net_ms_per_step),
         "GB moved" if sized else "moved": _moved,
@@ -202,15 +225,19 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     shown = {
         "ms": ("active", "gain ms", "net ms"),
         "active": ("balanced", "idle", "active"),
+        "tokens+traffic": ("idle", "crosses", "saves %"),
         "tokens": ("idle", "pauses s", "net s") if costs else ("balanced", "idle", "saved"),
     }[result.objective.value]
-    for name in ("balanced", "idle", "saved", "active", "gain ms", "net ms", "pauses s", "net s"):
-        if name not in shown:
+    figures = ("balanced", "idle", "saved", "active", "saves %", "gain ms", "net ms", "pauses s", "net s")
+    traffic = _traffic_columns(result)
+    for name in (*figures, "on rank", "on node", "crosses"):
+        if name not in shown and name not in traffic:
             del columns[name]
     hidden = []
     if console.width < WIDE:
-        many = len(columns) > 9 or "<dispatch" in columns
-        left_out = ["gain ms", *(("balanced", "pauses s") if many else ())]
+        left_out = ["gain ms", *(name for name in traffic if name not in shown)]
+        many = len(columns.keys() - {*left_out[1:]}) > 9 or "<dispatch" in columns
+        left_out += ["balanced", "pauses s"] if many else []
         if many and any(title in columns for title in CONDITIONS):
             alike = (("redundant", "num_redundant_experts"), ("interval", "interval"), ("window", "window"))
             values = {title: {getattr(setting, name) for setting in settings} for title, name in alike}
@@ -230,6 +257,49 @@ def _settings(console: Console, result: Replay, top: int) -> None:
     console.print()
 
 
+def _traffic_columns(result: Replay) -> list[str]:
+    """How far tokens go, as far as it is known; not those that stay on the node if there is only one."""
+    if result.today.traffic is None:
+        return []
+    if result.known_nodes is None:
+        return ["on rank"]
+    return ["on rank"] if result.known_nodes == 1 else ["on rank", "on node", "crosses"]
+
+
+def _traffic(outcome: Outcome, name: str) -> str:
+    return "" if outcome.traffic is None else percent(getattr(outcome.traffic, name))
+
+
+def _combined(result: Replay, outcome: Outcome) -> str:
+    saved = outcome.combined_saved
+    return "" if outcome.setting is None or saved is None else signed(100 * saved, 1)
+
+
+def links_lines(links: Links, name: str) -> list[str]:
+    """``busiest links under today's placements: r0 to r3 1.2%, ...; n0 to n1 12%, ...``."""
+
+    def texts(pairs: Sequence[Pair], letter: str) -> str:
+        each = (f"{letter}{p.source} to {letter}{p.destination} {percent(p.share)}" for p in pairs)
+        return ", ".join(each)
+
+    shown = [texts(links.ranks[:SHOWN_LINKS], "r")] if links.ranks else []
+    shown += [texts(links.nodes[:SHOWN_LINKS], "n")] if links.nodes else []
+    return [f"busiest links {name}, of all tokens: {'; '.join(shown)}"] if shown else []
+
+
+def print_links(console: Console, result: Replay, best: Links | None) -> None:
+    """The busiest links under today's placements and the first setting, or why they are not known."""
+    from eplb_analyze.replay.sharing import SENDERS_UNKNOWN
+
+    if result.sources_unknown is not None:
+        text = f"traffic is not known: {SENDERS_UNKNOWN} ({result.sources_unknown})"
+        print_line(console, (text, "dim"))
+        return
+    for links, name in ((result.links(), "today"), (best, "with the first setting")):
+        for line in [] if links is None else links_lines(links, name):
+            print_line(console, line)
+
+
 def _costs(result: Replay) -> bool:
     """Whether settings have a net gain by tokens."""
     return any(outcome.net_seconds is not None for outcome in result.outcomes)
@@ -239,6 +309,8 @@ def _first(result: Replay) -> str:
     """What the settings are sorted by."""
     if result.objective == "ms" or (result.objective == "tokens" and _costs(result)):
         return "largest net gain"
+    if result.objective == "tokens+traffic":
+        return "largest combined gain"
     return "fewest active experts" if result.objective == "active" else "least idle"
 
 
