@@ -385,6 +385,7 @@ def _field_names(tree: ast.ClassDef) -> list[str]:
         if isinstance(node, ast.AnnAssign)
         and isinstance(node.target, ast.Name)
         and "ClassVar" not in ast.unparse(node)
+        and not node.target.id.startswith("_")
     ]
 
 
