@@ -89,13 +89,10 @@ class ExpertReport(SumsReport):
         """Those that are cold over all steps, dead ones included, the coldest first."""
         return self.experts.filter("cold").sort("times_mean", "layer", "logical")
 
-    def drift_json(self) -> dict[str, Any]:
-        """The drift of hot sets, as in :meth:`to_json`."""
-        return {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
-
     def to_json(self, *, hot: bool = True, cold: bool = True) -> dict[str, Any]:
         """All experts, or only the hot or cold ones."""
         shown = self.experts if hot == cold else self.hot if hot else self.cold
+        drift = {"hot_set": self.hot_set, "chance_overlap": self.chance_overlap, "lags": self.drift}
         return self.document(
             {
                 "layer": self.layer,
@@ -113,7 +110,7 @@ class ExpertReport(SumsReport):
                 "placement_first_step": self.placement_first_step,
                 "counts": self.counts,
                 #: How much of a layer's hot set stays hot.
-                "drift": self.drift_json(),
+                "drift": drift,
                 "unknown_tokens": self.unknown_tokens,
                 "layers_without_placement": self.layers_without_placement,
                 "experts": shown,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,14 +223,17 @@ def _expert_figures(run: Run, report: ExpertReport) -> dict[str, Any]:
         code += frame[flag].to_numpy().astype(np.int64) << bit
     codes = np.zeros((run.info.num_layers, run.info.num_logical_experts), np.int64)
     codes[[run.info.layers.index(layer) for layer in frame["layer"]], frame["logical"].to_numpy()] = code
-    kept = ("window", "windows", "hot_factor", "counts", "unknown_tokens", "layers_without_placement")
-    figures = {name: getattr(report, name) for name in kept}
-    return {
-        **figures,
-        "drift": as_json(report.drift_json()),
-        "flags": codes.tolist(),
-        "flag_names": FLAGS,
-    }
+    document = replace(report, experts=frame.clear()).to_json() | {"counts": report.counts}
+    kept = (
+        "window",
+        "windows",
+        "hot_factor",
+        "counts",
+        "drift",
+        "unknown_tokens",
+        "layers_without_placement",
+    )
+    return {**{name: document[name] for name in kept}, "flags": codes.tolist(), "flag_names": FLAGS}
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

@@ -384,6 +384,7 @@ def _field_names(tree: ast.ClassDef) -> list[str]:
         for node in tree.body
         if isinstance(node, ast.AnnAssign)
         and isinstance(node.target, ast.Name)
+        and not node.target.id.startswith("_")
         and "ClassVar" not in ast.unparse(node)
         and not node.target.id.startswith("_")
     ]
