@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.routing import FAMILIES, Shape, generate
-from eplb_analyze import AnalyzeError, Choices, Replay, Run, Setting, open_run, replay_run
+from eplb_analyze import AnalyzeError, Choices, Replay, Run, Setting, UsageError, open_run, replay_run
 from eplb_analyze.dispatch.named import DISPATCHES, LP, MEASURED
 from eplb_analyze.metrics import bootstrap
 from eplb_analyze.metrics.bootstrap import Interval, Ratio
@@ -237,8 +237,9 @@ def page(workloads: Sequence[Workload], about: str) -> str:
     names = [field.name for field in fields(Row)]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Policies, dispatches and settings</title>",
-        "<style>body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}",
-        "table{border-collapse:collapse;margin:1rem 0}th,td{padding:.15rem .6rem;text-align:right}",
+        "<style>body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem}",
+        "table{border-collapse:collapse;margin:1rem 0;white-space:nowrap}",
+        "th,td{padding:.15rem .6rem;text-align:right}",
         "th{border-bottom:2px solid #888;position:sticky;top:0;background:#fff}",
         "th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}tr:nth-child(even){background:#f4f4f4}",
         "</style><h1>Policies, dispatches and settings</h1>",
@@ -280,7 +281,11 @@ def recording(name: str, path: Path, ep_size: int, scratch: Path) -> Run:
     if any(path.rglob(SESSION_FILE)):
         return open_run(path)
     options = Options(model=name, ep_size=ep_size, placement="linear", ordered=True)
-    import_dump(path, scratch, options=options)
+    try:
+        import_dump(path, scratch, options=options)
+    except UsageError as error:
+        hint = "or `eplb-analyze import` it with more options, and name the new folder"
+        raise UsageError(f"{error}; {hint}") from None
     return open_run(scratch)
 
 

@@ -146,6 +146,17 @@ def test_workload_that_is_not_there_is_one_line() -> None:
     assert found.stderr == "policy_bench: no/such.npz: no such file or folder\n"
 
 
+def test_file_that_needs_more_options_is_to_be_imported_first(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.tile(np.arange(4, dtype=np.uint8), (64, 2, 1)))
+    command = [sys.executable, "-m", "benchmarks.policy_bench", "--families", "--workload", f"x={path}"]
+    found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1
+    assert "--format topk" in found.stderr
+    assert found.stderr.endswith("; or `eplb-analyze import` it with more options, and name the new folder\n")
+
+
 def test_documented_table_has_the_current_columns() -> None:
     lines = (ROOT / "docs/bench.md").read_text().splitlines()
     head = lines[lines.index("<!-- table of benchmarks.policy_bench -->") + 2]
