@@ -269,8 +269,8 @@ Policy = Annotated[
     typer.Option(
         "--policy",
         help="Try deepseek, sglang, vllm, swift_balance, flash_lb, biased, naive, layer_budgets, "
-        "active_experts, static, round_robin, your own module:function, or oracle, which places each step "
-        "by its own loads.",
+        "active_experts, near_sources, static, round_robin, your own module:function, or oracle, which "
+        "places each step by its own loads.",
         metavar="A,B…",
     ),
 ]

@@ -23,6 +23,7 @@ from eplb_analyze.policies.active_experts import active_experts as place_active_
 from eplb_analyze.policies.deepseek import EPLB, SGLANG, VLLM, Arithmetic, hierarchical, replicate
 from eplb_analyze.policies.flash_lb import flash_lb as place_flash_lb
 from eplb_analyze.policies.layer_budgets import layer_budgets as place_layer_budgets
+from eplb_analyze.policies.near_sources import near_sources as place_near_sources
 from eplb_analyze.policies.slots import keep_slots
 from eplb_analyze.policies.swift_balance import swift_balance as place_swift_balance
 from eplb_dump.format.schema import EMPTY_SLOT
@@ -54,6 +55,8 @@ class Problem:
     series: npt.NDArray[Any] | None = None
     #: The steps of each window of ``series``.
     steps_per_window: int = 1
+    #: ``weight`` by the rank that sent it: ``[layers, ep_size, num_logical_experts]``. None: not known.
+    by_source: npt.NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or not self.weight.size:
@@ -78,6 +81,13 @@ class Problem:
             raise UsageError(
                 f"the series of loads has the shape {self.series.shape}, not (windows, "
                 f"{', '.join(map(str, self.weight.shape))})"
+            )
+
+        layers, experts = self.weight.shape
+        if self.by_source is not None and self.by_source.shape != (layers, self.ep_size, experts):
+            raise UsageError(
+                f"the tokens of each rank have the shape {self.by_source.shape}, not "
+                f"{(layers, self.ep_size, experts)}"
             )
 
     def windows(self) -> npt.NDArray[Any]:
@@ -169,6 +179,19 @@ def round_robin(problem: Problem) -> Int32:
     return np.tile(dealt(experts, problem.num_physical_experts, problem.ep_size), (layers, 1))
 
 
+def near_sources(problem: Problem) -> Int32:
+    """``deepseek``, its ranks renumbered so that the fewest tokens cross nodes.
+
+    Raises UsageError as :func:`deepseek` does, and if the tokens of each rank are not known.
+    """
+    if problem.by_source is None:
+        raise UsageError("near_sources needs the tokens that each rank sent, which are not known")
+    nodes, groups = _nodes_and_groups(problem)
+    if groups == 1 and problem.ep_size % problem.num_nodes == 0:
+        nodes = problem.num_nodes  # which `deepseek` ignores
+    return place_near_sources(deepseek(problem), problem.by_source, nodes, grouped=groups > 1)
+
+
 POLICIES: dict[str, Policy] = {
     "deepseek": deepseek,
     "sglang": sglang,
@@ -183,6 +206,9 @@ POLICIES: dict[str, Policy] = {
     "round_robin": round_robin,
 }
 
+
+#: Policies that need the tokens of each rank, which few recordings have.
+WITH_SOURCES: dict[str, Policy] = {"near_sources": near_sources}
 
 #: Not a policy that sees past loads, so not among them: see :mod:`eplb_analyze.policies.oracle`.
 ORACLE = "oracle"
@@ -268,16 +294,18 @@ def _without_empty(problem: Problem) -> Int32:
 
 
 def named(name: str) -> Policy:
-    """One of :data:`POLICIES`, or a user's ``module:function`` from ``sys.path`` or the current folder.
+    """One of :data:`POLICIES` or :data:`WITH_SOURCES`, or a user's ``module:function``.
 
-    Imports that module. Raises UsageError.
+    Imports that module, from ``sys.path`` or the current folder. Raises UsageError.
     """
-    if name in POLICIES:
-        return POLICIES[name]
+    known = POLICIES | WITH_SOURCES
+    if name in known:
+        return known[name]
     module, _, function = name.partition(":")
     if not (module and function):
-        known = ", ".join(POLICIES)
-        raise UsageError(f"there is no policy {name!r}; choose {known}, or your own as module:function")
+        raise UsageError(
+            f"there is no policy {name!r}; choose {', '.join(known)}, or your own as module:function"
+        )
     if (here := os.getcwd()) not in sys.path:
         # At the end, so that a file in this folder does not hide an installed module.
         sys.path.append(here)
@@ -305,13 +333,18 @@ def place(policy: Policy, problem: Problem) -> Int32:
             current = None if problem.current is None else problem.current[same]
             weight = problem.weight[same, :count]
             series = None if problem.series is None else problem.series[:, same, :count]
-            own = replace(problem, weight=weight, current=current, series=series, experts=None)
+            sent = None if problem.by_source is None else problem.by_source[same, :, :count]
+            own = replace(
+                problem, weight=weight, current=current, series=series, by_source=sent, experts=None
+            )
             placed[same] = place(policy, own)
         return placed
-    current, series = (None if each is None else each.copy() for each in (problem.current, problem.series))
+    current, series, sent = (
+        None if each is None else each.copy() for each in (problem.current, problem.series, problem.by_source)
+    )
     name = getattr(policy, "__name__", type(policy).__name__)
     try:
-        own = replace(problem, weight=problem.weight.copy(), current=current, series=series)
+        own = replace(problem, weight=problem.weight.copy(), current=current, series=series, by_source=sent)
         answer = np.asarray(policy(own))
     except UsageError:
         raise

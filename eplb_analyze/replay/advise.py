@@ -96,7 +96,11 @@ def advise(
         timed = played.part.step_seconds is not None or bool(played.cost.prices)
         return replace(played, objective=Objective.MS) if objective is None and timed else played
 
-    search = TwoRounds(run, lambda played: Judging(in_time(played), min_gain).best_rearranging())
+    search = TwoRounds(
+        run,
+        lambda played: Judging(in_time(played), min_gain).best_rearranging(),
+        ["near_sources"] if objective is Objective.TRAFFIC else [],
+    )
     try:
         played = replay_run(
             run, choices, steps, num_groups=num_groups, num_nodes=num_nodes, objective=objective,

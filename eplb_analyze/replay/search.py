@@ -67,9 +67,15 @@ def offer(run: Run) -> Offer:
 class TwoRounds:
     """The search of `advise`, see :class:`eplb_analyze.replay.replay.Search`."""
 
-    def __init__(self, run: Run, best: Callable[[Replay], Outcome | None]) -> None:
-        """``best``: of the settings that rearrange, in the steps to choose one on; None if none does."""
-        self._run, self._best = run, best
+    def __init__(
+        self, run: Run, best: Callable[[Replay], Outcome | None], policies: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            best: of the settings that rearrange, in the steps to choose one on; None if none does.
+            policies: to try in addition to those that the engine offers.
+        """
+        self._run, self._best, self._policies = run, best, policies
 
     def first(self, run: Run, today: Recorded, steps: int) -> list[Setting]:
         """Today's setting, or the one nearest to it that fits into the steps, and each change of one part."""
@@ -78,7 +84,8 @@ class TwoRounds:
         intervals = usual_intervals(run.info.engine, today.interval, steps)
         if max(intervals) == interval and (longest := steps // 2 // interval) > 1:
             intervals = [*intervals, longest * interval]
-        return sorted({base, *_around(run, today, base, intervals, steps, MORE)}, key=setting_order)
+        found = {base, *_around(run, today, base, intervals, steps, MORE), *self._others(base)}
+        return sorted(found, key=setting_order)
 
     def refined(self, played: Replay, steps: int) -> list[Setting]:
         """More settings around the best one that rearranges, and conditions for it and for today's."""
@@ -89,12 +96,15 @@ class TwoRounds:
         if best is not None and best.setting is not None and best.setting.interval is not None:
             interval = best.setting.interval
             intervals = [each for each in (interval // 2, interval * 2) if 1 < each <= steps // 2]
-            found |= {*_around(run, today, best.setting, intervals, steps)}
+            found |= {*_around(run, today, best.setting, intervals, steps), *self._others(best.setting)}
             if today.dispatch == MEASURED:
                 found |= {replace(best.setting, dispatch=name) for name in offer(run).dispatches}
         for outcome in {id(each): each for each in (best, base) if each is not None}.values():
             found |= {*_conditions(run, outcome, played.part.shape.num_moe_layers)}
         return sorted(found - by_setting.keys(), key=setting_order)
+
+    def _others(self, base: Setting) -> Iterator[Setting]:
+        return (replace(base, policy=policy) for policy in self._policies)
 
 
 def _base(run: Run, today: Recorded, steps: int) -> Setting:

@@ -19,7 +19,7 @@ from eplb_analyze.replay.conditions import fetched, in_parts, limited, worst_bal
 from eplb_dump.format.journal import Int32, Int64
 
 #: Policies that use only the sum of a window; others, a user's too, also get it in parts.
-SUM_ONLY = frozenset(policies.POLICIES) - {"flash_lb", "active_experts"}
+SUM_ONLY = frozenset(policies.POLICIES | policies.WITH_SOURCES) - {"flash_lb", "active_experts"}
 #: A window is divided into so many parts; with fewer steps, into single steps.
 PARTS = 64
 
@@ -49,6 +49,11 @@ class Move:
         return cls(step, int(weights.sum()), int(weights.max()))
 
 
+def uses_sources(policy: str) -> bool:
+    """Whether a policy gets the tokens of each source rank, if they are known; a user's own does."""
+    return policy not in policies.POLICIES
+
+
 def window_parts(policy: str, window: int) -> list[int]:
     """How many steps before a rearrangement the parts of its window begin, the first one first; last a 0.
 
@@ -69,22 +74,27 @@ class PrefixSums:
         self._steps, self._steps_at = 0, dict[int, int]()
 
     def add(
-        self, steps: Int64, loads: Iterable[npt.NDArray[Any]], edges: Iterable[int], pool: Executor
+        self,
+        steps: Int64,
+        load_of: Callable[[int], npt.NDArray[Any]],
+        edges: Iterable[int],
+        pool: Executor,
     ) -> None:
         """Add a block.
 
         Args:
-            loads: for each layer ``[steps, experts]``.
+            load_of: the loads of a layer ``[steps, experts]``, called once for each.
             edges: where windows begin or end in this block; :meth:`between` takes them from now on.
         """
         ordered = sorted(set(edges))
         rows = [0, *np.searchsorted(steps, ordered).tolist(), len(steps)]
 
-        def sums(load: npt.NDArray[Any]) -> Int64:
+        def sums(layer: int) -> Int64:
+            load = load_of(layer)
             pieces = (load[low:high] for low, high in itertools.pairwise(rows))
             return np.stack([piece.sum(axis=0, dtype=np.int64) for piece in pieces])
 
-        parts = np.stack(list(pool.map(sums, loads)), axis=1)
+        parts = np.stack(list(pool.map(sums, range(len(self._total)))), axis=1)
         for edge, row, part in zip(ordered, rows[1:-1], parts[:-1], strict=True):
             self._total = self._total + part
             self._at[edge], self._steps_at[edge] = self._total, self._steps + row
@@ -150,8 +160,19 @@ class SettingRun:
             ends = self._due(after, steps, after + before, int(steps[-1]) + before)
             yield from (end - before for end in ends)
 
-    def play(self, past: PrefixSums, after: int, steps: Int64, utilization: Utilization) -> None:
-        """Rearrange when due in a block; ``after`` is the last step before it. Raises UsageError."""
+    def play(
+        self,
+        past: PrefixSums,
+        after: int,
+        steps: Int64,
+        utilization: Utilization,
+        by_source: PrefixSums | None = None,
+    ) -> None:
+        """Rearrange when due in a block; ``after`` is the last step before it. Raises UsageError.
+
+        Args:
+            by_source: the tokens of each source rank and expert, if they are known and the policy uses them.
+        """
         in_force = max(i for i, (step, _) in enumerate(self.placed) if i == 0 or step <= steps[0])
         self.placed = self.placed[in_force:]
         known, measured = len(self.placed), 0
@@ -163,16 +184,19 @@ class SettingRun:
             if self.placed[-1][0] > step or not self._needed(weight):
                 self.skipped += 1
                 continue
-            self._rearrange(step, weight, past)
+            self._rearrange(step, weight, past, by_source)
         self._measure(steps, measured, int(steps[-1]) + 1, utilization)
         if self.kept is not None:
             self.kept += self.placed[known:]
 
-    def _rearrange(self, step: int, weight: Int64, past: PrefixSums) -> None:
+    def _rearrange(self, step: int, weight: Int64, past: PrefixSums, by_source: PrefixSums | None) -> None:
         setting, current = self.setting, self.placed[-1][1]
         series, each = past.series([step - before for before in self._parts]) if self._parts else (None, 1)
         size = self.slots, setting.ep_size, self._nodes, self._groups
-        problem = Problem(weight, *size, current, self._experts, series, each)
+        sent = None
+        if by_source is not None:
+            sent = by_source.between(step - self.window, step).reshape(len(weight), setting.ep_size, -1)
+        problem = Problem(weight, *size, current, self._experts, series, each, sent)
         new = policies.place(self._policy, problem)
         if setting.max_moves is not None:
             new = limited(current, new, weight, setting.ep_size, setting.max_moves)

@@ -9,6 +9,7 @@ of an expert shared by its replicas as the setting's dispatch does (:mod:`eplb_a
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,9 +49,9 @@ from eplb_analyze.replay.scores import (
     Line,
     Scores,
 )
-from eplb_analyze.replay.setting_run import PrefixSums, SettingRun, Utilization
+from eplb_analyze.replay.setting_run import PrefixSums, SettingRun, Utilization, uses_sources
 from eplb_analyze.replay.sharing import Sharing
-from eplb_analyze.replay.source_loads import SourceLoads
+from eplb_analyze.replay.source_loads import SourceLoads, by_rank
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump.format.journal import Int32, Int64, Shape
 
@@ -191,6 +192,9 @@ class Simulation:
         """
         self.sharing.measure(self.steps, self._with_placement)
         past = PrefixSums(self.layers, self.experts, self.steps.first)
+        near = [own for own in self._played.values() if uses_sources(own.setting.policy)]
+        near = [own for own in near if self.sharing.exact_sources(own.setting.ep_size)]
+        sent = PrefixSums(self.layers, self.shape.ep_size * self.experts, self.steps.first) if near else None
         longest = max((own.window for own in self.setting_runs), default=0)
         last = self.steps.first - 1
         with ThreadPoolExecutor(workers or _cores()) as pool:
@@ -204,14 +208,27 @@ class Simulation:
                 self.unplaced += sum(pool.map(loads.read, split_range(0, self.layers)))
                 runs = self._played.values()
                 edges = (edge for own in runs for edge in own.window_edges(after, steps))
-                past.add(steps, loads.logical, edges, pool)
+                past.add(steps, loads.logical.__getitem__, edges, pool)
+                if sent is not None and (sources := self.sharing.source_loads(block, steps)) is not None:
+                    edges = (edge for own in near for edge in own.window_edges(after, steps))
+                    sent.add(steps, functools.partial(by_rank, sources), edges, pool)
                 playing = [
-                    pool.submit(own.play, past, after, steps, self._utilization(loads, own)) for own in runs
+                    pool.submit(
+                        own.play,
+                        past,
+                        after,
+                        steps,
+                        self._utilization(loads, own),
+                        sent if own in near else None,
+                    )
+                    for own in runs
                 ]
                 for played in playing:
                     played.result()
                 self.sharing.start(loads.num_tokens, self.setting_runs, pool)
-                past.forget(last - longest)
+                for sums in (past, sent):
+                    if sums is not None:
+                        sums.forget(last - longest)
                 self.recorded.add(loads.measured, loads.tokens / self.shape.ep_size)
                 chosen = loads.within(np.flatnonzero(drawn(steps, self._every)))
                 if len(chosen.steps):

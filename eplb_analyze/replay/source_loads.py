@@ -72,3 +72,8 @@ class SourceLoads:
                         sent = fold(own[period], slots, self._experts)
                         out[layer - low][rank][:, here[period]] = sent.T
         return out
+
+
+def by_rank(loads: SourceLoads, layer: int) -> npt.NDArray[Any]:
+    """A layer's loads ``[steps, ranks * num_logical_experts]``, one rank after another."""
+    return np.concatenate(loads.take(layer, np.int64)).T

@@ -18,6 +18,7 @@ from eplb_analyze import open_run
 from eplb_analyze.analysis.traffic import Shares, traffic_report
 from eplb_analyze.dispatch import sources
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.policies import Problem, named, place
 from eplb_analyze.reader.recorded_setting import Setting
 from eplb_analyze.replay.advise import advise
 from eplb_analyze.replay.pricing import Objective
@@ -258,3 +259,47 @@ def test_what_traffic_needs_is_named_and_nothing_is_guessed(tmp_path: Path, dump
     one_error(
         cli("advise", "--objective", "tokens+traffic", "--cross-node-weight", "2", whole), 3, "scope global"
     )
+
+
+def test_policy_near_sources_sees_the_tokens_of_each_rank(dump: tuple[Path, Drawn]) -> None:
+    root, drawn = dump
+    near, balanced = (Setting(name, 0, RANKS, 30, 50, 30) for name in ("near_sources", "deepseek"))
+    result = replayed(root, near, balanced)
+    assert result.placements is not None
+    by_setting = dict(zip([o.setting for o in result.outcomes], result.placements, strict=True))
+    current = by_setting[near][0][1]
+    for step, placed in by_setting[near][1:]:
+        sent = np.zeros((LAYERS, RANKS, EXPERTS), np.int64)
+        own = (drawn.step >= step - 50) & (drawn.step < step)
+        np.add.at(sent, (drawn.layer[own], drawn.source[own], drawn.expert[own]), 1)
+        problem = Problem(sent.sum(axis=1), EXPERTS, RANKS, NODES, current=current, by_source=sent)
+        np.testing.assert_array_equal(placed, place(named("near_sources"), problem))
+        current = placed
+    outcomes = {outcome.setting: outcome for outcome in result.outcomes}
+    # The same sets of experts, so the same balance, but nearer to their tokens.
+    assert outcomes[near].idle_fraction == pytest.approx(outcomes[balanced].idle_fraction)
+    crosses = [outcomes[each].traffic for each in (near, balanced)]
+    assert crosses[0] is not None
+    assert crosses[1] is not None
+    assert (crosses[0].other_node or 0) < (crosses[1].other_node or 0) - 0.05
+
+
+def test_policy_near_sources_is_tried_for_the_combined_objective(dump: tuple[Path, Drawn]) -> None:
+    run = open_run(dump[0])
+    advice = advise(run, objective=Objective.TRAFFIC, cross_node_weight=2.0)
+    plain = advise(run, objective=Objective.TOKENS)
+    found = [
+        {outcome.setting.policy for outcome in each.replay.outcomes if outcome.setting is not None}
+        for each in (advice, plain)
+        if each.replay is not None
+    ]
+    assert found[0] - found[1] == {"near_sources"}
+    assert advice.verdict == "enable"
+    assert advice.best is not None
+    assert advice.best.setting is not None
+    assert advice.best.setting.policy == "near_sources"
+
+
+def test_policy_near_sources_is_refused_without_the_senders(tmp_path: Path, dump: tuple[Path, Drawn]) -> None:
+    whole = record(tmp_path, dump[1], scope="global")
+    one_error(cli("replay", "--policy", "near_sources", whole), 2, "needs the tokens that each rank sent")
