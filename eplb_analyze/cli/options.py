@@ -319,7 +319,7 @@ MaxUtilization = Annotated[
     str | None,
     typer.Option(
         "--max-utilization",
-        help="Rearrange only if the utilization since it was last due is at most X, as SGLang's threshold.",
+        help="Rearrange only if utilization since the last check is at most X, like SGLang's threshold.",
         metavar="X,X…",
     ),
 ]
@@ -327,7 +327,7 @@ MinBalancedness = Annotated[
     str | None,
     typer.Option(
         "--min-balancedness",
-        help="Rearrange only if a layer's balancedness over the window is below X, as ATOM's threshold.",
+        help="Rearrange only if a layer's balancedness over the window is below X, like ATOM's threshold.",
         metavar="X,X…",
     ),
 ]

@@ -40,7 +40,7 @@ def layer(
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
-    """Show the load of each rank, slot and expert of a layer, in a step, a range or the whole run."""
+    """Show the load of each rank, slot and expert of a layer, in one step, a range, or the whole run."""
     if step is not None and steps is not None:
         raise typer.BadParameter(
             "--step and --steps cannot be combined; use one of them", param_hint="--step"

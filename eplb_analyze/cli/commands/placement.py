@@ -32,7 +32,7 @@ def placement(
         bool, typer.Option("--experts", help="Show the replicas of each expert, too.")
     ] = False,
     every: Annotated[
-        bool, typer.Option("--all", help="Also show layers whose figures are those of most layers.")
+        bool, typer.Option("--all", help="Also show layers that look like most others.")
     ] = False,
 ) -> None:
     """Show which expert is on which rank at a step, its replicas, and what changed since another step."""

@@ -78,7 +78,7 @@ def at_work(dump: StoragePath) -> Iterator[Callable[[], None]]:
         with ExitStack() as held:
             taken = hold(dump / AT_WORK, held)
             if taken is False:
-                raise UsageError(f"{dump}: another `prune` is at work in it; try again when it has ended")
+                raise UsageError(f"{dump}: another `prune` is running there; try again when it ends")
             clear(dump / AT_WORK)
             remove_leftovers(dump)
             if taken is None:
@@ -95,7 +95,7 @@ def at_work(dump: StoragePath) -> Iterator[Callable[[], None]]:
         age = time.time_ns() - mark.stat().st_mtime_ns
         if age < _MARK_NS:
             raise UsageError(
-                f"{dump}: another `prune` is at work in it, or was interrupted less than ten minutes ago: "
+                f"{dump}: another `prune` is running there, or was interrupted less than ten minutes ago: "
                 f"{mark.name} is {age // 10**9} s old; try again when it is gone or older"
             )
     written = [time.monotonic()]

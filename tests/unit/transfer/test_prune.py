@@ -429,7 +429,7 @@ def test_second_prune_of_a_dump_is_refused(tmp_path: Path) -> None:
     from eplb_analyze.transfer.retention.carry_out import at_work
 
     aged_session(tmp_path, "r", [time.time_ns() - days(9)])
-    with at_work(tmp_path), pytest.raises(UsageError, match="another `prune` is at work"):
+    with at_work(tmp_path), pytest.raises(UsageError, match="another `prune` is running there"):
         prune_dump(tmp_path, STRICT)
     assert (tmp_path / "run=r").is_dir()
     prune_dump(tmp_path, STRICT)
@@ -875,7 +875,7 @@ def test_bucket_that_fails_in_between_is_continued(tmp_path: Path, s3: S3) -> No
     mark = f"{bucket}/.prune.eplb.tmp"
     with s3.files().open_output_stream(mark) as stream:  # of one that was killed
         stream.write(b"prune")
-    with pytest.raises(UsageError, match="another `prune` is at work in it, or was interrupted"):
+    with pytest.raises(UsageError, match="another `prune` is running there, or was interrupted"):
         prune_dump(storage_path(address), policy)
     s3.files().delete_file(mark)
     prune_dump(storage_path(address), policy)
