@@ -46,7 +46,7 @@ def experts(
     steps: options.Steps = None,
     top: options.Top = 5,
 ) -> None:
-    """Show which experts are hot (always or in bursts), cold or dead, and whether each has enough replicas."""
+    """Show hot (always or in bursts), cold and dead experts, and whether each has enough replicas."""
     from eplb_dump.format.schema import MAX_EXPERTS
 
     if not 1 < hot_factor <= MAX_EXPERTS:
