@@ -30,8 +30,9 @@ _Parts = Callable[[], Iterator[Array]]
 
 
 def is_npz_of_ids(path: Path) -> bool:
-    """Whether a .npz file has an array with a name of expert ids."""
-    return bool(set(IDS) & {name.lower() for name in npz_shapes(path)})
+    """Whether a .npz file has an array with a name of expert ids, and none of counts."""
+    names = {name.lower() for name in npz_shapes(path)}
+    return bool(names & set(IDS)) and "load" not in names
 
 
 def open_array(path: Path, array: Array) -> TokenFile:

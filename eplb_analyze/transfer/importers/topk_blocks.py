@@ -19,8 +19,7 @@ from eplb_dump.format.schema import MAX_LAYERS
 
 #: The names of arrays and columns, in lower case.
 IDS = (
-    "topk_ids", "routed_experts", "expert_ids", "topk_indices", "topk_idx", "indices", "selected_experts",
-    "experts",
+    "topk_ids", "routed_experts", "expert_ids", "topk_indices", "topk_idx", "selected_experts", "indices",
 )  # fmt: skip
 BESIDE = {
     "step": table.NAMES["step"],

@@ -361,6 +361,22 @@ def test_notes_name_ids_that_no_router_writes(tmp_path: Path) -> None:
     assert report.num_layers == 3
 
 
+def test_requests_can_be_categories(tmp_path: Path) -> None:
+    ids = chosen(30, 2, 2, 4)
+    named = pa.array(["b", "a", "c"] * 10).dictionary_encode()
+    write_rows(tmp_path / "ids.parquet", topk_ids=ids.tolist(), request_id=named)
+    _, run = imported(tmp_path / "ids.parquet", step_per="request")
+    assert_counts(run, ids, np.arange(30) % 3, 4)
+
+
+def test_counts_beside_ids_are_still_counts(tmp_path: Path) -> None:
+    load = np.arange(1, 9).reshape(2, 4)
+    np.savez(tmp_path / "load.npz", load=load, expert_ids=np.tile(np.arange(4), (2, 1)))
+    report, run = imported(tmp_path / "load.npz")
+    assert report.format == "array"
+    np.testing.assert_array_equal(found(run)[1][0], load)
+
+
 # ---- what is asked for
 
 
