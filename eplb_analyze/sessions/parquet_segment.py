@@ -429,17 +429,24 @@ class ParquetSegment:
 
     def sums_are_true(self) -> bool:
         """Whether the manifest's sums equal those of the loads, all of which are read."""
-        sums, shape = self.sums, self.shape
-        if sums is None or shape is None:
+        if self.sums is None or self.shape is None:
             return True
-        for layer, values in self._by_layers("load", shape.num_physical_experts, 0, shape.num_moe_layers):
-            for index, load in enumerate(values, layer):
-                rows = sums.layer == index
-                first = np.searchsorted(self.load_steps(), sums.step[rows])
-                within = bool((np.diff(first, append=len(load)) > 0).all()) and first[0] == 0
-                if not within or (np.add.reduceat(load, first, dtype=np.int64) != sums.load[rows]).any():
-                    return False
-        return True
+        return all(
+            self.layer_sums_are_true(index, load)
+            for layer, values in self.loads(0, self.shape.num_moe_layers)
+            for index, load in enumerate(values, layer)
+        )
+
+    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool:
+        """Likewise those of one layer, whose loads in all steps are ``[n, physical]``."""
+        if self.sums is None:
+            return True
+        rows = self.sums.layer == index
+        first = np.searchsorted(self.load_steps(), self.sums.step[rows])
+        if first[0] != 0 or (np.diff(first, append=len(load)) <= 0).any():
+            return False
+        parts = zip(np.split(load, first[1:]), self.sums.load[rows], strict=True)
+        return all(np.array_equal(part.sum(axis=0, dtype=np.int64), stated) for part, stated in parts)
 
     def placement_steps(self) -> Int64:
         """The steps of the rows of ``placements``. Raises DamagedSegmentError."""

@@ -94,6 +94,7 @@ class Segment(Protocol):
 
     def placements(self) -> PlacementRows: ...
     def sums_are_true(self) -> bool: ...
+    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool: ...
 
 
 class OpenSegment:
@@ -143,6 +144,9 @@ class OpenSegment:
 
     def sums_are_true(self) -> bool:
         return True  # it has no sums
+
+    def layer_sums_are_true(self, index: int, load: npt.NDArray[Any]) -> bool:
+        return True
 
 
 def layers_at_once(steps: int, shape: Shape) -> int:
