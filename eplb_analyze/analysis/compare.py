@@ -73,8 +73,8 @@ class Difference:
 @dataclass(frozen=True)
 class LayerDifference:
     layer: int
-    #: Of the difference of the idle fraction; the parts of all layers are 1 in sum, and a layer in which the
-    #: difference goes the other way has a part below 0. None if the idle fractions do not differ.
+    #: The layer's share of the difference in idle fraction. The parts of all layers add up to 1; a layer in
+    #: which the difference goes the other way has a part below 0. None if the idle fractions do not differ.
     part: float | None
     balancedness: Difference
     idle_fraction: Difference
@@ -105,8 +105,8 @@ class Side(Report):
     rearrangements: int
     #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
-    #: The first and last step of each stretch in which incidents were looked for, as steps are kept there;
-    #: null: all steps, empty: nowhere.
+    #: The first and last step of each range that was searched for incidents, because steps are kept there;
+    #: null: all steps, empty: none.
     searched: list[tuple[int, int]] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Comparison(Report):
     warnings: list[str]
     #: By the idle fraction.
     verdict: Verdict
-    #: Of a significant difference.
+    #: How large a significant difference is.
     size: Size | None
     confidence: float = field(default=bootstrap.CONFIDENCE, init=False)
     #: The baseline.
@@ -159,7 +159,7 @@ class Comparison(Report):
     b: Side
     balancedness: Difference | None
     idle_fraction: Difference | None
-    #: Of the phases that both have; empty if there are none, or their times are not known.
+    #: Step times of the phases that both have; empty if there are none, or their times are not known.
     step_times: list[StepTime]
     #: Why imbalance explains nothing of the step times.
     unexplained: str | None

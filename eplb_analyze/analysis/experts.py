@@ -96,7 +96,7 @@ class ExpertReport(SumsReport):
         return self.document(
             {
                 "layer": self.layer,
-                #: What the figures are from: experts' loads, always `full`.
+                #: The source of the figures: experts' loads, always `full`.
                 "tier": Tier.FULL.value,
                 "steps": self.steps,
                 "first_step": self.first_step,

@@ -54,7 +54,7 @@ class MinuteExperts(RunReport):
         return self.document(
             {
                 "layer": self.layer,
-                #: What the figures are from: always `minutes`.
+                #: The source of the figures: always `minutes`.
                 "tier": Tier.MINUTES.value,
                 "steps": self.steps,
                 "first_step": self.first_step,

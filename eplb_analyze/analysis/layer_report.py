@@ -69,8 +69,8 @@ class LayerMinutes(Report):
                 "first_minute": iso(self.first_minute),
                 #: When the last one began, which is included.
                 "last_minute": iso(self.last_minute),
-                #: Of loads summed per minute, if each rank wrote its own (scope local): in place of
-                #: `balancedness`.
+                #: The balancedness of loads summed per minute, if each rank wrote its own (scope local). It
+                #: replaces `balancedness`.
                 "summed_balancedness": self.summed_balancedness,
                 #: The hottest with more than the mean, by the four slots that each minute names: at least so
                 #: much, and others can have had as much.
@@ -96,7 +96,7 @@ class LayerReport(RunReport):
     balancedness: float | None
     imbalance: float | None
     idle_fraction: float | None
-    #: Of the rank with the most slots that have a token; the mean over steps.
+    #: Slots with a token on the rank that has most of them; the mean over steps.
     active_experts: float | None
     ranks: list[RankLoad]
     slots: list[SlotLoad]
@@ -107,7 +107,7 @@ class LayerReport(RunReport):
     #: The mean balancedness of equal parts of these steps.
     timeline: list[Bin] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    #: What the figures are from: experts' loads (`full`), tokens per EP rank (`ranks`), of which `slots`,
+    #: The source of the figures: experts' loads (`full`), tokens per EP rank (`ranks`), of which `slots`,
     #: `experts` and `active_experts` are not known, or sums per minute (`minutes`).
     tier: str = Tier.FULL.value
     #: null, unless the figures are from sums per minute.

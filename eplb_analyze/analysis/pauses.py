@@ -53,7 +53,7 @@ class LongGaps:
 class PauseTotal:
     """How long rearrangements paused the engine in all."""
 
-    #: Of how many rearrangements the pause is known.
+    #: The number of rearrangements whose pause is known.
     measured: int
     #: The sum of these, with its 95% interval.
     ms_total: Milliseconds

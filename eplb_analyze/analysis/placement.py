@@ -35,7 +35,7 @@ class LayerPlacement:
     replicated: int
     #: How often a rank holds an expert more than once.
     twice_on_a_rank: int
-    #: Of ranks that are not lost.
+    #: Empty slots of ranks that are not lost.
     empty_slots: int
     #: For each rank, the logical expert in each of its slots, -1 in an empty one.
     ranks: list[list[int]]

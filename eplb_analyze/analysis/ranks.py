@@ -35,7 +35,7 @@ class Straggler:
     slowest_share: float | None
     #: Σ (max − mean) over these: the tokens for which all ranks waited.
     excess_tokens: float
-    #: Of all loss.
+    #: The share of the whole loss.
     excess_share: float | None
 
 

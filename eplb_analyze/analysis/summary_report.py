@@ -200,7 +200,7 @@ class Rollup(Report):
                 "gone_until": iso(self.gone_until),
                 #: null with scope local.
                 "step_ms": self.step_ms,
-                #: Of scope local only: sums of single ranks do not show the balancedness of steps.
+                #: With scope local only, because sums of single ranks do not show the balancedness of steps.
                 "summed": self.summed,
             }
         )
@@ -214,13 +214,13 @@ class Summary(Report):
     steps: Completeness
     expected_ranks: list[int]
     present_ranks: list[int]
-    #: The ranks that died while the engine went on: figures of the steps without them are over the others.
+    #: The ranks that died while the engine continued: figures of the steps without them are over the others.
     lost_ranks: list[LostRank]
     spreads: dict[str, Spread]
     idle_fraction: float | None
     cost: RunCost
     configurations: list[Configuration]
-    #: Of incomplete steps, the largest group first; their loads are in no other figure.
+    #: Estimates from incomplete steps, the largest group first. No other figure includes their loads.
     estimates: list[Estimate]
     layers: list[LayerFigure]
     hot_experts: list[HotExpert]
@@ -238,19 +238,19 @@ class Summary(Report):
     #: Of the layer of the worst incident of few layers, which the mean over many layers hides: its number
     #: in the model, and its bins. None without such an incident.
     layer_timeline: tuple[int, list[Bin]] | None
-    #: Of the last configuration.
+    #: The loss in the last configuration.
     loss: Loss | None
     duration_seconds: float | None
     #: In order of steps: those that have one of these steps. First and last step are the incident's own.
     incidents: list[Incident]
-    #: Departures of a layer that are smaller than these incidents, whose cause was not looked for.
+    #: Departures of a layer that are smaller than these incidents, whose cause was not searched for.
     unexamined_departures: int
     #: Layers whose balance changes abruptly all the time: only much larger drops are incidents there.
     restless_layers: int
     #: The stretches of steps in which incidents were looked for, as steps are kept there. None: all steps;
     #: empty: nowhere, and incidents are not known.
     searched: list[StepRange] | None
-    #: Likewise in which the cost was measured, as experts' loads are kept there.
+    #: The ranges in which the cost was measured, because experts' loads are kept there. None: all steps.
     cost_steps: list[StepRange] | None
     #: Whether a placement changed in the whole run; None: not known.
     acted: bool | None
@@ -314,7 +314,7 @@ class Summary(Report):
         return self.document(
             {
                 "run": run,
-                #: What the figures are from: `steps`, or sums over `minutes`.
+                #: The source of the figures: `steps`, or sums over `minutes`.
                 "tier": self.tier,
                 "rollup": self.rollup,
                 "verdict": self.verdict,
@@ -342,12 +342,12 @@ class Summary(Report):
                 #: The time that ranks lost: the cost in the measured phases × steps × interval × ranks that
                 #: serve; 0 if no cost is measurable, null if it is not known.
                 "lost_rank_seconds": self.lost_rank_seconds,
-                #: null: they are not known.
+                #: The incidents; null if they are not known.
                 "incidents": self.incidents if self.incidents_known else None,
-                #: The first and last step of each stretch in which incidents were looked for, as steps are
+                #: The first and last step of each range that was searched for incidents, because steps are
                 #: kept there; null: all steps.
                 "searched": _both_included(self.searched),
-                #: Likewise in which the cost was measured, as experts' loads are kept there.
+                #: The same ranges for the cost, where experts' loads are kept; null: all steps.
                 "cost_steps": _both_included(self.cost_steps),
                 "unexamined_departures": self.unexamined_departures,
                 "restless_layers": self.restless_layers,

@@ -58,7 +58,7 @@ class Timeline(RunReport):
     rearrangements: list[int]
     configurations: list[Stretch]
     notes: list[str] = field(default_factory=list)
-    #: What the figures are from: `steps`, or sums over `minutes`.
+    #: The source of the figures: `steps`, or sums over `minutes`.
     tier: Literal["steps", "minutes"] = "steps"
     #: The most minutes of a bin; null if figures are from steps.
     bin_minutes: int | None = None

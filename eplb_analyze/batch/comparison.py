@@ -40,7 +40,7 @@ class Group:
     steps: int
     balancedness: float | None
     idle_fraction: float | None
-    #: Of the runs in which it is known.
+    #: The sum over the runs in which it is known.
     lost_rank_seconds: float | None
 
     @classmethod

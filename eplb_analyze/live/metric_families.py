@@ -32,7 +32,7 @@ class Sample:
 
     #: By name.
     labels: dict[str, str]
-    #: Of a summary the sum.
+    #: The value; of a summary, the sum.
     value: float
     #: How many values are in the sum; null unless it is a summary.
     count: int | None = None

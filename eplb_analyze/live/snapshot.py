@@ -59,7 +59,7 @@ class LiveHotExpert:
     layer: int
     expert: int
     times_mean: float
-    #: Likewise in the last seconds.
+    #: The same in the last seconds.
     recent_times_mean: float | None
     replicas: int
 
@@ -96,11 +96,11 @@ class RearrangementSnapshot:
     slots_changed: int | None
     #: Mean balancedness before it.
     before: float | None
-    #: Over so many steps.
+    #: The number of steps in this mean.
     before_steps: int
     #: Mean balancedness after it.
     after: float | None
-    #: Over so many steps.
+    #: The number of steps in this mean.
     after_steps: int
     #: Balancedness after less before.
     gain: float | None
@@ -139,9 +139,9 @@ class Snapshot(RunReport):
     ranks: list[RankSnapshot]
     #: None if no complete step is that new.
     recent: RecentSnapshot | None
-    #: The highest load per replica first, and how many steps they are of.
+    #: The highest load per replica first.
     hot_experts: list[LiveHotExpert]
-    #: Over so many steps.
+    #: The number of steps that `hot_experts` covers.
     expert_steps: int
     #: In order of their first steps.
     alerts: list[Alert]

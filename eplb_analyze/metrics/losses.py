@@ -29,7 +29,7 @@ class RankLoss:
 
     rank: int
     excess_tokens: float
-    #: Of all loss.
+    #: The share of the whole loss.
     share: float
 
 
@@ -42,7 +42,7 @@ class StretchLoss:
     first_step: int
     last_step: int
     excess_tokens: float
-    #: Of all loss.
+    #: The share of the whole loss.
     share: float
 
 

@@ -67,7 +67,7 @@ class Judged:
     net_ms_per_step: Milliseconds | None = None
     #: The gain without pauses.
     gain_ms_per_step: Milliseconds | None = None
-    #: Of an alternative: the share of the time that ``best`` saves beside it, in the same steps.
+    #: For an alternative: the share of the time that ``best`` saves beside it, in the same steps.
     best_saves: Interval | None = None
     #: Where tokens go, on average; None if the recording does not show which rank sent them.
     traffic: Shares | None = None

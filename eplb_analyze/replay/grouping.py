@@ -39,7 +39,7 @@ class Grouping:
     """What policies are given."""
 
     num_groups: int
-    #: Of the recorded EP size.
+    #: The nodes of the recorded EP size.
     num_nodes: int
     #: Whether the recorded placements show it, and neither the user nor the engine states all of it.
     seen: bool = False

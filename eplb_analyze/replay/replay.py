@@ -59,7 +59,7 @@ class ReplayedSteps:
     origin: int
     #: Median time from one step to the next, so that pauses do not count; None if no two are consecutive.
     step_seconds: float | None
-    #: Of all steps of the requested range.
+    #: How complete the steps of the requested range are.
     whole: Completeness
     notes: list[str]
     #: Ranks that all of the steps lack: the figures are estimates, by the loads of the others.
@@ -196,7 +196,7 @@ class Replay(RunReport):
     #: What settings are sorted by, and why.
     objective: Objective
     objective_reason: str
-    #: Of imbalance in the run, which prices settings.
+    #: What imbalance costs in the run; it prices settings.
     cost: RunCost
     pause: Pause
     #: The groups and nodes that policies were given.
@@ -220,7 +220,7 @@ class Replay(RunReport):
     batches_known: bool
     #: Why the recording does not show which rank sent a token; None if it does.
     sources_unknown: str | None
-    #: Of the recorded ranks; None if their number is only assumed.
+    #: The nodes of the recorded ranks; None if their number is only assumed.
     known_nodes: int | None
     #: Whether all ranks had all tokens, so that none was sent to another rank.
     tokens_everywhere: bool
@@ -285,7 +285,7 @@ class Replay(RunReport):
                 },
                 #: How tokens are dealt among replicas.
                 "dispatch": {
-                    #: Of the dispatch `measured`: the share of an expert's tokens that is dealt in rounds.
+                    #: For the dispatch `measured`: the share of an expert's tokens that is dealt in rounds.
                     "in_rounds": self.dispatch.in_rounds,
                     #: Whether the recording shows which EP rank sent a token.
                     "sources_known": self.sources_known,

@@ -36,7 +36,7 @@ class Move:
     step: int
     #: Weights that ranks did not hold before, of all layers; and those of the rank that fetches most.
     weights: int
-    #: Of these, the weights of the rank that fetches most.
+    #: How many of these the rank that fetches most gets.
     busiest_rank: int
 
     @classmethod

@@ -21,9 +21,9 @@ class WrittenReport(RunReport):
     bytes: int
     #: Whether names were replaced.
     redacted: bool
-    #: Of all steps asked for.
+    #: How complete the selected steps are.
     steps: Completeness
-    #: What figures are from, as in `summary`: `steps`, or sums over `minutes`.
+    #: The source of the figures, as in `summary`: `steps`, or sums over `minutes`.
     tier: str
     #: Bins of time that the reader of the page can select; 0 if no step is complete.
     bins: int

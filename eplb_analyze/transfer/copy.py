@@ -63,7 +63,7 @@ class CopyReport(Report):
     last_step: int | None
     sessions: int
     files: int
-    #: Of the tables and journals among these files.
+    #: Rows of the tables and journals among these files.
     rows: int
     bytes: int
     #: How many of ``files`` an earlier copy had brought already.

@@ -76,7 +76,7 @@ WORDS = {
     "layers_without_placement": "Layers of which the placement is not known.",
     "load": "Tokens.",
     "logical": "The logical expert; null for an empty slot, or one that held several in these steps.",
-    "lost_ranks": "Ranks that died while the engine went on.",
+    "lost_ranks": "Ranks that died while the engine continued.",
     "low": "The lower end of the 95% confidence interval.",
     "max": "The maximum.",
     "max_step": "The step that has the maximum.",
@@ -161,6 +161,6 @@ WORDS = {
     "window": "Steps that a rearrangement looks back on.",
     "window_steps": "Steps whose loads are summed to tell persistent imbalance from random variation.",
     "worst_rank": "The rank that was the slowest most often.",
-    "worst_rank_share": "In what share of the steps it was.",
+    "worst_rank_share": "The share of the steps in which it was the slowest.",
     "worst_replica": "The load of its busiest replica, divided by the mean of its replicas.",
 }  # fmt: skip
