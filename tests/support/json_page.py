@@ -386,7 +386,6 @@ def _field_names(tree: ast.ClassDef) -> list[str]:
         and isinstance(node.target, ast.Name)
         and not node.target.id.startswith("_")
         and "ClassVar" not in ast.unparse(node)
-        and not node.target.id.startswith("_")
     ]
 
 
