@@ -345,10 +345,10 @@ class NewSegment:
         for part in self._parts:
             steps = part.recorded
             at, end = end, end + len(steps)
-            for layer, load in part.block.load_parts(steps) if len(steps) else ():
-                if out.itemsize == 4 and load.max(initial=0) > MAX_LOAD:
+            for layer, load in part.block.stored_parts(steps) if len(steps) else ():
+                if out.itemsize == 4 and load.itemsize > 4 and load.max(initial=0) > MAX_LOAD:
                     out = out.astype(np.int64)
-                out[layer : layer + load.shape[1], at:end] = load.transpose(1, 0, 2)
+                out[layer : layer + len(load), at:end] = load
         return out
 
     @property
