@@ -76,7 +76,7 @@ class Groupings:
         ranks, on_node = shape.ep_size, run.info.ranks_per_node
         if num_nodes is not None and ranks % num_nodes:
             raise UsageError(
-                f"--num-nodes: {ranks} EP ranks cannot be divided evenly among {num_nodes} nodes"
+                f"--num-nodes: {plural(ranks, 'EP rank')} cannot be divided evenly among {num_nodes} nodes"
             )
         self.notes: list[str] = []
         groups, nodes = num_groups or today.num_groups, num_nodes or today.num_nodes

@@ -34,7 +34,7 @@ from eplb_analyze.replay.scores import ALL, TODAY, Scores
 from eplb_analyze.replay.selftest import RecordedSettingTest, SelfTest
 from eplb_analyze.replay.setting_run import Move, Placed
 from eplb_analyze.replay.settings import Choices, grid
-from eplb_analyze.replay.sharing import BOUND, check_objective
+from eplb_analyze.replay.sharing import BOUND, check_objective, check_policies
 from eplb_analyze.replay.simulator import NotReplayableError, Simulation
 from eplb_analyze.sessions.step_range import StepRange
 from eplb_analyze.text import listed, plural
@@ -379,6 +379,7 @@ def replay_run(
         check_objective(
             serving, objective, _dispatches(today, settings), groupings.known_nodes, cross_node_weight
         )
+        check_policies(serving, settings, part.shape.ep_size)
         cost, pause = cost_of(estimated), pause_of(estimated, cost_per_expert_ms)
         if own is not None and own not in settings:  # replayed, too, as a test
             settings = [*settings, own]

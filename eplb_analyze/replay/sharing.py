@@ -16,6 +16,7 @@ from eplb_analyze.dispatch.rule import Tokens
 from eplb_analyze.dispatch.sources import ANY
 from eplb_analyze.dispatch.spread import Spread
 from eplb_analyze.errors import DumpError, UsageError
+from eplb_analyze.policies.policy import WITH_SOURCES
 from eplb_analyze.reader.blocks import Block
 from eplb_analyze.reader.placements import LayerHistory
 from eplb_analyze.reader.recorded_setting import Setting
@@ -66,6 +67,23 @@ def check_objective(
         raise UsageError("--objective tokens+traffic: the dump does not state the nodes; pass --num-nodes")
     if known_nodes == 1:
         raise UsageError("--objective tokens+traffic: all ranks are on one node, so no token crosses nodes")
+
+
+def check_policies(run: Run, settings: Sequence[Setting], ep_size: int) -> None:
+    """Some policies need the tokens that each rank sent.
+
+    Raises DumpError if the recording lacks them, UsageError if a setting has other ranks.
+    """
+    for setting in settings:
+        if setting.policy not in WITH_SOURCES:
+            continue
+        if (why := sources_unknown(run)) is not None:
+            raise DumpError(f"{run.path}: --policy {setting.policy}: {SENDERS_UNKNOWN} ({why})")
+        if setting.ep_size != ep_size:
+            raise UsageError(
+                f"--policy {setting.policy}: which rank sent which tokens is known only for today's EP size, "
+                f"{ep_size}"
+            )
 
 
 class Sharing:

@@ -302,4 +302,8 @@ def test_policy_near_sources_is_tried_for_the_combined_objective(dump: tuple[Pat
 
 def test_policy_near_sources_is_refused_without_the_senders(tmp_path: Path, dump: tuple[Path, Drawn]) -> None:
     whole = record(tmp_path, dump[1], scope="global")
-    one_error(cli("replay", "--policy", "near_sources", whole), 2, "needs the tokens that each rank sent")
+    missing = "--policy near_sources: the recording does not show which rank sent which tokens (scope global)"
+    for command in ("replay", "advise"):
+        one_error(cli(command, "--policy", "near_sources,static", whole), 3, str(whole), missing)
+    resized = cli("replay", "--policy", "near_sources", "--ep-size", "2", dump[0])
+    one_error(resized, 2, "--policy near_sources", f"known only for today's EP size, {RANKS}")
