@@ -456,7 +456,9 @@ class Adviser:
     def _arguments(self, setting: Setting) -> str | None:
         """How to start the engine; None for a recorded placement that no engine starts with."""
         same = setting.num_redundant_experts == self.played.recorded.num_redundant_experts
-        return None if setting.policy == STATIC and same else engine_arguments(self.run.info.engine, setting)
+        if setting.policy == STATIC and same:
+            return None
+        return engine_arguments(self.run.info.engine, setting, self.run.engine_config)
 
     def _price(self, outcome: Outcome) -> Price:
         played, shape = self.played, self.played.part.shape

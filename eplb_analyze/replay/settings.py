@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,23 +35,32 @@ LEAST_INTERVAL = 16
 _NEVER = 10**12
 
 
-def engine_arguments(engine: str | None, setting: Setting) -> str | None:
+def engine_arguments(
+    engine: str | None, setting: Setting, recorded: Mapping[str, Any] | None = None
+) -> str | None:
     """The arguments that start the engine with a setting; None if it has no such setting or is not known.
 
     Of the settings that never rearrange, only the placement without EPLB, one slot for each expert, has any.
 
     The names are those of vLLM 0.33 (``EPLBConfig``) and SGLang 0.5.23 (``ServerArgs``).
+
+    Args:
+        recorded: the engine's configuration by dotted names. A synchronous vLLM stays synchronous, which is
+            not its default.
     """
+    asynchronous = (recorded or {}).get("eplb_config.use_async")
+    also_vllm = {"use_async": False} if asynchronous is False else {}
     if engine == "vllm" and setting.policy == "vllm" and setting.conditions == NO_CONDITIONS:
         config = {
             "num_redundant_experts": setting.num_redundant_experts,
             "step_interval": setting.interval,
             "window_size": setting.window,
+            **also_vllm,
         }
         return f"--enable-eplb --eplb-config '{json.dumps(config)}'"
     if engine == "vllm" and setting.policy == STATIC and not setting.num_redundant_experts:
         # Not --no-enable-eplb: without EPLB, vLLM counts no tokens, and refuses redundant experts.
-        never = {"num_redundant_experts": 0, "step_interval": _NEVER}
+        never = {"num_redundant_experts": 0, "step_interval": _NEVER, **also_vllm}
         return f"--enable-eplb --eplb-config '{json.dumps(never)}'"
     without = replace(setting, max_utilization=None, layers_per_step=None).conditions
     if engine == "sglang" and setting.policy == "sglang" and without == NO_CONDITIONS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,23 @@ def test_engine_arguments_of_conditions() -> None:
     assert "--eplb-rebalance-layers-per-chunk 2" in text
     assert engine_arguments("sglang", Setting("sglang", 4, 8, 100, 100, 101, max_moves=5)) is None
     assert engine_arguments("vllm", Setting("vllm", 4, 8, 100, 100, 25, min_balancedness=0.5)) is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "stated"),
+    [({}, None), ({"eplb_config.use_async": True}, None), ({"eplb_config.use_async": False}, False)],
+)
+@pytest.mark.parametrize(
+    "setting", [Setting("vllm", 4, 8, 100, 100, 25), Setting("static", 0, 8, None, None, None)]
+)
+def test_a_synchronous_vllm_stays_synchronous(
+    recorded: dict[str, Any], stated: bool | None, setting: Setting
+) -> None:
+    text = engine_arguments("vllm", setting, recorded)
+    assert text is not None
+    config = json.loads(shlex.split(text)[-1])
+    assert config.get("use_async") is stated
+    assert config["num_redundant_experts"] == setting.num_redundant_experts
 
 
 def test_options_combine_conditions(dump: Path) -> None:
