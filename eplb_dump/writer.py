@@ -75,10 +75,14 @@ class ExpertLoadWriter:
         interval: one step out of this many is recorded; the others count as ``not_sampled``.
         moe_layers: the model's own number of each MoE layer, ascending. Default: 0, 1, 2, …
         ranks_per_node: EP ranks per node, to separate traffic within and between nodes.
-        engine, engine_version, engine_config: a description of the engine; the config must be JSON.
+        engine: the engine's name.
+        engine_version: its version.
+        engine_config: its settings; they must be JSON.
         token_replication: how many times the engine counts each token; readers divide loads by it.
         flush_interval: at most this many seconds pass until a step is in the journal.
-        segment_steps, segment_bytes, segment_seconds: a segment is sealed at the first of these limits.
+        segment_steps: a segment is sealed at this limit, or at the first of the next two.
+        segment_bytes: likewise, in bytes.
+        segment_seconds: likewise, in seconds.
         max_bytes: the most bytes that the session's folder takes, a number or a text such as ``"2G"``. Old
             segments are thinned to stay within it: docs/operate/retention.md. None: no limit. Default:
             EXPERT_LOAD_DUMP_MAX_BYTES.
@@ -86,8 +90,9 @@ class ExpertLoadWriter:
             Default: EXPERT_LOAD_DUMP_MAX_AGE.
         min_free_bytes: with less free space on the volume, segments are thinned, too. Default:
             EXPERT_LOAD_DUMP_MIN_FREE.
-        queue_steps, queue_bytes: limits of the queue to the background thread; when it is full, new
-            steps are dropped and counted.
+        queue_steps: limit of the queue to the background thread; when it is full, new steps are dropped and
+            counted.
+        queue_bytes: likewise, in bytes.
         metrics_file: a text file with this writer's counters for node_exporter's textfile collector, written
             every 15 s. Its name gets the model and the rank, unless it has ``{model}`` and ``{rank}``.
             Default: EXPERT_LOAD_DUMP_METRICS_FILE, if that is set.

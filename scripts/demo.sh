@@ -8,3 +8,5 @@ echo
 eplb-analyze summary demo-dump
 echo
 eplb-analyze layer 2 --steps 100-119 demo-dump
+echo
+echo "To run eplb-analyze yourself: . .venv/bin/activate"

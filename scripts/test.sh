@@ -12,7 +12,7 @@ lint() {
     ruff check .
     mypy
     codespell
-    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict # not --quiet, which hides warnings from --strict
 }
 
 # A file per worker: the fixtures of a file are made once.

@@ -193,9 +193,11 @@ def compare_runs(
     """Compare two runs, or ranges of their steps: is B better than A?
 
     Args:
-        a, b: each of all phases, or of one (:meth:`Run.of_phase`).
+        a: the baseline: a run with all phases, or one phase of it (:meth:`Run.of_phase`).
+        b: the run to compare with it, likewise.
         steps: a half-open range of steps of both.
-        steps_a, steps_b: other ranges for A and B.
+        steps_a: another range for A.
+        steps_b: another range for B.
 
     Raises:
         NotInDumpError: a run has no step in its range.

@@ -73,10 +73,8 @@ def advise(
     """Advise whether another setting is better over a half-open range of steps (default: all).
 
     Args:
-        choices, num_groups, num_nodes, cost_per_expert_ms, cross_node_weight, workers: see
-            :func:`~eplb_analyze.replay.replay.replay_run`.
+        choices: as :func:`~eplb_analyze.replay.replay.replay_run` takes it; so are arguments not listed here.
         min_gain: a smaller share of the time is not worth a change.
-        expert_mb: the size of the weights of one expert of one layer, in MB.
         objective: what a setting is judged by; default ``ms``, or ``tokens`` if the recording has no step
             times. In ms nothing is advised that is not measurable.
 

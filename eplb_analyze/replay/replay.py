@@ -340,9 +340,9 @@ def replay_run(
 
     Args:
         choices: a grid of settings, or the settings themselves; default: the grid that suits the run.
-        num_groups, num_nodes: of experts, as the model has them, and of the recorded ranks: policies keep a
-            group on one node if they can. Default: what the engine stated, else what the recorded placements
-            show, else one.
+        num_groups: the model's expert groups: policies keep a group on one node if they can. Default: what
+            the engine stated, else what the recorded placements show, else one.
+        num_nodes: the nodes of the recorded ranks, with the same default.
         objective: what outcomes are sorted by; default ``ms`` if the cost of imbalance is measured, else
             ``tokens``.
         cost_per_expert_ms: the time that a rank needs to fetch the weights of one expert of one layer.

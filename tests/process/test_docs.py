@@ -197,7 +197,7 @@ class Links(HTMLParser):
 
 def test_site_has_no_dead_links(tmp_path: Path) -> None:
     """Also those of the navigation and of docstrings, which no Markdown page holds."""
-    run(ROOT, "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path))
+    run(ROOT, "mkdocs", "build", "--strict", "--site-dir", str(tmp_path))
     # 404.html is for a server's root.
     pages = {page: Links(page) for page in tmp_path.rglob("*.html") if page.name != "404.html"}
     assert len(pages) >= len(list((ROOT / "docs").rglob("*.md")))

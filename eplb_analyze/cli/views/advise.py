@@ -96,8 +96,8 @@ def render(console: Console, advice: Advice) -> None:
 
 
 def _steps(console: Console, advice: Advice) -> None:
-    """Which steps the settings are judged on, and why not on all of them."""
-    if advice.trained is None or advice.judged is None:
+    """Which steps the settings are judged on; nothing if no setting was."""
+    if advice.best is None or advice.trained is None or advice.judged is None:
         return
     parts = advice.trained, advice.judged
     chosen, judged = (steps_label(console, part.first_step, part.last_step) for part in parts)
