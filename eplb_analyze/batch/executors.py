@@ -110,9 +110,9 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _context() -> BaseContext:
-    """Workers are forked from a server without threads that has imported what they need, if there are any.
+    """Workers are forked from a server that has imported what they need, where the platform can.
 
-    Otherwise each would take half a second of processor time to import it.
+    Otherwise each takes half a second of processor time to import it.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

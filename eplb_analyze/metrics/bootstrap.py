@@ -137,6 +137,18 @@ def _block_sums(values: Float64, length: int) -> Float64:
     return sums
 
 
+def share_saved(before: Float64, after: Float64, cost: float = 0.0) -> Interval | None:
+    """The share of ``before`` that ``after`` saves, less a known ``cost``, step by step ``[n]``.
+
+    Steps in which ``before`` is 0 do not count; None if fewer than ``MIN_STEPS`` do.
+    """
+    some = before > 0
+    ratio = Ratio((before - after)[some], before[some])
+    if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
+        return None
+    return Interval.of(ratio.value - cost, resample(ratio, np.random.default_rng(SEED)) - cost)
+
+
 def difference(a: Ratio, b: Ratio) -> Interval | None:
     """``b`` − ``a``, each resampled on its own; None if one has too few steps, or no tokens in them."""
     if min(len(a.numerator), len(b.numerator)) < MIN_STEPS or a.value is None or b.value is None:

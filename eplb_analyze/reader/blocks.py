@@ -334,9 +334,7 @@ class Block:
                 continue
             if out is None:
                 out = np.zeros((layers, count, width), np.int64)
-            elif (
-                out.dtype != np.int64 or not out.flags.writeable
-            ):  # as stored, or a view of the file's buffer
+            elif out.dtype != np.int64 or not out.flags.writeable:  # as stored: a view of the file's buffer
                 out = out.astype(np.int64)
             out[:, _whole(here, count)] += values[:, _whole(there, values.shape[1])]
         return np.zeros((layers, count, width), np.int64) if out is None else out

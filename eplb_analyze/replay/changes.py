@@ -12,11 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from eplb_analyze.analysis.milliseconds import Milliseconds
 from eplb_analyze.metrics import bootstrap
-from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import CONDITIONS, NO_CONDITIONS, Setting
@@ -240,13 +238,7 @@ def _gain(
         left = net(saved, played.pause, played.outcomes[index].moves, old.moves, steps)
         return combined([(1 / step_ms, left)]), Milliseconds.of(left), saved
     own = effort(scores, basis, played.cross_node_weight)
-    before, after = own[reference, part], own[row, part]
-    some = before > 0
-    if some.sum() < MIN_STEPS:
-        return None, None, None
-    ratio = Ratio((before - after)[some], before[some])
-    drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
-    return Interval.of(ratio.value or 0.0, drawn), None, None
+    return bootstrap.share_saved(own[reference, part], own[row, part]), None, None
 
 
 def result_of(saved: Interval | None, min_gain: float) -> Result:

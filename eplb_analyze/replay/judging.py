@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eplb_analyze.metrics import bootstrap
-from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval
 from eplb_analyze.metrics.prices import combined
 from eplb_analyze.policies.policy import ORACLE
 from eplb_analyze.reader.recorded_setting import NO_CONDITIONS, Setting
@@ -125,13 +125,9 @@ class Judging:
             assert share is not None
             return Saved(share, work, left)
         before, after = played.effort[reference, part], played.effort[row, part]
-        some = before > 0
-        ratio = Ratio((before - after)[some], before[some])
-        if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
-            return None
-        drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
         cost = self._cost(played.outcomes[index], other, part)
-        return Saved(Interval.of(ratio.value - cost, drawn - cost))
+        saved = bootstrap.share_saved(before, after, cost)
+        return None if saved is None else Saved(saved)
 
     def _cost(self, outcome: Outcome, other: Outcome, part: slice) -> float:
         """The cost of moving more weights than another, as a share of the part's time; 0 if none is given."""

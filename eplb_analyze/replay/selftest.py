@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_analyze.metrics import bootstrap
-from eplb_analyze.metrics.bootstrap import MIN_STEPS, Interval, Ratio
+from eplb_analyze.metrics.bootstrap import Interval
 from eplb_analyze.reader.placements import Rearrangement
 from eplb_analyze.reader.recorded_setting import Recorded
 from eplb_analyze.replay.grouping import Grouping
@@ -101,12 +101,9 @@ class RecordedSettingTest:
         settled = self._settled(changes)
         as_measured = self._simulation.today_as_measured
         today, other = scores.maximum[as_measured, settled], scores.maximum[row, settled]
-        some = today > 0
-        ratio = Ratio((today - other)[some], today[some])
-        if ratio.value is None or len(ratio.numerator) < MIN_STEPS:
+        saved = bootstrap.share_saved(today, other)
+        if saved is None:
             return None
-        drawn = bootstrap.resample(ratio, np.random.default_rng(bootstrap.SEED))
-        saved = Interval.of(ratio.value, drawn)
         alike = saved.low <= TOLERANCE and saved.high >= -TOLERANCE
         figures = scores.balancedness_of(row), scores.balancedness_of(as_measured)
         since = changes[-1].last_step + self._interval if changes else first
