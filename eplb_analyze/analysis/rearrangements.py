@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -254,20 +254,82 @@ def _in_ms(
     )
 
 
-def verdicts(
-    run: Run, balancedness: Iterable[tuple[Shape, Int64, formulas.Float64]]
-) -> list[RearrangementFigures]:
-    """All rearrangements of a run judged by figures already made, and so without predictions.
+def unjudged(run: Run, balancedness: Iterable[tuple[Shape, Int64, formulas.Float64]]) -> list[MeasuredChange]:
+    """All rearrangements of a run with figures already made, by which they can be judged elsewhere.
 
     ``balancedness``: ``(shape, steps, values)`` in order of steps; NaN where no layer was active.
     """
     series = _Series()
     for shape, steps, values in balancedness:
         series.add(shape, steps, values)
-    changes = _changes(run, None, WINDOW)
-    for change in changes:
-        change.folds.clear()
-    return [_figures(run, change, series) for change in changes]
+    return [change.measured(series) for change in _changes(run, None, WINDOW)]
+
+
+@dataclass(frozen=True)
+class MeasuredChange:
+    """What a rearrangement is judged by: the balancedness before it, and after it until the next one."""
+
+    last_step: int
+    elastic: bool
+    no_op: bool
+    before_steps: Int64
+    before: formulas.Float64
+    #: Until the next rearrangement, which ended these steps if it ``followed``.
+    later_steps: Int64
+    later: formulas.Float64
+    followed: bool
+    #: How many of the later steps are in the window.
+    num_after: int
+
+    @property
+    def after_steps(self) -> Int64:
+        return self.later_steps[: self.num_after]
+
+    @property
+    def after(self) -> formulas.Float64:
+        return self.later[: self.num_after]
+
+    @cached_property
+    def gain(self) -> Interval | None:
+        """None if it cannot be measured."""
+        if self.elastic:
+            return None
+        return bootstrap.difference(Ratio.mean(self.before), Ratio.mean(self.after))
+
+    @cached_property
+    def lasting(self) -> tuple[float | None, Lasted | None]:
+        """The gain at first, and for how long half of it was there; no length if it is not significant.
+
+        It is gone in the middle of the first ``SMOOTHING`` steps most of which are below half of it.
+        """
+        steps, values, last = self.later_steps, self.later, self.last_step
+        width = min(SMOOTHING, len(steps) // 4)
+        at_first = bootstrap.difference(Ratio.mean(self.before), Ratio.mean(values[:width]))
+        if at_first is None:
+            return None, None
+        if not at_first.is_significant or at_first.value < 0:
+            return at_first.value, None
+        below = np.cumsum(np.append(0, values < self.before.mean() + at_first.value / 2))
+        gone = np.flatnonzero(2 * (below[width:] - below[:-width]) > width)
+        if len(gone):
+            return at_first.value, Lasted(int(steps[gone[0] + (width - 1) // 2]) - last, "half gone")
+        until: Literal["next rearrangement", "end"] = "next rearrangement" if self.followed else "end"
+        return at_first.value, Lasted(int(steps[-1]) + 1 - last, until)
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.no_op:
+            return "no-op"
+        if self.elastic:
+            return "elastic"
+        if self.gain is None:
+            return "not measured"
+        if self.gain.is_significant and self.gain.value > 0:
+            return "helped"
+        _, lasted = self.lasting
+        if lasted is not None and lasted.until == "half gone":
+            return "helped at first"
+        return "hurt" if self.gain.is_significant else "no measurable gain"
 
 
 def _changes(run: Run, steps: tuple[int, int] | None, window: int) -> list[_Change]:
@@ -310,67 +372,102 @@ class _Change:
         self.this, self.end, self.followed = this, around.end, followed
         self.before = StepRange(max(around.first, this.first_step - window), this.first_step)
         self.after = StepRange(this.last_step, min(around.end, this.last_step + window))
+        self._run = run
         histories = [run.history.layer(index) for index in range(run.info.num_layers)]
-        old = [history.at(this.first_step - 1) for history in histories]
-        new = [history.at(this.last_step) for history in histories]
+        # By layer; None if it is not known.
+        old = self._old = [history.at(this.first_step - 1) for history in histories]
+        new = self._new = [history.at(this.last_step) for history in histories]
+        #: Of the layers that changed.
         self.changed = [
             (a, b) for i in this.layers if (a := old[i]) is not None and (b := new[i]) is not None
         ]
         first = next(histories[i] for i in this.layers if old[i] is not None and new[i] is not None)
-        layers = len(histories)
         sizes = [first.ep_sizes[first.index_at(s)] for s in (this.first_step - 1, this.last_step)]
-        lost = [ranks_lost_at(s, run.lost_ranks) for s in (this.first_step - 1, this.last_step)]
+        self._lost = [ranks_lost_at(s, run.lost_ranks) for s in (this.first_step - 1, this.last_step)]
         self.shapes = [
-            reduced(Shape(size, layers, len(slots)), gone)
-            for size, slots, gone in zip(sizes, self.changed[0], lost, strict=True)
+            reduced(Shape(size, len(histories), len(slots)), gone)
+            for size, slots, gone in zip(sizes, self.changed[0], self._lost, strict=True)
         ]
         self.elastic = self.shapes[0] != self.shapes[1]
-        # What the EP ranks held before and after, of each changed layer; empty if that cannot be compared.
-        held: list[tuple[Int64, Int64]] = []
-        if not self.elastic and this.slots_changed is not None:
-            size, experts = self.shapes[0].ep_size, run.info.num_logical_experts
-            held = [(holdings(a, size, experts), holdings(b, size, experts)) for a, b in self.changed]
-        #: Why nothing can be predicted; and if it can, the loads of both sides to spread.
-        self.reason: str | None = None
-        self.folds: list[_Fold] = []
-        self.worth: PlacementGain | None = None
-        known_old, known_new = [p for p in old if p is not None], [p for p in new if p is not None]
-        if this.slots_changed is None:
-            self.reason = "it began in steps that are no longer kept"
-        elif lost[0] != lost[1]:
-            self.reason = (
-                f"different ranks serve: lost ranks before {_listed(lost[0])}, after {_listed(lost[1])}"
-            )
-        elif self.elastic:
-            self.reason = "EP size {} → {}, {} → {} slots".format(
-                *sizes, *(s.num_physical_experts for s in self.shapes)
-            )
-        elif len(known_old) < layers or len(known_new) < layers:
-            number = next(
-                n for n, a, b in zip(run.info.layers, old, new, strict=True) if a is None or b is None
-            )
-            self.reason = f"no prediction: the placement of layer {number} is not known"
-        elif any(len(p) != self.shapes[0].num_physical_experts for p in (*known_old, *known_new)):
-            self.reason = "no prediction: the layers have different numbers of slots"
-        elif any((before.any(axis=0) & ~after.any(axis=0)).any() for before, after in held):
-            self.reason = "no prediction: an expert has no slot in the new placement"
-        elif run.tiers.without_loads.overlaps(self.before.first, self.after.end):
-            self.reason = "no prediction: the experts' loads are not kept any more"
-        else:
-            self.folds = [
-                _Fold(self.before, self.shapes[0], known_old, known_new),
-                _Fold(self.after, self.shapes[0], known_new, known_new),
-            ]
-            self.worth = PlacementGain(self.after, self.shapes[0], known_old, known_new)
-        self.no_op = False
-        self.crossed_ranks: int | None = None
-        self.crossed_nodes: int | None = None
-        if held:
-            nodes = run.info.ranks_per_node
-            self.no_op = all(np.array_equal(before, after) for before, after in held)
-            self.crossed_ranks = sum(int(crossings(before, after).sum()) for before, after in held)
-            if nodes:
-                self.crossed_nodes = sum(int(crossings(before, after, nodes).sum()) for before, after in held)
+
+    @property
+    def no_op(self) -> bool:
+        """Whether every rank holds the same experts as before."""
+        return self._comparable and all(np.array_equal(*held) for held in self._held())
+
+    @property
+    def crossed_ranks(self) -> int | None:
+        return self._crossed(1)
+
+    @property
+    def crossed_nodes(self) -> int | None:
+        nodes = self._run.info.ranks_per_node
+        return self._crossed(nodes) if nodes else None
+
+    def _crossed(self, ranks_per_node: int) -> int | None:
+        if not self._comparable:
+            return None
+        return sum(int(crossings(*held, ranks_per_node).sum()) for held in self._held())
+
+    @property
+    def _comparable(self) -> bool:
+        return not self.elastic and self.this.slots_changed is not None
+
+    def _held(self) -> Iterator[tuple[Int64, Int64]]:
+        """What the EP ranks held before and after, of each layer that changed."""
+        size, experts = self.shapes[0].ep_size, self._run.info.num_logical_experts
+        for old, new in self.changed:
+            yield holdings(old, size, experts), holdings(new, size, experts)
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why nothing can be predicted, and no loads have to be read for it."""
+        lost, run, shape = self._lost, self._run, self.shapes[0]
+        every = [slots for slots in (*self._old, *self._new) if slots is not None]
+        if self.this.slots_changed is None:
+            return "it began in steps that are no longer kept"
+        if lost[0] != lost[1]:
+            return f"different ranks serve: lost ranks before {_listed(lost[0])}, after {_listed(lost[1])}"
+        if self.elastic:
+            sizes, slots = zip(*((s.ep_size, s.num_physical_experts) for s in self.shapes), strict=True)
+            return "EP size {} → {}, {} → {} slots".format(*sizes, *slots)
+        for number, old, new in zip(run.info.layers, self._old, self._new, strict=True):
+            if old is None or new is None:
+                return f"no prediction: the placement of layer {number} is not known"
+        if any(len(slots) != shape.num_physical_experts for slots in every):
+            return "no prediction: the layers have different numbers of slots"
+        if any((old.any(axis=0) & ~new.any(axis=0)).any() for old, new in self._held()):
+            return "no prediction: an expert has no slot in the new placement"
+        if run.tiers.without_loads.overlaps(self.before.first, self.after.end):
+            return "no prediction: the experts' loads are not kept any more"
+        return None
+
+    @cached_property
+    def folds(self) -> list[_Fold]:
+        """The loads of both sides, to be spread; empty if nothing can be predicted."""
+        if self.reason is not None:
+            return []
+        old, new = self._known
+        return [_Fold(self.before, self.shapes[0], old, new), _Fold(self.after, self.shapes[0], new, new)]
+
+    @cached_property
+    def worth(self) -> PlacementGain | None:
+        return None if self.reason is not None else PlacementGain(self.after, self.shapes[0], *self._known)
+
+    @property
+    def _known(self) -> tuple[list[Int32], list[Int32]]:
+        old, new = ([slots for slots in side if slots is not None] for side in (self._old, self._new))
+        return old, new
+
+    def measured(self, series: _Series) -> MeasuredChange:
+        before, later = (
+            series.between(steps, shape)
+            for steps, shape in zip((self.before, (self.this.last_step, self.end)), self.shapes, strict=True)
+        )
+        after = int(np.searchsorted(later[0], self.after.end))
+        return MeasuredChange(
+            self.this.last_step, self.elastic, self.no_op, *before, *later, self.followed, after
+        )
 
 
 class _Series:
@@ -445,45 +542,34 @@ def _listed(ranks: tuple[int, ...]) -> str:
 
 
 def _figures(run: Run, change: _Change, series: _Series) -> RearrangementFigures:
-    this, reason = change.this, change.reason
-    before_steps, before = series.between(change.before, change.shapes[0])
-    after_steps, after = series.between(change.after, change.shapes[1])
-    gain = at_first = predicted = even = lasted = None
-    verdict: Verdict = "elastic" if change.elastic else "not measured"
-    if not change.elastic:
-        gain = bootstrap.difference(Ratio.mean(before), Ratio.mean(after))
-        if gain is None:
-            count, where = min((len(before), "before"), (len(after), "after"))
-            reason = f"{plural(count, 'complete step')} {where} it, {MIN_STEPS} are needed"
-            near = change.before if where == "before" else change.after
-            if run.tiers.retired.overlaps(*near):
-                reason = f"the steps {where} it are no longer kept"
-        else:
-            verdict = "no measurable gain"
-            if gain.is_significant:
-                verdict = "helped" if gain.value > 0 else "hurt"
-            predicted, even = (fold.mean() for fold in change.folds) if change.folds else (None, None)
-            at_first, lasted = _lasting(change, series, before)
-            if verdict != "helped" and lasted is not None and lasted.until == "half gone":
-                verdict = "helped at first"
-        if change.no_op:
-            verdict = "no-op"
-    measured = None if gain is None else float(after.mean())
+    this, reason, measured = change.this, change.reason, change.measured(series)
+    before, after, gain = measured.before, measured.after, measured.gain
+    at_first = predicted = even = lasted = None
+    if gain is not None:
+        predicted, even = (fold.mean() for fold in change.folds) if change.folds else (None, None)
+        at_first, lasted = measured.lasting
+    elif not change.elastic:
+        count, where = min((len(before), "before"), (len(after), "after"))
+        reason = f"{plural(count, 'complete step')} {where} it, {MIN_STEPS} are needed"
+        near = change.before if where == "before" else change.after
+        if run.tiers.retired.overlaps(*near):
+            reason = f"the steps {where} it are no longer kept"
+    mean = None if gain is None else float(after.mean())
     return RearrangementFigures(
         first_step=this.first_step,
         last_step=this.last_step,
         layers=len(this.layers),
         layer_numbers=[run.info.layers[index] for index in this.layers],
-        verdict=verdict,
+        verdict=measured.verdict,
         reason=reason,
-        before=_window(before_steps, before),
+        before=_window(measured.before_steps, before),
         predicted=predicted,
-        after=_window(after_steps, after),
+        after=_window(measured.after_steps, after),
         gain=None if gain is None else gain.value,
         gain_low=None if gain is None else gain.low,
         gain_high=None if gain is None else gain.high,
         drift=None if even is None or predicted is None else even - predicted,
-        uneven_split=None if even is None or measured is None else measured - even,
+        uneven_split=None if even is None or mean is None else mean - even,
         gain_at_first=at_first,
         lasted=lasted,
         slots_moved=this.slots_changed,
@@ -496,27 +582,3 @@ def _window(steps: Int64, values: formulas.Float64) -> Window:
     if not len(steps):
         return Window(None, None, 0, None)
     return Window(int(steps[0]), int(steps[-1]), len(steps), float(values.mean()))
-
-
-def _lasting(
-    change: _Change, series: _Series, before: formulas.Float64
-) -> tuple[float | None, Lasted | None]:
-    """The gain at first, and for how long half of it was there; no length if it is not significant.
-
-    It is gone in the middle of the first ``SMOOTHING`` steps most of which are below half of it.
-    """
-    last = change.this.last_step
-    steps, values = series.between((last, change.end), change.shapes[1])
-    width = min(SMOOTHING, len(steps) // 4)
-    at_first = bootstrap.difference(Ratio.mean(before), Ratio.mean(values[:width]))
-    if at_first is None:
-        return None, None
-    if not at_first.is_significant or at_first.value < 0:
-        return at_first.value, None
-    below = np.cumsum(np.append(0, values < before.mean() + at_first.value / 2))
-    gone = np.flatnonzero(2 * (below[width:] - below[:-width]) > width)
-    if len(gone):
-        return at_first.value, Lasted(int(steps[gone[0] + (width - 1) // 2]) - last, "half gone")
-    return at_first.value, Lasted(
-        int(steps[-1]) + 1 - last, "next rearrangement" if change.followed else "end"
-    )

@@ -1,7 +1,8 @@
 """`postmortem`: the work on many runs, shared out to an executor's workers.
 
 A worker reads a short run by itself. A long run is read in parts (:meth:`~eplb_analyze.reader.run.Run.parts`)
-by several workers; their sums are merged here, and a worker makes the row of the merged sums.
+by several workers; their sums are merged here, a worker makes the row of the merged sums, and several judge
+its rearrangements.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import functools
 import itertools
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from eplb_analyze.analysis.rearrangements import MeasuredChange, Verdict
 from eplb_analyze.analysis.summary import summarize, summary_of
+from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums, bins_of, sums_of
 from eplb_analyze.atomic import whole_file
 from eplb_analyze.batch.cache import ResultCache
 from eplb_analyze.batch.executors import Executor, Local, WorkerDied
-from eplb_analyze.batch.rows import Row, broken_row, row_of
+from eplb_analyze.batch.rows import Row, broken_row, changes_of, row_of, with_verdicts
 from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, Finding
 from eplb_analyze.json_report import with_times
@@ -28,10 +31,13 @@ from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.sessions.step_range import StepRange
 
+#: So many rearrangements take a worker some 20 ms.
+JUDGED_AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class RunTask:
-    """Work on one run: read it, read a part of it, or make the row of its merged parts."""
+    """Work on one run: read it, read a part of it, make the row of its merged parts, or judge changes."""
 
     target: Target
     #: A part of a long run: its range of steps, and the bins of the whole run.
@@ -40,6 +46,8 @@ class RunTask:
     opening: str = ""
     #: The parts of a long run, merged.
     merged: RunResult | None = None
+    #: Some rearrangements of a long run.
+    changes: list[MeasuredChange] | None = None
 
 
 @dataclass
@@ -47,6 +55,9 @@ class RunResult:
     """The result of a task: the run's row, or what is needed before there is one."""
 
     row: Row | None = None
+    #: Of a long run: the row lacks the verdicts on these.
+    changes: list[MeasuredChange] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     #: As ``eplb-analyze summary --json`` prints it; None if the run is broken.
     summary: dict[str, Any] | None = None
     #: The run is long: read these parts first.
@@ -58,6 +69,7 @@ class RunResult:
     def merge(self, later: RunResult) -> None:
         """Add the next part of a run. If a part could not be read, its broken row is that of the run."""
         self.row = self.row or later.row
+        self.verdicts += later.verdicts
         self.findings += [f for f in later.findings if f not in self.findings]
         if self.sums is None:
             self.sums = later.sums
@@ -75,16 +87,18 @@ def run_task(task: RunTask) -> RunResult:
             return _read_part(_opened(target, task.opening)[0], *task.part)
         if task.merged is not None:
             return _finish(target, task.opening, task.merged)
+        if task.changes is not None:
+            return RunResult(verdicts=[change.verdict for change in task.changes])
         run = open_run(target.dump, target.run_id, target.model)
         if from_minutes(run, None):
-            summary = summarize(run)  # sums per minute of a long time take as long as some thousand steps
-            document = with_times(summary.to_json(), run.clock.iso)
-            return RunResult(row_of(target.dump, run, None, summary), document)
+            # Sums per minute of a long time take as long as some thousand steps.
+            return _judged(_with_row(target, run, None, summarize(run)))
         ranges = run.parts()
         if len(ranges) > 1:
             bins, opening = bins_of(run), uuid.uuid4().hex
             return RunResult(parts=[RunTask(target, (steps, bins), opening) for steps in ranges])
-        return _with_row(target, run, _sums_of_all(run))
+        sums = _sums_of_all(run)
+        return _judged(_with_row(target, run, sums, summary_of(sums, run)))
     except Exception as error:
         reason = str(error) if isinstance(error, AnalyzeError) else f"{type(error).__name__}: {error}"
         return _broken(target, reason)
@@ -121,17 +135,23 @@ def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
             # The run has continued since its parts were read.
             run = run.truncated_at(sums.seen.last)
     run.findings += [f for f in merged.findings if f not in run.findings]
-    return _with_row(target, run, sums)
+    return _with_row(target, run, sums, summary_of(sums, run))
 
 
 def _sums_of_all(run: Run) -> SummarySums:
     return run.retry_without_damaged(lambda: sums_of(run, None, bins_of(run)))
 
 
-def _with_row(target: Target, run: Run, sums: SummarySums) -> RunResult:
-    summary = summary_of(sums, run)
-    document = with_times(summary.to_json(), run.clock.iso)
-    return RunResult(row_of(target.dump, run, sums, summary), document)
+def _with_row(target: Target, run: Run, sums: SummarySums | None, summary: Summary) -> RunResult:
+    row = row_of(target.dump, run, sums, summary)
+    return RunResult(row, changes_of(run, sums), summary=with_times(summary.to_json(), run.clock.iso))
+
+
+def _judged(result: RunResult) -> RunResult:
+    """The result with the verdicts of a short run, which are no work for others."""
+    assert result.row is not None
+    row = with_verdicts(result.row, [change.verdict for change in result.changes])
+    return replace(result, row=row, changes=[])
 
 
 def _broken(target: Target, reason: str) -> RunResult:
@@ -179,8 +199,16 @@ def rows_of(
             yield finish(task.target, result)
     for row in known:
         yield row, False
-    for task, result in results(_merge(results(parts))):
-        yield finish(task.target, result)
+    rows: dict[Target, RunResult] = {}
+    judging = results(_changes(results(_merge(results(parts))), rows))
+    for target, of_run in itertools.groupby(judging, key=lambda pair: pair[0].target):
+        judged = RunResult()
+        for _, some in of_run:
+            judged.merge(some)
+        result = rows.pop(target)
+        assert result.row is not None
+        row = judged.row or with_verdicts(result.row, judged.verdicts)  # the former is broken
+        yield finish(target, replace(result, row=row))
 
 
 def _merge(results: Iterator[tuple[RunTask, RunResult]]) -> Iterator[RunTask]:
@@ -192,6 +220,16 @@ def _merge(results: Iterator[tuple[RunTask, RunResult]]) -> Iterator[RunTask]:
         for _, part in of_run:
             merged.merge(part)
         yield RunTask(target, opening=opening, merged=merged)
+
+
+def _changes(
+    results: Iterator[tuple[RunTask, RunResult]], rows: dict[Target, RunResult]
+) -> Iterator[RunTask]:
+    """The tasks that judge the rearrangements of long runs, at least one of each; the rows go to ``rows``."""
+    for task, result in results:
+        rows[task.target] = replace(result, changes=[])
+        for first in range(0, max(1, len(result.changes)), JUDGED_AT_ONCE):
+            yield RunTask(task.target, changes=result.changes[first : first + JUDGED_AT_ONCE])
 
 
 def write_page(task: tuple[Row, Path]) -> str | None:

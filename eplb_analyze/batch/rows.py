@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from eplb_analyze.analysis.findings import step_findings, summary_findings
 from eplb_analyze.analysis.incidents import excess_tokens
-from eplb_analyze.analysis.rearrangements import verdicts
+from eplb_analyze.analysis.rearrangements import MeasuredChange, Verdict, unjudged
 from eplb_analyze.analysis.summary_report import Summary
 from eplb_analyze.analysis.summary_sums import SummarySums
 from eplb_analyze.json_report import Report
@@ -151,7 +151,10 @@ def broken_row(dump: str, run_id: str, model: str, reason: str) -> Row:
 
 
 def row_of(dump: str, run: Run, sums: SummarySums | None, summary: Summary) -> Row:
-    """The row of a run; ``summary`` is what ``sums`` add up to, None if it is from sums per minute."""
+    """The row of a run whose rearrangements are not judged yet.
+
+    ``summary`` is what ``sums`` add up to, None if it is from sums per minute.
+    """
     info, steps, loss = run.info, summary.steps, summary.loss
     findings = [f for f in summary_findings(run, steps) if f.severity != "info"]
     errors = [f for f in findings if f.severity == "error"]
@@ -164,17 +167,6 @@ def row_of(dump: str, run: Run, sums: SummarySums | None, summary: Summary) -> R
     cost = summary.cost.ms_per_step
     faults = {f.code for f in (*findings, *step_findings(run, steps)) if f.severity != "info"}
     span = run.clock.span
-    judged = [
-        figures.verdict
-        for figures in verdicts(
-            run,
-            (
-                (stretch.shape, np.concatenate(stretch.steps), np.concatenate(stretch.values))
-                for stretch in (sums.configurations if sums is not None else ())
-                if stretch.recorded
-            ),
-        )
-    ]
     active, series = _balancedness_over_time(sums, summary)
     return Row(
         dump=dump,
@@ -211,16 +203,36 @@ def row_of(dump: str, run: Run, sums: SummarySums | None, summary: Summary) -> R
         worst_rank=None if costliest is None else costliest.rank,
         worst_rank_share=None if costliest is None else costliest.share,
         **_worst_incident(summary),
-        rearrangements=len(judged),
-        judged=sum(verdict not in ("not measured", "elastic") for verdict in judged),
-        helped=judged.count("helped"),
-        helped_at_first=judged.count("helped at first"),
-        hurt=judged.count("hurt"),
-        no_op=judged.count("no-op"),
         faults=sorted(faults),
         config=run.engine_config,
         series=series,
         tier=summary.tier,
+    )
+
+
+def changes_of(run: Run, sums: SummarySums | None) -> list[MeasuredChange]:
+    """What the rearrangements of a run are judged by; ``sums`` as for :func:`row_of`."""
+    stretches = sums.configurations if sums is not None else ()
+    return unjudged(
+        run,
+        (
+            (stretch.shape, np.concatenate(stretch.steps), np.concatenate(stretch.values))
+            for stretch in stretches
+            if stretch.recorded
+        ),
+    )
+
+
+def with_verdicts(row: Row, verdicts: list[Verdict]) -> Row:
+    """The row of a run whose rearrangements were judged."""
+    return replace(
+        row,
+        rearrangements=len(verdicts),
+        judged=sum(verdict not in ("not measured", "elastic") for verdict in verdicts),
+        helped=verdicts.count("helped"),
+        helped_at_first=verdicts.count("helped at first"),
+        hurt=verdicts.count("hurt"),
+        no_op=verdicts.count("no-op"),
     )
 
 
