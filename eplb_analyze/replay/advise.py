@@ -244,7 +244,7 @@ class Adviser:
         if gain.value < 0:
             if in_ms:
                 if saved.work is None or saved.work.value <= 0:
-                    return "leave", "the best other setting saves the slowest ranks no time"
+                    return "leave", "the best other setting does not make the slowest ranks faster"
                 assumed = self.played.pause.basis == "assumed"
                 pauses = f", at {ASSUMED_PAUSE_MS / 1e3:g} s each (none was measured)" if assumed else ""
                 return "leave", f"no other setting gains more than its rearrangements cost in pauses{pauses}"

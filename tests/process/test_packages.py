@@ -262,7 +262,8 @@ def test_program_without_the_reader_says_what_to_install(engine: Path) -> None:
     result = subprocess.run([f"{engine}/bin/eplb-analyze"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        "eplb-analyze: error: the reader is not installed: pip install 'eplb-dump[analyze]'\n"
+        "eplb-analyze: error: the reader is not installed: pip install 'eplb-dump[analyze]' "
+        "(in a checkout: pip install '.[analyze]')\n"
     )
 
 

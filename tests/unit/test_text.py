@@ -2,7 +2,7 @@
 
 import pytest
 
-from eplb_analyze.text import milliseconds, milliseconds_bounded
+from eplb_analyze.text import milliseconds, milliseconds_bounded, saves_or_costs
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from eplb_analyze.text import milliseconds, milliseconds_bounded
         ((2.93, 2.51, 3.3), "2.9 ms (2.5 to 3.3)"),
         ((5.021, 5.012, 5.034), "5.02 ms (5.01 to 5.03)"),
         ((-0.123, -0.201, 0.04), "−0.12 ms (−0.20 to 0.04)"),
+        ((10.0, 9.9999, 10.0001), "10 ms (10 to 10)"),
         ((0.0, 0.0, 0.0123), "0.000 ms (0.000 to 0.012)"),
         ((0.0, 0.0, 0.0), "0.0 ms (0.0 to 0.0)"),
         ((8.2412,), "8.24 ms"),
@@ -46,3 +47,19 @@ def test_milliseconds_of_a_difference_have_their_sign() -> None:
 )
 def test_interval_does_not_begin_at_its_estimate(values: tuple[float, float, float], text: str) -> None:
     assert milliseconds_bounded(*values) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0.81, 0.62, 1.0), "saves 0.8 ms (0.6 to 1.0) per step"),
+        ((-0.06, -0.11, -0.02), "costs 0.06 ms (0.02 to 0.11) more per step"),
+        ((3.1, -0.9, 7.4), "saves 3.1 ms per step, but may cost up to 0.9 ms more"),
+        ((-0.2, -0.2, 1.3), "costs 0.2 ms more per step, but may save up to 1.3 ms"),
+        # A bound that prints as 0 is none to warn of.
+        ((3.1, -0.01, 7.4), "saves 3.1 ms (0.0 to 7.4) per step"),
+        ((0.0, 0.0, 0.0), "saves 0.0 ms (0.0 to 0.0) per step"),
+    ],
+)
+def test_loss_is_a_word_and_not_a_sign(values: tuple[float, float, float], text: str) -> None:
+    assert saves_or_costs(*values, milliseconds, saved=" per step", more=" more per step") == text

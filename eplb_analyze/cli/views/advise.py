@@ -20,7 +20,16 @@ from eplb_analyze.cli.views.advise_options import (
     saved_text,
 )
 from eplb_analyze.cli.views.replay import CONDITIONS, OBJECTIVES, pause_sentence, print_links, shared
-from eplb_analyze.text import clean, figure, milliseconds, milliseconds_bounded, percent, plural, signed
+from eplb_analyze.text import (
+    clean,
+    figure,
+    milliseconds,
+    milliseconds_bounded,
+    percent,
+    plural,
+    saves_or_costs,
+    signed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,8 +110,8 @@ def _steps(console: Console, advice: Advice) -> None:
         return
     parts = advice.trained, advice.judged
     chosen, judged = (steps_label(console, part.first_step, part.last_step) for part in parts)
-    text = f"The gains are those in {judged}; the setting was chosen in {chosen}"
-    print_line(console, f"{text}. `replay` shows the gains in all of them.")
+    text = f"The setting was chosen in {chosen}; the gains are those of {judged}"
+    print_line(console, f"{text}. `replay` shows the gains over all of these steps.")
 
 
 def _advised(advice: Advice) -> str:
@@ -111,7 +120,7 @@ def _advised(advice: Advice) -> str:
     assert advice.best.setting is not None
     assert advice.replay is not None
     text = change_text(advice.best.setting, advice.replay)
-    return f"{text}: saves {saved_text(advice, advice.best)}"
+    return f"{text}: {saved_text(advice, advice.best)}"
 
 
 def redundancy(changes: Changes, *, advised: bool, min_gain: float, layers: int) -> list[str]:
@@ -215,13 +224,13 @@ def _text(setting: Setting, *, redundant: bool = True) -> str:
 def _changes(console: Console, advice: Advice, changes: Changes) -> None:
     """One change at a time, beside the base setting; numbers and words are over what was recorded."""
     assert advice.replay is not None
-    title = ("gain over what was recorded, one change at a time", "bold")
+    title = ("one change at a time, compared with what was recorded", "bold")
     print_line(console, title, f"; {_origin(changes, advice.replay)}: {_text(changes.base)}")
     unit = {
-        "ms": "net ms/step (95% CI)",
-        "tokens": "% of time, by tokens",
-        "active": "% of active experts",
-        "tokens+traffic": "% of time, combined",
+        "ms": "saves ms/step (95% CI)",
+        "tokens": "saves % of time, by tokens",
+        "active": "saves % of active experts",
+        "tokens+traffic": "saves % of time, combined",
     }
     listing = table(console, "<change", "<to", unit[changes.basis.value], "<", "<per GPU")
     for change in changes.rows:
@@ -280,7 +289,10 @@ def _legend(advice: Advice, changes: Changes) -> list[str]:
         each = milliseconds(pause.ms.value)
         lines.append(f"assumed: decided by the pauses, which are assumed to take {each} each")
     if any(" at " in _saved(change) for change in changes.rows):
-        lines.append("at most, at least: other fits of the step times, about as good, give up to that")
+        lines.append(
+            "at most, at least: other models explain the step times about equally well, and the most extreme "
+            "of them gives this value"
+        )
     conditions = [change.setting for change in changes.rows if change.part == "condition"]
     lines += [
         f"{title}: {meaning}"
@@ -296,7 +308,7 @@ def _legend(advice: Advice, changes: Changes) -> list[str]:
             "row on a second recording"
         )
     if ms:
-        lines.append(pause_sentence(pause))
+        lines += [] if advice.net_ms_per_step is not None else [pause_sentence(pause)]
     elif changes.basis.value == "tokens":
         why = "a step takes longer than its experts, and pauses are not included, so steps gain less"
         lines.append(f"by tokens, not by time: {why}")
@@ -356,8 +368,11 @@ def _evidence(console: Console, advice: Advice) -> None:
     if advice.replay.objective == "ms":
         _in_ms(console, advice)
     elif advice.break_even_ms is not None:
-        text = f"used up if a rank needs {advice.break_even_ms:.3g} ms to fetch one expert of one layer"
-        print_line(console, text)
+        least = f"{advice.break_even_ms:.3g} ms"
+        print_line(
+            console,
+            f"the gain is used up if a rank needs {least} to fetch the weights of one expert of one layer",
+        )
     print_links(console, advice.replay, None if advice.best is None else advice.best.links)
     if advice.engine_arguments is not None:
         console.print("to start the engine with this setting:")
@@ -368,7 +383,8 @@ def _basis(console: Console, advice: Advice) -> None:
     """What the gains assume."""
     assert advice.replay is not None
     basis = (
-        f"by the cost fitted to this run's step times: {advice.replay.cost.message}; {shared(advice.replay)}"
+        f"gains follow from the cost fitted to this run's step times: {advice.replay.cost.message}; "
+        f"{shared(advice.replay)}"
     )
     if advice.replay.objective != "ms":
         why = advice.replay.cost.message.removeprefix("not measurable in this run: ")
@@ -386,12 +402,19 @@ def _in_ms(console: Console, advice: Advice) -> None:
     net, gain = advice.net_ms_per_step, advice.gain_ms_per_step
     if net is None or gain is None:
         return
-    work = milliseconds_bounded(gain.estimate, gain.low, gain.high)
+    name = "the advised setting" if advice.verdict in ("enable", "retune") else "the best other setting"
+    work = saves_or_costs(
+        gain.estimate, gain.low, gain.high, milliseconds, saved=" per step", more=" more per step"
+    )
+    pauses = net.estimate - gain.estimate
+    paused = f"{milliseconds(abs(pauses))} per step {'less' if pauses > 0 else 'more'} than today"
+    if not pauses:
+        paused = "as long as today"
     print_line(
         console,
-        f"of its gain, work of the slowest ranks: {work}; the rest is pauses, at the rate of the whole run",
+        f"without pauses, {name} {work}; it pauses the engine {paused}, at the rate of the whole run",
     )
     print_line(console, pause_sentence(advice.replay.pause))
     if advice.break_even_pause_ms is not None:
         pause = milliseconds(advice.break_even_pause_ms)
-        print_line(console, f"used up if a rearrangement pauses the engine for {pause}")
+        print_line(console, f"the gain is used up if a rearrangement pauses the engine for {pause}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from eplb_analyze.cli.console import print_line, table
 from eplb_analyze.cli.views.replay import CONDITIONS, OBJECTIVES
-from eplb_analyze.text import clean, figure, milliseconds, percent, plural, signed
+from eplb_analyze.text import clean, figure, milliseconds, percent, plural, saves_or_costs, signed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,21 +47,24 @@ def change_text(setting: Setting, replay: Replay) -> str:
     return ", ".join(parts)
 
 
-def saved_text(advice: Advice, judged: Judged, *, sign: bool = False) -> str:
-    """``0.8 ms (0.6 to 1.0) per step, 12%``; ``3.1% of the time (2.2 to 4.0), by tokens``."""
+def saved_text(advice: Advice, judged: Judged) -> str:
+    """``saves 0.8 ms (0.6 to 1.0) per step, 12.0%``; ``saves 3.1% (2.2 to 4.0) of the time, by tokens``."""
     net, gain = judged.net_ms_per_step, judged.gain
     if gain is None:
-        return "not known"
-
-    def share(value: float) -> str:
-        text = signed(100 * value, 1)
-        return text if sign else text.removeprefix("+")
-
+        return "gain not known"
     if net is not None:
-        return f"{milliseconds(net.estimate, net.low, net.high, sign=sign)} per step, {share(gain.value)}%"
+        each = f"per step, {percent(abs(gain.value))}"
+        return saves_or_costs(
+            net.estimate, net.low, net.high, milliseconds, saved=f" {each}", more=f" more {each}"
+        )
     assert advice.replay is not None
-    what = OBJECTIVES[advice.replay.objective.value]
-    return f"{share(gain.value)}% of the time ({share(gain.low)} to {share(gain.high)}), by {what}"
+    by = f"time, by {OBJECTIVES[advice.replay.objective.value]}"
+
+    def share(value: float, low: float, high: float) -> str:
+        estimate, *bounds = (signed(100 * each, 1).removeprefix("+") for each in (value, low, high))
+        return f"{estimate}% ({' to '.join(bounds)})"
+
+    return saves_or_costs(gain.value, gain.low, gain.high, share, saved=f" of the {by}", more=f" more {by}")
 
 
 def price_text(advice: Advice) -> str | None:
@@ -101,11 +104,11 @@ def alternatives(console: Console, advice: Advice, *, changes: bool) -> None:
     assert advice.replay is not None
     shown = {f"({number})": judged for number, judged in enumerate(advice.alternatives, 1)}
     if not changes and advice.best is not None:
-        shown = {"best other:": advice.best, **shown}
+        shown = {"best other setting:": advice.best, **shown}
     for name, judged in shown.items():
         assert judged.setting is not None
         text = change_text(judged.setting, advice.replay)
-        print_line(console, f"{name} {text}: {saved_text(advice, judged, sign=True)}")
+        print_line(console, f"{name} {text}: {saved_text(advice, judged)}")
     if advice.comparison is not None:
         print_line(console, advice.comparison)
 
@@ -173,7 +176,9 @@ def options_table(console: Console, advice: Advice, *, changes: bool) -> None:
             row("go within node", lambda judged: _share(judged, "same_node"))
             row("cross nodes", lambda judged: _share(judged, "other_node"))
     console.print(listing)
-    print_line(console, ("*: per 1,000 steps, at the rate of the whole run", "dim"))
+    less = any(_bounds(judged)[0].startswith("−") for judged in shown)
+    more = "; saves −: costs more than today" if less else ""
+    print_line(console, (f"*: per 1,000 steps, at the rate of the whole run{more}", "dim"))
 
 
 def _share(judged: Judged, name: str) -> str:

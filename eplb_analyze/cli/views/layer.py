@@ -67,7 +67,8 @@ def render(
         )
     if report.active_experts is not None:
         of_steps = ", mean of the steps" if report.steps > 1 else ""
-        console.print(f"active experts on the rank with most: {figure(report.active_experts, 1)}{of_steps}")
+        most = figure(report.active_experts, 1)
+        console.print(f"most active experts (at least one token) on one rank: {most}{of_steps}")
     tokens = f"{counter([total])(total)} tokens"
     if not mean:
         console.print("no tokens")

@@ -102,8 +102,8 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         f"{plural(shape.ep_size, 'EP rank')}, {plural(shape.num_moe_layers, 'layer')}",
     )
     steps = steps_label(console, result.first_step, result.last_step)
-    advises = "`advise` judges a setting in the last 40% of them, which its choice did not see."
-    print_line(console, f"The gains are those in all of {steps}; {advises}")
+    advises = "`advise` judges a setting by the last 40% of them, which were not used to choose it."
+    print_line(console, f"The gains are those of all {steps}; {advises}")
     print_notes(console, result.notes)
     by = OBJECTIVES[result.objective.value]
     if result.objective == "tokens" and _costs(result):
@@ -137,7 +137,7 @@ def render(console: Console, result: Replay, top: int = 20) -> None:
         if "crosses" in traffic:
             legend += "on node: that go to another rank of the node; crosses: that go to another node; "
     if result.objective in ("active", "ms"):
-        legend += "active: experts with a token on the rank with most of them; "
+        legend += "active: the most experts with a token on one rank; "
     legend += "moved: expert weights that ranks fetched"
     if _costs(result) and not in_ms:
         legend += "; net: time saved, assuming that a step consists only of its experts, less pauses "

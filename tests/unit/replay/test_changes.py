@@ -223,10 +223,10 @@ def test_both_commands_print_the_steps_that_they_judge(
         assert (part["first_step"], part["last_step"]) == (first, last)
         assert (part["first_time"], part["last_time"]) == (clock.iso(first), clock.iso(last))
     judged, chosen = (clock.range_label(*steps) for steps in ((180, 299), (0, 179)))
-    assert f"The gains are those in {judged}; the setting was chosen in {chosen}" in text_of(root)
+    assert f"The setting was chosen in {chosen}; the gains are those of {judged}" in text_of(root)
     text = " ".join(cli("replay", root).stdout.split())
     whole = clock.range_label(0, 299)
-    assert f"The gains are those in all of {whole}; `advise` judges a setting in the last 40% of them" in text
+    assert f"The gains are those of all {whole}; `advise` judges a setting by the last 40% of them" in text
 
 
 def test_replicas_do_not_take_the_credit_for_rearranging(
@@ -361,4 +361,4 @@ def test_nothing_is_gained_if_the_setting_is_left_as_it_is(
     assert "today's interval, 1,000,000 steps, is longer than these steps" in text
     assert "you gain" not in text
     assert "compared with 4)" in text
-    assert "best other: no rearrangements, 0 redundant experts instead of 4: +" in text
+    assert "best other setting: no rearrangements, 0 redundant experts instead of 4: saves" in text

@@ -96,7 +96,7 @@ def test_retune_turns_into_leave_if_pauses_do_not_pay(
         cli("advise", tmp_path, "--interval-steps", "50", "--redundant-experts", "4").stdout.split()
     )
     assert "the mean of 2 rearrangements" in text
-    assert "by the cost fitted to this run's step times" in text
+    assert "gains follow from the cost fitted to this run's step times" in text
 
 
 def test_rearrangements_that_cost_more_than_they_gain_are_switched_off(
@@ -202,7 +202,7 @@ def test_advice_by_active_experts_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert advice.reasons == [f"{best} would have a significant gain by active experts"]
     options = ("--objective", "active", "--redundant-experts", "0", "--interval-steps", "50")
     text = " ".join(cli("advise", tmp_path, *options).stdout.split())
-    assert "of the time (20.0 to 20.0), by active experts" in text
+    assert "(20.0 to 20.0) of the time, by active experts" in text
     assert "expected by active experts" in text
 
 

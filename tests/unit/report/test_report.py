@@ -493,7 +493,7 @@ def test_when_a_rearrangement_is_due() -> None:
 
 def test_engine_without_a_stated_interval_has_the_default() -> None:
     assert why_not_due(7, 3006, None, None) is None
-    said = "No placement changed in 2,999 steps; the engine does not state its interval."
+    said = "No placement changed in 2,999 steps. The recording does not show how often EPLB should rearrange."
     assert why_not_due(7, 3005, None, None) == said
 
 
