@@ -122,10 +122,8 @@ class StepClock:
             return [NO_TIMES if kept else "its steps are no longer kept"] * len(rearrangements)
         every = np.array(run.history.changes, np.int64)
         around = pauses.Neighborhoods(*times, every)
-        return [
-            around.measure(every[(every >= each.first_step) & (every <= each.last_step)])
-            for each in rearrangements
-        ]
+        edges = np.array([(each.first_step, each.last_step + 1) for each in rearrangements], np.int64)
+        return [around.measure(every[low:high]) for low, high in np.searchsorted(every, edges)]
 
     def long_gaps(self, run: Run) -> LongGaps | None:
         """The long gaps that no change of placement explains; None if there is none."""

@@ -27,6 +27,7 @@ from eplb_analyze.batch.targets import Target
 from eplb_analyze.errors import AnalyzeError, Finding
 from eplb_analyze.json_report import with_times
 from eplb_analyze.metrics.losses import Bins
+from eplb_analyze.reader.placements import PlacementSlice
 from eplb_analyze.reader.rolled_up import from_minutes
 from eplb_analyze.reader.run import Run, open_run
 from eplb_analyze.sessions.step_range import StepRange
@@ -65,11 +66,14 @@ class RunResult:
     #: Of a part: its sums, and the findings that are new since the run was opened.
     sums: SummarySums | None = None
     findings: list[Finding] = field(default_factory=list)
+    #: Of a part: the placements in force in it; None if they have to be read again.
+    placements: list[PlacementSlice | None] = field(default_factory=list)
 
     def merge(self, later: RunResult) -> None:
         """Add the next part of a run. If a part could not be read, its broken row is that of the run."""
         self.row = self.row or later.row
         self.verdicts += later.verdicts
+        self.placements += later.placements
         self.findings += [f for f in later.findings if f not in self.findings]
         if self.sums is None:
             self.sums = later.sums
@@ -114,10 +118,11 @@ def _opened(target: Target, opening: str) -> tuple[Run, tuple[Finding, ...]]:
     return run, tuple(run.findings)
 
 
-def _read_part(run: Run, steps: StepRange, bins: Bins) -> RunResult:
-    known = [*run.findings]
+def _read_part(whole: Run, steps: StepRange, bins: Bins) -> RunResult:
+    known, run = [*whole.findings], whole.placed_in(steps)
     sums = run.retry_without_damaged(lambda: sums_of(run, steps, bins))
-    return RunResult(sums=sums, findings=[f for f in run.findings if f not in known])
+    findings = [f for f in run.findings if f not in known]
+    return RunResult(sums=sums, findings=findings, placements=[run.history.within(steps)])
 
 
 def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
@@ -134,6 +139,9 @@ def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
         if sums.seen.last is not None and last is not None and last > sums.seen.last:
             # The run has continued since its parts were read.
             run = run.truncated_at(sums.seen.last)
+        slices = [part for part in merged.placements if part is not None]
+        if len(slices) == len(merged.placements):
+            run.join_placements(slices)
     run.findings += [f for f in merged.findings if f not in run.findings]
     return _with_row(target, run, sums, summary_of(sums, run))
 

@@ -216,9 +216,11 @@ def windows(steps: Int64, changes: list[int], interval: int) -> Windows:
     ``changes``: steps at which a placement changed. Nothing is summed across one, since it can end an
     imbalance that would have persisted.
     """
-    stretch, number = np.searchsorted(changes, steps, side="right"), steps // (WINDOW_STEPS * interval)
-    starts = np.flatnonzero((np.diff(stretch, prepend=-1) != 0) | (np.diff(number, prepend=-1) != 0))
-    keys = list(zip(stretch[starts].tolist(), number[starts].tolist(), strict=True))
+    # The step of the last change, which is the same for parts of a run that do not know of all changes.
+    since = np.array([-1, *changes])[np.searchsorted(changes, steps, side="right")]
+    number = steps // (WINDOW_STEPS * interval)
+    starts = np.flatnonzero((np.diff(since, prepend=-2) != 0) | (np.diff(number, prepend=-1) != 0))
+    keys = list(zip(since[starts].tolist(), number[starts].tolist(), strict=True))
     return Windows(starts, keys, np.diff(starts, append=len(steps)).tolist())
 
 

@@ -69,7 +69,7 @@ class Neighborhoods:
     """The steps of a run, of which each pause is measured by those around its rearrangement only."""
 
     def __init__(self, step: Int64, ms: Float64, kind: Int64, changes: Int64) -> None:
-        """As in :func:`measure`; ``changes``: the steps at which layers changed, of all rearrangements."""
+        """As in :func:`measure`; ``changes``: the steps at which layers changed, of all, ascending."""
         self._step, self._ms, self._kind, self._changes = step, ms, kind, changes
         self._usual = np.flatnonzero(np.isfinite(ms) & ~beside(step, changes))
 
@@ -77,12 +77,15 @@ class Neighborhoods:
         """What :func:`measure` gives for all steps, without a look at all of them for each pause."""
         step, usual = self._step, self._usual
         low, high = np.searchsorted(step, [changed[0] - MARGIN, changed[-1] + MARGIN + 1]).tolist()
-        before, after = usual[usual < low][-NEIGHBORS:], usual[usual >= high][:NEIGHBORS]
+        before, after = np.searchsorted(usual, [low, high]).tolist()
+        around = usual[max(0, before - NEIGHBORS) : after + NEIGHBORS]
         # One step more, because a usual step may have the phase of the one before it.
-        first = max(0, min([low, *before[:1].tolist()]) - 1)
-        last = max([high, *after[-1:].tolist()]) + 1
+        first = max(0, min([low, *around[:1].tolist()]) - 1)
+        last = max([high, *(around[-1:] + 1).tolist()])
         near = slice(first, last)
-        return measure(step[near], self._ms[near], self._kind[near], changed, self._changes)
+        edges = [step[near][:1] - MARGIN, step[near][-1:] + MARGIN + 1]
+        others = self._changes[slice(*np.searchsorted(self._changes, np.concatenate(edges)).tolist())]
+        return measure(step[near], self._ms[near], self._kind[near], changed, others)
 
 
 def beside(step: Int64, changed: Int64) -> Bool:

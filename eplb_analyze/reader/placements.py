@@ -20,7 +20,7 @@ from eplb_analyze.reader.rhythm import Change, Rhythm
 from eplb_analyze.sessions.discovery import Session
 from eplb_analyze.sessions.parquet_segment import ParquetSegment
 from eplb_analyze.sessions.segments import Segment
-from eplb_analyze.sessions.step_range import NO_END
+from eplb_analyze.sessions.step_range import NO_END, StepRange
 from eplb_analyze.storage.path import requests_at_once
 from eplb_dump.format.journal import Int32, Int64
 from eplb_dump.format.manifest import ExpertSums
@@ -104,6 +104,18 @@ class Rearrangement:
     slots_changed: int | None
 
 
+class PlacementSlice(NamedTuple):
+    """The placements in force in a range of steps, one row each, in order of layers and steps."""
+
+    #: int64 ``[n]``: from which step on, the index of the layer, the EP size, and the number of slots.
+    step: Int64
+    layer: Int64
+    ep_size: Int64
+    width: Int64
+    #: int32, the slots of one row after the other.
+    slots: Int32
+
+
 class PlacementHistory:
     """The placements of a run, one :class:`LayerHistory` for each layer index.
 
@@ -157,6 +169,24 @@ class PlacementHistory:
     def changes(self) -> list[int]:
         """The steps from which the placement of some layer changes or is unknown, ascending."""
         return sorted({*self.lost, *(s for history in self.layers.values() for s in history.steps)})
+
+    def within(self, steps: tuple[int, int]) -> PlacementSlice | None:
+        """The placements in force in a half-open range, for :func:`join_placements`.
+
+        None if that would not be all there is to know: placements or ranks were lost, or are in findings.
+        """
+        if self.lost or self.lost_ranks or self.findings:
+            return None
+        if any(history.remains for history in self.layers.values()):
+            return None
+        rows = [
+            (history.steps[i], index, history.ep_sizes[i], len(history.slots[i]), history.slots[i])
+            for index, history in sorted(self.layers.items())
+            for i in range(max(0, history.index_at(steps[0])), history.index_at(steps[1] - 1) + 1)
+        ]
+        step, layer, ep_size, width = np.array([row[:4] for row in rows], np.int64).reshape(-1, 4).T
+        slots = np.concatenate([np.empty(0, np.int32), *(row[4] for row in rows)])
+        return PlacementSlice(step, layer, ep_size, width, slots)
 
     def truncated_at(self, step: int) -> PlacementHistory:
         """The history as it was when ``step`` was the last step; call it before :meth:`without`."""
@@ -467,7 +497,11 @@ def _cut(sums: ExpertSums, steps: Int64, history: PlacementHistory) -> list[Plac
     return parts
 
 
-def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = frozenset()) -> PlacementHistory:
+def read_history(
+    sessions: Sequence[Session],
+    unreadable: frozenset[int] = frozenset(),
+    steps: StepRange | None = None,
+) -> PlacementHistory:
     """Join the placements of all ranks, each of which states all of them.
 
     A rank that missed the step of a change states it later, so the earliest statement counts. Two
@@ -477,15 +511,27 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
 
     Args:
         unreadable: ``id`` of segments whose placements cannot be read.
+        steps: only the placements in force in these are of interest; others may be missing.
     """
-    findings: list[Finding] = []
     lost = _lost(sessions, unreadable)
+    if steps is not None and not lost and not unreadable:
+        near = _statements_near(sessions, steps)
+        history = None if near is None else _joined(sessions, near, lost)
+        if history is not None and not history.findings:
+            return history
+    return _joined(sessions, _statements(sessions, unreadable), lost)
+
+
+def _joined(
+    sessions: Sequence[Session], statements: Iterable[tuple[int, _Statement]], lost: list[int]
+) -> PlacementHistory:
+    findings: list[Finding] = []
     if lost:
         text = f"placements are lost from step {_first_of(lost)} on: the expert in each slot is"
         findings.append(Finding("error", "placements_lost", text + " unknown until the next placement"))
     stated: dict[tuple[int, int], tuple[int, int, Int32]] = {}
     kept: set[tuple[int, int]] = set()
-    for rank, (step, layer, ep_size, slots, remains) in _statements(sessions, unreadable):
+    for rank, (step, layer, ep_size, slots, remains) in statements:
         known = stated.get((step, layer))
         if not remains:
             kept.add((step, layer))
@@ -506,8 +552,26 @@ def read_history(sessions: Sequence[Session], unreadable: frozenset[int] = froze
     for (step, layer), (_, ep_size, slots) in sorted(stated.items(), key=lambda item: item[0]):
         own = layers.setdefault(layer, LayerHistory(lost=lost))
         own.insert(step, ep_size, slots, remains=(step, layer) not in kept)
-    rhythm = Rhythm.stated(sessions[0].info, max(layers, default=0) + 1) if sessions else None
-    return PlacementHistory(layers, lost, findings, rhythm)
+    return PlacementHistory(layers, lost, findings, _rhythm(sessions, layers))
+
+
+def join_placements(sessions: Sequence[Session], slices: Iterable[PlacementSlice]) -> PlacementHistory:
+    """The history of a run whose ranges of steps, in order, have these placements."""
+    layers: dict[int, LayerHistory] = {}
+    for one in slices:
+        each = np.split(one.slots, np.cumsum(one.width)[:-1])
+        numbers = zip(one.step.tolist(), one.layer.tolist(), one.ep_size.tolist(), strict=True)
+        for (step, layer, ep_size), slots in zip(numbers, each, strict=True) if len(one.step) else ():
+            own = layers.setdefault(layer, LayerHistory())
+            if not own.steps or step > own.steps[-1]:
+                own.steps.append(step)
+                own.ep_sizes.append(ep_size)
+                own.slots.append(slots)
+    return PlacementHistory(layers, [], [], _rhythm(sessions, layers))
+
+
+def _rhythm(sessions: Sequence[Session], layers: Iterable[int]) -> Rhythm | None:
+    return Rhythm.stated(sessions[0].info, max(layers, default=0) + 1) if sessions else None
 
 
 def _first_of(steps: list[int]) -> str:
@@ -591,18 +655,60 @@ def _statements(sessions: Sequence[Session], unreadable: frozenset[int]) -> Iter
             yield from ((rank, row) for row in rows[number] if first < row.step < end)
 
 
+def _statements_near(sessions: Sequence[Session], steps: StepRange) -> list[tuple[int, _Statement]] | None:
+    """The rows of a range of steps, and of so many before it that all placements in force there are known.
+
+    A rank can repeat a placement late, so the step from which one is in force is known only with the one
+    before it. None if all rows have to be read: sessions overlap, or what they state is not in order.
+    """
+    if len({session.info.ep_rank for session in sessions}) < len(sessions):
+        return None
+    if any(session.retired or session.lost for session in sessions):
+        return None
+    waiting = sorted(
+        (
+            (session.info.ep_rank, segment)
+            for session in sessions
+            for segment in session.segments
+            if 0 <= segment.first_step < steps.end and segment.last_step >= 0
+        ),
+        key=lambda item: item[1].last_step,
+    )
+    layers = max((segment.shape.num_moe_layers for _, segment in waiting if segment.shape), default=0)
+    threads = requests_at_once(sessions[0].folder) if sessions else 1
+    found: list[tuple[int, _Statement]] = []
+    #: The placements of each layer up to the range, after all steps of segments that were not read.
+    earlier: list[set[tuple[int, bytes]]] = [set() for _ in range(layers)]
+    first = steps.first
+    while waiting and not all(len(placements) > 1 for placements in earlier):
+        group = []
+        first = min(first, waiting[-1][1].last_step)
+        while waiting and waiting[-1][1].last_step >= first:
+            group.append(waiting.pop())
+            first = min(first, group[-1][1].first_step)
+        for (rank, segment), rows in ordered_map(lambda item: _rows_in(item[1]), group, threads):
+            for row in rows:
+                if not segment.first_step <= row.step <= segment.last_step or row.layer >= layers:
+                    return None
+                found.append((rank, row))
+                if row.step <= steps.first:
+                    earlier[row.layer].add((row.ep_size, row.slots.tobytes()))
+    return sorted(found, key=lambda item: (item[0], item[1].step))
+
+
 def _rows_of(session: Session, unreadable: frozenset[int]) -> list[_Statement]:
     """The rows of a session, in order of steps."""
-    found = []
-    for segment in _readable(session, unreadable):
-        rows = segment.placements()
-        remains = isinstance(segment, ParquetSegment) and segment.entry.tier is Tier.GONE
-        numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
-        found += [
-            _Statement(*row, slots, remains)
-            for row, slots in zip(numbers, rows.physical_to_logical, strict=True)
-        ]
+    found = [row for segment in _readable(session, unreadable) for row in _rows_in(segment)]
     return sorted(found, key=lambda row: row.step)
+
+
+def _rows_in(segment: Segment) -> list[_Statement]:
+    rows = segment.placements()
+    remains = isinstance(segment, ParquetSegment) and segment.entry.tier is Tier.GONE
+    numbers = zip(rows.step.tolist(), rows.layer.tolist(), rows.ep_size.tolist(), strict=True)
+    return [
+        _Statement(*row, slots, remains) for row, slots in zip(numbers, rows.physical_to_logical, strict=True)
+    ]
 
 
 def _owned(sessions: Sequence[Session]) -> list[tuple[int, int, int]]:

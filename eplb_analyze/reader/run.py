@@ -11,7 +11,7 @@ import copy
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +26,13 @@ from eplb_analyze.reader.choose import choose
 from eplb_analyze.reader.clock import RunClock
 from eplb_analyze.reader.join import MIXED
 from eplb_analyze.reader.lost import LostRank, find_lost
-from eplb_analyze.reader.placements import PlacementHistory, placement_gaps, read_history
+from eplb_analyze.reader.placements import (
+    PlacementHistory,
+    PlacementSlice,
+    join_placements,
+    placement_gaps,
+    read_history,
+)
 from eplb_analyze.reader.run_info import run_info
 from eplb_analyze.reader.tiers import Ranges, TierRange, Tiers, described, retired
 from eplb_analyze.sessions.discovery import Session, open_sessions, refresh_thinned
@@ -113,6 +119,8 @@ class Run:
         self._unreadable: dict[str, set[int]] = {"loads": set(), "placements": set(), "minutes": set()}
         self._reading = False
         self._history: PlacementHistory | None = None
+        #: The steps whose placements its history has; None for all.
+        self._placed: StepRange | None = None
         self._lost_ranks: list[LostRank] | None = None
         self._clock: RunClock | None = None
         #: Guards the placements and the lost ranks, which threads may ask for.
@@ -205,6 +213,19 @@ class Run:
         run = copy.copy(self)
         run._with_loads = True
         return run
+
+    def placed_in(self, steps: StepRange) -> Run:
+        """The run as one whose history has the placements in force in a range of steps, and maybe others.
+
+        A part of a long run, which is read separately, needs no others.
+        """
+        run = copy.copy(self)
+        run._history, run._placed = None, steps
+        return run
+
+    def join_placements(self, slices: Iterable[PlacementSlice]) -> None:
+        """Take the history from its parts, in order, so that it is not read again."""
+        self._history = join_placements(self.sessions, slices)
 
     def keeping_loads(self) -> Run:
         """The run as blocks that keep the loads read, so that several sums can share one pass."""
@@ -441,7 +462,8 @@ class Run:
             return self._history
 
     def _read_history(self) -> PlacementHistory:
-        history = read_history(self.sessions, frozenset(self._unreadable["placements"]))
+        placed = None if self.lost_ranks else self._placed
+        history = read_history(self.sessions, frozenset(self._unreadable["placements"]), placed)
         history = history if self._last is None else history.truncated_at(self._last)
         history = history.without(self.lost_ranks)
         return history.serving_only() if self._serving_only else history
