@@ -187,9 +187,11 @@ class SummarySums:
         return sums
 
     def _add(self, block: Block, terms: Terms) -> None:
-        self.steps.append(block.recorded)
+        # The arrays of the configuration, so that they travel once.
+        own = self.configurations[0]
+        self.steps.append(own.steps[-1])
         for name, formula in FORMULAS.items():
-            self.values[name].append(formula.of(terms))
+            self.values[name].append(own.values[-1] if name == "balancedness" else formula.of(terms))
         self.layers.add(terms)
         self.balance.add(block, terms)
         complete = block.state == StepState.RECORDED

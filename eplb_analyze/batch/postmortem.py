@@ -68,12 +68,15 @@ class RunResult:
     findings: list[Finding] = field(default_factory=list)
     #: Of a part: the placements in force in it; None if they have to be read again.
     placements: list[PlacementSlice | None] = field(default_factory=list)
+    #: Of a part: the times, ns since 1970, of steps that the summary shows, as far as they are known by then.
+    times: dict[int, int] = field(default_factory=dict)
 
     def merge(self, later: RunResult) -> None:
         """Add the next part of a run. If a part could not be read, its broken row is that of the run."""
         self.row = self.row or later.row
         self.verdicts += later.verdicts
         self.placements += later.placements
+        self.times |= later.times
         self.findings += [f for f in later.findings if f not in self.findings]
         if self.sums is None:
             self.sums = later.sums
@@ -122,7 +125,9 @@ def _read_part(whole: Run, steps: StepRange, bins: Bins) -> RunResult:
     known, run = [*whole.findings], whole.placed_in(steps)
     sums = run.retry_without_damaged(lambda: sums_of(run, steps, bins))
     findings = [f for f in run.findings if f not in known]
-    return RunResult(sums=sums, findings=findings, placements=[run.history.within(steps)])
+    shown = {*run.history.changes, *(step for i in range(len(bins)) for step in bins.range(i))}
+    times = whole.clock.look_up(sorted(step for step in shown if steps.first <= step < steps.end))
+    return RunResult(sums=sums, findings=findings, placements=[run.history.within(steps)], times=times)
 
 
 def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
@@ -142,6 +147,7 @@ def _finish(target: Target, opening: str, merged: RunResult) -> RunResult:
         slices = [part for part in merged.placements if part is not None]
         if len(slices) == len(merged.placements):
             run.join_placements(slices)
+        run.clock.remember(merged.times)
     run.findings += [f for f in merged.findings if f not in run.findings]
     return _with_row(target, run, sums, summary_of(sums, run))
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import datetime
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,8 @@ class RunClock:
         self._groups = [_some_ranks(group) for group in overlapping_segments(sources)]
         self._first = np.array([group[0].segment.first_step for group in self._groups], np.int64)
         self._kept: OrderedDict[int, _Times] = OrderedDict()
+        #: Of some steps: what :meth:`unix_ns` gives, which need not be read again.
+        self._looked_up: dict[int, int] = {}
         self._spans: tuple[Int64, Int64] | None = None
         self._lock = threading.Lock()
 
@@ -107,6 +109,8 @@ class RunClock:
         """
         if not self.known:
             return None
+        if step in self._looked_up:
+            return self._looked_up[step]
         number = max(0, int(np.searchsorted(self._first, step, side="right")) - 1)
         times = self._times(number)
         if not len(times.step):
@@ -115,6 +119,15 @@ class RunClock:
         if times.step[at] != step and any(one.steps.first <= step < one.steps.end for one in self.retired):
             return None
         return int(times.unix_ns[at])
+
+    def look_up(self, steps: Iterable[int]) -> dict[int, int]:
+        """The times of some steps, as far as they are known, for :meth:`remember` of another process."""
+        found = ((step, self.unix_ns(step)) for step in steps)
+        return {step: unix_ns for step, unix_ns in found if unix_ns is not None}
+
+    def remember(self, times: Mapping[int, int]) -> None:
+        """Take the times of some steps, which :meth:`look_up` gave."""
+        self._looked_up.update(times)
 
     def times(self, steps: Int64) -> tuple[Int64, npt.NDArray[np.float64]]:
         """When steps, ascending, were recorded, and how long after the step before.

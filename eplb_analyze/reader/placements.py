@@ -659,7 +659,7 @@ def _statements_near(sessions: Sequence[Session], steps: StepRange) -> list[tupl
     """The rows of a range of steps, and of so many before it that all placements in force there are known.
 
     A rank can repeat a placement late, so the step from which one is in force is known only with the one
-    before it. None if all rows have to be read: sessions overlap, or what they state is not in order.
+    before it. None if all rows have to be read: a rank has several sessions, or some steps are not kept.
     """
     if len({session.info.ep_rank for session in sessions}) < len(sessions):
         return None

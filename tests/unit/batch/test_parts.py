@@ -28,6 +28,8 @@ from eplb_analyze.batch.executors import Local
 from eplb_analyze.batch.targets import find
 from eplb_analyze.json_report import versioned, with_times
 from eplb_analyze.reader import run as reader
+from eplb_analyze.reader.placements import PlacementSlice
+from eplb_analyze.sessions.step_range import StepRange
 from eplb_dump import ExpertLoadWriter
 
 STEPS, SEGMENT, LAYERS, EXPERTS, SLOTS, EP_SIZE = 240, 16, 3, 6, 8, 4
@@ -115,6 +117,8 @@ def test_parts_and_whole_agree_for_every_cut(story: Story, part_steps: int) -> N
         for about in (part_steps, STEPS + 1):
             patch.setattr(reader, "PART_STEPS", about)
             run = open_run(root / "dump")
+            for steps in run.parts():
+                assert_same_placements(run.placed_in(steps).history.within(steps), run.history.within(steps))
             whole = with_times(summarize(run).to_json(), run.clock.iso)
             cache = ResultCache(root / f"saved-{about}")
             [(row, _)] = postmortem.rows_of(find([str(root / "dump")]), Apart(), cache)
@@ -128,3 +132,23 @@ def test_parts_and_whole_agree_for_every_cut(story: Story, part_steps: int) -> N
             ]
             found[about] = json.loads(json.dumps([asdict(row), stored]))
         assert_close(found[part_steps], found[STEPS + 1], 1e-6)
+
+
+def assert_same_placements(found: PlacementSlice | None, expected: PlacementSlice | None) -> None:
+    assert found is not None
+    assert expected is not None
+    for own, other in zip(found, expected, strict=True):
+        assert own.tolist() == other.tolist()
+
+
+def test_part_reads_no_placements_that_are_not_in_force_in_it(tmp_path: Path) -> None:
+    story = Story(True, [(step, set(range(LAYERS))) for step in range(20, STEPS, 20)], [], [])
+    story.write(tmp_path)
+    run, steps = open_run(tmp_path), StepRange(160, 176)
+    expected = run.history.within(steps)
+    for path in tmp_path.rglob("placements-*.parquet"):
+        if not 6 <= int(path.stem.split("-")[1]) <= 10:  # those of changes at steps 100 to 160
+            path.unlink()
+    part = open_run(tmp_path).placed_in(steps)
+    assert_same_placements(part.history.within(steps), expected)
+    assert not part.findings
